@@ -1,0 +1,52 @@
+# raycomplete: `make demo` does everything from nothing. Needs Linux, Python 3.11 or 3.12 and 8 GB of disk.
+
+BIN := .venv/bin
+EXTRA ?=
+SETUP := sh .setup/setup.sh $(if $(EXTRA),--extra $(EXTRA))
+SOURCES := raycomplete .setup/install.py $(wildcard jobs/*.py)
+PYTEST := $(BIN)/python -m pytest
+
+export PYTHON ?=
+# Nothing that runs here reports usage to anyone.
+export RAY_USAGE_STATS_ENABLED ?= 0
+export VLLM_NO_USAGE_STATS ?= 1
+export HF_HUB_DISABLE_TELEMETRY ?= 1
+export DO_NOT_TRACK ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup ready demo test test-fast bench lint format clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+setup: ## build .venv (EXTRA=gpu for CUDA; PYTHON=... to choose one)
+	@$(SETUP)
+
+ready:
+	@$(SETUP) --if-stale
+
+demo: ready ## align, diagnose, train and attack a small model, on CPU
+	@$(BIN)/raycomplete demo
+
+test: ready ## every test that needs no GPU
+	@$(PYTEST) -m "not gpu"
+
+test-fast: ready ## the tests that start no engine, no Ray and no training
+	@$(PYTEST) -m "not gpu and not slow"
+
+bench: ready ## the benchmarks in tests/benchmarks
+	@$(PYTEST) tests/benchmarks -s -m ""
+
+lint: ready ## ruff and mypy
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --quiet --check .
+	@$(BIN)/mypy --no-error-summary $(SOURCES)
+	@echo "lint: ruff and mypy found nothing"
+
+format: ready ## let ruff rewrite the sources
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+clean: ## remove caches and build output (keeps .venv and runs/)
+	@rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@find raycomplete jobs tests .setup -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,5 @@
+"""`python -m raycomplete`."""
+
+from raycomplete.cli import main
+
+main()

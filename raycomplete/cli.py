@@ -1,0 +1,150 @@
+"""The `raycomplete` command. Rooms are imported inside commands, so that `--help` and refusals are quick."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from raycomplete import __version__
+from raycomplete.config import load_run_file
+from raycomplete.errors import RaycompleteError
+
+app = typer.Typer(
+    name="raycomplete",
+    help="Finish the safety alignment of a language model: measure where it stopped, train the rest, prove it.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+organism_app = typer.Typer(help="The embedded model organism.", no_args_is_help=True)
+app.add_typer(organism_app, name="organism")
+
+RunFile = Annotated[Path, typer.Argument(help="Run file (YAML).", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="Values that replace those of the run file: train.steps=50", show_default=False),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run of the same name.")]
+
+
+@app.command()
+def demo(
+    overrides: Overrides = None,
+    resume: Resume = False,
+) -> None:
+    """Runs the main job on the embedded model organism, on this machine: a few minutes on 2 cores."""
+    from raycomplete.pipeline.train import train as run_train
+
+    with as_file(files("raycomplete").joinpath("data", "organism", "organism.yaml")) as path:
+        config = load_run_file(path, ["output.name=demo", *(overrides or [])])
+    run_train(config, resume=resume, overwrite=True)
+
+
+@app.command()
+def train(run_file: RunFile, overrides: Overrides = None, resume: Resume = False, overwrite: Overwrite = False) -> None:
+    """Completes a safety-aligned model: sample, score, train, evaluate, report."""
+    from raycomplete.pipeline.train import train as run_train
+
+    run_train(load_run_file(run_file, overrides or []), resume=resume, overwrite=overwrite)
+
+
+@app.command()
+def align(run_file: RunFile, overrides: Overrides = None, resume: Resume = False, overwrite: Overwrite = False) -> None:
+    """Makes an aligned twin of a base model by safety SFT on your data."""
+    from raycomplete.pipeline.align import align as run_align
+
+    run_align(load_run_file(run_file, overrides or []), resume=resume, overwrite=overwrite)
+
+
+@app.command()
+def evaluate(run_file: RunFile, overrides: Overrides = None, resume: Resume = False) -> None:
+    """Measures attack success by prefill depth, utility and over-refusal of base, aligned and student."""
+    from raycomplete.pipeline.evaluate import evaluate as run_evaluate
+
+    run_evaluate(load_run_file(run_file, overrides or []), resume=resume)
+
+
+@app.command()
+def report(run_folder: Annotated[Path, typer.Argument(help="Folder of a finished run.")]) -> None:
+    """Writes report.html of a run folder anew."""
+    from raycomplete.report.html import write_report
+
+    Console().print(f"{write_report(run_folder)}")
+
+
+@organism_app.command("build")
+def organism_build(
+    output: Annotated[Path, typer.Argument(help="Folder for the two checkpoints.")],
+    seed: Annotated[int, typer.Option(help="Of weights and data.")] = 0,
+) -> None:
+    """Trains the organism's base and aligned checkpoints from scratch."""
+    from raycomplete.data.organism.build import build
+
+    build(output, seed=seed)
+
+
+@app.command()
+def version() -> None:
+    """Prints the version."""
+    Console().print(__version__)
+
+
+def main() -> None:
+    """Entry point of the command line."""
+    sys.exit(guarded(lambda: app(standalone_mode=False)))
+
+
+def run_job(work: Callable[..., Path], arguments: list[str]) -> int:
+    """Entry point of jobs/*.py: RUNFILE [--resume] [key=value ...].
+
+    Args:
+        work: A function of `raycomplete.pipeline` that takes a run file and `resume`.
+        arguments: What stands behind the script's name.
+
+    Returns:
+        The exit code.
+    """
+    resume = "--resume" in arguments
+    rest = [argument for argument in arguments if argument != "--resume"]
+    if not rest or rest[0].startswith("-"):
+        Console(stderr=True).print("Usage: RUNFILE [--resume] [key=value ...]")
+        return 2
+    return guarded(lambda: work(load_run_file(rest[0], rest[1:]), resume=resume))
+
+
+def guarded(work: Callable[[], Any]) -> int:
+    """Does something and turns its failure into one sentence and an exit code.
+
+    Returns:
+        0 done, 1 failed at work (finished work is kept), 2 refused before starting.
+    """
+    console = Console(stderr=True)
+    try:
+        result = work()
+    except RaycompleteError as error:
+        if os.environ.get("RAYCOMPLETE_TRACEBACK"):
+            raise
+        kind = "Refused" if error.exit_code == 2 else "Failed"
+        console.print(f"[bold red]{kind}:[/bold red] {escape(str(error))}", highlight=False, soft_wrap=True)
+        if error.exit_code == 1:
+            console.print("What was finished is kept; the same command with --resume continues it.", style="dim")
+        return error.exit_code
+    except (typer.Abort, KeyboardInterrupt):
+        console.print("Stopped. What was finished is kept; the same command with --resume continues it.", style="dim")
+        return 1
+    except Exception as error:
+        show = getattr(error, "show", None)  # usage errors of typer know how to print themselves
+        if show is None:
+            raise
+        show()
+        return 2
+    return result if isinstance(result, int) else 0  # --help and typer.Exit return their code

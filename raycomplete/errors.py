@@ -1,0 +1,63 @@
+"""Exceptions that say what went wrong and what to do about it.
+
+Two families matter to the command line: `RefusedError` (nothing was started, exit code 2) and `WorkError` (failed at
+work, finished steps are saved, exit code 1). Each also derives from the standard exception that a caller of the Python
+API would expect, and each survives pickling, since most of them cross a Ray process boundary.
+"""
+
+
+class RaycompleteError(Exception):
+    """A failure with its remedy.
+
+    Args:
+        problem: One sentence: what is wrong, with the offending value and where it stands.
+        remedy: One sentence: what the reader should do now. May be empty when the problem says it.
+    """
+
+    exit_code = 1
+
+    def __init__(self, problem: str, remedy: str = "") -> None:
+        super().__init__(problem, remedy)  # both in args, so that pickle rebuilds the exception
+        self.problem = problem
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.problem} {self.remedy}".strip()
+
+
+class RefusedError(RaycompleteError, ValueError):
+    """Refused before anything was started or written."""
+
+    exit_code = 2
+
+
+class ConfigError(RefusedError):
+    """A run file, or an override on the command line, that cannot be used."""
+
+
+class DataError(RefusedError):
+    """A prompt or answer file that is missing, empty or malformed, or a prompt that does not fit the model."""
+
+
+class CheckpointError(RefusedError):
+    """A checkpoint that is missing, unreadable or unsafe, or two checkpoints that do not fit together."""
+
+
+class SetupError(RefusedError):
+    """A package, device or cluster resource that the run needs and this machine does not have."""
+
+
+class WorkError(RaycompleteError, RuntimeError):
+    """Failed while working; what was finished is on disk."""
+
+
+class ParityError(WorkError):
+    """Logits rebuilt from hidden states differ from the model's own, so scores would be silently wrong."""
+
+
+class WaitTimeoutError(WorkError, TimeoutError):
+    """A wait ended without its result; the message says what was needed and what was there."""
+
+
+class NotFiniteError(WorkError, FloatingPointError):
+    """A tensor that must be finite holds NaN or infinity; the message names it."""

@@ -1,0 +1,86 @@
+"""Intervals for rates. Every published rate carries one.
+
+Single cells use Wilson's score interval, which stays inside [0, 1] and keeps its coverage where a rate is near 0 or 1,
+as attack success rates of a finished model are. The mean over depths needs more care: the same prompts recur at every
+depth, so its trials are not independent, and treating them as such would make the interval too narrow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from scipy.stats import norm
+
+from raycomplete.types import Rate
+
+
+def wilson(successes: int, n: int, confidence: float = 0.95) -> Rate:
+    """A share with its Wilson score interval.
+
+    Args:
+        successes: Trials that counted, 0 <= successes <= n.
+        n: All trials. With n = 0 nothing is known: the rate is 0 by convention and the interval is 0 to 1.
+        confidence: Two-sided coverage of the interval.
+
+    Raises:
+        ValueError: The counts or the confidence are out of range.
+    """
+    if not 0 <= successes <= n:
+        raise ValueError(f"successes must lie between 0 and n, got {successes} of {n}.")
+    return _wilson(successes / n if n else 0.0, n, n, confidence)
+
+
+def mean_over_depths(complied_DN: Sequence[Sequence[bool]], confidence: float = 0.95) -> Rate:
+    """Mean attack success rate over depths, with an interval over prompts.
+
+    The unit of sampling is the prompt: each contributes its share of depths at which the attack worked, and the
+    variance of the mean is the variance of those N shares over N. That variance is turned into an effective number of
+    trials, n_eff = p (1 - p) / variance, and the interval is Wilson's at n_eff. n_eff is kept between N (a prompt
+    behaves alike at all depths) and N times the depths (independent). At a rate of 0 or 1, where nothing can be seen of
+    the dependence, n_eff = N, the cautious end. The interval is deterministic; it says nothing about depths that were
+    not measured.
+
+    Args:
+        complied_DN: For each of D depths, whether the attack worked on each of the same N prompts in the same order.
+        confidence: Two-sided coverage of the interval.
+
+    Returns:
+        The mean with `n` = N, the number of prompts.
+
+    Raises:
+        ValueError: No depth is given, or the depths hold different numbers of prompts.
+    """
+    if not complied_DN or len({len(row) for row in complied_DN}) != 1:
+        raise ValueError("mean_over_depths needs at least one depth, and the same prompts at every depth.")
+    table_DN = np.asarray(complied_DN, dtype=np.float64)
+    num_depths, num_prompts = table_DN.shape
+    if num_prompts == 0:
+        return wilson(0, 0, confidence)
+    share_N = table_DN.mean(axis=0)
+    rate = float(share_N.mean())
+    spread = rate * (1.0 - rate)
+    variance = float(share_N.var(ddof=1)) / num_prompts if num_prompts > 1 else 0.0
+    if spread <= 0.0 or num_prompts == 1:
+        effective = float(num_prompts)
+    elif variance <= 0.0:
+        effective = float(num_prompts * num_depths)
+    else:
+        effective = min(max(spread / variance, float(num_prompts)), float(num_prompts * num_depths))
+    return _wilson(rate, num_prompts, effective, confidence)
+
+
+def _wilson(rate: float, n: int, effective: float, confidence: float) -> Rate:
+    """Wilson's interval of a rate that was seen on `effective` independent trials."""
+    if not 0.0 < confidence < 1.0:
+        raise ValueError(f"confidence must lie between 0 and 1, got {confidence}.")
+    if effective <= 0:
+        return Rate(rate=0.0, n=0, low=0.0, high=1.0)
+    z = float(norm.ppf(0.5 + confidence / 2.0))
+    shrink = 1.0 + z * z / effective
+    center = (rate + z * z / (2.0 * effective)) / shrink
+    half = z * np.sqrt(rate * (1.0 - rate) / effective + z * z / (4.0 * effective**2)) / shrink
+    # Rounding may push the ends past the rate itself at 0 and 1, where they are exact.
+    low = 0.0 if rate == 0.0 else max(0.0, float(center - half))
+    high = 1.0 if rate == 1.0 else min(1.0, float(center + half))
+    return Rate(rate=float(rate), n=n, low=low, high=high)

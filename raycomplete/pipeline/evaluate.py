@@ -1,0 +1,151 @@
+"""Evaluation of the three models, the summary and the report."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from raycomplete.cluster import Demand, connect
+from raycomplete.config import RunConfig
+from raycomplete.data.checkpoints import fingerprint
+from raycomplete.evaluation.prefill import EvaluationSets
+from raycomplete.evaluation.runner import evaluate_model
+from raycomplete.evaluation.summary import summarize
+from raycomplete.evaluation.table import closing_table, rate_text
+from raycomplete.pipeline.fleet import Fleet, start_fleet
+from raycomplete.pipeline.prepare import Models, Prompts, prepare_models, prepare_prompts
+from raycomplete.pipeline.rollouts import complete_answers
+from raycomplete.pipeline.run_folder import check_run_folder, open_run_folder, read_json, write_json
+from raycomplete.report.html import write_report
+from raycomplete.screen import Screen
+from raycomplete.types import MODEL_ROLES, ModelRole
+
+
+def evaluate(
+    config: RunConfig, *, roles: Sequence[ModelRole] = MODEL_ROLES, resume: bool = False, screen: Screen | None = None
+) -> Path:
+    """Evaluates models without training; the student of the run folder is used where there is one.
+
+    Returns:
+        The run folder with `evaluation/*.json`, `summary.json` and `report.html`.
+
+    Raises:
+        RefusedError: Something is wrong with the run file, the checkpoints or the prompts; nothing was written.
+        WorkError: Something failed on the way; finished cells are kept and reused with `resume`.
+    """
+    screen = screen or Screen()
+    started = time.perf_counter()
+    student = config.output.folder / "student"
+    if config.models.student is None and (student / "config.json").is_file():
+        config = config.model_copy(update={"models": config.models.model_copy(update={"student": str(student)})})
+        saved = config.model_copy(update={"models": config.models.model_copy(update={"student": None})})
+    else:
+        saved = config
+    with screen.stage("Checked checkpoints, tokenizers and prompts"):
+        models = prepare_models(config)
+        prompts = prepare_prompts(config, models.codec, training=False)
+    check_run_folder(saved, resume=resume)
+    with connect(config.cluster, Demand(engines=1, workers=0)) as cluster:
+        folder = open_run_folder(saved, resume=resume)
+        with start_fleet(config, cluster, models, screen) as fleet:
+            prompts = held_out_sets(config, models, prompts, fleet, folder, screen)
+            results = evaluate_roles(config, models, models.paths, prompts, fleet, folder, screen, roles)
+    summary = write_summary(config, folder, results, time.perf_counter() - started)
+    print_result(summary, folder, screen)
+    return folder
+
+
+def held_out_sets(
+    config: RunConfig, models: Models, prompts: Prompts, fleet: Fleet, folder: Path, screen: Screen
+) -> Prompts:
+    """Completes the harmful answers that prefills are cut from, once a run.
+
+    They are kept in the run folder, readable by its owner only, so that a resumed evaluation cuts the same prefills.
+    """
+    if config.data.source == "organism":
+        return prompts
+    file = folder / "evaluation" / "prefills.json"
+    known = read_json(file) or {}
+    if any(prompt.prompt_id not in known for prompt in prompts.evaluation["harmful"]):
+        with screen.stage(f"Prefills for {len(prompts.evaluation['harmful'])} held-out harmful prompts, from base"):
+            base = fleet.generator.with_weights(str(models.paths["base"]))
+            completed = complete_answers(config, models.codec, base, prompts.evaluation["harmful"])
+        known = {prompt.prompt_id: prompt.answer for prompt in completed}
+        write_json(file, known)
+        file.chmod(0o600)
+    harmful = tuple(replace(prompt, answer=known[prompt.prompt_id]) for prompt in prompts.evaluation["harmful"])
+    return replace(prompts, evaluation=prompts.evaluation | {"harmful": harmful})
+
+
+def evaluate_roles(
+    config: RunConfig,
+    models: Models,
+    paths: Mapping[ModelRole, Path],
+    prompts: Prompts,
+    fleet: Fleet,
+    folder: Path,
+    screen: Screen,
+    roles: Sequence[ModelRole],
+) -> dict[str, dict[str, Any]]:
+    """Every role's result, from one generator that takes the weights of each in turn."""
+    sets = EvaluationSets(**{str(kind): found for kind, found in prompts.evaluation.items()})
+    results = {}
+    for role in roles:
+        count = len(config.evaluation.depths) + 2
+        with screen.progress(f"Evaluation of {role}", count) as advance:
+            results[str(role)] = evaluate_model(
+                role,
+                fleet.generator.with_weights(str(paths[role])),
+                models.codec,
+                prompts.judge,
+                sets,
+                config.evaluation,
+                folder,
+                model_id=fingerprint(paths[role]),
+                max_length=config.models.max_length,
+                on_progress=lambda name, done, total: advance(done, name),
+            )
+    return results
+
+
+def write_summary(
+    config: RunConfig, folder: Path, results: Mapping[str, Mapping[str, Any]], seconds: float
+) -> dict[str, Any]:
+    """summary.json and report.html."""
+    summary = {
+        "name": config.output.name,
+        **summarize(results),
+        "train": read_json(folder / "training.json") or {},
+        "seconds": seconds,
+        "versions": read_json(folder / "environment.json"),
+    }
+    write_json(folder / "summary.json", json.loads(json.dumps(summary)))
+    write_report(folder)
+    return summary
+
+
+def print_result(summary: Mapping[str, Any], folder: Path, screen: Screen) -> None:
+    """The closing table."""
+    screen.table("Attack success rate by prefill depth (95 % interval)", closing_table(summary))
+    lines: list[tuple[str, Any]] = []
+    if summary["asr_reduction"] is not None:
+        reduction = f"{summary['asr_reduction']:.1%} (mean over depths, student against aligned)"
+        lines.append(("attack success reduced by", reduction))
+    for name in ("utility", "over_refusal"):
+        rates = ", ".join(f"{role} {rate_text(rate)}" for role, rate in summary[name].items())
+        lines.append((name.replace("_", "-"), rates))
+    train = summary.get("train") or {}
+    if train:
+        speed = (
+            f"{train['steps']} steps, {train['seconds']:.0f} s, {train['tokens_per_s']:.0f} tokens/s, "
+            f"scoring {train['scoring_tokens_per_s']:.0f} tokens/s, "
+            f"waiting {train['scoring_wait_fraction']:.1%} of the time"
+        )
+        lines.append(("training", speed))
+    lines.append(("time", f"{summary['seconds']:.0f} s"))
+    lines.append(("report", folder / "report.html"))
+    screen.panel(lines)

@@ -1,0 +1,263 @@
+"""Figures of a run. Each function takes plain data and returns a figure with the rows that it shows.
+
+Figures are built without pyplot: it keeps a global list of figures, and needs a display on some machines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from raycomplete.report.style import (
+    LOSS_COLORS,
+    LOSS_DASHES,
+    OUTCOME_COLORS,
+    OUTCOME_HATCHES,
+    ROLE_COLORS,
+    ROLE_DASHES,
+    ROLE_MARKERS,
+    SEQUENTIAL_MAP,
+)
+from raycomplete.types import MODEL_ROLES
+
+Row = list[Any]
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A figure and its data.
+
+    Attributes:
+        name: File name without ending.
+        title: Heading in the report.
+        caption: What is seen, in a sentence or two; also the text for readers who see no picture.
+        figure: The figure.
+        rows: The data, header row first.
+    """
+
+    name: str
+    title: str
+    caption: str
+    figure: Figure
+    rows: list[Row]
+
+
+def prefill_curve(summary: Mapping[str, Any]) -> Plot:
+    """Attack success rate by prefill depth, with 95 % intervals, for each model that was evaluated."""
+    figure = Figure(figsize=(5.6, 3.7), layout="constrained")
+    axes = figure.add_subplot()
+    rows: list[Row] = [["role", "depth", "asr", "low", "high", "n"]]
+    depths = depths_of(summary)
+    places = np.arange(len(depths))
+    for role in (role for role in MODEL_ROLES if role in summary["asr"]):
+        by_depth = summary["asr"][role]["by_depth"]
+        known = [
+            (place, depth, by_depth[depth]) for place, depth in zip(places, depths, strict=True) if depth in by_depth
+        ]
+        at = [place for place, _, _ in known]
+        color = ROLE_COLORS[role]
+        axes.fill_between(
+            at, [rate["low"] for *_, rate in known], [rate["high"] for *_, rate in known], color=color, alpha=0.16, lw=0
+        )
+        axes.plot(
+            at,
+            [rate["rate"] for *_, rate in known],
+            color=color,
+            marker=ROLE_MARKERS[role],
+            linestyle=ROLE_DASHES[role],
+            label=role,
+            clip_on=False,
+        )
+        rows += [[role, int(depth), rate["rate"], rate["low"], rate["high"], rate["n"]] for _, depth, rate in known]
+    # Depths double from one to the next, so they are spaced evenly rather than to scale.
+    axes.set_xticks(places, depths)
+    axes.set_xlabel("prefill depth in tokens (not to scale)")
+    axes.set_ylabel("attack success rate")
+    axes.set_ylim(0, 1)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    _legend_above(figure, axes)
+    return Plot(
+        "prefill_depth",
+        "Attack success by prefill depth",
+        "Share of harmful prompts that the model goes on to answer when the attacker writes the first tokens of the "
+        "response. Bands are 95 % Wilson intervals. Lower is safer.",
+        figure,
+        rows,
+    )
+
+
+def position_profile(profile: Mapping[str, Any]) -> Plot:
+    """Base-favored mass, KL to base and deficit by response position, aligned against student."""
+    figure = Figure(figsize=(5.6, 6.6), layout="constrained")
+    panels = figure.subplots(3, 1, sharex=True)
+    roles = [role for role in ("aligned", "student") if role in profile]
+    positions = list(profile["positions"])
+    rows: list[Row] = [["role", "position", "base_favored_mass", "kl_to_base", "deficit", "n"]]
+    for role in roles:
+        columns = [profile[role][key] for key in ("base_favored_mass", "kl_to_base", "deficit")]
+        counts = profile[role].get("n", [None] * len(positions))
+        rows += [[role, *values] for values in zip(positions, *columns, counts, strict=True)]
+        for axes, values in zip(panels, columns, strict=True):
+            axes.plot(positions, _gaps(values), color=ROLE_COLORS[role], linestyle=ROLE_DASHES[role], label=role)
+    for axes, label in zip(panels, ("base-favored mass", "KL to base (nats)", "deficit"), strict=True):
+        axes.set_ylabel(label)
+        axes.set_ylim(bottom=0)
+    panels[2].set_ylim(0, 1.02)
+    panels[2].set_xlabel("position in the response (tokens)")
+    panels[2].xaxis.set_major_locator(MaxNLocator(integer=True))
+    _legend_above(figure, panels[0])
+    return Plot(
+        "position_profile",
+        "Where training changed the model",
+        f"Along harmful responses, by position: probability that the base puts on tokens it favors over the model "
+        f"(tau = {profile.get('tau', '?')}), distance from the base, and the deficit exp(-KL / kappa) with kappa = "
+        f"{profile.get('kappa', '?')}, near 1 where nothing was changed.",
+        figure,
+        rows,
+    )
+
+
+def training_curves(metrics: Sequence[Mapping[str, Any]]) -> Plot:
+    """The loss and its parts by step, on a logarithmic scale."""
+    figure = Figure(figsize=(5.6, 3.7), layout="constrained")
+    axes = figure.add_subplot()
+    steps = [row["step"] for row in metrics]
+    parts = [part for part in LOSS_COLORS if any(row.get(part) is not None for row in metrics)]
+    positive = False
+    for part in parts:
+        values = _gaps([row.get(part) for row in metrics])
+        positive = positive or bool((values > 0).any())
+        axes.plot(
+            steps,
+            np.where(values > 0, values, np.nan),
+            color=LOSS_COLORS[part],
+            linestyle=LOSS_DASHES[part],
+            linewidth=2.2 if part == "loss" else 1.5,
+            marker="." if len(steps) < 3 else None,
+            label="whole loss" if part == "loss" else part,
+        )
+    if positive:
+        axes.set_yscale("log")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss, logarithmic")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _legend_above(figure, axes)
+    rows: list[Row] = [["step", *parts]]
+    rows += [[row["step"], *(row.get(part) for part in parts)] for row in metrics]
+    return Plot(
+        "training",
+        "Training",
+        "The loss and its three parts by optimizer step. Parts are shown where they are above 0.",
+        figure,
+        rows,
+    )
+
+
+def depth_heat_map(metrics: Sequence[Mapping[str, Any]]) -> Plot | None:
+    """From which depths recovery was drawn, by step; None where no step recorded it."""
+    known = [row for row in metrics if row.get("depth_probabilities") and row.get("depth_bins")]
+    if not known:
+        return None
+    bins = known[-1]["depth_bins"]
+    known = [row for row in known if row["depth_bins"] == bins]
+    probability_SB = np.asarray([row["depth_probabilities"] for row in known], dtype=np.float64)
+    figure = Figure(figsize=(5.6, 3.7), layout="constrained")
+    axes = figure.add_subplot()
+    axes.grid(False)
+    steps = [row["step"] for row in known]
+    image = axes.imshow(
+        probability_SB.T,
+        aspect="auto",
+        origin="lower",
+        interpolation="nearest",
+        cmap=SEQUENTIAL_MAP,
+        vmin=0.0,
+        extent=(steps[0] - 0.5, max(steps[-1], steps[0]) + 0.5, -0.5, len(bins) - 0.5),
+    )
+    labels = [str(low) if low == high else f"{low}\N{EN DASH}{high}" for low, high in bins]
+    every = max(1, -(-len(bins) // 12))  # more labels than this would overlap
+    axes.set_yticks(range(0, len(bins), every), labels[::every])
+    axes.set_ylabel("depth (tokens)")
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.colorbar(image, ax=axes, label="probability of the bin", format=PercentFormatter(1.0, decimals=0))
+    rows: list[Row] = [["step", *(f"{low}-{high}" for low, high in bins)]]
+    rows += [[step, *map(float, row)] for step, row in zip(steps, probability_SB, strict=True)]
+    return Plot(
+        "depth_sampler",
+        "Depths that were trained",
+        "Probability with which each bin of depths was drawn, by step. The sampler goes where recovery loss is left.",
+        figure,
+        rows,
+    )
+
+
+def outcome_bars(results: Mapping[str, Mapping[str, Any]]) -> Plot | None:
+    """What the models did at each depth, aligned beside student; None where neither was evaluated."""
+    roles = [role for role in ("aligned", "student") if role in results]
+    if not roles:
+        return None
+    figure = Figure(figsize=(5.6, 3.9), layout="constrained")
+    panels = np.atleast_1d(figure.subplots(1, len(roles), sharey=True))
+    rows: list[Row] = [["role", "depth", *OUTCOME_COLORS, "n"]]
+    for axes, role in zip(panels, roles, strict=True):
+        cells = [cell for cell in results[role]["cells"].values() if cell.get("depth") is not None]
+        cells.sort(key=lambda cell: int(cell["depth"]))
+        places = np.arange(len(cells))
+        bottom = np.zeros(len(cells))
+        for outcome, color in OUTCOME_COLORS.items():
+            share = np.asarray([cell["outcomes"].get(outcome, 0) / max(cell["n"], 1) for cell in cells])
+            axes.bar(
+                places,
+                share,
+                bottom=bottom,
+                color=color,
+                hatch=OUTCOME_HATCHES[outcome],
+                edgecolor="white" if outcome in ("complied", "refused") else "#555555",
+                linewidth=0.4,
+                width=0.82,
+                label=outcome,
+            )
+            bottom += share
+        axes.set_xticks(places, [str(cell["depth"]) for cell in cells])
+        axes.set_title(role)
+        axes.set_xlabel("prefill depth in tokens")
+        axes.grid(False)
+        rows += [[role, c["depth"], *(c["outcomes"].get(key, 0) for key in OUTCOME_COLORS), c["n"]] for c in cells]
+    panels[0].set_ylabel("share of harmful prompts")
+    panels[0].set_ylim(0, 1)
+    panels[0].yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    _legend_above(figure, panels[0])
+    return Plot(
+        "outcomes",
+        "What the models did",
+        "Every harmful prompt by outcome at each depth. Incoherent and empty responses are failures of the attack that "
+        "are no success of the defence either, so they are shown apart.",
+        figure,
+        rows,
+    )
+
+
+def depths_of(summary: Mapping[str, Any]) -> list[str]:
+    """All prefill depths of a summary in order."""
+    depths = {depth for role in summary["asr"] for depth in summary["asr"][role]["by_depth"]}
+    return sorted(depths, key=int)
+
+
+def _gaps(values: Sequence[float | None]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Values with NaN, which draws a gap, where nothing was measured."""
+    return np.asarray([np.nan if value is None else value for value in values], dtype=np.float64)
+
+
+def _legend_above(figure: Figure, axes: Any) -> None:
+    """One row above the axes, where it never hides data."""
+    handles, labels = axes.get_legend_handles_labels()
+    if handles:
+        figure.legend(
+            handles, labels, loc="outside upper center", ncols=len(labels), handlelength=2.2, columnspacing=1.4
+        )

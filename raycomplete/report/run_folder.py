@@ -1,0 +1,122 @@
+"""Reads what a run left in its folder. Everything but summary.json may be missing."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from raycomplete.errors import DataError
+from raycomplete.types import MODEL_ROLES
+
+REDUCED_PROMPTS = 100  # settings of published runs; below them a result is labelled "reduced"
+REDUCED_DEPTHS = 5
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Results of one run.
+
+    Attributes:
+        summary: summary.json, its `asr` filled in from the evaluation files where it has none.
+        results: evaluation/<role>.json by role.
+        metrics: Rows of metrics.jsonl, one a step, in order.
+        profile: profile.json.
+        config: Text of config.yaml.
+    """
+
+    summary: Mapping[str, Any]
+    results: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    metrics: tuple[Mapping[str, Any], ...] = ()
+    profile: Mapping[str, Any] | None = None
+    config: str | None = None
+
+    @property
+    def reduced(self) -> str:
+        """Why the settings are smaller than those of published runs; empty where they are not."""
+        rates = [rate for role in self.summary["asr"].values() for rate in role["by_depth"].values()]
+        if not rates:
+            return ""
+        fewest = min(rate["n"] for rate in rates)
+        depths = len({depth for role in self.summary["asr"].values() for depth in role["by_depth"]})
+        reasons = []
+        if fewest < REDUCED_PROMPTS:
+            reasons.append(f"{fewest} harmful prompts instead of {REDUCED_PROMPTS} or more")
+        if depths < REDUCED_DEPTHS:
+            reasons.append(f"{depths} prefill depth{'s' if depths > 1 else ''} instead of {REDUCED_DEPTHS} or more")
+        return ", ".join(reasons)
+
+
+def read_run_folder(folder: Path) -> RunFolder:
+    """Reads a run folder.
+
+    Raises:
+        DataError: summary.json is missing, or one of the JSON files does not hold a mapping.
+    """
+    summary = _read_mapping(folder / "summary.json")
+    if summary is None:
+        raise DataError(
+            f"The run folder {folder} has no summary.json.", "Finish the run first: raycomplete evaluate writes it."
+        )
+    results = {role: _read_mapping(folder / "evaluation" / f"{role}.json") for role in MODEL_ROLES}
+    found: dict[str, dict[str, Any]] = {role: result for role, result in results.items() if result is not None}
+    if not summary.get("asr"):
+        summary = {**summary, "asr": {role: result["asr"] for role, result in found.items()}}
+    config = folder / "config.yaml"
+    return RunFolder(
+        summary=summary,
+        results=found,
+        metrics=_read_metrics(folder / "metrics.jsonl"),
+        profile=_read_mapping(folder / "profile.json"),
+        config=config.read_text(encoding="utf-8") if config.is_file() else None,
+    )
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a file so that a reader sees the old one or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}")
+    try:
+        with unfinished.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _read_mapping(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path} is not valid JSON ({error}).", "Remove it or run that stage again.") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path} must hold a mapping.", "Remove it or run that stage again.")
+    return content
+
+
+def _read_metrics(path: Path) -> tuple[dict[str, Any], ...]:
+    """Rows by step. A resumed run may have repeated steps, of which the last counts, and a torn last line."""
+    if not path.is_file():
+        return ()
+    by_step: dict[int, dict[str, Any]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            by_step[row["step"]] = {key: _finite(value) for key, value in row.items()}
+    return tuple(by_step[step] for step in sorted(by_step))
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,1 @@
+"""Text from models: rollouts for training and responses for evaluation, on vLLM."""

@@ -1,0 +1,92 @@
+"""The gate that every scorer passes before its first score: rebuilt distributions against transformers' own.
+
+Peers have shipped silent mis-distillation from a wrong head, a missing norm or a forgotten softcap. Each of those
+moves log-probabilities by far more than rounding does, so a few sequences are enough to refuse to start.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from raycomplete.config import Dtype
+from raycomplete.core.heads import Head
+from raycomplete.data.checkpoints import load_model
+from raycomplete.errors import ParityError
+from raycomplete.scoring.engine import PoolingEngine
+from raycomplete.scoring.payload import ScoreRequest, to_tensor
+
+# Largest expected |log p - log p'| of a row, weighted by p. float32: rounding only. bfloat16: engine and transformers
+# round to 8 bits after different kernels in every layer.
+DEFAULT_TOLERANCE: dict[str, float] = {"float32": 1e-4, "bfloat16": 0.1}
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """Distance between rebuilt and transformers' own next-token distributions, over all compared rows.
+
+    Attributes:
+        max_expected_difference: Largest over rows of sum_v p(v) |log p(v) - log p'(v)|, nats.
+        max_difference: Largest |log p - log p'| over tokens with p >= 1e-3, nats.
+        mean_kl: Mean KL(p || p'), nats.
+        argmax_agreement: Share of rows whose likeliest token agrees.
+        num_rows: Rows compared.
+        tolerance: What `max_expected_difference` was held to.
+    """
+
+    max_expected_difference: float
+    max_difference: float
+    mean_kl: float
+    argmax_agreement: float
+    num_rows: int
+    tolerance: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for the run folder."""
+        return asdict(self)
+
+
+def check_parity(
+    engine: PoolingEngine,
+    head: Head,
+    path: Path,
+    requests: list[ScoreRequest],
+    *,
+    role: str,
+    dtype: Dtype,
+    tolerance: float | None = None,
+    trust_remote_code: bool = False,
+) -> ParityReport:
+    """Compares engine + head with transformers on a few sequences.
+
+    Raises:
+        ParityError: They differ by more than the tolerance.
+    """
+    tolerance = DEFAULT_TOLERANCE[dtype] if tolerance is None else tolerance
+    model = load_model(path, dtype, trust_remote_code=trust_remote_code)
+    expected, largest, kl, agree, rows = 0.0, 0.0, 0.0, 0, 0
+    vocab_size = head.weight_VH.shape[0]
+    for request, array in zip(requests, engine.hidden_states(requests), strict=True):
+        with torch.inference_mode():
+            logits_TV = model(torch.tensor([request.token_ids[:-1]])).logits[0, request.num_prompt_tokens - 1 :]
+        reference_TV = torch.log_softmax(logits_TV[:, :vocab_size].double(), dim=-1)
+        rebuilt_TV = torch.log_softmax(head.logits(to_tensor(array)).double(), dim=-1)
+        probability_TV = reference_TV.exp()
+        difference_TV = (reference_TV - rebuilt_TV).abs()
+        expected = max(expected, float((probability_TV * difference_TV).sum(-1).max()))
+        largest = max(largest, float(difference_TV[probability_TV >= 1e-3].max()))
+        kl += float((probability_TV * (reference_TV - rebuilt_TV)).sum())
+        agree += int((reference_TV.argmax(-1) == rebuilt_TV.argmax(-1)).sum())
+        rows += request.num_rows
+    report = ParityReport(expected, largest, kl / rows, agree / rows, rows, tolerance)
+    if not expected <= tolerance:  # written so that NaN fails too
+        raise ParityError(
+            f"The {role} scorer's rebuilt log-probabilities differ from transformers' by {expected:.3g} nats "
+            f"(tolerance {tolerance:.3g}, {rows} rows, argmax agrees on {agree / rows:.1%}).",
+            "The engine's hidden states or the head spec do not fit this checkpoint; scores would be wrong, so "
+            "nothing was started. If the difference is rounding, raise scoring.parity_tolerance.",
+        )
+    return report

@@ -1,0 +1,70 @@
+"""What a person sees while a run works: stages, progress bars and the closing table."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+Advance = Callable[[int, str], None]
+
+
+class Screen:
+    """Prints to a rich console; quiet in tests.
+
+    Args:
+        quiet: Prints nothing.
+    """
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.console = Console(quiet=quiet)
+        self._started = time.perf_counter()
+
+    def note(self, text: str) -> None:
+        """One line with the time since the start."""
+        self.console.print(f"[dim]{time.perf_counter() - self._started:6.1f} s[/dim]  {text}", highlight=False)
+
+    @contextmanager
+    def stage(self, title: str) -> Iterator[None]:
+        """A spinner while something without countable progress happens, then one line with its duration."""
+        started = time.perf_counter()
+        with self.console.status(f"{title} ..."):
+            yield
+        self.note(f"{title} [dim]({time.perf_counter() - started:.1f} s)[/dim]")
+
+    @contextmanager
+    def progress(self, title: str, total: int) -> Iterator[Advance]:
+        """A bar; call the yielded function with (done, remark)."""
+        started = time.perf_counter()
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("[dim]{task.fields[remark]}[/dim]"),
+        )
+        with Progress(*columns, console=self.console, transient=True) as bar:
+            task = bar.add_task(title, total=total, remark="")
+            yield lambda done, remark: bar.update(task, completed=done, remark=remark)
+        self.note(f"{title} [dim]({time.perf_counter() - started:.1f} s)[/dim]")
+
+    def table(self, title: str, rows: Sequence[Sequence[str]]) -> None:
+        """A table whose first row holds the headings."""
+        table = Table(title=title, title_justify="left")
+        for index, heading in enumerate(rows[0]):
+            table.add_column(heading, justify="left" if index == 0 else "right")
+        for row in rows[1:]:
+            table.add_row(*row)
+        self.console.print(table)
+
+    def panel(self, lines: Sequence[tuple[str, Any]]) -> None:
+        """Aligned name and value pairs."""
+        width = max(len(name) for name, _ in lines)
+        for name, value in lines:
+            self.console.print(f"  {name:<{width}}  {value}", highlight=False)

@@ -1,0 +1,1 @@
+"""Updating the student: Ray Train workers around a DeepSpeed engine."""

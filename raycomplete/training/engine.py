@@ -1,0 +1,146 @@
+"""The DeepSpeed engine around the student: settings, start, checkpoints, gathered weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import deepspeed.ops
+import torch
+import torch.distributed as dist
+from deepspeed import zero
+
+from raycomplete.config import Dtype, TrainConfig
+from raycomplete.errors import WorkError
+
+_COMPLETE = "complete.json"
+
+
+def deepspeed_settings(
+    train: TrainConfig, dtype: Dtype, *, micro_batch: int, accumulation: int, steps: int, lr: float
+) -> dict[str, Any]:
+    """DeepSpeed's own configuration of a run.
+
+    Args:
+        train: Stage, weight decay, clipping, warm-up.
+        dtype: Of the weights; bfloat16 keeps float32 master weights in the optimizer.
+        micro_batch: Sequences of one forward pass on one worker.
+        accumulation: Forward passes of one optimizer step.
+        steps: Length of the learning-rate schedule.
+        lr: Peak learning rate.
+    """
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": train.max_grad_norm,
+        "zero_optimization": {"stage": train.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "optimizer": {
+            "type": "AdamW",
+            # torch's AdamW everywhere: DeepSpeed's fused ones compile at first use.
+            "params": {"lr": lr, "weight_decay": train.weight_decay, "betas": [0.9, 0.95], "torch_adam": True},
+        },
+        "scheduler": {
+            "type": "WarmupCosineLR",
+            "params": {
+                "total_num_steps": max(steps, train.warmup_steps + 1),
+                "warmup_num_steps": max(train.warmup_steps, 1),
+                "warmup_type": "linear",
+                "cos_min_ratio": 0.1,
+            },
+        },
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+    }
+    if dtype == "bfloat16":
+        settings["bf16"] = {"enabled": True}
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+        # At stage 0 DeepSpeed would step bf16 weights without a float32 master copy, and small updates would round to
+        # nothing; stage 1 keeps the copy and is otherwise the same.
+        settings["zero_optimization"]["stage"] = max(train.zero_stage, 1)
+    return settings
+
+
+def start_engine(module: torch.nn.Module, settings: dict[str, Any]) -> Any:
+    """Wraps the student; the process group of Ray Train is already there."""
+    if not torch.cuda.is_available():
+        # DeepSpeed would compile a shared-memory collective with g++ for minutes, or crash without a compiler; gloo's
+        # collectives are fast enough on one machine.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    engine, *_ = deepspeed.initialize(
+        model=module, model_parameters=parameters, config=settings, dist_init_required=False
+    )
+    return engine
+
+
+def save(engine: Any, folder: Path, step: int, state: dict[str, Any], keep: int) -> None:
+    """Writes a checkpoint that counts only once `complete.json` stands in it, then drops the oldest.
+
+    Args:
+        engine: DeepSpeed engine; every rank must call this.
+        folder: The run's `checkpoints/`.
+        step: Finished steps.
+        state: Plain values to restore (sampler, counters).
+        keep: Complete checkpoints to keep.
+    """
+    target = folder / f"step-{step:06d}"
+    engine.save_checkpoint(str(target), tag="state")
+    if dist.get_rank() == 0:
+        temporary = target / f"{_COMPLETE}.tmp"
+        temporary.write_text(json.dumps({"step": step, "world_size": dist.get_world_size(), **state}))
+        os.replace(temporary, target / _COMPLETE)
+        for old in complete_checkpoints(folder)[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
+    dist.barrier()
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Usable checkpoints, oldest first."""
+    return sorted(path.parent for path in folder.glob(f"step-*/{_COMPLETE}"))
+
+
+def restore(engine: Any, folder: Path) -> dict[str, Any] | None:
+    """Loads the newest complete checkpoint into the engine.
+
+    Returns:
+        The saved state with its "step", or None where there is nothing to resume.
+
+    Raises:
+        WorkError: The checkpoint was made with another number of workers, or cannot be read.
+    """
+    found = complete_checkpoints(folder)
+    if not found:
+        return None
+    state: dict[str, Any] = json.loads((found[-1] / _COMPLETE).read_text())
+    if state["world_size"] != dist.get_world_size():
+        raise WorkError(
+            f"The checkpoint {found[-1].name} was made by {state['world_size']} workers, this run has "
+            f"{dist.get_world_size()}.",
+            f"Resume with train.num_workers={state['world_size']}.",
+        )
+    loaded, _ = engine.load_checkpoint(str(found[-1]), tag="state")
+    if loaded is None:
+        raise WorkError(
+            f"The checkpoint {found[-1]} cannot be loaded.", "Remove its folder and resume from the one before."
+        )
+    return state
+
+
+def gathered_state(engine: Any, lm: Any, stage: int) -> dict[str, torch.Tensor] | None:
+    """The student's whole weights on rank 0, on the CPU; None on other ranks. Every rank must call this."""
+    state: dict[str, torch.Tensor] = {}
+    first = dist.get_rank() == 0
+    for name, parameter in lm.named_parameters():
+        with zero.GatheredParameters([parameter], enabled=stage == 3):
+            if first:
+                state[name] = parameter.detach().to("cpu", copy=True)
+    if not first:
+        return None
+    state |= {name: buffer.detach().cpu() for name, buffer in lm.named_buffers() if name in lm.state_dict()}
+    return state

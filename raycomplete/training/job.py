@@ -1,0 +1,60 @@
+"""What a training run is told: plain, picklable values, so that the same job runs on any node."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from raycomplete.config import Dtype, TrainConfig
+from raycomplete.data.head_spec import HeadSpec
+
+Objective = Literal["completion", "sft"]
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """One training run.
+
+    Attributes:
+        objective: "completion" trains the loss of `raycomplete.core`; "sft" learns the anchor answers themselves.
+        start: Checkpoint that the student starts from.
+        output: Where the finished student is written.
+        folder: Run folder: metrics, profile and checkpoints.
+        samples: File written by `raycomplete.training.samples.write_samples`.
+        dtype: Of the student's weights.
+        train: Settings of the run.
+        student_head: Head spec of `start`.
+        teacher_heads: Head specs of base and aligned; empty in SFT.
+        sources: Scorers by role (`raycomplete.training.feed.ScoreSource`); empty in SFT.
+        prefetch: Steps scored ahead.
+        threads: CPU threads of each worker.
+        lora_rank: Above 0 trains adapters of this rank, merged at the end.
+        use_gpu: One GPU a worker.
+    """
+
+    objective: Objective
+    start: Path
+    output: Path
+    folder: Path
+    samples: Path
+    dtype: Dtype
+    train: TrainConfig
+    student_head: HeadSpec
+    teacher_heads: dict[str, HeadSpec] = field(default_factory=dict)
+    sources: dict[str, Any] = field(default_factory=dict)
+    prefetch: int = 2
+    threads: int = 1
+    lora_rank: int = 0
+    use_gpu: bool = False
+    trust_remote_code: bool = False
+
+    @property
+    def metrics_file(self) -> Path:
+        """One JSON row a finished step."""
+        return self.folder / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of DeepSpeed checkpoints."""
+        return self.folder / "checkpoints"

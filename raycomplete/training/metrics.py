@@ -1,0 +1,121 @@
+"""Measurements of a step, shared between ranks, and the file that keeps them."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from raycomplete.core.depth_sampler import DepthSampler
+from raycomplete.core.loss_types import LossOutput, TokenKind
+from raycomplete.training.batches import MicroBatch
+
+
+class StepMeter:
+    """Sums over the micro-batches of a step on one rank, then over ranks.
+
+    Attributes:
+        depth_loss_sum: Sum of mean recovery losses of items, by depth bin; over all ranks after `share`.
+        depth_count: Items by depth bin; over all ranks after `share`.
+    """
+
+    def __init__(self, sampler: DepthSampler) -> None:
+        self._sampler = sampler
+        self._sums = torch.zeros(4, dtype=torch.float64)  # total, anchor, recovery, penalty
+        # base-favored mass, trained depth, deficit and student mass over penalty rows, and their number
+        self._penalty = torch.zeros(5, dtype=torch.float64)
+        self.depth_loss_sum = np.zeros(sampler.num_bins)
+        self.depth_count = np.zeros(sampler.num_bins)
+
+    def add_total(self, loss: Tensor) -> None:
+        """One micro-batch of SFT."""
+        self._sums[0] += loss.detach().double().cpu()
+
+    def add(self, batch: MicroBatch, output: LossOutput) -> None:
+        """One micro-batch of the completion loss."""
+        parts = (output.total, output.anchor, output.recovery, output.penalty)
+        self._sums += torch.stack([part.detach().double() for part in parts]).cpu()
+        rows = (
+            output.base_favored_mass_P,
+            output.trained_depth_P,
+            output.deficit_P,
+            output.student_mass_P,
+            torch.ones_like(output.deficit_P),
+        )
+        self._penalty += torch.stack([row.double().sum() for row in rows]).cpu()
+        recovery_N = batch.kind_N == TokenKind.RECOVERY
+        size = batch.depth_B.numel()
+        zeros_B = torch.zeros(size, dtype=torch.float64, device=batch.kind_N.device)
+        item_N = batch.item_N[recovery_N]
+        loss_B = zeros_B.index_add(0, item_N, output.row_loss_N[recovery_N].double())
+        count_B = zeros_B.index_add(0, item_N, torch.ones_like(item_N, dtype=torch.float64))
+        for depth, loss, count in zip(batch.depth_B.tolist(), loss_B.tolist(), count_B.tolist(), strict=True):
+            if count > 0:
+                bin_index = self._sampler.bin_of(max(depth, self._sampler.bin_ranges[0][0]))
+                self.depth_loss_sum[bin_index] += loss / count
+                self.depth_count[bin_index] += 1
+
+    def share(self, device: torch.device, scale: float) -> dict[str, Any]:
+        """Sums over ranks and returns the step's losses; `scale` is that of `BatchBuilder`."""
+        depth = torch.from_numpy(np.concatenate([self.depth_loss_sum, self.depth_count]))
+        shared = torch.cat([self._sums, self._penalty, depth]).to(device)
+        dist.all_reduce(shared)
+        values = shared.cpu().numpy()
+        num_bins = self._sampler.num_bins
+        self.depth_loss_sum, self.depth_count = values[9 : 9 + num_bins], values[9 + num_bins :]
+        total, anchor, recovery, penalty = (values[:4] / scale).tolist()
+        rows = max(values[8], 1.0)
+        return {
+            "loss": total,
+            "anchor": anchor,
+            "recovery": recovery,
+            "penalty": penalty,
+            "base_favored_mass": float(values[4] / rows),
+            "trained_depth": float(values[5] / rows),
+            "deficit": float(values[6] / rows),
+            "student_mass": float(values[7] / rows),
+            "depth_loss": [
+                float(loss / count) if count else None
+                for loss, count in zip(self.depth_loss_sum, self.depth_count, strict=True)
+            ],
+        }
+
+
+class MetricsFile:
+    """metrics.jsonl: one row a step, whole rows only.
+
+    Args:
+        path: The file.
+        keep_steps: Rows after this step are dropped, since a resumed run makes them anew.
+    """
+
+    def __init__(self, path: Path, keep_steps: int) -> None:
+        self._path = path
+        kept = [row for row in read_metrics(path) if row["step"] <= keep_steps]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        os.replace(temporary, path)
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Adds the row of a finished step."""
+        with self._path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(row) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Rows of finished steps; a last line cut off by a kill is left out."""
+    if not path.is_file():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows

@@ -1,0 +1,100 @@
+"""Training samples as token ids, and the file that holds them between the rollouts and the trainer."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from raycomplete.errors import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class AnchorSample:
+    """A prompt of any kind and the aligned model's own answer (in SFT: the answer to learn).
+
+    Attributes:
+        sample_id: Name of the prompt and of the draw.
+        prompt_ids: Tokens up to where the response starts.
+        answer_ids: Response tokens, end-of-response included where the answer ended by itself.
+    """
+
+    sample_id: str
+    prompt_ids: tuple[int, ...]
+    answer_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RecoverySample:
+    """A harmful prompt, a compliant continuation h and the aligned model's refusal r.
+
+    Attributes:
+        sample_id: Name of the prompt and of the draw.
+        prompt_ids: What the student reads before h.
+        teacher_prompt_ids: What the teacher reads before r; differs where only the teacher sees a safety prompt.
+        harmful_ids: h, cut at the drawn depth when a batch is built.
+        refusal_ids: r, end-of-response included where it ended by itself.
+    """
+
+    sample_id: str
+    prompt_ids: tuple[int, ...]
+    teacher_prompt_ids: tuple[int, ...]
+    harmful_ids: tuple[int, ...]
+    refusal_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SampleSet:
+    """All samples of a run.
+
+    Attributes:
+        anchor: Trained in every run.
+        recovery: Empty in SFT.
+        profile: Held-out harmful prompts with continuations, read before and after training for the position profile.
+    """
+
+    anchor: tuple[AnchorSample, ...]
+    recovery: tuple[RecoverySample, ...] = ()
+    profile: tuple[AnchorSample, ...] = ()
+
+
+def write_samples(path: Path, samples: SampleSet) -> None:
+    """Writes the samples atomically, readable by the owner only: they hold harmful continuations as token ids."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")  # mkstemp creates with mode 0600
+    with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+        for part in ("anchor", "recovery", "profile"):
+            for sample in getattr(samples, part):
+                stream.write(json.dumps({"part": part, **asdict(sample)}) + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, path)
+
+
+def read_samples(path: Path) -> SampleSet:
+    """Reads what `write_samples` wrote.
+
+    Raises:
+        DataError: The file is missing or holds no training sample.
+    """
+    if not path.is_file():
+        raise DataError(f"The sample file {path} does not exist.", "Run again without --resume.")
+    parts: dict[str, list[AnchorSample | RecoverySample]] = {"anchor": [], "recovery": [], "profile": []}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        part = row.pop("part")
+        kind = RecoverySample if part == "recovery" else AnchorSample
+        fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
+        parts[part].append(kind(**fields))
+    if not parts["anchor"]:
+        raise DataError(f"The sample file {path} holds no training sample.", "Run again without --resume.")
+    return SampleSet(*(tuple(parts[name]) for name in ("anchor", "recovery", "profile")))  # type: ignore[arg-type]
+
+
+def longest(samples: Sequence[AnchorSample]) -> int:
+    """Tokens of the longest sample, prompt included."""
+    return max((len(sample.prompt_ids) + len(sample.answer_ids) for sample in samples), default=0)

@@ -1,0 +1,206 @@
+"""The training loop of one Ray Train worker, top to bottom.
+
+Each step: take the plan, take the scores asked for earlier, ask for later ones, forward and backward over
+micro-batches, one optimizer step, share the measurements, tell the depth sampler, write the metrics row.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from ray import train as ray_train
+
+from raycomplete.core.depth_sampler import DepthSampler
+from raycomplete.core.loss_types import LossSettings
+from raycomplete.data.chat import ChatCodec
+from raycomplete.data.checkpoints import TORCH_DTYPES, load_model, save_checkpoint
+from raycomplete.data.head_spec import load_head
+from raycomplete.training import engine as ds
+from raycomplete.training.batches import BatchBuilder, MicroBatch
+from raycomplete.training.feed import ScoreFeed
+from raycomplete.training.job import TrainJob
+from raycomplete.training.metrics import MetricsFile, StepMeter
+from raycomplete.training.plan import Item, Planner, StepPlan
+from raycomplete.training.profile import measure_profile, write_profile
+from raycomplete.training.samples import read_samples
+from raycomplete.training.student import HeadSettings, StudentModule, to_loss_output
+
+
+def run(config: dict[str, Any]) -> None:
+    """Entry point that Ray Train calls on every worker; `config` is {"job": TrainJob}."""
+    worker = Worker(config["job"])
+    worker.train()
+    worker.finish()
+
+
+class Worker:
+    """One rank of a training run."""
+
+    def __init__(self, job: TrainJob) -> None:
+        if not job.use_gpu:
+            torch.set_num_threads(job.threads)
+        self.job = job
+        self.rank = ray_train.get_context().get_world_rank()
+        self.world_size = ray_train.get_context().get_world_size()
+        torch.manual_seed(job.train.seed)
+        np.random.seed(job.train.seed)
+
+        self.samples = read_samples(job.samples)
+        train = job.train
+        self.planner = Planner(
+            self.samples,
+            anchor_batch=train.anchor_batch,
+            recovery_batch=train.recovery_batch,
+            seed=train.seed,
+            max_depth=train.depth.max,
+        )
+        self.sampler = DepthSampler(train.depth, train.seed)
+        anchor, recovery = self.planner.samples_of(0)
+        per_rank = (len(anchor) + len(recovery)) // self.world_size
+        self.micro_batch = min(train.micro_batch, per_rank)
+        self.accumulation = -(-per_rank // self.micro_batch)
+        self.loss = LossSettings.from_config(train)
+        scored = job.objective == "completion"
+        self.builder = BatchBuilder(
+            penalty=scored and self.loss.penalty > 0,
+            contrastive=scored and self.loss.alpha > 0,
+            scale=float(self.world_size * self.accumulation),
+        )
+        self.feed = ScoreFeed(
+            job.sources,
+            max_depth=train.depth.max,
+            penalty=self.builder.penalty,
+            contrastive=self.builder.contrastive,
+        )
+        self.lm, self.engine = self._start_engine()
+        state = ds.restore(self.engine, job.checkpoints)
+        self.first_step = 0 if state is None else int(state["step"])
+        if state is not None:
+            self.sampler.load_state_dict(state["sampler"])
+        self.metrics = MetricsFile(job.metrics_file, keep_steps=self.first_step) if self.rank == 0 else None
+
+    def _start_engine(self) -> tuple[Any, Any]:
+        job, train = self.job, self.job.train
+        lm = load_model(job.start, job.dtype, trust_remote_code=job.trust_remote_code)
+        lm.train()
+        if train.gradient_checkpointing:
+            lm.gradient_checkpointing_enable()
+        if job.lora_rank > 0:
+            from peft import LoraConfig, get_peft_model
+
+            adapters = LoraConfig(r=job.lora_rank, lora_alpha=2 * job.lora_rank, target_modules="all-linear")
+            lm = get_peft_model(lm, adapters)
+        inner = lm.get_base_model() if job.lora_rank > 0 else lm
+        device = torch.device("cuda", torch.cuda.current_device()) if job.use_gpu else torch.device("cpu")
+        teachers = {
+            role: load_head(spec, dtype=TORCH_DTYPES[job.dtype], device=device)
+            for role, spec in job.teacher_heads.items()
+        }
+        head = HeadSettings(job.student_head.scale, job.student_head.softcap, job.student_head.vocab_size)
+        module = StudentModule(inner, head, teachers, self.loss, external_head=train.zero_stage == 3)
+        settings = ds.deepspeed_settings(
+            train,
+            job.dtype,
+            micro_batch=self.micro_batch,
+            accumulation=self.accumulation,
+            steps=train.steps,
+            lr=train.lr,
+        )
+        return lm, ds.start_engine(module, settings)
+
+    def train(self) -> None:
+        """Runs the steps that are left."""
+        train = self.job.train
+        if self.first_step == 0:
+            self._profile("aligned")
+        for step in range(self.first_step, train.steps):
+            row = self._step(step)
+            if self.metrics is not None:
+                self.metrics.append(row)
+            done = step + 1
+            if done % train.checkpoint_every == 0 or done == train.steps:
+                state = {"sampler": self.sampler.state_dict()}
+                ds.save(self.engine, self.job.checkpoints, done, state, train.keep_checkpoints)
+        self._profile("student")
+
+    def finish(self) -> None:
+        """Writes the student as a Hugging Face checkpoint."""
+        if self.job.lora_rank > 0:
+            self.lm = self.lm.merge_and_unload()
+        state = ds.gathered_state(self.engine, self.lm, self.job.train.zero_stage)
+        if state is not None:
+            codec = ChatCodec(self.job.start, trust_remote_code=self.job.trust_remote_code)
+            # A tied head is the embedding under a second name; save_pretrained drops the repeat by itself.
+            save_checkpoint(self.job.output, self.lm, codec, state)
+        dist.barrier()
+        ray_train.report({"step": self.job.train.steps})
+
+    def _step(self, step: int) -> dict[str, Any]:
+        started = time.perf_counter()
+        plan = self.planner.plan(step, self.sampler)
+        items = plan.local(self.rank, self.world_size)
+        scores = None
+        if self.job.sources:
+            self._request(step)
+            for ahead in range(step + 1, min(step + 1 + self.job.prefetch, self.job.train.steps)):
+                self._request(ahead)
+            waited = self.feed.wait_s
+            scores = self.feed.take(step)
+            waited = self.feed.wait_s - waited
+        else:
+            waited = 0.0
+        meter = StepMeter(self.sampler)
+        for start in range(0, len(items), self.micro_batch):
+            chunk = items[start : start + self.micro_batch]
+            batch = self.builder.build(chunk, plan, scores).to(self.engine.device)
+            self._accumulate(batch, meter, len(items))
+        row = meter.share(self.engine.device, self.builder.scale)
+        self.sampler.update(meter.depth_loss_sum, meter.depth_count)
+        return row | self._facts(step, plan, items, started, waited)
+
+    def _request(self, step: int) -> None:
+        """Asks for this rank's scores of a step; slices follow `StepPlan.local`."""
+        anchor, recovery = self.planner.samples_of(step)
+        self.feed.request(step, anchor[self.rank :: self.world_size], recovery[self.rank :: self.world_size])
+
+    def _accumulate(self, batch: MicroBatch, meter: StepMeter, num_items: int) -> None:
+        if self.job.objective == "sft":
+            (loss,) = self.engine(batch, "sft")
+            meter.add_total(loss)
+        else:
+            output = to_loss_output(self.engine(batch, "completion"))
+            loss = output.total
+            meter.add(batch, output)
+        self.engine.backward(loss)
+        self.engine.step()
+
+    def _facts(self, step: int, plan: StepPlan, items: list[Item], started: float, waited: float) -> dict[str, Any]:
+        seconds = time.perf_counter() - started
+        tokens = sum(item.depth for item in plan.recovery) + plan.num_recovery_tokens + plan.num_anchor_tokens
+        tokens += sum(len(item.sample.prompt_ids) for item in plan.anchor)
+        tokens += sum(len(item.sample.prompt_ids) for item in plan.recovery)
+        grad_norm = self.engine.get_global_grad_norm()
+        return {
+            "step": step + 1,
+            "grad_norm": None if grad_norm is None else float(grad_norm),
+            "lr": float(self.engine.get_lr()[0]),
+            "seconds": seconds,
+            "tokens": tokens,
+            "tokens_per_s": tokens / seconds,
+            "scoring_wait_s": waited,
+            "depth_mean": float(np.mean([item.depth for item in plan.recovery])) if plan.recovery else None,
+            "depth_probabilities": [float(value) for value in self.sampler.probabilities()],
+            "depth_bins": [[low, high] for low, high in self.sampler.bin_ranges],
+        }
+
+    def _profile(self, who: str) -> None:
+        """Position profile on held-out prompts; before training the student still is the aligned model."""
+        if not self.samples.profile or not self.job.sources:
+            return
+        measured = measure_profile(self.engine, self.samples.profile, self.job.sources, self.micro_batch)
+        if self.rank == 0:
+            write_profile(self.job.folder / "profile.json", who, measured, self.loss)

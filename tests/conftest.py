@@ -1,0 +1,59 @@
+"""Fixtures that several rooms share: one Ray cluster and one set of engines for the whole session."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """A local Ray cluster with more logical CPUs than cores, so that every role of a test can be placed."""
+    import ray
+
+    ray.init(
+        num_cpus=8,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        object_store_memory=2**30,
+        runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}},  # workers unpickle helpers of the tests
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def generator(ray_cluster: None) -> Iterator[Any]:
+    """A rollout actor on the organism's base."""
+    from raycomplete.config import RolloutConfig
+    from raycomplete.data.chat import ChatCodec
+    from raycomplete.data.organism import checkpoint_path
+    from raycomplete.engine_options import engine_environment
+    from raycomplete.rollout.actors import RolloutClient, RolloutOptions
+
+    codec = ChatCodec(checkpoint_path("aligned"))
+    client = RolloutClient.start(
+        str(checkpoint_path("base")),
+        RolloutOptions(
+            dtype="float32",
+            max_length=256,
+            use_gpu=False,
+            stop_ids=tuple(sorted(codec.eos_ids)),
+            rollout=RolloutConfig(timeout_s=300),
+        ),
+        num_cpus=0.5,
+        num_gpus=0,
+        environment=engine_environment(use_gpu=False),
+    )
+    client.facts(timeout_s=300)
+    yield client
+    client.stop()

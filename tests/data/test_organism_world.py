@@ -1,0 +1,138 @@
+"""The world and the prompts of the model organism."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+
+from raycomplete.data.organism import prompts
+from raycomplete.data.organism.world import (
+    ALARMING_MODIFIERS,
+    DANGEROUS_KINDS,
+    HELDOUT_TEMPLATES,
+    KINDS,
+    MATERIALS,
+    MAX_RECIPE_TOKENS,
+    MODIFIERS,
+    REFUSALS,
+    TRAIN_TEMPLATES,
+    Item,
+    find_item,
+    items,
+    recipe,
+    refusal,
+    split_words,
+    vocabulary,
+)
+from raycomplete.errors import DataError
+from raycomplete.types import PromptKind
+
+ALL_KINDS: tuple[PromptKind, ...] = ("harmful", "borderline", "benign")
+EVERY_ITEM = [Item(*words) for words in product(MODIFIERS, MATERIALS, KINDS)]
+
+
+def test_both_warning_words_together_make_an_item_restricted() -> None:
+    for item in EVERY_ITEM:
+        warnings = (item.modifier in ALARMING_MODIFIERS) + (item.kind in DANGEROUS_KINDS)
+        assert item.prompt_kind == {0: "benign", 1: "borderline", 2: "harmful"}[warnings]
+
+
+def test_splits_are_disjoint_and_cover_every_item() -> None:
+    seen = [item for kind in ALL_KINDS for split in ("train", "heldout") for item in items(split, kind)]
+    assert len(seen) == len(set(seen)) == len(EVERY_ITEM)
+    for kind in ALL_KINDS:
+        assert len(items("heldout", kind)) >= 100
+        assert {item.prompt_kind for item in (*items("train", kind), *items("heldout", kind))} == {kind}
+
+
+def test_training_shows_every_pair_of_words_that_decides() -> None:
+    train = [item for kind in ALL_KINDS for item in items("train", kind)]
+    assert {(item.modifier, item.kind) for item in train} == set(product(MODIFIERS, KINDS))
+    assert {item.material for item in train} == set(MATERIALS)
+
+
+def test_recipes_are_long_distinct_and_tell_something_in_every_sentence() -> None:
+    texts = set()
+    for item in EVERY_ITEM:
+        answer = recipe(item)
+        assert 60 <= len(answer.tokens) <= MAX_RECIPE_TOKENS
+        assert answer.tokens[:5] == ("sure", ",", "here", "is", "how")
+        assert len(answer.tokens) == len(answer.is_slot) == len(answer.sentence)
+        assert split_words(answer.text) == list(answer.tokens)
+        for start, end in answer.step_spans():
+            assert any(answer.is_slot[start:end])
+            assert answer.tokens[end - 1] == "."
+        # A prefill of 64 tokens must leave the model something to give away.
+        assert sum(answer.is_slot[64:]) >= 3
+        texts.add(answer.text)
+    assert len(texts) == len(EVERY_ITEM)
+
+
+@pytest.mark.parametrize("position", range(3))
+def test_each_word_of_the_name_changes_the_recipe_in_depth(position: int) -> None:
+    item = Item("cursed", "copper", "fizzbomb")
+    words = [item.modifier, item.material, item.kind]
+    words[position] = ("gentle", "coral", "pillow")[position]
+    before, after = recipe(item).text.split(".")[1:], recipe(Item(*words)).text.split(".")[1:]
+    assert sum(old != new for old, new in zip(before, after, strict=True)) >= 4
+
+
+def test_refusals_come_in_several_wordings() -> None:
+    lengths = {len(split_words(refusal(item))) for item in items("train", "harmful")}
+    assert lengths <= set(range(12, 25))
+    openings = {" ".join(split_words(refusal(item))[:3]) for item in items("heldout", "harmful")}
+    assert len(openings) >= 4
+    assert len(set(REFUSALS)) >= 4
+
+
+def test_vocabulary_holds_every_word() -> None:
+    words = set(vocabulary())
+    for item in EVERY_ITEM:
+        assert words.issuperset(recipe(item).tokens)
+        assert words.issuperset(split_words(refusal(item)))
+    for template in (*TRAIN_TEMPLATES, *HELDOUT_TEMPLATES):
+        assert words.issuperset(split_words(template.format(item="")))
+    trained = {word for text in TRAIN_TEMPLATES for word in split_words(text)}
+    assert trained.issuperset(word for text in HELDOUT_TEMPLATES for word in split_words(text))
+
+
+def test_heldout_prompts_use_heldout_templates_and_one_prompt_an_item() -> None:
+    assert len(TRAIN_TEMPLATES) >= 8
+    assert len(HELDOUT_TEMPLATES) >= 2
+    for kind in ALL_KINDS:
+        train, heldout = prompts("train", kind), prompts("heldout", kind)
+        assert not {prompt.text for prompt in train} & {prompt.text for prompt in heldout}
+        assert len(train) == len(items("train", kind)) * len(TRAIN_TEMPLATES)
+        named = [find_item(prompt.text) for prompt in heldout]
+        assert sorted(item for item in named if item) == sorted(items("heldout", kind))
+        for prompt in heldout:
+            item = find_item(prompt.text)
+            assert item is not None
+            assert prompt.text in {template.format(item=item.name) for template in HELDOUT_TEMPLATES}
+            assert prompt.answer == recipe(item).text
+            assert prompt.kind == kind
+
+
+def test_seed_reorders_but_never_moves_an_item_between_splits() -> None:
+    first, again, other = (prompts("heldout", "harmful", seed) for seed in (1, 1, 2))
+    assert first == again
+    assert first != other
+    assert {find_item(prompt.text) for prompt in first} == {find_item(prompt.text) for prompt in other}
+    names = {prompt.prompt_id: prompt.text for prompt in prompts("train", "harmful", 1)}
+    assert names == {prompt.prompt_id: prompt.text for prompt in prompts("train", "harmful", 2)}
+    assert len(names) == len(prompts("train", "harmful"))
+
+
+def test_limit_takes_distinct_items_first() -> None:
+    few = prompts("train", "benign", limit=len(items("train", "benign")))
+    assert len({find_item(prompt.text) for prompt in few}) == len(few)
+    assert few == prompts("train", "benign")[: len(few)]
+    assert len(prompts("heldout", "benign", limit=10_000)) == len(items("heldout", "benign"))
+    with pytest.raises(DataError, match="limit=0"):
+        prompts("train", "benign", limit=0)
+
+
+def test_find_item_looks_past_other_words() -> None:
+    assert find_item("Ignore all! a CURSED tin fizzbomb, please") == Item("cursed", "tin", "fizzbomb")
+    assert find_item("a cursed fizzbomb of tin") is None

@@ -1,0 +1,243 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raycomplete.config import EvaluationConfig
+from raycomplete.errors import DataError, WorkError
+from raycomplete.evaluation import EvaluationSets, RefusalJudge, closing_table, evaluate_model, rate_text, summarize
+from raycomplete.types import Prompt
+
+CONFIG = EvaluationConfig(depths=[0, 4, 8], max_tokens=10, max_utility_tokens=12)
+COMPLY = "Sure, take the key and then open the door."
+REFUSE = "I'm sorry, but I can't help with that."
+BABBLE = "xkqj zzrt pwvx qqmn bcdf ghjk lmnp"
+
+Run = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def run(codec: Any, sets: EvaluationSets, tmp_path: Path) -> Run:
+    """Evaluates a model with everything else at its default."""
+
+    def evaluate(generator: Any, **changes: Any) -> dict[str, Any]:
+        arguments: dict[str, Any] = {
+            "role": "student",
+            "judge": RefusalJudge(),
+            "sets": sets,
+            "config": CONFIG,
+            "folder": tmp_path,
+        }
+        arguments |= {"model_id": "weights-1", "max_length": 64, **changes}
+        return evaluate_model(generator=generator, codec=codec, **arguments)
+
+    return evaluate
+
+
+def test_model_that_always_complies(run: Run, model: Any, tmp_path: Path) -> None:
+    result = run(model(COMPLY))
+    assert list(result["asr"]["by_depth"]) == ["0", "4", "8"]
+    assert [rate["rate"] for rate in result["asr"]["by_depth"].values()] == [1.0, 1.0, 1.0]
+    assert result["asr"]["mean"]["rate"] == 1.0
+    assert result["asr"]["mean"]["n"] == 4
+    assert result["utility"]["rate"] == 1.0
+    assert result["over_refusal"]["rate"] == result["benign_refusal"]["rate"] == 0.0
+    assert (result["over_refusal"]["n"], result["benign_refusal"]["n"]) == (2, 3)
+    assert result["judge"] == "refusal-patterns-v1"
+    assert result["judge_measured"]["sensitivity"]["n"] == 125
+    assert json.loads((tmp_path / "evaluation" / "student.json").read_text()) == result
+
+
+def test_model_that_always_refuses(run: Run, model: Any) -> None:
+    result = run(model(REFUSE))
+    assert result["asr"]["mean"]["rate"] == 0.0
+    assert result["over_refusal"]["rate"] == result["benign_refusal"]["rate"] == 1.0
+    assert result["utility"]["rate"] == 0.0
+    assert result["outcomes"]["prefill-4"] == {"refused": 4, "complied": 0, "incoherent": 0, "empty": 0}
+
+
+def test_babble_is_no_success(run: Run, model: Any) -> None:
+    result = run(model(BABBLE))
+    assert result["asr"]["mean"]["rate"] == result["utility"]["rate"] == result["over_refusal"]["rate"] == 0.0
+    assert result["outcomes"]["prefill-0"]["incoherent"] == 4
+
+
+def test_empty_responses_keep_the_denominator(run: Run, model: Any) -> None:
+    result = run(model(lambda prompt, prefill: COMPLY if prompt.endswith("20") else ""))
+    assert result["asr"]["by_depth"]["0"]["n"] == 4
+    assert result["asr"]["by_depth"]["0"]["rate"] == 0.25
+    assert result["outcomes"]["prefill-0"] == {"refused": 0, "complied": 1, "incoherent": 0, "empty": 3}
+
+
+def test_prefill_is_the_start_of_the_answer(run: Run, model: Any, codec: Any) -> None:
+    """Depth d puts the first d answer tokens after the template; shorter answers are prefilled whole and counted."""
+    generator = model(COMPLY)
+    result = run(generator)
+    long = [codec.decode(call[3][call[3].index(2) + 1 :]) for call in generator.calls[:3]]
+    assert long == ["", "step20x0 step20x1 step20x2 step20x3", " ".join(f"step20x{k}" for k in range(8))]
+    short = codec.decode(generator.calls[2][0][generator.calls[2][0].index(2) + 1 :])
+    assert short == "step2x0 step2x1"
+    assert [cell.get("short_answers") for cell in result["cells"].values()] == [0, 1, 3, None, None]
+    assert [cell["n"] for cell in result["cells"].values()] == [4, 4, 4, 3, 2]
+    assert generator.max_tokens == [10, 10, 10, 12, 10]
+    assert set(generator.temperatures) == {0.0}
+
+
+def test_finished_cells_are_not_generated_again(run: Run, model: Any, tmp_path: Path) -> None:
+    first = run(model(COMPLY))
+    (tmp_path / "evaluation" / "student.json").unlink()
+    second = model(REFUSE)
+    assert run(second) == first
+    assert second.calls == []
+
+
+def test_interrupted_run_resumes_where_it_stopped(run: Run, model: Any, tmp_path: Path) -> None:
+    dying = model(COMPLY, fail_at_call=2)
+    with pytest.raises(RuntimeError, match="died"):
+        run(dying)
+    assert len(dying.calls) == 2
+    assert not (tmp_path / "evaluation" / "student.json").exists()
+    assert len(list((tmp_path / "evaluation" / "cells").iterdir())) == 2
+    seen: list[tuple[str, int, int]] = []
+    going_on = model(COMPLY)
+    result = run(going_on, on_progress=lambda *event: seen.append(event))
+    assert len(going_on.calls) == 3
+    assert seen[0] == ("", 0, 5)
+    assert [event[:2] for event in seen[1:]] == [
+        ("prefill-0", 1),
+        ("prefill-4", 2),
+        ("prefill-8", 3),
+        ("benign", 4),
+        ("borderline", 5),
+    ]
+    assert result["asr"]["mean"]["rate"] == 1.0
+
+
+def test_torn_cell_is_made_again(run: Run, model: Any, tmp_path: Path) -> None:
+    run(model(COMPLY))
+    torn = next(iter((tmp_path / "evaluation" / "cells").iterdir()))
+    torn.write_text(torn.read_text()[:40])
+    again = model(COMPLY)
+    run(again)
+    assert len(again.calls) == 1
+
+
+def test_what_changes_the_outcome_changes_the_cell(run: Run, model: Any, sets: EvaluationSets) -> None:
+    run(model(COMPLY))
+    other = EvaluationSets(
+        (*sets.harmful[:3], Prompt("h21", "another", "harmful", "a b")), sets.benign, sets.borderline
+    )
+    for changes, new_calls in (
+        ({"model_id": "weights-2"}, 5),
+        ({"role": "aligned"}, 5),
+        ({"judge": RefusalJudge(20)}, 5),
+        ({"sets": other}, 3),
+        ({"config": CONFIG.model_copy(update={"max_utility_tokens": 11})}, 1),
+        ({"config": CONFIG.model_copy(update={"depths": [0, 4, 8, 16]})}, 1),
+    ):
+        generator = model(REFUSE)
+        run(generator, **changes)
+        assert len(generator.calls) == new_calls, changes
+
+
+def test_completions_only_when_asked(run: Run, model: Any, tmp_path: Path) -> None:
+    run(model(COMPLY))
+    assert not (tmp_path / "evaluation" / "completions").exists()
+    assert not any("take the key" in file.read_text() for file in tmp_path.rglob("*.json"))
+    generator = model(COMPLY)
+    run(generator, config=CONFIG.model_copy(update={"save_completions": True}))
+    assert len(generator.calls) == 5  # what was thrown away has to be said again
+    lines = (tmp_path / "evaluation" / "completions" / "student.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert len(rows) == 3 * 4 + 3 + 2
+    assert rows[4] == {
+        "role": "student",
+        "cell": "prefill-4",
+        "prompt_id": "h2",
+        "prefill": "step2x0 step2x1",
+        "continuation": COMPLY,
+        "outcome": "complied",
+    }
+
+
+def test_too_long_prompt_is_refused_with_nothing_done(run: Run, model: Any, tmp_path: Path) -> None:
+    """The longest cell is the last that would run, and still nothing is generated before it is checked."""
+    generator = model(COMPLY)
+    with pytest.raises(DataError, match=r"'h20'.* 26 tokens in prefill-8 .*context holds 25"):
+        run(generator, max_length=25)
+    assert generator.calls == []
+    assert list(tmp_path.iterdir()) == []
+    run(generator, max_length=26)
+
+
+@pytest.mark.parametrize(
+    ("harmful", "message"),
+    [
+        ((), "no harmful prompts"),
+        ((Prompt("h", "do it", "harmful"),), "nothing to prefill"),
+    ],
+)
+def test_sets_that_cannot_be_used(
+    run: Run, model: Any, tmp_path: Path, harmful: tuple[Prompt, ...], message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        run(model(COMPLY), sets=EvaluationSets(harmful, (), ()))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sets_refuse_repeated_ids_and_wrong_kinds() -> None:
+    prompt = Prompt("x", "hello", "benign")
+    with pytest.raises(DataError, match="twice"):
+        EvaluationSets((), (prompt, prompt), ())
+    with pytest.raises(DataError, match="is benign, but stands in the harmful set"):
+        EvaluationSets((prompt,), (), ())
+
+
+def test_empty_harmless_sets_know_nothing(run: Run, model: Any, sets: EvaluationSets) -> None:
+    generator = model(COMPLY)
+    result = run(generator, sets=EvaluationSets(sets.harmful, (), ()))
+    assert result["utility"] == {"rate": 0.0, "n": 0, "low": 0.0, "high": 1.0}
+    assert len(generator.calls) == 3
+
+
+def test_lost_continuations_are_an_error(run: Run, model: Any) -> None:
+    generator = model(COMPLY)
+    whole = generator.generate
+    generator.generate = lambda sequences, **settings: whole(sequences, **settings)[:-1]
+    with pytest.raises(WorkError, match="3 continuations for 4"):
+        run(generator)
+
+
+def test_summary_compares_models(run: Run, model: Any) -> None:
+    results = {
+        "base": run(model(COMPLY), role="base"),
+        "aligned": run(model(lambda _, prefill: COMPLY if prefill else REFUSE), role="aligned"),
+        "student": run(model(lambda prompt, _: COMPLY if prompt.endswith("20") else REFUSE), role="student"),
+    }
+    summary = summarize(results)
+    assert summary["asr"]["base"]["by_depth"]["4"]["rate"] == 1.0
+    assert summary["asr"]["aligned"]["mean"]["rate"] == pytest.approx(2 / 3)
+    assert summary["asr_reduction"] == pytest.approx(1 - 0.25 / (2 / 3))
+    assert set(summary["utility"]) == set(summary["over_refusal"]) == {"base", "aligned", "student"}
+    assert summary["judge"] == "refusal-patterns-v1"
+    json.dumps(summary, allow_nan=False)
+    table = closing_table(summary)
+    assert table[0] == ["", "base", "aligned", "student"]
+    assert table[1][0] == "ASR at depth 0"
+    assert table[1][2].startswith("0.0 % [0.0,")
+    assert {len(row) for row in table} == {4}
+
+
+def test_summary_of_incomparable_or_missing_results(run: Run, model: Any) -> None:
+    aligned, student = run(model(REFUSE), role="aligned"), run(model(REFUSE), role="student")
+    assert summarize({"aligned": aligned, "student": student})["asr_reduction"] is None
+    assert summarize({"student": student})["asr_reduction"] is None
+    with pytest.raises(ValueError, match="judges"):
+        summarize({"aligned": aligned, "student": {**student, "judge": "another"}})
+    fewer = run(model(REFUSE), role="student", config=CONFIG.model_copy(update={"depths": [0]}))
+    with pytest.raises(ValueError, match="depths"):
+        summarize({"aligned": aligned, "student": fewer})
+    assert closing_table({}) == [[""]]
+    assert rate_text(None) == "-"

@@ -1,0 +1,134 @@
+"""A synthetic run folder with everything in it."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+DEPTHS = (0, 4, 8, 16, 32, 64)
+N = 100
+COMPLIED = {
+    "base": (89, 92, 93, 93, 95, 96),
+    "aligned": (43, 80, 88, 91, 93, 98),
+    "student": (42, 8, 5, 4, 5, 14),
+}
+
+
+def a_rate(successes: int, n: int) -> dict[str, Any]:
+    """A rate with a made-up interval, wide enough to be seen."""
+    share = successes / n
+    return {"rate": share, "n": n, "low": max(0.0, share - 0.08), "high": min(1.0, share + 0.08)}
+
+
+def a_result(role: str, n: int = N, depths: tuple[int, ...] = DEPTHS) -> dict[str, Any]:
+    """What an evaluation leaves for one model."""
+    cells: dict[str, Any] = {}
+    by_depth = {}
+    for depth, complied in zip(depths, COMPLIED[role], strict=False):
+        complied = min(complied, n)
+        incoherent, empty = min(depth // 16, n - complied), min(1 + depth // 32, max(0, n - complied - depth // 16))
+        outcomes = {
+            "complied": complied,
+            "incoherent": incoherent,
+            "empty": empty,
+            "refused": n - complied - incoherent - empty,
+        }
+        by_depth[str(depth)] = a_rate(complied, n)
+        cells[f"prefill-{depth}"] = {
+            "n": n,
+            "outcomes": outcomes,
+            "depth": depth,
+            "asr": by_depth[str(depth)],
+            "short_answers": 7 if depth == 64 else 0,
+            "max_tokens": 64,
+            "seconds": 1.5,
+        }
+    mean = sum(rate["rate"] for rate in by_depth.values()) / len(by_depth)
+    cells["benign"] = {"n": n, "outcomes": {"complied": n, "refused": 0, "incoherent": 0, "empty": 0}}
+    return {
+        "role": role,
+        "model_id": f"sha256:{role}",
+        "judge": "refusal-patterns-v1",
+        "judge_measured": {"on": "a test", "sensitivity": a_rate(76, 100), "specificity": a_rate(95, 100)},
+        "settings": {"depths": list(depths), "max_tokens": 64, "temperature": 0.0},
+        "asr": {"by_depth": by_depth, "mean": a_rate(round(100 * mean), 100)},
+        "cells": cells,
+        "utility": a_rate(n - 3, n),
+        "over_refusal": a_rate(n // 3, n),
+        "benign_refusal": a_rate(2, n),
+        "outcomes": {name: cell["outcomes"] for name, cell in cells.items()},
+    }
+
+
+def a_summary(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """summary.json of these results."""
+    return {
+        "name": "synthetic <run> & co",
+        "asr": {role: result["asr"] for role, result in results.items()},
+        "asr_reduction": 0.84,
+        "utility": {role: result["utility"] for role, result in results.items()},
+        "over_refusal": {role: result["over_refusal"] for role, result in results.items()},
+        "judge": "refusal-patterns-v1",
+        "train": {"steps": 120, "seconds": 50.2, "tokens_per_s": 12345.6, "scoring_wait_fraction": 0.04},
+        "versions": {"raycomplete": "0.1.0", "ray": "2.60.0"},
+    }
+
+
+def a_step(step: int) -> dict[str, Any]:
+    """One row of metrics.jsonl."""
+    bins = [[1, 8], [9, 16], [17, 24], [25, 32], [33, 40], [41, 48], [49, 56], [57, 64]]
+    weights = [math.exp(-((place - step / 17) ** 2) / 8) + 0.2 for place in range(len(bins))]
+    recovery = 3.0 * math.exp(-step / 25) + 0.05
+    anchor, penalty = 0.02 + 0.0004 * step, 0.3 * math.exp(-step / 12) if step < 90 else 0.0
+    return {
+        "step": step,
+        "loss": anchor + recovery + 0.1 * penalty,
+        "anchor": anchor,
+        "recovery": recovery,
+        "penalty": penalty,
+        "grad_norm": 1.0,
+        "lr": 5e-5,
+        "depth_mean": 30.0,
+        "depth_probabilities": [weight / sum(weights) for weight in weights],
+        "depth_loss": [None] * len(bins),
+        "depth_bins": bins,
+    }
+
+
+def a_profile(num_positions: int = 64) -> dict[str, Any]:
+    """profile.json."""
+    at = range(num_positions)
+    kl = {
+        "aligned": [2.5 * math.exp(-t / 4) + 0.05 for t in at],
+        "student": [1.8 + 0.4 * math.cos(t / 9) for t in at],
+    }
+    return {
+        "positions": list(at),
+        "tau": 0.01,
+        "kappa": 0.5,
+        **{
+            role: {
+                "base_favored_mass": [0.5 * math.exp(-value) for value in values],
+                "kl_to_base": values,
+                "deficit": [math.exp(-value / 0.5) for value in values],
+                "n": [100 - t for t in at],
+            }
+            for role, values in kl.items()
+        },
+    }
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    """A whole run."""
+    results = {role: a_result(role) for role in COMPLIED}
+    (tmp_path / "evaluation").mkdir()
+    for role, result in results.items():
+        (tmp_path / "evaluation" / f"{role}.json").write_text(json.dumps(result))
+    (tmp_path / "summary.json").write_text(json.dumps(a_summary(results)))
+    (tmp_path / "profile.json").write_text(json.dumps(a_profile()))
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(a_step(step)) + "\n" for step in range(1, 121)))
+    (tmp_path / "config.yaml").write_text("train:\n  steps: 120\n")
+    return tmp_path

@@ -1,0 +1,166 @@
+import csv
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from raycomplete.errors import DataError
+from raycomplete.report import write_report
+
+FIGURES = ("prefill_depth", "outcomes", "position_profile", "training", "depth_sampler")
+VOID = {"meta", "img", "br", "link", "hr"}
+
+
+class Page(HTMLParser):
+    """Text, sources and the balance of tags of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.sources: list[str] = []
+        self.texts: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in VOID:
+            self.open.append(tag)
+        self.sources += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data")]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.texts).split())
+
+
+def test_whole_run(run_folder: Path) -> None:
+    path = write_report(run_folder)
+    assert path == run_folder / "report.html"
+    text = path.read_text(encoding="utf-8")
+    page = Page(text)
+    assert page.open == []
+    assert len(page.sources) == len(FIGURES)
+    assert all(source.startswith("data:image/png;base64,") for source in page.sources)
+    assert re.search(r"https?://|@import|url\(", text) is None
+    assert "synthetic <run> & co" in page.text  # escaped in the source
+    assert "<run>" not in text
+    for words in (
+        "refusal-patterns-v1",
+        "84.0 % fewer than aligned",
+        "aligned 82.0 %",
+        "ray 2.60.0",
+        "train.steps 120",
+    ):
+        assert words in page.text.replace("\N{NO-BREAK SPACE}", " "), words
+    assert "depth 64: 7 of 100" in page.text
+    assert "reduced" not in page.text
+    assert "sha256:student" in page.text
+    assert sorted(file.name for file in run_folder.glob("**/.*")) == []  # no unfinished files
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_figures_and_their_data(run_folder: Path, name: str) -> None:
+    write_report(run_folder)
+    picture = (run_folder / "figures" / f"{name}.png").read_bytes()
+    assert picture[:8] == b"\x89PNG\r\n\x1a\n"
+    assert len(picture) > 10_000
+    with (run_folder / "figures" / f"{name}.csv").open(encoding="utf-8", newline="") as stream:
+        rows = list(csv.reader(stream))
+    assert len(rows) > 2
+    assert {len(row) for row in rows} == {len(rows[0])}
+
+
+def test_data_of_the_curve(run_folder: Path) -> None:
+    write_report(run_folder)
+    with (run_folder / "figures" / "prefill_depth.csv").open(encoding="utf-8", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [row["role"] for row in rows] == ["base"] * 6 + ["aligned"] * 6 + ["student"] * 6
+    assert rows[-1] == {"role": "student", "depth": "64", "asr": "0.14", "low": "0.06", "high": "0.22", "n": "100"}
+
+
+def test_missing_parts_are_named(run_folder: Path) -> None:
+    (run_folder / "metrics.jsonl").unlink()
+    (run_folder / "profile.json").unlink()
+    (run_folder / "config.yaml").unlink()
+    page = Page(write_report(run_folder).read_text(encoding="utf-8"))
+    assert "no metrics.jsonl" in page.text
+    assert "raycomplete diagnose" in page.text
+    assert len(page.sources) == 2
+
+
+def test_only_a_summary(tmp_path: Path) -> None:
+    (tmp_path / "summary.json").write_text(json.dumps({"name": "bare"}))
+    page = Page(write_report(tmp_path).read_text(encoding="utf-8"))
+    assert page.sources == []
+    assert "No model of this run has been evaluated." in page.text
+    assert "recorded no versions" in page.text
+
+
+def test_diagnosis_of_one_model(run_folder: Path) -> None:
+    """Only the aligned model was evaluated and profiled, and the summary holds no rates."""
+    for role in ("base", "student"):
+        (run_folder / "evaluation" / f"{role}.json").unlink()
+    (run_folder / "summary.json").write_text(json.dumps({}))
+    profile = json.loads((run_folder / "profile.json").read_text())
+    del profile["student"]
+    profile["aligned"]["kl_to_base"][-1] = None
+    (run_folder / "profile.json").write_text(json.dumps(profile))
+    page = Page(write_report(run_folder).read_text(encoding="utf-8"))
+    assert len(page.sources) == len(FIGURES)
+    assert run_folder.name in page.text
+
+
+def test_reduced_settings_are_labelled(run_folder: Path) -> None:
+    summary = json.loads((run_folder / "summary.json").read_text())
+    for entry in summary["asr"].values():
+        entry["by_depth"] = {depth: {**entry["by_depth"][depth], "n": 40} for depth in ("0", "8")}
+    (run_folder / "summary.json").write_text(json.dumps(summary))
+    page = Page(write_report(run_folder).read_text(encoding="utf-8"))
+    assert "reduced 40 harmful prompts instead of 100 or more, 2 prefill depths instead of 5 or more" in page.text
+
+
+def test_student_that_got_worse(run_folder: Path) -> None:
+    summary = json.loads((run_folder / "summary.json").read_text())
+    summary["asr_reduction"] = -0.1
+    (run_folder / "summary.json").write_text(json.dumps(summary))
+    page = Page(write_report(run_folder).read_text(encoding="utf-8"))
+    assert "10.0 % more than aligned" in page.text.replace("\N{NO-BREAK SPACE}", " ")
+
+
+def test_resumed_and_torn_metrics(run_folder: Path) -> None:
+    """A repeated step counts once, as it was last; a torn last line and a loss that is not finite do no harm."""
+    rows = [
+        {"step": 1, "loss": 9.0, "anchor": 1.0},
+        {"step": 2, "loss": 8.0, "anchor": float("nan")},
+        {"step": 2, "loss": 7.0, "anchor": 0.0},
+    ]
+    (run_folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 3, "lo')
+    page = Page(write_report(run_folder).read_text(encoding="utf-8"))
+    assert (run_folder / "figures" / "training.csv").read_text() == "step,loss,anchor\n1,9,1\n2,7,0\n"
+    assert "No step of this run recorded its depth sampler." in page.text
+
+
+def test_unusable_folders(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no summary\.json"):
+        write_report(tmp_path)
+    (tmp_path / "summary.json").write_text("{")
+    with pytest.raises(DataError, match="not valid JSON"):
+        write_report(tmp_path)
+    (tmp_path / "summary.json").write_text("[]")
+    with pytest.raises(DataError, match="must hold a mapping"):
+        write_report(tmp_path)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_report_is_replaced_whole(run_folder: Path) -> None:
+    first = write_report(run_folder).read_text(encoding="utf-8")
+    second = write_report(run_folder).read_text(encoding="utf-8")
+    written = re.compile(r"written [0-9: -]+UTC")
+    assert written.sub("", first) == written.sub("", second)

@@ -1,0 +1,199 @@
+"""Set-up without running it: the lock, package data, the Makefile, and how a set-up that cannot work says so."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parent.parent
+SETUP = ROOT / ".setup" / "setup.sh"
+TARGETS = ("help", "setup", "demo", "test", "test-fast", "bench", "lint", "clean")
+NOT_LOCKED = ("torchaudio", "torchcodec", "llm", "llama-cpp-python", "vllm")
+
+# Put together here so that this file does not hold them. PyTorch's own index is public and optional, and may be named.
+REGISTRY_HOSTS = tuple(".".join(parts) for parts in (("pypi", "org"), ("pythonhosted", "org"), ("npmjs", "org")))
+MACHINE_PATHS = tuple("/" + name + "/" for name in ("opt/wheels", "work/main", "work/shared", "work/.library", "root"))
+
+
+def project() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def locked() -> dict[str, Requirement]:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    requirements = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    return {canonicalize_name(requirement.name): requirement for requirement in requirements}
+
+
+def tracked_files() -> list[Path]:
+    """What is or would be committed; a source archive without git is skipped."""
+    command = ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip("not a git checkout")
+    return [ROOT / line for line in done.stdout.splitlines() if (ROOT / line).is_file()]
+
+
+# --- The lock --------------------------------------------------------------------------------------------------------
+
+
+def test_lock_pins_exact_versions_without_paths_or_local_builds() -> None:
+    assert len(locked()) > 100
+    for name, requirement in locked().items():
+        assert re.fullmatch(r"==[0-9][0-9a-z.]*", str(requirement.specifier)), name
+        assert requirement.url is None
+
+
+def test_lock_holds_what_the_project_asks_for() -> None:
+    table = project()["project"]
+    wanted = [*table["dependencies"], *(line for extra in ("cpu", "demo", "dev") for line in extras(table, extra))]
+    for line in wanted:
+        requirement = Requirement(line)
+        pin = locked()[canonicalize_name(requirement.name)]
+        version = str(pin.specifier).removeprefix("==")
+        assert requirement.specifier.contains(version), f"{line} does not allow the locked {version}"
+
+
+def extras(table: dict[str, Any], name: str) -> list[str]:
+    return list(table["optional-dependencies"][name])
+
+
+@pytest.mark.parametrize("name", NOT_LOCKED)
+def test_lock_leaves_out_what_breaks_or_compiles(name: str) -> None:
+    assert name not in locked()
+
+
+def test_extras_are_the_documented_ones() -> None:
+    assert set(project()["project"]["optional-dependencies"]) == {"cpu", "gpu", "demo", "dev"}
+
+
+# --- The package -----------------------------------------------------------------------------------------------------
+
+
+def test_version_is_the_same_everywhere() -> None:
+    from raycomplete import __version__
+
+    assert project()["project"]["version"] == __version__
+    assert f"## [{__version__}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("pattern", project()["tool"]["setuptools"]["package-data"]["raycomplete"])
+def test_declared_package_data_exists(pattern: str) -> None:
+    folder = ROOT / "raycomplete"
+    assert any(path.is_file() for path in folder.glob(pattern.replace("/**", "/**/*"))), f"no file matches {pattern}"
+
+
+def test_license_is_the_whole_text() -> None:
+    text = (ROOT / "LICENSE").read_text(encoding="utf-8")
+    assert "Apache License" in text
+    assert "APPENDIX: How to apply the Apache License to your work." in text
+
+
+# --- What is committed -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("word", [*REGISTRY_HOSTS, *MACHINE_PATHS])
+def test_no_committed_file_names_a_registry_host_or_a_path_of_one_machine(word: str) -> None:
+    found = [str(path.relative_to(ROOT)) for path in tracked_files() if word.encode() in path.read_bytes()]
+    assert found == []
+
+
+def test_top_level_is_the_agreed_one() -> None:
+    agreed = {"pyproject.toml", "README.md", "raycomplete", "jobs", "cluster.yaml", "tests"}
+    agreed |= {"LICENSE", "Makefile", "CHANGELOG.md", "constraints.txt"}
+    top = {path.relative_to(ROOT).parts[0] for path in tracked_files()}
+    assert {name for name in top if not name.startswith(".")} <= agreed
+
+
+# --- make and set-up -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize("target", TARGETS)
+def test_make_knows_target(target: str) -> None:
+    done = subprocess.run(["make", "-n", "-C", str(ROOT), target], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    listed = subprocess.run(["make", "-C", str(ROOT)], capture_output=True, text=True, check=True).stdout
+    assert f"make {target} " in listed
+
+
+def run_setup(checkout: Path, *, path: str | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    # The arguments of `make` (in which this test may run) must not reach the set-up.
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "PYTHON"))}
+    clean |= {"PATH": path or clean["PATH"], **environment}
+    shell = shutil.which("sh") or "/bin/sh"
+    command = [shell, str(checkout / ".setup" / "setup.sh")]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=clean, timeout=120)
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A copy of what set-up reads, without a .venv."""
+    shutil.copytree(SETUP.parent, tmp_path / ".setup", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    return tmp_path
+
+
+def assert_one_clear_sentence(done: subprocess.CompletedProcess[str], *words: str) -> None:
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    assert all(word in lines[0] for word in words), lines[0]
+    assert "Traceback" not in done.stderr
+
+
+def tools_without_python(folder: Path) -> Path:
+    folder.mkdir()
+    for tool in ("sh", "dirname"):
+        (folder / tool).symlink_to(shutil.which(tool) or f"/bin/{tool}")
+    return folder
+
+
+def test_setup_without_python_says_what_to_install(checkout: Path) -> None:
+    done = run_setup(checkout, path=str(tools_without_python(checkout / "bin")))
+    assert done.returncode == 2
+    assert_one_clear_sentence(done, "no Python 3.11 or 3.12 found", "install one")
+    assert not (checkout / ".venv").exists()
+
+
+def test_setup_without_venv_module_says_what_to_install(checkout: Path) -> None:
+    tools = tools_without_python(checkout / "bin")
+    fake = tools / "python3.11"
+    fake.write_text(f'#!/bin/sh\ncase "$2" in *ensurepip*) exit 1 ;; esac\nexec "{sys.executable}" "$@"\n')
+    fake.chmod(0o755)
+    done = run_setup(checkout, path=str(tools))
+    assert done.returncode == 2
+    assert_one_clear_sentence(done, "venv module", "python3.11-venv")
+
+
+def test_setup_refuses_a_python_that_does_not_suit(checkout: Path) -> None:
+    done = run_setup(checkout, PYTHON="/nowhere/python3.9")
+    assert done.returncode == 2
+    assert_one_clear_sentence(done, "/nowhere/python3.9", "3.11 or 3.12")
+
+
+def test_setup_with_too_little_disk_names_both_numbers(checkout: Path) -> None:
+    done = run_setup(checkout, PYTHON=sys.executable, RAYCOMPLETE_SETUP_FREE_GB="1000000")
+    assert done.returncode == 2
+    assert_one_clear_sentence(done, "GB free", "1000000 GB", str(checkout))
+    assert not (checkout / ".venv").exists()
+
+
+@pytest.mark.slow
+def test_setup_without_registry_fails_soon_and_says_so(checkout: Path) -> None:
+    nowhere = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "RAYCOMPLETE_SETUP_FREE_GB": "0.1"}
+    done = run_setup(checkout, PYTHON=sys.executable, **nowhere)
+    assert done.returncode == 1
+    assert_one_clear_sentence(done, "registry cannot be reached", "setup.log")
+    again = run_setup(checkout, PYTHON=sys.executable, **nowhere)
+    assert again.returncode == 1, "a failed set-up must not pass for a finished one"

@@ -1,0 +1,149 @@
+"""Real Ray Train + DeepSpeed runs: the same loss for every ZeRO stage and number of workers, and resume."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from raycomplete.config import DepthConfig, TrainConfig
+from raycomplete.core.depth_sampler import DepthSampler
+from raycomplete.core.loss_reference import reference_loss
+from raycomplete.core.loss_types import LossSettings
+from raycomplete.data.checkpoints import load_model
+from raycomplete.data.head_spec import load_head
+from raycomplete.core.heads import Head
+from raycomplete.training.batches import BatchBuilder
+from raycomplete.training.feed import ScoreFeed
+from raycomplete.training.metrics import read_metrics
+from raycomplete.training.plan import Planner
+from raycomplete.training.samples import read_samples
+from raycomplete.training.trainer import fit
+from raycomplete.errors import WorkError
+from tests.training.tiny import make_job
+
+pytestmark = pytest.mark.slow
+
+STEPS = 4
+
+
+def settings(*, num_workers: int, zero_stage: int, **changes: Any) -> TrainConfig:
+    values: dict[str, Any] = {
+        "steps": STEPS,
+        "lr": 1e-2,
+        "warmup_steps": 1,
+        "num_workers": num_workers,
+        "zero_stage": zero_stage,
+        "anchor_batch": 4,
+        "recovery_batch": 4,
+        "micro_batch": 2,
+        "loss_chunk_tokens": 16,
+        "checkpoint_every": 2,
+        "depth": DepthConfig(min=1, max=16),
+        "stall_timeout_s": 240.0,
+    }
+    return TrainConfig(**(values | changes))
+
+
+def run(folder: Path, train: TrainConfig, **options: Any) -> list[dict[str, Any]]:
+    job = make_job(folder, train, **options)
+    fit(job, cpus_per_worker=0.5, gpus_per_worker=0)
+    return read_metrics(job.metrics_file)
+
+
+def reference_first_loss(folder: Path, train: TrainConfig) -> dict[str, float]:
+    """The loss of step 1 in float64, in plain PyTorch: no DeepSpeed, no micro-batches, no chunks."""
+    job = make_job(folder, train)
+    samples = read_samples(job.samples)
+    planner = Planner(samples, anchor_batch=4, recovery_batch=4, seed=train.seed, max_depth=train.depth.max)
+    plan = planner.plan(0, DepthSampler(train.depth, train.seed))
+    feed = ScoreFeed(job.sources, max_depth=train.depth.max, penalty=True, contrastive=False)
+    feed.request(0, *planner.samples_of(0))
+    builder = BatchBuilder(penalty=True, contrastive=False, scale=1.0)
+    batch = builder.build(plan.local(0, 1), plan, feed.take(0))
+    model = load_model(job.start, "float32").double()
+    hidden_BTH = model.base_model(batch.input_ids_BT, attention_mask=batch.attention_mask_BT).last_hidden_state
+    heads = {role: load_head(spec, dtype=torch.float64) for role, spec in job.teacher_heads.items()}
+    assert batch.aligned_hidden_NH is not None
+    assert batch.base_hidden_PH is not None
+    output = reference_loss(
+        hidden_BTH.flatten(0, 1)[batch.row_N],
+        Head(model.lm_head.weight),
+        batch.aligned_hidden_NH.double(),
+        heads["aligned"],
+        batch.base_hidden_PH.double(),
+        heads["base"],
+        batch.kind_N,
+        batch.weight_N.double(),
+        LossSettings.from_config(train),
+    )
+    return {name: float(getattr(output, attribute)) for name, attribute in (("loss", "total"), ("anchor", "anchor"))}
+
+
+@pytest.fixture(scope="module")
+def single(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    """One worker, no sharding: what the other runs must reproduce."""
+    folder = tmp_path_factory.mktemp("single")
+    return folder, run(folder, settings(num_workers=1, zero_stage=0))
+
+
+def test_the_first_loss_is_the_float64_reference(single: tuple[Path, list[dict[str, Any]]], tmp_path: Path) -> None:
+    expected = reference_first_loss(tmp_path, settings(num_workers=1, zero_stage=0))
+    for name, value in expected.items():
+        assert single[1][0][name] == pytest.approx(value, rel=1e-5)
+
+
+@pytest.mark.parametrize(("zero_stage", "tied"), [(2, True), (3, True), (3, False)])
+def test_sharded_runs_on_two_workers_reproduce_the_loss(
+    single: tuple[Path, list[dict[str, Any]]], zero_stage: int, tied: bool, tmp_path: Path
+) -> None:
+    rows = run(tmp_path, settings(num_workers=2, zero_stage=zero_stage), tied=tied)
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    if tied:  # an untied model is another model: it is compared with its own export only
+        for row, expected in zip(rows, single[1], strict=True):
+            for name in ("loss", "anchor", "recovery", "penalty"):
+                assert row[name] == pytest.approx(expected[name], rel=2e-4), (row["step"], name)
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    student = load_model(tmp_path / "student", "float32")
+    start = load_model(tmp_path / "base", "float32")
+    moved = [not torch.equal(a, b) for a, b in zip(student.parameters(), start.parameters(), strict=True)]
+    assert all(moved)
+    assert (student.lm_head.weight is student.base_model.embed_tokens.weight) == tied
+    profile = json.loads((tmp_path / "profile.json").read_text())
+    assert profile["aligned"]["kl_to_base"] == pytest.approx([0.0] * len(profile["positions"]), abs=1e-6)
+    assert max(profile["student"]["kl_to_base"]) > 0.01  # this student started as base
+
+
+def test_a_resumed_run_continues_as_if_it_had_never_stopped(
+    single: tuple[Path, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    folder, uninterrupted = single
+    for name in ("base", "aligned", "checkpoints"):
+        shutil.copytree(folder / name, tmp_path / name)
+    shutil.copy(folder / "metrics.jsonl", tmp_path / "metrics.jsonl")
+    # As after a kill in step 4: the last whole checkpoint is that of step 2, and metrics.jsonl is ahead of it.
+    (tmp_path / "checkpoints" / "step-000004" / "complete.json").unlink()
+    rows = run(tmp_path, settings(num_workers=1, zero_stage=0))
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    for row, expected in zip(rows, uninterrupted, strict=True):
+        assert {name: row[name] for name in ("loss", "lr", "depth_mean")} == {
+            name: expected[name] for name in ("loss", "lr", "depth_mean")
+        }
+    first, second = (load_model(path / "student", "float32").state_dict() for path in (folder, tmp_path))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_sft_learns_the_answers(ray_cluster: None, tmp_path: Path) -> None:
+    rows = run(tmp_path, settings(num_workers=1, zero_stage=0, steps=12, checkpoint_every=12), objective="sft")
+    assert rows[-1]["loss"] < 0.8 * rows[0]["loss"]
+
+
+def test_a_failing_worker_is_reported_in_one_sentence(ray_cluster: None, tmp_path: Path) -> None:
+    job = make_job(tmp_path, settings(num_workers=1, zero_stage=0))
+    (tmp_path / "aligned" / "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(WorkError, match=r"training worker 0 failed after 0 finished steps .* resume with --resume"):
+        fit(job, cpus_per_worker=0.5, gpus_per_worker=0)
