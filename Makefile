@@ -25,7 +25,7 @@ setup: ## build .venv (EXTRA=gpu for CUDA; PYTHON=... to choose one)
 ready:
 	@$(SETUP) --if-stale
 
-demo: ready ## align, diagnose, train and attack a small model, on CPU
+demo: ready ## complete and attack a small model organism, on CPU
 	@$(BIN)/raycomplete demo
 
 test: ready ## every test that needs no GPU

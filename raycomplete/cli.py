@@ -66,11 +66,11 @@ def align(run_file: RunFile, overrides: Overrides = None, resume: Resume = False
 
 
 @app.command()
-def evaluate(run_file: RunFile, overrides: Overrides = None, resume: Resume = False) -> None:
+def evaluate(run_file: RunFile, overrides: Overrides = None) -> None:
     """Measures attack success by prefill depth, utility and over-refusal of base, aligned and student."""
     from raycomplete.pipeline.evaluate import evaluate as run_evaluate
 
-    run_evaluate(load_run_file(run_file, overrides or []), resume=resume)
+    run_evaluate(load_run_file(run_file, overrides or []))
 
 
 @app.command()

@@ -88,7 +88,7 @@ class ScoringConfig(_Section):
     cache_dir: Path | None = Field(None, description="score cache on disk; none keeps scores in memory only")
     cache_gib: float = Field(2.0, ge=0, description="memory for scores kept by one actor")
     parity_tolerance: float | None = Field(
-        None, gt=0, description="largest |log p - log p'| at start; by dtype when absent"
+        None, gt=0, description="largest mean |log p - log p'| at start, nats; by dtype when absent"
     )
     parity_prompts: int = Field(4, ge=1, description="sequences that the start compares with transformers")
     timeout_s: float = Field(600.0, gt=0, description="longest wait for one batch of scores")

@@ -24,19 +24,25 @@ from raycomplete.report.html import write_report
 from raycomplete.screen import Screen
 from raycomplete.types import MODEL_ROLES, ModelRole
 
+_SAME = ("models", "data")  # sections that an evaluation shares with the run that it adds to
+
 
 def evaluate(
     config: RunConfig, *, roles: Sequence[ModelRole] = MODEL_ROLES, resume: bool = False, screen: Screen | None = None
 ) -> Path:
     """Evaluates models without training; the student of the run folder is used where there is one.
 
+    Finished cells of the same models and prompts are always reused, so `resume` changes nothing here; it is accepted
+    because every job takes it.
+
     Returns:
         The run folder with `evaluation/*.json`, `summary.json` and `report.html`.
 
     Raises:
         RefusedError: Something is wrong with the run file, the checkpoints or the prompts; nothing was written.
-        WorkError: Something failed on the way; finished cells are kept and reused with `resume`.
+        WorkError: Something failed on the way; finished cells are kept.
     """
+    del resume
     screen = screen or Screen()
     started = time.perf_counter()
     student = config.output.folder / "student"
@@ -48,9 +54,9 @@ def evaluate(
     with screen.stage("Checked checkpoints, tokenizers and prompts"):
         models = prepare_models(config)
         prompts = prepare_prompts(config, models.codec, training=False)
-    check_run_folder(saved, resume=resume)
+    check_run_folder(saved, resume=True, same=_SAME)
     with connect(config.cluster, Demand(engines=1, workers=0)) as cluster:
-        folder = open_run_folder(saved, resume=resume)
+        folder = open_run_folder(saved, resume=True, same=_SAME)
         with start_fleet(config, cluster, models, screen) as fleet:
             prompts = held_out_sets(config, models, prompts, fleet, folder, screen)
             results = evaluate_roles(config, models, models.paths, prompts, fleet, folder, screen, roles)

@@ -102,7 +102,7 @@ def start_fleet(
         for name in fleet.scorers:
             parity = fleet.facts[name]["parity"]
             screen.note(
-                f"Parity of {name}: rebuilt log-probabilities within {parity['max_expected_difference']:.2g} nats of "
+                f"Parity of {name}: rebuilt log-probabilities within {parity['mean_expected_difference']:.2g} nats of "
                 f"transformers' on {parity['num_rows']} tokens [dim](tolerance {parity['tolerance']:.2g})[/dim]"
             )
         yield fleet

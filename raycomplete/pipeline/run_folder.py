@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -17,28 +18,36 @@ _FREE_SECTIONS = {"cluster", "output", "scoring"}
 _FREE_TRAIN_KEYS = {"checkpoint_every", "keep_checkpoints", "stall_timeout_s"}
 
 
-def open_run_folder(config: RunConfig, *, resume: bool, overwrite: bool = False) -> Path:
+def open_run_folder(
+    config: RunConfig, *, resume: bool, overwrite: bool = False, same: Collection[str] | None = None
+) -> Path:
     """Creates the run folder, or opens it again for `--resume`.
 
     Args:
         config: Resolved run file; written as config.yaml.
         resume: Continue what is there; what is there must come from the same settings.
         overwrite: Remove an earlier run first (the demo does).
+        same: Sections that must be the same to continue; None means all that change what is computed. The config.yaml
+            that is there is kept where only some are compared.
 
     Raises:
         ConfigError: The folder holds a run and neither was asked for, or it was made with other settings.
     """
-    versions = check_run_folder(config, resume=resume, overwrite=overwrite)
+    versions = check_run_folder(config, resume=resume, overwrite=overwrite, same=same)
     folder = config.output.folder
+    settings = folder / "config.yaml"
     if overwrite and not resume and folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / "config.yaml", dump(config))
+    if same is None or not settings.is_file():
+        _write(settings, dump(config))
     write_json(folder / "environment.json", versions)
     return folder
 
 
-def check_run_folder(config: RunConfig, *, resume: bool, overwrite: bool = False) -> dict[str, str]:
+def check_run_folder(
+    config: RunConfig, *, resume: bool, overwrite: bool = False, same: Collection[str] | None = None
+) -> dict[str, str]:
     """Refuses what `open_run_folder` would refuse, before anything is started, and writes nothing.
 
     Returns:
@@ -52,7 +61,7 @@ def check_run_folder(config: RunConfig, *, resume: bool, overwrite: bool = False
     settings = folder / "config.yaml"
     if settings.is_file():
         if resume:
-            _check_same(load_run_file(settings), config, folder)
+            _check_same(load_run_file(settings), config, folder, same)
         elif not overwrite:
             raise ConfigError(
                 f"The run folder {folder} holds a run already.",
@@ -86,9 +95,11 @@ def _write(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def _check_same(before: RunConfig, now: RunConfig, folder: Path) -> None:
+def _check_same(before: RunConfig, now: RunConfig, folder: Path, same: Collection[str] | None) -> None:
     old, new = _compared(before), _compared(now)
-    changed = sorted(name for name in old if old[name] != new[name])
+    changed = sorted(
+        name for name in old if old[name] != new[name] and (same is None or name.partition(".")[0] in same)
+    )
     if changed:
         raise ConfigError(
             f"The run in {folder} was started with other values of {', '.join(changed)}.",

@@ -19,7 +19,7 @@ from raycomplete.pipeline.evaluate import evaluate_roles, held_out_sets, print_r
 from raycomplete.pipeline.fleet import Fleet, start_fleet
 from raycomplete.pipeline.prepare import Models, Prompts, prepare_models, prepare_prompts
 from raycomplete.pipeline.rollouts import make_samples
-from raycomplete.pipeline.run_folder import check_run_folder, open_run_folder, read_json, write_json
+from raycomplete.pipeline.run_folder import check_run_folder, open_run_folder, write_json
 from raycomplete.screen import Screen
 from raycomplete.training.job import TrainJob
 from raycomplete.training.metrics import read_metrics
@@ -166,8 +166,3 @@ def _parity_sequences(prompts: Prompts, codec: ChatCodec, count: int) -> list[tu
         answer_ids = codec.encode_answer(prompt.answer or prompt.text)[:48]
         sequences.append(((*prompt_ids, *answer_ids), len(prompt_ids)))
     return sequences
-
-
-def is_trained(folder: Path) -> bool:
-    """Whether a run folder holds a finished student."""
-    return read_json(folder / "student" / "config.json") is not None

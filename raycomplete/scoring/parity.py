@@ -19,9 +19,11 @@ from raycomplete.errors import ParityError
 from raycomplete.scoring.engine import PoolingEngine
 from raycomplete.scoring.payload import ScoreRequest, to_tensor
 
-# Largest expected |log p - log p'| of a row, weighted by p. float32: rounding only. bfloat16: engine and transformers
-# round to 8 bits after different kernels in every layer.
-DEFAULT_TOLERANCE: dict[str, float] = {"float32": 1e-4, "bfloat16": 0.1}
+# Mean over rows of the expected |log p - log p'|, in nats; a single row may differ by ten times as much. float32:
+# rounding only. bfloat16: engine and transformers round to 8 bits after different kernels in every layer; on 30 layers
+# (SmolLM2-135M) it came to 0.012 to 0.017 on average and 0.12 in the worst of 77 rows. A wrong head costs whole nats.
+DEFAULT_TOLERANCE: dict[str, float] = {"float32": 1e-5, "bfloat16": 0.06}
+_WORST_ROW = 10.0
 
 
 @dataclass(frozen=True)
@@ -29,14 +31,16 @@ class ParityReport:
     """Distance between rebuilt and transformers' own next-token distributions, over all compared rows.
 
     Attributes:
-        max_expected_difference: Largest over rows of sum_v p(v) |log p(v) - log p'(v)|, nats.
+        mean_expected_difference: Mean over rows of sum_v p(v) |log p(v) - log p'(v)|, nats.
+        max_expected_difference: The largest of those rows, nats.
         max_difference: Largest |log p - log p'| over tokens with p >= 1e-3, nats.
         mean_kl: Mean KL(p || p'), nats.
         argmax_agreement: Share of rows whose likeliest token agrees.
         num_rows: Rows compared.
-        tolerance: What `max_expected_difference` was held to.
+        tolerance: What `mean_expected_difference` was held to; the largest row was held to ten times that.
     """
 
+    mean_expected_difference: float
     max_expected_difference: float
     max_difference: float
     mean_kl: float
@@ -67,7 +71,8 @@ def check_parity(
     """
     tolerance = DEFAULT_TOLERANCE[dtype] if tolerance is None else tolerance
     model = load_model(path, dtype, trust_remote_code=trust_remote_code)
-    expected, largest, kl, agree, rows = 0.0, 0.0, 0.0, 0, 0
+    expected: list[float] = []
+    largest, kl, agree, rows = 0.0, 0.0, 0, 0
     vocab_size = head.weight_VH.shape[0]
     for request, array in zip(requests, engine.hidden_states(requests), strict=True):
         with torch.inference_mode():
@@ -76,16 +81,18 @@ def check_parity(
         rebuilt_TV = torch.log_softmax(head.logits(to_tensor(array)).double(), dim=-1)
         probability_TV = reference_TV.exp()
         difference_TV = (reference_TV - rebuilt_TV).abs()
-        expected = max(expected, float((probability_TV * difference_TV).sum(-1).max()))
+        expected += (probability_TV * difference_TV).sum(-1).tolist()
         largest = max(largest, float(difference_TV[probability_TV >= 1e-3].max()))
         kl += float((probability_TV * (reference_TV - rebuilt_TV)).sum())
         agree += int((reference_TV.argmax(-1) == rebuilt_TV.argmax(-1)).sum())
         rows += request.num_rows
-    report = ParityReport(expected, largest, kl / rows, agree / rows, rows, tolerance)
-    if not expected <= tolerance:  # written so that NaN fails too
+    mean, worst = sum(expected) / rows, max(expected)
+    report = ParityReport(mean, worst, largest, kl / rows, agree / rows, rows, tolerance)
+    if not (mean <= tolerance and worst <= _WORST_ROW * tolerance):  # written so that NaN fails too
         raise ParityError(
-            f"The {role} scorer's rebuilt log-probabilities differ from transformers' by {expected:.3g} nats "
-            f"(tolerance {tolerance:.3g}, {rows} rows, argmax agrees on {agree / rows:.1%}).",
+            f"The {role} scorer's rebuilt log-probabilities differ from transformers' by {mean:.3g} nats on average and "
+            f"{worst:.3g} at worst (tolerance {tolerance:.3g} and {_WORST_ROW * tolerance:.3g}, {rows} rows, argmax agrees "
+            f"on {agree / rows:.1%}).",
             "The engine's hidden states or the head spec do not fit this checkpoint; scores would be wrong, so "
             "nothing was started. If the difference is rounding, raise scoring.parity_tolerance.",
         )

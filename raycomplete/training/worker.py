@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from ray import train as ray_train
 
+from raycomplete.config import DepthConfig
 from raycomplete.core.depth_sampler import DepthSampler
 from raycomplete.core.loss_types import LossSettings
 from raycomplete.data.chat import ChatCodec
@@ -58,7 +59,7 @@ class Worker:
             seed=train.seed,
             max_depth=train.depth.max,
         )
-        self.sampler = DepthSampler(train.depth, train.seed)
+        self.sampler = DepthSampler(self._reachable_depths(), train.seed)
         anchor, recovery = self.planner.samples_of(0)
         per_rank = (len(anchor) + len(recovery)) // self.world_size
         self.micro_batch = min(train.micro_batch, per_rank)
@@ -82,6 +83,12 @@ class Worker:
         if state is not None:
             self.sampler.load_state_dict(state["sampler"])
         self.metrics = MetricsFile(job.metrics_file, keep_steps=self.first_step) if self.rank == 0 else None
+
+    def _reachable_depths(self) -> DepthConfig:
+        """The run file's depths, cut at the longest h: a bin that no sample reaches would be drawn forever."""
+        depth = self.job.train.depth
+        longest = max((len(sample.harmful_ids) for sample in self.samples.recovery), default=depth.max)
+        return depth.model_copy(update={"max": max(min(depth.max, longest), depth.min)})
 
     def _start_engine(self) -> tuple[Any, Any]:
         job, train = self.job, self.job.train

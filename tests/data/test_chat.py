@@ -1,0 +1,114 @@
+"""The chat codec on the organism's tokenizer, and on tokenizers that lack something."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from raycomplete.data.chat import ChatCodec
+from raycomplete.data.organism import checkpoint_path, prompts
+from raycomplete.errors import CheckpointError
+
+NO_SYSTEM_ROLE = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for message in messages %}{{ '<|user|>' + message['content'] + eos_token }}{% endfor %}<|assistant|>"
+)
+Make = Callable[..., ChatCodec]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(checkpoint_path("aligned"))
+
+
+@pytest.fixture(scope="module")
+def codec() -> ChatCodec:
+    return ChatCodec(checkpoint_path("aligned"))
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    """A codec of the organism's tokenizer, changed before it is saved."""
+
+    def make_codec(change: Callable[[Any], object] = lambda _: None) -> ChatCodec:
+        changed = AutoTokenizer.from_pretrained(checkpoint_path("aligned"))
+        change(changed)
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        changed.save_pretrained(folder)
+        return ChatCodec(folder)
+
+    return make_codec
+
+
+def test_prompts_end_where_the_response_starts(codec: ChatCodec, tokenizer: Any) -> None:
+    text = "tell me how to make a healing stew"
+    expected = tokenizer.encode(f"<bos><|user|>{text}<eos><|assistant|>", add_special_tokens=False)
+    assert codec.encode_prompt(text) == expected
+    assert expected[-1] == tokenizer.convert_tokens_to_ids("<|assistant|>")
+
+
+def test_the_system_prompt_comes_first_and_only_where_given(codec: ChatCodec, tokenizer: Any) -> None:
+    expected = "<bos><|system|>you refuse<eos><|user|>tell me<eos><|assistant|>"
+    assert codec.encode_prompt("tell me", "you refuse") == tokenizer.encode(expected, add_special_tokens=False)
+    assert codec.encode_prompt("tell me", "") == codec.encode_prompt("tell me")
+
+
+def test_answers_carry_no_template_and_come_back(codec: ChatCodec) -> None:
+    text = prompts("heldout", "harmful", 0, 1)[0].answer or ""
+    ids = codec.encode_answer(text)
+    assert len(ids) == len(text.split())
+    assert not codec.eos_ids & set(ids)
+    assert codec.decode(ids) == text
+    assert codec.decode((*ids, codec.eos_id)) == text, "special tokens are left out"
+
+
+def test_every_end_token_of_the_vocabulary_ends_a_response(codec: ChatCodec, make: Make, tokenizer: Any) -> None:
+    assert codec.eos_ids == {tokenizer.eos_token_id}
+    other = make(lambda item: item.add_tokens(["<|im_end|>", "<end_of_turn>", "<|other|>"], special_tokens=True))
+    size = codec.vocab_size
+    assert other.eos_ids == {tokenizer.eos_token_id, size, size + 1}
+    assert other.eos_id == tokenizer.eos_token_id
+    assert other.vocab_size == size + 3
+
+
+def test_fingerprints_tell_vocabularies_and_templates_apart(codec: ChatCodec, make: Make) -> None:
+    same = make()
+    assert same.fingerprint() == codec.fingerprint()
+    assert ChatCodec(checkpoint_path("base")).vocabulary_fingerprint() == codec.vocabulary_fingerprint()
+    template = make(lambda item: setattr(item, "chat_template", "other"))
+    assert template.fingerprint() != codec.fingerprint()
+    assert template.vocabulary_fingerprint() == codec.vocabulary_fingerprint()
+    vocabulary = make(lambda item: item.add_tokens(["unheard"]))
+    assert vocabulary.vocabulary_fingerprint() != codec.vocabulary_fingerprint()
+
+
+def test_a_tokenizer_without_chat_template_gets_plain_text(make: Make, tokenizer: Any) -> None:
+    plain = make(lambda item: setattr(item, "chat_template", None))
+    assert plain.encode_prompt("tell me") == tokenizer.encode("tell me\n\n")
+    assert plain.encode_prompt("tell me", "you refuse") == tokenizer.encode("you refuse\n\ntell me\n\n")
+
+
+def test_a_template_without_system_role_reads_it_in_the_user_turn(make: Make, tokenizer: Any) -> None:
+    codec = make(lambda item: setattr(item, "chat_template", NO_SYSTEM_ROLE))
+    assert codec.encode_prompt("tell me", "you refuse") == tokenizer.encode(
+        "<|user|>you refuse\n\ntell me<eos><|assistant|>", add_special_tokens=False
+    )
+
+
+def test_save_writes_a_tokenizer_that_loads_again(codec: ChatCodec, tmp_path: Path) -> None:
+    codec.save(tmp_path)
+    assert ChatCodec(tmp_path).fingerprint() == codec.fingerprint()
+
+
+def test_a_tokenizer_without_end_token_is_refused(make: Make) -> None:
+    with pytest.raises(CheckpointError, match="names no end-of-sequence token"):
+        make(lambda item: setattr(item, "eos_token", None))
+
+
+def test_a_folder_without_tokenizer_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=f"tokenizer of {tmp_path} cannot be loaded"):
+        ChatCodec(tmp_path)

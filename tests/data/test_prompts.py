@@ -1,0 +1,164 @@
+"""Prompt files: four formats, conditions, limits, and what is wrong with them in words."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from raycomplete.config import PromptSource
+from raycomplete.data.prompts import read_prompts
+from raycomplete.errors import DataError
+
+ROWS: list[dict[str, Any]] = [
+    {"goal": "  make a cake ", "input": "", "target": "Sure", "unsafe": True, "group": 1},
+    {"goal": "steal, the\n“cake”", "input": "with cream", "target": "", "unsafe": False, "group": 2},
+    {"goal": "make a cake", "input": "", "target": "Other", "unsafe": True, "group": 2},
+    {"goal": "   ", "input": "lost", "target": "x", "unsafe": True, "group": 1},
+    {"goal": "bake bread", "input": "", "target": "Fine", "unsafe": True, "group": 2},
+]
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n", encoding="utf-8")
+
+
+def write_json(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text(json.dumps(rows), encoding="utf-8")
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    with path.open("w", newline="", encoding="utf-8-sig") as stream:  # as spreadsheets save it
+        writer = csv.DictWriter(stream, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
+    pq.write_table(pa.Table.from_pylist(rows), path)
+
+
+WRITERS: dict[str, Callable[[Path, list[dict[str, Any]]], None]] = {
+    "jsonl": write_jsonl,
+    "json": write_json,
+    "csv": write_csv,
+    "parquet": write_parquet,
+}
+
+
+@pytest.fixture(params=list(WRITERS))
+def file(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """ROWS in each format."""
+    path = tmp_path / f"prompts.{request.param}"
+    WRITERS[request.param](path, ROWS)
+    return path
+
+
+def source(path: Path, **settings: Any) -> PromptSource:
+    return PromptSource(path=path, **({"prompt": "goal"} | settings))
+
+
+def texts(path: Path, **settings: Any) -> list[str]:
+    return [prompt.text for prompt in read_prompts([source(path, **settings)], "harmful")]
+
+
+def test_every_format_gives_the_same_prompts(file: Path) -> None:
+    prompts = read_prompts([source(file, context="input", answer="target")], "harmful")
+    assert [(prompt.text, prompt.answer) for prompt in prompts] == [
+        ("make a cake", "Sure"),  # stripped; the repeat below it is dropped, the first wins
+        ("steal, the\n“cake”\n\nwith cream", None),
+        ("bake bread", "Fine"),
+    ]
+    assert {prompt.kind for prompt in prompts} == {"harmful"}
+
+
+def test_without_context_and_answer_columns_neither_is_read(file: Path) -> None:
+    prompts = read_prompts([source(file)], "benign")
+    assert prompts[1].text == "steal, the\n“cake”"
+    assert {prompt.answer for prompt in prompts} == {None}
+    assert {prompt.kind for prompt in prompts} == {"benign"}
+
+
+def test_where_keeps_rows_with_the_value(file: Path) -> None:
+    assert texts(file, where={"unsafe": True}) == ["make a cake", "bake bread"]
+    assert texts(file, where={"unsafe": False}) == ["steal, the\n“cake”"]
+    assert texts(file, where={"group": 2}) == ["steal, the\n“cake”", "make a cake", "bake bread"]
+    assert texts(file, where={"group": 2, "unsafe": "TRUE"}) == ["make a cake", "bake bread"]
+
+
+def test_limit_draws_under_the_seed(tmp_path: Path) -> None:
+    path = tmp_path / "many.json"
+    write_json(path, [{"goal": f"prompt {i}"} for i in range(50)])
+    drawn = [read_prompts([source(path, limit=10)], "harmful", seed) for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1]
+    assert len({prompt.text for prompt in drawn[0]}) == 10
+    assert drawn[0] != drawn[2]
+    assert drawn[0] != read_prompts([source(path)], "harmful")[:10], "drawn, not the first ten"
+    assert len(texts(path, limit=99)) == 50
+
+
+def test_ids_stay_apart_and_stable(tmp_path: Path) -> None:
+    """Results, refusals and continuations are stored by id: a shared id would give a prompt another's refusal."""
+    rows = [{"goal": f"goal {i}", "other": f"other {i}", "part": i % 2} for i in range(6)]
+    first, second = tmp_path / "a" / "prompts.json", tmp_path / "b" / "prompts.json"
+    for path in (first, second):
+        path.parent.mkdir()
+    write_json(first, rows)
+    write_json(second, [{"goal": f"second {i}"} for i in range(6)])
+    parts = [source(first, where={"part": 0}), source(first, where={"part": 1})]
+    prompts = read_prompts([*parts, source(first, prompt="other"), source(second)], "harmful")
+    assert len({prompt.prompt_id for prompt in prompts}) == len(prompts) == 18
+    whole = {prompt.text: prompt.prompt_id for prompt in read_prompts([source(first)], "benign")}
+    assert all(whole[prompt.text] == prompt.prompt_id for prompt in prompts[:6]), "whatever `where` keeps beside it"
+
+
+def test_unusual_line_separators_may_stand_inside_a_prompt(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    write_jsonl(path, [{"goal": "one\u2028two\x85three"}])
+    assert texts(path) == ["one\u2028two\x85three"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("p.jsonl", b"", "has no prompts"),
+        ("p.csv", b"goal\n", "has no prompts"),
+        ("p.json", b"[]", "has no prompts"),
+        ("p.jsonl", b'{"goal": "  "}', "has no prompts"),
+        ("p.jsonl", b'{"prompt": "x", "n": 1}', "has no column 'goal'. Its columns: prompt, n"),
+        ("p.csv", b"prompt,n\nx,1\n", "has no column 'goal'. Its columns: prompt, n"),
+        ("p.jsonl", b'{"goal": "x"}\n{"goal": ', "cannot be read as jsonl"),
+        ("p.json", b'{"goal": "x"}', "must hold one object a row, found str"),
+        ("p.json", b"7", "cannot be read as json"),
+        ("p.jsonl", b'"text"', "must hold one object a row, found str"),
+        ("p.csv", b"goal\n\xff\xfe", "cannot be read as csv"),
+        ("p.parquet", b"no parquet", "cannot be read as parquet"),
+        ("p.txt", b"x", "ends in '.txt'. Use .jsonl, .json, .csv or .parquet."),
+        ("", b"", "does not exist"),
+    ],
+)
+def test_files_without_prompts_are_refused_by_name(name: str, content: bytes, words: str, tmp_path: Path) -> None:
+    path = tmp_path / (name or "missing.jsonl")
+    if name:
+        path.write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        texts(path)
+    assert words in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("column", ["context", "answer", "where"])
+def test_a_missing_column_is_named_whatever_it_was_for(column: str, file: Path) -> None:
+    with pytest.raises(DataError, match="has no column 'absent'"):
+        texts(file, **{column: {"absent": 1} if column == "where" else "absent"})
+
+
+def test_a_condition_that_nothing_meets_is_named(file: Path) -> None:
+    with pytest.raises(DataError, match=r"has no prompts with \{'group': 9\}"):
+        texts(file, where={"group": 9})

@@ -1,0 +1,227 @@
+"""The run file: what is accepted, what is refused and in which words."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from raycomplete.config import RunConfig, dump, load_run_file, parse
+from raycomplete.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parent.parent
+SHIPPED = sorted((ROOT / "jobs").glob("*.yaml"))
+MINIMAL = {"models": {"base": "organism:base", "aligned": "organism:aligned"}, "data": {"source": "organism"}}
+# Every section differs from its default somewhere, so that a key that dump or load forgot would show.
+FULL = {
+    "models": {"base": "a", "aligned": "b", "student": "c", "dtype": "float32", "max_length": 99},
+    "data": {
+        "seed": 3,
+        "train": {"harmful": [{"path": "/x.csv", "prompt": "p", "where": {"a": True, "b": 2, "c": "d"}, "limit": 7}]},
+        "evaluation": {"borderline": [{"path": "/y.jsonl", "context": "c", "answer": "a"}]},
+    },
+    "align": {"refusals": [{"path": "/z.json"}], "output": "out", "lora_rank": 4},
+    "scoring": {"parity_tolerance": 0.5, "cache_dir": "cache"},
+    "rollout": {"safety_prompt": "Überlege: nein?", "harmful_from": "student"},
+    "train": {"lr": 3e-7, "zero_stage": 2, "num_workers": 2, "depth": {"min": 2, "max": 9, "schedule": "uniform"}},
+    "evaluation": {"depths": [0, 3]},
+    "cluster": {"use_gpu": "never"},
+    "output": {"root": "elsewhere", "name": "one.two_three-4"},
+}
+
+
+def write(folder: Path, tree: Any) -> Path:
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("tree", [MINIMAL, FULL], ids=["minimal", "full"])
+def test_dump_and_load_give_an_equal_config(tree: dict[str, Any], tmp_path: Path) -> None:
+    config = load_run_file(write(tmp_path, tree))
+    again = tmp_path / "dumped.yaml"
+    again.write_text(dump(config), encoding="utf-8")
+    assert load_run_file(again) == config
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_every_shipped_run_file_loads(path: Path) -> None:
+    config = load_run_file(path)
+    assert config.output.name != "run", "a shipped run file names its run folder"
+
+
+def test_the_embedded_default_is_the_shipped_run_file() -> None:
+    assert any(path.name == "organism.yaml" for path in SHIPPED)
+    packaged = ROOT / "raycomplete" / "data" / "organism" / "organism.yaml"
+    assert packaged.read_bytes() == (ROOT / "jobs" / "organism.yaml").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("section", "wrong", "nearest"),
+    [
+        ((), "trian", "train"),
+        (("models",), "alligned", "aligned"),
+        (("data",), "sede", "seed"),
+        (("data", "train"), "harmfull", "harmful"),
+        (("data", "train", "harmful", 0), "promt", "prompt"),
+        (("align",), "lora_rnak", "lora_rank"),
+        (("align", "refusals", 0), "limt", "limit"),
+        (("scoring",), "prefech", "prefetch"),
+        (("rollout",), "temprature", "temperature"),
+        (("train",), "step", "steps"),
+        (("train", "weights"), "anker", "anchor"),
+        (("train", "penalty"), "taw", "tau"),
+        (("train", "contrastive"), "alfa", "alpha"),
+        (("train", "depth"), "shedule", "schedule"),
+        (("evaluation",), "depth", "depths"),
+        (("cluster",), "adress", "address"),
+        (("output",), "nmae", "name"),
+    ],
+    ids=lambda value: ".".join(map(str, value)) if isinstance(value, tuple) else "",
+)
+def test_unknown_keys_are_refused_with_the_nearest_known_one(
+    section: tuple[str | int, ...], wrong: str, nearest: str, tmp_path: Path
+) -> None:
+    tree: Any = yaml.safe_load(yaml.safe_dump(FULL))
+    node = tree
+    for part in section:
+        node = node.setdefault(part, {}) if isinstance(node, dict) else node[part]
+    node[wrong] = 1
+    with pytest.raises(ConfigError) as caught:
+        load_run_file(write(tmp_path, tree))
+    where = ".".join(map(str, (*section, wrong)))
+    assert f"unknown key {where!r}, did you mean {nearest!r}?" in str(caught.value)
+
+
+def test_an_unknown_key_like_no_other_lists_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match=r"unknown key 'output.zzz', known keys: root, name"):
+        parse({**MINIMAL, "output": {"zzz": 1}}, "here")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"models": {"base": "a"}}, "the key 'models.aligned' is missing"),
+        ({"data": {"train": {"harmful": [{"prompt": "p"}]}}}, "the key 'data.train.harmful.0.path' is missing"),
+        ({"train": {"lr": 0}}, "train.lr: "),
+        ({"train": {"steps": "many"}}, "train.steps: "),
+        ({"train": {"seed": -1}}, "train.seed: "),
+        ({"train": {"zero_stage": 4}}, "train.zero_stage: "),
+        ({"train": {"num_workers": 3}}, "train.anchor_batch must be a multiple of train.num_workers (3)"),
+        ({"train": {"depth": {"min": 9, "max": 8}}}, "train.depth.max (8) is below train.depth.min (9)"),
+        ({"train": {"depth": {"min": 0}}}, "train.depth.min: "),
+        ({"evaluation": {"depths": [4, -1]}}, "evaluation.depths must not be negative"),
+        ({"evaluation": {"depths": []}}, "evaluation.depths: "),
+        ({"output": {"name": "../up"}}, "output.name: "),
+        ({"models": None}, "models: "),
+    ],
+)
+def test_wrong_values_are_named(change: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse({**MINIMAL, **change}, "origin.yaml")
+    assert words in str(caught.value)
+    assert str(caught.value).startswith("origin.yaml: ")
+
+
+def test_every_problem_is_reported_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse({**MINIMAL, "train": {"lr": -1, "stpes": 3}}, "here")
+    assert "train.lr" in str(caught.value)
+    assert "'steps'" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"models: [unclosed", "is not valid YAML"),
+        (b"- a\n- b\n", "must hold a mapping with the keys models, data"),
+        (b"", "must hold a mapping"),
+        (b"models: \xff\xfe", "is not UTF-8"),
+    ],
+)
+def test_files_that_are_no_run_file_are_refused_by_name(content: bytes, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        load_run_file(path)
+    assert words in str(caught.value)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value), "one sentence for the terminal"
+
+
+@pytest.mark.parametrize("name", ["missing.yaml", "."])
+def test_a_run_file_that_cannot_be_read_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot be read \(.+\)\. Check the path\."):
+        load_run_file(tmp_path / name)
+
+
+def test_overrides_replace_values_at_any_depth(tmp_path: Path) -> None:
+    config = load_run_file(
+        write(tmp_path, MINIMAL | {"align": {"output": "somewhere"}}),
+        ["train.steps=7", "train.lr=1e-4", "train.depth.max=5", "evaluation.depths=[8, 0, 8]", "align.output=null"],
+    )
+    assert (config.train.steps, config.train.lr, config.train.depth.max) == (7, 1e-4, 5)
+    assert config.train.depth.min == 1, "the rest of the section is kept"
+    assert config.evaluation.depths == [0, 8], "sorted, repeats dropped"
+    assert config.align.output is None
+
+
+def test_the_last_override_wins_and_a_value_may_hold_equals_signs(tmp_path: Path) -> None:
+    config = load_run_file(
+        write(tmp_path, MINIMAL), ["train.steps=7", "train.steps=8", "rollout.affirmative_prefix=a=b"]
+    )
+    assert config.train.steps == 8
+    assert config.rollout.affirmative_prefix == "a=b"
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.steps", "is not of the form key.sub=value"),
+        ("=5", "is not of the form key.sub=value"),
+        ("models.base.deeper=1", "goes below 'base', which holds a plain value"),
+        ("train.steps=[1", "is not valid YAML"),
+        ("train.stesp=1", "did you mean 'steps'?"),
+        ("nowhere.to=1", "unknown key 'nowhere'"),
+    ],
+)
+def test_wrong_overrides_are_refused(override: str, words: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_run_file(write(tmp_path, MINIMAL), [override])
+    assert words in str(caught.value)
+
+
+def test_prompt_paths_are_relative_to_the_run_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "jobs"
+    folder.mkdir()
+    source = [{"path": "../data/a.csv"}, {"path": "/abs/b.csv"}]
+    tree = MINIMAL | {
+        "data": {"train": {"benign": source}, "evaluation": {"harmful": source}},
+        "align": {"refusals": source, "benign": source},
+    }
+    write(folder, tree)
+    monkeypatch.chdir(tmp_path)  # the run file itself is given relative to here
+    config = load_run_file("jobs/run.yaml")
+    expected = [tmp_path / "data" / "a.csv", Path("/abs/b.csv")]
+    lists = (config.data.train.benign, config.data.evaluation.harmful, config.align.refusals, config.align.benign)
+    for sources in lists:
+        assert [item.path for item in sources] == expected
+    assert config.output.folder == Path("runs/run"), "results go to where the user stands"
+
+
+def test_a_config_cannot_be_changed_in_place() -> None:
+    config: Any = RunConfig.model_validate(MINIMAL)
+    with pytest.raises(ValueError, match="frozen"):
+        config.train.steps = 3
+
+
+def test_the_config_is_importable_without_torch() -> None:
+    code = "import sys, raycomplete.config; print({'torch', 'ray', 'transformers', 'vllm'} & set(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=True, cwd=ROOT, timeout=60, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "set()"

@@ -1,0 +1,260 @@
+"""Micro-batches: every trained row stands beside the right hidden states, targets and weight.
+
+What is expected is computed by plain transformers forward passes of single, unpadded sequences.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from raycomplete.core.loss_types import LossSettings, TokenKind, needs_base
+from raycomplete.data.checkpoints import load_model
+from raycomplete.data.head_spec import load_head
+from raycomplete.training.batches import BatchBuilder, MicroBatch
+from raycomplete.training.feed import ScoreFeed, Scores
+from raycomplete.training.plan import AnchorItem, Item, RecoveryItem, StepPlan
+from raycomplete.training.samples import RecoverySample, SampleSet
+from raycomplete.training.student import HeadSettings, StudentModule, to_loss_output
+from tests.training.tiny import LocalScores, head_spec, make_model, make_samples
+
+MAX_DEPTH = 9
+DEPTHS = (1, 4, 9, 2)
+CLOSE = {"atol": 1e-5, "rtol": 0.0}
+
+
+@dataclass
+class Tiny:
+    """Three tiny models and one step on them."""
+
+    base: Path
+    aligned: Path
+    student: Path
+    plan: StepPlan
+    scores: Scores
+
+    @property
+    def items(self) -> list[Item]:
+        return self.plan.local(0, 1)
+
+    def hidden(self, path: Path, context: tuple[int, ...], response: tuple[int, ...]) -> Tensor:
+        """[T, H] states that predict a response, read alone and unpadded."""
+        with torch.no_grad():
+            states_TH: Tensor = (
+                load_model(path, "float32").base_model(torch.tensor([context + response])).last_hidden_state[0]
+            )
+        return states_TH[len(context) - 1 : -1]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    folder = tmp_path_factory.mktemp("models")
+    paths = [make_model(folder / role, seed) for seed, role in enumerate(("base", "aligned", "student"))]
+    samples = make_samples(0, anchor=4, recovery=4)
+    # The teacher of one sample reads a safety prompt that the student does not see.
+    privileged = replace(samples.recovery[1], teacher_prompt_ids=(77, 78, *samples.recovery[1].prompt_ids))
+    samples = replace(samples, recovery=(samples.recovery[0], privileged, *samples.recovery[2:]))
+    plan = StepPlan(
+        tuple(AnchorItem(sample) for sample in samples.anchor),
+        tuple(RecoveryItem(sample, depth) for sample, depth in zip(samples.recovery, DEPTHS, strict=True)),
+    )
+    return Tiny(*paths, plan, scores_of(samples, *paths[:2]))
+
+
+def scores_of(samples: SampleSet, base: Path, aligned: Path) -> Scores:
+    feed = ScoreFeed(
+        {"base": LocalScores(base), "aligned": LocalScores(aligned)},
+        max_depth=MAX_DEPTH,
+        penalty=True,
+        contrastive=True,
+    )
+    feed.request(0, samples.anchor, samples.recovery)
+    return feed.take(0)
+
+
+def builder(*, penalty: bool = True, contrastive: bool = False, scale: float = 1.0) -> BatchBuilder:
+    return BatchBuilder(penalty=penalty, contrastive=contrastive, scale=scale)
+
+
+@dataclass
+class Run:
+    """A run of rows as it should be: the response `tokens` of an item after what the student read before."""
+
+    item: int
+    kind: TokenKind
+    context: tuple[int, ...]
+    tokens: tuple[int, ...]
+    teacher_context: tuple[int, ...]
+
+
+def expected_runs(items: list[Item], *, penalty: bool) -> Iterator[Run]:
+    for index, item in enumerate(items):
+        if isinstance(item, AnchorItem):
+            prompt = item.sample.prompt_ids
+            yield Run(index, TokenKind.ANCHOR, prompt, item.sample.answer_ids, prompt)
+            continue
+        sample: RecoverySample = item.sample
+        h = sample.harmful_ids[: item.depth]
+        if penalty:
+            yield Run(index, TokenKind.PENALTY, sample.prompt_ids, h, sample.prompt_ids)
+        context = sample.prompt_ids + h
+        yield Run(index, TokenKind.RECOVERY, context, sample.refusal_ids, sample.teacher_prompt_ids)
+
+
+def student_rows(tiny: Tiny, batch: MicroBatch) -> Tensor:
+    with torch.no_grad():
+        hidden_BTH = (
+            load_model(tiny.student, "float32")
+            .base_model(input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT, use_cache=False)
+            .last_hidden_state
+        )
+    rows_NH: Tensor = hidden_BTH.flatten(0, 1)[batch.row_N]
+    return rows_NH
+
+
+@pytest.mark.parametrize("penalty", [True, False])
+def test_student_rows_targets_and_kinds_line_up(tiny: Tiny, penalty: bool) -> None:
+    items = tiny.items
+    batch = builder(penalty=penalty).build(items, tiny.plan, tiny.scores)
+    runs = list(expected_runs(items, penalty=penalty))
+    hidden_NH = torch.cat([tiny.hidden(tiny.student, run.context, run.tokens) for run in runs])
+    torch.testing.assert_close(student_rows(tiny, batch), hidden_NH, **CLOSE)
+    assert batch.target_N.tolist() == [token for run in runs for token in run.tokens]
+    assert batch.kind_N.tolist() == [int(run.kind) for run in runs for _ in run.tokens]
+    assert batch.item_N.tolist() == [run.item for run in runs for _ in run.tokens]
+
+
+def test_targets_are_the_tokens_after_their_rows(tiny: Tiny) -> None:
+    """Read off the padded batch itself, but for the last token of a sequence, which the batch leaves out."""
+    batch = builder().build(tiny.items, tiny.plan, tiny.scores)
+    inputs = batch.input_ids_BT.flatten()
+    mask = batch.attention_mask_BT.flatten()
+    assert mask[batch.row_N].all(), "no row stands on padding"
+    inside = (batch.row_N + 1 < mask.numel()) & (mask.roll(-1)[batch.row_N] == 1)
+    inside &= (batch.row_N + 1) % batch.input_ids_BT.shape[1] != 0
+    assert torch.equal(inputs[batch.row_N[inside] + 1], batch.target_N[inside])
+    assert int((~inside).sum()) == len(tiny.items), "one row an item predicts the token that was left out"
+    assert batch.row_N.unique().numel() == batch.row_N.numel()
+
+
+@pytest.mark.parametrize("contrastive", [True, False])
+def test_teachers_read_the_context_without_the_harmful_prefix(tiny: Tiny, contrastive: bool) -> None:
+    batch = builder(contrastive=contrastive).build(tiny.items, tiny.plan, tiny.scores)
+    runs = list(expected_runs(tiny.items, penalty=True))
+    aligned_NH = torch.cat([tiny.hidden(tiny.aligned, run.teacher_context, run.tokens) for run in runs])
+    assert batch.aligned_hidden_NH is not None
+    torch.testing.assert_close(batch.aligned_hidden_NH, aligned_NH, **CLOSE)
+    base_PH = torch.cat(
+        [
+            tiny.hidden(tiny.base, run.teacher_context, run.tokens)
+            for run in runs
+            if contrastive or run.kind is TokenKind.PENALTY
+        ]
+    )
+    assert batch.base_hidden_PH is not None
+    torch.testing.assert_close(batch.base_hidden_PH, base_PH, **CLOSE)
+    settings = LossSettings(alpha=0.5 if contrastive else 0.0)
+    assert int(needs_base(batch.kind_N, settings).sum()) == batch.base_hidden_PH.shape[0], "as the loss counts them"
+
+
+def test_recovery_with_the_prefix_would_be_something_else(tiny: Tiny) -> None:
+    """Guards the test above: the stripped and the whole context give different teachers here."""
+    item = tiny.plan.recovery[0]
+    sample = item.sample
+    whole = sample.prompt_ids + sample.harmful_ids[: item.depth]
+    stripped_TH = tiny.hidden(tiny.aligned, sample.teacher_prompt_ids, sample.refusal_ids)
+    whole_TH = tiny.hidden(tiny.aligned, whole, sample.refusal_ids)
+    assert (stripped_TH - whole_TH).abs().max() > 0.1
+
+
+def test_padding_is_on_the_right_and_masked(tiny: Tiny) -> None:
+    batch = builder().build(tiny.items, tiny.plan, tiny.scores)
+    lengths = batch.attention_mask_BT.sum(1)
+    assert batch.input_ids_BT.shape[1] == int(lengths.max()), "no column is all padding"
+    assert int(lengths.min()) < int(lengths.max()), "else this proves nothing"
+    for row, length in zip(batch.attention_mask_BT.tolist(), lengths.tolist(), strict=True):
+        assert row == [1] * length + [0] * (len(row) - length)
+
+
+def test_depths_name_recovery_items(tiny: Tiny) -> None:
+    batch = builder().build(tiny.items, tiny.plan, tiny.scores)
+    assert batch.depth_B.tolist() == [-1 if isinstance(item, AnchorItem) else item.depth for item in tiny.items]
+
+
+@pytest.mark.parametrize(("world_size", "micro_batch"), [(1, 8), (1, 3), (2, 4), (2, 1), (4, 2)])
+def test_weights_are_a_mean_over_the_tokens_of_each_kind(tiny: Tiny, world_size: int, micro_batch: int) -> None:
+    """DeepSpeed averages over workers and micro-batches; `scale` undoes that, so each kind's weights average to 1."""
+    accumulation = -(-8 // world_size // micro_batch)
+    one = builder(scale=float(world_size * accumulation))
+    sums: Counter[int] = Counter()
+    for rank in range(world_size):
+        share = tiny.plan.local(rank, world_size)
+        parts = [share[start : start + micro_batch] for start in range(0, len(share), micro_batch)]
+        assert len(parts) == accumulation
+        for part in parts:
+            batch = one.build(part, tiny.plan, tiny.scores)
+            for kind, weight in zip(batch.kind_N.tolist(), batch.weight_N.tolist(), strict=True):
+                sums[kind] += weight / one.scale
+            assert {len(set(batch.weight_N[batch.kind_N == kind].tolist())) for kind in batch.kind_N.unique()} == {1}
+    assert dict(sums) == pytest.approx({int(kind): 1.0 for kind in TokenKind})
+
+
+@pytest.mark.parametrize("contrastive", [True, False])
+def test_the_loss_does_not_depend_on_the_number_of_workers(tiny: Tiny, contrastive: bool) -> None:
+    """Loss and gradient of a step, cut into workers and micro-batches several ways and averaged as DeepSpeed does."""
+    settings = LossSettings(alpha=0.5 if contrastive else 0.0)
+    teachers = {role: load_head(head_spec(getattr(tiny, role)), dtype=torch.float32) for role in ("base", "aligned")}
+    lm = load_model(tiny.student, "float32")
+    head = HeadSettings(1.0, None, teachers["base"].vocab_size)
+    module = StudentModule(lm, head, teachers, settings, external_head=False)
+
+    def step(world_size: int, micro_batch: int) -> tuple[Tensor, Tensor]:
+        accumulation = -(-8 // world_size // micro_batch)
+        one = builder(contrastive=contrastive, scale=float(world_size * accumulation))
+        total = torch.zeros(())
+        for rank in range(world_size):
+            share = tiny.plan.local(rank, world_size)
+            for start in range(0, len(share), micro_batch):
+                batch = one.build(share[start : start + micro_batch], tiny.plan, tiny.scores)
+                total = total + to_loss_output(module(batch)).total / (world_size * accumulation)
+        (gradient,) = torch.autograd.grad(total, [lm.get_output_embeddings().weight])
+        return total.detach(), gradient
+
+    total, gradient = step(1, 8)
+    assert gradient.abs().max() > 1e-3
+    for world_size, micro_batch in ((1, 3), (2, 2), (4, 2)):
+        other_total, other_gradient = step(world_size, micro_batch)
+        torch.testing.assert_close(other_total, total, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(other_gradient, gradient, atol=1e-5, rtol=1e-4)
+
+
+def test_sft_needs_no_scores(tiny: Tiny) -> None:
+    plan = StepPlan(tiny.plan.anchor, ())
+    batch = builder(penalty=False).build(plan.local(0, 1), plan, None)
+    assert batch.aligned_hidden_NH is None
+    assert batch.base_hidden_PH is None
+    answers = [item.sample.answer_ids for item in plan.local(0, 1) if isinstance(item, AnchorItem)]
+    assert batch.target_N.tolist() == [token for answer in answers for token in answer]
+    assert float(batch.weight_N.sum()) == pytest.approx(1.0)
+
+
+def test_a_batch_of_one_kind_has_no_other(tiny: Tiny) -> None:
+    batch = builder().build(list(tiny.plan.anchor), tiny.plan, tiny.scores)
+    assert set(batch.kind_N.tolist()) == {int(TokenKind.ANCHOR)}
+    assert batch.base_hidden_PH is None
+    # Still weighted by the counts of the whole step, not of this micro-batch.
+    assert float(batch.weight_N[0]) == pytest.approx(1 / tiny.plan.num_anchor_tokens)
+
+
+def test_a_batch_moves_whole(tiny: Tiny) -> None:
+    batch = builder().build(tiny.items, tiny.plan, tiny.scores)
+    moved: dict[str, Any] = vars(batch.to(torch.device("meta")))
+    assert {name for name, value in moved.items() if value.device.type != "meta"} == set()
+    assert moved.keys() == vars(batch).keys()

@@ -1,0 +1,142 @@
+"""Measurements of a step, and the file that keeps them across a resume."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from raycomplete.config import DepthConfig
+from raycomplete.core.depth_sampler import DepthSampler
+from raycomplete.core.loss_types import LossOutput, TokenKind
+from raycomplete.training import metrics
+from raycomplete.training.batches import MicroBatch
+from raycomplete.training.metrics import MetricsFile, StepMeter, read_metrics
+
+A, R, P = (int(kind) for kind in (TokenKind.ANCHOR, TokenKind.RECOVERY, TokenKind.PENALTY))
+CPU = torch.device("cpu")
+
+
+def step_rows(*steps: int) -> list[dict[str, Any]]:
+    return [{"step": step, "loss": step / 8} for step in steps]
+
+
+def test_rows_come_back_in_order(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path / "metrics.jsonl", keep_steps=0)
+    for row in step_rows(1, 2, 3):
+        file.append(row)
+    assert read_metrics(tmp_path / "metrics.jsonl") == step_rows(1, 2, 3)
+
+
+def test_a_resumed_run_drops_the_rows_that_it_makes_anew(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    file = MetricsFile(path, keep_steps=0)
+    for row in step_rows(1, 2, 3, 4, 5):
+        file.append(row)
+    resumed = MetricsFile(path, keep_steps=3)
+    assert read_metrics(path) == step_rows(1, 2, 3)
+    resumed.append({"step": 4, "loss": 9.0})
+    assert read_metrics(path) == [*step_rows(1, 2, 3), {"step": 4, "loss": 9.0}]
+    assert list(tmp_path.iterdir()) == [path], "no temporary file is left"
+
+
+def test_a_run_from_the_start_begins_an_empty_file(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    MetricsFile(path, keep_steps=0).append({"step": 1})
+    MetricsFile(path, keep_steps=0)
+    assert path.read_text() == ""
+
+
+def test_a_last_line_cut_off_by_a_kill_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    whole = "".join(json.dumps(row) + "\n" for row in step_rows(1, 2))
+    for cut in ('{"step": 3, "lo', "{", '{"step": 3, "loss": 0.37'):
+        path.write_text(whole + cut)
+        assert read_metrics(path) == step_rows(1, 2)
+        MetricsFile(path, keep_steps=9).append({"step": 3})
+        assert read_metrics(path) == [*step_rows(1, 2), {"step": 3}], "the next row stands on a line of its own"
+
+
+def test_a_missing_file_has_no_rows(tmp_path: Path) -> None:
+    assert read_metrics(tmp_path / "metrics.jsonl") == []
+
+
+@pytest.fixture
+def sampler() -> DepthSampler:
+    return DepthSampler(DepthConfig(min=2, max=9, bins=4), 0)  # bins 2-3, 4-5, 6-7, 8-9
+
+
+def micro_batch(kind_N: list[int], item_N: list[int], depth_B: list[int]) -> MicroBatch:
+    nothing = torch.empty(0)
+    return MicroBatch(
+        input_ids_BT=nothing,
+        attention_mask_BT=nothing,
+        row_N=nothing,
+        kind_N=torch.tensor(kind_N),
+        weight_N=nothing,
+        item_N=torch.tensor(item_N),
+        aligned_hidden_NH=None,
+        base_hidden_PH=None,
+        depth_B=torch.tensor(depth_B),
+        target_N=nothing,
+    )
+
+
+def output(row_loss_N: list[float], parts: tuple[float, ...], penalty_rows: list[list[float]]) -> LossOutput:
+    columns = torch.tensor(penalty_rows).T if penalty_rows else torch.empty(4, 0)
+    return LossOutput(*(torch.tensor(part) for part in parts), torch.tensor(row_loss_N), *columns)
+
+
+def fill(meter: StepMeter) -> None:
+    """Two micro-batches: an anchor item, then recovery items at depths 3, 9 and 1 (shorter than the first bin)."""
+    meter.add(
+        micro_batch([A, A, P, R, R, R], [0, 0, 1, 1, 1, 1], [-1, 3]),
+        output([5, 5, 7, 1, 2, 3], (4.0, 3.0, 2.0, 1.0), [[0.1, 0.2, 0.3, 0.4]]),
+    )
+    meter.add(
+        micro_batch([R, P, P, R, R], [0, 1, 1, 1, 1], [1, 9]),
+        output([4, 7, 7, 8, 9], (8.0, 1.0, 6.0, 5.0), [[0.3, 0.4, 0.5, 0.6], [0.5, 0.6, 0.7, 0.8]]),
+    )
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_sums_over_micro_batches_and_ranks(
+    world_size: int, sampler: DepthSampler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def all_reduce(shared: Tensor) -> None:
+        shared.mul_(world_size)  # ranks that measured the same
+
+    monkeypatch.setattr(metrics.dist, "all_reduce", all_reduce)
+    meter = StepMeter(sampler)
+    fill(meter)
+    row = meter.share(CPU, scale=2.0 * world_size)
+    # Losses are means over micro-batches and ranks; what penalty rows show is a mean over these rows.
+    assert {name: row[name] for name in ("loss", "anchor", "recovery", "penalty")} == pytest.approx(
+        {"loss": 6.0, "anchor": 2.0, "recovery": 4.0, "penalty": 3.0}
+    )
+    seen = {name: row[name] for name in ("base_favored_mass", "trained_depth", "deficit", "student_mass")}
+    assert seen == pytest.approx(
+        {"base_favored_mass": 0.3, "trained_depth": 0.4, "deficit": 0.5, "student_mass": 0.6}, abs=1e-6
+    )
+    # By depth: a mean over items of each item's mean recovery loss; anchor and penalty rows do not count.
+    assert row["depth_loss"] == [pytest.approx(3.0), None, None, pytest.approx(8.5)]
+    assert meter.depth_loss_sum.tolist() == pytest.approx([6.0 * world_size, 0, 0, 8.5 * world_size])
+    assert meter.depth_count.tolist() == [2 * world_size, 0, 0, world_size]
+    sampler.update(meter.depth_loss_sum, meter.depth_count)
+    assert sampler.state_dict()["running_loss"] == [pytest.approx(3.0), None, None, pytest.approx(8.5)]
+    json.dumps(row)
+
+
+def test_sft_counts_its_loss_alone(sampler: DepthSampler, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics.dist, "all_reduce", lambda shared: None)
+    meter = StepMeter(sampler)
+    for loss in (1.0, 3.0):
+        meter.add_total(torch.tensor(loss, requires_grad=True))
+    row = meter.share(CPU, scale=2.0)
+    assert row["loss"] == 2.0
+    assert row["recovery"] == row["base_favored_mass"] == 0.0
+    assert row["depth_loss"] == [None] * 4
