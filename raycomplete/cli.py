@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 from collections.abc import Callable
@@ -42,35 +43,39 @@ def demo(
     resume: Resume = False,
 ) -> None:
     """Runs the main job on the embedded model organism, on this machine: a few minutes on 2 cores."""
-    from raycomplete.pipeline.train import train as run_train
-
     with as_file(files("raycomplete").joinpath("data", "organism", "organism.yaml")) as path:
         config = load_run_file(path, ["output.name=demo", *(overrides or [])])
-    run_train(config, resume=resume, overwrite=True)
+    from raycomplete.pipeline.train import train as run_train
+
+    # Only the demo's own folder is replaced unasked.
+    run_train(config, resume=resume, overwrite=config.output.name == "demo")
 
 
 @app.command()
 def train(run_file: RunFile, overrides: Overrides = None, resume: Resume = False, overwrite: Overwrite = False) -> None:
     """Completes a safety-aligned model: sample, score, train, evaluate, report."""
+    config = load_run_file(run_file, overrides or [])  # before the import of torch, so that refusals are quick
     from raycomplete.pipeline.train import train as run_train
 
-    run_train(load_run_file(run_file, overrides or []), resume=resume, overwrite=overwrite)
+    run_train(config, resume=resume, overwrite=overwrite)
 
 
 @app.command()
 def align(run_file: RunFile, overrides: Overrides = None, resume: Resume = False, overwrite: Overwrite = False) -> None:
     """Makes an aligned twin of a base model by safety SFT on your data."""
+    config = load_run_file(run_file, overrides or [])  # before the import of torch, so that refusals are quick
     from raycomplete.pipeline.align import align as run_align
 
-    run_align(load_run_file(run_file, overrides or []), resume=resume, overwrite=overwrite)
+    run_align(config, resume=resume, overwrite=overwrite)
 
 
 @app.command()
 def evaluate(run_file: RunFile, overrides: Overrides = None) -> None:
     """Measures attack success by prefill depth, utility and over-refusal of base, aligned and student."""
+    config = load_run_file(run_file, overrides or [])
     from raycomplete.pipeline.evaluate import evaluate as run_evaluate
 
-    run_evaluate(load_run_file(run_file, overrides or []))
+    run_evaluate(config)
 
 
 @app.command()
@@ -104,21 +109,24 @@ def main() -> None:
 
 
 def run_job(work: Callable[..., Path], arguments: list[str]) -> int:
-    """Entry point of jobs/*.py: RUNFILE [--resume] [key=value ...].
+    """Entry point of jobs/*.py: RUNFILE [--resume] [--overwrite] [key=value ...].
 
     Args:
-        work: A function of `raycomplete.pipeline` that takes a run file and `resume`.
+        work: A function of `raycomplete.pipeline` that takes a run file, and `resume` or `overwrite` where asked for.
         arguments: What stands behind the script's name.
 
     Returns:
         The exit code.
     """
-    resume = "--resume" in arguments
-    rest = [argument for argument in arguments if argument != "--resume"]
-    if not rest or rest[0].startswith("-"):
-        Console(stderr=True).print("Usage: RUNFILE [--resume] [key=value ...]")
+    taken = inspect.signature(work).parameters
+    flags = {f"--{name}": name for name in ("resume", "overwrite") if name in taken}
+    options = {flags[argument]: True for argument in arguments if argument in flags}
+    rest = [argument for argument in arguments if argument not in flags]
+    if not rest or any(argument.startswith("-") for argument in rest):
+        usage = " ".join(["Usage: RUNFILE", *(f"[{flag}]" for flag in flags), "[key=value ...]"])
+        Console(stderr=True).print(usage, markup=False)
         return 2
-    return guarded(lambda: work(load_run_file(rest[0], rest[1:]), resume=resume))
+    return guarded(lambda: work(load_run_file(rest[0], rest[1:]), **options))
 
 
 def guarded(work: Callable[[], Any]) -> int:

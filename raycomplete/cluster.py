@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import ray
 
 from raycomplete.config import ClusterConfig
+from raycomplete.engine_options import available_cpus
 from raycomplete.errors import SetupError
 
 
@@ -35,9 +36,6 @@ class Cluster:
     """The cluster that a run is connected to."""
 
     use_gpu: bool
-    num_cpus: float
-    num_gpus: float
-    local: bool
 
 
 @contextmanager
@@ -55,10 +53,11 @@ def connect(config: ClusterConfig, demand: Demand) -> Iterator[Cluster]:
     local = config.address is None and "RAY_ADDRESS" not in os.environ
     if config.address == "local":
         local = True
-    cores = max(float(os.cpu_count() or 1), demand.cpus(config))
+    cores = max(float(available_cpus()), demand.cpus(config))
     try:
         if local:
             ray.init(
+                address="local",  # a cluster of our own, whatever else runs on this machine
                 num_cpus=int(-(-cores // 1)),
                 include_dashboard=False,
                 log_to_driver=False,
@@ -74,17 +73,23 @@ def connect(config: ClusterConfig, demand: Demand) -> Iterator[Cluster]:
             "Check cluster.address, or leave it out to start one on this machine.",
         ) from error
     try:
-        yield _check(config, demand, local)
+        yield _check(config, demand)
     finally:
         ray.shutdown()
 
 
-def _check(config: ClusterConfig, demand: Demand, local: bool) -> Cluster:
+def _check(config: ClusterConfig, demand: Demand) -> Cluster:
     there = ray.cluster_resources()
     num_cpus, num_gpus = there.get("CPU", 0.0), there.get("GPU", 0.0)
     if config.use_gpu == "always" and num_gpus == 0:
         raise SetupError("cluster.use_gpu is 'always' and the cluster has no GPU.", "Set it to 'auto' or 'never'.")
     use_gpu = config.use_gpu != "never" and num_gpus > 0
+    if use_gpu and demand.workers > 1 and config.gpus_per_worker <= 0.5:
+        raise SetupError(
+            f"{demand.workers} training workers with {config.gpus_per_worker:g} GPU each could share one GPU, and NCCL "
+            "refuses that.",
+            "Set cluster.gpus_per_worker to 1.",
+        )
     needed = {"CPU": demand.cpus(config), "GPU": demand.gpus(config) if use_gpu else 0.0}
     for name, there_is in (("CPU", num_cpus), ("GPU", num_gpus)):
         if needed[name] > there_is + 1e-6:
@@ -94,4 +99,4 @@ def _check(config: ClusterConfig, demand: Demand, local: bool) -> Cluster:
                 f"Add nodes, lower train.num_workers, or lower cluster.{name.lower()}s_per_engine and "
                 f"cluster.{name.lower()}s_per_worker.",
             )
-    return Cluster(use_gpu=use_gpu, num_cpus=num_cpus, num_gpus=num_gpus, local=local)
+    return Cluster(use_gpu=use_gpu)

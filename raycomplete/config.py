@@ -235,6 +235,12 @@ class RunConfig(_Section):
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)
     output: OutputConfig = Field(default_factory=OutputConfig)
 
+    @model_validator(mode="after")
+    def _lora_is_whole(self) -> RunConfig:
+        if self.align.lora_rank > 0 and self.train.zero_stage == 3:
+            raise ValueError("align.lora_rank cannot be merged from ZeRO-3 shards: set train.zero_stage to 2 or less")
+        return self
+
 
 def load_run_file(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     """Reads and checks a run file.

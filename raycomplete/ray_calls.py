@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from raycomplete.errors import RaycompleteError, WaitTimeoutError, WorkError
 
@@ -41,6 +41,8 @@ def wait_for(reference: Any, *, who: str, what: str, timeout_s: float) -> Any:
         if isinstance(error.cause, RaycompleteError):
             raise error.cause from error
         raise WorkError(f"The {who} failed: {_first_line(error.cause or error)}.") from error
+    except RayError as error:  # lost objects, unschedulable actors, a head node that is gone
+        raise WorkError(f"Ray could not get {what} from the {who} ({_first_line(error)}).") from error
 
 
 def _resources(resources: dict[str, float]) -> str:

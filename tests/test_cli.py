@@ -33,10 +33,11 @@ class Place:
 
     @property
     def tree(self) -> dict[str, Any]:
-        sets = {kind: [{"path": f"prompts/{kind}.jsonl"}] for kind in KINDS}
+        train = {kind: [{"path": f"prompts/{kind}.jsonl"}] for kind in KINDS}
+        held_out = {kind: [{"path": f"prompts/{kind}-held-out.jsonl"}] for kind in KINDS}
         return {
             "models": {"base": "models/base", "aligned": "models/aligned", "max_length": 128},
-            "data": {"train": sets, "evaluation": sets},
+            "data": {"train": train, "evaluation": held_out},
             "rollout": {"max_anchor_tokens": 8, "max_refusal_tokens": 8, "max_harmful_tokens": 8},
             "train": {"depth": {"max": 8}},
             "evaluation": {"depths": [0], "max_tokens": 8, "max_utility_tokens": 8},
@@ -56,7 +57,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
         make_model(tmp_path / "models" / role, seed)
     (tmp_path / "prompts").mkdir()
     for kind in KINDS:
-        (tmp_path / "prompts" / f"{kind}.jsonl").write_text(json.dumps({"prompt": f"a {kind} prompt"}) + "\n")
+        for name in (kind, f"{kind}-held-out"):
+            (tmp_path / "prompts" / f"{name}.jsonl").write_text(json.dumps({"prompt": f"a {name} prompt"}) + "\n")
     monkeypatch.chdir(tmp_path)
     there = Place(tmp_path)
     there.write(there.tree)
@@ -83,11 +85,11 @@ def different_tokenizers(place: Place) -> None:
 
 
 def empty_prompt_file(place: Place) -> None:
-    (place.folder / "prompts" / "benign.jsonl").write_text("\n")
+    (place.folder / "prompts" / "benign-held-out.jsonl").write_text("\n")
 
 
 def long_prompt(place: Place) -> None:
-    (place.folder / "prompts" / "harmful.jsonl").write_text(json.dumps({"prompt": "cake " * 200}) + "\n")
+    (place.folder / "prompts" / "harmful-held-out.jsonl").write_text(json.dumps({"prompt": "cake " * 200}) + "\n")
 
 
 def pickled_weights(place: Place) -> None:
@@ -104,8 +106,8 @@ REFUSALS: list[tuple[Callable[[Place], None], str]] = [
     (unknown_key, "unknown key 'train.stpes', did you mean 'steps'?"),
     (missing_checkpoint, "models.base: there is no checkpoint at 'models/bsae'."),
     (different_tokenizers, "have different tokenizers"),
-    (empty_prompt_file, "prompts/benign.jsonl has no prompts"),
-    (long_prompt, "The prompt harmful-00000-"),
+    (empty_prompt_file, "prompts/benign-held-out.jsonl has no prompts"),
+    (long_prompt, "The prompt harmful-held-out-00000-"),
     (pickled_weights, "Pickled weights (.bin, .pt) are refused"),
     (missing_run_file, "The run file run.yaml cannot be read (No such file or directory)"),
 ]
@@ -219,23 +221,27 @@ def test_the_demo_is_the_embedded_organism(tmp_path: Path, monkeypatch: pytest.M
     assert seen["config"].data.source == "organism"
     assert (seen["config"].output.folder, seen["config"].train.steps) == (Path("runs/demo"), 3)
     assert seen["overwrite"] is True
+    assert main(monkeypatch, "demo", "output.name=mine") == 0
+    assert seen["overwrite"] is False, "only the demo's own folder is replaced unasked"
 
 
 def test_jobs_take_the_same_arguments(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     seen: dict[str, Any] = {}
 
-    def work(config: Any, **options: Any) -> Path:
-        seen.update(config=config, **options)
+    def work(config: Any, *, resume: bool = False, overwrite: bool = False) -> Path:
+        seen.update(config=config, resume=resume, overwrite=overwrite)
         return Path("runs")
 
     assert cli.run_job(work, ["run.yaml", "--resume", "train.steps=7"]) == 0
-    assert (seen["config"].train.steps, seen["resume"]) == (7, True)
-    assert cli.run_job(work, ["run.yaml"]) == 0
-    assert seen["resume"] is False
+    assert (seen["config"].train.steps, seen["resume"], seen["overwrite"]) == (7, True, False)
+    assert cli.run_job(work, ["run.yaml", "--overwrite"]) == 0
+    assert (seen["resume"], seen["overwrite"]) == (False, True)
     assert cli.run_job(work, ["run.yaml", "train.stpes=7"]) == 2
     assert "did you mean 'steps'?" in capsys.readouterr().err
-    assert cli.run_job(work, ["--resume"]) == 2
-    assert "Usage: RUNFILE" in capsys.readouterr().err
+    for wrong in (["--resume"], ["run.yaml", "--resmue"], []):
+        assert cli.run_job(work, wrong) == 2
+        assert capsys.readouterr().err == "Usage: RUNFILE [--resume] [--overwrite] [key=value ...]\n"
+    assert cli.run_job(lambda config: Path("runs"), ["run.yaml", "--resume"]) == 2, "a job without it refuses it"
 
 
 def failing(error: BaseException) -> Callable[[], None]:

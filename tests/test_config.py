@@ -114,6 +114,7 @@ def test_an_unknown_key_like_no_other_lists_the_known_ones() -> None:
         ({"train": {"num_workers": 3}}, "train.anchor_batch must be a multiple of train.num_workers (3)"),
         ({"train": {"depth": {"min": 9, "max": 8}}}, "train.depth.max (8) is below train.depth.min (9)"),
         ({"train": {"depth": {"min": 0}}}, "train.depth.min: "),
+        ({"train": {"zero_stage": 3}, "align": {"lora_rank": 4}}, "set train.zero_stage to 2 or less"),
         ({"evaluation": {"depths": [4, -1]}}, "evaluation.depths must not be negative"),
         ({"evaluation": {"depths": []}}, "evaluation.depths: "),
         ({"output": {"name": "../up"}}, "output.name: "),

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from raycomplete.config import DepthConfig
 from raycomplete.errors import CheckpointError, NotFiniteError
 
+_SEED_TAG = 13  # numpy pads short seeds with zeros: every use of a seed needs a tag that is not 0
 FloatArray = npt.NDArray[np.float64]
 
 
@@ -83,7 +84,7 @@ class DepthSampler:
         Returns:
             `count` depths in tokens.
         """
-        rng = np.random.default_rng([self._seed, step])
+        rng = np.random.default_rng([self._seed, _SEED_TAG, step + 1])
         bins = rng.choice(self.num_bins, size=count, p=self.probabilities())
         return [int(depth) for depth in rng.integers(self._first[bins], self._last[bins] + 1)]
 

@@ -1,7 +1,7 @@
 """Checkpoints from a folder, a hub id, a GGUF file or the embedded organism, always as a local folder of safetensors.
 
-Weights are read as safetensors only: a pickle can run code when it is loaded. Writing is atomic (a sibling temporary
-folder, then one rename), so a killed process never leaves half a checkpoint under the final name.
+Weights are read as safetensors only: a pickle can run code when it is loaded. Writing goes through a sibling temporary
+folder and a rename, so a killed process never leaves half a checkpoint under the final name.
 """
 
 from __future__ import annotations
@@ -34,8 +34,12 @@ _NOT_ARCHITECTURE = frozenset(
         "eos_token_id",
         "pad_token_id",
         "max_position_embeddings",
+        # Inert where sliding windows are off, and different between Qwen 2.5 and its chat models.
+        "max_window_layers",
+        "use_mrope",
     }
 )
+_FINGERPRINT_WHOLE_BYTES = 2 * 2**30
 _FINGERPRINT_BLOCKS = 64
 _FINGERPRINT_BLOCK_BYTES = 65536
 
@@ -45,7 +49,7 @@ def resolve_checkpoint(spec: str, *, role: str) -> Path:
 
     Args:
         spec: A folder, `organism:base|aligned`, `package:NAME` (a GGUF inside an installed package), a .gguf file, or
-            a hub id such as `org/name`.
+            `hub:org/name`. The hub is never asked for anything else: a mistyped path must not fetch a stranger's model.
         role: base, aligned or student; named in messages.
 
     Raises:
@@ -56,6 +60,8 @@ def resolve_checkpoint(spec: str, *, role: str) -> Path:
         return checkpoint_path(cast(OrganismRole, rest))  # which refuses any other name
     if scheme == "package" and rest:
         return _convert_gguf(_package_gguf(rest, role), role)
+    if scheme == "hub" and rest:
+        return _download(rest, role)
     path = Path(spec).expanduser()
     if path.is_dir():
         _check_folder(path, role)
@@ -64,11 +70,9 @@ def resolve_checkpoint(spec: str, *, role: str) -> Path:
         if not path.is_file():
             raise CheckpointError(f"models.{role}: the file {path} does not exist.", "Check the path.")
         return _convert_gguf(path.resolve(), role)
-    if spec.count("/") == 1 and not spec.startswith((".", "/", "~")) and not path.parent.is_dir():
-        return _download(spec, role)
     raise CheckpointError(
         f"models.{role}: there is no checkpoint at {spec!r}.",
-        "Give a folder with config.json and safetensors, a .gguf file, a hub id, package:NAME or organism:base.",
+        "Give a folder with config.json and safetensors, a .gguf file, hub:ORG/NAME, package:NAME or organism:base.",
     )
 
 
@@ -122,15 +126,19 @@ def write_folder_atomically(folder: Path, write: Callable[[Path], None]) -> None
 
 
 def fingerprint(path: Path) -> str:
-    """Names the weights of a checkpoint: configuration plus evenly spaced blocks of every safetensors file.
+    """Names the weights of a checkpoint: its configuration and the content of its safetensors files.
 
-    Reading 64 blocks of 64 KiB a file tells any two trained models apart without reading a 100 GB teacher.
+    Files of up to 2 GiB are read whole. Of larger ones 64 evenly spaced blocks of 64 KiB are read, which tells apart
+    models that differ by training, though not by an edit of a few tensors.
     """
     digest = hashlib.sha256((path / "config.json").read_bytes())
     for file in sorted(path.glob("*.safetensors")):
         size = file.stat().st_size
         digest.update(f"{file.name}:{size}".encode())
         with file.open("rb") as stream:
+            if size <= _FINGERPRINT_WHOLE_BYTES:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+                continue
             for block in range(_FINGERPRINT_BLOCKS):
                 stream.seek(block * max(size - _FINGERPRINT_BLOCK_BYTES, 0) // (_FINGERPRINT_BLOCKS - 1))
                 digest.update(stream.read(_FINGERPRINT_BLOCK_BYTES))

@@ -21,7 +21,8 @@ from raycomplete.config import EvaluationConfig
 from raycomplete.errors import WorkError
 from raycomplete.evaluation.prefill import Cell, EvaluationSets, build_cells
 from raycomplete.evaluation.statistics import mean_over_depths, wilson
-from raycomplete.evaluation.storage import content_hash, read_json, write_json, write_json_lines
+from raycomplete.evaluation.storage import content_hash, write_completions
+from raycomplete.files import PRIVATE, read_json, write_json
 from raycomplete.types import Codec, Generator, Judge, ModelRole, Outcome
 
 FORMAT = 1  # part of every cell's hash: raise it when the meaning of a stored cell changes
@@ -76,7 +77,7 @@ def evaluate_model(
     result = _result(role, judge, config, model_id, cells, stored)
     if config.save_completions:
         rows = [row for cell in cells for row in stored[cell.name]["completions"]]
-        write_json_lines(folder / "evaluation" / "completions" / f"{role}.jsonl", rows)
+        write_completions(folder / "evaluation" / "completions" / f"{role}.jsonl", rows)
     write_json(folder / "evaluation" / f"{role}.json", result)
     return result
 
@@ -140,7 +141,8 @@ def _run_cell(
             }
             for prompt, prefill, text in triples
         ]
-    write_json(path, content)
+    # With completions kept, a cell holds answers to harmful prompts.
+    write_json(path, content, mode=PRIVATE if config.save_completions else 0o644)
     return content
 
 

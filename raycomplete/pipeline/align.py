@@ -23,6 +23,8 @@ from raycomplete.training.job import TrainJob
 from raycomplete.training.samples import AnchorSample, SampleSet, read_samples, write_samples
 from raycomplete.types import Prompt
 
+_SAME = ("models", "data", "rollout", "train", "align")  # sections that decide what is trained
+
 
 def align(config: RunConfig, *, resume: bool = False, overwrite: bool = False, screen: Screen | None = None) -> Path:
     """Trains the aligned checkpoint that the run file names as `models.aligned`.
@@ -56,9 +58,9 @@ def align(config: RunConfig, *, resume: bool = False, overwrite: bool = False, s
     config = config.model_copy(
         update={"output": OutputConfig(root=config.output.root, name=f"{config.output.name}-align")}
     )
-    check_run_folder(config, resume=resume, overwrite=overwrite)
+    check_run_folder(config, resume=resume, same=_SAME, overwrite=overwrite)
     with connect(config.cluster, Demand(engines=1, workers=config.train.num_workers)) as cluster:
-        folder = open_run_folder(config, resume=resume, overwrite=overwrite)
+        folder = open_run_folder(config, resume=resume, same=_SAME, overwrite=overwrite)
         samples_file = folder / "samples.jsonl"
         if not samples_file.is_file():
             with start_fleet(config, cluster, models, screen) as fleet:
@@ -79,16 +81,14 @@ def _samples(
     """Refusals and base's own harmless answers in the wanted share, no longer than the context."""
     settings = config.align
     benign_per_refusal = settings.benign_fraction / max(1 - settings.benign_fraction, 1e-9)
-    num_benign = min(len(benign), round(len(refusals) * benign_per_refusal))
+    num_benign = round(len(refusals) * benign_per_refusal)
     limit, context = settings.max_answer_tokens, config.models.max_length
-    learned = [
-        AnchorSample(
-            prompt.prompt_id,
-            tuple(codec.encode_prompt(prompt.text)),
-            (*codec.encode_answer(prompt.answer or "")[: limit - 1], codec.eos_id),
-        )
-        for prompt in refusals
-    ]
+    learned, cut = [], 0
+    for prompt in refusals:
+        answer = (*codec.encode_answer(prompt.answer or ""), codec.eos_id)
+        cut += len(answer) > limit
+        # An answer that is cut ends without end-of-response: the model must not learn to stop in mid-sentence.
+        learned.append(AnchorSample(prompt.prompt_id, tuple(codec.encode_prompt(prompt.text)), answer[:limit]))
     prompt_ids = [codec.encode_prompt(prompt.text) for prompt in benign[:num_benign]]
     fitting = [(p, ids) for p, ids in zip(benign, prompt_ids, strict=False) if len(ids) + limit < context]
     with screen.stage(f"Answers of base to {len(fitting)} harmless prompts"):
@@ -106,7 +106,10 @@ def _samples(
     ]
     samples = [sample for sample in (*learned, *kept) if len(sample.prompt_ids) + len(sample.answer_ids) <= context]
     dropped = len(learned) + len(kept) - len(samples)
-    screen.note(f"{len(learned)} refusals, {len(kept)} harmless answers; {dropped} left out as longer than the context")
+    screen.note(
+        f"{len(learned)} refusals ({cut} cut at {limit} tokens), {len(kept)} harmless answers of {num_benign} wanted; "
+        f"{dropped} samples left out as longer than the context"
+    )
     return SampleSet(tuple(samples))
 
 

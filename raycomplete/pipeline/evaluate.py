@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +16,11 @@ from raycomplete.evaluation.prefill import EvaluationSets
 from raycomplete.evaluation.runner import evaluate_model
 from raycomplete.evaluation.summary import summarize
 from raycomplete.evaluation.table import closing_table, rate_text
+from raycomplete.files import PRIVATE, read_json, write_json
 from raycomplete.pipeline.fleet import Fleet, start_fleet
 from raycomplete.pipeline.prepare import Models, Prompts, prepare_models, prepare_prompts
 from raycomplete.pipeline.rollouts import complete_answers
-from raycomplete.pipeline.run_folder import check_run_folder, open_run_folder, read_json, write_json
+from raycomplete.pipeline.run_folder import check_run_folder, open_run_folder
 from raycomplete.report.html import write_report
 from raycomplete.screen import Screen
 from raycomplete.types import MODEL_ROLES, ModelRole
@@ -27,13 +28,10 @@ from raycomplete.types import MODEL_ROLES, ModelRole
 _SAME = ("models", "data")  # sections that an evaluation shares with the run that it adds to
 
 
-def evaluate(
-    config: RunConfig, *, roles: Sequence[ModelRole] = MODEL_ROLES, resume: bool = False, screen: Screen | None = None
-) -> Path:
+def evaluate(config: RunConfig, *, roles: Sequence[ModelRole] = MODEL_ROLES, screen: Screen | None = None) -> Path:
     """Evaluates models without training; the student of the run folder is used where there is one.
 
-    Finished cells of the same models and prompts are always reused, so `resume` changes nothing here; it is accepted
-    because every job takes it.
+    Finished cells of the same models and prompts are always reused, in the run folder of a training run too.
 
     Returns:
         The run folder with `evaluation/*.json`, `summary.json` and `report.html`.
@@ -42,21 +40,21 @@ def evaluate(
         RefusedError: Something is wrong with the run file, the checkpoints or the prompts; nothing was written.
         WorkError: Something failed on the way; finished cells are kept.
     """
-    del resume
     screen = screen or Screen()
     started = time.perf_counter()
-    student = config.output.folder / "student"
-    if config.models.student is None and (student / "config.json").is_file():
-        config = config.model_copy(update={"models": config.models.model_copy(update={"student": str(student)})})
-        saved = config.model_copy(update={"models": config.models.model_copy(update={"student": None})})
+    trained = config.output.folder / "student"
+    if (trained / "config.json").is_file():
+        tested = config.model_copy(update={"models": config.models.model_copy(update={"student": str(trained)})})
     else:
-        saved = config
+        tested = config
+        if config.models.student is None:  # a copy of aligned is no student
+            roles = [role for role in roles if role != "student"]
     with screen.stage("Checked checkpoints, tokenizers and prompts"):
-        models = prepare_models(config)
+        models = prepare_models(tested, roles=tuple(dict.fromkeys(("base", *roles))))
         prompts = prepare_prompts(config, models.codec, training=False)
-    check_run_folder(saved, resume=True, same=_SAME)
+    check_run_folder(config, resume=True, same=_SAME)
     with connect(config.cluster, Demand(engines=1, workers=0)) as cluster:
-        folder = open_run_folder(saved, resume=True, same=_SAME)
+        folder = open_run_folder(config, resume=True, same=_SAME, keep_config=True)
         with start_fleet(config, cluster, models, screen) as fleet:
             prompts = held_out_sets(config, models, prompts, fleet, folder, screen)
             results = evaluate_roles(config, models, models.paths, prompts, fleet, folder, screen, roles)
@@ -68,23 +66,36 @@ def evaluate(
 def held_out_sets(
     config: RunConfig, models: Models, prompts: Prompts, fleet: Fleet, folder: Path, screen: Screen
 ) -> Prompts:
-    """Completes the harmful answers that prefills are cut from, once a run.
+    """Completes the harmful answers that prefills are cut from, and judges them.
 
     They are kept in the run folder, readable by its owner only, so that a resumed evaluation cuts the same prefills.
     """
     if config.data.source == "organism":
         return prompts
     file = folder / "evaluation" / "prefills.json"
-    known = read_json(file) or {}
-    if any(prompt.prompt_id not in known for prompt in prompts.evaluation["harmful"]):
-        with screen.stage(f"Prefills for {len(prompts.evaluation['harmful'])} held-out harmful prompts, from base"):
+    harmful = prompts.evaluation["harmful"]
+    made_from = {
+        "base": models.fingerprint("base"),
+        "depth": max(config.evaluation.depths),
+        "affirmative_prefix": config.rollout.affirmative_prefix,
+        "prompts": [prompt.prompt_id for prompt in harmful],
+    }
+    known = read_json(file)
+    if known is None or known["made_from"] != made_from:
+        with screen.stage(f"Prefills for {len(harmful)} held-out harmful prompts, from base"):
             base = fleet.generator.with_weights(str(models.paths["base"]))
-            completed = complete_answers(config, models.codec, base, prompts.evaluation["harmful"])
-        known = {prompt.prompt_id: prompt.answer for prompt in completed}
-        write_json(file, known)
-        file.chmod(0o600)
-    harmful = tuple(replace(prompt, answer=known[prompt.prompt_id]) for prompt in prompts.evaluation["harmful"])
-    return replace(prompts, evaluation=prompts.evaluation | {"harmful": harmful})
+            completed = complete_answers(config, models.codec, base, harmful)
+        # A prefill that refuses by itself is no attack. It stays in the denominator, and the count is published.
+        outcomes = Counter(str(prompts.judge.outcome(prompt, "", prompt.answer or "")) for prompt in completed)
+        known = {
+            "made_from": made_from,
+            "outcomes": dict(outcomes),
+            "answers": {prompt.prompt_id: prompt.answer for prompt in completed},
+        }
+        write_json(file, known, mode=PRIVATE)
+    screen.note(f"Prefills judged by themselves: {known['outcomes']}")
+    answered = tuple(replace(prompt, answer=known["answers"][prompt.prompt_id]) for prompt in harmful)
+    return replace(prompts, evaluation=prompts.evaluation | {"harmful": answered})
 
 
 def evaluate_roles(
@@ -122,14 +133,17 @@ def write_summary(
     config: RunConfig, folder: Path, results: Mapping[str, Mapping[str, Any]], seconds: float
 ) -> dict[str, Any]:
     """summary.json and report.html."""
+    prefills = read_json(folder / "evaluation" / "prefills.json") or {}
     summary = {
         "name": config.output.name,
         **summarize(results),
+        "prefills": prefills.get("outcomes"),
+        "evaluation": config.evaluation.model_dump(mode="json"),
         "train": read_json(folder / "training.json") or {},
         "seconds": seconds,
         "versions": read_json(folder / "environment.json"),
     }
-    write_json(folder / "summary.json", json.loads(json.dumps(summary)))
+    write_json(folder / "summary.json", summary)
     write_report(folder)
     return summary
 
@@ -146,9 +160,10 @@ def print_result(summary: Mapping[str, Any], folder: Path, screen: Screen) -> No
         lines.append((name.replace("_", "-"), rates))
     train = summary.get("train") or {}
     if train:
+        scoring = train["scoring_tokens_per_s"]  # None after a kill between training and its statistics
         speed = (
             f"{train['steps']} steps, {train['seconds']:.0f} s, {train['tokens_per_s']:.0f} tokens/s, "
-            f"scoring {train['scoring_tokens_per_s']:.0f} tokens/s, "
+            f"scoring {'at unknown' if scoring is None else f'{scoring:.0f}'} tokens/s, "
             f"waiting {train['scoring_wait_fraction']:.1%} of the time"
         )
         lines.append(("training", speed))

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from raycomplete.cluster import Cluster
 from raycomplete.config import RunConfig
-from raycomplete.engine_options import engine_environment
+from raycomplete.engine_options import available_cpus, engine_environment
 from raycomplete.pipeline.prepare import Models
 from raycomplete.rollout.actors import RolloutClient, RolloutOptions
 from raycomplete.scoring.actors import ScorerOptions, ScoringClient
@@ -36,7 +35,8 @@ class Fleet:
     def stop_scorers(self) -> None:
         """Frees the scorers' memory."""
         for scorer in self.scorers.values():
-            scorer.stop()
+            with suppress(Exception):  # an actor that is gone already must not hide why
+                scorer.stop()
         self.scorers = {}
 
 
@@ -95,7 +95,9 @@ def start_fleet(
                 )
         timeout_s = config.cluster.start_timeout_s
         names = ", ".join(["generator", *(f"{role} scorer" for role in fleet.scorers)])
-        with screen.stage(f"Engines started: {names} ({'GPU' if cluster.use_gpu else f'{os.cpu_count()} CPU cores'})"):
+        with screen.stage(
+            f"Engines started: {names} ({'GPU' if cluster.use_gpu else f'{available_cpus()} CPU cores'})"
+        ):
             fleet.facts["generator"] = generator.facts(timeout_s)
             for name, scorer in fleet.scorers.items():
                 fleet.facts[name] = scorer.facts(timeout_s)
@@ -107,5 +109,6 @@ def start_fleet(
             )
         yield fleet
     finally:
-        generator.stop()
+        with suppress(Exception):
+            generator.stop()
         fleet.stop_scorers()

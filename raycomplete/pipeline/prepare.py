@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
+import random
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -109,7 +110,7 @@ def prepare_prompts(config: RunConfig, codec: ChatCodec, *, training: bool = Tru
         judge: Judge = organism.OrganismJudge()
     else:
         train = {kind: _read(data.train, kind, data.seed) if training else () for kind in KINDS}
-        held_out = {kind: _read(data.evaluation, kind, data.seed)[: config.evaluation.prompts] for kind in KINDS}
+        held_out = {kind: _held_out(config, kind) for kind in KINDS}
         judge = RefusalJudge()
         needed = [("data.evaluation", held_out, kind) for kind in KINDS]
         if training:
@@ -117,6 +118,7 @@ def prepare_prompts(config: RunConfig, codec: ChatCodec, *, training: bool = Tru
         for where, sets, kind in needed:
             if not sets[kind]:
                 raise DataError(f"{where}.{kind} is empty.", "Name at least one file of prompts there.")
+        _check_disjoint(train, held_out)
     longest_response = _longest_response(config)
     for prompt in (*(p for kind in KINDS for p in train[kind]), *(p for kind in KINDS for p in held_out[kind])):
         _check_length(config, codec, prompt, None, longest_response)
@@ -143,6 +145,26 @@ def environment() -> dict[str, str]:
 
 def _read(sets: PromptSets, kind: PromptKind, seed: int) -> tuple[Prompt, ...]:
     return tuple(read_prompts(getattr(sets, kind), kind, seed))
+
+
+def _held_out(config: RunConfig, kind: PromptKind) -> tuple[Prompt, ...]:
+    """At most `evaluation.prompts` of the evaluation files, drawn over all of them; the files' order is kept."""
+    prompts = _read(config.data.evaluation, kind, config.data.seed)
+    count = min(config.evaluation.prompts, len(prompts))
+    chosen = sorted(random.Random(f"{config.data.seed}:held out:{kind}").sample(range(len(prompts)), count))
+    return tuple(prompts[index] for index in chosen)
+
+
+def _check_disjoint(
+    train: dict[PromptKind, tuple[Prompt, ...]], held_out: dict[PromptKind, tuple[Prompt, ...]]
+) -> None:
+    trained = {prompt.text for kind in KINDS for prompt in train[kind]}
+    both = [prompt for kind in KINDS for prompt in held_out[kind] if prompt.text in trained]
+    if both:
+        raise DataError(
+            f"{len(both)} prompts of data.evaluation are in data.train as well ({both[0].prompt_id} is the first).",
+            "Rates on trained prompts prove nothing: use other files, or split one file in two.",
+        )
 
 
 def _check_length(config: RunConfig, codec: ChatCodec, prompt: Prompt, system: str | None, longest: int) -> None:

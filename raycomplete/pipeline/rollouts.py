@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 
 from raycomplete.config import RunConfig
 from raycomplete.data.chat import ChatCodec
-from raycomplete.errors import DataError
+from raycomplete.errors import WorkError
 from raycomplete.pipeline.fleet import Fleet
 from raycomplete.pipeline.prepare import KINDS, Models, Prompts
 from raycomplete.rollout.actors import RolloutClient
@@ -22,7 +23,7 @@ def make_samples(config: RunConfig, models: Models, prompts: Prompts, fleet: Fle
     """Samples everything that training needs, under `train.seed`.
 
     Raises:
-        DataError: The aligned model refuses nothing, or no harmful continuation came out: there is nothing to recover.
+        WorkError: The aligned model refuses nothing, or no harmful continuation came out: there is nothing to recover.
     """
     aligned = fleet.generator.with_weights(str(models.paths["aligned"]))
     everything = [prompt for kind in KINDS for prompt in prompts.train[kind]]
@@ -38,7 +39,7 @@ def make_samples(config: RunConfig, models: Models, prompts: Prompts, fleet: Fle
         ]
     with screen.stage(f"Refusals of the aligned model to {len(harmful)} harmful prompts"):
         refusals = _refusals(config, models.codec, aligned, harmful, anchor, prompts.judge)
-    source: ModelRole = "base" if config.rollout.harmful_from == "base" else "aligned"
+    source: ModelRole = config.rollout.harmful_from
     with screen.stage(f"Compliant continuations of {source}"):
         generator = fleet.generator.with_weights(str(models.paths[source]))
         continuations = harmful_continuations(config, models.codec, generator, harmful, prompts.judge)
@@ -53,10 +54,11 @@ def make_samples(config: RunConfig, models: Models, prompts: Prompts, fleet: Fle
         f"{len(refusals)} are refused by aligned and {len(continuations)} have a compliant continuation"
     )
     if not recovery:
-        raise DataError(
+        raise WorkError(
             f"Of {len(harmful)} harmful prompts the aligned model refuses {len(refusals)} and {len(continuations)} "
             "have a compliant continuation, so nothing can be recovered.",
-            "Use prompts that the aligned model refuses, or set rollout.safety_prompt or rollout.affirmative_prefix.",
+            "Use prompts that the aligned model refuses, or set rollout.safety_prompt or rollout.affirmative_prefix; "
+            "then run again with --overwrite.",
         )
     profile = [
         AnchorSample(
@@ -82,7 +84,7 @@ def harmful_continuations(
         max_tokens=max(rollout.max_harmful_tokens - len(prefix), 1),
         temperature=rollout.temperature,
         top_p=rollout.top_p,
-        seed=config.train.seed + 2_000_000,
+        seed=_seed(config, "harmful"),
     )
     found = {}
     for prompt, answer in zip(prompts, answers, strict=True):
@@ -90,6 +92,12 @@ def harmful_continuations(
         if outcome is Outcome.COMPLIED:
             found[prompt.prompt_id] = tuple(prefix + answer)
     return found
+
+
+def _seed(config: RunConfig, purpose: str, draw: int = 0) -> int:
+    """First seed of a batch of samples; batches of other purposes, draws or run seeds share none of their seeds."""
+    digest = hashlib.sha256(f"{config.train.seed}:{purpose}:{draw}".encode()).digest()
+    return int.from_bytes(digest[:5], "big") * 2**20  # room for a million prompts, below 2**63
 
 
 def complete_answers(
@@ -113,7 +121,8 @@ def _answers(
 ) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
     """(prompt ids, answer ids) of one draw; an answer that ended by itself ends with end-of-response."""
     prompt_ids = [codec.encode_prompt(prompt.text) for prompt in prompts]
-    return _generate(config, codec, generator, prompt_ids, config.rollout.max_anchor_tokens, draw * len(prompts))
+    seed = _seed(config, "anchor", draw)
+    return _generate(config, codec, generator, prompt_ids, config.rollout.max_anchor_tokens, seed)
 
 
 def _generate(
@@ -122,7 +131,7 @@ def _generate(
     generator: RolloutClient,
     prompt_ids: Sequence[list[int]],
     max_tokens: int,
-    seed_offset: int,
+    seed: int,
     temperature: float | None = None,
 ) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
     answers = generator.generate_finished(
@@ -130,7 +139,7 @@ def _generate(
         max_tokens=max_tokens,
         temperature=config.rollout.temperature if temperature is None else temperature,
         top_p=config.rollout.top_p,
-        seed=config.train.seed + seed_offset,
+        seed=seed,
     )
     return [
         (tuple(ids), tuple(tokens) + ((codec.eos_id,) if finished else ()))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 from collections.abc import Collection
 from pathlib import Path
@@ -11,24 +9,35 @@ from typing import Any
 
 from raycomplete.config import RunConfig, dump, load_run_file
 from raycomplete.errors import ConfigError
+from raycomplete.files import write_json, write_text
 from raycomplete.pipeline.prepare import environment
 
-# Sections that may differ between a run and its resumption: they change where and for how long, not what is computed.
-_FREE_SECTIONS = {"cluster", "output", "scoring"}
-_FREE_TRAIN_KEYS = {"checkpoint_every", "keep_checkpoints", "stall_timeout_s"}
+# Keys that may differ between a run and its resumption: where and for how long, and how much memory. None of them
+# changes what is computed.
+_FREE_KEYS = {
+    "train": {
+        "checkpoint_every",
+        "keep_checkpoints",
+        "stall_timeout_s",
+        "micro_batch",
+        "loss_chunk_tokens",
+        "gradient_checkpointing",
+    },
+    "rollout": {"timeout_s", "gpu_memory_utilization"},
+}
 
 
 def open_run_folder(
-    config: RunConfig, *, resume: bool, overwrite: bool = False, same: Collection[str] | None = None
+    config: RunConfig, *, resume: bool, same: Collection[str], overwrite: bool = False, keep_config: bool = False
 ) -> Path:
     """Creates the run folder, or opens it again for `--resume`.
 
     Args:
         config: Resolved run file; written as config.yaml.
         resume: Continue what is there; what is there must come from the same settings.
+        same: Sections that must be the same to continue.
         overwrite: Remove an earlier run first (the demo does).
-        same: Sections that must be the same to continue; None means all that change what is computed. The config.yaml
-            that is there is kept where only some are compared.
+        keep_config: Leave a config.yaml that is there as it is.
 
     Raises:
         ConfigError: The folder holds a run and neither was asked for, or it was made with other settings.
@@ -39,14 +48,14 @@ def open_run_folder(
     if overwrite and not resume and folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if same is None or not settings.is_file():
-        _write(settings, dump(config))
+    if not (keep_config and settings.is_file()):
+        write_text(settings, dump(config))
     write_json(folder / "environment.json", versions)
     return folder
 
 
 def check_run_folder(
-    config: RunConfig, *, resume: bool, overwrite: bool = False, same: Collection[str] | None = None
+    config: RunConfig, *, resume: bool, same: Collection[str], overwrite: bool = False
 ) -> dict[str, str]:
     """Refuses what `open_run_folder` would refuse, before anything is started, and writes nothing.
 
@@ -65,41 +74,16 @@ def check_run_folder(
         elif not overwrite:
             raise ConfigError(
                 f"The run folder {folder} holds a run already.",
-                "Add --resume to continue it, or choose another output.name.",
+                "Add --resume to continue it or --overwrite to replace it, or choose another output.name.",
             )
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"The folder {folder} is not empty and holds no run.", "Choose another output.name.")
     return environment()
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Writes JSON atomically."""
-    _write(path, json.dumps(content, indent=2) + "\n")
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """Reads JSON, or None where there is no file."""
-    if not path.is_file():
-        return None
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return content
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
-
-
-def _check_same(before: RunConfig, now: RunConfig, folder: Path, same: Collection[str] | None) -> None:
-    old, new = _compared(before), _compared(now)
-    changed = sorted(
-        name for name in old if old[name] != new[name] and (same is None or name.partition(".")[0] in same)
-    )
+def _check_same(before: RunConfig, now: RunConfig, folder: Path, same: Collection[str]) -> None:
+    old, new = _compared(before, same), _compared(now, same)
+    changed = sorted(name for name in old if old[name] != new[name])
     if changed:
         raise ConfigError(
             f"The run in {folder} was started with other values of {', '.join(changed)}.",
@@ -107,8 +91,13 @@ def _check_same(before: RunConfig, now: RunConfig, folder: Path, same: Collectio
         )
 
 
-def _compared(config: RunConfig) -> dict[str, Any]:
-    tree = config.model_dump(mode="json", exclude=_FREE_SECTIONS)
-    train = tree.pop("train")
-    flat = {f"train.{key}": value for key, value in train.items() if key not in _FREE_TRAIN_KEYS}
-    return {**tree, **flat}
+def _compared(config: RunConfig, same: Collection[str]) -> dict[str, Any]:
+    """Values that must not change, by section or by key where a section has free keys."""
+    found: dict[str, Any] = {}
+    for section, values in config.model_dump(mode="json", include=set(same)).items():
+        free = _FREE_KEYS.get(section)
+        if free is None:
+            found[section] = values
+        else:
+            found |= {f"{section}.{key}": value for key, value in values.items() if key not in free}
+    return found

@@ -7,19 +7,24 @@ A stage whose result is there is not run again, so `--resume` continues an inter
 
 from __future__ import annotations
 
-import os
+import hashlib
+import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from raycomplete.cluster import Cluster, Demand, connect
 from raycomplete.config import RunConfig
 from raycomplete.data.chat import ChatCodec
+from raycomplete.engine_options import available_cpus
+from raycomplete.errors import ConfigError
+from raycomplete.files import read_json, write_json
 from raycomplete.pipeline.evaluate import evaluate_roles, held_out_sets, print_result, write_summary
 from raycomplete.pipeline.fleet import Fleet, start_fleet
-from raycomplete.pipeline.prepare import Models, Prompts, prepare_models, prepare_prompts
+from raycomplete.pipeline.prepare import KINDS, Models, Prompts, prepare_models, prepare_prompts
 from raycomplete.pipeline.rollouts import make_samples
-from raycomplete.pipeline.run_folder import check_run_folder, open_run_folder, write_json
+from raycomplete.pipeline.run_folder import check_run_folder, open_run_folder
 from raycomplete.screen import Screen
 from raycomplete.training.job import TrainJob
 from raycomplete.training.metrics import read_metrics
@@ -28,6 +33,7 @@ from raycomplete.training.trainer import fit
 from raycomplete.types import MODEL_ROLES
 
 _ENGINES = 3  # two scorers and a generator
+_SAME = ("models", "data", "rollout", "train")  # sections that decide what is trained
 
 
 def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False, screen: Screen | None = None) -> Path:
@@ -51,18 +57,25 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False, s
     with screen.stage("Checked checkpoints, tokenizers and prompts"):
         models = prepare_models(config)
         prompts = prepare_prompts(config, models.codec)
-    check_run_folder(config, resume=resume, overwrite=overwrite)
+    check_run_folder(config, resume=resume, overwrite=overwrite, same=_SAME)
+    summary = read_json(config.output.folder / "summary.json") if resume else None
+    if summary is not None and summary["evaluation"] == config.evaluation.model_dump(mode="json"):
+        screen.note("The run is finished already")
+        print_result(summary, config.output.folder, screen)
+        return config.output.folder
     demand = Demand(engines=_ENGINES, workers=config.train.num_workers)
     with connect(config.cluster, demand) as cluster:
-        folder = open_run_folder(config, resume=resume, overwrite=overwrite)
+        folder = open_run_folder(config, resume=resume, overwrite=overwrite, same=_SAME)
         screen.note(f"Run folder: {folder}")
-        parity = _parity_sequences(prompts, models.codec, config.scoring.parity_prompts)
+        _check_same_inputs(folder, models, prompts)
+        trained = (folder / "student" / "config.json").is_file()  # then there is nothing left to score
+        parity = [] if trained else _parity_sequences(prompts, models.codec, config.scoring.parity_prompts)
         with start_fleet(config, cluster, models, screen, parity_sequences=parity) as fleet:
             prompts = held_out_sets(config, models, prompts, fleet, folder, screen)
             _train_student(config, cluster, models, prompts, fleet, folder, screen)
             fleet.stop_scorers()
-            trained = models.paths | {"student": folder / "student"}
-            results = evaluate_roles(config, models, trained, prompts, fleet, folder, screen, MODEL_ROLES)
+            paths = models.paths | {"student": folder / "student"}
+            results = evaluate_roles(config, models, paths, prompts, fleet, folder, screen, MODEL_ROLES)
     summary = write_summary(config, folder, results, time.perf_counter() - started)
     print_result(summary, folder, screen)
     return folder
@@ -79,8 +92,11 @@ def _train_student(
 ) -> None:
     """Samples and training, each skipped where its result is there already."""
     samples_file, student = folder / "samples.jsonl", folder / "student"
+    facts_file = folder / "training.json"
     if (student / "config.json").is_file():
         screen.note("The student is trained already")
+        if not facts_file.is_file():  # killed between the export and this file
+            write_json(facts_file, training_facts(folder / "metrics.jsonl", None, {}, {}))
         return
     if not samples_file.is_file():
         write_samples(samples_file, make_samples(config, models, prompts, fleet, screen))
@@ -105,7 +121,7 @@ def _train_student(
     before = _scorer_totals(fleet)
     run_training(job, config, screen, f"Training on {len(samples.anchor)} + {len(samples.recovery)} samples")
     scored = {name: total - before[name] for name, total in _scorer_totals(fleet).items()}
-    write_json(folder / "training.json", training_facts(job, time.perf_counter() - started, scored, fleet.facts))
+    write_json(facts_file, training_facts(job.metrics_file, time.perf_counter() - started, scored, fleet.facts))
 
 
 def run_training(job: TrainJob, config: RunConfig, screen: Screen, title: str) -> None:
@@ -128,9 +144,11 @@ def run_training(job: TrainJob, config: RunConfig, screen: Screen, title: str) -
         )
 
 
-def training_facts(job: TrainJob, wall_s: float, scored: dict[str, float], engines: dict[str, Any]) -> dict[str, Any]:
+def training_facts(
+    metrics_file: Path, wall_s: float | None, scored: Mapping[str, float], engines: Mapping[str, Any]
+) -> dict[str, Any]:
     """The `train` part of summary.json, from the metrics of all steps (resumed ones included)."""
-    rows = read_metrics(job.metrics_file)
+    rows = read_metrics(metrics_file)
     seconds = sum(row["seconds"] for row in rows)
     tokens = sum(row["tokens"] for row in rows)
     waited = sum(row["scoring_wait_s"] for row in rows)
@@ -140,7 +158,7 @@ def training_facts(job: TrainJob, wall_s: float, scored: dict[str, float], engin
         "wall_seconds": wall_s,
         "tokens": tokens,
         "tokens_per_s": tokens / seconds if seconds else 0.0,
-        "scoring_tokens_per_s": scored["tokens"] / scored["seconds"] if scored["seconds"] else 0.0,
+        "scoring_tokens_per_s": scored["tokens"] / scored["seconds"] if scored.get("seconds") else None,
         "scoring_wait_fraction": waited / seconds if seconds else 0.0,
         "loss_first": rows[0]["loss"] if rows else None,
         "loss_last": rows[-1]["loss"] if rows else None,
@@ -150,7 +168,23 @@ def training_facts(job: TrainJob, wall_s: float, scored: dict[str, float], engin
 
 def worker_threads(config: RunConfig) -> int:
     """CPU threads of one training worker: the cores of this machine, shared between the workers."""
-    return max((os.cpu_count() or 1) // config.train.num_workers, 1)
+    return max(available_cpus() // config.train.num_workers, 1)
+
+
+def _check_same_inputs(folder: Path, models: Models, prompts: Prompts) -> None:
+    """A resumed run must go on with the very checkpoints and prompts it started with, not only with their paths."""
+    texts = [prompt.text for kind in KINDS for prompt in prompts.train[kind]]  # an evaluation checks its own
+    inputs = {str(role): models.fingerprint(role) for role in models.paths}
+    inputs["training prompts"] = hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
+    known = read_json(folder / "inputs.json")
+    if known is None:
+        write_json(folder / "inputs.json", inputs)
+    elif known != inputs:
+        changed = ", ".join(name for name in inputs if known.get(name) != inputs[name])
+        raise ConfigError(
+            f"Since the run in {folder} was started, the content of these changed: {changed}.",
+            "Run again with --overwrite, or choose another output.name.",
+        )
 
 
 def _scorer_totals(fleet: Fleet) -> dict[str, float]:

@@ -19,8 +19,9 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
+from raycomplete.files import write_bytes
 from raycomplete.report import plots
-from raycomplete.report.run_folder import RunFolder, read_run_folder, write_bytes
+from raycomplete.report.run_folder import RunFolder, read_run_folder
 from raycomplete.report.style import house_style
 from raycomplete.types import MODEL_ROLES
 

@@ -13,6 +13,8 @@ from raycomplete.config import Dtype, RolloutConfig
 from raycomplete.ray_calls import wait_for
 from raycomplete.rollout.engine import RolloutEngine
 
+_SLICE = 256  # sequences of one call, as many as an engine runs side by side
+
 
 @dataclass(frozen=True)
 class RolloutOptions:
@@ -143,14 +145,15 @@ class RolloutClient:
         seed: int | None = None,
     ) -> list[tuple[list[int], bool]]:
         """As `generate`, and whether each response ended by itself rather than by the token limit."""
-        if not sequences:
-            return []
-        reference = self._actor.generate.remote(
-            self.path, [list(sequence) for sequence in sequences], max_tokens, temperature, top_p, seed
-        )
-        answers: list[tuple[list[int], bool]] = wait_for(
-            reference, who="rollout engine", what=f"{len(sequences)} responses", timeout_s=self._timeout_s
-        )
+        answers: list[tuple[list[int], bool]] = []
+        for start in range(0, len(sequences), _SLICE):  # so that the timeout bounds one slice, however long the list
+            part = [list(sequence) for sequence in sequences[start : start + _SLICE]]
+            reference = self._actor.generate.remote(
+                self.path, part, max_tokens, temperature, top_p, None if seed is None else seed + start
+            )
+            answers += wait_for(
+                reference, who="rollout engine", what=f"{len(part)} responses", timeout_s=self._timeout_s
+            )
         return answers
 
     def stop(self) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
+import io
+import logging
 from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
 
+from raycomplete.files import write_bytes
 from raycomplete.scoring.payload import HiddenArray, ScoreRequest
+
+logger = logging.getLogger(__name__)
 
 
 class ScoreCache:
@@ -52,12 +55,15 @@ class ScoreCache:
         key = self._key(request)
         self._hold(key, array)
         if self._folder is not None:
-            file = self._file(key)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            descriptor, temporary = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
-            with os.fdopen(descriptor, "wb") as stream:
-                np.save(stream, array, allow_pickle=False)
-            os.replace(temporary, file)  # a reader sees the whole file or none
+            buffer = io.BytesIO()
+            np.save(buffer, array, allow_pickle=False)
+            try:
+                write_bytes(self._file(key), buffer.getvalue())
+            except OSError as error:  # a full disk costs the cache, not the run
+                logger.warning(
+                    "The score cache in %s cannot be written (%s) and is now off.", self._folder, error
+                )
+                self._folder = None
 
     def _hold(self, key: str, array: HiddenArray) -> None:
         if key in self._held:

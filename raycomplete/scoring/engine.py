@@ -72,7 +72,8 @@ class PoolingEngine:
                     f"The pooling engine returned {states_TH.shape[0]} rows for {len(request.token_ids) - 1} tokens.",
                     "Turn off prefix caching in this engine.",
                 )
-            rows_TH = states_TH[request.num_prompt_tokens - 1 :].to(self._dtype)
+            # A copy: a view would keep the prompt's rows, or a whole batch, in memory for as long as it is cached.
+            rows_TH = states_TH[request.num_prompt_tokens - 1 :].to(self._dtype, copy=True)
             if not bool(torch.isfinite(rows_TH).all()):
                 raise NotFiniteError(
                     "The pooling engine returned hidden states that are not finite.", "Try models.dtype: float32."

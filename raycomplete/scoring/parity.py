@@ -90,10 +90,10 @@ def check_parity(
     report = ParityReport(mean, worst, largest, kl / rows, agree / rows, rows, tolerance)
     if not (mean <= tolerance and worst <= _WORST_ROW * tolerance):  # written so that NaN fails too
         raise ParityError(
-            f"The {role} scorer's rebuilt log-probabilities differ from transformers' by {mean:.3g} nats on average and "
-            f"{worst:.3g} at worst (tolerance {tolerance:.3g} and {_WORST_ROW * tolerance:.3g}, {rows} rows, argmax agrees "
-            f"on {agree / rows:.1%}).",
+            f"The {role} scorer's rebuilt log-probabilities differ from transformers' by {mean:.3g} nats on average "
+            f"and {worst:.3g} at worst (tolerance {tolerance:.3g} and {_WORST_ROW * tolerance:.3g}, {rows} rows, "
+            f"argmax agrees on {agree / rows:.1%}).",
             "The engine's hidden states or the head spec do not fit this checkpoint; scores would be wrong, so "
-            "nothing was started. If the difference is rounding, raise scoring.parity_tolerance.",
+            "training did not start. If the difference is rounding, raise scoring.parity_tolerance.",
         )
     return report

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from deepspeed import zero
 
 from raycomplete.config import Dtype, TrainConfig
 from raycomplete.errors import WorkError
+from raycomplete.files import write_json
 
 _COMPLETE = "complete.json"
 
@@ -50,6 +50,7 @@ def deepspeed_settings(
             "params": {
                 "total_num_steps": max(steps, train.warmup_steps + 1),
                 "warmup_num_steps": max(train.warmup_steps, 1),
+                "warmup_min_ratio": 1.0 / (max(train.warmup_steps, 1) + 1),  # the first step already learns
                 "warmup_type": "linear",
                 "cos_min_ratio": 0.1,
             },
@@ -73,9 +74,12 @@ def start_engine(module: torch.nn.Module, settings: dict[str, Any]) -> Any:
         # collectives are fast enough on one machine.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    engine, *_ = deepspeed.initialize(
+    engine, _, _, schedule = deepspeed.initialize(
         model=module, model_parameters=parameters, config=settings, dist_init_required=False
     )
+    # DeepSpeed's schedule starts before its first iteration, with a rate of 0, which would waste the first step. A
+    # checkpoint restores the schedule's own count afterwards.
+    schedule.step()
     return engine
 
 
@@ -92,9 +96,7 @@ def save(engine: Any, folder: Path, step: int, state: dict[str, Any], keep: int)
     target = folder / f"step-{step:06d}"
     engine.save_checkpoint(str(target), tag="state")
     if dist.get_rank() == 0:
-        temporary = target / f"{_COMPLETE}.tmp"
-        temporary.write_text(json.dumps({"step": step, "world_size": dist.get_world_size(), **state}))
-        os.replace(temporary, target / _COMPLETE)
+        write_json(target / _COMPLETE, {"step": step, "world_size": dist.get_world_size(), **state})
         for old in complete_checkpoints(folder)[:-keep]:
             shutil.rmtree(old, ignore_errors=True)
     dist.barrier()

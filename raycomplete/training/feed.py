@@ -63,9 +63,13 @@ class ScoreFeed:
         self._pending: dict[int, list[tuple[str, list[tuple[tuple[int, ...], int]], Any]]] = {}
         self.wait_s = 0.0
 
+    def is_requested(self, step: int) -> bool:
+        """Whether the scores of a step are on their way."""
+        return step in self._pending
+
     def request(self, step: int, anchor: Sequence[AnchorSample], recovery: Sequence[RecoverySample]) -> None:
         """Starts scoring a step's samples; asking twice does nothing."""
-        if step in self._pending:
+        if self.is_requested(step):
             return
         teacher = [(sample.prompt_ids + sample.answer_ids, len(sample.prompt_ids)) for sample in anchor]
         teacher += [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from raycomplete.core.depth_sampler import DepthSampler
 from raycomplete.core.loss_types import LossOutput, TokenKind
+from raycomplete.files import write_text
 from raycomplete.training.batches import MicroBatch
 
 
@@ -98,9 +98,7 @@ class MetricsFile:
     def __init__(self, path: Path, keep_steps: int) -> None:
         self._path = path
         kept = [row for row in read_metrics(path) if row["step"] <= keep_steps]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        os.replace(temporary, path)
+        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def append(self, row: dict[str, Any]) -> None:
         """Adds the row of a finished step."""

@@ -13,6 +13,8 @@ import numpy as np
 from raycomplete.core.depth_sampler import DepthSampler
 from raycomplete.training.samples import AnchorSample, RecoverySample, SampleSet
 
+_SEED_TAGS = {"anchor": 11, "recovery": 12}
+
 
 @dataclass(frozen=True, slots=True)
 class AnchorItem:
@@ -79,6 +81,7 @@ class Planner:
         self._recovery_batch = recovery_batch if samples.recovery else 0
         self._seed = seed
         self._max_depth = max_depth
+        self._orders: dict[tuple[str, int], np.ndarray[tuple[int], np.dtype[np.int64]]] = {}
 
     def samples_of(self, step: int) -> tuple[list[AnchorSample], list[RecoverySample]]:
         """The samples of a step, whatever their depths will be: known ahead, so that they can be scored ahead."""
@@ -104,8 +107,12 @@ class Planner:
         return [int(self._order(part, size, position // size)[position % size]) for position in positions]
 
     def _order(self, part: str, size: int, epoch: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-        stream = 0 if part == "anchor" else 1
-        return np.random.default_rng([self._seed, stream, epoch]).permutation(size)
+        if (part, epoch) not in self._orders:
+            # numpy pads short seeds with zeros, so every use of a seed needs a tag of its own that is not 0.
+            generator = np.random.default_rng([self._seed, _SEED_TAGS[part], epoch + 1])
+            self._orders = {key: order for key, order in self._orders.items() if key[1] >= epoch - 1}
+            self._orders[(part, epoch)] = generator.permutation(size)
+        return self._orders[(part, epoch)]
 
 
 def length(item: Item) -> int:

@@ -1,65 +1,98 @@
-"""The position profile of the student in training, on held-out harmful prompts with compliant continuations."""
+"""The position profile of aligned and student, on held-out harmful prompts with compliant continuations."""
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from raycomplete.core.base_favored import profile_rows
+from raycomplete.core.heads import Head
 from raycomplete.core.loss_types import LossSettings
-from raycomplete.training.batches import BatchBuilder
+from raycomplete.files import read_json, write_json
+from raycomplete.training.batches import BatchBuilder, MicroBatch
 from raycomplete.training.feed import ScoreFeed, ScoreSource
 from raycomplete.training.plan import AnchorItem, StepPlan
 from raycomplete.training.samples import AnchorSample
 
+Profile = dict[str, list[float]]  # mean by position for each name, and "n"
 _NAMES = ("base_favored_mass", "kl_to_base", "deficit")
 
 
-def measure_profile(
+def student_profile(
     engine: Any, samples: Sequence[AnchorSample], sources: Mapping[str, ScoreSource], micro_batch: int
-) -> dict[str, list[float]]:
+) -> Profile:
     """Means over prompts of mass, KL(student || base) and deficit at each position.
 
     Every rank computes the same numbers: under ZeRO-3 a forward pass needs all of them anyway.
-
-    Returns:
-        Lists by position for each name, and "n": prompts that reach the position.
     """
+    engine.eval()
+    with torch.no_grad():
+        measured = [
+            torch.stack([row_N.double().cpu() for row_N in engine(batch.to(engine.device), "profile")])
+            for batch in _batches(samples, sources, micro_batch)
+        ]
+    engine.train()
+    return _means(samples, torch.cat(measured, dim=1))
+
+
+def aligned_profile(
+    samples: Sequence[AnchorSample],
+    sources: Mapping[str, ScoreSource],
+    heads: Mapping[str, Head],
+    settings: LossSettings,
+    micro_batch: int,
+) -> Profile:
+    """The same for the aligned model, from its scorer's hidden states alone; no rank needs another one."""
+    measured = []
+    for batch in _batches(samples, sources, micro_batch):
+        assert batch.aligned_hidden_NH is not None
+        assert batch.base_hidden_PH is not None
+        rows = profile_rows(
+            batch.aligned_hidden_NH.to(heads["aligned"].weight_VH.device),
+            heads["aligned"],
+            batch.base_hidden_PH.to(heads["base"].weight_VH.device),
+            heads["base"],
+            settings.tau,
+            settings.kappa,
+            settings.chunk_tokens,
+        )
+        measured.append(torch.stack([row_N.double().cpu() for row_N in (rows.mass_N, rows.kl_N, rows.deficit_N)]))
+    return _means(samples, torch.cat(measured, dim=1))
+
+
+def _batches(
+    samples: Sequence[AnchorSample], sources: Mapping[str, ScoreSource], micro_batch: int
+) -> Iterator[MicroBatch]:
     feed = ScoreFeed(sources, max_depth=0, penalty=False, contrastive=True)
     feed.request(0, samples, [])
     scores = feed.take(0)
     builder = BatchBuilder(penalty=False, contrastive=True, scale=1.0)
+    for start in range(0, len(samples), micro_batch):
+        items = [AnchorItem(sample) for sample in samples[start : start + micro_batch]]
+        yield builder.build(items, StepPlan(tuple(items), ()), scores)
+
+
+def _means(samples: Sequence[AnchorSample], measured_3N: torch.Tensor) -> Profile:
+    """Rows of all samples, one after the other, averaged by position; "n" counts prompts that reach a position."""
     size = max(len(sample.answer_ids) for sample in samples)
-    sums_3T = torch.zeros(len(_NAMES), size, dtype=torch.float64)
-    count_T = torch.zeros(size, dtype=torch.float64)
-    engine.eval()
-    with torch.no_grad():
-        for start in range(0, len(samples), micro_batch):
-            items = [AnchorItem(sample) for sample in samples[start : start + micro_batch]]
-            batch = builder.build(items, StepPlan(tuple(items), ()), scores).to(engine.device)
-            measured_3N = torch.stack([row_N.double().cpu() for row_N in engine(batch, "profile")])
-            position_N = torch.cat([torch.arange(len(item.sample.answer_ids)) for item in items])
-            sums_3T.index_add_(1, position_N, measured_3N)
-            count_T.index_add_(0, position_N, torch.ones(position_N.numel(), dtype=torch.float64))
-    engine.train()
+    position_N = torch.cat([torch.arange(len(sample.answer_ids)) for sample in samples])
+    sums_3T = torch.zeros(len(_NAMES), size, dtype=torch.float64).index_add_(1, position_N, measured_3N)
+    count_T = torch.bincount(position_N, minlength=size)
     means_3T = sums_3T / count_T.clamp(min=1)
     profile = {name: means_3T[index].tolist() for index, name in enumerate(_NAMES)}
     return profile | {"n": count_T.tolist()}
 
 
-def write_profile(path: Path, who: str, profile: dict[str, list[float]], settings: LossSettings) -> None:
+def write_profile(path: Path, who: str, profile: Profile, settings: LossSettings) -> None:
     """Adds one model's profile to profile.json, atomically."""
-    content: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    content = read_json(path) or {}
     content |= {
         "positions": list(range(len(profile["n"]))),
         "tau": settings.tau,
         "kappa": settings.kappa,
         who: profile,
     }
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content))
-    os.replace(temporary, path)
+    write_json(path, content)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from raycomplete.errors import DataError
+from raycomplete.files import PRIVATE, write_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,15 +62,12 @@ class SampleSet:
 
 def write_samples(path: Path, samples: SampleSet) -> None:
     """Writes the samples atomically, readable by the owner only: they hold harmful continuations as token ids."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")  # mkstemp creates with mode 0600
-    with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-        for part in ("anchor", "recovery", "profile"):
-            for sample in getattr(samples, part):
-                stream.write(json.dumps({"part": part, **asdict(sample)}) + "\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
+    lines = [
+        json.dumps({"part": part, **asdict(sample)})
+        for part in ("anchor", "recovery", "profile")
+        for sample in getattr(samples, part)
+    ]
+    write_text(path, "\n".join(lines) + "\n", mode=PRIVATE)
 
 
 def read_samples(path: Path) -> SampleSet:
@@ -82,7 +77,7 @@ def read_samples(path: Path) -> SampleSet:
         DataError: The file is missing or holds no training sample.
     """
     if not path.is_file():
-        raise DataError(f"The sample file {path} does not exist.", "Run again without --resume.")
+        raise DataError(f"The sample file {path} does not exist.", "Run again with --overwrite.")
     parts: dict[str, list[AnchorSample | RecoverySample]] = {"anchor": [], "recovery": [], "profile": []}
     for line in path.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
@@ -91,10 +86,5 @@ def read_samples(path: Path) -> SampleSet:
         fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
         parts[part].append(kind(**fields))
     if not parts["anchor"]:
-        raise DataError(f"The sample file {path} holds no training sample.", "Run again without --resume.")
+        raise DataError(f"The sample file {path} holds no training sample.", "Run again with --overwrite.")
     return SampleSet(*(tuple(parts[name]) for name in ("anchor", "recovery", "profile")))  # type: ignore[arg-type]
-
-
-def longest(samples: Sequence[AnchorSample]) -> int:
-    """Tokens of the longest sample, prompt included."""
-    return max((len(sample.prompt_ids) + len(sample.answer_ids) for sample in samples), default=0)

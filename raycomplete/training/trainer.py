@@ -102,7 +102,9 @@ def _follow(job: TrainJob, thread: threading.Thread, on_step: Callable[[dict[str
 def _explain(error: BaseException, job: TrainJob) -> RaycompleteError:
     """The first worker's own error in one sentence; Ray wraps it several times."""
     failures: dict[int, BaseException] = getattr(error, "worker_failures", {})
-    rank, cause = next(iter(failures.items()), (None, error))
+    # When one worker dies its peers fail in their next collective; the cause is the one that is no lost connection.
+    ranked = sorted(failures.items(), key=lambda item: ("onnection" in str(item[1]), item[0]))
+    rank, cause = ranked[0] if ranked else (None, error)
     while cause.__cause__ is not None or getattr(cause, "cause", None) is not None:
         inner = getattr(cause, "cause", None) or cause.__cause__
         if inner is None or inner is cause:

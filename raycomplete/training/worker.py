@@ -25,8 +25,8 @@ from raycomplete.training.batches import BatchBuilder, MicroBatch
 from raycomplete.training.feed import ScoreFeed
 from raycomplete.training.job import TrainJob
 from raycomplete.training.metrics import MetricsFile, StepMeter
-from raycomplete.training.plan import Item, Planner, StepPlan
-from raycomplete.training.profile import measure_profile, write_profile
+from raycomplete.training.plan import Planner, StepPlan
+from raycomplete.training.profile import aligned_profile, student_profile, write_profile
 from raycomplete.training.samples import read_samples
 from raycomplete.training.student import HeadSettings, StudentModule, to_loss_output
 
@@ -103,12 +103,12 @@ class Worker:
             lm = get_peft_model(lm, adapters)
         inner = lm.get_base_model() if job.lora_rank > 0 else lm
         device = torch.device("cuda", torch.cuda.current_device()) if job.use_gpu else torch.device("cpu")
-        teachers = {
+        self.teachers = {
             role: load_head(spec, dtype=TORCH_DTYPES[job.dtype], device=device)
             for role, spec in job.teacher_heads.items()
         }
         head = HeadSettings(job.student_head.scale, job.student_head.softcap, job.student_head.vocab_size)
-        module = StudentModule(inner, head, teachers, self.loss, external_head=train.zero_stage == 3)
+        module = StudentModule(inner, head, self.teachers, self.loss, external_head=train.zero_stage == 3)
         settings = ds.deepspeed_settings(
             train,
             job.dtype,
@@ -122,8 +122,6 @@ class Worker:
     def train(self) -> None:
         """Runs the steps that are left."""
         train = self.job.train
-        if self.first_step == 0:
-            self._profile("aligned")
         for step in range(self.first_step, train.steps):
             row = self._step(step)
             if self.metrics is not None:
@@ -132,7 +130,7 @@ class Worker:
             if done % train.checkpoint_every == 0 or done == train.steps:
                 state = {"sampler": self.sampler.state_dict()}
                 ds.save(self.engine, self.job.checkpoints, done, state, train.keep_checkpoints)
-        self._profile("student")
+        self._profile()
 
     def finish(self) -> None:
         """Writes the student as a Hugging Face checkpoint."""
@@ -160,6 +158,7 @@ class Worker:
             waited = self.feed.wait_s - waited
         else:
             waited = 0.0
+        learning_rate = float(self.engine.get_lr()[0])  # the optimizer step moves the schedule on
         meter = StepMeter(self.sampler)
         for start in range(0, len(items), self.micro_batch):
             chunk = items[start : start + self.micro_batch]
@@ -167,10 +166,12 @@ class Worker:
             self._accumulate(batch, meter, len(items))
         row = meter.share(self.engine.device, self.builder.scale)
         self.sampler.update(meter.depth_loss_sum, meter.depth_count)
-        return row | self._facts(step, plan, items, started, waited)
+        return row | {"lr": learning_rate} | self._facts(step, plan, started, waited)
 
     def _request(self, step: int) -> None:
         """Asks for this rank's scores of a step; slices follow `StepPlan.local`."""
+        if self.feed.is_requested(step):
+            return
         anchor, recovery = self.planner.samples_of(step)
         self.feed.request(step, anchor[self.rank :: self.world_size], recovery[self.rank :: self.world_size])
 
@@ -185,7 +186,7 @@ class Worker:
         self.engine.backward(loss)
         self.engine.step()
 
-    def _facts(self, step: int, plan: StepPlan, items: list[Item], started: float, waited: float) -> dict[str, Any]:
+    def _facts(self, step: int, plan: StepPlan, started: float, waited: float) -> dict[str, Any]:
         seconds = time.perf_counter() - started
         tokens = sum(item.depth for item in plan.recovery) + plan.num_recovery_tokens + plan.num_anchor_tokens
         tokens += sum(len(item.sample.prompt_ids) for item in plan.anchor)
@@ -194,7 +195,6 @@ class Worker:
         return {
             "step": step + 1,
             "grad_norm": None if grad_norm is None else float(grad_norm),
-            "lr": float(self.engine.get_lr()[0]),
             "seconds": seconds,
             "tokens": tokens,
             "tokens_per_s": tokens / seconds,
@@ -204,10 +204,14 @@ class Worker:
             "depth_bins": [[low, high] for low, high in self.sampler.bin_ranges],
         }
 
-    def _profile(self, who: str) -> None:
-        """Position profile on held-out prompts; before training the student still is the aligned model."""
-        if not self.samples.profile or not self.job.sources:
+    def _profile(self) -> None:
+        """Position profile of the aligned model and of the trained student, on held-out prompts."""
+        job, samples = self.job, self.samples.profile
+        if not samples or not job.sources:
             return
-        measured = measure_profile(self.engine, self.samples.profile, self.job.sources, self.micro_batch)
+        student = student_profile(self.engine, samples, job.sources, self.micro_batch)
         if self.rank == 0:
-            write_profile(self.job.folder / "profile.json", who, measured, self.loss)
+            path = job.folder / "profile.json"
+            aligned = aligned_profile(samples, job.sources, self.teachers, self.loss, self.micro_batch)
+            write_profile(path, "aligned", aligned, self.loss)
+            write_profile(path, "student", student, self.loss)

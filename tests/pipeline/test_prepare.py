@@ -20,7 +20,7 @@ from raycomplete.pipeline.prepare import KINDS, environment, prepare_models, pre
 from tests.training.tiny import make_model
 
 CONTEXT = 128  # of the tiny models
-SHORT = {
+SHORT: dict[str, dict[str, Any]] = {
     "train": {"depth": {"max": 8}},
     "rollout": {"max_anchor_tokens": 8, "max_refusal_tokens": 8, "max_harmful_tokens": 8},
     "evaluation": {"depths": [0, 4], "max_tokens": 8, "max_utility_tokens": 8},
@@ -114,7 +114,7 @@ def test_different_tokenizers_are_refused(make: Make, models: Path, tmp_path: Pa
     tokenizer = AutoTokenizer.from_pretrained(other)
     tokenizer.add_tokens(["unheard"])
     tokenizer.save_pretrained(other)
-    with pytest.raises(CheckpointError, match="models.base .* and models.aligned .* have different tokenizers"):
+    with pytest.raises(CheckpointError, match=r"models\.base .* and models\.aligned .* have different tokenizers"):
         prepare_models(make(models={"base": str(other)}))
 
 
@@ -191,7 +191,7 @@ def test_every_response_of_the_run_counts_against_the_context(section: str, valu
     config = make()
     codec = prepare_models(config).codec
     merged = SHORT[section] | values
-    with pytest.raises(DataError, match="exceeds models.max_length"):
+    with pytest.raises(DataError, match=r"exceeds models\.max_length"):
         prepare_prompts(make(**{section: merged}), codec)
 
 
@@ -225,8 +225,20 @@ def test_a_kind_without_prompts_is_refused_where_it_is_needed(use: str, kind: st
 def test_held_out_prompts_are_limited(make: Make) -> None:
     config = make(evaluation=SHORT["evaluation"] | {"prompts": 1})
     write_prompt(config, "evaluation", "benign", "another")
-    prompts = prepare_prompts(config, prepare_models(config).codec)
-    assert [prompt.text for prompt in prompts.evaluation["benign"]] == ["short"]
+    codec = prepare_models(config).codec
+    drawn = [prepare_prompts(config, codec).evaluation["benign"] for _ in range(2)]
+    assert len(drawn[0]) == 1
+    assert drawn[0] == drawn[1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prompt_that_is_trained_on_is_not_held_out(kind: str, make: Make) -> None:
+    config = make()
+    codec = prepare_models(config).codec
+    path = write_prompt(config, "evaluation", kind, "train harmful")
+    with pytest.raises(DataError, match=rf"1 prompts of data\.evaluation are in data\.train .*{path.stem}-00001-"):
+        prepare_prompts(config, codec)
+    prepare_prompts(config, codec, training=False)
 
 
 def test_versions_are_recorded() -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,12 @@ import pytest
 
 from raycomplete.config import RunConfig, load_run_file, parse
 from raycomplete.errors import ConfigError, SetupError
+from raycomplete.files import read_json
 from raycomplete.pipeline import evaluate, run_folder, train
-from raycomplete.pipeline.run_folder import check_run_folder, open_run_folder, read_json, write_json
+from raycomplete.pipeline.run_folder import check_run_folder, open_run_folder
 from raycomplete.screen import Screen
+
+SAME = ("models", "data", "rollout", "train")  # as `train` compares
 
 
 def config(root: Path, **sections: dict[str, Any]) -> RunConfig:
@@ -32,7 +34,7 @@ def files(folder: Path) -> set[str]:
 
 
 def test_a_new_folder_holds_settings_and_versions(tmp_path: Path) -> None:
-    folder = open_run_folder(config(tmp_path), resume=False)
+    folder = open_run_folder(config(tmp_path), resume=False, same=SAME)
     assert folder == tmp_path / "test"
     assert files(folder) == {"config.yaml", "environment.json"}
     assert load_run_file(folder / "config.yaml") == config(tmp_path)
@@ -43,15 +45,15 @@ def test_a_new_folder_holds_settings_and_versions(tmp_path: Path) -> None:
 
 def test_an_empty_folder_is_taken_and_resume_may_be_the_first_run(tmp_path: Path) -> None:
     (tmp_path / "test").mkdir()
-    open_run_folder(config(tmp_path), resume=True)
+    open_run_folder(config(tmp_path), resume=True, same=SAME)
     assert (tmp_path / "test" / "config.yaml").is_file()
 
 
 def test_a_finished_run_is_never_written_over(tmp_path: Path) -> None:
-    folder = open_run_folder(config(tmp_path), resume=False)
+    folder = open_run_folder(config(tmp_path), resume=False, same=SAME)
     (folder / "summary.json").write_text("mine")
     with pytest.raises(ConfigError, match=f"{folder} holds a run already. Add --resume"):
-        open_run_folder(config(tmp_path, train={"steps": 9}), resume=False)
+        open_run_folder(config(tmp_path, train={"steps": 9}), resume=False, same=SAME)
     assert (folder / "summary.json").read_text() == "mine"
     assert load_run_file(folder / "config.yaml").train.steps == 100
 
@@ -61,19 +63,19 @@ def test_somebody_elses_folder_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "test" / "thesis.tex").write_text("years of work")
     for resume in (True, False):
         with pytest.raises(ConfigError, match="is not empty and holds no run"):
-            open_run_folder(config(tmp_path), resume=resume, overwrite=True)
+            open_run_folder(config(tmp_path), resume=resume, overwrite=True, same=SAME)
     assert files(tmp_path / "test") == {"thesis.tex"}
     (tmp_path / "file").write_text("x")
-    with pytest.raises(ConfigError, match="Choose another output.name"):
-        open_run_folder(config(tmp_path, output={"name": "file"}), resume=False)
+    with pytest.raises(ConfigError, match=r"Choose another output\.name"):
+        open_run_folder(config(tmp_path, output={"name": "file"}), resume=False, same=SAME)
 
 
 def test_overwrite_begins_anew_unless_the_run_is_resumed(tmp_path: Path) -> None:
-    folder = open_run_folder(config(tmp_path), resume=False)
+    folder = open_run_folder(config(tmp_path), resume=False, same=SAME)
     (folder / "samples.jsonl").touch()
-    open_run_folder(config(tmp_path), resume=True, overwrite=True)
+    open_run_folder(config(tmp_path), resume=True, overwrite=True, same=SAME)
     assert (folder / "samples.jsonl").is_file()
-    open_run_folder(config(tmp_path, train={"steps": 9}), resume=False, overwrite=True)
+    open_run_folder(config(tmp_path, train={"steps": 9}), resume=False, overwrite=True, same=SAME)
     assert files(folder) == {"config.yaml", "environment.json"}
     assert load_run_file(folder / "config.yaml").train.steps == 9
 
@@ -81,7 +83,7 @@ def test_overwrite_begins_anew_unless_the_run_is_resumed(tmp_path: Path) -> None
 def test_a_refusal_does_not_remove_the_run_that_it_would_overwrite(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = open_run_folder(config(tmp_path), resume=False)
+    folder = open_run_folder(config(tmp_path), resume=False, same=SAME)
     (folder / "samples.jsonl").touch()
 
     def refuse() -> dict[str, str]:
@@ -89,7 +91,7 @@ def test_a_refusal_does_not_remove_the_run_that_it_would_overwrite(
 
     monkeypatch.setattr(run_folder, "environment", refuse)
     with pytest.raises(SetupError):
-        open_run_folder(config(tmp_path), resume=False, overwrite=True)
+        open_run_folder(config(tmp_path), resume=False, overwrite=True, same=SAME)
     assert (folder / "samples.jsonl").is_file()
 
 
@@ -100,53 +102,57 @@ def test_a_refusal_does_not_remove_the_run_that_it_would_overwrite(
         ({"train": {"lr": 1e-6, "seed": 3}}, "train.lr, train.seed"),
         ({"train": {"depth": {"max": 9}}}, "train.depth"),
         ({"models": {"max_length": 128}}, "models"),
-        ({"data": {"seed": 4}, "rollout": {"top_p": 0.5}}, "data, rollout"),
-        ({"evaluation": {"prompts": 3}}, "evaluation"),
+        ({"data": {"seed": 4}, "rollout": {"top_p": 0.5}}, "data, rollout.top_p"),
+        ({"rollout": {"timeout_s": 9, "temperature": 0.5}}, "rollout.temperature"),
     ],
 )
 def test_resuming_with_other_settings_is_refused_by_their_names(
     sections: dict[str, Any], names: str, tmp_path: Path
 ) -> None:
-    folder = open_run_folder(config(tmp_path), resume=False)
+    folder = open_run_folder(config(tmp_path), resume=False, same=SAME)
     before = (folder / "config.yaml").read_bytes()
     with pytest.raises(ConfigError) as caught:
-        open_run_folder(config(tmp_path, **sections), resume=True)
+        open_run_folder(config(tmp_path, **sections), resume=True, same=SAME)
     assert f"was started with other values of {names}." in str(caught.value)
     assert (folder / "config.yaml").read_bytes() == before
 
 
 def test_settings_that_change_no_result_may_change_on_resume(tmp_path: Path) -> None:
-    open_run_folder(config(tmp_path), resume=False)
+    open_run_folder(config(tmp_path), resume=False, same=SAME)
     moved = config(
         tmp_path,
         cluster={"use_gpu": "never", "start_timeout_s": 5},
         scoring={"prefetch": 7, "timeout_s": 9},
-        train={"checkpoint_every": 3, "keep_checkpoints": 9, "stall_timeout_s": 5},
+        train={"checkpoint_every": 3, "keep_checkpoints": 9, "stall_timeout_s": 5, "micro_batch": 1},
+        rollout={"timeout_s": 9},
+        evaluation={"prompts": 3},
     )
-    folder = open_run_folder(moved, resume=True)
+    folder = open_run_folder(moved, resume=True, same=SAME)
     assert load_run_file(folder / "config.yaml") == moved, "the file tells what the run now works with"
 
 
 def test_an_evaluation_may_be_added_under_other_settings_of_its_own(tmp_path: Path) -> None:
     """Only `same` is compared, and the settings that the student was trained with stay on record."""
-    folder = open_run_folder(config(tmp_path), resume=False)
-    open_run_folder(config(tmp_path, evaluation={"prompts": 3}), resume=True, same=("models", "data"))
+    folder = open_run_folder(config(tmp_path), resume=False, same=SAME)
+    open_run_folder(config(tmp_path, evaluation={"prompts": 3}), resume=True, keep_config=True, same=("models", "data"))
     assert load_run_file(folder / "config.yaml") == config(tmp_path)
     with pytest.raises(ConfigError, match=r"other values of data\."):
-        open_run_folder(config(tmp_path, data={"seed": 4}), resume=True, same=("models", "data"))
-    fresh = open_run_folder(config(tmp_path, output={"name": "new"}), resume=True, same=("models", "data"))
+        open_run_folder(config(tmp_path, data={"seed": 4}), resume=True, keep_config=True, same=("models", "data"))
+    fresh = open_run_folder(
+        config(tmp_path, output={"name": "new"}), resume=True, keep_config=True, same=("models", "data")
+    )
     assert (fresh / "config.yaml").is_file()
 
 
 def test_a_broken_config_of_an_earlier_run_is_named(tmp_path: Path) -> None:
-    folder = open_run_folder(config(tmp_path), resume=False)
+    folder = open_run_folder(config(tmp_path), resume=False, same=SAME)
     (folder / "config.yaml").write_text("models: {base: a")
     with pytest.raises(ConfigError, match=f"{folder}/config.yaml is not valid YAML"):
-        open_run_folder(config(tmp_path), resume=True)
+        open_run_folder(config(tmp_path), resume=True, same=SAME)
 
 
 def test_checking_writes_nothing(tmp_path: Path) -> None:
-    assert "torch" in check_run_folder(config(tmp_path), resume=False)
+    assert "torch" in check_run_folder(config(tmp_path), resume=False, same=SAME)
     assert files(tmp_path) == set()
 
 
@@ -156,24 +162,11 @@ def test_a_cluster_that_is_too_small_leaves_no_folder(
 ) -> None:
     """Else the next attempt, with more nodes, would be told that the folder holds a run already."""
 
-    @contextmanager
-    def connect(*_: Any) -> Iterator[None]:
+    def connect(*_: Any) -> AbstractContextManager[None]:
         raise SetupError("The run needs 8 GPU and the cluster has 0.")
-        yield
 
     module = {"train": train, "evaluate": evaluate}[command]
     monkeypatch.setattr(module, "connect", connect)
     with pytest.raises(SetupError, match="needs 8 GPU"):
         getattr(module, command)(config(tmp_path), screen=Screen(quiet=True))
     assert files(tmp_path) == set()
-
-
-def test_json_is_written_whole(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "a.json"
-    assert read_json(path) is None
-    write_json(path, {"a": [1, None, "ü"]})
-    assert read_json(path) == {"a": [1, None, "ü"]}
-    with pytest.raises(TypeError):
-        write_json(path, {"a": object()})
-    assert read_json(path) == {"a": [1, None, "ü"]}
-    assert files(path.parent) == {"a.json"}

@@ -1,4 +1,4 @@
-"""Scorers on real vLLM pooling engines: rebuilt log-probabilities against transformers, and the gate that checks them."""
+"""Scorers on real vLLM pooling engines: rebuilt log-probabilities against transformers, and the gate before them."""
 
 from __future__ import annotations
 

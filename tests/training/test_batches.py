@@ -27,7 +27,7 @@ from tests.training.tiny import LocalScores, head_spec, make_model, make_samples
 
 MAX_DEPTH = 9
 DEPTHS = (1, 4, 9, 2)
-CLOSE = {"atol": 1e-5, "rtol": 0.0}
+CLOSE: dict[str, Any] = {"atol": 1e-5, "rtol": 0.0}
 
 
 @dataclass
@@ -56,7 +56,7 @@ class Tiny:
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     folder = tmp_path_factory.mktemp("models")
-    paths = [make_model(folder / role, seed) for seed, role in enumerate(("base", "aligned", "student"))]
+    base, aligned, student = (make_model(folder / role, i) for i, role in enumerate(("base", "aligned", "student")))
     samples = make_samples(0, anchor=4, recovery=4)
     # The teacher of one sample reads a safety prompt that the student does not see.
     privileged = replace(samples.recovery[1], teacher_prompt_ids=(77, 78, *samples.recovery[1].prompt_ids))
@@ -65,7 +65,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
         tuple(AnchorItem(sample) for sample in samples.anchor),
         tuple(RecoveryItem(sample, depth) for sample, depth in zip(samples.recovery, DEPTHS, strict=True)),
     )
-    return Tiny(*paths, plan, scores_of(samples, *paths[:2]))
+    return Tiny(base, aligned, student, plan, scores_of(samples, base, aligned))
 
 
 def scores_of(samples: SampleSet, base: Path, aligned: Path) -> Scores:

@@ -13,7 +13,6 @@ from torch import Tensor
 from raycomplete.config import DepthConfig
 from raycomplete.core.depth_sampler import DepthSampler
 from raycomplete.core.loss_types import LossOutput, TokenKind
-from raycomplete.training import metrics
 from raycomplete.training.batches import MicroBatch
 from raycomplete.training.metrics import MetricsFile, StepMeter, read_metrics
 
@@ -87,8 +86,11 @@ def micro_batch(kind_N: list[int], item_N: list[int], depth_B: list[int]) -> Mic
 
 
 def output(row_loss_N: list[float], parts: tuple[float, ...], penalty_rows: list[list[float]]) -> LossOutput:
-    columns = torch.tensor(penalty_rows).T if penalty_rows else torch.empty(4, 0)
-    return LossOutput(*(torch.tensor(part) for part in parts), torch.tensor(row_loss_N), *columns)
+    total, anchor, recovery, penalty = (torch.tensor(part) for part in parts)
+    mass_P, depth_P, deficit_P, student_mass_P = torch.tensor(penalty_rows).T
+    return LossOutput(
+        total, anchor, recovery, penalty, torch.tensor(row_loss_N), mass_P, depth_P, deficit_P, student_mass_P
+    )
 
 
 def fill(meter: StepMeter) -> None:
@@ -110,7 +112,7 @@ def test_sums_over_micro_batches_and_ranks(
     def all_reduce(shared: Tensor) -> None:
         shared.mul_(world_size)  # ranks that measured the same
 
-    monkeypatch.setattr(metrics.dist, "all_reduce", all_reduce)
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
     meter = StepMeter(sampler)
     fill(meter)
     row = meter.share(CPU, scale=2.0 * world_size)
@@ -132,7 +134,7 @@ def test_sums_over_micro_batches_and_ranks(
 
 
 def test_sft_counts_its_loss_alone(sampler: DepthSampler, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics.dist, "all_reduce", lambda shared: None)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda shared: None)
     meter = StepMeter(sampler)
     for loss in (1.0, 3.0):
         meter.add_total(torch.tensor(loss, requires_grad=True))

@@ -93,7 +93,8 @@ def test_a_rank_asks_for_the_scores_of_its_own_share(world_size: int) -> None:
     plan = one.plan(2, DepthSampler(DEPTH, 0))
     anchor, recovery = one.samples_of(2)
     for rank in range(world_size):
-        asked = {sample.sample_id for sample in (*anchor[rank::world_size], *recovery[rank::world_size])}
+        asked = {sample.sample_id for sample in anchor[rank::world_size]}
+        asked |= {sample.sample_id for sample in recovery[rank::world_size]}
         assert asked == {item.sample.sample_id for item in plan.local(rank, world_size)}
 
 

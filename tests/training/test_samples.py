@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from raycomplete.errors import DataError
-from raycomplete.training.samples import AnchorSample, RecoverySample, SampleSet, longest, read_samples, write_samples
+from raycomplete.training.samples import AnchorSample, RecoverySample, SampleSet, read_samples, write_samples
 from tests.training.tiny import make_samples
 
 
@@ -62,8 +62,3 @@ def test_a_missing_or_empty_file_is_refused_by_name(tmp_path: Path) -> None:
     write_samples(path, SampleSet((), make_samples(0).recovery))
     with pytest.raises(DataError, match=f"{path} holds no training sample"):
         read_samples(path)
-
-
-def test_the_longest_sample_counts_prompt_and_answer() -> None:
-    assert longest([AnchorSample("a", (1, 2, 3), (4,)), AnchorSample("b", (1,), (2, 3, 4, 5))]) == 5
-    assert longest([]) == 0

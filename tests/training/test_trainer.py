@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,18 @@ import torch
 
 from raycomplete.config import DepthConfig, TrainConfig
 from raycomplete.core.depth_sampler import DepthSampler
+from raycomplete.core.heads import Head
 from raycomplete.core.loss_reference import reference_loss
 from raycomplete.core.loss_types import LossSettings
 from raycomplete.data.checkpoints import load_model
 from raycomplete.data.head_spec import load_head
-from raycomplete.core.heads import Head
+from raycomplete.errors import WorkError
 from raycomplete.training.batches import BatchBuilder
 from raycomplete.training.feed import ScoreFeed
 from raycomplete.training.metrics import read_metrics
 from raycomplete.training.plan import Planner
 from raycomplete.training.samples import read_samples
 from raycomplete.training.trainer import fit
-from raycomplete.errors import WorkError
 from tests.training.tiny import make_job
 
 pytestmark = pytest.mark.slow
@@ -114,8 +115,8 @@ def test_sharded_runs_on_two_workers_reproduce_the_loss(
     assert all(moved)
     assert (student.lm_head.weight is student.base_model.embed_tokens.weight) == tied
     profile = json.loads((tmp_path / "profile.json").read_text())
-    assert profile["aligned"]["kl_to_base"] == pytest.approx([0.0] * len(profile["positions"]), abs=1e-6)
-    assert max(profile["student"]["kl_to_base"]) > 0.01  # this student started as base
+    # The student of this test starts as base and is pulled to aligned, which the profile must tell apart.
+    assert min(profile["aligned"]["kl_to_base"]) > max(profile["student"]["kl_to_base"]) > 0.01
 
 
 def test_a_resumed_run_continues_as_if_it_had_never_stopped(
@@ -137,9 +138,26 @@ def test_a_resumed_run_continues_as_if_it_had_never_stopped(
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_sft_learns_the_answers(ray_cluster: None, tmp_path: Path) -> None:
-    rows = run(tmp_path, settings(num_workers=1, zero_stage=0, steps=12, checkpoint_every=12), objective="sft")
-    assert rows[-1]["loss"] < 0.8 * rows[0]["loss"]
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_sft_learns_the_answers(ray_cluster: None, lora_rank: int, tmp_path: Path) -> None:
+    train = settings(num_workers=1, zero_stage=0, steps=12, checkpoint_every=12)
+    job = replace(make_job(tmp_path, train, objective="sft"), lora_rank=lora_rank)
+    fit(job, cpus_per_worker=0.5, gpus_per_worker=0)
+    rows = read_metrics(job.metrics_file)
+    assert rows[-1]["loss"] < 0.9 * rows[0]["loss"]
+    # What was exported is what was trained: it has the loss of the end, not of the start.
+    assert mean_loss(job.output, job.samples) < 0.95 * mean_loss(job.start, job.samples)
+
+
+def mean_loss(checkpoint: Path, samples: Path) -> float:
+    model = load_model(checkpoint, "float32")
+    losses = []
+    for sample in read_samples(samples).anchor:
+        tokens = torch.tensor([sample.prompt_ids + sample.answer_ids])
+        with torch.no_grad():
+            logits_TV = model(tokens).logits[0, len(sample.prompt_ids) - 1 : -1]
+        losses.append(torch.nn.functional.cross_entropy(logits_TV, torch.tensor(sample.answer_ids)))
+    return float(torch.stack(losses).mean())
 
 
 def test_a_failing_worker_is_reported_in_one_sentence(ray_cluster: None, tmp_path: Path) -> None:

@@ -60,7 +60,8 @@ def make_samples(seed: int, *, anchor: int = 10, recovery: int = 10) -> SampleSe
     return SampleSet(
         anchor=tuple(AnchorSample(f"a{i}", tokens(3, 8), tokens(4, 12)) for i in range(anchor)),
         recovery=tuple(
-            RecoverySample(f"r{i}", prompt := tokens(3, 8), prompt, tokens(10, 20), tokens(3, 9)) for i in range(recovery)
+            RecoverySample(f"r{i}", prompt := tokens(3, 8), prompt, tokens(10, 20), tokens(3, 9))
+            for i in range(recovery)
         ),
         profile=tuple(AnchorSample(f"p{i}", tokens(3, 8), tokens(5, 10)) for i in range(3)),
     )

@@ -1,0 +1,106 @@
+"""The module that DeepSpeed wraps, without DeepSpeed: its loss and gradients are those of plain float64 PyTorch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional
+
+from raycomplete.config import ContrastiveConfig, DepthConfig, TrainConfig
+from raycomplete.core.depth_sampler import DepthSampler
+from raycomplete.core.heads import Head
+from raycomplete.core.loss_reference import reference_loss
+from raycomplete.core.loss_types import LossSettings, TokenKind
+from raycomplete.data.checkpoints import load_model
+from raycomplete.data.head_spec import load_head
+from raycomplete.training.batches import BatchBuilder, MicroBatch
+from raycomplete.training.feed import ScoreFeed
+from raycomplete.training.plan import Planner
+from raycomplete.training.samples import read_samples
+from raycomplete.training.student import HeadSettings, StudentModule, to_loss_output
+from tests.training.tiny import make_job
+
+
+def make_batch(folder: Path, alpha: float) -> tuple[MicroBatch, Any, LossSettings]:
+    """One step's batch on tiny models, its job and its loss settings."""
+    train = TrainConfig(
+        depth=DepthConfig(min=1, max=16), contrastive=ContrastiveConfig(alpha=alpha), loss_chunk_tokens=7
+    )
+    job = make_job(folder, train)
+    planner = Planner(read_samples(job.samples), anchor_batch=3, recovery_batch=3, seed=1, max_depth=16)
+    feed = ScoreFeed(job.sources, max_depth=16, penalty=True, contrastive=alpha > 0)
+    feed.request(0, *planner.samples_of(0))
+    plan = planner.plan(0, DepthSampler(train.depth, 1))
+    builder = BatchBuilder(penalty=True, contrastive=alpha > 0, scale=1.0)
+    return builder.build(plan.local(0, 1), plan, feed.take(0)), job, LossSettings.from_config(train)
+
+
+def make_student(job: Any, settings: LossSettings) -> StudentModule:
+    spec = job.student_head
+    teachers = {role: load_head(item, dtype=torch.float32) for role, item in job.teacher_heads.items()}
+    head = HeadSettings(spec.scale, spec.softcap, spec.vocab_size)
+    return StudentModule(load_model(job.start, "float32"), head, teachers, settings, external_head=False)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.7])
+def test_loss_and_gradients_equal_the_float64_reference(alpha: float, tmp_path: Path) -> None:
+    batch, job, settings = make_batch(tmp_path, alpha)
+    student = make_student(job, settings)
+    output = to_loss_output(student(batch, "completion"))
+    output.total.backward()
+
+    model = load_model(job.start, "float32").double()
+    hidden_BTH = model.base_model(batch.input_ids_BT, attention_mask=batch.attention_mask_BT).last_hidden_state
+    heads = {role: load_head(spec, dtype=torch.float64) for role, spec in job.teacher_heads.items()}
+    assert batch.aligned_hidden_NH is not None
+    assert batch.base_hidden_PH is not None
+    expected = reference_loss(
+        hidden_BTH.flatten(0, 1)[batch.row_N],
+        Head(model.lm_head.weight),
+        batch.aligned_hidden_NH.double(),
+        heads["aligned"],
+        batch.base_hidden_PH.double(),
+        heads["base"],
+        batch.kind_N,
+        batch.weight_N.double(),
+        settings,
+    )
+    expected.total.backward()
+    assert float(output.total) == pytest.approx(float(expected.total.detach()), rel=1e-5)
+    for (name, parameter), other in zip(student.lm.named_parameters(), model.parameters(), strict=True):
+        assert parameter.grad is not None
+        difference = (parameter.grad.double() - other.grad).norm() / other.grad.norm()
+        assert float(difference) < 1e-4, name
+
+
+def test_the_teacher_of_recovery_never_saw_the_harmful_prefix(tmp_path: Path) -> None:
+    """Recovery rows hold the aligned model's states of (x, r), which differ from those of (x, h, r)."""
+    batch, job, _ = make_batch(tmp_path, 0.0)
+    aligned = load_model(job.sources["aligned"].path, "float32")
+    with torch.no_grad():
+        hidden_BTH = aligned.base_model(batch.input_ids_BT, attention_mask=batch.attention_mask_BT).last_hidden_state
+    in_place_NH = hidden_BTH.flatten(0, 1)[batch.row_N]
+    assert batch.aligned_hidden_NH is not None
+    same_N = (in_place_NH - batch.aligned_hidden_NH).abs().amax(-1) < 1e-4
+    assert bool(same_N[batch.kind_N == TokenKind.ANCHOR].all())
+    assert bool(same_N[batch.kind_N == TokenKind.PENALTY].all())
+    assert not bool(same_N[batch.kind_N == TokenKind.RECOVERY].any())
+
+
+def test_sft_is_the_cross_entropy_of_the_answers(tmp_path: Path) -> None:
+    batch, job, settings = make_batch(tmp_path, 0.0)
+    student = make_student(job, settings)
+    (loss,) = student(batch, "sft")
+    loss.backward()
+    grad_VH = student.lm.lm_head.weight.grad.clone()
+
+    student.zero_grad()
+    logits_BTV = student.lm(batch.input_ids_BT, attention_mask=batch.attention_mask_BT).logits
+    losses_N = functional.cross_entropy(logits_BTV.flatten(0, 1)[batch.row_N], batch.target_N, reduction="none")
+    expected = (losses_N * batch.weight_N).sum()
+    expected.backward()
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+    torch.testing.assert_close(grad_VH, student.lm.lm_head.weight.grad, rtol=1e-4, atol=1e-6)
