@@ -49,22 +49,11 @@ class RolloutEngine:
         """
         if path == self.path:
             return
+        self.path = ""  # a reload that fails half-way leaves no model that anyone may ask again
         self._llm.collective_rpc("reload_weights", kwargs={"weights_path": path})
         self._llm.apply_model(_refresh_tied_head)
         self._llm.reset_prefix_cache()
         self.path = path
-
-    def generate(
-        self,
-        sequences: Sequence[Sequence[int]],
-        *,
-        max_tokens: int,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int | None = None,
-    ) -> list[list[int]]:
-        """New token ids of each sequence, end-of-response left out (see `raycomplete.types.Generator`)."""
-        return [tokens for tokens, _ in self.generate_finished(sequences, max_tokens, temperature, top_p, seed)]
 
     def generate_finished(
         self,
@@ -74,7 +63,10 @@ class RolloutEngine:
         top_p: float,
         seed: int | None,
     ) -> list[tuple[list[int], bool]]:
-        """As `generate`, and whether each response ended by itself rather than by the token limit."""
+        """New token ids of each sequence, and whether the response ended by itself rather than by the token limit.
+
+        Arguments are those of `raycomplete.types.Generator.generate`; the end-of-response token is left out.
+        """
         from vllm import SamplingParams, TokensPrompt
 
         parameters = [

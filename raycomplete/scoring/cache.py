@@ -60,9 +60,7 @@ class ScoreCache:
             try:
                 write_bytes(self._file(key), buffer.getvalue())
             except OSError as error:  # a full disk costs the cache, not the run
-                logger.warning(
-                    "The score cache in %s cannot be written (%s) and is now off.", self._folder, error
-                )
+                logger.warning("The score cache in %s cannot be written (%s) and is now off.", self._folder, error)
                 self._folder = None
 
     def _hold(self, key: str, array: HiddenArray) -> None:
