@@ -11,8 +11,6 @@ from torch.nn import functional
 
 from raycomplete.config import ContrastiveConfig, DepthConfig, TrainConfig
 from raycomplete.core.depth_sampler import DepthSampler
-from raycomplete.core.heads import Head
-from raycomplete.core.loss_reference import reference_loss
 from raycomplete.core.loss_types import LossSettings, TokenKind
 from raycomplete.data.checkpoints import load_model
 from raycomplete.data.head_spec import load_head
@@ -21,7 +19,7 @@ from raycomplete.training.feed import ScoreFeed
 from raycomplete.training.plan import Planner
 from raycomplete.training.samples import read_samples
 from raycomplete.training.student import HeadSettings, StudentModule, to_loss_output
-from tests.training.tiny import make_job
+from tests.training.tiny import make_job, plain_loss
 
 
 def make_batch(folder: Path, alpha: float) -> tuple[MicroBatch, Any, LossSettings]:
@@ -52,22 +50,7 @@ def test_loss_and_gradients_equal_the_float64_reference(alpha: float, tmp_path: 
     output = to_loss_output(student(batch, "completion"))
     output.total.backward()
 
-    model = load_model(job.start, "float32").double()
-    hidden_BTH = model.base_model(batch.input_ids_BT, attention_mask=batch.attention_mask_BT).last_hidden_state
-    heads = {role: load_head(spec, dtype=torch.float64) for role, spec in job.teacher_heads.items()}
-    assert batch.aligned_hidden_NH is not None
-    assert batch.base_hidden_PH is not None
-    expected = reference_loss(
-        hidden_BTH.flatten(0, 1)[batch.row_N],
-        Head(model.lm_head.weight),
-        batch.aligned_hidden_NH.double(),
-        heads["aligned"],
-        batch.base_hidden_PH.double(),
-        heads["base"],
-        batch.kind_N,
-        batch.weight_N.double(),
-        settings,
-    )
+    model, expected = plain_loss(job, batch, settings)
     expected.total.backward()
     assert float(output.total) == pytest.approx(float(expected.total.detach()), rel=1e-5)
     for (name, parameter), other in zip(student.lm.named_parameters(), model.parameters(), strict=True):

@@ -13,11 +13,8 @@ import torch
 
 from raycomplete.config import DepthConfig, TrainConfig
 from raycomplete.core.depth_sampler import DepthSampler
-from raycomplete.core.heads import Head
-from raycomplete.core.loss_reference import reference_loss
 from raycomplete.core.loss_types import LossSettings
 from raycomplete.data.checkpoints import load_model
-from raycomplete.data.head_spec import load_head
 from raycomplete.errors import WorkError
 from raycomplete.training.batches import BatchBuilder
 from raycomplete.training.feed import ScoreFeed
@@ -25,7 +22,7 @@ from raycomplete.training.metrics import read_metrics
 from raycomplete.training.plan import Planner
 from raycomplete.training.samples import read_samples
 from raycomplete.training.trainer import fit
-from tests.training.tiny import make_job
+from tests.training.tiny import make_job, plain_loss
 
 pytestmark = pytest.mark.slow
 
@@ -57,7 +54,7 @@ def run(folder: Path, train: TrainConfig, **options: Any) -> list[dict[str, Any]
 
 
 def reference_first_loss(folder: Path, train: TrainConfig) -> dict[str, float]:
-    """The loss of step 1 in float64, in plain PyTorch: no DeepSpeed, no micro-batches, no chunks."""
+    """The loss of step 1 in float64."""
     job = make_job(folder, train)
     samples = read_samples(job.samples)
     planner = Planner(samples, anchor_batch=4, recovery_batch=4, seed=train.seed, max_depth=train.depth.max)
@@ -66,23 +63,11 @@ def reference_first_loss(folder: Path, train: TrainConfig) -> dict[str, float]:
     feed.request(0, *planner.samples_of(0))
     builder = BatchBuilder(penalty=True, contrastive=False, scale=1.0)
     batch = builder.build(plan.local(0, 1), plan, feed.take(0))
-    model = load_model(job.start, "float32").double()
-    hidden_BTH = model.base_model(batch.input_ids_BT, attention_mask=batch.attention_mask_BT).last_hidden_state
-    heads = {role: load_head(spec, dtype=torch.float64) for role, spec in job.teacher_heads.items()}
-    assert batch.aligned_hidden_NH is not None
-    assert batch.base_hidden_PH is not None
-    output = reference_loss(
-        hidden_BTH.flatten(0, 1)[batch.row_N],
-        Head(model.lm_head.weight),
-        batch.aligned_hidden_NH.double(),
-        heads["aligned"],
-        batch.base_hidden_PH.double(),
-        heads["base"],
-        batch.kind_N,
-        batch.weight_N.double(),
-        LossSettings.from_config(train),
-    )
-    return {name: float(getattr(output, attribute)) for name, attribute in (("loss", "total"), ("anchor", "anchor"))}
+    _, output = plain_loss(job, batch, LossSettings.from_config(train))
+    return {
+        name: float(getattr(output, attribute).detach())
+        for name, attribute in (("loss", "total"), ("anchor", "anchor"))
+    }
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from raycomplete.config import TrainConfig
+from raycomplete.core.heads import Head
+from raycomplete.core.loss_reference import reference_loss
+from raycomplete.core.loss_types import LossOutput, LossSettings
 from raycomplete.data.checkpoints import fingerprint, load_model
-from raycomplete.data.head_spec import HeadSpec, read_head_spec
+from raycomplete.data.head_spec import HeadSpec, load_head, read_head_spec
 from raycomplete.data.organism.tokenizer import build_tokenizer
+from raycomplete.training.batches import MicroBatch
 from raycomplete.training.job import TrainJob
 from raycomplete.training.samples import AnchorSample, RecoverySample, SampleSet, write_samples
 
@@ -108,3 +112,28 @@ def make_job(folder: Path, train: TrainConfig, *, tied: bool = True, objective: 
         teacher_heads={role: head_spec(folder / role) for role in ("base", "aligned")} if scored else {},
         sources={role: LocalScores(folder / role) for role in ("base", "aligned")} if scored else {},
     )
+
+
+def plain_loss(job: TrainJob, batch: MicroBatch, settings: LossSettings) -> tuple[Any, LossOutput]:
+    """The float64 reference of a batch in plain PyTorch: no DeepSpeed, no micro-batches, no chunks.
+
+    Returns:
+        The float64 student, whose parameters take the gradient, and its loss.
+    """
+    model = load_model(job.start, "float32").double()
+    hidden_BTH = model.base_model(batch.input_ids_BT, attention_mask=batch.attention_mask_BT).last_hidden_state
+    heads = {role: load_head(spec, dtype=torch.float64) for role, spec in job.teacher_heads.items()}
+    assert batch.aligned_hidden_NH is not None
+    assert batch.base_hidden_PH is not None
+    output = reference_loss(
+        hidden_BTH.flatten(0, 1)[batch.row_N],
+        Head(model.lm_head.weight),
+        batch.aligned_hidden_NH.double(),
+        heads["aligned"],
+        batch.base_hidden_PH.double(),
+        heads["base"],
+        batch.kind_N,
+        batch.weight_N.double(),
+        settings,
+    )
+    return model, output
