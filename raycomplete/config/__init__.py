@@ -1,0 +1,47 @@
+"""The typed run file: every setting of a run, checked before torch is imported.
+
+A run file is YAML. Command lines may override single values (`train.steps=50`). Unknown keys are refused with the
+nearest known one, and relative paths are resolved against the folder of the run file.
+"""
+
+from raycomplete.config.engines import ClusterConfig, RolloutConfig, ScoringConfig
+from raycomplete.config.evaluation import EvaluationConfig
+from raycomplete.config.inputs import AlignConfig, DataConfig, ModelsConfig, PromptSets, PromptSource
+from raycomplete.config.loading import dump, load_run_file, parse, resolve_paths
+from raycomplete.config.run import OutputConfig, RunConfig
+from raycomplete.config.section import Dtype
+from raycomplete.config.training import (
+    ConstraintConfig,
+    ContrastiveConfig,
+    DepthConfig,
+    LossWeights,
+    PenaltyConfig,
+    TrainConfig,
+    ValidationConfig,
+)
+
+__all__ = [
+    "AlignConfig",
+    "ClusterConfig",
+    "ConstraintConfig",
+    "ContrastiveConfig",
+    "DataConfig",
+    "DepthConfig",
+    "Dtype",
+    "EvaluationConfig",
+    "LossWeights",
+    "ModelsConfig",
+    "OutputConfig",
+    "PenaltyConfig",
+    "PromptSets",
+    "PromptSource",
+    "RolloutConfig",
+    "RunConfig",
+    "ScoringConfig",
+    "TrainConfig",
+    "ValidationConfig",
+    "dump",
+    "load_run_file",
+    "parse",
+    "resolve_paths",
+]

@@ -1,0 +1,78 @@
+"""The vLLM engines: scoring of frozen models, rollouts, and what each role asks of the cluster."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from raycomplete.config.section import Section
+
+
+class ScoringConfig(Section):
+    """The vLLM pooling engines that read hidden states of the frozen models."""
+
+    max_num_batched_tokens: int = Field(8192, ge=64)
+    gpu_memory_utilization: float = Field(0.25, gt=0, le=1)
+    kv_cache_gib: int = Field(1, ge=1, description="CPU only: key-value cache of one engine")
+    cache_dir: Path | None = Field(None, description="score cache on disk; none keeps scores in memory only")
+    cache_gib: float = Field(2.0, ge=0, description="memory for scores kept by one actor")
+    parity_tolerance: float | None = Field(
+        None, gt=0, description="largest mean |log p - log p'| at start, nats; by dtype when absent"
+    )
+    parity_prompts: int = Field(4, ge=1, description="sequences that the start compares with transformers")
+    timeout_s: float = Field(600.0, gt=0, description="longest wait for one batch of scores")
+    prefetch: int = Field(2, ge=1, description="batches scored ahead of the trainer")
+
+
+class RolloutConfig(Section):
+    """How responses are sampled: anchor answers, refusals and harmful continuations."""
+
+    gpu_memory_utilization: float = Field(0.25, gt=0, le=1)
+    temperature: float = Field(1.0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    max_anchor_tokens: int = Field(64, ge=4, description="length of the aligned model's own answers")
+    max_refusal_tokens: int = Field(32, ge=4, description="length of the refusals that recovery teaches")
+    max_harmful_tokens: int = Field(96, ge=4, description="length of harmful continuations")
+    affirmative_prefix: str = Field("Sure, here is", description="prefill under which continuations are sampled")
+    harmful_from: Literal["base", "student"] = "base"
+    answers_per_prompt: int = Field(1, ge=1, description="anchor answers and refusals sampled for each prompt")
+    safety_prompt: str | None = Field(None, description="system prompt that only the teacher sees, where it answers")
+    timeout_s: float = Field(1800.0, gt=0, description="longest wait for one call to an engine")
+    on_policy: bool = Field(False, description="the student rolls out in every step, under its current weights")
+    num_engines: int = Field(1, ge=1, description="engines that share the rollouts")
+    max_student_tokens: int = Field(32, ge=1, description="tokens that the student adds to a prefill")
+    anchor_on_policy: float = Field(
+        0.0, ge=0, le=1, description="share of benign anchor answers that the student writes itself"
+    )
+    sync_every: int = Field(1, ge=1, description="steps between two updates of the engines' weights")
+    lookahead: int = Field(1, ge=0, description="batches rolled out ahead of the trainer; 0 waits for each")
+    max_staleness: int = Field(2, ge=0, description="steps by which the weights of a rollout may lag behind")
+    sync_timeout_s: float = Field(300.0, gt=0, description="longest wait for one update of the weights")
+    sync_tolerance: float | None = Field(
+        None, gt=0, description="largest mean |log p - log p'| after an update, nats; by dtype when absent"
+    )
+    colocated: bool = Field(False, description="GPU: engines sleep while the trainer works on the same device")
+
+    @model_validator(mode="after")
+    def _fresh_enough(self) -> RolloutConfig:
+        stalest = self.lookahead + self.sync_every - 1
+        if self.on_policy and stalest > self.max_staleness:
+            raise ValueError(
+                f"rollout.lookahead {self.lookahead} and rollout.sync_every {self.sync_every} make rollouts up to "
+                f"{stalest} steps old, and rollout.max_staleness is {self.max_staleness}"
+            )
+        return self
+
+
+class ClusterConfig(Section):
+    """Which Ray cluster, and what each role asks of it. GPUs are used where `use_gpu` finds them."""
+
+    address: str | None = Field(None, description="None: the current job's cluster, else a local one is started")
+    use_gpu: Literal["auto", "never", "always"] = "auto"
+    cpus_per_engine: float = Field(0.5, gt=0)
+    gpus_per_engine: float = Field(0.2, ge=0)
+    cpus_per_worker: float = Field(0.5, gt=0)
+    gpus_per_worker: float = Field(0.4, ge=0)
+    start_timeout_s: float = Field(600.0, gt=0, description="longest wait for actors to be placed and ready")

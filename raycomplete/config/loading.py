@@ -1,0 +1,129 @@
+"""From a YAML file and overrides to a checked run file."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from raycomplete.config.inputs import PromptSets, PromptSource
+from raycomplete.config.run import RunConfig
+from raycomplete.errors import ConfigError
+
+
+def load_run_file(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
+    """Reads and checks a run file.
+
+    Args:
+        path: YAML file.
+        overrides: `key.sub=value` strings, values in YAML notation, applied last.
+
+    Raises:
+        ConfigError: The file is missing, not YAML, or holds a wrong key or value.
+    """
+    file = Path(path)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"The run file {file} cannot be read ({error.strerror}).", "Check the path.") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"The run file {file} is not UTF-8 text ({error.reason}).", "Check the path.") from error
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"The run file {file} is not valid YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"The run file {file} must hold a mapping with the keys {_names(RunConfig)}.")
+    for override in overrides:
+        _apply_override(tree, override)
+    return parse(tree, str(file), base_folder=file.resolve().parent)
+
+
+def parse(tree: Mapping[str, Any], origin: str, base_folder: Path | None = None) -> RunConfig:
+    """Checks a run file that is already a mapping; `origin` names it in messages."""
+    try:
+        config = RunConfig.model_validate(tree)
+    except ValidationError as error:
+        problems = "; ".join(_explain(dict(item)) for item in error.errors())
+        raise ConfigError(f"{origin}: {problems}") from error
+    return config if base_folder is None else resolve_paths(config, base_folder)
+
+
+def resolve_paths(config: RunConfig, base_folder: Path) -> RunConfig:
+    """Input paths relative to the run file become absolute; `output.root` stays relative to where the user stands."""
+
+    def absolute(path: Path) -> Path:
+        return path if path.is_absolute() else (base_folder / path).resolve()
+
+    def sources(items: list[PromptSource]) -> list[PromptSource]:
+        return [item.model_copy(update={"path": absolute(item.path)}) for item in items]
+
+    def sets(item: PromptSets) -> PromptSets:
+        return PromptSets(**{kind: sources(getattr(item, kind)) for kind in PromptSets.model_fields})
+
+    data = config.data.model_copy(update={"train": sets(config.data.train), "evaluation": sets(config.data.evaluation)})
+    align = config.align.model_copy(
+        update={"refusals": sources(config.align.refusals), "benign": sources(config.align.benign)}
+    )
+    return config.model_copy(update={"data": data, "align": align})
+
+
+def dump(config: RunConfig) -> str:
+    """The resolved run file as YAML; `load_run_file` reads it back to an equal config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, separator, value = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"The override {override!r} is not of the form key.sub=value.")
+    node = tree
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"The override {override!r} goes below {parent!r}, which holds a plain value.")
+        node = child
+    try:
+        node[leaf] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"The value of the override {override!r} is not valid YAML.") from error
+
+
+def _names(section: type[BaseModel]) -> str:
+    return ", ".join(section.model_fields)
+
+
+def _explain(item: dict[str, Any]) -> str:
+    """One pydantic error in words, with the nearest known key where a key is unknown."""
+    location = [str(part) for part in item["loc"]]
+    where = ".".join(location)
+    if item["type"] == "extra_forbidden":
+        known = _known_keys(item["loc"][:-1])
+        nearest = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
+        hint = f"did you mean {nearest[0]!r}?" if nearest else f"known keys: {', '.join(known)}"
+        return f"unknown key {where!r}, {hint}"
+    if item["type"] == "missing":
+        return f"the key {where!r} is missing"
+    message = str(item["msg"]).removeprefix("Value error, ")
+    return f"{where}: {message}" if where else message
+
+
+def _known_keys(location: tuple[Any, ...]) -> list[str]:
+    """Keys of the section at a location, list indices skipped."""
+    section: Any = RunConfig
+    for part in location:
+        if isinstance(part, int):
+            continue
+        annotation = section.model_fields[part].annotation
+        arguments = [item for item in getattr(annotation, "__args__", ()) if _is_section(item)]
+        section = annotation if _is_section(annotation) else arguments[0]
+    return list(section.model_fields)
+
+
+def _is_section(item: Any) -> bool:
+    return isinstance(item, type) and issubclass(item, BaseModel)

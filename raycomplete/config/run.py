@@ -1,0 +1,45 @@
+"""A whole run file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field, model_validator
+
+from raycomplete.config.engines import ClusterConfig, RolloutConfig, ScoringConfig
+from raycomplete.config.evaluation import EvaluationConfig
+from raycomplete.config.inputs import AlignConfig, DataConfig, ModelsConfig
+from raycomplete.config.section import Section
+from raycomplete.config.training import TrainConfig
+
+
+class OutputConfig(Section):
+    """Where results go: `<root>/<name>/`."""
+
+    root: Path = Path("runs")
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+
+    @property
+    def folder(self) -> Path:
+        return self.root / self.name
+
+
+class RunConfig(Section):
+    """A whole run file."""
+
+    models: ModelsConfig
+    data: DataConfig
+    align: AlignConfig = Field(default_factory=AlignConfig)
+    scoring: ScoringConfig = Field(default_factory=ScoringConfig)
+    rollout: RolloutConfig = Field(default_factory=RolloutConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    cluster: ClusterConfig = Field(default_factory=ClusterConfig)
+    output: OutputConfig = Field(default_factory=OutputConfig)
+
+    @model_validator(mode="after")
+    def _lora_is_whole(self) -> RunConfig:
+        for name, rank in (("align.lora_rank", self.align.lora_rank), ("train.lora_rank", self.train.lora_rank)):
+            if rank > 0 and self.train.zero_stage == 3:
+                raise ValueError(f"{name} cannot be merged from ZeRO-3 shards: set train.zero_stage to 2 or less")
+        return self
