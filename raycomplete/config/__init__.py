@@ -4,12 +4,14 @@ A run file is YAML. Command lines may override single values (`train.steps=50`).
 nearest known one, and relative paths are resolved against the folder of the run file.
 """
 
+from raycomplete.config.diagnosis import ContrastiveDecodingConfig, DiagnoseConfig, StreamSource
 from raycomplete.config.engines import ClusterConfig, RolloutConfig, ScoringConfig
 from raycomplete.config.evaluation import EvaluationConfig
 from raycomplete.config.inputs import AlignConfig, DataConfig, ModelsConfig, PromptSets, PromptSource
 from raycomplete.config.loading import dump, load_run_file, parse, resolve_paths
 from raycomplete.config.run import OutputConfig, RunConfig
 from raycomplete.config.section import Dtype
+from raycomplete.config.serving import AutoscalingConfig, ServeConfig
 from raycomplete.config.training import (
     ConstraintConfig,
     ContrastiveConfig,
@@ -22,11 +24,14 @@ from raycomplete.config.training import (
 
 __all__ = [
     "AlignConfig",
+    "AutoscalingConfig",
     "ClusterConfig",
     "ConstraintConfig",
     "ContrastiveConfig",
+    "ContrastiveDecodingConfig",
     "DataConfig",
     "DepthConfig",
+    "DiagnoseConfig",
     "Dtype",
     "EvaluationConfig",
     "LossWeights",
@@ -38,6 +43,8 @@ __all__ = [
     "RolloutConfig",
     "RunConfig",
     "ScoringConfig",
+    "ServeConfig",
+    "StreamSource",
     "TrainConfig",
     "ValidationConfig",
     "dump",

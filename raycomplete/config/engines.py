@@ -43,6 +43,9 @@ class RolloutConfig(Section):
     on_policy: bool = Field(False, description="the student rolls out in every step, under its current weights")
     num_engines: int = Field(1, ge=1, description="engines that share the rollouts")
     max_student_tokens: int = Field(32, ge=1, description="tokens that the student adds to a prefill")
+    oversample: int = Field(
+        2, ge=1, description="rollouts of each trained recovery sequence; those that still comply are trained first"
+    )
     anchor_on_policy: float = Field(
         0.0, ge=0, le=1, description="share of benign anchor answers that the student writes itself"
     )

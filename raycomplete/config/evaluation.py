@@ -1,20 +1,79 @@
-"""Attacks and what is measured beside them."""
+"""Attacks, judges, and what is measured beside them."""
 
 from __future__ import annotations
 
-from pydantic import Field, field_validator
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
 
+from pydantic import Field, SerializeAsAny, ValidationError, field_validator, model_validator
+
+from raycomplete.config.attacks import AttackConfig, PrefillAttack, explain, parse_attack
 from raycomplete.config.section import Section
+from raycomplete.errors import ConfigError
+
+
+class JudgeConfig(Section):
+    """Who sorts responses into refused, complied, incoherent and empty."""
+
+    kind: Literal["auto", "patterns", "model", "judgezoo"] = Field(
+        "auto", description="auto: the organism's own judge on the organism, refusal patterns elsewhere"
+    )
+    checkpoint: str | None = Field(None, description='kind "model": the judge model')
+    rubric: Path | None = Field(None, description='kind "model": text with {prompt}, {prefill} and {response}')
+    zoo_name: str = Field("strong_reject", description='kind "judgezoo": which of its judges')
+    threshold: float = Field(0.5, gt=0, lt=1, description='kind "judgezoo": p_harmful from which a response complied')
+    calibration: Path | None = Field(None, description="what `raycomplete judge calibrate` wrote for this judge")
+
+    @model_validator(mode="after")
+    def _has_a_model(self) -> JudgeConfig:
+        if self.kind == "model" and not self.checkpoint:
+            raise ValueError("evaluation.judge.checkpoint is needed for a judge model")
+        return self
+
+
+def judge_settings(tree: Mapping[str, Any]) -> JudgeConfig:
+    """Checks settings of a judge that stand alone.
+
+    Raises:
+        ConfigError: One of them is wrong.
+    """
+    try:
+        return JudgeConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"The judge cannot be used: {explain(error)}.") from error
+
+
+def _prefill_only() -> list[AttackConfig]:
+    return [PrefillAttack()]
+
+
+class CapabilitiesConfig(Section):
+    """Benchmarks from local files; none by default."""
+
+    mmlu: Path | None = Field(None, description="CSV with subject, question, A, B, C, D, answer")
+    mmlu_fewshot: Path | None = Field(None, description="the same columns: examples shown before each question")
+    shots: int = Field(5, ge=0, description="examples of the same subject")
+    bbh: Path | None = Field(None, description="JSONL with task, input, target")
+    limit: int | None = Field(None, ge=1, description="questions of each benchmark, spread over its tasks")
+    max_tokens: int = Field(32, ge=1, description="length of an answer")
 
 
 class EvaluationConfig(Section):
-    """The prefill-depth curve, utility and over-refusal."""
+    """The prefill-depth curve, other attacks, utility and over-refusal."""
 
     depths: list[int] = Field(default_factory=lambda: [0, 4, 8, 16, 32, 64], min_length=1)
     max_tokens: int = Field(64, ge=1, description="tokens that the model may add to a prefill")
     max_utility_tokens: int = Field(128, ge=1)
     prompts: int = Field(100, ge=1, description="held-out prompts of each kind")
     save_completions: bool = Field(False, description="keep what models said; never needed for the rates")
+    attacks: list[SerializeAsAny[AttackConfig]] = Field(
+        default_factory=_prefill_only, description="names, or mappings of name and settings"
+    )
+    attack_prompts: int | None = Field(None, ge=1, description="harmful prompts of attacks other than prefill")
+    white_boxes: int = Field(1, ge=1, description="copies of a model that suffix searches use side by side")
+    judge: JudgeConfig = Field(default_factory=JudgeConfig)
+    capabilities: CapabilitiesConfig = Field(default_factory=CapabilitiesConfig)
 
     @field_validator("depths")
     @classmethod
@@ -22,3 +81,35 @@ class EvaluationConfig(Section):
         if any(depth < 0 for depth in depths):
             raise ValueError("evaluation.depths must not be negative")
         return sorted(set(depths))
+
+    @field_validator("attacks", mode="before")
+    @classmethod
+    def _parsed(cls, attacks: Any) -> Any:
+        """By name, so that a wrong name or setting is told in one sentence instead of one for each kind of attack."""
+        if not isinstance(attacks, list | tuple):
+            raise ValueError("evaluation.attacks must be a list of attacks")
+        parsed = [parse_attack(entry) for entry in attacks]
+        names = [attack.name for attack in parsed]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"evaluation.attacks names {', '.join(sorted(twice))} twice")
+        # The depth curve is what every summary and every comparison starts from, so it is always measured.
+        return parsed if "prefill" in names else [PrefillAttack(), *parsed]
+
+    def prefill(self) -> PrefillAttack:
+        """The depth curve, at `depths`."""
+        return PrefillAttack(depths=self.depths)
+
+    def with_paths(self, absolute: Callable[[Path], Path]) -> EvaluationConfig:
+        """The same with every input path passed through `absolute`."""
+
+        def resolved(section: Any) -> Any:
+            paths = {name: absolute(value) for name, value in section if isinstance(value, Path)}
+            return section.model_copy(update=paths)
+
+        return self.model_copy(
+            update={
+                "attacks": [resolved(attack) for attack in self.attacks],
+                "judge": resolved(self.judge),
+                "capabilities": resolved(self.capabilities),
+            }
+        )

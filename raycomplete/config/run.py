@@ -6,10 +6,12 @@ from pathlib import Path
 
 from pydantic import Field, model_validator
 
+from raycomplete.config.diagnosis import DiagnoseConfig
 from raycomplete.config.engines import ClusterConfig, RolloutConfig, ScoringConfig
 from raycomplete.config.evaluation import EvaluationConfig
 from raycomplete.config.inputs import AlignConfig, DataConfig, ModelsConfig
 from raycomplete.config.section import Section
+from raycomplete.config.serving import ServeConfig
 from raycomplete.config.training import TrainConfig
 
 
@@ -34,6 +36,8 @@ class RunConfig(Section):
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    diagnose: DiagnoseConfig = Field(default_factory=DiagnoseConfig)
+    serve: ServeConfig = Field(default_factory=ServeConfig)
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)
     output: OutputConfig = Field(default_factory=OutputConfig)
 

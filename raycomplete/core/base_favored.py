@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 
 from raycomplete.core.checks import check_hidden, check_same_vocabulary
+from raycomplete.core.chunks import ChunkTokens, rows_per_chunk
 from raycomplete.core.heads import Head
+
+_PROFILE_COPIES = 4  # tensors as large as the logits that a chunk of the profile makes per model
 
 
 def forward_kl(log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
@@ -32,33 +35,35 @@ def forward_kl(log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
     return (log_p_NV.exp() * ratio_NV).sum(dim=-1)
 
 
-def base_favored_mask(log_aligned_NV: Tensor, log_base_NV: Tensor, tau: float) -> Tensor:
-    """B_t = {v : p_b(v) > p_a(v) and p_b(v) >= tau}. The formula is ours.
+def base_favored_mask(log_aligned_NV: Tensor, log_base_NV: Tensor, tau: float, margin: float = 0.0) -> Tensor:
+    """B_t = {v : log p_b(v) > log p_a(v) + margin and p_b(v) >= tau}. The formula is ours.
 
     Args:
         log_aligned_NV: log p_a [N, V].
         log_base_NV: log p_b [N, V].
         tau: Smallest base probability that counts, 0 to 1.
+        margin: Nats by which base must prefer the token, not negative.
 
     Returns:
         Boolean [N, V].
     """
     log_tau = math.log(tau) if tau > 0 else -math.inf
-    return (log_base_NV > log_aligned_NV) & (log_base_NV >= log_tau)
+    return (log_base_NV > log_aligned_NV + margin) & (log_base_NV >= log_tau)
 
 
-def base_favored_mass(log_aligned_NV: Tensor, log_base_NV: Tensor, tau: float) -> Tensor:
+def base_favored_mass(log_aligned_NV: Tensor, log_base_NV: Tensor, tau: float, margin: float = 0.0) -> Tensor:
     """m_t = sum over B_t of p_b(v): how much of base's behaviour alignment left untouched. The formula is ours.
 
     Args:
         log_aligned_NV: log p_a [N, V].
         log_base_NV: log p_b [N, V].
         tau: Smallest base probability that counts, 0 to 1.
+        margin: Nats by which base must prefer a token that counts, not negative.
 
     Returns:
         [N], 0 to 1.
     """
-    mask_NV = base_favored_mask(log_aligned_NV, log_base_NV, tau)
+    mask_NV = base_favored_mask(log_aligned_NV, log_base_NV, tau, margin)
     return (log_base_NV.exp() * mask_NV).sum(dim=-1)
 
 
@@ -112,7 +117,8 @@ def profile_rows(
     base_head: Head,
     tau: float,
     kappa: float,
-    chunk_tokens: int,
+    chunk_tokens: ChunkTokens,
+    margin: float = 0.0,
 ) -> ProfileRows:
     """Compares a policy (aligned or student) with base at every token row; the formulas are ours.
 
@@ -125,7 +131,8 @@ def profile_rows(
         base_head: Head of base.
         tau: Smallest base probability that counts, 0 to 1.
         kappa: Scale of the deficit in nats.
-        chunk_tokens: Rows of one chunk, at least 1.
+        chunk_tokens: Rows of one chunk, at least 1, or "auto".
+        margin: Nats by which base must prefer a token that counts, not negative.
 
     Returns:
         One value a row, in at least float32, on the device of the hidden states.
@@ -138,14 +145,14 @@ def profile_rows(
     check_hidden("policy", policy_hidden_NH, policy_head, num_rows)
     check_hidden("base", base_hidden_NH, base_head, num_rows)
     check_same_vocabulary({"policy": policy_head, "base": base_head})
-    if chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}.")
+    dtype, device = policy_head.logits_dtype, policy_hidden_NH.device
+    size = rows_per_chunk(chunk_tokens, policy_head.vocab_size, dtype, device, copies=_PROFILE_COPIES)
     mass_N = policy_hidden_NH.new_zeros(num_rows, dtype=policy_head.logits_dtype)
     kl_N = torch.zeros_like(mass_N)
-    for start in range(0, num_rows, chunk_tokens):
-        rows = slice(start, start + chunk_tokens)
+    for start in range(0, num_rows, size):
+        rows = slice(start, start + size)
         log_policy_CV = policy_head.logits(policy_hidden_NH[rows]).log_softmax(dim=-1)
         log_base_CV = base_head.logits(base_hidden_NH[rows]).log_softmax(dim=-1)
-        mass_N[rows] = base_favored_mass(log_policy_CV, log_base_CV, tau).to(mass_N.dtype)
+        mass_N[rows] = base_favored_mass(log_policy_CV, log_base_CV, tau, margin).to(mass_N.dtype)
         kl_N[rows] = trained_depth(log_policy_CV, log_base_CV).to(kl_N.dtype)
     return ProfileRows(mass_N=mass_N, kl_N=kl_N, deficit_N=deficit(kl_N, kappa))

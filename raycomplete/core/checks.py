@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from raycomplete.core.heads import Head
+from raycomplete.core.loss_types import LossSettings, needs_base
 from raycomplete.errors import NotFiniteError
 
 
@@ -52,3 +53,41 @@ def check_same_vocabulary(heads: dict[str, Head]) -> None:
     if len(set(sizes.values())) > 1:
         listed = ", ".join(f"{name} {size}" for name, size in sizes.items())
         raise ValueError(f"The heads differ in vocabulary size ({listed}); drop padding rows with Head.rows().")
+
+
+def check_loss_inputs(
+    student_hidden_NH: Tensor,
+    student_head: Head,
+    aligned_hidden_NH: Tensor,
+    aligned_head: Head,
+    base_hidden_PH: Tensor | None,
+    base_head: Head | None,
+    kind_N: Tensor,
+    weight_N: Tensor,
+    settings: LossSettings,
+) -> None:
+    """Refuses arguments of `completion_loss` that do not fit together.
+
+    Raises:
+        ValueError: Shapes, vocabularies, kinds or the student's dtype do not fit.
+        NotFiniteError: An input holds NaN or infinity; names it and the first bad row.
+    """
+    num_rows = student_hidden_NH.shape[0]
+    for name, values in (("kind", kind_N), ("weight", weight_N)):
+        if tuple(values.shape) != (num_rows,):
+            raise ValueError(f"{name} must be [{num_rows}], one a token row, got {list(values.shape)}.")
+    if kind_N.is_floating_point() or (num_rows and not 0 <= int(kind_N.min()) <= int(kind_N.max()) <= 2):
+        raise ValueError("kind must hold the integers of TokenKind: 0 anchor, 1 recovery, 2 penalty.")
+    if student_head.weight_VH.dtype == torch.float16:
+        raise ValueError("A float16 student head underflows in the loss; use bfloat16 or float32.")
+    check_rows_finite("weight", weight_N)
+    check_hidden("student", student_hidden_NH, student_head, num_rows)
+    check_hidden("aligned", aligned_hidden_NH, aligned_head, num_rows)
+    num_base = int(needs_base(kind_N, settings).sum())
+    heads = {"student": student_head, "aligned": aligned_head}
+    if num_base:
+        if base_hidden_PH is None or base_head is None:
+            raise ValueError(f"{num_base} rows need base (see needs_base), but base_hidden_PH or base_head is None.")
+        check_hidden("base", base_hidden_PH, base_head, num_base)
+        heads["base"] = base_head
+    check_same_vocabulary(heads)

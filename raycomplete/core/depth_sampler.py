@@ -23,8 +23,9 @@ class DepthSampler:
     """Draws prefill depths in [min, max] tokens.
 
     P(bin) = floor * share + (1 - floor) * loss * share / sum(loss * share), with share the bin's part of all depths and
-    loss the running mean of its recovery loss; uniform within a bin. Bins without a measurement count as average, and
-    before any measurement, or with schedule "uniform", P(bin) = share.
+    loss the running mean of what is still incomplete there (recovery loss, or how often the student complies); uniform
+    within a bin. Bins without a measurement count as average, and before any measurement, or with schedule "uniform",
+    P(bin) = share. Schedule "fixed" takes P from the run file.
 
     Args:
         config: Depth range, bins, floor and decay.
@@ -63,6 +64,9 @@ class DepthSampler:
 
     def probabilities(self) -> FloatArray:
         """Probability of each bin [num_bins]; sums to 1."""
+        if self._config.schedule == "fixed":
+            weights = np.array(self._config.fixed_weights, dtype=np.float64)[: self.num_bins]
+            return weights / weights.sum() if weights.sum() > 0 else self._share.copy()
         measured = ~np.isnan(self._running_loss)
         if self._config.schedule == "uniform" or not measured.any():
             return self._share.copy()
@@ -73,6 +77,23 @@ class DepthSampler:
         mixed = self._config.uniform_floor * self._share + (1 - self._config.uniform_floor) * need / need.sum()
         probabilities: FloatArray = mixed / mixed.sum()
         return probabilities
+
+    def need_by_depth(self, max_depth: int) -> FloatArray:
+        """How incomplete each depth 0..max_depth is, relative to the mean over bins: 1 before any measurement.
+
+        Depths outside [min, max] take the value of the nearest bin.
+
+        Returns:
+            [max_depth + 1], at least 0.
+        """
+        measured = ~np.isnan(self._running_loss)
+        need = np.ones(self.num_bins)
+        mean = np.average(self._running_loss[measured], weights=self._share[measured]) if measured.any() else 0.0
+        if mean > 0:
+            need[measured] = self._running_loss[measured] / mean
+        depths = np.clip(np.arange(max_depth + 1), self._config.min, self._config.max)
+        by_depth: FloatArray = need[np.searchsorted(self._last, depths)]
+        return by_depth
 
     def draw(self, step: int, count: int) -> list[int]:
         """Depths for one step.
@@ -89,14 +110,15 @@ class DepthSampler:
         return [int(depth) for depth in rng.integers(self._first[bins], self._last[bins] + 1)]
 
     def update(self, loss_sum_by_bin: npt.ArrayLike, count_by_bin: npt.ArrayLike) -> None:
-        """Takes in the recovery loss of one step.
+        """Takes in one step's recovery loss by bin (or, instead of losses, its counts of compliance).
 
         The first measurement of a bin sets its mean; later ones enter with weight 1 - decay, and bins that were not
         seen keep theirs. A mean below 0, which only rounding can give, counts as 0.
 
         Args:
-            loss_sum_by_bin: Sum of row losses in nats [num_bins], over all workers.
-            count_by_bin: Number of those rows [num_bins].
+            loss_sum_by_bin: Sum over items of their mean loss in nats, or of 1 where the student complied [num_bins],
+                over all workers.
+            count_by_bin: Number of those items [num_bins].
 
         Raises:
             ValueError: A shape is not [num_bins], or a count is negative.

@@ -69,7 +69,7 @@ def read_head_spec(path: Path, *, vocab_size: int, model_fingerprint: str, token
     """
     config = json.loads((path / "config.json").read_text())
     config = config.get("text_config", config)
-    files = _tensor_files(path)
+    files = tensor_files(path)
     tied = bool(config.get("tie_word_embeddings", not any(key in files for key in _HEAD_KEYS)))
     candidates = _EMBEDDING_KEYS if tied else _HEAD_KEYS
     # A tied checkpoint may store only one of the two names.
@@ -104,7 +104,7 @@ def load_head(spec: HeadSpec, *, dtype: torch.dtype, device: torch.device | str 
     Returns:
         Head with weight [V, H] in `dtype` on `device`.
     """
-    files = _tensor_files(Path(spec.path))
+    files = tensor_files(Path(spec.path))
 
     def tensor(key: str) -> torch.Tensor:
         with safe_open(files[key], framework="pt") as tensors:
@@ -126,7 +126,7 @@ def _scale(config: dict[str, Any]) -> float:
     return float(config.get("logit_scale") or 1.0)
 
 
-def _tensor_files(path: Path) -> dict[str, str]:
+def tensor_files(path: Path) -> dict[str, str]:
     """File of every tensor of a checkpoint, by tensor name."""
     index = path / "model.safetensors.index.json"
     if index.is_file():

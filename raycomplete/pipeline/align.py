@@ -59,7 +59,9 @@ def align(config: RunConfig, *, resume: bool = False, overwrite: bool = False, s
         update={"output": OutputConfig(root=config.output.root, name=f"{config.output.name}-align")}
     )
     check_run_folder(config, resume=resume, same=_SAME, overwrite=overwrite)
-    with connect(config.cluster, Demand(engines=1, workers=config.train.num_workers)) as cluster:
+    with connect(
+        config.cluster, Demand(engines=config.rollout.num_engines, workers=config.train.num_workers)
+    ) as cluster:
         folder = open_run_folder(config, resume=resume, same=_SAME, overwrite=overwrite)
         samples_file = folder / "samples.jsonl"
         if not samples_file.is_file():

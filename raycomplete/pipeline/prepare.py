@@ -181,8 +181,12 @@ def _check_length(config: RunConfig, codec: ChatCodec, prompt: Prompt, system: s
 def _longest_response(config: RunConfig) -> int:
     """Tokens that may follow a prompt in any part of the run."""
     train = config.train.depth.max + config.rollout.max_refusal_tokens
+    if config.rollout.on_policy:
+        train += config.rollout.max_student_tokens
     attack = max(config.evaluation.depths) + config.evaluation.max_tokens
     rollout = max(config.rollout.max_anchor_tokens, config.rollout.max_harmful_tokens)
+    if config.rollout.on_policy:
+        rollout = max(rollout, config.rollout.max_anchor_tokens + config.rollout.max_student_tokens)
     return max(train, attack, rollout, config.evaluation.max_utility_tokens) + 1
 
 

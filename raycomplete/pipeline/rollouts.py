@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import random
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -69,7 +70,28 @@ def make_samples(config: RunConfig, models: Models, prompts: Prompts, fleet: Fle
         for prompt in prompts.evaluation["harmful"][:_PROFILE_PROMPTS]
         if prompt.answer
     ]
-    return SampleSet(tuple(anchor), tuple(recovery), tuple(sample for sample in profile if sample.answer_ids))
+    samples = SampleSet(tuple(anchor), tuple(recovery), tuple(sample for sample in profile if sample.answer_ids))
+    return hold_back(config, prompts, samples) if config.train.validation.every else samples
+
+
+def hold_back(config: RunConfig, prompts: Prompts, samples: SampleSet) -> SampleSet:
+    """Takes the samples of some training prompts of each kind out of training: they tell when to stop."""
+    held: set[str] = set()
+    for kind in KINDS:
+        ids = [prompt.prompt_id for prompt in prompts.train[kind]]
+        count = min(config.train.validation.prompts, len(ids) // 4)
+        held |= set(random.Random(f"{config.train.seed}:held back:{kind}").sample(ids, count))
+
+    def is_held(sample: AnchorSample | RecoverySample) -> bool:
+        return sample.sample_id.rsplit("#", 1)[0] in held
+
+    return replace(
+        samples,
+        anchor=tuple(sample for sample in samples.anchor if not is_held(sample)),
+        recovery=tuple(sample for sample in samples.recovery if not is_held(sample)),
+        held_back_anchor=tuple(sample for sample in samples.anchor if is_held(sample)),
+        held_back_recovery=tuple(sample for sample in samples.recovery if is_held(sample)),
+    )
 
 
 def harmful_continuations(

@@ -22,6 +22,7 @@ from raycomplete.errors import ConfigError
 from raycomplete.files import read_json, write_json
 from raycomplete.pipeline.evaluate import evaluate_roles, held_out_sets, print_result, write_summary
 from raycomplete.pipeline.fleet import Fleet, start_fleet
+from raycomplete.pipeline.on_policy import StudentEngines
 from raycomplete.pipeline.prepare import KINDS, Models, Prompts, prepare_models, prepare_prompts
 from raycomplete.pipeline.rollouts import make_samples
 from raycomplete.pipeline.run_folder import check_run_folder, open_run_folder
@@ -32,7 +33,7 @@ from raycomplete.training.samples import read_samples, write_samples
 from raycomplete.training.trainer import fit
 from raycomplete.types import MODEL_ROLES
 
-_ENGINES = 3  # two scorers and a generator
+_SCORERS = 2
 _SAME = ("models", "data", "rollout", "train")  # sections that decide what is trained
 
 
@@ -63,7 +64,7 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False, s
         screen.note("The run is finished already")
         print_result(summary, config.output.folder, screen)
         return config.output.folder
-    demand = Demand(engines=_ENGINES, workers=config.train.num_workers)
+    demand = Demand(engines=_SCORERS + config.rollout.num_engines, workers=config.train.num_workers)
     with connect(config.cluster, demand) as cluster:
         folder = open_run_folder(config, resume=resume, overwrite=overwrite, same=_SAME)
         screen.note(f"Run folder: {folder}")
@@ -114,6 +115,9 @@ def _train_student(
         sources=dict(fleet.scorers),
         prefetch=config.scoring.prefetch,
         threads=worker_threads(config),
+        rollout=config.rollout,
+        policy=_policy(config, models, prompts, fleet),
+        lora_rank=config.train.lora_rank,
         use_gpu=cluster.use_gpu,
         trust_remote_code=config.models.trust_remote_code,
     )
@@ -122,6 +126,14 @@ def _train_student(
     run_training(job, config, screen, f"Training on {len(samples.anchor)} + {len(samples.recovery)} samples")
     scored = {name: total - before[name] for name, total in _scorer_totals(fleet).items()}
     write_json(facts_file, training_facts(job.metrics_file, time.perf_counter() - started, scored, fleet.facts))
+
+
+def _policy(config: RunConfig, models: Models, prompts: Prompts, fleet: Fleet) -> StudentEngines | None:
+    """The student's own rollouts, where the run file asks for them."""
+    if not config.rollout.on_policy:
+        return None
+    pool = fleet.generator.with_weights(str(models.paths["student"]))
+    return StudentEngines(pool, models.codec, prompts.judge, prompts.train["harmful"], config.rollout)
 
 
 def run_training(job: TrainJob, config: RunConfig, screen: Screen, title: str) -> None:
@@ -133,6 +145,8 @@ def run_training(job: TrainJob, config: RunConfig, screen: Screen, title: str) -
             if job.objective == "completion":
                 parts += [f"{name} {row[name]:.4f}" for name in ("anchor", "recovery", "penalty")]
                 parts.append(f"depth {row['depth_mean']:.0f}")
+            if "compliance" in row:
+                parts.append(f"complies {row['compliance']:.2f}")
             parts.append(f"{row['tokens_per_s']:.0f} tok/s")
             advance(row["step"], ", ".join(parts))
 
@@ -151,7 +165,10 @@ def training_facts(
     rows = read_metrics(metrics_file)
     seconds = sum(row["seconds"] for row in rows)
     tokens = sum(row["tokens"] for row in rows)
-    waited = sum(row["scoring_wait_s"] for row in rows)
+
+    def share(name: str) -> float:
+        return sum(row.get(name, 0.0) for row in rows) / seconds if seconds else 0.0
+
     return {
         "steps": len(rows),
         "seconds": seconds,
@@ -159,7 +176,12 @@ def training_facts(
         "tokens": tokens,
         "tokens_per_s": tokens / seconds if seconds else 0.0,
         "scoring_tokens_per_s": scored["tokens"] / scored["seconds"] if scored.get("seconds") else None,
-        "scoring_wait_fraction": waited / seconds if seconds else 0.0,
+        "scoring_wait_fraction": share("scoring_wait_s"),
+        "rollout_wait_fraction": share("rollout_wait_s"),
+        "sync_fraction": share("sync_s"),
+        "rollout_tokens": sum(row.get("rollout_tokens", 0) for row in rows),
+        "max_staleness": max((row["staleness"] for row in rows if "staleness" in row), default=None),
+        "stopped_early": bool(rows) and bool(rows[-1].get("stopped")),
         "loss_first": rows[0]["loss"] if rows else None,
         "loss_last": rows[-1]["loss"] if rows else None,
         "engines": engines,

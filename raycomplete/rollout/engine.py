@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 from raycomplete.config import Dtype
+from raycomplete.data.checkpoints import TORCH_DTYPES
 from raycomplete.engine_options import engine_arguments
+from raycomplete.errors import WorkError
+from raycomplete.rollout.weights import WeightSource, checkpoint_tensors, key_of, version_of
 
 
 class RolloutEngine:
-    """Generates with one model at a time; `load` changes its weights in place."""
+    """Generates with one model at a time; `load` changes its weights in place.
+
+    Args:
+        path: Checkpoint to start from.
+        dtype: Of the weights.
+        max_length: Longest sequence, prompt and response together.
+        use_gpu: False on a CPU machine.
+        gpu_memory_utilization: Share of the device that the engine may fill.
+        max_num_batched_tokens: Tokens of one forward pass.
+        trust_remote_code: Whether the checkpoint's own code may run.
+        stop_ids: End-of-response tokens.
+        sleeps: GPU only: the engine gives the device's memory back after each batch (vLLM's sleep level 1).
+    """
 
     def __init__(
         self,
@@ -23,6 +41,7 @@ class RolloutEngine:
         max_num_batched_tokens: int = 8192,
         trust_remote_code: bool = False,
         stop_ids: Sequence[int] = (),
+        sleeps: bool = False,
     ) -> None:
         from vllm import LLM
 
@@ -37,23 +56,53 @@ class RolloutEngine:
         )
         # A seeded request whose prompt is split between two batches fails on a CPU (vLLM 0.32: "CPU Generator does not
         # use offset"), so there prompts are read whole.
-        self._llm: Any = LLM(enable_prefix_caching=True, enable_chunked_prefill=use_gpu, **arguments)
+        self._llm: Any = LLM(
+            enable_prefix_caching=True, enable_chunked_prefill=use_gpu, enable_sleep_mode=sleeps, **arguments
+        )
         self._stop_ids = list(stop_ids)
         self._max_length = max_length
-        self.path = path
+        self._dtype = TORCH_DTYPES[dtype]
+        config = self._llm.llm_engine.model_config.hf_config
+        self._tied = bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
+        self._held = path
+        self.version: int | None = None
+        self._sleeps = sleeps
+        if sleeps:
+            self._llm.sleep(level=1)
 
-    def load(self, path: str) -> None:
-        """Takes the weights of another checkpoint of the same architecture.
+    @property
+    def is_whole(self) -> bool:
+        """False after a reload that failed half-way; vLLM cannot load over such a model."""
+        return bool(self._held)
+
+    def load(self, weights: WeightSource, *, timeout_s: float) -> bool:
+        """Takes the weights of another checkpoint of the same architecture, or packed ones.
 
         The prefix cache holds states of the old weights, so it is emptied before the next token is made.
+
+        Args:
+            weights: What the engine should speak with.
+            timeout_s: Longest wait for the object store.
+
+        Returns:
+            Whether anything was loaded; False where the engine has these weights already.
         """
-        if path == self.path:
-            return
-        self.path = ""  # a reload that fails half-way leaves no model that anyone may ask again
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_path": path})
-        self._llm.apply_model(_refresh_tied_head)
-        self._llm.reset_prefix_cache()
-        self.path = path
+        if key_of(weights) == self._held:
+            return False
+        arguments: dict[str, Any] = (
+            {"weights_path": weights}
+            if isinstance(weights, str)
+            else {"weights_iterator": checkpoint_tensors(weights, self._dtype, tied=self._tied, timeout_s=timeout_s)}
+        )
+        self._held = ""  # a reload that fails half-way leaves no model that anyone may ask again
+        with self._awake():
+            self._llm.collective_rpc("reload_weights", kwargs=arguments)
+            self._llm.apply_model(_refresh_tied_head)
+            if not self._llm.reset_prefix_cache():
+                raise WorkError("The engine keeps prefixes that old weights have read, so new ones cannot be used.")
+        self._held = key_of(weights)
+        self.version = version_of(weights)
+        return True
 
     def generate_finished(
         self,
@@ -67,7 +116,7 @@ class RolloutEngine:
 
         Arguments are those of `raycomplete.types.Generator.generate`; the end-of-response token is left out.
         """
-        from vllm import SamplingParams, TokensPrompt
+        from vllm import SamplingParams
 
         parameters = [
             SamplingParams(
@@ -80,9 +129,48 @@ class RolloutEngine:
             )
             for index, sequence in enumerate(sequences)
         ]
+        return [self._strip(output.outputs[0]) for output in self._run(sequences, parameters)]
+
+    def log_probs(self, sequences: Sequence[tuple[Sequence[int], int]]) -> list[torch.Tensor]:
+        """Log-probabilities of given responses. Meant for a few short sequences: logits of whole prompts are made.
+
+        Args:
+            sequences: (token ids, number of prompt tokens) with 1 <= prompt tokens < token ids < `max_length`.
+
+        Returns:
+            Of each sequence [response tokens] float32: log p(tokens[t] | tokens before t), nats, temperature 1.
+        """
+        from vllm import SamplingParams
+
+        # One token must be generated, or vLLM refuses; the prompt's own log-probabilities are what is wanted. These
+        # requests are never answered from the prefix cache.
+        parameters = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+        # vLLM (seen in 0.32) ranks the tokens in a function that torch would compile at first use, for seconds, and not
+        # at all on a machine without a compiler.
+        with torch.compiler.set_stance("force_eager"):
+            outputs = self._run([tokens for tokens, _ in sequences], parameters)
+        return [
+            torch.tensor([output.prompt_logprobs[t][tokens[t]].logprob for t in range(num_prompt, len(tokens))])
+            for output, (tokens, num_prompt) in zip(outputs, sequences, strict=True)
+        ]
+
+    def _run(self, sequences: Sequence[Sequence[int]], parameters: Any) -> Any:
+        from vllm import TokensPrompt
+
         inputs = [TokensPrompt(prompt_token_ids=list(sequence)) for sequence in sequences]
-        outputs = self._llm.generate(inputs, parameters, use_tqdm=False)
-        return [self._strip(output.outputs[0]) for output in outputs]
+        with self._awake():
+            return self._llm.generate(inputs, parameters, use_tqdm=False)
+
+    @contextmanager
+    def _awake(self) -> Iterator[None]:
+        if not self._sleeps:
+            yield
+            return
+        self._llm.wake_up()
+        try:
+            yield
+        finally:
+            self._llm.sleep(level=1)
 
     def _strip(self, completion: Any) -> tuple[list[int], bool]:
         tokens = list(completion.token_ids)

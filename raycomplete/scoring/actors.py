@@ -75,6 +75,10 @@ class Scorer:
         self._seconds += time.perf_counter() - started if missing else 0.0
         return [fresh[request] if array is None else array for request, array in zip(requests, arrays, strict=True)]
 
+    def warm(self, requests: list[ScoreRequest]) -> None:
+        """Reads sequences into the cache ahead of the call that needs them, without sending anything back."""
+        self.score(requests)
+
     def stats(self) -> dict[str, float]:
         """Work done so far: tokens read by the engine, seconds in it, cache hits and misses."""
         return {
@@ -177,6 +181,10 @@ class ScoringClient:
     def submit_sequences(self, sequences: Sequence[tuple[tuple[int, ...], int]]) -> Any:
         """As `submit`, from (token ids, number of prompt tokens) pairs."""
         return self.submit([ScoreRequest(tokens, num_prompt) for tokens, num_prompt in sequences])
+
+    def warm_sequences(self, sequences: Sequence[tuple[tuple[int, ...], int]]) -> None:
+        """Lets the scorer read sequences ahead. Nobody waits for it: what it has not read yet is read when asked for."""
+        self._actor.warm.remote([ScoreRequest(tokens, num_prompt) for tokens, num_prompt in sequences])
 
     def collect_tensors(self, reference: Any) -> list[torch.Tensor]:
         """As `collect`, as tensors on the CPU."""

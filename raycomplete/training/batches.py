@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from raycomplete.core.loss_types import TokenKind
 from raycomplete.training.feed import Scores
+from raycomplete.training.packing import pack
 from raycomplete.training.plan import AnchorItem, Item, StepPlan, length
 
 
@@ -18,8 +20,9 @@ class MicroBatch:
     """One forward pass of one worker.
 
     Attributes:
-        input_ids_BT: Right-padded sequences; the last token of each is left out, since nothing follows it.
-        attention_mask_BT: 1 on tokens, 0 on padding.
+        input_ids_BT: Rows of one or more sequences side by side, padded on the right; the last token of each sequence
+            is left out, since nothing follows it.
+        position_ids_BT: Position of each token in its own sequence, 0 on padding.
         row_N: Flat positions b * T + t whose next-token distribution is trained.
         kind_N: `TokenKind` of each row.
         weight_N: Weight of each row: the loss is a mean over the tokens of each kind in the whole step.
@@ -28,10 +31,11 @@ class MicroBatch:
         base_hidden_PH: Base's hidden state of each row that needs it, in order; None if there is none.
         depth_B: Depth of each recovery item, -1 for anchor items.
         target_N: Token at each row (SFT learns it; the completion loss does not look at it).
+        num_tokens: Tokens of all sequences, padding left out.
     """
 
     input_ids_BT: Tensor
-    attention_mask_BT: Tensor
+    position_ids_BT: Tensor
     row_N: Tensor
     kind_N: Tensor
     weight_N: Tensor
@@ -40,14 +44,41 @@ class MicroBatch:
     base_hidden_PH: Tensor | None
     depth_B: Tensor
     target_N: Tensor
+    num_tokens: int
+
+    def model_inputs(self) -> dict[str, Tensor]:
+        """Arguments of the language model.
+
+        Without an attention mask, transformers reads the borders of the sequences of a row from where positions
+        restart, and lets no sequence look at another.
+        """
+        return {"input_ids": self.input_ids_BT, "position_ids": self.position_ids_BT}
+
+    @property
+    def padding_fraction(self) -> float:
+        """Share of the computed tokens that belong to no sequence."""
+        return 1.0 - self.num_tokens / self.input_ids_BT.numel()
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same on another device."""
-        moved = {
+        moved: dict[str, Any] = {
             name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
             for name, value in vars(self).items()
         }
         return MicroBatch(**moved)
+
+
+@dataclass(frozen=True)
+class Emphasis:
+    """Factors on the weights of rows, moved by what is measured during training.
+
+    Attributes:
+        anchor: On anchor rows, see `raycomplete.core.multiplier`.
+        penalty_by_depth: On penalty rows by their depth [longest h]; None leaves all alike.
+    """
+
+    anchor: float = 1.0
+    penalty_by_depth: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -65,25 +96,33 @@ class BatchBuilder:
     contrastive: bool
     scale: float
 
-    def build(self, items: Sequence[Item], plan: StepPlan, scores: Scores | None) -> MicroBatch:
-        """Pads the items of one micro-batch and lines up their rows with the teachers' hidden states.
+    def build(
+        self, items: Sequence[Item], plan: StepPlan, scores: Scores | None, emphasis: Emphasis | None = None
+    ) -> MicroBatch:
+        """Packs the items of one micro-batch and lines up their rows with the teachers' hidden states.
 
         Args:
             items: Sequences of the forward pass.
             plan: The whole step that they belong to; its token counts normalise the weights.
             scores: Hidden states of the teachers; None in SFT, where there are no teachers.
+            emphasis: Factors on the weights that change as training goes on.
         """
-        longest = max(length(item) for item in items)
-        input_ids_BT = torch.zeros(len(items), longest, dtype=torch.long)
-        attention_mask_BT = torch.zeros(len(items), longest, dtype=torch.long)
+        emphasis = emphasis or Emphasis()
+        lengths = [length(item) for item in items]
+        longest = max(lengths)
+        places = pack(lengths)
+        shape = (1 + max(row for row, _ in places), longest)
+        input_ids_BT = torch.zeros(shape, dtype=torch.long)
+        position_ids_BT = torch.zeros(shape, dtype=torch.long)
         rows: list[_Rows] = []
-        for index, item in enumerate(items):
+        for index, (item, (row, column)) in enumerate(zip(items, places, strict=True)):
             sequence, parts = self._parts(item, scores)
-            input_ids_BT[index, : len(sequence) - 1] = torch.tensor(sequence[:-1])
-            attention_mask_BT[index, : len(sequence) - 1] = 1
-            rows += [part.at(index, longest, sequence) for part in parts]
+            span = slice(column, column + lengths[index])
+            input_ids_BT[row, span] = torch.tensor(sequence[:-1])
+            position_ids_BT[row, span] = torch.arange(lengths[index])
+            rows += [part.at(index, row * longest + column, sequence) for part in parts]
         weight_of = {
-            TokenKind.ANCHOR: self.scale / max(plan.num_anchor_tokens, 1),
+            TokenKind.ANCHOR: emphasis.anchor * self.scale / max(plan.num_anchor_tokens, 1),
             TokenKind.RECOVERY: self.scale / max(plan.num_recovery_tokens, 1),
             TokenKind.PENALTY: self.scale / max(plan.num_penalty_tokens, 1),
         }
@@ -92,17 +131,23 @@ class BatchBuilder:
         counts = torch.tensor([part.row_T.numel() for part in rows])
         kinds = torch.tensor([int(part.kind) for part in rows])
         weights = torch.tensor([weight_of[part.kind] for part in rows], dtype=torch.float32)
+        weight_N = weights.repeat_interleave(counts)
+        if emphasis.penalty_by_depth is not None:
+            for part, weight_T in zip(rows, weight_N.split(counts.tolist()), strict=True):
+                if part.kind is TokenKind.PENALTY:  # row t of h stands at depth t
+                    weight_T *= emphasis.penalty_by_depth[: part.count]
         return MicroBatch(
             input_ids_BT=input_ids_BT,
-            attention_mask_BT=attention_mask_BT,
+            position_ids_BT=position_ids_BT,
             row_N=torch.cat([part.row_T for part in rows]),
             kind_N=kinds.repeat_interleave(counts),
-            weight_N=weights.repeat_interleave(counts),
+            weight_N=weight_N,
             item_N=torch.tensor([part.item for part in rows]).repeat_interleave(counts),
             aligned_hidden_NH=torch.cat(aligned) if aligned else None,
             base_hidden_PH=torch.cat(base) if base else None,
             depth_B=torch.tensor([-1 if isinstance(item, AnchorItem) else item.depth for item in items]),
             target_N=torch.cat([part.target_T for part in rows]),
+            num_tokens=sum(lengths),
         )
 
     def _parts(self, item: Item, scores: Scores | None) -> tuple[tuple[int, ...], list[_Rows]]:
@@ -162,8 +207,8 @@ class _Rows:
     row_T: Tensor = field(default_factory=_no_tokens)
     target_T: Tensor = field(default_factory=_no_tokens)
 
-    def at(self, index: int, longest: int, sequence: tuple[int, ...]) -> _Rows:
-        """The run in a padded micro-batch: token `start` is predicted at position `start - 1`."""
-        row_T = index * longest + torch.arange(self.start - 1, self.start - 1 + self.count)
+    def at(self, index: int, offset: int, sequence: tuple[int, ...]) -> _Rows:
+        """The run of item `index`, whose sequence starts at flat position `offset`; token t is predicted at t - 1."""
+        row_T = offset + torch.arange(self.start - 1, self.start - 1 + self.count)
         target_T = torch.tensor(sequence[self.start : self.start + self.count])
         return _Rows(self.kind, self.start, self.count, self.aligned_TH, self.base_TH, index, row_T, target_T)

@@ -15,7 +15,7 @@ from deepspeed import zero
 
 from raycomplete.config import Dtype, TrainConfig
 from raycomplete.errors import WorkError
-from raycomplete.files import write_json
+from raycomplete.files import PRIVATE, write_json
 
 _COMPLETE = "complete.json"
 
@@ -90,13 +90,14 @@ def save(engine: Any, folder: Path, step: int, state: dict[str, Any], keep: int)
         engine: DeepSpeed engine; every rank must call this.
         folder: The run's `checkpoints/`.
         step: Finished steps.
-        state: Plain values to restore (sampler, counters).
+        state: Plain values to restore (sampler, counters, rollouts); readable by the owner only.
         keep: Complete checkpoints to keep.
     """
     target = folder / f"step-{step:06d}"
     engine.save_checkpoint(str(target), tag="state")
     if dist.get_rank() == 0:
-        write_json(target / _COMPLETE, {"step": step, "world_size": dist.get_world_size(), **state})
+        content = {"step": step, "world_size": dist.get_world_size(), **state}
+        write_json(target / _COMPLETE, content, mode=PRIVATE)
         for old in complete_checkpoints(folder)[:-keep]:
             shutil.rmtree(old, ignore_errors=True)
     dist.barrier()
@@ -132,6 +133,24 @@ def restore(engine: Any, folder: Path) -> dict[str, Any] | None:
             f"The checkpoint {found[-1]} cannot be loaded.", "Remove its folder and resume from the one before."
         )
     return state
+
+
+def gathered_adapters(lm: Any) -> dict[str, tuple[torch.Tensor, torch.Tensor, float]] | None:
+    """LoRA adapters (A [rank, in], B [out, rank], scale) on rank 0, by the name of the weight they belong to.
+
+    LoRA runs at ZeRO-2 or less, where every rank holds whole adapters; None on other ranks.
+    """
+    if dist.get_rank() != 0:
+        return None
+    return {
+        f"{name}.weight": (
+            module.lora_A["default"].weight.detach().to("cpu", copy=True),
+            module.lora_B["default"].weight.detach().to("cpu", copy=True),
+            float(module.scaling["default"]),
+        )
+        for name, module in lm.get_base_model().named_modules()
+        if hasattr(module, "lora_A")
+    }
 
 
 def gathered_state(engine: Any, lm: Any, stage: int) -> dict[str, torch.Tensor] | None:

@@ -19,6 +19,9 @@ class ScoreSource(Protocol):
     def submit_sequences(self, sequences: Sequence[tuple[tuple[int, ...], int]]) -> Any:
         """Starts reading (token ids, number of prompt tokens) and returns a reference."""
 
+    def warm_sequences(self, sequences: Sequence[tuple[tuple[int, ...], int]]) -> None:
+        """Starts reading sequences that will be submitted later; returns at once."""
+
     def collect_tensors(self, reference: Any) -> list[torch.Tensor]:
         """Waits for [T, H] hidden states of each sequence's response rows."""
 
@@ -71,6 +74,22 @@ class ScoreFeed:
         """Starts scoring a step's samples; asking twice does nothing."""
         if self.is_requested(step):
             return
+        self._pending[step] = [
+            (role, sequences, self._sources[role].submit_sequences(sequences))
+            for role, sequences in self._wanted(anchor, recovery).items()
+            if sequences
+        ]
+
+    def warm(self, anchor: Sequence[AnchorSample], recovery: Sequence[RecoverySample]) -> None:
+        """Lets the scorers read samples of a later step ahead of its request."""
+        for role, sequences in self._wanted(anchor, recovery).items():
+            if sequences:
+                self._sources[role].warm_sequences(sequences)
+
+    def _wanted(
+        self, anchor: Sequence[AnchorSample], recovery: Sequence[RecoverySample]
+    ) -> dict[str, list[tuple[tuple[int, ...], int]]]:
+        """(token ids, number of prompt tokens) that each frozen model must read."""
         teacher = [(sample.prompt_ids + sample.answer_ids, len(sample.prompt_ids)) for sample in anchor]
         teacher += [
             (sample.teacher_prompt_ids + sample.refusal_ids, len(sample.teacher_prompt_ids)) for sample in recovery
@@ -81,12 +100,7 @@ class ScoreFeed:
                 (sample.prompt_ids + sample.harmful_ids[: self._max_depth], len(sample.prompt_ids))
                 for sample in recovery
             ]
-        wanted = {"aligned": teacher + harmful, "base": harmful + (teacher if self._contrastive else [])}
-        self._pending[step] = [
-            (role, sequences, self._sources[role].submit_sequences(sequences))
-            for role, sequences in wanted.items()
-            if sequences
-        ]
+        return {"aligned": teacher + harmful, "base": harmful + (teacher if self._contrastive else [])}
 
     def take(self, step: int) -> Scores:
         """Waits for the scores of a requested step; the waiting time is added to `wait_s`."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from raycomplete.config import Dtype, TrainConfig
+from raycomplete.config import Dtype, RolloutConfig, TrainConfig
 from raycomplete.data.head_spec import HeadSpec
 
 Objective = Literal["completion", "sft"]
@@ -29,6 +29,8 @@ class TrainJob:
         sources: Scorers by role (`raycomplete.training.feed.ScoreSource`); empty in SFT.
         prefetch: Steps scored ahead.
         threads: CPU threads of each worker.
+        rollout: How the student rolls out; read where `policy` is there.
+        policy: Engines that hold the student (`raycomplete.training.on_policy.StudentPolicy`); None trains off-policy.
         lora_rank: Above 0 trains adapters of this rank, merged at the end.
         use_gpu: One GPU a worker.
     """
@@ -45,6 +47,8 @@ class TrainJob:
     sources: dict[str, Any] = field(default_factory=dict)
     prefetch: int = 2
     threads: int = 1
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    policy: Any = None
     lora_rank: int = 0
     use_gpu: bool = False
     trust_remote_code: bool = False
@@ -58,3 +62,13 @@ class TrainJob:
     def checkpoints(self) -> Path:
         """Folder of DeepSpeed checkpoints."""
         return self.folder / "checkpoints"
+
+    @property
+    def best_checkpoint(self) -> Path:
+        """Folder of the checkpoint with the best validation."""
+        return self.folder / "best"
+
+    @property
+    def max_harmful_tokens(self) -> int:
+        """Longest h that a step may train on: the deepest cut, and on-policy what the student adds to it."""
+        return self.train.depth.max + (0 if self.policy is None else self.rollout.max_student_tokens)

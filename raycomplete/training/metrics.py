@@ -57,12 +57,19 @@ class StepMeter:
         count_B = zeros_B.index_add(0, item_N, torch.ones_like(item_N, dtype=torch.float64))
         for depth, loss, count in zip(batch.depth_B.tolist(), loss_B.tolist(), count_B.tolist(), strict=True):
             if count > 0:
-                bin_index = self._sampler.bin_of(max(depth, self._sampler.bin_ranges[0][0]))
+                ranges = self._sampler.bin_ranges  # a student's own words may carry h beyond the deepest cut
+                bin_index = self._sampler.bin_of(min(max(depth, ranges[0][0]), ranges[-1][1]))
                 self.depth_loss_sum[bin_index] += loss / count
                 self.depth_count[bin_index] += 1
 
-    def share(self, device: torch.device, scale: float) -> dict[str, Any]:
-        """Sums over ranks and returns the step's losses; `scale` is that of `BatchBuilder`."""
+    def share(self, device: torch.device, scale: float, anchor_factor: float = 1.0) -> dict[str, Any]:
+        """Sums over ranks and returns the step's losses.
+
+        Args:
+            device: Of the collective.
+            scale: That of `BatchBuilder`.
+            anchor_factor: That of `Emphasis`; the anchor is reported without it, in nats a token.
+        """
         depth = torch.from_numpy(np.concatenate([self.depth_loss_sum, self.depth_count]))
         shared = torch.cat([self._sums, self._penalty, depth]).to(device)
         dist.all_reduce(shared)
@@ -73,7 +80,7 @@ class StepMeter:
         rows = max(values[8], 1.0)
         return {
             "loss": total,
-            "anchor": anchor,
+            "anchor": anchor / anchor_factor,
             "recovery": recovery,
             "penalty": penalty,
             "base_favored_mass": float(values[4] / rows),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -53,20 +53,23 @@ class SampleSet:
         anchor: Trained in every run.
         recovery: Empty in SFT.
         profile: Held-out harmful prompts with continuations, read before and after training for the position profile.
+        held_back_anchor: Of training prompts that are not trained but tell when to stop.
+        held_back_recovery: The same for recovery.
     """
 
     anchor: tuple[AnchorSample, ...]
     recovery: tuple[RecoverySample, ...] = ()
     profile: tuple[AnchorSample, ...] = ()
+    held_back_anchor: tuple[AnchorSample, ...] = ()
+    held_back_recovery: tuple[RecoverySample, ...] = ()
+
+
+_PARTS = tuple(field.name for field in fields(SampleSet))
 
 
 def write_samples(path: Path, samples: SampleSet) -> None:
     """Writes the samples atomically, readable by the owner only: they hold harmful continuations as token ids."""
-    lines = [
-        json.dumps({"part": part, **asdict(sample)})
-        for part in ("anchor", "recovery", "profile")
-        for sample in getattr(samples, part)
-    ]
+    lines = [json.dumps({"part": part, **asdict(sample)}) for part in _PARTS for sample in getattr(samples, part)]
     write_text(path, "\n".join(lines) + "\n", mode=PRIVATE)
 
 
@@ -78,13 +81,13 @@ def read_samples(path: Path) -> SampleSet:
     """
     if not path.is_file():
         raise DataError(f"The sample file {path} does not exist.", "Run again with --overwrite.")
-    parts: dict[str, list[AnchorSample | RecoverySample]] = {"anchor": [], "recovery": [], "profile": []}
+    parts: dict[str, list[AnchorSample | RecoverySample]] = {part: [] for part in _PARTS}
     for line in path.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         part = row.pop("part")
-        kind = RecoverySample if part == "recovery" else AnchorSample
-        fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
-        parts[part].append(kind(**fields))
+        kind = RecoverySample if part.endswith("recovery") else AnchorSample
+        values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
+        parts[part].append(kind(**values))
     if not parts["anchor"]:
         raise DataError(f"The sample file {path} holds no training sample.", "Run again with --overwrite.")
-    return SampleSet(*(tuple(parts[name]) for name in ("anchor", "recovery", "profile")))  # type: ignore[arg-type]
+    return SampleSet(*(tuple(parts[name]) for name in _PARTS))  # type: ignore[arg-type]

@@ -10,10 +10,13 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from raycomplete.core.base_favored import profile_rows
+from raycomplete.core.chunks import rows_per_chunk
 from raycomplete.core.heads import Head
 from raycomplete.core.loss import completion_loss
 from raycomplete.core.loss_types import LossOutput, LossSettings
 from raycomplete.training.batches import MicroBatch
+
+_CROSS_ENTROPY_COPIES = 3  # logits, their log-softmax and its gradient
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class HeadLoss(nn.Module):
     def __init__(self, lm_head: nn.Module, settings: HeadSettings, *, external: bool) -> None:
         super().__init__()
         self._held = [lm_head]
-        self._settings = settings
+        self.settings = settings
         if external:
             from deepspeed import zero
 
@@ -45,8 +48,8 @@ class HeadLoss(nn.Module):
     def head(self) -> Head:
         """The student's head as it is now; under ZeRO-3 only inside `forward`."""
         lm_head: Any = self._held[0]
-        head = Head(lm_head.weight, getattr(lm_head, "bias", None), self._settings.scale, self._settings.softcap)
-        return head.rows(self._settings.vocab_size)
+        head = Head(lm_head.weight, getattr(lm_head, "bias", None), self.settings.scale, self.settings.softcap)
+        return head.rows(self.settings.vocab_size)
 
     def forward(self, mode: str, hidden_NH: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         """Plain tuples of tensors, because DeepSpeed's hooks look for tensors in tuples only."""
@@ -54,9 +57,19 @@ class HeadLoss(nn.Module):
             return _to_tuple(completion_loss(hidden_NH, self.head(), *arguments))
         if mode == "sft":
             return (self._cross_entropy(hidden_NH, *arguments),)
-        base_hidden_NH, base_head, tau, kappa, chunk_tokens = arguments
-        rows = profile_rows(hidden_NH, self.head(), base_hidden_NH, base_head, tau, kappa, chunk_tokens)
+        if mode == "log_probs":
+            return (self._log_probs(hidden_NH, *arguments),)
+        rows = profile_rows(hidden_NH, self.head(), *arguments)
         return rows.mass_N, rows.kl_N, rows.deficit_N
+
+    def _log_probs(self, hidden_NH: Tensor, target_N: Tensor, chunk_tokens: int) -> Tensor:
+        """log p_s(target_n) [N], a chunk of logits at a time."""
+        chunks = zip(hidden_NH.split(chunk_tokens), target_N.split(chunk_tokens), strict=True)
+        losses = [
+            nn.functional.cross_entropy(self.head().logits(hidden_CH), target_C, reduction="none")
+            for hidden_CH, target_C in chunks
+        ]
+        return -torch.cat(losses)
 
     def _cross_entropy(self, hidden_NH: Tensor, target_N: Tensor, weight_N: Tensor, chunk_tokens: int) -> Tensor:
         """sum_n weight_n * -log p_s(target_n), a chunk of logits at a time."""
@@ -100,20 +113,20 @@ class StudentModule(nn.Module):
 
         Args:
             batch: On the model's device.
-            mode: "completion" (see `to_loss_output`), "sft" (one scalar) or "profile" (mass, KL, deficit by row).
+            mode: "completion" (see `to_loss_output`), "sft" (one scalar), "profile" (mass, KL, deficit by row)
+                or "log_probs" (log p_s of the target of each row).
         """
-        hidden_BTH = self.lm.base_model(
-            input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT, use_cache=False
-        ).last_hidden_state
+        hidden_BTH = self.lm.base_model(**batch.model_inputs(), use_cache=False).last_hidden_state
         hidden_NH = hidden_BTH.flatten(0, 1)[batch.row_N]
         settings = self._loss
         if mode == "sft":
-            return self._call(mode, hidden_NH, batch.target_N, batch.weight_N, settings.chunk_tokens)
+            return self._call(mode, hidden_NH, batch.target_N, batch.weight_N, self._chunk_rows(hidden_NH))
+        if mode == "log_probs":
+            return self._call(mode, hidden_NH, batch.target_N, self._chunk_rows(hidden_NH))
         base = self._teachers.get("base")
         if mode == "profile":
-            return self._call(
-                mode, hidden_NH, batch.base_hidden_PH, base, settings.tau, settings.kappa, settings.chunk_tokens
-            )
+            constants = (settings.tau, settings.kappa, settings.chunk_tokens, settings.margin)
+            return self._call(mode, hidden_NH, batch.base_hidden_PH, base, *constants)
         return self._call(
             mode,
             hidden_NH,
@@ -124,6 +137,13 @@ class StudentModule(nn.Module):
             batch.kind_N,
             batch.weight_N,
             settings,
+        )
+
+    def _chunk_rows(self, hidden_NH: Tensor) -> int:
+        """Rows whose float32 logits a cross-entropy may keep."""
+        vocab_size = self.head_loss.settings.vocab_size
+        return rows_per_chunk(
+            self._loss.chunk_tokens, vocab_size, torch.float32, hidden_NH.device, copies=_CROSS_ENTROPY_COPIES
         )
 
     def _call(self, mode: str, hidden_NH: Tensor, *arguments: Any) -> tuple[Tensor, ...]:

@@ -1,7 +1,8 @@
 """The training loop of one Ray Train worker, top to bottom.
 
-Each step: take the plan, take the scores asked for earlier, ask for later ones, forward and backward over
-micro-batches, one optimizer step, share the measurements, tell the depth sampler, write the metrics row.
+Each step: take its sequences and scores, forward and backward over micro-batches, one optimizer step, share the
+measurements, tell the depth sampler and the anchor's multiplier, write the metrics row; now and then validate and write
+a checkpoint.
 """
 
 from __future__ import annotations
@@ -17,18 +18,26 @@ from ray import train as ray_train
 from raycomplete.config import DepthConfig
 from raycomplete.core.depth_sampler import DepthSampler
 from raycomplete.core.loss_types import LossSettings
+from raycomplete.core.multiplier import AnchorMultiplier
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.checkpoints import TORCH_DTYPES, load_model, save_checkpoint
 from raycomplete.data.head_spec import load_head
 from raycomplete.training import engine as ds
-from raycomplete.training.batches import BatchBuilder, MicroBatch
+from raycomplete.training.batches import BatchBuilder, Emphasis, MicroBatch
 from raycomplete.training.feed import ScoreFeed
 from raycomplete.training.job import TrainJob
 from raycomplete.training.metrics import MetricsFile, StepMeter
+from raycomplete.training.on_policy import Drafter
+from raycomplete.training.packing import deal
 from raycomplete.training.plan import Planner, StepPlan
 from raycomplete.training.profile import aligned_profile, student_profile, write_profile
+from raycomplete.training.rollout_feed import RolloutFeed, warm_scores
 from raycomplete.training.samples import read_samples
+from raycomplete.training.sinks import open_sinks
+from raycomplete.training.source import FixedSource, OnPolicySource, StepSource
 from raycomplete.training.student import HeadSettings, StudentModule, to_loss_output
+from raycomplete.training.sync import WeightSync
+from raycomplete.training.validation import Validator
 
 
 def run(config: dict[str, Any]) -> None:
@@ -73,16 +82,18 @@ class Worker:
         )
         self.feed = ScoreFeed(
             job.sources,
-            max_depth=train.depth.max,
+            max_depth=job.max_harmful_tokens,
             penalty=self.builder.penalty,
             contrastive=self.builder.contrastive,
         )
+        self.multiplier = AnchorMultiplier(train.constraint, train.weights.anchor)
         self.lm, self.engine = self._start_engine()
-        state = ds.restore(self.engine, job.checkpoints)
-        self.first_step = 0 if state is None else int(state["step"])
-        if state is not None:
-            self.sampler.load_state_dict(state["sampler"])
-        self.metrics = MetricsFile(job.metrics_file, keep_steps=self.first_step) if self.rank == 0 else None
+        self.source = self._make_source()
+        self.validator = self._make_validator() if scored and train.validation.every > 0 else None
+        self.first_step = self._restore()
+        first = self.rank == 0
+        self.metrics = MetricsFile(job.metrics_file, keep_steps=self.first_step) if first else None
+        self.sinks = open_sinks(train.sinks, job.folder) if first else []
 
     def _reachable_depths(self) -> DepthConfig:
         """The run file's depths, cut at the longest h: a bin that no sample reaches would be drawn forever."""
@@ -119,18 +130,86 @@ class Worker:
         )
         return lm, ds.start_engine(module, settings)
 
+    def _make_source(self) -> StepSource:
+        job, train, share = self.job, self.job.train, (self.rank, self.world_size)
+        if job.policy is None:
+            feed = self.feed if job.sources else None
+            return FixedSource(self.planner, self.sampler, feed, share=share, prefetch=job.prefetch, steps=train.steps)
+        planner = Planner(
+            self.samples,
+            anchor_batch=train.anchor_batch,
+            recovery_batch=train.recovery_batch * job.rollout.oversample,
+            seed=train.seed,
+            max_depth=train.depth.max,
+        )
+        drafter = Drafter(
+            planner,
+            seed=train.seed,
+            recovery_batch=train.recovery_batch,
+            anchor_share=job.rollout.anchor_on_policy,
+            max_refusal_tokens=job.rollout.max_refusal_tokens,
+        )
+        sync = WeightSync(
+            self.engine,
+            self.lm,
+            job.policy,
+            self.samples.anchor,
+            zero_stage=train.zero_stage,
+            adapters_only=job.lora_rank > 0,
+        )
+        rollouts = RolloutFeed(job.policy, drafter, warm_scores(self.feed), self.rank)
+        return OnPolicySource(rollouts, sync, self.feed, self.sampler, job.rollout, train, share=share)
+
+    def _make_validator(self) -> Validator:
+        return Validator(self.engine, self.samples, self.feed, self.builder, self.job.train)
+
+    def _restore(self) -> int:
+        """Takes up the newest checkpoint and returns the number of finished steps."""
+        state = ds.restore(self.engine, self.job.checkpoints)
+        if state is None:
+            return 0
+        self.sampler.load_state_dict(state["sampler"])
+        self.multiplier.load_state_dict(state["multiplier"])
+        self.source.load_state_dict(state["source"])
+        if self.validator is not None:
+            self.validator.load_state_dict(state["validator"])
+        return int(state["step"])
+
     def train(self) -> None:
-        """Runs the steps that are left."""
+        """Runs the steps that are left, or fewer where validation says that nothing gets better."""
         train = self.job.train
         for step in range(self.first_step, train.steps):
+            if self.validator is not None and self.validator.is_over:
+                break
             row = self._step(step)
+            done = step + 1
+            if self.validator is not None and (done % train.validation.every == 0 or done == train.steps):
+                row |= self._validate(self.validator, done)
             if self.metrics is not None:
                 self.metrics.append(row)
-            done = step + 1
+            for sink in self.sinks:
+                sink.write(row)
             if done % train.checkpoint_every == 0 or done == train.steps:
-                state = {"sampler": self.sampler.state_dict()}
-                ds.save(self.engine, self.job.checkpoints, done, state, train.keep_checkpoints)
+                ds.save(self.engine, self.job.checkpoints, done, self._state(), train.keep_checkpoints)
+        for sink in self.sinks:
+            sink.close()
+        if self.validator is not None and self.validator.best is not None:
+            ds.restore(self.engine, self.job.best_checkpoint)
         self._profile()
+
+    def _validate(self, validator: Validator, done: int) -> dict[str, Any]:
+        row: dict[str, Any] = dict(validator.measure(done))
+        if validator.best_step == done:
+            ds.save(self.engine, self.job.best_checkpoint, done, {}, keep=1)
+        return row | {"stopped": validator.is_over}
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "sampler": self.sampler.state_dict(),
+            "multiplier": self.multiplier.state_dict(),
+            "source": self.source.state_dict(),
+            "validator": None if self.validator is None else self.validator.state_dict(),
+        }
 
     def finish(self) -> None:
         """Writes the student as a Hugging Face checkpoint."""
@@ -146,36 +225,34 @@ class Worker:
 
     def _step(self, step: int) -> dict[str, Any]:
         started = time.perf_counter()
-        plan = self.planner.plan(step, self.sampler)
-        items = plan.local(self.rank, self.world_size)
-        scores = None
-        if self.job.sources:
-            self._request(step)
-            for ahead in range(step + 1, min(step + 1 + self.job.prefetch, self.job.train.steps)):
-                self._request(ahead)
-            waited = self.feed.wait_s
-            scores = self.feed.take(step)
-            waited = self.feed.wait_s - waited
-        else:
-            waited = 0.0
+        given = self.source.next(step)
         learning_rate = float(self.engine.get_lr()[0])  # the optimizer step moves the schedule on
+        emphasis = self._emphasis()
         meter = StepMeter(self.sampler)
-        for start in range(0, len(items), self.micro_batch):
-            chunk = items[start : start + self.micro_batch]
-            batch = self.builder.build(chunk, plan, scores).to(self.engine.device)
-            self._accumulate(batch, meter, len(items))
-        row = meter.share(self.engine.device, self.builder.scale)
-        self.sampler.update(meter.depth_loss_sum, meter.depth_count)
-        return row | {"lr": learning_rate} | self._facts(step, plan, started, waited)
+        items = given.plan.local(self.rank, self.world_size)
+        computed = needed = 0
+        for chunk in deal(items, self.accumulation):
+            batch = self.builder.build(chunk, given.plan, given.scores, emphasis)
+            computed, needed = computed + batch.input_ids_BT.numel(), needed + batch.num_tokens
+            self._accumulate(batch.to(self.engine.device), meter)
+        row = meter.share(self.engine.device, self.builder.scale, emphasis.anchor)
+        row |= {"anchor_weight": self.multiplier.weight, "padding_fraction": 1 - needed / computed}
+        if given.compliance is not None and self.job.train.depth.measure == "compliance":
+            self.sampler.update(*given.compliance)
+        else:
+            self.sampler.update(meter.depth_loss_sum, meter.depth_count)
+        if given.plan.anchor and self.job.objective == "completion":
+            self.multiplier.update(row["anchor"])
+        return row | {"lr": learning_rate} | given.facts | self._facts(step, given.plan, started)
 
-    def _request(self, step: int) -> None:
-        """Asks for this rank's scores of a step; slices follow `StepPlan.local`."""
-        if self.feed.is_requested(step):
-            return
-        anchor, recovery = self.planner.samples_of(step)
-        self.feed.request(step, anchor[self.rank :: self.world_size], recovery[self.rank :: self.world_size])
+    def _emphasis(self) -> Emphasis:
+        by_depth = None
+        if self.builder.penalty and self.job.train.penalty.follow_depth:
+            need = self.sampler.need_by_depth(self.job.max_harmful_tokens)
+            by_depth = torch.from_numpy(need).float()
+        return Emphasis(self.multiplier.factor, by_depth)
 
-    def _accumulate(self, batch: MicroBatch, meter: StepMeter, num_items: int) -> None:
+    def _accumulate(self, batch: MicroBatch, meter: StepMeter) -> None:
         if self.job.objective == "sft":
             (loss,) = self.engine(batch, "sft")
             meter.add_total(loss)
@@ -186,7 +263,7 @@ class Worker:
         self.engine.backward(loss)
         self.engine.step()
 
-    def _facts(self, step: int, plan: StepPlan, started: float, waited: float) -> dict[str, Any]:
+    def _facts(self, step: int, plan: StepPlan, started: float) -> dict[str, Any]:
         seconds = time.perf_counter() - started
         tokens = sum(item.depth for item in plan.recovery) + plan.num_recovery_tokens + plan.num_anchor_tokens
         tokens += sum(len(item.sample.prompt_ids) for item in plan.anchor)
@@ -198,7 +275,6 @@ class Worker:
             "seconds": seconds,
             "tokens": tokens,
             "tokens_per_s": tokens / seconds,
-            "scoring_wait_s": waited,
             "depth_mean": float(np.mean([item.depth for item in plan.recovery])) if plan.recovery else None,
             "depth_probabilities": [float(value) for value in self.sampler.probabilities()],
             "depth_bins": [[low, high] for low, high in self.sampler.bin_ranges],

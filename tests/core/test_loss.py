@@ -29,6 +29,8 @@ FIELDS = [
     "trained_depth_P",
     "deficit_P",
     "student_mass_P",
+    "aligned_student_kl_P",
+    "top_mass_PK",
 ]
 
 
@@ -50,11 +52,28 @@ def assert_like_reference(
         assert_close(actual, wanted, gradient_relative, "gradient")
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.7])
+# Divergence of anchor rows, of recovery rows, alpha: reverse KL and a contrastive teacher exclude each other.
+DIVERGENCES = [
+    ("forward_kl", "jsd", 0.0),
+    ("reverse_kl", "forward_kl", 0.0),
+    ("jsd", "reverse_kl", 0.0),
+    ("forward_kl", "jsd", 0.7),
+    ("jsd", "forward_kl", 0.7),
+]
+
+
+def divergence_settings(anchor: str, recovery: str, alpha: float) -> dict:
+    return {"anchor_divergence": anchor, "recovery_divergence": recovery, "alpha": alpha}
+
+
+@pytest.mark.parametrize("divergences", DIVERGENCES)
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize(("dtype", "relative"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
-def test_matches_the_reference(make_case, dtype, relative, head, alpha):
-    assert_like_reference(make_case(dtype=dtype, alpha=alpha, **head), relative, relative)
+def test_matches_the_reference(make_case, dtype, relative, head, divergences):
+    settings = divergence_settings(*divergences)
+    case = make_case(dtype=dtype, temperature=1.7, margin=0.2, top_tokens=3, **settings, **head)
+    assert_like_reference(case, relative, relative)
+    assert torch.equal(case.run(completion_loss).top_token_PK, case.run(reference_loss).top_token_PK)
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -66,6 +85,16 @@ def test_bfloat16_matches_the_reference_within_its_rounding(make_case, head):
     # because a token within rounding of tau is all or nothing too, and no tolerance would mean anything.
     case = make_case(num_rows=60, vocab_size=200, dtype=torch.bfloat16, tau=0.0, **head)
     assert_like_reference(case, 2e-2, 2e-2, mass_relative=5e-2)
+
+
+def test_float32_logits_of_bfloat16_heads_lose_only_the_rounding_of_the_gradient(make_case):
+    case = make_case(num_rows=60, vocab_size=200, dtype=torch.bfloat16, logits_dtype="float32")
+    output, expected = case.run(completion_loss), case.run(reference_loss)
+    for field in FIELDS:
+        assert_close(getattr(output, field).detach(), getattr(expected, field).detach(), 1e-5, field)
+    # The logits' gradient, its products, and the result: three roundings of 2^-9, random over the entries.
+    for actual, wanted in zip(case.gradients(completion_loss), case.gradients(reference_loss), strict=True):
+        assert_close(actual, wanted, 2**-7)
 
 
 def test_bfloat16_hidden_with_float32_heads_loses_only_the_rounding_of_the_gradient(make_case):
@@ -82,10 +111,13 @@ def test_bfloat16_hidden_with_float32_heads_loses_only_the_rounding_of_the_gradi
     assert_close(weight, weight_reference, 1e-5)
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.5])
-@pytest.mark.parametrize("head", HEADS)
-def test_gradcheck(make_case, head, alpha):
-    case = make_case(num_rows=6, vocab_size=5, hidden_sizes=(3, 2, 4), alpha=alpha, chunk_tokens=2, **head)
+@pytest.mark.parametrize("divergences", DIVERGENCES)
+@pytest.mark.parametrize("head", [HEADS[0], HEADS[-1]])
+def test_gradcheck(make_case, head, divergences):
+    settings = divergence_settings(*divergences)
+    case = make_case(
+        num_rows=6, vocab_size=4, hidden_sizes=(2, 2, 4), chunk_tokens=4, temperature=0.6, **settings, **head
+    )
 
     def total(hidden_NH: Tensor, weight_VH: Tensor, *bias_V: Tensor) -> Tensor:
         case.student_hidden_NH = hidden_NH
@@ -108,7 +140,10 @@ def case_arguments(draw):
         "bias": draw(st.booleans()),
         "scale": draw(st.sampled_from([1.0, 0.25, 3.0])),
         "softcap": draw(st.sampled_from([None, 0.5, 4.0])),
-        "alpha": draw(st.sampled_from([0.0, 0.5, 2.0])),
+        **divergence_settings(*draw(st.sampled_from(DIVERGENCES))),
+        "temperature": draw(st.sampled_from([1.0, 0.5, 2.5])),
+        "margin": draw(st.sampled_from([0.0, 0.5])),
+        "top_tokens": draw(st.sampled_from([0, 1, 4])),
         "plausibility": draw(st.sampled_from([0.01, 0.1, 1.0])),
         "tau": draw(st.sampled_from([0.0, 0.01, 0.3])),
         "kappa": draw(st.sampled_from([0.1, 1.0])),
@@ -119,16 +154,19 @@ def case_arguments(draw):
 
 
 @given(arguments=case_arguments())
-@hypothesis_settings(max_examples=150, deadline=None, derandomize=True)
+@hypothesis_settings(max_examples=120, deadline=None, derandomize=True)
 def test_matches_the_reference_for_any_shape_kind_and_weight(make_case, arguments):
     assert_like_reference(make_case(**arguments), 1e-10, 1e-10)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("alpha", [0.0, 0.5])
-def test_extreme_logits_stay_finite_and_right(make_case, dtype, alpha):
+@pytest.mark.parametrize(
+    ("divergence", "alpha"), [("forward_kl", 0.0), ("reverse_kl", 0.0), ("jsd", 0.0), ("jsd", 0.5)]
+)
+def test_extreme_logits_stay_finite_and_right(make_case, dtype, divergence, alpha):
     # Hidden rows are unit vectors, so logits are entries of the head weight: -1e4, 0 or 1e4, ties included.
-    case = make_case(num_rows=12, vocab_size=9, hidden_sizes=(12, 12, 12), dtype=dtype, alpha=alpha)
+    settings = divergence_settings(divergence, "forward_kl", alpha)
+    case = make_case(num_rows=12, vocab_size=9, hidden_sizes=(12, 12, 12), dtype=dtype, **settings)
     generator = torch.Generator().manual_seed(3)
     for head in (case.student_head, case.aligned_head, case.base_head):
         head.weight_VH.data = 1e4 * torch.randint(-1, 2, (9, 12), generator=generator).to(dtype)
@@ -136,12 +174,13 @@ def test_extreme_logits_stay_finite_and_right(make_case, dtype, alpha):
         hidden_NH.data = torch.eye(12, dtype=dtype)
     assert case.run(completion_loss).row_loss_N.max() > 5e3
     assert all(bool(grad.isfinite().all()) for grad in case.gradients(completion_loss))
-    assert_like_reference(case, 1e-6, 1e-5)
+    assert_like_reference(case, 1e-5, 1e-5)
 
 
-def test_tokens_that_every_model_excludes_change_nothing(make_case):
-    case = make_case(bias=True, alpha=0.5)
-    banned = make_case(bias=True, alpha=0.5)
+@pytest.mark.parametrize("divergences", DIVERGENCES)
+def test_tokens_that_every_model_excludes_change_nothing(make_case, divergences):
+    settings = divergence_settings(*divergences)
+    case, banned = make_case(bias=True, **settings), make_case(bias=True, **settings)
     with torch.no_grad():
         for head in (banned.student_head, banned.aligned_head, banned.base_head):
             head.bias_V[[3, 7]] = -torch.inf

@@ -16,15 +16,20 @@ from raycomplete.errors import NotFiniteError
 
 
 class LargestTensor(TorchDispatchMode):
-    """Notes the size of every tensor that any operation returns, inside autograd functions too."""
+    """Notes the size of every tensor that any operation makes, inside autograd functions too; views do not count."""
 
     numel = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        sizes = [item.numel() for item in tree_leaves(result) if isinstance(item, torch.Tensor)]
-        self.numel = max(self.numel, *sizes, 0)
+        known = {item.untyped_storage().data_ptr() for item in tensors((args, kwargs))}
+        made = [item.numel() for item in tensors(result) if item.untyped_storage().data_ptr() not in known]
+        self.numel = max(self.numel, *made, 0)
         return result
+
+
+def tensors(tree) -> list[torch.Tensor]:
+    return [item for item in tree_leaves(tree) if isinstance(item, torch.Tensor)]
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5])
@@ -38,6 +43,48 @@ def test_logits_of_all_rows_never_exist(make_case, alpha, dtype):
     with LargestTensor() as plain:
         case.run(reference_loss)
     assert plain.numel >= rows * vocab_size  # so the recorder would have seen them
+
+
+def test_a_frozen_head_costs_no_gradient_of_its_size(make_case):
+    rows, vocab_size, hidden_size, chunk = 64, 400, 128, 16
+    for frozen in (True, False):
+        case = make_case(
+            num_rows=rows,
+            vocab_size=vocab_size,
+            hidden_sizes=(hidden_size, 6, 5),
+            chunk_tokens=chunk,
+            dtype=torch.float32,
+        )
+        case.student_head.weight_VH.requires_grad_(not frozen)
+        with LargestTensor() as made:
+            case.run(completion_loss).total.backward()
+        assert (made.numel < vocab_size * hidden_size) == frozen
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_any_size_of_block_and_slab_gives_the_same(make_case, dtype, monkeypatch):
+    arguments = {"dtype": dtype, "bias": True, "softcap": 3.0, "chunk_tokens": 16, "top_tokens": 2}
+    whole = make_case(**arguments)
+    expected, gradients = whole.run(completion_loss), whole.gradients(completion_loss)
+    monkeypatch.setattr("raycomplete.core.row_losses._BLOCK_BYTES", {"cpu": 3 * 31 * 8})
+    monkeypatch.setattr("raycomplete.core.gradients._SLAB_BYTES", {"cpu": 100})
+    case = make_case(**arguments)
+    output = case.run(completion_loss)
+    for field in dataclasses.fields(output):
+        torch.testing.assert_close(getattr(output, field.name), getattr(expected, field.name), msg=field.name)
+    for actual, wanted in zip(case.gradients(completion_loss), gradients, strict=True):
+        torch.testing.assert_close(actual, wanted)
+
+
+def test_gradients_are_linear_in_the_weights_of_rows(make_case):
+    case = make_case(bias=True)
+    whole, weight_N = case.gradients(completion_loss), case.weight_N
+    parts = []
+    for keep in (torch.arange(23) < 9, torch.arange(23) >= 9):
+        case.weight_N = weight_N * keep
+        parts.append(case.gradients(completion_loss))
+    for total, first, second in zip(whole, *parts, strict=True):
+        assert torch.allclose(total, first + second, rtol=1e-10, atol=1e-14)
 
 
 def test_only_gradients_are_kept_for_backward(make_case):
@@ -248,17 +295,49 @@ def test_settings_come_from_the_run_file():
     config = TrainConfig.model_validate(
         {
             "loss_chunk_tokens": 7,
+            "loss_backend": "torch",
+            "anchor_divergence": "jsd",
+            "recovery_divergence": "forward_kl",
+            "temperature": 2.0,
             "weights": {"anchor": 2, "recovery": 3, "penalty": 4},
-            "penalty": {"tau": 0.2, "kappa": 0.9},
+            "penalty": {"tau": 0.2, "kappa": 0.9, "margin": 0.6},
             "contrastive": {"alpha": 0.4, "plausibility": 0.3},
         }
     )
-    expected = LossSettings(2, 3, 4, tau=0.2, kappa=0.9, alpha=0.4, plausibility=0.3, chunk_tokens=7)
+    expected = LossSettings(
+        anchor=2,
+        recovery=3,
+        penalty=4,
+        tau=0.2,
+        kappa=0.9,
+        alpha=0.4,
+        plausibility=0.3,
+        chunk_tokens=7,
+        anchor_divergence="jsd",
+        temperature=2.0,
+        margin=0.6,
+        backend="torch",
+    )
     assert LossSettings.from_config(config) == expected
-    assert LossSettings.from_config(TrainConfig()) == LossSettings()
+    defaults = TrainConfig()
+    assert LossSettings.from_config(defaults) == LossSettings(chunk_tokens=defaults.loss_chunk_tokens)
 
 
-@pytest.mark.parametrize("bad", [{"kappa": 0}, {"alpha": -1}, {"chunk_tokens": 0}, {"tau": 2}, {"plausibility": 0}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"kappa": 0},
+        {"alpha": -1},
+        {"chunk_tokens": 0},
+        {"tau": 2},
+        {"plausibility": 0},
+        {"temperature": 0},
+        {"margin": -1},
+        {"top_tokens": -1},
+        {"alpha": 0.5, "anchor_divergence": "reverse_kl"},
+        {"alpha": 0.5, "recovery_divergence": "reverse_kl"},
+    ],
+)
 def test_settings_out_of_range_are_refused(bad):
-    with pytest.raises(ValueError, match="must be"):
+    with pytest.raises(ValueError, match="must"):
         LossSettings(**bad)

@@ -18,9 +18,9 @@ from torch import Tensor
 from raycomplete.core.loss_types import LossSettings, TokenKind, needs_base
 from raycomplete.data.checkpoints import load_model
 from raycomplete.data.head_spec import load_head
-from raycomplete.training.batches import BatchBuilder, MicroBatch
+from raycomplete.training.batches import BatchBuilder, Emphasis, MicroBatch
 from raycomplete.training.feed import ScoreFeed, Scores
-from raycomplete.training.plan import AnchorItem, Item, RecoveryItem, StepPlan
+from raycomplete.training.plan import AnchorItem, Item, RecoveryItem, StepPlan, length
 from raycomplete.training.samples import RecoverySample, SampleSet
 from raycomplete.training.student import HeadSettings, StudentModule, to_loss_output
 from tests.training.tiny import LocalScores, head_spec, make_model, make_samples
@@ -111,9 +111,7 @@ def expected_runs(items: list[Item], *, penalty: bool) -> Iterator[Run]:
 def student_rows(tiny: Tiny, batch: MicroBatch) -> Tensor:
     with torch.no_grad():
         hidden_BTH = (
-            load_model(tiny.student, "float32")
-            .base_model(input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT, use_cache=False)
-            .last_hidden_state
+            load_model(tiny.student, "float32").base_model(**batch.model_inputs(), use_cache=False).last_hidden_state
         )
     rows_NH: Tensor = hidden_BTH.flatten(0, 1)[batch.row_N]
     return rows_NH
@@ -132,13 +130,11 @@ def test_student_rows_targets_and_kinds_line_up(tiny: Tiny, penalty: bool) -> No
 
 
 def test_targets_are_the_tokens_after_their_rows(tiny: Tiny) -> None:
-    """Read off the padded batch itself, but for the last token of a sequence, which the batch leaves out."""
+    """Read off the packed batch itself, but for the last token of a sequence, which the batch leaves out."""
     batch = builder().build(tiny.items, tiny.plan, tiny.scores)
     inputs = batch.input_ids_BT.flatten()
-    mask = batch.attention_mask_BT.flatten()
-    assert mask[batch.row_N].all(), "no row stands on padding"
-    inside = (batch.row_N + 1 < mask.numel()) & (mask.roll(-1)[batch.row_N] == 1)
-    inside &= (batch.row_N + 1) % batch.input_ids_BT.shape[1] != 0
+    positions = batch.position_ids_BT.flatten()
+    inside = positions.roll(-1)[batch.row_N] == positions[batch.row_N] + 1
     assert torch.equal(inputs[batch.row_N[inside] + 1], batch.target_N[inside])
     assert int((~inside).sum()) == len(tiny.items), "one row an item predicts the token that was left out"
     assert batch.row_N.unique().numel() == batch.row_N.numel()
@@ -174,13 +170,26 @@ def test_recovery_with_the_prefix_would_be_something_else(tiny: Tiny) -> None:
     assert (stripped_TH - whole_TH).abs().max() > 0.1
 
 
-def test_padding_is_on_the_right_and_masked(tiny: Tiny) -> None:
+def test_every_sequence_is_packed_whole(tiny: Tiny) -> None:
     batch = builder().build(tiny.items, tiny.plan, tiny.scores)
-    lengths = batch.attention_mask_BT.sum(1)
-    assert batch.input_ids_BT.shape[1] == int(lengths.max()), "no column is all padding"
-    assert int(lengths.min()) < int(lengths.max()), "else this proves nothing"
-    for row, length in zip(batch.attention_mask_BT.tolist(), lengths.tolist(), strict=True):
-        assert row == [1] * length + [0] * (len(row) - length)
+    lengths = [length(item) for item in tiny.items]
+    assert batch.input_ids_BT.shape[1] == max(lengths)
+    assert batch.input_ids_BT.shape[0] < len(lengths), "else nothing shares a row, and this proves nothing"
+    assert batch.num_tokens == sum(lengths)
+    assert batch.padding_fraction == pytest.approx(1 - sum(lengths) / batch.input_ids_BT.numel())
+    starts = (batch.position_ids_BT == 0).sum() - (batch.input_ids_BT.numel() - sum(lengths))
+    assert int(starts) == len(lengths), "positions restart once a sequence, and stay 0 on padding"
+
+
+def test_emphasis_scales_anchor_rows_and_the_penalty_by_depth(tiny: Tiny) -> None:
+    by_depth = torch.linspace(0.5, 2.0, MAX_DEPTH)
+    plain = builder().build(tiny.items, tiny.plan, tiny.scores)
+    scaled = builder().build(tiny.items, tiny.plan, tiny.scores, Emphasis(3.0, by_depth))
+    factor_N = scaled.weight_N / plain.weight_N
+    assert set(factor_N[plain.kind_N == TokenKind.ANCHOR].tolist()) == {3.0}
+    assert set(factor_N[plain.kind_N == TokenKind.RECOVERY].tolist()) == {1.0}
+    expected = torch.cat([by_depth[: item.depth] for item in tiny.items if isinstance(item, RecoveryItem)])
+    torch.testing.assert_close(factor_N[plain.kind_N == TokenKind.PENALTY], expected)
 
 
 def test_depths_name_recovery_items(tiny: Tiny) -> None:
@@ -256,5 +265,7 @@ def test_a_batch_of_one_kind_has_no_other(tiny: Tiny) -> None:
 def test_a_batch_moves_whole(tiny: Tiny) -> None:
     batch = builder().build(tiny.items, tiny.plan, tiny.scores)
     moved: dict[str, Any] = vars(batch.to(torch.device("meta")))
-    assert {name for name, value in moved.items() if value.device.type != "meta"} == set()
+    tensors = {name: value for name, value in moved.items() if isinstance(value, Tensor)}
+    assert {name for name, value in tensors.items() if value.device.type != "meta"} == set()
+    assert len(tensors) > 5
     assert moved.keys() == vars(batch).keys()

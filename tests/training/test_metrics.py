@@ -73,7 +73,7 @@ def micro_batch(kind_N: list[int], item_N: list[int], depth_B: list[int]) -> Mic
     nothing = torch.empty(0)
     return MicroBatch(
         input_ids_BT=nothing,
-        attention_mask_BT=nothing,
+        position_ids_BT=nothing,
         row_N=nothing,
         kind_N=torch.tensor(kind_N),
         weight_N=nothing,

@@ -51,7 +51,13 @@ def test_rows_are_plain_json(tmp_path: Path) -> None:
     path = tmp_path / "samples.jsonl"
     write_samples(path, make_samples(0, anchor=2, recovery=1))
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [row["part"] for row in rows] == ["anchor"] * 2 + ["recovery"] + ["profile"] * 3
+    assert [row["part"] for row in rows] == [
+        *["anchor"] * 2,
+        "recovery",
+        *["profile"] * 3,
+        *["held_back_anchor"] * 3,
+        *["held_back_recovery"] * 3,
+    ]
     assert set(rows[2]) == {"part", "sample_id", "prompt_ids", "teacher_prompt_ids", "harmful_ids", "refusal_ids"}
 
 

@@ -64,7 +64,7 @@ def test_the_teacher_of_recovery_never_saw_the_harmful_prefix(tmp_path: Path) ->
     batch, job, _ = make_batch(tmp_path, 0.0)
     aligned = load_model(job.sources["aligned"].path, "float32")
     with torch.no_grad():
-        hidden_BTH = aligned.base_model(batch.input_ids_BT, attention_mask=batch.attention_mask_BT).last_hidden_state
+        hidden_BTH = aligned.base_model(**batch.model_inputs()).last_hidden_state
     in_place_NH = hidden_BTH.flatten(0, 1)[batch.row_N]
     assert batch.aligned_hidden_NH is not None
     same_N = (in_place_NH - batch.aligned_hidden_NH).abs().amax(-1) < 1e-4
@@ -81,7 +81,7 @@ def test_sft_is_the_cross_entropy_of_the_answers(tmp_path: Path) -> None:
     grad_VH = student.lm.lm_head.weight.grad.clone()
 
     student.zero_grad()
-    logits_BTV = student.lm(batch.input_ids_BT, attention_mask=batch.attention_mask_BT).logits
+    logits_BTV = student.lm(**batch.model_inputs()).logits
     losses_N = functional.cross_entropy(logits_BTV.flatten(0, 1)[batch.row_N], batch.target_N, reduction="none")
     expected = (losses_N * batch.weight_N).sum()
     expected.backward()

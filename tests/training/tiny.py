@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from raycomplete.data.head_spec import HeadSpec, load_head, read_head_spec
 from raycomplete.data.organism.tokenizer import build_tokenizer
 from raycomplete.training.batches import MicroBatch
 from raycomplete.training.job import TrainJob
+from raycomplete.training.on_policy import Rollout, RolloutRequest
 from raycomplete.training.samples import AnchorSample, RecoverySample, SampleSet, write_samples
 
 
@@ -68,6 +69,10 @@ def make_samples(seed: int, *, anchor: int = 10, recovery: int = 10) -> SampleSe
             for i in range(recovery)
         ),
         profile=tuple(AnchorSample(f"p{i}", tokens(3, 8), tokens(5, 10)) for i in range(3)),
+        held_back_anchor=tuple(AnchorSample(f"v{i}", tokens(3, 8), tokens(4, 12)) for i in range(3)),
+        held_back_recovery=tuple(
+            RecoverySample(f"w{i}", prompt := tokens(3, 8), prompt, tokens(10, 20), tokens(3, 9)) for i in range(3)
+        ),
     )
 
 
@@ -81,6 +86,9 @@ class LocalScores:
     def submit_sequences(self, sequences: Sequence[tuple[tuple[int, ...], int]]) -> Any:
         return list(sequences)
 
+    def warm_sequences(self, sequences: Sequence[tuple[tuple[int, ...], int]]) -> None:
+        """Nothing runs ahead here."""
+
     def collect_tensors(self, reference: Any) -> list[torch.Tensor]:
         if self._model is None:
             self._model = load_model(self.path, "float32").base_model
@@ -90,6 +98,58 @@ class LocalScores:
                 hidden_TH = self._model(torch.tensor([tokens[:-1]])).last_hidden_state[0]
                 states.append(hidden_TH[num_prompt - 1 :].clone())
         return states
+
+
+class LocalPolicy:
+    """The student as rollout engines would hold it, in the process of rank 0 (a `StudentPolicy`).
+
+    Like the real engines it proves every update: what it says of the probe must be what the trainer says.
+    """
+
+    def __init__(self, start: Path, max_tokens: int) -> None:
+        self.start, self.max_tokens = start, max_tokens
+        self.version = -1
+        self._model: Any = None
+
+    def sync(
+        self,
+        state: Mapping[str, Any],
+        version: int,
+        probe: Sequence[tuple[tuple[int, ...], int]],
+        expected: Sequence[torch.Tensor],
+        *,
+        adapters_only: bool,
+    ) -> dict[str, Any]:
+        self._model = load_model(self.start, "float32")
+        own = dict(self._model.named_parameters())
+        with torch.no_grad():
+            if not adapters_only:
+                assert state.keys() == own.keys()
+            for name, value in state.items():
+                own[name].copy_(own[name] + value[2] * value[1] @ value[0] if adapters_only else value)
+        for (tokens, num_prompt), expected_T in zip(probe, expected, strict=True):
+            logits_TV = self._model(torch.tensor([tokens])).logits[0, num_prompt - 1 : -1]
+            log_probs_T = logits_TV.log_softmax(-1).gather(1, torch.tensor(tokens[num_prompt:])[:, None])[:, 0]
+            torch.testing.assert_close(log_probs_T, expected_T, atol=1e-4, rtol=0)
+        self.version = version
+        return {"version": version, "mean_abs_difference": 0.0}
+
+    def submit(self, requests: Sequence[RolloutRequest], seed: int) -> Any:
+        """Answers at once, greedily; `seed` only makes answers differ between steps."""
+        answers = []
+        for index, request in enumerate(requests):
+            tokens = list(request.prompt_ids + request.prefill_ids)
+            for _ in range(1 + (seed + index) % self.max_tokens):
+                with torch.no_grad():
+                    tokens.append(int(self._model(torch.tensor([tokens])).logits[0, -1].argmax()))
+            new = tuple(tokens[len(request.prompt_ids) + len(request.prefill_ids) :])
+            answers.append(
+                Rollout(new, (1,) if index % 3 == 0 else (), request.judged and index % 2 == 0, self.version)
+            )
+        return answers
+
+    def collect(self, reference: Any) -> list[Rollout]:
+        return list(reference)
 
 
 def make_job(folder: Path, train: TrainConfig, *, tied: bool = True, objective: str = "completion") -> TrainJob:
@@ -121,7 +181,7 @@ def plain_loss(job: TrainJob, batch: MicroBatch, settings: LossSettings) -> tupl
         The float64 student, whose parameters take the gradient, and its loss.
     """
     model = load_model(job.start, "float32").double()
-    hidden_BTH = model.base_model(batch.input_ids_BT, attention_mask=batch.attention_mask_BT).last_hidden_state
+    hidden_BTH = model.base_model(**batch.model_inputs()).last_hidden_state
     heads = {role: load_head(spec, dtype=torch.float64) for role, spec in job.teacher_heads.items()}
     assert batch.aligned_hidden_NH is not None
     assert batch.base_hidden_PH is not None

@@ -1,0 +1,92 @@
+"""Diagnosis: what `raycomplete diagnose` reads and measures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from raycomplete.config.section import Section
+
+
+class StreamSource(Section):
+    """Prompts that are streamed: a file or a pattern of files (JSONL, CSV, Parquet), or `hub:ORG/NAME`."""
+
+    path: str
+    split: str = Field("train", description="of a hub data set")
+    prompt: str = Field("prompt", description="column of the user message")
+    context: str | None = Field(None, description="column appended to the user message where it is not empty")
+    answer: str | None = Field(None, description="column of the answer")
+    where: dict[str, str | bool | int] = Field(default_factory=dict, description="keep rows with these values")
+    limit: int | None = Field(None, ge=1, description="keep at most this many rows, drawn under data.seed")
+
+
+class ContrastiveDecodingConfig(Section):
+    """Contrastive decoding, the remedy at inference time, as a baseline beside the trained one."""
+
+    evaluate: bool = Field(False, description="attack it and measure its cost")
+    alpha: float = Field(1.0, gt=0)
+    plausibility: float = Field(0.1, gt=0, le=1, description="keep v with p_a(v) >= plausibility * max p_a")
+    batch: int = Field(16, ge=1, description="sequences decoded side by side")
+
+
+class DiagnoseConfig(Section):
+    """Where alignment stopped, by position. Needs base and aligned only; a student is shown beside them."""
+
+    student: str | None = Field(None, description="checkpoint; the student of the run of this name when absent")
+    harmful: list[StreamSource] = Field(default_factory=list, description="data.evaluation.harmful when empty")
+    benign: list[StreamSource] = Field(default_factory=list, description="data.evaluation.benign when empty")
+    prompts: int | None = Field(128, ge=2, description="prompts of each kind, the first ones; null takes all")
+    answers: Literal["given", "extended", "sampled"] = Field(
+        "extended",
+        description="given: the answer column as it is, sampled from base where it is empty; extended: the same, and "
+        "base writes on greedily to max_tokens; sampled: base's own rollouts, whatever the column holds",
+    )
+    max_tokens: int = Field(128, ge=1, description="response tokens that are measured")
+    tau: float = Field(0.01, ge=0, le=1, description="smallest base probability of a base-favored token")
+    margin: float = Field(
+        0.1, ge=0, description="nats by which log p_base must exceed log p_policy; above the rounding of bf16"
+    )
+    kappa: float = Field(0.5, gt=0, description="scale of the deficit in nats")
+    refusal_starts: list[str] = Field(
+        default_factory=list, description="texts whose first tokens are refusal tokens; found by themselves when empty"
+    )
+    threshold: float = Field(0.5, gt=0, lt=1, description="deficit that ends the completion depth")
+    replicates: int = Field(400, ge=0, description="bootstrap replicates of the completion depth")
+    gradient: Literal["off", "head", "full"] = Field(
+        "head", description="gradient of safety losses by position; full: also exact in all parameters"
+    )
+    gradient_prompts: int = Field(32, ge=2, description="harmful prompts whose refusals carry the gradient")
+    full_prompts: int = Field(4, ge=1, description="of these, prompts with an exact gradient in all parameters")
+    gradient_tokens: int = Field(32, ge=1, description="positions of the refusal")
+    beta: float = Field(0.1, gt=0, description="temperature of the preference loss")
+    table_tokens: int = Field(8, ge=1, description="base-favored tokens shown for each band of positions")
+    show_harmful: bool = Field(False, description="show the context of base-favored tokens unmasked")
+    partition_prompts: int = Field(64, ge=1, description="prompts whose results are one Parquet file")
+    batch_tokens: int = Field(4096, ge=1, description="tokens that a scorer is asked for at a time")
+    in_flight: int = Field(2, ge=1, description="batches scored ahead of the walk")
+    chunk_tokens: int = Field(128, ge=1, description="token rows whose logits exist at a time")
+    contrastive: ContrastiveDecodingConfig = Field(default_factory=ContrastiveDecodingConfig)
+
+    def with_paths(self, absolute: Callable[[Path], Path]) -> DiagnoseConfig:
+        """The same with the path of every file of prompts passed through `absolute`; hub ids stay."""
+
+        def resolved(source: StreamSource) -> StreamSource:
+            if source.path.startswith("hub:"):
+                return source
+            return source.model_copy(update={"path": str(absolute(Path(source.path)))})
+
+        return self.model_copy(
+            update={"harmful": [*map(resolved, self.harmful)], "benign": [*map(resolved, self.benign)]}
+        )
+
+    @model_validator(mode="after")
+    def _full_is_part(self) -> DiagnoseConfig:
+        if self.full_prompts > self.gradient_prompts:
+            raise ValueError(
+                f"diagnose.full_prompts ({self.full_prompts}) exceeds diagnose.gradient_prompts "
+                f"({self.gradient_prompts})"
+            )
+        return self

@@ -1,0 +1,199 @@
+"""The student's own rollouts: asked for ahead of the trainer, judged, and turned into training items.
+
+A step starts as a draft: harmful prompts with a base continuation cut at a drawn depth, and some anchor prompts with
+the aligned model's answer cut at a random place. The student goes on from each cut under its latest weights. Where it
+refuses a harmful prompt, the refusal it wrote is distilled; where it goes on complying, so is the aligned model's
+refusal after a random part of what it wrote. More is rolled out than trained: what is recovered already teaches little,
+so rollouts that still comply are trained first. The scheme is ours, not that of arXiv 2511.12155.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+from torch import Tensor
+
+from raycomplete.core.depth_sampler import DepthSampler
+from raycomplete.training.plan import AnchorItem, Planner, RecoveryItem, StepPlan
+from raycomplete.training.samples import AnchorSample, RecoverySample
+
+_CUT_TAG, _SPLIT_TAG, _ROLLOUT_TAG = 14, 15, 16  # every use of a seed needs a tag that is not 0
+_ROOM_FOR_SEEDS = 2**20  # sequence i of a batch samples under its seed + i
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutRequest:
+    """What the student is asked to continue.
+
+    Attributes:
+        sample_id: Of the sample it came from.
+        prompt_ids: Tokens up to where the response starts.
+        prefill_ids: First tokens of the response.
+        judged: Whether refusing counts: true on harmful prompts.
+    """
+
+    sample_id: str
+    prompt_ids: tuple[int, ...]
+    prefill_ids: tuple[int, ...]
+    judged: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """What the student wrote.
+
+    Attributes:
+        token_ids: Without end-of-response.
+        ending_ids: End-of-response, where the response ended by itself.
+        refused: The judge's word on a judged request.
+        version: Finished steps of the weights that wrote it.
+    """
+
+    token_ids: tuple[int, ...]
+    ending_ids: tuple[int, ...]
+    refused: bool
+    version: int
+
+
+class StudentPolicy(Protocol):
+    """The engines that hold the student. Implemented by `raycomplete.pipeline.on_policy.StudentEngines`."""
+
+    def sync(
+        self,
+        state: Mapping[str, Any],
+        version: int,
+        probe: Sequence[tuple[tuple[int, ...], int]],
+        expected: Sequence[Tensor],
+        *,
+        adapters_only: bool,
+    ) -> dict[str, Any]:
+        """Gives the engines the student's weights and proves that they use them.
+
+        Args:
+            state: Weights by name, or LoRA adapters (A, B, scale) by the name of the weight they belong to.
+            version: Finished steps of these weights.
+            probe: (token ids, number of prompt tokens).
+            expected: The trainer's own log-probabilities of each probe's response tokens.
+            adapters_only: Whether `state` holds adapters.
+
+        Returns:
+            What `metrics.jsonl` keeps of it.
+        """
+
+    def submit(self, requests: Sequence[RolloutRequest], seed: int) -> Any:
+        """Starts rollouts under the weights synchronised last, and returns a reference."""
+
+    def collect(self, reference: Any) -> list[Rollout]:
+        """Waits for the rollouts of a reference."""
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A step before the student has written its part.
+
+    Attributes:
+        step: Which one.
+        anchor: Samples as drawn.
+        cuts: Kept tokens of each anchor answer; None keeps the aligned model's whole answer.
+        recovery: Samples as drawn.
+        depths: Where each h is cut.
+    """
+
+    step: int
+    anchor: tuple[AnchorSample, ...]
+    cuts: tuple[int | None, ...]
+    recovery: tuple[RecoverySample, ...]
+    depths: tuple[int, ...]
+
+    def requests(self) -> list[RolloutRequest]:
+        """What the student is asked for: recovery first, then the anchors that are cut."""
+        recovery = [
+            RolloutRequest(sample.sample_id, sample.prompt_ids, sample.harmful_ids[:depth], judged=True)
+            for sample, depth in zip(self.recovery, self.depths, strict=True)
+        ]
+        anchor = [
+            RolloutRequest(sample.sample_id, sample.prompt_ids, sample.answer_ids[:cut], judged=False)
+            for sample, cut in zip(self.anchor, self.cuts, strict=True)
+            if cut is not None
+        ]
+        return recovery + anchor
+
+
+class Drafter:
+    """Drafts steps and finishes them; a pure function of seed, step and sampler state.
+
+    Args:
+        planner: Draws the samples, `oversample` times as many for recovery as are trained.
+        seed: Of cuts and splits.
+        recovery_batch: Recovery sequences of a step that are trained.
+        anchor_share: Share of anchor samples that the student answers itself.
+        max_refusal_tokens: Longest refusal of the student that is distilled.
+    """
+
+    def __init__(
+        self, planner: Planner, *, seed: int, recovery_batch: int, anchor_share: float, max_refusal_tokens: int
+    ) -> None:
+        self._planner = planner
+        self._recovery_batch = recovery_batch
+        self._seed = seed
+        self._anchor_share = anchor_share
+        self._max_refusal_tokens = max_refusal_tokens
+
+    def draft(self, step: int, sampler: DepthSampler) -> Draft:
+        """The draft of a step under the sampler's present state."""
+        plan = self._planner.plan(step, sampler)
+        rng = np.random.default_rng([self._seed, _CUT_TAG, step + 1])
+        anchor = tuple(item.sample for item in plan.anchor)
+        cuts = []
+        for sample in anchor:
+            chosen, place = rng.random() < self._anchor_share, rng.random()
+            cuts.append(int(place * len(sample.answer_ids)) if chosen else None)
+        recovery = tuple(item.sample for item in plan.recovery)
+        return Draft(step, anchor, tuple(cuts), recovery, tuple(item.depth for item in plan.recovery))
+
+    def seed_of(self, step: int) -> int:
+        """First sampling seed of a step's rollouts."""
+        drawn = np.random.default_rng([self._seed, _ROLLOUT_TAG, step + 1]).integers(2**40)
+        return int(drawn) * _ROOM_FOR_SEEDS
+
+    def finish(self, draft: Draft, rollouts: Sequence[Rollout]) -> StepPlan:
+        """The plan of a step, from its draft and what the student wrote."""
+        rng = np.random.default_rng([self._seed, _SPLIT_TAG, draft.step + 1])
+        count = len(draft.recovery)
+        drawn = list(zip(draft.recovery, draft.depths, rollouts[:count], rng.random(count), strict=True))
+        chosen = sorted(drawn, key=lambda item: item[2].refused)[: self._recovery_batch]  # sorted keeps equals in order
+        recovery = [self._recovery(*item) for item in chosen]
+        written = iter(rollouts[count:])
+        anchor = [
+            AnchorItem(sample if cut is None else _continued(sample, cut, next(written)))
+            for sample, cut in zip(draft.anchor, draft.cuts, strict=True)
+        ]
+        return StepPlan(tuple(anchor), tuple(recovery))
+
+    def _recovery(self, sample: RecoverySample, depth: int, rollout: Rollout, place: float) -> RecoveryItem:
+        if rollout.refused:
+            refusal = (rollout.token_ids + rollout.ending_ids)[: self._max_refusal_tokens]
+            return RecoveryItem(replace(sample, refusal_ids=refusal), depth)
+        kept = int(place * (len(rollout.token_ids) + 1))  # 0 keeps the cut itself among the depths that are trained
+        harmful = sample.harmful_ids[:depth] + rollout.token_ids[:kept]
+        return RecoveryItem(replace(sample, harmful_ids=harmful), depth + kept)
+
+
+def _continued(sample: AnchorSample, cut: int, rollout: Rollout) -> AnchorSample:
+    answer = sample.answer_ids[:cut] + rollout.token_ids + rollout.ending_ids
+    return replace(sample, answer_ids=answer) if answer else sample
+
+
+def compliance_by_bin(
+    draft: Draft, rollouts: Sequence[Rollout], sampler: DepthSampler
+) -> tuple[list[float], list[int]]:
+    """How often the student did not refuse, and how often it was asked, by depth bin of the prefill."""
+    complied, asked = [0.0] * sampler.num_bins, [0] * sampler.num_bins
+    for depth, rollout in zip(draft.depths, rollouts[: len(draft.recovery)], strict=True):
+        index = sampler.bin_of(max(depth, sampler.bin_ranges[0][0]))
+        complied[index] += not rollout.refused
+        asked[index] += 1
+    return complied, asked

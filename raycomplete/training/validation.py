@@ -1,0 +1,101 @@
+"""Early stopping: what the student does on training prompts that are held back from training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from raycomplete.config import TrainConfig
+from raycomplete.core.loss_types import TokenKind
+from raycomplete.training.batches import BatchBuilder
+from raycomplete.training.feed import ScoreFeed
+from raycomplete.training.plan import AnchorItem, Item, RecoveryItem, StepPlan
+from raycomplete.training.samples import SampleSet
+from raycomplete.training.student import to_loss_output
+
+_NOTICEABLE = 0.99  # a value must fall by a hundredth to count as better
+
+
+class Validator:
+    """Measures recovery and anchor on held-back samples, and says when nothing gets better any more.
+
+    The value that is watched is recovery weight * recovery + anchor weight * anchor, with the weights of the run file.
+    Every rank measures the same samples: under ZeRO-3 a forward pass needs all ranks anyway.
+
+    Args:
+        engine: DeepSpeed engine around the student.
+        samples: Its `held_back` is read.
+        feed: Scores; asked once, at the first measurement.
+        builder: As in training; its scale is not used.
+        train: Weights, depths, micro-batch and patience.
+    """
+
+    def __init__(
+        self, engine: Any, samples: SampleSet, feed: ScoreFeed, builder: BatchBuilder, train: TrainConfig
+    ) -> None:
+        self._engine, self._feed, self._train = engine, feed, train
+        self._builder = BatchBuilder(penalty=builder.penalty, contrastive=builder.contrastive, scale=1.0)
+        anchor, recovery = samples.held_back_anchor, samples.held_back_recovery
+        depths = np.linspace(train.depth.min, train.depth.max, max(len(recovery), 1)).round().astype(int)
+        self._plan = StepPlan(
+            tuple(AnchorItem(sample) for sample in anchor),
+            tuple(
+                RecoveryItem(sample, min(int(depth), len(sample.harmful_ids)))
+                for sample, depth in zip(recovery, depths, strict=False)
+            ),
+        )
+        self._batches: list[Any] = []
+        self.best: float | None = None
+        self.best_step = 0
+        self._since = 0
+
+    @property
+    def is_over(self) -> bool:
+        """Whether `patience` measurements in a row brought nothing better."""
+        return self._since >= self._train.validation.patience
+
+    def measure(self, step: int) -> dict[str, float]:
+        """Measures the student after `step` finished steps, on every rank; the same numbers everywhere."""
+        if not self._batches:
+            self._batches = self._build()
+        sums = torch.zeros(2, dtype=torch.float64)
+        self._engine.eval()
+        with torch.no_grad():
+            for batch in self._batches:
+                output = to_loss_output(self._engine(batch.to(self._engine.device), "completion"))
+                sums += torch.stack([output.anchor.double(), output.recovery.double()]).cpu()
+        self._engine.train()
+        shared = [sums.tolist()]
+        dist.broadcast_object_list(shared, src=0)  # ranks must agree on when to stop
+        anchor, recovery = shared[0]
+        value = self._train.weights.anchor * anchor + self._train.weights.recovery * recovery
+        if self.best is None or value < _NOTICEABLE * self.best:
+            self.best, self.best_step, self._since = value, step, 0
+        else:
+            self._since += 1
+        return {"validation": value, "validation_anchor": anchor, "validation_recovery": recovery}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best value so far and when it was, as plain JSON types."""
+        return {"best": self.best, "best_step": self.best_step, "since": self._since}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes up a saved run."""
+        self.best, self.best_step, self._since = state["best"], state["best_step"], state["since"]
+
+    def _build(self) -> list[Any]:
+        step = -1  # of no training step
+        anchor = [item.sample for item in self._plan.anchor]
+        recovery = [item.sample for item in self._plan.recovery]
+        self._feed.request(step, anchor, recovery)
+        scores = self._feed.take(step)
+        items: list[Item] = self._plan.local(0, 1)
+        size = self._train.micro_batch
+        batches = [
+            self._builder.build(items[start : start + size], self._plan, scores) for start in range(0, len(items), size)
+        ]
+        assert any((batch.kind_N == TokenKind.ANCHOR).any() for batch in batches)
+        return batches

@@ -1,0 +1,129 @@
+"""Real Ray Train + DeepSpeed runs of the on-policy loop: weights in step, resume, early stopping, LoRA."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from raycomplete.config import ConstraintConfig, DepthConfig, RolloutConfig, TrainConfig, ValidationConfig
+from raycomplete.data.checkpoints import load_model
+from raycomplete.training.job import TrainJob
+from raycomplete.training.metrics import read_metrics
+from raycomplete.training.trainer import fit
+from tests.training.tiny import LocalPolicy, make_job
+
+pytestmark = pytest.mark.slow
+
+STEPS = 4
+ROLLOUT = RolloutConfig(
+    on_policy=True, max_student_tokens=4, max_refusal_tokens=4, anchor_on_policy=0.5, sync_every=2, lookahead=1
+)
+
+
+def settings(**changes: Any) -> TrainConfig:
+    values: dict[str, Any] = {
+        "steps": STEPS,
+        "lr": 1e-2,
+        "warmup_steps": 1,
+        "anchor_batch": 4,
+        "recovery_batch": 4,
+        "micro_batch": 2,
+        "loss_chunk_tokens": 16,
+        "checkpoint_every": 2,
+        "depth": DepthConfig(min=1, max=8, bins=4, measure="compliance"),
+        "constraint": ConstraintConfig(kl_budget=0.5),
+        "stall_timeout_s": 240.0,
+    }
+    return TrainConfig(**(values | changes))
+
+
+def on_policy(folder: Path, train: TrainConfig, rollout: RolloutConfig = ROLLOUT) -> TrainJob:
+    job = make_job(folder, train)
+    policy = LocalPolicy(job.start, rollout.max_student_tokens)
+    return replace(job, rollout=rollout, policy=policy, lora_rank=train.lora_rank)
+
+
+def run(job: TrainJob) -> list[dict[str, Any]]:
+    fit(job, cpus_per_worker=0.5, gpus_per_worker=0)
+    return read_metrics(job.metrics_file)
+
+
+@pytest.fixture(scope="module")
+def single(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    """One worker, no sharding: what the other runs must reproduce."""
+    folder = tmp_path_factory.mktemp("single")
+    return folder, run(on_policy(folder, settings()))
+
+
+def test_rollouts_are_as_fresh_as_the_run_file_says(single: tuple[Path, list[dict[str, Any]]]) -> None:
+    """Weights go out before steps 1 and 3 (of 4); each batch is rolled out one step ahead."""
+    rows = single[1]
+    assert [row.get("sync", {}).get("version") for row in rows] == [0, None, 2, None]
+    assert [row["staleness"] for row in rows] == [0, 1, 2, 1]
+    assert max(row["staleness"] for row in rows) <= ROLLOUT.max_staleness
+    assert all(row["compliance"] == 0.5 for row in rows)
+    assert all(row["rollout_tokens"] > 0 for row in rows)
+    assert rows[-1]["anchor_weight"] != rows[0]["anchor_weight"]
+
+
+def test_sharded_weights_reach_the_engines_and_the_loss_is_the_same(
+    single: tuple[Path, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    """`LocalPolicy` compares its log-probabilities with the trainer's at every update."""
+    rows = run(on_policy(tmp_path, settings(num_workers=2, zero_stage=3)))
+    for row, expected in zip(rows, single[1], strict=True):
+        for name in ("loss", "anchor", "recovery", "penalty", "anchor_weight"):
+            assert row[name] == pytest.approx(expected[name], rel=5e-4), (row["step"], name)
+
+
+def test_a_resumed_run_continues_with_the_very_rollouts(
+    single: tuple[Path, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    folder, uninterrupted = single
+    for name in ("base", "aligned", "checkpoints"):
+        shutil.copytree(folder / name, tmp_path / name)
+    shutil.copy(folder / "metrics.jsonl", tmp_path / "metrics.jsonl")
+    (tmp_path / "checkpoints" / "step-000004" / "complete.json").unlink()
+    rows = run(on_policy(tmp_path, settings()))
+    for row, expected in zip(rows, uninterrupted, strict=True):
+        for name in ("loss", "staleness", "rollout_tokens", "depth_probabilities", "anchor_weight"):
+            assert row[name] == expected[name], (row["step"], name)
+    first, second = (load_model(path / "student", "float32").state_dict() for path in (folder, tmp_path))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_adapters_travel_by_themselves(ray_cluster: None, tmp_path: Path) -> None:
+    rollout = ROLLOUT.model_copy(update={"sync_every": 1, "lookahead": 0})
+    rows = run(on_policy(tmp_path, settings(lora_rank=4), rollout))
+    assert [row["sync"]["version"] for row in rows] == [0, 1, 2, 3]
+    assert {row["staleness"] for row in rows} == {0}
+    start, student = (load_model(tmp_path / name, "float32").state_dict() for name in ("base", "student"))
+    changed = {name for name in start if not torch.equal(start[name], student[name])}
+    assert changed
+    assert all("_proj" in name for name in changed), "adapters sit on the projections"
+
+
+def test_training_stops_where_validation_no_longer_improves_and_keeps_the_best(
+    ray_cluster: None, tmp_path: Path
+) -> None:
+    train = settings(
+        steps=12,
+        lr=0.3,
+        checkpoint_every=6,
+        validation=ValidationConfig(every=1, prompts=3, patience=2),
+        sinks=["tensorboard"],
+    )
+    job = make_job(tmp_path, train)
+    rows = run(job)
+    values = [row["validation"] for row in rows]
+    best = min(range(len(values)), key=values.__getitem__)
+    assert len(rows) == best + 3 < 12, "two measurements without a better one"
+    assert rows[-1]["stopped"]
+    assert not any(row["stopped"] for row in rows[:-1])
+    assert [path.name for path in job.best_checkpoint.glob("step-*")] == [f"step-{best + 1:06d}"]
+    assert list((tmp_path / "tensorboard").glob("events*"))
