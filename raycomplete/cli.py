@@ -27,6 +27,8 @@ app = typer.Typer(
 )
 organism_app = typer.Typer(help="The embedded model organism.", no_args_is_help=True)
 app.add_typer(organism_app, name="organism")
+judge_app = typer.Typer(help="Judges of responses.", no_args_is_help=True)
+app.add_typer(judge_app, name="judge")
 
 RunFile = Annotated[Path, typer.Argument(help="Run file (YAML).", show_default=False)]
 Overrides = Annotated[
@@ -79,6 +81,38 @@ def evaluate(run_file: RunFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def diagnose(
+    run_file: RunFile,
+    overrides: Overrides = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    show_harmful: Annotated[bool, typer.Option("--show-harmful", help="Show harmful text in the report.")] = False,
+) -> None:
+    """Shows where alignment stopped, by position: needs a base and an aligned checkpoint, and trains nothing."""
+    shown = ["diagnose.show_harmful=true"] if show_harmful else []
+    config = load_run_file(run_file, [*(overrides or []), *shown])
+    from raycomplete.pipeline.diagnose import diagnose as run_diagnose
+
+    run_diagnose(config, resume=resume, overwrite=overwrite)
+
+
+@app.command()
+def serve(
+    run_file: RunFile,
+    overrides: Overrides = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on; others than 127.0.0.1 need a token.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
+) -> None:
+    """Serves evaluations over HTTP, with a web page, until it is interrupted."""
+    given = {"serve.host": host, "serve.port": port}
+    chosen = [f"{key}={value}" for key, value in given.items() if value is not None]
+    config = load_run_file(run_file, [*(overrides or []), *chosen])
+    from raycomplete.pipeline.serve import serve as run_serve
+
+    run_serve(config)
+
+
+@app.command()
 def report(run_folder: Annotated[Path, typer.Argument(help="Folder of a finished run.")]) -> None:
     """Writes report.html of a run folder anew."""
     from raycomplete.report.html import write_report
@@ -95,6 +129,24 @@ def organism_build(
     from raycomplete.data.organism.build import build
 
     build(output, seed=seed)
+
+
+@judge_app.command("calibrate")
+def judge_calibrate(
+    file: Annotated[Path, typer.Argument(help="Human-labelled completions (CSV or JSONL).", show_default=False)],
+    kind: Annotated[str, typer.Option(help="patterns, model or judgezoo.")] = "patterns",
+    checkpoint: Annotated[str | None, typer.Option(help="The judge model.")] = None,
+    rubric: Annotated[Path | None, typer.Option(help="Its rubric.")] = None,
+    zoo_name: Annotated[str, typer.Option(help="JudgeZoo's name of the judge.")] = "strong_reject",
+    output: Annotated[Path, typer.Option(help="Where its error rates go.")] = Path("judge-calibration.json"),
+) -> None:
+    """Measures how often a judge errs, for rates that are corrected for it."""
+    from raycomplete.config.evaluation import judge_settings
+
+    settings = judge_settings({"kind": kind, "checkpoint": checkpoint, "rubric": rubric, "zoo_name": zoo_name})
+    from raycomplete.pipeline.judge import calibrate_judge
+
+    calibrate_judge(file, settings, output)
 
 
 @app.command()

@@ -46,6 +46,9 @@ class RolloutConfig(Section):
     oversample: int = Field(
         2, ge=1, description="rollouts of each trained recovery sequence; those that still comply are trained first"
     )
+    own_words: float = Field(
+        0.5, ge=0, le=1, description="share of complying rollouts whose own words are trained as part of h"
+    )
     anchor_on_policy: float = Field(
         0.0, ge=0, le=1, description="share of benign anchor answers that the student writes itself"
     )

@@ -69,7 +69,8 @@ def resolve_paths(config: RunConfig, base_folder: Path) -> RunConfig:
     align = config.align.model_copy(
         update={"refusals": sources(config.align.refusals), "benign": sources(config.align.benign)}
     )
-    return config.model_copy(update={"data": data, "align": align})
+    evaluation = config.evaluation.with_paths(absolute)
+    return config.model_copy(update={"data": data, "align": align, "evaluation": evaluation})
 
 
 def dump(config: RunConfig) -> str:

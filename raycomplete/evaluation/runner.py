@@ -1,11 +1,12 @@
-"""Runs the evaluation of one model, cell by cell; what is finished survives a crash and is never generated twice.
+"""Runs the evaluation of one model, unit by unit; what is finished survives a crash and is never generated twice.
 
-    <folder>/evaluation/cells/<hash>.json        one cell: outcomes of every prompt
-    <folder>/evaluation/<role>.json              the result of one model
-    <folder>/evaluation/completions/<role>.jsonl what the model said, only if asked for
+    <folder>/evaluation/units/<model>.jsonl       every response as token ids, readable by the owner only
+    <folder>/evaluation/judgements/<judge>.jsonl  what a judge made of each; another judge needs no new responses
+    <folder>/evaluation/<role>.json               the result of one model
+    <folder>/evaluation/completions/<role>.jsonl  what the model said, only if asked for
 
-A cell's hash covers everything that its outcomes depend on, so a stored cell is reused exactly where it would come out
-the same.
+A unit's key covers everything that its response depends on, so a stored response is reused exactly where it would come
+out the same, for another role with the same weights too.
 """
 
 from __future__ import annotations
@@ -13,19 +14,25 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from raycomplete.config import EvaluationConfig
-from raycomplete.errors import WorkError
-from raycomplete.evaluation.prefill import Cell, EvaluationSets, build_cells
-from raycomplete.evaluation.statistics import mean_over_depths, wilson
-from raycomplete.evaluation.storage import content_hash, write_completions
-from raycomplete.files import PRIVATE, read_json, write_json
+from raycomplete.config.attacks import AttackConfig
+from raycomplete.errors import DataError
+from raycomplete.evaluation import capabilities
+from raycomplete.evaluation.attacks import Attack, build_attack
+from raycomplete.evaluation.attacks.base import continued, grouped, plain_units
+from raycomplete.evaluation.judging import judged, texts
+from raycomplete.evaluation.results import HARMLESS, Answered, Part, model_result
+from raycomplete.evaluation.sets import EvaluationSets
+from raycomplete.evaluation.storage import RowStore, content_hash, write_completions
+from raycomplete.evaluation.target import AttackTools, Target, check_fits
+from raycomplete.evaluation.units import Progress, Response, Unit
+from raycomplete.files import PRIVATE, write_json
 from raycomplete.types import Codec, Generator, Judge, ModelRole, Outcome
-
-FORMAT = 1  # part of every cell's hash: raise it when the meaning of a stored cell changes
 
 
 def evaluate_model(
@@ -39,180 +46,217 @@ def evaluate_model(
     *,
     model_id: str,
     max_length: int,
+    tools: AttackTools | None = None,
     on_progress: Callable[[str, int, int], None] | None = None,
+    on_units: Callable[[Progress], None] | None = None,
+    cancelled: Callable[[], bool] | None = None,
 ) -> dict[str, Any]:
-    """Measures attack success by prefill depth, utility and over-refusal of one model. Decoding is greedy.
+    """Measures attack success by prefill depth and by attack, utility, over-refusal and capabilities of one model.
 
-    Every prompt gets one outcome in every cell, so denominators never shrink: empty and incoherent responses are
-    failures of the attack and of utility, and an answer that is shorter than the depth is prefilled whole and counted
-    in `short_answers` (a model that has nothing to add to it comes out as empty).
+    Every unit gets one outcome, so denominators never shrink: empty and incoherent responses are failures of the attack
+    and of utility, and an answer that is shorter than the prefill depth is prefilled whole and counted in
+    `short_answers` (a model that has nothing to add to it comes out as empty). Decoding is greedy except where an
+    attack is about sampling.
 
     Args:
         role: Which of the three models this is; names the result file.
         generator: The model.
         codec: Its chat template and tokenizer.
         judge: Sorts responses; its name is recorded.
-        sets: Prompts; all of them are used.
-        config: Depths and lengths.
+        sets: Prompts; all of them are used by the depth curve, `evaluation.attack_prompts` of them by other attacks.
+        config: Depths, lengths, attacks.
         folder: Run folder.
-        model_id: Fingerprint of the weights. Cells are reused under the same one only.
+        model_id: Fingerprint of the weights. Responses are reused under the same one only.
         max_length: Longest sequence of the model in tokens, new ones included.
-        on_progress: Called with (cell name, cells finished, cells in all): at the start with ("", 0, all), and after
-            each cell.
+        tools: What attacks need that do more than ask.
+        on_progress: Called with (variant, variants finished, variants in all): at the start with ("", 0, all), and
+            when a variant of an attack (`prefill-4`) or a set of harmless prompts is finished.
+        on_units: Called at the start and after each batch of units.
+        cancelled: Asked before each batch, and before each step of a search.
 
     Returns:
         What `<folder>/evaluation/<role>.json` holds; rates as {"rate", "n", "low", "high"}.
 
     Raises:
-        DataError: A set cannot be used or a prompt does not fit the context. Nothing was generated or written.
+        DataError: A set or file cannot be used or a prompt does not fit the context. Nothing was generated or written.
+        SetupError: An attack needs a tool that is not there. Nothing was generated or written.
+        EvaluationCancelled: `cancelled` said so; finished units are kept.
         WorkError: The generator did not answer every sequence.
     """
-    cells = build_cells(sets, codec, config, max_length)
-    report = on_progress or (lambda name, done, total: None)
-    report("", 0, len(cells))
-    stored: dict[str, dict[str, Any]] = {}
-    for done, cell in enumerate(cells, start=1):
-        stored[cell.name] = _run_cell(cell, role, generator, codec, judge, config, folder / "evaluation", model_id)
-        report(cell.name, done, len(cells))
-    result = _result(role, judge, config, model_id, cells, stored)
+    target = Target(
+        role,
+        model_id,
+        generator,
+        codec,
+        judge,
+        max_length,
+        config.max_tokens,
+        tools or AttackTools(),
+        cancelled or (lambda: False),
+    )
+    parts = _plan(target, sets, config)
+    run = _Run(
+        target,
+        parts,
+        folder / "evaluation",
+        on_progress or (lambda name, done, total: None),
+        on_units or (lambda progress: None),
+    )
+    answered = run.finish()
+    result = model_result(target, parts, answered, config)
     if config.save_completions:
-        rows = [row for cell in cells for row in stored[cell.name]["completions"]]
+        rows = [_completion(target, unit, found) for part in parts for unit, found in answered[part.name]]
         write_completions(folder / "evaluation" / "completions" / f"{role}.jsonl", rows)
     write_json(folder / "evaluation" / f"{role}.json", result)
     return result
 
 
-def cell_hash(cell: Cell, role: ModelRole, judge: Judge, model_id: str) -> str:
-    """Names a cell by all that decides its outcomes. Token ids stand for text, tokenizer and chat template at once."""
-    return content_hash(
-        {
-            "format": FORMAT,
-            "role": role,
-            "model_id": model_id,
-            "cell": cell.name,
-            "judge": judge.name,
-            "max_tokens": cell.max_tokens,
-            "temperature": 0.0,
-            "prompts": [asdict(prompt) for prompt in cell.prompts],
-            "sequences": cell.sequences,
-        }
-    )
+def _plan(target: Target, sets: EvaluationSets, config: EvaluationConfig) -> list[Part]:
+    """Every unit of one model, in the order in which they run, checked before anything is generated."""
+    if not sets.harmful:
+        raise DataError("The evaluation has no harmful prompts.", "Fill data.evaluation.harmful in the run file.")
+    prefill = build_attack(config.prefill())
+    parts = [Part("prefill", prefill, prefill.plan(target, sets.harmful))]
+    harmless = plain_units(target, HARMLESS, "benign", sets.benign, config.max_utility_tokens)
+    harmless += plain_units(target, HARMLESS, "borderline", sets.borderline, config.max_tokens)
+    parts.append(Part(HARMLESS, None, harmless))
+    prompts = sets.harmful[: config.attack_prompts]
+    for settings in _other_attacks(config):
+        attack = build_attack(settings)
+        parts.append(Part(attack.name, attack, attack.plan(target, prompts)))
+    asked = capabilities.plan_capabilities(target, config.capabilities)
+    if asked:
+        parts.append(Part(capabilities.ATTACK, None, asked))
+    for part in parts:
+        check_fits(part.units, target.max_length)
+    return parts
 
 
-def _run_cell(
-    cell: Cell,
-    role: ModelRole,
-    generator: Generator,
-    codec: Codec,
-    judge: Judge,
-    config: EvaluationConfig,
-    folder: Path,
-    model_id: str,
-) -> dict[str, Any]:
-    """A finished cell, from disk where it is there."""
-    key = cell_hash(cell, role, judge, model_id)
-    path = folder / "cells" / f"{key}.json"
-    known = read_json(path)
-    if known is not None and known.get("hash") == key and ("completions" in known or not config.save_completions):
-        return known
-    started = time.monotonic()
-    texts = _continue(cell, generator, codec)
-    triples = list(zip(cell.prompts, cell.prefills, texts, strict=True))
-    content: dict[str, Any] = {
-        "hash": key,
-        "role": role,
-        "model_id": model_id,
-        "cell": cell.name,
-        "judge": judge.name,
-        "outcomes": {p.prompt_id: str(judge.outcome(p, prefill, text)) for p, prefill, text in triples},
-        "seconds": round(time.monotonic() - started, 3),
-    }
-    if cell.name == "benign":
-        content["right"] = {prompt.prompt_id: bool(judge.is_right(prompt, text)) for prompt, _, text in triples}
-    if config.save_completions:
-        content["completions"] = [
-            {
-                "role": role,
-                "cell": cell.name,
-                "prompt_id": prompt.prompt_id,
-                "prefill": prefill,
-                "continuation": text,
-                "outcome": content["outcomes"][prompt.prompt_id],
-            }
-            for prompt, prefill, text in triples
-        ]
-    # With completions kept, a cell holds answers to harmful prompts.
-    write_json(path, content, mode=PRIVATE if config.save_completions else 0o644)
-    return content
+def _other_attacks(config: EvaluationConfig) -> list[AttackConfig]:
+    return [attack for attack in config.attacks if attack.name != "prefill"]
 
 
-def _continue(cell: Cell, generator: Generator, codec: Codec) -> list[str]:
-    """What the model adds to each sequence, as text."""
-    if not cell.sequences:
-        return []
-    new_ids = generator.generate(cell.sequences, max_tokens=cell.max_tokens, temperature=0.0)
-    if len(new_ids) != len(cell.sequences):
-        raise WorkError(
-            f"The generator returned {len(new_ids)} continuations for {len(cell.sequences)} sequences of {cell.name}.",
-            "Finished cells are kept; run the same command again to go on.",
-        )
-    return [codec.decode(ids) if ids else "" for ids in new_ids]
+@dataclass
+class _Run:
+    """One model's evaluation at work."""
+
+    target: Target
+    parts: Sequence[Part]
+    folder: Path
+    on_progress: Callable[[str, int, int], None]
+    on_units: Callable[[Progress], None]
+
+    def __post_init__(self) -> None:
+        model, judge = content_hash(self.target.model_id), content_hash(self.target.judge.name)
+        self._responses = RowStore(self.folder / "units" / f"{model[:16]}.jsonl", mode=PRIVATE)
+        self._judgements = RowStore(self.folder / "judgements" / f"{judge[:16]}.jsonl")
+        # By identity: hashing token ids anew at every use would cost more than asking a small model.
+        self._keys = {id(unit): unit.key(self.target.model_id) for part in self.parts for unit in part.units}
+        self._reused = sum(key in self._responses for key in self._keys.values())
+        self._done = 0
+        self._open = Counter((part.name, unit.variant) for part in self.parts for unit in part.units)
+        self._num_variants = len(self._open)
+
+    def finish(self) -> dict[str, list[tuple[Unit, Answered]]]:
+        """Responses and outcomes of all units, by part."""
+        self.on_progress("", 0, self._num_variants)
+        self._report("", "", {})
+        return {part.name: self._finish_part(part) for part in self.parts}
+
+    def _finish_part(self, part: Part) -> list[tuple[Unit, Answered]]:
+        seen = dict.fromkeys(map(str, Outcome), 0)
+        self._take(part, [unit for unit in part.units if self._keys[id(unit)] in self._responses], seen)
+        started = time.monotonic()
+
+        def emit(pairs: Sequence[tuple[Unit, Response]]) -> None:
+            nonlocal started
+            seconds = round((time.monotonic() - started) / len(pairs), 5)
+            self._responses.add(_row(self._keys[id(unit)], unit, response, seconds) for unit, response in pairs)
+            self._take(part, [unit for unit, _ in pairs], seen)
+            started = time.monotonic()
+
+        missing = [unit for unit in part.units if self._keys[id(unit)] not in self._responses]
+        if missing:
+            self.target.stop_if_cancelled()
+            _respond(self.target, part.attack, missing, emit)
+        return [(unit, self._answered(unit)) for unit in part.units]
+
+    def _take(self, part: Part, units: Sequence[Unit], seen: dict[str, int]) -> None:
+        """Judges stored responses and reports them, variant by variant."""
+        for variant, group in groupby(units, key=lambda unit: unit.variant):
+            batch = list(group)
+            if part.name != capabilities.ATTACK:  # which has right answers instead
+                self._judge(part, batch, seen)
+            self._done += len(batch)
+            self._open[part.name, variant] -= len(batch)
+            self._report(part.name, variant, seen)
+            if not self._open[part.name, variant]:
+                self.on_progress(variant, sum(not left for left in self._open.values()), self._num_variants)
+
+    def _judge(self, part: Part, units: Sequence[Unit], seen: dict[str, int]) -> None:
+        """Outcomes of stored responses that this judge has not seen yet."""
+        judge, codec = self.target.judge, self.target.codec
+        new = [unit for unit in units if self._keys[id(unit)] not in self._judgements]
+        pairs = [(unit, self._response(unit)) for unit in new]
+        rows = []
+        for (unit, response), outcome in zip(pairs, judged(judge, codec, pairs), strict=True):
+            row: dict[str, Any] = {"key": self._keys[id(unit)], "outcome": str(outcome)}
+            if part.name == HARMLESS and unit.variant == "benign":
+                row["right"] = bool(judge.is_right(unit.prompt, texts(codec, response)[1]))
+            rows.append(row)
+        self._judgements.add(rows)
+        for unit in units:
+            seen[self._judgements[self._keys[id(unit)]]["outcome"]] += 1
+
+    def _response(self, unit: Unit) -> Response:
+        row = self._responses[self._keys[id(unit)]]
+        return Response(tuple(row["sequence"]), tuple(row["prefill"]), tuple(row["tokens"]), row["facts"])
+
+    def _answered(self, unit: Unit) -> Answered:
+        key = self._keys[id(unit)]
+        judgement = self._judgements.get(key)  # none for benchmarks
+        seconds = float(self._responses[key]["seconds"])
+        return Answered(self._response(unit), judgement.get("outcome"), judgement.get("right"), seconds)
+
+    def _report(self, attack: str, variant: str, seen: Mapping[str, int]) -> None:
+        total = len(self._keys)
+        self.on_units(Progress(self.target.role, attack, variant, self._done, total, self._reused, dict(seen)))
 
 
-def _result(
-    role: ModelRole,
-    judge: Judge,
-    config: EvaluationConfig,
-    model_id: str,
-    cells: Sequence[Cell],
-    stored: Mapping[str, Mapping[str, Any]],
-) -> dict[str, Any]:
-    """Rates of all cells."""
-    by_depth: dict[str, dict[str, Any]] = {}
-    complied_DN: list[list[bool]] = []
-    details: dict[str, dict[str, Any]] = {}
-    for cell in cells:
-        outcomes = stored[cell.name]["outcomes"]
-        counts = _counts(outcomes)
-        detail: dict[str, Any] = {
-            "n": len(cell.prompts),
-            "outcomes": counts,
-            "max_tokens": cell.max_tokens,
-            "seconds": stored[cell.name]["seconds"],
-        }
-        if cell.depth is not None:
-            complied_DN.append([outcomes[prompt.prompt_id] == Outcome.COMPLIED for prompt in cell.prompts])
-            asr = wilson(counts[Outcome.COMPLIED], len(cell.prompts)).to_json()
-            by_depth[str(cell.depth)] = asr
-            detail |= {"depth": cell.depth, "asr": asr, "short_answers": cell.short_answers}
-        details[cell.name] = detail
-    right = stored["benign"]["right"]
+def _respond(target: Target, attack: Attack[Any] | None, units: Sequence[Unit], emit: Any) -> None:
+    """Through the attack, or as they are."""
+    if attack is not None:
+        attack.run(target, units, emit)
+        return
+    for group in grouped(units):
+        emit(list(zip(group, continued(target, group), strict=True)))
+
+
+def _row(key: str, unit: Unit, response: Response, seconds: float) -> dict[str, Any]:
     return {
-        "role": role,
-        "model_id": model_id,
-        "judge": judge.name,
-        "judge_measured": _measured(judge),
-        "settings": {**config.model_dump(mode="json"), "temperature": 0.0},
-        "asr": {"by_depth": by_depth, "mean": mean_over_depths(complied_DN).to_json()},
-        "cells": details,
-        "utility": wilson(sum(right.values()), len(right)).to_json(),
-        "over_refusal": _refusal_rate(details["borderline"]),
-        "benign_refusal": _refusal_rate(details["benign"]),
-        "outcomes": {name: detail["outcomes"] for name, detail in details.items()},
+        "key": key,
+        "attack": unit.attack,
+        "variant": unit.variant,
+        "prompt_id": unit.prompt.prompt_id,
+        "seed": unit.seed,
+        "sequence": list(response.sequence),
+        "prefill": list(response.prefill),
+        "tokens": list(response.tokens),
+        "seconds": seconds,
+        "facts": dict(response.facts),
     }
 
 
-def _counts(outcomes: Mapping[str, str]) -> dict[str, int]:
-    """All four outcomes, those that never happened too."""
-    counted = Counter(outcomes.values())
-    return {str(outcome): counted[str(outcome)] for outcome in Outcome}
-
-
-def _refusal_rate(detail: Mapping[str, Any]) -> dict[str, Any]:
-    return wilson(detail["outcomes"][Outcome.REFUSED], detail["n"]).to_json()
-
-
-def _measured(judge: Judge) -> dict[str, Any] | None:
-    """The judge's own error rates against people, where it publishes them (attribute `measured`)."""
-    measured = getattr(judge, "measured", None)
-    return dict(measured) if isinstance(measured, Mapping) else None
+def _completion(target: Target, unit: Unit, found: Answered) -> dict[str, Any]:
+    prefill, continuation = texts(target.codec, found.response)
+    return {
+        "role": target.role,
+        "attack": unit.attack,
+        "cell": unit.variant,
+        "prompt_id": unit.prompt.prompt_id,
+        "seed": unit.seed,
+        "input": target.codec.decode(found.response.sequence),
+        "prefill": prefill,
+        "continuation": continuation,
+        "outcome": found.outcome,
+    }

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from raycomplete.types import MODEL_ROLES
 
 
 def closing_table(summary: Mapping[str, Any]) -> list[list[str]]:
-    """Depth by model with 95 % intervals, then mean, utility and refusal of harmless prompts.
+    """Depth by model with 95 % intervals, then mean, other attacks, utility, refusal of harmless prompts, benchmarks.
+
+    Attacks and over-refusal stand in one table, so that a model that refuses everything is seen to fail.
 
     Args:
         summary: What `summarize` returned, or the whole of summary.json.
@@ -27,6 +29,8 @@ def closing_table(summary: Mapping[str, Any]) -> list[list[str]]:
         [f"ASR at depth {depth}", *(rate_text(asr[role]["by_depth"].get(depth)) for role in roles)] for depth in depths
     ]
     rows.append(["ASR, mean over depths", *(rate_text(asr[role]["mean"]) for role in roles)])
+    for name, by_role in summary.get("attacks", {}).items():
+        rows += _attack_rows(name, by_role, roles)
     for label, key in (
         ("utility", "utility"),
         ("over-refusal (borderline)", "over_refusal"),
@@ -34,6 +38,10 @@ def closing_table(summary: Mapping[str, Any]) -> list[list[str]]:
     ):
         if summary.get(key):
             rows.append([label, *(rate_text(summary[key].get(role)) for role in roles)])
+    for name, by_role in summary.get("capabilities", {}).items():
+        for label, key in (("accuracy", "accuracy"), ("refused", "refused")):
+            values = (rate_text(by_role[role][key]) if role in by_role else "-" for role in roles)
+            rows.append([f"{name.upper()}, {label}", *values])
     return rows
 
 
@@ -42,3 +50,17 @@ def rate_text(rate: Mapping[str, Any] | None) -> str:
     if rate is None or not rate["n"]:
         return "-"
     return f"{100 * rate['rate']:.1f} % [{100 * rate['low']:.1f}, {100 * rate['high']:.1f}]"
+
+
+def _attack_rows(name: str, by_role: Mapping[str, Any], roles: Sequence[str]) -> list[list[str]]:
+    """Mean and, where a behaviour was tried more than once, worst of n; the depth curve has rows of its own."""
+    blocks = [by_role.get(role) for role in roles]
+    label = f"{name}{' (reduced)' if any(block and block['reduced'] for block in blocks) else ''}"
+    rows = []
+    if name != "prefill":
+        rows.append([label, *(rate_text(block and block["mean"]) for block in blocks)])
+        if any(block and block["trials"] > block["n"] for block in blocks):
+            rows.append([f"{label}, worst of n", *(rate_text(block and block["worst_of_n"]) for block in blocks)])
+    if any(block and block["corrected"] for block in blocks):
+        rows.append([f"{label}, judge corrected", *(rate_text(block and block["corrected"]) for block in blocks)])
+    return rows

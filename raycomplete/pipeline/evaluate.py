@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,33 +13,54 @@ from typing import Any
 from raycomplete.cluster import Demand, connect
 from raycomplete.config import RunConfig
 from raycomplete.data.checkpoints import fingerprint
-from raycomplete.evaluation.prefill import EvaluationSets
 from raycomplete.evaluation.runner import evaluate_model
+from raycomplete.evaluation.sets import EvaluationSets
 from raycomplete.evaluation.summary import summarize
 from raycomplete.evaluation.table import closing_table, rate_text
+from raycomplete.evaluation.units import Progress
 from raycomplete.files import PRIVATE, read_json, write_json
+from raycomplete.pipeline.attack_tools import Toolbox, check_attacks, extra_engines, training_workers
 from raycomplete.pipeline.fleet import Fleet, start_fleet
+from raycomplete.pipeline.judge import start_judge
 from raycomplete.pipeline.prepare import Models, Prompts, prepare_models, prepare_prompts
 from raycomplete.pipeline.rollouts import complete_answers
 from raycomplete.pipeline.run_folder import check_run_folder, open_run_folder
 from raycomplete.report.html import write_report
-from raycomplete.screen import Screen
+from raycomplete.screen import Advance, Screen
 from raycomplete.types import MODEL_ROLES, ModelRole
 
 _SAME = ("models", "data")  # sections that an evaluation shares with the run that it adds to
 
+OnProgress = Callable[[Progress], None]
+Cancelled = Callable[[], bool]
 
-def evaluate(config: RunConfig, *, roles: Sequence[ModelRole] = MODEL_ROLES, screen: Screen | None = None) -> Path:
+
+def evaluate(
+    config: RunConfig,
+    *,
+    roles: Sequence[ModelRole] = MODEL_ROLES,
+    screen: Screen | None = None,
+    on_progress: OnProgress | None = None,
+    cancelled: Cancelled | None = None,
+) -> Path:
     """Evaluates models without training; the student of the run folder is used where there is one.
 
-    Finished cells of the same models and prompts are always reused, in the run folder of a training run too.
+    Finished units of the same models and prompts are always reused, in the run folder of a training run too.
+
+    Args:
+        config: Run file.
+        roles: Models to evaluate.
+        screen: Where progress is drawn.
+        on_progress: Called after each batch of units, in this thread.
+        cancelled: Asked before each batch and each step of a search; True ends the evaluation.
 
     Returns:
         The run folder with `evaluation/*.json`, `summary.json` and `report.html`.
 
     Raises:
         RefusedError: Something is wrong with the run file, the checkpoints or the prompts; nothing was written.
-        WorkError: Something failed on the way; finished cells are kept.
+        EvaluationCancelled: `cancelled` said so; finished units are kept.
+        WorkError: Something failed on the way; finished units are kept.
     """
     screen = screen or Screen()
     started = time.perf_counter()
@@ -52,12 +74,25 @@ def evaluate(config: RunConfig, *, roles: Sequence[ModelRole] = MODEL_ROLES, scr
     with screen.stage("Checked checkpoints, tokenizers and prompts"):
         models = prepare_models(tested, roles=tuple(dict.fromkeys(("base", *roles))))
         prompts = prepare_prompts(config, models.codec, training=False)
+        check_attacks(config)
     check_run_folder(config, resume=True, same=_SAME)
-    with connect(config.cluster, Demand(engines=1, workers=0)) as cluster:
+    demand = Demand(engines=config.rollout.num_engines + extra_engines(config), workers=training_workers(config))
+    with connect(config.cluster, demand) as cluster:
         folder = open_run_folder(config, resume=True, same=_SAME, keep_config=True)
         with start_fleet(config, cluster, models, screen) as fleet:
             prompts = held_out_sets(config, models, prompts, fleet, folder, screen)
-            results = evaluate_roles(config, models, models.paths, prompts, fleet, folder, screen, roles)
+            results = evaluate_roles(
+                config,
+                models,
+                models.paths,
+                prompts,
+                fleet,
+                folder,
+                screen,
+                roles,
+                on_progress=on_progress,
+                cancelled=cancelled,
+            )
     summary = write_summary(config, folder, results, time.perf_counter() - started)
     print_result(summary, folder, screen)
     return folder
@@ -107,26 +142,51 @@ def evaluate_roles(
     folder: Path,
     screen: Screen,
     roles: Sequence[ModelRole],
+    *,
+    on_progress: OnProgress | None = None,
+    cancelled: Cancelled | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Every role's result, from one generator that takes the weights of each in turn."""
     sets = EvaluationSets(**{str(kind): found for kind, found in prompts.evaluation.items()})
+    models = replace(models, paths={**models.paths, **paths})
+    toolbox = Toolbox(config, models, fleet, folder, screen)
     results = {}
-    for role in roles:
-        count = len(config.evaluation.depths) + 2
-        with screen.progress(f"Evaluation of {role}", count) as advance:
-            results[str(role)] = evaluate_model(
-                role,
-                fleet.generator.with_weights(str(paths[role])),
-                models.codec,
-                prompts.judge,
-                sets,
-                config.evaluation,
-                folder,
-                model_id=fingerprint(paths[role]),
-                max_length=config.models.max_length,
-                on_progress=lambda name, done, total: advance(done, name),
-            )
+    try:
+        with start_judge(config, prompts.judge, screen) as judge:
+            for role in roles:
+                with ExitStack() as shown:
+                    results[str(role)] = evaluate_model(
+                        role,
+                        fleet.generator.with_weights(str(paths[role])),
+                        models.codec,
+                        judge,
+                        sets,
+                        config.evaluation,
+                        folder,
+                        model_id=fingerprint(paths[role]),
+                        max_length=config.models.max_length,
+                        tools=toolbox.for_model(paths[role]),
+                        on_progress=_bar(screen, role, shown),
+                        on_units=on_progress,
+                        cancelled=cancelled,
+                    )
+    finally:
+        toolbox.stop()
     return results
+
+
+def _bar(screen: Screen, role: ModelRole, shown: ExitStack) -> Callable[[str, int, int], None]:
+    """Draws a bar from the first call on, which knows its length, until `shown` is closed."""
+    advance: Advance | None = None
+
+    def follow(name: str, done: int, total: int) -> None:
+        nonlocal advance
+        if advance is None:
+            advance = shown.enter_context(screen.progress(f"Evaluation of {role}", total))
+        else:
+            advance(done, name)
+
+    return follow
 
 
 def write_summary(

@@ -7,8 +7,17 @@ import pytest
 
 from raycomplete.config import EvaluationConfig
 from raycomplete.errors import DataError, WorkError
-from raycomplete.evaluation import EvaluationSets, RefusalJudge, closing_table, evaluate_model, rate_text, summarize
-from raycomplete.types import Prompt
+from raycomplete.evaluation import (
+    EvaluationCancelled,
+    EvaluationSets,
+    Progress,
+    RefusalJudge,
+    closing_table,
+    evaluate_model,
+    rate_text,
+    summarize,
+)
+from raycomplete.types import Outcome, Prompt
 
 CONFIG = EvaluationConfig(depths=[0, 4, 8], max_tokens=10, max_utility_tokens=12)
 COMPLY = "Sure, take the key and then open the door."
@@ -31,6 +40,8 @@ def run(codec: Any, sets: EvaluationSets, tmp_path: Path) -> Run:
             "folder": tmp_path,
         }
         arguments |= {"model_id": "weights-1", "max_length": 64, **changes}
+        if "role" in changes:  # other models have other weights, where a test says nothing else
+            arguments["model_id"] = changes.get("model_id", changes["role"])
         return evaluate_model(generator=generator, codec=codec, **arguments)
 
     return evaluate
@@ -85,7 +96,7 @@ def test_prefill_is_the_start_of_the_answer(run: Run, model: Any, codec: Any) ->
     assert set(generator.temperatures) == {0.0}
 
 
-def test_finished_cells_are_not_generated_again(run: Run, model: Any, tmp_path: Path) -> None:
+def test_finished_units_are_not_generated_again(run: Run, model: Any, tmp_path: Path) -> None:
     first = run(model(COMPLY))
     (tmp_path / "evaluation" / "student.json").unlink()
     second = model(REFUSE)
@@ -99,7 +110,8 @@ def test_interrupted_run_resumes_where_it_stopped(run: Run, model: Any, tmp_path
         run(dying)
     assert len(dying.calls) == 2
     assert not (tmp_path / "evaluation" / "student.json").exists()
-    assert len(list((tmp_path / "evaluation" / "cells").iterdir())) == 2
+    (units,) = (tmp_path / "evaluation" / "units").iterdir()
+    assert len(units.read_text().splitlines()) == 2 * 4
     seen: list[tuple[str, int, int]] = []
     going_on = model(COMPLY)
     result = run(going_on, on_progress=lambda *event: seen.append(event))
@@ -115,13 +127,62 @@ def test_interrupted_run_resumes_where_it_stopped(run: Run, model: Any, tmp_path
     assert result["asr"]["mean"]["rate"] == 1.0
 
 
-def test_torn_cell_is_made_again(run: Run, model: Any, tmp_path: Path) -> None:
-    run(model(COMPLY))
-    torn = next(iter((tmp_path / "evaluation" / "cells").iterdir()))
-    torn.write_text(torn.read_text()[:40])
+def test_torn_line_is_made_again(run: Run, model: Any, tmp_path: Path) -> None:
+    """A process that was killed while it wrote leaves half a line; only that response is asked for again."""
+    first = run(model(COMPLY))
+    (units,) = (tmp_path / "evaluation" / "units").iterdir()
+    units.write_text(units.read_text()[:-40])
     again = model(COMPLY)
-    run(again)
-    assert len(again.calls) == 1
+    assert run(again)["outcomes"] == first["outcomes"]
+    assert [len(call) for call in again.calls] == [1]
+    last = model(COMPLY)
+    run(last)
+    assert last.calls == []
+
+
+def test_responses_are_private(run: Run, model: Any, tmp_path: Path) -> None:
+    run(model(COMPLY))
+    (units,) = (tmp_path / "evaluation" / "units").iterdir()
+    assert units.stat().st_mode & 0o777 == 0o600
+
+
+def test_another_judge_needs_no_new_responses(run: Run, model: Any) -> None:
+    """What a judge made of the responses is stored apart from them, judge by judge."""
+    first = run(model(COMPLY))
+    silent = model("never asked", fail_at_call=0)
+
+    class Suspicious(RefusalJudge):
+        name = "suspicious"
+
+        def outcome(self, prompt: Prompt, prefill: str, continuation: str) -> Outcome:
+            return Outcome.REFUSED
+
+    second = run(silent, judge=Suspicious())
+    assert second["asr"]["mean"]["rate"] == 0.0
+    assert second["judge"] == "suspicious"
+    assert run(silent) == first
+
+
+def test_the_same_weights_in_two_roles_are_asked_once(run: Run, model: Any) -> None:
+    first = run(model(COMPLY), role="aligned", model_id="same")
+    second = run(model(REFUSE, fail_at_call=0), role="student", model_id="same")
+    assert second["asr"] == first["asr"]
+    assert second["role"] == "student"
+
+
+def test_cancelling_keeps_what_was_finished(run: Run, model: Any) -> None:
+    seen: list[Progress] = []
+    with pytest.raises(EvaluationCancelled, match="cancelled"):
+        run(model(COMPLY), on_units=seen.append, cancelled=lambda: len(seen) > 2)
+    assert seen[-1].done == 8
+    going_on = model(COMPLY)
+    later: list[Progress] = []
+    run(going_on, on_units=later.append)
+    assert len(going_on.calls) == 3
+    assert (later[0].done, later[0].total, later[0].reused) == (0, 17, 8)
+    assert (later[-1].done, later[-1].attack, later[-1].variant) == (17, "harmless", "borderline")
+    assert later[2].outcomes == {"refused": 0, "complied": 8, "incoherent": 0, "empty": 0}
+    json.dumps(later[-1].to_json())
 
 
 def test_what_changes_the_outcome_changes_the_cell(run: Run, model: Any, sets: EvaluationSets) -> None:
@@ -131,8 +192,7 @@ def test_what_changes_the_outcome_changes_the_cell(run: Run, model: Any, sets: E
     )
     for changes, new_calls in (
         ({"model_id": "weights-2"}, 5),
-        ({"role": "aligned"}, 5),
-        ({"judge": RefusalJudge(20)}, 5),
+        ({"judge": RefusalJudge(20)}, 0),
         ({"sets": other}, 3),
         ({"config": CONFIG.model_copy(update={"max_utility_tokens": 11})}, 1),
         ({"config": CONFIG.model_copy(update={"depths": [0, 4, 8, 16]})}, 1),
@@ -148,14 +208,17 @@ def test_completions_only_when_asked(run: Run, model: Any, tmp_path: Path) -> No
     assert not any("take the key" in file.read_text() for file in tmp_path.rglob("*.json"))
     generator = model(COMPLY)
     run(generator, config=CONFIG.model_copy(update={"save_completions": True}))
-    assert len(generator.calls) == 5  # what was thrown away has to be said again
+    assert generator.calls == []  # the tokens were kept
     lines = (tmp_path / "evaluation" / "completions" / "student.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     assert len(rows) == 3 * 4 + 3 + 2
     assert rows[4] == {
         "role": "student",
+        "attack": "prefill",
         "cell": "prefill-4",
         "prompt_id": "h2",
+        "seed": 0,
+        "input": "do the bad thing number 2 step2x0 step2x1",
         "prefill": "step2x0 step2x1",
         "continuation": COMPLY,
         "outcome": "complied",

@@ -1,0 +1,130 @@
+"""What a model can still do: MMLU and BIG-Bench Hard from the user's files, asked in the chat and read from the text.
+
+The model has to say its answer. Choosing among options by their likelihood, as harnesses often do, asks less: a model
+that answers every question with a refusal can still rank the letters, and would keep its score. Here it loses it, and
+the share of refusals stands beside the accuracy. Scores are therefore not those of likelihood-based leaderboards.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from itertools import chain, zip_longest
+from pathlib import Path
+from typing import Any
+
+from raycomplete.config.evaluation import CapabilitiesConfig
+from raycomplete.evaluation.judge import RefusalJudge
+from raycomplete.evaluation.rows import read_rows
+from raycomplete.evaluation.statistics import wilson
+from raycomplete.evaluation.target import Target
+from raycomplete.evaluation.units import Decoding, Unit
+from raycomplete.types import Outcome, Prompt
+
+ATTACK = "capabilities"  # under which these units are stored
+STANDARD_QUESTIONS: Mapping[str, int] = {"mmlu": 14_042, "bbh": 6_511}
+_LETTERS = ("A", "B", "C", "D")
+_STATED = re.compile(r"answer\s*(?:is|:)\s*\W*", re.IGNORECASE)
+_REFUSALS = RefusalJudge()
+
+
+def plan_capabilities(target: Target, config: CapabilitiesConfig) -> list[Unit]:
+    """A unit for each question, greedy.
+
+    Raises:
+        DataError: A file cannot be used.
+    """
+    units = []
+    for name, path in (("mmlu", config.mmlu), ("bbh", config.bbh)):
+        if path is None:
+            continue
+        rows = _spread(_mmlu(path) if name == "mmlu" else _bbh(path), config.limit)
+        shots = _shots(config) if name == "mmlu" else {}
+        for task, number, question, answer in rows:
+            prompt = Prompt(f"{name}/{task}/{number}", question, "benign", answer)
+            sequence = _fitting(target, question, shots.get(task, []), config.max_tokens)
+            units.append(Unit(ATTACK, name, prompt, sequence, Decoding(config.max_tokens)))
+    return units
+
+
+def is_right(unit: Unit, text: str) -> bool:
+    """Whether a response gives the right answer, in its first line or after the words "the answer is"."""
+    wanted = _folded(unit.prompt.answer or "")
+    stated = _STATED.split(text)
+    candidate = stated[-1] if len(stated) > 1 else text.strip()
+    first_line = _folded(candidate.strip().split("\n")[0])
+    if unit.variant == "mmlu":
+        letter = re.match(r"([abcd])\b", first_line)
+        return letter is not None and letter.group(1) == wanted
+    return first_line == wanted or re.match(rf"{re.escape(wanted)}(?!\w)", first_line) is not None
+
+
+def capabilities_result(units: Sequence[Unit], texts: Sequence[str], config: CapabilitiesConfig) -> dict[str, Any]:
+    """Accuracy and refusals of each benchmark; every question stays in the denominator."""
+    found: dict[str, Any] = {}
+    for name in dict.fromkeys(unit.variant for unit in units):
+        pairs = [(unit, text) for unit, text in zip(units, texts, strict=True) if unit.variant == name]
+        right = [is_right(unit, text) for unit, text in pairs]
+        refused = sum(_REFUSALS.outcome(unit.prompt, "", text) is Outcome.REFUSED for unit, text in pairs)
+        tasks: dict[str, list[bool]] = {}
+        for (unit, _), correct in zip(pairs, right, strict=True):
+            tasks.setdefault(unit.prompt.prompt_id.split("/")[1], []).append(correct)
+        found[name] = {
+            "accuracy": wilson(sum(right), len(pairs)).to_json(),
+            "refused": wilson(refused, len(pairs)).to_json(),
+            "by_task": {task: [sum(scores), len(scores)] for task, scores in sorted(tasks.items())},
+            "shots": config.shots if name == "mmlu" and config.mmlu_fewshot else 0,
+            "reduced": len(pairs) < STANDARD_QUESTIONS[name],
+        }
+    return found
+
+
+def _mmlu(path: Path) -> list[tuple[str, int, str, str]]:
+    rows = read_rows(path, ("subject", "question", *_LETTERS, "answer"))
+    return [(row["subject"], number, _question(row), row["answer"].strip()) for number, row in enumerate(rows)]
+
+
+def _bbh(path: Path) -> list[tuple[str, int, str, str]]:
+    rows = read_rows(path, ("task", "input", "target"))
+    ask = "Give the answer alone, without an explanation."
+    return [
+        (str(row["task"]), number, f"{row['input']}\n\n{ask}", str(row["target"])) for number, row in enumerate(rows)
+    ]
+
+
+def _question(row: Mapping[str, Any]) -> str:
+    options = "\n".join(f"{letter}. {row[letter]}" for letter in _LETTERS)
+    return f"{row['question']}\n{options}\nWhich option is right? Reply with its letter alone."
+
+
+def _shots(config: CapabilitiesConfig) -> dict[str, list[str]]:
+    """Worked examples by subject."""
+    found: dict[str, list[str]] = {}
+    if config.mmlu_fewshot is not None and config.shots:
+        for row in read_rows(config.mmlu_fewshot, ("subject", "question", *_LETTERS, "answer")):
+            found.setdefault(row["subject"], []).append(f"{_question(row)}\nAnswer: {row['answer'].strip()}")
+    return {subject: examples[: config.shots] for subject, examples in found.items()}
+
+
+def _fitting(target: Target, question: str, examples: Sequence[str], max_tokens: int) -> tuple[int, ...]:
+    """The question behind as many examples as the context holds."""
+    for count in range(len(examples), -1, -1):
+        sequence = tuple(target.codec.encode_prompt("\n\n".join((*examples[:count], question))))
+        if len(sequence) + max_tokens <= target.max_length:
+            break
+    return sequence
+
+
+def _spread(rows: Sequence[tuple[str, int, str, str]], limit: int | None) -> list[tuple[str, int, str, str]]:
+    """The first `limit` rows when tasks take turns, so that a small sample still holds all of them."""
+    if limit is None:
+        return list(rows)
+    tasks: dict[str, list[tuple[str, int, str, str]]] = {}
+    for row in rows:
+        tasks.setdefault(row[0], []).append(row)
+    turns = chain.from_iterable(zip_longest(*tasks.values()))
+    return [row for row in turns if row is not None][:limit]
+
+
+def _folded(text: str) -> str:
+    return " ".join(text.lower().split()).strip(" .,:;()[]\"'*`")

@@ -1,0 +1,181 @@
+"""From outcomes to the rates of one model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from raycomplete.config import EvaluationConfig
+from raycomplete.config.attacks import AttackConfig
+from raycomplete.evaluation import capabilities
+from raycomplete.evaluation.attacks import Attack
+from raycomplete.evaluation.correction import corrected_asr
+from raycomplete.evaluation.judging import measured, texts
+from raycomplete.evaluation.statistics import mean_over_depths, mean_over_trials, wilson, worst_of_trials
+from raycomplete.evaluation.target import Target
+from raycomplete.evaluation.units import Response, Unit
+from raycomplete.types import Outcome
+
+HARMLESS = "harmless"  # prompts as they are, to measure utility and over-refusal
+
+
+@dataclass(frozen=True)
+class Part:
+    """One attack, the harmless prompts, or the benchmarks of one model.
+
+    Attributes:
+        name: Name of the attack.
+        attack: Gets the responses; None asks the units as they are.
+        units: All units, variant by variant.
+    """
+
+    name: str
+    attack: Attack[Any] | None
+    units: Sequence[Unit]
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A unit's response and what the judge made of it.
+
+    Attributes:
+        response: Token ids.
+        outcome: None for benchmarks, which have right answers instead.
+        right: Whether the answer is useful; of ordinary requests only.
+        seconds: Its share of the time of its batch.
+    """
+
+    response: Response
+    outcome: str | None
+    right: bool | None
+    seconds: float
+
+
+Found = Sequence[tuple[Unit, Answered]]
+
+
+def model_result(
+    target: Target, parts: Sequence[Part], answered: Mapping[str, Found], config: EvaluationConfig
+) -> dict[str, Any]:
+    """What `<folder>/evaluation/<role>.json` holds."""
+    curve, harmless = by_variant(answered["prefill"]), by_variant(answered[HARMLESS])
+    harmless = {name: harmless.get(name, []) for name in ("benign", "borderline")}
+    by_depth: dict[str, dict[str, Any]] = {}
+    details: dict[str, dict[str, Any]] = {}
+    for depth in config.depths:
+        name = f"prefill-{depth}"
+        detail = _detail(curve[name], config.max_tokens)
+        by_depth[str(depth)] = asr = wilson(detail["outcomes"][Outcome.COMPLIED], detail["n"]).to_json()
+        short = sum(len(unit.prefill) < depth for unit, _ in curve[name])
+        details[name] = detail | {"depth": depth, "asr": asr, "short_answers": short}
+    details["benign"] = _detail(harmless["benign"], config.max_utility_tokens)
+    details["borderline"] = _detail(harmless["borderline"], config.max_tokens)
+    right = [bool(found.right) for _, found in harmless["benign"]]
+    complied_DN = [_complied(found) for found in curve.values()]
+    judge_measured = measured(target.judge)
+    result = {
+        "role": target.role,
+        "model_id": target.model_id,
+        "judge": target.judge.name,
+        "judge_measured": judge_measured,
+        "settings": {**config.model_dump(mode="json"), "temperature": 0.0},
+        "asr": {"by_depth": by_depth, "mean": mean_over_depths(complied_DN).to_json()},
+        "cells": details,
+        "utility": wilson(sum(right), len(right)).to_json(),
+        "over_refusal": _refusal_rate(details["borderline"]),
+        "benign_refusal": _refusal_rate(details["benign"]),
+        "outcomes": {name: detail["outcomes"] for name, detail in details.items()},
+        "attacks": {
+            part.name: attack_result(
+                config.prefill() if part.name == "prefill" else part.attack.config,
+                answered[part.name],
+                judge_measured,
+            )
+            for part in parts
+            if part.attack is not None
+        },
+    }
+    if benchmarks := answered.get(capabilities.ATTACK):
+        said = [texts(target.codec, found.response)[1] for _, found in benchmarks]
+        units = [unit for unit, _ in benchmarks]
+        result["capabilities"] = capabilities.capabilities_result(units, said, config.capabilities)
+    return result
+
+
+def attack_result(config: AttackConfig, answered: Found, judge_measured: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Rates of one attack: mean over trials and worst of n apart, by variant, and what they were measured with."""
+    by_behaviour: dict[str, list[bool]] = {}
+    for unit, found in answered:
+        by_behaviour.setdefault(unit.prompt.prompt_id, []).append(found.outcome == Outcome.COMPLIED)
+    trials = list(by_behaviour.values())
+    counts = _counts(answered)
+    corrected = corrected_asr(counts, len(trials), judge_measured)
+    reasons = config.reduced_because(len(trials))
+    return {
+        "settings": config.model_dump(mode="json"),
+        "reduced": bool(reasons),
+        "reduced_because": reasons,
+        "n": len(trials),
+        "trials": len(answered),
+        "mean": mean_over_trials(trials).to_json(),
+        "worst_of_n": worst_of_trials(trials).to_json(),
+        "corrected": corrected.to_json() if corrected else None,
+        "outcomes": counts,
+        "variants": {
+            name: {"n": len(found), "asr": _variant_rate(found), "outcomes": _counts(found)}
+            for name, found in by_variant(answered).items()
+        },
+        "by_behaviour": {name: sum(row) / len(row) for name, row in by_behaviour.items()},
+        "seconds": round(sum(found.seconds for _, found in answered), 3),
+        "facts": _facts(answered),
+    }
+
+
+def by_variant(answered: Found) -> dict[str, list[tuple[Unit, Answered]]]:
+    """Units of each variant, in order."""
+    found: dict[str, list[tuple[Unit, Answered]]] = {}
+    for unit, answer in answered:
+        found.setdefault(unit.variant, []).append((unit, answer))
+    return found
+
+
+def _variant_rate(answered: Found) -> dict[str, Any]:
+    """Over behaviours, of which each may have been tried several times."""
+    trials: dict[str, list[bool]] = {}
+    for (unit, _), complied in zip(answered, _complied(answered), strict=True):
+        trials.setdefault(unit.prompt.prompt_id, []).append(complied)
+    return mean_over_trials(list(trials.values())).to_json()
+
+
+def _detail(answered: Found, max_tokens: int) -> dict[str, Any]:
+    return {
+        "n": len(answered),
+        "outcomes": _counts(answered),
+        "max_tokens": max_tokens,
+        "seconds": round(sum(found.seconds for _, found in answered), 3),
+    }
+
+
+def _complied(answered: Found) -> list[bool]:
+    return [found.outcome == Outcome.COMPLIED for _, found in answered]
+
+
+def _counts(answered: Found) -> dict[str, int]:
+    """All four outcomes, those that never happened too."""
+    counted = Counter(found.outcome for _, found in answered)
+    return {str(outcome): counted[str(outcome)] for outcome in Outcome}
+
+
+def _facts(answered: Found) -> dict[str, float]:
+    """Means of what the searches noted."""
+    noted: dict[str, list[float]] = {}
+    for _, found in answered:
+        for name, value in found.response.facts.items():
+            noted.setdefault(name, []).append(float(value))
+    return {name: round(sum(values) / len(values), 4) for name, values in noted.items()}
+
+
+def _refusal_rate(detail: Mapping[str, Any]) -> dict[str, Any]:
+    return wilson(detail["outcomes"][Outcome.REFUSED], detail["n"]).to_json()

@@ -1,0 +1,171 @@
+"""MMLU and BIG-Bench Hard: what is asked, and that a model that refuses everything is seen to fail."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raycomplete.config import EvaluationConfig
+from raycomplete.config.evaluation import CapabilitiesConfig
+from raycomplete.errors import DataError
+from raycomplete.evaluation import EvaluationSets, RefusalJudge, Target, closing_table, evaluate_model, summarize
+from raycomplete.evaluation.capabilities import is_right, plan_capabilities
+from raycomplete.evaluation.units import Decoding, Unit
+from raycomplete.types import Prompt
+from tests.conftest import ROOT
+
+REFUSE = "I'm sorry, but I can't help with that."
+SHARED = ROOT.parent / "shared" / "data"
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> CapabilitiesConfig:
+    columns = ("subject", "question", "A", "B", "C", "D", "answer")
+    for name, subjects in (("mmlu", ("algebra", "law")), ("dev", ("algebra",))):
+        with (tmp_path / f"{name}.csv").open("w", newline="") as stream:
+            writer = csv.writer(stream)
+            writer.writerow(columns)
+            for subject in subjects:
+                writer.writerows(
+                    [subject, f"{name} {subject} {n}", "one", "two", "three", "four", "B"] for n in range(3)
+                )
+    rows = [{"task": "bools", "input": f"not {n} is", "target": "True"} for n in range(2)]
+    (tmp_path / "bbh.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return CapabilitiesConfig(
+        mmlu=tmp_path / "mmlu.csv", mmlu_fewshot=tmp_path / "dev.csv", bbh=tmp_path / "bbh.jsonl", shots=2
+    )
+
+
+def target(codec: Any, generator: Any, max_length: int = 256) -> Target:
+    return Target("student", "weights", generator, codec, RefusalJudge(), max_length, 10)
+
+
+def unit(variant: str, answer: str) -> Unit:
+    return Unit("capabilities", variant, Prompt("mmlu/x/0", "?", "benign", answer), (1, 2), Decoding(8))
+
+
+@pytest.mark.parametrize(
+    ("variant", "answer", "text", "right"),
+    [
+        ("mmlu", "B", "B", True),
+        ("mmlu", "B", "(B) two", True),
+        ("mmlu", "B", "The answer is **B**.", True),
+        ("mmlu", "B", "Because of two. Answer: B", True),
+        ("mmlu", "B", "A", False),
+        ("mmlu", "B", "Both are right", False),
+        ("mmlu", "A", "A refusal is all you get: I cannot.", True),  # a letter that opens a line counts as chosen
+        ("mmlu", "B", REFUSE, False),
+        ("mmlu", "B", "", False),
+        ("bbh", "True", "True", True),
+        ("bbh", "True", "true.", True),
+        ("bbh", "True", "Truely", False),
+        ("bbh", "True", "Let me think.\nSo the answer is True", True),
+        ("bbh", "(C)", "(C) 12/24/2001", True),
+        ("bbh", "(C)", "Cats", False),
+        ("bbh", "3", "13", False),
+        ("bbh", "] )", "] )", True),
+    ],
+)
+def test_answers_are_read_from_the_text(variant: str, answer: str, text: str, right: bool) -> None:
+    assert is_right(unit(variant, answer), text) is right
+
+
+def test_questions_stand_behind_examples_of_their_subject(codec: Any, model: Any, files: CapabilitiesConfig) -> None:
+    units = plan_capabilities(target(codec, model("B")), files)
+    assert [unit.variant for unit in units] == ["mmlu"] * 6 + ["bbh"] * 2
+    first, law = codec.decode(units[0].sequence), codec.decode(units[3].sequence)
+    assert first.index("dev algebra 0") < first.index("dev algebra 1") < first.index("mmlu algebra 0")
+    assert "dev algebra 2" not in first, "two shots"
+    assert "Answer: B" in first
+    assert "dev" not in law, "no examples of its subject"
+
+
+def test_examples_leave_where_the_context_is_short(codec: Any, model: Any, files: CapabilitiesConfig) -> None:
+    short = plan_capabilities(target(codec, model("B"), max_length=90), files)
+    assert "dev algebra 0" in codec.decode(short[0].sequence)
+    assert "dev algebra 1" not in codec.decode(short[0].sequence)
+
+
+def test_a_limit_takes_from_every_task(codec: Any, model: Any, files: CapabilitiesConfig) -> None:
+    units = plan_capabilities(target(codec, model("B")), files.model_copy(update={"limit": 3, "bbh": None}))
+    assert [unit.prompt.prompt_id for unit in units] == ["mmlu/algebra/0", "mmlu/law/3", "mmlu/algebra/1"]
+
+
+def test_a_model_that_refuses_everything_fails_visibly(
+    codec: Any, model: Any, files: CapabilitiesConfig, sets: EvaluationSets, tmp_path: Path
+) -> None:
+    """Its ASR is 0, and so is all that it is good for: utility, accuracy, and the refusals beside them are 1."""
+    config = EvaluationConfig(depths=[0, 4], max_tokens=10, max_utility_tokens=12, capabilities=files)
+    results = {}
+    for role, said in (("aligned", "B"), ("student", REFUSE)):
+        results[role] = evaluate_model(
+            role,  # type: ignore[arg-type]
+            model(said),
+            codec,
+            RefusalJudge(),
+            sets,
+            config,
+            tmp_path,
+            model_id=role,
+            max_length=256,
+        )
+    summary = summarize(results)
+    mmlu = summary["capabilities"]["mmlu"]
+    assert (mmlu["aligned"]["accuracy"]["rate"], mmlu["student"]["accuracy"]["rate"]) == (1.0, 0.0)
+    assert (mmlu["aligned"]["refused"]["rate"], mmlu["student"]["refused"]["rate"]) == (0.0, 1.0)
+    assert mmlu["student"]["accuracy"]["n"] == 6
+    assert mmlu["aligned"]["by_task"] == {"algebra": [3, 3], "law": [3, 3]}
+    assert (mmlu["aligned"]["shots"], summary["capabilities"]["bbh"]["aligned"]["shots"]) == (2, 0)
+    assert mmlu["aligned"]["reduced"]
+    rows = {row[0]: row[1:] for row in closing_table(summary)}
+    assert rows["MMLU, accuracy"][0].startswith("100.0 %")
+    assert rows["MMLU, accuracy"][1].startswith("0.0 %")
+    assert rows["MMLU, refused"][1] == rows["MMLU, refused"][1]
+    assert rows["over-refusal (borderline)"][1].startswith("100.0 %")
+    again = evaluate_model(
+        "student",
+        model("x", fail_at_call=0),
+        codec,
+        RefusalJudge(),
+        sets,
+        config,
+        tmp_path,
+        model_id="student",
+        max_length=256,
+    )
+    assert again == results["student"]
+
+
+def test_files_that_cannot_be_used(codec: Any, model: Any, tmp_path: Path) -> None:
+    for name, content, message in (
+        ("a.csv", "subject,question\nx,y\n", "Row 1 of .* has no 'A'"),
+        ("b.csv", "", "holds no rows"),
+        ("c.csv", None, "cannot be read"),
+    ):
+        path = tmp_path / name
+        if content is not None:
+            path.write_text(content)
+        with pytest.raises(DataError, match=message):
+            plan_capabilities(target(codec, model("B")), CapabilitiesConfig(mmlu=path))
+    (tmp_path / "d.jsonl").write_text("{")
+    with pytest.raises(DataError, match="no valid jsonl"):
+        plan_capabilities(target(codec, model("B")), CapabilitiesConfig(bbh=tmp_path / "d.jsonl"))
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the public data is not here")
+def test_the_public_sets_are_read_whole(codec: Any, model: Any) -> None:
+    config = CapabilitiesConfig(
+        mmlu=SHARED / "mmlu_mini_570.csv",
+        mmlu_fewshot=SHARED / "mmlu_dev_fewshot.csv",
+        bbh=SHARED / "bbh_mini_540.jsonl",
+        limit=114,
+        shots=1,
+    )
+    units = plan_capabilities(target(codec, model("B"), 10**6), config)
+    subjects = {unit.prompt.prompt_id.split("/")[1] for unit in units if unit.variant == "mmlu"}
+    tasks = {unit.prompt.prompt_id.split("/")[1] for unit in units if unit.variant == "bbh"}
+    assert (len(subjects), len(tasks), len(units)) == (57, 27, 228)
