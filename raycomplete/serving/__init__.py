@@ -1,0 +1,1 @@
+"""Evaluations over HTTP, on Ray Serve: a queue that survives restarts, its runners, and a web page."""

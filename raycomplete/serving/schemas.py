@@ -1,0 +1,206 @@
+"""Bodies of the HTTP interface."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
+
+from raycomplete.config.attacks import ATTACKS
+from raycomplete.serving.tables import State
+from raycomplete.types import MODEL_ROLES, ModelRole
+
+ModelSpec = Annotated[str, Field(min_length=1, max_length=1024)]
+
+
+def _attack_schema() -> dict[str, Any]:
+    """A name, or a mapping of name and settings, for every attack that there is."""
+    objects = []
+    for name, section in ATTACKS.items():
+        schema = section.model_json_schema(ref_template="#/components/schemas/{model}")
+        schema["properties"]["name"] = {"const": name}
+        schema["required"] = sorted({"name", *schema.get("required", ())})
+        objects.append(schema)
+    # Those that need a setting cannot be asked for by name alone.
+    plain = [name for name, section in ATTACKS.items() if not section.model_json_schema().get("required")]
+    return {"anyOf": [{"enum": plain}, *objects]}
+
+
+Attack = Annotated[str | dict[str, Any], WithJsonSchema(_attack_schema())]
+
+
+class Body(BaseModel):
+    """Unknown keys are an error, and so is text that no encoding can carry."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _can_be_stored(cls, tree: Any) -> Any:
+        if isinstance(tree, dict):
+            try:
+                json.dumps(tree, ensure_ascii=False, allow_nan=False).encode()
+            except (UnicodeEncodeError, ValueError, RecursionError) as error:
+                raise ValueError("the body holds NaN, infinity, a lone surrogate or too deep a nesting") from error
+        return tree
+
+
+class ModelChoice(Body):
+    """Checkpoints instead of those of the server's run file."""
+
+    base: ModelSpec | None = None
+    aligned: ModelSpec | None = None
+    student: ModelSpec | None = None
+
+
+class EvaluationRequest(Body):
+    """What to evaluate. Whatever is left out is as in the server's run file.
+
+    Attributes:
+        attacks: Names, or mappings of name and settings; the prefill-depth curve is always measured.
+    """
+
+    label: str = Field("", max_length=200, description="your own name for it")
+    models: ModelChoice = Field(default_factory=ModelChoice)
+    roles: list[ModelRole] = Field(
+        default_factory=lambda: list(MODEL_ROLES),
+        min_length=1,
+        max_length=3,
+        json_schema_extra={"uniqueItems": True},
+    )
+    attacks: list[Attack] | None = Field(None, max_length=len(ATTACKS))
+    depths: list[Annotated[int, Field(ge=0, le=4096)]] | None = Field(None, min_length=1, max_length=64)
+    max_tokens: int | None = Field(None, ge=1, le=4096, description="tokens that a model may add to a prefill")
+    prompts: int | None = Field(None, ge=1, description="held-out prompts of each kind")
+    attack_prompts: int | None = Field(None, ge=1, description="harmful prompts of attacks other than prefill")
+    seed: int | None = Field(None, ge=0, lt=2**31, description="draws the held-out prompts")
+    save_completions: bool | None = Field(None, description="keep what models said")
+
+
+class Problem(BaseModel):
+    """Why a request was not served.
+
+    Attributes:
+        known: What there is, where the request named something that there is not.
+    """
+
+    problem: str
+    remedy: str = ""
+    known: list[str] | None = None
+
+
+class EvaluationView(BaseModel):
+    """An evaluation as clients see it.
+
+    Attributes:
+        progress: Newest progress of each model, by role.
+        created: Seconds since the epoch, as `started` and `finished`.
+        error: Why it failed, or why an attempt did that will be repeated.
+    """
+
+    id: str
+    label: str
+    state: State
+    cancelling: bool
+    attempts: int
+    error: str | None
+    progress: dict[str, dict[str, Any]]
+    request: dict[str, Any]
+    created: float
+    started: float | None
+    finished: float | None
+
+
+class EvaluationDetail(EvaluationView):
+    """One evaluation with its results: the run's `summary.json`, once there is one."""
+
+    results: dict[str, Any] | None
+
+
+class EvaluationPage(BaseModel):
+    """Evaluations, newest first. `next` is the `before` of the following page; None on the last."""
+
+    items: list[EvaluationView]
+    total: int
+    next: int | None
+
+
+class Sample(BaseModel):
+    """One response of a model.
+
+    Attributes:
+        prefill: The attacker's part of the answer; None where it is withheld.
+        continuation: What the model added; None where it is withheld.
+    """
+
+    role: str
+    attack: str
+    cell: str
+    prompt_id: str
+    seed: int
+    outcome: str
+    harmful: bool
+    prefill: str | None
+    continuation: str | None
+
+
+class SamplePage(BaseModel):
+    """Samples in the order of the evaluation. `saved` is false where the evaluation kept none."""
+
+    items: list[Sample]
+    total: int
+    saved: bool
+
+
+class Options(BaseModel):
+    """What this server allows."""
+
+    attacks: list[str]
+    models: list[str]
+    model_roots: list[str]
+    defaults: dict[str, Any]
+    max_prompts: int
+    show_harmful: bool
+    chat: bool
+
+
+class Health(BaseModel):
+    status: Literal["ok"]
+
+
+class CompletionRequest(Body):
+    """A prompt for the evaluated student. Temperature 0 is greedy."""
+
+    model: Literal["student"] = "student"
+    prompt: str = Field(min_length=1, max_length=20_000)
+    max_tokens: int = Field(64, ge=1, le=4096)
+    temperature: float = Field(0.0, ge=0, le=2)
+    top_p: float = Field(1.0, gt=0, le=1)
+    seed: int = Field(0, ge=0, lt=2**31)
+
+
+class CompletionText(BaseModel):
+    """What a chat backend returns."""
+
+    text: str
+    prompt_tokens: int
+    completion_tokens: int
+    finish_reason: Literal["stop", "length"]
+
+
+class CompletionChoice(BaseModel):
+    index: int
+    text: str
+    finish_reason: Literal["stop", "length"]
+
+
+class CompletionView(BaseModel):
+    """The answer, in the usual shape of completion endpoints."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: dict[str, int]

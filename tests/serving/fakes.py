@@ -1,0 +1,176 @@
+"""A backend that works like the real one, in milliseconds: units on disk, found again after a kill."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from raycomplete.config import RunConfig
+from raycomplete.errors import RefusedError, WorkError
+from raycomplete.files import PRIVATE, write_json, write_text
+from raycomplete.serving.backend import Cancelled, OnProgress
+from raycomplete.serving.schemas import CompletionRequest, CompletionText, EvaluationRequest
+
+NASTY = "<img src=x onerror=\"document.body.dataset.hacked='1'\"><script>document.body.dataset.hacked='2'</script>"
+
+
+def rate(successes: int, n: int) -> dict[str, float]:
+    value = successes / n
+    return {"rate": value, "n": n, "low": max(0.0, value - 0.1), "high": min(1.0, value + 0.1)}
+
+
+class FakeBackend:
+    """Each unit is a line in units.txt, which a later call finds.
+
+    Labels steer it: `slow` waits in every unit, `refuse` cannot be done, `fail` always fails, `flaky` fails once.
+
+    Args:
+        units: Of one model.
+        unit_s: Time for one unit of a `slow` evaluation.
+    """
+
+    def __init__(self, units: int = 6, unit_s: float = 0.1) -> None:
+        self.units = units
+        self.unit_s = unit_s
+
+    def run(self, request: EvaluationRequest, folder: Path, on_progress: OnProgress, cancelled: Cancelled) -> None:
+        folder.mkdir(exist_ok=True)
+        with (folder / "runs.txt").open("a") as lines:
+            lines.write(f"{os.getpid()}\n")
+        if request.label == "refuse":
+            raise RefusedError("The checkpoint is not there.", "Check the path.")
+        if request.label == "fail" or (request.label == "flaky" and len(self._lines(folder, "runs.txt")) == 1):
+            raise WorkError("The engine died.", "Try again.")
+        done = set(self._lines(folder, "units.txt"))
+        for role in request.roles:
+            reused = sum(unit.startswith(role) for unit in done)
+            for number in range(self.units):
+                unit = f"{role}-{number}"
+                if unit in done:
+                    continue
+                if cancelled():
+                    raise WorkError("Cancelled.")
+                if request.label == "slow":
+                    time.sleep(self.unit_s)
+                with (folder / "units.txt").open("a") as lines:
+                    lines.write(f"{unit}\n")
+                outcomes = {"refused": number + 1, "complied": 0, "incoherent": 0, "empty": 0}
+                on_progress(
+                    {
+                        "role": role,
+                        "attack": "prefill",
+                        "variant": f"prefill-{number}",
+                        "done": number + 1,
+                        "total": self.units,
+                        "reused": reused,
+                        "outcomes": outcomes,
+                    }
+                )
+        write_json(folder / "summary.json", fake_summary(request))
+        if request.save_completions:
+            self._save(request, folder)
+
+    @staticmethod
+    def _lines(folder: Path, name: str) -> list[str]:
+        file = folder / name
+        return file.read_text().splitlines() if file.exists() else []
+
+    @staticmethod
+    def _save(request: EvaluationRequest, folder: Path) -> None:
+        rows: list[Mapping[str, Any]] = [
+            {
+                "role": role,
+                "attack": attack,
+                "cell": f"{attack}-{number}",
+                "prompt_id": f"p{number}",
+                "seed": 0,
+                "prefill": "" if attack == "harmless" else "SECRET prefill",
+                "continuation": f"{NASTY} {role} {number}",
+                "outcome": "complied" if number % 2 else "refused",
+            }
+            for role in request.roles
+            for attack in ("prefill", "harmless")
+            for number in range(3)
+        ]
+        for role in request.roles:
+            text = "\n".join(json.dumps(row) for row in rows if row["role"] == role)
+            write_text(folder / "evaluation" / "completions" / f"{role}.jsonl", text + "\n", mode=PRIVATE)
+
+
+def fake_summary(request: EvaluationRequest) -> dict[str, Any]:
+    """What only the request decides, so that two evaluations of the same request can be compared."""
+    hits = {"base": 9, "aligned": 6, "student": 1}
+
+    def seeded(role: str, depth: int) -> int:
+        mixed = hashlib.sha256(f"{request.seed} {role} {depth}".encode()).digest()[0]
+        return min(10, hits[role] * (0 if depth == 0 and role != "base" else 1) + mixed % 2)
+
+    depths = request.depths or [0, 4, 16, 64]
+    roles = list(request.roles)
+    names = ["prefill", "templates", "gcg"]
+    return {
+        "asr": {
+            role: {
+                "by_depth": {str(depth): rate(seeded(role, depth), 10) for depth in depths},
+                "mean": rate(hits[role], 10),
+            }
+            for role in roles
+        },
+        "asr_reduction": 5 / 6,
+        "utility": {role: rate(9, 10) for role in roles},
+        "over_refusal": {role: rate(1, 10) for role in roles},
+        "judge": "patterns",
+        "attacks": {
+            name: {
+                role: {
+                    "reduced": name == "gcg",
+                    "reduced_because": ["steps 5 instead of 500"] if name == "gcg" else [],
+                    "n": 10,
+                    "trials": 40,
+                    "mean": rate(hits[role], 10),
+                    "worst_of_n": rate(min(10, hits[role] + 1), 10),
+                    "corrected": rate(hits[role], 10) if name == "prefill" else None,
+                    "outcomes": {"refused": 10 - hits[role], "complied": hits[role], "incoherent": 0, "empty": 0},
+                }
+                for role in roles
+            }
+            for name in names
+        },
+        "comparisons": [
+            {
+                "attack": "prefill",
+                "first": "student",
+                "second": "aligned",
+                "difference": -0.5,
+                "low": -0.7,
+                "high": -0.3,
+                "n": 10,
+                "resamples": 1000,
+            }
+        ],
+        "capabilities": {"mmlu": {role: {"accuracy": rate(5, 10), "reduced": True} for role in roles}},
+    }
+
+
+class FakeChat:
+    async def complete(self, request: CompletionRequest) -> CompletionText:
+        words = request.prompt.split()[: request.max_tokens]
+        return CompletionText(
+            text=" ".join(reversed(words)),
+            prompt_tokens=len(request.prompt.split()),
+            completion_tokens=len(words),
+            finish_reason="stop",
+        )
+
+
+def make_fake_backend(config: RunConfig) -> FakeBackend:
+    return FakeBackend(unit_s=0.25)
+
+
+def make_fake_chat(config: RunConfig) -> FakeChat:
+    return FakeChat()
