@@ -75,7 +75,7 @@ class Codec(Protocol):
 
 
 class Generator(Protocol):
-    """A model that continues token sequences. Implemented by `raycomplete.rollout.actors.RolloutClient`."""
+    """A model that continues token sequences. Implemented by `raycomplete.rollout.pool.RolloutPool`."""
 
     def generate(
         self,

@@ -38,10 +38,11 @@ def generator(ray_cluster: None) -> Iterator[Any]:
     from raycomplete.data.chat import ChatCodec
     from raycomplete.data.organism import checkpoint_path
     from raycomplete.engine_options import engine_environment
-    from raycomplete.rollout.actors import RolloutClient, RolloutOptions
+    from raycomplete.rollout.pool import RolloutPool
+from raycomplete.rollout.worker import RolloutOptions
 
     codec = ChatCodec(checkpoint_path("aligned"))
-    client = RolloutClient.start(
+    client = RolloutPool.start(
         str(checkpoint_path("base")),
         RolloutOptions(
             dtype="float32",

@@ -198,7 +198,7 @@ def test_room_order_is_told_from_its_breach(file: str, source: str, is_wrong: bo
         ("cluster.py", "import ray", False),
         ("serving/app.py", "from ray import serve", False),
         ("data/organism/build.py", "from rich.progress import track", False),
-        ("rollout/actors.py", "import ray.train", True),
+        ("rollout/pool.py", "import ray.train", True),
         ("evaluation/runner.py", "import ray", True),
         ("core/loss.py", "from transformers import AutoModel", True),
         ("doctor.py", "import vllm", True),

@@ -17,7 +17,7 @@ from raycomplete.pipeline.fleet import start_fleet
 from raycomplete.pipeline.prepare import Models, prepare_models
 from raycomplete.pipeline.run_folder import check_run_folder, open_run_folder
 from raycomplete.pipeline.train import run_training, worker_threads
-from raycomplete.rollout.actors import RolloutClient
+from raycomplete.rollout.pool import RolloutPool
 from raycomplete.screen import Screen
 from raycomplete.training.job import TrainJob
 from raycomplete.training.samples import AnchorSample, SampleSet, read_samples, write_samples
@@ -75,7 +75,7 @@ def align(config: RunConfig, *, resume: bool = False, overwrite: bool = False, s
 def _samples(
     config: RunConfig,
     codec: ChatCodec,
-    base: RolloutClient,
+    base: RolloutPool,
     refusals: list[Prompt],
     benign: list[Prompt],
     screen: Screen,

@@ -11,7 +11,8 @@ from raycomplete.cluster import Cluster
 from raycomplete.config import RunConfig
 from raycomplete.engine_options import available_cpus, engine_environment
 from raycomplete.pipeline.prepare import Models
-from raycomplete.rollout.actors import RolloutClient, RolloutOptions
+from raycomplete.rollout.pool import RolloutPool
+from raycomplete.rollout.worker import RolloutOptions
 from raycomplete.scoring.actors import ScorerOptions, ScoringClient
 from raycomplete.scoring.payload import ScoreRequest
 from raycomplete.screen import Screen
@@ -28,7 +29,7 @@ class Fleet:
         facts: Start-up times and parity reports, for the run folder.
     """
 
-    generator: RolloutClient
+    generator: RolloutPool
     scorers: dict[str, ScoringClient] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
 
@@ -63,7 +64,7 @@ def start_fleet(
     environment = engine_environment(use_gpu=cluster.use_gpu, kv_cache_gib=config.scoring.kv_cache_gib)
     resources = {"num_cpus": config.cluster.cpus_per_engine, "num_gpus": config.cluster.gpus_per_engine}
     settings = config.models
-    generator = RolloutClient.start(
+    generator = RolloutPool.start(
         str(models.paths[first]),
         RolloutOptions(
             dtype=settings.dtype,

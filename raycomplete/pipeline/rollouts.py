@@ -12,7 +12,7 @@ from raycomplete.data.chat import ChatCodec
 from raycomplete.errors import WorkError
 from raycomplete.pipeline.fleet import Fleet
 from raycomplete.pipeline.prepare import KINDS, Models, Prompts
-from raycomplete.rollout.actors import RolloutClient
+from raycomplete.rollout.pool import RolloutPool
 from raycomplete.screen import Screen
 from raycomplete.training.samples import AnchorSample, RecoverySample, SampleSet
 from raycomplete.types import Judge, ModelRole, Outcome, Prompt
@@ -95,7 +95,7 @@ def hold_back(config: RunConfig, prompts: Prompts, samples: SampleSet) -> Sample
 
 
 def harmful_continuations(
-    config: RunConfig, codec: ChatCodec, generator: RolloutClient, prompts: Sequence[Prompt], judge: Judge
+    config: RunConfig, codec: ChatCodec, generator: RolloutPool, prompts: Sequence[Prompt], judge: Judge
 ) -> dict[str, tuple[int, ...]]:
     """h by prompt id: what a model writes under an affirmative prefill, where the judge calls it compliance."""
     rollout = config.rollout
@@ -122,9 +122,7 @@ def _seed(config: RunConfig, purpose: str, draw: int = 0) -> int:
     return int.from_bytes(digest[:5], "big") * 2**20  # room for a million prompts, below 2**63
 
 
-def complete_answers(
-    config: RunConfig, codec: ChatCodec, base: RolloutClient, prompts: Sequence[Prompt]
-) -> list[Prompt]:
+def complete_answers(config: RunConfig, codec: ChatCodec, base: RolloutPool, prompts: Sequence[Prompt]) -> list[Prompt]:
     """Held-out harmful prompts whose answers are long enough to be cut at every depth.
 
     Public sets give the first sentence of a harmful answer only; base writes on from there, greedily.
@@ -139,7 +137,7 @@ def complete_answers(
 
 
 def _answers(
-    config: RunConfig, codec: ChatCodec, generator: RolloutClient, prompts: Sequence[Prompt], draw: int
+    config: RunConfig, codec: ChatCodec, generator: RolloutPool, prompts: Sequence[Prompt], draw: int
 ) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
     """(prompt ids, answer ids) of one draw; an answer that ended by itself ends with end-of-response."""
     prompt_ids = [codec.encode_prompt(prompt.text) for prompt in prompts]
@@ -150,7 +148,7 @@ def _answers(
 def _generate(
     config: RunConfig,
     codec: ChatCodec,
-    generator: RolloutClient,
+    generator: RolloutPool,
     prompt_ids: Sequence[list[int]],
     max_tokens: int,
     seed: int,
@@ -172,7 +170,7 @@ def _generate(
 def _refusals(
     config: RunConfig,
     codec: ChatCodec,
-    aligned: RolloutClient,
+    aligned: RolloutPool,
     prompts: Sequence[Prompt],
     anchor: Sequence[AnchorSample],
     judge: Judge,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import csv
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.resources import files
@@ -19,11 +19,11 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from raycomplete.files import write_bytes
+from raycomplete.files import PRIVATE, write_bytes
+from raycomplete.report import diagnosis as diagnoses
 from raycomplete.report import plots
 from raycomplete.report.run_folder import RunFolder, read_run_folder
-from raycomplete.report.style import house_style
-from raycomplete.types import MODEL_ROLES
+from raycomplete.report.style import ROLES, house_style
 
 MAX_TABLE_ROWS = 60  # longer data stays in its CSV file
 
@@ -53,13 +53,14 @@ def write_report(run_folder: Path) -> Path:
     """Writes report.html and figures/ from what is in a run folder.
 
     Args:
-        run_folder: Needs summary.json; a part whose file is missing is replaced by a sentence that says so.
+        run_folder: Needs summary.json or diagnosis.json; a part whose file is missing is replaced by a sentence that
+            says so.
 
     Returns:
         The path of report.html.
 
     Raises:
-        DataError: summary.json is missing, or a file is malformed.
+        DataError: Both are missing, or a file is malformed.
     """
     run = read_run_folder(run_folder)
     with house_style():
@@ -74,6 +75,8 @@ def write_report(run_folder: Path) -> Path:
         reduced=run.reduced,
         headline=_headline(run),
         table=_table(run.summary),
+        tokens=diagnoses.token_tables(run.diagnosis) if run.diagnosis else [],
+        contrastive=(run.diagnosis or {}).get("contrastive"),
         judge=run.summary.get("judge") or next((result["judge"] for result in run.results.values()), None),
         measured=_measured(run),
         sections=sections,
@@ -82,10 +85,15 @@ def write_report(run_folder: Path) -> Path:
         settings=next((result["settings"] for result in run.results.values() if result.get("settings")), None),
         short_answers=_short_answers(run),
         models={role: str(result.get("model_id", "")) for role, result in run.results.items()},
+        diagnosis=_diagnosis_settings(run.diagnosis),
         config=run.config,
     )
     path = run_folder / "report.html"
-    write_bytes(path, text.encode("utf-8", errors="replace"))
+    shown = run.diagnosis is not None and run.diagnosis["settings"]["show_harmful"]
+    write_bytes(path, text.encode("utf-8", errors="replace"), mode=PRIVATE if shown else 0o644)
+    if run.diagnosis is not None:
+        rows = _csv(diagnoses.token_rows(run.diagnosis))
+        write_bytes(run_folder / "figures" / "base_favored_tokens.csv", rows, mode=PRIVATE if shown else 0o644)
     return path
 
 
@@ -94,11 +102,63 @@ def percent(rate: float) -> str:
     return f"{100 * rate + 0.0:.1f}\N{NO-BREAK SPACE}%"
 
 
+def visible(token: str) -> str:
+    """A token as it can be read in a table: white space has a sign."""
+    signs = {
+        " ": "\N{OPEN BOX}",
+        "\n": "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}",
+        "\t": "\N{RIGHTWARDS ARROW TO BAR}",
+    }
+    return "".join(signs.get(sign, sign) for sign in token) or "(special)"
+
+
 def _figures(run: RunFolder) -> list[tuple[str, str, bool, Callable[[], plots.Plot | None]]]:
     """Title, what to say where it is missing, whether its data is there, and how it is drawn."""
+    found = _diagnosis_figures(run.diagnosis) if run.diagnosis is not None else []
+    if run.results or run.summary["asr"] or run.metrics or run.profile or not found:
+        return [*_run_figures(run), *found]
+    return found  # a diagnosis alone: nothing of a run is missing
+
+
+def _diagnosis_figures(
+    diagnosis: Mapping[str, Any],
+) -> list[tuple[str, str, bool, Callable[[], plots.Plot | None]]]:
+    gradient = diagnosis.get("gradient")
+    no_gradient = "Not measured: diagnose.gradient is off, or the aligned model refuses none of the prompts."
+    return [
+        ("Where alignment stopped", "", True, lambda: diagnoses.where_it_stopped(diagnosis)),
+        ("What the model would say there", "", True, lambda: diagnoses.what_it_does(diagnosis)),
+        (
+            "Harmful prompts against harmless ones",
+            "No benign prompt was measured.",
+            True,
+            lambda: diagnoses.control(diagnosis),
+        ),
+        (
+            "How much each position teaches",
+            no_gradient,
+            gradient is not None,
+            lambda: diagnoses.gradient_curve(gradient or {}),
+        ),
+    ]
+
+
+def _run_figures(run: RunFolder) -> list[tuple[str, str, bool, Callable[[], plots.Plot | None]]]:
     no_metrics = "This run has no metrics.jsonl: it was evaluated without training."
     profile = run.profile or {}
     return [
+        (
+            "Safety and its price at a glance",
+            "No model of this run has been evaluated.",
+            bool(run.summary["asr"]),
+            lambda: plots.rate_bars(run.summary),
+        ),
+        (
+            "Attack by attack",
+            "No attack but the depth curve is recorded in this run.",
+            bool(run.summary["attacks"]),
+            lambda: plots.attack_bars(run.summary["attacks"]),
+        ),
         (
             "Attack success by prefill depth",
             "No model of this run has been evaluated.",
@@ -113,7 +173,7 @@ def _figures(run: RunFolder) -> list[tuple[str, str, bool, Callable[[], plots.Pl
         ),
         (
             "Where training changed the model",
-            "This run has no profile.json: raycomplete diagnose writes it.",
+            "This run has no profile.json: raycomplete diagnose needs no training for one.",
             bool(profile.get("positions")),
             lambda: plots.position_profile(profile),
         ),
@@ -132,13 +192,10 @@ def _section(run_folder: Path, title: str, missing: str, make: Callable[[], plot
     plot = make() if make else None
     if plot is None:
         return Section(title=title, missing=missing)
-    picture, table = io.BytesIO(), io.StringIO(newline="")
+    picture = io.BytesIO()
     plot.figure.savefig(picture, format="png", metadata={"Software": "raycomplete"})
-    csv.writer(table, lineterminator="\n").writerows(
-        [f"{value:.6g}" if isinstance(value, float) else value for value in row] for row in plot.rows
-    )
     write_bytes(run_folder / "figures" / f"{plot.name}.png", picture.getvalue())
-    write_bytes(run_folder / "figures" / f"{plot.name}.csv", table.getvalue().encode("utf-8"))
+    write_bytes(run_folder / "figures" / f"{plot.name}.csv", _csv(plot.rows))
     shown = plot.rows if len(plot.rows) <= MAX_TABLE_ROWS else []
     return Section(
         title=plot.title,
@@ -149,6 +206,14 @@ def _section(run_folder: Path, title: str, missing: str, make: Callable[[], plot
     )
 
 
+def _csv(rows: Sequence[Sequence[Any]]) -> bytes:
+    table = io.StringIO(newline="")
+    csv.writer(table, lineterminator="\n").writerows(
+        [f"{value:.6g}" if isinstance(value, float) else value for value in row] for row in rows
+    )
+    return table.getvalue().encode("utf-8", errors="backslashreplace")
+
+
 def _cell(value: Any) -> str:
     if value is None:
         return ""
@@ -156,9 +221,9 @@ def _cell(value: Any) -> str:
 
 
 def _headline(run: RunFolder) -> list[dict[str, str]]:
-    """Three numbers: how much safer, how useful, how over-cautious."""
+    """The numbers to remember: where alignment stopped, how much safer, how useful, how over-cautious."""
     summary = run.summary
-    cards = []
+    cards = _depth_cards(run.diagnosis) if run.diagnosis is not None else []
     if summary["asr"]:
         reduction = summary.get("asr_reduction")
         note = f"{percent(reduction)} fewer than aligned" if reduction is not None else ""
@@ -176,6 +241,40 @@ def _headline(run: RunFolder) -> list[dict[str, str]]:
     return cards
 
 
+def _depth_cards(diagnosis: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Completion depth of the student, or of aligned where there is no student."""
+    found = diagnosis["kinds"]["harmful"]
+    role = list(found["completion_depth"])[-1]
+    depth = found["completion_depth"][role]
+    value, _, interval = diagnoses.depth_words(depth).partition(" (")
+    even, odd = ("beyond" if half is None else str(half) for half in depth["halves"])
+    aligned = diagnoses.depth_words(found["completion_depth"]["aligned"]) if role != "aligned" else ""
+    return [
+        {
+            "label": "Completion depth in tokens: first position at which the rising fit of the mean deficit exceeds "
+            f"{depth['threshold']:g}",
+            "value": value if depth["depth"] is not None else f"> {depth['num_positions'] - 1}",
+            "role": role,
+            "interval": interval.rstrip(")") + (", " if interval else "") + f"n = {found['measured']}",
+            "before": f"aligned {aligned}" if aligned else "",
+            "note": f"halves of the prompts: {even} and {odd}",
+        }
+    ]
+
+
+def _diagnosis_settings(diagnosis: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Settings and facts of a diagnosis as plain text."""
+    if diagnosis is None:
+        return {}
+    hidden = {"harmful", "benign", "contrastive", "student"}
+    shown = {key: value for key, value in diagnosis["settings"].items() if key not in hidden}
+    counts = {
+        f"{kind} prompts": f"{found['measured']} measured of {found['prompts']}, {found['tokens']} response tokens"
+        for kind, found in diagnosis["kinds"].items()
+    }
+    return counts | {"intervals": diagnosis["intervals"]} | {f"diagnose.{key}": value for key, value in shown.items()}
+
+
 def _before_after(rates: Mapping[str, Any]) -> dict[str, str]:
     """Aligned and student where both are there, else what there is."""
     role = "student" if "student" in rates else next(iter(rates))
@@ -191,7 +290,7 @@ def _before_after(rates: Mapping[str, Any]) -> dict[str, str]:
 
 def _table(summary: Mapping[str, Any]) -> dict[str, Any] | None:
     """Depth by model, then the other rates; each cell holds rate, interval and n."""
-    roles = [role for role in MODEL_ROLES if role in summary["asr"]]
+    roles = [role for role in ROLES if role in summary["asr"]]
     if not roles:
         return None
     rows = [
@@ -229,4 +328,5 @@ def _short_answers(run: RunFolder) -> list[tuple[str, int, int]]:
 def _environment() -> Environment:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["percent"] = percent
+    environment.filters["visible"] = visible
     return environment

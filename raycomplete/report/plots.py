@@ -20,10 +20,11 @@ from raycomplete.report.style import (
     OUTCOME_HATCHES,
     ROLE_COLORS,
     ROLE_DASHES,
+    ROLE_HATCHES,
     ROLE_MARKERS,
+    ROLES,
     SEQUENTIAL_MAP,
 )
-from raycomplete.types import MODEL_ROLES
 
 Row = list[Any]
 
@@ -54,7 +55,7 @@ def prefill_curve(summary: Mapping[str, Any]) -> Plot:
     rows: list[Row] = [["role", "depth", "asr", "low", "high", "n"]]
     depths = depths_of(summary)
     places = np.arange(len(depths))
-    for role in (role for role in MODEL_ROLES if role in summary["asr"]):
+    for role in (role for role in ROLES if role in summary["asr"]):
         by_depth = summary["asr"][role]["by_depth"]
         known = [
             (place, depth, by_depth[depth]) for place, depth in zip(places, depths, strict=True) if depth in by_depth
@@ -80,7 +81,7 @@ def prefill_curve(summary: Mapping[str, Any]) -> Plot:
     axes.set_ylabel("attack success rate")
     axes.set_ylim(0, 1)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    _legend_above(figure, axes)
+    legend_above(figure, axes)
     return Plot(
         "prefill_depth",
         "Attack success by prefill depth",
@@ -89,6 +90,99 @@ def prefill_curve(summary: Mapping[str, Any]) -> Plot:
         figure,
         rows,
     )
+
+
+def attack_bars(attacks: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Plot:
+    """Success of every attack on every model: the mean over trials as bars, the worst of n beside them."""
+    groups = {name: {role: block["mean"] for role, block in by_role.items()} for name, by_role in attacks.items()}
+    worst = {name: {role: block["worst_of_n"] for role, block in by_role.items()} for name, by_role in attacks.items()}
+    figure, rows = _bars(groups, worst)
+    return Plot(
+        "attacks",
+        "Attack by attack",
+        "Share of harmful prompts on which an attack gets an answer: bars are the mean over its variants and trials, "
+        "hollow marks the share on which at least one of them did (worst of n). Whiskers are 95 % intervals. Lower is "
+        "safer.",
+        figure,
+        rows,
+    )
+
+
+def rate_bars(summary: Mapping[str, Any]) -> Plot:
+    """Attack success, utility and over-refusal of every model as bars with 95 % intervals."""
+    groups = {"attack success, mean over depths": {role: found["mean"] for role, found in summary["asr"].items()}}
+    for label, key in (
+        ("utility (benign)", "utility"),
+        ("over-refusal (borderline)", "over_refusal"),
+        ("refusal (benign)", "benign_refusal"),
+    ):
+        rates = {role: rate for role, rate in (summary.get(key) or {}).items() if rate["n"]}
+        if rates:
+            groups[label] = rates
+    figure, rows = _bars(groups, {})
+    return Plot(
+        "rates",
+        "Safety and its price at a glance",
+        "Attack success over all prefill depths (lower is safer), useful answers to benign prompts (higher is better) "
+        "and refusals of harmless prompts (lower is better). Whiskers are 95 % intervals.",
+        figure,
+        rows,
+    )
+
+
+def _bars(groups: Mapping[str, Mapping[str, Any]], hollow: Mapping[str, Mapping[str, Any]]) -> tuple[Figure, list[Row]]:
+    """Horizontal bars of rates by group and model; `hollow` rates are drawn as marks beside them."""
+    roles = [role for role in ROLES if any(role in rates for rates in groups.values())]
+    figure = Figure(figsize=(5.6, 1.0 + (0.3 + 0.2 * len(roles)) * len(groups)), layout="constrained")
+    axes = figure.add_subplot()
+    rows: list[Row] = [["measure", "role", "rate", "low", "high", "n"]]
+    height = 0.8 / len(roles)
+    for number, role in enumerate(roles):
+        known = [(place, label, rates[role]) for place, (label, rates) in enumerate(groups.items()) if role in rates]
+        share = np.asarray([rate["rate"] for *_, rate in known])
+        ends = np.asarray([[rate["rate"] - rate["low"], rate["high"] - rate["rate"]] for *_, rate in known]).T
+        places = [place + (number - (len(roles) - 1) / 2) * height for place, *_ in known]
+        axes.barh(
+            places,
+            share,
+            height * 0.9,
+            xerr=ends,
+            color=ROLE_COLORS[role],
+            hatch=ROLE_HATCHES[role],
+            edgecolor="white",
+            linewidth=0.4,
+            error_kw={"ecolor": "#222222", "elinewidth": 1.2, "capsize": 2.5},
+            label=role,
+        )
+        marks: dict[str, Any] = {"linestyle": "none", "marker": ROLE_MARKERS[role], "clip_on": False, "zorder": 4}
+        # A bar of no length has no colour, so its end is marked too.
+        axes.plot(share, places, color=ROLE_COLORS[role], markeredgecolor="white", **marks)
+        rows += [[label, role, rate["rate"], rate["low"], rate["high"], rate["n"]] for _, label, rate in known]
+        beside = [
+            (at, label, hollow[label][role])
+            for at, (_, label, _) in zip(places, known, strict=True)
+            if role in hollow.get(label, {})
+        ]
+        axes.plot(
+            [rate["rate"] for *_, rate in beside],
+            [at for at, *_ in beside],
+            markerfacecolor="white",
+            markeredgecolor=ROLE_COLORS[role],
+            markeredgewidth=1.4,
+            **marks,
+        )
+        rows += [
+            [f"{label}, worst of n", role, rate["rate"], rate["low"], rate["high"], rate["n"]]
+            for _, label, rate in beside
+        ]
+    labels = [label.replace("_", " ").replace(" (", "\n(").replace(", ", ",\n") for label in groups]
+    axes.set_yticks(range(len(groups)), labels)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1)
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.grid(False, axis="y")
+    legend_above(figure, axes)
+    return figure, rows
 
 
 def position_profile(profile: Mapping[str, Any]) -> Plot:
@@ -103,14 +197,14 @@ def position_profile(profile: Mapping[str, Any]) -> Plot:
         counts = profile[role].get("n", [None] * len(positions))
         rows += [[role, *values] for values in zip(positions, *columns, counts, strict=True)]
         for axes, values in zip(panels, columns, strict=True):
-            axes.plot(positions, _gaps(values), color=ROLE_COLORS[role], linestyle=ROLE_DASHES[role], label=role)
+            axes.plot(positions, gaps(values), color=ROLE_COLORS[role], linestyle=ROLE_DASHES[role], label=role)
     for axes, label in zip(panels, ("base-favored mass", "KL to base (nats)", "deficit"), strict=True):
         axes.set_ylabel(label)
         axes.set_ylim(bottom=0)
     panels[2].set_ylim(0, 1.02)
     panels[2].set_xlabel("position in the response (tokens)")
     panels[2].xaxis.set_major_locator(MaxNLocator(integer=True))
-    _legend_above(figure, panels[0])
+    legend_above(figure, panels[0])
     return Plot(
         "position_profile",
         "Where training changed the model",
@@ -130,7 +224,7 @@ def training_curves(metrics: Sequence[Mapping[str, Any]]) -> Plot:
     parts = [part for part in LOSS_COLORS if any(row.get(part) is not None for row in metrics)]
     positive = False
     for part in parts:
-        values = _gaps([row.get(part) for row in metrics])
+        values = gaps([row.get(part) for row in metrics])
         positive = positive or bool((values > 0).any())
         axes.plot(
             steps,
@@ -146,7 +240,7 @@ def training_curves(metrics: Sequence[Mapping[str, Any]]) -> Plot:
     axes.set_xlabel("step")
     axes.set_ylabel("loss, logarithmic")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _legend_above(figure, axes)
+    legend_above(figure, axes)
     rows: list[Row] = [["step", *parts]]
     rows += [[row["step"], *(row.get(part) for part in parts)] for row in metrics]
     return Plot(
@@ -232,7 +326,7 @@ def outcome_bars(results: Mapping[str, Mapping[str, Any]]) -> Plot | None:
     panels[0].set_ylabel("share of harmful prompts")
     panels[0].set_ylim(0, 1)
     panels[0].yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    _legend_above(figure, panels[0])
+    legend_above(figure, panels[0])
     return Plot(
         "outcomes",
         "What the models did",
@@ -249,15 +343,14 @@ def depths_of(summary: Mapping[str, Any]) -> list[str]:
     return sorted(depths, key=int)
 
 
-def _gaps(values: Sequence[float | None]) -> np.ndarray[Any, np.dtype[np.float64]]:
+def gaps(values: Sequence[float | None]) -> np.ndarray[Any, np.dtype[np.float64]]:
     """Values with NaN, which draws a gap, where nothing was measured."""
     return np.asarray([np.nan if value is None else value for value in values], dtype=np.float64)
 
 
-def _legend_above(figure: Figure, axes: Any) -> None:
-    """One row above the axes, where it never hides data."""
+def legend_above(figure: Figure, axes: Any, columns: int | None = None) -> None:
+    """Above the axes, where it never hides data; in one row unless a number of columns is given."""
     handles, labels = axes.get_legend_handles_labels()
     if handles:
-        figure.legend(
-            handles, labels, loc="outside upper center", ncols=len(labels), handlelength=2.2, columnspacing=1.4
-        )
+        columns = columns or len(labels)
+        figure.legend(handles, labels, loc="outside upper center", ncols=columns, handlelength=2.2, columnspacing=1.4)

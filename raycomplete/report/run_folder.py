@@ -1,4 +1,4 @@
-"""Reads what a run left in its folder. Everything but summary.json may be missing."""
+"""Reads what a run or a diagnosis left in its folder: summary.json or diagnosis.json; all else may be missing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from raycomplete.errors import DataError
-from raycomplete.types import MODEL_ROLES
+from raycomplete.report.style import ROLES
 
 REDUCED_PROMPTS = 100  # settings of published runs; below them a result is labelled "reduced"
 REDUCED_DEPTHS = 5
@@ -25,6 +25,7 @@ class RunFolder:
         results: evaluation/<role>.json by role.
         metrics: Rows of metrics.jsonl, one a step, in order.
         profile: profile.json.
+        diagnosis: diagnosis.json, of this folder or of the diagnosis beside the run.
         config: Text of config.yaml.
     """
 
@@ -32,6 +33,7 @@ class RunFolder:
     results: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     metrics: tuple[Mapping[str, Any], ...] = ()
     profile: Mapping[str, Any] | None = None
+    diagnosis: Mapping[str, Any] | None = None
     config: str | None = None
 
     @property
@@ -54,23 +56,39 @@ def read_run_folder(folder: Path) -> RunFolder:
     """Reads a run folder.
 
     Raises:
-        DataError: summary.json is missing, or one of the JSON files does not hold a mapping.
+        DataError: Neither summary.json nor diagnosis.json is there, or a JSON file does not hold a mapping.
     """
+    # A run and the diagnosis of the same name share one page: the contrastive baseline comes from there too.
+    beside = folder.with_name(f"{folder.name}-diagnosis")
+    diagnosis = _read_mapping(folder / "diagnosis.json") or _read_mapping(beside / "diagnosis.json")
     summary = _read_mapping(folder / "summary.json")
+    if summary is None and diagnosis is not None:
+        summary = {"name": diagnosis["name"], "versions": diagnosis.get("versions")}
     if summary is None:
         raise DataError(
-            f"The run folder {folder} has no summary.json.", "Finish the run first: raycomplete evaluate writes it."
+            f"The run folder {folder} has no summary.json.",
+            "Finish the run first: raycomplete evaluate writes it, and raycomplete diagnose a diagnosis.json.",
         )
-    results = {role: _read_mapping(folder / "evaluation" / f"{role}.json") for role in MODEL_ROLES}
+    results = {role: _read_mapping(folder / "evaluation" / f"{role}.json") for role in ROLES}
+    results["contrastive"] = results["contrastive"] or _read_mapping(beside / "evaluation" / "contrastive.json")
     found: dict[str, dict[str, Any]] = {role: result for role, result in results.items() if result is not None}
-    if not summary.get("asr"):
-        summary = {**summary, "asr": {role: result["asr"] for role, result in found.items()}}
+    for key in ("asr", "utility", "over_refusal", "benign_refusal"):
+        known = summary.get(key) or {}
+        missing = {role: result[key] for role, result in found.items() if key in result and role not in known}
+        if not known or "contrastive" in missing:
+            summary = {**summary, key: {**missing, **known}}
+    attacks = {name: dict(by_role) for name, by_role in (summary.get("attacks") or {}).items()}
+    for role, result in found.items():
+        for name, block in result.get("attacks", {}).items():
+            attacks.setdefault(name, {}).setdefault(role, block)
+    summary = {**summary, "attacks": attacks}
     config = folder / "config.yaml"
     return RunFolder(
         summary=summary,
         results=found,
         metrics=_read_metrics(folder / "metrics.jsonl"),
         profile=_read_mapping(folder / "profile.json"),
+        diagnosis=diagnosis,
         config=config.read_text(encoding="utf-8") if config.is_file() else None,
     )
 

@@ -12,9 +12,18 @@ from typing import Any
 
 from matplotlib import rc_context
 
-ROLE_COLORS = {"base": "#D55E00", "aligned": "#0072B2", "student": "#009E73"}
-ROLE_MARKERS = {"base": "s", "aligned": "o", "student": "D"}
-ROLE_DASHES: dict[str, Any] = {"base": (0, (5, 2)), "aligned": (0, (1.5, 1.5)), "student": "solid"}
+# The models, and contrastive decoding from base and aligned as the baseline that trains nothing.
+ROLES = ("base", "aligned", "contrastive", "student")
+ROLE_COLORS = {"base": "#D55E00", "aligned": "#0072B2", "contrastive": "#CC79A7", "student": "#009E73"}
+ROLE_MARKERS = {"base": "s", "aligned": "o", "contrastive": "^", "student": "D"}
+ROLE_HATCHES = {"base": "xx", "aligned": "//", "contrastive": "..", "student": ""}
+ROLE_DASHES: dict[str, Any] = {
+    "base": (0, (5, 2)),
+    "aligned": (0, (1.5, 1.5)),
+    "contrastive": (0, (5, 2, 1.5, 2)),
+    "student": "solid",
+}
+KIND_DASHES: dict[str, Any] = {"harmful": "solid", "benign": (0, (5, 2))}
 OUTCOME_COLORS = {"complied": "#D55E00", "refused": "#0072B2", "incoherent": "#F0E442", "empty": "#BBBBBB"}
 OUTCOME_HATCHES = {"complied": "", "refused": "//", "incoherent": "..", "empty": "xx"}
 LOSS_COLORS = {"loss": "#000000", "anchor": "#0072B2", "recovery": "#D55E00", "penalty": "#CC79A7"}

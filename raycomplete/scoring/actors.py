@@ -183,7 +183,7 @@ class ScoringClient:
         return self.submit([ScoreRequest(tokens, num_prompt) for tokens, num_prompt in sequences])
 
     def warm_sequences(self, sequences: Sequence[tuple[tuple[int, ...], int]]) -> None:
-        """Lets the scorer read sequences ahead. Nobody waits for it: what it has not read yet is read when asked for."""
+        """Lets the scorer read sequences ahead. Nobody waits for it: what it has not read yet is read when asked."""
         self._actor.warm.remote([ScoreRequest(tokens, num_prompt) for tokens, num_prompt in sequences])
 
     def collect_tensors(self, reference: Any) -> list[torch.Tensor]:

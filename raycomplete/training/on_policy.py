@@ -130,16 +130,26 @@ class Drafter:
         seed: Of cuts and splits.
         recovery_batch: Recovery sequences of a step that are trained.
         anchor_share: Share of anchor samples that the student answers itself.
+        own_words: Share of complying rollouts whose words become part of h; the others only point at the cuts where
+            the student fails.
         max_refusal_tokens: Longest refusal of the student that is distilled.
     """
 
     def __init__(
-        self, planner: Planner, *, seed: int, recovery_batch: int, anchor_share: float, max_refusal_tokens: int
+        self,
+        planner: Planner,
+        *,
+        seed: int,
+        recovery_batch: int,
+        anchor_share: float,
+        own_words: float,
+        max_refusal_tokens: int,
     ) -> None:
         self._planner = planner
         self._recovery_batch = recovery_batch
         self._seed = seed
         self._anchor_share = anchor_share
+        self._own_words = own_words
         self._max_refusal_tokens = max_refusal_tokens
 
     def draft(self, step: int, sampler: DepthSampler) -> Draft:
@@ -177,7 +187,9 @@ class Drafter:
         if rollout.refused:
             refusal = (rollout.token_ids + rollout.ending_ids)[: self._max_refusal_tokens]
             return RecoveryItem(replace(sample, refusal_ids=refusal), depth)
-        kept = int(place * (len(rollout.token_ids) + 1))  # 0 keeps the cut itself among the depths that are trained
+        # `place` is uniform on [0, 1): below own_words it is also where the student's words are cut.
+        share = place / self._own_words if place < self._own_words else 0.0
+        kept = int(share * (len(rollout.token_ids) + 1))
         harmful = sample.harmful_ids[:depth] + rollout.token_ids[:kept]
         return RecoveryItem(replace(sample, harmful_ids=harmful), depth + kept)
 

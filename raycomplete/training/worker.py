@@ -147,6 +147,7 @@ class Worker:
             seed=train.seed,
             recovery_batch=train.recovery_batch,
             anchor_share=job.rollout.anchor_on_policy,
+            own_words=job.rollout.own_words,
             max_refusal_tokens=job.rollout.max_refusal_tokens,
         )
         sync = WeightSync(

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from raycomplete.report import write_report
+
 DEPTHS = (0, 4, 8, 16, 32, 64)
 N = 100
 COMPLIED = {
@@ -59,6 +61,10 @@ def a_result(role: str, n: int = N, depths: tuple[int, ...] = DEPTHS) -> dict[st
         "over_refusal": a_rate(n // 3, n),
         "benign_refusal": a_rate(2, n),
         "outcomes": {name: cell["outcomes"] for name, cell in cells.items()},
+        "attacks": {
+            name: {"mean": a_rate(round(100 * mean) // part, 100), "worst_of_n": a_rate(round(100 * mean), 100)}
+            for part, name in enumerate(("prefill", "gcg", "random_search"), start=1)
+        },
     }
 
 
@@ -120,9 +126,93 @@ def a_profile(num_positions: int = 64) -> dict[str, Any]:
     }
 
 
+def a_curve(means: list[float], low: float = 0.0) -> dict[str, Any]:
+    """Means with a made-up interval; the last position is reached by one prompt."""
+    return {
+        "mean": means,
+        "low": [*(max(low, mean - 0.05) for mean in means[:-1]), None],
+        "high": [*(mean + 0.05 for mean in means[:-1]), None],
+    }
+
+
+def a_diagnosis(num_positions: int = 200, roles: tuple[str, ...] = ("aligned", "student")) -> dict[str, Any]:
+    """diagnosis.json."""
+    at = range(num_positions)
+    kl = {
+        ("aligned", "harmful"): [2.5 * math.exp(-t) + 0.05 for t in at],
+        ("aligned", "benign"): [0.1 + 0.02 * math.sin(t) for t in at],
+        ("student", "harmful"): [3.0 + 0.4 * math.cos(t / 9) for t in at],
+        ("student", "benign"): [0.15 + 0.02 * math.sin(t) for t in at],
+    }
+    kinds = {}
+    for kind in ("harmful", "benign"):
+        profiles = {
+            role: {
+                "n": [60 - t // 5 for t in at],
+                "kl_to_base": a_curve(kl[role, kind]),
+                "deficit": a_curve([math.exp(-value / 0.5) for value in kl[role, kind]]),
+                "base_favored_mass": a_curve([1 - math.exp(-value) for value in kl[role, kind]]),
+                "base_favored_count": a_curve([4 * value for value in kl[role, kind]]),
+                "agreement": a_curve([math.exp(-value) for value in kl[role, kind]]),
+                "refusal_probability": a_curve([0.3 * (1 - math.exp(-value)) for value in kl[role, kind]]),
+            }
+            for role in roles
+        }
+        depth = {"low": 1, "high": 2, "halves": [1, 2], "threshold": 0.5, "num_positions": num_positions}
+        beyond = depth | {"depth": None, "low": 150, "high": None, "halves": [None, 170]}
+        kinds[kind] = {
+            "prompts": 64,
+            "measured": 60,
+            "tokens": 9000,
+            "profile": profiles,
+            "completion_depth": {role: beyond if role == "student" else depth | {"depth": 1} for role in roles},
+        }
+    norms = {
+        name: {**a_curve([scale * math.exp(-t / 6) + 0.01 for t in range(24)]), "n": [30] * 24}
+        for name, scale in (("sft_head", 50.0), ("sft_logits", 1.0), ("rejected_head", 20.0), ("sft_all", 90.0))
+    }
+    token = {
+        "kind": "harmful",
+        "role": "aligned",
+        "band": [0, 0],
+        "token": " sure\n",
+        "token_id": 7,
+        "share": 0.8,
+        "count": 50,
+        "base_probability": 0.7,
+        "policy_probability": 0.1,
+        "position": 0,
+        "context": "••• <b>",
+    }
+    return {
+        "name": "synthetic-diagnosis",
+        "policies": list(roles),
+        "settings": {"threshold": 0.5, "kappa": 0.5, "tau": 0.01, "margin": 0.05, "show_harmful": False, "harmful": []},
+        "intervals": "made up",
+        "refusal_tokens": ["I", "Sorry"],
+        "kinds": kinds,
+        "tokens": [token, {**token, "band": [1, 3], "token": ""}, {**token, "kind": "benign"}],
+        "gradient": {
+            "pairs": 30,
+            "full_prompts": 4,
+            "roles": {role: {**norms, "preference_factor": 0.05} for role in ("base", *roles)},
+        },
+        "contrastive": {"settings": {"alpha": 1.0, "plausibility": 0.1}, "cost": {"cost_ratio": 1.97}},
+        "versions": {"raycomplete": "0.1.0"},
+    }
+
+
 @pytest.fixture
-def run_folder(tmp_path: Path) -> Path:
-    """A whole run."""
+def diagnosis_folder(tmp_path: Path) -> Path:
+    """A diagnosis alone."""
+    folder = tmp_path / "synthetic-diagnosis"
+    folder.mkdir()
+    (folder / "diagnosis.json").write_text(json.dumps(a_diagnosis()))
+    return folder
+
+
+def fill_run_folder(tmp_path: Path) -> Path:
+    """Writes a whole run into a folder."""
     results = {role: a_result(role) for role in COMPLIED}
     (tmp_path / "evaluation").mkdir()
     for role, result in results.items():
@@ -132,3 +222,17 @@ def run_folder(tmp_path: Path) -> Path:
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(a_step(step)) + "\n" for step in range(1, 121)))
     (tmp_path / "config.yaml").write_text("train:\n  steps: 120\n")
     return tmp_path
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    """A whole run."""
+    return fill_run_folder(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def written_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole run with its report, which takes seconds to draw; only to be read."""
+    folder = fill_run_folder(tmp_path_factory.mktemp("written"))
+    write_report(folder)
+    return folder

@@ -9,7 +9,7 @@ import pytest
 from raycomplete.errors import DataError
 from raycomplete.report import write_report
 
-FIGURES = ("prefill_depth", "outcomes", "position_profile", "training", "depth_sampler")
+FIGURES = ("rates", "attacks", "prefill_depth", "outcomes", "position_profile", "training", "depth_sampler")
 VOID = {"meta", "img", "br", "link", "hr"}
 
 
@@ -40,9 +40,8 @@ class Page(HTMLParser):
         return " ".join(" ".join(self.texts).split())
 
 
-def test_whole_run(run_folder: Path) -> None:
-    path = write_report(run_folder)
-    assert path == run_folder / "report.html"
+def test_whole_run(written_run: Path) -> None:
+    path = written_run / "report.html"
     text = path.read_text(encoding="utf-8")
     page = Page(text)
     assert page.open == []
@@ -62,24 +61,22 @@ def test_whole_run(run_folder: Path) -> None:
     assert "depth 64: 7 of 100" in page.text
     assert "reduced" not in page.text
     assert "sha256:student" in page.text
-    assert sorted(file.name for file in run_folder.glob("**/.*")) == []  # no unfinished files
+    assert sorted(file.name for file in written_run.glob("**/.*")) == []  # no unfinished files
 
 
 @pytest.mark.parametrize("name", FIGURES)
-def test_figures_and_their_data(run_folder: Path, name: str) -> None:
-    write_report(run_folder)
-    picture = (run_folder / "figures" / f"{name}.png").read_bytes()
+def test_figures_and_their_data(written_run: Path, name: str) -> None:
+    picture = (written_run / "figures" / f"{name}.png").read_bytes()
     assert picture[:8] == b"\x89PNG\r\n\x1a\n"
     assert len(picture) > 10_000
-    with (run_folder / "figures" / f"{name}.csv").open(encoding="utf-8", newline="") as stream:
+    with (written_run / "figures" / f"{name}.csv").open(encoding="utf-8", newline="") as stream:
         rows = list(csv.reader(stream))
     assert len(rows) > 2
     assert {len(row) for row in rows} == {len(rows[0])}
 
 
-def test_data_of_the_curve(run_folder: Path) -> None:
-    write_report(run_folder)
-    with (run_folder / "figures" / "prefill_depth.csv").open(encoding="utf-8", newline="") as stream:
+def test_data_of_the_curve(written_run: Path) -> None:
+    with (written_run / "figures" / "prefill_depth.csv").open(encoding="utf-8", newline="") as stream:
         rows = list(csv.DictReader(stream))
     assert [row["role"] for row in rows] == ["base"] * 6 + ["aligned"] * 6 + ["student"] * 6
     assert rows[-1] == {"role": "student", "depth": "64", "asr": "0.14", "low": "0.06", "high": "0.22", "n": "100"}
@@ -92,7 +89,7 @@ def test_missing_parts_are_named(run_folder: Path) -> None:
     page = Page(write_report(run_folder).read_text(encoding="utf-8"))
     assert "no metrics.jsonl" in page.text
     assert "raycomplete diagnose" in page.text
-    assert len(page.sources) == 2
+    assert len(page.sources) == 4
 
 
 def test_only_a_summary(tmp_path: Path) -> None:
@@ -159,8 +156,8 @@ def test_unusable_folders(tmp_path: Path) -> None:
     assert not (tmp_path / "report.html").exists()
 
 
-def test_report_is_replaced_whole(run_folder: Path) -> None:
-    first = write_report(run_folder).read_text(encoding="utf-8")
-    second = write_report(run_folder).read_text(encoding="utf-8")
+def test_report_is_replaced_whole(written_run: Path) -> None:
+    first = (written_run / "report.html").read_text(encoding="utf-8")
+    second = write_report(written_run).read_text(encoding="utf-8")
     written = re.compile(r"written [0-9: -]+UTC")
     assert written.sub("", first) == written.sub("", second)

@@ -17,9 +17,16 @@ DEPTH = DepthConfig(min=1, max=8, bins=4)
 SAMPLES = make_samples(0)
 
 
-def drafter(seed: int = 0, anchor_share: float = 0.5, trained: int = 8) -> Drafter:
+def drafter(seed: int = 0, anchor_share: float = 0.5, trained: int = 8, own_words: float = 1.0) -> Drafter:
     planner = Planner(SAMPLES, anchor_batch=8, recovery_batch=8, seed=seed, max_depth=8)
-    return Drafter(planner, seed=seed, recovery_batch=trained, anchor_share=anchor_share, max_refusal_tokens=3)
+    return Drafter(
+        planner,
+        seed=seed,
+        recovery_batch=trained,
+        anchor_share=anchor_share,
+        own_words=own_words,
+        max_refusal_tokens=3,
+    )
 
 
 def answers(draft: Draft, *, refused: bool = False, tokens: tuple[int, ...] = (90, 91, 92, 93)) -> list[Rollout]:
@@ -81,6 +88,18 @@ def test_compliance_is_cut_anywhere_and_answered_by_the_refusal_of_aligned() -> 
             assert item.sample.refusal_ids == sample.refusal_ids
             assert len(item.sample.harmful_ids) == item.depth
     assert kept == {0, 1, 2, 3, 4}, "without end-of-response, after which no refusal could stand"
+
+
+@pytest.mark.parametrize(("own_words", "low", "high"), [(0.0, 0.0, 0.0), (0.5, 0.25, 0.55), (1.0, 0.6, 1.0)])
+def test_the_share_of_own_words_is_what_was_asked(own_words: float, low: float, high: float) -> None:
+    """With 4 tokens, a cut in the student's words keeps at least one of them 4 times in 5."""
+    added = []
+    for step in range(30):
+        one = drafter(own_words=own_words)
+        draft = one.draft(step, DepthSampler(DEPTH, 0))
+        items = one.finish(draft, answers(draft)).recovery
+        added += [item.depth - depth for item, depth in zip(items, draft.depths, strict=True)]
+    assert low <= np.mean([count > 0 for count in added]) <= high
 
 
 def test_what_still_complies_is_trained_first() -> None:

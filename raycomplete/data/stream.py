@@ -1,0 +1,164 @@
+"""Prompts streamed from large inputs, and results written partition by partition.
+
+Inputs are JSONL, CSV or Parquet files or a hub id, read row by row through `datasets`; nothing is held but 8 bytes a
+prompt, which tell repeats. A partition is one Parquet file, whole or absent, that names what it was made from, so that
+a finished one is never made again and one made from other prompts is never mistaken for it.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from raycomplete.config import PromptSource, StreamSource
+from raycomplete.data.prompts import _matches, _prompt
+from raycomplete.errors import DataError
+from raycomplete.files import PRIVATE, write_bytes
+from raycomplete.types import Prompt, PromptKind
+
+Columns = dict[str, npt.NDArray[Any]]
+
+_HUB = "hub:"
+_BUILDERS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+# Left to itself, the reader of CSV files takes prompts such as "NA" or "null" for missing values.
+_OPTIONS: dict[str, dict[str, Any]] = {"csv": {"keep_default_na": False, "encoding": "utf-8-sig"}}
+_METADATA_KEY = b"raycomplete"
+
+
+def stream_prompts(sources: Sequence[StreamSource], kind: PromptKind, seed: int = 0) -> Iterator[Prompt]:
+    """Prompts of several sources one after the other, repeats dropped (same text, first wins).
+
+    Args:
+        sources: Files, patterns or hub ids and their columns.
+        kind: What the prompts are.
+        seed: Draws the rows that a source's `limit` keeps; such a source is read to its end first.
+
+    Raises:
+        DataError: A source is missing, malformed or empty, or lacks a column. It is raised when its turn comes.
+    """
+    seen: set[bytes] = set()
+    for source in sources:
+        for prompt in _limited(_source_prompts(source, kind), source, seed):
+            digest = hashlib.blake2b(prompt.text.encode(), digest_size=8).digest()
+            if digest not in seen:
+                seen.add(digest)
+                yield prompt
+
+
+def partitions(prompts: Iterable[Prompt], size: int) -> Iterator[tuple[Prompt, ...]]:
+    """Prompts in groups of `size`, the last one smaller; only one group is held."""
+    stream = iter(prompts)
+    while group := tuple(islice(stream, size)):
+        yield group
+
+
+def content_key(prompts: Sequence[Prompt]) -> str:
+    """Names the content of a partition: ids, texts and answers."""
+    content = json.dumps([[prompt.prompt_id, prompt.text, prompt.answer] for prompt in prompts])
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def write_partition(path: Path, columns: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
+    """Writes one partition atomically, readable by the owner only: it may hold harmful text or tokens.
+
+    Args:
+        path: A .parquet file.
+        columns: Equally long arrays or lists by name.
+        metadata: What the partition was made from, and facts about it; plain JSON values.
+    """
+    table = pa.table(dict(columns)).replace_schema_metadata({_METADATA_KEY: json.dumps(metadata).encode()})
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    write_bytes(path, sink.getvalue().to_pybytes(), mode=PRIVATE)
+
+
+def partition_metadata(path: Path) -> dict[str, Any] | None:
+    """What `write_partition` was told of a partition; None where there is none or it cannot be read."""
+    try:
+        stored = pq.read_schema(path).metadata or {}
+        found: dict[str, Any] = json.loads(stored[_METADATA_KEY])
+    except (OSError, KeyError, ValueError):  # pyarrow's ArrowInvalid is a ValueError
+        return None
+    return found
+
+
+def read_partition(path: Path) -> Columns:
+    """Columns of a partition as arrays.
+
+    Raises:
+        DataError: The file is missing or damaged.
+    """
+    try:
+        table = pq.read_table(path)
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"The partition {path} cannot be read ({error}).", "Remove it and run with --resume."
+        ) from error
+    return {name: np.asarray(table.column(name).to_numpy()) for name in table.column_names}
+
+
+def _source_prompts(source: StreamSource, kind: PromptKind) -> Iterator[Prompt]:
+    name = Path(source.path.removeprefix(_HUB)).name
+    columns = PromptSource(
+        path=Path(name), prompt=source.prompt, context=source.context, answer=source.answer, where=source.where
+    )
+    found = False
+    for index, row in enumerate(_rows(source)):
+        if _matches(row, columns) and (prompt := _prompt(row, index, columns, kind)) is not None:
+            found = True
+            yield prompt
+    if not found:
+        condition = f" with {source.where}" if source.where else ""
+        raise DataError(f"The prompt source {source.path} has no prompts{condition}.", "Check its rows and `where`.")
+
+
+def _rows(source: StreamSource) -> Iterator[dict[str, Any]]:
+    """Rows of a source; whatever `datasets` finds wrong becomes one sentence."""
+    try:
+        if source.path.startswith(_HUB):
+            name = source.path.removeprefix(_HUB)
+            yield from datasets.load_dataset(name, split=source.split, streaming=True)
+            return
+        files = sorted(glob.glob(source.path, recursive=True))
+        if not files:
+            raise DataError(f"The prompt source {source.path} does not exist.", "Check the path.")
+        builder = _BUILDERS.get(Path(files[0]).suffix.lower())
+        if builder is None:
+            raise DataError(
+                f"The prompt source {source.path} ends in {Path(files[0]).suffix!r}.",
+                "Use .jsonl, .json, .csv, .parquet or hub:ORG/NAME.",
+            )
+        options = _OPTIONS.get(builder, {})
+        yield from datasets.load_dataset(builder, data_files=files, split="train", streaming=True, **options)
+    except DataError:
+        raise
+    except Exception as error:  # the readers below raise classes of their own without a common root
+        reason = " ".join(str(error.__cause__ or error).split())[:200]
+        raise DataError(f"The prompt source {source.path} cannot be read ({reason}).", "Check its format.") from error
+
+
+def _limited(prompts: Iterator[Prompt], source: StreamSource, seed: int) -> Iterator[Prompt]:
+    """At most `limit` prompts, each with the same chance, in the order of the source (reservoir sampling)."""
+    if source.limit is None:
+        yield from prompts
+        return
+    draw = random.Random(f"{seed}:{source.path}")
+    kept: list[tuple[int, Prompt]] = []
+    for index, prompt in enumerate(prompts):
+        if index < source.limit:
+            kept.append((index, prompt))
+        elif (place := draw.randrange(index + 1)) < source.limit:
+            kept[place] = (index, prompt)
+    yield from (prompt for _, prompt in sorted(kept, key=lambda item: item[0]))

@@ -1,0 +1,104 @@
+"""The engines of a diagnosis: one generator, scorers of base and aligned, and one of the student where there is one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+
+import torch
+
+from raycomplete.cluster import Cluster
+from raycomplete.config import RunConfig
+from raycomplete.core.heads import Head
+from raycomplete.data.chat import ChatCodec
+from raycomplete.data.checkpoints import TORCH_DTYPES
+from raycomplete.data.head_spec import load_head
+from raycomplete.engine_options import engine_environment
+from raycomplete.pipeline.diagnose_partitions import Walk
+from raycomplete.pipeline.diagnose_samples import Sample
+from raycomplete.pipeline.fleet import Fleet, start_fleet
+from raycomplete.pipeline.prepare import Models
+from raycomplete.scoring.actors import ScorerOptions, ScoringClient
+from raycomplete.scoring.payload import ScoreRequest
+from raycomplete.screen import Screen
+from raycomplete.types import Prompt
+
+_PARITY_TOKENS = 48
+_REFUSAL_RATIO = 2.0
+
+
+@contextmanager
+def start_engines(
+    config: RunConfig, cluster: Cluster, models: Models, screen: Screen, prompts: Sequence[Prompt]
+) -> Iterator[Fleet]:
+    """As `start_fleet`, with a scorer for the student; scores are not kept, since every response is read once."""
+    config = config.model_copy(update={"scoring": config.scoring.model_copy(update={"cache_gib": 0.0})})
+    parity = []
+    for prompt in prompts[: config.scoring.parity_prompts]:
+        prompt_ids = models.codec.encode_prompt(prompt.text)
+        answer_ids = models.codec.encode_answer(prompt.answer or prompt.text)[:_PARITY_TOKENS]
+        parity.append(((*prompt_ids, *answer_ids)[: config.models.max_length], len(prompt_ids)))
+    student = None
+    if "student" in models.paths:
+        student = ScoringClient.start(
+            models.heads["student"],
+            ScorerOptions(
+                role="student",
+                dtype=config.models.dtype,
+                max_length=config.models.max_length,
+                use_gpu=cluster.use_gpu,
+                scoring=config.scoring,
+                trust_remote_code=config.models.trust_remote_code,
+            ),
+            [ScoreRequest(tokens, num_prompt) for tokens, num_prompt in parity],
+            num_cpus=config.cluster.cpus_per_engine,
+            num_gpus=config.cluster.gpus_per_engine,
+            environment=engine_environment(use_gpu=cluster.use_gpu, kv_cache_gib=config.scoring.kv_cache_gib),
+        )
+    try:
+        with start_fleet(config, cluster, models, screen, parity_sequences=parity) as fleet:
+            if student is not None:
+                fleet.facts["student"] = student.facts(config.cluster.start_timeout_s)
+                fleet.scorers["student"] = student
+            yield fleet
+    finally:
+        if student is not None:
+            with suppress(Exception):  # stopped with the fleet already, unless the fleet never started
+                student.stop()
+
+
+def make_walk(fleet: Fleet, models: Models, config: RunConfig, refusal_ids: Sequence[int]) -> Walk:
+    """The walk over the fleet's scorers, with heads in the models' own dtype.
+
+    Heads in float32 would cost three times as much on a CPU and change next to nothing: on SmolLM2-135M the mass went
+    from 0.209 to 0.215 and the KL from 0.0347 to 0.0352 nats with heads in bf16 (float32 throughout: 0.206, 0.0342).
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    heads: dict[str, Head] = {
+        role: load_head(models.heads[role], dtype=TORCH_DTYPES[config.models.dtype], device=device)
+        for role in ("base", "aligned", "student")
+        if role in models.paths
+    }
+    return Walk(dict(fleet.scorers), heads, tuple(refusal_ids), config.diagnose)
+
+
+def find_refusal_tokens(walk: Walk, codec: ChatCodec, prompts: Sequence[Prompt]) -> list[int]:
+    """Tokens that start a refusal, most frequent first.
+
+    Given texts (`diagnose.refusal_starts`) give their first tokens. Otherwise: the aligned model's likeliest first
+    tokens on harmful prompts, where it finds them at least twice as likely as base does. The definition is ours.
+    """
+    if walk.settings.refusal_starts:
+        return list(dict.fromkeys(codec.encode_answer(text)[0] for text in walk.settings.refusal_starts))
+    # Any token may stand in for the response: only the state before it is asked for.
+    samples = [Sample(prompt.prompt_id, tuple(codec.encode_prompt(prompt.text)), (0,)) for prompt in prompts]
+    found: dict[int, int] = {}
+    for _, hidden in walk.hidden_states(samples):
+        log_aligned_NV, log_base_NV = (
+            walk.heads[role].logits(hidden[role]).log_softmax(dim=-1) for role in ("aligned", "base")
+        )
+        likeliest_N1 = log_aligned_NV.argmax(dim=-1, keepdim=True)
+        ratio_N = (log_aligned_NV - log_base_NV).gather(1, likeliest_N1)[:, 0].exp()
+        for token in likeliest_N1[ratio_N >= _REFUSAL_RATIO, 0].tolist():
+            found[token] = found.get(token, 0) + 1
+    return sorted(found, key=lambda token: (-found[token], token))
