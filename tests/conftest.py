@@ -39,7 +39,7 @@ def generator(ray_cluster: None) -> Iterator[Any]:
     from raycomplete.data.organism import checkpoint_path
     from raycomplete.engine_options import engine_environment
     from raycomplete.rollout.pool import RolloutPool
-from raycomplete.rollout.worker import RolloutOptions
+    from raycomplete.rollout.worker import RolloutOptions
 
     codec = ChatCodec(checkpoint_path("aligned"))
     client = RolloutPool.start(

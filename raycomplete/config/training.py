@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -93,7 +93,9 @@ class TrainConfig(Section):
     anchor_batch: int = Field(16, ge=1)
     recovery_batch: int = Field(16, ge=1)
     micro_batch: int = Field(16, ge=1, description="sequences of one forward pass on one worker")
-    loss_chunk_tokens: int = Field(512, ge=1, description="token rows whose logits exist at a time")
+    loss_chunk_tokens: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto", description="token rows whose logits exist at a time; auto: what a fixed budget of memory holds"
+    )
     loss_backend: Literal["auto", "torch", "triton"] = Field("auto", description="auto: Triton on CUDA, else PyTorch")
     gradient_checkpointing: bool = False
     lora_rank: int = Field(0, ge=0, description="0 trains all weights")
@@ -118,4 +120,17 @@ class TrainConfig(Section):
         for name in ("anchor_batch", "recovery_batch"):
             if getattr(self, name) % self.num_workers:
                 raise ValueError(f"train.{name} must be a multiple of train.num_workers ({self.num_workers})")
+        return self
+
+    @model_validator(mode="after")
+    def _one_meaning(self) -> TrainConfig:
+        contrastive = self.contrastive.alpha > 0
+        if contrastive and "reverse_kl" in (self.anchor_divergence, self.recovery_divergence):
+            raise ValueError("train.contrastive excludes tokens, and reverse_kl to such a teacher is infinite")
+        plain = self.anchor_divergence == "forward_kl" and self.temperature == 1 and not contrastive
+        if self.constraint.kl_budget is not None and not plain:
+            raise ValueError(
+                "train.constraint.kl_budget bounds KL(aligned || student): it needs train.anchor_divergence forward_kl, "
+                "train.temperature 1 and train.contrastive.alpha 0"
+            )
         return self

@@ -46,13 +46,13 @@ class MicroBatch:
     target_N: Tensor
     num_tokens: int
 
-    def model_inputs(self) -> dict[str, Tensor]:
+    def model_inputs(self) -> dict[str, Any]:
         """Arguments of the language model.
 
-        Without an attention mask, transformers reads the borders of the sequences of a row from where positions
-        restart, and lets no sequence look at another.
+        Without an attention mask and without a cache, transformers reads the borders of the sequences of a row from
+        where positions restart, and lets no sequence look at another.
         """
-        return {"input_ids": self.input_ids_BT, "position_ids": self.position_ids_BT}
+        return {"input_ids": self.input_ids_BT, "position_ids": self.position_ids_BT, "use_cache": False}
 
     @property
     def padding_fraction(self) -> float:

@@ -58,6 +58,7 @@ def aligned_profile(
             settings.tau,
             settings.kappa,
             settings.chunk_tokens,
+            settings.margin,
         )
         measured.append(torch.stack([row_N.double().cpu() for row_N in (rows.mass_N, rows.kl_N, rows.deficit_N)]))
     return _means(samples, torch.cat(measured, dim=1))

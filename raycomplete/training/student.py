@@ -116,7 +116,7 @@ class StudentModule(nn.Module):
             mode: "completion" (see `to_loss_output`), "sft" (one scalar), "profile" (mass, KL, deficit by row)
                 or "log_probs" (log p_s of the target of each row).
         """
-        hidden_BTH = self.lm.base_model(**batch.model_inputs(), use_cache=False).last_hidden_state
+        hidden_BTH = self.lm.base_model(**batch.model_inputs()).last_hidden_state
         hidden_NH = hidden_BTH.flatten(0, 1)[batch.row_N]
         settings = self._loss
         if mode == "sft":

@@ -110,9 +110,7 @@ def expected_runs(items: list[Item], *, penalty: bool) -> Iterator[Run]:
 
 def student_rows(tiny: Tiny, batch: MicroBatch) -> Tensor:
     with torch.no_grad():
-        hidden_BTH = (
-            load_model(tiny.student, "float32").base_model(**batch.model_inputs(), use_cache=False).last_hidden_state
-        )
+        hidden_BTH = load_model(tiny.student, "float32").base_model(**batch.model_inputs()).last_hidden_state
     rows_NH: Tensor = hidden_BTH.flatten(0, 1)[batch.row_N]
     return rows_NH
 

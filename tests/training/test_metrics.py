@@ -82,6 +82,7 @@ def micro_batch(kind_N: list[int], item_N: list[int], depth_B: list[int]) -> Mic
         base_hidden_PH=None,
         depth_B=torch.tensor(depth_B),
         target_N=nothing,
+        num_tokens=0,
     )
 
 
