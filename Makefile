@@ -34,7 +34,8 @@ test: ready ## every test that needs no GPU
 test-fast: ready ## the tests that start no engine, no Ray and no training
 	@$(PYTEST) -m "not gpu and not slow"
 
-bench: ready ## the benchmarks in tests/benchmarks
+bench: ## the benchmarks in tests/benchmarks, against libraries that it installs first
+	@$(SETUP) --if-stale --bench
 	@$(PYTEST) tests/benchmarks -s -m ""
 
 lint: ready ## ruff and mypy

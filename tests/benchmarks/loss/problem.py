@@ -1,0 +1,130 @@
+"""The tensors that every variant is given.
+
+Letters: N token rows, V vocabulary, H hidden; P rows that need base.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+
+from raycomplete.core.loss_types import LossSettings, TokenKind, needs_base
+
+_LOGIT_SPREAD = 3.0  # peaked enough that a few tokens of a row pass tau, as in a language model
+
+
+class Mix(StrEnum):
+    """Which kinds of rows a problem holds."""
+
+    ANCHOR = "anchor"  # one teacher: forward KL on every row, which is what other libraries offer
+    MIXED = "mixed"  # two teachers: 1/2 anchor, 1/4 recovery, 1/4 penalty
+    PENALTY = "penalty"  # two teachers on every row: the dearest case
+
+    @property
+    def teachers(self) -> int:
+        return 1 if self is Mix.ANCHOR else 2
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a problem; the student may be narrower than its teachers."""
+
+    num_rows: int
+    vocab_size: int
+    hidden_size: int
+    student_hidden_size: int = 0
+
+    def __str__(self) -> str:
+        student = f" (student {self.student_hidden_size})" if self.student_hidden_size else ""
+        return f"N={self.num_rows}, V={self.vocab_size}, H={self.hidden_size}{student}"
+
+    @property
+    def student_width(self) -> int:
+        return self.student_hidden_size or self.hidden_size
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """Hidden states and heads in bfloat16; the student's take gradients.
+
+    Attributes:
+        mix: Kinds of rows.
+        student_hidden_NH: Student, with gradient [N, H].
+        student_weight_VH: Its head, with gradient [V, H].
+        aligned_hidden_NH: Aligned [N, H].
+        aligned_weight_VH: Its head [V, H].
+        base_hidden_PH: Base, on penalty rows only; None if there are none [P, H].
+        base_weight_VH: Its head; None with it [V, H].
+        kind_N: `TokenKind` of each row.
+        settings: The loss at its defaults. Every row weighs 1 / N.
+    """
+
+    mix: Mix
+    student_hidden_NH: Tensor
+    student_weight_VH: Tensor
+    aligned_hidden_NH: Tensor
+    aligned_weight_VH: Tensor
+    base_hidden_PH: Tensor | None
+    base_weight_VH: Tensor | None
+    kind_N: Tensor
+    settings: LossSettings
+
+    @property
+    def num_rows(self) -> int:
+        return self.kind_N.numel()
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Of the two gradients that a step leaves behind."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.trained)
+
+    @property
+    def trained(self) -> tuple[Tensor, Tensor]:
+        return self.student_hidden_NH, self.student_weight_VH
+
+    def clear_gradients(self) -> None:
+        for tensor in self.trained:
+            tensor.grad = None
+
+
+def build_problem(shape: Shape, mix: Mix, device: torch.device, seed: int = 0) -> Problem:
+    """Random models that agree in part: base and student are each aligned plus noise."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def noise(*sizes: int, scale: float) -> Tensor:
+        return scale * torch.randn(*sizes, device=device, generator=generator)
+
+    settings = LossSettings()
+    width, narrow = shape.hidden_size, shape.student_width
+    hidden_NH = noise(shape.num_rows, width, scale=1.0)
+    weight_VH = noise(shape.vocab_size, width, scale=_LOGIT_SPREAD / width**0.5)
+    stretch = (width / narrow) ** 0.5  # a narrower student keeps the spread of its logits
+    student_hidden_NH = hidden_NH[:, :narrow] + noise(shape.num_rows, narrow, scale=0.3)
+    kind_N = _kinds(shape.num_rows, mix, device)
+    base_rows_N = needs_base(kind_N, settings)
+    base_hidden_PH = hidden_NH[base_rows_N] + noise(int(base_rows_N.sum()), width, scale=0.2)
+    has_base = mix.teachers == 2
+    return Problem(
+        mix=mix,
+        student_hidden_NH=student_hidden_NH.bfloat16().requires_grad_(),
+        student_weight_VH=(stretch * weight_VH[:, :narrow]).bfloat16().requires_grad_(),
+        aligned_hidden_NH=hidden_NH.bfloat16(),
+        aligned_weight_VH=weight_VH.bfloat16(),
+        base_hidden_PH=base_hidden_PH.bfloat16() if has_base else None,
+        base_weight_VH=weight_VH.to(torch.bfloat16, copy=True) if has_base else None,
+        kind_N=kind_N,
+        settings=settings,
+    )
+
+
+def _kinds(num_rows: int, mix: Mix, device: torch.device) -> Tensor:
+    cycle = {
+        Mix.ANCHOR: [TokenKind.ANCHOR],
+        Mix.MIXED: [TokenKind.ANCHOR, TokenKind.RECOVERY, TokenKind.ANCHOR, TokenKind.PENALTY],
+        Mix.PENALTY: [TokenKind.PENALTY],
+    }[mix]
+    # In runs, as a batch of sequences has them.
+    return torch.tensor(cycle, device=device).repeat_interleave(-(-num_rows // len(cycle)))[:num_rows]

@@ -1,0 +1,187 @@
+"""Implementations of the loss, one function each: problem in, scalar loss out, both gradients after `backward`.
+
+With one teacher each is the mean over rows of KL(p_aligned || p_student) at temperature 1. No other library takes a
+second teacher, so with two there are only raycomplete and plain PyTorch.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from raycomplete.core.heads import Head
+from raycomplete.core.loss import completion_loss
+from raycomplete.core.loss_types import TokenKind
+from tests.benchmarks.loss.problem import Mix, Problem
+
+Loss = Callable[[Problem], Tensor]
+
+# TRL keeps its off-policy trainer under "experimental", which warns at import.
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One implementation.
+
+    Attributes:
+        name: As in the tables.
+        load: Imports what it needs and returns the loss; raises ImportError where that is not installed.
+        two_teachers: Whether it takes penalty rows.
+        devices: Where it runs.
+        in_sweep: Whether it is measured at every shape; the others at the main shape only.
+    """
+
+    name: str
+    load: Callable[[], Loss]
+    two_teachers: bool = False
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    in_sweep: bool = False
+
+    def takes(self, mix: Mix, device: torch.device) -> bool:
+        """Whether there is something to measure."""
+        return (self.two_teachers or mix.teachers == 1) and device.type in self.devices
+
+
+def _raycomplete() -> Loss:
+    def loss(problem: Problem) -> Tensor:
+        weight_N = torch.full((problem.num_rows,), 1.0 / problem.num_rows, device=problem.kind_N.device)
+        base_head = None if problem.base_weight_VH is None else Head(problem.base_weight_VH)
+        return completion_loss(
+            problem.student_hidden_NH,
+            Head(problem.student_weight_VH),
+            problem.aligned_hidden_NH,
+            Head(problem.aligned_weight_VH),
+            problem.base_hidden_PH,
+            base_head,
+            problem.kind_N,
+            weight_N,
+            problem.settings,
+        ).total
+
+    return loss
+
+
+def _plain() -> Loss:
+    """The logits of every model in memory at once: bfloat16 products, float32 softmax, autograd."""
+
+    def log_probs(hidden_NH: Tensor, weight_VH: Tensor) -> Tensor:
+        return (hidden_NH @ weight_VH.T).float().log_softmax(dim=-1)
+
+    def penalty(problem: Problem, log_student_PV: Tensor, log_aligned_PV: Tensor) -> Tensor:
+        settings = problem.settings
+        assert problem.base_hidden_PH is not None
+        assert problem.base_weight_VH is not None
+        with torch.no_grad():
+            log_base_PV = log_probs(problem.base_hidden_PH, problem.base_weight_VH)
+            favored_PV = (log_base_PV > log_aligned_PV) & (log_base_PV >= math.log(settings.tau))
+            depth_P = F.kl_div(log_base_PV, log_aligned_PV, reduction="none", log_target=True).sum(dim=-1)
+            deficit_P = torch.exp(-depth_P / settings.kappa)
+        return deficit_P * (log_student_PV.exp().square() * favored_PV).sum(dim=-1)
+
+    def loss(problem: Problem) -> Tensor:
+        settings, kind_N = problem.settings, problem.kind_N
+        log_student_NV = log_probs(problem.student_hidden_NH, problem.student_weight_VH)
+        with torch.no_grad():
+            log_aligned_NV = log_probs(problem.aligned_hidden_NH, problem.aligned_weight_VH)
+        if problem.mix is Mix.ANCHOR:
+            return F.kl_div(log_student_NV, log_aligned_NV, reduction="none", log_target=True).sum() / problem.num_rows
+        if problem.mix is Mix.PENALTY:
+            return settings.penalty * penalty(problem, log_student_NV, log_aligned_NV).mean()
+        is_penalty_N = kind_N == TokenKind.PENALTY
+        kl_N = F.kl_div(
+            log_student_NV[~is_penalty_N], log_aligned_NV[~is_penalty_N], reduction="none", log_target=True
+        ).sum(dim=-1)
+        part_N = torch.where(kind_N[~is_penalty_N] == TokenKind.ANCHOR, settings.anchor, settings.recovery)
+        penalty_P = penalty(problem, log_student_NV[is_penalty_N], log_aligned_NV[is_penalty_N])
+        return ((part_N * kl_N).sum() + settings.penalty * penalty_P.sum()) / problem.num_rows
+
+    return loss
+
+
+def _liger_chunked(*, compiled: bool) -> Callable[[], Loss]:
+    """Liger's chunked distillation: the softmax runs in bfloat16, and so does the sum of the weight's gradient."""
+
+    def load() -> Loss:
+        from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+        fused: Any = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, compiled=compiled)
+
+        def loss(problem: Problem) -> Tensor:
+            result: Tensor = fused(
+                problem.student_hidden_NH,
+                problem.student_weight_VH,
+                problem.aligned_hidden_NH,
+                problem.aligned_weight_VH,
+                torch.zeros_like(problem.kind_N),  # labels: none is the ignored one, so every row counts
+            )
+            return result
+
+        return loss
+
+    return load
+
+
+def _liger_triton() -> Loss:
+    from liger_kernel.transformers.fused_linear_jsd import LigerFusedLinearJSD
+
+    fused: Any = LigerFusedLinearJSD(jsd_beta=0.0)
+
+    def loss(problem: Problem) -> Tensor:
+        result: Tensor = fused(
+            problem.student_hidden_NH,
+            problem.student_weight_VH,
+            problem.aligned_hidden_NH,
+            problem.aligned_weight_VH,
+            None,
+        )
+        return result
+
+    return loss
+
+
+def _trl_chunked() -> Loss:
+    """The loss of TRL's DistillationTrainer: tiles of logits, computed once forward and again backward."""
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+    def loss(problem: Problem) -> Tensor:
+        heads = (problem.student_hidden_NH, problem.student_weight_VH, None)
+        teacher = (problem.aligned_hidden_NH, problem.aligned_weight_VH, None)
+        divergence_N: Tensor = ChunkedDivergenceFunction.apply(*heads, *teacher, 0.0)[0]
+        return divergence_N.mean()
+
+    return loss
+
+
+def _trl_gkd() -> Loss:
+    """The loss of TRL's GKDTrainer on logits of the models' own dtype, as its trainer calls it."""
+    from trl.experimental.gkd import GKDTrainer
+
+    def loss(problem: Problem) -> Tensor:
+        student_1NV = (problem.student_hidden_NH @ problem.student_weight_VH.T)[None]
+        with torch.no_grad():
+            aligned_1NV = (problem.aligned_hidden_NH @ problem.aligned_weight_VH.T)[None]
+        divergence: Tensor = GKDTrainer.generalized_jsd_loss(student_1NV, aligned_1NV, beta=0.0, reduction="sum")
+        return divergence / problem.num_rows
+
+    return loss
+
+
+OURS = "raycomplete"
+PLAIN = "plain PyTorch"
+VARIANTS = (
+    Variant(OURS, _raycomplete, two_teachers=True, in_sweep=True),
+    Variant(PLAIN, _plain, two_teachers=True, in_sweep=True),
+    Variant("Liger chunked JSD", _liger_chunked(compiled=False), in_sweep=True),
+    Variant("Liger chunked JSD, compiled", _liger_chunked(compiled=True)),
+    Variant("Liger Triton JSD", _liger_triton, devices=("cuda",), in_sweep=True),
+    Variant("TRL chunked (DistillationTrainer)", _trl_chunked),
+    Variant("TRL materialised (GKDTrainer)", _trl_gkd),
+)

@@ -1,0 +1,170 @@
+"""raycomplete's trainer on the same work: anchor rows only (forward KL to one teacher), Ray Train + DeepSpeed.
+
+One worker, bfloat16 weights with float32 master weights and gradients. The teacher is read either in the worker's own
+process, as TRL does it, or by the vLLM scorer of a real run, which reads ahead in a process of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from raycomplete.config import ScoringConfig, TrainConfig
+from raycomplete.config.training import LossWeights
+from raycomplete.data.checkpoints import fingerprint, load_model
+from raycomplete.data.head_spec import HeadSpec, read_head_spec
+from raycomplete.engine_options import engine_environment
+from raycomplete.scoring.actors import ScorerOptions, ScoringClient
+from raycomplete.scoring.payload import ScoreRequest
+from raycomplete.training.job import TrainJob
+from raycomplete.training.metrics import read_metrics
+from raycomplete.training.samples import AnchorSample, SampleSet, write_samples
+from raycomplete.training.trainer import fit
+from tests.benchmarks.environment import ROOT
+from tests.benchmarks.training.workload import Throughput, Workload
+
+_MAX_LENGTH = 256
+_START_TIMEOUT_S = 300.0
+
+
+def run_local(workload: Workload) -> Throughput:
+    """The teacher in the worker's process."""
+    with _ray(), tempfile.TemporaryDirectory() as folder:
+        marks = Path(folder) / "cpu_seconds"
+        return _run(workload, LocalTeacher(workload.teacher, workload.micro_batch, marks), marks)
+
+
+def run_engine(workload: Workload) -> Throughput:
+    """The teacher in a vLLM scorer."""
+    with _ray():
+        client = _start_scorer(workload)
+        try:
+            return _run(workload, client)
+        finally:
+            client.stop()
+
+
+class LocalTeacher:
+    """A frozen model read by transformers in the calling process, a padded micro-batch at a time (a `ScoreSource`).
+
+    Each step begins by collecting its scores, so this is also where the processor time of the worker is read.
+    """
+
+    def __init__(self, path: Path, micro_batch: int, marks: Path) -> None:
+        self._path = path
+        self._micro_batch = micro_batch
+        self._marks = marks
+        self._model: Any = None
+
+    def submit_sequences(self, sequences: Sequence[tuple[tuple[int, ...], int]]) -> Any:
+        return list(sequences)
+
+    def warm_sequences(self, sequences: Sequence[tuple[tuple[int, ...], int]]) -> None:
+        """Nothing runs ahead here."""
+
+    @torch.no_grad()
+    def collect_tensors(self, reference: Any) -> list[torch.Tensor]:
+        with self._marks.open("a", encoding="ascii") as marks:
+            marks.write(f"{time.process_time()}\n")
+        if self._model is None:
+            self._model = load_model(self._path, "bfloat16").base_model
+        states: list[torch.Tensor] = []
+        for start in range(0, len(reference), self._micro_batch):
+            rows = reference[start : start + self._micro_batch]
+            inputs = [torch.tensor(tokens[:-1]) for tokens, _ in rows]
+            input_ids_BT = torch.nn.utils.rnn.pad_sequence(inputs, batch_first=True)
+            lengths_B1 = torch.tensor([[len(row)] for row in inputs])
+            mask_BT = (torch.arange(input_ids_BT.shape[1]) < lengths_B1).long()
+            hidden_BTH = self._model(input_ids=input_ids_BT, attention_mask=mask_BT, use_cache=False).last_hidden_state
+            states += [
+                hidden_BTH[index, num_prompt - 1 : len(inputs[index])].clone()
+                for index, (_, num_prompt) in enumerate(rows)
+            ]
+        return states
+
+
+@contextmanager
+def _ray() -> Iterator[None]:
+    """A cluster of this machine only while it is needed, so that it takes nothing from the other trainers."""
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=4,  # logical: the worker and the scorer share the cores
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        object_store_memory=2**28,
+        runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}},  # workers unpickle LocalTeacher
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _run(workload: Workload, source: Any, marks: Path | None = None) -> Throughput:
+    samples = SampleSet(
+        tuple(AnchorSample(str(i), prompt, answer) for i, (prompt, answer) in enumerate(workload.sequences()))
+    )
+    train = TrainConfig(
+        steps=workload.steps,
+        lr=workload.lr,
+        seed=workload.seed,
+        anchor_batch=workload.batch,
+        micro_batch=workload.micro_batch,
+        weights=LossWeights(anchor=1.0, recovery=0.0, penalty=0.0),
+        checkpoint_every=workload.steps,
+        stall_timeout_s=900.0,
+    )
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_samples(folder / "samples.jsonl", samples)
+        job = TrainJob(
+            objective="completion",
+            start=workload.student,
+            output=folder / "student",
+            folder=folder,
+            samples=folder / "samples.jsonl",
+            dtype="bfloat16",
+            train=train,
+            student_head=_head_spec(workload, workload.student),
+            teacher_heads={"aligned": _head_spec(workload, workload.teacher)},
+            sources={"aligned": source},
+            prefetch=workload.tail_steps,
+            threads=workload.threads,
+        )
+        fit(job, cpus_per_worker=1, gpus_per_worker=0)
+        rows = read_metrics(job.metrics_file)
+    cpu_marks = None if marks is None else [float(line) for line in marks.read_text(encoding="ascii").split()]
+    return Throughput.of_steps(workload, [row["tokens"] for row in rows], [row["seconds"] for row in rows], cpu_marks)
+
+
+def _head_spec(workload: Workload, path: Path) -> HeadSpec:
+    return read_head_spec(
+        path, vocab_size=workload.vocab_size, model_fingerprint=fingerprint(path), tokenizer_hash="benchmark"
+    )
+
+
+def _start_scorer(workload: Workload) -> ScoringClient:
+    prompt, answer = workload.sequences()[0]
+    options = ScorerOptions(
+        role="aligned", dtype="bfloat16", max_length=_MAX_LENGTH, use_gpu=False, scoring=ScoringConfig()
+    )
+    client = ScoringClient.start(
+        _head_spec(workload, workload.teacher),
+        options,
+        [ScoreRequest(prompt + answer, len(prompt))],
+        num_cpus=1,
+        num_gpus=0,
+        environment=engine_environment(use_gpu=False, threads=workload.threads),
+    )
+    client.facts(_START_TIMEOUT_S)
+    return client
