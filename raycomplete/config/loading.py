@@ -70,7 +70,8 @@ def resolve_paths(config: RunConfig, base_folder: Path) -> RunConfig:
         update={"refusals": sources(config.align.refusals), "benign": sources(config.align.benign)}
     )
     evaluation = config.evaluation.with_paths(absolute)
-    return config.model_copy(update={"data": data, "align": align, "evaluation": evaluation})
+    diagnose = config.diagnose.with_paths(absolute)
+    return config.model_copy(update={"data": data, "align": align, "evaluation": evaluation, "diagnose": diagnose})
 
 
 def dump(config: RunConfig) -> str:

@@ -130,7 +130,7 @@ class TrainConfig(Section):
         plain = self.anchor_divergence == "forward_kl" and self.temperature == 1 and not contrastive
         if self.constraint.kl_budget is not None and not plain:
             raise ValueError(
-                "train.constraint.kl_budget bounds KL(aligned || student): it needs train.anchor_divergence forward_kl, "
-                "train.temperature 1 and train.contrastive.alpha 0"
+                "train.constraint.kl_budget bounds KL(aligned || student), so it needs train.anchor_divergence "
+                "forward_kl, train.temperature 1 and train.contrastive.alpha 0"
             )
         return self

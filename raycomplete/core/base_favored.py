@@ -52,7 +52,7 @@ def base_favored_mask(log_aligned_NV: Tensor, log_base_NV: Tensor, tau: float, m
 
 
 def base_favored_mass(log_aligned_NV: Tensor, log_base_NV: Tensor, tau: float, margin: float = 0.0) -> Tensor:
-    """m_t = sum over B_t of p_b(v): how much of base's behaviour alignment left untouched. The formula is ours.
+    """m_t = sum over B_t of p_b(v): how much of what base would say the policy says less. The formula is ours.
 
     Args:
         log_aligned_NV: log p_a [N, V].

@@ -36,7 +36,7 @@ def read_prompts(sources: Sequence[PromptSource], kind: PromptKind, seed: int = 
         found = [
             prompt
             for index, row in rows
-            if _matches(row, source) and (prompt := _prompt(row, index, source, kind)) is not None
+            if matches(row, source) and (prompt := prompt_of(row, index, source, kind)) is not None
         ]
         if not found:
             condition = f" with {source.where}" if source.where else ""
@@ -71,13 +71,13 @@ def _rows(path: Path) -> list[dict[str, Any]]:
         raise DataError(f"The prompt file {path} cannot be read as {path.suffix[1:]} ({error}).") from error
 
 
-def _matches(row: dict[str, Any], source: PromptSource) -> bool:
+def matches(row: dict[str, Any], source: PromptSource) -> bool:
     _require(row, list(source.where), source)
     # CSV knows no types, so `refusal_cue: true` must also match the text "true".
     return all(str(row[column]).strip().lower() == str(value).lower() for column, value in source.where.items())
 
 
-def _prompt(row: dict[str, Any], index: int, source: PromptSource, kind: PromptKind) -> Prompt | None:
+def prompt_of(row: dict[str, Any], index: int, source: PromptSource, kind: PromptKind) -> Prompt | None:
     _require(row, [source.prompt, *(name for name in (source.context, source.answer) if name)], source)
     text = str(row[source.prompt] or "").strip()
     context = str(row[source.context] or "").strip() if source.context else ""

@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raycomplete.config import PromptSource, StreamSource
-from raycomplete.data.prompts import _matches, _prompt
+from raycomplete.data.prompts import matches, prompt_of
 from raycomplete.errors import DataError
 from raycomplete.files import PRIVATE, write_bytes
 from raycomplete.types import Prompt, PromptKind
@@ -116,7 +116,7 @@ def _source_prompts(source: StreamSource, kind: PromptKind) -> Iterator[Prompt]:
     )
     found = False
     for index, row in enumerate(_rows(source)):
-        if _matches(row, columns) and (prompt := _prompt(row, index, columns, kind)) is not None:
+        if matches(row, columns) and (prompt := prompt_of(row, index, columns, kind)) is not None:
             found = True
             yield prompt
     if not found:
