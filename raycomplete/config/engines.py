@@ -47,13 +47,13 @@ class RolloutConfig(Section):
         2, ge=1, description="rollouts of each trained recovery sequence; those that still comply are trained first"
     )
     own_words: float = Field(
-        0.5, ge=0, le=1, description="share of complying rollouts whose own words are trained as part of h"
+        0.0, ge=0, le=1, description="share of complying rollouts whose own words are trained as part of h"
     )
     anchor_on_policy: float = Field(
         0.0, ge=0, le=1, description="share of benign anchor answers that the student writes itself"
     )
     sync_every: int = Field(1, ge=1, description="steps between two updates of the engines' weights")
-    lookahead: int = Field(1, ge=0, description="batches rolled out ahead of the trainer; 0 waits for each")
+    lookahead: Literal[0, 1] = Field(1, description="batches rolled out ahead of the trainer; 0 waits for each")
     max_staleness: int = Field(2, ge=0, description="steps by which the weights of a rollout may lag behind")
     sync_timeout_s: float = Field(300.0, gt=0, description="longest wait for one update of the weights")
     sync_tolerance: float | None = Field(
@@ -68,6 +68,10 @@ class RolloutConfig(Section):
             raise ValueError(
                 f"rollout.lookahead {self.lookahead} and rollout.sync_every {self.sync_every} make rollouts up to "
                 f"{stalest} steps old, and rollout.max_staleness is {self.max_staleness}"
+            )
+        if self.on_policy and self.colocated and self.lookahead > 0:
+            raise ValueError(
+                "rollout.colocated shares one device between engine and trainer in turns: set rollout.lookahead to 0"
             )
         return self
 

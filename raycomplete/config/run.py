@@ -42,6 +42,14 @@ class RunConfig(Section):
     output: OutputConfig = Field(default_factory=OutputConfig)
 
     @model_validator(mode="after")
+    def _compliance_is_counted(self) -> RunConfig:
+        if self.train.depth.measure == "compliance" and not self.rollout.on_policy:
+            raise ValueError(
+                "train.depth.measure compliance is counted on the student's own rollouts: set rollout.on_policy to true"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _lora_is_whole(self) -> RunConfig:
         for name, rank in (("align.lora_rank", self.align.lora_rank), ("train.lora_rank", self.train.lora_rank)):
             if rank > 0 and self.train.zero_stage == 3:

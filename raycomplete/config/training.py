@@ -127,6 +127,11 @@ class TrainConfig(Section):
         contrastive = self.contrastive.alpha > 0
         if contrastive and "reverse_kl" in (self.anchor_divergence, self.recovery_divergence):
             raise ValueError("train.contrastive excludes tokens, and reverse_kl to such a teacher is infinite")
+        if self.constraint.kl_budget is not None and not 0 < self.weights.anchor <= self.constraint.max_weight:
+            raise ValueError(
+                "train.constraint.kl_budget moves train.weights.anchor up to train.constraint.max_weight: the weight "
+                "must be positive and not above it"
+            )
         plain = self.anchor_divergence == "forward_kl" and self.temperature == 1 and not contrastive
         if self.constraint.kl_budget is not None and not plain:
             raise ValueError(

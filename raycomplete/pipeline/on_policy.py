@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,8 +31,7 @@ class StudentEngines:
     ) -> None:
         self._pool, self._codec, self._judge, self._rollout = pool, codec, judge, rollout
         self._prompts = {prompt.prompt_id: prompt for prompt in prompts}
-        # A call that is retried after a crash still names the weights it was made for, so they outlive the next ones.
-        self._weights: deque[Weights] = deque(maxlen=rollout.max_staleness + 2)
+        self._weights: Weights | None = None
 
     def sync(
         self,
@@ -52,7 +50,7 @@ class StudentEngines:
         """
         weights = self._pool.pack_lora(state, version) if adapters_only else self._pool.pack(state, version)
         report = self._pool.sync(weights, probe, expected)
-        self._weights.append(weights)
+        self._weights = weights
         return report.to_json()
 
     def submit(self, requests: Sequence[RolloutRequest], seed: int) -> Any:
@@ -63,13 +61,14 @@ class StudentEngines:
             temperature=self._rollout.temperature,
             top_p=self._rollout.top_p,
             seed=seed,
-            weights=self._weights[-1],
+            weights=self._weights,
         )
-        return list(requests), call
+        # A call that is retried after a crash still names its weights, so they live until it is collected.
+        return list(requests), call, self._weights
 
     def collect(self, reference: Any) -> list[Rollout]:
         """See `StudentPolicy`."""
-        requests, call = reference
+        requests, call, _ = reference
         return [
             Rollout(
                 tuple(tokens),

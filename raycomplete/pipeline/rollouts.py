@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from raycomplete.config import RunConfig
 from raycomplete.data.chat import ChatCodec
-from raycomplete.errors import WorkError
+from raycomplete.errors import DataError, WorkError
 from raycomplete.pipeline.fleet import Fleet
 from raycomplete.pipeline.prepare import KINDS, Models, Prompts
 from raycomplete.rollout.pool import RolloutPool
@@ -77,14 +77,23 @@ def make_samples(config: RunConfig, models: Models, prompts: Prompts, fleet: Fle
 def hold_back(config: RunConfig, prompts: Prompts, samples: SampleSet) -> SampleSet:
     """Takes the samples of some training prompts of each kind out of training: they tell when to stop."""
     held: set[str] = set()
+    recoverable = {sample.sample_id.rsplit("#", 1)[0] for sample in samples.recovery}
     for kind in KINDS:
-        ids = [prompt.prompt_id for prompt in prompts.train[kind]]
+        ids = [
+            prompt.prompt_id for prompt in prompts.train[kind] if kind != "harmful" or prompt.prompt_id in recoverable
+        ]
         count = min(config.train.validation.prompts, len(ids) // 4)
         held |= set(random.Random(f"{config.train.seed}:held back:{kind}").sample(ids, count))
 
     def is_held(sample: AnchorSample | RecoverySample) -> bool:
         return sample.sample_id.rsplit("#", 1)[0] in held
 
+    if not any(is_held(sample) for sample in samples.recovery) or not any(is_held(sample) for sample in samples.anchor):
+        raise DataError(
+            f"Too few training prompts ({len(recoverable)} harmful ones with a recovery sample) to hold a quarter "
+            "back for validation.",
+            "Give more prompts, or set train.validation.every to 0.",
+        )
     return replace(
         samples,
         anchor=tuple(sample for sample in samples.anchor if not is_held(sample)),

@@ -98,6 +98,8 @@ def _compared(config: RunConfig, same: Collection[str]) -> dict[str, Any]:
         free = _FREE_KEYS.get(section)
         if free is None:
             found[section] = values
-        else:
-            found |= {f"{section}.{key}": value for key, value in values.items() if key not in free}
+            continue
+        if config.rollout.on_policy:  # the rollout engines get weights at every checkpoint
+            free = free - {"checkpoint_every"}
+        found |= {f"{section}.{key}": value for key, value in values.items() if key not in free}
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from threading import Lock
 from typing import Any
 from weakref import WeakSet
 
@@ -37,6 +38,7 @@ class Ledger:
     restarts: int = 0
     incarnations: dict[int, str] = field(default_factory=dict)
     open: WeakSet[RolloutCall] = field(default_factory=WeakSet)
+    lock: Lock = field(default_factory=Lock)  # of `open`: one thread may collect while another submits
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A handle that crosses a process boundary counts from zero, but knows who it will meet."""
@@ -56,5 +58,6 @@ class Ledger:
 
     def num_unfinished(self) -> int:
         """Parts of calls that no engine has answered yet."""
-        references = [reference for call in self.open for _, _, reference in call.parts]
+        with self.lock:
+            references = [reference for call in self.open for _, _, reference in call.parts]
         return len(ray.wait(references, num_returns=len(references), timeout=0)[1]) if references else 0

@@ -167,7 +167,8 @@ class RolloutPool:
                 reference = actor.generate.remote(source, part, max_tokens, temperature, top_p, part_seed)
                 parts.append((engine, len(part), reference))
         call = RolloutCall(version_of(source), len(sequences), tuple(parts))
-        self._ledger.open.add(call)
+        with self._ledger.lock:
+            self._ledger.open.add(call)
         return call
 
     def collect(self, call: RolloutCall) -> list[tuple[list[int], bool]]:
@@ -193,7 +194,8 @@ class RolloutPool:
             self._ledger.enter(engine, answer)
             self._ledger.tokens += sum(len(tokens) for tokens, _ in answer.value)
             responses += answer.value
-        self._ledger.open.discard(call)
+        with self._ledger.lock:
+            self._ledger.open.discard(call)
         return responses
 
     def generate(

@@ -90,11 +90,13 @@ class BatchBuilder:
         contrastive: Whether every row needs base.
         scale: World size times micro-batches of a step; undoes the averaging of DeepSpeed, so that the loss is the
             exact mean over all tokens of the step.
+        packed: Whether sequences share rows; false for models that cannot keep them apart.
     """
 
     penalty: bool
     contrastive: bool
     scale: float
+    packed: bool = True
 
     def build(
         self, items: Sequence[Item], plan: StepPlan, scores: Scores | None, emphasis: Emphasis | None = None
@@ -110,7 +112,7 @@ class BatchBuilder:
         emphasis = emphasis or Emphasis()
         lengths = [length(item) for item in items]
         longest = max(lengths)
-        places = pack(lengths)
+        places = pack(lengths) if self.packed else [(row, 0) for row in range(len(items))]
         shape = (1 + max(row for row, _ in places), longest)
         input_ids_BT = torch.zeros(shape, dtype=torch.long)
         position_ids_BT = torch.zeros(shape, dtype=torch.long)

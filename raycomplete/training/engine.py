@@ -83,7 +83,7 @@ def start_engine(module: torch.nn.Module, settings: dict[str, Any]) -> Any:
     return engine
 
 
-def save(engine: Any, folder: Path, step: int, state: dict[str, Any], keep: int) -> None:
+def save(engine: Any, folder: Path, step: int, state: dict[str, Any], keep: int | None) -> None:
     """Writes a checkpoint that counts only once `complete.json` stands in it, then drops the oldest.
 
     Args:
@@ -91,15 +91,27 @@ def save(engine: Any, folder: Path, step: int, state: dict[str, Any], keep: int)
         folder: The run's `checkpoints/`.
         step: Finished steps.
         state: Plain values to restore (sampler, counters, rollouts); readable by the owner only.
-        keep: Complete checkpoints to keep.
+        keep: Complete checkpoints to keep; None keeps all.
     """
     target = folder / f"step-{step:06d}"
+    if dist.get_rank() == 0:
+        (target / _COMPLETE).unlink(missing_ok=True)  # a resumed run may write a step again: until then it is not whole
+    dist.barrier()
     engine.save_checkpoint(str(target), tag="state")
     if dist.get_rank() == 0:
         content = {"step": step, "world_size": dist.get_world_size(), **state}
         write_json(target / _COMPLETE, content, mode=PRIVATE)
-        for old in complete_checkpoints(folder)[:-keep]:
+        for old in complete_checkpoints(folder)[:-keep] if keep else ():
             shutil.rmtree(old, ignore_errors=True)
+    dist.barrier()
+
+
+def keep_only(folder: Path, step: int) -> None:
+    """Drops every checkpoint but that of a step; every rank must call this."""
+    if dist.get_rank() == 0:
+        for path in folder.glob("step-*"):
+            if path.name != f"step-{step:06d}":
+                shutil.rmtree(path, ignore_errors=True)
     dist.barrier()
 
 
@@ -108,17 +120,24 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     return sorted(path.parent for path in folder.glob(f"step-*/{_COMPLETE}"))
 
 
-def restore(engine: Any, folder: Path) -> dict[str, Any] | None:
-    """Loads the newest complete checkpoint into the engine.
+def restore(engine: Any, folder: Path, step: int | None = None) -> dict[str, Any] | None:
+    """Loads a complete checkpoint into the engine.
+
+    Args:
+        engine: DeepSpeed engine; every rank must call this.
+        folder: Where checkpoints are.
+        step: Which one; the newest when absent.
 
     Returns:
         The saved state with its "step", or None where there is nothing to resume.
 
     Raises:
-        WorkError: The checkpoint was made with another number of workers, or cannot be read.
+        WorkError: The checkpoint of `step` is gone, was made with another number of workers, or cannot be read.
     """
-    found = complete_checkpoints(folder)
+    found = [path for path in complete_checkpoints(folder) if step is None or path.name == f"step-{step:06d}"]
     if not found:
+        if step is not None:
+            raise WorkError(f"The checkpoint of step {step} is not in {folder}.", "Run again with --overwrite.")
         return None
     state: dict[str, Any] = json.loads((found[-1] / _COMPLETE).read_text())
     if state["world_size"] != dist.get_world_size():

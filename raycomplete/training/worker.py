@@ -8,6 +8,7 @@ a checkpoint.
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from raycomplete.training.job import TrainJob
 from raycomplete.training.metrics import MetricsFile, StepMeter
 from raycomplete.training.on_policy import Drafter
 from raycomplete.training.packing import deal
+from raycomplete.training.packing_check import keeps_sequences_apart
 from raycomplete.training.plan import Planner, StepPlan
 from raycomplete.training.profile import aligned_profile, student_profile, write_profile
 from raycomplete.training.rollout_feed import RolloutFeed, warm_scores
@@ -88,6 +90,8 @@ class Worker:
         )
         self.multiplier = AnchorMultiplier(train.constraint, train.weights.anchor)
         self.lm, self.engine = self._start_engine()
+        if not keeps_sequences_apart(self.engine, self.samples.anchor[0], job.dtype):
+            self.builder = replace(self.builder, packed=False)
         self.source = self._make_source()
         self.validator = self._make_validator() if scored and train.validation.every > 0 else None
         self.first_step = self._restore()
@@ -98,6 +102,8 @@ class Worker:
     def _reachable_depths(self) -> DepthConfig:
         """The run file's depths, cut at the longest h: a bin that no sample reaches would be drawn forever."""
         depth = self.job.train.depth
+        if depth.schedule == "fixed":  # its weights belong to the bins of the run file
+            return depth
         longest = max((len(sample.harmful_ids) for sample in self.samples.recovery), default=depth.max)
         return depth.model_copy(update={"max": max(min(depth.max, longest), depth.min)})
 
@@ -174,6 +180,8 @@ class Worker:
         self.source.load_state_dict(state["source"])
         if self.validator is not None:
             self.validator.load_state_dict(state["validator"])
+            # What was best on a way that is not gone again must not be shipped.
+            ds.keep_only(self.job.best_checkpoint, self.validator.best_step)
         return int(state["step"])
 
     def train(self) -> None:
@@ -192,16 +200,18 @@ class Worker:
                 sink.write(row)
             if done % train.checkpoint_every == 0 or done == train.steps:
                 ds.save(self.engine, self.job.checkpoints, done, self._state(), train.keep_checkpoints)
+                if self.validator is not None:
+                    ds.keep_only(self.job.best_checkpoint, self.validator.best_step)
         for sink in self.sinks:
             sink.close()
         if self.validator is not None and self.validator.best is not None:
-            ds.restore(self.engine, self.job.best_checkpoint)
+            ds.restore(self.engine, self.job.best_checkpoint, self.validator.best_step)
         self._profile()
 
     def _validate(self, validator: Validator, done: int) -> dict[str, Any]:
         row: dict[str, Any] = dict(validator.measure(done))
         if validator.best_step == done:
-            ds.save(self.engine, self.job.best_checkpoint, done, {}, keep=1)
+            ds.save(self.engine, self.job.best_checkpoint, done, {}, keep=None)
         return row | {"stopped": validator.is_over}
 
     def _state(self) -> dict[str, Any]:
@@ -226,6 +236,8 @@ class Worker:
 
     def _step(self, step: int) -> dict[str, Any]:
         started = time.perf_counter()
+        # Dropout, where a model has it, then draws the same after a resume.
+        torch.manual_seed(hash((self.job.train.seed, step, self.rank)))
         given = self.source.next(step)
         learning_rate = float(self.engine.get_lr()[0])  # the optimizer step moves the schedule on
         emphasis = self._emphasis()
