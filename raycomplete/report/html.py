@@ -184,6 +184,12 @@ def _run_figures(run: RunFolder) -> list[tuple[str, str, bool, Callable[[], plot
             bool(run.metrics),
             lambda: plots.depth_heat_map(run.metrics),
         ),
+        (
+            "Where the student still complied",
+            "The student did not roll out in this run." if run.metrics else no_metrics,
+            any("depth_compliance" in row for row in run.metrics),
+            lambda: plots.compliance_heat_map(run.metrics),
+        ),
     ]
 
 

@@ -254,18 +254,44 @@ def training_curves(metrics: Sequence[Mapping[str, Any]]) -> Plot:
 
 def depth_heat_map(metrics: Sequence[Mapping[str, Any]]) -> Plot | None:
     """From which depths recovery was drawn, by step; None where no step recorded it."""
-    known = [row for row in metrics if row.get("depth_probabilities") and row.get("depth_bins")]
+    drawn = _steps_by_depth(metrics, "depth_probabilities", "probability of the bin")
+    if drawn is None:
+        return None
+    return Plot(
+        "depth_sampler",
+        "Depths that were trained",
+        "Probability with which each bin of depths was drawn, by step. The sampler goes where training is incomplete.",
+        *drawn,
+    )
+
+
+def compliance_heat_map(metrics: Sequence[Mapping[str, Any]]) -> Plot | None:
+    """How often the student's own rollouts complied, by step and depth; None off-policy."""
+    drawn = _steps_by_depth(metrics, "depth_compliance", "rollouts that comply")
+    if drawn is None:
+        return None
+    return Plot(
+        "depth_compliance",
+        "Where the student still complied",
+        "Share of the student's own rollouts that went on complying, by step and depth of prefill. Blank: not drawn.",
+        *drawn,
+    )
+
+
+def _steps_by_depth(metrics: Sequence[Mapping[str, Any]], key: str, label: str) -> tuple[Figure, list[Row]] | None:
+    """A map of steps by bins of depth, and its data."""
+    known = [row for row in metrics if row.get(key) and row.get("depth_bins")]
     if not known:
         return None
     bins = known[-1]["depth_bins"]
     known = [row for row in known if row["depth_bins"] == bins]
-    probability_SB = np.asarray([row["depth_probabilities"] for row in known], dtype=np.float64)
+    value_SB = np.asarray([row[key] for row in known], dtype=np.float64)  # None becomes NaN, which stays blank
     figure = Figure(figsize=(5.6, 3.7), layout="constrained")
     axes = figure.add_subplot()
     axes.grid(False)
     steps = [row["step"] for row in known]
     image = axes.imshow(
-        probability_SB.T,
+        value_SB.T,
         aspect="auto",
         origin="lower",
         interpolation="nearest",
@@ -279,16 +305,11 @@ def depth_heat_map(metrics: Sequence[Mapping[str, Any]]) -> Plot | None:
     axes.set_ylabel("depth (tokens)")
     axes.set_xlabel("step")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.colorbar(image, ax=axes, label="probability of the bin", format=PercentFormatter(1.0, decimals=0))
+    figure.colorbar(image, ax=axes, label=label, format=PercentFormatter(1.0, decimals=0))
     rows: list[Row] = [["step", *(f"{low}-{high}" for low, high in bins)]]
-    rows += [[step, *map(float, row)] for step, row in zip(steps, probability_SB, strict=True)]
-    return Plot(
-        "depth_sampler",
-        "Depths that were trained",
-        "Probability with which each bin of depths was drawn, by step. The sampler goes where recovery loss is left.",
-        figure,
-        rows,
-    )
+    values = [[None if np.isnan(value) else float(value) for value in row] for row in value_SB]
+    rows += [[step, *row] for step, row in zip(steps, values, strict=True)]
+    return figure, rows
 
 
 def outcome_bars(results: Mapping[str, Mapping[str, Any]]) -> Plot | None:
