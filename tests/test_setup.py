@@ -56,7 +56,10 @@ def test_lock_pins_exact_versions_without_paths_or_local_builds() -> None:
 
 def test_lock_holds_what_the_project_asks_for() -> None:
     table = project()["project"]
-    wanted = [*table["dependencies"], *(line for extra in ("cpu", "demo", "dev") for line in extras(table, extra))]
+    wanted = [
+        *table["dependencies"],
+        *(line for extra in ("cpu", "demo", "dev", "bench") for line in extras(table, extra)),
+    ]
     for line in wanted:
         requirement = Requirement(line)
         pin = locked()[canonicalize_name(requirement.name)]
@@ -74,7 +77,7 @@ def test_lock_leaves_out_what_breaks_or_compiles(name: str) -> None:
 
 
 def test_extras_are_the_documented_ones() -> None:
-    assert set(project()["project"]["optional-dependencies"]) == {"cpu", "gpu", "demo", "dev"}
+    assert set(project()["project"]["optional-dependencies"]) == {"cpu", "gpu", "demo", "dev", "bench", "judges"}
 
 
 # --- The package -----------------------------------------------------------------------------------------------------
