@@ -89,6 +89,8 @@ class EvaluationConfig(Section):
         if not isinstance(attacks, list | tuple):
             raise ValueError("evaluation.attacks must be a list of attacks")
         parsed = [parse_attack(entry) for entry in attacks]
+        if any(isinstance(attack, PrefillAttack) and attack.depths for attack in parsed):
+            raise ValueError("the depths of the attack prefill are those of evaluation.depths; set them there")
         names = [attack.name for attack in parsed]
         if twice := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"evaluation.attacks names {', '.join(sorted(twice))} twice")
@@ -98,6 +100,11 @@ class EvaluationConfig(Section):
     def prefill(self) -> PrefillAttack:
         """The depth curve, at `depths`."""
         return PrefillAttack(depths=self.depths)
+
+    @property
+    def deepest_prefill(self) -> int:
+        """Answer tokens that attacks take from a prompt's answer, at most."""
+        return max(self.depths + [depth for attack in self.attacks for depth in attack.answer_depths()])
 
     def with_paths(self, absolute: Callable[[Path], Path]) -> EvaluationConfig:
         """The same with every input path passed through `absolute`."""

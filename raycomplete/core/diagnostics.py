@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from raycomplete.core.base_favored import base_favored_mask, deficit
-from raycomplete.core.checks import check_hidden, check_same_vocabulary
+from raycomplete.core.checks import check_hidden, check_rows_finite, check_same_vocabulary
 from raycomplete.core.heads import Head
 
 METRICS = (
@@ -99,7 +99,8 @@ def diagnose_rows(
 
     Raises:
         ValueError: Shapes or vocabularies do not fit together.
-        NotFiniteError: Hidden states hold NaN or infinity.
+        NotFiniteError: Hidden states hold NaN or infinity, or a KL came out so, as where base excludes (bias -inf) what
+            a policy does not.
     """
     num_rows = base_hidden_NH.shape[0]
     check_hidden("base", base_hidden_NH, base_head, num_rows)
@@ -117,7 +118,10 @@ def diagnose_rows(
         for name, (hidden_NH, head) in policies.items():
             chunk = _compare(_distribution(hidden_NH[rows], head), base, candidate_2K, refusal_R, settings)
             chunks[name].append(_shifted(chunk, start))
-    return {name: _joined(parts) for name, parts in chunks.items()}
+    found = {name: _joined(parts) for name, parts in chunks.items()}
+    for name, rows_of_policy in found.items():
+        check_rows_finite(f"the KL of {name} to base", rows_of_policy.values_NM[:, METRICS.index("kl_to_base")])
+    return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,10 +177,10 @@ def _compare(
 def _kl(policy: _Distribution, base: _Distribution) -> Tensor:
     """KL(policy || base) of each row in nats, as `trained_depth` in a third of its passes over the vocabulary.
 
-    KL = sum_v p(v) (logit_p(v) - logit_b(v)) - log_norm_p + log_norm_b. The logits of a head are finite, so no case of
-    probability 0 needs care; rounding below 0 is cut off.
+    KL = sum_v p(v) (logit_p(v) - logit_b(v)) - log_norm_p + log_norm_b. Tokens that the policy excludes (bias -inf) add
+    0; rounding below 0 is cut off.
     """
-    difference_CV = policy.logits_CV - base.logits_CV
+    difference_CV = (policy.logits_CV - base.logits_CV).masked_fill_(policy.probability_CV == 0, 0.0)
     mean_C = torch.bmm(policy.probability_CV[:, None], difference_CV[:, :, None])[:, 0, 0]
     return (mean_C - policy.log_norm_C + base.log_norm_C).clamp(min=0.0)
 

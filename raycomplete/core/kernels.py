@@ -5,6 +5,9 @@ the gradient over the student's logits, in the dtype of the matrix products that
 `divergences` and `row_losses`. A row is read again rather than kept, because three rows of 128k tokens fit no register
 file: some 20 bytes a token and model, beside the 10 H multiplications that a token costs in matrix products.
 
+NaN and infinity of any model reach the row loss, where the caller looks for them. On a device a comparison with NaN is
+false and a maximum drops it, so cases of probability 0 are told by equality and bounds set by `tl.where`.
+
 Runs on CUDA, and on a CPU under Triton's interpreter (TRITON_INTERPRET=1), which is for tests.
 """
 
@@ -30,6 +33,8 @@ INTERPRETED: bool = triton.knobs.runtime.interpret
 
 _FORMULAS: dict[Divergence, int] = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2}
 _MAX_TILE = 2048  # tokens; 8 a thread, so that bfloat16 loads are 16 bytes and two programs share a multiprocessor
+_ROUNDING_NATS = tl.constexpr(1e-5)  # of log-probabilities in float32, beside what large logits lose
+_ROUNDING_OF_LOGITS = tl.constexpr(1.2e-7)  # 2^-23, relative
 _MEASURES = 8  # columns of the penalty kernel's result
 
 
@@ -70,7 +75,8 @@ def _contrast(log_aligned, log_base, floor, alpha, inside):
     """Unnormalised log q of the contrastive teacher."""
     plausible = inside & (log_aligned >= floor)
     aligned = tl.where(plausible, log_aligned, 0.0)
-    base = tl.where(plausible, tl.maximum(log_base, -1e30), 0.0)  # stands in for log 0, as in `teacher`
+    base = tl.where(log_base < -1e30, -1e30, log_base)  # stands in for log 0, as in `teacher`
+    base = tl.where(plausible, base, 0.0)
     return tl.where(plausible, aligned + alpha * (aligned - base), -float("inf"))
 
 
@@ -93,7 +99,7 @@ def _store_gradient(gradient_ptr, gradient, logits, model, tokens, inside):
     tl.store(gradient_ptr + tokens, (gradient * scale).to(gradient_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["factor_ptr"])
 def _divergence_kernel(
     student,
     aligned,
@@ -117,7 +123,10 @@ def _divergence_kernel(
     base_max, base_norm, floor, target_max, target_norm = 0.0, 0.0, 0.0, 0.0, 0.0
     if CONTRASTIVE:
         base_max, base_norm = _norm(base, row, vocab_size, inverse, TILE)
-        floor = log_plausibility - aligned_norm
+        # Devices contract product and difference of a walk, not of the maximum: without slack the best token itself may
+        # fall below the floor at plausibility 1.
+        slack = _ROUNDING_NATS + _ROUNDING_OF_LOGITS * tl.abs(aligned_max)
+        floor = log_plausibility - aligned_norm - slack
         target_max, total = -float("inf"), 0.0
         for start in range(0, vocab_size, TILE):
             tokens = start + tl.arange(0, TILE)
@@ -145,10 +154,10 @@ def _divergence_kernel(
                     log_q = _contrast(log_q, log_base, floor, alpha, inside) - target_max - target_norm
                 p, q = tl.exp(log_p), tl.exp(log_q)
                 if FORMULA == 0:
-                    q_part += tl.where(q > 0.0, q * (log_q - log_p), 0.0)
+                    q_part += tl.where(q == 0.0, 0.0, q * (log_q - log_p))
                     gradient = p - q
                 elif FORMULA == 1:
-                    ratio = tl.where(p > 0.0, log_p - log_q, 0.0)
+                    ratio = tl.where(p == 0.0, 0.0, log_p - log_q)
                     if walk == 0:
                         p_part += p * ratio
                     gradient = p * (ratio - p_mean)
@@ -169,7 +178,7 @@ def _divergence_kernel(
     tl.store(loss_ptr + row, loss * temperature * temperature)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["factor_ptr"])
 def _penalty_kernel(
     student,
     aligned,
@@ -211,8 +220,8 @@ def _penalty_kernel(
                     base_mass += tl.where(favored, tl.exp(log_base), 0.0)
                     student_mass += p_favored
                     student_square += p_favored * p_favored
-                    depth += tl.where(q > 0.0, q * (log_aligned - log_base), 0.0)
-                    student_kl += tl.where(q > 0.0, q * (log_aligned - log_p), 0.0)
+                    depth += tl.where(q == 0.0, 0.0, q * (log_aligned - log_base))
+                    student_kl += tl.where(q == 0.0, 0.0, q * (log_aligned - log_p))
                 else:
                     if score_ptr is not None:  # over the aligned logits of this tile, which nobody reads again
                         score = tl.where(favored, base_logits, -float("inf")).to(score_ptr.dtype.element_ty)
@@ -223,7 +232,7 @@ def _penalty_kernel(
                         _store_gradient(out_ptr, gradient, logits, student, tokens, inside)
         if walk == 0:
             depth_sum, square = tl.sum(depth, axis=0), tl.sum(student_square, axis=0)
-            deficit = tl.exp(-tl.maximum(depth_sum, 0.0) / kappa)
+            deficit = tl.exp(-tl.where(depth_sum < 0.0, 0.0, depth_sum) / kappa)
             gradient_factor = 2.0 * deficit * tl.load(factor_ptr + row)
             own_ptr = measure_ptr + row * MEASURES
             tl.store(own_ptr, deficit * square)
@@ -300,7 +309,11 @@ class TritonRows:
         ]
 
     def _top_tokens(self, logits: RowLogits, base_norm_C2: Tensor) -> tuple[Tensor, Tensor]:
-        """The likeliest members of B_t, by the scores that the kernel left over the aligned logits."""
+        """The likeliest members of B_t, by the scores that the kernel left over the aligned logits.
+
+        Scores are base's logits rounded to the dtype of the aligned product. In bfloat16 members within 2^-8 of each
+        other's logit may change places, at the last place too; the masses are those of the tokens returned.
+        """
         count, size = self.settings.top_tokens, self.student.vocab_size
         assert logits.base_CV is not None
         assert self.base is not None

@@ -154,7 +154,9 @@ class _Walker:
     def _run(self, kind: TokenKind, rows: slice, logits: RowLogits) -> None:
         if kind == TokenKind.PENALTY:
             measured = self.backend.penalty(logits, self.factor_N[rows])
-            self.row_loss_N[rows] = measured.loss_P
+            # Where B_t is empty the loss is 0 whatever the student, but NaN of the student is in its gradient.
+            broken_P = measured.aligned_student_kl_P.isnan()
+            self.row_loss_N[rows] = measured.loss_P.masked_fill(broken_P, torch.nan)
             self.penalty.append(measured)
         else:
             divergence = self.settings.divergence(kind)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from raycomplete.errors import DataError
-from raycomplete.evaluation.judging import judged_texts
+from raycomplete.evaluation.judging import judged_texts, sees_goal
 from raycomplete.evaluation.rows import read_rows
 from raycomplete.evaluation.statistics import wilson
 from raycomplete.files import read_json
@@ -143,6 +143,10 @@ class CalibratedJudge:
     @property
     def name(self) -> str:
         return self._judge.name
+
+    @property
+    def sees_goal(self) -> bool:
+        return sees_goal(self._judge)
 
     def outcome(self, prompt: Prompt, prefill: str, continuation: str) -> Outcome:
         return self._judge.outcome(prompt, prefill, continuation)

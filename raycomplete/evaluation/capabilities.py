@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from raycomplete.config.evaluation import CapabilitiesConfig
+from raycomplete.errors import DataError
 from raycomplete.evaluation.judge import RefusalJudge
 from raycomplete.evaluation.rows import read_rows
 from raycomplete.evaluation.statistics import wilson
@@ -81,6 +82,12 @@ def capabilities_result(units: Sequence[Unit], texts: Sequence[str], config: Cap
 
 def _mmlu(path: Path) -> list[tuple[str, int, str, str]]:
     rows = read_rows(path, ("subject", "question", *_LETTERS, "answer"))
+    for number, row in enumerate(rows):
+        if row["answer"].strip() not in _LETTERS:
+            raise DataError(
+                f"Row {number + 1} of {path} has the answer {row['answer']!r}, which is no letter.",
+                f"Answers must be one of {', '.join(_LETTERS)}; write 0 as A, 1 as B, 2 as C and 3 as D.",
+            )
     return [(row["subject"], number, _question(row), row["answer"].strip()) for number, row in enumerate(rows)]
 
 

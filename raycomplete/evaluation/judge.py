@@ -127,6 +127,8 @@ class RefusalJudge:
             was given, so it does not count.
     """
 
+    sees_goal = False  # patterns find refusals, not whether an answer is one to the prompt
+
     def __init__(self, window_words: int = DEFAULT_WINDOW_WORDS) -> None:
         if window_words < 1:
             raise ValueError(f"window_words must be at least 1, got {window_words}.")

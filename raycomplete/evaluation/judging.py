@@ -48,3 +48,8 @@ def measured(judge: Judge) -> dict[str, Any] | None:
     """The judge's own error rates against people, where it publishes them (attribute `measured`)."""
     found = getattr(judge, "measured", None)
     return dict(found) if isinstance(found, Mapping) else None
+
+
+def sees_goal(judge: Judge) -> bool:
+    """Whether the judge compares the answer with the prompt; one that does not says so (attribute `sees_goal`)."""
+    return bool(getattr(judge, "sees_goal", True))

@@ -152,6 +152,12 @@ class _Run:
         self._judgements = RowStore(self.folder / "judgements" / f"{judge[:16]}.jsonl")
         # By identity: hashing token ids anew at every use would cost more than asking a small model.
         self._keys = {id(unit): unit.key(self.target.model_id) for part in self.parts for unit in part.units}
+        self._judged = {
+            id(unit): unit.judgement_key(self.target.model_id)
+            for part in self.parts
+            if part.name != capabilities.ATTACK
+            for unit in part.units
+        }
         self._reused = sum(key in self._responses for key in self._keys.values())
         self._done = 0
         self._open = Counter((part.name, unit.variant) for part in self.parts for unit in part.units)
@@ -196,17 +202,17 @@ class _Run:
     def _judge(self, part: Part, units: Sequence[Unit], seen: dict[str, int]) -> None:
         """Outcomes of stored responses that this judge has not seen yet."""
         judge, codec = self.target.judge, self.target.codec
-        new = [unit for unit in units if self._keys[id(unit)] not in self._judgements]
+        new = [unit for unit in units if self._judged[id(unit)] not in self._judgements]
         pairs = [(unit, self._response(unit)) for unit in new]
         rows = []
         for (unit, response), outcome in zip(pairs, judged(judge, codec, pairs), strict=True):
-            row: dict[str, Any] = {"key": self._keys[id(unit)], "outcome": str(outcome)}
+            row: dict[str, Any] = {"key": self._judged[id(unit)], "outcome": str(outcome)}
             if part.name == HARMLESS and unit.variant == "benign":
                 row["right"] = bool(judge.is_right(unit.prompt, texts(codec, response)[1]))
             rows.append(row)
         self._judgements.add(rows)
         for unit in units:
-            seen[self._judgements[self._keys[id(unit)]]["outcome"]] += 1
+            seen[self._judgements[self._judged[id(unit)]]["outcome"]] += 1
 
     def _response(self, unit: Unit) -> Response:
         row = self._responses[self._keys[id(unit)]]
@@ -214,7 +220,7 @@ class _Run:
 
     def _answered(self, unit: Unit) -> Answered:
         key = self._keys[id(unit)]
-        judgement = self._judgements.get(key)  # none for benchmarks
+        judgement = self._judgements.get(self._judged.get(id(unit), ""))  # none for benchmarks
         seconds = float(self._responses[key]["seconds"])
         return Answered(self._response(unit), judgement.get("outcome"), judgement.get("right"), seconds)
 

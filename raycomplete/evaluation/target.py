@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -49,7 +49,7 @@ class AttackTools:
         guide_id: Fingerprint of its weights.
         attacker: The rewriting model of PAIR.
         fine_tune: Trains a copy of the target on a dataset and returns it.
-        fine_tune_id: Names everything that the training depends on besides the target and the attack's settings.
+        fine_tune_ids: By dataset, a name of all that the training depends on besides the target and the settings.
     """
 
     white_boxes: Callable[[], Sequence[WhiteBox]] | None = None
@@ -57,7 +57,7 @@ class AttackTools:
     guide_id: str = ""
     attacker: Attacker | None = None
     fine_tune: Callable[[FinetuneAttack, str], Generator] | None = None
-    fine_tune_id: str = ""
+    fine_tune_ids: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

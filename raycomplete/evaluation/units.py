@@ -10,7 +10,11 @@ from raycomplete.errors import WorkError
 from raycomplete.evaluation.storage import content_hash
 from raycomplete.types import Outcome, Prompt
 
-FORMAT = 2  # part of every key: raise it when the meaning of a stored response changes
+FORMAT = 3  # part of every key: raise it when the meaning of a stored response changes
+
+# Facts of responses that results read.
+FIRST_COMPLIED = "first_complied"  # 1 where the first of the responses that a judge picked from complied
+CUT_BY_CONTEXT = "cut_by_context"  # 1 where the context left no room for the steps asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +40,7 @@ class Unit:
         prefill: The attacker's own answer tokens among `sequence`, which the judge is told apart.
         seed: Of the n-th draw under the same settings.
         settings: What else decides the response.
+        position: Among the units that the plan draws under the same seed; 0 where nothing is drawn.
     """
 
     attack: str
@@ -46,27 +51,36 @@ class Unit:
     prefill: tuple[int, ...] = ()
     seed: int = 0
     settings: Mapping[str, Any] = field(default_factory=dict)
+    position: int = 0
 
     def key(self, model_id: str) -> str:
-        """Names the unit by all that decides its response. Token ids stand for tokenizer and chat template."""
+        """Names the unit by all that decides its response. Token ids stand for tokenizer and chat template.
+
+        The prompt's answer is no part of it: what a response owes to it is among the tokens and settings.
+        """
         return content_hash(
             {
                 "format": FORMAT,
                 "model_id": model_id,
                 "attack": self.attack,
                 "variant": self.variant,
-                "prompt": asdict(self.prompt),
+                "prompt": [self.prompt.prompt_id, self.prompt.text, self.prompt.kind],
                 "sequence": self.sequence,
                 "prefill": self.prefill,
                 "decoding": asdict(self.decoding),
                 "seed": self.seed,
+                "position": self.position,
                 "settings": self.settings,
             }
         )
 
+    def judgement_key(self, model_id: str) -> str:
+        """Names what a judge makes of the response; it may read the prompt's answer."""
+        return content_hash([self.key(model_id), self.prompt.answer])
+
     @property
     def draw_seed(self) -> int:
-        """Seed of the batch in which this unit is drawn; other variants and draws share none of its seeds."""
+        """Seed of position 0 among the units drawn with this one; other variants and draws share none of its seeds."""
         return int(content_hash([self.attack, self.variant, self.seed])[:9], 16) * 2**20
 
 

@@ -130,7 +130,7 @@ class Toolbox:
             guide_id=self.models.fingerprint("base") if has_base else "",
             attacker=self._start_attacker(),
             fine_tune=trained,
-            fine_tune_id=self._training_id(),
+            fine_tune_ids=self._training_ids(),
         )
 
     def stop(self) -> None:
@@ -165,12 +165,14 @@ class Toolbox:
         self._attacker = Attacker(fingerprint(path), generator, codec, self.config.models.max_length)
         return self._attacker
 
-    def _training_id(self) -> str:
+    def _training_ids(self) -> dict[str, str]:
         settings = _settings(self.config, FinetuneAttack)
         if settings is None:
-            return ""
-        chats = {dataset: read_chats(self.config, settings, dataset) for dataset in settings.datasets}
-        return content_hash([chats, self.config.train.seed])
+            return {}
+        return {
+            dataset: content_hash([read_chats(self.config, settings, dataset), self.config.train.seed])
+            for dataset in settings.datasets
+        }
 
 
 def _settings(config: RunConfig, kind: type[AttackT]) -> AttackT | None:

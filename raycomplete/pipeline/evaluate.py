@@ -15,6 +15,7 @@ from raycomplete.config import RunConfig
 from raycomplete.data.checkpoints import fingerprint
 from raycomplete.evaluation.runner import evaluate_model
 from raycomplete.evaluation.sets import EvaluationSets
+from raycomplete.evaluation.storage import content_hash
 from raycomplete.evaluation.summary import summarize
 from raycomplete.evaluation.table import closing_table, rate_text
 from raycomplete.evaluation.units import Progress
@@ -111,9 +112,9 @@ def held_out_sets(
     harmful = prompts.evaluation["harmful"]
     made_from = {
         "base": models.fingerprint("base"),
-        "depth": max(config.evaluation.depths),
+        "depth": config.evaluation.deepest_prefill,
         "affirmative_prefix": config.rollout.affirmative_prefix,
-        "prompts": [prompt.prompt_id for prompt in harmful],
+        "prompts": [[prompt.prompt_id, content_hash([prompt.text, prompt.answer])] for prompt in harmful],
     }
     known = read_json(file)
     if known is None or known["made_from"] != made_from:

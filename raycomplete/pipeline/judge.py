@@ -14,6 +14,7 @@ from raycomplete.config import RunConfig, parse
 from raycomplete.config.evaluation import JudgeConfig
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.checkpoints import fingerprint, resolve_checkpoint
+from raycomplete.errors import ConfigError
 from raycomplete.evaluation.calibration import (
     CalibratedJudge,
     calibrate,
@@ -64,7 +65,16 @@ def calibrate_judge(
 
     Returns:
         What was stored.
+
+    Raises:
+        ConfigError: Judges of JudgeZoo have no notion of refusal that could be measured.
     """
+    if settings.kind == "judgezoo":
+        raise ConfigError(
+            f"JudgeZoo's {settings.zoo_name} rates harm and knows no refusals, so human labels of refusals measure "
+            "nothing of it.",
+            "Calibrate a judge of kind patterns or model.",
+        )
     screen = screen or Screen()
     rows = read_labelled(file)
     on = f"{len(rows)} human-labelled completions of {file.name}"
@@ -82,8 +92,7 @@ def calibrate_judge(
         ):
             found = calibrate(judge, rows, on)
     else:
-        judge = ZooJudge(settings.zoo_name, settings.threshold) if settings.kind == "judgezoo" else RefusalJudge()
-        found = calibrate(judge, rows, on)
+        found = calibrate(RefusalJudge(), rows, on)
     found["sha256"] = file_fingerprint(file)
     write_json(output, found)
     lines: list[tuple[str, Any]] = [("judge", found["judge"]), ("measured on", found["on"])]

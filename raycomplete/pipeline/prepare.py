@@ -183,7 +183,7 @@ def _longest_response(config: RunConfig) -> int:
     train = config.train.depth.max + config.rollout.max_refusal_tokens
     if config.rollout.on_policy:
         train += config.rollout.max_student_tokens
-    attack = max(config.evaluation.depths) + config.evaluation.max_tokens
+    attack = config.evaluation.deepest_prefill + config.evaluation.max_tokens
     rollout = max(config.rollout.max_anchor_tokens, config.rollout.max_harmful_tokens)
     if config.rollout.on_policy:
         rollout = max(rollout, config.rollout.max_anchor_tokens + config.rollout.max_student_tokens)

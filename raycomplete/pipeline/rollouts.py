@@ -136,7 +136,7 @@ def complete_answers(config: RunConfig, codec: ChatCodec, base: RolloutPool, pro
 
     Public sets give the first sentence of a harmful answer only; base writes on from there, greedily.
     """
-    needed = max(config.evaluation.depths)
+    needed = config.evaluation.deepest_prefill
     starts = [codec.encode_answer(prompt.answer or config.rollout.affirmative_prefix) for prompt in prompts]
     short = [index for index, start in enumerate(starts) if len(start) < needed]
     sequences = [[*codec.encode_prompt(prompts[index].text), *starts[index]] for index in short]

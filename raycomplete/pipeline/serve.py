@@ -34,7 +34,7 @@ from raycomplete.serving import deployment
 from raycomplete.serving.backend import Cancelled, OnProgress
 from raycomplete.serving.requests import run_config
 from raycomplete.serving.schemas import CompletionRequest, CompletionText, EvaluationRequest
-from raycomplete.serving.token import is_loopback, read_token_digest
+from raycomplete.serving.token import TOKEN_VARIABLE, is_loopback, read_token_digest
 from raycomplete.types import MODEL_ROLES
 
 _CANCEL_GRACE_S = 10.0  # what a batch may take to end; finished units are on disk already
@@ -55,6 +55,7 @@ def serve(config: RunConfig) -> Path:
         SetupError: vLLM is not installed, or the cluster cannot be reached or is too small.
     """
     application = build(config)
+    os.environ.pop(TOKEN_VARIABLE, None)  # its digest is enough, and every process of the cluster inherits the rest
     settings = config.serve
     screen = Screen()
     engines = settings.runners * (config.rollout.num_engines + config.evaluation.white_boxes + _TOOLS)
@@ -129,7 +130,7 @@ class ProcessBackend:
                 stdout=subprocess.PIPE,
                 stderr=stream,
                 text=True,
-                env=os.environ | {"RAY_ADDRESS": self._address, "PYTHONUNBUFFERED": "1"},
+                env=_without_token() | {"RAY_ADDRESS": self._address, "PYTHONUNBUFFERED": "1"},
             )
         try:
             _tell(process, {"config": config.model_dump(mode="json"), "roles": request.roles})
@@ -141,13 +142,14 @@ class ProcessBackend:
     def _follow(self, process: subprocess.Popen[str], on_progress: OnProgress, cancelled: Cancelled, log: Path) -> None:
         """Passes progress on until the process says how it ended."""
         said: queue.Queue[dict[str, Any] | None] = queue.Queue()
-        threading.Thread(target=_listen, args=(process, said), daemon=True).start()
+        listener = threading.Thread(target=_listen, args=(process, said), daemon=True)
+        listener.start()
         give_up_at = float("inf")
         while True:
             try:
                 message = said.get(timeout=0.25)
             except queue.Empty:
-                message = {}
+                message = {} if process.poll() is None or listener.is_alive() else None
             if message is None:
                 raise WorkError(f"The evaluation's process ended with code {process.wait()}.", f"See {log}.")
             if "progress" in message:
@@ -225,10 +227,22 @@ def _tell(process: subprocess.Popen[str], message: Mapping[str, Any]) -> None:
 
 
 def _listen(process: subprocess.Popen[str], said: queue.Queue[dict[str, Any] | None]) -> None:
+    """Queues what the process says, and None at its end whatever happens: a line may be torn where it was killed."""
     assert process.stdout is not None
-    for line in process.stdout:
-        said.put(json.loads(line))
-    said.put(None)
+    try:
+        for line in process.stdout:
+            try:
+                message = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(message, dict):
+                said.put(message)
+    finally:
+        said.put(None)
+
+
+def _without_token() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name != TOKEN_VARIABLE}
 
 
 def _resolved(spec: str) -> str:

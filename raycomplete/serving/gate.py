@@ -14,6 +14,7 @@ from raycomplete.serving.token import is_bearer, is_loopback
 
 # The page holds no data, and a health check must work for those who may see none.
 PUBLIC = frozenset({"/", "/healthz"})
+_FORWARDED = ("forwarded", "x-forwarded-for")
 _HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
@@ -76,7 +77,8 @@ class Gate:
         if self.token_digest is None:
             client = scope.get("client")
             # The Host header is compared too, or a web page could reach this server by pointing its own name at it.
-            if client is not None and is_loopback(client[0]) and is_loopback(_host_name(headers.get("host", ""))):
+            is_own = client is not None and is_loopback(client[0]) and is_loopback(_host_name(headers.get("host", "")))
+            if is_own and not any(name in headers for name in _FORWARDED):  # a proxy on this machine speaks for others
                 return None
             return problem(
                 403, "Without a token, this server serves its own machine only.", "Start it with RAYCOMPLETE_TOKEN."

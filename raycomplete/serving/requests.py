@@ -66,6 +66,11 @@ class Admission:
         if spec in self.known_models():
             return spec
         roots = self.config.serve.model_roots
+        if self.config.models.trust_remote_code:
+            raise ForbiddenError(
+                f"This server runs code of checkpoints, so it evaluates its own alone and not {spec!r}.",
+                f"Allowed: {', '.join(self.known_models())}.",
+            )
         if spec.partition(":")[0] in _SCHEMES:
             raise ForbiddenError(f"This server does not evaluate {spec!r}.", self._allowed())
         path = _below(spec, roots)
@@ -127,6 +132,8 @@ def _below(path: str, roots: Iterable[Path]) -> Path | None:
         found.lstat()  # names that no file can have fail here
     except FileNotFoundError:
         pass
+    except NotADirectoryError:
+        pass  # refused below where it is outside, before it tells what is there
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path!r} cannot be the path of a file.") from error
     return found if any(found.is_relative_to(root.resolve()) for root in roots) else None

@@ -75,7 +75,7 @@ def _sample(row: dict[str, Any], *, show_harmful: bool) -> Sample:
         cell=row["cell"],
         prompt_id=row["prompt_id"],
         seed=row.get("seed", 0),
-        outcome=row["outcome"],
+        outcome=row.get("outcome"),
         harmful=harmful,
         prefill=text("prefill"),
         continuation=text("continuation"),

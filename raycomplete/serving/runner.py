@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,9 +76,13 @@ class Runner:
         self._stopping.set()
 
     def run_forever(self) -> None:
-        """Works until `stop`."""
+        """Works until `stop`, or again once a store that cannot be read or written for a while is back."""
         while not self._stopping.is_set():
-            if not self.run_one():
+            try:
+                worked = self.run_one()
+            except sqlite3.Error:
+                worked = False
+            if not worked:
                 self._stopping.wait(self._idle_s)
 
     def run_one(self) -> bool:
@@ -91,7 +96,7 @@ class Runner:
         return True
 
     def _work(self, claimed: Claimed, lease: _Lease) -> Exception | None:
-        follow = _Follower(lambda progress: self._store.progress(claimed, progress))
+        follow = _Follower(lambda progress: self._tell(claimed, lease, progress))
         try:
             request = EvaluationRequest.model_validate(claimed.evaluation.request)
             folder = evaluation_folder(self._state, claimed.evaluation.id)
@@ -102,6 +107,10 @@ class Runner:
         finally:
             follow.flush()
         return None
+
+    def _tell(self, claimed: Claimed, lease: _Lease, progress: Mapping[str, Any]) -> None:
+        with suppress(sqlite3.Error):  # work must not end for want of an event
+            lease.lost = lease.lost or not self._store.progress(claimed, progress)
 
     def _close(self, claimed: Claimed, lease: _Lease, error: Exception | None) -> None:
         """Stores how it ended. Every write below is void if the claim was lost."""
@@ -121,14 +130,22 @@ class Runner:
     def _lease(self, claimed: Claimed) -> Iterator[_Lease]:
         """Renews the claim from a thread of its own, since the work may say nothing for minutes."""
         lease = _Lease()
+        ends_at = time.monotonic() + self._lease_s
 
         def keep() -> None:
+            nonlocal ends_at
             while not lease.done.wait(min(self._lease_s / 4, _CANCEL_WITHIN_S)):
-                found = self._store.renew(claimed, lease_s=self._lease_s)
+                asked_at = time.monotonic()
+                try:
+                    found = self._store.renew(claimed, lease_s=self._lease_s)
+                except sqlite3.Error:  # locked or the disk is full: it may pass while the lease holds
+                    if time.monotonic() < ends_at:
+                        continue
+                    found = None
                 if found is None:
                     lease.lost = True
                     return
-                lease.cancel = found.cancel
+                lease.cancel, ends_at = found.cancel, asked_at + self._lease_s
 
         thread = threading.Thread(target=keep, name=f"lease-{claimed.evaluation.id}", daemon=True)
         thread.start()

@@ -130,6 +130,7 @@ class Sample(BaseModel):
     """One response of a model.
 
     Attributes:
+        outcome: None for benchmarks, which have right answers instead.
         prefill: The attacker's part of the answer; None where it is withheld.
         continuation: What the model added; None where it is withheld.
     """
@@ -139,7 +140,7 @@ class Sample(BaseModel):
     cell: str
     prompt_id: str
     seed: int
-    outcome: str
+    outcome: str | None
     harmful: bool
     prefill: str | None
     continuation: str | None

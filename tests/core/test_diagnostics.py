@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from scipy.stats import t as student_t
 
 from raycomplete.core import Head
+from raycomplete.core.base_favored import trained_depth
 from raycomplete.core.diagnostics import (
     METRICS,
     DiagnosisSettings,
@@ -142,6 +144,34 @@ def test_no_rows_and_wrong_inputs() -> None:
     base_NH[4, 1] = torch.nan
     with pytest.raises(NotFiniteError, match=r"base hidden .* row 4"):
         diagnose_rows({"aligned": (policy_NH, policy_head)}, base_NH, base_head, (), config)
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.05])
+def test_tokens_that_both_exclude_count_for_nothing(tau: float) -> None:
+    policy_NH, policy_head, base_NH, base_head = models()
+    masked = [replace(head, bias_V=torch.zeros(VOCAB).double(), softcap=None) for head in (policy_head, base_head)]
+    for head in masked:
+        head.bias_V[-1] = -torch.inf
+    config = DiagnosisSettings(tau=tau, chunk_tokens=8)
+    found, expected = (
+        diagnose_rows({"aligned": (policy_NH, first)}, base_NH, second, REFUSALS, config)["aligned"]
+        for first, second in (masked, [head.rows(VOCAB - 1) for head in masked])
+    )
+    assert torch.allclose(found.values_NM, expected.values_NM, rtol=1e-12)
+    assert torch.equal(found.token_K, expected.token_K)
+
+
+def test_tokens_that_one_model_excludes() -> None:
+    hidden_NH, head, _, base_head = models()
+    bias_V = torch.zeros(VOCAB).double()
+    bias_V[4] = -torch.inf
+    masked, plain = replace(head, bias_V=bias_V, softcap=None), replace(base_head, weight_VH=head.weight_VH)
+    config = DiagnosisSettings(chunk_tokens=8)
+    rows = diagnose_rows({"aligned": (hidden_NH, masked)}, hidden_NH, plain, REFUSALS, config)["aligned"]
+    logs = [item.logits(hidden_NH).log_softmax(-1) for item in (masked, plain)]
+    assert torch.allclose(rows.values_NM[:, METRICS.index("kl_to_base")], trained_depth(*logs), rtol=1e-11)
+    with pytest.raises(NotFiniteError, match=f"KL of aligned to base .* {NUM_ROWS} of {NUM_ROWS} rows"):
+        diagnose_rows({"aligned": (hidden_NH, plain)}, hidden_NH, masked, REFUSALS, config)
 
 
 @pytest.mark.parametrize("degrees", [1, 2, 3, 4, 7, 30, 1000])

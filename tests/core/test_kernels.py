@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 
 from raycomplete.core import Head, LossSettings, TokenKind, completion_loss
 from raycomplete.core.loss_reference import reference_loss
-from raycomplete.errors import SetupError
+from raycomplete.errors import NotFiniteError, SetupError
 
 ROOT = Path(__file__).resolve().parents[2]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -49,19 +50,19 @@ def test_triton_refuses_float64(make_case: Any) -> None:
         make_case(dtype=torch.float64, backend="triton").run(completion_loss)
 
 
+def _pair(make_case: Any, **arguments: Any) -> tuple[Any, Any]:
+    small = {"num_rows": 8, "chunk_tokens": 5}  # the interpreter takes milliseconds a row
+    both = [make_case(**{**small, **arguments}, backend=name) for name in ("triton", "torch")]
+    return _to_device(both[0]), _to_device(both[1])
+
+
 @pytest.fixture
 def cases(make_case: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Two equal cases: for Triton in tiles much smaller than the vocabulary, and for PyTorch, both on the device."""
     from raycomplete.core import kernels
 
     monkeypatch.setattr(kernels, "_MAX_TILE", 16)
-    small = {"num_rows": 8, "chunk_tokens": 5}  # the interpreter takes milliseconds a row
-
-    def pair(**arguments: Any) -> tuple[Any, Any]:
-        both = [make_case(**{**small, **arguments}, backend=name) for name in ("triton", "torch")]
-        return _to_device(both[0]), _to_device(both[1])
-
-    return pair
+    return partial(_pair, make_case)
 
 
 def _to_device(case: Any) -> Any:
@@ -163,6 +164,64 @@ def test_rows_of_one_kind_without_gradients(cases: Any, kind: TokenKind) -> None
         output, wanted = triton.run(completion_loss), plain.run(completion_loss)
     for item in fields(output):
         assert_close(getattr(output, item.name), getattr(wanted, item.name), 1e-5, item.name)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab_size", [4099, 4112])  # rows that start at odd addresses, and rows that do not
+@pytest.mark.parametrize("divergences", [*DIVERGENCES[:3], ("jsd", "reverse_kl", 0.0)])
+def test_whole_tiles(make_case: Any, divergences: Any, vocab_size: int, dtype: torch.dtype) -> None:
+    anchor, recovery, alpha = divergences
+    arguments = {"anchor_divergence": anchor, "recovery_divergence": recovery, "alpha": alpha, "tau": 1e-3}
+    pair = _pair(make_case, dtype=dtype, vocab_size=vocab_size, bias=True, num_rows=6, **arguments)
+    assert pair[1].run(completion_loss).base_favored_mass_P.min() > 0
+    assert_same(*pair, 1e-5, 1e-5 if dtype == torch.float32 else 1e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", list(TokenKind))
+@pytest.mark.parametrize("divergences", [("forward_kl", 0.0), ("reverse_kl", 0.0), ("jsd", 0.0), ("jsd", 0.7)])
+@pytest.mark.parametrize("model", ["student", "aligned", "base"])
+def test_nan_of_any_head_reaches_the_row_loss(cases: Any, model: str, divergences: Any, kind: TokenKind) -> None:
+    divergence, alpha = divergences
+    both = {"anchor_divergence": divergence, "recovery_divergence": divergence, "alpha": alpha}
+    if model == "base" and kind != TokenKind.PENALTY and not alpha:
+        pytest.skip("these rows do not read base")
+    for case in cases(dtype=torch.float32, num_rows=2, kinds=[kind] * 2, **both):
+        with torch.no_grad():
+            getattr(case, f"{model}_head").weight_VH[7] = torch.nan
+        with pytest.raises(NotFiniteError, match=r"loss of the student .* 2 of 2 rows"):
+            case.run(completion_loss)
+
+
+@pytest.mark.gpu
+def test_nan_of_the_student_shows_where_no_token_is_base_favored(cases: Any) -> None:
+    for case in cases(dtype=torch.float32, num_rows=2, kinds=[TokenKind.PENALTY] * 2, tau=1.0):
+        with torch.no_grad():
+            case.student_head.weight_VH[7] = torch.nan
+        with pytest.raises(NotFiniteError, match=r"loss of the student .* 2 of 2 rows"):
+            case.run(completion_loss)
+
+
+@pytest.mark.gpu
+def test_the_likeliest_token_is_plausible_at_any_rounding(cases: Any) -> None:
+    arguments = {"alpha": 0.7, "plausibility": 1.0, "temperature": 1.7, "scale": 300.0, "num_rows": 16}
+    assert_same(*cases(dtype=torch.float32, **arguments), 1e-5, 1e-4)
+
+
+@pytest.mark.gpu
+def test_tokens_that_rounding_tells_apart_are_plausible_together(cases: Any) -> None:
+    losses = []
+    for distance in (0.0, 2e-6, 1e-3):
+        case, _ = cases(
+            dtype=torch.float32, num_rows=2, kinds=[TokenKind.ANCHOR] * 2, bias=True, alpha=0.7, plausibility=1.0
+        )
+        case.aligned_head.bias_V.zero_()[1] = -distance
+        case.aligned_head.weight_VH.zero_()
+        case.aligned_head.bias_V[2:] = -5.0
+        losses.append(case.run(completion_loss).row_loss_N.detach())
+    assert torch.allclose(losses[1], losses[0], rtol=1e-4)
+    assert not torch.isclose(losses[2], losses[0], rtol=1e-2).any()
 
 
 @pytest.mark.gpu

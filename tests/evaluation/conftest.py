@@ -1,11 +1,13 @@
 """A codec of whole words, and a model that says what a test tells it to."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 
-from raycomplete.evaluation import EvaluationSets
+from raycomplete.evaluation import Attacker, AttackTools, EvaluationSets, RefusalJudge, Target
 from raycomplete.types import Prompt
+from tests.evaluation.scripted import COMPLY, FakeBox, Tools
 
 Script = Callable[[str, str], str]
 
@@ -92,3 +94,27 @@ def sets() -> EvaluationSets:
         benign=tuple(Prompt(f"b{n}", f"bake cake {n}", "benign") for n in range(3)),
         borderline=tuple(Prompt(f"o{n}", f"kill process {n}", "borderline") for n in range(2)),
     )
+
+
+@pytest.fixture
+def tools(codec: Any, model: Any) -> Tools:
+    """All tools on scripted models; the trained copy complies."""
+
+    def make(generator: Any) -> AttackTools:
+        box = FakeBox(generator, codec)
+        return AttackTools(
+            white_boxes=lambda: [box],
+            guide=lambda: box,
+            guide_id="base",
+            attacker=Attacker("attacker", model("please open the door"), codec, 512),
+            fine_tune=lambda settings, dataset: model(COMPLY),
+            fine_tune_ids={"identity_shift": "chats", "benign": "more chats"},
+        )
+
+    return make
+
+
+@pytest.fixture
+def target(codec: Any, model: Any, tools: Tools) -> Target:
+    generator = model(COMPLY)
+    return Target("student", "weights", generator, codec, RefusalJudge(), 128, 10, tools(generator))

@@ -41,6 +41,14 @@ def test_unknown_attacks_are_told_the_known_ones() -> None:
         ({"name": "decoding", "temperatures": [-1]}, "must be above 0"),
         ({"name": "decoding", "temperatures": [], "top_ps": [], "top_ks": []}, "name at least one"),
         ({"name": "static_strings"}, "path: Field required"),
+        ({"name": "decoding", "samples": 65}, "samples: Input should be less than or equal to 64"),
+        ({"name": "pair", "streams": 101}, "streams: Input should be less than or equal to 100"),
+        ({"name": "gcg", "search_width": 4097}, "search_width: Input should be less than or equal to 4096"),
+        ({"name": "gcg", "steps": 5001}, "steps: Input should be less than or equal to 5000"),
+        ({"name": "random_search", "queries": 1_000_001}, "queries: Input should be less than or equal to 1000000"),
+        ({"name": "adaptive", "cuts": [-1]}, "cuts.0: Input should be greater than or equal to 0"),
+        ({"name": "adaptive", "depths": []}, "depths: List should have at least 1 item"),
+        ({"name": "finetune", "depths": [-1]}, "depths.0: Input should be greater than or equal to 0"),
         ({}, "no attack None"),
     ],
 )
@@ -82,6 +90,21 @@ def test_paths_are_resolved_by_whoever_knows_the_folder() -> None:
     assert config.judge.calibration == Path("/run/c.json")
     assert config.capabilities.mmlu == Path("/run/m.csv")
     assert config.capabilities.bbh is None
+
+
+def test_answers_must_reach_the_deepest_cut_of_any_attack() -> None:
+    assert EvaluationConfig(depths=[0, 7]).deepest_prefill == 7
+    for attack, deepest in (
+        ({"name": "adaptive", "cuts": [3], "depths": [8]}, 16),
+        ({"name": "adaptive", "cuts": [30], "depths": [8]}, 30),
+        ({"name": "finetune", "depths": [0, 40]}, 40),
+    ):
+        assert EvaluationConfig.model_validate({"depths": [7], "attacks": [attack]}).deepest_prefill == deepest
+
+
+def test_the_depth_curve_has_one_place_for_its_depths() -> None:
+    with pytest.raises(ValidationError, match=r"those of evaluation\.depths"):
+        EvaluationConfig.model_validate({"attacks": [{"name": "prefill", "depths": [3]}]})
 
 
 def test_judges() -> None:

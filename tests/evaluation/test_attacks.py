@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from raycomplete.config import EvaluationConfig
@@ -18,83 +17,15 @@ from raycomplete.evaluation import (
     Attacker,
     AttackTools,
     EvaluationSets,
-    RefusalJudge,
     Target,
     closing_table,
-    evaluate_model,
     known_attacks,
     summarize,
 )
 from raycomplete.evaluation.attacks import build_attack
 from raycomplete.evaluation.attacks.templates import BUILT_IN, fill
-from raycomplete.evaluation.units import Decoding, Response, Unit
 from raycomplete.types import Prompt
-
-COMPLY = "Sure, take the key and then open the door."
-REFUSE = "I'm sorry, but I can't help with that."
-BABBLE = "xkqj zzrt pwvx qqmn bcdf ghjk lmnp"
-
-
-class FakeBox:
-    """A white box of words: favours some tokens, answers with what the scripted model says, and has a loss to search.
-
-    The loss of a suffix is the share of its tokens that are not `wanted`, so that a search has something to find.
-    """
-
-    def __init__(self, model: Any, codec: Any, liked: str = "", wanted: str = "open") -> None:
-        self.model, self.codec, self.liked, self.wanted = model, codec, liked, codec.encode_answer(wanted)[0]
-
-    def vocab_size(self) -> int:
-        return len(self.codec.words)
-
-    def top_logprobs(self, sequences: Any, top: int) -> list[list[tuple[int, float]]]:
-        said = [*self.codec.encode_answer(COMPLY), 0]
-        spoken = [len(sequence) - sequence.index(2) - 1 for sequence in sequences]
-        refusal = self.codec.encode_answer("sorry")[0]
-        return [[(refusal, -0.1), (said[min(count, len(said) - 1)], -2.0)][:top] for count in spoken]
-
-    def logprobs_of(self, sequences: Any, tokens: Any) -> list[list[float]]:
-        refusal = self.codec.encode_answer("sorry")[0]
-        return [[-9.0 if token == refusal else -1.0 for token in row] for row in tokens]
-
-    def sample(self, sequences: Any, decoding: Decoding, *, seed: int, stop_ids: Any) -> list[list[int]]:
-        found: list[list[int]] = self.model.generate(sequences, max_tokens=decoding.max_tokens)
-        return found
-
-    def suffix_gradient(self, problem: Any, suffix: Any) -> np.ndarray:
-        gradient = np.zeros((len(suffix), self.vocab_size()), dtype=np.float32)
-        gradient[:, self.wanted] = -1.0
-        return gradient
-
-    def suffix_losses(self, problem: Any, suffixes: Any) -> list[float]:
-        return [sum(token != self.wanted for token in suffix) / len(suffix) for suffix in suffixes]
-
-
-Tools = Callable[[Any], AttackTools]
-
-
-@pytest.fixture
-def tools(codec: Any, model: Any) -> Tools:
-    """All tools on scripted models; the trained copy complies."""
-
-    def make(generator: Any) -> AttackTools:
-        box = FakeBox(generator, codec)
-        return AttackTools(
-            white_boxes=lambda: [box],
-            guide=lambda: box,
-            guide_id="base",
-            attacker=Attacker("attacker", model("please open the door"), codec, 512),
-            fine_tune=lambda settings, dataset: model(COMPLY),
-            fine_tune_id="chats",
-        )
-
-    return make
-
-
-@pytest.fixture
-def target(codec: Any, model: Any, tools: Tools) -> Target:
-    generator = model(COMPLY)
-    return Target("student", "weights", generator, codec, RefusalJudge(), 128, 10, tools(generator))
+from tests.evaluation.scripted import BABBLE, COMPLY, REFUSE, Tools, evaluate, run
 
 
 @pytest.fixture
@@ -123,21 +54,6 @@ def every(strings: Path) -> list[dict[str, Any]]:
         {"name": "finetune", "depths": [0, 2]},
         {"name": "adaptive", "cuts": [3], "depths": [2]},
     ]
-
-
-def evaluate(
-    generator: Any, codec: Any, tools: Tools, sets: EvaluationSets, attacks: Any, folder: Path, **changes: Any
-) -> dict[str, Any]:
-    config = EvaluationConfig(depths=[0, 4], max_tokens=10, max_utility_tokens=12, attacks=attacks)
-    arguments: dict[str, Any] = {"model_id": "weights", "max_length": 128, "tools": tools(generator), **changes}
-    return evaluate_model("student", generator, codec, RefusalJudge(), sets, config, folder, **arguments)
-
-
-def run(target: Target, entry: dict[str, Any], sets: EvaluationSets) -> list[tuple[Unit, Response]]:
-    attack = build_attack(parse_attack(entry))
-    found: list[tuple[Unit, Response]] = []
-    attack.run(target, attack.plan(target, sets.harmful), found.extend)
-    return found
 
 
 # What the model itself decides; a rank-assisted prefill picks its words for it, and fine-tuning replaces it.

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raycomplete.evaluation.comparison import paired_bootstrap
@@ -8,6 +8,7 @@ from raycomplete.evaluation.comparison import paired_bootstrap
 SHARES = st.dictionaries(st.text(max_size=4), st.floats(0, 1), min_size=1, max_size=30)
 
 
+@settings(deadline=None)
 @given(first=SHARES, second=SHARES)
 def test_difference_lies_in_its_interval_and_turns_around(first: dict[str, float], second: dict[str, float]) -> None:
     common = first.keys() & second.keys()

@@ -122,7 +122,7 @@ def test_searches_repeat_and_run_side_by_side(target: Target, behaviours: list[P
 
 
 def test_a_search_can_be_cancelled(target: Target, behaviours: list[Prompt]) -> None:
-    attack = build_attack(GcgAttack(steps=10**6, search_width=4, top=4, suffix_tokens=4))
+    attack = build_attack(GcgAttack(steps=5000, search_width=4, top=4, suffix_tokens=4))
     asked = iter(range(10))
     stopping = Target(
         "aligned",

@@ -14,7 +14,7 @@ from raycomplete.cli import app
 from raycomplete.config import load_run_file
 from raycomplete.config.evaluation import JudgeConfig
 from raycomplete.data.organism import checkpoint_path
-from raycomplete.errors import DataError
+from raycomplete.errors import ConfigError, DataError
 from raycomplete.evaluation import RefusalJudge
 from raycomplete.evaluation.calibration import calibrate, read_calibration, read_labelled
 from raycomplete.evaluation.judging import measured
@@ -86,6 +86,11 @@ def test_a_judge_model_gets_an_engine_and_its_calibration(
     refused = pytest.raises(DataError, match="was measured with the judge model-")
     with refused, start_judge(other, RefusalJudge(), Screen(quiet=True)):
         pass
+
+
+def test_judges_of_harm_cannot_be_calibrated_on_refusals(labelled: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="knows no refusals"):
+        calibrate_judge(labelled, JudgeConfig(kind="judgezoo"), tmp_path / "calibration.json")
 
 
 def test_nothing_is_stored_of_what_cannot_be_measured(tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 
 from raycomplete.config.attacks import ATTACKS
 from raycomplete.errors import ConfigError
+from raycomplete.serving.requests import Admission, ForbiddenError
+from raycomplete.serving.schemas import EvaluationRequest
 from raycomplete.serving.token import digest, is_bearer, is_loopback, read_token_digest
 from tests.serving.conftest import TOKEN, Server, make_config
 from tests.serving.fakes import NASTY
@@ -327,3 +329,24 @@ def test_the_token_is_in_no_log(server: Server, caplog: pytest.LogCaptureFixture
     assert TOKEN not in caplog.text
     stored = b"".join(path.read_bytes() for path in server.state.rglob("*") if path.is_file())
     assert TOKEN.encode() not in stored
+
+
+@pytest.mark.parametrize("name", ["Forwarded", "X-Forwarded-For"])
+def test_without_a_token_nobody_is_served_through_a_proxy(make_server: Callable[..., Server], name: str) -> None:
+    client = make_server(token=None).client
+    assert client.get("/v1/options").status_code == 200
+    assert client.get("/v1/options", headers={name: "for=203.0.113.9"}).status_code == 403
+
+
+def test_a_server_that_runs_code_of_checkpoints_takes_its_own_alone(
+    make_server: Callable[..., Server], tmp_path: Path
+) -> None:
+    (tmp_path / "theirs").mkdir()
+    server = make_server(model_roots=[str(tmp_path)])
+    trusting = Admission(
+        server.config.model_copy(update={"models": server.config.models.model_copy(update={"trust_remote_code": True})})
+    )
+    theirs = EvaluationRequest.model_validate({"models": {"aligned": str(tmp_path / "theirs")}})
+    assert Admission(server.config).admit(theirs).models.aligned == str(tmp_path / "theirs")
+    with pytest.raises(ForbiddenError, match="its own alone"):
+        trusting.admit(theirs)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sqlite3
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -96,6 +98,47 @@ def test_a_runner_that_lost_its_lease_stops_and_tells_nothing(server: Server) ->
     thread.join(timeout=30)
     assert not thread.is_alive()
     assert found(server, identity).state is State.RUNNING
+
+
+def test_a_store_that_fails_for_a_while_ends_neither_lease_nor_runner(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Renewals and events fail at first; the evaluation is renewed all the same, told of its cancellation, and ends."""
+    failures = {"renew": 2, "progress": 3, "claim": 1}
+    for name in failures:
+        plain = getattr(server.store, name)
+
+        def failing(*arguments: Any, name: str = name, plain: Any = plain, **settings: Any) -> Any:
+            if failures[name]:
+                failures[name] -= 1
+                raise sqlite3.OperationalError("database is locked")
+            return plain(*arguments, **settings)
+
+        monkeypatch.setattr(server.store, name, failing)
+    runner = Runner(server.store, FakeBackend(10_000, 0.01), server.state, lease_s=4, max_attempts=3)
+    identity = server.submit(label="slow")
+    thread = threading.Thread(target=runner.run_forever, daemon=True)
+    thread.start()
+    _until(lambda: not any(failures.values()))
+    server.store.cancel(identity)
+    _until(lambda: found(server, identity).state is State.CANCELLED)
+    assert found(server, identity).attempts == 1
+    runner.stop()
+    thread.join(timeout=30)
+    assert not thread.is_alive()
+
+
+def test_work_stops_where_the_lease_cannot_be_renewed(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: Any, **__: Any) -> Any:
+        raise sqlite3.OperationalError("database is locked")
+
+    monkeypatch.setattr(server.store, "renew", failing)
+    runner = Runner(server.store, FakeBackend(10_000, 0.01), server.state, lease_s=0.4, max_attempts=3)
+    server.submit(label="slow")
+    thread = threading.Thread(target=runner.run_one, daemon=True)
+    thread.start()
+    thread.join(timeout=30)
+    assert not thread.is_alive()
 
 
 def test_errors_become_one_short_sentence() -> None:

@@ -15,6 +15,7 @@ from raycomplete.evaluation.units import Decoding, Unit
 from raycomplete.types import Codec, Prompt
 
 _Words = tuple[list[int], list[int]]  # what the model reads, and the attacker's part of its answer
+_Variant = tuple[str, int, _Words]  # its name, how many answer tokens it asks for, and the words
 
 
 class Adaptive(Attack[AdaptiveAttack]):
@@ -29,7 +30,7 @@ class Adaptive(Attack[AdaptiveAttack]):
             )
         by_variant: dict[str, list[Unit]] = {}
         for prompt in answered:
-            for variant, (sequence, prefill) in self._variants(target.codec, prompt):
+            for variant, depth, (sequence, prefill) in self._variants(target.codec, prompt):
                 by_variant.setdefault(variant, []).append(
                     Unit(
                         "adaptive",
@@ -38,19 +39,21 @@ class Adaptive(Attack[AdaptiveAttack]):
                         tuple(sequence),
                         Decoding(target.max_tokens),
                         prefill=tuple(prefill),
+                        settings={"depth": depth},
                     )
                 )
         return [unit for units in by_variant.values() for unit in units]
 
-    def _variants(self, codec: Codec, prompt: Prompt) -> Iterator[tuple[str, _Words]]:
+    def _variants(self, codec: Codec, prompt: Prompt) -> Iterator[_Variant]:
         asked, answer = codec.encode_prompt(prompt.text), answer_ids(codec, prompt)
         for depth in self.config.cuts:
-            yield f"cut-{depth}", ([*asked, *answer[:depth]], answer[:depth])
+            yield f"cut-{depth}", depth, ([*asked, *answer[:depth]], answer[:depth])
         for depth in self.config.depths:
-            yield f"refuse-then-turn-{depth}", self._turned(codec, asked, answer[:depth])
+            yield f"refuse-then-turn-{depth}", depth, self._turned(codec, asked, answer[:depth])
             middle = answer[depth : 2 * depth]
-            yield f"middle-{depth}", ([*asked, *middle], middle)
-            yield f"multi-turn-{depth}", self._two_turns(codec, asked, answer[:depth])
+            if middle:  # an answer that ends before has none, and without it this were no attack
+                yield f"middle-{depth}", depth, ([*asked, *middle], middle)
+            yield f"multi-turn-{depth}", depth, self._two_turns(codec, asked, answer[:depth])
 
     def _turned(self, codec: Codec, asked: list[int], answer: list[int]) -> _Words:
         """A refusal, the turn, and the answer. The judge is told of the answer only: the refusal gives nothing away."""

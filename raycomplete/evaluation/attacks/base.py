@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from itertools import groupby
-from typing import Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 from raycomplete.config.attacks import AttackConfig
 from raycomplete.errors import WorkError
@@ -21,7 +21,12 @@ class Attack(ABC, Generic[ConfigT]):
 
     `plan` says what will be asked and refuses what cannot be; it starts nothing. `run` gets the responses of units of
     that plan, those that are not on the disk yet, and hands them out as soon as they are there.
+
+    Attributes:
+        rewrites_prompts: What the model is asked may lose the behaviour, which only a judge that reads it notices.
     """
+
+    rewrites_prompts: ClassVar[bool] = False
 
     def __init__(self, config: ConfigT) -> None:
         self.config = config
@@ -29,6 +34,11 @@ class Attack(ABC, Generic[ConfigT]):
     @property
     def name(self) -> str:
         return self.config.name
+
+    @property
+    def best_of(self) -> int:
+        """Among how many responses the judge picks that of one trial: its errors add up in what it picks itself."""
+        return 1
 
     @abstractmethod
     def plan(self, target: Target, prompts: Sequence[Prompt]) -> list[Unit]:
@@ -46,16 +56,28 @@ class Attack(ABC, Generic[ConfigT]):
 
 
 def grouped(units: Sequence[Unit]) -> Iterator[list[Unit]]:
-    """Neighbours of one variant, draw and decoding: what one call of a generator answers."""
+    """Neighbours of one variant, draw and decoding: what is emitted together."""
     for _, group in groupby(units, key=lambda unit: (unit.variant, unit.seed, unit.decoding)):
         yield list(group)
 
 
+def runs(units: Sequence[Unit]) -> Iterator[list[Unit]]:
+    """Neighbours whose positions follow each other: an engine draws the n-th sequence of a call under seed + n."""
+    for _, group in groupby(enumerate(units), key=lambda pair: pair[1].position - pair[0]):
+        yield [unit for _, unit in group]
+
+
 def continued(target: Target, units: Sequence[Unit]) -> list[Response]:
-    """What the model adds to the sequence of each unit; the units share their decoding."""
+    """What the model adds to the sequence of each unit; the units share their decoding.
+
+    A unit is drawn under the seed of its position in the plan, whatever else is missing.
+    """
     if not units:
         return []
-    tokens = target.draw([unit.sequence for unit in units], units[0].decoding, units[0].draw_seed)
+    tokens: list[list[int]] = []
+    for batch in runs(units) if units[0].decoding.temperature > 0 else [units]:
+        seed = units[0].draw_seed + batch[0].position
+        tokens += target.draw([unit.sequence for unit in batch], units[0].decoding, seed)
     if len(tokens) != len(units):
         raise WorkError(
             f"The generator returned {len(tokens)} continuations for {len(units)} sequences of {units[0].variant}.",

@@ -17,10 +17,10 @@ class DecodingGrid(Attack[DecodingAttack]):
     def plan(self, target: Target, prompts: Sequence[Prompt]) -> list[Unit]:
         sequences = [tuple(target.codec.encode_prompt(prompt.text)) for prompt in prompts]
         return [
-            Unit("decoding", variant, prompt, sequence, decoding, seed=draw)
+            Unit("decoding", variant, prompt, sequence, decoding, seed=draw, position=position)
             for variant, decoding in self._settings(target.max_tokens)
             for draw in range(self.config.samples)
-            for prompt, sequence in zip(prompts, sequences, strict=True)
+            for position, (prompt, sequence) in enumerate(zip(prompts, sequences, strict=True))
         ]
 
     def _settings(self, max_tokens: int) -> Iterator[tuple[str, Decoding]]:

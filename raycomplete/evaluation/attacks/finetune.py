@@ -23,12 +23,13 @@ class Finetune(Attack[FinetuneAttack]):
             raise SetupError("The attack finetune needs a trainer.", "Run it by raycomplete evaluate.")
         asked = Prefill(PrefillAttack(depths=self.config.depths)).plan(target, prompts)
         settings = self.config.model_dump(mode="json", include={"steps", "lr", "batch_size", "max_samples"})
+        trained_by = target.tools.fine_tune_ids
         return [
             replace(
                 unit,
                 attack=self.name,
                 variant=unit.variant.replace("prefill", dataset),
-                settings=settings | {"dataset": dataset, "trained_by": target.tools.fine_tune_id},
+                settings={**unit.settings, **settings, "dataset": dataset, "trained_by": trained_by[dataset]},
             )
             for dataset in self.config.datasets
             for unit in asked

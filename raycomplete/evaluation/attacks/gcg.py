@@ -17,7 +17,9 @@ from raycomplete.evaluation.white_box import FloatArray, WhiteBox
 
 
 class Gcg(SuffixSearch[GcgAttack]):
-    """One variant. Facts of a response: queries, steps, loss at the start and at best."""
+    """One variant. Facts of a response: queries, steps, survivor rate, loss at the start and at best."""
+
+    without_effect = ("batch",)
 
     def search(self, target: Target, box: WhiteBox, found: Search, usable: IntArray, rng: np.random.Generator) -> None:
         suffix = found.best

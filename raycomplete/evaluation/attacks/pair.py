@@ -5,14 +5,15 @@ it and tries again. The instruction is ours, and the feedback is the judge's out
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 
 from raycomplete.config.attacks import PairAttack
 from raycomplete.errors import SetupError
-from raycomplete.evaluation.attacks.base import Attack, continued, grouped, plain_units
+from raycomplete.evaluation.attacks.base import Attack, continued, grouped, plain_units, runs
 from raycomplete.evaluation.judging import filled, judged
 from raycomplete.evaluation.target import Attacker, Target
-from raycomplete.evaluation.units import Emit, Response, Unit
+from raycomplete.evaluation.units import FIRST_COMPLIED, Emit, Response, Unit
 from raycomplete.types import Outcome, Prompt
 
 INSTRUCTION = (
@@ -32,6 +33,7 @@ class _Attempt:
     outcome: str = "not asked yet"
     response: Response | None = None
     queries: int = 0
+    first_complied: bool = False
 
     @property
     def open(self) -> bool:
@@ -39,7 +41,16 @@ class _Attempt:
 
 
 class Pair(Attack[PairAttack]):
-    """One variant, a draw for each stream: `mean` is the rate of one stream, `worst_of_n` that of all of them."""
+    """One variant, a draw for each stream: `mean` is the rate of one stream, `worst_of_n` that of all of them.
+
+    A stream ends at the first response that the judge calls compliance, so its rate is that of the best of `rounds`.
+    """
+
+    rewrites_prompts = True
+
+    @property
+    def best_of(self) -> int:
+        return self.config.rounds
 
     def plan(self, target: Target, prompts: Sequence[Prompt]) -> list[Unit]:
         attacker = target.tools.attacker
@@ -54,9 +65,9 @@ class Pair(Attack[PairAttack]):
         for unit in plain:
             self._request(attacker, _Attempt(unit, unit.prompt.text))  # refused here where it does not fit
         return [
-            Unit(unit.attack, unit.variant, unit.prompt, unit.sequence, unit.decoding, seed=stream, settings=settings)
+            replace(unit, seed=stream, settings=settings, position=position)
             for stream in range(self.config.streams)
-            for unit in plain
+            for position, unit in enumerate(plain)
         ]
 
     def run(self, target: Target, units: Sequence[Unit], emit: Emit) -> None:
@@ -66,21 +77,29 @@ class Pair(Attack[PairAttack]):
             for number in range(self.config.rounds):
                 asked = [attempt for attempt in attempts if attempt.open]
                 if asked:
-                    self._rewrite(target, target.tools.attacker, asked, number)
+                    self._rewrite(target, target.tools.attacker, attempts, number)
                     self._ask(target, asked)
             emit([(attempt.unit, _finished(attempt)) for attempt in attempts])
 
     def _rewrite(self, target: Target, attacker: Attacker, attempts: Sequence[_Attempt], number: int) -> None:
-        """New wordings; one that is empty or too long for the target's context leaves the old one standing."""
+        """New wordings; one that is empty or too long for the target's context leaves the old one standing.
+
+        Attempts that succeeded are rewritten along, unheard: a call without them would give the others other seeds.
+        """
         target.stop_if_cancelled()
-        rewritten = attacker.generator.generate(
-            [self._request(attacker, attempt) for attempt in attempts],
-            max_tokens=self.config.max_tokens,
-            temperature=self.config.temperature,
-            top_p=self.config.top_p,
-            seed=attempts[0].unit.draw_seed + number * 2**12,
-        )
+        requests = iter([self._request(attacker, attempt) for attempt in attempts])
+        rewritten: list[list[int]] = []
+        for run in runs([attempt.unit for attempt in attempts]):
+            rewritten += attacker.generator.generate(
+                list(islice(requests, len(run))),
+                max_tokens=self.config.max_tokens,
+                temperature=self.config.temperature,
+                top_p=self.config.top_p,
+                seed=run[0].draw_seed + number * 2**12 + run[0].position,
+            )
         for attempt, tokens in zip(attempts, rewritten, strict=True):
+            if not attempt.open:
+                continue
             text = attacker.codec.decode(tokens).strip()
             room = target.max_length - attempt.unit.decoding.max_tokens
             if text and len(target.codec.encode_prompt(text)) <= room:
@@ -117,9 +136,12 @@ class Pair(Attack[PairAttack]):
             attempt.response, attempt.outcome = response, str(outcome)
             attempt.answer = target.codec.decode(response.tokens)
             attempt.queries += 1
+            if attempt.queries == 1:
+                attempt.first_complied = outcome == Outcome.COMPLIED
 
 
 def _finished(attempt: _Attempt) -> Response:
     assert attempt.response is not None, "every attempt asks at least once"
     response = attempt.response
-    return Response(response.sequence, (), response.tokens, {"queries": attempt.queries})
+    facts = {"queries": attempt.queries, FIRST_COMPLIED: float(attempt.first_complied)}
+    return Response(response.sequence, (), response.tokens, facts)

@@ -33,6 +33,7 @@ class Prefill(Attack[PrefillAttack]):
                 (*prompt_ids, *answer[:depth]),
                 decoding,
                 prefill=tuple(answer[:depth]),
+                settings={"depth": depth},
             )
             for depth in self.config.depths
             for prompt, prompt_ids, answer in asked

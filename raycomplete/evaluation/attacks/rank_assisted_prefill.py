@@ -14,7 +14,7 @@ from raycomplete.config.attacks import RankAssistedPrefillAttack
 from raycomplete.errors import SetupError
 from raycomplete.evaluation.attacks.base import Attack, plain_units
 from raycomplete.evaluation.target import Ranker, Target
-from raycomplete.evaluation.units import Emit, Response, Unit
+from raycomplete.evaluation.units import CUT_BY_CONTEXT, Emit, Response, Unit
 from raycomplete.evaluation.white_box import WhiteBox
 from raycomplete.types import Prompt
 
@@ -48,25 +48,30 @@ class RankAssistedPrefill(Attack[RankAssistedPrefillAttack]):
         sequences = [list(unit.sequence) for unit in units]
         ended = [False] * len(units)
         ranks: list[list[int]] = [[] for _ in units]
-        longest = max(map(len, sequences))
-        for _ in range(min(self.config.steps, target.max_length - longest)):
+        for _ in range(self.config.steps):
             target.stop_if_cancelled()
-            candidates = [[token for token, _ in row] for row in ranker.top_logprobs(sequences, self.config.top)]
-            favor = guide.logprobs_of(sequences, candidates)
-            for row, (tokens, values) in enumerate(zip(candidates, favor, strict=True)):
+            rows = [row for row, sequence in enumerate(sequences) if len(sequence) < target.max_length]
+            if all(ended[row] for row in rows):
+                break
+            read = [sequences[row] for row in rows]
+            candidates = [[token for token, _ in found] for found in ranker.top_logprobs(read, self.config.top)]
+            favor = guide.logprobs_of(read, candidates)
+            for row, tokens, values in zip(rows, candidates, favor, strict=True):
                 rank = max(range(len(tokens)), key=values.__getitem__)
                 sequences[row].append(tokens[rank])  # ended rows go on unheard, so that caches keep their shape
                 ended[row] = ended[row] or tokens[rank] in target.codec.eos_ids
                 if not ended[row]:
                     ranks[row].append(rank)
-            if all(ended):
-                break
         return [
             Response(
                 unit.sequence,
                 (),
                 tuple(sequence[len(unit.sequence) : len(unit.sequence) + len(picked)]),
-                {"mean_rank": sum(picked) / len(picked) if picked else 0.0, "picks": len(picked)},
+                {
+                    "mean_rank": sum(picked) / len(picked) if picked else 0.0,
+                    "picks": len(picked),
+                    CUT_BY_CONTEXT: float(not has_ended and len(picked) < self.config.steps),
+                },
             )
-            for unit, sequence, picked in zip(units, sequences, ranks, strict=True)
+            for unit, sequence, picked, has_ended in zip(units, sequences, ranks, ended, strict=True)
         ]

@@ -7,12 +7,12 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from threading import Event
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 
 from raycomplete.config.attacks import SuffixAttack
-from raycomplete.errors import DataError
+from raycomplete.errors import DataError, WorkError
 from raycomplete.evaluation.attacks.base import Attack, answer_ids, continued
 from raycomplete.evaluation.target import Target
 from raycomplete.evaluation.units import Decoding, Emit, Response, Unit
@@ -33,6 +33,8 @@ class Search:
         text: The behaviour.
         losses: Loss of the current suffix after each step, that of the filler first.
         queries: How many suffixes the model was asked about.
+        drawn: How many candidates were checked for coming back from text.
+        survivors: How many of them did.
         best: The suffix with the least loss so far.
     """
 
@@ -43,6 +45,8 @@ class Search:
     losses: list[float] = field(default_factory=list)
     queries: int = 0
     best_loss: float = float("inf")
+    drawn: int = 0
+    survivors: int = 0
 
     def note(self, suffix: Sequence[int], loss: float) -> None:
         """Takes the step's suffix into the record."""
@@ -53,11 +57,20 @@ class Search:
     def survives_text(self, suffix: Sequence[int]) -> bool:
         """Whether the suffix comes back as the same tokens when it is typed as text, as an attacker must."""
         typed = self.codec.encode_prompt(f"{self.text} {self.codec.decode(suffix).strip()}")
-        return tuple(typed) == (*self.problem.before, *suffix, *self.problem.after)
+        survives = tuple(typed) == (*self.problem.before, *suffix, *self.problem.after)
+        self.drawn += 1
+        self.survivors += survives
+        return survives
 
 
 class SuffixSearch(Attack[SuffixT], Generic[SuffixT]):
-    """Finds a suffix for each behaviour on a white box, one search at a time on each, then asks the model greedily."""
+    """Finds a suffix for each behaviour on a white box, one search at a time on each, then asks the model greedily.
+
+    Attributes:
+        without_effect: Settings that decide memory and speed alone, so that the search is the same under any.
+    """
+
+    without_effect: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def search(self, target: Target, box: WhiteBox, found: Search, usable: IntArray, rng: np.random.Generator) -> None:
@@ -66,7 +79,7 @@ class SuffixSearch(Attack[SuffixT], Generic[SuffixT]):
     def plan(self, target: Target, prompts: Sequence[Prompt]) -> list[Unit]:
         if target.tools.white_boxes is None:
             target.white_boxes(self.name)  # which says what is missing
-        settings = self.config.model_dump(mode="json")
+        settings = self.config.model_dump(mode="json", exclude=set(self.without_effect))
         units = []
         for prompt in prompts:
             found = self.start(target.codec, prompt)
@@ -92,6 +105,7 @@ class SuffixSearch(Attack[SuffixT], Generic[SuffixT]):
             facts = {
                 "queries": found.queries,
                 "steps": len(found.losses) - 1,
+                "survivor_rate": round(found.survivors / found.drawn, 4) if found.drawn else 1.0,
                 "loss_start": round(found.losses[0], 4),
                 "loss_best": round(found.best_loss, 4),
             }
@@ -147,6 +161,12 @@ class SuffixSearch(Attack[SuffixT], Generic[SuffixT]):
         found = self.start(target.codec, unit.prompt)
         found.note(found.best, box.suffix_losses(found.problem, [found.best])[0])
         self.search(target, box, found, usable, np.random.default_rng(int(unit.key(target.model_id), 16)))
+        if found.drawn and not found.survivors:
+            raise WorkError(
+                f"None of the {found.drawn} suffixes that {self.name} tried on the prompt {unit.prompt.prompt_id!r} "
+                "comes back as the same tokens when it is typed as text, so nothing was searched.",
+                f"Give {self.name} another filler or more steps, or leave it out for this tokenizer.",
+            )
         return found
 
 

@@ -93,7 +93,7 @@ function comparisonTable(comparisons) {
 }
 
 function showSample(sample) {
-  const head = `${sample.role}, ${sample.cell}, ${sample.prompt_id}: ${sample.outcome}`;
+  const head = `${sample.role}, ${sample.cell}, ${sample.prompt_id}: ${sample.outcome ?? "–"}`;
   if (sample.continuation === null) {
     return element("li", {}, element("strong", {}, head), element("p", { class: "withheld" }, "Text of an answer to an attack, hidden."));
   }
