@@ -25,6 +25,8 @@ from raycomplete.screen import Screen
 from raycomplete.types import MODEL_ROLES
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.timeout(1800)  # three models are attacked in one fixture
+
 BEHAVIOURS = 4
 ATTACKS: list[dict[str, Any]] = [
     {"name": "rank_assisted_prefill", "steps": 40},

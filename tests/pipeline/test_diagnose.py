@@ -113,6 +113,7 @@ def test_masked_text_keeps_its_shape_only() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # three commands, each with engines of its own
 def test_the_command_on_the_organism(tmp_path: Path) -> None:
     """Diagnosed, then one partition and the result taken away and resumed: the numbers are the same."""
     arguments = [
