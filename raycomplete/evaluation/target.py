@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
 
 from raycomplete.config.attacks import FinetuneAttack
 from raycomplete.errors import DataError, SetupError
 from raycomplete.evaluation.units import Decoding, EvaluationCancelled, Unit
 from raycomplete.evaluation.white_box import WhiteBox
 from raycomplete.types import Codec, Generator, Judge
-
-
-@runtime_checkable
-class Ranker(Protocol):
-    """A model that tells its likeliest next tokens: a white box, or an engine that can."""
-
-    def top_logprobs(self, sequences: Sequence[Sequence[int]], top: int) -> list[list[tuple[int, float]]]:
-        """(token, log-probability) of the `top` likeliest next tokens of each sequence, best first."""
 
 
 @dataclass(frozen=True)
@@ -99,25 +89,19 @@ class Target:
             raise SetupError(f"The attack {attack} needs the weights of the model.", "Run it by raycomplete evaluate.")
         return self.tools.white_boxes()
 
-    def ranker(self, attack: str) -> Ranker:
-        """The engine where it can rank tokens, else a white box."""
-        return self.generator if isinstance(self.generator, Ranker) else self.white_boxes(attack)[0]
-
     def draw(self, sequences: Sequence[Sequence[int]], decoding: Decoding, seed: int | None) -> list[list[int]]:
-        """Continues sequences; top-k sampling falls back on a white box where the engine knows no `top_k`."""
+        """Continues sequences; generators know no top-k, so that a white box samples with it."""
         self.stop_if_cancelled()
-        settings = {
-            "max_tokens": decoding.max_tokens,
-            "temperature": decoding.temperature,
-            "top_p": decoding.top_p,
-            "seed": seed if decoding.temperature > 0 else None,
-        }
-        if not decoding.top_k:
-            return self.generator.generate(sequences, **settings)  # type: ignore[arg-type]
-        if "top_k" in inspect.signature(self.generator.generate).parameters:
-            return self.generator.generate(sequences, **settings, top_k=decoding.top_k)  # type: ignore[arg-type, call-arg]
-        box = self.white_boxes("decoding")[0]
-        return box.sample(sequences, decoding, seed=seed or 0, stop_ids=self.codec.eos_ids)
+        if decoding.top_k:
+            box = self.white_boxes("decoding")[0]
+            return box.sample(sequences, decoding, seed=seed or 0, stop_ids=self.codec.eos_ids)
+        return self.generator.generate(
+            sequences,
+            max_tokens=decoding.max_tokens,
+            temperature=decoding.temperature,
+            top_p=decoding.top_p,
+            seed=seed if decoding.temperature > 0 else None,
+        )
 
 
 def check_fits(units: Sequence[Unit], max_length: int) -> None:

@@ -24,6 +24,7 @@ from raycomplete.evaluation import (
 )
 from raycomplete.evaluation.attacks import build_attack
 from raycomplete.evaluation.attacks.templates import BUILT_IN, fill
+from raycomplete.evaluation.units import Decoding
 from raycomplete.types import Prompt
 from tests.evaluation.scripted import BABBLE, COMPLY, REFUSE, Tools, evaluate, run
 
@@ -115,19 +116,30 @@ def test_summary_and_table_of_all_attacks(
 
 
 def test_decoding_asks_with_its_settings(target: Target, sets: EvaluationSets) -> None:
-    asked: list[dict[str, Any]] = []
+    """The engine samples, and for top-k, which engines do not know, a white box does."""
+    asked: list[tuple[float, float, int, int]] = []
+    seeds: set[int] = set()
 
     class Recording:
-        def generate(self, sequences: Sequence[Any], *, top_k: int = 0, **settings: Any) -> list[list[int]]:
-            asked.append({**settings, "top_k": top_k, "count": len(sequences)})
+        def generate(
+            self, sequences: Sequence[Any], *, temperature: float, top_p: float, seed: int, max_tokens: int
+        ) -> list[list[int]]:
+            asked.append((temperature, top_p, 0, len(sequences)))
+            seeds.add(seed)
+            return [[] for _ in sequences]
+
+    class RecordingBox:
+        def sample(self, sequences: Any, decoding: Decoding, *, seed: int, stop_ids: Any) -> list[list[int]]:
+            asked.append((decoding.temperature, decoding.top_p, decoding.top_k, len(sequences)))
+            seeds.add(seed)
             return [[] for _ in sequences]
 
     entry = {"name": "decoding", "temperatures": [0.5], "top_ps": [0.9], "top_ks": [5], "samples": 2}
-    found = run(replace(target, generator=Recording()), entry, sets)
+    tools = AttackTools(white_boxes=lambda: [RecordingBox()])
+    found = run(replace(target, generator=Recording(), tools=tools), entry, sets)
     assert len(found) == 3 * 2 * 4
-    settings = [(call["temperature"], call["top_p"], call["top_k"], call["count"]) for call in asked]
-    assert settings == [(0.5, 1.0, 0, 4)] * 2 + [(1.0, 0.9, 0, 4)] * 2 + [(1.0, 1.0, 5, 4)] * 2
-    assert len({call["seed"] for call in asked}) == 6
+    assert asked == [(0.5, 1.0, 0, 4)] * 2 + [(1.0, 0.9, 0, 4)] * 2 + [(1.0, 1.0, 5, 4)] * 2
+    assert len(seeds) == 6
 
 
 def test_rank_assisted_prefill_picks_what_the_guide_likes(target: Target, sets: EvaluationSets) -> None:
@@ -139,20 +151,6 @@ def test_rank_assisted_prefill_picks_what_the_guide_likes(target: Target, sets: 
     assert target.codec.decode(short[0][1].tokens) == "Sure, take the"
     first = run(target, {"name": "rank_assisted_prefill", "steps": 3, "top": 1}, sets)
     assert target.codec.decode(first[0][1].tokens) == "sorry sorry sorry", "the attacker may not leave the top"
-
-
-def test_an_engine_that_ranks_is_asked_before_a_white_box(target: Target, sets: EvaluationSets, codec: Any) -> None:
-    class Ranking:
-        def generate(self, *arguments: Any, **settings: Any) -> list[list[int]]:
-            raise AssertionError("a rank-assisted prefill asks for ranks alone")
-
-        def top_logprobs(self, sequences: Sequence[Any], top: int) -> list[list[tuple[int, float]]]:
-            return [[(codec.encode_answer("door")[0], -0.1)] for _ in sequences]
-
-    guided = AttackTools(guide=target.tools.guide, guide_id="base")
-    ranking = replace(target, generator=Ranking(), tools=guided)
-    found = run(ranking, {"name": "rank_assisted_prefill", "steps": 2}, sets)
-    assert [codec.decode(response.tokens) for _, response in found] == ["door door"] * 4
 
 
 def test_searches_find_what_lowers_the_loss(target: Target, sets: EvaluationSets) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from raycomplete.config.attacks import RankAssistedPrefillAttack
 from raycomplete.errors import SetupError
 from raycomplete.evaluation.attacks.base import Attack, plain_units
-from raycomplete.evaluation.target import Ranker, Target
+from raycomplete.evaluation.target import Target
 from raycomplete.evaluation.units import CUT_BY_CONTEXT, Emit, Response, Unit
 from raycomplete.evaluation.white_box import WhiteBox
 from raycomplete.types import Prompt
@@ -39,12 +39,12 @@ class RankAssistedPrefill(Attack[RankAssistedPrefillAttack]):
 
     def run(self, target: Target, units: Sequence[Unit], emit: Emit) -> None:
         assert target.tools.guide is not None, "plan refuses without a guide"
-        guide, ranker = target.tools.guide(), target.ranker(self.name)
+        guide, ranker = target.tools.guide(), target.white_boxes(self.name)[0]
         for start in range(0, len(units), _BATCH):
             batch = units[start : start + _BATCH]
             emit(list(zip(batch, self._responses(target, ranker, guide, batch), strict=True)))
 
-    def _responses(self, target: Target, ranker: Ranker, guide: WhiteBox, units: Sequence[Unit]) -> list[Response]:
+    def _responses(self, target: Target, ranker: WhiteBox, guide: WhiteBox, units: Sequence[Unit]) -> list[Response]:
         sequences = [list(unit.sequence) for unit in units]
         ended = [False] * len(units)
         ranks: list[list[int]] = [[] for _ in units]
