@@ -59,5 +59,45 @@ class WaitTimeoutError(WorkError, TimeoutError):
     """A wait ended without its result; the message says what was needed and what was there."""
 
 
+class ProcessDiedError(WorkError):
+    """A worker, an engine or a node is gone. The command line prints it as one screen.
+
+    Args:
+        problem: One sentence: who died.
+        remedy: How to go on.
+        role: Who died: "training worker 1", "base scorer".
+        node: Address or id of its node; empty where it is not known.
+        cause: The likeliest reason, as far as it can be told.
+        log_path: Where its last words are; empty where there are none.
+        saved: What is kept: "the checkpoint of step 40 in runs/demo/checkpoints".
+    """
+
+    def __init__(
+        self,
+        problem: str,
+        remedy: str = "",
+        *,
+        role: str = "",
+        node: str = "",
+        cause: str = "",
+        log_path: str = "",
+        saved: str = "",
+    ) -> None:
+        super().__init__(problem, remedy)
+        self.role, self.node, self.cause, self.log_path, self.saved = role, node, cause, log_path, saved
+
+    def facts(self) -> list[tuple[str, str]]:
+        """Names and values of what is known, for the screen."""
+        known = {
+            "who": self.role,
+            "node": self.node,
+            "likely cause": self.cause,
+            "log": self.log_path,
+            "kept": self.saved,
+            "go on": self.remedy,
+        }
+        return [(name, value) for name, value in known.items() if value]
+
+
 class NotFiniteError(WorkError, FloatingPointError):
     """A tensor that must be finite holds NaN or infinity; the message names it."""

@@ -49,3 +49,18 @@ def test_exit_codes_follow_the_family(kind: type[RaycompleteError]) -> None:
 def test_errors_can_be_caught_as_the_standard_ones(kind: type[RaycompleteError], standard: type[Exception]) -> None:
     with pytest.raises(standard, match="p r"):
         raise kind("p", "r")
+
+
+def test_a_death_keeps_its_facts_across_processes() -> None:
+    error = errors.ProcessDiedError(
+        "The base scorer died.", "Resume.", role="base scorer", node="10.0.0.2", cause="out of memory", saved="step 40"
+    )
+    again = pickle.loads(pickle.dumps(error))
+    assert again.facts() == error.facts()
+    assert dict(again.facts()) == {
+        "who": "base scorer",
+        "node": "10.0.0.2",
+        "likely cause": "out of memory",
+        "kept": "step 40",
+        "go on": "Resume.",
+    }
