@@ -358,7 +358,7 @@ class ScoringClient:
             return
         name = digest(request)
         record = {
-            "sequence_sha256": name,
+            "sequence": name,
             "tokens": len(request.token_ids),
             "prompt_tokens": request.num_prompt_tokens,
             "role": self.role,
