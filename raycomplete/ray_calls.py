@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 from ray._private import state as ray_state
 from ray._private import worker as ray_worker
+from ray.core.generated import common_pb2, gcs_pb2
 from ray.exceptions import (
     GetTimeoutError,
     NodeDiedError,
@@ -23,6 +25,8 @@ from ray.exceptions import (
 from raycomplete.errors import ProcessDiedError, RaycompleteError, WaitTimeoutError, WorkError
 
 _RESUME = "Run again with --resume; if memory ran out, give the engine more or lower scoring.* and rollout.* sizes."
+
+_DEATH_REPORT_S = 3.0
 
 # What Ray says of a death, and what it means; the first that fits. Ray's text on a closed connection lists every
 # possible reason, the memory monitor and the node among them, so it is recognised before those.
@@ -85,22 +89,11 @@ def died(error: RayError, who: str) -> ProcessDiedError:
         who: The actor, for messages.
     """
     text = str(error)
-    actor = _actor(getattr(error, "actor_id", None))
-    node_ip = _found(r"^\s*ip: (\S+)", text)
-    process = _found(r"^\s*pid: (\d+)", text)
-    address = actor.get("Address", {})
-    node = node_ip or address.get("IPAddress", "")
-    if address.get("NodeID") and address.get("IPAddress") == node:
-        node += f" (node {address['NodeID'][:12]})"
-    cause = likely_cause(text)
-    return ProcessDiedError(
-        f"The {who} died: {cause}.",
-        _RESUME,
-        role=who,
-        node=node,
-        cause=cause,
-        log_path=log_path(process or str(actor.get("Pid") or "")),
-    )
+    found = _last_process(getattr(error, "actor_id", None))
+    node = found.node or _found(r"^\s*ip: (\S+)", text)
+    cause = likely_cause(found.said or text)
+    log = log_path(found.number or _found(r"^\s*pid: (\d+)", text))
+    return ProcessDiedError(f"The {who} died: {cause}.", _RESUME, role=who, node=node, cause=cause, log_path=log)
 
 
 def likely_cause(text: str) -> str:
@@ -130,16 +123,61 @@ def log_path(process: str) -> str:
 
 def is_gone(actor: Any) -> bool:
     """Whether an actor is dead and Ray will not start it again."""
-    return bool(_actor(actor._actor_id.hex()).get("State") == "DEAD")
+    entry = _actor(actor._actor_id.hex())
+    return entry is not None and entry.state == gcs_pb2.ActorTableData.DEAD
 
 
-def _actor(actor_id: str | None) -> dict[str, Any]:
-    """Ray's entry on an actor; empty where there is none, or where Ray does not answer any more."""
-    if actor_id:
+class _Process(NamedTuple):
+    """What Ray knows of a process that ended; empty where it knows nothing."""
+
+    node: str = ""
+    number: str = ""
+    said: str = ""
+
+
+def _last_process(actor_id: str | None) -> _Process:
+    """The process of an actor that died last.
+
+    The head learns of a death a moment after the caller whose connection broke, so it is asked for a while.
+    """
+    deadline = time.monotonic() + _DEATH_REPORT_S
+    while actor_id and (entry := _actor(actor_id)) is not None:
+        late = time.monotonic() > deadline
+        lives = [(entry.address.worker_id, entry.address.node_id)]
+        if late or not entry.address.worker_id:
+            lives += [(former.worker_id, former.node_id) for former in entry.previous_incarnations[-1:]]
         with suppress(Exception):
-            entry: dict[str, Any] = ray_state.actors(actor_id=actor_id)
-            return entry
-    return {}
+            alive = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
+            for worker_id, node_id in lives:
+                process = _process(worker_id)
+                if process is None:
+                    continue
+                node = f"{process.worker_address.ip_address} (node {node_id.hex()[:12]})"
+                if node_id.hex() not in alive:
+                    return _Process(node, str(process.pid or ""), "its node died")
+                if not process.is_alive:
+                    oom = process.exit_type == common_pb2.WorkerExitType.NODE_OUT_OF_MEMORY
+                    return _Process(node, str(process.pid), "memory monitor" if oom else process.exit_detail)
+        if late:
+            break
+        time.sleep(0.1)
+    return _Process()
+
+
+def _process(worker_id: bytes) -> Any:
+    """Ray's entry on a process; None where there is none."""
+    if not worker_id:
+        return None
+    entry = ray_state.state._connect_and_get_accessor().get_worker_info(ray.WorkerID(worker_id))
+    return None if entry is None else gcs_pb2.WorkerTableData.FromString(entry)
+
+
+def _actor(actor_id: str) -> Any:
+    """Ray's entry on an actor; None where there is none, or where Ray does not answer any more."""
+    with suppress(Exception):
+        entry = ray_state.state._connect_and_get_accessor().get_actor_info(ray.ActorID.from_hex(actor_id))
+        return None if entry is None else gcs_pb2.ActorTableData.FromString(entry)
+    return None
 
 
 def _found(pattern: str, text: str) -> str:

@@ -53,7 +53,8 @@ class Fragile(Scorer):
 
 def main() -> None:
     config = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 500, "health_check_failure_threshold": 3}
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "_system_config": config})
+    head = {"num_cpus": 1, "object_store_memory": 300 * 2**20, "_system_config": config}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     nodes = [cluster.add_node(num_cpus=2, object_store_memory=200 * 2**20) for _ in range(2)]
     ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
     try:
@@ -74,7 +75,7 @@ def scorers(cluster: Cluster, nodes: list[Any]) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     batch = [
         ScoreRequest(tuple(int(token) for token in rng.integers(5, 150, length)), 4)
-        for length in rng.integers(60, 120, 900)
+        for length in rng.integers(60, 120, 500)
     ]
     places = Reservation([{"CPU": 1.0}] * 2, "spread")
     places.wait(60, lambda: "")
