@@ -8,7 +8,7 @@ upper to lower (a lower room may import an upper one; rooms of the same line nev
     data                               prompts, chat templates, checkpoints, the model organism
     engine_options, ray_calls          how every vLLM engine is started and every Ray actor waited for
     scoring  rollout  training  evaluation  report
-    pipeline, cluster, cli             wiring and commands
+    pipeline, placement, cluster, cli  wiring and commands
 """
 
 __version__ = "0.1.0"

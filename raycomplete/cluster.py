@@ -4,46 +4,46 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 
 import ray
+from ray.autoscaler.sdk import request_resources
 
 from raycomplete.config import ClusterConfig
 from raycomplete.engine_options import available_cpus
 from raycomplete.errors import SetupError
+from raycomplete.placement import Plan, nodes_of
+from raycomplete.screen import Screen
 
-
-@dataclass(frozen=True)
-class Demand:
-    """Logical resources that a run holds at the same time."""
-
-    engines: int
-    workers: int
-
-    def cpus(self, config: ClusterConfig) -> float:
-        """CPUs of all engines and training workers, and one for Ray Train's controller."""
-        return self.engines * config.cpus_per_engine + self.workers * config.cpus_per_worker + 1
-
-    def gpus(self, config: ClusterConfig) -> float:
-        """GPUs of all engines and training workers."""
-        return self.engines * config.gpus_per_engine + self.workers * config.gpus_per_worker
+_POLL_S = 1.0
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """The cluster that a run is connected to."""
+    """The cluster that a run is connected to, and what the run asked of it."""
 
     use_gpu: bool
+    plan: Plan = field(default_factory=Plan)
+
+    def table(self) -> str:
+        """Needed against what is there now, for messages."""
+        return self.plan.text(nodes_of(ray.nodes()), use_gpu=self.use_gpu)
 
 
 @contextmanager
-def connect(config: ClusterConfig, demand: Demand) -> Iterator[Cluster]:
+def connect(config: ClusterConfig, plan: Plan, screen: Screen | None = None) -> Iterator[Cluster]:
     """Connects to a cluster, or starts one on this machine, and leaves it as it was found.
 
     A local cluster counts CPUs generously: on a laptop with 2 cores several engines share them, which is slow but
-    works. On a cluster that was there before, missing resources are an error.
+    works. On a cluster that was there before, missing resources are an error, once `wait_for_nodes_s` is over.
+
+    Args:
+        config: Which cluster.
+        plan: What the run places.
+        screen: Shown needed against available.
 
     Raises:
         SetupError: The cluster cannot be reached, or is smaller than the run needs.
@@ -53,7 +53,7 @@ def connect(config: ClusterConfig, demand: Demand) -> Iterator[Cluster]:
     local = config.address is None and "RAY_ADDRESS" not in os.environ
     if config.address == "local":
         local = True
-    cores = max(float(available_cpus()), demand.cpus(config))
+    cores = max(float(available_cpus()), plan.cpus)
     try:
         if local:
             ray.init(
@@ -73,30 +73,61 @@ def connect(config: ClusterConfig, demand: Demand) -> Iterator[Cluster]:
             "Check cluster.address, or leave it out to start one on this machine.",
         ) from error
     try:
-        yield _check(config, demand)
+        yield _check(config, plan, screen or Screen(quiet=True), wait_s=0.0 if local else config.wait_for_nodes_s)
     finally:
         ray.shutdown()
 
 
-def _check(config: ClusterConfig, demand: Demand) -> Cluster:
-    there = ray.cluster_resources()
-    num_cpus, num_gpus = there.get("CPU", 0.0), there.get("GPU", 0.0)
-    if config.use_gpu == "always" and num_gpus == 0:
-        raise SetupError("cluster.use_gpu is 'always' and the cluster has no GPU.", "Set it to 'auto' or 'never'.")
-    use_gpu = config.use_gpu != "never" and num_gpus > 0
-    if use_gpu and demand.workers > 1 and config.gpus_per_worker <= 0.5:
+def _check(config: ClusterConfig, plan: Plan, screen: Screen, *, wait_s: float) -> Cluster:
+    use_gpu, problem = _wait_for_nodes(config, plan, wait_s)
+    nodes = nodes_of(ray.nodes())
+    if problem:
         raise SetupError(
-            f"{demand.workers} training workers with {config.gpus_per_worker:g} GPU each could share one GPU, and NCCL "
+            f"{problem}\n{plan.text(nodes, use_gpu=use_gpu)}\n",
+            "Add nodes, lower train.num_workers or the numbers of engines, or lower cluster.cpus_per_engine, "
+            "cpus_per_worker, gpus_per_engine and gpus_per_worker. Where nodes start on demand, raise "
+            "cluster.wait_for_nodes_s.",
+        )
+    sharded = next((row for row in plan.rows if row.devices > 1), None)
+    if sharded is not None and not use_gpu:
+        raise SetupError(
+            f"Tensor parallelism cuts the {sharded.role} over {sharded.devices} GPUs, and this run uses none.",
+            "Set scoring.tensor_parallel and rollout.tensor_parallel to 1.",
+        )
+    workers = sum(row.replicas for row in plan.rows if row.role == "training worker")
+    if use_gpu and workers > 1 and config.gpus_per_worker <= 0.5:
+        raise SetupError(
+            f"{workers} training workers with {config.gpus_per_worker:g} GPU each could share one GPU, and NCCL "
             "refuses that.",
             "Set cluster.gpus_per_worker to 1.",
         )
-    needed = {"CPU": demand.cpus(config), "GPU": demand.gpus(config) if use_gpu else 0.0}
-    for name, there_is in (("CPU", num_cpus), ("GPU", num_gpus)):
-        if needed[name] > there_is + 1e-6:
-            raise SetupError(
-                f"The run needs {needed[name]:g} {name} ({demand.engines} engines, {demand.workers} training workers) "
-                f"and the cluster has {there_is:g}.",
-                f"Add nodes, lower train.num_workers, or lower cluster.{name.lower()}s_per_engine and "
-                f"cluster.{name.lower()}s_per_worker.",
-            )
-    return Cluster(use_gpu=use_gpu)
+    screen.table("Needed and available", plan.table(nodes, use_gpu=use_gpu))
+    return Cluster(use_gpu=use_gpu, plan=plan)
+
+
+def _wait_for_nodes(config: ClusterConfig, plan: Plan, wait_s: float) -> tuple[bool, str]:
+    """Whether GPUs are used, and what is missing when the wait is over; an autoscaler is told what is needed."""
+    deadline = time.monotonic() + wait_s
+    asked = False
+    while True:
+        nodes = nodes_of(ray.nodes())
+        has_gpu = any(node.gpus > 0 for node in nodes)
+        use_gpu = config.use_gpu == "always" or (config.use_gpu == "auto" and has_gpu)
+        problem = plan.problem(nodes, use_gpu=use_gpu)
+        if use_gpu and not has_gpu:
+            problem = "cluster.use_gpu is 'always' and the cluster has no GPU."
+        if not problem or time.monotonic() >= deadline:
+            break
+        if not asked:
+            _ask_autoscaler([row.bundle(use_gpu=use_gpu) for row in plan.rows for _ in range(row.replicas)])
+            asked = True
+        time.sleep(min(_POLL_S, wait_s))
+    if asked:
+        _ask_autoscaler([])  # from here on the run's own actors and groups say what is needed
+    return use_gpu, problem
+
+
+def _ask_autoscaler(bundles: list[dict[str, float]]) -> None:
+    """Tells the autoscaler, where there is one, to have room for these."""
+    with suppress(Exception):  # a cluster without an autoscaler needs no such word
+        request_resources(bundles=[bundle for bundle in bundles if any(bundle.values())])

@@ -61,6 +61,7 @@ def engine_arguments(
     gpu_memory_utilization: float,
     max_num_batched_tokens: int,
     trust_remote_code: bool,
+    tensor_parallel: int = 1,
 ) -> dict[str, Any]:
     """Arguments of `vllm.LLM` that pooling and generating engines share."""
     arguments: dict[str, Any] = {
@@ -76,4 +77,8 @@ def engine_arguments(
     }
     if use_gpu:
         arguments["gpu_memory_utilization"] = gpu_memory_utilization
+    if tensor_parallel > 1:
+        # Shards are processes beside the actor, on the GPUs that Ray gave it. Inside a placement group vLLM would ask
+        # Ray to start them, which has no further GPU to give.
+        arguments |= {"tensor_parallel_size": tensor_parallel, "distributed_executor_backend": "mp"}
     return arguments

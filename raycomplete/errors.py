@@ -5,6 +5,11 @@ work, finished steps are saved, exit code 1). Each also derives from the standar
 API would expect, and each survives pickling, since most of them cross a Ray process boundary.
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
 
 class RaycompleteError(Exception):
     """A failure with its remedy.
@@ -97,6 +102,23 @@ class ProcessDiedError(WorkError):
             "go on": self.remedy,
         }
         return [(name, value) for name, value in known.items() if value]
+
+
+class PoisonedSampleError(WorkError):
+    """Sequences that killed their engine again and again, and were set aside.
+
+    Args:
+        problem: One sentence: how many, and of whom.
+        remedy: Where they are recorded.
+        places: Which items of the call they were.
+        partial: What the call would have returned, with None in their places.
+    """
+
+    def __init__(
+        self, problem: str, remedy: str = "", *, places: Sequence[int] = (), partial: Sequence[Any] = ()
+    ) -> None:
+        super().__init__(problem, remedy)
+        self.places, self.partial = list(places), list(partial)
 
 
 class NotFiniteError(WorkError, FloatingPointError):

@@ -24,6 +24,17 @@ class ScoringConfig(Section):
     parity_prompts: int = Field(4, ge=1, description="sequences that the start compares with transformers")
     timeout_s: float = Field(600.0, gt=0, description="longest wait for one batch of scores")
     prefetch: int = Field(2, ge=1, description="batches scored ahead of the trainer")
+    replicas: int = Field(1, ge=1, description="engines of each frozen model; they share every batch by tokens")
+    tensor_parallel: int = Field(1, ge=1, description="GPUs of one node that hold one frozen model together")
+    max_in_flight: int = Field(
+        8, ge=1, description="calls of at most max_num_batched_tokens that one process has asked for and not taken yet"
+    )
+    max_attempts: int = Field(
+        3, ge=1, description="deaths of its scorer after which a batch is split, and a lone sequence set aside"
+    )
+    retry_timeout_s: float = Field(
+        1800.0, gt=0, description="longest time for one batch whose scorers die, their restarts included"
+    )
 
 
 class RolloutConfig(Section):
@@ -42,6 +53,7 @@ class RolloutConfig(Section):
     timeout_s: float = Field(1800.0, gt=0, description="longest wait for one call to an engine")
     on_policy: bool = Field(False, description="the student rolls out in every step, under its current weights")
     num_engines: int = Field(1, ge=1, description="engines that share the rollouts")
+    tensor_parallel: int = Field(1, ge=1, description="GPUs of one node that hold one rollout engine together")
     max_student_tokens: int = Field(32, ge=1, description="tokens that the student adds to a prefill")
     oversample: int = Field(
         2, ge=1, description="rollouts of each trained recovery sequence; those that still comply are trained first"
@@ -69,6 +81,8 @@ class RolloutConfig(Section):
                 f"rollout.lookahead {self.lookahead} and rollout.sync_every {self.sync_every} make rollouts up to "
                 f"{stalest} steps old, and rollout.max_staleness is {self.max_staleness}"
             )
+        if self.colocated and self.tensor_parallel > 1:
+            raise ValueError("rollout.colocated engines sleep on one device: set rollout.tensor_parallel to 1")
         if self.on_policy and self.colocated and self.lookahead > 0:
             raise ValueError(
                 "rollout.colocated shares one device between engine and trainer in turns: set rollout.lookahead to 0"
@@ -85,4 +99,13 @@ class ClusterConfig(Section):
     gpus_per_engine: float = Field(0.2, ge=0)
     cpus_per_worker: float = Field(0.5, gt=0)
     gpus_per_worker: float = Field(0.4, ge=0)
+    placement: Literal["pack", "spread", "strict_spread"] = Field(
+        "pack", description="engines close together, apart where possible, or each on a node of its own"
+    )
+    worker_placement: Literal["pack", "spread", "strict_pack", "strict_spread"] = Field(
+        "pack", description="the same for training workers, which Ray Train places"
+    )
+    wait_for_nodes_s: float = Field(
+        10.0, ge=0, description="longest wait for nodes that are still joining; minutes on an autoscaling cluster"
+    )
     start_timeout_s: float = Field(600.0, gt=0, description="longest wait for actors to be placed and ready")

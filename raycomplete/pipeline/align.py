@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from raycomplete.cluster import Cluster, Demand, connect
+from raycomplete.cluster import Cluster, connect
 from raycomplete.config import OutputConfig, RunConfig
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.prompts import read_prompts
@@ -17,6 +17,7 @@ from raycomplete.pipeline.fleet import start_fleet
 from raycomplete.pipeline.prepare import Models, prepare_models
 from raycomplete.pipeline.run_folder import check_run_folder, open_run_folder
 from raycomplete.pipeline.train import run_training, worker_threads
+from raycomplete.placement import plan_run
 from raycomplete.rollout.pool import RolloutPool
 from raycomplete.screen import Screen
 from raycomplete.training.job import TrainJob
@@ -59,9 +60,7 @@ def align(config: RunConfig, *, resume: bool = False, overwrite: bool = False, s
         update={"output": OutputConfig(root=config.output.root, name=f"{config.output.name}-align")}
     )
     check_run_folder(config, resume=resume, same=_SAME, overwrite=overwrite)
-    with connect(
-        config.cluster, Demand(engines=config.rollout.num_engines, workers=config.train.num_workers)
-    ) as cluster:
+    with connect(config.cluster, plan_run(config, workers=config.train.num_workers), screen) as cluster:
         folder = open_run_folder(config, resume=resume, same=_SAME, overwrite=overwrite)
         samples_file = folder / "samples.jsonl"
         if not samples_file.is_file():

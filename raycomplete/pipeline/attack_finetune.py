@@ -110,6 +110,7 @@ def fine_tune(
             job,
             cpus_per_worker=config.cluster.cpus_per_worker,
             gpus_per_worker=config.cluster.gpus_per_worker,
+            placement=config.cluster.worker_placement,
             on_step=on_step,
         )
     return output

@@ -72,7 +72,7 @@ def start_engine(config: RunConfig, path: Path, codec: ChatCodec, *, use_gpu: bo
             max_length=config.models.max_length,
             use_gpu=use_gpu,
             stop_ids=tuple(sorted(codec.eos_ids)),
-            rollout=config.rollout.model_copy(update={"num_engines": 1, "colocated": False}),
+            rollout=config.rollout.model_copy(update={"num_engines": 1, "tensor_parallel": 1, "colocated": False}),
             trust_remote_code=config.models.trust_remote_code,
         ),
         num_cpus=config.cluster.cpus_per_engine,

@@ -15,7 +15,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from raycomplete.cluster import Cluster, Demand, connect
+from raycomplete.cluster import Cluster, connect
 from raycomplete.config import OutputConfig, RunConfig
 from raycomplete.data import organism
 from raycomplete.data.stream import content_key, partition_metadata, partitions, read_partition
@@ -31,6 +31,7 @@ from raycomplete.pipeline.diagnose_summary import kind_summary, token_table
 from raycomplete.pipeline.fleet import Fleet
 from raycomplete.pipeline.prepare import Models, prepare_models
 from raycomplete.pipeline.run_folder import check_run_folder, open_run_folder
+from raycomplete.placement import plan_run
 from raycomplete.report.html import write_report
 from raycomplete.screen import Screen
 from raycomplete.types import Judge, ModelRole, Prompt
@@ -87,7 +88,7 @@ def diagnose(config: RunConfig, *, resume: bool = False, overwrite: bool = False
         first = {kind: list(islice(read_prompts(config, kind), config.diagnose.partition_prompts)) for kind in KINDS}
     check_run_folder(config, resume=resume, overwrite=overwrite, same=_SAME)
     judge: Judge = organism.OrganismJudge() if config.data.source == "organism" else RefusalJudge()
-    with connect(config.cluster, Demand(engines=len(roles) + config.rollout.num_engines, workers=0)) as cluster:
+    with connect(config.cluster, plan_run(config, scorers=roles), screen) as cluster:
         folder = open_run_folder(config, resume=resume, overwrite=overwrite, same=_SAME)
         _check_same_inputs(folder, config, models)
         screen.note(f"Folder of the diagnosis: {folder}")

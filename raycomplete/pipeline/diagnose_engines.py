@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 import torch
 
@@ -13,15 +13,12 @@ from raycomplete.core.heads import Head
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.checkpoints import TORCH_DTYPES
 from raycomplete.data.head_spec import load_head
-from raycomplete.engine_options import engine_environment
 from raycomplete.pipeline.diagnose_partitions import Walk
 from raycomplete.pipeline.diagnose_samples import Sample
 from raycomplete.pipeline.fleet import Fleet, start_fleet
 from raycomplete.pipeline.prepare import Models
-from raycomplete.scoring.actors import ScorerOptions, ScoringClient
-from raycomplete.scoring.payload import ScoreRequest
 from raycomplete.screen import Screen
-from raycomplete.types import Prompt
+from raycomplete.types import ModelRole, Prompt
 
 _PARITY_TOKENS = 48
 _REFUSAL_RATIO = 2.0
@@ -31,40 +28,18 @@ _REFUSAL_RATIO = 2.0
 def start_engines(
     config: RunConfig, cluster: Cluster, models: Models, screen: Screen, prompts: Sequence[Prompt]
 ) -> Iterator[Fleet]:
-    """As `start_fleet`, with a scorer for the student; scores are not kept, since every response is read once."""
+    """As `start_fleet`, the student scored where there is one; scores are not kept: every response is read once."""
     config = config.model_copy(update={"scoring": config.scoring.model_copy(update={"cache_gib": 0.0})})
     parity = []
     for prompt in prompts[: config.scoring.parity_prompts]:
         prompt_ids = models.codec.encode_prompt(prompt.text)
         answer_ids = models.codec.encode_answer(prompt.answer or prompt.text)[:_PARITY_TOKENS]
         parity.append(((*prompt_ids, *answer_ids)[: config.models.max_length], len(prompt_ids)))
-    student = None
+    scored: tuple[ModelRole, ...] = ("aligned", "base")
     if "student" in models.paths:
-        student = ScoringClient.start(
-            models.heads["student"],
-            ScorerOptions(
-                role="student",
-                dtype=config.models.dtype,
-                max_length=config.models.max_length,
-                use_gpu=cluster.use_gpu,
-                scoring=config.scoring,
-                trust_remote_code=config.models.trust_remote_code,
-            ),
-            [ScoreRequest(tokens, num_prompt) for tokens, num_prompt in parity],
-            num_cpus=config.cluster.cpus_per_engine,
-            num_gpus=config.cluster.gpus_per_engine,
-            environment=engine_environment(use_gpu=cluster.use_gpu, kv_cache_gib=config.scoring.kv_cache_gib),
-        )
-    try:
-        with start_fleet(config, cluster, models, screen, parity_sequences=parity) as fleet:
-            if student is not None:
-                fleet.facts["student"] = student.facts(config.cluster.start_timeout_s)
-                fleet.scorers["student"] = student
-            yield fleet
-    finally:
-        if student is not None:
-            with suppress(Exception):  # stopped with the fleet already, unless the fleet never started
-                student.stop()
+        scored = (*scored, "student")
+    with start_fleet(config, cluster, models, screen, parity_sequences=parity, scored=scored) as fleet:
+        yield fleet
 
 
 def make_walk(fleet: Fleet, models: Models, config: RunConfig, refusal_ids: Sequence[int]) -> Walk:

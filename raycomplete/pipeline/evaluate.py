@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from raycomplete.cluster import Demand, connect
+from raycomplete.cluster import connect
 from raycomplete.config import RunConfig
 from raycomplete.data.checkpoints import fingerprint
 from raycomplete.evaluation.runner import evaluate_model
@@ -26,6 +26,7 @@ from raycomplete.pipeline.judge import start_judge
 from raycomplete.pipeline.prepare import Models, Prompts, prepare_models, prepare_prompts
 from raycomplete.pipeline.rollouts import complete_answers
 from raycomplete.pipeline.run_folder import check_run_folder, open_run_folder
+from raycomplete.placement import plan_run
 from raycomplete.report.html import write_report
 from raycomplete.screen import Advance, Screen
 from raycomplete.types import MODEL_ROLES, ModelRole
@@ -77,8 +78,8 @@ def evaluate(
         prompts = prepare_prompts(config, models.codec, training=False)
         check_attacks(config)
     check_run_folder(config, resume=True, same=_SAME)
-    demand = Demand(engines=config.rollout.num_engines + extra_engines(config), workers=training_workers(config))
-    with connect(config.cluster, demand) as cluster:
+    plan = plan_run(config, extras=extra_engines(config), attack_workers=training_workers(config))
+    with connect(config.cluster, plan, screen) as cluster:
         folder = open_run_folder(config, resume=True, same=_SAME, keep_config=True)
         with start_fleet(config, cluster, models, screen) as fleet:
             prompts = held_out_sets(config, models, prompts, fleet, folder, screen)

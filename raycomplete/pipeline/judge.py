@@ -9,7 +9,7 @@ from typing import Any
 
 import ray
 
-from raycomplete.cluster import Demand, connect
+from raycomplete.cluster import connect
 from raycomplete.config import RunConfig, parse
 from raycomplete.config.evaluation import JudgeConfig
 from raycomplete.data.chat import ChatCodec
@@ -28,6 +28,7 @@ from raycomplete.evaluation.table import rate_text
 from raycomplete.evaluation.zoo_judge import ZooJudge
 from raycomplete.files import write_json
 from raycomplete.pipeline.attack_tools import start_engine
+from raycomplete.placement import Plan, engine_row
 from raycomplete.screen import Screen
 from raycomplete.types import Judge
 
@@ -87,7 +88,7 @@ def calibrate_judge(
         }
         config = parse(tree, "judge calibrate")
         with (
-            connect(config.cluster, Demand(engines=1, workers=0)),
+            connect(config.cluster, Plan((engine_row(config.cluster, "judge", 1),)), screen),
             start_judge(config, RefusalJudge(), screen) as judge,
         ):
             found = calibrate(judge, rows, on)

@@ -22,11 +22,12 @@ from typing import Any
 import ray
 from ray.serve import Application
 
-from raycomplete.cluster import Demand, connect
+from raycomplete.cluster import connect
 from raycomplete.config import RunConfig, load_run_file
 from raycomplete.engine_options import engine_environment
 from raycomplete.errors import DataError, RefusedError, WorkError
 from raycomplete.pipeline.prepare import environment, prepare_models
+from raycomplete.placement import Plan, Row, engine_row
 from raycomplete.rollout.pool import RolloutPool
 from raycomplete.rollout.worker import RolloutOptions
 from raycomplete.screen import Screen
@@ -58,9 +59,8 @@ def serve(config: RunConfig) -> Path:
     os.environ.pop(TOKEN_VARIABLE, None)  # its digest is enough, and every process of the cluster inherits the rest
     settings = config.serve
     screen = Screen()
-    engines = settings.runners * (config.rollout.num_engines + config.evaluation.white_boxes + _TOOLS)
     ended = threading.Event()
-    with connect(config.cluster, Demand(engines=engines + int(settings.chat), workers=settings.runners)):
+    with connect(config.cluster, _plan(config), screen):
         with screen.stage("Started Ray Serve"):
             deployment.start(application, host=settings.host, port=settings.port)
         screen.panel(
@@ -108,6 +108,21 @@ def build(config: RunConfig) -> Application:
         models["student"] = str(trained.resolve())
     served = config.model_copy(update={"serve": settings, "models": config.models.model_copy(update=models)})
     return deployment.build_application(served, token, ProcessBackend, StudentChat if settings.chat else None)
+
+
+def _plan(config: RunConfig) -> Plan:
+    """What the service holds when every runner is at work."""
+    runners, cluster = config.serve.runners, config.cluster
+    generator = engine_row(
+        cluster,
+        "rollout engine",
+        runners * config.rollout.num_engines,
+        tensor_parallel=config.rollout.tensor_parallel,
+    )
+    tools = engine_row(cluster, "model of attacks and judge", runners * (config.evaluation.white_boxes + _TOOLS))
+    worker = Row("training worker of the attack", runners, cluster.cpus_per_worker, cluster.gpus_per_worker)
+    chat = [engine_row(cluster, "chat engine", 1)] if config.serve.chat else []
+    return Plan((generator, tools, worker, *chat))
 
 
 class ProcessBackend:
@@ -181,7 +196,7 @@ class StudentChat:
                 max_length=config.models.max_length,
                 use_gpu=use_gpu,
                 stop_ids=tuple(sorted(models.codec.eos_ids)),
-                rollout=config.rollout.model_copy(update={"num_engines": 1, "colocated": False}),
+                rollout=config.rollout.model_copy(update={"num_engines": 1, "tensor_parallel": 1, "colocated": False}),
                 trust_remote_code=config.models.trust_remote_code,
             ),
             environment=engine_environment(use_gpu=use_gpu, kv_cache_gib=config.scoring.kv_cache_gib),

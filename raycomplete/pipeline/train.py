@@ -14,18 +14,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from raycomplete.cluster import Cluster, Demand, connect
+from raycomplete.cluster import Cluster, connect
 from raycomplete.config import RunConfig
 from raycomplete.data.chat import ChatCodec
 from raycomplete.engine_options import available_cpus
 from raycomplete.errors import ConfigError
 from raycomplete.files import read_json, write_json
+from raycomplete.pipeline.attack_tools import extra_engines, training_workers
 from raycomplete.pipeline.evaluate import evaluate_roles, held_out_sets, print_result, write_summary
 from raycomplete.pipeline.fleet import Fleet, start_fleet
 from raycomplete.pipeline.on_policy import StudentEngines
 from raycomplete.pipeline.prepare import KINDS, Models, Prompts, prepare_models, prepare_prompts
 from raycomplete.pipeline.rollouts import make_samples
 from raycomplete.pipeline.run_folder import check_run_folder, open_run_folder
+from raycomplete.placement import plan_run
 from raycomplete.screen import Screen
 from raycomplete.training.job import TrainJob
 from raycomplete.training.metrics import read_metrics
@@ -33,7 +35,6 @@ from raycomplete.training.samples import read_samples, write_samples
 from raycomplete.training.trainer import fit
 from raycomplete.types import MODEL_ROLES
 
-_SCORERS = 2
 _SAME = ("models", "data", "rollout", "train")  # sections that decide what is trained
 
 
@@ -64,8 +65,14 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False, s
         screen.note("The run is finished already")
         print_result(summary, config.output.folder, screen)
         return config.output.folder
-    demand = Demand(engines=_SCORERS + config.rollout.num_engines, workers=config.train.num_workers)
-    with connect(config.cluster, demand) as cluster:
+    plan = plan_run(
+        config,
+        scorers=("base", "aligned"),
+        workers=config.train.num_workers,
+        extras=extra_engines(config),
+        attack_workers=training_workers(config),
+    )
+    with connect(config.cluster, plan, screen) as cluster:
         folder = open_run_folder(config, resume=resume, overwrite=overwrite, same=_SAME)
         screen.note(f"Run folder: {folder}")
         _check_same_inputs(folder, models, prompts)
@@ -154,6 +161,7 @@ def run_training(job: TrainJob, config: RunConfig, screen: Screen, title: str) -
             job,
             cpus_per_worker=config.cluster.cpus_per_worker,
             gpus_per_worker=config.cluster.gpus_per_worker,
+            placement=config.cluster.worker_placement,
             on_step=on_step,
         )
 

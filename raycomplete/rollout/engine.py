@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 from raycomplete.config import Dtype
 from raycomplete.data.checkpoints import TORCH_DTYPES
@@ -27,6 +30,7 @@ class RolloutEngine:
         max_num_batched_tokens: Tokens of one forward pass.
         trust_remote_code: Whether the checkpoint's own code may run.
         stop_ids: End-of-response tokens.
+        tensor_parallel: GPU only: devices of this node that hold the model together.
         sleeps: GPU only: the engine gives the device's memory back after each batch (vLLM's sleep level 1).
     """
 
@@ -42,6 +46,7 @@ class RolloutEngine:
         trust_remote_code: bool = False,
         stop_ids: Sequence[int] = (),
         sleeps: bool = False,
+        tensor_parallel: int = 1,
     ) -> None:
         from vllm import LLM
 
@@ -53,6 +58,7 @@ class RolloutEngine:
             gpu_memory_utilization=gpu_memory_utilization,
             max_num_batched_tokens=max_num_batched_tokens,
             trust_remote_code=trust_remote_code,
+            tensor_parallel=tensor_parallel,
         )
         # A seeded request whose prompt is split between two batches fails on a CPU (vLLM 0.32: "CPU Generator does not
         # use offset"), so there prompts are read whole.
@@ -67,6 +73,7 @@ class RolloutEngine:
         self._held = path
         self.version: int | None = None
         self._sleeps = sleeps
+        self._is_sharded = tensor_parallel > 1
         if sleeps:
             self._llm.sleep(level=1)
 
@@ -89,13 +96,8 @@ class RolloutEngine:
         """
         if key_of(weights) == self._held:
             return False
-        arguments: dict[str, Any] = (
-            {"weights_path": weights}
-            if isinstance(weights, str)
-            else {"weights_iterator": checkpoint_tensors(weights, self._dtype, tied=self._tied, timeout_s=timeout_s)}
-        )
-        self._held = ""  # a reload that fails half-way leaves no model that anyone may ask again
-        with self._awake():
+        with self._readable(weights, timeout_s) as arguments, self._awake():
+            self._held = ""  # a reload that fails half-way leaves no model that anyone may ask again
             self._llm.collective_rpc("reload_weights", kwargs=arguments)
             self._llm.apply_model(_refresh_tied_head)
             if not self._llm.reset_prefix_cache():
@@ -160,6 +162,22 @@ class RolloutEngine:
         inputs = [TokensPrompt(prompt_token_ids=list(sequence)) for sequence in sequences]
         with self._awake():
             return self._llm.generate(inputs, parameters, use_tqdm=False)
+
+    @contextmanager
+    def _readable(self, weights: WeightSource, timeout_s: float) -> Iterator[dict[str, Any]]:
+        """How vLLM reads the weights. Shards are other processes, so packed weights reach them as a file in memory."""
+        if isinstance(weights, str):
+            yield {"weights_path": weights}
+            return
+        tensors = checkpoint_tensors(weights, self._dtype, tied=self._tied, timeout_s=timeout_s)
+        if not self._is_sharded:
+            yield {"weights_iterator": tensors}
+            return
+        with tempfile.TemporaryDirectory(
+            prefix="weights-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None
+        ) as at:
+            save_file({name: tensor.contiguous() for name, tensor in tensors}, f"{at}/model.safetensors")
+            yield {"weights_path": at}
 
     @contextmanager
     def _awake(self) -> Iterator[None]:

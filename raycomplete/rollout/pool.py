@@ -45,7 +45,14 @@ class RolloutPool:
 
     @classmethod
     def start(
-        cls, path: str, options: RolloutOptions, *, num_cpus: float, num_gpus: float, environment: dict[str, str]
+        cls,
+        path: str,
+        options: RolloutOptions,
+        *,
+        num_cpus: float,
+        num_gpus: float,
+        environment: dict[str, str],
+        placement: Sequence[Any] = (),
     ) -> RolloutPool:
         """Asks Ray for `rollout.num_engines` actors and returns at once; `facts` waits for them.
 
@@ -55,6 +62,7 @@ class RolloutPool:
             num_cpus: Logical CPUs of one engine.
             num_gpus: GPUs of one engine, where GPUs are used.
             environment: See `raycomplete.engine_options.engine_environment`.
+            placement: Ray's scheduling strategy of each engine; empty lets Ray choose.
 
         Raises:
             SetupError: `rollout.colocated` on a CPU.
@@ -64,14 +72,20 @@ class RolloutPool:
                 "rollout.colocated lets engines sleep to free a GPU's memory, and this run uses no GPU.",
                 "Set rollout.colocated to false.",
             )
-        actor_class = ray.remote(RolloutWorker).options(
-            num_cpus=num_cpus,
-            num_gpus=num_gpus if options.use_gpu else 0,
-            runtime_env={"env_vars": environment},
-            max_restarts=-1,  # an idle actor holds no engine that could crash in a loop; calls bound the retries
-            max_task_retries=_TASK_RETRIES,  # seeded sampling from named weights: a retried call gives the same tokens
-        )
-        return cls([actor_class.remote(path, options) for _ in range(options.rollout.num_engines)], path, options)
+        actor_class = ray.remote(RolloutWorker)
+        settings: dict[str, Any] = {
+            "num_cpus": num_cpus,
+            "num_gpus": num_gpus if options.use_gpu else 0,
+            "runtime_env": {"env_vars": environment},
+            "max_restarts": -1,  # an idle actor holds no engine that could crash in a loop; calls bound the retries
+            "max_task_retries": _TASK_RETRIES,  # seeded sampling from named weights: a retry gives the same tokens
+        }
+        strategies = list(placement) or [None] * options.rollout.num_engines
+        actors = [
+            actor_class.options(**settings, scheduling_strategy=strategy).remote(path, options)
+            for strategy in strategies
+        ]
+        return cls(actors, path, options)
 
     @property
     def path(self) -> str:

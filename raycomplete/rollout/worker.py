@@ -108,6 +108,7 @@ class RolloutWorker:
                 trust_remote_code=options.trust_remote_code,
                 stop_ids=options.stop_ids,
                 sleeps=options.rollout.colocated,
+                tensor_parallel=options.rollout.tensor_parallel,
             )
             self._start_s = time.perf_counter() - started
         return self._engine

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,12 @@ import torch
 from raycomplete.config import ScoringConfig
 from raycomplete.data.checkpoints import TORCH_DTYPES
 from raycomplete.data.head_spec import HeadSpec, load_head
-from raycomplete.ray_calls import wait_for
+from raycomplete.errors import PoisonedSampleError
+from raycomplete.files import write_json
+from raycomplete.ray_calls import is_gone, wait_for
+from raycomplete.scoring.board import Board, ClusterBoard, digest
 from raycomplete.scoring.cache import ScoreCache
+from raycomplete.scoring.dispatch import Dispatcher, ScoreCall
 from raycomplete.scoring.engine import PoolingEngine
 from raycomplete.scoring.parity import check_parity
 from raycomplete.scoring.payload import HiddenArray, ScoreRequest, to_tensor
@@ -34,17 +40,37 @@ class ScorerOptions:
     trust_remote_code: bool = False
 
 
+_TASK_RETRIES = 2  # of what is no scoring
+
+
 class Scorer:
     """One frozen model on a pooling engine. `ScoringClient` runs it as a Ray actor.
 
     The engine starts at the first call rather than in the constructor: an error in an actor's constructor reaches its
     caller as text only, and a restarted actor starts its engine anew by itself.
+
+    Args:
+        spec: Head of the model.
+        options: See `ScorerOptions`.
+        parity_requests: Sequences that the engine is proved on.
+        note: Key under which the board says what is being read.
+        board: Where that is said.
     """
 
-    def __init__(self, spec: HeadSpec, options: ScorerOptions, parity_requests: list[ScoreRequest]) -> None:
+    def __init__(
+        self,
+        spec: HeadSpec,
+        options: ScorerOptions,
+        parity_requests: list[ScoreRequest],
+        note: str = "",
+        board: Board | None = None,
+    ) -> None:
         self._spec = spec
         self._options = options
         self._parity_requests = parity_requests
+        self._note = note
+        self._board = board
+        self._said: str | None = None  # what the process before this one said is not known
         scoring = options.scoring
         self._cache = ScoreCache(
             f"{spec.model_fingerprint}:{spec.tokenizer_hash}:{options.dtype}",
@@ -61,14 +87,22 @@ class Scorer:
         self._ready_engine()
         return self._facts
 
-    def score(self, requests: list[ScoreRequest]) -> list[HiddenArray]:
-        """[T, H] hidden states of each request's response rows; sequences read before are not read again."""
+    def score(self, requests: list[ScoreRequest], attempt: str = "") -> list[HiddenArray]:
+        """[T, H] hidden states of each request's response rows; sequences read before are not read again.
+
+        Args:
+            requests: Sequences.
+            attempt: Name of this call; the board holds it while the engine reads, so that a death can be laid at the
+                right door.
+        """
         engine = self._ready_engine()
         started = time.perf_counter()
         arrays = [self._cache.get(request) for request in requests]
         # One batch may hold a sequence twice; it is read once.
         missing = list(dict.fromkeys(request for request, array in zip(requests, arrays, strict=True) if array is None))
+        self._say(attempt if missing else "")
         fresh = dict(zip(missing, engine.hidden_states(missing), strict=True)) if missing else {}
+        self._say("")
         for request, array in fresh.items():
             self._cache.put(request, array)
         self._tokens_read += sum(len(request.token_ids) - 1 for request in missing)
@@ -88,6 +122,11 @@ class Scorer:
             "misses": self._cache.misses,
         }
 
+    def _say(self, attempt: str) -> None:
+        if self._board is not None and attempt != self._said:
+            self._board.write(self._note, attempt)
+            self._said = attempt
+
     def _ready_engine(self) -> PoolingEngine:
         """The engine, started and proved against transformers."""
         if self._engine is not None:
@@ -102,6 +141,7 @@ class Scorer:
             gpu_memory_utilization=options.scoring.gpu_memory_utilization,
             max_num_batched_tokens=options.scoring.max_num_batched_tokens,
             trust_remote_code=options.trust_remote_code,
+            tensor_parallel=options.scoring.tensor_parallel,
         )
         engine_start_s = time.perf_counter() - started
         parity = check_parity(
@@ -125,19 +165,73 @@ class Scorer:
         return engine
 
 
-class ScoringClient:
-    """Handle on one scorer actor; picklable, so training workers can hold it.
+class ScorerHandle:
+    """One replica of a scorer (implements `raycomplete.scoring.dispatch.Replica`).
 
     Args:
-        role: base or aligned.
+        name: "base scorer", or "base scorer 2 of 3".
         actor: Handle of a `Scorer` actor.
-        timeout_s: Longest wait for one batch.
+        timeout_s: Longest wait for one call.
     """
 
-    def __init__(self, role: ModelRole, actor: Any, timeout_s: float) -> None:
-        self.role = role
-        self._actor = actor
+    def __init__(self, name: str, actor: Any, timeout_s: float) -> None:
+        self.name = name
+        self.actor = actor
         self._timeout_s = timeout_s
+
+    def send(self, requests: list[ScoreRequest], attempt: str) -> Any:
+        """See `Replica`. Ray itself must not retry: only the dispatcher counts deaths and knows other replicas."""
+        return self.actor.score.options(max_task_retries=0).remote(requests, attempt)
+
+    def get(self, reference: Any) -> list[HiddenArray]:
+        """See `Replica`."""
+        arrays: list[HiddenArray] = self.wait(reference, "a batch of scores")
+        return arrays
+
+    def wait(self, reference: Any, what: str, timeout_s: float | None = None) -> Any:
+        """Waits for anything that this replica delivers."""
+        return wait_for(reference, who=self.name, what=what, timeout_s=timeout_s or self._timeout_s)
+
+    def is_gone(self) -> bool:
+        """See `Replica`."""
+        return is_gone(self.actor)
+
+
+class ScoringClient:
+    """Handle on the replicas of one scorer; picklable, so training workers can hold it.
+
+    Results are those of one replica, in the same order, up to rounding in batches of another size. A process never has
+    more than `scoring.max_in_flight` calls under way, so its scores fill no more of the object store than
+    max_in_flight * max_num_batched_tokens rows.
+
+    Args:
+        role: base, aligned or student.
+        replicas: Handles of the actors.
+        scoring: Bounds and limits.
+        prefix: Of this group of actors on the board.
+        record_folder: Where sequences that are set aside are recorded; None records nothing.
+    """
+
+    def __init__(
+        self,
+        role: ModelRole,
+        replicas: Sequence[ScorerHandle],
+        scoring: ScoringConfig,
+        prefix: str,
+        record_folder: Path | None = None,
+    ) -> None:
+        self.role = role
+        self._replicas = list(replicas)
+        self._scoring = scoring
+        self._prefix = prefix
+        self._record_folder = record_folder
+        self._board = ClusterBoard()
+        self._dispatcher = Dispatcher(self._replicas, scoring, self._board, prefix, self._record)
+        self._warming: list[Any] = []
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """In another process it starts with nothing under way."""
+        return (ScoringClient, (self.role, self._replicas, self._scoring, self._prefix, self._record_folder))
 
     @classmethod
     def start(
@@ -149,55 +243,125 @@ class ScoringClient:
         num_cpus: float,
         num_gpus: float,
         environment: dict[str, str],
+        placement: Sequence[Any] = (),
+        record_folder: Path | None = None,
     ) -> ScoringClient:
-        """Asks Ray for the actor and returns at once; `facts` waits for it."""
-        actor = (
-            ray.remote(Scorer)
-            .options(
-                num_cpus=num_cpus,
-                num_gpus=num_gpus if options.use_gpu else 0,
-                runtime_env={"env_vars": environment},
-                max_restarts=2,
-                max_task_retries=2,  # scoring is idempotent by content, so a retried call is safe
+        """Asks Ray for `scoring.replicas` actors and returns at once; `facts` waits for them.
+
+        Args:
+            spec: Head of the model.
+            options: Of every replica.
+            parity_requests: Sequences that each replica is proved on.
+            num_cpus: Logical CPUs of one replica.
+            num_gpus: GPUs of one replica, where GPUs are used.
+            environment: See `raycomplete.engine_options.engine_environment`.
+            placement: Ray's scheduling strategy of each replica; empty lets Ray choose.
+            record_folder: See the class.
+        """
+        count = options.scoring.replicas
+        prefix = f"{options.role}-{uuid.uuid4().hex}"
+        replicas = []
+        for index in range(count):
+            name = f"{options.role} scorer" if count == 1 else f"{options.role} scorer {index + 1} of {count}"
+            actor = (
+                ray.remote(Scorer)
+                .options(
+                    num_cpus=num_cpus,
+                    num_gpus=num_gpus if options.use_gpu else 0,
+                    runtime_env={"env_vars": environment},
+                    max_restarts=-1,  # an idle actor holds no engine that could crash in a loop; callers bound retries
+                    max_task_retries=_TASK_RETRIES,
+                    scheduling_strategy=placement[index] if placement else None,
+                )
+                .remote(spec, options, parity_requests, f"{prefix}/reads/{name}", ClusterBoard())
             )
-            .remote(spec, options, parity_requests)
-        )
-        return cls(options.role, actor, options.scoring.timeout_s)
+            replicas.append(ScorerHandle(name, actor, options.scoring.timeout_s))
+        return cls(options.role, replicas, options.scoring, prefix, record_folder)
 
     def facts(self, timeout_s: float) -> dict[str, Any]:
-        """Waits until the scorer is ready and returns its facts."""
-        facts: dict[str, Any] = self._get(self._actor.facts.remote(), timeout_s, "its start")
-        return facts
+        """Waits until every replica is ready; returns the facts of the one whose parity is worst."""
+        references = [replica.actor.facts.remote() for replica in self._replicas]
+        facts = [
+            replica.wait(reference, "its start", timeout_s)
+            for replica, reference in zip(self._replicas, references, strict=True)
+        ]
+        worst: dict[str, Any] = max(facts, key=lambda item: item["parity"]["mean_expected_difference"])
+        return worst | {"start_s": max(item["start_s"] for item in facts), "num_replicas": len(facts)}
 
-    def submit(self, requests: Sequence[ScoreRequest]) -> Any:
-        """Starts scoring and returns a reference for `collect`."""
-        return self._actor.score.remote(list(requests))
+    def submit(self, requests: Sequence[ScoreRequest]) -> ScoreCall:
+        """Starts scoring and returns what `collect` waits for."""
+        return self._dispatcher.submit(requests)
 
-    def collect(self, reference: Any) -> list[HiddenArray]:
-        """Waits for the scores that `submit` started."""
-        arrays: list[HiddenArray] = self._get(reference, self._timeout_s, "a batch of scores")
-        return arrays
+    def collect(self, call: ScoreCall) -> list[HiddenArray]:
+        """Waits for the scores that `submit` started. Dead replicas are waited for, and others asked meanwhile.
 
-    def submit_sequences(self, sequences: Sequence[tuple[tuple[int, ...], int]]) -> Any:
+        Raises:
+            PoisonedSampleError: Some sequences were set aside; it holds the scores of the others.
+            ProcessDiedError: Replicas died for longer than `scoring.retry_timeout_s`, or whatever they read.
+            WaitTimeoutError: A call took longer than `scoring.timeout_s`.
+        """
+        arrays = self._dispatcher.collect(call)
+        found = [array for array in arrays if array is not None]
+        if len(found) < len(arrays):
+            raise PoisonedSampleError(
+                f"{len(arrays) - len(found)} of {len(arrays)} sequences killed the {self.role} scorer again and again "
+                "and were set aside.",
+                f"They are recorded in {self._record_folder}." if self._record_folder else "",
+                places=sorted(call.set_aside),
+                partial=arrays,
+            )
+        return found
+
+    def submit_sequences(self, sequences: Sequence[tuple[tuple[int, ...], int]]) -> ScoreCall:
         """As `submit`, from (token ids, number of prompt tokens) pairs."""
         return self.submit([ScoreRequest(tokens, num_prompt) for tokens, num_prompt in sequences])
 
     def warm_sequences(self, sequences: Sequence[tuple[tuple[int, ...], int]]) -> None:
-        """Lets the scorer read sequences ahead. Nobody waits for it: what it has not read yet is read when asked."""
-        self._actor.warm.remote([ScoreRequest(tokens, num_prompt) for tokens, num_prompt in sequences])
+        """Lets the replicas read sequences ahead. Nobody waits for it: what is not read yet is read when asked."""
+        if self._warming:
+            _, self._warming = ray.wait(self._warming, num_returns=len(self._warming), timeout=0)
+        if len(self._warming) >= self._scoring.max_in_flight:
+            return  # they are behind already
+        requests = [ScoreRequest(tokens, num_prompt) for tokens, num_prompt in sequences]
+        for replica, places in zip(self._replicas, self._dispatcher.deal(requests), strict=True):
+            if places:
+                part = [requests[place] for place in places]
+                self._warming.append(replica.actor.warm.options(max_task_retries=0).remote(part))
 
-    def collect_tensors(self, reference: Any) -> list[torch.Tensor]:
-        """As `collect`, as tensors on the CPU."""
-        return [to_tensor(array) for array in self.collect(reference)]
+    def collect_tensors(self, call: ScoreCall) -> list[torch.Tensor]:
+        """As `collect`, as tensors on the CPU, those of a PoisonedSampleError too."""
+        try:
+            return [to_tensor(array) for array in self.collect(call)]
+        except PoisonedSampleError as error:
+            error.partial = [None if array is None else to_tensor(array) for array in error.partial]
+            raise
 
     def stats(self) -> dict[str, float]:
-        """Work done so far (see `Scorer.stats`)."""
-        stats: dict[str, float] = self._get(self._actor.stats.remote(), self._timeout_s, "its statistics")
-        return stats
+        """Work done so far by all replicas (see `Scorer.stats`); seconds are summed."""
+        references = [replica.actor.stats.remote() for replica in self._replicas]
+        found = [
+            replica.wait(reference, "its statistics")
+            for replica, reference in zip(self._replicas, references, strict=True)
+        ]
+        return {name: sum(item[name] for item in found) for name in found[0]}
 
     def stop(self) -> None:
-        """Ends the actor and frees its memory."""
-        ray.kill(self._actor)
+        """Ends the actors and frees their memory."""
+        for replica in self._replicas:
+            ray.kill(replica.actor)
+        with suppress(Exception):  # notes of a cluster that is gone are gone too
+            self._board.clear(self._prefix)
 
-    def _get(self, reference: Any, timeout_s: float, what: str) -> Any:
-        return wait_for(reference, who=f"{self.role} scorer", what=what, timeout_s=timeout_s)
+    def _record(self, request: ScoreRequest, deaths: int) -> None:
+        """One file for each sequence, so that several processes may write; no tokens, since they may be harmful."""
+        if self._record_folder is None:
+            return
+        name = digest(request)
+        record = {
+            "sequence": name,
+            "tokens": len(request.token_ids),
+            "prompt_tokens": request.num_prompt_tokens,
+            "role": self.role,
+            "scorers_killed_alone": deaths,
+        }
+        write_json(self._record_folder / f"{self.role}-{name}.json", record)

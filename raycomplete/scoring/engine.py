@@ -30,6 +30,7 @@ class PoolingEngine:
         gpu_memory_utilization: float = 0.25,
         max_num_batched_tokens: int = 8192,
         trust_remote_code: bool = False,
+        tensor_parallel: int = 1,
     ) -> None:
         from vllm import LLM
         from vllm.config import PoolerConfig
@@ -42,6 +43,7 @@ class PoolingEngine:
             gpu_memory_utilization=gpu_memory_utilization,
             max_num_batched_tokens=max_num_batched_tokens,
             trust_remote_code=trust_remote_code,
+            tensor_parallel=tensor_parallel,
         )
         # Without use_activation=False the states come L2-normalised, and no head could rebuild logits from them.
         pooler = PoolerConfig(task="token_embed", use_activation=False)

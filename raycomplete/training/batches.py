@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -119,6 +119,8 @@ class BatchBuilder:
         rows: list[_Rows] = []
         for index, (item, (row, column)) in enumerate(zip(items, places, strict=True)):
             sequence, parts = self._parts(item, scores)
+            if any(part.is_set_aside for part in parts):  # it keeps its place, and the others their weights
+                parts = [part.without_rows() for part in parts]
             span = slice(column, column + lengths[index])
             input_ids_BT[row, span] = torch.tensor(sequence[:-1])
             position_ids_BT[row, span] = torch.arange(lengths[index])
@@ -208,6 +210,16 @@ class _Rows:
     item: int = 0
     row_T: Tensor = field(default_factory=_no_tokens)
     target_T: Tensor = field(default_factory=_no_tokens)
+
+    @property
+    def is_set_aside(self) -> bool:
+        """Whether a teacher could not read it."""
+        return any(rows_TH is not None and len(rows_TH) < self.count for rows_TH in (self.aligned_TH, self.base_TH))
+
+    def without_rows(self) -> _Rows:
+        """The same with nothing to train."""
+        aligned, base = (None if rows_TH is None else rows_TH[:0] for rows_TH in (self.aligned_TH, self.base_TH))
+        return replace(self, count=0, aligned_TH=aligned, base_TH=base)
 
     def at(self, index: int, offset: int, sequence: tuple[int, ...]) -> _Rows:
         """The run of item `index`, whose sequence starts at flat position `offset`; token t is predicted at t - 1."""

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 
+from raycomplete.errors import PoisonedSampleError
 from raycomplete.training.samples import AnchorSample, RecoverySample
+
+logger = logging.getLogger(__name__)
 
 Key = tuple[str, tuple[int, ...], int]
 
@@ -27,18 +31,23 @@ class ScoreSource(Protocol):
 
 
 class Scores:
-    """Hidden states of one step's sequences."""
+    """Hidden states of one step's sequences.
+
+    Args:
+        tensors: [T, H] by what was read; [0, H] of a sequence that was set aside.
+        max_depth: h is read up to here.
+    """
 
     def __init__(self, tensors: Mapping[Key, torch.Tensor], max_depth: int) -> None:
         self._tensors = tensors
         self._max_depth = max_depth
 
     def hidden(self, role: str, prompt_ids: tuple[int, ...], response_ids: tuple[int, ...]) -> torch.Tensor:
-        """[T, H] of a response read by base or aligned."""
+        """[T, H] of a response read by base or aligned; no rows where it was set aside."""
         return self._tensors[(role, prompt_ids + response_ids, len(prompt_ids))]
 
     def harmful(self, sample: RecoverySample, depth: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """[depth, H] of h from aligned and from base.
+        """[depth, H] of h from aligned and from base; no rows where it was set aside.
 
         h was read up to the largest depth, whatever depth was drawn later: a causal model's states of a prefix are
         the first states of the whole.
@@ -64,6 +73,7 @@ class ScoreFeed:
         self._penalty = penalty
         self._contrastive = contrastive
         self._pending: dict[int, list[tuple[str, list[tuple[tuple[int, ...], int]], Any]]] = {}
+        self._no_rows: dict[str, torch.Tensor] = {}  # of each model: [0, H] in its dtype
         self.wait_s = 0.0
 
     def is_requested(self, step: int) -> bool:
@@ -103,13 +113,28 @@ class ScoreFeed:
         return {"aligned": teacher + harmful, "base": harmful + (teacher if self._contrastive else [])}
 
     def take(self, step: int) -> Scores:
-        """Waits for the scores of a requested step; the waiting time is added to `wait_s`."""
+        """Waits for the scores of a requested step; the waiting time is added to `wait_s`.
+
+        Raises:
+            PoisonedSampleError: A model could read nothing at all. Single sequences that it cannot read have no rows.
+        """
         started = time.perf_counter()
         tensors: dict[Key, torch.Tensor] = {}
         for role, sequences, reference in self._pending.pop(step):
-            for (tokens, num_prompt), hidden_TH in zip(
-                sequences, self._sources[role].collect_tensors(reference), strict=True
-            ):
+            for (tokens, num_prompt), hidden_TH in zip(sequences, self._collect(role, reference), strict=True):
                 tensors[(role, tokens, num_prompt)] = hidden_TH
         self.wait_s += time.perf_counter() - started
         return Scores(tensors, self._max_depth)
+
+    def _collect(self, role: str, reference: Any) -> list[torch.Tensor]:
+        """Scores in order, [0, H] in the place of a sequence that was set aside."""
+        try:
+            found = self._sources[role].collect_tensors(reference)
+        except PoisonedSampleError as error:
+            no_rows = next((tensor[:0] for tensor in error.partial if tensor is not None), self._no_rows.get(role))
+            if no_rows is None:
+                raise
+            logger.warning("Training goes on without them: %s", error)
+            found = [no_rows if tensor is None else tensor for tensor in error.partial]
+        self._no_rows[role] = found[0][:0].clone()  # a view would keep the whole tensor
+        return found

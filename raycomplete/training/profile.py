@@ -13,7 +13,7 @@ from raycomplete.core.heads import Head
 from raycomplete.core.loss_types import LossSettings
 from raycomplete.files import read_json, write_json
 from raycomplete.training.batches import BatchBuilder, MicroBatch
-from raycomplete.training.feed import ScoreFeed, ScoreSource
+from raycomplete.training.feed import ScoreFeed, Scores, ScoreSource
 from raycomplete.training.plan import AnchorItem, StepPlan
 from raycomplete.training.samples import AnchorSample
 
@@ -28,11 +28,12 @@ def student_profile(
 
     Every rank computes the same numbers: under ZeRO-3 a forward pass needs all of them anyway.
     """
+    samples, scores = _read(samples, sources)
     engine.eval()
     with torch.no_grad():
         measured = [
             torch.stack([row_N.double().cpu() for row_N in engine(batch.to(engine.device), "profile")])
-            for batch in _batches(samples, sources, micro_batch)
+            for batch in _batches(samples, scores, micro_batch)
         ]
     engine.train()
     return _means(samples, torch.cat(measured, dim=1))
@@ -46,8 +47,9 @@ def aligned_profile(
     micro_batch: int,
 ) -> Profile:
     """The same for the aligned model, from its scorer's hidden states alone; no rank needs another one."""
+    samples, scores = _read(samples, sources)
     measured = []
-    for batch in _batches(samples, sources, micro_batch):
+    for batch in _batches(samples, scores, micro_batch):
         assert batch.aligned_hidden_NH is not None
         assert batch.base_hidden_PH is not None
         rows = profile_rows(
@@ -64,12 +66,20 @@ def aligned_profile(
     return _means(samples, torch.cat(measured, dim=1))
 
 
-def _batches(
-    samples: Sequence[AnchorSample], sources: Mapping[str, ScoreSource], micro_batch: int
-) -> Iterator[MicroBatch]:
+def _read(samples: Sequence[AnchorSample], sources: Mapping[str, ScoreSource]) -> tuple[list[AnchorSample], Scores]:
+    """The samples that both models could read, and their scores."""
     feed = ScoreFeed(sources, max_depth=0, penalty=False, contrastive=True)
     feed.request(0, samples, [])
     scores = feed.take(0)
+    read = [
+        sample
+        for sample in samples
+        if all(len(scores.hidden(role, sample.prompt_ids, sample.answer_ids)) for role in sources)
+    ]
+    return read, scores
+
+
+def _batches(samples: Sequence[AnchorSample], scores: Scores, micro_batch: int) -> Iterator[MicroBatch]:
     builder = BatchBuilder(penalty=False, contrastive=True, scale=1.0)
     for start in range(0, len(samples), micro_batch):
         items = [AnchorItem(sample) for sample in samples[start : start + micro_batch]]

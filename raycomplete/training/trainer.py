@@ -23,6 +23,7 @@ def fit(
     *,
     cpus_per_worker: float,
     gpus_per_worker: float,
+    placement: str = "pack",
     on_step: Callable[[dict[str, Any]], None] | None = None,
 ) -> None:
     """Trains, and returns when the student stands in `job.output`.
@@ -31,6 +32,7 @@ def fit(
         job: What to train.
         cpus_per_worker: Logical CPUs that each worker reserves.
         gpus_per_worker: GPUs that each worker reserves, where `job.use_gpu`.
+        placement: How Ray Train spreads the workers over nodes: pack, spread, strict_pack or strict_spread.
         on_step: Called in this process with each new row of metrics.
 
     Raises:
@@ -46,7 +48,10 @@ def fit(
         train_loop_config={"job": job},
         torch_config=TorchConfig(backend="nccl" if job.use_gpu else "gloo", timeout_s=int(job.train.stall_timeout_s)),
         scaling_config=ScalingConfig(
-            num_workers=job.train.num_workers, use_gpu=job.use_gpu, resources_per_worker=resources
+            num_workers=job.train.num_workers,
+            use_gpu=job.use_gpu,
+            resources_per_worker=resources,
+            placement_strategy=placement.upper(),
         ),
         run_config=RunConfig(
             name="ray_train",

@@ -1,0 +1,32 @@
+"""Deaths in words: the likeliest cause from what Ray says."""
+
+from __future__ import annotations
+
+import pytest
+
+from raycomplete.ray_calls import likely_cause
+
+CLOSED = (
+    "The actor died unexpectedly before finishing this task.\n\tclass_name: Scorer\n\tpid: 7\n\tip: 10.0.0.2\n"
+    "The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR Worker exit detail: Worker "
+    "unexpectedly exits with a connection error code 2. End of file. There are some potential root causes. (1) The "
+    "process is killed by SIGKILL by OOM killer due to high memory usage. (2) ray stop --force is called. (3) The "
+    "worker is crashed unexpectedly due to SIGSEGV or other unexpected errors."
+)
+
+
+@pytest.mark.parametrize(
+    ("said", "cause"),
+    [
+        (CLOSED, "killed by SIGKILL"),
+        ("Task was killed due to the node running low on memory.", "out of memory: Ray's memory monitor"),
+        ("The actor is dead because its node has died. Node Id: 4f", "its node is gone"),
+        ("The actor is dead because it was killed by `ray.kill`.", "stopped on purpose"),
+        ("Worker exit type: SYSTEM_ERROR Worker exit detail: exit code 139", "exit code 139"),
+        ("The actor 4f is unavailable: rpc failed.", "Ray starts it again"),
+        ("Something new.\nMore.", "Something new."),
+        ("", "unknown"),
+    ],
+)
+def test_the_cause_is_told_from_what_ray_says(said: str, cause: str) -> None:
+    assert cause in likely_cause(said)

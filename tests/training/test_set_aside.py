@@ -1,0 +1,125 @@
+"""Sequences that a frozen model cannot read: their step trains the others as if nothing had happened."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from raycomplete.core.loss_types import LossSettings
+from raycomplete.data.checkpoints import load_model
+from raycomplete.data.head_spec import load_head
+from raycomplete.errors import PoisonedSampleError
+from raycomplete.training.batches import BatchBuilder
+from raycomplete.training.feed import ScoreFeed
+from raycomplete.training.plan import AnchorItem, Item, RecoveryItem, StepPlan
+from raycomplete.training.profile import aligned_profile
+from raycomplete.training.student import HeadSettings, StudentModule, to_loss_output
+from tests.training.tiny import LocalScores, head_spec, make_model, make_samples
+
+SAMPLES = make_samples(3, anchor=3, recovery=3)
+PLAN = StepPlan(
+    tuple(AnchorItem(sample) for sample in SAMPLES.anchor),
+    tuple(RecoveryItem(sample, depth) for sample, depth in zip(SAMPLES.recovery, (2, 5, 9), strict=True)),
+)
+
+
+class Fragile(LocalScores):
+    """A frozen model whose scorer dies of some sequences."""
+
+    def __init__(self, path: Path, deadly: set[tuple[int, ...]]) -> None:
+        super().__init__(path)
+        self._deadly = deadly
+
+    def collect_tensors(self, reference: Any) -> list[torch.Tensor]:
+        found: list[Any] = [None if tokens in self._deadly else 0 for tokens, _ in reference]
+        good = iter(super().collect_tensors([item for item, hole in zip(reference, found, strict=True) if hole == 0]))
+        partial = [None if hole is None else next(good) for hole in found]
+        if None in found:
+            raise PoisonedSampleError("1 of 9 sequences was set aside.", partial=partial)
+        return partial
+
+
+@dataclass
+class Tiny:
+    """Base, aligned and a student on disk."""
+
+    base: Path
+    aligned: Path
+    student: Path
+
+    def gradient(
+        self, items: Sequence[Item], deadly: dict[str, set[tuple[int, ...]]]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loss and gradient of the output head over one micro-batch of the step."""
+        sources = {role: Fragile(getattr(self, role), deadly.get(role, set())) for role in ("base", "aligned")}
+        feed = ScoreFeed(sources, max_depth=9, penalty=True, contrastive=False)
+        feed.request(0, SAMPLES.anchor, SAMPLES.recovery)
+        batch = BatchBuilder(penalty=True, contrastive=False, scale=1.0).build(items, PLAN, feed.take(0))
+        lm = load_model(self.student, "float32")
+        heads = {role: load_head(head_spec(getattr(self, role)), dtype=torch.float32) for role in ("base", "aligned")}
+        spec = head_spec(self.student)
+        head = HeadSettings(spec.scale, spec.softcap, spec.vocab_size)
+        module = StudentModule(lm, head, heads, LossSettings(), external_head=False)
+        total = to_loss_output(module(batch)).total
+        (gradient,) = torch.autograd.grad(total, [lm.get_output_embeddings().weight])
+        return total.detach(), gradient
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    folder = tmp_path_factory.mktemp("models")
+    return Tiny(*(make_model(folder / role, seed) for seed, role in enumerate(("base", "aligned", "student"))))
+
+
+@pytest.mark.parametrize(
+    ("role", "part", "culprit"),
+    [("aligned", "answer", 1), ("aligned", "refusal", 4), ("aligned", "h", 4), ("base", "h", 5)],
+)
+def test_the_others_are_trained_as_if_it_had_not_been_there(
+    tiny: Tiny, role: str, part: str, culprit: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    items: list[Item] = [*PLAN.anchor, *PLAN.recovery]
+    deadly = {role: {tokens_of(items[culprit], part)}}
+    with caplog.at_level(logging.WARNING):
+        total, gradient = tiny.gradient(items, deadly)
+    assert "was set aside" in caplog.text
+    without = [item for index, item in enumerate(items) if index != culprit]
+    expected_total, expected_gradient = tiny.gradient(without, {})
+    torch.testing.assert_close(total, expected_total, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(gradient, expected_gradient, atol=1e-6, rtol=1e-4)
+    assert float(tiny.gradient(items, {})[0]) != pytest.approx(float(total), rel=1e-3)
+
+    alone_total, alone_gradient = tiny.gradient([items[culprit]], deadly)  # every worker makes every forward pass
+    assert float(alone_total) == 0
+    assert not alone_gradient.any()
+
+
+def test_a_model_that_reads_nothing_ends_the_run(tiny: Tiny) -> None:
+    tokens = SAMPLES.anchor[0].prompt_ids + SAMPLES.anchor[0].answer_ids
+    feed = ScoreFeed({"aligned": Fragile(tiny.aligned, {tokens})}, max_depth=9, penalty=False, contrastive=False)
+    feed.request(0, SAMPLES.anchor[:1], [])
+    with pytest.raises(PoisonedSampleError):
+        feed.take(0)
+
+
+def test_the_profile_leaves_it_out(tiny: Tiny) -> None:
+    heads = {role: load_head(head_spec(getattr(tiny, role)), dtype=torch.float32) for role in ("base", "aligned")}
+    first, *others = SAMPLES.profile
+    deadly = {first.prompt_ids + first.answer_ids}
+    sources = {"aligned": LocalScores(tiny.aligned), "base": Fragile(tiny.base, deadly)}
+    found = aligned_profile(SAMPLES.profile, sources, heads, LossSettings(), 4)
+    assert found == aligned_profile(others, sources, heads, LossSettings(), 4)
+
+
+def tokens_of(item: Item, part: str) -> tuple[int, ...]:
+    if isinstance(item, AnchorItem):
+        return item.sample.prompt_ids + item.sample.answer_ids
+    if part == "h":
+        return item.sample.prompt_ids + item.sample.harmful_ids[:9]
+    return item.sample.teacher_prompt_ids + item.sample.refusal_ids
