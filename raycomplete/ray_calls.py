@@ -45,6 +45,11 @@ def wait_for(reference: Any, *, who: str, what: str, timeout_s: float) -> Any:
         raise WorkError(f"Ray could not get {what} from the {who} ({_first_line(error)}).") from error
 
 
+def free_resources() -> str:
+    """What the cluster has free, for messages."""
+    return _resources(ray.available_resources())
+
+
 def _resources(resources: dict[str, float]) -> str:
     return ", ".join(f"{resources.get(name, 0):g} {name}" for name in ("CPU", "GPU"))
 

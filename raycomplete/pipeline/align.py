@@ -19,6 +19,7 @@ from raycomplete.pipeline.run_folder import check_run_folder, open_run_folder
 from raycomplete.pipeline.train import run_training, worker_threads
 from raycomplete.rollout.pool import RolloutPool
 from raycomplete.screen import Screen
+from raycomplete.stopping import StopSignals, stop_signals
 from raycomplete.training.job import TrainJob
 from raycomplete.training.samples import AnchorSample, SampleSet, read_samples, write_samples
 from raycomplete.types import Prompt
@@ -59,15 +60,14 @@ def align(config: RunConfig, *, resume: bool = False, overwrite: bool = False, s
         update={"output": OutputConfig(root=config.output.root, name=f"{config.output.name}-align")}
     )
     check_run_folder(config, resume=resume, same=_SAME, overwrite=overwrite)
-    with connect(
-        config.cluster, Demand(engines=config.rollout.num_engines, workers=config.train.num_workers)
-    ) as cluster:
+    demand = Demand(engines=config.rollout.num_engines, workers=config.train.num_workers)
+    with connect(config.cluster, demand) as cluster, stop_signals() as stop:
         folder = open_run_folder(config, resume=resume, same=_SAME, overwrite=overwrite)
         samples_file = folder / "samples.jsonl"
         if not samples_file.is_file():
             with start_fleet(config, cluster, models, screen) as fleet:
                 write_samples(samples_file, _samples(config, models.codec, fleet.generator, refusals, benign, screen))
-        _train(config, cluster, models, folder, output, screen)
+        _train(config, cluster, models, folder, output, screen, stop)
     screen.note(f"Aligned checkpoint: {output}")
     return output
 
@@ -115,7 +115,15 @@ def _samples(
     return SampleSet(tuple(samples))
 
 
-def _train(config: RunConfig, cluster: Cluster, models: Models, folder: Path, output: Path, screen: Screen) -> None:
+def _train(
+    config: RunConfig,
+    cluster: Cluster,
+    models: Models,
+    folder: Path,
+    output: Path,
+    screen: Screen,
+    stop: StopSignals,
+) -> None:
     settings = config.align
     train = config.train.model_copy(
         update={
@@ -139,4 +147,4 @@ def _train(config: RunConfig, cluster: Cluster, models: Models, folder: Path, ou
         trust_remote_code=config.models.trust_remote_code,
     )
     count = len(read_samples(job.samples).anchor)
-    run_training(job, config, screen, f"Safety SFT on {count} samples")
+    run_training(job, config, screen, f"Safety SFT on {count} samples", stop)
