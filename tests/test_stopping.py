@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from contextlib import nullcontext
 
 import pytest
 
@@ -18,33 +19,52 @@ def send(number: int) -> None:
     os.kill(os.getpid(), number)
 
 
-@pytest.mark.parametrize("number", SIGNALS)
-def test_work_that_asks_ends_by_itself(number: int) -> None:
-    with stop_signals() as stop, pytest.raises(StoppedError, match="Resume"), stop.deferred():
-        assert not stop.is_requested()
-        send(number)
-        assert stop.is_requested()
+def interrupted(*numbers: int, deferred: bool) -> list[bool]:
+    """Sends signals one after another and returns what the work was told after each."""
+    told = []
+    with stop_signals() as stop, stop.deferred() if deferred else nullcontext():
+        for number in numbers:
+            send(number)
+            told.append(stop.is_requested())
+        if deferred:
+            stop.requested = False  # leaves the block without StoppedError
+    return told
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_second_signal_ends_at_once(number: int) -> None:
-    with stop_signals() as stop, pytest.raises(KeyboardInterrupt), stop.deferred():
-        send(number)
-        send(number)
-        raise AssertionError("the second signal did not arrive")
+def test_deferred_work_is_told_and_ends_by_itself(number: int) -> None:
+    assert interrupted(number, deferred=True) == [True]
+
+
+@pytest.mark.parametrize("second", SIGNALS)
+def test_a_second_signal_ends_at_once(second: int) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(signal.SIGTERM, second, deferred=True)
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_work_that_never_asks_is_ended_at_once(number: int) -> None:
-    with stop_signals(), pytest.raises(KeyboardInterrupt):
-        send(number)
-        raise AssertionError("the signal did not arrive")
+def test_other_work_is_ended_at_once(number: int) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(number, deferred=False)
+
+
+def test_what_comes_after_deferred_work_does_not_start() -> None:
+    def work() -> None:
+        with stop_signals() as stop, stop.deferred():
+            send(signal.SIGTERM)
+
+    with pytest.raises(StoppedError, match="Resume"):
+        work()
 
 
 def test_an_error_of_the_work_is_not_hidden_by_the_request() -> None:
-    with stop_signals() as stop, pytest.raises(ValueError, match="its own"), stop.deferred():
-        send(signal.SIGTERM)
-        raise ValueError("its own")
+    def work() -> None:
+        with stop_signals() as stop, stop.deferred():
+            send(signal.SIGTERM)
+            raise ValueError("its own")
+
+    with pytest.raises(ValueError, match="its own"):
+        work()
 
 
 def test_handlers_are_put_back() -> None:

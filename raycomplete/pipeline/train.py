@@ -67,7 +67,8 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False, s
         print_result(summary, config.output.folder, screen)
         return config.output.folder
     demand = Demand(engines=_SCORERS + config.rollout.num_engines, workers=config.train.num_workers)
-    check_space(config.output.folder, models.paths["student"], config.models.dtype, config.train)
+    if not (config.output.folder / "student" / "config.json").is_file():
+        check_space(config.output.folder, models.paths["student"], config.models.dtype, config.train)
     with connect(config.cluster, demand) as cluster, stop_signals() as stop:
         folder = open_run_folder(config, resume=resume, overwrite=overwrite, same=_SAME)
         screen.note(f"Run folder: {folder}")

@@ -16,7 +16,7 @@ from raycomplete.training.failures import RaisedError, RestartAfterDeaths, expla
 from raycomplete.training.job import TrainJob
 from tests.training.tiny import make_job
 
-INFO = "A worker health check failed.\nWorker info: Worker(metadata=ActorMetadata(node_ip='10.0.0.7', pid=7)\nlog_file_path='/logs/w.log',)"
+INFO = "Worker info: Worker(metadata=ActorMetadata(node_ip='10.0.0.7', pid=7)\nlog_file_path='/logs/w.log',)"
 LOST = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4711")
 KILLED = "Worker unexpectedly exits with a connection error code 2. End of file. Some common causes include: (1) OOM"
 

@@ -1,10 +1,13 @@
-"""Real Ray Train runs whose workers are killed, or that are asked to stop: nothing finished is lost."""
+"""Real Ray Train runs: workers are killed, the disk fills up, someone asks to stop. Nothing finished is lost."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import subprocess
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,7 @@ import pytest
 import torch
 
 from raycomplete.config import DepthConfig, TrainConfig
-from raycomplete.errors import ProcessDiedError, StoppedError
+from raycomplete.errors import DiskFullError, ProcessDiedError, StoppedError
 from raycomplete.training.job import TrainJob
 from raycomplete.training.metrics import read_metrics
 from raycomplete.training.trainer import fit
@@ -130,3 +133,36 @@ def test_a_stop_finishes_the_step_and_keeps_it(ray_cluster: None, tmp_path: Path
     assert job.newest_checkpoint == done, "no finished step is lost"
     assert not job.stop_file.exists(), "nothing stops the run that goes on"
     assert not job.output.exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 8 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)]
+    if subprocess.run(command, capture_output=True, check=False).returncode != 0:
+        pytest.skip("mounting needs more rights than these tests have")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_disk_that_fills_up_leaves_the_last_checkpoint_whole(ray_cluster: None, small_disk: Path) -> None:
+    job = make_job(small_disk, settings(num_workers=2, zero_stage=2, steps=12, checkpoint_every=1))
+    job = replace(job, sources={**job.sources, "base": SlowScores(small_disk / "base")})
+    filler = small_disk / "filler"
+
+    def fill(row: dict[str, Any]) -> None:
+        if row["step"] >= 2 and not filler.exists():
+            with filler.open("wb", buffering=0) as stream, contextlib.suppress(OSError):
+                while True:
+                    stream.write(bytes(4096))
+
+    with pytest.raises(DiskFullError, match=r"The disk is full: the .* of step \d+ could not be written to .* free\)"):
+        run(job, on_step=fill)
+    there = sorted(path.name for path in job.checkpoints.iterdir())
+    whole = sorted(path.parent.name for path in job.checkpoints.glob("*/complete.json"))
+    assert whole
+    assert there == whole, "what was half-written is removed"
+    filler.unlink()
+    assert len(run(job)) == 12
