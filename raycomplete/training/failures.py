@@ -11,6 +11,7 @@ import os
 import re
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ class RestartAfterDeaths(UserCallback):
     """
 
     def __init__(self, job: TrainJob) -> None:
-        self._job = job
+        self._job = replace(job, sources={}, policy=None)  # only its paths: handles would keep actors alive
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Ray Train calls this before it decides; what is raised here ends the run without a restart.
