@@ -16,7 +16,7 @@ from rich.markup import escape
 
 from raycomplete import __version__
 from raycomplete.config import load_run_file
-from raycomplete.errors import RaycompleteError
+from raycomplete.errors import ProcessDiedError, RaycompleteError, StoppedError
 
 app = typer.Typer(
     name="raycomplete",
@@ -193,6 +193,12 @@ def guarded(work: Callable[[], Any]) -> int:
     except RaycompleteError as error:
         if os.environ.get("RAYCOMPLETE_TRACEBACK"):
             raise
+        if isinstance(error, ProcessDiedError):
+            _print_death(console, error)
+            return error.exit_code
+        if isinstance(error, StoppedError):
+            console.print(str(error), highlight=False, markup=False, soft_wrap=True)
+            return error.exit_code
         kind = "Refused" if error.exit_code == 2 else "Failed"
         console.print(f"[bold red]{kind}:[/bold red] {escape(str(error))}", highlight=False, soft_wrap=True)
         if error.exit_code == 1:
@@ -208,3 +214,11 @@ def guarded(work: Callable[[], Any]) -> int:
         show()
         return 2
     return result if isinstance(result, int) else 0  # --help and typer.Exit return their code
+
+
+def _print_death(console: Console, error: ProcessDiedError) -> None:
+    """One screen: who died, where, the likely cause, its log, what is kept and how to go on."""
+    from raycomplete.screen import print_facts
+
+    console.print(f"[bold red]Failed:[/bold red] {escape(error.problem)}", highlight=False, soft_wrap=True)
+    print_facts(console, error.facts())

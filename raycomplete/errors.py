@@ -64,6 +64,14 @@ class WaitTimeoutError(WorkError, TimeoutError):
     """A wait ended without its result; the message says what was needed and what was there."""
 
 
+class StoppedError(WorkError):
+    """Someone asked to stop: the present step was finished and kept, and nothing failed."""
+
+
+class DiskFullError(WorkError):
+    """No space is left for a checkpoint, a row of metrics or the student; the message says how much is free."""
+
+
 class ProcessDiedError(WorkError):
     """A worker, an engine or a node is gone. The command line prints it as one screen.
 

@@ -185,6 +185,11 @@ def _found(pattern: str, text: str) -> str:
     return match.group(1) if match else ""
 
 
+def free_resources() -> str:
+    """What the cluster has free, for messages."""
+    return _resources(ray.available_resources())
+
+
 def _resources(resources: dict[str, float]) -> str:
     return ", ".join(f"{resources.get(name, 0):g} {name}" for name in ("CPU", "GPU"))
 

@@ -65,6 +65,11 @@ class Screen:
 
     def panel(self, lines: Sequence[tuple[str, Any]]) -> None:
         """Aligned name and value pairs."""
-        width = max(len(name) for name, _ in lines)
-        for name, value in lines:
-            self.console.print(f"  {name:<{width}}  {value}", highlight=False)
+        print_facts(self.console, lines)
+
+
+def print_facts(console: Console, lines: Sequence[tuple[str, Any]]) -> None:
+    """Aligned name and value pairs, as they are: no markup, and no line break within a value."""
+    width = max((len(name) for name, _ in lines), default=0)
+    for name, value in lines:
+        console.print(f"  {name:<{width}}  {value}", highlight=False, markup=False, soft_wrap=True)

@@ -18,7 +18,7 @@ import yaml
 from transformers import AutoTokenizer
 
 from raycomplete import __version__, cli
-from raycomplete.errors import ConfigError, WorkError
+from raycomplete.errors import ConfigError, ProcessDiedError, StoppedError, WorkError
 from tests.training.tiny import make_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -262,6 +262,33 @@ def test_exit_codes_of_failures(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.guarded(failing(typer.Abort())) == 1
     with pytest.raises(ZeroDivisionError):  # a bug shows its traceback
         cli.guarded(failing(ZeroDivisionError()))
+
+
+def test_a_death_is_one_screen(capsys: pytest.CaptureFixture[str]) -> None:
+    death = ProcessDiedError(
+        "Training worker 1 died after 7 finished steps.",
+        "Resume with --resume.",
+        role="training worker 1",
+        node="10.0.0.7",
+        cause="killed by a signal",
+        log_path="/tmp/ray/[session]/w.log",
+        saved="the checkpoint of step 6",
+    )
+    assert cli.guarded(failing(death)) == 1
+    assert capsys.readouterr().err == (
+        "Failed: Training worker 1 died after 7 finished steps.\n"
+        "  who           training worker 1\n"
+        "  node          10.0.0.7\n"
+        "  likely cause  killed by a signal\n"
+        "  log           /tmp/ray/[session]/w.log\n"
+        "  kept          the checkpoint of step 6\n"
+        "  go on         Resume with --resume.\n"
+    )
+
+
+def test_a_stop_is_no_failure_in_words_but_in_its_code(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.guarded(failing(StoppedError("Stopped after step 7.", "Resume with --resume."))) == 1
+    assert capsys.readouterr().err == "Stopped after step 7. Resume with --resume.\n"
 
 
 def test_brackets_in_a_message_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:

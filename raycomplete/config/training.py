@@ -113,6 +113,10 @@ class TrainConfig(Section):
     )
     checkpoint_every: int = Field(25, ge=1)
     keep_checkpoints: int = Field(2, ge=1)
+    max_failures: int = Field(
+        3, ge=0, description="times that training goes on from its newest checkpoint after a worker or a node died"
+    )
+    max_bad_steps: int = Field(3, ge=1, description="skipped steps in a row, for NaN or infinity, that end training")
     stall_timeout_s: float = Field(1800.0, gt=0, description="longest time without a finished step")
 
     @model_validator(mode="after")

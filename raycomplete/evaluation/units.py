@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from raycomplete.errors import WorkError
+from raycomplete.errors import StoppedError
 from raycomplete.evaluation.storage import content_hash
 from raycomplete.types import Outcome, Prompt
 
@@ -130,5 +130,5 @@ class Progress:
         return asdict(self)
 
 
-class EvaluationCancelled(WorkError):
+class EvaluationCancelled(StoppedError):
     """Someone asked to stop; what was finished is kept."""

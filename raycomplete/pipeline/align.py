@@ -20,6 +20,7 @@ from raycomplete.pipeline.train import run_training, worker_threads
 from raycomplete.placement import plan_run
 from raycomplete.rollout.pool import RolloutPool
 from raycomplete.screen import Screen
+from raycomplete.stopping import StopSignals, stop_signals
 from raycomplete.training.job import TrainJob
 from raycomplete.training.samples import AnchorSample, SampleSet, read_samples, write_samples
 from raycomplete.types import Prompt
@@ -60,13 +61,14 @@ def align(config: RunConfig, *, resume: bool = False, overwrite: bool = False, s
         update={"output": OutputConfig(root=config.output.root, name=f"{config.output.name}-align")}
     )
     check_run_folder(config, resume=resume, same=_SAME, overwrite=overwrite)
-    with connect(config.cluster, plan_run(config, workers=config.train.num_workers), screen) as cluster:
+    plan = plan_run(config, workers=config.train.num_workers)
+    with connect(config.cluster, plan, screen) as cluster, stop_signals() as stop:
         folder = open_run_folder(config, resume=resume, same=_SAME, overwrite=overwrite)
         samples_file = folder / "samples.jsonl"
         if not samples_file.is_file():
             with start_fleet(config, cluster, models, screen) as fleet:
                 write_samples(samples_file, _samples(config, models.codec, fleet.generator, refusals, benign, screen))
-        _train(config, cluster, models, folder, output, screen)
+        _train(config, cluster, models, folder, output, screen, stop)
     screen.note(f"Aligned checkpoint: {output}")
     return output
 
@@ -114,7 +116,15 @@ def _samples(
     return SampleSet(tuple(samples))
 
 
-def _train(config: RunConfig, cluster: Cluster, models: Models, folder: Path, output: Path, screen: Screen) -> None:
+def _train(
+    config: RunConfig,
+    cluster: Cluster,
+    models: Models,
+    folder: Path,
+    output: Path,
+    screen: Screen,
+    stop: StopSignals,
+) -> None:
     settings = config.align
     train = config.train.model_copy(
         update={
@@ -138,4 +148,4 @@ def _train(config: RunConfig, cluster: Cluster, models: Models, folder: Path, ou
         trust_remote_code=config.models.trust_remote_code,
     )
     count = len(read_samples(job.samples).anchor)
-    run_training(job, config, screen, f"Safety SFT on {count} samples")
+    run_training(job, config, screen, f"Safety SFT on {count} samples", stop)

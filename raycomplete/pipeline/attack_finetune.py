@@ -104,7 +104,7 @@ def fine_tune(
     with screen.progress(f"Fine-tuning attack on {len(samples)} {dataset} chats", train.steps) as advance:
 
         def on_step(row: dict[str, Any]) -> None:
-            advance(row["step"], f"loss {row['loss']:.4f}")
+            advance(row["step"], "" if row["loss"] is None else f"loss {row['loss']:.4f}")
 
         fit(
             job,

@@ -29,6 +29,7 @@ from raycomplete.pipeline.run_folder import check_run_folder, open_run_folder
 from raycomplete.placement import plan_run
 from raycomplete.report.html import write_report
 from raycomplete.screen import Advance, Screen
+from raycomplete.stopping import stop_signals
 from raycomplete.types import MODEL_ROLES, ModelRole
 
 _SAME = ("models", "data")  # sections that an evaluation shares with the run that it adds to
@@ -79,22 +80,23 @@ def evaluate(
         check_attacks(config)
     check_run_folder(config, resume=True, same=_SAME)
     plan = plan_run(config, extras=extra_engines(config), attack_workers=training_workers(config))
-    with connect(config.cluster, plan, screen) as cluster:
+    with connect(config.cluster, plan, screen) as cluster, stop_signals() as stop:
         folder = open_run_folder(config, resume=True, same=_SAME, keep_config=True)
         with start_fleet(config, cluster, models, screen) as fleet:
             prompts = held_out_sets(config, models, prompts, fleet, folder, screen)
-            results = evaluate_roles(
-                config,
-                models,
-                models.paths,
-                prompts,
-                fleet,
-                folder,
-                screen,
-                roles,
-                on_progress=on_progress,
-                cancelled=cancelled,
-            )
+            with stop.deferred():
+                results = evaluate_roles(
+                    config,
+                    models,
+                    models.paths,
+                    prompts,
+                    fleet,
+                    folder,
+                    screen,
+                    roles,
+                    on_progress=on_progress,
+                    cancelled=lambda: stop.requested or (cancelled is not None and cancelled()),
+                )
     summary = write_summary(config, folder, results, time.perf_counter() - started)
     print_result(summary, folder, screen)
     return folder

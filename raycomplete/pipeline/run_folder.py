@@ -19,6 +19,8 @@ _FREE_KEYS = {
         "checkpoint_every",
         "keep_checkpoints",
         "stall_timeout_s",
+        "max_failures",
+        "max_bad_steps",
         "micro_batch",
         "loss_chunk_tokens",
         "gradient_checkpointing",

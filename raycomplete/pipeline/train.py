@@ -29,6 +29,8 @@ from raycomplete.pipeline.rollouts import make_samples
 from raycomplete.pipeline.run_folder import check_run_folder, open_run_folder
 from raycomplete.placement import plan_run
 from raycomplete.screen import Screen
+from raycomplete.stopping import StopSignals, stop_signals
+from raycomplete.training.disk import check_space
 from raycomplete.training.job import TrainJob
 from raycomplete.training.metrics import read_metrics
 from raycomplete.training.samples import read_samples, write_samples
@@ -72,7 +74,9 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False, s
         extras=extra_engines(config),
         attack_workers=training_workers(config),
     )
-    with connect(config.cluster, plan, screen) as cluster:
+    if not (config.output.folder / "student" / "config.json").is_file():
+        check_space(config.output.folder, models.paths["student"], config.models.dtype, config.train)
+    with connect(config.cluster, plan, screen) as cluster, stop_signals() as stop:
         folder = open_run_folder(config, resume=resume, overwrite=overwrite, same=_SAME)
         screen.note(f"Run folder: {folder}")
         _check_same_inputs(folder, models, prompts)
@@ -80,10 +84,13 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False, s
         parity = [] if trained else _parity_sequences(prompts, models.codec, config.scoring.parity_prompts)
         with start_fleet(config, cluster, models, screen, parity_sequences=parity) as fleet:
             prompts = held_out_sets(config, models, prompts, fleet, folder, screen)
-            _train_student(config, cluster, models, prompts, fleet, folder, screen)
+            _train_student(config, cluster, models, prompts, fleet, folder, screen, stop)
             fleet.stop_scorers()
             paths = models.paths | {"student": folder / "student"}
-            results = evaluate_roles(config, models, paths, prompts, fleet, folder, screen, MODEL_ROLES)
+            with stop.deferred():
+                results = evaluate_roles(
+                    config, models, paths, prompts, fleet, folder, screen, MODEL_ROLES, cancelled=stop.is_requested
+                )
     summary = write_summary(config, folder, results, time.perf_counter() - started)
     print_result(summary, folder, screen)
     return folder
@@ -97,6 +104,7 @@ def _train_student(
     fleet: Fleet,
     folder: Path,
     screen: Screen,
+    stop: StopSignals,
 ) -> None:
     """Samples and training, each skipped where its result is there already."""
     samples_file, student = folder / "samples.jsonl", folder / "student"
@@ -130,7 +138,7 @@ def _train_student(
     )
     started = time.perf_counter()
     before = _scorer_totals(fleet)
-    run_training(job, config, screen, f"Training on {len(samples.anchor)} + {len(samples.recovery)} samples")
+    run_training(job, config, screen, f"Training on {len(samples.anchor)} + {len(samples.recovery)} samples", stop)
     scored = {name: total - before[name] for name, total in _scorer_totals(fleet).items()}
     write_json(facts_file, training_facts(job.metrics_file, time.perf_counter() - started, scored, fleet.facts))
 
@@ -143,14 +151,16 @@ def _policy(config: RunConfig, models: Models, prompts: Prompts, fleet: Fleet) -
     return StudentEngines(pool, models.codec, prompts.judge, prompts.train["harmful"], config.rollout)
 
 
-def run_training(job: TrainJob, config: RunConfig, screen: Screen, title: str) -> None:
+def run_training(job: TrainJob, config: RunConfig, screen: Screen, title: str, stop: StopSignals) -> None:
     """Trains under a progress bar."""
-    with screen.progress(title, job.train.steps) as advance:
+    with stop.deferred(), screen.progress(title, job.train.steps) as advance:
 
         def on_step(row: dict[str, Any]) -> None:
-            parts = [f"loss {row['loss']:.4f}"]
+            names = ("loss", "anchor", "recovery", "penalty") if job.objective == "completion" else ("loss",)
+            parts = [f"{name} {row[name]:.4f}" for name in names if row[name] is not None]  # None: NaN, left out
+            if row["bad_steps"]:
+                parts.append(f"{row['bad_steps']} steps left out")
             if job.objective == "completion":
-                parts += [f"{name} {row[name]:.4f}" for name in ("anchor", "recovery", "penalty")]
                 parts.append(f"depth {row['depth_mean']:.0f}")
             if "compliance" in row:
                 parts.append(f"complies {row['compliance']:.2f}")
@@ -163,6 +173,7 @@ def run_training(job: TrainJob, config: RunConfig, screen: Screen, title: str) -
             gpus_per_worker=config.cluster.gpus_per_worker,
             placement=config.cluster.worker_placement,
             on_step=on_step,
+            stopping=stop.is_requested,
         )
 
 

@@ -16,6 +16,7 @@ from deepspeed import zero
 from raycomplete.config import Dtype, TrainConfig
 from raycomplete.errors import WorkError
 from raycomplete.files import PRIVATE, write_json
+from raycomplete.training.disk import named_when_full
 
 _COMPLETE = "complete.json"
 
@@ -77,10 +78,22 @@ def start_engine(module: torch.nn.Module, settings: dict[str, Any]) -> Any:
     engine, _, _, schedule = deepspeed.initialize(
         model=module, model_parameters=parameters, config=settings, dist_init_required=False
     )
+    if not engine.zero_optimization():
+        engine.optimizer.register_step_pre_hook(_leave_out_if_not_finite)
     # DeepSpeed's schedule starts before its first iteration, with a rate of 0, which would waste the first step. A
     # checkpoint restores the schedule's own count afterwards.
     schedule.step()
     return engine
+
+
+def _leave_out_if_not_finite(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """What ZeRO's optimizers do by themselves: a step whose gradients are not finite changes nothing and is counted."""
+    parameters = [item for group in optimizer.param_groups for item in group["params"] if item.grad is not None]
+    norm = torch.stack([parameter.grad.float().norm() for parameter in parameters]).norm()
+    optimizer.overflow = not bool(norm.isfinite())  # type: ignore[attr-defined]  # the engine reads it after the step
+    if optimizer.overflow:  # type: ignore[attr-defined]
+        for parameter in parameters:
+            parameter.grad = None  # torch's optimizers pass over such parameters
 
 
 def save(engine: Any, folder: Path, step: int, state: dict[str, Any], keep: int | None) -> None:
@@ -92,15 +105,20 @@ def save(engine: Any, folder: Path, step: int, state: dict[str, Any], keep: int 
         step: Finished steps.
         state: Plain values to restore (sampler, counters, rollouts); readable by the owner only.
         keep: Complete checkpoints to keep; None keeps all.
+
+    Raises:
+        DiskFullError: There was no room; the half-written checkpoint is removed, the ones before stay.
     """
     target = folder / f"step-{step:06d}"
     if dist.get_rank() == 0:
         (target / _COMPLETE).unlink(missing_ok=True)  # a resumed run may write a step again: until then it is not whole
     dist.barrier()
-    engine.save_checkpoint(str(target), tag="state")
+    with named_when_full(folder, f"the checkpoint of step {step}", _newest_size(folder), unfinished=target):
+        engine.save_checkpoint(str(target), tag="state")
+        if dist.get_rank() == 0:
+            content = {"step": step, "world_size": dist.get_world_size(), **state}
+            write_json(target / _COMPLETE, content, mode=PRIVATE)
     if dist.get_rank() == 0:
-        content = {"step": step, "world_size": dist.get_world_size(), **state}
-        write_json(target / _COMPLETE, content, mode=PRIVATE)
         for old in complete_checkpoints(folder)[:-keep] if keep else ():
             shutil.rmtree(old, ignore_errors=True)
     dist.barrier()
@@ -113,6 +131,21 @@ def keep_only(folder: Path, step: int) -> None:
             if path.name != f"step-{step:06d}":
                 shutil.rmtree(path, ignore_errors=True)
     dist.barrier()
+
+
+def drop_unfinished(folder: Path) -> None:
+    """Removes what a kill or a full disk left half-written; every rank must call this."""
+    if dist.get_rank() == 0:
+        for path in folder.glob("step-*"):
+            if not (path / _COMPLETE).is_file():
+                shutil.rmtree(path, ignore_errors=True)
+    dist.barrier()
+
+
+def _newest_size(folder: Path) -> int:
+    """Bytes of the newest complete checkpoint; 0 where there is none to tell the size of the next."""
+    newest = complete_checkpoints(folder)[-1:]
+    return sum(file.stat().st_size for path in newest for file in path.rglob("*") if file.is_file())
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:

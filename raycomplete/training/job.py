@@ -59,9 +59,25 @@ class TrainJob:
         return self.folder / "metrics.jsonl"
 
     @property
+    def failures_file(self) -> Path:
+        """One JSON row a death of workers (`raycomplete.training.failures`)."""
+        return self.folder / "failures.jsonl"
+
+    @property
+    def stop_file(self) -> Path:
+        """Where it exists, the workers finish their step, write a checkpoint and leave."""
+        return self.folder / "stop"
+
+    @property
     def checkpoints(self) -> Path:
         """Folder of DeepSpeed checkpoints."""
         return self.folder / "checkpoints"
+
+    @property
+    def newest_checkpoint(self) -> int:
+        """Finished steps of the newest complete checkpoint; 0 where there is none."""
+        names = (path.parent.name for path in self.checkpoints.glob("step-*/complete.json"))
+        return max((int(name.removeprefix("step-")) for name in names), default=0)
 
     @property
     def best_checkpoint(self) -> Path:

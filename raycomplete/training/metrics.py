@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from raycomplete.core.depth_sampler import DepthSampler
 from raycomplete.core.loss_types import LossOutput, TokenKind
 from raycomplete.files import write_text
 from raycomplete.training.batches import MicroBatch
+from raycomplete.training.disk import named_when_full
 
 
 class StepMeter:
@@ -23,6 +26,7 @@ class StepMeter:
     Attributes:
         depth_loss_sum: Sum of mean recovery losses of items, by depth bin; over all ranks after `share`.
         depth_count: Items by depth bin; over all ranks after `share`.
+        stop: Whether training should end after this step; where one rank knows, all ranks do after `share`.
     """
 
     def __init__(self, sampler: DepthSampler) -> None:
@@ -32,6 +36,7 @@ class StepMeter:
         self._penalty = torch.zeros(5, dtype=torch.float64)
         self.depth_loss_sum = np.zeros(sampler.num_bins)
         self.depth_count = np.zeros(sampler.num_bins)
+        self.stop = False
 
     def add_total(self, loss: Tensor) -> None:
         """One micro-batch of SFT."""
@@ -71,11 +76,13 @@ class StepMeter:
             anchor_factor: That of `Emphasis`; the anchor is reported without it, in nats a token.
         """
         depth = torch.from_numpy(np.concatenate([self.depth_loss_sum, self.depth_count]))
-        shared = torch.cat([self._sums, self._penalty, depth]).to(device)
+        stop = torch.tensor([float(self.stop)], dtype=torch.float64)
+        shared = torch.cat([self._sums, self._penalty, depth, stop]).to(device)
         dist.all_reduce(shared)
         values = shared.cpu().numpy()
+        self.stop = bool(values[-1] > 0)
         num_bins = self._sampler.num_bins
-        self.depth_loss_sum, self.depth_count = values[9 : 9 + num_bins], values[9 + num_bins :]
+        self.depth_loss_sum, self.depth_count = values[9 : 9 + num_bins], values[9 + num_bins : -1]
         total, anchor, recovery, penalty = (values[:4] / scale).tolist()
         rows = max(values[8], 1.0)
         return {
@@ -109,8 +116,21 @@ class MetricsFile:
 
     def append(self, row: dict[str, Any]) -> None:
         """Adds the row of a finished step."""
-        with self._path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(row) + "\n")
+        line = json.dumps(finite(row), allow_nan=False) + "\n"
+        what = f"the metrics of step {row['step']}"
+        with named_when_full(self._path.parent, what), self._path.open("a", encoding="utf-8") as stream:
+            stream.write(line)
+
+
+def finite(value: Any) -> Any:
+    """The same with None for NaN and infinity, which JSON does not know; in mappings and lists at any depth."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {name: finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return value
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -11,11 +11,16 @@ from typing import Any
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from raycomplete.errors import RaycompleteError, WaitTimeoutError, WorkError
+from raycomplete.errors import StoppedError, WaitTimeoutError
+from raycomplete.ray_calls import free_resources
+from raycomplete.training.disk import check_space
+from raycomplete.training.failures import RestartAfterDeaths, count_failures, explain
 from raycomplete.training.job import TrainJob
 from raycomplete.training.metrics import read_metrics
 
 _POLL_S = 0.5
+
+OnStep = Callable[[dict[str, Any]], None]
 
 
 def fit(
@@ -24,21 +29,33 @@ def fit(
     cpus_per_worker: float,
     gpus_per_worker: float,
     placement: str = "pack",
-    on_step: Callable[[dict[str, Any]], None] | None = None,
+    on_step: OnStep | None = None,
+    stopping: Callable[[], bool] = lambda: False,
 ) -> None:
     """Trains, and returns when the student stands in `job.output`.
+
+    Where a worker or its node dies, Ray Train starts all workers anew, and they go on from the newest checkpoint, up to
+    `train.max_failures` times. An exception of a worker ends training: it would only come again.
 
     Args:
         job: What to train.
         cpus_per_worker: Logical CPUs that each worker reserves.
         gpus_per_worker: GPUs that each worker reserves, where `job.use_gpu`.
         placement: How Ray Train spreads the workers over nodes: pack, spread, strict_pack or strict_spread.
-        on_step: Called in this process with each new row of metrics.
+        on_step: Called in this process with each new row of metrics; after a restart with some steps once more.
+        stopping: Asked twice a second; True lets the workers finish their step, write a checkpoint and leave.
 
     Raises:
+        SetupError: The disk has no room for the checkpoints.
+        StoppedError: `stopping` said so, or someone made `job.stop_file`.
         WaitTimeoutError: No step was finished within `train.stall_timeout_s`.
+        ProcessDiedError: Workers died more often than `train.max_failures`.
         WorkError: A worker failed; finished checkpoints are kept.
     """
+    check_space(job.folder, job.start, job.dtype, job.train)
+    job.folder.mkdir(parents=True, exist_ok=True)
+    job.stop_file.unlink(missing_ok=True)
+    deaths_before = count_failures(job.failures_file)
     resources = {"CPU": cpus_per_worker} | ({"GPU": gpus_per_worker} if job.use_gpu else {})
     environment = {"TOKENIZERS_PARALLELISM": "false", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     if not job.use_gpu:
@@ -56,23 +73,33 @@ def fit(
         run_config=RunConfig(
             name="ray_train",
             storage_path=str(job.folder.resolve()),
-            failure_config=FailureConfig(max_failures=0),
+            failure_config=FailureConfig(max_failures=job.train.max_failures),
+            callbacks=[RestartAfterDeaths(job)],
             worker_runtime_env={"env_vars": environment},
         ),
     )
-    outcome: dict[str, BaseException] = {}
+    outcome: dict[str, Any] = {}
 
     def work() -> None:
         try:
-            trainer.fit()
+            outcome["result"] = trainer.fit().return_value
         except BaseException as error:  # handed to the waiting thread below
             outcome["error"] = error
 
     thread = threading.Thread(target=work, name="ray-train-fit", daemon=True)
     thread.start()
-    _follow(job, thread, on_step)
+    _follow(job, thread, on_step, stopping)
+    job.stop_file.unlink(missing_ok=True)
     if "error" in outcome:
-        raise _explain(outcome["error"], job) from outcome["error"]
+        deaths = count_failures(job.failures_file) - deaths_before
+        raise explain(outcome["error"], job, restarts=max(deaths - 1, 0)) from outcome["error"]
+    stopped_after = outcome["result"]["stopped_after"]
+    if stopped_after is not None:
+        raise StoppedError(
+            f"Training was stopped on request after step {stopped_after} of {job.train.steps}; its checkpoint is in "
+            f"{os.path.relpath(job.checkpoints)}.",
+            "Resume with --resume.",
+        )
 
 
 def _run(config: dict[str, Any]) -> None:
@@ -82,45 +109,27 @@ def _run(config: dict[str, Any]) -> None:
     run(config)
 
 
-def _follow(job: TrainJob, thread: threading.Thread, on_step: Callable[[dict[str, Any]], None] | None) -> None:
+def _follow(job: TrainJob, thread: threading.Thread, on_step: OnStep | None, stopping: Callable[[], bool]) -> None:
     """Hands new metrics rows to the caller until training ends or stands still for too long."""
-    seen, last_change = 0, time.monotonic()
+    seen, deaths, last_change = 0, 0, time.monotonic()
     while True:
         alive = thread.is_alive()
-        rows = read_metrics(job.metrics_file)
-        if len(rows) != seen:
+        rows, died = read_metrics(job.metrics_file), count_failures(job.failures_file)
+        if (len(rows), died) != (seen, deaths):
             last_change = time.monotonic()
         for row in rows[seen:]:
             if on_step is not None:
                 on_step(row)
-        seen = len(rows)
+        # After a restart the file is shorter: its last steps are made again, and shown again.
+        seen, deaths = len(rows), died
         if not alive:
             return
+        if stopping() and not job.stop_file.exists():
+            job.stop_file.touch()
         if time.monotonic() - last_change > job.train.stall_timeout_s:
             raise WaitTimeoutError(
-                f"Training finished no step for {job.train.stall_timeout_s:.0f} s (last finished: {seen}).",
+                f"Training finished no step for {job.train.stall_timeout_s:.0f} s (last finished: {seen}; workers died "
+                f"{deaths} times; {job.train.num_workers} workers wanted, free in the cluster: {free_resources()}).",
                 "The workers may wait for resources or for a scorer: see the Ray logs. Resume with --resume.",
             )
         thread.join(_POLL_S)
-
-
-def _explain(error: BaseException, job: TrainJob) -> RaycompleteError:
-    """The first worker's own error in one sentence; Ray wraps it several times."""
-    failures: dict[int, BaseException] = getattr(error, "worker_failures", {})
-    # When one worker dies its peers fail in their next collective; the cause is the one that is no lost connection.
-    ranked = sorted(failures.items(), key=lambda item: ("onnection" in str(item[1]), item[0]))
-    rank, cause = ranked[0] if ranked else (None, error)
-    while cause.__cause__ is not None or getattr(cause, "cause", None) is not None:
-        inner = getattr(cause, "cause", None) or cause.__cause__
-        if inner is None or inner is cause:
-            break
-        cause = inner
-    where = "training" if rank is None else f"training worker {rank}"
-    if isinstance(cause, RaycompleteError):
-        return cause
-    done = len(read_metrics(job.metrics_file))
-    lines = [line for line in str(cause).strip().splitlines() if line.strip()]
-    return WorkError(
-        f"The {where} failed after {done} finished steps ({lines[-1] if lines else type(cause).__name__}).",
-        f"Checkpoints are in {os.path.relpath(job.checkpoints)}; resume with --resume.",
-    )

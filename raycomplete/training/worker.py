@@ -7,6 +7,8 @@ a checkpoint.
 
 from __future__ import annotations
 
+import os
+import shutil
 import time
 from dataclasses import replace
 from typing import Any
@@ -24,10 +26,12 @@ from raycomplete.data.chat import ChatCodec
 from raycomplete.data.checkpoints import TORCH_DTYPES, load_model, save_checkpoint
 from raycomplete.data.head_spec import load_head
 from raycomplete.training import engine as ds
+from raycomplete.training.bad_steps import BadSteps, poison
 from raycomplete.training.batches import BatchBuilder, Emphasis, MicroBatch
+from raycomplete.training.disk import named_when_full
 from raycomplete.training.feed import ScoreFeed
 from raycomplete.training.job import TrainJob
-from raycomplete.training.metrics import MetricsFile, StepMeter
+from raycomplete.training.metrics import MetricsFile, StepMeter, finite
 from raycomplete.training.on_policy import Drafter
 from raycomplete.training.packing import deal
 from raycomplete.training.packing_check import keeps_sequences_apart
@@ -42,11 +46,17 @@ from raycomplete.training.sync import WeightSync
 from raycomplete.training.validation import Validator
 
 
-def run(config: dict[str, Any]) -> None:
-    """Entry point that Ray Train calls on every worker; `config` is {"job": TrainJob}."""
+def run(config: dict[str, Any]) -> dict[str, Any]:
+    """Entry point that Ray Train calls on every worker; `config` is {"job": TrainJob}.
+
+    Returns:
+        Under "stopped_after" the number of finished steps where someone asked to stop, else None.
+    """
     worker = Worker(config["job"])
-    worker.train()
-    worker.finish()
+    stopped_after = worker.train()
+    if stopped_after is None:
+        worker.finish()
+    return {"stopped_after": stopped_after}
 
 
 class Worker:
@@ -89,6 +99,8 @@ class Worker:
             contrastive=self.builder.contrastive,
         )
         self.multiplier = AnchorMultiplier(train.constraint, train.weights.anchor)
+        self.bad_steps = BadSteps(job.folder, train.max_bad_steps)
+        self.stop = False
         self.lm, self.engine = self._start_engine()
         if not keeps_sequences_apart(self.engine, self.samples.anchor[0], job.dtype):
             self.builder = replace(self.builder, packed=False)
@@ -172,21 +184,27 @@ class Worker:
 
     def _restore(self) -> int:
         """Takes up the newest checkpoint and returns the number of finished steps."""
+        ds.drop_unfinished(self.job.checkpoints)
         state = ds.restore(self.engine, self.job.checkpoints)
         if state is None:
             return 0
         self.sampler.load_state_dict(state["sampler"])
         self.multiplier.load_state_dict(state["multiplier"])
         self.source.load_state_dict(state["source"])
+        self.bad_steps.load_state_dict(state.get("bad_steps", {"total": 0, "in_a_row": 0}))
         if self.validator is not None:
             self.validator.load_state_dict(state["validator"])
             # What was best on a way that is not gone again must not be shipped.
             ds.keep_only(self.job.best_checkpoint, self.validator.best_step)
         return int(state["step"])
 
-    def train(self) -> None:
-        """Runs the steps that are left, or fewer where validation says that nothing gets better."""
-        train = self.job.train
+    def train(self) -> int | None:
+        """Runs the steps that are left, or fewer where validation says that nothing gets better.
+
+        Returns:
+            Finished steps where someone asked to stop: there is a checkpoint of them, and no student yet.
+        """
+        train, done, stops = self.job.train, self.first_step, False
         for step in range(self.first_step, train.steps):
             if self.validator is not None and self.validator.is_over:
                 break
@@ -197,16 +215,22 @@ class Worker:
             if self.metrics is not None:
                 self.metrics.append(row)
             for sink in self.sinks:
-                sink.write(row)
-            if done % train.checkpoint_every == 0 or done == train.steps:
+                sink.write(finite(row))
+            stops = self.stop and done < train.steps
+            if done % train.checkpoint_every == 0 or done == train.steps or stops:
                 ds.save(self.engine, self.job.checkpoints, done, self._state(), train.keep_checkpoints)
                 if self.validator is not None:
                     ds.keep_only(self.job.best_checkpoint, self.validator.best_step)
+            if stops:
+                break
         for sink in self.sinks:
             sink.close()
+        if stops:
+            return done
         if self.validator is not None and self.validator.best is not None:
             ds.restore(self.engine, self.job.best_checkpoint, self.validator.best_step)
         self._profile()
+        return None
 
     def _validate(self, validator: Validator, done: int) -> dict[str, Any]:
         row: dict[str, Any] = dict(validator.measure(done))
@@ -219,6 +243,7 @@ class Worker:
             "sampler": self.sampler.state_dict(),
             "multiplier": self.multiplier.state_dict(),
             "source": self.source.state_dict(),
+            "bad_steps": self.bad_steps.state_dict(),
             "validator": None if self.validator is None else self.validator.state_dict(),
         }
 
@@ -228,9 +253,12 @@ class Worker:
             self.lm = self.lm.merge_and_unload()
         state = ds.gathered_state(self.engine, self.lm, self.job.train.zero_stage)
         if state is not None:
+            for unfinished in self.job.output.parent.glob(f".{self.job.output.name}.*"):  # of an export that was killed
+                shutil.rmtree(unfinished, ignore_errors=True)
             codec = ChatCodec(self.job.start, trust_remote_code=self.job.trust_remote_code)
             # A tied head is the embedding under a second name; save_pretrained drops the repeat by itself.
-            save_checkpoint(self.job.output, self.lm, codec, state)
+            with named_when_full(self.job.output.parent, "the student"):
+                save_checkpoint(self.job.output, self.lm, codec, state)
         dist.barrier()
         ray_train.report({"step": self.job.train.steps})
 
@@ -244,17 +272,26 @@ class Worker:
         meter = StepMeter(self.sampler)
         items = given.plan.local(self.rank, self.world_size)
         computed = needed = 0
+        skipped_before = self.engine.skipped_steps
+        self.bad_steps.begin()
         for chunk in deal(items, self.accumulation):
             batch = self.builder.build(chunk, given.plan, given.scores, emphasis)
             computed, needed = computed + batch.input_ids_BT.numel(), needed + batch.num_tokens
             self._accumulate(batch.to(self.engine.device), meter)
+        meter.stop = self.rank == 0 and self.job.stop_file.name in os.listdir(self.job.folder)  # fresh on NFS, too
         row = meter.share(self.engine.device, self.builder.scale, emphasis.anchor)
+        self.stop = meter.stop
+        is_bad = self.engine.skipped_steps > skipped_before
+        self.bad_steps.count(step, skipped=is_bad)
+        row |= {"bad_steps": self.bad_steps.total}
         row |= {"anchor_weight": self.multiplier.weight, "padding_fraction": 1 - needed / computed}
-        if given.compliance is not None and self.job.train.depth.measure == "compliance":
+        if is_bad:
+            pass  # what was measured would spoil the running means
+        elif given.compliance is not None and self.job.train.depth.measure == "compliance":
             self.sampler.update(*given.compliance)
         else:
             self.sampler.update(meter.depth_loss_sum, meter.depth_count)
-        if given.plan.anchor and self.job.objective == "completion":
+        if not is_bad and given.plan.anchor and self.job.objective == "completion":
             self.multiplier.update(row["anchor"])
         return row | {"lr": learning_rate} | given.facts | self._facts(step, given.plan, started)
 
@@ -269,11 +306,13 @@ class Worker:
         if self.job.objective == "sft":
             (loss,) = self.engine(batch, "sft")
             meter.add_total(loss)
+            self.bad_steps.watch(batch, loss, None)
         else:
             output = to_loss_output(self.engine(batch, "completion"))
             loss = output.total
             meter.add(batch, output)
-        self.engine.backward(loss)
+            self.bad_steps.watch(batch, loss, output.row_loss_N)
+        self.engine.backward(poison(loss))
         self.engine.step()
 
     def _facts(self, step: int, plan: StepPlan, started: float) -> dict[str, Any]:

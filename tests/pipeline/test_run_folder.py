@@ -123,7 +123,14 @@ def test_settings_that_change_no_result_may_change_on_resume(tmp_path: Path) -> 
         tmp_path,
         cluster={"use_gpu": "never", "start_timeout_s": 5},
         scoring={"prefetch": 7, "timeout_s": 9},
-        train={"checkpoint_every": 3, "keep_checkpoints": 9, "stall_timeout_s": 5, "micro_batch": 1},
+        train={
+            "checkpoint_every": 3,
+            "keep_checkpoints": 9,
+            "stall_timeout_s": 5,
+            "micro_batch": 1,
+            "max_failures": 9,
+            "max_bad_steps": 9,
+        },
         rollout={"timeout_s": 9},
         evaluation={"prompts": 3},
     )

@@ -134,6 +134,27 @@ def test_sums_over_micro_batches_and_ranks(
     json.dumps(row)
 
 
+@pytest.mark.parametrize("asked", [False, True])
+def test_every_rank_learns_that_one_was_asked_to_stop(
+    asked: bool, sampler: DepthSampler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def all_reduce(shared: Tensor) -> None:
+        shared[-1] += asked  # of another rank
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    meter = StepMeter(sampler)
+    meter.share(CPU, scale=1.0)
+    assert meter.stop is asked
+
+
+def test_rows_hold_no_nan(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path / "metrics.jsonl", keep_steps=0)
+    nan, infinity = float("nan"), float("inf")
+    file.append({"step": 1, "loss": nan, "depth_loss": [infinity, None, 0.5], "sync": {"seconds": -infinity}})
+    expected = {"step": 1, "loss": None, "depth_loss": [None, None, 0.5], "sync": {"seconds": None}}
+    assert read_metrics(tmp_path / "metrics.jsonl") == [expected]
+
+
 def test_sft_counts_its_loss_alone(sampler: DepthSampler, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda shared: None)
     meter = StepMeter(sampler)

@@ -1,0 +1,139 @@
+"""NaN in a step: nothing changes, it is counted and kept, and too many in a row end training. Real DeepSpeed runs."""
+
+from __future__ import annotations
+
+import json
+import stat
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from raycomplete.config import DepthConfig, TrainConfig
+from raycomplete.errors import NotFiniteError
+from raycomplete.training.bad_steps import poison
+from raycomplete.training.job import TrainJob
+from raycomplete.training.metrics import read_metrics
+from raycomplete.training.trainer import fit
+from tests.training.tiny import LocalScores, make_job
+
+# Counters that a step moves whether it changes the weights or not.
+COUNTERS = {"global_steps", "global_samples", "skipped_steps", "overflow", "micro_steps"}
+
+
+class PoisonedScores(LocalScores):
+    """The hidden states of one sequence in some steps (counted from 1) are NaN."""
+
+    def __init__(self, path: Path, steps: set[int]) -> None:
+        super().__init__(path)
+        self.steps, self.asked = steps, 0
+
+    def collect_tensors(self, reference: Any) -> list[torch.Tensor]:
+        self.asked += 1
+        states = super().collect_tensors(reference)
+        if self.asked in self.steps:
+            states[0] = torch.full_like(states[0], torch.nan)
+        return states
+
+
+def make(folder: Path, dtype: str, bad: set[int], **changes: Any) -> TrainJob:
+    train = TrainConfig(
+        steps=6,
+        lr=1e-2,
+        warmup_steps=1,
+        anchor_batch=4,
+        recovery_batch=4,
+        micro_batch=2,  # several micro-batches a step: only one of them is bad
+        loss_chunk_tokens=16,
+        checkpoint_every=1,
+        keep_checkpoints=9,
+        depth=DepthConfig(min=1, max=16),
+        stall_timeout_s=240.0,
+        max_bad_steps=2,
+        **changes,
+    )
+    job = make_job(folder, train)
+    sources = {**job.sources, "aligned": PoisonedScores(folder / "aligned", bad)}
+    return replace(job, dtype=dtype, sources=sources)  # type: ignore[arg-type]
+
+
+def leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """What a checkpoint holds, one by one, counters left out."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if key not in COUNTERS:
+                yield from leaves(item, f"{name}/{key}")
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from leaves(item, f"{name}/{index}")
+    elif isinstance(value, torch.Tensor | int | float | str | bool | None):
+        yield name, value
+
+
+def state_of(job: TrainJob, step: int) -> dict[str, Any]:
+    """Weights, moments, master weights and schedule after a step, of all ranks."""
+    folder = job.checkpoints / f"step-{step:06d}"
+    files = sorted(folder.rglob("*.pt"))
+    assert files
+    return dict(
+        leaf for file in files for leaf in leaves(torch.load(file, weights_only=False), str(file.relative_to(folder)))
+    )
+
+
+def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    assert before.keys() == after.keys()
+    return [
+        name
+        for name, value in before.items()
+        if not (torch.equal(value, after[name]) if isinstance(value, torch.Tensor) else value == after[name])
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("num_workers", "zero_stage", "dtype"),
+    [(2, 2, "float32"), (2, 3, "float32"), (1, 0, "float32"), (1, 0, "bfloat16")],
+)
+def test_a_bad_step_changes_nothing(
+    ray_cluster: None, num_workers: int, zero_stage: int, dtype: str, tmp_path: Path
+) -> None:
+    job = make(tmp_path, dtype, {2, 4, 5}, num_workers=num_workers, zero_stage=zero_stage)
+    with pytest.raises(NotFiniteError, match="in 2 steps in a row, up to step 5"):
+        fit(job, cpus_per_worker=0.5, gpus_per_worker=0)
+
+    rows = read_metrics(job.metrics_file)
+    assert [row["bad_steps"] for row in rows] == [0, 1, 1, 2]
+    assert [row["loss"] is None for row in rows] == [False, True, False, True]
+    first, bad, good = (state_of(job, step) for step in (1, 2, 3))
+    assert any("exp_avg" in name for name in first)
+    assert differences(first, bad) == []
+    changed = differences(bad, good)
+    assert any("exp_avg" in name for name in changed), "the next step trains as if nothing had been"
+    assert all(value.isfinite().all() for value in good.values() if isinstance(value, torch.Tensor))
+
+    kept = sorted(path.name for path in tmp_path.glob("bad-step-*.json"))
+    assert kept == [f"bad-step-{step:06d}.json" for step in (2, 4, 5)]
+    path = tmp_path / kept[-1]
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    batches = [batch for rank in json.loads(path.read_text())["ranks"] for batch in rank]
+    assert len(batches) == 4
+    assert any(batch["loss"] is None for batch in batches)
+    assert any(batch["loss"] is not None for batch in batches)
+    rows_of_losses = [row for batch in batches for row in batch["rows"]]
+    assert {row["kind"] for row in rows_of_losses} == {"anchor", "recovery", "penalty"}
+    assert {row["loss"] is None for row in rows_of_losses} == {True, False}
+
+
+@pytest.mark.parametrize(("value", "is_bad"), [(1.5, False), (float("nan"), True), (float("inf"), True)])
+def test_a_bad_loss_shows_in_every_gradient(value: float, is_bad: bool) -> None:
+    weight = torch.tensor([2.0, 3.0], requires_grad=True)
+    loss = weight.sum() + torch.tensor(value)  # its own gradient is finite
+    poison(loss).backward()
+    assert weight.grad is not None
+    if is_bad:
+        assert weight.grad.isnan().all()
+    else:
+        assert weight.grad.tolist() == [1.0, 1.0]

@@ -1,0 +1,91 @@
+"""Deaths and errors are told apart by what Ray Train hands over, in Ray's own words."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from ray.exceptions import ActorDiedError
+from ray.train import ControllerError, WorkerGroupError
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+
+from raycomplete.config import TrainConfig
+from raycomplete.errors import NotFiniteError, ProcessDiedError, WorkError
+from raycomplete.training.failures import RaisedError, RestartAfterDeaths, explain, likely_cause
+from raycomplete.training.job import TrainJob
+from tests.training.tiny import make_job
+
+INFO = "Worker info: Worker(metadata=ActorMetadata(node_ip='10.0.0.7', pid=7)\nlog_file_path='/logs/w.log',)"
+LOST = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4711")
+KILLED = "Worker unexpectedly exits with a connection error code 2. End of file. Some common causes include: (1) OOM"
+
+
+def died(words: str = KILLED) -> WorkerHealthCheckFailedError:
+    return WorkerHealthCheckFailedError(f"{INFO}\n{words}", ActorDiedError())
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> TrainJob:
+    job = make_job(tmp_path, TrainConfig())
+    job.metrics_file.write_text("".join(json.dumps({"step": step}) + "\n" for step in (1, 2, 3)))
+    for step, is_whole in ((2, True), (3, False)):
+        folder = job.checkpoints / f"step-{step:06d}"
+        folder.mkdir(parents=True)
+        if is_whole:
+            (folder / "complete.json").write_text("{}")
+    return job
+
+
+@pytest.mark.parametrize("failures", [{1: died()}, {0: LOST, 1: died()}, {0: LOST}, {0: WorkError("late"), 1: died()}])
+def test_a_death_is_noted_and_left_to_ray_train(failures: dict[int, Exception], job: TrainJob) -> None:
+    RestartAfterDeaths(job).after_exception(None, failures)
+    (row,) = (json.loads(line) for line in job.failures_file.read_text().splitlines())
+    assert (row["finished_steps"], row["checkpoint"]) == (3, 2)
+    assert [worker["rank"] for worker in row["workers"]] == sorted(failures)
+
+
+@pytest.mark.parametrize("failures", [{0: ValueError("a bug")}, {0: LOST, 1: ValueError("a bug")}])
+def test_an_error_is_not_tried_again(failures: dict[int, Exception], job: TrainJob) -> None:
+    with pytest.raises(RaisedError) as caught:
+        RestartAfterDeaths(job).after_exception(None, failures)
+    assert not job.failures_file.exists()
+    error = explain(ControllerError(caught.value), job)
+    assert type(error) is WorkError
+    assert f"training worker {max(failures)} failed after 3 finished steps (a bug)" in str(error)
+
+
+def test_an_error_with_its_own_remedy_passes_unchanged(job: TrainJob) -> None:
+    own = NotFiniteError("It is NaN.", "Lower train.lr.")
+    assert explain(ControllerError(RaisedError(1, own)), job) is own
+
+
+def test_a_death_that_ends_the_run_is_told_in_full(job: TrainJob) -> None:
+    error = explain(WorkerGroupError("", {0: LOST, 1: died()}), job, restarts=3)
+    assert isinstance(error, ProcessDiedError)
+    assert str(error).startswith("Training worker 1 died after 3 finished steps. Training was started again 3 times")
+    facts = dict(error.facts())
+    assert facts["who"] == "training worker 1"
+    assert facts["node"] == "10.0.0.7"
+    assert facts["log"] == "/logs/w.log"
+    assert "killed by a signal" in facts["likely cause"]
+    assert facts["kept"].startswith("the checkpoint of step 2 in ")
+    assert facts["go on"] == "Resume with --resume."
+
+
+@pytest.mark.parametrize(
+    ("words", "cause"),
+    [
+        (KILLED, "killed by a signal"),
+        ("Worker exit type: NODE_OUT_OF_MEMORY Worker exit detail: Task was killed due to low memory", "out of memory"),
+        ("The actor died because its node has died. Node Id: 6a", "its node died"),
+        ("The worker died because it was killed by `ray.kill(actor)`.", "told to end it"),
+        ("A worker health check has been hanging for 600.00 seconds.", "did not answer"),
+        (str(LOST), "was lost"),
+        ("something new", ""),
+    ],
+)
+def test_likely_causes(words: str, cause: str) -> None:
+    found = likely_cause(words)
+    assert cause in found
+    assert bool(found) == bool(cause)
