@@ -167,11 +167,11 @@ def show(estimate: Estimate, screen: Screen) -> None:
             ("optimizer step", _parts(estimate.train_parts)),
             ("hidden states", _transfer(sum(estimate.payload_bytes.values()), step)),
             *([("weights to engines", _weights(estimate))] if estimate.sync_bytes else []),
-            ("step", f"{_seconds(step)}, of which the trainer waits {estimate.pace.waiting:.0%}"),
+            ("step", f"{_seconds(step)}, of which the trainer waits {estimate.pace.waiting:.0%} for engines"),
             ("simulated", f"{_seconds(estimate.simulated.pace.step)}; {noisy}"),
             ("speed", f"{estimate.work.trained_tokens / step:,.0f} trained tokens/s"),
-            ("cost", f"{estimate.cost_per_million_tokens:,.2f} per million trained tokens"),
-            ("whole run", f"{request.train.steps} steps, {_hours(estimate.hours)}, {estimate.cost:,.2f}"),
+            ("cost", f"{estimate.cost_per_million_tokens:.3g} per million trained tokens"),
+            ("whole run", f"{request.train.steps} steps, {_hours(estimate.hours)}, {estimate.cost:,.3g}"),
         ]
     )
     screen.console.print(f"\n{bottleneck(estimate)}\n", soft_wrap=True, highlight=False)
@@ -193,15 +193,16 @@ def bottleneck(estimate: Estimate) -> str:
         return f"{sentence} Each role on devices of its own would overlap them."
     if estimate.goal is None:
         return (
-            f"{sentence} No number of engines brings waiting to {WAITING_GOAL:.0%}: updates of weights and transfers "
+            f"{sentence} No number of engines brings waiting to {WAITING_GOAL:.0%}: host time of engines and transfers "
             "alone take longer."
         )
-    engines = ", ".join(f"{count} {_engine_name(role)}" for role, count in estimate.goal.replicas.items())
+    goal = estimate.goal
+    engines = ", ".join(f"{count} {_engine_name(role)}" for role, count in goal.replicas.items())
     if estimate.pace.waiting <= WAITING_GOAL:
-        return f"{sentence} The trainer waits little; for {layout.workers} workers {engines} are enough."
+        return f"{sentence} The trainer waits little; {engines} would be enough for {goal.workers} worker(s)."
     return (
-        f"{sentence} For at most {WAITING_GOAL:.0%} of waiting, {layout.workers} training workers need {engines}: "
-        f"{estimate.goal.devices} devices in all."
+        f"{sentence} Waiting falls to {WAITING_GOAL:.0%} at {goal.workers} training worker(s) with {engines}: "
+        f"{goal.devices} devices in all."
     )
 
 

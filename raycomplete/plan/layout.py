@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import replace
 
 from raycomplete.errors import SetupError
@@ -13,6 +14,7 @@ from raycomplete.plan.step import pace
 
 WAITING_GOAL = 0.10
 _MOST_ENGINES = 64  # of a role: beyond, waiting has another cause
+_LARGEST_NODE = 16
 _GAIN = 1e-3  # a further engine must shorten the step by this share
 
 
@@ -51,41 +53,52 @@ def smallest_parallel(request: Request, role: str) -> int:
         if engine_memory(request, role, size, 1).total <= usable(request.hardware):
             return size
     found = engine_memory(request, role, sizes[-1], 1)
-    larger = next(
-        (
-            size
-            for size in (2, 4, 8, 16)
-            if size > sizes[-1]
-            and shape.num_heads % size == 0
-            and engine_memory(request, role, size, 1).total <= usable(request.hardware)
-        ),
-        None,
-    )
-    remedy = (
-        f"The smallest change that fits: --gpus-per-node {larger}, for tensor parallelism over {larger} devices."
-        if larger
-        else "No tensor parallelism within a node of 16 such devices holds it: take devices with more memory."
-    )
-    raise SetupError(_too_large(request, found, f"{shape.name} over {sizes[-1]} device(s)"), remedy)
+    raise SetupError(_too_large(request, found, f"{shape.name} over {sizes[-1]} device(s)"), _larger_node(request))
+
+
+def _larger_node(request: Request) -> str:
+    """The fewest devices of a node with which everything fits."""
+    for size in range(request.devices_per_node + 1, _LARGEST_NODE + 1):
+        with suppress(SetupError):
+            layout = choose_layout(replace(request, devices_per_node=size))
+            split = ", ".join(f"{role} over {count}" for role, count in layout.parallel.items() if count > 1)
+            return f"The smallest change that fits: --gpus-per-node {size} (tensor parallel: {split})."
+    return f"No node of up to {_LARGEST_NODE} such devices holds it: take devices with more memory or smaller models."
 
 
 def engines_for_goal(request: Request, layout: Layout) -> Layout | None:
-    """The fewest engines with which the trainer waits at most `WAITING_GOAL` of a step; None if no number does."""
+    """The fewest engines with which the trainer waits at most `WAITING_GOAL` of a step, for as many workers as can."""
     if layout.shared:
         return None
-    goal = replace(layout, replicas=dict.fromkeys(layout.replicas, 1))
+    for workers in reversed(_worker_counts(request, layout.workers)):
+        if worker_memory(request, workers).total <= usable(request.hardware):
+            start = replace(layout, workers=workers, replicas=dict.fromkeys(layout.replicas, 1))
+            goal = _grown_to_goal(request, start)
+            if goal is not None:
+                return goal
+    return None
+
+
+def _grown_to_goal(request: Request, goal: Layout) -> Layout | None:
     while pace(loop_of(request, goal)).waiting > WAITING_GOAL:
-        options = [goal.with_one_more(role) for role, count in goal.replicas.items() if count < _MOST_ENGINES]
-        options = [option for option in options if _step(request, option) < _step(request, goal) * (1 - 1e-6)]
-        if not options:
-            # Two roles that are equally slow must grow together.
-            grown = replace(goal, replicas={role: count + 1 for role, count in goal.replicas.items()})
-            if max(grown.replicas.values()) > _MOST_ENGINES or _step(request, grown) >= _step(request, goal) * (
-                1 - 1e-6
-            ):
-                return None
-            options = [grown]
-        goal = min(options, key=lambda option: _step(request, option) * option.devices)
+        options = [goal.with_one_more(role) for role in goal.replicas]
+        # Roles that are equally slow must grow together.
+        options.append(replace(goal, replicas={role: count + 1 for role, count in goal.replicas.items()}))
+        better = [option for option in options if _step(request, option) < _step(request, goal) * (1 - _GAIN)]
+        if not better or max(goal.replicas.values()) >= _MOST_ENGINES:
+            return None
+        goal = next(iter(better))
+    return _without_spare(request, goal)
+
+
+def _without_spare(request: Request, goal: Layout) -> Layout:
+    """Takes away engines that the goal does not need."""
+    for role in goal.replicas:
+        while goal.replicas[role] > 1:
+            fewer = replace(goal, replicas={**goal.replicas, role: goal.replicas[role] - 1})
+            if pace(loop_of(request, fewer)).waiting > WAITING_GOAL:
+                break
+            goal = fewer
     return goal
 
 

@@ -23,7 +23,7 @@ class Simulated:
     """What a simulation saw after its warm-up.
 
     Attributes:
-        pace: Mean seconds a step, and the share of them without training.
+        pace: Mean seconds a step, and the share of them in which the trainer waits for rollouts or scores.
         staleness: Largest number of steps by which the weights of trained rollouts lagged behind.
         steps: Counted steps.
     """
@@ -57,8 +57,8 @@ def simulate(
     world = _World(loop, random.Random(seed), jitter, replicas or {}, last + loop.lookahead + 1)
     world.run()
     span = world.started[last] - world.started[warmup]
-    trained = sum(world.trained[warmup:last])
-    return Simulated(Pace(span / steps, 1 - trained / span), max(world.staleness[warmup:last], default=0), steps)
+    busy = sum(world.busy[warmup:last])
+    return Simulated(Pace(span / steps, 1 - busy / span), max(world.staleness[warmup:last], default=0), steps)
 
 
 class _Queue:
@@ -108,7 +108,7 @@ class _World:
         self._version = 0
         self._version_of: dict[int, int] = {}
         self.started: list[float] = []
-        self.trained: list[float] = []
+        self.busy: list[float] = []  # seconds of training and updates by step
         self.staleness: list[int] = []
 
     def run(self) -> None:
@@ -143,6 +143,7 @@ class _World:
 
     def _begin(self, step: int) -> None:
         self.started.append(self._now)
+        self.busy.append(0.0)
         if self.loop.rollout is None:
             for ahead in range(step, min(step + 1 + self.loop.lookahead, self._steps)):
                 if ahead not in self._asked:
@@ -164,7 +165,9 @@ class _World:
             self._ask_rollouts(step)
 
         # Engines load weights one after another with what they do, and the trainer waits for them.
-        self._queues["rollout"].put(self.loop.sync, done)
+        seconds = self.noisy(self.loop.sync)
+        self.busy[step] += seconds
+        self._queues["rollout"].put(seconds, done, jitter=False)
 
     def _ask_rollouts(self, step: int) -> None:
         for ahead in range(step, min(step + self.loop.lookahead + 1, self._steps)):
@@ -194,7 +197,7 @@ class _World:
         if self.loop.rollout is not None:
             self.staleness.append(step - self._version_of[step])
         fetch, train = self.noisy(self.loop.fetch), self.noisy(self.loop.train)
-        self.trained.append(train)
+        self.busy[step] += train
         self._trainer.put(fetch + train, lambda: self._end(step), jitter=False)
 
     def _end(self, step: int) -> None:

@@ -44,7 +44,7 @@ class Pace:
 
     Attributes:
         step: Seconds from step to step.
-        waiting: Share of them in which the trainer does not train.
+        waiting: Share of them in which the trainer waits for rollouts or scores; updates of weights are no waiting.
         cycles: Mean weight of each cycle of the loop, by the name of what it goes through; the largest is the step.
     """
 
@@ -111,4 +111,5 @@ def pace(loop: Loop) -> Pace:
     """The steady state of a loop without jitter."""
     found = cycles(loop)
     step = max(found.values())
-    return Pace(step, 1 - loop.train / step if step > 0 else 0.0, found)
+    busy = loop.train + (loop.sync / loop.sync_every if loop.rollout is not None else 0.0)
+    return Pace(step, 1 - busy / step if step > 0 else 0.0, found)
