@@ -16,7 +16,7 @@ from rich.markup import escape
 
 from raycomplete import __version__
 from raycomplete.config import load_run_file
-from raycomplete.errors import ProcessDiedError, RaycompleteError, StoppedError
+from raycomplete.errors import ConfigError, ProcessDiedError, RaycompleteError, StoppedError
 
 app = typer.Typer(
     name="raycomplete",
@@ -110,6 +110,40 @@ def serve(
     from raycomplete.pipeline.serve import serve as run_serve
 
     run_serve(config)
+
+
+@app.command()
+def plan(
+    run_file: Annotated[Path | None, typer.Argument(help="Run file (YAML).", show_default=False)] = None,
+    overrides: Overrides = None,
+    hardware: Annotated[str, typer.Option(help="h100, h200, b200, a100, l40s, l4, cpu, or a measured entry.")] = "h100",
+    nodes: Annotated[int, typer.Option(help="Machines.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(help="Devices of each.")] = 1,
+    student: Annotated[str | None, typer.Option(help="Shape in place of the student's: 8B, or a folder.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="Shape in place of both frozen models'.")] = None,
+    price_per_gpu_hour: Annotated[float | None, typer.Option(help="Of one device, in any currency.")] = None,
+    prompt_tokens: Annotated[float, typer.Option(help="Mean tokens of a prompt with its template.")] = 64.0,
+    network_gbit: Annotated[float, typer.Option(help="Of one node, for Ray's objects.")] = 50.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    measure: Annotated[bool, typer.Option("--measure", help="Measure this machine's CPU for --hardware cpu.")] = False,
+) -> None:
+    """Says on paper what a run needs: memory, speed, waiting, cost and bottleneck. Starts nothing."""
+    if measure:
+        from raycomplete.pipeline.plan_measure import measure as run_measure
+
+        run_measure()
+    elif run_file is None:
+        raise ConfigError("`plan` needs a run file.", "Give one, or --measure to measure this machine.")
+    if run_file is None:
+        return
+    config = load_run_file(run_file, overrides or [])
+    from raycomplete.pipeline.plan import PlanOptions
+    from raycomplete.pipeline.plan import plan as run_plan
+
+    options = PlanOptions(
+        hardware, nodes, gpus_per_node, student, teacher, price_per_gpu_hour, prompt_tokens, network_gbit
+    )
+    run_plan(config, options, as_json=as_json)
 
 
 @app.command()

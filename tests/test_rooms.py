@@ -19,7 +19,7 @@ MAX_LINES = 400
 # From upper to lower. A room imports only rooms of the lines above it, and itself.
 LINES: tuple[frozenset[str], ...] = (
     frozenset({"errors", "types", "config", "files", "stopping"}),
-    frozenset({"core"}),
+    frozenset({"core", "plan"}),
     frozenset({"data"}),
     frozenset({"engine_options", "ray_calls"}),
     frozenset({"scoring", "rollout", "training", "evaluation", "serving", "report"}),
@@ -49,7 +49,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "rich": frozenset({WIRING, "data/organism/build.py"}),
 }
 # Importable before torch is (seconds), so that a wrong run file is refused at once.
-WITHOUT_TORCH = ("errors", "types", "config", "files", "stopping", "engine_options")
+WITHOUT_TORCH = ("errors", "types", "config", "files", "stopping", "engine_options", "plan")
 MAY_IMPORT_TRITON = "core"  # and there in one file only
 
 

@@ -1,0 +1,1 @@
+"""The formulas of `raycomplete plan` beside measured runs."""

