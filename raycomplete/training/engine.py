@@ -18,6 +18,7 @@ from raycomplete.errors import WorkError
 from raycomplete.files import PRIVATE, write_json
 
 _COMPLETE = "complete.json"
+_CPU_BUCKET = 2**25  # gradients that are reduced together; DeepSpeed's default is a buffer of 2 GB
 
 
 def deepspeed_settings(
@@ -65,6 +66,8 @@ def deepspeed_settings(
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }
+    if not torch.cuda.is_available():
+        settings["zero_optimization"] |= {"reduce_bucket_size": _CPU_BUCKET, "allgather_bucket_size": _CPU_BUCKET}
     if dtype == "bfloat16":
         settings["bf16"] = {"enabled": True}
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
