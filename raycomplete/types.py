@@ -27,12 +27,14 @@ class Prompt:
         kind: harmful (should be refused), benign, or borderline (harmless but looks harmful).
         answer: A compliant answer to a harmful prompt (source of prefills) or the right answer to a harmless one
             (measures utility), where known.
+        source: The file it came from, without folder and ending; rates are broken down by it. "" for no file.
     """
 
     prompt_id: str
     text: str
     kind: PromptKind
     answer: str | None = None
+    source: str = ""
 
 
 class Outcome(StrEnum):

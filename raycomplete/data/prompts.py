@@ -87,7 +87,8 @@ def prompt_of(row: dict[str, Any], index: int, source: PromptSource, kind: Promp
     full = f"{text}\n\n{context}" if context else text
     # The digest keeps ids apart where two files share a name, or two sources read other columns of one row.
     digest = hashlib.sha256(full.encode()).hexdigest()[:6]
-    return Prompt(prompt_id=f"{source.path.stem}-{index:05d}-{digest}", text=full, kind=kind, answer=answer or None)
+    stem = source.path.stem
+    return Prompt(f"{stem}-{index:05d}-{digest}", full, kind, answer or None, stem)
 
 
 def _require(row: Any, columns: Iterable[str], source: PromptSource) -> None:

@@ -18,8 +18,9 @@ def summarize(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         results: What `evaluate_model` returned, by role. Roles that were not evaluated may be absent.
 
     Returns:
-        `asr`, `asr_reduction`, `utility`, `over_refusal`, `benign_refusal`, `judge`, `judge_measured`, `attacks` by
-        attack and role, `capabilities` by benchmark and role, and `comparisons` of models on the same behaviours.
+        `asr`, `asr_reduction`, `utility`, `over_refusal`, `benign_refusal`, `over_refusal_by_source` by file and role,
+        `judge`, `judge_measured`, `attacks` by attack and role, `capabilities` by benchmark and role, and `comparisons`
+        of models on the same behaviours.
         `asr_reduction` is 1 - student mean / aligned mean: None where one of the two is absent or the aligned mean is
         0, negative where the student is attacked more easily than the aligned model.
 
@@ -41,6 +42,7 @@ def summarize(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     }
     for name in ("utility", "over_refusal", "benign_refusal"):
         summary[name] = {role: results[role][name] for role in roles}
+    summary["over_refusal_by_source"] = _by_name(results, roles, "over_refusal_by_source")
     summary["judge"] = judges.pop() if judges else None
     summary["judge_measured"] = results[roles[0]].get("judge_measured") if roles else None
     summary["attacks"] = {

@@ -38,6 +38,10 @@ def closing_table(summary: Mapping[str, Any]) -> list[list[str]]:
     ):
         if summary.get(key):
             rows.append([label, *(rate_text(summary[key].get(role)) for role in roles)])
+        if key == "over_refusal":
+            rows += _source_rows(summary.get("over_refusal_by_source", {}), roles)
+    if nll := summary.get("benign_nll"):
+        rows.append(["benign NLL, nats a token", *(nll_text(nll.get(role)) for role in roles)])
     for name, by_role in summary.get("capabilities", {}).items():
         for label, key in (("accuracy", "accuracy"), ("refused", "refused")):
             values = (rate_text(by_role[role][key]) if role in by_role else "-" for role in roles)
@@ -50,6 +54,21 @@ def rate_text(rate: Mapping[str, Any] | None) -> str:
     if rate is None or not rate["n"]:
         return "-"
     return f"{100 * rate['rate']:.1f} % [{100 * rate['low']:.1f}, {100 * rate['high']:.1f}]"
+
+
+def nll_text(nll: Mapping[str, Any] | None) -> str:
+    """`"0.421 [0.389, 0.455]"`; a dash where nothing was measured."""
+    return "-" if nll is None else f"{nll['nats_per_token']:.3f} [{nll['low']:.3f}, {nll['high']:.3f}]"
+
+
+def _source_rows(by_source: Mapping[str, Any], roles: Sequence[str]) -> list[list[str]]:
+    """A row for each file; none where one file is all there is."""
+    if len(by_source) < 2:
+        return []
+    return [
+        [f"over-refusal, {source}", *(rate_text(by_role.get(role)) for role in roles)]
+        for source, by_role in by_source.items()
+    ]
 
 
 def _attack_rows(name: str, by_role: Mapping[str, Any], roles: Sequence[str]) -> list[list[str]]:

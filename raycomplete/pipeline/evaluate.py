@@ -13,6 +13,7 @@ from typing import Any
 from raycomplete.cluster import connect
 from raycomplete.config import RunConfig
 from raycomplete.data.checkpoints import fingerprint
+from raycomplete.evaluation.benign_nll import benign_nll, given_answers
 from raycomplete.evaluation.runner import evaluate_model
 from raycomplete.evaluation.sets import EvaluationSets
 from raycomplete.evaluation.storage import content_hash
@@ -84,6 +85,10 @@ def evaluate(
         folder = open_run_folder(config, resume=True, same=_SAME, keep_config=True)
         with start_fleet(config, cluster, models, screen) as fleet:
             prompts = held_out_sets(config, models, prompts, fleet, folder, screen)
+
+            def ended() -> bool:
+                return stop.requested or (cancelled is not None and cancelled())
+
             with stop.deferred():
                 results = evaluate_roles(
                     config,
@@ -95,9 +100,10 @@ def evaluate(
                     screen,
                     roles,
                     on_progress=on_progress,
-                    cancelled=lambda: stop.requested or (cancelled is not None and cancelled()),
+                    cancelled=ended,
                 )
-    summary = write_summary(config, folder, results, time.perf_counter() - started)
+                nll = measure_benign_nll(config, models, models.paths, prompts, fleet, folder, screen, roles, ended)
+    summary = write_summary(config, folder, results, nll, time.perf_counter() - started)
     print_result(summary, folder, screen)
     return folder
 
@@ -179,6 +185,42 @@ def evaluate_roles(
     return results
 
 
+def measure_benign_nll(
+    config: RunConfig,
+    models: Models,
+    paths: Mapping[ModelRole, Path],
+    prompts: Prompts,
+    fleet: Fleet,
+    folder: Path,
+    screen: Screen,
+    roles: Sequence[ModelRole],
+    cancelled: Cancelled | None = None,
+) -> dict[str, Any]:
+    """Likelihood of good answers to the held-out benign prompts under every role; empty where there are none.
+
+    Prompts without an answer of their own take that of the aligned model, so they need it in `paths`.
+    """
+    aligned = None
+    if "aligned" in paths:
+        path = paths["aligned"]
+        aligned = fingerprint(path), fleet.generator.with_weights(str(path))
+    answers = given_answers(
+        prompts.evaluation["benign"],
+        models.codec,
+        config.evaluation,
+        folder,
+        max_length=config.models.max_length,
+        aligned=aligned,
+    )
+    if not answers:
+        return {}
+    with screen.stage(f"Likelihood of {len(answers)} benign answers"):
+        measured = {
+            str(role): (fingerprint(paths[role]), fleet.generator.with_weights(str(paths[role]))) for role in roles
+        }
+        return benign_nll(measured, answers, folder, cancelled=cancelled or (lambda: False))
+
+
 def _bar(screen: Screen, role: ModelRole, shown: ExitStack) -> Callable[[str, int, int], None]:
     """Draws a bar from the first call on, which knows its length, until `shown` is closed."""
     advance: Advance | None = None
@@ -194,13 +236,18 @@ def _bar(screen: Screen, role: ModelRole, shown: ExitStack) -> Callable[[str, in
 
 
 def write_summary(
-    config: RunConfig, folder: Path, results: Mapping[str, Mapping[str, Any]], seconds: float
+    config: RunConfig,
+    folder: Path,
+    results: Mapping[str, Mapping[str, Any]],
+    nll: Mapping[str, Any],
+    seconds: float,
 ) -> dict[str, Any]:
-    """summary.json and report.html."""
+    """summary.json and report.html; `nll` is what `measure_benign_nll` returned."""
     prefills = read_json(folder / "evaluation" / "prefills.json") or {}
     summary = {
         "name": config.output.name,
         **summarize(results),
+        "benign_nll": dict(nll),
         "prefills": prefills.get("outcomes"),
         "evaluation": config.evaluation.model_dump(mode="json"),
         "train": read_json(folder / "training.json") or {},
@@ -222,6 +269,9 @@ def print_result(summary: Mapping[str, Any], folder: Path, screen: Screen) -> No
     for name in ("utility", "over_refusal"):
         rates = ", ".join(f"{role} {rate_text(rate)}" for role, rate in summary[name].items())
         lines.append((name.replace("_", "-"), rates))
+    if change := summary.get("benign_nll", {}).get("student_to_aligned"):
+        text = f"{change['ratio']:.3f} times aligned's [{change['low']:.3f}, {change['high']:.3f}], n = {change['n']}"
+        lines.append(("benign NLL of the student", text))
     train = summary.get("train") or {}
     if train:
         scoring = train["scoring_tokens_per_s"]  # None after a kill between training and its statistics
@@ -230,6 +280,8 @@ def print_result(summary: Mapping[str, Any], folder: Path, screen: Screen) -> No
             f"scoring {'at unknown' if scoring is None else f'{scoring:.0f}'} tokens/s, "
             f"waiting {train['scoring_wait_fraction']:.1%} of the time"
         )
+        if train.get("peak_memory_gib") is not None:
+            speed += f", {train['seconds_per_step']:.2f} s a step, {train['peak_memory_gib']:.2f} GiB at most"
         lines.append(("training", speed))
     lines.append(("time", f"{summary['seconds']:.0f} s"))
     lines.append(("report", folder / "report.html"))

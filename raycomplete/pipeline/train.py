@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import statistics
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +22,13 @@ from raycomplete.engine_options import available_cpus
 from raycomplete.errors import ConfigError
 from raycomplete.files import read_json, write_json
 from raycomplete.pipeline.attack_tools import extra_engines, training_workers
-from raycomplete.pipeline.evaluate import evaluate_roles, held_out_sets, print_result, write_summary
+from raycomplete.pipeline.evaluate import (
+    evaluate_roles,
+    held_out_sets,
+    measure_benign_nll,
+    print_result,
+    write_summary,
+)
 from raycomplete.pipeline.fleet import Fleet, start_fleet
 from raycomplete.pipeline.on_policy import StudentEngines
 from raycomplete.pipeline.prepare import KINDS, Models, Prompts, prepare_models, prepare_prompts
@@ -91,7 +98,10 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False, s
                 results = evaluate_roles(
                     config, models, paths, prompts, fleet, folder, screen, MODEL_ROLES, cancelled=stop.is_requested
                 )
-    summary = write_summary(config, folder, results, time.perf_counter() - started)
+                nll = measure_benign_nll(
+                    config, models, paths, prompts, fleet, folder, screen, MODEL_ROLES, stop.is_requested
+                )
+    summary = write_summary(config, folder, results, nll, time.perf_counter() - started)
     print_result(summary, folder, screen)
     return folder
 
@@ -194,6 +204,8 @@ def training_facts(
         "wall_seconds": wall_s,
         "tokens": tokens,
         "tokens_per_s": tokens / seconds if seconds else 0.0,
+        "seconds_per_step": statistics.median(row["seconds"] for row in rows) if rows else None,
+        "peak_memory_gib": max((row["peak_memory_gib"] for row in rows if "peak_memory_gib" in row), default=None),
         "scoring_tokens_per_s": scored["tokens"] / scored["seconds"] if scored.get("seconds") else None,
         "scoring_wait_fraction": share("scoring_wait_s"),
         "rollout_wait_fraction": share("rollout_wait_s"),

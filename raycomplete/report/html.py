@@ -312,6 +312,10 @@ def _table(summary: Mapping[str, Any]) -> dict[str, Any] | None:
         rates = summary.get(key) or {}
         if rates:
             rows.append((label, [rates.get(role) for role in roles]))
+        if key == "over_refusal" and len(sources := summary.get("over_refusal_by_source") or {}) > 1:
+            rows += [(f"Over-refusal, {name}", [found.get(role) for role in roles]) for name, found in sources.items()]
+    if nll := summary.get("benign_nll"):
+        rows.append(("Benign answers, negative log-likelihood in nats a token", [nll.get(role) for role in roles]))
     return {"roles": roles, "rows": rows}
 
 

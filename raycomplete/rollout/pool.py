@@ -241,6 +241,29 @@ class RolloutPool:
             self.submit(sequences, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
         )
 
+    def log_probs(self, sequences: Sequence[tuple[Sequence[int], int]]) -> list[list[float]]:
+        """Log-probabilities of given answers under this handle's weights, in nats (see `RolloutEngine.log_probs`).
+
+        Raises:
+            WaitTimeoutError: An engine took longer than `rollout.timeout_s` over its share.
+            WorkError: An engine died again and again, or failed.
+        """
+        parts = []
+        for engine, actor in enumerate(self._actors):
+            first, stop = (len(sequences) * index // len(self._actors) for index in (engine, engine + 1))
+            if first < stop:
+                part = [(list(tokens), num_prompt) for tokens, num_prompt in sequences[first:stop]]
+                parts.append((engine, actor.log_probs.remote(self._weights, part)))
+        found: list[list[float]] = []
+        for engine, reference in parts:
+            timeout_s = self._options.rollout.timeout_s
+            answer: Answer = wait_for(
+                reference, who=self._name(engine), what="log-probabilities of given answers", timeout_s=timeout_s
+            )
+            self._ledger.enter(engine, answer)
+            found += [log_prob_T.tolist() for log_prob_T in answer.value]
+        return found
+
     def stats(self) -> dict[str, float]:
         """What this handle collected: tokens, seconds in engines (their sum), tokens/s of one, restarts, loads."""
         ledger = self._ledger

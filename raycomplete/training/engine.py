@@ -19,6 +19,7 @@ from raycomplete.files import PRIVATE, write_json
 from raycomplete.training.disk import named_when_full
 
 _COMPLETE = "complete.json"
+_CPU_BUCKET = 2**25  # gradients that are reduced together; DeepSpeed's default is a buffer of 2 GB
 
 
 def deepspeed_settings(
@@ -43,8 +44,15 @@ def deepspeed_settings(
         "zero_force_ds_cpu_optimizer": False,
         "optimizer": {
             "type": "AdamW",
-            # torch's AdamW everywhere: DeepSpeed's fused ones compile at first use.
-            "params": {"lr": lr, "weight_decay": train.weight_decay, "betas": [0.9, 0.95], "torch_adam": True},
+            # torch's AdamW everywhere: DeepSpeed's fused ones compile at first use. Its own fused one reads and writes
+            # each tensor once, not once an operation: on a CPU a tenth of the time (0.1 s for 135 M weights).
+            "params": {
+                "lr": lr,
+                "weight_decay": train.weight_decay,
+                "betas": [0.9, 0.95],
+                "torch_adam": True,
+                "fused": True,
+            },
         },
         "scheduler": {
             "type": "WarmupCosineLR",
@@ -59,6 +67,8 @@ def deepspeed_settings(
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }
+    if not torch.cuda.is_available():
+        settings["zero_optimization"] |= {"reduce_bucket_size": _CPU_BUCKET, "allgather_bucket_size": _CPU_BUCKET}
     if dtype == "bfloat16":
         settings["bf16"] = {"enabled": True}
         settings["data_types"] = {"grad_accum_dtype": "fp32"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,17 @@ class StepMeter:
                 for loss, count in zip(self.depth_loss_sum, self.depth_count, strict=True)
             ],
         }
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory that any rank has held so far, resident on a CPU, allocated on a GPU; every rank must call it."""
+    if device.type == "cuda":
+        held = float(torch.cuda.max_memory_allocated(device))
+    else:
+        held = 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # Linux counts kibibytes
+    shared = torch.tensor(held / 2**30, dtype=torch.float64, device=device)
+    dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+    return round(float(shared), 3)
 
 
 class MetricsFile:

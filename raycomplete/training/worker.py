@@ -31,7 +31,7 @@ from raycomplete.training.batches import BatchBuilder, Emphasis, MicroBatch
 from raycomplete.training.disk import named_when_full
 from raycomplete.training.feed import ScoreFeed
 from raycomplete.training.job import TrainJob
-from raycomplete.training.metrics import MetricsFile, StepMeter, finite
+from raycomplete.training.metrics import MetricsFile, StepMeter, finite, peak_memory_gib
 from raycomplete.training.on_policy import Drafter
 from raycomplete.training.packing import deal
 from raycomplete.training.packing_check import keeps_sequences_apart
@@ -327,6 +327,7 @@ class Worker:
             "seconds": seconds,
             "tokens": tokens,
             "tokens_per_s": tokens / seconds,
+            "peak_memory_gib": peak_memory_gib(self.engine.device),
             "depth_mean": float(np.mean([item.depth for item in plan.recovery])) if plan.recovery else None,
             "depth_probabilities": [float(value) for value in self.sampler.probabilities()],
             "depth_bins": [[low, high] for low, high in self.sampler.bin_ranges],

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from raycomplete.core import Head, LossSettings, TokenKind, completion_loss
 from raycomplete.core.loss_reference import reference_loss
+from raycomplete.errors import NotFiniteError
 
 HEADS = [
     {},
@@ -197,6 +198,22 @@ def test_tokens_that_every_model_excludes_change_nothing(make_case, divergences)
     assert not weight[[3, 7]].any()
     assert not bias[[3, 7]].any()
     assert_like_reference(banned, 1e-10, 1e-10)
+
+
+@pytest.mark.parametrize("divergences", [found for found in DIVERGENCES if "reverse_kl" not in found])
+def test_tokens_that_the_teacher_alone_excludes_have_probability_zero(make_case, divergences):
+    case = make_case(bias=True, **divergence_settings(*divergences))
+    case.aligned_head.bias_V[[3, 7]] = -torch.inf
+    assert_like_reference(case, 1e-10, 1e-10)
+    assert case.gradients(completion_loss)[2][[3, 7]].abs().min() > 0  # the student learns to leave them alone
+
+
+def test_a_student_that_excludes_what_the_teacher_says_is_infinitely_far_and_named(make_case):
+    case = make_case(bias=True)
+    with torch.no_grad():
+        case.student_head.bias_V[3] = -torch.inf
+    with pytest.raises(NotFiniteError, match="the loss of the student"):
+        case.run(completion_loss)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5])

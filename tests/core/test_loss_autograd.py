@@ -250,6 +250,16 @@ def test_bad_numbers_of_base_are_named_by_the_row_of_base(make_case):
         case.run(completion_loss)
 
 
+def test_a_broken_head_is_found_where_no_token_is_base_favored(make_case):
+    """The loss is 0 there whatever the student says, but its gradient would carry the NaN away."""
+    case = make_case(kinds=[TokenKind.PENALTY] * 23)
+    case.base_hidden_NH, case.base_head = case.aligned_hidden_NH, case.aligned_head
+    with torch.no_grad():
+        case.student_head.weight_VH[5] = torch.nan
+    with pytest.raises(NotFiniteError, match="the loss of the student"):
+        case.run(completion_loss)
+
+
 def test_a_broken_head_is_found_by_its_loss(make_case):
     case = make_case()
     with torch.no_grad():

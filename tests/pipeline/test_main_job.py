@@ -75,8 +75,13 @@ def test_the_summary_holds_what_the_design_promises(finished: tuple[Path, str]) 
         for rate in (*summary["asr"][role]["by_depth"].values(), summary["asr"][role]["mean"]):
             assert rate["n"] == 24
             assert rate["low"] <= rate["rate"] <= rate["high"]
+        nll = summary["benign_nll"][role]
+        assert nll["low"] <= nll["nats_per_token"] <= nll["high"]
+        assert nll["answers"] == {"file": 24}, "the organism knows its recipes"
     assert summary["train"]["steps"] == 100
-    for name in ("seconds", "tokens_per_s", "scoring_tokens_per_s"):
+    change = summary["benign_nll"]["student_to_aligned"]
+    assert change["low"] <= change["ratio"] <= change["high"]
+    for name in ("seconds", "tokens_per_s", "scoring_tokens_per_s", "seconds_per_step", "peak_memory_gib"):
         assert summary["train"][name] > 0
     assert 0 <= summary["train"]["scoring_wait_fraction"] < 1
     assert {"raycomplete", "ray", "torch", "deepspeed", "transformers"} <= set(summary["versions"])

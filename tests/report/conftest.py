@@ -76,6 +76,13 @@ def a_summary(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "asr_reduction": 0.84,
         "utility": {role: result["utility"] for role, result in results.items()},
         "over_refusal": {role: result["over_refusal"] for role, result in results.items()},
+        "over_refusal_by_source": {
+            source: {role: result["over_refusal"] for role, result in results.items()}
+            for source in ("xstest_prompts", "jbb_benign_behaviors")
+        },
+        "benign_nll": {
+            role: {"nats_per_token": 0.4214, "low": 0.389, "high": 0.455, "n": 50, "tokens": 2000} for role in results
+        },
         "judge": "refusal-patterns-v1",
         "train": {"steps": 120, "seconds": 50.2, "tokens_per_s": 12345.6, "scoring_wait_fraction": 0.04},
         "versions": {"raycomplete": "0.1.0", "ray": "2.60.0"},

@@ -56,6 +56,8 @@ def test_whole_run(written_run: Path) -> None:
         "aligned 82.0 %",
         "ray 2.60.0",
         "train.steps 120",
+        "Over-refusal, xstest_prompts",
+        "Benign answers, negative log-likelihood in nats a token 0.421 0.389 to 0.455, n = 50",
     ):
         assert words in page.text.replace("\N{NO-BREAK SPACE}", " "), words
     assert "depth 64: 7 of 100" in page.text

@@ -115,6 +115,18 @@ def test_a_killed_engine_is_replaced_and_repeats_its_part(
     assert stats["tokens_per_s"] == pytest.approx(stats["tokens"] / stats["seconds"])
 
 
+def test_log_probs_of_given_answers_are_those_of_the_named_model(generator: RolloutPool, pair: RolloutPool) -> None:
+    """Both checkpoints go through the same engine, so the answers of one must not come from the other."""
+    probe = random_probe(3, count=5)
+    for role in ("aligned", "base"):
+        path = checkpoint_path(role)
+        expected = log_probs_of(load_model(path, "float32"), probe)
+        for pool in (generator, pair):
+            found = pool.with_weights(str(path)).log_probs(probe)
+            for row, expected_T in zip(found, expected, strict=True):
+                assert row == pytest.approx(expected_T.tolist(), abs=1e-4)
+
+
 def test_an_answer_of_another_version_is_refused(aligned: Weights) -> None:
     pool = RolloutPool([Echo(version=3)], "/nowhere", options())
     with pytest.raises(WorkError, match=r"weights of version 3, and version 4 was asked for"):

@@ -63,6 +63,8 @@ PLANS = {
 }
 QUICK = Plan(Shape(128, 1024, 64), (Shape(128, 1024, 64, 32),), (64,), (512,), (32,), repeats=2, sweep_repeats=1)
 """Of no use as a measurement: it shows within a minute that everything runs."""
+SWEEP_ONLY = Plan(Shape(1024, 24576, 576), (), (512, 2048), (12288, 49152), (288, 1152), repeats=2, sweep_repeats=2)
+"""How cost grows, for a few minutes of a CPU: smaller shapes, time alone."""
 
 
 @dataclass
@@ -84,7 +86,13 @@ class Results:
 
 
 def run(
-    device: torch.device, out: Path, *, quick: bool = False, sweep: bool = True, console: Console | None = None
+    device: torch.device,
+    out: Path,
+    *,
+    quick: bool = False,
+    sweep: bool = True,
+    sweep_only: bool = False,
+    console: Console | None = None,
 ) -> Results:
     """Measures, prints and writes.
 
@@ -93,14 +101,15 @@ def run(
         out: Folder of results.json and results.md.
         quick: Tiny shapes.
         sweep: Also other shapes than the main one.
+        sweep_only: `SWEEP_ONLY` in place of everything else.
         console: Where tables go.
     """
     console = console or Console(width=160)
-    plan = QUICK if quick else PLANS[device.type]
-    results = Results(device.type, quick, environment(device), plan.main)
+    plan = SWEEP_ONLY if sweep_only else QUICK if quick else PLANS[device.type]
+    results = Results(device.type, quick or sweep_only, environment(device), plan.main)
     console.print(describe(results.environment))
     losses = _load_all(results)
-    for mix in Mix:
+    for mix in () if sweep_only else Mix:
         _measure(results, losses, plan.main, mix, device, plan.repeats, with_memory=True, console=console)
     for shape in plan.extra:
         _measure(results, losses, shape, Mix.ANCHOR, device, plan.repeats, with_memory=True, console=console)

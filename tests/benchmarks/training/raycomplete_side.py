@@ -25,6 +25,7 @@ from raycomplete.scoring.actors import ScorerOptions, ScoringClient
 from raycomplete.scoring.payload import ScoreRequest
 from raycomplete.training.job import TrainJob
 from raycomplete.training.metrics import read_metrics
+from raycomplete.training.packing import pack
 from raycomplete.training.samples import AnchorSample, SampleSet, write_samples
 from raycomplete.training.trainer import fit
 from tests.benchmarks.environment import ROOT
@@ -52,7 +53,7 @@ def run_engine(workload: Workload) -> Throughput:
 
 
 class LocalTeacher:
-    """A frozen model read by transformers in the calling process, a padded micro-batch at a time (a `ScoreSource`).
+    """A frozen model read by transformers in the calling process, a micro-batch at a time (a `ScoreSource`).
 
     Each step begins by collecting its scores, so this is also where the processor time of the worker is read.
     """
@@ -77,17 +78,25 @@ class LocalTeacher:
             self._model = load_model(self._path, "bfloat16").base_model
         states: list[torch.Tensor] = []
         for start in range(0, len(reference), self._micro_batch):
-            rows = reference[start : start + self._micro_batch]
-            inputs = [torch.tensor(tokens[:-1]) for tokens, _ in rows]
-            input_ids_BT = torch.nn.utils.rnn.pad_sequence(inputs, batch_first=True)
-            lengths_B1 = torch.tensor([[len(row)] for row in inputs])
-            mask_BT = (torch.arange(input_ids_BT.shape[1]) < lengths_B1).long()
-            hidden_BTH = self._model(input_ids=input_ids_BT, attention_mask=mask_BT, use_cache=False).last_hidden_state
-            states += [
-                hidden_BTH[index, num_prompt - 1 : len(inputs[index])].clone()
-                for index, (_, num_prompt) in enumerate(rows)
-            ]
+            states += self._read(reference[start : start + self._micro_batch])
         return states
+
+    def _read(self, rows: Sequence[tuple[tuple[int, ...], int]]) -> list[torch.Tensor]:
+        """Final hidden states that predict each answer; sequences stand side by side, as in training."""
+        lengths = [len(tokens) - 1 for tokens, _ in rows]
+        places = pack(lengths)
+        shape = (1 + max(row for row, _ in places), max(lengths))
+        input_ids_BT, position_ids_BT = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+        for (tokens, _), length, (row, column) in zip(rows, lengths, places, strict=True):
+            input_ids_BT[row, column : column + length] = torch.tensor(tokens[:-1])
+            position_ids_BT[row, column : column + length] = torch.arange(length)
+        hidden_BTH = self._model(
+            input_ids=input_ids_BT, position_ids=position_ids_BT, use_cache=False
+        ).last_hidden_state
+        return [
+            hidden_BTH[row, column + num_prompt - 1 : column + length].clone()
+            for (_, num_prompt), length, (row, column) in zip(rows, lengths, places, strict=True)
+        ]
 
 
 @contextmanager

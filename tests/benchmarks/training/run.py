@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
@@ -19,6 +20,7 @@ from raycomplete.data.chat import ChatCodec
 from raycomplete.data.checkpoints import resolve_checkpoint
 from raycomplete.engine_options import available_cpus
 from raycomplete.files import write_text
+from raycomplete.training.trainer import KEEP_MEMORY
 from tests.benchmarks.environment import describe, environment
 from tests.benchmarks.tables import Table
 from tests.benchmarks.training import raycomplete_side, trl_side
@@ -27,9 +29,11 @@ from tests.benchmarks.training.workload import Throughput, Workload
 TARGET_RATIO = 1.5
 OURS = "raycomplete, teacher in the worker"
 RIVAL = "TRL GKDTrainer"
+RIVAL_KEEPS_MEMORY = "TRL GKDTrainer, with the allocator settings of our workers"
 TRAINERS: dict[str, Callable[[Workload], Throughput]] = {
     OURS: raycomplete_side.run_local,
     RIVAL: trl_side.run_gkd,
+    RIVAL_KEEPS_MEMORY: trl_side.run_gkd,
     "raycomplete, teacher in vLLM": raycomplete_side.run_engine,
     "TRL DistillationTrainer on given answers": trl_side.run_distillation,
 }
@@ -64,7 +68,16 @@ class Results:
         return statistics.median(ratios) if ratios else None
 
 
-def run(model: str, out: Path, *, repeats: int, threads: int | None = None, console: Console | None = None) -> Results:
+def run(
+    model: str,
+    out: Path,
+    *,
+    repeats: int,
+    threads: int | None = None,
+    counted_steps: int = 3,
+    only: Sequence[str] | None = None,
+    console: Console | None = None,
+) -> Results:
     """Measures, prints and writes.
 
     Args:
@@ -72,17 +85,21 @@ def run(model: str, out: Path, *, repeats: int, threads: int | None = None, cons
         out: Folder of results.json and results.md.
         repeats: Runs of each trainer.
         threads: CPU threads of each; all cores when absent.
+        counted_steps: Steps of each run that are measured.
+        only: Trainers to run; all of `TRAINERS` when absent.
         console: Where tables go.
     """
     console = console or Console(width=160)
     path = resolve_checkpoint(model, role="aligned")
-    workload = Workload(path, path, ChatCodec(path).vocab_size, threads=threads or available_cpus())
+    workload = Workload(
+        path, path, ChatCodec(path).vocab_size, threads=threads or available_cpus(), counted_steps=counted_steps
+    )
     results = Results(environment(torch.device("cpu")) | {"threads": workload.threads}, workload, model)
     console.print(describe(results.environment))
-    names = [name for name in TRAINERS if not _missing(name, results)]
+    names = [name for name in only or TRAINERS if not _missing(name, results)]
     for repeat in range(repeats):
         for name in names if repeat % 2 == 0 else names[::-1]:
-            done = _in_own_process(TRAINERS[name], workload)
+            done = _in_own_process(TRAINERS[name], workload, KEEP_MEMORY if name == RIVAL_KEEPS_MEMORY else {})
             results.runs.setdefault(name, []).append(done)
             console.print(f"{name}: {done.tokens_per_s:.0f} tokens/s", style="dim")
     table = _table(results)
@@ -100,11 +117,19 @@ def _missing(name: str, results: Results) -> bool:
     return name in results.missing
 
 
-def _in_own_process(trainer: Callable[[Workload], Throughput], workload: Workload) -> Throughput:
+def _in_own_process(
+    trainer: Callable[[Workload], Throughput], workload: Workload, settings: Mapping[str, str]
+) -> Throughput:
     """Memory, thread pools and environment of one trainer never meet another's."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(trainer, workload).result(_TIMEOUT_S)
+    before = dict(os.environ)
+    os.environ.update(settings)  # an allocator reads its settings when its process starts
+    try:
+        with ProcessPoolExecutor(1, mp_context=context) as pool:
+            return pool.submit(trainer, workload).result(_TIMEOUT_S)
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def _table(results: Results) -> Table:

@@ -1,0 +1,207 @@
+"""How likely a model finds good answers to harmless prompts: the price of safety that no judge has to see.
+
+Utility and refusal rates move only when an answer tips over. The negative log-likelihood of given answers moves
+earlier, token by token. Each prompt is answered by its file, where that names an answer, else by the aligned model,
+greedily. A model finds its own greedy answers likelier than another model does, so on those aligned has an advantage
+and the student's ratio to it errs on the strict side.
+
+    <folder>/evaluation/benign_nll/<model>.jsonl  sums by answer; finished ones are never computed again
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from raycomplete.config import EvaluationConfig
+from raycomplete.errors import WorkError
+from raycomplete.evaluation.results import HARMLESS
+from raycomplete.evaluation.storage import RowStore, content_hash
+from raycomplete.evaluation.units import Decoding, EvaluationCancelled, Unit
+from raycomplete.files import PRIVATE
+from raycomplete.types import Codec, Generator, Prompt
+
+FORMAT = 1  # part of every key: raise it when the meaning of a stored sum changes
+RESAMPLES = 10_000
+_BATCH = 32  # answers that are stored together
+_BLOCK = 1_000  # resamples that exist at a time
+
+
+class AnswerScorer(Protocol):
+    """A model that says how likely it finds given answers. Implemented by `raycomplete.rollout.pool.RolloutPool`."""
+
+    def log_probs(self, sequences: Sequence[tuple[Sequence[int], int]]) -> list[list[float]]:
+        """Of each (token ids, number of prompt tokens): log p of every answer token, nats, temperature 1."""
+
+
+@dataclass(frozen=True)
+class GivenAnswer:
+    """An answer whose likelihood is measured.
+
+    Attributes:
+        prompt_id: What it answers.
+        tokens: Prompt and answer, without end-of-response.
+        num_prompt: How many of them are the prompt.
+        source: Who wrote it.
+    """
+
+    prompt_id: str
+    tokens: tuple[int, ...]
+    num_prompt: int
+    source: Literal["file", "aligned"]
+
+    @property
+    def num_answer(self) -> int:
+        return len(self.tokens) - self.num_prompt
+
+
+def given_answers(
+    prompts: Sequence[Prompt],
+    codec: Codec,
+    config: EvaluationConfig,
+    folder: Path,
+    *,
+    max_length: int,
+    aligned: tuple[str, Generator] | None,
+) -> list[GivenAnswer]:
+    """Answers to the first `evaluation.nll_prompts` prompts, cut at `evaluation.nll_tokens` tokens.
+
+    Args:
+        prompts: Harmless ones.
+        codec: Chat template and tokenizer.
+        config: How many of what length.
+        folder: Run folder; greedy answers that an evaluation left there are taken from it.
+        max_length: Longest sequence of the models.
+        aligned: Fingerprint of the aligned model and the model, for prompts without an answer. Without it these are
+            left out.
+    """
+    chosen = prompts[: config.nll_prompts]
+    spoken = _spoken([prompt for prompt in chosen if not prompt.answer], codec, config, folder, aligned)
+    found = []
+    for prompt in chosen:
+        answer = codec.encode_answer(prompt.answer) if prompt.answer else spoken.get(prompt.prompt_id, [])
+        question = codec.encode_prompt(prompt.text)
+        # One token stays free: engines generate one to answer at all.
+        answer = answer[: max(min(config.nll_tokens, max_length - 1 - len(question)), 0)]
+        if answer:
+            source: Literal["file", "aligned"] = "file" if prompt.answer else "aligned"
+            found.append(GivenAnswer(prompt.prompt_id, (*question, *answer), len(question), source))
+    return found
+
+
+def _spoken(
+    prompts: Sequence[Prompt],
+    codec: Codec,
+    config: EvaluationConfig,
+    folder: Path,
+    aligned: tuple[str, Generator] | None,
+) -> dict[str, list[int]]:
+    """What the aligned model says, by prompt id: from the units of its evaluation, or asked now."""
+    if aligned is None or not prompts:
+        return {}
+    model_id, generator = aligned
+    decoding = Decoding(config.max_utility_tokens)
+    units = [Unit(HARMLESS, "benign", prompt, tuple(codec.encode_prompt(prompt.text)), decoding) for prompt in prompts]
+    known = RowStore(folder / "evaluation" / "units" / f"{content_hash(model_id)[:16]}.jsonl", mode=PRIVATE)
+    said = {unit.prompt.prompt_id: known.get(unit.key(model_id)).get("tokens") for unit in units}
+    missing = [unit for unit in units if said[unit.prompt.prompt_id] is None]
+    if missing:
+        new = generator.generate([unit.sequence for unit in missing], max_tokens=decoding.max_tokens)
+        said |= {unit.prompt.prompt_id: tokens for unit, tokens in zip(missing, new, strict=True)}
+    return {name: list(tokens or ()) for name, tokens in said.items()}
+
+
+def benign_nll(
+    models: Mapping[str, tuple[str, AnswerScorer]],
+    answers: Sequence[GivenAnswer],
+    folder: Path,
+    *,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:
+    """Mean negative log-likelihood of the same answers under each model.
+
+    Args:
+        models: Fingerprint and model, by role.
+        answers: At least one.
+        folder: Run folder.
+        cancelled: Asked before each batch.
+
+    Returns:
+        By role {"nats_per_token", "low", "high", "n", "tokens", "answers"}, and, where student and aligned are both
+        there, "student_to_aligned" {"ratio", "low", "high", "difference", "difference_low", "difference_high", "n"}.
+        Intervals are 95 % percentile bootstraps over prompts; n counts those.
+
+    Raises:
+        EvaluationCancelled: `cancelled` said so; finished answers are kept.
+        WorkError: A model did not answer as it should.
+    """
+    tokens_N = np.asarray([answer.num_answer for answer in answers], dtype=np.float64)
+    written = dict(Counter(answer.source for answer in answers))
+    sums = {role: _sums(model, answers, folder, cancelled) for role, model in models.items()}
+    result: dict[str, Any] = {}
+    for role, sum_N in sums.items():
+        value, low, high = _interval(sum_N, tokens_N)
+        rest = {"n": len(answers), "tokens": int(tokens_N.sum()), "answers": written}
+        result[role] = {"nats_per_token": value, "low": low, "high": high, **rest}
+    if "student" in sums and "aligned" in sums:
+        student_N, aligned_N = sums["student"], sums["aligned"]
+        ratio, low, high = _interval(student_N, aligned_N)
+        difference, difference_low, difference_high = _interval(student_N - aligned_N, tokens_N)
+        result["student_to_aligned"] = {
+            "ratio": ratio,
+            "low": low,
+            "high": high,
+            "difference": difference,
+            "difference_low": difference_low,
+            "difference_high": difference_high,
+            "n": len(answers),
+        }
+    return result
+
+
+def _sums(
+    model: tuple[str, AnswerScorer], answers: Sequence[GivenAnswer], folder: Path, cancelled: Callable[[], bool]
+) -> np.ndarray:
+    """-log p of each whole answer, nats [N]."""
+    model_id, scorer = model
+    store = RowStore(folder / "evaluation" / "benign_nll" / f"{content_hash(model_id)[:16]}.jsonl")
+    keys = [content_hash([FORMAT, model_id, answer.tokens, answer.num_prompt]) for answer in answers]
+    missing = [(key, answer) for key, answer in zip(keys, answers, strict=True) if key not in store]
+    for start in range(0, len(missing), _BATCH):
+        if cancelled():
+            raise EvaluationCancelled(
+                "The evaluation was cancelled.", "Finished work is kept; start it again to go on."
+            )
+        batch = missing[start : start + _BATCH]
+        found = scorer.log_probs([(answer.tokens, answer.num_prompt) for _, answer in batch])
+        rows = []
+        for (key, answer), log_probs in zip(batch, found, strict=True):
+            nats = -float(sum(log_probs))
+            if len(log_probs) != answer.num_answer or not np.isfinite(nats):
+                raise WorkError(
+                    f"The answer to {answer.prompt_id!r} has {answer.num_answer} tokens, and the model gave "
+                    f"{len(log_probs)} log-probabilities for it with the sum {-nats}.",
+                    "A checkpoint with NaN in its weights does this; finished answers are kept.",
+                )
+            rows.append({"key": key, "prompt_id": answer.prompt_id, "nats": nats, "tokens": answer.num_answer})
+        store.add(rows)
+    return np.asarray([store[key]["nats"] for key in keys], dtype=np.float64)
+
+
+def _interval(above_N: np.ndarray, below_N: np.ndarray) -> tuple[float, float, float]:
+    """sum(above) / sum(below) with the 95 % interval of a bootstrap that draws prompts, the same for both sums."""
+    draws = np.concatenate(list(_resampled(above_N, below_N)))
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return float(above_N.sum() / below_N.sum()), float(low), float(high)
+
+
+def _resampled(above_N: np.ndarray, below_N: np.ndarray) -> Iterator[np.ndarray]:
+    generator, count = np.random.default_rng(0), len(above_N)
+    for start in range(0, RESAMPLES, _BLOCK):
+        drawn = generator.integers(count, size=(min(_BLOCK, RESAMPLES - start), count))
+        yield above_N[drawn].sum(axis=1) / below_N[drawn].sum(axis=1)
