@@ -14,6 +14,7 @@ function showProgress(place, progress, isFinal) {
 
 function showResults(place, results) {
   place.replaceChildren();
+  phone.onchange = () => { const chart = place.querySelector(".chart"); if (chart) chart.replaceChildren(depthCurve(results.asr)); };
   if (!results) return;
   place.append(cards(results));
   if (results.asr) {
