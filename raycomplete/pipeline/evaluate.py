@@ -31,6 +31,7 @@ from raycomplete.screen import Advance, Screen
 from raycomplete.types import MODEL_ROLES, ModelRole
 
 _SAME = ("models", "data")  # sections that an evaluation shares with the run that it adds to
+_FREE = ("models.max_length",)  # long templates need more room than training; it changes no response that fits
 
 OnProgress = Callable[[Progress], None]
 Cancelled = Callable[[], bool]
@@ -76,10 +77,10 @@ def evaluate(
         models = prepare_models(tested, roles=tuple(dict.fromkeys(("base", *roles))))
         prompts = prepare_prompts(config, models.codec, training=False)
         check_attacks(config)
-    check_run_folder(config, resume=True, same=_SAME)
+    check_run_folder(config, resume=True, same=_SAME, free=_FREE)
     demand = Demand(engines=config.rollout.num_engines + extra_engines(config), workers=training_workers(config))
     with connect(config.cluster, demand) as cluster:
-        folder = open_run_folder(config, resume=True, same=_SAME, keep_config=True)
+        folder = open_run_folder(config, resume=True, same=_SAME, keep_config=True, free=_FREE)
         with start_fleet(config, cluster, models, screen) as fleet:
             prompts = held_out_sets(config, models, prompts, fleet, folder, screen)
             results = evaluate_roles(
