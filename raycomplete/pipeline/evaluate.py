@@ -220,6 +220,7 @@ def print_result(summary: Mapping[str, Any], folder: Path, screen: Screen) -> No
     for name in ("utility", "over_refusal"):
         rates = ", ".join(f"{role} {rate_text(rate)}" for role, rate in summary[name].items())
         lines.append((name.replace("_", "-"), rates))
+    lines += [("price", sentence) for sentence in summary.get("price", [])]
     train = summary.get("train") or {}
     if train:
         scoring = train["scoring_tokens_per_s"]  # None after a kill between training and its statistics

@@ -109,6 +109,7 @@ def test_an_evaluation_from_start_to_samples_by_keyboard_alone(browser: Browser,
     browser.wait("document.getElementById('detail-state').textContent === 'succeeded'")
     browser.wait("document.querySelectorAll('#results svg .line').length === 3")
     assert browser.run("document.querySelectorAll('#results tr[data-attack]').length") == 3
+    assert browser.run("document.querySelector('#results .price').textContent").startswith("student refuses 90.0 %")
     tab_to(browser, "#sample-load")
     browser.press("Enter")
     browser.wait("document.querySelectorAll('#sample-list li').length === 18")
