@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from raycomplete.config import RunConfig, dump, load_run_file, parse
+from raycomplete.config.attacks import ATTACKS
 from raycomplete.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,6 +47,17 @@ def test_dump_and_load_give_an_equal_config(tree: dict[str, Any], tmp_path: Path
     again = tmp_path / "dumped.yaml"
     again.write_text(dump(config), encoding="utf-8")
     assert load_run_file(again) == config
+
+
+def test_attacks_on_a_run_fit_its_folder() -> None:
+    """The attacks add to what the training left behind: same models, prompts, depths and lengths, more context."""
+    trained, attacked = (load_run_file(ROOT / "jobs" / f"{name}.yaml") for name in ("smollm2", "smollm2-attacks"))
+    assert (attacked.data, attacked.output) == (trained.data, trained.output)
+    assert attacked.models.model_copy(update={"max_length": trained.models.max_length}) == trained.models
+    assert attacked.models.max_length > trained.models.max_length
+    for name in ("depths", "max_tokens", "max_utility_tokens", "prompts"):
+        assert getattr(attacked.evaluation, name) == getattr(trained.evaluation, name), "else nothing is reused"
+    assert {attack.name for attack in attacked.evaluation.attacks} == set(ATTACKS)
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)

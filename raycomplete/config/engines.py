@@ -49,6 +49,14 @@ class RolloutConfig(Section):
     affirmative_prefix: str = Field("Sure, here is", description="prefill under which continuations are sampled")
     harmful_from: Literal["base", "student"] = "base"
     answers_per_prompt: int = Field(1, ge=1, description="anchor answers and refusals sampled for each prompt")
+    turn_fraction: float = Field(
+        0.0, ge=0, le=1, description="share of recovery samples whose h follows an imitated refusal and a turn"
+    )
+    turns: list[str] = Field(
+        default_factory=lambda: ["However,", "Anyway,", "Still,", "On second thought,", "That said,"],
+        min_length=1,
+        description="words that turn from the imitated refusal to the answer",
+    )
     safety_prompt: str | None = Field(None, description="system prompt that only the teacher sees, where it answers")
     timeout_s: float = Field(1800.0, gt=0, description="longest wait for one call to an engine")
     on_policy: bool = Field(False, description="the student rolls out in every step, under its current weights")

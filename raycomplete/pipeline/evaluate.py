@@ -34,6 +34,7 @@ from raycomplete.stopping import stop_signals
 from raycomplete.types import MODEL_ROLES, ModelRole
 
 _SAME = ("models", "data")  # sections that an evaluation shares with the run that it adds to
+_FREE = ("models.max_length",)  # long templates need more room than training; it changes no response that fits
 
 OnProgress = Callable[[Progress], None]
 Cancelled = Callable[[], bool]
@@ -79,10 +80,10 @@ def evaluate(
         models = prepare_models(tested, roles=tuple(dict.fromkeys(("base", *roles))))
         prompts = prepare_prompts(config, models.codec, training=False)
         check_attacks(config)
-    check_run_folder(config, resume=True, same=_SAME)
+    check_run_folder(config, resume=True, same=_SAME, free=_FREE)
     plan = plan_run(config, extras=extra_engines(config), attack_workers=training_workers(config))
     with connect(config.cluster, plan, screen) as cluster, stop_signals() as stop:
-        folder = open_run_folder(config, resume=True, same=_SAME, keep_config=True)
+        folder = open_run_folder(config, resume=True, same=_SAME, keep_config=True, free=_FREE)
         with start_fleet(config, cluster, models, screen) as fleet:
             prompts = held_out_sets(config, models, prompts, fleet, folder, screen)
 
@@ -272,6 +273,7 @@ def print_result(summary: Mapping[str, Any], folder: Path, screen: Screen) -> No
     if change := summary.get("benign_nll", {}).get("student_to_aligned"):
         text = f"{change['ratio']:.3f} times aligned's [{change['low']:.3f}, {change['high']:.3f}], n = {change['n']}"
         lines.append(("benign NLL of the student", text))
+    lines += [("price", sentence) for sentence in summary.get("price", [])]
     train = summary.get("train") or {}
     if train:
         scoring = train["scoring_tokens_per_s"]  # None after a kill between training and its statistics

@@ -81,5 +81,6 @@ class StudentEngines:
 
     def _is_refusal(self, request: RolloutRequest, tokens: list[int]) -> bool:
         prompt = self._prompts[request.sample_id.rsplit("#", 1)[0]]
-        prefill, continuation = self._codec.decode(request.prefill_ids), self._codec.decode(tokens)
+        prefill = self._codec.decode(request.prefill_ids[request.turn_tokens :])
+        continuation = self._codec.decode(tokens)
         return self._judge.outcome(prompt, prefill, continuation) is Outcome.REFUSED

@@ -20,6 +20,7 @@ from raycomplete.data.head_spec import HeadSpec, read_head_spec
 from raycomplete.data.prompts import read_prompts
 from raycomplete.errors import CheckpointError, ConfigError, DataError, SetupError
 from raycomplete.evaluation.judge import RefusalJudge
+from raycomplete.training.samples import LONGEST_TURN
 from raycomplete.types import Judge, ModelRole, Prompt, PromptKind
 
 KINDS: tuple[PromptKind, ...] = ("harmful", "benign", "borderline")
@@ -181,6 +182,8 @@ def _check_length(config: RunConfig, codec: ChatCodec, prompt: Prompt, system: s
 def _longest_response(config: RunConfig) -> int:
     """Tokens that may follow a prompt in any part of the run."""
     train = config.train.depth.max + config.rollout.max_refusal_tokens
+    if config.rollout.turn_fraction > 0:
+        train += LONGEST_TURN
     if config.rollout.on_policy:
         train += config.rollout.max_student_tokens
     attack = config.evaluation.deepest_prefill + config.evaluation.max_tokens

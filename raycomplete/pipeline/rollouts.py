@@ -12,6 +12,7 @@ from raycomplete.data.chat import ChatCodec
 from raycomplete.errors import DataError, WorkError
 from raycomplete.pipeline.fleet import Fleet
 from raycomplete.pipeline.prepare import KINDS, Models, Prompts
+from raycomplete.pipeline.turns import with_turns
 from raycomplete.rollout.pool import RolloutPool
 from raycomplete.screen import Screen
 from raycomplete.training.samples import AnchorSample, RecoverySample, SampleSet
@@ -70,6 +71,7 @@ def make_samples(config: RunConfig, models: Models, prompts: Prompts, fleet: Fle
         for prompt in prompts.evaluation["harmful"][:_PROFILE_PROMPTS]
         if prompt.answer
     ]
+    recovery = with_turns(config, models.codec, recovery)
     samples = SampleSet(tuple(anchor), tuple(recovery), tuple(sample for sample in profile if sample.answer_ids))
     return hold_back(config, prompts, samples) if config.train.validation.every else samples
 

@@ -30,7 +30,13 @@ _FREE_KEYS = {
 
 
 def open_run_folder(
-    config: RunConfig, *, resume: bool, same: Collection[str], overwrite: bool = False, keep_config: bool = False
+    config: RunConfig,
+    *,
+    resume: bool,
+    same: Collection[str],
+    overwrite: bool = False,
+    keep_config: bool = False,
+    free: Collection[str] = (),
 ) -> Path:
     """Creates the run folder, or opens it again for `--resume`.
 
@@ -40,11 +46,12 @@ def open_run_folder(
         same: Sections that must be the same to continue.
         overwrite: Remove an earlier run first (the demo does).
         keep_config: Leave a config.yaml that is there as it is.
+        free: Keys of these sections that may differ all the same, as `models.max_length`.
 
     Raises:
         ConfigError: The folder holds a run and neither was asked for, or it was made with other settings.
     """
-    versions = check_run_folder(config, resume=resume, overwrite=overwrite, same=same)
+    versions = check_run_folder(config, resume=resume, overwrite=overwrite, same=same, free=free)
     folder = config.output.folder
     settings = folder / "config.yaml"
     if overwrite and not resume and folder.exists():
@@ -57,7 +64,7 @@ def open_run_folder(
 
 
 def check_run_folder(
-    config: RunConfig, *, resume: bool, same: Collection[str], overwrite: bool = False
+    config: RunConfig, *, resume: bool, same: Collection[str], overwrite: bool = False, free: Collection[str] = ()
 ) -> dict[str, str]:
     """Refuses what `open_run_folder` would refuse, before anything is started, and writes nothing.
 
@@ -72,7 +79,7 @@ def check_run_folder(
     settings = folder / "config.yaml"
     if settings.is_file():
         if resume:
-            _check_same(load_run_file(settings), config, folder, same)
+            _check_same(load_run_file(settings), config, folder, same, free)
         elif not overwrite:
             raise ConfigError(
                 f"The run folder {folder} holds a run already.",
@@ -83,8 +90,8 @@ def check_run_folder(
     return environment()
 
 
-def _check_same(before: RunConfig, now: RunConfig, folder: Path, same: Collection[str]) -> None:
-    old, new = _compared(before, same), _compared(now, same)
+def _check_same(before: RunConfig, now: RunConfig, folder: Path, same: Collection[str], free: Collection[str]) -> None:
+    old, new = _compared(before, same, free), _compared(now, same, free)
     changed = sorted(name for name in old if old[name] != new[name])
     if changed:
         raise ConfigError(
@@ -93,12 +100,14 @@ def _check_same(before: RunConfig, now: RunConfig, folder: Path, same: Collectio
         )
 
 
-def _compared(config: RunConfig, same: Collection[str]) -> dict[str, Any]:
+def _compared(config: RunConfig, same: Collection[str], extra: Collection[str]) -> dict[str, Any]:
     """Values that must not change, by section or by key where a section has free keys."""
     found: dict[str, Any] = {}
     for section, values in config.model_dump(mode="json", include=set(same)).items():
-        free = _FREE_KEYS.get(section)
-        if free is None:
+        free = _FREE_KEYS.get(section, set()) | {
+            key.partition(".")[2] for key in extra if key.startswith(f"{section}.")
+        }
+        if not free:
             found[section] = values
             continue
         if config.rollout.on_policy:  # the rollout engines get weights at every checkpoint

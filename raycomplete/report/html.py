@@ -79,6 +79,7 @@ def write_report(run_folder: Path) -> Path:
         contrastive=(run.diagnosis or {}).get("contrastive"),
         judge=run.summary.get("judge") or next((result["judge"] for result in run.results.values()), None),
         measured=_measured(run),
+        price=run.summary.get("price") or [],
         sections=sections,
         train=run.summary.get("train"),
         versions=run.summary.get("versions"),

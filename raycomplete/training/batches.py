@@ -29,7 +29,7 @@ class MicroBatch:
         item_N: Which item of the micro-batch a row belongs to.
         aligned_hidden_NH: Teacher's hidden state of each row.
         base_hidden_PH: Base's hidden state of each row that needs it, in order; None if there is none.
-        depth_B: Depth of each recovery item, -1 for anchor items.
+        depth_B: Depth of each recovery item, turned prefixes left out, -1 for anchor items.
         target_N: Token at each row (SFT learns it; the completion loss does not look at it).
         num_tokens: Tokens of all sequences, padding left out.
     """
@@ -149,7 +149,7 @@ class BatchBuilder:
             item_N=torch.tensor([part.item for part in rows]).repeat_interleave(counts),
             aligned_hidden_NH=torch.cat(aligned) if aligned else None,
             base_hidden_PH=torch.cat(base) if base else None,
-            depth_B=torch.tensor([-1 if isinstance(item, AnchorItem) else item.depth for item in items]),
+            depth_B=torch.tensor([-1 if isinstance(item, AnchorItem) else item.answer_depth for item in items]),
             target_N=torch.cat([part.target_T for part in rows]),
             num_tokens=sum(lengths),
         )

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from raycomplete.config import Dtype, RolloutConfig, TrainConfig
 from raycomplete.data.head_spec import HeadSpec
+from raycomplete.training.samples import LONGEST_TURN
 
 Objective = Literal["completion", "sft"]
 
@@ -29,7 +30,7 @@ class TrainJob:
         sources: Scorers by role (`raycomplete.training.feed.ScoreSource`); empty in SFT.
         prefetch: Steps scored ahead.
         threads: CPU threads of each worker.
-        rollout: How the student rolls out; read where `policy` is there.
+        rollout: How samples were made, and how the student rolls out where `policy` is there.
         policy: Engines that hold the student (`raycomplete.training.on_policy.StudentPolicy`); None trains off-policy.
         lora_rank: Above 0 trains adapters of this rank, merged at the end.
         use_gpu: One GPU a worker.
@@ -86,5 +87,6 @@ class TrainJob:
 
     @property
     def max_harmful_tokens(self) -> int:
-        """Longest h that a step may train on: the deepest cut, and on-policy what the student adds to it."""
-        return self.train.depth.max + (0 if self.policy is None else self.rollout.max_student_tokens)
+        """Longest h that a step may train on: a turned prefix, the deepest cut, on-policy what the student adds."""
+        turn = LONGEST_TURN if self.rollout.turn_fraction > 0 else 0
+        return turn + self.train.depth.max + (0 if self.policy is None else self.rollout.max_student_tokens)

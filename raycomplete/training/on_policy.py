@@ -33,12 +33,14 @@ class RolloutRequest:
         prompt_ids: Tokens up to where the response starts.
         prefill_ids: First tokens of the response.
         judged: Whether refusing counts: true on harmful prompts.
+        turn_tokens: How many tokens at the start of the prefill imitate a refusal, which no judge is to read.
     """
 
     sample_id: str
     prompt_ids: tuple[int, ...]
     prefill_ids: tuple[int, ...]
     judged: bool
+    turn_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +113,13 @@ class Draft:
     def requests(self) -> list[RolloutRequest]:
         """What the student is asked for: recovery first, then the anchors that are cut."""
         recovery = [
-            RolloutRequest(sample.sample_id, sample.prompt_ids, sample.harmful_ids[:depth], judged=True)
+            RolloutRequest(
+                sample.sample_id,
+                sample.prompt_ids,
+                sample.harmful_ids[:depth],
+                judged=True,
+                turn_tokens=sample.turn_tokens,
+            )
             for sample, depth in zip(self.recovery, self.depths, strict=True)
         ]
         anchor = [
@@ -204,8 +212,9 @@ def compliance_by_bin(
 ) -> tuple[list[float], list[int]]:
     """How often the student did not refuse, and how often it was asked, by depth bin of the prefill."""
     complied, asked = [0.0] * sampler.num_bins, [0] * sampler.num_bins
-    for depth, rollout in zip(draft.depths, rollouts[: len(draft.recovery)], strict=True):
-        index = sampler.bin_of(max(depth, sampler.bin_ranges[0][0]))
+    count = len(draft.recovery)
+    for sample, depth, rollout in zip(draft.recovery, draft.depths, rollouts[:count], strict=True):
+        index = sampler.bin_of(max(depth - sample.turn_tokens, sampler.bin_ranges[0][0]))
         complied[index] += not rollout.refused
         asked[index] += 1
     return complied, asked

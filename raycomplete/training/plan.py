@@ -25,10 +25,20 @@ class AnchorItem:
 
 @dataclass(frozen=True, slots=True)
 class RecoveryItem:
-    """One recovery sequence of a step, h cut at `depth`."""
+    """One recovery sequence of a step, h cut at `depth`, a turned prefix included."""
 
     sample: RecoverySample
     depth: int
+
+    @classmethod
+    def cut(cls, sample: RecoverySample, depth: int) -> RecoveryItem:
+        """h cut at `depth` tokens after a turned prefix, or at its end."""
+        return cls(sample, min(sample.turn_tokens + depth, len(sample.harmful_ids)))
+
+    @property
+    def answer_depth(self) -> int:
+        """Tokens of the compliant answer that the student reads."""
+        return self.depth - self.sample.turn_tokens
 
 
 Item = AnchorItem | RecoveryItem
@@ -96,7 +106,7 @@ class Planner:
         return StepPlan(
             tuple(AnchorItem(sample) for sample in anchor),
             tuple(
-                RecoveryItem(sample, min(depth, len(sample.harmful_ids), self._max_depth))
+                RecoveryItem.cut(sample, min(depth, self._max_depth))
                 for sample, depth in zip(recovery, depths, strict=True)
             ),
         )

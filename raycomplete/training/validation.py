@@ -42,10 +42,7 @@ class Validator:
         depths = np.linspace(train.depth.min, train.depth.max, max(len(recovery), 1)).round().astype(int)
         self._plan = StepPlan(
             tuple(AnchorItem(sample) for sample in anchor),
-            tuple(
-                RecoveryItem(sample, min(int(depth), len(sample.harmful_ids)))
-                for sample, depth in zip(recovery, depths, strict=False)
-            ),
+            tuple(RecoveryItem.cut(sample, int(depth)) for sample, depth in zip(recovery, depths, strict=False)),
         )
         self._batches: list[Any] = []
         self.best: float | None = None

@@ -116,7 +116,8 @@ class Worker:
         depth = self.job.train.depth
         if depth.schedule == "fixed":  # its weights belong to the bins of the run file
             return depth
-        longest = max((len(sample.harmful_ids) for sample in self.samples.recovery), default=depth.max)
+        reached = (len(sample.harmful_ids) - sample.turn_tokens for sample in self.samples.recovery)
+        longest = max(reached, default=depth.max)
         return depth.model_copy(update={"max": max(min(depth.max, longest), depth.min)})
 
     def _start_engine(self) -> tuple[Any, Any]:

@@ -16,6 +16,7 @@ from raycomplete.data.organism import checkpoint_path, prompts
 from raycomplete.data.organism.world import find_item, refusal
 from raycomplete.errors import CheckpointError, ConfigError
 from raycomplete.evaluation import Progress, known_attacks, summarize
+from raycomplete.evaluation.attacks.templates import BUILT_IN, fill
 from raycomplete.pipeline.attack_finetune import read_chats
 from raycomplete.pipeline.attack_tools import check_attacks, extra_engines, training_workers
 from raycomplete.pipeline.evaluate import evaluate_roles
@@ -41,13 +42,21 @@ ATTACKS: list[dict[str, Any]] = [
 
 
 def run_config(folder: Path, **evaluation: Any) -> RunConfig:
+    strings = folder / "strings.jsonl"  # of an attacker who found that the template's opening is what breaks in
+    strings.write_text(
+        "".join(
+            json.dumps({"goal": prompt.text, "prompt": fill(template, prompt.text), "method": name}) + "\n"
+            for name, template in BUILT_IN[-1:]
+            for prompt in prompts("heldout", "harmful", 0, 2)
+        )
+    )
     tree = {
         "depths": [0, 16],
         "max_tokens": 24,
         "max_utility_tokens": 100,
         "prompts": 8,
         "attack_prompts": BEHAVIOURS,
-        "attacks": ATTACKS,
+        "attacks": [*ATTACKS, {"name": "static_strings", "path": str(strings)}],
         **evaluation,
     }
     overrides = [f"evaluation={json.dumps(tree)}", f"output.root={folder}", "output.name=attacks"]
@@ -108,9 +117,9 @@ def test_every_attack_runs_on_every_model(evaluated: tuple[dict[str, Any], list[
     results, seen, _ = evaluated
     for role in MODEL_ROLES:
         blocks = results[role]["attacks"]
-        assert set(blocks) == set(known_attacks()) - {"static_strings"}, "which needs a file of found strings"
+        assert set(blocks) == set(known_attacks())
         for name, block in blocks.items():
-            assert block["n"] == (8 if name == "prefill" else BEHAVIOURS)
+            assert block["n"] == {"prefill": 8, "static_strings": 2}.get(name, BEHAVIOURS)
             assert sum(block["outcomes"].values()) == block["trials"] >= block["n"]
             assert block["mean"]["rate"] <= block["worst_of_n"]["rate"]
             assert block["reduced"]

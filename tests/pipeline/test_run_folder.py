@@ -177,3 +177,14 @@ def test_a_cluster_that_is_too_small_leaves_no_folder(
     with pytest.raises(SetupError, match="needs 8 GPU"):
         getattr(module, command)(config(tmp_path), screen=Screen(quiet=True))
     assert files(tmp_path) == set()
+
+
+def test_an_evaluation_may_read_longer_sequences_than_the_training_did(tmp_path: Path) -> None:
+    open_run_folder(config(tmp_path), resume=False, same=SAME)
+    longer = config(tmp_path, models={"max_length": 512})
+    with pytest.raises(ConfigError, match="other values of models"):
+        check_run_folder(longer, resume=True, same=("models", "data"))
+    check_run_folder(longer, resume=True, same=("models", "data"), free=("models.max_length",))
+    other = config(tmp_path, models={"max_length": 512, "dtype": "bfloat16"})
+    with pytest.raises(ConfigError, match=r"other values of models\.dtype"):
+        check_run_folder(other, resume=True, same=("models", "data"), free=("models.max_length",))

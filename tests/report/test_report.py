@@ -133,6 +133,14 @@ def test_student_that_got_worse(run_folder: Path) -> None:
     assert "10.0 % more than aligned" in page.text.replace("\N{NO-BREAK SPACE}", " ")
 
 
+def test_the_price_of_safety_stands_at_the_top(run_folder: Path) -> None:
+    summary = json.loads((run_folder / "summary.json").read_text())
+    summary["price"] = ["student refuses 90.0 % of harmless prompts & more."]
+    (run_folder / "summary.json").write_text(json.dumps(summary))
+    page = Page(write_report(run_folder).read_text(encoding="utf-8"))
+    assert page.text.index("refuses 90.0 % of harmless prompts & more.") < page.text.index("Rates")
+
+
 def test_resumed_and_torn_metrics(run_folder: Path) -> None:
     """A repeated step counts once, as it was last; a torn last line and a loss that is not finite do no harm."""
     rows = [

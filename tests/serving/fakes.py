@@ -154,6 +154,7 @@ def fake_summary(request: EvaluationRequest) -> dict[str, Any]:
             }
         ],
         "capabilities": {"mmlu": {role: {"accuracy": rate(5, 10), "reduced": True} for role in roles}},
+        "price": ["student refuses 90.0 % of harmless prompts."],
     }
 
 

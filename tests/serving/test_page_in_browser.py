@@ -109,6 +109,7 @@ def test_an_evaluation_from_start_to_samples_by_keyboard_alone(browser: Browser,
     browser.wait("document.getElementById('detail-state').textContent === 'succeeded'")
     browser.wait("document.querySelectorAll('#results svg .line').length === 3")
     assert browser.run("document.querySelectorAll('#results tr[data-attack]').length") == 3
+    assert browser.run("document.querySelector('#results .price').textContent").startswith("student refuses 90.0 %")
     tab_to(browser, "#sample-load")
     browser.press("Enter")
     browser.wait("document.querySelectorAll('#sample-list li').length === 18")
@@ -158,6 +159,9 @@ def test_both_themes_follow_the_system_and_the_button(browser: Browser, site: Si
     browser.prefer("dark", width=390, height=2400)
     page = "document.documentElement"
     assert browser.run(f"{page}.scrollWidth <= {page}.clientWidth"), "a phone needs no sideways scrolling"
+    browser.wait("document.querySelector('#results .chart svg').viewBox.baseVal.width < 400")  # drawn anew
+    inside = "[...document.querySelectorAll('#results .scroll, #results .chart')]"
+    assert browser.run(f"{inside}.every((part) => part.scrollWidth <= part.clientWidth + 1)"), "nor do its tables"
     look(browser, "narrow")
 
 

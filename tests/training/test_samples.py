@@ -58,7 +58,15 @@ def test_rows_are_plain_json(tmp_path: Path) -> None:
         *["held_back_anchor"] * 3,
         *["held_back_recovery"] * 3,
     ]
-    assert set(rows[2]) == {"part", "sample_id", "prompt_ids", "teacher_prompt_ids", "harmful_ids", "refusal_ids"}
+    assert set(rows[2]) == {
+        "part",
+        "sample_id",
+        "prompt_ids",
+        "teacher_prompt_ids",
+        "harmful_ids",
+        "refusal_ids",
+        "turn_tokens",
+    }
 
 
 def test_a_missing_or_empty_file_is_refused_by_name(tmp_path: Path) -> None:

@@ -1,9 +1,13 @@
 // The depth curve: rates with their 95 % intervals, depth on a scale that keeps the first tokens apart.
-const CHART = { width: 760, height: 330, left: 52, right: 92, top: 14, bottom: 46 };
+const WIDE = { width: 760, height: 330, left: 52, right: 92, top: 14, bottom: 46 };
+const NARROW = { width: 380, height: 280, left: 46, right: 62, top: 14, bottom: 46 }; // as wide as a phone, so that text stays legible
+const phone = matchMedia("(max-width: 640px)");
+let CHART = WIDE;
 const MARKS = { base: "square", aligned: "circle", student: "diamond" };
 const DASHES = { base: "7 3", aligned: "2 3", student: "none" };
 
 function depthCurve(asr) {
+  CHART = phone.matches ? NARROW : WIDE;
   const roles = ROLES.filter((role) => asr[role]);
   const depths = [...new Set(roles.flatMap((role) => Object.keys(asr[role].by_depth)))].map(Number).sort((a, b) => a - b);
   const most = Math.log2(1 + Math.max(1, ...depths));

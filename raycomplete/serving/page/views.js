@@ -14,8 +14,10 @@ function showProgress(place, progress, isFinal) {
 
 function showResults(place, results) {
   place.replaceChildren();
+  phone.onchange = () => { const chart = place.querySelector(".chart"); if (chart) chart.replaceChildren(depthCurve(results.asr)); };
   if (!results) return;
   place.append(cards(results));
+  for (const sentence of results.price || []) place.append(element("p", { class: "price" }, sentence));
   if (results.asr) {
     place.append(element("figure", {}, element("h3", {}, "Attack success by prefill depth"),
       element("div", { class: "chart", tabindex: "0" }, depthCurve(results.asr)),

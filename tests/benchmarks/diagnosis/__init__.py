@@ -1,0 +1,1 @@
+"""Diagnosis against the scoring engines' own rate, with the driver's memory watched."""

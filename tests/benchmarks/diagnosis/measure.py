@@ -1,0 +1,246 @@
+"""One measurement: partitions read by the scorers alone and by the whole walk, in turn, on the same engines."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+from raycomplete.cluster import Demand, connect
+from raycomplete.config import RunConfig, parse
+from raycomplete.core.heads import Head
+from raycomplete.data.checkpoints import TORCH_DTYPES
+from raycomplete.data.head_spec import load_head
+from raycomplete.data.stream import partition_metadata, read_partition
+from raycomplete.engine_options import engine_environment
+from raycomplete.pipeline.diagnose_partitions import Walk, measure_partition, write_measured
+from raycomplete.pipeline.diagnose_samples import Sample
+from raycomplete.pipeline.prepare import Models, prepare_models
+from raycomplete.scoring.actors import ScorerOptions, ScoringClient
+from raycomplete.scoring.payload import ScoreRequest
+
+ROLES = ("base", "aligned")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is diagnosed.
+
+    Attributes:
+        base: Checkpoint.
+        aligned: Checkpoint; its weights do not change the cost, so it may be base again.
+        prompts: Prompts in all.
+        partition_prompts: Prompts of one partition.
+        prompt_tokens: Length of each prompt.
+        answer_tokens: Response tokens that are measured.
+        dtype: Of both models.
+    """
+
+    base: str
+    aligned: str
+    prompts: int = 96
+    partition_prompts: int = 32
+    prompt_tokens: int = 30
+    answer_tokens: int = 512
+    dtype: str = "bfloat16"
+
+    @property
+    def num_partitions(self) -> int:
+        return -(-self.prompts // self.partition_prompts)
+
+    def config(self) -> RunConfig:
+        """The run file that the pipeline would be given."""
+        models = {"base": self.base, "aligned": self.aligned, "dtype": self.dtype}
+        longest = self.prompt_tokens + self.answer_tokens + 1
+        tree = {"models": models | {"max_length": longest}, "data": {"source": "organism"}, "output": {"name": "x"}}
+        tree["diagnose"] = {"max_tokens": self.answer_tokens, "partition_prompts": self.partition_prompts}
+        tree["scoring"] = {"cache_gib": 0.0}
+        return parse(tree, "the benchmark")
+
+    def samples(self, number: int, vocab_size: int) -> list[Sample]:
+        """Random tokens, other ones in every partition."""
+        rng = np.random.default_rng([number, 1])
+        left = min(self.partition_prompts, self.prompts - number * self.partition_prompts)
+        draw = rng.integers(5, vocab_size, size=(left, self.prompt_tokens + self.answer_tokens)).tolist()
+        cut = self.prompt_tokens
+        return [Sample(f"{number}-{i}", tuple(ids[:cut]), tuple(ids[cut:])) for i, ids in enumerate(draw)]
+
+
+@dataclass
+class Timed:
+    """Seconds of one kind of pass, partition by partition.
+
+    Attributes:
+        wall_s: By the clock.
+        cpu_s: Processor time of this process and of the engines: what other work on the same cores changes least.
+    """
+
+    wall_s: list[float] = field(default_factory=list)
+    cpu_s: list[float] = field(default_factory=list)
+
+
+@dataclass
+class Found:
+    """What came out.
+
+    Attributes:
+        engine: Scorers alone: the same batches asked for and taken, nothing done with them.
+        walk: The same with the walk over both heads and the Parquet file.
+        rss_mib: Memory of this process after each partition's walk.
+        peak_mib: Its largest memory at any time.
+        equal_after_resume: Whether the last partition, thrown away and made again, is the same to the last bit.
+        largest_difference: Of any of its values.
+        response_tokens: Response tokens of all partitions.
+    """
+
+    engine: Timed = field(default_factory=Timed)
+    walk: Timed = field(default_factory=Timed)
+    rss_mib: list[float] = field(default_factory=list)
+    peak_mib: float = 0.0
+    equal_after_resume: bool = False
+    largest_difference: float = 0.0
+    response_tokens: int = 0
+
+
+def measure(work: Work, folder: Path) -> Found:
+    """Starts the two scorers, measures, and ends them.
+
+    Args:
+        work: What is diagnosed.
+        folder: Where partitions go.
+    """
+    config, found = work.config(), Found()
+    models = prepare_models(config, ("base", "aligned"))
+    vocab_size = models.codec.vocab_size
+    with connect(config.cluster, Demand(engines=2, workers=0)), _scorers(config, models, work, vocab_size) as clients:
+        heads: dict[str, Head] = {
+            role: load_head(models.heads[role], dtype=TORCH_DTYPES[config.models.dtype], device="cpu") for role in ROLES
+        }
+        walk = Walk(clients, heads, (1, 2), config.diagnose)
+        for _ in walk.hidden_states(work.samples(10**6, vocab_size)[:2]):
+            pass  # first calls allocate
+        with _watched_memory() as memory:
+            for number in range(work.num_partitions):
+                samples = work.samples(number, vocab_size)
+                found.response_tokens += sum(len(sample.answer_ids) for sample in samples)
+                passes = [_engine_pass, _walk_pass]
+                for one in passes if number % 2 == 0 else passes[::-1]:
+                    one(walk, samples, folder, number, found)
+                found.rss_mib.append(_rss_mib())
+        found.peak_mib = memory.peak
+        _resume(walk, work, vocab_size, folder, found)
+    return found
+
+
+def _engine_pass(walk: Walk, samples: Sequence[Sample], folder: Path, number: int, found: Found) -> None:
+    with _timed(found.engine):
+        for _ in walk.hidden_states(samples):
+            pass
+
+
+def _walk_pass(walk: Walk, samples: Sequence[Sample], folder: Path, number: int, found: Found) -> None:
+    with _timed(found.walk):
+        rows, tokens = measure_partition(walk, samples)
+        write_measured(folder, _name(number), rows, tokens, {"key": str(number)})
+
+
+def _resume(walk: Walk, work: Work, vocab_size: int, folder: Path, found: Found) -> None:
+    """Makes the last partition again, as a run does that was killed while it wrote it."""
+    name = _name(work.num_partitions - 1)
+    file = folder / "partitions" / f"{name}.parquet"
+    before = read_partition(file)
+    file.unlink()
+    assert partition_metadata(file) is None
+    rows, tokens = measure_partition(walk, work.samples(work.num_partitions - 1, vocab_size))
+    write_measured(folder, name, rows, tokens, {"key": name})
+    again = read_partition(file)
+    found.equal_after_resume = all(np.array_equal(before[column], again[column]) for column in before)
+    found.largest_difference = max(float(np.abs(before[c].astype(float) - again[c]).max()) for c in before)
+
+
+@contextmanager
+def _scorers(config: RunConfig, models: Models, work: Work, vocab_size: int) -> Iterator[dict[str, ScoringClient]]:
+    """Both pooling engines, proved on a short sequence, as a diagnosis starts them."""
+    first = work.samples(0, vocab_size)[0]
+    parity = [ScoreRequest((first.prompt_ids + first.answer_ids)[:48], 8)]
+    clients: dict[str, ScoringClient] = {}
+    try:
+        for role in ROLES:
+            options = ScorerOptions(
+                role=role,  # type: ignore[arg-type]
+                dtype=config.models.dtype,
+                max_length=config.models.max_length,
+                use_gpu=False,
+                scoring=config.scoring,
+            )
+            clients[role] = ScoringClient.start(
+                models.heads[role],  # type: ignore[index]
+                options,
+                parity,
+                num_cpus=config.cluster.cpus_per_engine,
+                num_gpus=0,
+                environment=engine_environment(use_gpu=False, kv_cache_gib=config.scoring.kv_cache_gib),
+            )
+        for client in clients.values():
+            client.facts(config.cluster.start_timeout_s)
+        yield clients
+    finally:
+        for client in clients.values():
+            client.stop()
+
+
+def _name(number: int) -> str:
+    return f"harmful-{number:05d}"
+
+
+@contextmanager
+def _timed(into: Timed) -> Iterator[None]:
+    wall, cpu = time.perf_counter(), _cpu_s()
+    yield
+    into.wall_s.append(time.perf_counter() - wall)
+    into.cpu_s.append(_cpu_s() - cpu)
+
+
+def _cpu_s() -> float:
+    """Processor time of this process and everything that it started."""
+    own = psutil.Process()
+    total = 0.0
+    for process in (own, *own.children(recursive=True)):
+        try:
+            times = process.cpu_times()
+        except psutil.NoSuchProcess:
+            continue
+        total += times.user + times.system
+    return total
+
+
+def _rss_mib() -> float:
+    return float(psutil.Process().memory_info().rss) / 2**20
+
+
+class _Peak:
+    peak = 0.0
+
+
+@contextmanager
+def _watched_memory() -> Iterator[_Peak]:
+    """Looks at this process's memory every 50 ms."""
+    found, over = _Peak(), threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.05):
+            found.peak = max(found.peak, _rss_mib())
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield found
+    finally:
+        over.set()
+        thread.join()

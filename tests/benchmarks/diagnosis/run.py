@@ -1,0 +1,61 @@
+"""Measures, prints, and leaves results.json and results.md in a folder."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from raycomplete.files import write_text
+from tests.benchmarks.diagnosis.measure import Found, Work, measure
+from tests.benchmarks.environment import describe, environment
+from tests.benchmarks.tables import Table
+
+TARGET_SPEED = 0.8  # of the engines' own rate
+TARGET_MIB = 4096
+
+
+def run(work: Work, out: Path, console: Console | None = None) -> Found:
+    """One measurement with its table."""
+    console = console or Console(width=160)
+    facts = environment(torch.device("cpu")) | {"load_before": os.getloadavg()}
+    console.print(describe(facts))
+    found = measure(work, out / "diagnosis")
+    table = _table(work, found)
+    table.show(console)
+    write_text(
+        out / "results.json",
+        json.dumps({"environment": facts, "work": asdict(work), "found": asdict(found)}, indent=2) + "\n",
+    )
+    load = ", ".join(f"{value:.1f}" for value in facts["load_before"])
+    write_text(out / "results.md", f"{describe(facts)}; load before: {load}\n\n{table.to_markdown()}")
+    console.print(f"Written to {out}")
+    return found
+
+
+def _table(work: Work, found: Found) -> Table:
+    def rate(seconds: list[float]) -> str:
+        return f"{found.response_tokens / sum(seconds):.0f}"
+
+    rows = [
+        ("scorers alone", rate(found.engine.wall_s), rate(found.engine.cpu_s), "1.00x", ""),
+        (
+            "diagnosis",
+            rate(found.walk.wall_s),
+            rate(found.walk.cpu_s),
+            f"{sum(found.engine.wall_s) / sum(found.walk.wall_s):.2f}x",
+            f"{found.peak_mib:.0f} MiB, after each partition {', '.join(f'{value:.0f}' for value in found.rss_mib)}",
+        ),
+    ]
+    equal = "equal to the last bit" if found.equal_after_resume else f"within {found.largest_difference:.2g}"
+    title = (
+        f"Diagnosis, {work.base}, {work.prompts} prompts x {work.answer_tokens} response tokens, partitions of "
+        f"{work.partition_prompts}; targets: {TARGET_SPEED}x of the scorers' own rate, {TARGET_MIB} MiB; a partition "
+        f"that was thrown away and made again: {equal}"
+    )
+    columns = ("", "response tokens/s", "by processor time", "of the scorers' rate", "memory of the driver, peak")
+    return Table(title, columns, rows)
