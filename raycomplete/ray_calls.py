@@ -26,7 +26,7 @@ from raycomplete.errors import ProcessDiedError, RaycompleteError, WaitTimeoutEr
 
 _RESUME = "Run again with --resume; if memory ran out, give the engine more or lower scoring.* and rollout.* sizes."
 
-_DEATH_REPORT_S = 3.0
+_DEATH_REPORT_S = 1.0
 
 # What Ray says of a death, and what it means; the first that fits. Ray's text on a closed connection lists every
 # possible reason, the memory monitor and the node among them, so it is recognised before those.

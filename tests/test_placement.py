@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from raycomplete.config import RunConfig, parse
-from raycomplete.placement import Node, Plan, Row, nodes_of, plan_run
+from raycomplete.errors import WaitTimeoutError
+from raycomplete.placement import Node, Plan, Reservation, Row, nodes_of, plan_run
 
 TREE: dict[str, Any] = {"models": {"base": "organism:base", "aligned": "organism:aligned"}, "data": {}}
 
@@ -83,3 +84,11 @@ def test_the_table_puts_needed_beside_available() -> None:
     lines = rows.text(nodes_of(entries), use_gpu=False).splitlines()
     assert len(lines) == len(table)
     assert lines[-2].split() == ["needed", "at", "one", "time", "3.5", "0"]
+
+
+@pytest.mark.slow
+def test_engines_without_a_place_are_told_with_the_table(ray_cluster: None) -> None:
+    places = Reservation([{"CPU": 100.0}], "pack")
+    with pytest.raises(WaitTimeoutError, match=r"no place for 1 engines in 0\.5 s (.|\n)*needed and there"):
+        places.wait(0.5, lambda: "needed and there")
+    places.release()

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from raycomplete.config import Dtype
 from raycomplete.data.checkpoints import TORCH_DTYPES
 from raycomplete.engine_options import engine_arguments
 from raycomplete.errors import WorkError
-from raycomplete.rollout.weights import WeightSource, checkpoint_tensors, key_of, version_of
+from raycomplete.rollout.weights import WeightSource, checkpoint_folder, checkpoint_tensors, key_of, version_of
 
 
 class RolloutEngine:
@@ -173,11 +170,8 @@ class RolloutEngine:
         if not self._is_sharded:
             yield {"weights_iterator": tensors}
             return
-        with tempfile.TemporaryDirectory(
-            prefix="weights-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None
-        ) as at:
-            save_file({name: tensor.contiguous() for name, tensor in tensors}, f"{at}/model.safetensors")
-            yield {"weights_path": at}
+        with checkpoint_folder(tensors) as folder:
+            yield {"weights_path": folder}
 
     @contextmanager
     def _awake(self) -> Iterator[None]:

@@ -6,8 +6,11 @@ brings them to any node, and an engine that was restarted finds them there as be
 
 from __future__ import annotations
 
+import os
+import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -17,6 +20,7 @@ import numpy.typing as npt
 import ray
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from raycomplete.data.head_spec import tensor_files
@@ -139,6 +143,18 @@ def checkpoint_tensors(
     if weights.kind == "lora":
         return _merged(files, payload, dtype)
     return ((name, tensor.to(dtype) if tensor.is_floating_point() else tensor) for name, tensor in payload.items())
+
+
+@contextmanager
+def checkpoint_folder(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[str]:
+    """A folder with these tensors, in memory where the machine has such a place, for processes that share nothing else.
+
+    It is gone when the context ends.
+    """
+    memory = "/dev/shm" if os.path.isdir("/dev/shm") else None
+    with tempfile.TemporaryDirectory(prefix="raycomplete-weights-", dir=memory) as folder:
+        save_file({name: tensor.contiguous() for name, tensor in tensors}, f"{folder}/model.safetensors")
+        yield folder
 
 
 def _merged(files: Mapping[str, str], adapters: Mapping[str, Any], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
