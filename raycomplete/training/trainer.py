@@ -111,11 +111,11 @@ def fit(
         )
 
 
-def _run(config: dict[str, Any]) -> None:
+def _run(config: dict[str, Any]) -> dict[str, Any]:
     """What Ray Train calls on every worker; only there is DeepSpeed imported."""
     from raycomplete.training.worker import run
 
-    run(config)
+    return run(config)
 
 
 def _follow(job: TrainJob, thread: threading.Thread, on_step: OnStep | None, stopping: Callable[[], bool]) -> None:
