@@ -98,6 +98,7 @@ def diagnose(config: RunConfig, *, resume: bool = False, overwrite: bool = False
             names = {kind: _measure_kind(job, walk, kind) for kind in KINDS}
             found = _summary(job, walk, names, time.perf_counter() - started)
             _publish(job, found)
+            screen.note(f"First pictures: {folder / 'report.html'}")
             found["gradient"] = _gradient(job, walk, first["harmful"])
             if config.diagnose.contrastive.evaluate:
                 _add_baseline(job, cluster, found)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
+import torch
 
 from raycomplete.cluster import Demand, connect
 from raycomplete.config import RunConfig, parse
@@ -24,6 +26,7 @@ from raycomplete.pipeline.diagnose_samples import Sample
 from raycomplete.pipeline.prepare import Models, prepare_models
 from raycomplete.scoring.actors import ScorerOptions, ScoringClient
 from raycomplete.scoring.payload import ScoreRequest
+from raycomplete.training.feed import ScoreSource
 
 ROLES = ("base", "aligned")
 
@@ -40,6 +43,7 @@ class Work:
         prompt_tokens: Length of each prompt.
         answer_tokens: Response tokens that are measured.
         dtype: Of both models.
+        engines: False takes random hidden states in place of the scorers': the driver's own part, memory and time.
     """
 
     base: str
@@ -49,6 +53,7 @@ class Work:
     prompt_tokens: int = 30
     answer_tokens: int = 512
     dtype: str = "bfloat16"
+    engines: bool = True
 
     @property
     def num_partitions(self) -> int:
@@ -66,7 +71,7 @@ class Work:
     def samples(self, number: int, vocab_size: int) -> list[Sample]:
         """Random tokens, other ones in every partition."""
         rng = np.random.default_rng([number, 1])
-        left = min(self.partition_prompts, self.prompts - number * self.partition_prompts)
+        left = min(self.partition_prompts, self.prompts - number % self.num_partitions * self.partition_prompts)
         draw = rng.integers(5, vocab_size, size=(left, self.prompt_tokens + self.answer_tokens)).tolist()
         cut = self.prompt_tokens
         return [Sample(f"{number}-{i}", tuple(ids[:cut]), tuple(ids[cut:])) for i, ids in enumerate(draw)]
@@ -118,11 +123,11 @@ def measure(work: Work, folder: Path) -> Found:
     config, found = work.config(), Found()
     models = prepare_models(config, ("base", "aligned"))
     vocab_size = models.codec.vocab_size
-    with connect(config.cluster, Demand(engines=2, workers=0)), _scorers(config, models, work, vocab_size) as clients:
+    with _sources(config, models, work, vocab_size) as sources:
         heads: dict[str, Head] = {
             role: load_head(models.heads[role], dtype=TORCH_DTYPES[config.models.dtype], device="cpu") for role in ROLES
         }
-        walk = Walk(clients, heads, (1, 2), config.diagnose)
+        walk = Walk(sources, heads, (1, 2), config.diagnose)
         for _ in walk.hidden_states(work.samples(10**6, vocab_size)[:2]):
             pass  # first calls allocate
         with _watched_memory() as memory:
@@ -162,6 +167,32 @@ def _resume(walk: Walk, work: Work, vocab_size: int, folder: Path, found: Found)
     again = read_partition(file)
     found.equal_after_resume = all(np.array_equal(before[column], again[column]) for column in before)
     found.largest_difference = max(float(np.abs(before[c].astype(float) - again[c]).max()) for c in before)
+
+
+@contextmanager
+def _sources(config: RunConfig, models: Models, work: Work, vocab_size: int) -> Iterator[Mapping[str, ScoreSource]]:
+    if not work.engines:
+        yield {role: RandomStates(models.heads[role].hidden_size, seed) for seed, role in enumerate(ROLES)}
+        return
+    with connect(config.cluster, Demand(engines=2, workers=0)), _scorers(config, models, work, vocab_size) as clients:
+        yield clients
+
+
+class RandomStates:
+    """Hidden states that nobody read, the same for the same sequences (a `ScoreSource`)."""
+
+    def __init__(self, width: int, seed: int) -> None:
+        self._width, self._seed = width, seed
+
+    def submit_sequences(self, sequences: Sequence[tuple[tuple[int, ...], int]]) -> Any:
+        return sequences
+
+    def warm_sequences(self, sequences: Sequence[tuple[tuple[int, ...], int]]) -> None:
+        """Nothing can be read ahead."""
+
+    def collect_tensors(self, reference: Any) -> list[torch.Tensor]:
+        drawn = torch.Generator().manual_seed(self._seed)
+        return [torch.randn(len(ids) - cut, self._width, generator=drawn).bfloat16().mul_(8) for ids, cut in reference]
 
 
 @contextmanager

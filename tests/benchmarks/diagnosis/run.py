@@ -42,12 +42,18 @@ def _table(work: Work, found: Found) -> Table:
         return f"{found.response_tokens / sum(seconds):.0f}"
 
     rows = [
-        ("scorers alone", rate(found.engine.wall_s), rate(found.engine.cpu_s), "1.00x", ""),
         (
-            "diagnosis",
+            "scorers alone" if work.engines else "random hidden states alone",
+            rate(found.engine.wall_s),
+            rate(found.engine.cpu_s),
+            "1.00x" if work.engines else "",
+            "",
+        ),
+        (
+            "diagnosis" if work.engines else "walk and files",
             rate(found.walk.wall_s),
             rate(found.walk.cpu_s),
-            f"{sum(found.engine.wall_s) / sum(found.walk.wall_s):.2f}x",
+            f"{sum(found.engine.wall_s) / sum(found.walk.wall_s):.2f}x" if work.engines else "",
             f"{found.peak_mib:.0f} MiB, after each partition {', '.join(f'{value:.0f}' for value in found.rss_mib)}",
         ),
     ]
