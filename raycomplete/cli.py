@@ -17,6 +17,7 @@ from rich.markup import escape
 from raycomplete import __version__
 from raycomplete.config import load_run_file
 from raycomplete.errors import RaycompleteError
+from raycomplete.logs import log_failure
 
 app = typer.Typer(
     name="raycomplete",
@@ -222,6 +223,7 @@ def guarded(work: Callable[[], Any]) -> int:
         if os.environ.get("RAYCOMPLETE_TRACEBACK"):
             raise
         kind = "Refused" if error.exit_code == 2 else "Failed"
+        log_failure(error)
         console.print(f"[bold red]{kind}:[/bold red] {escape(str(error))}", highlight=False, soft_wrap=True)
         if error.exit_code == 1:
             console.print("What was finished is kept; the same command with --resume continues it.", style="dim")

@@ -13,6 +13,7 @@ import ray
 from raycomplete.config import ClusterConfig
 from raycomplete.engine_options import available_cpus
 from raycomplete.errors import SetupError
+from raycomplete.logs import run_environment
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,8 @@ def connect(config: ClusterConfig, demand: Demand) -> Iterator[Cluster]:
                 object_store_memory=2 * 2**30,
             )
         else:
-            ray.init(address=config.address, log_to_driver=False, logging_level=logging.ERROR)
+            named = {"env_vars": run_environment()}  # a local cluster inherits it anyway
+            ray.init(address=config.address, runtime_env=named, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError) as error:
         place = config.address or os.environ.get("RAY_ADDRESS", "this machine")
         raise SetupError(

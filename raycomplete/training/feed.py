@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
+from raycomplete.observe import record
 from raycomplete.training.samples import AnchorSample, RecoverySample
 
 Key = tuple[str, tuple[int, ...], int]
@@ -112,4 +113,5 @@ class ScoreFeed:
             ):
                 tensors[(role, tokens, num_prompt)] = hidden_TH
         self.wait_s += time.perf_counter() - started
+        record("queue_depth", len(self._pending), queue="scoring")
         return Scores(tensors, self._max_depth)
