@@ -12,13 +12,12 @@ from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
-from raycomplete.errors import SetupError, WaitTimeoutError, WorkError
+from raycomplete.errors import SetupError, WorkError
 from raycomplete.submit import STOP_WAIT_S, Submission
 
 _CONNECT_S = 5.0
 _RETRIES = 5  # lost connections in a row, between which nothing was read
 _RETRY_S = 2.0
-_END_S = 60.0  # from the end of the log to the job's last word
 _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 
 Say = Callable[[str], None]
@@ -61,8 +60,11 @@ def connect_to(address: str) -> Any:
     Raises:
         SetupError: See `send`.
     """
-    parts = urlsplit(address if "://" in address else f"http://{address}")
-    port = parts.port or (443 if parts.scheme == "https" else 80)
+    try:
+        parts = urlsplit(address if "://" in address else f"http://{address}")
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+    except ValueError as error:
+        raise SetupError(f"{address!r} is no address ({error}).", "Give --address as http://HOST:8265.") from error
     try:  # Ray itself would wait for as long as the network does
         socket.create_connection((parts.hostname or "", port), timeout=_CONNECT_S).close()
     except OSError as error:
@@ -108,15 +110,31 @@ def follow(client: Any, job: str, say: Say) -> int:
     stopping = False
     while True:
         try:
-            log.follow()
-            return _outcome(client, job, say)
+            info = log.follow()
+            break
         except KeyboardInterrupt:
             if stopping:
                 say(f"The job goes on; ray job status {job} says how it does.")
                 return 1
             stopping = True
-            say(f"Asked the job to stop; it has {STOP_WAIT_S} s to write a checkpoint.")
-            client.stop_job(job)
+            say(_ask_to_stop(client, job))
+    say(f"Job {job}: {str(info.status).rpartition('.')[2].lower()}.")
+    if info.status == "SUCCEEDED":
+        return 0
+    if info.status == "STOPPED":
+        say("What was finished is kept; the same command with --resume continues it.")
+        return 1
+    if info.driver_exit_code not in (1, 2):  # those have said in the log why
+        say(str(info.message or "").strip()[:2000])
+    return 2 if info.driver_exit_code == 2 else 1
+
+
+def _ask_to_stop(client: Any, job: str) -> str:
+    try:
+        client.stop_job(job)
+    except (OSError, RuntimeError) as error:
+        return f"The job could not be asked to stop ({error}): ray job stop {job}."
+    return f"Asked the job to stop; it has {STOP_WAIT_S} s to write a checkpoint."
 
 
 class _Log:
@@ -126,21 +144,25 @@ class _Log:
         self._client, self._job = client, job
         self._printed = 0  # characters
 
-    def follow(self) -> None:
+    def follow(self) -> Any:
+        """Prints until the job has ended, however long it takes, and returns Ray's last word on it."""
         failures = 0
         while True:
             before = self._printed
             try:
                 asyncio.run(self._print())
-                return
-            except (OSError, RuntimeError) as error:
+                info = self._client.get_job_info(self._job)
+                if info.status in _ENDED:
+                    return info
+                failures = 0  # a proxy between here and there closed a silent connection
+            except Exception as error:  # of aiohttp, requests or Ray; bounded by the retries
                 failures = 1 if self._printed > before else failures + 1
                 if failures > _RETRIES:
                     raise WorkError(
                         f"The connection to job {self._job} was lost ({str(error).strip() or type(error).__name__}).",
                         f"The job goes on: ray job logs {self._job} --follow.",
                     ) from error
-                time.sleep(_RETRY_S)
+            time.sleep(_RETRY_S)
 
     async def _print(self) -> None:
         """Prints what was not printed yet; the server always begins at the first line."""
@@ -151,24 +173,3 @@ class _Log:
             if new:
                 print(new, end="", flush=True)
                 self._printed = seen
-
-
-def _outcome(client: Any, job: str, say: Say) -> int:
-    """The exit code of an ended job."""
-    deadline = time.monotonic() + _END_S
-    while (info := client.get_job_info(job)).status not in _ENDED:
-        if time.monotonic() > deadline:
-            raise WaitTimeoutError(
-                f"The log of job {job} ended {_END_S:.0f} s ago and Ray still calls it {info.status}.",
-                f"See ray job status {job}.",
-            )
-        time.sleep(0.2)
-    say(f"Job {job}: {str(info.status).rpartition('.')[2].lower()}.")
-    if info.status == "SUCCEEDED":
-        return 0
-    if info.status == "STOPPED":
-        say("What was finished is kept; the same command with --resume continues it.")
-        return 1
-    if info.driver_exit_code is None or info.driver_exit_code not in (1, 2):  # its own message is in the log already
-        say(str(info.message or "").strip()[:2000])
-    return 2 if info.driver_exit_code == 2 else 1

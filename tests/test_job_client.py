@@ -34,6 +34,7 @@ class Client:
         self.info = SimpleNamespace(status=status, driver_exit_code=code, message="why")
         self._tails = iter(tails)
         self.stopped = 0
+        self.running_for = 0  # questions after its status that are answered with "running"
 
     async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
         for item in next(self._tails):
@@ -42,7 +43,8 @@ class Client:
             yield item
 
     def get_job_info(self, job: str) -> Any:
-        return self.info
+        self.running_for -= 1
+        return SimpleNamespace(status="RUNNING") if self.running_for >= 0 else self.info
 
     def stop_job(self, job: str) -> bool:
         self.stopped += 1
@@ -73,6 +75,10 @@ def test_a_lost_connection_is_taken_up_where_it_broke(
     client = Client("SUCCEEDED", 0, [["one\n", RuntimeError("gone")], ["one\ntwo\n", "three\n"]])
     assert follow(client, "job", lambda _: None) == 0
     assert capsys.readouterr().out == "one\ntwo\nthree\n"
+    silent = Client("SUCCEEDED", 0, [["one\n"], ["one\n", "two\n"]])
+    silent.running_for = 1
+    assert follow(silent, "job", lambda _: None) == 0
+    assert capsys.readouterr().out == "one\ntwo\n"
     broken = Client("RUNNING", None, [[RuntimeError("gone")]] * 10)
     with pytest.raises(WorkError, match="The job goes on"):
         follow(broken, "job", lambda _: None)
@@ -110,6 +116,8 @@ def test_a_token_that_is_missing_or_wrong_is_explained(status: int, words: str) 
 
 
 def test_no_cluster_is_said_at_once() -> None:
+    with pytest.raises(SetupError, match="'http://head:many' is no address"):
+        connect_to("http://head:many")
     with pytest.raises(SetupError, match=r"No Ray cluster answers at http://127.0.0.1:\d+ .*--address"):
         connect_to(f"http://127.0.0.1:{free_port()}")
 

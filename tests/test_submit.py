@@ -14,6 +14,8 @@ from ray.dashboard.modules.job.cli import submit as ray_job_submit
 
 from raycomplete.errors import ConfigError, SetupError
 from raycomplete.submit import DEFAULT_ADDRESS, prepare, uploaded_files
+from tests.test_cli import main
+from tests.test_job_client import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 TREE = {
@@ -49,6 +51,18 @@ def test_the_printed_line_is_one_that_ray_parses_to_the_same(folder: Path) -> No
     assert parsed["working_dir"] == str(folder)
     assert yaml.safe_load(parsed["runtime_env_json"]) == submission.runtime_env
     assert list(parsed["entrypoint"]) == ["python", "-m", "raycomplete", "train", "run.yaml", *overrides, "--resume"]
+
+
+def test_the_command_line_prints_it_alone(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(monkeypatch, "submit", "run.yaml", "output.root=runs", "--job", "diagnose", "--dry-run") == 0
+    printed, aside = capsys.readouterr()
+    assert shlex.split(printed)[-4:] == ["raycomplete", "diagnose", "run.yaml", "output.root=runs"]
+    assert printed.count("\n") == 1
+    assert "output.root is 'runs'" in aside
+    assert main(monkeypatch, "submit", "run.yaml", "--address", f"http://127.0.0.1:{free_port()}") == 2
+    assert "No Ray cluster answers" in capsys.readouterr().err
 
 
 def test_a_job_script_of_the_working_folder_is_used(folder: Path) -> None:
