@@ -1,6 +1,9 @@
 """Safety SFT under `ray job submit`: the same as `raycomplete align`.
 
-ray job submit --working-dir . -- python jobs/align.py jobs/smollm2.yaml
+raycomplete submit jobs/smollm2.yaml output.root=/shared/runs --job align
+ray job submit --working-dir . -- python jobs/align.py jobs/smollm2.yaml output.root=/shared/runs
+
+See jobs/train.py for folders, exit codes and stops.
 """
 
 import sys

@@ -1,6 +1,9 @@
 """Diagnosis under `ray job submit`: the same as `raycomplete diagnose`.
 
-ray job submit --working-dir . -- python jobs/diagnose.py jobs/organism.yaml
+raycomplete submit jobs/organism.yaml output.root=/shared/runs --job diagnose
+ray job submit --working-dir . -- python jobs/diagnose.py jobs/organism.yaml output.root=/shared/runs
+
+See jobs/train.py for folders, exit codes and stops.
 """
 
 import sys

@@ -1,6 +1,9 @@
 """Evaluation under `ray job submit`: the same as `raycomplete evaluate`.
 
-ray job submit --working-dir . -- python jobs/evaluate.py jobs/organism.yaml
+raycomplete submit jobs/organism.yaml output.root=/shared/runs --job evaluate
+ray job submit --working-dir . -- python jobs/evaluate.py jobs/organism.yaml output.root=/shared/runs
+
+See jobs/train.py for folders, exit codes and stops.
 """
 
 import sys

@@ -17,6 +17,7 @@ from rich.markup import escape
 from raycomplete import __version__
 from raycomplete.config import load_run_file
 from raycomplete.errors import ConfigError, ProcessDiedError, RaycompleteError, StoppedError
+from raycomplete.logs import log_failure
 
 app = typer.Typer(
     name="raycomplete",
@@ -147,6 +148,34 @@ def plan(
 
 
 @app.command()
+def submit(
+    run_file: RunFile,
+    overrides: Overrides = None,
+    address: Annotated[str | None, typer.Option(help="Of the cluster's job server.", show_default=False)] = None,
+    job: Annotated[str, typer.Option(help="train, align, diagnose, evaluate or serve.")] = "train",
+    working_dir: Annotated[Path, typer.Option(help="Folder that is uploaded.")] = Path("."),
+    no_wait: Annotated[bool, typer.Option("--no-wait", help="Do not follow the job.")] = False,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command and send nothing.")] = False,
+) -> int:
+    """Runs a job on a cluster by `ray job submit`: prints the command, follows its log, ends with its exit code."""
+    from raycomplete.submit import prepare
+
+    flags = [flag for flag, is_set in (("--resume", resume), ("--overwrite", overwrite)) if is_set]
+    submission = prepare(run_file, overrides or [], job=job, address=address, working_dir=working_dir, flags=flags)
+    aside = Console(stderr=True)
+    for warning in submission.warnings:
+        aside.print(f"[yellow]Note:[/yellow] {escape(warning)}", highlight=False, soft_wrap=True)
+    print(submission.command(), flush=True)
+    if dry_run:
+        return 0
+    from raycomplete.job_client import send
+
+    return send(submission, lambda text: aside.print(escape(text), style="dim", soft_wrap=True), wait=not no_wait)
+
+
+@app.command()
 def report(run_folder: Annotated[Path, typer.Argument(help="Folder of a finished run.")]) -> None:
     """Writes report.html of a run folder anew."""
     from raycomplete.report.html import write_report
@@ -234,6 +263,7 @@ def guarded(work: Callable[[], Any]) -> int:
             console.print(str(error), highlight=False, markup=False, soft_wrap=True)
             return error.exit_code
         kind = "Refused" if error.exit_code == 2 else "Failed"
+        log_failure(error)
         console.print(f"[bold red]{kind}:[/bold red] {escape(str(error))}", highlight=False, soft_wrap=True)
         if error.exit_code == 1:
             console.print("What was finished is kept; the same command with --resume continues it.", style="dim")

@@ -15,6 +15,7 @@ from ray.autoscaler.sdk import request_resources
 from raycomplete.config import ClusterConfig
 from raycomplete.engine_options import available_cpus
 from raycomplete.errors import SetupError
+from raycomplete.logs import run_environment
 from raycomplete.placement import Plan, nodes_of
 from raycomplete.screen import Screen
 
@@ -65,7 +66,8 @@ def connect(config: ClusterConfig, plan: Plan, screen: Screen | None = None) -> 
                 object_store_memory=2 * 2**30,
             )
         else:
-            ray.init(address=config.address, log_to_driver=False, logging_level=logging.ERROR)
+            named = {"env_vars": run_environment()}  # a local cluster inherits it anyway
+            ray.init(address=config.address, runtime_env=named, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError) as error:
         place = config.address or os.environ.get("RAY_ADDRESS", "this machine")
         raise SetupError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,6 +11,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
+
+logger = logging.getLogger(__name__)
 
 Advance = Callable[[int, str], None]
 
@@ -28,6 +32,7 @@ class Screen:
     def note(self, text: str) -> None:
         """One line with the time since the start."""
         self.console.print(f"[dim]{time.perf_counter() - self._started:6.1f} s[/dim]  {text}", highlight=False)
+        logger.info("%s", Text.from_markup(text))
 
     @contextmanager
     def stage(self, title: str) -> Iterator[None]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+
+from raycomplete.submit import STOP_WAIT_S
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -47,4 +50,17 @@ def test_every_node_runs_these_sources_and_checks_the_token(cluster: dict[str, A
     assert any("make setup" in command for command in cluster["setup_commands"])
     for key in ("head_start_ray_commands", "worker_start_ray_commands"):
         assert "RAY_AUTH_MODE=token" in cluster[key][-1]
+        assert "--metrics-export-port=8080" in cluster[key][-1]
     assert "--dashboard-host=127.0.0.1" in cluster["head_start_ray_commands"][-1]
+
+
+def test_a_stopped_job_has_time_for_a_checkpoint(cluster: dict[str, Any]) -> None:
+    found = re.search(r"RAY_JOB_STOP_WAIT_TIME_S=(\d+)", cluster["head_start_ray_commands"][-1])
+    assert found
+    assert int(found[1]) == STOP_WAIT_S
+
+
+def test_runs_lie_on_storage_that_every_node_mounts(cluster: dict[str, Any]) -> None:
+    (mount,) = (command for command in cluster["setup_commands"] if " mount " in command)
+    assert "mountpoint -q /shared ||" in mount  # set-up runs again at every `ray up`
+    assert "nfs-common" in cluster["setup_commands"][0]

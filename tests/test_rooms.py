@@ -18,10 +18,10 @@ MAX_LINES = 400
 
 # From upper to lower. A room imports only rooms of the lines above it, and itself.
 LINES: tuple[frozenset[str], ...] = (
-    frozenset({"errors", "types", "config", "files", "stopping"}),
+    frozenset({"errors", "types", "config", "files", "logs", "stopping"}),
     frozenset({"core", "plan"}),
     frozenset({"data"}),
-    frozenset({"engine_options", "ray_calls"}),
+    frozenset({"engine_options", "ray_calls", "observe"}),
     frozenset({"scoring", "rollout", "training", "evaluation", "serving", "report"}),
 )
 # The first line may import within itself, and so may wiring: the modules of the package root that no line names
@@ -34,7 +34,7 @@ WIRING_FOLDERS = frozenset({"pipeline"})  # any other folder must stand in a lin
 ALLOWED: dict[str, frozenset[str]] = {
     "vllm": frozenset({"scoring", "rollout"}),
     "deepspeed": frozenset({"training"}),
-    "ray": frozenset({"ray_calls", "scoring", "rollout", "training", "serving", WIRING}),
+    "ray": frozenset({"ray_calls", "observe", "scoring", "rollout", "training", "serving", WIRING}),
     "ray.train": frozenset({"training"}),
     "ray.serve": frozenset({"serving", WIRING}),
     "transformers": frozenset({"data"}),
@@ -49,7 +49,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "rich": frozenset({WIRING, "data/organism/build.py"}),
 }
 # Importable before torch is (seconds), so that a wrong run file is refused at once.
-WITHOUT_TORCH = ("errors", "types", "config", "files", "stopping", "engine_options", "plan")
+WITHOUT_TORCH = ("errors", "types", "config", "files", "logs", "stopping", "engine_options", "plan")
 MAY_IMPORT_TRITON = "core"  # and there in one file only
 
 

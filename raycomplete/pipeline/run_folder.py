@@ -10,6 +10,7 @@ from typing import Any
 from raycomplete.config import RunConfig, dump, load_run_file
 from raycomplete.errors import ConfigError
 from raycomplete.files import write_json, write_text
+from raycomplete.logs import announce_run, begin
 from raycomplete.pipeline.prepare import environment
 
 # Keys that may differ between a run and its resumption: where and for how long, and how much memory. None of them
@@ -60,6 +61,7 @@ def open_run_folder(
     if not (keep_config and settings.is_file()):
         write_text(settings, dump(config))
     write_json(folder / "environment.json", versions)
+    begin("driver")
     return folder
 
 
@@ -67,6 +69,8 @@ def check_run_folder(
     config: RunConfig, *, resume: bool, same: Collection[str], overwrite: bool = False, free: Collection[str] = ()
 ) -> dict[str, str]:
     """Refuses what `open_run_folder` would refuse, before anything is started, and writes nothing.
+
+    From here on logs and metrics of all processes bear the run's name.
 
     Returns:
         Versions of what the run will use.
@@ -87,6 +91,7 @@ def check_run_folder(
             )
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"The folder {folder} is not empty and holds no run.", "Choose another output.name.")
+    announce_run(config.output.name, folder)
     return environment()
 
 

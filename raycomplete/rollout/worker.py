@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from raycomplete.config import Dtype, RolloutConfig
+from raycomplete.observe import begin, record, rolled_out
 from raycomplete.rollout.engine import RolloutEngine
 from raycomplete.rollout.weights import WeightSource
 
@@ -52,6 +53,7 @@ class RolloutWorker:
     """
 
     def __init__(self, path: str, options: RolloutOptions) -> None:
+        begin("rollout engine")
         self._path = path
         self._options = options
         self._engine: RolloutEngine | None = None
@@ -76,7 +78,9 @@ class RolloutWorker:
         engine, load_s = self._engine_with(weights)
         started = time.perf_counter()
         responses = engine.generate_finished(sequences, max_tokens, temperature, top_p, seed)
-        return Answer(responses, engine.version, self._incarnation, time.perf_counter() - started, load_s)
+        seconds = time.perf_counter() - started
+        rolled_out(tokens=sum(len(tokens) for tokens, _ in responses), seconds=seconds)
+        return Answer(responses, engine.version, self._incarnation, seconds, load_s)
 
     def log_probs(self, weights: WeightSource, sequences: list[tuple[list[int], int]]) -> Answer:
         """Log-probabilities of responses under these weights (see `RolloutEngine.log_probs`)."""
@@ -93,7 +97,11 @@ class RolloutWorker:
         finally:
             if not engine.is_whole:
                 self._engine = None  # the next call starts a new one
-        return engine, time.perf_counter() - started if loaded else 0.0
+        if not loaded:
+            return engine, 0.0
+        seconds = time.perf_counter() - started
+        record("weight_load_seconds", seconds)
+        return engine, seconds
 
     def _ready_engine(self) -> RolloutEngine:
         if self._engine is None:

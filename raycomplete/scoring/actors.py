@@ -18,6 +18,7 @@ from raycomplete.data.checkpoints import TORCH_DTYPES
 from raycomplete.data.head_spec import HeadSpec, load_head
 from raycomplete.errors import PoisonedSampleError
 from raycomplete.files import write_json
+from raycomplete.observe import begin, scored
 from raycomplete.ray_calls import is_gone, wait_for
 from raycomplete.scoring.board import Board, ClusterBoard, digest
 from raycomplete.scoring.cache import ScoreCache
@@ -65,6 +66,7 @@ class Scorer:
         note: str = "",
         board: Board | None = None,
     ) -> None:
+        begin(f"{options.role} scorer")
         self._spec = spec
         self._options = options
         self._parity_requests = parity_requests
@@ -105,8 +107,11 @@ class Scorer:
         self._say("")
         for request, array in fresh.items():
             self._cache.put(request, array)
-        self._tokens_read += sum(len(request.token_ids) - 1 for request in missing)
-        self._seconds += time.perf_counter() - started if missing else 0.0
+        tokens = sum(len(request.token_ids) - 1 for request in missing)
+        seconds = time.perf_counter() - started if missing else 0.0
+        self._tokens_read, self._seconds = self._tokens_read + tokens, self._seconds + seconds
+        misses = sum(array is None for array in arrays)
+        scored(tokens=tokens, seconds=seconds, hits=len(arrays) - misses, misses=misses)
         return [fresh[request] if array is None else array for request, array in zip(requests, arrays, strict=True)]
 
     def warm(self, requests: list[ScoreRequest]) -> None:

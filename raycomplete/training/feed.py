@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from raycomplete.errors import PoisonedSampleError
+from raycomplete.observe import record
 from raycomplete.training.samples import AnchorSample, RecoverySample
 
 logger = logging.getLogger(__name__)
@@ -124,6 +125,7 @@ class ScoreFeed:
             for (tokens, num_prompt), hidden_TH in zip(sequences, self._collect(role, reference), strict=True):
                 tensors[(role, tokens, num_prompt)] = hidden_TH
         self.wait_s += time.perf_counter() - started
+        record("queue_depth", len(self._pending), queue="scoring")
         return Scores(tensors, self._max_depth)
 
     def _collect(self, role: str, reference: Any) -> list[torch.Tensor]:

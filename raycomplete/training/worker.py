@@ -25,6 +25,8 @@ from raycomplete.core.multiplier import AnchorMultiplier
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.checkpoints import TORCH_DTYPES, load_model, save_checkpoint
 from raycomplete.data.head_spec import load_head
+from raycomplete.logs import set_step
+from raycomplete.observe import begin, finished_step
 from raycomplete.training import engine as ds
 from raycomplete.training.bad_steps import BadSteps, poison
 from raycomplete.training.batches import BatchBuilder, Emphasis, MicroBatch
@@ -68,6 +70,7 @@ class Worker:
         self.job = job
         self.rank = ray_train.get_context().get_world_rank()
         self.world_size = ray_train.get_context().get_world_size()
+        begin("training worker", self.rank)
         torch.manual_seed(job.train.seed)
         np.random.seed(job.train.seed)
 
@@ -215,6 +218,7 @@ class Worker:
                 row |= self._validate(self.validator, done)
             if self.metrics is not None:
                 self.metrics.append(row)
+                finished_step(row)
             for sink in self.sinks:
                 sink.write(finite(row))
             stops = self.stop and done < train.steps
@@ -265,6 +269,7 @@ class Worker:
 
     def _step(self, step: int) -> dict[str, Any]:
         started = time.perf_counter()
+        set_step(step + 1)
         # Dropout, where a model has it, then draws the same after a resume.
         torch.manual_seed(hash((self.job.train.seed, step, self.rank)))
         given = self.source.next(step)

@@ -1,0 +1,164 @@
+"""Structured logs: one JSON object a line, in `<run folder>/logs/`, from the driver and from every actor and worker.
+
+`RAYCOMPLETE_LOG=json` switches them on. Each line says when, which run, role, rank and step, on which node, and what.
+The driver names the run in its environment, from which all processes of the run inherit it; each process then says its
+role once, by `begin`. Files are bounded, readable by their owner only, and hold no secret of the environment.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import socket
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
+from typing import Any
+
+SWITCH = "RAYCOMPLETE_LOG"
+RUN = "RAYCOMPLETE_RUN"
+FOLDER = "RAYCOMPLETE_RUN_FOLDER"
+_JOB_SETTINGS = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # there in the driver of a submitted job, whose variables workers inherit
+_MAX_BYTES = 10 * 2**20
+_OLD_FILES = 2
+_HIDDEN = "***"
+_SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_KEY", re.IGNORECASE)
+_NO_SECRET = re.compile(r"^(true|false|\d+|/.*)$", re.IGNORECASE)  # TOKENIZERS_PARALLELISM=false, RAY_AUTH_TOKEN_PATH
+_SECRET_TEXT = re.compile(r"(Bearer\s+|hf_|sk-)[A-Za-z0-9._~+/=-]{8,}")
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Who writes.
+
+    Attributes:
+        run: Name of the run; empty outside of one.
+        role: "driver", "base scorer", "rollout engine", "training worker".
+        rank: Of a training worker.
+        step: Training step at work.
+    """
+
+    run: str = ""
+    role: str = "driver"
+    rank: int | None = None
+    step: int | None = None
+
+
+_identity = Identity()
+_handler: RotatingFileHandler | None = None
+
+
+def identity() -> Identity:
+    """Of this process."""
+    return replace(_identity, run=os.environ.get(RUN, ""))
+
+
+def announce_run(name: str, folder: Path) -> None:
+    """Names the run for this process and those that it will start; the driver calls it before it connects to Ray."""
+    os.environ[RUN] = name
+    os.environ[FOLDER] = str(folder.resolve())
+
+
+def run_environment() -> dict[str, str]:
+    """Variables that the driver gives to every process of its run."""
+    names = [RUN, FOLDER] if _JOB_SETTINGS in os.environ else [RUN, FOLDER, SWITCH]  # Ray refuses a name given twice
+    return {name: os.environ[name] for name in names if name in os.environ}
+
+
+def begin(role: str, rank: int | None = None) -> None:
+    """Says who this process is, and opens its log where logs are on. Saying it again changes the role.
+
+    Args:
+        role: See `Identity`.
+        rank: Of a training worker.
+    """
+    global _identity, _handler
+    _identity = Identity(role=role, rank=rank)
+    root = logging.getLogger()
+    if _handler is not None:
+        root.removeHandler(_handler)
+        _handler.close()
+        _handler = None
+    folder = os.environ.get(FOLDER)
+    if os.environ.get(SWITCH, "").lower() != "json" or not folder:
+        return
+    who = role if rank is None else f"{role} {rank}"
+    path = Path(folder) / "logs" / f"{who.replace(' ', '-')}-{socket.gethostname()}-{os.getpid()}.jsonl"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _handler = _PrivateFile(path, maxBytes=_MAX_BYTES, backupCount=_OLD_FILES, encoding="utf-8", delay=True)
+    except OSError as error:
+        logging.getLogger(__name__).warning("No log is written to %s: %s", path, error)
+        return
+    _handler.setFormatter(JsonLines())
+    _handler.addFilter(_of_interest)
+    root.addHandler(_handler)
+    logging.getLogger("raycomplete").setLevel(logging.INFO)
+    logging.getLogger("raycomplete").info("Began as %s.", who)
+
+
+def log_failure(error: BaseException) -> None:
+    """What ended a run; without a log nothing, since the command line says it already."""
+    if _handler is not None:
+        logging.getLogger("raycomplete").error("%s", error, exc_info=error)
+
+
+def set_step(step: int) -> None:
+    """Lines written from now on belong to this training step."""
+    global _identity
+    _identity = replace(_identity, step=step)
+
+
+def hide_secrets(text: str) -> str:
+    """A text without the values of secret environment variables, bearer tokens and keys of known form."""
+    for name, value in os.environ.items():
+        if len(value) >= 8 and _SECRET_NAME.search(name) and not _NO_SECRET.match(value):
+            text = text.replace(value, _HIDDEN)
+    return _SECRET_TEXT.sub(_HIDDEN, text)
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object for each record; `extra={"fields": {...}}` adds to it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """See `logging.Formatter`."""
+        who = identity()
+        line: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "run": who.run,
+            "role": who.role,
+            "rank": who.rank,
+            "step": who.step,
+            "node": socket.gethostname(),
+            "pid": record.process,
+            "logger": record.name,
+            "message": hide_secrets(record.getMessage()),
+        }
+        fields = getattr(record, "fields", None)
+        if isinstance(fields, dict):
+            line |= {
+                name: hide_secrets(value) if isinstance(value, str) else value
+                for name, value in fields.items()
+                if name not in line
+            }
+        if record.exc_info:
+            line["error"] = hide_secrets(self.formatException(record.exc_info))
+        text = json.dumps(line, default=str, ensure_ascii=False)
+        return text.encode("utf-8", errors="backslashreplace").decode()
+
+
+class _PrivateFile(RotatingFileHandler):
+    """Readable by its owner only: messages of libraries may quote prompts."""
+
+    def _open(self) -> Any:
+        descriptor = os.open(self.baseFilename, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        return os.fdopen(descriptor, "a", encoding=self.encoding)
+
+
+def _of_interest(record: logging.LogRecord) -> bool:
+    """Our own lines, and what others warn of."""
+    return record.name.startswith("raycomplete") or record.levelno >= logging.WARNING

@@ -1,0 +1,184 @@
+"""The KubeRay manifests: pods by Kubernetes' own types, the rest by what the operator and Ray ask for."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ray.serve.schema import ServeDeploySchema
+
+from raycomplete import __version__
+from raycomplete.config import load_run_file
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "jobs" / "kuberay"
+SOURCES = "/opt/raycomplete/"  # where the image holds the checkout
+# Where each kind keeps the cluster, and its fields that we use.
+CLUSTER_AT = {"RayCluster": (), "RayJob": ("rayClusterSpec",), "RayService": ("rayClusterConfig",)}
+FIELDS = {
+    "RayCluster": set(),
+    "RayJob": {
+        "rayClusterSpec",
+        "entrypoint",
+        "submissionMode",
+        "backoffLimit",
+        "shutdownAfterJobFinishes",
+        "ttlSecondsAfterFinished",
+    },
+    "RayService": {"rayClusterConfig", "serveConfigV2", "upgradeStrategy"},
+}
+CLUSTER_FIELDS = {
+    "rayVersion",
+    "authOptions",
+    "enableInTreeAutoscaling",
+    "autoscalerOptions",
+    "headGroupSpec",
+    "workerGroupSpecs",
+}
+GROUP_FIELDS = {"groupName", "replicas", "minReplicas", "maxReplicas", "labels", "rayStartParams", "template"}
+QUANTITY = re.compile(r"^\d+(\.\d+)?(m|[KMGT]i?)?$")
+
+
+def documents() -> list[dict[str, Any]]:
+    return [tree for path in sorted(FOLDER.glob("*.yaml")) for tree in yaml.safe_load_all(path.read_text("utf-8"))]
+
+
+def resources(kind: str) -> dict[str, Any]:
+    (found,) = (tree for tree in documents() if tree["kind"] == kind)
+    return found
+
+
+def cluster_of(kind: str) -> dict[str, Any]:
+    node = resources(kind)["spec"]
+    for key in CLUSTER_AT[kind]:
+        node = node[key]
+    return node
+
+
+def pods(kind: str) -> dict[str, dict[str, Any]]:
+    """Pod specs by group, the head's first."""
+    cluster = cluster_of(kind)
+    groups = {"head": cluster["headGroupSpec"]} | {group["groupName"]: group for group in cluster["workerGroupSpecs"]}
+    return {name: group["template"]["spec"] for name, group in groups.items()}
+
+
+def locked(package: str) -> str:
+    found = re.search(rf"^{package}==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert found
+    return found[1]
+
+
+def unknown(given: Any, taken: Any, where: str = "") -> Iterator[str]:
+    """Keys that were given and that a typed reading of the same dropped."""
+    if isinstance(given, dict):
+        for key, value in given.items():
+            if key not in taken:
+                yield f"{where}.{key}"
+            else:
+                yield from unknown(value, taken[key], f"{where}.{key}")
+    elif isinstance(given, list):
+        for index, (value, kept) in enumerate(zip(given, taken, strict=True)):
+            yield from unknown(value, kept, f"{where}[{index}]")
+
+
+def check_type(tree: dict[str, Any], name: str) -> list[str]:
+    """Unknown fields of a Kubernetes type; a value of a wrong type raises."""
+    models = pytest.importorskip("lightkube.models.core_v1", reason="comes with the dev extra")
+    msgspec = pytest.importorskip("msgspec")
+    return list(unknown(tree, msgspec.to_builtins(msgspec.convert(tree, getattr(models, name)))))
+
+
+@pytest.mark.parametrize("kind", list(CLUSTER_AT))
+def test_pods_hold_only_fields_that_kubernetes_knows(kind: str) -> None:
+    for name, pod in pods(kind).items():
+        assert check_type(pod, "PodSpec") == [], name
+    broken = dict(pods(kind)["head"], restartPolicyy="Never")
+    assert check_type(broken, "PodSpec") == [".restartPolicyy"]
+
+
+def test_claims_are_whole_and_every_volume_has_one() -> None:
+    claims = [tree for tree in documents() if tree["kind"] == "PersistentVolumeClaim"]
+    for claim in claims:
+        assert check_type(claim, "PersistentVolumeClaim") == []
+    modes = {claim["metadata"]["name"]: claim["spec"]["accessModes"] for claim in claims}
+    for kind in CLUSTER_AT:
+        for pod in pods(kind).values():
+            volumes = {volume["name"]: volume["persistentVolumeClaim"]["claimName"] for volume in pod["volumes"]}
+            assert {mount["name"] for mount in pod["containers"][0]["volumeMounts"]} == set(volumes)
+            assert modes[volumes["shared"]] == ["ReadWriteMany"]
+    users = [name for name, pod in pods("RayService").items() if any(v["name"] == "state" for v in pod["volumes"])]
+    assert modes["raycomplete-serve-state"] == ["ReadWriteOnce"]
+    assert users == ["evaluation"]
+    assert cluster_of("RayService")["workerGroupSpecs"][0]["maxReplicas"] == 1  # one disk, one SQLite file, one pod
+
+
+@pytest.mark.parametrize("kind", list(CLUSTER_AT))
+def test_the_operator_finds_what_it_asks_for(kind: str) -> None:
+    tree, cluster = resources(kind), cluster_of(kind)
+    assert tree["apiVersion"] == "ray.io/v1"
+    assert tree["metadata"]["name"]
+    assert set(tree["spec"]) - FIELDS[kind] <= (CLUSTER_FIELDS if kind == "RayCluster" else set())
+    assert set(cluster) <= CLUSTER_FIELDS
+    assert cluster["authOptions"] == {"mode": "token"}
+    assert set(cluster["headGroupSpec"]) <= GROUP_FIELDS
+    for group in cluster["workerGroupSpecs"]:
+        assert set(group) <= GROUP_FIELDS
+        assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        assert all(isinstance(value, str) for value in group["rayStartParams"].values())
+
+
+@pytest.mark.parametrize("kind", list(CLUSTER_AT))
+def test_versions_are_those_of_the_lock(kind: str) -> None:
+    assert cluster_of(kind)["rayVersion"] == locked("ray")
+    images = {pod["containers"][0]["image"] for pod in pods(kind).values()}
+    assert len(images) == 1
+    (image,) = images
+    assert image.endswith(f":{__version__}-ray{locked('ray')}")
+    assert image in (FOLDER / "Dockerfile").read_text()
+
+
+@pytest.mark.parametrize("kind", list(CLUSTER_AT))
+def test_resources_and_rights_are_bounded(kind: str) -> None:
+    for name, pod in pods(kind).items():
+        (container,) = pod["containers"]
+        limits, requests = container["resources"]["limits"], container["resources"]["requests"]
+        assert limits == requests  # Ray takes what the limit says as its own
+        assert all(QUANTITY.match(str(value)) for value in limits.values())
+        assert ("nvidia.com/gpu" in limits) == (name != "head")
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+        environment = {item["name"]: item.get("value") for item in container["env"]}
+        wait_s = int(environment["RAY_JOB_STOP_WAIT_TIME_S"] or 0)
+        assert 60 <= wait_s < pod["terminationGracePeriodSeconds"]
+
+
+def test_the_job_is_one_that_this_checkout_can_run() -> None:
+    words = shlex.split(resources("RayJob")["spec"]["entrypoint"])
+    assert words[0] == "python"
+    script, run_file = (ROOT / word.removeprefix(SOURCES) for word in words[1:3])
+    assert script.is_file()
+    overrides = [word for word in words[3:] if not word.startswith("--")]
+    assert load_run_file(run_file, overrides).output.root == Path("/shared/runs")
+    assert "--resume" in words  # a second start goes on from what the first one left
+
+
+def test_the_service_is_that_of_the_serve_file() -> None:
+    ours = yaml.safe_load(resources("RayService")["spec"]["serveConfigV2"])
+    plain = yaml.safe_load((ROOT / "jobs" / "serve.yaml").read_text(encoding="utf-8"))
+    for tree in (ours, plain):
+        ServeDeploySchema.model_validate(tree)
+    arguments = ours["applications"][0].pop("args")
+    plain_arguments = plain["applications"][0].pop("args")
+    assert ours.pop("http_options") == {**plain.pop("http_options"), "host": "0.0.0.0"}
+    assert ours == plain
+    assert arguments["run_file"] == SOURCES + plain_arguments["run_file"]
+    overrides = [f"{key}={value}" for key, value in arguments.items() if key != "run_file"]
+    config = load_run_file(ROOT / plain_arguments["run_file"], overrides)
+    assert config.serve.host == "0.0.0.0"  # so that the service insists on a token
+    assert config.serve.state.is_absolute()
