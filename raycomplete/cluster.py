@@ -5,14 +5,16 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import ray
 
 from raycomplete.config import ClusterConfig
 from raycomplete.engine_options import available_cpus
 from raycomplete.errors import SetupError
+from raycomplete.files import PRIVATE
 
 
 @dataclass(frozen=True)
@@ -72,10 +74,19 @@ def connect(config: ClusterConfig, demand: Demand) -> Iterator[Cluster]:
             f"No Ray cluster answers at {place} ({str(error).splitlines()[0]}).",
             "Check cluster.address, or leave it out to start one on this machine.",
         ) from error
+    _close_token()
     try:
         yield _check(config, demand)
     finally:
         ray.shutdown()
+
+
+def _close_token() -> None:
+    """Takes Ray's token from the eyes of other users: Ray writes it with the permissions of any file."""
+    token = Path.home() / ".ray" / "auth_token"
+    with suppress(OSError):  # there is none, or it is another user's
+        if token.stat().st_mode & 0o077:
+            token.chmod(PRIVATE)
 
 
 def _check(config: ClusterConfig, demand: Demand) -> Cluster:

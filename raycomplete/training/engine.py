@@ -16,6 +16,7 @@ from deepspeed import zero
 from raycomplete.config import Dtype, TrainConfig
 from raycomplete.errors import WorkError
 from raycomplete.files import PRIVATE, write_json
+from raycomplete.training.ownership import check_owned, make_private
 
 _COMPLETE = "complete.json"
 
@@ -95,6 +96,7 @@ def save(engine: Any, folder: Path, step: int, state: dict[str, Any], keep: int 
     """
     target = folder / f"step-{step:06d}"
     if dist.get_rank() == 0:
+        make_private(folder)
         (target / _COMPLETE).unlink(missing_ok=True)  # a resumed run may write a step again: until then it is not whole
     dist.barrier()
     engine.save_checkpoint(str(target), tag="state")
@@ -132,6 +134,7 @@ def restore(engine: Any, folder: Path, step: int | None = None) -> dict[str, Any
         The saved state with its "step", or None where there is nothing to resume.
 
     Raises:
+        CheckpointError: Another user may have written what is there.
         WorkError: The checkpoint of `step` is gone, was made with another number of workers, or cannot be read.
     """
     found = [path for path in complete_checkpoints(folder) if step is None or path.name == f"step-{step:06d}"]
@@ -139,6 +142,7 @@ def restore(engine: Any, folder: Path, step: int | None = None) -> dict[str, Any
         if step is not None:
             raise WorkError(f"The checkpoint of step {step} is not in {folder}.", "Run again with --overwrite.")
         return None
+    check_owned(folder)
     state: dict[str, Any] = json.loads((found[-1] / _COMPLETE).read_text())
     if state["world_size"] != dist.get_world_size():
         raise WorkError(
