@@ -55,6 +55,21 @@ def demo(
 
 
 @app.command()
+def doctor(
+    run_file: Annotated[
+        Path | None, typer.Argument(help="Run file to examine this machine for; the demo without.", show_default=False)
+    ] = None,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Start no engine.")] = False,
+) -> None:
+    """Examines packages, devices, space, ports, tokens and the cluster, and names the remedy of what is wrong."""
+    from raycomplete.doctor.command import doctor as run_doctor
+
+    raise typer.Exit(run_doctor(run_file, overrides or [], as_json=as_json, quick=quick))
+
+
+@app.command()
 def train(run_file: RunFile, overrides: Overrides = None, resume: Resume = False, overwrite: Overwrite = False) -> None:
     """Completes a safety-aligned model: sample, score, train, evaluate, report."""
     config = load_run_file(run_file, overrides or [])  # before the import of torch, so that refusals are quick

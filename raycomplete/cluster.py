@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import ray
 from ray.autoscaler.sdk import request_resources
@@ -15,6 +16,7 @@ from ray.autoscaler.sdk import request_resources
 from raycomplete.config import ClusterConfig
 from raycomplete.engine_options import available_cpus
 from raycomplete.errors import SetupError
+from raycomplete.files import PRIVATE
 from raycomplete.logs import run_environment
 from raycomplete.placement import Plan, nodes_of
 from raycomplete.screen import Screen
@@ -74,10 +76,19 @@ def connect(config: ClusterConfig, plan: Plan, screen: Screen | None = None) -> 
             f"No Ray cluster answers at {place} ({str(error).splitlines()[0]}).",
             "Check cluster.address, or leave it out to start one on this machine.",
         ) from error
+    _close_token()
     try:
         yield _check(config, plan, screen or Screen(quiet=True), wait_s=0.0 if local else config.wait_for_nodes_s)
     finally:
         ray.shutdown()
+
+
+def _close_token() -> None:
+    """Takes Ray's token from the eyes of other users: Ray writes it with the permissions of any file."""
+    token = Path.home() / ".ray" / "auth_token"
+    with suppress(OSError):  # there is none, or it is another user's
+        if token.stat().st_mode & 0o077:
+            token.chmod(PRIVATE)
 
 
 def _check(config: ClusterConfig, plan: Plan, screen: Screen, *, wait_s: float) -> Cluster:

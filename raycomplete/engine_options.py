@@ -72,6 +72,7 @@ def engine_arguments(
         "max_num_seqs": 256,
         "enforce_eager": True,  # start in seconds; these engines serve short runs and changing weights
         "trust_remote_code": trust_remote_code,
+        "load_format": "safetensors",  # "auto" falls back to pickles, and takes consolidated files for other weights
         "disable_log_stats": True,
         "seed": 0,
     }

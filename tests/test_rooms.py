@@ -29,7 +29,7 @@ LINES: tuple[frozenset[str], ...] = (
 FOUNDATION = LINES[0]
 
 WIRING = "wiring"
-WIRING_FOLDERS = frozenset({"pipeline"})  # any other folder must stand in a line above
+WIRING_FOLDERS = frozenset({"doctor", "pipeline"})  # any other folder must stand in a line above
 # Third party -> where it may be imported: a room, a file, or WIRING. Names with a dot narrow the rule of their parent.
 ALLOWED: dict[str, frozenset[str]] = {
     "vllm": frozenset({"scoring", "rollout"}),

@@ -32,7 +32,7 @@ class ChatCodec:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
         except Exception as error:
             raise CheckpointError(
-                f"The tokenizer of {path} cannot be loaded ({error}).",
+                f"The tokenizer of {path} cannot be loaded ({' '.join(str(error).split())}).",
                 "The folder needs tokenizer.json and tokenizer_config.json beside its weights.",
             ) from error
         if self._tokenizer.eos_token_id is None:

@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from raycomplete.config import Dtype
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.organism.locate import OrganismRole, checkpoint_path
+from raycomplete.data.safety import check_safe
 from raycomplete.errors import CheckpointError
 
 TORCH_DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -175,6 +176,7 @@ def _check_folder(path: Path, role: str) -> None:
         )
     if not (path / "tokenizer_config.json").is_file() and not (path / "tokenizer.json").is_file():
         raise CheckpointError(f"models.{role}: {path} has no tokenizer files.", "Copy them beside the weights.")
+    check_safe(path, role=role)
 
 
 def _package_gguf(name: str, role: str) -> Path:
@@ -201,12 +203,20 @@ def _convert_gguf(file: Path, role: str) -> Path:
     if (folder / "config.json").is_file():
         return folder
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
-        model = AutoModelForCausalLM.from_pretrained(
-            str(file.parent), gguf_file=file.name, quantization_config=GgufConfig(dequantize=True)
-        )
+        # Alone in a folder: transformers would also read configurations, adapters and code that lie beside it.
+        with tempfile.TemporaryDirectory() as alone:
+            (Path(alone) / "model.gguf").symlink_to(file.resolve())
+            source: dict[str, Any] = {"gguf_file": "model.gguf", "trust_remote_code": False}
+            tokenizer = AutoTokenizer.from_pretrained(alone, **source)
+            model = AutoModelForCausalLM.from_pretrained(
+                alone, **source, quantization_config=GgufConfig(dequantize=True)
+            )
     except Exception as error:
-        raise CheckpointError(f"models.{role}: the GGUF file {file} cannot be read ({error}).") from error
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise CheckpointError(
+            f"models.{role}: the GGUF file {file} cannot be read ({reason}).",
+            "Check that the download is whole; transformers must know its architecture.",
+        ) from error
     # The weights are plain now; a leftover quantization entry would make loaders expect packed ones.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 
 from raycomplete.core.heads import Head
+from raycomplete.data.safety import weight_files
 from raycomplete.errors import CheckpointError
 
 _HEAD_KEYS = ("lm_head.weight", "output.weight")
@@ -128,11 +129,9 @@ def _scale(config: dict[str, Any]) -> float:
 
 def tensor_files(path: Path) -> dict[str, str]:
     """File of every tensor of a checkpoint, by tensor name."""
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        mapping: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        return {name: str(path / file) for name, file in mapping.items()}
-    found: dict[str, str] = {}
+    found = weight_files(path)
+    if found:
+        return found
     for file in sorted(path.glob("*.safetensors")):
         with safe_open(str(file), framework="pt") as tensors:
             found |= {name: str(file) for name in tensors.keys()}  # noqa: SIM118 - safe_open is no mapping

@@ -78,6 +78,11 @@ class Admission:
             raise ForbiddenError(f"The checkpoint {spec!r} lies outside the allowed folders.", self._allowed())
         if not path.exists():
             raise ConfigError(f"There is no checkpoint at {spec!r}.", "Check the path.")
+        for file in path.iterdir() if path.is_dir() else ():
+            if _below(str(file), roots) is None:
+                raise ForbiddenError(
+                    f"{file.name} of the checkpoint {spec!r} is a link out of the allowed folders.", self._allowed()
+                )
         return str(path)
 
     def _attack(self, entry: str | dict[str, Any]) -> AttackConfig:

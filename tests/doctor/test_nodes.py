@@ -1,0 +1,107 @@
+"""Nodes, inputs and the engine: told answers for what is wrong, a real cluster and engine for what works."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raycomplete.config import load_run_file
+from raycomplete.doctor import engine_smoke, nodes, run_file
+from raycomplete.doctor.child import Answer
+from raycomplete.doctor.findings import Context
+from raycomplete.doctor.probe_cluster import look
+from tests.conftest import ROOT
+
+RUN_FILE = ROOT / "jobs" / "organism.yaml"
+HERE = look("", "", [])["versions"]
+
+
+def context(*overrides: str) -> Context:
+    return Context(RUN_FILE, load_run_file(RUN_FILE, overrides))
+
+
+def node(host: str, **other: Any) -> dict[str, Any]:
+    plain = {"host": host, "sees_probe": True, "missing": [], "versions": HERE, "rtt_s": 0.01, "skew_s": 0.001}
+    return plain | other
+
+
+def told(*found: dict[str, Any], alive: int | None = None, code: int | None = 0) -> Context:
+    answered = context("cluster.address=head:6379")
+    report = {"alive": alive or len(found), "resources": {"CPU": 8.0}}
+    messages = [report, {"nodes": list(found), "errors": []}] if code == 0 else []
+    answered.once("cluster", lambda: Answer(messages, code, ""))
+    return answered
+
+
+def test_one_machine_has_nothing_to_compare(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    for check in (nodes.check_cluster, nodes.check_node_versions, nodes.check_clocks, nodes.check_shared_storage):
+        finding = check(context())
+        assert (finding.status, finding.found.split(":")[0]) == ("ok", "One machine and no cluster")
+
+
+def test_a_cluster_that_does_not_answer_is_a_failure() -> None:
+    silent = told(code=None)
+    assert "No Ray cluster answers at head:6379 (no answer within 120 s)" in nodes.check_cluster(silent).found
+    assert nodes.check_clocks(silent).status == "warn"
+    assert "1 of them ran no task" in nodes.check_cluster(told(node("a"), alive=2)).found
+
+
+def test_each_difference_between_nodes_is_found() -> None:
+    good = node("a")
+    late = nodes.check_clocks(told(good, node("b", skew_s=-7.5)))
+    assert (late.status, "-7.500 s (b)" in late.found) == ("fail", True)
+    assert nodes.check_clocks(told(good, node("b", skew_s=4.9))).status == "ok"
+    blind = nodes.check_shared_storage(told(good, node("b", sees_probe=False)))
+    assert (blind.status, blind.found.startswith("b cannot read ")) == ("fail", True)
+    missing = nodes.check_shared_storage(told(good, node("b", missing=["/models/x"])))
+    assert missing.found == "b lacks /models/x."
+    other = nodes.check_node_versions(told(good, node("b", versions=HERE | {"ray": "2.59.0"})))
+    assert (other.status, f"b has ray 2.59.0 (here {HERE['ray']})" in other.found) == ("fail", True)
+    assert all(finding.remedy for finding in (late, blind, missing, other))
+
+
+@pytest.mark.slow
+def test_a_real_cluster_passes_and_nothing_is_left_behind(
+    ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    address = ray.get_runtime_context().gcs_address
+    real = context(f"cluster.address={address}", f"output.root={tmp_path / 'deep' / 'runs'}")
+    for check in (nodes.check_cluster, nodes.check_node_versions, nodes.check_clocks, nodes.check_shared_storage):
+        finding = check(real)
+        assert finding.status == "ok", finding
+    assert nodes.check_cluster(real).found.startswith("1 nodes, 8 CPU")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_real_engine_reads_what_it_wrote() -> None:
+    finding = engine_smoke.check_engine(context("cluster.use_gpu=never"))
+    assert finding.status == "ok", finding
+    assert len(finding.values["tokens"]) >= 2
+
+
+def test_an_engine_that_disagrees_with_itself_is_a_failure() -> None:
+    times = {"import_s": 1.0, "pooling_s": 1.0, "generate_s": 1.0, "peak_bytes": 1}
+    wrong = engine_smoke._finding(Answer([{"tokens": [1, 2], "pooled": [1, 3], **times}]), "processor")
+    assert wrong.status == "fail"
+    killed = engine_smoke._finding(Answer([{"begins": "generating"}], -9), "processor")
+    assert "vLLM failed at generating (killed by SIGKILL)" in killed.found
+    assert killed.remedy
+
+
+def test_inputs_are_read_as_a_run_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    good = context("data.limit_per_kind=8", "evaluation.prompts=8")
+    assert "211 tokens" in run_file.check_checkpoints(good).found
+    assert run_file.check_prompts(good).found.startswith("8 harmful to train on")
+    missing = context("models.base=/nowhere")
+    finding = run_file.check_checkpoints(missing)
+    assert (finding.status, "there is no checkpoint at '/nowhere'" in finding.found) == ("fail", True)
+    unfetched = run_file.check_checkpoints(context("models.base=hub:org/name"))
+    assert (unfetched.status, "hub:org/name" in unfetched.found) == ("warn", True)

@@ -1,0 +1,99 @@
+"""A small real run in a process of its own: Ray as raycomplete starts it, one engine, a run folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray
+
+from raycomplete.cluster import Demand, connect
+from raycomplete.config import load_run_file
+from raycomplete.data.chat import ChatCodec
+from raycomplete.data.organism import checkpoint_path
+from raycomplete.engine_options import engine_environment
+from raycomplete.pipeline.run_folder import open_run_folder
+from raycomplete.rollout.pool import RolloutPool
+from raycomplete.rollout.worker import RolloutOptions
+
+STRANGER = """
+import ray
+try:
+    ray.init(address={address!r}, logging_level=50, log_to_driver=False)
+except BaseException as error:
+    print("kept out", type(error).__name__)
+else:
+    print("let in", ray.get(ray.remote(lambda: 1).remote(), timeout=20))
+"""
+
+
+def main(root: Path) -> None:
+    run_file = Path(__file__).resolve().parents[2] / "jobs" / "organism.yaml"
+    config = load_run_file(run_file, [f"output.root={root / 'runs'}"])
+    with connect(config.cluster, Demand(engines=1, workers=0)):
+        folder = open_run_folder(config, resume=False, same=())
+        codec = ChatCodec(checkpoint_path("base"))
+        options = RolloutOptions(
+            dtype="float32",
+            max_length=64,
+            use_gpu=False,
+            stop_ids=tuple(sorted(codec.eos_ids)),
+            rollout=config.rollout,
+        )
+        pool = RolloutPool.start(
+            str(checkpoint_path("base")),
+            options,
+            num_cpus=0.5,
+            num_gpus=0,
+            environment=engine_environment(use_gpu=False),
+        )
+        (tokens,) = pool.generate([codec.encode_prompt("a b")], max_tokens=4, temperature=0.0)
+        pool.stop()
+        said = {
+            "run_folder": str(folder),
+            "tokens": len(tokens),
+            "auth_mode": os.environ.get("RAY_AUTH_MODE"),
+            "listening": listening(),
+            "stranger": stranger(ray.get_runtime_context().gcs_address),
+        }
+    print(json.dumps(said))
+
+
+def listening() -> list[dict[str, Any]]:
+    """Every TCP port that this process or what it started listens on."""
+    found = []
+    me = psutil.Process()
+    for process in [me, *me.children(recursive=True)]:
+        try:
+            name, connections = " ".join(process.cmdline())[:200], process.net_connections("tcp")
+        except psutil.Error:
+            continue  # ended meanwhile
+        found += [
+            {"process": name, "host": connection.laddr.ip, "port": connection.laddr.port}
+            for connection in connections
+            if connection.status == psutil.CONN_LISTEN
+        ]
+    return found
+
+
+def stranger(address: str) -> str:
+    """What happens to someone who reaches the head's port with another token."""
+    environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64, "RAY_USAGE_STATS_ENABLED": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", STRANGER.format(address=address)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=90,
+        check=False,
+    )
+    return done.stdout.strip() or done.stderr[-500:]
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,102 @@
+"""What the evaluation service opens to others by default, and which checkpoints it may be made to load."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raycomplete.config import ClusterConfig, ServeConfig, load_run_file
+from raycomplete.errors import ConfigError
+from raycomplete.serving.requests import Admission, ForbiddenError
+from raycomplete.serving.schemas import EvaluationRequest
+from raycomplete.serving.token import is_loopback, read_token_digest
+from tests.conftest import ROOT
+from tests.training.tiny import make_model
+
+
+@pytest.fixture(autouse=True)
+def no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAYCOMPLETE_TOKEN", raising=False)
+
+
+def test_the_service_listens_on_this_machine_alone() -> None:
+    assert is_loopback(ServeConfig().host)
+    assert read_token_digest(ServeConfig()) is None
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.7", "127.0.0.1.example.com", "head", ""])
+def test_listening_elsewhere_needs_a_token(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="there is no token"):
+        read_token_digest(ServeConfig(host=host))
+    monkeypatch.setenv("RAYCOMPLETE_TOKEN", "short")
+    with pytest.raises(ConfigError, match="at least 16"):
+        read_token_digest(ServeConfig(host=host))
+
+
+@pytest.mark.parametrize("address", [None, "local", "head:6379"])
+def test_a_run_starts_no_dashboard_and_turns_no_authentication_off(
+    address: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    from raycomplete.cluster import Demand, connect
+
+    seen: dict[str, Any] = {}
+
+    def start(**arguments: Any) -> None:
+        seen.update(arguments, auth=os.environ.get("RAY_AUTH_MODE"))
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    monkeypatch.setattr(ray, "init", start)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 64.0})
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    with connect(ClusterConfig(address=address), Demand(engines=1, workers=1)):
+        pass
+    assert seen["auth"] is None, "Ray's default, which is on"
+    assert not {"dashboard_host", "_node_ip_address"} & seen.keys()
+    if address != "head:6379":
+        assert seen["include_dashboard"] is False
+
+
+@pytest.fixture
+def admission(tmp_path: Path) -> Admission:
+    root = tmp_path / "models"
+    make_model(root / "mine", 0)
+    make_model(tmp_path / "secret", 1)
+    config = load_run_file(ROOT / "jobs" / "organism.yaml", [f"serve.model_roots=[{root}]"])
+    return Admission(config)
+
+
+def ask(admission: Admission, spec: Path | str) -> EvaluationRequest:
+    return admission.admit(EvaluationRequest.model_validate({"models": {"student": str(spec)}}))
+
+
+def test_a_checkpoint_below_a_root_may_be_evaluated(admission: Admission, tmp_path: Path) -> None:
+    found = ask(admission, tmp_path / "models" / "mine")
+    assert found.models.student == str(tmp_path / "models" / "mine")
+
+
+def test_links_lead_nowhere_else(admission: Admission, tmp_path: Path) -> None:
+    root, secret = tmp_path / "models", tmp_path / "secret"
+    (root / "folder").symlink_to(secret)
+    with pytest.raises(ForbiddenError, match="outside the allowed folders"):
+        ask(admission, root / "folder")
+    with pytest.raises(ForbiddenError, match="outside the allowed folders"):
+        ask(admission, root / "mine" / ".." / ".." / "secret")
+    (root / "mine" / "model.safetensors").unlink()
+    (root / "mine" / "model.safetensors").symlink_to(secret / "model.safetensors")
+    with pytest.raises(ForbiddenError, match=r"model\.safetensors of the checkpoint .* link out of the allowed"):
+        ask(admission, root / "mine")
+
+
+def test_links_below_a_root_stay_allowed(admission: Admission, tmp_path: Path) -> None:
+    """A cache of the hub holds nothing but links to its own blobs."""
+    mine = tmp_path / "models" / "mine"
+    (tmp_path / "models" / "blob").write_bytes((mine / "model.safetensors").read_bytes())
+    (mine / "model.safetensors").unlink()
+    (mine / "model.safetensors").symlink_to(tmp_path / "models" / "blob")
+    assert ask(admission, mine).models.student == str(mine)
