@@ -18,6 +18,8 @@ _FREE_KEYS = {
     "train": {
         "checkpoint_every",
         "keep_checkpoints",
+        "keep_every",
+        "checkpoint_hashes",
         "stall_timeout_s",
         "micro_batch",
         "loss_chunk_tokens",

@@ -26,6 +26,7 @@ from raycomplete.pipeline.on_policy import StudentEngines
 from raycomplete.pipeline.prepare import KINDS, Models, Prompts, prepare_models, prepare_prompts
 from raycomplete.pipeline.rollouts import make_samples
 from raycomplete.pipeline.run_folder import check_run_folder, open_run_folder
+from raycomplete.pipeline.stored import stored
 from raycomplete.screen import Screen
 from raycomplete.training.job import TrainJob
 from raycomplete.training.metrics import read_metrics
@@ -37,6 +38,7 @@ _SCORERS = 2
 _SAME = ("models", "data", "rollout", "train")  # sections that decide what is trained
 
 
+@stored()
 def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False, screen: Screen | None = None) -> Path:
     """Completes the alignment of a model and proves it.
 

@@ -7,6 +7,7 @@ a checkpoint.
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import replace
 from typing import Any
@@ -40,6 +41,8 @@ from raycomplete.training.source import FixedSource, OnPolicySource, StepSource
 from raycomplete.training.student import HeadSettings, StudentModule, to_loss_output
 from raycomplete.training.sync import WeightSync
 from raycomplete.training.validation import Validator
+
+logger = logging.getLogger(__name__)
 
 
 def run(config: dict[str, Any]) -> None:
@@ -172,7 +175,8 @@ class Worker:
 
     def _restore(self) -> int:
         """Takes up the newest checkpoint and returns the number of finished steps."""
-        state = ds.restore(self.engine, self.job.checkpoints)
+        hashed = self.job.train.checkpoint_hashes
+        state = ds.restore(self.engine, self.job.checkpoints, hashed=hashed)
         if state is None:
             return 0
         self.sampler.load_state_dict(state["sampler"])
@@ -180,6 +184,11 @@ class Worker:
         self.source.load_state_dict(state["source"])
         if self.validator is not None:
             self.validator.load_state_dict(state["validator"])
+            if self.validator.best_step and not ds.is_whole(
+                self.job.best_checkpoint, self.validator.best_step, hashed=hashed
+            ):
+                logger.warning("The best checkpoint, of step %d, is lost or damaged.", self.validator.best_step)
+                self.validator.forget_best()
             # What was best on a way that is not gone again must not be shipped.
             ds.keep_only(self.job.best_checkpoint, self.validator.best_step)
         return int(state["step"])
@@ -199,19 +208,19 @@ class Worker:
             for sink in self.sinks:
                 sink.write(row)
             if done % train.checkpoint_every == 0 or done == train.steps:
-                ds.save(self.engine, self.job.checkpoints, done, self._state(), train.keep_checkpoints)
+                ds.save(self.engine, self.job.checkpoints, done, self._state(), train.keep_checkpoints, train)
                 if self.validator is not None:
                     ds.keep_only(self.job.best_checkpoint, self.validator.best_step)
         for sink in self.sinks:
             sink.close()
         if self.validator is not None and self.validator.best is not None:
-            ds.restore(self.engine, self.job.best_checkpoint, self.validator.best_step)
+            ds.restore(self.engine, self.job.best_checkpoint, self.validator.best_step, hashed=train.checkpoint_hashes)
         self._profile()
 
     def _validate(self, validator: Validator, done: int) -> dict[str, Any]:
         row: dict[str, Any] = dict(validator.measure(done))
         if validator.best_step == done:
-            ds.save(self.engine, self.job.best_checkpoint, done, {}, keep=None)
+            ds.save(self.engine, self.job.best_checkpoint, done, {}, None, self.job.train)
         return row | {"stopped": validator.is_over}
 
     def _state(self) -> dict[str, Any]:
