@@ -55,7 +55,7 @@ def stored(suffix: str = "", *, adds: bool = False) -> Callable[[Command[P]], Co
             try:
                 folder = command(config, *arguments, **options)
             except BaseException:
-                _close(mirror, output, screen, told=True)
+                _close(mirror, output, screen, failed=True)
                 raise
             _close(mirror, output, screen)
             return folder
@@ -101,12 +101,12 @@ def _identity(folder: Path) -> tuple[int, int] | None:
     return info.st_ino, info.st_mtime_ns
 
 
-def _close(mirror: Mirror, output: OutputConfig, screen: Screen, *, told: bool = False) -> None:
-    """Mirrors the rest; after a failure (`told`) what is missing is only a note, lest it hides the failure."""
+def _close(mirror: Mirror, output: OutputConfig, screen: Screen, *, failed: bool = False) -> None:
+    """Mirrors the rest; after a failure of the command what is missing is only a note, lest it hides the failure."""
     try:
         with screen.stage("Mirrored the rest to the storage"):
-            mirror.close(output.storage_timeout_s)
+            mirror.close(output.storage_timeout_s, insist=not failed)
     except WorkError as error:
-        if not told:
+        if not failed:
             raise
         screen.note(str(error))

@@ -75,6 +75,7 @@ class Mirror:
         self._seen: dict[str, Signature] = {}  # what is mirrored, as it was when it was
         self._known: dict[str, tuple[Signature, StoredFile]] = {}  # loose files, likewise
         self.missing: dict[str, str] = {}
+        self._insists = True
         self._ending = threading.Event()
         self._gave_up = threading.Event()
         self._thread = threading.Thread(target=self._work, name="storage-mirror", daemon=True)
@@ -83,12 +84,17 @@ class Mirror:
         """Begins to look at the run folder."""
         self._thread.start()
 
-    def close(self, timeout_s: float) -> None:
+    def close(self, timeout_s: float, *, insist: bool = True) -> None:
         """Mirrors what is left and ends.
+
+        Args:
+            timeout_s: Longest wait.
+            insist: Whether failures are tried again until then, or once only.
 
         Raises:
             WorkError: Something is not mirrored; the message names it, and it still lies in the run folder.
         """
+        self._insists = insist
         self._ending.set()
         self._thread.join(timeout_s)
         self._gave_up.set()
@@ -103,12 +109,13 @@ class Mirror:
             )
 
     def _work(self) -> None:
+        shutil.rmtree(self._folder / _STAGE, ignore_errors=True)  # of a process that was killed
         pause_s = 1.0
         while not self._gave_up.is_set():
             is_last = self._ending.is_set()  # read first: what is finished by now is seen below
             if self._ready():
                 self.look()
-            if is_last and not self.missing:
+            if is_last and not (self.missing and self._insists):
                 return
             if self.missing:
                 (self._gave_up if is_last else self._ending).wait(pause_s)

@@ -134,6 +134,8 @@ class _Restorer:
         if integrity.damage(target) is None:
             return True
         target.parent.mkdir(parents=True, exist_ok=True)
+        for remains in target.parent.glob(f".{target.name}.*"):  # of a restore that was killed
+            shutil.rmtree(remains, ignore_errors=True)
         temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
         try:
             for name, stored in manifest.files.items():
