@@ -113,8 +113,11 @@ class Mirror:
         pause_s = 1.0
         while not self._gave_up.is_set():
             is_last = self._ending.is_set()  # read first: what is finished by now is seen below
-            if self._ready():
-                self.look()
+            try:
+                if self._ready():
+                    self.look()
+            except Exception as error:  # whatever it is, the end of the run must hear of it
+                self._fail("the run folder", error)
             if is_last and not (self.missing and self._insists):
                 return
             if self.missing:
@@ -147,10 +150,13 @@ class Mirror:
             work()
             self.missing.pop(piece, None)
         except _FAILURES as error:
-            reason = in_words(error)
-            if self.missing.get(piece) != reason:
-                self._warn(f"{piece} cannot be mirrored to {self._remote.uri} for now ({reason}); trying again.")
-            self.missing[piece] = reason
+            self._fail(piece, error)
+
+    def _fail(self, piece: str, error: Exception) -> None:
+        reason = in_words(error)
+        if self.missing.get(piece) != reason:
+            self._warn(f"{piece} cannot be mirrored to {self._remote.uri} for now ({reason}); trying again.")
+        self.missing[piece] = reason
 
     def _wanted(self, finished: list[str]) -> list[str]:
         """Without checkpoints that the storage would drop at once."""
@@ -205,19 +211,24 @@ class Mirror:
     # --- Folders -----------------------------------------------------------------------------------------------------
 
     def _mirror_folder(self, piece: str) -> None:
+        try:
+            self._send_folder(piece)
+        except FileNotFoundError:
+            if piece in finished_pieces(self._folder):
+                raise
+            # It was overtaken by newer ones and removed on the way.
+        finally:
+            shutil.rmtree(self._folder / _STAGE, ignore_errors=True)
+
+    def _send_folder(self, piece: str) -> None:
         assert self._catalog is not None
         source = self._folder / piece
         signature = _signature(source)
         if self._seen.get(piece) == signature:
             return
         before = self._catalog.newest(piece)
-        if before is not None and _is_same(source, before):
-            self._seen[piece] = signature
-            return
-        stage = self._folder / _STAGE / piece
-        shutil.rmtree(self._folder / _STAGE, ignore_errors=True)
-        try:
-            source = _linked(source, stage)  # retention may remove the checkpoint while it is on its way
+        if before is None or not _is_same(source, before):
+            source = _linked(source, self._folder / _STAGE / piece)  # retention may remove it while it is on its way
             self._catalog.withdraw(piece)
             files = self._upload(source, piece)
             there = self._remote.sizes(piece)
@@ -225,12 +236,6 @@ class Mirror:
             if short:
                 raise OSError(f"{short[0]} did not arrive whole")
             self._catalog.publish(Manifest(piece, 1, files))
-        except FileNotFoundError:
-            if (self._folder / piece).is_dir():
-                raise
-            return  # overtaken and removed
-        finally:
-            shutil.rmtree(self._folder / _STAGE, ignore_errors=True)
         self._seen[piece] = signature
 
     def _upload(self, source: Path, piece: str) -> dict[str, StoredFile]:

@@ -133,7 +133,9 @@ class _Restorer:
         target = self._folder / piece
         if integrity.damage(target) is None:
             return True
-        target.parent.mkdir(parents=True, exist_ok=True)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        if target.parent != self._folder:
+            target.parent.mkdir(exist_ok=True, mode=0o700)  # checkpoints are pickles: nobody else may change them
         for remains in target.parent.glob(f".{target.name}.*"):  # of a restore that was killed
             shutil.rmtree(remains, ignore_errors=True)
         temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")

@@ -17,6 +17,8 @@ from raycomplete.config import Dtype, TrainConfig
 from raycomplete.errors import WorkError
 from raycomplete.storage import integrity
 
+_COMPLETE = integrity.COMPLETE
+
 
 def deepspeed_settings(
     train: TrainConfig, dtype: Dtype, *, micro_batch: int, accumulation: int, steps: int, lr: float
@@ -97,9 +99,7 @@ def save(
     train = train or TrainConfig()
     target = folder / f"step-{step:06d}"
     if dist.get_rank() == 0:
-        (target / integrity.COMPLETE).unlink(
-            missing_ok=True
-        )  # a resumed run may write a step again: until then it is not whole
+        (target / _COMPLETE).unlink(missing_ok=True)  # a resumed run may write a step again: until then it is not whole
     dist.barrier()
     engine.save_checkpoint(str(target), tag="state")
     dist.barrier()  # the files of every rank are there
@@ -138,7 +138,7 @@ def restore(engine: Any, folder: Path, step: int | None = None, *, hashed: bool 
     found = _agreed(lambda: _whole(folder, step, hashed))
     if found is None:
         return None
-    state: dict[str, Any] = json.loads((found / integrity.COMPLETE).read_text())
+    state: dict[str, Any] = json.loads((found / _COMPLETE).read_text())
     if state["world_size"] != dist.get_world_size():
         raise WorkError(
             f"The checkpoint {found.name} was made by {state['world_size']} workers, this run has "

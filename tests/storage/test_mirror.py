@@ -119,6 +119,35 @@ def test_what_is_missing_at_the_end_is_an_error_that_names_it(tmp_path: Path) ->
         mirror.close(timeout_s=2)
 
 
+def test_a_checkpoint_that_is_removed_on_its_way_arrives_all_the_same(tmp_path: Path) -> None:
+    run, said = make_run(tmp_path / "run", 2), list[str]()
+
+    class Slow(Remote):
+        """Retention is faster than the line."""
+
+        def upload(self, source: Path, path: str) -> tuple[int, str]:
+            integrity.drop(run / "checkpoints" / "step-000002")
+            return super().upload(source, path)
+
+    remote = Slow(f"file://{tmp_path}/storage")
+    mirror_of(remote, run, said).look()
+    assert said == []
+    assert "checkpoints/step-000002" in fetched(remote, tmp_path / "new")
+    assert integrity.damage(tmp_path / "new" / "checkpoints" / "step-000002") is None
+
+
+def test_a_thread_that_breaks_is_heard_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mirror = mirror_of(Remote(f"file://{tmp_path}/storage"), make_run(tmp_path / "run", 2))
+
+    def broken() -> None:
+        raise KeyError("a mistake")
+
+    monkeypatch.setattr(mirror, "look", broken)
+    mirror.start()
+    with pytest.raises(WorkError, match=r"Not mirrored to .*a mistake"):
+        mirror.close(timeout_s=30, insist=False)
+
+
 def test_a_checkpoint_that_its_disk_damaged_is_not_mirrored(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", 2, 4)
     flip(run / "checkpoints" / "step-000004" / "latest")
