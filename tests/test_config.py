@@ -31,7 +31,7 @@ FULL = {
     "train": {"lr": 3e-7, "zero_stage": 2, "num_workers": 2, "depth": {"min": 2, "max": 9, "schedule": "uniform"}},
     "evaluation": {"depths": [0, 3]},
     "cluster": {"use_gpu": "never"},
-    "output": {"root": "elsewhere", "name": "one.two_three-4"},
+    "output": {"root": "elsewhere", "name": "one.two_three-4", "storage": "s3://bucket/runs?region=eu-west-1"},
 }
 
 
@@ -138,6 +138,37 @@ def test_wrong_values_are_named(change: dict[str, Any], words: str) -> None:
         parse({**MINIMAL, **change}, "origin.yaml")
     assert words in str(caught.value)
     assert str(caught.value).startswith("origin.yaml: ")
+
+
+@pytest.mark.parametrize(
+    ("storage", "words"),
+    [
+        ("runs", "must be a URI that begins with one of file://, s3://"),
+        ("S4://bucket/runs", "found the scheme 's4'"),
+        ("s3://AKIA:hush-hush@bucket/runs", "must not hold a user, key or password"),
+        ("sftp://me:hush-hush@host/runs", "must not hold a user, key or password"),
+        ("s3://bucket/runs?secret_key=hush-hush", "must not hold the options secret_key"),
+        ("s3://bucket/runs?region=a&secret_key", "must not hold the options secret_key"),
+        ("s3://bucket/runs#hush-hush", "must not hold the options #"),
+        ("file://runs", "needs an absolute path"),
+        ("s3://", "names no place"),
+        ("file:///tmp/runs/demo/mirror", "lies in the run folder"),
+        ("file:///tmp/runs", "lies in the run folder"),
+    ],
+)
+def test_storage_names_a_place_elsewhere_and_no_secret(storage: str, words: str) -> None:
+    tree = MINIMAL | {"output": {"root": "/tmp/runs", "name": "demo", "storage": storage}}
+    with pytest.raises(ConfigError) as caught:
+        parse(tree, "run.yaml")
+    assert words in str(caught.value)
+    assert "hush" not in str(caught.value)
+
+
+def test_every_run_has_its_own_place_in_the_storage() -> None:
+    output = parse(MINIMAL | {"output": {"name": "demo", "storage": "s3://b/runs/?region=x"}}, "run.yaml").output
+    assert output.mirror == "s3://b/runs/demo?region=x"
+    assert output.renamed("-align").mirror == "s3://b/runs/demo-align?region=x"
+    assert parse(MINIMAL, "run.yaml").output.mirror is None
 
 
 def test_every_problem_is_reported_at_once() -> None:

@@ -21,7 +21,7 @@ LINES: tuple[frozenset[str], ...] = (
     frozenset({"errors", "types", "config", "files", "logs", "stopping"}),
     frozenset({"core", "plan"}),
     frozenset({"data"}),
-    frozenset({"engine_options", "ray_calls", "observe"}),
+    frozenset({"engine_options", "ray_calls", "observe", "storage"}),
     frozenset({"scoring", "rollout", "training", "evaluation", "serving", "report"}),
 )
 # The first line may import within itself, and so may wiring: the modules of the package root that no line names
@@ -39,7 +39,8 @@ ALLOWED: dict[str, frozenset[str]] = {
     "ray.serve": frozenset({"serving", WIRING}),
     "transformers": frozenset({"data"}),
     "datasets": frozenset({"data"}),
-    "pyarrow": frozenset({"data"}),
+    "pyarrow": frozenset({"data", "storage"}),
+    "fsspec": frozenset({"storage"}),
     "fastapi": frozenset({"serving"}),
     "starlette": frozenset({"serving"}),
     "scipy": frozenset({"evaluation"}),
@@ -49,7 +50,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "rich": frozenset({WIRING, "data/organism/build.py"}),
 }
 # Importable before torch is (seconds), so that a wrong run file is refused at once.
-WITHOUT_TORCH = ("errors", "types", "config", "files", "logs", "stopping", "engine_options", "plan")
+WITHOUT_TORCH = ("errors", "types", "config", "files", "logs", "stopping", "engine_options", "plan", "storage")
 MAY_IMPORT_TRITON = "core"  # and there in one file only
 
 

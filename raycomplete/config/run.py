@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from raycomplete.config.diagnosis import DiagnoseConfig
 from raycomplete.config.engines import ClusterConfig, RolloutConfig, ScoringConfig
@@ -12,6 +12,7 @@ from raycomplete.config.evaluation import EvaluationConfig
 from raycomplete.config.inputs import AlignConfig, DataConfig, ModelsConfig
 from raycomplete.config.section import Section
 from raycomplete.config.serving import ServeConfig
+from raycomplete.config.storage import check_storage, inside, joined
 from raycomplete.config.training import TrainConfig
 
 
@@ -20,10 +21,38 @@ class OutputConfig(Section):
 
     root: Path = Path("runs")
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    storage: str | None = Field(
+        None,
+        description="where finished pieces are mirrored, to `<storage>/<name>/`: s3://bucket/prefix, gs://, file:// "
+        "and the like; credentials come from the environment",
+    )
+    storage_timeout_s: float = Field(
+        900.0, gt=0, description="longest wait at the end of a run for what is not mirrored yet"
+    )
 
     @property
     def folder(self) -> Path:
         return self.root / self.name
+
+    @property
+    def mirror(self) -> str | None:
+        """URI of this run in the storage."""
+        return None if self.storage is None else joined(self.storage, self.name)
+
+    def renamed(self, suffix: str) -> OutputConfig:
+        """The output of a run that belongs to this one: `<name><suffix>`."""
+        return self.model_copy(update={"name": self.name + suffix})
+
+    @field_validator("storage")
+    @classmethod
+    def _known_place(cls, uri: str | None) -> str | None:
+        return uri if uri is None else check_storage(uri)
+
+    @model_validator(mode="after")
+    def _not_into_itself(self) -> OutputConfig:
+        if self.mirror is not None and inside(self.mirror, self.folder):
+            raise ValueError(f"output.storage lies in the run folder {self.folder}: name a place elsewhere")
+        return self
 
 
 class RunConfig(Section):

@@ -112,7 +112,11 @@ class TrainConfig(Section):
         default_factory=list, description="where metrics go beside metrics.jsonl"
     )
     checkpoint_every: int = Field(25, ge=1)
-    keep_checkpoints: int = Field(2, ge=1)
+    keep_checkpoints: int = Field(2, ge=1, description="newest ones that stay, here and in output.storage")
+    keep_every: int = Field(0, ge=0, description="checkpoints of multiples of it stay for good; 0 is off")
+    checkpoint_hashes: bool = Field(
+        True, description="sha256 of every checkpoint file, compared on resume; false compares sizes only"
+    )
     max_failures: int = Field(
         3, ge=0, description="times that training goes on from its newest checkpoint after a worker or a node died"
     )

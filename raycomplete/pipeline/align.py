@@ -9,13 +9,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from raycomplete.cluster import Cluster, connect
-from raycomplete.config import OutputConfig, RunConfig
+from raycomplete.config import RunConfig
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.prompts import read_prompts
 from raycomplete.errors import ConfigError, DataError
 from raycomplete.pipeline.fleet import start_fleet
 from raycomplete.pipeline.prepare import Models, prepare_models
 from raycomplete.pipeline.run_folder import check_run_folder, open_run_folder
+from raycomplete.pipeline.stored import stored
 from raycomplete.pipeline.train import run_training, worker_threads
 from raycomplete.placement import plan_run
 from raycomplete.rollout.pool import RolloutPool
@@ -28,6 +29,7 @@ from raycomplete.types import Prompt
 _SAME = ("models", "data", "rollout", "train", "align")  # sections that decide what is trained
 
 
+@stored("-align")
 def align(config: RunConfig, *, resume: bool = False, overwrite: bool = False, screen: Screen | None = None) -> Path:
     """Trains the aligned checkpoint that the run file names as `models.aligned`.
 
@@ -57,9 +59,7 @@ def align(config: RunConfig, *, resume: bool = False, overwrite: bool = False, s
     without = next((prompt for prompt in refusals if not prompt.answer), None)
     if without is not None:
         raise DataError(f"The prompt {without.prompt_id} of align.refusals has no answer.", "Name its answer column.")
-    config = config.model_copy(
-        update={"output": OutputConfig(root=config.output.root, name=f"{config.output.name}-align")}
-    )
+    config = config.model_copy(update={"output": config.output.renamed("-align")})
     check_run_folder(config, resume=resume, same=_SAME, overwrite=overwrite)
     plan = plan_run(config, workers=config.train.num_workers)
     with connect(config.cluster, plan, screen) as cluster, stop_signals() as stop:

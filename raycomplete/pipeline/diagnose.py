@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from raycomplete.cluster import Cluster, connect
-from raycomplete.config import OutputConfig, RunConfig
+from raycomplete.config import RunConfig
 from raycomplete.data import organism
 from raycomplete.data.stream import content_key, partition_metadata, partitions, read_partition
 from raycomplete.errors import ConfigError, WorkError
@@ -31,6 +31,7 @@ from raycomplete.pipeline.diagnose_summary import kind_summary, token_table
 from raycomplete.pipeline.fleet import Fleet
 from raycomplete.pipeline.prepare import Models, prepare_models
 from raycomplete.pipeline.run_folder import check_run_folder, open_run_folder
+from raycomplete.pipeline.stored import stored
 from raycomplete.placement import plan_run
 from raycomplete.report.html import write_report
 from raycomplete.screen import Screen
@@ -61,6 +62,7 @@ class _Job:
     screen: Screen
 
 
+@stored("-diagnosis")
 def diagnose(config: RunConfig, *, resume: bool = False, overwrite: bool = False, screen: Screen | None = None) -> Path:
     """Measures where alignment stopped.
 
@@ -112,7 +114,7 @@ def _of_diagnosis(config: RunConfig) -> RunConfig:
     """The same run file with its own folder, and with the student that is to be diagnosed."""
     trained = config.output.folder / "student"
     student = config.diagnose.student or (str(trained) if (trained / "config.json").is_file() else None)
-    output = OutputConfig(root=config.output.root, name=f"{config.output.name}-diagnosis")
+    output = config.output.renamed("-diagnosis")
     models = config.models.model_copy(update={"student": student})
     return config.model_copy(update={"output": output, "models": models})
 

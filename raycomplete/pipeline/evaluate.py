@@ -27,6 +27,7 @@ from raycomplete.pipeline.judge import start_judge
 from raycomplete.pipeline.prepare import Models, Prompts, prepare_models, prepare_prompts
 from raycomplete.pipeline.rollouts import complete_answers
 from raycomplete.pipeline.run_folder import check_run_folder, open_run_folder
+from raycomplete.pipeline.stored import stored
 from raycomplete.placement import plan_run
 from raycomplete.report.html import write_report
 from raycomplete.screen import Advance, Screen
@@ -40,6 +41,7 @@ OnProgress = Callable[[Progress], None]
 Cancelled = Callable[[], bool]
 
 
+@stored(adds=True)
 def evaluate(
     config: RunConfig,
     *,

@@ -19,6 +19,8 @@ _FREE_KEYS = {
     "train": {
         "checkpoint_every",
         "keep_checkpoints",
+        "keep_every",
+        "checkpoint_hashes",
         "stall_timeout_s",
         "max_failures",
         "max_bad_steps",

@@ -34,6 +34,7 @@ from raycomplete.pipeline.on_policy import StudentEngines
 from raycomplete.pipeline.prepare import KINDS, Models, Prompts, prepare_models, prepare_prompts
 from raycomplete.pipeline.rollouts import make_samples
 from raycomplete.pipeline.run_folder import check_run_folder, open_run_folder
+from raycomplete.pipeline.stored import stored
 from raycomplete.placement import plan_run
 from raycomplete.screen import Screen
 from raycomplete.stopping import StopSignals, stop_signals
@@ -47,6 +48,7 @@ from raycomplete.types import MODEL_ROLES
 _SAME = ("models", "data", "rollout", "train")  # sections that decide what is trained
 
 
+@stored()
 def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False, screen: Screen | None = None) -> Path:
     """Completes the alignment of a model and proves it.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,11 @@ from deepspeed import zero
 
 from raycomplete.config import Dtype, TrainConfig
 from raycomplete.errors import WorkError
-from raycomplete.files import PRIVATE, write_json
+from raycomplete.storage import integrity
 from raycomplete.training.disk import named_when_full
 from raycomplete.training.ownership import check_owned, make_private
 
-_COMPLETE = "complete.json"
+_COMPLETE = integrity.COMPLETE
 _CPU_BUCKET = 2**25  # gradients that are reduced together; DeepSpeed's default is a buffer of 2 GB
 
 
@@ -107,7 +108,9 @@ def _leave_out_if_not_finite(optimizer: torch.optim.Optimizer, *_: Any) -> None:
             parameter.grad = None  # torch's optimizers pass over such parameters
 
 
-def save(engine: Any, folder: Path, step: int, state: dict[str, Any], keep: int | None) -> None:
+def save(
+    engine: Any, folder: Path, step: int, state: dict[str, Any], keep: int | None, train: TrainConfig | None = None
+) -> None:
     """Writes a checkpoint that counts only once `complete.json` stands in it, then drops the oldest.
 
     Args:
@@ -116,10 +119,12 @@ def save(engine: Any, folder: Path, step: int, state: dict[str, Any], keep: int 
         step: Finished steps.
         state: Plain values to restore (sampler, counters, rollouts); readable by the owner only.
         keep: Complete checkpoints to keep; None keeps all.
+        train: Says what else is kept and whether files are hashed; its defaults when absent.
 
     Raises:
         DiskFullError: There was no room; the half-written checkpoint is removed, the ones before stay.
     """
+    train = train or TrainConfig()
     target = folder / f"step-{step:06d}"
     if dist.get_rank() == 0:
         make_private(folder)
@@ -127,12 +132,12 @@ def save(engine: Any, folder: Path, step: int, state: dict[str, Any], keep: int 
     dist.barrier()
     with named_when_full(folder, f"the checkpoint of step {step}", _newest_size(folder), unfinished=target):
         engine.save_checkpoint(str(target), tag="state")
+        dist.barrier()  # the files of every rank are there
         if dist.get_rank() == 0:
             content = {"step": step, "world_size": dist.get_world_size(), **state}
-            write_json(target / _COMPLETE, content, mode=PRIVATE)
+            integrity.seal(target, content, hashed=train.checkpoint_hashes)
     if dist.get_rank() == 0:
-        for old in complete_checkpoints(folder)[:-keep] if keep else ():
-            shutil.rmtree(old, ignore_errors=True)
+        integrity.prune(folder, keep, train.keep_every)
     dist.barrier()
 
 
@@ -141,7 +146,7 @@ def keep_only(folder: Path, step: int) -> None:
     if dist.get_rank() == 0:
         for path in folder.glob("step-*"):
             if path.name != f"step-{step:06d}":
-                shutil.rmtree(path, ignore_errors=True)
+                integrity.drop(path)
     dist.barrier()
 
 
@@ -156,49 +161,74 @@ def drop_unfinished(folder: Path) -> None:
 
 def _newest_size(folder: Path) -> int:
     """Bytes of the newest complete checkpoint; 0 where there is none to tell the size of the next."""
-    newest = complete_checkpoints(folder)[-1:]
+    newest = integrity.complete_checkpoints(folder)[-1:]
     return sum(file.stat().st_size for path in newest for file in path.rglob("*") if file.is_file())
 
 
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """Usable checkpoints, oldest first."""
-    return sorted(path.parent for path in folder.glob(f"step-*/{_COMPLETE}"))
-
-
-def restore(engine: Any, folder: Path, step: int | None = None) -> dict[str, Any] | None:
-    """Loads a complete checkpoint into the engine.
+def restore(engine: Any, folder: Path, step: int | None = None, *, hashed: bool = True) -> dict[str, Any] | None:
+    """Loads a checkpoint into the engine, whole ones only: a damaged newest one gives way to the one before.
 
     Args:
         engine: DeepSpeed engine; every rank must call this.
         folder: Where checkpoints are.
         step: Which one; the newest when absent.
+        hashed: False compares sizes only.
 
     Returns:
         The saved state with its "step", or None where there is nothing to resume.
 
     Raises:
         CheckpointError: Another user may have written what is there.
-        WorkError: The checkpoint of `step` is gone, was made with another number of workers, or cannot be read.
+        WorkError: The checkpoint of `step` is gone, none is whole, it was made with another number of workers, or it
+            cannot be read.
     """
-    found = [path for path in complete_checkpoints(folder) if step is None or path.name == f"step-{step:06d}"]
-    if not found:
-        if step is not None:
-            raise WorkError(f"The checkpoint of step {step} is not in {folder}.", "Run again with --overwrite.")
+    found = _agreed(lambda: _whole(folder, step, hashed))
+    if found is None:
         return None
     check_owned(folder)
-    state: dict[str, Any] = json.loads((found[-1] / _COMPLETE).read_text())
+    state: dict[str, Any] = json.loads((found / _COMPLETE).read_text())
     if state["world_size"] != dist.get_world_size():
         raise WorkError(
-            f"The checkpoint {found[-1].name} was made by {state['world_size']} workers, this run has "
+            f"The checkpoint {found.name} was made by {state['world_size']} workers, this run has "
             f"{dist.get_world_size()}.",
             f"Resume with train.num_workers={state['world_size']}.",
         )
-    loaded, _ = engine.load_checkpoint(str(found[-1]), tag="state")
+    loaded, _ = engine.load_checkpoint(str(found), tag="state")
     if loaded is None:
         raise WorkError(
-            f"The checkpoint {found[-1]} cannot be loaded.", "Remove its folder and resume from the one before."
+            f"The checkpoint {found} cannot be loaded.", "Remove its folder and resume from the one before."
         )
     return state
+
+
+def is_whole(folder: Path, step: int, *, hashed: bool = True) -> bool:
+    """Whether the checkpoint of a step is there and undamaged; every rank must call this."""
+    path = folder / f"step-{step:06d}"
+    return bool(_agreed(lambda: integrity.damage(path, hashed=hashed) is None))
+
+
+def _whole(folder: Path, step: int | None, hashed: bool) -> Path | None:
+    if step is None:
+        return integrity.newest_whole(folder, hashed=hashed)
+    path = folder / f"step-{step:06d}"
+    damage = integrity.damage(path, hashed=hashed)
+    if damage is not None:
+        raise WorkError(f"The checkpoint {path} cannot be used: {damage}.", "Run again with --overwrite.")
+    return path
+
+
+def _agreed(decide: Callable[[], Any]) -> Any:
+    """What rank 0 decides, on every rank: the files are read once, and no two ranks go on from different steps."""
+    answer: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            answer[0] = decide()
+        except WorkError as error:
+            answer[1] = error
+    dist.broadcast_object_list(answer, src=0)
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]
 
 
 def gathered_adapters(lm: Any) -> dict[str, tuple[torch.Tensor, torch.Tensor, float]] | None:

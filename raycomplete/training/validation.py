@@ -83,6 +83,10 @@ class Validator:
         """Takes up a saved run."""
         self.best, self.best_step, self._since = state["best"], state["best_step"], state["since"]
 
+    def forget_best(self) -> None:
+        """The checkpoint of the best value is gone: the next measurement is the best."""
+        self.best, self.best_step = None, 0
+
     def _build(self) -> list[Any]:
         step = -1  # of no training step
         anchor = [item.sample for item in self._plan.anchor]

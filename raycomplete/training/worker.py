@@ -7,6 +7,7 @@ a checkpoint.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import time
@@ -46,6 +47,8 @@ from raycomplete.training.source import FixedSource, OnPolicySource, StepSource
 from raycomplete.training.student import HeadSettings, StudentModule, to_loss_output
 from raycomplete.training.sync import WeightSync
 from raycomplete.training.validation import Validator
+
+logger = logging.getLogger(__name__)
 
 
 def run(config: dict[str, Any]) -> dict[str, Any]:
@@ -189,7 +192,8 @@ class Worker:
     def _restore(self) -> int:
         """Takes up the newest checkpoint and returns the number of finished steps."""
         ds.drop_unfinished(self.job.checkpoints)
-        state = ds.restore(self.engine, self.job.checkpoints)
+        hashed = self.job.train.checkpoint_hashes
+        state = ds.restore(self.engine, self.job.checkpoints, hashed=hashed)
         if state is None:
             return 0
         self.sampler.load_state_dict(state["sampler"])
@@ -198,6 +202,11 @@ class Worker:
         self.bad_steps.load_state_dict(state.get("bad_steps", {"total": 0, "in_a_row": 0}))
         if self.validator is not None:
             self.validator.load_state_dict(state["validator"])
+            if self.validator.best_step and not ds.is_whole(
+                self.job.best_checkpoint, self.validator.best_step, hashed=hashed
+            ):
+                logger.warning("The best checkpoint, of step %d, is lost or damaged.", self.validator.best_step)
+                self.validator.forget_best()
             # What was best on a way that is not gone again must not be shipped.
             ds.keep_only(self.job.best_checkpoint, self.validator.best_step)
         return int(state["step"])
@@ -223,7 +232,7 @@ class Worker:
                 sink.write(finite(row))
             stops = self.stop and done < train.steps
             if done % train.checkpoint_every == 0 or done == train.steps or stops:
-                ds.save(self.engine, self.job.checkpoints, done, self._state(), train.keep_checkpoints)
+                ds.save(self.engine, self.job.checkpoints, done, self._state(), train.keep_checkpoints, train)
                 if self.validator is not None:
                     ds.keep_only(self.job.best_checkpoint, self.validator.best_step)
             if stops:
@@ -233,14 +242,14 @@ class Worker:
         if stops:
             return done
         if self.validator is not None and self.validator.best is not None:
-            ds.restore(self.engine, self.job.best_checkpoint, self.validator.best_step)
+            ds.restore(self.engine, self.job.best_checkpoint, self.validator.best_step, hashed=train.checkpoint_hashes)
         self._profile()
         return None
 
     def _validate(self, validator: Validator, done: int) -> dict[str, Any]:
         row: dict[str, Any] = dict(validator.measure(done))
         if validator.best_step == done:
-            ds.save(self.engine, self.job.best_checkpoint, done, {}, keep=None)
+            ds.save(self.engine, self.job.best_checkpoint, done, {}, None, self.job.train)
         return row | {"stopped": validator.is_over}
 
     def _state(self) -> dict[str, Any]:

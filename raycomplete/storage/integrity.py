@@ -1,0 +1,169 @@
+"""Whether a checkpoint on a disk is whole: sizes and sha256 of its files, written when it was finished.
+
+A checkpoint counts once `complete.json` stands in it. What a disk does to it afterwards is noticed by the digests in
+that file, before anything is trained on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from raycomplete.errors import WorkError
+from raycomplete.files import PRIVATE, write_json
+
+logger = logging.getLogger(__name__)
+
+COMPLETE = "complete.json"
+REFUSED = "refused.json"
+_HASHERS = 4  # sha256 lets go of the interpreter; more threads than this outrun most disks
+
+Digest = dict[str, Any]
+"""{"size": bytes, "sha256": hex, or None where hashing is off}."""
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file's content."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def digests(folder: Path, *, hashed: bool = True) -> dict[str, Digest]:
+    """Size and sha256 of every file below a folder but `complete.json`, by path relative to it."""
+    files = {
+        path.relative_to(folder).as_posix(): path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.relative_to(folder).as_posix() not in (COMPLETE, REFUSED)
+    }
+    with ThreadPoolExecutor(_HASHERS) as pool:
+        sums = pool.map(lambda path: sha256_of(path) if hashed else None, files.values())
+        return {
+            name: {"size": path.stat().st_size, "sha256": found}
+            for (name, path), found in zip(files.items(), sums, strict=True)
+        }
+
+
+def seal(folder: Path, content: Mapping[str, Any], *, hashed: bool = True) -> None:
+    """Writes `complete.json`: from here on the checkpoint counts.
+
+    Args:
+        folder: One checkpoint, with all its files.
+        content: Plain values to keep; readable by the owner only.
+        hashed: False keeps sizes only.
+    """
+    (folder / REFUSED).unlink(missing_ok=True)  # of an earlier checkpoint in this place
+    write_json(folder / COMPLETE, {**content, "files": digests(folder, hashed=hashed)}, mode=PRIVATE)
+
+
+def sealed(folder: Path) -> dict[str, Digest]:
+    """What `complete.json` says of the files; empty where there is none, or one from before there were digests."""
+    try:
+        found = json.loads((folder / COMPLETE).read_text(encoding="utf-8")).get("files", {})
+    except FileNotFoundError:
+        return {}
+    return dict(found)
+
+
+def damage(folder: Path, *, hashed: bool = True) -> str | None:
+    """What is wrong with a sealed checkpoint, in a few words; None where it is whole.
+
+    Args:
+        folder: One checkpoint.
+        hashed: False compares sizes only, which takes no time and misses flipped bits.
+    """
+    try:
+        if not (folder / COMPLETE).is_file():
+            return "it was never finished"
+        known = sealed(folder)
+        for name, digest in known.items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != digest["size"]:
+                return f"{name} holds {path.stat().st_size} bytes instead of {digest['size']}"
+        if hashed:
+            expected = {name: digest["sha256"] for name, digest in known.items() if digest["sha256"] is not None}
+            with ThreadPoolExecutor(_HASHERS) as pool:
+                found = pool.map(lambda name: sha256_of(folder / name), expected)
+                wrong = [name for name, value in zip(expected, found, strict=True) if value != expected[name]]
+            if wrong:
+                return f"{wrong[0]} has another sha256"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"it cannot be read ({type(error).__name__})"
+    return None
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Sealed checkpoints, oldest first."""
+    return sorted(path.parent for path in folder.glob(f"step-*/{COMPLETE}"))
+
+
+def step_of(checkpoint: Path | str) -> int:
+    """`step-000040` -> 40."""
+    return int(Path(checkpoint).name.removeprefix("step-"))
+
+
+def scan(folder: Path, *, hashed: bool = True) -> tuple[Path | None, dict[Path, str]]:
+    """The newest checkpoint that is whole, or None, and what is wrong with each newer one."""
+    refused: dict[Path, str] = {}
+    for path in reversed(complete_checkpoints(folder)):
+        found = damage(path, hashed=hashed)
+        if found is None:
+            return path, refused
+        refused[path] = found
+    return None, refused
+
+
+def newest_whole(folder: Path, *, hashed: bool = True, warn: Callable[[str], None] = logger.warning) -> Path | None:
+    """The newest checkpoint that is whole; damaged newer ones are refused, so that they no longer count.
+
+    Returns:
+        Its folder, or None where no checkpoint was ever finished.
+
+    Raises:
+        WorkError: There are checkpoints, and none of them is whole.
+    """
+    whole, refused = scan(folder, hashed=hashed)
+    if whole is None and refused:
+        named = "; ".join(f"{path.name}: {why}" for path, why in refused.items())
+        raise WorkError(
+            f"No checkpoint in {folder} is whole ({named}).",
+            "Check that disk, then run again with --overwrite to start from the beginning.",
+        )
+    for path, why in refused.items():
+        warn(f"The checkpoint {path} is damaged ({why}) and left out.")
+        (path / COMPLETE).rename(path / REFUSED)
+    return whole
+
+
+def superseded(steps: list[int], keep: int | None, keep_every: int = 0) -> list[int]:
+    """Steps whose checkpoints may go.
+
+    Args:
+        steps: Of finished checkpoints.
+        keep: How many of the newest stay; None keeps all.
+        keep_every: Multiples of it stay for good; 0 is off.
+    """
+    old = sorted(steps)[:-keep] if keep else []
+    return [step for step in old if not (keep_every and step % keep_every == 0)]
+
+
+def drop(checkpoint: Path) -> None:
+    """Removes a checkpoint; what cannot be removed is a warning, since it must not end a run."""
+    try:
+        (checkpoint / COMPLETE).unlink(missing_ok=True)  # first, so that a half-removed one never counts
+        shutil.rmtree(checkpoint)
+    except OSError as error:
+        logger.warning("The old checkpoint %s cannot be removed (%s).", checkpoint, error.strerror or error)
+
+
+def prune(folder: Path, keep: int | None, keep_every: int = 0) -> None:
+    """Drops the checkpoints that retention no longer asks for."""
+    for step in superseded([step_of(path) for path in complete_checkpoints(folder)], keep, keep_every):
+        drop(folder / f"step-{step:06d}")

@@ -1,0 +1,94 @@
+"""A real training whose disk is lost, or damaged, goes on to the very same losses and weights."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from raycomplete.config import DepthConfig, RunConfig, TrainConfig, parse
+from raycomplete.data.checkpoints import load_model
+from raycomplete.pipeline.run_folder import open_run_folder
+from raycomplete.pipeline.stored import stored
+from raycomplete.screen import Screen
+from raycomplete.storage.pieces import Catalog
+from raycomplete.storage.remote import Remote
+from raycomplete.training.metrics import read_metrics
+from raycomplete.training.trainer import fit
+from tests.storage.conftest import s3_uri
+from tests.storage.test_integrity import flip
+from tests.training.tiny import make_job
+
+pytestmark = pytest.mark.slow
+
+TRAIN = TrainConfig(
+    steps=4,
+    lr=1e-2,
+    warmup_steps=1,
+    anchor_batch=4,
+    recovery_batch=4,
+    micro_batch=2,
+    loss_chunk_tokens=16,
+    checkpoint_every=2,
+    depth=DepthConfig(min=1, max=16),
+    stall_timeout_s=240.0,
+)
+
+
+@stored()
+def training(config: RunConfig, *, resume: bool = False, screen: Screen | None = None) -> Path:
+    """The training part of `raycomplete train`, on two tiny models beside the run folder."""
+    folder = open_run_folder(config, resume=resume, same=("models", "data", "train"))
+    models = config.output.root / "models"
+    models.mkdir(parents=True, exist_ok=True)
+    job = make_job(models, config.train)
+    if not (folder / "samples.jsonl").is_file():
+        shutil.copy(job.samples, folder / "samples.jsonl")
+    own = {"folder": folder.resolve(), "output": folder.resolve() / "student", "samples": folder / "samples.jsonl"}
+    fit(replace(job, **own), cpus_per_worker=0.5, gpus_per_worker=0)
+    return folder
+
+
+def outcome(folder: Path) -> tuple[list[Any], dict[str, torch.Tensor]]:
+    rows = read_metrics(folder / "metrics.jsonl")
+    return [(row["step"], row["loss"], row["lr"]) for row in rows], load_model(
+        folder / "student", "float32"
+    ).state_dict()
+
+
+def test_a_lost_and_a_damaged_disk_change_no_bit(ray_cluster: None, s3_server: str, tmp_path: Path) -> None:
+    uri = s3_uri(s3_server, "lost-disk")
+    tree = {
+        "models": {"base": "organism:base", "aligned": "organism:aligned"},
+        "data": {"source": "organism"},
+        "train": TRAIN.model_dump(mode="json"),
+        "output": {"root": str(tmp_path), "storage": uri},
+    }
+    config, screen = parse(tree, "test"), Screen(quiet=True)
+    folder = training(config, screen=screen)
+    rows, weights = outcome(folder)
+    assert [row[0] for row in rows] == [1, 2, 3, 4]
+
+    # As after a machine that was lost in step 4: the disk is gone, and of that checkpoint no manifest was written.
+    shutil.rmtree(folder)
+    catalog = Catalog(Remote(str(config.output.mirror)))
+    assert {"checkpoints/step-000002", "checkpoints/step-000004", "student", "files"} == {*catalog.pieces()}
+    for piece in ("checkpoints/step-000004", "student"):
+        catalog.withdraw(piece)
+    training(config, resume=True, screen=screen)
+    again, weights_again = outcome(folder)
+    assert again == rows
+    assert all(torch.equal(weights[name], weights_again[name]) for name in weights)
+
+    # A flipped bit in the newest checkpoint, and no storage: the trainer itself goes back to the one before.
+    shutil.rmtree(folder / "student")
+    flip(next((folder / "checkpoints" / "step-000004" / "state").glob("*.pt")))
+    job = replace(make_job(tmp_path / "models", TRAIN), folder=folder, output=folder / "student")
+    fit(job, cpus_per_worker=0.5, gpus_per_worker=0)
+    damaged, weights_damaged = outcome(folder)
+    assert damaged == rows
+    assert all(torch.equal(weights[name], weights_damaged[name]) for name in weights)
