@@ -18,6 +18,7 @@ class Factors:
 
     Attributes:
         train_share: What forward and backward reach of an engine's share of the peak.
+        cpu_train_share: The same on a CPU, whose peak is that of one large product; fitted to the organism's step.
         loss_share: Share of the peak in the loss's products, which are large and few: 52 ms of products at N 8192,
             V 128256, H 4096, two teachers.
         bandwidth_share: Share of memory bandwidth that reading weights and caches reaches.
@@ -27,11 +28,13 @@ class Factors:
         request_s: Host time of an engine for one scored sequence. From H100, 8B shape: 39.6 k tokens/s with hidden
             states against 42.9 k alone, over 64 sequences.
         decode_call_s: Host time of an engine for one decoding step.
-        optimizer_bytes: Memory traffic of unfused AdamW and gradient clipping, for each trained parameter.
+        optimizer_bytes: Memory traffic of unfused AdamW and gradient clipping, for each trained parameter; fitted to
+            the organism's step.
         object_store_bandwidth: A copy into shared memory.
     """
 
     train_share: float = 0.75
+    cpu_train_share: float = 0.5
     loss_share: float = 0.83
     bandwidth_share: float = 0.7
     link_share: float = 0.7
@@ -39,7 +42,7 @@ class Factors:
     train_calls: int = 45
     request_s: float = 1.65e-3
     decode_call_s: float = 3e-3
-    optimizer_bytes: float = 70.0
+    optimizer_bytes: float = 100.0
     object_store_bandwidth: float = 5e9
 
 
@@ -186,7 +189,7 @@ def loss_share(hardware: Hardware, factors: Factors) -> float:
 
 def train_share(hardware: Hardware, factors: Factors) -> float:
     """Share of the peak that forward and backward reach."""
-    return hardware.product_share * (factors.train_share if hardware.is_gpu else 1.0)
+    return hardware.product_share * (factors.train_share if hardware.is_gpu else factors.cpu_train_share)
 
 
 def train_s(

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import time
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
 from raycomplete.files import write_text
+from raycomplete.pipeline.plan_measure import measured_cpu
 from tests.benchmarks.environment import RUNS, describe, environment
 from tests.benchmarks.plan.cases import CASES
 from tests.benchmarks.plan.measured import measured_points
 from tests.benchmarks.plan.points import table
-from tests.benchmarks.plan.recorded import recorded_points
+from tests.benchmarks.plan.recorded import recorded_points, trainer_point
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.plan", description=__doc__)
     parser.add_argument("--recorded", action="store_true", help="only earlier measurements; starts nothing")
+    parser.add_argument(
+        "--no-engines", action="store_true", help="the optimizer step alone, without vLLM and DeepSpeed"
+    )
     parser.add_argument("--only", choices=[case.name for case in CASES], help="one of the measured models")
     parser.add_argument("--out", type=Path, default=RUNS / "plan", help="folder of results.md")
     arguments = parser.parse_args()
@@ -26,8 +31,10 @@ def main() -> None:
     tables = [table("One H100, recorded", recorded_points())]
     if not arguments.recorded:
         chosen = [case for case in CASES if arguments.only in (None, case.name)]
-        points = [point for case in chosen for point in measured_points(case)]
-        tables.append(table("This machine's CPU", points))
+        points = [point for case in chosen for point in measured_points(case, engines=not arguments.no_engines)]
+        torch.set_num_threads(1)
+        points.append(trainer_point(measured_cpu(time.process_time)))
+        tables.append(table("One CPU thread, processor time", points))
     for item in tables:
         item.show(console)
     facts = describe(environment(torch.device("cpu")))

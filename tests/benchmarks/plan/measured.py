@@ -1,10 +1,12 @@
 """Real engines and a real optimizer step on this machine, each in a process of its own, beside the formulas.
 
-The hardware entry is measured before and after in the same process, so that a busy machine slows both alike.
+Everything runs on one thread and is timed in processor time, the hardware entry too, so that neighbours count little.
 """
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import multiprocessing
 import os
 import tempfile
@@ -18,31 +20,32 @@ from typing import Any
 import numpy as np
 import torch
 
-from raycomplete.engine_options import available_cpus, engine_environment
+from raycomplete.engine_options import engine_environment
 from raycomplete.pipeline.plan_measure import measured_cpu
 from raycomplete.plan.hardware import Hardware, find_hardware
 from raycomplete.plan.request import engine_s, train_parts, worker_memory
 from raycomplete.plan.speed import scoring_s
 from raycomplete.plan.workload import Sequences
-from tests.benchmarks.plan.cases import Case
+from tests.benchmarks.plan.cases import CASES, Case
 from tests.benchmarks.plan.points import Point
+from tests.benchmarks.plan.student import random_tokens, student_and_batches
 
 _TIMEOUT_S = 600.0
 _REPEATS = 3
 
 
-def measured_points(case: Case) -> list[Point]:
-    """Scoring, rollouts, the optimizer step and its memory."""
+def measured_points(case: Case, *, engines: bool) -> list[Point]:
+    """The optimizer step and its memory, and with `engines` also scoring and rollouts in vLLM and DeepSpeed's step."""
     context = multiprocessing.get_context("spawn")
     points: list[Point] = []
-    for work in (_scoring, _rollouts, _training):
+    for work in (step_points, _scoring, _rollouts, _training) if engines else (step_points,):
         with ProcessPoolExecutor(1, mp_context=context) as pool:
             points += pool.submit(work, case).result(_TIMEOUT_S)
     return points
 
 
 def _scoring(case: Case) -> list[Point]:
-    os.environ |= engine_environment(use_gpu=False)
+    os.environ |= engine_environment(use_gpu=False, threads=1)
     from raycomplete.scoring.engine import PoolingEngine
     from raycomplete.scoring.payload import ScoreRequest
 
@@ -50,7 +53,7 @@ def _scoring(case: Case) -> list[Point]:
     rng = np.random.default_rng(0)
     groups = case.request(find_hardware("cpu")).workload(1).scored["aligned"]
     rounds = iter([_requests(case, groups, rng, ScoreRequest) for _ in range(_REPEATS + 1)])
-    seconds, hardware = _timed(lambda: engine.hidden_states(next(rounds)))
+    seconds, hardware = timed(lambda: engine.hidden_states(next(rounds)))
     request = case.request(hardware)
     inside = replace(request.factors, object_store_bandwidth=float("inf"))
     expected = scoring_s(request.shapes["aligned"], hardware, inside, groups, dtype=case.config.models.dtype)
@@ -62,17 +65,13 @@ def _requests(case: Case, groups: Sequence[Sequences], rng: Any, kind: Callable[
     made = []
     for group in groups:
         for _ in range(int(group.count)):
-            tokens = _tokens(rng, int(group.prompt + group.response))
+            tokens = random_tokens(rng, int(group.prompt + group.response))
             made.append(kind(tokens, int(group.prompt)))
     return made
 
 
-def _tokens(rng: Any, count: int) -> tuple[int, ...]:
-    return tuple(int(token) for token in rng.integers(5, 200, count))
-
-
 def _rollouts(case: Case) -> list[Point]:
-    os.environ |= engine_environment(use_gpu=False)
+    os.environ |= engine_environment(use_gpu=False, threads=1)
     from raycomplete.rollout.engine import RolloutEngine
 
     engine = RolloutEngine(str(case.path), dtype=case.config.models.dtype, max_length=512, use_gpu=False)
@@ -82,11 +81,11 @@ def _rollouts(case: Case) -> list[Point]:
     written: list[int] = []
 
     def once() -> None:
-        sequences = [_tokens(rng, int(rollouts.prompt)) for _ in range(int(rollouts.count))]
+        sequences = [random_tokens(rng, int(rollouts.prompt)) for _ in range(int(rollouts.count))]
         done = engine.generate_finished(sequences, int(rollouts.response), 1.0, 1.0, None)
         written.append(max(len(ids) for ids, _ in done))
 
-    seconds, hardware = _timed(once)
+    seconds, hardware = timed(once)
     expected = engine_s(case.request(hardware), "rollout", 1, 1)
     # Some responses end early: the passes that were made are those of the longest.
     passes = float(np.median(written))
@@ -97,13 +96,72 @@ def _rollouts(case: Case) -> list[Point]:
     ]
 
 
-def _training(case: Case) -> list[Point]:
-    torch.set_num_threads(available_cpus())
-    work = case.request(find_hardware("cpu")).workload(1)
-    _start_process_group()
+def step_points(case: Case) -> list[Point]:
+    """Forward and backward of the student with its loss, AdamW beside it, and the memory of both, without DeepSpeed."""
+    torch.set_num_threads(1)
+    micro_batches = case.request(find_hardware("cpu")).workload(1).micro_batches
+    student_and_batches(case, micro_batches)[0].float()  # libraries are imported, and are no memory of the worker
+    _give_back()
     before = _resident("VmRSS")
-    engine, batches = _student_and_batches(case, work.micro_batches)
+    module, batches = student_and_batches(case, micro_batches)
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    masters = [parameter.detach().float().requires_grad_() for parameter in trained]
+    same = case.dtype == "float32"
+    optimizer = torch.optim.AdamW(trained if same else masters, foreach=False)
+
+    def passes() -> None:
+        for batch in batches:
+            module(batch, "completion")[0].backward()
+
+    def update() -> None:
+        if not same:
+            for master, parameter in zip(masters, trained, strict=True):
+                master.grad = parameter.grad.float() if parameter.grad is not None else None
+        torch.nn.utils.clip_grad_norm_(trained if same else masters, 1.0)
+        optimizer.step()
+
+    passes()
+    update()
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # from here on VmHWM counts anew
+    passes()
+    update()
+    peak = _resident("VmHWM") - before
+    seconds, hardware = timed(passes)
+    request = case.request(hardware)
+    parts, memory = train_parts(request, 1), worker_memory(request, 1)
+    update_s, hardware = timed(update)
+    updated = train_parts(case.request(hardware), 1)["optimizer"]
+    fitted = case.name == CASES[0].name  # two constants of the formulas come from the first
+    return [
+        Point(
+            f"{case.name}, forward, loss and backward",
+            "s",
+            parts["forward and backward"] + parts["loss"],
+            seconds,
+            fitted,
+        ),
+        Point(f"{case.name}, AdamW and clipping", "ms", updated * 1e3, update_s * 1e3, fitted),
+        Point(f"{case.name}, memory of the worker", "MiB", memory.total / 2**20, peak / 2**20),
+    ]
+
+
+def _training(case: Case) -> list[Point]:
+    """The whole optimizer step under DeepSpeed."""
+    torch.set_num_threads(1)
+    from raycomplete.training import engine as ds
+
+    work, config = case.request(find_hardware("cpu")).workload(1), case.config
+    _start_process_group()
+    module, batches = student_and_batches(case, work.micro_batches)
+    settings = ds.deepspeed_settings(
+        config.train,
+        config.models.dtype,
+        micro_batch=config.train.micro_batch,
+        accumulation=work.micro_batches,
+        steps=100,
+        lr=1e-5,
+    )
+    engine = ds.start_engine(module, settings)
 
     def step() -> None:
         for batch in batches:
@@ -111,84 +169,9 @@ def _training(case: Case) -> list[Point]:
             engine.backward(output[0])
             engine.step()
 
-    seconds, hardware = _timed(step)
-    peak = _resident("VmHWM") - before
-    request = case.request(hardware)
-    expected, memory = sum(train_parts(request, 1).values()), worker_memory(request, 1).total
-    return [
-        Point(f"{case.name}, optimizer step", "s", expected, seconds),
-        Point(f"{case.name}, memory of the training worker", "MiB", memory / 2**20, peak / 2**20),
-    ]
-
-
-def _student_and_batches(case: Case, micro_batches: int) -> tuple[Any, list[Any]]:
-    """The module that a training worker wraps, under DeepSpeed, and the micro-batches of one step."""
-    from raycomplete.core.depth_sampler import DepthSampler
-    from raycomplete.core.loss_types import LossSettings
-    from raycomplete.data.chat import ChatCodec
-    from raycomplete.data.checkpoints import TORCH_DTYPES, fingerprint, load_model
-    from raycomplete.data.head_spec import load_head, read_head_spec
-    from raycomplete.training import engine as ds
-    from raycomplete.training.batches import BatchBuilder
-    from raycomplete.training.feed import ScoreFeed
-    from raycomplete.training.packing import deal
-    from raycomplete.training.plan import Planner
-    from raycomplete.training.samples import AnchorSample, RecoverySample, SampleSet
-    from raycomplete.training.student import HeadSettings, StudentModule
-
-    config, dtype = case.config, case.config.models.dtype
-    train, rng = config.train, np.random.default_rng(0)
-    spec = read_head_spec(
-        case.path,
-        vocab_size=ChatCodec(case.path).vocab_size,
-        model_fingerprint=fingerprint(case.path),
-        tokenizer_hash="benchmark",
-    )
-    lm = load_model(case.path, dtype)
-    lm.train()
-    teachers = {role: load_head(spec, dtype=TORCH_DTYPES[dtype]) for role in ("aligned", "base")}
-    loss = LossSettings.from_config(train)
-    head = HeadSettings(spec.scale, spec.softcap, spec.vocab_size)
-    module = StudentModule(lm, head, teachers, loss, external_head=False)
-    settings = ds.deepspeed_settings(
-        train, dtype, micro_batch=train.micro_batch, accumulation=micro_batches, steps=100, lr=1e-5
-    )
-    engine = ds.start_engine(module, settings)
-    prompts = [_tokens(rng, case.prompt) for _ in range(case.batch)]
-    samples = SampleSet(
-        anchor=tuple(AnchorSample(f"a{i}", p, _tokens(rng, case.answer)) for i, p in enumerate(prompts)),
-        recovery=tuple(
-            RecoverySample(f"r{i}", p, p, _tokens(rng, case.answer), _tokens(rng, 24)) for i, p in enumerate(prompts)
-        ),
-    )
-    planner = Planner(
-        samples, anchor_batch=case.batch, recovery_batch=case.batch, seed=0, max_depth=config.rollout.max_harmful_tokens
-    )
-    source = _RandomScores(spec.hidden_size, TORCH_DTYPES[dtype])
-    feed = ScoreFeed(
-        {"aligned": source, "base": source}, max_depth=case.answer, penalty=loss.penalty > 0, contrastive=False
-    )
-    feed.request(0, *planner.samples_of(0))
-    plan = planner.plan(0, DepthSampler(train.depth, 0))
-    builder = BatchBuilder(penalty=loss.penalty > 0, contrastive=False, scale=float(micro_batches))
-    scores = feed.take(0)
-    return engine, [builder.build(chunk, plan, scores) for chunk in deal(plan.local(0, 1), micro_batches)]
-
-
-class _RandomScores:
-    """Hidden states of no model (a `ScoreSource`): the loss costs the same."""
-
-    def __init__(self, hidden_size: int, dtype: torch.dtype) -> None:
-        self._hidden_size, self._dtype = hidden_size, dtype
-
-    def submit_sequences(self, sequences: Sequence[tuple[tuple[int, ...], int]]) -> Any:
-        return list(sequences)
-
-    def warm_sequences(self, sequences: Sequence[tuple[tuple[int, ...], int]]) -> None:
-        """Nothing runs ahead here."""
-
-    def collect_tensors(self, reference: Any) -> list[torch.Tensor]:
-        return [torch.randn(len(ids) - prompt, self._hidden_size).to(self._dtype) for ids, prompt in reference]
+    seconds, hardware = timed(step)
+    expected = sum(train_parts(case.request(hardware), 1).values())
+    return [Point(f"{case.name}, optimizer step under DeepSpeed", "s", expected, seconds)]
 
 
 def _start_process_group() -> None:
@@ -197,19 +180,25 @@ def _start_process_group() -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
 
 
-def _timed(work: Callable[[], object]) -> tuple[float, Hardware]:
-    """Median seconds of a call after one warm-up, and the mean of the hardware before and after."""
+def timed(work: Callable[[], object]) -> tuple[float, Hardware]:
+    """Median processor seconds of a call after one warm-up, and the mean of the hardware before and after."""
     work()
-    first = measured_cpu()
+    first = measured_cpu(time.process_time)
     seconds = []
     for _ in range(_REPEATS):
-        started = time.perf_counter()
+        started = time.process_time()
         work()
-        seconds.append(time.perf_counter() - started)
-    last = measured_cpu()
+        seconds.append(time.process_time() - started)
+    last = measured_cpu(time.process_time)
     names = ("bfloat16_flops", "float32_flops", "memory_bandwidth", "copy_bandwidth", "call_s", "softmax_per_s")
     mean: dict[str, Any] = {name: (getattr(first, name) + getattr(last, name)) / 2 for name in names}
     return float(np.median(seconds)), replace(first, **mean)
+
+
+def _give_back() -> None:
+    """Freed memory goes back to the system."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 def _resident(name: str) -> int:

@@ -1,4 +1,4 @@
-"""Measurements of one H100 that were made earlier, beside what the formulas say of them.
+"""Measurements that were made earlier, beside what the formulas say of them.
 
 Constants of the formulas come from some of these (`fitted`); the others are predictions.
 """
@@ -8,10 +8,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from raycomplete.config import TrainConfig
-from raycomplete.plan.hardware import find_hardware
+from raycomplete.plan.hardware import Hardware, find_hardware
 from raycomplete.plan.shapes import preset
-from raycomplete.plan.speed import Factors, loss_s, prefill_s, scoring_s
-from raycomplete.plan.workload import Sequences
+from raycomplete.plan.speed import Factors, device_s, loss_s, prefill_s, scoring_s, train_s, train_share
+from raycomplete.plan.workload import Sequences, Workload
 from tests.benchmarks.plan.points import Point
 
 _IN_ENGINE = replace(Factors(), object_store_bandwidth=float("inf"))  # they were timed inside the engine's process
@@ -33,3 +33,27 @@ def recorded_points() -> list[Point]:
         Point("135M, 256 x 512 tokens, hidden states", "tok/s", little, 292_000),
         Point("loss, N 8192, V 128256, H 4096, products alone", "ms", products * 1e3, 52, fitted=True),
     ]
+
+
+def trainer_point(one_thread: Hardware) -> Point:
+    """Ray Train with DeepSpeed, the teacher read in the same process: the training benchmark's tokens a second.
+
+    Args:
+        one_thread: This machine's CPU, if it is the one of RESULTS.md.
+    """
+    small, factors = preset("smollm2-135m"), Factors()
+    sequences = Sequences(8, 39.5, 99.5)  # the means of the benchmark's workload
+    work = Workload((sequences,), {}, None, loss_rows=sequences.rows, base_rows=0, micro_batches=2)
+    models = dict.fromkeys(("student", "aligned", "base"), small)
+    train = TrainConfig(anchor_batch=8, micro_batch=4)
+    step = train_s(train, one_thread, factors, work, models, dtype="bfloat16", workers=1, gpus_per_node=1)
+    teacher = device_s(
+        one_thread,
+        small.forward_flops(sequences.tokens, sequences.length / 2),
+        2 * sequences.tokens * small.num_layers * small.activation_bytes_per_token("bfloat16"),
+        2 * small.num_layers * factors.train_calls,
+        train_share(one_thread, factors),
+        "bfloat16",
+    )
+    predicted = sequences.count * (sequences.prompt + sequences.response) / (sum(step.values()) + teacher)
+    return Point("SmolLM2-135M, Ray Train + DeepSpeed with teacher, recorded", "tok/s", predicted, 86.5)

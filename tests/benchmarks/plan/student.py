@@ -1,0 +1,82 @@
+"""The student of a training worker and the batches of one step, with random teachers: the loss costs the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from raycomplete.core.depth_sampler import DepthSampler
+from raycomplete.core.loss_types import LossSettings
+from raycomplete.data.chat import ChatCodec
+from raycomplete.data.checkpoints import TORCH_DTYPES, fingerprint, load_model
+from raycomplete.data.head_spec import load_head, read_head_spec
+from raycomplete.training.batches import BatchBuilder, MicroBatch
+from raycomplete.training.feed import ScoreFeed
+from raycomplete.training.packing import deal
+from raycomplete.training.plan import Planner
+from raycomplete.training.samples import AnchorSample, RecoverySample, SampleSet
+from raycomplete.training.student import HeadSettings, StudentModule
+from tests.benchmarks.plan.cases import Case
+
+
+def random_tokens(rng: Any, count: int) -> tuple[int, ...]:
+    """Ids that every tokenizer here has."""
+    return tuple(int(token) for token in rng.integers(5, 200, count))
+
+
+def student_and_batches(case: Case, micro_batches: int) -> tuple[StudentModule, list[MicroBatch]]:
+    """The module that a training worker wraps, and the micro-batches of one step."""
+
+    config, dtype = case.config, case.config.models.dtype
+    train, rng = config.train, np.random.default_rng(0)
+    spec = read_head_spec(
+        case.path,
+        vocab_size=ChatCodec(case.path).vocab_size,
+        model_fingerprint=fingerprint(case.path),
+        tokenizer_hash="benchmark",
+    )
+    lm = load_model(case.path, dtype)
+    lm.train()
+    teachers = {role: load_head(spec, dtype=TORCH_DTYPES[dtype]) for role in ("aligned", "base")}
+    loss = LossSettings.from_config(train)
+    head = HeadSettings(spec.scale, spec.softcap, spec.vocab_size)
+    module = StudentModule(lm, head, teachers, loss, external_head=False)
+    prompts = [random_tokens(rng, case.prompt) for _ in range(case.batch)]
+    samples = SampleSet(
+        anchor=tuple(AnchorSample(f"a{i}", p, random_tokens(rng, case.answer)) for i, p in enumerate(prompts)),
+        recovery=tuple(
+            RecoverySample(f"r{i}", p, p, random_tokens(rng, case.answer), random_tokens(rng, 24))
+            for i, p in enumerate(prompts)
+        ),
+    )
+    planner = Planner(
+        samples, anchor_batch=case.batch, recovery_batch=case.batch, seed=0, max_depth=config.rollout.max_harmful_tokens
+    )
+    source = _RandomScores(spec.hidden_size, TORCH_DTYPES[dtype])
+    feed = ScoreFeed(
+        {"aligned": source, "base": source}, max_depth=case.answer, penalty=loss.penalty > 0, contrastive=False
+    )
+    feed.request(0, *planner.samples_of(0))
+    plan = planner.plan(0, DepthSampler(train.depth, 0))
+    builder = BatchBuilder(penalty=loss.penalty > 0, contrastive=False, scale=float(micro_batches))
+    scores = feed.take(0)
+    return module, [builder.build(chunk, plan, scores) for chunk in deal(plan.local(0, 1), micro_batches)]
+
+
+class _RandomScores:
+    """Hidden states of no model (a `ScoreSource`): the loss costs the same."""
+
+    def __init__(self, hidden_size: int, dtype: torch.dtype) -> None:
+        self._hidden_size, self._dtype = hidden_size, dtype
+
+    def submit_sequences(self, sequences: Sequence[tuple[tuple[int, ...], int]]) -> Any:
+        return list(sequences)
+
+    def warm_sequences(self, sequences: Sequence[tuple[tuple[int, ...], int]]) -> None:
+        """Nothing runs ahead here."""
+
+    def collect_tensors(self, reference: Any) -> list[torch.Tensor]:
+        return [torch.randn(len(ids) - prompt, self._hidden_size).to(self._dtype) for ids, prompt in reference]
