@@ -113,6 +113,18 @@ def visible(token: str) -> str:
     return "".join(signs.get(sign, sign) for sign in token) or "(special)"
 
 
+def setting(value: Any) -> str:
+    """A value of a run file in words: lists by commas, sections by their keys, what is not set left out."""
+    if isinstance(value, Mapping):
+        return (
+            "; ".join(f"{key} {setting(found)}" for key, found in value.items() if found not in (None, [], {})) or "-"
+        )
+    if isinstance(value, list | tuple):
+        mappings = any(isinstance(item, Mapping) for item in value)
+        return (" | " if mappings else ", ").join(map(setting, value)) or "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def _figures(run: RunFolder) -> list[tuple[str, str, bool, Callable[[], plots.Plot | None]]]:
     """Title, what to say where it is missing, whether its data is there, and how it is drawn."""
     found = _diagnosis_figures(run.diagnosis) if run.diagnosis is not None else []
@@ -340,4 +352,5 @@ def _environment() -> Environment:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["percent"] = percent
     environment.filters["visible"] = visible
+    environment.filters["setting"] = setting
     return environment

@@ -216,6 +216,9 @@ def position_profile(profile: Mapping[str, Any]) -> Plot:
     )
 
 
+_LOSS_RANGE = 1e-6  # decades of loss that are shown
+
+
 def training_curves(metrics: Sequence[Mapping[str, Any]]) -> Plot:
     """The loss and its parts by step, on a logarithmic scale."""
     figure = Figure(figsize=(5.6, 3.7), layout="constrained")
@@ -237,6 +240,8 @@ def training_curves(metrics: Sequence[Mapping[str, Any]]) -> Plot:
         )
     if positive:
         axes.set_yscale("log")
+        # The anchor starts at rounding noise, since the student starts as aligned: it must not squash the rest.
+        axes.set_ylim(bottom=max(axes.get_ylim()[0], axes.get_ylim()[1] * _LOSS_RANGE))
     axes.set_xlabel("step")
     axes.set_ylabel("loss, logarithmic")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

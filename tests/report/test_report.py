@@ -8,6 +8,7 @@ import pytest
 
 from raycomplete.errors import DataError
 from raycomplete.report import write_report
+from raycomplete.report.html import setting
 
 FIGURES = ("rates", "attacks", "prefill_depth", "outcomes", "position_profile", "training", "depth_sampler")
 VOID = {"meta", "img", "br", "link", "hr"}
@@ -131,6 +132,13 @@ def test_student_that_got_worse(run_folder: Path) -> None:
     (run_folder / "summary.json").write_text(json.dumps(summary))
     page = Page(write_report(run_folder).read_text(encoding="utf-8"))
     assert "10.0 % more than aligned" in page.text.replace("\N{NO-BREAK SPACE}", " ")
+
+
+def test_settings_are_written_as_people_read_them() -> None:
+    assert setting([0, 4]) == "0, 4"
+    assert setting({"kind": "auto", "checkpoint": None, "threshold": 0.5}) == "kind auto; threshold 0.5"
+    assert setting([{"name": "prefill", "depths": []}, {"name": "gcg"}]) == "name prefill | name gcg"
+    assert (setting({}), setting([]), setting(False), setting(1e-10)) == ("-", "-", "False", "1e-10")
 
 
 def test_the_price_of_safety_stands_at_the_top(run_folder: Path) -> None:
