@@ -13,7 +13,7 @@ from raycomplete.config import ClusterConfig, RunConfig
 from raycomplete.errors import WaitTimeoutError
 
 _GIB = 2**30
-_TRAINING, _EVALUATION = "scoring and training", "evaluation"
+_FIRST, _AFTERWARDS = "at first", "evaluation"
 
 
 @dataclass(frozen=True)
@@ -139,17 +139,17 @@ def plan_run(
             cluster,
             f"{role} scorer",
             scoring.replicas,
-            phase=_TRAINING,
+            phase=_FIRST,
             tensor_parallel=scoring.tensor_parallel,
         )
         for role in scorers
     ]
-    for phase, count, of in ((_TRAINING, workers, ""), (_EVALUATION, attack_workers, " of the attack")):
+    for phase, count, of in ((_FIRST, workers, ""), (_AFTERWARDS, attack_workers, " of the attack")):
         if count:
             rows.append(Row(f"training worker{of}", count, cluster.cpus_per_worker, cluster.gpus_per_worker, phase))
             rows.append(Row(f"Ray Train controller{of}", 1, 0.0, 0.0, phase))
     if extras:
-        rows.append(engine_row(cluster, "model of attacks and judge", extras, phase=_EVALUATION))
+        rows.append(engine_row(cluster, "model of attacks and judge", extras, phase=_AFTERWARDS))
     return Plan(tuple(rows))
 
 

@@ -27,6 +27,7 @@ from raycomplete.errors import ProcessDiedError, RaycompleteError, WaitTimeoutEr
 _RESUME = "Run again with --resume; if memory ran out, give the engine more or lower scoring.* and rollout.* sizes."
 
 _DEATH_REPORT_S = 1.0
+_RECENT_S = 60.0
 
 # What Ray says of a death, and what it means; the first that fits. Ray's text on a closed connection lists every
 # possible reason, the memory monitor and the node among them, so it is recognised before those.
@@ -150,7 +151,7 @@ def _last_process(actor_id: str | None) -> _Process:
             alive = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
             for worker_id, node_id in lives:
                 process = _process(worker_id)
-                if process is None:
+                if process is None or _is_old(process):
                     continue
                 node = f"{process.worker_address.ip_address} (node {node_id.hex()[:12]})"
                 if node_id.hex() not in alive:
@@ -162,6 +163,11 @@ def _last_process(actor_id: str | None) -> _Process:
             break
         time.sleep(0.1)
     return _Process()
+
+
+def _is_old(process: Any) -> bool:
+    """Whether it ended long ago: then it is an earlier death that Ray still knows, and not this one."""
+    return bool(process.end_time_ms) and time.time() - process.end_time_ms / 1000 > _RECENT_S
 
 
 def _process(worker_id: bytes) -> Any:

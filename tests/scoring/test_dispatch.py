@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import pickle
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 
 from raycomplete.config import ScoringConfig
 from raycomplete.errors import ProcessDiedError
+from raycomplete.scoring.actors import ScorerHandle, ScoringClient
 from raycomplete.scoring.dispatch import Dispatcher
 from raycomplete.scoring.payload import HiddenArray, ScoreRequest
 
@@ -191,3 +194,12 @@ def test_others_take_over_from_a_replica_that_is_gone_and_the_last_one_is_missed
     alone = dispatcher(readers[:1], notes, aside)
     with pytest.raises(ProcessDiedError, match="The first died"):
         alone.collect(alone.submit(batch_of(3)))
+
+
+def test_a_client_crosses_to_another_process_with_nothing_under_way(tmp_path: Path) -> None:
+    client = ScoringClient("base", [ScorerHandle("base scorer", None, 5.0)], ScoringConfig(), "group", tmp_path)
+    client._dispatcher._in_flight = 3
+    other = pickle.loads(pickle.dumps(client))
+    assert (other.role, other._prefix, other._record_folder) == ("base", "group", tmp_path)
+    assert other._dispatcher._in_flight == 0
+    assert [replica.name for replica in other._replicas] == ["base scorer"]

@@ -33,7 +33,10 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             check=False,
         )
     assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-3000:]
-    found: dict[str, Any] = json.loads(finished.stdout.splitlines()[-1])
+    found: dict[str, Any] = {}
+    for line in finished.stdout.splitlines():
+        if line.startswith("{"):
+            found |= json.loads(line)
     return found
 
 

@@ -1,6 +1,6 @@
 """Scorers on two raylets of this machine, killed while they read. Run by test_survival.py in a process of its own.
 
-It prints one JSON object with what was seen.
+It prints what was seen, one JSON object for each part.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,7 @@ DEADLY = ScoreRequest((13, 13, 13), 1)
 SCORING = ScoringConfig(
     replicas=2, cache_gib=0, max_num_batched_tokens=4096, timeout_s=120, retry_timeout_s=240, max_attempts=2
 )
+NO_SPEC: Any = SimpleNamespace(model_fingerprint="none", tokenizer_hash="none")
 OPTIONS = ScorerOptions("aligned", "float32", 128, False, SCORING)
 
 
@@ -53,16 +55,17 @@ class Fragile(Scorer):
 
 def main() -> None:
     config = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 500, "health_check_failure_threshold": 3}
-    head = {"num_cpus": 1, "object_store_memory": 300 * 2**20, "_system_config": config}
+    store = 300 * 2**20  # bytes
+    head = {"num_cpus": 1, "include_dashboard": False, "object_store_memory": store, "_system_config": config}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     nodes = [cluster.add_node(num_cpus=2, object_store_memory=200 * 2**20) for _ in range(2)]
     ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
     try:
-        seen = scorers(cluster, nodes) | poison(Path(sys.argv[1]))
+        print(json.dumps(poison(Path(sys.argv[1]))), flush=True)
+        print(json.dumps(scorers(cluster, nodes)), flush=True)
     finally:
         ray.shutdown()
         cluster.shutdown()
-    print(json.dumps(seen))
 
 
 def scorers(cluster: Cluster, nodes: list[Any]) -> dict[str, Any]:
@@ -150,7 +153,7 @@ def poison(folder: Path) -> dict[str, Any]:
         ScorerHandle(
             f"scorer {index}",
             actor.options(num_cpus=0.1, max_restarts=-1).remote(
-                None, OPTIONS, [], f"{prefix}/reads/scorer {index}", ClusterBoard()
+                NO_SPEC, OPTIONS, [], f"{prefix}/reads/scorer {index}", ClusterBoard()
             ),
             60,
         )
@@ -163,6 +166,7 @@ def poison(folder: Path) -> dict[str, Any]:
         partial: list[Any] = []
     except PoisonedSampleError as error:
         partial = [None if array is None else array[:, 0].tolist() for array in error.partial]
+    client.stop()
     records = [json.loads(file.read_text()) for file in folder.glob("*.json")]
     return {"partial": partial, "records": records}
 
