@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from raycomplete.config import DepthConfig, TrainConfig
+from raycomplete.config import DepthConfig, Dtype, TrainConfig
+from raycomplete.data.checkpoints import TORCH_DTYPES
 from raycomplete.errors import NotFiniteError
 from raycomplete.training.bad_steps import poison
 from raycomplete.training.job import TrainJob
@@ -25,21 +26,21 @@ COUNTERS = {"global_steps", "global_samples", "skipped_steps", "overflow", "micr
 
 
 class PoisonedScores(LocalScores):
-    """The hidden states of one sequence in some steps (counted from 1) are NaN."""
+    """The hidden states of one sequence in some steps (counted from 1) are NaN; all come in the student's dtype."""
 
-    def __init__(self, path: Path, steps: set[int]) -> None:
+    def __init__(self, path: Path, dtype: torch.dtype, steps: set[int]) -> None:
         super().__init__(path)
-        self.steps, self.asked = steps, 0
+        self.dtype, self.steps, self.asked = dtype, steps, 0
 
     def collect_tensors(self, reference: Any) -> list[torch.Tensor]:
         self.asked += 1
-        states = super().collect_tensors(reference)
+        states = [state.to(self.dtype) for state in super().collect_tensors(reference)]
         if self.asked in self.steps:
             states[0] = torch.full_like(states[0], torch.nan)
         return states
 
 
-def make(folder: Path, dtype: str, bad: set[int], **changes: Any) -> TrainJob:
+def make(folder: Path, dtype: Dtype, bad: set[int], **changes: Any) -> TrainJob:
     train = TrainConfig(
         steps=6,
         lr=1e-2,
@@ -56,8 +57,9 @@ def make(folder: Path, dtype: str, bad: set[int], **changes: Any) -> TrainJob:
         **changes,
     )
     job = make_job(folder, train)
-    sources = {**job.sources, "aligned": PoisonedScores(folder / "aligned", bad)}
-    return replace(job, dtype=dtype, sources=sources)  # type: ignore[arg-type]
+    poisoned = {"aligned": bad, "base": set[int]()}
+    sources = {role: PoisonedScores(folder / role, TORCH_DTYPES[dtype], steps) for role, steps in poisoned.items()}
+    return replace(job, dtype=dtype, sources=sources)
 
 
 def leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:
@@ -98,7 +100,7 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     [(2, 2, "float32"), (2, 3, "float32"), (1, 0, "float32"), (1, 0, "bfloat16")],
 )
 def test_a_bad_step_changes_nothing(
-    ray_cluster: None, num_workers: int, zero_stage: int, dtype: str, tmp_path: Path
+    ray_cluster: None, num_workers: int, zero_stage: int, dtype: Dtype, tmp_path: Path
 ) -> None:
     job = make(tmp_path, dtype, {2, 4, 5}, num_workers=num_workers, zero_stage=zero_stage)
     with pytest.raises(NotFiniteError, match="in 2 steps in a row, up to step 5"):

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 from ray.exceptions import ActorDiedError
-from ray.train import ControllerError, WorkerGroupError
+from ray.train import ControllerError, FailureConfig, WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
+from ray.train.v2._internal.execution.failure_handling.failure_policy import FailureDecision
 
 from raycomplete.config import TrainConfig
 from raycomplete.errors import NotFiniteError, ProcessDiedError, WorkError
@@ -53,6 +55,14 @@ def test_an_error_is_not_tried_again(failures: dict[int, Exception], job: TrainJ
     error = explain(ControllerError(caught.value), job)
     assert type(error) is WorkError
     assert f"training worker {max(failures)} failed after 3 finished steps (a bug)" in str(error)
+
+
+def test_ray_train_obeys() -> None:
+    """Its own policy restarts after a death as often as the run file says, and never after an error."""
+    policy = DefaultFailurePolicy(FailureConfig(max_failures=1))
+    assert policy.make_decision(ControllerError(RaisedError(0, ValueError()))) is FailureDecision.RAISE
+    death = WorkerGroupError("", {1: died()})
+    assert [policy.make_decision(death) for _ in range(2)] == [FailureDecision.RETRY, FailureDecision.RAISE]
 
 
 def test_an_error_with_its_own_remedy_passes_unchanged(job: TrainJob) -> None:

@@ -77,7 +77,7 @@ def run(job: TrainJob, **options: Any) -> list[float]:
 
 
 def test_training_goes_on_after_a_worker_was_killed(ray_cluster: None, tmp_path: Path) -> None:
-    """Killed in step 4 of the first attempt, then in steps 4 and again 4 of a run that has but one restart left."""
+    """One of two workers is killed in step 4; the losses are those of a run that was left alone."""
     train = settings(num_workers=2, zero_stage=2, max_failures=1)
     expected = run(make_job(tmp_path / "undisturbed", train))
 
@@ -111,8 +111,6 @@ def test_a_worker_that_dies_too_often_ends_the_run_with_its_facts(ray_cluster: N
     assert facts["node"]
     assert Path(facts["log"]).exists()
     assert facts["kept"].startswith("the checkpoint of step 4 in ")
-    # The command with --resume does the rest.
-    assert len(run(job)) == 5
 
 
 def test_a_stop_finishes_the_step_and_keeps_it(ray_cluster: None, tmp_path: Path) -> None:
