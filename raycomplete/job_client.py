@@ -16,6 +16,7 @@ from raycomplete.errors import SetupError, WorkError
 from raycomplete.submit import STOP_WAIT_S, Submission
 
 _CONNECT_S = 5.0
+_AGENT_S = 60.0  # a head that has just started takes no job yet
 _RETRIES = 5  # lost connections in a row, between which nothing was read
 _RETRY_S = 2.0
 _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
@@ -43,10 +44,7 @@ def send(submission: Submission, say: Say, *, wait: bool = True) -> int:
     """
     client = connect_to(submission.address)
     with _explained(submission.address):
-        job = client.submit_job(
-            entrypoint=shlex.join(submission.entrypoint),
-            runtime_env={"working_dir": str(submission.working_dir), **submission.runtime_env},
-        )
+        job = _submit(client, submission)
     say(f"Job {job} at {submission.address}. Its log: ray job logs {job} --follow --address {submission.address}")
     if not wait:
         return 0
@@ -81,21 +79,39 @@ def connect_to(address: str) -> Any:
         return JobSubmissionClient(address)
 
 
+def _submit(client: Any, submission: Submission) -> str:
+    deadline = time.monotonic() + _AGENT_S
+    while True:
+        try:
+            job: str = client.submit_job(
+                entrypoint=shlex.join(submission.entrypoint),
+                runtime_env={"working_dir": str(submission.working_dir), **submission.runtime_env},
+            )
+            return job
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(_RETRY_S)
+
+
 @contextmanager
 def _explained(address: str) -> Iterator[None]:
     """Ray's errors in one sentence with the remedy."""
-    from ray.exceptions import AuthenticationError
+    from ray.exceptions import AuthenticationError, RayError
 
     try:
         yield
-    except AuthenticationError as error:
-        wrong = "Forbidden" in str(error)
-        raise SetupError(
-            f"The cluster at {address} {'refuses this token (403)' if wrong else 'asks for a token (401)'}.",
-            "Set RAY_AUTH_MODE=token, and put the cluster's token into RAY_AUTH_TOKEN, into a file that "
-            "RAY_AUTH_TOKEN_PATH names, or into ~/.ray/auth_token; on the head, `ray get-auth-token` prints it.",
-        ) from error
-    except (RuntimeError, ValueError, OSError) as error:
+    except (RayError, RuntimeError, ValueError, OSError) as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, AuthenticationError):
+            cause = cause.__cause__
+        if cause is not None:
+            wrong = "Forbidden" in str(cause)
+            raise SetupError(
+                f"The cluster at {address} {'refuses this token (403)' if wrong else 'asks for a token (401)'}.",
+                "Set RAY_AUTH_MODE=token, and put the cluster's token into RAY_AUTH_TOKEN, into a file that "
+                "RAY_AUTH_TOKEN_PATH names, or into ~/.ray/auth_token; on the head, `ray get-auth-token` prints it.",
+            ) from error
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise SetupError(f"The job server at {address} did not take the job: {lines[0]}", "") from error
 

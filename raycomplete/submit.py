@@ -22,7 +22,7 @@ from raycomplete.errors import ConfigError, SetupError
 JOBS = {"train": True, "align": True, "diagnose": True, "evaluate": False, "serve": False}  # takes --resume?
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 STOP_WAIT_S = 300  # between `ray job stop` and SIGKILL; Ray's own 3 s are too short for a checkpoint
-EXCLUDES = ("/.git", "/.venv", "/runs", "__pycache__", ".*_cache")  # beside what .gitignore and .rayignore name
+EXCLUDES = ("/runs", ".*_cache")  # beside .git, .venv and __pycache__, and what .gitignore and .rayignore name
 _PASSED_ON = ("RAYCOMPLETE_LOG", "RAYCOMPLETE_TRACEBACK")  # no token or key is ever among them
 _LARGE_MIB = 100
 _ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
@@ -126,7 +126,8 @@ def uploaded_files(folder: Path, limit: int | None = None) -> dict[Path, int]:
     Raises:
         SetupError: Together they are larger than Ray takes.
     """
-    from ray._private.runtime_env import packaging  # Ray tells nobody else what it leaves out
+    from ray._private import ray_constants  # Ray tells nobody else what it leaves out
+    from ray._private.runtime_env import packaging
 
     limit = packaging.GCS_STORAGE_MAX_SIZE if limit is None else limit
     found: dict[Path, int] = {}
@@ -147,7 +148,7 @@ def uploaded_files(folder: Path, limit: int | None = None) -> dict[Path, int]:
                 "Name what the job does not need in .rayignore, or give --working-dir a smaller folder.",
             )
 
-    excludes = [packaging._get_excludes(folder, list(EXCLUDES))]
+    excludes = [packaging._get_excludes(folder, [*ray_constants.get_runtime_env_default_excludes(), *EXCLUDES])]
     with_gitignore = os.environ.get("RAY_RUNTIME_ENV_IGNORE_GITIGNORE", "0") != "1"
     packaging._dir_travel(folder, excludes, note, include_gitignore=with_gitignore, logger=_Silent())
     return found

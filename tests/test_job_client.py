@@ -168,7 +168,7 @@ def head() -> Iterator[Head]:
         "--object-store-memory=80000000",
     ]
     options += ["--dashboard-host=127.0.0.1", f"--dashboard-port={port}", "--dashboard-agent-listen-port=0"]
-    options += ["--ray-client-server-port=0", "--disable-usage-stats"]
+    options += [f"--ray-client-server-port={free_port()}", "--disable-usage-stats"]
     folder = base / "work"
     (folder / "jobs").mkdir(parents=True)
     shutil.copy(ROOT / "jobs" / "organism.yaml", folder / "run.yaml")
@@ -187,7 +187,7 @@ def head() -> Iterator[Head]:
         yield Head(f"http://127.0.0.1:{port}", environment, folder)
     finally:
         process.send_signal(signal.SIGTERM)  # `--block` takes the node's processes along
-        process.wait(30)
+        process.wait(60)
         shutil.rmtree(base, ignore_errors=True)
 
 

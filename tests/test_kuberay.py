@@ -14,6 +14,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from raycomplete import __version__
 from raycomplete.config import load_run_file
+from raycomplete.serving.deployment import _ACTOR_OPTIONS
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "jobs" / "kuberay"
@@ -113,8 +114,8 @@ def test_claims_are_whole_and_every_volume_has_one() -> None:
             assert modes[volumes["shared"]] == ["ReadWriteMany"]
     users = [name for name, pod in pods("RayService").items() if any(v["name"] == "state" for v in pod["volumes"])]
     assert modes["raycomplete-serve-state"] == ["ReadWriteOnce"]
-    assert users == ["evaluation"]
-    assert cluster_of("RayService")["workerGroupSpecs"][0]["maxReplicas"] == 1  # one disk, one SQLite file, one pod
+    assert users == ["head"]  # one disk and one SQLite file, where Serve keeps the API and its runners
+    assert all(resource.startswith("node:__internal_head__") for resource in _ACTOR_OPTIONS["resources"])
 
 
 @pytest.mark.parametrize("kind", list(CLUSTER_AT))

@@ -105,9 +105,20 @@ def test_the_dashboard_is_whole() -> None:
 
 
 SCRIPT = """
-import os, sys, time, ray
-ray.init(address="local", num_cpus=1, include_dashboard=True, dashboard_host="127.0.0.1", dashboard_port=0,
-         _metrics_export_port=int(sys.argv[1]), log_to_driver=False, object_store_memory=80_000_000)
+import sys
+
+import ray
+
+ray.init(
+    address="local",
+    num_cpus=1,
+    include_dashboard=True,
+    dashboard_host="127.0.0.1",
+    dashboard_port=int(sys.argv[2]),
+    _metrics_export_port=int(sys.argv[1]),
+    log_to_driver=False,
+    object_store_memory=80_000_000,
+)
 
 @ray.remote(num_cpus=0.5)
 class Scorer:
@@ -137,7 +148,7 @@ def test_prometheus_reads_what_an_actor_recorded(tmp_path: Path) -> None:
         "RAYCOMPLETE_LOG": "json",
     }
     process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(port)],
+        [sys.executable, "-c", SCRIPT, str(port), str(free_port())],
         env=environment,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

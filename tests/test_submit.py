@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from ray._private.runtime_env.packaging import create_package
+from ray._private.runtime_env.working_dir import upload_working_dir_if_needed
 from ray.dashboard.modules.job.cli import submit as ray_job_submit
 
 from raycomplete.errors import ConfigError, SetupError
@@ -119,9 +120,12 @@ def test_what_counts_as_uploaded_is_what_ray_packs(folder: Path, tmp_path: Path)
         (folder / name).write_text(name)
     files = uploaded_files(folder)
     packed = tmp_path / "packed.zip"
-    create_package(
-        str(folder), packed, include_gitignore=True, excludes=prepare(Path("run.yaml")).runtime_env["excludes"]
-    )
+
+    def pack(path: str, excludes: list[str], is_file: bool = False) -> None:
+        create_package(path, packed, include_gitignore=True, excludes=excludes)
+
+    environment = {"working_dir": str(folder), **prepare(Path("run.yaml")).runtime_env}
+    upload_working_dir_if_needed(environment, include_gitignore=True, upload_fn=pack)
     names = {name for name in zipfile.ZipFile(packed).namelist() if not name.endswith("/")}
     assert {path.relative_to(folder).as_posix() for path in files} == names
     assert names == {"run.yaml", "a.txt", ".gitignore", ".rayignore", "sub/runs/d.txt"}
