@@ -7,6 +7,7 @@ only if something is still missing at the end.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
@@ -19,6 +20,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from raycomplete.errors import WorkError
+from raycomplete.files import PRIVATE
 from raycomplete.storage import integrity
 from raycomplete.storage.pieces import (
     BEST,
@@ -35,6 +37,7 @@ from raycomplete.storage.pieces import (
 from raycomplete.storage.remote import Remote, in_words
 
 _STAGE = ".mirror"
+_LOCK = ".mirror.lock"
 _LONGEST_PAUSE_S = 60.0
 _FAILURES = (OSError, pa.ArrowException, ValueError)
 Signature = tuple[tuple[str, int, int], ...]
@@ -75,6 +78,7 @@ class Mirror:
         self._seen: dict[str, Signature] = {}  # what is mirrored, as it was when it was
         self._known: dict[str, tuple[Signature, StoredFile]] = {}  # loose files, likewise
         self.missing: dict[str, str] = {}
+        self._lock: int | None = None  # the kernel lets go of it when this process ends
         self._insists = True
         self._ending = threading.Event()
         self._gave_up = threading.Event()
@@ -98,6 +102,8 @@ class Mirror:
         self._ending.set()
         self._thread.join(timeout_s)
         self._gave_up.set()
+        if self._lock is not None and not self._thread.is_alive():
+            os.close(self._lock)
         missing = dict(self.missing)
         if self._thread.is_alive() and not missing:
             missing = {"something": f"the upload is still under way after {timeout_s:.0f} s"}
@@ -109,12 +115,11 @@ class Mirror:
             )
 
     def _work(self) -> None:
-        shutil.rmtree(self._folder / _STAGE, ignore_errors=True)  # of a process that was killed
         pause_s = 1.0
         while not self._gave_up.is_set():
             is_last = self._ending.is_set()  # read first: what is finished by now is seen below
             try:
-                if self._ready():
+                if self._ready() and self._is_only_one():
                     self.look()
             except Exception as error:  # whatever it is, the end of the run must hear of it
                 self._fail("the run folder", error)
@@ -126,6 +131,18 @@ class Mirror:
             else:
                 pause_s = 1.0
                 self._ending.wait(self._interval_s)
+
+    def _is_only_one(self) -> bool:
+        """Whether no other process mirrors this folder; one that does takes along what this one makes."""
+        if self._lock is None:
+            self._lock = os.open(self._folder / _LOCK, os.O_RDWR | os.O_CREAT, PRIVATE)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:  # a file system without locks
+            return True
+        return True
 
     def look(self) -> None:
         """Uploads what is new; `missing` then says what could not be, by piece."""

@@ -136,6 +136,24 @@ def test_a_checkpoint_that_is_removed_on_its_way_arrives_all_the_same(tmp_path: 
     assert integrity.damage(tmp_path / "new" / "checkpoints" / "step-000002") is None
 
 
+def test_of_two_processes_one_mirrors(tmp_path: Path) -> None:
+    """An evaluation beside a training: two writers would remove each other's files."""
+    remote, run = Remote(f"file://{tmp_path}/storage"), make_run(tmp_path / "run", 2)
+    first, second = (mirror_of(BrokenRemote(remote.uri, bad), run) for bad in ("nothing", "manifests"))
+    first.start()
+    deadline = time.monotonic() + 60
+    while "files" not in Catalog(remote).pieces():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    second.start()
+    second.close(timeout_s=60)  # it would have failed, had it tried
+    write_text(run / "summary.json", "{}")
+    first.close(timeout_s=60)
+    newest = Catalog(remote).newest("files")
+    assert newest is not None
+    assert "summary.json" in newest.files
+
+
 def test_a_thread_that_breaks_is_heard_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mirror = mirror_of(Remote(f"file://{tmp_path}/storage"), make_run(tmp_path / "run", 2))
 
