@@ -13,6 +13,7 @@ import os
 import shutil
 import stat
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ from raycomplete.storage.pieces import (
     BEST,
     CHECKPOINTS,
     FILES,
+    METRICS,
     OWN_FOLDERS,
     Catalog,
     Manifest,
@@ -39,6 +41,7 @@ from raycomplete.storage.remote import Remote, in_words
 _STAGE = ".mirror"
 _LOCK = ".mirror.lock"
 _LONGEST_PAUSE_S = 60.0
+_REPEAT_BYTES_PER_S = 100_000  # of one growing file: 10 MB of log every 100 s
 _FAILURES = (OSError, pa.ArrowException, ValueError)
 Signature = tuple[tuple[str, int, int], ...]
 """(name, size, time of change) of every file: tells cheaply whether a folder is still the same."""
@@ -77,6 +80,7 @@ class Mirror:
         self._catalog: Catalog | None = None
         self._seen: dict[str, Signature] = {}  # what is mirrored, as it was when it was
         self._known: dict[str, tuple[Signature, StoredFile]] = {}  # loose files, likewise
+        self._sent_at: dict[str, float] = {}
         self.missing: dict[str, str] = {}
         self._lock: int | None = None  # the kernel lets go of it when this process ends
         self._insists = True
@@ -205,7 +209,7 @@ class Mirror:
         info = path.stat()
         signature: Signature = ((name, info.st_size, info.st_mtime_ns),)
         known = self._known.get(name)
-        if known is not None and known[0] == signature:
+        if known is not None and (known[0] == signature or self._may_rest(name, known[1])):
             return known[1]
         content = path.read_bytes()
         if path.suffix == ".jsonl":  # its last line may be in the middle of being written
@@ -214,8 +218,15 @@ class Mirror:
         stored = StoredFile(len(content), sha256, stat.S_IMODE(info.st_mode), f"{FILES}/{sha256[:20]}/{name}")
         if held != stored:
             self._remote.write(stored.object, content)
+            self._sent_at[name] = time.monotonic()
         self._known[name] = (signature, stored)
         return stored
+
+    def _may_rest(self, name: str, sent: StoredFile) -> bool:
+        """A file that grows is sent whole each time, so after a pause that grows with it, and at the end at once."""
+        if self._ending.is_set() or name == METRICS:  # a checkpoint needs the rows of its steps
+            return False
+        return time.monotonic() - self._sent_at.get(name, -1e9) < sent.size / _REPEAT_BYTES_PER_S
 
     def _collect(self) -> None:
         """Removes contents that neither of the two newest generations names."""

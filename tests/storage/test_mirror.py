@@ -136,6 +136,28 @@ def test_a_checkpoint_that_is_removed_on_its_way_arrives_all_the_same(tmp_path: 
     assert integrity.damage(tmp_path / "new" / "checkpoints" / "step-000002") is None
 
 
+def test_a_large_file_that_grows_is_sent_now_and_then_and_at_the_end(tmp_path: Path) -> None:
+    remote, run = Remote(f"file://{tmp_path}/storage"), make_run(tmp_path / "run", 2)
+    log, metrics = run / "logs" / "driver.jsonl", run / "metrics.jsonl"
+    write_text(log, "{}\n" * 10**6)
+    mirror = mirror_of(remote, run)
+
+    def sizes() -> list[int]:
+        newest = Catalog(remote).newest("files")
+        assert newest is not None
+        return [newest.files[path.relative_to(run).as_posix()].size for path in (log, metrics)]
+
+    mirror.look()
+    first = sizes()
+    for path in (log, metrics):
+        write_text(path, path.read_text() + "{}\n")
+    mirror.look()
+    assert sizes() == [first[0], first[1] + 3], "metrics come with every checkpoint"
+    mirror.start()
+    mirror.close(timeout_s=60)
+    assert sizes() == [first[0] + 3, first[1] + 3]
+
+
 def test_of_two_processes_one_mirrors(tmp_path: Path) -> None:
     """An evaluation beside a training: two writers would remove each other's files."""
     remote, run = Remote(f"file://{tmp_path}/storage"), make_run(tmp_path / "run", 2)
