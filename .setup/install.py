@@ -38,7 +38,7 @@ SUPPORTED = ("3.11", "3.12")
 
 IMPORTS = (
     "torch transformers datasets peft safetensors pyarrow numpy scipy ray ray.train ray.serve deepspeed vllm pydantic "
-    "yaml fastapi typer rich jinja2 matplotlib.pyplot gguf pytest pytest_timeout hypothesis raycomplete"
+    "yaml fastapi typer rich jinja2 matplotlib.pyplot gguf pytest pytest_timeout hypothesis fsspec moto raycomplete"
 ).split()
 
 FAILURES: tuple[tuple[str, str], ...] = (

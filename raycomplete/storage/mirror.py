@@ -7,11 +7,13 @@ only if something is still missing at the end.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
 import stat
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,11 +21,13 @@ from pathlib import Path
 import pyarrow as pa
 
 from raycomplete.errors import WorkError
+from raycomplete.files import PRIVATE
 from raycomplete.storage import integrity
 from raycomplete.storage.pieces import (
     BEST,
     CHECKPOINTS,
     FILES,
+    METRICS,
     OWN_FOLDERS,
     Catalog,
     Manifest,
@@ -35,7 +39,9 @@ from raycomplete.storage.pieces import (
 from raycomplete.storage.remote import Remote, in_words
 
 _STAGE = ".mirror"
+_LOCK = ".mirror.lock"
 _LONGEST_PAUSE_S = 60.0
+_REPEAT_BYTES_PER_S = 100_000  # of one growing file: 10 MB of log every 100 s
 _FAILURES = (OSError, pa.ArrowException, ValueError)
 Signature = tuple[tuple[str, int, int], ...]
 """(name, size, time of change) of every file: tells cheaply whether a folder is still the same."""
@@ -74,7 +80,9 @@ class Mirror:
         self._catalog: Catalog | None = None
         self._seen: dict[str, Signature] = {}  # what is mirrored, as it was when it was
         self._known: dict[str, tuple[Signature, StoredFile]] = {}  # loose files, likewise
+        self._sent_at: dict[str, float] = {}
         self.missing: dict[str, str] = {}
+        self._lock: int | None = None  # the kernel lets go of it when this process ends
         self._insists = True
         self._ending = threading.Event()
         self._gave_up = threading.Event()
@@ -98,6 +106,8 @@ class Mirror:
         self._ending.set()
         self._thread.join(timeout_s)
         self._gave_up.set()
+        if self._lock is not None and not self._thread.is_alive():
+            os.close(self._lock)
         missing = dict(self.missing)
         if self._thread.is_alive() and not missing:
             missing = {"something": f"the upload is still under way after {timeout_s:.0f} s"}
@@ -109,12 +119,11 @@ class Mirror:
             )
 
     def _work(self) -> None:
-        shutil.rmtree(self._folder / _STAGE, ignore_errors=True)  # of a process that was killed
         pause_s = 1.0
         while not self._gave_up.is_set():
             is_last = self._ending.is_set()  # read first: what is finished by now is seen below
             try:
-                if self._ready():
+                if self._ready() and self._is_only_one():
                     self.look()
             except Exception as error:  # whatever it is, the end of the run must hear of it
                 self._fail("the run folder", error)
@@ -126,6 +135,18 @@ class Mirror:
             else:
                 pause_s = 1.0
                 self._ending.wait(self._interval_s)
+
+    def _is_only_one(self) -> bool:
+        """Whether no other process mirrors this folder; one that does takes along what this one makes."""
+        if self._lock is None:
+            self._lock = os.open(self._folder / _LOCK, os.O_RDWR | os.O_CREAT, PRIVATE)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:  # a file system without locks
+            return True
+        return True
 
     def look(self) -> None:
         """Uploads what is new; `missing` then says what could not be, by piece."""
@@ -188,7 +209,7 @@ class Mirror:
         info = path.stat()
         signature: Signature = ((name, info.st_size, info.st_mtime_ns),)
         known = self._known.get(name)
-        if known is not None and known[0] == signature:
+        if known is not None and (known[0] == signature or self._may_rest(name, known[1])):
             return known[1]
         content = path.read_bytes()
         if path.suffix == ".jsonl":  # its last line may be in the middle of being written
@@ -197,8 +218,15 @@ class Mirror:
         stored = StoredFile(len(content), sha256, stat.S_IMODE(info.st_mode), f"{FILES}/{sha256[:20]}/{name}")
         if held != stored:
             self._remote.write(stored.object, content)
+            self._sent_at[name] = time.monotonic()
         self._known[name] = (signature, stored)
         return stored
+
+    def _may_rest(self, name: str, sent: StoredFile) -> bool:
+        """A file that grows is sent whole each time, so after a pause that grows with it, and at the end at once."""
+        if self._ending.is_set() or name == METRICS:  # a checkpoint needs the rows of its steps
+            return False
+        return time.monotonic() - self._sent_at.get(name, -1e9) < sent.size / _REPEAT_BYTES_PER_S
 
     def _collect(self) -> None:
         """Removes contents that neither of the two newest generations names."""

@@ -19,6 +19,7 @@ from raycomplete.storage import integrity
 from raycomplete.storage.remote import Remote
 
 FILES = "files"
+METRICS = "metrics.jsonl"
 MANIFESTS = "manifests"
 CHECKPOINTS, BEST, STUDENT = "checkpoints", "best", "student"
 OWN_FOLDERS = (MANIFESTS, FILES, CHECKPOINTS, BEST, STUDENT)  # all that a run has in its storage

@@ -136,6 +136,46 @@ def test_a_checkpoint_that_is_removed_on_its_way_arrives_all_the_same(tmp_path: 
     assert integrity.damage(tmp_path / "new" / "checkpoints" / "step-000002") is None
 
 
+def test_a_large_file_that_grows_is_sent_now_and_then_and_at_the_end(tmp_path: Path) -> None:
+    remote, run = Remote(f"file://{tmp_path}/storage"), make_run(tmp_path / "run", 2)
+    log, metrics = run / "logs" / "driver.jsonl", run / "metrics.jsonl"
+    write_text(log, "{}\n" * 10**6)
+    mirror = mirror_of(remote, run)
+
+    def sizes() -> list[int]:
+        newest = Catalog(remote).newest("files")
+        assert newest is not None
+        return [newest.files[path.relative_to(run).as_posix()].size for path in (log, metrics)]
+
+    mirror.look()
+    first = sizes()
+    for path in (log, metrics):
+        write_text(path, path.read_text() + "{}\n")
+    mirror.look()
+    assert sizes() == [first[0], first[1] + 3], "metrics come with every checkpoint"
+    mirror.start()
+    mirror.close(timeout_s=60)
+    assert sizes() == [first[0] + 3, first[1] + 3]
+
+
+def test_of_two_processes_one_mirrors(tmp_path: Path) -> None:
+    """An evaluation beside a training: two writers would remove each other's files."""
+    remote, run = Remote(f"file://{tmp_path}/storage"), make_run(tmp_path / "run", 2)
+    first, second = (mirror_of(BrokenRemote(remote.uri, bad), run) for bad in ("nothing", "manifests"))
+    first.start()
+    deadline = time.monotonic() + 60
+    while "files" not in Catalog(remote).pieces():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    second.start()
+    second.close(timeout_s=60)  # it would have failed, had it tried
+    write_text(run / "summary.json", "{}")
+    first.close(timeout_s=60)
+    newest = Catalog(remote).newest("files")
+    assert newest is not None
+    assert "summary.json" in newest.files
+
+
 def test_a_thread_that_breaks_is_heard_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mirror = mirror_of(Remote(f"file://{tmp_path}/storage"), make_run(tmp_path / "run", 2))
 
