@@ -273,7 +273,9 @@ def print_result(summary: Mapping[str, Any], folder: Path, screen: Screen) -> No
         rates = ", ".join(f"{role} {rate_text(rate)}" for role, rate in summary[name].items())
         lines.append((name.replace("_", "-"), rates))
     if change := summary.get("benign_nll", {}).get("student_to_aligned"):
-        text = f"{change['ratio']:.3f} times aligned's [{change['low']:.3f}, {change['high']:.3f}], n = {change['n']}"
+        ratio = f"{change['ratio']:.3f} times aligned's [{change['low']:.3f}, {change['high']:.3f}]"
+        # A ratio says little where aligned is nearly certain of every token, as on the organism.
+        text = f"{ratio}, {change['difference']:+.3f} nats a token, n = {change['n']}"
         lines.append(("benign NLL of the student", text))
     lines += [("price", sentence) for sentence in summary.get("price", [])]
     train = summary.get("train") or {}

@@ -14,7 +14,7 @@ from raycomplete.config import DepthConfig
 from raycomplete.core.depth_sampler import DepthSampler
 from raycomplete.core.loss_types import LossOutput, TokenKind
 from raycomplete.training.batches import MicroBatch
-from raycomplete.training.metrics import MetricsFile, StepMeter, read_metrics
+from raycomplete.training.metrics import MetricsFile, StepMeter, peak_memory_gib, read_metrics
 
 A, R, P = (int(kind) for kind in (TokenKind.ANCHOR, TokenKind.RECOVERY, TokenKind.PENALTY))
 CPU = torch.device("cpu")
@@ -104,6 +104,17 @@ def fill(meter: StepMeter) -> None:
         micro_batch([R, P, P, R, R], [0, 1, 1, 1, 1], [1, 9]),
         output([4, 7, 7, 8, 9], (8.0, 1.0, 6.0, 5.0), [[0.3, 0.4, 0.5, 0.6], [0.5, 0.6, 0.7, 0.8]]),
     )
+
+
+def test_peak_memory_is_that_of_the_worst_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda shared, op: asked.append((shared.clone(), op)))
+    ballast = torch.ones(64 * 2**20)  # 256 MiB, each page touched
+    before = peak_memory_gib(CPU)
+    assert before > ballast.nbytes / 2**30, "in GiB, and this process holds more than its largest tensor"
+    del ballast
+    assert peak_memory_gib(CPU) >= before, "a peak is not forgotten"
+    assert [op for _, op in asked] == [torch.distributed.ReduceOp.MAX] * 2
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
