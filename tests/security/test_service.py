@@ -42,7 +42,9 @@ def test_a_run_starts_no_dashboard_and_turns_no_authentication_off(
 ) -> None:
     import ray
 
-    from raycomplete.cluster import Demand, connect
+    from raycomplete.cluster import connect
+    from raycomplete.placement import Plan
+    from raycomplete.screen import Screen
 
     seen: dict[str, Any] = {}
 
@@ -52,9 +54,9 @@ def test_a_run_starts_no_dashboard_and_turns_no_authentication_off(
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     monkeypatch.setattr(ray, "init", start)
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 64.0})
+    monkeypatch.setattr(ray, "nodes", lambda: [])
     monkeypatch.setattr(ray, "shutdown", lambda: None)
-    with connect(ClusterConfig(address=address), Demand(engines=1, workers=1)):
+    with connect(ClusterConfig(address=address), Plan(()), Screen(quiet=True)):
         pass
     assert seen["auth"] is None, "Ray's default, which is on"
     assert not {"dashboard_host", "_node_ip_address"} & seen.keys()

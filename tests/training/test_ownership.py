@@ -55,13 +55,14 @@ def test_files_of_another_user_are_refused(checkpoints: Path, monkeypatch: pytes
     check_owned(checkpoints)
 
 
-def test_a_restore_asks_first(checkpoints: Path) -> None:
+def test_a_restore_asks_first(checkpoints: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Refused before a single pickle is opened: the engine would fail this test if it were asked."""
 
     class Untouched:
         def __getattr__(self, name: str) -> Any:
             pytest.fail(f"engine.{name} was asked for")
 
+    monkeypatch.setattr(engine, "_agreed", lambda decide: decide())  # one process, no process group
     checkpoints.chmod(0o777)
     with pytest.raises(CheckpointError, match="other users may write"):
         engine.restore(Untouched(), checkpoints)
