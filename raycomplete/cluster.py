@@ -12,6 +12,7 @@ from pathlib import Path
 
 import ray
 from ray.autoscaler.sdk import request_resources
+from ray.exceptions import AuthenticationError
 
 from raycomplete.config import ClusterConfig
 from raycomplete.engine_options import available_cpus
@@ -70,17 +71,28 @@ def connect(config: ClusterConfig, plan: Plan, screen: Screen | None = None) -> 
         else:
             named = {"env_vars": run_environment()}  # a local cluster inherits it anyway
             ray.init(address=config.address, runtime_env=named, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        place = config.address or os.environ.get("RAY_ADDRESS", "this machine")
-        raise SetupError(
-            f"No Ray cluster answers at {place} ({str(error).splitlines()[0]}).",
-            "Check cluster.address, or leave it out to start one on this machine.",
-        ) from error
+    except (AuthenticationError, ConnectionError, ValueError, RuntimeError) as error:
+        raise _refusal(error, config.address or os.environ.get("RAY_ADDRESS", "this machine")) from error
     _close_token()
     try:
         yield _check(config, plan, screen or Screen(quiet=True), wait_s=0.0 if local else config.wait_for_nodes_s)
     finally:
         ray.shutdown()
+
+
+def _refusal(error: Exception, place: str) -> SetupError:
+    """Why there is no connection, and what to do."""
+    if isinstance(error, AuthenticationError):
+        return SetupError(
+            f"The Ray cluster at {place} asks for a token, and this process has none that fits.",
+            "Put the cluster's token into RAY_AUTH_TOKEN, into a file that RAY_AUTH_TOKEN_PATH names, or into "
+            "~/.ray/auth_token; on the head, `ray get-auth-token` prints it.",
+        )
+    first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return SetupError(
+        f"No Ray cluster answers at {place} ({first}).",
+        "Check cluster.address, or leave it out to start one on this machine.",
+    )
 
 
 def _close_token() -> None:
@@ -121,23 +133,25 @@ def _check(config: ClusterConfig, plan: Plan, screen: Screen, *, wait_s: float) 
 def _wait_for_nodes(config: ClusterConfig, plan: Plan, wait_s: float) -> tuple[bool, str]:
     """Whether GPUs are used, and what is missing when the wait is over; an autoscaler is told what is needed."""
     deadline = time.monotonic() + wait_s
-    asked = False
-    while True:
-        nodes = nodes_of(ray.nodes())
-        has_gpu = any(node.gpus > 0 for node in nodes)
-        use_gpu = config.use_gpu == "always" or (config.use_gpu == "auto" and has_gpu)
-        problem = plan.problem(nodes, use_gpu=use_gpu)
-        if use_gpu and not has_gpu:
-            problem = "cluster.use_gpu is 'always' and the cluster has no GPU."
-        if not problem or time.monotonic() >= deadline:
-            break
-        if not asked:
-            _ask_autoscaler([row.bundle(use_gpu=use_gpu) for row in plan.rows for _ in range(row.replicas)])
-            asked = True
-        time.sleep(min(_POLL_S, wait_s))
-    if asked:
-        _ask_autoscaler([])  # from here on the run's own actors and groups say what is needed
-    return use_gpu, problem
+    asked: list[dict[str, float]] = []
+    try:
+        while True:
+            nodes = nodes_of(ray.nodes())
+            has_gpu = any(node.gpus > 0 for node in nodes)
+            use_gpu = config.use_gpu == "always" or (config.use_gpu == "auto" and has_gpu)
+            problem = plan.problem(nodes, use_gpu=use_gpu)
+            if use_gpu and not has_gpu:
+                problem = "cluster.use_gpu is 'always' and the cluster has no GPU."
+            if not problem or time.monotonic() >= deadline:
+                return use_gpu, problem
+            bundles = [row.bundle(use_gpu=use_gpu) for row in plan.rows for _ in range(row.replicas)]
+            if bundles != asked:  # the first node with a GPU makes it a run that needs more of them
+                _ask_autoscaler(bundles)
+                asked = bundles
+            time.sleep(min(_POLL_S, wait_s))
+    finally:
+        if asked:  # Ray keeps such a request after its job: from here on actors and groups say what is needed
+            _ask_autoscaler([])
 
 
 def _ask_autoscaler(bundles: list[dict[str, float]]) -> None:

@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 import pytest
+from ray.exceptions import AuthenticationError
 
 from raycomplete import cluster
 from raycomplete.config import ClusterConfig
@@ -52,6 +53,45 @@ def test_a_run_waits_for_nodes_that_join_and_tells_the_autoscaler_what_for(monke
     assert not found.use_gpu
     assert joining.asked == [[{"CPU": 1.0}] * 3, []]  # and lets go of it once the nodes are there
     assert "available (3 nodes)" in found.table()
+
+
+def test_with_the_first_gpu_the_autoscaler_hears_how_many_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, joining = check(monkeypatch, [{"CPU": 1.0}, {"CPU": 1.0, "GPU": 1.0}, {"CPU": 1.0, "GPU": 2.0}])
+    assert found.use_gpu
+    with_gpus = [{"CPU": 1.0, "GPU": 0.5}] + [{"CPU": 1.0, "GPU": 1.0}] * 2
+    assert joining.asked == [[{"CPU": 1.0}] * 3, with_gpus, []]
+
+
+def test_a_wait_that_is_cut_short_lets_go_of_the_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(_: float) -> None:
+        raise KeyboardInterrupt
+
+    joining = Joining([{"CPU": 1.0}])
+    monkeypatch.setattr(cluster.ray, "nodes", joining.nodes)
+    monkeypatch.setattr(cluster, "request_resources", joining.ask)
+    monkeypatch.setattr(cluster.time, "sleep", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        cluster._check(ClusterConfig(), PLAN, Screen(quiet=True), wait_s=30)
+    assert joining.asked[-1] == []
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (AuthenticationError("no token"), "head:6379 asks for a token"),
+        (ConnectionError(), r"No Ray cluster answers at head:6379 \(ConnectionError\)"),
+        (ValueError("\nno port"), r"answers at head:6379 \(no port\)"),
+    ],
+)
+def test_a_cluster_that_cannot_be_joined_is_a_refusal(
+    error: Exception, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(**_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(cluster.ray, "init", refuse)
+    with pytest.raises(SetupError, match=message), cluster.connect(ClusterConfig(address="head:6379"), PLAN):
+        pass
 
 
 def test_a_cluster_that_is_large_enough_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
