@@ -328,6 +328,7 @@ class ScoringClient:
         if len(self._warming) >= self._scoring.max_in_flight:
             return  # they are behind already
         requests = [ScoreRequest(tokens, num_prompt) for tokens, num_prompt in sequences]
+        requests = [request for request in requests if not self._dispatcher.is_set_aside(request)]
         for replica, places in zip(self._replicas, self._dispatcher.deal(requests), strict=True):
             if places:
                 part = [requests[place] for place in places]

@@ -137,6 +137,10 @@ class Dispatcher:
         with self._lock:
             return share(requests, self._homes, len(self._replicas))
 
+    def is_set_aside(self, request: ScoreRequest) -> bool:
+        """Whether a sequence is known to kill whoever reads it."""
+        return bool(self._aside) and digest(request) in self._aside
+
     def collect(self, call: ScoreCall) -> list[HiddenArray | None]:
         """Waits for the scores of a batch; None stands for a sequence that was set aside.
 
@@ -169,11 +173,13 @@ class Dispatcher:
         return call.results
 
     def _fill(self) -> None:
-        while self._queue and self._in_flight < self._scoring.max_in_flight - 1:
-            if self._queue[0].waiting:
-                self._send(self._queue[0])
+        while self._queue:
             if not self._queue[0].waiting:
-                self._queue.popleft()
+                self._queue.popleft()  # also where nothing may be sent: a call holds its results
+            elif self._in_flight < self._scoring.max_in_flight - 1:
+                self._send(self._queue[0])
+            else:
+                break
 
     def _learn_set_aside(self) -> None:
         """Another process, or another batch of this one, may have found a culprit meanwhile."""
@@ -182,12 +188,11 @@ class Dispatcher:
     def _send(self, call: ScoreCall) -> bool:
         """Sends the next part of a call without what was set aside; False where nothing of it was left."""
         part = call.waiting.popleft()
-        if self._aside:
-            known = [place for place in part.places if digest(call.requests[place]) in self._aside]
-            call.set_aside += known
-            part.places = [place for place in part.places if place not in known]
-            if not part.places:
-                return False
+        known = [place for place in part.places if self.is_set_aside(call.requests[place])]
+        call.set_aside += known
+        part.places = [place for place in part.places if place not in known]
+        if not part.places:
+            return False
         part.attempt = uuid.uuid4().hex
         requests = [call.requests[place] for place in part.places]
         part.reference = self._replicas[part.replica].send(requests, part.attempt)

@@ -6,6 +6,7 @@ import math
 import pickle
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from raycomplete.config import ScoringConfig
 from raycomplete.errors import ProcessDiedError
 from raycomplete.scoring.actors import ScorerHandle, ScoringClient
+from raycomplete.scoring.board import digest
 from raycomplete.scoring.dispatch import Dispatcher
 from raycomplete.scoring.payload import HiddenArray, ScoreRequest
 
@@ -168,6 +170,23 @@ def test_no_more_calls_are_in_flight_than_allowed(max_in_flight: int) -> None:
     for call in reversed(calls):  # the last one first: nobody takes what the others have in flight
         assert all(array is not None for array in one.collect(call))
     assert most == max_in_flight
+
+
+@pytest.mark.parametrize("max_in_flight", [1, 2])
+def test_what_is_collected_is_not_kept(max_in_flight: int) -> None:
+    notes = Notes()
+    one = dispatcher([Reader("scorer", notes, set(), set())], notes, [], max_in_flight=max_in_flight)
+    for _ in range(3):
+        one.collect(one.submit(batch_of(20)))
+    assert not one._queue
+
+
+def test_what_is_set_aside_is_not_read_ahead_either() -> None:
+    actor = MagicMock()
+    client = ScoringClient("base", [ScorerHandle("base scorer", actor, 5.0)], ScoringConfig(), "group")
+    client._dispatcher._aside.add(digest(ScoreRequest((2, 3), 1)))
+    client.warm_sequences([((1, 2), 1), ((2, 3), 1)])
+    actor.warm.options.return_value.remote.assert_called_once_with([ScoreRequest((1, 2), 1)])
 
 
 def test_a_scorer_that_dies_whatever_it_reads_is_not_the_sequences_fault() -> None:
