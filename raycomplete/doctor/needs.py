@@ -28,6 +28,7 @@ class Needs:
 
     Attributes:
         host_bytes: Memory of engines, training workers, driver and object store, without a GPU.
+        reserved_bytes: Of them, what is set aside and filled only with use: key-value caches and the object store.
         disk_bytes: Checkpoints that are kept, and the student.
         gpu_bytes: Of one device that trainer and engines share: weights, gradients and optimizer of the trainer.
         gpu_share: Of the same device: what the engines reserve.
@@ -36,6 +37,7 @@ class Needs:
     """
 
     host_bytes: int
+    reserved_bytes: int
     disk_bytes: int
     gpu_bytes: int
     gpu_share: float
@@ -48,21 +50,24 @@ def needs_of(config: RunConfig) -> Needs:
     size = 4 if config.models.dtype == "float32" else 2
     params = {role: num_params(getattr(config.models, role) or config.models.aligned) for role in ("base", "aligned")}
     student = num_params(config.models.student or config.models.aligned)
-    engines = _SCORERS + config.rollout.num_engines
-    weights = sum(value or 0 for value in params.values()) * size
-    weights += (params["base"] or 0) * size * config.rollout.num_engines
+    scoring, rollout, cluster = config.scoring, config.rollout, config.cluster
+    scorers = _SCORERS * scoring.replicas
+    engines = scorers + rollout.num_engines
+    devices = scorers * scoring.tensor_parallel + rollout.num_engines * rollout.tensor_parallel
+    weights = sum(value or 0 for value in params.values()) * size * scoring.replicas
+    weights += (params["base"] or 0) * size * rollout.num_engines
     trained = _trainer_bytes(student or 0, size, config)
-    fixed = engines * (ENGINE_GIB + config.scoring.kv_cache_gib) + config.train.num_workers * WORKER_GIB
+    fixed = engines * ENGINE_GIB + config.train.num_workers * WORKER_GIB + DRIVER_GIB
+    reserved = (engines * scoring.kv_cache_gib + OBJECT_STORE_GIB) * GIB
     checkpoint = (student or 0) * (size + (0 if config.train.lora_rank else 12))
-    cluster = config.cluster
     return Needs(
-        host_bytes=int((fixed + DRIVER_GIB + OBJECT_STORE_GIB) * GIB) + weights + trained,
+        host_bytes=int(fixed * GIB) + reserved + weights + trained,
+        reserved_bytes=reserved,
         # One more than is kept: the oldest goes only once the newest is whole.
         disk_bytes=checkpoint * (config.train.keep_checkpoints + 1) + (student or 0) * size,
         gpu_bytes=trained,
-        gpu_share=_SCORERS * config.scoring.gpu_memory_utilization
-        + config.rollout.num_engines * config.rollout.gpu_memory_utilization,
-        cpus=engines * cluster.cpus_per_engine + config.train.num_workers * cluster.cpus_per_worker + 1,
+        gpu_share=scorers * scoring.gpu_memory_utilization + rollout.num_engines * rollout.gpu_memory_utilization,
+        cpus=devices * cluster.cpus_per_engine + config.train.num_workers * cluster.cpus_per_worker,
         num_params=student,
     )
 

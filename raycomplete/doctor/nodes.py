@@ -16,6 +16,7 @@ from raycomplete.files import write_text
 
 PROBE_TIMEOUT_S = 120.0
 MAX_SKEW_S = 5.0
+_STARTS_NODES_S = 60.0  # a run that waits this long counts on nodes that start on demand
 _ALONE = "One machine and no cluster"
 
 
@@ -41,9 +42,11 @@ def check_cluster(context: Context) -> Finding:
             **values,
         )
     if context.config is not None and (needed := needs_of(context.config).cpus) > there.get("CPU", 0.0):
-        return fail(
+        # The cluster of today may be the idle one of an autoscaler: then the run will ask for more and wait.
+        return (warn if context.config.cluster.wait_for_nodes_s >= _STARTS_NODES_S else fail)(
             f"{words}; the run needs {needed:g} CPU.",
-            "Add nodes, or lower train.num_workers or cluster.cpus_per_engine.",
+            "Add nodes, lower train.num_workers or cluster.cpus_per_engine, or, where nodes start on demand, set "
+            "cluster.wait_for_nodes_s to minutes.",
             **values,
         )
     return ok(f"{words}.", **values)

@@ -12,7 +12,8 @@ from pathlib import Path
 from raycomplete.doctor.findings import Context, Finding, fail, ok, warn
 from raycomplete.doctor.needs import DRIVER_GIB, ENGINE_GIB, GIB, OBJECT_STORE_GIB, WORKER_GIB, needs_of
 
-_DEMO_BYTES = int((3 * (ENGINE_GIB + 1) + WORKER_GIB + DRIVER_GIB + OBJECT_STORE_GIB) * GIB)
+_DEMO_RESERVED = (3 + OBJECT_STORE_GIB) * GIB
+_DEMO_BYTES = int((3 * ENGINE_GIB + WORKER_GIB + DRIVER_GIB) * GIB) + _DEMO_RESERVED
 _RAY_DISK_LIMIT = 0.95  # of its temporary folder: above it Ray neither spills objects nor starts what needs space
 _MIN_FREE_DISK = 1 * GIB
 _OPEN_FILES = 65536  # what Ray asks for on a node of a cluster
@@ -22,20 +23,24 @@ _FEW_OPEN_FILES = 4096
 def check_memory(context: Context) -> Finding:
     """Free memory, under the limit of the container where there is one."""
     free, total, limit = free_memory()
-    needed = needs_of(context.config).host_bytes if context.config else _DEMO_BYTES
+    needed, reserved = _DEMO_BYTES, _DEMO_RESERVED
+    if context.config:
+        needs = needs_of(context.config)
+        needed, reserved = needs.host_bytes, needs.reserved_bytes
     where = f"{free / GIB:.1f} GiB free of {total / GIB:.1f}" + (" (the container's limit)" if limit else "")
     who = "this run" if context.config else "the demo"
     values = {"free_bytes": free, "total_bytes": total, "container_limit": limit, "needed_bytes": needed}
     if context.address is not None:
         return ok(f"{where}; a cluster carries the run.", **values)
-    if total < needed:
+    if total < needed - reserved:
         return fail(
-            f"{where}, and {who} needs about {needed / GIB:.1f} GiB.",
+            f"{where}, and {who} needs about {(needed - reserved) / GIB:.1f} GiB and room for caches.",
             "Use a machine with more memory, a smaller model, fewer engines or workers, or train.lora_rank.",
             **values,
         )
     if free < needed:
-        return warn(f"{where}, and {who} needs about {needed / GIB:.1f} GiB.", "End other processes.", **values)
+        words = f"{where}, and {who} needs about {needed / GIB:.1f} GiB once its caches are full"
+        return warn(f"{words} ({reserved / GIB:.1f} of it).", "End other processes, or use fewer engines.", **values)
     return ok(f"{where}; {who} needs about {needed / GIB:.1f} GiB.", **values)
 
 

@@ -44,7 +44,7 @@ def test_needs_follow_the_model_and_the_settings() -> None:
     assert num_params("hub:org/name") is None
     one, two = (needs_of(context(f"train.num_workers={count}").config) for count in (1, 2))  # type: ignore[arg-type]
     assert two.host_bytes > one.host_bytes
-    assert (one.cpus, two.cpus) == (3.0, 3.5)
+    assert (one.cpus, two.cpus) == (2.0, 2.5)
     assert one.disk_bytes == counted * (16 * 3 + 4), "two kept, one being written, and the student"
 
 
@@ -65,6 +65,22 @@ def test_the_limit_of_a_container_counts(monkeypatch: pytest.MonkeyPatch) -> Non
     assert finding.status == "fail"
     assert "(the container's limit)" in finding.found
     assert finding.remedy
+
+
+def test_a_small_laptop_is_warned_and_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resources, "free_memory", lambda: (6 * GIB, 8 * GIB, False))
+    for asked in (context(), Context()):
+        finding = resources.check_memory(asked)
+        assert (finding.status, "once its caches are full (5.0 of it)" in finding.found) == ("warn", True)
+    monkeypatch.setattr(resources, "free_memory", lambda: (4 * GIB, 4 * GIB, False))
+    assert resources.check_memory(Context()).status == "fail"
+
+
+def test_needs_count_every_replica() -> None:
+    one, more = (needs_of(context(f"scoring.replicas={count}").config) for count in (1, 3))  # type: ignore[arg-type]
+    assert more.cpus - one.cpus == 4 * 0.5
+    assert more.host_bytes - one.host_bytes > 4 * GIB
+    assert more.gpu_share == pytest.approx(one.gpu_share + 4 * 0.25)
 
 
 def test_a_disk_that_is_too_small_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

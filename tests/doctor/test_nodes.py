@@ -49,6 +49,14 @@ def test_a_cluster_that_does_not_answer_is_a_failure() -> None:
     assert "1 of them ran no task" in nodes.check_cluster(told(node("a"), alive=2)).found
 
 
+def test_a_cluster_that_is_too_small_fails_unless_the_run_waits_for_nodes() -> None:
+    for wait_s, status in ((10, "fail"), (900, "warn")):
+        asked = context("cluster.address=head:6379", "cluster.cpus_per_worker=10", f"cluster.wait_for_nodes_s={wait_s}")
+        asked.once("cluster", lambda: Answer([{"alive": 1, "resources": {"CPU": 8.0}}, {"nodes": [node("a")]}]))
+        finding = nodes.check_cluster(asked)
+        assert (finding.status, "the run needs 11.5 CPU" in finding.found) == (status, True)
+
+
 def test_each_difference_between_nodes_is_found() -> None:
     good = node("a")
     late = nodes.check_clocks(told(good, node("b", skew_s=-7.5)))
