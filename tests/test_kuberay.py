@@ -165,7 +165,9 @@ def test_the_job_is_one_that_this_checkout_can_run() -> None:
     script, run_file = (ROOT / word.removeprefix(SOURCES) for word in words[1:3])
     assert script.is_file()
     overrides = [word for word in words[3:] if not word.startswith("--")]
-    assert load_run_file(run_file, overrides).output.root == Path("/shared/runs")
+    config = load_run_file(run_file, overrides)
+    assert config.output.root == Path("/shared/runs")
+    assert config.cluster.wait_for_nodes_s >= 600  # pods with a GPU start on demand
     assert "--resume" in words  # a second start goes on from what the first one left
 
 
