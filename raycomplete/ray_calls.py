@@ -30,7 +30,7 @@ _DEATH_REPORT_S = 1.0
 _RECENT_S = 60.0
 
 # What Ray says of a death, and what it means; the first that fits. Ray's text on a closed connection lists every
-# possible reason, the memory monitor and the node among them, so it is recognised before those.
+# possible reason, so it is recognised before those that name a node or a code.
 _CAUSES = (
     (r"killed by .*ray\.kill|ray\.kill\(", "it was stopped on purpose, by raycomplete or by hand"),
     (

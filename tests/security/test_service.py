@@ -54,7 +54,7 @@ def test_a_run_starts_no_dashboard_and_turns_no_authentication_off(
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     monkeypatch.setattr(ray, "init", start)
-    monkeypatch.setattr(ray, "nodes", lambda: [])
+    monkeypatch.setattr(ray, "nodes", list)
     monkeypatch.setattr(ray, "shutdown", lambda: None)
     with connect(ClusterConfig(address=address), Plan(()), Screen(quiet=True)):
         pass
