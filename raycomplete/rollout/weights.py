@@ -7,6 +7,7 @@ brings them to any node, and an engine that was restarted finds them there as be
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -28,6 +29,8 @@ from raycomplete.errors import WorkError
 from raycomplete.ray_calls import wait_for
 
 _CHUNK_BYTES = 512 * 2**20  # an object much larger than this may not fit between others in a store that is half full
+_MEMORY = "/dev/shm"
+_HEADER_BYTES = 2**20  # names and shapes of a file of weights
 
 _Array: TypeAlias = npt.NDArray[Any]
 
@@ -147,13 +150,17 @@ def checkpoint_tensors(
 
 @contextmanager
 def checkpoint_folder(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[str]:
-    """A folder with these tensors, in memory where the machine has such a place, for processes that share nothing else.
+    """A folder with these tensors, in memory where the machine has room there, for processes that share nothing else.
 
     It is gone when the context ends.
     """
-    memory = "/dev/shm" if os.path.isdir("/dev/shm") else None
-    with tempfile.TemporaryDirectory(prefix="raycomplete-weights-", dir=memory) as folder:
-        save_file({name: tensor.contiguous() for name, tensor in tensors}, f"{folder}/model.safetensors")
+    state = {name: tensor.contiguous() for name, tensor in tensors}
+    size = sum(tensor.nbytes for tensor in state.values()) + _HEADER_BYTES
+    # A container has 64 MB of it unless told otherwise.
+    fits = os.path.isdir(_MEMORY) and shutil.disk_usage(_MEMORY).free > size
+    with tempfile.TemporaryDirectory(prefix="raycomplete-weights-", dir=_MEMORY if fits else None) as folder:
+        save_file(state, f"{folder}/model.safetensors")
+        del state
         yield folder
 
 

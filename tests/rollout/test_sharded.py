@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 
 from raycomplete.config import RolloutConfig
 from raycomplete.engine_options import engine_arguments
+from raycomplete.rollout import weights
 from raycomplete.rollout.weights import checkpoint_folder
 
 ENGINE: dict[str, Any] = {
@@ -36,6 +38,20 @@ def test_every_bit_of_the_weights_is_in_the_folder_for_as_long_as_it_is_read() -
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
     assert not Path(folder).exists()
+
+
+@pytest.mark.parametrize(("free", "in_memory"), [(2**40, True), (64 * 2**10, False)])
+def test_weights_for_which_memory_has_no_room_go_to_the_disk(
+    free: int, in_memory: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory, disk = tmp_path / "shm", tmp_path / "disk"
+    memory.mkdir()
+    disk.mkdir()
+    monkeypatch.setattr(weights, "_MEMORY", str(memory))
+    monkeypatch.setattr(weights.tempfile, "tempdir", str(disk))
+    monkeypatch.setattr(weights.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    with checkpoint_folder(iter({"a": torch.zeros(2**14)}.items())) as folder:
+        assert Path(folder).parent == (memory if in_memory else disk)
 
 
 def test_engines_that_sleep_are_not_sharded() -> None:
