@@ -45,9 +45,14 @@ class PlanOptions:
     network_gbit: float = 50.0
 
     def __post_init__(self) -> None:
-        for name in ("nodes", "devices_per_node", "prompt_tokens", "network_gbit"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"--{name.replace('_', '-')} must be positive, got {getattr(self, name)}.")
+        for flag, value in (
+            ("--nodes", self.nodes),
+            ("--gpus-per-node", self.devices_per_node),
+            ("--prompt-tokens", self.prompt_tokens),
+            ("--network-gbit", self.network_gbit),
+        ):
+            if value <= 0:
+                raise ConfigError(f"{flag} must be positive, got {value}.")
         if self.price is not None and self.price < 0:
             raise ConfigError(f"The price must not be negative, got {self.price}.")
 

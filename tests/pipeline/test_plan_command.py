@@ -53,6 +53,7 @@ def test_json_is_whole_and_says_the_same(capsys: pytest.CaptureFixture[str]) -> 
         ([*LARGE, "--hardware", "h1000"], "Did you mean 'h100'?"),
         ([*LARGE, "--student", "9B"], "There is no model shape '9B'"),
         ([*LARGE[:1], "--nodes", "0"], "--nodes must be positive"),
+        ([*LARGE[:1], "--gpus-per-node", "0"], "--gpus-per-node must be positive"),
         (LARGE[:1], "The aligned scorer does not fit"),
         ([], "needs a run file"),
     ],
