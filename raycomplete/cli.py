@@ -16,7 +16,7 @@ from rich.markup import escape
 
 from raycomplete import __version__
 from raycomplete.config import load_run_file
-from raycomplete.errors import ConfigError, ProcessDiedError, RaycompleteError, StoppedError
+from raycomplete.errors import ConfigError, ProcessDiedError, RaycompleteError, StoppedError, WorkError
 from raycomplete.logs import log_failure
 
 app = typer.Typer(
@@ -187,7 +187,11 @@ def submit(
         return 0
     from raycomplete.job_client import send
 
-    return send(submission, lambda text: aside.print(escape(text), style="dim", soft_wrap=True), wait=not no_wait)
+    try:
+        return send(submission, lambda text: aside.print(escape(text), style="dim", soft_wrap=True), wait=not no_wait)
+    except WorkError as error:  # only the connection is lost: the same command would start a second job
+        aside.print(f"[bold red]Failed:[/bold red] {escape(str(error))}", highlight=False, soft_wrap=True)
+        return error.exit_code
 
 
 @app.command()
@@ -271,6 +275,8 @@ def guarded(work: Callable[[], Any]) -> int:
     except RaycompleteError as error:
         if os.environ.get("RAYCOMPLETE_TRACEBACK"):
             raise
+        if not isinstance(error, StoppedError):
+            log_failure(error)
         if isinstance(error, ProcessDiedError):
             _print_death(console, error)
             return error.exit_code
@@ -278,7 +284,6 @@ def guarded(work: Callable[[], Any]) -> int:
             console.print(str(error), highlight=False, markup=False, soft_wrap=True)
             return error.exit_code
         kind = "Refused" if error.exit_code == 2 else "Failed"
-        log_failure(error)
         console.print(f"[bold red]{kind}:[/bold red] {escape(str(error))}", highlight=False, soft_wrap=True)
         if error.exit_code == 1:
             console.print("What was finished is kept; the same command with --resume continues it.", style="dim")
@@ -289,6 +294,7 @@ def guarded(work: Callable[[], Any]) -> int:
     except Exception as error:
         show = getattr(error, "show", None)  # usage errors of typer know how to print themselves
         if show is None:
+            log_failure(error)
             raise
         show()
         return 2

@@ -17,7 +17,7 @@ import typer
 import yaml
 from transformers import AutoTokenizer
 
-from raycomplete import __version__, cli
+from raycomplete import __version__, cli, job_client
 from raycomplete.errors import ConfigError, ProcessDiedError, StoppedError, WorkError
 from tests.training.tiny import make_model
 
@@ -284,6 +284,29 @@ def test_a_death_is_one_screen(capsys: pytest.CaptureFixture[str]) -> None:
         "  kept          the checkpoint of step 6\n"
         "  go on         Resume with --resume.\n"
     )
+
+
+def test_whatever_ends_a_run_is_in_its_log_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    logged: list[BaseException] = []
+    monkeypatch.setattr(cli, "log_failure", logged.append)
+    errors = [ProcessDiedError("x"), WorkError("x"), ConfigError("x"), StoppedError("x")]
+    for error in errors:
+        cli.guarded(failing(error))
+    with pytest.raises(ZeroDivisionError):
+        cli.guarded(failing(bug := ZeroDivisionError()))
+    assert logged == [*errors[:3], bug]
+
+
+def test_a_job_that_is_lost_from_sight_is_not_sent_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(job_client, "send", lambda *_, **__: failing(WorkError("It was lost.", "The job goes on."))())
+    root = Path(cli.__file__).parent.parent
+    words = ["submit", str(root / "jobs" / "organism.yaml"), "--working-dir", str(root), "output.root=/shared"]
+    assert cli.guarded(lambda: cli.app(words, standalone_mode=False)) == 1
+    said = capsys.readouterr().err
+    assert said.endswith("Failed: It was lost. The job goes on.\n")
+    assert "--resume" not in said
 
 
 def test_a_stop_is_no_failure_in_words_but_in_its_code(capsys: pytest.CaptureFixture[str]) -> None:
