@@ -27,7 +27,7 @@ _OLD_FILES = 2
 _HIDDEN = "***"
 _SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_KEY", re.IGNORECASE)
 _NO_SECRET = re.compile(r"^(true|false|\d+|/.*)$", re.IGNORECASE)  # TOKENIZERS_PARALLELISM=false, RAY_AUTH_TOKEN_PATH
-_SECRET_TEXT = re.compile(r"(Bearer\s+|hf_|sk-)[A-Za-z0-9._~+/=-]{8,}")
+_SECRET_TEXT = re.compile(r"\b(Bearer\s+|hf_|sk-)[A-Za-z0-9._~+/=-]{8,}")
 
 
 @dataclass(frozen=True)

@@ -94,3 +94,9 @@ def test_workers_inherit_the_run_and_ray_is_given_no_name_twice(folder: Path, mo
     assert logs.run_environment() == {logs.RUN: "north", logs.FOLDER: str(folder), logs.SWITCH: "json"}
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")  # a submitted job: its own environment carries the switch
     assert logs.SWITCH not in logs.run_environment()
+
+
+def test_words_that_end_like_a_key_are_left_alone() -> None:
+    plain = "task-0123456789 on disk-0123456789"
+    assert logs.hide_secrets(plain) == plain
+    assert logs.hide_secrets("key=sk-0123456789, hf_0123456789") == "key=***, ***"
