@@ -11,6 +11,7 @@ import pytest
 from raycomplete.errors import WorkError
 from raycomplete.files import write_text
 from raycomplete.storage import integrity
+from raycomplete.storage import mirror as mirror_module
 from raycomplete.storage.mirror import Mirror
 from raycomplete.storage.pieces import Catalog, Manifest, StoredFile
 from raycomplete.storage.remote import Remote
@@ -222,3 +223,22 @@ def test_a_manifest_that_was_cut_off_or_points_outside_counts_for_nothing() -> N
     for outside in ("../a", "/etc/passwd", "a/../../b"):
         assert Manifest.decode(Manifest("student", 1, {outside: stored}).encode()) is None
     assert Manifest.decode(Manifest("../student", 1, {"a": stored}).encode()) is None
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_a_checkpoint_that_is_removed_while_it_is_read_never_counts(
+    has_links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remote, run = Remote(f"file://{tmp_path}/storage"), make_run(tmp_path / "run", 2)
+    linked = mirror_module._linked
+
+    def overtaken(source: Path, stage: Path) -> Path:
+        for name in (integrity.COMPLETE, "latest"):  # retention of the trainer, half-way
+            (source / name).unlink()
+        return linked(source, stage) if has_links else source
+
+    monkeypatch.setattr(mirror_module, "_linked", overtaken)
+    mirror = mirror_of(remote, run)
+    mirror.look()
+    assert Catalog(remote).pieces() == ["files"]
+    assert mirror.missing == {}
