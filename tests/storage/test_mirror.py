@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,7 +15,7 @@ from raycomplete.files import write_text
 from raycomplete.storage import integrity
 from raycomplete.storage import mirror as mirror_module
 from raycomplete.storage.mirror import Mirror
-from raycomplete.storage.pieces import Catalog, Manifest, StoredFile
+from raycomplete.storage.pieces import Catalog, Manifest, StoredFile, loose_files
 from raycomplete.storage.remote import Remote
 from raycomplete.storage.restore import restore
 from tests.storage.conftest import BrokenRemote
@@ -242,3 +244,19 @@ def test_a_checkpoint_that_is_removed_while_it_is_read_never_counts(
     mirror.look()
     assert Catalog(remote).pieces() == ["files"]
     assert mirror.missing == {}
+
+
+def test_checkpoints_that_vanish_meanwhile_do_not_hold_up_the_other_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path / "run", 2)
+    scandir = os.scandir
+
+    def vanishing(place: Any) -> Any:
+        if "step-" in str(place):
+            raise FileNotFoundError(place)
+        return scandir(place)
+
+    monkeypatch.setattr(os, "scandir", vanishing)
+    names = [path.relative_to(run).as_posix() for path in loose_files(run)]
+    assert names == ["config.yaml", "evaluation/base.json", "inputs.json", "metrics.jsonl", "samples.jsonl"]
