@@ -10,19 +10,20 @@ from raycomplete.core.loss_types import LossSettings, needs_base
 from raycomplete.errors import NotFiniteError
 
 
-def check_hidden(name: str, hidden_NH: Tensor, head: Head, num_rows: int) -> None:
+def check_hidden(name: str, hidden_NH: Tensor, head: Head, num_rows: int, *, must_be_finite: bool = True) -> None:
     """Refuses hidden states that do not fit their head, or the other inputs.
 
     Raises:
         ValueError: The shape is not [num_rows, H of the head].
-        NotFiniteError: The tensor holds NaN or infinity.
+        NotFiniteError: The tensor holds NaN or infinity, and must not.
     """
     if tuple(hidden_NH.shape) != (num_rows, head.hidden_size):
         raise ValueError(
             f"{name} hidden must be [{num_rows}, {head.hidden_size}] (token rows, width of the {name} head), "
             f"got {list(hidden_NH.shape)}."
         )
-    check_rows_finite(f"{name} hidden", hidden_NH)
+    if must_be_finite:
+        check_rows_finite(f"{name} hidden", hidden_NH)
 
 
 def check_rows_finite(name: str, values: Tensor) -> None:
@@ -65,12 +66,14 @@ def check_loss_inputs(
     kind_N: Tensor,
     weight_N: Tensor,
     settings: LossSettings,
+    *,
+    must_be_finite: bool = True,
 ) -> None:
     """Refuses arguments of `completion_loss` that do not fit together.
 
     Raises:
         ValueError: Shapes, vocabularies, kinds or the student's dtype do not fit.
-        NotFiniteError: An input holds NaN or infinity; names it and the first bad row.
+        NotFiniteError: A weight, or a hidden state that must be finite, is not; names the input and the first bad row.
     """
     num_rows = student_hidden_NH.shape[0]
     for name, values in (("kind", kind_N), ("weight", weight_N)):
@@ -81,13 +84,13 @@ def check_loss_inputs(
     if student_head.weight_VH.dtype == torch.float16:
         raise ValueError("A float16 student head underflows in the loss; use bfloat16 or float32.")
     check_rows_finite("weight", weight_N)
-    check_hidden("student", student_hidden_NH, student_head, num_rows)
-    check_hidden("aligned", aligned_hidden_NH, aligned_head, num_rows)
+    check_hidden("student", student_hidden_NH, student_head, num_rows, must_be_finite=must_be_finite)
+    check_hidden("aligned", aligned_hidden_NH, aligned_head, num_rows, must_be_finite=must_be_finite)
     num_base = int(needs_base(kind_N, settings).sum())
     heads = {"student": student_head, "aligned": aligned_head}
     if num_base:
         if base_hidden_PH is None or base_head is None:
             raise ValueError(f"{num_base} rows need base (see needs_base), but base_hidden_PH or base_head is None.")
-        check_hidden("base", base_hidden_PH, base_head, num_base)
+        check_hidden("base", base_hidden_PH, base_head, num_base, must_be_finite=must_be_finite)
         heads["base"] = base_head
     check_same_vocabulary(heads)

@@ -35,6 +35,8 @@ def completion_loss(
     kind_N: Tensor,
     weight_N: Tensor,
     settings: LossSettings,
+    *,
+    must_be_finite: bool = True,
 ) -> LossOutput:
     """Weighted sum of T^2 D(q, p_s) on anchor and recovery rows and g_t * sum over B_t of p_s(v)^2 on penalty rows.
 
@@ -52,13 +54,16 @@ def completion_loss(
         kind_N: `TokenKind` of each row [N], integers.
         weight_N: Weight of each row [N].
         settings: Weights of the parts and the constants of the formulas.
+        must_be_finite: Whether NaN and infinity are refused. Else they reach the rows that they belong to, the loss and
+            its gradients, for a caller that leaves such a step out.
 
     Returns:
         The loss in float32 (float64 for a float64 student head), with its parts and per-row measurements.
 
     Raises:
         ValueError: Shapes, vocabularies, kinds or the student's dtype do not fit.
-        NotFiniteError: An input holds NaN or infinity, or a row's loss came out so; names it and the first bad row.
+        NotFiniteError: An input holds NaN or infinity, or a row's loss came out so, where `must_be_finite`; names it
+            and the first bad row.
         SetupError: The settings ask for Triton where it does not run.
     """
     check_loss_inputs(
@@ -71,6 +76,7 @@ def completion_loss(
         kind_N,
         weight_N,
         settings,
+        must_be_finite=must_be_finite,
     )
     device, dtype = student_hidden_NH.device, student_head.logits_dtype
     kind_N = kind_N.detach().to(device)
@@ -87,7 +93,8 @@ def completion_loss(
             factor_N,
             settings,
         )
-        check_rows_finite("the loss of the student", walked.row_loss_N)
+        if must_be_finite:
+            check_rows_finite("the loss of the student", walked.row_loss_N)
         weighted_N = weight_N * walked.row_loss_N
         total = walked.gradients.attach((factor_N * walked.row_loss_N).sum())
 

@@ -133,7 +133,8 @@ def benign_nll(
 
     Returns:
         By role {"nats_per_token", "low", "high", "n", "tokens", "answers"}, and, where student and aligned are both
-        there, "student_to_aligned" {"ratio", "low", "high", "difference", "difference_low", "difference_high", "n"}.
+        there, "student_to_aligned" {"ratio", "low", "high", "difference", "difference_low", "difference_high", "n"}. It
+        is left out where aligned is so certain of its answers that there is no ratio to 0.
         Intervals are 95 % percentile bootstraps over prompts; n counts those.
 
     Raises:
@@ -152,15 +153,16 @@ def benign_nll(
         student_N, aligned_N = sums["student"], sums["aligned"]
         ratio, low, high = _interval(student_N, aligned_N)
         difference, difference_low, difference_high = _interval(student_N - aligned_N, tokens_N)
-        result["student_to_aligned"] = {
-            "ratio": ratio,
-            "low": low,
-            "high": high,
-            "difference": difference,
-            "difference_low": difference_low,
-            "difference_high": difference_high,
-            "n": len(answers),
-        }
+        if np.isfinite([ratio, low, high]).all():
+            result["student_to_aligned"] = {
+                "ratio": ratio,
+                "low": low,
+                "high": high,
+                "difference": difference,
+                "difference_low": difference_low,
+                "difference_high": difference_high,
+                "n": len(answers),
+            }
     return result
 
 
@@ -195,9 +197,10 @@ def _sums(
 
 def _interval(above_N: np.ndarray, below_N: np.ndarray) -> tuple[float, float, float]:
     """sum(above) / sum(below) with the 95 % interval of a bootstrap that draws prompts, the same for both sums."""
-    draws = np.concatenate(list(_resampled(above_N, below_N)))
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return float(above_N.sum() / below_N.sum()), float(low), float(high)
+    with np.errstate(divide="ignore", invalid="ignore"):  # the caller looks
+        draws = np.concatenate(list(_resampled(above_N, below_N)))
+        low, high = np.quantile(draws, [0.025, 0.975])
+        return float(above_N.sum() / below_N.sum()), float(low), float(high)
 
 
 def _resampled(above_N: np.ndarray, below_N: np.ndarray) -> Iterator[np.ndarray]:

@@ -120,7 +120,7 @@ def _samples(codec: ChatCodec, chats: Sequence[Chat], max_length: int) -> tuple[
     found = []
     for number, (system, user, assistant) in enumerate(chats):
         prompt = tuple(codec.encode_prompt(user, system))
-        answer = (*codec.encode_answer(assistant), codec.eos_id)[: max_length - len(prompt)]
+        answer = (*codec.encode_answer(assistant), codec.eos_id)[: max(max_length - len(prompt), 0)]
         if answer:
             found.append(AnchorSample(f"chat-{number}", prompt, tuple(answer)))
     if not found:

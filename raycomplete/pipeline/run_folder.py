@@ -99,7 +99,8 @@ def check_run_folder(
 
 def _check_same(before: RunConfig, now: RunConfig, folder: Path, same: Collection[str], free: Collection[str]) -> None:
     old, new = _compared(before, same, free), _compared(now, same, free)
-    changed = sorted(name for name in old if old[name] != new[name])
+    # A key that is free in one of the two only, since rollout.on_policy differs, is missing from the other.
+    changed = sorted(name for name in old if name in new and old[name] != new[name])
     if changed:
         raise ConfigError(
             f"The run in {folder} was started with other values of {', '.join(changed)}.",

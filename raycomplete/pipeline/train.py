@@ -170,7 +170,7 @@ def run_training(job: TrainJob, config: RunConfig, screen: Screen, title: str, s
         def on_step(row: dict[str, Any]) -> None:
             names = ("loss", "anchor", "recovery", "penalty") if job.objective == "completion" else ("loss",)
             parts = [f"{name} {row[name]:.4f}" for name in names if row[name] is not None]  # None: NaN, left out
-            if row["bad_steps"]:
+            if row.get("bad_steps"):  # not in rows of a run that an earlier version began
                 parts.append(f"{row['bad_steps']} steps left out")
             if job.objective == "completion":
                 parts.append(f"depth {row['depth_mean']:.0f}")

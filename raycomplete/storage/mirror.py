@@ -29,6 +29,7 @@ from raycomplete.storage.pieces import (
     FILES,
     METRICS,
     OWN_FOLDERS,
+    STUDENT,
     Catalog,
     Manifest,
     StoredFile,
@@ -257,6 +258,8 @@ class Mirror:
         before = self._catalog.newest(piece)
         if before is None or not _is_same(source, before):
             source = _linked(source, self._folder / _STAGE / piece)  # retention may remove it while it is on its way
+            if piece != STUDENT and not (source / integrity.COMPLETE).is_file():
+                raise FileNotFoundError(f"{piece} is being removed")  # what was still there is no checkpoint
             self._catalog.withdraw(piece)
             files = self._upload(source, piece)
             there = self._remote.sizes(piece)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
@@ -139,10 +140,12 @@ def finished_pieces(run_folder: Path) -> list[str]:
 
 
 def loose_files(run_folder: Path) -> list[Path]:
-    """Everything else that is a result: settings, samples, metrics, evaluation, summary, report."""
+    """Everything else that is a result: settings, samples, metrics, evaluation, summary, report.
+
+    Checkpoints are not looked into at all: the trainer removes them at any time.
+    """
     found = []
-    for path in sorted(run_folder.rglob("*")):
-        parts = path.relative_to(run_folder).parts
-        if not (_NOT_LOOSE & {*parts}) and not any(part.startswith(".") for part in parts) and path.is_file():
-            found.append(path)
-    return found
+    for place, folders, names in os.walk(run_folder):
+        folders[:] = [name for name in folders if name not in _NOT_LOOSE and not name.startswith(".")]
+        found += [Path(place) / name for name in names if not name.startswith(".")]
+    return sorted(path for path in found if path.is_file())

@@ -123,6 +123,8 @@ class _Restorer:
                 f"No checkpoint in {self._remote.uri} is whole ({', '.join(damaged)}).",
                 "Run again with --overwrite to start from the beginning.",
             )
+        for bad in damaged:  # else the mirror would take them for the newest ones, and keep them in place of new ones
+            self._catalog.withdraw(bad)
         return []
 
     def _fetch_folder(self, piece: str) -> bool:

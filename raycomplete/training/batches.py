@@ -74,7 +74,7 @@ class Emphasis:
 
     Attributes:
         anchor: On anchor rows, see `raycomplete.core.multiplier`.
-        penalty_by_depth: On penalty rows by their depth [longest h]; None leaves all alike.
+        penalty_by_depth: On penalty rows by their depth, turned prefixes left out [longest h]; None leaves all alike.
     """
 
     anchor: float = 1.0
@@ -138,8 +138,8 @@ class BatchBuilder:
         weight_N = weights.repeat_interleave(counts)
         if emphasis.penalty_by_depth is not None:
             for part, weight_T in zip(rows, weight_N.split(counts.tolist()), strict=True):
-                if part.kind is TokenKind.PENALTY:  # row t of h stands at depth t
-                    weight_T *= emphasis.penalty_by_depth[: part.count]
+                if part.kind is TokenKind.PENALTY:
+                    weight_T *= emphasis.penalty_by_depth[_depths(items[part.item], part.count)]
         return MicroBatch(
             input_ids_BT=input_ids_BT,
             position_ids_BT=position_ids_BT,
@@ -192,6 +192,12 @@ class BatchBuilder:
         aligned = scores.hidden("aligned", context, response)
         base = scores.hidden("base", context, response) if self.contrastive else None
         return _Rows(kind, start, count, aligned, base)
+
+
+def _depths(item: Item, count: int) -> Tensor:
+    """Depth of each row of h [count]: as cuts, it is counted from after a turned prefix, which stands at depth 0."""
+    turn = 0 if isinstance(item, AnchorItem) else item.sample.turn_tokens
+    return (torch.arange(count) - turn).clamp(min=0)
 
 
 def _no_tokens() -> Tensor:

@@ -54,7 +54,8 @@ class HeadLoss(nn.Module):
     def forward(self, mode: str, hidden_NH: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         """Plain tuples of tensors, because DeepSpeed's hooks look for tensors in tuples only."""
         if mode == "completion":
-            return _to_tuple(completion_loss(hidden_NH, self.head(), *arguments))
+            # A step of training with NaN is left out by `bad_steps`; an exception of one rank would end the run.
+            return _to_tuple(completion_loss(hidden_NH, self.head(), *arguments, must_be_finite=not self.training))
         if mode == "sft":
             return (self._cross_entropy(hidden_NH, *arguments),)
         if mode == "log_probs":

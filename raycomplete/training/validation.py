@@ -84,8 +84,8 @@ class Validator:
         self.best, self.best_step, self._since = state["best"], state["best_step"], state["since"]
 
     def forget_best(self) -> None:
-        """The checkpoint of the best value is gone: the next measurement is the best."""
-        self.best, self.best_step = None, 0
+        """The checkpoint of the best value is gone: the next measurement is the best, and patience begins anew."""
+        self.best, self.best_step, self._since = None, 0, 0
 
     def _build(self) -> list[Any]:
         step = -1  # of no training step

@@ -49,6 +49,14 @@ def test_mean_is_over_tokens_and_the_ratio_over_the_same_prompts(tmp_path: Path)
     json.dumps(found, allow_nan=False)
 
 
+@pytest.mark.parametrize("certain", [(0.0, 0.0), (0.0, 0.4)])
+def test_no_ratio_to_zero(certain: tuple[float, float], tmp_path: Path) -> None:
+    """On tiny models log p of a whole answer can round to 0, and NaN in a summary would be refused at the very end."""
+    found = benign_nll({"aligned": ("a", Fair(*certain)), "student": ("s", Fair(0.0, 0.3))}, answers(2, 3), tmp_path)
+    assert found.keys() == {"aligned", "student"}
+    json.dumps(found, allow_nan=False)
+
+
 def test_finished_answers_are_not_asked_again(tmp_path: Path) -> None:
     first = benign_nll({"base": ("b", Fair(1.0, 2.0))}, answers(2, 3), tmp_path)
     silent = Fair()

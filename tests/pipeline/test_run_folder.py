@@ -188,3 +188,10 @@ def test_an_evaluation_may_read_longer_sequences_than_the_training_did(tmp_path:
     other = config(tmp_path, models={"max_length": 512, "dtype": "bfloat16"})
     with pytest.raises(ConfigError, match=r"other values of models\.dtype"):
         check_run_folder(other, resume=True, same=("models", "data"), free=("models.max_length",))
+
+
+def test_a_key_that_is_free_off_policy_only_is_no_riddle(tmp_path: Path) -> None:
+    on_policy = config(tmp_path, rollout={"on_policy": True})
+    open_run_folder(on_policy, resume=False, same=SAME)
+    with pytest.raises(ConfigError, match=r"other values of rollout\.on_policy\."):
+        check_run_folder(config(tmp_path), resume=True, same=SAME)

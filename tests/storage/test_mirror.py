@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from raycomplete.errors import WorkError
 from raycomplete.files import write_text
 from raycomplete.storage import integrity
+from raycomplete.storage import mirror as mirror_module
 from raycomplete.storage.mirror import Mirror
-from raycomplete.storage.pieces import Catalog, Manifest, StoredFile
+from raycomplete.storage.pieces import Catalog, Manifest, StoredFile, loose_files
 from raycomplete.storage.remote import Remote
 from raycomplete.storage.restore import restore
 from tests.storage.conftest import BrokenRemote
@@ -222,3 +225,38 @@ def test_a_manifest_that_was_cut_off_or_points_outside_counts_for_nothing() -> N
     for outside in ("../a", "/etc/passwd", "a/../../b"):
         assert Manifest.decode(Manifest("student", 1, {outside: stored}).encode()) is None
     assert Manifest.decode(Manifest("../student", 1, {"a": stored}).encode()) is None
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_a_checkpoint_that_is_removed_while_it_is_read_never_counts(
+    has_links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remote, run = Remote(f"file://{tmp_path}/storage"), make_run(tmp_path / "run", 2)
+    linked = mirror_module._linked
+
+    def overtaken(source: Path, stage: Path) -> Path:
+        for name in (integrity.COMPLETE, "latest"):  # retention of the trainer, half-way
+            (source / name).unlink()
+        return linked(source, stage) if has_links else source
+
+    monkeypatch.setattr(mirror_module, "_linked", overtaken)
+    mirror = mirror_of(remote, run)
+    mirror.look()
+    assert Catalog(remote).pieces() == ["files"]
+    assert mirror.missing == {}
+
+
+def test_checkpoints_that_vanish_meanwhile_do_not_hold_up_the_other_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path / "run", 2)
+    scandir = os.scandir
+
+    def vanishing(place: Any) -> Any:
+        if "step-" in str(place):
+            raise FileNotFoundError(place)
+        return scandir(place)
+
+    monkeypatch.setattr(os, "scandir", vanishing)
+    names = [path.relative_to(run).as_posix() for path in loose_files(run)]
+    assert names == ["config.yaml", "evaluation/base.json", "inputs.json", "metrics.jsonl", "samples.jsonl"]

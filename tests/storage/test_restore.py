@@ -91,6 +91,20 @@ def test_a_damaged_local_checkpoint_is_fetched_anew(remote: Remote, tmp_path: Pa
     assert integrity.damage(run / "checkpoints" / "step-000004") is None
 
 
+def test_damaged_checkpoints_of_the_storage_do_not_count_once_the_run_goes_on_from_its_own(
+    remote: Remote, tmp_path: Path
+) -> None:
+    here, there = make_run(tmp_path / "here", 2), make_run(tmp_path / "there", 2, 4)
+    mirror_of(remote, there).look()
+    newest = Catalog(remote).newest("checkpoints/step-000004")
+    assert newest is not None
+    damaged(remote, newest.files["latest"].object)
+    assert "checkpoints/step-000004" not in fetched(remote, here)
+    add_checkpoint(here, 3)
+    mirror_of(remote, here, keep=1).look()
+    assert Catalog(remote).pieces("checkpoints/") == ["checkpoints/step-000003"]
+
+
 def test_a_restore_that_was_cut_off_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     remote, run = Remote(f"file://{tmp_path}/storage"), make_run(tmp_path / "run", 2, 4)
     mirror_of(remote, run).look()

@@ -190,6 +190,17 @@ def test_emphasis_scales_anchor_rows_and_the_penalty_by_depth(tiny: Tiny) -> Non
     torch.testing.assert_close(factor_N[plain.kind_N == TokenKind.PENALTY], expected)
 
 
+def test_the_penalty_by_depth_is_counted_from_after_a_turned_prefix(tiny: Tiny) -> None:
+    turned = [RecoveryItem(replace(item.sample, turn_tokens=1), item.depth) for item in tiny.plan.recovery]
+    by_depth = torch.arange(1.0, MAX_DEPTH + 2)
+    plain, scaled = (
+        builder().build(turned, tiny.plan, tiny.scores, Emphasis(1.0, emphasis)) for emphasis in (None, by_depth)
+    )
+    is_penalty_N = plain.kind_N == TokenKind.PENALTY
+    expected = torch.cat([by_depth[[0, *range(item.depth - 1)]] for item in turned])
+    torch.testing.assert_close((scaled.weight_N / plain.weight_N)[is_penalty_N], expected)
+
+
 def test_depths_name_recovery_items(tiny: Tiny) -> None:
     batch = builder().build(tiny.items, tiny.plan, tiny.scores)
     assert batch.depth_B.tolist() == [-1 if isinstance(item, AnchorItem) else item.depth for item in tiny.items]

@@ -14,6 +14,8 @@ from raycomplete.core.depth_sampler import DepthSampler
 from raycomplete.core.loss_types import LossSettings, TokenKind
 from raycomplete.data.checkpoints import load_model
 from raycomplete.data.head_spec import load_head
+from raycomplete.errors import NotFiniteError
+from raycomplete.training.bad_steps import poison
 from raycomplete.training.batches import BatchBuilder, MicroBatch
 from raycomplete.training.feed import ScoreFeed
 from raycomplete.training.plan import Planner
@@ -71,6 +73,32 @@ def test_the_teacher_of_recovery_never_saw_the_harmful_prefix(tmp_path: Path) ->
     assert bool(same_N[batch.kind_N == TokenKind.ANCHOR].all())
     assert bool(same_N[batch.kind_N == TokenKind.PENALTY].all())
     assert not bool(same_N[batch.kind_N == TokenKind.RECOVERY].any())
+
+
+@pytest.mark.parametrize("whose", ["aligned", "base", "student"])
+def test_nan_reaches_the_loss_and_every_gradient_in_training_and_is_refused_in_validation(
+    whose: str, tmp_path: Path
+) -> None:
+    """`bad_steps` leaves such a step out, which it cannot where the forward pass of one rank raises."""
+    batch, job, settings = make_batch(tmp_path, 0.0)
+    student = make_student(job, settings)
+    if whose == "student":
+        with torch.no_grad():
+            student.lm.get_input_embeddings().weight[batch.input_ids_BT[0, 0]] = torch.nan
+    else:
+        hidden_NH = batch.aligned_hidden_NH if whose == "aligned" else batch.base_hidden_PH
+        assert hidden_NH is not None
+        hidden_NH[0] = torch.nan
+    output = to_loss_output(student(batch, "completion"))
+    assert output.row_loss_N.isnan().any()
+    assert whose == "student" or int(output.row_loss_N.isnan().sum()) == 1, "it stays in its row"
+    poison(output.total).backward()
+    gradients = [parameter.grad for parameter in student.lm.parameters()]
+    assert all(gradient is not None and not gradient.isfinite().all() for gradient in gradients)
+
+    student.eval()
+    with torch.no_grad(), pytest.raises(NotFiniteError, match=whose):
+        student(batch, "completion")
 
 
 def test_sft_is_the_cross_entropy_of_the_answers(tmp_path: Path) -> None:
