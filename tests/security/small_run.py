@@ -12,12 +12,13 @@ from typing import Any
 import psutil
 import ray
 
-from raycomplete.cluster import Demand, connect
+from raycomplete.cluster import connect
 from raycomplete.config import load_run_file
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.organism import checkpoint_path
 from raycomplete.engine_options import engine_environment
 from raycomplete.pipeline.run_folder import open_run_folder
+from raycomplete.placement import Plan, engine_row
 from raycomplete.rollout.pool import RolloutPool
 from raycomplete.rollout.worker import RolloutOptions
 
@@ -35,7 +36,7 @@ else:
 def main(root: Path) -> None:
     run_file = Path(__file__).resolve().parents[2] / "jobs" / "organism.yaml"
     config = load_run_file(run_file, [f"output.root={root / 'runs'}"])
-    with connect(config.cluster, Demand(engines=1, workers=0)):
+    with connect(config.cluster, Plan((engine_row(config.cluster, "engine", 1),))):
         folder = open_run_folder(config, resume=False, same=())
         codec = ChatCodec(checkpoint_path("base"))
         options = RolloutOptions(

@@ -14,7 +14,7 @@ import numpy as np
 import psutil
 import torch
 
-from raycomplete.cluster import Demand, connect
+from raycomplete.cluster import connect
 from raycomplete.config import RunConfig, parse
 from raycomplete.core.heads import Head
 from raycomplete.data.checkpoints import TORCH_DTYPES
@@ -24,6 +24,7 @@ from raycomplete.engine_options import engine_environment
 from raycomplete.pipeline.diagnose_partitions import Walk, measure_partition, write_measured
 from raycomplete.pipeline.diagnose_samples import Sample
 from raycomplete.pipeline.prepare import Models, prepare_models
+from raycomplete.placement import Plan, engine_row
 from raycomplete.scoring.actors import ScorerOptions, ScoringClient
 from raycomplete.scoring.payload import ScoreRequest
 from raycomplete.training.feed import ScoreSource
@@ -174,7 +175,8 @@ def _sources(config: RunConfig, models: Models, work: Work, vocab_size: int) -> 
     if not work.engines:
         yield {role: RandomStates(models.heads[role].hidden_size, seed) for seed, role in enumerate(ROLES)}
         return
-    with connect(config.cluster, Demand(engines=2, workers=0)), _scorers(config, models, work, vocab_size) as clients:
+    plan = Plan((engine_row(config.cluster, "scorer", len(ROLES)),))
+    with connect(config.cluster, plan), _scorers(config, models, work, vocab_size) as clients:
         yield clients
 
 
