@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ from raycomplete.data.checkpoints import fingerprint
 from raycomplete.data.head_spec import read_head_spec
 from raycomplete.data.organism.world import HELPFUL_SYSTEM
 from raycomplete.engine_options import available_cpus
-from raycomplete.errors import ConfigError, DataError
+from raycomplete.errors import ConfigError, DataError, StoppedError
 from raycomplete.evaluation.rows import read_rows
 from raycomplete.evaluation.storage import content_hash
+from raycomplete.evaluation.units import EvaluationCancelled
 from raycomplete.screen import Screen
 from raycomplete.training.job import TrainJob
 from raycomplete.training.samples import AnchorSample, SampleSet, write_samples
@@ -59,11 +60,15 @@ def fine_tune(
     *,
     use_gpu: bool,
     screen: Screen,
+    stopping: Callable[[], bool] = lambda: False,
 ) -> Path:
     """Trains a copy of a checkpoint on one dataset; one that was trained the same way before is used again.
 
     Returns:
         The folder of the trained checkpoint.
+
+    Raises:
+        EvaluationCancelled: `stopping` said so; a checkpoint of the training is kept.
     """
     chats = read_chats(config, settings, dataset)
     trained = settings.model_dump(mode="json", include={"steps", "lr", "batch_size"})
@@ -106,13 +111,17 @@ def fine_tune(
         def on_step(row: dict[str, Any]) -> None:
             advance(row["step"], "" if row["loss"] is None else f"loss {row['loss']:.4f}")
 
-        fit(
-            job,
-            cpus_per_worker=config.cluster.cpus_per_worker,
-            gpus_per_worker=config.cluster.gpus_per_worker,
-            placement=config.cluster.worker_placement,
-            on_step=on_step,
-        )
+        try:
+            fit(
+                job,
+                cpus_per_worker=config.cluster.cpus_per_worker,
+                gpus_per_worker=config.cluster.gpus_per_worker,
+                placement=config.cluster.worker_placement,
+                on_step=on_step,
+                stopping=stopping,
+            )
+        except StoppedError as error:  # to an evaluation, and to the service, this is being cancelled
+            raise EvaluationCancelled(error.problem, error.remedy) from error
     return output
 
 

@@ -5,7 +5,7 @@ Everything starts at its first use: an evaluation that needs none of it starts n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,13 +85,14 @@ def start_engine(config: RunConfig, path: Path, codec: ChatCodec, *, use_gpu: bo
 
 @dataclass
 class Toolbox:
-    """Tools of one evaluation; `stop` ends what was started."""
+    """Tools of one evaluation; `stop` ends what was started, and `stopping` is asked while a copy is trained."""
 
     config: RunConfig
     models: Models
     fleet: Fleet
     folder: Path
     screen: Screen
+    stopping: Callable[[], bool] = lambda: False
     use_gpu: bool = field(init=False)
     _boxes: list[WhiteBoxClient] = field(default_factory=list)
     _guide: WhiteBoxClient | None = None
@@ -120,6 +121,7 @@ class Toolbox:
                 self.folder,
                 use_gpu=self.use_gpu,
                 screen=self.screen,
+                stopping=self.stopping,
             )
             return self.fleet.generator.with_weights(str(copy))
 

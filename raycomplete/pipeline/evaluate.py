@@ -162,7 +162,7 @@ def evaluate_roles(
     """Every role's result, from one generator that takes the weights of each in turn."""
     sets = EvaluationSets(**{str(kind): found for kind, found in prompts.evaluation.items()})
     models = replace(models, paths={**models.paths, **paths})
-    toolbox = Toolbox(config, models, fleet, folder, screen)
+    toolbox = Toolbox(config, models, fleet, folder, screen, stopping=cancelled or (lambda: False))
     results = {}
     try:
         with start_judge(config, prompts.judge, screen) as judge:

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
 
+import pytest
+
+from raycomplete.config import load_run_file
+from raycomplete.config.attacks import FinetuneAttack
+from raycomplete.data.chat import ChatCodec
+from raycomplete.data.organism import checkpoint_path
+from raycomplete.errors import StoppedError
+from raycomplete.evaluation.units import EvaluationCancelled
+from raycomplete.pipeline import attack_finetune
 from raycomplete.pipeline.attack_finetune import _samples
+from raycomplete.screen import Screen
 
 
 class Words:
@@ -25,3 +36,25 @@ def test_no_sample_is_longer_than_the_context() -> None:
     samples = _samples(codec, chats, 5)
     assert [sample.sample_id for sample in samples] == ["chat-0", "chat-1"]
     assert [sample.answer_ids for sample in samples] == [(2, 2, 0), (2, 2, 2)], "what is cut does not end"
+
+
+def test_a_training_that_is_stopped_cancels_the_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(job: object, *, stopping: Callable[[], bool], **_: object) -> None:
+        assert stopping()
+        raise StoppedError("Stopped after step 3.", "Resume with --resume.")
+
+    monkeypatch.setattr(attack_finetune, "fit", stopped)
+    config = load_run_file("jobs/organism.yaml")
+    aligned = checkpoint_path("aligned")
+    with pytest.raises(EvaluationCancelled, match="Stopped after step 3"):
+        attack_finetune.fine_tune(
+            config,
+            FinetuneAttack(steps=5),
+            "identity_shift",
+            ChatCodec(aligned),
+            aligned,
+            tmp_path,
+            use_gpu=False,
+            screen=Screen(quiet=True),
+            stopping=lambda: True,
+        )
