@@ -1,6 +1,7 @@
 """Resuming after any step is as if the run had never stopped: losses and weights bit for bit on CPU.
 
-Eleven resumes of a run of twelve steps take minutes: a few are always made, all of them where RAYCOMPLETE_CHAOS is set.
+Eleven resumes of a run of twelve steps take minutes: one, at the end of an epoch, is always made, all of them where
+RAYCOMPLETE_CHAOS is set.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ pytestmark = pytest.mark.slow
 STEPS = 12
 # 10 samples of each kind in batches of 4: epochs end within steps 3 and 8, and with steps 5 and 10.
 EVERY = range(1, STEPS)
-FEW = (5, 11)
+FEW = (5,)
 EXHAUSTIVE = "RAYCOMPLETE_CHAOS" in os.environ
 ROLLOUT = RolloutConfig(
     on_policy=True, max_student_tokens=4, max_refusal_tokens=4, anchor_on_policy=0.5, sync_every=2, lookahead=1
