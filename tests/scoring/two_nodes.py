@@ -137,11 +137,11 @@ def death(client: ScoringClient) -> dict[str, str]:
     try:
         replica.wait(reference, "anything", 60)
     except ProcessDiedError as error:
-        return {
+        return dict(error.facts()) | {
             "text": str(error),
             "log": Path(error.log_path).name,
             "log_is_there": str(Path(error.log_path).is_file()),
-        } | dict(error.facts())
+        }
     return {}
 
 
