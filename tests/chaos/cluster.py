@@ -134,7 +134,7 @@ class LocalCluster:
         with log:
             self._nodes[address] = subprocess.Popen(
                 [_RAY, "start", "--block", f"--node-ip-address={address}", f"--num-cpus={self._num_cpus}",
-                 f"--object-store-memory={2**29}", *place],
+                 f"--object-store-memory={2**29}", f"--dashboard-agent-listen-port={_free_port()}", *place],
                 env=self.environment,
                 stdout=log,
                 stderr=log,

@@ -28,11 +28,11 @@ from tests.chaos.cluster import LocalCluster
 from tests.chaos.processes import TITLES, kill, of_role
 from tests.chaos.runs import WatchedRun
 
-STEPS, CHECKPOINT_EVERY = 40, 5
+STEPS, CHECKPOINT_EVERY = 30, 5
 VICTIMS = (*TITLES, "driver", "node")
 SETTINGS = (
     "rollout.on_policy=true",
-    "data.limit_per_kind=64",
+    "data.limit_per_kind=48",
     f"train.steps={STEPS}",
     f"train.checkpoint_every={CHECKPOINT_EVERY}",
     "train.num_workers=2",
@@ -42,8 +42,8 @@ SETTINGS = (
     "train.micro_batch=12",
     "train.max_failures=10",
     "cluster.placement=spread",
-    "evaluation.prompts=48",
-    "evaluation.depths=[0,4,16]",
+    "evaluation.prompts=24",
+    "evaluation.depths=[0,16]",
 )
 _WORKER_NODE = "127.0.0.3"
 _TIMEOUT_S = 600.0
