@@ -94,23 +94,37 @@ def one_round(cluster: LocalCluster, number: int, rng: random.Random, out: Path,
     for victim, moment in zip(victims, moments, strict=True):
         run.wait_until(lambda moment=moment: run.last_step() >= moment, what=f"step {moment}", timeout_s=_TIMEOUT_S)
         time.sleep(rng.random())  # anywhere within a step
-        step = run.last_step()
-        death = Kill(number, victim, strike(cluster, victim, rng), step)
-        lowest = [step]
-
-        def recovered(death: Kill = death, lowest: list[int] = lowest) -> bool:
-            last = run.last_step()
-            lowest[0] = min(lowest[0], last)
-            return last > death.step
-
-        death.seconds = run.wait_until(recovered, what=f"step {step + 1} after the {victim}", timeout_s=_TIMEOUT_S)
-        death.redone = step - lowest[0]
-        console.print(f"round {number}: {victim} at step {step}, {death.redone} redone, {death.seconds:.0f} s")
+        death = Kill(number, victim, strike(cluster, victim, rng), run.last_step())
+        watch_recovery(run, death)
+        console.print(f"round {number}: {victim} at step {death.step}, {death.redone} redone, {death.seconds:.0f} s")
         kills.append(death)
         if victim == "node":
             cluster.add_worker(_WORKER_NODE)
     run.finish(_TIMEOUT_S)
     return kills
+
+
+def watch_recovery(run: WatchedRun, death: Kill) -> None:
+    """Waits for a step that is new, and notes how many were made again before it.
+
+    What a driver leaves behind may finish a step before it goes too, so that after its death only steps of the next
+    submission count; such a last step counts as finished all the same.
+    """
+    submissions = run.submissions + (death.victim == "driver")
+    lowest = death.step
+
+    def recovered() -> bool:
+        nonlocal lowest
+        last = run.last_step()
+        lowest = min(lowest, last)
+        if run.submissions < submissions:
+            death.step = max(death.step, last)
+            return False
+        return last > death.step
+
+    what = f"a step after {death.step} and the death of the {death.victim}"
+    death.seconds = run.wait_until(recovered, what=what, timeout_s=_TIMEOUT_S)
+    death.redone = death.step - lowest
 
 
 def compare(run: WatchedRun, calm: WatchedRun) -> dict[str, Any]:
