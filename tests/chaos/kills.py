@@ -57,6 +57,7 @@ class Kill:
         victim: What was killed.
         processes: How many processes that were.
         step: Last finished step when it was killed.
+        checkpoint: Step of the newest complete checkpoint then.
         redone: Finished steps that were done again.
         seconds: From the kill to the first step beyond `step`.
     """
@@ -65,13 +66,14 @@ class Kill:
     victim: str
     processes: int
     step: int
+    checkpoint: int
     redone: int = 0
     seconds: float = 0.0
 
     @property
     def kept_its_checkpoint(self) -> bool:
         """Whether nothing before the last checkpoint was done again."""
-        return self.redone <= self.step % CHECKPOINT_EVERY
+        return self.redone <= self.step - self.checkpoint
 
 
 def strike(cluster: LocalCluster, victim: str, rng: random.Random) -> int:
@@ -94,7 +96,8 @@ def one_round(cluster: LocalCluster, number: int, rng: random.Random, out: Path,
     for victim, moment in zip(victims, moments, strict=True):
         run.wait_until(lambda moment=moment: run.last_step() >= moment, what=f"step {moment}", timeout_s=_TIMEOUT_S)
         time.sleep(rng.random())  # anywhere within a step
-        death = Kill(number, victim, strike(cluster, victim, rng), run.last_step())
+        checkpoint = run.last_checkpoint()
+        death = Kill(number, victim, strike(cluster, victim, rng), run.last_step(), checkpoint)
         watch_recovery(run, death)
         console.print(f"round {number}: {victim} at step {death.step}, {death.redone} redone, {death.seconds:.0f} s")
         kills.append(death)
@@ -168,8 +171,19 @@ def _write(out: Path, kills: list[Kill], results: dict[str, dict[str, Any]], con
     tables = [
         Table(
             f"Deaths (SIGKILL) in on-policy runs of {STEPS} steps, a checkpoint every {CHECKPOINT_EVERY}, two nodes",
-            ("round", "victim", "processes", "at step", "steps redone", "seconds to the next new step"),
-            [(str(k.round), k.victim, str(k.processes), str(k.step), str(k.redone), f"{k.seconds:.0f}") for k in kills],
+            ("round", "victim", "processes", "at step", "checkpoint", "steps redone", "seconds to the next new step"),
+            [
+                (
+                    str(k.round),
+                    k.victim,
+                    str(k.processes),
+                    str(k.step),
+                    str(k.checkpoint),
+                    str(k.redone),
+                    f"{k.seconds:.0f}",
+                )
+                for k in kills
+            ],
         ),
         Table(
             "Against the undisturbed run",

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from raycomplete.storage import integrity
 from raycomplete.training.metrics import read_metrics
 from tests.chaos.cluster import LocalCluster
 
@@ -74,6 +75,10 @@ class WatchedRun:
     def last_step(self) -> int:
         """The last finished step; 0 before the first."""
         return max(self.steps(), default=0)
+
+    def last_checkpoint(self) -> int:
+        """Step of the newest complete checkpoint; 0 where there is none."""
+        return max(map(integrity.step_of, integrity.complete_checkpoints(self.run_folder / "checkpoints")), default=0)
 
     def wait_until(self, reached: Callable[[], bool], *, what: str, timeout_s: float) -> float:
         """Waits, submits again where the job has died, and returns the seconds it took.
