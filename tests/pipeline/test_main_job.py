@@ -13,7 +13,7 @@ import pytest
 
 from tests.conftest import ROOT
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 REDUCED = (
     "data.limit_per_kind=144",
@@ -26,7 +26,7 @@ REDUCED = (
 )
 
 
-def raycomplete(*arguments: str, folder: Path, timeout_s: float = 540) -> subprocess.CompletedProcess[str]:
+def raycomplete(*arguments: str, folder: Path, timeout_s: float = 1100) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     return subprocess.run(
         [sys.executable, "-m", "raycomplete", *arguments],
