@@ -138,7 +138,7 @@ def follow(client: Any, job: str, say: Say) -> int:
     if info.status == "SUCCEEDED":
         return 0
     if info.status == "STOPPED":
-        say("What was finished is kept; the same command with --resume continues it.")
+        say("What was finished is kept; the last lines of the log say how to go on.")
         return 1
     if info.driver_exit_code not in (1, 2):  # those have said in the log why
         say(str(info.message or "").strip()[:2000])

@@ -29,24 +29,27 @@ _RESUME = "Run again with --resume; if memory ran out, give the engine more or l
 _DEATH_REPORT_S = 1.0
 _RECENT_S = 60.0
 
-# What Ray says of a death, and what it means; the first that fits. Ray's text on a closed connection lists every
-# possible reason, so it is recognised before those that name a node or a code.
+# What Ray says of a death, and what it means; the first that fits.
 _CAUSES = (
-    (r"killed by .*ray\.kill|ray\.kill\(", "it was stopped on purpose, by raycomplete or by hand"),
+    (r"ray\.kill", "it was stopped on purpose, by raycomplete or by hand"),
+    (r"CUDA out of memory", "out of memory on its GPU"),
     (
-        r"memory monitor|low on memory|OutOfMemory",
+        r"memory monitor|low on memory|OutOfMemory|OUT_OF_MEMORY",
         "out of memory: Ray's memory monitor ended it before its node ran out",
     ),
-    (r"CUDA out of memory", "out of memory on its GPU"),
     (r"creation task", "its constructor failed"),
+    (r"hanging for", "it did not answer Ray for too long"),
+    (r"SIGSEGV.*received|Segmentation fault", "it crashed in native code"),
     (
         r"connection error code 2|End of file",
         "killed by SIGKILL (the kernel does that when memory runs out) or crashed; its log tells which",
     ),
-    (r"node .*(died|dead|removed|terminated|fail)|NodeDied|health check", "its node is gone"),
+    (r"node .*(died|dead|removed|terminated|lost|marked|fail)|NODE_?DIED|health check", "its node is gone"),
     (r"exit.{0,20}code (\d+)", "its process ended by itself with exit code {0}"),
     (r"unavailable", "its process is gone or cannot be reached, and Ray starts it again"),
 )
+# From here on Ray lists every reason that there could be, which is no finding.
+_EVERY_REASON = re.compile(r"Some common causes|There are some potential root causes")
 
 
 def wait_for(reference: Any, *, who: str, what: str, timeout_s: float) -> Any:
@@ -92,18 +95,20 @@ def died(error: RayError, who: str) -> ProcessDiedError:
     text = str(error)
     found = _last_process(getattr(error, "actor_id", None))
     node = found.node or _found(r"^\s*ip: (\S+)", text)
-    cause = likely_cause(found.said or text)
+    said = found.said or text
+    cause = likely_cause(said) or next((line.strip() for line in said.splitlines() if line.strip()), "unknown")
     log = log_path(found.number or _found(r"^\s*pid: (\d+)", text))
     return ProcessDiedError(f"The {who} died: {cause}.", _RESUME, role=who, node=node, cause=cause, log_path=log)
 
 
 def likely_cause(text: str) -> str:
-    """The likeliest reason in words, from what Ray says; its own first line where nothing is recognised."""
+    """The likeliest reason in words, from what Ray says; empty where nothing is recognised."""
+    found = _EVERY_REASON.split(text)[0]
     for pattern, words in _CAUSES:
-        match = re.search(pattern, text, re.IGNORECASE)
+        match = re.search(pattern, found, re.IGNORECASE)
         if match is not None:
             return words.format(*match.groups())
-    return next((line.strip() for line in text.splitlines() if line.strip()), "unknown")
+    return ""
 
 
 def log_path(process: str) -> str:

@@ -24,9 +24,14 @@ CLOSED = (
         ("The actor is dead because it was killed by `ray.kill`.", "stopped on purpose"),
         ("Worker exit type: SYSTEM_ERROR Worker exit detail: exit code 139", "exit code 139"),
         ("The actor 4f is unavailable: rpc failed.", "Ray starts it again"),
-        ("Something new.\nMore.", "Something new."),
-        ("", "unknown"),
+        ("Worker exit type: NODE_OUT_OF_MEMORY Worker exit detail: ended due to low memory", "out of memory: Ray's"),
+        ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB", "on its GPU"),
+        ("A worker health check has been hanging for 600.00 seconds.", "did not answer"),
+        ("Something new.\nMore.", ""),
+        ("", ""),
     ],
 )
 def test_the_cause_is_told_from_what_ray_says(said: str, cause: str) -> None:
-    assert cause in likely_cause(said)
+    found = likely_cause(said)
+    assert cause in found
+    assert bool(found) == bool(cause)

@@ -50,9 +50,9 @@ def check_ray_token(context: Context) -> Finding:
             words = "RAY_AUTH_MODE is 'token', and there is no token."
             return fail(words, "Copy the cluster's ~/.ray/auth_token to this machine, with mode 0600.", **values)
         return ok("Ray makes a token when a local cluster starts.", **values)
-    if shared and mode == "":
+    if shared and mode == "" and not token:  # Ray turns authentication on by itself where it finds a token
         return warn(
-            f"A cluster is named ({context.address}) and RAY_AUTH_MODE is not set, so Ray sends no token.",
+            f"A cluster is named ({context.address}), and there is neither RAY_AUTH_MODE nor a token to send to it.",
             f"export RAY_AUTH_MODE=token on every node and here; a token: {_GENERATE}.",
             **values,
         )

@@ -19,6 +19,7 @@ from ray.exceptions import RayActorError
 from ray.train import UserCallback
 
 from raycomplete.errors import ProcessDiedError, RaycompleteError, WorkError
+from raycomplete.ray_calls import likely_cause, log_path
 from raycomplete.training.job import TrainJob
 from raycomplete.training.metrics import read_metrics
 
@@ -95,28 +96,8 @@ def death_facts(error: BaseException) -> dict[str, str]:
         found = re.search(rf"\b{name}='([^']+)'", text)
         return found.group(1) if found else ""
 
-    return {"node": named("node_ip"), "cause": likely_cause(text), "log": named("log_file_path")}
-
-
-def likely_cause(text: str) -> str:
-    """One phrase for Ray's account of a death."""
-    known = (
-        (r"NODE_OUT_OF_MEMORY|low on memory|OutOfMemoryError", "its node ran out of memory, and Ray ended it"),
-        (r"node (has )?died|node .*(was|is) (dead|terminated|lost|marked)|NODE_DIED", "its node died or was cut off"),
-        (r"hanging for", "it did not answer Ray for too long"),
-        (r"ray\.kill", "Ray was told to end it"),
-        (r"SIGSEGV.*received|Segmentation fault", "it crashed in native code"),
-        (r"INTENDED|exit code 0", "it left by itself"),
-        (
-            r"connection error code|End of file|SYSTEM_ERROR",
-            "killed by a signal (kill -9, or the kernel for lack of memory), or crashed in native code",
-        ),
-    )
-    for pattern, cause in known:
-        # The standard list of "common causes" names all of them at once, and is no finding.
-        if re.search(pattern, text.split("Some common causes")[0]):
-            return cause
-    return "the connection to a worker that died was lost" if _LOST_PEER.search(text) else ""
+    cause = likely_cause(text) or ("the connection to a worker that died was lost" if _LOST_PEER.search(text) else "")
+    return {"node": named("node_ip"), "cause": cause, "log": named("log_file_path")}
 
 
 def explain(error: BaseException, job: TrainJob, *, restarts: int = 0) -> RaycompleteError:
@@ -161,7 +142,7 @@ def _death(
         role=role,
         node=facts["node"],
         cause=facts["cause"],
-        log_path=facts["log"] or _session_logs(),
+        log_path=facts["log"] or log_path(""),
         saved=_saved(job),
     )
 
@@ -171,12 +152,6 @@ def _saved(job: TrainJob) -> str:
     if not step:
         return "the samples; there is no checkpoint yet"
     return f"the checkpoint of step {step} in {os.path.relpath(job.checkpoints)}"
-
-
-def _session_logs() -> str:
-    """Where Ray keeps the logs of this machine; empty where Ray is not running."""
-    folder = Path("/tmp/ray/session_latest/logs")
-    return str(folder) if folder.is_dir() else ""
 
 
 def count_failures(path: Path) -> int:

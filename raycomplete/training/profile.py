@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from raycomplete.core.base_favored import profile_rows
 from raycomplete.core.heads import Head
@@ -21,14 +22,40 @@ Profile = dict[str, list[float]]  # mean by position for each name, and "n"
 _NAMES = ("base_favored_mass", "kl_to_base", "deficit")
 
 
-def student_profile(
-    engine: Any, samples: Sequence[AnchorSample], sources: Mapping[str, ScoreSource], micro_batch: int
-) -> Profile:
+def scored_samples(
+    samples: Sequence[AnchorSample], sources: Mapping[str, ScoreSource]
+) -> tuple[list[AnchorSample], Scores]:
+    """The samples that both models could read for every rank, and their scores.
+
+    Ranks ask on their own, and a sequence that kills scorers may be set aside between two of their questions: they must
+    agree on what is left, or their forward passes would not match.
+    """
+    feed = ScoreFeed(sources, max_depth=0, penalty=False, contrastive=True)
+    feed.request(0, samples, [])
+    scores = feed.take(0)
+    places = {
+        place
+        for place, sample in enumerate(samples)
+        if all(len(scores.hidden(role, sample.prompt_ids, sample.answer_ids)) for role in sources)
+    }
+    if dist.is_initialized():
+        ranks: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(ranks, places)
+        places.intersection_update(*ranks)
+    return [samples[place] for place in sorted(places)], scores
+
+
+def student_profile(engine: Any, samples: Sequence[AnchorSample], scores: Scores, micro_batch: int) -> Profile:
     """Means over prompts of mass, KL(student || base) and deficit at each position.
 
     Every rank computes the same numbers: under ZeRO-3 a forward pass needs all of them anyway.
+
+    Args:
+        engine: DeepSpeed's engine.
+        samples: Of `scored_samples`, at least one.
+        scores: Of `scored_samples`.
+        micro_batch: Sequences of one forward pass.
     """
-    samples, scores = _read(samples, sources)
     engine.eval()
     with torch.no_grad():
         measured = [
@@ -41,13 +68,12 @@ def student_profile(
 
 def aligned_profile(
     samples: Sequence[AnchorSample],
-    sources: Mapping[str, ScoreSource],
+    scores: Scores,
     heads: Mapping[str, Head],
     settings: LossSettings,
     micro_batch: int,
 ) -> Profile:
     """The same for the aligned model, from its scorer's hidden states alone; no rank needs another one."""
-    samples, scores = _read(samples, sources)
     measured = []
     for batch in _batches(samples, scores, micro_batch):
         assert batch.aligned_hidden_NH is not None
@@ -64,19 +90,6 @@ def aligned_profile(
         )
         measured.append(torch.stack([row_N.double().cpu() for row_N in (rows.mass_N, rows.kl_N, rows.deficit_N)]))
     return _means(samples, torch.cat(measured, dim=1))
-
-
-def _read(samples: Sequence[AnchorSample], sources: Mapping[str, ScoreSource]) -> tuple[list[AnchorSample], Scores]:
-    """The samples that both models could read, and their scores."""
-    feed = ScoreFeed(sources, max_depth=0, penalty=False, contrastive=True)
-    feed.request(0, samples, [])
-    scores = feed.take(0)
-    read = [
-        sample
-        for sample in samples
-        if all(len(scores.hidden(role, sample.prompt_ids, sample.answer_ids)) for role in sources)
-    ]
-    return read, scores
 
 
 def _batches(samples: Sequence[AnchorSample], scores: Scores, micro_batch: int) -> Iterator[MicroBatch]:

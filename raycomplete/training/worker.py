@@ -39,7 +39,7 @@ from raycomplete.training.on_policy import Drafter
 from raycomplete.training.packing import deal
 from raycomplete.training.packing_check import keeps_sequences_apart
 from raycomplete.training.plan import Planner, StepPlan
-from raycomplete.training.profile import aligned_profile, student_profile, write_profile
+from raycomplete.training.profile import aligned_profile, scored_samples, student_profile, write_profile
 from raycomplete.training.rollout_feed import RolloutFeed, warm_scores
 from raycomplete.training.samples import read_samples
 from raycomplete.training.sinks import open_sinks
@@ -353,9 +353,12 @@ class Worker:
         job, samples = self.job, self.samples.profile
         if not samples or not job.sources:
             return
-        student = student_profile(self.engine, samples, job.sources, self.micro_batch)
+        samples, scores = scored_samples(samples, job.sources)
+        if not samples:
+            return
+        student = student_profile(self.engine, samples, scores, self.micro_batch)
         if self.rank == 0:
             path = job.folder / "profile.json"
-            aligned = aligned_profile(samples, job.sources, self.teachers, self.loss, self.micro_batch)
+            aligned = aligned_profile(samples, scores, self.teachers, self.loss, self.micro_batch)
             write_profile(path, "aligned", aligned, self.loss)
             write_profile(path, "student", student, self.loss)

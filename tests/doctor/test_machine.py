@@ -154,7 +154,7 @@ def test_a_port_in_use_names_its_user() -> None:
 def test_rays_token_must_be_private_and_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cluster = context("cluster.address=head:6379")
     assert network.check_ray_token(context()).status == "ok", "made when a local cluster starts"
-    assert "RAY_AUTH_MODE is not set" in network.check_ray_token(cluster).found
+    assert "neither RAY_AUTH_MODE nor a token" in network.check_ray_token(cluster).found
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     assert network.check_ray_token(cluster).status == "fail", "a cluster cannot be entered without"
     token = tmp_path / ".ray" / "auth_token"
@@ -166,6 +166,8 @@ def test_rays_token_must_be_private_and_on(tmp_path: Path, monkeypatch: pytest.M
     token.chmod(0o600)
     assert network.check_ray_token(cluster).status == "ok"
     assert "0" * 64 not in str(network.check_ray_token(cluster)), "the token itself is never shown"
+    monkeypatch.delenv("RAY_AUTH_MODE")
+    assert network.check_ray_token(cluster).status == "ok", "Ray uses a token that it finds"
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     assert network.check_ray_token(context()).status == "fail"
 

@@ -107,7 +107,7 @@ def test_a_worker_that_dies_too_often_ends_the_run_with_its_facts(ray_cluster: N
     assert str(error).startswith("Training worker 0 died after 4 finished steps. Training was started again 1 times")
     facts = dict(error.facts())
     assert facts["who"] == "training worker 0"
-    assert "killed by a signal" in facts["likely cause"]
+    assert "killed by SIGKILL" in facts["likely cause"]
     assert facts["node"]
     assert Path(facts["log"]).exists()
     assert facts["kept"].startswith("the checkpoint of step 4 in ")

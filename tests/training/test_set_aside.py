@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from raycomplete.core.loss_types import LossSettings
 from raycomplete.data.checkpoints import load_model
@@ -18,7 +19,7 @@ from raycomplete.errors import PoisonedSampleError
 from raycomplete.training.batches import BatchBuilder
 from raycomplete.training.feed import ScoreFeed
 from raycomplete.training.plan import AnchorItem, Item, RecoveryItem, StepPlan
-from raycomplete.training.profile import aligned_profile
+from raycomplete.training.profile import aligned_profile, scored_samples
 from raycomplete.training.student import HeadSettings, StudentModule, to_loss_output
 from tests.training.tiny import LocalScores, head_spec, make_model, make_samples
 
@@ -113,8 +114,22 @@ def test_the_profile_leaves_it_out(tiny: Tiny) -> None:
     first, *others = SAMPLES.profile
     deadly = {first.prompt_ids + first.answer_ids}
     sources = {"aligned": LocalScores(tiny.aligned), "base": Fragile(tiny.base, deadly)}
-    found = aligned_profile(SAMPLES.profile, sources, heads, LossSettings(), 4)
-    assert found == aligned_profile(others, sources, heads, LossSettings(), 4)
+    samples, scores = scored_samples(SAMPLES.profile, sources)
+    assert samples == others
+    found = aligned_profile(samples, scores, heads, LossSettings(), 4)
+    assert found == aligned_profile(*scored_samples(others, sources), heads, LossSettings(), 4)
+
+
+def test_ranks_profile_the_same_samples(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    def another_rank_lacks_the_second(ranks: list[set[int]], mine: set[int]) -> None:
+        ranks[:] = [mine, mine - {1}]
+
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "all_gather_object", another_rank_lacks_the_second)
+    sources = {role: LocalScores(getattr(tiny, role)) for role in ("base", "aligned")}
+    samples, _ = scored_samples(SAMPLES.profile, sources)
+    assert samples == [*SAMPLES.profile[:1], *SAMPLES.profile[2:]]
 
 
 def tokens_of(item: Item, part: str) -> tuple[int, ...]:
