@@ -350,10 +350,10 @@ class Worker:
 
     def _profile(self) -> None:
         """Position profile of the aligned model and of the trained student, on held-out prompts."""
-        job, samples = self.job, self.samples.profile
-        if not samples or not job.sources:
+        job = self.job
+        if not self.samples.profile or not job.sources:
             return
-        samples, scores = scored_samples(samples, job.sources)
+        samples, scores = scored_samples(self.samples.profile, job.sources)
         if not samples:
             return
         student = student_profile(self.engine, samples, scores, self.micro_batch)
