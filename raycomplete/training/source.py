@@ -37,6 +37,9 @@ class StepSource(Protocol):
     def next(self, step: int) -> StepInput:
         """Waits for the input of a step and asks for later ones."""
 
+    def can_stop(self, finished: int) -> bool:
+        """Whether a run resumed after so many steps goes on as one that never stopped."""
+
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, as plain JSON types; complete on rank 0."""
 
@@ -82,6 +85,10 @@ class FixedSource:
         waited = self._feed.wait_s
         scores = self._feed.take(step)
         return StepInput(plan, scores, {"scoring_wait_s": self._feed.wait_s - waited})
+
+    def can_stop(self, finished: int) -> bool:
+        """See `StepSource`."""
+        return True
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: the samples of a step are a function of seed, step and sampler."""
@@ -140,6 +147,10 @@ class OnPolicySource:
         compliance = compliance_by_bin(rolled.draft, rolled.rollouts, self._sampler)
         return StepInput(rolled.plan, scores, facts | self._measured(step, rolled, compliance), compliance)
 
+    def can_stop(self, finished: int) -> bool:
+        """See `StepSource`. Resumed engines get the newest weights, which the others may have to wait for."""
+        return self._is_update_due(finished)
+
     def state_dict(self) -> dict[str, Any]:
         """See `StepSource`."""
         return {"rollouts": self._rollouts.state_dict()}
@@ -149,13 +160,15 @@ class OnPolicySource:
         self._rollouts.load_state_dict(state["rollouts"], self._sampler)
 
     def _update_engines(self, step: int) -> dict[str, Any]:
-        """Weights also go out at every checkpoint, so that a run resumed there rolls out under the same ones."""
-        due = step % self._rollout.sync_every == 0 or step % self._train.checkpoint_every == 0
-        if self._synced and not due:
+        if self._synced and not self._is_update_due(step):
             return {"sync_s": 0.0}
         self._synced = True
         report = self._sync(step)
         return {"sync_s": report["seconds"], "sync": report}
+
+    def _is_update_due(self, step: int) -> bool:
+        """Weights also go out at every checkpoint, so that a run resumed there rolls out under the same ones."""
+        return step % self._rollout.sync_every == 0 or step % self._train.checkpoint_every == 0
 
     def _measured(self, step: int, rolled: RolledOut, compliance: tuple[list[float], list[int]]) -> dict[str, Any]:
         complied, asked = compliance

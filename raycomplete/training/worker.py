@@ -230,7 +230,7 @@ class Worker:
                 finished_step(row)
             for sink in self.sinks:
                 sink.write(finite(row))
-            stops = self.stop and done < train.steps
+            stops = self.stop and done < train.steps and self.source.can_stop(done)
             if done % train.checkpoint_every == 0 or done == train.steps or stops:
                 ds.save(self.engine, self.job.checkpoints, done, self._state(), train.keep_checkpoints, train)
                 if self.validator is not None:
