@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import signal
 import sys
 from collections.abc import Callable
 from importlib.resources import as_file, files
@@ -288,7 +289,10 @@ def guarded(work: Callable[[], Any]) -> int:
         if error.exit_code == 1:
             console.print("What was finished is kept; the same command with --resume continues it.", style="dim")
         return error.exit_code
-    except (typer.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt, SystemExit) as ended:
+        # Where no work has taken the signal, Ray's own handler of SIGTERM leaves by sys.exit(15), without a word.
+        if isinstance(ended, SystemExit) and ended.code != signal.SIGTERM:
+            raise
         console.print("Stopped. What was finished is kept; the same command with --resume continues it.", style="dim")
         return 1
     except Exception as error:

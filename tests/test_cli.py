@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -260,6 +261,10 @@ def test_exit_codes_of_failures(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.guarded(failing(KeyboardInterrupt())) == 1
     assert "--resume" in capsys.readouterr().err
     assert cli.guarded(failing(typer.Abort())) == 1
+    assert cli.guarded(failing(SystemExit(signal.SIGTERM))) == 1, "Ray's own handler leaves like this"
+    assert "--resume" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.guarded(failing(SystemExit(3)))
     with pytest.raises(ZeroDivisionError):  # a bug shows its traceback
         cli.guarded(failing(ZeroDivisionError()))
 
