@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import sqlite3
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -15,7 +17,7 @@ from starlette.types import ASGIApp
 
 from raycomplete import __version__
 from raycomplete.config.attacks import ATTACKS, UnknownAttackError
-from raycomplete.errors import RefusedError
+from raycomplete.errors import RaycompleteError, RefusedError
 from raycomplete.serving.backend import ChatBackend
 from raycomplete.serving.events import event_stream
 from raycomplete.serving.gate import Gate, problem
@@ -40,6 +42,8 @@ from raycomplete.serving.schemas import (
 from raycomplete.serving.store import EvaluationStore, KeyReusedError, QueueFullError
 from raycomplete.serving.tables import Evaluation, State
 from raycomplete.types import ModelRole, Outcome
+
+logger = logging.getLogger(__name__)
 
 _MAX_NUMBER = 2**53  # what JSON readers hold exactly
 _Number = Annotated[int | None, Query(ge=0, le=_MAX_NUMBER)]
@@ -257,7 +261,7 @@ def _add_surroundings(app: FastAPI, service: Service) -> None:
 def _add_chat(app: FastAPI, service: Service, chat: ChatBackend) -> None:
     serve = service.admission.config.serve
 
-    @app.post("/v1/completions", responses=_problems(400, 413, 422))
+    @app.post("/v1/completions", responses=_problems(400, 413, 422, 503))
     async def complete(request: CompletionRequest) -> CompletionView:
         """The student's own answer to one prompt, for spot checks."""
         if request.max_tokens > serve.max_chat_tokens:
@@ -298,6 +302,21 @@ def _add_errors(app: FastAPI) -> None:
         known = error.known if isinstance(error, UnknownAttackError) else None
         status = 403 if isinstance(error, ForbiddenError) else 422
         return problem(status, _clean(error.problem), _clean(error.remedy), known=known)
+
+    @app.exception_handler(RaycompleteError)
+    def failed(_: Request, error: RaycompleteError) -> JSONResponse:
+        return problem(503, _clean(error.problem), _clean(error.remedy))
+
+    @app.exception_handler(sqlite3.Error)
+    def unreadable(_: Request, error: sqlite3.Error) -> JSONResponse:
+        logger.error("The queue cannot be read or written: %s", error)
+        answer = problem(503, "The queue cannot be read or written now.", "Try again; the server's log says why.")
+        answer.headers["Retry-After"] = "5"
+        return answer
+
+    @app.exception_handler(Exception)
+    def unexpected(_: Request, error: Exception) -> JSONResponse:
+        return problem(500, f"The server failed ({type(error).__name__}).", "Its log says why.")
 
     @app.exception_handler(RequestValidationError)
     def invalid(_: Request, error: RequestValidationError) -> JSONResponse:

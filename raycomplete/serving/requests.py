@@ -50,6 +50,9 @@ class Admission:
                 raise ConfigError(f"{name} is {value}, and this server allows {self.config.serve.max_prompts}.")
         if len(set(request.roles)) < len(request.roles):
             raise ConfigError("roles names a model twice.")
+        has_student = request.models.student is not None or self.config.models.student is not None
+        if "roles" in request.model_fields_set and "student" in request.roles and not has_student:
+            raise ConfigError("roles names the student, and this server has none.", "Name one as models.student.")
         chosen = {
             role: self._model(spec) for role in MODEL_ROLES if (spec := getattr(request.models, role)) is not None
         }

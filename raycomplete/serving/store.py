@@ -78,6 +78,7 @@ class EvaluationStore:
             connection.execute(f"PRAGMA user_version = {FORMAT}")
 
     def close(self) -> None:
+        """Lets go of the database."""
         with self._lock:
             self._connection.close()
 

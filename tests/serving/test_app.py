@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from raycomplete.config.attacks import ATTACKS
-from raycomplete.errors import ConfigError
+from raycomplete.errors import ConfigError, WorkError
 from raycomplete.serving.requests import Admission, ForbiddenError
 from raycomplete.serving.schemas import EvaluationRequest
 from raycomplete.serving.token import digest, is_bearer, is_loopback, read_token_digest
 from tests.serving.conftest import TOKEN, Server, make_config
-from tests.serving.fakes import NASTY
+from tests.serving.fakes import NASTY, FakeChat
 
 PATHS = ["/v1/evaluations", "/v1/options", "/metrics", "/openapi.json", "/v1/evaluations/x", "/nothing"]
 
@@ -32,6 +33,38 @@ def test_submitting_answers_with_an_id_and_a_place(server: Server) -> None:
     assert (body["state"], body["label"], body["request"]["seed"]) == ("queued", "mine", 3)
     assert [entry["name"] for entry in body["request"]["attacks"]] == ["gcg"]
     assert body["request"]["attacks"][0]["steps"] == 500, "what is stored does not change with later defaults"
+
+
+def test_failures_of_the_server_are_problems_too(
+    make_server: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the one shape of every error, and with the remedy where there is one."""
+    server = make_server(chat=True)
+    client = TestClient(
+        server.app,
+        headers=dict(server.client.headers),
+        base_url="http://127.0.0.1",
+        client=("127.0.0.1", 50000),
+        raise_server_exceptions=False,
+    )
+
+    def broken(error: Exception) -> Callable[..., Any]:
+        def fail(*_: Any, **__: Any) -> Any:
+            raise error
+
+        return fail
+
+    monkeypatch.setattr(server.store, "counts", broken(sqlite3.OperationalError("disk I/O error")))
+    answer = client.get("/healthz")
+    assert (answer.status_code, answer.json()["problem"]) == (503, "The queue cannot be read or written now.")
+    assert answer.headers["retry-after"]
+    monkeypatch.setattr(server.store, "counts", broken(KeyError("x")))
+    answer = client.get("/healthz")
+    assert (answer.status_code, answer.json()["problem"]) == (500, "The server failed (KeyError).")
+    monkeypatch.setattr(FakeChat, "complete", broken(WorkError("The engine died.", "Restart it.")))
+    answer = client.post("/v1/completions", json={"model": "student", "prompt": "hello"})
+    assert answer.status_code == 503, answer.text
+    assert answer.json() == {"problem": "The engine died.", "remedy": "Restart it.", "known": None}
 
 
 def test_an_unknown_attack_is_422_with_those_that_exist(server: Server) -> None:
@@ -52,6 +85,7 @@ def test_an_unknown_attack_is_422_with_those_that_exist(server: Server) -> None:
         ({"prompts": "many"}, "prompts: "),
         ({"roles": ["base", "base"]}, "roles names a model twice."),
         ({"roles": ["teacher"]}, "roles.0: "),
+        ({"roles": ["student"]}, "this server has none"),
         ({"judge": {}}, "judge: Extra inputs are not permitted"),
         ({"models": {"base": "\0"}}, "cannot be the path of a file"),
         ({"models": {"base": "x" * 1000}}, "cannot be the path of a file"),
