@@ -13,6 +13,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -254,13 +255,13 @@ class PositionStatistics:
         self._count_T[:length] += 1
         self._sum_TM[:length] += values_TM
         self._square_TM[:length] += values_TM.square()
-        generator = torch.Generator().manual_seed((self._seed << 40) + self.num_prompts)
-        replicates = self._weight_RT.shape[0] - 2
+        # NumPy's, which takes both numbers whole; torch's reads the lower 32 bits of a seed only.
+        drawn_R = np.random.default_rng([self._seed, self.num_prompts]).poisson(1.0, self._weight_RT.shape[0] - 2)
         even = float(self.num_prompts % 2 == 0)
         weight_R = torch.cat(
             [
                 torch.tensor([even, 1 - even], dtype=torch.float64),
-                torch.poisson(torch.ones(replicates, dtype=torch.float64), generator=generator),
+                torch.from_numpy(drawn_R).double(),
             ]
         )
         self._weight_RT[:, :length] += weight_R[:, None]

@@ -33,6 +33,7 @@ from raycomplete.pipeline.prepare import Models, prepare_models
 from raycomplete.pipeline.run_folder import check_run_folder, open_run_folder
 from raycomplete.pipeline.stored import stored
 from raycomplete.placement import plan_run
+from raycomplete.report.diagnosis import depth_words
 from raycomplete.report.html import write_report
 from raycomplete.screen import Screen
 from raycomplete.types import Judge, ModelRole, Prompt
@@ -277,19 +278,10 @@ def _print_result(found: dict[str, Any], folder: Path, screen: Screen) -> None:
     for kind, summary in found["kinds"].items():
         lines.append((f"{kind} prompts", f"{summary['measured']} measured of {summary['prompts']}"))
         for role, depth in summary["completion_depth"].items():
-            lines.append((f"completion depth of {role}, {kind}", depth_text(depth)))
+            lines.append((f"completion depth of {role}, {kind}", depth_words(depth)))
     if found["contrastive"] is not None:
         lines.append(
             ("contrastive decoding costs", f"{found['contrastive']['cost']['cost_ratio']:.2f} x plain decoding")
         )
     lines += [("time", f"{found['seconds']:.0f} s"), ("report", folder / "report.html")]
     screen.panel(lines)
-
-
-def depth_text(depth: dict[str, Any]) -> str:
-    """`"1 [1, 2]"`; "not within 96 tokens" where the deficit never exceeds its threshold."""
-    beyond = f"beyond {depth['num_positions']}"
-    if depth["depth"] is None:
-        return f"not within {depth['num_positions']} tokens"
-    low, high = (beyond if end is None else str(end) for end in (depth["low"], depth["high"]))
-    return f"{depth['depth']} [{low}, {high}]"

@@ -254,14 +254,16 @@ def test_the_interval_of_the_depth_covers_the_spread_between_prompts() -> None:
 
 
 def test_the_bootstrap_depends_on_the_seed_only() -> None:
-    prompts = [normal(seed, 12, 1).sigmoid() for seed in range(30)]
+    steps = torch.arange(40)[:, None]
+    prompts = [(steps > 3 + seed).double() for seed in range(30)]  # each exceeds the threshold elsewhere
     found = []
     for seed in (0, 0, 1):
-        statistics = PositionStatistics(1, bootstrap_column=0, replicates=20, seed=seed)
+        statistics = PositionStatistics(1, bootstrap_column=0, replicates=5, seed=seed)
         for values_TM in prompts:
             statistics.add(values_TM)
         found.append(statistics.completion_depth(0.5))
     assert found[0] == found[1]
+    assert (found[0].low, found[0].high) != (found[2].low, found[2].high)
 
 
 def test_bands_cover_every_position_once() -> None:
