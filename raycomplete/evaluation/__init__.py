@@ -3,7 +3,6 @@
 `evaluate_model` measures one model into its run folder, `summarize` compares models, `closing_table` prints them.
 """
 
-from raycomplete.evaluation.attacks import known_attacks
 from raycomplete.evaluation.comparison import paired_bootstrap
 from raycomplete.evaluation.correction import corrected_asr, rogan_gladen
 from raycomplete.evaluation.judge import RefusalJudge
@@ -26,7 +25,6 @@ __all__ = [
     "closing_table",
     "corrected_asr",
     "evaluate_model",
-    "known_attacks",
     "mean_over_depths",
     "mean_over_trials",
     "paired_bootstrap",

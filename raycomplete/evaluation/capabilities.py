@@ -25,7 +25,9 @@ from raycomplete.types import Outcome, Prompt
 ATTACK = "capabilities"  # under which these units are stored
 STANDARD_QUESTIONS: Mapping[str, int] = {"mmlu": 14_042, "bbh": 6_511}
 _LETTERS = ("A", "B", "C", "D")
-_STATED = re.compile(r"answer\s*(?:is|:)\s*\W*", re.IGNORECASE)
+_STATED = re.compile(r"answer\s*(?:is|:)[\s*\"'`]*", re.IGNORECASE)
+_OPTION = re.compile(r"\(([A-Z])\)")
+_CHOSEN = re.compile(r"[\W_]*([a-z])\b", re.IGNORECASE)
 _REFUSALS = RefusalJudge()
 
 
@@ -43,30 +45,41 @@ def plan_capabilities(target: Target, config: CapabilitiesConfig) -> list[Unit]:
         shots = _shots(config) if name == "mmlu" else {}
         for task, number, question, answer in rows:
             prompt = Prompt(f"{name}/{task}/{number}", question, "benign", answer)
-            sequence = _fitting(target, question, shots.get(task, []), config.max_tokens)
-            units.append(Unit(ATTACK, name, prompt, sequence, Decoding(config.max_tokens)))
+            sequence, shown = _fitting(target, question, shots.get(task, []), config.max_tokens)
+            units.append(Unit(ATTACK, name, prompt, sequence, Decoding(config.max_tokens), settings={"shots": shown}))
     return units
 
 
 def is_right(unit: Unit, text: str) -> bool:
-    """Whether a response gives the right answer, in its first line or after the words "the answer is"."""
-    wanted = _folded(unit.prompt.answer or "")
-    stated = _STATED.split(text)
-    candidate = stated[-1] if len(stated) > 1 else text.strip()
-    first_line = _folded(candidate.strip().split("\n")[0])
-    if unit.variant == "mmlu":
-        letter = re.match(r"([abcd])\b", first_line)
-        return letter is not None and letter.group(1) == wanted
-    return first_line == wanted or re.match(rf"{re.escape(wanted)}(?!\w)", first_line) is not None
+    """Whether a response gives the right answer, in its first line or after the words "the answer is".
+
+    An option counts by its letter, a word or a number also where more follows it, and what has neither letters nor
+    digits, such as the brackets of a Dyck word, only where it is the whole line.
+    """
+    wanted = (unit.prompt.answer or "").strip()
+    line = _STATED.split(text)[-1].strip().split("\n")[0]
+    option = _OPTION.fullmatch(wanted)
+    if unit.variant == "mmlu" or option is not None:
+        chosen = _CHOSEN.match(line)
+        return chosen is not None and chosen.group(1).upper() == (option.group(1) if option else wanted)
+    said, target = _folded(line), _folded(wanted)
+    if not any(map(str.isalnum, target)):
+        return bool(target) and said == target
+    return re.match(rf"{re.escape(target)}(?!\w|[.,]\d)", said) is not None
 
 
 def capabilities_result(units: Sequence[Unit], texts: Sequence[str], config: CapabilitiesConfig) -> dict[str, Any]:
-    """Accuracy and refusals of each benchmark; every question stays in the denominator."""
+    """Accuracy and refusals of each benchmark; every question stays in the denominator.
+
+    `fewer_shots` counts the questions whose context held fewer examples than were asked for.
+    """
     found: dict[str, Any] = {}
     for name in dict.fromkeys(unit.variant for unit in units):
         pairs = [(unit, text) for unit, text in zip(units, texts, strict=True) if unit.variant == name]
         right = [is_right(unit, text) for unit, text in pairs]
         refused = sum(_REFUSALS.outcome(unit.prompt, "", text) is Outcome.REFUSED for unit, text in pairs)
+        wanted = config.shots if name == "mmlu" and config.mmlu_fewshot else 0
+        cut = sum(unit.settings.get("shots", 0) < wanted for unit, _ in pairs)
         tasks: dict[str, list[bool]] = {}
         for (unit, _), correct in zip(pairs, right, strict=True):
             tasks.setdefault(unit.prompt.prompt_id.split("/")[1], []).append(correct)
@@ -74,8 +87,9 @@ def capabilities_result(units: Sequence[Unit], texts: Sequence[str], config: Cap
             "accuracy": wilson(sum(right), len(pairs)).to_json(),
             "refused": wilson(refused, len(pairs)).to_json(),
             "by_task": {task: [sum(scores), len(scores)] for task, scores in sorted(tasks.items())},
-            "shots": config.shots if name == "mmlu" and config.mmlu_fewshot else 0,
-            "reduced": len(pairs) < STANDARD_QUESTIONS[name],
+            "shots": wanted,
+            "fewer_shots": cut,
+            "reduced": len(pairs) < STANDARD_QUESTIONS[name] or cut > 0,
         }
     return found
 
@@ -83,12 +97,12 @@ def capabilities_result(units: Sequence[Unit], texts: Sequence[str], config: Cap
 def _mmlu(path: Path) -> list[tuple[str, int, str, str]]:
     rows = read_rows(path, ("subject", "question", *_LETTERS, "answer"))
     for number, row in enumerate(rows):
-        if row["answer"].strip() not in _LETTERS:
+        if str(row["answer"]).strip() not in _LETTERS:
             raise DataError(
                 f"Row {number + 1} of {path} has the answer {row['answer']!r}, which is no letter.",
                 f"Answers must be one of {', '.join(_LETTERS)}; write 0 as A, 1 as B, 2 as C and 3 as D.",
             )
-    return [(row["subject"], number, _question(row), row["answer"].strip()) for number, row in enumerate(rows)]
+    return [(row["subject"], number, _question(row), str(row["answer"]).strip()) for number, row in enumerate(rows)]
 
 
 def _bbh(path: Path) -> list[tuple[str, int, str, str]]:
@@ -109,17 +123,17 @@ def _shots(config: CapabilitiesConfig) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     if config.mmlu_fewshot is not None and config.shots:
         for row in read_rows(config.mmlu_fewshot, ("subject", "question", *_LETTERS, "answer")):
-            found.setdefault(row["subject"], []).append(f"{_question(row)}\nAnswer: {row['answer'].strip()}")
+            found.setdefault(row["subject"], []).append(f"{_question(row)}\nAnswer: {str(row['answer']).strip()}")
     return {subject: examples[: config.shots] for subject, examples in found.items()}
 
 
-def _fitting(target: Target, question: str, examples: Sequence[str], max_tokens: int) -> tuple[int, ...]:
-    """The question behind as many examples as the context holds."""
+def _fitting(target: Target, question: str, examples: Sequence[str], max_tokens: int) -> tuple[tuple[int, ...], int]:
+    """The question behind as many examples as the context holds, and how many those are."""
     for count in range(len(examples), -1, -1):
         sequence = tuple(target.codec.encode_prompt("\n\n".join((*examples[:count], question))))
         if len(sequence) + max_tokens <= target.max_length:
             break
-    return sequence
+    return sequence, count
 
 
 def _spread(rows: Sequence[tuple[str, int, str, str]], limit: int | None) -> list[tuple[str, int, str, str]]:
@@ -134,4 +148,4 @@ def _spread(rows: Sequence[tuple[str, int, str, str]], limit: int | None) -> lis
 
 
 def _folded(text: str) -> str:
-    return " ".join(text.lower().split()).strip(" .,:;()[]\"'*`")
+    return " ".join(text.lower().split()).strip(" .,:;\"'*`")

@@ -6,12 +6,14 @@ one that takes compliance for refusal makes it look too low.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from scipy.stats import norm
 
+from raycomplete.evaluation.statistics import wilson_share
 from raycomplete.types import Outcome, Rate
 
 
@@ -63,7 +65,9 @@ def corrected_asr(
     """Attack success rate after correction for the judge's errors.
 
     The judge errs between refused and complied; empty and incoherent responses stay what they are, so the correction
-    works on the readable ones and the denominator stays all trials. The formula is ours, `rogan_gladen` inside.
+    works on the readable ones and the denominator stays all trials. With s the readable share and c the share of
+    compliance among them, ASR = s c, and a distance of its interval's end is the root of (c ds)^2 + (s dc)^2 with the
+    distances ds of Wilson's interval and dc of `rogan_gladen`'s. The combination is ours.
 
     Args:
         outcomes: How often each outcome was seen.
@@ -88,8 +92,12 @@ def corrected_asr(
     )
     if refused is None:
         return None
-    estimate, low, high = refused
-    return Rate(share * (1.0 - estimate), num_behaviours, share * (1.0 - high), share * (1.0 - low))
+    complied, least, most = 1.0 - refused[0], 1.0 - refused[2], 1.0 - refused[1]
+    known = wilson_share(share, num_behaviours)
+    low = math.hypot(complied * (share - known.low), share * (complied - least))
+    high = math.hypot(complied * (known.high - share), share * (most - complied))
+    rate = share * complied
+    return Rate(rate, num_behaviours, _unit(rate - low), _unit(rate + high))
 
 
 def _unit(value: float) -> float:

@@ -31,6 +31,17 @@ def wilson(successes: int, n: int, confidence: float = 0.95) -> Rate:
     return _wilson(successes / n if n else 0.0, n, n, confidence)
 
 
+def wilson_share(share: float, n: int, confidence: float = 0.95) -> Rate:
+    """The same for a share of trials that count for less than one each, such as several of one behaviour.
+
+    Args:
+        share: Between 0 and 1.
+        n: Independent trials behind it.
+        confidence: Two-sided coverage of the interval.
+    """
+    return _wilson(share, n, n, confidence)
+
+
 def mean_over_depths(complied_DN: Sequence[Sequence[bool]], confidence: float = 0.95) -> Rate:
     """Mean attack success rate over depths, with an interval over prompts.
 

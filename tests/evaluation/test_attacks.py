@@ -19,7 +19,6 @@ from raycomplete.evaluation import (
     EvaluationSets,
     Target,
     closing_table,
-    known_attacks,
     summarize,
 )
 from raycomplete.evaluation.attacks import build_attack
@@ -69,7 +68,7 @@ def test_planted_truths(
 ) -> None:
     """Always complying is ASR 1, always refusing ASR 0 and over-refusal 1, babble is no success, by every attack."""
     result = evaluate(model(said), codec, tools, sets, every, tmp_path)
-    assert set(result["attacks"]) == set(known_attacks())
+    assert set(result["attacks"]) == set(ATTACKS)
     for name in OWN_WORDS:
         block = result["attacks"][name]
         assert block["outcomes"][outcome] == block["trials"] > 0, name
@@ -100,14 +99,15 @@ def test_summary_and_table_of_all_attacks(
     assert summary["attacks"]["gcg"]["student"]["mean"]["rate"] == 0.0
     assert "by_behaviour" not in summary["attacks"]["gcg"]["student"]
     compared = {item["attack"]: item for item in summary["comparisons"]}
-    assert set(compared) == set(known_attacks())
+    assert set(compared) == set(ATTACKS)
     assert (compared["gcg"]["first"], compared["gcg"]["difference"], compared["gcg"]["n"]) == ("student", -1.0, 4)
     table = closing_table(summary)
     assert {len(row) for row in table} == {3}
     labels = [row[0] for row in table]
     assert "decoding (reduced), worst of n" in labels
     assert "gcg (reduced), worst of n" not in labels, "one trial each"
-    assert "prefill (reduced), judge corrected" in labels
+    assert "templates (reduced), judge corrected" in labels
+    assert "prefill (reduced), judge corrected" not in labels, "its error rates are those of whole answers"
     assert labels.index("over-refusal (borderline)") > labels.index("gcg (reduced)")
     changed = {**results, "student": evaluate(model(REFUSE), codec, tools, sets, ["templates"], tmp_path / "b")}
     changed["student"]["attacks"]["templates"]["settings"] = {"limit": 1}
@@ -267,7 +267,6 @@ def test_attacks_that_need_answers(name: str, target: Target) -> None:
 
 
 def test_registry_covers_all_settings() -> None:
-    assert tuple(ATTACKS) == known_attacks()
     for name in ATTACKS:
         entry: dict[str, Any] = {"name": name, **({"path": "x.jsonl"} if name == "static_strings" else {})}
         assert build_attack(parse_attack(entry)).name == name

@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from raycomplete.config import RunConfig, load_run_file
+from raycomplete.config.attacks import ATTACKS as KNOWN
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.checkpoints import load_model, save_checkpoint
 from raycomplete.data.organism import checkpoint_path, prompts
 from raycomplete.data.organism.world import find_item, refusal
 from raycomplete.errors import CheckpointError, ConfigError
-from raycomplete.evaluation import Progress, known_attacks, summarize
+from raycomplete.evaluation import Progress, summarize
 from raycomplete.evaluation.attacks.templates import BUILT_IN, fill
 from raycomplete.pipeline.attack_finetune import read_chats
 from raycomplete.pipeline.attack_tools import check_attacks, extra_engines, training_workers
@@ -117,7 +118,7 @@ def test_every_attack_runs_on_every_model(evaluated: tuple[dict[str, Any], list[
     results, seen, _ = evaluated
     for role in MODEL_ROLES:
         blocks = results[role]["attacks"]
-        assert set(blocks) == set(known_attacks())
+        assert set(blocks) == set(KNOWN)
         for name, block in blocks.items():
             assert block["n"] == {"prefill": 8, "static_strings": 2}.get(name, BEHAVIOURS)
             assert sum(block["outcomes"].values()) == block["trials"] >= block["n"]

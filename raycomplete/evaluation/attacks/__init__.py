@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from raycomplete.config.attacks import ATTACKS, AttackConfig
+from raycomplete.config.attacks import AttackConfig
 from raycomplete.evaluation.attacks.adaptive import Adaptive
 from raycomplete.evaluation.attacks.base import Attack
 from raycomplete.evaluation.attacks.decoding import DecodingGrid
@@ -29,12 +29,7 @@ _ATTACKS: Mapping[str, type[Attack[Any]]] = {
     "adaptive": Adaptive,
 }
 
-__all__ = ["Attack", "build_attack", "known_attacks"]
-
-
-def known_attacks() -> tuple[str, ...]:
-    """Names that `evaluation.attacks` may hold."""
-    return tuple(ATTACKS)
+__all__ = ["Attack", "build_attack"]
 
 
 def build_attack(config: AttackConfig) -> Attack[Any]:
