@@ -7,18 +7,23 @@ import os
 import shlex
 import socket
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
-from raycomplete.errors import SetupError, WorkError
+from raycomplete.errors import SetupError, WaitTimeoutError, WorkError
 from raycomplete.submit import STOP_WAIT_S, Submission
+from raycomplete.waiting import within
 
 _CONNECT_S = 5.0
 _AGENT_S = 60.0  # a head that has just started takes no job yet
 _RETRIES = 5  # lost connections in a row, between which nothing was read
 _RETRY_S = 2.0
+_ANSWER_S = 60.0  # to one question; Ray's client has no limit of its own
+_QUIET_S = 300.0  # without a line: a connection that a firewall dropped says nothing either
 _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 
 Say = Callable[[str], None]
@@ -80,18 +85,44 @@ def connect_to(address: str) -> Any:
 
 
 def _submit(client: Any, submission: Submission) -> str:
+    name = f"raycomplete-{uuid.uuid4().hex[:12]}"
     deadline = time.monotonic() + _AGENT_S
     while True:
         try:
             job: str = client.submit_job(
                 entrypoint=shlex.join(submission.entrypoint),
                 runtime_env={"working_dir": str(submission.working_dir), **submission.runtime_env},
+                submission_id=name,
             )
             return job
+        except OSError as error:  # the answer was lost; the job may have begun
+            if _is_known(client, name, error):
+                return name
+            raise
         except RuntimeError as error:
             if "No available agent" not in str(error) or time.monotonic() > deadline:
                 raise
             time.sleep(_RETRY_S)
+
+
+def _is_known(client: Any, job: str, lost: OSError) -> bool:
+    """Whether the cluster has a job of this name.
+
+    Raises:
+        WorkError: It cannot be asked.
+    """
+    for _ in range(_RETRIES):
+        try:
+            within(_ANSWER_S, "The job server did not answer", lambda: client.get_job_info(job))
+            return True
+        except RuntimeError:  # Ray: there is no such job
+            return False
+        except (OSError, WaitTimeoutError):
+            time.sleep(_RETRY_S)
+    raise WorkError(
+        f"The connection was lost while the job was submitted ({lost}), and whether it began is unknown.",
+        f"Before you submit it again: ray job status {job}",
+    ) from lost
 
 
 @contextmanager
@@ -147,8 +178,8 @@ def follow(client: Any, job: str, say: Say) -> int:
 
 def _ask_to_stop(client: Any, job: str) -> str:
     try:
-        client.stop_job(job)
-    except (OSError, RuntimeError) as error:
+        within(_ANSWER_S, "The job server did not answer", lambda: client.stop_job(job))
+    except (OSError, RuntimeError, WaitTimeoutError) as error:
         return f"The job could not be asked to stop ({error}): ray job stop {job}."
     return f"Asked the job to stop; it has {STOP_WAIT_S} s to write a checkpoint."
 
@@ -167,7 +198,8 @@ class _Log:
             before = self._printed
             try:
                 asyncio.run(self._print())
-                info = self._client.get_job_info(self._job)
+                ask = partial(self._client.get_job_info, self._job)
+                info = within(_ANSWER_S, "The job server did not answer", ask)
                 if info.status in _ENDED:
                     return info
                 failures = 0  # a proxy between here and there closed a silent connection
@@ -182,8 +214,13 @@ class _Log:
 
     async def _print(self) -> None:
         """Prints what was not printed yet; the server always begins at the first line."""
-        seen = 0
-        async for text in self._client.tail_job_logs(self._job):
+        seen, log = 0, aiter(self._client.tail_job_logs(self._job))
+        while True:
+            try:
+                async with asyncio.timeout(_QUIET_S):
+                    text = await anext(log)
+            except (StopAsyncIteration, TimeoutError):  # after a long silence: is the connection alive?
+                return
             new = text[max(self._printed - seen, 0) :]
             seen += len(text)
             if new:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-import threading
 import uuid
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import urlsplit
 
 import pyarrow as pa
@@ -16,6 +14,7 @@ from pyarrow import fs as pafs
 
 from raycomplete.errors import SetupError, WaitTimeoutError
 from raycomplete.files import PRIVATE
+from raycomplete.waiting import within
 
 _BLOCK_BYTES = 8 * 2**20
 # There a folder is no more than a common beginning of names, and making one may ask for rights over the bucket.
@@ -37,8 +36,6 @@ _REMEDIES: tuple[tuple[tuple[str, ...], str], ...] = (
     (("No space left",), "Free space there."),
     (("",), "Check output.storage, the network and the credentials in the environment."),
 )
-
-T = TypeVar("T")
 
 
 class Remote:
@@ -65,13 +62,14 @@ class Remote:
 
     def write(self, path: str, content: bytes) -> None:
         """Whole content, replacing what is there."""
-        with self._writer(path) as stream:
+        with self._writer(path, PRIVATE) as stream:
             stream.write(content)
 
     def upload(self, source: Path, path: str) -> tuple[int, str]:
         """Copies a local file there; returns size and sha256 of what was sent."""
         digest, size = hashlib.sha256(), 0
-        with source.open("rb") as file, self._writer(path) as stream:
+        mode = source.stat().st_mode & 0o777
+        with source.open("rb") as file, self._writer(path, mode) as stream:
             while block := file.read(_BLOCK_BYTES):
                 digest.update(block)
                 size += len(block)
@@ -118,11 +116,14 @@ class Remote:
     def _full(self, path: str) -> str:
         return f"{self._root}/{path}"
 
-    def _writer(self, path: str) -> Any:
+    def _writer(self, path: str, mode: int) -> Any:
         full = self._full(path)
         if self._has_folders:
             self._fs.create_dir(full.rsplit("/", 1)[0], recursive=True)
-        return self._fs.open_output_stream(full)
+        stream = self._fs.open_output_stream(full)
+        if isinstance(self._fs, pafs.LocalFileSystem):  # a mount may have other users
+            os.chmod(full, mode)
+        return stream
 
 
 def connect(uri: str, *, timeout_s: float = 30.0) -> Remote:
@@ -152,31 +153,6 @@ def connect(uri: str, *, timeout_s: float = 30.0) -> Remote:
         reason = in_words(error)
         remedy = next(text for words, text in _REMEDIES if any(word in str(error) for word in words))
         raise SetupError(f"The storage {shown} cannot be used ({reason}).", remedy) from error
-
-
-def within(timeout_s: float, problem: str, work: Callable[[], T]) -> T:
-    """Does something in a thread of its own and waits for it with a limit.
-
-    Raises:
-        WaitTimeoutError: It did not end in time; it is left behind.
-    """
-    outcome: list[Any] = [None, None]
-
-    def run() -> None:
-        try:
-            outcome[0] = work()
-        except BaseException as error:  # handed to the waiting thread below
-            outcome[1] = error
-
-    thread = threading.Thread(target=run, name="storage-probe", daemon=True)
-    thread.start()
-    thread.join(timeout_s)
-    if thread.is_alive():
-        raise WaitTimeoutError(f"{problem} within {timeout_s:.0f} s.")
-    if outcome[1] is not None:
-        raise outcome[1]
-    result: T = outcome[0]
-    return result
 
 
 def in_words(error: BaseException) -> str:

@@ -78,8 +78,8 @@ class BrokenRemote(Remote):
         super().__init__(uri)
         self.bad, self.failures = bad, failures
 
-    def _writer(self, path: str) -> Any:
+    def _writer(self, path: str, mode: int) -> Any:
         if self.bad in path and self.failures > 0:
             self.failures -= 1
             raise OSError("the line is cut")
-        return super()._writer(path)
+        return super()._writer(path, mode)

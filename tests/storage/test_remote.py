@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from raycomplete.errors import SetupError, WaitTimeoutError
-from raycomplete.storage.remote import Remote, connect, within
+from raycomplete.storage.remote import Remote, connect
+from raycomplete.waiting import within
 from tests.storage.conftest import http, s3_uri
 
 
