@@ -15,7 +15,9 @@ from ray.core.generated import common_pb2, gcs_pb2
 from ray.exceptions import (
     GetTimeoutError,
     NodeDiedError,
+    ObjectLostError,
     OutOfMemoryError,
+    OwnerDiedError,
     RayActorError,
     RayError,
     RayTaskError,
@@ -46,6 +48,7 @@ _CAUSES = (
     ),
     (r"node .*(died|dead|removed|terminated|lost|marked|fail)|NODE_?DIED|health check", "its node is gone"),
     (r"exit.{0,20}code (\d+)", "its process ended by itself with exit code {0}"),
+    (r"failed to retrieve object", "the node that held its answer is gone"),
     (r"unavailable", "its process is gone or cannot be reached, and Ray starts it again"),
 )
 # From here on Ray lists every reason that there could be, which is no finding.
@@ -81,7 +84,11 @@ def wait_for(reference: Any, *, who: str, what: str, timeout_s: float) -> Any:
         if isinstance(error.cause, RaycompleteError):
             raise error.cause from error
         raise WorkError(f"The {who} failed: {_first_line(error.cause or error)}.") from error
-    except RayError as error:  # lost objects, unschedulable actors, a head node that is gone
+    except OwnerDiedError as error:  # whoever made the call is gone: asking again is not for us
+        raise WorkError(f"Ray could not get {what} from the {who} ({_first_line(error)}).") from error
+    except ObjectLostError as error:  # it had answered, and its node died with the answer
+        raise died(error, who) from error
+    except RayError as error:  # unschedulable actors, a head node that is gone
         raise WorkError(f"Ray could not get {what} from the {who} ({_first_line(error)}).") from error
 
 

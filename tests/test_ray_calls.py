@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-import pytest
+from typing import Any
 
-from raycomplete.ray_calls import likely_cause
+import pytest
+import ray
+from ray.exceptions import ObjectLostError, ObjectReconstructionFailedError, OwnerDiedError
+
+from raycomplete.errors import ProcessDiedError, WorkError
+from raycomplete.ray_calls import likely_cause, wait_for
 
 CLOSED = (
     "The actor died unexpectedly before finishing this task.\n\tclass_name: Scorer\n\tpid: 7\n\tip: 10.0.0.2\n"
@@ -13,6 +18,29 @@ CLOSED = (
     "process is killed by SIGKILL by OOM killer due to high memory usage. (2) ray stop --force is called. (3) The "
     "worker is crashed unexpectedly due to SIGSEGV or other unexpected errors."
 )
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (ObjectLostError("ab" * 14, None, "here"), ProcessDiedError),
+        (ObjectReconstructionFailedError("ab" * 14, None, "here"), ProcessDiedError),
+        (OwnerDiedError("ab" * 14, None, "here"), WorkError),
+    ],
+)
+def test_an_answer_lost_with_its_node_is_a_death(
+    error: Exception, expected: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever waits asks again after a death, and gives up after other errors."""
+
+    def get(*_: Any, **__: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(ray, "get", get)
+    with pytest.raises(expected) as caught:
+        wait_for(None, who="base scorer", what="scores", timeout_s=1.0)
+    assert type(caught.value) is expected
+    assert "base scorer" in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ class ScoringConfig(Section):
     kv_cache_gib: int = Field(1, ge=1, description="CPU only: key-value cache of one engine")
     cache_dir: Path | None = Field(None, description="score cache on disk; none keeps scores in memory only")
     cache_gib: float = Field(2.0, ge=0, description="memory for scores kept by one actor")
+    cache_disk_gib: float = Field(50.0, gt=0, description="what cache_dir may hold, least recently used out first")
     parity_tolerance: float | None = Field(
         None, gt=0, description="largest mean |log p - log p'| at start, nats; by dtype when absent"
     )

@@ -78,6 +78,7 @@ class Scorer:
             f"{spec.model_fingerprint}:{spec.tokenizer_hash}:{options.dtype}",
             int(scoring.cache_gib * 2**30),
             scoring.cache_dir,
+            int(scoring.cache_disk_gib * 2**30),
         )
         self._engine: PoolingEngine | None = None
         self._facts: dict[str, Any] = {}

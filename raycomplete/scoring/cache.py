@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
+import os
+import time
 from collections import OrderedDict
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +18,8 @@ from raycomplete.scoring.payload import HiddenArray, ScoreRequest
 
 logger = logging.getLogger(__name__)
 
+_ABANDONED_S = 3600.0
+
 
 class ScoreCache:
     """Hidden states by (model, tokens).
@@ -23,12 +28,17 @@ class ScoreCache:
         model_key: Names weights, head spec and dtype; scores under another key are never returned.
         memory_bytes: Upper bound of what is kept in memory, least recently used out first.
         folder: Cache on disk, shared by runs; None keeps scores in memory only.
+        disk_bytes: About what the folder may hold, of all models together.
     """
 
-    def __init__(self, model_key: str, memory_bytes: int, folder: Path | None = None) -> None:
+    def __init__(
+        self, model_key: str, memory_bytes: int, folder: Path | None = None, disk_bytes: int = 50 * 2**30
+    ) -> None:
         self._model_key = model_key
         self._memory_bytes = memory_bytes
         self._folder = folder
+        self._disk_bytes = disk_bytes
+        self._until_sweep = 0  # bytes that may be written before the folder is measured again
         self._held: OrderedDict[str, HiddenArray] = OrderedDict()
         self._held_bytes = 0
         self.hits = 0
@@ -44,6 +54,8 @@ class ScoreCache:
             array = self._read(file, request)
             if array is not None:
                 self._hold(key, array)
+                with suppress(OSError):
+                    os.utime(file)  # used now
         if array is None:
             self.misses += 1
         else:
@@ -58,10 +70,33 @@ class ScoreCache:
             buffer = io.BytesIO()
             np.save(buffer, array, allow_pickle=False)
             try:
+                self._make_room(buffer.tell())
                 write_bytes(self._file(key), buffer.getvalue())
             except OSError as error:  # a full disk costs the cache, not the run
                 logger.warning("The score cache in %s cannot be written (%s) and is now off.", self._folder, error)
                 self._folder = None
+
+    def _make_room(self, size: int) -> None:
+        """Measures the folder once in a twentieth of its limit, and drops what was used longest ago."""
+        assert self._folder is not None
+        self._until_sweep -= size
+        if self._until_sweep >= 0:
+            return
+        self._until_sweep = self._disk_bytes // 20
+        files = []
+        for path in self._folder.glob("??/*"):
+            with suppress(OSError):  # another actor sweeps, too
+                status = path.stat()
+                if path.suffix == ".npy":
+                    files.append((status.st_mtime, status.st_size, path))
+                elif time.time() - status.st_mtime > _ABANDONED_S:
+                    path.unlink()  # of a writer that was killed
+        total = sum(held for _, held, _ in files) + size + self._until_sweep
+        for _, freed, path in sorted(files):
+            if total <= self._disk_bytes:
+                break
+            path.unlink(missing_ok=True)
+            total -= freed
 
     def _hold(self, key: str, array: HiddenArray) -> None:
         if key in self._held:

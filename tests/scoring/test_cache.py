@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,12 @@ def request(first: int, num_rows: int = 2) -> ScoreRequest:
 
 def scores(value: int, num_rows: int = 2) -> HiddenArray:
     return np.full((num_rows, H), value, dtype=np.uint16)
+
+
+def npy(array: HiddenArray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
 
 
 def stored(folder: Path) -> list[Path]:
@@ -93,6 +101,27 @@ def test_what_memory_dropped_is_read_from_disk(tmp_path: Path) -> None:
         assert found is not None
         assert np.array_equal(found, scores(first))
     assert cache.misses == 0
+
+
+def test_the_disk_is_bounded_and_what_was_used_last_stays(tmp_path: Path) -> None:
+    one = len(npy(scores(1)))
+    cache = ScoreCache("model", 0, tmp_path, disk_bytes=40 * one)
+    abandoned = tmp_path / "ab" / ".abc.npy.1.2"
+    abandoned.parent.mkdir()
+    abandoned.write_bytes(b"half")
+    os.utime(abandoned, (0, 0))
+    for first in range(36):
+        cache.put(request(first), scores(first))
+        for path in stored(tmp_path):  # clocks of file systems are coarse
+            os.utime(path, (path.stat().st_mtime - 10,) * 2)
+    assert cache.get(request(0)) is not None, "used now, so that others go first"
+    for first in range(36, 60):
+        cache.put(request(first), scores(first))
+    assert len(stored(tmp_path)) <= 40
+    assert cache.get(request(0)) is not None
+    assert cache.get(request(59)) is not None
+    assert cache.get(request(1)) is None
+    assert not abandoned.exists(), "of a writer that was killed"
 
 
 def test_another_model_never_sees_the_scores(tmp_path: Path) -> None:
