@@ -13,6 +13,7 @@ from raycomplete.config import RunConfig
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.prompts import read_prompts
 from raycomplete.errors import ConfigError, DataError
+from raycomplete.files import write_json
 from raycomplete.pipeline.fleet import start_fleet
 from raycomplete.pipeline.prepare import Models, prepare_models
 from raycomplete.pipeline.run_folder import check_run_folder, open_run_folder
@@ -26,6 +27,7 @@ from raycomplete.training.job import TrainJob
 from raycomplete.training.samples import AnchorSample, SampleSet, read_samples, write_samples
 from raycomplete.types import Prompt
 
+_DONE = "aligned.json"
 _SAME = ("models", "data", "rollout", "train", "align")  # sections that decide what is trained
 
 
@@ -50,7 +52,9 @@ def align(config: RunConfig, *, resume: bool = False, overwrite: bool = False, s
             f"align.batch_size ({settings.batch_size}) must be a multiple of train.num_workers "
             f"({config.train.num_workers})."
         )
-    if (output / "config.json").is_file() and not overwrite:
+    config = config.model_copy(update={"output": config.output.renamed("-align")})
+    # After a killed `--overwrite`, what lies there is still the old one.
+    if (output / "config.json").is_file() and not overwrite and not _is_unfinished(config.output.folder):
         screen.note(f"The aligned checkpoint is there already: {output}")
         return output
     models = prepare_models(config, roles=("base",))
@@ -59,7 +63,6 @@ def align(config: RunConfig, *, resume: bool = False, overwrite: bool = False, s
     without = next((prompt for prompt in refusals if not prompt.answer), None)
     if without is not None:
         raise DataError(f"The prompt {without.prompt_id} of align.refusals has no answer.", "Name its answer column.")
-    config = config.model_copy(update={"output": config.output.renamed("-align")})
     check_run_folder(config, resume=resume, same=_SAME, overwrite=overwrite)
     plan = plan_run(config, workers=config.train.num_workers)
     with connect(config.cluster, plan, screen) as cluster, stop_signals() as stop:
@@ -69,8 +72,14 @@ def align(config: RunConfig, *, resume: bool = False, overwrite: bool = False, s
             with start_fleet(config, cluster, models, screen) as fleet:
                 write_samples(samples_file, _samples(config, models.codec, fleet.generator, refusals, benign, screen))
         _train(config, cluster, models, folder, output, screen, stop)
+        write_json(folder / _DONE, {"aligned": str(output)})
     screen.note(f"Aligned checkpoint: {output}")
     return output
+
+
+def _is_unfinished(folder: Path) -> bool:
+    """Whether an alignment was begun there, or begun anew, and has not written its checkpoint."""
+    return (folder / "config.yaml").is_file() and not (folder / _DONE).is_file()
 
 
 def _samples(
