@@ -6,12 +6,13 @@ brings them to any node, and an engine that was restarted finds them there as be
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -30,6 +31,7 @@ from raycomplete.ray_calls import wait_for
 
 _CHUNK_BYTES = 512 * 2**20  # an object much larger than this may not fit between others in a store that is half full
 _MEMORY = "/dev/shm"
+_PREFIX, _CLAIM = "raycomplete-weights-", "claim"
 _HEADER_BYTES = 2**20  # names and shapes of a file of weights
 
 _Array: TypeAlias = npt.NDArray[Any]
@@ -152,16 +154,36 @@ def checkpoint_tensors(
 def checkpoint_folder(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[str]:
     """A folder with these tensors, in memory where the machine has room there, for processes that share nothing else.
 
-    It is gone when the context ends.
+    It is gone when the context ends; what a killed process left behind goes when the next one comes.
     """
+    _sweep()
     state = {name: tensor.contiguous() for name, tensor in tensors}
     size = sum(tensor.nbytes for tensor in state.values()) + _HEADER_BYTES
     # A container has 64 MB of it unless told otherwise.
     fits = os.path.isdir(_MEMORY) and shutil.disk_usage(_MEMORY).free > size
-    with tempfile.TemporaryDirectory(prefix="raycomplete-weights-", dir=_MEMORY if fits else None) as folder:
+    root = _MEMORY if fits else None
+    with tempfile.TemporaryDirectory(prefix=_PREFIX, dir=root) as folder, _claimed(Path(folder)):
         save_file(state, f"{folder}/model.safetensors")
         del state
         yield folder
+
+
+@contextmanager
+def _claimed(folder: Path) -> Iterator[None]:
+    """Holds a lock in a folder, which ends with this process however it ends."""
+    with (folder / ".claim").open("w") as claim:
+        fcntl.flock(claim, fcntl.LOCK_EX)
+        (folder / ".claim").rename(folder / _CLAIM)  # under this name it has never been unlocked
+        yield
+
+
+def _sweep() -> None:
+    """Removes folders of processes that were killed: as large as a model each, in memory."""
+    for root in {_MEMORY, tempfile.gettempdir()}:
+        for claim in Path(root).glob(f"{_PREFIX}*/{_CLAIM}"):
+            with suppress(OSError), claim.open() as file:  # BlockingIOError: its owner is alive
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(claim.parent, ignore_errors=True)
 
 
 def _merged(files: Mapping[str, str], adapters: Mapping[str, Any], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:

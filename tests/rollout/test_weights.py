@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import pickle
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,7 @@ from raycomplete.config import Dtype
 from raycomplete.data.checkpoints import TORCH_DTYPES, load_model
 from raycomplete.errors import WorkError
 from raycomplete.rollout import weights as weights_module
-from raycomplete.rollout.weights import Weights, checkpoint_tensors, pack, pack_lora
+from raycomplete.rollout.weights import Weights, checkpoint_folder, checkpoint_tensors, pack, pack_lora
 from tests.rollout.tiny import make_model, state_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
@@ -110,6 +113,24 @@ def test_merged_adapters_are_what_peft_merges(path: Path) -> None:
     assert merged.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(merged[name], tensor), name
+
+
+def test_folders_of_killed_processes_are_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights_module, "_MEMORY", str(tmp_path))
+    code = (
+        "import os, signal, torch\n"
+        "from raycomplete.rollout import weights\n"
+        f"weights._MEMORY = {str(tmp_path)!r}\n"
+        "with weights.checkpoint_folder([('w', torch.zeros(4))]):\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    with checkpoint_folder([("w", torch.ones(4))]) as first:
+        assert not left.exists()
+        with checkpoint_folder([("w", torch.ones(4))]):
+            assert (Path(first) / "model.safetensors").is_file(), "its owner is alive"
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_bfloat16_merge_rounds_once(path: Path) -> None:
