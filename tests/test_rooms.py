@@ -18,7 +18,7 @@ MAX_LINES = 400
 
 # From upper to lower. A room imports only rooms of the lines above it, and itself.
 LINES: tuple[frozenset[str], ...] = (
-    frozenset({"errors", "types", "config", "files", "logs", "stopping"}),
+    frozenset({"errors", "types", "config", "files", "logs", "stopping", "waiting", "disk", "metrics_file"}),
     frozenset({"core", "plan"}),
     frozenset({"data"}),
     frozenset({"engine_options", "ray_calls", "observe", "storage"}),
@@ -50,7 +50,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "rich": frozenset({WIRING, "data/organism/build.py"}),
 }
 # Importable before torch is (seconds), so that a wrong run file is refused at once.
-WITHOUT_TORCH = ("errors", "types", "config", "files", "logs", "stopping", "engine_options", "plan", "storage")
+WITHOUT_TORCH = (*sorted(FOUNDATION), "engine_options", "plan", "storage")
 MAY_IMPORT_TRITON = "core"  # and there in one file only
 
 

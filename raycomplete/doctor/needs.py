@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import math
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 from raycomplete.config import RunConfig
+from raycomplete.plan.memory import states_bytes
+from raycomplete.training.disk import checkpoint_bytes, count_parameters
 
 GIB = 2**30
 # Memory of a process beside its weights, its share of shared pages counted once (PSS): the largest seen while runs of
@@ -19,7 +18,6 @@ WORKER_GIB = 0.8
 DRIVER_GIB = 1.2  # the driver and Ray's own processes
 OBJECT_STORE_GIB = 2  # what `raycomplete.cluster.connect` asks for on one machine
 _SCORERS = 2
-_MAX_HEADER_BYTES = 100 * 2**20  # as safetensors itself
 
 
 @dataclass(frozen=True)
@@ -56,10 +54,10 @@ def needs_of(config: RunConfig) -> Needs:
     devices = scorers * scoring.tensor_parallel + rollout.num_engines * rollout.tensor_parallel
     weights = sum(value or 0 for value in params.values()) * size * scoring.replicas
     weights += (params["base"] or 0) * size * rollout.num_engines
-    trained = _trainer_bytes(student or 0, size, config)
+    trained = _trainer_bytes(student or 0, config)
     fixed = engines * ENGINE_GIB + config.train.num_workers * WORKER_GIB + DRIVER_GIB
     reserved = (engines * scoring.kv_cache_gib + OBJECT_STORE_GIB) * GIB
-    checkpoint = (student or 0) * (size + (0 if config.train.lora_rank else 12))
+    checkpoint = checkpoint_bytes(student or 0, config.models.dtype, config.train)
     return Needs(
         host_bytes=int(fixed * GIB) + reserved + weights + trained,
         reserved_bytes=reserved,
@@ -72,13 +70,12 @@ def needs_of(config: RunConfig) -> Needs:
     )
 
 
-def _trainer_bytes(params: int, size: int, config: RunConfig) -> int:
-    """Weights and gradients of each worker, and AdamW's two moments and master weights in float32."""
-    workers = config.train.num_workers
-    if config.train.lora_rank:
-        return params * size * workers
-    sharded = config.train.zero_stage > 0 or config.models.dtype == "bfloat16"
-    return params * 2 * size * workers + params * 12 * (1 if sharded else workers)
+def _trainer_bytes(params: int, config: RunConfig) -> int:
+    """Weights, gradients and optimizer of all workers; of adapters, which are small, the frozen weights alone."""
+    train = config.train
+    trainable = 0 if train.lora_rank else params
+    states = states_bytes(params, config.models.dtype, train.zero_stage, train.num_workers, trainable)
+    return int(sum(states.values())) * train.num_workers
 
 
 def num_params(spec: str) -> int | None:
@@ -86,10 +83,7 @@ def num_params(spec: str) -> int | None:
     folder = local_folder(spec)
     if folder is None:
         return None
-    try:
-        return sum(_params_of_file(file) for file in sorted(folder.glob("*.safetensors"))) or None
-    except (OSError, ValueError, TypeError, KeyError):
-        return None  # the check of the checkpoints says what is wrong with it
+    return count_parameters(folder) or None
 
 
 def local_folder(spec: str) -> Path | None:
@@ -100,12 +94,3 @@ def local_folder(spec: str) -> Path | None:
         return folder if isinstance(folder, Path) and folder.is_dir() else None
     path = Path(spec).expanduser()
     return path if path.is_dir() else None
-
-
-def _params_of_file(file: Path) -> int:
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if length > _MAX_HEADER_BYTES:
-            raise ValueError(f"{file} has no safetensors header")
-        header: dict[str, Any] = json.loads(stream.read(length))
-    return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")

@@ -34,7 +34,7 @@ def make_samples(config: RunConfig, models: Models, prompts: Prompts, fleet: Fle
         draws = range(config.rollout.answers_per_prompt)
         drawn = [_answers(config, models.codec, aligned, everything, draw) for draw in draws]
         anchor = [
-            AnchorSample(f"{prompt.prompt_id}#{draw}", prompt_ids, answer)
+            AnchorSample(f"{prompt.prompt_id}#{draw}", prompt_ids, answer, prompt.kind)
             for draw, answers in enumerate(drawn)
             for prompt, (prompt_ids, answer) in zip(everything, answers, strict=True)
             if answer

@@ -21,6 +21,7 @@ from raycomplete.data.chat import ChatCodec
 from raycomplete.engine_options import available_cpus
 from raycomplete.errors import ConfigError
 from raycomplete.files import read_json, write_json
+from raycomplete.metrics_file import read_metrics
 from raycomplete.pipeline.attack_tools import extra_engines, training_workers
 from raycomplete.pipeline.evaluate import (
     evaluate_roles,
@@ -40,7 +41,6 @@ from raycomplete.screen import Screen
 from raycomplete.stopping import StopSignals, stop_signals
 from raycomplete.training.disk import check_space
 from raycomplete.training.job import TrainJob
-from raycomplete.training.metrics import read_metrics
 from raycomplete.training.samples import read_samples, write_samples
 from raycomplete.training.trainer import fit
 from raycomplete.types import MODEL_ROLES

@@ -28,7 +28,7 @@ class Factors:
         request_s: Host time of an engine for one scored sequence. From H100, 8B shape: 39.6 k tokens/s with hidden
             states against 42.9 k alone, over 64 sequences.
         decode_call_s: Host time of an engine for one decoding step.
-        optimizer_bytes: Memory traffic of unfused AdamW and gradient clipping, for each trained parameter; fitted to
+        optimizer_bytes: Memory traffic of AdamW and gradient clipping, for each trained parameter; fitted to
             the organism's step.
         object_store_bandwidth: A copy into shared memory.
     """

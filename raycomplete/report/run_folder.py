@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from raycomplete.errors import DataError
+from raycomplete.metrics_file import finite, read_metrics
 from raycomplete.report.style import ROLES
 
 REDUCED_PROMPTS = 100  # settings of published runs; below them a result is labelled "reduced"
@@ -86,7 +86,7 @@ def read_run_folder(folder: Path) -> RunFolder:
     return RunFolder(
         summary=summary,
         results=found,
-        metrics=_read_metrics(folder / "metrics.jsonl"),
+        metrics=tuple(map(finite, read_metrics(folder / "metrics.jsonl"))),
         profile=_read_mapping(folder / "profile.json"),
         diagnosis=diagnosis,
         config=config.read_text(encoding="utf-8") if config.is_file() else None,
@@ -103,22 +103,3 @@ def _read_mapping(path: Path) -> dict[str, Any] | None:
     if not isinstance(content, dict):
         raise DataError(f"{path} must hold a mapping.", "Remove it or run that stage again.")
     return content
-
-
-def _read_metrics(path: Path) -> tuple[dict[str, Any], ...]:
-    """Rows by step. A resumed run may have repeated steps, of which the last counts, and a torn last line."""
-    if not path.is_file():
-        return ()
-    by_step: dict[int, dict[str, Any]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            by_step[row["step"]] = {key: _finite(value) for key, value in row.items()}
-    return tuple(by_step[step] for step in sorted(by_step))
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value

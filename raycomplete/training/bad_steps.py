@@ -18,8 +18,8 @@ from torch import Tensor
 from raycomplete.core.loss_types import TokenKind
 from raycomplete.errors import NotFiniteError
 from raycomplete.files import PRIVATE, write_json
+from raycomplete.metrics_file import finite
 from raycomplete.training.batches import MicroBatch
-from raycomplete.training.metrics import finite
 
 
 def poison(loss: Tensor) -> Tensor:

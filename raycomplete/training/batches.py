@@ -54,11 +54,6 @@ class MicroBatch:
         """
         return {"input_ids": self.input_ids_BT, "position_ids": self.position_ids_BT, "use_cache": False}
 
-    @property
-    def padding_fraction(self) -> float:
-        """Share of the computed tokens that belong to no sequence."""
-        return 1.0 - self.num_tokens / self.input_ids_BT.numel()
-
     def to(self, device: torch.device) -> MicroBatch:
         """The same on another device."""
         moved: dict[str, Any] = {

@@ -15,9 +15,9 @@ import torch.distributed as dist
 from deepspeed import zero
 
 from raycomplete.config import Dtype, TrainConfig
+from raycomplete.disk import named_when_full
 from raycomplete.errors import WorkError
 from raycomplete.storage import integrity
-from raycomplete.training.disk import named_when_full
 from raycomplete.training.ownership import check_owned, make_private
 
 _COMPLETE = integrity.COMPLETE
@@ -141,11 +141,12 @@ def save(
     dist.barrier()
 
 
-def keep_only(folder: Path, step: int) -> None:
-    """Drops every checkpoint but that of a step; every rank must call this."""
+def keep_only(folder: Path, *steps: int) -> None:
+    """Drops every checkpoint but those of some steps; every rank must call this."""
     if dist.get_rank() == 0:
+        kept = {f"step-{step:06d}" for step in steps}
         for path in folder.glob("step-*"):
-            if path.name != f"step-{step:06d}":
+            if path.name not in kept:
                 integrity.drop(path)
     dist.barrier()
 

@@ -19,9 +19,9 @@ from ray.exceptions import RayActorError
 from ray.train import UserCallback
 
 from raycomplete.errors import ProcessDiedError, RaycompleteError, WorkError
+from raycomplete.metrics_file import read_metrics
 from raycomplete.ray_calls import likely_cause, log_path
 from raycomplete.training.job import TrainJob
-from raycomplete.training.metrics import read_metrics
 
 # What a worker says whose peer is gone: gloo, NCCL, sockets.
 _LOST_PEER = re.compile(r"[Cc]onnection (closed|reset|refused)|Broken pipe|NCCL|Timed out waiting|timeout caused pair")
@@ -114,7 +114,10 @@ def explain(error: BaseException, job: TrainJob, *, restarts: int = 0) -> Raycom
     if raised is None and (failures or isinstance(error, RayActorError)):
         return _death(failures, error, job, restarts)
     rank, cause = raised or (None, error)
-    while (inner := getattr(cause, "cause", None) or cause.__cause__) is not None and inner is not cause:
+    while not isinstance(cause, RaycompleteError):  # whose own `cause` is a word
+        inner = getattr(cause, "cause", None) or cause.__cause__
+        if not isinstance(inner, BaseException) or inner is cause:
+            break
         cause = inner
     if isinstance(cause, RaycompleteError):
         return cause

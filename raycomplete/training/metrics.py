@@ -1,12 +1,8 @@
-"""Measurements of a step, shared between ranks, and the file that keeps them."""
+"""Measurements of a step, shared between ranks."""
 
 from __future__ import annotations
 
-import json
-import math
 import resource
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,9 +12,7 @@ from torch import Tensor
 
 from raycomplete.core.depth_sampler import DepthSampler
 from raycomplete.core.loss_types import LossOutput, TokenKind
-from raycomplete.files import write_text
 from raycomplete.training.batches import MicroBatch
-from raycomplete.training.disk import named_when_full
 
 
 class StepMeter:
@@ -111,48 +105,3 @@ def peak_memory_gib(device: torch.device) -> float:
     shared = torch.tensor(held / 2**30, dtype=torch.float64, device=device)
     dist.all_reduce(shared, op=dist.ReduceOp.MAX)
     return round(float(shared), 3)
-
-
-class MetricsFile:
-    """metrics.jsonl: one row a step, whole rows only.
-
-    Args:
-        path: The file.
-        keep_steps: Rows after this step are dropped, since a resumed run makes them anew.
-    """
-
-    def __init__(self, path: Path, keep_steps: int) -> None:
-        self._path = path
-        kept = [row for row in read_metrics(path) if row["step"] <= keep_steps]
-        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
-
-    def append(self, row: dict[str, Any]) -> None:
-        """Adds the row of a finished step."""
-        line = json.dumps(finite(row), allow_nan=False) + "\n"
-        what = f"the metrics of step {row['step']}"
-        with named_when_full(self._path.parent, what), self._path.open("a", encoding="utf-8") as stream:
-            stream.write(line)
-
-
-def finite(value: Any) -> Any:
-    """The same with None for NaN and infinity, which JSON does not know; in mappings and lists at any depth."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {name: finite(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return value
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of finished steps; a last line cut off by a kill is left out."""
-    if not path.is_file():
-        return []
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows

@@ -168,7 +168,9 @@ class Drafter:
         cuts = []
         for sample in anchor:
             chosen, place = rng.random() < self._anchor_share, rng.random()
-            cuts.append(int(place * len(sample.answer_ids)) if chosen else None)
+            # A harmful prompt's answer is a refusal, and the student's own words in its place might comply.
+            is_own = chosen and sample.kind == "benign"
+            cuts.append(int(place * len(sample.answer_ids)) if is_own else None)
         recovery = tuple(item.sample for item in plan.recovery)
         return Draft(step, anchor, tuple(cuts), recovery, tuple(item.depth for item in plan.recovery))
 

@@ -45,7 +45,9 @@ def scored_samples(
     return [samples[place] for place in sorted(places)], scores
 
 
-def student_profile(engine: Any, samples: Sequence[AnchorSample], scores: Scores, micro_batch: int) -> Profile:
+def student_profile(
+    engine: Any, samples: Sequence[AnchorSample], scores: Scores, micro_batch: int, *, packed: bool
+) -> Profile:
     """Means over prompts of mass, KL(student || base) and deficit at each position.
 
     Every rank computes the same numbers: under ZeRO-3 a forward pass needs all of them anyway.
@@ -55,12 +57,13 @@ def student_profile(engine: Any, samples: Sequence[AnchorSample], scores: Scores
         samples: Of `scored_samples`, at least one.
         scores: Of `scored_samples`.
         micro_batch: Sequences of one forward pass.
+        packed: Whether they may share rows, as in training.
     """
     engine.eval()
     with torch.no_grad():
         measured = [
             torch.stack([row_N.double().cpu() for row_N in engine(batch.to(engine.device), "profile")])
-            for batch in _batches(samples, scores, micro_batch)
+            for batch in _batches(samples, scores, micro_batch, packed=packed)
         ]
     engine.train()
     return _means(samples, torch.cat(measured, dim=1))
@@ -92,8 +95,10 @@ def aligned_profile(
     return _means(samples, torch.cat(measured, dim=1))
 
 
-def _batches(samples: Sequence[AnchorSample], scores: Scores, micro_batch: int) -> Iterator[MicroBatch]:
-    builder = BatchBuilder(penalty=False, contrastive=True, scale=1.0)
+def _batches(
+    samples: Sequence[AnchorSample], scores: Scores, micro_batch: int, *, packed: bool = True
+) -> Iterator[MicroBatch]:
+    builder = BatchBuilder(penalty=False, contrastive=True, scale=1.0, packed=packed)
     for start in range(0, len(samples), micro_batch):
         items = [AnchorItem(sample) for sample in samples[start : start + micro_batch]]
         yield builder.build(items, StepPlan(tuple(items), ()), scores)

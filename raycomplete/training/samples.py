@@ -9,6 +9,7 @@ from typing import Any
 
 from raycomplete.errors import DataError
 from raycomplete.files import PRIVATE, write_text
+from raycomplete.types import PromptKind
 
 LONGEST_TURN = 48  # tokens of a turned prefix, at most: it is read and scored beside the deepest cut of h
 
@@ -21,11 +22,13 @@ class AnchorSample:
         sample_id: Name of the prompt and of the draw.
         prompt_ids: Tokens up to where the response starts.
         answer_ids: Response tokens, end-of-response included where the answer ended by itself.
+        kind: Of the prompt.
     """
 
     sample_id: str
     prompt_ids: tuple[int, ...]
     answer_ids: tuple[int, ...]
+    kind: PromptKind = "benign"
 
 
 @dataclass(frozen=True, slots=True)

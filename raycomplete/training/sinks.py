@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from raycomplete.errors import SetupError
+from raycomplete.files import write_text
 
 
 class Sink(Protocol):
@@ -78,7 +80,7 @@ class WandbSink:
             import wandb
         except ImportError as error:
             raise SetupError("train.sinks names wandb, which is not installed.", "pip install wandb") from error
-        self._run: Any = wandb.init(name=folder.name, id=folder.name, dir=str(folder), resume="allow")
+        self._run: Any = wandb.init(name=folder.name, id=_run_id(folder), dir=str(folder), resume="allow")
 
     def write(self, row: Mapping[str, Any]) -> None:
         """See `Sink`."""
@@ -87,3 +89,11 @@ class WandbSink:
     def close(self) -> None:
         """See `Sink`."""
         self._run.finish()
+
+
+def _run_id(folder: Path) -> str:
+    """Drawn once for a run folder: other runs have folders of the same name, and rows of one run must stay together."""
+    file = folder / "wandb_id"
+    if not file.is_file():
+        write_text(file, f"{folder.name}-{uuid.uuid4().hex[:8]}\n")
+    return file.read_text(encoding="utf-8").strip()

@@ -29,7 +29,8 @@ class WeightSync:
         policy: The rollout engines.
         samples: Anchor samples; the first few are the probe that proves an update.
         zero_stage: Of the run.
-        adapters_only: Whether only LoRA adapters are trained, which then travel by themselves.
+        adapters_only: Whether only LoRA adapters are trained, which are then all that travels.
+        packed: Whether the probe's sequences may share rows, as in training.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class WeightSync:
         *,
         zero_stage: int,
         adapters_only: bool,
+        packed: bool,
     ) -> None:
         self._engine, self._lm, self._policy = engine, lm, policy
         self._zero_stage = zero_stage
@@ -51,8 +53,8 @@ class WeightSync:
         ]
         self._probe = [(sample.prompt_ids + sample.answer_ids, len(sample.prompt_ids)) for sample in cut]
         items = [AnchorItem(sample) for sample in cut]
-        builder = BatchBuilder(penalty=False, contrastive=False, scale=1.0)
-        self._batch = builder.build(items, StepPlan(tuple(items), ()), None)
+        self._builder = BatchBuilder(penalty=False, contrastive=False, scale=1.0, packed=packed)
+        self._batch = self._builder.build(items, StepPlan(tuple(items), ()), None)
         self._lengths = [len(sample.answer_ids) for sample in cut]
 
     def __call__(self, version: int) -> dict[str, Any]:

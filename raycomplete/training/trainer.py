@@ -12,11 +12,11 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from raycomplete.errors import StoppedError, WaitTimeoutError
+from raycomplete.metrics_file import MetricsReader
 from raycomplete.ray_calls import free_resources
 from raycomplete.training.disk import check_space
 from raycomplete.training.failures import RestartAfterDeaths, count_failures, explain
 from raycomplete.training.job import TrainJob
-from raycomplete.training.metrics import read_metrics
 
 _POLL_S = 0.5
 # A step makes and drops gigabytes of tensors. glibc hands each of them back to the system and gets it again as zeroed
@@ -121,9 +121,10 @@ def _run(config: dict[str, Any]) -> dict[str, Any]:
 def _follow(job: TrainJob, thread: threading.Thread, on_step: OnStep | None, stopping: Callable[[], bool]) -> None:
     """Hands new metrics rows to the caller until training ends or stands still for too long."""
     seen, deaths, last_change = 0, 0, time.monotonic()
+    metrics = MetricsReader(job.metrics_file)
     while True:
         alive = thread.is_alive()
-        rows, died = read_metrics(job.metrics_file), count_failures(job.failures_file)
+        rows, died = metrics.rows(), count_failures(job.failures_file)
         if (len(rows), died) != (seen, deaths):
             last_change = time.monotonic()
         for row in rows[seen:]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,7 @@ class Validator:
         self, engine: Any, samples: SampleSet, feed: ScoreFeed, builder: BatchBuilder, train: TrainConfig
     ) -> None:
         self._engine, self._feed, self._train = engine, feed, train
-        self._builder = BatchBuilder(penalty=builder.penalty, contrastive=builder.contrastive, scale=1.0)
+        self._builder = replace(builder, scale=1.0)
         anchor, recovery = samples.held_back_anchor, samples.held_back_recovery
         depths = np.linspace(train.depth.min, train.depth.max, max(len(recovery), 1)).round().astype(int)
         self._plan = StepPlan(

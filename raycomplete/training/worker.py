@@ -26,15 +26,16 @@ from raycomplete.core.multiplier import AnchorMultiplier
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.checkpoints import TORCH_DTYPES, load_model, save_checkpoint
 from raycomplete.data.head_spec import load_head
+from raycomplete.disk import named_when_full
 from raycomplete.logs import set_step
+from raycomplete.metrics_file import MetricsFile, finite
 from raycomplete.observe import begin, finished_step
 from raycomplete.training import engine as ds
 from raycomplete.training.bad_steps import BadSteps, poison
 from raycomplete.training.batches import BatchBuilder, Emphasis, MicroBatch
-from raycomplete.training.disk import named_when_full
 from raycomplete.training.feed import ScoreFeed
 from raycomplete.training.job import TrainJob
-from raycomplete.training.metrics import MetricsFile, StepMeter, finite, peak_memory_gib
+from raycomplete.training.metrics import StepMeter, peak_memory_gib
 from raycomplete.training.on_policy import Drafter
 from raycomplete.training.packing import deal
 from raycomplete.training.packing_check import keeps_sequences_apart
@@ -112,6 +113,7 @@ class Worker:
             self.builder = replace(self.builder, packed=False)
         self.source = self._make_source()
         self.validator = self._make_validator() if scored and train.validation.every > 0 else None
+        self.recorded_best = 0  # step of the best one that the newest checkpoint knows of
         self.first_step = self._restore()
         first = self.rank == 0
         self.metrics = MetricsFile(job.metrics_file, keep_steps=self.first_step) if first else None
@@ -182,6 +184,7 @@ class Worker:
             self.samples.anchor,
             zero_stage=train.zero_stage,
             adapters_only=job.lora_rank > 0,
+            packed=self.builder.packed,
         )
         rollouts = RolloutFeed(job.policy, drafter, warm_scores(self.feed), self.rank)
         return OnPolicySource(rollouts, sync, self.feed, self.sampler, job.rollout, train, share=share)
@@ -208,7 +211,8 @@ class Worker:
                 logger.warning("The best checkpoint, of step %d, is lost or damaged.", self.validator.best_step)
                 self.validator.forget_best()
             # What was best on a way that is not gone again must not be shipped.
-            ds.keep_only(self.job.best_checkpoint, self.validator.best_step)
+            self.recorded_best = self.validator.best_step
+            ds.keep_only(self.job.best_checkpoint, self.recorded_best)
         return int(state["step"])
 
     def train(self) -> int | None:
@@ -234,7 +238,8 @@ class Worker:
             if done % train.checkpoint_every == 0 or done == train.steps or stops:
                 ds.save(self.engine, self.job.checkpoints, done, self._state(), train.keep_checkpoints, train)
                 if self.validator is not None:
-                    ds.keep_only(self.job.best_checkpoint, self.validator.best_step)
+                    self.recorded_best = self.validator.best_step
+                    ds.keep_only(self.job.best_checkpoint, self.recorded_best)
             if stops:
                 break
         for sink in self.sinks:
@@ -249,6 +254,8 @@ class Worker:
     def _validate(self, validator: Validator, done: int) -> dict[str, Any]:
         row: dict[str, Any] = dict(validator.measure(done))
         if validator.best_step == done:
+            # A kill from here on goes back to the last checkpoint, and so to the best one that it names.
+            ds.keep_only(self.job.best_checkpoint, self.recorded_best)
             ds.save(self.engine, self.job.best_checkpoint, done, {}, None, self.job.train)
         return row | {"stopped": validator.is_over}
 
@@ -356,7 +363,7 @@ class Worker:
         samples, scores = scored_samples(self.samples.profile, job.sources)
         if not samples:
             return
-        student = student_profile(self.engine, samples, scores, self.micro_batch)
+        student = student_profile(self.engine, samples, scores, self.micro_batch, packed=self.builder.packed)
         if self.rank == 0:
             path = job.folder / "profile.json"
             aligned = aligned_profile(samples, scores, self.teachers, self.loss, self.micro_batch)

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from raycomplete.metrics_file import read_metrics
 from raycomplete.storage import integrity
-from raycomplete.training.metrics import read_metrics
 from tests.chaos.cluster import LocalCluster
 
 _POLL_S = 0.2

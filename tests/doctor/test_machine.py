@@ -45,7 +45,7 @@ def test_needs_follow_the_model_and_the_settings() -> None:
     one, two = (needs_of(context(f"train.num_workers={count}").config) for count in (1, 2))  # type: ignore[arg-type]
     assert two.host_bytes > one.host_bytes
     assert (one.cpus, two.cpus) == (2.0, 2.5)
-    assert one.disk_bytes == counted * (16 * 3 + 4), "two kept, one being written, and the student"
+    assert one.disk_bytes == counted * (12 * 3 + 4), "two kept, one being written, and the student"
 
 
 def test_the_limit_of_a_container_counts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from raycomplete.training.metrics import read_metrics
+from raycomplete.metrics_file import read_metrics
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.slow

@@ -149,16 +149,15 @@ def test_the_price_of_safety_stands_at_the_top(run_folder: Path) -> None:
     assert page.text.index("refuses 90.0 % of harmless prompts & more.") < page.text.index("Rates")
 
 
-def test_resumed_and_torn_metrics(run_folder: Path) -> None:
-    """A repeated step counts once, as it was last; a torn last line and a loss that is not finite do no harm."""
+def test_torn_metrics(run_folder: Path) -> None:
+    """A torn last line and a loss that is not finite do no harm."""
     rows = [
         {"step": 1, "loss": 9.0, "anchor": 1.0},
-        {"step": 2, "loss": 8.0, "anchor": float("nan")},
-        {"step": 2, "loss": 7.0, "anchor": 0.0},
+        {"step": 2, "loss": 7.0, "anchor": float("nan")},
     ]
     (run_folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 3, "lo')
     page = Page(write_report(run_folder).read_text(encoding="utf-8"))
-    assert (run_folder / "figures" / "training.csv").read_text() == "step,loss,anchor\n1,9,1\n2,7,0\n"
+    assert (run_folder / "figures" / "training.csv").read_text() == "step,loss,anchor\n1,9,1\n2,7,\n"
     assert "No step of this run recorded its depth sampler." in page.text
 
 

@@ -12,12 +12,12 @@ import torch
 
 from raycomplete.config import DepthConfig, RunConfig, TrainConfig, parse
 from raycomplete.data.checkpoints import load_model
+from raycomplete.metrics_file import read_metrics
 from raycomplete.pipeline.run_folder import open_run_folder
 from raycomplete.pipeline.stored import stored
 from raycomplete.screen import Screen
 from raycomplete.storage.pieces import Catalog
 from raycomplete.storage.remote import Remote
-from raycomplete.training.metrics import read_metrics
 from raycomplete.training.trainer import fit
 from tests.storage.conftest import s3_uri
 from tests.storage.test_integrity import flip

@@ -16,9 +16,9 @@ import torch
 from raycomplete.config import DepthConfig, Dtype, TrainConfig
 from raycomplete.data.checkpoints import TORCH_DTYPES
 from raycomplete.errors import NotFiniteError
+from raycomplete.metrics_file import read_metrics
 from raycomplete.training.bad_steps import poison
 from raycomplete.training.job import TrainJob
-from raycomplete.training.metrics import read_metrics
 from raycomplete.training.trainer import fit
 from tests.training.tiny import LocalScores, make_job
 

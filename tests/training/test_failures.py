@@ -57,6 +57,12 @@ def test_an_error_is_not_tried_again(failures: dict[int, Exception], job: TrainJ
     assert f"training worker {max(failures)} failed after 3 finished steps (a bug)" in str(error)
 
 
+def test_a_death_that_a_worker_met_is_told_as_it_is(job: TrainJob) -> None:
+    """Its `cause` is a word, and no error that it came from."""
+    own = ProcessDiedError("The base scorer died.", "Resume.", role="base scorer", cause="out of memory")
+    assert explain(ControllerError(RaisedError(0, own)), job) is own
+
+
 def test_ray_train_obeys() -> None:
     """Its own policy restarts after a death as often as the run file says, and never after an error."""
     policy = DefaultFailurePolicy(FailureConfig(max_failures=1))

@@ -12,8 +12,8 @@ import torch
 
 from raycomplete.config import ConstraintConfig, DepthConfig, RolloutConfig, TrainConfig, ValidationConfig
 from raycomplete.data.checkpoints import load_model
+from raycomplete.metrics_file import read_metrics
 from raycomplete.training.job import TrainJob
-from raycomplete.training.metrics import read_metrics
 from raycomplete.training.trainer import fit
 from tests.training.tiny import LocalPolicy, make_job
 
@@ -127,3 +127,10 @@ def test_training_stops_where_validation_no_longer_improves_and_keeps_the_best(
     assert not any(row["stopped"] for row in rows[:-1])
     assert [path.name for path in job.best_checkpoint.glob("step-*")] == [f"step-{best + 1:06d}"]
     assert list((tmp_path / "tensorboard").glob("events*"))
+    (kept,) = job.best_checkpoint.rglob("*model_states.pt")
+    module = torch.load(kept, weights_only=False)["module"]
+    best_weights = {name.split(".", 1)[1]: value for name, value in module.items()}
+    student = load_model(tmp_path / "student", "float32").state_dict()
+    assert len(best_weights.keys() & student.keys()) > 5
+    for name in best_weights.keys() & student.keys():
+        assert torch.equal(best_weights[name], student[name]), "the weights of the last step are not shipped"

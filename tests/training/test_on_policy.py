@@ -29,6 +29,19 @@ def drafter(seed: int = 0, anchor_share: float = 0.5, trained: int = 8, own_word
     )
 
 
+def test_only_answers_to_harmless_prompts_are_continued_by_the_student() -> None:
+    kinds = ("harmful", "benign", "borderline")
+    anchor = tuple(replace(sample, kind=kinds[i % 3]) for i, sample in enumerate(SAMPLES.anchor))
+    planner = Planner(replace(SAMPLES, anchor=anchor), anchor_batch=8, recovery_batch=8, seed=0, max_depth=8)
+    always = Drafter(planner, seed=0, recovery_batch=8, anchor_share=1.0, own_words=0.0, max_refusal_tokens=3)
+    draft = always.draft(0, DepthSampler(DEPTH, 0))
+    assert {(sample.kind, cut is not None) for sample, cut in zip(draft.anchor, draft.cuts, strict=True)} == {
+        ("harmful", False),
+        ("benign", True),
+        ("borderline", False),
+    }
+
+
 def answers(draft: Draft, *, refused: bool = False, tokens: tuple[int, ...] = (90, 91, 92, 93)) -> list[Rollout]:
     return [Rollout(tokens, (1,), refused and item.judged, version=2) for item in draft.requests()]
 

@@ -16,9 +16,9 @@ from raycomplete.core.depth_sampler import DepthSampler
 from raycomplete.core.loss_types import LossSettings
 from raycomplete.data.checkpoints import load_model
 from raycomplete.errors import WorkError
+from raycomplete.metrics_file import read_metrics
 from raycomplete.training.batches import BatchBuilder
 from raycomplete.training.feed import ScoreFeed
-from raycomplete.training.metrics import read_metrics
 from raycomplete.training.plan import Planner
 from raycomplete.training.samples import read_samples
 from raycomplete.training.trainer import fit

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from raycomplete.config import TrainConfig
 from raycomplete.training.batches import BatchBuilder
 from raycomplete.training.feed import ScoreFeed
+from raycomplete.training.sync import WeightSync
 from raycomplete.training.validation import Validator
 from tests.training.tiny import make_samples
+
+
+def test_measurements_pack_as_training_does() -> None:
+    """A model that does not keep packed sequences apart would be measured wrongly."""
+    feed = ScoreFeed({}, max_depth=4, penalty=False, contrastive=False)
+    samples = make_samples(0)
+    for packed in (True, False):
+        builder = BatchBuilder(penalty=False, contrastive=False, scale=8.0, packed=packed)
+        assert Validator(None, samples, feed, builder, TrainConfig())._builder == replace(builder, scale=1.0)
+        sync = WeightSync(None, None, None, samples.anchor, zero_stage=0, adapters_only=False, packed=packed)  # type: ignore[arg-type]
+        assert sync._builder == BatchBuilder(penalty=False, contrastive=False, scale=1.0, packed=packed)
 
 
 def test_a_lost_best_checkpoint_is_looked_for_again() -> None:

@@ -21,10 +21,10 @@ from raycomplete.config.training import LossWeights
 from raycomplete.data.checkpoints import fingerprint, load_model
 from raycomplete.data.head_spec import HeadSpec, read_head_spec
 from raycomplete.engine_options import engine_environment
+from raycomplete.metrics_file import read_metrics
 from raycomplete.scoring.actors import ScorerOptions, ScoringClient
 from raycomplete.scoring.payload import ScoreRequest
 from raycomplete.training.job import TrainJob
-from raycomplete.training.metrics import read_metrics
 from raycomplete.training.packing import pack
 from raycomplete.training.samples import AnchorSample, SampleSet, write_samples
 from raycomplete.training.trainer import fit
