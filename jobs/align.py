@@ -1,7 +1,7 @@
 """Safety SFT under `ray job submit`: the same as `raycomplete align`.
 
-raycomplete submit jobs/smollm2.yaml output.root=/shared/runs --job align
-ray job submit --working-dir . -- python jobs/align.py jobs/smollm2.yaml output.root=/shared/runs
+raycomplete submit jobs/mine.yaml models.aligned=/shared/mine-aligned output.root=/shared/runs --job align
+ray job submit --working-dir . -- python jobs/align.py jobs/mine.yaml models.aligned=/shared/mine-aligned
 
 See jobs/train.py for folders, exit codes and stops.
 """

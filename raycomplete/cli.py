@@ -37,6 +37,9 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="Values that replace those of the run file: train.steps=50", show_default=False),
 ]
+# What evaluates goes on by itself.
+_KEPT = "What was finished is kept; the same command continues it (train, align, diagnose, demo: with --resume)."
+
 Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run of the same name.")]
 
@@ -217,16 +220,15 @@ def organism_build(
 @judge_app.command("calibrate")
 def judge_calibrate(
     file: Annotated[Path, typer.Argument(help="Human-labelled completions (CSV or JSONL).", show_default=False)],
-    kind: Annotated[str, typer.Option(help="patterns, model or judgezoo.")] = "patterns",
+    kind: Annotated[str, typer.Option(help="patterns or model.")] = "patterns",
     checkpoint: Annotated[str | None, typer.Option(help="The judge model.")] = None,
     rubric: Annotated[Path | None, typer.Option(help="Its rubric.")] = None,
-    zoo_name: Annotated[str, typer.Option(help="JudgeZoo's name of the judge.")] = "strong_reject",
     output: Annotated[Path, typer.Option(help="Where its error rates go.")] = Path("judge-calibration.json"),
 ) -> None:
     """Measures how often a judge errs, for rates that are corrected for it."""
     from raycomplete.config.evaluation import judge_settings
 
-    settings = judge_settings({"kind": kind, "checkpoint": checkpoint, "rubric": rubric, "zoo_name": zoo_name})
+    settings = judge_settings({"kind": kind, "checkpoint": checkpoint, "rubric": rubric})
     from raycomplete.pipeline.judge import calibrate_judge
 
     calibrate_judge(file, settings, output)
@@ -287,13 +289,13 @@ def guarded(work: Callable[[], Any]) -> int:
         kind = "Refused" if error.exit_code == 2 else "Failed"
         console.print(f"[bold red]{kind}:[/bold red] {escape(str(error))}", highlight=False, soft_wrap=True)
         if error.exit_code == 1:
-            console.print("What was finished is kept; the same command with --resume continues it.", style="dim")
+            console.print(_KEPT, style="dim")
         return error.exit_code
     except (typer.Abort, KeyboardInterrupt, SystemExit) as ended:
         # Where no work has taken the signal, Ray's own handler of SIGTERM leaves by sys.exit(15), without a word.
         if isinstance(ended, SystemExit) and ended.code != signal.SIGTERM:
             raise
-        console.print("Stopped. What was finished is kept; the same command with --resume continues it.", style="dim")
+        console.print(f"Stopped. {_KEPT}", style="dim")
         return 1
     except Exception as error:
         show = getattr(error, "show", None)  # usage errors of typer know how to print themselves

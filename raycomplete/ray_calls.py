@@ -26,7 +26,10 @@ from ray.exceptions import (
 
 from raycomplete.errors import ProcessDiedError, RaycompleteError, WaitTimeoutError, WorkError
 
-_RESUME = "Run again with --resume; if memory ran out, give the engine more or lower scoring.* and rollout.* sizes."
+_RESUME = (
+    "Run the same command again (train, align, diagnose: with --resume); if memory ran out, give the engine more or "
+    "lower scoring.* and rollout.* sizes."
+)
 
 _DEATH_REPORT_S = 1.0
 _RECENT_S = 60.0

@@ -68,7 +68,7 @@ class EvaluationConfig(Section):
     prompts: int = Field(100, ge=1, description="held-out prompts of each kind")
     nll_prompts: int = Field(100, ge=0, description="benign prompts whose answers' likelihood is measured; 0: none")
     nll_tokens: int = Field(64, ge=1, description="tokens of such an answer that are looked at")
-    save_completions: bool = Field(False, description="keep what models said; never needed for the rates")
+    save_completions: bool = Field(False, description="keep what models said as text; token ids are always kept")
     attacks: list[SerializeAsAny[AttackConfig]] = Field(
         default_factory=_prefill_only, description="names, or mappings of name and settings"
     )

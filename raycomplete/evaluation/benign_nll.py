@@ -177,7 +177,8 @@ def _sums(
     for start in range(0, len(missing), _BATCH):
         if cancelled():
             raise EvaluationCancelled(
-                "The evaluation was cancelled.", "Finished work is kept; start it again to go on."
+                "The evaluation was cancelled.",
+                "Finished work is kept; the same command continues it (train: with --resume).",
             )
         batch = missing[start : start + _BATCH]
         found = scorer.log_probs([(answer.tokens, answer.num_prompt) for _, answer in batch])

@@ -80,7 +80,8 @@ class Target:
         """Raises EvaluationCancelled where someone asked to stop."""
         if self.cancelled():
             raise EvaluationCancelled(
-                "The evaluation was cancelled.", "Finished work is kept; start it again to go on."
+                "The evaluation was cancelled.",
+                "Finished work is kept; the same command continues it (train: with --resume).",
             )
 
     def white_boxes(self, attack: str) -> Sequence[WhiteBox]:

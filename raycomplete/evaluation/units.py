@@ -132,3 +132,9 @@ class Progress:
 
 class EvaluationCancelled(StoppedError):
     """Someone asked to stop; what was finished is kept."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The evaluation was cancelled.",
+            "Finished work is kept; the same command continues it (train: with --resume).",
+        )

@@ -121,7 +121,7 @@ def fine_tune(
                 stopping=stopping,
             )
         except StoppedError as error:  # to an evaluation, and to the service, this is being cancelled
-            raise EvaluationCancelled(error.problem, error.remedy) from error
+            raise EvaluationCancelled from error
     return output
 
 

@@ -51,8 +51,8 @@ class Admission:
         if len(set(request.roles)) < len(request.roles):
             raise ConfigError("roles names a model twice.")
         has_student = request.models.student is not None or self.config.models.student is not None
-        if "roles" in request.model_fields_set and "student" in request.roles and not has_student:
-            raise ConfigError("roles names the student, and this server has none.", "Name one as models.student.")
+        if request.roles == ["student"] and not has_student:  # beside others it is left out where there is none
+            raise ConfigError("roles names the student alone, and this server has none.", "Set models.student.")
         chosen = {
             role: self._model(spec) for role in MODEL_ROLES if (spec := getattr(request.models, role)) is not None
         }
