@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from raycomplete.config import DepthConfig, Dtype, TrainConfig
 from raycomplete.data.checkpoints import TORCH_DTYPES
@@ -29,7 +30,10 @@ COUNTERS = {"global_steps", "global_samples", "skipped_steps", "overflow", "micr
 
 
 class PoisonedScores(LocalScores):
-    """The hidden states of one sequence in some steps (counted from 1) are NaN; all come in the student's dtype."""
+    """What rank 0 reads of one sequence in some steps (counted from 1) is NaN; all come in the student's dtype.
+
+    The other rank's loss is finite then, and it must leave the step out all the same.
+    """
 
     def __init__(self, path: Path, dtype: torch.dtype, steps: set[int]) -> None:
         super().__init__(path)
@@ -38,7 +42,7 @@ class PoisonedScores(LocalScores):
     def collect_tensors(self, reference: Any) -> list[torch.Tensor]:
         self.asked += 1
         states = [state.to(self.dtype) for state in super().collect_tensors(reference)]
-        if self.asked in self.steps:
+        if self.asked in self.steps and dist.get_rank() == 0:
             states[0] = torch.full_like(states[0], torch.nan)
         return states
 
