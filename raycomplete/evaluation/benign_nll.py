@@ -176,10 +176,7 @@ def _sums(
     missing = [(key, answer) for key, answer in zip(keys, answers, strict=True) if key not in store]
     for start in range(0, len(missing), _BATCH):
         if cancelled():
-            raise EvaluationCancelled(
-                "The evaluation was cancelled.",
-                "Finished work is kept; the same command continues it (train: with --resume).",
-            )
+            raise EvaluationCancelled
         batch = missing[start : start + _BATCH]
         found = scorer.log_probs([(answer.tokens, answer.num_prompt) for _, answer in batch])
         rows = []

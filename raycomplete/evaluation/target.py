@@ -79,10 +79,7 @@ class Target:
     def stop_if_cancelled(self) -> None:
         """Raises EvaluationCancelled where someone asked to stop."""
         if self.cancelled():
-            raise EvaluationCancelled(
-                "The evaluation was cancelled.",
-                "Finished work is kept; the same command continues it (train: with --resume).",
-            )
+            raise EvaluationCancelled
 
     def white_boxes(self, attack: str) -> Sequence[WhiteBox]:
         """Copies with gradients and full distributions; at least one."""

@@ -133,8 +133,9 @@ class Progress:
 class EvaluationCancelled(StoppedError):
     """Someone asked to stop; what was finished is kept."""
 
-    def __init__(self) -> None:
-        super().__init__(
-            "The evaluation was cancelled.",
-            "Finished work is kept; the same command continues it (train: with --resume).",
-        )
+    def __init__(
+        self,
+        problem: str = "The evaluation was cancelled.",
+        remedy: str = "Finished work is kept; the same command continues it (train: with --resume).",
+    ) -> None:
+        super().__init__(problem, remedy)

@@ -121,7 +121,7 @@ def fine_tune(
                 stopping=stopping,
             )
         except StoppedError as error:  # to an evaluation, and to the service, this is being cancelled
-            raise EvaluationCancelled from error
+            raise EvaluationCancelled(error.problem) from error
     return output
 
 
