@@ -114,7 +114,7 @@ def attack_result(attack: Attack[Any], answered: Found, judge: Judge) -> dict[st
     trials = list(by_behaviour.values())
     counts = _counts(answered)
     picked = attack.best_of > 1
-    is_unlike = picked or any(unit.prefill for unit, _ in answered)
+    is_unlike = picked or any(found.response.prefill for _, found in answered)
     corrected = None if is_unlike else corrected_asr(counts, len(trials), measured(judge))
     reasons = [*attack.config.reduced_because(len(trials)), *_flaws(attack, answered, judge)]
     return {

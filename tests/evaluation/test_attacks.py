@@ -107,7 +107,8 @@ def test_summary_and_table_of_all_attacks(
     assert "decoding (reduced), worst of n" in labels
     assert "gcg (reduced), worst of n" not in labels, "one trial each"
     assert "templates (reduced), judge corrected" in labels
-    assert "prefill (reduced), judge corrected" not in labels, "its error rates are those of whole answers"
+    for name in ("prefill", "adaptive"):
+        assert f"{name} (reduced), judge corrected" not in labels, "its error rates are those of whole answers"
     assert labels.index("over-refusal (borderline)") > labels.index("gcg (reduced)")
     changed = {**results, "student": evaluate(model(REFUSE), codec, tools, sets, ["templates"], tmp_path / "b")}
     changed["student"]["attacks"]["templates"]["settings"] = {"limit": 1}
