@@ -84,6 +84,38 @@ def test_a_lost_connection_is_taken_up_where_it_broke(
         follow(broken, "job", lambda _: None)
 
 
+@pytest.mark.parametrize(
+    ("answers", "expected"),
+    [(["known"], "known"), ([RuntimeError("does not exist")], OSError), ([OSError("down")] * 9, WorkError)],
+)
+def test_a_job_whose_answer_was_lost_is_not_submitted_twice(
+    answers: list[Any], expected: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job_client, "_RETRY_S", 0.0)
+    names: list[str] = []
+    replies = iter(answers)
+
+    def submit_job(**given: Any) -> str:
+        names.append(given["submission_id"])
+        raise ConnectionResetError("gone")
+
+    def get_job_info(job: str) -> Any:
+        assert job == names[0]
+        reply = next(replies)
+        if isinstance(reply, Exception):
+            raise reply
+        return reply
+
+    client = SimpleNamespace(submit_job=submit_job, get_job_info=get_job_info)
+    submission = SimpleNamespace(entrypoint=["python"], working_dir="x", runtime_env={})
+    if expected == "known":
+        assert job_client._submit(client, submission) == names[0]  # type: ignore[arg-type]
+    else:
+        with pytest.raises(expected):
+            job_client._submit(client, submission)  # type: ignore[arg-type]
+    assert len(names) == 1
+
+
 def test_ctrl_c_stops_the_job_and_a_second_one_leaves_it() -> None:
     once = Client("STOPPED", None, [["a", KeyboardInterrupt()], ["a", "saved"]])
     assert follow(once, "job", lambda _: None) == 1

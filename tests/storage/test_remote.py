@@ -65,3 +65,15 @@ def test_s3_says_what_is_wrong(s3_server: str, monkeypatch: pytest.MonkeyPatch) 
     finally:
         http(f"http://{s3_server}/moto-api/reset-auth", "POST", b"inf")
     assert os.environ["AWS_SECRET_ACCESS_KEY"] not in str(caught.value)
+
+
+def test_files_on_a_mount_are_as_private_as_here(tmp_path: Path) -> None:
+    """A mount may have other users, and what is mirrored holds answers to harmful prompts."""
+    source = tmp_path / "samples.jsonl"
+    source.write_text("tokens")
+    source.chmod(0o600)
+    remote = Remote(f"file://{tmp_path}/store")
+    remote.upload(source, "run/samples.jsonl")
+    remote.write("run/manifest.json", b"{}")
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "store" / "run").iterdir()}
+    assert modes == {"samples.jsonl": 0o600, "manifest.json": 0o600}
