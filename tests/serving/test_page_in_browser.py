@@ -160,7 +160,7 @@ def test_both_themes_follow_the_system_and_the_button(browser: Browser, site: Si
     page = "document.documentElement"
     assert browser.run(f"{page}.scrollWidth <= {page}.clientWidth"), "a phone needs no sideways scrolling"
     browser.wait("document.querySelector('#results .chart svg').viewBox.baseVal.width < 400")  # drawn anew
-    inside = "[...document.querySelectorAll('#results .scroll, #results .chart')]"
+    inside = "[...document.querySelectorAll('#content .scroll, #results .chart')]"
     assert browser.run(f"{inside}.every((part) => part.scrollWidth <= part.clientWidth + 1)"), "nor do its tables"
     look(browser, "narrow")
 
