@@ -180,6 +180,15 @@ class Head:
         )
 
 
+def ended(process: subprocess.Popen[str], timeout_s: float = 180) -> str:
+    """What a process still says until its end; where it does not end, the failure shows how far it came."""
+    try:
+        return process.communicate(timeout=timeout_s)[0]
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise AssertionError(f"no end within {timeout_s} s: {process.communicate()[0]}") from None
+
+
 @pytest.fixture
 def head() -> Iterator[Head]:
     base = Path(tempfile.mkdtemp(prefix="rc-", dir="/tmp"))  # Ray's sockets need a short path
@@ -218,6 +227,8 @@ def head() -> Iterator[Head]:
                 time.sleep(0.2)
         yield Head(f"http://127.0.0.1:{port}", environment, folder)
     finally:
+        if process.poll() is not None:  # pytest shows it where the test failed
+            print("The head died:", (base / "head.log").read_text())
         process.send_signal(signal.SIGTERM)  # `--block` takes the node's processes along
         process.wait(60)
         shutil.rmtree(base, ignore_errors=True)
@@ -243,26 +254,28 @@ def test_jobs_on_a_real_cluster_end_as_they_do_here(head: Head) -> None:
     (head.folder / "jobs" / "diagnose.py").write_text("import sys\nprint('hello', *sys.argv[1:])\n")
     unknown = head.submit(RAY_AUTH_MODE="disabled")
     refused = head.submit("models.base=no/such/folder", "--job", "evaluate")  # by raycomplete itself, over there
-    assert "asks for a token (401)" in unknown.communicate(timeout=60)[0]
+    assert "asks for a token (401)" in ended(unknown)
     assert unknown.returncode == 2
 
     stopped = head.submit("train.steps=3")
     assert stopped.stdout is not None
+    said = []
     for line in stopped.stdout:
+        said.append(line)
         if line.startswith("at work"):
-            assert "['run.yaml', 'train.steps=3']" in line
             break
+    assert said[-1].startswith("at work ['run.yaml', 'train.steps=3']"), "".join(said)
     stopped.send_signal(signal.SIGINT)
-    text = stopped.communicate(timeout=60)[0]
+    text = ended(stopped)
     assert "checkpoint written" in text
     assert "stopped" in text
     assert stopped.returncode == 1
 
     greeting = head.submit("--job", "diagnose")
-    assert "hello run.yaml" in greeting.communicate(timeout=60)[0]
+    assert "hello run.yaml" in ended(greeting)
     assert greeting.returncode == 0
 
-    text = refused.communicate(timeout=120)[0]
+    text = ended(refused)
     assert "Refused:" in text
     assert "no/such/folder" in text
     assert refused.returncode == 2
