@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -99,7 +100,8 @@ class LocalCluster:
 
     def alive(self) -> int:
         """Nodes that the head believes to be alive."""
-        code = "import ray; ray.init(address=%r, log_to_driver=False); print(sum(n['Alive'] for n in ray.nodes()))"
+        code = "import ray; ray.init(address=%r, log_to_driver=False); "
+        code += "print('alive:', sum(node['Alive'] for node in ray.nodes()))"
         try:
             result = subprocess.run(
                 [sys.executable, "-c", code % f"{_HEAD}:{self._port}"],
@@ -111,7 +113,8 @@ class LocalCluster:
             )
         except subprocess.TimeoutExpired:  # a client that came before the head was ready may wait forever
             return 0
-        return int(result.stdout.strip().splitlines()[-1]) if result.returncode == 0 else 0
+        found = re.search(r"^alive: (\d+)$", result.stdout, re.MULTILINE)  # between what Ray itself prints
+        return int(found.group(1)) if found else 0
 
     def close(self) -> None:
         """Ends every process of the cluster and waits for them, then removes its files."""
