@@ -63,6 +63,13 @@ class DepthConfig(Section):
         return self
 
 
+class OpeningConfig(Section):
+    """First tokens of an anchor answer: where it is decided whether it becomes an answer or a refusal."""
+
+    tokens: int = Field(8, ge=1)
+    weight: float = Field(1.0, ge=1, description="of each of them, where every later token has 1; the sum stays 1")
+
+
 class ConstraintConfig(Section):
     """Holds KL(aligned || student) on anchor tokens under a budget by a Lagrange multiplier on the anchor weight."""
 
@@ -103,6 +110,7 @@ class TrainConfig(Section):
     recovery_divergence: Divergence = "forward_kl"
     temperature: float = Field(1.0, gt=0, description="of teacher and student alike in anchor and recovery")
     weights: LossWeights = Field(default_factory=LossWeights)
+    opening: OpeningConfig = Field(default_factory=OpeningConfig)
     penalty: PenaltyConfig = Field(default_factory=PenaltyConfig)
     contrastive: ContrastiveConfig = Field(default_factory=ContrastiveConfig)
     depth: DepthConfig = Field(default_factory=DepthConfig)

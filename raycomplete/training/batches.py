@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from raycomplete.config import OpeningConfig
 from raycomplete.core.loss_types import TokenKind
 from raycomplete.training.feed import Scores
 from raycomplete.training.packing import pack
@@ -25,7 +26,8 @@ class MicroBatch:
         position_ids_BT: Position of each token in its own sequence, 0 on padding.
         row_N: Flat positions b * T + t whose next-token distribution is trained.
         kind_N: `TokenKind` of each row.
-        weight_N: Weight of each row: the loss is a mean over the tokens of each kind in the whole step.
+        weight_N: Weight of each row: the loss is a mean over the tokens of each kind in the whole step, that of the
+            anchor a weighted one.
         item_N: Which item of the micro-batch a row belongs to.
         aligned_hidden_NH: Teacher's hidden state of each row.
         base_hidden_PH: Base's hidden state of each row that needs it, in order; None if there is none.
@@ -85,12 +87,14 @@ class BatchBuilder:
         contrastive: Whether every row needs base.
         scale: World size times micro-batches of a step; undoes the averaging of DeepSpeed, so that the loss is the
             exact mean over all tokens of the step.
+        opening: Which anchor tokens count more than others.
         packed: Whether sequences share rows; false for models that cannot keep them apart.
     """
 
     penalty: bool
     contrastive: bool
     scale: float
+    opening: OpeningConfig = field(default_factory=OpeningConfig)
     packed: bool = True
 
     def build(
@@ -120,8 +124,9 @@ class BatchBuilder:
             input_ids_BT[row, span] = torch.tensor(sequence[:-1])
             position_ids_BT[row, span] = torch.arange(lengths[index])
             rows += [part.at(index, row * longest + column, sequence) for part in parts]
+        anchor_sum = plan.num_anchor_tokens + (self.opening.weight - 1) * plan.num_opening_tokens(self.opening.tokens)
         weight_of = {
-            TokenKind.ANCHOR: emphasis.anchor * self.scale / max(plan.num_anchor_tokens, 1),
+            TokenKind.ANCHOR: emphasis.anchor * self.scale / max(anchor_sum, 1),
             TokenKind.RECOVERY: self.scale / max(plan.num_recovery_tokens, 1),
             TokenKind.PENALTY: self.scale / max(plan.num_penalty_tokens, 1),
         }
@@ -131,10 +136,11 @@ class BatchBuilder:
         kinds = torch.tensor([int(part.kind) for part in rows])
         weights = torch.tensor([weight_of[part.kind] for part in rows], dtype=torch.float32)
         weight_N = weights.repeat_interleave(counts)
-        if emphasis.penalty_by_depth is not None:
-            for part, weight_T in zip(rows, weight_N.split(counts.tolist()), strict=True):
-                if part.kind is TokenKind.PENALTY:
-                    weight_T *= emphasis.penalty_by_depth[_depths(items[part.item], part.count)]
+        for part, weight_T in zip(rows, weight_N.split(counts.tolist()), strict=True):
+            if part.kind is TokenKind.ANCHOR:
+                weight_T[: self.opening.tokens] *= self.opening.weight
+            elif part.kind is TokenKind.PENALTY and emphasis.penalty_by_depth is not None:
+                weight_T *= emphasis.penalty_by_depth[_depths(items[part.item], part.count)]
         return MicroBatch(
             input_ids_BT=input_ids_BT,
             position_ids_BT=position_ids_BT,

@@ -56,6 +56,10 @@ class StepPlan:
         """Response tokens of all anchor sequences."""
         return sum(len(item.sample.answer_ids) for item in self.anchor)
 
+    def num_opening_tokens(self, opening: int) -> int:
+        """Tokens among the first `opening` ones of their anchor answer."""
+        return sum(min(len(item.sample.answer_ids), opening) for item in self.anchor)
+
     @property
     def num_recovery_tokens(self) -> int:
         """Refusal tokens of all recovery sequences."""

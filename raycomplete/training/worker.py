@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from ray import train as ray_train
 
-from raycomplete.config import DepthConfig
+from raycomplete.config import DepthConfig, OpeningConfig
 from raycomplete.core.depth_sampler import DepthSampler
 from raycomplete.core.loss_types import LossSettings
 from raycomplete.core.multiplier import AnchorMultiplier
@@ -98,6 +98,7 @@ class Worker:
             penalty=scored and self.loss.penalty > 0,
             contrastive=scored and self.loss.alpha > 0,
             scale=float(self.world_size * self.accumulation),
+            opening=train.opening if scored else OpeningConfig(),
         )
         self.feed = ScoreFeed(
             job.sources,

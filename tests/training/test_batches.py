@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from raycomplete.config import OpeningConfig
 from raycomplete.core.loss_types import LossSettings, TokenKind, needs_base
 from raycomplete.data.checkpoints import load_model
 from raycomplete.data.head_spec import load_head
@@ -269,6 +270,32 @@ def test_a_batch_of_one_kind_has_no_other(tiny: Tiny) -> None:
     assert batch.base_hidden_PH is None
     # Still weighted by the counts of the whole step, not of this micro-batch.
     assert float(batch.weight_N[0]) == pytest.approx(1 / tiny.plan.num_anchor_tokens)
+
+
+@pytest.mark.parametrize(("tokens", "weight"), [(1, 8.0), (2, 3.5), (100, 4.0), (2, 1.0)])
+def test_the_opening_of_an_answer_counts_more_and_the_anchor_stays_a_mean(
+    tiny: Tiny, tokens: int, weight: float
+) -> None:
+    opening = OpeningConfig(tokens=tokens, weight=weight)
+    batch = replace(builder(scale=2.0), opening=opening).build(tiny.items, tiny.plan, tiny.scores, Emphasis(anchor=3.0))
+    plain = builder(scale=2.0).build(tiny.items, tiny.plan, tiny.scores, Emphasis(anchor=3.0))
+    anchor_N = batch.kind_N == TokenKind.ANCHOR
+    raw = [
+        weight if position < tokens else 1.0
+        for item in tiny.items
+        if isinstance(item, AnchorItem)
+        for position in range(len(item.sample.answer_ids))
+    ]
+    expected = 6.0 * torch.tensor(raw, dtype=torch.float64) / sum(raw)
+    torch.testing.assert_close(batch.weight_N[anchor_N].double(), expected, rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(batch.weight_N[~anchor_N], plain.weight_N[~anchor_N], rtol=0.0, atol=0.0)
+
+
+def test_the_opening_is_the_same_over_micro_batches(tiny: Tiny) -> None:
+    opened = replace(builder(), opening=OpeningConfig(tokens=2, weight=5.0))
+    whole = opened.build(tiny.items, tiny.plan, tiny.scores)
+    halves = [opened.build(part, tiny.plan, tiny.scores) for part in (tiny.items[:3], tiny.items[3:])]
+    torch.testing.assert_close(torch.cat([half.weight_N for half in halves]), whole.weight_N, rtol=0.0, atol=0.0)
 
 
 def test_a_batch_moves_whole(tiny: Tiny) -> None:
