@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from raycomplete.config import DepthConfig, TrainConfig
+from raycomplete.config import DepthConfig, OpeningConfig, TrainConfig
 from raycomplete.core.depth_sampler import DepthSampler
 from raycomplete.core.loss_types import LossSettings
 from raycomplete.data.checkpoints import load_model
@@ -42,6 +42,7 @@ def settings(*, num_workers: int, zero_stage: int, **changes: Any) -> TrainConfi
         "loss_chunk_tokens": 16,
         "checkpoint_every": 2,
         "depth": DepthConfig(min=1, max=16),
+        "opening": OpeningConfig(tokens=2, weight=3.0),
         "stall_timeout_s": 240.0,
     }
     return TrainConfig(**(values | changes))
@@ -61,7 +62,7 @@ def reference_first_loss(folder: Path, train: TrainConfig) -> dict[str, float]:
     plan = planner.plan(0, DepthSampler(train.depth, train.seed))
     feed = ScoreFeed(job.sources, max_depth=train.depth.max, penalty=True, contrastive=False)
     feed.request(0, *planner.samples_of(0))
-    builder = BatchBuilder(penalty=True, contrastive=False, scale=1.0)
+    builder = BatchBuilder(penalty=True, contrastive=False, scale=1.0, opening=train.opening)
     batch = builder.build(plan.local(0, 1), plan, feed.take(0))
     _, output = plain_loss(job, batch, LossSettings.from_config(train))
     return {
