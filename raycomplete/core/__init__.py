@@ -4,15 +4,14 @@ Imports torch and numpy only; knows nothing of engines, files or clusters.
 """
 
 from raycomplete.core.base_favored import (
-    ProfileRows,
     base_favored_mask,
     base_favored_mass,
     deficit,
     forward_kl,
-    profile_rows,
     trained_depth,
 )
 from raycomplete.core.depth_sampler import DepthSampler
+from raycomplete.core.diagnosis_walk import DiagnosisRows, DiagnosisSettings, diagnose_rows
 from raycomplete.core.heads import Head
 from raycomplete.core.loss import completion_loss
 from raycomplete.core.loss_types import LossOutput, LossSettings, TokenKind, needs_base
@@ -20,18 +19,19 @@ from raycomplete.core.teacher import contrastive_log_probs
 
 __all__ = [
     "DepthSampler",
+    "DiagnosisRows",
+    "DiagnosisSettings",
     "Head",
     "LossOutput",
     "LossSettings",
-    "ProfileRows",
     "TokenKind",
     "base_favored_mask",
     "base_favored_mass",
     "completion_loss",
     "contrastive_log_probs",
     "deficit",
+    "diagnose_rows",
     "forward_kl",
     "needs_base",
-    "profile_rows",
     "trained_depth",
 ]

@@ -88,8 +88,20 @@ class Head:
         Returns:
             [N, V] in `logits_dtype`.
         """
+        return self.logits_of_product(self.product(hidden_NH))
+
+    def product(self, hidden_NH: Tensor) -> Tensor:
+        """The matrix product of `logits` alone, [N, V] in the weight's dtype."""
         with torch.autocast(hidden_NH.device.type, enabled=False):
-            raw_NV = (hidden_NH.to(self.weight_VH.dtype) @ self.weight_VH.T).to(self.logits_dtype)
+            return hidden_NH.to(self.weight_VH.dtype) @ self.weight_VH.T
+
+    def logits_of_product(self, product_NV: Tensor) -> Tensor:
+        """What `logits` does after its product: bias, scale and softcap, [N, V] in `logits_dtype`.
+
+        Where nothing is to be done, the result is the product itself, not a copy.
+        """
+        with torch.autocast(product_NV.device.type, enabled=False):
+            raw_NV = product_NV.to(self.logits_dtype)
             if self.bias_V is not None:
                 raw_NV = raw_NV + self.bias_V.to(self.logits_dtype)
             logits_NV = raw_NV if self.scale == 1.0 else raw_NV * self.scale

@@ -20,7 +20,8 @@ import numpy as np
 import torch
 
 from raycomplete.config import DiagnoseConfig
-from raycomplete.core.diagnostics import METRICS, DiagnosisRows, DiagnosisSettings, diagnose_rows, position_bands
+from raycomplete.core.diagnosis_walk import METRICS, DiagnosisRows, DiagnosisSettings, diagnose_rows
+from raycomplete.core.diagnostics import position_bands
 from raycomplete.core.heads import Head
 from raycomplete.data.stream import Columns, write_partition
 from raycomplete.pipeline.diagnose_samples import Sample

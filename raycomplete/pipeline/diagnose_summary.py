@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from raycomplete.config import DiagnoseConfig
-from raycomplete.core.diagnostics import METRICS, PositionStatistics, position_bands
+from raycomplete.core.diagnosis_walk import METRICS
+from raycomplete.core.diagnostics import PositionStatistics, position_bands
 from raycomplete.data.stream import Columns, partition_metadata, read_partition
 from raycomplete.pipeline.diagnose_partitions import samples_of
 from raycomplete.types import Codec

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from raycomplete.core.base_favored import profile_rows
+from raycomplete.core.diagnosis_walk import PROFILE_METRICS, DiagnosisSettings, diagnose_rows
 from raycomplete.core.heads import Head
 from raycomplete.core.loss_types import LossSettings
 from raycomplete.files import read_json, write_json
@@ -19,7 +19,6 @@ from raycomplete.training.plan import AnchorItem, StepPlan
 from raycomplete.training.samples import AnchorSample
 
 Profile = dict[str, list[float]]  # mean by position for each name, and "n"
-_NAMES = ("base_favored_mass", "kl_to_base", "deficit")
 
 
 def scored_samples(
@@ -78,20 +77,19 @@ def aligned_profile(
 ) -> Profile:
     """The same for the aligned model, from its scorer's hidden states alone; no rank needs another one."""
     measured = []
+    walk = DiagnosisSettings(settings.tau, settings.margin, settings.kappa, settings.chunk_tokens)
     for batch in _batches(samples, scores, micro_batch):
         assert batch.aligned_hidden_NH is not None
         assert batch.base_hidden_PH is not None
-        rows = profile_rows(
-            batch.aligned_hidden_NH.to(heads["aligned"].weight_VH.device),
-            heads["aligned"],
-            batch.base_hidden_PH.to(heads["base"].weight_VH.device),
-            heads["base"],
-            settings.tau,
-            settings.kappa,
-            settings.chunk_tokens,
-            settings.margin,
-        )
-        measured.append(torch.stack([row_N.double().cpu() for row_N in (rows.mass_N, rows.kl_N, rows.deficit_N)]))
+        aligned, base = heads["aligned"], heads["base"]
+        rows = diagnose_rows(
+            {"aligned": (batch.aligned_hidden_NH.to(aligned.weight_VH.device), aligned)},
+            batch.base_hidden_PH.to(base.weight_VH.device),
+            base,
+            (),
+            walk,
+        )["aligned"]
+        measured.append(torch.stack([rows.column(name).double().cpu() for name in PROFILE_METRICS]))
     return _means(samples, torch.cat(measured, dim=1))
 
 
@@ -108,10 +106,10 @@ def _means(samples: Sequence[AnchorSample], measured_3N: torch.Tensor) -> Profil
     """Rows of all samples, one after the other, averaged by position; "n" counts prompts that reach a position."""
     size = max(len(sample.answer_ids) for sample in samples)
     position_N = torch.cat([torch.arange(len(sample.answer_ids)) for sample in samples])
-    sums_3T = torch.zeros(len(_NAMES), size, dtype=torch.float64).index_add_(1, position_N, measured_3N)
+    sums_3T = torch.zeros(len(PROFILE_METRICS), size, dtype=torch.float64).index_add_(1, position_N, measured_3N)
     count_T = torch.bincount(position_N, minlength=size)
     means_3T = sums_3T / count_T.clamp(min=1)
-    profile = {name: means_3T[index].tolist() for index, name in enumerate(_NAMES)}
+    profile = {name: means_3T[index].tolist() for index, name in enumerate(PROFILE_METRICS)}
     return profile | {"n": count_T.tolist()}
 
 

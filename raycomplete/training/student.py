@@ -9,8 +9,8 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from raycomplete.core.base_favored import profile_rows
 from raycomplete.core.chunks import rows_per_chunk
+from raycomplete.core.diagnosis_walk import PROFILE_METRICS, DiagnosisSettings, diagnose_rows
 from raycomplete.core.heads import Head
 from raycomplete.core.loss import completion_loss
 from raycomplete.core.loss_types import LossOutput, LossSettings
@@ -60,8 +60,14 @@ class HeadLoss(nn.Module):
             return (self._cross_entropy(hidden_NH, *arguments),)
         if mode == "log_probs":
             return (self._log_probs(hidden_NH, *arguments),)
-        rows = profile_rows(hidden_NH, self.head(), *arguments)
-        return rows.mass_N, rows.kl_N, rows.deficit_N
+        return self._profile(hidden_NH, *arguments)
+
+    def _profile(
+        self, hidden_NH: Tensor, base_hidden_NH: Tensor, base: Head, settings: DiagnosisSettings
+    ) -> tuple[Tensor, ...]:
+        policies = {"student": (hidden_NH, self.head())}
+        rows = diagnose_rows(policies, base_hidden_NH, base, (), settings)["student"]
+        return tuple(rows.column(name) for name in PROFILE_METRICS)
 
     def _log_probs(self, hidden_NH: Tensor, target_N: Tensor, chunk_tokens: int) -> Tensor:
         """log p_s(target_n) [N], a chunk of logits at a time."""
@@ -126,8 +132,8 @@ class StudentModule(nn.Module):
             return self._call(mode, hidden_NH, batch.target_N, self._chunk_rows(hidden_NH))
         base = self._teachers.get("base")
         if mode == "profile":
-            constants = (settings.tau, settings.kappa, settings.chunk_tokens, settings.margin)
-            return self._call(mode, hidden_NH, batch.base_hidden_PH, base, *constants)
+            walk = DiagnosisSettings(settings.tau, settings.margin, settings.kappa, settings.chunk_tokens)
+            return self._call(mode, hidden_NH, batch.base_hidden_PH, base, walk)
         return self._call(
             mode,
             hidden_NH,

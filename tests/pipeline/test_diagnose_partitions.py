@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from raycomplete.core import Head
-from raycomplete.core.diagnostics import METRICS, DiagnosisSettings, diagnose_rows
+from raycomplete.core.diagnosis_walk import METRICS, DiagnosisSettings, diagnose_rows
 from raycomplete.pipeline.diagnose_engines import find_refusal_tokens
 from raycomplete.pipeline.diagnose_partitions import Walk, measure_partition, token_batches
 from tests.pipeline.planted import (
