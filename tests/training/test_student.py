@@ -54,7 +54,7 @@ def test_loss_and_gradients_equal_the_float64_reference(alpha: float, tmp_path: 
 
     model, expected = plain_loss(job, batch, settings)
     expected.total.backward()
-    assert float(output.total) == pytest.approx(float(expected.total.detach()), rel=1e-5)
+    assert output.total.item() == pytest.approx(float(expected.total.detach()), rel=1e-5)
     for (name, parameter), other in zip(student.lm.named_parameters(), model.parameters(), strict=True):
         assert parameter.grad is not None
         difference = (parameter.grad.double() - other.grad).norm() / other.grad.norm()
