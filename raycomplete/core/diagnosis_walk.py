@@ -1,4 +1,4 @@
-"""One walk over token rows that compares policies with base: logits exist for a few rows at a time, never [N, V].
+"""One walk over token rows that compares policies with base, a few rows at a time: never [N, V].
 
 Base-favored tokens are the idea of arXiv 2511.12155 (known to us by its abstract and secondary reports); every formula
 here and the margin are ours.
@@ -24,6 +24,7 @@ from raycomplete.core.base_favored import base_favored_mask, deficit
 from raycomplete.core.checks import check_hidden, check_rows_finite, check_same_vocabulary
 from raycomplete.core.chunks import ChunkTokens, rows_per_chunk
 from raycomplete.core.heads import Head
+from raycomplete.core.loss_types import LossSettings
 
 METRICS = (
     "base_favored_mass",
@@ -38,7 +39,10 @@ the two argmaxes agree (0 or 1), and the policy's probability of the refusal tok
 PROFILE_METRICS = ("base_favored_mass", "kl_to_base", "deficit")
 """Those of the position profile."""
 _GROUP = 64  # tokens of the vocabulary whose largest logit is kept
-_BLOCK_BYTES = 2 * 2**20  # one model's logits of a block on a CPU: a core's share of the cache
+# Logits of one model in a block. A block keeps up to six tensors of that size. On a CPU they stay in the cache of the
+# cores that share the work; elsewhere they bound the memory.
+_BLOCK_BYTES_PER_THREAD = 2 * 2**20
+_BLOCK_BYTES_OFF_CPU = 64 * 2**20
 _SLACK = 1e-3  # nats below log tau at which a token still is a candidate; the set itself is cut by `base_favored_mask`
 
 
@@ -60,6 +64,11 @@ class DiagnosisSettings:
     margin: float = 0.1
     kappa: float = 0.5
     chunk_tokens: ChunkTokens = 128
+
+    @classmethod
+    def of_loss(cls, settings: LossSettings) -> DiagnosisSettings:
+        """Those that a training run's loss uses."""
+        return cls(tau=settings.tau, margin=settings.margin, kappa=settings.kappa, chunk_tokens=settings.chunk_tokens)
 
     def __post_init__(self) -> None:
         if self.chunk_tokens != "auto" and self.chunk_tokens < 1:
@@ -121,9 +130,9 @@ def diagnose_rows(
     check_same_vocabulary({"base": base_head, **{name: head for name, (_, head) in policies.items()}})
     refusal_R = torch.tensor(list(refusal_ids), dtype=torch.long, device=base_hidden_NH.device)
     parts: dict[str, list[DiagnosisRows]] = {name: [] for name in policies}
-    chunk_rows = rows_per_chunk(
-        settings.chunk_tokens, base_head.vocab_size, base_head.weight_VH.dtype, base_hidden_NH.device
-    )
+    dtype, device = base_head.weight_VH.dtype, base_hidden_NH.device
+    copies = 1 + len(policies)
+    chunk_rows = rows_per_chunk(settings.chunk_tokens, base_head.vocab_size, dtype, device, copies)
     for start in range(0, max(num_rows, 1), chunk_rows):
         rows = slice(start, start + chunk_rows)
         base_CV = base_head.product(base_hidden_NH[rows])
@@ -131,12 +140,11 @@ def diagnose_rows(
         size = _block_rows(base_CV, base_head.logits_dtype)
         for first in range(0, max(len(base_CV), 1), size):
             block = slice(first, first + size)
-            base = _read(base_head, base_CV[block])
+            base, _ = _read(base_head, base_CV[block])
             candidate_2K = base.tokens_above(math.log(settings.tau) - _SLACK if settings.tau > 0 else -math.inf)
             for name, (_, head) in policies.items():
-                policy = _read(head, policy_CV[name][block])
-                excluding = _excludes(head) or _excludes(base_head)
-                found = _compare(policy, base, candidate_2K, refusal_R, settings, excluding=excluding)
+                policy, weight_BV = _read(head, policy_CV[name][block])
+                found = _compare(policy, weight_BV, base, candidate_2K, refusal_R, settings)
                 parts[name].append(_shifted(found, start + first))
     joined = {name: _joined(found) for name, found in parts.items()}
     for name, found in joined.items():
@@ -145,39 +153,36 @@ def diagnose_rows(
 
 
 def _block_rows(product_CV: Tensor, dtype: torch.dtype) -> int:
-    """Rows whose logits are looked at together: what a cache holds, or all of them on a GPU."""
-    num_rows, vocab_size = product_CV.shape
-    if product_CV.device.type != "cpu":
-        return max(num_rows, 1)
-    return max(_BLOCK_BYTES // (vocab_size * dtype.itemsize), 1)
-
-
-def _excludes(head: Head) -> bool:
-    """Whether the head gives some tokens no probability at all."""
-    return head.bias_V is not None and bool(head.bias_V.isinf().any())
+    """Rows whose logits are looked at together."""
+    on_cpu = product_CV.device.type == "cpu"
+    budget = _BLOCK_BYTES_PER_THREAD * torch.get_num_threads() if on_cpu else _BLOCK_BYTES_OFF_CPU
+    return max(budget // (product_CV.shape[1] * dtype.itemsize), 1)
 
 
 @dataclass(frozen=True, eq=False)
 class _Block:
-    """A few rows of one model: log p = logits - log_norm = log(weight / total).
+    """A few rows of one model: log p = (logits - top) - log_total.
+
+    Top and total stay apart: their sum would be rounded at the size of the logits, and where a model is sure of a token
+    the log of the total is smaller than that.
 
     Attributes:
         logits_BV: Logits [B, V].
-        weight_BV: exp(logits - the largest of the row) [B, V].
-        total_B: Sum of the weights [B].
-        log_norm_B: Log of the sum of exp(logits) [B].
         group_BG: Largest logit of each group of `_GROUP` tokens [B, G].
+        top_B: Largest logit [B].
+        total_B: Sum of exp(logits - top) [B].
+        log_total_B: Its log [B].
     """
 
     logits_BV: Tensor
-    weight_BV: Tensor
-    total_B: Tensor
-    log_norm_B: Tensor
     group_BG: Tensor
+    top_B: Tensor
+    total_B: Tensor
+    log_total_B: Tensor
 
     def log_prob(self, row_K: Tensor, token_K: Tensor) -> Tensor:
         """log p of single tokens [K]."""
-        return self.logits_BV[row_K, token_K] - self.log_norm_B[row_K]
+        return (self.logits_BV[row_K, token_K] - self.top_B[row_K]) - self.log_total_B[row_K]
 
     def argmax(self) -> Tensor:
         """The most probable token [B], the first of equals."""
@@ -187,9 +192,10 @@ class _Block:
 
     def tokens_above(self, log_tau: float) -> Tensor:
         """Rows and tokens [2, K] of log p at least `log_tau`, in order."""
-        row_P, group_P = (self.group_BG >= log_tau + self.log_norm_B[:, None]).nonzero().T
+        lowest_B = log_tau + self.log_total_B
+        row_P, group_P = (self.group_BG - self.top_B[:, None] >= lowest_B[:, None]).nonzero().T
         token_PL, logits_PL = self._group(row_P, group_P)
-        reached_PL = logits_PL >= log_tau + self.log_norm_B[row_P, None]
+        reached_PL = logits_PL - self.top_B[row_P, None] >= lowest_B[row_P, None]
         # The last group may be short; its missing tokens repeat the last one, which must count once.
         reached_PL &= (group_P[:, None] * _GROUP + torch.arange(_GROUP, device=group_P.device)) == token_PL
         return torch.stack([row_P[:, None].expand_as(token_PL)[reached_PL], token_PL[reached_PL]])
@@ -201,13 +207,14 @@ class _Block:
         return token_PL, self.logits_BV[row_P[:, None], token_PL]
 
 
-def _read(head: Head, product_BV: Tensor) -> _Block:
+def _read(head: Head, product_BV: Tensor) -> tuple[_Block, Tensor]:
+    """The block, and exp(logits - top) [B, V]."""
     logits_BV = head.logits_of_product(product_BV)
     group_BG = _group_maxima(logits_BV)
     top_B1 = group_BG.amax(dim=-1, keepdim=True)
     weight_BV = (logits_BV - top_B1).exp_()
     total_B = weight_BV.sum(dim=-1)
-    return _Block(logits_BV, weight_BV, total_B, top_B1[:, 0] + total_B.log(), group_BG)
+    return _Block(logits_BV, group_BG, top_B1[:, 0], total_B, total_B.log()), weight_BV
 
 
 def _group_maxima(logits_BV: Tensor) -> Tensor:
@@ -218,20 +225,19 @@ def _group_maxima(logits_BV: Tensor) -> Tensor:
 
 def _compare(
     policy: _Block,
+    weight_BV: Tensor,
     base: _Block,
     candidate_2K: Tensor,
     refusal_R: Tensor,
     settings: DiagnosisSettings,
-    *,
-    excluding: bool,
 ) -> DiagnosisRows:
     row_K, token_K = candidate_2K
     log_policy_K, log_base_K = policy.log_prob(row_K, token_K), base.log_prob(row_K, token_K)
     favored_K = base_favored_mask(log_policy_K, log_base_K, settings.tau, settings.margin)
     row_K, token_K = row_K[favored_K], token_K[favored_K]
     base_K, policy_K = log_base_K[favored_K].exp(), log_policy_K[favored_K].exp()
-    zeros_B = torch.zeros_like(base.log_norm_B)
-    kl_B = _kl(policy, base, excluding=excluding)
+    zeros_B = torch.zeros_like(base.total_B)
+    kl_B = _kl(policy, weight_BV, base)
     values_BM = torch.stack(
         [
             zeros_B.index_add(0, row_K, base_K),
@@ -239,28 +245,24 @@ def _compare(
             kl_B,
             deficit(kl_B, settings.kappa),
             (policy.argmax() == base.argmax()).to(kl_B.dtype),
-            policy.weight_BV[:, refusal_R].sum(dim=-1) / policy.total_B,
+            weight_BV[:, refusal_R].sum(dim=-1) / policy.total_B,
         ],
         dim=-1,
     )
     return DiagnosisRows(values_BM, row_K, token_K, base_K, policy_K)
 
 
-def _kl(policy: _Block, base: _Block, *, excluding: bool) -> Tensor:
+def _kl(policy: _Block, weight_BV: Tensor, base: _Block) -> Tensor:
     """KL(policy || base) of each row in nats, as `trained_depth` in a third of its passes over the vocabulary.
 
     KL = sum_v p(v) (logit_p(v) - logit_b(v)) - log_norm_p + log_norm_b. Rounding below 0 is cut off.
-
-    Args:
-        policy: Its rows.
-        base: The same rows.
-        excluding: Whether logits may be -inf. Tokens that the policy excludes then add 0.
     """
     difference_BV = policy.logits_BV - base.logits_BV
-    if excluding:
-        difference_BV.masked_fill_(policy.weight_BV == 0, 0.0)
-    mean_B = difference_BV.mul_(policy.weight_BV).sum(dim=-1) / policy.total_B
-    return (mean_B - policy.log_norm_B + base.log_norm_B).clamp(min=0.0)
+    sum_B = (difference_BV * weight_BV).sum(dim=-1)
+    if bool(sum_B.isnan().any()):  # 0 * infinity, from tokens that the policy excludes: they add 0
+        sum_B = difference_BV.masked_fill_(weight_BV == 0, 0.0).mul_(weight_BV).sum(dim=-1)
+    difference_B = (policy.top_B - base.top_B) + (policy.log_total_B - base.log_total_B)
+    return (sum_B / policy.total_B - difference_B).clamp(min=0.0)
 
 
 def _shifted(rows: DiagnosisRows, start: int) -> DiagnosisRows:

@@ -54,7 +54,9 @@ class Walk:
     def rows(self, samples: Sequence[Sample]) -> Iterator[tuple[list[Sample], dict[str, DiagnosisRows]]]:
         """Batches of samples with their rows, token after token and sample after sample."""
         settings = self.settings
-        walk = DiagnosisSettings(settings.tau, settings.margin, settings.kappa, settings.chunk_tokens)
+        walk = DiagnosisSettings(
+            tau=settings.tau, margin=settings.margin, kappa=settings.kappa, chunk_tokens=settings.chunk_tokens
+        )
         for batch, hidden in self.hidden_states(samples):
             policies = {role: (hidden[role], self.heads[role]) for role in self.policies}
             yield batch, diagnose_rows(policies, hidden["base"], self.heads["base"], self.refusal_ids, walk)

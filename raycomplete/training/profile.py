@@ -49,7 +49,7 @@ def student_profile(
 ) -> Profile:
     """Means over prompts of mass, KL(student || base) and deficit at each position.
 
-    Every rank computes the same numbers: under ZeRO-3 a forward pass needs all of them anyway.
+    Every rank computes the same numbers, on a GPU up to rounding: under ZeRO-3 a forward pass needs all ranks anyway.
 
     Args:
         engine: DeepSpeed's engine.
@@ -77,7 +77,7 @@ def aligned_profile(
 ) -> Profile:
     """The same for the aligned model, from its scorer's hidden states alone; no rank needs another one."""
     measured = []
-    walk = DiagnosisSettings(settings.tau, settings.margin, settings.kappa, settings.chunk_tokens)
+    walk = DiagnosisSettings.of_loss(settings)
     for batch in _batches(samples, scores, micro_batch):
         assert batch.aligned_hidden_NH is not None
         assert batch.base_hidden_PH is not None

@@ -132,7 +132,7 @@ class StudentModule(nn.Module):
             return self._call(mode, hidden_NH, batch.target_N, self._chunk_rows(hidden_NH))
         base = self._teachers.get("base")
         if mode == "profile":
-            walk = DiagnosisSettings(settings.tau, settings.margin, settings.kappa, settings.chunk_tokens)
+            walk = DiagnosisSettings.of_loss(settings)
             return self._call(mode, hidden_NH, batch.base_hidden_PH, base, walk)
         return self._call(
             mode,

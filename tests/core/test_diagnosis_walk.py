@@ -57,7 +57,7 @@ def materialised(policy_NH, policy_head, base_NH, base_head, config: DiagnosisSe
 def test_the_walk_equals_the_materialised_computation(
     monkeypatch: pytest.MonkeyPatch, chunk_tokens: int, vocab: int, block_rows: int, tau: float
 ) -> None:
-    monkeypatch.setattr(diagnosis_walk, "_BLOCK_BYTES", block_rows * vocab * 8)
+    monkeypatch.setattr(diagnosis_walk, "_block_rows", lambda *_: block_rows)
     policy_NH, policy_head, base_NH, base_head = models(vocab=vocab)
     config = DiagnosisSettings(tau=tau, margin=0.1, kappa=0.7, chunk_tokens=chunk_tokens)
     found = diagnose_rows({"aligned": (policy_NH, policy_head)}, base_NH, base_head, REFUSALS, config)["aligned"]
@@ -206,14 +206,70 @@ def test_the_first_of_equals_and_every_candidate_are_found(vocab: int, levels: i
     assert (found.token_K.diff() > 0).all()
 
 
-def test_bfloat16_weights_cost_no_accuracy_after_the_product() -> None:
-    """Logits of 30 and more, as real heads give, in float32 after a bfloat16 product: within 1e-5 of float64."""
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
+def test_only_the_product_is_rounded_to_bfloat16(offset: float) -> None:
+    """Logits of 30 and more, as real heads give, or of 1000: within 1e-5 of float64 on the same logits."""
     policy_NH, base_NH = (normal(seed, 40, 64).bfloat16() for seed in (11, 12))
     base_NH = (policy_NH + 0.2 * base_NH).bfloat16()
-    head = Head((normal(13, 3000, 64) * 1.2).bfloat16())
+    bias_V = torch.full((3000,), offset)
+    head = Head((normal(13, 3000, 64) * 1.2).bfloat16(), bias_V, scale=0.9, softcap=None if offset else 60.0)
     config = DiagnosisSettings(tau=0.001, margin=0.0)
     found = diagnose_rows({"aligned": (policy_NH, head)}, base_NH, head, REFUSALS, config)["aligned"]
     assert head.logits(policy_NH).max() > 30
     assert found.values_NM.dtype == torch.float32
     expected_NM = materialised(policy_NH, head, base_NH, head, config)
     assert torch.allclose(found.values_NM.double(), expected_NM, rtol=1e-5, atol=1e-5)
+
+
+def test_the_mass_of_a_sure_model_is_not_rounded_away() -> None:
+    """Both all but certain of one token: log p is some -1e-4, which logits of 30 in float32 barely resolve."""
+    generator = torch.Generator().manual_seed(3)
+    logits_NV = torch.randn(400, 1000, generator=generator)
+    logits_NV[:, 7] = 20.0
+    identity = Head(torch.eye(1000), torch.full((1000,), 10.0))
+    policy_NV = logits_NV + 0.1 * torch.randn(400, 1000, generator=generator)
+    config = DiagnosisSettings(tau=0.01, margin=0.0)
+    found = diagnose_rows({"aligned": (policy_NV, identity)}, logits_NV, identity, (), config)["aligned"]
+    p_NV, b_NV = (identity.logits(rows).double().softmax(-1) for rows in (policy_NV, logits_NV))
+    mass_N = (b_NV * ((b_NV > p_NV) & (b_NV >= 0.01))).sum(-1)
+    assert 1e-6 < float((1 - b_NV[:, 7]).median()) < 1e-5
+    assert 0.3 < float(mass_N.mean()) < 0.7
+    assert float(((found.column("base_favored_mass") - mass_N).abs() > 0.5).double().mean()) < 0.08
+
+
+def test_rounding_makes_no_kl_negative() -> None:
+    hidden_NH = normal(21, 500, 8).float()
+    head = Head(normal(22, 300, 8).float())
+    near_NH = hidden_NH * (1 + 1e-7)
+    found = diagnose_rows({"aligned": (near_NH, head)}, hidden_NH, head, (), DiagnosisSettings())["aligned"]
+    assert found.column("kl_to_base").min() >= 0
+    assert found.column("deficit").max() <= 1
+    # Without the cut some would be: it does something here.
+    logs = [head.logits(rows_NH).log_softmax(-1) for rows_NH in (near_NH, hidden_NH)]
+    assert float((logs[0].exp() * (logs[0] - logs[1])).sum(-1).min()) < 0
+
+
+def test_a_token_that_base_excludes_and_the_policy_all_but_excludes_adds_nothing() -> None:
+    logits_NV, base_NV = normal(31, 5, VOCAB).float(), normal(32, 5, VOCAB).float()
+    logits_NV[:, 2] = -1e4
+    identity = Head(torch.eye(VOCAB))
+    bias_V = torch.zeros(VOCAB)
+    bias_V[2] = -torch.inf
+    masked = replace(identity, bias_V=bias_V)
+    found = diagnose_rows({"aligned": (logits_NV, identity)}, base_NV, masked, (), DiagnosisSettings())["aligned"]
+    kept = [i for i in range(VOCAB) if i != 2]
+    logs = [rows_NV[:, kept].double().log_softmax(-1) for rows_NV in (logits_NV, base_NV)]
+    assert torch.allclose(found.column("kl_to_base").double(), trained_depth(*logs), rtol=1e-5)
+
+
+def test_a_mask_that_overflows_excludes() -> None:
+    """The lowest float32 as a bias is a common mask; a scale makes it -inf."""
+    bias_V = torch.zeros(VOCAB)
+    bias_V[2] = torch.finfo(torch.float32).min
+    masked = Head(torch.eye(VOCAB), bias_V, scale=2.0)
+    logits_NV, base_NV = normal(31, 5, VOCAB).float(), normal(32, 5, VOCAB).float()
+    found = diagnose_rows({"aligned": (logits_NV, masked)}, base_NV, masked, (), DiagnosisSettings())["aligned"]
+    kept = [i for i in range(VOCAB) if i != 2]
+    logs = [2 * rows_NV[:, kept].double() for rows_NV in (logits_NV, base_NV)]
+    expected_N = trained_depth(*(rows_NV.log_softmax(-1) for rows_NV in logs))
+    assert torch.allclose(found.column("kl_to_base").double(), expected_N, rtol=1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch.nn import functional
 
 from raycomplete.config import ContrastiveConfig, DepthConfig, TrainConfig
+from raycomplete.core.base_favored import base_favored_mass, deficit, trained_depth
 from raycomplete.core.depth_sampler import DepthSampler
 from raycomplete.core.loss_types import LossSettings, TokenKind
 from raycomplete.data.checkpoints import load_model
@@ -19,6 +21,7 @@ from raycomplete.training.bad_steps import poison
 from raycomplete.training.batches import BatchBuilder, MicroBatch
 from raycomplete.training.feed import ScoreFeed
 from raycomplete.training.plan import Planner
+from raycomplete.training.profile import aligned_profile, scored_samples, student_profile
 from raycomplete.training.samples import read_samples
 from raycomplete.training.student import HeadSettings, StudentModule, to_loss_output
 from tests.training.tiny import make_job, plain_loss
@@ -113,5 +116,51 @@ def test_sft_is_the_cross_entropy_of_the_answers(tmp_path: Path) -> None:
     losses_N = functional.cross_entropy(logits_BTV.flatten(0, 1)[batch.row_N], batch.target_N, reduction="none")
     expected = (losses_N * batch.weight_N).sum()
     expected.backward()
-    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     torch.testing.assert_close(grad_VH, student.lm.lm_head.weight.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_profiles_are_the_formulas_of_the_loss(tmp_path: Path) -> None:
+    """With settings that are all different, so that none can stand in for another."""
+    _, job, settings = make_batch(tmp_path, 0.0)
+    settings = replace(settings, tau=0.004, margin=0.02, kappa=0.3)
+    student = make_student(job, settings).eval()
+    models = {role: load_model(job.sources[role].path, "float32").eval() for role in ("aligned", "base")}
+
+    def expected(policy: Any, prompt_and_answer: tuple[int, ...], cut: int) -> list[torch.Tensor]:
+        ids_1T = torch.tensor([prompt_and_answer])
+        with torch.no_grad():
+            log_p_TV, log_b_TV = (model(ids_1T).logits[0, cut - 1 : -1].double().log_softmax(-1) for model in policy)
+        kl_T = trained_depth(log_p_TV, log_b_TV)
+        mass_T = base_favored_mass(log_p_TV, log_b_TV, settings.tau, settings.margin)
+        return [mass_T, kl_T, deficit(kl_T, settings.kappa)]
+
+    samples, scores = scored_samples(read_samples(job.samples).profile, job.sources)
+    heads = {role: load_head(spec, dtype=torch.float32) for role, spec in job.teacher_heads.items()}
+    whose = {
+        "aligned": (models["aligned"], aligned_profile(samples, scores, heads, settings, 4)),
+        "student": (student.lm, student_profile(Engine(student), samples, scores, 4, packed=True)),
+    }
+    for who, (model, found) in whose.items():
+        parts = [
+            expected((model, models["base"]), item.prompt_ids + item.answer_ids, len(item.prompt_ids))
+            for item in samples
+        ]
+        for index, name in enumerate(("base_favored_mass", "kl_to_base", "deficit")):
+            for position, value in enumerate(found[name]):
+                mean = torch.stack([part[index][position] for part in parts if len(part[index]) > position]).mean()
+                assert value == pytest.approx(float(mean), rel=1e-3, abs=1e-6), (who, name, position)
+    assert max(whose["aligned"][1]["base_favored_mass"]) > 0.05
+
+
+class Engine:
+    """As much of DeepSpeed's engine as a profile needs."""
+
+    device = "cpu"
+
+    def __init__(self, module: StudentModule) -> None:
+        self._module = module
+        self.eval, self.train = module.eval, module.train
+
+    def __call__(self, batch: MicroBatch, mode: str) -> Any:
+        return self._module(batch, mode)
