@@ -67,7 +67,7 @@ class DiagnoseConfig(Section):
     partition_prompts: int = Field(64, ge=1, description="prompts whose results are one Parquet file")
     batch_tokens: int = Field(4096, ge=1, description="tokens that a scorer is asked for at a time")
     in_flight: int = Field(2, ge=1, description="batches scored ahead of the walk")
-    chunk_tokens: int = Field(128, ge=1, description="token rows whose products with a head exist at a time")
+    chunk_tokens: int = Field(256, ge=1, description="token rows whose products with a head exist at a time")
     contrastive: ContrastiveDecodingConfig = Field(default_factory=ContrastiveDecodingConfig)
 
     def with_paths(self, absolute: Callable[[Path], Path]) -> DiagnoseConfig:

@@ -63,7 +63,7 @@ class DiagnosisSettings:
     tau: float = 0.01
     margin: float = 0.1
     kappa: float = 0.5
-    chunk_tokens: ChunkTokens = 128
+    chunk_tokens: ChunkTokens = 256
 
     @classmethod
     def of_loss(cls, settings: LossSettings) -> DiagnosisSettings:
