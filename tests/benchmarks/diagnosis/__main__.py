@@ -18,6 +18,7 @@ def main() -> None:
     parser.add_argument("--partition", type=int, default=32, help="prompts of one partition")
     parser.add_argument("--tokens", type=int, default=512, help="response tokens of each prompt")
     parser.add_argument("--out", type=Path, default=RUNS / "diagnosis", help="folder of results.json and results.md")
+    parser.add_argument("--alone-every", type=int, default=1, help="scorers alone read every N-th partition only")
     parser.add_argument("--driver-only", action="store_true", help="random hidden states, no engines")
     given = parser.parse_args()
     work = Work(
@@ -27,6 +28,7 @@ def main() -> None:
         given.partition,
         answer_tokens=given.tokens,
         engines=not given.driver_only,
+        alone_every=given.alone_every,
     )
     run(work, given.out)
 

@@ -38,23 +38,23 @@ def run(work: Work, out: Path, console: Console | None = None) -> Found:
 
 
 def _table(work: Work, found: Found) -> Table:
-    def rate(seconds: list[float]) -> str:
-        return f"{found.response_tokens / sum(seconds):.0f}"
+    def rate(tokens: int, seconds: list[float]) -> str:
+        return f"{tokens / sum(seconds):.0f}"
 
     rows = [
         (
             "scorers alone" if work.engines else "random hidden states alone",
-            rate(found.engine.wall_s),
-            rate(found.engine.cpu_s),
+            rate(found.alone_tokens, found.engine.wall_s),
+            rate(found.alone_tokens, found.engine.cpu_s),
             "1.00x" if work.engines else "",
             "",
         ),
         (
             "diagnosis" if work.engines else "walk and files",
-            rate(found.walk.wall_s),
-            rate(found.walk.cpu_s),
-            f"{sum(found.engine.wall_s) / sum(found.walk.wall_s):.2f}x" if work.engines else "",
-            f"{found.peak_mib:.0f} MiB, after each partition {', '.join(f'{value:.0f}' for value in found.rss_mib)}",
+            rate(found.response_tokens, found.walk.wall_s),
+            rate(found.response_tokens, found.walk.cpu_s),
+            f"{found.alone_ratio:.2f}x" if work.engines else "",
+            f"{found.peak_mib:.0f} MiB, after each partition {min(found.rss_mib):.0f} to {max(found.rss_mib):.0f}",
         ),
     ]
     equal = "equal to the last bit" if found.equal_after_resume else f"within {found.largest_difference:.2g}"
