@@ -12,7 +12,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as raycomplete does; a test may load torch before it
 
 
 @pytest.fixture(scope="session")

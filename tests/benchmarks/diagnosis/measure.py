@@ -207,8 +207,8 @@ class RandomStates:
 
     def collect_tensors(self, reference: Any) -> list[torch.Tensor]:
         drawn = torch.Generator().manual_seed(self._seed)
-        # As large as SmolLM2-135M's, whose standard deviation is 2.2: far larger ones would give denormal weights, which
-        # a processor is slow at.
+        # About as large as SmolLM2-135M's, of standard deviation 2.2: far larger ones give denormal weights, at which
+        # a processor is slow.
         return [torch.randn(len(ids) - cut, self._width, generator=drawn).bfloat16().mul_(2) for ids, cut in reference]
 
 
