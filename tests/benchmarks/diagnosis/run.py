@@ -39,7 +39,8 @@ def run(work: Work, out: Path, console: Console | None = None) -> Found:
 
 def _table(work: Work, found: Found) -> Table:
     def rate(tokens: int, seconds: list[float]) -> str:
-        return f"{tokens / sum(seconds):.0f}"
+        # Processor time is counted in hundredths of a second, so it can be none at all.
+        return f"{tokens / sum(seconds):.0f}" if sum(seconds) else "-"
 
     rows = [
         (
