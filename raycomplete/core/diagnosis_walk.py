@@ -257,10 +257,10 @@ def _kl(policy: _Block, weight_BV: Tensor, base: _Block) -> Tensor:
 
     KL = sum_v p(v) (logit_p(v) - logit_b(v)) - log_norm_p + log_norm_b. Rounding below 0 is cut off.
     """
-    difference_BV = policy.logits_BV - base.logits_BV
-    sum_B = (difference_BV * weight_BV).sum(dim=-1)
+    sum_B = (policy.logits_BV - base.logits_BV).mul_(weight_BV).sum(dim=-1)
     if bool(sum_B.isnan().any()):  # 0 * infinity, from tokens that the policy excludes: they add 0
-        sum_B = difference_BV.masked_fill_(weight_BV == 0, 0.0).mul_(weight_BV).sum(dim=-1)
+        difference_BV = (policy.logits_BV - base.logits_BV).masked_fill_(weight_BV == 0, 0.0)
+        sum_B = difference_BV.mul_(weight_BV).sum(dim=-1)
     difference_B = (policy.top_B - base.top_B) + (policy.log_total_B - base.log_total_B)
     return (sum_B / policy.total_B - difference_B).clamp(min=0.0)
 

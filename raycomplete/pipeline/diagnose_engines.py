@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -13,6 +14,7 @@ from raycomplete.core.heads import Head
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.checkpoints import TORCH_DTYPES
 from raycomplete.data.head_spec import load_head
+from raycomplete.engine_options import available_cpus
 from raycomplete.pipeline.diagnose_partitions import Walk
 from raycomplete.pipeline.diagnose_samples import Sample
 from raycomplete.pipeline.fleet import Fleet, start_fleet
@@ -22,6 +24,28 @@ from raycomplete.types import ModelRole, Prompt
 
 _PARITY_TOKENS = 48
 _REFUSAL_RATIO = 2.0
+# Parameters of glibc's mallopt (malloc.h): how much free memory the process keeps, how much more it asks for at a time,
+# and from which size on a block is handed back on its own.
+_MALLOPT = {-1: 2**30, -2: 2**26, -3: 2**25}
+
+
+def make_room_for_engines(num_engines: int) -> None:
+    """Readies this process for a walk on a CPU beside engines that keep one core busy each.
+
+    It takes the threads that they leave, at least one, and keeps the memory that it frees, since the walk makes and
+    drops blocks of megabytes. Processor time a token, SmolLM2-135M's head on 2 idle cores: 0.87 ms before, 0.80 with
+    the memory kept, 0.77 with one thread as well.
+
+    Args:
+        num_engines: Engines at work while this process walks.
+    """
+    torch.set_num_threads(max(1, available_cpus() - num_engines))
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # another C library: slower, nothing else
+        return
+    for parameter, value in _MALLOPT.items():
+        mallopt(parameter, value)
 
 
 @contextmanager
@@ -49,6 +73,8 @@ def make_walk(fleet: Fleet, models: Models, config: RunConfig, refusal_ids: Sequ
     from 0.209 to 0.215 and the KL from 0.0347 to 0.0352 nats with heads in bf16 (float32 throughout: 0.206, 0.0342).
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        make_room_for_engines(len(fleet.scorers))
     heads: dict[str, Head] = {
         role: load_head(models.heads[role], dtype=TORCH_DTYPES[config.models.dtype], device=device)
         for role in ("base", "aligned", "student")

@@ -21,6 +21,7 @@ from raycomplete.data.checkpoints import TORCH_DTYPES
 from raycomplete.data.head_spec import load_head
 from raycomplete.data.stream import partition_metadata, read_partition
 from raycomplete.engine_options import engine_environment
+from raycomplete.pipeline.diagnose_engines import make_room_for_engines
 from raycomplete.pipeline.diagnose_partitions import Walk, measure_partition, write_measured
 from raycomplete.pipeline.diagnose_samples import Sample
 from raycomplete.pipeline.prepare import Models, prepare_models
@@ -134,6 +135,7 @@ def measure(work: Work, folder: Path) -> Found:
         heads: dict[str, Head] = {
             role: load_head(models.heads[role], dtype=TORCH_DTYPES[config.models.dtype], device="cpu") for role in ROLES
         }
+        make_room_for_engines(len(ROLES))  # as a diagnosis does
         walk = Walk(sources, heads, (1, 2), config.diagnose)
         for _ in walk.hidden_states(work.samples(10**6, vocab_size)[:2]):
             pass  # first calls allocate
