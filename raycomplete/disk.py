@@ -16,14 +16,13 @@ _FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 @contextmanager
-def named_when_full(folder: Path, what: str, needed: int = 0, unfinished: Path | None = None) -> Iterator[None]:
+def named_when_full(folder: Path, what: str, needed: int = 0) -> Iterator[None]:
     """Turns a full disk into one sentence; other errors pass.
 
     Args:
         folder: Where the block writes.
         what: For the message: "the checkpoint of step 40".
         needed: Bytes that it takes, where known.
-        unfinished: Folder that is half-written then, and removed, which also frees its room.
 
     Raises:
         DiskFullError: The disk, or a quota, is full.
@@ -33,10 +32,8 @@ def named_when_full(folder: Path, what: str, needed: int = 0, unfinished: Path |
     except Exception as error:
         if not is_full(error):
             raise
-        free = free_bytes(folder)
-        if unfinished is not None:
-            shutil.rmtree(unfinished, ignore_errors=True)
-        size = f" ({as_gib(needed)} needed, {as_gib(free)} free)" if needed else f" ({as_gib(free)} free)"
+        free = as_gib(free_bytes(folder))
+        size = f" ({as_gib(needed)} needed, {free} free)" if needed else f" ({free} free)"
         raise DiskFullError(
             f"The disk is full: {what} could not be written to {folder}{size}.",
             "What was complete before is untouched. Free some space, then resume with --resume.",

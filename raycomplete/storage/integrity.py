@@ -167,3 +167,10 @@ def prune(folder: Path, keep: int | None, keep_every: int = 0) -> None:
     """Drops the checkpoints that retention no longer asks for."""
     for step in superseded([step_of(path) for path in complete_checkpoints(folder)], keep, keep_every):
         drop(folder / f"step-{step:06d}")
+
+
+def drop_unfinished(folder: Path) -> None:
+    """Removes what a kill or a full disk left half-written. No worker may be writing meanwhile."""
+    for path in folder.glob("step-*"):
+        if not (path / COMPLETE).is_file():
+            shutil.rmtree(path, ignore_errors=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -122,7 +121,8 @@ def save(
         train: Says what else is kept and whether files are hashed; its defaults when absent.
 
     Raises:
-        DiskFullError: There was no room; the half-written checkpoint is removed, the ones before stay.
+        DiskFullError: There was no room. The half-written checkpoint stays until `drop_unfinished`, since other ranks
+            may still be writing to it.
     """
     train = train or TrainConfig()
     target = folder / f"step-{step:06d}"
@@ -130,7 +130,7 @@ def save(
         make_private(folder)
         (target / _COMPLETE).unlink(missing_ok=True)  # a resumed run may write a step again: until then it is not whole
     dist.barrier()
-    with named_when_full(folder, f"the checkpoint of step {step}", _newest_size(folder), unfinished=target):
+    with named_when_full(folder, f"the checkpoint of step {step}", _newest_size(folder)):
         engine.save_checkpoint(str(target), tag="state")
         dist.barrier()  # the files of every rank are there
         if dist.get_rank() == 0:
@@ -152,11 +152,9 @@ def keep_only(folder: Path, *steps: int) -> None:
 
 
 def drop_unfinished(folder: Path) -> None:
-    """Removes what a kill or a full disk left half-written; every rank must call this."""
+    """`integrity.drop_unfinished`; every rank must call this."""
     if dist.get_rank() == 0:
-        for path in folder.glob("step-*"):
-            if not (path / _COMPLETE).is_file():
-                shutil.rmtree(path, ignore_errors=True)
+        integrity.drop_unfinished(folder)
     dist.barrier()
 
 

@@ -14,6 +14,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from raycomplete.errors import StoppedError, WaitTimeoutError
 from raycomplete.metrics_file import MetricsReader
 from raycomplete.ray_calls import free_resources
+from raycomplete.storage import integrity
 from raycomplete.training.disk import check_space
 from raycomplete.training.failures import RestartAfterDeaths, count_failures, explain
 from raycomplete.training.job import TrainJob
@@ -100,6 +101,7 @@ def fit(
     _follow(job, thread, on_step, stopping)
     job.stop_file.unlink(missing_ok=True)
     if "error" in outcome:
+        integrity.drop_unfinished(job.checkpoints)  # workers are gone; on a full disk its room is wanted
         deaths = count_failures(job.failures_file) - deaths_before
         raise explain(outcome["error"], job, restarts=max(deaths - 1, 0)) from outcome["error"]
     stopped_after = outcome["result"]["stopped_after"]

@@ -96,3 +96,14 @@ def test_a_checkpoint_that_cannot_be_removed_no_longer_counts_and_ends_nothing(
     integrity.prune(tmp_path / "checkpoints", 1)
     assert [path.name for path in integrity.complete_checkpoints(tmp_path / "checkpoints")] == ["step-000002"]
     assert "step-000001 cannot be removed (Device or resource busy)" in caplog.text
+
+
+def test_only_what_is_half_written_is_dropped(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    integrity.drop_unfinished(folder)  # not there yet
+    for step in (1, 2, 3):
+        add_checkpoint(tmp_path, step)
+    (folder / "step-000002" / integrity.COMPLETE).unlink()
+    (folder / "notes.txt").write_text("the user's")
+    integrity.drop_unfinished(folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["notes.txt", "step-000001", "step-000003"]
