@@ -130,6 +130,15 @@ def test_make_knows_target(target: str) -> None:
     assert f"make {target} " in listed
 
 
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_lets_every_process_keep_bytecode() -> None:
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    command = ["make", "-s", "-C", str(ROOT), "--eval", "shown: ; @env", "shown"]
+    shown = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    assert "RAY_USAGE_STATS_ENABLED=" in shown
+    assert "PYTHONDONTWRITEBYTECODE" not in shown
+
+
 def run_setup(checkout: Path, *, path: str | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
     # The arguments of `make` (in which this test may run) must not reach the set-up.
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "PYTHON"))}
