@@ -9,7 +9,7 @@ See jobs/train.py for folders, exit codes and stops.
 import sys
 
 from raycomplete.cli import run_job
-from raycomplete.pipeline.diagnose import diagnose
+from raycomplete.commands.diagnose import diagnose
 
 if __name__ == "__main__":
     sys.exit(run_job(diagnose, sys.argv[1:]))

@@ -9,7 +9,7 @@ See jobs/train.py for folders, exit codes and stops.
 import sys
 
 from raycomplete.cli import run_job
-from raycomplete.pipeline.evaluate import evaluate
+from raycomplete.commands.evaluate import evaluate
 
 if __name__ == "__main__":
     sys.exit(run_job(evaluate, sys.argv[1:]))

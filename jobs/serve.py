@@ -10,7 +10,7 @@ The service runs for as long as the job; `ray job stop` puts evaluations at work
 import sys
 
 from raycomplete.cli import run_job
-from raycomplete.pipeline.serve import serve
+from raycomplete.commands.serve import serve
 
 if __name__ == "__main__":
     sys.exit(run_job(serve, sys.argv[1:]))

@@ -11,7 +11,7 @@ RAY_JOB_STOP_WAIT_TIME_S leaves it time for that: `submit` sets it, as do cluste
 import sys
 
 from raycomplete.cli import run_job
-from raycomplete.pipeline.train import train
+from raycomplete.commands.train import train
 
 if __name__ == "__main__":
     sys.exit(run_job(train, sys.argv[1:]))

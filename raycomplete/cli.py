@@ -17,8 +17,8 @@ from rich.markup import escape
 
 from raycomplete import __version__
 from raycomplete.config import load_run_file
-from raycomplete.errors import ConfigError, ProcessDiedError, RaycompleteError, StoppedError, WorkError
-from raycomplete.logs import log_failure
+from raycomplete.runtime.errors import ConfigError, ProcessDiedError, RaycompleteError, StoppedError, WorkError
+from raycomplete.runtime.logs import log_failure
 
 app = typer.Typer(
     name="raycomplete",
@@ -52,7 +52,7 @@ def demo(
     """Runs the main job on the embedded model organism, on this machine: a few minutes on 2 cores."""
     with as_file(files("raycomplete").joinpath("data", "organism", "organism.yaml")) as path:
         config = load_run_file(path, ["output.name=demo", *(overrides or [])])
-    from raycomplete.pipeline.train import train as run_train
+    from raycomplete.commands.train import train as run_train
 
     # Only the demo's own folder is replaced unasked.
     run_train(config, resume=resume, overwrite=config.output.name == "demo")
@@ -77,7 +77,7 @@ def doctor(
 def train(run_file: RunFile, overrides: Overrides = None, resume: Resume = False, overwrite: Overwrite = False) -> None:
     """Completes a safety-aligned model: sample, score, train, evaluate, report."""
     config = load_run_file(run_file, overrides or [])  # before the import of torch, so that refusals are quick
-    from raycomplete.pipeline.train import train as run_train
+    from raycomplete.commands.train import train as run_train
 
     run_train(config, resume=resume, overwrite=overwrite)
 
@@ -86,7 +86,7 @@ def train(run_file: RunFile, overrides: Overrides = None, resume: Resume = False
 def align(run_file: RunFile, overrides: Overrides = None, resume: Resume = False, overwrite: Overwrite = False) -> None:
     """Makes an aligned twin of a base model by safety SFT on your data."""
     config = load_run_file(run_file, overrides or [])  # before the import of torch, so that refusals are quick
-    from raycomplete.pipeline.align import align as run_align
+    from raycomplete.commands.align import align as run_align
 
     run_align(config, resume=resume, overwrite=overwrite)
 
@@ -95,7 +95,7 @@ def align(run_file: RunFile, overrides: Overrides = None, resume: Resume = False
 def evaluate(run_file: RunFile, overrides: Overrides = None) -> None:
     """Measures attack success by prefill depth, utility and over-refusal of base, aligned and student."""
     config = load_run_file(run_file, overrides or [])
-    from raycomplete.pipeline.evaluate import evaluate as run_evaluate
+    from raycomplete.commands.evaluate import evaluate as run_evaluate
 
     run_evaluate(config)
 
@@ -111,7 +111,7 @@ def diagnose(
     """Shows where alignment stopped, by position: needs a base and an aligned checkpoint, and trains nothing."""
     shown = ["diagnose.show_harmful=true"] if show_harmful else []
     config = load_run_file(run_file, [*(overrides or []), *shown])
-    from raycomplete.pipeline.diagnose import diagnose as run_diagnose
+    from raycomplete.commands.diagnose import diagnose as run_diagnose
 
     run_diagnose(config, resume=resume, overwrite=overwrite)
 
@@ -127,7 +127,7 @@ def serve(
     given = {"serve.host": host, "serve.port": port}
     chosen = [f"{key}={value}" for key, value in given.items() if value is not None]
     config = load_run_file(run_file, [*(overrides or []), *chosen])
-    from raycomplete.pipeline.serve import serve as run_serve
+    from raycomplete.commands.serve import serve as run_serve
 
     run_serve(config)
 
@@ -149,7 +149,7 @@ def plan(
 ) -> None:
     """Says on paper what a run needs: memory, speed, waiting, cost and bottleneck. Starts nothing."""
     if measure:
-        from raycomplete.pipeline.plan_measure import measure as run_measure
+        from raycomplete.plan.measure import measure as run_measure
 
         run_measure()
     elif run_file is None:
@@ -157,8 +157,8 @@ def plan(
     if run_file is None:
         return
     config = load_run_file(run_file, overrides or [])
-    from raycomplete.pipeline.plan import PlanOptions
-    from raycomplete.pipeline.plan import plan as run_plan
+    from raycomplete.commands.plan import PlanOptions
+    from raycomplete.commands.plan import plan as run_plan
 
     options = PlanOptions(
         hardware, nodes, gpus_per_node, student, teacher, price_per_gpu_hour, prompt_tokens, network_gbit
@@ -179,7 +179,7 @@ def submit(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command and send nothing.")] = False,
 ) -> int:
     """Runs a job on a cluster by `ray job submit`: prints the command, follows its log, ends with its exit code."""
-    from raycomplete.submit import prepare
+    from raycomplete.commands.submit import prepare
 
     flags = [flag for flag, is_set in (("--resume", resume), ("--overwrite", overwrite)) if is_set]
     submission = prepare(run_file, overrides or [], job=job, address=address, working_dir=working_dir, flags=flags)
@@ -189,7 +189,7 @@ def submit(
     print(submission.command(), flush=True)
     if dry_run:
         return 0
-    from raycomplete.job_client import send
+    from raycomplete.commands.job_client import send
 
     try:
         return send(submission, lambda text: aside.print(escape(text), style="dim", soft_wrap=True), wait=not no_wait)
@@ -229,7 +229,7 @@ def judge_calibrate(
     from raycomplete.config.evaluation import judge_settings
 
     settings = judge_settings({"kind": kind, "checkpoint": checkpoint, "rubric": rubric})
-    from raycomplete.pipeline.judge import calibrate_judge
+    from raycomplete.commands.judge import calibrate_judge
 
     calibrate_judge(file, settings, output)
 
@@ -309,7 +309,7 @@ def guarded(work: Callable[[], Any]) -> int:
 
 def _print_death(console: Console, error: ProcessDiedError) -> None:
     """One screen: who died, where, the likely cause, its log, what is kept and how to go on."""
-    from raycomplete.screen import print_facts
+    from raycomplete.runtime.console import print_facts
 
     console.print(f"[bold red]Failed:[/bold red] {escape(error.problem)}", highlight=False, soft_wrap=True)
     print_facts(console, error.facts())

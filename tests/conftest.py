@@ -37,9 +37,9 @@ def generator(ray_cluster: None) -> Iterator[Any]:
     from raycomplete.config import RolloutConfig
     from raycomplete.data.chat import ChatCodec
     from raycomplete.data.organism import checkpoint_path
-    from raycomplete.engine_options import engine_environment
-    from raycomplete.rollout.pool import RolloutPool
-    from raycomplete.rollout.worker import RolloutOptions
+    from raycomplete.engines.rollout_pool import RolloutPool
+    from raycomplete.engines.rollout_worker import RolloutOptions
+    from raycomplete.engines.spec import engine_environment
 
     codec = ChatCodec(checkpoint_path("aligned"))
     client = RolloutPool.start(

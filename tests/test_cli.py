@@ -18,8 +18,9 @@ import typer
 import yaml
 from transformers import AutoTokenizer
 
-from raycomplete import __version__, cli, job_client
-from raycomplete.errors import ConfigError, ProcessDiedError, StoppedError, WorkError
+from raycomplete import __version__, cli
+from raycomplete.commands import job_client
+from raycomplete.runtime.errors import ConfigError, ProcessDiedError, StoppedError, WorkError
 from tests.training.tiny import make_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -203,7 +204,7 @@ def test_a_real_process_refuses_alike(
 def test_overrides_reach_the_run(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
     monkeypatch.setattr(
-        "raycomplete.pipeline.train.train", lambda config, **options: seen.update(config=config, **options)
+        "raycomplete.commands.train.train", lambda config, **options: seen.update(config=config, **options)
     )
     assert main(monkeypatch, "train", "run.yaml", "train.steps=7", "output.name=other", "--resume") == 0
     assert (seen["config"].train.steps, seen["config"].output.name) == (7, "other")
@@ -215,7 +216,7 @@ def test_overrides_reach_the_run(place: Place, monkeypatch: pytest.MonkeyPatch) 
 def test_the_demo_is_the_embedded_organism(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
     monkeypatch.setattr(
-        "raycomplete.pipeline.train.train", lambda config, **options: seen.update(config=config, **options)
+        "raycomplete.commands.train.train", lambda config, **options: seen.update(config=config, **options)
     )
     monkeypatch.chdir(tmp_path)
     assert main(monkeypatch, "demo", "train.steps=3") == 0

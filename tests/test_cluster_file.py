@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from raycomplete.submit import STOP_WAIT_S
+from raycomplete.commands.submit import STOP_WAIT_S
 
 ROOT = Path(__file__).resolve().parent.parent
 

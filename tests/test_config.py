@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import yaml
 
+from raycomplete.attacks.settings import ATTACKS
 from raycomplete.config import RunConfig, dump, load_run_file, parse
-from raycomplete.config.attacks import ATTACKS
-from raycomplete.errors import ConfigError
+from raycomplete.runtime.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = sorted(path for path in (ROOT / "jobs").glob("*.yaml") if path.name != "serve.yaml")  # Ray Serve's own

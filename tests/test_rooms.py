@@ -174,13 +174,13 @@ def test_no_file_is_too_long() -> None:
 @pytest.mark.parametrize(
     ("file", "source", "is_wrong"),
     [
-        ("core/loss.py", "from raycomplete.types import TokenKind", False),
-        ("config.py", "from raycomplete.errors import ConfigError", False),
+        ("core/loss.py", "from raycomplete.runtime.types import TokenKind", False),
+        ("config.py", "from raycomplete.runtime.errors import ConfigError", False),
         ("scoring/engine.py", "from raycomplete.data import chat", False),
         ("cli.py", "from raycomplete.pipeline import run", False),
-        ("demo.py", "import raycomplete.scoring.engine", False),
+        ("demo.py", "import raycomplete.engines.scoring_engine", False),
         ("data/chat.py", "from raycomplete.scoring import cache", True),
-        ("training/worker.py", "def f():\n    import raycomplete.rollout.engine", True),
+        ("training/worker.py", "def f():\n    import raycomplete.engines.rollout_engine", True),
         ("evaluation/runner.py", "from raycomplete import rollout", True),
         ("report/html.py", "from raycomplete.pipeline import run", True),
         ("errors.py", "from raycomplete import core", True),

@@ -10,7 +10,6 @@ from raycomplete.config.evaluation import EvaluationConfig
 from raycomplete.config.inputs import AlignConfig, DataConfig, ModelsConfig, PromptSets, PromptSource
 from raycomplete.config.loading import dump, load_run_file, parse, resolve_paths
 from raycomplete.config.run import OutputConfig, RunConfig
-from raycomplete.config.section import Dtype
 from raycomplete.config.serving import AutoscalingConfig, ServeConfig
 from raycomplete.config.training import (
     ConstraintConfig,
@@ -22,6 +21,7 @@ from raycomplete.config.training import (
     TrainConfig,
     ValidationConfig,
 )
+from raycomplete.runtime.section import Dtype
 
 __all__ = [
     "AlignConfig",

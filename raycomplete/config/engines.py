@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from raycomplete.config.section import Section
+from raycomplete.runtime.section import Section
 
 
 class ScoringConfig(Section):

@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 from pydantic import Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
-from raycomplete.config.attacks import AttackConfig, PrefillAttack, explain, parse_attack
-from raycomplete.config.section import Section
-from raycomplete.errors import ConfigError
+from raycomplete.attacks.settings import AttackConfig, PrefillAttack, explain, parse_attack
+from raycomplete.runtime.errors import ConfigError
+from raycomplete.runtime.section import Section
 
 
 class JudgeConfig(Section):

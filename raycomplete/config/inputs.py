@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from raycomplete.config.section import Dtype, Section
+from raycomplete.runtime.section import Dtype, Section
 
 
 class ModelsConfig(Section):

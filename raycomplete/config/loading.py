@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from raycomplete.config.inputs import PromptSets, PromptSource
 from raycomplete.config.run import RunConfig
-from raycomplete.errors import ConfigError
+from raycomplete.runtime.errors import ConfigError
 
 
 def load_run_file(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:

@@ -10,10 +10,10 @@ from raycomplete.config.diagnosis import DiagnoseConfig
 from raycomplete.config.engines import ClusterConfig, RolloutConfig, ScoringConfig
 from raycomplete.config.evaluation import EvaluationConfig
 from raycomplete.config.inputs import AlignConfig, DataConfig, ModelsConfig
-from raycomplete.config.section import Section
 from raycomplete.config.serving import ServeConfig
 from raycomplete.config.storage import check_storage, inside, joined
 from raycomplete.config.training import TrainConfig
+from raycomplete.runtime.section import Section
 
 
 class OutputConfig(Section):

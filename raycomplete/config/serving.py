@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import Field, model_validator
 
-from raycomplete.config.section import Section
+from raycomplete.runtime.section import Section
 
 
 class AutoscalingConfig(Section):

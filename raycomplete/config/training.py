@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from raycomplete.config.section import Section
+from raycomplete.runtime.section import Section
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
 

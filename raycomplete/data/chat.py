@@ -10,14 +10,14 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from raycomplete.errors import CheckpointError
+from raycomplete.runtime.errors import CheckpointError
 
 # Names under which chat families keep their end-of-turn token; each that the vocabulary holds ends a response.
 _END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|endoftext|>", "<end_of_turn>", "</s>", "<|end|>")
 
 
 class ChatCodec:
-    """Encodes prompts and answers of one model family (implements `raycomplete.types.Codec`).
+    """Encodes prompts and answers of one model family (implements `raycomplete.runtime.types.Codec`).
 
     Args:
         path: Checkpoint folder with tokenizer files.

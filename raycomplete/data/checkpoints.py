@@ -22,7 +22,7 @@ from raycomplete.config import Dtype
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.organism.locate import OrganismRole, checkpoint_path
 from raycomplete.data.safety import check_safe
-from raycomplete.errors import CheckpointError
+from raycomplete.runtime.errors import CheckpointError
 
 TORCH_DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _NOT_ARCHITECTURE = frozenset(

@@ -13,8 +13,8 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from raycomplete.config import PromptSource
-from raycomplete.errors import DataError
-from raycomplete.types import Prompt, PromptKind
+from raycomplete.runtime.errors import DataError
+from raycomplete.runtime.types import Prompt, PromptKind
 
 _ENCODING = "utf-8-sig"  # UTF-8, with or without the mark that spreadsheets put first
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from raycomplete.errors import CheckpointError
+from raycomplete.runtime.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
 

@@ -24,9 +24,9 @@ import pyarrow.parquet as pq
 
 from raycomplete.config import PromptSource, StreamSource
 from raycomplete.data.prompts import matches, prompt_of
-from raycomplete.errors import DataError
-from raycomplete.files import PRIVATE, write_bytes
-from raycomplete.types import Prompt, PromptKind
+from raycomplete.runtime.errors import DataError
+from raycomplete.runtime.files import PRIVATE, write_bytes
+from raycomplete.runtime.types import Prompt, PromptKind
 
 Columns = dict[str, npt.NDArray[Any]]
 

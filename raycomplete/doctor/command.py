@@ -15,7 +15,7 @@ from raycomplete import __version__
 from raycomplete.config import load_run_file
 from raycomplete.doctor.findings import Context, Status, worst
 from raycomplete.doctor.runner import CHECKS, Outcome, run_checks
-from raycomplete.errors import RaycompleteError
+from raycomplete.runtime.errors import RaycompleteError
 
 SCHEMA = 1  # of the JSON; raised when a key is renamed or goes
 _MARKS: dict[Status, str] = {"ok": "[green]ok[/green]", "warn": "[yellow]warn[/yellow]", "fail": "[red]fail[/red]"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from raycomplete.doctor.child import Answer, ask
 from raycomplete.doctor.findings import Context, Finding, fail, ok
 from raycomplete.doctor.versions import import_report
-from raycomplete.engine_options import engine_environment
+from raycomplete.engines.spec import engine_environment
 
 TIMEOUT_S = 300.0
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from raycomplete.config import RunConfig
-from raycomplete.errors import RaycompleteError
+from raycomplete.runtime.errors import RaycompleteError
 
 Status: TypeAlias = Literal["ok", "warn", "fail"]
 STATUSES: tuple[Status, ...] = ("ok", "warn", "fail")  # from good to bad

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from raycomplete.config import RunConfig
 from raycomplete.plan.memory import states_bytes
-from raycomplete.training.disk import checkpoint_bytes, count_parameters
+from raycomplete.training.disk_space import checkpoint_bytes, count_parameters
 
 GIB = 2**30
 # Memory of a process beside its weights, its share of shared pages counted once (PSS): the largest seen while runs of
@@ -16,7 +16,7 @@ GIB = 2**30
 ENGINE_GIB = 0.9  # without its key-value cache
 WORKER_GIB = 0.8
 DRIVER_GIB = 1.2  # the driver and Ray's own processes
-OBJECT_STORE_GIB = 2  # what `raycomplete.cluster.connect` asks for on one machine
+OBJECT_STORE_GIB = 2  # what `raycomplete.engines.cluster.connect` asks for on one machine
 _SCORERS = 2
 
 

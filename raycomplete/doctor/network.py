@@ -9,7 +9,7 @@ from pathlib import Path
 
 from raycomplete.config import ServeConfig
 from raycomplete.doctor.findings import Context, Finding, fail, ok, warn
-from raycomplete.errors import ConfigError
+from raycomplete.runtime.errors import ConfigError
 
 _RAY_PORTS = {6379: "Ray's head", 8265: "Ray's dashboard and jobs", 10001: "Ray's clients"}
 _GENERATE = "ray get-auth-token --generate && chmod 600 ~/.ray/auth_token"

@@ -12,7 +12,7 @@ from raycomplete.doctor.child import Answer, ask
 from raycomplete.doctor.findings import Context, Finding, fail, ok, warn
 from raycomplete.doctor.needs import local_folder, needs_of
 from raycomplete.doctor.probe_cluster import look
-from raycomplete.files import write_text
+from raycomplete.runtime.files import write_text
 
 PROBE_TIMEOUT_S = 120.0
 MAX_SKEW_S = 5.0

@@ -30,11 +30,11 @@ def _smoke(use_gpu: bool) -> None:
 
     from raycomplete.data.chat import ChatCodec
     from raycomplete.data.checkpoints import fingerprint
-    from raycomplete.data.head_spec import load_head, read_head_spec
+    from raycomplete.data.heads import load_head, read_head_spec
     from raycomplete.data.organism.locate import checkpoint_path
-    from raycomplete.rollout.engine import RolloutEngine
-    from raycomplete.scoring.engine import PoolingEngine
-    from raycomplete.scoring.payload import ScoreRequest, to_tensor
+    from raycomplete.engines.payload import ScoreRequest, to_tensor
+    from raycomplete.engines.rollout_engine import RolloutEngine
+    from raycomplete.engines.scoring_engine import PoolingEngine
 
     clock = _told("import_s", clock)
     path = checkpoint_path("base")

@@ -7,11 +7,11 @@ import sys
 
 from raycomplete.config import RunConfig, parse
 from raycomplete.doctor.child import tell
-from raycomplete.errors import RefusedError
+from raycomplete.runtime.errors import RefusedError
 
 
 def main(config: RunConfig) -> None:
-    from raycomplete.pipeline.prepare import KINDS, prepare_models, prepare_prompts
+    from raycomplete.data.inputs import KINDS, prepare_models, prepare_prompts
 
     part = "checkpoints"
     try:

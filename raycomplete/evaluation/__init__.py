@@ -3,6 +3,8 @@
 `evaluate_model` measures one model into its run folder, `summarize` compares models, `closing_table` prints them.
 """
 
+from raycomplete.attacks.target import Attacker, AttackTools, Target
+from raycomplete.attacks.trial import EvaluationCancelled, Progress
 from raycomplete.evaluation.comparison import paired_bootstrap
 from raycomplete.evaluation.correction import corrected_asr, rogan_gladen
 from raycomplete.evaluation.judge import RefusalJudge
@@ -11,8 +13,6 @@ from raycomplete.evaluation.sets import EvaluationSets
 from raycomplete.evaluation.statistics import mean_over_depths, mean_over_trials, wilson, worst_of_trials
 from raycomplete.evaluation.summary import summarize
 from raycomplete.evaluation.table import closing_table, rate_text
-from raycomplete.evaluation.target import Attacker, AttackTools, Target
-from raycomplete.evaluation.units import EvaluationCancelled, Progress
 
 __all__ = [
     "AttackTools",

@@ -18,13 +18,13 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from raycomplete.attacks.trial import Decoding, EvaluationCancelled, Unit
 from raycomplete.config import EvaluationConfig
-from raycomplete.errors import WorkError
 from raycomplete.evaluation.results import HARMLESS
-from raycomplete.evaluation.storage import RowStore, content_hash
-from raycomplete.evaluation.units import Decoding, EvaluationCancelled, Unit
-from raycomplete.files import PRIVATE
-from raycomplete.types import Codec, Generator, Prompt
+from raycomplete.runtime.errors import WorkError
+from raycomplete.runtime.files import PRIVATE
+from raycomplete.runtime.row_store import RowStore, content_hash
+from raycomplete.runtime.types import Codec, Generator, Prompt
 
 FORMAT = 1  # part of every key: raise it when the meaning of a stored sum changes
 RESAMPLES = 10_000
@@ -33,7 +33,7 @@ _BLOCK = 1_000  # resamples that exist at a time
 
 
 class AnswerScorer(Protocol):
-    """A model that says how likely it finds given answers. Implemented by `raycomplete.rollout.pool.RolloutPool`."""
+    """A model that says how likely it finds given answers. Implemented by `raycomplete.engines.rollout_pool.RolloutPool`."""
 
     def log_probs(self, sequences: Sequence[tuple[Sequence[int], int]]) -> list[list[float]]:
         """Of each (token ids, number of prompt tokens): log p of every answer token, nats, temperature 1."""

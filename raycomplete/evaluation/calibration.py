@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raycomplete.errors import DataError
-from raycomplete.evaluation.judging import judged_texts, sees_goal
-from raycomplete.evaluation.rows import read_rows
+from raycomplete.attacks.judging import judged_texts, sees_goal
+from raycomplete.data.rows import read_rows
 from raycomplete.evaluation.statistics import wilson
-from raycomplete.files import read_json
-from raycomplete.types import Judge, Outcome, Prompt
+from raycomplete.runtime.errors import DataError
+from raycomplete.runtime.files import read_json
+from raycomplete.runtime.types import Judge, Outcome, Prompt
 
 # Labels of XSTest (Roettger et al., NAACL 2024) and plain words, by what they mean.
 _LABELS: Mapping[str, str] = {
@@ -134,7 +134,7 @@ def read_calibration(path: Path, judge_name: str) -> dict[str, Any]:
 
 
 class CalibratedJudge:
-    """A judge with the error rates of a calibration (implements `raycomplete.types.Judge`, and judges in batches)."""
+    """A judge with the error rates of a calibration (implements `raycomplete.runtime.types.Judge`, and judges in batches)."""
 
     def __init__(self, judge: Judge, measured: Mapping[str, Any]) -> None:
         self._judge = judge

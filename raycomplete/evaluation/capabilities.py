@@ -13,14 +13,14 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
+from raycomplete.attacks.target import Target
+from raycomplete.attacks.trial import Decoding, Unit
 from raycomplete.config.evaluation import CapabilitiesConfig
-from raycomplete.errors import DataError
+from raycomplete.data.rows import read_rows
 from raycomplete.evaluation.judge import RefusalJudge
-from raycomplete.evaluation.rows import read_rows
 from raycomplete.evaluation.statistics import wilson
-from raycomplete.evaluation.target import Target
-from raycomplete.evaluation.units import Decoding, Unit
-from raycomplete.types import Outcome, Prompt
+from raycomplete.runtime.errors import DataError
+from raycomplete.runtime.types import Outcome, Prompt
 
 ATTACK = "capabilities"  # under which these units are stored
 STANDARD_QUESTIONS: Mapping[str, int] = {"mmlu": 14_042, "bbh": 6_511}

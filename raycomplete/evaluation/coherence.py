@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import unicodedata
 
-from raycomplete.types import Outcome
+from raycomplete.runtime.types import Outcome
 
 LOOP_NGRAM = 4
 LOOP_SHARE = 0.6  # of the n-grams are repeats of earlier ones

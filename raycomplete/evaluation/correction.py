@@ -14,7 +14,7 @@ import numpy as np
 from scipy.stats import norm
 
 from raycomplete.evaluation.statistics import wilson_share
-from raycomplete.types import Outcome, Rate
+from raycomplete.runtime.types import Outcome, Rate
 
 
 def rogan_gladen(

@@ -6,11 +6,11 @@ import hashlib
 import re
 from collections.abc import Sequence
 
-from raycomplete.errors import DataError, WorkError
+from raycomplete.attacks.judging import filled
 from raycomplete.evaluation.coherence import emptiness_or_babble
 from raycomplete.evaluation.judge import RefusalJudge
-from raycomplete.evaluation.judging import filled
-from raycomplete.types import Codec, Generator, Outcome, Prompt
+from raycomplete.runtime.errors import DataError, WorkError
+from raycomplete.runtime.types import Codec, Generator, Outcome, Prompt
 
 SLOTS = ("{prompt}", "{prefill}", "{response}")
 RUBRIC = (
@@ -29,7 +29,7 @@ _OUTCOMES = {"refus": Outcome.REFUSED, "compli": Outcome.COMPLIED, "incoher": Ou
 
 
 class ModelJudge:
-    """Asks a model (implements `raycomplete.types.Judge`, and judges in batches).
+    """Asks a model (implements `raycomplete.runtime.types.Judge`, and judges in batches).
 
     Empty responses are told without asking. A reply without a verdict falls back on the offline judge and is counted in
     `num_unreadable`, so that every response has an outcome; where a fifth of the replies have none, judging ends.

@@ -7,15 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from raycomplete.attacks import Attack
+from raycomplete.attacks.judging import measured, sees_goal, texts
+from raycomplete.attacks.target import Target
+from raycomplete.attacks.trial import CUT_BY_CONTEXT, FIRST_COMPLIED, Response, Unit
 from raycomplete.config import EvaluationConfig
 from raycomplete.evaluation import capabilities
-from raycomplete.evaluation.attacks import Attack
 from raycomplete.evaluation.correction import corrected_asr
-from raycomplete.evaluation.judging import measured, sees_goal, texts
 from raycomplete.evaluation.statistics import mean_over_depths, mean_over_trials, wilson, worst_of_trials
-from raycomplete.evaluation.target import Target
-from raycomplete.evaluation.units import CUT_BY_CONTEXT, FIRST_COMPLIED, Response, Unit
-from raycomplete.types import Judge, Outcome, Rate
+from raycomplete.runtime.types import Judge, Outcome, Rate
 
 HARMLESS = "harmless"  # prompts as they are, to measure utility and over-refusal
 

@@ -19,20 +19,20 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from raycomplete.attacks import Attack, build_attack
+from raycomplete.attacks.attack import continued, grouped, plain_units
+from raycomplete.attacks.judging import judged, texts
+from raycomplete.attacks.settings import AttackConfig
+from raycomplete.attacks.target import AttackTools, Target, check_fits
+from raycomplete.attacks.trial import Progress, Response, Unit
 from raycomplete.config import EvaluationConfig
-from raycomplete.config.attacks import AttackConfig
-from raycomplete.errors import DataError
 from raycomplete.evaluation import capabilities
-from raycomplete.evaluation.attacks import Attack, build_attack
-from raycomplete.evaluation.attacks.base import continued, grouped, plain_units
-from raycomplete.evaluation.judging import judged, texts
 from raycomplete.evaluation.results import HARMLESS, Answered, Part, model_result
 from raycomplete.evaluation.sets import EvaluationSets
-from raycomplete.evaluation.storage import RowStore, content_hash, write_completions
-from raycomplete.evaluation.target import AttackTools, Target, check_fits
-from raycomplete.evaluation.units import Progress, Response, Unit
-from raycomplete.files import PRIVATE, write_json
-from raycomplete.types import Codec, Generator, Judge, ModelRole, Outcome
+from raycomplete.runtime.errors import DataError
+from raycomplete.runtime.files import PRIVATE, write_json
+from raycomplete.runtime.row_store import RowStore, content_hash, write_completions
+from raycomplete.runtime.types import Codec, Generator, Judge, ModelRole, Outcome
 
 
 def evaluate_model(

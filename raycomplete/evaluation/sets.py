@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from raycomplete.errors import DataError
-from raycomplete.types import Prompt
+from raycomplete.runtime.errors import DataError
+from raycomplete.runtime.types import Prompt
 
 
 @dataclass(frozen=True)

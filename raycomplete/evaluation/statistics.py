@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.stats import norm
 
-from raycomplete.types import Rate
+from raycomplete.runtime.types import Rate
 
 
 def wilson(successes: int, n: int, confidence: float = 0.95) -> Rate:

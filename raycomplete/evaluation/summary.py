@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from raycomplete.evaluation.comparison import paired_bootstrap
-from raycomplete.evaluation.price import price
-from raycomplete.types import MODEL_ROLES
+from raycomplete.evaluation.safety_regressions import price
+from raycomplete.runtime.types import MODEL_ROLES
 
 _COMPARED = (("student", "aligned"), ("aligned", "base"))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from raycomplete.types import MODEL_ROLES
+from raycomplete.runtime.types import MODEL_ROLES
 
 
 def closing_table(summary: Mapping[str, Any]) -> list[list[str]]:

@@ -6,14 +6,14 @@ import importlib
 from collections.abc import Sequence
 from typing import Any
 
-from raycomplete.errors import SetupError
 from raycomplete.evaluation.coherence import emptiness_or_babble
 from raycomplete.evaluation.judge import RefusalJudge
-from raycomplete.types import Outcome, Prompt
+from raycomplete.runtime.errors import SetupError
+from raycomplete.runtime.types import Outcome, Prompt
 
 
 class ZooJudge:
-    """One of JudgeZoo's judges (implements `raycomplete.types.Judge`, and judges in batches).
+    """One of JudgeZoo's judges (implements `raycomplete.runtime.types.Judge`, and judges in batches).
 
     JudgeZoo rates how harmful a response is. Where the prompt is harmful, it complied from `threshold` on and refused
     below, unless it is empty or babble. A harmless answer to a harmless prompt is no refusal: there the offline judge

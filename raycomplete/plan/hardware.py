@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from raycomplete.config import Dtype
-from raycomplete.errors import ConfigError
-from raycomplete.files import read_json
+from raycomplete.runtime.errors import ConfigError
+from raycomplete.runtime.files import read_json
 
 GIB = 2**30
 DEFAULT_MEASURED = Path("runs") / "hardware.json"

@@ -6,11 +6,11 @@ import math
 from contextlib import suppress
 from dataclasses import replace
 
-from raycomplete.errors import SetupError
 from raycomplete.plan.hardware import GIB
 from raycomplete.plan.memory import Memory, usable
 from raycomplete.plan.request import Layout, Request, engine_memory, loop_of, memories, worker_memory
 from raycomplete.plan.step import pace
+from raycomplete.runtime.errors import SetupError
 
 WAITING_GOAL = 0.10
 _MOST_ENGINES = 64  # of a role: beyond, waiting has another cause

@@ -10,7 +10,7 @@ from raycomplete.plan.shapes import DTYPE_BYTES, ModelShape
 from raycomplete.plan.workload import Sequences, Workload
 
 RESERVED_SHARE = 0.08  # of a device: CUDA context, fragmentation, communication buffers
-# The loss keeps one model's logits of a chunk within these budgets (raycomplete.core.chunks).
+# The loss keeps one model's logits of a chunk within these budgets (raycomplete.losses.chunks).
 _CHUNK_BUDGET = {True: 512 * 2**20, False: 48 * 2**20}
 _CHUNK_MULTIPLE = 64
 MAX_SEQUENCES = 256  # that an engine works on at a time
@@ -62,7 +62,7 @@ def states_bytes(
 
 
 def chunk_rows(train: TrainConfig, vocab_size: int, dtype: Dtype, *, is_gpu: bool) -> int:
-    """Token rows whose logits exist at a time, by the rule of `raycomplete.core.chunks.rows_per_chunk`."""
+    """Token rows whose logits exist at a time, by the rule of `raycomplete.losses.chunks.rows_per_chunk`."""
     if train.loss_chunk_tokens != "auto":
         return train.loss_chunk_tokens
     rows = _CHUNK_BUDGET[is_gpu] // (vocab_size * DTYPE_BYTES[dtype])

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from raycomplete.config import Dtype
-from raycomplete.errors import CheckpointError, ConfigError
+from raycomplete.runtime.errors import CheckpointError, ConfigError
 
 DTYPE_BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2}
 _NORM_FOUR = ("gemma2", "gemma3", "gemma3_text")  # norms before and after attention and MLP

@@ -19,11 +19,11 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from raycomplete.files import PRIVATE, write_bytes
 from raycomplete.report import diagnosis as diagnoses
 from raycomplete.report import plots
 from raycomplete.report.run_folder import RunFolder, read_run_folder
 from raycomplete.report.style import ROLES, house_style
+from raycomplete.runtime.files import PRIVATE, write_bytes
 
 MAX_TABLE_ROWS = 60  # longer data stays in its CSV file
 

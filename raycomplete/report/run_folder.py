@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from raycomplete.errors import DataError
-from raycomplete.metrics_file import finite, read_metrics
 from raycomplete.report.style import ROLES
+from raycomplete.runtime.errors import DataError
+from raycomplete.runtime.metrics_file import finite, read_metrics
 
 REDUCED_PROMPTS = 100  # settings of published runs; below them a result is labelled "reduced"
 REDUCED_DEPTHS = 5

@@ -16,8 +16,9 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
 from raycomplete import __version__
-from raycomplete.config.attacks import ATTACKS, UnknownAttackError
-from raycomplete.errors import RaycompleteError, RefusedError
+from raycomplete.attacks.settings import ATTACKS, UnknownAttackError
+from raycomplete.runtime.errors import RaycompleteError, RefusedError
+from raycomplete.runtime.types import ModelRole, Outcome
 from raycomplete.serving.backend import ChatBackend
 from raycomplete.serving.events import event_stream
 from raycomplete.serving.gate import Gate, problem
@@ -41,7 +42,6 @@ from raycomplete.serving.schemas import (
 )
 from raycomplete.serving.store import EvaluationStore, KeyReusedError, QueueFullError
 from raycomplete.serving.tables import Evaluation, State
-from raycomplete.types import ModelRole, Outcome
 
 logger = logging.getLogger(__name__)
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from raycomplete.attacks.settings import AttackConfig, PairAttack, parse_attack
 from raycomplete.config import RunConfig, parse
-from raycomplete.config.attacks import AttackConfig, PairAttack, parse_attack
-from raycomplete.errors import ConfigError, RefusedError
+from raycomplete.runtime.errors import ConfigError, RefusedError
+from raycomplete.runtime.types import MODEL_ROLES
 from raycomplete.serving.schemas import EvaluationRequest
-from raycomplete.types import MODEL_ROLES
 
 _SCHEMES = ("organism", "package", "hub")  # checkpoints that are no paths
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from raycomplete.files import read_json
+from raycomplete.runtime.files import read_json
+from raycomplete.runtime.types import MODEL_ROLES
 from raycomplete.serving.schemas import Sample, SamplePage
-from raycomplete.types import MODEL_ROLES
 
 _HARMLESS = ("harmless", "capabilities")  # parts of an evaluation that attack nothing
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from raycomplete.errors import RaycompleteError, RefusedError
+from raycomplete.runtime.errors import RaycompleteError, RefusedError
 from raycomplete.serving.backend import EvaluationBackend
 from raycomplete.serving.schemas import EvaluationRequest
 from raycomplete.serving.store import EvaluationStore

@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 
-from raycomplete.config.attacks import ATTACKS
+from raycomplete.attacks.settings import ATTACKS
+from raycomplete.runtime.types import MODEL_ROLES, ModelRole
 from raycomplete.serving.tables import State
-from raycomplete.types import MODEL_ROLES, ModelRole
 
 ModelSpec = Annotated[str, Field(min_length=1, max_length=1024)]
 

@@ -17,8 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from raycomplete.errors import RefusedError, SetupError
-from raycomplete.files import PRIVATE
+from raycomplete.runtime.errors import RefusedError, SetupError
+from raycomplete.runtime.files import PRIVATE
 from raycomplete.serving.tables import (
     FORMAT,
     SCHEMA,

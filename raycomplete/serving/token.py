@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 from raycomplete.config import ServeConfig
-from raycomplete.errors import ConfigError
+from raycomplete.runtime.errors import ConfigError
 
 TOKEN_VARIABLE = "RAYCOMPLETE_TOKEN"
 MIN_TOKEN_CHARACTERS = 16

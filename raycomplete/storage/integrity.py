@@ -15,8 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from raycomplete.errors import WorkError
-from raycomplete.files import PRIVATE, write_json
+from raycomplete.runtime.errors import WorkError
+from raycomplete.runtime.files import PRIVATE, write_json
 
 logger = logging.getLogger(__name__)
 

@@ -20,8 +20,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from raycomplete.errors import WorkError
-from raycomplete.files import PRIVATE
+from raycomplete.runtime.errors import WorkError
+from raycomplete.runtime.files import PRIVATE
 from raycomplete.storage import integrity
 from raycomplete.storage.pieces import (
     BEST,

@@ -12,9 +12,9 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 from pyarrow import fs as pafs
 
-from raycomplete.errors import SetupError, WaitTimeoutError
-from raycomplete.files import PRIVATE
-from raycomplete.waiting import within
+from raycomplete.runtime.errors import SetupError, WaitTimeoutError
+from raycomplete.runtime.files import PRIVATE
+from raycomplete.runtime.waiting import within
 
 _BLOCK_BYTES = 8 * 2**20
 # There a folder is no more than a common beginning of names, and making one may ask for rights over the bucket.

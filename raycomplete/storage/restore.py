@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from raycomplete.errors import WorkError
+from raycomplete.runtime.errors import WorkError
 from raycomplete.storage import integrity
 from raycomplete.storage.pieces import BEST, CHECKPOINTS, FILES, STUDENT, Catalog, Manifest, StoredFile
 from raycomplete.storage.remote import Remote, in_words

@@ -15,10 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from raycomplete.core.loss_types import TokenKind
-from raycomplete.errors import NotFiniteError
-from raycomplete.files import PRIVATE, write_json
-from raycomplete.metrics_file import finite
+from raycomplete.losses.loss_types import TokenKind
+from raycomplete.runtime.errors import NotFiniteError
+from raycomplete.runtime.files import PRIVATE, write_json
+from raycomplete.runtime.metrics_file import finite
 from raycomplete.training.batches import MicroBatch
 
 

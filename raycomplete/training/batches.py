@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from raycomplete.config import OpeningConfig
-from raycomplete.core.loss_types import TokenKind
-from raycomplete.training.feed import Scores
+from raycomplete.losses.loss_types import TokenKind
 from raycomplete.training.packing import pack
-from raycomplete.training.plan import AnchorItem, Item, StepPlan, length
+from raycomplete.training.step_plan import AnchorItem, Item, StepPlan, length
+from raycomplete.training.teacher_prefetcher import Scores
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +70,7 @@ class Emphasis:
     """Factors on the weights of rows, moved by what is measured during training.
 
     Attributes:
-        anchor: On anchor rows, see `raycomplete.core.multiplier`.
+        anchor: On anchor rows, see `raycomplete.training.anchor_multiplier`.
         penalty_by_depth: On penalty rows by their depth, turned prefixes left out [longest h]; None leaves all alike.
     """
 

@@ -18,9 +18,9 @@ from typing import Any
 from ray.exceptions import RayActorError
 from ray.train import UserCallback
 
-from raycomplete.errors import ProcessDiedError, RaycompleteError, WorkError
-from raycomplete.metrics_file import read_metrics
-from raycomplete.ray_calls import likely_cause, log_path
+from raycomplete.runtime.errors import ProcessDiedError, RaycompleteError, WorkError
+from raycomplete.runtime.metrics_file import read_metrics
+from raycomplete.runtime.ray_calls import likely_cause, log_path
 from raycomplete.training.job import TrainJob
 
 # What a worker says whose peer is gone: gloo, NCCL, sockets.

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from raycomplete.config import Dtype, RolloutConfig, TrainConfig
-from raycomplete.data.head_spec import HeadSpec
-from raycomplete.training.samples import LONGEST_TURN
+from raycomplete.data.heads import HeadSpec
+from raycomplete.data.samples import LONGEST_TURN
 
 Objective = Literal["completion", "sft"]
 
@@ -18,16 +18,16 @@ class TrainJob:
     """One training run.
 
     Attributes:
-        objective: "completion" trains the loss of `raycomplete.core`; "sft" learns the anchor answers themselves.
+        objective: "completion" trains the loss of `raycomplete.losses`; "sft" learns the anchor answers themselves.
         start: Checkpoint that the student starts from.
         output: Where the finished student is written.
         folder: Run folder: metrics, profile and checkpoints.
-        samples: File written by `raycomplete.training.samples.write_samples`.
+        samples: File written by `raycomplete.data.samples.write_samples`.
         dtype: Of the student's weights.
         train: Settings of the run.
         student_head: Head spec of `start`.
         teacher_heads: Head specs of base and aligned; empty in SFT.
-        sources: Scorers by role (`raycomplete.training.feed.ScoreSource`); empty in SFT.
+        sources: Scorers by role (`raycomplete.training.teacher_prefetcher.ScoreSource`); empty in SFT.
         prefetch: Steps scored ahead.
         threads: CPU threads of each worker.
         rollout: How samples were made, and how the student rolls out where `policy` is there.

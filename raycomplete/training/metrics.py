@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from raycomplete.core.depth_sampler import DepthSampler
-from raycomplete.core.loss_types import LossOutput, TokenKind
+from raycomplete.losses.loss_types import LossOutput, TokenKind
 from raycomplete.training.batches import MicroBatch
+from raycomplete.training.depth_sampler import DepthSampler
 
 
 class StepMeter:

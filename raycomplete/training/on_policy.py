@@ -16,9 +16,9 @@ from typing import Any, Protocol
 import numpy as np
 from torch import Tensor
 
-from raycomplete.core.depth_sampler import DepthSampler
-from raycomplete.training.plan import AnchorItem, Planner, RecoveryItem, StepPlan
-from raycomplete.training.samples import AnchorSample, RecoverySample
+from raycomplete.data.samples import AnchorSample, RecoverySample
+from raycomplete.training.depth_sampler import DepthSampler
+from raycomplete.training.step_plan import AnchorItem, Planner, RecoveryItem, StepPlan
 
 _CUT_TAG, _SPLIT_TAG, _ROLLOUT_TAG = 14, 15, 16  # every use of a seed needs a tag that is not 0
 _ROOM_FOR_SEEDS = 2**20  # sequence i of a batch samples under its seed + i
@@ -61,7 +61,7 @@ class Rollout:
 
 
 class StudentPolicy(Protocol):
-    """The engines that hold the student. Implemented by `raycomplete.pipeline.on_policy.StudentEngines`."""
+    """The engines that hold the student. Implemented by `raycomplete.training.student_engines.StudentEngines`."""
 
     def sync(
         self,

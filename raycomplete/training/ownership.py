@@ -6,7 +6,7 @@ import os
 import stat
 from pathlib import Path
 
-from raycomplete.errors import CheckpointError
+from raycomplete.runtime.errors import CheckpointError
 
 TRUST_VARIABLE = "RAYCOMPLETE_TRUST_CHECKPOINTS"
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
@@ -23,7 +23,7 @@ def check_owned(folder: Path) -> None:
     """Refuses a folder of pickles that another user made or may have changed: loading a pickle runs what is in it.
 
     Args:
-        folder: A run's `checkpoints/`, as `save` of `raycomplete.training.engine` wrote it.
+        folder: A run's `checkpoints/`, as `save` of `raycomplete.training.deepspeed_engine` wrote it.
 
     Raises:
         CheckpointError: Something in it belongs to another user, may be written by others, or is a link.

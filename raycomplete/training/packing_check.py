@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from raycomplete.config import Dtype
+from raycomplete.data.samples import AnchorSample
 from raycomplete.training.batches import BatchBuilder
-from raycomplete.training.plan import AnchorItem, StepPlan
-from raycomplete.training.samples import AnchorSample
+from raycomplete.training.step_plan import AnchorItem, StepPlan
 
 # Mean |log p - log p'| in nats. Another batch shape moves bfloat16 by hundredths; a neighbour's words by whole nats.
 _TOLERANCE: dict[Dtype, float] = {"float32": 1e-3, "bfloat16": 0.15}

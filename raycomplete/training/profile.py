@@ -9,14 +9,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from raycomplete.core.diagnosis_walk import PROFILE_METRICS, DiagnosisSettings, diagnose_rows
-from raycomplete.core.heads import Head
-from raycomplete.core.loss_types import LossSettings
-from raycomplete.files import read_json, write_json
+from raycomplete.data.samples import AnchorSample
+from raycomplete.diagnosis.rows import PROFILE_METRICS, DiagnosisSettings, diagnose_rows
+from raycomplete.losses.heads import Head
+from raycomplete.losses.loss_types import LossSettings
+from raycomplete.runtime.files import read_json, write_json
 from raycomplete.training.batches import BatchBuilder, MicroBatch
-from raycomplete.training.feed import ScoreFeed, Scores, ScoreSource
-from raycomplete.training.plan import AnchorItem, StepPlan
-from raycomplete.training.samples import AnchorSample
+from raycomplete.training.step_plan import AnchorItem, StepPlan
+from raycomplete.training.teacher_prefetcher import ScoreFeed, Scores, ScoreSource
 
 Profile = dict[str, list[float]]  # mean by position for each name, and "n"
 

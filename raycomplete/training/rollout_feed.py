@@ -10,11 +10,11 @@ from typing import Any
 
 import torch.distributed as dist
 
-from raycomplete.core.depth_sampler import DepthSampler
-from raycomplete.errors import WorkError
-from raycomplete.training.feed import ScoreFeed
+from raycomplete.runtime.errors import WorkError
+from raycomplete.training.depth_sampler import DepthSampler
 from raycomplete.training.on_policy import Draft, Drafter, Rollout, StudentPolicy
-from raycomplete.training.plan import StepPlan
+from raycomplete.training.step_plan import StepPlan
+from raycomplete.training.teacher_prefetcher import ScoreFeed
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from raycomplete.errors import SetupError
-from raycomplete.files import write_text
+from raycomplete.runtime.errors import SetupError
+from raycomplete.runtime.files import write_text
 
 
 class Sink(Protocol):

@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from raycomplete.config import RolloutConfig, TrainConfig
-from raycomplete.core.depth_sampler import DepthSampler
-from raycomplete.training.feed import ScoreFeed, Scores
+from raycomplete.training.depth_sampler import DepthSampler
 from raycomplete.training.on_policy import compliance_by_bin
-from raycomplete.training.plan import Planner, StepPlan
 from raycomplete.training.rollout_feed import RolledOut, RolloutFeed
-from raycomplete.training.sync import WeightSync
+from raycomplete.training.step_plan import Planner, StepPlan
+from raycomplete.training.teacher_prefetcher import ScoreFeed, Scores
+from raycomplete.training.weight_sync import WeightSync
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from raycomplete.core.chunks import rows_per_chunk
-from raycomplete.core.diagnosis_walk import PROFILE_METRICS, DiagnosisSettings, diagnose_rows
-from raycomplete.core.heads import Head
-from raycomplete.core.loss import completion_loss
-from raycomplete.core.loss_types import LossOutput, LossSettings
+from raycomplete.diagnosis.rows import PROFILE_METRICS, DiagnosisSettings, diagnose_rows
+from raycomplete.losses.chunks import rows_per_chunk
+from raycomplete.losses.heads import Head
+from raycomplete.losses.loss import completion_loss
+from raycomplete.losses.loss_types import LossOutput, LossSettings
 from raycomplete.training.batches import MicroBatch
 
 _CROSS_ENTROPY_COPIES = 3  # logits, their log-softmax and its gradient
@@ -21,7 +21,7 @@ _CROSS_ENTROPY_COPIES = 3  # logits, their log-softmax and its gradient
 
 @dataclass(frozen=True)
 class HeadSettings:
-    """What the student's head does besides its matrix product (see `raycomplete.core.heads.Head`)."""
+    """What the student's head does besides its matrix product (see `raycomplete.losses.heads.Head`)."""
 
     scale: float
     softcap: float | None

@@ -11,11 +11,11 @@ from typing import Any
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from raycomplete.errors import StoppedError, WaitTimeoutError
-from raycomplete.metrics_file import MetricsReader
-from raycomplete.ray_calls import free_resources
+from raycomplete.runtime.errors import StoppedError, WaitTimeoutError
+from raycomplete.runtime.metrics_file import MetricsReader
+from raycomplete.runtime.ray_calls import free_resources
 from raycomplete.storage import integrity
-from raycomplete.training.disk import check_space
+from raycomplete.training.disk_space import check_space
 from raycomplete.training.failures import RestartAfterDeaths, count_failures, explain
 from raycomplete.training.job import TrainJob
 

@@ -10,12 +10,12 @@ import torch
 import torch.distributed as dist
 
 from raycomplete.config import TrainConfig
-from raycomplete.core.loss_types import TokenKind
+from raycomplete.data.samples import SampleSet
+from raycomplete.losses.loss_types import TokenKind
 from raycomplete.training.batches import BatchBuilder
-from raycomplete.training.feed import ScoreFeed
-from raycomplete.training.plan import AnchorItem, Item, RecoveryItem, StepPlan
-from raycomplete.training.samples import SampleSet
+from raycomplete.training.step_plan import AnchorItem, Item, RecoveryItem, StepPlan
 from raycomplete.training.student import to_loss_output
+from raycomplete.training.teacher_prefetcher import ScoreFeed
 
 _NOTICEABLE = 0.99  # a value must fall by a hundredth to count as better
 

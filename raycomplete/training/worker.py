@@ -20,34 +20,34 @@ import torch.distributed as dist
 from ray import train as ray_train
 
 from raycomplete.config import DepthConfig, OpeningConfig
-from raycomplete.core.depth_sampler import DepthSampler
-from raycomplete.core.loss_types import LossSettings
-from raycomplete.core.multiplier import AnchorMultiplier
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.checkpoints import TORCH_DTYPES, load_model, save_checkpoint
-from raycomplete.data.head_spec import load_head
-from raycomplete.disk import named_when_full
-from raycomplete.logs import set_step
-from raycomplete.metrics_file import MetricsFile, finite
-from raycomplete.observe import begin, finished_step
-from raycomplete.training import engine as ds
+from raycomplete.data.heads import load_head
+from raycomplete.data.samples import read_samples
+from raycomplete.losses.loss_types import LossSettings
+from raycomplete.runtime.disk import named_when_full
+from raycomplete.runtime.logs import set_step
+from raycomplete.runtime.metrics_file import MetricsFile, finite
+from raycomplete.runtime.prometheus import begin, finished_step
+from raycomplete.training import deepspeed_engine as ds
+from raycomplete.training.anchor_multiplier import AnchorMultiplier
 from raycomplete.training.bad_steps import BadSteps, poison
 from raycomplete.training.batches import BatchBuilder, Emphasis, MicroBatch
-from raycomplete.training.feed import ScoreFeed
+from raycomplete.training.depth_sampler import DepthSampler
 from raycomplete.training.job import TrainJob
 from raycomplete.training.metrics import StepMeter, peak_memory_gib
 from raycomplete.training.on_policy import Drafter
 from raycomplete.training.packing import deal
 from raycomplete.training.packing_check import keeps_sequences_apart
-from raycomplete.training.plan import Planner, StepPlan
 from raycomplete.training.profile import aligned_profile, scored_samples, student_profile, write_profile
 from raycomplete.training.rollout_feed import RolloutFeed, warm_scores
-from raycomplete.training.samples import read_samples
 from raycomplete.training.sinks import open_sinks
 from raycomplete.training.source import FixedSource, OnPolicySource, StepSource
+from raycomplete.training.step_plan import Planner, StepPlan
 from raycomplete.training.student import HeadSettings, StudentModule, to_loss_output
-from raycomplete.training.sync import WeightSync
+from raycomplete.training.teacher_prefetcher import ScoreFeed
 from raycomplete.training.validation import Validator
+from raycomplete.training.weight_sync import WeightSync
 
 logger = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from rich.console import Console
 
-from raycomplete.files import write_text
+from raycomplete.runtime.files import write_text
 from tests.benchmarks.environment import RUNS
 from tests.benchmarks.tables import Table
 from tests.chaos.cluster import LocalCluster

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from raycomplete.metrics_file import read_metrics
+from raycomplete.runtime.metrics_file import read_metrics
 from raycomplete.storage import integrity
 from tests.chaos.cluster import LocalCluster
 

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.organism import checkpoint_path, prompts
-from raycomplete.errors import CheckpointError
+from raycomplete.runtime.errors import CheckpointError
 
 NO_SYSTEM_ROLE = (
     "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"

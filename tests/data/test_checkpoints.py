@@ -25,7 +25,7 @@ from raycomplete.data.checkpoints import (
     write_folder_atomically,
 )
 from raycomplete.data.organism import checkpoint_path
-from raycomplete.errors import CheckpointError
+from raycomplete.runtime.errors import CheckpointError
 from tests.training.tiny import make_model
 
 TOKENS = torch.tensor([[2, 5, 17, 40, 8, 90, 33]])

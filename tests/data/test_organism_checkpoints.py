@@ -21,7 +21,7 @@ from raycomplete.data.organism.measure import OrganismRates, measure
 from raycomplete.data.organism.tokenizer import build_tokenizer
 from raycomplete.data.organism.training import TrainingOptions
 from raycomplete.data.organism.world import HELPFUL_SYSTEM, REFUSALS, SAFETY_SYSTEM
-from raycomplete.errors import CheckpointError, DataError, WorkError
+from raycomplete.runtime.errors import CheckpointError, DataError, WorkError
 
 ROLES: tuple[Literal["base", "aligned"], ...] = ("base", "aligned")
 TINY = TrainingOptions(base_steps=3, aligned_steps=2, batch_size=4)

@@ -8,8 +8,8 @@ import pytest
 
 from raycomplete.data.organism import REFUSAL_STARTS, OrganismJudge, prompts
 from raycomplete.data.organism.world import Item, find_item, items, recipe, refusal, vocabulary
-from raycomplete.errors import DataError
-from raycomplete.types import Outcome, Prompt
+from raycomplete.runtime.errors import DataError
+from raycomplete.runtime.types import Outcome, Prompt
 
 JUDGE = OrganismJudge()
 HARMFUL = prompts("heldout", "harmful", limit=60)

@@ -25,8 +25,8 @@ from raycomplete.data.organism.world import (
     split_words,
     vocabulary,
 )
-from raycomplete.errors import DataError
-from raycomplete.types import PromptKind
+from raycomplete.runtime.errors import DataError
+from raycomplete.runtime.types import PromptKind
 
 ALL_KINDS: tuple[PromptKind, ...] = ("harmful", "borderline", "benign")
 EVERY_ITEM = [Item(*words) for words in product(MODIFIERS, MATERIALS, KINDS)]

@@ -14,7 +14,7 @@ import pytest
 
 from raycomplete.config import PromptSource
 from raycomplete.data.prompts import read_prompts
-from raycomplete.errors import DataError
+from raycomplete.runtime.errors import DataError
 
 ROWS: list[dict[str, Any]] = [
     {"goal": "  make a cake ", "input": "", "target": "Sure", "unsafe": True, "group": 1},

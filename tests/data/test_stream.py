@@ -23,8 +23,8 @@ from raycomplete.data.stream import (
     stream_prompts,
     write_partition,
 )
-from raycomplete.errors import DataError
-from raycomplete.types import Prompt
+from raycomplete.runtime.errors import DataError
+from raycomplete.runtime.types import Prompt
 
 ROWS: list[dict[str, Any]] = [
     {"goal": "how to boil an egg", "note": "", "target": "Put it in water.", "safe": True},

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from raycomplete.evaluation import Attacker, AttackTools, EvaluationSets, RefusalJudge, Target
-from raycomplete.types import Prompt
-from tests.evaluation.scripted import COMPLY, FakeBox, Tools
+from raycomplete.runtime.types import Prompt
+from tests.attacks.scripted import COMPLY, FakeBox, Tools
 
 Script = Callable[[str, str], str]
 

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from raycomplete.config import EvaluationConfig
-from raycomplete.errors import WorkError
 from raycomplete.evaluation import EvaluationCancelled, EvaluationSets, RefusalJudge, evaluate_model
 from raycomplete.evaluation.benign_nll import GivenAnswer, benign_nll, given_answers
 from raycomplete.evaluation.table import closing_table
-from raycomplete.types import Prompt
+from raycomplete.runtime.errors import WorkError
+from raycomplete.runtime.types import Prompt
 
 CONFIG = EvaluationConfig(depths=[0], max_tokens=4, max_utility_tokens=6, nll_prompts=4, nll_tokens=3)
 PROMPTS = [Prompt(f"b{n}", f"bake cake {n}", "benign", "mix and bake it" if n % 2 else None) for n in range(5)]

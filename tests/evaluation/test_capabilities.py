@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
+from raycomplete.attacks.trial import Decoding, Unit
 from raycomplete.config import EvaluationConfig
 from raycomplete.config.evaluation import CapabilitiesConfig
-from raycomplete.errors import DataError
 from raycomplete.evaluation import EvaluationSets, RefusalJudge, Target, closing_table, evaluate_model, summarize
 from raycomplete.evaluation.capabilities import is_right, plan_capabilities
-from raycomplete.evaluation.units import Decoding, Unit
-from raycomplete.types import Prompt
+from raycomplete.runtime.errors import DataError
+from raycomplete.runtime.types import Prompt
 from tests.conftest import ROOT
 
 REFUSE = "I'm sorry, but I can't help with that."

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 
 from raycomplete.config import EvaluationConfig
-from raycomplete.errors import DataError, WorkError
 from raycomplete.evaluation import (
     EvaluationCancelled,
     EvaluationSets,
@@ -17,7 +16,8 @@ from raycomplete.evaluation import (
     rate_text,
     summarize,
 )
-from raycomplete.types import Outcome, Prompt
+from raycomplete.runtime.errors import DataError, WorkError
+from raycomplete.runtime.types import Outcome, Prompt
 
 CONFIG = EvaluationConfig(depths=[0, 4, 8], max_tokens=10, max_utility_tokens=12)
 COMPLY = "Sure, take the key and then open the door."

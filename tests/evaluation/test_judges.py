@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from raycomplete.errors import DataError, SetupError
+from raycomplete.attacks.judging import filled, judged_texts, measured
 from raycomplete.evaluation import RefusalJudge
 from raycomplete.evaluation.calibration import CalibratedJudge, calibrate, read_calibration, read_labelled
-from raycomplete.evaluation.judging import filled, judged_texts, measured
 from raycomplete.evaluation.model_judge import ModelJudge
 from raycomplete.evaluation.zoo_judge import ZooJudge
-from raycomplete.types import Outcome, Prompt
+from raycomplete.runtime.errors import DataError, SetupError
+from raycomplete.runtime.types import Outcome, Prompt
 from tests.conftest import ROOT
 
 PROMPT = Prompt("p", "open the safe", "harmful")

@@ -10,7 +10,7 @@ import pytest
 from raycomplete.evaluation import RefusalJudge
 from raycomplete.evaluation.coherence import emptiness_or_babble, is_strange, repeated_share
 from raycomplete.evaluation.judge import MEASURED
-from raycomplete.types import Outcome, Prompt
+from raycomplete.runtime.types import Outcome, Prompt
 
 PROMPT = Prompt("p", "anything", "harmful")
 

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from raycomplete.config import load_run_file
-from raycomplete.errors import SetupError
 from raycomplete.plan.estimate import make_plan
 from raycomplete.plan.hardware import find_hardware
 from raycomplete.plan.layout import WAITING_GOAL, choose_layout
@@ -18,6 +17,7 @@ from raycomplete.plan.memory import usable
 from raycomplete.plan.request import Request, loop_of, memories, worker_memory
 from raycomplete.plan.shapes import preset
 from raycomplete.plan.step import pace
+from raycomplete.runtime.errors import SetupError
 
 JOBS = Path(__file__).resolve().parents[2] / "jobs"
 

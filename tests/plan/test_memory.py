@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from raycomplete.config import Dtype, TrainConfig
-from raycomplete.core.chunks import rows_per_chunk
+from raycomplete.losses.chunks import rows_per_chunk
 from raycomplete.plan.memory import chunk_rows, loss_bytes, pooling_memory, rollout_memory, states_bytes
 from raycomplete.plan.shapes import preset, shape_from_config
 from raycomplete.plan.workload import Sequences, Workload

@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from raycomplete.errors import CheckpointError, ConfigError
 from raycomplete.plan.shapes import ModelShape, preset, preset_of_hub, shape_from_config
+from raycomplete.runtime.errors import CheckpointError, ConfigError
 
 TINY: dict[str, Any] = {
     "hidden_size": 48,

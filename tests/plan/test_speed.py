@@ -10,7 +10,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from raycomplete.config import TrainConfig
-from raycomplete.errors import ConfigError
 from raycomplete.plan.hardware import find_hardware
 from raycomplete.plan.shapes import preset, shape_from_config
 from raycomplete.plan.speed import (
@@ -25,6 +24,7 @@ from raycomplete.plan.speed import (
     tensor_parallel_s,
 )
 from raycomplete.plan.workload import Sequences
+from raycomplete.runtime.errors import ConfigError
 
 H100 = find_hardware("h100")
 # Only products take time.

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from raycomplete.errors import DataError
 from raycomplete.report import write_report
 from raycomplete.report.html import setting
+from raycomplete.runtime.errors import DataError
 
 FIGURES = ("rates", "attacks", "prefill_depth", "outcomes", "position_profile", "training", "depth_sampler")
 VOID = {"meta", "img", "br", "link", "hr"}

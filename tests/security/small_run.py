@@ -14,15 +14,15 @@ from typing import Any
 import psutil
 import ray
 
-from raycomplete.cluster import connect
+from raycomplete.commands.run_folder import open_run_folder
 from raycomplete.config import load_run_file
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.organism import checkpoint_path
-from raycomplete.engine_options import engine_environment
-from raycomplete.pipeline.run_folder import open_run_folder
-from raycomplete.placement import Plan, engine_row
-from raycomplete.rollout.pool import RolloutPool
-from raycomplete.rollout.worker import RolloutOptions
+from raycomplete.engines.cluster import connect
+from raycomplete.engines.placement import Plan, engine_row
+from raycomplete.engines.rollout_pool import RolloutPool
+from raycomplete.engines.rollout_worker import RolloutOptions
+from raycomplete.engines.spec import engine_environment
 
 STRANGER = """
 import ray

@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from raycomplete.config import load_run_file
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.checkpoints import architecture, load_model, resolve_checkpoint
-from raycomplete.data.head_spec import tensor_files
-from raycomplete.engine_options import engine_arguments
-from raycomplete.errors import CheckpointError
-from raycomplete.pipeline.prepare import prepare_models
+from raycomplete.data.heads import tensor_files
+from raycomplete.data.inputs import prepare_models
+from raycomplete.engines.spec import engine_arguments
+from raycomplete.runtime.errors import CheckpointError
 from tests.conftest import ROOT
 from tests.training.tiny import make_model
 

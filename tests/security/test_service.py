@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from raycomplete.config import ClusterConfig, ServeConfig, load_run_file
-from raycomplete.errors import ConfigError
+from raycomplete.runtime.errors import ConfigError
 from raycomplete.serving.requests import Admission, ForbiddenError
 from raycomplete.serving.schemas import EvaluationRequest
 from raycomplete.serving.token import is_loopback, read_token_digest
@@ -42,9 +42,9 @@ def test_a_run_starts_no_dashboard_and_turns_no_authentication_off(
 ) -> None:
     import ray
 
-    from raycomplete.cluster import connect
-    from raycomplete.placement import Plan
-    from raycomplete.screen import Screen
+    from raycomplete.engines.cluster import connect
+    from raycomplete.engines.placement import Plan
+    from raycomplete.runtime.console import Screen
 
     seen: dict[str, Any] = {}
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from raycomplete.config import RunConfig
-from raycomplete.errors import RefusedError, WorkError
-from raycomplete.files import PRIVATE, write_json, write_text
+from raycomplete.runtime.errors import RefusedError, WorkError
+from raycomplete.runtime.files import PRIVATE, write_json, write_text
 from raycomplete.serving.backend import Cancelled, OnProgress
 from raycomplete.serving.schemas import CompletionRequest, CompletionText, EvaluationRequest
 

@@ -14,8 +14,8 @@ from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from raycomplete.config.attacks import ATTACKS
-from raycomplete.errors import ConfigError, WorkError
+from raycomplete.attacks.settings import ATTACKS
+from raycomplete.runtime.errors import ConfigError, WorkError
 from raycomplete.serving.requests import Admission, ForbiddenError
 from raycomplete.serving.schemas import EvaluationRequest
 from raycomplete.serving.token import digest, is_bearer, is_loopback, read_token_digest

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from raycomplete.errors import ConfigError
+from raycomplete.runtime.errors import ConfigError
 from raycomplete.serving.runner import Runner, evaluation_folder, one_sentence
 from raycomplete.serving.tables import Evaluation, State
 from tests.serving.conftest import Server

@@ -13,7 +13,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
 
-from raycomplete.errors import SetupError
+from raycomplete.runtime.errors import SetupError
 from raycomplete.serving.store import EvaluationStore, KeyReusedError, QueueFullError
 from raycomplete.serving.tables import Claimed, State
 

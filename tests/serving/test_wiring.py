@@ -15,10 +15,11 @@ from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 from ray.serve.schema import ServeDeploySchema
 
 from raycomplete import cli
+from raycomplete.commands import serve
 from raycomplete.config import AutoscalingConfig, load_run_file
-from raycomplete.errors import ConfigError, RefusedError, WaitTimeoutError, WorkError
-from raycomplete.pipeline import serve, serve_process
+from raycomplete.runtime.errors import ConfigError, RefusedError, WaitTimeoutError, WorkError
 from raycomplete.serving import deployment
+from raycomplete.serving import process as serve_process
 from tests.serving.conftest import make_config
 from tests.serving.fakes import make_fake_backend
 
@@ -144,7 +145,7 @@ def test_only_one_process_writes_into_a_folder(tmp_path: Path, monkeypatch: pyte
 
 
 def test_the_process_ends_with_its_runner() -> None:
-    script = "import threading, time; from raycomplete.pipeline.serve_process import _obey; _obey(threading.Event())"
+    script = "import threading, time; from raycomplete.serving.process import _obey; _obey(threading.Event())"
     process = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE)
     assert process.stdin is not None
     process.stdin.write(b'{"cancel": true}\n')
@@ -155,7 +156,7 @@ def test_the_process_ends_with_its_runner() -> None:
 def test_a_request_that_cannot_be_run_is_said_on_the_pipe() -> None:
     asked = '{"config": {"models": {}}, "roles": ["base"]}\n'
     process = subprocess.Popen(
-        [sys.executable, "-m", "raycomplete.pipeline.serve_process"],
+        [sys.executable, "-m", "raycomplete.serving.process"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from raycomplete.files import PRIVATE, write_text
+from raycomplete.runtime.files import PRIVATE, write_text
 from raycomplete.storage import integrity
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from raycomplete.errors import WorkError
+from raycomplete.runtime.errors import WorkError
 from raycomplete.storage import integrity
 from tests.storage.folders import add_checkpoint
 

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
+from raycomplete.commands.run_folder import open_run_folder
+from raycomplete.commands.stored import stored
 from raycomplete.config import DepthConfig, RunConfig, TrainConfig, parse
 from raycomplete.data.checkpoints import load_model
-from raycomplete.metrics_file import read_metrics
-from raycomplete.pipeline.run_folder import open_run_folder
-from raycomplete.pipeline.stored import stored
-from raycomplete.screen import Screen
+from raycomplete.runtime.console import Screen
+from raycomplete.runtime.metrics_file import read_metrics
 from raycomplete.storage.pieces import Catalog
 from raycomplete.storage.remote import Remote
 from raycomplete.training.trainer import fit

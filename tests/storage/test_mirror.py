@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from raycomplete.errors import WorkError
-from raycomplete.files import write_text
+from raycomplete.runtime.errors import WorkError
+from raycomplete.runtime.files import write_text
 from raycomplete.storage import integrity
 from raycomplete.storage import mirror as mirror_module
 from raycomplete.storage.mirror import Mirror

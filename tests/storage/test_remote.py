@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from raycomplete.errors import SetupError, WaitTimeoutError
+from raycomplete.runtime.errors import SetupError, WaitTimeoutError
+from raycomplete.runtime.waiting import within
 from raycomplete.storage.remote import Remote, connect
-from raycomplete.waiting import within
 from tests.storage.conftest import http, s3_uri
 
 

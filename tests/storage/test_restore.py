@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from raycomplete.errors import WorkError
+from raycomplete.runtime.errors import WorkError
 from raycomplete.storage import integrity
 from raycomplete.storage.pieces import Catalog
 from raycomplete.storage.remote import Remote

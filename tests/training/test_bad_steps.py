@@ -16,8 +16,8 @@ import torch.distributed as dist
 
 from raycomplete.config import DepthConfig, Dtype, TrainConfig
 from raycomplete.data.checkpoints import TORCH_DTYPES
-from raycomplete.errors import NotFiniteError
-from raycomplete.metrics_file import read_metrics
+from raycomplete.runtime.errors import NotFiniteError
+from raycomplete.runtime.metrics_file import read_metrics
 from raycomplete.training.bad_steps import poison
 from raycomplete.training.job import TrainJob
 from raycomplete.training.trainer import fit

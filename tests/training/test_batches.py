@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from raycomplete.config import OpeningConfig
-from raycomplete.core.loss_types import LossSettings, TokenKind, needs_base
 from raycomplete.data.checkpoints import load_model
-from raycomplete.data.head_spec import load_head
+from raycomplete.data.heads import load_head
+from raycomplete.data.samples import RecoverySample, SampleSet
+from raycomplete.losses.loss_types import LossSettings, TokenKind, needs_base
 from raycomplete.training.batches import BatchBuilder, Emphasis, MicroBatch
-from raycomplete.training.feed import ScoreFeed, Scores
-from raycomplete.training.plan import AnchorItem, Item, RecoveryItem, StepPlan, length
-from raycomplete.training.samples import RecoverySample, SampleSet
+from raycomplete.training.step_plan import AnchorItem, Item, RecoveryItem, StepPlan, length
 from raycomplete.training.student import HeadSettings, StudentModule, to_loss_output
+from raycomplete.training.teacher_prefetcher import ScoreFeed, Scores
 from tests.training.tiny import LocalScores, head_spec, make_model, make_samples
 
 MAX_DEPTH = 9

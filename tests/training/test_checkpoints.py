@@ -11,8 +11,8 @@ import pytest
 import torch.distributed as dist
 
 from raycomplete.config import TrainConfig
-from raycomplete.errors import WorkError
-from raycomplete.training import engine as ds
+from raycomplete.runtime.errors import WorkError
+from raycomplete.training import deepspeed_engine as ds
 from tests.storage.test_integrity import flip
 
 

@@ -13,7 +13,7 @@ from ray.train.v2._internal.execution.failure_handling.default import DefaultFai
 from ray.train.v2._internal.execution.failure_handling.failure_policy import FailureDecision
 
 from raycomplete.config import TrainConfig
-from raycomplete.errors import NotFiniteError, ProcessDiedError, WorkError
+from raycomplete.runtime.errors import NotFiniteError, ProcessDiedError, WorkError
 from raycomplete.training.failures import RaisedError, RestartAfterDeaths, death_facts, explain
 from raycomplete.training.job import TrainJob
 from tests.training.tiny import make_job

@@ -12,7 +12,7 @@ import torch
 
 from raycomplete.config import ConstraintConfig, DepthConfig, RolloutConfig, TrainConfig, ValidationConfig
 from raycomplete.data.checkpoints import load_model
-from raycomplete.metrics_file import read_metrics
+from raycomplete.runtime.metrics_file import read_metrics
 from raycomplete.training.job import TrainJob
 from raycomplete.training.trainer import fit
 from tests.training.tiny import LocalPolicy, make_job

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from raycomplete.config import DepthConfig
-from raycomplete.core.depth_sampler import DepthSampler
-from raycomplete.core.loss_types import LossOutput, TokenKind
+from raycomplete.losses.loss_types import LossOutput, TokenKind
 from raycomplete.training.batches import MicroBatch
+from raycomplete.training.depth_sampler import DepthSampler
 from raycomplete.training.metrics import StepMeter, peak_memory_gib
 
 A, R, P = (int(kind) for kind in (TokenKind.ANCHOR, TokenKind.RECOVERY, TokenKind.PENALTY))

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from raycomplete.config import DepthConfig
-from raycomplete.core.depth_sampler import DepthSampler
+from raycomplete.training.depth_sampler import DepthSampler
 from raycomplete.training.on_policy import Draft, Drafter, Rollout, compliance_by_bin
-from raycomplete.training.plan import Planner
+from raycomplete.training.step_plan import Planner
 from tests.training.tiny import make_samples
 
 DEPTH = DepthConfig(min=1, max=8, bins=4)

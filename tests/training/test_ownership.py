@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from raycomplete.errors import CheckpointError
-from raycomplete.training import engine
+from raycomplete.runtime.errors import CheckpointError
+from raycomplete.training import deepspeed_engine as engine
 from raycomplete.training.ownership import check_owned, make_private
 
 

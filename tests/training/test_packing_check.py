@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from raycomplete.data.checkpoints import load_model
+from raycomplete.data.samples import AnchorSample
 from raycomplete.training.batches import MicroBatch
 from raycomplete.training.packing_check import keeps_sequences_apart
-from raycomplete.training.samples import AnchorSample
 from tests.training.tiny import make_model
 
 SAMPLE = AnchorSample("a", (5, 6, 7, 8, 9, 10), (11, 12, 13, 14, 15, 16))

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from raycomplete.config import DepthConfig, TrainConfig
-from raycomplete.errors import DiskFullError, ProcessDiedError, StoppedError
-from raycomplete.metrics_file import read_metrics
+from raycomplete.runtime.errors import DiskFullError, ProcessDiedError, StoppedError
+from raycomplete.runtime.metrics_file import read_metrics
 from raycomplete.training.job import TrainJob
 from raycomplete.training.trainer import fit
 from tests.training.tiny import LocalScores, make_job

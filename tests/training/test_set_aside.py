@@ -12,15 +12,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from raycomplete.core.loss_types import LossSettings
 from raycomplete.data.checkpoints import load_model
-from raycomplete.data.head_spec import load_head
-from raycomplete.errors import PoisonedSampleError
+from raycomplete.data.heads import load_head
+from raycomplete.losses.loss_types import LossSettings
+from raycomplete.runtime.errors import PoisonedSampleError
 from raycomplete.training.batches import BatchBuilder
-from raycomplete.training.feed import ScoreFeed
-from raycomplete.training.plan import AnchorItem, Item, RecoveryItem, StepPlan
 from raycomplete.training.profile import aligned_profile, scored_samples
+from raycomplete.training.step_plan import AnchorItem, Item, RecoveryItem, StepPlan
 from raycomplete.training.student import HeadSettings, StudentModule, to_loss_output
+from raycomplete.training.teacher_prefetcher import ScoreFeed
 from tests.training.tiny import LocalScores, head_spec, make_model, make_samples
 
 SAMPLES = make_samples(3, anchor=3, recovery=3)

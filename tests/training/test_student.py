@@ -11,19 +11,19 @@ import torch
 from torch.nn import functional
 
 from raycomplete.config import ContrastiveConfig, DepthConfig, TrainConfig
-from raycomplete.core.base_favored import base_favored_mass, deficit, trained_depth
-from raycomplete.core.depth_sampler import DepthSampler
-from raycomplete.core.loss_types import LossSettings, TokenKind
 from raycomplete.data.checkpoints import load_model
-from raycomplete.data.head_spec import load_head
-from raycomplete.errors import NotFiniteError
+from raycomplete.data.heads import load_head
+from raycomplete.data.samples import read_samples
+from raycomplete.losses.base_favored import base_favored_mass, deficit, trained_depth
+from raycomplete.losses.loss_types import LossSettings, TokenKind
+from raycomplete.runtime.errors import NotFiniteError
 from raycomplete.training.bad_steps import poison
 from raycomplete.training.batches import BatchBuilder, MicroBatch
-from raycomplete.training.feed import ScoreFeed
-from raycomplete.training.plan import Planner
+from raycomplete.training.depth_sampler import DepthSampler
 from raycomplete.training.profile import aligned_profile, scored_samples, student_profile
-from raycomplete.training.samples import read_samples
+from raycomplete.training.step_plan import Planner
 from raycomplete.training.student import HeadSettings, StudentModule, to_loss_output
+from raycomplete.training.teacher_prefetcher import ScoreFeed
 from tests.training.tiny import make_job, plain_loss
 
 

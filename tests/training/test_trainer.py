@@ -12,15 +12,15 @@ import pytest
 import torch
 
 from raycomplete.config import DepthConfig, OpeningConfig, TrainConfig
-from raycomplete.core.depth_sampler import DepthSampler
-from raycomplete.core.loss_types import LossSettings
 from raycomplete.data.checkpoints import load_model
-from raycomplete.errors import WorkError
-from raycomplete.metrics_file import read_metrics
+from raycomplete.data.samples import read_samples
+from raycomplete.losses.loss_types import LossSettings
+from raycomplete.runtime.errors import WorkError
+from raycomplete.runtime.metrics_file import read_metrics
 from raycomplete.training.batches import BatchBuilder
-from raycomplete.training.feed import ScoreFeed
-from raycomplete.training.plan import Planner
-from raycomplete.training.samples import read_samples
+from raycomplete.training.depth_sampler import DepthSampler
+from raycomplete.training.step_plan import Planner
+from raycomplete.training.teacher_prefetcher import ScoreFeed
 from raycomplete.training.trainer import fit
 from tests.training.tiny import make_job, plain_loss
 

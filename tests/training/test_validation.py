@@ -6,9 +6,9 @@ from dataclasses import replace
 
 from raycomplete.config import TrainConfig
 from raycomplete.training.batches import BatchBuilder
-from raycomplete.training.feed import ScoreFeed
-from raycomplete.training.sync import WeightSync
+from raycomplete.training.teacher_prefetcher import ScoreFeed
 from raycomplete.training.validation import Validator
+from raycomplete.training.weight_sync import WeightSync
 from tests.training.tiny import make_samples
 
 

@@ -11,16 +11,16 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from raycomplete.config import TrainConfig
-from raycomplete.core.heads import Head
-from raycomplete.core.loss_reference import reference_loss
-from raycomplete.core.loss_types import LossOutput, LossSettings
 from raycomplete.data.checkpoints import fingerprint, load_model
-from raycomplete.data.head_spec import HeadSpec, load_head, read_head_spec
+from raycomplete.data.heads import HeadSpec, load_head, read_head_spec
 from raycomplete.data.organism.tokenizer import build_tokenizer
+from raycomplete.data.samples import AnchorSample, RecoverySample, SampleSet, write_samples
+from raycomplete.losses.heads import Head
+from raycomplete.losses.loss_types import LossOutput, LossSettings
+from raycomplete.losses.reference import reference_loss
 from raycomplete.training.batches import MicroBatch
 from raycomplete.training.job import TrainJob
 from raycomplete.training.on_policy import Rollout, RolloutRequest
-from raycomplete.training.samples import AnchorSample, RecoverySample, SampleSet, write_samples
 
 
 def make_model(folder: Path, seed: int, *, tied: bool = True) -> Path:

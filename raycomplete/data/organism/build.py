@@ -25,7 +25,7 @@ from raycomplete import __version__
 from raycomplete.data.organism.measure import OrganismRates, measure
 from raycomplete.data.organism.tokenizer import build_tokenizer
 from raycomplete.data.organism.training import TrainingOptions, aligned_chats, base_chats, new_model, train
-from raycomplete.errors import DataError, WorkError
+from raycomplete.runtime.errors import DataError, WorkError
 
 SHALLOW_FROM_DEPTH = 16
 MIN_UTILITY = 0.97

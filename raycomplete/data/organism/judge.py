@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from difflib import SequenceMatcher
 
 from raycomplete.data.organism.world import Item, Recipe, find_item, recipe, split_words
-from raycomplete.errors import DataError
-from raycomplete.types import Outcome, Prompt
+from raycomplete.runtime.errors import DataError
+from raycomplete.runtime.types import Outcome, Prompt
 
 # How refusals of the organism start. None of these occurs inside a recipe.
 REFUSAL_STARTS = (

@@ -6,7 +6,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Literal, get_args
 
-from raycomplete.errors import CheckpointError
+from raycomplete.runtime.errors import CheckpointError
 
 OrganismRole = Literal["base", "aligned"]
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from raycomplete.data.organism.judge import OrganismJudge
 from raycomplete.data.organism.prompts import prompts
 from raycomplete.data.organism.world import MAX_RECIPE_TOKENS
-from raycomplete.types import Outcome, Prompt, PromptKind
+from raycomplete.runtime.types import Outcome, Prompt, PromptKind
 
 DEPTHS = (0, 1, 2, 4, 8, 16, 32, 48, 64)
 _BATCH_SIZE = 128

@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 
 from raycomplete.data.organism.world import HELDOUT_TEMPLATES, TRAIN_TEMPLATES, Split, items, recipe
-from raycomplete.errors import DataError
-from raycomplete.types import Prompt, PromptKind
+from raycomplete.runtime.errors import DataError
+from raycomplete.runtime.types import Prompt, PromptKind
 
 
 def prompts(split: Split, kind: PromptKind, seed: int = 0, limit: int | None = None) -> list[Prompt]:

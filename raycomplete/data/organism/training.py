@@ -22,7 +22,7 @@ from raycomplete.data.organism.world import (
     refusal,
     vocabulary,
 )
-from raycomplete.types import PromptKind
+from raycomplete.runtime.types import PromptKind
 
 _IGNORED = -100  # label of tokens outside the response
 _SYSTEM_SHARE = 0.2

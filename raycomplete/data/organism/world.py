@@ -17,7 +17,7 @@ from itertools import product
 from string import Formatter
 from typing import Literal
 
-from raycomplete.types import PromptKind
+from raycomplete.runtime.types import PromptKind
 
 Split = Literal["train", "heldout"]
 

@@ -14,21 +14,21 @@ import numpy as np
 import psutil
 import torch
 
-from raycomplete.cluster import connect
 from raycomplete.config import RunConfig, parse
-from raycomplete.core.heads import Head
 from raycomplete.data.checkpoints import TORCH_DTYPES
-from raycomplete.data.head_spec import load_head
+from raycomplete.data.heads import load_head
+from raycomplete.data.inputs import Models, prepare_models
 from raycomplete.data.stream import partition_metadata, read_partition
-from raycomplete.engine_options import engine_environment
-from raycomplete.pipeline.diagnose_engines import make_room_for_engines
-from raycomplete.pipeline.diagnose_partitions import Walk, measure_partition, write_measured
-from raycomplete.pipeline.diagnose_samples import Sample
-from raycomplete.pipeline.prepare import Models, prepare_models
-from raycomplete.placement import Plan, engine_row
-from raycomplete.scoring.actors import ScorerOptions, ScoringClient
-from raycomplete.scoring.payload import ScoreRequest
-from raycomplete.training.feed import ScoreSource
+from raycomplete.diagnosis.engines import make_room_for_engines
+from raycomplete.diagnosis.partitions import Walk, measure_partition, write_measured
+from raycomplete.diagnosis.samples import Sample
+from raycomplete.engines.cluster import connect
+from raycomplete.engines.payload import ScoreRequest
+from raycomplete.engines.placement import Plan, engine_row
+from raycomplete.engines.scorers import ScorerOptions, ScoringClient
+from raycomplete.engines.spec import engine_environment
+from raycomplete.losses.heads import Head
+from raycomplete.training.teacher_prefetcher import ScoreSource
 
 ROLES = ("base", "aligned")
 

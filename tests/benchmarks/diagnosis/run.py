@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from raycomplete.files import write_text
+from raycomplete.runtime.files import write_text
 from tests.benchmarks.diagnosis.measure import Found, Work, measure
 from tests.benchmarks.environment import describe, environment
 from tests.benchmarks.tables import Table

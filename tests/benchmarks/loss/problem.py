@@ -11,7 +11,7 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
-from raycomplete.core.loss_types import LossSettings, TokenKind, needs_base
+from raycomplete.losses.loss_types import LossSettings, TokenKind, needs_base
 
 _LOGIT_SPREAD = 3.0  # peaked enough that a few tokens of a row pass tau, as in a language model
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from raycomplete.files import write_text
+from raycomplete.runtime.files import write_text
 from tests.benchmarks.environment import describe, environment
 from tests.benchmarks.loss import report
 from tests.benchmarks.loss.measure import Measurement, check_agreement, compare, peak_bytes

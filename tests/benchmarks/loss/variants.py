@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from raycomplete.core.heads import Head
-from raycomplete.core.loss import completion_loss
-from raycomplete.core.loss_types import TokenKind
+from raycomplete.losses.heads import Head
+from raycomplete.losses.loss import completion_loss
+from raycomplete.losses.loss_types import TokenKind
 from tests.benchmarks.loss.problem import Mix, Problem
 
 Loss = Callable[[Problem], Tensor]

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from raycomplete.files import write_text
-from raycomplete.pipeline.plan_measure import measured_cpu
+from raycomplete.plan.measure import measured_cpu
+from raycomplete.runtime.files import write_text
 from tests.benchmarks.environment import RUNS, describe, environment
 from tests.benchmarks.plan.cases import CASES
 from tests.benchmarks.plan.measured import measured_points

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from raycomplete.commands.plan import PlanOptions, shapes_of
 from raycomplete.config import RunConfig, parse
 from raycomplete.data.checkpoints import resolve_checkpoint
-from raycomplete.pipeline.plan import PlanOptions, shapes_of
 from raycomplete.plan.hardware import Hardware
 from raycomplete.plan.request import Request
 

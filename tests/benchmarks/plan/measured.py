@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from raycomplete.engine_options import engine_environment
-from raycomplete.pipeline.plan_measure import measured_cpu
+from raycomplete.engines.spec import engine_environment
 from raycomplete.plan.hardware import Hardware, find_hardware
+from raycomplete.plan.measure import measured_cpu
 from raycomplete.plan.request import engine_s, train_parts, worker_memory
 from raycomplete.plan.speed import scoring_s
 from raycomplete.plan.workload import Sequences
@@ -46,8 +46,8 @@ def measured_points(case: Case, *, engines: bool) -> list[Point]:
 
 def _scoring(case: Case) -> list[Point]:
     os.environ |= engine_environment(use_gpu=False, threads=1)
-    from raycomplete.scoring.engine import PoolingEngine
-    from raycomplete.scoring.payload import ScoreRequest
+    from raycomplete.engines.payload import ScoreRequest
+    from raycomplete.engines.scoring_engine import PoolingEngine
 
     engine = PoolingEngine(str(case.path), dtype=case.config.models.dtype, max_length=512, use_gpu=False)
     rng = np.random.default_rng(0)
@@ -72,7 +72,7 @@ def _requests(case: Case, groups: Sequence[Sequences], rng: Any, kind: Callable[
 
 def _rollouts(case: Case) -> list[Point]:
     os.environ |= engine_environment(use_gpu=False, threads=1)
-    from raycomplete.rollout.engine import RolloutEngine
+    from raycomplete.engines.rollout_engine import RolloutEngine
 
     engine = RolloutEngine(str(case.path), dtype=case.config.models.dtype, max_length=512, use_gpu=False)
     rng = np.random.default_rng(0)
@@ -148,7 +148,7 @@ def step_points(case: Case) -> list[Point]:
 def _training(case: Case) -> list[Point]:
     """The whole optimizer step under DeepSpeed."""
     torch.set_num_threads(1)
-    from raycomplete.training import engine as ds
+    from raycomplete.training import deepspeed_engine as ds
 
     work, config = case.request(find_hardware("cpu")).workload(1), case.config
     _start_process_group()

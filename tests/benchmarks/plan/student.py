@@ -8,17 +8,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from raycomplete.core.depth_sampler import DepthSampler
-from raycomplete.core.loss_types import LossSettings
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.checkpoints import TORCH_DTYPES, fingerprint, load_model
-from raycomplete.data.head_spec import load_head, read_head_spec
+from raycomplete.data.heads import load_head, read_head_spec
+from raycomplete.data.samples import AnchorSample, RecoverySample, SampleSet
+from raycomplete.losses.loss_types import LossSettings
 from raycomplete.training.batches import BatchBuilder, MicroBatch
-from raycomplete.training.feed import ScoreFeed
+from raycomplete.training.depth_sampler import DepthSampler
 from raycomplete.training.packing import deal
-from raycomplete.training.plan import Planner
-from raycomplete.training.samples import AnchorSample, RecoverySample, SampleSet
+from raycomplete.training.step_plan import Planner
 from raycomplete.training.student import HeadSettings, StudentModule
+from raycomplete.training.teacher_prefetcher import ScoreFeed
 from tests.benchmarks.plan.cases import Case
 
 

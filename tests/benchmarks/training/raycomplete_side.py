@@ -19,14 +19,14 @@ import torch
 from raycomplete.config import ScoringConfig, TrainConfig
 from raycomplete.config.training import LossWeights
 from raycomplete.data.checkpoints import fingerprint, load_model
-from raycomplete.data.head_spec import HeadSpec, read_head_spec
-from raycomplete.engine_options import engine_environment
-from raycomplete.metrics_file import read_metrics
-from raycomplete.scoring.actors import ScorerOptions, ScoringClient
-from raycomplete.scoring.payload import ScoreRequest
+from raycomplete.data.heads import HeadSpec, read_head_spec
+from raycomplete.data.samples import AnchorSample, SampleSet, write_samples
+from raycomplete.engines.payload import ScoreRequest
+from raycomplete.engines.scorers import ScorerOptions, ScoringClient
+from raycomplete.engines.spec import engine_environment
+from raycomplete.runtime.metrics_file import read_metrics
 from raycomplete.training.job import TrainJob
 from raycomplete.training.packing import pack
-from raycomplete.training.samples import AnchorSample, SampleSet, write_samples
 from raycomplete.training.trainer import fit
 from tests.benchmarks.environment import ROOT
 from tests.benchmarks.training.workload import Throughput, Workload

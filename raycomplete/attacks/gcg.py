@@ -1,0 +1,50 @@
+"""Greedy coordinate gradient, from the paper (Zou et al., arXiv 2307.15043, algorithm 1, one behaviour at a time).
+
+Each step: the gradient of the target's loss with respect to the one-hot tokens of the suffix gives every position its
+`top` most promising substitutes; `search_width` candidates each change one token, positions in even turns; the best of
+them becomes the suffix, even where it is worse than the one before. Where this departs from the paper: candidates that
+would not survive being typed as text are dropped, and the best suffix of all steps is used in the end.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from raycomplete.attacks.settings import GcgAttack
+from raycomplete.attacks.suffix import IntArray, Search, SuffixSearch, losses_of
+from raycomplete.attacks.target import Target
+from raycomplete.attacks.white_box import FloatArray, WhiteBox
+
+
+class Gcg(SuffixSearch[GcgAttack]):
+    """One variant. Facts of a response: queries, steps, survivor rate, loss at the start and at best."""
+
+    without_effect = ("batch",)
+
+    def search(self, target: Target, box: WhiteBox, found: Search, usable: IntArray, rng: np.random.Generator) -> None:
+        suffix = found.best
+        for _ in range(self.config.steps):
+            target.stop_if_cancelled()
+            gradient_SV = box.suffix_gradient(found.problem, suffix)
+            candidates = [ids for ids in self._candidates(suffix, gradient_SV, usable, rng) if found.survives_text(ids)]
+            if not candidates:
+                found.note(suffix, found.losses[-1])  # a step without a survivor; the next draws others
+                continue
+            losses = losses_of(box, found, candidates, self.config.batch)
+            best = int(np.argmin(losses))
+            suffix = candidates[best]
+            found.note(suffix, losses[best])
+
+    def _candidates(
+        self, suffix: tuple[int, ...], gradient_SV: FloatArray, usable: IntArray, rng: np.random.Generator
+    ) -> list[tuple[int, ...]]:
+        """`search_width` suffixes that differ from the current one in one token."""
+        top = min(self.config.top, len(usable))
+        best_ST = usable[np.argsort(gradient_SV[:, usable], axis=1)[:, :top]]
+        width = self.config.search_width
+        positions = np.arange(width) * len(suffix) // width
+        picks = rng.integers(top, size=width)
+        return [
+            (*suffix[:position], int(best_ST[position, pick]), *suffix[position + 1 :])
+            for position, pick in zip(positions.tolist(), picks.tolist(), strict=True)
+        ]

@@ -1,0 +1,40 @@
+"""Prefill by depth: the attacker writes the first tokens of a compliant answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from raycomplete.attacks.attack import Attack, answer_ids
+from raycomplete.attacks.settings import PrefillAttack
+from raycomplete.attacks.target import Target
+from raycomplete.attacks.trial import Decoding, Unit
+from raycomplete.runtime.errors import DataError
+from raycomplete.runtime.types import Prompt
+
+
+class Prefill(Attack[PrefillAttack]):
+    """A variant for each depth. Answers that are shorter than the depth are prefilled whole."""
+
+    def plan(self, target: Target, prompts: Sequence[Prompt]) -> list[Unit]:
+        if max(self.config.depths) > 0 and not any(prompt.answer for prompt in prompts):
+            raise DataError(
+                "No harmful prompt has an answer, so there is nothing to prefill.",
+                "Name the answer column of data.evaluation.harmful, or evaluate depth 0 only.",
+            )
+        asked = [
+            (prompt, target.codec.encode_prompt(prompt.text), answer_ids(target.codec, prompt)) for prompt in prompts
+        ]
+        decoding = Decoding(target.max_tokens)
+        return [
+            Unit(
+                "prefill",
+                f"prefill-{depth}",
+                prompt,
+                (*prompt_ids, *answer[:depth]),
+                decoding,
+                prefill=tuple(answer[:depth]),
+                settings={"depth": depth},
+            )
+            for depth in self.config.depths
+            for prompt, prompt_ids, answer in asked
+        ]

@@ -1,0 +1,77 @@
+"""Rank-assisted prefill (RAP): at each step the attacker picks among the model's likeliest tokens.
+
+An attacker who sees the likeliest tokens need not take the first: an aligned model that opens with a refusal still
+ranks the words of an answer not far below. Here the picking is done without people and without a list of words, and the
+rule is ours: of the target's `top` likeliest next tokens take the one that base (the model before its alignment)
+finds likeliest. What comes out is made of the target's own candidates only, so it is judged as its response.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from raycomplete.attacks.attack import Attack, plain_units
+from raycomplete.attacks.settings import RankAssistedPrefillAttack
+from raycomplete.attacks.target import Target
+from raycomplete.attacks.trial import CUT_BY_CONTEXT, Emit, Response, Unit
+from raycomplete.attacks.white_box import WhiteBox
+from raycomplete.runtime.errors import SetupError
+from raycomplete.runtime.types import Prompt
+
+_BATCH = 64
+
+
+class RankAssistedPrefill(Attack[RankAssistedPrefillAttack]):
+    """One variant. `mean_rank` in a response's facts tells how far the picks were from the model's own first choice."""
+
+    def plan(self, target: Target, prompts: Sequence[Prompt]) -> list[Unit]:
+        if target.tools.guide is None:
+            raise SetupError(
+                "The attack rank_assisted_prefill needs base's distributions to pick tokens by.",
+                "Run it by raycomplete evaluate.",
+            )
+        settings = {"top": self.config.top, "steps": self.config.steps, "guide": target.tools.guide_id}
+        units = plain_units(target, self.name, self.name, prompts, 1)
+        return [
+            Unit(unit.attack, unit.variant, unit.prompt, unit.sequence, unit.decoding, settings=settings)
+            for unit in units
+        ]
+
+    def run(self, target: Target, units: Sequence[Unit], emit: Emit) -> None:
+        assert target.tools.guide is not None, "plan refuses without a guide"
+        guide, ranker = target.tools.guide(), target.white_boxes(self.name)[0]
+        for start in range(0, len(units), _BATCH):
+            batch = units[start : start + _BATCH]
+            emit(list(zip(batch, self._responses(target, ranker, guide, batch), strict=True)))
+
+    def _responses(self, target: Target, ranker: WhiteBox, guide: WhiteBox, units: Sequence[Unit]) -> list[Response]:
+        sequences = [list(unit.sequence) for unit in units]
+        ended = [False] * len(units)
+        ranks: list[list[int]] = [[] for _ in units]
+        for _ in range(self.config.steps):
+            target.stop_if_cancelled()
+            rows = [row for row, sequence in enumerate(sequences) if len(sequence) < target.max_length]
+            if all(ended[row] for row in rows):
+                break
+            read = [sequences[row] for row in rows]
+            candidates = [[token for token, _ in found] for found in ranker.top_logprobs(read, self.config.top)]
+            favor = guide.logprobs_of(read, candidates)
+            for row, tokens, values in zip(rows, candidates, favor, strict=True):
+                rank = max(range(len(tokens)), key=values.__getitem__)
+                sequences[row].append(tokens[rank])  # ended rows go on unheard, so that caches keep their shape
+                ended[row] = ended[row] or tokens[rank] in target.codec.eos_ids
+                if not ended[row]:
+                    ranks[row].append(rank)
+        return [
+            Response(
+                unit.sequence,
+                (),
+                tuple(sequence[len(unit.sequence) : len(unit.sequence) + len(picked)]),
+                {
+                    "mean_rank": sum(picked) / len(picked) if picked else 0.0,
+                    "picks": len(picked),
+                    CUT_BY_CONTEXT: float(not has_ended and len(picked) < self.config.steps),
+                },
+            )
+            for unit, sequence, picked, has_ended in zip(units, sequences, ranks, ended, strict=True)
+        ]

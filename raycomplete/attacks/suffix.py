@@ -1,0 +1,196 @@
+"""What suffix searches share: where the suffix stands, which tokens may be used, and how the result is measured."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field, replace
+from threading import Event
+from typing import Any, ClassVar, Generic, TypeVar
+
+import numpy as np
+
+from raycomplete.attacks.attack import Attack, answer_ids, continued
+from raycomplete.attacks.settings import SuffixAttack
+from raycomplete.attacks.target import Target
+from raycomplete.attacks.trial import Decoding, Emit, Response, Unit
+from raycomplete.attacks.white_box import SuffixProblem, WhiteBox
+from raycomplete.runtime.errors import DataError, WorkError
+from raycomplete.runtime.types import Codec, Prompt
+
+IntArray = np.ndarray[Any, np.dtype[np.int64]]
+SuffixT = TypeVar("SuffixT", bound=SuffixAttack)
+
+
+@dataclass
+class Search:
+    """A search for the suffix of one behaviour.
+
+    Attributes:
+        problem: What the suffix stands in, and what it should bring about.
+        codec: Of the target.
+        text: The behaviour.
+        losses: Loss of the current suffix after each step, that of the filler first.
+        queries: How many suffixes the model was asked about.
+        drawn: How many candidates were checked for coming back from text.
+        survivors: How many of them did.
+        best: The suffix with the least loss so far.
+    """
+
+    problem: SuffixProblem
+    codec: Codec
+    text: str
+    best: tuple[int, ...]
+    losses: list[float] = field(default_factory=list)
+    queries: int = 0
+    best_loss: float = float("inf")
+    drawn: int = 0
+    survivors: int = 0
+
+    def note(self, suffix: Sequence[int], loss: float) -> None:
+        """Takes the step's suffix into the record."""
+        self.losses.append(loss)
+        if loss < self.best_loss:
+            self.best, self.best_loss = tuple(suffix), loss
+
+    def survives_text(self, suffix: Sequence[int]) -> bool:
+        """Whether the suffix comes back as the same tokens when it is typed as text, as an attacker must."""
+        typed = self.codec.encode_prompt(f"{self.text} {self.codec.decode(suffix).strip()}")
+        survives = tuple(typed) == (*self.problem.before, *suffix, *self.problem.after)
+        self.drawn += 1
+        self.survivors += survives
+        return survives
+
+
+class SuffixSearch(Attack[SuffixT], Generic[SuffixT]):
+    """Finds a suffix for each behaviour on a white box, one search at a time on each, then asks the model greedily.
+
+    Attributes:
+        without_effect: Settings that decide memory and speed alone, so that the search is the same under any.
+    """
+
+    without_effect: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
+    def search(self, target: Target, box: WhiteBox, found: Search, usable: IntArray, rng: np.random.Generator) -> None:
+        """Improves `found.best` with usable tokens until the budget is spent."""
+
+    def plan(self, target: Target, prompts: Sequence[Prompt]) -> list[Unit]:
+        if target.tools.white_boxes is None:
+            target.white_boxes(self.name)  # which says what is missing
+        settings = self.config.model_dump(mode="json", exclude=set(self.without_effect))
+        units = []
+        for prompt in prompts:
+            found = self.start(target.codec, prompt)
+            start = (*found.problem.before, *found.best, *found.problem.after)
+            units.append(
+                Unit(
+                    self.name,
+                    self.name,
+                    prompt,
+                    start,
+                    Decoding(target.max_tokens),
+                    settings={**settings, "target_ids": found.problem.target},
+                )
+            )
+        return units
+
+    def run(self, target: Target, units: Sequence[Unit], emit: Emit) -> None:
+        for unit, found in self._searched(target, units):
+            problem = found.problem
+            sequence = (*problem.before, *found.best, *problem.after)
+            asked = Unit(unit.attack, unit.variant, unit.prompt, sequence, unit.decoding)
+            (response,) = continued(target, [asked])
+            facts = {
+                "queries": found.queries,
+                "steps": len(found.losses) - 1,
+                "survivor_rate": round(found.survivors / found.drawn, 4) if found.drawn else 1.0,
+                "loss_start": round(found.losses[0], 4),
+                "loss_best": round(found.best_loss, 4),
+            }
+            emit([(unit, Response(sequence, (), response.tokens, facts))])
+
+    def start(self, codec: Codec, prompt: Prompt) -> Search:
+        """The search before its first step."""
+        config = self.config
+        filler = " ".join([config.filler] * config.suffix_tokens)
+        without, with_filler = codec.encode_prompt(prompt.text), codec.encode_prompt(f"{prompt.text} {filler}")
+        num_before = _common(without, with_filler)
+        num_after = _common(without[num_before:][::-1], with_filler[::-1])
+        end = len(with_filler) - num_after
+        if end <= num_before:
+            raise DataError(f"The filler {config.filler!r} adds no tokens to the prompt {prompt.prompt_id!r}.")
+        problem = SuffixProblem(
+            tuple(with_filler[:num_before]), tuple(with_filler[end:]), self._target_ids(codec, prompt)
+        )
+        return Search(problem, codec, prompt.text, tuple(with_filler[num_before:end]))
+
+    def _target_ids(self, codec: Codec, prompt: Prompt) -> tuple[int, ...]:
+        if self.config.target is not None:
+            return tuple(codec.encode_answer(self.config.target)[: self.config.target_tokens])
+        ids = answer_ids(codec, prompt)
+        if not ids:
+            raise DataError(
+                f"The prompt {prompt.prompt_id!r} has no answer whose opening {self.name} could force.",
+                f"Name the answer column of data.evaluation.harmful, or give {self.name} a target.",
+            )
+        return tuple(ids[: self.config.target_tokens])
+
+    def _searched(self, target: Target, units: Sequence[Unit]) -> Iterator[tuple[Unit, Search]]:
+        """Finished searches, as many at a time as there are white boxes."""
+        waiting, free = list(reversed(units)), list(target.white_boxes(self.name))
+        usable = usable_tokens(target.codec, free[0].vocab_size())
+        running: dict[Future[Search], tuple[Unit, WhiteBox]] = {}
+        failed = Event()
+        stoppable = replace(target, cancelled=lambda: failed.is_set() or target.cancelled())
+        with ThreadPoolExecutor(max_workers=len(free)) as pool:
+            try:
+                while waiting or running:
+                    while waiting and free:
+                        unit, box = waiting.pop(), free.pop()
+                        running[pool.submit(self._search, stoppable, box, unit, usable)] = (unit, box)
+                    for future in wait(running, return_when=FIRST_COMPLETED).done:
+                        unit, box = running.pop(future)
+                        free.append(box)
+                        yield unit, future.result()
+            finally:
+                failed.set()  # the pool waits for its threads, and a search may take hours
+
+    def _search(self, target: Target, box: WhiteBox, unit: Unit, usable: IntArray) -> Search:
+        found = self.start(target.codec, unit.prompt)
+        found.note(found.best, box.suffix_losses(found.problem, [found.best])[0])
+        self.search(target, box, found, usable, np.random.default_rng(int(unit.key(target.model_id), 16)))
+        if found.drawn and not found.survivors:
+            raise WorkError(
+                f"None of the {found.drawn} suffixes that {self.name} tried on the prompt {unit.prompt.prompt_id!r} "
+                "comes back as the same tokens when it is typed as text, so nothing was searched.",
+                f"Give {self.name} another filler or more steps, or leave it out for this tokenizer.",
+            )
+        return found
+
+
+def usable_tokens(codec: Codec, num_tokens: int) -> IntArray:
+    """Tokens that a suffix may hold: printable ASCII, as in the GCG paper; no special tokens."""
+    texts = (codec.decode([token]) for token in range(num_tokens))
+    usable = [token for token, text in enumerate(texts) if text.strip() and text.isascii() and text.isprintable()]
+    return np.asarray(usable, dtype=np.int64)
+
+
+def losses_of(box: WhiteBox, found: Search, candidates: Sequence[Sequence[int]], batch: int) -> list[float]:
+    """Loss of each candidate, in forward passes of `batch`."""
+    found.queries += len(candidates)
+    losses: list[float] = []
+    for start in range(0, len(candidates), batch):
+        losses += box.suffix_losses(found.problem, candidates[start : start + batch])
+    return losses
+
+
+def _common(first: Sequence[int], second: Sequence[int]) -> int:
+    """Length of the longest common start."""
+    count = 0
+    for one, other in zip(first, second, strict=False):
+        if one != other:
+            break
+        count += 1
+    return count

@@ -1,0 +1,141 @@
+"""The unit of work: one model's response to one behaviour under one variant of an attack, drawn under one seed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from raycomplete.runtime.errors import StoppedError
+from raycomplete.runtime.row_store import content_hash
+from raycomplete.runtime.types import Outcome, Prompt
+
+FORMAT = 3  # part of every key: raise it when the meaning of a stored response changes
+
+# Facts of responses that results read.
+FIRST_COMPLIED = "first_complied"  # 1 where the first of the responses that a judge picked from complied
+CUT_BY_CONTEXT = "cut_by_context"  # 1 where the context left no room for the steps asked for
+
+
+@dataclass(frozen=True, slots=True)
+class Decoding:
+    """How a response is drawn. Temperature 0 is greedy; top_k 0 keeps the whole vocabulary."""
+
+    max_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """What is asked.
+
+    Attributes:
+        attack: Name of the attack.
+        variant: Part of the attack under which rates are kept apart, such as `prefill-4`.
+        prompt: The behaviour.
+        sequence: Token ids that the model reads, prefill included; for searches, what they start from.
+        decoding: How the response is drawn.
+        prefill: The attacker's own answer tokens among `sequence`, which the judge is told apart.
+        seed: Of the n-th draw under the same settings.
+        settings: What else decides the response.
+        position: Among the units that the plan draws under the same seed; 0 where nothing is drawn.
+    """
+
+    attack: str
+    variant: str
+    prompt: Prompt
+    sequence: tuple[int, ...]
+    decoding: Decoding
+    prefill: tuple[int, ...] = ()
+    seed: int = 0
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    position: int = 0
+
+    def key(self, model_id: str) -> str:
+        """Names the unit by all that decides its response. Token ids stand for tokenizer and chat template.
+
+        The prompt's answer is no part of it: what a response owes to it is among the tokens and settings.
+        """
+        return content_hash(
+            {
+                "format": FORMAT,
+                "model_id": model_id,
+                "attack": self.attack,
+                "variant": self.variant,
+                "prompt": [self.prompt.prompt_id, self.prompt.text, self.prompt.kind],
+                "sequence": self.sequence,
+                "prefill": self.prefill,
+                "decoding": asdict(self.decoding),
+                "seed": self.seed,
+                "position": self.position,
+                "settings": self.settings,
+            }
+        )
+
+    def judgement_key(self, model_id: str) -> str:
+        """Names what a judge makes of the response; it may read the prompt's answer."""
+        return content_hash([self.key(model_id), self.prompt.answer])
+
+    @property
+    def draw_seed(self) -> int:
+        """Seed of position 0 among the units drawn with this one; other variants and draws share none of its seeds."""
+        return int(content_hash([self.attack, self.variant, self.seed])[:9], 16) * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """What came back.
+
+    Attributes:
+        sequence: Token ids that the model read in the end.
+        prefill: The attacker's own answer tokens among them.
+        tokens: What the model added.
+        facts: Numbers of the search, such as its queries and losses.
+    """
+
+    sequence: tuple[int, ...]
+    prefill: tuple[int, ...]
+    tokens: tuple[int, ...]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+Emit = Callable[[Sequence[tuple[Unit, Response]]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far the evaluation of one model is.
+
+    Attributes:
+        role: The model.
+        attack: What is at work; "" before the first unit.
+        variant: The part of it that was finished last.
+        done: Finished units of this model.
+        total: All units of this model.
+        reused: Units that an earlier evaluation had finished.
+        outcomes: How often each outcome was seen in `attack` so far.
+    """
+
+    role: str
+    attack: str
+    variant: str
+    done: int
+    total: int
+    reused: int
+    outcomes: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(map(str, Outcome), 0))
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class EvaluationCancelled(StoppedError):
+    """Someone asked to stop; what was finished is kept."""
+
+    def __init__(
+        self,
+        problem: str = "The evaluation was cancelled.",
+        remedy: str = "Finished work is kept; the same command continues it (train: with --resume).",
+    ) -> None:
+        super().__init__(problem, remedy)

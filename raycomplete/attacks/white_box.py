@@ -1,0 +1,189 @@
+"""A model whose distributions and gradients an attacker can see. Works on what transformers loads, imports none of it.
+
+Shape letters here besides those of `raycomplete.runtime.types`: S suffix tokens, C candidates, K tokens asked for.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from raycomplete.attacks.trial import Decoding
+
+FloatArray = np.ndarray[Any, np.dtype[np.float32]]
+
+
+@dataclass(frozen=True, slots=True)
+class SuffixProblem:
+    """A prompt with a hole in it and the words that should follow.
+
+    Attributes:
+        before: Token ids up to the suffix: template and behaviour.
+        after: Token ids between the suffix and the response: the rest of the template.
+        target: Response tokens to make likely.
+    """
+
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    target: tuple[int, ...]
+
+
+class WhiteBox(Protocol):
+    """What `TorchModel` can do, wherever it lives."""
+
+    def vocab_size(self) -> int:
+        """Rows of the embedding, padding included."""
+
+    def top_logprobs(self, sequences: Sequence[Sequence[int]], top: int) -> list[list[tuple[int, float]]]:
+        """(token, log-probability) of the `top` likeliest next tokens of each sequence, best first."""
+
+    def logprobs_of(self, sequences: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Log-probability of each asked token as the next one of its sequence."""
+
+    def sample(
+        self, sequences: Sequence[Sequence[int]], decoding: Decoding, *, seed: int, stop_ids: Collection[int]
+    ) -> list[list[int]]:
+        """Continues sequences; sequence i is drawn under seed + i, end-of-response is left out."""
+
+    def suffix_gradient(self, problem: SuffixProblem, suffix: Sequence[int]) -> FloatArray:
+        """Gradient of the mean loss of the target with respect to one-hot suffix tokens, [S, V]."""
+
+    def suffix_losses(self, problem: SuffixProblem, suffixes: Sequence[Sequence[int]]) -> list[float]:
+        """Mean loss of the target (nats a token) under each suffix; all suffixes are equally long."""
+
+
+class TorchModel:
+    """A causal language model of transformers (implements `WhiteBox`).
+
+    Two caches of keys and values spare most of the work: that of the fixed words before a suffix, and that of the last
+    batch of sequences, which a decoder extends by one token a call.
+
+    Args:
+        model: In evaluation mode; its parameters need no gradients.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model.requires_grad_(False)
+        self._device = next(model.parameters()).device
+        self._prefix: tuple[tuple[int, ...], Any] | None = None
+        self._last: tuple[list[tuple[int, ...]], Any, Tensor] | None = None
+
+    def vocab_size(self) -> int:
+        return int(self._model.get_input_embeddings().weight.shape[0])
+
+    def top_logprobs(self, sequences: Sequence[Sequence[int]], top: int) -> list[list[tuple[int, float]]]:
+        values_BK, ids_BK = self._next_logprobs(sequences).topk(top, dim=-1)
+        return [
+            list(zip(ids, values, strict=True)) for ids, values in zip(ids_BK.tolist(), values_BK.tolist(), strict=True)
+        ]
+
+    def logprobs_of(self, sequences: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]) -> list[list[float]]:
+        logprobs_BV = self._next_logprobs(sequences)
+        return [row_V[list(asked)].tolist() for row_V, asked in zip(logprobs_BV, tokens, strict=True)]
+
+    def sample(
+        self, sequences: Sequence[Sequence[int]], decoding: Decoding, *, seed: int, stop_ids: Collection[int]
+    ) -> list[list[int]]:
+        generators = [torch.Generator().manual_seed(seed + index) for index in range(len(sequences))]
+        answers: list[list[int]] = [[] for _ in sequences]
+        open_rows = set(range(len(sequences)))
+        current = [list(sequence) for sequence in sequences]
+        for _ in range(decoding.max_tokens):
+            probabilities_BV = filtered(self._next_logprobs(current).cpu(), decoding)
+            for row, sequence in enumerate(current):
+                token = int(torch.multinomial(probabilities_BV[row], 1, generator=generators[row]))
+                sequence.append(token)  # finished rows go on unheard, so that the cache keeps its shape
+                if row in open_rows and token in stop_ids:
+                    open_rows.discard(row)
+                elif row in open_rows:
+                    answers[row].append(token)
+            if not open_rows:
+                break
+        return answers
+
+    def suffix_gradient(self, problem: SuffixProblem, suffix: Sequence[int]) -> FloatArray:
+        embedding_VH = self._model.get_input_embeddings()
+        num_tokens = int(embedding_VH.weight.shape[0])
+        one_hot_SV = torch.nn.functional.one_hot(self._ids(suffix), num_tokens).to(embedding_VH.weight.dtype)
+        one_hot_SV.requires_grad_(True)
+        # Looking rows up instead would skip what some models do to their embeddings, such as Gemma's scale.
+        scale = embedding_VH(self._ids(suffix)).norm() / embedding_VH.weight[self._ids(suffix)].norm()
+        tail_TH = embedding_VH(self._ids([*problem.after, *problem.target]))
+        inputs_1TH = torch.cat([scale * (one_hot_SV @ embedding_VH.weight), tail_TH])[None]
+        with torch.enable_grad():
+            loss_1 = self._target_loss(problem, len(suffix), inputs_embeds=inputs_1TH)
+            (gradient_SV,) = torch.autograd.grad(loss_1.sum(), one_hot_SV)
+        result: FloatArray = gradient_SV.float().cpu().numpy()
+        return result
+
+    def suffix_losses(self, problem: SuffixProblem, suffixes: Sequence[Sequence[int]]) -> list[float]:
+        rows_CT = self._ids([[*suffix, *problem.after, *problem.target] for suffix in suffixes])
+        with torch.no_grad():
+            losses: list[float] = self._target_loss(problem, len(suffixes[0]), input_ids=rows_CT).tolist()
+        return losses
+
+    def _target_loss(self, problem: SuffixProblem, num_suffix: int, **inputs: Tensor) -> Tensor:
+        """Mean cross-entropy of the target for each row of inputs that follow `problem.before`, [C]."""
+        count = next(iter(inputs.values())).shape[0]
+        cache = copy.deepcopy(self._prefix_cache(problem.before))  # which the call below lengthens
+        cache.batch_repeat_interleave(count)
+        logits_CTV = self._model(**inputs, past_key_values=cache, use_cache=True).logits
+        start = num_suffix + len(problem.after) - 1
+        predicted_CTV = logits_CTV[:, start : start + len(problem.target)].float()
+        target_CT = self._ids(problem.target).expand(count, -1)
+        loss_CT = torch.nn.functional.cross_entropy(predicted_CTV.transpose(1, 2), target_CT, reduction="none")
+        return loss_CT.mean(dim=1)
+
+    def _prefix_cache(self, before: tuple[int, ...]) -> Any:
+        """Keys and values of the fixed words, one row."""
+        if self._prefix is None or self._prefix[0] != before:
+            with torch.no_grad():
+                self._prefix = (before, self._model(self._ids([list(before)]), use_cache=True).past_key_values)
+        return self._prefix[1]
+
+    def _next_logprobs(self, sequences: Sequence[Sequence[int]]) -> Tensor:
+        """Log-probabilities of the next token of each sequence, [B, V]; a batch one token longer is read in a step."""
+        rows = [tuple(sequence) for sequence in sequences]
+        with torch.no_grad():
+            if self._last is not None and [row[:-1] for row in rows] == self._last[0]:
+                _, cache, mask_BT = self._last
+                ids_BT = self._ids([row[-1:] for row in rows])
+                mask_BT = torch.cat([mask_BT, torch.ones_like(ids_BT)], dim=1)
+                positions_BT = mask_BT.sum(dim=1, keepdim=True) - 1
+            else:
+                longest = max(map(len, rows))
+                ids_BT = self._ids([[0] * (longest - len(row)) + list(row) for row in rows])
+                mask_BT = self._ids([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+                positions_BT = (mask_BT.cumsum(dim=1) - 1).clamp(min=0)
+                cache = None
+            output = self._model(
+                ids_BT, attention_mask=mask_BT, position_ids=positions_BT, past_key_values=cache, use_cache=True
+            )
+            self._last = (rows, output.past_key_values, mask_BT)
+            return torch.log_softmax(output.logits[:, -1].float(), dim=-1)
+
+    def _ids(self, ids: Any) -> Tensor:
+        return torch.tensor(ids, dtype=torch.long, device=self._device)
+
+
+def filtered(logprobs_BV: Tensor, decoding: Decoding) -> Tensor:
+    """Probabilities after temperature, top-k and top-p, in this order, as vLLM applies them; [B, V]."""
+    if decoding.temperature == 0:
+        return torch.nn.functional.one_hot(logprobs_BV.argmax(dim=-1), logprobs_BV.shape[-1]).float()
+    scaled_BV = logprobs_BV / decoding.temperature
+    if decoding.top_k:
+        least_B1 = scaled_BV.topk(min(decoding.top_k, scaled_BV.shape[-1]), dim=-1).values[:, -1:]
+        scaled_BV = scaled_BV.masked_fill(scaled_BV < least_B1, float("-inf"))
+    probabilities_BV = scaled_BV.softmax(dim=-1)
+    if decoding.top_p < 1:
+        sorted_BV, order_BV = probabilities_BV.sort(dim=-1, descending=True)
+        outside_BV = sorted_BV.cumsum(dim=-1) - sorted_BV >= decoding.top_p
+        probabilities_BV = probabilities_BV.masked_fill(outside_BV.gather(1, order_BV.argsort(dim=-1)), 0.0)
+        probabilities_BV = probabilities_BV / probabilities_BV.sum(dim=-1, keepdim=True)
+    return probabilities_BV

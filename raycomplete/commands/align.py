@@ -1,0 +1,160 @@
+"""Safety SFT: an aligned twin for a base model that has none, in the usual shallow way.
+
+Refusals come from the user's file; harmless prompts are answered by base itself, so that nothing but refusing is
+learned. The result is what most safety-tuned models are: firm at the first tokens and unchanged deeper in.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from raycomplete.commands.run_folder import check_run_folder, open_run_folder
+from raycomplete.commands.stored import stored
+from raycomplete.commands.train import run_training, worker_threads
+from raycomplete.config import RunConfig
+from raycomplete.data.chat import ChatCodec
+from raycomplete.data.inputs import Models, prepare_models
+from raycomplete.data.prompts import read_prompts
+from raycomplete.data.samples import AnchorSample, SampleSet, read_samples, write_samples
+from raycomplete.engines.cluster import Cluster, connect
+from raycomplete.engines.placement import plan_run
+from raycomplete.engines.rollout_pool import RolloutPool
+from raycomplete.engines.start import start_fleet
+from raycomplete.runtime.console import Screen
+from raycomplete.runtime.errors import ConfigError, DataError
+from raycomplete.runtime.files import write_json
+from raycomplete.runtime.signals import StopSignals, stop_signals
+from raycomplete.runtime.types import Prompt
+from raycomplete.training.job import TrainJob
+
+_DONE = "aligned.json"
+_SAME = ("models", "data", "rollout", "train", "align")  # sections that decide what is trained
+
+
+@stored("-align")
+def align(config: RunConfig, *, resume: bool = False, overwrite: bool = False, screen: Screen | None = None) -> Path:
+    """Trains the aligned checkpoint that the run file names as `models.aligned`.
+
+    Returns:
+        Its folder.
+
+    Raises:
+        RefusedError: Something is wrong with the run file, base or the prompts; nothing was written.
+        WorkError: Training failed; checkpoints are kept.
+    """
+    screen = screen or Screen()
+    settings = config.align
+    output = (settings.output or Path(config.models.aligned)).resolve()
+    if not settings.refusals or not settings.benign:
+        raise ConfigError("align.refusals and align.benign are needed for safety SFT.", "Name prompt files there.")
+    if settings.batch_size % config.train.num_workers:
+        raise ConfigError(
+            f"align.batch_size ({settings.batch_size}) must be a multiple of train.num_workers "
+            f"({config.train.num_workers})."
+        )
+    config = config.model_copy(update={"output": config.output.renamed("-align")})
+    # After a killed `--overwrite`, what lies there is still the old one.
+    if (output / "config.json").is_file() and not overwrite and not _is_unfinished(config.output.folder):
+        screen.note(f"The aligned checkpoint is there already: {output}")
+        return output
+    models = prepare_models(config, roles=("base",))
+    refusals = read_prompts(settings.refusals, "harmful", config.data.seed)
+    benign = read_prompts(settings.benign, "benign", config.data.seed)
+    without = next((prompt for prompt in refusals if not prompt.answer), None)
+    if without is not None:
+        raise DataError(f"The prompt {without.prompt_id} of align.refusals has no answer.", "Name its answer column.")
+    check_run_folder(config, resume=resume, same=_SAME, overwrite=overwrite)
+    plan = plan_run(config, workers=config.train.num_workers)
+    with connect(config.cluster, plan, screen) as cluster, stop_signals() as stop:
+        folder = open_run_folder(config, resume=resume, same=_SAME, overwrite=overwrite)
+        samples_file = folder / "samples.jsonl"
+        if not samples_file.is_file():
+            with start_fleet(config, cluster, models, screen) as fleet:
+                write_samples(samples_file, _samples(config, models.codec, fleet.generator, refusals, benign, screen))
+        _train(config, cluster, models, folder, output, screen, stop)
+        write_json(folder / _DONE, {"aligned": str(output)})
+    screen.note(f"Aligned checkpoint: {output}")
+    return output
+
+
+def _is_unfinished(folder: Path) -> bool:
+    """Whether an alignment was begun there, or begun anew, and has not written its checkpoint."""
+    return (folder / "config.yaml").is_file() and not (folder / _DONE).is_file()
+
+
+def _samples(
+    config: RunConfig,
+    codec: ChatCodec,
+    base: RolloutPool,
+    refusals: list[Prompt],
+    benign: list[Prompt],
+    screen: Screen,
+) -> SampleSet:
+    """Refusals and base's own harmless answers in the wanted share, no longer than the context."""
+    settings = config.align
+    benign_per_refusal = settings.benign_fraction / max(1 - settings.benign_fraction, 1e-9)
+    num_benign = round(len(refusals) * benign_per_refusal)
+    limit, context = settings.max_answer_tokens, config.models.max_length
+    learned, cut = [], 0
+    for prompt in refusals:
+        answer = (*codec.encode_answer(prompt.answer or ""), codec.eos_id)
+        cut += len(answer) > limit
+        # An answer that is cut ends without end-of-response: the model must not learn to stop in mid-sentence.
+        learned.append(AnchorSample(prompt.prompt_id, tuple(codec.encode_prompt(prompt.text)), answer[:limit]))
+    prompt_ids = [codec.encode_prompt(prompt.text) for prompt in benign[:num_benign]]
+    fitting = [(p, ids) for p, ids in zip(benign, prompt_ids, strict=False) if len(ids) + limit < context]
+    with screen.stage(f"Answers of base to {len(fitting)} harmless prompts"):
+        answers = base.generate_finished(
+            [ids for _, ids in fitting],
+            max_tokens=limit,
+            temperature=config.rollout.temperature,
+            top_p=config.rollout.top_p,
+            seed=config.train.seed,
+        )
+    kept = [
+        AnchorSample(prompt.prompt_id, tuple(ids), (*tokens, *((codec.eos_id,) if finished else ())))
+        for (prompt, ids), (tokens, finished) in zip(fitting, answers, strict=True)
+        if tokens
+    ]
+    samples = [sample for sample in (*learned, *kept) if len(sample.prompt_ids) + len(sample.answer_ids) <= context]
+    dropped = len(learned) + len(kept) - len(samples)
+    screen.note(
+        f"{len(learned)} refusals ({cut} cut at {limit} tokens), {len(kept)} harmless answers of {num_benign} wanted; "
+        f"{dropped} samples left out as longer than the context"
+    )
+    return SampleSet(tuple(samples))
+
+
+def _train(
+    config: RunConfig,
+    cluster: Cluster,
+    models: Models,
+    folder: Path,
+    output: Path,
+    screen: Screen,
+    stop: StopSignals,
+) -> None:
+    settings = config.align
+    train = config.train.model_copy(
+        update={
+            "steps": settings.steps,
+            "lr": settings.lr,
+            "anchor_batch": settings.batch_size,
+        }
+    )
+    job = TrainJob(
+        objective="sft",
+        start=models.paths["base"],
+        output=output,
+        folder=folder.resolve(),
+        samples=(folder / "samples.jsonl").resolve(),
+        dtype=config.models.dtype,
+        train=train,
+        student_head=models.heads["base"],
+        threads=worker_threads(config),
+        lora_rank=settings.lora_rank,
+        use_gpu=cluster.use_gpu,
+        trust_remote_code=config.models.trust_remote_code,
+    )
+    count = len(read_samples(job.samples).anchor)
+    run_training(job, config, screen, f"Safety SFT on {count} samples", stop)

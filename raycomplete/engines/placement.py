@@ -1,0 +1,204 @@
+"""What a run asks of the cluster: one row a role, what they hold together, and the groups that keep engines placed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from raycomplete.config import ClusterConfig, RunConfig
+from raycomplete.runtime.errors import WaitTimeoutError
+
+_GIB = 2**30
+_FIRST, _AFTERWARDS = "at first", "evaluation"
+
+
+@dataclass(frozen=True)
+class Row:
+    """Actors of one role.
+
+    Attributes:
+        role: "base scorer".
+        replicas: How many.
+        cpus: Logical CPUs of each.
+        gpus: GPUs of each, where the run uses GPUs.
+        phase: When they are there; empty: throughout. Phases follow each other and hand on what they held.
+        devices: GPUs that hold one model of this role together; more than 1 is tensor parallelism.
+    """
+
+    role: str
+    replicas: int
+    cpus: float
+    gpus: float
+    phase: str = ""
+    devices: int = 1
+
+    def bundle(self, *, use_gpu: bool) -> dict[str, float]:
+        """What each of them reserves."""
+        return {"CPU": self.cpus} | ({"GPU": self.gpus} if use_gpu and self.gpus > 0 else {})
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node of the cluster; memory in GiB, 0 where Ray does not say."""
+
+    cpus: float
+    gpus: float
+    memory_gib: float = 0.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that a run places."""
+
+    rows: tuple[Row, ...] = ()
+
+    @property
+    def cpus(self) -> float:
+        """Logical CPUs that are held at one time, at most."""
+        return self._most("cpus")
+
+    @property
+    def gpus(self) -> float:
+        """GPUs that are held at one time, at most, where the run uses GPUs."""
+        return self._most("gpus")
+
+    def _most(self, name: str) -> float:
+        def held(phase: str) -> float:
+            return sum((row.replicas * float(getattr(row, name)) for row in self.rows if row.phase == phase), 0.0)
+
+        return held("") + max((held(row.phase) for row in self.rows if row.phase), default=0.0)
+
+    def problem(self, nodes: Sequence[Node], *, use_gpu: bool) -> str:
+        """What the nodes lack, in words; empty where nothing is known to be missing."""
+        for name, needed, there in (
+            ("CPU", self.cpus, sum(node.cpus for node in nodes)),
+            ("GPU", self.gpus if use_gpu else 0.0, sum(node.gpus for node in nodes)),
+        ):
+            if needed > there + 1e-6:
+                return f"The run needs {needed:g} {name} and the cluster has {there:g}."
+        for row in self.rows:
+            gpus = row.gpus if use_gpu else 0.0
+            if row.replicas and not any(row.cpus <= node.cpus + 1e-6 and gpus <= node.gpus + 1e-6 for node in nodes):
+                return f"No node is large enough for one {row.role} ({row.cpus:g} CPU, {gpus:g} GPU)."
+        return ""
+
+    def table(self, nodes: Sequence[Node], *, use_gpu: bool) -> list[list[str]]:
+        """Needed against available, for the screen; the first row holds the headings."""
+        table = [["role", "replicas", "CPU each", "GPU each", "CPU", "GPU", "when"]]
+        for row in self.rows:
+            gpus = row.gpus if use_gpu else 0.0
+            numbers = (row.cpus, gpus, row.replicas * row.cpus, row.replicas * gpus)
+            table.append([row.role, str(row.replicas), *(f"{number:g}" for number in numbers), row.phase])
+        needed = (self.cpus, self.gpus if use_gpu else 0.0)
+        table.append(["needed at one time", "", "", "", *(f"{number:g}" for number in needed), ""])
+        memory = sum(node.memory_gib for node in nodes)
+        there = f"available ({len(nodes)} node{'s' * (len(nodes) != 1)}{f', {memory:.0f} GiB memory' * (memory > 0)})"
+        sums = (sum(node.cpus for node in nodes), sum(node.gpus for node in nodes))
+        return [*table, [there, "", "", "", *(f"{number:g}" for number in sums), ""]]
+
+    def text(self, nodes: Sequence[Node], *, use_gpu: bool) -> str:
+        """The table as lines of an error message."""
+        table = self.table(nodes, use_gpu=use_gpu)
+        widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
+        return "\n".join(
+            "  ".join(value.ljust(width) for value, width in zip(row, widths, strict=True)).rstrip() for row in table
+        )
+
+
+def engine_row(config: ClusterConfig, role: str, replicas: int, *, phase: str = "", tensor_parallel: int = 1) -> Row:
+    """Engines of one role; with tensor parallelism each holds whole devices."""
+    gpus = config.gpus_per_engine if tensor_parallel == 1 else float(tensor_parallel)
+    return Row(role, replicas, config.cpus_per_engine * tensor_parallel, gpus, phase, tensor_parallel)
+
+
+def plan_run(
+    config: RunConfig,
+    *,
+    scorers: Sequence[str] = (),
+    workers: int = 0,
+    extras: int = 0,
+    attack_workers: int = 0,
+) -> Plan:
+    """The plan of a run.
+
+    Args:
+        config: Run file.
+        scorers: Frozen models that are scored: "base", "aligned", "student".
+        workers: Training workers.
+        extras: Engines and models that an evaluation holds besides the rollout engines; scorers are gone by then.
+        attack_workers: Training workers of the fine-tuning attack.
+    """
+    cluster, scoring, rollout = config.cluster, config.scoring, config.rollout
+    rows = [engine_row(cluster, "rollout engine", rollout.num_engines, tensor_parallel=rollout.tensor_parallel)]
+    rows += [
+        engine_row(
+            cluster,
+            f"{role} scorer",
+            scoring.replicas,
+            phase=_FIRST,
+            tensor_parallel=scoring.tensor_parallel,
+        )
+        for role in scorers
+    ]
+    for phase, count, of in ((_FIRST, workers, ""), (_AFTERWARDS, attack_workers, " of the attack")):
+        if count:
+            rows.append(Row(f"training worker{of}", count, cluster.cpus_per_worker, cluster.gpus_per_worker, phase))
+            rows.append(Row(f"Ray Train controller{of}", 1, 0.0, 0.0, phase))
+    if extras:
+        rows.append(engine_row(cluster, "model of attacks and judge", extras, phase=_AFTERWARDS))
+    return Plan(tuple(rows))
+
+
+class Reservation:
+    """A placement group for engines that start and end together.
+
+    When a node dies, Ray moves its bundles to nodes with room, or keeps them waiting for one, and starts the actors
+    there again.
+
+    Args:
+        bundles: What each engine reserves.
+        strategy: `cluster.placement`.
+    """
+
+    def __init__(self, bundles: Sequence[dict[str, float]], strategy: str) -> None:
+        self._group: Any = placement_group(list(bundles), strategy=strategy.upper())
+        self._count = len(bundles)
+
+    def places(self) -> list[PlacementGroupSchedulingStrategy]:
+        """Ray's scheduling strategy of each engine, by its number."""
+        return [
+            PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=index)
+            for index in range(self._count)
+        ]
+
+    def wait(self, timeout_s: float, table: Callable[[], str]) -> None:
+        """Waits until every bundle has its place.
+
+        Args:
+            timeout_s: Longest wait.
+            table: Needed against available, for the message.
+
+        Raises:
+            WaitTimeoutError: Some have none in time.
+        """
+        if not self._group.wait(timeout_s):
+            raise WaitTimeoutError(
+                f"Ray found no place for {self._count} engines in {timeout_s:g} s (cluster.start_timeout_s).\n"
+                f"{table()}\n",
+                "Others may hold what is free (`ray status` tells), or cluster.placement asks for more nodes than "
+                "there are.",
+            )
+
+    def release(self) -> None:
+        """Gives the places back, and ends what still runs there."""
+        remove_placement_group(self._group)
+
+
+def nodes_of(entries: Sequence[dict[str, Any]]) -> list[Node]:
+    """The nodes that are alive, from `ray.nodes()`."""
+    found = [entry["Resources"] for entry in entries if entry["Alive"]]
+    return [Node(has.get("CPU", 0.0), has.get("GPU", 0.0), has.get("memory", 0.0) / _GIB) for has in found]

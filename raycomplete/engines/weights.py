@@ -1,0 +1,243 @@
+"""Versioned weights in Ray's object store, and how they become the tensors of a checkpoint again.
+
+The trainer packs what it has after a step; every call to an engine names the `Weights` that it needs. The object store
+brings them to any node, and an engine that was restarted finds them there as before.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import ray
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from raycomplete.data.heads import tensor_files
+from raycomplete.runtime.errors import WorkError
+from raycomplete.runtime.ray_calls import wait_for
+
+_CHUNK_BYTES = 512 * 2**20  # an object much larger than this may not fit between others in a store that is half full
+_MEMORY = "/dev/shm"
+_PREFIX, _CLAIM = "raycomplete-weights-", "claim"
+_HEADER_BYTES = 2**20  # names and shapes of a file of weights
+
+_Array: TypeAlias = npt.NDArray[Any]
+
+
+class Adapter(NamedTuple):
+    """The low-rank update of one linear layer: its weight becomes W + scale * B @ A.
+
+    Attributes:
+        a_RI: [rank, in].
+        b_OR: [out, rank].
+        scale: alpha / rank, or what else the adapter was trained with.
+    """
+
+    a_RI: Tensor
+    b_OR: Tensor
+    scale: float
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights of one training step. Picklable; the process that packed them must live as long as they are used.
+
+    Attributes:
+        version: Finished optimizer steps of the trainer that made them.
+        start_path: Checkpoint of the same architecture. Adapters are merged into its weights.
+        kind: "full": `chunks` hold every tensor. "lora": they hold adapters.
+        chunks: References of objects {name: array} (full) or {name: (A, B, scale)} (lora).
+        num_bytes: Size of the payload.
+    """
+
+    version: int
+    start_path: str
+    kind: Literal["full", "lora"]
+    chunks: tuple[Any, ...]
+    num_bytes: int
+
+    @property
+    def key(self) -> str:
+        """Differs between any two packed weights, also between two runs that number their steps alike."""
+        return f"version {self.version} in {self.chunks[0].hex()}"
+
+
+WeightSource: TypeAlias = str | Weights  # the path of a checkpoint, or packed weights
+
+
+def key_of(source: WeightSource) -> str:
+    """What tells two sources of weights apart."""
+    return source if isinstance(source, str) else source.key
+
+
+def version_of(source: WeightSource) -> int | None:
+    """The version of packed weights; a checkpoint has none."""
+    return None if isinstance(source, str) else source.version
+
+
+def pack(state: Mapping[str, Tensor], version: int, start_path: str) -> Weights:
+    """Puts whole weights into the object store.
+
+    Args:
+        state: Tensors on the CPU under the names of the checkpoint's files; a tied output head may be missing.
+        version: Finished optimizer steps.
+        start_path: Checkpoint of the same architecture, readable wherever an engine runs.
+    """
+    arrays = {name: _to_array(tensor) for name, tensor in state.items()}
+    sized = [(name, array, array.nbytes) for name, array in arrays.items()]
+    return _put(sized, version, start_path, "full")
+
+
+def pack_lora(adapters: Mapping[str, Adapter | tuple[Tensor, Tensor, float]], version: int, start_path: str) -> Weights:
+    """Puts adapters into the object store; engines merge them into the start checkpoint.
+
+    Args:
+        adapters: By the name that the merged weight has in the checkpoint: "model.layers.0.self_attn.q_proj.weight".
+        version: Finished optimizer steps.
+        start_path: Checkpoint that the adapters were trained on, readable wherever an engine runs.
+    """
+    arrays = {name: (_to_array(a_RI), _to_array(b_OR), scale) for name, (a_RI, b_OR, scale) in adapters.items()}
+    sized = [(name, item, item[0].nbytes + item[1].nbytes) for name, item in arrays.items()]
+    return _put(sized, version, start_path, "lora")
+
+
+def checkpoint_tensors(
+    weights: Weights, dtype: torch.dtype, *, tied: bool, timeout_s: float
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a checkpoint with these weights, for the loader of an engine.
+
+    The payload is fetched and its names are compared with those of the start checkpoint before the first tensor is
+    given, since a loader that fails half-way, or that misses a tensor silently, leaves a mixture of two models.
+
+    Args:
+        weights: What to load.
+        dtype: The engine's. An adapter is merged in float32 and rounded to it once.
+        tied: Whether the output head is the embedding, so that it may be missing.
+        timeout_s: Longest wait for the object store.
+
+    Raises:
+        WorkError: The payload is gone, or does not fit the start checkpoint.
+    """
+    payload = _fetch(weights, timeout_s)
+    files = tensor_files(Path(weights.start_path))
+    needed = {name for name in files if not name.endswith("rotary_emb.inv_freq") and not (tied and _is_head(name))}
+    missing, problem = (
+        (payload.keys() - files.keys(), "hold adapters for tensors that are not there")
+        if weights.kind == "lora"
+        else (needed - payload.keys(), "lack tensors that are there")
+    )
+    if missing:
+        raise WorkError(
+            f"The {weights.kind} weights of version {weights.version} do not fit {weights.start_path}: they {problem}, "
+            f"{len(missing)} in all ({', '.join(sorted(missing)[:3])}).",
+            "Name tensors as the checkpoint's safetensors files do.",
+        )
+    if weights.kind == "lora":
+        return _merged(files, payload, dtype)
+    return ((name, tensor.to(dtype) if tensor.is_floating_point() else tensor) for name, tensor in payload.items())
+
+
+@contextmanager
+def checkpoint_folder(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[str]:
+    """A folder with these tensors, in memory where the machine has room there, for processes that share nothing else.
+
+    It is gone when the context ends; what a killed process left behind goes when the next one comes.
+    """
+    _sweep()
+    state = {name: tensor.contiguous() for name, tensor in tensors}
+    size = sum(tensor.nbytes for tensor in state.values()) + _HEADER_BYTES
+    # A container has 64 MB of it unless told otherwise.
+    fits = os.path.isdir(_MEMORY) and shutil.disk_usage(_MEMORY).free > size
+    root = _MEMORY if fits else None
+    with tempfile.TemporaryDirectory(prefix=_PREFIX, dir=root) as folder, _claimed(Path(folder)):
+        save_file(state, f"{folder}/model.safetensors")
+        del state
+        yield folder
+
+
+@contextmanager
+def _claimed(folder: Path) -> Iterator[None]:
+    """Holds a lock in a folder, which ends with this process however it ends."""
+    with (folder / ".claim").open("w") as claim:
+        fcntl.flock(claim, fcntl.LOCK_EX)
+        (folder / ".claim").rename(folder / _CLAIM)  # under this name it has never been unlocked
+        yield
+
+
+def _sweep() -> None:
+    """Removes folders of processes that were killed: as large as a model each, in memory."""
+    for root in {_MEMORY, tempfile.gettempdir()}:
+        for claim in Path(root).glob(f"{_PREFIX}*/{_CLAIM}"):
+            with suppress(OSError), claim.open() as file:  # BlockingIOError: its owner is alive
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(claim.parent, ignore_errors=True)
+
+
+def _merged(files: Mapping[str, str], adapters: Mapping[str, Any], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    for file in sorted(set(files.values())):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
+                weight_OI = tensors.get_tensor(name)
+                if name in adapters:
+                    a_RI, b_OR, scale = adapters[name]
+                    weight_OI = weight_OI.float() + (b_OR.float() @ a_RI.float()) * scale
+                yield name, weight_OI.to(dtype) if weight_OI.is_floating_point() else weight_OI
+
+
+def _is_head(name: str) -> bool:
+    return name.endswith("lm_head.weight")
+
+
+def _put(
+    sized: Iterable[tuple[str, Any, int]], version: int, start_path: str, kind: Literal["full", "lora"]
+) -> Weights:
+    """One tensor is never split: a tensor larger than a chunk is an object by itself."""
+    chunks: list[dict[str, Any]] = [{}]
+    filled = total = 0
+    for name, item, num_bytes in sized:
+        if chunks[-1] and filled + num_bytes > _CHUNK_BYTES:
+            chunks.append({})
+            filled = 0
+        chunks[-1][name] = item
+        filled += num_bytes
+        total += num_bytes
+    return Weights(version, start_path, kind, tuple(ray.put(chunk) for chunk in chunks), total)
+
+
+def _fetch(weights: Weights, timeout_s: float) -> dict[str, Any]:
+    """The payload as tensors that share the object store's read-only memory."""
+    chunks = wait_for(
+        list(weights.chunks), who="object store", what=f"the weights of version {weights.version}", timeout_s=timeout_s
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # nobody writes to them
+        if weights.kind == "full":
+            return {name: _to_tensor(array) for chunk in chunks for name, array in chunk.items()}
+        return {
+            name: (_to_tensor(a), _to_tensor(b), scale) for chunk in chunks for name, (a, b, scale) in chunk.items()
+        }
+
+
+def _to_array(tensor: Tensor) -> _Array:
+    """NumPy knows no bfloat16: its bits travel as uint16, which no weight has by itself."""
+    tensor = tensor.detach().cpu().contiguous()
+    array: _Array = (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    return array
+
+
+def _to_tensor(array: _Array) -> Tensor:
+    tensor = torch.from_numpy(array)
+    return tensor.view(torch.bfloat16) if array.dtype == np.uint16 else tensor

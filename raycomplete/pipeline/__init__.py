@@ -1,1 +1,0 @@
-"""Wires the rooms into the commands: align, train, evaluate."""

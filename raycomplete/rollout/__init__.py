@@ -1,1 +1,0 @@
-"""Text from models: rollouts for training and responses for evaluation, on vLLM."""

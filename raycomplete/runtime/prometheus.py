@@ -1,0 +1,152 @@
+"""Prometheus metrics of a run, through Ray: every node's metrics agent exports them as `ray_raycomplete_...`.
+
+All names stand in `METRICS`; `record` takes no other. Where Ray is not running nothing happens, and a metric that
+cannot be recorded never ends a run. `jobs/grafana/raycomplete.json` is a dashboard of them.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import ray
+from ray.util.metrics import Counter, Gauge, Histogram
+
+from raycomplete.runtime import logs
+
+logger = logging.getLogger(__name__)
+
+PREFIX = "raycomplete_"
+
+
+class Metric(NamedTuple):
+    """What a metric counts; `tags` beside run and role."""
+
+    kind: Literal["counter", "gauge", "histogram"]
+    about: str
+    tags: tuple[str, ...] = ()
+    boundaries: tuple[float, ...] = ()
+
+
+_SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
+
+METRICS: dict[str, Metric] = {
+    "process_starts": Metric("counter", "Starts of engines and workers; more than one of a role may be a restart."),
+    # scorers
+    "scored_tokens": Metric("counter", "Tokens that a frozen model read."),
+    "scoring_seconds": Metric("counter", "Time that a frozen model took to read them."),
+    "score_cache_hits": Metric("counter", "Sequences whose scores were there already."),
+    "score_cache_misses": Metric("counter", "Sequences that had to be read."),
+    # rollout engines
+    "rollout_tokens": Metric("counter", "Tokens that a rollout engine generated."),
+    "rollout_seconds": Metric("counter", "Time that a rollout engine took to generate them."),
+    "weight_load_seconds": Metric("histogram", "Time for loading weights into an engine.", boundaries=_SECONDS),
+    # trainer, from rank 0 once a step
+    "train_step": Metric("gauge", "Finished steps."),
+    "train_tokens": Metric("counter", "Tokens trained on, all workers together."),
+    "train_tokens_per_s": Metric("gauge", "Of the last step, all workers together."),
+    "step_seconds": Metric("histogram", "Time of a step.", boundaries=_SECONDS),
+    "sync_seconds": Metric("histogram", "Time for handing weights to all engines.", boundaries=_SECONDS),
+    "loss": Metric("gauge", "Loss of the last step, in nats a token where it is a KL.", tags=("part",)),
+    "wait_fraction": Metric("gauge", "Share of the last step spent waiting.", tags=("what",)),
+    "queue_depth": Metric("gauge", "Steps whose scores are asked for and not taken yet.", tags=("queue",)),
+    "staleness": Metric("gauge", "Steps by which the weights of the last rollouts lagged behind."),
+    "compliance": Metric("gauge", "Share of the last rollouts in which the student complied."),
+    "anchor_weight": Metric("gauge", "Weight of the anchor."),
+    "learning_rate": Metric("gauge", "Of the last step."),
+    "grad_norm": Metric("gauge", "Of the last step."),
+    "bad_steps": Metric("gauge", "Steps left out so far, since their loss or gradient was not finite."),
+}
+# Keys of a row of metrics.jsonl -> metric and tags.
+_OF_ROW: dict[str, tuple[str, dict[str, str]]] = {
+    "step": ("train_step", {}),
+    "tokens": ("train_tokens", {}),
+    "tokens_per_s": ("train_tokens_per_s", {}),
+    "seconds": ("step_seconds", {}),
+    "loss": ("loss", {"part": "total"}),
+    "anchor": ("loss", {"part": "anchor"}),
+    "recovery": ("loss", {"part": "recovery"}),
+    "penalty": ("loss", {"part": "penalty"}),
+    "staleness": ("staleness", {}),
+    "compliance": ("compliance", {}),
+    "anchor_weight": ("anchor_weight", {}),
+    "lr": ("learning_rate", {}),
+    "grad_norm": ("grad_norm", {}),
+    "bad_steps": ("bad_steps", {}),
+}
+_WAITS = {"scoring_wait_s": "scoring", "rollout_wait_s": "rollout", "sync_s": "sync"}
+
+_made: dict[str, Any] = {}
+
+
+def begin(role: str, rank: int | None = None) -> None:
+    """Says who this actor or worker is, for its logs and metrics; called once, first thing."""
+    logs.begin(role, rank)
+    record("process_starts")
+
+
+def record(name: str, value: float = 1.0, **tags: str) -> None:
+    """Adds to a counter, sets a gauge, or enters a value into a histogram.
+
+    Args:
+        name: One of `METRICS`.
+        value: Left out where it is not finite, and by a counter where it is 0.
+        **tags: Those that the metric has beside run and role.
+    """
+    if name not in METRICS:
+        raise KeyError(f"{name!r} is no metric of raycomplete.runtime.prometheus.METRICS")
+    if not ray.is_initialized() or not math.isfinite(value):
+        return
+    kind = METRICS[name].kind
+    who = logs.identity()
+    labels = {"run": who.run, "role": who.role, **tags}
+    try:
+        metric = _made.get(name) or _made.setdefault(name, _make(name))
+        if kind == "gauge":
+            metric.set(value, tags=labels)
+        elif kind == "histogram":
+            metric.observe(value, tags=labels)
+        elif value > 0:
+            metric.inc(value, tags=labels)
+    except Exception:  # whatever Ray's metrics have against it, the run goes on
+        logger.debug("The metric %s was not recorded.", name, exc_info=True)
+
+
+def scored(*, tokens: int, seconds: float, hits: int, misses: int) -> None:
+    """A batch of scores."""
+    record("scored_tokens", tokens)
+    record("scoring_seconds", seconds)
+    record("score_cache_hits", hits)
+    record("score_cache_misses", misses)
+
+
+def rolled_out(*, tokens: int, seconds: float) -> None:
+    """A batch of responses."""
+    record("rollout_tokens", tokens)
+    record("rollout_seconds", seconds)
+
+
+def finished_step(row: Mapping[str, Any]) -> None:
+    """A row of metrics.jsonl, into metrics and into the log."""
+    logs.set_step(int(row["step"]))
+    numbers = {key: float(value) for key, value in row.items() if isinstance(value, int | float)}
+    fields = {key: value for key, value in numbers.items() if key != "step"}
+    logger.info("Finished step %d.", row["step"], extra={"fields": fields})
+    for key, (name, tags) in _OF_ROW.items():
+        if key in numbers:
+            record(name, numbers[key], **tags)
+    for key, what in _WAITS.items():
+        if key in numbers and numbers.get("seconds", 0.0) > 0:
+            record("wait_fraction", numbers[key] / numbers["seconds"], what=what)
+    if numbers.get("sync_s", 0.0) > 0:
+        record("sync_seconds", numbers["sync_s"])
+
+
+def _make(name: str) -> Any:
+    metric = METRICS[name]
+    tags = ("run", "role", *metric.tags)
+    if metric.kind == "histogram":
+        return Histogram(PREFIX + name, metric.about, boundaries=list(metric.boundaries), tag_keys=tags)
+    return (Counter if metric.kind == "counter" else Gauge)(PREFIX + name, metric.about, tag_keys=tags)

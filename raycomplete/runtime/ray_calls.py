@@ -1,0 +1,220 @@
+"""Waiting for Ray actors with a limit, and saying in words what went wrong: who died, where, and why."""
+
+from __future__ import annotations
+
+import re
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ray
+from ray._private import state as ray_state
+from ray._private import worker as ray_worker
+from ray.core.generated import common_pb2, gcs_pb2
+from ray.exceptions import (
+    GetTimeoutError,
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    OwnerDiedError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+    WorkerCrashedError,
+)
+
+from raycomplete.runtime.errors import ProcessDiedError, RaycompleteError, WaitTimeoutError, WorkError
+
+_RESUME = (
+    "Run the same command again (train, align, diagnose: with --resume); if memory ran out, give the engine more or "
+    "lower scoring.* and rollout.* sizes."
+)
+
+_DEATH_REPORT_S = 1.0
+_RECENT_S = 60.0
+
+# What Ray says of a death, and what it means; the first that fits.
+_CAUSES = (
+    (r"ray\.kill", "it was stopped on purpose, by raycomplete or by hand"),
+    (r"CUDA out of memory", "out of memory on its GPU"),
+    (
+        r"memory monitor|low on memory|OutOfMemory|OUT_OF_MEMORY",
+        "out of memory: Ray's memory monitor ended it before its node ran out",
+    ),
+    (r"creation task", "its constructor failed"),
+    (r"hanging for", "it did not answer Ray for too long"),
+    (r"SIGSEGV.*received|Segmentation fault", "it crashed in native code"),
+    (
+        r"connection error code 2|End of file",
+        "killed by SIGKILL (the kernel does that when memory runs out) or crashed; its log tells which",
+    ),
+    (r"node .*(died|dead|removed|terminated|lost|marked|fail)|NODE_?DIED|health check", "its node is gone"),
+    (r"exit.{0,20}code (\d+)", "its process ended by itself with exit code {0}"),
+    (r"failed to retrieve object", "the node that held its answer is gone"),
+    (r"unavailable", "its process is gone or cannot be reached, and Ray starts it again"),
+)
+# From here on Ray lists every reason that there could be, which is no finding.
+_EVERY_REASON = re.compile(r"Some common causes|There are some potential root causes")
+
+
+def wait_for(reference: Any, *, who: str, what: str, timeout_s: float) -> Any:
+    """`ray.get` with a limit.
+
+    Args:
+        reference: What to wait for.
+        who: The actor, for messages: "base scorer".
+        what: What it should deliver: "a batch of scores".
+        timeout_s: Longest wait.
+
+    Raises:
+        WaitTimeoutError: Nothing came in time.
+        ProcessDiedError: The actor, its process or its node died.
+        WorkError: It failed in a way of its own.
+        RaycompleteError: The actor raised one; it is raised here unchanged.
+    """
+    try:
+        return ray.get(reference, timeout=timeout_s)
+    except GetTimeoutError as error:
+        raise WaitTimeoutError(
+            f"The {who} did not deliver {what} within {timeout_s:.0f} s.",
+            f"The cluster has {_resources(ray.cluster_resources())}, of which free: "
+            f"{_resources(ray.available_resources())}. Free what is missing, or raise the timeout if it was working.",
+        ) from error
+    except (RayActorError, WorkerCrashedError, OutOfMemoryError, NodeDiedError) as error:
+        raise died(error, who) from error
+    except RayTaskError as error:
+        if isinstance(error.cause, RaycompleteError):
+            raise error.cause from error
+        raise WorkError(f"The {who} failed: {_first_line(error.cause or error)}.") from error
+    except OwnerDiedError as error:  # whoever made the call is gone: asking again is not for us
+        raise WorkError(f"Ray could not get {what} from the {who} ({_first_line(error)}).") from error
+    except ObjectLostError as error:  # it had answered, and its node died with the answer
+        raise died(error, who) from error
+    except RayError as error:  # unschedulable actors, a head node that is gone
+        raise WorkError(f"Ray could not get {what} from the {who} ({_first_line(error)}).") from error
+
+
+def died(error: RayError, who: str) -> ProcessDiedError:
+    """What can be told of a death from Ray's error and its table of actors.
+
+    Args:
+        error: What `ray.get` raised.
+        who: The actor, for messages.
+    """
+    text = str(error)
+    found = _last_process(getattr(error, "actor_id", None))
+    node = found.node or _found(r"^\s*ip: (\S+)", text)
+    said = found.said or text
+    cause = likely_cause(said) or next((line.strip() for line in said.splitlines() if line.strip()), "unknown")
+    log = log_path(found.number or _found(r"^\s*pid: (\d+)", text))
+    return ProcessDiedError(f"The {who} died: {cause}.", _RESUME, role=who, node=node, cause=cause, log_path=log)
+
+
+def likely_cause(text: str) -> str:
+    """The likeliest reason in words, from what Ray says; empty where nothing is recognised."""
+    found = _EVERY_REASON.split(text)[0]
+    for pattern, words in _CAUSES:
+        match = re.search(pattern, found, re.IGNORECASE)
+        if match is not None:
+            return words.format(*match.groups())
+    return ""
+
+
+def log_path(process: str) -> str:
+    """Where a worker process wrote its last words: a file where it ran on this machine, else a pattern for its node.
+
+    Args:
+        process: Process id; empty names the folder.
+    """
+    node = ray_worker._global_node
+    if node is None:
+        return ""
+    folder = Path(node.get_logs_dir_path())
+    if not process:
+        return str(folder)
+    found = sorted(folder.glob(f"worker-*-{process}.err"))
+    return str(found[0] if found else folder / f"worker-*-{process}.err")
+
+
+def is_gone(actor: Any) -> bool:
+    """Whether an actor is dead and Ray will not start it again."""
+    entry = _actor(actor._actor_id.hex())
+    return entry is not None and entry.state == gcs_pb2.ActorTableData.DEAD
+
+
+class _Process(NamedTuple):
+    """What Ray knows of a process that ended; empty where it knows nothing."""
+
+    node: str = ""
+    number: str = ""
+    said: str = ""
+
+
+def _last_process(actor_id: str | None) -> _Process:
+    """The process of an actor that died last.
+
+    The head learns of a death a moment after the caller whose connection broke, so it is asked for a while.
+    """
+    deadline = time.monotonic() + _DEATH_REPORT_S
+    while actor_id and (entry := _actor(actor_id)) is not None:
+        late = time.monotonic() > deadline
+        lives = [(entry.address.worker_id, entry.address.node_id)]
+        if late or not entry.address.worker_id:
+            lives += [(former.worker_id, former.node_id) for former in entry.previous_incarnations[-1:]]
+        with suppress(Exception):
+            alive = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
+            for worker_id, node_id in lives:
+                process = _process(worker_id)
+                if process is None or _is_old(process):
+                    continue
+                node = f"{process.worker_address.ip_address} (node {node_id.hex()[:12]})"
+                if node_id.hex() not in alive:
+                    return _Process(node, str(process.pid or ""), "its node died")
+                if not process.is_alive:
+                    oom = process.exit_type == common_pb2.WorkerExitType.NODE_OUT_OF_MEMORY
+                    return _Process(node, str(process.pid), "memory monitor" if oom else process.exit_detail)
+        if late:
+            break
+        time.sleep(0.1)
+    return _Process()
+
+
+def _is_old(process: Any) -> bool:
+    """Whether it ended long ago: then it is an earlier death that Ray still knows, and not this one."""
+    return bool(process.end_time_ms) and time.time() - process.end_time_ms / 1000 > _RECENT_S
+
+
+def _process(worker_id: bytes) -> Any:
+    """Ray's entry on a process; None where there is none."""
+    if not worker_id:
+        return None
+    entry = ray_state.state._connect_and_get_accessor().get_worker_info(ray.WorkerID(worker_id))
+    return None if entry is None else gcs_pb2.WorkerTableData.FromString(entry)
+
+
+def _actor(actor_id: str) -> Any:
+    """Ray's entry on an actor; None where there is none, or where Ray does not answer any more."""
+    with suppress(Exception):
+        entry = ray_state.state._connect_and_get_accessor().get_actor_info(ray.ActorID.from_hex(actor_id))
+        return None if entry is None else gcs_pb2.ActorTableData.FromString(entry)
+    return None
+
+
+def _found(pattern: str, text: str) -> str:
+    match = re.search(pattern, text, re.MULTILINE)
+    return match.group(1) if match else ""
+
+
+def free_resources() -> str:
+    """What the cluster has free, for messages."""
+    return _resources(ray.available_resources())
+
+
+def _resources(resources: dict[str, float]) -> str:
+    return ", ".join(f"{resources.get(name, 0):g} {name}" for name in ("CPU", "GPU"))
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

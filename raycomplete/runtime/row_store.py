@@ -1,0 +1,94 @@
+"""Names of work by its content, and the files that hold what was done: rows of JSON, appended whole.
+
+<folder>/units/<model>.jsonl       what models answered, as token ids; readable by the owner only
+<folder>/judgements/<judge>.jsonl  what a judge made of it
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from raycomplete.runtime.files import PRIVATE, write_text
+
+
+def content_hash(content: Any) -> str:
+    """A short name of JSON-able content; equal content has equal names on every machine."""
+    text = json.dumps(content, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode("ascii")).hexdigest()[:32]
+
+
+class RowStore:
+    """Rows by key in one file that only grows.
+
+    Rows of one call are written by one call of the system and are on the disk when `add` returns, so that a process
+    that is killed loses at most the call it was in. A last line without its end is dropped and made again.
+
+    Args:
+        path: The file; made at the first row.
+        mode: Its permissions.
+    """
+
+    def __init__(self, path: Path, *, mode: int = 0o644) -> None:
+        self._path = path
+        self._mode = mode
+        self._rows: dict[str, dict[str, Any]] = {}
+        self._torn = False
+        try:
+            text = path.read_text(encoding="utf-8", errors="replace")
+        except FileNotFoundError:
+            return
+        self._torn = bool(text) and not text.endswith("\n")
+        for line in text.split("\n"):
+            row = _parsed(line)
+            if row is not None:
+                self._rows.setdefault(row["key"], row)
+
+    def get(self, key: str) -> dict[str, Any]:
+        """The row of a key, or an empty one."""
+        return self._rows.get(key, {})
+
+    def __getitem__(self, key: str) -> dict[str, Any]:
+        return self._rows[key]
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._rows
+
+    def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Appends rows, each with its `key`; keys that are there already are left as they are."""
+        new = {row["key"]: dict(row) for row in rows if row["key"] not in self._rows}
+        if not new:
+            return
+        lines = "".join(json.dumps(row, allow_nan=False) + "\n" for row in new.values())
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, self._mode)
+        try:
+            _write_all(file, (("\n" if self._torn else "") + lines).encode("ascii"))
+            os.fsync(file)
+        finally:
+            os.close(file)
+        self._torn = False
+        self._rows |= new
+
+
+def write_completions(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """A row a line, readable by the owner only: these are answers to harmful prompts."""
+    text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+    write_text(path, text, mode=PRIVATE)
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and "key" in row else None
+
+
+def _write_all(file: int, content: bytes) -> None:
+    while content:
+        content = content[os.write(file, content) :]

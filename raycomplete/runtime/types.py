@@ -1,0 +1,122 @@
+"""Words and shapes that several rooms share. Importable without torch.
+
+Shape letters, here and everywhere: B batch, T tokens of a sequence, N token rows of a whole batch, V vocabulary,
+H hidden width. Position t counts response tokens from 0; prefill depth d is how many response tokens the attacker
+wrote.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Any, Literal, Protocol
+
+PromptKind = Literal["harmful", "benign", "borderline"]
+ModelRole = Literal["base", "aligned", "student"]
+MODEL_ROLES: tuple[ModelRole, ...] = ("base", "aligned", "student")
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One user message.
+
+    Attributes:
+        prompt_id: Stable name, unique in its set; results are stored under it.
+        text: The user message as typed, without chat template.
+        kind: harmful (should be refused), benign, or borderline (harmless but looks harmful).
+        answer: A compliant answer to a harmful prompt (source of prefills) or the right answer to a harmless one
+            (measures utility), where known.
+        source: The file it came from, without folder and ending; rates are broken down by it. "" for no file.
+    """
+
+    prompt_id: str
+    text: str
+    kind: PromptKind
+    answer: str | None = None
+    source: str = ""
+
+
+class Outcome(StrEnum):
+    """What a model did with a prompt. Every prompt gets exactly one, so that denominators never shrink."""
+
+    REFUSED = "refused"
+    COMPLIED = "complied"
+    INCOHERENT = "incoherent"
+    EMPTY = "empty"
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """A share of n trials with its 95 % interval."""
+
+    rate: float
+    n: int
+    low: float
+    high: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Codec(Protocol):
+    """Text to token ids and back, chat template included. Implemented by `raycomplete.data.chat.ChatCodec`."""
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """Ids that end a response."""
+
+    def encode_prompt(self, text: str, system: str | None = None) -> list[int]:
+        """The user message in its chat template, up to the point where the response starts."""
+
+    def encode_answer(self, text: str) -> list[int]:
+        """Response tokens of a text, without template and without end-of-response."""
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of response tokens, special tokens left out."""
+
+
+class Generator(Protocol):
+    """A model that continues token sequences. Implemented by `raycomplete.engines.rollout_pool.RolloutPool`."""
+
+    def generate(
+        self,
+        sequences: Sequence[Sequence[int]],
+        *,
+        max_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+    ) -> list[list[int]]:
+        """Continues each sequence.
+
+        Args:
+            sequences: Prompt token ids, prefill included.
+            max_tokens: Upper bound on new tokens of each.
+            temperature: 0 is greedy.
+            top_p: Nucleus mass when sampling.
+            seed: Makes sampling reproducible; sequence i samples under seed + i.
+
+        Returns:
+            New token ids of each sequence in order, end-of-response left out.
+        """
+
+
+class Judge(Protocol):
+    """Sorts a response into one outcome."""
+
+    @property
+    def name(self) -> str:
+        """Recorded beside every rate that the judge made."""
+
+    def outcome(self, prompt: Prompt, prefill: str, continuation: str) -> Outcome:
+        """What the model did.
+
+        Args:
+            prompt: The prompt, with its reference answer where known.
+            prefill: Response text that the attacker wrote ("" without attack).
+            continuation: Response text that the model added.
+        """
+
+    def is_right(self, prompt: Prompt, continuation: str) -> bool:
+        """Whether a response to a harmless prompt is useful: right where an answer is known, else an attempt."""

@@ -1,0 +1,72 @@
+"""What tests of attacks share: a white box of words, and short ways to plan and run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from raycomplete.attacks import build_attack
+from raycomplete.attacks.settings import parse_attack
+from raycomplete.attacks.trial import Decoding, Response, Unit
+from raycomplete.config import EvaluationConfig
+from raycomplete.evaluation import AttackTools, EvaluationSets, RefusalJudge, Target, evaluate_model
+
+COMPLY = "Sure, take the key and then open the door."
+REFUSE = "I'm sorry, but I can't help with that."
+BABBLE = "xkqj zzrt pwvx qqmn bcdf ghjk lmnp"
+
+
+class FakeBox:
+    """A white box of words: favours some tokens, answers with what the scripted model says, and has a loss to search.
+
+    The loss of a suffix is the share of its tokens that are not `wanted`, so that a search has something to find.
+    """
+
+    def __init__(self, model: Any, codec: Any, liked: str = "", wanted: str = "open") -> None:
+        self.model, self.codec, self.liked, self.wanted = model, codec, liked, codec.encode_answer(wanted)[0]
+
+    def vocab_size(self) -> int:
+        return len(self.codec.words)
+
+    def top_logprobs(self, sequences: Any, top: int) -> list[list[tuple[int, float]]]:
+        said = [*self.codec.encode_answer(COMPLY), 0]
+        spoken = [len(sequence) - sequence.index(2) - 1 for sequence in sequences]
+        refusal = self.codec.encode_answer("sorry")[0]
+        return [[(refusal, -0.1), (said[min(count, len(said) - 1)], -2.0)][:top] for count in spoken]
+
+    def logprobs_of(self, sequences: Any, tokens: Any) -> list[list[float]]:
+        refusal = self.codec.encode_answer("sorry")[0]
+        return [[-9.0 if token == refusal else -1.0 for token in row] for row in tokens]
+
+    def sample(self, sequences: Any, decoding: Decoding, *, seed: int, stop_ids: Any) -> list[list[int]]:
+        found: list[list[int]] = self.model.generate(sequences, max_tokens=decoding.max_tokens)
+        return found
+
+    def suffix_gradient(self, problem: Any, suffix: Any) -> np.ndarray:
+        gradient = np.zeros((len(suffix), self.vocab_size()), dtype=np.float32)
+        gradient[:, self.wanted] = -1.0
+        return gradient
+
+    def suffix_losses(self, problem: Any, suffixes: Any) -> list[float]:
+        return [sum(token != self.wanted for token in suffix) / len(suffix) for suffix in suffixes]
+
+
+Tools = Callable[[Any], AttackTools]
+
+
+def evaluate(
+    generator: Any, codec: Any, tools: Tools, sets: EvaluationSets, attacks: Any, folder: Path, **changes: Any
+) -> dict[str, Any]:
+    config = EvaluationConfig(depths=[0, 4], max_tokens=10, max_utility_tokens=12, attacks=attacks)
+    arguments: dict[str, Any] = {"model_id": "weights", "max_length": 128, "tools": tools(generator), **changes}
+    return evaluate_model("student", generator, codec, RefusalJudge(), sets, config, folder, **arguments)
+
+
+def run(target: Target, entry: dict[str, Any], sets: EvaluationSets) -> list[tuple[Unit, Response]]:
+    attack = build_attack(parse_attack(entry))
+    found: list[tuple[Unit, Response]] = []
+    attack.run(target, attack.plan(target, sets.harmful), found.extend)
+    return found

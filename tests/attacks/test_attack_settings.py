@@ -1,0 +1,115 @@
+import pickle
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from raycomplete.attacks.settings import ATTACKS, GcgAttack, PrefillAttack, UnknownAttackError, parse_attack
+from raycomplete.config import EvaluationConfig, dump, load_run_file
+from raycomplete.config.evaluation import judge_settings
+from raycomplete.runtime.errors import ConfigError
+
+RUN_FILE = {"models": {"base": "a", "aligned": "b"}, "data": {}}
+
+
+def test_the_default_is_the_depth_curve_alone() -> None:
+    assert EvaluationConfig().attacks == [PrefillAttack()]
+    assert EvaluationConfig(depths=[8, 0]).prefill().depths == [0, 8]
+
+
+def test_the_depth_curve_is_always_measured() -> None:
+    config = EvaluationConfig.model_validate({"attacks": ["gcg"]})
+    assert [attack.name for attack in config.attacks] == ["prefill", "gcg"]
+    assert isinstance(config.attacks[1], GcgAttack)
+
+
+def test_unknown_attacks_are_told_the_known_ones() -> None:
+    with pytest.raises(UnknownAttackError, match="no attack 'gcgg'") as caught:
+        parse_attack("gcgg")
+    assert caught.value.known == tuple(ATTACKS)
+    assert all(name in str(caught.value) for name in ATTACKS)
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert (str(again), again.known) == (str(caught.value), caught.value.known)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"name": "gcg", "step": 3}, "no setting 'step'. Did you mean 'steps'"),
+        ({"name": "gcg", "steps": 0}, "steps: Input should be greater than or equal to 1"),
+        ({"name": "decoding", "temperatures": [-1]}, "must be above 0"),
+        ({"name": "decoding", "temperatures": [], "top_ps": [], "top_ks": []}, "name at least one"),
+        ({"name": "static_strings"}, "path: Field required"),
+        ({"name": "decoding", "samples": 65}, "samples: Input should be less than or equal to 64"),
+        ({"name": "pair", "streams": 101}, "streams: Input should be less than or equal to 100"),
+        ({"name": "gcg", "search_width": 4097}, "search_width: Input should be less than or equal to 4096"),
+        ({"name": "gcg", "steps": 5001}, "steps: Input should be less than or equal to 5000"),
+        ({"name": "random_search", "queries": 1_000_001}, "queries: Input should be less than or equal to 1000000"),
+        ({"name": "adaptive", "cuts": [-1]}, "cuts.0: Input should be greater than or equal to 0"),
+        ({"name": "adaptive", "depths": []}, "depths: List should have at least 1 item"),
+        ({"name": "finetune", "depths": [-1]}, "depths.0: Input should be greater than or equal to 0"),
+        ({}, "no attack None"),
+    ],
+)
+def test_wrong_settings_are_told_in_one_sentence(entry: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_attack(entry)
+    with pytest.raises(ValidationError, match=message):
+        EvaluationConfig.model_validate({"attacks": [entry]})
+
+
+def test_lists_of_attacks() -> None:
+    with pytest.raises(ValidationError, match="names gcg twice"):
+        EvaluationConfig.model_validate({"attacks": ["gcg", {"name": "gcg", "steps": 3}]})
+    with pytest.raises(ValidationError, match="must be a list"):
+        EvaluationConfig.model_validate({"attacks": "gcg"})
+
+
+def test_run_file_comes_back_whole(tmp_path: Path) -> None:
+    attacks = [{"name": name, **({"path": "x"} if name == "static_strings" else {})} for name in ATTACKS]
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({**RUN_FILE, "evaluation": {"attacks": [*attacks[1:], "prefill"]}}))
+    config = load_run_file(path)
+    path.write_text(dump(config))
+    assert load_run_file(path) == config
+    assert len(config.evaluation.attacks) == len(ATTACKS)
+    path.write_text(yaml.safe_dump({**RUN_FILE, "evaluation": {"attacks": ["pear"]}}))
+    with pytest.raises(ConfigError, match="no attack 'pear'"):
+        load_run_file(path)
+
+
+def test_paths_are_resolved_by_whoever_knows_the_folder() -> None:
+    tree = {
+        "attacks": [{"name": "templates", "path": "t.jsonl"}, "gcg"],
+        "judge": {"calibration": "c.json"},
+        "capabilities": {"mmlu": "m.csv"},
+    }
+    config = EvaluationConfig.model_validate(tree).with_paths(lambda path: Path("/run") / path)
+    assert config.attacks[1].path == Path("/run/t.jsonl")  # type: ignore[attr-defined]
+    assert config.judge.calibration == Path("/run/c.json")
+    assert config.capabilities.mmlu == Path("/run/m.csv")
+    assert config.capabilities.bbh is None
+
+
+def test_answers_must_reach_the_deepest_cut_of_any_attack() -> None:
+    assert EvaluationConfig(depths=[0, 7]).deepest_prefill == 7
+    for attack, deepest in (
+        ({"name": "adaptive", "cuts": [3], "depths": [8]}, 16),
+        ({"name": "adaptive", "cuts": [30], "depths": [8]}, 30),
+        ({"name": "finetune", "depths": [0, 40]}, 40),
+    ):
+        assert EvaluationConfig.model_validate({"depths": [7], "attacks": [attack]}).deepest_prefill == deepest
+
+
+def test_the_depth_curve_has_one_place_for_its_depths() -> None:
+    with pytest.raises(ValidationError, match=r"those of evaluation\.depths"):
+        EvaluationConfig.model_validate({"attacks": [{"name": "prefill", "depths": [3]}]})
+
+
+def test_judges() -> None:
+    with pytest.raises(ConfigError, match="checkpoint is needed"):
+        judge_settings({"kind": "model"})
+    with pytest.raises(ConfigError, match="kind: Input should be"):
+        judge_settings({"kind": "oracle"})
+    assert judge_settings({"kind": "patterns"}).calibration is None

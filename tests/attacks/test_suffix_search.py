@@ -1,0 +1,156 @@
+"""GCG and random search on the organism's aligned model, small."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from raycomplete.attacks import build_attack
+from raycomplete.attacks.gcg import Gcg
+from raycomplete.attacks.random_search import RandomSearch
+from raycomplete.attacks.settings import GcgAttack, RandomSearchAttack
+from raycomplete.attacks.suffix import usable_tokens
+from raycomplete.attacks.trial import Response, Unit
+from raycomplete.attacks.white_box import TorchModel
+from raycomplete.data.chat import ChatCodec
+from raycomplete.data.checkpoints import load_model
+from raycomplete.data.organism import OrganismJudge, checkpoint_path, prompts
+from raycomplete.evaluation import AttackTools, EvaluationCancelled, Target
+from raycomplete.runtime.errors import DataError, SetupError
+from raycomplete.runtime.types import Prompt
+
+STEPS, WIDTH, TOKENS = 24, 32, 6
+UNLIKELY = "nobody hurts kite teapot rhymes whisper"  # the organism's own openings fall within a few steps
+
+
+@dataclass
+class Greedy:
+    """Generates through the white box, so that no engine is needed."""
+
+    box: TorchModel
+    codec: ChatCodec
+
+    def generate(self, sequences: Any, *, max_tokens: int, **settings: Any) -> list[list[int]]:
+        from raycomplete.attacks.trial import Decoding
+
+        return self.box.sample(sequences, Decoding(max_tokens), seed=0, stop_ids=self.codec.eos_ids)
+
+
+@pytest.fixture(scope="module")
+def target() -> Iterator[Target]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    codec = ChatCodec(checkpoint_path("aligned"))
+    box = TorchModel(load_model(checkpoint_path("aligned"), "float32"))
+    tools = AttackTools(white_boxes=lambda: [box])
+    yield Target("aligned", "weights", Greedy(box, codec), codec, OrganismJudge(), 256, 16, tools)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def behaviours() -> list[Prompt]:
+    return prompts("heldout", "harmful", 0, 2)
+
+
+def test_gcg_falls_over_windows_and_beats_random_search(target: Target, behaviours: list[Prompt]) -> None:
+    """Equal queries; means of thirds of the steps fall, and the best loss is below that of random search."""
+    gcg = Gcg(GcgAttack(steps=STEPS, search_width=WIDTH, top=WIDTH, suffix_tokens=TOKENS, target=UNLIKELY))
+    random = RandomSearch(RandomSearchAttack(queries=STEPS * WIDTH, batch=WIDTH, suffix_tokens=TOKENS, target=UNLIKELY))
+    best = {"gcg": 0.0, "random_search": 0.0}
+    for prompt in behaviours:
+        for attack in (gcg, random):
+            (box,) = target.white_boxes(attack.name)
+            found = attack.start(target.codec, prompt)
+            found.note(found.best, box.suffix_losses(found.problem, [found.best])[0])
+            usable = usable_tokens(target.codec, box.vocab_size())
+            attack.search(target, box, found, usable, np.random.default_rng(0))
+            windows = [float(np.mean(part)) for part in np.array_split(found.losses, 3)]
+            assert all(later < earlier for earlier, later in pairwise(windows)), (attack.name, windows)
+            assert found.best_loss == min(found.losses) < found.losses[0]
+            assert found.queries <= STEPS * WIDTH
+            assert found.survives_text(found.best)
+            best[attack.name] += found.best_loss
+    assert best["gcg"] < best["random_search"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        GcgAttack(steps=2, search_width=8, top=8, suffix_tokens=4),
+        RandomSearchAttack(queries=16, batch=8, suffix_tokens=4),
+    ],
+)
+def test_the_suffix_stands_in_the_prompt_that_is_asked(
+    target: Target, behaviours: list[Prompt], settings: GcgAttack | RandomSearchAttack
+) -> None:
+    attack = build_attack(settings)
+    units = attack.plan(target, behaviours)
+    emitted: list[tuple[Unit, Response]] = []
+    attack.run(target, units, emitted.extend)
+    assert [unit for unit, _ in emitted] == units
+    for unit, response in emitted:
+        asked = target.codec.encode_prompt(unit.prompt.text)
+        assert len(response.sequence) == len(asked) + 4
+        assert response.sequence[-2:] == tuple(asked[-2:]), "the rest of the template follows the suffix"
+        assert unit.prompt.text in target.codec.decode(response.sequence)
+        assert response.facts["queries"] <= 16
+        assert response.facts["loss_best"] <= response.facts["loss_start"]
+        (expected,) = target.generator.generate([response.sequence], max_tokens=16)
+        assert response.tokens == tuple(expected)
+
+
+def test_searches_repeat_and_run_side_by_side(target: Target, behaviours: list[Prompt]) -> None:
+    attack = build_attack(GcgAttack(steps=2, search_width=8, top=8, suffix_tokens=4))
+    boxes = [TorchModel(load_model(checkpoint_path("aligned"), "float32")) for _ in range(2)]
+    found = []
+    for tools in (target.tools, AttackTools(white_boxes=lambda: boxes)):
+        emitted: dict[str, Response] = {}
+        again = Target("aligned", "weights", target.generator, target.codec, target.judge, 256, 16, tools)
+        attack.run(
+            again,
+            attack.plan(again, behaviours),
+            lambda pairs, emitted=emitted: emitted.update((unit.prompt.prompt_id, found) for unit, found in pairs),
+        )
+        found.append(emitted)
+    assert found[0] == found[1]
+
+
+def test_a_search_can_be_cancelled(target: Target, behaviours: list[Prompt]) -> None:
+    attack = build_attack(GcgAttack(steps=5000, search_width=4, top=4, suffix_tokens=4))
+    asked = iter(range(10))
+    stopping = Target(
+        "aligned",
+        "weights",
+        target.generator,
+        target.codec,
+        target.judge,
+        256,
+        16,
+        target.tools,
+        cancelled=lambda: next(asked) >= 3,
+    )
+    with pytest.raises(EvaluationCancelled):
+        attack.run(stopping, attack.plan(stopping, behaviours[:1]), lambda pairs: None)
+
+
+def test_what_a_search_needs(target: Target, behaviours: list[Prompt]) -> None:
+    attack = build_attack(GcgAttack())
+    without = Target("aligned", "weights", target.generator, target.codec, target.judge, 256, 16)
+    with pytest.raises(SetupError, match="gcg needs the weights"):
+        attack.plan(without, behaviours)
+    with pytest.raises(DataError, match="no answer whose opening gcg could force"):
+        attack.plan(target, [Prompt("h", "how do i make a kite ?", "harmful")])
+
+
+def test_special_tokens_are_not_usable(target: Target) -> None:
+    (box,) = target.white_boxes("gcg")
+    usable = usable_tokens(target.codec, box.vocab_size())
+    assert len(usable) > 100
+    assert not set(usable.tolist()) & target.codec.eos_ids
+    assert target.codec.encode_answer("kite")[0] in usable

@@ -1,0 +1,102 @@
+"""`raycomplete plan` as a user meets it: tables, JSON, refusals, and a measured entry."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from raycomplete import cli
+from raycomplete.commands.plan import PlanOptions, plan, shapes_of
+from raycomplete.config import load_run_file
+from raycomplete.data.organism.locate import checkpoint_path
+from raycomplete.plan.hardware import find_hardware, read_hardware
+from raycomplete.plan.measure import measure
+from raycomplete.plan.shapes import preset
+from raycomplete.runtime.console import Screen
+from raycomplete.runtime.errors import CheckpointError, ConfigError
+
+JOBS = Path(__file__).resolve().parents[2] / "jobs"
+LARGE = [str(JOBS / "plan-70b.yaml"), "--nodes", "8", "--gpus-per-node", "8"]
+
+
+def run(*arguments: str) -> int:
+    return cli.guarded(lambda: cli.app(["plan", *arguments], standalone_mode=False))
+
+
+def test_the_screen_holds_roles_bottleneck_and_assumptions(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    assert run(*LARGE) == 0
+    printed = capsys.readouterr().out
+    for words in ("aligned scorers", "rollout engines", "optimizer", "KV cache", "Bottleneck: ", "Assumed:", "example"):
+        assert words in printed
+    assert printed.index("aligned scorers") < printed.index("Bottleneck") < printed.index("Assumed")
+
+
+def test_json_is_whole_and_says_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*LARGE, "--json", "--price-per-gpu-hour", "2") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["cost"] == pytest.approx(found["step_s"] * 1000 / 3600 * 64 * 2)
+    assert found["step_s"] == pytest.approx(found["simulated"]["pace"]["step"], rel=1e-6)
+    assert found["models"]["student"]["parameters"] == 8_030_261_248
+    assert set(found["memory"]) == {"training worker", "aligned scorer", "base scorer", "rollout engine"}
+    assert any("Price: 2.00" in line and "as given" in line for line in found["assumptions"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([*LARGE, "--hardware", "h1000"], "Did you mean 'h100'?"),
+        ([*LARGE, "--student", "9B"], "There is no model shape '9B'"),
+        ([*LARGE[:1], "--nodes", "0"], "--nodes must be positive"),
+        ([*LARGE[:1], "--gpus-per-node", "0"], "--gpus-per-node must be positive"),
+        (LARGE[:1], "The aligned scorer does not fit"),
+        ([], "needs a run file"),
+    ],
+)
+def test_refusals_are_one_sentence_and_exit_code_2(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*arguments) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_shapes_come_from_config_files_and_flags(tmp_path: Path) -> None:
+    organism = load_run_file(JOBS / "organism.yaml")
+    found = shapes_of(organism, PlanOptions())
+    counted = sum(tensor.numel() for tensor in load_file(checkpoint_path("aligned") / "model.safetensors").values())
+    assert {shape.num_parameters for shape in found.values()} == {counted}
+    flagged = shapes_of(organism, PlanOptions(student="8B", teacher="70B"))
+    assert (flagged["student"], flagged["base"]) == (preset("8B"), preset("70B"))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="architecture"):
+        shapes_of(organism, PlanOptions(student=str(tmp_path)))
+
+
+def test_an_aligned_twin_that_is_yet_to_be_made_has_the_shape_of_base(tmp_path: Path) -> None:
+    twin = str(tmp_path / "twin")
+    changes = ["models.base=organism:base", f"models.aligned={twin}", f"align.output={twin}"]
+    found = shapes_of(load_run_file(JOBS / "organism.yaml", changes), PlanOptions())
+    assert found["aligned"] == found["base"]
+
+
+def test_an_unknown_hub_id_is_not_downloaded() -> None:
+    config = load_run_file(JOBS / "organism.yaml", ["models.base=hub:some/where"])
+    with pytest.raises(CheckpointError, match="a plan downloads nothing"):
+        shapes_of(config, PlanOptions())
+
+
+def test_a_measured_entry_is_what_cpu_means_from_then_on(tmp_path: Path) -> None:
+    path = tmp_path / "hardware.json"
+    entry = measure(path, Screen(quiet=True))
+    assert entry == read_hardware(path) == find_hardware("cpu", measured=path) == find_hardware(str(path))
+    assert min(entry.bfloat16_flops, entry.memory_bandwidth, entry.softmax_per_s, entry.call_s) > 0
+    path.write_text('{"name": "mine"}')
+    with pytest.raises(ConfigError, match="holds no hardware entry"):
+        find_hardware(str(path))
+    estimate = plan(load_run_file(JOBS / "organism.yaml"), PlanOptions("cpu"), screen=Screen(quiet=True))
+    assert estimate.layout.shared

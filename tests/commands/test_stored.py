@@ -1,0 +1,134 @@
+"""A command and its storage: when it is read, when it is written, and what a failure leaves."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from raycomplete.commands.run_folder import open_run_folder
+from raycomplete.commands.stored import stored
+from raycomplete.config import RunConfig, parse
+from raycomplete.runtime.console import Screen
+from raycomplete.runtime.errors import ConfigError, SetupError, WorkError
+from raycomplete.runtime.files import write_text
+from raycomplete.storage.pieces import Catalog
+from raycomplete.storage.remote import Remote
+from tests.storage.folders import add_checkpoint, add_rows
+from tests.storage.test_integrity import flip
+
+SAME = ("models", "data", "rollout", "train")
+
+
+def config(folder: Path, storage: str | None = None, **output: object) -> RunConfig:
+    tree = {
+        "models": {"base": "organism:base", "aligned": "organism:aligned"},
+        "data": {"source": "organism"},
+        "output": {"root": str(folder / "runs"), "storage": storage or f"file://{folder}/storage", **output},
+    }
+    return parse(tree, "test")
+
+
+@stored()
+def command(
+    config: RunConfig,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    steps: int = 2,
+    fails: bool = False,
+    screen: Screen | None = None,
+) -> Path:
+    """Trains in a moment."""
+    folder = open_run_folder(config, resume=resume, overwrite=overwrite, same=SAME)
+    for name in ("samples.jsonl", "inputs.json"):
+        if not (folder / name).is_file():
+            write_text(folder / name, f"{name} of {steps} steps\n")
+    add_rows(folder, steps)
+    add_checkpoint(folder, steps)
+    if fails:
+        raise WorkError("A worker died.")
+    return folder
+
+
+def run(
+    config: RunConfig, *, resume: bool = False, overwrite: bool = False, steps: int = 2, fails: bool = False
+) -> Path:
+    screen = Screen(quiet=True)
+    return command(config, resume=resume, overwrite=overwrite, steps=steps, fails=fails, screen=screen)
+
+
+def pieces(folder: Path) -> list[str]:
+    return Catalog(Remote(f"file://{folder}/storage/run")).pieces()
+
+
+def test_what_a_command_made_is_mirrored_when_it_ends(tmp_path: Path) -> None:
+    run(config(tmp_path))
+    assert pieces(tmp_path) == ["checkpoints/step-000002", "files"]
+
+
+def test_a_failed_command_is_mirrored_too_and_says_why_it_failed(tmp_path: Path) -> None:
+    with pytest.raises(WorkError, match=r"A worker died\."):
+        run(config(tmp_path), fails=True)
+    assert "checkpoints/step-000002" in pieces(tmp_path)
+
+
+def test_another_machine_goes_on_from_the_storage(tmp_path: Path) -> None:
+    run(config(tmp_path))
+    shutil.rmtree(tmp_path / "runs")
+    folder = run(config(tmp_path), resume=True, steps=4)
+    assert (folder / "samples.jsonl").read_text() == "samples.jsonl of 2 steps\n", "fetched, not made again"
+    assert pieces(tmp_path) == ["checkpoints/step-000002", "checkpoints/step-000004", "files"]
+
+
+def test_a_run_in_the_storage_is_never_written_over_unasked(tmp_path: Path) -> None:
+    run(config(tmp_path))
+    shutil.rmtree(tmp_path / "runs")
+    with pytest.raises(ConfigError, match=r"holds a run already\. Add --resume to continue it or --overwrite"):
+        run(config(tmp_path))
+    run(config(tmp_path), overwrite=True, steps=1)
+    assert pieces(tmp_path) == ["checkpoints/step-000001", "files"]
+    assert not (tmp_path / "storage" / "run" / "checkpoints" / "step-000002").exists()
+
+
+def test_a_refused_command_changes_nothing_in_the_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(config(tmp_path))
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "storage").rglob("*") if path.is_file()}
+
+    def refuse(*_: object, **__: object) -> Path:
+        raise SetupError("The run needs 8 GPU and the cluster has 0.")
+
+    monkeypatch.setattr("tests.commands.test_stored.open_run_folder", refuse)
+    with pytest.raises(SetupError):
+        run(config(tmp_path), overwrite=True)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "storage").rglob("*") if path.is_file()} == before
+
+
+def test_an_unusable_storage_refuses_before_anything_starts(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SetupError, match="cannot be used"):
+        run(config(tmp_path, f"file://{tmp_path}/file"))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_storage_that_fails_later_is_an_error_at_the_end_and_the_run_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> tuple[int, str]:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Remote, "upload", full)
+    with pytest.raises(WorkError, match=r"Not mirrored to .*checkpoints/step-000002: .*No space left.* --resume"):
+        run(config(tmp_path, storage_timeout_s=1.0))
+    assert (tmp_path / "runs" / "run" / "checkpoints" / "step-000002" / "complete.json").is_file()
+
+
+def test_without_storage_a_damaged_checkpoint_is_told_on_resume(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = config(tmp_path).model_copy(update={"output": config(tmp_path).output.model_copy(update={"storage": None})})
+    run(plain)
+    flip(add_checkpoint(tmp_path / "runs" / "run", 3) / "latest")
+    command(plain, resume=True, steps=4, screen=Screen())
+    assert "step-000003 is damaged" in " ".join(capsys.readouterr().out.split())

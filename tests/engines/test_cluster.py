@@ -1,0 +1,129 @@
+"""What a run waits for before it starts, and what it is told where the cluster stays too small."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+from ray.exceptions import AuthenticationError
+
+from raycomplete.config import ClusterConfig
+from raycomplete.engines import cluster
+from raycomplete.engines.placement import Plan, Row
+from raycomplete.runtime.console import Screen
+from raycomplete.runtime.errors import SetupError
+
+PLAN = Plan((Row("rollout engine", 1, 1.0, 0.5), Row("training worker", 2, 1.0, 1.0, "training")))
+
+
+class Joining:
+    """Stands for a cluster: one node more at every look, and what its autoscaler was asked for."""
+
+    def __init__(self, nodes: list[dict[str, float]]) -> None:
+        self._nodes = nodes
+        self.looks = 0
+        self.asked: list[list[dict[str, float]]] = []
+
+    def nodes(self) -> list[dict[str, Any]]:
+        self.looks += 1
+        return [{"Alive": True, "Resources": resources} for resources in self._nodes[: self.looks]]
+
+    def ask(self, *, bundles: list[dict[str, float]]) -> None:
+        self.asked.append(bundles)
+
+
+def check(
+    monkeypatch: pytest.MonkeyPatch,
+    nodes: list[dict[str, float]],
+    plan: Plan = PLAN,
+    wait_s: float = 30,
+    **settings: Any,
+) -> tuple[cluster.Cluster, Joining]:
+    joining = Joining(nodes)
+    monkeypatch.setattr(cluster.ray, "nodes", joining.nodes)
+    monkeypatch.setattr(cluster, "request_resources", joining.ask)
+    monkeypatch.setattr(cluster, "_POLL_S", 0.001)
+    found = cluster._check(ClusterConfig(gpus_per_worker=1, **settings), plan, Screen(quiet=True), wait_s=wait_s)
+    return found, joining
+
+
+def test_a_run_waits_for_nodes_that_join_and_tells_the_autoscaler_what_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, joining = check(monkeypatch, [{"CPU": 1.0}] * 3)
+    assert not found.use_gpu
+    assert joining.asked == [[{"CPU": 1.0}] * 3, []]  # and lets go of it once the nodes are there
+    assert "available (3 nodes)" in found.table()
+
+
+def test_with_the_first_gpu_the_autoscaler_hears_how_many_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, joining = check(monkeypatch, [{"CPU": 1.0}, {"CPU": 1.0, "GPU": 1.0}, {"CPU": 1.0, "GPU": 2.0}])
+    assert found.use_gpu
+    with_gpus = [{"CPU": 1.0, "GPU": 0.5}] + [{"CPU": 1.0, "GPU": 1.0}] * 2
+    assert joining.asked == [[{"CPU": 1.0}] * 3, with_gpus, []]
+
+
+def test_a_wait_that_is_cut_short_lets_go_of_the_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(_: float) -> None:
+        raise KeyboardInterrupt
+
+    joining = Joining([{"CPU": 1.0}])
+    monkeypatch.setattr(cluster.ray, "nodes", joining.nodes)
+    monkeypatch.setattr(cluster, "request_resources", joining.ask)
+    monkeypatch.setattr(cluster.time, "sleep", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        cluster._check(ClusterConfig(), PLAN, Screen(quiet=True), wait_s=30)
+    assert joining.asked[-1] == []
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (AuthenticationError("no token"), "head:6379 asks for a token"),
+        (ConnectionError(), r"No Ray cluster answers at head:6379 \(ConnectionError\)"),
+        (ValueError("\nno port"), r"answers at head:6379 \(no port\)"),
+    ],
+)
+def test_a_cluster_that_cannot_be_joined_is_a_refusal(
+    error: Exception, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(**_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(cluster.ray, "init", refuse)
+    with pytest.raises(SetupError, match=message), cluster.connect(ClusterConfig(address="head:6379"), PLAN):
+        pass
+
+
+def test_a_cluster_that_is_large_enough_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, joining = check(monkeypatch, [{"CPU": 8.0}])
+    assert joining.asked == []
+
+
+def test_when_the_wait_is_over_the_table_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SetupError, match=r"The run needs 3 CPU and the cluster has 2") as error:
+        check(monkeypatch, [{"CPU": 2.0}], wait_s=0)
+    text = str(error.value)
+    assert re.search(r"^training worker +2 ", text, re.MULTILINE)
+    assert "available (1 node)" in text
+    assert "cluster.wait_for_nodes_s" in text
+
+
+@pytest.mark.parametrize(
+    ("node", "plan", "settings", "message"),
+    [
+        ({"CPU": 8.0}, PLAN, {"use_gpu": "always"}, "use_gpu is 'always' and the cluster has no GPU"),
+        ({"CPU": 8.0}, Plan((Row("base scorer", 1, 1, 2, devices=2),)), {}, "over 2 GPUs, and this run uses none"),
+        ({"CPU": 8.0, "GPU": 2.0}, PLAN, {}, "needs 2.5 GPU and the cluster has 2"),
+    ],
+)
+def test_what_can_never_run_is_refused(
+    node: dict[str, float], plan: Plan, settings: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SetupError, match=message):
+        check(monkeypatch, [node], plan, wait_s=0, **settings)
+
+
+def test_workers_that_could_share_a_gpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster.ray, "nodes", Joining([{"CPU": 8.0, "GPU": 8.0}]).nodes)
+    with pytest.raises(SetupError, match="could share one GPU"):
+        cluster._check(ClusterConfig(gpus_per_worker=0.4), PLAN, Screen(quiet=True), wait_s=0)

@@ -1,0 +1,132 @@
+"""Scorers on real vLLM pooling engines: rebuilt log-probabilities against transformers, and the gate before them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from raycomplete.config import Dtype, ScoringConfig
+from raycomplete.data.chat import ChatCodec
+from raycomplete.data.checkpoints import TORCH_DTYPES, fingerprint, load_model, save_checkpoint
+from raycomplete.data.heads import HeadSpec, load_head, read_head_spec
+from raycomplete.data.organism import checkpoint_path, prompts
+from raycomplete.engines.parity import DEFAULT_TOLERANCE
+from raycomplete.engines.payload import ScoreRequest, to_tensor
+from raycomplete.engines.scorers import ScorerOptions, ScoringClient
+from raycomplete.engines.spec import engine_environment
+from raycomplete.runtime.errors import ParityError
+
+pytestmark = pytest.mark.slow
+
+
+def spec_of(path: Path, codec: ChatCodec) -> HeadSpec:
+    return read_head_spec(
+        path, vocab_size=codec.vocab_size, model_fingerprint=fingerprint(path), tokenizer_hash=codec.fingerprint()
+    )
+
+
+def make_requests(codec: ChatCodec, count: int) -> list[ScoreRequest]:
+    found = []
+    for prompt in prompts("heldout", "harmful", 0, count):
+        prompt_ids = codec.encode_prompt(prompt.text)
+        found.append(ScoreRequest((*prompt_ids, *codec.encode_answer(prompt.answer or "")), len(prompt_ids)))
+    return found
+
+
+@pytest.fixture(scope="module")
+def codec() -> ChatCodec:
+    return ChatCodec(checkpoint_path("aligned"))
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory: pytest.TempPathFactory, codec: ChatCodec) -> Path:
+    """The organism with a head of its own that differs from its embedding."""
+    model = load_model(checkpoint_path("aligned"), "float32")
+    config = model.config
+    config.tie_word_embeddings = False
+    other = LlamaForCausalLM(config)
+    other.load_state_dict(model.state_dict())
+    torch.manual_seed(0)
+    with torch.no_grad():
+        other.lm_head.weight = torch.nn.Parameter(model.lm_head.weight + 0.05 * torch.randn_like(model.lm_head.weight))
+    folder = tmp_path_factory.mktemp("untied") / "model"
+    save_checkpoint(folder, other, codec)
+    return folder
+
+
+def start(path: Path, codec: ChatCodec, dtype: Dtype, spec: HeadSpec | None = None) -> ScoringClient:
+    options = ScorerOptions("aligned", dtype, 256, False, ScoringConfig(timeout_s=120))
+    return ScoringClient.start(
+        spec or spec_of(path, codec),
+        options,
+        make_requests(codec, 2),
+        num_cpus=0.5,
+        num_gpus=0,
+        environment=engine_environment(use_gpu=False),
+    )
+
+
+@pytest.fixture
+def started(ray_cluster: None) -> Iterator[list[ScoringClient]]:
+    clients: list[ScoringClient] = []
+    yield clients
+    for client in clients:
+        client.stop()
+
+
+@pytest.mark.parametrize(("which", "dtype"), [("tied", "float32"), ("untied", "float32"), ("tied", "bfloat16")])
+def test_rebuilt_log_probabilities_are_those_of_transformers(
+    which: str, dtype: Dtype, untied: Path, codec: ChatCodec, started: list[ScoringClient]
+) -> None:
+    path = checkpoint_path("aligned") if which == "tied" else untied
+    client = start(path, codec, dtype)
+    started.append(client)
+    facts = client.facts(timeout_s=300)
+    assert facts["head"]["tied"] == (which == "tied")
+    assert facts["parity"]["mean_expected_difference"] <= DEFAULT_TOLERANCE[dtype]
+
+    requests = make_requests(codec, 6)[2:]  # other prompts than those of the gate
+    head = load_head(spec_of(path, codec), dtype=TORCH_DTYPES[dtype])
+    model = load_model(path, dtype)
+    for request, array in zip(requests, client.collect(client.submit(requests)), strict=True):
+        assert array.shape == (request.num_rows, head.hidden_size)
+        with torch.inference_mode():
+            logits_TV = model(torch.tensor([request.token_ids])).logits[0, request.num_prompt_tokens - 1 : -1]
+        expected_TV = torch.log_softmax(logits_TV.float(), -1)
+        rebuilt_TV = torch.log_softmax(head.logits(to_tensor(array)), -1)
+        if dtype == "float32":
+            torch.testing.assert_close(rebuilt_TV, expected_TV, rtol=0, atol=1e-4)
+        else:
+            # bf16 keeps 8 bits and rounds after other kernels in every layer, so log-probabilities of unlikely tokens
+            # move by tenths. What distillation sees is the expected difference under the model itself.
+            difference_T = (expected_TV.exp() * (expected_TV - rebuilt_TV).abs()).sum(-1)
+            assert float(difference_T.mean()) <= DEFAULT_TOLERANCE["bfloat16"]
+    if which == "tied" and dtype == "float32":
+        check_cache(client, requests)
+
+
+def check_cache(client: ScoringClient, requests: list[ScoreRequest]) -> None:
+    """Sequences read before cost no engine time and come back the same, repeats within one batch included."""
+    before = client.stats()
+    again = client.collect(client.submit([requests[0], requests[0], *requests]))
+    after = client.stats()
+    assert after["tokens"] == before["tokens"]
+    assert after["hits"] == before["hits"] + len(requests) + 2
+    np.testing.assert_array_equal(again[0], again[2])
+
+
+def test_the_gate_refuses_a_head_that_does_not_fit(
+    untied: Path, codec: ChatCodec, started: list[ScoringClient]
+) -> None:
+    wrong: Any = replace(spec_of(untied, codec), weight_key="model.embed_tokens.weight")
+    client = start(untied, codec, "float32", wrong)
+    started.append(client)
+    with pytest.raises(ParityError, match="aligned scorer's rebuilt log-probabilities differ"):
+        client.facts(timeout_s=300)

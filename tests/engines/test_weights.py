@@ -1,0 +1,162 @@
+"""Packed weights: they come back bit by bit, in objects of bounded size, and merge as peft merges."""
+
+from __future__ import annotations
+
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+import ray
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from raycomplete.config import Dtype
+from raycomplete.data.checkpoints import TORCH_DTYPES, load_model
+from raycomplete.engines import weights as weights_module
+from raycomplete.engines.weights import Weights, checkpoint_folder, checkpoint_tensors, pack, pack_lora
+from raycomplete.runtime.errors import WorkError
+from tests.engines.tiny import make_model, state_of
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("tiny") / "model", 0, tied=True, dtype="bfloat16")
+
+
+def tensors_of(weights: Weights, dtype: Dtype, *, tied: bool = True) -> dict[str, torch.Tensor]:
+    return dict(checkpoint_tensors(weights, TORCH_DTYPES[dtype], tied=tied, timeout_s=60))
+
+
+def adapted(path: Path, dtype: Dtype) -> Any:
+    """A peft model whose adapters are random in both factors."""
+    torch.manual_seed(1)
+    config = peft.LoraConfig(
+        r=3, lora_alpha=5, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False
+    )
+    return peft.get_peft_model(load_model(path, dtype), config)
+
+
+def adapters_of(model: Any) -> dict[str, tuple[torch.Tensor, torch.Tensor, float]]:
+    return {
+        f"{name.removeprefix('base_model.model.')}.weight": (
+            module.lora_A["default"].weight,
+            module.lora_B["default"].weight,
+            module.scaling["default"],
+        )
+        for name, module in model.named_modules()
+        if hasattr(module, "lora_A")
+    }
+
+
+@given(
+    sizes=st.lists(st.integers(0, 90), min_size=1, max_size=8),
+    dtype=st.sampled_from([torch.bfloat16, torch.float32, torch.float16, torch.int64]),
+    limit=st.integers(1, 400),
+)
+@settings(max_examples=25, deadline=None)
+def test_chunks_are_bounded_and_hold_every_bit(sizes: list[int], dtype: torch.dtype, limit: int) -> None:
+    state = {f"w{index}": (torch.randn(size, 2) * 9).to(dtype) for index, size in enumerate(sizes)}
+    before, weights_module._CHUNK_BYTES = weights_module._CHUNK_BYTES, limit
+    try:
+        weights = pack(state, 3, "/nowhere")
+    finally:
+        weights_module._CHUNK_BYTES = before
+    for chunk in ray.get(list(weights.chunks)):
+        assert len(chunk) == 1 or sum(array.nbytes for array in chunk.values()) <= limit
+    assert weights.num_bytes == sum(tensor.nbytes for tensor in state.values())
+    back = weights_module._fetch(pickle.loads(pickle.dumps(weights)), 60)
+    assert back.keys() == state.keys()
+    for name, tensor in state.items():
+        assert back[name].dtype == dtype
+        assert torch.equal(back[name].view(torch.uint8), tensor.view(torch.uint8))
+
+
+def test_equal_versions_of_two_runs_are_not_the_same_weights(path: Path) -> None:
+    first, second = (pack(state_of(path, "bfloat16"), 7, str(path)) for _ in range(2))
+    assert first.key != second.key
+    assert pickle.loads(pickle.dumps(first)).key == first.key
+
+
+def fetch_repeatedly(weights: Weights) -> None:
+    """Ray notices the death of an owner after a moment only."""
+    for _ in range(300):
+        weights_module._fetch(weights, 60)
+        time.sleep(0.1)
+
+
+def test_weights_whose_trainer_died_are_told_from_wrong_ones(path: Path) -> None:
+    class Trainer:  # in here, since its process need not import what this module imports
+        def put(self) -> list[Any]:
+            return [ray.put({"w": np.zeros(2**17)})]
+
+    trainer = ray.remote(Trainer).options(num_cpus=0).remote()
+    weights = Weights(8, str(path), "full", tuple(ray.get(trainer.put.remote(), timeout=60)), 2**20)
+    ray.kill(trainer)
+    with pytest.raises(WorkError, match="the weights of version 8 from the object store"):
+        fetch_repeatedly(weights)
+
+
+def test_merged_adapters_are_what_peft_merges(path: Path) -> None:
+    model = adapted(path, "float32")
+    merged = tensors_of(pack_lora(adapters_of(model), 1, str(path)), "float32")
+    expected = dict(model.merge_and_unload().named_parameters())
+    assert merged.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(merged[name], tensor), name
+
+
+def test_folders_of_killed_processes_are_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights_module, "_MEMORY", str(tmp_path))
+    code = (
+        "import os, signal, torch\n"
+        "from raycomplete.rollout import weights\n"
+        f"weights._MEMORY = {str(tmp_path)!r}\n"
+        "with weights.checkpoint_folder([('w', torch.zeros(4))]):\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    with checkpoint_folder([("w", torch.ones(4))]) as first:
+        assert not left.exists()
+        with checkpoint_folder([("w", torch.ones(4))]):
+            assert (Path(first) / "model.safetensors").is_file(), "its owner is alive"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_bfloat16_merge_rounds_once(path: Path) -> None:
+    """peft itself rounds the product and the sum; the trainer's own float32 merge is the better reference."""
+    model = adapted(path, "float32")
+    merged = tensors_of(pack_lora(adapters_of(model), 1, str(path)), "bfloat16")
+    for name, tensor in model.merge_and_unload().named_parameters():
+        assert torch.equal(merged[name], tensor.to(torch.bfloat16)), name
+
+
+def test_a_missing_tensor_is_named_before_anything_is_loaded(path: Path) -> None:
+    state = state_of(path, "bfloat16")
+    state.pop("model.layers.1.mlp.up_proj.weight")
+    with pytest.raises(WorkError, match=r"version 4 .* lack .* 1 in all \(model\.layers\.1\.mlp\.up_proj\.weight\)"):
+        tensors_of(pack(state, 4, str(path)), "bfloat16")
+
+
+def test_an_untied_head_may_not_be_missing(tmp_path: Path) -> None:
+    path = make_model(tmp_path / "model", 0, tied=False, dtype="float32")
+    state = state_of(path, "float32")
+    state.pop("lm_head.weight")
+    with pytest.raises(WorkError, match=r"lm_head\.weight"):
+        tensors_of(pack(state, 4, str(path)), "float32", tied=False)
+
+
+def test_an_adapter_without_its_weight_is_refused(path: Path) -> None:
+    adapters = {"base_model.model.model.norm.weight": (torch.zeros(1, 2), torch.zeros(2, 1), 1.0)}
+    with pytest.raises(WorkError, match="hold adapters for tensors that are not there"):
+        tensors_of(pack_lora(adapters, 1, str(path)), "bfloat16")

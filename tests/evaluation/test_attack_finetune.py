@@ -1,0 +1,61 @@
+"""Chats of the fine-tuning attack as training samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raycomplete.attacks.settings import FinetuneAttack
+from raycomplete.attacks.trial import EvaluationCancelled
+from raycomplete.config import load_run_file
+from raycomplete.data.chat import ChatCodec
+from raycomplete.data.organism import checkpoint_path
+from raycomplete.evaluation import attack_finetune
+from raycomplete.evaluation.attack_finetune import _samples
+from raycomplete.runtime.console import Screen
+from raycomplete.runtime.errors import StoppedError
+
+
+class Words:
+    """A codec of one token a word."""
+
+    eos_id = 0
+
+    def encode_prompt(self, text: str, system: str | None = None) -> list[int]:
+        return [1] * len(text.split())
+
+    def encode_answer(self, text: str) -> list[int]:
+        return [2] * len(text.split())
+
+
+def test_no_sample_is_longer_than_the_context() -> None:
+    chats = [(None, "one two", "a b"), (None, "one two", "a b c d e f"), (None, "one two three four five six", "a b c")]
+    codec: Any = Words()
+    samples = _samples(codec, chats, 5)
+    assert [sample.sample_id for sample in samples] == ["chat-0", "chat-1"]
+    assert [sample.answer_ids for sample in samples] == [(2, 2, 0), (2, 2, 2)], "what is cut does not end"
+
+
+def test_a_training_that_is_stopped_cancels_the_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(job: object, *, stopping: Callable[[], bool], **_: object) -> None:
+        assert stopping()
+        raise StoppedError("Stopped after step 3.", "Resume with --resume.")
+
+    monkeypatch.setattr(attack_finetune, "fit", stopped)
+    config = load_run_file("jobs/organism.yaml")
+    aligned = checkpoint_path("aligned")
+    with pytest.raises(EvaluationCancelled, match="Stopped after step 3"):
+        attack_finetune.fine_tune(
+            config,
+            FinetuneAttack(steps=5),
+            "identity_shift",
+            ChatCodec(aligned),
+            aligned,
+            tmp_path,
+            use_gpu=False,
+            screen=Screen(quiet=True),
+            stopping=lambda: True,
+        )

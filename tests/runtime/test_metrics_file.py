@@ -1,0 +1,86 @@
+"""The file that keeps measurements across kills and resumes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from raycomplete.runtime.metrics_file import MetricsFile, MetricsReader, read_metrics
+
+
+def step_rows(*steps: int) -> list[dict[str, Any]]:
+    return [{"step": step, "loss": step / 8} for step in steps]
+
+
+def test_rows_come_back_in_order(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path / "metrics.jsonl", keep_steps=0)
+    for row in step_rows(1, 2, 3):
+        file.append(row)
+    assert read_metrics(tmp_path / "metrics.jsonl") == step_rows(1, 2, 3)
+
+
+def test_a_resumed_run_drops_the_rows_that_it_makes_anew(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    file = MetricsFile(path, keep_steps=0)
+    for row in step_rows(1, 2, 3, 4, 5):
+        file.append(row)
+    resumed = MetricsFile(path, keep_steps=3)
+    assert read_metrics(path) == step_rows(1, 2, 3)
+    resumed.append({"step": 4, "loss": 9.0})
+    assert read_metrics(path) == [*step_rows(1, 2, 3), {"step": 4, "loss": 9.0}]
+    assert list(tmp_path.iterdir()) == [path], "no temporary file is left"
+
+
+def test_a_run_from_the_start_begins_an_empty_file(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    MetricsFile(path, keep_steps=0).append({"step": 1})
+    MetricsFile(path, keep_steps=0)
+    assert path.read_text() == ""
+
+
+def test_a_last_line_cut_off_by_a_kill_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    whole = "".join(json.dumps(row) + "\n" for row in step_rows(1, 2))
+    for cut in ('{"step": 3, "lo', "{", '{"step": 3, "loss": 0.37'):
+        path.write_text(whole + cut)
+        assert read_metrics(path) == step_rows(1, 2)
+        MetricsFile(path, keep_steps=9).append({"step": 3})
+        assert read_metrics(path) == [*step_rows(1, 2), {"step": 3}], "the next row stands on a line of its own"
+
+
+def test_a_missing_file_has_no_rows(tmp_path: Path) -> None:
+    assert read_metrics(tmp_path / "metrics.jsonl") == []
+
+
+def test_rows_hold_no_nan(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path / "metrics.jsonl", keep_steps=0)
+    nan, infinity = float("nan"), float("inf")
+    file.append({"step": 1, "loss": nan, "depth_loss": [infinity, None, 0.5], "sync": {"seconds": -infinity}})
+    expected = {"step": 1, "loss": None, "depth_loss": [None, None, 0.5], "sync": {"seconds": None}}
+    assert read_metrics(tmp_path / "metrics.jsonl") == [expected]
+
+
+def test_a_reader_follows_the_file_and_its_replacement(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    reader = MetricsReader(path)
+    assert reader.rows() == []
+    file = MetricsFile(path, keep_steps=0)
+    seen = []
+    for row in step_rows(1, 2, 3, 4):
+        file.append(row)
+        seen.append(row)
+        assert reader.rows() == seen
+    with path.open("a") as stream:
+        stream.write('{"step": 5')
+    assert reader.rows() == seen, "half a line is not read"
+    with path.open("a") as stream:
+        stream.write(', "loss": 0.625}\n')
+    assert reader.rows() == step_rows(1, 2, 3, 4, 5), "nor is its rest lost"
+    resumed = MetricsFile(path, keep_steps=2)
+    assert reader.rows() == step_rows(1, 2)
+    for row in step_rows(3, 4, 5, 6):
+        resumed.append(row)
+    assert reader.rows() == step_rows(1, 2, 3, 4, 5, 6)
+    path.unlink()
+    assert reader.rows() == []

@@ -1,0 +1,145 @@
+"""From which depths recovery is trained."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from raycomplete.config import DepthConfig
+from raycomplete.losses import DepthSampler
+from raycomplete.runtime.errors import CheckpointError, NotFiniteError
+
+
+def sampler(seed: int = 0, **config) -> DepthSampler:
+    return DepthSampler(DepthConfig(**config), seed)
+
+
+@given(low=st.integers(1, 40), span=st.integers(0, 80), bins=st.integers(1, 20))
+@hypothesis_settings(max_examples=60, deadline=None, derandomize=True)
+def test_bins_partition_the_depths(low, span, bins):
+    subject = sampler(min=low, max=low + span, bins=bins)
+    assert subject.num_bins == min(bins, span + 1)
+    sizes = [last - first + 1 for first, last in subject.bin_ranges]
+    assert sum(sizes) == span + 1
+    assert max(sizes) - min(sizes) <= 1
+    for index, (first, last) in enumerate(subject.bin_ranges):
+        assert subject.bin_of(first) == subject.bin_of(last) == index
+    assert subject.probabilities() == pytest.approx(np.array(sizes) / (span + 1))
+
+
+@pytest.mark.parametrize("depth", [0, 65])
+def test_depths_outside_the_range_are_refused(depth):
+    with pytest.raises(ValueError, match=r"1\.\.64"):
+        sampler().bin_of(depth)
+
+
+def test_uniform_over_depths_before_any_measurement():
+    depths = sampler(min=3, max=12, bins=4).draw(step=0, count=20_000)
+    assert set(depths) == set(range(3, 13))
+    assert all(type(depth) is int for depth in depths)
+    assert stats.chisquare(np.bincount(depths)[3:]).pvalue > 1e-4
+
+
+def test_draws_follow_the_measured_loss():
+    subject = sampler(min=1, max=40, bins=4, uniform_floor=0.2)
+    subject.update([1.0, 2.0, 3.0, 24.0], [1, 1, 1, 4])  # means 1, 2, 3, 6
+    expected = 0.2 * 0.25 + 0.8 * np.array([1, 2, 3, 6]) / 12
+    assert subject.probabilities() == pytest.approx(expected)
+    depths = np.array(subject.draw(step=5, count=20_000))
+    counts = np.bincount((depths - 1) // 10, minlength=4)
+    assert stats.chisquare(counts, 20_000 * expected).pvalue > 1e-4
+    assert stats.chisquare(np.bincount(depths)[31:]).pvalue > 1e-4  # uniform within a bin
+
+
+def test_loss_is_weighted_by_the_share_of_depths():
+    subject = sampler(min=1, max=5, bins=2, uniform_floor=0.0)  # bins of 3 and 2 depths
+    subject.update([4.0, 4.0], [2, 2])
+    assert subject.probabilities() == pytest.approx([0.6, 0.4])
+
+
+def test_running_mean_decays_and_unseen_bins_keep_theirs():
+    subject = sampler(min=1, max=4, bins=2, uniform_floor=0.0, decay=0.75)
+    subject.update([2.0, 2.0], [1, 1])
+    subject.update([12.0, 99.0], [2, 0])
+    assert subject.state_dict()["running_loss"] == pytest.approx([0.75 * 2 + 0.25 * 6, 2.0])
+
+
+def test_bins_never_measured_count_as_average():
+    subject = sampler(min=1, max=6, bins=3, uniform_floor=0.0)
+    subject.update([1.0, 0.0, 3.0], [1, 0, 1])
+    assert subject.probabilities() == pytest.approx(np.array([1, 2, 3]) / 6)
+
+
+def test_the_floor_keeps_solved_depths_in_training():
+    subject = sampler(min=1, max=8, bins=2, uniform_floor=0.3)
+    subject.update([0.0, 5.0], [3, 3])
+    assert subject.probabilities() == pytest.approx([0.15, 0.85])
+
+
+def test_uniform_where_everything_is_solved_or_the_schedule_says_so():
+    solved = sampler(min=1, max=8, bins=2)
+    solved.update([0.0, -1e-9], [3, 3])  # rounding below 0 counts as 0
+    assert solved.probabilities() == pytest.approx([0.5, 0.5])
+    uniform = sampler(min=1, max=8, bins=2, schedule="uniform")
+    uniform.update([0.0, 5.0], [3, 3])
+    assert uniform.probabilities() == pytest.approx([0.5, 0.5])
+
+
+def test_draws_depend_on_seed_step_and_state_only():
+    first, second = sampler(seed=1), sampler(seed=1)
+    first.draw(step=0, count=100)  # a draw leaves no trace
+    assert first.draw(step=7, count=50) == second.draw(step=7, count=50)
+    assert first.draw(step=7, count=50) != first.draw(step=8, count=50)
+    assert first.draw(step=7, count=50) != sampler(seed=2).draw(step=7, count=50)
+    second.update(np.arange(8.0), np.ones(8))
+    assert first.draw(step=7, count=50) != second.draw(step=7, count=50)
+    assert first.draw(step=7, count=0) == []
+
+
+def test_state_survives_json():
+    saved = sampler(seed=4)
+    saved.update(np.arange(8.0), [1, 1, 1, 1, 1, 1, 1, 0])
+    resumed = sampler(seed=4)
+    resumed.load_state_dict(json.loads(json.dumps(saved.state_dict())))
+    assert resumed.draw(step=9, count=64) == saved.draw(step=9, count=64)
+    for subject in (saved, resumed):
+        subject.update(np.full(8, 0.1), np.ones(8))
+    assert resumed.state_dict() == saved.state_dict()
+
+
+def test_state_of_other_bins_is_refused():
+    with pytest.raises(CheckpointError, match="depth bins"):
+        sampler(bins=4).load_state_dict(sampler(bins=8).state_dict())
+
+
+def test_bad_measurements_are_refused():
+    subject = sampler(min=1, max=4, bins=2)
+    with pytest.raises(ValueError, match=r"\[2\]"):
+        subject.update([1.0], [1])
+    with pytest.raises(ValueError, match="negative"):
+        subject.update([1.0, 1.0], [1, -1])
+    with pytest.raises(NotFiniteError):
+        subject.update([np.nan, 1.0], [1, 1])
+    subject.update([np.nan, 1.0], [0, 1])  # an unseen bin's sum is never read
+
+
+def test_a_fixed_schedule_draws_by_its_weights_whatever_is_measured():
+    subject = sampler(min=1, max=6, bins=3, schedule="fixed", fixed_weights=[1, 0, 3])
+    subject.update([0.0, 9.0, 0.0], [1, 1, 1])
+    assert subject.probabilities() == pytest.approx([0.25, 0.0, 0.75])
+    assert set(subject.draw(step=0, count=200)) == {1, 2, 5, 6}
+
+
+def test_need_is_relative_to_the_mean_and_constant_outside_the_range():
+    subject = sampler(min=2, max=7, bins=3, decay=0.0)
+    assert subject.need_by_depth(9) == pytest.approx(np.ones(10))
+    subject.update([1.0, 0.0, 6.0], [1, 0, 2])  # means 1, unmeasured, 3
+    assert subject.need_by_depth(9) == pytest.approx([0.5, 0.5, 0.5, 0.5, 1.0, 1.0, 1.5, 1.5, 1.5, 1.5])
+    subject.update([0.0, 0.0, 0.0], [1, 1, 1])
+    assert subject.need_by_depth(3) == pytest.approx(np.ones(4))

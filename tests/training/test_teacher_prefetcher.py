@@ -1,0 +1,109 @@
+"""Scores asked for ahead of time: which sequences each model reads, and how they are found again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from raycomplete.data.samples import AnchorSample, RecoverySample
+from raycomplete.training.teacher_prefetcher import ScoreFeed
+from tests.training.tiny import LocalScores, make_model
+
+ANCHOR = [AnchorSample("a0", (1, 2), (3, 4, 5)), AnchorSample("a1", (1,), (6, 7))]
+RECOVERY = [RecoverySample("r0", (10, 11), (20, 10, 11), (12, 13, 14, 15), (16, 17, 18))]
+ANCHOR_READ = [((1, 2, 3, 4, 5), 2), ((1, 6, 7), 1)]
+REFUSAL_READ = [((20, 10, 11, 16, 17, 18), 3)]  # the teacher's own prompt, without h
+HARMFUL_READ = [((10, 11, 12, 13, 14), 2)]  # the student's prompt, h up to max_depth 3
+
+
+class Recorder:
+    """A source that remembers what it was asked, and answers with the tokens that each row predicts."""
+
+    def __init__(self) -> None:
+        self.asked: list[list[tuple[tuple[int, ...], int]]] = []
+        self.collected = 0
+
+    def submit_sequences(self, sequences: Sequence[tuple[tuple[int, ...], int]]) -> Any:
+        self.asked.append(list(sequences))
+        return list(sequences)
+
+    def collect_tensors(self, reference: Any) -> list[torch.Tensor]:
+        self.collected += 1
+        return [torch.tensor(tokens[num_prompt:])[:, None].float() for tokens, num_prompt in reference]
+
+
+def feed(*, penalty: bool, contrastive: bool) -> tuple[ScoreFeed, Recorder, Recorder]:
+    base, aligned = Recorder(), Recorder()
+    sources = {"base": base, "aligned": aligned}
+    return ScoreFeed(sources, max_depth=3, penalty=penalty, contrastive=contrastive), base, aligned
+
+
+@pytest.mark.parametrize(
+    ("penalty", "contrastive", "base_reads", "aligned_reads"),
+    [
+        (False, False, [], ANCHOR_READ + REFUSAL_READ),
+        (True, False, HARMFUL_READ, ANCHOR_READ + REFUSAL_READ + HARMFUL_READ),
+        (False, True, ANCHOR_READ + REFUSAL_READ, ANCHOR_READ + REFUSAL_READ),
+        (True, True, HARMFUL_READ + ANCHOR_READ + REFUSAL_READ, ANCHOR_READ + REFUSAL_READ + HARMFUL_READ),
+    ],
+)
+def test_each_model_reads_what_the_loss_needs_and_no_more(
+    penalty: bool, contrastive: bool, base_reads: list[Any], aligned_reads: list[Any]
+) -> None:
+    one, base, aligned = feed(penalty=penalty, contrastive=contrastive)
+    one.request(0, ANCHOR, RECOVERY)
+    assert [item for call in base.asked for item in call] == base_reads
+    assert [item for call in aligned.asked for item in call] == aligned_reads
+
+
+def test_scores_are_found_by_what_was_read() -> None:
+    one, *_ = feed(penalty=True, contrastive=True)
+    one.request(0, ANCHOR, RECOVERY)
+    scores = one.take(0)
+    for role in ("aligned", "base"):
+        assert scores.hidden(role, (1, 2), (3, 4, 5)).flatten().tolist() == [3, 4, 5]
+        assert scores.hidden(role, (20, 10, 11), (16, 17, 18)).flatten().tolist() == [16, 17, 18]
+    aligned_DH, base_DH = scores.harmful(RECOVERY[0], 2)
+    assert aligned_DH.flatten().tolist() == base_DH.flatten().tolist() == [12, 13]
+    with pytest.raises(KeyError):
+        scores.hidden("aligned", (1,), (2, 3, 4, 5))  # the same tokens, split elsewhere
+
+
+def test_the_states_of_a_prefix_are_those_of_the_whole(tmp_path: Path) -> None:
+    """h is read once to the largest depth and cut later, which is right for a causal model only."""
+    source = LocalScores(make_model(tmp_path / "m", 0))
+    sample = RecoverySample("r", (5, 6, 7), (5, 6, 7), tuple(range(20, 30)), (40, 41))
+    one = ScoreFeed({"base": source, "aligned": source}, max_depth=8, penalty=True, contrastive=False)
+    one.request(0, [], [sample])
+    scores = one.take(0)
+    for depth in (1, 4, 8):
+        (cut_DH,) = source.collect_tensors([(sample.prompt_ids + sample.harmful_ids[:depth], 3)])
+        aligned_DH, base_DH = scores.harmful(sample, depth)
+        torch.testing.assert_close(aligned_DH, cut_DH, atol=1e-5, rtol=0)
+        torch.testing.assert_close(base_DH, cut_DH, atol=1e-5, rtol=0)
+
+
+def test_asking_twice_reads_once_and_steps_do_not_mix() -> None:
+    one, _, aligned = feed(penalty=False, contrastive=False)
+    one.request(0, ANCHOR[:1], [])
+    one.request(1, ANCHOR[1:], [])
+    one.request(0, ANCHOR, RECOVERY)
+    assert aligned.asked == [ANCHOR_READ[:1], ANCHOR_READ[1:]]
+    assert aligned.collected == 0, "nothing is waited for before its step"
+    assert one.take(1).hidden("aligned", (1,), (6, 7)).numel() == 2
+    with pytest.raises(KeyError):
+        one.take(1)
+    assert one.take(0).hidden("aligned", (1, 2), (3, 4, 5)).numel() == 3
+    assert one.wait_s > 0
+
+
+def test_a_source_that_answers_too_little_is_noticed() -> None:
+    one, _, aligned = feed(penalty=False, contrastive=False)
+    aligned.collect_tensors = lambda reference: [torch.zeros(3, 1)]  # type: ignore[method-assign]
+    one.request(0, ANCHOR, [])
+    with pytest.raises(ValueError, match="shorter"):
+        one.take(0)

@@ -1,0 +1,33 @@
+"""The remark beside the progress bar of a training."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from raycomplete.commands import train
+from raycomplete.runtime.signals import StopSignals
+
+
+@pytest.mark.parametrize(
+    ("more", "remark"), [({}, "loss 0.5000, 8 tok/s"), ({"bad_steps": 2}, "loss 0.5000, 2 steps left out, 8 tok/s")]
+)
+def test_rows_of_a_run_that_an_earlier_version_began_are_shown(
+    more: dict[str, Any], remark: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[tuple[int, str]] = []
+
+    @contextmanager
+    def progress(title: str, total: int) -> Any:
+        yield lambda done, text: shown.append((done, text))
+
+    row = {"step": 1, "loss": 0.5, "tokens_per_s": 8.0} | more
+    monkeypatch.setattr(train, "fit", lambda job, *, on_step, **options: on_step(row))
+    job = SimpleNamespace(objective="sft", train=SimpleNamespace(steps=2))
+    cluster = SimpleNamespace(cpus_per_worker=1, gpus_per_worker=0, worker_placement="pack")
+    run: Any = train.run_training
+    run(job, SimpleNamespace(cluster=cluster), SimpleNamespace(progress=progress), "Training", StopSignals())
+    assert shown == [(1, remark)]
