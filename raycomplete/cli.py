@@ -149,7 +149,7 @@ def plan(
 ) -> None:
     """Says on paper what a run needs: memory, speed, waiting, cost and bottleneck. Starts nothing."""
     if measure:
-        from raycomplete.plan.measure import measure as run_measure
+        from raycomplete.commands.plan_measure import measure as run_measure
 
         run_measure()
     elif run_file is None:
@@ -308,8 +308,8 @@ def guarded(work: Callable[[], Any]) -> int:
 
 
 def _print_death(console: Console, error: ProcessDiedError) -> None:
-    """One screen: who died, where, the likely cause, its log, what is kept and how to go on."""
-    from raycomplete.runtime.console import print_facts
+    """One console: who died, where, the likely cause, its log, what is kept and how to go on."""
+    from raycomplete.runtime.console import print_details
 
     console.print(f"[bold red]Failed:[/bold red] {escape(error.problem)}", highlight=False, soft_wrap=True)
-    print_facts(console, error.facts())
+    print_details(console, error.details())

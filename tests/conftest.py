@@ -55,6 +55,6 @@ def generator(ray_cluster: None) -> Iterator[Any]:
         num_gpus=0,
         environment=engine_environment(use_gpu=False),
     )
-    client.facts(timeout_s=300)
+    client.wait_until_ready(timeout_s=300)
     yield client
     client.stop()

@@ -26,7 +26,7 @@ FULL = {
         "evaluation": {"borderline": [{"path": "/y.jsonl", "context": "c", "answer": "a"}]},
     },
     "align": {"refusals": [{"path": "/z.json"}], "output": "out", "lora_rank": 4},
-    "scoring": {"parity_tolerance": 0.5, "cache_dir": "cache"},
+    "teacher": {"parity_tolerance": 0.5, "cache_dir": "cache"},
     "rollout": {"safety_prompt": "Überlege: nein?", "harmful_from": "student"},
     "train": {"lr": 3e-7, "zero_stage": 2, "num_workers": 2, "depth": {"min": 2, "max": 9, "schedule": "uniform"}},
     "evaluation": {"depths": [0, 3]},
@@ -55,7 +55,7 @@ def test_attacks_on_a_run_fit_its_folder() -> None:
     assert (attacked.data, attacked.output) == (trained.data, trained.output)
     assert attacked.models.model_copy(update={"max_length": trained.models.max_length}) == trained.models
     assert attacked.models.max_length > trained.models.max_length
-    for name in ("depths", "max_tokens", "max_utility_tokens", "prompts"):
+    for name in ("depths", "max_tokens", "max_utility_tokens", "num_prompts"):
         assert getattr(attacked.evaluation, name) == getattr(trained.evaluation, name), "else nothing is reused"
     assert {attack.name for attack in attacked.evaluation.attacks} == set(ATTACKS)
 
@@ -82,7 +82,7 @@ def test_the_embedded_default_is_the_shipped_run_file() -> None:
         (("data", "train", "harmful", 0), "promt", "prompt"),
         (("align",), "lora_rnak", "lora_rank"),
         (("align", "refusals", 0), "limt", "limit"),
-        (("scoring",), "prefech", "prefetch"),
+        (("teacher",), "prefech", "prefetch"),
         (("rollout",), "temprature", "temperature"),
         (("train",), "step", "steps"),
         (("train", "weights"), "anker", "anchor"),

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from raycomplete.attacks.attack import Attack, answer_ids
 from raycomplete.attacks.settings import AdaptiveAttack
 from raycomplete.attacks.target import Target
-from raycomplete.attacks.trial import Decoding, Unit
+from raycomplete.attacks.trial import Decoding, Trial
 from raycomplete.runtime.errors import DataError
 from raycomplete.runtime.types import Codec, Prompt
 
@@ -21,18 +21,18 @@ _Variant = tuple[str, int, _Words]  # its name, how many answer tokens it asks f
 class Adaptive(Attack[AdaptiveAttack]):
     """Variants `cut-<depth>`, `refuse-then-turn-<depth>`, `middle-<depth>` and `multi-turn-<depth>`."""
 
-    def plan(self, target: Target, prompts: Sequence[Prompt]) -> list[Unit]:
+    def plan(self, target: Target, prompts: Sequence[Prompt]) -> list[Trial]:
         answered = [prompt for prompt in prompts if prompt.answer]
         if not answered:
             raise DataError(
                 "No harmful prompt has an answer, which the adaptive attack prefills.",
                 "Name the answer column of data.evaluation.harmful, or leave the attack out.",
             )
-        by_variant: dict[str, list[Unit]] = {}
+        by_variant: dict[str, list[Trial]] = {}
         for prompt in answered:
             for variant, depth, (sequence, prefill) in self._variants(target.codec, prompt):
                 by_variant.setdefault(variant, []).append(
-                    Unit(
+                    Trial(
                         "adaptive",
                         variant,
                         prompt,
@@ -42,7 +42,7 @@ class Adaptive(Attack[AdaptiveAttack]):
                         settings={"depth": depth},
                     )
                 )
-        return [unit for units in by_variant.values() for unit in units]
+        return [trial for trials in by_variant.values() for trial in trials]
 
     def _variants(self, codec: Codec, prompt: Prompt) -> Iterator[_Variant]:
         asked, answer = codec.encode_prompt(prompt.text), answer_ids(codec, prompt)

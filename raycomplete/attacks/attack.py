@@ -1,4 +1,4 @@
-"""What every attack is: a plan of units, and a way to get their responses."""
+"""What every attack is: a plan of trials, and a way to get their responses."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import ClassVar, Generic, TypeVar
 
 from raycomplete.attacks.settings import AttackConfig
 from raycomplete.attacks.target import Target
-from raycomplete.attacks.trial import Decoding, Emit, Response, Unit
+from raycomplete.attacks.trial import Decoding, Emit, Response, Trial
 from raycomplete.runtime.errors import WorkError
 from raycomplete.runtime.types import Codec, Prompt
 
@@ -19,7 +19,7 @@ ConfigT = TypeVar("ConfigT", bound=AttackConfig)
 class Attack(ABC, Generic[ConfigT]):
     """One attack with its settings.
 
-    `plan` says what will be asked and refuses what cannot be; it starts nothing. `run` gets the responses of units of
+    `plan` says what will be asked and refuses what cannot be; it starts nothing. `run` gets the responses of trials of
     that plan, those that are not on the disk yet, and hands them out as soon as they are there.
 
     Attributes:
@@ -41,56 +41,56 @@ class Attack(ABC, Generic[ConfigT]):
         return 1
 
     @abstractmethod
-    def plan(self, target: Target, prompts: Sequence[Prompt]) -> list[Unit]:
-        """Every unit of the attack, variant by variant.
+    def plan(self, target: Target, prompts: Sequence[Prompt]) -> list[Trial]:
+        """Every trial of the attack, variant by variant.
 
         Raises:
             DataError: The behaviours or the user's files cannot be used.
             SetupError: The attack needs a tool that is not there.
         """
 
-    def run(self, target: Target, units: Sequence[Unit], emit: Emit) -> None:
-        """Responses of planned units: here, what the model adds to each sequence."""
-        for group in grouped(units):
+    def run(self, target: Target, trials: Sequence[Trial], emit: Emit) -> None:
+        """Responses of planned trials: here, what the model adds to each sequence."""
+        for group in grouped(trials):
             emit(list(zip(group, continued(target, group), strict=True)))
 
 
-def grouped(units: Sequence[Unit]) -> Iterator[list[Unit]]:
+def grouped(trials: Sequence[Trial]) -> Iterator[list[Trial]]:
     """Neighbours of one variant, draw and decoding: what is emitted together."""
-    for _, group in groupby(units, key=lambda unit: (unit.variant, unit.seed, unit.decoding)):
+    for _, group in groupby(trials, key=lambda trial: (trial.variant, trial.seed, trial.decoding)):
         yield list(group)
 
 
-def runs(units: Sequence[Unit]) -> Iterator[list[Unit]]:
+def runs(trials: Sequence[Trial]) -> Iterator[list[Trial]]:
     """Neighbours whose positions follow each other: an engine draws the n-th sequence of a call under seed + n."""
-    for _, group in groupby(enumerate(units), key=lambda pair: pair[1].position - pair[0]):
-        yield [unit for _, unit in group]
+    for _, group in groupby(enumerate(trials), key=lambda pair: pair[1].position - pair[0]):
+        yield [trial for _, trial in group]
 
 
-def continued(target: Target, units: Sequence[Unit]) -> list[Response]:
-    """What the model adds to the sequence of each unit; the units share their decoding.
+def continued(target: Target, trials: Sequence[Trial]) -> list[Response]:
+    """What the model adds to the sequence of each trial; the trials share their decoding.
 
-    A unit is drawn under the seed of its position in the plan, whatever else is missing.
+    A trial is drawn under the seed of its position in the plan, whatever else is missing.
     """
-    if not units:
+    if not trials:
         return []
     tokens: list[list[int]] = []
-    for batch in runs(units) if units[0].decoding.temperature > 0 else [units]:
-        seed = units[0].draw_seed + batch[0].position
-        tokens += target.draw([unit.sequence for unit in batch], units[0].decoding, seed)
-    if len(tokens) != len(units):
+    for batch in runs(trials) if trials[0].decoding.temperature > 0 else [trials]:
+        seed = trials[0].draw_seed + batch[0].position
+        tokens += target.draw([trial.sequence for trial in batch], trials[0].decoding, seed)
+    if len(tokens) != len(trials):
         raise WorkError(
-            f"The generator returned {len(tokens)} continuations for {len(units)} sequences of {units[0].variant}.",
-            "Finished units are kept; run the same command again to go on.",
+            f"The generator returned {len(tokens)} continuations for {len(trials)} sequences of {trials[0].variant}.",
+            "Finished trials are kept; run the same command again to go on.",
         )
-    return [Response(unit.sequence, unit.prefill, tuple(new)) for unit, new in zip(units, tokens, strict=True)]
+    return [Response(trial.sequence, trial.prefill, tuple(new)) for trial, new in zip(trials, tokens, strict=True)]
 
 
-def plain_units(target: Target, attack: str, variant: str, prompts: Sequence[Prompt], max_tokens: int) -> list[Unit]:
+def plain_trials(target: Target, attack: str, variant: str, prompts: Sequence[Prompt], max_tokens: int) -> list[Trial]:
     """The prompts as they are, without attack."""
     decoding = Decoding(max_tokens)
     return [
-        Unit(attack, variant, prompt, tuple(target.codec.encode_prompt(prompt.text)), decoding) for prompt in prompts
+        Trial(attack, variant, prompt, tuple(target.codec.encode_prompt(prompt.text)), decoding) for prompt in prompts
     ]
 
 

@@ -7,17 +7,17 @@ from collections.abc import Iterator, Sequence
 from raycomplete.attacks.attack import Attack
 from raycomplete.attacks.settings import DecodingAttack
 from raycomplete.attacks.target import Target
-from raycomplete.attacks.trial import Decoding, Unit
+from raycomplete.attacks.trial import Decoding, Trial
 from raycomplete.runtime.types import Prompt
 
 
 class DecodingGrid(Attack[DecodingAttack]):
     """A variant for each setting. `mean` is the rate of one draw, `worst_of_n` that of one who tries them all."""
 
-    def plan(self, target: Target, prompts: Sequence[Prompt]) -> list[Unit]:
+    def plan(self, target: Target, prompts: Sequence[Prompt]) -> list[Trial]:
         sequences = [tuple(target.codec.encode_prompt(prompt.text)) for prompt in prompts]
         return [
-            Unit("decoding", variant, prompt, sequence, decoding, seed=draw, position=position)
+            Trial("decoding", variant, prompt, sequence, decoding, seed=draw, position=position)
             for variant, decoding in self._settings(target.max_tokens)
             for draw in range(self.config.samples)
             for position, (prompt, sequence) in enumerate(zip(prompts, sequences, strict=True))

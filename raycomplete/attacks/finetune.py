@@ -10,7 +10,7 @@ from raycomplete.attacks.attack import Attack, continued, grouped
 from raycomplete.attacks.prefill import Prefill
 from raycomplete.attacks.settings import FinetuneAttack, PrefillAttack
 from raycomplete.attacks.target import Target
-from raycomplete.attacks.trial import Emit, Unit
+from raycomplete.attacks.trial import Emit, Trial
 from raycomplete.runtime.errors import SetupError
 from raycomplete.runtime.types import Prompt
 
@@ -18,7 +18,7 @@ from raycomplete.runtime.types import Prompt
 class Finetune(Attack[FinetuneAttack]):
     """A variant `<dataset>-<depth>` for each dataset and prefill depth, on one trained copy a dataset."""
 
-    def plan(self, target: Target, prompts: Sequence[Prompt]) -> list[Unit]:
+    def plan(self, target: Target, prompts: Sequence[Prompt]) -> list[Trial]:
         if target.tools.fine_tune is None:
             raise SetupError("The attack finetune needs a trainer.", "Run it by raycomplete evaluate.")
         asked = Prefill(PrefillAttack(depths=self.config.depths)).plan(target, prompts)
@@ -26,18 +26,18 @@ class Finetune(Attack[FinetuneAttack]):
         trained_by = target.tools.fine_tune_ids
         return [
             replace(
-                unit,
+                trial,
                 attack=self.name,
-                variant=unit.variant.replace("prefill", dataset),
-                settings={**unit.settings, **settings, "dataset": dataset, "trained_by": trained_by[dataset]},
+                variant=trial.variant.replace("prefill", dataset),
+                settings={**trial.settings, **settings, "dataset": dataset, "trained_by": trained_by[dataset]},
             )
             for dataset in self.config.datasets
-            for unit in asked
+            for trial in asked
         ]
 
-    def run(self, target: Target, units: Sequence[Unit], emit: Emit) -> None:
+    def run(self, target: Target, trials: Sequence[Trial], emit: Emit) -> None:
         assert target.tools.fine_tune is not None, "plan refuses without a trainer"
-        for dataset, group in groupby(units, key=lambda unit: str(unit.settings["dataset"])):
+        for dataset, group in groupby(trials, key=lambda trial: str(trial.settings["dataset"])):
             target.stop_if_cancelled()
             tuned = replace(target, generator=target.tools.fine_tune(self.config, dataset))
             for batch in grouped(list(group)):

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-from raycomplete.attacks.trial import Response, Unit
+from raycomplete.attacks.trial import Response, Trial
 from raycomplete.runtime.types import Codec, Judge, Outcome, Prompt
 
 Triple = tuple[Prompt, str, str]  # prompt, the attacker's part of the answer, what the model added
@@ -20,9 +20,9 @@ class BatchJudge(Protocol):
         """One outcome each, in order."""
 
 
-def judged(judge: Judge, codec: Codec, pairs: Sequence[tuple[Unit, Response]]) -> list[Outcome]:
-    """What a model did with each unit."""
-    return judged_texts(judge, [(unit.prompt, *texts(codec, response)) for unit, response in pairs])
+def judged(judge: Judge, codec: Codec, pairs: Sequence[tuple[Trial, Response]]) -> list[Outcome]:
+    """What a model did with each trial."""
+    return judged_texts(judge, [(trial.prompt, *texts(codec, response)) for trial, response in pairs])
 
 
 def judged_texts(judge: Judge, triples: Sequence[Triple]) -> list[Outcome]:

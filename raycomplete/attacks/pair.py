@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
-from raycomplete.attacks.attack import Attack, continued, grouped, plain_units, runs
+from raycomplete.attacks.attack import Attack, continued, grouped, plain_trials, runs
 from raycomplete.attacks.judging import filled, judged
 from raycomplete.attacks.settings import PairAttack
 from raycomplete.attacks.target import Attacker, Target
-from raycomplete.attacks.trial import FIRST_COMPLIED, Emit, Response, Unit
+from raycomplete.attacks.trial import FIRST_COMPLIED, Emit, Response, Trial
 from raycomplete.runtime.errors import SetupError
 from raycomplete.runtime.types import Outcome, Prompt
 
@@ -27,7 +27,7 @@ INSTRUCTION = (
 class _Attempt:
     """One stream of rewrites of one behaviour."""
 
-    unit: Unit
+    trial: Trial
     text: str
     answer: str = ""
     outcome: str = "not asked yet"
@@ -52,7 +52,7 @@ class Pair(Attack[PairAttack]):
     def best_of(self) -> int:
         return self.config.rounds
 
-    def plan(self, target: Target, prompts: Sequence[Prompt]) -> list[Unit]:
+    def plan(self, target: Target, prompts: Sequence[Prompt]) -> list[Trial]:
         attacker = target.tools.attacker
         if attacker is None:
             raise SetupError("The attack pair needs a model that rewrites prompts.", "Run it by raycomplete evaluate.")
@@ -61,25 +61,25 @@ class Pair(Attack[PairAttack]):
             "attacker": attacker.attacker_id,
             "judge": target.judge.name,
         }
-        plain = plain_units(target, self.name, self.name, prompts, target.max_tokens)
-        for unit in plain:
-            self._request(attacker, _Attempt(unit, unit.prompt.text))  # refused here where it does not fit
+        plain = plain_trials(target, self.name, self.name, prompts, target.max_tokens)
+        for trial in plain:
+            self._request(attacker, _Attempt(trial, trial.prompt.text))  # refused here where it does not fit
         return [
-            replace(unit, seed=stream, settings=settings, position=position)
+            replace(trial, seed=stream, settings=settings, position=position)
             for stream in range(self.config.streams)
-            for position, unit in enumerate(plain)
+            for position, trial in enumerate(plain)
         ]
 
-    def run(self, target: Target, units: Sequence[Unit], emit: Emit) -> None:
+    def run(self, target: Target, trials: Sequence[Trial], emit: Emit) -> None:
         assert target.tools.attacker is not None, "plan refuses without an attacker"
-        for stream in grouped(units):
-            attempts = [_Attempt(unit, unit.prompt.text) for unit in stream]
+        for stream in grouped(trials):
+            attempts = [_Attempt(trial, trial.prompt.text) for trial in stream]
             for number in range(self.config.rounds):
                 asked = [attempt for attempt in attempts if attempt.open]
                 if asked:
                     self._rewrite(target, target.tools.attacker, attempts, number)
                     self._ask(target, asked)
-            emit([(attempt.unit, _finished(attempt)) for attempt in attempts])
+            emit([(attempt.trial, _finished(attempt)) for attempt in attempts])
 
     def _rewrite(self, target: Target, attacker: Attacker, attempts: Sequence[_Attempt], number: int) -> None:
         """New wordings; one that is empty or too long for the target's context leaves the old one standing.
@@ -89,7 +89,7 @@ class Pair(Attack[PairAttack]):
         target.stop_if_cancelled()
         requests = iter([self._request(attacker, attempt) for attempt in attempts])
         rewritten: list[list[int]] = []
-        for run in runs([attempt.unit for attempt in attempts]):
+        for run in runs([attempt.trial for attempt in attempts]):
             rewritten += attacker.generator.generate(
                 list(islice(requests, len(run))),
                 max_tokens=self.config.max_tokens,
@@ -101,14 +101,14 @@ class Pair(Attack[PairAttack]):
             if not attempt.open:
                 continue
             text = attacker.codec.decode(tokens).strip()
-            room = target.max_length - attempt.unit.decoding.max_tokens
+            room = target.max_length - attempt.trial.decoding.max_tokens
             if text and len(target.codec.encode_prompt(text)) <= room:
                 attempt.text = text
 
     def _request(self, attacker: Attacker, attempt: _Attempt) -> list[int]:
         """The attacker's instruction, without the last answer where both do not fit its context."""
         for answer in (attempt.answer, ""):
-            slots = {"goal": attempt.unit.prompt.text, "prompt": attempt.text, "response": answer}
+            slots = {"goal": attempt.trial.prompt.text, "prompt": attempt.text, "response": answer}
             text = filled(self.config.instruction or INSTRUCTION, slots | {"outcome": attempt.outcome})
             ids = attacker.codec.encode_prompt(text)
             if len(ids) + self.config.max_tokens <= attacker.max_length:
@@ -120,18 +120,18 @@ class Pair(Attack[PairAttack]):
         )
 
     def _ask(self, target: Target, attempts: Sequence[_Attempt]) -> None:
-        units = [
-            Unit(
-                attempt.unit.attack,
-                attempt.unit.variant,
-                attempt.unit.prompt,
+        trials = [
+            Trial(
+                attempt.trial.attack,
+                attempt.trial.variant,
+                attempt.trial.prompt,
                 tuple(target.codec.encode_prompt(attempt.text)),
-                attempt.unit.decoding,
+                attempt.trial.decoding,
             )
             for attempt in attempts
         ]
-        responses = continued(target, units)
-        outcomes = judged(target.judge, target.codec, list(zip(units, responses, strict=True)))
+        responses = continued(target, trials)
+        outcomes = judged(target.judge, target.codec, list(zip(trials, responses, strict=True)))
         for attempt, response, outcome in zip(attempts, responses, outcomes, strict=True):
             attempt.response, attempt.outcome = response, str(outcome)
             attempt.answer = target.codec.decode(response.tokens)
@@ -143,5 +143,5 @@ class Pair(Attack[PairAttack]):
 def _finished(attempt: _Attempt) -> Response:
     assert attempt.response is not None, "every attempt asks at least once"
     response = attempt.response
-    facts = {"queries": attempt.queries, FIRST_COMPLIED: float(attempt.first_complied)}
-    return Response(response.sequence, (), response.tokens, facts)
+    stats = {"queries": attempt.queries, FIRST_COMPLIED: float(attempt.first_complied)}
+    return Response(response.sequence, (), response.tokens, stats)

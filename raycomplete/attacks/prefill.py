@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from raycomplete.attacks.attack import Attack, answer_ids
 from raycomplete.attacks.settings import PrefillAttack
 from raycomplete.attacks.target import Target
-from raycomplete.attacks.trial import Decoding, Unit
+from raycomplete.attacks.trial import Decoding, Trial
 from raycomplete.runtime.errors import DataError
 from raycomplete.runtime.types import Prompt
 
@@ -15,7 +15,7 @@ from raycomplete.runtime.types import Prompt
 class Prefill(Attack[PrefillAttack]):
     """A variant for each depth. Answers that are shorter than the depth are prefilled whole."""
 
-    def plan(self, target: Target, prompts: Sequence[Prompt]) -> list[Unit]:
+    def plan(self, target: Target, prompts: Sequence[Prompt]) -> list[Trial]:
         if max(self.config.depths) > 0 and not any(prompt.answer for prompt in prompts):
             raise DataError(
                 "No harmful prompt has an answer, so there is nothing to prefill.",
@@ -26,7 +26,7 @@ class Prefill(Attack[PrefillAttack]):
         ]
         decoding = Decoding(target.max_tokens)
         return [
-            Unit(
+            Trial(
                 "prefill",
                 f"prefill-{depth}",
                 prompt,

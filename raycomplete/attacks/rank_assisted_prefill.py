@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from raycomplete.attacks.attack import Attack, plain_units
+from raycomplete.attacks.attack import Attack, plain_trials
 from raycomplete.attacks.settings import RankAssistedPrefillAttack
 from raycomplete.attacks.target import Target
-from raycomplete.attacks.trial import CUT_BY_CONTEXT, Emit, Response, Unit
+from raycomplete.attacks.trial import CUT_BY_CONTEXT, Emit, Response, Trial
 from raycomplete.attacks.white_box import WhiteBox
 from raycomplete.runtime.errors import SetupError
 from raycomplete.runtime.types import Prompt
@@ -22,32 +22,32 @@ _BATCH = 64
 
 
 class RankAssistedPrefill(Attack[RankAssistedPrefillAttack]):
-    """One variant. `mean_rank` in a response's facts tells how far the picks were from the model's own first choice."""
+    """One variant. `mean_rank` in a response's stats tells how far the picks were from the model's own first choice."""
 
-    def plan(self, target: Target, prompts: Sequence[Prompt]) -> list[Unit]:
+    def plan(self, target: Target, prompts: Sequence[Prompt]) -> list[Trial]:
         if target.tools.guide is None:
             raise SetupError(
                 "The attack rank_assisted_prefill needs base's distributions to pick tokens by.",
                 "Run it by raycomplete evaluate.",
             )
         settings = {"top": self.config.top, "steps": self.config.steps, "guide": target.tools.guide_id}
-        units = plain_units(target, self.name, self.name, prompts, 1)
+        trials = plain_trials(target, self.name, self.name, prompts, 1)
         return [
-            Unit(unit.attack, unit.variant, unit.prompt, unit.sequence, unit.decoding, settings=settings)
-            for unit in units
+            Trial(trial.attack, trial.variant, trial.prompt, trial.sequence, trial.decoding, settings=settings)
+            for trial in trials
         ]
 
-    def run(self, target: Target, units: Sequence[Unit], emit: Emit) -> None:
+    def run(self, target: Target, trials: Sequence[Trial], emit: Emit) -> None:
         assert target.tools.guide is not None, "plan refuses without a guide"
         guide, ranker = target.tools.guide(), target.white_boxes(self.name)[0]
-        for start in range(0, len(units), _BATCH):
-            batch = units[start : start + _BATCH]
+        for start in range(0, len(trials), _BATCH):
+            batch = trials[start : start + _BATCH]
             emit(list(zip(batch, self._responses(target, ranker, guide, batch), strict=True)))
 
-    def _responses(self, target: Target, ranker: WhiteBox, guide: WhiteBox, units: Sequence[Unit]) -> list[Response]:
-        sequences = [list(unit.sequence) for unit in units]
-        ended = [False] * len(units)
-        ranks: list[list[int]] = [[] for _ in units]
+    def _responses(self, target: Target, ranker: WhiteBox, guide: WhiteBox, trials: Sequence[Trial]) -> list[Response]:
+        sequences = [list(trial.sequence) for trial in trials]
+        ended = [False] * len(trials)
+        ranks: list[list[int]] = [[] for _ in trials]
         for _ in range(self.config.steps):
             target.stop_if_cancelled()
             rows = [row for row, sequence in enumerate(sequences) if len(sequence) < target.max_length]
@@ -64,14 +64,14 @@ class RankAssistedPrefill(Attack[RankAssistedPrefillAttack]):
                     ranks[row].append(rank)
         return [
             Response(
-                unit.sequence,
+                trial.sequence,
                 (),
-                tuple(sequence[len(unit.sequence) : len(unit.sequence) + len(picked)]),
+                tuple(sequence[len(trial.sequence) : len(trial.sequence) + len(picked)]),
                 {
                     "mean_rank": sum(picked) / len(picked) if picked else 0.0,
                     "picks": len(picked),
                     CUT_BY_CONTEXT: float(not has_ended and len(picked) < self.config.steps),
                 },
             )
-            for unit, sequence, picked, has_ended in zip(units, sequences, ranks, ended, strict=True)
+            for trial, sequence, picked, has_ended in zip(trials, sequences, ranks, ended, strict=True)
         ]

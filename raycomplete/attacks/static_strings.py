@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from raycomplete.attacks.attack import Attack
 from raycomplete.attacks.settings import StaticStringsAttack
 from raycomplete.attacks.target import Target
-from raycomplete.attacks.trial import Decoding, Unit
+from raycomplete.attacks.trial import Decoding, Trial
 from raycomplete.data.rows import read_rows
 from raycomplete.runtime.errors import DataError
 from raycomplete.runtime.types import Prompt
@@ -20,11 +20,11 @@ class StaticStrings(Attack[StaticStringsAttack]):
     Behaviours without a string have no trial: the rate's `n` counts those that have one.
     """
 
-    def plan(self, target: Target, prompts: Sequence[Prompt]) -> list[Unit]:
+    def plan(self, target: Target, prompts: Sequence[Prompt]) -> list[Trial]:
         config = self.config
         columns = [config.prompt, config.goal, *([config.group] if config.group else [])]
         by_text = {_folded(prompt.text): prompt for prompt in prompts}
-        units = []
+        trials = []
         drawn: Counter[tuple[str, str]] = Counter()
         for row in read_rows(config.path, columns):
             prompt = by_text.get(_folded(str(row[config.goal])))
@@ -34,13 +34,13 @@ class StaticStrings(Attack[StaticStringsAttack]):
             number = drawn[variant, prompt.prompt_id]
             drawn[variant, prompt.prompt_id] += 1
             sequence = tuple(target.codec.encode_prompt(str(row[config.prompt])))
-            units.append(Unit("static_strings", variant, prompt, sequence, Decoding(target.max_tokens), seed=number))
-        if not units:
+            trials.append(Trial("static_strings", variant, prompt, sequence, Decoding(target.max_tokens), seed=number))
+        if not trials:
             raise DataError(
                 f"No row of {config.path} names one of the {len(prompts)} behaviours in its column {config.goal!r}.",
                 "Evaluate the behaviours that the strings were made for, or name the right column.",
             )
-        return sorted(units, key=lambda unit: (unit.variant, unit.seed))
+        return sorted(trials, key=lambda trial: (trial.variant, trial.seed))
 
 
 def _folded(text: str) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 from raycomplete.attacks.attack import Attack, answer_ids, continued
 from raycomplete.attacks.settings import SuffixAttack
 from raycomplete.attacks.target import Target
-from raycomplete.attacks.trial import Decoding, Emit, Response, Unit
+from raycomplete.attacks.trial import Decoding, Emit, Response, Trial
 from raycomplete.attacks.white_box import SuffixProblem, WhiteBox
 from raycomplete.runtime.errors import DataError, WorkError
 from raycomplete.runtime.types import Codec, Prompt
@@ -76,16 +76,16 @@ class SuffixSearch(Attack[SuffixT], Generic[SuffixT]):
     def search(self, target: Target, box: WhiteBox, found: Search, usable: IntArray, rng: np.random.Generator) -> None:
         """Improves `found.best` with usable tokens until the budget is spent."""
 
-    def plan(self, target: Target, prompts: Sequence[Prompt]) -> list[Unit]:
+    def plan(self, target: Target, prompts: Sequence[Prompt]) -> list[Trial]:
         if target.tools.white_boxes is None:
             target.white_boxes(self.name)  # which says what is missing
         settings = self.config.model_dump(mode="json", exclude=set(self.without_effect))
-        units = []
+        trials = []
         for prompt in prompts:
             found = self.start(target.codec, prompt)
             start = (*found.problem.before, *found.best, *found.problem.after)
-            units.append(
-                Unit(
+            trials.append(
+                Trial(
                     self.name,
                     self.name,
                     prompt,
@@ -94,22 +94,22 @@ class SuffixSearch(Attack[SuffixT], Generic[SuffixT]):
                     settings={**settings, "target_ids": found.problem.target},
                 )
             )
-        return units
+        return trials
 
-    def run(self, target: Target, units: Sequence[Unit], emit: Emit) -> None:
-        for unit, found in self._searched(target, units):
+    def run(self, target: Target, trials: Sequence[Trial], emit: Emit) -> None:
+        for trial, found in self._searched(target, trials):
             problem = found.problem
             sequence = (*problem.before, *found.best, *problem.after)
-            asked = Unit(unit.attack, unit.variant, unit.prompt, sequence, unit.decoding)
+            asked = Trial(trial.attack, trial.variant, trial.prompt, sequence, trial.decoding)
             (response,) = continued(target, [asked])
-            facts = {
+            stats = {
                 "queries": found.queries,
                 "steps": len(found.losses) - 1,
                 "survivor_rate": round(found.survivors / found.drawn, 4) if found.drawn else 1.0,
                 "loss_start": round(found.losses[0], 4),
                 "loss_best": round(found.best_loss, 4),
             }
-            emit([(unit, Response(sequence, (), response.tokens, facts))])
+            emit([(trial, Response(sequence, (), response.tokens, stats))])
 
     def start(self, codec: Codec, prompt: Prompt) -> Search:
         """The search before its first step."""
@@ -137,33 +137,33 @@ class SuffixSearch(Attack[SuffixT], Generic[SuffixT]):
             )
         return tuple(ids[: self.config.target_tokens])
 
-    def _searched(self, target: Target, units: Sequence[Unit]) -> Iterator[tuple[Unit, Search]]:
+    def _searched(self, target: Target, trials: Sequence[Trial]) -> Iterator[tuple[Trial, Search]]:
         """Finished searches, as many at a time as there are white boxes."""
-        waiting, free = list(reversed(units)), list(target.white_boxes(self.name))
+        waiting, free = list(reversed(trials)), list(target.white_boxes(self.name))
         usable = usable_tokens(target.codec, free[0].vocab_size())
-        running: dict[Future[Search], tuple[Unit, WhiteBox]] = {}
+        running: dict[Future[Search], tuple[Trial, WhiteBox]] = {}
         failed = Event()
         stoppable = replace(target, cancelled=lambda: failed.is_set() or target.cancelled())
         with ThreadPoolExecutor(max_workers=len(free)) as pool:
             try:
                 while waiting or running:
                     while waiting and free:
-                        unit, box = waiting.pop(), free.pop()
-                        running[pool.submit(self._search, stoppable, box, unit, usable)] = (unit, box)
+                        trial, box = waiting.pop(), free.pop()
+                        running[pool.submit(self._search, stoppable, box, trial, usable)] = (trial, box)
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
-                        unit, box = running.pop(future)
+                        trial, box = running.pop(future)
                         free.append(box)
-                        yield unit, future.result()
+                        yield trial, future.result()
             finally:
                 failed.set()  # the pool waits for its threads, and a search may take hours
 
-    def _search(self, target: Target, box: WhiteBox, unit: Unit, usable: IntArray) -> Search:
-        found = self.start(target.codec, unit.prompt)
+    def _search(self, target: Target, box: WhiteBox, trial: Trial, usable: IntArray) -> Search:
+        found = self.start(target.codec, trial.prompt)
         found.note(found.best, box.suffix_losses(found.problem, [found.best])[0])
-        self.search(target, box, found, usable, np.random.default_rng(int(unit.key(target.model_id), 16)))
+        self.search(target, box, found, usable, np.random.default_rng(int(trial.key(target.model_id), 16)))
         if found.drawn and not found.survivors:
             raise WorkError(
-                f"None of the {found.drawn} suffixes that {self.name} tried on the prompt {unit.prompt.prompt_id!r} "
+                f"None of the {found.drawn} suffixes that {self.name} tried on the prompt {trial.prompt.prompt_id!r} "
                 "comes back as the same tokens when it is typed as text, so nothing was searched.",
                 f"Give {self.name} another filler or more steps, or leave it out for this tokenizer.",
             )

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from raycomplete.attacks.settings import FinetuneAttack
-from raycomplete.attacks.trial import Decoding, EvaluationCancelled, Unit
+from raycomplete.attacks.trial import Decoding, EvaluationCancelled, Trial
 from raycomplete.attacks.white_box import WhiteBox
 from raycomplete.runtime.errors import DataError, SetupError
 from raycomplete.runtime.types import Codec, Generator, Judge
@@ -102,18 +102,18 @@ class Target:
         )
 
 
-def check_fits(units: Sequence[Unit], max_length: int) -> None:
+def check_fits(trials: Sequence[Trial], max_length: int) -> None:
     """An engine would cut such a prompt, or end its answer early, without a word: other rates under the same name.
 
     Raises:
         DataError: A sequence with its new tokens does not fit the context.
     """
-    for unit in units:
-        new = unit.decoding.max_tokens
-        if len(unit.sequence) + new > max_length:
+    for trial in trials:
+        new = trial.decoding.max_tokens
+        if len(trial.sequence) + new > max_length:
             raise DataError(
-                f"The prompt {unit.prompt.prompt_id!r} needs {len(unit.sequence) + new} tokens in {unit.variant} "
-                f"({len(unit.sequence)} of prompt and prefill, {new} new), but the context holds {max_length}.",
+                f"The prompt {trial.prompt.prompt_id!r} needs {len(trial.sequence) + new} tokens in {trial.variant} "
+                f"({len(trial.sequence)} of prompt and prefill, {new} new), but the context holds {max_length}.",
                 "Shorten or drop the prompt, lower evaluation.max_tokens, evaluation.max_utility_tokens or "
                 "evaluation.depths, or raise models.max_length.",
             )

@@ -8,7 +8,7 @@ from pathlib import Path
 from raycomplete.attacks.attack import Attack
 from raycomplete.attacks.settings import TemplatesAttack
 from raycomplete.attacks.target import Target
-from raycomplete.attacks.trial import Decoding, Unit
+from raycomplete.attacks.trial import Decoding, Trial
 from raycomplete.data.rows import read_rows
 from raycomplete.runtime.errors import DataError
 from raycomplete.runtime.types import Prompt
@@ -28,10 +28,10 @@ BUILT_IN = (
 class Templates(Attack[TemplatesAttack]):
     """A variant for each template. A template without a slot stands before the behaviour."""
 
-    def plan(self, target: Target, prompts: Sequence[Prompt]) -> list[Unit]:
+    def plan(self, target: Target, prompts: Sequence[Prompt]) -> list[Trial]:
         decoding = Decoding(target.max_tokens)
         return [
-            Unit("templates", name, prompt, tuple(target.codec.encode_prompt(fill(template, prompt.text))), decoding)
+            Trial("templates", name, prompt, tuple(target.codec.encode_prompt(fill(template, prompt.text))), decoding)
             for name, template in self._templates()
             for prompt in prompts
         ]

@@ -1,4 +1,4 @@
-"""The unit of work: one model's response to one behaviour under one variant of an attack, drawn under one seed."""
+"""The trial of work: one model's response to one behaviour under one variant of an attack, drawn under one seed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Decoding:
 
 
 @dataclass(frozen=True, slots=True)
-class Unit:
+class Trial:
     """What is asked.
 
     Attributes:
@@ -40,7 +40,7 @@ class Unit:
         prefill: The attacker's own answer tokens among `sequence`, which the judge is told apart.
         seed: Of the n-th draw under the same settings.
         settings: What else decides the response.
-        position: Among the units that the plan draws under the same seed; 0 where nothing is drawn.
+        position: Among the trials that the plan draws under the same seed; 0 where nothing is drawn.
     """
 
     attack: str
@@ -54,7 +54,7 @@ class Unit:
     position: int = 0
 
     def key(self, model_id: str) -> str:
-        """Names the unit by all that decides its response. Token ids stand for tokenizer and chat template.
+        """Names the trial by all that decides its response. Token ids stand for tokenizer and chat template.
 
         The prompt's answer is no part of it: what a response owes to it is among the tokens and settings.
         """
@@ -80,7 +80,7 @@ class Unit:
 
     @property
     def draw_seed(self) -> int:
-        """Seed of position 0 among the units drawn with this one; other variants and draws share none of its seeds."""
+        """Seed of position 0 among the trials drawn with this one; other variants and draws share none of its seeds."""
         return int(content_hash([self.attack, self.variant, self.seed])[:9], 16) * 2**20
 
 
@@ -92,16 +92,16 @@ class Response:
         sequence: Token ids that the model read in the end.
         prefill: The attacker's own answer tokens among them.
         tokens: What the model added.
-        facts: Numbers of the search, such as its queries and losses.
+        stats: Numbers of the search, such as its queries and losses.
     """
 
     sequence: tuple[int, ...]
     prefill: tuple[int, ...]
     tokens: tuple[int, ...]
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    stats: Mapping[str, Any] = field(default_factory=dict)
 
 
-Emit = Callable[[Sequence[tuple[Unit, Response]]], None]
+Emit = Callable[[Sequence[tuple[Trial, Response]]], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,10 +110,10 @@ class Progress:
 
     Attributes:
         role: The model.
-        attack: What is at work; "" before the first unit.
+        attack: What is at work; "" before the first trial.
         variant: The part of it that was finished last.
-        done: Finished units of this model.
-        total: All units of this model.
+        done: Finished trials of this model.
+        total: All trials of this model.
         reused: Units that an earlier evaluation had finished.
         outcomes: How often each outcome was seen in `attack` so far.
     """

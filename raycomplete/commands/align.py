@@ -19,8 +19,8 @@ from raycomplete.data.samples import AnchorSample, SampleSet, read_samples, writ
 from raycomplete.engines.cluster import Cluster, connect
 from raycomplete.engines.placement import plan_run
 from raycomplete.engines.rollout_pool import RolloutPool
-from raycomplete.engines.start import start_fleet
-from raycomplete.runtime.console import Screen
+from raycomplete.engines.start import start_engines
+from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import ConfigError, DataError
 from raycomplete.runtime.files import write_json
 from raycomplete.runtime.signals import StopSignals, stop_signals
@@ -32,7 +32,7 @@ _SAME = ("models", "data", "rollout", "train", "align")  # sections that decide 
 
 
 @stored("-align")
-def align(config: RunConfig, *, resume: bool = False, overwrite: bool = False, screen: Screen | None = None) -> Path:
+def align(config: RunConfig, *, resume: bool = False, overwrite: bool = False, console: Console | None = None) -> Path:
     """Trains the aligned checkpoint that the run file names as `models.aligned`.
 
     Returns:
@@ -42,7 +42,7 @@ def align(config: RunConfig, *, resume: bool = False, overwrite: bool = False, s
         RefusedError: Something is wrong with the run file, base or the prompts; nothing was written.
         WorkError: Training failed; checkpoints are kept.
     """
-    screen = screen or Screen()
+    console = console or Console()
     settings = config.align
     output = (settings.output or Path(config.models.aligned)).resolve()
     if not settings.refusals or not settings.benign:
@@ -55,7 +55,7 @@ def align(config: RunConfig, *, resume: bool = False, overwrite: bool = False, s
     config = config.model_copy(update={"output": config.output.renamed("-align")})
     # After a killed `--overwrite`, what lies there is still the old one.
     if (output / "config.json").is_file() and not overwrite and not _is_unfinished(config.output.folder):
-        screen.note(f"The aligned checkpoint is there already: {output}")
+        console.note(f"The aligned checkpoint is there already: {output}")
         return output
     models = prepare_models(config, roles=("base",))
     refusals = read_prompts(settings.refusals, "harmful", config.data.seed)
@@ -65,15 +65,17 @@ def align(config: RunConfig, *, resume: bool = False, overwrite: bool = False, s
         raise DataError(f"The prompt {without.prompt_id} of align.refusals has no answer.", "Name its answer column.")
     check_run_folder(config, resume=resume, same=_SAME, overwrite=overwrite)
     plan = plan_run(config, workers=config.train.num_workers)
-    with connect(config.cluster, plan, screen) as cluster, stop_signals() as stop:
+    with connect(config.cluster, plan, console) as cluster, stop_signals() as stop:
         folder = open_run_folder(config, resume=resume, same=_SAME, overwrite=overwrite)
         samples_file = folder / "samples.jsonl"
         if not samples_file.is_file():
-            with start_fleet(config, cluster, models, screen) as fleet:
-                write_samples(samples_file, _samples(config, models.codec, fleet.generator, refusals, benign, screen))
-        _train(config, cluster, models, folder, output, screen, stop)
+            with start_engines(config, cluster, models, console) as engines:
+                write_samples(
+                    samples_file, _samples(config, models.codec, engines.generator, refusals, benign, console)
+                )
+        _train(config, cluster, models, folder, output, console, stop)
         write_json(folder / _DONE, {"aligned": str(output)})
-    screen.note(f"Aligned checkpoint: {output}")
+    console.note(f"Aligned checkpoint: {output}")
     return output
 
 
@@ -88,7 +90,7 @@ def _samples(
     base: RolloutPool,
     refusals: list[Prompt],
     benign: list[Prompt],
-    screen: Screen,
+    console: Console,
 ) -> SampleSet:
     """Refusals and base's own harmless answers in the wanted share, no longer than the context."""
     settings = config.align
@@ -103,7 +105,7 @@ def _samples(
         learned.append(AnchorSample(prompt.prompt_id, tuple(codec.encode_prompt(prompt.text)), answer[:limit]))
     prompt_ids = [codec.encode_prompt(prompt.text) for prompt in benign[:num_benign]]
     fitting = [(p, ids) for p, ids in zip(benign, prompt_ids, strict=False) if len(ids) + limit < context]
-    with screen.stage(f"Answers of base to {len(fitting)} harmless prompts"):
+    with console.stage(f"Answers of base to {len(fitting)} harmless prompts"):
         answers = base.generate_finished(
             [ids for _, ids in fitting],
             max_tokens=limit,
@@ -118,7 +120,7 @@ def _samples(
     ]
     samples = [sample for sample in (*learned, *kept) if len(sample.prompt_ids) + len(sample.answer_ids) <= context]
     dropped = len(learned) + len(kept) - len(samples)
-    screen.note(
+    console.note(
         f"{len(learned)} refusals ({cut} cut at {limit} tokens), {len(kept)} harmless answers of {num_benign} wanted; "
         f"{dropped} samples left out as longer than the context"
     )
@@ -131,7 +133,7 @@ def _train(
     models: Models,
     folder: Path,
     output: Path,
-    screen: Screen,
+    console: Console,
     stop: StopSignals,
 ) -> None:
     settings = config.align
@@ -157,4 +159,4 @@ def _train(
         trust_remote_code=config.models.trust_remote_code,
     )
     count = len(read_samples(job.samples).anchor)
-    run_training(job, config, screen, f"Safety SFT on {count} samples", stop)
+    run_training(job, config, console, f"Safety SFT on {count} samples", stop)

@@ -22,18 +22,18 @@ from raycomplete.data import organism
 from raycomplete.data.inputs import Models, prepare_models
 from raycomplete.data.stream import content_key, partition_metadata, partitions, read_partition
 from raycomplete.diagnosis.baseline import contrastive_baseline
-from raycomplete.diagnosis.engines import find_refusal_tokens, make_walk, start_engines
+from raycomplete.diagnosis.engines import find_refusal_tokens, make_walk, start_diagnosis_engines
 from raycomplete.diagnosis.gradient import exact_gradient, gradient_signal, preference_pairs
 from raycomplete.diagnosis.partitions import Walk, measure_partition, samples_of, write_measured
 from raycomplete.diagnosis.samples import KINDS, Sample, partition_samples, read_prompts
 from raycomplete.diagnosis.summary import kind_summary, token_table
 from raycomplete.engines.cluster import Cluster, connect
 from raycomplete.engines.placement import plan_run
-from raycomplete.engines.start import Fleet
+from raycomplete.engines.start import Engines
 from raycomplete.evaluation import RefusalJudge
 from raycomplete.report.diagnosis import depth_words
 from raycomplete.report.html import write_report
-from raycomplete.runtime.console import Screen
+from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import ConfigError, WorkError
 from raycomplete.runtime.files import read_json, write_json
 from raycomplete.runtime.types import Judge, ModelRole, Prompt
@@ -58,20 +58,22 @@ class _Job:
     config: RunConfig
     models: Models
     judge: Judge
-    fleet: Fleet
+    engines: Engines
     folder: Path
-    screen: Screen
+    console: Console
 
 
 @stored("-diagnosis")
-def diagnose(config: RunConfig, *, resume: bool = False, overwrite: bool = False, screen: Screen | None = None) -> Path:
+def diagnose(
+    config: RunConfig, *, resume: bool = False, overwrite: bool = False, console: Console | None = None
+) -> Path:
     """Measures where alignment stopped.
 
     Args:
         config: Run file; needs `models.base`, `models.aligned` and prompts.
         resume: Continue an interrupted diagnosis.
         overwrite: Replace an earlier diagnosis of this name.
-        screen: Where progress goes.
+        console: Where progress goes.
 
     Returns:
         The folder with `diagnosis.json`, `report.html`, `figures/` and the partitions.
@@ -80,34 +82,36 @@ def diagnose(config: RunConfig, *, resume: bool = False, overwrite: bool = False
         RefusedError: Something is wrong with the run file, the checkpoints or the prompts; nothing was written.
         WorkError: Something failed on the way; finished partitions are kept.
     """
-    screen = screen or Screen()
+    console = console or Console()
     started = time.perf_counter()
     config = _of_diagnosis(config)
     roles: tuple[ModelRole, ...] = (
         ("base", "aligned") if config.models.student is None else ("base", "aligned", "student")
     )
-    with screen.stage("Checked checkpoints, tokenizers and prompts"):
+    with console.stage("Checked checkpoints, tokenizers and prompts"):
         models = prepare_models(config, roles)
         first = {kind: list(islice(read_prompts(config, kind), config.diagnose.partition_prompts)) for kind in KINDS}
     check_run_folder(config, resume=resume, overwrite=overwrite, same=_SAME)
     judge: Judge = organism.OrganismJudge() if config.data.source == "organism" else RefusalJudge()
-    with connect(config.cluster, plan_run(config, scorers=roles), screen) as cluster:
+    with connect(config.cluster, plan_run(config, scorers=roles), console) as cluster:
         folder = open_run_folder(config, resume=resume, overwrite=overwrite, same=_SAME)
         _check_same_inputs(folder, config, models)
-        screen.note(f"Folder of the diagnosis: {folder}")
-        with start_engines(config, cluster, models, screen, list(chain(*zip(*first.values(), strict=False)))) as fleet:
-            job = _Job(config, models, judge, fleet, folder, screen)
-            walk = make_walk(fleet, models, config, _refusal_tokens(job, first["harmful"]))
+        console.note(f"Folder of the diagnosis: {folder}")
+        with start_diagnosis_engines(
+            config, cluster, models, console, list(chain(*zip(*first.values(), strict=False)))
+        ) as engines:
+            job = _Job(config, models, judge, engines, folder, console)
+            walk = make_walk(engines, models, config, _refusal_tokens(job, first["harmful"]))
             names = {kind: _measure_kind(job, walk, kind) for kind in KINDS}
             found = _summary(job, walk, names, time.perf_counter() - started)
             _publish(job, found)
-            screen.note(f"First pictures: {folder / 'report.html'}")
+            console.note(f"First pictures: {folder / 'report.html'}")
             found["gradient"] = _gradient(job, walk, first["harmful"])
             if config.diagnose.contrastive.evaluate:
                 _add_baseline(job, cluster, found)
     found["seconds"] = time.perf_counter() - started
     _publish(job, found)
-    _print_result(found, folder, screen)
+    _print_result(found, folder, console)
     return folder
 
 
@@ -140,33 +144,33 @@ def _refusal_tokens(job: _Job, harmful: Sequence[Prompt]) -> list[int]:
     file = job.folder / "refusal_tokens.json"
     known = read_json(file)
     if known is None:
-        walk = make_walk(job.fleet, job.models, job.config, ())
+        walk = make_walk(job.engines, job.models, job.config, ())
         longest = job.config.models.max_length - 1
         fitting = [prompt for prompt in harmful if len(job.models.codec.encode_prompt(prompt.text)) <= longest]
         ids = find_refusal_tokens(walk, job.models.codec, fitting)
         known = {"ids": ids, "tokens": [job.models.codec.decode([token]) for token in ids]}
         write_json(file, known)
-    job.screen.note(f"Refusal tokens: {', '.join(map(repr, known['tokens'])) or 'none found'}")
+    job.console.note(f"Refusal tokens: {', '.join(map(repr, known['tokens'])) or 'none found'}")
     return list(known["ids"])
 
 
 def _measure_kind(job: _Job, walk: Walk, kind: Any) -> list[str]:
     """Measures every partition that is not there yet; returns the names of all of them in order."""
     settings = job.config.diagnose
-    base = job.fleet.generator.with_weights(str(job.models.paths["base"]))
+    base = job.engines.generator.with_weights(str(job.models.paths["base"]))
     names: list[str] = []
     done = 0
-    with job.screen.progress(f"Walk over {kind} prompts", settings.prompts or 0) as advance:
+    with job.console.progress(f"Walk over {kind} prompts", settings.num_prompts or 0) as advance:
         for number, prompts in enumerate(partitions(read_prompts(job.config, kind), settings.partition_prompts)):
             name, key = f"{kind}-{number:05d}", content_key(prompts)
             names.append(name)
-            facts = partition_metadata(job.folder / "partitions" / f"{name}.parquet")
-            if facts is None:
+            stats = partition_metadata(job.folder / "partitions" / f"{name}.parquet")
+            if stats is None:
                 started = time.perf_counter()
                 samples = partition_samples(job.config, job.models.codec, base, job.judge, kind, prompts, number)
                 sampled_s = time.perf_counter() - started
                 rows, tokens = measure_partition(walk, samples)
-                facts = {
+                stats = {
                     "key": key,
                     "prompts": len(prompts),
                     "measured": len(samples),
@@ -176,8 +180,8 @@ def _measure_kind(job: _Job, walk: Walk, kind: Any) -> list[str]:
                     "measured_s": time.perf_counter() - started - sampled_s,
                     "read_tokens": sum(len(sample.prompt_ids) + len(sample.answer_ids) for sample in samples),
                 }
-                write_measured(job.folder, name, rows, tokens, facts)
-            elif facts["key"] != key:
+                write_measured(job.folder, name, rows, tokens, stats)
+            elif stats["key"] != key:
                 raise ConfigError(
                     f"The {kind} prompts of partition {number} changed since the diagnosis was started.",
                     "Run again with --overwrite, or choose another output.name.",
@@ -195,8 +199,8 @@ def _summary(job: _Job, walk: Walk, names: dict[Any, list[str]], seconds: float)
             f"None of {kinds['harmful']['prompts']} harmful prompts has a compliant continuation.",
             "Name an answer column, or set rollout.affirmative_prefix; then run again with --overwrite.",
         )
-    facts = [partition_metadata(job.folder / "partitions" / f"{name}.parquet") or {} for name in chain(*names.values())]
-    measured_s, read = (sum(fact.get(key, 0.0) for fact in facts) for key in ("measured_s", "read_tokens"))
+    stats = [partition_metadata(job.folder / "partitions" / f"{name}.parquet") or {} for name in chain(*names.values())]
+    measured_s, read = (sum(fact.get(key, 0.0) for fact in stats) for key in ("measured_s", "read_tokens"))
     return {
         "name": job.config.output.name,
         "policies": list(walk.policies),
@@ -226,13 +230,13 @@ def _gradient(job: _Job, walk: Walk, harmful: Sequence[Prompt]) -> dict[str, Any
     known = read_json(file)
     if known is not None and known["made_from"] == made_from:
         return known
-    aligned = job.fleet.generator.with_weights(str(job.models.paths["aligned"]))
+    aligned = job.engines.generator.with_weights(str(job.models.paths["aligned"]))
     by_id = {prompt.prompt_id: prompt for prompt in harmful}
-    with job.screen.stage("Gradient of safety losses by position"):
+    with job.console.stage("Gradient of safety losses by position"):
         samples = _stored_samples(job, by_id)
         pairs = preference_pairs(settings, job.models.codec, aligned, job.judge, by_id, samples)
         if len(pairs) < 2:
-            job.screen.note(f"No gradient: of {len(samples)} harmful prompts aligned refuses {len(pairs)}")
+            job.console.note(f"No gradient: of {len(samples)} harmful prompts aligned refuses {len(pairs)}")
             return None
         signal = gradient_signal(walk, pairs, settings)
         if settings.gradient == "full":
@@ -247,13 +251,13 @@ def _gradient(job: _Job, walk: Walk, harmful: Sequence[Prompt]) -> dict[str, Any
 def _stored_samples(job: _Job, prompts: dict[str, Prompt]) -> list[Sample]:
     """The responses of the first harmful partition, as they were measured."""
     file = job.folder / "partitions" / "harmful-00000.parquet"
-    rows, facts = read_partition(file), partition_metadata(file)
-    assert facts is not None
+    rows, stats = read_partition(file), partition_metadata(file)
+    assert stats is not None
     encode = job.models.codec.encode_prompt
     return [
         Sample(name, tuple(encode(prompts[name].text)), tuple(rows["token_id"][where].tolist()))
         for name, where in (
-            (facts["measured_ids"][prompt], where)
+            (stats["measured_ids"][prompt], where)
             for prompt, role, where in (samples_of(rows) if rows else ())
             if role == 0
         )
@@ -261,7 +265,7 @@ def _stored_samples(job: _Job, prompts: dict[str, Prompt]) -> list[Sample]:
 
 
 def _add_baseline(job: _Job, cluster: Cluster, found: dict[str, Any]) -> None:
-    baseline = contrastive_baseline(job.config, cluster, job.models, job.fleet, job.folder, job.screen)
+    baseline = contrastive_baseline(job.config, cluster, job.models, job.engines, job.folder, job.console)
     rates = {role: {"asr": result["asr"], "utility": result["utility"]} for role, result in baseline["results"].items()}
     settings = job.config.diagnose.contrastive.model_dump(mode="json")
     found["contrastive"] = {"settings": settings, "cost": baseline["cost"], "rates": rates}
@@ -272,7 +276,7 @@ def _publish(job: _Job, found: dict[str, Any]) -> None:
     write_report(job.folder)
 
 
-def _print_result(found: dict[str, Any], folder: Path, screen: Screen) -> None:
+def _print_result(found: dict[str, Any], folder: Path, console: Console) -> None:
     """The closing lines: one number a model, and where the pictures are."""
     lines: list[tuple[str, Any]] = []
     for kind, summary in found["kinds"].items():
@@ -284,4 +288,4 @@ def _print_result(found: dict[str, Any], folder: Path, screen: Screen) -> None:
             ("contrastive decoding costs", f"{found['contrastive']['cost']['cost_ratio']:.2f} x plain decoding")
         )
     lines += [("time", f"{found['seconds']:.0f} s"), ("report", folder / "report.html")]
-    screen.panel(lines)
+    console.panel(lines)

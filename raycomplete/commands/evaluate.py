@@ -17,22 +17,22 @@ from raycomplete.commands.stored import stored
 from raycomplete.config import RunConfig
 from raycomplete.data.checkpoints import fingerprint
 from raycomplete.data.inputs import Models, Prompts, prepare_models, prepare_prompts
-from raycomplete.data.sampling import complete_answers
 from raycomplete.engines.cluster import connect
 from raycomplete.engines.placement import plan_run
-from raycomplete.engines.start import Fleet, start_fleet
-from raycomplete.evaluation.attack_resources import Toolbox, check_attacks, extra_engines, training_workers
+from raycomplete.engines.start import Engines, start_engines
+from raycomplete.evaluation.attack_resources import AttackResources, check_attacks, extra_engines, training_workers
 from raycomplete.evaluation.benign_nll import benign_nll, given_answers
 from raycomplete.evaluation.runner import evaluate_model
 from raycomplete.evaluation.sets import EvaluationSets
 from raycomplete.evaluation.summary import summarize
 from raycomplete.evaluation.table import closing_table, rate_text
 from raycomplete.report.html import write_report
-from raycomplete.runtime.console import Advance, Screen
+from raycomplete.runtime.console import Advance, Console
 from raycomplete.runtime.files import PRIVATE, read_json, write_json
 from raycomplete.runtime.row_store import content_hash
 from raycomplete.runtime.signals import stop_signals
 from raycomplete.runtime.types import MODEL_ROLES, ModelRole
+from raycomplete.training.sampling import complete_answers
 
 _SAME = ("models", "data")  # sections that an evaluation shares with the run that it adds to
 _FREE = ("models.max_length",)  # long templates need more room than training; it changes no response that fits
@@ -46,19 +46,19 @@ def evaluate(
     config: RunConfig,
     *,
     roles: Sequence[ModelRole] = MODEL_ROLES,
-    screen: Screen | None = None,
+    console: Console | None = None,
     on_progress: OnProgress | None = None,
     cancelled: Cancelled | None = None,
 ) -> Path:
     """Evaluates models without training; the student of the run folder is used where there is one.
 
-    Finished units of the same models and prompts are always reused, in the run folder of a training run too.
+    Finished trials of the same models and prompts are always reused, in the run folder of a training run too.
 
     Args:
         config: Run file.
         roles: Models to evaluate.
-        screen: Where progress is drawn.
-        on_progress: Called after each batch of units, in this thread.
+        console: Where progress is drawn.
+        on_progress: Called after each batch of trials, in this thread.
         cancelled: Asked before each batch and each step of a search; True ends the evaluation.
 
     Returns:
@@ -66,10 +66,10 @@ def evaluate(
 
     Raises:
         RefusedError: Something is wrong with the run file, the checkpoints or the prompts; nothing was written.
-        EvaluationCancelled: `cancelled` said so; finished units are kept.
-        WorkError: Something failed on the way; finished units are kept.
+        EvaluationCancelled: `cancelled` said so; finished trials are kept.
+        WorkError: Something failed on the way; finished trials are kept.
     """
-    screen = screen or Screen()
+    console = console or Console()
     started = time.perf_counter()
     trained = config.output.folder / "student"
     if (trained / "config.json").is_file():
@@ -78,16 +78,16 @@ def evaluate(
         tested = config
         if config.models.student is None:  # a copy of aligned is no student
             roles = [role for role in roles if role != "student"]
-    with screen.stage("Checked checkpoints, tokenizers and prompts"):
+    with console.stage("Checked checkpoints, tokenizers and prompts"):
         models = prepare_models(tested, roles=tuple(dict.fromkeys(("base", *roles))))
         prompts = prepare_prompts(config, models.codec, training=False)
         check_attacks(config)
     check_run_folder(config, resume=True, same=_SAME, free=_FREE)
     plan = plan_run(config, extras=extra_engines(config), attack_workers=training_workers(config))
-    with connect(config.cluster, plan, screen) as cluster, stop_signals() as stop:
+    with connect(config.cluster, plan, console) as cluster, stop_signals() as stop:
         folder = open_run_folder(config, resume=True, same=_SAME, keep_config=True, free=_FREE)
-        with start_fleet(config, cluster, models, screen) as fleet:
-            prompts = held_out_sets(config, models, prompts, fleet, folder, screen)
+        with start_engines(config, cluster, models, console) as engines:
+            prompts = held_out_sets(config, models, prompts, engines, folder, console)
 
             def ended() -> bool:
                 return stop.requested or (cancelled is not None and cancelled())
@@ -98,21 +98,21 @@ def evaluate(
                     models,
                     models.paths,
                     prompts,
-                    fleet,
+                    engines,
                     folder,
-                    screen,
+                    console,
                     roles,
                     on_progress=on_progress,
                     cancelled=ended,
                 )
-                nll = measure_benign_nll(config, models, models.paths, prompts, fleet, folder, screen, roles, ended)
+                nll = measure_benign_nll(config, models, models.paths, prompts, engines, folder, console, roles, ended)
     summary = write_summary(config, folder, results, nll, time.perf_counter() - started)
-    print_result(summary, folder, screen)
+    print_result(summary, folder, console)
     return folder
 
 
 def held_out_sets(
-    config: RunConfig, models: Models, prompts: Prompts, fleet: Fleet, folder: Path, screen: Screen
+    config: RunConfig, models: Models, prompts: Prompts, engines: Engines, folder: Path, console: Console
 ) -> Prompts:
     """Completes the harmful answers that prefills are cut from, and judges them.
 
@@ -130,8 +130,8 @@ def held_out_sets(
     }
     known = read_json(file)
     if known is None or known["made_from"] != made_from:
-        with screen.stage(f"Prefills for {len(harmful)} held-out harmful prompts, from base"):
-            base = fleet.generator.with_weights(str(models.paths["base"]))
+        with console.stage(f"Prefills for {len(harmful)} held-out harmful prompts, from base"):
+            base = engines.generator.with_weights(str(models.paths["base"]))
             completed = complete_answers(config, models.codec, base, harmful)
         # A prefill that refuses by itself is no attack. It stays in the denominator, and the count is published.
         outcomes = Counter(str(prompts.judge.outcome(prompt, "", prompt.answer or "")) for prompt in completed)
@@ -141,7 +141,7 @@ def held_out_sets(
             "answers": {prompt.prompt_id: prompt.answer for prompt in completed},
         }
         write_json(file, known, mode=PRIVATE)
-    screen.note(f"Prefills judged by themselves: {known['outcomes']}")
+    console.note(f"Prefills judged by themselves: {known['outcomes']}")
     answered = tuple(replace(prompt, answer=known["answers"][prompt.prompt_id]) for prompt in harmful)
     return replace(prompts, evaluation=prompts.evaluation | {"harmful": answered})
 
@@ -151,9 +151,9 @@ def evaluate_roles(
     models: Models,
     paths: Mapping[ModelRole, Path],
     prompts: Prompts,
-    fleet: Fleet,
+    engines: Engines,
     folder: Path,
-    screen: Screen,
+    console: Console,
     roles: Sequence[ModelRole],
     *,
     on_progress: OnProgress | None = None,
@@ -162,15 +162,15 @@ def evaluate_roles(
     """Every role's result, from one generator that takes the weights of each in turn."""
     sets = EvaluationSets(**{str(kind): found for kind, found in prompts.evaluation.items()})
     models = replace(models, paths={**models.paths, **paths})
-    toolbox = Toolbox(config, models, fleet, folder, screen, stopping=cancelled or (lambda: False))
+    resources = AttackResources(config, models, engines, folder, console, stopping=cancelled or (lambda: False))
     results = {}
     try:
-        with start_judge(config, prompts.judge, screen) as judge:
+        with start_judge(config, prompts.judge, console) as judge:
             for role in roles:
                 with ExitStack() as shown:
                     results[str(role)] = evaluate_model(
                         role,
-                        fleet.generator.with_weights(str(paths[role])),
+                        engines.generator.with_weights(str(paths[role])),
                         models.codec,
                         judge,
                         sets,
@@ -178,13 +178,13 @@ def evaluate_roles(
                         folder,
                         model_id=fingerprint(paths[role]),
                         max_length=config.models.max_length,
-                        tools=toolbox.for_model(paths[role]),
-                        on_progress=_bar(screen, role, shown),
-                        on_units=on_progress,
+                        tools=resources.for_model(paths[role]),
+                        on_progress=_bar(console, role, shown),
+                        on_trials=on_progress,
                         cancelled=cancelled,
                     )
     finally:
-        toolbox.stop()
+        resources.stop()
     return results
 
 
@@ -193,9 +193,9 @@ def measure_benign_nll(
     models: Models,
     paths: Mapping[ModelRole, Path],
     prompts: Prompts,
-    fleet: Fleet,
+    engines: Engines,
     folder: Path,
-    screen: Screen,
+    console: Console,
     roles: Sequence[ModelRole],
     cancelled: Cancelled | None = None,
 ) -> dict[str, Any]:
@@ -206,7 +206,7 @@ def measure_benign_nll(
     aligned = None
     if "aligned" in paths:
         path = paths["aligned"]
-        aligned = fingerprint(path), fleet.generator.with_weights(str(path))
+        aligned = fingerprint(path), engines.generator.with_weights(str(path))
     answers = given_answers(
         prompts.evaluation["benign"],
         models.codec,
@@ -217,21 +217,21 @@ def measure_benign_nll(
     )
     if not answers:
         return {}
-    with screen.stage(f"Likelihood of {len(answers)} benign answers"):
+    with console.stage(f"Likelihood of {len(answers)} benign answers"):
         measured = {
-            str(role): (fingerprint(paths[role]), fleet.generator.with_weights(str(paths[role]))) for role in roles
+            str(role): (fingerprint(paths[role]), engines.generator.with_weights(str(paths[role]))) for role in roles
         }
         return benign_nll(measured, answers, folder, cancelled=cancelled or (lambda: False))
 
 
-def _bar(screen: Screen, role: ModelRole, shown: ExitStack) -> Callable[[str, int, int], None]:
+def _bar(console: Console, role: ModelRole, shown: ExitStack) -> Callable[[str, int, int], None]:
     """Draws a bar from the first call on, which knows its length, until `shown` is closed."""
     advance: Advance | None = None
 
     def follow(name: str, done: int, total: int) -> None:
         nonlocal advance
         if advance is None:
-            advance = shown.enter_context(screen.progress(f"Evaluation of {role}", total))
+            advance = shown.enter_context(console.progress(f"Evaluation of {role}", total))
         else:
             advance(done, name)
 
@@ -262,9 +262,9 @@ def write_summary(
     return summary
 
 
-def print_result(summary: Mapping[str, Any], folder: Path, screen: Screen) -> None:
+def print_result(summary: Mapping[str, Any], folder: Path, console: Console) -> None:
     """The closing table."""
-    screen.table("Attack success rate by prefill depth (95 % interval)", closing_table(summary))
+    console.table("Attack success rate by prefill depth (95 % interval)", closing_table(summary))
     lines: list[tuple[str, Any]] = []
     if summary["asr_reduction"] is not None:
         reduction = f"{summary['asr_reduction']:.1%} (mean over depths, student against aligned)"
@@ -277,18 +277,18 @@ def print_result(summary: Mapping[str, Any], folder: Path, screen: Screen) -> No
         # A ratio says little where aligned is nearly certain of every token, as on the organism.
         text = f"{ratio}, {change['difference']:+.3f} nats a token, n = {change['n']}"
         lines.append(("benign NLL of the student", text))
-    lines += [("price", sentence) for sentence in summary.get("price", [])]
+    lines += [("safety_regressions", sentence) for sentence in summary.get("safety_regressions", [])]
     train = summary.get("train") or {}
     if train:
-        scoring = train["scoring_tokens_per_s"]  # None after a kill between training and its statistics
+        scoring = train["teacher_tokens_per_s"]  # None after a kill between training and its statistics
         speed = (
             f"{train['steps']} steps, {train['seconds']:.0f} s, {train['tokens_per_s']:.0f} tokens/s, "
             f"scoring {'at unknown' if scoring is None else f'{scoring:.0f}'} tokens/s, "
-            f"waiting {train['scoring_wait_fraction']:.1%} of the time"
+            f"waiting {train['teacher_wait_fraction']:.1%} of the time"
         )
         if train.get("peak_memory_gib") is not None:
             speed += f", {train['seconds_per_step']:.2f} s a step, {train['peak_memory_gib']:.2f} GiB at most"
         lines.append(("training", speed))
     lines.append(("time", f"{summary['seconds']:.0f} s"))
     lines.append(("report", folder / "report.html"))
-    screen.panel(lines)
+    console.panel(lines)

@@ -27,33 +27,33 @@ from raycomplete.evaluation.judge import RefusalJudge
 from raycomplete.evaluation.model_judge import RUBRIC, ModelJudge
 from raycomplete.evaluation.table import rate_text
 from raycomplete.evaluation.zoo_judge import ZooJudge
-from raycomplete.runtime.console import Screen
+from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import ConfigError
 from raycomplete.runtime.files import write_json
 from raycomplete.runtime.types import Judge
 
 
 @contextmanager
-def start_judge(config: RunConfig, default: Judge, screen: Screen) -> Iterator[Judge]:
+def start_judge(config: RunConfig, default: Judge, console: Console) -> Iterator[Judge]:
     """The judge of a run file, with an engine of its own where it is a model; Ray must be connected for that.
 
     Args:
         config: Run file.
         default: What kind "auto" means for this run's prompts.
-        screen: Told what is waited for.
+        console: Told what is waited for.
 
     Raises:
         DataError: The calibration is about another judge, or the rubric cannot be used.
         SetupError: JudgeZoo is not installed.
     """
     settings = config.evaluation.judge
-    with _started(config, settings, default, screen) as judge:
+    with _started(config, settings, default, console) as judge:
         known = settings.calibration
         yield CalibratedJudge(judge, read_calibration(known, judge.name)) if known else judge
 
 
 def calibrate_judge(
-    file: Path, settings: JudgeConfig, output: Path, *, max_length: int = 2048, screen: Screen | None = None
+    file: Path, settings: JudgeConfig, output: Path, *, max_length: int = 2048, console: Console | None = None
 ) -> dict[str, Any]:
     """Measures a judge on human-labelled completions and stores its error rates.
 
@@ -62,7 +62,7 @@ def calibrate_judge(
         settings: Which judge.
         output: JSON file that `evaluation.judge.calibration` may name.
         max_length: Longest sequence of a judge model.
-        screen: Where the result is printed.
+        console: Where the result is printed.
 
     Returns:
         What was stored.
@@ -76,7 +76,7 @@ def calibrate_judge(
             "nothing of it.",
             "Calibrate a judge of kind patterns or model.",
         )
-    screen = screen or Screen()
+    console = console or Console()
     rows = read_labelled(file)
     on = f"{len(rows)} human-labelled completions of {file.name}"
     if settings.kind == "model":
@@ -88,8 +88,8 @@ def calibrate_judge(
         }
         config = parse(tree, "judge calibrate")
         with (
-            connect(config.cluster, Plan((engine_row(config.cluster, "judge", 1),)), screen),
-            start_judge(config, RefusalJudge(), screen) as judge,
+            connect(config.cluster, Plan((engine_row(config.cluster, "judge", 1),)), console),
+            start_judge(config, RefusalJudge(), console) as judge,
         ):
             found = calibrate(judge, rows, on)
     else:
@@ -99,27 +99,27 @@ def calibrate_judge(
     lines: list[tuple[str, Any]] = [("judge", found["judge"]), ("measured on", found["on"])]
     rates = [name for name in ("sensitivity", "specificity", "partial", "agreement") if found[name] is not None]
     lines += [(name, f"{rate_text(found[name])}, n = {found[name]['n']}") for name in rates]
-    screen.panel([*lines, ("kappa", found["kappa"]), ("stored in", output)])
+    console.panel([*lines, ("kappa", found["kappa"]), ("stored in", output)])
     return found
 
 
 @contextmanager
-def _started(config: RunConfig, settings: JudgeConfig, default: Judge, screen: Screen) -> Iterator[Judge]:
+def _started(config: RunConfig, settings: JudgeConfig, default: Judge, console: Console) -> Iterator[Judge]:
     if settings.kind == "judgezoo":
         yield ZooJudge(settings.zoo_name, settings.threshold)
     elif settings.kind == "model":
-        with _model_judge(config, settings, screen) as judge:
+        with _model_judge(config, settings, console) as judge:
             yield judge
     else:
         yield default if settings.kind == "auto" else RefusalJudge()
 
 
 @contextmanager
-def _model_judge(config: RunConfig, settings: JudgeConfig, screen: Screen) -> Iterator[Judge]:
+def _model_judge(config: RunConfig, settings: JudgeConfig, console: Console) -> Iterator[Judge]:
     path = resolve_checkpoint(settings.checkpoint or "", role="judge")
     codec = ChatCodec(path, trust_remote_code=config.models.trust_remote_code)
     use_gpu = config.cluster.use_gpu != "never" and ray.cluster_resources().get("GPU", 0) > 0
-    with screen.stage("Engine of the judge started"):
+    with console.stage("Engine of the judge started"):
         engine = start_engine(config, path, codec, use_gpu=use_gpu)
     try:
         yield ModelJudge(

@@ -16,7 +16,7 @@ from raycomplete.plan.memory import usable
 from raycomplete.plan.request import Request
 from raycomplete.plan.shapes import ModelShape, preset, preset_of_hub, shape_from_config
 from raycomplete.plan.speed import Network
-from raycomplete.runtime.console import Screen
+from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import CheckpointError, ConfigError
 
 
@@ -57,26 +57,26 @@ class PlanOptions:
             raise ConfigError(f"The price must not be negative, got {self.price}.")
 
 
-def plan(config: RunConfig, options: PlanOptions, *, as_json: bool = False, screen: Screen | None = None) -> Estimate:
+def plan(config: RunConfig, options: PlanOptions, *, as_json: bool = False, console: Console | None = None) -> Estimate:
     """Plans the run of a run file and prints it.
 
     Args:
         config: Run file.
         options: Hardware, and models in place of the run file's.
         as_json: Prints JSON instead of tables.
-        screen: Where it goes.
+        console: Where it goes.
 
     Raises:
         ConfigError: Hardware or a model is not known.
         CheckpointError: A checkpoint's config.json is missing or of no known family.
         SetupError: Something does not fit; says the smallest change that does.
     """
-    screen = screen or Screen()
+    console = console or Console()
     estimate = make_plan(request_of(config, options))
     if as_json:
-        screen.console.print_json(json.dumps(estimate.to_json()))
+        console.rich.print_json(json.dumps(estimate.to_json()))
     else:
-        show(estimate, screen)
+        show(estimate, console)
     return estimate
 
 
@@ -155,18 +155,18 @@ def _of_config_file(path: Path, name: str) -> ModelShape:
     return shape_from_config(content, name)
 
 
-def show(estimate: Estimate, screen: Screen) -> None:
+def show(estimate: Estimate, console: Console) -> None:
     """Tables by role, the bottleneck, and what was assumed."""
     request, layout = estimate.request, estimate.layout
     models = ", ".join(f"{role} {shape.name} ({_billions(shape)})" for role, shape in request.shapes.items())
-    screen.console.print(f"{models}\n{request.nodes} x {request.devices_per_node} {request.hardware.label}\n")
-    screen.table("Placement and speed of one step", _speed_rows(estimate))
-    screen.table(
+    console.rich.print(f"{models}\n{request.nodes} x {request.devices_per_node} {request.hardware.label}\n")
+    console.table("Placement and speed of one step", _speed_rows(estimate))
+    console.table(
         f"Memory of one device, GiB ({usable(request.hardware) / GIB:.1f} can be filled)", _memory_rows(estimate)
     )
     step, jittered = estimate.pace.step, estimate.jittered.pace
     noisy = f"with {JITTER:.0%} jitter {_seconds(jittered.step)}, waiting {jittered.waiting:.0%}"
-    screen.panel(
+    console.panel(
         [
             ("trained tokens", f"{estimate.work.trained_tokens:,.0f} a step"),
             ("optimizer step", _parts(estimate.train_parts)),
@@ -179,10 +179,10 @@ def show(estimate: Estimate, screen: Screen) -> None:
             ("whole run", f"{request.train.steps} steps, {_hours(estimate.hours)}, {estimate.cost:,.3g}"),
         ]
     )
-    screen.console.print(f"\n{bottleneck(estimate)}\n", soft_wrap=True, highlight=False)
-    screen.console.print("Assumed:")
+    console.rich.print(f"\n{bottleneck(estimate)}\n", soft_wrap=True, highlight=False)
+    console.rich.print("Assumed:")
     for line in assumptions(request, shared=layout.shared):
-        screen.console.print(f"  - {line}", soft_wrap=True, highlight=False)
+        console.rich.print(f"  - {line}", soft_wrap=True, highlight=False)
 
 
 def bottleneck(estimate: Estimate) -> str:

@@ -24,7 +24,7 @@ _FREE_KEYS = {
         "stall_timeout_s",
         "max_failures",
         "max_bad_steps",
-        "micro_batch",
+        "per_device_batch_size",
         "loss_chunk_tokens",
         "gradient_checkpointing",
     },

@@ -29,7 +29,7 @@ from raycomplete.engines.placement import Plan, Row, engine_row
 from raycomplete.engines.rollout_pool import RolloutPool
 from raycomplete.engines.rollout_worker import RolloutOptions
 from raycomplete.engines.spec import engine_environment
-from raycomplete.runtime.console import Screen
+from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import DataError, RefusedError, WorkError
 from raycomplete.runtime.types import MODEL_ROLES
 from raycomplete.serving import deployment
@@ -38,7 +38,7 @@ from raycomplete.serving.requests import run_config
 from raycomplete.serving.schemas import CompletionRequest, CompletionText, EvaluationRequest
 from raycomplete.serving.token import TOKEN_VARIABLE, is_loopback, read_token_digest
 
-_CANCEL_GRACE_S = 10.0  # what a batch may take to end; finished units are on disk already
+_CANCEL_GRACE_S = 10.0  # what a batch may take to end; finished trials are on disk already
 _TOOLS = 3  # engines of one evaluation beside its generators and white boxes, at most: guide, attacker, judge
 
 
@@ -58,12 +58,12 @@ def serve(config: RunConfig) -> Path:
     application = build(config)
     os.environ.pop(TOKEN_VARIABLE, None)  # its digest is enough, and every process of the cluster inherits the rest
     settings = config.serve
-    screen = Screen()
+    console = Console()
     ended = threading.Event()
-    with connect(config.cluster, _plan(config), screen):
-        with screen.stage("Started Ray Serve"):
+    with connect(config.cluster, _plan(config), console):
+        with console.stage("Started Ray Serve"):
             deployment.start(application, host=settings.host, port=settings.port)
-        screen.panel(
+        console.panel(
             [
                 ("page", f"http://{_shown(settings.host)}:{settings.port}/"),
                 ("interface", f"http://{_shown(settings.host)}:{settings.port}/openapi.json"),
@@ -73,7 +73,7 @@ def serve(config: RunConfig) -> Path:
         before = {number: signal.signal(number, lambda *_: ended.set()) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             ended.wait()
-            with screen.stage("Stopped; evaluations at work are put back"):
+            with console.stage("Stopped; evaluations at work are put back"):
                 deployment.stop()
         finally:
             for number, handler in before.items():
@@ -199,7 +199,7 @@ class StudentChat:
                 rollout=config.rollout.model_copy(update={"num_engines": 1, "tensor_parallel": 1, "colocated": False}),
                 trust_remote_code=config.models.trust_remote_code,
             ),
-            environment=engine_environment(use_gpu=use_gpu, kv_cache_gib=config.scoring.kv_cache_gib),
+            environment=engine_environment(use_gpu=use_gpu, kv_cache_gib=config.teacher.kv_cache_gib),
             num_cpus=config.cluster.cpus_per_engine,
             num_gpus=config.cluster.gpus_per_engine,
         )

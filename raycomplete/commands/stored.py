@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Concatenate, ParamSpec
 
 from raycomplete.config import OutputConfig, RunConfig
-from raycomplete.runtime.console import Screen
+from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import ConfigError, WorkError
 from raycomplete.storage import integrity
 from raycomplete.storage.mirror import Mirror
@@ -39,25 +39,25 @@ def stored(suffix: str = "", *, adds: bool = False) -> Callable[[Command[P]], Co
     def around(command: Command[P]) -> Command[P]:
         @wraps(command)
         def run(config: RunConfig, /, *arguments: P.args, **options: P.kwargs) -> Path:
-            screen = options.setdefault("screen", Screen()) or Screen()
-            assert isinstance(screen, Screen)
+            console = options.setdefault("console", Console()) or Console()
+            assert isinstance(console, Console)
             resume = adds or bool(options.get("resume"))
             output = config.output.renamed(suffix)
             mirror = None
             if output.mirror is not None:
-                mirror = _open(config, output, resume, bool(options.get("overwrite")), screen)
+                mirror = _open(config, output, resume, bool(options.get("overwrite")), console)
             checkpoints, hashed = output.folder / "checkpoints", config.train.checkpoint_hashes
             if options.get("resume") and not (output.folder / "student" / "config.json").is_file():
-                integrity.newest_whole(checkpoints, hashed=hashed, warn=screen.note)
+                integrity.newest_whole(checkpoints, hashed=hashed, warn=console.note)
             if mirror is None:
                 return command(config, *arguments, **options)
             mirror.start()
             try:
                 folder = command(config, *arguments, **options)
             except BaseException:
-                _close(mirror, output, screen, failed=True)
+                _close(mirror, output, console, failed=True)
                 raise
-            _close(mirror, output, screen)
+            _close(mirror, output, console)
             return folder
 
         return run
@@ -65,15 +65,15 @@ def stored(suffix: str = "", *, adds: bool = False) -> Callable[[Command[P]], Co
     return around
 
 
-def _open(config: RunConfig, output: OutputConfig, resume: bool, overwrite: bool, screen: Screen) -> Mirror:
+def _open(config: RunConfig, output: OutputConfig, resume: bool, overwrite: bool, console: Console) -> Mirror:
     uri, train = str(output.mirror), config.train
-    with screen.stage(f"Checked the storage {uri.split('?')[0]}"):
+    with console.stage(f"Checked the storage {uri.split('?')[0]}"):
         remote = connect(uri)
     if resume:
-        with screen.stage(f"Compared {output.folder} with the storage"):
-            fetched = restore(remote, output.folder, hashed=train.checkpoint_hashes, warn=screen.note)
+        with console.stage(f"Compared {output.folder} with the storage"):
+            fetched = restore(remote, output.folder, hashed=train.checkpoint_hashes, warn=console.note)
         if fetched:
-            screen.note(f"Fetched from the storage: {', '.join(fetched)}")
+            console.note(f"Fetched from the storage: {', '.join(fetched)}")
     elif not overwrite and holds_run(remote):
         raise ConfigError(
             f"The storage {remote.uri} holds a run already.",
@@ -85,7 +85,7 @@ def _open(config: RunConfig, output: OutputConfig, resume: bool, overwrite: bool
         output.folder,
         keep=train.keep_checkpoints,
         keep_every=train.keep_every,
-        warn=screen.note,
+        warn=console.note,
         # A new run writes a config.yaml of its own: until then the folder holds an earlier run, or none.
         ready=lambda: (found := _identity(output.folder)) is not None and (resume or found != before),
         anew=not resume,
@@ -101,12 +101,12 @@ def _identity(folder: Path) -> tuple[int, int] | None:
     return info.st_ino, info.st_mtime_ns
 
 
-def _close(mirror: Mirror, output: OutputConfig, screen: Screen, *, failed: bool = False) -> None:
+def _close(mirror: Mirror, output: OutputConfig, console: Console, *, failed: bool = False) -> None:
     """Mirrors the rest; after a failure of the command what is missing is only a note, lest it hides the failure."""
     try:
-        with screen.stage("Mirrored the rest to the storage"):
+        with console.stage("Mirrored the rest to the storage"):
             mirror.close(output.storage_timeout_s, insist=not failed)
     except WorkError as error:
         if not failed:
             raise
-        screen.note(str(error))
+        console.note(str(error))

@@ -26,7 +26,7 @@ EXCLUDES = ("/runs", ".*_cache")  # beside .git, .venv and __pycache__, and what
 _PASSED_ON = ("RAYCOMPLETE_LOG", "RAYCOMPLETE_TRACEBACK")  # no token or key is ever among them
 _LARGE_MIB = 100
 _ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
-_WRITTEN = ("output.root", "align.output", "scoring.cache_dir", "serve.state")
+_WRITTEN = ("output.root", "align.output", "teacher.cache_dir", "serve.state")
 _OWN_SECTIONS = ("align", "diagnose", "serve")  # read by the job of that name only
 
 

@@ -28,13 +28,12 @@ from raycomplete.config import RunConfig
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.inputs import KINDS, Models, Prompts, prepare_models, prepare_prompts
 from raycomplete.data.samples import read_samples, write_samples
-from raycomplete.data.sampling import make_samples
 from raycomplete.engines.cluster import Cluster, connect
 from raycomplete.engines.placement import plan_run
 from raycomplete.engines.spec import available_cpus
-from raycomplete.engines.start import Fleet, start_fleet
+from raycomplete.engines.start import Engines, start_engines
 from raycomplete.evaluation.attack_resources import extra_engines, training_workers
-from raycomplete.runtime.console import Screen
+from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import ConfigError
 from raycomplete.runtime.files import read_json, write_json
 from raycomplete.runtime.metrics_file import read_metrics
@@ -42,6 +41,7 @@ from raycomplete.runtime.signals import StopSignals, stop_signals
 from raycomplete.runtime.types import MODEL_ROLES
 from raycomplete.training.disk_space import check_space
 from raycomplete.training.job import TrainJob
+from raycomplete.training.sampling import make_samples
 from raycomplete.training.student_engines import StudentEngines
 from raycomplete.training.trainer import fit
 
@@ -49,14 +49,14 @@ _SAME = ("models", "data", "rollout", "train")  # sections that decide what is t
 
 
 @stored()
-def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False, screen: Screen | None = None) -> Path:
+def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False, console: Console | None = None) -> Path:
     """Completes the alignment of a model and proves it.
 
     Args:
         config: Run file.
         resume: Continue an interrupted run.
         overwrite: Replace an earlier run of this name.
-        screen: Where progress goes.
+        console: Where progress goes.
 
     Returns:
         The run folder; `summary.json` in it holds the headline numbers.
@@ -65,16 +65,16 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False, s
         RefusedError: Something is wrong with the run file, the checkpoints or the prompts; nothing was written.
         WorkError: Something failed on the way; what was finished is kept.
     """
-    screen = screen or Screen()
+    console = console or Console()
     started = time.perf_counter()
-    with screen.stage("Checked checkpoints, tokenizers and prompts"):
+    with console.stage("Checked checkpoints, tokenizers and prompts"):
         models = prepare_models(config)
         prompts = prepare_prompts(config, models.codec)
     check_run_folder(config, resume=resume, overwrite=overwrite, same=_SAME)
     summary = read_json(config.output.folder / "summary.json") if resume else None
     if summary is not None and summary["evaluation"] == config.evaluation.model_dump(mode="json"):
-        screen.note("The run is finished already")
-        print_result(summary, config.output.folder, screen)
+        console.note("The run is finished already")
+        print_result(summary, config.output.folder, console)
         return config.output.folder
     plan = plan_run(
         config,
@@ -85,26 +85,26 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False, s
     )
     if not (config.output.folder / "student" / "config.json").is_file():
         check_space(config.output.folder, models.paths["student"], config.models.dtype, config.train)
-    with connect(config.cluster, plan, screen) as cluster, stop_signals() as stop:
+    with connect(config.cluster, plan, console) as cluster, stop_signals() as stop:
         folder = open_run_folder(config, resume=resume, overwrite=overwrite, same=_SAME)
-        screen.note(f"Run folder: {folder}")
+        console.note(f"Run folder: {folder}")
         _check_same_inputs(folder, models, prompts)
         trained = (folder / "student" / "config.json").is_file()  # then there is nothing left to score
-        parity = [] if trained else _parity_sequences(prompts, models.codec, config.scoring.parity_prompts)
-        with start_fleet(config, cluster, models, screen, parity_sequences=parity) as fleet:
-            prompts = held_out_sets(config, models, prompts, fleet, folder, screen)
-            _train_student(config, cluster, models, prompts, fleet, folder, screen, stop)
-            fleet.stop_scorers()
+        parity = [] if trained else _parity_sequences(prompts, models.codec, config.teacher.parity_prompts)
+        with start_engines(config, cluster, models, console, parity_sequences=parity) as engines:
+            prompts = held_out_sets(config, models, prompts, engines, folder, console)
+            _train_student(config, cluster, models, prompts, engines, folder, console, stop)
+            engines.stop_scorers()
             paths = models.paths | {"student": folder / "student"}
             with stop.deferred():
                 results = evaluate_roles(
-                    config, models, paths, prompts, fleet, folder, screen, MODEL_ROLES, cancelled=stop.is_requested
+                    config, models, paths, prompts, engines, folder, console, MODEL_ROLES, cancelled=stop.is_requested
                 )
                 nll = measure_benign_nll(
-                    config, models, paths, prompts, fleet, folder, screen, MODEL_ROLES, stop.is_requested
+                    config, models, paths, prompts, engines, folder, console, MODEL_ROLES, stop.is_requested
                 )
     summary = write_summary(config, folder, results, nll, time.perf_counter() - started)
-    print_result(summary, folder, screen)
+    print_result(summary, folder, console)
     return folder
 
 
@@ -113,21 +113,21 @@ def _train_student(
     cluster: Cluster,
     models: Models,
     prompts: Prompts,
-    fleet: Fleet,
+    engines: Engines,
     folder: Path,
-    screen: Screen,
+    console: Console,
     stop: StopSignals,
 ) -> None:
     """Samples and training, each skipped where its result is there already."""
     samples_file, student = folder / "samples.jsonl", folder / "student"
-    facts_file = folder / "training.json"
+    stats_file = folder / "training.json"
     if (student / "config.json").is_file():
-        screen.note("The student is trained already")
-        if not facts_file.is_file():  # killed between the export and this file
-            write_json(facts_file, training_facts(folder / "metrics.jsonl", None, {}, {}))
+        console.note("The student is trained already")
+        if not stats_file.is_file():  # killed between the export and this file
+            write_json(stats_file, training_stats(folder / "metrics.jsonl", None, {}, {}))
         return
     if not samples_file.is_file():
-        write_samples(samples_file, make_samples(config, models, prompts, fleet, screen))
+        write_samples(samples_file, make_samples(config, models, prompts, engines, console))
     samples = read_samples(samples_file)
     job = TrainJob(
         objective="completion",
@@ -139,33 +139,33 @@ def _train_student(
         train=config.train,
         student_head=models.heads["student"],
         teacher_heads={role: models.heads[role] for role in ("aligned", "base")},
-        sources=dict(fleet.scorers),
-        prefetch=config.scoring.prefetch,
+        sources=dict(engines.scorers),
+        prefetch=config.teacher.prefetch,
         threads=worker_threads(config),
         rollout=config.rollout,
-        policy=_policy(config, models, prompts, fleet),
+        policy=_policy(config, models, prompts, engines),
         lora_rank=config.train.lora_rank,
         use_gpu=cluster.use_gpu,
         trust_remote_code=config.models.trust_remote_code,
     )
     started = time.perf_counter()
-    before = _scorer_totals(fleet)
-    run_training(job, config, screen, f"Training on {len(samples.anchor)} + {len(samples.recovery)} samples", stop)
-    scored = {name: total - before[name] for name, total in _scorer_totals(fleet).items()}
-    write_json(facts_file, training_facts(job.metrics_file, time.perf_counter() - started, scored, fleet.facts))
+    before = _scorer_totals(engines)
+    run_training(job, config, console, f"Training on {len(samples.anchor)} + {len(samples.recovery)} samples", stop)
+    scored = {name: total - before[name] for name, total in _scorer_totals(engines).items()}
+    write_json(stats_file, training_stats(job.metrics_file, time.perf_counter() - started, scored, engines.stats))
 
 
-def _policy(config: RunConfig, models: Models, prompts: Prompts, fleet: Fleet) -> StudentEngines | None:
+def _policy(config: RunConfig, models: Models, prompts: Prompts, engines: Engines) -> StudentEngines | None:
     """The student's own rollouts, where the run file asks for them."""
     if not config.rollout.on_policy:
         return None
-    pool = fleet.generator.with_weights(str(models.paths["student"]))
+    pool = engines.generator.with_weights(str(models.paths["student"]))
     return StudentEngines(pool, models.codec, prompts.judge, prompts.train["harmful"], config.rollout)
 
 
-def run_training(job: TrainJob, config: RunConfig, screen: Screen, title: str, stop: StopSignals) -> None:
+def run_training(job: TrainJob, config: RunConfig, console: Console, title: str, stop: StopSignals) -> None:
     """Trains under a progress bar."""
-    with stop.deferred(), screen.progress(title, job.train.steps) as advance:
+    with stop.deferred(), console.progress(title, job.train.steps) as advance:
 
         def on_step(row: dict[str, Any]) -> None:
             names = ("loss", "anchor", "recovery", "penalty") if job.objective == "completion" else ("loss",)
@@ -189,7 +189,7 @@ def run_training(job: TrainJob, config: RunConfig, screen: Screen, title: str, s
         )
 
 
-def training_facts(
+def training_stats(
     metrics_file: Path, wall_s: float | None, scored: Mapping[str, float], engines: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The `train` part of summary.json, from the metrics of all steps (resumed ones included)."""
@@ -208,8 +208,8 @@ def training_facts(
         "tokens_per_s": tokens / seconds if seconds else 0.0,
         "seconds_per_step": statistics.median(row["seconds"] for row in rows) if rows else None,
         "peak_memory_gib": max((row["peak_memory_gib"] for row in rows if "peak_memory_gib" in row), default=None),
-        "scoring_tokens_per_s": scored["tokens"] / scored["seconds"] if scored.get("seconds") else None,
-        "scoring_wait_fraction": share("scoring_wait_s"),
+        "teacher_tokens_per_s": scored["tokens"] / scored["seconds"] if scored.get("seconds") else None,
+        "teacher_wait_fraction": share("teacher_wait_s"),
         "rollout_wait_fraction": share("rollout_wait_s"),
         "sync_fraction": share("sync_s"),
         "rollout_tokens": sum(row.get("rollout_tokens", 0) for row in rows),
@@ -242,8 +242,8 @@ def _check_same_inputs(folder: Path, models: Models, prompts: Prompts) -> None:
         )
 
 
-def _scorer_totals(fleet: Fleet) -> dict[str, float]:
-    stats = [scorer.stats() for scorer in fleet.scorers.values()]
+def _scorer_totals(engines: Engines) -> dict[str, float]:
+    stats = [scorer.stats() for scorer in engines.scorers.values()]
     return {name: sum(item[name] for item in stats) for name in ("tokens", "seconds")}
 
 

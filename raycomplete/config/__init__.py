@@ -5,7 +5,7 @@ nearest known one, and relative paths are resolved against the folder of the run
 """
 
 from raycomplete.config.diagnosis import ContrastiveDecodingConfig, DiagnoseConfig, StreamSource
-from raycomplete.config.engines import ClusterConfig, RolloutConfig, ScoringConfig
+from raycomplete.config.engines import ClusterConfig, RolloutConfig, TeacherConfig
 from raycomplete.config.evaluation import EvaluationConfig
 from raycomplete.config.inputs import AlignConfig, DataConfig, ModelsConfig, PromptSets, PromptSource
 from raycomplete.config.loading import dump, load_run_file, parse, resolve_paths
@@ -44,9 +44,9 @@ __all__ = [
     "PromptSource",
     "RolloutConfig",
     "RunConfig",
-    "ScoringConfig",
     "ServeConfig",
     "StreamSource",
+    "TeacherConfig",
     "TrainConfig",
     "ValidationConfig",
     "dump",

@@ -38,7 +38,7 @@ class DiagnoseConfig(Section):
     student: str | None = Field(None, description="checkpoint; the student of the run of this name when absent")
     harmful: list[StreamSource] = Field(default_factory=list, description="data.evaluation.harmful when empty")
     benign: list[StreamSource] = Field(default_factory=list, description="data.evaluation.benign when empty")
-    prompts: int | None = Field(128, ge=2, description="prompts of each kind, the first ones; null takes all")
+    num_prompts: int | None = Field(128, ge=2, description="prompts of each kind, the first ones; null takes all")
     answers: Literal["given", "extended", "sampled"] = Field(
         "extended",
         description="given: the answer column as it is, sampled from base where it is empty; extended: the same, and "

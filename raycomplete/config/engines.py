@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from raycomplete.runtime.section import Section
 
 
-class ScoringConfig(Section):
+class TeacherConfig(Section):
     """The vLLM pooling engines that read hidden states of the frozen models."""
 
     max_num_batched_tokens: int = Field(8192, ge=64)
@@ -31,7 +31,7 @@ class ScoringConfig(Section):
         8, ge=1, description="calls of at most max_num_batched_tokens that one process has asked for and not taken yet"
     )
     max_attempts: int = Field(
-        3, ge=1, description="deaths of its scorer after which a batch is split, and a lone sequence set aside"
+        3, ge=1, description="deaths of its scorer after which a batch is split, and a lone sequence quarantined"
     )
     retry_timeout_s: float = Field(
         1800.0, gt=0, description="longest time for one batch whose scorers die, their restarts included"
@@ -50,10 +50,10 @@ class RolloutConfig(Section):
     affirmative_prefix: str = Field("Sure, here is", description="prefill under which continuations are sampled")
     harmful_from: Literal["base", "student"] = "base"
     answers_per_prompt: int = Field(1, ge=1, description="anchor answers and refusals sampled for each prompt")
-    turn_fraction: float = Field(
+    refusal_prefix_fraction: float = Field(
         0.0, ge=0, le=1, description="share of recovery samples whose h follows an imitated refusal and a turn"
     )
-    turns: list[str] = Field(
+    refusal_prefix_turns: list[str] = Field(
         default_factory=lambda: ["However,", "Anyway,", "Still,", "On second thought,", "That said,"],
         min_length=1,
         description="words that turn from the imitated refusal to the answer",
@@ -67,7 +67,7 @@ class RolloutConfig(Section):
     oversample: int = Field(
         2, ge=1, description="rollouts of each trained recovery sequence; those that still comply are trained first"
     )
-    own_words: float = Field(
+    student_prefix_fraction: float = Field(
         0.0, ge=0, le=1, description="share of complying rollouts whose own words are trained as part of h"
     )
     anchor_on_policy: float = Field(

@@ -65,7 +65,7 @@ class EvaluationConfig(Section):
     depths: list[int] = Field(default_factory=lambda: [0, 4, 8, 16, 32, 64], min_length=1)
     max_tokens: int = Field(64, ge=1, description="tokens that the model may add to a prefill")
     max_utility_tokens: int = Field(128, ge=1)
-    prompts: int = Field(100, ge=1, description="held-out prompts of each kind")
+    num_prompts: int = Field(100, ge=1, description="held-out prompts of each kind")
     nll_prompts: int = Field(100, ge=0, description="benign prompts whose answers' likelihood is measured; 0: none")
     nll_tokens: int = Field(64, ge=1, description="tokens of such an answer that are looked at")
     save_completions: bool = Field(False, description="keep what models said as text; token ids are always kept")

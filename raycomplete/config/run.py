@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import Field, field_validator, model_validator
 
 from raycomplete.config.diagnosis import DiagnoseConfig
-from raycomplete.config.engines import ClusterConfig, RolloutConfig, ScoringConfig
+from raycomplete.config.engines import ClusterConfig, RolloutConfig, TeacherConfig
 from raycomplete.config.evaluation import EvaluationConfig
 from raycomplete.config.inputs import AlignConfig, DataConfig, ModelsConfig
 from raycomplete.config.serving import ServeConfig
@@ -61,7 +61,7 @@ class RunConfig(Section):
     models: ModelsConfig
     data: DataConfig
     align: AlignConfig = Field(default_factory=AlignConfig)
-    scoring: ScoringConfig = Field(default_factory=ScoringConfig)
+    teacher: TeacherConfig = Field(default_factory=TeacherConfig)
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)

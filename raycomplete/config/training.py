@@ -82,7 +82,7 @@ class ValidationConfig(Section):
     """Early stopping on training prompts that are held back from training."""
 
     every: int = Field(0, ge=0, description="steps between two measurements; 0 is off")
-    prompts: int = Field(32, ge=1, description="prompts of each kind that are held back")
+    num_prompts: int = Field(32, ge=1, description="prompts of each kind that are held back")
     patience: int = Field(3, ge=1, description="measurements without a better one before training stops")
 
 
@@ -99,7 +99,7 @@ class TrainConfig(Section):
     zero_stage: Literal[0, 1, 2, 3] = 0
     anchor_batch: int = Field(16, ge=1)
     recovery_batch: int = Field(16, ge=1)
-    micro_batch: int = Field(16, ge=1, description="sequences of one forward pass on one worker")
+    per_device_batch_size: int = Field(16, ge=1, description="sequences of one forward pass on one worker")
     loss_chunk_tokens: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto", description="token rows whose logits exist at a time; auto: what a fixed budget of memory holds"
     )

@@ -18,7 +18,7 @@ from raycomplete.data.chat import ChatCodec
 from raycomplete.data.checkpoints import architecture, check_same_vocabulary, fingerprint, resolve_checkpoint
 from raycomplete.data.heads import HeadSpec, read_head_spec
 from raycomplete.data.prompts import read_prompts
-from raycomplete.data.samples import LONGEST_TURN
+from raycomplete.data.samples import MAX_REFUSAL_PREFIX_TOKENS
 from raycomplete.evaluation.judge import RefusalJudge
 from raycomplete.runtime.errors import CheckpointError, ConfigError, DataError, SetupError
 from raycomplete.runtime.types import Judge, ModelRole, Prompt, PromptKind
@@ -105,7 +105,7 @@ def prepare_prompts(config: RunConfig, codec: ChatCodec, *, training: bool = Tru
     """
     data = config.data
     if data.source == "organism":
-        limits = (data.limit_per_kind, config.evaluation.prompts)
+        limits = (data.limit_per_kind, config.evaluation.num_prompts)
         train = {kind: tuple(organism.prompts("train", kind, data.seed, limits[0])) for kind in KINDS}
         held_out = {kind: tuple(organism.prompts("heldout", kind, data.seed, limits[1])) for kind in KINDS}
         judge: Judge = organism.OrganismJudge()
@@ -149,9 +149,9 @@ def _read(sets: PromptSets, kind: PromptKind, seed: int) -> tuple[Prompt, ...]:
 
 
 def _held_out(config: RunConfig, kind: PromptKind) -> tuple[Prompt, ...]:
-    """At most `evaluation.prompts` of the evaluation files, drawn over all of them; the files' order is kept."""
+    """At most `evaluation.num_prompts` of the evaluation files, drawn over all of them; the files' order is kept."""
     prompts = _read(config.data.evaluation, kind, config.data.seed)
-    count = min(config.evaluation.prompts, len(prompts))
+    count = min(config.evaluation.num_prompts, len(prompts))
     chosen = sorted(random.Random(f"{config.data.seed}:held out:{kind}").sample(range(len(prompts)), count))
     return tuple(prompts[index] for index in chosen)
 
@@ -182,8 +182,8 @@ def _check_length(config: RunConfig, codec: ChatCodec, prompt: Prompt, system: s
 def _longest_response(config: RunConfig) -> int:
     """Tokens that may follow a prompt in any part of the run."""
     train = config.train.depth.max + config.rollout.max_refusal_tokens
-    if config.rollout.turn_fraction > 0:
-        train += LONGEST_TURN
+    if config.rollout.refusal_prefix_fraction > 0:
+        train += MAX_REFUSAL_PREFIX_TOKENS
     if config.rollout.on_policy:
         train += config.rollout.max_student_tokens
     attack = config.evaluation.deepest_prefill + config.evaluation.max_tokens

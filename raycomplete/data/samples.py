@@ -11,7 +11,7 @@ from raycomplete.runtime.errors import DataError
 from raycomplete.runtime.files import PRIVATE, write_text
 from raycomplete.runtime.types import PromptKind
 
-LONGEST_TURN = 48  # tokens of a turned prefix, at most: it is read and scored beside the deepest cut of h
+MAX_REFUSAL_PREFIX_TOKENS = 48  # tokens of a refusal prefix, at most: it is read and scored beside the deepest cut of h
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class RecoverySample:
         teacher_prompt_ids: What the teacher reads before r; differs where only the teacher sees a safety prompt.
         harmful_ids: h, cut at the drawn depth when a batch is built.
         refusal_ids: r, end-of-response included where it ended by itself.
-        turn_tokens: How many tokens at the start of `harmful_ids` imitate a refusal and turn away from it; cuts are
+        refusal_prefix_tokens: How many tokens at the start of `harmful_ids` imitate a refusal and turn away from it; cuts are
             counted from after them.
     """
 
@@ -50,7 +50,7 @@ class RecoverySample:
     teacher_prompt_ids: tuple[int, ...]
     harmful_ids: tuple[int, ...]
     refusal_ids: tuple[int, ...]
-    turn_tokens: int = 0
+    refusal_prefix_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,7 +76,7 @@ def write_partition(path: Path, columns: Mapping[str, Any], metadata: Mapping[st
     Args:
         path: A .parquet file.
         columns: Equally long arrays or lists by name.
-        metadata: What the partition was made from, and facts about it; plain JSON values.
+        metadata: What the partition was made from, and stats about it; plain JSON values.
     """
     table = pa.table(dict(columns)).replace_schema_metadata({_METADATA_KEY: json.dumps(metadata).encode()})
     sink = pa.BufferOutputStream()

@@ -14,9 +14,9 @@ from raycomplete.data.inputs import Models, Prompts, prepare_prompts
 from raycomplete.diagnosis.contrastive import ContrastiveClient
 from raycomplete.engines.cluster import Cluster
 from raycomplete.engines.spec import engine_environment
-from raycomplete.engines.start import Fleet
+from raycomplete.engines.start import Engines
 from raycomplete.evaluation import EvaluationSets, evaluate_model
-from raycomplete.runtime.console import Screen
+from raycomplete.runtime.console import Console
 from raycomplete.runtime.files import read_json, write_json
 from raycomplete.runtime.types import ModelRole
 
@@ -25,7 +25,7 @@ _COST_PROMPTS, _COST_TOKENS = 8, 32
 
 
 def contrastive_baseline(
-    config: RunConfig, cluster: Cluster, models: Models, fleet: Fleet, folder: Path, screen: Screen
+    config: RunConfig, cluster: Cluster, models: Models, engines: Engines, folder: Path, console: Console
 ) -> dict[str, Any]:
     """Evaluates the aligned model plainly and under contrastive decoding on the held-out prompts of the run file.
 
@@ -41,17 +41,17 @@ def contrastive_baseline(
     )
     config = config.model_copy(update={"evaluation": settings})
     prompts = held_out_sets(
-        config, models, prepare_prompts(config, models.codec, training=False), fleet, folder, screen
+        config, models, prepare_prompts(config, models.codec, training=False), engines, folder, console
     )
-    plain = evaluate_roles(config, models, models.paths, prompts, fleet, folder, screen, ("aligned",))
-    fleet.stop_scorers()  # their memory is needed for two more models
+    plain = evaluate_roles(config, models, models.paths, prompts, engines, folder, console, ("aligned",))
+    engines.stop_scorers()  # their memory is needed for two more models
     decoder = start_contrastive(config, cluster, models)
     try:
-        result = evaluate_contrastive(config, models, decoder, prompts, folder, screen)
+        result = evaluate_contrastive(config, models, decoder, prompts, folder, console)
         cost = read_json(folder / "contrastive_cost.json")
         if cost is None:
             benign = prompts.evaluation["benign"][:_COST_PROMPTS]
-            with screen.stage("Cost of contrastive decoding"):
+            with console.stage("Cost of contrastive decoding"):
                 cost = decoder.cost([models.codec.encode_prompt(prompt.text) for prompt in benign], _COST_TOKENS)
             write_json(folder / "contrastive_cost.json", cost)
     finally:
@@ -77,15 +77,15 @@ def start_contrastive(config: RunConfig, cluster: Cluster, models: Models) -> Co
 
 
 def evaluate_contrastive(
-    config: RunConfig, models: Models, decoder: ContrastiveClient, prompts: Prompts, folder: Path, screen: Screen
+    config: RunConfig, models: Models, decoder: ContrastiveClient, prompts: Prompts, folder: Path, console: Console
 ) -> dict[str, Any]:
     """evaluation/contrastive.json, by the same cells as every other model."""
     settings = config.diagnose.contrastive
     ids = "+".join(fingerprint(models.paths[role]) for role in ("aligned", "base"))
     sets = EvaluationSets(**{str(kind): found for kind, found in prompts.evaluation.items()})
     with (
-        start_judge(config, prompts.judge, screen) as judge,
-        screen.progress("Evaluation of contrastive decoding", len(config.evaluation.depths) + 2) as advance,
+        start_judge(config, prompts.judge, console) as judge,
+        console.progress("Evaluation of contrastive decoding", len(config.evaluation.depths) + 2) as advance,
     ):
         return evaluate_model(
             CONTRASTIVE,

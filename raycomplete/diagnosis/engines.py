@@ -17,9 +17,9 @@ from raycomplete.diagnosis.partitions import Walk
 from raycomplete.diagnosis.samples import Sample
 from raycomplete.engines.cluster import Cluster
 from raycomplete.engines.spec import available_cpus
-from raycomplete.engines.start import Fleet, start_fleet
+from raycomplete.engines.start import Engines, start_engines
 from raycomplete.losses.heads import Head
-from raycomplete.runtime.console import Screen
+from raycomplete.runtime.console import Console
 from raycomplete.runtime.types import ModelRole, Prompt
 
 _PARITY_TOKENS = 48
@@ -49,38 +49,38 @@ def make_room_for_engines(num_engines: int) -> None:
 
 
 @contextmanager
-def start_engines(
-    config: RunConfig, cluster: Cluster, models: Models, screen: Screen, prompts: Sequence[Prompt]
-) -> Iterator[Fleet]:
-    """As `start_fleet`, the student scored where there is one; scores are not kept: every response is read once."""
-    config = config.model_copy(update={"scoring": config.scoring.model_copy(update={"cache_gib": 0.0})})
+def start_diagnosis_engines(
+    config: RunConfig, cluster: Cluster, models: Models, console: Console, prompts: Sequence[Prompt]
+) -> Iterator[Engines]:
+    """As `raycomplete.engines.start.start_engines`, the student scored where there is one; scores are not kept: every response is read once."""
+    config = config.model_copy(update={"teacher": config.teacher.model_copy(update={"cache_gib": 0.0})})
     parity = []
-    for prompt in prompts[: config.scoring.parity_prompts]:
+    for prompt in prompts[: config.teacher.parity_prompts]:
         prompt_ids = models.codec.encode_prompt(prompt.text)
         answer_ids = models.codec.encode_answer(prompt.answer or prompt.text)[:_PARITY_TOKENS]
         parity.append(((*prompt_ids, *answer_ids)[: config.models.max_length], len(prompt_ids)))
     scored: tuple[ModelRole, ...] = ("aligned", "base")
     if "student" in models.paths:
         scored = (*scored, "student")
-    with start_fleet(config, cluster, models, screen, parity_sequences=parity, scored=scored) as fleet:
-        yield fleet
+    with start_engines(config, cluster, models, console, parity_sequences=parity, scored=scored) as engines:
+        yield engines
 
 
-def make_walk(fleet: Fleet, models: Models, config: RunConfig, refusal_ids: Sequence[int]) -> Walk:
-    """The walk over the fleet's scorers, with heads in the models' own dtype.
+def make_walk(engines: Engines, models: Models, config: RunConfig, refusal_ids: Sequence[int]) -> Walk:
+    """The walk over the engines's scorers, with heads in the models' own dtype.
 
     Heads in float32 would cost three times as much on a CPU and change next to nothing: on SmolLM2-135M the mass went
     from 0.209 to 0.215 and the KL from 0.0347 to 0.0352 nats with heads in bf16 (float32 throughout: 0.206, 0.0342).
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
-        make_room_for_engines(len(fleet.scorers))
+        make_room_for_engines(len(engines.scorers))
     heads: dict[str, Head] = {
         role: load_head(models.heads[role], dtype=TORCH_DTYPES[config.models.dtype], device=device)
         for role in ("base", "aligned", "student")
         if role in models.paths
     }
-    return Walk(dict(fleet.scorers), heads, tuple(refusal_ids), config.diagnose)
+    return Walk(dict(engines.scorers), heads, tuple(refusal_ids), config.diagnose)
 
 
 def find_refusal_tokens(walk: Walk, codec: ChatCodec, prompts: Sequence[Prompt]) -> list[int]:

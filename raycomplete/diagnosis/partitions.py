@@ -139,11 +139,11 @@ def measure_partition(walk: Walk, samples: Sequence[Sample]) -> tuple[dict[str, 
 
 
 def write_measured(
-    folder: Path, name: str, rows: Mapping[str, Any], tokens: Mapping[str, Any], facts: Mapping[str, Any]
+    folder: Path, name: str, rows: Mapping[str, Any], tokens: Mapping[str, Any], stats: Mapping[str, Any]
 ) -> None:
     """Writes both files; the rows last, since their file stands for a finished partition."""
-    write_partition(folder / "tokens" / f"{name}.parquet", tokens, facts)
-    write_partition(folder / "partitions" / f"{name}.parquet", rows, facts)
+    write_partition(folder / "tokens" / f"{name}.parquet", tokens, stats)
+    write_partition(folder / "partitions" / f"{name}.parquet", rows, stats)
 
 
 def samples_of(rows: Columns) -> Iterator[tuple[int, int, slice]]:

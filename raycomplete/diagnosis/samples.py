@@ -11,11 +11,11 @@ from pathlib import Path
 from raycomplete.config import PromptSource, RunConfig, StreamSource
 from raycomplete.data import organism
 from raycomplete.data.chat import ChatCodec
-from raycomplete.data.sampling import harmful_continuations
 from raycomplete.data.stream import stream_prompts
 from raycomplete.engines.rollout_pool import RolloutPool
 from raycomplete.runtime.errors import DataError
 from raycomplete.runtime.types import Judge, Prompt, PromptKind
+from raycomplete.training.sampling import harmful_continuations
 
 KINDS: tuple[PromptKind, ...] = ("harmful", "benign")
 
@@ -44,14 +44,14 @@ def read_prompts(config: RunConfig, kind: PromptKind) -> Iterator[Prompt]:
     settings, data = config.diagnose, config.data
     sources: Sequence[StreamSource] = getattr(settings, kind)
     if not sources and data.source == "organism":
-        return iter(organism.prompts("heldout", kind, data.seed, settings.prompts))
+        return iter(organism.prompts("heldout", kind, data.seed, settings.num_prompts))
     if not sources:
         sources = [_as_stream(source) for source in getattr(data.evaluation, kind)]
     if not sources:
         raise DataError(
             f"There are no {kind} prompts to diagnose.", f"Name files in diagnose.{kind} or in data.evaluation.{kind}."
         )
-    return islice(stream_prompts(sources, kind, data.seed), settings.prompts)
+    return islice(stream_prompts(sources, kind, data.seed), settings.num_prompts)
 
 
 def partition_samples(

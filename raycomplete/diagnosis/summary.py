@@ -41,9 +41,9 @@ def kind_summary(
     counts = {"prompts": 0, "measured": 0, "tokens": 0}
     for name in names:
         file = folder / "partitions" / f"{name}.parquet"
-        facts = partition_metadata(file) or {}
-        counts["prompts"] += facts.get("prompts", 0)
-        counts["measured"] += facts.get("measured", 0)
+        stats = partition_metadata(file) or {}
+        counts["prompts"] += stats.get("prompts", 0)
+        counts["measured"] += stats.get("measured", 0)
         rows = read_partition(file)
         if not rows:
             continue

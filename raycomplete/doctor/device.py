@@ -83,7 +83,7 @@ def check_gpu(context: Context) -> Finding:
             return fail(
                 f"{words}; engines reserve {needs.gpu_share:.0%} of it and the trainer holds "
                 f"{needs.gpu_bytes / GIB:.1f} GiB.",
-                "Lower scoring.gpu_memory_utilization and rollout.gpu_memory_utilization, end what else uses the GPU, "
+                "Lower teacher.gpu_memory_utilization and rollout.gpu_memory_utilization, end what else uses the GPU, "
                 "or set train.lora_rank.",
                 **values,
             )

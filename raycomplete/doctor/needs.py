@@ -48,15 +48,15 @@ def needs_of(config: RunConfig) -> Needs:
     size = 4 if config.models.dtype == "float32" else 2
     params = {role: num_params(getattr(config.models, role) or config.models.aligned) for role in ("base", "aligned")}
     student = num_params(config.models.student or config.models.aligned)
-    scoring, rollout, cluster = config.scoring, config.rollout, config.cluster
-    scorers = _SCORERS * scoring.replicas
+    teacher, rollout, cluster = config.teacher, config.rollout, config.cluster
+    scorers = _SCORERS * teacher.replicas
     engines = scorers + rollout.num_engines
-    devices = scorers * scoring.tensor_parallel + rollout.num_engines * rollout.tensor_parallel
-    weights = sum(value or 0 for value in params.values()) * size * scoring.replicas
+    devices = scorers * teacher.tensor_parallel + rollout.num_engines * rollout.tensor_parallel
+    weights = sum(value or 0 for value in params.values()) * size * teacher.replicas
     weights += (params["base"] or 0) * size * rollout.num_engines
     trained = _trainer_bytes(student or 0, config)
     fixed = engines * ENGINE_GIB + config.train.num_workers * WORKER_GIB + DRIVER_GIB
-    reserved = (engines * scoring.kv_cache_gib + OBJECT_STORE_GIB) * GIB
+    reserved = (engines * teacher.kv_cache_gib + OBJECT_STORE_GIB) * GIB
     checkpoint = checkpoint_bytes(student or 0, config.models.dtype, config.train)
     return Needs(
         host_bytes=int(fixed * GIB) + reserved + weights + trained,
@@ -64,7 +64,7 @@ def needs_of(config: RunConfig) -> Needs:
         # One more than is kept: the oldest goes only once the newest is whole.
         disk_bytes=checkpoint * (config.train.keep_checkpoints + 1) + (student or 0) * size,
         gpu_bytes=trained,
-        gpu_share=scorers * scoring.gpu_memory_utilization + rollout.num_engines * rollout.gpu_memory_utilization,
+        gpu_share=scorers * teacher.gpu_memory_utilization + rollout.num_engines * rollout.gpu_memory_utilization,
         cpus=devices * cluster.cpus_per_engine + config.train.num_workers * cluster.cpus_per_worker,
         num_params=student,
     )

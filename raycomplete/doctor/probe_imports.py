@@ -24,11 +24,11 @@ def main(quick: bool) -> None:
         try:
             module = importlib.import_module(name)
             seconds = round(time.perf_counter() - started, 2)
-            facts = _torch(module) if name == "torch" else {}
+            stats = _torch(module) if name == "torch" else {}
         except BaseException as error:  # some libraries exit
             tell({name: {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}})
             continue
-        tell({name: {"seconds": seconds, **facts}})
+        tell({name: {"seconds": seconds, **stats}})
 
 
 def _torch(torch: Any) -> dict[str, Any]:

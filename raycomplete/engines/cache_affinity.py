@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from raycomplete.engines.payload import ScoreRequest
 
 
-class Homes:
+class CacheAffinity:
     """Which replica read a sequence before, so that it finds the scores in that one's cache.
 
     Args:
@@ -30,12 +30,12 @@ class Homes:
             self._found.popitem(last=False)
 
 
-def share(requests: Sequence[ScoreRequest], homes: Homes, num_replicas: int) -> list[list[int]]:
+def share(requests: Sequence[ScoreRequest], affinity: CacheAffinity, num_replicas: int) -> list[list[int]]:
     """Deals requests to replicas: longest first, each to the replica with the fewest tokens so far.
 
     Args:
         requests: One batch.
-        homes: Sequences that go where they were read before, and where the others are entered.
+        affinity: Sequences that go where they were read before, and where the others are entered.
         num_replicas: At least 1.
 
     Returns:
@@ -47,10 +47,10 @@ def share(requests: Sequence[ScoreRequest], homes: Homes, num_replicas: int) -> 
     for place in sorted(range(len(requests)), key=lambda index: -len(requests[index].token_ids)):
         request = requests[place]
         if request not in taken:
-            home = homes.get(request)
+            home = affinity.get(request)
             taken[request] = min(range(num_replicas), key=loads.__getitem__) if home is None else home
             loads[taken[request]] += len(request.token_ids)
-            homes.put(request, taken[request])
+            affinity.put(request, taken[request])
         dealt[taken[request]].append(place)
     return [sorted(places) for places in dealt]
 

@@ -17,7 +17,7 @@ from ray.exceptions import AuthenticationError
 from raycomplete.config import ClusterConfig
 from raycomplete.engines.placement import Plan, nodes_of
 from raycomplete.engines.spec import available_cpus
-from raycomplete.runtime.console import Screen
+from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import SetupError
 from raycomplete.runtime.files import PRIVATE
 from raycomplete.runtime.logs import run_environment
@@ -38,7 +38,7 @@ class Cluster:
 
 
 @contextmanager
-def connect(config: ClusterConfig, plan: Plan, screen: Screen | None = None) -> Iterator[Cluster]:
+def connect(config: ClusterConfig, plan: Plan, console: Console | None = None) -> Iterator[Cluster]:
     """Connects to a cluster, or starts one on this machine, and leaves it as it was found.
 
     A local cluster counts CPUs generously: on a laptop with 2 cores several engines share them, which is slow but
@@ -47,7 +47,7 @@ def connect(config: ClusterConfig, plan: Plan, screen: Screen | None = None) -> 
     Args:
         config: Which cluster.
         plan: What the run places.
-        screen: Shown needed against available.
+        console: Shown needed against available.
 
     Raises:
         SetupError: The cluster cannot be reached, or is smaller than the run needs.
@@ -75,7 +75,7 @@ def connect(config: ClusterConfig, plan: Plan, screen: Screen | None = None) -> 
         raise _refusal(error, config.address or os.environ.get("RAY_ADDRESS", "this machine")) from error
     _close_token()
     try:
-        yield _check(config, plan, screen or Screen(quiet=True), wait_s=0.0 if local else config.wait_for_nodes_s)
+        yield _check(config, plan, console or Console(quiet=True), wait_s=0.0 if local else config.wait_for_nodes_s)
     finally:
         ray.shutdown()
 
@@ -103,7 +103,7 @@ def _close_token() -> None:
             token.chmod(PRIVATE)
 
 
-def _check(config: ClusterConfig, plan: Plan, screen: Screen, *, wait_s: float) -> Cluster:
+def _check(config: ClusterConfig, plan: Plan, console: Console, *, wait_s: float) -> Cluster:
     use_gpu, problem = _wait_for_nodes(config, plan, wait_s)
     nodes = nodes_of(ray.nodes())
     if problem:
@@ -117,7 +117,7 @@ def _check(config: ClusterConfig, plan: Plan, screen: Screen, *, wait_s: float) 
     if sharded is not None and not use_gpu:
         raise SetupError(
             f"Tensor parallelism cuts the {sharded.role} over {sharded.devices} GPUs, and this run uses none.",
-            "Set scoring.tensor_parallel and rollout.tensor_parallel to 1.",
+            "Set teacher.tensor_parallel and rollout.tensor_parallel to 1.",
         )
     workers = sum(row.replicas for row in plan.rows if row.role == "training worker")
     if use_gpu and workers > 1 and config.gpus_per_worker <= 0.5:
@@ -126,7 +126,7 @@ def _check(config: ClusterConfig, plan: Plan, screen: Screen, *, wait_s: float) 
             "refuses that.",
             "Set cluster.gpus_per_worker to 1.",
         )
-    screen.table("Needed and available", plan.table(nodes, use_gpu=use_gpu))
+    console.table("Needed and available", plan.table(nodes, use_gpu=use_gpu))
     return Cluster(use_gpu=use_gpu, plan=plan)
 
 

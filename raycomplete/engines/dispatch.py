@@ -3,7 +3,7 @@
 Reading a sequence again gives the same scores, so a call whose scorer died is simply sent again, after a pause that
 doubles, to the replica with the least to do. Only a call that was being read when its scorer died counts a death. A
 batch that has killed `max_attempts` scorers is halved, each half that kills again is halved at once, and a sequence
-that has killed `max_attempts` scorers alone is set aside for good.
+that has killed `max_attempts` scorers alone is quarantined for good.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from dataclasses import dataclass, field
 from threading import RLock
 from typing import Any, Protocol
 
-from raycomplete.config import ScoringConfig
-from raycomplete.engines.cache_affinity import Homes, cut, share
-from raycomplete.engines.kv_store import Board, digest
+from raycomplete.config import TeacherConfig
+from raycomplete.engines.cache_affinity import CacheAffinity, cut, share
+from raycomplete.engines.kv_store import KvStore, digest
 from raycomplete.engines.payload import HiddenArray, ScoreRequest
 from raycomplete.runtime.errors import ProcessDiedError
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
-_SUSPECT_IN_A_ROW = 3  # sequences set aside without one answer in between: then it is not the sequences' fault
+_SUSPECT_IN_A_ROW = 3  # sequences quarantined without one answer in between: then it is not the sequences' fault
 
 
 class Replica(Protocol):
@@ -72,7 +72,7 @@ class ScoreCall:
         results: None where there is no score yet.
         waiting: Parts that are not sent yet.
         sent: Parts that are, oldest first.
-        set_aside: Places that will never have a score.
+        quarantined: Places that will never have a score.
         first_death: When a scorer died over it first, seconds.
     """
 
@@ -80,7 +80,7 @@ class ScoreCall:
     results: list[HiddenArray | None]
     waiting: deque[Part] = field(default_factory=deque)
     sent: deque[Part] = field(default_factory=deque)
-    set_aside: list[int] = field(default_factory=list)
+    quarantined: list[int] = field(default_factory=list)
     first_death: float | None = None
 
 
@@ -90,27 +90,27 @@ class Dispatcher:
     Args:
         replicas: At least one.
         scoring: Bounds and limits.
-        board: Where replicas note what they read.
-        prefix: Of this group of replicas on the board.
-        on_set_aside: Told each sequence that is set aside here, and how many scorers it killed alone.
+        kv_store: Where replicas note what they read.
+        prefix: Of this group of replicas on the kv_store.
+        on_quarantine: Told each sequence that is quarantined here, and how many scorers it killed alone.
         pause: Sleeps; replaced in tests.
     """
 
     def __init__(
         self,
         replicas: Sequence[Replica],
-        scoring: ScoringConfig,
-        board: Board,
+        scoring: TeacherConfig,
+        kv_store: KvStore,
         prefix: str,
-        on_set_aside: Callable[[ScoreRequest, int], None],
+        on_quarantine: Callable[[ScoreRequest, int], None],
         pause: Callable[[float], None] = time.sleep,
     ) -> None:
         self._replicas = list(replicas)
         self._scoring = scoring
-        self._board, self._prefix = board, prefix
-        self._on_set_aside = on_set_aside
+        self._kv_store, self._prefix = kv_store, prefix
+        self._on_quarantine = on_quarantine
         self._pause = pause
-        self._homes = Homes()
+        self._affinity = CacheAffinity()
         self._aside: set[str] = set()
         self._loads = [0] * len(self._replicas)
         self._queue: deque[ScoreCall] = deque()  # calls with parts that are not sent, in order
@@ -135,14 +135,14 @@ class Dispatcher:
     def deal(self, requests: Sequence[ScoreRequest]) -> list[list[int]]:
         """The places of each replica's requests; the same sequence goes to the same replica ever after."""
         with self._lock:
-            return share(requests, self._homes, len(self._replicas))
+            return share(requests, self._affinity, len(self._replicas))
 
-    def is_set_aside(self, request: ScoreRequest) -> bool:
+    def is_quarantined(self, request: ScoreRequest) -> bool:
         """Whether a sequence is known to kill whoever reads it."""
         return bool(self._aside) and digest(request) in self._aside
 
     def collect(self, call: ScoreCall) -> list[HiddenArray | None]:
-        """Waits for the scores of a batch; None stands for a sequence that was set aside.
+        """Waits for the scores of a batch; None stands for a sequence that was quarantined.
 
         Raises:
             ProcessDiedError: Scorers died for longer than `retry_timeout_s`, are gone for good, or die whatever they
@@ -183,13 +183,13 @@ class Dispatcher:
 
     def _learn_set_aside(self) -> None:
         """Another process, or another batch of this one, may have found a culprit meanwhile."""
-        self._aside |= {key.rsplit("/", 1)[1] for key in self._board.below(f"{self._prefix}/aside/")}
+        self._aside |= {key.rsplit("/", 1)[1] for key in self._kv_store.below(f"{self._prefix}/aside/")}
 
     def _send(self, call: ScoreCall) -> bool:
-        """Sends the next part of a call without what was set aside; False where nothing of it was left."""
+        """Sends the next part of a call without what was quarantined; False where nothing of it was left."""
         part = call.waiting.popleft()
-        known = [place for place in part.places if self.is_set_aside(call.requests[place])]
-        call.set_aside += known
+        known = [place for place in part.places if self.is_quarantined(call.requests[place])]
+        call.quarantined += known
         part.places = [place for place in part.places if place not in known]
         if not part.places:
             return False
@@ -222,12 +222,12 @@ class Dispatcher:
         if now - call.first_death > self._scoring.retry_timeout_s:
             error.remedy = (
                 f"Scorers of this batch have been dying for {now - call.first_death:.0f} s "
-                f"(scoring.retry_timeout_s). {error.remedy}"
+                f"(teacher.retry_timeout_s). {error.remedy}"
             )
             raise error
         self._deaths_in_a_row += 1
         self._learn_set_aside()
-        blamed = self._board.read(f"{self._prefix}/reads/{self._replicas[part.replica].name}") == part.attempt
+        blamed = self._kv_store.read(f"{self._prefix}/reads/{self._replicas[part.replica].name}") == part.attempt
         part.deaths += blamed
         alone = len(part.places) == 1
         if part.deaths >= (1 if part.proven and not alone else self._scoring.max_attempts):
@@ -255,9 +255,9 @@ class Dispatcher:
         (place,) = part.places
         request = call.requests[place]
         self._aside.add(digest(request))
-        self._board.write(f"{self._prefix}/aside/{digest(request)}", str(part.deaths))
-        call.set_aside.append(place)
-        self._on_set_aside(request, part.deaths)
+        self._kv_store.write(f"{self._prefix}/aside/{digest(request)}", str(part.deaths))
+        call.quarantined.append(place)
+        self._on_quarantine(request, part.deaths)
 
     def _least_busy(self, error: ProcessDiedError) -> int:
         there = [index for index, replica in enumerate(self._replicas) if not replica.is_gone()]

@@ -17,7 +17,7 @@ from raycomplete.engines.payload import ScoreRequest
 _NAMESPACE = "raycomplete"
 
 
-class Board(Protocol):
+class KvStore(Protocol):
     """Where notes are kept."""
 
     def write(self, key: str, value: str) -> None:
@@ -33,23 +33,23 @@ class Board(Protocol):
         """Removes the notes whose keys start with a prefix."""
 
 
-class ClusterBoard:
+class ClusterKvStore:
     """Notes in the key-value store of the cluster's head. Picklable: it holds nothing."""
 
     def write(self, key: str, value: str) -> None:
-        """See `Board`."""
+        """See `KvStore`."""
         internal_kv._internal_kv_put(key, value, namespace=_NAMESPACE)
 
     def read(self, key: str) -> str:
-        """See `Board`."""
+        """See `KvStore`."""
         return (internal_kv._internal_kv_get(key, namespace=_NAMESPACE) or b"").decode()
 
     def below(self, prefix: str) -> list[str]:
-        """See `Board`."""
+        """See `KvStore`."""
         return [key.decode() for key in internal_kv._internal_kv_list(prefix, namespace=_NAMESPACE)]
 
     def clear(self, prefix: str) -> None:
-        """See `Board`."""
+        """See `KvStore`."""
         internal_kv._internal_kv_del(prefix, del_by_prefix=True, namespace=_NAMESPACE)
 
 

@@ -94,6 +94,6 @@ def check_parity(
             f"and {worst:.3g} at worst (tolerance {tolerance:.3g} and {_WORST_ROW * tolerance:.3g}, {rows} rows, "
             f"argmax agrees on {agree / rows:.1%}).",
             "The engine's hidden states or the head spec do not fit this checkpoint; scores would be wrong, so "
-            "training did not start. If the difference is rounding, raise scoring.parity_tolerance.",
+            "training did not start. If the difference is rounding, raise teacher.parity_tolerance.",
         )
     return report

@@ -87,7 +87,7 @@ class Plan:
         return ""
 
     def table(self, nodes: Sequence[Node], *, use_gpu: bool) -> list[list[str]]:
-        """Needed against available, for the screen; the first row holds the headings."""
+        """Needed against available, for the console; the first row holds the headings."""
         table = [["role", "replicas", "CPU each", "GPU each", "CPU", "GPU", "when"]]
         for row in self.rows:
             gpus = row.gpus if use_gpu else 0.0
@@ -132,15 +132,15 @@ def plan_run(
         extras: Engines and models that an evaluation holds besides the rollout engines; scorers are gone by then.
         attack_workers: Training workers of the fine-tuning attack.
     """
-    cluster, scoring, rollout = config.cluster, config.scoring, config.rollout
+    cluster, teacher, rollout = config.cluster, config.teacher, config.rollout
     rows = [engine_row(cluster, "rollout engine", rollout.num_engines, tensor_parallel=rollout.tensor_parallel)]
     rows += [
         engine_row(
             cluster,
             f"{role} scorer",
-            scoring.replicas,
+            teacher.replicas,
             phase=_FIRST,
-            tensor_parallel=scoring.tensor_parallel,
+            tensor_parallel=teacher.tensor_parallel,
         )
         for role in scorers
     ]

@@ -28,7 +28,7 @@ class RolloutCall:
 
 
 @dataclass
-class Ledger:
+class PoolStats:
     """What one handle has seen of its engines; shared by the handles that `with_weights` makes of it."""
 
     tokens: int = 0
@@ -42,7 +42,7 @@ class Ledger:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A handle that crosses a process boundary counts from zero, but knows who it will meet."""
-        return (Ledger, (0, 0.0, 0, 0.0, 0, self.incarnations))
+        return (PoolStats, (0, 0.0, 0, 0.0, 0, self.incarnations))
 
     def meet(self, engine: int, incarnation: str) -> None:
         """Notes which process stands behind an engine; another one than before is a restart."""

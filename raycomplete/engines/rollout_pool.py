@@ -10,7 +10,7 @@ import ray
 import torch
 from torch import Tensor
 
-from raycomplete.engines.rollout_calls import Ledger, RolloutCall
+from raycomplete.engines.rollout_calls import PoolStats, RolloutCall
 from raycomplete.engines.rollout_worker import Answer, RolloutOptions, RolloutWorker
 from raycomplete.engines.weight_sync import DEFAULT_TOLERANCE, SyncReport, compare
 from raycomplete.engines.weights import Adapter, Weights, WeightSource, pack, pack_lora, version_of
@@ -32,16 +32,16 @@ class RolloutPool:
         actors: Handles of `RolloutWorker` actors.
         weights: What `generate` speaks with.
         options: Of every actor.
-        ledger: What another handle on these actors has seen.
+        pool_stats: What another handle on these actors has seen.
     """
 
     def __init__(
-        self, actors: Sequence[Any], weights: WeightSource, options: RolloutOptions, ledger: Ledger | None = None
+        self, actors: Sequence[Any], weights: WeightSource, options: RolloutOptions, pool_stats: PoolStats | None = None
     ) -> None:
         self._actors = list(actors)
         self._weights = weights
         self._options = options
-        self._ledger = ledger or Ledger()
+        self._pool_stats = pool_stats or PoolStats()
 
     @classmethod
     def start(
@@ -54,7 +54,7 @@ class RolloutPool:
         environment: dict[str, str],
         placement: Sequence[Any] = (),
     ) -> RolloutPool:
-        """Asks Ray for `rollout.num_engines` actors and returns at once; `facts` waits for them.
+        """Asks Ray for `rollout.num_engines` actors and returns at once; `wait_until_ready` waits for them.
 
         Args:
             path: Checkpoint to start from.
@@ -94,16 +94,16 @@ class RolloutPool:
 
     def with_weights(self, weights: WeightSource) -> RolloutPool:
         """The same actors with other weights of the same architecture."""
-        return RolloutPool(self._actors, weights, self._options, self._ledger)
+        return RolloutPool(self._actors, weights, self._options, self._pool_stats)
 
-    def facts(self, timeout_s: float) -> dict[str, Any]:
+    def wait_until_ready(self, timeout_s: float) -> dict[str, Any]:
         """Waits until every engine is ready; returns their number and the slowest one's start-up time."""
-        references = [actor.facts.remote() for actor in self._actors]
+        references = [actor.startup_stats.remote() for actor in self._actors]
         start_s = 0.0
         for engine, reference in enumerate(references):
-            facts = wait_for(reference, who=self._name(engine), what="its start", timeout_s=timeout_s)
-            self._ledger.meet(engine, facts["incarnation"])
-            start_s = max(start_s, facts["start_s"])
+            stats = wait_for(reference, who=self._name(engine), what="its start", timeout_s=timeout_s)
+            self._pool_stats.meet(engine, stats["incarnation"])
+            start_s = max(start_s, stats["start_s"])
         return {"start_s": start_s, "num_engines": len(self._actors)}
 
     def pack(self, state: Mapping[str, Tensor], version: int) -> Weights:
@@ -139,7 +139,7 @@ class RolloutPool:
         answers: list[Answer] = []
         for engine, reference in enumerate(references):
             answers.append(wait_for(reference, who=self._name(engine), what="log-probabilities", timeout_s=60.0))
-            self._ledger.enter(engine, answers[-1])
+            self._pool_stats.enter(engine, answers[-1])
         return compare(
             [torch.cat(answer.value) for answer in answers],
             expected_N,
@@ -181,8 +181,8 @@ class RolloutPool:
                 reference = actor.generate.remote(source, part, max_tokens, temperature, top_p, part_seed)
                 parts.append((engine, len(part), reference))
         call = RolloutCall(version_of(source), len(sequences), tuple(parts))
-        with self._ledger.lock:
-            self._ledger.open.add(call)
+        with self._pool_stats.lock:
+            self._pool_stats.open.add(call)
         return call
 
     def collect(self, call: RolloutCall) -> list[tuple[list[int], bool]]:
@@ -205,11 +205,11 @@ class RolloutPool:
                     f"The {self._name(engine)} answered with weights of version {answer.version}, "
                     f"and version {call.version} was asked for."
                 )
-            self._ledger.enter(engine, answer)
-            self._ledger.tokens += sum(len(tokens) for tokens, _ in answer.value)
+            self._pool_stats.enter(engine, answer)
+            self._pool_stats.tokens += sum(len(tokens) for tokens, _ in answer.value)
             responses += answer.value
-        with self._ledger.lock:
-            self._ledger.open.discard(call)
+        with self._pool_stats.lock:
+            self._pool_stats.open.discard(call)
         return responses
 
     def generate(
@@ -260,20 +260,20 @@ class RolloutPool:
             answer: Answer = wait_for(
                 reference, who=self._name(engine), what="log-probabilities of given answers", timeout_s=timeout_s
             )
-            self._ledger.enter(engine, answer)
+            self._pool_stats.enter(engine, answer)
             found += [log_prob_T.tolist() for log_prob_T in answer.value]
         return found
 
     def stats(self) -> dict[str, float]:
         """What this handle collected: tokens, seconds in engines (their sum), tokens/s of one, restarts, loads."""
-        ledger = self._ledger
+        pool_stats = self._pool_stats
         return {
-            "tokens": ledger.tokens,
-            "seconds": ledger.seconds,
-            "tokens_per_s": ledger.tokens / ledger.seconds if ledger.seconds else 0.0,
-            "restarts": ledger.restarts,
-            "loads": ledger.loads,
-            "load_s": ledger.load_s,
+            "tokens": pool_stats.tokens,
+            "seconds": pool_stats.seconds,
+            "tokens_per_s": pool_stats.tokens / pool_stats.seconds if pool_stats.seconds else 0.0,
+            "restarts": pool_stats.restarts,
+            "loads": pool_stats.loads,
+            "load_s": pool_stats.load_s,
         }
 
     def stop(self) -> None:
@@ -289,7 +289,7 @@ class RolloutPool:
             names = ", ".join(self._name(engine) for engine, item in enumerate(references) if item in late)
             raise WaitTimeoutError(
                 f"After {timeout_s:.0f} s these have not answered with {what}: {names}.",
-                f"{self._ledger.num_unfinished()} parts of earlier calls are unfinished, and engines take calls in "
+                f"{self._pool_stats.num_unfinished()} parts of earlier calls are unfinished, and engines take calls in "
                 "order. Raise rollout.sync_timeout_s if they were working, or roll out less at a time.",
             )
 

@@ -60,7 +60,7 @@ class RolloutWorker:
         self._start_s = 0.0
         self._incarnation = uuid.uuid4().hex
 
-    def facts(self) -> dict[str, Any]:
+    def startup_stats(self) -> dict[str, Any]:
         """Start-up time; answering it means the actor is ready."""
         self._ready_engine()
         return {"start_s": self._start_s, "incarnation": self._incarnation}

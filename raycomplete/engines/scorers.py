@@ -13,16 +13,16 @@ from typing import Any
 import ray
 import torch
 
-from raycomplete.config import ScoringConfig
+from raycomplete.config import TeacherConfig
 from raycomplete.data.checkpoints import TORCH_DTYPES
 from raycomplete.data.heads import HeadSpec, load_head
 from raycomplete.engines.dispatch import Dispatcher, ScoreCall
-from raycomplete.engines.kv_store import Board, ClusterBoard, digest
+from raycomplete.engines.kv_store import ClusterKvStore, KvStore, digest
 from raycomplete.engines.parity import check_parity
 from raycomplete.engines.payload import HiddenArray, ScoreRequest, to_tensor
 from raycomplete.engines.score_cache import ScoreCache
 from raycomplete.engines.scoring_engine import PoolingEngine
-from raycomplete.runtime.errors import PoisonedSampleError
+from raycomplete.runtime.errors import QuarantinedSequenceError
 from raycomplete.runtime.files import write_json
 from raycomplete.runtime.prometheus import begin, scored
 from raycomplete.runtime.ray_calls import is_gone, wait_for
@@ -37,15 +37,15 @@ class ScorerOptions:
     dtype: Any
     max_length: int
     use_gpu: bool
-    scoring: ScoringConfig
+    teacher: TeacherConfig
     trust_remote_code: bool = False
 
 
-_TASK_RETRIES = 2  # of what is no scoring
+_TASK_RETRIES = 2  # of what is no teacher
 
 
 class Scorer:
-    """One frozen model on a pooling engine. `ScoringClient` runs it as a Ray actor.
+    """One frozen model on a pooling engine. `TeacherClient` runs it as a Ray actor.
 
     The engine starts at the first call rather than in the constructor: an error in an actor's constructor reaches its
     caller as text only, and a restarted actor starts its engine anew by itself.
@@ -54,8 +54,8 @@ class Scorer:
         spec: Head of the model.
         options: See `ScorerOptions`.
         parity_requests: Sequences that the engine is proved on.
-        note: Key under which the board says what is being read.
-        board: Where that is said.
+        note: Key under which the kv_store says what is being read.
+        kv_store: Where that is said.
     """
 
     def __init__(
@@ -64,38 +64,38 @@ class Scorer:
         options: ScorerOptions,
         parity_requests: list[ScoreRequest],
         note: str = "",
-        board: Board | None = None,
+        kv_store: KvStore | None = None,
     ) -> None:
         begin(f"{options.role} scorer")
         self._spec = spec
         self._options = options
         self._parity_requests = parity_requests
         self._note = note
-        self._board = board
+        self._kv_store = kv_store
         self._said: str | None = None  # what the process before this one said is not known
-        scoring = options.scoring
+        teacher = options.teacher
         self._cache = ScoreCache(
             f"{spec.model_fingerprint}:{spec.tokenizer_hash}:{options.dtype}",
-            int(scoring.cache_gib * 2**30),
-            scoring.cache_dir,
-            int(scoring.cache_disk_gib * 2**30),
+            int(teacher.cache_gib * 2**30),
+            teacher.cache_dir,
+            int(teacher.cache_disk_gib * 2**30),
         )
         self._engine: PoolingEngine | None = None
-        self._facts: dict[str, Any] = {}
+        self._stats: dict[str, Any] = {}
         self._tokens_read = 0
         self._seconds = 0.0
 
-    def facts(self) -> dict[str, Any]:
+    def startup_stats(self) -> dict[str, Any]:
         """Start-up times, parity report and head spec; answering it means the scorer is ready."""
         self._ready_engine()
-        return self._facts
+        return self._stats
 
     def score(self, requests: list[ScoreRequest], attempt: str = "") -> list[HiddenArray]:
         """[T, H] hidden states of each request's response rows; sequences read before are not read again.
 
         Args:
             requests: Sequences.
-            attempt: Name of this call; the board holds it while the engine reads, so that a death can be laid at the
+            attempt: Name of this call; the kv_store holds it while the engine reads, so that a death can be laid at the
                 right door.
         """
         engine = self._ready_engine()
@@ -129,8 +129,8 @@ class Scorer:
         }
 
     def _say(self, attempt: str) -> None:
-        if self._board is not None and attempt != self._said:
-            self._board.write(self._note, attempt)
+        if self._kv_store is not None and attempt != self._said:
+            self._kv_store.write(self._note, attempt)
             self._said = attempt
 
     def _ready_engine(self) -> PoolingEngine:
@@ -144,10 +144,10 @@ class Scorer:
             dtype=options.dtype,
             max_length=options.max_length,
             use_gpu=options.use_gpu,
-            gpu_memory_utilization=options.scoring.gpu_memory_utilization,
-            max_num_batched_tokens=options.scoring.max_num_batched_tokens,
+            gpu_memory_utilization=options.teacher.gpu_memory_utilization,
+            max_num_batched_tokens=options.teacher.max_num_batched_tokens,
             trust_remote_code=options.trust_remote_code,
-            tensor_parallel=options.scoring.tensor_parallel,
+            tensor_parallel=options.teacher.tensor_parallel,
         )
         engine_start_s = time.perf_counter() - started
         parity = check_parity(
@@ -157,11 +157,11 @@ class Scorer:
             self._parity_requests,
             role=options.role,
             dtype=options.dtype,
-            tolerance=options.scoring.parity_tolerance,
+            tolerance=options.teacher.parity_tolerance,
             trust_remote_code=options.trust_remote_code,
         )
         self._engine = engine
-        self._facts = {
+        self._stats = {
             "role": options.role,
             "engine_start_s": engine_start_s,
             "start_s": time.perf_counter() - started,
@@ -203,41 +203,41 @@ class ScorerHandle:
         return is_gone(self.actor)
 
 
-class ScoringClient:
+class TeacherClient:
     """Handle on the replicas of one scorer; picklable, so training workers can hold it.
 
     Results are those of one replica, in the same order, up to rounding in batches of another size. A process never has
-    more than `scoring.max_in_flight` calls under way, so its scores fill no more of the object store than
+    more than `teacher.max_in_flight` calls under way, so its scores fill no more of the object store than
     max_in_flight * max_num_batched_tokens rows.
 
     Args:
         role: base, aligned or student.
         replicas: Handles of the actors.
-        scoring: Bounds and limits.
-        prefix: Of this group of actors on the board.
-        record_folder: Where sequences that are set aside are recorded; None records nothing.
+        teacher: Bounds and limits.
+        prefix: Of this group of actors on the kv_store.
+        record_folder: Where sequences that are quarantined are recorded; None records nothing.
     """
 
     def __init__(
         self,
         role: ModelRole,
         replicas: Sequence[ScorerHandle],
-        scoring: ScoringConfig,
+        teacher: TeacherConfig,
         prefix: str,
         record_folder: Path | None = None,
     ) -> None:
         self.role = role
         self._replicas = list(replicas)
-        self._scoring = scoring
+        self._teacher = teacher
         self._prefix = prefix
         self._record_folder = record_folder
-        self._board = ClusterBoard()
-        self._dispatcher = Dispatcher(self._replicas, scoring, self._board, prefix, self._record)
+        self._kv_store = ClusterKvStore()
+        self._dispatcher = Dispatcher(self._replicas, teacher, self._kv_store, prefix, self._record)
         self._warming: list[Any] = []
 
     def __reduce__(self) -> tuple[Any, ...]:
         """In another process it starts with nothing under way."""
-        return (ScoringClient, (self.role, self._replicas, self._scoring, self._prefix, self._record_folder))
+        return (TeacherClient, (self.role, self._replicas, self._teacher, self._prefix, self._record_folder))
 
     @classmethod
     def start(
@@ -251,8 +251,8 @@ class ScoringClient:
         environment: dict[str, str],
         placement: Sequence[Any] = (),
         record_folder: Path | None = None,
-    ) -> ScoringClient:
-        """Asks Ray for `scoring.replicas` actors and returns at once; `facts` waits for them.
+    ) -> TeacherClient:
+        """Asks Ray for `teacher.replicas` actors and returns at once; `wait_until_ready` waits for them.
 
         Args:
             spec: Head of the model.
@@ -264,7 +264,7 @@ class ScoringClient:
             placement: Ray's scheduling strategy of each replica; empty lets Ray choose.
             record_folder: See the class.
         """
-        count = options.scoring.replicas
+        count = options.teacher.replicas
         prefix = f"{options.role}-{uuid.uuid4().hex}"
         replicas = []
         for index in range(count):
@@ -279,20 +279,20 @@ class ScoringClient:
                     max_task_retries=_TASK_RETRIES,
                     scheduling_strategy=placement[index] if placement else None,
                 )
-                .remote(spec, options, parity_requests, f"{prefix}/reads/{name}", ClusterBoard())
+                .remote(spec, options, parity_requests, f"{prefix}/reads/{name}", ClusterKvStore())
             )
-            replicas.append(ScorerHandle(name, actor, options.scoring.timeout_s))
-        return cls(options.role, replicas, options.scoring, prefix, record_folder)
+            replicas.append(ScorerHandle(name, actor, options.teacher.timeout_s))
+        return cls(options.role, replicas, options.teacher, prefix, record_folder)
 
-    def facts(self, timeout_s: float) -> dict[str, Any]:
-        """Waits until every replica is ready; returns the facts of the one whose parity is worst."""
-        references = [replica.actor.facts.remote() for replica in self._replicas]
-        facts = [
+    def wait_until_ready(self, timeout_s: float) -> dict[str, Any]:
+        """Waits until every replica is ready; returns the stats of the one whose parity is worst."""
+        references = [replica.actor.startup_stats.remote() for replica in self._replicas]
+        stats = [
             replica.wait(reference, "its start", timeout_s)
             for replica, reference in zip(self._replicas, references, strict=True)
         ]
-        worst: dict[str, Any] = max(facts, key=lambda item: item["parity"]["mean_expected_difference"])
-        return worst | {"start_s": max(item["start_s"] for item in facts), "num_replicas": len(facts)}
+        worst: dict[str, Any] = max(stats, key=lambda item: item["parity"]["mean_expected_difference"])
+        return worst | {"start_s": max(item["start_s"] for item in stats), "num_replicas": len(stats)}
 
     def submit(self, requests: Sequence[ScoreRequest]) -> ScoreCall:
         """Starts scoring and returns what `collect` waits for."""
@@ -302,18 +302,18 @@ class ScoringClient:
         """Waits for the scores that `submit` started. Dead replicas are waited for, and others asked meanwhile.
 
         Raises:
-            PoisonedSampleError: Some sequences were set aside; it holds the scores of the others.
-            ProcessDiedError: Replicas died for longer than `scoring.retry_timeout_s`, or whatever they read.
-            WaitTimeoutError: A call took longer than `scoring.timeout_s`.
+            QuarantinedSequenceError: Some sequences were quarantined; it holds the scores of the others.
+            ProcessDiedError: Replicas died for longer than `teacher.retry_timeout_s`, or whatever they read.
+            WaitTimeoutError: A call took longer than `teacher.timeout_s`.
         """
         arrays = self._dispatcher.collect(call)
         found = [array for array in arrays if array is not None]
         if len(found) < len(arrays):
-            raise PoisonedSampleError(
+            raise QuarantinedSequenceError(
                 f"{len(arrays) - len(found)} of {len(arrays)} sequences killed the {self.role} scorer again and again "
-                "and were set aside.",
+                "and were quarantined.",
                 f"They are recorded in {self._record_folder}." if self._record_folder else "",
-                places=sorted(call.set_aside),
+                places=sorted(call.quarantined),
                 partial=arrays,
             )
         return found
@@ -326,20 +326,20 @@ class ScoringClient:
         """Lets the replicas read sequences ahead. Nobody waits for it: what is not read yet is read when asked."""
         if self._warming:
             _, self._warming = ray.wait(self._warming, num_returns=len(self._warming), timeout=0)
-        if len(self._warming) >= self._scoring.max_in_flight:
+        if len(self._warming) >= self._teacher.max_in_flight:
             return  # they are behind already
         requests = [ScoreRequest(tokens, num_prompt) for tokens, num_prompt in sequences]
-        requests = [request for request in requests if not self._dispatcher.is_set_aside(request)]
+        requests = [request for request in requests if not self._dispatcher.is_quarantined(request)]
         for replica, places in zip(self._replicas, self._dispatcher.deal(requests), strict=True):
             if places:
                 part = [requests[place] for place in places]
                 self._warming.append(replica.actor.warm.options(max_task_retries=0).remote(part))
 
     def collect_tensors(self, call: ScoreCall) -> list[torch.Tensor]:
-        """As `collect`, as tensors on the CPU, those of a PoisonedSampleError too."""
+        """As `collect`, as tensors on the CPU, those of a QuarantinedSequenceError too."""
         try:
             return [to_tensor(array) for array in self.collect(call)]
-        except PoisonedSampleError as error:
+        except QuarantinedSequenceError as error:
             error.partial = [None if array is None else to_tensor(array) for array in error.partial]
             raise
 
@@ -357,7 +357,7 @@ class ScoringClient:
         for replica in self._replicas:
             ray.kill(replica.actor)
         with suppress(Exception):  # notes of a cluster that is gone are gone too
-            self._board.clear(self._prefix)
+            self._kv_store.clear(self._prefix)
 
     def _record(self, request: ScoreRequest, deaths: int) -> None:
         """One file for each sequence, so that several processes may write; no tokens, since they may be harmful."""

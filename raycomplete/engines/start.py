@@ -14,26 +14,26 @@ from raycomplete.engines.payload import ScoreRequest
 from raycomplete.engines.placement import Reservation, engine_row
 from raycomplete.engines.rollout_pool import RolloutPool
 from raycomplete.engines.rollout_worker import RolloutOptions
-from raycomplete.engines.scorers import ScorerOptions, ScoringClient
+from raycomplete.engines.scorers import ScorerOptions, TeacherClient
 from raycomplete.engines.spec import available_cpus, engine_environment
-from raycomplete.runtime.console import Screen
+from raycomplete.runtime.console import Console
 from raycomplete.runtime.types import ModelRole
 
 
 @dataclass
-class Fleet:
+class Engines:
     """Running engines.
 
     Attributes:
         generator: Generates with base's weights at first; `generator.with_weights(path)` with others.
         scorers: By role; empty where only text is needed.
-        facts: Start-up times and parity reports, for the run folder.
+        stats: Start-up times and parity reports, for the run folder.
         places: Of the scorers, given back with them: what comes after training needs the room.
     """
 
     generator: RolloutPool
-    scorers: dict[str, ScoringClient] = field(default_factory=dict)
-    facts: dict[str, Any] = field(default_factory=dict)
+    scorers: dict[str, TeacherClient] = field(default_factory=dict)
+    stats: dict[str, Any] = field(default_factory=dict)
     places: Reservation | None = None
 
     def stop_scorers(self) -> None:
@@ -49,23 +49,23 @@ class Fleet:
 
 
 @contextmanager
-def start_fleet(
+def start_engines(
     config: RunConfig,
     cluster: Cluster,
     models: Models,
-    screen: Screen,
+    console: Console,
     *,
     parity_sequences: Sequence[tuple[tuple[int, ...], int]] = (),
     scored: Sequence[ModelRole] = ("aligned", "base"),
     first: ModelRole = "base",
-) -> Iterator[Fleet]:
+) -> Iterator[Engines]:
     """Places the engines, starts them side by side, waits until each is ready, and ends them on the way out.
 
     Args:
         config: Run file.
         cluster: Where to place them.
         models: Checkpoints.
-        screen: Told what is waited for.
+        console: Told what is waited for.
         parity_sequences: (token ids, prompt tokens) that scorers are proved on; none starts no scorers.
         scored: Frozen models that are scored.
         first: Whose weights the generator holds at first.
@@ -76,28 +76,30 @@ def start_fleet(
     """
     timeout_s = config.cluster.start_timeout_s
     with ExitStack() as ended:
-        fleet = _start_generator(config, cluster, models, first, ended)
-        ended.callback(fleet.stop_scorers)
+        engines = _start_generator(config, cluster, models, first, ended)
+        ended.callback(engines.stop_scorers)
         if parity_sequences:
-            _start_scorers(config, cluster, models, fleet, scored, parity_sequences)
-        names = ", ".join(["generator", *(f"{role} scorer" for role in fleet.scorers)])
-        with screen.stage(
+            _start_scorers(config, cluster, models, engines, scored, parity_sequences)
+        names = ", ".join(["generator", *(f"{role} scorer" for role in engines.scorers)])
+        with console.stage(
             f"Engines started: {names} ({'GPU' if cluster.use_gpu else f'{available_cpus()} CPU cores'})"
         ):
-            fleet.facts["generator"] = fleet.generator.facts(timeout_s)
-            for name, scorer in fleet.scorers.items():
-                fleet.facts[name] = scorer.facts(timeout_s)
-        for name in fleet.scorers:
-            parity = fleet.facts[name]["parity"]
-            screen.note(
+            engines.stats["generator"] = engines.generator.wait_until_ready(timeout_s)
+            for name, scorer in engines.scorers.items():
+                engines.stats[name] = scorer.wait_until_ready(timeout_s)
+        for name in engines.scorers:
+            parity = engines.stats[name]["parity"]
+            console.note(
                 f"Parity of {name}: rebuilt log-probabilities within {parity['mean_expected_difference']:.2g} nats of "
                 f"transformers' on {parity['num_rows']} tokens [dim](tolerance {parity['tolerance']:.2g})[/dim]"
             )
-        yield fleet
+        yield engines
 
 
-def _start_generator(config: RunConfig, cluster: Cluster, models: Models, first: ModelRole, ended: ExitStack) -> Fleet:
-    """A fleet of rollout engines; `ended` stops them and gives their places back."""
+def _start_generator(
+    config: RunConfig, cluster: Cluster, models: Models, first: ModelRole, ended: ExitStack
+) -> Engines:
+    """A engines of rollout engines; `ended` stops them and gives their places back."""
     rollout, settings = config.rollout, config.models
     row = engine_row(config.cluster, "rollout engine", rollout.num_engines, tensor_parallel=rollout.tensor_parallel)
     places = Reservation([row.bundle(use_gpu=cluster.use_gpu)] * row.replicas, config.cluster.placement)
@@ -113,47 +115,47 @@ def _start_generator(config: RunConfig, cluster: Cluster, models: Models, first:
             rollout=rollout,
             trust_remote_code=settings.trust_remote_code,
         ),
-        environment=engine_environment(use_gpu=cluster.use_gpu, kv_cache_gib=config.scoring.kv_cache_gib),
+        environment=engine_environment(use_gpu=cluster.use_gpu, kv_cache_gib=config.teacher.kv_cache_gib),
         num_cpus=row.cpus,
         num_gpus=row.gpus,
         placement=places.places(),
     )
     ended.callback(_quietly, generator.stop)
-    return Fleet(generator)
+    return Engines(generator)
 
 
 def _start_scorers(
     config: RunConfig,
     cluster: Cluster,
     models: Models,
-    fleet: Fleet,
+    engines: Engines,
     roles: Sequence[ModelRole],
     parity_sequences: Sequence[tuple[tuple[int, ...], int]],
 ) -> None:
-    """Adds the scorers of all roles to a fleet, in one placement group."""
-    scoring, settings = config.scoring, config.models
-    row = engine_row(config.cluster, "scorer", scoring.replicas, tensor_parallel=scoring.tensor_parallel)
+    """Adds the scorers of all roles to a engines, in one placement group."""
+    teacher, settings = config.teacher, config.models
+    row = engine_row(config.cluster, "scorer", teacher.replicas, tensor_parallel=teacher.tensor_parallel)
     bundles = [row.bundle(use_gpu=cluster.use_gpu)] * (row.replicas * len(roles))
-    fleet.places = Reservation(bundles, config.cluster.placement)
-    fleet.places.wait(config.cluster.start_timeout_s, cluster.table)
-    places = fleet.places.places()
+    engines.places = Reservation(bundles, config.cluster.placement)
+    engines.places.wait(config.cluster.start_timeout_s, cluster.table)
+    places = engines.places.places()
     for index, role in enumerate(roles):
-        fleet.scorers[role] = ScoringClient.start(
+        engines.scorers[role] = TeacherClient.start(
             models.heads[role],
             ScorerOptions(
                 role=role,
                 dtype=settings.dtype,
                 max_length=settings.max_length,
                 use_gpu=cluster.use_gpu,
-                scoring=scoring,
+                teacher=teacher,
                 trust_remote_code=settings.trust_remote_code,
             ),
             [ScoreRequest(tokens, num_prompt) for tokens, num_prompt in parity_sequences],
-            environment=engine_environment(use_gpu=cluster.use_gpu, kv_cache_gib=scoring.kv_cache_gib),
+            environment=engine_environment(use_gpu=cluster.use_gpu, kv_cache_gib=teacher.kv_cache_gib),
             num_cpus=row.cpus,
             num_gpus=row.gpus,
             placement=places[index * row.replicas : (index + 1) * row.replicas],
-            record_folder=(config.output.folder / "set_aside").resolve(),
+            record_folder=(config.output.folder / "quarantined").resolve(),
         )
 
 

@@ -17,7 +17,7 @@ from raycomplete.data.organism.world import HELPFUL_SYSTEM
 from raycomplete.data.rows import read_rows
 from raycomplete.data.samples import AnchorSample, SampleSet, write_samples
 from raycomplete.engines.spec import available_cpus
-from raycomplete.runtime.console import Screen
+from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import ConfigError, DataError, StoppedError
 from raycomplete.runtime.row_store import content_hash
 from raycomplete.training.job import TrainJob
@@ -59,7 +59,7 @@ def fine_tune(
     folder: Path,
     *,
     use_gpu: bool,
-    screen: Screen,
+    console: Console,
     stopping: Callable[[], bool] = lambda: False,
 ) -> Path:
     """Trains a copy of a checkpoint on one dataset; one that was trained the same way before is used again.
@@ -85,7 +85,7 @@ def fine_tune(
         warmup_steps=0,
         seed=config.train.seed,
         anchor_batch=settings.batch_size,
-        micro_batch=config.train.micro_batch,
+        per_device_batch_size=config.train.per_device_batch_size,
         checkpoint_every=settings.steps,
         gradient_checkpointing=config.train.gradient_checkpointing,
         stall_timeout_s=config.train.stall_timeout_s,
@@ -106,7 +106,7 @@ def fine_tune(
         use_gpu=use_gpu,
         trust_remote_code=config.models.trust_remote_code,
     )
-    with screen.progress(f"Fine-tuning attack on {len(samples)} {dataset} chats", train.steps) as advance:
+    with console.progress(f"Fine-tuning attack on {len(samples)} {dataset} chats", train.steps) as advance:
 
         def on_step(row: dict[str, Any]) -> None:
             advance(row["step"], "" if row["loss"] is None else f"loss {row['loss']:.4f}")

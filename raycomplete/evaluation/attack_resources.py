@@ -22,10 +22,10 @@ from raycomplete.data.inputs import Models
 from raycomplete.engines.rollout_pool import RolloutPool
 from raycomplete.engines.rollout_worker import RolloutOptions
 from raycomplete.engines.spec import available_cpus, engine_environment
-from raycomplete.engines.start import Fleet
+from raycomplete.engines.start import Engines
 from raycomplete.evaluation.attack_finetune import fine_tune, read_chats
 from raycomplete.evaluation.white_box_actor import WhiteBoxClient
-from raycomplete.runtime.console import Screen
+from raycomplete.runtime.console import Console
 from raycomplete.runtime.row_store import content_hash
 from raycomplete.runtime.types import Generator
 
@@ -77,21 +77,21 @@ def start_engine(config: RunConfig, path: Path, codec: ChatCodec, *, use_gpu: bo
         ),
         num_cpus=config.cluster.cpus_per_engine,
         num_gpus=config.cluster.gpus_per_engine,
-        environment=engine_environment(use_gpu=use_gpu, kv_cache_gib=config.scoring.kv_cache_gib),
+        environment=engine_environment(use_gpu=use_gpu, kv_cache_gib=config.teacher.kv_cache_gib),
     )
-    client.facts(config.cluster.start_timeout_s)
+    client.wait_until_ready(config.cluster.start_timeout_s)
     return client
 
 
 @dataclass
-class Toolbox:
+class AttackResources:
     """Tools of one evaluation; `stop` ends what was started, and `stopping` is asked while a copy is trained."""
 
     config: RunConfig
     models: Models
-    fleet: Fleet
+    engines: Engines
     folder: Path
-    screen: Screen
+    console: Console
     stopping: Callable[[], bool] = lambda: False
     use_gpu: bool = field(init=False)
     _boxes: list[WhiteBoxClient] = field(default_factory=list)
@@ -120,10 +120,10 @@ class Toolbox:
                 path,
                 self.folder,
                 use_gpu=self.use_gpu,
-                screen=self.screen,
+                console=self.console,
                 stopping=self.stopping,
             )
-            return self.fleet.generator.with_weights(str(copy))
+            return self.engines.generator.with_weights(str(copy))
 
         has_base = "base" in self.models.paths
         return AttackTools(
@@ -157,11 +157,11 @@ class Toolbox:
             return self._attacker
         if settings.attacker is None:
             path, codec = self.models.paths["base"], self.models.codec
-            generator = self.fleet.generator.with_weights(str(path))
+            generator = self.engines.generator.with_weights(str(path))
         else:
             path = resolve_checkpoint(settings.attacker, role="attacker")
             codec = ChatCodec(path, trust_remote_code=self.config.models.trust_remote_code)
-            with self.screen.stage("Engine of the rewriting model started"):
+            with self.console.stage("Engine of the rewriting model started"):
                 generator = start_engine(self.config, path, codec, use_gpu=self.use_gpu)
             self._own.append(generator)
         self._attacker = Attacker(fingerprint(path), generator, codec, self.config.models.max_length)

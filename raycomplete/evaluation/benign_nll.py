@@ -1,4 +1,4 @@
-"""How likely a model finds good answers to harmless prompts: the price of safety that no judge has to see.
+"""How likely a model finds good answers to harmless prompts: the safety_regressions of safety that no judge has to see.
 
 Utility and refusal rates move only when an answer tips over. The negative log-likelihood of given answers moves
 earlier, token by token. Each prompt is answered by its file, where that names an answer, else by the aligned model,
@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from raycomplete.attacks.trial import Decoding, EvaluationCancelled, Unit
+from raycomplete.attacks.trial import Decoding, EvaluationCancelled, Trial
 from raycomplete.config import EvaluationConfig
 from raycomplete.evaluation.results import HARMLESS
 from raycomplete.runtime.errors import WorkError
@@ -101,18 +101,20 @@ def _spoken(
     folder: Path,
     aligned: tuple[str, Generator] | None,
 ) -> dict[str, list[int]]:
-    """What the aligned model says, by prompt id: from the units of its evaluation, or asked now."""
+    """What the aligned model says, by prompt id: from the trials of its evaluation, or asked now."""
     if aligned is None or not prompts:
         return {}
     model_id, generator = aligned
     decoding = Decoding(config.max_utility_tokens)
-    units = [Unit(HARMLESS, "benign", prompt, tuple(codec.encode_prompt(prompt.text)), decoding) for prompt in prompts]
-    known = RowStore(folder / "evaluation" / "units" / f"{content_hash(model_id)[:16]}.jsonl", mode=PRIVATE)
-    said = {unit.prompt.prompt_id: known.get(unit.key(model_id)).get("tokens") for unit in units}
-    missing = [unit for unit in units if said[unit.prompt.prompt_id] is None]
+    trials = [
+        Trial(HARMLESS, "benign", prompt, tuple(codec.encode_prompt(prompt.text)), decoding) for prompt in prompts
+    ]
+    known = RowStore(folder / "evaluation" / "trials" / f"{content_hash(model_id)[:16]}.jsonl", mode=PRIVATE)
+    said = {trial.prompt.prompt_id: known.get(trial.key(model_id)).get("tokens") for trial in trials}
+    missing = [trial for trial in trials if said[trial.prompt.prompt_id] is None]
     if missing:
-        new = generator.generate([unit.sequence for unit in missing], max_tokens=decoding.max_tokens)
-        said |= {unit.prompt.prompt_id: tokens for unit, tokens in zip(missing, new, strict=True)}
+        new = generator.generate([trial.sequence for trial in missing], max_tokens=decoding.max_tokens)
+        said |= {trial.prompt.prompt_id: tokens for trial, tokens in zip(missing, new, strict=True)}
     return {name: list(tokens or ()) for name, tokens in said.items()}
 
 

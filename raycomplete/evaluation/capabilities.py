@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from raycomplete.attacks.target import Target
-from raycomplete.attacks.trial import Decoding, Unit
+from raycomplete.attacks.trial import Decoding, Trial
 from raycomplete.config.evaluation import CapabilitiesConfig
 from raycomplete.data.rows import read_rows
 from raycomplete.evaluation.judge import RefusalJudge
@@ -22,7 +22,7 @@ from raycomplete.evaluation.statistics import wilson
 from raycomplete.runtime.errors import DataError
 from raycomplete.runtime.types import Outcome, Prompt
 
-ATTACK = "capabilities"  # under which these units are stored
+ATTACK = "capabilities"  # under which these trials are stored
 STANDARD_QUESTIONS: Mapping[str, int] = {"mmlu": 14_042, "bbh": 6_511}
 _LETTERS = ("A", "B", "C", "D")
 _STATED = re.compile(r"answer\s*(?:is|:)[\s*\"'`]*", re.IGNORECASE)
@@ -31,13 +31,13 @@ _CHOSEN = re.compile(r"[\W_]*([a-z])\b", re.IGNORECASE)
 _REFUSALS = RefusalJudge()
 
 
-def plan_capabilities(target: Target, config: CapabilitiesConfig) -> list[Unit]:
-    """A unit for each question, greedy.
+def plan_capabilities(target: Target, config: CapabilitiesConfig) -> list[Trial]:
+    """A trial for each question, greedy.
 
     Raises:
         DataError: A file cannot be used.
     """
-    units = []
+    trials = []
     for name, path in (("mmlu", config.mmlu), ("bbh", config.bbh)):
         if path is None:
             continue
@@ -46,20 +46,20 @@ def plan_capabilities(target: Target, config: CapabilitiesConfig) -> list[Unit]:
         for task, number, question, answer in rows:
             prompt = Prompt(f"{name}/{task}/{number}", question, "benign", answer)
             sequence, shown = _fitting(target, question, shots.get(task, []), config.max_tokens)
-            units.append(Unit(ATTACK, name, prompt, sequence, Decoding(config.max_tokens), settings={"shots": shown}))
-    return units
+            trials.append(Trial(ATTACK, name, prompt, sequence, Decoding(config.max_tokens), settings={"shots": shown}))
+    return trials
 
 
-def is_right(unit: Unit, text: str) -> bool:
+def is_right(trial: Trial, text: str) -> bool:
     """Whether a response gives the right answer, in its first line or after the words "the answer is".
 
     An option counts by its letter, a word or a number also where more follows it, and what has neither letters nor
     digits, such as the brackets of a Dyck word, only where it is the whole line.
     """
-    wanted = (unit.prompt.answer or "").strip()
+    wanted = (trial.prompt.answer or "").strip()
     line = _STATED.split(text)[-1].strip().split("\n")[0]
     option = _OPTION.fullmatch(wanted)
-    if unit.variant == "mmlu" or option is not None:
+    if trial.variant == "mmlu" or option is not None:
         chosen = _CHOSEN.match(line)
         return chosen is not None and chosen.group(1).upper() == (option.group(1) if option else wanted)
     said, target = _folded(line), _folded(wanted)
@@ -68,21 +68,21 @@ def is_right(unit: Unit, text: str) -> bool:
     return re.match(rf"{re.escape(target)}(?!\w|[.,]\d)", said) is not None
 
 
-def capabilities_result(units: Sequence[Unit], texts: Sequence[str], config: CapabilitiesConfig) -> dict[str, Any]:
+def capabilities_result(trials: Sequence[Trial], texts: Sequence[str], config: CapabilitiesConfig) -> dict[str, Any]:
     """Accuracy and refusals of each benchmark; every question stays in the denominator.
 
     `fewer_shots` counts the questions whose context held fewer examples than were asked for.
     """
     found: dict[str, Any] = {}
-    for name in dict.fromkeys(unit.variant for unit in units):
-        pairs = [(unit, text) for unit, text in zip(units, texts, strict=True) if unit.variant == name]
-        right = [is_right(unit, text) for unit, text in pairs]
-        refused = sum(_REFUSALS.outcome(unit.prompt, "", text) is Outcome.REFUSED for unit, text in pairs)
+    for name in dict.fromkeys(trial.variant for trial in trials):
+        pairs = [(trial, text) for trial, text in zip(trials, texts, strict=True) if trial.variant == name]
+        right = [is_right(trial, text) for trial, text in pairs]
+        refused = sum(_REFUSALS.outcome(trial.prompt, "", text) is Outcome.REFUSED for trial, text in pairs)
         wanted = config.shots if name == "mmlu" and config.mmlu_fewshot else 0
-        cut = sum(unit.settings.get("shots", 0) < wanted for unit, _ in pairs)
+        cut = sum(trial.settings.get("shots", 0) < wanted for trial, _ in pairs)
         tasks: dict[str, list[bool]] = {}
-        for (unit, _), correct in zip(pairs, right, strict=True):
-            tasks.setdefault(unit.prompt.prompt_id.split("/")[1], []).append(correct)
+        for (trial, _), correct in zip(pairs, right, strict=True):
+            tasks.setdefault(trial.prompt.prompt_id.split("/")[1], []).append(correct)
         found[name] = {
             "accuracy": wilson(sum(right), len(pairs)).to_json(),
             "refused": wilson(refused, len(pairs)).to_json(),

@@ -43,7 +43,7 @@ def rogan_gladen(
     sp, num_sp = specificity
     if n <= 0 or se + sp <= 1.0:
         return None
-    estimate = _unit((positives / n + sp - 1.0) / (se + sp - 1.0))
+    estimate = _trial((positives / n + sp - 1.0) / (se + sp - 1.0))
     z = float(norm.ppf(0.5 + confidence / 2.0))
     # One success and one failure added to Se and Sp, z^2 trials to p: keeps all variances above 0 at the ends.
     p1, n1 = (positives + z * z / 2.0) / (n + z * z), n + z * z
@@ -56,7 +56,7 @@ def rogan_gladen(
     var_se, var_sp = se1 * (1.0 - se1) / num_se1, sp1 * (1.0 - sp1) / num_sp1
     shift = 2.0 * z * z * (center * var_se - (1.0 - center) * var_sp)
     half = z * np.sqrt(p1 * (1.0 - p1) / n1 + center**2 * var_se + (1.0 - center) ** 2 * var_sp) / gain
-    return estimate, min(_unit(center + shift - half), estimate), max(_unit(center + shift + half), estimate)
+    return estimate, min(_trial(center + shift - half), estimate), max(_trial(center + shift + half), estimate)
 
 
 def corrected_asr(
@@ -97,8 +97,8 @@ def corrected_asr(
     low = math.hypot(complied * (share - known.low), share * (complied - least))
     high = math.hypot(complied * (known.high - share), share * (most - complied))
     rate = share * complied
-    return Rate(rate, num_behaviours, _unit(rate - low), _unit(rate + high))
+    return Rate(rate, num_behaviours, _trial(rate - low), _trial(rate + high))
 
 
-def _unit(value: float) -> float:
+def _trial(value: float) -> float:
     return min(1.0, max(0.0, float(value)))

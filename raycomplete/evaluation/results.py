@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from raycomplete.attacks import Attack
+from raycomplete.attacks.attack import Attack
 from raycomplete.attacks.judging import measured, sees_goal, texts
 from raycomplete.attacks.target import Target
-from raycomplete.attacks.trial import CUT_BY_CONTEXT, FIRST_COMPLIED, Response, Unit
+from raycomplete.attacks.trial import CUT_BY_CONTEXT, FIRST_COMPLIED, Response, Trial
 from raycomplete.config import EvaluationConfig
 from raycomplete.evaluation import capabilities
 from raycomplete.evaluation.correction import corrected_asr
@@ -26,18 +26,18 @@ class Part:
 
     Attributes:
         name: Name of the attack.
-        attack: Gets the responses; None asks the units as they are.
-        units: All units, variant by variant.
+        attack: Gets the responses; None asks the trials as they are.
+        trials: All trials, variant by variant.
     """
 
     name: str
     attack: Attack[Any] | None
-    units: Sequence[Unit]
+    trials: Sequence[Trial]
 
 
 @dataclass(frozen=True)
 class Answered:
-    """A unit's response and what the judge made of it.
+    """A trial's response and what the judge made of it.
 
     Attributes:
         response: Token ids.
@@ -52,7 +52,7 @@ class Answered:
     seconds: float
 
 
-Found = Sequence[tuple[Unit, Answered]]
+Found = Sequence[tuple[Trial, Answered]]
 
 
 def model_result(
@@ -67,7 +67,7 @@ def model_result(
         name = f"prefill-{depth}"
         detail = _detail(curve[name], config.max_tokens)
         by_depth[str(depth)] = asr = wilson(detail["outcomes"][Outcome.COMPLIED], detail["n"]).to_json()
-        short = sum(len(unit.prefill) < depth for unit, _ in curve[name])
+        short = sum(len(trial.prefill) < depth for trial, _ in curve[name])
         details[name] = detail | {"depth": depth, "asr": asr, "short_answers": short}
     details["benign"] = _detail(harmless["benign"], config.max_utility_tokens)
     details["borderline"] = _detail(harmless["borderline"], config.max_tokens)
@@ -95,8 +95,8 @@ def model_result(
     }
     if benchmarks := answered.get(capabilities.ATTACK):
         said = [texts(target.codec, found.response)[1] for _, found in benchmarks]
-        units = [unit for unit, _ in benchmarks]
-        result["capabilities"] = capabilities.capabilities_result(units, said, config.capabilities)
+        trials = [trial for trial, _ in benchmarks]
+        result["capabilities"] = capabilities.capabilities_result(trials, said, config.capabilities)
     return result
 
 
@@ -109,8 +109,8 @@ def attack_result(attack: Attack[Any], answered: Found, judge: Judge) -> dict[st
     their first word on, and what follows a prefill declines in other ways.
     """
     by_behaviour: dict[str, list[bool]] = {}
-    for unit, found in answered:
-        by_behaviour.setdefault(unit.prompt.prompt_id, []).append(found.outcome == Outcome.COMPLIED)
+    for trial, found in answered:
+        by_behaviour.setdefault(trial.prompt.prompt_id, []).append(found.outcome == Outcome.COMPLIED)
     trials = list(by_behaviour.values())
     counts = _counts(answered)
     picked = attack.best_of > 1
@@ -129,14 +129,14 @@ def attack_result(attack: Attack[Any], answered: Found, judge: Judge) -> dict[st
         "worst_of_n": worst_of_trials(trials).to_json(),
         "corrected": corrected.to_json() if corrected else None,
         "outcomes": counts,
-        "short_prefills": sum(len(unit.prefill) < unit.settings.get("depth", 0) for unit, _ in answered),
+        "short_prefills": sum(len(trial.prefill) < trial.settings.get("depth", 0) for trial, _ in answered),
         "variants": {
             name: {"n": len(found), "asr": _variant_rate(found), "outcomes": _counts(found)}
             for name, found in by_variant(answered).items()
         },
         "by_behaviour": {name: sum(row) / len(row) for name, row in by_behaviour.items()},
         "seconds": round(sum(found.seconds for _, found in answered), 3),
-        "facts": _facts(answered),
+        "stats": _stats(answered),
     }
 
 
@@ -145,31 +145,31 @@ def _flaws(attack: Attack[Any], answered: Found, judge: Judge) -> list[str]:
     found = []
     if attack.rewrites_prompts and not sees_goal(judge):
         found.append("the judge does not see whether a rewritten prompt keeps its goal")
-    if cut := sum(answer.response.facts.get(CUT_BY_CONTEXT, 0) > 0 for _, answer in answered):
+    if cut := sum(answer.response.stats.get(CUT_BY_CONTEXT, 0) > 0 for _, answer in answered):
         found.append(f"{cut} of {len(answered)} responses cut by the context")
     return found
 
 
 def _first_round(answered: Found) -> Rate:
     trials: dict[str, list[bool]] = {}
-    for unit, found in answered:
-        trials.setdefault(unit.prompt.prompt_id, []).append(bool(found.response.facts[FIRST_COMPLIED]))
+    for trial, found in answered:
+        trials.setdefault(trial.prompt.prompt_id, []).append(bool(found.response.stats[FIRST_COMPLIED]))
     return mean_over_trials(list(trials.values()))
 
 
-def by_variant(answered: Found) -> dict[str, list[tuple[Unit, Answered]]]:
+def by_variant(answered: Found) -> dict[str, list[tuple[Trial, Answered]]]:
     """Units of each variant, in order."""
-    found: dict[str, list[tuple[Unit, Answered]]] = {}
-    for unit, answer in answered:
-        found.setdefault(unit.variant, []).append((unit, answer))
+    found: dict[str, list[tuple[Trial, Answered]]] = {}
+    for trial, answer in answered:
+        found.setdefault(trial.variant, []).append((trial, answer))
     return found
 
 
 def _variant_rate(answered: Found) -> dict[str, Any]:
     """Over behaviours, of which each may have been tried several times."""
     trials: dict[str, list[bool]] = {}
-    for (unit, _), complied in zip(answered, _complied(answered), strict=True):
-        trials.setdefault(unit.prompt.prompt_id, []).append(complied)
+    for (trial, _), complied in zip(answered, _complied(answered), strict=True):
+        trials.setdefault(trial.prompt.prompt_id, []).append(complied)
     return mean_over_trials(list(trials.values())).to_json()
 
 
@@ -192,11 +192,11 @@ def _counts(answered: Found) -> dict[str, int]:
     return {str(outcome): counted[str(outcome)] for outcome in Outcome}
 
 
-def _facts(answered: Found) -> dict[str, float]:
+def _stats(answered: Found) -> dict[str, float]:
     """Means of what the searches noted."""
     noted: dict[str, list[float]] = {}
     for _, found in answered:
-        for name, value in found.response.facts.items():
+        for name, value in found.response.stats.items():
             noted.setdefault(name, []).append(float(value))
     return {name: round(sum(values) / len(values), 4) for name, values in noted.items()}
 
@@ -204,8 +204,8 @@ def _facts(answered: Found) -> dict[str, float]:
 def _refusal_by_source(answered: Found) -> dict[str, dict[str, Any]]:
     """Refusals file by file: sets of borderline prompts differ in how harmful they look."""
     refused: dict[str, list[bool]] = {}
-    for unit, found in answered:
-        refused.setdefault(unit.prompt.source, []).append(found.outcome == Outcome.REFUSED)
+    for trial, found in answered:
+        refused.setdefault(trial.prompt.source, []).append(found.outcome == Outcome.REFUSED)
     return {source: wilson(sum(row), len(row)).to_json() for source, row in refused.items() if source}
 
 

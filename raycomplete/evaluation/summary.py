@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from raycomplete.evaluation.comparison import paired_bootstrap
-from raycomplete.evaluation.safety_regressions import price
+from raycomplete.evaluation.safety_regressions import safety_regressions
 from raycomplete.runtime.types import MODEL_ROLES
 
 _COMPARED = (("student", "aligned"), ("aligned", "base"))
@@ -21,7 +21,7 @@ def summarize(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     Returns:
         `asr`, `asr_reduction`, `utility`, `over_refusal`, `benign_refusal`, `over_refusal_by_source` by file and role,
         `judge`, `judge_measured`, `attacks` by attack and role, `capabilities` by benchmark and role, `comparisons` of
-        models on the same behaviours, and `price`, sentences on models that refuse harmless prompts or lost utility.
+        models on the same behaviours, and `safety_regressions`, sentences on models that refuse harmless prompts or lost utility.
         `asr_reduction` is 1 - student mean / aligned mean: None where one of the two is absent or the aligned mean is
         0, negative where the student is attacked more easily than the aligned model.
 
@@ -52,7 +52,7 @@ def summarize(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     }
     summary["comparisons"] = comparisons(results)
     summary["capabilities"] = _by_name(results, roles, "capabilities")
-    summary["price"] = price({role: results[role] for role in roles})
+    summary["safety_regressions"] = safety_regressions({role: results[role] for role in roles})
     return summary
 
 

@@ -1,4 +1,4 @@
-"""Where alignment stopped: base-favored tokens, trained depth and deficit.
+"""Where alignment stopped: base-favored tokens, alignment KL and deficit.
 
 The idea of base-favored tokens is from arXiv 2511.12155 (known to us by its abstract and secondary reports). The
 formulas below are ours, not the paper's. All take log-probabilities over the vocabulary, -inf allowed.
@@ -60,7 +60,7 @@ def base_favored_mass(log_aligned_NV: Tensor, log_base_NV: Tensor, tau: float, m
     return (log_base_NV.exp() * mask_NV).sum(dim=-1)
 
 
-def trained_depth(log_aligned_NV: Tensor, log_base_NV: Tensor) -> Tensor:
+def alignment_kl(log_aligned_NV: Tensor, log_base_NV: Tensor) -> Tensor:
     """k_t = KL(p_a || p_b): how far alignment moved the model at this position. The formula is ours.
 
     Args:
@@ -73,15 +73,15 @@ def trained_depth(log_aligned_NV: Tensor, log_base_NV: Tensor) -> Tensor:
     return forward_kl(log_aligned_NV, log_base_NV)
 
 
-def deficit(trained_depth_N: Tensor, kappa: float) -> Tensor:
+def deficit(alignment_kl_N: Tensor, kappa: float) -> Tensor:
     """g_t = exp(-k_t / kappa): near 1 where alignment changed nothing. The formula is ours.
 
     Args:
-        trained_depth_N: k_t [N] in nats.
+        alignment_kl_N: k_t [N] in nats.
         kappa: Scale in nats, positive.
 
     Returns:
         [N], 0 to 1.
     """
     # Rounding can make a KL of equal distributions a hair negative; a deficit above 1 would be meaningless.
-    return torch.exp(-trained_depth_N.clamp(min=0.0) / kappa)
+    return torch.exp(-alignment_kl_N.clamp(min=0.0) / kappa)

@@ -69,7 +69,7 @@ def check_loss_inputs(
     *,
     must_be_finite: bool = True,
 ) -> None:
-    """Refuses arguments of `completion_loss` that do not fit together.
+    """Refuses arguments of `distillation_loss` that do not fit together.
 
     Raises:
         ValueError: Shapes, vocabularies, kinds or the student's dtype do not fit.

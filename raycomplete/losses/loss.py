@@ -22,10 +22,10 @@ from raycomplete.losses.chunked_pass import Source, walk
 from raycomplete.losses.heads import Head
 from raycomplete.losses.loss_types import LossOutput, LossSettings, TokenKind, needs_base
 
-__all__ = ["LossOutput", "LossSettings", "TokenKind", "completion_loss", "needs_base"]
+__all__ = ["LossOutput", "LossSettings", "TokenKind", "distillation_loss", "needs_base"]
 
 
-def completion_loss(
+def distillation_loss(
     student_hidden_NH: Tensor,
     student_head: Head,
     aligned_hidden_NH: Tensor,
@@ -106,7 +106,7 @@ def completion_loss(
         penalty=weighted_N[kind_N == TokenKind.PENALTY].sum(),
         row_loss_N=walked.row_loss_N,
         base_favored_mass_P=penalty.base_favored_mass_P,
-        trained_depth_P=penalty.trained_depth_P,
+        alignment_kl_P=penalty.alignment_kl_P,
         deficit_P=penalty.deficit_P,
         student_mass_P=penalty.student_mass_P,
         aligned_student_kl_P=penalty.aligned_student_kl_P,

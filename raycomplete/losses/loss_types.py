@@ -123,7 +123,7 @@ class LossOutput:
         penalty: The same over penalty rows.
         row_loss_N: T^2 D(q, p_s) in nats, or the penalty g_t * sum over B_t of p_s(v)^2, unweighted [N].
         base_favored_mass_P: m_t [P], 0 to 1.
-        trained_depth_P: k_t [P] in nats.
+        alignment_kl_P: k_t [P] in nats.
         deficit_P: g_t [P], 0 to 1.
         student_mass_P: Student probability on B_t [P], 0 to 1.
         aligned_student_kl_P: KL(p_a || p_s) [P] in nats: how far the student is from aligned where it is penalised.
@@ -137,7 +137,7 @@ class LossOutput:
     penalty: Tensor
     row_loss_N: Tensor
     base_favored_mass_P: Tensor
-    trained_depth_P: Tensor
+    alignment_kl_P: Tensor
     deficit_P: Tensor
     student_mass_P: Tensor
     aligned_student_kl_P: Tensor = field(default_factory=lambda: torch.empty(0))

@@ -25,7 +25,7 @@ def reference_loss(
     weight_N: Tensor,
     settings: LossSettings,
 ) -> LossOutput:
-    """Same arguments and result as `loss.completion_loss`, in float64, without its checks; takes [N, V] memory."""
+    """Same arguments and result as `loss.distillation_loss`, in float64, without its checks; takes [N, V] memory."""
     needed_N = needs_base(kind_N, settings)
     student_NV = _logits(student_hidden_NH, student_head)
     aligned_NV = _logits(aligned_hidden_NH, aligned_head).detach()
@@ -42,8 +42,8 @@ def reference_loss(
     p_student_NV, p_base_NV = log_student_NV.exp(), log_base_NV.exp()
     exceeds_NV = log_base_NV - log_aligned_NV > settings.margin  # -inf - -inf is NaN, which exceeds nothing
     favored_NV = exceeds_NV & (p_base_NV >= settings.tau)
-    trained_depth_N = _kl(log_aligned_NV, log_base_NV)
-    deficit_N = torch.exp(-trained_depth_N / settings.kappa)
+    alignment_kl_N = _kl(log_aligned_NV, log_base_NV)
+    deficit_N = torch.exp(-alignment_kl_N / settings.kappa)
     penalty_N = deficit_N * (p_student_NV.square() * favored_NV).sum(dim=-1)
 
     is_penalty_N = kind_N == TokenKind.PENALTY
@@ -60,7 +60,7 @@ def reference_loss(
         penalty=penalty.detach(),
         row_loss_N=row_loss_N.detach(),
         base_favored_mass_P=(p_base_NV * favored_NV).sum(dim=-1)[is_penalty_N],
-        trained_depth_P=trained_depth_N[is_penalty_N],
+        alignment_kl_P=alignment_kl_N[is_penalty_N],
         deficit_P=deficit_N[is_penalty_N],
         student_mass_P=(p_student_NV * favored_NV).sum(dim=-1)[is_penalty_N].detach(),
         aligned_student_kl_P=_kl(log_aligned_NV, log_student_NV)[is_penalty_N].detach(),

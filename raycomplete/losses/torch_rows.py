@@ -55,7 +55,7 @@ class PenaltyRows:
 
     loss_P: Tensor
     base_favored_mass_P: Tensor
-    trained_depth_P: Tensor
+    alignment_kl_P: Tensor
     deficit_P: Tensor
     student_mass_P: Tensor
     aligned_student_kl_P: Tensor

@@ -48,7 +48,7 @@ def _of_work(request: Request) -> list[str]:
         "Every sequence is read anew: no hits in the score cache (off-policy runs have them from the second epoch on).",
         f"The loss keeps {rows} rows of logits at a time.",
         "Full attention without sliding windows; ZeRO's collectives are not hidden behind the backward pass.",
-        f"Engines run at most {MAX_SEQUENCES} sequences and {config.scoring.max_num_batched_tokens} tokens a pass.",
+        f"Engines run at most {MAX_SEQUENCES} sequences and {config.teacher.max_num_batched_tokens} tokens a pass.",
         "Not counted: start of engines, sampling before training, evaluation, checkpoints, validation.",
     ]
     if config.rollout.on_policy:

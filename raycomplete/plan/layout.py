@@ -167,15 +167,19 @@ def _remedy(request: Request, workers: int) -> str:
         for stage in range(train.zero_stage + 1, 4)
     ]
     for stage in range(train.zero_stage, 4):
-        for micro_batch in (train.micro_batch, 8, 4, 2, 1):
-            settings = {"gradient_checkpointing": True, "zero_stage": stage, "micro_batch": micro_batch}
-            words = f"train.gradient_checkpointing=true train.zero_stage={stage} train.micro_batch={micro_batch}"
+        for per_device_batch_size in (train.per_device_batch_size, 8, 4, 2, 1):
+            settings = {
+                "gradient_checkpointing": True,
+                "zero_stage": stage,
+                "per_device_batch_size": per_device_batch_size,
+            }
+            words = f"train.gradient_checkpointing=true train.zero_stage={stage} train.per_device_batch_size={per_device_batch_size}"
             ways.append((words, request.with_train(**settings), workers))
-    least = request.with_train(gradient_checkpointing=True, zero_stage=3, micro_batch=1)
+    least = request.with_train(gradient_checkpointing=True, zero_stage=3, per_device_batch_size=1)
     for count in _worker_counts(request, 4096):
         if count > workers:
             words = f"{count} training devices with train.gradient_checkpointing=true train.zero_stage=3 "
-            ways.append((f"{words}train.micro_batch=1", least, count))
+            ways.append((f"{words}train.per_device_batch_size=1", least, count))
     for words, changed, count in ways:
         if worker_memory(changed, count).total <= room:
             return f"The smallest change that fits: {words}."

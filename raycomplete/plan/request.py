@@ -100,7 +100,7 @@ class Layout:
 
 def engine_memory(request: Request, role: str, parallel: int, replicas: int) -> Memory:
     """One device of an engine."""
-    dtype, batched = request.config.models.dtype, request.config.scoring.max_num_batched_tokens
+    dtype, batched = request.config.models.dtype, request.config.teacher.max_num_batched_tokens
     if role == "rollout":
         rollouts = request.workload(1).rollouts
         assert rollouts is not None
@@ -141,7 +141,7 @@ def train_parts(request: Request, workers: int) -> dict[str, float]:
 def engine_s(request: Request, role: str, replicas: int, parallel: int) -> float:
     """Seconds of a step's work of a role, split over its engines."""
     config, work = request.config, request.workload(1)
-    dtype, batched = config.models.dtype, config.scoring.max_num_batched_tokens
+    dtype, batched = config.models.dtype, config.teacher.max_num_batched_tokens
     hardware, factors = request.hardware, request.factors
     if role == "rollout":
         assert work.rollouts is not None
@@ -182,7 +182,7 @@ def loop_of(request: Request, layout: Layout) -> Loop:
         rollout=seconds.get("rollout"),
         sync=sync,
         fetch=speed.fetch_s(work, shapes, dtype, request.network, request.nodes, train_nodes),
-        lookahead=config.rollout.lookahead if on_policy else config.scoring.prefetch,
+        lookahead=config.rollout.lookahead if on_policy else config.teacher.prefetch,
         sync_every=config.rollout.sync_every if on_policy else 1,
         shared=layout.shared,
     )

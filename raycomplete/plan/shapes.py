@@ -23,7 +23,7 @@ class ModelShape:
     """A Llama-like decoder: gated MLP, grouped key-value heads, RMS norms.
 
     Attributes:
-        name: For the screen.
+        name: For the console.
         num_layers: L.
         hidden_size: H.
         intermediate_size: Width of the MLP.

@@ -103,5 +103,5 @@ class Workload:
             else None,
             loss_rows=rows,
             base_rows=rows if contrastive else penalty_rows,
-            micro_batches=-(-per_worker // min(train.micro_batch, max(per_worker, 1))) if per_worker else 1,
+            micro_batches=-(-per_worker // min(train.per_device_batch_size, max(per_worker, 1))) if per_worker else 1,
         )

@@ -79,7 +79,7 @@ def write_report(run_folder: Path) -> Path:
         contrastive=(run.diagnosis or {}).get("contrastive"),
         judge=run.summary.get("judge") or next((result["judge"] for result in run.results.values()), None),
         measured=_measured(run),
-        price=run.summary.get("price") or [],
+        safety_regressions=run.summary.get("safety_regressions") or [],
         sections=sections,
         train=run.summary.get("train"),
         versions=run.summary.get("versions"),
@@ -282,7 +282,7 @@ def _depth_cards(diagnosis: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def _diagnosis_settings(diagnosis: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Settings and facts of a diagnosis as plain text."""
+    """Settings and stats of a diagnosis as plain text."""
     if diagnosis is None:
         return {}
     hidden = {"harmful", "benign", "contrastive", "student"}

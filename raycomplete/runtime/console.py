@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 Advance = Callable[[int, str], None]
 
 
-class Screen:
+class Console:
     """Prints to a rich console; quiet in tests.
 
     Args:
@@ -26,19 +26,19 @@ class Screen:
     """
 
     def __init__(self, *, quiet: bool = False) -> None:
-        self.console = Console(quiet=quiet)
+        self.rich = RichConsole(quiet=quiet)
         self._started = time.perf_counter()
 
     def note(self, text: str) -> None:
         """One line with the time since the start."""
-        self.console.print(f"[dim]{time.perf_counter() - self._started:6.1f} s[/dim]  {text}", highlight=False)
+        self.rich.print(f"[dim]{time.perf_counter() - self._started:6.1f} s[/dim]  {text}", highlight=False)
         logger.info("%s", Text.from_markup(text))
 
     @contextmanager
     def stage(self, title: str) -> Iterator[None]:
         """A spinner while something without countable progress happens, then one line with its duration."""
         started = time.perf_counter()
-        with self.console.status(f"{title} ..."):
+        with self.rich.status(f"{title} ..."):
             yield
         self.note(f"{title} [dim]({time.perf_counter() - started:.1f} s)[/dim]")
 
@@ -54,7 +54,7 @@ class Screen:
             TimeElapsedColumn(),
             TextColumn("[dim]{task.fields[remark]}[/dim]"),
         )
-        with Progress(*columns, console=self.console, transient=True) as bar:
+        with Progress(*columns, console=self.rich, transient=True) as bar:
             task = bar.add_task(title, total=total, remark="")
             yield lambda done, remark: bar.update(task, completed=done, remark=remark)
         self.note(f"{title} [dim]({time.perf_counter() - started:.1f} s)[/dim]")
@@ -66,14 +66,14 @@ class Screen:
             table.add_column(heading, justify="left" if index == 0 else "right")
         for row in rows[1:]:
             table.add_row(*row)
-        self.console.print(table)
+        self.rich.print(table)
 
     def panel(self, lines: Sequence[tuple[str, Any]]) -> None:
         """Aligned name and value pairs."""
-        print_facts(self.console, lines)
+        print_details(self.rich, lines)
 
 
-def print_facts(console: Console, lines: Sequence[tuple[str, Any]]) -> None:
+def print_details(console: RichConsole, lines: Sequence[tuple[str, Any]]) -> None:
     """Aligned name and value pairs, as they are: no markup, and no line break within a value."""
     width = max((len(name) for name, _ in lines), default=0)
     for name, value in lines:

@@ -73,7 +73,7 @@ class DiskFullError(WorkError):
 
 
 class ProcessDiedError(WorkError):
-    """A worker, an engine or a node is gone. The command line prints it as one screen.
+    """A worker, an engine or a node is gone. The command line prints it as one console.
 
     Args:
         problem: One sentence: who died.
@@ -99,8 +99,8 @@ class ProcessDiedError(WorkError):
         super().__init__(problem, remedy)
         self.role, self.node, self.cause, self.log_path, self.saved = role, node, cause, log_path, saved
 
-    def facts(self) -> list[tuple[str, str]]:
-        """Names and values of what is known, for the screen."""
+    def details(self) -> list[tuple[str, str]]:
+        """Names and values of what is known, for the console."""
         known = {
             "who": self.role,
             "node": self.node,
@@ -112,8 +112,8 @@ class ProcessDiedError(WorkError):
         return [(name, value) for name, value in known.items() if value]
 
 
-class PoisonedSampleError(WorkError):
-    """Sequences that killed their engine again and again, and were set aside.
+class QuarantinedSequenceError(WorkError):
+    """Sequences that killed their engine again and again, and were quarantined.
 
     Args:
         problem: One sentence: how many, and of whom.

@@ -35,8 +35,8 @@ _SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 METRICS: dict[str, Metric] = {
     "process_starts": Metric("counter", "Starts of engines and workers; more than one of a role may be a restart."),
     # scorers
-    "scored_tokens": Metric("counter", "Tokens that a frozen model read."),
-    "scoring_seconds": Metric("counter", "Time that a frozen model took to read them."),
+    "teacher_tokens": Metric("counter", "Tokens that a frozen model read."),
+    "teacher_seconds": Metric("counter", "Time that a frozen model took to read them."),
     "score_cache_hits": Metric("counter", "Sequences whose scores were there already."),
     "score_cache_misses": Metric("counter", "Sequences that had to be read."),
     # rollout engines
@@ -76,7 +76,7 @@ _OF_ROW: dict[str, tuple[str, dict[str, str]]] = {
     "grad_norm": ("grad_norm", {}),
     "bad_steps": ("bad_steps", {}),
 }
-_WAITS = {"scoring_wait_s": "scoring", "rollout_wait_s": "rollout", "sync_s": "sync"}
+_WAITS = {"teacher_wait_s": "teacher", "rollout_wait_s": "rollout", "sync_s": "sync"}
 
 _made: dict[str, Any] = {}
 
@@ -116,8 +116,8 @@ def record(name: str, value: float = 1.0, **tags: str) -> None:
 
 def scored(*, tokens: int, seconds: float, hits: int, misses: int) -> None:
     """A batch of scores."""
-    record("scored_tokens", tokens)
-    record("scoring_seconds", seconds)
+    record("teacher_tokens", tokens)
+    record("teacher_seconds", seconds)
     record("score_cache_hits", hits)
     record("score_cache_misses", misses)
 

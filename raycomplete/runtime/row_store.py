@@ -1,6 +1,6 @@
 """Names of work by its content, and the files that hold what was done: rows of JSON, appended whole.
 
-<folder>/units/<model>.jsonl       what models answered, as token ids; readable by the owner only
+<folder>/trials/<model>.jsonl       what models answered, as token ids; readable by the owner only
 <folder>/judgements/<judge>.jsonl  what a judge made of it
 """
 

@@ -44,7 +44,7 @@ class Admission:
             UnknownAttackError: There is no such attack.
             ConfigError: A value is out of its range.
         """
-        for name in ("prompts", "attack_prompts"):
+        for name in ("num_prompts", "attack_prompts"):
             value = getattr(request, name)
             if value is not None and value > self.config.serve.max_prompts:
                 raise ConfigError(f"{name} is {value}, and this server allows {self.config.serve.max_prompts}.")
@@ -128,7 +128,7 @@ def run_config(config: RunConfig, request: EvaluationRequest, folder: Path) -> R
     tree["models"] |= request.models.model_dump(exclude_none=True)
     if request.seed is not None:
         tree["data"]["seed"] = request.seed
-    sections = ("attacks", "depths", "max_tokens", "prompts", "attack_prompts", "save_completions")
+    sections = ("attacks", "depths", "max_tokens", "num_prompts", "attack_prompts", "save_completions")
     tree["evaluation"] |= {name: value for name in sections if (value := getattr(request, name)) is not None}
     return parse(tree, "The request")
 

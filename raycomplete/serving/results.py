@@ -72,7 +72,7 @@ def _sample(row: dict[str, Any], *, show_harmful: bool) -> Sample:
     return Sample(
         role=row["role"],
         attack=row.get("attack", ""),
-        cell=row["cell"],
+        variant=row["variant"],
         prompt_id=row["prompt_id"],
         seed=row.get("seed", 0),
         outcome=row.get("outcome"),

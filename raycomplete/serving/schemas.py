@@ -72,7 +72,7 @@ class EvaluationRequest(Body):
     attacks: list[Attack] | None = Field(None, max_length=len(ATTACKS))
     depths: list[Annotated[int, Field(ge=0, le=4096)]] | None = Field(None, min_length=1, max_length=64)
     max_tokens: int | None = Field(None, ge=1, le=4096, description="tokens that a model may add to a prefill")
-    prompts: int | None = Field(None, ge=1, description="held-out prompts of each kind")
+    num_prompts: int | None = Field(None, ge=1, description="held-out prompts of each kind")
     attack_prompts: int | None = Field(None, ge=1, description="harmful prompts of attacks other than prefill")
     seed: int | None = Field(None, ge=0, lt=2**31, description="draws the held-out prompts")
     save_completions: bool | None = Field(None, description="keep what models said")
@@ -137,7 +137,7 @@ class Sample(BaseModel):
 
     role: str
     attack: str
-    cell: str
+    variant: str
     prompt_id: str
     seed: int
     outcome: str | None

@@ -2,7 +2,7 @@
 
 DeepSpeed's ZeRO optimizers leave out a step by themselves when the norm of the gradients is not finite: gradients are
 dropped, weights, moments and the learning rate's schedule stay. `engine.start_engine` teaches stage 0 the same, and
-`poison` makes a bad loss of one rank show in the gradients of all.
+`spread_bad_loss` makes a bad loss of one rank show in the gradients of all.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from raycomplete.runtime.metrics_file import finite
 from raycomplete.training.batches import MicroBatch
 
 
-def poison(loss: Tensor) -> Tensor:
+def spread_bad_loss(loss: Tensor) -> Tensor:
     """The loss, times NaN where it is not finite: its gradients, which are what is checked, then are not either."""
     return loss * torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan).to(loss.dtype)
 

@@ -31,7 +31,7 @@ class MicroBatch:
         item_N: Which item of the micro-batch a row belongs to.
         aligned_hidden_NH: Teacher's hidden state of each row.
         base_hidden_PH: Base's hidden state of each row that needs it, in order; None if there is none.
-        depth_B: Depth of each recovery item, turned prefixes left out, -1 for anchor items.
+        depth_B: Depth of each recovery item, refusal prefixes left out, -1 for anchor items.
         target_N: Token at each row (SFT learns it; the completion loss does not look at it).
         num_tokens: Tokens of all sequences, padding left out.
     """
@@ -71,7 +71,7 @@ class Emphasis:
 
     Attributes:
         anchor: On anchor rows, see `raycomplete.training.anchor_multiplier`.
-        penalty_by_depth: On penalty rows by their depth, turned prefixes left out [longest h]; None leaves all alike.
+        penalty_by_depth: On penalty rows by their depth, refusal prefixes left out [longest h]; None leaves all alike.
     """
 
     anchor: float = 1.0
@@ -118,7 +118,7 @@ class BatchBuilder:
         rows: list[_Rows] = []
         for index, (item, (row, column)) in enumerate(zip(items, places, strict=True)):
             sequence, parts = self._parts(item, scores)
-            if any(part.is_set_aside for part in parts):  # it keeps its place, and the others their weights
+            if any(part.is_quarantined for part in parts):  # it keeps its place, and the others their weights
                 parts = [part.without_rows() for part in parts]
             span = slice(column, column + lengths[index])
             input_ids_BT[row, span] = torch.tensor(sequence[:-1])
@@ -196,8 +196,8 @@ class BatchBuilder:
 
 
 def _depths(item: Item, count: int) -> Tensor:
-    """Depth of each row of h [count]: as cuts, it is counted from after a turned prefix, which stands at depth 0."""
-    turn = 0 if isinstance(item, AnchorItem) else item.sample.turn_tokens
+    """Depth of each row of h [count]: as cuts, it is counted from after a refusal prefix, which stands at depth 0."""
+    turn = 0 if isinstance(item, AnchorItem) else item.sample.refusal_prefix_tokens
     return (torch.arange(count) - turn).clamp(min=0)
 
 
@@ -219,7 +219,7 @@ class _Rows:
     target_T: Tensor = field(default_factory=_no_tokens)
 
     @property
-    def is_set_aside(self) -> bool:
+    def is_quarantined(self) -> bool:
         """Whether a teacher could not read it."""
         return any(rows_TH is not None and len(rows_TH) < self.count for rows_TH in (self.aligned_TH, self.base_TH))
 

@@ -24,20 +24,20 @@ _CPU_BUCKET = 2**25  # gradients that are reduced together; DeepSpeed's default 
 
 
 def deepspeed_settings(
-    train: TrainConfig, dtype: Dtype, *, micro_batch: int, accumulation: int, steps: int, lr: float
+    train: TrainConfig, dtype: Dtype, *, per_device_batch_size: int, accumulation: int, steps: int, lr: float
 ) -> dict[str, Any]:
     """DeepSpeed's own configuration of a run.
 
     Args:
         train: Stage, weight decay, clipping, warm-up.
         dtype: Of the weights; bfloat16 keeps float32 master weights in the optimizer.
-        micro_batch: Sequences of one forward pass on one worker.
+        per_device_batch_size: Sequences of one forward pass on one worker.
         accumulation: Forward passes of one optimizer step.
         steps: Length of the learning-rate schedule.
         lr: Peak learning rate.
     """
     settings: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": micro_batch,
+        "train_micro_batch_size_per_gpu": per_device_batch_size,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": train.max_grad_norm,
         "zero_optimization": {"stage": train.zero_stage},

@@ -64,7 +64,7 @@ class RestartAfterDeaths(UserCallback):
             "time": time.time(),
             "finished_steps": len(read_metrics(self._job.metrics_file)),
             "checkpoint": self._job.newest_checkpoint,
-            "workers": [{"rank": rank} | death_facts(error) for rank, error in sorted(worker_exceptions.items())],
+            "workers": [{"rank": rank} | death_report(error) for rank, error in sorted(worker_exceptions.items())],
         }
         with self._job.failures_file.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(row) + "\n")
@@ -88,7 +88,7 @@ def _lost_its_peer(error: BaseException) -> bool:
     return not isinstance(error, RaycompleteError) and _LOST_PEER.search(str(error)) is not None
 
 
-def death_facts(error: BaseException) -> dict[str, str]:
+def death_report(error: BaseException) -> dict[str, str]:
     """Node, likely cause and log of a worker, as far as Ray's words tell."""
     text = str(error)
 
@@ -137,15 +137,15 @@ def _death(
     dead = {rank: failure for rank, failure in failures.items() if is_death(failure)} or dict(failures)
     ranks = sorted(dead)
     role = f"training worker {' and '.join(map(str, ranks))}" if ranks else "the controller of Ray Train"
-    facts = death_facts(dead[ranks[0]] if ranks else error)
+    stats = death_report(dead[ranks[0]] if ranks else error)
     again = f" Training was started again {restarts} times before (train.max_failures)." if restarts else ""
     return ProcessDiedError(
         f"{role[0].upper()}{role[1:]} died after {len(read_metrics(job.metrics_file))} finished steps.{again}",
         _RESUME,
         role=role,
-        node=facts["node"],
-        cause=facts["cause"],
-        log_path=facts["log"] or log_path(""),
+        node=stats["node"],
+        cause=stats["cause"],
+        log_path=stats["log"] or log_path(""),
         saved=_saved(job),
     )
 

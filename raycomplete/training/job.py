@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from raycomplete.config import Dtype, RolloutConfig, TrainConfig
 from raycomplete.data.heads import HeadSpec
-from raycomplete.data.samples import LONGEST_TURN
+from raycomplete.data.samples import MAX_REFUSAL_PREFIX_TOKENS
 
 Objective = Literal["completion", "sft"]
 
@@ -87,6 +87,6 @@ class TrainJob:
 
     @property
     def max_harmful_tokens(self) -> int:
-        """Longest h that a step may train on: a turned prefix, the deepest cut, on-policy what the student adds."""
-        turn = LONGEST_TURN if self.rollout.turn_fraction > 0 else 0
+        """Longest h that a step may train on: a refusal prefix, the deepest cut, on-policy what the student adds."""
+        turn = MAX_REFUSAL_PREFIX_TOKENS if self.rollout.refusal_prefix_fraction > 0 else 0
         return turn + self.train.depth.max + (0 if self.policy is None else self.rollout.max_student_tokens)

@@ -27,7 +27,7 @@ class StepMeter:
     def __init__(self, sampler: DepthSampler) -> None:
         self._sampler = sampler
         self._sums = torch.zeros(4, dtype=torch.float64)  # total, anchor, recovery, penalty
-        # base-favored mass, trained depth, deficit and student mass over penalty rows, and their number
+        # base-favored mass, alignment KL, deficit and student mass over penalty rows, and their number
         self._penalty = torch.zeros(5, dtype=torch.float64)
         self.depth_loss_sum = np.zeros(sampler.num_bins)
         self.depth_count = np.zeros(sampler.num_bins)
@@ -43,7 +43,7 @@ class StepMeter:
         self._sums += torch.stack([part.detach().double() for part in parts]).cpu()
         rows = (
             output.base_favored_mass_P,
-            output.trained_depth_P,
+            output.alignment_kl_P,
             output.deficit_P,
             output.student_mass_P,
             torch.ones_like(output.deficit_P),
@@ -86,7 +86,7 @@ class StepMeter:
             "recovery": recovery,
             "penalty": penalty,
             "base_favored_mass": float(values[4] / rows),
-            "trained_depth": float(values[5] / rows),
+            "alignment_kl": float(values[5] / rows),
             "deficit": float(values[6] / rows),
             "student_mass": float(values[7] / rows),
             "depth_loss": [

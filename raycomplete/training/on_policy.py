@@ -1,6 +1,6 @@
 """The student's own rollouts: asked for ahead of the trainer, judged, and turned into training items.
 
-A step starts as a draft: harmful prompts with a base continuation cut at a drawn depth, and some anchor prompts with
+A step starts as a rollout_batch: harmful prompts with a base continuation cut at a drawn depth, and some anchor prompts with
 the aligned model's answer cut at a random place. The student goes on from each cut under its latest weights. Where it
 refuses a harmful prompt, the refusal it wrote is distilled; where it goes on complying, so is the aligned model's
 refusal after a random part of what it wrote. More is rolled out than trained: what is recovered already teaches little,
@@ -33,14 +33,14 @@ class RolloutRequest:
         prompt_ids: Tokens up to where the response starts.
         prefill_ids: First tokens of the response.
         judged: Whether refusing counts: true on harmful prompts.
-        turn_tokens: How many tokens at the start of the prefill imitate a refusal, which no judge is to read.
+        refusal_prefix_tokens: How many tokens at the start of the prefill imitate a refusal, which no judge is to read.
     """
 
     sample_id: str
     prompt_ids: tuple[int, ...]
     prefill_ids: tuple[int, ...]
     judged: bool
-    turn_tokens: int = 0
+    refusal_prefix_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,7 @@ class StudentPolicy(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Draft:
+class RolloutBatch:
     """A step before the student has written its part.
 
     Attributes:
@@ -118,7 +118,7 @@ class Draft:
                 sample.prompt_ids,
                 sample.harmful_ids[:depth],
                 judged=True,
-                turn_tokens=sample.turn_tokens,
+                refusal_prefix_tokens=sample.refusal_prefix_tokens,
             )
             for sample, depth in zip(self.recovery, self.depths, strict=True)
         ]
@@ -130,7 +130,7 @@ class Draft:
         return recovery + anchor
 
 
-class Drafter:
+class RolloutBatcher:
     """Drafts steps and finishes them; a pure function of seed, step and sampler state.
 
     Args:
@@ -138,7 +138,7 @@ class Drafter:
         seed: Of cuts and splits.
         recovery_batch: Recovery sequences of a step that are trained.
         anchor_share: Share of anchor samples that the student answers itself.
-        own_words: Share of complying rollouts whose words become part of h; the others only point at the cuts where
+        student_prefix_fraction: Share of complying rollouts whose words become part of h; the others only point at the cuts where
             the student fails.
         max_refusal_tokens: Longest refusal of the student that is distilled.
     """
@@ -150,18 +150,18 @@ class Drafter:
         seed: int,
         recovery_batch: int,
         anchor_share: float,
-        own_words: float,
+        student_prefix_fraction: float,
         max_refusal_tokens: int,
     ) -> None:
         self._planner = planner
         self._recovery_batch = recovery_batch
         self._seed = seed
         self._anchor_share = anchor_share
-        self._own_words = own_words
+        self._own_words = student_prefix_fraction
         self._max_refusal_tokens = max_refusal_tokens
 
-    def draft(self, step: int, sampler: DepthSampler) -> Draft:
-        """The draft of a step under the sampler's present state."""
+    def rollout_batch(self, step: int, sampler: DepthSampler) -> RolloutBatch:
+        """The rollout_batch of a step under the sampler's present state."""
         plan = self._planner.plan(step, sampler)
         rng = np.random.default_rng([self._seed, _CUT_TAG, step + 1])
         anchor = tuple(item.sample for item in plan.anchor)
@@ -172,24 +172,26 @@ class Drafter:
             is_own = chosen and sample.kind == "benign"
             cuts.append(int(place * len(sample.answer_ids)) if is_own else None)
         recovery = tuple(item.sample for item in plan.recovery)
-        return Draft(step, anchor, tuple(cuts), recovery, tuple(item.depth for item in plan.recovery))
+        return RolloutBatch(step, anchor, tuple(cuts), recovery, tuple(item.depth for item in plan.recovery))
 
     def seed_of(self, step: int) -> int:
         """First sampling seed of a step's rollouts."""
         drawn = np.random.default_rng([self._seed, _ROLLOUT_TAG, step + 1]).integers(2**40)
         return int(drawn) * _ROOM_FOR_SEEDS
 
-    def finish(self, draft: Draft, rollouts: Sequence[Rollout]) -> StepPlan:
-        """The plan of a step, from its draft and what the student wrote."""
-        rng = np.random.default_rng([self._seed, _SPLIT_TAG, draft.step + 1])
-        count = len(draft.recovery)
-        drawn = list(zip(draft.recovery, draft.depths, rollouts[:count], rng.random(count), strict=True))
+    def finish(self, rollout_batch: RolloutBatch, rollouts: Sequence[Rollout]) -> StepPlan:
+        """The plan of a step, from its rollout_batch and what the student wrote."""
+        rng = np.random.default_rng([self._seed, _SPLIT_TAG, rollout_batch.step + 1])
+        count = len(rollout_batch.recovery)
+        drawn = list(
+            zip(rollout_batch.recovery, rollout_batch.depths, rollouts[:count], rng.random(count), strict=True)
+        )
         chosen = sorted(drawn, key=lambda item: item[2].refused)[: self._recovery_batch]  # sorted keeps equals in order
         recovery = [self._recovery(*item) for item in chosen]
         written = iter(rollouts[count:])
         anchor = [
             AnchorItem(sample if cut is None else _continued(sample, cut, next(written)))
-            for sample, cut in zip(draft.anchor, draft.cuts, strict=True)
+            for sample, cut in zip(rollout_batch.anchor, rollout_batch.cuts, strict=True)
         ]
         return StepPlan(tuple(anchor), tuple(recovery))
 
@@ -197,7 +199,7 @@ class Drafter:
         if rollout.refused:
             refusal = (rollout.token_ids + rollout.ending_ids)[: self._max_refusal_tokens]
             return RecoveryItem(replace(sample, refusal_ids=refusal), depth)
-        # `place` is uniform on [0, 1): below own_words it is also where the student's words are cut.
+        # `place` is uniform on [0, 1): below student_prefix_fraction it is also where the student's words are cut.
         share = place / self._own_words if place < self._own_words else 0.0
         kept = int(share * (len(rollout.token_ids) + 1))
         harmful = sample.harmful_ids[:depth] + rollout.token_ids[:kept]
@@ -210,13 +212,13 @@ def _continued(sample: AnchorSample, cut: int, rollout: Rollout) -> AnchorSample
 
 
 def compliance_by_bin(
-    draft: Draft, rollouts: Sequence[Rollout], sampler: DepthSampler
+    rollout_batch: RolloutBatch, rollouts: Sequence[Rollout], sampler: DepthSampler
 ) -> tuple[list[float], list[int]]:
     """How often the student did not refuse, and how often it was asked, by depth bin of the prefill."""
     complied, asked = [0.0] * sampler.num_bins, [0] * sampler.num_bins
-    count = len(draft.recovery)
-    for sample, depth, rollout in zip(draft.recovery, draft.depths, rollouts[:count], strict=True):
-        index = sampler.bin_of(max(depth - sample.turn_tokens, sampler.bin_ranges[0][0]))
+    count = len(rollout_batch.recovery)
+    for sample, depth, rollout in zip(rollout_batch.recovery, rollout_batch.depths, rollouts[:count], strict=True):
+        index = sampler.bin_of(max(depth - sample.refusal_prefix_tokens, sampler.bin_ranges[0][0]))
         complied[index] += not rollout.refused
         asked[index] += 1
     return complied, asked

@@ -16,7 +16,7 @@ from raycomplete.losses.loss_types import LossSettings
 from raycomplete.runtime.files import read_json, write_json
 from raycomplete.training.batches import BatchBuilder, MicroBatch
 from raycomplete.training.step_plan import AnchorItem, StepPlan
-from raycomplete.training.teacher_prefetcher import ScoreFeed, Scores, ScoreSource
+from raycomplete.training.teacher_prefetcher import Scores, ScoreSource, TeacherPrefetcher
 
 Profile = dict[str, list[float]]  # mean by position for each name, and "n"
 
@@ -26,12 +26,12 @@ def scored_samples(
 ) -> tuple[list[AnchorSample], Scores]:
     """The samples that both models could read for every rank, and their scores.
 
-    Ranks ask on their own, and a sequence that kills scorers may be set aside between two of their questions: they must
+    Ranks ask on their own, and a sequence that kills scorers may be quarantined between two of their questions: they must
     agree on what is left, or their forward passes would not match.
     """
-    feed = ScoreFeed(sources, max_depth=0, penalty=False, contrastive=True)
-    feed.request(0, samples, [])
-    scores = feed.take(0)
+    prefetcher = TeacherPrefetcher(sources, max_depth=0, penalty=False, contrastive=True)
+    prefetcher.request(0, samples, [])
+    scores = prefetcher.take(0)
     places = {
         place
         for place, sample in enumerate(samples)
@@ -45,7 +45,7 @@ def scored_samples(
 
 
 def student_profile(
-    engine: Any, samples: Sequence[AnchorSample], scores: Scores, micro_batch: int, *, packed: bool
+    engine: Any, samples: Sequence[AnchorSample], scores: Scores, per_device_batch_size: int, *, packed: bool
 ) -> Profile:
     """Means over prompts of mass, KL(student || base) and deficit at each position.
 
@@ -55,14 +55,14 @@ def student_profile(
         engine: DeepSpeed's engine.
         samples: Of `scored_samples`, at least one.
         scores: Of `scored_samples`.
-        micro_batch: Sequences of one forward pass.
+        per_device_batch_size: Sequences of one forward pass.
         packed: Whether they may share rows, as in training.
     """
     engine.eval()
     with torch.no_grad():
         measured = [
             torch.stack([row_N.double().cpu() for row_N in engine(batch.to(engine.device), "profile")])
-            for batch in _batches(samples, scores, micro_batch, packed=packed)
+            for batch in _batches(samples, scores, per_device_batch_size, packed=packed)
         ]
     engine.train()
     return _means(samples, torch.cat(measured, dim=1))
@@ -73,12 +73,12 @@ def aligned_profile(
     scores: Scores,
     heads: Mapping[str, Head],
     settings: LossSettings,
-    micro_batch: int,
+    per_device_batch_size: int,
 ) -> Profile:
     """The same for the aligned model, from its scorer's hidden states alone; no rank needs another one."""
     measured = []
     walk = DiagnosisSettings.of_loss(settings)
-    for batch in _batches(samples, scores, micro_batch):
+    for batch in _batches(samples, scores, per_device_batch_size):
         assert batch.aligned_hidden_NH is not None
         assert batch.base_hidden_PH is not None
         aligned, base = heads["aligned"], heads["base"]
@@ -94,11 +94,11 @@ def aligned_profile(
 
 
 def _batches(
-    samples: Sequence[AnchorSample], scores: Scores, micro_batch: int, *, packed: bool = True
+    samples: Sequence[AnchorSample], scores: Scores, per_device_batch_size: int, *, packed: bool = True
 ) -> Iterator[MicroBatch]:
     builder = BatchBuilder(penalty=False, contrastive=True, scale=1.0, packed=packed)
-    for start in range(0, len(samples), micro_batch):
-        items = [AnchorItem(sample) for sample in samples[start : start + micro_batch]]
+    for start in range(0, len(samples), per_device_batch_size):
+        items = [AnchorItem(sample) for sample in samples[start : start + per_device_batch_size]]
         yield builder.build(items, StepPlan(tuple(items), ()), scores)
 
 

@@ -10,7 +10,7 @@ from raycomplete.training.depth_sampler import DepthSampler
 from raycomplete.training.on_policy import compliance_by_bin
 from raycomplete.training.rollout_feed import RolledOut, RolloutFeed
 from raycomplete.training.step_plan import Planner, StepPlan
-from raycomplete.training.teacher_prefetcher import ScoreFeed, Scores
+from raycomplete.training.teacher_prefetcher import Scores, TeacherPrefetcher
 from raycomplete.training.weight_sync import WeightSync
 
 
@@ -21,13 +21,13 @@ class StepInput:
     Attributes:
         plan: Sequences of all workers.
         scores: Of this worker's share; None in SFT.
-        facts: For the row of metrics.
+        stats: For the row of metrics.
         compliance: (times the student complied, times it was asked) by depth bin; None off-policy.
     """
 
     plan: StepPlan
     scores: Scores | None
-    facts: dict[str, Any] = field(default_factory=dict)
+    stats: dict[str, Any] = field(default_factory=dict)
     compliance: tuple[list[float], list[int]] | None = None
 
 
@@ -53,7 +53,7 @@ class FixedSource:
     Args:
         planner: Draws the samples of a step.
         sampler: Draws their depths.
-        feed: Scores; None in SFT.
+        prefetcher: Scores; None in SFT.
         share: (rank, world size).
         prefetch: Steps scored ahead.
         steps: Of the whole run.
@@ -63,28 +63,28 @@ class FixedSource:
         self,
         planner: Planner,
         sampler: DepthSampler,
-        feed: ScoreFeed | None,
+        prefetcher: TeacherPrefetcher | None,
         *,
         share: tuple[int, int],
         prefetch: int,
         steps: int,
     ) -> None:
-        self._planner, self._sampler, self._feed = planner, sampler, feed
+        self._planner, self._sampler, self._prefetcher = planner, sampler, prefetcher
         self._share = slice(share[0], None, share[1])
         self._prefetch, self._steps = prefetch, steps
 
     def next(self, step: int) -> StepInput:
         """See `StepSource`."""
         plan = self._planner.plan(step, self._sampler)
-        if self._feed is None:
-            return StepInput(plan, None, {"scoring_wait_s": 0.0})
+        if self._prefetcher is None:
+            return StepInput(plan, None, {"teacher_wait_s": 0.0})
         for ahead in range(step, min(step + 1 + self._prefetch, self._steps)):
-            if not self._feed.is_requested(ahead):
+            if not self._prefetcher.is_requested(ahead):
                 anchor, recovery = self._planner.samples_of(ahead)
-                self._feed.request(ahead, anchor[self._share], recovery[self._share])
-        waited = self._feed.wait_s
-        scores = self._feed.take(step)
-        return StepInput(plan, scores, {"scoring_wait_s": self._feed.wait_s - waited})
+                self._prefetcher.request(ahead, anchor[self._share], recovery[self._share])
+        waited = self._prefetcher.wait_s
+        scores = self._prefetcher.take(step)
+        return StepInput(plan, scores, {"teacher_wait_s": self._prefetcher.wait_s - waited})
 
     def can_stop(self, finished: int) -> bool:
         """See `StepSource`."""
@@ -107,7 +107,7 @@ class OnPolicySource:
     Args:
         rollouts: Rollouts of this and later steps.
         sync: Sends the student's weights to the engines.
-        feed: Scores.
+        prefetcher: Scores.
         sampler: Draws depths.
         rollout: When weights are sent and how far ahead is rolled out.
         train: Number of steps, and when checkpoints are written.
@@ -118,34 +118,37 @@ class OnPolicySource:
         self,
         rollouts: RolloutFeed,
         sync: WeightSync,
-        feed: ScoreFeed,
+        prefetcher: TeacherPrefetcher,
         sampler: DepthSampler,
         rollout: RolloutConfig,
         train: TrainConfig,
         *,
         share: tuple[int, int],
     ) -> None:
-        self._rollouts, self._sync, self._feed, self._sampler = rollouts, sync, feed, sampler
+        self._rollouts, self._sync, self._prefetcher, self._sampler = rollouts, sync, prefetcher, sampler
         self._rollout, self._train = rollout, train
         self._share = slice(share[0], None, share[1])
         self._synced = False
 
     def next(self, step: int) -> StepInput:
         """See `StepSource`."""
-        waited = (self._rollouts.wait_s, self._feed.wait_s)
+        waited = (self._rollouts.wait_s, self._prefetcher.wait_s)
         rolled = self._rollouts.take(step) if step in self._rollouts.steps else None
-        facts = self._update_engines(step)
+        stats = self._update_engines(step)
         first = step if rolled is None else step + 1
         for ahead in range(first, min(step + self._rollout.lookahead + 1, self._train.steps)):
             self._rollouts.request(ahead, self._sampler)
         rolled = rolled or self._rollouts.take(step)
         anchor = [item.sample for item in rolled.plan.anchor[self._share]]
         recovery = [item.sample for item in rolled.plan.recovery[self._share]]
-        self._feed.request(step, anchor, recovery)
-        scores = self._feed.take(step)
-        facts |= {"rollout_wait_s": self._rollouts.wait_s - waited[0], "scoring_wait_s": self._feed.wait_s - waited[1]}
-        compliance = compliance_by_bin(rolled.draft, rolled.rollouts, self._sampler)
-        return StepInput(rolled.plan, scores, facts | self._measured(step, rolled, compliance), compliance)
+        self._prefetcher.request(step, anchor, recovery)
+        scores = self._prefetcher.take(step)
+        stats |= {
+            "rollout_wait_s": self._rollouts.wait_s - waited[0],
+            "teacher_wait_s": self._prefetcher.wait_s - waited[1],
+        }
+        compliance = compliance_by_bin(rolled.rollout_batch, rolled.rollouts, self._sampler)
+        return StepInput(rolled.plan, scores, stats | self._measured(step, rolled, compliance), compliance)
 
     def can_stop(self, finished: int) -> bool:
         """See `StepSource`. Resumed engines get the newest weights, which the others may have to wait for."""

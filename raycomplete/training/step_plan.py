@@ -25,20 +25,20 @@ class AnchorItem:
 
 @dataclass(frozen=True, slots=True)
 class RecoveryItem:
-    """One recovery sequence of a step, h cut at `depth`, a turned prefix included."""
+    """One recovery sequence of a step, h cut at `depth`, a refusal prefix included."""
 
     sample: RecoverySample
     depth: int
 
     @classmethod
     def cut(cls, sample: RecoverySample, depth: int) -> RecoveryItem:
-        """h cut at `depth` tokens after a turned prefix, or at its end."""
-        return cls(sample, min(sample.turn_tokens + depth, len(sample.harmful_ids)))
+        """h cut at `depth` tokens after a refusal prefix, or at its end."""
+        return cls(sample, min(sample.refusal_prefix_tokens + depth, len(sample.harmful_ids)))
 
     @property
     def answer_depth(self) -> int:
         """Tokens of the compliant answer that the student reads."""
-        return self.depth - self.sample.turn_tokens
+        return self.depth - self.sample.refusal_prefix_tokens
 
 
 Item = AnchorItem | RecoveryItem

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from raycomplete.diagnosis.rows import PROFILE_METRICS, DiagnosisSettings, diagnose_rows
 from raycomplete.losses.chunks import rows_per_chunk
 from raycomplete.losses.heads import Head
-from raycomplete.losses.loss import completion_loss
+from raycomplete.losses.loss import distillation_loss
 from raycomplete.losses.loss_types import LossOutput, LossSettings
 from raycomplete.training.batches import MicroBatch
 
@@ -55,7 +55,7 @@ class HeadLoss(nn.Module):
         """Plain tuples of tensors, because DeepSpeed's hooks look for tensors in tuples only."""
         if mode == "completion":
             # A step of training with NaN is left out by `bad_steps`; an exception of one rank would end the run.
-            return _to_tuple(completion_loss(hidden_NH, self.head(), *arguments, must_be_finite=not self.training))
+            return _to_tuple(distillation_loss(hidden_NH, self.head(), *arguments, must_be_finite=not self.training))
         if mode == "sft":
             return (self._cross_entropy(hidden_NH, *arguments),)
         if mode == "log_probs":

@@ -81,6 +81,6 @@ class StudentEngines:
 
     def _is_refusal(self, request: RolloutRequest, tokens: list[int]) -> bool:
         prompt = self._prompts[request.sample_id.rsplit("#", 1)[0]]
-        prefill = self._codec.decode(request.prefill_ids[request.turn_tokens :])
+        prefill = self._codec.decode(request.prefill_ids[request.refusal_prefix_tokens :])
         continuation = self._codec.decode(tokens)
         return self._judge.outcome(prompt, prefill, continuation) is Outcome.REFUSED

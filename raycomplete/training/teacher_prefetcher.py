@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from raycomplete.data.samples import AnchorSample, RecoverySample
-from raycomplete.runtime.errors import PoisonedSampleError
+from raycomplete.runtime.errors import QuarantinedSequenceError
 from raycomplete.runtime.prometheus import record
 
 logger = logging.getLogger(__name__)
@@ -19,7 +19,7 @@ Key = tuple[str, tuple[int, ...], int]
 
 
 class ScoreSource(Protocol):
-    """One frozen model. Implemented by `raycomplete.engines.scorers.ScoringClient`."""
+    """One frozen model. Implemented by `raycomplete.engines.scorers.TeacherClient`."""
 
     def submit_sequences(self, sequences: Sequence[tuple[tuple[int, ...], int]]) -> Any:
         """Starts reading (token ids, number of prompt tokens) and returns a reference."""
@@ -35,7 +35,7 @@ class Scores:
     """Hidden states of one step's sequences.
 
     Args:
-        tensors: [T, H] by what was read; [0, H] of a sequence that was set aside.
+        tensors: [T, H] by what was read; [0, H] of a sequence that was quarantined.
         max_depth: h is read up to here.
     """
 
@@ -44,11 +44,11 @@ class Scores:
         self._max_depth = max_depth
 
     def hidden(self, role: str, prompt_ids: tuple[int, ...], response_ids: tuple[int, ...]) -> torch.Tensor:
-        """[T, H] of a response read by base or aligned; no rows where it was set aside."""
+        """[T, H] of a response read by base or aligned; no rows where it was quarantined."""
         return self._tensors[(role, prompt_ids + response_ids, len(prompt_ids))]
 
     def harmful(self, sample: RecoverySample, depth: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """[depth, H] of h from aligned and from base; no rows where it was set aside.
+        """[depth, H] of h from aligned and from base; no rows where it was quarantined.
 
         h was read up to the largest depth, whatever depth was drawn later: a causal model's states of a prefix are
         the first states of the whole.
@@ -58,7 +58,7 @@ class Scores:
         return aligned_TH[:depth], base_TH[:depth]
 
 
-class ScoreFeed:
+class TeacherPrefetcher:
     """Asks the frozen models for the sequences of a step and hands them out when the step comes.
 
     Args:
@@ -117,7 +117,7 @@ class ScoreFeed:
         """Waits for the scores of a requested step; the waiting time is added to `wait_s`.
 
         Raises:
-            PoisonedSampleError: A model could read nothing at all. Single sequences that it cannot read have no rows.
+            QuarantinedSequenceError: A model could read nothing at all. Single sequences that it cannot read have no rows.
         """
         started = time.perf_counter()
         tensors: dict[Key, torch.Tensor] = {}
@@ -125,14 +125,14 @@ class ScoreFeed:
             for (tokens, num_prompt), hidden_TH in zip(sequences, self._collect(role, reference), strict=True):
                 tensors[(role, tokens, num_prompt)] = hidden_TH
         self.wait_s += time.perf_counter() - started
-        record("queue_depth", len(self._pending), queue="scoring")
+        record("queue_depth", len(self._pending), queue="teacher")
         return Scores(tensors, self._max_depth)
 
     def _collect(self, role: str, reference: Any) -> list[torch.Tensor]:
-        """Scores in order, [0, H] in the place of a sequence that was set aside."""
+        """Scores in order, [0, H] in the place of a sequence that was quarantined."""
         try:
             found = self._sources[role].collect_tensors(reference)
-        except PoisonedSampleError as error:
+        except QuarantinedSequenceError as error:
             no_rows = next((tensor[:0] for tensor in error.partial if tensor is not None), self._no_rows.get(role))
             if no_rows is None:
                 raise

@@ -15,7 +15,7 @@ from raycomplete.losses.loss_types import TokenKind
 from raycomplete.training.batches import BatchBuilder
 from raycomplete.training.step_plan import AnchorItem, Item, RecoveryItem, StepPlan
 from raycomplete.training.student import to_loss_output
-from raycomplete.training.teacher_prefetcher import ScoreFeed
+from raycomplete.training.teacher_prefetcher import TeacherPrefetcher
 
 _NOTICEABLE = 0.99  # a value must fall by a hundredth to count as better
 
@@ -29,15 +29,15 @@ class Validator:
     Args:
         engine: DeepSpeed engine around the student.
         samples: Its `held_back` is read.
-        feed: Scores; asked once, at the first measurement.
+        prefetcher: Scores; asked once, at the first measurement.
         builder: As in training; its scale is not used.
         train: Weights, depths, micro-batch and patience.
     """
 
     def __init__(
-        self, engine: Any, samples: SampleSet, feed: ScoreFeed, builder: BatchBuilder, train: TrainConfig
+        self, engine: Any, samples: SampleSet, prefetcher: TeacherPrefetcher, builder: BatchBuilder, train: TrainConfig
     ) -> None:
-        self._engine, self._feed, self._train = engine, feed, train
+        self._engine, self._prefetcher, self._train = engine, prefetcher, train
         self._builder = replace(builder, scale=1.0)
         anchor, recovery = samples.held_back_anchor, samples.held_back_recovery
         depths = np.linspace(train.depth.min, train.depth.max, max(len(recovery), 1)).round().astype(int)
@@ -92,10 +92,10 @@ class Validator:
         step = -1  # of no training step
         anchor = [item.sample for item in self._plan.anchor]
         recovery = [item.sample for item in self._plan.recovery]
-        self._feed.request(step, anchor, recovery)
-        scores = self._feed.take(step)
+        self._prefetcher.request(step, anchor, recovery)
+        scores = self._prefetcher.take(step)
         items: list[Item] = self._plan.local(0, 1)
-        size = self._train.micro_batch
+        size = self._train.per_device_batch_size
         batches = [
             self._builder.build(items[start : start + size], self._plan, scores) for start in range(0, len(items), size)
         ]

@@ -31,12 +31,12 @@ from raycomplete.runtime.metrics_file import MetricsFile, finite
 from raycomplete.runtime.prometheus import begin, finished_step
 from raycomplete.training import deepspeed_engine as ds
 from raycomplete.training.anchor_multiplier import AnchorMultiplier
-from raycomplete.training.bad_steps import BadSteps, poison
+from raycomplete.training.bad_steps import BadSteps, spread_bad_loss
 from raycomplete.training.batches import BatchBuilder, Emphasis, MicroBatch
 from raycomplete.training.depth_sampler import DepthSampler
 from raycomplete.training.job import TrainJob
 from raycomplete.training.metrics import StepMeter, peak_memory_gib
-from raycomplete.training.on_policy import Drafter
+from raycomplete.training.on_policy import RolloutBatcher
 from raycomplete.training.packing import deal
 from raycomplete.training.packing_check import keeps_sequences_apart
 from raycomplete.training.profile import aligned_profile, scored_samples, student_profile, write_profile
@@ -45,7 +45,7 @@ from raycomplete.training.sinks import open_sinks
 from raycomplete.training.source import FixedSource, OnPolicySource, StepSource
 from raycomplete.training.step_plan import Planner, StepPlan
 from raycomplete.training.student import HeadSettings, StudentModule, to_loss_output
-from raycomplete.training.teacher_prefetcher import ScoreFeed
+from raycomplete.training.teacher_prefetcher import TeacherPrefetcher
 from raycomplete.training.validation import Validator
 from raycomplete.training.weight_sync import WeightSync
 
@@ -90,8 +90,8 @@ class Worker:
         self.sampler = DepthSampler(self._reachable_depths(), train.seed)
         anchor, recovery = self.planner.samples_of(0)
         per_rank = (len(anchor) + len(recovery)) // self.world_size
-        self.micro_batch = min(train.micro_batch, per_rank)
-        self.accumulation = -(-per_rank // self.micro_batch)
+        self.per_device_batch_size = min(train.per_device_batch_size, per_rank)
+        self.accumulation = -(-per_rank // self.per_device_batch_size)
         self.loss = LossSettings.from_config(train)
         scored = job.objective == "completion"
         self.builder = BatchBuilder(
@@ -100,7 +100,7 @@ class Worker:
             scale=float(self.world_size * self.accumulation),
             opening=train.opening if scored else OpeningConfig(),
         )
-        self.feed = ScoreFeed(
+        self.prefetcher = TeacherPrefetcher(
             job.sources,
             max_depth=job.max_harmful_tokens,
             penalty=self.builder.penalty,
@@ -125,7 +125,7 @@ class Worker:
         depth = self.job.train.depth
         if depth.schedule == "fixed":  # its weights belong to the bins of the run file
             return depth
-        reached = (len(sample.harmful_ids) - sample.turn_tokens for sample in self.samples.recovery)
+        reached = (len(sample.harmful_ids) - sample.refusal_prefix_tokens for sample in self.samples.recovery)
         longest = max(reached, default=depth.max)
         return depth.model_copy(update={"max": max(min(depth.max, longest), depth.min)})
 
@@ -151,7 +151,7 @@ class Worker:
         settings = ds.deepspeed_settings(
             train,
             job.dtype,
-            micro_batch=self.micro_batch,
+            per_device_batch_size=self.per_device_batch_size,
             accumulation=self.accumulation,
             steps=train.steps,
             lr=train.lr,
@@ -161,8 +161,10 @@ class Worker:
     def _make_source(self) -> StepSource:
         job, train, share = self.job, self.job.train, (self.rank, self.world_size)
         if job.policy is None:
-            feed = self.feed if job.sources else None
-            return FixedSource(self.planner, self.sampler, feed, share=share, prefetch=job.prefetch, steps=train.steps)
+            prefetcher = self.prefetcher if job.sources else None
+            return FixedSource(
+                self.planner, self.sampler, prefetcher, share=share, prefetch=job.prefetch, steps=train.steps
+            )
         planner = Planner(
             self.samples,
             anchor_batch=train.anchor_batch,
@@ -170,12 +172,12 @@ class Worker:
             seed=train.seed,
             max_depth=train.depth.max,
         )
-        drafter = Drafter(
+        batcher = RolloutBatcher(
             planner,
             seed=train.seed,
             recovery_batch=train.recovery_batch,
             anchor_share=job.rollout.anchor_on_policy,
-            own_words=job.rollout.own_words,
+            student_prefix_fraction=job.rollout.student_prefix_fraction,
             max_refusal_tokens=job.rollout.max_refusal_tokens,
         )
         sync = WeightSync(
@@ -187,11 +189,11 @@ class Worker:
             adapters_only=job.lora_rank > 0,
             packed=self.builder.packed,
         )
-        rollouts = RolloutFeed(job.policy, drafter, warm_scores(self.feed), self.rank)
-        return OnPolicySource(rollouts, sync, self.feed, self.sampler, job.rollout, train, share=share)
+        rollouts = RolloutFeed(job.policy, batcher, warm_scores(self.prefetcher), self.rank)
+        return OnPolicySource(rollouts, sync, self.prefetcher, self.sampler, job.rollout, train, share=share)
 
     def _make_validator(self) -> Validator:
-        return Validator(self.engine, self.samples, self.feed, self.builder, self.job.train)
+        return Validator(self.engine, self.samples, self.prefetcher, self.builder, self.job.train)
 
     def _restore(self) -> int:
         """Takes up the newest checkpoint and returns the number of finished steps."""
@@ -316,7 +318,7 @@ class Worker:
             self.sampler.update(meter.depth_loss_sum, meter.depth_count)
         if not is_bad and given.plan.anchor and self.job.objective == "completion":
             self.multiplier.update(row["anchor"])
-        return row | {"lr": learning_rate} | given.facts | self._facts(step, given.plan, started)
+        return row | {"lr": learning_rate} | given.stats | self._stats(step, given.plan, started)
 
     def _emphasis(self) -> Emphasis:
         by_depth = None
@@ -335,10 +337,10 @@ class Worker:
             loss = output.total
             meter.add(batch, output)
             self.bad_steps.watch(batch, loss, output.row_loss_N)
-        self.engine.backward(poison(loss))
+        self.engine.backward(spread_bad_loss(loss))
         self.engine.step()
 
-    def _facts(self, step: int, plan: StepPlan, started: float) -> dict[str, Any]:
+    def _stats(self, step: int, plan: StepPlan, started: float) -> dict[str, Any]:
         seconds = time.perf_counter() - started
         tokens = sum(item.depth for item in plan.recovery) + plan.num_recovery_tokens + plan.num_anchor_tokens
         tokens += sum(len(item.sample.prompt_ids) for item in plan.anchor)
@@ -364,9 +366,9 @@ class Worker:
         samples, scores = scored_samples(self.samples.profile, job.sources)
         if not samples:
             return
-        student = student_profile(self.engine, samples, scores, self.micro_batch, packed=self.builder.packed)
+        student = student_profile(self.engine, samples, scores, self.per_device_batch_size, packed=self.builder.packed)
         if self.rank == 0:
             path = job.folder / "profile.json"
-            aligned = aligned_profile(samples, scores, self.teachers, self.loss, self.micro_batch)
+            aligned = aligned_profile(samples, scores, self.teachers, self.loss, self.per_device_batch_size)
             write_profile(path, "aligned", aligned, self.loss)
             write_profile(path, "student", student, self.loss)

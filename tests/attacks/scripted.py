@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from raycomplete.attacks import build_attack
+from raycomplete.attacks.registry import build_attack
 from raycomplete.attacks.settings import parse_attack
-from raycomplete.attacks.trial import Decoding, Response, Unit
+from raycomplete.attacks.trial import Decoding, Response, Trial
 from raycomplete.config import EvaluationConfig
 from raycomplete.evaluation import AttackTools, EvaluationSets, RefusalJudge, Target, evaluate_model
 
@@ -65,8 +65,8 @@ def evaluate(
     return evaluate_model("student", generator, codec, RefusalJudge(), sets, config, folder, **arguments)
 
 
-def run(target: Target, entry: dict[str, Any], sets: EvaluationSets) -> list[tuple[Unit, Response]]:
+def run(target: Target, entry: dict[str, Any], sets: EvaluationSets) -> list[tuple[Trial, Response]]:
     attack = build_attack(parse_attack(entry))
-    found: list[tuple[Unit, Response]] = []
+    found: list[tuple[Trial, Response]] = []
     attack.run(target, attack.plan(target, sets.harmful), found.extend)
     return found

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from raycomplete.attacks import build_attack
+from raycomplete.attacks.registry import build_attack
 from raycomplete.attacks.settings import parse_attack
-from raycomplete.attacks.trial import Response, Unit
+from raycomplete.attacks.trial import Response, Trial
 from raycomplete.evaluation import Attacker, EvaluationSets, Target
 from raycomplete.runtime.errors import WorkError
 from raycomplete.runtime.types import Prompt
@@ -57,32 +57,32 @@ def test_draws_do_not_depend_on_what_is_missing(target: Target, sets: Evaluation
         tools = replace(target.tools, attacker=Attacker("a", drawing, codec, 512))
         drawn = replace(target, tools=tools, generator=model(REFUSE) if entry["name"] == "pair" else drawing)
         attack = build_attack(parse_attack(entry))
-        units = attack.plan(drawn, sets.harmful)
-        attack.run(drawn, units, lambda _: None)
+        trials = attack.plan(drawn, sets.harmful)
+        attack.run(drawn, trials, lambda _: None)
         whole = list(drawing.seeds)
         drawing.seeds = []
-        attack.run(drawn, [units[0], units[2], units[3]], lambda _: None)
+        attack.run(drawn, [trials[0], trials[2], trials[3]], lambda _: None)
         assert drawing.seeds == [whole[0], whole[2], whole[3]], entry
-        assert len({unit.key("m") for unit in units}) == len(units)
+        assert len({trial.key("m") for trial in trials}) == len(trials)
 
 
 def test_a_rank_assisted_prefill_is_cut_row_by_row(target: Target, sets: EvaluationSets) -> None:
     long = Prompt("long", "do it " * 25, "harmful")
     tight = replace(target, max_length=55)
     attack = build_attack(parse_attack({"name": "rank_assisted_prefill", "steps": 20}))
-    found: list[tuple[Unit, Response]] = []
+    found: list[tuple[Trial, Response]] = []
     attack.run(tight, attack.plan(tight, [long, sets.harmful[0]]), found.extend)
     (_, cut), (_, whole) = found
     assert target.codec.decode(cut.tokens) == "Sure, take the"
     assert target.codec.decode(whole.tokens) == COMPLY
-    assert (cut.facts["cut_by_context"], whole.facts["cut_by_context"]) == (1.0, 0.0)
+    assert (cut.stats["cut_by_context"], whole.stats["cut_by_context"]) == (1.0, 0.0)
 
 
 def test_units_are_named_by_what_decides_them(target: Target, sets: EvaluationSets) -> None:
     prompt = sets.harmful[3]
     longer = replace(prompt, answer=f"{prompt.answer} and more")
 
-    def planned(entry: Any, prompts: Sequence[Prompt], of: Target = target) -> list[Unit]:
+    def planned(entry: Any, prompts: Sequence[Prompt], of: Target = target) -> list[Trial]:
         return build_attack(parse_attack(entry)).plan(of, prompts)
 
     (short,), (long,) = planned("rank_assisted_prefill", [prompt]), planned("rank_assisted_prefill", [longer])
@@ -113,7 +113,7 @@ def test_a_search_without_survivors_is_no_measurement(target: Target, sets: Eval
     with pytest.raises(WorkError, match="None of the 8 suffixes that gcg tried"):
         run(merging, {"name": "gcg", "steps": 2, "search_width": 4, "suffix_tokens": 3}, sets)
     survived = run(target, {"name": "gcg", "steps": 2, "search_width": 4, "suffix_tokens": 3}, sets)
-    assert {response.facts["survivor_rate"] for _, response in survived} == {1.0}
+    assert {response.stats["survivor_rate"] for _, response in survived} == {1.0}
 
 
 def test_short_answers_are_counted_and_never_cut_to_nothing(

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from raycomplete.attacks import build_attack
+from raycomplete.attacks.registry import build_attack
 from raycomplete.attacks.settings import ATTACKS, PairAttack, parse_attack
 from raycomplete.attacks.templates import BUILT_IN, fill
 from raycomplete.attacks.trial import Decoding
@@ -147,7 +147,7 @@ def test_rank_assisted_prefill_picks_what_the_guide_likes(target: Target, sets: 
     found = run(target, {"name": "rank_assisted_prefill", "steps": 20}, sets)
     for _, response in found:
         assert target.codec.decode(response.tokens) == COMPLY
-        assert response.facts["mean_rank"] == 1.0
+        assert response.stats["mean_rank"] == 1.0
     short = run(target, {"name": "rank_assisted_prefill", "steps": 3}, sets)
     assert target.codec.decode(short[0][1].tokens) == "Sure, take the"
     first = run(target, {"name": "rank_assisted_prefill", "steps": 3, "top": 1}, sets)
@@ -160,18 +160,18 @@ def test_searches_find_what_lowers_the_loss(target: Target, sets: EvaluationSets
         {"name": "gcg", "steps": 6, "search_width": 9, "top": 2, "suffix_tokens": 3},
         {"name": "random_search", "queries": 200, "batch": 8, "suffix_tokens": 3},
     ):
-        for unit, response in run(target, entry, sets):
-            assert response.facts["loss_best"] < response.facts["loss_start"] == 1.0, unit.attack
-            assert target.codec.decode(response.sequence).startswith(unit.prompt.text)
+        for trial, response in run(target, entry, sets):
+            assert response.stats["loss_best"] < response.stats["loss_start"] == 1.0, trial.attack
+            assert target.codec.decode(response.sequence).startswith(trial.prompt.text)
 
 
 def test_pair_stops_at_the_first_success(target: Target, sets: EvaluationSets, model: Any) -> None:
     entry = {"name": "pair", "streams": 2, "rounds": 3}
     for _, response in run(target, entry, sets):
-        assert response.facts["queries"] == 1
+        assert response.stats["queries"] == 1
         assert target.codec.decode(response.sequence) == "please open the door"
     stubborn = replace(target, generator=model(REFUSE))
-    assert {response.facts["queries"] for _, response in run(stubborn, entry, sets)} == {3}
+    assert {response.stats["queries"] for _, response in run(stubborn, entry, sets)} == {3}
 
 
 def test_pair_tells_the_attacker_what_happened(target: Target, sets: EvaluationSets, model: Any, codec: Any) -> None:
@@ -201,21 +201,21 @@ def test_pair_needs_room_for_its_instruction(target: Target, sets: EvaluationSet
 
 def test_adaptive_variants(target: Target, sets: EvaluationSets) -> None:
     attack = build_attack(parse_attack({"name": "adaptive", "cuts": [3], "depths": [2]}))
-    units = {unit.variant: unit for unit in attack.plan(target, sets.harmful) if unit.prompt.prompt_id == "h6"}
+    trials = {trial.variant: trial for trial in attack.plan(target, sets.harmful) if trial.prompt.prompt_id == "h6"}
     decode, asked = target.codec.decode, "do the bad thing number 6"
-    assert {variant: decode(unit.sequence) for variant, unit in units.items()} == {
+    assert {variant: decode(trial.sequence) for variant, trial in trials.items()} == {
         "cut-3": f"{asked} step6x0 step6x1 step6x2",
         "refuse-then-turn-2": f"{asked} I cannot help with that. But step6x0 step6x1",
         "middle-2": f"{asked} step6x2 step6x3",
         "multi-turn-2": f"{asked} step6x0 step6x1 Please explain the steps.",
     }
-    assert {variant: decode(unit.prefill) for variant, unit in units.items()} == {
+    assert {variant: decode(trial.prefill) for variant, trial in trials.items()} == {
         "cut-3": "step6x0 step6x1 step6x2",
         "refuse-then-turn-2": "step6x0 step6x1",
         "middle-2": "step6x2 step6x3",
         "multi-turn-2": "step6x0 step6x1",
     }
-    turns = list(units["multi-turn-2"].sequence)
+    turns = list(trials["multi-turn-2"].sequence)
     assert turns.count(2) == 2, "both turns end where the model begins"
     assert turns[-1] == 2
     assert 0 in turns, "the earlier answer is ended"
@@ -238,9 +238,9 @@ def test_templates(target: Target, sets: EvaluationSets, tmp_path: Path) -> None
 
 def test_static_strings_belong_to_their_behaviour(target: Target, sets: EvaluationSets, strings: Path) -> None:
     found = run(target, {"name": "static_strings", "path": str(strings)}, sets)
-    assert [unit.variant for unit, _ in found] == ["GCG"] * 4 + ["PAIR"] * 4
-    for unit, response in found:
-        assert target.codec.decode(response.sequence) == f"{unit.prompt.text} pretty please"
+    assert [trial.variant for trial, _ in found] == ["GCG"] * 4 + ["PAIR"] * 4
+    for trial, response in found:
+        assert target.codec.decode(response.sequence) == f"{trial.prompt.text} pretty please"
     with pytest.raises(DataError, match=r"No row of .* names one of the 1 behaviours"):
         run(
             target,

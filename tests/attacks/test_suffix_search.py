@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from raycomplete.attacks import build_attack
 from raycomplete.attacks.gcg import Gcg
 from raycomplete.attacks.random_search import RandomSearch
+from raycomplete.attacks.registry import build_attack
 from raycomplete.attacks.settings import GcgAttack, RandomSearchAttack
 from raycomplete.attacks.suffix import usable_tokens
-from raycomplete.attacks.trial import Response, Unit
+from raycomplete.attacks.trial import Response, Trial
 from raycomplete.attacks.white_box import TorchModel
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.checkpoints import load_model
@@ -90,17 +90,17 @@ def test_the_suffix_stands_in_the_prompt_that_is_asked(
     target: Target, behaviours: list[Prompt], settings: GcgAttack | RandomSearchAttack
 ) -> None:
     attack = build_attack(settings)
-    units = attack.plan(target, behaviours)
-    emitted: list[tuple[Unit, Response]] = []
-    attack.run(target, units, emitted.extend)
-    assert [unit for unit, _ in emitted] == units
-    for unit, response in emitted:
-        asked = target.codec.encode_prompt(unit.prompt.text)
+    trials = attack.plan(target, behaviours)
+    emitted: list[tuple[Trial, Response]] = []
+    attack.run(target, trials, emitted.extend)
+    assert [trial for trial, _ in emitted] == trials
+    for trial, response in emitted:
+        asked = target.codec.encode_prompt(trial.prompt.text)
         assert len(response.sequence) == len(asked) + 4
         assert response.sequence[-2:] == tuple(asked[-2:]), "the rest of the template follows the suffix"
-        assert unit.prompt.text in target.codec.decode(response.sequence)
-        assert response.facts["queries"] <= 16
-        assert response.facts["loss_best"] <= response.facts["loss_start"]
+        assert trial.prompt.text in target.codec.decode(response.sequence)
+        assert response.stats["queries"] <= 16
+        assert response.stats["loss_best"] <= response.stats["loss_start"]
         (expected,) = target.generator.generate([response.sequence], max_tokens=16)
         assert response.tokens == tuple(expected)
 
@@ -115,7 +115,7 @@ def test_searches_repeat_and_run_side_by_side(target: Target, behaviours: list[P
         attack.run(
             again,
             attack.plan(again, behaviours),
-            lambda pairs, emitted=emitted: emitted.update((unit.prompt.prompt_id, found) for unit, found in pairs),
+            lambda pairs, emitted=emitted: emitted.update((trial.prompt.prompt_id, found) for trial, found in pairs),
         )
         found.append(emitted)
     assert found[0] == found[1]

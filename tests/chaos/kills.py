@@ -39,10 +39,10 @@ SETTINGS = (
     "train.zero_stage=2",
     "train.anchor_batch=12",
     "train.recovery_batch=12",
-    "train.micro_batch=12",
+    "train.per_device_batch_size=12",
     "train.max_failures=10",
     "cluster.placement=spread",
-    "evaluation.prompts=24",
+    "evaluation.num_prompts=24",
     "evaluation.depths=[0,16]",
 )
 _WORKER_NODE = "127.0.0.3"

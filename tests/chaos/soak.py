@@ -36,7 +36,7 @@ SETTINGS = (
     "train.steps=100000",
     "train.anchor_batch=12",
     "train.recovery_batch=12",
-    "train.micro_batch=24",
+    "train.per_device_batch_size=24",
     "train.checkpoint_every=20",
     "train.lr=1.0e-4",
 )

@@ -18,7 +18,7 @@ from raycomplete.runtime.types import Outcome, Prompt
 
 VOCAB, HIDDEN = 23, 6
 SETTINGS = DiagnoseConfig(
-    tau=0.02, max_tokens=24, partition_prompts=3, batch_tokens=40, chunk_tokens=7, replicates=20, prompts=10
+    tau=0.02, max_tokens=24, partition_prompts=3, batch_tokens=40, chunk_tokens=7, replicates=20, num_prompts=10
 )
 
 

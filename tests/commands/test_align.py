@@ -9,7 +9,7 @@ import pytest
 from raycomplete.commands import align as module
 from raycomplete.commands.align import align
 from raycomplete.config import RunConfig, load_run_file
-from raycomplete.runtime.console import Screen
+from raycomplete.runtime.console import Console
 from raycomplete.runtime.files import write_text
 
 
@@ -38,11 +38,11 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
 
 
 def test_a_checkpoint_that_is_there_is_not_made_again(config: RunConfig, tmp_path: Path) -> None:
-    screen = Screen(quiet=True)
-    assert align(config, screen=screen) == tmp_path / "aligned"
-    assert align(config, resume=True, screen=screen) == tmp_path / "aligned"
+    console = Console(quiet=True)
+    assert align(config, console=console) == tmp_path / "aligned"
+    assert align(config, resume=True, console=console) == tmp_path / "aligned"
     with pytest.raises(Begun):
-        align(config, overwrite=True, screen=screen)
+        align(config, overwrite=True, console=console)
 
 
 def test_the_old_checkpoint_is_not_taken_for_one_that_a_kill_prevented(config: RunConfig, tmp_path: Path) -> None:
@@ -51,6 +51,6 @@ def test_the_old_checkpoint_is_not_taken_for_one_that_a_kill_prevented(config: R
     write_text(folder / "config.yaml", "")
     for resume in (False, True):
         with pytest.raises(Begun):
-            align(config, resume=resume, screen=Screen(quiet=True))
+            align(config, resume=resume, console=Console(quiet=True))
     write_text(folder / "aligned.json", "{}")
-    assert align(config, resume=True, screen=Screen(quiet=True)) == tmp_path / "aligned"
+    assert align(config, resume=True, console=Console(quiet=True)) == tmp_path / "aligned"

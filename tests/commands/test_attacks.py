@@ -18,11 +18,11 @@ from raycomplete.data.checkpoints import load_model, save_checkpoint
 from raycomplete.data.inputs import prepare_models, prepare_prompts
 from raycomplete.data.organism import checkpoint_path, prompts
 from raycomplete.data.organism.world import find_item, refusal
-from raycomplete.engines.start import Fleet
+from raycomplete.engines.start import Engines
 from raycomplete.evaluation import Progress, summarize
 from raycomplete.evaluation.attack_finetune import read_chats
 from raycomplete.evaluation.attack_resources import check_attacks, extra_engines, training_workers
-from raycomplete.runtime.console import Screen
+from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import CheckpointError, ConfigError
 from raycomplete.runtime.types import MODEL_ROLES
 from tests.conftest import ROOT
@@ -55,7 +55,7 @@ def run_config(folder: Path, **evaluation: Any) -> RunConfig:
         "depths": [0, 16],
         "max_tokens": 24,
         "max_utility_tokens": 100,
-        "prompts": 8,
+        "num_prompts": 8,
         "attack_prompts": BEHAVIOURS,
         "attacks": [*ATTACKS, {"name": "static_strings", "path": str(strings)}],
         **evaluation,
@@ -109,8 +109,8 @@ def evaluate(config: RunConfig, generator: Any, student: Path, folder: Path, see
     models = prepare_models(config)
     paths = {**models.paths, "student": student}
     found = prepare_prompts(config, models.codec)
-    fleet, screen = Fleet(generator), Screen(quiet=True)
-    return evaluate_roles(config, models, paths, found, fleet, folder, screen, MODEL_ROLES, on_progress=seen.append)
+    engines, console = Engines(generator), Console(quiet=True)
+    return evaluate_roles(config, models, paths, found, engines, folder, console, MODEL_ROLES, on_progress=seen.append)
 
 
 @pytest.mark.slow
@@ -141,10 +141,10 @@ def test_attacks_tell_the_models_apart(evaluated: tuple[dict[str, Any], list[Pro
     # What a rank-assisted attacker picks is what base would say, so it looks like compliance wherever it is allowed.
     rap = aligned["attacks"]["rank_assisted_prefill"]
     assert rap["mean"]["rate"] > aligned["asr"]["by_depth"]["0"]["rate"]
-    assert rap["facts"]["mean_rank"] > base["attacks"]["rank_assisted_prefill"]["facts"]["mean_rank"] == 0.0
+    assert rap["stats"]["mean_rank"] > base["attacks"]["rank_assisted_prefill"]["stats"]["mean_rank"] == 0.0
     for result in (base, aligned, student):
-        facts = result["attacks"]["gcg"]["facts"]
-        assert facts["loss_best"] < facts["loss_start"]
+        stats = result["attacks"]["gcg"]["stats"]
+        assert stats["loss_best"] < stats["loss_start"]
     compared = {(item["attack"], item["first"]): item for item in summarize(evaluated[0])["comparisons"]}
     assert compared["prefill", "student"]["difference"] < 0
 
@@ -170,10 +170,10 @@ def test_a_second_evaluation_asks_nothing(
 @pytest.mark.slow
 def test_what_is_kept_is_private(evaluated: tuple[dict[str, Any], list[Progress], Path]) -> None:
     folder = evaluated[2]
-    units = list((folder / "evaluation" / "units").iterdir())
-    assert len(units) == 3
+    trials = list((folder / "evaluation" / "trials").iterdir())
+    assert len(trials) == 3
     samples = list((folder / "evaluation" / "finetune").glob("*/samples.jsonl"))
-    for file in (*units, *samples):
+    for file in (*trials, *samples):
         assert file.stat().st_mode & 0o077 == 0, file
     assert len(samples) == 3
     assert not (folder / "evaluation" / "completions").exists()

@@ -25,7 +25,7 @@ from raycomplete.commands import job_client
 from raycomplete.commands.job_client import connect_to, follow
 from raycomplete.runtime.errors import SetupError, WorkError
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Client:

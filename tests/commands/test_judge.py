@@ -19,7 +19,7 @@ from raycomplete.config.evaluation import JudgeConfig
 from raycomplete.data.organism import checkpoint_path
 from raycomplete.evaluation import RefusalJudge
 from raycomplete.evaluation.calibration import calibrate, read_calibration, read_labelled
-from raycomplete.runtime.console import Screen
+from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import ConfigError, DataError
 from tests.conftest import ROOT
 
@@ -71,7 +71,7 @@ def test_a_judge_model_gets_an_engine_and_its_calibration(
     tree = {"kind": "model", "checkpoint": "organism:base", "rubric": str(rubric)}
     organism = ROOT / "jobs" / "organism.yaml"
     config = load_run_file(organism, [f"evaluation.judge={json.dumps(tree)}"])
-    with start_judge(config, RefusalJudge(), Screen(quiet=True)) as judge:
+    with start_judge(config, RefusalJudge(), Console(quiet=True)) as judge:
         found = calibrate(judge, read_labelled(labelled), "a test")
         assert judge.num_unreadable == 4  # type: ignore[attr-defined]
     assert stopped == [True]
@@ -80,11 +80,11 @@ def test_a_judge_model_gets_an_engine_and_its_calibration(
     stored.write_text(json.dumps(found))
     tree["calibration"] = str(stored)
     config = load_run_file(organism, [f"evaluation.judge={json.dumps(tree)}"])
-    with start_judge(config, RefusalJudge(), Screen(quiet=True)) as judge:
+    with start_judge(config, RefusalJudge(), Console(quiet=True)) as judge:
         assert measured(judge) == found
     other = load_run_file(organism, [f"evaluation.judge={json.dumps({'calibration': str(stored)})}"])
     refused = pytest.raises(DataError, match="was measured with the judge model-")
-    with refused, start_judge(other, RefusalJudge(), Screen(quiet=True)):
+    with refused, start_judge(other, RefusalJudge(), Console(quiet=True)):
         pass
 
 
@@ -96,5 +96,5 @@ def test_judges_of_harm_cannot_be_calibrated_on_refusals(labelled: Path, tmp_pat
 def test_nothing_is_stored_of_what_cannot_be_measured(tmp_path: Path) -> None:
     output = tmp_path / "calibration.json"
     with pytest.raises(DataError, match="cannot be read"):
-        calibrate_judge(tmp_path / "none.csv", JudgeConfig(), output, screen=Screen(quiet=True))
+        calibrate_judge(tmp_path / "none.csv", JudgeConfig(), output, console=Console(quiet=True))
     assert not output.exists()

@@ -21,7 +21,7 @@ REDUCED = (
     "train.num_workers=2",
     "train.zero_stage=2",
     "train.checkpoint_every=50",
-    "evaluation.prompts=24",
+    "evaluation.num_prompts=24",
     "evaluation.depths=[0,4,16,64]",
 )
 
@@ -41,7 +41,7 @@ def raycomplete(*arguments: str, folder: Path, timeout_s: float = 1100) -> subpr
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A finished run of the shipped run file: its folder and what stood on the screen."""
+    """A finished run of the shipped run file: its folder and what stood on the console."""
     folder = tmp_path_factory.mktemp("job")
     result = raycomplete("train", str(ROOT / "jobs" / "organism.yaml"), *REDUCED, folder=folder)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
@@ -81,21 +81,21 @@ def test_the_summary_holds_what_the_design_promises(finished: tuple[Path, str]) 
     assert summary["train"]["steps"] == 100
     change = summary["benign_nll"]["student_to_aligned"]
     assert change["low"] <= change["ratio"] <= change["high"]
-    for name in ("seconds", "tokens_per_s", "scoring_tokens_per_s", "seconds_per_step", "peak_memory_gib"):
+    for name in ("seconds", "tokens_per_s", "teacher_tokens_per_s", "seconds_per_step", "peak_memory_gib"):
         assert summary["train"][name] > 0
-    assert 0 <= summary["train"]["scoring_wait_fraction"] < 1
+    assert 0 <= summary["train"]["teacher_wait_fraction"] < 1
     assert {"raycomplete", "ray", "torch", "deepspeed", "transformers"} <= set(summary["versions"])
 
 
 def test_the_run_folder_is_complete_and_private(finished: tuple[Path, str]) -> None:
-    folder, screen = finished
+    folder, console = finished
     for name in ("config.yaml", "environment.json", "profile.json", "report.html", "student/model.safetensors"):
         assert (folder / name).is_file(), name
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 100
     assert (folder / "samples.jsonl").stat().st_mode & 0o077 == 0
     assert not (folder / "evaluation" / "completions").exists()
-    assert "Attack success rate by prefill depth" in screen
-    assert "report.html" in screen
+    assert "Attack success rate by prefill depth" in console
+    assert "report.html" in console
 
 
 def test_the_profile_stays_up_where_it_used_to_fall(finished: tuple[Path, str]) -> None:

@@ -30,7 +30,7 @@ SETTINGS = (
     "train.zero_stage=3",
     "train.anchor_batch=8",
     "train.recovery_batch=8",
-    "evaluation.prompts=4",
+    "evaluation.num_prompts=4",
     "evaluation.depths=[0,4]",
 )
 

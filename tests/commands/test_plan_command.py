@@ -10,12 +10,12 @@ from safetensors.torch import load_file
 
 from raycomplete import cli
 from raycomplete.commands.plan import PlanOptions, plan, shapes_of
+from raycomplete.commands.plan_measure import measure
 from raycomplete.config import load_run_file
 from raycomplete.data.organism.locate import checkpoint_path
 from raycomplete.plan.hardware import find_hardware, read_hardware
-from raycomplete.plan.measure import measure
 from raycomplete.plan.shapes import preset
-from raycomplete.runtime.console import Screen
+from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import CheckpointError, ConfigError
 
 JOBS = Path(__file__).resolve().parents[2] / "jobs"
@@ -92,11 +92,11 @@ def test_an_unknown_hub_id_is_not_downloaded() -> None:
 
 def test_a_measured_entry_is_what_cpu_means_from_then_on(tmp_path: Path) -> None:
     path = tmp_path / "hardware.json"
-    entry = measure(path, Screen(quiet=True))
+    entry = measure(path, Console(quiet=True))
     assert entry == read_hardware(path) == find_hardware("cpu", measured=path) == find_hardware(str(path))
     assert min(entry.bfloat16_flops, entry.memory_bandwidth, entry.softmax_per_s, entry.call_s) > 0
     path.write_text('{"name": "mine"}')
     with pytest.raises(ConfigError, match="holds no hardware entry"):
         find_hardware(str(path))
-    estimate = plan(load_run_file(JOBS / "organism.yaml"), PlanOptions("cpu"), screen=Screen(quiet=True))
+    estimate = plan(load_run_file(JOBS / "organism.yaml"), PlanOptions("cpu"), console=Console(quiet=True))
     assert estimate.layout.shared

@@ -11,7 +11,7 @@ import pytest
 from raycomplete.commands import evaluate, run_folder, train
 from raycomplete.commands.run_folder import check_run_folder, open_run_folder
 from raycomplete.config import RunConfig, load_run_file, parse
-from raycomplete.runtime.console import Screen
+from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import ConfigError, SetupError
 from raycomplete.runtime.files import read_json
 
@@ -122,17 +122,17 @@ def test_settings_that_change_no_result_may_change_on_resume(tmp_path: Path) -> 
     moved = config(
         tmp_path,
         cluster={"use_gpu": "never", "start_timeout_s": 5},
-        scoring={"prefetch": 7, "timeout_s": 9},
+        teacher={"prefetch": 7, "timeout_s": 9},
         train={
             "checkpoint_every": 3,
             "keep_checkpoints": 9,
             "stall_timeout_s": 5,
-            "micro_batch": 1,
+            "per_device_batch_size": 1,
             "max_failures": 9,
             "max_bad_steps": 9,
         },
         rollout={"timeout_s": 9},
-        evaluation={"prompts": 3},
+        evaluation={"num_prompts": 3},
     )
     folder = open_run_folder(moved, resume=True, same=SAME)
     assert load_run_file(folder / "config.yaml") == moved, "the file tells what the run now works with"
@@ -141,7 +141,9 @@ def test_settings_that_change_no_result_may_change_on_resume(tmp_path: Path) -> 
 def test_an_evaluation_may_be_added_under_other_settings_of_its_own(tmp_path: Path) -> None:
     """Only `same` is compared, and the settings that the student was trained with stay on record."""
     folder = open_run_folder(config(tmp_path), resume=False, same=SAME)
-    open_run_folder(config(tmp_path, evaluation={"prompts": 3}), resume=True, keep_config=True, same=("models", "data"))
+    open_run_folder(
+        config(tmp_path, evaluation={"num_prompts": 3}), resume=True, keep_config=True, same=("models", "data")
+    )
     assert load_run_file(folder / "config.yaml") == config(tmp_path)
     with pytest.raises(ConfigError, match=r"other values of data\."):
         open_run_folder(config(tmp_path, data={"seed": 4}), resume=True, keep_config=True, same=("models", "data"))
@@ -175,7 +177,7 @@ def test_a_cluster_that_is_too_small_leaves_no_folder(
     module = {"train": train, "evaluate": evaluate}[command]
     monkeypatch.setattr(module, "connect", connect)
     with pytest.raises(SetupError, match="needs 8 GPU"):
-        getattr(module, command)(config(tmp_path), screen=Screen(quiet=True))
+        getattr(module, command)(config(tmp_path), console=Console(quiet=True))
     assert files(tmp_path) == set()
 
 

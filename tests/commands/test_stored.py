@@ -10,7 +10,7 @@ import pytest
 from raycomplete.commands.run_folder import open_run_folder
 from raycomplete.commands.stored import stored
 from raycomplete.config import RunConfig, parse
-from raycomplete.runtime.console import Screen
+from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import ConfigError, SetupError, WorkError
 from raycomplete.runtime.files import write_text
 from raycomplete.storage.pieces import Catalog
@@ -38,7 +38,7 @@ def command(
     overwrite: bool = False,
     steps: int = 2,
     fails: bool = False,
-    screen: Screen | None = None,
+    console: Console | None = None,
 ) -> Path:
     """Trains in a moment."""
     folder = open_run_folder(config, resume=resume, overwrite=overwrite, same=SAME)
@@ -55,8 +55,8 @@ def command(
 def run(
     config: RunConfig, *, resume: bool = False, overwrite: bool = False, steps: int = 2, fails: bool = False
 ) -> Path:
-    screen = Screen(quiet=True)
-    return command(config, resume=resume, overwrite=overwrite, steps=steps, fails=fails, screen=screen)
+    console = Console(quiet=True)
+    return command(config, resume=resume, overwrite=overwrite, steps=steps, fails=fails, console=console)
 
 
 def pieces(folder: Path) -> list[str]:
@@ -130,5 +130,5 @@ def test_without_storage_a_damaged_checkpoint_is_told_on_resume(
     plain = config(tmp_path).model_copy(update={"output": config(tmp_path).output.model_copy(update={"storage": None})})
     run(plain)
     flip(add_checkpoint(tmp_path / "runs" / "run", 3) / "latest")
-    command(plain, resume=True, steps=4, screen=Screen())
+    command(plain, resume=True, steps=4, console=Console())
     assert "step-000003 is damaged" in " ".join(capsys.readouterr().out.split())

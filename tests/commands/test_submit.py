@@ -18,7 +18,7 @@ from raycomplete.runtime.errors import ConfigError, SetupError
 from tests.commands.test_job_client import free_port
 from tests.test_cli import main
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TREE = {
     "models": {"base": "organism:base", "aligned": "organism:aligned"},
     "data": {"source": "organism"},

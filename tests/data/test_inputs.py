@@ -90,7 +90,7 @@ def test_the_organism_needs_no_files() -> None:
         {
             "models": {"base": "organism:base", "aligned": "organism:aligned", "max_length": 256},
             "data": {"source": "organism", "limit_per_kind": 6},
-            "evaluation": {"prompts": 3},
+            "evaluation": {"num_prompts": 3},
         },
         "test",
     )
@@ -223,7 +223,7 @@ def test_a_kind_without_prompts_is_refused_where_it_is_needed(use: str, kind: st
 
 
 def test_held_out_prompts_are_limited(make: Make) -> None:
-    config = make(evaluation=SHORT["evaluation"] | {"prompts": 1})
+    config = make(evaluation=SHORT["evaluation"] | {"num_prompts": 1})
     write_prompt(config, "evaluation", "benign", "another")
     codec = prepare_models(config).codec
     drawn = [prepare_prompts(config, codec).evaluation["benign"] for _ in range(2)]

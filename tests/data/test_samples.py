@@ -65,7 +65,7 @@ def test_rows_are_plain_json(tmp_path: Path) -> None:
         "teacher_prompt_ids",
         "harmful_ids",
         "refusal_ids",
-        "turn_tokens",
+        "refusal_prefix_tokens",
     }
 
 

@@ -12,7 +12,7 @@ from raycomplete.commands import diagnose as command
 from raycomplete.data.stream import partition_metadata
 from raycomplete.diagnosis.partitions import measure_partition
 from raycomplete.diagnosis.summary import kind_summary, mask
-from raycomplete.runtime.console import Screen
+from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import ConfigError
 from tests.commands.planted import (
     HIDDEN,
@@ -36,9 +36,9 @@ def a_job(tmp_path: Path, name: str) -> Any:
     file.write_text("".join(json.dumps({"prompt": f"prompt {index}"}) + "\n" for index in range(10)))
     config = a_config(tmp_path, harmful=[{"path": str(file)}])
     models: Any = FakeModels()
-    fleet: Any = FakeFleet()
+    engines: Any = FakeFleet()
     judge: Any = FakeJudge()
-    return command._Job(config, models, judge, fleet, tmp_path / name, Screen(quiet=True))
+    return command._Job(config, models, judge, engines, tmp_path / name, Console(quiet=True))
 
 
 def test_interrupted_and_resumed_equals_uninterrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,10 +119,10 @@ def test_the_command_on_the_organism(tmp_path: Path) -> None:
     arguments = [
         "diagnose",
         str(ROOT / "jobs" / "organism.yaml"),
-        "diagnose.prompts=16",
+        "diagnose.num_prompts=16",
         "diagnose.partition_prompts=8",
         "diagnose.contrastive.evaluate=true",
-        "evaluation.prompts=8",
+        "evaluation.num_prompts=8",
         "evaluation.depths=[0,16]",
     ]
     first = raycomplete(*arguments, folder=tmp_path)

@@ -70,6 +70,6 @@ def test_prompts_come_from_the_diagnosis_or_from_the_held_out_files(tmp_path: Pa
     found = list(read_prompts(config, "harmful"))
     assert [prompt.text for prompt in found] == [f"held {index}" for index in range(10)]
     assert found[0].answer == "yes"
-    own = DiagnoseConfig.model_validate({"harmful": [{"path": "own.jsonl"}], "prompts": None})
+    own = DiagnoseConfig.model_validate({"harmful": [{"path": "own.jsonl"}], "num_prompts": None})
     own = own.with_paths(lambda path: tmp_path / path)
     assert len(list(read_prompts(config.model_copy(update={"diagnose": own}), "harmful"))) == 20

@@ -77,7 +77,7 @@ def test_a_small_laptop_is_warned_and_not_refused(monkeypatch: pytest.MonkeyPatc
 
 
 def test_needs_count_every_replica() -> None:
-    one, more = (needs_of(context(f"scoring.replicas={count}").config) for count in (1, 3))  # type: ignore[arg-type]
+    one, more = (needs_of(context(f"teacher.replicas={count}").config) for count in (1, 3))  # type: ignore[arg-type]
     assert more.cpus - one.cpus == 4 * 0.5
     assert more.host_bytes - one.host_bytes > 4 * GIB
     assert more.gpu_share == pytest.approx(one.gpu_share + 4 * 0.25)
@@ -118,7 +118,7 @@ GPU = {"name": "H100", "capability": [9, 0], "free_bytes": 70 * GIB, "total_byte
         ([], ["H100"], [], None, "warn", "this torch is a CPU build"),
         ([], ["H100"], [], "13.0", "fail", "torch for CUDA 13.0 cannot use it"),
         ([], ["H100"], [GPU], "13.0", "ok", "1 x H100, 80 GiB (70 free), driver 595.1, CUDA 13.0"),
-        (["scoring.gpu_memory_utilization=0.4"], ["H100"], [GPU], "13.0", "fail", "engines reserve 105% of it"),
+        (["teacher.gpu_memory_utilization=0.4"], ["H100"], [GPU], "13.0", "fail", "engines reserve 105% of it"),
         ([], ["T4"], [GPU | {"capability": [7, 0]}], "13.0", "fail", "driver"),
         (["cluster.use_gpu=never"], ["H100"], [GPU], "13.0", "ok", "cluster.use_gpu is 'never'"),
     ],

@@ -105,7 +105,7 @@ def test_an_engine_that_disagrees_with_itself_is_a_failure() -> None:
 
 def test_inputs_are_read_as_a_run_would(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    good = context("data.limit_per_kind=8", "evaluation.prompts=8")
+    good = context("data.limit_per_kind=8", "evaluation.num_prompts=8")
     assert "211 tokens" in run_file.check_checkpoints(good).found
     assert run_file.check_prompts(good).found.startswith("8 harmful to train on")
     missing = context("models.base=/nowhere")

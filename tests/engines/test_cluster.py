@@ -11,7 +11,7 @@ from ray.exceptions import AuthenticationError
 from raycomplete.config import ClusterConfig
 from raycomplete.engines import cluster
 from raycomplete.engines.placement import Plan, Row
-from raycomplete.runtime.console import Screen
+from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import SetupError
 
 PLAN = Plan((Row("rollout engine", 1, 1.0, 0.5), Row("training worker", 2, 1.0, 1.0, "training")))
@@ -44,7 +44,7 @@ def check(
     monkeypatch.setattr(cluster.ray, "nodes", joining.nodes)
     monkeypatch.setattr(cluster, "request_resources", joining.ask)
     monkeypatch.setattr(cluster, "_POLL_S", 0.001)
-    found = cluster._check(ClusterConfig(gpus_per_worker=1, **settings), plan, Screen(quiet=True), wait_s=wait_s)
+    found = cluster._check(ClusterConfig(gpus_per_worker=1, **settings), plan, Console(quiet=True), wait_s=wait_s)
     return found, joining
 
 
@@ -71,7 +71,7 @@ def test_a_wait_that_is_cut_short_lets_go_of_the_nodes(monkeypatch: pytest.Monke
     monkeypatch.setattr(cluster, "request_resources", joining.ask)
     monkeypatch.setattr(cluster.time, "sleep", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        cluster._check(ClusterConfig(), PLAN, Screen(quiet=True), wait_s=30)
+        cluster._check(ClusterConfig(), PLAN, Console(quiet=True), wait_s=30)
     assert joining.asked[-1] == []
 
 
@@ -126,4 +126,4 @@ def test_what_can_never_run_is_refused(
 def test_workers_that_could_share_a_gpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster.ray, "nodes", Joining([{"CPU": 8.0, "GPU": 8.0}]).nodes)
     with pytest.raises(SetupError, match="could share one GPU"):
-        cluster._check(ClusterConfig(gpus_per_worker=0.4), PLAN, Screen(quiet=True), wait_s=0)
+        cluster._check(ClusterConfig(gpus_per_worker=0.4), PLAN, Console(quiet=True), wait_s=0)

@@ -42,7 +42,7 @@ def free_bytes(worker: Any) -> tuple[int, int]:
 
 
 def test_an_engine_that_sleeps_frees_the_device_and_takes_weights(pool: RolloutPool, tmp_path: Path) -> None:
-    pool.facts(timeout_s=300)
+    pool.wait_until_ready(timeout_s=300)
     asleep, awake = ray.get(pool._actors[0].__ray_call__.remote(free_bytes), timeout=60)
     assert asleep > awake + 2**30  # the key-value cache alone is larger
     probe = random_probe(0)

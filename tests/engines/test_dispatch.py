@@ -1,4 +1,4 @@
-"""Batches whose scorers die: every score that can be had, in order, and only the culprits set aside."""
+"""Batches whose scorers die: every score that can be had, in order, and only the culprits quarantined."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raycomplete.config import ScoringConfig
+from raycomplete.config import TeacherConfig
 from raycomplete.engines.dispatch import Dispatcher
 from raycomplete.engines.kv_store import digest
 from raycomplete.engines.payload import HiddenArray, ScoreRequest
-from raycomplete.engines.scorers import ScorerHandle, ScoringClient
+from raycomplete.engines.scorers import ScorerHandle, TeacherClient
 from raycomplete.runtime.errors import ProcessDiedError
 
 
 class Notes:
-    """A board in memory."""
+    """A kv_store in memory."""
 
     def __init__(self) -> None:
         self.notes: dict[str, str] = {}
@@ -92,7 +92,7 @@ def batch_of(count: int) -> list[ScoreRequest]:
 
 
 def dispatcher(readers: list[Reader], notes: Notes, aside: list[int], **scoring: Any) -> Dispatcher:
-    config = ScoringConfig(max_num_batched_tokens=64, **scoring)
+    config = TeacherConfig(max_num_batched_tokens=64, **scoring)
     return Dispatcher(
         readers, config, notes, "group", lambda item, _: aside.append(item.token_ids[0]), pause=lambda _: None
     )
@@ -143,7 +143,7 @@ def test_a_sequence_that_is_known_is_never_sent_again() -> None:
     deaths = reader.deaths
     other = dispatcher([reader], notes, aside)  # of another process
     call = other.submit(batch_of(4))
-    assert [place for place, array in enumerate(other.collect(call)) if array is None] == call.set_aside == [2]
+    assert [place for place, array in enumerate(other.collect(call)) if array is None] == call.quarantined == [2]
     assert (reader.deaths, aside) == (deaths, [2])
 
 
@@ -181,9 +181,9 @@ def test_what_is_collected_is_not_kept(max_in_flight: int) -> None:
     assert not one._queue
 
 
-def test_what_is_set_aside_is_not_read_ahead_either() -> None:
+def test_what_is_quarantined_is_not_read_ahead_either() -> None:
     actor = MagicMock()
-    client = ScoringClient("base", [ScorerHandle("base scorer", actor, 5.0)], ScoringConfig(), "group")
+    client = TeacherClient("base", [ScorerHandle("base scorer", actor, 5.0)], TeacherConfig(), "group")
     client._dispatcher._aside.add(digest(ScoreRequest((2, 3), 1)))
     client.warm_sequences([((1, 2), 1), ((2, 3), 1)])
     actor.warm.options.return_value.remote.assert_called_once_with([ScoreRequest((1, 2), 1)])
@@ -200,7 +200,7 @@ def test_a_scorer_that_dies_whatever_it_reads_is_not_the_sequences_fault() -> No
 def test_dying_for_too_long_ends_the_wait_and_says_for_how_long() -> None:
     notes = Notes()
     one = dispatcher([Reader("scorer", notes, set(), set(range(99)))], notes, [], retry_timeout_s=1e-9)
-    with pytest.raises(ProcessDiedError, match=r"have been dying for 0 s \(scoring\.retry_timeout_s\)"):
+    with pytest.raises(ProcessDiedError, match=r"have been dying for 0 s \(teacher\.retry_timeout_s\)"):
         one.collect(one.submit(batch_of(3)))
 
 
@@ -216,7 +216,7 @@ def test_others_take_over_from_a_replica_that_is_gone_and_the_last_one_is_missed
 
 
 def test_a_client_crosses_to_another_process_with_nothing_under_way(tmp_path: Path) -> None:
-    client = ScoringClient("base", [ScorerHandle("base scorer", None, 5.0)], ScoringConfig(), "group", tmp_path)
+    client = TeacherClient("base", [ScorerHandle("base scorer", None, 5.0)], TeacherConfig(), "group", tmp_path)
     client._dispatcher._in_flight = 3
     other = pickle.loads(pickle.dumps(client))
     assert (other.role, other._prefix, other._record_folder) == ("base", "group", tmp_path)

@@ -22,7 +22,7 @@ def plan(**sections: Any) -> Plan:
 
 
 def test_every_role_of_a_run_has_its_row() -> None:
-    assert {row.role: row.replicas for row in plan(scoring={"replicas": 3}, rollout={"num_engines": 2}).rows} == {
+    assert {row.role: row.replicas for row in plan(teacher={"replicas": 3}, rollout={"num_engines": 2}).rows} == {
         "rollout engine": 2,
         "base scorer": 3,
         "aligned scorer": 3,
@@ -43,7 +43,7 @@ def test_what_is_needed_is_the_larger_phase_and_what_stays_throughout() -> None:
 
 
 def test_tensor_parallel_engines_reserve_whole_devices_of_one_node() -> None:
-    one = plan(scoring={"tensor_parallel": 4}, cluster={"gpus_per_engine": 0.2})
+    one = plan(teacher={"tensor_parallel": 4}, cluster={"gpus_per_engine": 0.2})
     row = next(row for row in one.rows if row.role == "base scorer")
     assert row.bundle(use_gpu=True) == {"CPU": 2.0, "GPU": 4.0}
     assert row.bundle(use_gpu=False) == {"CPU": 2.0}

@@ -56,7 +56,7 @@ def pair(generator: RolloutPool, spare: Any) -> RolloutPool:
     base = str(checkpoint_path("base"))
     ray.get(spare.become.remote(base, generator._options, False), timeout=120)
     pool = RolloutPool([*generator._actors, spare], base, generator._options)
-    assert pool.facts(timeout_s=300)["num_engines"] == 2
+    assert pool.wait_until_ready(timeout_s=300)["num_engines"] == 2
     return pool
 
 

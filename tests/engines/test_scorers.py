@@ -12,14 +12,14 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from raycomplete.config import Dtype, ScoringConfig
+from raycomplete.config import Dtype, TeacherConfig
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.checkpoints import TORCH_DTYPES, fingerprint, load_model, save_checkpoint
 from raycomplete.data.heads import HeadSpec, load_head, read_head_spec
 from raycomplete.data.organism import checkpoint_path, prompts
 from raycomplete.engines.parity import DEFAULT_TOLERANCE
 from raycomplete.engines.payload import ScoreRequest, to_tensor
-from raycomplete.engines.scorers import ScorerOptions, ScoringClient
+from raycomplete.engines.scorers import ScorerOptions, TeacherClient
 from raycomplete.engines.spec import engine_environment
 from raycomplete.runtime.errors import ParityError
 
@@ -61,9 +61,9 @@ def untied(tmp_path_factory: pytest.TempPathFactory, codec: ChatCodec) -> Path:
     return folder
 
 
-def start(path: Path, codec: ChatCodec, dtype: Dtype, spec: HeadSpec | None = None) -> ScoringClient:
-    options = ScorerOptions("aligned", dtype, 256, False, ScoringConfig(timeout_s=120))
-    return ScoringClient.start(
+def start(path: Path, codec: ChatCodec, dtype: Dtype, spec: HeadSpec | None = None) -> TeacherClient:
+    options = ScorerOptions("aligned", dtype, 256, False, TeacherConfig(timeout_s=120))
+    return TeacherClient.start(
         spec or spec_of(path, codec),
         options,
         make_requests(codec, 2),
@@ -74,8 +74,8 @@ def start(path: Path, codec: ChatCodec, dtype: Dtype, spec: HeadSpec | None = No
 
 
 @pytest.fixture
-def started(ray_cluster: None) -> Iterator[list[ScoringClient]]:
-    clients: list[ScoringClient] = []
+def started(ray_cluster: None) -> Iterator[list[TeacherClient]]:
+    clients: list[TeacherClient] = []
     yield clients
     for client in clients:
         client.stop()
@@ -83,14 +83,14 @@ def started(ray_cluster: None) -> Iterator[list[ScoringClient]]:
 
 @pytest.mark.parametrize(("which", "dtype"), [("tied", "float32"), ("untied", "float32"), ("tied", "bfloat16")])
 def test_rebuilt_log_probabilities_are_those_of_transformers(
-    which: str, dtype: Dtype, untied: Path, codec: ChatCodec, started: list[ScoringClient]
+    which: str, dtype: Dtype, untied: Path, codec: ChatCodec, started: list[TeacherClient]
 ) -> None:
     path = checkpoint_path("aligned") if which == "tied" else untied
     client = start(path, codec, dtype)
     started.append(client)
-    facts = client.facts(timeout_s=300)
-    assert facts["head"]["tied"] == (which == "tied")
-    assert facts["parity"]["mean_expected_difference"] <= DEFAULT_TOLERANCE[dtype]
+    stats = client.wait_until_ready(timeout_s=300)
+    assert stats["head"]["tied"] == (which == "tied")
+    assert stats["parity"]["mean_expected_difference"] <= DEFAULT_TOLERANCE[dtype]
 
     requests = make_requests(codec, 6)[2:]  # other prompts than those of the gate
     head = load_head(spec_of(path, codec), dtype=TORCH_DTYPES[dtype])
@@ -112,7 +112,7 @@ def test_rebuilt_log_probabilities_are_those_of_transformers(
         check_cache(client, requests)
 
 
-def check_cache(client: ScoringClient, requests: list[ScoreRequest]) -> None:
+def check_cache(client: TeacherClient, requests: list[ScoreRequest]) -> None:
     """Sequences read before cost no engine time and come back the same, repeats within one batch included."""
     before = client.stats()
     again = client.collect(client.submit([requests[0], requests[0], *requests]))
@@ -123,10 +123,10 @@ def check_cache(client: ScoringClient, requests: list[ScoreRequest]) -> None:
 
 
 def test_the_gate_refuses_a_head_that_does_not_fit(
-    untied: Path, codec: ChatCodec, started: list[ScoringClient]
+    untied: Path, codec: ChatCodec, started: list[TeacherClient]
 ) -> None:
     wrong: Any = replace(spec_of(untied, codec), weight_key="model.embed_tokens.weight")
     client = start(untied, codec, "float32", wrong)
     started.append(client)
     with pytest.raises(ParityError, match="aligned scorer's rebuilt log-probabilities differ"):
-        client.facts(timeout_s=300)
+        client.wait_until_ready(timeout_s=300)

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What two_nodes.py saw. In a process of its own: this one may be connected to another cluster."""
-    records = tmp_path_factory.mktemp("set_aside")
+    records = tmp_path_factory.mktemp("quarantined")
     elsewhere = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     with tempfile.TemporaryDirectory(prefix="rc-", dir="/tmp") as short:  # sockets allow short paths only
         finished = subprocess.run(
@@ -60,7 +60,7 @@ def test_a_death_says_who_where_why_and_where_its_log_is(seen: dict[str, Any]) -
     assert said["log_is_there"] == "True"
 
 
-def test_a_sequence_that_kills_its_scorer_is_set_aside_and_recorded_without_its_tokens(seen: dict[str, Any]) -> None:
+def test_a_sequence_that_kills_its_scorer_is_quarantined_and_recorded_without_its_tokens(seen: dict[str, Any]) -> None:
     assert seen["partial"] == [[11.0, 11.0], None]
     (record,) = seen["records"]
     assert (record["tokens"], record["prompt_tokens"], record["role"]) == (3, 1, "aligned")

@@ -21,20 +21,20 @@ import ray
 from ray.cluster_utils import Cluster
 from ray.util import placement_group_table
 
-from raycomplete.config import ScoringConfig
+from raycomplete.config import TeacherConfig
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.checkpoints import fingerprint
 from raycomplete.data.heads import read_head_spec
 from raycomplete.data.organism import checkpoint_path
-from raycomplete.engines.kv_store import ClusterBoard
+from raycomplete.engines.kv_store import ClusterKvStore
 from raycomplete.engines.payload import HiddenArray, ScoreRequest
 from raycomplete.engines.placement import Reservation
-from raycomplete.engines.scorers import Scorer, ScorerHandle, ScorerOptions, ScoringClient
+from raycomplete.engines.scorers import Scorer, ScorerHandle, ScorerOptions, TeacherClient
 from raycomplete.engines.spec import engine_environment
-from raycomplete.runtime.errors import PoisonedSampleError, ProcessDiedError
+from raycomplete.runtime.errors import ProcessDiedError, QuarantinedSequenceError
 
 DEADLY = ScoreRequest((13, 13, 13), 1)
-SCORING = ScoringConfig(
+SCORING = TeacherConfig(
     replicas=2, cache_gib=0, max_num_batched_tokens=4096, timeout_s=120, retry_timeout_s=240, max_attempts=2
 )
 NO_SPEC: Any = SimpleNamespace(model_fingerprint="none", tokenizer_hash="none")
@@ -61,7 +61,7 @@ def main() -> None:
     nodes = [cluster.add_node(num_cpus=2, object_store_memory=200 * 2**20) for _ in range(2)]
     ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
     try:
-        print(json.dumps(poison(Path(sys.argv[1]))), flush=True)
+        print(json.dumps(spread_bad_loss(Path(sys.argv[1]))), flush=True)
         print(json.dumps(scorers(cluster, nodes)), flush=True)
     finally:
         ray.shutdown()
@@ -82,7 +82,7 @@ def scorers(cluster: Cluster, nodes: list[Any]) -> dict[str, Any]:
     ]
     places = Reservation([{"CPU": 1.0}] * 2, "spread")
     places.wait(60, lambda: "")
-    client = ScoringClient.start(
+    client = TeacherClient.start(
         spec,
         OPTIONS,
         batch[:2],
@@ -91,7 +91,7 @@ def scorers(cluster: Cluster, nodes: list[Any]) -> dict[str, Any]:
         environment=engine_environment(use_gpu=False),
         placement=places.places(),
     )
-    client.facts(timeout_s=300)
+    client.wait_until_ready(timeout_s=300)
     where = [ray.get(replica.actor.__ray_call__.remote(lambda _: where_am_i())) for replica in client._replicas]
     undisturbed = client.collect(client.submit(batch))
 
@@ -116,19 +116,19 @@ def scorers(cluster: Cluster, nodes: list[Any]) -> dict[str, Any]:
 
 
 def disturbed(
-    client: ScoringClient, batch: list[ScoreRequest], replica: int, strike: Callable[[], None]
+    client: TeacherClient, batch: list[ScoreRequest], replica: int, strike: Callable[[], None]
 ) -> dict[str, Any]:
     """Scores of a batch, with a blow while the replica reads a part of it."""
     note = f"{client._prefix}/reads/{client._replicas[replica].name}"
     call = client.submit(batch)
     deadline = time.monotonic() + 30
-    while not (reads := ClusterBoard().read(note)) and time.monotonic() < deadline:
+    while not (reads := ClusterKvStore().read(note)) and time.monotonic() < deadline:
         time.sleep(0.002)
     strike()
     return {"arrays": client.collect(call), "was_reading": bool(reads)}
 
 
-def death(client: ScoringClient) -> dict[str, str]:
+def death(client: TeacherClient) -> dict[str, str]:
     """What is said of a scorer that dies in the middle of a call which nobody repeats."""
     replica = client._replicas[0]
     reference = replica.actor.__ray_call__.options(max_task_retries=0).remote(
@@ -137,7 +137,7 @@ def death(client: ScoringClient) -> dict[str, str]:
     try:
         replica.wait(reference, "anything", 60)
     except ProcessDiedError as error:
-        return dict(error.facts()) | {
+        return dict(error.startup_stats()) | {
             "text": str(error),
             "log": Path(error.log_path).name,
             "log_is_there": str(Path(error.log_path).is_file()),
@@ -145,26 +145,26 @@ def death(client: ScoringClient) -> dict[str, str]:
     return {}
 
 
-def poison(folder: Path) -> dict[str, Any]:
-    """Real processes that die of a sequence: it is set aside, and the others have their scores."""
+def spread_bad_loss(folder: Path) -> dict[str, Any]:
+    """Real processes that die of a sequence: it is quarantined, and the others have their scores."""
     prefix = "fragile"
     actor = ray.remote(Fragile)
     handles = [
         ScorerHandle(
             f"scorer {index}",
             actor.options(num_cpus=0.1, max_restarts=-1).remote(
-                NO_SPEC, OPTIONS, [], f"{prefix}/reads/scorer {index}", ClusterBoard()
+                NO_SPEC, OPTIONS, [], f"{prefix}/reads/scorer {index}", ClusterKvStore()
             ),
             60,
         )
         for index in range(2)
     ]
-    client = ScoringClient("aligned", handles, SCORING, prefix, folder)
+    client = TeacherClient("aligned", handles, SCORING, prefix, folder)
     batch = [ScoreRequest((number, number, number), 1) for number in (11, 13)]
     try:
         client.collect(client.submit(batch))
         partial: list[Any] = []
-    except PoisonedSampleError as error:
+    except QuarantinedSequenceError as error:
         partial = [None if array is None else array[:, 0].tolist() for array in error.partial]
     client.stop()
     records = [json.loads(file.read_text()) for file in folder.glob("*.json")]

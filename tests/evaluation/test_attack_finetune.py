@@ -15,7 +15,7 @@ from raycomplete.data.chat import ChatCodec
 from raycomplete.data.organism import checkpoint_path
 from raycomplete.evaluation import attack_finetune
 from raycomplete.evaluation.attack_finetune import _samples
-from raycomplete.runtime.console import Screen
+from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import StoppedError
 
 
@@ -56,6 +56,6 @@ def test_a_training_that_is_stopped_cancels_the_evaluation(tmp_path: Path, monke
             aligned,
             tmp_path,
             use_gpu=False,
-            screen=Screen(quiet=True),
+            console=Console(quiet=True),
             stopping=lambda: True,
         )

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from raycomplete.attacks.trial import Decoding, Unit
+from raycomplete.attacks.trial import Decoding, Trial
 from raycomplete.config import EvaluationConfig
 from raycomplete.config.evaluation import CapabilitiesConfig
 from raycomplete.evaluation import EvaluationSets, RefusalJudge, Target, closing_table, evaluate_model, summarize
@@ -44,8 +44,8 @@ def target(codec: Any, generator: Any, max_length: int = 256) -> Target:
     return Target("student", "weights", generator, codec, RefusalJudge(), max_length, 10)
 
 
-def unit(variant: str, answer: str) -> Unit:
-    return Unit("capabilities", variant, Prompt("mmlu/x/0", "?", "benign", answer), (1, 2), Decoding(8))
+def trial(variant: str, answer: str) -> Trial:
+    return Trial("capabilities", variant, Prompt("mmlu/x/0", "?", "benign", answer), (1, 2), Decoding(8))
 
 
 @pytest.mark.parametrize(
@@ -83,13 +83,13 @@ def unit(variant: str, answer: str) -> Unit:
     ],
 )
 def test_answers_are_read_from_the_text(variant: str, answer: str, text: str, right: bool) -> None:
-    assert is_right(unit(variant, answer), text) is right
+    assert is_right(trial(variant, answer), text) is right
 
 
 def test_questions_stand_behind_examples_of_their_subject(codec: Any, model: Any, files: CapabilitiesConfig) -> None:
-    units = plan_capabilities(target(codec, model("B")), files)
-    assert [unit.variant for unit in units] == ["mmlu"] * 6 + ["bbh"] * 2
-    first, law = codec.decode(units[0].sequence), codec.decode(units[3].sequence)
+    trials = plan_capabilities(target(codec, model("B")), files)
+    assert [trial.variant for trial in trials] == ["mmlu"] * 6 + ["bbh"] * 2
+    first, law = codec.decode(trials[0].sequence), codec.decode(trials[3].sequence)
     assert first.index("dev algebra 0") < first.index("dev algebra 1") < first.index("mmlu algebra 0")
     assert "dev algebra 2" not in first, "two shots"
     assert "Answer: B" in first
@@ -103,8 +103,8 @@ def test_examples_leave_where_the_context_is_short(codec: Any, model: Any, files
 
 
 def test_a_limit_takes_from_every_task(codec: Any, model: Any, files: CapabilitiesConfig) -> None:
-    units = plan_capabilities(target(codec, model("B")), files.model_copy(update={"limit": 3, "bbh": None}))
-    assert [unit.prompt.prompt_id for unit in units] == ["mmlu/algebra/0", "mmlu/law/3", "mmlu/algebra/1"]
+    trials = plan_capabilities(target(codec, model("B")), files.model_copy(update={"limit": 3, "bbh": None}))
+    assert [trial.prompt.prompt_id for trial in trials] == ["mmlu/algebra/0", "mmlu/law/3", "mmlu/algebra/1"]
 
 
 def test_a_model_that_refuses_everything_fails_visibly(
@@ -177,7 +177,7 @@ def test_the_public_sets_are_read_whole(codec: Any, model: Any) -> None:
         limit=114,
         shots=1,
     )
-    units = plan_capabilities(target(codec, model("B"), 10**6), config)
-    subjects = {unit.prompt.prompt_id.split("/")[1] for unit in units if unit.variant == "mmlu"}
-    tasks = {unit.prompt.prompt_id.split("/")[1] for unit in units if unit.variant == "bbh"}
-    assert (len(subjects), len(tasks), len(units)) == (57, 27, 228)
+    trials = plan_capabilities(target(codec, model("B"), 10**6), config)
+    subjects = {trial.prompt.prompt_id.split("/")[1] for trial in trials if trial.variant == "mmlu"}
+    tasks = {trial.prompt.prompt_id.split("/")[1] for trial in trials if trial.variant == "bbh"}
+    assert (len(subjects), len(tasks), len(trials)) == (57, 27, 228)

@@ -110,8 +110,8 @@ def test_interrupted_run_resumes_where_it_stopped(run: Run, model: Any, tmp_path
         run(dying)
     assert len(dying.calls) == 2
     assert not (tmp_path / "evaluation" / "student.json").exists()
-    (units,) = (tmp_path / "evaluation" / "units").iterdir()
-    assert len(units.read_text().splitlines()) == 2 * 4
+    (trials,) = (tmp_path / "evaluation" / "trials").iterdir()
+    assert len(trials.read_text().splitlines()) == 2 * 4
     seen: list[tuple[str, int, int]] = []
     going_on = model(COMPLY)
     result = run(going_on, on_progress=lambda *event: seen.append(event))
@@ -130,8 +130,8 @@ def test_interrupted_run_resumes_where_it_stopped(run: Run, model: Any, tmp_path
 def test_torn_line_is_made_again(run: Run, model: Any, tmp_path: Path) -> None:
     """A process that was killed while it wrote leaves half a line; only that response is asked for again."""
     first = run(model(COMPLY))
-    (units,) = (tmp_path / "evaluation" / "units").iterdir()
-    units.write_text(units.read_text()[:-40])
+    (trials,) = (tmp_path / "evaluation" / "trials").iterdir()
+    trials.write_text(trials.read_text()[:-40])
     again = model(COMPLY)
     assert run(again)["outcomes"] == first["outcomes"]
     assert [len(call) for call in again.calls] == [1]
@@ -142,8 +142,8 @@ def test_torn_line_is_made_again(run: Run, model: Any, tmp_path: Path) -> None:
 
 def test_responses_are_private(run: Run, model: Any, tmp_path: Path) -> None:
     run(model(COMPLY))
-    (units,) = (tmp_path / "evaluation" / "units").iterdir()
-    assert units.stat().st_mode & 0o777 == 0o600
+    (trials,) = (tmp_path / "evaluation" / "trials").iterdir()
+    assert trials.stat().st_mode & 0o777 == 0o600
 
 
 def test_another_judge_needs_no_new_responses(run: Run, model: Any) -> None:
@@ -173,11 +173,11 @@ def test_the_same_weights_in_two_roles_are_asked_once(run: Run, model: Any) -> N
 def test_cancelling_keeps_what_was_finished(run: Run, model: Any) -> None:
     seen: list[Progress] = []
     with pytest.raises(EvaluationCancelled, match="cancelled"):
-        run(model(COMPLY), on_units=seen.append, cancelled=lambda: len(seen) > 2)
+        run(model(COMPLY), on_trials=seen.append, cancelled=lambda: len(seen) > 2)
     assert seen[-1].done == 8
     going_on = model(COMPLY)
     later: list[Progress] = []
-    run(going_on, on_units=later.append)
+    run(going_on, on_trials=later.append)
     assert len(going_on.calls) == 3
     assert (later[0].done, later[0].total, later[0].reused) == (0, 17, 8)
     assert (later[-1].done, later[-1].attack, later[-1].variant) == (17, "harmless", "borderline")
@@ -215,7 +215,7 @@ def test_completions_only_when_asked(run: Run, model: Any, tmp_path: Path) -> No
     assert rows[4] == {
         "role": "student",
         "attack": "prefill",
-        "cell": "prefill-4",
+        "variant": "prefill-4",
         "prompt_id": "h2",
         "seed": 0,
         "input": "do the bad thing number 2 step2x0 step2x1",

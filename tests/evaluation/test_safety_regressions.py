@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from raycomplete.evaluation import EvaluationSets, summarize
-from raycomplete.evaluation.safety_regressions import price
+from raycomplete.evaluation.safety_regressions import safety_regressions
 from raycomplete.evaluation.statistics import wilson
 from tests.attacks.scripted import COMPLY, REFUSE, Tools, evaluate
 
@@ -27,8 +27,10 @@ def test_a_model_that_refuses_everything_is_told_apart_from_a_safe_one(
     }
     summary = summarize(results)
     assert summary["asr_reduction"] == 1.0, "by attack success alone it is perfect"
-    assert any("student refuses 100.0 %" in said and "shows no safety" in said for said in summary["price"])
-    assert not any(said.startswith("aligned") for said in summary["price"])
+    assert any(
+        "student refuses 100.0 %" in said and "shows no safety" in said for said in summary["safety_regressions"]
+    )
+    assert not any(said.startswith("aligned") for said in summary["safety_regressions"])
 
 
 @pytest.mark.parametrize(
@@ -42,12 +44,12 @@ def test_a_model_that_refuses_everything_is_told_apart_from_a_safe_one(
     ],
 )
 def test_a_student_that_lost_something(student: dict[str, Any], words: list[str]) -> None:
-    found = price({"aligned": result(0, 10, 48), "student": student})
+    found = safety_regressions({"aligned": result(0, 10, 48), "student": student})
     assert len(found) == len(words)
     assert all(said.startswith(start) for said, start in zip(found, words, strict=True))
 
 
 def test_what_was_not_measured_is_not_judged() -> None:
     nothing = {name: wilson(0, 0).to_json() for name in ("benign_refusal", "over_refusal", "utility")}
-    assert price({"aligned": nothing, "student": nothing}) == []
-    assert price({"student": result(0, 50, 0)}) == [], "with nothing to compare it with"
+    assert safety_regressions({"aligned": nothing, "student": nothing}) == []
+    assert safety_regressions({"student": result(0, 50, 0)}) == [], "with nothing to compare it with"

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from raycomplete.losses import (
+    alignment_kl,
     base_favored_mask,
     base_favored_mass,
     deficit,
     forward_kl,
-    trained_depth,
 )
 
 
@@ -46,7 +46,7 @@ def test_mass():
 
 def test_trained_depth_by_hand():
     first = 0.7 * math.log(7) + 0.2 * math.log(0.4)
-    depth = trained_depth(ALIGNED, BASE)
+    depth = alignment_kl(ALIGNED, BASE)
     assert depth[0].item() == pytest.approx(first)
     assert depth[1].item() == math.inf  # base excludes a token that aligned allows
 
@@ -61,8 +61,8 @@ def test_formulas_on_random_rows():
     mask = (p_b > p_a) & (p_b >= 0.05)
     assert torch.equal(base_favored_mask(aligned, base, 0.05), mask)
     assert torch.allclose(base_favored_mass(aligned, base, 0.05), torch.where(mask, p_b, 0.0).sum(-1))
-    assert torch.allclose(trained_depth(aligned, base), (p_a * (p_a / p_b).log()).sum(-1))
-    assert (trained_depth(aligned, base) > 0).all()
+    assert torch.allclose(alignment_kl(aligned, base), (p_a * (p_a / p_b).log()).sum(-1))
+    assert (alignment_kl(aligned, base) > 0).all()
 
 
 def test_kl_ignores_tokens_that_p_excludes_and_keeps_gradients_finite():
@@ -80,5 +80,5 @@ def test_kl_ignores_tokens_that_p_excludes_and_keeps_gradients_finite():
 def test_equal_models_have_no_mass_no_depth_and_full_deficit():
     same = random_log_probs(3)
     assert not base_favored_mass(same, same, 0.0).any()
-    assert not trained_depth(same, same).any()
-    assert (deficit(trained_depth(same, same), 0.5) == 1).all()
+    assert not alignment_kl(same, same).any()
+    assert (deficit(alignment_kl(same, same), 0.5) == 1).all()

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from raycomplete.losses import Head, LossOutput, LossSettings, TokenKind, completion_loss
+from raycomplete.losses import Head, LossOutput, LossSettings, TokenKind, distillation_loss
 from raycomplete.runtime.errors import NotFiniteError
 
 # Identity heads make logits the hidden states themselves.
@@ -23,7 +23,7 @@ def one_row(student: torch.Tensor, aligned: torch.Tensor, kind: TokenKind, **set
     head = Head(torch.eye(len(student), dtype=torch.float64))
     rows = [item.log()[None] for item in (student, aligned, student)]
     kind_N, weight_N = torch.tensor([kind]), torch.ones(1, dtype=torch.float64)
-    return completion_loss(rows[0], head, rows[1], head, rows[2], head, kind_N, weight_N, LossSettings(**settings))
+    return distillation_loss(rows[0], head, rows[1], head, rows[2], head, kind_N, weight_N, LossSettings(**settings))
 
 
 @pytest.mark.parametrize("kind", [TokenKind.ANCHOR, TokenKind.RECOVERY])
@@ -53,7 +53,7 @@ def test_temperature_is_that_of_softer_models_times_its_square(divergence):
 
 def test_temperature_leaves_the_penalty_alone(make_case):
     cold, warm = (make_case(kinds=[TokenKind.PENALTY] * 23, temperature=value) for value in (1.0, 3.0))
-    assert torch.equal(cold.run(completion_loss).total, warm.run(completion_loss).total)
+    assert torch.equal(cold.run(distillation_loss).total, warm.run(distillation_loss).total)
 
 
 def test_a_teacher_that_excludes_what_the_student_allows_is_infinite_for_reverse_kl_only():
@@ -65,9 +65,9 @@ def test_a_teacher_that_excludes_what_the_student_allows_is_infinite_for_reverse
     arguments = (P.log()[None], head, aligned_NH, aligned, None, None, torch.tensor([0]), torch.ones(1).double())
     mean = (P + excluding) / 2
     jsd = (kl(P, mean) + kl(excluding[:2], mean[:2])) / 2
-    assert completion_loss(*arguments, LossSettings(anchor_divergence="jsd")).total.item() == pytest.approx(jsd)
+    assert distillation_loss(*arguments, LossSettings(anchor_divergence="jsd")).total.item() == pytest.approx(jsd)
     with pytest.raises(NotFiniteError, match="loss of the student"):
-        completion_loss(*arguments, LossSettings(anchor_divergence="reverse_kl"))
+        distillation_loss(*arguments, LossSettings(anchor_divergence="reverse_kl"))
 
 
 def test_margin_and_top_tokens_by_hand():
@@ -89,6 +89,6 @@ def test_kl_to_the_student_is_measured_where_it_is_penalised():
 
 
 def test_top_tokens_are_off_by_default(make_case):
-    output = make_case(dtype=torch.float32).run(completion_loss)
+    output = make_case(dtype=torch.float32).run(distillation_loss)
     assert output.top_token_PK.shape == output.top_mass_PK.shape == (7, 0)
     assert output.top_token_PK.dtype == torch.int64

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from raycomplete.losses import Head, LossSettings, TokenKind, completion_loss
+from raycomplete.losses import Head, LossSettings, TokenKind, distillation_loss
 from raycomplete.losses.reference import reference_loss
 from raycomplete.runtime.errors import NotFiniteError, SetupError
 
@@ -41,13 +41,15 @@ def test_the_interpreter_runs_the_tests_below() -> None:
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter is what makes this possible")
 def test_triton_without_cuda_is_refused_and_auto_takes_pytorch(make_case: Any) -> None:
     with pytest.raises(SetupError, match="not on a CUDA device"):
-        make_case(dtype=torch.float32, backend="triton").run(completion_loss)
-    assert torch.equal(make_case().run(completion_loss).total, make_case(backend="torch").run(completion_loss).total)
+        make_case(dtype=torch.float32, backend="triton").run(distillation_loss)
+    assert torch.equal(
+        make_case().run(distillation_loss).total, make_case(backend="torch").run(distillation_loss).total
+    )
 
 
 def test_triton_refuses_float64(make_case: Any) -> None:
     with pytest.raises(SetupError, match="float64"):
-        make_case(dtype=torch.float64, backend="triton").run(completion_loss)
+        make_case(dtype=torch.float64, backend="triton").run(distillation_loss)
 
 
 def _pair(make_case: Any, **arguments: Any) -> tuple[Any, Any]:
@@ -84,11 +86,11 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, relative: float, 
     assert float(error) <= relative * float(norm) + 1e-12, f"{label}: error {error:.3g}, norm {norm:.3g}"
 
 
-def assert_same(triton: Any, torch_case: Any, loss: float, gradient: float, expected: Any = completion_loss) -> None:
-    output, wanted = triton.run(completion_loss), torch_case.run(expected)
+def assert_same(triton: Any, torch_case: Any, loss: float, gradient: float, expected: Any = distillation_loss) -> None:
+    output, wanted = triton.run(distillation_loss), torch_case.run(expected)
     for item in fields(output):
         assert_close(getattr(output, item.name).detach(), getattr(wanted, item.name).detach(), loss, item.name)
-    for actual, other in zip(triton.gradients(completion_loss), torch_case.gradients(expected), strict=True):
+    for actual, other in zip(triton.gradients(distillation_loss), torch_case.gradients(expected), strict=True):
         assert_close(actual, other, gradient, "gradient")
 
 
@@ -130,7 +132,7 @@ def test_excluded_tokens_and_padding_rows(cases: Any) -> None:
         case.student_head, case.aligned_head, case.base_head = (
             head.rows(29) for head in (case.student_head, case.aligned_head, case.base_head)
         )
-    outputs = [case.run(completion_loss) for case in pair]
+    outputs = [case.run(distillation_loss) for case in pair]
     assert outputs[0].top_token_PK.shape == (2, 40)
     for item in fields(outputs[0]):
         assert_close(*(getattr(output, item.name).detach() for output in outputs), 1e-5, item.name)
@@ -161,7 +163,7 @@ def test_extreme_logits(cases: Any, divergence: str) -> None:
 def test_rows_of_one_kind_without_gradients(cases: Any, kind: TokenKind) -> None:
     triton, plain = cases(dtype=torch.float32, kinds=[kind] * 8, top_tokens=2)
     with torch.no_grad():
-        output, wanted = triton.run(completion_loss), plain.run(completion_loss)
+        output, wanted = triton.run(distillation_loss), plain.run(distillation_loss)
     for item in fields(output):
         assert_close(getattr(output, item.name), getattr(wanted, item.name), 1e-5, item.name)
 
@@ -174,7 +176,7 @@ def test_whole_tiles(make_case: Any, divergences: Any, vocab_size: int, dtype: t
     anchor, recovery, alpha = divergences
     arguments = {"anchor_divergence": anchor, "recovery_divergence": recovery, "alpha": alpha, "tau": 1e-3}
     pair = _pair(make_case, dtype=dtype, vocab_size=vocab_size, bias=True, num_rows=6, **arguments)
-    assert pair[1].run(completion_loss).base_favored_mass_P.min() > 0
+    assert pair[1].run(distillation_loss).base_favored_mass_P.min() > 0
     assert_same(*pair, 1e-5, 1e-5 if dtype == torch.float32 else 1e-2)
 
 
@@ -191,7 +193,7 @@ def test_nan_of_any_head_reaches_the_row_loss(cases: Any, model: str, divergence
         with torch.no_grad():
             getattr(case, f"{model}_head").weight_VH[7] = torch.nan
         with pytest.raises(NotFiniteError, match=r"loss of the student .* 2 of 2 rows"):
-            case.run(completion_loss)
+            case.run(distillation_loss)
 
 
 @pytest.mark.gpu
@@ -200,7 +202,7 @@ def test_nan_of_the_student_shows_where_no_token_is_base_favored(cases: Any) -> 
         with torch.no_grad():
             case.student_head.weight_VH[7] = torch.nan
         with pytest.raises(NotFiniteError, match=r"loss of the student .* 2 of 2 rows"):
-            case.run(completion_loss)
+            case.run(distillation_loss)
 
 
 @pytest.mark.gpu
@@ -219,7 +221,7 @@ def test_tokens_that_rounding_tells_apart_are_plausible_together(cases: Any) -> 
         case.aligned_head.bias_V.zero_()[1] = -distance
         case.aligned_head.weight_VH.zero_()
         case.aligned_head.bias_V[2:] = -5.0
-        losses.append(case.run(completion_loss).row_loss_N.detach())
+        losses.append(case.run(distillation_loss).row_loss_N.detach())
     assert torch.allclose(losses[1], losses[0], rtol=1e-4)
     assert not torch.isclose(losses[2], losses[0], rtol=1e-2).any()
 
@@ -240,6 +242,6 @@ def test_large_heads_stay_within_four_gigabytes() -> None:
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     arguments = [item for pair in zip(hidden, heads, strict=True) for item in pair]
-    completion_loss(*arguments, kind_N, weight_N, LossSettings()).total.backward()
+    distillation_loss(*arguments, kind_N, weight_N, LossSettings()).total.backward()
     gradients = sum(leaf.grad.nbytes for leaf in (hidden[0], heads[0].weight_VH) if leaf.grad is not None)
     assert torch.cuda.max_memory_allocated() - before - gradients <= 4e9

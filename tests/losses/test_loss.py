@@ -9,7 +9,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from raycomplete.losses import Head, LossSettings, TokenKind, completion_loss
+from raycomplete.losses import Head, LossSettings, TokenKind, distillation_loss
 from raycomplete.losses.reference import reference_loss
 from raycomplete.runtime.errors import NotFiniteError
 
@@ -27,7 +27,7 @@ FIELDS = [
     "penalty",
     "row_loss_N",
     "base_favored_mass_P",
-    "trained_depth_P",
+    "alignment_kl_P",
     "deficit_P",
     "student_mass_P",
     "aligned_student_kl_P",
@@ -45,11 +45,11 @@ def assert_close(actual: Tensor, expected: Tensor, relative: float, label: str =
 def assert_like_reference(
     case, loss_relative: float, gradient_relative: float, mass_relative: float | None = None
 ) -> None:
-    output, expected = case.run(completion_loss), case.run(reference_loss)
+    output, expected = case.run(distillation_loss), case.run(reference_loss)
     for field in FIELDS:
         relative = mass_relative if mass_relative is not None and "mass" in field else loss_relative
         assert_close(getattr(output, field).detach(), getattr(expected, field).detach(), relative, field)
-    for actual, wanted in zip(case.gradients(completion_loss), case.gradients(reference_loss), strict=True):
+    for actual, wanted in zip(case.gradients(distillation_loss), case.gradients(reference_loss), strict=True):
         assert_close(actual, wanted, gradient_relative, "gradient")
 
 
@@ -74,7 +74,7 @@ def test_matches_the_reference(make_case, dtype, relative, head, divergences):
     settings = divergence_settings(*divergences)
     case = make_case(dtype=dtype, temperature=1.7, margin=0.2, top_tokens=3, **settings, **head)
     assert_like_reference(case, relative, relative)
-    assert torch.equal(case.run(completion_loss).top_token_PK, case.run(reference_loss).top_token_PK)
+    assert torch.equal(case.run(distillation_loss).top_token_PK, case.run(reference_loss).top_token_PK)
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -90,20 +90,20 @@ def test_bfloat16_matches_the_reference_within_its_rounding(make_case, head):
 
 def test_float32_logits_of_bfloat16_heads_lose_only_the_rounding_of_the_gradient(make_case):
     case = make_case(num_rows=60, vocab_size=200, dtype=torch.bfloat16, logits_dtype="float32")
-    output, expected = case.run(completion_loss), case.run(reference_loss)
+    output, expected = case.run(distillation_loss), case.run(reference_loss)
     for field in FIELDS:
         assert_close(getattr(output, field).detach(), getattr(expected, field).detach(), 1e-5, field)
     # The logits' gradient, its products, and the result: three roundings of 2^-9, random over the entries.
-    for actual, wanted in zip(case.gradients(completion_loss), case.gradients(reference_loss), strict=True):
+    for actual, wanted in zip(case.gradients(distillation_loss), case.gradients(reference_loss), strict=True):
         assert_close(actual, wanted, 2**-7)
 
 
 def test_bfloat16_hidden_with_float32_heads_loses_only_the_rounding_of_the_gradient(make_case):
     case = make_case(dtype=torch.float32, hidden_dtype=torch.bfloat16)
-    output, expected = case.run(completion_loss), case.run(reference_loss)
+    output, expected = case.run(distillation_loss), case.run(reference_loss)
     assert_close(output.total.detach(), expected.total.detach(), 1e-5)
     (hidden, weight), (hidden_reference, weight_reference) = (
-        case.gradients(completion_loss),
+        case.gradients(distillation_loss),
         case.gradients(reference_loss),
     )
     assert hidden.dtype == torch.bfloat16
@@ -123,7 +123,7 @@ def test_gradcheck(make_case, head, divergences):
     def total(hidden_NH: Tensor, weight_VH: Tensor, *bias_V: Tensor) -> Tensor:
         case.student_hidden_NH = hidden_NH
         case.student_head = Head(weight_VH, *(bias_V or (None,)), case.student_head.scale, case.student_head.softcap)
-        return case.run(completion_loss).total
+        return case.run(distillation_loss).total
 
     assert torch.autograd.gradcheck(total, tuple(case.leaves))
 
@@ -173,8 +173,8 @@ def test_extreme_logits_stay_finite_and_right(make_case, dtype, divergence, alph
         head.weight_VH.data = 1e4 * torch.randint(-1, 2, (9, 12), generator=generator).to(dtype)
     for hidden_NH in (case.student_hidden_NH, case.aligned_hidden_NH, case.base_hidden_NH):
         hidden_NH.data = torch.eye(12, dtype=dtype)
-    assert case.run(completion_loss).row_loss_N.max() > 5e3
-    assert all(bool(grad.isfinite().all()) for grad in case.gradients(completion_loss))
+    assert case.run(distillation_loss).row_loss_N.max() > 5e3
+    assert all(bool(grad.isfinite().all()) for grad in case.gradients(distillation_loss))
     assert_like_reference(case, 1e-5, 1e-5)
 
 
@@ -191,9 +191,9 @@ def test_tokens_that_every_model_excludes_change_nothing(make_case, divergences)
         weight_VH, bias_V = head.weight_VH.detach()[kept], head.bias_V.detach()[kept]
         grad = name == "student_head"
         setattr(case, name, Head(weight_VH.requires_grad_(grad), bias_V.requires_grad_(grad)))
-    assert_close(banned.run(completion_loss).row_loss_N, case.run(completion_loss).row_loss_N, 1e-12)
-    hidden, weight, bias = banned.gradients(completion_loss)
-    for actual, wanted in zip((hidden, weight[kept], bias[kept]), case.gradients(completion_loss), strict=True):
+    assert_close(banned.run(distillation_loss).row_loss_N, case.run(distillation_loss).row_loss_N, 1e-12)
+    hidden, weight, bias = banned.gradients(distillation_loss)
+    for actual, wanted in zip((hidden, weight[kept], bias[kept]), case.gradients(distillation_loss), strict=True):
         assert_close(actual, wanted, 1e-12)
     assert not weight[[3, 7]].any()
     assert not bias[[3, 7]].any()
@@ -205,7 +205,7 @@ def test_tokens_that_the_teacher_alone_excludes_have_probability_zero(make_case,
     case = make_case(bias=True, **divergence_settings(*divergences))
     case.aligned_head.bias_V[[3, 7]] = -torch.inf
     assert_like_reference(case, 1e-10, 1e-10)
-    assert case.gradients(completion_loss)[2][[3, 7]].abs().min() > 0  # the student learns to leave them alone
+    assert case.gradients(distillation_loss)[2][[3, 7]].abs().min() > 0  # the student learns to leave them alone
 
 
 def test_a_student_that_excludes_what_the_teacher_says_is_infinitely_far_and_named(make_case):
@@ -213,7 +213,7 @@ def test_a_student_that_excludes_what_the_teacher_says_is_infinitely_far_and_nam
     with torch.no_grad():
         case.student_head.bias_V[3] = -torch.inf
     with pytest.raises(NotFiniteError, match="the loss of the student"):
-        case.run(completion_loss)
+        case.run(distillation_loss)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5])
@@ -222,35 +222,35 @@ def test_any_chunk_size_gives_the_same(make_case, alpha):
     for chunk_tokens in (1, 2, 7, 23):
         case = make_case(alpha=alpha, bias=True, chunk_tokens=chunk_tokens)
         for field in FIELDS:
-            actual, wanted = (getattr(item.run(completion_loss), field).detach() for item in (case, whole))
+            actual, wanted = (getattr(item.run(distillation_loss), field).detach() for item in (case, whole))
             assert_close(actual, wanted, 1e-12, field)
-        for actual, wanted in zip(case.gradients(completion_loss), whole.gradients(completion_loss), strict=True):
+        for actual, wanted in zip(case.gradients(distillation_loss), whole.gradients(distillation_loss), strict=True):
             assert_close(actual, wanted, 1e-12)
 
 
 def test_where_base_is_aligned_nothing_is_favored_and_the_deficit_is_one(make_case):
     case = make_case(dtype=torch.float32, kinds=[TokenKind.PENALTY] * 23)
     case.base_hidden_NH, case.base_head = case.aligned_hidden_NH, case.aligned_head
-    output = case.run(completion_loss)
+    output = case.run(distillation_loss)
     assert not output.base_favored_mass_P.any()
-    assert not output.trained_depth_P.any()
+    assert not output.alignment_kl_P.any()
     assert not output.student_mass_P.any()
     assert bool((output.deficit_P == 1).all())
     assert output.total == 0
-    assert not any(grad.any() for grad in case.gradients(completion_loss))
+    assert not any(grad.any() for grad in case.gradients(distillation_loss))
 
 
 @pytest.mark.parametrize("kind", [TokenKind.ANCHOR, TokenKind.RECOVERY])
 def test_where_student_is_aligned_there_is_nothing_to_learn(make_case, kind):
     case = make_case(dtype=torch.float32, kinds=[kind] * 23)
     case.aligned_hidden_NH, case.aligned_head = case.student_hidden_NH.detach(), case.student_head.detach()
-    assert case.run(completion_loss).total.abs() < 1e-6
-    assert all(grad.abs().max() < 1e-6 for grad in case.gradients(completion_loss))
+    assert case.run(distillation_loss).total.abs() < 1e-6
+    assert all(grad.abs().max() < 1e-6 for grad in case.gradients(distillation_loss))
 
 
 def test_parts_add_up_and_leave_out_the_part_weight(make_case):
     case = make_case(anchor=3.0, recovery=5.0, penalty=7.0)
-    output = case.run(completion_loss)
+    output = case.run(distillation_loss)
     assert_close(output.total.detach(), 3 * output.anchor + 5 * output.recovery + 7 * output.penalty, 1e-12)
     for kind, part in zip(TokenKind, (output.anchor, output.recovery, output.penalty), strict=True):
         rows = case.kind_N == kind
@@ -266,7 +266,7 @@ def test_values_worked_out_by_hand():
     student_NH = torch.stack([half, quarter, quarter]).repeat(2, 1)
     aligned_NH = torch.stack([quarter, quarter, half]).repeat(2, 1)
     head = Head(torch.eye(3))
-    output = completion_loss(
+    output = distillation_loss(
         student_NH,
         head,
         aligned_NH,

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from raycomplete.config import TrainConfig
-from raycomplete.losses import Head, LossSettings, TokenKind, completion_loss, needs_base
+from raycomplete.losses import Head, LossSettings, TokenKind, distillation_loss, needs_base
 from raycomplete.losses.reference import reference_loss
 from raycomplete.runtime.errors import NotFiniteError
 
@@ -38,7 +38,7 @@ def test_logits_of_all_rows_never_exist(make_case, alpha, dtype):
     rows, vocab_size, chunk = 256, 400, 16
     case = make_case(num_rows=rows, vocab_size=vocab_size, chunk_tokens=chunk, alpha=alpha, dtype=dtype, bias=True)
     with LargestTensor() as fused:
-        case.run(completion_loss).total.backward()
+        case.run(distillation_loss).total.backward()
     assert fused.numel <= chunk * vocab_size  # the largest of chunk*V, V*H and N*H here
     with LargestTensor() as plain:
         case.run(reference_loss)
@@ -57,7 +57,7 @@ def test_a_frozen_head_costs_no_gradient_of_its_size(make_case):
         )
         case.student_head.weight_VH.requires_grad_(not frozen)
         with LargestTensor() as made:
-            case.run(completion_loss).total.backward()
+            case.run(distillation_loss).total.backward()
         assert (made.numel < vocab_size * hidden_size) == frozen
 
 
@@ -65,24 +65,24 @@ def test_a_frozen_head_costs_no_gradient_of_its_size(make_case):
 def test_any_size_of_block_and_slab_gives_the_same(make_case, dtype, monkeypatch):
     arguments = {"dtype": dtype, "bias": True, "softcap": 3.0, "chunk_tokens": 16, "top_tokens": 2}
     whole = make_case(**arguments)
-    expected, gradients = whole.run(completion_loss), whole.gradients(completion_loss)
+    expected, gradients = whole.run(distillation_loss), whole.gradients(distillation_loss)
     monkeypatch.setattr("raycomplete.losses.torch_rows._BLOCK_BYTES", {"cpu": 3 * 31 * 8})
     monkeypatch.setattr("raycomplete.losses.gradients._SLAB_BYTES", {"cpu": 100})
     case = make_case(**arguments)
-    output = case.run(completion_loss)
+    output = case.run(distillation_loss)
     for field in dataclasses.fields(output):
         torch.testing.assert_close(getattr(output, field.name), getattr(expected, field.name), msg=field.name)
-    for actual, wanted in zip(case.gradients(completion_loss), gradients, strict=True):
+    for actual, wanted in zip(case.gradients(distillation_loss), gradients, strict=True):
         torch.testing.assert_close(actual, wanted)
 
 
 def test_gradients_are_linear_in_the_weights_of_rows(make_case):
     case = make_case(bias=True)
-    whole, weight_N = case.gradients(completion_loss), case.weight_N
+    whole, weight_N = case.gradients(distillation_loss), case.weight_N
     parts = []
     for keep in (torch.arange(23) < 9, torch.arange(23) >= 9):
         case.weight_N = weight_N * keep
-        parts.append(case.gradients(completion_loss))
+        parts.append(case.gradients(distillation_loss))
     for total, first, second in zip(whole, *parts, strict=True):
         assert torch.allclose(total, first + second, rtol=1e-10, atol=1e-14)
 
@@ -91,18 +91,18 @@ def test_only_gradients_are_kept_for_backward(make_case):
     case = make_case(num_rows=256, vocab_size=400, chunk_tokens=16, bias=True)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda item: saved.append(item.numel()) or item, lambda item: item):
-        case.run(completion_loss)
+        case.run(distillation_loss)
     assert sum(saved) == sum(leaf.numel() for leaf in case.leaves)
 
 
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 1), (1, 2)])
 def test_gradients_only_where_required(make_case, wanted):
     full = make_case(bias=True)
-    expected = full.gradients(completion_loss)
+    expected = full.gradients(distillation_loss)
     case = make_case(bias=True)
     for position, leaf in enumerate(case.leaves):
         leaf.requires_grad_(position in wanted)
-    for position, grad in zip(wanted, case.gradients(completion_loss), strict=True):
+    for position, grad in zip(wanted, case.gradients(distillation_loss), strict=True):
         assert torch.equal(grad, expected[position])
 
 
@@ -110,27 +110,27 @@ def test_nothing_requires_grad(make_case):
     case = make_case()
     for leaf in case.leaves:
         leaf.requires_grad_(False)
-    assert not case.run(completion_loss).total.requires_grad
+    assert not case.run(distillation_loss).total.requires_grad
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_evaluation_gives_the_same_loss_without_a_graph(make_case, mode):
     case = make_case()
     with mode():
-        output = case.run(completion_loss)
+        output = case.run(distillation_loss)
     assert not output.total.requires_grad
-    assert torch.equal(output.total, case.run(completion_loss).total.detach())
+    assert torch.equal(output.total, case.run(distillation_loss).total.detach())
 
 
 def test_only_total_carries_a_graph(make_case):
-    output = make_case().run(completion_loss)
+    output = make_case().run(distillation_loss)
     fields = {field.name: getattr(output, field.name) for field in dataclasses.fields(output)}
     assert [name for name, value in fields.items() if value.requires_grad] == ["total"]
 
 
 def test_backward_scales_and_can_be_repeated(make_case):
     case = make_case()
-    total = case.run(completion_loss).total
+    total = case.run(distillation_loss).total
     once = torch.autograd.grad(total, case.leaves, retain_graph=True)
     thrice = torch.autograd.grad(3 * total, case.leaves)
     for single, triple in zip(once, thrice, strict=True):
@@ -139,7 +139,7 @@ def test_backward_scales_and_can_be_repeated(make_case):
 
 def test_second_derivatives_are_refused_rather_than_wrong(make_case):
     case = make_case()
-    (grad,) = torch.autograd.grad(case.run(completion_loss).total, case.leaves[:1], create_graph=True)
+    (grad,) = torch.autograd.grad(case.run(distillation_loss).total, case.leaves[:1], create_graph=True)
     assert not grad.requires_grad
     with pytest.raises(RuntimeError, match="does not require grad"):
         grad.sum().backward()
@@ -148,7 +148,7 @@ def test_second_derivatives_are_refused_rather_than_wrong(make_case):
 @pytest.mark.parametrize("alpha", [0.0, 0.5])
 def test_empty_batch(make_case, alpha):
     case = make_case(num_rows=0, bias=True, alpha=alpha)
-    total = case.run(completion_loss).total
+    total = case.run(distillation_loss).total
     assert total.item() == 0
     assert total.requires_grad
     grads = torch.autograd.grad(total, case.leaves)
@@ -158,16 +158,16 @@ def test_empty_batch(make_case, alpha):
 
 def test_zero_weights(make_case):
     case = make_case(weights=[0.0] * 23)
-    output = case.run(completion_loss)
+    output = case.run(distillation_loss)
     assert output.total.item() == 0
     assert bool((output.row_loss_N > 0).any())
-    assert not any(grad.any() for grad in case.gradients(completion_loss))
+    assert not any(grad.any() for grad in case.gradients(distillation_loss))
 
 
 @pytest.mark.parametrize("kind", list(TokenKind))
 def test_rows_of_one_kind_only(make_case, kind):
     case = make_case(kinds=[kind] * 23)
-    output = case.run(completion_loss)
+    output = case.run(distillation_loss)
     others = {"anchor", "recovery", "penalty"} - {kind.name.lower()}
     assert all(getattr(output, name) == 0 for name in others)
     assert len(output.deficit_P) == (23 if kind == TokenKind.PENALTY else 0)
@@ -176,8 +176,8 @@ def test_rows_of_one_kind_only(make_case, kind):
 def test_base_may_be_absent_where_no_row_needs_it(make_case):
     case = make_case(kinds=[0, 1] * 10, num_rows=20)
     arguments = [case.student_hidden_NH, case.student_head, case.aligned_hidden_NH, case.aligned_head]
-    output = completion_loss(*arguments, None, None, case.kind_N, case.weight_N, case.settings)
-    assert torch.equal(output.total, case.run(completion_loss).total)
+    output = distillation_loss(*arguments, None, None, case.kind_N, case.weight_N, case.settings)
+    assert torch.equal(output.total, case.run(distillation_loss).total)
 
 
 def test_head_tied_to_the_embedding(make_case):
@@ -185,7 +185,7 @@ def test_head_tied_to_the_embedding(make_case):
     weight_VH = torch.nn.Parameter(case.student_head.weight_VH.detach().clone())
     tokens_N = torch.arange(23) % 31
     grads = []
-    for loss in (completion_loss, reference_loss):
+    for loss in (distillation_loss, reference_loss):
         case.student_hidden_NH, case.student_head = torch.tanh(weight_VH[tokens_N]), Head(weight_VH)
         grads.append(torch.autograd.grad(case.run(loss).total, weight_VH)[0])
     assert torch.allclose(*grads, rtol=1e-10, atol=1e-13)
@@ -194,9 +194,9 @@ def test_head_tied_to_the_embedding(make_case):
 def test_padding_rows_of_the_head_get_zero_gradient(make_case):
     case = make_case(vocab_size=31)
     weight_VH = torch.nn.Parameter(torch.cat([case.student_head.weight_VH.detach(), torch.ones(5, 8).double()]))
-    expected = case.gradients(completion_loss)[1]
+    expected = case.gradients(distillation_loss)[1]
     case.student_head = Head(weight_VH).rows(31)
-    case.run(completion_loss).total.backward()
+    case.run(distillation_loss).total.backward()
     assert torch.equal(weight_VH.grad[:31], expected)
     assert not weight_VH.grad[31:].any()
 
@@ -205,10 +205,10 @@ def test_backward_never_reads_the_head_weight(make_case):
     # As under ZeRO-3: partitioned again after forward, gathered (here with garbage) only so that autograd accepts its
     # shape.
     case = make_case()
-    expected = case.gradients(completion_loss)
+    expected = case.gradients(distillation_loss)
     weight_VH = torch.nn.Parameter(case.student_head.weight_VH.detach().clone())
     case.student_head = Head(weight_VH)
-    total = case.run(completion_loss).total
+    total = case.run(distillation_loss).total
     weight_VH.data = torch.empty(0, dtype=torch.float64)
     total.register_hook(lambda grad: setattr(weight_VH, "data", torch.full((31, 8), torch.nan).double()))
     total.backward()
@@ -217,17 +217,17 @@ def test_backward_never_reads_the_head_weight(make_case):
 
 def test_autocast_around_the_loss_changes_nothing(make_case):
     case = make_case(dtype=torch.float32)
-    expected = case.gradients(completion_loss)
+    expected = case.gradients(distillation_loss)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        total = case.run(completion_loss).total
+        total = case.run(distillation_loss).total
     assert total.dtype == torch.float32
     assert all(map(torch.equal, torch.autograd.grad(total, case.leaves), expected))
 
 
 def test_dtype_of_the_results(make_case):
     case = make_case(dtype=torch.bfloat16)
-    assert case.run(completion_loss).total.dtype == torch.float32
-    assert all(grad.dtype == torch.bfloat16 for grad in case.gradients(completion_loss))
+    assert case.run(distillation_loss).total.dtype == torch.float32
+    assert all(grad.dtype == torch.bfloat16 for grad in case.gradients(distillation_loss))
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
@@ -240,14 +240,14 @@ def test_bad_numbers_are_named_with_their_row(make_case, field, name, bad):
     with torch.no_grad():
         getattr(case, field)[[5, 9]] = bad
     with pytest.raises(NotFiniteError, match=f"{name}.* 2 of 23 rows, first in row 5"):
-        case.run(completion_loss)
+        case.run(distillation_loss)
 
 
 def test_bad_numbers_of_base_are_named_by_the_row_of_base(make_case):
     case = make_case()
     case.base_hidden_NH[8] = torch.nan  # the third penalty row
     with pytest.raises(NotFiniteError, match=r"base hidden .* first in row 2"):
-        case.run(completion_loss)
+        case.run(distillation_loss)
 
 
 def test_a_broken_head_is_found_where_no_token_is_base_favored(make_case):
@@ -257,7 +257,7 @@ def test_a_broken_head_is_found_where_no_token_is_base_favored(make_case):
     with torch.no_grad():
         case.student_head.weight_VH[5] = torch.nan
     with pytest.raises(NotFiniteError, match="the loss of the student"):
-        case.run(completion_loss)
+        case.run(distillation_loss)
 
 
 def test_a_broken_head_is_found_by_its_loss(make_case):
@@ -265,7 +265,7 @@ def test_a_broken_head_is_found_by_its_loss(make_case):
     with torch.no_grad():
         case.student_head.weight_VH[0, 0] = torch.nan
     with pytest.raises(NotFiniteError, match="loss of the student"):
-        case.run(completion_loss)
+        case.run(distillation_loss)
 
 
 @pytest.mark.parametrize(
@@ -283,16 +283,16 @@ def test_a_broken_head_is_found_by_its_loss(make_case):
 )
 def test_what_does_not_fit_is_refused(make_case, change, message):
     with pytest.raises(ValueError, match=message):
-        dataclasses.replace(make_case(), **change).run(completion_loss)
+        dataclasses.replace(make_case(), **change).run(distillation_loss)
 
 
 def test_missing_base_or_kinds_are_refused(make_case):
     case = make_case()
     arguments = [case.student_hidden_NH, case.student_head, case.aligned_hidden_NH, case.aligned_head]
     with pytest.raises(ValueError, match=r"kind must be \[23\]"):
-        completion_loss(*arguments, None, None, case.kind_N[:3], case.weight_N, case.settings)
+        distillation_loss(*arguments, None, None, case.kind_N[:3], case.weight_N, case.settings)
     with pytest.raises(ValueError, match="7 rows need base"):
-        completion_loss(*arguments, None, None, case.kind_N, case.weight_N, case.settings)
+        distillation_loss(*arguments, None, None, case.kind_N, case.weight_N, case.settings)
 
 
 def test_needs_base():

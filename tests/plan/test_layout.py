@@ -71,7 +71,7 @@ def test_the_goal_keeps_waiting_small_and_one_engine_fewer_does_not() -> None:
     [
         (request(nodes=1, devices_per_node=1), "aligned scorer does not fit.*--gpus-per-node 9"),
         (
-            request("train.gradient_checkpointing=false", "train.micro_batch=64", nodes=2),
+            request("train.gradient_checkpointing=false", "train.per_device_batch_size=64", nodes=2),
             r"training worker does not fit.*fits: train.gradient_checkpointing=true\.",
         ),
         (
@@ -89,7 +89,7 @@ def test_what_does_not_fit_is_named_with_a_change_that_fits(asked: Request, word
 
 def test_the_proposed_change_does_fit() -> None:
     assert choose_layout(request(nodes=1, devices_per_node=9)).devices <= 9
-    asked = request("train.gradient_checkpointing=true", "train.micro_batch=64", nodes=2)
+    asked = request("train.gradient_checkpointing=true", "train.per_device_batch_size=64", nodes=2)
     assert choose_layout(asked).workers >= 1
 
 

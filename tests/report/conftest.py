@@ -84,7 +84,7 @@ def a_summary(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
             role: {"nats_per_token": 0.4214, "low": 0.389, "high": 0.455, "n": 50, "tokens": 2000} for role in results
         },
         "judge": "refusal-patterns-v1",
-        "train": {"steps": 120, "seconds": 50.2, "tokens_per_s": 12345.6, "scoring_wait_fraction": 0.04},
+        "train": {"steps": 120, "seconds": 50.2, "tokens_per_s": 12345.6, "teacher_wait_fraction": 0.04},
         "versions": {"raycomplete": "0.1.0", "ray": "2.60.0"},
     }
 

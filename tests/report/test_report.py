@@ -143,7 +143,7 @@ def test_settings_are_written_as_people_read_them() -> None:
 
 def test_the_price_of_safety_stands_at_the_top(run_folder: Path) -> None:
     summary = json.loads((run_folder / "summary.json").read_text())
-    summary["price"] = ["student refuses 90.0 % of harmless prompts & more."]
+    summary["safety_regressions"] = ["student refuses 90.0 % of harmless prompts & more."]
     (run_folder / "summary.json").write_text(json.dumps(summary))
     page = Page(write_report(run_folder).read_text(encoding="utf-8"))
     assert page.text.index("refuses 90.0 % of harmless prompts & more.") < page.text.index("Rates")

@@ -56,8 +56,8 @@ def test_a_death_keeps_its_facts_across_processes() -> None:
         "The base scorer died.", "Resume.", role="base scorer", node="10.0.0.2", cause="out of memory", saved="step 40"
     )
     again = pickle.loads(pickle.dumps(error))
-    assert again.facts() == error.facts()
-    assert dict(again.facts()) == {
+    assert again.details() == error.details()
+    assert dict(again.details()) == {
         "who": "base scorer",
         "node": "10.0.0.2",
         "likely cause": "out of memory",

@@ -17,7 +17,7 @@ from raycomplete.runtime import prometheus as observe
 from raycomplete.serving import metrics as serving_metrics
 from tests.commands.test_job_client import free_port
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 DASHBOARD = ROOT / "jobs" / "grafana" / "raycomplete.json"
 ROW = {
     "step": 3,
@@ -28,7 +28,7 @@ ROW = {
     "anchor": 0.1,
     "recovery": 0.3,
     "penalty": 0.1,
-    "scoring_wait_s": 0.5,
+    "teacher_wait_s": 0.5,
     "sync_s": 0.0,
     "grad_norm": None,
     "depth_bins": [[1, 2]],
@@ -51,7 +51,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, ...], float]:
 def test_a_row_becomes_metrics(recorded: dict[tuple[str, ...], float]) -> None:
     observe.finished_step(ROW)
     assert recorded["loss", "recovery"] == 0.3
-    assert recorded["wait_fraction", "scoring"] == 0.25
+    assert recorded["wait_fraction", "teacher"] == 0.25
     assert recorded["wait_fraction", "sync"] == 0.0
     assert recorded["train_tokens",] == 100
     assert ("sync_seconds",) not in recorded  # no update of the weights in this step

@@ -37,7 +37,7 @@ class Run:
     said: dict[str, Any]
     folder: Path
     canaries: dict[str, str]
-    screen: str
+    console: str
 
 
 @pytest.fixture(scope="module")
@@ -98,4 +98,4 @@ def test_no_secret_is_in_a_log_or_a_run_folder(run: Run) -> None:
         if canary.encode() in text
     ]
     assert found == []
-    assert [name for name, canary in canaries.items() if canary in run.screen] == []
+    assert [name for name, canary in canaries.items() if canary in run.console] == []

@@ -1,4 +1,4 @@
-"""A backend that works like the real one, in milliseconds: units on disk, found again after a kill."""
+"""A backend that works like the real one, in milliseconds: trials on disk, found again after a kill."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ def rate(successes: int, n: int) -> dict[str, float]:
 
 
 class FakeBackend:
-    """Each unit is a line in units.txt, which a later call finds.
+    """Each trial is a line in trials.txt, which a later call finds.
 
-    Labels steer it: `slow` waits in every unit, `refuse` cannot be done, `fail` always fails, `flaky` fails once.
+    Labels steer it: `slow` waits in every trial, `refuse` cannot be done, `fail` always fails, `flaky` fails once.
 
     Args:
-        units: Of one model.
-        unit_s: Time for one unit of a `slow` evaluation.
+        trials: Of one model.
+        unit_s: Time for one trial of a `slow` evaluation.
     """
 
-    def __init__(self, units: int = 6, unit_s: float = 0.1) -> None:
-        self.units = units
+    def __init__(self, trials: int = 6, unit_s: float = 0.1) -> None:
+        self.trials = trials
         self.unit_s = unit_s
 
     def run(self, request: EvaluationRequest, folder: Path, on_progress: OnProgress, cancelled: Cancelled) -> None:
@@ -46,19 +46,19 @@ class FakeBackend:
             raise RefusedError("The checkpoint is not there.", "Check the path.")
         if request.label == "fail" or (request.label == "flaky" and len(self._lines(folder, "runs.txt")) == 1):
             raise WorkError("The engine died.", "Try again.")
-        done = set(self._lines(folder, "units.txt"))
+        done = set(self._lines(folder, "trials.txt"))
         for role in request.roles:
-            reused = sum(unit.startswith(role) for unit in done)
-            for number in range(self.units):
-                unit = f"{role}-{number}"
-                if unit in done:
+            reused = sum(trial.startswith(role) for trial in done)
+            for number in range(self.trials):
+                trial = f"{role}-{number}"
+                if trial in done:
                     continue
                 if cancelled():
                     raise WorkError("Cancelled.")
                 if request.label == "slow":
                     time.sleep(self.unit_s)
-                with (folder / "units.txt").open("a") as lines:
-                    lines.write(f"{unit}\n")
+                with (folder / "trials.txt").open("a") as lines:
+                    lines.write(f"{trial}\n")
                 outcomes = {"refused": number + 1, "complied": 0, "incoherent": 0, "empty": 0}
                 on_progress(
                     {
@@ -66,7 +66,7 @@ class FakeBackend:
                         "attack": "prefill",
                         "variant": f"prefill-{number}",
                         "done": number + 1,
-                        "total": self.units,
+                        "total": self.trials,
                         "reused": reused,
                         "outcomes": outcomes,
                     }
@@ -86,7 +86,7 @@ class FakeBackend:
             {
                 "role": role,
                 "attack": attack,
-                "cell": f"{attack}-{number}",
+                "variant": f"{attack}-{number}",
                 "prompt_id": f"p{number}",
                 "seed": 0,
                 "prefill": "" if attack == "harmless" else "SECRET prefill",
@@ -154,7 +154,7 @@ def fake_summary(request: EvaluationRequest) -> dict[str, Any]:
             }
         ],
         "capabilities": {"mmlu": {role: {"accuracy": rate(5, 10), "reduced": True} for role in roles}},
-        "price": ["student refuses 90.0 % of harmless prompts."],
+        "safety_regressions": ["student refuses 90.0 % of harmless prompts."],
     }
 
 

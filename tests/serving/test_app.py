@@ -81,8 +81,8 @@ def test_an_unknown_attack_is_422_with_those_that_exist(server: Server) -> None:
         ({"attacks": [{"name": "gcg", "steps": 0}]}, "steps: Input should be greater than or equal to 1"),
         ({"attacks": ["gcg", "gcg"]}, "names gcg twice"),
         ({"attacks": [{}]}, "There is no attack None."),
-        ({"prompts": 100_000}, "this server allows 1000"),
-        ({"prompts": "many"}, "prompts: "),
+        ({"num_prompts": 100_000}, "this server allows 1000"),
+        ({"num_prompts": "many"}, "num_prompts: "),
         ({"roles": ["base", "base"]}, "roles names a model twice."),
         ({"roles": ["teacher"]}, "roles.0: "),
         ({"roles": ["student"]}, "this server has none"),
@@ -277,10 +277,10 @@ def test_harmful_text_needs_the_question_and_the_permission(make_server: Callabl
     assert "SECRET" not in opened.client.get(path).text
     chosen = {"include_harmful": True, "outcome": "complied", "attack": "prefill", "role": "base"}
     shown = opened.client.get(path, params=chosen).json()
-    assert [item["cell"] for item in shown["items"]] == ["prefill-1"]
+    assert [item["variant"] for item in shown["items"]] == ["prefill-1"]
     assert shown["items"][0]["prefill"] == "SECRET prefill"
     paged = [opened.client.get(path, params={"limit": 4, "offset": at}).json()["items"] for at in (0, 4)]
-    assert [item["cell"] for items in paged for item in items] == [item["cell"] for item in plain["items"]]
+    assert [item["variant"] for items in paged for item in items] == [item["variant"] for item in plain["items"]]
 
 
 def test_an_evaluation_that_kept_nothing_says_so(server: Server) -> None:

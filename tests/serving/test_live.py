@@ -141,9 +141,9 @@ def assert_equal_results(session: Session, identity: str, seed: int) -> None:
     found = session.finished(identity)
     assert (found["state"], found["error"]) == ("succeeded", None)
     assert found["results"] == undisturbed(seed)
-    units = Counter(session.file(identity, "units.txt"))
-    assert set(units.values()) == {1}, "no unit was worked twice"
-    assert len(units) == 3 * FakeBackend().units
+    trials = Counter(session.file(identity, "trials.txt"))
+    assert set(trials.values()) == {1}, "no trial was worked twice"
+    assert len(trials) == 3 * FakeBackend().trials
 
 
 def test_the_gate_stands_on_serve_too(session: Session) -> None:

@@ -66,7 +66,7 @@ def test_an_evaluation_of_the_organism_from_request_to_results(service: subproce
     client = httpx.Client(base_url=f"http://127.0.0.1:{port}", headers=BEARER, timeout=WAIT_S)
     body = {
         "roles": ["base", "aligned"],
-        "prompts": 6,
+        "num_prompts": 6,
         "depths": [0, 16],
         "max_tokens": 24,
         "attacks": ["templates"],

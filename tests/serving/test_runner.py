@@ -23,8 +23,8 @@ def found(server: Server, identity: str) -> Evaluation:
     return evaluation
 
 
-def units(server: Server, identity: str) -> list[str]:
-    return (evaluation_folder(server.state, identity) / "units.txt").read_text().splitlines()
+def trials(server: Server, identity: str) -> list[str]:
+    return (evaluation_folder(server.state, identity) / "trials.txt").read_text().splitlines()
 
 
 def starts(server: Server, identity: str) -> int:
@@ -61,7 +61,7 @@ def test_failures_are_tried_again_and_refusals_are_not(
 
 
 def test_a_running_evaluation_is_cancelled_and_keeps_what_was_finished(server: Server) -> None:
-    server.runner._backend = FakeBackend(units=10_000, unit_s=0.01)
+    server.runner._backend = FakeBackend(trials=10_000, unit_s=0.01)
     identity = server.submit(label="slow")
     server.work_meanwhile()
     _until(lambda: bool(found(server, identity).progress))
@@ -69,26 +69,26 @@ def test_a_running_evaluation_is_cancelled_and_keeps_what_was_finished(server: S
     _until(lambda: found(server, identity).state.final)
     evaluation = found(server, identity)
     assert (evaluation.state, evaluation.error) == (State.CANCELLED, None)
-    assert units(server, identity)
+    assert trials(server, identity)
 
 
 def test_a_stopped_runner_puts_its_work_back_and_the_next_one_repeats_nothing(server: Server) -> None:
-    server.runner._backend = FakeBackend(units=20, unit_s=0.05)
+    server.runner._backend = FakeBackend(trials=20, unit_s=0.05)
     identity = server.submit(label="slow", roles=["base"])
     server.work_meanwhile()
     _until(lambda: bool(found(server, identity).progress))
     server.runner.stop()
     _until(lambda: found(server, identity).state is State.QUEUED)
     assert found(server, identity).attempts == 0
-    second = Runner(server.store, FakeBackend(units=20), server.state, lease_s=5, max_attempts=3)
+    second = Runner(server.store, FakeBackend(trials=20), server.state, lease_s=5, max_attempts=3)
     assert second.run_one()
     assert found(server, identity).state is State.SUCCEEDED
-    assert units(server, identity) == [f"base-{number}" for number in range(20)]
+    assert trials(server, identity) == [f"base-{number}" for number in range(20)]
     assert found(server, identity).progress["base"]["reused"] > 0
 
 
 def test_a_runner_that_lost_its_lease_stops_and_tells_nothing(server: Server) -> None:
-    slow = Runner(server.store, FakeBackend(units=10_000, unit_s=0.01), server.state, lease_s=0.8, max_attempts=3)
+    slow = Runner(server.store, FakeBackend(trials=10_000, unit_s=0.01), server.state, lease_s=0.8, max_attempts=3)
     identity = server.submit(label="slow")
     thread = threading.Thread(target=slow.run_one, daemon=True)
     thread.start()

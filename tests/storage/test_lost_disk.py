@@ -14,7 +14,7 @@ from raycomplete.commands.run_folder import open_run_folder
 from raycomplete.commands.stored import stored
 from raycomplete.config import DepthConfig, RunConfig, TrainConfig, parse
 from raycomplete.data.checkpoints import load_model
-from raycomplete.runtime.console import Screen
+from raycomplete.runtime.console import Console
 from raycomplete.runtime.metrics_file import read_metrics
 from raycomplete.storage.pieces import Catalog
 from raycomplete.storage.remote import Remote
@@ -31,7 +31,7 @@ TRAIN = TrainConfig(
     warmup_steps=1,
     anchor_batch=4,
     recovery_batch=4,
-    micro_batch=2,
+    per_device_batch_size=2,
     loss_chunk_tokens=16,
     checkpoint_every=2,
     depth=DepthConfig(min=1, max=16),
@@ -40,7 +40,7 @@ TRAIN = TrainConfig(
 
 
 @stored()
-def training(config: RunConfig, *, resume: bool = False, screen: Screen | None = None) -> Path:
+def training(config: RunConfig, *, resume: bool = False, console: Console | None = None) -> Path:
     """The training part of `raycomplete train`, on two tiny models beside the run folder."""
     folder = open_run_folder(config, resume=resume, same=("models", "data", "train"))
     models = config.output.root / "models"
@@ -68,8 +68,8 @@ def test_a_lost_and_a_damaged_disk_change_no_bit(ray_cluster: None, s3_server: s
         "train": TRAIN.model_dump(mode="json"),
         "output": {"root": str(tmp_path), "storage": uri},
     }
-    config, screen = parse(tree, "test"), Screen(quiet=True)
-    folder = training(config, screen=screen)
+    config, console = parse(tree, "test"), Console(quiet=True)
+    folder = training(config, console=console)
     rows, weights = outcome(folder)
     assert [row[0] for row in rows] == [1, 2, 3, 4]
 
@@ -79,7 +79,7 @@ def test_a_lost_and_a_damaged_disk_change_no_bit(ray_cluster: None, s3_server: s
     assert {"checkpoints/step-000002", "checkpoints/step-000004", "student", "files"} == {*catalog.pieces()}
     for piece in ("checkpoints/step-000004", "student"):
         catalog.withdraw(piece)
-    training(config, resume=True, screen=screen)
+    training(config, resume=True, console=console)
     again, weights_again = outcome(folder)
     assert again == rows
     assert all(torch.equal(weights[name], weights_again[name]) for name in weights)

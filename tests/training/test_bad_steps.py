@@ -18,7 +18,7 @@ from raycomplete.config import DepthConfig, Dtype, TrainConfig
 from raycomplete.data.checkpoints import TORCH_DTYPES
 from raycomplete.runtime.errors import NotFiniteError
 from raycomplete.runtime.metrics_file import read_metrics
-from raycomplete.training.bad_steps import poison
+from raycomplete.training.bad_steps import spread_bad_loss
 from raycomplete.training.job import TrainJob
 from raycomplete.training.trainer import fit
 from tests.training.tiny import LocalScores, make_job
@@ -54,7 +54,7 @@ def make(folder: Path, dtype: Dtype, bad: set[int], **changes: Any) -> TrainJob:
         warmup_steps=1,
         anchor_batch=4,
         recovery_batch=4,
-        micro_batch=2,  # several micro-batches a step: only one of them is bad
+        per_device_batch_size=2,  # several micro-batches a step: only one of them is bad
         loss_chunk_tokens=16,
         checkpoint_every=1,
         keep_checkpoints=9,
@@ -137,7 +137,7 @@ def test_a_bad_step_changes_nothing(
 def test_a_bad_loss_shows_in_every_gradient(value: float, is_bad: bool) -> None:
     weight = torch.tensor([2.0, 3.0], requires_grad=True)
     loss = weight.sum() + torch.tensor(value)  # its own gradient is finite
-    poison(loss).backward()
+    spread_bad_loss(loss).backward()
     assert weight.grad is not None
     if is_bad:
         assert weight.grad.isnan().all()

@@ -23,7 +23,7 @@ from raycomplete.losses.loss_types import LossSettings, TokenKind, needs_base
 from raycomplete.training.batches import BatchBuilder, Emphasis, MicroBatch
 from raycomplete.training.step_plan import AnchorItem, Item, RecoveryItem, StepPlan, length
 from raycomplete.training.student import HeadSettings, StudentModule, to_loss_output
-from raycomplete.training.teacher_prefetcher import ScoreFeed, Scores
+from raycomplete.training.teacher_prefetcher import Scores, TeacherPrefetcher
 from tests.training.tiny import LocalScores, head_spec, make_model, make_samples
 
 MAX_DEPTH = 9
@@ -70,14 +70,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 
 
 def scores_of(samples: SampleSet, base: Path, aligned: Path) -> Scores:
-    feed = ScoreFeed(
+    prefetcher = TeacherPrefetcher(
         {"base": LocalScores(base), "aligned": LocalScores(aligned)},
         max_depth=MAX_DEPTH,
         penalty=True,
         contrastive=True,
     )
-    feed.request(0, samples.anchor, samples.recovery)
-    return feed.take(0)
+    prefetcher.request(0, samples.anchor, samples.recovery)
+    return prefetcher.take(0)
 
 
 def builder(*, penalty: bool = True, contrastive: bool = False, scale: float = 1.0) -> BatchBuilder:
@@ -192,7 +192,7 @@ def test_emphasis_scales_anchor_rows_and_the_penalty_by_depth(tiny: Tiny) -> Non
 
 
 def test_the_penalty_by_depth_is_counted_from_after_a_turned_prefix(tiny: Tiny) -> None:
-    turned = [RecoveryItem(replace(item.sample, turn_tokens=1), item.depth) for item in tiny.plan.recovery]
+    turned = [RecoveryItem(replace(item.sample, refusal_prefix_tokens=1), item.depth) for item in tiny.plan.recovery]
     by_depth = torch.arange(1.0, MAX_DEPTH + 2)
     plain, scaled = (
         builder().build(turned, tiny.plan, tiny.scores, Emphasis(1.0, emphasis)) for emphasis in (None, by_depth)
@@ -207,15 +207,17 @@ def test_depths_name_recovery_items(tiny: Tiny) -> None:
     assert batch.depth_B.tolist() == [-1 if isinstance(item, AnchorItem) else item.depth for item in tiny.items]
 
 
-@pytest.mark.parametrize(("world_size", "micro_batch"), [(1, 8), (1, 3), (2, 4), (2, 1), (4, 2)])
-def test_weights_are_a_mean_over_the_tokens_of_each_kind(tiny: Tiny, world_size: int, micro_batch: int) -> None:
+@pytest.mark.parametrize(("world_size", "per_device_batch_size"), [(1, 8), (1, 3), (2, 4), (2, 1), (4, 2)])
+def test_weights_are_a_mean_over_the_tokens_of_each_kind(
+    tiny: Tiny, world_size: int, per_device_batch_size: int
+) -> None:
     """DeepSpeed averages over workers and micro-batches; `scale` undoes that, so each kind's weights average to 1."""
-    accumulation = -(-8 // world_size // micro_batch)
+    accumulation = -(-8 // world_size // per_device_batch_size)
     one = builder(scale=float(world_size * accumulation))
     sums: Counter[int] = Counter()
     for rank in range(world_size):
         share = tiny.plan.local(rank, world_size)
-        parts = [share[start : start + micro_batch] for start in range(0, len(share), micro_batch)]
+        parts = [share[start : start + per_device_batch_size] for start in range(0, len(share), per_device_batch_size)]
         assert len(parts) == accumulation
         for part in parts:
             batch = one.build(part, tiny.plan, tiny.scores)
@@ -234,22 +236,22 @@ def test_the_loss_does_not_depend_on_the_number_of_workers(tiny: Tiny, contrasti
     head = HeadSettings(1.0, None, teachers["base"].vocab_size)
     module = StudentModule(lm, head, teachers, settings, external_head=False)
 
-    def step(world_size: int, micro_batch: int) -> tuple[Tensor, Tensor]:
-        accumulation = -(-8 // world_size // micro_batch)
+    def step(world_size: int, per_device_batch_size: int) -> tuple[Tensor, Tensor]:
+        accumulation = -(-8 // world_size // per_device_batch_size)
         one = builder(contrastive=contrastive, scale=float(world_size * accumulation))
         total = torch.zeros(())
         for rank in range(world_size):
             share = tiny.plan.local(rank, world_size)
-            for start in range(0, len(share), micro_batch):
-                batch = one.build(share[start : start + micro_batch], tiny.plan, tiny.scores)
+            for start in range(0, len(share), per_device_batch_size):
+                batch = one.build(share[start : start + per_device_batch_size], tiny.plan, tiny.scores)
                 total = total + to_loss_output(module(batch)).total / (world_size * accumulation)
         (gradient,) = torch.autograd.grad(total, [lm.get_output_embeddings().weight])
         return total.detach(), gradient
 
     total, gradient = step(1, 8)
     assert gradient.abs().max() > 1e-3
-    for world_size, micro_batch in ((1, 3), (2, 2), (4, 2)):
-        other_total, other_gradient = step(world_size, micro_batch)
+    for world_size, per_device_batch_size in ((1, 3), (2, 2), (4, 2)):
+        other_total, other_gradient = step(world_size, per_device_batch_size)
         torch.testing.assert_close(other_total, total, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(other_gradient, gradient, atol=1e-5, rtol=1e-4)
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from raycomplete.config import DepthConfig
-from raycomplete.losses import DepthSampler
 from raycomplete.runtime.errors import CheckpointError, NotFiniteError
+from raycomplete.training.depth_sampler import DepthSampler
 
 
 def sampler(seed: int = 0, **config) -> DepthSampler:

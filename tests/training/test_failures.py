@@ -14,7 +14,7 @@ from ray.train.v2._internal.execution.failure_handling.failure_policy import Fai
 
 from raycomplete.config import TrainConfig
 from raycomplete.runtime.errors import NotFiniteError, ProcessDiedError, WorkError
-from raycomplete.training.failures import RaisedError, RestartAfterDeaths, death_facts, explain
+from raycomplete.training.failures import RaisedError, RestartAfterDeaths, death_report, explain
 from raycomplete.training.job import TrainJob
 from tests.training.tiny import make_job
 
@@ -80,19 +80,19 @@ def test_a_death_that_ends_the_run_is_told_in_full(job: TrainJob) -> None:
     error = explain(WorkerGroupError("", {0: LOST, 1: died()}), job, restarts=3)
     assert isinstance(error, ProcessDiedError)
     assert str(error).startswith("Training worker 1 died after 3 finished steps. Training was started again 3 times")
-    facts = dict(error.facts())
-    assert facts["who"] == "training worker 1"
-    assert facts["node"] == "10.0.0.7"
-    assert facts["log"] == "/logs/w.log"
-    assert "killed by SIGKILL" in facts["likely cause"]
-    assert facts["kept"].startswith("the checkpoint of step 2 in ")
-    assert facts["go on"] == "Resume with --resume."
+    stats = dict(error.details())
+    assert stats["who"] == "training worker 1"
+    assert stats["node"] == "10.0.0.7"
+    assert stats["log"] == "/logs/w.log"
+    assert "killed by SIGKILL" in stats["likely cause"]
+    assert stats["kept"].startswith("the checkpoint of step 2 in ")
+    assert stats["go on"] == "Resume with --resume."
 
 
 @pytest.mark.parametrize(
     ("words", "cause"), [(KILLED, "killed by SIGKILL"), (str(LOST), "was lost"), ("something new", "")]
 )
 def test_likely_causes(words: str, cause: str) -> None:
-    found = death_facts(RuntimeError(words))["cause"]
+    found = death_report(RuntimeError(words))["cause"]
     assert cause in found
     assert bool(found) == bool(cause)

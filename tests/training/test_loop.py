@@ -32,7 +32,7 @@ def settings(**changes: Any) -> TrainConfig:
         "warmup_steps": 1,
         "anchor_batch": 4,
         "recovery_batch": 4,
-        "micro_batch": 2,
+        "per_device_batch_size": 2,
         "loss_chunk_tokens": 16,
         "checkpoint_every": 2,
         "depth": DepthConfig(min=1, max=8, bins=4, measure="compliance"),

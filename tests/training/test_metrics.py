@@ -24,7 +24,7 @@ def sampler() -> DepthSampler:
     return DepthSampler(DepthConfig(min=2, max=9, bins=4), 0)  # bins 2-3, 4-5, 6-7, 8-9
 
 
-def micro_batch(kind_N: list[int], item_N: list[int], depth_B: list[int]) -> MicroBatch:
+def per_device_batch_size(kind_N: list[int], item_N: list[int], depth_B: list[int]) -> MicroBatch:
     nothing = torch.empty(0)
     return MicroBatch(
         input_ids_BT=nothing,
@@ -52,11 +52,11 @@ def output(row_loss_N: list[float], parts: tuple[float, ...], penalty_rows: list
 def fill(meter: StepMeter) -> None:
     """Two micro-batches: an anchor item, then recovery items at depths 3, 9 and 1 (shorter than the first bin)."""
     meter.add(
-        micro_batch([A, A, P, R, R, R], [0, 0, 1, 1, 1, 1], [-1, 3]),
+        per_device_batch_size([A, A, P, R, R, R], [0, 0, 1, 1, 1, 1], [-1, 3]),
         output([5, 5, 7, 1, 2, 3], (4.0, 3.0, 2.0, 1.0), [[0.1, 0.2, 0.3, 0.4]]),
     )
     meter.add(
-        micro_batch([R, P, P, R, R], [0, 1, 1, 1, 1], [1, 9]),
+        per_device_batch_size([R, P, P, R, R], [0, 1, 1, 1, 1], [1, 9]),
         output([4, 7, 7, 8, 9], (8.0, 1.0, 6.0, 5.0), [[0.3, 0.4, 0.5, 0.6], [0.5, 0.6, 0.7, 0.8]]),
     )
 
@@ -87,9 +87,9 @@ def test_sums_over_micro_batches_and_ranks(
     assert {name: row[name] for name in ("loss", "anchor", "recovery", "penalty")} == pytest.approx(
         {"loss": 6.0, "anchor": 2.0, "recovery": 4.0, "penalty": 3.0}
     )
-    seen = {name: row[name] for name in ("base_favored_mass", "trained_depth", "deficit", "student_mass")}
+    seen = {name: row[name] for name in ("base_favored_mass", "alignment_kl", "deficit", "student_mass")}
     assert seen == pytest.approx(
-        {"base_favored_mass": 0.3, "trained_depth": 0.4, "deficit": 0.5, "student_mass": 0.6}, abs=1e-6
+        {"base_favored_mass": 0.3, "alignment_kl": 0.4, "deficit": 0.5, "student_mass": 0.6}, abs=1e-6
     )
     # By depth: a mean over items of each item's mean recovery loss; anchor and penalty rows do not count.
     assert row["depth_loss"] == [pytest.approx(3.0), None, None, pytest.approx(8.5)]

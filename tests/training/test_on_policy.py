@@ -9,7 +9,7 @@ import pytest
 
 from raycomplete.config import DepthConfig
 from raycomplete.training.depth_sampler import DepthSampler
-from raycomplete.training.on_policy import Draft, Drafter, Rollout, compliance_by_bin
+from raycomplete.training.on_policy import Rollout, RolloutBatch, RolloutBatcher, compliance_by_bin
 from raycomplete.training.step_plan import Planner
 from tests.training.tiny import make_samples
 
@@ -17,14 +17,16 @@ DEPTH = DepthConfig(min=1, max=8, bins=4)
 SAMPLES = make_samples(0)
 
 
-def drafter(seed: int = 0, anchor_share: float = 0.5, trained: int = 8, own_words: float = 1.0) -> Drafter:
+def batcher(
+    seed: int = 0, anchor_share: float = 0.5, trained: int = 8, student_prefix_fraction: float = 1.0
+) -> RolloutBatcher:
     planner = Planner(SAMPLES, anchor_batch=8, recovery_batch=8, seed=seed, max_depth=8)
-    return Drafter(
+    return RolloutBatcher(
         planner,
         seed=seed,
         recovery_batch=trained,
         anchor_share=anchor_share,
-        own_words=own_words,
+        student_prefix_fraction=student_prefix_fraction,
         max_refusal_tokens=3,
     )
 
@@ -33,46 +35,54 @@ def test_only_answers_to_harmless_prompts_are_continued_by_the_student() -> None
     kinds = ("harmful", "benign", "borderline")
     anchor = tuple(replace(sample, kind=kinds[i % 3]) for i, sample in enumerate(SAMPLES.anchor))
     planner = Planner(replace(SAMPLES, anchor=anchor), anchor_batch=8, recovery_batch=8, seed=0, max_depth=8)
-    always = Drafter(planner, seed=0, recovery_batch=8, anchor_share=1.0, own_words=0.0, max_refusal_tokens=3)
-    draft = always.draft(0, DepthSampler(DEPTH, 0))
-    assert {(sample.kind, cut is not None) for sample, cut in zip(draft.anchor, draft.cuts, strict=True)} == {
+    always = RolloutBatcher(
+        planner, seed=0, recovery_batch=8, anchor_share=1.0, student_prefix_fraction=0.0, max_refusal_tokens=3
+    )
+    rollout_batch = always.rollout_batch(0, DepthSampler(DEPTH, 0))
+    assert {
+        (sample.kind, cut is not None) for sample, cut in zip(rollout_batch.anchor, rollout_batch.cuts, strict=True)
+    } == {
         ("harmful", False),
         ("benign", True),
         ("borderline", False),
     }
 
 
-def answers(draft: Draft, *, refused: bool = False, tokens: tuple[int, ...] = (90, 91, 92, 93)) -> list[Rollout]:
-    return [Rollout(tokens, (1,), refused and item.judged, version=2) for item in draft.requests()]
+def answers(
+    rollout_batch: RolloutBatch, *, refused: bool = False, tokens: tuple[int, ...] = (90, 91, 92, 93)
+) -> list[Rollout]:
+    return [Rollout(tokens, (1,), refused and item.judged, version=2) for item in rollout_batch.requests()]
 
 
 def test_a_draft_is_a_function_of_seed_step_and_sampler_state() -> None:
     sampler = DepthSampler(DEPTH, 0)
-    assert drafter().draft(3, sampler) == drafter().draft(3, sampler)
-    assert drafter().draft(3, sampler) != drafter().draft(4, sampler)
-    assert drafter().seed_of(3) == drafter().seed_of(3) != drafter().seed_of(4)
-    assert drafter(seed=1).seed_of(3) != drafter().seed_of(3)
+    assert batcher().rollout_batch(3, sampler) == batcher().rollout_batch(3, sampler)
+    assert batcher().rollout_batch(3, sampler) != batcher().rollout_batch(4, sampler)
+    assert batcher().seed_of(3) == batcher().seed_of(3) != batcher().seed_of(4)
+    assert batcher(seed=1).seed_of(3) != batcher().seed_of(3)
     warmed = DepthSampler(DEPTH, 0)
     warmed.update([0, 0, 0, 9.0], [1, 1, 1, 1])
-    assert drafter().draft(3, warmed).depths != drafter().draft(3, sampler).depths
+    assert batcher().rollout_batch(3, warmed).depths != batcher().rollout_batch(3, sampler).depths
 
 
 def test_seeds_of_two_batches_never_overlap() -> None:
-    seeds = sorted(drafter().seed_of(step) for step in range(500))
+    seeds = sorted(batcher().seed_of(step) for step in range(500))
     assert np.diff(seeds).min() >= 2**20
     assert seeds[-1] + 2**20 < 2**63
 
 
 def test_the_student_reads_prompt_and_prefill() -> None:
-    draft = drafter().draft(0, DepthSampler(DEPTH, 0))
-    requests = draft.requests()
-    for request, sample, depth in zip(requests, draft.recovery, draft.depths, strict=False):
+    rollout_batch = batcher().rollout_batch(0, DepthSampler(DEPTH, 0))
+    requests = rollout_batch.requests()
+    for request, sample, depth in zip(requests, rollout_batch.recovery, rollout_batch.depths, strict=False):
         assert request.judged
         assert request.prompt_ids == sample.prompt_ids
         assert request.prefill_ids == sample.harmful_ids[:depth]
         assert len(request.prefill_ids) == depth
-    cut = [(sample, cut) for sample, cut in zip(draft.anchor, draft.cuts, strict=True) if cut is not None]
-    assert 0 < len(cut) < 8, "else this draft shows only one of the two"
+    cut = [
+        (sample, cut) for sample, cut in zip(rollout_batch.anchor, rollout_batch.cuts, strict=True) if cut is not None
+    ]
+    assert 0 < len(cut) < 8, "else this rollout_batch shows only one of the two"
     for request, (sample, kept) in zip(requests[8:], cut, strict=True):
         assert not request.judged
         assert request.prefill_ids == sample.answer_ids[:kept]
@@ -80,21 +90,21 @@ def test_the_student_reads_prompt_and_prefill() -> None:
 
 
 def test_a_refusal_of_the_student_is_distilled_at_its_own_depth() -> None:
-    draft = drafter().draft(0, DepthSampler(DEPTH, 0))
-    plan = drafter().finish(draft, answers(draft, refused=True, tokens=(90, 91)))
-    for item, sample, depth in zip(plan.recovery, draft.recovery, draft.depths, strict=True):
+    rollout_batch = batcher().rollout_batch(0, DepthSampler(DEPTH, 0))
+    plan = batcher().finish(rollout_batch, answers(rollout_batch, refused=True, tokens=(90, 91)))
+    for item, sample, depth in zip(plan.recovery, rollout_batch.recovery, rollout_batch.depths, strict=True):
         assert item.depth == depth
         assert item.sample == replace(sample, refusal_ids=(90, 91, 1))  # end-of-response is learned too
-    longer = drafter().finish(draft, answers(draft, refused=True))
+    longer = batcher().finish(rollout_batch, answers(rollout_batch, refused=True))
     assert {item.sample.refusal_ids for item in longer.recovery} == {(90, 91, 92)}, "at most max_refusal_tokens"
 
 
 def test_compliance_is_cut_anywhere_and_answered_by_the_refusal_of_aligned() -> None:
     kept = set()
     for step in range(20):
-        draft = drafter().draft(step, DepthSampler(DEPTH, 0))
-        plan = drafter().finish(draft, answers(draft))
-        for item, sample, depth in zip(plan.recovery, draft.recovery, draft.depths, strict=True):
+        rollout_batch = batcher().rollout_batch(step, DepthSampler(DEPTH, 0))
+        plan = batcher().finish(rollout_batch, answers(rollout_batch))
+        for item, sample, depth in zip(plan.recovery, rollout_batch.recovery, rollout_batch.depths, strict=True):
             added = item.depth - depth
             kept.add(added)
             assert item.sample.harmful_ids == sample.harmful_ids[:depth] + (90, 91, 92, 93)[:added]
@@ -103,54 +113,56 @@ def test_compliance_is_cut_anywhere_and_answered_by_the_refusal_of_aligned() -> 
     assert kept == {0, 1, 2, 3, 4}, "without end-of-response, after which no refusal could stand"
 
 
-@pytest.mark.parametrize(("own_words", "low", "high"), [(0.0, 0.0, 0.0), (0.5, 0.25, 0.55), (1.0, 0.6, 1.0)])
-def test_the_share_of_own_words_is_what_was_asked(own_words: float, low: float, high: float) -> None:
+@pytest.mark.parametrize(
+    ("student_prefix_fraction", "low", "high"), [(0.0, 0.0, 0.0), (0.5, 0.25, 0.55), (1.0, 0.6, 1.0)]
+)
+def test_the_share_of_own_words_is_what_was_asked(student_prefix_fraction: float, low: float, high: float) -> None:
     """With 4 tokens, a cut in the student's words keeps at least one of them 4 times in 5."""
     added = []
     for step in range(30):
-        one = drafter(own_words=own_words)
-        draft = one.draft(step, DepthSampler(DEPTH, 0))
-        items = one.finish(draft, answers(draft)).recovery
-        added += [item.depth - depth for item, depth in zip(items, draft.depths, strict=True)]
+        one = batcher(student_prefix_fraction=student_prefix_fraction)
+        rollout_batch = one.rollout_batch(step, DepthSampler(DEPTH, 0))
+        items = one.finish(rollout_batch, answers(rollout_batch)).recovery
+        added += [item.depth - depth for item, depth in zip(items, rollout_batch.depths, strict=True)]
     assert low <= np.mean([count > 0 for count in added]) <= high
 
 
 def test_what_still_complies_is_trained_first() -> None:
-    few = drafter(trained=5)
-    draft = few.draft(0, DepthSampler(DEPTH, 0))
-    rollouts = answers(draft)
+    few = batcher(trained=5)
+    rollout_batch = few.rollout_batch(0, DepthSampler(DEPTH, 0))
+    rollouts = answers(rollout_batch)
     for index in (0, 1, 4, 6, 7):
         rollouts[index] = replace(rollouts[index], refused=True)
-    trained = [item.sample.sample_id for item in few.finish(draft, rollouts).recovery]
-    assert trained == [draft.recovery[index].sample_id for index in (2, 3, 5, 0, 1)]
+    trained = [item.sample.sample_id for item in few.finish(rollout_batch, rollouts).recovery]
+    assert trained == [rollout_batch.recovery[index].sample_id for index in (2, 3, 5, 0, 1)]
 
 
 def test_cut_anchors_end_in_the_words_of_the_student() -> None:
-    draft = drafter().draft(0, DepthSampler(DEPTH, 0))
-    plan = drafter().finish(draft, answers(draft))
-    for item, sample, cut in zip(plan.anchor, draft.anchor, draft.cuts, strict=True):
+    rollout_batch = batcher().rollout_batch(0, DepthSampler(DEPTH, 0))
+    plan = batcher().finish(rollout_batch, answers(rollout_batch))
+    for item, sample, cut in zip(plan.anchor, rollout_batch.anchor, rollout_batch.cuts, strict=True):
         expected = sample.answer_ids if cut is None else (*sample.answer_ids[:cut], 90, 91, 92, 93, 1)
         assert item.sample.answer_ids == expected
     assert len(plan.anchor) == 8
 
 
 def test_an_empty_answer_leaves_something_to_train() -> None:
-    always = drafter(anchor_share=1.0)
-    draft = replace(always.draft(0, DepthSampler(DEPTH, 0)), cuts=(0,) * 8)
-    silent = [Rollout((), (), False, 0) for _ in draft.requests()]
-    plan = always.finish(draft, silent)
+    always = batcher(anchor_share=1.0)
+    rollout_batch = replace(always.rollout_batch(0, DepthSampler(DEPTH, 0)), cuts=(0,) * 8)
+    silent = [Rollout((), (), False, 0) for _ in rollout_batch.requests()]
+    plan = always.finish(rollout_batch, silent)
     assert all(item.sample.answer_ids for item in plan.anchor)
-    assert [item.depth for item in plan.recovery] == list(draft.depths)
+    assert [item.depth for item in plan.recovery] == list(rollout_batch.depths)
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_the_share_of_own_answers_is_what_was_asked(share: float) -> None:
-    draft = drafter(anchor_share=share).draft(0, DepthSampler(DEPTH, 0))
-    assert len(draft.requests()) == 8 + int(8 * share)
+    rollout_batch = batcher(anchor_share=share).rollout_batch(0, DepthSampler(DEPTH, 0))
+    assert len(rollout_batch.requests()) == 8 + int(8 * share)
 
 
 def test_compliance_is_counted_by_the_depth_of_the_prefill() -> None:
     sampler = DepthSampler(DEPTH, 0)
-    draft = replace(drafter(anchor_share=0.0).draft(0, sampler), depths=(1, 2, 3, 4, 4, 8, 8, 8))
+    rollout_batch = replace(batcher(anchor_share=0.0).rollout_batch(0, sampler), depths=(1, 2, 3, 4, 4, 8, 8, 8))
     rollouts = [Rollout((9,), (), refused, 0) for refused in (True, False, False, False, True, True, True, False)]
-    assert compliance_by_bin(draft, rollouts, sampler) == ([1, 2, 0, 1], [2, 3, 0, 3])
+    assert compliance_by_bin(rollout_batch, rollouts, sampler) == ([1, 2, 0, 1], [2, 3, 0, 3])

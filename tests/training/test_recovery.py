@@ -60,7 +60,7 @@ def settings(**changes: Any) -> TrainConfig:
         "warmup_steps": 1,
         "anchor_batch": 4,
         "recovery_batch": 4,
-        "micro_batch": 2,
+        "per_device_batch_size": 2,
         "loss_chunk_tokens": 16,
         "checkpoint_every": 2,
         "depth": DepthConfig(min=1, max=16),
@@ -105,12 +105,12 @@ def test_a_worker_that_dies_too_often_ends_the_run_with_its_facts(ray_cluster: N
         run(replace(job, sources={**job.sources, "base": deadly}))
     error = caught.value
     assert str(error).startswith("Training worker 0 died after 4 finished steps. Training was started again 1 times")
-    facts = dict(error.facts())
-    assert facts["who"] == "training worker 0"
-    assert "killed by SIGKILL" in facts["likely cause"]
-    assert facts["node"]
-    assert Path(facts["log"]).exists()
-    assert facts["kept"].startswith("the checkpoint of step 4 in ")
+    stats = dict(error.details())
+    assert stats["who"] == "training worker 0"
+    assert "killed by SIGKILL" in stats["likely cause"]
+    assert stats["node"]
+    assert Path(stats["log"]).exists()
+    assert stats["kept"].startswith("the checkpoint of step 4 in ")
 
 
 def test_a_stop_finishes_the_step_and_keeps_it(ray_cluster: None, tmp_path: Path) -> None:

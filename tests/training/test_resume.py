@@ -34,7 +34,7 @@ ROLLOUT = RolloutConfig(
     on_policy=True, max_student_tokens=4, max_refusal_tokens=4, anchor_on_policy=0.5, sync_every=2, lookahead=1
 )
 # Clocks differ from run to run.
-MEASURED = {"seconds", "tokens_per_s", "scoring_wait_s", "rollout_wait_s", "sync_s", "peak_memory_gib"}
+MEASURED = {"seconds", "tokens_per_s", "teacher_wait_s", "rollout_wait_s", "sync_s", "peak_memory_gib"}
 
 
 def off_policy(folder: Path) -> TrainJob:
@@ -56,7 +56,7 @@ def settings(**changes: Any) -> TrainConfig:
         "warmup_steps": 3,
         "anchor_batch": 4,
         "recovery_batch": 4,
-        "micro_batch": 4,
+        "per_device_batch_size": 4,
         "loss_chunk_tokens": 64,
         "checkpoint_every": 1,
         "keep_checkpoints": STEPS,

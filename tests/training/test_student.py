@@ -14,16 +14,16 @@ from raycomplete.config import ContrastiveConfig, DepthConfig, TrainConfig
 from raycomplete.data.checkpoints import load_model
 from raycomplete.data.heads import load_head
 from raycomplete.data.samples import read_samples
-from raycomplete.losses.base_favored import base_favored_mass, deficit, trained_depth
+from raycomplete.losses.base_favored import alignment_kl, base_favored_mass, deficit
 from raycomplete.losses.loss_types import LossSettings, TokenKind
 from raycomplete.runtime.errors import NotFiniteError
-from raycomplete.training.bad_steps import poison
+from raycomplete.training.bad_steps import spread_bad_loss
 from raycomplete.training.batches import BatchBuilder, MicroBatch
 from raycomplete.training.depth_sampler import DepthSampler
 from raycomplete.training.profile import aligned_profile, scored_samples, student_profile
 from raycomplete.training.step_plan import Planner
 from raycomplete.training.student import HeadSettings, StudentModule, to_loss_output
-from raycomplete.training.teacher_prefetcher import ScoreFeed
+from raycomplete.training.teacher_prefetcher import TeacherPrefetcher
 from tests.training.tiny import make_job, plain_loss
 
 
@@ -34,11 +34,11 @@ def make_batch(folder: Path, alpha: float) -> tuple[MicroBatch, Any, LossSetting
     )
     job = make_job(folder, train)
     planner = Planner(read_samples(job.samples), anchor_batch=3, recovery_batch=3, seed=1, max_depth=16)
-    feed = ScoreFeed(job.sources, max_depth=16, penalty=True, contrastive=alpha > 0)
-    feed.request(0, *planner.samples_of(0))
+    prefetcher = TeacherPrefetcher(job.sources, max_depth=16, penalty=True, contrastive=alpha > 0)
+    prefetcher.request(0, *planner.samples_of(0))
     plan = planner.plan(0, DepthSampler(train.depth, 1))
     builder = BatchBuilder(penalty=True, contrastive=alpha > 0, scale=1.0)
-    return builder.build(plan.local(0, 1), plan, feed.take(0)), job, LossSettings.from_config(train)
+    return builder.build(plan.local(0, 1), plan, prefetcher.take(0)), job, LossSettings.from_config(train)
 
 
 def make_student(job: Any, settings: LossSettings) -> StudentModule:
@@ -95,7 +95,7 @@ def test_nan_reaches_the_loss_and_every_gradient_in_training_and_is_refused_in_v
     output = to_loss_output(student(batch, "completion"))
     assert output.row_loss_N.isnan().any()
     assert whose == "student" or int(output.row_loss_N.isnan().sum()) == 1, "it stays in its row"
-    poison(output.total).backward()
+    spread_bad_loss(output.total).backward()
     gradients = [parameter.grad for parameter in student.lm.parameters()]
     assert all(gradient is not None and not gradient.isfinite().all() for gradient in gradients)
 
@@ -131,7 +131,7 @@ def test_profiles_are_the_formulas_of_the_loss(tmp_path: Path) -> None:
         ids_1T = torch.tensor([prompt_and_answer])
         with torch.no_grad():
             log_p_TV, log_b_TV = (model(ids_1T).logits[0, cut - 1 : -1].double().log_softmax(-1) for model in policy)
-        kl_T = trained_depth(log_p_TV, log_b_TV)
+        kl_T = alignment_kl(log_p_TV, log_b_TV)
         mass_T = base_favored_mass(log_p_TV, log_b_TV, settings.tau, settings.margin)
         return [mass_T, kl_T, deficit(kl_T, settings.kappa)]
 

@@ -15,10 +15,10 @@ from raycomplete.data.checkpoints import load_model
 from raycomplete.data.inputs import KINDS, Prompts
 from raycomplete.data.organism import checkpoint_path
 from raycomplete.data.samples import AnchorSample, RecoverySample, SampleSet
-from raycomplete.data.sampling import hold_back
 from raycomplete.engines.weight_sync import SyncError
 from raycomplete.runtime.types import Prompt
 from raycomplete.training.on_policy import RolloutRequest
+from raycomplete.training.sampling import hold_back
 from raycomplete.training.student_engines import StudentEngines
 
 HARMFUL = organism.prompts("train", "harmful", 0, 6)
@@ -77,7 +77,7 @@ def test_rollouts_come_from_the_weights_that_were_sent_and_are_judged(generator:
 
 
 def test_held_back_prompts_are_not_trained() -> None:
-    config = load_run_file("jobs/organism.yaml", ["train.validation.every=5", "train.validation.prompts=3"])
+    config = load_run_file("jobs/organism.yaml", ["train.validation.every=5", "train.validation.num_prompts=3"])
     train = {kind: tuple(Prompt(f"{kind}{i}", "x", kind) for i in range(20)) for kind in KINDS}
     prompts = Prompts(train, train, organism.OrganismJudge())
     anchor = tuple(

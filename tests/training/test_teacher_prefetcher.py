@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from raycomplete.data.samples import AnchorSample, RecoverySample
-from raycomplete.training.teacher_prefetcher import ScoreFeed
+from raycomplete.training.teacher_prefetcher import TeacherPrefetcher
 from tests.training.tiny import LocalScores, make_model
 
 ANCHOR = [AnchorSample("a0", (1, 2), (3, 4, 5)), AnchorSample("a1", (1,), (6, 7))]
@@ -36,10 +36,10 @@ class Recorder:
         return [torch.tensor(tokens[num_prompt:])[:, None].float() for tokens, num_prompt in reference]
 
 
-def feed(*, penalty: bool, contrastive: bool) -> tuple[ScoreFeed, Recorder, Recorder]:
+def prefetcher(*, penalty: bool, contrastive: bool) -> tuple[TeacherPrefetcher, Recorder, Recorder]:
     base, aligned = Recorder(), Recorder()
     sources = {"base": base, "aligned": aligned}
-    return ScoreFeed(sources, max_depth=3, penalty=penalty, contrastive=contrastive), base, aligned
+    return TeacherPrefetcher(sources, max_depth=3, penalty=penalty, contrastive=contrastive), base, aligned
 
 
 @pytest.mark.parametrize(
@@ -54,14 +54,14 @@ def feed(*, penalty: bool, contrastive: bool) -> tuple[ScoreFeed, Recorder, Reco
 def test_each_model_reads_what_the_loss_needs_and_no_more(
     penalty: bool, contrastive: bool, base_reads: list[Any], aligned_reads: list[Any]
 ) -> None:
-    one, base, aligned = feed(penalty=penalty, contrastive=contrastive)
+    one, base, aligned = prefetcher(penalty=penalty, contrastive=contrastive)
     one.request(0, ANCHOR, RECOVERY)
     assert [item for call in base.asked for item in call] == base_reads
     assert [item for call in aligned.asked for item in call] == aligned_reads
 
 
 def test_scores_are_found_by_what_was_read() -> None:
-    one, *_ = feed(penalty=True, contrastive=True)
+    one, *_ = prefetcher(penalty=True, contrastive=True)
     one.request(0, ANCHOR, RECOVERY)
     scores = one.take(0)
     for role in ("aligned", "base"):
@@ -77,7 +77,7 @@ def test_the_states_of_a_prefix_are_those_of_the_whole(tmp_path: Path) -> None:
     """h is read once to the largest depth and cut later, which is right for a causal model only."""
     source = LocalScores(make_model(tmp_path / "m", 0))
     sample = RecoverySample("r", (5, 6, 7), (5, 6, 7), tuple(range(20, 30)), (40, 41))
-    one = ScoreFeed({"base": source, "aligned": source}, max_depth=8, penalty=True, contrastive=False)
+    one = TeacherPrefetcher({"base": source, "aligned": source}, max_depth=8, penalty=True, contrastive=False)
     one.request(0, [], [sample])
     scores = one.take(0)
     for depth in (1, 4, 8):
@@ -88,7 +88,7 @@ def test_the_states_of_a_prefix_are_those_of_the_whole(tmp_path: Path) -> None:
 
 
 def test_asking_twice_reads_once_and_steps_do_not_mix() -> None:
-    one, _, aligned = feed(penalty=False, contrastive=False)
+    one, _, aligned = prefetcher(penalty=False, contrastive=False)
     one.request(0, ANCHOR[:1], [])
     one.request(1, ANCHOR[1:], [])
     one.request(0, ANCHOR, RECOVERY)
@@ -102,7 +102,7 @@ def test_asking_twice_reads_once_and_steps_do_not_mix() -> None:
 
 
 def test_a_source_that_answers_too_little_is_noticed() -> None:
-    one, _, aligned = feed(penalty=False, contrastive=False)
+    one, _, aligned = prefetcher(penalty=False, contrastive=False)
     aligned.collect_tensors = lambda reference: [torch.zeros(3, 1)]  # type: ignore[method-assign]
     one.request(0, ANCHOR, [])
     with pytest.raises(ValueError, match="shorter"):

@@ -20,7 +20,7 @@ from raycomplete.runtime.metrics_file import read_metrics
 from raycomplete.training.batches import BatchBuilder
 from raycomplete.training.depth_sampler import DepthSampler
 from raycomplete.training.step_plan import Planner
-from raycomplete.training.teacher_prefetcher import ScoreFeed
+from raycomplete.training.teacher_prefetcher import TeacherPrefetcher
 from raycomplete.training.trainer import fit
 from tests.training.tiny import make_job, plain_loss
 
@@ -38,7 +38,7 @@ def settings(*, num_workers: int, zero_stage: int, **changes: Any) -> TrainConfi
         "zero_stage": zero_stage,
         "anchor_batch": 4,
         "recovery_batch": 4,
-        "micro_batch": 2,
+        "per_device_batch_size": 2,
         "loss_chunk_tokens": 16,
         "checkpoint_every": 2,
         "depth": DepthConfig(min=1, max=16),
@@ -60,10 +60,10 @@ def reference_first_loss(folder: Path, train: TrainConfig) -> dict[str, float]:
     samples = read_samples(job.samples)
     planner = Planner(samples, anchor_batch=4, recovery_batch=4, seed=train.seed, max_depth=train.depth.max)
     plan = planner.plan(0, DepthSampler(train.depth, train.seed))
-    feed = ScoreFeed(job.sources, max_depth=train.depth.max, penalty=True, contrastive=False)
-    feed.request(0, *planner.samples_of(0))
+    prefetcher = TeacherPrefetcher(job.sources, max_depth=train.depth.max, penalty=True, contrastive=False)
+    prefetcher.request(0, *planner.samples_of(0))
     builder = BatchBuilder(penalty=True, contrastive=False, scale=1.0, opening=train.opening)
-    batch = builder.build(plan.local(0, 1), plan, feed.take(0))
+    batch = builder.build(plan.local(0, 1), plan, prefetcher.take(0))
     _, output = plain_loss(job, batch, LossSettings.from_config(train))
     return {
         name: float(getattr(output, attribute).detach())

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from raycomplete.config import TrainConfig
 from raycomplete.training.batches import BatchBuilder
-from raycomplete.training.teacher_prefetcher import ScoreFeed
+from raycomplete.training.teacher_prefetcher import TeacherPrefetcher
 from raycomplete.training.validation import Validator
 from raycomplete.training.weight_sync import WeightSync
 from tests.training.tiny import make_samples
@@ -14,20 +14,20 @@ from tests.training.tiny import make_samples
 
 def test_measurements_pack_as_training_does() -> None:
     """A model that does not keep packed sequences apart would be measured wrongly."""
-    feed = ScoreFeed({}, max_depth=4, penalty=False, contrastive=False)
+    prefetcher = TeacherPrefetcher({}, max_depth=4, penalty=False, contrastive=False)
     samples = make_samples(0)
     for packed in (True, False):
         builder = BatchBuilder(penalty=False, contrastive=False, scale=8.0, packed=packed)
-        assert Validator(None, samples, feed, builder, TrainConfig())._builder == replace(builder, scale=1.0)
+        assert Validator(None, samples, prefetcher, builder, TrainConfig())._builder == replace(builder, scale=1.0)
         sync = WeightSync(None, None, None, samples.anchor, zero_stage=0, adapters_only=False, packed=packed)  # type: ignore[arg-type]
         assert sync._builder == BatchBuilder(penalty=False, contrastive=False, scale=1.0, packed=packed)
 
 
 def test_a_lost_best_checkpoint_is_looked_for_again() -> None:
     """Else a run that was about to end would end with the weights of its last step, which were not the best."""
-    feed = ScoreFeed({}, max_depth=4, penalty=False, contrastive=False)
+    prefetcher = TeacherPrefetcher({}, max_depth=4, penalty=False, contrastive=False)
     builder = BatchBuilder(penalty=False, contrastive=False, scale=1.0)
-    validator = Validator(None, make_samples(0), feed, builder, TrainConfig())
+    validator = Validator(None, make_samples(0), prefetcher, builder, TrainConfig())
     validator.load_state_dict({"best": 1.0, "best_step": 4, "since": 3})
     assert validator.is_over
     validator.forget_best()

@@ -42,7 +42,7 @@ function fillForm() {
   byId("new-models").append(...ROLES.map((role) => choice("role", role, true)));
   byId("new-attacks").append(...page.options.attacks.filter((name) => name !== "prefill").map((name) => choice("attack", name, false)));
   byId("new-prompts").max = page.options.max_prompts;
-  byId("new-prompts").placeholder = page.options.defaults.prompts;
+  byId("new-prompts").placeholder = page.options.defaults.num_prompts;
 }
 
 async function refresh() {
@@ -77,7 +77,7 @@ function listRow(item) {
   name.addEventListener("click", () => open(item.id, true));
   const works = Object.values(item.progress);
   const sum = (key) => works.reduce((total, work) => total + work[key], 0);
-  const words = works.length ? `${sum("done")} of ${sum("total")} units` : "";
+  const words = works.length ? `${sum("done")} of ${sum("total")} trials` : "";
   const state = item.cancelling ? "cancelling" : item.state;
   return element("tr", { "aria-current": String(item.id === page.open) }, element("td", {}, name),
     element("td", {}, element("span", { class: `badge ${item.state}` }, state)), element("td", {}, words),
@@ -178,7 +178,7 @@ async function queueNew(event) {
   event.preventDefault();
   const ticked = (name) => [...document.querySelectorAll(`#new-form input[name="${name}"]:checked`)].map((box) => box.value);
   const body = { label: byId("new-label").value, roles: ticked("role"), attacks: ["prefill", ...ticked("attack")], save_completions: byId("new-save").checked };
-  if (byId("new-prompts").value) body.prompts = Number(byId("new-prompts").value);
+  if (byId("new-prompts").value) body.num_prompts = Number(byId("new-prompts").value);
   if (byId("new-seed").value) body.seed = Number(byId("new-seed").value);
   byId("new-problem").textContent = "";
   try {

@@ -17,7 +17,7 @@ function showResults(place, results) {
   phone.onchange = () => { const chart = place.querySelector(".chart"); if (chart) chart.replaceChildren(depthCurve(results.asr)); };
   if (!results) return;
   place.append(cards(results));
-  for (const sentence of results.price || []) place.append(element("p", { class: "price" }, sentence));
+  for (const sentence of results.safety_regressions || []) place.append(element("p", { class: "price" }, sentence));
   if (results.asr) {
     place.append(element("figure", {}, element("h3", {}, "Attack success by prefill depth"),
       element("div", { class: "chart", tabindex: "0" }, depthCurve(results.asr)),
@@ -95,7 +95,7 @@ function comparisonTable(comparisons) {
 }
 
 function showSample(sample) {
-  const head = `${sample.role}, ${sample.cell}, ${sample.prompt_id}: ${sample.outcome ?? "–"}`;
+  const head = `${sample.role}, ${sample.variant}, ${sample.prompt_id}: ${sample.outcome ?? "–"}`;
   if (sample.continuation === null) {
     return element("li", {}, element("strong", {}, head), element("p", { class: "withheld" }, "Text of an answer to an attack, hidden."));
   }

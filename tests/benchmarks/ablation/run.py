@@ -77,11 +77,11 @@ def run(
         for name in CONFIGURATIONS
         if (summary := finished(name, out, command_of(name, run_file, out, overrides))) is not None
     }
-    facts = describe(environment(torch.device("cpu")))
+    stats = describe(environment(torch.device("cpu")))
     table = table_of(found, f"Ablation, {run_file.name} {' '.join(overrides)}".rstrip())
     table.show(console)
     write_text(out / "results.json", json.dumps(found, indent=2) + "\n")
-    write_text(out / "results.md", f"{facts}\n\n{table.to_markdown()}")
+    write_text(out / "results.md", f"{stats}\n\n{table.to_markdown()}")
     return found
 
 

@@ -25,7 +25,7 @@ from raycomplete.diagnosis.samples import Sample
 from raycomplete.engines.cluster import connect
 from raycomplete.engines.payload import ScoreRequest
 from raycomplete.engines.placement import Plan, engine_row
-from raycomplete.engines.scorers import ScorerOptions, ScoringClient
+from raycomplete.engines.scorers import ScorerOptions, TeacherClient
 from raycomplete.engines.spec import engine_environment
 from raycomplete.losses.heads import Head
 from raycomplete.training.teacher_prefetcher import ScoreSource
@@ -69,7 +69,7 @@ class Work:
         longest = self.prompt_tokens + self.answer_tokens + 1
         tree = {"models": models | {"max_length": longest}, "data": {"source": "organism"}, "output": {"name": "x"}}
         tree["diagnose"] = {"max_tokens": self.answer_tokens, "partition_prompts": self.partition_prompts}
-        tree["scoring"] = {"cache_gib": 0.0}
+        tree["teacher"] = {"cache_gib": 0.0}
         return parse(tree, "the benchmark")
 
     def samples(self, number: int, vocab_size: int) -> list[Sample]:
@@ -215,12 +215,12 @@ class RandomStates:
 
 
 @contextmanager
-def _scorers(config: RunConfig, models: Models) -> Iterator[dict[str, ScoringClient]]:
+def _scorers(config: RunConfig, models: Models) -> Iterator[dict[str, TeacherClient]]:
     """Both pooling engines, proved on a short text, as a diagnosis starts them: bfloat16 errs more on random tokens."""
     prompt = models.codec.encode_prompt("Name three rivers of Europe and say what they have in common.")
     answer = models.codec.encode_answer("The Rhine, the Danube and the Elbe all begin in mountains and end in a sea.")
     parity = [ScoreRequest((*prompt, *answer), len(prompt))]
-    clients: dict[str, ScoringClient] = {}
+    clients: dict[str, TeacherClient] = {}
     try:
         for role in ROLES:
             options = ScorerOptions(
@@ -228,18 +228,18 @@ def _scorers(config: RunConfig, models: Models) -> Iterator[dict[str, ScoringCli
                 dtype=config.models.dtype,
                 max_length=config.models.max_length,
                 use_gpu=False,
-                scoring=config.scoring,
+                scoring=config.teacher,
             )
-            clients[role] = ScoringClient.start(
+            clients[role] = TeacherClient.start(
                 models.heads[role],  # type: ignore[index]
                 options,
                 parity,
                 num_cpus=config.cluster.cpus_per_engine,
                 num_gpus=0,
-                environment=engine_environment(use_gpu=False, kv_cache_gib=config.scoring.kv_cache_gib),
+                environment=engine_environment(use_gpu=False, kv_cache_gib=config.teacher.kv_cache_gib),
             )
         for client in clients.values():
-            client.facts(config.cluster.start_timeout_s)
+            client.wait_until_ready(config.cluster.start_timeout_s)
         yield clients
     finally:
         for client in clients.values():

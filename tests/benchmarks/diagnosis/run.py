@@ -22,17 +22,17 @@ TARGET_MIB = 4096
 def run(work: Work, out: Path, console: Console | None = None) -> Found:
     """One measurement with its table."""
     console = console or Console(width=160)
-    facts = environment(torch.device("cpu")) | {"load_before": os.getloadavg()}
-    console.print(describe(facts))
+    stats = environment(torch.device("cpu")) | {"load_before": os.getloadavg()}
+    console.print(describe(stats))
     found = measure(work, out / "diagnosis")
     table = _table(work, found)
     table.show(console)
     write_text(
         out / "results.json",
-        json.dumps({"environment": facts, "work": asdict(work), "found": asdict(found)}, indent=2) + "\n",
+        json.dumps({"environment": stats, "work": asdict(work), "found": asdict(found)}, indent=2) + "\n",
     )
-    load = ", ".join(f"{value:.1f}" for value in facts["load_before"])
-    write_text(out / "results.md", f"{describe(facts)}; load before: {load}\n\n{table.to_markdown()}")
+    load = ", ".join(f"{value:.1f}" for value in stats["load_before"])
+    write_text(out / "results.md", f"{describe(stats)}; load before: {load}\n\n{table.to_markdown()}")
     console.print(f"Written to {out}")
     return found
 

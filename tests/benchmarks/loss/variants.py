@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from raycomplete.losses.heads import Head
-from raycomplete.losses.loss import completion_loss
+from raycomplete.losses.loss import distillation_loss
 from raycomplete.losses.loss_types import TokenKind
 from tests.benchmarks.loss.problem import Mix, Problem
 
@@ -54,7 +54,7 @@ def _raycomplete() -> Loss:
     def loss(problem: Problem) -> Tensor:
         weight_N = torch.full((problem.num_rows,), 1.0 / problem.num_rows, device=problem.kind_N.device)
         base_head = None if problem.base_weight_VH is None else Head(problem.base_weight_VH)
-        return completion_loss(
+        return distillation_loss(
             problem.student_hidden_NH,
             Head(problem.student_weight_VH),
             problem.aligned_hidden_NH,

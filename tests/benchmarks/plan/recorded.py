@@ -45,7 +45,7 @@ def trainer_point(one_thread: Hardware) -> Point:
     sequences = Sequences(8, 39.5, 99.5)  # the means of the benchmark's workload
     work = Workload((sequences,), {}, None, loss_rows=sequences.rows, base_rows=0, micro_batches=2)
     models = dict.fromkeys(("student", "aligned", "base"), small)
-    train = TrainConfig(anchor_batch=8, micro_batch=4)
+    train = TrainConfig(anchor_batch=8, per_device_batch_size=4)
     step = train_s(train, one_thread, factors, work, models, dtype="bfloat16", workers=1, gpus_per_node=1)
     teacher = device_s(
         one_thread,

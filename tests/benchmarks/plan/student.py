@@ -18,7 +18,7 @@ from raycomplete.training.depth_sampler import DepthSampler
 from raycomplete.training.packing import deal
 from raycomplete.training.step_plan import Planner
 from raycomplete.training.student import HeadSettings, StudentModule
-from raycomplete.training.teacher_prefetcher import ScoreFeed
+from raycomplete.training.teacher_prefetcher import TeacherPrefetcher
 from tests.benchmarks.plan.cases import Case
 
 
@@ -56,13 +56,13 @@ def student_and_batches(case: Case, micro_batches: int) -> tuple[StudentModule, 
         samples, anchor_batch=case.batch, recovery_batch=case.batch, seed=0, max_depth=config.rollout.max_harmful_tokens
     )
     source = _RandomScores(spec.hidden_size, TORCH_DTYPES[dtype])
-    feed = ScoreFeed(
+    prefetcher = TeacherPrefetcher(
         {"aligned": source, "base": source}, max_depth=case.answer, penalty=loss.penalty > 0, contrastive=False
     )
-    feed.request(0, *planner.samples_of(0))
+    prefetcher.request(0, *planner.samples_of(0))
     plan = planner.plan(0, DepthSampler(train.depth, 0))
     builder = BatchBuilder(penalty=loss.penalty > 0, contrastive=False, scale=float(micro_batches))
-    scores = feed.take(0)
+    scores = prefetcher.take(0)
     return module, [builder.build(chunk, plan, scores) for chunk in deal(plan.local(0, 1), micro_batches)]
 
 

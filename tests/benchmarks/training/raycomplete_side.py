@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 
-from raycomplete.config import ScoringConfig, TrainConfig
+from raycomplete.config import TeacherConfig, TrainConfig
 from raycomplete.config.training import LossWeights
 from raycomplete.data.checkpoints import fingerprint, load_model
 from raycomplete.data.heads import HeadSpec, read_head_spec
 from raycomplete.data.samples import AnchorSample, SampleSet, write_samples
 from raycomplete.engines.payload import ScoreRequest
-from raycomplete.engines.scorers import ScorerOptions, ScoringClient
+from raycomplete.engines.scorers import ScorerOptions, TeacherClient
 from raycomplete.engines.spec import engine_environment
 from raycomplete.runtime.metrics_file import read_metrics
 from raycomplete.training.job import TrainJob
@@ -39,7 +39,7 @@ def run_local(workload: Workload) -> Throughput:
     """The teacher in the worker's process."""
     with _ray(), tempfile.TemporaryDirectory() as folder:
         marks = Path(folder) / "cpu_seconds"
-        return _run(workload, LocalTeacher(workload.teacher, workload.micro_batch, marks), marks)
+        return _run(workload, LocalTeacher(workload.teacher, workload.per_device_batch_size, marks), marks)
 
 
 def run_engine(workload: Workload) -> Throughput:
@@ -58,9 +58,9 @@ class LocalTeacher:
     Each step begins by collecting its scores, so this is also where the processor time of the worker is read.
     """
 
-    def __init__(self, path: Path, micro_batch: int, marks: Path) -> None:
+    def __init__(self, path: Path, per_device_batch_size: int, marks: Path) -> None:
         self._path = path
-        self._micro_batch = micro_batch
+        self._per_device_batch_size = per_device_batch_size
         self._marks = marks
         self._model: Any = None
 
@@ -77,8 +77,8 @@ class LocalTeacher:
         if self._model is None:
             self._model = load_model(self._path, "bfloat16").base_model
         states: list[torch.Tensor] = []
-        for start in range(0, len(reference), self._micro_batch):
-            states += self._read(reference[start : start + self._micro_batch])
+        for start in range(0, len(reference), self._per_device_batch_size):
+            states += self._read(reference[start : start + self._per_device_batch_size])
         return states
 
     def _read(self, rows: Sequence[tuple[tuple[int, ...], int]]) -> list[torch.Tensor]:
@@ -128,7 +128,7 @@ def _run(workload: Workload, source: Any, marks: Path | None = None) -> Throughp
         lr=workload.lr,
         seed=workload.seed,
         anchor_batch=workload.batch,
-        micro_batch=workload.micro_batch,
+        per_device_batch_size=workload.per_device_batch_size,
         weights=LossWeights(anchor=1.0, recovery=0.0, penalty=0.0),
         checkpoint_every=workload.steps,
         stall_timeout_s=900.0,
@@ -162,12 +162,12 @@ def _head_spec(workload: Workload, path: Path) -> HeadSpec:
     )
 
 
-def _start_scorer(workload: Workload) -> ScoringClient:
+def _start_scorer(workload: Workload) -> TeacherClient:
     prompt, answer = workload.sequences()[0]
     options = ScorerOptions(
-        role="aligned", dtype="bfloat16", max_length=_MAX_LENGTH, use_gpu=False, scoring=ScoringConfig()
+        role="aligned", dtype="bfloat16", max_length=_MAX_LENGTH, use_gpu=False, scoring=TeacherConfig()
     )
-    client = ScoringClient.start(
+    client = TeacherClient.start(
         _head_spec(workload, workload.teacher),
         options,
         [ScoreRequest(prompt + answer, len(prompt))],
@@ -175,5 +175,5 @@ def _start_scorer(workload: Workload) -> ScoringClient:
         num_gpus=0,
         environment=engine_environment(use_gpu=False, threads=workload.threads),
     )
-    client.facts(_START_TIMEOUT_S)
+    client.stats(_START_TIMEOUT_S)
     return client

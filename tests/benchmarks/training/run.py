@@ -142,7 +142,7 @@ def _table(results: Results) -> Table:
     rows += [(name, why, "", "", "") for name, why in results.missing.items()]
     work = results.workload
     title = (
-        f"Training throughput, {results.model}, {work.batch} sequences a step in passes of {work.micro_batch}, "
+        f"Training throughput, {results.model}, {work.batch} sequences a step in passes of {work.per_device_batch_size}, "
         f"{work.counted_steps} steps; target: {OURS} at least {TARGET_RATIO}x {RIVAL}"
     )
     return Table(title, ("", "tokens/s", "runs", f"over {RIVAL}", "by CPU time"), rows)

@@ -61,7 +61,7 @@ def _run(
     with tempfile.TemporaryDirectory() as folder:
         config = config_type(
             output_dir=folder,
-            per_device_train_batch_size=workload.micro_batch,
+            per_device_train_batch_size=workload.per_device_batch_size,
             gradient_accumulation_steps=workload.accumulation,
             max_steps=workload.steps,
             learning_rate=workload.lr,

@@ -20,7 +20,7 @@ class Workload:
         teacher: Frozen checkpoint.
         vocab_size: Of the tokenizer; token ids stay below it.
         batch: Sequences of an optimizer step.
-        micro_batch: Sequences of one forward pass.
+        per_device_batch_size: Sequences of one forward pass.
         warmup_steps: First steps, not counted.
         counted_steps: Steps that are measured.
         tail_steps: Last steps, not counted: where teachers read ahead, the last steps find their scores ready.
@@ -31,7 +31,7 @@ class Workload:
     teacher: Path
     vocab_size: int
     batch: int = 8
-    micro_batch: int = 4
+    per_device_batch_size: int = 4
     warmup_steps: int = 1
     counted_steps: int = 3
     tail_steps: int = 1
@@ -45,7 +45,7 @@ class Workload:
 
     @property
     def accumulation(self) -> int:
-        return self.batch // self.micro_batch
+        return self.batch // self.per_device_batch_size
 
     def sequences(self) -> list[Sequence]:
         """Random tokens; lengths as of chat prompts with short answers. Every sequence is trained once."""

@@ -15,12 +15,12 @@ import torch.distributed as dist
 from raycomplete.data.checkpoints import load_model
 from raycomplete.data.heads import load_head
 from raycomplete.losses.loss_types import LossSettings
-from raycomplete.runtime.errors import PoisonedSampleError
+from raycomplete.runtime.errors import QuarantinedSequenceError
 from raycomplete.training.batches import BatchBuilder
 from raycomplete.training.profile import aligned_profile, scored_samples
 from raycomplete.training.step_plan import AnchorItem, Item, RecoveryItem, StepPlan
 from raycomplete.training.student import HeadSettings, StudentModule, to_loss_output
-from raycomplete.training.teacher_prefetcher import ScoreFeed
+from raycomplete.training.teacher_prefetcher import TeacherPrefetcher
 from tests.training.tiny import LocalScores, head_spec, make_model, make_samples
 
 SAMPLES = make_samples(3, anchor=3, recovery=3)
@@ -42,7 +42,7 @@ class Fragile(LocalScores):
         good = iter(super().collect_tensors([item for item, hole in zip(reference, found, strict=True) if hole == 0]))
         partial = [None if hole is None else next(good) for hole in found]
         if None in found:
-            raise PoisonedSampleError("1 of 9 sequences was set aside.", partial=partial)
+            raise QuarantinedSequenceError("1 of 9 sequences was quarantined.", partial=partial)
         return partial
 
 
@@ -59,9 +59,9 @@ class Tiny:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Loss and gradient of the output head over one micro-batch of the step."""
         sources = {role: Fragile(getattr(self, role), deadly.get(role, set())) for role in ("base", "aligned")}
-        feed = ScoreFeed(sources, max_depth=9, penalty=True, contrastive=False)
-        feed.request(0, SAMPLES.anchor, SAMPLES.recovery)
-        batch = BatchBuilder(penalty=True, contrastive=False, scale=1.0).build(items, PLAN, feed.take(0))
+        prefetcher = TeacherPrefetcher(sources, max_depth=9, penalty=True, contrastive=False)
+        prefetcher.request(0, SAMPLES.anchor, SAMPLES.recovery)
+        batch = BatchBuilder(penalty=True, contrastive=False, scale=1.0).build(items, PLAN, prefetcher.take(0))
         lm = load_model(self.student, "float32")
         heads = {role: load_head(head_spec(getattr(self, role)), dtype=torch.float32) for role in ("base", "aligned")}
         spec = head_spec(self.student)
@@ -89,7 +89,7 @@ def test_the_others_are_trained_as_if_it_had_not_been_there(
     deadly = {role: {tokens_of(items[culprit], part)}}
     with caplog.at_level(logging.WARNING):
         total, gradient = tiny.gradient(items, deadly)
-    assert "was set aside" in caplog.text
+    assert "was quarantined" in caplog.text
     without = [item for index, item in enumerate(items) if index != culprit]
     expected_total, expected_gradient = tiny.gradient(without, {})
     torch.testing.assert_close(total, expected_total, atol=1e-6, rtol=1e-5)
@@ -103,10 +103,12 @@ def test_the_others_are_trained_as_if_it_had_not_been_there(
 
 def test_a_model_that_reads_nothing_ends_the_run(tiny: Tiny) -> None:
     tokens = SAMPLES.anchor[0].prompt_ids + SAMPLES.anchor[0].answer_ids
-    feed = ScoreFeed({"aligned": Fragile(tiny.aligned, {tokens})}, max_depth=9, penalty=False, contrastive=False)
-    feed.request(0, SAMPLES.anchor[:1], [])
-    with pytest.raises(PoisonedSampleError):
-        feed.take(0)
+    prefetcher = TeacherPrefetcher(
+        {"aligned": Fragile(tiny.aligned, {tokens})}, max_depth=9, penalty=False, contrastive=False
+    )
+    prefetcher.request(0, SAMPLES.anchor[:1], [])
+    with pytest.raises(QuarantinedSequenceError):
+        prefetcher.take(0)
 
 
 def test_the_profile_leaves_it_out(tiny: Tiny) -> None:

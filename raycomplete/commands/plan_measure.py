@@ -12,7 +12,7 @@ import torch
 
 from raycomplete.engines.spec import available_cpus
 from raycomplete.plan.hardware import DEFAULT_MEASURED, GIB, Hardware, find_hardware
-from raycomplete.runtime.console import Screen
+from raycomplete.runtime.console import Console
 from raycomplete.runtime.files import write_json
 
 _SECONDS = 0.5  # for each measurement
@@ -24,19 +24,19 @@ _SMALL = 64
 _Timer = Callable[[Callable[[], object]], float]
 
 
-def measure(path: Path = DEFAULT_MEASURED, screen: Screen | None = None) -> Hardware:
+def measure(path: Path = DEFAULT_MEASURED, console: Console | None = None) -> Hardware:
     """Measures this machine's CPU with all its cores and writes the entry that `--hardware cpu` then takes.
 
     Args:
         path: Where the entry goes.
-        screen: Told what was found.
+        console: Told what was found.
     """
-    screen = screen or Screen()
+    console = console or Console()
     torch.set_num_threads(available_cpus())
-    with screen.stage("Products, copies, softmax and small calls measured"):
+    with console.stage("Products, copies, softmax and small calls measured"):
         entry = measured_cpu()
     write_json(path, asdict(entry))
-    screen.panel(
+    console.panel(
         [
             ("bfloat16", f"{entry.bfloat16_flops / 1e9:.0f} GFLOP/s"),
             ("float32", f"{entry.float32_flops / 1e9:.0f} GFLOP/s"),

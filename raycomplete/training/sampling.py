@@ -10,27 +10,27 @@ from dataclasses import replace
 from raycomplete.config import RunConfig
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.inputs import KINDS, Models, Prompts
-from raycomplete.data.refusal_prefix import with_turns
 from raycomplete.data.samples import AnchorSample, RecoverySample, SampleSet
 from raycomplete.engines.rollout_pool import RolloutPool
-from raycomplete.engines.start import Fleet
-from raycomplete.runtime.console import Screen
+from raycomplete.engines.start import Engines
+from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import DataError, WorkError
 from raycomplete.runtime.types import Judge, ModelRole, Outcome, Prompt
+from raycomplete.training.refusal_prefix import with_refusal_prefixes
 
 _PROFILE_PROMPTS = 32
 
 
-def make_samples(config: RunConfig, models: Models, prompts: Prompts, fleet: Fleet, screen: Screen) -> SampleSet:
+def make_samples(config: RunConfig, models: Models, prompts: Prompts, engines: Engines, console: Console) -> SampleSet:
     """Samples everything that training needs, under `train.seed`.
 
     Raises:
         WorkError: The aligned model refuses nothing, or no harmful continuation came out: there is nothing to recover.
     """
-    aligned = fleet.generator.with_weights(str(models.paths["aligned"]))
+    aligned = engines.generator.with_weights(str(models.paths["aligned"]))
     everything = [prompt for kind in KINDS for prompt in prompts.train[kind]]
     harmful = list(prompts.train["harmful"])
-    with screen.stage(f"Answers of the aligned model to {len(everything)} training prompts"):
+    with console.stage(f"Answers of the aligned model to {len(everything)} training prompts"):
         draws = range(config.rollout.answers_per_prompt)
         drawn = [_answers(config, models.codec, aligned, everything, draw) for draw in draws]
         anchor = [
@@ -39,11 +39,11 @@ def make_samples(config: RunConfig, models: Models, prompts: Prompts, fleet: Fle
             for prompt, (prompt_ids, answer) in zip(everything, answers, strict=True)
             if answer
         ]
-    with screen.stage(f"Refusals of the aligned model to {len(harmful)} harmful prompts"):
+    with console.stage(f"Refusals of the aligned model to {len(harmful)} harmful prompts"):
         refusals = _refusals(config, models.codec, aligned, harmful, anchor, prompts.judge)
     source: ModelRole = config.rollout.harmful_from
-    with screen.stage(f"Compliant continuations of {source}"):
-        generator = fleet.generator.with_weights(str(models.paths[source]))
+    with console.stage(f"Compliant continuations of {source}"):
+        generator = engines.generator.with_weights(str(models.paths[source]))
         continuations = harmful_continuations(config, models.codec, generator, harmful, prompts.judge)
     recovery = [
         RecoverySample(f"{prompt_id}#{draw}", tuple(models.codec.encode_prompt(text)), context, h, refusal)
@@ -51,7 +51,7 @@ def make_samples(config: RunConfig, models: Models, prompts: Prompts, fleet: Fle
         if (h := continuations.get(prompt_id)) is not None
         for draw, (context, refusal) in enumerate(refusals.get(prompt_id, []))
     ]
-    screen.note(
+    console.note(
         f"{len(anchor)} anchor samples, {len(recovery)} recovery samples; of {len(harmful)} harmful prompts "
         f"{len(refusals)} are refused by aligned and {len(continuations)} have a compliant continuation"
     )
@@ -71,7 +71,7 @@ def make_samples(config: RunConfig, models: Models, prompts: Prompts, fleet: Fle
         for prompt in prompts.evaluation["harmful"][:_PROFILE_PROMPTS]
         if prompt.answer
     ]
-    recovery = with_turns(config, models.codec, recovery)
+    recovery = with_refusal_prefixes(config, models.codec, recovery)
     samples = SampleSet(tuple(anchor), tuple(recovery), tuple(sample for sample in profile if sample.answer_ids))
     return hold_back(config, prompts, samples) if config.train.validation.every else samples
 
@@ -84,7 +84,7 @@ def hold_back(config: RunConfig, prompts: Prompts, samples: SampleSet) -> Sample
         ids = [
             prompt.prompt_id for prompt in prompts.train[kind] if kind != "harmful" or prompt.prompt_id in recoverable
         ]
-        count = min(config.train.validation.prompts, len(ids) // 4)
+        count = min(config.train.validation.num_prompts, len(ids) // 4)
         held |= set(random.Random(f"{config.train.seed}:held back:{kind}").sample(ids, count))
 
     def is_held(sample: AnchorSample | RecoverySample) -> bool:
