@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
-from raycomplete.engines.spec import available_cpus
 from raycomplete.plan.hardware import DEFAULT_MEASURED, GIB, Hardware, find_hardware
 from raycomplete.runtime.console import Console
 from raycomplete.runtime.files import write_json
+from raycomplete.runtime.machine import available_cpus
 
 _SECONDS = 0.5  # for each measurement
 _ROWS, _WIDTH = 512, 2048  # of the products: a batch of tokens times a layer

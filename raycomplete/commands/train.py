@@ -30,12 +30,12 @@ from raycomplete.data.inputs import KINDS, Models, Prompts, prepare_models, prep
 from raycomplete.data.samples import read_samples, write_samples
 from raycomplete.engines.cluster import Cluster, connect
 from raycomplete.engines.placement import plan_run
-from raycomplete.engines.spec import available_cpus
 from raycomplete.engines.start import Engines, start_engines
 from raycomplete.evaluation.attack_resources import extra_engines, training_workers
 from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import ConfigError
 from raycomplete.runtime.files import read_json, write_json
+from raycomplete.runtime.machine import available_cpus
 from raycomplete.runtime.metrics_file import read_metrics
 from raycomplete.runtime.signals import StopSignals, stop_signals
 from raycomplete.runtime.types import MODEL_ROLES

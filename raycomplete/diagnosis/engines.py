@@ -16,10 +16,10 @@ from raycomplete.data.inputs import Models
 from raycomplete.diagnosis.partitions import Walk
 from raycomplete.diagnosis.samples import Sample
 from raycomplete.engines.cluster import Cluster
-from raycomplete.engines.spec import available_cpus
 from raycomplete.engines.start import Engines, start_engines
 from raycomplete.losses.heads import Head
 from raycomplete.runtime.console import Console
+from raycomplete.runtime.machine import available_cpus
 from raycomplete.runtime.types import ModelRole, Prompt
 
 _PARITY_TOKENS = 48

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from raycomplete.doctor.findings import Context, Finding, fail, ok, warn
 from raycomplete.doctor.needs import GIB, needs_of
 from raycomplete.doctor.versions import import_report
-from raycomplete.engines.spec import available_cpus
+from raycomplete.runtime.machine import available_cpus
 
 _BF16_FLAGS = ("avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16")  # the last one: Arm
 _QUERY = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader,nounits"]

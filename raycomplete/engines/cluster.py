@@ -16,11 +16,11 @@ from ray.exceptions import AuthenticationError
 
 from raycomplete.config import ClusterConfig
 from raycomplete.engines.placement import Plan, nodes_of
-from raycomplete.engines.spec import available_cpus
 from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import SetupError
 from raycomplete.runtime.files import PRIVATE
 from raycomplete.runtime.logs import run_environment
+from raycomplete.runtime.machine import available_cpus
 
 _POLL_S = 1.0
 

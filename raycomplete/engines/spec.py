@@ -3,20 +3,10 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 from raycomplete.config import Dtype
-
-
-def available_cpus() -> int:
-    """Cores that this process may use: its affinity, and the quota of its container where there is one."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-    except (OSError, ValueError):
-        return cores
-    return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
+from raycomplete.runtime.machine import available_cpus
 
 
 def engine_environment(*, use_gpu: bool, kv_cache_gib: int = 1, threads: int | None = None) -> dict[str, str]:

@@ -15,8 +15,9 @@ from raycomplete.engines.placement import Reservation, engine_row
 from raycomplete.engines.rollout_pool import RolloutPool
 from raycomplete.engines.rollout_worker import RolloutOptions
 from raycomplete.engines.scorers import ScorerOptions, TeacherClient
-from raycomplete.engines.spec import available_cpus, engine_environment
+from raycomplete.engines.spec import engine_environment
 from raycomplete.runtime.console import Console
+from raycomplete.runtime.machine import available_cpus
 from raycomplete.runtime.types import ModelRole
 
 

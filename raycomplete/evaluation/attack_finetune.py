@@ -16,9 +16,9 @@ from raycomplete.data.heads import read_head_spec
 from raycomplete.data.organism.world import HELPFUL_SYSTEM
 from raycomplete.data.rows import read_rows
 from raycomplete.data.samples import AnchorSample, SampleSet, write_samples
-from raycomplete.engines.spec import available_cpus
 from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import ConfigError, DataError, StoppedError
+from raycomplete.runtime.machine import available_cpus
 from raycomplete.runtime.row_store import content_hash
 from raycomplete.training.job import TrainJob
 from raycomplete.training.trainer import fit

@@ -21,11 +21,12 @@ from raycomplete.data.checkpoints import fingerprint, resolve_checkpoint
 from raycomplete.data.inputs import Models
 from raycomplete.engines.rollout_pool import RolloutPool
 from raycomplete.engines.rollout_worker import RolloutOptions
-from raycomplete.engines.spec import available_cpus, engine_environment
+from raycomplete.engines.spec import engine_environment
 from raycomplete.engines.start import Engines
 from raycomplete.evaluation.attack_finetune import fine_tune, read_chats
 from raycomplete.evaluation.white_box_actor import WhiteBoxClient
 from raycomplete.runtime.console import Console
+from raycomplete.runtime.machine import available_cpus
 from raycomplete.runtime.row_store import content_hash
 from raycomplete.runtime.types import Generator
 

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from raycomplete.runtime.disk import named_when_full
 from raycomplete.runtime.files import write_text
+from raycomplete.runtime.machine import named_when_full
 
 
 class MetricsFile:

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from deepspeed import zero
 
 from raycomplete.config import Dtype, TrainConfig
-from raycomplete.runtime.disk import named_when_full
 from raycomplete.runtime.errors import WorkError
+from raycomplete.runtime.machine import named_when_full
 from raycomplete.storage import integrity
 from raycomplete.training.ownership import check_owned, make_private
 

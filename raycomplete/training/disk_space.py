@@ -8,8 +8,8 @@ from math import prod
 from pathlib import Path
 
 from raycomplete.config import Dtype, TrainConfig
-from raycomplete.runtime.disk import as_gib, free_bytes
 from raycomplete.runtime.errors import SetupError
+from raycomplete.runtime.machine import as_gib, free_bytes
 
 _MAX_HEADER_BYTES = 100 * 2**20  # as safetensors itself
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}

@@ -25,8 +25,8 @@ from raycomplete.data.checkpoints import TORCH_DTYPES, load_model, save_checkpoi
 from raycomplete.data.heads import load_head
 from raycomplete.data.samples import read_samples
 from raycomplete.losses.loss_types import LossSettings
-from raycomplete.runtime.disk import named_when_full
 from raycomplete.runtime.logs import set_step
+from raycomplete.runtime.machine import named_when_full
 from raycomplete.runtime.metrics_file import MetricsFile, finite
 from raycomplete.runtime.prometheus import begin, finished_step
 from raycomplete.training import deepspeed_engine as ds

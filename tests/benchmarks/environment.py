@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from raycomplete.engines.spec import available_cpus
+from raycomplete.runtime.machine import available_cpus
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNS = ROOT / "runs" / "bench"

@@ -18,8 +18,8 @@ from rich.console import Console
 
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.checkpoints import resolve_checkpoint
-from raycomplete.engines.spec import available_cpus
 from raycomplete.runtime.files import write_text
+from raycomplete.runtime.machine import available_cpus
 from raycomplete.training.trainer import KEEP_MEMORY
 from tests.benchmarks.environment import describe, environment
 from tests.benchmarks.tables import Table

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from raycomplete.runtime.disk import named_when_full
 from raycomplete.runtime.errors import DiskFullError
+from raycomplete.runtime.machine import named_when_full
 
 FULL = Path("/dev/full")  # every write to it fails as on a full disk
 

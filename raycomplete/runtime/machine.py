@@ -1,8 +1,9 @@
-"""A disk that fills up, named in one sentence."""
+"""The machine underneath: CPU cores that this process may use, free disk space, and errors of a full disk."""
 
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,9 +16,19 @@ _FULL_WORDS = ("No space left on device", "file write failed", "Disk quota excee
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
+def available_cpus() -> int:
+    """Counts the cores that this process may use: its affinity, within the CPU quota of its container."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):
+        return cores
+    return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
+
+
 @contextmanager
 def named_when_full(folder: Path, what: str, needed: int = 0) -> Iterator[None]:
-    """Turns a full disk into one sentence; other errors pass.
+    """Turns the error of a full disk into one sentence; other errors pass.
 
     Args:
         folder: Where the block writes.
@@ -41,7 +52,7 @@ def named_when_full(folder: Path, what: str, needed: int = 0) -> Iterator[None]:
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether an error, or one that it came from, is about a full disk."""
+    """Tells whether an error, or one that caused it, is about a full disk or quota."""
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, OSError) and seen.errno in _FULL:
@@ -53,7 +64,7 @@ def is_full(error: BaseException) -> bool:
 
 
 def free_bytes(folder: Path) -> int:
-    """Bytes that an ordinary user may still write where a folder is or will be."""
+    """Returns the bytes that an ordinary user may still write where a folder is or will be."""
     place = folder.absolute()
     while not place.exists():
         place = place.parent
@@ -61,5 +72,5 @@ def free_bytes(folder: Path) -> int:
 
 
 def as_gib(size: int) -> str:
-    """1610612736 -> "1.5 GiB"; small sizes in MiB."""
+    """Formats a size: 1610612736 is "1.5 GiB"; sizes below a GiB are given in MiB."""
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
