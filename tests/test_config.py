@@ -12,6 +12,7 @@ import yaml
 
 from raycomplete.attacks.settings import ATTACKS
 from raycomplete.config import RunConfig, dump, load_run_file, parse
+from raycomplete.config.loading import RENAMED
 from raycomplete.runtime.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -112,6 +113,27 @@ def test_unknown_keys_are_refused_with_the_nearest_known_one(
 def test_an_unknown_key_like_no_other_lists_the_known_ones() -> None:
     with pytest.raises(ConfigError, match=r"unknown key 'output.zzz', known keys: root, name"):
         parse({**MINIMAL, "output": {"zzz": 1}}, "here")
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_a_renamed_key_is_refused_with_its_new_name(old: str, new: str, tmp_path: Path) -> None:
+    """In a run file and as an override; the new name is a key that exists, and the old one is none any more."""
+    words = f"the key {old!r} was renamed {new!r}"
+    tree: Any = yaml.safe_load(yaml.safe_dump(FULL))
+    *parents, leaf = old.split(".")
+    node = tree
+    for part in parents:
+        node = node.setdefault(part, {})
+    node[leaf] = 1
+    for refused in (lambda: parse(tree, "here"), lambda: load_run_file(write(tmp_path, FULL), [f"{old}=1"])):
+        with pytest.raises(ConfigError) as caught:
+            refused()
+        assert caught.value.exit_code == 2
+        assert words in str(caught.value)
+    dumped: Any = yaml.safe_load(dump(parse(FULL, "here")))
+    for part in new.split("."):
+        assert part in dumped, f"{new} is no key"
+        dumped = dumped[part]
 
 
 @pytest.mark.parametrize(

@@ -8,23 +8,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from raycomplete.commands.run_folder import check_run_folder, open_run_folder
 from raycomplete.commands.stored import stored
 from raycomplete.commands.train import run_training, worker_threads
 from raycomplete.config import RunConfig
-from raycomplete.data.chat import ChatCodec
-from raycomplete.data.inputs import Models, prepare_models
+from raycomplete.data.inputs import Prompts, prepare_models
 from raycomplete.data.prompts import read_prompts
 from raycomplete.data.samples import AnchorSample, SampleSet, read_samples, write_samples
-from raycomplete.engines.cluster import Cluster, connect
 from raycomplete.engines.placement import plan_run
-from raycomplete.engines.rollout_pool import RolloutPool
-from raycomplete.engines.start import start_engines
+from raycomplete.engines.run import OutputFolder, Run, open_run
+from raycomplete.evaluation.judge import RefusalJudge
 from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import ConfigError, DataError
 from raycomplete.runtime.files import write_json
-from raycomplete.runtime.signals import StopSignals, stop_signals
-from raycomplete.runtime.types import Prompt
 from raycomplete.training.job import TrainJob
 
 _DONE = "aligned.json"
@@ -63,18 +58,16 @@ def align(config: RunConfig, *, resume: bool = False, overwrite: bool = False, c
     without = next((prompt for prompt in refusals if not prompt.answer), None)
     if without is not None:
         raise DataError(f"The prompt {without.prompt_id} of align.refusals has no answer.", "Name its answer column.")
-    check_run_folder(config, resume=resume, same=_SAME, overwrite=overwrite)
+    folder = OutputFolder(config, same=_SAME, resume=resume, overwrite=overwrite)
+    prompts = Prompts({"harmful": tuple(refusals), "benign": tuple(benign)}, {}, RefusalJudge())
     plan = plan_run(config, workers=config.train.num_workers)
-    with connect(config.cluster, plan, console) as cluster, stop_signals() as stop:
-        folder = open_run_folder(config, resume=resume, same=_SAME, overwrite=overwrite)
-        samples_file = folder / "samples.jsonl"
+    with open_run(folder, models, prompts, plan, console) as run:
+        samples_file = run.folder / "samples.jsonl"
         if not samples_file.is_file():
-            with start_engines(config, cluster, models, console) as engines:
-                write_samples(
-                    samples_file, _samples(config, models.codec, engines.generator, refusals, benign, console)
-                )
-        _train(config, cluster, models, folder, output, console, stop)
-        write_json(folder / _DONE, {"aligned": str(output)})
+            with run.start_engines():
+                write_samples(samples_file, _samples(run))
+        _train(run, output)
+        write_json(run.folder / _DONE, {"aligned": str(output)})
     console.note(f"Aligned checkpoint: {output}")
     return output
 
@@ -84,15 +77,10 @@ def _is_unfinished(folder: Path) -> bool:
     return (folder / "config.yaml").is_file() and not (folder / _DONE).is_file()
 
 
-def _samples(
-    config: RunConfig,
-    codec: ChatCodec,
-    base: RolloutPool,
-    refusals: list[Prompt],
-    benign: list[Prompt],
-    console: Console,
-) -> SampleSet:
+def _samples(run: Run) -> SampleSet:
     """Refusals and base's own harmless answers in the wanted share, no longer than the context."""
+    config, codec = run.config, run.models.codec
+    refusals, benign = run.prompts.train["harmful"], run.prompts.train["benign"]
     settings = config.align
     benign_per_refusal = settings.benign_fraction / max(1 - settings.benign_fraction, 1e-9)
     num_benign = round(len(refusals) * benign_per_refusal)
@@ -105,8 +93,8 @@ def _samples(
         learned.append(AnchorSample(prompt.prompt_id, tuple(codec.encode_prompt(prompt.text)), answer[:limit]))
     prompt_ids = [codec.encode_prompt(prompt.text) for prompt in benign[:num_benign]]
     fitting = [(p, ids) for p, ids in zip(benign, prompt_ids, strict=False) if len(ids) + limit < context]
-    with console.stage(f"Answers of base to {len(fitting)} harmless prompts"):
-        answers = base.generate_finished(
+    with run.console.stage(f"Answers of base to {len(fitting)} harmless prompts"):
+        answers = run.engines.generator.generate_finished(
             [ids for _, ids in fitting],
             max_tokens=limit,
             temperature=config.rollout.temperature,
@@ -120,22 +108,15 @@ def _samples(
     ]
     samples = [sample for sample in (*learned, *kept) if len(sample.prompt_ids) + len(sample.answer_ids) <= context]
     dropped = len(learned) + len(kept) - len(samples)
-    console.note(
+    run.console.note(
         f"{len(learned)} refusals ({cut} cut at {limit} tokens), {len(kept)} harmless answers of {num_benign} wanted; "
         f"{dropped} samples left out as longer than the context"
     )
     return SampleSet(tuple(samples))
 
 
-def _train(
-    config: RunConfig,
-    cluster: Cluster,
-    models: Models,
-    folder: Path,
-    output: Path,
-    console: Console,
-    stop: StopSignals,
-) -> None:
+def _train(run: Run, output: Path) -> None:
+    config = run.config
     settings = config.align
     train = config.train.model_copy(
         update={
@@ -146,17 +127,17 @@ def _train(
     )
     job = TrainJob(
         objective="sft",
-        start=models.paths["base"],
+        start=run.models.paths["base"],
         output=output,
-        folder=folder.resolve(),
-        samples=(folder / "samples.jsonl").resolve(),
+        folder=run.folder.resolve(),
+        samples=(run.folder / "samples.jsonl").resolve(),
         dtype=config.models.dtype,
         train=train,
-        student_head=models.heads["base"],
+        student_head=run.models.heads["base"],
         threads=worker_threads(config),
         lora_rank=settings.lora_rank,
-        use_gpu=cluster.use_gpu,
+        use_gpu=run.cluster.use_gpu,
         trust_remote_code=config.models.trust_remote_code,
     )
     count = len(read_samples(job.samples).anchor)
-    run_training(job, config, console, f"Safety SFT on {count} samples", stop)
+    run_training(run, job, f"Safety SFT on {count} samples")

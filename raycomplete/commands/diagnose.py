@@ -15,7 +15,6 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from raycomplete.commands.run_folder import check_run_folder, open_run_folder
 from raycomplete.commands.stored import stored
 from raycomplete.config import RunConfig
 from raycomplete.data import organism
@@ -29,6 +28,7 @@ from raycomplete.diagnosis.samples import KINDS, Sample, partition_samples, read
 from raycomplete.diagnosis.summary import kind_summary, token_table
 from raycomplete.engines.cluster import Cluster, connect
 from raycomplete.engines.placement import plan_run
+from raycomplete.engines.run import OutputFolder
 from raycomplete.engines.start import Engines
 from raycomplete.evaluation import RefusalJudge
 from raycomplete.report.diagnosis import depth_words
@@ -91,10 +91,11 @@ def diagnose(
     with console.stage("Checked checkpoints, tokenizers and prompts"):
         models = prepare_models(config, roles)
         first = {kind: list(islice(read_prompts(config, kind), config.diagnose.partition_prompts)) for kind in KINDS}
-    check_run_folder(config, resume=resume, overwrite=overwrite, same=_SAME)
+    claimed = OutputFolder(config, same=_SAME, resume=resume, overwrite=overwrite)
+    claimed.check()
     judge: Judge = organism.OrganismJudge() if config.data.source == "organism" else RefusalJudge()
     with connect(config.cluster, plan_run(config, scorers=roles), console) as cluster:
-        folder = open_run_folder(config, resume=resume, overwrite=overwrite, same=_SAME)
+        folder = claimed.open()
         _check_same_inputs(folder, config, models)
         console.note(f"Folder of the diagnosis: {folder}")
         with start_diagnosis_engines(

@@ -12,14 +12,12 @@ from typing import Any
 
 from raycomplete.attacks.trial import Progress
 from raycomplete.commands.judge import start_judge
-from raycomplete.commands.run_folder import check_run_folder, open_run_folder
 from raycomplete.commands.stored import stored
 from raycomplete.config import RunConfig
 from raycomplete.data.checkpoints import fingerprint
-from raycomplete.data.inputs import Models, Prompts, prepare_models, prepare_prompts
-from raycomplete.engines.cluster import connect
+from raycomplete.data.inputs import Prompts, prepare_models, prepare_prompts
 from raycomplete.engines.placement import plan_run
-from raycomplete.engines.start import Engines, start_engines
+from raycomplete.engines.run import OutputFolder, Run, open_run
 from raycomplete.evaluation.attack_resources import AttackResources, check_attacks, extra_engines, training_workers
 from raycomplete.evaluation.benign_nll import benign_nll, given_answers
 from raycomplete.evaluation.runner import evaluate_model
@@ -30,7 +28,6 @@ from raycomplete.report.html import write_report
 from raycomplete.runtime.console import Advance, Console
 from raycomplete.runtime.files import PRIVATE, read_json, write_json
 from raycomplete.runtime.row_store import content_hash
-from raycomplete.runtime.signals import stop_signals
 from raycomplete.runtime.types import MODEL_ROLES, ModelRole
 from raycomplete.training.sampling import complete_answers
 
@@ -82,45 +79,31 @@ def evaluate(
         models = prepare_models(tested, roles=tuple(dict.fromkeys(("base", *roles))))
         prompts = prepare_prompts(config, models.codec, training=False)
         check_attacks(config)
-    check_run_folder(config, resume=True, same=_SAME, free=_FREE)
+    folder = OutputFolder(config, same=_SAME, free=_FREE, resume=True, keep_config=True)
+    folder.check()
     plan = plan_run(config, extras=extra_engines(config), attack_workers=training_workers(config))
-    with connect(config.cluster, plan, console) as cluster, stop_signals() as stop:
-        folder = open_run_folder(config, resume=True, same=_SAME, keep_config=True, free=_FREE)
-        with start_engines(config, cluster, models, console) as engines:
-            prompts = held_out_sets(config, models, prompts, engines, folder, console)
-
-            def ended() -> bool:
-                return stop.requested or (cancelled is not None and cancelled())
-
-            with stop.deferred():
-                results = evaluate_roles(
-                    config,
-                    models,
-                    models.paths,
-                    prompts,
-                    engines,
-                    folder,
-                    console,
-                    roles,
-                    on_progress=on_progress,
-                    cancelled=ended,
-                )
-                nll = measure_benign_nll(config, models, models.paths, prompts, engines, folder, console, roles, ended)
-    summary = write_summary(config, folder, results, nll, time.perf_counter() - started)
-    print_result(summary, folder, console)
-    return folder
+    with (
+        open_run(folder, models, prompts, plan, console, on_progress=on_progress, cancelled=cancelled) as run,
+        run.start_engines(),
+    ):
+        run.prompts = held_out_sets(run)
+        with run.stop.deferred():
+            results = evaluate_roles(run, roles)
+            nll = measure_benign_nll(run, roles)
+    summary = write_summary(config, run.folder, results, nll, time.perf_counter() - started)
+    print_result(summary, run.folder, console)
+    return run.folder
 
 
-def held_out_sets(
-    config: RunConfig, models: Models, prompts: Prompts, engines: Engines, folder: Path, console: Console
-) -> Prompts:
+def held_out_sets(run: Run) -> Prompts:
     """Completes the harmful answers that prefills are cut from, and judges them.
 
     They are kept in the run folder, readable by its owner only, so that a resumed evaluation cuts the same prefills.
     """
+    config, models, prompts = run.config, run.models, run.prompts
     if config.data.source == "organism":
         return prompts
-    file = folder / "evaluation" / "prefills.json"
+    file = run.folder / "evaluation" / "prefills.json"
     harmful = prompts.evaluation["harmful"]
     made_from = {
         "base": models.fingerprint("base"),
@@ -130,8 +113,8 @@ def held_out_sets(
     }
     known = read_json(file)
     if known is None or known["made_from"] != made_from:
-        with console.stage(f"Prefills for {len(harmful)} held-out harmful prompts, from base"):
-            base = engines.generator.with_weights(str(models.paths["base"]))
+        with run.console.stage(f"Prefills for {len(harmful)} held-out harmful prompts, from base"):
+            base = run.engines.generator.with_weights(str(models.paths["base"]))
             completed = complete_answers(config, models.codec, base, harmful)
         # A prefill that refuses by itself is no attack. It stays in the denominator, and the count is published.
         outcomes = Counter(str(prompts.judge.outcome(prompt, "", prompt.answer or "")) for prompt in completed)
@@ -141,87 +124,68 @@ def held_out_sets(
             "answers": {prompt.prompt_id: prompt.answer for prompt in completed},
         }
         write_json(file, known, mode=PRIVATE)
-    console.note(f"Prefills judged by themselves: {known['outcomes']}")
+    run.console.note(f"Prefills judged by themselves: {known['outcomes']}")
     answered = tuple(replace(prompt, answer=known["answers"][prompt.prompt_id]) for prompt in harmful)
     return replace(prompts, evaluation=prompts.evaluation | {"harmful": answered})
 
 
-def evaluate_roles(
-    config: RunConfig,
-    models: Models,
-    paths: Mapping[ModelRole, Path],
-    prompts: Prompts,
-    engines: Engines,
-    folder: Path,
-    console: Console,
-    roles: Sequence[ModelRole],
-    *,
-    on_progress: OnProgress | None = None,
-    cancelled: Cancelled | None = None,
-) -> dict[str, dict[str, Any]]:
+def evaluate_roles(run: Run, roles: Sequence[ModelRole]) -> dict[str, dict[str, Any]]:
     """Every role's result, from one generator that takes the weights of each in turn."""
-    sets = EvaluationSets(**{str(kind): found for kind, found in prompts.evaluation.items()})
-    models = replace(models, paths={**models.paths, **paths})
-    resources = AttackResources(config, models, engines, folder, console, stopping=cancelled or (lambda: False))
+    config, models = run.config, run.models
+    sets = EvaluationSets(**{str(kind): found for kind, found in run.prompts.evaluation.items()})
+    resources = AttackResources(config, models, run.engines, run.folder, run.console, stopping=run.is_stopping)
     results = {}
     try:
-        with start_judge(config, prompts.judge, console) as judge:
+        with start_judge(config, run.judge, run.console) as judge:
             for role in roles:
+                path = models.paths[role]
                 with ExitStack() as shown:
                     results[str(role)] = evaluate_model(
                         role,
-                        engines.generator.with_weights(str(paths[role])),
+                        run.engines.generator.with_weights(str(path)),
                         models.codec,
                         judge,
                         sets,
                         config.evaluation,
-                        folder,
-                        model_id=fingerprint(paths[role]),
+                        run.folder,
+                        model_id=fingerprint(path),
                         max_length=config.models.max_length,
-                        tools=resources.for_model(paths[role]),
-                        on_progress=_bar(console, role, shown),
-                        on_trials=on_progress,
-                        cancelled=cancelled,
+                        tools=resources.for_model(path),
+                        on_progress=_bar(run.console, role, shown),
+                        on_trials=run.on_progress,
+                        cancelled=run.is_stopping,
                     )
     finally:
         resources.stop()
     return results
 
 
-def measure_benign_nll(
-    config: RunConfig,
-    models: Models,
-    paths: Mapping[ModelRole, Path],
-    prompts: Prompts,
-    engines: Engines,
-    folder: Path,
-    console: Console,
-    roles: Sequence[ModelRole],
-    cancelled: Cancelled | None = None,
-) -> dict[str, Any]:
+def measure_benign_nll(run: Run, roles: Sequence[ModelRole]) -> dict[str, Any]:
     """Likelihood of good answers to the held-out benign prompts under every role; empty where there are none.
 
-    Prompts without an answer of their own take that of the aligned model, so they need it in `paths`.
+    Prompts without an answer of their own take that of the aligned model, where the run has one.
     """
+    models, generator = run.models, run.engines.generator
     aligned = None
-    if "aligned" in paths:
-        path = paths["aligned"]
-        aligned = fingerprint(path), engines.generator.with_weights(str(path))
+    if "aligned" in models.paths:
+        path = models.paths["aligned"]
+        aligned = fingerprint(path), generator.with_weights(str(path))
     answers = given_answers(
-        prompts.evaluation["benign"],
+        run.prompts.evaluation["benign"],
         models.codec,
-        config.evaluation,
-        folder,
-        max_length=config.models.max_length,
+        run.config.evaluation,
+        run.folder,
+        max_length=run.config.models.max_length,
         aligned=aligned,
     )
     if not answers:
         return {}
-    with console.stage(f"Likelihood of {len(answers)} benign answers"):
+    with run.console.stage(f"Likelihood of {len(answers)} benign answers"):
         measured = {
-            str(role): (fingerprint(paths[role]), engines.generator.with_weights(str(paths[role]))) for role in roles
+            str(role): (fingerprint(models.paths[role]), generator.with_weights(str(models.paths[role])))
+            for role in roles
         }
-        return benign_nll(measured, answers, folder, cancelled=cancelled or (lambda: False))
+        return benign_nll(measured, answers, run.folder, cancelled=run.is_stopping)
 
 
 def _bar(console: Console, role: ModelRole, shown: ExitStack) -> Callable[[str, int, int], None]:

@@ -22,22 +22,20 @@ from raycomplete.commands.evaluate import (
     print_result,
     write_summary,
 )
-from raycomplete.commands.run_folder import check_run_folder, open_run_folder
 from raycomplete.commands.stored import stored
 from raycomplete.config import RunConfig
 from raycomplete.data.chat import ChatCodec
-from raycomplete.data.inputs import KINDS, Models, Prompts, prepare_models, prepare_prompts
+from raycomplete.data.inputs import KINDS, Prompts, prepare_models, prepare_prompts
 from raycomplete.data.samples import read_samples, write_samples
-from raycomplete.engines.cluster import Cluster, connect
 from raycomplete.engines.placement import plan_run
-from raycomplete.engines.start import Engines, start_engines
+from raycomplete.engines.run import OutputFolder, Run, open_run
+from raycomplete.engines.start import Engines
 from raycomplete.evaluation.attack_resources import extra_engines, training_workers
 from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import ConfigError
 from raycomplete.runtime.files import read_json, write_json
 from raycomplete.runtime.machine import available_cpus
 from raycomplete.runtime.metrics_file import read_metrics
-from raycomplete.runtime.signals import StopSignals, stop_signals
 from raycomplete.runtime.types import MODEL_ROLES
 from raycomplete.training.disk_space import check_space
 from raycomplete.training.job import TrainJob
@@ -70,12 +68,13 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False, c
     with console.stage("Checked checkpoints, tokenizers and prompts"):
         models = prepare_models(config)
         prompts = prepare_prompts(config, models.codec)
-    check_run_folder(config, resume=resume, overwrite=overwrite, same=_SAME)
-    summary = read_json(config.output.folder / "summary.json") if resume else None
+    folder = OutputFolder(config, same=_SAME, resume=resume, overwrite=overwrite)
+    folder.check()
+    summary = read_json(folder.path / "summary.json") if resume else None
     if summary is not None and summary["evaluation"] == config.evaluation.model_dump(mode="json"):
         console.note("The run is finished already")
-        print_result(summary, config.output.folder, console)
-        return config.output.folder
+        print_result(summary, folder.path, console)
+        return folder.path
     plan = plan_run(
         config,
         scorers=("base", "aligned"),
@@ -83,89 +82,78 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False, c
         extras=extra_engines(config),
         attack_workers=training_workers(config),
     )
-    if not (config.output.folder / "student" / "config.json").is_file():
-        check_space(config.output.folder, models.paths["student"], config.models.dtype, config.train)
-    with connect(config.cluster, plan, console) as cluster, stop_signals() as stop:
-        folder = open_run_folder(config, resume=resume, overwrite=overwrite, same=_SAME)
-        console.note(f"Run folder: {folder}")
-        _check_same_inputs(folder, models, prompts)
-        trained = (folder / "student" / "config.json").is_file()  # then there is nothing left to score
+    if not (folder.path / "student" / "config.json").is_file():
+        check_space(folder.path, models.paths["student"], config.models.dtype, config.train)
+    with open_run(folder, models, prompts, plan, console) as run:
+        console.note(f"Run folder: {run.folder}")
+        _check_same_inputs(run)
+        student = run.folder / "student"
+        trained = (student / "config.json").is_file()  # then there is nothing left to score
         parity = [] if trained else _parity_sequences(prompts, models.codec, config.teacher.parity_prompts)
-        with start_engines(config, cluster, models, console, parity_sequences=parity) as engines:
-            prompts = held_out_sets(config, models, prompts, engines, folder, console)
-            _train_student(config, cluster, models, prompts, engines, folder, console, stop)
-            engines.stop_scorers()
-            paths = models.paths | {"student": folder / "student"}
-            with stop.deferred():
-                results = evaluate_roles(
-                    config, models, paths, prompts, engines, folder, console, MODEL_ROLES, cancelled=stop.is_requested
-                )
-                nll = measure_benign_nll(
-                    config, models, paths, prompts, engines, folder, console, MODEL_ROLES, stop.is_requested
-                )
-    summary = write_summary(config, folder, results, nll, time.perf_counter() - started)
-    print_result(summary, folder, console)
-    return folder
+        with run.start_engines(parity_sequences=parity):
+            run.prompts = held_out_sets(run)
+            _train_student(run)
+            run.engines.stop_scorers()
+            run.use_student(student)
+            with run.stop.deferred():
+                results = evaluate_roles(run, MODEL_ROLES)
+                nll = measure_benign_nll(run, MODEL_ROLES)
+    summary = write_summary(config, run.folder, results, nll, time.perf_counter() - started)
+    print_result(summary, run.folder, console)
+    return run.folder
 
 
-def _train_student(
-    config: RunConfig,
-    cluster: Cluster,
-    models: Models,
-    prompts: Prompts,
-    engines: Engines,
-    folder: Path,
-    console: Console,
-    stop: StopSignals,
-) -> None:
+def _train_student(run: Run) -> None:
     """Samples and training, each skipped where its result is there already."""
-    samples_file, student = folder / "samples.jsonl", folder / "student"
-    stats_file = folder / "training.json"
+    config, models, console = run.config, run.models, run.console
+    samples_file, student = run.folder / "samples.jsonl", run.folder / "student"
+    stats_file = run.folder / "training.json"
     if (student / "config.json").is_file():
         console.note("The student is trained already")
         if not stats_file.is_file():  # killed between the export and this file
-            write_json(stats_file, training_stats(folder / "metrics.jsonl", None, {}, {}))
+            write_json(stats_file, training_stats(run.folder / "metrics.jsonl", None, {}, {}))
         return
     if not samples_file.is_file():
-        write_samples(samples_file, make_samples(config, models, prompts, engines, console))
+        write_samples(samples_file, make_samples(config, models, run.prompts, run.engines, console))
     samples = read_samples(samples_file)
     job = TrainJob(
         objective="completion",
         start=models.paths["student"],
         output=student.resolve(),
-        folder=folder.resolve(),
+        folder=run.folder.resolve(),
         samples=samples_file.resolve(),
         dtype=config.models.dtype,
         train=config.train,
         student_head=models.heads["student"],
         teacher_heads={role: models.heads[role] for role in ("aligned", "base")},
-        sources=dict(engines.scorers),
+        sources=dict(run.engines.scorers),
         prefetch=config.teacher.prefetch,
         threads=worker_threads(config),
         rollout=config.rollout,
-        policy=_policy(config, models, prompts, engines),
+        policy=_policy(run),
         lora_rank=config.train.lora_rank,
-        use_gpu=cluster.use_gpu,
+        use_gpu=run.cluster.use_gpu,
         trust_remote_code=config.models.trust_remote_code,
     )
     started = time.perf_counter()
-    before = _scorer_totals(engines)
-    run_training(job, config, console, f"Training on {len(samples.anchor)} + {len(samples.recovery)} samples", stop)
-    scored = {name: total - before[name] for name, total in _scorer_totals(engines).items()}
-    write_json(stats_file, training_stats(job.metrics_file, time.perf_counter() - started, scored, engines.stats))
+    before = _scorer_totals(run.engines)
+    run_training(run, job, f"Training on {len(samples.anchor)} + {len(samples.recovery)} samples")
+    scored = {name: total - before[name] for name, total in _scorer_totals(run.engines).items()}
+    write_json(stats_file, training_stats(job.metrics_file, time.perf_counter() - started, scored, run.engines.stats))
 
 
-def _policy(config: RunConfig, models: Models, prompts: Prompts, engines: Engines) -> StudentEngines | None:
+def _policy(run: Run) -> StudentEngines | None:
     """The student's own rollouts, where the run file asks for them."""
-    if not config.rollout.on_policy:
+    if not run.config.rollout.on_policy:
         return None
-    pool = engines.generator.with_weights(str(models.paths["student"]))
-    return StudentEngines(pool, models.codec, prompts.judge, prompts.train["harmful"], config.rollout)
+    pool = run.engines.generator.with_weights(str(run.models.paths["student"]))
+    return StudentEngines(pool, run.models.codec, run.judge, run.prompts.train["harmful"], run.config.rollout)
 
 
-def run_training(job: TrainJob, config: RunConfig, console: Console, title: str, stop: StopSignals) -> None:
+def run_training(run: Run, job: TrainJob, title: str) -> None:
     """Trains under a progress bar."""
-    with stop.deferred(), console.progress(title, job.train.steps) as advance:
+    cluster = run.config.cluster
+    with run.stop.deferred(), run.console.progress(title, job.train.steps) as advance:
 
         def on_step(row: dict[str, Any]) -> None:
             names = ("loss", "anchor", "recovery", "penalty") if job.objective == "completion" else ("loss",)
@@ -181,11 +169,11 @@ def run_training(job: TrainJob, config: RunConfig, console: Console, title: str,
 
         fit(
             job,
-            cpus_per_worker=config.cluster.cpus_per_worker,
-            gpus_per_worker=config.cluster.gpus_per_worker,
-            placement=config.cluster.worker_placement,
+            cpus_per_worker=cluster.cpus_per_worker,
+            gpus_per_worker=cluster.gpus_per_worker,
+            placement=cluster.worker_placement,
             on_step=on_step,
-            stopping=stop.is_requested,
+            stopping=run.is_stopping,
         )
 
 
@@ -226,18 +214,18 @@ def worker_threads(config: RunConfig) -> int:
     return max(available_cpus() // config.train.num_workers, 1)
 
 
-def _check_same_inputs(folder: Path, models: Models, prompts: Prompts) -> None:
+def _check_same_inputs(run: Run) -> None:
     """A resumed run must go on with the very checkpoints and prompts it started with, not only with their paths."""
-    texts = [prompt.text for kind in KINDS for prompt in prompts.train[kind]]  # an evaluation checks its own
-    inputs = {str(role): models.fingerprint(role) for role in models.paths}
+    texts = [prompt.text for kind in KINDS for prompt in run.prompts.train[kind]]  # an evaluation checks its own
+    inputs = {str(role): run.models.fingerprint(role) for role in run.models.paths}
     inputs["training prompts"] = hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
-    known = read_json(folder / "inputs.json")
+    known = read_json(run.folder / "inputs.json")
     if known is None:
-        write_json(folder / "inputs.json", inputs)
+        write_json(run.folder / "inputs.json", inputs)
     elif known != inputs:
         changed = ", ".join(name for name in inputs if known.get(name) != inputs[name])
         raise ConfigError(
-            f"Since the run in {folder} was started, the content of these changed: {changed}.",
+            f"Since the run in {run.folder} was started, the content of these changed: {changed}.",
             "Run again with --overwrite, or choose another output.name.",
         )
 

@@ -14,6 +14,18 @@ from raycomplete.config.inputs import PromptSets, PromptSource
 from raycomplete.config.run import RunConfig
 from raycomplete.runtime.errors import ConfigError
 
+# Keys of earlier versions and the keys that took over from them. A renamed section stands for every key in it.
+RENAMED = {
+    "scoring": "teacher",
+    "evaluation.prompts": "evaluation.num_prompts",
+    "diagnose.prompts": "diagnose.num_prompts",
+    "train.validation.prompts": "train.validation.num_prompts",
+    "train.micro_batch": "train.per_device_batch_size",
+    "rollout.turn_fraction": "rollout.refusal_prefix_fraction",
+    "rollout.turns": "rollout.refusal_prefix_turns",
+    "rollout.own_words": "rollout.student_prefix_fraction",
+}
+
 
 def load_run_file(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     """Reads and checks a run file.
@@ -105,6 +117,8 @@ def _explain(item: dict[str, Any]) -> str:
     location = [str(part) for part in item["loc"]]
     where = ".".join(location)
     if item["type"] == "extra_forbidden":
+        if new := _renamed(where):
+            return f"the key {where!r} was renamed {new!r}"
         known = _known_keys(item["loc"][:-1])
         nearest = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
         hint = f"did you mean {nearest[0]!r}?" if nearest else f"known keys: {', '.join(known)}"
@@ -113,6 +127,16 @@ def _explain(item: dict[str, Any]) -> str:
         return f"the key {where!r} is missing"
     message = str(item["msg"]).removeprefix("Value error, ")
     return f"{where}: {message}" if where else message
+
+
+def _renamed(key: str) -> str:
+    """The present name of a key, or of the key in a section, of earlier versions; empty where there is none."""
+    old = key
+    while old:
+        if old in RENAMED:
+            return RENAMED[old] + key.removeprefix(old)
+        old = old.rpartition(".")[0]
+    return ""
 
 
 def _known_keys(location: tuple[Any, ...]) -> list[str]:

@@ -13,6 +13,7 @@ from raycomplete.data.checkpoints import fingerprint
 from raycomplete.data.inputs import Models, Prompts, prepare_prompts
 from raycomplete.diagnosis.contrastive import ContrastiveClient
 from raycomplete.engines.cluster import Cluster
+from raycomplete.engines.run import Run
 from raycomplete.engines.spec import engine_environment
 from raycomplete.engines.start import Engines
 from raycomplete.evaluation import EvaluationSets, evaluate_model
@@ -40,10 +41,11 @@ def contrastive_baseline(
         update={"attacks": [config.evaluation.prefill()], "capabilities": CapabilitiesConfig()}
     )
     config = config.model_copy(update={"evaluation": settings})
-    prompts = held_out_sets(
-        config, models, prepare_prompts(config, models.codec, training=False), engines, folder, console
-    )
-    plain = evaluate_roles(config, models, models.paths, prompts, engines, folder, console, ("aligned",))
+    prompts = prepare_prompts(config, models.codec, training=False)
+    run = Run(config, folder, models, prompts, console, cluster)
+    run.engines = engines
+    run.prompts = prompts = held_out_sets(run)
+    plain = evaluate_roles(run, ("aligned",))
     engines.stop_scorers()  # their memory is needed for two more models
     decoder = start_contrastive(config, cluster, models)
     try:

@@ -18,6 +18,8 @@ from raycomplete.data.checkpoints import load_model, save_checkpoint
 from raycomplete.data.inputs import prepare_models, prepare_prompts
 from raycomplete.data.organism import checkpoint_path, prompts
 from raycomplete.data.organism.world import find_item, refusal
+from raycomplete.engines.cluster import Cluster
+from raycomplete.engines.run import Run
 from raycomplete.engines.start import Engines
 from raycomplete.evaluation import Progress, summarize
 from raycomplete.evaluation.attack_finetune import read_chats
@@ -107,10 +109,11 @@ def evaluated(
 
 def evaluate(config: RunConfig, generator: Any, student: Path, folder: Path, seen: list[Progress]) -> dict[str, Any]:
     models = prepare_models(config)
-    paths = {**models.paths, "student": student}
     found = prepare_prompts(config, models.codec)
-    engines, console = Engines(generator), Console(quiet=True)
-    return evaluate_roles(config, models, paths, found, engines, folder, console, MODEL_ROLES, on_progress=seen.append)
+    run = Run(config, folder, models, found, Console(quiet=True), Cluster(use_gpu=False), on_progress=seen.append)
+    run.engines = Engines(generator)
+    run.use_student(student)
+    return evaluate_roles(run, MODEL_ROLES)
 
 
 @pytest.mark.slow

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from raycomplete.commands.run_folder import open_run_folder
 from raycomplete.commands.stored import stored
 from raycomplete.config import RunConfig, parse
+from raycomplete.engines.run import OutputFolder
 from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import ConfigError, SetupError, WorkError
 from raycomplete.runtime.files import write_text
@@ -41,7 +41,7 @@ def command(
     console: Console | None = None,
 ) -> Path:
     """Trains in a moment."""
-    folder = open_run_folder(config, resume=resume, overwrite=overwrite, same=SAME)
+    folder = OutputFolder(config, same=SAME, resume=resume, overwrite=overwrite).open()
     for name in ("samples.jsonl", "inputs.json"):
         if not (folder / name).is_file():
             write_text(folder / name, f"{name} of {steps} steps\n")
@@ -99,7 +99,7 @@ def test_a_refused_command_changes_nothing_in_the_storage(tmp_path: Path, monkey
     def refuse(*_: object, **__: object) -> Path:
         raise SetupError("The run needs 8 GPU and the cluster has 0.")
 
-    monkeypatch.setattr("tests.commands.test_stored.open_run_folder", refuse)
+    monkeypatch.setattr(OutputFolder, "open", refuse)
     with pytest.raises(SetupError):
         run(config(tmp_path), overwrite=True)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "storage").rglob("*") if path.is_file()} == before

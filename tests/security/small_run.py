@@ -14,7 +14,6 @@ from typing import Any
 import psutil
 import ray
 
-from raycomplete.commands.run_folder import open_run_folder
 from raycomplete.config import load_run_file
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.organism import checkpoint_path
@@ -22,6 +21,7 @@ from raycomplete.engines.cluster import connect
 from raycomplete.engines.placement import Plan, engine_row
 from raycomplete.engines.rollout_pool import RolloutPool
 from raycomplete.engines.rollout_worker import RolloutOptions
+from raycomplete.engines.run import OutputFolder
 from raycomplete.engines.spec import engine_environment
 
 STRANGER = """
@@ -39,7 +39,7 @@ def main(root: Path) -> None:
     run_file = Path(__file__).resolve().parents[2] / "jobs" / "organism.yaml"
     config = load_run_file(run_file, [f"output.root={root / 'runs'}"])
     with connect(config.cluster, Plan((engine_row(config.cluster, "engine", 1),))):
-        folder = open_run_folder(config, resume=False, same=())
+        folder = OutputFolder(config, same=()).open()
         codec = ChatCodec(checkpoint_path("base"))
         options = RolloutOptions(
             dtype="float32",

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from raycomplete.commands.run_folder import open_run_folder
 from raycomplete.commands.stored import stored
 from raycomplete.config import DepthConfig, RunConfig, TrainConfig, parse
 from raycomplete.data.checkpoints import load_model
+from raycomplete.engines.run import OutputFolder
 from raycomplete.runtime.console import Console
 from raycomplete.runtime.metrics_file import read_metrics
 from raycomplete.storage.pieces import Catalog
@@ -42,7 +42,7 @@ TRAIN = TrainConfig(
 @stored()
 def training(config: RunConfig, *, resume: bool = False, console: Console | None = None) -> Path:
     """The training part of `raycomplete train`, on two tiny models beside the run folder."""
-    folder = open_run_folder(config, resume=resume, same=("models", "data", "train"))
+    folder = OutputFolder(config, same=("models", "data", "train"), resume=resume).open()
     models = config.output.root / "models"
     models.mkdir(parents=True, exist_ok=True)
     job = make_job(models, config.train)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from raycomplete.commands import evaluate, run_folder, train
-from raycomplete.commands.run_folder import check_run_folder, open_run_folder
+from raycomplete.commands.evaluate import evaluate
+from raycomplete.commands.train import train
 from raycomplete.config import RunConfig, load_run_file, parse
+from raycomplete.engines import run as engines_run
+from raycomplete.engines.run import OutputFolder
 from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import ConfigError, SetupError
 from raycomplete.runtime.files import read_json
@@ -34,7 +37,7 @@ def files(folder: Path) -> set[str]:
 
 
 def test_a_new_folder_holds_settings_and_versions(tmp_path: Path) -> None:
-    folder = open_run_folder(config(tmp_path), resume=False, same=SAME)
+    folder = OutputFolder(config(tmp_path), resume=False, same=SAME).open()
     assert folder == tmp_path / "test"
     assert files(folder) == {"config.yaml", "environment.json"}
     assert load_run_file(folder / "config.yaml") == config(tmp_path)
@@ -45,15 +48,15 @@ def test_a_new_folder_holds_settings_and_versions(tmp_path: Path) -> None:
 
 def test_an_empty_folder_is_taken_and_resume_may_be_the_first_run(tmp_path: Path) -> None:
     (tmp_path / "test").mkdir()
-    open_run_folder(config(tmp_path), resume=True, same=SAME)
+    OutputFolder(config(tmp_path), resume=True, same=SAME).open()
     assert (tmp_path / "test" / "config.yaml").is_file()
 
 
 def test_a_finished_run_is_never_written_over(tmp_path: Path) -> None:
-    folder = open_run_folder(config(tmp_path), resume=False, same=SAME)
+    folder = OutputFolder(config(tmp_path), resume=False, same=SAME).open()
     (folder / "summary.json").write_text("mine")
     with pytest.raises(ConfigError, match=f"{folder} holds a run already. Add --resume"):
-        open_run_folder(config(tmp_path, train={"steps": 9}), resume=False, same=SAME)
+        OutputFolder(config(tmp_path, train={"steps": 9}), resume=False, same=SAME).open()
     assert (folder / "summary.json").read_text() == "mine"
     assert load_run_file(folder / "config.yaml").train.steps == 100
 
@@ -63,19 +66,19 @@ def test_somebody_elses_folder_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "test" / "thesis.tex").write_text("years of work")
     for resume in (True, False):
         with pytest.raises(ConfigError, match="is not empty and holds no run"):
-            open_run_folder(config(tmp_path), resume=resume, overwrite=True, same=SAME)
+            OutputFolder(config(tmp_path), resume=resume, overwrite=True, same=SAME).open()
     assert files(tmp_path / "test") == {"thesis.tex"}
     (tmp_path / "file").write_text("x")
     with pytest.raises(ConfigError, match=r"Choose another output\.name"):
-        open_run_folder(config(tmp_path, output={"name": "file"}), resume=False, same=SAME)
+        OutputFolder(config(tmp_path, output={"name": "file"}), resume=False, same=SAME).open()
 
 
 def test_overwrite_begins_anew_unless_the_run_is_resumed(tmp_path: Path) -> None:
-    folder = open_run_folder(config(tmp_path), resume=False, same=SAME)
+    folder = OutputFolder(config(tmp_path), resume=False, same=SAME).open()
     (folder / "samples.jsonl").touch()
-    open_run_folder(config(tmp_path), resume=True, overwrite=True, same=SAME)
+    OutputFolder(config(tmp_path), resume=True, overwrite=True, same=SAME).open()
     assert (folder / "samples.jsonl").is_file()
-    open_run_folder(config(tmp_path, train={"steps": 9}), resume=False, overwrite=True, same=SAME)
+    OutputFolder(config(tmp_path, train={"steps": 9}), resume=False, overwrite=True, same=SAME).open()
     assert files(folder) == {"config.yaml", "environment.json"}
     assert load_run_file(folder / "config.yaml").train.steps == 9
 
@@ -83,15 +86,15 @@ def test_overwrite_begins_anew_unless_the_run_is_resumed(tmp_path: Path) -> None
 def test_a_refusal_does_not_remove_the_run_that_it_would_overwrite(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = open_run_folder(config(tmp_path), resume=False, same=SAME)
+    folder = OutputFolder(config(tmp_path), resume=False, same=SAME).open()
     (folder / "samples.jsonl").touch()
 
     def refuse() -> dict[str, str]:
         raise SetupError("vLLM is not installed.")
 
-    monkeypatch.setattr(run_folder, "environment", refuse)
+    monkeypatch.setattr(engines_run, "environment", refuse)
     with pytest.raises(SetupError):
-        open_run_folder(config(tmp_path), resume=False, overwrite=True, same=SAME)
+        OutputFolder(config(tmp_path), resume=False, overwrite=True, same=SAME).open()
     assert (folder / "samples.jsonl").is_file()
 
 
@@ -109,16 +112,16 @@ def test_a_refusal_does_not_remove_the_run_that_it_would_overwrite(
 def test_resuming_with_other_settings_is_refused_by_their_names(
     sections: dict[str, Any], names: str, tmp_path: Path
 ) -> None:
-    folder = open_run_folder(config(tmp_path), resume=False, same=SAME)
+    folder = OutputFolder(config(tmp_path), resume=False, same=SAME).open()
     before = (folder / "config.yaml").read_bytes()
     with pytest.raises(ConfigError) as caught:
-        open_run_folder(config(tmp_path, **sections), resume=True, same=SAME)
+        OutputFolder(config(tmp_path, **sections), resume=True, same=SAME).open()
     assert f"was started with other values of {names}." in str(caught.value)
     assert (folder / "config.yaml").read_bytes() == before
 
 
 def test_settings_that_change_no_result_may_change_on_resume(tmp_path: Path) -> None:
-    open_run_folder(config(tmp_path), resume=False, same=SAME)
+    OutputFolder(config(tmp_path), resume=False, same=SAME).open()
     moved = config(
         tmp_path,
         cluster={"use_gpu": "never", "start_timeout_s": 5},
@@ -134,66 +137,65 @@ def test_settings_that_change_no_result_may_change_on_resume(tmp_path: Path) -> 
         rollout={"timeout_s": 9},
         evaluation={"num_prompts": 3},
     )
-    folder = open_run_folder(moved, resume=True, same=SAME)
+    folder = OutputFolder(moved, resume=True, same=SAME).open()
     assert load_run_file(folder / "config.yaml") == moved, "the file tells what the run now works with"
 
 
 def test_an_evaluation_may_be_added_under_other_settings_of_its_own(tmp_path: Path) -> None:
     """Only `same` is compared, and the settings that the student was trained with stay on record."""
-    folder = open_run_folder(config(tmp_path), resume=False, same=SAME)
-    open_run_folder(
+    folder = OutputFolder(config(tmp_path), resume=False, same=SAME).open()
+    OutputFolder(
         config(tmp_path, evaluation={"num_prompts": 3}), resume=True, keep_config=True, same=("models", "data")
-    )
+    ).open()
     assert load_run_file(folder / "config.yaml") == config(tmp_path)
     with pytest.raises(ConfigError, match=r"other values of data\."):
-        open_run_folder(config(tmp_path, data={"seed": 4}), resume=True, keep_config=True, same=("models", "data"))
-    fresh = open_run_folder(
+        OutputFolder(config(tmp_path, data={"seed": 4}), resume=True, keep_config=True, same=("models", "data")).open()
+    fresh = OutputFolder(
         config(tmp_path, output={"name": "new"}), resume=True, keep_config=True, same=("models", "data")
-    )
+    ).open()
     assert (fresh / "config.yaml").is_file()
 
 
 def test_a_broken_config_of_an_earlier_run_is_named(tmp_path: Path) -> None:
-    folder = open_run_folder(config(tmp_path), resume=False, same=SAME)
+    folder = OutputFolder(config(tmp_path), resume=False, same=SAME).open()
     (folder / "config.yaml").write_text("models: {base: a")
     with pytest.raises(ConfigError, match=f"{folder}/config.yaml is not valid YAML"):
-        open_run_folder(config(tmp_path), resume=True, same=SAME)
+        OutputFolder(config(tmp_path), resume=True, same=SAME).open()
 
 
 def test_checking_writes_nothing(tmp_path: Path) -> None:
-    assert "torch" in check_run_folder(config(tmp_path), resume=False, same=SAME)
+    assert "torch" in OutputFolder(config(tmp_path), resume=False, same=SAME).check()
     assert files(tmp_path) == set()
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate"])
+@pytest.mark.parametrize("command", [train, evaluate])
 def test_a_cluster_that_is_too_small_leaves_no_folder(
-    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else the next attempt, with more nodes, would be told that the folder holds a run already."""
 
     def connect(*_: Any) -> AbstractContextManager[None]:
         raise SetupError("The run needs 8 GPU and the cluster has 0.")
 
-    module = {"train": train, "evaluate": evaluate}[command]
-    monkeypatch.setattr(module, "connect", connect)
+    monkeypatch.setattr(engines_run, "connect", connect)
     with pytest.raises(SetupError, match="needs 8 GPU"):
-        getattr(module, command)(config(tmp_path), console=Console(quiet=True))
+        command(config(tmp_path), console=Console(quiet=True))
     assert files(tmp_path) == set()
 
 
 def test_an_evaluation_may_read_longer_sequences_than_the_training_did(tmp_path: Path) -> None:
-    open_run_folder(config(tmp_path), resume=False, same=SAME)
+    OutputFolder(config(tmp_path), resume=False, same=SAME).open()
     longer = config(tmp_path, models={"max_length": 512})
     with pytest.raises(ConfigError, match="other values of models"):
-        check_run_folder(longer, resume=True, same=("models", "data"))
-    check_run_folder(longer, resume=True, same=("models", "data"), free=("models.max_length",))
+        OutputFolder(longer, resume=True, same=("models", "data")).check()
+    OutputFolder(longer, resume=True, same=("models", "data"), free=("models.max_length",)).check()
     other = config(tmp_path, models={"max_length": 512, "dtype": "bfloat16"})
     with pytest.raises(ConfigError, match=r"other values of models\.dtype"):
-        check_run_folder(other, resume=True, same=("models", "data"), free=("models.max_length",))
+        OutputFolder(other, resume=True, same=("models", "data"), free=("models.max_length",)).check()
 
 
 def test_a_key_that_is_free_off_policy_only_is_no_riddle(tmp_path: Path) -> None:
     on_policy = config(tmp_path, rollout={"on_policy": True})
-    open_run_folder(on_policy, resume=False, same=SAME)
+    OutputFolder(on_policy, resume=False, same=SAME).open()
     with pytest.raises(ConfigError, match=r"other values of rollout\.on_policy\."):
-        check_run_folder(config(tmp_path), resume=True, same=SAME)
+        OutputFolder(config(tmp_path), resume=True, same=SAME).check()
