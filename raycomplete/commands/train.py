@@ -131,6 +131,7 @@ def _train_student(run: Run) -> None:
         threads=worker_threads(config),
         rollout=config.rollout,
         policy=_policy(run),
+        plugins=tuple(config.plugins),
         lora_rank=config.train.lora_rank,
         use_gpu=run.cluster.use_gpu,
         trust_remote_code=config.models.trust_remote_code,

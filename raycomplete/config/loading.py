@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from raycomplete.config.inputs import PromptSets, PromptSource
 from raycomplete.config.run import RunConfig
 from raycomplete.runtime.errors import ConfigError
+from raycomplete.runtime.plugins import load_plugins
 
 # Keys of earlier versions and the keys that took over from them. A renamed section stands for every key in it.
 RENAMED = {
@@ -27,15 +28,17 @@ RENAMED = {
 }
 
 
-def load_run_file(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
-    """Reads and checks a run file.
+def load_run_file(path: str | Path, overrides: Iterable[str] = (), *, plugins: bool = True) -> RunConfig:
+    """Reads and checks a run file, after the plugins that it names have been imported.
 
     Args:
         path: YAML file.
         overrides: `key.sub=value` strings, values in YAML notation, applied last.
+        plugins: False reads the record of an earlier run without importing its plugins again: what they add must be
+            registered by now.
 
     Raises:
-        ConfigError: The file is missing, not YAML, or holds a wrong key or value.
+        ConfigError: The file is missing, not YAML, or holds a wrong key or value, or a plugin cannot be imported.
     """
     file = Path(path)
     try:
@@ -52,11 +55,23 @@ def load_run_file(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
         raise ConfigError(f"The run file {file} must hold a mapping with the keys {_names(RunConfig)}.")
     for override in overrides:
         _apply_override(tree, override)
-    return parse(tree, str(file), base_folder=file.resolve().parent)
+    return parse(tree, str(file), base_folder=file.resolve().parent, plugins=plugins)
 
 
-def parse(tree: Mapping[str, Any], origin: str, base_folder: Path | None = None) -> RunConfig:
-    """Checks a run file that is already a mapping; `origin` names it in messages."""
+def parse(tree: Mapping[str, Any], origin: str, base_folder: Path | None = None, *, plugins: bool = False) -> RunConfig:
+    """Checks a run file that is already a mapping.
+
+    Args:
+        tree: The mapping.
+        origin: Names it in messages.
+        base_folder: Folder against which relative input paths are resolved; None leaves them as they are.
+        plugins: Import the plugins that it names. Never set it for a mapping that somebody sent.
+
+    Raises:
+        ConfigError: A key or value is wrong, or a plugin cannot be imported.
+    """
+    if plugins:
+        load_plugins(path if base_folder is None else _absolute(path, base_folder) for path in _plugins(tree, origin))
     try:
         config = RunConfig.model_validate(tree)
     except ValidationError as error:
@@ -69,7 +84,7 @@ def resolve_paths(config: RunConfig, base_folder: Path) -> RunConfig:
     """Input paths relative to the run file become absolute; `output.root` stays relative to where the user stands."""
 
     def absolute(path: Path) -> Path:
-        return path if path.is_absolute() else (base_folder / path).resolve()
+        return _absolute(path, base_folder)
 
     def sources(items: list[PromptSource]) -> list[PromptSource]:
         return [item.model_copy(update={"path": absolute(item.path)}) for item in items]
@@ -83,12 +98,31 @@ def resolve_paths(config: RunConfig, base_folder: Path) -> RunConfig:
     )
     evaluation = config.evaluation.with_paths(absolute)
     diagnose = config.diagnose.with_paths(absolute)
-    return config.model_copy(update={"data": data, "align": align, "evaluation": evaluation, "diagnose": diagnose})
+    plugins = [absolute(path) for path in config.plugins]
+    return config.model_copy(
+        update={"plugins": plugins, "data": data, "align": align, "evaluation": evaluation, "diagnose": diagnose}
+    )
 
 
 def dump(config: RunConfig) -> str:
     """The resolved run file as YAML; `load_run_file` reads it back to an equal config."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _absolute(path: Path, base_folder: Path) -> Path:
+    return path if path.is_absolute() else (base_folder / path).resolve()
+
+
+def _plugins(tree: Mapping[str, Any], origin: str) -> list[Path]:
+    """Paths under the key `plugins` of a run file that is not checked yet.
+
+    Raises:
+        ConfigError: The key holds something else.
+    """
+    paths = tree.get("plugins") or []
+    if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
+        raise ConfigError(f"{origin}: plugins must be a list of Python files.")
+    return [Path(path) for path in paths]
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:

@@ -69,6 +69,10 @@ class RunConfig(Section):
     serve: ServeConfig = Field(default_factory=ServeConfig)
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)
     output: OutputConfig = Field(default_factory=OutputConfig)
+    plugins: list[Path] = Field(
+        default_factory=list,
+        description="Python files of yours that add attacks, methods or loss terms, relative to the run file",
+    )
 
     @model_validator(mode="after")
     def _compliance_is_counted(self) -> RunConfig:

@@ -32,4 +32,4 @@ def main(config: RunConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(parse(json.loads(sys.argv[1]), "The run file"))
+    main(parse(json.loads(sys.argv[1]), "The run file", plugins=True))

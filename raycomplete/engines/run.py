@@ -154,7 +154,7 @@ class OutputFolder:
         folder, settings = self.path, self.path / "config.yaml"
         if settings.is_file():
             if self.resume:
-                self._check_same(load_run_file(settings))
+                self._check_same(load_run_file(settings, plugins=False))
             elif not self.overwrite:
                 raise ConfigError(
                     f"The run folder {folder} holds a run already.",

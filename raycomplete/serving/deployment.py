@@ -15,6 +15,7 @@ from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
 from raycomplete.config import RunConfig
+from raycomplete.runtime.plugins import load_plugins
 from raycomplete.serving.app import Service, create_app
 from raycomplete.serving.backend import ChatBackend, EvaluationBackend
 from raycomplete.serving.requests import Admission
@@ -33,6 +34,7 @@ class EvaluationRunner:
     """Works through the queue in a thread, so that Serve's health checks are answered meanwhile."""
 
     def __init__(self, config: RunConfig, make_backend: Callable[[RunConfig], EvaluationBackend]) -> None:
+        load_plugins(config.plugins)
         settings = config.serve
         self._runner = Runner(
             EvaluationStore(settings.state),
@@ -86,6 +88,7 @@ class EvaluationApi:
         runners: DeploymentHandle[Any],
         chat: DeploymentHandle[Any] | None,
     ) -> None:
+        load_plugins(config.plugins)
         self._runners = runners
         self._service = Service(
             Admission(config),

@@ -36,7 +36,7 @@ def main() -> None:
     cancelled = threading.Event()
     threading.Thread(target=_obey, args=(cancelled,), daemon=True).start()
     try:
-        config = parse(asked["config"], "The request")
+        config = parse(asked["config"], "The request", plugins=True)  # made from the server's own run file
         with only_writer(config.output.folder):
             from raycomplete.commands.evaluate import evaluate  # torch, after what can be refused without it
 

@@ -32,6 +32,7 @@ class TrainJob:
         threads: CPU threads of each worker.
         rollout: How samples were made, and how the student rolls out where `policy` is there.
         policy: Engines that hold the student (`raycomplete.training.on_policy.StudentPolicy`); None trains off-policy.
+        plugins: Python files that a worker imports first (`raycomplete.runtime.plugins`).
         lora_rank: Above 0 trains adapters of this rank, merged at the end.
         use_gpu: One GPU a worker.
     """
@@ -50,6 +51,7 @@ class TrainJob:
     threads: int = 1
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     policy: Any = None
+    plugins: tuple[Path, ...] = ()
     lora_rank: int = 0
     use_gpu: bool = False
     trust_remote_code: bool = False

@@ -28,6 +28,7 @@ from raycomplete.losses.loss_types import LossSettings
 from raycomplete.runtime.logs import set_step
 from raycomplete.runtime.machine import named_when_full
 from raycomplete.runtime.metrics_file import MetricsFile, finite
+from raycomplete.runtime.plugins import load_plugins
 from raycomplete.runtime.prometheus import begin, finished_step
 from raycomplete.training import deepspeed_engine as ds
 from raycomplete.training.anchor_multiplier import AnchorMultiplier
@@ -58,6 +59,7 @@ def run(config: dict[str, Any]) -> dict[str, Any]:
     Returns:
         Under "stopped_after" the number of finished steps where someone asked to stop, else None.
     """
+    load_plugins(config["job"].plugins)
     worker = Worker(config["job"])
     stopped_after = worker.train()
     if stopped_after is None:

@@ -78,6 +78,7 @@ def test_an_unknown_attack_is_422_with_those_that_exist(server: Server) -> None:
     ("body", "words"),
     [
         ({"attacks": [{"name": "gcg", "stepz": 5}]}, "Did you mean 'steps'?"),
+        ({"plugins": ["/tmp/mine.py"]}, "plugins: "),
         ({"attacks": [{"name": "gcg", "steps": 0}]}, "steps: Input should be greater than or equal to 1"),
         ({"attacks": ["gcg", "gcg"]}, "names gcg twice"),
         ({"attacks": [{}]}, "There is no attack None."),
