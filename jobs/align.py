@@ -9,7 +9,6 @@ See jobs/train.py for folders, exit codes and stops.
 import sys
 
 from raycomplete.cli import run_job
-from raycomplete.commands.align import align
 
 if __name__ == "__main__":
-    sys.exit(run_job(align, sys.argv[1:]))
+    sys.exit(run_job("align", sys.argv[1:]))

@@ -9,7 +9,6 @@ See jobs/train.py for folders, exit codes and stops.
 import sys
 
 from raycomplete.cli import run_job
-from raycomplete.commands.diagnose import diagnose
 
 if __name__ == "__main__":
-    sys.exit(run_job(diagnose, sys.argv[1:]))
+    sys.exit(run_job("diagnose", sys.argv[1:]))

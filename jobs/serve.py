@@ -10,7 +10,6 @@ The service runs for as long as the job; `ray job stop` puts evaluations at work
 import sys
 
 from raycomplete.cli import run_job
-from raycomplete.commands.serve import serve
 
 if __name__ == "__main__":
-    sys.exit(run_job(serve, sys.argv[1:]))
+    sys.exit(run_job("serve", sys.argv[1:]))

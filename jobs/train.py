@@ -11,7 +11,6 @@ RAY_JOB_STOP_WAIT_TIME_S leaves it time for that: `submit` sets it, as do cluste
 import sys
 
 from raycomplete.cli import run_job
-from raycomplete.commands.train import train
 
 if __name__ == "__main__":
-    sys.exit(run_job(train, sys.argv[1:]))
+    sys.exit(run_job("train", sys.argv[1:]))

@@ -1,8 +1,10 @@
-"""The `raycomplete` command. Rooms are imported inside commands, so that `--help` and refusals are quick."""
+"""The `raycomplete` command: options, exit codes, and one sentence for each failure.
+
+Rooms are imported inside commands, and run files are read before that, so that `--help` and refusals are quick.
+"""
 
 from __future__ import annotations
 
-import inspect
 import os
 import signal
 import sys
@@ -15,10 +17,12 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from raycomplete import __version__
+import raycomplete as rc
+from raycomplete.commands.submit import JOBS
 from raycomplete.config import load_run_file
 from raycomplete.runtime.errors import ConfigError, ProcessDiedError, RaycompleteError, StoppedError, WorkError
 from raycomplete.runtime.logs import log_failure
+from raycomplete.runtime.machine import let_idle_threads_sleep
 
 app = typer.Typer(
     name="raycomplete",
@@ -52,10 +56,8 @@ def demo(
     """Runs the main job on the embedded model organism, on this machine: a few minutes on 2 cores."""
     with as_file(files("raycomplete").joinpath("data", "organism", "organism.yaml")) as path:
         config = load_run_file(path, ["output.name=demo", *(overrides or [])])
-    from raycomplete.commands.train import train as run_train
-
     # Only the demo's own folder is replaced unasked.
-    run_train(config, resume=resume, overwrite=config.output.name == "demo")
+    rc.train(config, resume=resume, overwrite=config.output.name == "demo")
 
 
 @app.command()
@@ -76,28 +78,22 @@ def doctor(
 @app.command()
 def train(run_file: RunFile, overrides: Overrides = None, resume: Resume = False, overwrite: Overwrite = False) -> None:
     """Completes a safety-aligned model: sample, score, train, evaluate, report."""
-    config = load_run_file(run_file, overrides or [])  # before the import of torch, so that refusals are quick
-    from raycomplete.commands.train import train as run_train
-
-    run_train(config, resume=resume, overwrite=overwrite)
+    config = load_run_file(run_file, overrides or [])
+    rc.train(config, resume=resume, overwrite=overwrite)
 
 
 @app.command()
 def align(run_file: RunFile, overrides: Overrides = None, resume: Resume = False, overwrite: Overwrite = False) -> None:
     """Makes an aligned twin of a base model by safety SFT on your data."""
-    config = load_run_file(run_file, overrides or [])  # before the import of torch, so that refusals are quick
-    from raycomplete.commands.align import align as run_align
-
-    run_align(config, resume=resume, overwrite=overwrite)
+    config = load_run_file(run_file, overrides or [])
+    rc.align(config, resume=resume, overwrite=overwrite)
 
 
 @app.command()
 def evaluate(run_file: RunFile, overrides: Overrides = None) -> None:
     """Measures attack success by prefill depth, utility and over-refusal of base, aligned and student."""
     config = load_run_file(run_file, overrides or [])
-    from raycomplete.commands.evaluate import evaluate as run_evaluate
-
-    run_evaluate(config)
+    rc.evaluate(config)
 
 
 @app.command()
@@ -111,9 +107,7 @@ def diagnose(
     """Shows where alignment stopped, by position: needs a base and an aligned checkpoint, and trains nothing."""
     shown = ["diagnose.show_harmful=true"] if show_harmful else []
     config = load_run_file(run_file, [*(overrides or []), *shown])
-    from raycomplete.commands.diagnose import diagnose as run_diagnose
-
-    run_diagnose(config, resume=resume, overwrite=overwrite)
+    rc.diagnose(config, resume=resume, overwrite=overwrite)
 
 
 @app.command()
@@ -127,9 +121,7 @@ def serve(
     given = {"serve.host": host, "serve.port": port}
     chosen = [f"{key}={value}" for key, value in given.items() if value is not None]
     config = load_run_file(run_file, [*(overrides or []), *chosen])
-    from raycomplete.commands.serve import serve as run_serve
-
-    run_serve(config)
+    rc.serve(config)
 
 
 @app.command()
@@ -237,33 +229,38 @@ def judge_calibrate(
 @app.command()
 def version() -> None:
     """Prints the version."""
-    Console().print(__version__)
+    Console().print(rc.__version__)
 
 
 def main() -> None:
-    """Entry point of the command line."""
+    """Runs the command line and leaves with its exit code."""
+    let_idle_threads_sleep()
     sys.exit(guarded(lambda: app(standalone_mode=False)))
 
 
-def run_job(work: Callable[..., Path], arguments: list[str]) -> int:
-    """Entry point of jobs/*.py: RUNFILE [--resume] [--overwrite] [key=value ...].
+def run_job(job: str, arguments: list[str]) -> int:
+    """Runs a command as a script of jobs/ does: RUNFILE [--resume] [--overwrite] [key=value ...].
 
     Args:
-        work: A function of `raycomplete.pipeline` that takes a run file, and `resume` or `overwrite` where asked for.
-        arguments: What stands behind the script's name.
+        job: One of `JOBS`.
+        arguments: Everything behind the script's name.
 
     Returns:
         The exit code.
     """
-    taken = inspect.signature(work).parameters
-    flags = {f"--{name}": name for name in ("resume", "overwrite") if name in taken}
+    flags = {f"--{name}": name for name in ("resume", "overwrite") if JOBS[job]}
     options = {flags[argument]: True for argument in arguments if argument in flags}
     rest = [argument for argument in arguments if argument not in flags]
     if not rest or any(argument.startswith("-") for argument in rest):
         usage = " ".join(["Usage: RUNFILE", *(f"[{flag}]" for flag in flags), "[key=value ...]"])
         Console(stderr=True).print(usage, markup=False)
         return 2
-    return guarded(lambda: work(load_run_file(rest[0], rest[1:]), **options))
+
+    def work() -> Any:
+        config = load_run_file(rest[0], rest[1:])
+        return getattr(rc, job)(config, **options)
+
+    return guarded(work)
 
 
 def guarded(work: Callable[[], Any]) -> int:

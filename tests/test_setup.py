@@ -36,8 +36,8 @@ def locked() -> dict[str, Requirement]:
 
 
 def tracked_files() -> list[Path]:
-    """What is or would be committed; a source archive without git is skipped."""
-    command = ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard"]
+    """Files of the repository; whatever else lies in the checkout is not judged. A source archive is skipped."""
+    command = ["git", "-C", str(ROOT), "ls-files", "--cached"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         pytest.skip("not a git checkout")

@@ -18,6 +18,8 @@ from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any
 
+from raycomplete.runtime.machine import IDLE_THREADS
+
 SWITCH = "RAYCOMPLETE_LOG"
 RUN = "RAYCOMPLETE_RUN"
 FOLDER = "RAYCOMPLETE_RUN_FOLDER"
@@ -63,9 +65,11 @@ def announce_run(name: str, folder: Path) -> None:
 
 
 def run_environment() -> dict[str, str]:
-    """Variables that the driver gives to every process of its run."""
-    names = [RUN, FOLDER] if _JOB_SETTINGS in os.environ else [RUN, FOLDER, SWITCH]  # Ray refuses a name given twice
-    return {name: os.environ[name] for name in names if name in os.environ}
+    """Returns the variables that the driver gives to every process of its run."""
+    job = json.loads(os.environ.get(_JOB_SETTINGS, "{}"))
+    given = (job.get("runtime_env") or {}).get("env_vars") or {}  # by `ray job submit`; Ray refuses a name given twice
+    names = [RUN, FOLDER, SWITCH, IDLE_THREADS]
+    return {name: os.environ[name] for name in names if name in os.environ and name not in given}
 
 
 def begin(role: str, rank: int | None = None) -> None:

@@ -20,12 +20,14 @@ from typing import Any
 from raycomplete.config import parse
 from raycomplete.runtime.errors import RaycompleteError, RefusedError, WaitTimeoutError
 from raycomplete.runtime.files import PRIVATE
+from raycomplete.runtime.machine import let_idle_threads_sleep
 
 _LOCK_TIMEOUT_S = 60.0
 
 
 def main() -> None:
     """Evaluates, and says how far it is and how it ended."""
+    let_idle_threads_sleep()
     out = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print must not mix with what is said
 

@@ -91,9 +91,14 @@ def test_nothing_is_written_unless_asked_for(tmp_path: Path, monkeypatch: pytest
 
 
 def test_workers_inherit_the_run_and_ray_is_given_no_name_twice(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert logs.run_environment() == {logs.RUN: "north", logs.FOLDER: str(folder), logs.SWITCH: "json"}
-    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")  # a submitted job: its own environment carries the switch
-    assert logs.SWITCH not in logs.run_environment()
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    expected = {logs.RUN: "north", logs.FOLDER: str(folder), logs.SWITCH: "json", "OMP_WAIT_POLICY": "PASSIVE"}
+    assert logs.run_environment() == expected
+    # A submitted job: its own environment carries the switch.
+    for job in ('{"runtime_env": {"env_vars": {"RAYCOMPLETE_LOG": "json"}}}', '{"runtime_env": null}', "{}"):
+        monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", job)
+        given = {logs.SWITCH} if "json" in job else set()
+        assert set(logs.run_environment()) == set(expected) - given
 
 
 def test_words_that_end_like_a_key_are_left_alone() -> None:
