@@ -141,7 +141,7 @@ def plan(
 ) -> None:
     """Says on paper what a run needs: memory, speed, waiting, cost and bottleneck. Starts nothing."""
     if measure:
-        from raycomplete.commands.plan_measure import measure as run_measure
+        from raycomplete.commands.plan import measure as run_measure
 
         run_measure()
     elif run_file is None:
@@ -149,13 +149,20 @@ def plan(
     if run_file is None:
         return
     config = load_run_file(run_file, overrides or [])
-    from raycomplete.commands.plan import PlanOptions
     from raycomplete.commands.plan import plan as run_plan
 
-    options = PlanOptions(
-        hardware, nodes, gpus_per_node, student, teacher, price_per_gpu_hour, prompt_tokens, network_gbit
+    run_plan(
+        config,
+        hardware=hardware,
+        student=student,
+        teacher=teacher,
+        as_json=as_json,
+        nodes=nodes,
+        devices_per_node=gpus_per_node,
+        price=price_per_gpu_hour,
+        prompt_tokens=prompt_tokens,
+        network_gbit=network_gbit,
     )
-    run_plan(config, options, as_json=as_json)
 
 
 @app.command()

@@ -1,118 +1,75 @@
-"""`raycomplete plan`: reads shapes of the run file's models, plans, and prints tables by role."""
+"""`raycomplete plan`: reads shapes of the run file's models, plans, and prints tables by role; measures a CPU."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import os
+import textwrap
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
 from raycomplete.config import RunConfig
-from raycomplete.plan.assumptions import assumptions
-from raycomplete.plan.estimate import JITTER, Estimate, make_plan
-from raycomplete.plan.hardware import GIB, find_hardware
-from raycomplete.plan.layout import WAITING_GOAL
-from raycomplete.plan.memory import usable
-from raycomplete.plan.request import Request
-from raycomplete.plan.shapes import ModelShape, preset, preset_of_hub, shape_from_config
-from raycomplete.plan.speed import Network
+from raycomplete.plan import catalogue
+from raycomplete.plan.catalogue import DEFAULT_MEASURED, GIB, Hardware, ModelShape
+from raycomplete.plan.estimate import Estimate, make_plan
+from raycomplete.plan.layout import WAITING_GOAL, engine_name
+from raycomplete.plan.workload import Request
 from raycomplete.runtime.console import Console
-from raycomplete.runtime.errors import CheckpointError, ConfigError
+from raycomplete.runtime.errors import CheckpointError
+from raycomplete.runtime.files import write_json
+from raycomplete.runtime.machine import available_cpus
 
 
-@dataclass(frozen=True)
-class PlanOptions:
-    """What the command line adds to a run file.
-
-    Attributes:
-        hardware: A known name, or a file that `--measure` wrote.
-        nodes: Machines.
-        devices_per_node: GPUs of one.
-        student: Name of a shape, or a folder with a config.json; the run file's student when absent.
-        teacher: The same for both frozen models.
-        price: Of one device and hour.
-        prompt_tokens: Mean tokens of a prompt.
-        network_gbit: Of one node, for Ray's objects.
-    """
-
-    hardware: str = "h100"
-    nodes: int = 1
-    devices_per_node: int = 1
-    student: str | None = None
-    teacher: str | None = None
-    price: float | None = None
-    prompt_tokens: float = 64.0
-    network_gbit: float = 50.0
-
-    def __post_init__(self) -> None:
-        for flag, value in (
-            ("--nodes", self.nodes),
-            ("--gpus-per-node", self.devices_per_node),
-            ("--prompt-tokens", self.prompt_tokens),
-            ("--network-gbit", self.network_gbit),
-        ):
-            if value <= 0:
-                raise ConfigError(f"{flag} must be positive, got {value}.")
-        if self.price is not None and self.price < 0:
-            raise ConfigError(f"The price must not be negative, got {self.price}.")
-
-
-def plan(config: RunConfig, options: PlanOptions, *, as_json: bool = False, console: Console | None = None) -> Estimate:
+def plan(
+    config: RunConfig,
+    *,
+    hardware: str = "h100",
+    student: str | None = None,
+    teacher: str | None = None,
+    as_json: bool = False,
+    console: Console | None = None,
+    **options: Any,
+) -> Estimate:
     """Plans the run of a run file and prints it.
 
     Args:
         config: Run file.
-        options: Hardware, and models in place of the run file's.
+        hardware: A known name, or a file that `--measure` wrote.
+        student: Name of a shape, or a folder with a config.json; the run file's student when absent.
+        teacher: The same for both frozen models.
         as_json: Prints JSON instead of tables.
         console: Where it goes.
+        options: nodes, devices_per_node, price, prompt_tokens and network_gbit of `Request`.
 
     Raises:
-        ConfigError: Hardware or a model is not known.
+        ConfigError: Hardware or a model is not known, or a number is not positive.
         CheckpointError: A checkpoint's config.json is missing or of no known family.
         SetupError: Something does not fit; says the smallest change that does.
     """
     console = console or Console()
-    estimate = make_plan(request_of(config, options))
+    shapes = shapes_of(config, student, teacher)
+    estimate = make_plan(Request(config, shapes, catalogue.find_hardware(hardware), **options))
     if as_json:
         console.rich.print_json(json.dumps(estimate.to_json()))
     else:
-        show(estimate, console)
+        _show(estimate, console)
     return estimate
 
 
-def request_of(config: RunConfig, options: PlanOptions) -> Request:
-    """Run file and options as the formulas want them."""
-    return Request(
-        config=config,
-        shapes=shapes_of(config, options),
-        hardware=find_hardware(options.hardware),
-        nodes=options.nodes,
-        devices_per_node=options.devices_per_node,
-        price=options.price,
-        prompt_tokens=options.prompt_tokens,
-        network=Network(options.network_gbit * 1e9 / 8),
-    )
-
-
-def shapes_of(config: RunConfig, options: PlanOptions) -> dict[str, ModelShape]:
-    """Shapes of student, aligned and base."""
-    models = config.models
-    base = _named(options.teacher) if options.teacher else _of_checkpoint(models.base, "base")
-    if options.teacher:
-        aligned = base
-    elif config.align.output is not None and not Path(models.aligned).is_dir() and _is_output(config):
-        aligned = base  # `raycomplete align` has not made the twin yet, and it is made from base
-    else:
-        aligned = _of_checkpoint(models.aligned, "aligned")
-    if options.student:
-        student = _named(options.student)
-    else:
-        student = aligned if models.student is None else _of_checkpoint(models.student, "student")
-    return {"student": student, "aligned": aligned, "base": base}
-
-
-def _is_output(config: RunConfig) -> bool:
-    return config.align.output is not None and Path(config.models.aligned) == config.align.output
+def shapes_of(config: RunConfig, student: str | None = None, teacher: str | None = None) -> dict[str, ModelShape]:
+    """Shapes of student, aligned and base, of which names or folders may be given in place of the run file's."""
+    models, twin = config.models, config.align.output
+    base = _named(teacher) if teacher else _of_checkpoint(models.base, "base")
+    # Before `raycomplete align` has made the twin, it is known from the base that it will be made from.
+    unmade = twin is not None and Path(models.aligned) == twin and not twin.is_dir()
+    aligned = base if teacher or unmade else _of_checkpoint(models.aligned, "aligned")
+    if student:
+        return {"student": _named(student), "aligned": aligned, "base": base}
+    trained = aligned if models.student is None else _of_checkpoint(models.student, "student")
+    return {"student": trained, "aligned": aligned, "base": base}
 
 
 def _named(name: str) -> ModelShape:
@@ -120,14 +77,14 @@ def _named(name: str) -> ModelShape:
     path = Path(name).expanduser()
     if path.is_dir() or path.suffix == ".json":
         return _of_config_file(path if path.suffix == ".json" else path / "config.json", name)
-    return preset(name)
+    return catalogue.preset(name)
 
 
 def _of_checkpoint(spec: str, role: str) -> ModelShape:
     """Reads config.json of a checkpoint of the run file; weights are neither read nor downloaded."""
     scheme, _, rest = spec.partition(":")
     if scheme == "hub" and rest:
-        found = preset_of_hub(rest)
+        found = catalogue.preset_of_hub(rest)
         if found is None:
             flag = "--student" if role == "student" else "--teacher"
             raise CheckpointError(
@@ -152,57 +109,66 @@ def _of_config_file(path: Path, name: str) -> ModelShape:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read as a model's config.json.", "Check the path.") from error
-    return shape_from_config(content, name)
+    return catalogue.shape_from_config(content, name)
 
 
-def show(estimate: Estimate, console: Console) -> None:
-    """Tables by role, the bottleneck, and what was assumed."""
-    request, layout = estimate.request, estimate.layout
+def _show(estimate: Estimate, console: Console) -> None:
+    """Prints tables by role, the bottleneck, and what was assumed, none of it wider than 80 columns."""
+    request, work, step = estimate.request, estimate.work, estimate.pace.step
     models = ", ".join(f"{role} {shape.name} ({_billions(shape)})" for role, shape in request.shapes.items())
     console.rich.print(f"{models}\n{request.nodes} x {request.devices_per_node} {request.hardware.label}\n")
-    console.table("Placement and speed of one step", _speed_rows(estimate))
-    console.table(
-        f"Memory of one device, GiB ({usable(request.hardware) / GIB:.1f} can be filled)", _memory_rows(estimate)
-    )
-    step, jittered = estimate.pace.step, estimate.jittered.pace
-    noisy = f"with {JITTER:.0%} jitter {_seconds(jittered.step)}, waiting {jittered.waiting:.0%}"
+    rows = [["role", "devices", "tokens a step", "tokens/s", "time", "busy"]]
+    for role, rate in estimate.rates.items():
+        devices = f"{rate.processes} x {rate.devices // rate.processes}"
+        speed = [f"{rate.tokens:,.0f}", f"{rate.tokens_per_s:,.0f}", _seconds(rate.seconds), f"{rate.busy:.0%}"]
+        rows.append([role, devices, *speed])
+    console.table("Placement and speed of one step", rows)
+    usable, roles = request.usable_bytes / GIB, list(estimate.memory.values())
+    rows = [["", *estimate.memory]]
+    for part in dict.fromkeys(part for parts in roles for part in parts):
+        rows.append([part, *(f"{parts[part] / GIB:.3g}" if part in parts else "" for parts in roles)])
+    rows.append(["total", *(f"{sum(parts.values()) / GIB:.3g}" for parts in roles)])
+    console.table(f"Memory of one device, GiB ({usable:.1f} can be filled)", rows)
+    payload, every = sum(estimate.payload_bytes.values()) / 1e9, request.config.rollout.sync_every
+    updates = f"{estimate.sync_bytes / 1e9:,.3g} GB every {every} step(s), "
+    updates += f"{estimate.sync_bytes / 1e9 / every / step:,.3g} GB/s"
+    hours = f"{estimate.hours:.2f} hours" if estimate.hours >= 1 else f"{estimate.hours * 60:.1f} minutes"
     console.panel(
         [
-            ("trained tokens", f"{estimate.work.trained_tokens:,.0f} a step"),
-            ("optimizer step", _parts(estimate.train_parts)),
-            ("hidden states", _transfer(sum(estimate.payload_bytes.values()), step)),
-            *([("weights to engines", _weights(estimate))] if estimate.sync_bytes else []),
             ("step", f"{_seconds(step)}, of which the trainer waits {estimate.pace.waiting:.0%} for engines"),
-            ("simulated", f"{_seconds(estimate.simulated.pace.step)}; {noisy}"),
-            ("speed", f"{estimate.work.trained_tokens / step:,.0f} trained tokens/s"),
+            *((f"  {name}", _seconds(seconds)) for name, seconds in estimate.train_parts.items() if seconds > 0),
+            ("trained tokens", f"{work.trained_tokens:,.0f} a step, {work.trained_tokens / step:,.0f} a second"),
+            ("hidden states", f"{payload:,.3g} GB a step, {payload / step:,.3g} GB/s through the object store"),
+            *([("weights to engines", updates)] if estimate.sync_bytes else []),
             ("cost", f"{estimate.cost_per_million_tokens:.3g} per million trained tokens"),
-            ("whole run", f"{request.train.steps} steps, {_hours(estimate.hours)}, {estimate.cost:,.3g}"),
+            ("whole run", f"{request.train.steps} steps, {hours}, {estimate.cost:,.3g}"),
         ]
     )
-    console.rich.print(f"\n{bottleneck(estimate)}\n", soft_wrap=True, highlight=False)
-    console.rich.print("Assumed:")
-    for line in assumptions(request, shared=layout.shared):
-        console.rich.print(f"  - {line}", soft_wrap=True, highlight=False)
+    wrap = textwrap.TextWrapper(console.rich.width)
+    console.rich.print(f"\n{wrap.fill(_bottleneck(estimate))}\n\nAssumed:", highlight=False)
+    wrap.initial_indent, wrap.subsequent_indent = "  - ", "    "
+    for line in estimate.assumptions():
+        console.rich.print(wrap.fill(line), highlight=False)
 
 
-def bottleneck(estimate: Estimate) -> str:
-    """What sets the pace, and what little waiting would take."""
-    layout = estimate.layout
+def _bottleneck(estimate: Estimate) -> str:
+    """The part that sets the pace, and what little waiting would take."""
+    goal = estimate.goal
     sentence = f"Bottleneck: {estimate.pace.bottleneck}, {_seconds(estimate.pace.step)} a step."
-    if estimate.update_s > max(estimate.loop.train, estimate.loop.rollout or 0.0):
+    updates = estimate.loop.sync / estimate.loop.sync_every
+    if updates > max(estimate.loop.train, estimate.loop.rollout or 0.0):
         sentence += (
-            f" Updates of the engines' weights take {_seconds(estimate.update_s)} of it: a larger rollout.sync_every "
+            f" Updates of the engines' weights take {_seconds(updates)} of it: a larger rollout.sync_every "
             "(with rollout.max_staleness) or train.lora_rank would shrink them."
         )
-    if layout.shared:
+    if estimate.layout.shared:
         return f"{sentence} Each role on devices of its own would overlap them."
-    if estimate.goal is None:
+    if goal is None:
         return (
             f"{sentence} No number of engines brings waiting to {WAITING_GOAL:.0%}: host time of engines and transfers "
             "alone take longer."
         )
-    goal = estimate.goal
-    engines = ", ".join(f"{count} {_engine_name(role)}" for role, count in goal.replicas.items())
+    engines = ", ".join(f"{count} {engine_name(role)}(s)" for role, count in goal.replicas.items())
     if estimate.pace.waiting <= WAITING_GOAL:
         return f"{sentence} The trainer waits little; {engines} would be enough for {goal.workers} worker(s)."
     return (
@@ -211,67 +177,70 @@ def bottleneck(estimate: Estimate) -> str:
     )
 
 
-def _engine_name(role: str) -> str:
-    return "rollout engine(s)" if role == "rollout" else f"{role} scorer(s)"
-
-
-def _speed_rows(estimate: Estimate) -> list[list[str]]:
-    layout = estimate.layout
-    rows = [["role", "processes", "devices each", "tokens a step", "tokens/s", "seconds", "busy"]]
-    names = ["", *estimate.loop.scoring, *(["rollout"] if estimate.loop.rollout is not None else [])]
-    for name, rate in zip(names, estimate.rates, strict=True):
-        processes, each = (layout.replicas[name], layout.parallel[name]) if name else (layout.workers, 1)
-        rows.append(
-            [
-                rate.role,
-                str(processes),
-                str(each),
-                f"{rate.tokens:,.0f}",
-                f"{rate.tokens_per_s:,.0f}",
-                _seconds(rate.seconds),
-                f"{rate.busy:.0%}",
-            ]
-        )
-    return rows
-
-
-def _memory_rows(estimate: Estimate) -> list[list[str]]:
-    names = list(dict.fromkeys(name for item in estimate.memory for name in item.parts))
-    return [
-        ["role", *names, "total"],
-        *(
-            [item.role, *(_gib(item.parts[name]) if name in item.parts else "" for name in names), _gib(item.total)]
-            for item in estimate.memory
-        ),
-    ]
-
-
-def _gib(value: float) -> str:
-    return f"{value / GIB:.3g}"
-
-
 def _billions(shape: ModelShape) -> str:
     count = shape.num_parameters
     return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.3g}M"
-
-
-def _parts(seconds: dict[str, float]) -> str:
-    return ", ".join(f"{name} {_seconds(value)}" for name, value in seconds.items() if value > 0)
-
-
-def _transfer(moved: float, step: float) -> str:
-    return f"{moved / 1e6:,.3g} MB a step, {moved / step / 1e6:,.3g} MB/s through the object store"
-
-
-def _weights(estimate: Estimate) -> str:
-    every = estimate.request.config.rollout.sync_every
-    rate = estimate.sync_bytes / every / estimate.pace.step
-    return f"{estimate.sync_bytes / 1e9:,.3g} GB every {every} step(s), {rate / 1e9:,.3g} GB/s"
 
 
 def _seconds(value: float) -> str:
     return f"{value:.3g} s" if value >= 1 else f"{value * 1e3:.3g} ms"
 
 
-def _hours(value: float) -> str:
-    return f"{value:.2f} hours" if value >= 1 else f"{value * 60:.1f} minutes"
+def measure(path: Path = DEFAULT_MEASURED, console: Console | None = None) -> Hardware:
+    """Measures this machine's CPU with all its cores and writes the entry that `--hardware cpu` then takes."""
+    import torch
+
+    console = console or Console()
+    torch.set_num_threads(available_cpus())
+    with console.stage("Products, copies, softmax and small calls measured"):
+        entry = measured_cpu()
+    write_json(path, asdict(entry))
+    products = f"{entry.bfloat16_flops / 1e9:.0f} GFLOP/s in bfloat16, {entry.float32_flops / 1e9:.0f} in float32"
+    others = f"softmax {entry.softmax_per_s / 1e6:.0f} M elements/s, a small call {entry.call_s * 1e6:.1f} us"
+    memory = f"{entry.memory_bytes / GIB:.0f} GiB, {entry.memory_bandwidth / 1e9:.1f} GB/s"
+    console.panel([("products", products), ("memory", memory), ("others", others), ("written to", path)])
+    return entry
+
+
+def measured_cpu(clock: Callable[[], float] = time.perf_counter) -> Hardware:
+    """Measures what this process's CPU reaches now, with the threads that torch has.
+
+    Args:
+        clock: Seconds. Neighbours count in those of the wall; `time.process_time` leaves them out for one thread.
+    """
+    import torch
+
+    def median_s(work: Callable[[], object]) -> float:
+        work()  # threads and caches warm up
+        times: list[float] = []
+        end = time.perf_counter() + 0.5
+        while time.perf_counter() < end or len(times) < 3:
+            started = clock()
+            work()
+            times.append(clock() - started)
+        return sorted(times)[len(times) // 2]
+
+    def product_flops(dtype: torch.dtype) -> float:
+        tokens, width = 512, 2048  # a batch of tokens times a layer
+        rows, weight = torch.ones(tokens, width, dtype=dtype), torch.ones(width, width, dtype=dtype)
+        return 2.0 * tokens * width**2 / median_s(lambda: rows @ weight.T)
+
+    def loss_row() -> None:
+        logprobs = torch.log_softmax(logits, dim=-1)
+        logprobs.exp().mul_(logprobs)
+
+    logits, small, copied = torch.randn(64, 32768), torch.ones(64, 64), torch.ones(64 * 2**20)
+    target = torch.empty_like(copied)
+    bandwidth = 2 * copied.nbytes / median_s(lambda: target.copy_(copied))
+    return replace(
+        catalogue.find_hardware("cpu", measured=Path(os.devnull)),
+        label=f"this machine's CPU, {torch.get_num_threads()} threads",
+        memory_bytes=float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")),
+        bfloat16_flops=product_flops(torch.bfloat16),
+        float32_flops=product_flops(torch.float32),
+        memory_bandwidth=bandwidth,
+        copy_bandwidth=bandwidth,
+        call_s=median_s(lambda: torch.add(small, small)),
+        softmax_per_s=logits.numel() / median_s(loss_row),
+        source="`raycomplete plan --measure`",
+    )

@@ -7,7 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from raycomplete.config import RunConfig
-from raycomplete.plan.memory import states_bytes
+from raycomplete.plan.trainer import states_bytes
 from raycomplete.training.disk_space import checkpoint_bytes, count_parameters
 
 GIB = 2**30

@@ -5,40 +5,33 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from raycomplete.plan import speed
-from raycomplete.plan.assumptions import assumptions
-from raycomplete.plan.layout import choose_layout, engines_for_goal
-from raycomplete.plan.memory import Memory, usable
-from raycomplete.plan.request import Layout, Request, loop_of, memories, train_parts
-from raycomplete.plan.simulate import Simulated, simulate
-from raycomplete.plan.step import Loop, Pace, pace
-from raycomplete.plan.workload import Workload
-
-JITTER = 0.15
+from raycomplete.plan import engines
+from raycomplete.plan.catalogue import GIB
+from raycomplete.plan.layout import (
+    WAITING_GOAL,
+    Loop,
+    Pace,
+    choose_layout,
+    engine_name,
+    engines_for_goal,
+    loop_of,
+    memory_of,
+    pace,
+)
+from raycomplete.plan.trainer import chunk_rows, train_parts
+from raycomplete.plan.workload import RESERVED_SHARE, Layout, Request, Workload
 
 
 @dataclass(frozen=True)
-class Rate:
-    """Speed of one role with all its devices.
+class RoleSpeed:
+    """Speed of one role: its processes, the devices of all of them, and its tokens and seconds in one step."""
 
-    Attributes:
-        role: Whose.
-        devices: Of all its processes.
-        tokens: In one step.
-        seconds: That it works in one step.
-        busy: Share of the step.
-    """
-
-    role: str
+    processes: int
     devices: int
     tokens: float
     seconds: float
+    tokens_per_s: float
     busy: float
-
-    @property
-    def tokens_per_s(self) -> float:
-        """While it works."""
-        return self.tokens / self.seconds if self.seconds else 0.0
 
 
 @dataclass(frozen=True)
@@ -46,149 +39,131 @@ class Estimate:
     """A plan of a run.
 
     Attributes:
-        request: What was asked.
-        layout: Who gets which devices.
-        memory: Of one device, by role.
-        work: One step.
-        loop: Durations of its parts.
-        train_parts: Seconds of the optimizer step by what takes them.
-        pace: Closed form.
-        simulated: The same loop played event by event, without jitter.
-        jittered: The same with jitter of `JITTER`.
         goal: Fewest engines for little waiting, or None if no number of them does.
+        train_parts: Seconds of the optimizer step by what takes them.
+        memory: Bytes of one device by role and by what fills them.
+        payload_bytes: Hidden states of a step by frozen model.
+        sync_bytes: One update of the engines' weights; 0 off-policy.
+        price: Price of one device and hour.
+        cost: Cost of all steps, on all devices that are rented.
     """
 
     request: Request
     layout: Layout
-    memory: list[Memory]
+    goal: Layout | None
     work: Workload
     loop: Loop
-    train_parts: dict[str, float]
     pace: Pace
-    simulated: Simulated
-    jittered: Simulated
-    goal: Layout | None
-
-    @property
-    def price(self) -> float:
-        """Of one device and hour."""
-        given = self.request.price
-        return self.request.hardware.example_price if given is None else given
-
-    @property
-    def hours(self) -> float:
-        """Of all steps."""
-        return self.request.train.steps * self.pace.step / 3600
-
-    @property
-    def cost(self) -> float:
-        """Of all steps, on all devices that are rented."""
-        return self.hours * self.request.devices * self.price
+    train_parts: dict[str, float]
+    memory: dict[str, dict[str, float]]
+    payload_bytes: dict[str, float]
+    sync_bytes: float
+    price: float
+    hours: float
+    cost: float
 
     @property
     def cost_per_million_tokens(self) -> float:
-        """Of trained tokens."""
+        """Cost of a million trained tokens."""
         return self.cost / (self.request.train.steps * self.work.trained_tokens) * 1e6
 
     @property
-    def rates(self) -> list[Rate]:
-        """By role."""
-        layout, loop, work, step = self.layout, self.loop, self.work, self.pace.step
-
-        def rate(role: str, devices: int, tokens: float, seconds: float) -> Rate:
-            return Rate(role, devices, tokens, seconds, seconds / step)
-
-        def devices(role: str) -> int:
-            return layout.devices if layout.shared else layout.replicas[role] * layout.parallel[role]
-
-        found = [rate("training workers", layout.workers, work.trained_tokens, loop.train)]
-        for role, seconds in loop.scoring.items():
-            found.append(
-                rate(f"{role} scorers", devices(role), sum(item.tokens for item in work.scored[role]), seconds)
-            )
-        if loop.rollout is not None and work.rollouts is not None:
-            found.append(rate("rollout engines", devices("rollout"), work.rollouts.rows, loop.rollout))
-        return found
-
-    @property
-    def payload_bytes(self) -> dict[str, float]:
-        """Hidden states of a step by frozen model."""
-        dtype, shapes = self.request.config.models.dtype, self.request.shapes
-        return {
-            role: self.work.payload_rows(role) * shapes[role].hidden_bytes_per_token(dtype)
-            for role in self.loop.scoring
-        }
-
-    @property
-    def sync_bytes(self) -> float:
-        """Of one update of the engines' weights; 0 off-policy."""
-        config = self.request.config
-        if not config.rollout.on_policy:
-            return 0.0
-        return speed.sync_bytes(self.request.shapes["student"], config.train, config.models.dtype)
-
-    @property
-    def update_s(self) -> float:
-        """Seconds of updates of the engines' weights in a mean step."""
-        return self.loop.sync / self.loop.sync_every
+    def rates(self) -> dict[str, RoleSpeed]:
+        """Speed by role, the training workers first."""
+        layout, work, step = self.layout, self.work, self.pace.step
+        tokens = {role: sum(item.tokens for item in groups) for role, groups in work.scored.items()}
+        tokens["rollout"] = work.rollouts.rows if work.rollouts is not None else 0.0
+        seconds = {**self.loop.scoring, "rollout": self.loop.rollout or 0.0}
+        found = {"training workers": (layout.workers, layout.workers, work.trained_tokens, self.loop.train)}
+        for role, count in layout.replicas.items():
+            devices = layout.devices if layout.shared else count * layout.parallel[role]
+            found[f"{engine_name(role)}s"] = (count, devices, tokens[role], seconds[role])
+        return {name: RoleSpeed(*it, it[2] / it[3] if it[3] else 0.0, it[3] / step) for name, it in found.items()}
 
     def to_json(self) -> dict[str, Any]:
         """Everything, in bytes, seconds and tokens."""
-        request = self.request
+        request, layouts = self.request, {"layout": self.layout, "engines_for_little_waiting": self.goal}
+        shapes, step = request.shapes.items(), self.pace.step
         return {
             "hardware": asdict(request.hardware),
             "nodes": request.nodes,
             "devices_per_node": request.devices_per_node,
-            "models": {
-                role: asdict(shape) | {"parameters": shape.num_parameters} for role, shape in request.shapes.items()
-            },
-            "layout": asdict(self.layout) | {"devices": self.layout.devices},
-            "memory": {item.role: item.parts | {"total": item.total} for item in self.memory},
-            "memory_usable": usable(request.hardware),
+            "models": {role: asdict(shape) | {"parameters": shape.num_parameters} for role, shape in shapes},
+            **{name: found and asdict(found) | {"devices": found.devices} for name, found in layouts.items()},
+            "memory": {role: parts | {"total": sum(parts.values())} for role, parts in self.memory.items()},
+            "memory_usable": request.usable_bytes,
             "step": asdict(self.work) | {"trained_tokens": self.work.trained_tokens},
-            "rates": {item.role: asdict(item) | {"tokens_per_s": item.tokens_per_s} for item in self.rates},
+            "rates": {role: asdict(found) for role, found in self.rates.items()},
             "train_parts_s": self.train_parts,
             "loop_s": asdict(self.loop),
             "payload_bytes": self.payload_bytes,
-            "payload_bytes_per_s": sum(self.payload_bytes.values()) / self.pace.step,
+            "payload_bytes_per_s": sum(self.payload_bytes.values()) / step,
             "sync_bytes": self.sync_bytes,
-            "sync_bytes_per_s": self.sync_bytes / request.config.rollout.sync_every / self.pace.step,
-            "step_s": self.pace.step,
+            "sync_bytes_per_s": self.sync_bytes / request.config.rollout.sync_every / step,
+            "step_s": step,
             "waiting_fraction": self.pace.waiting,
             "cycles_s": self.pace.cycles,
             "bottleneck": self.pace.bottleneck,
-            "simulated": asdict(self.simulated),
-            "simulated_with_jitter": asdict(self.jittered) | {"jitter": JITTER},
-            "engines_for_little_waiting": None
-            if self.goal is None
-            else asdict(self.goal) | {"devices": self.goal.devices},
             "hours": self.hours,
             "price_per_device_hour": self.price,
             "cost": self.cost,
             "cost_per_million_trained_tokens": self.cost_per_million_tokens,
-            "trained_tokens_per_s": self.work.trained_tokens / self.pace.step,
-            "assumptions": assumptions(request, shared=self.layout.shared),
+            "trained_tokens_per_s": self.work.trained_tokens / step,
+            "assumptions": self.assumptions(),
         }
+
+    def assumptions(self) -> list[str]:
+        """Every number of the plan that neither the run file nor the command line gave, in sentences."""
+        request, config, device = self.request, self.request.config, self.request.hardware
+        rows = chunk_rows(config.train, request.shapes["student"].vocab_size, request.dtype, is_gpu=device.is_gpu)
+        offer = "as given" if request.price is not None else "an example and no offer; give --price-per-gpu-hour"
+        pushed = "Weights are sent from one host to each node with rollout engines in turn; judging takes no time."
+        return [
+            f"Hardware: {device.label}, {device.memory_bytes / GIB:.0f} GiB, {device.flops(request.dtype) / 1e12:.3g} "
+            f"TFLOP/s in {request.dtype}, {device.memory_bandwidth / 1e9:,.4g} GB/s of memory; from {device.source}.",
+            f"{RESERVED_SHARE:.0%} of each device stays free for context, fragmentation and communication buffers.",
+            f"Products reach {device.product_share:.0%} of the peak in engines, {device.train_share:.0%} in training "
+            f"and {device.loss_share:.0%} in the loss. Links, copies and host times are under `hardware` in --json.",
+            f"Prompts have {request.prompt_tokens:.0f} tokens on average (--prompt-tokens); responses are as long as "
+            "the run file allows; depths average the middle of their range.",
+            "Every sequence is read anew: no hits in the score cache (off-policy runs have them from epoch two on).",
+            f"The loss keeps {rows} rows of logits at a time; full attention without sliding windows; ZeRO's "
+            "collectives are not hidden behind the backward pass.",
+            f"Engines run at most {engines.MAX_SEQUENCES} sequences and {config.teacher.max_num_batched_tokens} tokens "
+            "a pass.",
+            "Not counted: start of engines, sampling before training, evaluation, checkpoints, validation, and jitter, "
+            "which costs most where queues are full (up to 16% at a spread of 15%).",
+            *([pushed] if config.rollout.on_policy else []),
+            f"Price: {self.price:.2f} per device and hour, {offer}. All rented devices are paid for, used or not.",
+            "All roles take turns on the same devices: their times add up."
+            if self.layout.shared
+            else "Each role has devices of its own, and batches split evenly over its engines (several engines and "
+            f"tensor parallelism are part of the plan). Little waiting means at most {WAITING_GOAL:.0%} of a step.",
+        ]
 
 
 def make_plan(request: Request) -> Estimate:
     """Plans a run.
 
     Raises:
-        SetupError: It does not fit.
+        SetupError: The run does not fit.
     """
     layout = choose_layout(request)
-    loop = loop_of(request, layout)
-    replicas = dict(layout.replicas)
+    loop, work = loop_of(request, layout), request.workload(layout.workers)
+    price = request.hardware.example_price if request.price is None else request.price
+    hours = request.train.steps * pace(loop).step / 3600
     return Estimate(
         request=request,
         layout=layout,
-        memory=memories(request, layout),
-        work=request.workload(layout.workers),
-        loop=loop,
-        train_parts=train_parts(request, layout.workers),
-        pace=pace(loop),
-        simulated=simulate(loop, replicas=replicas),
-        jittered=simulate(loop, replicas=replicas, jitter=JITTER, seed=request.train.seed),
         goal=engines_for_goal(request, layout),
+        work=work,
+        loop=loop,
+        pace=pace(loop),
+        train_parts=train_parts(request, layout.workers),
+        memory=memory_of(request, layout),
+        payload_bytes=engines.payload_bytes(request, work),
+        sync_bytes=engines.sync_bytes(request),
+        price=price,
+        hours=hours,
+        cost=hours * request.devices * price,
     )

@@ -1,21 +1,20 @@
-"""What one optimizer step reads and writes, in sequences and tokens, from the run file."""
+"""The request for a plan: models, hardware and one optimizer step's work, and the devices that each role gets."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from raycomplete.config import RunConfig
+from raycomplete.config import Dtype, RunConfig, TrainConfig
+from raycomplete.plan.catalogue import Hardware, ModelShape
+from raycomplete.runtime.errors import ConfigError
+
+FROZEN = ("aligned", "base")
+RESERVED_SHARE = 0.08
 
 
 @dataclass(frozen=True)
 class Sequences:
-    """Sequences of one kind.
-
-    Attributes:
-        count: How many.
-        prompt: Tokens before the response.
-        response: Tokens of the response.
-    """
+    """Some number of sequences with `prompt` tokens before `response` tokens."""
 
     count: float
     prompt: float
@@ -23,17 +22,17 @@ class Sequences:
 
     @property
     def length(self) -> float:
-        """Tokens that a model reads: the last one predicts nothing that is asked for."""
+        """Tokens that a model reads of one: the last one predicts nothing that is asked for."""
         return self.prompt + self.response - 1
 
     @property
     def tokens(self) -> float:
-        """Of all sequences."""
+        """Tokens that a model reads of all."""
         return self.count * self.length
 
     @property
     def rows(self) -> float:
-        """Response tokens of all sequences: a row of hidden states each."""
+        """Response tokens of all: a row of hidden states each."""
         return self.count * self.response
 
 
@@ -44,9 +43,8 @@ class Workload:
     Attributes:
         trained: Sequences that the student reads.
         scored: Sequences that each frozen model reads, by role.
-        rollouts: What the student samples: prompt with prefill, and new tokens; None off-policy.
-        loss_rows: Rows of the loss.
-        base_rows: Those of them that need base.
+        rollouts: Sequences that the student samples: prompt with prefill, and new tokens; None off-policy.
+        loss_rows: Rows of the loss, of which `base_rows` need base.
         micro_batches: Forward passes of one worker.
     """
 
@@ -67,41 +65,134 @@ class Workload:
         return sum(item.rows for item in self.scored[role])
 
     @classmethod
-    def of_run(cls, config: RunConfig, prompt_tokens: float, num_workers: int | None = None) -> Workload:
-        """The expected step of a run file.
-
-        Responses are taken at their longest and depths at the middle of their range.
-
-        Args:
-            config: Run file.
-            prompt_tokens: Mean tokens of a prompt with its chat template.
-            num_workers: Training workers; the run file's when absent.
-        """
+    def of_run(cls, config: RunConfig, prompt_tokens: float, num_workers: int) -> Workload:
+        """The expected step of a run file, with responses at their longest and depths at the middle of their range."""
         train, rollout = config.train, config.rollout
         contrastive = train.contrastive.alpha > 0
         penalised = train.weights.penalty > 0
-        deepest = min(train.depth.max, rollout.max_harmful_tokens)
-        depth = (train.depth.min + deepest) / 2
+        depth = (train.depth.min + min(train.depth.max, rollout.max_harmful_tokens)) / 2
         anchor = Sequences(train.anchor_batch, prompt_tokens, rollout.max_anchor_tokens)
         refusal = Sequences(train.recovery_batch, prompt_tokens, rollout.max_refusal_tokens)
         harmful = Sequences(train.recovery_batch, prompt_tokens, rollout.max_harmful_tokens)
         student = Sequences(train.recovery_batch, prompt_tokens, depth + rollout.max_refusal_tokens)
+        sampled = train.recovery_batch * rollout.oversample
         along = (harmful,) if penalised else ()
         penalty_rows = train.recovery_batch * depth if penalised else 0.0
         rows = anchor.rows + refusal.rows + penalty_rows
-        per_worker = (train.anchor_batch + train.recovery_batch) // (num_workers or train.num_workers)
+        per_worker = (train.anchor_batch + train.recovery_batch) // num_workers
         return cls(
             trained=(anchor, student),
             scored={
                 "aligned": (anchor, refusal, *along),
                 "base": (*along, *((anchor, refusal) if contrastive else ())),
             },
-            rollouts=Sequences(
-                train.recovery_batch * rollout.oversample, prompt_tokens + depth, rollout.max_student_tokens
-            )
+            rollouts=Sequences(sampled, prompt_tokens + depth, rollout.max_student_tokens)
             if rollout.on_policy
             else None,
             loss_rows=rows,
             base_rows=rows if contrastive else penalty_rows,
             micro_batches=-(-per_worker // min(train.per_device_batch_size, max(per_worker, 1))) if per_worker else 1,
         )
+
+
+@dataclass(frozen=True)
+class Request:
+    """Models, hardware and run file of a plan.
+
+    Attributes:
+        shapes: Shapes of student, aligned and base.
+        devices_per_node: GPUs of one machine, or 1 on a CPU machine.
+        price: Price of one device and hour; None takes the hardware's example.
+        prompt_tokens: Mean tokens of a prompt with its chat template.
+        network_gbit: Gigabits a second of one node in Ray's object store (TCP).
+
+    Raises:
+        ConfigError: A number is not positive.
+    """
+
+    config: RunConfig
+    shapes: dict[str, ModelShape]
+    hardware: Hardware
+    nodes: int = 1
+    devices_per_node: int = 1
+    price: float | None = None
+    prompt_tokens: float = 64.0
+    network_gbit: float = 50.0
+
+    def __post_init__(self) -> None:
+        flags: dict[str, float] = {"--nodes": self.nodes, "--gpus-per-node": self.devices_per_node}
+        flags |= {"--prompt-tokens": self.prompt_tokens, "--network-gbit": self.network_gbit}
+        for flag, value in flags.items():
+            if value <= 0:
+                raise ConfigError(f"{flag} must be positive, got {value}.")
+        if self.price is not None and self.price < 0:
+            raise ConfigError(f"The price must not be negative, got {self.price}.")
+
+    @property
+    def devices(self) -> int:
+        """Devices of all nodes."""
+        return self.nodes * self.devices_per_node
+
+    @property
+    def network_bandwidth(self) -> float:
+        """Bytes a second of one node."""
+        return self.network_gbit * 1e9 / 8
+
+    @property
+    def train(self) -> TrainConfig:
+        """The run file's trainer."""
+        return self.config.train
+
+    @property
+    def dtype(self) -> Dtype:
+        """Type of all weights."""
+        return self.config.models.dtype
+
+    @property
+    def usable_bytes(self) -> float:
+        """Bytes of a device that a plan may fill: the rest is for CUDA, fragmentation and communication buffers."""
+        return self.hardware.memory_bytes * (1 - RESERVED_SHARE)
+
+    @property
+    def engines(self) -> tuple[str, ...]:
+        """Roles on engines that have work in a step: "aligned", "base", "rollout"."""
+        work = self.workload(1)
+        roles = [role for role in FROZEN if work.scored[role]]
+        return (*roles, *(["rollout"] if work.rollouts is not None else []))
+
+    def workload(self, workers: int) -> Workload:
+        """One optimizer step."""
+        return Workload.of_run(self.config, self.prompt_tokens, workers)
+
+    def with_train(self, **changes: object) -> Request:
+        """The same request with other settings of the trainer."""
+        train = self.config.train.model_copy(update=changes)
+        return replace(self, config=self.config.model_copy(update={"train": train}))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The devices that each role gets.
+
+    Attributes:
+        workers: Data-parallel training workers, one device each.
+        replicas: Engines by role.
+        parallel: Devices of one engine by role (tensor parallel).
+        shared: Every device holds a worker and an engine of each role, which take turns.
+    """
+
+    workers: int
+    replicas: dict[str, int]
+    parallel: dict[str, int]
+    shared: bool = False
+
+    @property
+    def devices(self) -> int:
+        """Devices that are used."""
+        if self.shared:
+            return self.workers
+        return self.workers + sum(count * self.parallel[role] for role, count in self.replicas.items())
+
+    def with_engines(self, role: str, more: int = 1) -> Layout:
+        """The same layout with some engines of a role more."""
+        return replace(self, replicas={**self.replicas, role: self.replicas[role] + more})

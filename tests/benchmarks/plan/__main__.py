@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from raycomplete.commands.plan_measure import measured_cpu
+from raycomplete.commands.plan import measured_cpu
 from raycomplete.runtime.files import write_text
 from tests.benchmarks.environment import RUNS, describe, environment
 from tests.benchmarks.plan.cases import CASES

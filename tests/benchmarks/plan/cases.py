@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from raycomplete.commands.plan import PlanOptions, shapes_of
+from raycomplete.commands.plan import shapes_of
 from raycomplete.config import RunConfig, parse
 from raycomplete.data.checkpoints import resolve_checkpoint
-from raycomplete.plan.hardware import Hardware
-from raycomplete.plan.request import Request
+from raycomplete.plan.catalogue import Hardware
+from raycomplete.plan.workload import Request
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,8 @@ class Case:
         return parse(tree, self.name)
 
     def request(self, hardware: Hardware) -> Request:
-        """What the formulas are asked."""
-        shapes = shapes_of(self.config, PlanOptions())
-        return Request(self.config, shapes, hardware, prompt_tokens=float(self.prompt))
+        """The request that the formulas answer."""
+        return Request(self.config, shapes_of(self.config), hardware, prompt_tokens=float(self.prompt))
 
 
 CASES = (

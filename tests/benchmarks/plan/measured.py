@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from raycomplete.commands.plan_measure import measured_cpu
+from raycomplete.commands.plan import measured_cpu
 from raycomplete.engines.spec import engine_environment
-from raycomplete.plan.hardware import Hardware, find_hardware
-from raycomplete.plan.request import engine_s, train_parts, worker_memory
-from raycomplete.plan.speed import scoring_s
+from raycomplete.plan.catalogue import Hardware, find_hardware
+from raycomplete.plan.engines import engine_of, engine_s
+from raycomplete.plan.trainer import train_parts, worker_memory
 from raycomplete.plan.workload import Sequences
 from tests.benchmarks.plan.cases import CASES, Case
 from tests.benchmarks.plan.points import Point
@@ -54,9 +54,8 @@ def _scoring(case: Case) -> list[Point]:
     groups = case.request(find_hardware("cpu")).workload(1).scored["aligned"]
     rounds = iter([_requests(case, groups, rng, ScoreRequest) for _ in range(_REPEATS + 1)])
     seconds, hardware = timed(lambda: engine.hidden_states(next(rounds)))
-    request = case.request(hardware)
-    inside = replace(request.factors, object_store_bandwidth=float("inf"))
-    expected = scoring_s(request.shapes["aligned"], hardware, inside, groups, dtype=case.config.models.dtype)
+    inside = replace(hardware, object_store_bandwidth=float("inf"))
+    expected = engine_of(case.request(inside), "aligned", 1).scoring_s(groups)
     tokens = sum(item.tokens for item in groups)
     return [Point(f"{case.name}, scoring", "tok/s", tokens / expected, tokens / seconds)]
 
@@ -141,7 +140,7 @@ def step_points(case: Case) -> list[Point]:
             fitted,
         ),
         Point(f"{case.name}, AdamW and clipping", "ms", updated * 1e3, update_s * 1e3, fitted),
-        Point(f"{case.name}, memory of the worker", "MiB", memory.total / 2**20, peak / 2**20),
+        Point(f"{case.name}, memory of the worker", "MiB", sum(memory.values()) / 2**20, peak / 2**20),
     ]
 
 

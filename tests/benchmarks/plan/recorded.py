@@ -7,26 +7,33 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from raycomplete.config import TrainConfig
-from raycomplete.plan.hardware import Hardware, find_hardware
-from raycomplete.plan.shapes import preset
-from raycomplete.plan.speed import Factors, device_s, loss_s, prefill_s, scoring_s, train_s, train_share
-from raycomplete.plan.workload import Sequences, Workload
+from raycomplete.config import load_run_file
+from raycomplete.plan.catalogue import Hardware, ModelShape, find_hardware, preset
+from raycomplete.plan.engines import PlannedEngine
+from raycomplete.plan.trainer import loss_s, train_parts
+from raycomplete.plan.workload import Request, Sequences, Workload
+from tests.benchmarks.environment import ROOT
 from tests.benchmarks.plan.points import Point
 
-_IN_ENGINE = replace(Factors(), object_store_bandwidth=float("inf"))  # they were timed inside the engine's process
+
+def _request(shape: ModelShape, hardware: Hardware) -> Request:
+    """Student and both frozen models of one shape in bfloat16."""
+    config = load_run_file(
+        ROOT / "jobs" / "plan-70b.yaml", ["train.gradient_checkpointing=false", "train.zero_stage=0"]
+    )
+    return Request(config, dict.fromkeys(("student", "aligned", "base"), shape), hardware)
 
 
 def recorded_points() -> list[Point]:
     """Tokens a second of pooling engines (vLLM, bfloat16, eager), and the loss's matrix products."""
-    hardware, large, small = find_hardware("h100"), preset("llama-3.1-8b"), preset("smollm2-135m")
+    # They were timed inside the engine's process.
+    hardware = replace(find_hardware("h100"), object_store_bandwidth=float("inf"))
+    large, small = (PlannedEngine(preset(name), hardware, "bfloat16") for name in ("llama-3.1-8b", "smollm2-135m"))
     batch, short = (Sequences(64, 1024, 1),), (Sequences(256, 512, 1),)
-    alone = 64 * 1024 / prefill_s(large, hardware, _IN_ENGINE, batch, dtype="bfloat16")
-    hidden = 64 * 1024 / scoring_s(large, hardware, _IN_ENGINE, batch, dtype="bfloat16")
-    little = 256 * 512 / scoring_s(small, hardware, _IN_ENGINE, short, dtype="bfloat16")
-    models = dict.fromkeys(("student", "aligned", "base"), large)
+    alone, hidden = 64 * 1024 / large.prefill_s(batch), 64 * 1024 / large.scoring_s(batch)
+    little = 256 * 512 / small.scoring_s(short)
     products_only = replace(hardware, softmax_per_s=float("inf"), memory_bandwidth=float("inf"))
-    products = loss_s(TrainConfig(), products_only, Factors(), 8192, 8192, models, "bfloat16")
+    products = loss_s(_request(large.shape, products_only), 8192, 8192)
     return [
         Point("8B, 64 x 1024 tokens, prefill alone", "tok/s", alone, 42_900, fitted=True),
         Point("8B, 64 x 1024 tokens, hidden states", "tok/s", hidden, 39_600, fitted=True),
@@ -41,18 +48,15 @@ def trainer_point(one_thread: Hardware) -> Point:
     Args:
         one_thread: This machine's CPU, if it is the one of RESULTS.md.
     """
-    small, factors = preset("smollm2-135m"), Factors()
+    small = preset("smollm2-135m")
     sequences = Sequences(8, 39.5, 99.5)  # the means of the benchmark's workload
     work = Workload((sequences,), {}, None, loss_rows=sequences.rows, base_rows=0, micro_batches=2)
-    models = dict.fromkeys(("student", "aligned", "base"), small)
-    train = TrainConfig(anchor_batch=8, per_device_batch_size=4)
-    step = train_s(train, one_thread, factors, work, models, dtype="bfloat16", workers=1, gpus_per_node=1)
-    teacher = device_s(
-        one_thread,
+    step = train_parts(_request(small, one_thread), 1, work)
+    teacher = one_thread.busy_s(
         small.forward_flops(sequences.tokens, sequences.length / 2),
         2 * sequences.tokens * small.num_layers * small.activation_bytes_per_token("bfloat16"),
-        2 * small.num_layers * factors.train_calls,
-        train_share(one_thread, factors),
+        2 * small.num_layers * one_thread.train_calls,
+        one_thread.train_share,
         "bfloat16",
     )
     predicted = sequences.count * (sequences.prompt + sequences.response) / (sum(step.values()) + teacher)

@@ -1,16 +1,26 @@
-"""Parameters counted by formula are those of transformers' own models."""
+"""Parameters counted by formula are those of transformers' own models; devices are found by name."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from raycomplete.plan.shapes import ModelShape, preset, preset_of_hub, shape_from_config
+from raycomplete.plan.catalogue import (
+    ModelShape,
+    find_hardware,
+    preset,
+    preset_of_hub,
+    read_hardware,
+    shape_from_config,
+)
 from raycomplete.runtime.errors import CheckpointError, ConfigError
 
 TINY: dict[str, Any] = {
@@ -126,6 +136,23 @@ def test_other_architectures_are_refused(config: dict[str, Any], words: str) -> 
 def test_an_unknown_size_is_refused_with_the_nearest() -> None:
     with pytest.raises(ConfigError, match=r"no model shape 'llama-3.1-7b'.*Did you mean 'llama-3.1-7?0?8?b'"):
         preset("llama-3.1-7b")
+
+
+def test_unknown_hardware_is_refused_with_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"no hardware 'h20'\. Did you mean 'h200'"):
+        find_hardware("h20")
+    assert find_hardware("H100").label == find_hardware("h100").label
+
+
+def test_a_measured_entry_may_lack_what_has_a_default(tmp_path: Path) -> None:
+    path = tmp_path / "hardware.json"
+    entry = asdict(find_hardware("cpu", measured=tmp_path / "none.json"))
+    path.write_text(json.dumps({key: value for key, value in entry.items() if key != "request_s"}))
+    assert asdict(read_hardware(path)) == entry
+    for wrong in (entry | {"unknown": 1}, {key: value for key, value in entry.items() if key != "call_s"}):
+        path.write_text(json.dumps(wrong))
+        with pytest.raises(ConfigError, match="holds no hardware entry"):
+            read_hardware(path)
 
 
 def test_formulas_load_neither_torch_nor_ray() -> None:

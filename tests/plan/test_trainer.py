@@ -1,7 +1,8 @@
-"""Memory by formula against published formulas, the trainer's own rules, and bytes of real tensors."""
+"""Memory and seconds by formula against published formulas, the trainer's own rules, and bytes of real tensors."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,9 +11,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from raycomplete.config import Dtype, TrainConfig
 from raycomplete.losses.chunks import rows_per_chunk
-from raycomplete.plan.memory import chunk_rows, loss_bytes, pooling_memory, rollout_memory, states_bytes
-from raycomplete.plan.shapes import preset, shape_from_config
-from raycomplete.plan.workload import Sequences, Workload
+from raycomplete.plan.catalogue import find_hardware, preset, shape_from_config
+from raycomplete.plan.trainer import chunk_rows, collectives_s, loss_bytes, loss_s, states_bytes
+from raycomplete.plan.workload import Workload
+from tests.plan.conftest import PRODUCTS, a_request
 
 TINY = LlamaConfig(
     hidden_size=64,
@@ -97,20 +99,30 @@ def test_chunks_follow_the_rule_of_the_loss(dtype: Dtype, vocab_size: int, devic
     assert chunk_rows(TrainConfig(), vocab_size, dtype, is_gpu=device == "cuda") == expected
 
 
+ALL_8B = dict.fromkeys(("student", "aligned", "base"), preset("8B"))
+
+
 def test_loss_buffers_are_three_chunks_of_logits_and_the_head_gradient_twice() -> None:
-    shape, work = preset("8B"), Workload((), {}, None, loss_rows=8192, base_rows=8192, micro_batches=1)
-    models = dict.fromkeys(("student", "aligned", "base"), shape)
-    parts = loss_bytes(TrainConfig(loss_chunk_tokens=1024), work, models, "bfloat16", 1, is_gpu=True)
+    work = Workload((), {}, None, loss_rows=8192, base_rows=8192, micro_batches=1)
+    parts = loss_bytes(a_request("train.loss_chunk_tokens=1024", shapes=ALL_8B), work, 1)
     assert parts["loss chunk"] == 3 * 1024 * 128256 * 2 + 8192 * 4 * 4096 * 2
     assert parts["head gradient"] == 128256 * 4096 * (4 + 2)
-    frozen = loss_bytes(TrainConfig(lora_rank=8), work, models, "bfloat16", 1, is_gpu=True)
-    assert frozen["head gradient"] == 0
+    assert loss_bytes(a_request("train.lora_rank=8", shapes=ALL_8B), work, 1)["head gradient"] == 0
 
 
-def test_engines_hold_their_share_of_weights_and_keys() -> None:
-    shape = preset("70B")
-    pooling = pooling_memory(shape, "bfloat16", 8192, 4)
-    assert pooling.parts["weights"] == (shape.num_parameters - 128256 * 8192) * 2 / 4
-    assert pooling.parts["KV cache"] == 8192 * 80 * 2 * 8 * 128 * 2 / 4
-    rollout = rollout_memory(preset("8B"), "bfloat16", Sequences(1000, 60, 40), 8192, 2, 1)
-    assert rollout.parts["KV cache"] == 256 * 100 * 32 * 2 * 8 * 128 * 2, "256 of 500 at a time"
+def test_the_loss_is_five_products_with_base_and_four_without() -> None:
+    one = 2 * 8192 * 128256 * 4096 / 1e15
+    asked = a_request(shapes=ALL_8B, hardware=PRODUCTS)
+    both, aligned_only = loss_s(asked, 8192, 8192), loss_s(asked, 8192, 0)
+    frozen_head = loss_s(asked.with_train(lora_rank=8), 8192, 8192)
+    assert [both / one, aligned_only / one, frozen_head / one] == pytest.approx([5, 4, 4], rel=1e-12)
+
+
+def test_collectives_move_what_a_ring_moves() -> None:
+    h100 = replace(find_hardware("h100"), link_share=1.0)
+    weights, gradients = 16e9, 16e9
+    inside = collectives_s(h100, weights, gradients, 1, 8, 8, 1)
+    assert inside == pytest.approx(2 * 16e9 * 7 / 8 / 450e9)
+    assert collectives_s(h100, weights, gradients, 3, 8, 8, 1) == pytest.approx(1.5 * inside), "ZeRO-3 of the paper"
+    assert collectives_s(h100, weights, gradients, 1, 16, 8, 1) == pytest.approx(2 * 16e9 * 15 / 16 / 50e9)
+    assert collectives_s(h100, weights, gradients, 3, 1, 8, 1) == 0

@@ -1,0 +1,355 @@
+"""Devices and model shapes that a plan knows by name, and what can be counted from a shape."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from raycomplete.config import Dtype
+from raycomplete.runtime.errors import CheckpointError, ConfigError
+from raycomplete.runtime.files import read_json
+
+GIB = 2**30
+DTYPE_BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2}
+DEFAULT_MEASURED = Path("runs") / "hardware.json"
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One device and its node: published peaks, and the shares of them that this package's work reaches.
+
+    Attributes:
+        memory_bandwidth: Bytes a second between a device and its memory, as all bandwidths.
+        link_bandwidth: Between two devices of a node, one direction.
+        fabric_bandwidth: Of collectives between nodes, for each device.
+        copy_bandwidth: Between a device and its host.
+        call_s: Seconds to launch one kernel, or to call one small operation on a CPU.
+        softmax_per_s: Elements a second that a softmax and its gradient pass through; 0 derives it from bandwidth.
+        product_share: Share of the peak that products reach in engines, as `train_share` and `loss_share` elsewhere.
+        bandwidth_share: Share of memory bandwidth that reading weights and caches reaches.
+        link_share: Share of a link that collectives reach.
+        engine_calls: Kernel launches of a layer in vLLM's eager mode; `train_calls` in transformers, forward.
+        request_s: Host seconds of an engine for one scored sequence. H100, 8B shape, 64 sequences: 39.6 k tokens/s with
+            hidden states against 42.9 k alone.
+        decode_call_s: Host seconds of an engine for one decoding step.
+        optimizer_bytes: Traffic of AdamW and gradient clipping for a trained parameter; fitted to the organism's step.
+        object_store_bandwidth: Copies into shared memory.
+    """
+
+    name: str
+    label: str
+    is_gpu: bool
+    memory_bytes: float
+    bfloat16_flops: float
+    float32_flops: float
+    memory_bandwidth: float
+    link_bandwidth: float
+    fabric_bandwidth: float
+    copy_bandwidth: float
+    call_s: float
+    softmax_per_s: float
+    product_share: float
+    example_price: float
+    source: str
+    # Those of a CPU, whose peak is that of one large product; the training share is fitted to the organism's step.
+    train_share: float = 0.5
+    loss_share: float = 1.0
+    bandwidth_share: float = 0.7
+    link_share: float = 0.7
+    engine_calls: int = 12
+    train_calls: int = 45
+    request_s: float = 1.65e-3
+    decode_call_s: float = 3e-3
+    optimizer_bytes: float = 100.0
+    object_store_bandwidth: float = 5e9
+
+    def flops(self, dtype: Dtype) -> float:
+        """Peak of dense matrix products."""
+        return self.bfloat16_flops if dtype == "bfloat16" else self.float32_flops
+
+    @property
+    def elements_per_s(self) -> float:
+        """Elements a second of a softmax and its gradient; on a GPU three passes over two bytes each."""
+        return self.softmax_per_s or self.memory_bandwidth / 6
+
+    def busy_s(self, flops: float, moved: float, calls: float, share: float, dtype: Dtype) -> float:
+        """Seconds of products and of bytes that are only moved; a GPU hides launches behind them, a CPU does not."""
+        busy = flops / (self.flops(dtype) * share) + moved / self.memory_bandwidth
+        launched = calls * self.call_s
+        return max(busy, launched) if self.is_gpu else busy + launched
+
+
+# Fitted to records of an H100 (tests/benchmarks/plan): 8B shape, 64 x 1024 tokens, prefill alone 42.9 k tokens/s; the
+# loss's products of N 8192, V 128256, H 4096 with two teachers in 52 ms.
+_GPU_PRODUCT_SHARE, _GPU_LOSS_SHARE = 0.695, 0.83
+_GPU_TRAIN_SHARE = _GPU_PRODUCT_SHARE * 0.75
+
+# Name, label, GiB, dense TFLOP/s in bfloat16 and float32, then GB/s of memory, of a link between devices, of the fabric
+# between nodes and of the copy to the host, and an example price of an hour.
+_GPU_TABLE = (
+    ("h100", "NVIDIA H100 SXM 80 GB", 79, 989, 67, 3350, 450, 50, 25, 2.5),
+    ("h200", "NVIDIA H200 SXM 141 GB", 139, 989, 67, 4800, 450, 50, 25, 3.5),
+    ("b200", "NVIDIA B200 180 GB", 178, 2250, 75, 7700, 900, 50, 25, 5.0),
+    ("a100", "NVIDIA A100 SXM 80 GB", 79, 312, 19.5, 2039, 300, 25, 12, 1.5),
+    ("a100-40gb", "NVIDIA A100 SXM 40 GB", 39, 312, 19.5, 1555, 300, 25, 12, 1.2),
+    ("l40s", "NVIDIA L40S 48 GB", 44, 362, 91.6, 864, 25, 12.5, 12, 1.0),
+    ("l4", "NVIDIA L4 24 GB", 22, 121, 30.3, 300, 12, 3, 12, 0.6),
+)
+
+
+def _gpu(name: str, label: str, *numbers: float) -> Hardware:
+    gib, tflops, tflops_float32, memory, link, fabric, copy, price = numbers
+    source = "the maker's data sheet (dense peaks, one direction of a link)"
+    rates = (tflops * 1e12, tflops_float32 * 1e12, memory * 1e9, link * 1e9, fabric * 1e9, copy * 1e9)
+    shares = (_GPU_TRAIN_SHARE, _GPU_LOSS_SHARE)
+    return Hardware(name, label, True, gib * GIB, *rates, 5e-6, 0.0, _GPU_PRODUCT_SHARE, price, source, *shares)
+
+
+_CPU = Hardware(
+    name="cpu",
+    label="two cores of a server CPU with AVX-512",
+    is_gpu=False,
+    memory_bytes=24 * GIB,
+    bfloat16_flops=3.0e11,
+    float32_flops=1.5e11,
+    memory_bandwidth=1.5e10,
+    link_bandwidth=5e9,
+    fabric_bandwidth=1.25e9,
+    copy_bandwidth=1.5e10,
+    call_s=5e-6,
+    softmax_per_s=1.5e8,
+    product_share=1.0,
+    example_price=0.1,
+    source="an example; `raycomplete plan --measure` writes this machine's own numbers",
+)
+_HARDWARE = {item.name: item for item in (*(_gpu(*row) for row in _GPU_TABLE), _CPU)}
+
+
+def find_hardware(name: str, measured: Path = DEFAULT_MEASURED) -> Hardware:
+    """Finds hardware by name or in a measured JSON file; "cpu" prefers this machine's own entry where there is one.
+
+    Raises:
+        ConfigError: The name is unknown (the nearest one is offered), or the file holds no hardware entry.
+    """
+    if name.endswith(".json"):
+        return read_hardware(Path(name))
+    key = name.lower()
+    if key == "cpu" and measured.is_file():
+        return read_hardware(measured)
+    if key in _HARDWARE:
+        return _HARDWARE[key]
+    nearest = difflib.get_close_matches(key, _HARDWARE, n=1, cutoff=0.0)
+    raise ConfigError(
+        f"There is no hardware {name!r}.",
+        f"Did you mean {nearest[0]!r}? Known: {', '.join(_HARDWARE)}, or a file that --measure wrote.",
+    )
+
+
+def read_hardware(path: Path) -> Hardware:
+    """Reads an entry that `plan --measure` wrote.
+
+    Raises:
+        ConfigError: The file is missing, or holds something else.
+    """
+    content: dict[str, Any] | None = read_json(path)
+    needed = {field.name for field in fields(Hardware) if field.default is MISSING}
+    if content is None or not needed <= set(content) <= {field.name for field in fields(Hardware)}:
+        raise ConfigError(f"{path} holds no hardware entry.", "Write one with `raycomplete plan --measure`.")
+    return Hardware(**content)
+
+
+_NORM_FOUR = ("gemma2", "gemma3", "gemma3_text")  # norms before and after attention and MLP
+_QK_NORM = ("qwen3", "gemma3", "gemma3_text")
+_TIED_UNLESS_SAID = ("gemma", "gemma2", "gemma3", "gemma3_text")
+_KNOWN_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", *_TIED_UNLESS_SAID)
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A Llama-like decoder: gated MLP, grouped key-value heads, RMS norms.
+
+    Attributes:
+        head_dim: Width of a head; num_heads * head_dim need not be hidden_size.
+        tied: The output head is the embedding.
+        qk_norm: Query and key have norms, one weight a column of a head.
+        norms_per_layer: RMS norms of the whole width in a layer.
+    """
+
+    name: str
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    tied: bool = False
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    norms_per_layer: int = 2
+
+    @property
+    def query_width(self) -> int:
+        """Columns of all query heads."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        """Columns of all key heads, and again of all value heads."""
+        return self.num_kv_heads * self.head_dim
+
+    @property
+    def head_parameters(self) -> int:
+        """V x H: the output head, and the embedding."""
+        return self.vocab_size * self.hidden_size
+
+    @property
+    def body_parameters(self) -> int:
+        """Layers and the final norm: what a pooling engine multiplies with."""
+        hidden, mlp = self.hidden_size, self.intermediate_size
+        attention = 2 * hidden * self.query_width + 2 * hidden * self.kv_width
+        attention += self.qkv_bias * (self.query_width + 2 * self.kv_width) + self.output_bias * hidden
+        attention += self.qk_norm * 2 * self.head_dim
+        gated = 3 * hidden * mlp + self.mlp_bias * (2 * mlp + hidden)
+        return self.num_layers * (attention + gated + self.norms_per_layer * hidden) + hidden
+
+    @property
+    def num_parameters(self) -> int:
+        """All weights; a tied head counts once."""
+        return self.body_parameters + self.head_parameters * (1 if self.tied else 2)
+
+    def lora_parameters(self, rank: int) -> int:
+        """Adapters of every linear layer but the head."""
+        hidden, mlp = self.hidden_size, self.intermediate_size
+        widths = 2 * (hidden + self.query_width) + 2 * (hidden + self.kv_width) + 3 * (hidden + mlp)
+        return self.num_layers * rank * widths
+
+    def forward_flops(self, tokens: float, mean_context: float) -> float:
+        """Operations of the body, without embedding and head; a multiplication and an addition count two.
+
+        Args:
+            tokens: Tokens read.
+            mean_context: Keys that a token attends to on average, T / 2 in a causal prefill of T.
+        """
+        attention = 4.0 * self.num_layers * self.query_width * mean_context
+        return tokens * (2.0 * self.body_parameters + attention)
+
+    def kv_bytes_per_token(self, dtype: Dtype) -> int:
+        """Keys and values of one token in all layers."""
+        return 2 * self.num_layers * self.kv_width * DTYPE_BYTES[dtype]
+
+    def activation_bytes_per_token(self, dtype: Dtype) -> int:
+        """Bytes that one layer keeps of a token for its backward pass in transformers' implementation.
+
+        Each norm keeps its input in float32, the normed row and its product with the weight; attention keeps query,
+        key and value (repeated to all heads), its output and the input of the output projection; the MLP keeps gate,
+        up, the activated gate and their product.
+        """
+        size = DTYPE_BYTES[dtype]
+        norms = self.norms_per_layer * self.hidden_size * (4 + 2 * size)
+        return norms + 5 * self.query_width * size + 4 * self.intermediate_size * size
+
+    def hidden_bytes_per_token(self, dtype: Dtype) -> int:
+        """One row of final hidden states."""
+        return self.hidden_size * DTYPE_BYTES[dtype]
+
+
+def shape_from_config(config: Mapping[str, Any], name: str) -> ModelShape:
+    """Reads a checkpoint's config.json.
+
+    Raises:
+        CheckpointError: The model is no plain decoder of a family that the formulas know.
+    """
+    config = config.get("text_config", config)
+    kind = str(config.get("model_type", ""))
+    if any(config.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts")):
+        raise CheckpointError(f"{name} is a mixture of experts, which `plan` has no formulas for.")
+    if kind not in _KNOWN_TYPES:
+        nearest = difflib.get_close_matches(kind, _KNOWN_TYPES, n=1)
+        hint = f"The nearest known one is {nearest[0]}." if nearest else f"Known: {', '.join(_KNOWN_TYPES)}."
+        raise CheckpointError(
+            f"{name} has the architecture {kind or 'of no name'!r}, which `plan` does not know.", hint
+        )
+    try:
+        hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
+        bias = bool(config.get("attention_bias", False))
+        return ModelShape(
+            name=name,
+            num_layers=int(config["num_hidden_layers"]),
+            hidden_size=hidden,
+            intermediate_size=int(config["intermediate_size"]),
+            num_heads=heads,
+            num_kv_heads=int(config.get("num_key_value_heads") or heads),
+            head_dim=int(config.get("head_dim") or hidden // heads),
+            vocab_size=int(config["vocab_size"]),
+            tied=bool(config.get("tie_word_embeddings", kind in _TIED_UNLESS_SAID)),
+            qkv_bias=bias or kind == "qwen2",
+            output_bias=bias,
+            mlp_bias=bool(config.get("mlp_bias", False)),
+            qk_norm=kind in _QK_NORM,
+            norms_per_layer=4 if kind in _NORM_FOUR else 2,
+        )
+    except KeyError as error:
+        raise CheckpointError(f"The config.json of {name} lacks {error}.", "Check the checkpoint.") from error
+
+
+# Numbers of the makers' own config.json files.
+_LLAMA = ModelShape("llama-3.1-8b", 32, 4096, 14336, 32, 8, 128, 128256)
+_LLAMA_70B = replace(_LLAMA, num_layers=80, hidden_size=8192, intermediate_size=28672, num_heads=64)
+_LLAMA_405B = replace(_LLAMA, num_layers=126, hidden_size=16384, intermediate_size=53248, num_heads=128)
+_PRESETS = {
+    shape.name: shape
+    for shape in (
+        _LLAMA,
+        replace(_LLAMA_70B, name="llama-3.1-70b"),
+        replace(_LLAMA_405B, name="llama-3.1-405b"),
+        ModelShape("llama-3.2-1b", 16, 2048, 8192, 32, 8, 64, 128256, tied=True),
+        ModelShape("llama-3.2-3b", 28, 3072, 8192, 24, 8, 128, 128256, tied=True),
+        ModelShape("qwen2.5-0.5b", 24, 896, 4864, 14, 2, 64, 151936, tied=True, qkv_bias=True),
+        ModelShape("qwen2.5-1.5b", 28, 1536, 8960, 12, 2, 128, 151936, tied=True, qkv_bias=True),
+        ModelShape("qwen2.5-3b", 36, 2048, 11008, 16, 2, 128, 151936, tied=True, qkv_bias=True),
+        ModelShape("qwen2.5-7b", 28, 3584, 18944, 28, 4, 128, 152064, qkv_bias=True),
+        ModelShape("qwen2.5-14b", 48, 5120, 13824, 40, 8, 128, 152064, qkv_bias=True),
+        ModelShape("qwen2.5-32b", 64, 5120, 27648, 40, 8, 128, 152064, qkv_bias=True),
+        ModelShape("qwen2.5-72b", 80, 8192, 29568, 64, 8, 128, 152064, qkv_bias=True),
+        ModelShape("qwen3-8b", 36, 4096, 12288, 32, 8, 128, 151936, qk_norm=True),
+        ModelShape("mistral-7b", 32, 4096, 14336, 32, 8, 128, 32768),
+        ModelShape("gemma-2-9b", 42, 3584, 14336, 16, 8, 256, 256000, tied=True, norms_per_layer=4),
+        ModelShape("smollm2-135m", 30, 576, 1536, 9, 3, 64, 49152, tied=True),
+    )
+}
+_SHORT = {size: f"llama-3.1-{size}" for size in ("8b", "70b", "405b")}
+_SHORT |= {size: f"llama-3.2-{size}" for size in ("1b", "3b")}
+_SHORT |= {size: f"qwen2.5-{size}" for size in ("7b", "14b", "32b", "72b")}
+_SHORT |= {"135m": "smollm2-135m", "qwen-7b": "qwen2.5-7b", "llama-8b": _SHORT["8b"], "llama-70b": _SHORT["70b"]}
+
+
+def preset(name: str) -> ModelShape:
+    """A published shape by name or size.
+
+    Raises:
+        ConfigError: Nothing is known under that name; the nearest is offered.
+    """
+    key = name.lower()
+    key = _SHORT.get(key, key)
+    if key in _PRESETS:
+        return _PRESETS[key]
+    nearest = difflib.get_close_matches(key, [*_PRESETS, *_SHORT], n=1, cutoff=0.3)
+    hint = f"Did you mean {nearest[0]!r}? " if nearest else ""
+    raise ConfigError(
+        f"There is no model shape {name!r}.",
+        f"{hint}Give a folder with a config.json, or one of {', '.join(sorted(_PRESETS))}.",
+    )
+
+
+def preset_of_hub(spec: str) -> ModelShape | None:
+    """The shape of a well-known hub id ("meta-llama/Llama-3.1-8B-Instruct"), or None."""
+    words = re.sub(r"[^a-z0-9.]+", "-", spec.lower().rpartition("/")[2]).replace("meta-llama", "llama")
+    found = [name for name in _PRESETS if re.search(rf"(^|-){re.escape(name)}(-|$)", words)]
+    return _PRESETS[max(found, key=len)] if found else None
