@@ -7,15 +7,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import ray
-
 from raycomplete.config import RunConfig, parse
 from raycomplete.config.evaluation import JudgeConfig
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.checkpoints import fingerprint, resolve_checkpoint
 from raycomplete.engines.cluster import connect
-from raycomplete.engines.placement import Plan, engine_row
-from raycomplete.evaluation.attack_resources import start_engine
+from raycomplete.engines.placement import ResourcePlan, engine_request
+from raycomplete.engines.start import start_engine
 from raycomplete.evaluation.calibration import (
     CalibratedJudge,
     calibrate,
@@ -88,7 +86,7 @@ def calibrate_judge(
         }
         config = parse(tree, "judge calibrate")
         with (
-            connect(config.cluster, Plan((engine_row(config.cluster, "judge", 1),)), console),
+            connect(config.cluster, ResourcePlan((engine_request(config.cluster, "judge", 1),)), console),
             start_judge(config, RefusalJudge(), console) as judge,
         ):
             found = calibrate(judge, rows, on)
@@ -118,9 +116,9 @@ def _started(config: RunConfig, settings: JudgeConfig, default: Judge, console: 
 def _model_judge(config: RunConfig, settings: JudgeConfig, console: Console) -> Iterator[Judge]:
     path = resolve_checkpoint(settings.checkpoint or "", role="judge")
     codec = ChatCodec(path, trust_remote_code=config.models.trust_remote_code)
-    use_gpu = config.cluster.use_gpu != "never" and ray.cluster_resources().get("GPU", 0) > 0
     with console.stage("Engine of the judge started"):
-        engine = start_engine(config, path, codec, use_gpu=use_gpu)
+        engine = start_engine(config, path, codec)
+        engine.wait_until_ready(config.cluster.start_timeout_s)
     try:
         yield ModelJudge(
             engine,

@@ -11,18 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-import ray
-
 from raycomplete.attacks.settings import AttackConfig, FinetuneAttack, PairAttack
 from raycomplete.attacks.target import Attacker, AttackTools
 from raycomplete.config import RunConfig
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.checkpoints import fingerprint, resolve_checkpoint
 from raycomplete.data.inputs import Models
+from raycomplete.engines.cluster import uses_gpu
 from raycomplete.engines.rollout_pool import RolloutPool
-from raycomplete.engines.rollout_worker import RolloutOptions
-from raycomplete.engines.spec import engine_environment
-from raycomplete.engines.start import Engines
+from raycomplete.engines.start import Engines, start_engine
 from raycomplete.evaluation.attack_finetune import fine_tune, read_chats
 from raycomplete.evaluation.white_box_actor import WhiteBoxClient
 from raycomplete.runtime.console import Console
@@ -64,26 +61,6 @@ def training_workers(config: RunConfig) -> int:
     return 1 if _settings(config, FinetuneAttack) is not None else 0
 
 
-def start_engine(config: RunConfig, path: Path, codec: ChatCodec, *, use_gpu: bool) -> RolloutPool:
-    """A generating engine for a model that is none of the run's: an attacker or a judge."""
-    client = RolloutPool.start(
-        str(path),
-        RolloutOptions(
-            dtype=config.models.dtype,
-            max_length=config.models.max_length,
-            use_gpu=use_gpu,
-            stop_ids=tuple(sorted(codec.eos_ids)),
-            rollout=config.rollout.model_copy(update={"num_engines": 1, "tensor_parallel": 1, "colocated": False}),
-            trust_remote_code=config.models.trust_remote_code,
-        ),
-        num_cpus=config.cluster.cpus_per_engine,
-        num_gpus=config.cluster.gpus_per_engine,
-        environment=engine_environment(use_gpu=use_gpu, kv_cache_gib=config.teacher.kv_cache_gib),
-    )
-    client.wait_until_ready(config.cluster.start_timeout_s)
-    return client
-
-
 @dataclass
 class AttackResources:
     """Tools of one evaluation; `stop` ends what was started, and `stopping` is asked while a copy is trained."""
@@ -101,7 +78,7 @@ class AttackResources:
     _own: list[RolloutPool] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.use_gpu = self.config.cluster.use_gpu != "never" and ray.cluster_resources().get("GPU", 0) > 0
+        self.use_gpu = uses_gpu(self.config.cluster)
 
     def for_model(self, path: Path) -> AttackTools:
         """Tools for attacks on one checkpoint."""
@@ -163,7 +140,8 @@ class AttackResources:
             path = resolve_checkpoint(settings.attacker, role="attacker")
             codec = ChatCodec(path, trust_remote_code=self.config.models.trust_remote_code)
             with self.console.stage("Engine of the rewriting model started"):
-                generator = start_engine(self.config, path, codec, use_gpu=self.use_gpu)
+                generator = start_engine(self.config, path, codec)
+                generator.wait_until_ready(self.config.cluster.start_timeout_s)
             self._own.append(generator)
         self._attacker = Attacker(fingerprint(path), generator, codec, self.config.models.max_length)
         return self._attacker
