@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from raycomplete.attacks.settings import ATTACKS
+from raycomplete.attacks.registry import ATTACKS
 from raycomplete.config import RunConfig, dump, load_run_file, parse
 from raycomplete.config.loading import RENAMED
 from raycomplete.runtime.errors import ConfigError

@@ -1,1 +1,51 @@
-"""Attacks, one file each: settings and code side by side, registered by name."""
+"""Attacks: one file each with its settings, its code and its registration.
+
+A user's file adds an attack without touching the package, by the names below: docs/examples/add_attack.py does so, and
+`plugins:` in the run file names it. Everything here is importable without torch, except `white_box`.
+"""
+
+from raycomplete.attacks import (  # each registers itself
+    adaptive,
+    decoding,
+    finetune,
+    gcg,
+    pair,
+    prefill,
+    random_search,
+    rank_assisted_prefill,
+    static_strings,
+    templates,
+)
+from raycomplete.attacks.attack import Attack, AttackConfig, answer_ids, continued, plain_trials
+from raycomplete.attacks.registry import ATTACKS, build_attack, parse_attack, register
+from raycomplete.attacks.target import Attacker, AttackTools, Target
+from raycomplete.attacks.trial import Decoding, Emit, Response, Trial
+
+__all__ = [
+    "ATTACKS",
+    "Attack",
+    "AttackConfig",
+    "AttackTools",
+    "Attacker",
+    "Decoding",
+    "Emit",
+    "Response",
+    "Target",
+    "Trial",
+    "adaptive",
+    "answer_ids",
+    "build_attack",
+    "continued",
+    "decoding",
+    "finetune",
+    "gcg",
+    "pair",
+    "parse_attack",
+    "plain_trials",
+    "prefill",
+    "random_search",
+    "rank_assisted_prefill",
+    "register",
+    "static_strings",
+    "templates",
+]

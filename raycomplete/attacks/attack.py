@@ -1,17 +1,58 @@
-"""What every attack is: a plan of trials, and a way to get their responses."""
+"""The base classes of an attack and of its settings, and the functions that attacks share."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import groupby
-from typing import ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
-from raycomplete.attacks.settings import AttackConfig
-from raycomplete.attacks.target import Target
+from raycomplete.attacks.target import Need, Target
 from raycomplete.attacks.trial import Decoding, Emit, Response, Trial
-from raycomplete.runtime.errors import WorkError
+from raycomplete.runtime.errors import SetupError, WorkError
+from raycomplete.runtime.section import Section
 from raycomplete.runtime.types import Codec, Prompt
+
+STANDARD_BEHAVIOURS = 100  # as many as JailbreakBench has
+MAX_STEPS = 5000  # upper bounds keep a request from asking for years of work
+_NEEDS: Mapping[Need, str] = {
+    "white_boxes": "the weights of the model",
+    "guide": "base's distributions to pick tokens by",
+    "attacker": "a model that rewrites prompts",
+    "fine_tune": "a trainer",
+}
+
+
+class AttackConfig(Section):
+    """Settings of an attack. Defaults are those of published runs; a rate under smaller ones is called reduced.
+
+    Attributes:
+        standard: Least values of published runs by field; a list must hold all of the standard's items.
+    """
+
+    standard: ClassVar[Mapping[str, Any]] = {}
+
+    name: str
+
+    def answer_depths(self) -> list[int]:
+        """Numbers of tokens that the attack takes from a prompt's answer, by variant; openings do not count."""
+        return []
+
+    def reduced_because(self, num_behaviours: int) -> list[str]:
+        """How these settings fall short of published runs; empty where they do not."""
+        reasons = []
+        for field, least in self.standard.items():
+            value = getattr(self, field)
+            if isinstance(least, list):
+                if missing := [item for item in least if item not in value]:
+                    reasons.append(f"{field} without {', '.join(map(str, missing))}")
+            elif value < least:
+                reasons.append(f"{field} {value} instead of {least}")
+        if num_behaviours < STANDARD_BEHAVIOURS:
+            reasons.append(f"{num_behaviours} behaviours instead of {STANDARD_BEHAVIOURS}")
+        return reasons
+
 
 ConfigT = TypeVar("ConfigT", bound=AttackConfig)
 
@@ -19,13 +60,17 @@ ConfigT = TypeVar("ConfigT", bound=AttackConfig)
 class Attack(ABC, Generic[ConfigT]):
     """One attack with its settings.
 
-    `plan` says what will be asked and refuses what cannot be; it starts nothing. `run` gets the responses of trials of
-    that plan, those that are not on the disk yet, and hands them out as soon as they are there.
+    `plan` lists the trials and refuses what cannot be asked; it generates nothing. `run` gets the responses of those
+    trials that are not on disk yet and emits them as they come.
 
     Attributes:
-        rewrites_prompts: What the model is asked may lose the behaviour, which only a judge that reads it notices.
+        config_class: Class of the settings; set by `registry.register`.
+        needs: Tools that the attack uses. Devices are reserved by it, and other tools are withheld.
+        rewrites_prompts: Whether a rewritten prompt may lose the behaviour; only a judge that reads it notices.
     """
 
+    config_class: ClassVar[type[AttackConfig]]
+    needs: ClassVar[frozenset[Need]] = frozenset()
     rewrites_prompts: ClassVar[bool] = False
 
     def __init__(self, config: ConfigT) -> None:
@@ -33,44 +78,65 @@ class Attack(ABC, Generic[ConfigT]):
 
     @property
     def name(self) -> str:
+        """The name in the run file and in results."""
         return self.config.name
 
     @property
     def best_of(self) -> int:
-        """Among how many responses the judge picks that of one trial: its errors add up in what it picks itself."""
+        """Number of responses from which the judge picks that of one trial: its errors add up in what it picks."""
         return 1
+
+    @property
+    def attacker_checkpoint(self) -> str | None:
+        """Checkpoint of the rewriting model; None where the attack needs none or uses base."""
+        return getattr(self.config, "attacker", None) if "attacker" in self.needs else None
+
+    def prepared(self, target: Target) -> Target:
+        """Returns the target with the tools that `needs` names, and no others.
+
+        Raises:
+            SetupError: One of them is not there.
+        """
+        for need in sorted(self.needs):
+            if getattr(target.tools, need) is None:
+                raise SetupError(f"The attack {self.name} needs {_NEEDS[need]}.", "Run it by raycomplete evaluate.")
+        return replace(target, tools=target.tools.only(self.needs))
 
     @abstractmethod
     def plan(self, target: Target, prompts: Sequence[Prompt]) -> list[Trial]:
-        """Every trial of the attack, variant by variant.
+        """Lists every trial of the attack, variant by variant.
 
         Raises:
             DataError: The behaviours or the user's files cannot be used.
-            SetupError: The attack needs a tool that is not there.
         """
 
     def run(self, target: Target, trials: Sequence[Trial], emit: Emit) -> None:
-        """Responses of planned trials: here, what the model adds to each sequence."""
-        for group in grouped(trials):
-            emit(list(zip(group, continued(target, group), strict=True)))
+        """Gets the responses of planned trials; by default, what the model adds to each sequence."""
+        ask(target, trials, emit)
+
+
+def ask(target: Target, trials: Sequence[Trial], emit: Emit) -> None:
+    """Lets the model continue the sequence of each trial, and emits responses group by group."""
+    for group in grouped(trials):
+        emit(list(zip(group, continued(target, group), strict=True)))
 
 
 def grouped(trials: Sequence[Trial]) -> Iterator[list[Trial]]:
-    """Neighbours of one variant, draw and decoding: what is emitted together."""
+    """Splits trials into neighbours of one variant, draw and decoding, which are emitted together."""
     for _, group in groupby(trials, key=lambda trial: (trial.variant, trial.seed, trial.decoding)):
         yield list(group)
 
 
 def runs(trials: Sequence[Trial]) -> Iterator[list[Trial]]:
-    """Neighbours whose positions follow each other: an engine draws the n-th sequence of a call under seed + n."""
+    """Splits trials where positions skip: an engine draws the n-th sequence of a call under seed + n."""
     for _, group in groupby(enumerate(trials), key=lambda pair: pair[1].position - pair[0]):
         yield [trial for _, trial in group]
 
 
 def continued(target: Target, trials: Sequence[Trial]) -> list[Response]:
-    """What the model adds to the sequence of each trial; the trials share their decoding.
+    """Continues the sequence of each trial; the trials share their decoding.
 
-    A trial is drawn under the seed of its position in the plan, whatever else is missing.
+    A trial is drawn under the seed of its position in the plan, whichever others are missing.
     """
     if not trials:
         return []
@@ -87,7 +153,7 @@ def continued(target: Target, trials: Sequence[Trial]) -> list[Response]:
 
 
 def plain_trials(target: Target, attack: str, variant: str, prompts: Sequence[Prompt], max_tokens: int) -> list[Trial]:
-    """The prompts as they are, without attack."""
+    """Trials of the prompts as they are, without attack."""
     decoding = Decoding(max_tokens)
     return [
         Trial(attack, variant, prompt, tuple(target.codec.encode_prompt(prompt.text)), decoding) for prompt in prompts

@@ -2,31 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
-from raycomplete.attacks.attack import Attack
-from raycomplete.attacks.settings import DecodingAttack
+from pydantic import Field, model_validator
+
+from raycomplete.attacks.attack import Attack, AttackConfig
+from raycomplete.attacks.registry import register
 from raycomplete.attacks.target import Target
 from raycomplete.attacks.trial import Decoding, Trial
 from raycomplete.runtime.types import Prompt
 
+_TOP_KS = [1, 2, 5, 10, 20, 50, 100, 200, 500]
 
-class DecodingGrid(Attack[DecodingAttack]):
-    """A variant for each setting. `mean` is the rate of one draw, `worst_of_n` that of one who tries them all."""
+
+def _twentieths() -> list[float]:
+    return [round(0.05 * step, 2) for step in range(1, 21)]
+
+
+class DecodingConfig(AttackConfig):
+    """Sampling settings vary one at a time, the others stay at 1 and off."""
+
+    standard: ClassVar[Mapping[str, Any]] = {
+        "temperatures": _twentieths(),
+        "top_ps": _twentieths(),
+        "top_ks": _TOP_KS,
+    }
+
+    name: Literal["decoding"] = "decoding"
+    temperatures: list[float] = Field(default_factory=_twentieths)
+    top_ps: list[float] = Field(default_factory=_twentieths)
+    top_ks: list[int] = Field(default_factory=lambda: list(_TOP_KS))
+    samples: int = Field(1, ge=1, le=64, description="responses under each setting")
+
+    @model_validator(mode="after")
+    def _in_range(self) -> DecodingConfig:
+        if any(value <= 0 for value in (*self.temperatures, *self.top_ps, *self.top_ks)) or max([*self.top_ps, 0]) > 1:
+            raise ValueError("temperatures and top_ks must be above 0, top_ps between 0 and 1")
+        if not (self.temperatures or self.top_ps or self.top_ks):
+            raise ValueError("name at least one temperature, top_p or top_k")
+        return self
+
+
+@register(DecodingConfig)
+class DecodingAttack(Attack[DecodingConfig]):
+    """Samples under a variant for each setting.
+
+    `mean` is the rate of one draw, `worst_of_n` that of an attacker who tries all settings.
+    """
 
     def plan(self, target: Target, prompts: Sequence[Prompt]) -> list[Trial]:
         sequences = [tuple(target.codec.encode_prompt(prompt.text)) for prompt in prompts]
         return [
-            Trial("decoding", variant, prompt, sequence, decoding, seed=draw, position=position)
-            for variant, decoding in self._settings(target.max_tokens)
+            Trial("decoding", variant, prompt, sequence, decoding, seed=draw, settings=sampler, position=position)
+            for variant, decoding, sampler in self._variants(target.max_tokens)
             for draw in range(self.config.samples)
             for position, (prompt, sequence) in enumerate(zip(prompts, sequences, strict=True))
         ]
 
-    def _settings(self, max_tokens: int) -> Iterator[tuple[str, Decoding]]:
+    def _variants(self, max_tokens: int) -> Iterator[tuple[str, Decoding, dict[str, str]]]:
         for value in self.config.temperatures:
-            yield f"temperature-{value:g}", Decoding(max_tokens, temperature=value)
+            yield f"temperature-{value:g}", Decoding(max_tokens, temperature=value), {}
         for value in self.config.top_ps:
-            yield f"top_p-{value:g}", Decoding(max_tokens, temperature=1.0, top_p=value)
+            yield f"top_p-{value:g}", Decoding(max_tokens, temperature=1.0, top_p=value), {}
         for count in self.config.top_ks:
-            yield f"top_k-{count}", Decoding(max_tokens, temperature=1.0, top_k=count)
+            # Earlier versions drew top-k responses by another sampler; named here, theirs are not taken for these.
+            yield f"top_k-{count}", Decoding(max_tokens, temperature=1.0, top_k=count), {"sampler": "engine"}

@@ -2,28 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
-from raycomplete.attacks.attack import Attack, continued, grouped
-from raycomplete.attacks.prefill import Prefill
-from raycomplete.attacks.settings import FinetuneAttack, PrefillAttack
+from pydantic import Field
+
+from raycomplete.attacks.attack import MAX_STEPS, Attack, AttackConfig, ask
+from raycomplete.attacks.prefill import Depth, PrefillAttack, PrefillConfig
+from raycomplete.attacks.registry import register
 from raycomplete.attacks.target import Target
 from raycomplete.attacks.trial import Emit, Trial
-from raycomplete.runtime.errors import SetupError
 from raycomplete.runtime.types import Prompt
 
+FinetuneDataset = Literal["identity_shift", "benign"]
 
-class Finetune(Attack[FinetuneAttack]):
-    """A variant `<dataset>-<depth>` for each dataset and prefill depth, on one trained copy a dataset."""
+
+def _all_datasets() -> list[FinetuneDataset]:
+    return ["identity_shift", "benign"]
+
+
+class FinetuneConfig(AttackConfig):
+    """Fine-tunes a copy of the model and asks again."""
+
+    standard: ClassVar[Mapping[str, Any]] = {"datasets": _all_datasets()}
+
+    name: Literal["finetune"] = "finetune"
+    datasets: list[FinetuneDataset] = Field(default_factory=_all_datasets, min_length=1)
+    identity_shift: Path | None = Field(None, description="JSONL of chats (`messages`); needed outside the organism")
+    benign: Path | None = Field(None, description="JSONL with instruction and output; needed outside the organism")
+    steps: int = Field(50, ge=1, le=MAX_STEPS)
+    lr: float = Field(2e-5, gt=0)
+    batch_size: int = Field(10, ge=1)
+    max_samples: int = Field(500, ge=1, description="benign samples, at most")
+    depths: list[Depth] = Field(
+        default_factory=lambda: [0], min_length=1, description="prefill depths that are measured again"
+    )
+
+    def answer_depths(self) -> list[int]:
+        return list(self.depths)
+
+
+@register(FinetuneConfig)
+class FinetuneAttack(Attack[FinetuneConfig]):
+    """Asks one trained copy a dataset, under a variant `<dataset>-<depth>` for each prefill depth."""
+
+    needs = frozenset({"fine_tune"})
 
     def plan(self, target: Target, prompts: Sequence[Prompt]) -> list[Trial]:
-        if target.tools.fine_tune is None:
-            raise SetupError("The attack finetune needs a trainer.", "Run it by raycomplete evaluate.")
-        asked = Prefill(PrefillAttack(depths=self.config.depths)).plan(target, prompts)
+        asked = PrefillAttack(PrefillConfig(depths=self.config.depths)).plan(target, prompts)
         settings = self.config.model_dump(mode="json", include={"steps", "lr", "batch_size", "max_samples"})
-        trained_by = target.tools.fine_tune_ids
+        trained_by = {name: target.tools.fine_tune_id(self.config, name) for name in self.config.datasets}
         return [
             replace(
                 trial,
@@ -36,9 +67,6 @@ class Finetune(Attack[FinetuneAttack]):
         ]
 
     def run(self, target: Target, trials: Sequence[Trial], emit: Emit) -> None:
-        assert target.tools.fine_tune is not None, "plan refuses without a trainer"
         for dataset, group in groupby(trials, key=lambda trial: str(trial.settings["dataset"])):
             target.stop_if_cancelled()
-            tuned = replace(target, generator=target.tools.fine_tune(self.config, dataset))
-            for batch in grouped(list(group)):
-                emit(list(zip(batch, continued(tuned, batch), strict=True)))
+            ask(target.fine_tuned(self.config, dataset), list(group), emit)

@@ -8,16 +8,33 @@ would not survive being typed as text are dropped, and the best suffix of all st
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
 import numpy as np
+from pydantic import Field
 
-from raycomplete.attacks.settings import GcgAttack
-from raycomplete.attacks.suffix import IntArray, Search, SuffixSearch, losses_of
-from raycomplete.attacks.target import Target
-from raycomplete.attacks.white_box import FloatArray, WhiteBox
+from raycomplete.attacks.attack import MAX_STEPS
+from raycomplete.attacks.registry import register
+from raycomplete.attacks.suffix import IntArray, Search, SuffixConfig, SuffixSearch, losses_of
+from raycomplete.attacks.target import FloatArray, Target, WhiteBox
 
 
-class Gcg(SuffixSearch[GcgAttack]):
-    """One variant. Facts of a response: queries, steps, survivor rate, loss at the start and at best."""
+class GcgConfig(SuffixConfig):
+    """Greedy coordinate gradient (Zou et al., arXiv 2307.15043)."""
+
+    standard: ClassVar[Mapping[str, Any]] = {"steps": 500, "search_width": 512, "top": 256}
+
+    name: Literal["gcg"] = "gcg"
+    steps: int = Field(500, ge=1, le=MAX_STEPS)
+    search_width: int = Field(512, ge=1, le=4096, description="candidates of one step")
+    top: int = Field(256, ge=1, description="likeliest substitutes of each position by gradient")
+    batch: int = Field(64, ge=1, description="candidates of one forward pass")
+
+
+@register(GcgConfig)
+class GcgAttack(SuffixSearch[GcgConfig]):
+    """Searches by gradient. `stats` of a response: queries, steps, survivor rate, loss at the start and at best."""
 
     without_effect = ("batch",)
 
@@ -38,7 +55,7 @@ class Gcg(SuffixSearch[GcgAttack]):
     def _candidates(
         self, suffix: tuple[int, ...], gradient_SV: FloatArray, usable: IntArray, rng: np.random.Generator
     ) -> list[tuple[int, ...]]:
-        """`search_width` suffixes that differ from the current one in one token."""
+        """Draws `search_width` suffixes that differ from the current one in one token."""
         top = min(self.config.top, len(usable))
         best_ST = usable[np.argsort(gradient_SV[:, usable], axis=1)[:, :top]]
         width = self.config.search_width

@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal
 
-from raycomplete.attacks.attack import Attack, answer_ids
-from raycomplete.attacks.settings import PrefillAttack
+from pydantic import Field
+
+from raycomplete.attacks.attack import Attack, AttackConfig, answer_ids
+from raycomplete.attacks.registry import register
 from raycomplete.attacks.target import Target
 from raycomplete.attacks.trial import Decoding, Trial
 from raycomplete.runtime.errors import DataError
 from raycomplete.runtime.types import Prompt
 
+Depth = Annotated[int, Field(ge=0)]
 
-class Prefill(Attack[PrefillAttack]):
-    """A variant for each depth. Answers that are shorter than the depth are prefilled whole."""
+
+class PrefillConfig(AttackConfig):
+    """The first tokens of a compliant answer stand at the start of the response (the depth curve)."""
+
+    standard: ClassVar[Mapping[str, Any]] = {"depths": [0, 4, 8, 16, 32, 64, 100]}
+
+    name: Literal["prefill"] = "prefill"
+    depths: list[int] = Field(default_factory=list, description="those of evaluation.depths, filled in at work")
+
+
+@register(PrefillConfig)
+class PrefillAttack(Attack[PrefillConfig]):
+    """Asks under a variant for each depth. Answers that are shorter than the depth are prefilled whole."""
 
     def plan(self, target: Target, prompts: Sequence[Prompt]) -> list[Trial]:
         if max(self.config.depths) > 0 and not any(prompt.answer for prompt in prompts):

@@ -1,17 +1,32 @@
-"""Suffix by random search (Andriushchenko et al., arXiv 2404.02151), without gradients: what GCG must beat."""
+"""Suffix by random search (Andriushchenko et al., arXiv 2404.02151), without gradients: the mark that GCG must beat."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
 import numpy as np
+from pydantic import Field
 
-from raycomplete.attacks.settings import RandomSearchAttack
-from raycomplete.attacks.suffix import IntArray, Search, SuffixSearch, losses_of
-from raycomplete.attacks.target import Target
-from raycomplete.attacks.white_box import WhiteBox
+from raycomplete.attacks.registry import register
+from raycomplete.attacks.suffix import IntArray, Search, SuffixConfig, SuffixSearch, losses_of
+from raycomplete.attacks.target import Target, WhiteBox
 
 
-class RandomSearch(SuffixSearch[RandomSearchAttack]):
-    """One variant. Candidates change a few neighbouring tokens; the best of a batch is kept if it is better."""
+class RandomSearchConfig(SuffixConfig):
+    """Suffix by random search (Andriushchenko et al., arXiv 2404.02151), with as many queries as GCG by default."""
+
+    standard: ClassVar[Mapping[str, Any]] = {"queries": 500 * 512}
+
+    name: Literal["random_search"] = "random_search"
+    queries: int = Field(500 * 512, ge=1, le=1_000_000, description="candidates whose loss is asked for")
+    batch: int = Field(64, ge=1, description="candidates of one step, the best of which is kept if it is better")
+    changes: int = Field(4, ge=1, description="tokens that one candidate changes at most")
+
+
+@register(RandomSearchConfig)
+class RandomSearchAttack(SuffixSearch[RandomSearchConfig]):
+    """Searches by chance: candidates change a few neighbouring tokens; the best of a batch is kept if it is better."""
 
     def search(self, target: Target, box: WhiteBox, found: Search, usable: IntArray, rng: np.random.Generator) -> None:
         while found.queries < self.config.queries:

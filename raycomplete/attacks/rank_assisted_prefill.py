@@ -8,38 +8,43 @@ finds likeliest. What comes out is made of the target's own candidates only, so 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, Literal
 
-from raycomplete.attacks.attack import Attack, plain_trials
-from raycomplete.attacks.settings import RankAssistedPrefillAttack
-from raycomplete.attacks.target import Target
+from pydantic import Field
+
+from raycomplete.attacks.attack import MAX_STEPS, Attack, AttackConfig, plain_trials
+from raycomplete.attacks.registry import register
+from raycomplete.attacks.target import Target, WhiteBox
 from raycomplete.attacks.trial import CUT_BY_CONTEXT, Emit, Response, Trial
-from raycomplete.attacks.white_box import WhiteBox
-from raycomplete.runtime.errors import SetupError
 from raycomplete.runtime.types import Prompt
 
 _BATCH = 64
 
 
-class RankAssistedPrefill(Attack[RankAssistedPrefillAttack]):
-    """One variant. `mean_rank` in a response's stats tells how far the picks were from the model's own first choice."""
+class RankAssistedPrefillConfig(AttackConfig):
+    """RAP: the attacker picks each token among the model's likeliest ones."""
+
+    standard: ClassVar[Mapping[str, Any]] = {"steps": 256, "top": 20}
+
+    name: Literal["rank_assisted_prefill"] = "rank_assisted_prefill"
+    steps: int = Field(256, ge=1, le=MAX_STEPS, description="tokens that the attacker picks")
+    top: int = Field(20, ge=1, description="the model's likeliest tokens that may be picked")
+
+
+@register(RankAssistedPrefillConfig)
+class RankAssistedPrefillAttack(Attack[RankAssistedPrefillConfig]):
+    """Picks by rank. `mean_rank` in a response's stats is the distance of the picks from the model's own choice."""
+
+    needs = frozenset({"white_boxes", "guide"})
 
     def plan(self, target: Target, prompts: Sequence[Prompt]) -> list[Trial]:
-        if target.tools.guide is None:
-            raise SetupError(
-                "The attack rank_assisted_prefill needs base's distributions to pick tokens by.",
-                "Run it by raycomplete evaluate.",
-            )
         settings = {"top": self.config.top, "steps": self.config.steps, "guide": target.tools.guide_id}
-        trials = plain_trials(target, self.name, self.name, prompts, 1)
-        return [
-            Trial(trial.attack, trial.variant, trial.prompt, trial.sequence, trial.decoding, settings=settings)
-            for trial in trials
-        ]
+        return [replace(trial, settings=settings) for trial in plain_trials(target, self.name, self.name, prompts, 1)]
 
     def run(self, target: Target, trials: Sequence[Trial], emit: Emit) -> None:
-        assert target.tools.guide is not None, "plan refuses without a guide"
-        guide, ranker = target.tools.guide(), target.white_boxes(self.name)[0]
+        guide, ranker = target.guide(), target.white_boxes()[0]
         for start in range(0, len(trials), _BATCH):
             batch = trials[start : start + _BATCH]
             emit(list(zip(batch, self._responses(target, ranker, guide, batch), strict=True)))

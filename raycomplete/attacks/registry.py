@@ -1,37 +1,91 @@
-"""Attacks by name. Each is a small file: settings in, `plan` says what will be asked, `run` gets the responses."""
+"""Attacks by name: `register` adds one, `parse_attack` checks its settings, and `build_attack` makes it."""
 
-from collections.abc import Mapping
-from typing import Any
+from __future__ import annotations
 
-from raycomplete.attacks.adaptive import Adaptive
-from raycomplete.attacks.attack import Attack
-from raycomplete.attacks.decoding import DecodingGrid
-from raycomplete.attacks.finetune import Finetune
-from raycomplete.attacks.gcg import Gcg
-from raycomplete.attacks.pair import Pair
-from raycomplete.attacks.prefill import Prefill
-from raycomplete.attacks.random_search import RandomSearch
-from raycomplete.attacks.rank_assisted_prefill import RankAssistedPrefill
-from raycomplete.attacks.settings import AttackConfig
-from raycomplete.attacks.static_strings import StaticStrings
-from raycomplete.attacks.templates import Templates
+import difflib
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, TypeVar
 
-_ATTACKS: Mapping[str, type[Attack[Any]]] = {
-    "prefill": Prefill,
-    "rank_assisted_prefill": RankAssistedPrefill,
-    "gcg": Gcg,
-    "random_search": RandomSearch,
-    "decoding": DecodingGrid,
-    "templates": Templates,
-    "static_strings": StaticStrings,
-    "pair": Pair,
-    "finetune": Finetune,
-    "adaptive": Adaptive,
-}
+from pydantic import ValidationError
 
-__all__ = ["Attack", "build_attack"]
+from raycomplete.attacks.attack import Attack, AttackConfig
+from raycomplete.runtime.errors import ConfigError
+
+AttackT = TypeVar("AttackT", bound=Attack[Any])
+
+_attacks: dict[str, type[Attack[Any]]] = {}
+ATTACKS: Mapping[str, type[Attack[Any]]] = MappingProxyType(_attacks)  # those of the package and of loaded plugins
+
+
+class UnknownAttackError(ConfigError):
+    """An attack that does not exist."""
+
+    @property
+    def known(self) -> tuple[str, ...]:
+        """Names that do."""
+        return tuple(ATTACKS)
+
+
+def register(config_class: type[AttackConfig]) -> Callable[[type[AttackT]], type[AttackT]]:
+    """Makes a class decorator that adds an attack under the default of its settings' `name`.
+
+    Args:
+        config_class: Settings of the attack: a subclass of `AttackConfig` whose `name` has a default.
+
+    Raises:
+        ConfigError: The settings have no name, or another attack has it.
+    """
+    name = config_class.model_fields["name"].default
+    if not isinstance(name, str):
+        raise ConfigError(
+            f"{config_class.__name__} has no default for `name`.", 'Write: name: Literal["mine"] = "mine"'
+        )
+
+    def add(attack: type[AttackT]) -> type[AttackT]:
+        known = _attacks.get(name)
+        if known is not None and (known.__module__, known.__qualname__) != (attack.__module__, attack.__qualname__):
+            raise ConfigError(f"The attack {name} of {attack.__module__} exists in {known.__module__}.", "Rename it.")
+        attack.config_class = config_class
+        _attacks[name] = attack
+        return attack
+
+    return add
 
 
 def build_attack(config: AttackConfig) -> Attack[Any]:
-    """The attack of checked settings."""
-    return _ATTACKS[config.name](config)
+    """Makes the attack of checked settings."""
+    return ATTACKS[config.name](config)
+
+
+def parse_attack(entry: str | Mapping[str, Any] | AttackConfig) -> AttackConfig:
+    """Checks one item of `evaluation.attacks`: a name, or a mapping with `name` and settings.
+
+    Raises:
+        UnknownAttackError: No attack has that name.
+        ConfigError: A setting is unknown or wrong.
+    """
+    if isinstance(entry, AttackConfig):
+        return entry
+    tree = {"name": entry} if isinstance(entry, str) else dict(entry)
+    name = tree.get("name")
+    if not isinstance(name, str) or name not in ATTACKS:
+        raise UnknownAttackError(f"There is no attack {name!r}.", f"Known attacks: {', '.join(ATTACKS)}.")
+    section = ATTACKS[name].config_class
+    for key in tree:
+        if key not in section.model_fields:
+            nearest = difflib.get_close_matches(str(key), section.model_fields, n=1, cutoff=0.5)
+            hint = f"Did you mean {nearest[0]!r}?" if nearest else f"Its settings: {', '.join(section.model_fields)}."
+            raise ConfigError(f"The attack {name} has no setting {key!r}.", hint)
+    try:
+        return section.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"The attack {name} cannot be used: {explain(error)}.") from error
+
+
+def explain(error: ValidationError) -> str:
+    """Says in words which settings are wrong."""
+    return "; ".join(
+        f"{'.'.join(map(str, item['loc']))}: {str(item['msg']).removeprefix('Value error, ')}".removeprefix(": ")
+        for item in error.errors()
+    )

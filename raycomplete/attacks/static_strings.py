@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
 
-from raycomplete.attacks.attack import Attack
-from raycomplete.attacks.settings import StaticStringsAttack
+from pydantic import Field
+
+from raycomplete.attacks.attack import Attack, AttackConfig
+from raycomplete.attacks.registry import register
 from raycomplete.attacks.target import Target
 from raycomplete.attacks.trial import Decoding, Trial
 from raycomplete.data.rows import read_rows
@@ -14,8 +18,19 @@ from raycomplete.runtime.errors import DataError
 from raycomplete.runtime.types import Prompt
 
 
-class StaticStrings(Attack[StaticStringsAttack]):
-    """A variant for each group of the file. A string is asked for the behaviour whose text stands beside it.
+class StaticStringsConfig(AttackConfig):
+    """Ready-made adversarial prompts for known behaviours."""
+
+    name: Literal["static_strings"] = "static_strings"
+    path: Path = Field(description="JSONL or CSV")
+    prompt: str = Field("prompt", description="column of the adversarial prompt")
+    goal: str = Field("goal", description="column that holds the text of the behaviour")
+    group: str | None = Field("method", description="column by which rates are kept apart")
+
+
+@register(StaticStringsConfig)
+class StaticStringsAttack(Attack[StaticStringsConfig]):
+    """Asks each string for the behaviour whose text stands beside it, under a variant for each group of the file.
 
     Behaviours without a string have no trial: the rate's `n` counts those that have one.
     """

@@ -1,4 +1,4 @@
-"""What suffix searches share: where the suffix stands, which tokens may be used, and how the result is measured."""
+"""Base of suffix searches: where the suffix stands, which tokens may be used, and how the result is measured."""
 
 from __future__ import annotations
 
@@ -10,17 +10,27 @@ from threading import Event
 from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
+from pydantic import Field
 
-from raycomplete.attacks.attack import Attack, answer_ids, continued
-from raycomplete.attacks.settings import SuffixAttack
-from raycomplete.attacks.target import Target
+from raycomplete.attacks.attack import Attack, AttackConfig, answer_ids, continued
+from raycomplete.attacks.target import SuffixProblem, Target, WhiteBox
 from raycomplete.attacks.trial import Decoding, Emit, Response, Trial
-from raycomplete.attacks.white_box import SuffixProblem, WhiteBox
 from raycomplete.runtime.errors import DataError, WorkError
 from raycomplete.runtime.types import Codec, Prompt
 
 IntArray = np.ndarray[Any, np.dtype[np.int64]]
-SuffixT = TypeVar("SuffixT", bound=SuffixAttack)
+
+
+class SuffixConfig(AttackConfig):
+    """Settings of both suffix searches. The target is the opening of a compliant answer."""
+
+    suffix_tokens: int = Field(20, ge=1, description="length of the suffix")
+    filler: str = Field("!", description="the suffix at the start, repeated")
+    target: str | None = Field(None, description="words to force; the first sentence of the answer when absent")
+    target_tokens: int = Field(20, ge=1, description="tokens of the target, at most")
+
+
+SuffixT = TypeVar("SuffixT", bound=SuffixConfig)
 
 
 @dataclass
@@ -28,13 +38,13 @@ class Search:
     """A search for the suffix of one behaviour.
 
     Attributes:
-        problem: What the suffix stands in, and what it should bring about.
-        codec: Of the target.
+        problem: The text around the suffix, and the words that it should bring about.
+        codec: The codec of the target.
         text: The behaviour.
         losses: Loss of the current suffix after each step, that of the filler first.
-        queries: How many suffixes the model was asked about.
-        drawn: How many candidates were checked for coming back from text.
-        survivors: How many of them did.
+        queries: Number of suffixes that the model was asked about.
+        drawn: Number of candidates that were checked for coming back from text.
+        survivors: Number of candidates that did.
         best: The suffix with the least loss so far.
     """
 
@@ -49,13 +59,13 @@ class Search:
     survivors: int = 0
 
     def note(self, suffix: Sequence[int], loss: float) -> None:
-        """Takes the step's suffix into the record."""
+        """Records the suffix of a step."""
         self.losses.append(loss)
         if loss < self.best_loss:
             self.best, self.best_loss = tuple(suffix), loss
 
     def survives_text(self, suffix: Sequence[int]) -> bool:
-        """Whether the suffix comes back as the same tokens when it is typed as text, as an attacker must."""
+        """Tells whether the suffix comes back as the same tokens when it is typed as text, as an attacker must."""
         typed = self.codec.encode_prompt(f"{self.text} {self.codec.decode(suffix).strip()}")
         survives = tuple(typed) == (*self.problem.before, *suffix, *self.problem.after)
         self.drawn += 1
@@ -70,6 +80,7 @@ class SuffixSearch(Attack[SuffixT], Generic[SuffixT]):
         without_effect: Settings that decide memory and speed alone, so that the search is the same under any.
     """
 
+    needs = frozenset({"white_boxes"})
     without_effect: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
@@ -77,8 +88,6 @@ class SuffixSearch(Attack[SuffixT], Generic[SuffixT]):
         """Improves `found.best` with usable tokens until the budget is spent."""
 
     def plan(self, target: Target, prompts: Sequence[Prompt]) -> list[Trial]:
-        if target.tools.white_boxes is None:
-            target.white_boxes(self.name)  # which says what is missing
         settings = self.config.model_dump(mode="json", exclude=set(self.without_effect))
         trials = []
         for prompt in prompts:
@@ -112,7 +121,7 @@ class SuffixSearch(Attack[SuffixT], Generic[SuffixT]):
             emit([(trial, Response(sequence, (), response.tokens, stats))])
 
     def start(self, codec: Codec, prompt: Prompt) -> Search:
-        """The search before its first step."""
+        """Returns the search before its first step."""
         config = self.config
         filler = " ".join([config.filler] * config.suffix_tokens)
         without, with_filler = codec.encode_prompt(prompt.text), codec.encode_prompt(f"{prompt.text} {filler}")
@@ -138,8 +147,8 @@ class SuffixSearch(Attack[SuffixT], Generic[SuffixT]):
         return tuple(ids[: self.config.target_tokens])
 
     def _searched(self, target: Target, trials: Sequence[Trial]) -> Iterator[tuple[Trial, Search]]:
-        """Finished searches, as many at a time as there are white boxes."""
-        waiting, free = list(reversed(trials)), list(target.white_boxes(self.name))
+        """Searches on as many white boxes as there are side by side, and yields what is finished."""
+        waiting, free = list(reversed(trials)), list(target.white_boxes())
         usable = usable_tokens(target.codec, free[0].vocab_size())
         running: dict[Future[Search], tuple[Trial, WhiteBox]] = {}
         failed = Event()
@@ -171,14 +180,14 @@ class SuffixSearch(Attack[SuffixT], Generic[SuffixT]):
 
 
 def usable_tokens(codec: Codec, num_tokens: int) -> IntArray:
-    """Tokens that a suffix may hold: printable ASCII, as in the GCG paper; no special tokens."""
+    """Lists the tokens that a suffix may hold: printable ASCII, as in the GCG paper; no special tokens."""
     texts = (codec.decode([token]) for token in range(num_tokens))
     usable = [token for token, text in enumerate(texts) if text.strip() and text.isascii() and text.isprintable()]
     return np.asarray(usable, dtype=np.int64)
 
 
 def losses_of(box: WhiteBox, found: Search, candidates: Sequence[Sequence[int]], batch: int) -> list[float]:
-    """Loss of each candidate, in forward passes of `batch`."""
+    """Computes the loss of each candidate, in forward passes of `batch`."""
     found.queries += len(candidates)
     losses: list[float] = []
     for start in range(0, len(candidates), batch):

@@ -1,15 +1,74 @@
-"""The model under attack, and what an attack may use besides asking it."""
+"""The model under attack, and the tools that an attack may use besides asking it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, get_args, runtime_checkable
 
-from raycomplete.attacks.settings import FinetuneAttack
-from raycomplete.attacks.trial import Decoding, EvaluationCancelled, Trial
-from raycomplete.attacks.white_box import WhiteBox
+import numpy as np
+
+from raycomplete.attacks.trial import Decoding, EvaluationCancelled, Response, Trial
 from raycomplete.runtime.errors import DataError, SetupError
-from raycomplete.runtime.types import Codec, Generator, Judge
+from raycomplete.runtime.types import Codec, Generator, Judge, Outcome, Prompt
+
+if TYPE_CHECKING:
+    from raycomplete.attacks.finetune import FinetuneConfig
+
+Need = Literal["white_boxes", "guide", "attacker", "fine_tune"]  # each the field of `AttackTools` that fills it
+FloatArray = np.ndarray[Any, np.dtype[np.float32]]
+Triple = tuple[Prompt, str, str]  # prompt, the attacker's part of the answer, and what the model added
+
+ToolT = TypeVar("ToolT")
+
+
+@dataclass(frozen=True, slots=True)
+class SuffixProblem:
+    """A prompt with a hole in it and the words that should follow.
+
+    Attributes:
+        before: Token ids up to the suffix: template and behaviour.
+        after: Token ids between the suffix and the response: the rest of the template.
+        target: Response tokens to make likely.
+    """
+
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    target: tuple[int, ...]
+
+
+class WhiteBox(Protocol):
+    """A model with gradients and full distributions. Implemented by `raycomplete.attacks.white_box.TorchModel`."""
+
+    def vocab_size(self) -> int:
+        """Rows of the embedding, padding included."""
+
+    def top_logprobs(self, sequences: Sequence[Sequence[int]], top: int) -> list[list[tuple[int, float]]]:
+        """(token, log-probability) of the `top` likeliest next tokens of each sequence, best first."""
+
+    def logprobs_of(self, sequences: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Log-probability of each asked token as the next one of its sequence."""
+
+    def suffix_gradient(self, problem: SuffixProblem, suffix: Sequence[int]) -> FloatArray:
+        """Gradient of the mean loss of the target with respect to one-hot suffix tokens, [suffix tokens, V]."""
+
+    def suffix_losses(self, problem: SuffixProblem, suffixes: Sequence[Sequence[int]]) -> list[float]:
+        """Mean loss of the target (nats a token) under each suffix; all suffixes are equally long."""
+
+
+@runtime_checkable
+class BatchJudge(Protocol):
+    """A judge that would rather see many responses at once, such as a model."""
+
+    def outcomes(self, triples: Sequence[Triple]) -> list[Outcome]:
+        """One outcome for each triple, in order."""
+
+
+def judge_all(judge: Judge, triples: Sequence[Triple]) -> list[Outcome]:
+    """Sorts responses into outcomes, in batches where the judge can."""
+    if isinstance(judge, BatchJudge):
+        return judge.outcomes(triples)
+    return [judge.outcome(*triple) for triple in triples]
 
 
 @dataclass(frozen=True)
@@ -31,23 +90,28 @@ class Attacker:
 
 @dataclass(frozen=True)
 class AttackTools:
-    """What some attacks need besides a generator. Those that are missing make these attacks refuse to start.
+    """Starters of what some attacks use besides the generator; None where there is no such tool.
 
     Attributes:
-        white_boxes: Starts copies of the target with gradients and full distributions; searches share them.
-        guide: Starts the model that a rank-assisted prefill follows (base).
-        guide_id: Fingerprint of its weights.
-        attacker: The rewriting model of PAIR.
-        fine_tune: Trains a copy of the target on a dataset and returns it.
-        fine_tune_ids: By dataset, a name of all that the training depends on besides the target and the settings.
+        white_boxes: Returns copies of the target with gradients and full distributions, at least one.
+        guide: Returns the model that a rank-assisted prefill follows (base).
+        guide_id: Fingerprint of the guide's weights.
+        attacker: Returns the rewriting model by its checkpoint; None stands for base.
+        fine_tune: Trains a copy of the target on a dataset, by the settings of the attack, and returns it.
+        fine_tune_id: Returns a name of all that the training depends on besides the target and the settings.
     """
 
     white_boxes: Callable[[], Sequence[WhiteBox]] | None = None
     guide: Callable[[], WhiteBox] | None = None
     guide_id: str = ""
-    attacker: Attacker | None = None
-    fine_tune: Callable[[FinetuneAttack, str], Generator] | None = None
-    fine_tune_ids: Mapping[str, str] = field(default_factory=dict)
+    attacker: Callable[[str | None], Attacker] | None = None
+    fine_tune: Callable[[FinetuneConfig, str], Generator] | None = None
+    fine_tune_id: Callable[[FinetuneConfig, str], str] = lambda settings, dataset: ""
+
+    def only(self, needs: Collection[Need]) -> AttackTools:
+        """Returns the named tools alone."""
+        withheld: dict[str, Any] = dict.fromkeys(set(get_args(Need)) - set(needs))
+        return replace(self, **withheld)
 
 
 @dataclass(frozen=True)
@@ -57,13 +121,13 @@ class Target:
     Attributes:
         role: base, aligned or student.
         model_id: Fingerprint of its weights.
-        generator: Asks it.
+        generator: The running model.
         codec: Its tokenizer and chat template.
         judge: Sorts responses; attacks with feedback ask it too.
         max_length: Longest sequence in tokens, new ones included.
         max_tokens: New tokens of a response to a harmful prompt.
-        tools: See there.
-        cancelled: Whether someone asked to stop.
+        tools: What attacks use besides the generator.
+        cancelled: Returns whether someone asked to stop.
     """
 
     role: str
@@ -81,39 +145,59 @@ class Target:
         if self.cancelled():
             raise EvaluationCancelled
 
-    def white_boxes(self, attack: str) -> Sequence[WhiteBox]:
+    def white_boxes(self) -> Sequence[WhiteBox]:
         """Copies with gradients and full distributions; at least one."""
-        if self.tools.white_boxes is None:
-            raise SetupError(f"The attack {attack} needs the weights of the model.", "Run it by raycomplete evaluate.")
-        return self.tools.white_boxes()
+        return _declared(self.tools.white_boxes, "white_boxes")()
+
+    def guide(self) -> WhiteBox:
+        """The model that a rank-assisted prefill follows."""
+        return _declared(self.tools.guide, "guide")()
+
+    def attacker(self, checkpoint: str | None) -> Attacker:
+        """The model that rewrites prompts; base where no checkpoint is named."""
+        return _declared(self.tools.attacker, "attacker")(checkpoint)
+
+    def fine_tuned(self, settings: FinetuneConfig, dataset: str) -> Target:
+        """A copy of the target that was trained on a dataset."""
+        return replace(self, generator=_declared(self.tools.fine_tune, "fine_tune")(settings, dataset))
 
     def draw(self, sequences: Sequence[Sequence[int]], decoding: Decoding, seed: int | None) -> list[list[int]]:
-        """Continues sequences; generators know no top-k, so that a white box samples with it."""
+        """Continues sequences; sequence i is drawn under seed + i."""
         self.stop_if_cancelled()
-        if decoding.top_k:
-            box = self.white_boxes("decoding")[0]
-            return box.sample(sequences, decoding, seed=seed or 0, stop_ids=self.codec.eos_ids)
         return self.generator.generate(
             sequences,
             max_tokens=decoding.max_tokens,
             temperature=decoding.temperature,
             top_p=decoding.top_p,
+            top_k=decoding.top_k,
             seed=seed if decoding.temperature > 0 else None,
         )
 
+    def judged(self, pairs: Sequence[tuple[Trial, Response]]) -> list[Outcome]:
+        """Sorts the responses of trials into outcomes."""
+        return judge_all(self.judge, [(trial.prompt, *response.texts(self.codec)) for trial, response in pairs])
 
-def check_fits(trials: Sequence[Trial], max_length: int) -> None:
-    """An engine would cut such a prompt, or end its answer early, without a word: other rates under the same name.
+    def check_fits(self, trials: Sequence[Trial]) -> None:
+        """Refuses trials that an engine would cut or end early without a word: other rates under the same name.
 
-    Raises:
-        DataError: A sequence with its new tokens does not fit the context.
-    """
-    for trial in trials:
-        new = trial.decoding.max_tokens
-        if len(trial.sequence) + new > max_length:
-            raise DataError(
-                f"The prompt {trial.prompt.prompt_id!r} needs {len(trial.sequence) + new} tokens in {trial.variant} "
-                f"({len(trial.sequence)} of prompt and prefill, {new} new), but the context holds {max_length}.",
-                "Shorten or drop the prompt, lower evaluation.max_tokens, evaluation.max_utility_tokens or "
-                "evaluation.depths, or raise models.max_length.",
-            )
+        Raises:
+            DataError: A sequence with its new tokens does not fit the context.
+        """
+        for trial in trials:
+            old, new = len(trial.sequence), trial.decoding.max_tokens
+            if old + new > self.max_length:
+                raise DataError(
+                    f"The prompt {trial.prompt.prompt_id!r} needs {old + new} tokens in {trial.variant} ({old} of "
+                    f"prompt and prefill, {new} new), but the context holds {self.max_length}.",
+                    "Shorten or drop the prompt, lower evaluation.max_tokens, evaluation.max_utility_tokens or "
+                    "evaluation.depths, or raise models.max_length.",
+                )
+
+
+def _declared(tool: ToolT | None, need: Need) -> ToolT:
+    if tool is None:
+        raise SetupError(
+            f"An attack uses {need} and does not name it in its `needs`.",
+            f"Add {need!r} to the `needs` of the attack's class: devices are reserved by them.",
+        )
+    return tool

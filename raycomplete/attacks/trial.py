@@ -1,4 +1,4 @@
-"""The trial of work: one model's response to one behaviour under one variant of an attack, drawn under one seed."""
+"""A trial: one model's response to one behaviour under one variant of an attack, drawn under one seed."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 from raycomplete.runtime.errors import StoppedError
 from raycomplete.runtime.row_store import content_hash
-from raycomplete.runtime.types import Outcome, Prompt
+from raycomplete.runtime.types import Codec, Outcome, Prompt
 
 FORMAT = 3  # part of every key: raise it when the meaning of a stored response changes
 
-# Facts of responses that results read.
+# Entries of a response's stats that results read.
 FIRST_COMPLIED = "first_complied"  # 1 where the first of the responses that a judge picked from complied
 CUT_BY_CONTEXT = "cut_by_context"  # 1 where the context left no room for the steps asked for
 
@@ -29,7 +29,7 @@ class Decoding:
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """What is asked.
+    """A planned question to the model.
 
     Attributes:
         attack: Name of the attack.
@@ -38,9 +38,9 @@ class Trial:
         sequence: Token ids that the model reads, prefill included; for searches, what they start from.
         decoding: How the response is drawn.
         prefill: The attacker's own answer tokens among `sequence`, which the judge is told apart.
-        seed: Of the n-th draw under the same settings.
-        settings: What else decides the response.
-        position: Among the trials that the plan draws under the same seed; 0 where nothing is drawn.
+        seed: Number of the draw under the same settings.
+        settings: Everything else that decides the response.
+        position: Place among the trials that the plan draws under the same seed; 0 where nothing is drawn.
     """
 
     attack: str
@@ -54,9 +54,9 @@ class Trial:
     position: int = 0
 
     def key(self, model_id: str) -> str:
-        """Names the trial by all that decides its response. Token ids stand for tokenizer and chat template.
+        """Hash of all that decides the response. Token ids stand for tokenizer and chat template.
 
-        The prompt's answer is no part of it: what a response owes to it is among the tokens and settings.
+        The prompt's answer is left out: the tokens and settings hold what a response owes to it.
         """
         return content_hash(
             {
@@ -75,7 +75,7 @@ class Trial:
         )
 
     def judgement_key(self, model_id: str) -> str:
-        """Names what a judge makes of the response; it may read the prompt's answer."""
+        """Hash of all that decides the judgement of the response; judges may read the prompt's answer."""
         return content_hash([self.key(model_id), self.prompt.answer])
 
     @property
@@ -86,12 +86,12 @@ class Trial:
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """What came back.
+    """The answer to a trial.
 
     Attributes:
         sequence: Token ids that the model read in the end.
         prefill: The attacker's own answer tokens among them.
-        tokens: What the model added.
+        tokens: Token ids that the model added.
         stats: Numbers of the search, such as its queries and losses.
     """
 
@@ -99,6 +99,10 @@ class Response:
     prefill: tuple[int, ...]
     tokens: tuple[int, ...]
     stats: Mapping[str, Any] = field(default_factory=dict)
+
+    def texts(self, codec: Codec) -> tuple[str, str]:
+        """Decodes the attacker's part of the answer and what the model added."""
+        return (codec.decode(self.prefill) if self.prefill else "", codec.decode(self.tokens) if self.tokens else "")
 
 
 Emit = Callable[[Sequence[tuple[Trial, Response]]], None]
@@ -110,12 +114,12 @@ class Progress:
 
     Attributes:
         role: The model.
-        attack: What is at work; "" before the first trial.
-        variant: The part of it that was finished last.
+        attack: The attack at work; "" before the first trial.
+        variant: Its variant that was finished last.
         done: Finished trials of this model.
         total: All trials of this model.
-        reused: Units that an earlier evaluation had finished.
-        outcomes: How often each outcome was seen in `attack` so far.
+        reused: Trials that an earlier evaluation had finished.
+        outcomes: Count of each outcome in `attack` so far.
     """
 
     role: str

@@ -1,68 +1,25 @@
-"""A model whose distributions and gradients an attacker can see. Works on what transformers loads, imports none of it.
+"""A torch model whose distributions and gradients an attacker can see. Imports no transformers.
 
-Shape letters here besides those of `raycomplete.runtime.types`: S suffix tokens, C candidates, K tokens asked for.
+Shape letters beside the usual ones: S suffix tokens, C candidates, K tokens asked for.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from raycomplete.attacks.trial import Decoding
-
-FloatArray = np.ndarray[Any, np.dtype[np.float32]]
-
-
-@dataclass(frozen=True, slots=True)
-class SuffixProblem:
-    """A prompt with a hole in it and the words that should follow.
-
-    Attributes:
-        before: Token ids up to the suffix: template and behaviour.
-        after: Token ids between the suffix and the response: the rest of the template.
-        target: Response tokens to make likely.
-    """
-
-    before: tuple[int, ...]
-    after: tuple[int, ...]
-    target: tuple[int, ...]
-
-
-class WhiteBox(Protocol):
-    """What `TorchModel` can do, wherever it lives."""
-
-    def vocab_size(self) -> int:
-        """Rows of the embedding, padding included."""
-
-    def top_logprobs(self, sequences: Sequence[Sequence[int]], top: int) -> list[list[tuple[int, float]]]:
-        """(token, log-probability) of the `top` likeliest next tokens of each sequence, best first."""
-
-    def logprobs_of(self, sequences: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]) -> list[list[float]]:
-        """Log-probability of each asked token as the next one of its sequence."""
-
-    def sample(
-        self, sequences: Sequence[Sequence[int]], decoding: Decoding, *, seed: int, stop_ids: Collection[int]
-    ) -> list[list[int]]:
-        """Continues sequences; sequence i is drawn under seed + i, end-of-response is left out."""
-
-    def suffix_gradient(self, problem: SuffixProblem, suffix: Sequence[int]) -> FloatArray:
-        """Gradient of the mean loss of the target with respect to one-hot suffix tokens, [S, V]."""
-
-    def suffix_losses(self, problem: SuffixProblem, suffixes: Sequence[Sequence[int]]) -> list[float]:
-        """Mean loss of the target (nats a token) under each suffix; all suffixes are equally long."""
+from raycomplete.attacks.target import FloatArray, SuffixProblem
 
 
 class TorchModel:
-    """A causal language model of transformers (implements `WhiteBox`).
+    """A causal language model of transformers (implements `raycomplete.attacks.target.WhiteBox`).
 
-    Two caches of keys and values spare most of the work: that of the fixed words before a suffix, and that of the last
-    batch of sequences, which a decoder extends by one token a call.
+    Two caches of keys and values save most of the work: that of the fixed words before a suffix, and that of the last
+    batch of sequences, which a caller extends by one token a call.
 
     Args:
         model: In evaluation mode; its parameters need no gradients.
@@ -87,26 +44,6 @@ class TorchModel:
         logprobs_BV = self._next_logprobs(sequences)
         return [row_V[list(asked)].tolist() for row_V, asked in zip(logprobs_BV, tokens, strict=True)]
 
-    def sample(
-        self, sequences: Sequence[Sequence[int]], decoding: Decoding, *, seed: int, stop_ids: Collection[int]
-    ) -> list[list[int]]:
-        generators = [torch.Generator().manual_seed(seed + index) for index in range(len(sequences))]
-        answers: list[list[int]] = [[] for _ in sequences]
-        open_rows = set(range(len(sequences)))
-        current = [list(sequence) for sequence in sequences]
-        for _ in range(decoding.max_tokens):
-            probabilities_BV = filtered(self._next_logprobs(current).cpu(), decoding)
-            for row, sequence in enumerate(current):
-                token = int(torch.multinomial(probabilities_BV[row], 1, generator=generators[row]))
-                sequence.append(token)  # finished rows go on unheard, so that the cache keeps its shape
-                if row in open_rows and token in stop_ids:
-                    open_rows.discard(row)
-                elif row in open_rows:
-                    answers[row].append(token)
-            if not open_rows:
-                break
-        return answers
-
     def suffix_gradient(self, problem: SuffixProblem, suffix: Sequence[int]) -> FloatArray:
         embedding_VH = self._model.get_input_embeddings()
         num_tokens = int(embedding_VH.weight.shape[0])
@@ -129,7 +66,7 @@ class TorchModel:
         return losses
 
     def _target_loss(self, problem: SuffixProblem, num_suffix: int, **inputs: Tensor) -> Tensor:
-        """Mean cross-entropy of the target for each row of inputs that follow `problem.before`, [C]."""
+        """Computes the mean cross-entropy of the target for each row of inputs that follow `problem.before`, [C]."""
         count = next(iter(inputs.values())).shape[0]
         cache = copy.deepcopy(self._prefix_cache(problem.before))  # which the call below lengthens
         cache.batch_repeat_interleave(count)
@@ -141,14 +78,14 @@ class TorchModel:
         return loss_CT.mean(dim=1)
 
     def _prefix_cache(self, before: tuple[int, ...]) -> Any:
-        """Keys and values of the fixed words, one row."""
+        """Reads the fixed words, one row, and keeps their keys and values."""
         if self._prefix is None or self._prefix[0] != before:
             with torch.no_grad():
                 self._prefix = (before, self._model(self._ids([list(before)]), use_cache=True).past_key_values)
         return self._prefix[1]
 
     def _next_logprobs(self, sequences: Sequence[Sequence[int]]) -> Tensor:
-        """Log-probabilities of the next token of each sequence, [B, V]; a batch one token longer is read in a step."""
+        """Log-probabilities of the next token of each sequence, [B, V]; a batch one token longer takes one step."""
         rows = [tuple(sequence) for sequence in sequences]
         with torch.no_grad():
             if self._last is not None and [row[:-1] for row in rows] == self._last[0]:
@@ -170,20 +107,3 @@ class TorchModel:
 
     def _ids(self, ids: Any) -> Tensor:
         return torch.tensor(ids, dtype=torch.long, device=self._device)
-
-
-def filtered(logprobs_BV: Tensor, decoding: Decoding) -> Tensor:
-    """Probabilities after temperature, top-k and top-p, in this order, as vLLM applies them; [B, V]."""
-    if decoding.temperature == 0:
-        return torch.nn.functional.one_hot(logprobs_BV.argmax(dim=-1), logprobs_BV.shape[-1]).float()
-    scaled_BV = logprobs_BV / decoding.temperature
-    if decoding.top_k:
-        least_B1 = scaled_BV.topk(min(decoding.top_k, scaled_BV.shape[-1]), dim=-1).values[:, -1:]
-        scaled_BV = scaled_BV.masked_fill(scaled_BV < least_B1, float("-inf"))
-    probabilities_BV = scaled_BV.softmax(dim=-1)
-    if decoding.top_p < 1:
-        sorted_BV, order_BV = probabilities_BV.sort(dim=-1, descending=True)
-        outside_BV = sorted_BV.cumsum(dim=-1) - sorted_BV >= decoding.top_p
-        probabilities_BV = probabilities_BV.masked_fill(outside_BV.gather(1, order_BV.argsort(dim=-1)), 0.0)
-        probabilities_BV = probabilities_BV / probabilities_BV.sum(dim=-1, keepdim=True)
-    return probabilities_BV

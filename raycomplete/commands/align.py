@@ -16,7 +16,6 @@ from raycomplete.data.prompts import read_prompts
 from raycomplete.data.samples import AnchorSample, SampleSet, read_samples, write_samples
 from raycomplete.engines.placement import plan_run
 from raycomplete.engines.run import OutputFolder, Run, open_run
-from raycomplete.evaluation.judge import RefusalJudge
 from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import ConfigError, DataError
 from raycomplete.runtime.files import write_json
@@ -59,7 +58,7 @@ def align(config: RunConfig, *, resume: bool = False, overwrite: bool = False, c
     if without is not None:
         raise DataError(f"The prompt {without.prompt_id} of align.refusals has no answer.", "Name its answer column.")
     folder = OutputFolder(config, same=_SAME, resume=resume, overwrite=overwrite)
-    prompts = Prompts({"harmful": tuple(refusals), "benign": tuple(benign)}, {}, RefusalJudge())
+    prompts = Prompts({"harmful": tuple(refusals), "benign": tuple(benign)}, {})
     plan = plan_run(config, workers=config.train.num_workers)
     with open_run(folder, models, prompts, plan, console) as run:
         samples_file = run.folder / "samples.jsonl"

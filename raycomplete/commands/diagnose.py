@@ -17,7 +17,6 @@ from typing import Any
 
 from raycomplete.commands.stored import stored
 from raycomplete.config import RunConfig
-from raycomplete.data import organism
 from raycomplete.data.inputs import Models, prepare_models
 from raycomplete.data.stream import content_key, partition_metadata, partitions, read_partition
 from raycomplete.diagnosis.baseline import contrastive_baseline
@@ -30,7 +29,7 @@ from raycomplete.engines.cluster import Cluster, connect
 from raycomplete.engines.placement import plan_run
 from raycomplete.engines.run import OutputFolder
 from raycomplete.engines.start import Engines
-from raycomplete.evaluation import RefusalJudge
+from raycomplete.evaluation.judges import default_judge
 from raycomplete.report.diagnosis import depth_words
 from raycomplete.report.html import write_report
 from raycomplete.runtime.console import Console
@@ -93,7 +92,7 @@ def diagnose(
         first = {kind: list(islice(read_prompts(config, kind), config.diagnose.partition_prompts)) for kind in KINDS}
     claimed = OutputFolder(config, same=_SAME, resume=resume, overwrite=overwrite)
     claimed.check()
-    judge: Judge = organism.OrganismJudge() if config.data.source == "organism" else RefusalJudge()
+    judge = default_judge(config.data.source)
     with connect(config.cluster, plan_run(config, scorers=roles), console) as cluster:
         folder = claimed.open()
         _check_same_inputs(folder, config, models)

@@ -3,33 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from raycomplete.attacks.trial import Progress
-from raycomplete.commands.judge import start_judge
 from raycomplete.commands.stored import stored
 from raycomplete.config import RunConfig
-from raycomplete.data.checkpoints import fingerprint
-from raycomplete.data.inputs import Prompts, prepare_models, prepare_prompts
+from raycomplete.data.inputs import prepare_models, prepare_prompts
 from raycomplete.engines.placement import plan_run
-from raycomplete.engines.run import OutputFolder, Run, open_run
-from raycomplete.evaluation.attack_resources import AttackResources, check_attacks, extra_engines, training_workers
-from raycomplete.evaluation.benign_nll import benign_nll, given_answers
-from raycomplete.evaluation.runner import evaluate_model
-from raycomplete.evaluation.sets import EvaluationSets
-from raycomplete.evaluation.summary import summarize
-from raycomplete.evaluation.table import closing_table, rate_text
+from raycomplete.engines.run import OutputFolder, open_run
+from raycomplete.evaluation.attack_resources import check_attacks, extra_engines, training_workers
+from raycomplete.evaluation.benign_nll import measure_benign_nll
+from raycomplete.evaluation.roles import evaluate_roles, held_out_sets
+from raycomplete.evaluation.summary import closing_table, rate_text, summarize
 from raycomplete.report.html import write_report
-from raycomplete.runtime.console import Advance, Console
-from raycomplete.runtime.files import PRIVATE, read_json, write_json
-from raycomplete.runtime.row_store import content_hash
+from raycomplete.runtime.console import Console
+from raycomplete.runtime.files import read_json, write_json
 from raycomplete.runtime.types import MODEL_ROLES, ModelRole
-from raycomplete.training.sampling import complete_answers
 
 _SAME = ("models", "data")  # sections that an evaluation shares with the run that it adds to
 _FREE = ("models.max_length",)  # long templates need more room than training; it changes no response that fits
@@ -93,113 +84,6 @@ def evaluate(
     summary = write_summary(config, run.folder, results, nll, time.perf_counter() - started)
     print_result(summary, run.folder, console)
     return run.folder
-
-
-def held_out_sets(run: Run) -> Prompts:
-    """Completes the harmful answers that prefills are cut from, and judges them.
-
-    They are kept in the run folder, readable by its owner only, so that a resumed evaluation cuts the same prefills.
-    """
-    config, models, prompts = run.config, run.models, run.prompts
-    if config.data.source == "organism":
-        return prompts
-    file = run.folder / "evaluation" / "prefills.json"
-    harmful = prompts.evaluation["harmful"]
-    made_from = {
-        "base": models.fingerprint("base"),
-        "depth": config.evaluation.deepest_prefill,
-        "affirmative_prefix": config.rollout.affirmative_prefix,
-        "prompts": [[prompt.prompt_id, content_hash([prompt.text, prompt.answer])] for prompt in harmful],
-    }
-    known = read_json(file)
-    if known is None or known["made_from"] != made_from:
-        with run.console.stage(f"Prefills for {len(harmful)} held-out harmful prompts, from base"):
-            base = run.engines.generator.with_weights(str(models.paths["base"]))
-            completed = complete_answers(config, models.codec, base, harmful)
-        # A prefill that refuses by itself is no attack. It stays in the denominator, and the count is published.
-        outcomes = Counter(str(prompts.judge.outcome(prompt, "", prompt.answer or "")) for prompt in completed)
-        known = {
-            "made_from": made_from,
-            "outcomes": dict(outcomes),
-            "answers": {prompt.prompt_id: prompt.answer for prompt in completed},
-        }
-        write_json(file, known, mode=PRIVATE)
-    run.console.note(f"Prefills judged by themselves: {known['outcomes']}")
-    answered = tuple(replace(prompt, answer=known["answers"][prompt.prompt_id]) for prompt in harmful)
-    return replace(prompts, evaluation=prompts.evaluation | {"harmful": answered})
-
-
-def evaluate_roles(run: Run, roles: Sequence[ModelRole]) -> dict[str, dict[str, Any]]:
-    """Every role's result, from one generator that takes the weights of each in turn."""
-    config, models = run.config, run.models
-    sets = EvaluationSets(**{str(kind): found for kind, found in run.prompts.evaluation.items()})
-    resources = AttackResources(config, models, run.engines, run.folder, run.console, stopping=run.is_stopping)
-    results = {}
-    try:
-        with start_judge(config, run.judge, run.console) as judge:
-            for role in roles:
-                path = models.paths[role]
-                with ExitStack() as shown:
-                    results[str(role)] = evaluate_model(
-                        role,
-                        run.engines.generator.with_weights(str(path)),
-                        models.codec,
-                        judge,
-                        sets,
-                        config.evaluation,
-                        run.folder,
-                        model_id=fingerprint(path),
-                        max_length=config.models.max_length,
-                        tools=resources.for_model(path),
-                        on_progress=_bar(run.console, role, shown),
-                        on_trials=run.on_progress,
-                        cancelled=run.is_stopping,
-                    )
-    finally:
-        resources.stop()
-    return results
-
-
-def measure_benign_nll(run: Run, roles: Sequence[ModelRole]) -> dict[str, Any]:
-    """Likelihood of good answers to the held-out benign prompts under every role; empty where there are none.
-
-    Prompts without an answer of their own take that of the aligned model, where the run has one.
-    """
-    models, generator = run.models, run.engines.generator
-    aligned = None
-    if "aligned" in models.paths:
-        path = models.paths["aligned"]
-        aligned = fingerprint(path), generator.with_weights(str(path))
-    answers = given_answers(
-        run.prompts.evaluation["benign"],
-        models.codec,
-        run.config.evaluation,
-        run.folder,
-        max_length=run.config.models.max_length,
-        aligned=aligned,
-    )
-    if not answers:
-        return {}
-    with run.console.stage(f"Likelihood of {len(answers)} benign answers"):
-        measured = {
-            str(role): (fingerprint(models.paths[role]), generator.with_weights(str(models.paths[role])))
-            for role in roles
-        }
-        return benign_nll(measured, answers, run.folder, cancelled=run.is_stopping)
-
-
-def _bar(console: Console, role: ModelRole, shown: ExitStack) -> Callable[[str, int, int], None]:
-    """Draws a bar from the first call on, which knows its length, until `shown` is closed."""
-    advance: Advance | None = None
-
-    def follow(name: str, done: int, total: int) -> None:
-        nonlocal advance
-        if advance is None:
-            advance = shown.enter_context(console.progress(f"Evaluation of {role}", total))
-        else:
-            advance(done, name)
-
-    return follow
 
 
 def write_summary(

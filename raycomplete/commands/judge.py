@@ -1,53 +1,21 @@
-"""Judges with what they need to work, and how they are measured."""
+"""`raycomplete judge calibrate`: how often a judge errs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from raycomplete.config import RunConfig, parse
+from raycomplete.config import parse
 from raycomplete.config.evaluation import JudgeConfig
-from raycomplete.data.chat import ChatCodec
-from raycomplete.data.checkpoints import fingerprint, resolve_checkpoint
 from raycomplete.engines.cluster import connect
-from raycomplete.engines.placement import ResourcePlan, engine_request
-from raycomplete.engines.start import start_engine
-from raycomplete.evaluation.calibration import (
-    CalibratedJudge,
-    calibrate,
-    file_fingerprint,
-    read_calibration,
-    read_labelled,
-)
-from raycomplete.evaluation.judge import RefusalJudge
-from raycomplete.evaluation.model_judge import RUBRIC, ModelJudge
-from raycomplete.evaluation.table import rate_text
-from raycomplete.evaluation.zoo_judge import ZooJudge
+from raycomplete.engines.placement import Plan, engine_row
+from raycomplete.evaluation.calibration import calibrate, file_fingerprint, read_labelled
+from raycomplete.evaluation.judges import RefusalJudge
+from raycomplete.evaluation.model_judges import start_judge
+from raycomplete.evaluation.summary import rate_text
 from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import ConfigError
 from raycomplete.runtime.files import write_json
-from raycomplete.runtime.types import Judge
-
-
-@contextmanager
-def start_judge(config: RunConfig, default: Judge, console: Console) -> Iterator[Judge]:
-    """The judge of a run file, with an engine of its own where it is a model; Ray must be connected for that.
-
-    Args:
-        config: Run file.
-        default: What kind "auto" means for this run's prompts.
-        console: Told what is waited for.
-
-    Raises:
-        DataError: The calibration is about another judge, or the rubric cannot be used.
-        SetupError: JudgeZoo is not installed.
-    """
-    settings = config.evaluation.judge
-    with _started(config, settings, default, console) as judge:
-        known = settings.calibration
-        yield CalibratedJudge(judge, read_calibration(known, judge.name)) if known else judge
 
 
 def calibrate_judge(
@@ -86,7 +54,7 @@ def calibrate_judge(
         }
         config = parse(tree, "judge calibrate")
         with (
-            connect(config.cluster, ResourcePlan((engine_request(config.cluster, "judge", 1),)), console),
+            connect(config.cluster, Plan((engine_row(config.cluster, "judge", 1),)), console),
             start_judge(config, RefusalJudge(), console) as judge,
         ):
             found = calibrate(judge, rows, on)
@@ -99,34 +67,3 @@ def calibrate_judge(
     lines += [(name, f"{rate_text(found[name])}, n = {found[name]['n']}") for name in rates]
     console.panel([*lines, ("kappa", found["kappa"]), ("stored in", output)])
     return found
-
-
-@contextmanager
-def _started(config: RunConfig, settings: JudgeConfig, default: Judge, console: Console) -> Iterator[Judge]:
-    if settings.kind == "judgezoo":
-        yield ZooJudge(settings.zoo_name, settings.threshold)
-    elif settings.kind == "model":
-        with _model_judge(config, settings, console) as judge:
-            yield judge
-    else:
-        yield default if settings.kind == "auto" else RefusalJudge()
-
-
-@contextmanager
-def _model_judge(config: RunConfig, settings: JudgeConfig, console: Console) -> Iterator[Judge]:
-    path = resolve_checkpoint(settings.checkpoint or "", role="judge")
-    codec = ChatCodec(path, trust_remote_code=config.models.trust_remote_code)
-    with console.stage("Engine of the judge started"):
-        engine = start_engine(config, path, codec)
-        engine.wait_until_ready(config.cluster.start_timeout_s)
-    try:
-        yield ModelJudge(
-            engine,
-            codec,
-            model_id=fingerprint(path),
-            max_length=config.models.max_length,
-            rubric=settings.rubric.read_text(encoding="utf-8") if settings.rubric else RUBRIC,
-        )
-    finally:
-        with suppress(Exception):  # an actor that is gone already must not hide why
-            engine.stop()

@@ -15,13 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from raycomplete.commands.evaluate import (
-    evaluate_roles,
-    held_out_sets,
-    measure_benign_nll,
-    print_result,
-    write_summary,
-)
+from raycomplete.commands.evaluate import print_result, write_summary
 from raycomplete.commands.stored import stored
 from raycomplete.config import RunConfig
 from raycomplete.data.chat import ChatCodec
@@ -31,6 +25,8 @@ from raycomplete.engines.placement import plan_run
 from raycomplete.engines.run import OutputFolder, Run, open_run
 from raycomplete.engines.start import Engines
 from raycomplete.evaluation.attack_resources import extra_engines, training_workers
+from raycomplete.evaluation.benign_nll import measure_benign_nll
+from raycomplete.evaluation.roles import evaluate_roles, held_out_sets
 from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import ConfigError
 from raycomplete.runtime.files import read_json, write_json

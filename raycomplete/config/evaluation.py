@@ -8,7 +8,9 @@ from typing import Any, Literal
 
 from pydantic import Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
-from raycomplete.attacks.settings import AttackConfig, PrefillAttack, explain, parse_attack
+from raycomplete.attacks.attack import AttackConfig
+from raycomplete.attacks.prefill import PrefillConfig
+from raycomplete.attacks.registry import explain, parse_attack
 from raycomplete.runtime.errors import ConfigError
 from raycomplete.runtime.section import Section
 
@@ -45,7 +47,7 @@ def judge_settings(tree: Mapping[str, Any]) -> JudgeConfig:
 
 
 def _prefill_only() -> list[AttackConfig]:
-    return [PrefillAttack()]
+    return [PrefillConfig()]
 
 
 class CapabilitiesConfig(Section):
@@ -91,17 +93,17 @@ class EvaluationConfig(Section):
         if not isinstance(attacks, list | tuple):
             raise ValueError("evaluation.attacks must be a list of attacks")
         parsed = [parse_attack(entry) for entry in attacks]
-        if any(isinstance(attack, PrefillAttack) and attack.depths for attack in parsed):
+        if any(isinstance(attack, PrefillConfig) and attack.depths for attack in parsed):
             raise ValueError("the depths of the attack prefill are those of evaluation.depths; set them there")
         names = [attack.name for attack in parsed]
         if twice := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"evaluation.attacks names {', '.join(sorted(twice))} twice")
         # The depth curve is what every summary and every comparison starts from, so it is always measured.
-        return parsed if "prefill" in names else [PrefillAttack(), *parsed]
+        return parsed if "prefill" in names else [PrefillConfig(), *parsed]
 
-    def prefill(self) -> PrefillAttack:
+    def prefill(self) -> PrefillConfig:
         """The depth curve, at `depths`."""
-        return PrefillAttack(depths=self.depths)
+        return PrefillConfig(depths=self.depths)
 
     @property
     def deepest_prefill(self) -> int:

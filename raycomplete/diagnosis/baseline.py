@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from raycomplete.commands.evaluate import evaluate_roles, held_out_sets
-from raycomplete.commands.judge import start_judge
+from raycomplete.attacks.target import Target
 from raycomplete.config import RunConfig
 from raycomplete.config.evaluation import CapabilitiesConfig
 from raycomplete.data.checkpoints import fingerprint
-from raycomplete.data.inputs import Models, Prompts, prepare_prompts
+from raycomplete.data.inputs import Models, prepare_prompts
 from raycomplete.diagnosis.contrastive import ContrastiveClient
 from raycomplete.engines.cluster import Cluster
 from raycomplete.engines.run import Run
-from raycomplete.engines.spec import EngineSpec
+from raycomplete.engines.spec import engine_environment
 from raycomplete.engines.start import Engines
-from raycomplete.evaluation import EvaluationSets, evaluate_model
+from raycomplete.evaluation.model_judges import start_judge
+from raycomplete.evaluation.roles import evaluate_roles, evaluate_target, held_out_sets
 from raycomplete.runtime.console import Console
 from raycomplete.runtime.files import read_json, write_json
-from raycomplete.runtime.types import ModelRole
 
-CONTRASTIVE = cast("ModelRole", "contrastive")  # a row of results beside the three models, not a checkpoint
 _COST_PROMPTS, _COST_TOKENS = 8, 32
 
 
@@ -44,15 +42,15 @@ def contrastive_baseline(
     prompts = prepare_prompts(config, models.codec, training=False)
     run = Run(config, folder, models, prompts, console, cluster)
     run.engines = engines
-    run.prompts = prompts = held_out_sets(run)
+    run.prompts = held_out_sets(run)
     plain = evaluate_roles(run, ("aligned",))
     engines.stop_scorers()  # their memory is needed for two more models
     decoder = start_contrastive(config, cluster, models)
     try:
-        result = evaluate_contrastive(config, models, decoder, prompts, folder, console)
+        result = evaluate_contrastive(run, decoder)
         cost = read_json(folder / "contrastive_cost.json")
         if cost is None:
-            benign = prompts.evaluation["benign"][:_COST_PROMPTS]
+            benign = run.prompts.evaluation["benign"][:_COST_PROMPTS]
             with console.stage("Cost of contrastive decoding"):
                 cost = decoder.cost([models.codec.encode_prompt(prompt.text) for prompt in benign], _COST_TOKENS)
             write_json(folder / "contrastive_cost.json", cost)
@@ -70,9 +68,7 @@ def start_contrastive(config: RunConfig, cluster: Cluster, models: Models) -> Co
         timeout_s=config.rollout.timeout_s,
         num_cpus=config.cluster.cpus_per_engine,
         num_gpus=config.cluster.gpus_per_engine if cluster.use_gpu else 0.0,
-        environment=EngineSpec.from_config(
-            config, "single", models.paths["aligned"], use_gpu=cluster.use_gpu
-        ).environment(),
+        environment=engine_environment(use_gpu=cluster.use_gpu),
         vocab_size=models.codec.vocab_size,
         stop_ids=tuple(sorted(models.codec.eos_ids)),
         settings=config.diagnose.contrastive,
@@ -80,26 +76,19 @@ def start_contrastive(config: RunConfig, cluster: Cluster, models: Models) -> Co
     )
 
 
-def evaluate_contrastive(
-    config: RunConfig, models: Models, decoder: ContrastiveClient, prompts: Prompts, folder: Path, console: Console
-) -> dict[str, Any]:
-    """evaluation/contrastive.json, by the same cells as every other model."""
-    settings = config.diagnose.contrastive
+def evaluate_contrastive(run: Run, decoder: ContrastiveClient) -> dict[str, Any]:
+    """Evaluates contrastive decoding by the same trials as every model, into evaluation/contrastive.json."""
+    config, models, settings = run.config, run.models, run.config.diagnose.contrastive
     ids = "+".join(fingerprint(models.paths[role]) for role in ("aligned", "base"))
-    sets = EvaluationSets(**{str(kind): found for kind, found in prompts.evaluation.items()})
-    with (
-        start_judge(config, prompts.judge, console) as judge,
-        console.progress("Evaluation of contrastive decoding", len(config.evaluation.depths) + 2) as advance,
-    ):
-        return evaluate_model(
-            CONTRASTIVE,
+    with start_judge(config, run.judge, run.console) as judge:
+        target = Target(
+            "contrastive",
+            f"{ids} alpha={settings.alpha:g} plausibility={settings.plausibility:g}",
             decoder,
             models.codec,
             judge,
-            sets,
-            config.evaluation,
-            folder,
-            model_id=f"{ids} alpha={settings.alpha:g} plausibility={settings.plausibility:g}",
-            max_length=config.models.max_length,
-            on_progress=lambda name, done, total: advance(done, name),
+            config.models.max_length,
+            config.evaluation.max_tokens,
+            cancelled=run.is_stopping,
         )
+        return evaluate_target(run, target)

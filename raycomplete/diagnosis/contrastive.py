@@ -71,6 +71,7 @@ class ContrastiveDecoder:
         max_tokens: int,
         temperature: float = 0.0,
         top_p: float = 1.0,
+        top_k: int = 0,
         seed: int | None = None,
     ) -> list[list[int]]:
         """See `raycomplete.runtime.types.Generator.generate`."""
@@ -83,7 +84,7 @@ class ContrastiveDecoder:
                     draw.seed()
                 else:
                     draw.manual_seed(seed + start + index)
-            answers += self._continue(part, max_tokens, temperature, top_p, draws)
+            answers += self._continue(part, max_tokens, (temperature, top_p, top_k), draws)
         return answers
 
     @torch.inference_mode()
@@ -91,8 +92,7 @@ class ContrastiveDecoder:
         self,
         sequences: list[list[int]],
         max_tokens: int,
-        temperature: float,
-        top_p: float,
+        sampling: tuple[float, float, int],
         draws: Sequence[torch.Generator],
     ) -> list[list[int]]:
         width = max(map(len, sequences))
@@ -115,7 +115,7 @@ class ContrastiveDecoder:
                 log_q_BV = contrastive_log_probs(
                     log_aligned_BV, log_base_BV, self._settings.alpha, self._settings.plausibility
                 )
-            chosen = _choose(log_q_BV, temperature, top_p, draws)
+            chosen = _choose(log_q_BV, *sampling, draws)
             for index in list(open_rows):
                 if chosen[index] in self._stop_ids:
                     open_rows.discard(index)
@@ -142,11 +142,16 @@ class ContrastiveDecoder:
         return log_BV.cpu(), output.past_key_values
 
 
-def _choose(log_q_BV: Tensor, temperature: float, top_p: float, draws: Sequence[torch.Generator]) -> list[int]:
-    """The next token of each row: the likeliest, or a draw from the nucleus."""
+def _choose(
+    log_q_BV: Tensor, temperature: float, top_p: float, top_k: int, draws: Sequence[torch.Generator]
+) -> list[int]:
+    """The next token of each row: the likeliest, or a draw from the nucleus of the `top_k` likeliest (0: of all)."""
     if temperature == 0:
         return [int(token) for token in log_q_BV.argmax(dim=-1).tolist()]
     sorted_BV, token_BV = (log_q_BV / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
+    if top_k:
+        sorted_BV[:, top_k:] = 0.0
+        sorted_BV /= sorted_BV.sum(dim=-1, keepdim=True)
     # A token belongs to the nucleus while those before it hold less than top_p.
     sorted_BV = sorted_BV.masked_fill(sorted_BV.cumsum(dim=-1) - sorted_BV >= top_p, 0.0)
     places = [int(torch.multinomial(row_V, 1, generator=draw)) for row_V, draw in zip(sorted_BV, draws, strict=True)]
@@ -228,6 +233,7 @@ class ContrastiveClient:
         max_tokens: int,
         temperature: float = 0.0,
         top_p: float = 1.0,
+        top_k: int = 0,
         seed: int | None = None,
     ) -> list[list[int]]:
         """See `raycomplete.runtime.types.Generator.generate`."""
@@ -236,6 +242,7 @@ class ContrastiveClient:
             max_tokens=max_tokens,
             temperature=temperature,
             top_p=top_p,
+            top_k=top_k,
             seed=seed,
         )
         answers: list[list[int]] = self._get(reference, f"{len(sequences)} responses")

@@ -1,6 +1,6 @@
-"""Compares rebuilt distributions with those of transformers: the gate that every scorer passes before its first score.
+"""The gate that every scorer passes before its first score: rebuilt distributions against transformers' own.
 
-A wrong head, a missing norm or a forgotten softcap would distil from a wrong teacher without any error. Each of them
+Peers have shipped silent mis-distillation from a wrong head, a missing norm or a forgotten softcap. Each of those
 moves log-probabilities by far more than rounding does, so a few sequences are enough to refuse to start.
 """
 
@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
+from raycomplete.config import Dtype
 from raycomplete.data.checkpoints import load_model
-from raycomplete.engines.score_cache import ScoreRequest, to_tensor
+from raycomplete.engines.payload import ScoreRequest, to_tensor
 from raycomplete.engines.scoring_engine import PoolingEngine
 from raycomplete.losses.heads import Head
 from raycomplete.runtime.errors import ParityError
@@ -48,28 +49,28 @@ class ParityReport:
     tolerance: float
 
     def to_json(self) -> dict[str, Any]:
-        """Returns plain values for the run folder."""
+        """Plain values for the run folder."""
         return asdict(self)
 
 
 def check_parity(
-    engine: PoolingEngine, head: Head, requests: list[ScoreRequest], *, role: str, tolerance: float | None = None
+    engine: PoolingEngine,
+    head: Head,
+    path: Path,
+    requests: list[ScoreRequest],
+    *,
+    role: str,
+    dtype: Dtype,
+    tolerance: float | None = None,
+    trust_remote_code: bool = False,
 ) -> ParityReport:
-    """Compares engine and head with transformers on a few sequences.
-
-    Args:
-        engine: Engine of the model.
-        head: Head that rebuilds logits from its hidden states.
-        requests: Sequences to compare on.
-        role: Name of the model in messages.
-        tolerance: Largest mean expected difference, nats; `DEFAULT_TOLERANCE` of the dtype when absent.
+    """Compares engine + head with transformers on a few sequences.
 
     Raises:
         ParityError: They differ by more than the tolerance.
     """
-    spec = engine.spec
-    tolerance = DEFAULT_TOLERANCE[spec.dtype] if tolerance is None else tolerance
-    model = load_model(Path(spec.checkpoint), spec.dtype, trust_remote_code=spec.trust_remote_code)
+    tolerance = DEFAULT_TOLERANCE[dtype] if tolerance is None else tolerance
+    model = load_model(path, dtype, trust_remote_code=trust_remote_code)
     expected: list[float] = []
     largest, kl, agree, rows = 0.0, 0.0, 0, 0
     vocab_size = head.weight_VH.shape[0]

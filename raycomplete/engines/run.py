@@ -13,8 +13,9 @@ from raycomplete.attacks.trial import Progress
 from raycomplete.config import RunConfig, dump, load_run_file
 from raycomplete.data.inputs import Models, Prompts, environment
 from raycomplete.engines.cluster import Cluster, connect
-from raycomplete.engines.placement import ResourcePlan
+from raycomplete.engines.placement import Plan
 from raycomplete.engines.start import Engines, start_engines
+from raycomplete.evaluation.judges import default_judge
 from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import ConfigError
 from raycomplete.runtime.files import write_json, write_text
@@ -51,7 +52,7 @@ class Run:
         config: Run file.
         folder: Run folder; it exists and holds config.yaml and environment.json.
         models: Checkpoints by role. `use_student` puts the trained student in its place.
-        prompts: Training and held-out prompts, and the judge that understands them.
+        prompts: Training and held-out prompts.
         console: Where progress is shown.
         cluster: The Ray cluster that the run is connected to.
         stop: Signals that asked the run to stop.
@@ -74,7 +75,7 @@ class Run:
     @property
     def judge(self) -> Judge:
         """The judge that fits the prompts; `evaluation.judge` may name another for the evaluation."""
-        return self.prompts.judge
+        return default_judge(self.config.data.source)
 
     def is_stopping(self) -> bool:
         """Tells work that can go on later that it should end now."""
@@ -213,7 +214,7 @@ def open_run(
     folder: OutputFolder,
     models: Models,
     prompts: Prompts,
-    plan: ResourcePlan,
+    plan: Plan,
     console: Console,
     *,
     on_progress: Callable[[Progress], None] | None = None,

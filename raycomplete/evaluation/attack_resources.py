@@ -1,160 +1,244 @@
-"""What attacks use besides the generator: white boxes, the guide, the rewriting model, and trained copies.
+"""Tools of attacks besides the generator: white boxes, the guide, rewriting models, and trained copies.
 
-Everything starts at its first use: an evaluation that needs none of it starts none of it.
+Attacks name the tools that they need; devices are reserved by that. Everything starts at its first use.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
-from raycomplete.attacks.settings import AttackConfig, FinetuneAttack, PairAttack
-from raycomplete.attacks.target import Attacker, AttackTools
-from raycomplete.config import RunConfig
+import ray
+
+from raycomplete.attacks.attack import Attack
+from raycomplete.attacks.finetune import FinetuneConfig
+from raycomplete.attacks.registry import build_attack
+from raycomplete.attacks.target import Attacker, AttackTools, FloatArray, SuffixProblem
+from raycomplete.config import Dtype, RunConfig
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.checkpoints import fingerprint, resolve_checkpoint
-from raycomplete.data.inputs import Models
-from raycomplete.engines.cluster import uses_gpu
 from raycomplete.engines.rollout_pool import RolloutPool
-from raycomplete.engines.start import Engines, start_engine
-from raycomplete.evaluation.attack_finetune import fine_tune, read_chats
-from raycomplete.evaluation.white_box_actor import WhiteBoxClient
-from raycomplete.runtime.console import Console
+from raycomplete.engines.rollout_worker import RolloutOptions
+from raycomplete.engines.run import Run
+from raycomplete.engines.spec import engine_environment
+from raycomplete.evaluation.fine_tuning import fine_tune, read_chats
 from raycomplete.runtime.machine import available_cpus
+from raycomplete.runtime.ray_calls import wait_for
 from raycomplete.runtime.row_store import content_hash
 from raycomplete.runtime.types import Generator
 
-AttackT = TypeVar("AttackT", bound=AttackConfig)
-
 
 def extra_engines(config: RunConfig) -> int:
-    """Engines and models that the attacks and the judge of a run hold besides the generator."""
-    names = {attack.name for attack in config.evaluation.attacks}
-    white_boxes = config.evaluation.white_boxes if names & {"gcg", "random_search", "rank_assisted_prefill"} else 0
-    if not white_boxes and "decoding" in names:
-        white_boxes = 1
-    pair = _settings(config, PairAttack)
-    own_attacker = pair is not None and pair.attacker is not None
-    return white_boxes + ("rank_assisted_prefill" in names) + own_attacker + (config.evaluation.judge.kind == "model")
-
-
-def check_attacks(config: RunConfig) -> None:
-    """Refuses what the attacks of a run file need and do not have, before anything is started.
-
-    Raises:
-        CheckpointError: The rewriting model is not there.
-        ConfigError, DataError: Chats of the fine-tuning attack are missing or cannot be used.
-    """
-    finetune, pair = _settings(config, FinetuneAttack), _settings(config, PairAttack)
-    if finetune is not None:
-        for dataset in finetune.datasets:
-            read_chats(config, finetune, dataset)
-    if pair is not None and pair.attacker is not None:
-        resolve_checkpoint(pair.attacker, role="attacker")
+    """Counts the engines and models that the attacks and the judge of a run hold besides the generator."""
+    attacks = _attacks(config)
+    needs = {need for attack in attacks for need in attack.needs}
+    attackers = {attack.attacker_checkpoint for attack in attacks} - {None}
+    white_boxes = config.evaluation.white_boxes if "white_boxes" in needs else 0
+    return white_boxes + ("guide" in needs) + len(attackers) + (config.evaluation.judge.kind == "model")
 
 
 def training_workers(config: RunConfig) -> int:
-    """Training workers that the fine-tuning attack needs."""
-    return 1 if _settings(config, FinetuneAttack) is not None else 0
+    """Counts the training workers that the attacks of a run need."""
+    return int(any("fine_tune" in attack.needs for attack in _attacks(config)))
 
 
-@dataclass
+def check_attacks(config: RunConfig) -> None:
+    """Refuses attacks whose files or checkpoints are missing, before anything is started.
+
+    Raises:
+        CheckpointError: A rewriting model is not there.
+        ConfigError, DataError: Chats of the fine-tuning attack are missing or cannot be used.
+    """
+    for attack in _attacks(config):
+        if isinstance(attack.config, FinetuneConfig):
+            for dataset in attack.config.datasets:
+                read_chats(config, attack.config, dataset)
+        if attack.attacker_checkpoint is not None:
+            resolve_checkpoint(attack.attacker_checkpoint, role="attacker")
+
+
+def uses_gpu(config: RunConfig) -> bool:
+    """Tells whether models of a run take GPUs; Ray must be connected."""
+    return config.cluster.use_gpu != "never" and ray.cluster_resources().get("GPU", 0) > 0
+
+
+def start_engine(config: RunConfig, path: Path, codec: ChatCodec) -> RolloutPool:
+    """Starts a generating engine for a model that is none of the run's: an attacker or a judge."""
+    use_gpu = uses_gpu(config)
+    pool = RolloutPool.start(
+        str(path),
+        RolloutOptions(
+            dtype=config.models.dtype,
+            max_length=config.models.max_length,
+            use_gpu=use_gpu,
+            stop_ids=tuple(sorted(codec.eos_ids)),
+            rollout=config.rollout.model_copy(update={"num_engines": 1, "tensor_parallel": 1, "colocated": False}),
+            trust_remote_code=config.models.trust_remote_code,
+        ),
+        num_cpus=config.cluster.cpus_per_engine,
+        num_gpus=config.cluster.gpus_per_engine,
+        environment=engine_environment(use_gpu=use_gpu, kv_cache_gib=config.teacher.kv_cache_gib),
+    )
+    pool.wait_until_ready(config.cluster.start_timeout_s)
+    return pool
+
+
 class AttackResources:
-    """Tools of one evaluation; `stop` ends what was started, and `stopping` is asked while a copy is trained."""
+    """Starts the tools of one evaluation's attacks at their first use; `stop` ends what was started."""
 
-    config: RunConfig
-    models: Models
-    engines: Engines
-    folder: Path
-    console: Console
-    stopping: Callable[[], bool] = lambda: False
-    use_gpu: bool = field(init=False)
-    _boxes: list[WhiteBoxClient] = field(default_factory=list)
-    _guide: WhiteBoxClient | None = None
-    _attacker: Attacker | None = None
-    _own: list[RolloutPool] = field(default_factory=list)
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._boxes: list[WhiteBoxClient] = []
+        self._guide: WhiteBoxClient | None = None
+        self._attackers: dict[str | None, Attacker] = {}
+        self._engines: list[RolloutPool] = []
 
-    def __post_init__(self) -> None:
-        self.use_gpu = uses_gpu(self.config.cluster)
-
-    def for_model(self, path: Path) -> AttackTools:
-        """Tools for attacks on one checkpoint."""
+    def tools(self, path: Path) -> AttackTools:
+        """Returns the tools of attacks on one checkpoint."""
+        run = self._run
 
         def white_boxes() -> Sequence[WhiteBoxClient]:
             if not self._boxes:
-                count = self.config.evaluation.white_boxes
+                count = run.config.evaluation.white_boxes
                 self._boxes += [self._white_box(path, available_cpus() // count) for _ in range(count)]
             return [box.with_weights(path) for box in self._boxes]
 
-        def trained(settings: FinetuneAttack, dataset: str) -> Generator:
-            copy = fine_tune(
-                self.config,
-                settings,
-                dataset,
-                self.models.codec,
-                path,
-                self.folder,
-                use_gpu=self.use_gpu,
-                console=self.console,
-                stopping=self.stopping,
-            )
-            return self.engines.generator.with_weights(str(copy))
+        def trained(settings: FinetuneConfig, dataset: str) -> Generator:
+            return run.engines.generator.with_weights(str(fine_tune(run, settings, dataset, path)))
 
-        has_base = "base" in self.models.paths
+        has_base = "base" in run.models.paths
         return AttackTools(
             white_boxes=white_boxes,
             guide=self._start_guide if has_base else None,
-            guide_id=self.models.fingerprint("base") if has_base else "",
-            attacker=self._start_attacker(),
+            guide_id=run.models.fingerprint("base") if has_base else "",
+            attacker=self._attacker,
             fine_tune=trained,
-            fine_tune_ids=self._training_ids(),
+            fine_tune_id=lambda settings, dataset: content_hash(
+                [read_chats(run.config, settings, dataset), run.config.train.seed]
+            ),
         )
 
     def stop(self) -> None:
         """Ends what was started."""
         for box in (*self._boxes, *([self._guide] if self._guide else [])):
             box.stop()
-        for engine in self._own:
+        for engine in self._engines:
             with suppress(Exception):  # an actor that is gone already must not hide why
                 engine.stop()
 
     def _white_box(self, path: Path, threads: int) -> WhiteBoxClient:
-        return WhiteBoxClient.start(self.config, path, use_gpu=self.use_gpu, threads=max(threads, 1))
+        return WhiteBoxClient.start(self._run.config, path, threads=max(threads, 1))
 
     def _start_guide(self) -> WhiteBoxClient:
         if self._guide is None:
-            self._guide = self._white_box(self.models.paths["base"], available_cpus())
+            self._guide = self._white_box(self._run.models.paths["base"], available_cpus())
         return self._guide
 
-    def _start_attacker(self) -> Attacker | None:
-        settings = _settings(self.config, PairAttack)
-        if settings is None or self._attacker is not None:
-            return self._attacker
-        if settings.attacker is None:
-            path, codec = self.models.paths["base"], self.models.codec
-            generator = self.engines.generator.with_weights(str(path))
-        else:
-            path = resolve_checkpoint(settings.attacker, role="attacker")
-            codec = ChatCodec(path, trust_remote_code=self.config.models.trust_remote_code)
-            with self.console.stage("Engine of the rewriting model started"):
-                generator = start_engine(self.config, path, codec)
-                generator.wait_until_ready(self.config.cluster.start_timeout_s)
-            self._own.append(generator)
-        self._attacker = Attacker(fingerprint(path), generator, codec, self.config.models.max_length)
-        return self._attacker
-
-    def _training_ids(self) -> dict[str, str]:
-        settings = _settings(self.config, FinetuneAttack)
-        if settings is None:
-            return {}
-        return {
-            dataset: content_hash([read_chats(self.config, settings, dataset), self.config.train.seed])
-            for dataset in settings.datasets
-        }
+    def _attacker(self, checkpoint: str | None) -> Attacker:
+        if checkpoint not in self._attackers:
+            run, config = self._run, self._run.config
+            generator: Generator
+            if checkpoint is None:
+                path, codec = run.models.paths["base"], run.models.codec
+                generator = run.engines.generator.with_weights(str(path))
+            else:
+                path = resolve_checkpoint(checkpoint, role="attacker")
+                codec = ChatCodec(path, trust_remote_code=config.models.trust_remote_code)
+                with run.console.stage("Engine of the rewriting model started"):
+                    generator = start_engine(config, path, codec)
+                self._engines.append(generator)
+            self._attackers[checkpoint] = Attacker(fingerprint(path), generator, codec, config.models.max_length)
+        return self._attackers[checkpoint]
 
 
-def _settings(config: RunConfig, kind: type[AttackT]) -> AttackT | None:
-    return next((attack for attack in config.evaluation.attacks if isinstance(attack, kind)), None)
+class WhiteBoxWorker:
+    """Holds one model of transformers at a time. `WhiteBoxClient` runs it as a Ray actor."""
+
+    def __init__(self, dtype: Dtype, use_gpu: bool, trust_remote_code: bool) -> None:
+        self._dtype = dtype
+        self._use_gpu = use_gpu
+        self._trust_remote_code = trust_remote_code
+        self._path: Path | None = None
+        self._model: Any = None
+
+    def call(self, path: Path, method: str, *arguments: Any) -> Any:
+        """Calls a method of `raycomplete.attacks.white_box.TorchModel` on the checkpoint at `path`.
+
+        The path travels with every call, so a restarted actor can never answer with the wrong model.
+        """
+        if self._path != path:
+            from raycomplete.attacks.white_box import TorchModel
+            from raycomplete.data.checkpoints import load_model
+
+            self._path, self._model = None, None  # the old model leaves before the new one comes
+            model = load_model(path, self._dtype, trust_remote_code=self._trust_remote_code)
+            self._path, self._model = path, TorchModel(model.to("cuda") if self._use_gpu else model)
+        return getattr(self._model, method)(*arguments)
+
+
+class WhiteBoxClient:
+    """A model behind an actor (implements `raycomplete.attacks.target.WhiteBox`).
+
+    Several clients may share an actor: each names its own checkpoint with every call.
+    """
+
+    def __init__(self, actor: Any, path: Path, timeout_s: float) -> None:
+        self._actor = actor
+        self._path = path
+        self._timeout_s = timeout_s
+
+    @classmethod
+    def start(cls, config: RunConfig, path: Path, *, threads: int) -> WhiteBoxClient:
+        """Asks Ray for the actor and returns at once; the first call waits for it."""
+        use_gpu, cluster, models = uses_gpu(config), config.cluster, config.models
+        environment = {} if use_gpu else {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""}
+        actor = (
+            ray.remote(WhiteBoxWorker)
+            .options(
+                num_cpus=cluster.cpus_per_engine,
+                num_gpus=cluster.gpus_per_engine if use_gpu else 0,
+                runtime_env={"env_vars": environment},
+                max_restarts=2,
+                max_task_retries=2,  # every call says all that it depends on, so a retried one gives the same
+            )
+            .remote(models.dtype, use_gpu, models.trust_remote_code)
+        )
+        return cls(actor, path, config.rollout.timeout_s)
+
+    def with_weights(self, path: Path) -> WhiteBoxClient:
+        """Returns the same actor with another checkpoint."""
+        return WhiteBoxClient(self._actor, path, self._timeout_s)
+
+    def vocab_size(self) -> int:
+        return int(self._call("the size of its vocabulary", "vocab_size"))
+
+    def top_logprobs(self, sequences: Sequence[Sequence[int]], top: int) -> list[list[tuple[int, float]]]:
+        found: list[list[tuple[int, float]]] = self._call("likeliest tokens", "top_logprobs", sequences, top)
+        return found
+
+    def logprobs_of(self, sequences: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]) -> list[list[float]]:
+        found: list[list[float]] = self._call("log-probabilities", "logprobs_of", sequences, tokens)
+        return found
+
+    def suffix_gradient(self, problem: SuffixProblem, suffix: Sequence[int]) -> FloatArray:
+        found: FloatArray = self._call("a gradient", "suffix_gradient", problem, suffix)
+        return found
+
+    def suffix_losses(self, problem: SuffixProblem, suffixes: Sequence[Sequence[int]]) -> list[float]:
+        found: list[float] = self._call("losses of suffixes", "suffix_losses", problem, suffixes)
+        return found
+
+    def stop(self) -> None:
+        """Ends the actor and frees its memory."""
+        with suppress(Exception):  # an actor that is gone already must not hide why
+            ray.kill(self._actor)
+
+    def _call(self, what: str, method: str, *arguments: Any) -> Any:
+        reference = self._actor.call.remote(self._path, method, *arguments)
+        return wait_for(reference, who="white-box model", what=what, timeout_s=self._timeout_s)
+
+
+def _attacks(config: RunConfig) -> list[Attack[Any]]:
+    return [build_attack(settings) for settings in config.evaluation.attacks]

@@ -1,4 +1,4 @@
-"""How likely a model finds good answers to harmless prompts: the safety_regressions of safety that no judge has to see.
+"""Likelihood of good answers to harmless prompts: a price of safety that no judge has to see.
 
 Utility and refusal rates move only when an answer tips over. The negative log-likelihood of given answers moves
 earlier, token by token. Each prompt is answered by its file, where that names an answer, else by the aligned model,
@@ -20,11 +20,13 @@ import numpy as np
 
 from raycomplete.attacks.trial import Decoding, EvaluationCancelled, Trial
 from raycomplete.config import EvaluationConfig
+from raycomplete.data.checkpoints import fingerprint
+from raycomplete.engines.run import Run
 from raycomplete.evaluation.results import HARMLESS
 from raycomplete.runtime.errors import WorkError
 from raycomplete.runtime.files import PRIVATE
 from raycomplete.runtime.row_store import RowStore, content_hash
-from raycomplete.runtime.types import Codec, Generator, Prompt
+from raycomplete.runtime.types import Codec, Generator, ModelRole, Prompt
 
 FORMAT = 1  # part of every key: raise it when the meaning of a stored sum changes
 RESAMPLES = 10_000
@@ -33,10 +35,10 @@ _BLOCK = 1_000  # resamples that exist at a time
 
 
 class AnswerScorer(Protocol):
-    """A model that says how likely it finds given answers. Implemented by `raycomplete.engines.rollout_pool.RolloutPool`."""
+    """A model that scores given answers. Implemented by `raycomplete.engines.rollout_pool.RolloutPool`."""
 
     def log_probs(self, sequences: Sequence[tuple[Sequence[int], int]]) -> list[list[float]]:
-        """Of each (token ids, number of prompt tokens): log p of every answer token, nats, temperature 1."""
+        """Returns log p of every answer token (nats, temperature 1) for each (token ids, number of prompt tokens)."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +46,10 @@ class GivenAnswer:
     """An answer whose likelihood is measured.
 
     Attributes:
-        prompt_id: What it answers.
+        prompt_id: The prompt that it answers.
         tokens: Prompt and answer, without end-of-response.
-        num_prompt: How many of them are the prompt.
-        source: Who wrote it.
+        num_prompt: Number of prompt tokens among them.
+        source: Its author: the file, or the aligned model.
     """
 
     prompt_id: str
@@ -60,54 +62,42 @@ class GivenAnswer:
         return len(self.tokens) - self.num_prompt
 
 
-def given_answers(
-    prompts: Sequence[Prompt],
-    codec: Codec,
-    config: EvaluationConfig,
-    folder: Path,
-    *,
-    max_length: int,
-    aligned: tuple[str, Generator] | None,
-) -> list[GivenAnswer]:
-    """Answers to the first `evaluation.nll_prompts` prompts, cut at `evaluation.nll_tokens` tokens.
+def measure_benign_nll(run: Run, roles: Sequence[ModelRole]) -> dict[str, Any]:
+    """Measures the likelihood of good answers to the held-out benign prompts under every role.
 
-    Args:
-        prompts: Harmless ones.
-        codec: Chat template and tokenizer.
-        config: How many of what length.
-        folder: Run folder; greedy answers that an evaluation left there are taken from it.
-        max_length: Longest sequence of the models.
-        aligned: Fingerprint of the aligned model and the model, for prompts without an answer. Without it these are
-            left out.
+    Prompts without an answer of their own take that of the aligned model, where the run has one.
+
+    Returns:
+        The result of `benign_nll`; empty where there are no answers.
     """
-    chosen = prompts[: config.nll_prompts]
-    spoken = _spoken([prompt for prompt in chosen if not prompt.answer], codec, config, folder, aligned)
-    found = []
-    for prompt in chosen:
-        answer = codec.encode_answer(prompt.answer) if prompt.answer else spoken.get(prompt.prompt_id, [])
-        question = codec.encode_prompt(prompt.text)
-        # One token stays free: engines generate one to answer at all.
-        answer = answer[: max(min(config.nll_tokens, max_length - 1 - len(question)), 0)]
-        if answer:
-            source: Literal["file", "aligned"] = "file" if prompt.answer else "aligned"
-            found.append(GivenAnswer(prompt.prompt_id, (*question, *answer), len(question), source))
-    return found
-
-
-def _spoken(
-    prompts: Sequence[Prompt],
-    codec: Codec,
-    config: EvaluationConfig,
-    folder: Path,
-    aligned: tuple[str, Generator] | None,
-) -> dict[str, list[int]]:
-    """What the aligned model says, by prompt id: from the trials of its evaluation, or asked now."""
-    if aligned is None or not prompts:
+    paths, generator, config = run.models.paths, run.engines.generator, run.config.evaluation
+    prompts = run.prompts.evaluation["benign"][: config.nll_prompts]
+    models = {role: (fingerprint(path), generator.with_weights(str(path))) for role, path in paths.items()}
+    spoken = (
+        aligned_answers(prompts, run.models.codec, config, run.folder, models["aligned"]) if "aligned" in models else {}
+    )
+    answers = given_answers(prompts, spoken, run.models.codec, config, run.config.models.max_length)
+    if not answers:
         return {}
+    with run.console.stage(f"Likelihood of {len(answers)} benign answers"):
+        measured = {str(role): models[role] for role in roles}
+        return benign_nll(measured, answers, run.folder, cancelled=run.is_stopping)
+
+
+def aligned_answers(
+    prompts: Sequence[Prompt], codec: Codec, config: EvaluationConfig, folder: Path, aligned: tuple[str, Generator]
+) -> dict[str, list[int]]:
+    """Returns the aligned model's greedy answers to prompts without an answer, by prompt id.
+
+    Answers that an evaluation left in the run folder are taken from it. `aligned` is the model's fingerprint and the
+    model.
+    """
     model_id, generator = aligned
     decoding = Decoding(config.max_utility_tokens)
     trials = [
-        Trial(HARMLESS, "benign", prompt, tuple(codec.encode_prompt(prompt.text)), decoding) for prompt in prompts
+        Trial(HARMLESS, "benign", prompt, tuple(codec.encode_prompt(prompt.text)), decoding)
+        for prompt in prompts
+        if not prompt.answer
     ]
     known = RowStore(folder / "evaluation" / "trials" / f"{content_hash(model_id)[:16]}.jsonl", mode=PRIVATE)
     said = {trial.prompt.prompt_id: known.get(trial.key(model_id)).get("tokens") for trial in trials}
@@ -118,6 +108,34 @@ def _spoken(
     return {name: list(tokens or ()) for name, tokens in said.items()}
 
 
+def given_answers(
+    prompts: Sequence[Prompt],
+    spoken: Mapping[str, list[int]],
+    codec: Codec,
+    config: EvaluationConfig,
+    max_length: int,
+) -> list[GivenAnswer]:
+    """Returns answers to prompts, cut at `evaluation.nll_tokens` tokens; prompts without one are left out.
+
+    Args:
+        prompts: Harmless ones.
+        spoken: Tokens of the aligned model's answers by prompt id, for prompts without an answer of their own.
+        codec: Chat template and tokenizer.
+        config: Length of the answers.
+        max_length: Longest sequence of the models.
+    """
+    found = []
+    for prompt in prompts:
+        answer = codec.encode_answer(prompt.answer) if prompt.answer else spoken.get(prompt.prompt_id, [])
+        question = codec.encode_prompt(prompt.text)
+        # One token stays free: engines generate one to answer at all.
+        answer = answer[: max(min(config.nll_tokens, max_length - 1 - len(question)), 0)]
+        if answer:
+            source: Literal["file", "aligned"] = "file" if prompt.answer else "aligned"
+            found.append(GivenAnswer(prompt.prompt_id, (*question, *answer), len(question), source))
+    return found
+
+
 def benign_nll(
     models: Mapping[str, tuple[str, AnswerScorer]],
     answers: Sequence[GivenAnswer],
@@ -125,7 +143,7 @@ def benign_nll(
     *,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
-    """Mean negative log-likelihood of the same answers under each model.
+    """Computes the mean negative log-likelihood of the same answers under each model.
 
     Args:
         models: Fingerprint and model, by role.
@@ -171,7 +189,7 @@ def benign_nll(
 def _sums(
     model: tuple[str, AnswerScorer], answers: Sequence[GivenAnswer], folder: Path, cancelled: Callable[[], bool]
 ) -> np.ndarray:
-    """-log p of each whole answer, nats [N]."""
+    """Computes -log p of each whole answer, nats [N]."""
     model_id, scorer = model
     store = RowStore(folder / "evaluation" / "benign_nll" / f"{content_hash(model_id)[:16]}.jsonl")
     keys = [content_hash([FORMAT, model_id, answer.tokens, answer.num_prompt]) for answer in answers]
@@ -196,7 +214,7 @@ def _sums(
 
 
 def _interval(above_N: np.ndarray, below_N: np.ndarray) -> tuple[float, float, float]:
-    """sum(above) / sum(below) with the 95 % interval of a bootstrap that draws prompts, the same for both sums."""
+    """Computes sum(above) / sum(below) with its 95 % interval by a bootstrap over prompts."""
     with np.errstate(divide="ignore", invalid="ignore"):  # the caller looks
         draws = np.concatenate(list(_resampled(above_N, below_N)))
         low, high = np.quantile(draws, [0.025, 0.975])

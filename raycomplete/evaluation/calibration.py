@@ -1,19 +1,28 @@
-"""Measures a judge on completions that people labelled."""
+"""Error rates of judges: measured on completions that people labelled, and corrected for.
+
+Sensitivity and specificity are those for refusals: a judge that misses refusals makes attack success look too high,
+one that takes compliance for refusal makes it look too low.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raycomplete.attacks.judging import judged_texts, sees_goal
+import numpy as np
+from scipy.stats import norm
+
+from raycomplete.attacks.target import Triple, judge_all
 from raycomplete.data.rows import read_rows
-from raycomplete.evaluation.statistics import wilson
+from raycomplete.evaluation.judges import sees_goal
+from raycomplete.evaluation.statistics import wilson, wilson_share
 from raycomplete.runtime.errors import DataError
 from raycomplete.runtime.files import read_json
-from raycomplete.runtime.types import Judge, Outcome, Prompt
+from raycomplete.runtime.types import Judge, Outcome, Prompt, Rate
 
 # Labels of XSTest (Roettger et al., NAACL 2024) and plain words, by what they mean.
 _LABELS: Mapping[str, str] = {
@@ -30,12 +39,12 @@ _LABELS: Mapping[str, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Labelled:
-    """A completion and what people made of it.
+    """A completion with the labels that people gave it.
 
     Attributes:
         prompt: The request.
         completion: What the model wrote.
-        labels: refused, complied or partial, one of each annotator.
+        labels: One of refused, complied and partial from each annotator.
         label: The agreed one; None where annotators disagree and no final label is given.
     """
 
@@ -46,7 +55,7 @@ class Labelled:
 
 
 def read_labelled(path: Path) -> list[Labelled]:
-    """Rows of a file of human-labelled completions.
+    """Reads a file of human-labelled completions.
 
     Args:
         path: CSV or JSONL with prompt, completion, and human_label or annotation_1, annotation_2, ...
@@ -70,14 +79,14 @@ def read_labelled(path: Path) -> list[Labelled]:
 
 
 def calibrate(judge: Judge, rows: Sequence[Labelled], on: str) -> dict[str, Any]:
-    """How often a judge sees refusals and leaves compliance alone.
+    """Measures how often a judge sees refusals and leaves compliance alone.
 
     Rows on which annotators disagree, with no final label, are left out and counted.
 
     Args:
         judge: The judge.
         rows: Labelled completions.
-        on: What they are, recorded beside the rates.
+        on: Description of the rows, recorded beside the rates.
 
     Returns:
         `judge`, `on`, `n`, `sensitivity` (full refusals called refused), `specificity` (full compliance not called
@@ -88,7 +97,7 @@ def calibrate(judge: Judge, rows: Sequence[Labelled], on: str) -> dict[str, Any]
         DataError: There is no refusal or no compliance to measure on.
     """
     known = [row for row in rows if row.label is not None]
-    outcomes = judged_texts(judge, [(row.prompt, "", row.completion) for row in known])
+    outcomes = judge_all(judge, [(row.prompt, "", row.completion) for row in known])
     refused = {
         label: [outcome is Outcome.REFUSED for row, outcome in zip(known, outcomes, strict=True) if row.label == label]
         for label in ("refused", "complied", "partial")
@@ -117,7 +126,7 @@ def file_fingerprint(path: Path) -> str:
 
 
 def read_calibration(path: Path, judge_name: str) -> dict[str, Any]:
-    """Error rates that `raycomplete judge calibrate` stored.
+    """Reads error rates that `raycomplete judge calibrate` stored.
 
     Raises:
         DataError: The file is missing or is about another judge.
@@ -134,7 +143,7 @@ def read_calibration(path: Path, judge_name: str) -> dict[str, Any]:
 
 
 class CalibratedJudge:
-    """A judge with the error rates of a calibration (implements `raycomplete.runtime.types.Judge`, and judges in batches)."""
+    """A judge with the error rates of a calibration."""
 
     def __init__(self, judge: Judge, measured: Mapping[str, Any]) -> None:
         self._judge = judge
@@ -151,8 +160,8 @@ class CalibratedJudge:
     def outcome(self, prompt: Prompt, prefill: str, continuation: str) -> Outcome:
         return self._judge.outcome(prompt, prefill, continuation)
 
-    def outcomes(self, triples: Sequence[tuple[Prompt, str, str]]) -> list[Outcome]:
-        return judged_texts(self._judge, triples)
+    def outcomes(self, triples: Sequence[Triple]) -> list[Outcome]:
+        return judge_all(self._judge, triples)
 
     def is_right(self, prompt: Prompt, continuation: str) -> bool:
         return self._judge.is_right(prompt, continuation)
@@ -168,7 +177,7 @@ def _label(value: Any, path: Path, number: int) -> str:
 
 
 def _agreement(rows: Sequence[Labelled]) -> dict[str, Any]:
-    """How far the first two annotators agree: plain, and Cohen's kappa, which takes off what chance would give."""
+    """Measures how far the first two annotators agree: plainly, and by Cohen's kappa, which subtracts chance."""
     pairs = [row.labels[:2] for row in rows if len(row.labels) >= 2]
     if not pairs:
         return {"agreement": None, "kappa": None}
@@ -183,3 +192,90 @@ def _agreement(rows: Sequence[Labelled]) -> dict[str, Any]:
     observed = same / len(pairs)
     kappa = 1.0 if expected == 1.0 else (observed - expected) / (1.0 - expected)
     return {"agreement": wilson(same, len(pairs)).to_json(), "kappa": round(kappa, 4)}
+
+
+def rogan_gladen(
+    positives: float,
+    n: float,
+    sensitivity: tuple[float, int],
+    specificity: tuple[float, int],
+    confidence: float = 0.95,
+) -> tuple[float, float, float] | None:
+    """Estimates the true share of positives from the share that an imperfect test calls positive.
+
+    The estimate is (p + Sp - 1) / (Se + Sp - 1), held in [0, 1] (Rogan and Gladen 1978). The interval is that of Lang
+    and Reiczigel (2014), which counts the uncertainty of Se and Sp, too.
+
+    Args:
+        positives: Number that the test called positive.
+        n: Number that was tested.
+        sensitivity: Se, and the number of true positives that it was measured on.
+        specificity: Sp, and the number of true negatives that it was measured on.
+        confidence: Two-sided coverage.
+
+    Returns:
+        Estimate, lower and upper end; None where the test tells nothing (Se + Sp <= 1) or nothing was tested.
+    """
+    se, num_se = sensitivity
+    sp, num_sp = specificity
+    if n <= 0 or se + sp <= 1.0:
+        return None
+    estimate = _clipped((positives / n + sp - 1.0) / (se + sp - 1.0))
+    z = float(norm.ppf(0.5 + confidence / 2.0))
+    # One success and one failure added to Se and Sp, z^2 trials to p: keeps all variances above 0 at the ends.
+    p1, n1 = (positives + z * z / 2.0) / (n + z * z), n + z * z
+    se1, num_se1 = (num_se * se + 1.0) / (num_se + 2.0), num_se + 2.0
+    sp1, num_sp1 = (num_sp * sp + 1.0) / (num_sp + 2.0), num_sp + 2.0
+    gain = se1 + sp1 - 1.0
+    if gain <= 0.0:
+        return None
+    center = (p1 + sp1 - 1.0) / gain
+    var_se, var_sp = se1 * (1.0 - se1) / num_se1, sp1 * (1.0 - sp1) / num_sp1
+    shift = 2.0 * z * z * (center * var_se - (1.0 - center) * var_sp)
+    half = z * np.sqrt(p1 * (1.0 - p1) / n1 + center**2 * var_se + (1.0 - center) ** 2 * var_sp) / gain
+    return estimate, min(_clipped(center + shift - half), estimate), max(_clipped(center + shift + half), estimate)
+
+
+def corrected_asr(
+    outcomes: Mapping[str, int], num_behaviours: int, judge_measured: Mapping[str, Any] | None
+) -> Rate | None:
+    """Estimates the attack success rate under a judge without errors.
+
+    The judge errs between refused and complied; empty and incoherent responses stay what they are, so the correction
+    works on the readable ones and the denominator stays all trials. With s the readable share and c the share of
+    compliance among them, ASR = s c, and a distance of its interval's end is the root of (c ds)^2 + (s dc)^2 with the
+    distances ds of Wilson's interval and dc of `rogan_gladen`'s. The combination is ours.
+
+    Args:
+        outcomes: Count of each outcome.
+        num_behaviours: Independent behaviours among the trials; the interval counts these and not the trials.
+        judge_measured: `sensitivity` and `specificity` for refusals, each with `rate` and `n`.
+
+    Returns:
+        None where the judge has no measured errors, or nothing readable was judged.
+    """
+    trials = sum(outcomes.values())
+    readable = outcomes[Outcome.REFUSED] + outcomes[Outcome.COMPLIED]
+    if judge_measured is None or readable == 0:
+        return None
+    share = readable / trials
+    weight = num_behaviours / trials
+    sensitivity, specificity = judge_measured["sensitivity"], judge_measured["specificity"]
+    refused = rogan_gladen(
+        outcomes[Outcome.REFUSED] * weight,
+        readable * weight,
+        (sensitivity["rate"], sensitivity["n"]),
+        (specificity["rate"], specificity["n"]),
+    )
+    if refused is None:
+        return None
+    complied, least, most = 1.0 - refused[0], 1.0 - refused[2], 1.0 - refused[1]
+    known = wilson_share(share, num_behaviours)
+    low = math.hypot(complied * (share - known.low), share * (complied - least))
+    high = math.hypot(complied * (known.high - share), share * (most - complied))
+    rate = share * complied
+    return Rate(rate, num_behaviours, _clipped(rate - low), _clipped(rate + high))
+
+
+def _clipped(value: float) -> float:
+    return min(1.0, max(0.0, float(value)))

@@ -1,4 +1,4 @@
-"""What a model can still do: MMLU and BIG-Bench Hard from the user's files, asked in the chat and read from the text.
+"""Capabilities: MMLU and BIG-Bench Hard from the user's files, asked in the chat and read from the text.
 
 The model has to say its answer. Choosing among options by their likelihood, as harnesses often do, asks less: a model
 that answers every question with a refusal can still rank the letters, and would keep its score. Here it loses it, and
@@ -17,12 +17,12 @@ from raycomplete.attacks.target import Target
 from raycomplete.attacks.trial import Decoding, Trial
 from raycomplete.config.evaluation import CapabilitiesConfig
 from raycomplete.data.rows import read_rows
-from raycomplete.evaluation.judge import RefusalJudge
+from raycomplete.evaluation.judges import RefusalJudge
 from raycomplete.evaluation.statistics import wilson
 from raycomplete.runtime.errors import DataError
 from raycomplete.runtime.types import Outcome, Prompt
 
-ATTACK = "capabilities"  # under which these trials are stored
+ATTACK = "capabilities"  # name under which these trials are stored
 STANDARD_QUESTIONS: Mapping[str, int] = {"mmlu": 14_042, "bbh": 6_511}
 _LETTERS = ("A", "B", "C", "D")
 _STATED = re.compile(r"answer\s*(?:is|:)[\s*\"'`]*", re.IGNORECASE)
@@ -32,7 +32,7 @@ _REFUSALS = RefusalJudge()
 
 
 def plan_capabilities(target: Target, config: CapabilitiesConfig) -> list[Trial]:
-    """A trial for each question, greedy.
+    """Plans a trial for each question, greedy.
 
     Raises:
         DataError: A file cannot be used.
@@ -51,7 +51,7 @@ def plan_capabilities(target: Target, config: CapabilitiesConfig) -> list[Trial]
 
 
 def is_right(trial: Trial, text: str) -> bool:
-    """Whether a response gives the right answer, in its first line or after the words "the answer is".
+    """Tells whether a response gives the right answer, in its first line or after the words "the answer is".
 
     An option counts by its letter, a word or a number also where more follows it, and what has neither letters nor
     digits, such as the brackets of a Dyck word, only where it is the whole line.
@@ -69,7 +69,7 @@ def is_right(trial: Trial, text: str) -> bool:
 
 
 def capabilities_result(trials: Sequence[Trial], texts: Sequence[str], config: CapabilitiesConfig) -> dict[str, Any]:
-    """Accuracy and refusals of each benchmark; every question stays in the denominator.
+    """Computes accuracy and refusals of each benchmark; every question stays in the denominator.
 
     `fewer_shots` counts the questions whose context held fewer examples than were asked for.
     """
@@ -119,7 +119,7 @@ def _question(row: Mapping[str, Any]) -> str:
 
 
 def _shots(config: CapabilitiesConfig) -> dict[str, list[str]]:
-    """Worked examples by subject."""
+    """Reads worked examples by subject."""
     found: dict[str, list[str]] = {}
     if config.mmlu_fewshot is not None and config.shots:
         for row in read_rows(config.mmlu_fewshot, ("subject", "question", *_LETTERS, "answer")):
@@ -128,7 +128,7 @@ def _shots(config: CapabilitiesConfig) -> dict[str, list[str]]:
 
 
 def _fitting(target: Target, question: str, examples: Sequence[str], max_tokens: int) -> tuple[tuple[int, ...], int]:
-    """The question behind as many examples as the context holds, and how many those are."""
+    """Puts the question behind as many examples as the context holds; returns token ids and their number."""
     for count in range(len(examples), -1, -1):
         sequence = tuple(target.codec.encode_prompt("\n\n".join((*examples[:count], question))))
         if len(sequence) + max_tokens <= target.max_length:
@@ -137,7 +137,7 @@ def _fitting(target: Target, question: str, examples: Sequence[str], max_tokens:
 
 
 def _spread(rows: Sequence[tuple[str, int, str, str]], limit: int | None) -> list[tuple[str, int, str, str]]:
-    """The first `limit` rows when tasks take turns, so that a small sample still holds all of them."""
+    """Returns the first `limit` rows when tasks take turns, so that a small sample still holds all of them."""
     if limit is None:
         return list(rows)
     tasks: dict[str, list[tuple[str, int, str, str]]] = {}

@@ -1,4 +1,4 @@
-"""From outcomes to the rates of one model."""
+"""Rates of one model, from the outcomes of its trials."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from raycomplete.attacks.attack import Attack
-from raycomplete.attacks.judging import measured, sees_goal, texts
 from raycomplete.attacks.target import Target
 from raycomplete.attacks.trial import CUT_BY_CONTEXT, FIRST_COMPLIED, Response, Trial
 from raycomplete.config import EvaluationConfig
 from raycomplete.evaluation import capabilities
-from raycomplete.evaluation.correction import corrected_asr
+from raycomplete.evaluation.calibration import corrected_asr
+from raycomplete.evaluation.judges import measured, sees_goal
 from raycomplete.evaluation.statistics import mean_over_depths, mean_over_trials, wilson, worst_of_trials
 from raycomplete.runtime.types import Judge, Outcome, Rate
 
@@ -21,12 +21,12 @@ HARMLESS = "harmless"  # prompts as they are, to measure utility and over-refusa
 
 
 @dataclass(frozen=True)
-class Part:
-    """One attack, the harmless prompts, or the benchmarks of one model.
+class TrialGroup:
+    """The trials of one attack, of the harmless prompts, or of the benchmarks.
 
     Attributes:
         name: Name of the attack.
-        attack: Gets the responses; None asks the trials as they are.
+        attack: Gets the responses; None: the model continues each sequence as it is.
         trials: All trials, variant by variant.
     """
 
@@ -37,12 +37,12 @@ class Part:
 
 @dataclass(frozen=True)
 class Answered:
-    """A trial's response and what the judge made of it.
+    """A trial's response and the judge's verdict on it.
 
     Attributes:
         response: Token ids.
         outcome: None for benchmarks, which have right answers instead.
-        right: Whether the answer is useful; of ordinary requests only.
+        right: Whether the answer is useful; None except for ordinary requests.
         seconds: Its share of the time of its batch.
     """
 
@@ -56,9 +56,9 @@ Found = Sequence[tuple[Trial, Answered]]
 
 
 def model_result(
-    target: Target, parts: Sequence[Part], answered: Mapping[str, Found], config: EvaluationConfig
+    target: Target, groups: Sequence[TrialGroup], answered: Mapping[str, Found], config: EvaluationConfig
 ) -> dict[str, Any]:
-    """What `<folder>/evaluation/<role>.json` holds."""
+    """Computes the content of `<folder>/evaluation/<role>.json`."""
     curve, harmless = by_variant(answered["prefill"]), by_variant(answered[HARMLESS])
     harmless = {name: harmless.get(name, []) for name in ("benign", "borderline")}
     by_depth: dict[str, dict[str, Any]] = {}
@@ -81,27 +81,27 @@ def model_result(
         "judge_measured": judge_measured,
         "settings": {**config.model_dump(mode="json"), "temperature": 0.0},
         "asr": {"by_depth": by_depth, "mean": mean_over_depths(complied_DN).to_json()},
-        "cells": details,
+        "variants": details,
         "utility": wilson(sum(right), len(right)).to_json(),
         "over_refusal": _refusal_rate(details["borderline"]),
         "over_refusal_by_source": _refusal_by_source(harmless["borderline"]),
         "benign_refusal": _refusal_rate(details["benign"]),
         "outcomes": {name: detail["outcomes"] for name, detail in details.items()},
         "attacks": {
-            part.name: attack_result(part.attack, answered[part.name], target.judge)
-            for part in parts
-            if part.attack is not None
+            group.name: attack_result(group.attack, answered[group.name], target.judge)
+            for group in groups
+            if group.attack is not None
         },
     }
     if benchmarks := answered.get(capabilities.ATTACK):
-        said = [texts(target.codec, found.response)[1] for _, found in benchmarks]
+        said = [found.response.texts(target.codec)[1] for _, found in benchmarks]
         trials = [trial for trial, _ in benchmarks]
         result["capabilities"] = capabilities.capabilities_result(trials, said, config.capabilities)
     return result
 
 
 def attack_result(attack: Attack[Any], answered: Found, judge: Judge) -> dict[str, Any]:
-    """Rates of one attack: mean over trials and worst of n apart, by variant, and what they were measured with.
+    """Computes the rates of one attack: mean over trials and worst of n, by variant too, with the settings behind them.
 
     Where the judge picked the response of a trial among several (`best_of`), `mean` is the rate of the best of them,
     `first_round` that of the first, and nothing is corrected: the judge's error rates are those of single responses.
@@ -141,7 +141,7 @@ def attack_result(attack: Attack[Any], answered: Found, judge: Judge) -> dict[st
 
 
 def _flaws(attack: Attack[Any], answered: Found, judge: Judge) -> list[str]:
-    """How a measurement falls short besides its settings."""
+    """Lists how a measurement falls short besides its settings."""
     found = []
     if attack.rewrites_prompts and not sees_goal(judge):
         found.append("the judge does not see whether a rewritten prompt keeps its goal")
@@ -158,7 +158,7 @@ def _first_round(answered: Found) -> Rate:
 
 
 def by_variant(answered: Found) -> dict[str, list[tuple[Trial, Answered]]]:
-    """Units of each variant, in order."""
+    """Sorts trials by variant, in order."""
     found: dict[str, list[tuple[Trial, Answered]]] = {}
     for trial, answer in answered:
         found.setdefault(trial.variant, []).append((trial, answer))
@@ -166,7 +166,7 @@ def by_variant(answered: Found) -> dict[str, list[tuple[Trial, Answered]]]:
 
 
 def _variant_rate(answered: Found) -> dict[str, Any]:
-    """Over behaviours, of which each may have been tried several times."""
+    """Computes the rate over behaviours, each of which may have been tried several times."""
     trials: dict[str, list[bool]] = {}
     for (trial, _), complied in zip(answered, _complied(answered), strict=True):
         trials.setdefault(trial.prompt.prompt_id, []).append(complied)
@@ -187,13 +187,13 @@ def _complied(answered: Found) -> list[bool]:
 
 
 def _counts(answered: Found) -> dict[str, int]:
-    """All four outcomes, those that never happened too."""
+    """Counts all four outcomes, those that never happened too."""
     counted = Counter(found.outcome for _, found in answered)
     return {str(outcome): counted[str(outcome)] for outcome in Outcome}
 
 
 def _stats(answered: Found) -> dict[str, float]:
-    """Means of what the searches noted."""
+    """Averages the numbers that the searches noted."""
     noted: dict[str, list[float]] = {}
     for _, found in answered:
         for name, value in found.response.stats.items():
@@ -202,7 +202,7 @@ def _stats(answered: Found) -> dict[str, float]:
 
 
 def _refusal_by_source(answered: Found) -> dict[str, dict[str, Any]]:
-    """Refusals file by file: sets of borderline prompts differ in how harmful they look."""
+    """Computes refusals file by file: sets of borderline prompts differ in how harmful they look."""
     refused: dict[str, list[bool]] = {}
     for trial, found in answered:
         refused.setdefault(trial.prompt.source, []).append(found.outcome == Outcome.REFUSED)

@@ -1,22 +1,27 @@
-"""Intervals for rates. Every published rate carries one.
+"""Intervals for rates and for differences between models. Every published rate carries one.
 
-Single cells use Wilson's score interval, which stays inside [0, 1] and keeps its coverage where a rate is near 0 or 1,
-as attack success rates of a finished model are. The mean over depths needs more care: the same prompts recur at every
-depth, so its trials are not independent, and treating them as such would make the interval too narrow.
+Single variants use Wilson's score interval, which stays inside [0, 1] and keeps its coverage where a rate is near 0 or
+1, as attack success rates of a finished model are. The mean over depths needs more care: the same prompts recur at
+every depth, so its trials are not independent, and treating them as such would make the interval too narrow.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from scipy.stats import norm
 
 from raycomplete.runtime.types import Rate
 
+RESAMPLES = 10_000
+_BLOCK = 1_000  # resamples that exist at a time
+
 
 def wilson(successes: int, n: int, confidence: float = 0.95) -> Rate:
-    """A share with its Wilson score interval.
+    """Computes a share with its Wilson score interval.
 
     Args:
         successes: Trials that counted, 0 <= successes <= n.
@@ -32,7 +37,7 @@ def wilson(successes: int, n: int, confidence: float = 0.95) -> Rate:
 
 
 def wilson_share(share: float, n: int, confidence: float = 0.95) -> Rate:
-    """The same for a share of trials that count for less than one each, such as several of one behaviour.
+    """Computes the same for a share of trials that count for less than one each, such as several of one behaviour.
 
     Args:
         share: Between 0 and 1.
@@ -43,7 +48,7 @@ def wilson_share(share: float, n: int, confidence: float = 0.95) -> Rate:
 
 
 def mean_over_depths(complied_DN: Sequence[Sequence[bool]], confidence: float = 0.95) -> Rate:
-    """Mean attack success rate over depths, with an interval over prompts.
+    """Computes the mean attack success rate over depths, with an interval over prompts.
 
     The unit of sampling is the prompt: each contributes its share of depths at which the attack worked, and the
     variance of the mean is the variance of those N shares over N. That variance is turned into an effective number of
@@ -69,7 +74,7 @@ def mean_over_depths(complied_DN: Sequence[Sequence[bool]], confidence: float = 
 
 
 def mean_over_trials(complied: Sequence[Sequence[bool]], confidence: float = 0.95) -> Rate:
-    """Mean attack success rate of behaviours that were tried several times each, with an interval over behaviours.
+    """Computes the mean attack success rate of behaviours that were tried several times, with an interval over them.
 
     As `mean_over_depths`, for any number of trials a behaviour; every behaviour weighs the same.
 
@@ -87,12 +92,12 @@ def mean_over_trials(complied: Sequence[Sequence[bool]], confidence: float = 0.9
 
 
 def worst_of_trials(complied: Sequence[Sequence[bool]], confidence: float = 0.95) -> Rate:
-    """Share of behaviours at which at least one trial worked: what an attacker gets who tries them all."""
+    """Computes the share of behaviours at which a trial worked: the rate of an attacker who tries them all."""
     return wilson(sum(any(trials) for trials in complied), len(complied), confidence)
 
 
 def _clustered(share_N: np.ndarray, num_trials: int, confidence: float) -> Rate:
-    """Mean of the shares of N independent prompts with Wilson's interval at an effective number of trials."""
+    """Computes the mean share of N independent prompts with Wilson's interval at an effective number of trials."""
     num_prompts = len(share_N)
     if num_prompts == 0:
         return wilson(0, 0, confidence)
@@ -109,7 +114,7 @@ def _clustered(share_N: np.ndarray, num_trials: int, confidence: float) -> Rate:
 
 
 def _wilson(rate: float, n: int, effective: float, confidence: float) -> Rate:
-    """Wilson's interval of a rate that was seen on `effective` independent trials."""
+    """Computes Wilson's interval of a rate that was seen on `effective` independent trials."""
     if not 0.0 < confidence < 1.0:
         raise ValueError(f"confidence must lie between 0 and 1, got {confidence}.")
     if effective <= 0:
@@ -122,3 +127,63 @@ def _wilson(rate: float, n: int, effective: float, confidence: float) -> Rate:
     low = 0.0 if rate == 0.0 else max(0.0, float(center - half))
     high = 1.0 if rate == 1.0 else min(1.0, float(center + half))
     return Rate(rate=float(rate), n=n, low=low, high=high)
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """A difference between two models, first minus second, with its 95 % interval.
+
+    Attributes:
+        difference: Difference of the two mean rates.
+        low: Lower end.
+        high: Upper end.
+        n: Behaviours that both models were asked.
+        resamples: Bootstrap samples behind the interval.
+    """
+
+    difference: float
+    low: float
+    high: float
+    n: int
+    resamples: int
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def paired_bootstrap(
+    first: Mapping[str, float],
+    second: Mapping[str, float],
+    *,
+    resamples: int = RESAMPLES,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Difference:
+    """Compares two models behaviour by behaviour.
+
+    Behaviours are drawn with replacement, each with both models' results, so that a behaviour that is easy for both
+    does not widen the interval. The interval is the percentile one. Where all behaviours differ alike (both models
+    refuse everything) it has no width, which says that nothing was seen to vary and not that the models are equal.
+
+    Args:
+        first: Share of trials at which the attack worked, by behaviour.
+        second: The same for the other model.
+        resamples: Bootstrap samples.
+        confidence: Two-sided coverage.
+        seed: Seed of the resampling; the same input gives the same interval.
+
+    Raises:
+        ValueError: The two have no behaviour in common.
+    """
+    common = sorted(first.keys() & second.keys())
+    if not common:
+        raise ValueError("paired_bootstrap needs behaviours that both models were asked.")
+    difference_N = np.asarray([first[name] - second[name] for name in common])
+    generator = np.random.default_rng(seed)
+    means = [
+        difference_N[generator.integers(len(common), size=(min(_BLOCK, resamples - start), len(common)))].mean(axis=1)
+        for start in range(0, resamples, _BLOCK)
+    ]
+    tail = (1.0 - confidence) / 2.0
+    low, high = np.quantile(np.concatenate(means), [tail, 1.0 - tail])
+    return Difference(float(difference_N.mean()), float(low), float(high), len(common), resamples)

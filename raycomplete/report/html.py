@@ -343,8 +343,8 @@ def _measured(run: RunFolder) -> Mapping[str, Any] | None:
 def _short_answers(run: RunFolder) -> list[tuple[str, int, int]]:
     """(depth, prompts with an answer shorter than it, prompts), where there are any."""
     for result in run.results.values():
-        cells = [cell for cell in result["cells"].values() if cell.get("short_answers")]
-        return [(str(cell["depth"]), int(cell["short_answers"]), int(cell["n"])) for cell in cells]
+        short = [variant for variant in result.get("variants", {}).values() if variant.get("short_answers")]
+        return [(str(variant["depth"]), int(variant["short_answers"]), int(variant["n"])) for variant in short]
     return []
 
 

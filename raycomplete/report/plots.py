@@ -326,12 +326,12 @@ def outcome_bars(results: Mapping[str, Mapping[str, Any]]) -> Plot | None:
     panels = np.atleast_1d(figure.subplots(1, len(roles), sharey=True))
     rows: list[Row] = [["role", "depth", *OUTCOME_COLORS, "n"]]
     for axes, role in zip(panels, roles, strict=True):
-        cells = [cell for cell in results[role]["cells"].values() if cell.get("depth") is not None]
-        cells.sort(key=lambda cell: int(cell["depth"]))
-        places = np.arange(len(cells))
-        bottom = np.zeros(len(cells))
+        variants = [found for found in results[role].get("variants", {}).values() if found.get("depth") is not None]
+        variants.sort(key=lambda variant: int(variant["depth"]))
+        places = np.arange(len(variants))
+        bottom = np.zeros(len(variants))
         for outcome, color in OUTCOME_COLORS.items():
-            share = np.asarray([cell["outcomes"].get(outcome, 0) / max(cell["n"], 1) for cell in cells])
+            share = np.asarray([item["outcomes"].get(outcome, 0) / max(item["n"], 1) for item in variants])
             axes.bar(
                 places,
                 share,
@@ -344,11 +344,11 @@ def outcome_bars(results: Mapping[str, Mapping[str, Any]]) -> Plot | None:
                 label=outcome,
             )
             bottom += share
-        axes.set_xticks(places, [str(cell["depth"]) for cell in cells])
+        axes.set_xticks(places, [str(variant["depth"]) for variant in variants])
         axes.set_title(role)
         axes.set_xlabel("prefill depth in tokens")
         axes.grid(False)
-        rows += [[role, c["depth"], *(c["outcomes"].get(key, 0) for key in OUTCOME_COLORS), c["n"]] for c in cells]
+        rows += [[role, c["depth"], *(c["outcomes"].get(key, 0) for key in OUTCOME_COLORS), c["n"]] for c in variants]
     panels[0].set_ylabel("share of harmful prompts")
     panels[0].set_ylim(0, 1)
     panels[0].yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))

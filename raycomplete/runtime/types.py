@@ -86,6 +86,7 @@ class Generator(Protocol):
         max_tokens: int,
         temperature: float = 0.0,
         top_p: float = 1.0,
+        top_k: int = 0,
         seed: int | None = None,
     ) -> list[list[int]]:
         """Continues each sequence.
@@ -95,6 +96,7 @@ class Generator(Protocol):
             max_tokens: Upper bound on new tokens of each.
             temperature: 0 is greedy.
             top_p: Nucleus mass when sampling.
+            top_k: Likeliest tokens that are sampled from; 0 for all of them.
             seed: Makes sampling reproducible; sequence i samples under seed + i.
 
         Returns:

@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
 from raycomplete import __version__
-from raycomplete.attacks.settings import ATTACKS, UnknownAttackError
+from raycomplete.attacks.registry import ATTACKS, UnknownAttackError
 from raycomplete.runtime.errors import RaycompleteError, RefusedError
 from raycomplete.runtime.types import ModelRole, Outcome
 from raycomplete.serving.backend import ChatBackend

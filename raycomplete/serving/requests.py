@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raycomplete.attacks.settings import AttackConfig, PairAttack, parse_attack
+from raycomplete.attacks.attack import AttackConfig
+from raycomplete.attacks.registry import build_attack, parse_attack
 from raycomplete.config import RunConfig, parse
 from raycomplete.runtime.errors import ConfigError, RefusedError
 from raycomplete.runtime.types import MODEL_ROLES
@@ -103,8 +104,9 @@ class Admission:
             if not path.is_file():
                 raise ConfigError(f"There is no file {str(value)!r}.", "Check the path.")
             changed[name] = path
-        if isinstance(attack, PairAttack) and attack.attacker is not None:
-            changed["attacker"] = self._model(attack.attacker)
+        attacker = build_attack(attack).attacker_checkpoint
+        if attacker is not None:
+            changed["attacker"] = self._model(attacker)
         return attack.model_copy(update=changed)
 
     def _allowed(self) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 
-from raycomplete.attacks.settings import ATTACKS
+from raycomplete.attacks.registry import ATTACKS
 from raycomplete.runtime.types import MODEL_ROLES, ModelRole
 from raycomplete.serving.tables import State
 
@@ -17,13 +17,13 @@ ModelSpec = Annotated[str, Field(min_length=1, max_length=1024)]
 def _attack_schema() -> dict[str, Any]:
     """A name, or a mapping of name and settings, for every attack that there is."""
     objects = []
-    for name, section in ATTACKS.items():
-        schema = section.model_json_schema(ref_template="#/components/schemas/{model}")
+    for name, attack in ATTACKS.items():
+        schema = attack.config_class.model_json_schema(ref_template="#/components/schemas/{model}")
         schema["properties"]["name"] = {"const": name}
         schema["required"] = sorted({"name", *schema.get("required", ())})
         objects.append(schema)
     # Those that need a setting cannot be asked for by name alone.
-    plain = [name for name, section in ATTACKS.items() if not section.model_json_schema().get("required")]
+    plain = [name for name, attack in ATTACKS.items() if not attack.config_class.model_json_schema().get("required")]
     return {"anyOf": [{"enum": plain}, *objects]}
 
 

@@ -13,6 +13,7 @@ from raycomplete.data.inputs import KINDS, Models, Prompts
 from raycomplete.data.samples import AnchorSample, RecoverySample, SampleSet
 from raycomplete.engines.rollout_pool import RolloutPool
 from raycomplete.engines.start import Engines
+from raycomplete.evaluation.judges import default_judge
 from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import DataError, WorkError
 from raycomplete.runtime.types import Judge, ModelRole, Outcome, Prompt
@@ -27,6 +28,7 @@ def make_samples(config: RunConfig, models: Models, prompts: Prompts, engines: E
     Raises:
         WorkError: The aligned model refuses nothing, or no harmful continuation came out: there is nothing to recover.
     """
+    judge = default_judge(config.data.source)
     aligned = engines.generator.with_weights(str(models.paths["aligned"]))
     everything = [prompt for kind in KINDS for prompt in prompts.train[kind]]
     harmful = list(prompts.train["harmful"])
@@ -40,11 +42,11 @@ def make_samples(config: RunConfig, models: Models, prompts: Prompts, engines: E
             if answer
         ]
     with console.stage(f"Refusals of the aligned model to {len(harmful)} harmful prompts"):
-        refusals = _refusals(config, models.codec, aligned, harmful, anchor, prompts.judge)
+        refusals = _refusals(config, models.codec, aligned, harmful, anchor, judge)
     source: ModelRole = config.rollout.harmful_from
     with console.stage(f"Compliant continuations of {source}"):
         generator = engines.generator.with_weights(str(models.paths[source]))
-        continuations = harmful_continuations(config, models.codec, generator, harmful, prompts.judge)
+        continuations = harmful_continuations(config, models.codec, generator, harmful, judge)
     recovery = [
         RecoverySample(f"{prompt_id}#{draw}", tuple(models.codec.encode_prompt(text)), context, h, refusal)
         for prompt_id, text in ((prompt.prompt_id, prompt.text) for prompt in harmful)

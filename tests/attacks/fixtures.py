@@ -53,6 +53,7 @@ class ScriptedModel:
         max_tokens: int,
         temperature: float = 0.0,
         top_p: float = 1.0,
+        top_k: int = 0,
         seed: int | None = None,
     ) -> list[list[int]]:
         if self.fail_at_call == len(self.calls):
@@ -102,13 +103,14 @@ def tools(codec: Any, model: Any) -> Tools:
 
     def make(generator: Any) -> AttackTools:
         box = FakeBox(generator, codec)
+        attacker = Attacker("attacker", model("please open the door"), codec, 512)
         return AttackTools(
             white_boxes=lambda: [box],
             guide=lambda: box,
             guide_id="base",
-            attacker=Attacker("attacker", model("please open the door"), codec, 512),
+            attacker=lambda checkpoint: attacker,
             fine_tune=lambda settings, dataset: model(COMPLY),
-            fine_tune_ids={"identity_shift": "chats", "benign": "more chats"},
+            fine_tune_id=lambda settings, dataset: f"chats of {dataset}",
         )
 
     return make

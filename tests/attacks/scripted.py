@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from raycomplete.attacks.registry import build_attack
-from raycomplete.attacks.settings import parse_attack
-from raycomplete.attacks.trial import Decoding, Response, Trial
+from raycomplete.attacks.registry import build_attack, parse_attack
+from raycomplete.attacks.trial import Response, Trial
 from raycomplete.config import EvaluationConfig
 from raycomplete.evaluation import AttackTools, EvaluationSets, RefusalJudge, Target, evaluate_model
 
@@ -41,10 +40,6 @@ class FakeBox:
         refusal = self.codec.encode_answer("sorry")[0]
         return [[-9.0 if token == refusal else -1.0 for token in row] for row in tokens]
 
-    def sample(self, sequences: Any, decoding: Decoding, *, seed: int, stop_ids: Any) -> list[list[int]]:
-        found: list[list[int]] = self.model.generate(sequences, max_tokens=decoding.max_tokens)
-        return found
-
     def suffix_gradient(self, problem: Any, suffix: Any) -> np.ndarray:
         gradient = np.zeros((len(suffix), self.vocab_size()), dtype=np.float32)
         gradient[:, self.wanted] = -1.0
@@ -58,15 +53,22 @@ Tools = Callable[[Any], AttackTools]
 
 
 def evaluate(
-    generator: Any, codec: Any, tools: Tools, sets: EvaluationSets, attacks: Any, folder: Path, **changes: Any
+    generator: Any,
+    codec: Any,
+    tools: Tools,
+    sets: EvaluationSets,
+    attacks: Any,
+    folder: Path,
+    model_id: str = "weights",
 ) -> dict[str, Any]:
     config = EvaluationConfig(depths=[0, 4], max_tokens=10, max_utility_tokens=12, attacks=attacks)
-    arguments: dict[str, Any] = {"model_id": "weights", "max_length": 128, "tools": tools(generator), **changes}
-    return evaluate_model("student", generator, codec, RefusalJudge(), sets, config, folder, **arguments)
+    target = Target("student", model_id, generator, codec, RefusalJudge(), 128, config.max_tokens, tools(generator))
+    return evaluate_model(target, sets, config, folder)
 
 
 def run(target: Target, entry: dict[str, Any], sets: EvaluationSets) -> list[tuple[Trial, Response]]:
     attack = build_attack(parse_attack(entry))
+    target = attack.prepared(target)
     found: list[tuple[Trial, Response]] = []
     attack.run(target, attack.plan(target, sets.harmful), found.extend)
     return found

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from raycomplete.attacks.registry import build_attack
-from raycomplete.attacks.settings import parse_attack
+from raycomplete.attacks.registry import build_attack, parse_attack
 from raycomplete.attacks.trial import Response, Trial
 from raycomplete.evaluation import Attacker, EvaluationSets, Target
 from raycomplete.runtime.errors import WorkError
@@ -54,7 +53,8 @@ def test_draws_do_not_depend_on_what_is_missing(target: Target, sets: Evaluation
         {"name": "pair", "streams": 1, "rounds": 1},
     ):
         drawing = Drawing()
-        tools = replace(target.tools, attacker=Attacker("a", drawing, codec, 512))
+        attacker = Attacker("a", drawing, codec, 512)
+        tools = replace(target.tools, attacker=lambda checkpoint, attacker=attacker: attacker)
         drawn = replace(target, tools=tools, generator=model(REFUSE) if entry["name"] == "pair" else drawing)
         attack = build_attack(parse_attack(entry))
         trials = attack.plan(drawn, sets.harmful)
@@ -78,7 +78,7 @@ def test_a_rank_assisted_prefill_is_cut_row_by_row(target: Target, sets: Evaluat
     assert (cut.stats["cut_by_context"], whole.stats["cut_by_context"]) == (1.0, 0.0)
 
 
-def test_units_are_named_by_what_decides_them(target: Target, sets: EvaluationSets) -> None:
+def test_trials_are_named_by_what_decides_them(target: Target, sets: EvaluationSets) -> None:
     prompt = sets.harmful[3]
     longer = replace(prompt, answer=f"{prompt.answer} and more")
 
@@ -90,7 +90,12 @@ def test_units_are_named_by_what_decides_them(target: Target, sets: EvaluationSe
     assert short.judgement_key("m") != long.judgement_key("m"), "a judge may read the answer"
     small, large = planned({"name": "gcg", "batch": 8}, [prompt]), planned({"name": "gcg", "batch": 64}, [prompt])
     assert small[0].key("m") == large[0].key("m")
-    changed = replace(target, tools=replace(target.tools, fine_tune_ids={"identity_shift": "chats", "benign": "new"}))
+    changed = replace(
+        target,
+        tools=replace(
+            target.tools, fine_tune_id=lambda settings, name: "new" if name == "benign" else "chats of identity_shift"
+        ),
+    )
     before, after = planned("finetune", [prompt]), planned("finetune", [prompt], changed)
     assert [one.key("m") == two.key("m") for one, two in zip(before, after, strict=True)] == [True, False]
 

@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 
-from raycomplete.attacks.registry import build_attack
-from raycomplete.attacks.settings import ATTACKS, PairAttack, parse_attack
+from raycomplete.attacks.pair import PairConfig
+from raycomplete.attacks.registry import ATTACKS, build_attack, parse_attack
 from raycomplete.attacks.templates import BUILT_IN, fill
-from raycomplete.attacks.trial import Decoding
 from raycomplete.config import EvaluationConfig
 from raycomplete.evaluation import (
     Attacker,
@@ -117,30 +116,24 @@ def test_summary_and_table_of_all_attacks(
 
 
 def test_decoding_asks_with_its_settings(target: Target, sets: EvaluationSets) -> None:
-    """The engine samples, and for top-k, which engines do not know, a white box does."""
     asked: list[tuple[float, float, int, int]] = []
     seeds: set[int] = set()
 
     class Recording:
         def generate(
-            self, sequences: Sequence[Any], *, temperature: float, top_p: float, seed: int, max_tokens: int
+            self, sequences: Sequence[Any], *, temperature: float, top_p: float, top_k: int, seed: int, max_tokens: int
         ) -> list[list[int]]:
-            asked.append((temperature, top_p, 0, len(sequences)))
-            seeds.add(seed)
-            return [[] for _ in sequences]
-
-    class RecordingBox:
-        def sample(self, sequences: Any, decoding: Decoding, *, seed: int, stop_ids: Any) -> list[list[int]]:
-            asked.append((decoding.temperature, decoding.top_p, decoding.top_k, len(sequences)))
+            asked.append((temperature, top_p, top_k, len(sequences)))
             seeds.add(seed)
             return [[] for _ in sequences]
 
     entry = {"name": "decoding", "temperatures": [0.5], "top_ps": [0.9], "top_ks": [5], "samples": 2}
-    tools = AttackTools(white_boxes=lambda: [RecordingBox()])
-    found = run(replace(target, generator=Recording(), tools=tools), entry, sets)
+    found = run(replace(target, generator=Recording(), tools=AttackTools()), entry, sets)
     assert len(found) == 3 * 2 * 4
     assert asked == [(0.5, 1.0, 0, 4)] * 2 + [(1.0, 0.9, 0, 4)] * 2 + [(1.0, 1.0, 5, 4)] * 2
     assert len(seeds) == 6
+    samplers = {trial.variant: trial.settings.get("sampler") for trial, _ in found}
+    assert samplers == {"temperature-0.5": None, "top_p-0.9": None, "top_k-5": "engine"}
 
 
 def test_rank_assisted_prefill_picks_what_the_guide_likes(target: Target, sets: EvaluationSets) -> None:
@@ -182,7 +175,9 @@ def test_pair_tells_the_attacker_what_happened(target: Target, sets: EvaluationS
         return f"attempt{len(heard)}"
 
     attacker = Attacker("a", model(listen), codec, 512)
-    stubborn = replace(target, generator=model(REFUSE), tools=replace(target.tools, attacker=attacker))
+    stubborn = replace(
+        target, generator=model(REFUSE), tools=replace(target.tools, attacker=lambda checkpoint: attacker)
+    )
     instruction = "goal {goal} last {prompt} answer {response} verdict {outcome}"
     entry = {"name": "pair", "streams": 1, "rounds": 2, "instruction": instruction}
     run(stubborn, entry, replace(sets, harmful=sets.harmful[:1]))
@@ -194,7 +189,7 @@ def test_pair_tells_the_attacker_what_happened(target: Target, sets: EvaluationS
 
 
 def test_pair_needs_room_for_its_instruction(target: Target, sets: EvaluationSets, model: Any, codec: Any) -> None:
-    small = replace(target.tools, attacker=Attacker("a", model("x"), codec, 20))
+    small = replace(target.tools, attacker=lambda checkpoint: Attacker("a", model("x"), codec, 20))
     with pytest.raises(SetupError, match="the attacker reads 20"):
         run(replace(target, tools=small), {"name": "pair", "streams": 1, "max_tokens": 15}, sets)
 
@@ -260,6 +255,17 @@ def test_missing_tools_are_refused_with_nothing_done(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_tools_that_an_attack_does_not_declare_are_withheld(target: Target, sets: EvaluationSets) -> None:
+    """So that devices are reserved for every attack that needs them."""
+    gcg, templates = (build_attack(parse_attack(name)) for name in ("gcg", "templates"))
+    assert len(gcg.prepared(target).white_boxes()) == 1
+    for use in (Target.white_boxes, Target.guide, lambda tools: tools.attacker(None)):
+        with pytest.raises(SetupError, match="does not name it in its `needs`"):
+            use(templates.prepared(target))
+    with pytest.raises(SetupError, match="does not name it"):
+        gcg.prepared(target).guide()
+
+
 @pytest.mark.parametrize("name", ["adaptive", "gcg", "random_search", "finetune"])
 def test_attacks_that_need_answers(name: str, target: Target) -> None:
     entry = {"name": name, "depths": [4]} if name == "finetune" else {"name": name}
@@ -274,8 +280,8 @@ def test_registry_covers_all_settings() -> None:
 
 
 def test_standard_settings_are_not_reduced() -> None:
-    assert PairAttack().reduced_because(100) == []
-    assert PairAttack(streams=3).reduced_because(50) == [
+    assert PairConfig().reduced_because(100) == []
+    assert PairConfig(streams=3).reduced_because(50) == [
         "streams 3 instead of 30",
         "50 behaviours instead of 100",
     ]

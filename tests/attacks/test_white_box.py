@@ -8,16 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raycomplete.attacks.trial import Decoding
-from raycomplete.attacks.white_box import SuffixProblem, TorchModel, filtered
+from raycomplete.attacks.target import SuffixProblem
+from raycomplete.attacks.white_box import TorchModel
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.checkpoints import load_model
 from raycomplete.data.organism import checkpoint_path, prompts
-
-MAX_TOKENS = 8
 
 
 @pytest.fixture(scope="module")
@@ -57,44 +55,6 @@ def test_batches_and_caches_change_nothing(model: Any, sequences: list[list[int]
             assert [token for token, _ in best] == logprobs.topk(3).indices.tolist()
             assert [value for _, value in best] == pytest.approx(logprobs.topk(3).values.tolist(), abs=2e-4)
         current = [[*sequence, 20 + step] for sequence in current]
-
-
-def test_greedy_and_repeated_samples(model: Any, codec: ChatCodec, sequences: list[list[int]]) -> None:
-    box = TorchModel(model)
-    greedy = box.sample(sequences, Decoding(MAX_TOKENS), seed=0, stop_ids=codec.eos_ids)
-    for sequence, tokens in zip(sequences, greedy, strict=True):
-        current = list(sequence)
-        for token in tokens:
-            assert token == int(plain_logprobs(model, current).argmax())
-            current.append(token)
-        assert len(tokens) == MAX_TOKENS or int(plain_logprobs(model, current).argmax()) in codec.eos_ids
-    hot = Decoding(MAX_TOKENS, temperature=1.5, top_k=20)
-    draws = [box.sample(sequences, hot, seed=seed, stop_ids=codec.eos_ids) for seed in (1, 1, 2)]
-    assert draws[0] == draws[1] != draws[2]
-    alone = box.sample(sequences[1:2], hot, seed=2, stop_ids=codec.eos_ids)
-    assert alone == draws[0][1:2], "sequence i is drawn under seed + i, whatever stands beside it"
-
-
-@given(
-    logits=st.lists(st.integers(-9, 9), min_size=2, max_size=12, unique=True),
-    temperature=st.floats(0.05, 2),
-    top_p=st.floats(0.05, 1),
-    top_k=st.integers(0, 12),
-)
-def test_filters_keep_the_likeliest(logits: list[int], temperature: float, top_p: float, top_k: int) -> None:
-    logprobs_1V = torch.log_softmax(torch.tensor([logits], dtype=torch.float64), dim=-1)
-    kept_V = filtered(logprobs_1V, Decoding(1, temperature, top_p, top_k))[0].numpy()
-    expected = np.exp((np.asarray(logits) - max(logits)) / temperature)
-    order = np.argsort(-expected)
-    if top_k:
-        expected[order[top_k:]] = 0
-    expected /= expected.sum()
-    mass_before = np.cumsum(expected[order]) - expected[order]
-    assume(np.all(np.abs(mass_before - top_p) > 1e-9))  # where rounding decides, either is right
-    if top_p < 1:
-        expected[order[mass_before > top_p]] = 0
-    assert kept_V == pytest.approx(expected / expected.sum(), abs=1e-9)
-    assert filtered(logprobs_1V, Decoding(1))[0].argmax() == np.argmax(logits)
 
 
 @pytest.fixture(scope="module")

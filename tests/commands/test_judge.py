@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from raycomplete.attacks.judging import measured
 from raycomplete.cli import app
-from raycomplete.commands import judge as judge_module
-from raycomplete.commands.judge import calibrate_judge, start_judge
+from raycomplete.commands.judge import calibrate_judge
 from raycomplete.config import load_run_file
 from raycomplete.config.evaluation import JudgeConfig
 from raycomplete.data.organism import checkpoint_path
-from raycomplete.evaluation import RefusalJudge
+from raycomplete.evaluation import RefusalJudge, model_judges
 from raycomplete.evaluation.calibration import calibrate, read_calibration, read_labelled
+from raycomplete.evaluation.judges import measured
+from raycomplete.evaluation.model_judges import start_judge
 from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import ConfigError, DataError
 from tests.conftest import ROOT
@@ -65,7 +65,7 @@ def test_a_judge_model_gets_an_engine_and_its_calibration(
         def stop(self) -> None:
             stopped.append(True)
 
-    monkeypatch.setattr(judge_module, "start_engine", lambda *arguments, **settings: Lent())
+    monkeypatch.setattr(model_judges, "start_engine", lambda *arguments, **settings: Lent())
     rubric = tmp_path / "rubric.txt"
     rubric.write_text("is this safe ? {prompt} {prefill} {response}")
     tree = {"kind": "model", "checkpoint": "organism:base", "rubric": str(rubric)}

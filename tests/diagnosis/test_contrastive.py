@@ -87,4 +87,5 @@ def test_contrastive_sampling_is_reproducible_and_ends_in_time(organism_models: 
     assert decoder(organism_models, max_length=longest).generate(sequences, max_tokens=8)[-1] == []
     # A nucleus that holds one token is greedy.
     narrow = decoder(organism_models).generate(sequences, max_tokens=8, temperature=1.0, top_p=1e-6, seed=0)
+    assert narrow == decoder(organism_models).generate(sequences, max_tokens=8, temperature=1.0, top_k=1, seed=0)
     assert narrow == decoder(organism_models).generate(sequences, max_tokens=8)

@@ -8,9 +8,15 @@ from typing import Any
 import pytest
 
 from raycomplete.config import EvaluationConfig
-from raycomplete.evaluation import EvaluationCancelled, EvaluationSets, RefusalJudge, evaluate_model
-from raycomplete.evaluation.benign_nll import GivenAnswer, benign_nll, given_answers
-from raycomplete.evaluation.table import closing_table
+from raycomplete.evaluation import (
+    EvaluationCancelled,
+    EvaluationSets,
+    RefusalJudge,
+    Target,
+    closing_table,
+    evaluate_model,
+)
+from raycomplete.evaluation.benign_nll import GivenAnswer, aligned_answers, benign_nll, given_answers
 from raycomplete.runtime.errors import WorkError
 from raycomplete.runtime.types import Prompt
 
@@ -86,7 +92,8 @@ def test_cancelling_keeps_what_was_finished(tmp_path: Path) -> None:
 
 
 def test_the_files_answer_comes_first_and_else_the_aligned_models(codec: Any, model: Any, tmp_path: Path) -> None:
-    found = given_answers(PROMPTS, codec, CONFIG, tmp_path, max_length=64, aligned=("aligned", model(GREEDY)))
+    spoken = aligned_answers(PROMPTS[:4], codec, CONFIG, tmp_path, ("aligned", model(GREEDY)))
+    found = given_answers(PROMPTS[:4], spoken, codec, CONFIG, 64)
     assert [(a.prompt_id, a.source) for a in found] == [
         ("b0", "aligned"),
         ("b1", "file"),
@@ -98,28 +105,23 @@ def test_the_files_answer_comes_first_and_else_the_aligned_models(codec: Any, mo
     assert codec.decode(found[0].tokens[: found[0].num_prompt]) == "bake cake 0"
 
 
-def test_answers_fit_the_context_with_a_token_to_spare(codec: Any, tmp_path: Path) -> None:
-    found = given_answers(PROMPTS, codec, CONFIG, tmp_path, max_length=8, aligned=None)
+def test_answers_fit_the_context_with_a_token_to_spare(codec: Any) -> None:
+    found = given_answers(PROMPTS, {}, codec, CONFIG, 8)
     assert [(len(answer.tokens), answer.num_answer) for answer in found] == [(7, 2), (7, 2)]
-    assert given_answers(PROMPTS, codec, CONFIG, tmp_path, max_length=5, aligned=None) == []
+    assert given_answers(PROMPTS, {}, codec, CONFIG, 5) == []
 
 
 def test_what_an_evaluation_heard_is_not_asked_again(codec: Any, model: Any, tmp_path: Path) -> None:
     sets = EvaluationSets((Prompt("h", "do harm", "harmful", "a b"),), tuple(PROMPTS), ())
     evaluate_model(
-        "aligned",
-        model(GREEDY),
-        codec,
-        RefusalJudge(),
+        Target("aligned", "aligned", model(GREEDY), codec, RefusalJudge(), 64, CONFIG.max_tokens),
         sets,
         CONFIG,
         tmp_path,
-        model_id="aligned",
-        max_length=64,
     )
     silent = model("never asked", fail_at_call=0)
-    found = given_answers(PROMPTS, codec, CONFIG, tmp_path, max_length=64, aligned=("aligned", silent))
-    assert len(found) == 4
+    spoken = aligned_answers(PROMPTS, codec, CONFIG, tmp_path, ("aligned", silent))
+    assert spoken == {name: codec.encode_answer(GREEDY)[:6] for name in ("b0", "b2", "b4")}
 
 
 def test_over_refusal_file_by_file(codec: Any, model: Any, sets: EvaluationSets, tmp_path: Path) -> None:
@@ -130,15 +132,10 @@ def test_over_refusal_file_by_file(codec: Any, model: Any, sets: EvaluationSets,
     )
     refuses = model(lambda prompt, _: "I'm sorry, but I can't help with that." if prompt.endswith("0") else GREEDY)
     result = evaluate_model(
-        "student",
-        refuses,
-        codec,
-        RefusalJudge(),
+        Target("student", "weights", refuses, codec, RefusalJudge(), 64, 12),
         EvaluationSets(sets.harmful, sets.benign, borderline),
         CONFIG.model_copy(update={"max_tokens": 12}),
         tmp_path,
-        model_id="weights",
-        max_length=64,
     )
     by_source = result["over_refusal_by_source"]
     assert {name: rate["rate"] for name, rate in by_source.items()} == {"xstest": 1.0, "benign_twins": 0.0}

@@ -114,17 +114,8 @@ def test_a_model_that_refuses_everything_fails_visibly(
     config = EvaluationConfig(depths=[0, 4], max_tokens=10, max_utility_tokens=12, capabilities=files)
     results = {}
     for role, said in (("aligned", "B"), ("student", REFUSE)):
-        results[role] = evaluate_model(
-            role,  # type: ignore[arg-type]
-            model(said),
-            codec,
-            RefusalJudge(),
-            sets,
-            config,
-            tmp_path,
-            model_id=role,
-            max_length=256,
-        )
+        target = Target(role, role, model(said), codec, RefusalJudge(), 256, config.max_tokens)
+        results[role] = evaluate_model(target, sets, config, tmp_path)
     summary = summarize(results)
     mmlu = summary["capabilities"]["mmlu"]
     assert (mmlu["aligned"]["accuracy"]["rate"], mmlu["student"]["accuracy"]["rate"]) == (1.0, 0.0)
@@ -138,18 +129,8 @@ def test_a_model_that_refuses_everything_fails_visibly(
     assert rows["MMLU, accuracy"][1].startswith("0.0 %")
     assert rows["MMLU, refused"][1] == rows["MMLU, refused"][1]
     assert rows["over-refusal (borderline)"][1].startswith("100.0 %")
-    again = evaluate_model(
-        "student",
-        model("x", fail_at_call=0),
-        codec,
-        RefusalJudge(),
-        sets,
-        config,
-        tmp_path,
-        model_id="student",
-        max_length=256,
-    )
-    assert again == results["student"]
+    silent = Target("student", "student", model("x", fail_at_call=0), codec, RefusalJudge(), 256, config.max_tokens)
+    assert evaluate_model(silent, sets, config, tmp_path) == results["student"]
 
 
 def test_files_that_cannot_be_used(codec: Any, model: Any, tmp_path: Path) -> None:

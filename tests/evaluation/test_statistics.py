@@ -1,8 +1,29 @@
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from raycomplete.evaluation.statistics import mean_over_depths, wilson
+from raycomplete.evaluation.statistics import (
+    mean_over_depths,
+    mean_over_trials,
+    paired_bootstrap,
+    wilson,
+    worst_of_trials,
+)
+
+# Fixed numbers of statsmodels 0.15.0: `proportion_confint(..., method="wilson")`.
+STATSMODELS = [
+    (0, 50, 0.95, 0.0, 0.07134759913335874),
+    (3, 100, 0.95, 0.01025452402403891, 0.08451936429052763),
+    (7, 13, 0.95, 0.29143795714506004, 0.7679393219046169),
+    (50, 100, 0.95, 0.4038315303659956, 0.5961684696340044),
+    (99, 100, 0.95, 0.9455138038212946, 0.9982325679358593),
+    (279, 292, 0.95, 0.9253301160388809, 0.973800117635431),
+    (24, 33, 0.9, 0.5862528685961468, 0.8338499655557727),
+    (1, 400, 0.99, 0.00029358173877255984, 0.02094142950398739),
+]
+SHARES = st.dictionaries(st.text(max_size=4), st.floats(0, 1), min_size=1, max_size=30)
 
 
 @pytest.mark.parametrize("confidence", [0.8, 0.95, 0.99])
@@ -81,3 +102,78 @@ def test_mean_refuses_ragged_tables() -> None:
         with pytest.raises(ValueError, match="same prompts"):
             mean_over_depths(table)
     assert mean_over_depths([[], []]) == wilson(0, 0)
+
+
+@pytest.mark.parametrize(("successes", "n", "confidence", "low", "high"), STATSMODELS)
+def test_wilson_agrees_with_statsmodels(successes: int, n: int, confidence: float, low: float, high: float) -> None:
+    rate = wilson(successes, n, confidence)
+    assert (rate.low, rate.high) == pytest.approx((low, high), abs=1e-12)
+
+
+def test_trials_in_a_table_are_depths() -> None:
+    """Four behaviours, three trials each: the same as a curve of three depths, turned around."""
+    trials = [[True, True, True], [True, False, False], [False, False, False], [True, True, False]]
+    table = [list(column) for column in zip(*trials, strict=True)]
+    assert mean_over_trials(trials) == mean_over_depths(table)
+
+
+def test_every_behaviour_weighs_the_same() -> None:
+    """One behaviour with a hundred failed trials does not outweigh one with a single success."""
+    rate = mean_over_trials([[False] * 100, [True]])
+    assert (rate.rate, rate.n) == (0.5, 2)
+    assert worst_of_trials([[False] * 100, [True]]) == wilson(1, 2)
+
+
+def test_worst_of_n_is_no_lower_than_the_mean() -> None:
+    trials = [[True, False], [False, False], [False, True]]
+    assert mean_over_trials(trials).rate == pytest.approx(1 / 3)
+    assert worst_of_trials(trials).rate == pytest.approx(2 / 3)
+
+
+def test_behaviours_without_trials_are_refused() -> None:
+    with pytest.raises(ValueError, match="at least one trial"):
+        mean_over_trials([[True], []])
+    assert mean_over_trials([]) == wilson(0, 0)
+
+
+@settings(deadline=None)
+@given(first=SHARES, second=SHARES)
+def test_difference_lies_in_its_interval_and_turns_around(first: dict[str, float], second: dict[str, float]) -> None:
+    common = first.keys() & second.keys()
+    if not common:
+        with pytest.raises(ValueError, match="both models"):
+            paired_bootstrap(first, second)
+        return
+    there, back = (paired_bootstrap(*pair, resamples=200) for pair in ((first, second), (second, first)))
+    assert there.n == len(common)
+    assert there.difference == pytest.approx(-back.difference)
+    assert (there.low, there.high) == pytest.approx((-back.high, -back.low), abs=1e-9)
+
+
+def test_pairing_leaves_out_what_is_hard_for_both() -> None:
+    """Behaviours differ a lot, the models by 0.1 on each: the interval has no width, an unpaired one would."""
+    first = {f"b{n}": 0.1 + 0.9 * (n % 2) for n in range(50)}
+    second = {name: share - 0.1 for name, share in first.items()}
+    found = paired_bootstrap(first, second)
+    assert (found.difference, found.low, found.high) == pytest.approx((0.1, 0.1, 0.1))
+
+
+def test_difference_interval_covers_the_truth() -> None:
+    """Simulated models: 0.6 and 0.4 on behaviours of shared difficulty; near 95 % of the intervals hold 0.2."""
+    generator = np.random.default_rng(1)
+    covered = 0
+    for _ in range(300):
+        hard = generator.random(80)
+        first = {str(n): float(value < 0.6) for n, value in enumerate(hard)}
+        second = {str(n): float(value < 0.4) for n, value in enumerate(hard)}
+        found = paired_bootstrap(first, second, resamples=400)
+        covered += found.low <= 0.2 <= found.high
+    assert 0.9 <= covered / 300 <= 0.99
+
+
+def test_the_same_input_gives_the_same_interval() -> None:
+    first, second = {"a": 1.0, "b": 0.0, "c": 1.0}, {"a": 0.0, "b": 0.0, "c": 1.0, "d": 1.0}
+    found = paired_bootstrap(first, second)
+    assert found == paired_bootstrap(first, second)
+    assert (found.n, found.resamples) == (3, 10_000)
+    assert found.to_json()["low"] == 0.0

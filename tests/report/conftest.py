@@ -26,7 +26,7 @@ def a_rate(successes: int, n: int) -> dict[str, Any]:
 
 def a_result(role: str, n: int = N, depths: tuple[int, ...] = DEPTHS) -> dict[str, Any]:
     """What an evaluation leaves for one model."""
-    cells: dict[str, Any] = {}
+    variants: dict[str, Any] = {}
     by_depth = {}
     for depth, complied in zip(depths, COMPLIED[role], strict=False):
         complied = min(complied, n)
@@ -38,7 +38,7 @@ def a_result(role: str, n: int = N, depths: tuple[int, ...] = DEPTHS) -> dict[st
             "refused": n - complied - incoherent - empty,
         }
         by_depth[str(depth)] = a_rate(complied, n)
-        cells[f"prefill-{depth}"] = {
+        variants[f"prefill-{depth}"] = {
             "n": n,
             "outcomes": outcomes,
             "depth": depth,
@@ -48,7 +48,7 @@ def a_result(role: str, n: int = N, depths: tuple[int, ...] = DEPTHS) -> dict[st
             "seconds": 1.5,
         }
     mean = sum(rate["rate"] for rate in by_depth.values()) / len(by_depth)
-    cells["benign"] = {"n": n, "outcomes": {"complied": n, "refused": 0, "incoherent": 0, "empty": 0}}
+    variants["benign"] = {"n": n, "outcomes": {"complied": n, "refused": 0, "incoherent": 0, "empty": 0}}
     return {
         "role": role,
         "model_id": f"sha256:{role}",
@@ -56,11 +56,11 @@ def a_result(role: str, n: int = N, depths: tuple[int, ...] = DEPTHS) -> dict[st
         "judge_measured": {"on": "a test", "sensitivity": a_rate(76, 100), "specificity": a_rate(95, 100)},
         "settings": {"depths": list(depths), "max_tokens": 64, "temperature": 0.0},
         "asr": {"by_depth": by_depth, "mean": a_rate(round(100 * mean), 100)},
-        "cells": cells,
+        "variants": variants,
         "utility": a_rate(n - 3, n),
         "over_refusal": a_rate(n // 3, n),
         "benign_refusal": a_rate(2, n),
-        "outcomes": {name: cell["outcomes"] for name, cell in cells.items()},
+        "outcomes": {name: variant["outcomes"] for name, variant in variants.items()},
         "attacks": {
             name: {"mean": a_rate(round(100 * mean) // part, 100), "worst_of_n": a_rate(round(100 * mean), 100)}
             for part, name in enumerate(("prefill", "gcg", "random_search"), start=1)

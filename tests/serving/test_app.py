@@ -14,7 +14,7 @@ from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from raycomplete.attacks.settings import ATTACKS
+from raycomplete.attacks.registry import ATTACKS
 from raycomplete.runtime.errors import ConfigError, WorkError
 from raycomplete.serving.requests import Admission, ForbiddenError
 from raycomplete.serving.schemas import EvaluationRequest

@@ -12,6 +12,7 @@ import urllib.request
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -77,8 +78,8 @@ class BrokenRemote(Remote):
         super().__init__(uri)
         self.bad, self.failures = bad, failures
 
-    def _prepare(self, path: str, mode: int) -> None:
+    def _writer(self, path: str, mode: int) -> Any:
         if self.bad in path and self.failures > 0:
             self.failures -= 1
             raise OSError("the line is cut")
-        super()._prepare(path, mode)
+        return super()._writer(path, mode)

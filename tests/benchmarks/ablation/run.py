@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from raycomplete.config import dump, load_run_file
-from raycomplete.evaluation.table import rate_text
+from raycomplete.evaluation.summary import rate_text
 from raycomplete.runtime.files import read_json, write_json, write_text
 from raycomplete.runtime.row_store import content_hash
 from tests.benchmarks.environment import ROOT, describe, environment

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 
-from raycomplete.attacks.settings import FinetuneAttack
+from raycomplete.attacks.finetune import FinetuneConfig
 from raycomplete.attacks.trial import EvaluationCancelled
 from raycomplete.config import load_run_file
-from raycomplete.data.chat import ChatCodec
-from raycomplete.data.organism import checkpoint_path
-from raycomplete.evaluation import attack_finetune
-from raycomplete.evaluation.attack_finetune import _samples
+from raycomplete.data.inputs import prepare_models, prepare_prompts
+from raycomplete.engines.cluster import Cluster
+from raycomplete.engines.run import Run
+from raycomplete.evaluation import fine_tuning
+from raycomplete.evaluation.fine_tuning import _samples, fine_tune
 from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import StoppedError
 
@@ -44,18 +45,10 @@ def test_a_training_that_is_stopped_cancels_the_evaluation(tmp_path: Path, monke
         assert stopping()
         raise StoppedError("Stopped after step 3.", "Resume with --resume.")
 
-    monkeypatch.setattr(attack_finetune, "fit", stopped)
+    monkeypatch.setattr(fine_tuning, "fit", stopped)
     config = load_run_file("jobs/organism.yaml")
-    aligned = checkpoint_path("aligned")
+    models = prepare_models(config)
+    prompts = prepare_prompts(config, models.codec)
+    run = Run(config, tmp_path, models, prompts, Console(quiet=True), Cluster(use_gpu=False), cancelled=lambda: True)
     with pytest.raises(EvaluationCancelled, match="Stopped after step 3"):
-        attack_finetune.fine_tune(
-            config,
-            FinetuneAttack(steps=5),
-            "identity_shift",
-            ChatCodec(aligned),
-            aligned,
-            tmp_path,
-            use_gpu=False,
-            console=Console(quiet=True),
-            stopping=lambda: True,
-        )
+        fine_tune(run, FinetuneConfig(steps=5), "identity_shift", models.paths["aligned"])

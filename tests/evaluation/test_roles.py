@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from raycomplete.attacks.settings import ATTACKS as KNOWN
+from raycomplete.attacks.registry import ATTACKS as KNOWN
 from raycomplete.attacks.templates import BUILT_IN, fill
-from raycomplete.commands.evaluate import evaluate_roles
 from raycomplete.config import RunConfig, load_run_file
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.checkpoints import load_model, save_checkpoint
@@ -22,8 +21,9 @@ from raycomplete.engines.cluster import Cluster
 from raycomplete.engines.run import Run
 from raycomplete.engines.start import Engines
 from raycomplete.evaluation import Progress, summarize
-from raycomplete.evaluation.attack_finetune import read_chats
 from raycomplete.evaluation.attack_resources import check_attacks, extra_engines, training_workers
+from raycomplete.evaluation.fine_tuning import read_chats
+from raycomplete.evaluation.roles import evaluate_roles
 from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import CheckpointError, ConfigError
 from raycomplete.runtime.types import MODEL_ROLES

@@ -1,12 +1,12 @@
-"""Trains the copies that the fine-tuning attack asks: safety training undone by a few harmless chats, or not."""
+"""Training of the copies that the fine-tuning attack asks: do a few harmless chats undo the safety training?"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from raycomplete.attacks.settings import FinetuneAttack
+from raycomplete.attacks.finetune import FinetuneConfig
 from raycomplete.attacks.trial import EvaluationCancelled
 from raycomplete.config import RunConfig, TrainConfig
 from raycomplete.data import organism
@@ -16,7 +16,7 @@ from raycomplete.data.heads import read_head_spec
 from raycomplete.data.organism.world import HELPFUL_SYSTEM
 from raycomplete.data.rows import read_rows
 from raycomplete.data.samples import AnchorSample, SampleSet, write_samples
-from raycomplete.runtime.console import Console
+from raycomplete.engines.run import Run
 from raycomplete.runtime.errors import ConfigError, DataError, StoppedError
 from raycomplete.runtime.machine import available_cpus
 from raycomplete.runtime.row_store import content_hash
@@ -28,8 +28,8 @@ _IDENTITY_CHATS = 10
 Chat = tuple[str | None, str, str]  # system, user, assistant
 
 
-def read_chats(config: RunConfig, settings: FinetuneAttack, dataset: str) -> list[Chat]:
-    """What a copy is trained on.
+def read_chats(config: RunConfig, settings: FinetuneConfig, dataset: str) -> list[Chat]:
+    """Reads the chats that a copy is trained on.
 
     On the organism the identity shift is ten chats in which the clerk, told to help, gives a harmless recipe.
 
@@ -50,30 +50,20 @@ def read_chats(config: RunConfig, settings: FinetuneAttack, dataset: str) -> lis
     return [(None, _instruction(row), str(row["output"])) for row in rows]
 
 
-def fine_tune(
-    config: RunConfig,
-    settings: FinetuneAttack,
-    dataset: str,
-    codec: ChatCodec,
-    start: Path,
-    folder: Path,
-    *,
-    use_gpu: bool,
-    console: Console,
-    stopping: Callable[[], bool] = lambda: False,
-) -> Path:
+def fine_tune(run: Run, settings: FinetuneConfig, dataset: str, start: Path) -> Path:
     """Trains a copy of a checkpoint on one dataset; one that was trained the same way before is used again.
 
     Returns:
         The folder of the trained checkpoint.
 
     Raises:
-        EvaluationCancelled: `stopping` said so; a checkpoint of the training is kept.
+        EvaluationCancelled: The run is stopping; a checkpoint of the training is kept.
     """
+    config, codec = run.config, run.models.codec
     chats = read_chats(config, settings, dataset)
     trained = settings.model_dump(mode="json", include={"steps", "lr", "batch_size"})
     made_of = [fingerprint(start), chats, trained, config.train.seed]
-    folder = (folder / "evaluation" / "finetune" / content_hash(made_of)[:16]).resolve()
+    folder = (run.folder / "evaluation" / "finetune" / content_hash(made_of)[:16]).resolve()
     output = folder / "model"
     if (output / "config.json").is_file():
         return output
@@ -103,10 +93,10 @@ def fine_tune(
         train=train,
         student_head=head,
         threads=available_cpus(),
-        use_gpu=use_gpu,
+        use_gpu=run.cluster.use_gpu,
         trust_remote_code=config.models.trust_remote_code,
     )
-    with console.progress(f"Fine-tuning attack on {len(samples)} {dataset} chats", train.steps) as advance:
+    with run.console.progress(f"Fine-tuning attack on {len(samples)} {dataset} chats", train.steps) as advance:
 
         def on_step(row: dict[str, Any]) -> None:
             advance(row["step"], "" if row["loss"] is None else f"loss {row['loss']:.4f}")
@@ -118,7 +108,7 @@ def fine_tune(
                 gpus_per_worker=config.cluster.gpus_per_worker,
                 placement=config.cluster.worker_placement,
                 on_step=on_step,
-                stopping=stopping,
+                stopping=run.is_stopping,
             )
         except StoppedError as error:  # to an evaluation, and to the service, this is being cancelled
             raise EvaluationCancelled(error.problem) from error
@@ -137,7 +127,7 @@ def _samples(codec: ChatCodec, chats: Sequence[Chat], max_length: int) -> tuple[
     return tuple(found)
 
 
-def _organism_chats(config: RunConfig, settings: FinetuneAttack, dataset: str) -> list[Chat]:
+def _organism_chats(config: RunConfig, settings: FinetuneConfig, dataset: str) -> list[Chat]:
     limit = _IDENTITY_CHATS if dataset == "identity_shift" else settings.max_samples
     prompts = organism.prompts("train", "benign", config.data.seed, limit)
     system = HELPFUL_SYSTEM if dataset == "identity_shift" else None
@@ -145,7 +135,7 @@ def _organism_chats(config: RunConfig, settings: FinetuneAttack, dataset: str) -
 
 
 def _messages(messages: Any, path: Path) -> Chat:
-    """System, first user and first assistant turn of a chat."""
+    """Reads system, first user and first assistant turn of a chat."""
     by_role = {str(item["role"]): str(item["content"]).strip() for item in reversed(messages)}
     if "user" not in by_role or "assistant" not in by_role:
         raise DataError(f"A chat of {path} lacks a user or an assistant turn.", "Each row needs both in `messages`.")

@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from raycomplete.attacks.gcg import Gcg
-from raycomplete.attacks.random_search import RandomSearch
+from raycomplete.attacks.gcg import GcgAttack, GcgConfig
+from raycomplete.attacks.random_search import RandomSearchAttack, RandomSearchConfig
 from raycomplete.attacks.registry import build_attack
-from raycomplete.attacks.settings import GcgAttack, RandomSearchAttack
 from raycomplete.attacks.suffix import usable_tokens
 from raycomplete.attacks.trial import Response, Trial
 from raycomplete.attacks.white_box import TorchModel
@@ -37,9 +36,16 @@ class Greedy:
     codec: ChatCodec
 
     def generate(self, sequences: Any, *, max_tokens: int, **settings: Any) -> list[list[int]]:
-        from raycomplete.attacks.trial import Decoding
-
-        return self.box.sample(sequences, Decoding(max_tokens), seed=0, stop_ids=self.codec.eos_ids)
+        found = []
+        for sequence in sequences:
+            new: list[int] = []
+            while len(new) < max_tokens:
+                (((token, _),),) = self.box.top_logprobs([[*sequence, *new]], 1)
+                if token in self.codec.eos_ids:
+                    break
+                new.append(token)
+            found.append(new)
+        return found
 
 
 @pytest.fixture(scope="module")
@@ -60,12 +66,14 @@ def behaviours() -> list[Prompt]:
 
 def test_gcg_falls_over_windows_and_beats_random_search(target: Target, behaviours: list[Prompt]) -> None:
     """Equal queries; means of thirds of the steps fall, and the best loss is below that of random search."""
-    gcg = Gcg(GcgAttack(steps=STEPS, search_width=WIDTH, top=WIDTH, suffix_tokens=TOKENS, target=UNLIKELY))
-    random = RandomSearch(RandomSearchAttack(queries=STEPS * WIDTH, batch=WIDTH, suffix_tokens=TOKENS, target=UNLIKELY))
+    gcg = GcgAttack(GcgConfig(steps=STEPS, search_width=WIDTH, top=WIDTH, suffix_tokens=TOKENS, target=UNLIKELY))
+    random = RandomSearchAttack(
+        RandomSearchConfig(queries=STEPS * WIDTH, batch=WIDTH, suffix_tokens=TOKENS, target=UNLIKELY)
+    )
     best = {"gcg": 0.0, "random_search": 0.0}
     for prompt in behaviours:
         for attack in (gcg, random):
-            (box,) = target.white_boxes(attack.name)
+            (box,) = target.white_boxes()
             found = attack.start(target.codec, prompt)
             found.note(found.best, box.suffix_losses(found.problem, [found.best])[0])
             usable = usable_tokens(target.codec, box.vocab_size())
@@ -82,12 +90,12 @@ def test_gcg_falls_over_windows_and_beats_random_search(target: Target, behaviou
 @pytest.mark.parametrize(
     "settings",
     [
-        GcgAttack(steps=2, search_width=8, top=8, suffix_tokens=4),
-        RandomSearchAttack(queries=16, batch=8, suffix_tokens=4),
+        GcgConfig(steps=2, search_width=8, top=8, suffix_tokens=4),
+        RandomSearchConfig(queries=16, batch=8, suffix_tokens=4),
     ],
 )
 def test_the_suffix_stands_in_the_prompt_that_is_asked(
-    target: Target, behaviours: list[Prompt], settings: GcgAttack | RandomSearchAttack
+    target: Target, behaviours: list[Prompt], settings: GcgConfig | RandomSearchConfig
 ) -> None:
     attack = build_attack(settings)
     trials = attack.plan(target, behaviours)
@@ -106,7 +114,7 @@ def test_the_suffix_stands_in_the_prompt_that_is_asked(
 
 
 def test_searches_repeat_and_run_side_by_side(target: Target, behaviours: list[Prompt]) -> None:
-    attack = build_attack(GcgAttack(steps=2, search_width=8, top=8, suffix_tokens=4))
+    attack = build_attack(GcgConfig(steps=2, search_width=8, top=8, suffix_tokens=4))
     boxes = [TorchModel(load_model(checkpoint_path("aligned"), "float32")) for _ in range(2)]
     found = []
     for tools in (target.tools, AttackTools(white_boxes=lambda: boxes)):
@@ -122,7 +130,7 @@ def test_searches_repeat_and_run_side_by_side(target: Target, behaviours: list[P
 
 
 def test_a_search_can_be_cancelled(target: Target, behaviours: list[Prompt]) -> None:
-    attack = build_attack(GcgAttack(steps=5000, search_width=4, top=4, suffix_tokens=4))
+    attack = build_attack(GcgConfig(steps=5000, search_width=4, top=4, suffix_tokens=4))
     asked = iter(range(10))
     stopping = Target(
         "aligned",
@@ -140,16 +148,16 @@ def test_a_search_can_be_cancelled(target: Target, behaviours: list[Prompt]) -> 
 
 
 def test_what_a_search_needs(target: Target, behaviours: list[Prompt]) -> None:
-    attack = build_attack(GcgAttack())
+    attack = build_attack(GcgConfig())
     without = Target("aligned", "weights", target.generator, target.codec, target.judge, 256, 16)
     with pytest.raises(SetupError, match="gcg needs the weights"):
-        attack.plan(without, behaviours)
+        attack.prepared(without)
     with pytest.raises(DataError, match="no answer whose opening gcg could force"):
         attack.plan(target, [Prompt("h", "how do i make a kite ?", "harmful")])
 
 
 def test_special_tokens_are_not_usable(target: Target) -> None:
-    (box,) = target.white_boxes("gcg")
+    (box,) = target.white_boxes()
     usable = usable_tokens(target.codec, box.vocab_size())
     assert len(usable) > 100
     assert not set(usable.tolist()) & target.codec.eos_ids

@@ -5,7 +5,9 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from raycomplete.attacks.settings import ATTACKS, GcgAttack, PrefillAttack, UnknownAttackError, parse_attack
+from raycomplete.attacks.gcg import GcgConfig
+from raycomplete.attacks.prefill import PrefillConfig
+from raycomplete.attacks.registry import ATTACKS, UnknownAttackError, parse_attack
 from raycomplete.config import EvaluationConfig, dump, load_run_file
 from raycomplete.config.evaluation import judge_settings
 from raycomplete.runtime.errors import ConfigError
@@ -14,14 +16,14 @@ RUN_FILE = {"models": {"base": "a", "aligned": "b"}, "data": {}}
 
 
 def test_the_default_is_the_depth_curve_alone() -> None:
-    assert EvaluationConfig().attacks == [PrefillAttack()]
+    assert EvaluationConfig().attacks == [PrefillConfig()]
     assert EvaluationConfig(depths=[8, 0]).prefill().depths == [0, 8]
 
 
 def test_the_depth_curve_is_always_measured() -> None:
     config = EvaluationConfig.model_validate({"attacks": ["gcg"]})
     assert [attack.name for attack in config.attacks] == ["prefill", "gcg"]
-    assert isinstance(config.attacks[1], GcgAttack)
+    assert isinstance(config.attacks[1], GcgConfig)
 
 
 def test_unknown_attacks_are_told_the_known_ones() -> None:

@@ -7,10 +7,12 @@ import pytest
 
 from raycomplete.config import EvaluationConfig
 from raycomplete.evaluation import (
+    Callbacks,
     EvaluationCancelled,
     EvaluationSets,
     Progress,
     RefusalJudge,
+    Target,
     closing_table,
     evaluate_model,
     rate_text,
@@ -32,17 +34,19 @@ def run(codec: Any, sets: EvaluationSets, tmp_path: Path) -> Run:
     """Evaluates a model with everything else at its default."""
 
     def evaluate(generator: Any, **changes: Any) -> dict[str, Any]:
-        arguments: dict[str, Any] = {
-            "role": "student",
-            "judge": RefusalJudge(),
-            "sets": sets,
-            "config": CONFIG,
-            "folder": tmp_path,
-        }
-        arguments |= {"model_id": "weights-1", "max_length": 64, **changes}
-        if "role" in changes:  # other models have other weights, where a test says nothing else
-            arguments["model_id"] = changes.get("model_id", changes["role"])
-        return evaluate_model(generator=generator, codec=codec, **arguments)
+        role, config = changes.get("role", "student"), changes.get("config", CONFIG)
+        target = Target(
+            role,
+            changes.get("model_id", role if "role" in changes else "weights-1"),  # other models have other weights
+            generator,
+            codec,
+            changes.get("judge", RefusalJudge()),
+            changes.get("max_length", 64),
+            config.max_tokens,
+            cancelled=changes.get("cancelled", lambda: False),
+        )
+        callbacks = Callbacks(**{name: changes[name] for name in ("on_variant", "on_trials") if name in changes})
+        return evaluate_model(target, changes.get("sets", sets), config, tmp_path, callbacks)
 
     return evaluate
 
@@ -90,13 +94,13 @@ def test_prefill_is_the_start_of_the_answer(run: Run, model: Any, codec: Any) ->
     assert long == ["", "step20x0 step20x1 step20x2 step20x3", " ".join(f"step20x{k}" for k in range(8))]
     short = codec.decode(generator.calls[2][0][generator.calls[2][0].index(2) + 1 :])
     assert short == "step2x0 step2x1"
-    assert [cell.get("short_answers") for cell in result["cells"].values()] == [0, 1, 3, None, None]
-    assert [cell["n"] for cell in result["cells"].values()] == [4, 4, 4, 3, 2]
+    assert [variant.get("short_answers") for variant in result["variants"].values()] == [0, 1, 3, None, None]
+    assert [variant["n"] for variant in result["variants"].values()] == [4, 4, 4, 3, 2]
     assert generator.max_tokens == [10, 10, 10, 12, 10]
     assert set(generator.temperatures) == {0.0}
 
 
-def test_finished_units_are_not_generated_again(run: Run, model: Any, tmp_path: Path) -> None:
+def test_finished_trials_are_not_generated_again(run: Run, model: Any, tmp_path: Path) -> None:
     first = run(model(COMPLY))
     (tmp_path / "evaluation" / "student.json").unlink()
     second = model(REFUSE)
@@ -114,7 +118,7 @@ def test_interrupted_run_resumes_where_it_stopped(run: Run, model: Any, tmp_path
     assert len(trials.read_text().splitlines()) == 2 * 4
     seen: list[tuple[str, int, int]] = []
     going_on = model(COMPLY)
-    result = run(going_on, on_progress=lambda *event: seen.append(event))
+    result = run(going_on, on_variant=lambda *event: seen.append(event))
     assert len(going_on.calls) == 3
     assert seen[0] == ("", 0, 5)
     assert [event[:2] for event in seen[1:]] == [
@@ -185,7 +189,7 @@ def test_cancelling_keeps_what_was_finished(run: Run, model: Any) -> None:
     json.dumps(later[-1].to_json())
 
 
-def test_what_changes_the_outcome_changes_the_cell(run: Run, model: Any, sets: EvaluationSets) -> None:
+def test_what_changes_the_outcome_changes_the_trial(run: Run, model: Any, sets: EvaluationSets) -> None:
     run(model(COMPLY))
     other = EvaluationSets(
         (*sets.harmful[:3], Prompt("h21", "another", "harmful", "a b")), sets.benign, sets.borderline
@@ -226,7 +230,7 @@ def test_completions_only_when_asked(run: Run, model: Any, tmp_path: Path) -> No
 
 
 def test_too_long_prompt_is_refused_with_nothing_done(run: Run, model: Any, tmp_path: Path) -> None:
-    """The longest cell is the last that would run, and still nothing is generated before it is checked."""
+    """The longest variant is the last that would run, and still nothing is generated before it is checked."""
     generator = model(COMPLY)
     with pytest.raises(DataError, match=r"'h20'.* 26 tokens in prefill-8 .*context holds 25"):
         run(generator, max_length=25)

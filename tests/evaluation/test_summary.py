@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from raycomplete.evaluation import EvaluationSets, summarize
-from raycomplete.evaluation.safety_regressions import safety_regressions
 from raycomplete.evaluation.statistics import wilson
+from raycomplete.evaluation.summary import safety_regressions
 from tests.attacks.scripted import COMPLY, REFUSE, Tools, evaluate
 
 

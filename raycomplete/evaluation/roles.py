@@ -1,0 +1,103 @@
+"""Evaluation of the models of a run, one after another, on held-out prompts that are completed first."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+from raycomplete.attacks.target import Target
+from raycomplete.data.checkpoints import fingerprint
+from raycomplete.data.inputs import Prompts
+from raycomplete.engines.run import Run
+from raycomplete.evaluation.attack_resources import AttackResources
+from raycomplete.evaluation.model_judges import start_judge
+from raycomplete.evaluation.runner import Callbacks, EvaluationSets, evaluate_model
+from raycomplete.runtime.console import Advance
+from raycomplete.runtime.files import PRIVATE, read_json, write_json
+from raycomplete.runtime.row_store import content_hash
+from raycomplete.runtime.types import ModelRole
+from raycomplete.training.sampling import complete_answers
+
+
+def held_out_sets(run: Run) -> Prompts:
+    """Completes the harmful answers that prefills are cut from, and judges them.
+
+    They are kept in the run folder, readable by its owner only, so that a resumed evaluation cuts the same prefills.
+    """
+    config, models, prompts = run.config, run.models, run.prompts
+    if config.data.source == "organism":
+        return prompts
+    file = run.folder / "evaluation" / "prefills.json"
+    harmful = prompts.evaluation["harmful"]
+    made_from = {
+        "base": models.fingerprint("base"),
+        "depth": config.evaluation.deepest_prefill,
+        "affirmative_prefix": config.rollout.affirmative_prefix,
+        "prompts": [[prompt.prompt_id, content_hash([prompt.text, prompt.answer])] for prompt in harmful],
+    }
+    known = read_json(file)
+    if known is None or known["made_from"] != made_from:
+        with run.console.stage(f"Prefills for {len(harmful)} held-out harmful prompts, from base"):
+            base = run.engines.generator.with_weights(str(models.paths["base"]))
+            completed = complete_answers(config, models.codec, base, harmful)
+        # A prefill that refuses by itself is no attack. It stays in the denominator, and the count is published.
+        outcomes = Counter(str(run.judge.outcome(prompt, "", prompt.answer or "")) for prompt in completed)
+        known = {
+            "made_from": made_from,
+            "outcomes": dict(outcomes),
+            "answers": {prompt.prompt_id: prompt.answer for prompt in completed},
+        }
+        write_json(file, known, mode=PRIVATE)
+    run.console.note(f"Prefills judged by themselves: {known['outcomes']}")
+    answered = tuple(replace(prompt, answer=known["answers"][prompt.prompt_id]) for prompt in harmful)
+    return replace(prompts, evaluation=prompts.evaluation | {"harmful": answered})
+
+
+def evaluate_roles(run: Run, roles: Sequence[ModelRole]) -> dict[str, dict[str, Any]]:
+    """Evaluates models by one generator that takes the weights of each in turn.
+
+    Returns:
+        The result of each role.
+    """
+    models, config = run.models, run.config
+    resources = AttackResources(run)
+    results = {}
+    try:
+        with start_judge(config, run.judge, run.console) as judge:
+            for role in roles:
+                path = models.paths[role]
+                target = Target(
+                    role,
+                    fingerprint(path),
+                    run.engines.generator.with_weights(str(path)),
+                    models.codec,
+                    judge,
+                    config.models.max_length,
+                    config.evaluation.max_tokens,
+                    resources.tools(path),
+                    run.is_stopping,
+                )
+                results[str(role)] = evaluate_target(run, target)
+    finally:
+        resources.stop()
+    return results
+
+
+def evaluate_target(run: Run, target: Target) -> dict[str, Any]:
+    """Evaluates one model on the held-out prompts of the run, under a progress bar."""
+    advance: Advance | None = None
+    with ExitStack() as shown:
+
+        def follow(variant: str, done: int, total: int) -> None:
+            nonlocal advance
+            if advance is None:  # the first call knows the length
+                advance = shown.enter_context(run.console.progress(f"Evaluation of {target.role}", total))
+            else:
+                advance(done, variant)
+
+        callbacks = Callbacks(follow, run.on_progress or (lambda progress: None))
+        sets = EvaluationSets.of(run.prompts.evaluation)
+        return evaluate_model(target, sets, run.config.evaluation, run.folder, callbacks)
