@@ -17,7 +17,8 @@ from raycomplete.config import load_run_file
 from raycomplete.serving.deployment import _ACTOR_OPTIONS
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDER = ROOT / "jobs" / "kuberay"
+DEPLOY = ROOT / "jobs" / "deploy"
+FOLDER = DEPLOY / "kuberay"
 SOURCES = "/opt/raycomplete/"  # where the image holds the checkout
 # Where each kind keeps the cluster, and its fields that we use.
 CLUSTER_AT = {"RayCluster": (), "RayJob": ("rayClusterSpec",), "RayService": ("rayClusterConfig",)}
@@ -141,7 +142,7 @@ def test_versions_are_those_of_the_lock(kind: str) -> None:
     assert len(images) == 1
     (image,) = images
     assert image.endswith(f":{__version__}-ray{locked('ray')}")
-    assert image in (FOLDER / "Dockerfile").read_text()
+    assert image in (DEPLOY / "Dockerfile").read_text()
 
 
 @pytest.mark.parametrize("kind", list(CLUSTER_AT))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -113,7 +115,7 @@ def test_no_committed_file_names_a_registry_host_or_a_path_of_one_machine(word: 
 
 def test_top_level_is_the_agreed_one() -> None:
     agreed = {"pyproject.toml", "README.md", "raycomplete", "jobs", "cluster.yaml", "tests"}
-    agreed |= {"LICENSE", "Makefile", "CHANGELOG.md", "constraints.txt"}
+    agreed |= {"docs", "LICENSE", "Makefile", "CHANGELOG.md", "constraints.txt"}
     top = {path.relative_to(ROOT).parts[0] for path in tracked_files()}
     assert {name for name in top if not name.startswith(".")} <= agreed
 
@@ -209,3 +211,75 @@ def test_setup_without_registry_fails_soon_and_says_so(checkout: Path) -> None:
     assert_one_clear_sentence(done, "registry cannot be reached", "setup.log")
     again = run_setup(checkout, PYTHON=sys.executable, **nowhere)
     assert again.returncode == 1, "a failed set-up must not pass for a finished one"
+
+
+# --- uv --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def install(tmp_path: Path) -> ModuleType:
+    """The set-up as a module whose `.venv` is this Python and whose log is a fresh file."""
+    spec = importlib.util.spec_from_file_location("install", SETUP.with_name("install.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    log = tmp_path / "setup.log"
+    log.touch()
+    vars(module).update(PYTHON=sys.executable, LOG=log)
+    return module
+
+
+def test_setup_is_small() -> None:
+    lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in SETUP.parent.glob("*.*"))
+    assert lines <= 250
+
+
+def test_uv_takes_over_the_settings_of_pip(install: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith(("PIP_", "UV_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_FIND_LINKS", "/wheels /more")
+    monkeypatch.setenv("PIP_INDEX_URL", "http://mirror.example/simple")
+    monkeypatch.setenv("UV_PYTHON", "/usr/bin/python3.9")
+    seen: dict[str, Any] = {}
+    vars(install)["step"] = lambda label, command, settings: seen.update(command=command, settings=settings)
+    install.uv("packages", "sync", "lock.txt")
+    assert seen["settings"]["UV_FIND_LINKS"] == "/wheels,/more"
+    assert seen["settings"]["UV_DEFAULT_INDEX"] == "http://mirror.example/simple"
+    assert seen["settings"]["UV_PYTHON_DOWNLOADS"] == "never"
+    assert seen["command"][-2:] == ["--python", sys.executable]
+    assert "UV_PYTHON" not in install.clean()
+
+
+SAID_BY_UV = {
+    "error: Failed to download `x`\n  cause: failed to write: No space left on device (os error 28)": "disk is full",
+    "error: Failed to fetch\n  cause: invalid peer certificate: UnknownIssuer": "set PIP_CERT",
+    "error: Request failed after 3 retries in 5.8s\n  cause: tcp connect error": "registry cannot be reached",
+    "error: Failed to build `x`\n  x.c:1:10: fatal error: Python.h: No such file or directory": "python3-dev",
+    "error: Failed to build `x`\n  error: [Errno 2] No such file or directory: 'gcc'": "C++ compiler",
+    "error: No solution found\n  cause: x==1 has no wheels with a matching tag": "no build of a locked package",
+    "error: something new": "something new",
+}
+
+
+@pytest.mark.parametrize("output", SAID_BY_UV)
+def test_a_failure_of_uv_is_one_sentence_with_the_remedy(
+    install: ModuleType, output: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    command = [sys.executable, "-c", f"import sys; sys.exit({output!r})"]
+    with pytest.raises(SystemExit) as stopped:
+        install.step("packages", command)
+    assert stopped.value.code == 1
+    said = capfd.readouterr().err.strip()
+    assert SAID_BY_UV[output] in said
+    assert "while installing packages" in said
+    assert len(said.splitlines()) == 1
+
+
+def test_lock_splits_into_what_runs_need_and_what_benchmarks_compare_with(install: ModuleType) -> None:
+    bench = {canonicalize_name(Requirement(line).name) for line in extras(project()["project"], "bench")}
+    assert {line.partition("==")[0] for line in install.lock_lines("for make bench")} == bench
+    names = {canonicalize_name(Requirement(line).name) for line in install.lock_lines()}
+    assert "uv" in names
+    assert names == set(locked()) - bench

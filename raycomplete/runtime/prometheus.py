@@ -1,7 +1,7 @@
 """Prometheus metrics of a run, through Ray: every node's metrics agent exports them as `ray_raycomplete_...`.
 
 All names stand in `METRICS`; `record` takes no other. Where Ray is not running nothing happens, and a metric that
-cannot be recorded never ends a run. `jobs/grafana/raycomplete.json` is a dashboard of them.
+cannot be recorded never ends a run. `jobs/deploy/grafana.json` is a dashboard of them.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from raycomplete.serving import metrics as serving_metrics
 from tests.commands.test_job_client import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
-DASHBOARD = ROOT / "jobs" / "grafana" / "raycomplete.json"
+DASHBOARD = ROOT / "jobs" / "deploy" / "grafana.json"
 ROW = {
     "step": 3,
     "seconds": 2.0,
