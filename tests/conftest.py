@@ -39,22 +39,11 @@ def generator(ray_cluster: None) -> Iterator[Any]:
     from raycomplete.data.organism import checkpoint_path
     from raycomplete.engines.rollout_pool import RolloutPool
     from raycomplete.engines.rollout_worker import RolloutOptions
-    from raycomplete.engines.spec import engine_environment
+    from raycomplete.engines.spec import EngineSpec
 
     codec = ChatCodec(checkpoint_path("aligned"))
-    client = RolloutPool.start(
-        str(checkpoint_path("base")),
-        RolloutOptions(
-            dtype="float32",
-            max_length=256,
-            use_gpu=False,
-            stop_ids=tuple(sorted(codec.eos_ids)),
-            rollout=RolloutConfig(timeout_s=300),
-        ),
-        num_cpus=0.5,
-        num_gpus=0,
-        environment=engine_environment(use_gpu=False),
-    )
+    spec = EngineSpec(str(checkpoint_path("base")), "float32", 256)
+    client = RolloutPool.start(RolloutOptions(spec, tuple(sorted(codec.eos_ids)), RolloutConfig(timeout_s=300)))
     client.wait_until_ready(timeout_s=300)
     yield client
     client.stop()

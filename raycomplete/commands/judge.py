@@ -8,7 +8,7 @@ from typing import Any
 from raycomplete.config import parse
 from raycomplete.config.evaluation import JudgeConfig
 from raycomplete.engines.cluster import connect
-from raycomplete.engines.placement import Plan, engine_row
+from raycomplete.engines.placement import ResourcePlan, engine_request
 from raycomplete.evaluation.calibration import calibrate, file_fingerprint, read_labelled
 from raycomplete.evaluation.judges import RefusalJudge
 from raycomplete.evaluation.model_judges import start_judge
@@ -54,7 +54,7 @@ def calibrate_judge(
         }
         config = parse(tree, "judge calibrate")
         with (
-            connect(config.cluster, Plan((engine_row(config.cluster, "judge", 1),)), console),
+            connect(config.cluster, ResourcePlan((engine_request(config.cluster, "judge", 1),)), console),
             start_judge(config, RefusalJudge(), console) as judge,
         ):
             found = calibrate(judge, rows, on)

@@ -25,10 +25,8 @@ from ray.serve import Application
 from raycomplete.config import RunConfig, load_run_file
 from raycomplete.data.inputs import environment, prepare_models
 from raycomplete.engines.cluster import connect
-from raycomplete.engines.placement import Plan, Row, engine_row
-from raycomplete.engines.rollout_pool import RolloutPool
-from raycomplete.engines.rollout_worker import RolloutOptions
-from raycomplete.engines.spec import engine_environment
+from raycomplete.engines.placement import ResourcePlan, ResourceRequest, engine_request
+from raycomplete.engines.start import start_engine
 from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import DataError, RefusedError, WorkError
 from raycomplete.runtime.types import MODEL_ROLES
@@ -110,19 +108,19 @@ def build(config: RunConfig) -> Application:
     return deployment.build_application(served, token, ProcessBackend, StudentChat if settings.chat else None)
 
 
-def _plan(config: RunConfig) -> Plan:
+def _plan(config: RunConfig) -> ResourcePlan:
     """What the service holds when every runner is at work."""
     runners, cluster = config.serve.runners, config.cluster
-    generator = engine_row(
+    generator = engine_request(
         cluster,
         "rollout engine",
         runners * config.rollout.num_engines,
         tensor_parallel=config.rollout.tensor_parallel,
     )
-    tools = engine_row(cluster, "model of attacks and judge", runners * (config.evaluation.white_boxes + _TOOLS))
-    worker = Row("training worker of the attack", runners, cluster.cpus_per_worker, cluster.gpus_per_worker)
-    chat = [engine_row(cluster, "chat engine", 1)] if config.serve.chat else []
-    return Plan((generator, tools, worker, *chat))
+    tools = engine_request(cluster, "model of attacks and judge", runners * (config.evaluation.white_boxes + _TOOLS))
+    worker = ResourceRequest("training worker of the attack", runners, cluster.cpus_per_worker, cluster.gpus_per_worker)
+    chat = [engine_request(cluster, "chat engine", 1)] if config.serve.chat else []
+    return ResourcePlan((generator, tools, worker, *chat))
 
 
 class ProcessBackend:
@@ -186,23 +184,9 @@ class StudentChat:
 
     def __init__(self, config: RunConfig) -> None:
         models = prepare_models(config, roles=("aligned", "student"))
-        use_gpu = config.cluster.use_gpu != "never" and ray.cluster_resources().get("GPU", 0.0) > 0
         self._codec = models.codec
         self._config = config
-        self._client = RolloutPool.start(
-            str(models.paths["student"]),
-            RolloutOptions(
-                dtype=config.models.dtype,
-                max_length=config.models.max_length,
-                use_gpu=use_gpu,
-                stop_ids=tuple(sorted(models.codec.eos_ids)),
-                rollout=config.rollout.model_copy(update={"num_engines": 1, "tensor_parallel": 1, "colocated": False}),
-                trust_remote_code=config.models.trust_remote_code,
-            ),
-            environment=engine_environment(use_gpu=use_gpu, kv_cache_gib=config.teacher.kv_cache_gib),
-            num_cpus=config.cluster.cpus_per_engine,
-            num_gpus=config.cluster.gpus_per_engine,
-        )
+        self._client = start_engine(config, models.paths["student"], models.codec)
 
     async def complete(self, request: CompletionRequest) -> CompletionText:
         """See `raycomplete.serving.backend.ChatBackend`."""

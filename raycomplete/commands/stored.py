@@ -1,4 +1,4 @@
-"""Around a command: what its run folder lacks is fetched from `output.storage`, and what it makes is mirrored there."""
+"""The storage around a command: what its run folder lacks is fetched first, and what it makes is mirrored meanwhile."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from raycomplete.config import OutputConfig, RunConfig
 from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import ConfigError, WorkError
 from raycomplete.storage import integrity
-from raycomplete.storage.mirror import Mirror
+from raycomplete.storage.mirror import Manifest, Mirror
 from raycomplete.storage.remote import connect
-from raycomplete.storage.restore import holds_run, restore
+from raycomplete.storage.restore import restore
 
 P = ParamSpec("P")
 Command = Callable[Concatenate[RunConfig, P], Path]
@@ -46,18 +46,24 @@ def stored(suffix: str = "", *, adds: bool = False) -> Callable[[Command[P]], Co
             mirror = None
             if output.mirror is not None:
                 mirror = _open(config, output, resume, bool(options.get("overwrite")), console)
-            checkpoints, hashed = output.folder / "checkpoints", config.train.checkpoint_hashes
             if options.get("resume") and not (output.folder / "student" / "config.json").is_file():
-                integrity.newest_whole(checkpoints, hashed=hashed, warn=console.note)
+                hashed = config.train.checkpoint_hashes
+                integrity.newest_whole(output.folder / "checkpoints", hashed=hashed, warn=console.note)
             if mirror is None:
                 return command(config, *arguments, **options)
             mirror.start()
+            is_done = False
             try:
                 folder = command(config, *arguments, **options)
-            except BaseException:
-                _close(mirror, output, console, failed=True)
-                raise
-            _close(mirror, output, console)
+                is_done = True
+            finally:
+                try:
+                    with console.stage("Mirrored the rest to the storage"):
+                        mirror.close(output.storage_timeout_s, insist=is_done)
+                except WorkError as error:
+                    if is_done:
+                        raise
+                    console.note(str(error))  # the command's own failure counts
             return folder
 
         return run
@@ -74,7 +80,7 @@ def _open(config: RunConfig, output: OutputConfig, resume: bool, overwrite: bool
             fetched = restore(remote, output.folder, hashed=train.checkpoint_hashes, warn=console.note)
         if fetched:
             console.note(f"Fetched from the storage: {', '.join(fetched)}")
-    elif not overwrite and holds_run(remote):
+    elif not overwrite and Manifest(remote).holds_run:
         raise ConfigError(
             f"The storage {remote.uri} holds a run already.",
             "Add --resume to continue it or --overwrite to replace it, or choose another output.name.",
@@ -99,14 +105,3 @@ def _identity(folder: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return info.st_ino, info.st_mtime_ns
-
-
-def _close(mirror: Mirror, output: OutputConfig, console: Console, *, failed: bool = False) -> None:
-    """Mirrors the rest; after a failure of the command what is missing is only a note, lest it hides the failure."""
-    try:
-        with console.stage("Mirrored the rest to the storage"):
-            mirror.close(output.storage_timeout_s, insist=not failed)
-    except WorkError as error:
-        if not failed:
-            raise
-        console.note(str(error))

@@ -15,7 +15,6 @@ class TeacherConfig(Section):
 
     max_num_batched_tokens: int = Field(8192, ge=64)
     gpu_memory_utilization: float = Field(0.25, gt=0, le=1)
-    kv_cache_gib: int = Field(1, ge=1, description="CPU only: key-value cache of one engine")
     cache_dir: Path | None = Field(None, description="score cache on disk; none keeps scores in memory only")
     cache_gib: float = Field(2.0, ge=0, description="memory for scores kept by one actor")
     cache_disk_gib: float = Field(50.0, gt=0, description="what cache_dir may hold, least recently used out first")
@@ -106,6 +105,7 @@ class ClusterConfig(Section):
     use_gpu: Literal["auto", "never", "always"] = "auto"
     cpus_per_engine: float = Field(0.5, gt=0)
     gpus_per_engine: float = Field(0.2, ge=0)
+    kv_cache_gib: int = Field(1, ge=1, description="CPU only: key-value cache of one engine, of any role")
     cpus_per_worker: float = Field(0.5, gt=0)
     gpus_per_worker: float = Field(0.4, ge=0)
     placement: Literal["pack", "spread", "strict_spread"] = Field(

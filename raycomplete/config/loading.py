@@ -18,6 +18,7 @@ from raycomplete.runtime.plugins import load_plugins
 # Keys of earlier versions and the keys that took over from them. A renamed section stands for every key in it.
 RENAMED = {
     "scoring": "teacher",
+    "teacher.kv_cache_gib": "cluster.kv_cache_gib",
     "evaluation.prompts": "evaluation.num_prompts",
     "diagnose.prompts": "diagnose.num_prompts",
     "train.validation.prompts": "train.validation.num_prompts",

@@ -13,7 +13,7 @@ from raycomplete.data.inputs import Models, prepare_prompts
 from raycomplete.diagnosis.contrastive import ContrastiveClient
 from raycomplete.engines.cluster import Cluster
 from raycomplete.engines.run import Run
-from raycomplete.engines.spec import engine_environment
+from raycomplete.engines.spec import EngineSpec
 from raycomplete.engines.start import Engines
 from raycomplete.evaluation.model_judges import start_judge
 from raycomplete.evaluation.roles import evaluate_roles, evaluate_target, held_out_sets
@@ -68,7 +68,9 @@ def start_contrastive(config: RunConfig, cluster: Cluster, models: Models) -> Co
         timeout_s=config.rollout.timeout_s,
         num_cpus=config.cluster.cpus_per_engine,
         num_gpus=config.cluster.gpus_per_engine if cluster.use_gpu else 0.0,
-        environment=engine_environment(use_gpu=cluster.use_gpu),
+        environment=EngineSpec.from_config(
+            config, "single", models.paths["aligned"], use_gpu=cluster.use_gpu
+        ).environment(),
         vocab_size=models.codec.vocab_size,
         stop_ids=tuple(sorted(models.codec.eos_ids)),
         settings=config.diagnose.contrastive,

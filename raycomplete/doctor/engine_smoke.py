@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from raycomplete.doctor.child import Answer, ask
 from raycomplete.doctor.findings import Context, Finding, fail, ok
+from raycomplete.doctor.probe_engine import smoke_spec
 from raycomplete.doctor.versions import import_report
-from raycomplete.engines.spec import engine_environment
 
 TIMEOUT_S = 300.0
 
@@ -21,7 +21,7 @@ def check_engine(context: Context) -> Finding:
         "probe_engine",
         "gpu" if use_gpu else "cpu",
         timeout_s=TIMEOUT_S,
-        environment=engine_environment(use_gpu=use_gpu),
+        environment=smoke_spec(use_gpu).environment(),
     )
     return _finding(answer, "GPU" if use_gpu else "processor")
 

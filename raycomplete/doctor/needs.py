@@ -56,7 +56,7 @@ def needs_of(config: RunConfig) -> Needs:
     weights += (params["base"] or 0) * size * rollout.num_engines
     trained = _trainer_bytes(student or 0, config)
     fixed = engines * ENGINE_GIB + config.train.num_workers * WORKER_GIB + DRIVER_GIB
-    reserved = (engines * teacher.kv_cache_gib + OBJECT_STORE_GIB) * GIB
+    reserved = (engines * cluster.kv_cache_gib + OBJECT_STORE_GIB) * GIB
     checkpoint = checkpoint_bytes(student or 0, config.models.dtype, config.train)
     return Needs(
         host_bytes=int(fixed * GIB) + reserved + weights + trained,

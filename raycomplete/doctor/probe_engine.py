@@ -6,12 +6,26 @@ import os
 import resource
 import sys
 import time
-from typing import Any
 
 from raycomplete.doctor.child import tell
+from raycomplete.engines.spec import EngineSpec
 
 _NEW_TOKENS = 8
 _PROMPT = "how do i make a"
+
+
+def smoke_spec(use_gpu: bool) -> EngineSpec:
+    """Returns a small engine on the organism's base, which both probes start."""
+    from raycomplete.data.organism.locate import checkpoint_path
+
+    return EngineSpec(
+        str(checkpoint_path("base")),
+        "float32",
+        128,
+        use_gpu=use_gpu,
+        max_num_batched_tokens=256,
+        gpu_memory_utilization=0.1,
+    )
 
 
 def main(use_gpu: bool) -> None:
@@ -32,36 +46,30 @@ def _smoke(use_gpu: bool) -> None:
     from raycomplete.data.checkpoints import fingerprint
     from raycomplete.data.heads import load_head, read_head_spec
     from raycomplete.data.organism.locate import checkpoint_path
-    from raycomplete.engines.payload import ScoreRequest, to_tensor
-    from raycomplete.engines.rollout_engine import RolloutEngine
+    from raycomplete.engines.rollout_worker import RolloutEngine
+    from raycomplete.engines.score_cache import ScoreRequest, to_tensor
     from raycomplete.engines.scoring_engine import PoolingEngine
 
     clock = _told("import_s", clock)
     path = checkpoint_path("base")
     codec = ChatCodec(path)
-    shared: dict[str, Any] = {
-        "dtype": "float32",
-        "max_length": 128,
-        "use_gpu": use_gpu,
-        "max_num_batched_tokens": 256,
-        "gpu_memory_utilization": 0.1,
-    }
+    spec = smoke_spec(use_gpu)
     prompt = codec.encode_prompt(_PROMPT)
     tell({"begins": "generating"})
-    engine = RolloutEngine(str(path), stop_ids=tuple(sorted(codec.eos_ids)), **shared)
+    engine = RolloutEngine(spec, tuple(sorted(codec.eos_ids)))
     ((tokens, _),) = engine.generate_finished([prompt], _NEW_TOKENS, 0.0, 1.0, 0, None)
     clock = _told("generate_s", clock)
     tell({"begins": "reading hidden states"})
     sequence = (*prompt, *tokens)
-    (states,) = PoolingEngine(str(path), **shared).hidden_states([ScoreRequest(sequence, len(prompt))])
+    (states,) = PoolingEngine(spec).hidden_states([ScoreRequest(sequence, len(prompt))])
     _told("pooling_s", clock)
-    spec = read_head_spec(
+    head_spec = read_head_spec(
         path,
         vocab_size=codec.vocab_size,
         model_fingerprint=fingerprint(path),
         tokenizer_hash=codec.fingerprint(),
     )
-    head = load_head(spec, dtype=torch.float32)
+    head = load_head(head_spec, dtype=torch.float32)
     pooled = head.logits(to_tensor(states)).argmax(-1).tolist()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     tell({"tokens": tokens, "pooled": pooled, "peak_bytes": peak})

@@ -1,4 +1,4 @@
-"""Connecting to Ray, and making sure that what a run asks for is there before anything starts."""
+"""Connects to Ray, and checks that the resources of a run are there before anything starts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ray.autoscaler.sdk import request_resources
 from ray.exceptions import AuthenticationError
 
 from raycomplete.config import ClusterConfig
-from raycomplete.engines.placement import Plan, nodes_of
+from raycomplete.engines.placement import ResourcePlan, nodes_of
 from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import SetupError
 from raycomplete.runtime.files import PRIVATE
@@ -27,18 +27,18 @@ _POLL_S = 1.0
 
 @dataclass(frozen=True)
 class Cluster:
-    """The cluster that a run is connected to, and what the run asked of it."""
+    """The cluster that a run is connected to, and the resources that the run asked for."""
 
     use_gpu: bool
-    plan: Plan = field(default_factory=Plan)
+    plan: ResourcePlan = field(default_factory=ResourcePlan)
 
     def table(self) -> str:
-        """Needed against what is there now, for messages."""
+        """Returns needed against what is there now, for messages."""
         return self.plan.text(nodes_of(ray.nodes()), use_gpu=self.use_gpu)
 
 
 @contextmanager
-def connect(config: ClusterConfig, plan: Plan, console: Console | None = None) -> Iterator[Cluster]:
+def connect(config: ClusterConfig, plan: ResourcePlan, console: Console | None = None) -> Iterator[Cluster]:
     """Connects to a cluster, or starts one on this machine, and leaves it as it was found.
 
     A local cluster counts CPUs generously: on a laptop with 2 cores several engines share them, which is slow but
@@ -46,8 +46,8 @@ def connect(config: ClusterConfig, plan: Plan, console: Console | None = None) -
 
     Args:
         config: Which cluster.
-        plan: What the run places.
-        console: Shown needed against available.
+        plan: Resources of the run.
+        console: Shows needed against available.
 
     Raises:
         SetupError: The cluster cannot be reached, or is smaller than the run needs.
@@ -80,8 +80,13 @@ def connect(config: ClusterConfig, plan: Plan, console: Console | None = None) -
         ray.shutdown()
 
 
+def uses_gpu(config: ClusterConfig) -> bool:
+    """Tells whether actors on the cluster that this process is connected to may use GPUs."""
+    return config.use_gpu != "never" and ray.cluster_resources().get("GPU", 0) > 0
+
+
 def _refusal(error: Exception, place: str) -> SetupError:
-    """Why there is no connection, and what to do."""
+    """Says why there is no connection, and what to do."""
     if isinstance(error, AuthenticationError):
         return SetupError(
             f"The Ray cluster at {place} asks for a token, and this process has none that fits.",
@@ -96,14 +101,14 @@ def _refusal(error: Exception, place: str) -> SetupError:
 
 
 def _close_token() -> None:
-    """Takes Ray's token from the eyes of other users: Ray writes it with the permissions of any file."""
+    """Hides Ray's token from other users: Ray writes it with the permissions of any file."""
     token = Path.home() / ".ray" / "auth_token"
     with suppress(OSError):  # there is none, or it is another user's
         if token.stat().st_mode & 0o077:
             token.chmod(PRIVATE)
 
 
-def _check(config: ClusterConfig, plan: Plan, console: Console, *, wait_s: float) -> Cluster:
+def _check(config: ClusterConfig, plan: ResourcePlan, console: Console, *, wait_s: float) -> Cluster:
     use_gpu, problem = _wait_for_nodes(config, plan, wait_s)
     nodes = nodes_of(ray.nodes())
     if problem:
@@ -113,13 +118,13 @@ def _check(config: ClusterConfig, plan: Plan, console: Console, *, wait_s: float
             "cpus_per_worker, gpus_per_engine and gpus_per_worker. Where nodes start on demand, raise "
             "cluster.wait_for_nodes_s.",
         )
-    sharded = next((row for row in plan.rows if row.devices > 1), None)
+    sharded = next((item for item in plan.requests if item.devices > 1), None)
     if sharded is not None and not use_gpu:
         raise SetupError(
             f"Tensor parallelism cuts the {sharded.role} over {sharded.devices} GPUs, and this run uses none.",
             "Set teacher.tensor_parallel and rollout.tensor_parallel to 1.",
         )
-    workers = sum(row.replicas for row in plan.rows if row.role == "training worker")
+    workers = sum(item.replicas for item in plan.requests if item.role == "training worker")
     if use_gpu and workers > 1 and config.gpus_per_worker <= 0.5:
         raise SetupError(
             f"{workers} training workers with {config.gpus_per_worker:g} GPU each could share one GPU, and NCCL "
@@ -130,8 +135,12 @@ def _check(config: ClusterConfig, plan: Plan, console: Console, *, wait_s: float
     return Cluster(use_gpu=use_gpu, plan=plan)
 
 
-def _wait_for_nodes(config: ClusterConfig, plan: Plan, wait_s: float) -> tuple[bool, str]:
-    """Whether GPUs are used, and what is missing when the wait is over; an autoscaler is told what is needed."""
+def _wait_for_nodes(config: ClusterConfig, plan: ResourcePlan, wait_s: float) -> tuple[bool, str]:
+    """Waits for the nodes of a plan and tells an autoscaler what is needed.
+
+    Returns:
+        True if the run uses GPUs, and what is missing when the wait is over.
+    """
     deadline = time.monotonic() + wait_s
     asked: list[dict[str, float]] = []
     try:
@@ -144,7 +153,7 @@ def _wait_for_nodes(config: ClusterConfig, plan: Plan, wait_s: float) -> tuple[b
                 problem = "cluster.use_gpu is 'always' and the cluster has no GPU."
             if not problem or time.monotonic() >= deadline:
                 return use_gpu, problem
-            bundles = [row.bundle(use_gpu=use_gpu) for row in plan.rows for _ in range(row.replicas)]
+            bundles = [item.bundle(use_gpu=use_gpu) for item in plan.requests for _ in range(item.replicas)]
             if bundles != asked:  # the first node with a GPU makes it a run that needs more of them
                 _ask_autoscaler(bundles)
                 asked = bundles
@@ -155,6 +164,6 @@ def _wait_for_nodes(config: ClusterConfig, plan: Plan, wait_s: float) -> tuple[b
 
 
 def _ask_autoscaler(bundles: list[dict[str, float]]) -> None:
-    """Tells the autoscaler, where there is one, to have room for these."""
-    with suppress(Exception):  # a cluster without an autoscaler needs no such word
+    """Asks the autoscaler, where there is one, for room for these bundles."""
+    with suppress(Exception):  # there may be no autoscaler
         request_resources(bundles=[bundle for bundle in bundles if any(bundle.values())])

@@ -1,6 +1,6 @@
-"""The gate that every scorer passes before its first score: rebuilt distributions against transformers' own.
+"""Compares rebuilt distributions with those of transformers: the gate that every scorer passes before its first score.
 
-Peers have shipped silent mis-distillation from a wrong head, a missing norm or a forgotten softcap. Each of those
+A wrong head, a missing norm or a forgotten softcap would distil from a wrong teacher without any error. Each of them
 moves log-probabilities by far more than rounding does, so a few sequences are enough to refuse to start.
 """
 
@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 
-from raycomplete.config import Dtype
 from raycomplete.data.checkpoints import load_model
-from raycomplete.engines.payload import ScoreRequest, to_tensor
+from raycomplete.engines.score_cache import ScoreRequest, to_tensor
 from raycomplete.engines.scoring_engine import PoolingEngine
 from raycomplete.losses.heads import Head
 from raycomplete.runtime.errors import ParityError
@@ -49,28 +48,28 @@ class ParityReport:
     tolerance: float
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values for the run folder."""
+        """Returns plain values for the run folder."""
         return asdict(self)
 
 
 def check_parity(
-    engine: PoolingEngine,
-    head: Head,
-    path: Path,
-    requests: list[ScoreRequest],
-    *,
-    role: str,
-    dtype: Dtype,
-    tolerance: float | None = None,
-    trust_remote_code: bool = False,
+    engine: PoolingEngine, head: Head, requests: list[ScoreRequest], *, role: str, tolerance: float | None = None
 ) -> ParityReport:
-    """Compares engine + head with transformers on a few sequences.
+    """Compares engine and head with transformers on a few sequences.
+
+    Args:
+        engine: Engine of the model.
+        head: Head that rebuilds logits from its hidden states.
+        requests: Sequences to compare on.
+        role: Name of the model in messages.
+        tolerance: Largest mean expected difference, nats; `DEFAULT_TOLERANCE` of the dtype when absent.
 
     Raises:
         ParityError: They differ by more than the tolerance.
     """
-    tolerance = DEFAULT_TOLERANCE[dtype] if tolerance is None else tolerance
-    model = load_model(path, dtype, trust_remote_code=trust_remote_code)
+    spec = engine.spec
+    tolerance = DEFAULT_TOLERANCE[spec.dtype] if tolerance is None else tolerance
+    model = load_model(Path(spec.checkpoint), spec.dtype, trust_remote_code=spec.trust_remote_code)
     expected: list[float] = []
     largest, kl, agree, rows = 0.0, 0.0, 0, 0
     vocab_size = head.weight_VH.shape[0]

@@ -1,4 +1,4 @@
-"""What a run asks of the cluster: one row a role, what they hold together, and the groups that keep engines placed."""
+"""The resources of a run: one request a role, their sum against the cluster, and the placement groups of engines."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from raycomplete.config import ClusterConfig, RunConfig
+from raycomplete.engines.spec import engine_share
 from raycomplete.runtime.errors import WaitTimeoutError
 
 _GIB = 2**30
@@ -17,15 +18,16 @@ _FIRST, _AFTERWARDS = "at first", "evaluation"
 
 
 @dataclass(frozen=True)
-class Row:
-    """Actors of one role.
+class ResourceRequest:
+    """Resources of all actors of one role.
 
     Attributes:
         role: "base scorer".
-        replicas: How many.
+        replicas: Number of actors.
         cpus: Logical CPUs of each.
         gpus: GPUs of each, where the run uses GPUs.
-        phase: When they are there; empty: throughout. Phases follow each other and hand on what they held.
+        phase: Part of the run in which they exist; empty: throughout. Phases follow each other and hand on what they
+            held.
         devices: GPUs that hold one model of this role together; more than 1 is tensor parallelism.
     """
 
@@ -37,7 +39,7 @@ class Row:
     devices: int = 1
 
     def bundle(self, *, use_gpu: bool) -> dict[str, float]:
-        """What each of them reserves."""
+        """Returns what one actor reserves, as a bundle of a placement group."""
         return {"CPU": self.cpus} | ({"GPU": self.gpus} if use_gpu and self.gpus > 0 else {})
 
 
@@ -51,48 +53,49 @@ class Node:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ResourcePlan:
     """Everything that a run places."""
 
-    rows: tuple[Row, ...] = ()
+    requests: tuple[ResourceRequest, ...] = ()
 
     @property
     def cpus(self) -> float:
-        """Logical CPUs that are held at one time, at most."""
+        """Most logical CPUs that are held at one time."""
         return self._most("cpus")
 
     @property
     def gpus(self) -> float:
-        """GPUs that are held at one time, at most, where the run uses GPUs."""
+        """Most GPUs that are held at one time, where the run uses GPUs."""
         return self._most("gpus")
 
     def _most(self, name: str) -> float:
         def held(phase: str) -> float:
-            return sum((row.replicas * float(getattr(row, name)) for row in self.rows if row.phase == phase), 0.0)
+            found = [item for item in self.requests if item.phase == phase]
+            return sum((item.replicas * float(getattr(item, name)) for item in found), 0.0)
 
-        return held("") + max((held(row.phase) for row in self.rows if row.phase), default=0.0)
+        return held("") + max((held(item.phase) for item in self.requests if item.phase), default=0.0)
 
     def problem(self, nodes: Sequence[Node], *, use_gpu: bool) -> str:
-        """What the nodes lack, in words; empty where nothing is known to be missing."""
+        """Says in words what the nodes lack; empty where nothing is known to be missing."""
         for name, needed, there in (
             ("CPU", self.cpus, sum(node.cpus for node in nodes)),
             ("GPU", self.gpus if use_gpu else 0.0, sum(node.gpus for node in nodes)),
         ):
             if needed > there + 1e-6:
                 return f"The run needs {needed:g} {name} and the cluster has {there:g}."
-        for row in self.rows:
-            gpus = row.gpus if use_gpu else 0.0
-            if row.replicas and not any(row.cpus <= node.cpus + 1e-6 and gpus <= node.gpus + 1e-6 for node in nodes):
-                return f"No node is large enough for one {row.role} ({row.cpus:g} CPU, {gpus:g} GPU)."
+        for item in self.requests:
+            gpus = item.gpus if use_gpu else 0.0
+            if item.replicas and not any(item.cpus <= node.cpus + 1e-6 and gpus <= node.gpus + 1e-6 for node in nodes):
+                return f"No node is large enough for one {item.role} ({item.cpus:g} CPU, {gpus:g} GPU)."
         return ""
 
     def table(self, nodes: Sequence[Node], *, use_gpu: bool) -> list[list[str]]:
-        """Needed against available, for the console; the first row holds the headings."""
+        """Returns the table of needed against available; its first row holds the headings."""
         table = [["role", "replicas", "CPU each", "GPU each", "CPU", "GPU", "when"]]
-        for row in self.rows:
-            gpus = row.gpus if use_gpu else 0.0
-            numbers = (row.cpus, gpus, row.replicas * row.cpus, row.replicas * gpus)
-            table.append([row.role, str(row.replicas), *(f"{number:g}" for number in numbers), row.phase])
+        for item in self.requests:
+            gpus = item.gpus if use_gpu else 0.0
+            numbers = (item.cpus, gpus, item.replicas * item.cpus, item.replicas * gpus)
+            table.append([item.role, str(item.replicas), *(f"{number:g}" for number in numbers), item.phase])
         needed = (self.cpus, self.gpus if use_gpu else 0.0)
         table.append(["needed at one time", "", "", "", *(f"{number:g}" for number in needed), ""])
         memory = sum(node.memory_gib for node in nodes)
@@ -101,7 +104,7 @@ class Plan:
         return [*table, [there, "", "", "", *(f"{number:g}" for number in sums), ""]]
 
     def text(self, nodes: Sequence[Node], *, use_gpu: bool) -> str:
-        """The table as lines of an error message."""
+        """Returns the table as lines of an error message."""
         table = self.table(nodes, use_gpu=use_gpu)
         widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
         return "\n".join(
@@ -109,21 +112,17 @@ class Plan:
         )
 
 
-def engine_row(config: ClusterConfig, role: str, replicas: int, *, phase: str = "", tensor_parallel: int = 1) -> Row:
-    """Engines of one role; with tensor parallelism each holds whole devices."""
-    gpus = config.gpus_per_engine if tensor_parallel == 1 else float(tensor_parallel)
-    return Row(role, replicas, config.cpus_per_engine * tensor_parallel, gpus, phase, tensor_parallel)
+def engine_request(
+    config: ClusterConfig, role: str, replicas: int, *, phase: str = "", tensor_parallel: int = 1
+) -> ResourceRequest:
+    """Returns the request for the engines of one role."""
+    return ResourceRequest(role, replicas, *engine_share(config, tensor_parallel), phase, tensor_parallel)
 
 
 def plan_run(
-    config: RunConfig,
-    *,
-    scorers: Sequence[str] = (),
-    workers: int = 0,
-    extras: int = 0,
-    attack_workers: int = 0,
-) -> Plan:
-    """The plan of a run.
+    config: RunConfig, *, scorers: Sequence[str] = (), workers: int = 0, extras: int = 0, attack_workers: int = 0
+) -> ResourcePlan:
+    """Plans the resources of a run.
 
     Args:
         config: Run file.
@@ -133,24 +132,22 @@ def plan_run(
         attack_workers: Training workers of the fine-tuning attack.
     """
     cluster, teacher, rollout = config.cluster, config.teacher, config.rollout
-    rows = [engine_row(cluster, "rollout engine", rollout.num_engines, tensor_parallel=rollout.tensor_parallel)]
-    rows += [
-        engine_row(
-            cluster,
-            f"{role} scorer",
-            teacher.replicas,
-            phase=_FIRST,
-            tensor_parallel=teacher.tensor_parallel,
+    shards = rollout.tensor_parallel
+    requests = [engine_request(cluster, "rollout engine", rollout.num_engines, tensor_parallel=shards)]
+    requests += [
+        engine_request(
+            cluster, f"{role} scorer", teacher.replicas, phase=_FIRST, tensor_parallel=teacher.tensor_parallel
         )
         for role in scorers
     ]
-    for phase, count, of in ((_FIRST, workers, ""), (_AFTERWARDS, attack_workers, " of the attack")):
+    for phase, count, suffix in ((_FIRST, workers, ""), (_AFTERWARDS, attack_workers, " of the attack")):
         if count:
-            rows.append(Row(f"training worker{of}", count, cluster.cpus_per_worker, cluster.gpus_per_worker, phase))
-            rows.append(Row(f"Ray Train controller{of}", 1, 0.0, 0.0, phase))
+            share = (cluster.cpus_per_worker, cluster.gpus_per_worker)
+            requests.append(ResourceRequest(f"training worker{suffix}", count, *share, phase))
+            requests.append(ResourceRequest(f"Ray Train controller{suffix}", 1, 0.0, 0.0, phase))
     if extras:
-        rows.append(engine_row(cluster, "model of attacks and judge", extras, phase=_AFTERWARDS))
-    return Plan(tuple(rows))
+        requests.append(engine_request(cluster, "model of attacks and judge", extras, phase=_AFTERWARDS))
+    return ResourcePlan(tuple(requests))
 
 
 class Reservation:
@@ -160,7 +157,7 @@ class Reservation:
     there again.
 
     Args:
-        bundles: What each engine reserves.
+        bundles: Resources of each engine.
         strategy: `cluster.placement`.
     """
 
@@ -168,22 +165,22 @@ class Reservation:
         self._group: Any = placement_group(list(bundles), strategy=strategy.upper())
         self._count = len(bundles)
 
-    def places(self) -> list[PlacementGroupSchedulingStrategy]:
-        """Ray's scheduling strategy of each engine, by its number."""
+    def strategies(self) -> list[PlacementGroupSchedulingStrategy]:
+        """Returns Ray's scheduling strategy of each engine, by its number."""
         return [
             PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=index)
             for index in range(self._count)
         ]
 
     def wait(self, timeout_s: float, table: Callable[[], str]) -> None:
-        """Waits until every bundle has its place.
+        """Waits until every bundle is placed.
 
         Args:
             timeout_s: Longest wait.
-            table: Needed against available, for the message.
+            table: Returns needed against available, for the message.
 
         Raises:
-            WaitTimeoutError: Some have none in time.
+            WaitTimeoutError: Some are not placed in time.
         """
         if not self._group.wait(timeout_s):
             raise WaitTimeoutError(
@@ -194,11 +191,11 @@ class Reservation:
             )
 
     def release(self) -> None:
-        """Gives the places back, and ends what still runs there."""
+        """Removes the placement group, and ends what still runs in it."""
         remove_placement_group(self._group)
 
 
 def nodes_of(entries: Sequence[dict[str, Any]]) -> list[Node]:
-    """The nodes that are alive, from `ray.nodes()`."""
+    """Returns the nodes that are alive, from the entries of `ray.nodes()`."""
     found = [entry["Resources"] for entry in entries if entry["Alive"]]
     return [Node(has.get("CPU", 0.0), has.get("GPU", 0.0), has.get("memory", 0.0) / _GIB) for has in found]

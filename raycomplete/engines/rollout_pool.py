@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from threading import Lock
 from typing import Any
+from weakref import WeakSet
 
 import ray
 import torch
 from torch import Tensor
 
-from raycomplete.engines.rollout_calls import PoolStats, RolloutCall
-from raycomplete.engines.rollout_worker import Answer, RolloutOptions, RolloutWorker
+from raycomplete.engines.rollout_worker import EngineAnswer, RolloutOptions, RolloutWorker
 from raycomplete.engines.weight_sync import DEFAULT_TOLERANCE, SyncReport, compare
 from raycomplete.engines.weights import Adapter, Weights, WeightSource, pack, pack_lora, version_of
 from raycomplete.runtime.errors import SetupError, WaitTimeoutError, WorkError
@@ -19,6 +21,57 @@ from raycomplete.runtime.ray_calls import wait_for
 
 _SLICE = 256  # sequences of one call, as many as an engine runs side by side
 _TASK_RETRIES = 2  # a call that has killed its engine three times is at fault itself
+
+
+@dataclass(frozen=True, eq=False)
+class RolloutCall:
+    """Responses under way.
+
+    Attributes:
+        version: Version of the weights that make them; None for a checkpoint.
+        num_sequences: Number of responses that `RolloutPool.collect` will return.
+        shards: (engine, number of sequences, reference) in the order of the sequences.
+    """
+
+    version: int | None
+    num_sequences: int
+    shards: tuple[tuple[int, int, Any], ...]
+
+
+@dataclass
+class PoolStats:
+    """Counts of one handle on its engines, shared by the handles that `with_weights` makes of it."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+    loads: int = 0
+    load_s: float = 0.0
+    restarts: int = 0
+    incarnations: dict[int, str] = field(default_factory=dict)
+    open: WeakSet[RolloutCall] = field(default_factory=WeakSet)
+    lock: Lock = field(default_factory=Lock)  # guards `open`: one thread may collect while another submits
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickles the known processes only: a handle in another process counts from zero."""
+        return (PoolStats, (0, 0.0, 0, 0.0, 0, self.incarnations))
+
+    def meet(self, engine: int, incarnation: str) -> None:
+        """Notes the process behind an engine; another one than before is a restart."""
+        self.restarts += self.incarnations.get(engine, incarnation) != incarnation
+        self.incarnations[engine] = incarnation
+
+    def enter(self, engine: int, answer: EngineAnswer) -> None:
+        """Adds the costs of an answer."""
+        self.meet(engine, answer.incarnation)
+        self.seconds += answer.seconds
+        self.loads += answer.load_s > 0
+        self.load_s += answer.load_s
+
+    def num_unfinished(self) -> int:
+        """Counts the shards of calls that no engine has answered yet."""
+        with self.lock:
+            references = [reference for call in self.open for _, _, reference in call.shards]
+        return len(ray.wait(references, num_returns=len(references), timeout=0)[1]) if references else 0
 
 
 class RolloutPool:
@@ -30,71 +83,53 @@ class RolloutPool:
 
     Args:
         actors: Handles of `RolloutWorker` actors.
-        weights: What `generate` speaks with.
-        options: Of every actor.
-        pool_stats: What another handle on these actors has seen.
+        weights: Weights that `generate` uses.
+        options: Settings of every actor.
+        stats: Counts shared with another handle on these actors.
     """
 
     def __init__(
-        self, actors: Sequence[Any], weights: WeightSource, options: RolloutOptions, pool_stats: PoolStats | None = None
+        self, actors: Sequence[Any], weights: WeightSource, options: RolloutOptions, stats: PoolStats | None = None
     ) -> None:
         self._actors = list(actors)
         self._weights = weights
         self._options = options
-        self._pool_stats = pool_stats or PoolStats()
+        self._stats = stats or PoolStats()
 
     @classmethod
-    def start(
-        cls,
-        path: str,
-        options: RolloutOptions,
-        *,
-        num_cpus: float,
-        num_gpus: float,
-        environment: dict[str, str],
-        placement: Sequence[Any] = (),
-    ) -> RolloutPool:
+    def start(cls, options: RolloutOptions, *, strategies: Sequence[Any] = ()) -> RolloutPool:
         """Asks Ray for `rollout.num_engines` actors and returns at once; `wait_until_ready` waits for them.
 
         Args:
-            path: Checkpoint to start from.
-            options: Of every engine.
-            num_cpus: Logical CPUs of one engine.
-            num_gpus: GPUs of one engine, where GPUs are used.
-            environment: See `raycomplete.engines.spec.engine_environment`.
-            placement: Ray's scheduling strategy of each engine; empty lets Ray choose.
+            options: Settings of every engine.
+            strategies: Ray's scheduling strategy of each engine; empty lets Ray choose.
 
         Raises:
             SetupError: `rollout.colocated` on a CPU.
         """
-        if options.rollout.colocated and not options.use_gpu:
+        if options.spec.sleeps and not options.spec.use_gpu:
             raise SetupError(
                 "rollout.colocated lets engines sleep to free a GPU's memory, and this run uses no GPU.",
                 "Set rollout.colocated to false.",
             )
-        actor_class = ray.remote(RolloutWorker)
-        settings: dict[str, Any] = {
-            "num_cpus": num_cpus,
-            "num_gpus": num_gpus if options.use_gpu else 0,
-            "runtime_env": {"env_vars": environment},
+        settings = options.spec.resources() | {
             "max_restarts": -1,  # an idle actor holds no engine that could crash in a loop; calls bound the retries
             "max_task_retries": _TASK_RETRIES,  # seeded sampling from named weights: a retry gives the same tokens
         }
-        strategies = list(placement) or [None] * options.rollout.num_engines
         actors = [
-            actor_class.options(**settings, scheduling_strategy=strategy).remote(path, options)
-            for strategy in strategies
+            ray.remote(RolloutWorker).options(**settings, scheduling_strategy=strategy).remote(options)
+            for strategy in list(strategies) or [None] * options.rollout.num_engines
         ]
-        return cls(actors, path, options)
+        return cls(actors, options.spec.checkpoint, options)
 
     @property
     def path(self) -> str:
-        """The checkpoint that this handle speaks with, or that its weights start from."""
+        """Checkpoint that this handle generates with, or that its weights start from."""
         return self._weights if isinstance(self._weights, str) else self._weights.start_path
 
     def with_weights(self, weights: WeightSource) -> RolloutPool:
-        """The same actors with other weights of the same architecture."""
-        return RolloutPool(self._actors, weights, self._options, self._pool_stats)
+        """Returns a handle on the same actors with other weights of the same architecture."""
+        return RolloutPool(self._actors, weights, self._options, self._stats)
 
     def wait_until_ready(self, timeout_s: float) -> dict[str, Any]:
         """Waits until every engine is ready; returns their number and the slowest one's start-up time."""
@@ -102,29 +137,29 @@ class RolloutPool:
         start_s = 0.0
         for engine, reference in enumerate(references):
             stats = wait_for(reference, who=self._name(engine), what="its start", timeout_s=timeout_s)
-            self._pool_stats.meet(engine, stats["incarnation"])
+            self._stats.meet(engine, stats["incarnation"])
             start_s = max(start_s, stats["start_s"])
         return {"start_s": start_s, "num_engines": len(self._actors)}
 
     def pack(self, state: Mapping[str, Tensor], version: int) -> Weights:
-        """`weights.pack` with the checkpoint of this handle."""
+        """Packs whole weights (see `weights.pack`) over the checkpoint of this handle."""
         return pack(state, version, self.path)
 
     def pack_lora(self, adapters: Mapping[str, Adapter | tuple[Tensor, Tensor, float]], version: int) -> Weights:
-        """`weights.pack_lora` with the checkpoint of this handle, which must be the one the adapters belong to."""
+        """Packs adapters (see `weights.pack_lora`) over the checkpoint of this handle, which they must belong to."""
         return pack_lora(adapters, version, self.path)
 
     def sync(
         self, weights: Weights, probe: Sequence[tuple[Sequence[int], int]], expected: Sequence[Tensor]
     ) -> SyncReport:
-        """Loads weights into every engine and compares what the engines say with what the trainer says.
+        """Loads weights into every engine and compares log-probabilities of the engines with those of the trainer.
 
         Engines first finish what was submitted before.
 
         Args:
             weights: Packed by the trainer.
             probe: A few short (token ids, number of prompt tokens), at least one of each and one to generate left.
-            expected: Of each probe [response tokens] log-probabilities by the trainer, nats, temperature 1.
+            expected: For each probe the trainer's [response tokens] log-probabilities, nats, temperature 1.
 
         Raises:
             SyncError: The mean difference on an engine exceeds `rollout.sync_tolerance`.
@@ -136,10 +171,10 @@ class RolloutPool:
         started = time.perf_counter()
         references = [actor.log_probs.remote(weights, sequences) for actor in self._actors]
         self._wait_all(references, f"the weights of version {weights.version}")
-        answers: list[Answer] = []
+        answers: list[EngineAnswer] = []
         for engine, reference in enumerate(references):
             answers.append(wait_for(reference, who=self._name(engine), what="log-probabilities", timeout_s=60.0))
-            self._pool_stats.enter(engine, answers[-1])
+            self._stats.enter(engine, answers[-1])
         return compare(
             [torch.cat(answer.value) for answer in answers],
             expected_N,
@@ -147,7 +182,7 @@ class RolloutPool:
             weights=weights,
             seconds=time.perf_counter() - started,
             load_s=max(answer.load_s for answer in answers),
-            tolerance=self._options.rollout.sync_tolerance or DEFAULT_TOLERANCE[self._options.dtype],
+            tolerance=self._options.rollout.sync_tolerance or DEFAULT_TOLERANCE[self._options.spec.dtype],
         )
 
     def submit(
@@ -170,10 +205,10 @@ class RolloutPool:
             top_p: Nucleus mass when sampling.
             top_k: Likeliest tokens that are sampled from; 0 for all of them.
             seed: Sequence i samples under seed + i.
-            weights: What to speak with; this handle's own when absent.
+            weights: Weights to generate with; this handle's own when absent.
         """
         source = self._weights if weights is None else weights
-        parts: list[tuple[int, int, Any]] = []
+        shards: list[tuple[int, int, Any]] = []
         for engine, actor in enumerate(self._actors):
             # Neighbours stay together, so that one number carries the seeds of a slice.
             first, stop = (len(sequences) * index // len(self._actors) for index in (engine, engine + 1))
@@ -181,10 +216,10 @@ class RolloutPool:
                 part = [list(sequence) for sequence in sequences[start : min(start + _SLICE, stop)]]
                 part_seed = None if seed is None else seed + start
                 reference = actor.generate.remote(source, part, max_tokens, temperature, top_p, top_k, part_seed)
-                parts.append((engine, len(part), reference))
-        call = RolloutCall(version_of(source), len(sequences), tuple(parts))
-        with self._pool_stats.lock:
-            self._pool_stats.open.add(call)
+                shards.append((engine, len(part), reference))
+        call = RolloutCall(version_of(source), len(sequences), tuple(shards))
+        with self._stats.lock:
+            self._stats.open.add(call)
         return call
 
     def collect(self, call: RolloutCall) -> list[tuple[list[int], bool]]:
@@ -195,8 +230,8 @@ class RolloutPool:
             WorkError: An engine died again and again, failed, or answered with other weights than the call named.
         """
         responses: list[tuple[list[int], bool]] = []
-        for engine, count, reference in call.parts:
-            answer: Answer = wait_for(
+        for engine, count, reference in call.shards:
+            answer: EngineAnswer = wait_for(
                 reference,
                 who=self._name(engine),
                 what=f"{count} responses",
@@ -207,11 +242,11 @@ class RolloutPool:
                     f"The {self._name(engine)} answered with weights of version {answer.version}, "
                     f"and version {call.version} was asked for."
                 )
-            self._pool_stats.enter(engine, answer)
-            self._pool_stats.tokens += sum(len(tokens) for tokens, _ in answer.value)
+            self._stats.enter(engine, answer)
+            self._stats.tokens += sum(len(tokens) for tokens, _ in answer.value)
             responses += answer.value
-        with self._pool_stats.lock:
-            self._pool_stats.open.discard(call)
+        with self._stats.lock:
+            self._stats.open.discard(call)
         return responses
 
     def generate(
@@ -224,7 +259,7 @@ class RolloutPool:
         top_k: int = 0,
         seed: int | None = None,
     ) -> list[list[int]]:
-        """New token ids of each sequence, end-of-response left out."""
+        """Continues sequences (see `raycomplete.runtime.types.Generator.generate`)."""
         finished = self.generate_finished(
             sequences, max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed
         )
@@ -240,13 +275,13 @@ class RolloutPool:
         top_k: int = 0,
         seed: int | None = None,
     ) -> list[tuple[list[int], bool]]:
-        """As `generate`, and whether each response ended by itself rather than by the token limit."""
+        """Continues sequences as `generate` does, and tells which responses ended by themselves."""
         return self.collect(
             self.submit(sequences, max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
         )
 
     def log_probs(self, sequences: Sequence[tuple[Sequence[int], int]]) -> list[list[float]]:
-        """Log-probabilities of given answers under this handle's weights, in nats (see `RolloutEngine.log_probs`).
+        """Returns log-probabilities of given answers under this handle's weights, nats (`RolloutEngine.log_probs`).
 
         Raises:
             WaitTimeoutError: An engine took longer than `rollout.timeout_s` over its share.
@@ -261,23 +296,23 @@ class RolloutPool:
         found: list[list[float]] = []
         for engine, reference in parts:
             timeout_s = self._options.rollout.timeout_s
-            answer: Answer = wait_for(
+            answer: EngineAnswer = wait_for(
                 reference, who=self._name(engine), what="log-probabilities of given answers", timeout_s=timeout_s
             )
-            self._pool_stats.enter(engine, answer)
+            self._stats.enter(engine, answer)
             found += [log_prob_T.tolist() for log_prob_T in answer.value]
         return found
 
     def stats(self) -> dict[str, float]:
-        """What this handle collected: tokens, seconds in engines (their sum), tokens/s of one, restarts, loads."""
-        pool_stats = self._pool_stats
+        """Returns what this handle collected: tokens, summed seconds in engines, tokens/s of one, restarts, loads."""
+        stats = self._stats
         return {
-            "tokens": pool_stats.tokens,
-            "seconds": pool_stats.seconds,
-            "tokens_per_s": pool_stats.tokens / pool_stats.seconds if pool_stats.seconds else 0.0,
-            "restarts": pool_stats.restarts,
-            "loads": pool_stats.loads,
-            "load_s": pool_stats.load_s,
+            "tokens": stats.tokens,
+            "seconds": stats.seconds,
+            "tokens_per_s": stats.tokens / stats.seconds if stats.seconds else 0.0,
+            "restarts": stats.restarts,
+            "loads": stats.loads,
+            "load_s": stats.load_s,
         }
 
     def stop(self) -> None:
@@ -286,14 +321,14 @@ class RolloutPool:
             ray.kill(actor)
 
     def _wait_all(self, references: list[Any], what: str) -> None:
-        """Waits until every engine has answered, or names those that have not."""
+        """Waits until every engine has answered, or raises an error that names those that have not."""
         timeout_s = self._options.rollout.sync_timeout_s
         _, late = ray.wait(references, num_returns=len(references), timeout=timeout_s, fetch_local=False)
         if late:
             names = ", ".join(self._name(engine) for engine, item in enumerate(references) if item in late)
             raise WaitTimeoutError(
                 f"After {timeout_s:.0f} s these have not answered with {what}: {names}.",
-                f"{self._pool_stats.num_unfinished()} parts of earlier calls are unfinished, and engines take calls in "
+                f"{self._stats.num_unfinished()} parts of earlier calls are unfinished, and engines take calls in "
                 "order. Raise rollout.sync_timeout_s if they were working, or roll out less at a time.",
             )
 

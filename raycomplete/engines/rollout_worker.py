@@ -1,37 +1,221 @@
-"""The Ray actor around one generating engine."""
+"""The vLLM engine that continues token sequences and takes other weights, and the Ray actor around it."""
 
 from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from raycomplete.config import Dtype, RolloutConfig
-from raycomplete.engines.rollout_engine import RolloutEngine
-from raycomplete.engines.weights import WeightSource
+import torch
+
+from raycomplete.config import RolloutConfig
+from raycomplete.data.checkpoints import TORCH_DTYPES
+from raycomplete.engines.spec import EngineSpec
+from raycomplete.engines.weights import WeightSource, checkpoint_folder, checkpoint_tensors, key_of, version_of
+from raycomplete.runtime.errors import WorkError
 from raycomplete.runtime.prometheus import begin, record, rolled_out
+
+
+class RolloutEngine:
+    """Generates with one model at a time; `load` changes its weights in place.
+
+    Start it in a process whose environment is `spec.environment()`.
+
+    Args:
+        spec: The engine and the checkpoint that it starts from.
+        stop_ids: End-of-response tokens.
+    """
+
+    def __init__(self, spec: EngineSpec, stop_ids: Sequence[int] = ()) -> None:
+        from vllm import LLM
+
+        # A seeded request whose prompt is split between two batches fails on a CPU (vLLM 0.32: "CPU Generator does not
+        # use offset"), so there prompts are read whole.
+        self._llm: Any = LLM(
+            enable_prefix_caching=True,
+            enable_chunked_prefill=spec.use_gpu,
+            enable_sleep_mode=spec.sleeps,
+            **spec.arguments(),
+        )
+        self._spec = spec
+        self._stop_ids = list(stop_ids)
+        config = self._llm.llm_engine.model_config.hf_config
+        self._tied = bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
+        self._held = spec.checkpoint
+        self.version: int | None = None
+        if spec.sleeps:
+            self._llm.sleep(level=1)
+
+    @property
+    def is_whole(self) -> bool:
+        """False after a reload that failed half-way: vLLM cannot load over such a model."""
+        return bool(self._held)
+
+    def load(self, weights: WeightSource, *, timeout_s: float) -> bool:
+        """Loads the weights of another checkpoint of the same architecture, or packed ones.
+
+        The prefix cache holds states of the old weights, so it is emptied before the next token is made.
+
+        Args:
+            weights: The weights that the engine should hold.
+            timeout_s: Longest wait for the object store.
+
+        Returns:
+            True if anything was loaded, False where the engine holds these weights already.
+
+        Raises:
+            WorkError: The weights are gone or do not fit, or the prefix cache cannot be emptied.
+        """
+        if key_of(weights) == self._held:
+            return False
+        with self._readable(weights, timeout_s) as arguments, self._awake():
+            self._held = ""  # a reload that fails half-way leaves no model that anyone may ask again
+            self._llm.collective_rpc("reload_weights", kwargs=arguments)
+            self._llm.apply_model(_refresh_tied_head)
+            if not self._llm.reset_prefix_cache():
+                raise WorkError("The engine keeps prefixes that old weights have read, so new ones cannot be used.")
+        self._held = key_of(weights)
+        self.version = version_of(weights)
+        return True
+
+    def generate_finished(
+        self,
+        sequences: Sequence[Sequence[int]],
+        max_tokens: int,
+        temperature: float,
+        top_p: float,
+        top_k: int,
+        seed: int | None,
+    ) -> list[tuple[list[int], bool]]:
+        """Continues sequences.
+
+        Arguments are those of `raycomplete.runtime.types.Generator.generate`.
+
+        Returns:
+            New token ids of each sequence, end-of-response left out, and True where the response ended by itself
+            rather than by the token limit.
+        """
+        from vllm import SamplingParams
+
+        parameters = [
+            SamplingParams(
+                max_tokens=min(max_tokens, self._spec.max_length - len(sequence)),
+                temperature=temperature,
+                top_p=top_p if temperature > 0 else 1.0,
+                top_k=top_k if temperature > 0 else 0,
+                seed=None if seed is None or temperature == 0 else seed + index,
+                stop_token_ids=self._stop_ids,
+                detokenize=False,
+            )
+            for index, sequence in enumerate(sequences)
+        ]
+        return [self._strip(output.outputs[0]) for output in self._run(sequences, parameters)]
+
+    def log_probs(self, sequences: Sequence[tuple[Sequence[int], int]]) -> list[torch.Tensor]:
+        """Returns log-probabilities of given responses. For a few short sequences: logits of whole prompts are made.
+
+        Args:
+            sequences: (token ids, number of prompt tokens) with 1 <= prompt tokens < token ids < `max_length`.
+
+        Returns:
+            For each sequence log p(tokens[t] | tokens before t), [response tokens] float32, nats, temperature 1.
+        """
+        from vllm import SamplingParams
+
+        # One token must be generated, or vLLM refuses; the prompt's own log-probabilities are what is wanted. These
+        # requests are never answered from the prefix cache.
+        parameters = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+        # vLLM (seen in 0.32) ranks the tokens in a function that torch would compile at first use, for seconds, and not
+        # at all on a machine without a compiler.
+        with torch.compiler.set_stance("force_eager"):
+            outputs = self._run([tokens for tokens, _ in sequences], parameters)
+        return [
+            torch.tensor([output.prompt_logprobs[t][tokens[t]].logprob for t in range(num_prompt, len(tokens))])
+            for output, (tokens, num_prompt) in zip(outputs, sequences, strict=True)
+        ]
+
+    def _run(self, sequences: Sequence[Sequence[int]], parameters: Any) -> Any:
+        from vllm import TokensPrompt
+
+        inputs = [TokensPrompt(prompt_token_ids=list(sequence)) for sequence in sequences]
+        with self._awake():
+            return self._llm.generate(inputs, parameters, use_tqdm=False)
+
+    @contextmanager
+    def _readable(self, weights: WeightSource, timeout_s: float) -> Iterator[dict[str, Any]]:
+        """Yields the arguments with which vLLM reads the weights.
+
+        The shards of a tensor-parallel engine are other processes, so packed weights reach them as a file in memory.
+        """
+        if isinstance(weights, str):
+            yield {"weights_path": weights}
+            return
+        tensors = checkpoint_tensors(weights, TORCH_DTYPES[self._spec.dtype], tied=self._tied, timeout_s=timeout_s)
+        if self._spec.tensor_parallel == 1:
+            yield {"weights_iterator": tensors}
+            return
+        with checkpoint_folder(tensors) as folder:
+            yield {"weights_path": folder}
+
+    @contextmanager
+    def _awake(self) -> Iterator[None]:
+        if not self._spec.sleeps:
+            yield
+            return
+        self._llm.wake_up()
+        try:
+            yield
+        finally:
+            self._llm.sleep(level=1)
+
+    def _strip(self, completion: Any) -> tuple[list[int], bool]:
+        tokens = list(completion.token_ids)
+        finished = completion.finish_reason == "stop"
+        if tokens and (tokens[-1] in self._stop_ids or finished):
+            tokens = tokens[:-1]  # vLLM keeps the end-of-response token in token_ids
+        return tokens, finished
+
+
+def _refresh_tied_head(model: Any) -> None:
+    """Points a tied output head at the embedding again and packs it anew.
+
+    On a CPU, vLLM (seen in 0.32) packs linear weights for its kernels after loading. A checkpoint with tied weights has
+    no tensor for the head, so a reload leaves the head packed from the old embedding: the new model then speaks with
+    the old model's head, without a word of warning.
+    """
+    head = getattr(model, "lm_head", None)
+    embedding = getattr(getattr(model, "model", None), "embed_tokens", None)
+    tied = bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False))
+    if tied and head is not None and embedding is not None:
+        head.weight = embedding.weight
+        head.quant_method.process_weights_after_loading(head)
 
 
 @dataclass(frozen=True)
 class RolloutOptions:
-    """What a rollout actor needs to know besides its checkpoint."""
+    """Settings of a rollout actor.
 
-    dtype: Dtype
-    max_length: int
-    use_gpu: bool
+    Attributes:
+        spec: Its engine.
+        stop_ids: End-of-response tokens.
+        rollout: Number of engines, waits and tolerances.
+    """
+
+    spec: EngineSpec
     stop_ids: tuple[int, ...]
     rollout: RolloutConfig
-    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What a call brought, and by whom.
+class EngineAnswer:
+    """The result of one call to a rollout actor, with what it cost.
 
     Attributes:
         value: Responses or log-probabilities.
-        version: Of the weights that were in the engine (None: a checkpoint).
+        version: Version of the weights in the engine (None: a checkpoint).
         incarnation: Name of the process; another one after a restart.
         seconds: Time in the engine, loading left out.
         load_s: Time for loading weights; 0 where they were there already.
@@ -52,16 +236,15 @@ class RolloutWorker:
     needs, so a restarted actor can never answer with the wrong model.
     """
 
-    def __init__(self, path: str, options: RolloutOptions) -> None:
+    def __init__(self, options: RolloutOptions) -> None:
         begin("rollout engine")
-        self._path = path
         self._options = options
         self._engine: RolloutEngine | None = None
         self._start_s = 0.0
         self._incarnation = uuid.uuid4().hex
 
     def startup_stats(self) -> dict[str, Any]:
-        """Start-up time; answering it means the actor is ready."""
+        """Returns start-up time and incarnation; an answer means that the actor is ready."""
         self._ready_engine()
         return {"start_s": self._start_s, "incarnation": self._incarnation}
 
@@ -74,21 +257,21 @@ class RolloutWorker:
         top_p: float,
         top_k: int,
         seed: int | None,
-    ) -> Answer:
+    ) -> EngineAnswer:
         """Continues sequences with these weights, loading them first if others are in the engine."""
         engine, load_s = self._engine_with(weights)
         started = time.perf_counter()
         responses = engine.generate_finished(sequences, max_tokens, temperature, top_p, top_k, seed)
         seconds = time.perf_counter() - started
         rolled_out(tokens=sum(len(tokens) for tokens, _ in responses), seconds=seconds)
-        return Answer(responses, engine.version, self._incarnation, seconds, load_s)
+        return EngineAnswer(responses, engine.version, self._incarnation, seconds, load_s)
 
-    def log_probs(self, weights: WeightSource, sequences: list[tuple[list[int], int]]) -> Answer:
-        """Log-probabilities of responses under these weights (see `RolloutEngine.log_probs`)."""
+    def log_probs(self, weights: WeightSource, sequences: list[tuple[list[int], int]]) -> EngineAnswer:
+        """Returns log-probabilities of responses under these weights (see `RolloutEngine.log_probs`)."""
         engine, load_s = self._engine_with(weights)
         started = time.perf_counter()
         log_probs = engine.log_probs(sequences)
-        return Answer(log_probs, engine.version, self._incarnation, time.perf_counter() - started, load_s)
+        return EngineAnswer(log_probs, engine.version, self._incarnation, time.perf_counter() - started, load_s)
 
     def _engine_with(self, weights: WeightSource) -> tuple[RolloutEngine, float]:
         engine = self._ready_engine()
@@ -106,18 +289,7 @@ class RolloutWorker:
 
     def _ready_engine(self) -> RolloutEngine:
         if self._engine is None:
-            options = self._options
             started = time.perf_counter()
-            self._engine = RolloutEngine(
-                self._path,
-                dtype=options.dtype,
-                max_length=options.max_length,
-                use_gpu=options.use_gpu,
-                gpu_memory_utilization=options.rollout.gpu_memory_utilization,
-                trust_remote_code=options.trust_remote_code,
-                stop_ids=options.stop_ids,
-                sleeps=options.rollout.colocated,
-                tensor_parallel=options.rollout.tensor_parallel,
-            )
+            self._engine = RolloutEngine(self._options.spec, self._options.stop_ids)
             self._start_s = time.perf_counter() - started
         return self._engine

@@ -13,7 +13,7 @@ from raycomplete.attacks.trial import Progress
 from raycomplete.config import RunConfig, dump, load_run_file
 from raycomplete.data.inputs import Models, Prompts, environment
 from raycomplete.engines.cluster import Cluster, connect
-from raycomplete.engines.placement import Plan
+from raycomplete.engines.placement import ResourcePlan
 from raycomplete.engines.start import Engines, start_engines
 from raycomplete.evaluation.judges import default_judge
 from raycomplete.runtime.console import Console
@@ -214,7 +214,7 @@ def open_run(
     folder: OutputFolder,
     models: Models,
     prompts: Prompts,
-    plan: Plan,
+    plan: ResourcePlan,
     console: Console,
     *,
     on_progress: Callable[[Progress], None] | None = None,

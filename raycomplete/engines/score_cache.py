@@ -1,4 +1,9 @@
-"""Scores of frozen models never change, so each sequence is read once: kept in memory, and on disk if asked for."""
+"""Sequences to score, the arrays of hidden states that answer them, and the cache that keeps those arrays.
+
+numpy has no bfloat16, so bf16 rows travel as uint16 bit patterns: Ray's object store hands numpy arrays to every
+process of a node without copying. Scores of frozen models never change, so each sequence is read once and kept in
+memory, and on disk if asked for.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +14,69 @@ import os
 import time
 from collections import OrderedDict
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
+import torch
 
-from raycomplete.engines.payload import HiddenArray, ScoreRequest
 from raycomplete.runtime.files import write_bytes
 
 logger = logging.getLogger(__name__)
 
+HiddenArray = npt.NDArray[np.uint16] | npt.NDArray[np.float32]
+
 _ABANDONED_S = 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreRequest:
+    """One sequence to read, and where its response starts.
+
+    Attributes:
+        token_ids: Prompt followed by response tokens.
+        num_prompt_tokens: Tokens before the response, at least 1.
+    """
+
+    token_ids: tuple[int, ...]
+    num_prompt_tokens: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.num_prompt_tokens < len(self.token_ids):
+            raise ValueError(
+                f"a score request needs at least one prompt and one response token, got {self.num_prompt_tokens} "
+                f"prompt tokens of {len(self.token_ids)}"
+            )
+
+    @property
+    def num_rows(self) -> int:
+        """Number of response tokens, one row of hidden states each."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def name(self) -> str:
+        """Name of the sequence that does not give its tokens away: 32 hexadecimal digits."""
+        return self.key()[:32]
+
+    def key(self, prefix: str = "") -> str:
+        """Returns a SHA-256 of the sequence, and of a prefix that tells equal sequences of several models apart."""
+        tokens = np.asarray(self.token_ids, dtype=np.int64).tobytes()
+        return hashlib.sha256(f"{prefix}{self.num_prompt_tokens}:".encode() + tokens).hexdigest()
+
+
+def to_array(hidden_TH: torch.Tensor) -> HiddenArray:
+    """Turns a [T, H] tensor (bfloat16, or any other as float32) into an array of the same bits."""
+    hidden_TH = hidden_TH.detach().contiguous().cpu()
+    if hidden_TH.dtype == torch.bfloat16:
+        return hidden_TH.view(torch.uint16).numpy()
+    return hidden_TH.to(torch.float32).numpy()
+
+
+def to_tensor(array: HiddenArray) -> torch.Tensor:
+    """Restores the tensor given to `to_array`; it shares no memory with the object store's read-only array."""
+    tensor = torch.from_numpy(np.array(array))
+    return tensor.view(torch.bfloat16) if array.dtype == np.uint16 else tensor
 
 
 class ScoreCache:
@@ -28,7 +86,7 @@ class ScoreCache:
         model_key: Names weights, head spec and dtype; scores under another key are never returned.
         memory_bytes: Upper bound of what is kept in memory, least recently used out first.
         folder: Cache on disk, shared by runs; None keeps scores in memory only.
-        disk_bytes: About what the folder may hold, of all models together.
+        disk_bytes: Approximate upper bound of what the folder holds, all models together.
     """
 
     def __init__(
@@ -45,7 +103,7 @@ class ScoreCache:
         self.misses = 0
 
     def get(self, request: ScoreRequest) -> HiddenArray | None:
-        """The scores of a sequence, or None if it was never read."""
+        """Returns the scores of a sequence, or None if it was never read."""
         key = self._key(request)
         array = self._held.get(key)
         if array is not None:
@@ -55,7 +113,7 @@ class ScoreCache:
             if array is not None:
                 self._hold(key, array)
                 with suppress(OSError):
-                    os.utime(file)  # used now
+                    os.utime(file)  # the sweep drops files by the time of their last use
         if array is None:
             self.misses += 1
         else:
@@ -77,7 +135,7 @@ class ScoreCache:
                 self._folder = None
 
     def _make_room(self, size: int) -> None:
-        """Measures the folder once in a twentieth of its limit, and drops what was used longest ago."""
+        """Measures the folder once every twentieth of its limit, and drops the files used longest ago."""
         assert self._folder is not None
         self._until_sweep -= size
         if self._until_sweep >= 0:
@@ -85,12 +143,12 @@ class ScoreCache:
         self._until_sweep = self._disk_bytes // 20
         files = []
         for path in self._folder.glob("??/*"):
-            with suppress(OSError):  # another actor sweeps, too
+            with suppress(OSError):  # another actor may sweep at the same time
                 status = path.stat()
                 if path.suffix == ".npy":
                     files.append((status.st_mtime, status.st_size, path))
                 elif time.time() - status.st_mtime > _ABANDONED_S:
-                    path.unlink()  # of a writer that was killed
+                    path.unlink()  # left by a writer that was killed
         total = sum(held for _, held, _ in files) + size + self._until_sweep
         for _, freed, path in sorted(files):
             if total <= self._disk_bytes:
@@ -108,9 +166,7 @@ class ScoreCache:
             self._held_bytes -= dropped.nbytes
 
     def _key(self, request: ScoreRequest) -> str:
-        tokens = np.asarray(request.token_ids, dtype=np.int64).tobytes()
-        head = f"{self._model_key}:{request.num_prompt_tokens}:".encode()
-        return hashlib.sha256(head + tokens).hexdigest()
+        return request.key(f"{self._model_key}:")
 
     def _file(self, key: str) -> Path:
         assert self._folder is not None
@@ -118,7 +174,7 @@ class ScoreCache:
 
     @staticmethod
     def _read(file: Path, request: ScoreRequest) -> HiddenArray | None:
-        """A damaged file counts as never read: the engine makes it anew."""
+        """Reads a file of the cache; a damaged one counts as absent, so the engine makes it anew."""
         try:
             array: HiddenArray = np.load(file, allow_pickle=False)
         except (OSError, ValueError, EOFError):

@@ -6,7 +6,6 @@ import time
 import uuid
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,32 +15,17 @@ import torch
 from raycomplete.config import TeacherConfig
 from raycomplete.data.checkpoints import TORCH_DTYPES
 from raycomplete.data.heads import HeadSpec, load_head
-from raycomplete.engines.dispatch import Dispatcher, ScoreCall
-from raycomplete.engines.kv_store import ClusterKvStore, KvStore, digest
+from raycomplete.engines.dispatch import Dispatcher, KvStore, ScoreCall, ScorerReplica
 from raycomplete.engines.parity import check_parity
-from raycomplete.engines.payload import HiddenArray, ScoreRequest, to_tensor
-from raycomplete.engines.score_cache import ScoreCache
+from raycomplete.engines.score_cache import HiddenArray, ScoreCache, ScoreRequest, to_tensor
 from raycomplete.engines.scoring_engine import PoolingEngine
+from raycomplete.engines.spec import EngineSpec
 from raycomplete.runtime.errors import QuarantinedSequenceError
 from raycomplete.runtime.files import write_json
 from raycomplete.runtime.prometheus import begin, scored
-from raycomplete.runtime.ray_calls import is_gone, wait_for
 from raycomplete.runtime.types import ModelRole
 
-
-@dataclass(frozen=True)
-class ScorerOptions:
-    """What a scorer needs to know besides its head spec."""
-
-    role: ModelRole
-    dtype: Any
-    max_length: int
-    use_gpu: bool
-    teacher: TeacherConfig
-    trust_remote_code: bool = False
-
-
-_TASK_RETRIES = 2  # of what is no teacher
+_TASK_RETRIES = 2  # of calls other than scores, which the dispatcher repeats
 
 
 class Scorer:
@@ -51,61 +35,63 @@ class Scorer:
     caller as text only, and a restarted actor starts its engine anew by itself.
 
     Args:
-        spec: Head of the model.
-        options: See `ScorerOptions`.
-        parity_requests: Sequences that the engine is proved on.
-        note: Key under which the kv_store says what is being read.
-        kv_store: Where that is said.
+        role: Name of the model in messages.
+        head: Head of the model.
+        spec: Engine of the model.
+        teacher: Sizes of the cache and tolerance of the parity gate.
+        parity_requests: Sequences that the parity gate compares.
+        note: Key under which the store says what is being read.
+        kv_store: Where that is said; None says nothing.
     """
 
     def __init__(
         self,
-        spec: HeadSpec,
-        options: ScorerOptions,
+        role: ModelRole,
+        head: HeadSpec,
+        spec: EngineSpec,
+        teacher: TeacherConfig,
         parity_requests: list[ScoreRequest],
         note: str = "",
         kv_store: KvStore | None = None,
     ) -> None:
-        begin(f"{options.role} scorer")
-        self._spec = spec
-        self._options = options
+        begin(f"{role} scorer")
+        self._role, self._head, self._spec, self._teacher = role, head, spec, teacher
         self._parity_requests = parity_requests
         self._note = note
         self._kv_store = kv_store
-        self._said: str | None = None  # what the process before this one said is not known
-        teacher = options.teacher
+        self._noted: str | None = None  # what the process before this one noted is not known
         self._cache = ScoreCache(
-            f"{spec.model_fingerprint}:{spec.tokenizer_hash}:{options.dtype}",
+            f"{head.model_fingerprint}:{head.tokenizer_hash}:{spec.dtype}",
             int(teacher.cache_gib * 2**30),
             teacher.cache_dir,
             int(teacher.cache_disk_gib * 2**30),
         )
         self._engine: PoolingEngine | None = None
-        self._stats: dict[str, Any] = {}
+        self._startup_stats: dict[str, Any] = {}
         self._tokens_read = 0
         self._seconds = 0.0
 
     def startup_stats(self) -> dict[str, Any]:
-        """Start-up times, parity report and head spec; answering it means the scorer is ready."""
+        """Returns start-up times, parity report and head spec; an answer means that the scorer is ready."""
         self._ready_engine()
-        return self._stats
+        return self._startup_stats
 
     def score(self, requests: list[ScoreRequest], attempt: str = "") -> list[HiddenArray]:
-        """[T, H] hidden states of each request's response rows; sequences read before are not read again.
+        """Returns [T, H] hidden states of each request's response rows; sequences read before are not read again.
 
         Args:
             requests: Sequences.
-            attempt: Name of this call; the kv_store holds it while the engine reads, so that a death can be laid at the
-                right door.
+            attempt: Name of this call. The store holds it while the engine reads, so that a death is counted against
+                the call that was being read.
         """
         engine = self._ready_engine()
         started = time.perf_counter()
         arrays = [self._cache.get(request) for request in requests]
         # One batch may hold a sequence twice; it is read once.
         missing = list(dict.fromkeys(request for request, array in zip(requests, arrays, strict=True) if array is None))
-        self._say(attempt if missing else "")
+        self._note_reading(attempt if missing else "")
         fresh = dict(zip(missing, engine.hidden_states(missing), strict=True)) if missing else {}
-        self._say("")
+        self._note_reading("")
         for request, array in fresh.items():
             self._cache.put(request, array)
         tokens = sum(len(request.token_ids) - 1 for request in missing)
@@ -120,7 +106,7 @@ class Scorer:
         self.score(requests)
 
     def stats(self) -> dict[str, float]:
-        """Work done so far: tokens read by the engine, seconds in it, cache hits and misses."""
+        """Returns the work done so far: tokens read by the engine, seconds in it, cache hits and misses."""
         return {
             "tokens": self._tokens_read,
             "seconds": self._seconds,
@@ -128,79 +114,34 @@ class Scorer:
             "misses": self._cache.misses,
         }
 
-    def _say(self, attempt: str) -> None:
-        if self._kv_store is not None and attempt != self._said:
+    def _note_reading(self, attempt: str) -> None:
+        if self._kv_store is not None and attempt != self._noted:
             self._kv_store.write(self._note, attempt)
-            self._said = attempt
+            self._noted = attempt
 
     def _ready_engine(self) -> PoolingEngine:
-        """The engine, started and proved against transformers."""
+        """Returns the engine, started and compared with transformers at the first call."""
         if self._engine is not None:
             return self._engine
-        spec, options = self._spec, self._options
         started = time.perf_counter()
-        engine = PoolingEngine(
-            spec.path,
-            dtype=options.dtype,
-            max_length=options.max_length,
-            use_gpu=options.use_gpu,
-            gpu_memory_utilization=options.teacher.gpu_memory_utilization,
-            max_num_batched_tokens=options.teacher.max_num_batched_tokens,
-            trust_remote_code=options.trust_remote_code,
-            tensor_parallel=options.teacher.tensor_parallel,
-        )
+        engine = PoolingEngine(self._spec)
         engine_start_s = time.perf_counter() - started
         parity = check_parity(
             engine,
-            load_head(spec, dtype=TORCH_DTYPES[options.dtype]),
-            Path(spec.path),
+            load_head(self._head, dtype=TORCH_DTYPES[self._spec.dtype]),
             self._parity_requests,
-            role=options.role,
-            dtype=options.dtype,
-            tolerance=options.teacher.parity_tolerance,
-            trust_remote_code=options.trust_remote_code,
+            role=self._role,
+            tolerance=self._teacher.parity_tolerance,
         )
         self._engine = engine
-        self._stats = {
-            "role": options.role,
+        self._startup_stats = {
+            "role": self._role,
             "engine_start_s": engine_start_s,
             "start_s": time.perf_counter() - started,
             "parity": parity.to_json(),
-            "head": spec.to_json(),
+            "head": self._head.to_json(),
         }
         return engine
-
-
-class ScorerHandle:
-    """One replica of a scorer (implements `raycomplete.engines.dispatch.Replica`).
-
-    Args:
-        name: "base scorer", or "base scorer 2 of 3".
-        actor: Handle of a `Scorer` actor.
-        timeout_s: Longest wait for one call.
-    """
-
-    def __init__(self, name: str, actor: Any, timeout_s: float) -> None:
-        self.name = name
-        self.actor = actor
-        self._timeout_s = timeout_s
-
-    def send(self, requests: list[ScoreRequest], attempt: str) -> Any:
-        """See `Replica`. Ray itself must not retry: only the dispatcher counts deaths and knows other replicas."""
-        return self.actor.score.options(max_task_retries=0).remote(requests, attempt)
-
-    def get(self, reference: Any) -> list[HiddenArray]:
-        """See `Replica`."""
-        arrays: list[HiddenArray] = self.wait(reference, "a batch of scores")
-        return arrays
-
-    def wait(self, reference: Any, what: str, timeout_s: float | None = None) -> Any:
-        """Waits for anything that this replica delivers."""
-        return wait_for(reference, who=self.name, what=what, timeout_s=timeout_s or self._timeout_s)
-
-    def is_gone(self) -> bool:
-        """See `Replica`."""
-        return is_gone(self.actor)
 
 
 class TeacherClient:
@@ -212,16 +153,16 @@ class TeacherClient:
 
     Args:
         role: base, aligned or student.
-        replicas: Handles of the actors.
+        replicas: The actors.
         teacher: Bounds and limits.
-        prefix: Of this group of actors on the kv_store.
-        record_folder: Where sequences that are quarantined are recorded; None records nothing.
+        prefix: Names this group of actors in the cluster's key-value store.
+        record_folder: Where quarantined sequences are recorded; None records nothing.
     """
 
     def __init__(
         self,
         role: ModelRole,
-        replicas: Sequence[ScorerHandle],
+        replicas: Sequence[ScorerReplica],
         teacher: TeacherConfig,
         prefix: str,
         record_folder: Path | None = None,
@@ -231,61 +172,57 @@ class TeacherClient:
         self._teacher = teacher
         self._prefix = prefix
         self._record_folder = record_folder
-        self._kv_store = ClusterKvStore()
+        self._kv_store = KvStore()
         self._dispatcher = Dispatcher(self._replicas, teacher, self._kv_store, prefix, self._record)
         self._warming: list[Any] = []
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """In another process it starts with nothing under way."""
+        """Pickles the handle without the calls under way."""
         return (TeacherClient, (self.role, self._replicas, self._teacher, self._prefix, self._record_folder))
 
     @classmethod
     def start(
         cls,
-        spec: HeadSpec,
-        options: ScorerOptions,
+        role: ModelRole,
+        head: HeadSpec,
+        spec: EngineSpec,
+        teacher: TeacherConfig,
         parity_requests: list[ScoreRequest],
         *,
-        num_cpus: float,
-        num_gpus: float,
-        environment: dict[str, str],
-        placement: Sequence[Any] = (),
+        strategies: Sequence[Any] = (),
         record_folder: Path | None = None,
     ) -> TeacherClient:
         """Asks Ray for `teacher.replicas` actors and returns at once; `wait_until_ready` waits for them.
 
         Args:
-            spec: Head of the model.
-            options: Of every replica.
-            parity_requests: Sequences that each replica is proved on.
-            num_cpus: Logical CPUs of one replica.
-            num_gpus: GPUs of one replica, where GPUs are used.
-            environment: See `raycomplete.engines.spec.engine_environment`.
-            placement: Ray's scheduling strategy of each replica; empty lets Ray choose.
-            record_folder: See the class.
+            role: base, aligned or student.
+            head: Head of the model.
+            spec: Engine of each replica.
+            teacher: Bounds and limits.
+            parity_requests: Sequences that the parity gate of each replica compares.
+            strategies: Ray's scheduling strategy of each replica; empty lets Ray choose.
+            record_folder: Where quarantined sequences are recorded; None records nothing.
         """
-        count = options.teacher.replicas
-        prefix = f"{options.role}-{uuid.uuid4().hex}"
+        count = teacher.replicas
+        prefix = f"{role}-{uuid.uuid4().hex}"
         replicas = []
         for index in range(count):
-            name = f"{options.role} scorer" if count == 1 else f"{options.role} scorer {index + 1} of {count}"
+            name = f"{role} scorer" if count == 1 else f"{role} scorer {index + 1} of {count}"
             actor = (
                 ray.remote(Scorer)
                 .options(
-                    num_cpus=num_cpus,
-                    num_gpus=num_gpus if options.use_gpu else 0,
-                    runtime_env={"env_vars": environment},
+                    **spec.resources(),
                     max_restarts=-1,  # an idle actor holds no engine that could crash in a loop; callers bound retries
                     max_task_retries=_TASK_RETRIES,
-                    scheduling_strategy=placement[index] if placement else None,
+                    scheduling_strategy=strategies[index] if strategies else None,
                 )
-                .remote(spec, options, parity_requests, f"{prefix}/reads/{name}", ClusterKvStore())
+                .remote(role, head, spec, teacher, parity_requests, f"{prefix}/reads/{name}", KvStore())
             )
-            replicas.append(ScorerHandle(name, actor, options.teacher.timeout_s))
-        return cls(options.role, replicas, options.teacher, prefix, record_folder)
+            replicas.append(ScorerReplica(name, actor, teacher.timeout_s))
+        return cls(role, replicas, teacher, prefix, record_folder)
 
     def wait_until_ready(self, timeout_s: float) -> dict[str, Any]:
-        """Waits until every replica is ready; returns the stats of the one whose parity is worst."""
+        """Waits until every replica is ready; returns the stats of the replica whose parity is worst."""
         references = [replica.actor.startup_stats.remote() for replica in self._replicas]
         stats = [
             replica.wait(reference, "its start", timeout_s)
@@ -319,7 +256,7 @@ class TeacherClient:
         return found
 
     def submit_sequences(self, sequences: Sequence[tuple[tuple[int, ...], int]]) -> ScoreCall:
-        """As `submit`, from (token ids, number of prompt tokens) pairs."""
+        """Starts scoring (token ids, number of prompt tokens) pairs; otherwise as `submit`."""
         return self.submit([ScoreRequest(tokens, num_prompt) for tokens, num_prompt in sequences])
 
     def warm_sequences(self, sequences: Sequence[tuple[tuple[int, ...], int]]) -> None:
@@ -330,13 +267,13 @@ class TeacherClient:
             return  # they are behind already
         requests = [ScoreRequest(tokens, num_prompt) for tokens, num_prompt in sequences]
         requests = [request for request in requests if not self._dispatcher.is_quarantined(request)]
-        for replica, places in zip(self._replicas, self._dispatcher.deal(requests), strict=True):
-            if places:
-                part = [requests[place] for place in places]
+        for replica, indices in zip(self._replicas, self._dispatcher.shard(requests), strict=True):
+            if indices:
+                part = [requests[index] for index in indices]
                 self._warming.append(replica.actor.warm.options(max_task_retries=0).remote(part))
 
     def collect_tensors(self, call: ScoreCall) -> list[torch.Tensor]:
-        """As `collect`, as tensors on the CPU, those of a QuarantinedSequenceError too."""
+        """Waits as `collect` does and returns tensors on the CPU, also inside a QuarantinedSequenceError."""
         try:
             return [to_tensor(array) for array in self.collect(call)]
         except QuarantinedSequenceError as error:
@@ -344,7 +281,7 @@ class TeacherClient:
             raise
 
     def stats(self) -> dict[str, float]:
-        """Work done so far by all replicas (see `Scorer.stats`); seconds are summed."""
+        """Returns the work done so far by all replicas (see `Scorer.stats`); seconds are summed."""
         references = [replica.actor.stats.remote() for replica in self._replicas]
         found = [
             replica.wait(reference, "its statistics")
@@ -360,15 +297,14 @@ class TeacherClient:
             self._kv_store.clear(self._prefix)
 
     def _record(self, request: ScoreRequest, deaths: int) -> None:
-        """One file for each sequence, so that several processes may write; no tokens, since they may be harmful."""
+        """Writes one file for each sequence, so that several processes may write; no tokens, as they may be harmful."""
         if self._record_folder is None:
             return
-        name = digest(request)
         record = {
-            "sequence": name,
+            "sequence": request.name,
             "tokens": len(request.token_ids),
             "prompt_tokens": request.num_prompt_tokens,
             "role": self.role,
             "scorers_killed_alone": deaths,
         }
-        write_json(self._record_folder / f"{self.role}-{name}.json", record)
+        write_json(self._record_folder / f"{self.role}-{request.name}.json", record)

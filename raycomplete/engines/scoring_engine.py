@@ -7,59 +7,41 @@ from typing import Any
 
 import torch
 
-from raycomplete.config import Dtype
-from raycomplete.engines.payload import HiddenArray, ScoreRequest, to_array
-from raycomplete.engines.spec import engine_arguments
+from raycomplete.engines.score_cache import HiddenArray, ScoreRequest, to_array
+from raycomplete.engines.spec import EngineSpec
 from raycomplete.runtime.errors import NotFiniteError, WorkError
 
 
 class PoolingEngine:
     """Reads sequences with one frozen model.
 
-    Start it in a process whose environment is `engine_environment(...)`; importing vllm takes seconds, so it happens
-    here and not when this module is imported.
+    Start it in a process whose environment is `spec.environment()`; importing vllm takes seconds, so it happens here
+    and not when this module is imported.
     """
 
-    def __init__(
-        self,
-        path: str,
-        *,
-        dtype: Dtype,
-        max_length: int,
-        use_gpu: bool,
-        gpu_memory_utilization: float = 0.25,
-        max_num_batched_tokens: int = 8192,
-        trust_remote_code: bool = False,
-        tensor_parallel: int = 1,
-    ) -> None:
+    def __init__(self, spec: EngineSpec) -> None:
         from vllm import LLM
         from vllm.config import PoolerConfig
 
-        arguments = engine_arguments(
-            path,
-            dtype=dtype,
-            max_length=max_length,
-            use_gpu=use_gpu,
-            gpu_memory_utilization=gpu_memory_utilization,
-            max_num_batched_tokens=max_num_batched_tokens,
-            trust_remote_code=trust_remote_code,
-            tensor_parallel=tensor_parallel,
-        )
         # Without use_activation=False the states come L2-normalised, and no head could rebuild logits from them.
         pooler = PoolerConfig(task="token_embed", use_activation=False)
+        self.spec = spec
         self._llm: Any = LLM(
-            runner="pooling", convert="embed", pooler_config=pooler, enable_prefix_caching=False, **arguments
+            runner="pooling", convert="embed", pooler_config=pooler, enable_prefix_caching=False, **spec.arguments()
         )
-        self._dtype = torch.bfloat16 if dtype == "bfloat16" else torch.float32
-        self.max_length = max_length
+        self._dtype = torch.bfloat16 if spec.dtype == "bfloat16" else torch.float32
 
     def hidden_states(self, requests: Sequence[ScoreRequest]) -> list[HiddenArray]:
-        """Hidden states from which each response token is predicted.
+        """Reads sequences and returns the hidden states from which each response token is predicted.
 
         Row t of a result is the state after (prompt, y<t), so `head.logits(row t)` is the distribution of y_t.
 
         Returns:
             One [T, H] array for each request, T its response tokens.
+
+        Raises:
+            WorkError: The engine returned another number of rows than it was given tokens.
+            NotFiniteError: A hidden state is NaN or infinite.
         """
         from vllm import TokensPrompt
 

@@ -1,75 +1,148 @@
-"""How every vLLM engine of raycomplete is started, on a CPU or a GPU. Imports neither vllm nor ray."""
+"""The one description of a vLLM engine: its model, its limits and what it reserves. Imports neither vllm nor ray.
+
+Scorers, rollout engines, the engines of judges, attackers and chats and the doctor's smoke test all start from an
+`EngineSpec`: its `resources` and `environment` make the process, its `arguments` make `vllm.LLM` inside it.
+"""
 
 from __future__ import annotations
 
 import os
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
 
-from raycomplete.config import Dtype
+from raycomplete.config import ClusterConfig, Dtype, RunConfig
 from raycomplete.runtime.machine import available_cpus
 
+# scorer: reads hidden states of a frozen model. rollout: generates for the run. single: generates with a model that is
+# none of the run's generators, on one device (judge, attacker, chat).
+EngineRole = Literal["scorer", "rollout", "single"]
 
-def engine_environment(*, use_gpu: bool, kv_cache_gib: int = 1, threads: int | None = None) -> dict[str, str]:
-    """Environment of a process that hosts an engine; must be set before vllm is imported.
 
-    Args:
-        use_gpu: False selects the settings of a CPU machine.
-        kv_cache_gib: CPU only: key-value cache of one engine in GiB.
-        threads: CPU only: OpenMP threads of one engine; all cores when absent.
+@dataclass(frozen=True)
+class EngineSpec:
+    """One vLLM engine.
+
+    Attributes:
+        checkpoint: Folder of the model.
+        dtype: Type of the weights.
+        max_length: Longest sequence, prompt and response together.
+        use_gpu: False runs on the CPU.
+        gpu_memory_utilization: GPU only: share of the device that the engine may fill.
+        max_num_batched_tokens: Tokens of one forward pass; never less than `max_length`.
+        tensor_parallel: GPU only: devices of one node that hold the model together.
+        sleeps: GPU only: the engine gives the device's memory back after each batch (vLLM's sleep level 1).
+        trust_remote_code: Lets code that lies beside the checkpoint run.
+        kv_cache_gib: CPU only: key-value cache in GiB.
+        threads: CPU only: OpenMP threads; all cores when absent.
+        num_cpus: Logical CPUs that Ray reserves.
+        num_gpus: GPUs that Ray reserves where GPUs are used.
     """
-    environment = {
-        # The engine lives in the actor's own process: one death to notice instead of two, and half the imports.
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
-        "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    }
-    if use_gpu:
-        # FlashInfer compiles at first use, which a machine without a network or a compiler cannot do.
-        environment["VLLM_USE_FLASHINFER_SAMPLER"] = os.environ.get("VLLM_USE_FLASHINFER_SAMPLER", "0")
-        return environment
-    environment |= {
-        "VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib),
-        # Several engines share the cores of one machine; pinning each to the same cores would starve the others.
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        # Idle OpenMP threads sleep instead of spinning: with a second busy process on 2 cores, SmolLM2-135M in bf16
-        # generated 134 tokens/s this way and 15 with spinning threads.
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "OMP_NUM_THREADS": str(threads or available_cpus()),
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    return environment
+
+    checkpoint: str
+    dtype: Dtype
+    max_length: int
+    use_gpu: bool = False
+    gpu_memory_utilization: float = 0.25
+    max_num_batched_tokens: int = 8192
+    tensor_parallel: int = 1
+    sleeps: bool = False
+    trust_remote_code: bool = False
+    kv_cache_gib: int = 1
+    threads: int | None = None
+    num_cpus: float = 0.5
+    num_gpus: float = 0.0
+
+    @classmethod
+    def from_config(cls, config: RunConfig, role: EngineRole, checkpoint: str | Path, *, use_gpu: bool) -> EngineSpec:
+        """Reads the settings of one role from a run file.
+
+        Args:
+            config: Run file.
+            role: Section that applies: `teacher` for a scorer, else `rollout`.
+            checkpoint: Folder of the model.
+            use_gpu: Whether the run uses GPUs.
+        """
+        section = config.teacher if role == "scorer" else config.rollout
+        batched = {"max_num_batched_tokens": config.teacher.max_num_batched_tokens} if role == "scorer" else {}
+        tensor_parallel = 1 if role == "single" else section.tensor_parallel
+        num_cpus, num_gpus = engine_share(config.cluster, tensor_parallel)
+        return cls(
+            str(checkpoint),
+            config.models.dtype,
+            config.models.max_length,
+            use_gpu=use_gpu,
+            gpu_memory_utilization=section.gpu_memory_utilization,
+            tensor_parallel=tensor_parallel,
+            sleeps=role == "rollout" and config.rollout.colocated,
+            trust_remote_code=config.models.trust_remote_code,
+            kv_cache_gib=config.cluster.kv_cache_gib,
+            num_cpus=num_cpus,
+            num_gpus=num_gpus,
+            **batched,
+        )
+
+    def arguments(self) -> dict[str, Any]:
+        """Returns the arguments of `vllm.LLM` that pooling and generating engines share."""
+        arguments: dict[str, Any] = {
+            "model": self.checkpoint,
+            "dtype": self.dtype,
+            "max_model_len": self.max_length,
+            "max_num_batched_tokens": max(self.max_num_batched_tokens, self.max_length),
+            "max_num_seqs": 256,
+            "enforce_eager": True,  # start in seconds; these engines serve short runs and changing weights
+            "trust_remote_code": self.trust_remote_code,
+            "load_format": "safetensors",  # "auto" reads pickles, or consolidated files as other weights
+            "disable_log_stats": True,
+            "seed": 0,
+        }
+        if self.use_gpu:
+            arguments["gpu_memory_utilization"] = self.gpu_memory_utilization
+        if self.tensor_parallel > 1:
+            # Shards are processes beside the actor, on the GPUs that Ray gave it. Inside a placement group vLLM would
+            # ask Ray to start them, which has no further GPU to give.
+            arguments |= {"tensor_parallel_size": self.tensor_parallel, "distributed_executor_backend": "mp"}
+        return arguments
+
+    def environment(self) -> dict[str, str]:
+        """Returns the environment of the process that hosts the engine; it must be set before vllm is imported."""
+        environment = {
+            # The engine lives in the actor's own process: one death to notice instead of two, and half the imports.
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
+            "TOKENIZERS_PARALLELISM": "false",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        }
+        if self.use_gpu:
+            # FlashInfer compiles at first use, which a machine without a network or a compiler cannot do.
+            environment["VLLM_USE_FLASHINFER_SAMPLER"] = os.environ.get("VLLM_USE_FLASHINFER_SAMPLER", "0")
+            return environment
+        return environment | {
+            "VLLM_CPU_KVCACHE_SPACE": str(self.kv_cache_gib),
+            # Several engines share the cores of one machine; pinning each to the same cores would starve the others.
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            # Idle OpenMP threads sleep instead of spinning: with a second busy process on 2 cores, SmolLM2-135M in bf16
+            # generated 134 tokens/s this way and 15 with spinning threads.
+            "OMP_WAIT_POLICY": "PASSIVE",
+            "OMP_NUM_THREADS": str(self.threads or available_cpus()),
+            "CUDA_VISIBLE_DEVICES": "",
+        }
+
+    def bundle(self) -> dict[str, float]:
+        """Returns what the engine reserves, as a bundle of a Ray placement group."""
+        return {"CPU": self.num_cpus} | ({"GPU": self.num_gpus} if self.use_gpu and self.num_gpus > 0 else {})
+
+    def resources(self) -> dict[str, Any]:
+        """Returns the options of the Ray actor that hosts the engine: what it reserves, and its environment."""
+        return {
+            "num_cpus": self.num_cpus,
+            "num_gpus": self.num_gpus if self.use_gpu else 0,
+            "runtime_env": {"env_vars": self.environment()},
+        }
 
 
-def engine_arguments(
-    path: str,
-    *,
-    dtype: Dtype,
-    max_length: int,
-    use_gpu: bool,
-    gpu_memory_utilization: float,
-    max_num_batched_tokens: int,
-    trust_remote_code: bool,
-    tensor_parallel: int = 1,
-) -> dict[str, Any]:
-    """Arguments of `vllm.LLM` that pooling and generating engines share."""
-    arguments: dict[str, Any] = {
-        "model": path,
-        "dtype": dtype,
-        "max_model_len": max_length,
-        "max_num_batched_tokens": max(max_num_batched_tokens, max_length),
-        "max_num_seqs": 256,
-        "enforce_eager": True,  # start in seconds; these engines serve short runs and changing weights
-        "trust_remote_code": trust_remote_code,
-        "load_format": "safetensors",  # "auto" falls back to pickles, and takes consolidated files for other weights
-        "disable_log_stats": True,
-        "seed": 0,
-    }
-    if use_gpu:
-        arguments["gpu_memory_utilization"] = gpu_memory_utilization
-    if tensor_parallel > 1:
-        # Shards are processes beside the actor, on the GPUs that Ray gave it. Inside a placement group vLLM would ask
-        # Ray to start them, which has no further GPU to give.
-        arguments |= {"tensor_parallel_size": tensor_parallel, "distributed_executor_backend": "mp"}
-    return arguments
+def engine_share(cluster: ClusterConfig, tensor_parallel: int = 1) -> tuple[float, float]:
+    """Returns the CPUs and GPUs that one engine reserves; with tensor parallelism it holds whole GPUs."""
+    gpus = cluster.gpus_per_engine if tensor_parallel == 1 else float(tensor_parallel)
+    return cluster.cpus_per_engine * tensor_parallel, gpus

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from raycomplete.config import RunConfig
+from raycomplete.data.chat import ChatCodec
 from raycomplete.data.inputs import Models
-from raycomplete.engines.cluster import Cluster
-from raycomplete.engines.payload import ScoreRequest
-from raycomplete.engines.placement import Reservation, engine_row
+from raycomplete.engines.cluster import Cluster, uses_gpu
+from raycomplete.engines.placement import Reservation
 from raycomplete.engines.rollout_pool import RolloutPool
 from raycomplete.engines.rollout_worker import RolloutOptions
-from raycomplete.engines.scorers import ScorerOptions, TeacherClient
-from raycomplete.engines.spec import engine_environment
+from raycomplete.engines.score_cache import ScoreRequest
+from raycomplete.engines.scorers import TeacherClient
+from raycomplete.engines.spec import EngineSpec
 from raycomplete.runtime.console import Console
 from raycomplete.runtime.machine import available_cpus
 from raycomplete.runtime.types import ModelRole
@@ -29,24 +31,22 @@ class Engines:
         generator: Generates with base's weights at first; `generator.with_weights(path)` with others.
         scorers: By role; empty where only text is needed.
         stats: Start-up times and parity reports, for the run folder.
-        places: Of the scorers, given back with them: what comes after training needs the room.
+        reservation: Placement group of the scorers, given back with them: what follows training needs the room.
     """
 
     generator: RolloutPool
     scorers: dict[str, TeacherClient] = field(default_factory=dict)
     stats: dict[str, Any] = field(default_factory=dict)
-    places: Reservation | None = None
+    reservation: Reservation | None = None
 
     def stop_scorers(self) -> None:
-        """Frees the scorers' memory and their places."""
+        """Ends the scorers, and frees their memory and their placement group."""
         for scorer in self.scorers.values():
-            with suppress(Exception):  # an actor that is gone already must not hide why
-                scorer.stop()
+            _quietly(scorer.stop)
         self.scorers = {}
-        if self.places is not None:
-            with suppress(Exception):
-                self.places.release()
-        self.places = None
+        if self.reservation is not None:
+            _quietly(self.reservation.release)
+        self.reservation = None
 
 
 @contextmanager
@@ -66,18 +66,18 @@ def start_engines(
         config: Run file.
         cluster: Where to place them.
         models: Checkpoints.
-        console: Told what is waited for.
-        parity_sequences: (token ids, prompt tokens) that scorers are proved on; none starts no scorers.
+        console: Shows the progress.
+        parity_sequences: (token ids, prompt tokens) that the parity gate of scorers compares; none starts no scorers.
         scored: Frozen models that are scored.
-        first: Whose weights the generator holds at first.
+        first: Role whose weights the generator holds at first.
 
     Raises:
-        WaitTimeoutError: An engine has no place, or is not ready, within `cluster.start_timeout_s`.
+        WaitTimeoutError: An engine is not placed, or not ready, within `cluster.start_timeout_s`.
         ProcessDiedError: An engine died while it started.
     """
     timeout_s = config.cluster.start_timeout_s
     with ExitStack() as ended:
-        engines = _start_generator(config, cluster, models, first, ended)
+        engines = Engines(_start_generator(config, cluster, models, first, ended))
         ended.callback(engines.stop_scorers)
         if parity_sequences:
             _start_scorers(config, cluster, models, engines, scored, parity_sequences)
@@ -97,32 +97,33 @@ def start_engines(
         yield engines
 
 
+def start_engine(config: RunConfig, path: Path, codec: ChatCodec) -> RolloutPool:
+    """Asks Ray for one generating engine of a model that is not the run's generator: attacker, judge or chat.
+
+    Returns at once; `wait_until_ready` waits for the engine.
+
+    Args:
+        config: Run file.
+        path: Checkpoint folder.
+        codec: Tells the tokens that end a response.
+    """
+    spec = EngineSpec.from_config(config, "single", path, use_gpu=uses_gpu(config.cluster))
+    rollout = config.rollout.model_copy(update={"num_engines": 1, "tensor_parallel": 1, "colocated": False})
+    return RolloutPool.start(RolloutOptions(spec, tuple(sorted(codec.eos_ids)), rollout))
+
+
 def _start_generator(
     config: RunConfig, cluster: Cluster, models: Models, first: ModelRole, ended: ExitStack
-) -> Engines:
-    """A engines of rollout engines; `ended` stops them and gives their places back."""
-    rollout, settings = config.rollout, config.models
-    row = engine_row(config.cluster, "rollout engine", rollout.num_engines, tensor_parallel=rollout.tensor_parallel)
-    places = Reservation([row.bundle(use_gpu=cluster.use_gpu)] * row.replicas, config.cluster.placement)
-    ended.callback(_quietly, places.release)
-    places.wait(config.cluster.start_timeout_s, cluster.table)
-    generator = RolloutPool.start(
-        str(models.paths[first]),
-        RolloutOptions(
-            dtype=settings.dtype,
-            max_length=settings.max_length,
-            use_gpu=cluster.use_gpu,
-            stop_ids=tuple(sorted(models.codec.eos_ids)),
-            rollout=rollout,
-            trust_remote_code=settings.trust_remote_code,
-        ),
-        environment=engine_environment(use_gpu=cluster.use_gpu, kv_cache_gib=config.teacher.kv_cache_gib),
-        num_cpus=row.cpus,
-        num_gpus=row.gpus,
-        placement=places.places(),
-    )
+) -> RolloutPool:
+    """Starts the rollout engines; `ended` stops them and removes their placement group."""
+    spec = EngineSpec.from_config(config, "rollout", models.paths[first], use_gpu=cluster.use_gpu)
+    reservation = Reservation([spec.bundle()] * config.rollout.num_engines, config.cluster.placement)
+    ended.callback(_quietly, reservation.release)
+    reservation.wait(config.cluster.start_timeout_s, cluster.table)
+    options = RolloutOptions(spec, tuple(sorted(models.codec.eos_ids)), config.rollout)
+    generator = RolloutPool.start(options, strategies=reservation.strategies())
     ended.callback(_quietly, generator.stop)
-    return Engines(generator)
+    return generator
 
 
 def _start_scorers(
@@ -133,33 +134,28 @@ def _start_scorers(
     roles: Sequence[ModelRole],
     parity_sequences: Sequence[tuple[tuple[int, ...], int]],
 ) -> None:
-    """Adds the scorers of all roles to a engines, in one placement group."""
-    teacher, settings = config.teacher, config.models
-    row = engine_row(config.cluster, "scorer", teacher.replicas, tensor_parallel=teacher.tensor_parallel)
-    bundles = [row.bundle(use_gpu=cluster.use_gpu)] * (row.replicas * len(roles))
-    engines.places = Reservation(bundles, config.cluster.placement)
-    engines.places.wait(config.cluster.start_timeout_s, cluster.table)
-    places = engines.places.places()
-    for index, role in enumerate(roles):
+    """Adds the scorers of all roles to the engines, in one placement group."""
+    replicas = config.teacher.replicas
+    specs = {
+        role: EngineSpec.from_config(config, "scorer", models.heads[role].path, use_gpu=cluster.use_gpu)
+        for role in roles
+    }
+    bundles = [spec.bundle() for spec in specs.values() for _ in range(replicas)]
+    engines.reservation = Reservation(bundles, config.cluster.placement)
+    engines.reservation.wait(config.cluster.start_timeout_s, cluster.table)
+    strategies = engines.reservation.strategies()
+    for index, (role, spec) in enumerate(specs.items()):
         engines.scorers[role] = TeacherClient.start(
+            role,
             models.heads[role],
-            ScorerOptions(
-                role=role,
-                dtype=settings.dtype,
-                max_length=settings.max_length,
-                use_gpu=cluster.use_gpu,
-                teacher=teacher,
-                trust_remote_code=settings.trust_remote_code,
-            ),
+            spec,
+            config.teacher,
             [ScoreRequest(tokens, num_prompt) for tokens, num_prompt in parity_sequences],
-            environment=engine_environment(use_gpu=cluster.use_gpu, kv_cache_gib=teacher.kv_cache_gib),
-            num_cpus=row.cpus,
-            num_gpus=row.gpus,
-            placement=places[index * row.replicas : (index + 1) * row.replicas],
+            strategies=strategies[index * replicas : (index + 1) * replicas],
             record_folder=(config.output.folder / "quarantined").resolve(),
         )
 
 
 def _quietly(stop: Callable[[], None]) -> None:
-    with suppress(Exception):  # what is gone already must not hide why
+    with suppress(Exception):  # an actor that is gone already must not hide why
         stop()

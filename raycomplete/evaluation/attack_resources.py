@@ -19,10 +19,10 @@ from raycomplete.attacks.target import Attacker, AttackTools, FloatArray, Suffix
 from raycomplete.config import Dtype, RunConfig
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.checkpoints import fingerprint, resolve_checkpoint
+from raycomplete.engines.cluster import uses_gpu
 from raycomplete.engines.rollout_pool import RolloutPool
-from raycomplete.engines.rollout_worker import RolloutOptions
 from raycomplete.engines.run import Run
-from raycomplete.engines.spec import engine_environment
+from raycomplete.engines.start import start_engine
 from raycomplete.evaluation.fine_tuning import fine_tune, read_chats
 from raycomplete.runtime.machine import available_cpus
 from raycomplete.runtime.ray_calls import wait_for
@@ -57,32 +57,6 @@ def check_attacks(config: RunConfig) -> None:
                 read_chats(config, attack.config, dataset)
         if attack.attacker_checkpoint is not None:
             resolve_checkpoint(attack.attacker_checkpoint, role="attacker")
-
-
-def uses_gpu(config: RunConfig) -> bool:
-    """Tells whether models of a run take GPUs; Ray must be connected."""
-    return config.cluster.use_gpu != "never" and ray.cluster_resources().get("GPU", 0) > 0
-
-
-def start_engine(config: RunConfig, path: Path, codec: ChatCodec) -> RolloutPool:
-    """Starts a generating engine for a model that is none of the run's: an attacker or a judge."""
-    use_gpu = uses_gpu(config)
-    pool = RolloutPool.start(
-        str(path),
-        RolloutOptions(
-            dtype=config.models.dtype,
-            max_length=config.models.max_length,
-            use_gpu=use_gpu,
-            stop_ids=tuple(sorted(codec.eos_ids)),
-            rollout=config.rollout.model_copy(update={"num_engines": 1, "tensor_parallel": 1, "colocated": False}),
-            trust_remote_code=config.models.trust_remote_code,
-        ),
-        num_cpus=config.cluster.cpus_per_engine,
-        num_gpus=config.cluster.gpus_per_engine,
-        environment=engine_environment(use_gpu=use_gpu, kv_cache_gib=config.teacher.kv_cache_gib),
-    )
-    pool.wait_until_ready(config.cluster.start_timeout_s)
-    return pool
 
 
 class AttackResources:
@@ -147,8 +121,10 @@ class AttackResources:
                 path = resolve_checkpoint(checkpoint, role="attacker")
                 codec = ChatCodec(path, trust_remote_code=config.models.trust_remote_code)
                 with run.console.stage("Engine of the rewriting model started"):
-                    generator = start_engine(config, path, codec)
-                self._engines.append(generator)
+                    pool = start_engine(config, path, codec)
+                    self._engines.append(pool)
+                    pool.wait_until_ready(config.cluster.start_timeout_s)
+                generator = pool
             self._attackers[checkpoint] = Attacker(fingerprint(path), generator, codec, config.models.max_length)
         return self._attackers[checkpoint]
 
@@ -192,7 +168,7 @@ class WhiteBoxClient:
     @classmethod
     def start(cls, config: RunConfig, path: Path, *, threads: int) -> WhiteBoxClient:
         """Asks Ray for the actor and returns at once; the first call waits for it."""
-        use_gpu, cluster, models = uses_gpu(config), config.cluster, config.models
+        use_gpu, cluster, models = uses_gpu(config.cluster), config.cluster, config.models
         environment = {} if use_gpu else {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""}
         actor = (
             ray.remote(WhiteBoxWorker)

@@ -14,7 +14,7 @@ from raycomplete.attacks.templates import fill_slots
 from raycomplete.config import RunConfig
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.checkpoints import fingerprint, resolve_checkpoint
-from raycomplete.evaluation.attack_resources import start_engine
+from raycomplete.engines.start import start_engine
 from raycomplete.evaluation.calibration import CalibratedJudge, read_calibration
 from raycomplete.evaluation.judges import RefusalJudge, emptiness_or_babble
 from raycomplete.runtime.console import Console
@@ -227,9 +227,10 @@ def _started(config: RunConfig, default: Judge, console: Console) -> Iterator[Ju
         return
     path = resolve_checkpoint(settings.checkpoint or "", role="judge")
     codec = ChatCodec(path, trust_remote_code=config.models.trust_remote_code)
-    with console.stage("Engine of the judge started"):
-        engine = start_engine(config, path, codec)
+    engine = start_engine(config, path, codec)
     try:
+        with console.stage("Engine of the judge started"):
+            engine.wait_until_ready(config.cluster.start_timeout_s)
         yield ModelJudge(
             engine,
             codec,

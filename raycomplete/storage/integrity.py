@@ -1,8 +1,4 @@
-"""Whether a checkpoint on a disk is whole: sizes and sha256 of its files, written when it was finished.
-
-A checkpoint counts once `complete.json` stands in it. What a disk does to it afterwards is noticed by the digests in
-that file, before anything is trained on.
-"""
+"""Sizes and sha256 of a checkpoint's files, written when it is finished and compared before it is loaded."""
 
 from __future__ import annotations
 
@@ -20,8 +16,8 @@ from raycomplete.runtime.files import PRIVATE, write_json
 
 logger = logging.getLogger(__name__)
 
-COMPLETE = "complete.json"
-REFUSED = "refused.json"
+COMPLETE = "complete.json"  # a checkpoint counts once this file is in it
+REFUSED = "refused.json"  # the name it gets when the checkpoint turns out to be damaged
 _HASHERS = 4  # sha256 lets go of the interpreter; more threads than this outrun most disks
 
 Digest = dict[str, Any]
@@ -29,49 +25,39 @@ Digest = dict[str, Any]
 
 
 def sha256_of(path: Path) -> str:
-    """Of a file's content."""
+    """Returns the sha256 of a file's content in hex."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def digests(folder: Path, *, hashed: bool = True) -> dict[str, Digest]:
-    """Size and sha256 of every file below a folder but `complete.json`, by path relative to it."""
-    files = {
-        path.relative_to(folder).as_posix(): path
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.relative_to(folder).as_posix() not in (COMPLETE, REFUSED)
-    }
+def digests(folder: Path, *, hashed: bool = True, skip: tuple[str, ...] = (COMPLETE, REFUSED)) -> dict[str, Digest]:
+    """Returns size and sha256 of every file below a folder, by path relative to it; `skip` names files at its top."""
+    names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
+    names = [name for name in names if name not in skip]
     with ThreadPoolExecutor(_HASHERS) as pool:
-        sums = pool.map(lambda path: sha256_of(path) if hashed else None, files.values())
+        sums = pool.map(lambda name: sha256_of(folder / name) if hashed else None, names)
         return {
-            name: {"size": path.stat().st_size, "sha256": found}
-            for (name, path), found in zip(files.items(), sums, strict=True)
+            name: {"size": (folder / name).stat().st_size, "sha256": found}
+            for name, found in zip(names, sums, strict=True)
         }
 
 
 def seal(folder: Path, content: Mapping[str, Any], *, hashed: bool = True) -> None:
-    """Writes `complete.json`: from here on the checkpoint counts.
-
-    Args:
-        folder: One checkpoint, with all its files.
-        content: Plain values to keep; readable by the owner only.
-        hashed: False keeps sizes only.
-    """
+    """Writes `complete.json` with `content` and the digests of all files: from here on the checkpoint counts."""
     (folder / REFUSED).unlink(missing_ok=True)  # of an earlier checkpoint in this place
     write_json(folder / COMPLETE, {**content, "files": digests(folder, hashed=hashed)}, mode=PRIVATE)
 
 
 def sealed(folder: Path) -> dict[str, Digest]:
-    """What `complete.json` says of the files; empty where there is none, or one from before there were digests."""
+    """Returns the digests in `complete.json`; empty where there is none, or one from before there were digests."""
     try:
-        found = json.loads((folder / COMPLETE).read_text(encoding="utf-8")).get("files", {})
+        return dict(json.loads((folder / COMPLETE).read_text(encoding="utf-8")).get("files", {}))
     except FileNotFoundError:
         return {}
-    return dict(found)
 
 
 def damage(folder: Path, *, hashed: bool = True) -> str | None:
-    """What is wrong with a sealed checkpoint, in a few words; None where it is whole.
+    """Says in a few words what is wrong with a checkpoint; None where it is whole.
 
     Args:
         folder: One checkpoint.
@@ -87,30 +73,27 @@ def damage(folder: Path, *, hashed: bool = True) -> str | None:
                 return f"{name} is missing"
             if path.stat().st_size != digest["size"]:
                 return f"{name} holds {path.stat().st_size} bytes instead of {digest['size']}"
-        if hashed:
-            expected = {name: digest["sha256"] for name, digest in known.items() if digest["sha256"] is not None}
-            with ThreadPoolExecutor(_HASHERS) as pool:
-                found = pool.map(lambda name: sha256_of(folder / name), expected)
-                wrong = [name for name, value in zip(expected, found, strict=True) if value != expected[name]]
-            if wrong:
-                return f"{wrong[0]} has another sha256"
+        found = digests(folder) if hashed else {}
+        for name, digest in known.items() if hashed else ():
+            if digest["sha256"] not in (None, found[name]["sha256"]):
+                return f"{name} has another sha256"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"it cannot be read ({type(error).__name__})"
     return None
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
-    """Sealed checkpoints, oldest first."""
+    """Lists finished checkpoints, oldest first."""
     return sorted(path.parent for path in folder.glob(f"step-*/{COMPLETE}"))
 
 
 def step_of(checkpoint: Path | str) -> int:
-    """`step-000040` -> 40."""
+    """Reads the step from a name: `step-000040` -> 40."""
     return int(Path(checkpoint).name.removeprefix("step-"))
 
 
 def scan(folder: Path, *, hashed: bool = True) -> tuple[Path | None, dict[Path, str]]:
-    """The newest checkpoint that is whole, or None, and what is wrong with each newer one."""
+    """Finds the newest checkpoint that is whole, or None, and what is wrong with each newer one."""
     refused: dict[Path, str] = {}
     for path in reversed(complete_checkpoints(folder)):
         found = damage(path, hashed=hashed)
@@ -121,7 +104,7 @@ def scan(folder: Path, *, hashed: bool = True) -> tuple[Path | None, dict[Path, 
 
 
 def newest_whole(folder: Path, *, hashed: bool = True, warn: Callable[[str], None] = logger.warning) -> Path | None:
-    """The newest checkpoint that is whole; damaged newer ones are refused, so that they no longer count.
+    """Finds the newest checkpoint that is whole; damaged newer ones are renamed, so that they no longer count.
 
     Returns:
         Its folder, or None where no checkpoint was ever finished.
@@ -143,10 +126,10 @@ def newest_whole(folder: Path, *, hashed: bool = True, warn: Callable[[str], Non
 
 
 def superseded(steps: list[int], keep: int | None, keep_every: int = 0) -> list[int]:
-    """Steps whose checkpoints may go.
+    """Lists the steps whose checkpoints may be removed.
 
     Args:
-        steps: Of finished checkpoints.
+        steps: Steps of finished checkpoints.
         keep: How many of the newest stay; None keeps all.
         keep_every: Multiples of it stay for good; 0 is off.
     """
@@ -155,7 +138,7 @@ def superseded(steps: list[int], keep: int | None, keep_every: int = 0) -> list[
 
 
 def drop(checkpoint: Path) -> None:
-    """Removes a checkpoint; what cannot be removed is a warning, since it must not end a run."""
+    """Removes a checkpoint; a failure is a warning, since it must not end a run."""
     try:
         (checkpoint / COMPLETE).unlink(missing_ok=True)  # first, so that a half-removed one never counts
         shutil.rmtree(checkpoint)

@@ -1,63 +1,123 @@
-"""The thread that keeps a storage up to date while a run works, so that training never waits for it.
+"""A thread that mirrors a run folder while the run works, so that training never waits for the storage.
 
-It looks at the run folder now and then and uploads what is new, one file at a time: nothing piles up, and whatever was
-overtaken in the meantime is never sent. Failures are told at once, tried again with growing pauses, and are an error
-only if something is still missing at the end.
+    manifests/00000012.json                                 size, sha256, mode and place of every file that counts
+    checkpoints/step-000040/, best/step-000040/, student/   pieces that are whole or do not count
+    files/<sha256>/<path>                                   every other result, a new object for each new content
+
+A manifest is written after the files that it names and carries its own sha256: what was cut off counts as absent.
 """
 
 from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import os
+import re
 import shutil
 import stat
 import threading
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-
-import pyarrow as pa
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 from raycomplete.runtime.errors import WorkError
 from raycomplete.runtime.files import PRIVATE
 from raycomplete.storage import integrity
-from raycomplete.storage.pieces import (
-    BEST,
-    CHECKPOINTS,
-    FILES,
-    METRICS,
-    OWN_FOLDERS,
-    STUDENT,
-    Catalog,
-    Manifest,
-    StoredFile,
-    finished_pieces,
-    loose_files,
-    step_piece,
-)
-from raycomplete.storage.remote import Remote, in_words
+from raycomplete.storage.remote import FAILURES, Remote, reason_of
 
-_STAGE = ".mirror"
-_LOCK = ".mirror.lock"
-_LONGEST_PAUSE_S = 60.0
+FILES, CHECKPOINTS, BEST, STUDENT = "files", "checkpoints", "best", "student"
+_MANIFESTS = "manifests"
+_PIECE = re.compile(rf"{FILES}|{STUDENT}|({CHECKPOINTS}|{BEST})/step-\d{{6,}}")
+# Pieces of their own, and what is no result: Ray Train's bookkeeping, logs of other tools, models of attacks.
+_NO_FILES = {CHECKPOINTS, BEST, STUDENT, "ray_train", "tensorboard", "wandb", "finetune"}
+_STAGE, _LOCK = ".mirror", ".mirror.lock"
 _REPEAT_BYTES_PER_S = 100_000  # of one growing file: 10 MB of log every 100 s
-_FAILURES = (OSError, pa.ArrowException, ValueError)
-Signature = tuple[tuple[str, int, int], ...]
-"""(name, size, time of change) of every file: tells cheaply whether a folder is still the same."""
+
+
+class StoredFile(NamedTuple):
+    """A file in the storage: bytes, sha256, permissions, and the path of its content."""
+
+    size: int
+    sha256: str
+    mode: int
+    path: str
+
+
+Pieces = dict[str, dict[str, StoredFile]]
+"""By piece ("files", "student", "checkpoints/step-000040") and path relative to it."""
+
+
+class Manifest:
+    """The pieces that are whole in a storage, which has one writer.
+
+    Attributes:
+        pieces: What the newest manifest names that can be read.
+        holds_run: There is a manifest, though perhaps none that can be read.
+    """
+
+    def __init__(self, remote: Remote) -> None:
+        self._remote = remote
+        self._paths = sorted(remote.sizes(_MANIFESTS))
+        readable = (pieces for path in reversed(self._paths) if (pieces := decode(remote.read(path))) is not None)
+        self.pieces: Pieces = next(readable, {})
+        self.holds_run = bool(self._paths)
+
+    def publish(self, pieces: Pieces) -> None:
+        """Makes these pieces count and no others."""
+        newest = int(Path(self._paths[-1]).stem) if self._paths else 0
+        path = f"{_MANIFESTS}/{newest + 1:08d}.json"
+        self._remote.write(path, encode(pieces))
+        self.pieces = pieces
+        self._paths.append(path)
+        while len(self._paths) > 2:  # the one before stays, for the case that this one never reaches the disk
+            self._remote.delete(self._paths.pop(0))
+
+    def withdraw(self, *gone: str) -> None:
+        """Makes some pieces count no longer."""
+        self.publish({piece: files for piece, files in self.pieces.items() if piece not in gone})
+
+    def steps(self, kind: str) -> list[int]:
+        """Lists the steps of "checkpoints" or "best", oldest first."""
+        return sorted(integrity.step_of(piece) for piece in self.pieces if piece.startswith(f"{kind}/"))
+
+
+def encode(pieces: Pieces) -> bytes:
+    """Writes a manifest as JSON with its own sha256."""
+    body = json.dumps(pieces, sort_keys=True)
+    return json.dumps({"sha256": hashlib.sha256(body.encode()).hexdigest(), "pieces": body}).encode()
+
+
+def decode(content: bytes) -> Pieces | None:
+    """Reads a manifest; None where it is cut off, changed, or names a place outside the run folder."""
+    try:
+        outer = json.loads(content)
+        if hashlib.sha256(outer["pieces"].encode()).hexdigest() != outer["sha256"]:
+            return None
+        pieces = {
+            piece: {name: StoredFile(*file) for name, file in files.items()}
+            for piece, files in json.loads(outer["pieces"]).items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+    # Who can write there must not write anywhere else here.
+    paths = [PurePosixPath(name) for files in pieces.values() for name in files]
+    is_inside = not any(path.is_absolute() or ".." in path.parts or not path.parts for path in paths)
+    return pieces if is_inside and all(map(_PIECE.fullmatch, pieces)) else None
 
 
 class Mirror:
-    """Mirrors one run folder.
+    """Mirrors one run folder; failures are told at once and tried again at the next look.
 
     Args:
-        remote: Where to.
-        run_folder: What.
-        keep: Checkpoints that stay in the storage, as `train.keep_checkpoints`.
+        remote: The storage.
+        run_folder: The run folder.
+        keep: How many checkpoints stay in the storage, as `train.keep_checkpoints`.
         keep_every: As `train.keep_every`.
         warn: Is told of failures, in a sentence.
-        interval_s: Pause between two looks.
+        interval_s: Pause between two looks at the run folder.
         ready: Asked before each look; nothing is mirrored until it says yes.
         anew: What an earlier run left in the storage is removed first.
     """
@@ -74,19 +134,17 @@ class Mirror:
         ready: Callable[[], bool] = lambda: True,
         anew: bool = False,
     ) -> None:
-        self._remote, self._folder = remote, run_folder
-        self._keep, self._keep_every = keep, keep_every
-        self._warn, self._interval_s, self._ready = warn, interval_s, ready
-        self._anew, self._is_swept = anew, False
-        self._catalog: Catalog | None = None
-        self._seen: dict[str, Signature] = {}  # what is mirrored, as it was when it was
-        self._known: dict[str, tuple[Signature, StoredFile]] = {}  # loose files, likewise
-        self._sent_at: dict[str, float] = {}
+        self._remote, self._folder, self._warn, self._ready, self._anew = remote, run_folder, warn, ready, anew
+        self._interval_s, self._superseded = interval_s, partial(integrity.superseded, keep=keep, keep_every=keep_every)
+        self._manifest: Manifest | None = None
+        # Sizes and times on the disk of what is mirrored, by piece and by file, and when a file was sent.
+        self._seen: dict[str, list[tuple[int, int]]] = {}
+        self._sent: dict[str, tuple[tuple[int, int], float, StoredFile]] = {}
+        self._is_swept = False
         self.missing: dict[str, str] = {}
         self._lock: int | None = None  # the kernel lets go of it when this process ends
         self._insists = True
-        self._ending = threading.Event()
-        self._gave_up = threading.Event()
+        self._ending, self._gave_up = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._work, name="storage-mirror", daemon=True)
 
     def start(self) -> None:
@@ -94,11 +152,7 @@ class Mirror:
         self._thread.start()
 
     def close(self, timeout_s: float, *, insist: bool = True) -> None:
-        """Mirrors what is left and ends.
-
-        Args:
-            timeout_s: Longest wait.
-            insist: Whether failures are tried again until then, or once only.
+        """Mirrors what is left and ends; failures are tried again until the time is up, or once unless `insist`.
 
         Raises:
             WorkError: Something is not mirrored; the message names it, and it still lies in the run folder.
@@ -107,10 +161,10 @@ class Mirror:
         self._ending.set()
         self._thread.join(timeout_s)
         self._gave_up.set()
-        if self._lock is not None and not self._thread.is_alive():
+        is_alive, missing = self._thread.is_alive(), dict(self.missing)
+        if self._lock is not None and not is_alive:
             os.close(self._lock)
-        missing = dict(self.missing)
-        if self._thread.is_alive() and not missing:
+        if is_alive and not missing:
             missing = {"something": f"the upload is still under way after {timeout_s:.0f} s"}
         if missing:
             named = "; ".join(f"{piece}: {reason}" for piece, reason in missing.items())
@@ -120,7 +174,6 @@ class Mirror:
             )
 
     def _work(self) -> None:
-        pause_s = 1.0
         while not self._gave_up.is_set():
             is_last = self._ending.is_set()  # read first: what is finished by now is seen below
             try:
@@ -130,70 +183,55 @@ class Mirror:
                 self._fail("the run folder", error)
             if is_last and not (self.missing and self._insists):
                 return
-            if self.missing:
-                (self._gave_up if is_last else self._ending).wait(pause_s)
-                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
-            else:
-                pause_s = 1.0
-                self._ending.wait(self._interval_s)
+            (self._gave_up if is_last else self._ending).wait(self._interval_s)
 
     def _is_only_one(self) -> bool:
-        """Whether no other process mirrors this folder; one that does takes along what this one makes."""
+        """Takes the lock of the folder; another process that has it takes along what this one makes."""
         if self._lock is None:
             self._lock = os.open(self._folder / _LOCK, os.O_RDWR | os.O_CREAT, PRIVATE)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        except OSError:  # a file system without locks
-            return True
+        except OSError as error:
+            return not isinstance(error, BlockingIOError)  # some file systems know no locks
         return True
 
     def look(self) -> None:
         """Uploads what is new; `missing` then says what could not be, by piece."""
-        finished = finished_pieces(self._folder)  # before the loose files: metrics of a checkpoint's steps come with it
+        finished = finished_pieces(self._folder)  # before the files: metrics of a checkpoint's steps come with it
         self._attempt(FILES, self._mirror_files)
-        for piece in self._wanted(finished):
-            self._attempt(piece, partial(self._mirror_folder, piece))
+        stored = [] if self._manifest is None else self._manifest.steps(CHECKPOINTS)
+        steps = {*stored, *(integrity.step_of(piece) for piece in finished if piece.startswith(CHECKPOINTS))}
+        old = {step_piece(CHECKPOINTS, step) for step in self._superseded([*steps])}
+        for piece in finished:
+            if piece not in old:  # the storage would drop it at once
+                self._attempt(piece, partial(self._mirror_folder, piece))
         for piece in [name for name in self.missing if name != FILES and not (self._folder / name).is_dir()]:
             del self.missing[piece]  # overtaken by a newer one and removed
         try:
             self._retain(finished)
-        except _FAILURES as error:
-            self._warn(f"What is no longer needed in {self._remote.uri} cannot be removed ({in_words(error)}).")
+        except FAILURES as error:
+            self._warn(f"What is no longer needed in {self._remote.uri} cannot be removed ({reason_of(error)}).")
 
     def _attempt(self, piece: str, work: Callable[[], None]) -> None:
         try:
-            if self._catalog is None:
-                for folder in OWN_FOLDERS if self._anew else ():  # manifests are the first: then nothing counts
-                    self._remote.delete_below(folder)
-                self._anew = False
-                self._catalog = Catalog(self._remote)
+            for folder in (_MANIFESTS, FILES, CHECKPOINTS, BEST, STUDENT) if self._anew else ():
+                self._remote.delete_below(folder)  # manifests go first: without them nothing counts
+            self._anew = False
+            self._manifest = self._manifest or Manifest(self._remote)
             work()
             self.missing.pop(piece, None)
-        except _FAILURES as error:
+        except FAILURES as error:
             self._fail(piece, error)
 
     def _fail(self, piece: str, error: Exception) -> None:
-        reason = in_words(error)
+        reason = reason_of(error)
         if self.missing.get(piece) != reason:
             self._warn(f"{piece} cannot be mirrored to {self._remote.uri} for now ({reason}); trying again.")
         self.missing[piece] = reason
 
-    def _wanted(self, finished: list[str]) -> list[str]:
-        """Without checkpoints that the storage would drop at once."""
-        there = [] if self._catalog is None else self._catalog.pieces()
-        steps = [integrity.step_of(piece) for piece in {*finished, *there} if piece.startswith(f"{CHECKPOINTS}/")]
-        old = {step_piece(CHECKPOINTS, step) for step in integrity.superseded(steps, self._keep, self._keep_every)}
-        return [piece for piece in finished if piece not in old]
-
-    # --- Loose files -------------------------------------------------------------------------------------------------
-
     def _mirror_files(self) -> None:
-        assert self._catalog is not None
-        before = self._catalog.newest(FILES)
-        held = dict(before.files) if before else {}
-        now: dict[str, StoredFile] = {}
+        assert self._manifest is not None
+        held, now = self._manifest.pieces.get(FILES, {}), {}
         for path in loose_files(self._folder):
             name = path.relative_to(self._folder).as_posix()
             try:
@@ -202,46 +240,39 @@ class Mirror:
                 if path.exists():
                     raise
         if now != held:
-            generation = before.generation + 1 if before else 1
-            self._catalog.publish(Manifest(FILES, generation, now), keep=2)
-            self._collect()
+            self._manifest.publish({**self._manifest.pieces, FILES: now})
+            self._sweep(FILES)
 
     def _mirror_file(self, path: Path, name: str, held: StoredFile | None) -> StoredFile:
         info = path.stat()
-        signature: Signature = ((name, info.st_size, info.st_mtime_ns),)
-        known = self._known.get(name)
-        if known is not None and (known[0] == signature or self._may_rest(name, known[1])):
-            return known[1]
+        state, sent_at, sent = self._sent.get(name, (None, 0.0, None))
+        # A file that grows is sent whole each time, so after a pause that grows with it. Metrics do not wait, since a
+        # checkpoint needs the rows of its steps, and at the end nothing does.
+        may_wait = name != "metrics.jsonl" and not self._ending.is_set()
+        if sent is not None and (
+            state == (info.st_size, info.st_mtime_ns)
+            or (may_wait and time.monotonic() < sent_at + sent.size / _REPEAT_BYTES_PER_S)
+        ):
+            return sent
         content = path.read_bytes()
         if path.suffix == ".jsonl":  # its last line may be in the middle of being written
             content = content[: content.rfind(b"\n") + 1]
         sha256 = hashlib.sha256(content).hexdigest()
-        stored = StoredFile(len(content), sha256, stat.S_IMODE(info.st_mode), f"{FILES}/{sha256[:20]}/{name}")
-        if held != stored:
-            self._remote.write(stored.object, content)
-            self._sent_at[name] = time.monotonic()
-        self._known[name] = (signature, stored)
-        return stored
-
-    def _may_rest(self, name: str, sent: StoredFile) -> bool:
-        """A file that grows is sent whole each time, so after a pause that grows with it, and at the end at once."""
-        if self._ending.is_set() or name == METRICS:  # a checkpoint needs the rows of its steps
-            return False
-        return time.monotonic() - self._sent_at.get(name, -1e9) < sent.size / _REPEAT_BYTES_PER_S
-
-    def _collect(self) -> None:
-        """Removes contents that neither of the two newest generations names."""
-        assert self._catalog is not None
-        named = {file.object for manifest in self._catalog.generations(FILES) for file in manifest.files.values()}
-        for path in self._remote.sizes(FILES):
-            if path not in named:
-                self._remote.delete(path)
-
-    # --- Folders -----------------------------------------------------------------------------------------------------
+        file = StoredFile(len(content), sha256, stat.S_IMODE(info.st_mode), f"{FILES}/{sha256[:20]}/{name}")
+        if file != held:
+            self._remote.write(file.path, content)
+            sent_at = time.monotonic()
+        self._sent[name] = (info.st_size, info.st_mtime_ns), sent_at, file
+        return file
 
     def _mirror_folder(self, piece: str) -> None:
+        source = self._folder / piece
         try:
-            self._send_folder(piece)
+            infos = [path.stat() for path in sorted(source.rglob("*"))]
+            state = [(info.st_size, info.st_mtime_ns) for info in infos]
+            if self._seen.get(piece) != state:
+                self._send_folder(piece, _linked(source, self._folder / _STAGE / piece))
+                self._seen[piece] = state
         except FileNotFoundError:
             if piece in finished_pieces(self._folder):
                 raise
@@ -249,91 +280,83 @@ class Mirror:
         finally:
             shutil.rmtree(self._folder / _STAGE, ignore_errors=True)
 
-    def _send_folder(self, piece: str) -> None:
-        assert self._catalog is not None
-        source = self._folder / piece
-        signature = _signature(source)
-        if self._seen.get(piece) == signature:
-            return
-        before = self._catalog.newest(piece)
-        if before is None or not _is_same(source, before):
-            source = _linked(source, self._folder / _STAGE / piece)  # retention may remove it while it is on its way
-            if piece != STUDENT and not (source / integrity.COMPLETE).is_file():
-                raise FileNotFoundError(f"{piece} is being removed")  # what was still there is no checkpoint
-            self._catalog.withdraw(piece)
-            files = self._upload(source, piece)
-            there = self._remote.sizes(piece)
-            short = [file.object for file in files.values() if there.get(file.object) != file.size]
-            if short:
-                raise OSError(f"{short[0]} did not arrive whole")
-            self._catalog.publish(Manifest(piece, 1, files))
-        self._seen[piece] = signature
-
-    def _upload(self, source: Path, piece: str) -> dict[str, StoredFile]:
+    def _send_folder(self, piece: str, source: Path) -> None:
+        assert self._manifest is not None
         files = {}
-        for path in _files_of(source):
-            name = path.relative_to(source).as_posix()
-            target = f"{piece}/{name}"
-            size, sha256 = self._remote.upload(path, target)
-            files[name] = StoredFile(size, sha256, stat.S_IMODE(path.stat().st_mode), target)
+        for name, digest in integrity.digests(source, skip=(integrity.REFUSED,)).items():
+            mode = stat.S_IMODE((source / name).stat().st_mode)
+            files[name] = StoredFile(digest["size"], digest["sha256"], mode, f"{piece}/{name}")
+        if ("config.json" if piece == STUDENT else integrity.COMPLETE) not in files:
+            raise FileNotFoundError(f"{piece} is being removed")  # what was still there is no checkpoint
+        if self._manifest.pieces.get(piece) == files:
+            return
         for name, digest in integrity.sealed(source).items():
-            sent = files.get(name)
-            if sent is None or sent.size != digest["size"] or digest["sha256"] not in (None, sent.sha256):
+            found = files.get(name)
+            if found is None or found.size != digest["size"] or digest["sha256"] not in (None, found.sha256):
                 raise ValueError(f"{name} is not what was written at first: the checkpoint is damaged on its disk")
-        return files
+        if piece in self._manifest.pieces:  # a resumed run wrote the step again
+            self._manifest.withdraw(piece)
+        for name, file in files.items():
+            self._remote.upload(source / name, file.path)
+        there = self._remote.sizes(piece)
+        for file in files.values():
+            if there.get(file.path) != file.size:
+                raise OSError(f"{file.path} did not arrive whole")
+        self._manifest.publish({**self._manifest.pieces, piece: files})
 
     def _retain(self, finished: list[str]) -> None:
-        """Old checkpoints go, and so do best ones that the run folder has dropped and remains of broken uploads."""
-        if self._catalog is None or self.missing:
+        """Drops old checkpoints, best ones that the run folder has dropped, and remains of broken uploads."""
+        if self._manifest is None or self.missing:
             return
-        steps = [integrity.step_of(piece) for piece in self._catalog.pieces(f"{CHECKPOINTS}/")]
-        gone = [step_piece(CHECKPOINTS, step) for step in integrity.superseded(steps, self._keep, self._keep_every)]
+        gone = [step_piece(CHECKPOINTS, step) for step in self._superseded(self._manifest.steps(CHECKPOINTS))]
         if any(piece.startswith(BEST) for piece in finished):
-            gone += [piece for piece in self._catalog.pieces(f"{BEST}/") if piece not in finished]
-        for piece in gone:
-            self._catalog.withdraw(piece)
-        whole = {*self._catalog.pieces()}
-        for kind in (CHECKPOINTS, BEST) if gone or not self._is_swept else ():
-            for piece in {"/".join(path.split("/")[:2]) for path in self._remote.sizes(kind)} - whole:
-                self._remote.delete_below(piece)
+            gone += [piece for piece in self._manifest.pieces if piece.startswith(BEST) and piece not in finished]
+        if gone:
+            self._manifest.withdraw(*gone)
+        if gone or not self._is_swept:
+            self._sweep(CHECKPOINTS, BEST)
         self._is_swept = True
-        self._seen = {piece: signature for piece, signature in self._seen.items() if piece in whole}
+
+    def _sweep(self, *folders: str) -> None:
+        """Removes what the manifest does not name."""
+        assert self._manifest is not None
+        named = {file.path for files in self._manifest.pieces.values() for file in files.values()}
+        for path in [path for folder in folders for path in self._remote.sizes(folder)]:
+            if path not in named:
+                self._remote.delete(path)
 
 
-def _files_of(folder: Path) -> list[Path]:
-    return [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != integrity.REFUSED]
+def finished_pieces(run_folder: Path) -> list[str]:
+    """Lists folders of a run that are whole, best checkpoints before the checkpoints that speak of them."""
+    kinds = (BEST, CHECKPOINTS)
+    steps = [f"{kind}/{path.name}" for kind in kinds for path in integrity.complete_checkpoints(run_folder / kind)]
+    return [*steps, STUDENT] if (run_folder / STUDENT / "config.json").is_file() else steps
 
 
-def _signature(folder: Path) -> Signature:
-    infos = [(path.relative_to(folder).as_posix(), path.stat()) for path in _files_of(folder)]
-    return tuple((name, info.st_size, info.st_mtime_ns) for name, info in infos)
+def loose_files(run_folder: Path) -> list[Path]:
+    """Lists all other results: settings, samples, metrics, evaluation, summary, report.
+
+    Checkpoints are not looked into at all: the trainer removes them at any time.
+    """
+    found = []
+    for place, folders, names in os.walk(run_folder):
+        folders[:] = [name for name in folders if name not in _NO_FILES and not name.startswith(".")]
+        found += [Path(place) / name for name in names if not name.startswith(".")]
+    return sorted(path for path in found if path.is_file())
 
 
-def _is_same(folder: Path, manifest: Manifest) -> bool:
-    """Whether a local folder is what the storage holds; of a sealed checkpoint only the seal is read."""
-    paths = {path.relative_to(folder).as_posix(): path for path in _files_of(folder)}
-    if paths.keys() != manifest.files.keys():
-        return False
-    known = integrity.sealed(folder)
-    for name, path in paths.items():
-        stored = manifest.files[name]
-        if path.stat().st_size != stored.size:
-            return False
-        sha256 = known.get(name, {}).get("sha256") or integrity.sha256_of(path)
-        if sha256 != stored.sha256:
-            return False
-    return True
+def step_piece(kind: str, step: int) -> str:
+    return f"{kind}/step-{step:06d}"
 
 
 def _linked(source: Path, stage: Path) -> Path:
-    """A second name for every file, which costs no space; the folder itself where the disk knows no hard links."""
+    """Hard-links a folder, which costs no space, since retention may remove it while it is on its way.
+
+    Returns:
+        The links, or the folder itself where the disk knows none.
+    """
     try:
-        for path in _files_of(source):
-            target = stage / path.relative_to(source)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.link(path, target)
-    except FileNotFoundError:
-        raise
+        shutil.copytree(source, stage, copy_function=os.link)
     except OSError:
         return source
     return stage

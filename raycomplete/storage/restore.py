@@ -1,6 +1,6 @@
-"""From a storage into a run folder that is empty (a new node, a lost disk) or behind (another node went on).
+"""Fetches from a storage what a run folder lacks: all after a lost disk or on a new node, or what another node added.
 
-Everything is fetched beside its place, compared with its manifest, and renamed: a run folder never holds half a piece.
+Everything is fetched beside its place, compared with the manifest, and renamed: no piece is ever there by half.
 """
 
 from __future__ import annotations
@@ -8,40 +8,28 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pyarrow as pa
 
 from raycomplete.runtime.errors import WorkError
 from raycomplete.storage import integrity
-from raycomplete.storage.pieces import BEST, CHECKPOINTS, FILES, STUDENT, Catalog, Manifest, StoredFile
-from raycomplete.storage.remote import Remote, in_words
+from raycomplete.storage.mirror import BEST, CHECKPOINTS, FILES, STUDENT, Manifest, StoredFile, step_piece
+from raycomplete.storage.remote import Remote, reason_of
 
 # Without these a run would go on from something else than it began with.
 _NEEDED = ("config.yaml", "inputs.json", "samples.jsonl")
 _SPARE_BYTES = 64 * 2**20
 
-Warn = Callable[[str], None]
 
-
-class _DamagedError(Exception):
-    """Content that is not what its manifest says."""
-
-
-def holds_run(remote: Remote) -> bool:
-    """Whether a run was mirrored there."""
-    return Catalog(remote).newest(FILES) is not None
-
-
-def restore(remote: Remote, run_folder: Path, *, hashed: bool, warn: Warn) -> list[str]:
+def restore(remote: Remote, run_folder: Path, *, hashed: bool, warn: Callable[[str], None]) -> list[str]:
     """Fetches what the run folder lacks.
 
     Args:
         remote: The storage.
         run_folder: May be missing. A folder that holds something else than a run is left alone.
-        hashed: Whether local checkpoints are compared by sha256, or by size only.
+        hashed: Compare local checkpoints by sha256 rather than by size only.
         warn: Is told of what was damaged in the storage, in a sentence.
 
     Returns:
@@ -60,44 +48,64 @@ def restore(remote: Remote, run_folder: Path, *, hashed: bool, warn: Warn) -> li
                 "Free space, or set output.root to another disk, then run again with --resume.",
             ) from error
         raise WorkError(
-            f"The run could not be fetched from {remote.uri} ({in_words(error)}).",
+            f"The run could not be fetched from {remote.uri} ({reason_of(error)}).",
             "Check the storage and the disk, then run again with --resume.",
         ) from error
 
 
 class _Restorer:
-    def __init__(self, remote: Remote, run_folder: Path, warn: Warn) -> None:
+    def __init__(self, remote: Remote, run_folder: Path, warn: Callable[[str], None]) -> None:
         self._remote, self._folder, self._warn = remote, run_folder, warn
-        self._catalog = Catalog(remote)
+        self._manifest = Manifest(remote)
 
     def run(self, hashed: bool) -> list[str]:
-        generations = self._catalog.generations(FILES)
         is_new = not (self._folder / "config.yaml").is_file()
-        if not generations or (is_new and self._folder.is_dir() and any(self._folder.iterdir())):
+        if is_new and self._folder.is_dir() and any(self._folder.iterdir()):
             return []
+        if is_new and self._manifest.holds_run and not self._manifest.pieces:
+            raise self._lost(f"No manifest in {self._remote.uri} can be read")
         whole, _ = integrity.scan(self._folder / CHECKPOINTS, hashed=hashed)
         local_step = 0 if whole is None else integrity.step_of(whole)
-        steps = sorted((integrity.step_of(piece) for piece in self._catalog.pieces(f"{CHECKPOINTS}/")), reverse=True)
-        has_student = (self._folder / STUDENT / "config.json").is_file()
-        is_behind = is_new or (not has_student and bool(steps) and steps[0] > local_step)
-        self._check_space(generations[0], local_step, has_student)
-        # Loose files first and config.yaml before all: a restore that is cut off goes on where it stopped.
-        fetched = self._fetch_files(generations, is_behind)
-        if not has_student and self._fetch_folder(STUDENT):
-            fetched.append(STUDENT)
-        elif not has_student and steps and steps[0] > local_step:
-            fetched += self._fetch_checkpoint(steps, local_step)
+        pieces: list[str] = []  # the first that is whole is enough
+        newer: list[int] = []
+        if not (self._folder / STUDENT / "config.json").is_file():
+            newer = [step for step in reversed(self._manifest.steps(CHECKPOINTS)) if step > local_step]
+            pieces = [STUDENT] if STUDENT in self._manifest.pieces else []
+            pieces += [step_piece(CHECKPOINTS, step) for step in newer]
+        files = self._manifest.pieces.get(FILES, {})
+        files = {name: file for name, file in files.items() if self._is_older(name, file, is_new or bool(newer))}
+        self._check_space([*files.values(), *(file for piece in pieces[:1] for file in self._stored(piece).values())])
+        # Files first and config.yaml before all: a restore that is cut off goes on where it stopped.
+        fetched = [name for name in sorted(files, key=lambda name: name != "config.yaml") if self._fetch_file(name)]
+        for i, piece in enumerate(pieces):
+            if self._fetch(piece, self._stored(piece)):
+                steps = self._manifest.steps(BEST) if piece != STUDENT else []
+                best = [step_piece(BEST, step) for step in steps if step <= integrity.step_of(piece)]
+                fetched += [piece, *(name for name in best if self._fetch(name, self._stored(name)))]
+                del pieces[i:]
+                break
+        else:
+            if newer and not local_step:
+                raise self._lost(f"No checkpoint in {self._remote.uri} is whole ({', '.join(pieces)})")
+        if pieces:  # else the mirror would take them for the newest ones, and keep them in place of new ones
+            self._manifest.withdraw(*pieces)
         return fetched
 
-    def _check_space(self, files: Manifest, local_step: int, has_student: bool) -> None:
-        needed = 0 if (self._folder / "config.yaml").is_file() else files.size
-        student = self._catalog.newest(STUDENT)
-        newest = self._catalog.pieces(f"{CHECKPOINTS}/")[-1:]
-        if not has_student and student is not None:
-            needed += student.size
-        elif not has_student and newest and integrity.step_of(newest[0]) > local_step:
-            names = [*newest, *self._catalog.pieces(f"{BEST}/")]
-            needed += sum(manifest.size for name in names if (manifest := self._catalog.newest(name)) is not None)
+    def _stored(self, piece: str) -> dict[str, StoredFile]:
+        return self._manifest.pieces[piece]
+
+    def _is_older(self, name: str, file: StoredFile, is_behind: bool) -> bool:
+        """The storage knows more: any other content where another node went on, else only rows that were appended."""
+        target = self._folder / name
+        if not target.is_file():
+            return True
+        size = target.stat().st_size
+        if is_behind:
+            return size != file.size or integrity.sha256_of(target) != file.sha256
+        return target.suffix == ".jsonl" and size < file.size
+
+    def _check_space(self, files: Iterable[StoredFile]) -> None:
+        needed = sum(file.size for file in files)
         place = next(path for path in (self._folder.absolute(), *self._folder.absolute().parents) if path.exists())
         free = shutil.disk_usage(place).free
         if needed and free < needed + _SPARE_BYTES:
@@ -107,96 +115,48 @@ class _Restorer:
                 "Free space, or set output.root to another disk, then run again with --resume.",
             )
 
-    def _fetch_checkpoint(self, steps: list[int], local_step: int) -> list[str]:
-        """The newest checkpoint that is whole, with the best ones of its past."""
-        damaged: list[str] = []
-        for step in (step for step in steps if step > local_step):
-            piece = f"{CHECKPOINTS}/step-{step:06d}"
-            if self._fetch_folder(piece):
-                for bad in damaged:
-                    self._catalog.withdraw(bad)
-                best = [name for name in self._catalog.pieces(f"{BEST}/") if integrity.step_of(name) <= step]
-                return [piece, *(name for name in best if self._fetch_folder(name))]
-            damaged.append(piece)
-        if local_step == 0:
-            raise WorkError(
-                f"No checkpoint in {self._remote.uri} is whole ({', '.join(damaged)}).",
-                "Run again with --overwrite to start from the beginning.",
-            )
-        for bad in damaged:  # else the mirror would take them for the newest ones, and keep them in place of new ones
-            self._catalog.withdraw(bad)
-        return []
+    def _fetch_file(self, name: str) -> bool:
+        is_fetched = self._fetch(name, {"": self._stored(FILES)[name]})
+        if not is_fetched and name in _NEEDED and not (self._folder / name).is_file():
+            raise self._lost(f"{name} in {self._remote.uri} is damaged, and the run cannot go on without it")
+        return is_fetched
 
-    def _fetch_folder(self, piece: str) -> bool:
-        """Whether a piece was there and whole; one that is whole here already is not fetched."""
-        manifest = self._catalog.newest(piece)
-        if manifest is None:
-            return False
-        target = self._folder / piece
+    def _fetch(self, name: str, files: dict[str, StoredFile]) -> bool:
+        """Fetches a file or a folder into its place, unless it is damaged; a checkpoint that is whole here stays."""
+        target = self._folder / name
         if integrity.damage(target) is None:
             return True
         self._folder.mkdir(parents=True, exist_ok=True)
-        if target.parent != self._folder:
-            target.parent.mkdir(exist_ok=True, mode=0o700)  # checkpoints are pickles: nobody else may change them
-        for remains in target.parent.glob(f".{target.name}.*"):  # of a restore that was killed
-            shutil.rmtree(remains, ignore_errors=True)
-        temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
+        is_step = name.startswith((CHECKPOINTS, BEST))  # checkpoints are pickles: nobody else may change them
+        target.parent.mkdir(parents=True, exist_ok=True, mode=0o700 if is_step else 0o777)
+        temporary = target.with_name(f".{target.name}.part")
         try:
-            for name, stored in manifest.files.items():
-                self._fetch(stored, temporary / name)
-            if target.is_dir():
-                shutil.rmtree(target)
-            temporary.rename(target)
-        except _DamagedError as error:
-            self._warn(f"{piece} in {self._remote.uri} is damaged ({error}) and left out.")
-            return False
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-        return True
-
-    def _fetch_files(self, generations: list[Manifest], is_behind: bool) -> list[str]:
-        names = {name: None for manifest in generations for name in manifest.files}
-        fetched = []
-        for name in sorted(names, key=lambda name: name != "config.yaml"):
-            target = self._folder / name
-            versions = [manifest.files[name] for manifest in generations if name in manifest.files]
-            if target.is_file() and not _is_older(target, versions[0], is_behind):
-                continue
-            if any(self._fetch_file(name, stored) for stored in dict.fromkeys(versions)):
-                fetched.append(name)
-            elif name in _NEEDED and not target.is_file():
-                raise WorkError(
-                    f"{name} in {self._remote.uri} is damaged, and the run cannot go on without it.",
-                    "Run again with --overwrite to start from the beginning.",
-                )
-        return fetched
-
-    def _fetch_file(self, name: str, stored: StoredFile) -> bool:
-        target = self._folder / name
-        temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
-        try:
-            self._fetch(stored, temporary)
+            _remove(temporary)  # of a restore that was killed
+            for path, file in files.items():
+                if fault := self._download(file, temporary / path):
+                    self._warn(f"{name} in {self._remote.uri} is damaged ({fault}) and left out.")
+                    return False
+            _remove(target)
             os.replace(temporary, target)
-        except _DamagedError as error:
-            self._warn(f"{name} in {self._remote.uri} is damaged ({error}); looking for an older one.")
-            return False
         finally:
-            temporary.unlink(missing_ok=True)
+            _remove(temporary)
         return True
 
-    def _fetch(self, stored: StoredFile, target: Path) -> None:
-        target.parent.mkdir(parents=True, exist_ok=True)
+    def _download(self, file: StoredFile, target: Path) -> str | None:
+        """Says what is wrong with a file, if anything."""
         try:
-            size, sha256 = self._remote.download(stored.object, target, mode=stored.mode)
+            self._remote.download(file.path, target, file.mode)
         except FileNotFoundError:
-            raise _DamagedError(f"{stored.object} is missing") from None
-        if (size, sha256) != (stored.size, stored.sha256):
-            raise _DamagedError(f"{stored.object} has another sha256")
+            return f"{file.path} is missing"
+        whole = target.stat().st_size == file.size and integrity.sha256_of(target) == file.sha256
+        return None if whole else f"{file.path} has another sha256"
+
+    def _lost(self, problem: str) -> WorkError:
+        return WorkError(f"{problem}.", "Run again with --overwrite to start from the beginning.")
 
 
-def _is_older(target: Path, stored: StoredFile, is_behind: bool) -> bool:
-    """Whether the storage knows more: any other content where the run is behind, else only rows that were appended."""
-    size = target.stat().st_size
-    if is_behind:
-        return size != stored.size or integrity.sha256_of(target) != stored.sha256
-    return target.suffix == ".jsonl" and size < stored.size
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

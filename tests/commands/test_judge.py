@@ -62,6 +62,9 @@ def test_a_judge_model_gets_an_engine_and_its_calibration(
     class Lent:
         generate = generator.with_weights(str(checkpoint_path("base"))).generate
 
+        def wait_until_ready(self, timeout_s: float) -> None:
+            pass
+
         def stop(self) -> None:
             stopped.append(True)
 

@@ -13,7 +13,7 @@ from raycomplete.engines.run import OutputFolder
 from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import ConfigError, SetupError, WorkError
 from raycomplete.runtime.files import write_text
-from raycomplete.storage.pieces import Catalog
+from raycomplete.storage.mirror import Manifest
 from raycomplete.storage.remote import Remote
 from tests.storage.folders import add_checkpoint, add_rows
 from tests.storage.test_integrity import flip
@@ -60,7 +60,7 @@ def run(
 
 
 def pieces(folder: Path) -> list[str]:
-    return Catalog(Remote(f"file://{folder}/storage/run")).pieces()
+    return sorted(Manifest(Remote(f"file://{folder}/storage/run")).pieces)
 
 
 def test_what_a_command_made_is_mirrored_when_it_ends(tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_an_unusable_storage_refuses_before_anything_starts(tmp_path: Path) -> N
 def test_a_storage_that_fails_later_is_an_error_at_the_end_and_the_run_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: object) -> tuple[int, str]:
+    def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Remote, "upload", full)

@@ -9,11 +9,9 @@ from typing import Any
 import pytest
 import ray
 
-from raycomplete.data.organism import checkpoint_path
-from raycomplete.engines import rollout_engine as engine
+from raycomplete.engines import rollout_worker as engine
 from raycomplete.engines.rollout_pool import RolloutPool
 from raycomplete.engines.rollout_worker import RolloutOptions, RolloutWorker
-from raycomplete.engines.spec import engine_environment
 
 _refresh = engine._refresh_tied_head
 
@@ -21,24 +19,24 @@ _refresh = engine._refresh_tied_head
 class Spare(RolloutWorker):
     """A worker that can change its model: importing vLLM takes longer than anything else in these tests."""
 
-    def become(self, path: str, options: RolloutOptions, forget_head: bool) -> None:
+    def become(self, options: RolloutOptions, forget_head: bool) -> None:
         engine._refresh_tied_head = (lambda model: None) if forget_head else _refresh
-        if (path, options) == (self._path, self._options):
+        if options == self._options:
             return  # calls name their weights, so tests may share an engine
         self._engine = None
         gc.collect()
-        self._path, self._options = path, options
+        self._options = options
 
 
 @pytest.fixture(scope="session")
 def spare(generator: RolloutPool) -> Iterator[Any]:
     """At first, and again after a restart, an engine like `generator`'s; its process finds no compiler."""
     without_compiler = {"CXX": "/nonexistent", "CC": "/nonexistent", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
-    environment = engine_environment(use_gpu=False) | without_compiler
+    environment = generator._options.spec.environment() | without_compiler
     actor = (
         ray.remote(Spare)
         .options(num_cpus=0.5, runtime_env={"env_vars": environment}, max_restarts=-1, max_task_retries=2)
-        .remote(str(checkpoint_path("base")), generator._options)
+        .remote(generator._options)
     )
     yield actor
     ray.kill(actor)

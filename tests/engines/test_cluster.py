@@ -10,11 +10,13 @@ from ray.exceptions import AuthenticationError
 
 from raycomplete.config import ClusterConfig
 from raycomplete.engines import cluster
-from raycomplete.engines.placement import Plan, Row
+from raycomplete.engines.placement import ResourcePlan, ResourceRequest
 from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import SetupError
 
-PLAN = Plan((Row("rollout engine", 1, 1.0, 0.5), Row("training worker", 2, 1.0, 1.0, "training")))
+PLAN = ResourcePlan(
+    (ResourceRequest("rollout engine", 1, 1.0, 0.5), ResourceRequest("training worker", 2, 1.0, 1.0, "training"))
+)
 
 
 class Joining:
@@ -36,7 +38,7 @@ class Joining:
 def check(
     monkeypatch: pytest.MonkeyPatch,
     nodes: list[dict[str, float]],
-    plan: Plan = PLAN,
+    plan: ResourcePlan = PLAN,
     wait_s: float = 30,
     **settings: Any,
 ) -> tuple[cluster.Cluster, Joining]:
@@ -112,12 +114,17 @@ def test_when_the_wait_is_over_the_table_says_what_is_missing(monkeypatch: pytes
     ("node", "plan", "settings", "message"),
     [
         ({"CPU": 8.0}, PLAN, {"use_gpu": "always"}, "use_gpu is 'always' and the cluster has no GPU"),
-        ({"CPU": 8.0}, Plan((Row("base scorer", 1, 1, 2, devices=2),)), {}, "over 2 GPUs, and this run uses none"),
+        (
+            {"CPU": 8.0},
+            ResourcePlan((ResourceRequest("base scorer", 1, 1, 2, devices=2),)),
+            {},
+            "over 2 GPUs, and this run uses none",
+        ),
         ({"CPU": 8.0, "GPU": 2.0}, PLAN, {}, "needs 2.5 GPU and the cluster has 2"),
     ],
 )
 def test_what_can_never_run_is_refused(
-    node: dict[str, float], plan: Plan, settings: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+    node: dict[str, float], plan: ResourcePlan, settings: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(SetupError, match=message):
         check(monkeypatch, [node], plan, wait_s=0, **settings)

@@ -13,7 +13,7 @@ import torch
 
 from raycomplete.data.checkpoints import load_model
 from raycomplete.engines.rollout_pool import RolloutPool
-from raycomplete.engines.spec import engine_environment
+from raycomplete.engines.spec import EngineSpec
 from tests.engines.tiny import log_probs_of, make_model, options, random_probe
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
@@ -22,13 +22,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 @pytest.fixture
 def pool(ray_cluster: None, tmp_path: Path) -> Iterator[RolloutPool]:
     path = make_model(tmp_path / "model", 0, tied=True, dtype="bfloat16")
-    pool = RolloutPool.start(
-        str(path),
-        replace(options("bfloat16", colocated=True), use_gpu=True),
-        num_cpus=0.5,
-        num_gpus=0.5,
-        environment=engine_environment(use_gpu=True),
-    )
+    spec = EngineSpec(str(path), "bfloat16", 128, use_gpu=True, sleeps=True, num_gpus=0.5)
+    pool = RolloutPool.start(replace(options(), spec=spec))
     yield pool
     pool.stop()
 

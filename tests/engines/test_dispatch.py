@@ -1,4 +1,4 @@
-"""Batches whose scorers die: every score that can be had, in order, and only the culprits quarantined."""
+"""Batches whose scorers die: every score in order, only the culprits quarantined, and shares even by tokens."""
 
 from __future__ import annotations
 
@@ -14,15 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raycomplete.config import TeacherConfig
-from raycomplete.engines.dispatch import Dispatcher
-from raycomplete.engines.kv_store import digest
-from raycomplete.engines.payload import HiddenArray, ScoreRequest
-from raycomplete.engines.scorers import ScorerHandle, TeacherClient
+from raycomplete.engines.dispatch import CacheAffinity, Dispatcher, KvStore, ScorerReplica, cut, shard
+from raycomplete.engines.score_cache import HiddenArray, ScoreRequest
+from raycomplete.engines.scorers import TeacherClient
 from raycomplete.runtime.errors import ProcessDiedError
 
 
-class Notes:
-    """A kv_store in memory."""
+class Notes(KvStore):
+    """A key-value store in memory."""
 
     def __init__(self) -> None:
         self.notes: dict[str, str] = {}
@@ -40,7 +39,7 @@ class Notes:
         self.notes = {key: value for key, value in self.notes.items() if not key.startswith(prefix)}
 
 
-class Reader:
+class Reader(ScorerReplica):
     """Stands for a scorer: reads calls in order, dies of deadly sequences, and takes all that is queued with it.
 
     Args:
@@ -91,10 +90,10 @@ def batch_of(count: int) -> list[ScoreRequest]:
     return [ScoreRequest((number, *range(number % 5 + 2)), 1) for number in range(count)]
 
 
-def dispatcher(readers: list[Reader], notes: Notes, aside: list[int], **scoring: Any) -> Dispatcher:
+def dispatcher(readers: list[Reader], notes: Notes, quarantined: list[int], **scoring: Any) -> Dispatcher:
     config = TeacherConfig(max_num_batched_tokens=64, **scoring)
     return Dispatcher(
-        readers, config, notes, "group", lambda item, _: aside.append(item.token_ids[0]), pause=lambda _: None
+        readers, config, notes, "group", lambda item, _: quarantined.append(item.token_ids[0]), pause=lambda _: None
     )
 
 
@@ -106,12 +105,12 @@ def dispatcher(readers: list[Reader], notes: Notes, aside: list[int], **scoring:
     max_in_flight=st.integers(1, 4),
 )
 @settings(max_examples=60, deadline=None)
-def test_only_deadly_sequences_are_set_aside_and_all_others_are_scored_in_order(
+def test_only_deadly_sequences_are_quarantined_and_all_others_are_scored_in_order(
     count: int, deadly: set[int], accidents: set[int], replicas: int, max_in_flight: int
 ) -> None:
-    notes, aside = Notes(), list[int]()
+    notes, quarantined = Notes(), list[int]()
     readers = [Reader(f"scorer {number}", notes, deadly, accidents) for number in range(replicas)]
-    one = dispatcher(readers, notes, aside, max_in_flight=max_in_flight)
+    one = dispatcher(readers, notes, quarantined, max_in_flight=max_in_flight)
     batches = [batch_of(count), batch_of(count // 2)]
     calls = [one.submit(batch) for batch in batches]
     for batch, call in zip(batches, calls, strict=True):
@@ -121,30 +120,30 @@ def test_only_deadly_sequences_are_set_aside_and_all_others_are_scored_in_order(
             else:
                 assert array is not None
                 assert array[:, 0].tolist() == list(request.token_ids)
-    assert sorted(set(aside)) == sorted(deadly & set(range(count)))
-    assert [place for place in one.collect(one.submit(batches[0])) if place is None] == [None] * len(set(aside))
+    assert sorted(set(quarantined)) == sorted(deadly & set(range(count)))
+    assert [array for array in one.collect(one.submit(batches[0])) if array is None] == [None] * len(set(quarantined))
     assert one._in_flight == 0
     assert one._loads == [0] * replicas
 
 
 def test_one_culprit_costs_few_scorers() -> None:
-    notes, aside = Notes(), list[int]()
+    notes, quarantined = Notes(), list[int]()
     reader = Reader("scorer", notes, {11}, set())
-    one = dispatcher([reader], notes, aside, max_attempts=3)
+    one = dispatcher([reader], notes, quarantined, max_attempts=3)
     one.collect(one.submit([ScoreRequest((number, 1), 1) for number in range(32)]))  # one call of 64 tokens
-    assert aside == [11]
+    assert quarantined == [11]
     assert reader.deaths == 3 + int(math.log2(32) - 1) + 3  # the batch, its halves once each, the culprit alone
 
 
 def test_a_sequence_that_is_known_is_never_sent_again() -> None:
-    notes, aside = Notes(), list[int]()
+    notes, quarantined = Notes(), list[int]()
     reader = Reader("scorer", notes, {2}, set())
-    dispatcher([reader], notes, aside).collect(dispatcher([reader], notes, aside).submit(batch_of(4)))
+    dispatcher([reader], notes, quarantined).collect(dispatcher([reader], notes, quarantined).submit(batch_of(4)))
     deaths = reader.deaths
-    other = dispatcher([reader], notes, aside)  # of another process
+    other = dispatcher([reader], notes, quarantined)  # of another process
     call = other.submit(batch_of(4))
-    assert [place for place, array in enumerate(other.collect(call)) if array is None] == call.quarantined == [2]
-    assert (reader.deaths, aside) == (deaths, [2])
+    assert [index for index, array in enumerate(other.collect(call)) if array is None] == call.quarantined == [2]
+    assert (reader.deaths, quarantined) == (deaths, [2])
 
 
 @pytest.mark.parametrize("max_in_flight", [1, 2, 5])
@@ -183,15 +182,15 @@ def test_what_is_collected_is_not_kept(max_in_flight: int) -> None:
 
 def test_what_is_quarantined_is_not_read_ahead_either() -> None:
     actor = MagicMock()
-    client = TeacherClient("base", [ScorerHandle("base scorer", actor, 5.0)], TeacherConfig(), "group")
-    client._dispatcher._aside.add(digest(ScoreRequest((2, 3), 1)))
+    client = TeacherClient("base", [ScorerReplica("base scorer", actor, 5.0)], TeacherConfig(), "group")
+    client._dispatcher._quarantined.add(ScoreRequest((2, 3), 1).name)
     client.warm_sequences([((1, 2), 1), ((2, 3), 1)])
     actor.warm.options.return_value.remote.assert_called_once_with([ScoreRequest((1, 2), 1)])
 
 
 def test_a_scorer_that_dies_whatever_it_reads_is_not_the_sequences_fault() -> None:
-    notes, aside = Notes(), list[int]()
-    one = dispatcher([Reader("scorer", notes, set(range(8)), set())], notes, aside)
+    notes, quarantined = Notes(), list[int]()
+    one = dispatcher([Reader("scorer", notes, set(range(8)), set())], notes, quarantined)
     with pytest.raises(ProcessDiedError, match="dies whatever it reads"):
         one.collect(one.submit(batch_of(8)))
     assert one._in_flight == 0
@@ -205,20 +204,61 @@ def test_dying_for_too_long_ends_the_wait_and_says_for_how_long() -> None:
 
 
 def test_others_take_over_from_a_replica_that_is_gone_and_the_last_one_is_missed() -> None:
-    notes, aside = Notes(), list[int]()
+    notes, quarantined = Notes(), list[int]()
     readers = [Reader("first", notes, set(), set(), gone=True), Reader("second", notes, set(), set())]
-    one = dispatcher(readers, notes, aside)
+    one = dispatcher(readers, notes, quarantined)
     assert all(array is not None for array in one.collect(one.submit(batch_of(30))))
-    assert aside == []
-    alone = dispatcher(readers[:1], notes, aside)
+    assert quarantined == []
+    alone = dispatcher(readers[:1], notes, quarantined)
     with pytest.raises(ProcessDiedError, match="The first died"):
         alone.collect(alone.submit(batch_of(3)))
 
 
 def test_a_client_crosses_to_another_process_with_nothing_under_way(tmp_path: Path) -> None:
-    client = TeacherClient("base", [ScorerHandle("base scorer", None, 5.0)], TeacherConfig(), "group", tmp_path)
+    client = TeacherClient("base", [ScorerReplica("base scorer", None, 5.0)], TeacherConfig(), "group", tmp_path)
     client._dispatcher._in_flight = 3
     other = pickle.loads(pickle.dumps(client))
     assert (other.role, other._prefix, other._record_folder) == ("base", "group", tmp_path)
     assert other._dispatcher._in_flight == 0
     assert [replica.name for replica in other._replicas] == ["base scorer"]
+
+
+def request(number: int, length: int) -> ScoreRequest:
+    return ScoreRequest((number, *range(length - 1)), 1)
+
+
+BATCHES = st.lists(st.tuples(st.integers(0, 15), st.integers(2, 60)), max_size=40).map(
+    lambda pairs: [request(number, length) for number, length in pairs]
+)
+
+
+@given(batch=BATCHES, num_replicas=st.integers(1, 5))
+def test_every_index_is_in_one_shard_and_loads_differ_by_one_sequence_at_most(
+    batch: list[ScoreRequest], num_replicas: int
+) -> None:
+    shards = shard(batch, CacheAffinity(), num_replicas)
+    assert sorted(index for indices in shards for index in indices) == list(range(len(batch)))
+    assert all(indices == sorted(indices) for indices in shards)
+    loads = [sum(len(item.token_ids) for item in {batch[index] for index in indices}) for indices in shards]
+    assert max(loads) - min(loads) <= max((len(item.token_ids) for item in batch), default=0)
+
+
+@given(batch=BATCHES)
+def test_a_sequence_goes_where_it_was_read_before(batch: list[ScoreRequest]) -> None:
+    affinity = CacheAffinity()
+    first = {batch[index]: replica for replica, indices in enumerate(shard(batch, affinity, 3)) for index in indices}
+    again = shard(batch[::-1], affinity, 3)
+    assert all(first[batch[::-1][index]] == replica for replica, indices in enumerate(again) for index in indices)
+
+
+def test_the_oldest_sequences_are_forgotten() -> None:
+    affinity = CacheAffinity(capacity=2)
+    for number in range(3):
+        affinity.put(request(number, 3), number)
+    assert [affinity.get(request(number, 3)) for number in range(3)] == [None, 1, 2]
+
+
+def test_calls_are_cut_by_tokens_and_a_long_sequence_is_one_by_itself() -> None:
+    batch = [request(index, length) for index, length in enumerate((4, 4, 4, 30, 2))]
+    assert cut([0, 1, 2, 3, 4], batch, 8) == [[0, 1], [2], [3], [4]]
+    assert cut([], batch, 8) == []

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from raycomplete.config import RunConfig, parse
-from raycomplete.engines.placement import Node, Plan, Reservation, Row, nodes_of, plan_run
+from raycomplete.engines.placement import Node, Reservation, ResourcePlan, ResourceRequest, nodes_of, plan_run
 from raycomplete.runtime.errors import WaitTimeoutError
 
 TREE: dict[str, Any] = {"models": {"base": "organism:base", "aligned": "organism:aligned"}, "data": {}}
@@ -17,12 +17,14 @@ def config(**sections: Any) -> RunConfig:
     return parse(TREE | sections, "test")
 
 
-def plan(**sections: Any) -> Plan:
+def plan(**sections: Any) -> ResourcePlan:
     return plan_run(config(**sections), scorers=("base", "aligned"), workers=2, extras=4, attack_workers=1)
 
 
-def test_every_role_of_a_run_has_its_row() -> None:
-    assert {row.role: row.replicas for row in plan(teacher={"replicas": 3}, rollout={"num_engines": 2}).rows} == {
+def test_every_role_of_a_run_has_its_request() -> None:
+    assert {
+        item.role: item.replicas for item in plan(teacher={"replicas": 3}, rollout={"num_engines": 2}).requests
+    } == {
         "rollout engine": 2,
         "base scorer": 3,
         "aligned scorer": 3,
@@ -39,14 +41,14 @@ def test_what_is_needed_is_the_larger_phase_and_what_stays_throughout() -> None:
     one = plan(cluster=cluster)
     # 1 rollout engine; before: 2 scorers and 2 workers; afterwards: 4 models and 1 worker
     assert (one.cpus, one.gpus) == (1 + max(2 + 4, 4 + 2), 0.5 + max(1 + 2, 2 + 1))
-    assert Plan().cpus == 0
+    assert ResourcePlan().cpus == 0
 
 
 def test_tensor_parallel_engines_reserve_whole_devices_of_one_node() -> None:
     one = plan(teacher={"tensor_parallel": 4}, cluster={"gpus_per_engine": 0.2})
-    row = next(row for row in one.rows if row.role == "base scorer")
-    assert row.bundle(use_gpu=True) == {"CPU": 2.0, "GPU": 4.0}
-    assert row.bundle(use_gpu=False) == {"CPU": 2.0}
+    request = next(item for item in one.requests if item.role == "base scorer")
+    assert request.bundle(use_gpu=True) == {"CPU": 2.0, "GPU": 4.0}
+    assert request.bundle(use_gpu=False) == {"CPU": 2.0}
     pairs = [Node(64, 2)] * 8
     assert one.problem(pairs, use_gpu=True) == "No node is large enough for one base scorer (2 CPU, 4 GPU)."
     assert one.problem([*pairs, Node(64, 8)], use_gpu=True) == ""
@@ -64,8 +66,8 @@ def test_tensor_parallel_engines_reserve_whole_devices_of_one_node() -> None:
     ],
 )
 def test_what_is_missing_is_said(nodes: list[Node], use_gpu: bool, problem: str) -> None:
-    rows = Plan((Row("engine", 2, 0.5, 0.5), Row("worker", 2, 0.5, 1.0)))
-    assert rows.problem(nodes, use_gpu=use_gpu) == problem
+    resources = ResourcePlan((ResourceRequest("engine", 2, 0.5, 0.5), ResourceRequest("worker", 2, 0.5, 1.0)))
+    assert resources.problem(nodes, use_gpu=use_gpu) == problem
 
 
 def test_the_table_puts_needed_beside_available() -> None:
@@ -74,21 +76,23 @@ def test_the_table_puts_needed_beside_available() -> None:
         {"Alive": False, "Resources": {"CPU": 64.0}},
         {"Alive": True, "Resources": {"CPU": 2.0, "GPU": 1.0, "memory": 4.0 * 2**30}},
     ]
-    rows = Plan((Row("engine", 3, 0.5, 0.25), Row("worker", 1, 2.0, 1.0, "training")))
-    table = rows.table(nodes_of(entries), use_gpu=True)
+    resources = ResourcePlan(
+        (ResourceRequest("engine", 3, 0.5, 0.25), ResourceRequest("worker", 1, 2.0, 1.0, "training"))
+    )
+    table = resources.table(nodes_of(entries), use_gpu=True)
     assert table[1] == ["engine", "3", "0.5", "0.25", "1.5", "0.75", ""]
     assert table[-2:] == [
         ["needed at one time", "", "", "", "3.5", "1.75", ""],
         ["available (2 nodes, 12 GiB memory)", "", "", "", "6", "1", ""],
     ]
-    lines = rows.text(nodes_of(entries), use_gpu=False).splitlines()
+    lines = resources.text(nodes_of(entries), use_gpu=False).splitlines()
     assert len(lines) == len(table)
     assert lines[-2].split() == ["needed", "at", "one", "time", "3.5", "0"]
 
 
 @pytest.mark.slow
 def test_engines_without_a_place_are_told_with_the_table(ray_cluster: None) -> None:
-    places = Reservation([{"CPU": 100.0}], "pack")
+    reservation = Reservation([{"CPU": 100.0}], "pack")
     with pytest.raises(WaitTimeoutError, match=r"no place for 1 engines in 0\.5 s (.|\n)*needed and there"):
-        places.wait(0.5, lambda: "needed and there")
-    places.release()
+        reservation.wait(0.5, lambda: "needed and there")
+    reservation.release()

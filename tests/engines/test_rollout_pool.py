@@ -14,12 +14,14 @@ import ray
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from raycomplete.config import RolloutConfig
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.checkpoints import load_model
 from raycomplete.data.organism import checkpoint_path, prompts
 from raycomplete.engines import rollout_pool as pool_module
 from raycomplete.engines.rollout_pool import RolloutPool
-from raycomplete.engines.rollout_worker import Answer
+from raycomplete.engines.rollout_worker import EngineAnswer, RolloutOptions
+from raycomplete.engines.spec import EngineSpec
 from raycomplete.engines.weights import Weights, pack, version_of
 from raycomplete.runtime.errors import SetupError, WaitTimeoutError, WorkError
 from tests.engines.tiny import log_probs_of, options, random_probe
@@ -43,7 +45,7 @@ class Echo:
 
     def _generate(self, weights: Any, sequences: list[list[int]], *settings: Any) -> Any:
         responses = [([*sequence, settings[-1] + index], True) for index, sequence in enumerate(sequences)]
-        answer = Answer(responses, self._version or version_of(weights), "first", 1.0, 0.0)
+        answer = EngineAnswer(responses, self._version or version_of(weights), "first", 1.0, 0.0)
         return self._reference or ray.put(answer)
 
     def _log_probs(self, weights: Any, probe: Any) -> Any:
@@ -54,7 +56,7 @@ class Echo:
 def pair(generator: RolloutPool, spare: Any) -> RolloutPool:
     """The shared engine and one that may be killed."""
     base = str(checkpoint_path("base"))
-    ray.get(spare.become.remote(base, generator._options, False), timeout=120)
+    ray.get(spare.become.remote(generator._options, False), timeout=120)
     pool = RolloutPool([*generator._actors, spare], base, generator._options)
     assert pool.wait_until_ready(timeout_s=300)["num_engines"] == 2
     return pool
@@ -85,7 +87,7 @@ def test_each_sequence_keeps_its_place_and_its_seed(count: int, engines: int, sl
     finally:
         pool_module._SLICE = before
     assert pool.collect(call) == [([100 + index, seed + index], True) for index in range(count)]
-    shares = [sum(size for engine, size, _ in call.parts if engine == index) for index in range(engines)]
+    shares = [sum(size for engine, size, _ in call.shards if engine == index) for index in range(engines)]
     assert max(shares) - min(shares) <= 1
 
 
@@ -152,4 +154,4 @@ def test_a_wait_that_ends_says_who_was_late_and_what_stood_before(aligned: Weigh
 
 def test_engines_that_share_a_gpu_with_the_trainer_are_refused_on_a_cpu() -> None:
     with pytest.raises(SetupError, match=r"rollout\.colocated .* uses no GPU"):
-        RolloutPool.start("/nowhere", options(colocated=True), num_cpus=1, num_gpus=0, environment={})
+        RolloutPool.start(RolloutOptions(EngineSpec("/nowhere", "float32", 64, sleeps=True), (), RolloutConfig()))

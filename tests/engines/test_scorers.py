@@ -1,7 +1,12 @@
-"""Scorers on real vLLM pooling engines: rebuilt log-probabilities against transformers, and the gate before them."""
+"""Scorers on real vLLM engines: log-probabilities of transformers, the parity gate, and engines that are killed."""
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,15 +23,17 @@ from raycomplete.data.checkpoints import TORCH_DTYPES, fingerprint, load_model, 
 from raycomplete.data.heads import HeadSpec, load_head, read_head_spec
 from raycomplete.data.organism import checkpoint_path, prompts
 from raycomplete.engines.parity import DEFAULT_TOLERANCE
-from raycomplete.engines.payload import ScoreRequest, to_tensor
-from raycomplete.engines.scorers import ScorerOptions, TeacherClient
-from raycomplete.engines.spec import engine_environment
+from raycomplete.engines.score_cache import ScoreRequest, to_tensor
+from raycomplete.engines.scorers import TeacherClient
+from raycomplete.engines.spec import EngineSpec
 from raycomplete.runtime.errors import ParityError
+
+ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = pytest.mark.slow
 
 
-def spec_of(path: Path, codec: ChatCodec) -> HeadSpec:
+def head_of(path: Path, codec: ChatCodec) -> HeadSpec:
     return read_head_spec(
         path, vocab_size=codec.vocab_size, model_fingerprint=fingerprint(path), tokenizer_hash=codec.fingerprint()
     )
@@ -61,15 +68,13 @@ def untied(tmp_path_factory: pytest.TempPathFactory, codec: ChatCodec) -> Path:
     return folder
 
 
-def start(path: Path, codec: ChatCodec, dtype: Dtype, spec: HeadSpec | None = None) -> TeacherClient:
-    options = ScorerOptions("aligned", dtype, 256, False, TeacherConfig(timeout_s=120))
+def start(path: Path, codec: ChatCodec, dtype: Dtype, head: HeadSpec | None = None) -> TeacherClient:
     return TeacherClient.start(
-        spec or spec_of(path, codec),
-        options,
+        "aligned",
+        head or head_of(path, codec),
+        EngineSpec(str(path), dtype, 256),
+        TeacherConfig(timeout_s=120),
         make_requests(codec, 2),
-        num_cpus=0.5,
-        num_gpus=0,
-        environment=engine_environment(use_gpu=False),
     )
 
 
@@ -93,7 +98,7 @@ def test_rebuilt_log_probabilities_are_those_of_transformers(
     assert stats["parity"]["mean_expected_difference"] <= DEFAULT_TOLERANCE[dtype]
 
     requests = make_requests(codec, 6)[2:]  # other prompts than those of the gate
-    head = load_head(spec_of(path, codec), dtype=TORCH_DTYPES[dtype])
+    head = load_head(head_of(path, codec), dtype=TORCH_DTYPES[dtype])
     model = load_model(path, dtype)
     for request, array in zip(requests, client.collect(client.submit(requests)), strict=True):
         assert array.shape == (request.num_rows, head.hidden_size)
@@ -125,8 +130,58 @@ def check_cache(client: TeacherClient, requests: list[ScoreRequest]) -> None:
 def test_the_gate_refuses_a_head_that_does_not_fit(
     untied: Path, codec: ChatCodec, started: list[TeacherClient]
 ) -> None:
-    wrong: Any = replace(spec_of(untied, codec), weight_key="model.embed_tokens.weight")
+    wrong: Any = replace(head_of(untied, codec), weight_key="model.embed_tokens.weight")
     client = start(untied, codec, "float32", wrong)
     started.append(client)
     with pytest.raises(ParityError, match="aligned scorer's rebuilt log-probabilities differ"):
         client.wait_until_ready(timeout_s=300)
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What two_nodes.py saw. In a process of its own: this one may be connected to another cluster."""
+    records = tmp_path_factory.mktemp("quarantined")
+    elsewhere = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    with tempfile.TemporaryDirectory(prefix="rc-", dir="/tmp") as short:  # sockets allow short paths only
+        finished = subprocess.run(
+            [sys.executable, "-m", "tests.engines.two_nodes", str(records)],
+            cwd=ROOT,
+            env=elsewhere | {"RAY_TMPDIR": short, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=500,
+            check=False,
+        )
+    assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-3000:]
+    found: dict[str, Any] = {}
+    for line in finished.stdout.splitlines():
+        if line.startswith("{"):
+            found |= json.loads(line)
+    return found
+
+
+def test_scores_are_the_same_whatever_is_killed_meanwhile(seen: dict[str, Any]) -> None:
+    """Equal up to rounding: a batch that is read again is cut elsewhere."""
+    assert seen["nodes_before"] == 2
+    assert seen["kill_hit_a_reading"]
+    assert seen["kill_difference"] < 1e-4
+    assert seen["node_hit_a_reading"]
+    assert seen["node_difference"] < 1e-4
+    assert seen["moved_off_the_dead_node"]
+    assert seen["group"] == "CREATED"
+
+
+def test_a_death_says_who_where_why_and_where_its_log_is(seen: dict[str, Any]) -> None:
+    said = seen["error"]
+    assert said["who"] == "aligned scorer 1 of 2"
+    assert "aligned scorer 1 of 2 died: killed by SIGKILL" in said["text"]
+    assert said["node"]
+    assert said["log"].startswith("worker-")
+    assert said["log_is_there"] == "True"
+
+
+def test_a_sequence_that_kills_its_scorer_is_quarantined_and_recorded_without_its_tokens(seen: dict[str, Any]) -> None:
+    assert seen["partial"] == [[11.0, 11.0], None]
+    (record,) = seen["records"]
+    assert (record["tokens"], record["prompt_tokens"], record["role"]) == (3, 1, "aligned")
+    assert "13" not in json.dumps([value for value in record.values() if value != record["sequence"]])

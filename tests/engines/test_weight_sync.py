@@ -37,8 +37,8 @@ def two_models(folder: Path, tied: bool, dtype: Dtype) -> list[Path]:
 
 
 def pool_on(spare: Any, path: Path, dtype: Dtype, *, forget_head: bool = False) -> RolloutPool:
-    ray.get(spare.become.remote(str(path), options(dtype), forget_head), timeout=120)
-    return RolloutPool([spare], str(path), options(dtype))
+    ray.get(spare.become.remote(options(path, dtype), forget_head), timeout=120)
+    return RolloutPool([spare], str(path), options(path, dtype))
 
 
 # Neighbouring tests share an engine where they can.

@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ import ray
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from raycomplete.config import Dtype
 from raycomplete.data.checkpoints import TORCH_DTYPES, load_model
@@ -25,7 +28,10 @@ from raycomplete.engines.weights import Weights, checkpoint_folder, checkpoint_t
 from raycomplete.runtime.errors import WorkError
 from tests.engines.tiny import make_model, state_of
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
+
+def on_ray(test: Callable[..., None]) -> Callable[..., None]:
+    """Marks a test that starts a cluster."""
+    return pytest.mark.slow(pytest.mark.usefixtures("ray_cluster")(test))
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +64,7 @@ def adapters_of(model: Any) -> dict[str, tuple[torch.Tensor, torch.Tensor, float
     }
 
 
+@on_ray
 @given(
     sizes=st.lists(st.integers(0, 90), min_size=1, max_size=8),
     dtype=st.sampled_from([torch.bfloat16, torch.float32, torch.float16, torch.int64]),
@@ -81,6 +88,7 @@ def test_chunks_are_bounded_and_hold_every_bit(sizes: list[int], dtype: torch.dt
         assert torch.equal(back[name].view(torch.uint8), tensor.view(torch.uint8))
 
 
+@on_ray
 def test_equal_versions_of_two_runs_are_not_the_same_weights(path: Path) -> None:
     first, second = (pack(state_of(path, "bfloat16"), 7, str(path)) for _ in range(2))
     assert first.key != second.key
@@ -94,6 +102,7 @@ def fetch_repeatedly(weights: Weights) -> None:
         time.sleep(0.1)
 
 
+@on_ray
 def test_weights_whose_trainer_died_are_told_from_wrong_ones(path: Path) -> None:
     class Trainer:  # in here, since its process need not import what this module imports
         def put(self) -> list[Any]:
@@ -106,6 +115,7 @@ def test_weights_whose_trainer_died_are_told_from_wrong_ones(path: Path) -> None
         fetch_repeatedly(weights)
 
 
+@on_ray
 def test_merged_adapters_are_what_peft_merges(path: Path) -> None:
     model = adapted(path, "float32")
     merged = tensors_of(pack_lora(adapters_of(model), 1, str(path)), "float32")
@@ -119,7 +129,7 @@ def test_folders_of_killed_processes_are_swept(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(weights_module, "_MEMORY", str(tmp_path))
     code = (
         "import os, signal, torch\n"
-        "from raycomplete.rollout import weights\n"
+        "from raycomplete.engines import weights\n"
         f"weights._MEMORY = {str(tmp_path)!r}\n"
         "with weights.checkpoint_folder([('w', torch.zeros(4))]):\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -133,6 +143,7 @@ def test_folders_of_killed_processes_are_swept(tmp_path: Path, monkeypatch: pyte
     assert not list(tmp_path.iterdir())
 
 
+@on_ray
 def test_a_bfloat16_merge_rounds_once(path: Path) -> None:
     """peft itself rounds the product and the sum; the trainer's own float32 merge is the better reference."""
     model = adapted(path, "float32")
@@ -141,6 +152,7 @@ def test_a_bfloat16_merge_rounds_once(path: Path) -> None:
         assert torch.equal(merged[name], tensor.to(torch.bfloat16)), name
 
 
+@on_ray
 def test_a_missing_tensor_is_named_before_anything_is_loaded(path: Path) -> None:
     state = state_of(path, "bfloat16")
     state.pop("model.layers.1.mlp.up_proj.weight")
@@ -148,6 +160,7 @@ def test_a_missing_tensor_is_named_before_anything_is_loaded(path: Path) -> None
         tensors_of(pack(state, 4, str(path)), "bfloat16")
 
 
+@on_ray
 def test_an_untied_head_may_not_be_missing(tmp_path: Path) -> None:
     path = make_model(tmp_path / "model", 0, tied=False, dtype="float32")
     state = state_of(path, "float32")
@@ -156,7 +169,32 @@ def test_an_untied_head_may_not_be_missing(tmp_path: Path) -> None:
         tensors_of(pack(state, 4, str(path)), "float32", tied=False)
 
 
+@on_ray
 def test_an_adapter_without_its_weight_is_refused(path: Path) -> None:
     adapters = {"base_model.model.model.norm.weight": (torch.zeros(1, 2), torch.zeros(2, 1), 1.0)}
     with pytest.raises(WorkError, match="hold adapters for tensors that are not there"):
         tensors_of(pack_lora(adapters, 1, str(path)), "bfloat16")
+
+
+def test_every_bit_of_the_weights_is_in_the_folder_for_as_long_as_it_is_read() -> None:
+    torch.manual_seed(0)
+    tensors = {"a.weight": torch.randn(5, 3).bfloat16(), "b.weight": torch.randn(3, 4).T, "c": torch.arange(3)}
+    with checkpoint_folder(iter(tensors.items())) as folder:
+        found = load_file(f"{folder}/model.safetensors")
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    assert not Path(folder).exists()
+
+
+@pytest.mark.parametrize(("free", "in_memory"), [(2**40, True), (64 * 2**10, False)])
+def test_weights_for_which_memory_has_no_room_go_to_the_disk(
+    free: int, in_memory: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory, disk = tmp_path / "shm", tmp_path / "disk"
+    memory.mkdir()
+    disk.mkdir()
+    monkeypatch.setattr(weights_module, "_MEMORY", str(memory))
+    monkeypatch.setattr(weights_module.tempfile, "tempdir", str(disk))
+    monkeypatch.setattr(weights_module.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    with checkpoint_folder(iter({"a": torch.zeros(2**14)}.items())) as folder:
+        assert Path(folder).parent == (memory if in_memory else disk)

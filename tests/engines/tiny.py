@@ -14,6 +14,7 @@ from raycomplete.config import Dtype, RolloutConfig
 from raycomplete.data.checkpoints import TORCH_DTYPES, load_model
 from raycomplete.data.organism.tokenizer import build_tokenizer
 from raycomplete.engines.rollout_worker import RolloutOptions
+from raycomplete.engines.spec import EngineSpec
 
 Probe = list[tuple[list[int], int]]
 
@@ -63,12 +64,10 @@ def log_probs_of(model: Any, probe: Sequence[tuple[Sequence[int], int]]) -> list
     return rows
 
 
-def options(dtype: Dtype = "float32", **rollout: Any) -> RolloutOptions:
-    """Of a CPU engine with limits that suit a test."""
+def options(path: Path | str = "", dtype: Dtype = "float32", **rollout: Any) -> RolloutOptions:
+    """Options of a CPU engine with limits that suit a test."""
     return RolloutOptions(
-        dtype=dtype,
-        max_length=128,
-        use_gpu=False,
+        spec=EngineSpec(str(path), dtype, 128),
         stop_ids=(int(build_tokenizer().eos_token_id),),
         rollout=RolloutConfig(**({"timeout_s": 300, "sync_timeout_s": 120} | rollout)),
     )

@@ -1,4 +1,4 @@
-"""Scorers on two raylets of this machine, killed while they read. Run by test_survival.py in a process of its own.
+"""Scorers on two raylets of this machine, killed while they read. Run by test_scorers.py in a process of its own.
 
 It prints what was seen, one JSON object for each part.
 """
@@ -26,19 +26,19 @@ from raycomplete.data.chat import ChatCodec
 from raycomplete.data.checkpoints import fingerprint
 from raycomplete.data.heads import read_head_spec
 from raycomplete.data.organism import checkpoint_path
-from raycomplete.engines.kv_store import ClusterKvStore
-from raycomplete.engines.payload import HiddenArray, ScoreRequest
+from raycomplete.engines.dispatch import KvStore, ScorerReplica
 from raycomplete.engines.placement import Reservation
-from raycomplete.engines.scorers import Scorer, ScorerHandle, ScorerOptions, TeacherClient
-from raycomplete.engines.spec import engine_environment
+from raycomplete.engines.score_cache import HiddenArray, ScoreRequest
+from raycomplete.engines.scorers import Scorer, TeacherClient
+from raycomplete.engines.spec import EngineSpec
 from raycomplete.runtime.errors import ProcessDiedError, QuarantinedSequenceError
 
 DEADLY = ScoreRequest((13, 13, 13), 1)
-SCORING = TeacherConfig(
+TEACHER = TeacherConfig(
     replicas=2, cache_gib=0, max_num_batched_tokens=4096, timeout_s=120, retry_timeout_s=240, max_attempts=2
 )
-NO_SPEC: Any = SimpleNamespace(model_fingerprint="none", tokenizer_hash="none")
-OPTIONS = ScorerOptions("aligned", "float32", 128, False, SCORING)
+NO_HEAD: Any = SimpleNamespace(model_fingerprint="none", tokenizer_hash="none")
+SPEC = EngineSpec(str(checkpoint_path("aligned")), "float32", 128, num_cpus=1)
 
 
 class Fragile(Scorer):
@@ -72,7 +72,7 @@ def scorers(cluster: Cluster, nodes: list[Any]) -> dict[str, Any]:
     """Two real engines, one a node: one is killed, then the node of the other."""
     codec = ChatCodec(checkpoint_path("aligned"))
     path = checkpoint_path("aligned")
-    spec = read_head_spec(
+    head = read_head_spec(
         path, vocab_size=codec.vocab_size, model_fingerprint=fingerprint(path), tokenizer_hash=codec.fingerprint()
     )
     rng = np.random.default_rng(0)
@@ -80,17 +80,9 @@ def scorers(cluster: Cluster, nodes: list[Any]) -> dict[str, Any]:
         ScoreRequest(tuple(int(token) for token in rng.integers(5, 150, length)), 4)
         for length in rng.integers(60, 120, 500)
     ]
-    places = Reservation([{"CPU": 1.0}] * 2, "spread")
-    places.wait(60, lambda: "")
-    client = TeacherClient.start(
-        spec,
-        OPTIONS,
-        batch[:2],
-        num_cpus=1,
-        num_gpus=0,
-        environment=engine_environment(use_gpu=False),
-        placement=places.places(),
-    )
+    reservation = Reservation([{"CPU": 1.0}] * 2, "spread")
+    reservation.wait(60, lambda: "")
+    client = TeacherClient.start("aligned", head, SPEC, TEACHER, batch[:2], strategies=reservation.strategies())
     client.wait_until_ready(timeout_s=300)
     where = [ray.get(replica.actor.__ray_call__.remote(lambda _: where_am_i())) for replica in client._replicas]
     undisturbed = client.collect(client.submit(batch))
@@ -99,7 +91,7 @@ def scorers(cluster: Cluster, nodes: list[Any]) -> dict[str, Any]:
     lost = next(node for node in nodes if node.node_id == where[1]["node"])
     moved = disturbed(client, batch, 1, lambda: cluster.remove_node(lost, allow_graceful=False))
     after = [ray.get(replica.actor.__ray_call__.remote(lambda _: where_am_i())) for replica in client._replicas]
-    table = placement_group_table(places._group)
+    table = placement_group_table(reservation._group)
     seen = {
         "nodes_before": len({place["node"] for place in where}),
         "kill_difference": difference(undisturbed, killed["arrays"]),
@@ -111,7 +103,7 @@ def scorers(cluster: Cluster, nodes: list[Any]) -> dict[str, Any]:
         "error": death(client),
     }
     client.stop()
-    places.release()
+    reservation.release()
     return seen
 
 
@@ -122,7 +114,7 @@ def disturbed(
     note = f"{client._prefix}/reads/{client._replicas[replica].name}"
     call = client.submit(batch)
     deadline = time.monotonic() + 30
-    while not (reads := ClusterKvStore().read(note)) and time.monotonic() < deadline:
+    while not (reads := KvStore().read(note)) and time.monotonic() < deadline:
         time.sleep(0.002)
     strike()
     return {"arrays": client.collect(call), "was_reading": bool(reads)}
@@ -137,7 +129,7 @@ def death(client: TeacherClient) -> dict[str, str]:
     try:
         replica.wait(reference, "anything", 60)
     except ProcessDiedError as error:
-        return dict(error.startup_stats()) | {
+        return dict(error.details()) | {
             "text": str(error),
             "log": Path(error.log_path).name,
             "log_is_there": str(Path(error.log_path).is_file()),
@@ -150,16 +142,16 @@ def spread_bad_loss(folder: Path) -> dict[str, Any]:
     prefix = "fragile"
     actor = ray.remote(Fragile)
     handles = [
-        ScorerHandle(
+        ScorerReplica(
             f"scorer {index}",
             actor.options(num_cpus=0.1, max_restarts=-1).remote(
-                NO_SPEC, OPTIONS, [], f"{prefix}/reads/scorer {index}", ClusterKvStore()
+                "aligned", NO_HEAD, SPEC, TEACHER, [], f"{prefix}/reads/scorer {index}", KvStore()
             ),
             60,
         )
         for index in range(2)
     ]
-    client = TeacherClient("aligned", handles, SCORING, prefix, folder)
+    client = TeacherClient("aligned", handles, TEACHER, prefix, folder)
     batch = [ScoreRequest((number, number, number), 1) for number in (11, 13)]
     try:
         client.collect(client.submit(batch))

@@ -18,11 +18,11 @@ from raycomplete.config import load_run_file
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.organism import checkpoint_path
 from raycomplete.engines.cluster import connect
-from raycomplete.engines.placement import Plan, engine_row
+from raycomplete.engines.placement import ResourcePlan, engine_request
 from raycomplete.engines.rollout_pool import RolloutPool
 from raycomplete.engines.rollout_worker import RolloutOptions
 from raycomplete.engines.run import OutputFolder
-from raycomplete.engines.spec import engine_environment
+from raycomplete.engines.spec import EngineSpec
 
 STRANGER = """
 import ray
@@ -38,23 +38,11 @@ else:
 def main(root: Path) -> None:
     run_file = Path(__file__).resolve().parents[2] / "jobs" / "organism.yaml"
     config = load_run_file(run_file, [f"output.root={root / 'runs'}"])
-    with connect(config.cluster, Plan((engine_row(config.cluster, "engine", 1),))):
+    with connect(config.cluster, ResourcePlan((engine_request(config.cluster, "engine", 1),))):
         folder = OutputFolder(config, same=()).open()
         codec = ChatCodec(checkpoint_path("base"))
-        options = RolloutOptions(
-            dtype="float32",
-            max_length=64,
-            use_gpu=False,
-            stop_ids=tuple(sorted(codec.eos_ids)),
-            rollout=config.rollout,
-        )
-        pool = RolloutPool.start(
-            str(checkpoint_path("base")),
-            options,
-            num_cpus=0.5,
-            num_gpus=0,
-            environment=engine_environment(use_gpu=False),
-        )
+        spec = EngineSpec(str(checkpoint_path("base")), "float32", 64)
+        pool = RolloutPool.start(RolloutOptions(spec, tuple(sorted(codec.eos_ids)), config.rollout))
         (tokens,) = pool.generate([codec.encode_prompt("a b")], max_tokens=4, temperature=0.0)
         pool.stop()
         said = {

@@ -19,7 +19,7 @@ from raycomplete.data.chat import ChatCodec
 from raycomplete.data.checkpoints import architecture, load_model, resolve_checkpoint
 from raycomplete.data.heads import tensor_files
 from raycomplete.data.inputs import prepare_models
-from raycomplete.engines.spec import engine_arguments
+from raycomplete.engines.spec import EngineSpec
 from raycomplete.runtime.errors import CheckpointError
 from tests.conftest import ROOT
 from tests.training.tiny import make_model
@@ -76,15 +76,7 @@ def test_pickled_weights_are_refused_and_never_opened(name: str, folder: Path, m
 
 def test_engines_read_safetensors_only() -> None:
     """vLLM's default would fall back to pickles where no safetensors are."""
-    arguments = engine_arguments(
-        "somewhere",
-        dtype="float32",
-        max_length=64,
-        use_gpu=False,
-        gpu_memory_utilization=0.1,
-        max_num_batched_tokens=64,
-        trust_remote_code=False,
-    )
+    arguments = EngineSpec("somewhere", "float32", 64).arguments()
     assert (arguments["load_format"], arguments["trust_remote_code"]) == ("safetensors", False)
 
 

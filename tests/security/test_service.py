@@ -43,7 +43,7 @@ def test_a_run_starts_no_dashboard_and_turns_no_authentication_off(
     import ray
 
     from raycomplete.engines.cluster import connect
-    from raycomplete.engines.placement import Plan
+    from raycomplete.engines.placement import ResourcePlan
     from raycomplete.runtime.console import Console
 
     seen: dict[str, Any] = {}
@@ -56,7 +56,7 @@ def test_a_run_starts_no_dashboard_and_turns_no_authentication_off(
     monkeypatch.setattr(ray, "init", start)
     monkeypatch.setattr(ray, "nodes", list)
     monkeypatch.setattr(ray, "shutdown", lambda: None)
-    with connect(ClusterConfig(address=address), Plan(()), Console(quiet=True)):
+    with connect(ClusterConfig(address=address), ResourcePlan(), Console(quiet=True)):
         pass
     assert seen["auth"] is None, "Ray's default, which is on"
     assert not {"dashboard_host", "_node_ip_address"} & seen.keys()

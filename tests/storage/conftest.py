@@ -12,7 +12,6 @@ import urllib.request
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -78,8 +77,8 @@ class BrokenRemote(Remote):
         super().__init__(uri)
         self.bad, self.failures = bad, failures
 
-    def _writer(self, path: str, mode: int) -> Any:
+    def _prepare(self, path: str, mode: int) -> None:
         if self.bad in path and self.failures > 0:
             self.failures -= 1
             raise OSError("the line is cut")
-        return super()._writer(path, mode)
+        super()._prepare(path, mode)

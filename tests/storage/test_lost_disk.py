@@ -16,7 +16,7 @@ from raycomplete.data.checkpoints import load_model
 from raycomplete.engines.run import OutputFolder
 from raycomplete.runtime.console import Console
 from raycomplete.runtime.metrics_file import read_metrics
-from raycomplete.storage.pieces import Catalog
+from raycomplete.storage.mirror import Manifest
 from raycomplete.storage.remote import Remote
 from raycomplete.training.trainer import fit
 from tests.storage.conftest import s3_uri
@@ -75,10 +75,9 @@ def test_a_lost_and_a_damaged_disk_change_no_bit(ray_cluster: None, s3_server: s
 
     # As after a machine that was lost in step 4: the disk is gone, and of that checkpoint no manifest was written.
     shutil.rmtree(folder)
-    catalog = Catalog(Remote(str(config.output.mirror)))
-    assert {"checkpoints/step-000002", "checkpoints/step-000004", "student", "files"} == {*catalog.pieces()}
-    for piece in ("checkpoints/step-000004", "student"):
-        catalog.withdraw(piece)
+    manifest = Manifest(Remote(str(config.output.mirror)))
+    assert {"checkpoints/step-000002", "checkpoints/step-000004", "student", "files"} == {*manifest.pieces}
+    manifest.withdraw("checkpoints/step-000004", "student")
     training(config, resume=True, console=console)
     again, weights_again = outcome(folder)
     assert again == rows

@@ -14,8 +14,7 @@ from raycomplete.runtime.errors import WorkError
 from raycomplete.runtime.files import write_text
 from raycomplete.storage import integrity
 from raycomplete.storage import mirror as mirror_module
-from raycomplete.storage.mirror import Mirror
-from raycomplete.storage.pieces import Catalog, Manifest, StoredFile, loose_files
+from raycomplete.storage.mirror import FILES, Manifest, Mirror, StoredFile, decode, encode, loose_files
 from raycomplete.storage.remote import Remote
 from raycomplete.storage.restore import restore
 from tests.storage.conftest import BrokenRemote
@@ -68,7 +67,7 @@ def test_retention_holds_in_the_storage_too(remote: Remote, tmp_path: Path) -> N
             integrity.drop(run / "best" / f"step-{step - 1:06d}")
         add_rows(run, step)
         mirror.look()
-    assert Catalog(remote).pieces() == [
+    assert sorted(Manifest(remote).pieces) == [
         "best/step-000003",
         "checkpoints/step-000002",
         "checkpoints/step-000003",
@@ -76,7 +75,7 @@ def test_retention_holds_in_the_storage_too(remote: Remote, tmp_path: Path) -> N
     ]
     assert {path.split("/")[1] for path in remote.sizes("checkpoints")} == {"step-000002", "step-000003"}
     versions = [path for path in remote.sizes("files") if path.endswith("metrics.jsonl")]
-    assert len(versions) == 2, "the newest and the one before"
+    assert len(versions) == 1, "the newest only"
 
 
 def test_what_is_mirrored_is_not_sent_again(tmp_path: Path) -> None:
@@ -92,7 +91,7 @@ def test_what_is_mirrored_is_not_sent_again(tmp_path: Path) -> None:
 
 def test_an_upload_that_was_killed_does_not_count_and_is_swept_away(tmp_path: Path) -> None:
     uri, run = f"file://{tmp_path}/storage", make_run(tmp_path / "run", 2, 4)
-    mirror_of(BrokenRemote(uri, "manifests/checkpoints/step-000004"), run).look()  # all but the manifest arrived
+    mirror_of(BrokenRemote(uri, "manifests/00000003"), run).look()  # all but the manifest arrived
     remote = Remote(uri)
     assert "checkpoints/step-000004/latest" in remote.sizes("checkpoints")
     assert "checkpoints/step-000002" in fetched(remote, tmp_path / "new")
@@ -128,9 +127,9 @@ def test_a_checkpoint_that_is_removed_on_its_way_arrives_all_the_same(tmp_path: 
     class Slow(Remote):
         """Retention is faster than the line."""
 
-        def upload(self, source: Path, path: str) -> tuple[int, str]:
+        def upload(self, source: Path, path: str) -> None:
             integrity.drop(run / "checkpoints" / "step-000002")
-            return super().upload(source, path)
+            super().upload(source, path)
 
     remote = Slow(f"file://{tmp_path}/storage")
     mirror_of(remote, run, said).look()
@@ -146,9 +145,8 @@ def test_a_large_file_that_grows_is_sent_now_and_then_and_at_the_end(tmp_path: P
     mirror = mirror_of(remote, run)
 
     def sizes() -> list[int]:
-        newest = Catalog(remote).newest("files")
-        assert newest is not None
-        return [newest.files[path.relative_to(run).as_posix()].size for path in (log, metrics)]
+        files = Manifest(remote).pieces[FILES]
+        return [files[path.relative_to(run).as_posix()].size for path in (log, metrics)]
 
     mirror.look()
     first = sizes()
@@ -167,16 +165,14 @@ def test_of_two_processes_one_mirrors(tmp_path: Path) -> None:
     first, second = (mirror_of(BrokenRemote(remote.uri, bad), run) for bad in ("nothing", "manifests"))
     first.start()
     deadline = time.monotonic() + 60
-    while "files" not in Catalog(remote).pieces():
+    while "files" not in Manifest(remote).pieces:
         assert time.monotonic() < deadline
         time.sleep(0.05)
     second.start()
     second.close(timeout_s=60)  # it would have failed, had it tried
     write_text(run / "summary.json", "{}")
     first.close(timeout_s=60)
-    newest = Catalog(remote).newest("files")
-    assert newest is not None
-    assert "summary.json" in newest.files
+    assert "summary.json" in Manifest(remote).pieces[FILES]
 
 
 def test_a_thread_that_breaks_is_heard_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,26 +201,24 @@ def test_the_thread_takes_what_appears_until_it_is_closed(tmp_path: Path) -> Non
     mirror = mirror_of(remote, run)
     mirror.start()
     deadline = time.monotonic() + 60
-    while "checkpoints/step-000002" not in Catalog(remote).pieces():
+    while "checkpoints/step-000002" not in Manifest(remote).pieces:
         assert time.monotonic() < deadline
         time.sleep(0.05)
     write_text(run / "summary.json", json.dumps({"asr": 0}))
     mirror.close(timeout_s=60)
-    newest = Catalog(remote).newest("files")
-    assert newest is not None
-    assert "summary.json" in newest.files
+    assert "summary.json" in Manifest(remote).pieces[FILES]
     assert not (run / ".mirror").exists()
 
 
 def test_a_manifest_that_was_cut_off_or_points_outside_counts_for_nothing() -> None:
     stored = StoredFile(1, "00", 0o600, "student/a")
-    whole = Manifest("student", 1, {"a": stored})
-    assert Manifest.decode(whole.encode()) == whole
-    assert Manifest.decode(whole.encode()[:-9]) is None
-    assert Manifest.decode(whole.encode().replace(b"0600", b"0644").replace(b"384", b"420")) is None
+    whole = {"student": {"a": stored}}
+    assert decode(encode(whole)) == whole
+    assert decode(encode(whole)[:-9]) is None
+    assert decode(encode(whole).replace(b"384", b"420")) is None
     for outside in ("../a", "/etc/passwd", "a/../../b"):
-        assert Manifest.decode(Manifest("student", 1, {outside: stored}).encode()) is None
-    assert Manifest.decode(Manifest("../student", 1, {"a": stored}).encode()) is None
+        assert decode(encode({"student": {outside: stored}})) is None
+    assert decode(encode({"../student": {"a": stored}})) is None
 
 
 @pytest.mark.parametrize("has_links", [True, False])
@@ -242,7 +236,7 @@ def test_a_checkpoint_that_is_removed_while_it_is_read_never_counts(
     monkeypatch.setattr(mirror_module, "_linked", overtaken)
     mirror = mirror_of(remote, run)
     mirror.look()
-    assert Catalog(remote).pieces() == ["files"]
+    assert [*Manifest(remote).pieces] == ["files"]
     assert mirror.missing == {}
 
 

@@ -6,13 +6,12 @@ import errno
 import shutil
 from collections import namedtuple
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from raycomplete.runtime.errors import WorkError
 from raycomplete.storage import integrity
-from raycomplete.storage.pieces import Catalog
+from raycomplete.storage.mirror import FILES, Manifest
 from raycomplete.storage.remote import Remote
 from tests.storage.folders import add_checkpoint, add_rows, content, make_run
 from tests.storage.test_integrity import flip
@@ -34,7 +33,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(remote: Remote, tmp_pa
     assert "checkpoints/step-000004" in said[0]
     assert "another sha256" in said[0]
     assert [path.name for path in (tmp_path / "new" / "checkpoints").iterdir()] == ["step-000002"]
-    assert "checkpoints/step-000004" not in Catalog(remote).pieces(), "it no longer takes a place of retention"
+    assert "checkpoints/step-000004" not in Manifest(remote).pieces, "it no longer takes a place of retention"
 
 
 def test_no_whole_checkpoint_is_a_clear_error(remote: Remote, tmp_path: Path) -> None:
@@ -44,21 +43,35 @@ def test_no_whole_checkpoint_is_a_clear_error(remote: Remote, tmp_path: Path) ->
         fetched(remote, tmp_path / "new")
 
 
-def test_a_damaged_file_gives_way_to_its_older_version(remote: Remote, tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", 2)
-    mirror = mirror_of(remote, run)
-    mirror.look()
-    add_rows(run, 3)
-    mirror.look()
-    newest = Catalog(remote).newest("files")
-    assert newest is not None
-    damaged(remote, newest.files["metrics.jsonl"].object)
-    said: list[str] = []
-    fetched(remote, tmp_path / "new", said)
-    assert len((tmp_path / "new" / "metrics.jsonl").read_text().splitlines()) == 2
+def test_a_damaged_file_is_left_out_and_one_that_is_needed_is_an_error(remote: Remote, tmp_path: Path) -> None:
+    mirror_of(remote, make_run(tmp_path / "run", 2)).look()
+    files, said = Manifest(remote).pieces[FILES], list[str]()
+    damaged(remote, files["metrics.jsonl"].path)
+    assert "metrics.jsonl" not in fetched(remote, tmp_path / "new", said)
+    assert not (tmp_path / "new" / "metrics.jsonl").exists()
     assert "metrics.jsonl" in said[0]
-    damaged(remote, newest.files["samples.jsonl"].object)
+    damaged(remote, files["samples.jsonl"].path)
     with pytest.raises(WorkError, match=r"samples\.jsonl in .* is damaged, and the run cannot go on without it"):
+        fetched(remote, tmp_path / "newer")
+
+
+def test_a_manifest_that_was_torn_gives_way_to_the_one_before(remote: Remote, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", 2)
+    mirror_of(remote, run).look()
+    before = {path: remote.read(path) for path in remote.sizes("manifests")}
+    add_checkpoint(run, 4)
+    mirror_of(remote, run).look()
+    newest = max(remote.sizes("manifests"))
+    remote.write(newest, remote.read(newest)[:-9])
+    fetched(remote, tmp_path / "new")
+    assert (tmp_path / "new" / "checkpoints" / "step-000002").is_dir()
+    assert not (tmp_path / "new" / "checkpoints" / "step-000004").exists()
+    mirror_of(remote, run).look()
+    assert max(remote.sizes("manifests")) > newest
+    assert Manifest(remote).steps("checkpoints") == [2, 4]
+    for path in {*remote.sizes("manifests"), *before}:
+        remote.write(path, b"{")
+    with pytest.raises(WorkError, match=r"No manifest in .* can be read\..*--overwrite"):
         fetched(remote, tmp_path / "newer")
 
 
@@ -96,13 +109,11 @@ def test_damaged_checkpoints_of_the_storage_do_not_count_once_the_run_goes_on_fr
 ) -> None:
     here, there = make_run(tmp_path / "here", 2), make_run(tmp_path / "there", 2, 4)
     mirror_of(remote, there).look()
-    newest = Catalog(remote).newest("checkpoints/step-000004")
-    assert newest is not None
-    damaged(remote, newest.files["latest"].object)
+    damaged(remote, Manifest(remote).pieces["checkpoints/step-000004"]["latest"].path)
     assert "checkpoints/step-000004" not in fetched(remote, here)
     add_checkpoint(here, 3)
     mirror_of(remote, here, keep=1).look()
-    assert Catalog(remote).pieces("checkpoints/") == ["checkpoints/step-000003"]
+    assert Manifest(remote).steps("checkpoints") == [3]
 
 
 def test_a_restore_that_was_cut_off_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,10 +121,10 @@ def test_a_restore_that_was_cut_off_goes_on(tmp_path: Path, monkeypatch: pytest.
     mirror_of(remote, run).look()
     download = Remote.download
 
-    def full_disk(self: Remote, path: str, target: Path, **options: Any) -> tuple[int, str]:
+    def full_disk(self: Remote, path: str, target: Path, mode: int) -> None:
         if path.endswith("rank_1.pt"):
             raise OSError(errno.ENOSPC, "No space left on device")
-        return download(self, path, target, **options)
+        download(self, path, target, mode)
 
     monkeypatch.setattr(Remote, "download", full_disk)
     with pytest.raises(WorkError, match=r"The disk of .* is full; .* Free space"):

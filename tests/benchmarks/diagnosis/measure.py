@@ -23,10 +23,10 @@ from raycomplete.diagnosis.engines import make_room_for_engines
 from raycomplete.diagnosis.partitions import Walk, measure_partition, write_measured
 from raycomplete.diagnosis.samples import Sample
 from raycomplete.engines.cluster import connect
-from raycomplete.engines.payload import ScoreRequest
-from raycomplete.engines.placement import Plan, engine_row
-from raycomplete.engines.scorers import ScorerOptions, TeacherClient
-from raycomplete.engines.spec import engine_environment
+from raycomplete.engines.placement import ResourcePlan, engine_request
+from raycomplete.engines.score_cache import ScoreRequest
+from raycomplete.engines.scorers import TeacherClient
+from raycomplete.engines.spec import EngineSpec
 from raycomplete.losses.heads import Head
 from raycomplete.training.teacher_prefetcher import ScoreSource
 
@@ -190,7 +190,7 @@ def _sources(config: RunConfig, models: Models, work: Work, vocab_size: int) -> 
     if not work.engines:
         yield {role: RandomStates(models.heads[role].hidden_size, seed) for seed, role in enumerate(ROLES)}
         return
-    plan = Plan((engine_row(config.cluster, "scorer", len(ROLES)),))
+    plan = ResourcePlan((engine_request(config.cluster, "scorer", len(ROLES)),))
     with connect(config.cluster, plan), _scorers(config, models) as clients:
         yield clients
 
@@ -223,21 +223,9 @@ def _scorers(config: RunConfig, models: Models) -> Iterator[dict[str, TeacherCli
     clients: dict[str, TeacherClient] = {}
     try:
         for role in ROLES:
-            options = ScorerOptions(
-                role=role,  # type: ignore[arg-type]
-                dtype=config.models.dtype,
-                max_length=config.models.max_length,
-                use_gpu=False,
-                scoring=config.teacher,
-            )
-            clients[role] = TeacherClient.start(
-                models.heads[role],  # type: ignore[index]
-                options,
-                parity,
-                num_cpus=config.cluster.cpus_per_engine,
-                num_gpus=0,
-                environment=engine_environment(use_gpu=False, kv_cache_gib=config.teacher.kv_cache_gib),
-            )
+            head = models.heads[role]  # type: ignore[index]
+            spec = EngineSpec.from_config(config, "scorer", head.path, use_gpu=False)
+            clients[role] = TeacherClient.start(role, head, spec, config.teacher, parity)  # type: ignore[arg-type]
         for client in clients.values():
             client.wait_until_ready(config.cluster.start_timeout_s)
         yield clients

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from raycomplete.commands.plan import measured_cpu
-from raycomplete.engines.spec import engine_environment
+from raycomplete.engines.spec import EngineSpec
 from raycomplete.plan.catalogue import Hardware, find_hardware
 from raycomplete.plan.engines import engine_of, engine_s
 from raycomplete.plan.trainer import train_parts, worker_memory
@@ -45,11 +45,12 @@ def measured_points(case: Case, *, engines: bool) -> list[Point]:
 
 
 def _scoring(case: Case) -> list[Point]:
-    os.environ |= engine_environment(use_gpu=False, threads=1)
-    from raycomplete.engines.payload import ScoreRequest
+    spec = EngineSpec(str(case.path), case.config.models.dtype, 512, threads=1)
+    os.environ |= spec.environment()
+    from raycomplete.engines.score_cache import ScoreRequest
     from raycomplete.engines.scoring_engine import PoolingEngine
 
-    engine = PoolingEngine(str(case.path), dtype=case.config.models.dtype, max_length=512, use_gpu=False)
+    engine = PoolingEngine(spec)
     rng = np.random.default_rng(0)
     groups = case.request(find_hardware("cpu")).workload(1).scored["aligned"]
     rounds = iter([_requests(case, groups, rng, ScoreRequest) for _ in range(_REPEATS + 1)])
@@ -70,10 +71,11 @@ def _requests(case: Case, groups: Sequence[Sequences], rng: Any, kind: Callable[
 
 
 def _rollouts(case: Case) -> list[Point]:
-    os.environ |= engine_environment(use_gpu=False, threads=1)
-    from raycomplete.engines.rollout_engine import RolloutEngine
+    spec = EngineSpec(str(case.path), case.config.models.dtype, 512, threads=1)
+    os.environ |= spec.environment()
+    from raycomplete.engines.rollout_worker import RolloutEngine
 
-    engine = RolloutEngine(str(case.path), dtype=case.config.models.dtype, max_length=512, use_gpu=False)
+    engine = RolloutEngine(spec)
     rng = np.random.default_rng(0)
     rollouts = case.request(find_hardware("cpu")).workload(1).rollouts
     assert rollouts is not None

@@ -21,9 +21,9 @@ from raycomplete.config.training import LossWeights
 from raycomplete.data.checkpoints import fingerprint, load_model
 from raycomplete.data.heads import HeadSpec, read_head_spec
 from raycomplete.data.samples import AnchorSample, SampleSet, write_samples
-from raycomplete.engines.payload import ScoreRequest
-from raycomplete.engines.scorers import ScorerOptions, TeacherClient
-from raycomplete.engines.spec import engine_environment
+from raycomplete.engines.score_cache import ScoreRequest
+from raycomplete.engines.scorers import TeacherClient
+from raycomplete.engines.spec import EngineSpec
 from raycomplete.runtime.metrics_file import read_metrics
 from raycomplete.training.job import TrainJob
 from raycomplete.training.packing import pack
@@ -164,16 +164,12 @@ def _head_spec(workload: Workload, path: Path) -> HeadSpec:
 
 def _start_scorer(workload: Workload) -> TeacherClient:
     prompt, answer = workload.sequences()[0]
-    options = ScorerOptions(
-        role="aligned", dtype="bfloat16", max_length=_MAX_LENGTH, use_gpu=False, scoring=TeacherConfig()
-    )
     client = TeacherClient.start(
+        "aligned",
         _head_spec(workload, workload.teacher),
-        options,
+        EngineSpec(str(workload.teacher), "bfloat16", _MAX_LENGTH, threads=workload.threads, num_cpus=1),
+        TeacherConfig(),
         [ScoreRequest(prompt + answer, len(prompt))],
-        num_cpus=1,
-        num_gpus=0,
-        environment=engine_environment(use_gpu=False, threads=workload.threads),
     )
-    client.stats(_START_TIMEOUT_S)
+    client.wait_until_ready(_START_TIMEOUT_S)
     return client

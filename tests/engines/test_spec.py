@@ -1,0 +1,80 @@
+"""The description of an engine: what a run file makes of it, and what vLLM, Ray and the process get from it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from raycomplete.config import RolloutConfig, RunConfig, parse
+from raycomplete.engines.spec import EngineRole, EngineSpec
+
+SPEC = EngineSpec("/nowhere", "bfloat16", 64, use_gpu=True, gpu_memory_utilization=0.5, max_num_batched_tokens=512)
+
+
+def config(**sections: Any) -> RunConfig:
+    tree: dict[str, Any] = {"models": {"base": "organism:base", "aligned": "organism:aligned"}, "data": {}}
+    return parse(tree | sections, "test")
+
+
+def test_arguments_for_vllm_are_these() -> None:
+    assert SPEC.arguments() == {
+        "model": "/nowhere",
+        "dtype": "bfloat16",
+        "max_model_len": 64,
+        "max_num_batched_tokens": 512,
+        "max_num_seqs": 256,
+        "enforce_eager": True,
+        "trust_remote_code": False,
+        "load_format": "safetensors",
+        "disable_log_stats": True,
+        "seed": 0,
+        "gpu_memory_utilization": 0.5,
+    }
+    longer = replace(SPEC, max_length=1024, use_gpu=False).arguments()
+    assert (longer["max_num_batched_tokens"], "gpu_memory_utilization" in longer) == (1024, False)
+
+
+def test_only_sharded_engines_start_processes_beside_the_actor() -> None:
+    cut = replace(SPEC, tensor_parallel=4)
+    assert cut.arguments() == SPEC.arguments() | {"tensor_parallel_size": 4, "distributed_executor_backend": "mp"}
+
+
+@pytest.mark.parametrize(
+    ("role", "expected"),
+    [
+        ("scorer", {"max_num_batched_tokens": 128, "gpu_memory_utilization": 0.3, "tensor_parallel": 2, "num_gpus": 2}),
+        ("rollout", {"max_num_batched_tokens": 8192, "gpu_memory_utilization": 0.4, "sleeps": True, "num_gpus": 0.7}),
+        ("single", {"max_num_batched_tokens": 8192, "gpu_memory_utilization": 0.4, "sleeps": False, "num_gpus": 0.7}),
+    ],
+)
+def test_each_role_reads_its_section(role: EngineRole, expected: dict[str, Any]) -> None:
+    one = config(
+        models={"base": "b", "aligned": "a", "dtype": "float32", "max_length": 99, "trust_remote_code": True},
+        teacher={"max_num_batched_tokens": 128, "gpu_memory_utilization": 0.3, "tensor_parallel": 2},
+        rollout={"gpu_memory_utilization": 0.4, "colocated": True},
+        cluster={"kv_cache_gib": 3, "gpus_per_engine": 0.7},
+    )
+    spec = EngineSpec.from_config(one, role, "/model", use_gpu=True)
+    assert {name: getattr(spec, name) for name in expected} == expected
+    assert (spec.checkpoint, spec.dtype, spec.max_length, spec.trust_remote_code) == ("/model", "float32", 99, True)
+    assert spec.kv_cache_gib == 3
+    assert spec.bundle() == {"CPU": 0.5 * spec.tensor_parallel, "GPU": expected["num_gpus"]}
+
+
+def test_an_engine_on_a_cpu_sees_no_gpu_and_reserves_none() -> None:
+    spec = EngineSpec.from_config(config(cluster={"kv_cache_gib": 2}), "rollout", "/model", use_gpu=False)
+    environment = replace(spec, threads=3).environment()
+    assert (environment["VLLM_CPU_KVCACHE_SPACE"], environment["OMP_NUM_THREADS"]) == ("2", "3")
+    assert environment["CUDA_VISIBLE_DEVICES"] == ""
+    assert "CUDA_VISIBLE_DEVICES" not in SPEC.environment()
+    assert spec.bundle() == {"CPU": 0.5}
+    resources = spec.resources()
+    assert (resources["num_cpus"], resources["num_gpus"]) == (0.5, 0)
+    assert resources["runtime_env"] == {"env_vars": spec.environment()}
+
+
+def test_engines_that_sleep_are_not_sharded() -> None:
+    with pytest.raises(ValueError, match=r"set rollout\.tensor_parallel to 1"):
+        RolloutConfig(colocated=True, tensor_parallel=2, lookahead=0)
