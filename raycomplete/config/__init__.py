@@ -7,9 +7,16 @@ nearest known one, and relative paths are resolved against the folder of the run
 from raycomplete.config.diagnosis import ContrastiveDecodingConfig, DiagnoseConfig, StreamSource
 from raycomplete.config.engines import ClusterConfig, RolloutConfig, TeacherConfig
 from raycomplete.config.evaluation import EvaluationConfig
-from raycomplete.config.inputs import AlignConfig, DataConfig, ModelsConfig, PromptSets, PromptSource
-from raycomplete.config.loading import dump, load_run_file, parse, resolve_paths
-from raycomplete.config.run import OutputConfig, RunConfig
+from raycomplete.config.loading import dump, load_run_file, map_paths, parse
+from raycomplete.config.run import (
+    AlignConfig,
+    DataConfig,
+    ModelsConfig,
+    OutputConfig,
+    PromptSets,
+    PromptSource,
+    RunConfig,
+)
 from raycomplete.config.serving import AutoscalingConfig, ServeConfig
 from raycomplete.config.training import (
     ConstraintConfig,
@@ -51,6 +58,6 @@ __all__ = [
     "ValidationConfig",
     "dump",
     "load_run_file",
+    "map_paths",
     "parse",
-    "resolve_paths",
 ]

@@ -1,9 +1,7 @@
-"""Diagnosis: what `raycomplete diagnose` reads and measures."""
+"""Settings of `raycomplete diagnose`: which prompts it reads and what it measures."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -11,29 +9,34 @@ from pydantic import Field, model_validator
 from raycomplete.runtime.section import Section
 
 
-class StreamSource(Section):
-    """Prompts that are streamed: a file or a pattern of files (JSONL, CSV, Parquet), or `hub:ORG/NAME`."""
+class PromptColumns(Section):
+    """Which rows and columns of a file are prompts."""
 
-    path: str
-    split: str = Field("train", description="of a hub data set")
     prompt: str = Field("prompt", description="column of the user message")
     context: str | None = Field(None, description="column appended to the user message where it is not empty")
     answer: str | None = Field(None, description="column of the answer")
-    where: dict[str, str | bool | int] = Field(default_factory=dict, description="keep rows with these values")
+    where: dict[str, str | bool | int] = Field(default_factory=dict, description="keep rows with these values only")
     limit: int | None = Field(None, ge=1, description="keep at most this many rows, drawn under data.seed")
+
+
+class StreamSource(PromptColumns):
+    """Prompts that are streamed, so that they need not fit into memory."""
+
+    path: str = Field(description="a file, a pattern of files (JSONL, CSV, Parquet), or `hub:ORG/NAME`")
+    split: str = Field("train", description="split of a hub data set")
 
 
 class ContrastiveDecodingConfig(Section):
     """Contrastive decoding, the remedy at inference time, as a baseline beside the trained one."""
 
     evaluate: bool = Field(False, description="attack it and measure its cost")
-    alpha: float = Field(1.0, gt=0)
-    plausibility: float = Field(0.1, gt=0, le=1, description="keep v with p_a(v) >= plausibility * max p_a")
+    alpha: float = Field(1.0, gt=0, description="strength: tokens come from p_a (p_a / p_b)^alpha")
+    plausibility: float = Field(0.1, gt=0, le=1, description="keep tokens with p_a of at least this share of the best")
     batch: int = Field(16, ge=1, description="sequences decoded side by side")
 
 
 class DiagnoseConfig(Section):
-    """Where alignment stopped, by position. Needs base and aligned only; a student is shown beside them."""
+    """Where alignment stopped, by position. It needs base and aligned only; a student is shown beside them."""
 
     student: str | None = Field(None, description="checkpoint; the student of the run of this name when absent")
     harmful: list[StreamSource] = Field(default_factory=list, description="data.evaluation.harmful when empty")
@@ -59,7 +62,7 @@ class DiagnoseConfig(Section):
         "head", description="gradient of safety losses by position; full: also exact in all parameters"
     )
     gradient_prompts: int = Field(32, ge=2, description="harmful prompts whose refusals carry the gradient")
-    full_prompts: int = Field(4, ge=1, description="of these, prompts with an exact gradient in all parameters")
+    full_prompts: int = Field(4, ge=1, description="prompts among these with an exact gradient in all parameters")
     gradient_tokens: int = Field(32, ge=1, description="positions of the refusal")
     beta: float = Field(0.1, gt=0, description="temperature of the preference loss")
     table_tokens: int = Field(8, ge=1, description="base-favored tokens shown for each band of positions")
@@ -69,18 +72,6 @@ class DiagnoseConfig(Section):
     in_flight: int = Field(2, ge=1, description="batches scored ahead of the walk")
     chunk_tokens: int = Field(256, ge=1, description="token rows whose products with a head exist at a time")
     contrastive: ContrastiveDecodingConfig = Field(default_factory=ContrastiveDecodingConfig)
-
-    def with_paths(self, absolute: Callable[[Path], Path]) -> DiagnoseConfig:
-        """The same with the path of every file of prompts passed through `absolute`; hub ids stay."""
-
-        def resolved(source: StreamSource) -> StreamSource:
-            if source.path.startswith("hub:"):
-                return source
-            return source.model_copy(update={"path": str(absolute(Path(source.path)))})
-
-        return self.model_copy(
-            update={"harmful": [*map(resolved, self.harmful)], "benign": [*map(resolved, self.benign)]}
-        )
 
     @model_validator(mode="after")
     def _full_is_part(self) -> DiagnoseConfig:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -109,18 +109,3 @@ class EvaluationConfig(Section):
     def deepest_prefill(self) -> int:
         """Answer tokens that attacks take from a prompt's answer, at most."""
         return max(self.depths + [depth for attack in self.attacks for depth in attack.answer_depths()])
-
-    def with_paths(self, absolute: Callable[[Path], Path]) -> EvaluationConfig:
-        """The same with every input path passed through `absolute`."""
-
-        def resolved(section: Any) -> Any:
-            paths = {name: absolute(value) for name, value in section if isinstance(value, Path)}
-            return section.model_copy(update=paths)
-
-        return self.model_copy(
-            update={
-                "attacks": [resolved(attack) for attack in self.attacks],
-                "judge": resolved(self.judge),
-                "capabilities": resolved(self.capabilities),
-            }
-        )

@@ -1,16 +1,16 @@
-"""From a YAML file and overrides to a checked run file."""
+"""Reads run files: YAML and overrides in, a checked `RunConfig` out, every mistake in one sentence."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from raycomplete.config.inputs import PromptSets, PromptSource
+from raycomplete.config.diagnosis import StreamSource
 from raycomplete.config.run import RunConfig
 from raycomplete.runtime.errors import ConfigError
 from raycomplete.runtime.plugins import load_plugins
@@ -27,6 +27,10 @@ RENAMED = {
     "rollout.turns": "rollout.refusal_prefix_turns",
     "rollout.own_words": "rollout.student_prefix_fraction",
 }
+# Relative paths of these keys start where the command is started; all others start in the folder of the run file.
+_NOT_BESIDE_THE_RUN_FILE = ("output.", "serve.", "align.output", "teacher.cache_dir")
+
+T = TypeVar("T")
 
 
 def load_run_file(path: str | Path, overrides: Iterable[str] = (), *, plugins: bool = True) -> RunConfig:
@@ -78,31 +82,37 @@ def parse(tree: Mapping[str, Any], origin: str, base_folder: Path | None = None,
     except ValidationError as error:
         problems = "; ".join(_explain(dict(item)) for item in error.errors())
         raise ConfigError(f"{origin}: {problems}") from error
-    return config if base_folder is None else resolve_paths(config, base_folder)
+    if base_folder is None:
+        return config
+
+    def absolute(key: str, path: Path) -> Path:
+        return path if key.startswith(_NOT_BESIDE_THE_RUN_FILE) else _absolute(path, base_folder)
+
+    return map_paths(config, absolute)
 
 
-def resolve_paths(config: RunConfig, base_folder: Path) -> RunConfig:
-    """Input paths relative to the run file become absolute; `output.root` stays relative to where the user stands."""
+def map_paths(item: T, change: Callable[[str, Path], Path], key: str = "") -> T:
+    """Returns the same section, list or value with every path in it replaced by `change(key, path)`.
 
-    def absolute(path: Path) -> Path:
-        return _absolute(path, base_folder)
-
-    def sources(items: list[PromptSource]) -> list[PromptSource]:
-        return [item.model_copy(update={"path": absolute(item.path)}) for item in items]
-
-    def sets(item: PromptSets) -> PromptSets:
-        return PromptSets(**{kind: sources(getattr(item, kind)) for kind in PromptSets.model_fields})
-
-    data = config.data.model_copy(update={"train": sets(config.data.train), "evaluation": sets(config.data.evaluation)})
-    align = config.align.model_copy(
-        update={"refusals": sources(config.align.refusals), "benign": sources(config.align.benign)}
-    )
-    evaluation = config.evaluation.with_paths(absolute)
-    diagnose = config.diagnose.with_paths(absolute)
-    plugins = [absolute(path) for path in config.plugins]
-    return config.model_copy(
-        update={"plugins": plugins, "data": data, "align": align, "evaluation": evaluation, "diagnose": diagnose}
-    )
+    Args:
+        item: A whole run file, or a section.
+        change: Called with the key in dotted form, as `data.train.harmful[0].path`, and the path.
+        key: Key of `item` itself.
+    """
+    new: Any = item
+    if isinstance(item, Path):
+        new = change(key, item)
+    elif isinstance(item, StreamSource) and not item.path.startswith("hub:"):
+        new = item.model_copy(update={"path": str(change(f"{key}.path", Path(item.path)))})
+    elif isinstance(item, BaseModel):
+        values = {name: getattr(item, name) for name in type(item).model_fields}
+        new = item.model_copy(
+            update={name: map_paths(value, change, f"{key}.{name}".lstrip(".")) for name, value in values.items()}
+        )
+    elif isinstance(item, list):
+        new = [map_paths(value, change, f"{key}[{index}]") for index, value in enumerate(item)]
+    result: T = new
+    return result
 
 
 def dump(config: RunConfig) -> str:
@@ -111,6 +121,7 @@ def dump(config: RunConfig) -> str:
 
 
 def _absolute(path: Path, base_folder: Path) -> Path:
+    """The path in its absolute form, relative to a folder where it is not absolute already."""
     return path if path.is_absolute() else (base_folder / path).resolve()
 
 

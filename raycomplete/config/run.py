@@ -1,26 +1,80 @@
-"""A whole run file."""
+"""A whole run file, with the sections that say what a run reads and where it writes."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
-from raycomplete.config.diagnosis import DiagnoseConfig
+from raycomplete.config.diagnosis import DiagnoseConfig, PromptColumns
 from raycomplete.config.engines import ClusterConfig, RolloutConfig, TeacherConfig
 from raycomplete.config.evaluation import EvaluationConfig
-from raycomplete.config.inputs import AlignConfig, DataConfig, ModelsConfig
 from raycomplete.config.serving import ServeConfig
-from raycomplete.config.storage import check_storage, inside, joined
 from raycomplete.config.training import TrainConfig
-from raycomplete.runtime.section import Section
+from raycomplete.runtime.section import Dtype, Section
+
+STORAGES = ("file", "s3", "gs", "gcs", "abfs", "abfss", "az", "hdfs", "webhdfs", "sftp", "oss", "oci", "memory")
+_WITH_USER = ("abfs", "abfss", "sftp", "hdfs", "webhdfs")  # container@account, or a name that is no secret
+# What may follow the question mark. Keys and passwords come from the environment and never stand in a file.
+_STORAGE_OPTIONS = ("endpoint_override", "region", "scheme", "allow_bucket_creation")
+
+
+class ModelsConfig(Section):
+    """The checkpoints. Each is a folder, a .gguf file, `hub:ORG/NAME`, `organism:base` or `package:NAME`."""
+
+    base: str = Field(description="the model before safety alignment")
+    aligned: str = Field(description="the safety-aligned model, which is the teacher")
+    student: str | None = Field(None, description="where the student starts; a copy of the aligned model when absent")
+    dtype: Dtype = Field("bfloat16", description="number format of all weights")
+    max_length: int = Field(1024, ge=16, description="longest sequence (prompt and response) in tokens")
+    trust_remote_code: bool = Field(False, description="run Python code that comes with a checkpoint")
+
+
+class PromptSource(PromptColumns):
+    """One file of prompts (JSONL, JSON, CSV or Parquet) and which of its columns to read."""
+
+    path: Path = Field(description="the file, relative to the run file")
+
+
+class PromptSets(Section):
+    """Prompt files by kind."""
+
+    harmful: list[PromptSource] = Field(default_factory=list, description="prompts that a safe model refuses")
+    benign: list[PromptSource] = Field(default_factory=list, description="harmless prompts")
+    borderline: list[PromptSource] = Field(default_factory=list, description="harmless prompts that look harmful")
+
+
+class DataConfig(Section):
+    """Training and held-out prompts."""
+
+    source: Literal["organism", "files"] = Field("files", description="the embedded organism, or the files below")
+    seed: int = Field(0, description="draws rows where a limit leaves some out")
+    train: PromptSets = Field(default_factory=PromptSets, description="prompts that training may see")
+    evaluation: PromptSets = Field(default_factory=PromptSets, description="held-out prompts, in no training file")
+    limit_per_kind: int | None = Field(None, ge=1, description="organism: prompts of each kind for training")
+
+
+class AlignConfig(Section):
+    """`raycomplete align`: safety SFT that makes an aligned twin of a base model."""
+
+    refusals: list[PromptSource] = Field(default_factory=list, description="harmful prompts with safe answers")
+    benign: list[PromptSource] = Field(default_factory=list, description="harmless prompts; base answers them itself")
+    output: Path | None = Field(None, description="folder of the aligned checkpoint; models.aligned when absent")
+    steps: int = Field(100, ge=1, description="optimizer steps")
+    lr: float = Field(2e-5, gt=0, description="learning rate")
+    batch_size: int = Field(16, ge=1, description="sequences of one step over all workers")
+    benign_fraction: float = Field(0.5, ge=0, le=1, description="share of harmless answers among the samples")
+    max_answer_tokens: int = Field(96, ge=1, description="longest answer in tokens; longer ones are cut")
+    lora_rank: int = Field(0, ge=0, description="rank of LoRA adapters, merged at the end; 0 trains all weights")
 
 
 class OutputConfig(Section):
-    """Where results go: `<root>/<name>/`."""
+    """Where results go: the run folder `<root>/<name>/`."""
 
-    root: Path = Path("runs")
-    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    root: Path = Field(Path("runs"), description="folder of all runs, relative to where the command is started")
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run and of its folder")
     storage: str | None = Field(
         None,
         description="where finished pieces are mirrored, to `<storage>/<name>/`: s3://bucket/prefix, gs://, file:// "
@@ -32,12 +86,17 @@ class OutputConfig(Section):
 
     @property
     def folder(self) -> Path:
+        """The run folder."""
         return self.root / self.name
 
     @property
     def mirror(self) -> str | None:
-        """URI of this run in the storage."""
-        return None if self.storage is None else joined(self.storage, self.name)
+        """URI of this run in the storage; options stay at its end."""
+        if self.storage is None:
+            return None
+        parts = urlsplit(self.storage)
+        place = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}/{self.name}"
+        return f"{place}?{parts.query}" if parts.query else place
 
     def renamed(self, suffix: str) -> OutputConfig:
         """The output of a run that belongs to this one: `<name><suffix>`."""
@@ -50,7 +109,8 @@ class OutputConfig(Section):
 
     @model_validator(mode="after")
     def _not_into_itself(self) -> OutputConfig:
-        if self.mirror is not None and inside(self.mirror, self.folder):
+        parts = urlsplit(self.mirror or "")
+        if parts.scheme == "file" and Path(unquote(parts.path)).resolve().is_relative_to(self.folder.resolve()):
             raise ValueError(f"output.storage lies in the run folder {self.folder}: name a place elsewhere")
         return self
 
@@ -88,3 +148,34 @@ class RunConfig(Section):
             if rank > 0 and self.train.zero_stage == 3:
                 raise ValueError(f"{name} cannot be merged from ZeRO-3 shards: set train.zero_stage to 2 or less")
         return self
+
+
+def check_storage(uri: str) -> str:
+    """Refuses a URI of no known kind, or one that carries a secret (which the message does not repeat).
+
+    Raises:
+        ValueError: It cannot be used, for the reason that the message gives.
+    """
+    parts = urlsplit(uri)
+    user, at, _ = parts.netloc.rpartition("@")
+    if at and (":" in user or parts.scheme not in _WITH_USER):
+        raise ValueError(
+            "must not hold a user, key or password, since run files are copied into run folders: name the place only, "
+            "and give credentials in the environment (AWS_ACCESS_KEY_ID and the like)"
+        )
+    unknown = sorted({name for name, _ in parse_qsl(parts.query, keep_blank_values=True)} - {*_STORAGE_OPTIONS})
+    if unknown or parts.fragment:
+        raise ValueError(
+            f"must not hold the options {', '.join(unknown) or '#'}: known are {', '.join(_STORAGE_OPTIONS)}; "
+            "credentials belong in the environment"
+        )
+    if parts.scheme not in STORAGES:
+        raise ValueError(
+            f"must be a URI that begins with one of {', '.join(f'{name}://' for name in STORAGES)}, "
+            f"such as s3://bucket/runs (found the scheme {parts.scheme or 'none'!r})"
+        )
+    if parts.scheme == "file" and (parts.netloc or not parts.path.startswith("/")):
+        raise ValueError("needs an absolute path after file://, such as file:///mnt/runs")
+    if not (parts.netloc or parts.path.strip("/")):
+        raise ValueError("names no place: write s3://bucket/prefix")
+    return uri

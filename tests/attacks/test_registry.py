@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from raycomplete.attacks.gcg import GcgConfig
 from raycomplete.attacks.prefill import PrefillConfig
 from raycomplete.attacks.registry import ATTACKS, UnknownAttackError, parse_attack
-from raycomplete.config import EvaluationConfig, dump, load_run_file
+from raycomplete.config import EvaluationConfig, dump, load_run_file, map_paths
 from raycomplete.config.evaluation import judge_settings
 from raycomplete.runtime.errors import ConfigError
 
@@ -87,7 +87,7 @@ def test_paths_are_resolved_by_whoever_knows_the_folder() -> None:
         "judge": {"calibration": "c.json"},
         "capabilities": {"mmlu": "m.csv"},
     }
-    config = EvaluationConfig.model_validate(tree).with_paths(lambda path: Path("/run") / path)
+    config = map_paths(EvaluationConfig.model_validate(tree), lambda _, path: Path("/run") / path)
     assert config.attacks[1].path == Path("/run/t.jsonl")  # type: ignore[attr-defined]
     assert config.judge.calibration == Path("/run/c.json")
     assert config.capabilities.mmlu == Path("/run/m.csv")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from raycomplete.config import DiagnoseConfig
+from raycomplete.config import DiagnoseConfig, map_paths
 from raycomplete.diagnosis.samples import Sample, partition_samples, read_prompts
 from raycomplete.runtime.errors import DataError
 from raycomplete.runtime.types import Prompt
@@ -71,5 +71,5 @@ def test_prompts_come_from_the_diagnosis_or_from_the_held_out_files(tmp_path: Pa
     assert [prompt.text for prompt in found] == [f"held {index}" for index in range(10)]
     assert found[0].answer == "yes"
     own = DiagnoseConfig.model_validate({"harmful": [{"path": "own.jsonl"}], "num_prompts": None})
-    own = own.with_paths(lambda path: tmp_path / path)
+    own = map_paths(own, lambda _, path: tmp_path / path)
     assert len(list(read_prompts(config.model_copy(update={"diagnose": own}), "harmful"))) == 20
