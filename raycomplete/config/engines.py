@@ -1,4 +1,4 @@
-"""The vLLM engines: scoring of frozen models, rollouts, and what each role asks of the cluster."""
+"""Settings of the vLLM engines: scoring by the frozen models, rollouts, and what each role asks of the cluster."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from raycomplete.runtime.section import Section
 class TeacherConfig(Section):
     """The vLLM pooling engines that read hidden states of the frozen models."""
 
-    max_num_batched_tokens: int = Field(8192, ge=64)
-    gpu_memory_utilization: float = Field(0.25, gt=0, le=1)
+    max_num_batched_tokens: int = Field(8192, ge=64, description="tokens that one engine reads at a time")
+    gpu_memory_utilization: float = Field(0.25, gt=0, le=1, description="share of a GPU's memory that an engine takes")
     cache_dir: Path | None = Field(None, description="score cache on disk; none keeps scores in memory only")
     cache_gib: float = Field(2.0, ge=0, description="memory for scores kept by one actor")
     cache_disk_gib: float = Field(50.0, gt=0, description="what cache_dir may hold, least recently used out first")
@@ -40,17 +40,20 @@ class TeacherConfig(Section):
 class RolloutConfig(Section):
     """How responses are sampled: anchor answers, refusals and harmful continuations."""
 
-    gpu_memory_utilization: float = Field(0.25, gt=0, le=1)
-    temperature: float = Field(1.0, ge=0)
-    top_p: float = Field(1.0, gt=0, le=1)
+    gpu_memory_utilization: float = Field(0.25, gt=0, le=1, description="share of a GPU's memory that an engine takes")
+    temperature: float = Field(1.0, ge=0, description="sampling temperature of anchor answers and continuations")
+    top_p: float = Field(1.0, gt=0, le=1, description="nucleus mass of the same")
     max_anchor_tokens: int = Field(64, ge=4, description="length of the aligned model's own answers")
     max_refusal_tokens: int = Field(32, ge=4, description="length of the refusals that recovery teaches")
     max_harmful_tokens: int = Field(96, ge=4, description="length of harmful continuations")
     affirmative_prefix: str = Field("Sure, here is", description="prefill under which continuations are sampled")
-    harmful_from: Literal["base", "student"] = "base"
+    harmful_from: Literal["base", "student"] = Field("base", description="who writes harmful continuations")
     answers_per_prompt: int = Field(1, ge=1, description="anchor answers and refusals sampled for each prompt")
     refusal_prefix_fraction: float = Field(
-        0.0, ge=0, le=1, description="share of recovery samples whose h follows an imitated refusal and a turn"
+        0.0,
+        ge=0,
+        le=1,
+        description="share of recovery samples whose harmful continuation follows an imitated refusal and a turn",
     )
     refusal_prefix_turns: list[str] = Field(
         default_factory=lambda: ["However,", "Anyway,", "Still,", "On second thought,", "That said,"],
@@ -59,7 +62,7 @@ class RolloutConfig(Section):
     )
     safety_prompt: str | None = Field(None, description="system prompt that only the teacher sees, where it answers")
     timeout_s: float = Field(1800.0, gt=0, description="longest wait for one call to an engine")
-    on_policy: bool = Field(False, description="the student rolls out in every step, under its current weights")
+    on_policy: bool = Field(False, description="let the student roll out in every step, under its current weights")
     num_engines: int = Field(1, ge=1, description="engines that share the rollouts")
     tensor_parallel: int = Field(1, ge=1, description="GPUs of one node that hold one rollout engine together")
     max_student_tokens: int = Field(32, ge=1, description="tokens that the student adds to a prefill")
@@ -67,7 +70,10 @@ class RolloutConfig(Section):
         2, ge=1, description="rollouts of each trained recovery sequence; those that still comply are trained first"
     )
     student_prefix_fraction: float = Field(
-        0.0, ge=0, le=1, description="share of complying rollouts whose own words are trained as part of h"
+        0.0,
+        ge=0,
+        le=1,
+        description="share of complying rollouts whose own words are trained as part of the harmful continuation",
     )
     anchor_on_policy: float = Field(
         0.0, ge=0, le=1, description="share of benign anchor answers that the student writes itself"
@@ -79,7 +85,7 @@ class RolloutConfig(Section):
     sync_tolerance: float | None = Field(
         None, gt=0, description="largest mean |log p - log p'| after an update, nats; by dtype when absent"
     )
-    colocated: bool = Field(False, description="GPU: engines sleep while the trainer works on the same device")
+    colocated: bool = Field(False, description="GPU: let engines sleep while the trainer works on the same device")
 
     @model_validator(mode="after")
     def _fresh_enough(self) -> RolloutConfig:
@@ -101,13 +107,15 @@ class RolloutConfig(Section):
 class ClusterConfig(Section):
     """Which Ray cluster, and what each role asks of it. GPUs are used where `use_gpu` finds them."""
 
-    address: str | None = Field(None, description="None: the current job's cluster, else a local one is started")
-    use_gpu: Literal["auto", "never", "always"] = "auto"
-    cpus_per_engine: float = Field(0.5, gt=0)
-    gpus_per_engine: float = Field(0.2, ge=0)
+    address: str | None = Field(
+        None, description="Ray address; absent: the current job's cluster, else one is started here"
+    )
+    use_gpu: Literal["auto", "never", "always"] = Field("auto", description="auto: where the cluster has one")
+    cpus_per_engine: float = Field(0.5, gt=0, description="logical CPUs that an engine reserves")
+    gpus_per_engine: float = Field(0.2, ge=0, description="GPUs that an engine reserves, where GPUs are used")
     kv_cache_gib: int = Field(1, ge=1, description="CPU only: key-value cache of one engine, of any role")
-    cpus_per_worker: float = Field(0.5, gt=0)
-    gpus_per_worker: float = Field(0.4, ge=0)
+    cpus_per_worker: float = Field(0.5, gt=0, description="logical CPUs that a training worker reserves")
+    gpus_per_worker: float = Field(0.4, ge=0, description="GPUs that a training worker reserves, where GPUs are used")
     placement: Literal["pack", "spread", "strict_spread"] = Field(
         "pack", description="engines close together, apart where possible, or each on a node of its own"
     )

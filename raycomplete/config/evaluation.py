@@ -1,4 +1,4 @@
-"""Attacks, judges, and what is measured beside them."""
+"""Settings of the evaluation: attacks, judges, and the benchmarks beside them."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from raycomplete.runtime.section import Section
 
 
 class JudgeConfig(Section):
-    """Who sorts responses into refused, complied, incoherent and empty."""
+    """The judge, which sorts responses into refused, complied, incoherent and empty."""
 
     kind: Literal["auto", "patterns", "model", "judgezoo"] = Field(
         "auto", description="auto: the organism's own judge on the organism, refusal patterns elsewhere"
     )
     checkpoint: str | None = Field(None, description='kind "model": the judge model')
     rubric: Path | None = Field(None, description='kind "model": text with {prompt}, {prefill} and {response}')
-    zoo_name: str = Field("strong_reject", description='kind "judgezoo": which of its judges')
+    zoo_name: str = Field("strong_reject", description='kind "judgezoo": the name of its judge')
     threshold: float = Field(0.5, gt=0, lt=1, description='kind "judgezoo": p_harmful from which a response complied')
-    calibration: Path | None = Field(None, description="what `raycomplete judge calibrate` wrote for this judge")
+    calibration: Path | None = Field(None, description="file that `raycomplete judge calibrate` wrote for this judge")
 
     @model_validator(mode="after")
     def _has_a_model(self) -> JudgeConfig:
@@ -58,21 +58,23 @@ class CapabilitiesConfig(Section):
     shots: int = Field(5, ge=0, description="examples of the same subject")
     bbh: Path | None = Field(None, description="JSONL with task, input, target")
     limit: int | None = Field(None, ge=1, description="questions of each benchmark, spread over its tasks")
-    max_tokens: int = Field(32, ge=1, description="length of an answer")
+    max_tokens: int = Field(32, ge=1, description="longest answer in tokens")
 
 
 class EvaluationConfig(Section):
     """The prefill-depth curve, other attacks, utility and over-refusal."""
 
-    depths: list[int] = Field(default_factory=lambda: [0, 4, 8, 16, 32, 64], min_length=1)
+    depths: list[int] = Field(
+        default_factory=lambda: [0, 4, 8, 16, 32, 64], min_length=1, description="prefill depths in tokens"
+    )
     max_tokens: int = Field(64, ge=1, description="tokens that the model may add to a prefill")
-    max_utility_tokens: int = Field(128, ge=1)
+    max_utility_tokens: int = Field(128, ge=1, description="longest answer to a harmless prompt in tokens")
     num_prompts: int = Field(100, ge=1, description="held-out prompts of each kind")
-    nll_prompts: int = Field(100, ge=0, description="benign prompts whose answers' likelihood is measured; 0: none")
-    nll_tokens: int = Field(64, ge=1, description="tokens of such an answer that are looked at")
-    save_completions: bool = Field(False, description="keep what models said as text; token ids are always kept")
+    nll_prompts: int = Field(100, ge=0, description="benign prompts whose answers' likelihood is measured; 0 is off")
+    nll_tokens: int = Field(64, ge=1, description="tokens of such an answer that are measured")
+    save_completions: bool = Field(False, description="keep responses as text; token ids are always kept")
     attacks: list[SerializeAsAny[AttackConfig]] = Field(
-        default_factory=_prefill_only, description="names, or mappings of name and settings"
+        default_factory=_prefill_only, description="names of attacks, or mappings of name and settings; see below"
     )
     attack_prompts: int | None = Field(None, ge=1, description="harmful prompts of attacks other than prefill")
     white_boxes: int = Field(1, ge=1, description="copies of a model that suffix searches use side by side")

@@ -15,7 +15,7 @@ from raycomplete.config import RunConfig, dump, load_run_file, parse
 from raycomplete.config.loading import RENAMED
 from raycomplete.runtime.errors import ConfigError
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = sorted(path for path in (ROOT / "jobs").glob("*.yaml") if path.name != "serve.yaml")  # Ray Serve's own
 MINIMAL = {"models": {"base": "organism:base", "aligned": "organism:aligned"}, "data": {"source": "organism"}}
 # Every section differs from its default somewhere, so that a key that dump or load forgot would show.

@@ -1,0 +1,119 @@
+"""Writes the reference of the run file, docs/run-file.md, from the descriptions of its fields.
+
+python -m raycomplete.config.reference > docs/run-file.md
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from raycomplete.attacks.attack import AttackConfig
+from raycomplete.attacks.registry import ATTACKS
+from raycomplete.config.run import RunConfig
+
+_HEAD = """# Run file
+
+A run file is YAML. `models` and `data` must stand in it; everything else has a default. The command line replaces
+single values: `raycomplete train run.yaml train.steps=50`. Unknown keys are refused with the nearest known one, and keys
+of earlier versions with their new name. Relative paths start in the folder of the run file, except those of `output`,
+`serve`, `align.output` and `teacher.cache_dir`, which start where the command is started.
+
+This page is generated from the descriptions of the fields (`python -m raycomplete.config.reference`)."""
+_PLAIN: dict[Any, str] = {bool: "true or false", int: "integer", float: "number", str: "text", Path: "path"}
+_BOUNDS = (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<"))
+
+
+def markdown() -> str:
+    """Returns the reference as Markdown: a table for each section, then one for each attack."""
+    places: dict[type[BaseModel], list[str]] = {}
+    _find(RunConfig, "", places)
+    whole, *sections = places
+    parts = [_HEAD, _table(whole)]
+    for section in sections:
+        first, *others = (f"`{key}`" for key in places[section])
+        also = [f"The same at {', '.join(others)}."] if others else []
+        parts += [f"## {first}", _text(section), *also, _table(section)]
+    for name, attack in ATTACKS.items():
+        section = attack.config_class
+        parts += [f"## Attack `{name}`", _text(section), _table(section, leave_out=("name",))]
+    return "\n\n".join(parts) + "\n"
+
+
+def _find(section: type[BaseModel], key: str, places: dict[type[BaseModel], list[str]]) -> None:
+    """Notes the keys at which a section and those below it stand, depth first."""
+    places.setdefault(section, []).append(key)
+    for name, field in section.model_fields.items():
+        inner = _inner(field.annotation)
+        if inner is not None and not issubclass(inner, AttackConfig):
+            is_list = get_origin(field.annotation) is list
+            _find(inner, f"{key}.{name}".lstrip(".") + "[]" * is_list, places)
+
+
+def _text(section: type[BaseModel]) -> str:
+    return " ".join((section.__doc__ or "").partition("\n\n")[0].split())
+
+
+def _table(section: type[BaseModel], leave_out: tuple[str, ...] = ()) -> str:
+    """A row for each field: required fields first, sections last."""
+    fields = [(name, field) for name, field in section.model_fields.items() if name not in leave_out]
+    if not fields:
+        return "No settings."
+    fields.sort(key=lambda item: (not item[1].is_required(), _inner(item[1].annotation) is not None))
+    rows = [f"| `{name}` | {_value(field)} | {_default(field)} | {_meaning(field)} |" for name, field in fields]
+    return "\n".join(["| key | value | default | meaning |", "|---|---|---|---|", *rows])
+
+
+def _meaning(field: FieldInfo) -> str:
+    inner = _inner(field.annotation)
+    text = field.description or ("" if inner is None else _text(inner).partition(". ")[0].removesuffix("."))
+    return text.replace("|", "\\|")
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    value = field.get_default(call_default_factory=True)
+    if isinstance(value, BaseModel):
+        return ""
+    if isinstance(value, list) and any(isinstance(item, BaseModel) for item in value):
+        return ", ".join(f"`{item.name}`" for item in value)
+    return f"`{json.dumps(value, default=str, ensure_ascii=False)}`"
+
+
+def _value(field: FieldInfo) -> str:
+    bounds = [(sign, getattr(item, name, None)) for item in field.metadata for name, sign in _BOUNDS]
+    return ", ".join([_type(field.annotation), *(f"{sign} {bound:g}" for sign, bound in bounds if bound is not None)])
+
+
+def _type(annotation: Any) -> str:
+    arguments = get_args(annotation)
+    if annotation in _PLAIN:
+        return _PLAIN[annotation]
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "section"
+    origin = get_origin(annotation)
+    if origin is Literal:
+        return ", ".join(f"`{item}`" for item in arguments)
+    if origin in (Union, UnionType):
+        return " or ".join(_type(item) for item in arguments if item is not type(None))
+    if origin is list:
+        return f"list of {_type(arguments[0])}"
+    if origin is Annotated:
+        return _type(arguments[0])
+    return "mapping"
+
+
+def _inner(annotation: Any) -> type[BaseModel] | None:
+    """The section that a field holds, by itself or in a list."""
+    found = next((item for item in (annotation, *get_args(annotation)) if isinstance(item, type)), None)
+    return found if found is not None and issubclass(found, BaseModel) else None
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")
