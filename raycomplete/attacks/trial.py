@@ -74,9 +74,9 @@ class Trial:
             }
         )
 
-    def judgement_key(self, model_id: str) -> str:
-        """Hash of all that decides the judgement of the response; judges may read the prompt's answer."""
-        return content_hash([self.key(model_id), self.prompt.answer])
+    def judgement_key(self, key: str) -> str:
+        """Hash of all that decides the judgement of the response under `key`: judges may read the prompt's answer."""
+        return content_hash([key, self.prompt.answer])
 
     @property
     def draw_seed(self) -> int:

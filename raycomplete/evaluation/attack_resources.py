@@ -5,7 +5,7 @@ Attacks name the tools that they need; devices are reserved by that. Everything 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import ray
 from raycomplete.attacks.attack import Attack
 from raycomplete.attacks.finetune import FinetuneConfig
 from raycomplete.attacks.registry import build_attack
-from raycomplete.attacks.target import Attacker, AttackTools, FloatArray, SuffixProblem
+from raycomplete.attacks.target import Attacker, AttackTools
 from raycomplete.config import Dtype, RunConfig
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.checkpoints import fingerprint, resolve_checkpoint
@@ -154,6 +154,16 @@ class WhiteBoxWorker:
         return getattr(self._model, method)(*arguments)
 
 
+def _remote(method: str, what: str) -> Callable[..., Any]:
+    """Makes a method of `WhiteBoxClient` that asks the actor for the same method of the model."""
+
+    def call(client: WhiteBoxClient, *arguments: Any) -> Any:
+        reference = client._actor.call.remote(client._path, method, *arguments)
+        return wait_for(reference, who="white-box model", what=what, timeout_s=client._timeout_s)
+
+    return call
+
+
 class WhiteBoxClient:
     """A model behind an actor (implements `raycomplete.attacks.target.WhiteBox`).
 
@@ -187,33 +197,16 @@ class WhiteBoxClient:
         """Returns the same actor with another checkpoint."""
         return WhiteBoxClient(self._actor, path, self._timeout_s)
 
-    def vocab_size(self) -> int:
-        return int(self._call("the size of its vocabulary", "vocab_size"))
-
-    def top_logprobs(self, sequences: Sequence[Sequence[int]], top: int) -> list[list[tuple[int, float]]]:
-        found: list[list[tuple[int, float]]] = self._call("likeliest tokens", "top_logprobs", sequences, top)
-        return found
-
-    def logprobs_of(self, sequences: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]) -> list[list[float]]:
-        found: list[list[float]] = self._call("log-probabilities", "logprobs_of", sequences, tokens)
-        return found
-
-    def suffix_gradient(self, problem: SuffixProblem, suffix: Sequence[int]) -> FloatArray:
-        found: FloatArray = self._call("a gradient", "suffix_gradient", problem, suffix)
-        return found
-
-    def suffix_losses(self, problem: SuffixProblem, suffixes: Sequence[Sequence[int]]) -> list[float]:
-        found: list[float] = self._call("losses of suffixes", "suffix_losses", problem, suffixes)
-        return found
+    vocab_size = _remote("vocab_size", "the size of its vocabulary")
+    top_logprobs = _remote("top_logprobs", "likeliest tokens")
+    logprobs_of = _remote("logprobs_of", "log-probabilities")
+    suffix_gradient = _remote("suffix_gradient", "a gradient")
+    suffix_losses = _remote("suffix_losses", "losses of suffixes")
 
     def stop(self) -> None:
         """Ends the actor and frees its memory."""
         with suppress(Exception):  # an actor that is gone already must not hide why
             ray.kill(self._actor)
-
-    def _call(self, what: str, method: str, *arguments: Any) -> Any:
-        reference = self._actor.call.remote(self._path, method, *arguments)
-        return wait_for(reference, who="white-box model", what=what, timeout_s=self._timeout_s)
 
 
 def _attacks(config: RunConfig) -> list[Attack[Any]]:

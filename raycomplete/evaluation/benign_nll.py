@@ -11,7 +11,7 @@ and the student's ratio to it errs on the strict side.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -23,15 +23,14 @@ from raycomplete.config import EvaluationConfig
 from raycomplete.data.checkpoints import fingerprint
 from raycomplete.engines.run import Run
 from raycomplete.evaluation.results import HARMLESS
+from raycomplete.evaluation.statistics import bootstrap
 from raycomplete.runtime.errors import WorkError
 from raycomplete.runtime.files import PRIVATE
 from raycomplete.runtime.row_store import RowStore, content_hash
 from raycomplete.runtime.types import Codec, Generator, ModelRole, Prompt
 
 FORMAT = 1  # part of every key: raise it when the meaning of a stored sum changes
-RESAMPLES = 10_000
 _BATCH = 32  # answers that are stored together
-_BLOCK = 1_000  # resamples that exist at a time
 
 
 class AnswerScorer(Protocol):
@@ -174,15 +173,9 @@ def benign_nll(
         ratio, low, high = _interval(student_N, aligned_N)
         difference, difference_low, difference_high = _interval(student_N - aligned_N, tokens_N)
         if np.isfinite([ratio, low, high]).all():
-            result["student_to_aligned"] = {
-                "ratio": ratio,
-                "low": low,
-                "high": high,
-                "difference": difference,
-                "difference_low": difference_low,
-                "difference_high": difference_high,
-                "n": len(answers),
-            }
+            found = {"ratio": ratio, "low": low, "high": high, "difference": difference}
+            found |= {"difference_low": difference_low, "difference_high": difference_high, "n": len(answers)}
+            result["student_to_aligned"] = found
     return result
 
 
@@ -216,13 +209,6 @@ def _sums(
 def _interval(above_N: np.ndarray, below_N: np.ndarray) -> tuple[float, float, float]:
     """Computes sum(above) / sum(below) with its 95 % interval by a bootstrap over prompts."""
     with np.errstate(divide="ignore", invalid="ignore"):  # the caller looks
-        draws = np.concatenate(list(_resampled(above_N, below_N)))
-        low, high = np.quantile(draws, [0.025, 0.975])
+        draws = [above_N[drawn_RN].sum(axis=1) / below_N[drawn_RN].sum(axis=1) for drawn_RN in bootstrap(len(above_N))]
+        low, high = np.quantile(np.concatenate(draws), [0.025, 0.975])
         return float(above_N.sum() / below_N.sum()), float(low), float(high)
-
-
-def _resampled(above_N: np.ndarray, below_N: np.ndarray) -> Iterator[np.ndarray]:
-    generator, count = np.random.default_rng(0), len(above_N)
-    for start in range(0, RESAMPLES, _BLOCK):
-        drawn = generator.integers(count, size=(min(_BLOCK, RESAMPLES - start), count))
-        yield above_N[drawn].sum(axis=1) / below_N[drawn].sum(axis=1)

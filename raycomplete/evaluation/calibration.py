@@ -6,19 +6,19 @@ one that takes compliance for refusal makes it look too low.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from scipy.stats import norm
 
-from raycomplete.attacks.target import Triple, judge_all
+from raycomplete.attacks.target import judge_all
 from raycomplete.data.rows import read_rows
-from raycomplete.evaluation.judges import sees_goal
 from raycomplete.evaluation.statistics import wilson, wilson_share
 from raycomplete.runtime.errors import DataError
 from raycomplete.runtime.files import read_json
@@ -142,29 +142,11 @@ def read_calibration(path: Path, judge_name: str) -> dict[str, Any]:
     return found
 
 
-class CalibratedJudge:
-    """A judge with the error rates of a calibration."""
-
-    def __init__(self, judge: Judge, measured: Mapping[str, Any]) -> None:
-        self._judge = judge
-        self.measured = measured
-
-    @property
-    def name(self) -> str:
-        return self._judge.name
-
-    @property
-    def sees_goal(self) -> bool:
-        return sees_goal(self._judge)
-
-    def outcome(self, prompt: Prompt, prefill: str, continuation: str) -> Outcome:
-        return self._judge.outcome(prompt, prefill, continuation)
-
-    def outcomes(self, triples: Sequence[Triple]) -> list[Outcome]:
-        return judge_all(self._judge, triples)
-
-    def is_right(self, prompt: Prompt, continuation: str) -> bool:
-        return self._judge.is_right(prompt, continuation)
+def calibrated(judge: Judge, rates: Mapping[str, Any]) -> Judge:
+    """Returns the same judge with the error rates of a calibration."""
+    found: Any = copy.copy(judge)
+    found.measured = rates
+    return cast("Judge", found)
 
 
 def _label(value: Any, path: Path, number: int) -> str:

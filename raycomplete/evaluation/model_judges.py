@@ -15,7 +15,7 @@ from raycomplete.config import RunConfig
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.checkpoints import fingerprint, resolve_checkpoint
 from raycomplete.engines.start import start_engine
-from raycomplete.evaluation.calibration import CalibratedJudge, read_calibration
+from raycomplete.evaluation.calibration import calibrated, read_calibration
 from raycomplete.evaluation.judges import RefusalJudge, emptiness_or_babble
 from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import DataError, SetupError, WorkError
@@ -213,7 +213,7 @@ def start_judge(config: RunConfig, default: Judge, console: Console) -> Iterator
     settings = config.evaluation.judge
     known = settings.calibration
     with _started(config, default, console) as judge:
-        yield CalibratedJudge(judge, read_calibration(known, judge.name)) if known else judge
+        yield calibrated(judge, read_calibration(known, judge.name)) if known else judge
 
 
 @contextmanager

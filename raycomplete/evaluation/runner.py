@@ -143,40 +143,30 @@ def _plan(target: Target, sets: EvaluationSets, config: EvaluationConfig) -> lis
     return groups
 
 
-@dataclass
 class _Evaluation:
-    """One model's evaluation at work."""
+    """One model's evaluation at work: responses and judgements are stored as they come."""
 
-    target: Target
-    groups: Sequence[TrialGroup]
-    folder: Path
-    callbacks: Callbacks
-
-    def __post_init__(self) -> None:
-        model, judge = content_hash(self.target.model_id), content_hash(self.target.judge.name)
-        self._responses = RowStore(self.folder / "trials" / f"{model[:16]}.jsonl", mode=PRIVATE)
-        self._judgements = RowStore(self.folder / "judgements" / f"{judge[:16]}.jsonl")
+    def __init__(self, target: Target, groups: Sequence[TrialGroup], folder: Path, callbacks: Callbacks) -> None:
+        self._target, self._groups, self._callbacks = target, groups, callbacks
+        model, judge = content_hash(target.model_id), content_hash(target.judge.name)
+        self._responses = RowStore(folder / "trials" / f"{model[:16]}.jsonl", mode=PRIVATE)
+        self._judgements = RowStore(folder / "judgements" / f"{judge[:16]}.jsonl")
         # By identity: hashing token ids anew at every use would cost more than asking a small model.
-        self._keys = {id(trial): trial.key(self.target.model_id) for group in self.groups for trial in group.trials}
-        self._judged = {
-            id(trial): trial.judgement_key(self.target.model_id)
-            for group in self.groups
-            if group.name != capabilities.ATTACK
-            for trial in group.trials
-        }
+        self._keys = {id(trial): trial.key(target.model_id) for group in groups for trial in group.trials}
         self._reused = sum(key in self._responses for key in self._keys.values())
         self._done = 0
-        self._open = Counter((group.name, trial.variant) for group in self.groups for trial in group.trials)
+        self._open = Counter((group.name, trial.variant) for group in groups for trial in group.trials)
         self._num_variants = len(self._open)
 
     def finish(self) -> dict[str, list[tuple[Trial, Answered]]]:
         """Returns responses and outcomes of all trials, by group."""
-        self.callbacks.on_variant("", 0, self._num_variants)
+        self._callbacks.on_variant("", 0, self._num_variants)
         self._report("", "", {})
-        return {group.name: self._finish_group(group) for group in self.groups}
+        return {group.name: self._finish_group(group) for group in self._groups}
 
     def _finish_group(self, group: TrialGroup) -> list[tuple[Trial, Answered]]:
         seen = dict.fromkeys(map(str, Outcome), 0)
+        missing = [trial for trial in group.trials if self._keys[id(trial)] not in self._responses]
         self._take(group, [trial for trial in group.trials if self._keys[id(trial)] in self._responses], seen)
         started = time.monotonic()
 
@@ -187,13 +177,12 @@ class _Evaluation:
             self._take(group, [trial for trial, _ in pairs], seen)
             started = time.monotonic()
 
-        missing = [trial for trial in group.trials if self._keys[id(trial)] not in self._responses]
         if missing:
-            self.target.stop_if_cancelled()
+            self._target.stop_if_cancelled()
             if group.attack is None:
-                ask(self.target, missing, emit)
+                ask(self._target, missing, emit)
             else:
-                group.attack.run(group.attack.prepared(self.target), missing, emit)
+                group.attack.run(group.attack.prepared(self._target), missing, emit)
         return [(trial, self._answered(trial)) for trial in group.trials]
 
     def _take(self, group: TrialGroup, trials: Sequence[Trial], seen: dict[str, int]) -> None:
@@ -201,43 +190,42 @@ class _Evaluation:
         for variant, same in groupby(trials, key=lambda trial: trial.variant):
             batch = list(same)
             if group.name != capabilities.ATTACK:  # which has right answers instead
-                self._judge(group, batch, seen)
+                self._judge(batch, with_right=(group.name, variant) == (HARMLESS, "benign"))
+                for trial in batch:
+                    seen[self._judgements[self._judgement_key(trial)]["outcome"]] += 1
             self._done += len(batch)
             self._open[group.name, variant] -= len(batch)
             self._report(group.name, variant, seen)
             if not self._open[group.name, variant]:
-                self.callbacks.on_variant(variant, sum(not left for left in self._open.values()), self._num_variants)
+                finished = sum(not left for left in self._open.values())
+                self._callbacks.on_variant(variant, finished, self._num_variants)
 
-    def _judge(self, group: TrialGroup, trials: Sequence[Trial], seen: dict[str, int]) -> None:
-        """Stores the outcomes of responses that this judge has not seen yet."""
-        judge, codec = self.target.judge, self.target.codec
-        new = [trial for trial in trials if self._judged[id(trial)] not in self._judgements]
-        pairs = [(trial, self._response(trial)) for trial in new]
+    def _judge(self, trials: Sequence[Trial], *, with_right: bool) -> None:
+        """Stores the outcomes of responses that this judge has not seen yet, and which answers are right."""
+        target = self._target
+        new = [trial for trial in trials if self._judgement_key(trial) not in self._judgements]
+        pairs = [(trial, self._answered(trial).response) for trial in new]
         rows = []
-        for (trial, response), outcome in zip(pairs, self.target.judged(pairs), strict=True):
-            row: dict[str, Any] = {"key": self._judged[id(trial)], "outcome": str(outcome)}
-            if group.name == HARMLESS and trial.variant == "benign":
-                row["right"] = bool(judge.is_right(trial.prompt, response.texts(codec)[1]))
+        for (trial, response), outcome in zip(pairs, target.judged(pairs), strict=True):
+            row: dict[str, Any] = {"key": self._judgement_key(trial), "outcome": str(outcome)}
+            if with_right:
+                row["right"] = bool(target.judge.is_right(trial.prompt, response.texts(target.codec)[1]))
             rows.append(row)
         self._judgements.add(rows)
-        for trial in trials:
-            seen[self._judgements[self._judged[id(trial)]]["outcome"]] += 1
 
-    def _response(self, trial: Trial) -> Response:
-        row = self._responses[self._keys[id(trial)]]
-        return Response(tuple(row["sequence"]), tuple(row["prefill"]), tuple(row["tokens"]), row["stats"])
+    def _judgement_key(self, trial: Trial) -> str:
+        return trial.judgement_key(self._keys[id(trial)])
 
     def _answered(self, trial: Trial) -> Answered:
-        key = self._keys[id(trial)]
-        judgement = self._judgements.get(self._judged.get(id(trial), ""))  # none for benchmarks
-        seconds = float(self._responses[key]["seconds"])
-        return Answered(self._response(trial), judgement.get("outcome"), judgement.get("right"), seconds)
+        row = self._responses[self._keys[id(trial)]]
+        response = Response(tuple(row["sequence"]), tuple(row["prefill"]), tuple(row["tokens"]), row["stats"])
+        judgement = self._judgements.get(self._judgement_key(trial))  # none for benchmarks
+        return Answered(response, judgement.get("outcome"), judgement.get("right"), float(row["seconds"]))
 
     def _report(self, attack: str, variant: str, seen: Mapping[str, int]) -> None:
         total = len(self._keys)
-        self.callbacks.on_trials(
-            Progress(self.target.role, attack, variant, self._done, total, self._reused, dict(seen))
-        )
+        role = self._target.role
+        self._callbacks.on_trials(Progress(role, attack, variant, self._done, total, self._reused, dict(seen)))
 
 
 def _row(key: str, trial: Trial, response: Response, seconds: float) -> dict[str, Any]:

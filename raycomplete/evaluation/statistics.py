@@ -7,7 +7,7 @@ every depth, so its trials are not independent, and treating them as such would 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -96,6 +96,13 @@ def worst_of_trials(complied: Sequence[Sequence[bool]], confidence: float = 0.95
     return wilson(sum(any(trials) for trials in complied), len(complied), confidence)
 
 
+def bootstrap(num_items: int, resamples: int = RESAMPLES, seed: int = 0) -> Iterator[np.ndarray]:
+    """Draws items with replacement; yields indices of the draws, [resamples of a block, items]."""
+    generator = np.random.default_rng(seed)
+    for start in range(0, resamples, _BLOCK):
+        yield generator.integers(num_items, size=(min(_BLOCK, resamples - start), num_items))
+
+
 def _clustered(share_N: np.ndarray, num_trials: int, confidence: float) -> Rate:
     """Computes the mean share of N independent prompts with Wilson's interval at an effective number of trials."""
     num_prompts = len(share_N)
@@ -179,11 +186,7 @@ def paired_bootstrap(
     if not common:
         raise ValueError("paired_bootstrap needs behaviours that both models were asked.")
     difference_N = np.asarray([first[name] - second[name] for name in common])
-    generator = np.random.default_rng(seed)
-    means = [
-        difference_N[generator.integers(len(common), size=(min(_BLOCK, resamples - start), len(common)))].mean(axis=1)
-        for start in range(0, resamples, _BLOCK)
-    ]
+    means = [difference_N[drawn_RN].mean(axis=1) for drawn_RN in bootstrap(len(common), resamples, seed)]
     tail = (1.0 - confidence) / 2.0
     low, high = np.quantile(np.concatenate(means), [tail, 1.0 - tail])
     return Difference(float(difference_N.mean()), float(low), float(high), len(common), resamples)

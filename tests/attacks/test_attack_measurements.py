@@ -87,7 +87,7 @@ def test_trials_are_named_by_what_decides_them(target: Target, sets: EvaluationS
 
     (short,), (long,) = planned("rank_assisted_prefill", [prompt]), planned("rank_assisted_prefill", [longer])
     assert short.key("m") == long.key("m")
-    assert short.judgement_key("m") != long.judgement_key("m"), "a judge may read the answer"
+    assert short.judgement_key("k") != long.judgement_key("k"), "a judge may read the answer"
     small, large = planned({"name": "gcg", "batch": 8}, [prompt]), planned({"name": "gcg", "batch": 64}, [prompt])
     assert small[0].key("m") == large[0].key("m")
     changed = replace(

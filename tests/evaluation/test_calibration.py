@@ -10,8 +10,8 @@ import pytest
 from raycomplete.attacks.target import judge_all
 from raycomplete.evaluation import RefusalJudge
 from raycomplete.evaluation.calibration import (
-    CalibratedJudge,
     calibrate,
+    calibrated,
     corrected_asr,
     read_calibration,
     read_labelled,
@@ -162,7 +162,7 @@ def test_a_stored_calibration_goes_with_its_judge(tmp_path: Path) -> None:
     rows = [row(REFUSE, "refused", "refused"), row(COMPLY, "complied", "complied")]
     found = calibrate(RefusalJudge(), read_labelled(labelled(tmp_path / "l.csv", rows)), "a test")
     path.write_text(json.dumps(found))
-    judge = CalibratedJudge(RefusalJudge(), read_calibration(path, RefusalJudge().name))
+    judge = calibrated(RefusalJudge(), read_calibration(path, RefusalJudge().name))
     assert measured(judge) == found
     assert judge.name == RefusalJudge().name
     triples = [(PROMPT, "", REFUSE), (PROMPT, "", COMPLY)]
