@@ -1,5 +1,5 @@
-"""`raycomplete doctor`: what is there, what a run needs, and what to do where the two differ.
+"""`raycomplete doctor`: what this machine and the cluster have, what a run needs, and a remedy where the two differ.
 
-Each family of checks is one file; each check is a function from a `Context` to a `Finding`. Whatever imports torch, ray
-or vllm happens in a child process (`child.py`), so that a broken installation is a finding and not the doctor's end.
+A check is a function from a `Context` to a `Finding`; `command.CHECKS` lists them all. Whatever imports torch, ray or
+vllm happens in a child process (`probes`), so that a broken installation is a finding and does not end the doctor.
 """

@@ -1,11 +1,14 @@
-"""The command: runs the checks and shows them as a table or as JSON."""
+"""`raycomplete doctor`: runs the checks, each with a time limit, and shows them as a table or as JSON."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.markup import escape
@@ -13,19 +16,61 @@ from rich.table import Table
 
 from raycomplete import __version__
 from raycomplete.config import load_run_file
-from raycomplete.doctor.findings import Context, Status, worst
-from raycomplete.doctor.runner import CHECKS, Outcome, run_checks
+from raycomplete.doctor import machine, network, nodes, packages, run_file
+from raycomplete.doctor.findings import STATUSES, Context, Finding, Status, fail
 from raycomplete.runtime.errors import RaycompleteError
 
 SCHEMA = 1  # of the JSON; raised when a key is renamed or goes
-_MARKS: dict[Status, str] = {"ok": "[green]ok[/green]", "warn": "[yellow]warn[/yellow]", "fail": "[red]fail[/red]"}
+_COLORS: dict[Status, str] = {"ok": "green", "warn": "yellow", "fail": "red"}
+_CHILD_S = 15.0  # what a check takes beside the child process that it asks
+
+
+class Check(NamedTuple):
+    """One check; programs read its name, and it has failed after `timeout_s`."""
+
+    name: str
+    run: Callable[[Context], Finding]
+    timeout_s: float = 20.0
+
+
+CHECKS: tuple[Check, ...] = (
+    Check("python", packages.check_python),
+    Check("requirements", packages.check_requirements, 60.0),
+    Check("tested versions", packages.check_tested_set),
+    Check("imports", packages.check_imports, packages.IMPORT_TIMEOUT_S + _CHILD_S),
+    Check("processor", machine.check_cpu),
+    Check("gpu", machine.check_gpu, packages.IMPORT_TIMEOUT_S + _CHILD_S),
+    Check("memory", machine.check_memory),
+    Check("disk", machine.check_disk),
+    Check("shared memory", machine.check_shared_memory),
+    Check("open files", machine.check_open_files),
+    Check("ports", network.check_ports),
+    Check("ray token", network.check_ray_token),
+    Check("service token", network.check_service_token),
+    Check("cluster", nodes.check_cluster, nodes.PROBE_TIMEOUT_S + _CHILD_S),
+    Check("node versions", nodes.check_node_versions),
+    Check("clocks", nodes.check_clocks),
+    Check("shared storage", nodes.check_shared_storage),
+    Check("run file", run_file.check_run_file),
+    Check("checkpoints", run_file.check_checkpoints, run_file.TIMEOUT_S + _CHILD_S),
+    Check("prompts", run_file.check_prompts),
+    Check("engine", run_file.check_engine, run_file.ENGINE_TIMEOUT_S + _CHILD_S),
+)
+
+
+class CheckResult(NamedTuple):
+    """A check's finding, and how long it took."""
+
+    name: str
+    finding: Finding
+    seconds: float
 
 
 def doctor(run_file: Path | None, overrides: Sequence[str], *, as_json: bool, quick: bool) -> int:
     """Examines this machine, and the cluster where one is named, for a run file or for the demo.
 
     Args:
-        run_file: What the machine is examined for; None assumes the needs of the demo.
+        run_file: The run file that the machine is examined for; None assumes the needs of the demo.
         overrides: Values that replace those of the run file.
         as_json: One JSON object on standard output and nothing else.
         quick: Without starting an engine and without importing vLLM.
@@ -33,67 +78,80 @@ def doctor(run_file: Path | None, overrides: Sequence[str], *, as_json: bool, qu
     Returns:
         0, or 2 where a check failed.
     """
-    context = _context(run_file, overrides, quick=quick)
+    context = Context(run_file, quick=quick)
+    try:
+        context.config = load_run_file(run_file, overrides) if run_file else None
+    except RaycompleteError as error:
+        context.problem = error
     console = Console(stderr=as_json, quiet=as_json)
     with console.status("") as status:
-        outcomes = list(run_checks(context, CHECKS, on_start=lambda name: status.update(f"Checking {name} ...")))
+        results = list(run_checks(context, CHECKS, on_start=lambda name: status.update(f"Checking {name} ...")))
     if as_json:
-        print(json.dumps(report(context, outcomes), indent=1))
+        print(json.dumps(report(context, results), indent=1))
     else:
-        _show(console, outcomes)
-    return 2 if _worst(outcomes) == "fail" else 0
+        _show(console, results)
+    return 2 if worst(results) == "fail" else 0
 
 
-def report(context: Context, outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """What `--json` prints."""
+def run_checks(
+    context: Context, checks: Sequence[Check] = CHECKS, on_start: Callable[[str], None] = lambda _: None
+) -> Iterator[CheckResult]:
+    """Runs one check after another. One that raises, or takes longer than its limit, has failed."""
+    for check in checks:
+        on_start(check.name)
+        started = time.perf_counter()
+        yield CheckResult(check.name, _run(check, context), time.perf_counter() - started)
+
+
+def _run(check: Check, context: Context) -> Finding:
+    found: queue.Queue[Finding] = queue.Queue()
+
+    def work() -> None:
+        try:
+            found.put(check.run(context))
+        except BaseException as error:  # whatever it is, it must not pass for "no answer in time"
+            words = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            found.put(
+                fail(f"The check itself failed ({words}).", "Please report this; the other checks are not affected.")
+            )
+
+    threading.Thread(target=work, name=check.name, daemon=True).start()  # a hung one does not hold up the exit
+    try:
+        return found.get(timeout=check.timeout_s)
+    except queue.Empty:
+        remedy = "A device, a driver or a file system hangs: `dmesg | tail` and `df` may show which."
+        return fail(f"No answer within {check.timeout_s:g} s.", remedy)
+
+
+def worst(results: Sequence[CheckResult]) -> Status:
+    """Returns the worst status; "ok" of none."""
+    return max((result.finding.status for result in results), key=STATUSES.index, default="ok")
+
+
+def report(context: Context, results: Sequence[CheckResult]) -> dict[str, Any]:
+    """Builds what `--json` prints."""
     return {
         "schema": SCHEMA,
         "raycomplete": __version__,
-        "status": _worst(outcomes),
+        "status": worst(results),
         "run_file": str(context.run_file) if context.run_file else None,
         "address": context.address,
         "quick": context.quick,
-        "checks": [
-            {
-                "name": outcome.name,
-                "status": outcome.finding.status,
-                "found": outcome.finding.found,
-                "remedy": outcome.finding.remedy,
-                "seconds": round(outcome.seconds, 3),
-                "values": outcome.finding.values,
-            }
-            for outcome in outcomes
-        ],
+        "checks": [{"name": name, **vars(finding), "seconds": round(seconds, 3)} for name, finding, seconds in results],
     }
 
 
-def _context(run_file: Path | None, overrides: Sequence[str], *, quick: bool) -> Context:
-    if run_file is None:
-        return Context(quick=quick)
-    try:
-        config = load_run_file(run_file, overrides)
-    except RaycompleteError as error:
-        return Context(run_file, None, overrides, error, quick=quick)
-    return Context(run_file, config, overrides, quick=quick)
-
-
-def _show(console: Console, outcomes: Sequence[Outcome]) -> None:
+def _show(console: Console, results: Sequence[CheckResult]) -> None:
     table = Table(show_header=False, box=None, pad_edge=False)
     for name in ("status", "check", "found"):
         table.add_column(name, no_wrap=name != "found")
-    for outcome in outcomes:
-        finding = outcome.finding
+    for name, finding, _ in results:
         words = escape(finding.found)
         if finding.remedy:
             words += f"\n[bold]-> {escape(finding.remedy)}[/bold]"
-        table.add_row(_MARKS[finding.status], outcome.name, words)
+        color = _COLORS[finding.status]
+        table.add_row(f"[{color}]{finding.status}[/{color}]", name, words)
     console.print(table, highlight=False)
-    counts = {status: sum(outcome.finding.status == status for outcome in outcomes) for status in _MARKS}
-    seconds = sum(outcome.seconds for outcome in outcomes)
-    console.print(
-        f"\n{counts['ok']} ok, {counts['warn']} to note, {counts['fail']} failed, in {seconds:.0f} s.", highlight=False
-    )
-
-
-def _worst(outcomes: Sequence[Outcome]) -> Status:
-    return worst([outcome.finding.status for outcome in outcomes])
+    good, noted, failed = (sum(result.finding.status == status for result in results) for status in STATUSES)
+    seconds = sum(result.seconds for result in results)
+    console.print(f"\n{good} ok, {noted} to note, {failed} failed, in {seconds:.0f} s.", highlight=False)

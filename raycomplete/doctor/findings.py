@@ -1,10 +1,16 @@
-"""What a check finds, and what checks are given."""
+"""Findings of checks, the context that checks look at, and questions that are put to a child process."""
 
 from __future__ import annotations
 
+import json
 import os
+import signal
+import subprocess
+import sys
+import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -14,6 +20,7 @@ from raycomplete.runtime.errors import RaycompleteError
 
 Status: TypeAlias = Literal["ok", "warn", "fail"]
 STATUSES: tuple[Status, ...] = ("ok", "warn", "fail")  # from good to bad
+MARK = "raycomplete-doctor "  # opens the lines of a child that are meant for us; libraries print what they like
 
 
 @dataclass(frozen=True)
@@ -34,49 +41,37 @@ class Finding:
 
 
 def ok(found: str, **values: Any) -> Finding:
-    """Nothing to do."""
+    """Makes a finding that asks for nothing."""
     return Finding("ok", found, values=values)
 
 
 def warn(found: str, remedy: str, **values: Any) -> Finding:
-    """Worth knowing; a run may still work."""
+    """Makes a finding that is worth knowing; a run may still work."""
     return Finding("warn", found, remedy, values)
 
 
 def fail(found: str, remedy: str, **values: Any) -> Finding:
-    """A run would be refused, or die."""
+    """Makes a finding with which a run would be refused, or die."""
     return Finding("fail", found, remedy, values)
 
 
-def worst(statuses: Sequence[Status]) -> Status:
-    """The worst of several; "ok" of none."""
-    return max(statuses, key=STATUSES.index, default="ok")
-
-
+@dataclass
 class Context:
-    """What every check may look at.
+    """All that a check may look at.
 
-    Args:
+    Attributes:
         run_file: The run file that the machine is examined for, if any.
         config: The same, loaded; None where there is none or it cannot be loaded.
-        overrides: Values that replaced those of the run file.
         problem: Why the run file cannot be loaded.
         quick: Leave out what takes long.
     """
 
-    def __init__(
-        self,
-        run_file: Path | None = None,
-        config: RunConfig | None = None,
-        overrides: Sequence[str] = (),
-        problem: RaycompleteError | None = None,
-        *,
-        quick: bool = False,
-    ) -> None:
-        self.run_file, self.config, self.overrides, self.problem = run_file, config, tuple(overrides), problem
-        self.quick = quick
-        self._known: dict[str, Any] = {}
-        self._lock = threading.Lock()
+    run_file: Path | None = None
+    config: RunConfig | None = None
+    problem: RaycompleteError | None = None
+    quick: bool = False
+    _known: dict[str, Any] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def address(self) -> str | None:
@@ -86,7 +81,7 @@ class Context:
         return None if address == "local" else address
 
     def once(self, name: str, ask: Callable[[], Any]) -> Any:
-        """The answer of a slow question that several checks share; asked by the first of them."""
+        """Returns the result of a slow call that several checks share; the first of them makes it."""
         with self._lock:
             if name not in self._known:
                 self._known[name] = ask()
@@ -94,15 +89,75 @@ class Context:
 
 
 @dataclass(frozen=True)
-class Check:
-    """One check.
+class ChildReport:
+    """The messages of a child process, and how it ended.
 
     Attributes:
-        name: Unique, in words; stable, since programs read it.
-        run: The check itself.
-        timeout_s: After which it has failed.
+        messages: In order.
+        code: Exit code; negative for a signal, None where it was ended after `timeout_s`.
+        last_words: End of its standard error.
     """
 
-    name: str
-    run: Callable[[Context], Finding]
-    timeout_s: float = 20.0
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    code: int | None = 0
+    last_words: str = ""
+
+    @property
+    def merged(self) -> dict[str, Any]:
+        """All messages as one mapping."""
+        return {key: value for message in self.messages for key, value in message.items()}
+
+    @property
+    def last_begun(self) -> str | None:
+        """The last stage that the child said it begins."""
+        return next((message["begins"] for message in reversed(self.messages) if "begins" in message), None)
+
+    def ending(self, timeout_s: float) -> str:
+        """Says in words how it ended."""
+        if self.code is None:
+            return f"no answer within {timeout_s:g} s"
+        how = f"killed by {signal.Signals(-self.code).name}" if self.code < 0 else f"exit code {self.code}"
+        return f"{how}: {self.last_words}" if self.last_words else how
+
+
+def ask(
+    *arguments: str, timeout_s: float, environment: Mapping[str, str] | None = None, module: str = "probes"
+) -> ChildReport:
+    """Runs a module of this package as a program of its own and collects its messages.
+
+    Args:
+        arguments: Its command line.
+        timeout_s: After which it and all its children are killed.
+        environment: Added to this process's own.
+        module: Name below `raycomplete.doctor`.
+    """
+    with tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-m", f"raycomplete.doctor.{module}", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            env={**os.environ, **(environment or {})},
+            start_new_session=True,  # so that what it started can be ended with it
+        )
+        code: int | None
+        try:
+            out, _ = process.communicate(timeout=timeout_s)
+            code = process.returncode
+        except subprocess.TimeoutExpired:
+            with suppress(ProcessLookupError):  # it has just ended
+                os.killpg(process.pid, signal.SIGKILL)
+            out, _ = process.communicate()
+            code = None
+        errors.seek(0)
+        words = [line.strip() for line in errors.read().decode("utf-8", "replace").splitlines() if line.strip()]
+    messages = []
+    for line in out.decode("utf-8", "replace").splitlines():
+        with suppress(ValueError):  # no message, or one that was torn by a kill
+            messages.append(json.loads(line.partition(MARK)[2]))
+    return ChildReport(messages, code, words[-1][:300] if words else "")
+
+
+def tell(message: Mapping[str, Any]) -> None:
+    """Sends a message from a child process to the doctor."""
+    print(MARK + json.dumps(message), flush=True)

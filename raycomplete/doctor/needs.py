@@ -1,4 +1,4 @@
-"""What a run needs of a machine, from its run file and the headers of its checkpoints. A floor, not a forecast."""
+"""A run's needs of a machine, from its run file and the headers of its checkpoints: a floor, not a forecast."""
 
 from __future__ import annotations
 
@@ -22,16 +22,15 @@ _SCORERS = 2
 
 @dataclass(frozen=True)
 class Needs:
-    """What one run holds at the same time where it runs on one machine.
+    """All that one run holds at the same time where it runs on one machine.
 
     Attributes:
         host_bytes: Memory of engines, training workers, driver and object store, without a GPU.
         reserved_bytes: Of them, what is set aside and filled only with use: key-value caches and the object store.
         disk_bytes: Checkpoints that are kept, and the student.
         gpu_bytes: Of one device that trainer and engines share: weights, gradients and optimizer of the trainer.
-        gpu_share: Of the same device: what the engines reserve.
+        gpu_share: Of the same device: the fraction that the engines reserve.
         cpus: Logical CPUs that a cluster must offer.
-        num_params: Parameters of the student; None where its checkpoint is not on this machine yet.
     """
 
     host_bytes: int
@@ -40,54 +39,53 @@ class Needs:
     gpu_bytes: int
     gpu_share: float
     cpus: float
-    num_params: int | None
 
 
 def needs_of(config: RunConfig) -> Needs:
-    """The floor of a run. Checkpoints that are not on this machine count as nothing."""
-    size = 4 if config.models.dtype == "float32" else 2
-    params = {role: num_params(getattr(config.models, role) or config.models.aligned) for role in ("base", "aligned")}
-    student = num_params(config.models.student or config.models.aligned)
-    teacher, rollout, cluster = config.teacher, config.rollout, config.cluster
+    """Adds up a run. Checkpoints that are not on this machine count as nothing."""
+    models, train, teacher, rollout, cluster = (
+        config.models,
+        config.train,
+        config.teacher,
+        config.rollout,
+        config.cluster,
+    )
+    size = 4 if models.dtype == "float32" else 2
+    base, aligned, student = (num_params(spec) or 0 for spec in (models.base, models.aligned, student_of(config)))
     scorers = _SCORERS * teacher.replicas
     engines = scorers + rollout.num_engines
     devices = scorers * teacher.tensor_parallel + rollout.num_engines * rollout.tensor_parallel
-    weights = sum(value or 0 for value in params.values()) * size * teacher.replicas
-    weights += (params["base"] or 0) * size * rollout.num_engines
-    trained = _trainer_bytes(student or 0, config)
-    fixed = engines * ENGINE_GIB + config.train.num_workers * WORKER_GIB + DRIVER_GIB
+    weights = ((base + aligned) * teacher.replicas + base * rollout.num_engines) * size
+    # Weights, gradients and optimizer of all workers; of adapters, which are small, the frozen weights alone.
+    trainable = 0 if train.lora_rank else student
+    states = states_bytes(student, models.dtype, train.zero_stage, train.num_workers, trainable)
+    trained = int(sum(states.values())) * train.num_workers
     reserved = (engines * cluster.kv_cache_gib + OBJECT_STORE_GIB) * GIB
-    checkpoint = checkpoint_bytes(student or 0, config.models.dtype, config.train)
+    fixed = int((engines * ENGINE_GIB + train.num_workers * WORKER_GIB + DRIVER_GIB) * GIB)
     return Needs(
-        host_bytes=int(fixed * GIB) + reserved + weights + trained,
+        host_bytes=fixed + reserved + weights + trained,
         reserved_bytes=reserved,
         # One more than is kept: the oldest goes only once the newest is whole.
-        disk_bytes=checkpoint * (config.train.keep_checkpoints + 1) + (student or 0) * size,
+        disk_bytes=checkpoint_bytes(student, models.dtype, train) * (train.keep_checkpoints + 1) + student * size,
         gpu_bytes=trained,
         gpu_share=scorers * teacher.gpu_memory_utilization + rollout.num_engines * rollout.gpu_memory_utilization,
-        cpus=devices * cluster.cpus_per_engine + config.train.num_workers * cluster.cpus_per_worker,
-        num_params=student,
+        cpus=devices * cluster.cpus_per_engine + train.num_workers * cluster.cpus_per_worker,
     )
 
 
-def _trainer_bytes(params: int, config: RunConfig) -> int:
-    """Weights, gradients and optimizer of all workers; of adapters, which are small, the frozen weights alone."""
-    train = config.train
-    trainable = 0 if train.lora_rank else params
-    states = states_bytes(params, config.models.dtype, train.zero_stage, train.num_workers, trainable)
-    return int(sum(states.values())) * train.num_workers
+def student_of(config: RunConfig) -> str:
+    """Returns the checkpoint that the student starts from."""
+    return config.models.student or config.models.aligned
 
 
 def num_params(spec: str) -> int | None:
-    """Parameters of a checkpoint folder or of the organism; None where they cannot be counted from here."""
+    """Counts the parameters of a checkpoint folder or of the organism; None where that is not possible from here."""
     folder = local_folder(spec)
-    if folder is None:
-        return None
-    return count_parameters(folder) or None
+    return None if folder is None else count_parameters(folder) or None
 
 
 def local_folder(spec: str) -> Path | None:
-    """The folder of a checkpoint that needs no conversion and no download; None of any other."""
+    """Finds the folder of a checkpoint that needs no conversion and no download; None for any other."""
     scheme, _, rest = spec.partition(":")
     if scheme == "organism" and rest in ("base", "aligned"):
         folder = files("raycomplete") / "data" / "organism" / "checkpoints" / rest

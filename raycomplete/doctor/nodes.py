@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import uuid
 from pathlib import Path
 from typing import Any
 
-from raycomplete.doctor.child import Answer, ask
-from raycomplete.doctor.findings import Context, Finding, fail, ok, warn
-from raycomplete.doctor.needs import local_folder, needs_of
-from raycomplete.doctor.probe_cluster import look
+from raycomplete.doctor.findings import ChildReport, Context, Finding, ask, fail, ok, warn
+from raycomplete.doctor.needs import local_folder, needs_of, student_of
+from raycomplete.doctor.probes import look
 from raycomplete.runtime.files import write_text
 
 PROBE_TIMEOUT_S = 120.0
@@ -21,7 +19,7 @@ _ALONE = "One machine and no cluster"
 
 
 def check_cluster(context: Context) -> Finding:
-    """Whether the cluster answers, how large it is, and whether the run fits."""
+    """Checks that the cluster answers, how large it is, and that the run fits."""
     if context.address is None:
         return ok(f"{_ALONE}: a run starts Ray here and ends it again.")
     answer = cluster_report(context)
@@ -34,8 +32,7 @@ def check_cluster(context: Context) -> Finding:
     there, nodes = report["resources"], report.get("nodes", [])
     words = f"{report['alive']} nodes, {there.get('CPU', 0):g} CPU, {there.get('GPU', 0):g} GPU at {context.address}"
     values = {"address": context.address, "resources": there, "nodes": nodes}
-    silent = report["alive"] - len(nodes)
-    if silent:
+    if silent := report["alive"] - len(nodes):
         return fail(
             f"{words}; {silent} of them ran no task ({'; '.join(report.get('errors', [])) or 'no answer in time'}).",
             "See the raylet's log in /tmp/ray/session_latest/logs on that node, or remove the node.",
@@ -53,56 +50,48 @@ def check_cluster(context: Context) -> Finding:
 
 
 def check_node_versions(context: Context) -> Finding:
-    """Whether every node runs the same Python and packages as this one."""
+    """Compares Python and packages of every node with this one's."""
     nodes = _nodes(context)
-    if nodes is None:
-        return _nothing(context)
+    if isinstance(nodes, Finding):
+        return nodes
     here: dict[str, str] = look("", "", [])["versions"]
-    other = {
-        node["host"]: {
-            name: [node["versions"].get(name), here.get(name)]
-            for name in sorted(here.keys() | node["versions"].keys())
-            if node["versions"].get(name) != here.get(name)
-        }
-        for node in nodes
-    }
-    wrong = {host: names for host, names in other.items() if names}
+    wrong, words = {}, []
+    for node in nodes:
+        there = node["versions"]
+        names = [name for name in sorted(here.keys() | there.keys()) if there.get(name) != here.get(name)]
+        if names:
+            wrong[node["host"]] = {name: [there.get(name), here.get(name)] for name in names}
+            shown = ", ".join(f"{name} {there.get(name)} (here {here.get(name)})" for name in names)
+            words.append(f"{node['host']} has {shown}")
     if wrong:
-        words = "; ".join(
-            f"{host} has {', '.join(f'{name} {there} (here {mine})' for name, (there, mine) in names.items())}"
-            for host, names in wrong.items()
-        )
-        return fail(f"{words}.", "Install the same versions on every node: make setup on each.", nodes=wrong)
+        remedy = "Install the same versions on every node: make setup on each."
+        return fail(f"{'; '.join(words)}.", remedy, nodes=wrong)
     return ok(f"The same on {len(nodes)} nodes: {', '.join(f'{name} {value}' for name, value in here.items())}.")
 
 
 def check_clocks(context: Context) -> Finding:
-    """Clocks of the nodes against this one: leases, timeouts and logs compare times of several machines."""
+    """Compares the clocks of the nodes with this one: leases, timeouts and logs compare times of several machines."""
     nodes = _nodes(context)
-    if nodes is None:
-        return _nothing(context)
+    if isinstance(nodes, Finding):
+        return nodes
     skews = {node["host"]: node["skew_s"] for node in nodes}
     host = max(skews, key=lambda name: abs(skews[name]))
     words = f"Largest difference {skews[host]:+.3f} s ({host}), measured within {max(n['rtt_s'] for n in nodes):.3f} s"
     if abs(skews[host]) > MAX_SKEW_S:
-        return fail(
-            f"{words}; at most {MAX_SKEW_S:g} s are allowed.",
-            f"Turn on time synchronisation on {host}: timedatectl set-ntp true, or chrony.",
-            skew_s=skews,
-        )
+        remedy = f"Turn on time synchronisation on {host}: timedatectl set-ntp true, or chrony."
+        return fail(f"{words}; at most {MAX_SKEW_S:g} s are allowed.", remedy, skew_s=skews)
     return ok(f"{words}.", skew_s=skews)
 
 
 def check_shared_storage(context: Context) -> Finding:
-    """Whether every node sees the run folder, and the checkpoints, under the same path."""
+    """Checks that every node sees the run folder, and the checkpoints, under the same path."""
     nodes = _nodes(context)
-    if nodes is None:
-        return _nothing(context)
+    if isinstance(nodes, Finding):
+        return nodes
     folder, report = _shared_folder(context), cluster_report(context).merged
     if "probe_error" in report:
-        return fail(
-            f"The run folder {folder} cannot be written to ({report['probe_error']}).", "Check output.root.", **report
-        )
+        words = f"The run folder {folder} cannot be written to ({report['probe_error']})."
+        return fail(words, "Check output.root.", **report)
     blind = [node["host"] for node in nodes if not node["sees_probe"]]
     if blind:
         return fail(
@@ -117,54 +106,44 @@ def check_shared_storage(context: Context) -> Finding:
     return ok(f"A file written here into {folder} was read on all {len(nodes)} nodes.")
 
 
-def cluster_report(context: Context) -> Answer:
-    """What `probe_cluster` found out; asked once."""
-    return context.once("cluster", lambda: _ask(context))  # type: ignore[no-any-return]
+def cluster_report(context: Context) -> ChildReport:
+    """Runs a task on every node, in a child process, once."""
+    report: ChildReport = context.once("cluster", lambda: _ask(context))
+    return report
 
 
-def _ask(context: Context) -> Answer:
-    assert context.address is not None
-    folder, secret = _shared_folder(context), uuid.uuid4().hex
+def _ask(context: Context) -> ChildReport:
+    folder, secret, problem = _shared_folder(context), uuid.uuid4().hex, {}
     probe = folder / f".doctor-{secret[:8]}"
     made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
-    problem: list[dict[str, Any]] = []
+    paths: list[str] = []  # folders that each node must find; the organism comes with the package
+    if context.config is not None:
+        models = context.config.models
+        specs = {models.base, models.aligned, student_of(context.config)}
+        folders = [local_folder(spec) for spec in specs if not spec.startswith("organism:")]
+        paths = sorted(str(folder.resolve()) for folder in folders if folder is not None)
     try:
         write_text(probe, secret)
     except OSError as error:
-        problem.append({"probe_error": error.strerror or type(error).__name__})
+        problem = {"probe_error": error.strerror or type(error).__name__}
     try:
-        question = {"address": context.address, "probe": str(probe), "content": secret, "paths": _checkpoints(context)}
-        answer = ask("probe_cluster", json.dumps(question), timeout_s=PROBE_TIMEOUT_S)
+        question = {"address": context.address, "probe": str(probe), "content": secret, "paths": paths}
+        answer = ask("cluster", json.dumps(question), timeout_s=PROBE_TIMEOUT_S)
     finally:
         probe.unlink(missing_ok=True)
         for parent in made:  # the doctor leaves nothing behind
             if parent.is_dir() and not any(parent.iterdir()):
-                os.rmdir(parent)
-    return Answer([*answer.messages, *problem], answer.code, answer.last_words)
+                parent.rmdir()
+    return ChildReport([*answer.messages, problem], answer.code, answer.last_words)
 
 
-def _nodes(context: Context) -> list[dict[str, Any]] | None:
-    """Nodes that answered; None where there is no cluster or none did."""
-    if context.address is None:
-        return None
-    return cluster_report(context).merged.get("nodes") or None
-
-
-def _nothing(context: Context) -> Finding:
+def _nodes(context: Context) -> list[dict[str, Any]] | Finding:
+    """Returns the nodes that answered, or a finding where there is no cluster or none did."""
     if context.address is None:
         return ok(f"{_ALONE}: nothing to compare.")
-    return warn("No node answered, so there is nothing to compare.", "See the check of the cluster.")
+    nodes: list[dict[str, Any]] = cluster_report(context).merged.get("nodes", [])
+    return nodes or warn("No node answered, so there is nothing to compare.", "See the check of the cluster.")
 
 
 def _shared_folder(context: Context) -> Path:
     return (context.config.output.root if context.config else Path("runs")).absolute()
-
-
-def _checkpoints(context: Context) -> list[str]:
-    """Folders that each node must find; the organism comes with the package."""
-    if context.config is None:
-        return []
-    models = context.config.models
-    specs = {models.base, models.aligned, models.student or models.aligned}
-    folders = {spec: local_folder(spec) for spec in specs if not spec.startswith("organism:")}
-    return sorted(str(folder.resolve()) for folder in folders.values() if folder is not None)

@@ -1,18 +1,20 @@
-"""The run file, and the checkpoints and prompts that it names."""
+"""Checks of the run file, the checkpoints and prompts that it names, and a real vLLM engine."""
 
 from __future__ import annotations
 
 import json
 
-from raycomplete.doctor.child import Answer, ask
-from raycomplete.doctor.findings import Context, Finding, fail, ok, warn
-from raycomplete.doctor.needs import local_folder
+from raycomplete.doctor.findings import ChildReport, Context, Finding, ask, fail, ok, warn
+from raycomplete.doctor.needs import local_folder, student_of
+from raycomplete.doctor.packages import import_report
+from raycomplete.doctor.probes import smoke_spec
 
 TIMEOUT_S = 240.0
+ENGINE_TIMEOUT_S = 300.0
 
 
 def check_run_file(context: Context) -> Finding:
-    """Whether the run file loads."""
+    """Loads the run file."""
     if context.problem is not None:
         return fail(context.problem.problem, context.problem.remedy or "Mend it and ask again.")
     if context.config is None:
@@ -23,11 +25,10 @@ def check_run_file(context: Context) -> Finding:
 
 
 def check_checkpoints(context: Context) -> Finding:
-    """Whether the checkpoints are there, safe and of one family."""
+    """Reads the checkpoints, which must be safe and of one family."""
     if context.config is None:
         return ok("No run file, no checkpoints.")
-    absent = [spec for spec in _specs(context) if local_folder(spec) is None]
-    waiting = [spec for spec in absent if spec.partition(":")[0] in ("hub", "package") or spec.endswith(".gguf")]
+    waiting = [spec for spec in _absent(context) if spec.startswith(("hub:", "package:")) or spec.endswith(".gguf")]
     if waiting:
         return warn(
             f"Not looked into before a run fetches or converts them: {', '.join(waiting)}.",
@@ -37,20 +38,57 @@ def check_checkpoints(context: Context) -> Finding:
 
 
 def check_prompts(context: Context) -> Finding:
-    """Whether every prompt file is readable and every prompt fits the context."""
+    """Reads every prompt file; each prompt must fit the context."""
     if context.config is None:
         return ok("No run file, no prompts.")
-    if any(local_folder(spec) is None for spec in _specs(context)):
+    if _absent(context):
         return warn("Not looked into without the tokenizer of the checkpoints.", "See the check of the checkpoints.")
     return _part(context, "prompts")
 
 
+def check_engine(context: Context) -> Finding:
+    """Starts a pooling engine and a generating one on the organism, and compares the token that each predicts."""
+    if context.quick:
+        return ok("Left out (--quick).")
+    has_gpu = bool(import_report(context).merged.get("torch", {}).get("devices"))
+    use_gpu = has_gpu and (context.config is None or context.config.cluster.use_gpu != "never")
+    device, environment = "gpu" if use_gpu else "cpu", smoke_spec(use_gpu).environment()
+    return engine_finding(ask("engine", device, timeout_s=ENGINE_TIMEOUT_S, environment=environment), device)
+
+
+def engine_finding(answer: ChildReport, device: str) -> Finding:
+    """Turns the messages of the engine probe into a finding."""
+    said = answer.merged
+    if "error" in said or answer.code != 0 or "tokens" not in said:
+        cause = said.get("error") or answer.ending(ENGINE_TIMEOUT_S)
+        remedy = f"RAYCOMPLETE_TRACEBACK=1 VLLM_LOGGING_LEVEL=INFO python -m raycomplete.doctor.probes engine {device}"
+        words = f"vLLM failed at {answer.last_begun or 'starting'} ({cause})."
+        return fail(words, f"See the imports and free memory above; in full: {remedy}")
+    if said["pooled"] != said["tokens"]:
+        return fail(
+            f"The hidden states predict tokens {said['pooled']}, and the engine generates {said['tokens']}.",
+            "Scores of this vLLM would be wrong: install the tested versions with make setup.",
+            **said,
+        )
+    name = "GPU" if device == "gpu" else "processor"
+    return ok(
+        f"{len(said['tokens'])} tokens generated and read back alike on the {name} (import {said['import_s']:.0f} s, "
+        f"pooling engine {said['pooling_s']:.0f} s, generating engine {said['generate_s']:.0f} s, "
+        f"{said['peak_bytes'] / 2**30:.1f} GiB).",
+        **said,
+    )
+
+
 def _part(context: Context, name: str) -> Finding:
-    answer: Answer = context.once("inputs", lambda: _ask(context))
+    assert context.config is not None
+    question = json.dumps(context.config.model_dump(mode="json"))
+    environment = {"HF_HUB_OFFLINE": "1"}
+    answer: ChildReport = context.once(
+        "inputs", lambda: ask("inputs", question, timeout_s=TIMEOUT_S, environment=environment)
+    )
     said = answer.merged.get(name)
     if said is None:
-        missing = answer.merged.get("checkpoints", {}).get("problem")
-        if missing:  # prompts need a tokenizer
+        if "problem" in answer.merged.get("checkpoints", {}):  # prompts need a tokenizer
             return warn("Not looked into without usable checkpoints.", "See the check of the checkpoints.")
         return fail(f"They cannot be read ({answer.ending(TIMEOUT_S)}).", "See the check of the imports.")
     if "problem" in said:
@@ -58,13 +96,8 @@ def _part(context: Context, name: str) -> Finding:
     return ok(said["found"])
 
 
-def _ask(context: Context) -> Answer:
-    assert context.config is not None
-    question = json.dumps(context.config.model_dump(mode="json"))
-    return ask("probe_inputs", question, timeout_s=TIMEOUT_S, environment={"HF_HUB_OFFLINE": "1"})
-
-
-def _specs(context: Context) -> list[str]:
+def _absent(context: Context) -> list[str]:
     assert context.config is not None
     models = context.config.models
-    return list(dict.fromkeys([models.base, models.aligned, models.student or models.aligned]))
+    specs = dict.fromkeys([models.base, models.aligned, student_of(context.config)])
+    return [spec for spec in specs if local_folder(spec) is None]

@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 import pytest
 
 from raycomplete.config import load_run_file
-from raycomplete.doctor import device, network, resources
-from raycomplete.doctor.child import Answer
-from raycomplete.doctor.findings import Context
+from raycomplete.doctor import machine, network
+from raycomplete.doctor.findings import ChildReport, Context
 from raycomplete.doctor.needs import GIB, needs_of, num_params
 from tests.conftest import ROOT
 
@@ -22,7 +21,7 @@ RUN_FILE = ROOT / "jobs" / "organism.yaml"
 
 def context(*overrides: str, devices: list[dict[str, Any]] | None = None, cuda: str | None = None) -> Context:
     found = Context(RUN_FILE, load_run_file(RUN_FILE, overrides))
-    found.once("imports", lambda: Answer([{"torch": {"devices": devices or [], "cuda_build": cuda}}]))
+    found.once("imports", lambda: ChildReport([{"torch": {"devices": devices or [], "cuda_build": cuda}}]))
     return found
 
 
@@ -57,23 +56,23 @@ def test_the_limit_of_a_container_counts(monkeypatch: pytest.MonkeyPatch) -> Non
         group / "memory.stat": [f"inactive_file {GIB // 2}"],
         Path("/sys/fs/cgroup/memory.max"): ["max"],
     }
-    monkeypatch.setattr(resources, "_lines", lambda file: files.get(file, []))
-    free, total, limited = resources.free_memory()
+    monkeypatch.setattr(machine, "_lines", lambda file: files.get(file, []))
+    free, total, limited = machine.free_memory()
     assert (total, limited) == (3 * GIB, True)
     assert free <= int(1.5 * GIB)
-    finding = resources.check_memory(context())
+    finding = machine.check_memory(context())
     assert finding.status == "fail"
     assert "(the container's limit)" in finding.found
     assert finding.remedy
 
 
 def test_a_small_laptop_is_warned_and_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resources, "free_memory", lambda: (6 * GIB, 8 * GIB, False))
+    monkeypatch.setattr(machine, "free_memory", lambda: (6 * GIB, 8 * GIB, False))
     for asked in (context(), Context()):
-        finding = resources.check_memory(asked)
+        finding = machine.check_memory(asked)
         assert (finding.status, "once its caches are full (5.0 of it)" in finding.found) == ("warn", True)
-    monkeypatch.setattr(resources, "free_memory", lambda: (4 * GIB, 4 * GIB, False))
-    assert resources.check_memory(Context()).status == "fail"
+    monkeypatch.setattr(machine, "free_memory", lambda: (4 * GIB, 4 * GIB, False))
+    assert machine.check_memory(Context()).status == "fail"
 
 
 def test_needs_count_every_replica() -> None:
@@ -90,19 +89,19 @@ def test_a_disk_that_is_too_small_is_refused(monkeypatch: pytest.MonkeyPatch) ->
         free: int
 
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(100 * GIB, 99 * GIB, GIB // 2))
-    finding = resources.check_disk(context())
+    finding = machine.check_disk(context())
     assert finding.status == "fail"
     assert "run folder" in finding.found
     assert "output.root" in finding.remedy
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(100 * GIB, 97 * GIB, 3 * GIB))
-    assert "97% full, and Ray stops at 95 %" in resources.check_disk(context()).found
-    assert resources.check_shared_memory(context()).status == "ok"
+    assert "97% full, and Ray stops at 95 %" in machine.check_disk(context()).found
+    assert machine.check_shared_memory(context()).status == "ok"
 
 
 def test_few_open_files_are_noted_and_more_are_wanted_on_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda _: (20000, 20000))
-    assert resources.check_open_files(context()).status == "ok"
-    finding = resources.check_open_files(context("cluster.address=head:6379"))
+    assert machine.check_open_files(context()).status == "ok"
+    finding = machine.check_open_files(context("cluster.address=head:6379"))
     assert finding.status == "warn"
     assert finding.remedy.startswith("ulimit -n 65536, after raising nofile (20000)")
 
@@ -132,8 +131,8 @@ def test_driver_torch_and_run_file_are_compared(
     words: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(device, "gpus", lambda: [device.Device(name, "595.1", 80 * GIB) for name in driver])
-    finding = device.check_gpu(context(*overrides, devices=devices, cuda=cuda))
+    monkeypatch.setattr(machine, "gpus", lambda: [machine.Device(name, "595.1", 80 * GIB) for name in driver])
+    finding = machine.check_gpu(context(*overrides, devices=devices, cuda=cuda))
     assert finding.status == status
     assert words in finding.found
     assert bool(finding.remedy) is (status != "ok")

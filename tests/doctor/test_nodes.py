@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 
 from raycomplete.config import load_run_file
-from raycomplete.doctor import engine_smoke, nodes, run_file
-from raycomplete.doctor.child import Answer
-from raycomplete.doctor.findings import Context
-from raycomplete.doctor.probe_cluster import look
+from raycomplete.doctor import nodes, run_file
+from raycomplete.doctor.findings import ChildReport, Context
+from raycomplete.doctor.probes import look
 from tests.conftest import ROOT
 
 RUN_FILE = ROOT / "jobs" / "organism.yaml"
@@ -31,7 +30,7 @@ def told(*found: dict[str, Any], alive: int | None = None, code: int | None = 0)
     answered = context("cluster.address=head:6379")
     report = {"alive": alive or len(found), "resources": {"CPU": 8.0}}
     messages = [report, {"nodes": list(found), "errors": []}] if code == 0 else []
-    answered.once("cluster", lambda: Answer(messages, code, ""))
+    answered.once("cluster", lambda: ChildReport(messages, code, ""))
     return answered
 
 
@@ -52,7 +51,7 @@ def test_a_cluster_that_does_not_answer_is_a_failure() -> None:
 def test_a_cluster_that_is_too_small_fails_unless_the_run_waits_for_nodes() -> None:
     for wait_s, status in ((10, "fail"), (900, "warn")):
         asked = context("cluster.address=head:6379", "cluster.cpus_per_worker=10", f"cluster.wait_for_nodes_s={wait_s}")
-        asked.once("cluster", lambda: Answer([{"alive": 1, "resources": {"CPU": 8.0}}, {"nodes": [node("a")]}]))
+        asked.once("cluster", lambda: ChildReport([{"alive": 1, "resources": {"CPU": 8.0}}, {"nodes": [node("a")]}]))
         finding = nodes.check_cluster(asked)
         assert (finding.status, "the run needs 11.5 CPU" in finding.found) == (status, True)
 
@@ -89,16 +88,16 @@ def test_a_real_cluster_passes_and_nothing_is_left_behind(
 
 @pytest.mark.slow
 def test_a_real_engine_reads_what_it_wrote() -> None:
-    finding = engine_smoke.check_engine(context("cluster.use_gpu=never"))
+    finding = run_file.check_engine(context("cluster.use_gpu=never"))
     assert finding.status == "ok", finding
     assert len(finding.values["tokens"]) >= 2
 
 
 def test_an_engine_that_disagrees_with_itself_is_a_failure() -> None:
     times = {"import_s": 1.0, "pooling_s": 1.0, "generate_s": 1.0, "peak_bytes": 1}
-    wrong = engine_smoke._finding(Answer([{"tokens": [1, 2], "pooled": [1, 3], **times}]), "processor")
+    wrong = run_file.engine_finding(ChildReport([{"tokens": [1, 2], "pooled": [1, 3], **times}]), "cpu")
     assert wrong.status == "fail"
-    killed = engine_smoke._finding(Answer([{"begins": "generating"}], -9), "processor")
+    killed = run_file.engine_finding(ChildReport([{"begins": "generating"}], -9), "cpu")
     assert "vLLM failed at generating (killed by SIGKILL)" in killed.found
     assert killed.remedy
 

