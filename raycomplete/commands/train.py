@@ -33,10 +33,10 @@ from raycomplete.runtime.files import read_json, write_json
 from raycomplete.runtime.machine import available_cpus
 from raycomplete.runtime.metrics_file import read_metrics
 from raycomplete.runtime.types import MODEL_ROLES
-from raycomplete.training.disk_space import check_space
+from raycomplete.training.checkpoints import check_space
 from raycomplete.training.job import TrainJob
+from raycomplete.training.rollout_engines import StudentEngines
 from raycomplete.training.sampling import make_samples
-from raycomplete.training.student_engines import StudentEngines
 from raycomplete.training.trainer import fit
 
 _SAME = ("models", "data", "rollout", "train")  # sections that decide what is trained
@@ -126,7 +126,7 @@ def _train_student(run: Run) -> None:
         prefetch=config.teacher.prefetch,
         threads=worker_threads(config),
         rollout=config.rollout,
-        policy=_policy(run),
+        student_engines=_student_engines(run),
         plugins=tuple(config.plugins),
         lora_rank=config.train.lora_rank,
         use_gpu=run.cluster.use_gpu,
@@ -139,8 +139,8 @@ def _train_student(run: Run) -> None:
     write_json(stats_file, training_stats(job.metrics_file, time.perf_counter() - started, scored, run.engines.stats))
 
 
-def _policy(run: Run) -> StudentEngines | None:
-    """The student's own rollouts, where the run file asks for them."""
+def _student_engines(run: Run) -> StudentEngines | None:
+    """The engines for the student's own rollouts, where the run file asks for them."""
     if not run.config.rollout.on_policy:
         return None
     pool = run.engines.generator.with_weights(str(run.models.paths["student"]))

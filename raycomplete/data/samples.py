@@ -1,4 +1,4 @@
-"""Training samples as token ids, and the file that holds them between the rollouts and the trainer."""
+"""Training samples as token ids, and the file that hands them from sampling to training."""
 
 from __future__ import annotations
 
@@ -11,42 +11,51 @@ from raycomplete.runtime.errors import DataError
 from raycomplete.runtime.files import PRIVATE, write_text
 from raycomplete.runtime.types import PromptKind
 
-MAX_REFUSAL_PREFIX_TOKENS = 48  # tokens of a refusal prefix, at most: it is read and scored beside the deepest cut of h
+MAX_REFUSAL_PREFIX_TOKENS = 48  # a refusal prefix is read and scored in addition to the deepest cut of h
 
 
 @dataclass(frozen=True, slots=True)
-class AnchorSample:
-    """A prompt of any kind and the aligned model's own answer (in SFT: the answer to learn).
-
-    Attributes:
-        sample_id: Name of the prompt and of the draw.
-        prompt_ids: Tokens up to where the response starts.
-        answer_ids: Response tokens, end-of-response included where the answer ended by itself.
-        kind: Of the prompt.
-    """
+class _Sample:
+    """A prompt; `sample_id` is its name and, where several answers were drawn, "#" and the number of the draw."""
 
     sample_id: str
     prompt_ids: tuple[int, ...]
+
+    @property
+    def prompt_id(self) -> str:
+        """Name of the prompt, which all its draws share."""
+        return self.sample_id.rsplit("#", 1)[0]
+
+
+@dataclass(frozen=True, slots=True)
+class AnchorSample(_Sample):
+    """A prompt of any kind and the aligned model's own answer (in SFT: the answer to learn).
+
+    Attributes:
+        sample_id: Name of the prompt and number of the draw.
+        prompt_ids: Tokens up to where the response starts.
+        answer_ids: Response tokens, end-of-response included where the answer ended by itself.
+        kind: Kind of the prompt.
+    """
+
     answer_ids: tuple[int, ...]
     kind: PromptKind = "benign"
 
 
 @dataclass(frozen=True, slots=True)
-class RecoverySample:
+class RecoverySample(_Sample):
     """A harmful prompt, a compliant continuation h and the aligned model's refusal r.
 
     Attributes:
-        sample_id: Name of the prompt and of the draw.
-        prompt_ids: What the student reads before h.
-        teacher_prompt_ids: What the teacher reads before r; differs where only the teacher sees a safety prompt.
-        harmful_ids: h, cut at the drawn depth when a batch is built.
-        refusal_ids: r, end-of-response included where it ended by itself.
-        refusal_prefix_tokens: How many tokens at the start of `harmful_ids` imitate a refusal and turn away from it; cuts are
-            counted from after them.
+        sample_id: Name of the prompt and number of the draw.
+        prompt_ids: Tokens that the student reads before h.
+        teacher_prompt_ids: Tokens that the teacher reads before r; they differ where it alone sees a safety prompt.
+        harmful_ids: Tokens of h; each step cuts them at a drawn depth.
+        refusal_ids: Tokens of r, end-of-response included where it ended by itself.
+        refusal_prefix_tokens: Number of tokens at the start of `harmful_ids` that imitate a refusal and turn away from
+            it; cuts are counted from after them.
     """
 
-    sample_id: str
-    prompt_ids: tuple[int, ...]
     teacher_prompt_ids: tuple[int, ...]
     harmful_ids: tuple[int, ...]
     refusal_ids: tuple[int, ...]
@@ -58,10 +67,10 @@ class SampleSet:
     """All samples of a run.
 
     Attributes:
-        anchor: Trained in every run.
-        recovery: Empty in SFT.
-        profile: Held-out harmful prompts with continuations, read before and after training for the position profile.
-        held_back_anchor: Of training prompts that are not trained but tell when to stop.
+        anchor: Samples that every run trains.
+        recovery: Samples of harmful prompts; empty in SFT.
+        profile: Held-out harmful prompts with h as the answer; read for the position profile, never trained.
+        held_back_anchor: Samples of training prompts that are not trained and tell when to stop.
         held_back_recovery: The same for recovery.
     """
 
@@ -89,13 +98,13 @@ def read_samples(path: Path) -> SampleSet:
     """
     if not path.is_file():
         raise DataError(f"The sample file {path} does not exist.", "Run again with --overwrite.")
-    parts: dict[str, list[AnchorSample | RecoverySample]] = {part: [] for part in _PARTS}
+    parts: dict[str, list[Any]] = {part: [] for part in _PARTS}
     for line in path.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         part = row.pop("part")
-        kind = RecoverySample if part.endswith("recovery") else AnchorSample
+        sample_class = RecoverySample if part.endswith("recovery") else AnchorSample
         values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
-        parts[part].append(kind(**values))
+        parts[part].append(sample_class(**values))
     if not parts["anchor"]:
         raise DataError(f"The sample file {path} holds no training sample.", "Run again with --overwrite.")
-    return SampleSet(*(tuple(parts[name]) for name in _PARTS))  # type: ignore[arg-type]
+    return SampleSet(**{part: tuple(found) for part, found in parts.items()})

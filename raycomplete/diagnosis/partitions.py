@@ -24,8 +24,8 @@ from raycomplete.data.stream import Columns, write_partition
 from raycomplete.diagnosis.rows import METRICS, DiagnosisRows, DiagnosisSettings, diagnose_rows
 from raycomplete.diagnosis.samples import Sample
 from raycomplete.diagnosis.statistics import position_bands
+from raycomplete.engines.scorers import TeacherClient
 from raycomplete.losses.heads import Head
-from raycomplete.training.teacher_prefetcher import ScoreSource
 
 CONTEXT_TOKENS = 12  # response tokens shown before a base-favored token
 
@@ -41,7 +41,7 @@ class Walk:
         settings: Thresholds and sizes.
     """
 
-    sources: Mapping[str, ScoreSource]
+    sources: Mapping[str, TeacherClient]
     heads: Mapping[str, Head]
     refusal_ids: tuple[int, ...]
     settings: DiagnoseConfig

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from raycomplete.config import RunConfig
 from raycomplete.plan.trainer import states_bytes
-from raycomplete.training.disk_space import checkpoint_bytes, count_parameters
+from raycomplete.training.checkpoints import checkpoint_bytes, count_parameters
 
 GIB = 2**30
 # Memory of a process beside its weights, its share of shared pages counted once (PSS): the largest seen while runs of

@@ -1,9 +1,13 @@
-"""The DeepSpeed engine around the student: settings, start, checkpoints, gathered weights."""
+"""The DeepSpeed engine around the student: its settings and start, bad steps, and the student's weights gathered.
+
+A bad step is one whose loss or gradient is NaN or infinite. DeepSpeed's ZeRO optimizers leave out such a step by
+themselves: its gradients are dropped, and weights, moments and the schedule of the learning rate stay. `start_engine`
+makes stage 0 do the same, `spread_bad_loss` makes a bad loss of one rank show in the gradients of all, and `BadSteps`
+counts bad steps and keeps their batches for whoever looks for the cause.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,29 +16,28 @@ import deepspeed.ops
 import torch
 import torch.distributed as dist
 from deepspeed import zero
+from torch import Tensor
 
 from raycomplete.config import Dtype, TrainConfig
-from raycomplete.runtime.errors import WorkError
-from raycomplete.runtime.machine import named_when_full
-from raycomplete.storage import integrity
-from raycomplete.training.ownership import check_owned, make_private
+from raycomplete.losses.loss_types import TokenKind
+from raycomplete.runtime.errors import NotFiniteError
+from raycomplete.runtime.files import PRIVATE, write_json
+from raycomplete.runtime.metrics_file import finite
+from raycomplete.training.batches import MicroBatch
 
-_COMPLETE = integrity.COMPLETE
 _CPU_BUCKET = 2**25  # gradients that are reduced together; DeepSpeed's default is a buffer of 2 GB
 
 
 def deepspeed_settings(
-    train: TrainConfig, dtype: Dtype, *, per_device_batch_size: int, accumulation: int, steps: int, lr: float
+    train: TrainConfig, dtype: Dtype, *, per_device_batch_size: int, accumulation: int
 ) -> dict[str, Any]:
     """DeepSpeed's own configuration of a run.
 
     Args:
-        train: Stage, weight decay, clipping, warm-up.
-        dtype: Of the weights; bfloat16 keeps float32 master weights in the optimizer.
+        train: Stage, length, learning rate, weight decay and clipping.
+        dtype: Type of the weights; bfloat16 keeps float32 master weights in the optimizer.
         per_device_batch_size: Sequences of one forward pass on one worker.
         accumulation: Forward passes of one optimizer step.
-        steps: Length of the learning-rate schedule.
-        lr: Peak learning rate.
     """
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": per_device_batch_size,
@@ -48,7 +51,7 @@ def deepspeed_settings(
             # torch's AdamW everywhere: DeepSpeed's fused ones compile at first use. Its own fused one reads and writes
             # each tensor once, not once an operation: on a CPU a tenth of the time (0.1 s for 135 M weights).
             "params": {
-                "lr": lr,
+                "lr": train.lr,
                 "weight_decay": train.weight_decay,
                 "betas": [0.9, 0.95],
                 "torch_adam": True,
@@ -58,7 +61,7 @@ def deepspeed_settings(
         "scheduler": {
             "type": "WarmupCosineLR",
             "params": {
-                "total_num_steps": max(steps, train.warmup_steps + 1),
+                "total_num_steps": max(train.steps, train.warmup_steps + 1),
                 "warmup_num_steps": max(train.warmup_steps, 1),
                 "warmup_min_ratio": 1.0 / (max(train.warmup_steps, 1) + 1),  # the first step already learns
                 "warmup_type": "linear",
@@ -98,7 +101,7 @@ def start_engine(module: torch.nn.Module, settings: dict[str, Any]) -> Any:
 
 
 def _leave_out_if_not_finite(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    """What ZeRO's optimizers do by themselves: a step whose gradients are not finite changes nothing and is counted."""
+    """Drops the gradients of a step where they are not finite, as ZeRO's optimizers do; the engine counts it."""
     parameters = [item for group in optimizer.param_groups for item in group["params"] if item.grad is not None]
     norm = torch.stack([parameter.grad.float().norm() for parameter in parameters]).norm()
     optimizer.overflow = not bool(norm.isfinite())  # type: ignore[attr-defined]  # the engine reads it after the step
@@ -107,130 +110,91 @@ def _leave_out_if_not_finite(optimizer: torch.optim.Optimizer, *_: Any) -> None:
             parameter.grad = None  # torch's optimizers pass over such parameters
 
 
-def save(
-    engine: Any, folder: Path, step: int, state: dict[str, Any], keep: int | None, train: TrainConfig | None = None
-) -> None:
-    """Writes a checkpoint that counts only once `complete.json` stands in it, then drops the oldest.
+def spread_bad_loss(loss: Tensor) -> Tensor:
+    """Multiplies a loss that is not finite by NaN, so that its gradients, which are what is checked, are not either."""
+    return loss * torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan).to(loss.dtype)
+
+
+class BadSteps:
+    """Counts bad steps, alike on every rank.
 
     Args:
-        engine: DeepSpeed engine; every rank must call this.
-        folder: The run's `checkpoints/`.
-        step: Finished steps.
-        state: Plain values to restore (sampler, counters, rollouts); readable by the owner only.
-        keep: Complete checkpoints to keep; None keeps all.
-        train: Says what else is kept and whether files are hashed; its defaults when absent.
-
-    Raises:
-        DiskFullError: There was no room. The half-written checkpoint stays until `drop_unfinished`, since other ranks
-            may still be writing to it.
+        folder: Run folder, which gets a file for each of them.
+        limit: As many in a row end training.
     """
-    train = train or TrainConfig()
-    target = folder / f"step-{step:06d}"
-    if dist.get_rank() == 0:
-        make_private(folder)
-        (target / _COMPLETE).unlink(missing_ok=True)  # a resumed run may write a step again: until then it is not whole
-    dist.barrier()
-    with named_when_full(folder, f"the checkpoint of step {step}", _newest_size(folder)):
-        engine.save_checkpoint(str(target), tag="state")
-        dist.barrier()  # the files of every rank are there
+
+    def __init__(self, folder: Path, limit: int) -> None:
+        self._folder, self._limit = folder, limit
+        self._watched: list[tuple[Tensor, ...]] = []
+        self.total = 0
+        self.in_a_row = 0
+
+    def begin(self) -> None:
+        """Forgets the batches of the step before."""
+        self._watched.clear()
+
+    def watch(self, batch: MicroBatch, loss: Tensor, row_loss_N: Tensor | None) -> None:
+        """Keeps the tokens of a micro-batch of this step and their losses (None in SFT), without its hidden states."""
+        row_loss_N = torch.full(batch.row_N.shape, torch.nan) if row_loss_N is None else row_loss_N.detach()
+        tokens = (batch.input_ids_BT, batch.row_N, batch.kind_N, batch.target_N)
+        self._watched.append((*tokens, loss.detach(), row_loss_N))
+
+    def count(self, step: int, *, skipped: bool) -> None:
+        """Takes in whether the optimizer left out a step (counted from 0); every rank calls it with the same answer.
+
+        Raises:
+            NotFiniteError: It is the last one that is allowed in a row.
+        """
+        if not skipped:
+            self.in_a_row = 0
+            return
+        self.total, self.in_a_row = self.total + 1, self.in_a_row + 1
+        path = self._folder / f"bad-step-{step + 1:06d}.json"
+        ranks: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(ranks, [_record(*watched) for watched in self._watched])
         if dist.get_rank() == 0:
-            content = {"step": step, "world_size": dist.get_world_size(), **state}
-            integrity.seal(target, content, hashed=train.checkpoint_hashes)
-    if dist.get_rank() == 0:
-        integrity.prune(folder, keep, train.keep_every)
-    dist.barrier()
+            write_json(path, {"step": step + 1, "ranks": ranks}, mode=PRIVATE)
+        dist.barrier()
+        if self.in_a_row >= self._limit:
+            raise NotFiniteError(
+                f"The loss or its gradient was NaN or infinite in {self.in_a_row} steps in a row, up to step "
+                f"{step + 1}; none of them changed the weights. The last batch is in {path}.",
+                "Look there for a sequence whose loss is null. If all are, lower train.lr or use bfloat16 and start "
+                "anew; if the batches are at fault, resume with --resume and a higher train.max_bad_steps.",
+            )
+
+    def state_dict(self) -> dict[str, int]:
+        """Both counts, as plain JSON types."""
+        return {"total": self.total, "in_a_row": self.in_a_row}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Takes up a saved run."""
+        self.total, self.in_a_row = state["total"], state["in_a_row"]
 
 
-def keep_only(folder: Path, *steps: int) -> None:
-    """Drops every checkpoint but those of some steps; every rank must call this."""
-    if dist.get_rank() == 0:
-        kept = {f"step-{step:06d}" for step in steps}
-        for path in folder.glob("step-*"):
-            if path.name not in kept:
-                integrity.drop(path)
-    dist.barrier()
+def _record(
+    input_ids_BT: Tensor, row_N: Tensor, kind_N: Tensor, target_N: Tensor, loss: Tensor, row_loss_N: Tensor
+) -> dict[str, Any]:
+    """Plain values from which a micro-batch can be read again; a loss that is not finite is null."""
+    length = input_ids_BT.shape[-1]
+    columns = (row_N.tolist(), kind_N.tolist(), target_N.tolist(), row_loss_N.float().tolist())
+    return {
+        "loss": finite(float(loss)),
+        "token_ids": input_ids_BT.tolist(),
+        "rows": [
+            {
+                "sequence": row // length,
+                "position": row % length,
+                "kind": TokenKind(kind).name.lower(),
+                "target_id": target,
+                "loss": finite(row_loss),
+            }
+            for row, kind, target, row_loss in zip(*columns, strict=True)
+        ],
+    }
 
 
-def drop_unfinished(folder: Path) -> None:
-    """`integrity.drop_unfinished`; every rank must call this."""
-    if dist.get_rank() == 0:
-        integrity.drop_unfinished(folder)
-    dist.barrier()
-
-
-def _newest_size(folder: Path) -> int:
-    """Bytes of the newest complete checkpoint; 0 where there is none to tell the size of the next."""
-    newest = integrity.complete_checkpoints(folder)[-1:]
-    return sum(file.stat().st_size for path in newest for file in path.rglob("*") if file.is_file())
-
-
-def restore(engine: Any, folder: Path, step: int | None = None, *, hashed: bool = True) -> dict[str, Any] | None:
-    """Loads a checkpoint into the engine, whole ones only: a damaged newest one gives way to the one before.
-
-    Args:
-        engine: DeepSpeed engine; every rank must call this.
-        folder: Where checkpoints are.
-        step: Which one; the newest when absent.
-        hashed: False compares sizes only.
-
-    Returns:
-        The saved state with its "step", or None where there is nothing to resume.
-
-    Raises:
-        CheckpointError: Another user may have written what is there.
-        WorkError: The checkpoint of `step` is gone, none is whole, it was made with another number of workers, or it
-            cannot be read.
-    """
-    found = _agreed(lambda: _whole(folder, step, hashed))
-    if found is None:
-        return None
-    check_owned(folder)
-    state: dict[str, Any] = json.loads((found / _COMPLETE).read_text())
-    if state["world_size"] != dist.get_world_size():
-        raise WorkError(
-            f"The checkpoint {found.name} was made by {state['world_size']} workers, this run has "
-            f"{dist.get_world_size()}.",
-            f"Resume with train.num_workers={state['world_size']}.",
-        )
-    loaded, _ = engine.load_checkpoint(str(found), tag="state")
-    if loaded is None:
-        raise WorkError(
-            f"The checkpoint {found} cannot be loaded.", "Remove its folder and resume from the one before."
-        )
-    return state
-
-
-def is_whole(folder: Path, step: int, *, hashed: bool = True) -> bool:
-    """Whether the checkpoint of a step is there and undamaged; every rank must call this."""
-    path = folder / f"step-{step:06d}"
-    return bool(_agreed(lambda: integrity.damage(path, hashed=hashed) is None))
-
-
-def _whole(folder: Path, step: int | None, hashed: bool) -> Path | None:
-    if step is None:
-        return integrity.newest_whole(folder, hashed=hashed)
-    path = folder / f"step-{step:06d}"
-    damage = integrity.damage(path, hashed=hashed)
-    if damage is not None:
-        raise WorkError(f"The checkpoint {path} cannot be used: {damage}.", "Run again with --overwrite.")
-    return path
-
-
-def _agreed(decide: Callable[[], Any]) -> Any:
-    """What rank 0 decides, on every rank: the files are read once, and no two ranks go on from different steps."""
-    answer: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            answer[0] = decide()
-        except WorkError as error:
-            answer[1] = error
-    dist.broadcast_object_list(answer, src=0)
-    if answer[1] is not None:
-        raise answer[1]
-    return answer[0]
-
-
-def gathered_adapters(lm: Any) -> dict[str, tuple[torch.Tensor, torch.Tensor, float]] | None:
+def gathered_adapters(lm: Any) -> dict[str, tuple[Tensor, Tensor, float]] | None:
     """LoRA adapters (A [rank, in], B [out, rank], scale) on rank 0, by the name of the weight they belong to.
 
     LoRA runs at ZeRO-2 or less, where every rank holds whole adapters; None on other ranks.
@@ -248,9 +212,9 @@ def gathered_adapters(lm: Any) -> dict[str, tuple[torch.Tensor, torch.Tensor, fl
     }
 
 
-def gathered_state(engine: Any, lm: Any, stage: int) -> dict[str, torch.Tensor] | None:
+def gathered_state(engine: Any, lm: Any, stage: int) -> dict[str, Tensor] | None:
     """The student's whole weights on rank 0, on the CPU; None on other ranks. Every rank must call this."""
-    state: dict[str, torch.Tensor] = {}
+    state: dict[str, Tensor] = {}
     first = dist.get_rank() == 0
     for name, parameter in lm.named_parameters():
         with zero.GatheredParameters([parameter], enabled=stage == 3):

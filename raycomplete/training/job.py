@@ -27,11 +27,12 @@ class TrainJob:
         train: Settings of the run.
         student_head: Head spec of `start`.
         teacher_heads: Head specs of base and aligned; empty in SFT.
-        sources: Scorers by role (`raycomplete.training.teacher_prefetcher.ScoreSource`); empty in SFT.
+        sources: Scorers by role (`raycomplete.engines.scorers.TeacherClient`); empty in SFT.
         prefetch: Steps scored ahead.
         threads: CPU threads of each worker.
-        rollout: How samples were made, and how the student rolls out where `policy` is there.
-        policy: Engines that hold the student (`raycomplete.training.on_policy.StudentPolicy`); None trains off-policy.
+        rollout: How samples were made, and how the student rolls out where `student_engines` are there.
+        student_engines: Rollout engines that hold the student (`raycomplete.training.rollout_engines.StudentEngines`);
+            None trains on the samples as drawn.
         plugins: Python files that a worker imports first (`raycomplete.runtime.plugins`).
         lora_rank: Above 0 trains adapters of this rank, merged at the end.
         use_gpu: One GPU a worker.
@@ -50,7 +51,7 @@ class TrainJob:
     prefetch: int = 2
     threads: int = 1
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    policy: Any = None
+    student_engines: Any = None
     plugins: tuple[Path, ...] = ()
     lora_rank: int = 0
     use_gpu: bool = False
@@ -63,7 +64,7 @@ class TrainJob:
 
     @property
     def failures_file(self) -> Path:
-        """One JSON row a death of workers (`raycomplete.training.failures`)."""
+        """One JSON row a death of workers (`raycomplete.training.trainer`)."""
         return self.folder / "failures.jsonl"
 
     @property
@@ -91,4 +92,4 @@ class TrainJob:
     def max_harmful_tokens(self) -> int:
         """Longest h that a step may train on: a refusal prefix, the deepest cut, on-policy what the student adds."""
         turn = MAX_REFUSAL_PREFIX_TOKENS if self.rollout.refusal_prefix_fraction > 0 else 0
-        return turn + self.train.depth.max + (0 if self.policy is None else self.rollout.max_student_tokens)
+        return turn + self.train.depth.max + (0 if self.student_engines is None else self.rollout.max_student_tokens)

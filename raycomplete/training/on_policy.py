@@ -1,176 +1,61 @@
-"""The student's own rollouts: asked for ahead of the trainer, judged, and turned into training items.
+"""On-policy training: the student's own rollouts decide what a step trains.
 
-A step starts as a rollout_batch: harmful prompts with a base continuation cut at a drawn depth, and some anchor prompts with
-the aligned model's answer cut at a random place. The student goes on from each cut under its latest weights. Where it
-refuses a harmful prompt, the refusal it wrote is distilled; where it goes on complying, so is the aligned model's
-refusal after a random part of what it wrote. More is rolled out than trained: what is recovered already teaches little,
-so rollouts that still comply are trained first. The scheme is ours, not that of arXiv 2511.12155.
+A step starts as a rollout batch: harmful prompts with h cut at a drawn depth, and some harmless prompts with the
+aligned model's answer cut at a random place. The student continues each of them under its latest weights. Where it
+refuses a harmful prompt, its refusal is distilled; where it complies, so is the aligned model's refusal after a random
+part of what the student wrote. More is rolled out than trained, and rollouts that still comply are trained first: what
+the student recovers from already teaches it little. The scheme is ours, not that of arXiv 2511.12155.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, replace
+from typing import Any
 
 import numpy as np
-from torch import Tensor
 
+from raycomplete.config import RolloutConfig, TrainConfig
 from raycomplete.data.samples import AnchorSample, RecoverySample
+from raycomplete.training.checkpoints import from_rank_zero
 from raycomplete.training.depth_sampler import DepthSampler
+from raycomplete.training.rollout_engines import Rollout, RolloutBatch, StudentEngines, WeightSync
 from raycomplete.training.step_plan import AnchorItem, Planner, RecoveryItem, StepPlan
+from raycomplete.training.teacher_prefetcher import StepInput, TeacherPrefetcher
 
 _CUT_TAG, _SPLIT_TAG, _ROLLOUT_TAG = 14, 15, 16  # every use of a seed needs a tag that is not 0
 _ROOM_FOR_SEEDS = 2**20  # sequence i of a batch samples under its seed + i
 
 
-@dataclass(frozen=True, slots=True)
-class RolloutRequest:
-    """What the student is asked to continue.
-
-    Attributes:
-        sample_id: Of the sample it came from.
-        prompt_ids: Tokens up to where the response starts.
-        prefill_ids: First tokens of the response.
-        judged: Whether refusing counts: true on harmful prompts.
-        refusal_prefix_tokens: How many tokens at the start of the prefill imitate a refusal, which no judge is to read.
-    """
-
-    sample_id: str
-    prompt_ids: tuple[int, ...]
-    prefill_ids: tuple[int, ...]
-    judged: bool
-    refusal_prefix_tokens: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Rollout:
-    """What the student wrote.
-
-    Attributes:
-        token_ids: Without end-of-response.
-        ending_ids: End-of-response, where the response ended by itself.
-        refused: The judge's word on a judged request.
-        version: Finished steps of the weights that wrote it.
-    """
-
-    token_ids: tuple[int, ...]
-    ending_ids: tuple[int, ...]
-    refused: bool
-    version: int
-
-
-class StudentPolicy(Protocol):
-    """The engines that hold the student. Implemented by `raycomplete.training.student_engines.StudentEngines`."""
-
-    def sync(
-        self,
-        state: Mapping[str, Any],
-        version: int,
-        probe: Sequence[tuple[tuple[int, ...], int]],
-        expected: Sequence[Tensor],
-        *,
-        adapters_only: bool,
-    ) -> dict[str, Any]:
-        """Gives the engines the student's weights and proves that they use them.
-
-        Args:
-            state: Weights by name, or LoRA adapters (A, B, scale) by the name of the weight they belong to.
-            version: Finished steps of these weights.
-            probe: (token ids, number of prompt tokens).
-            expected: The trainer's own log-probabilities of each probe's response tokens.
-            adapters_only: Whether `state` holds adapters.
-
-        Returns:
-            What `metrics.jsonl` keeps of it.
-        """
-
-    def submit(self, requests: Sequence[RolloutRequest], seed: int) -> Any:
-        """Starts rollouts under the weights synchronised last, and returns a reference."""
-
-    def collect(self, reference: Any) -> list[Rollout]:
-        """Waits for the rollouts of a reference."""
-
-
-@dataclass(frozen=True, slots=True)
-class RolloutBatch:
-    """A step before the student has written its part.
-
-    Attributes:
-        step: Which one.
-        anchor: Samples as drawn.
-        cuts: Kept tokens of each anchor answer; None keeps the aligned model's whole answer.
-        recovery: Samples as drawn.
-        depths: Where each h is cut.
-    """
-
-    step: int
-    anchor: tuple[AnchorSample, ...]
-    cuts: tuple[int | None, ...]
-    recovery: tuple[RecoverySample, ...]
-    depths: tuple[int, ...]
-
-    def requests(self) -> list[RolloutRequest]:
-        """What the student is asked for: recovery first, then the anchors that are cut."""
-        recovery = [
-            RolloutRequest(
-                sample.sample_id,
-                sample.prompt_ids,
-                sample.harmful_ids[:depth],
-                judged=True,
-                refusal_prefix_tokens=sample.refusal_prefix_tokens,
-            )
-            for sample, depth in zip(self.recovery, self.depths, strict=True)
-        ]
-        anchor = [
-            RolloutRequest(sample.sample_id, sample.prompt_ids, sample.answer_ids[:cut], judged=False)
-            for sample, cut in zip(self.anchor, self.cuts, strict=True)
-            if cut is not None
-        ]
-        return recovery + anchor
-
-
 class RolloutBatcher:
-    """Drafts steps and finishes them; a pure function of seed, step and sampler state.
+    """Draws rollout batches and turns their rollouts into step plans; a pure function of seed, step and sampler state.
 
     Args:
-        planner: Draws the samples, `oversample` times as many for recovery as are trained.
-        seed: Of cuts and splits.
+        planner: Draws the samples, `rollout.oversample` times as many for recovery as are trained.
+        rollout: Share of anchor samples that the student answers itself (`anchor_on_policy`), share of complying
+            rollouts whose words become part of h (`student_prefix_fraction`; the others only point at the depths where
+            the student fails), and the longest refusal of the student that is distilled (`max_refusal_tokens`).
+        seed: Seed of cuts, splits and rollouts.
         recovery_batch: Recovery sequences of a step that are trained.
-        anchor_share: Share of anchor samples that the student answers itself.
-        student_prefix_fraction: Share of complying rollouts whose words become part of h; the others only point at the cuts where
-            the student fails.
-        max_refusal_tokens: Longest refusal of the student that is distilled.
     """
 
-    def __init__(
-        self,
-        planner: Planner,
-        *,
-        seed: int,
-        recovery_batch: int,
-        anchor_share: float,
-        student_prefix_fraction: float,
-        max_refusal_tokens: int,
-    ) -> None:
-        self._planner = planner
-        self._recovery_batch = recovery_batch
-        self._seed = seed
-        self._anchor_share = anchor_share
-        self._own_words = student_prefix_fraction
-        self._max_refusal_tokens = max_refusal_tokens
+    def __init__(self, planner: Planner, rollout: RolloutConfig, *, seed: int, recovery_batch: int) -> None:
+        self._planner, self._rollout = planner, rollout
+        self._seed, self._recovery_batch = seed, recovery_batch
 
-    def rollout_batch(self, step: int, sampler: DepthSampler) -> RolloutBatch:
-        """The rollout_batch of a step under the sampler's present state."""
+    def draw(self, step: int, sampler: DepthSampler) -> RolloutBatch:
+        """The rollout batch of a step under the sampler's present state."""
         plan = self._planner.plan(step, sampler)
         rng = np.random.default_rng([self._seed, _CUT_TAG, step + 1])
         anchor = tuple(item.sample for item in plan.anchor)
         cuts = []
         for sample in anchor:
-            chosen, place = rng.random() < self._anchor_share, rng.random()
+            is_drawn, place = rng.random() < self._rollout.anchor_on_policy, rng.random()
             # A harmful prompt's answer is a refusal, and the student's own words in its place might comply.
-            is_own = chosen and sample.kind == "benign"
-            cuts.append(int(place * len(sample.answer_ids)) if is_own else None)
+            is_cut = is_drawn and sample.kind == "benign"
+            cuts.append(int(place * len(sample.answer_ids)) if is_cut else None)
         recovery = tuple(item.sample for item in plan.recovery)
         return RolloutBatch(step, anchor, tuple(cuts), recovery, tuple(item.depth for item in plan.recovery))
 
@@ -179,46 +64,187 @@ class RolloutBatcher:
         drawn = np.random.default_rng([self._seed, _ROLLOUT_TAG, step + 1]).integers(2**40)
         return int(drawn) * _ROOM_FOR_SEEDS
 
-    def finish(self, rollout_batch: RolloutBatch, rollouts: Sequence[Rollout]) -> StepPlan:
-        """The plan of a step, from its rollout_batch and what the student wrote."""
-        rng = np.random.default_rng([self._seed, _SPLIT_TAG, rollout_batch.step + 1])
-        count = len(rollout_batch.recovery)
-        drawn = list(
-            zip(rollout_batch.recovery, rollout_batch.depths, rollouts[:count], rng.random(count), strict=True)
-        )
-        chosen = sorted(drawn, key=lambda item: item[2].refused)[: self._recovery_batch]  # sorted keeps equals in order
-        recovery = [self._recovery(*item) for item in chosen]
+    def finish(self, batch: RolloutBatch, rollouts: Sequence[Rollout]) -> StepPlan:
+        """The plan of a step, from its rollout batch and what the student wrote."""
+        rng = np.random.default_rng([self._seed, _SPLIT_TAG, batch.step + 1])
+        count = len(batch.recovery)
+        drawn = list(zip(batch.recovery, batch.depths, rollouts[:count], rng.random(count), strict=True))
+        trained = sorted(drawn, key=lambda item: item[2].refused)[
+            : self._recovery_batch
+        ]  # sorted keeps equals in order
+        recovery = tuple(self._recovery_item(*item) for item in trained)
         written = iter(rollouts[count:])
-        anchor = [
+        anchor = tuple(
             AnchorItem(sample if cut is None else _continued(sample, cut, next(written)))
-            for sample, cut in zip(rollout_batch.anchor, rollout_batch.cuts, strict=True)
-        ]
-        return StepPlan(tuple(anchor), tuple(recovery))
+            for sample, cut in zip(batch.anchor, batch.cuts, strict=True)
+        )
+        return StepPlan(anchor, recovery)
 
-    def _recovery(self, sample: RecoverySample, depth: int, rollout: Rollout, place: float) -> RecoveryItem:
+    def _recovery_item(self, sample: RecoverySample, depth: int, rollout: Rollout, place: float) -> RecoveryItem:
         if rollout.refused:
-            refusal = (rollout.token_ids + rollout.ending_ids)[: self._max_refusal_tokens]
-            return RecoveryItem(replace(sample, refusal_ids=refusal), depth)
-        # `place` is uniform on [0, 1): below student_prefix_fraction it is also where the student's words are cut.
-        share = place / self._own_words if place < self._own_words else 0.0
+            refusal_ids = (rollout.token_ids + rollout.ending_ids)[: self._rollout.max_refusal_tokens]
+            return RecoveryItem(replace(sample, refusal_ids=refusal_ids), depth)
+        # `place` is uniform on [0, 1): below the fraction it is also where the student's words are cut.
+        fraction = self._rollout.student_prefix_fraction
+        share = place / fraction if place < fraction else 0.0
         kept = int(share * (len(rollout.token_ids) + 1))
-        harmful = sample.harmful_ids[:depth] + rollout.token_ids[:kept]
-        return RecoveryItem(replace(sample, harmful_ids=harmful), depth + kept)
+        harmful_ids = sample.harmful_ids[:depth] + rollout.token_ids[:kept]
+        return RecoveryItem(replace(sample, harmful_ids=harmful_ids), depth + kept)
 
 
 def _continued(sample: AnchorSample, cut: int, rollout: Rollout) -> AnchorSample:
-    answer = sample.answer_ids[:cut] + rollout.token_ids + rollout.ending_ids
-    return replace(sample, answer_ids=answer) if answer else sample
+    answer_ids = sample.answer_ids[:cut] + rollout.token_ids + rollout.ending_ids
+    return replace(sample, answer_ids=answer_ids) if answer_ids else sample
 
 
 def compliance_by_bin(
-    rollout_batch: RolloutBatch, rollouts: Sequence[Rollout], sampler: DepthSampler
+    batch: RolloutBatch, rollouts: Sequence[Rollout], sampler: DepthSampler
 ) -> tuple[list[float], list[int]]:
-    """How often the student did not refuse, and how often it was asked, by depth bin of the prefill."""
+    """How often the student complied, and how often it was asked, by depth bin of the cut [num_bins each]."""
     complied, asked = [0.0] * sampler.num_bins, [0] * sampler.num_bins
-    count = len(rollout_batch.recovery)
-    for sample, depth, rollout in zip(rollout_batch.recovery, rollout_batch.depths, rollouts[:count], strict=True):
+    rollouts = rollouts[: len(batch.recovery)]
+    for sample, depth, rollout in zip(batch.recovery, batch.depths, rollouts, strict=True):
         index = sampler.bin_of(max(depth - sample.refusal_prefix_tokens, sampler.bin_ranges[0][0]))
         complied[index] += not rollout.refused
         asked[index] += 1
     return complied, asked
+
+
+class OnPolicySource:
+    """Hands out steps made of the student's rollouts, under weights at most `rollout.max_staleness` steps old.
+
+    When step n begins, the engines have finished the rollouts for n; they get the weights of n finished steps, start on
+    the rollouts for n + lookahead, and the trainer works on n meanwhile. Every rank draws and finishes the same batches
+    by itself; only rank 0 asks the engines, and shares what they wrote.
+
+    Args:
+        engines: The student in the rollout engines.
+        batcher: Draws rollout batches and turns them into plans.
+        sync: Sends the student's weights to the engines.
+        prefetcher: Asks the teachers for their hidden states.
+        sampler: Draws depths.
+        rollout: When weights are sent and how far ahead is rolled out.
+        train: Number of steps, and when checkpoints are written.
+        rank: Rank of this worker.
+        world_size: Number of workers.
+    """
+
+    def __init__(
+        self,
+        engines: StudentEngines,
+        batcher: RolloutBatcher,
+        sync: WeightSync,
+        prefetcher: TeacherPrefetcher,
+        sampler: DepthSampler,
+        rollout: RolloutConfig,
+        train: TrainConfig,
+        *,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        self._engines, self._batcher, self._sync = engines, batcher, sync
+        self._prefetcher, self._sampler = prefetcher, sampler
+        self._rollout, self._train = rollout, train
+        self._rank, self._share = rank, slice(rank, None, world_size)
+        self._batches: dict[int, RolloutBatch] = {}  # steps whose rollouts are asked for
+        self._rollouts: dict[int, Future[list[Rollout]]] = {}  # the same steps, on rank 0
+        self._collector = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rollouts")
+        self._is_synced = False
+
+    def next(self, step: int) -> StepInput:
+        """Waits for the input of a step and asks for the rollouts of later ones; every rank must call this.
+
+        Raises:
+            WorkError: The engines failed, or did not answer in time.
+        """
+        is_requested = step in self._batches
+        taken = self._take(step) if is_requested else None
+        stats = self._update_engines(step)
+        for ahead in range(step + is_requested, min(step + self._rollout.lookahead + 1, self._train.steps)):
+            self._request(ahead)
+        batch, rollouts, waited_s = taken or self._take(step)
+        plan = self._batcher.finish(batch, rollouts)
+        anchor = [item.sample for item in plan.anchor[self._share]]
+        recovery = [item.sample for item in plan.recovery[self._share]]
+        self._prefetcher.request(step, anchor, recovery)
+        scores = self._prefetcher.take(step)
+        complied, asked = compliance_by_bin(batch, rollouts, self._sampler)
+        stats |= {
+            "rollout_wait_s": waited_s,
+            "teacher_wait_s": scores.wait_s,
+            "staleness": max((step - rollout.version for rollout in rollouts), default=0),
+            "rollout_tokens": sum(len(rollout.token_ids) for rollout in rollouts),
+            "compliance": sum(complied) / max(sum(asked), 1),
+            "depth_compliance": [part / count if count else None for part, count in zip(complied, asked, strict=True)],
+        }
+        return StepInput(plan, scores, stats, (complied, asked))
+
+    def can_stop(self, finished: int) -> bool:
+        """Says that a run resumed after so many steps continues as one that never stopped.
+
+        Resumed engines get the newest weights, which those of an uninterrupted run may have to wait for.
+        """
+        return self._is_update_due(finished)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Rollouts of later steps, waited for, as plain JSON types; complete on rank 0."""
+        return {
+            "rollouts": [
+                {
+                    "step": step,
+                    "depths": list(self._batches[step].depths),
+                    "rollouts": [asdict(rollout) for rollout in future.result()],
+                }
+                for step, future in sorted(self._rollouts.items())
+            ]
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes up saved rollouts; every rank gets what rank 0 saved."""
+        for item in state["rollouts"]:
+            # The depths were drawn under an earlier state of the sampler.
+            batch = replace(self._batcher.draw(item["step"], self._sampler), depths=tuple(item["depths"]))
+            self._batches[batch.step] = batch
+            if self._rank == 0:
+                done: Future[list[Rollout]] = Future()
+                done.set_result(
+                    [
+                        Rollout(tuple(row["token_ids"]), tuple(row["ending_ids"]), row["refused"], row["version"])
+                        for row in item["rollouts"]
+                    ]
+                )
+                self._rollouts[batch.step] = done
+
+    def _request(self, step: int) -> None:
+        """Starts the rollouts of a step under the engines' present weights; asking twice does nothing."""
+        if step in self._batches:
+            return
+        batch = self._batches[step] = self._batcher.draw(step, self._sampler)
+        if self._rank == 0:
+            reference = self._engines.submit(batch, self._batcher.seed_of(step))
+            self._rollouts[step] = self._collector.submit(self._collect, batch, reference)
+
+    def _collect(self, batch: RolloutBatch, reference: Any) -> list[Rollout]:
+        """Waits for the rollouts of a batch, and lets the teachers read its sequences ahead of their step."""
+        rollouts = self._engines.collect(reference)
+        plan = self._batcher.finish(batch, rollouts)
+        self._prefetcher.warm([item.sample for item in plan.anchor], [item.sample for item in plan.recovery])
+        return rollouts
+
+    def _take(self, step: int) -> tuple[RolloutBatch, list[Rollout], float]:
+        """A requested step's batch and rollouts, on every rank, and the seconds that they were waited for."""
+        started = time.perf_counter()
+        batch = self._batches.pop(step)
+        rollouts = from_rank_zero(lambda: self._rollouts.pop(step).result())
+        return batch, rollouts, time.perf_counter() - started
+
+    def _update_engines(self, step: int) -> dict[str, Any]:
+        if self._is_synced and not self._is_update_due(step):
+            return {"sync_s": 0.0}
+        self._is_synced = True
+        report = self._sync(step)
+        return {"sync_s": report["seconds"], "sync": report}
+
+    def _is_update_due(self, step: int) -> bool:
+        """Weights also go out at every checkpoint, so that a run resumed there rolls out under the same ones."""
+        return step % self._rollout.sync_every == 0 or step % self._train.checkpoint_every == 0

@@ -11,23 +11,24 @@ import torch.distributed as dist
 
 from raycomplete.data.samples import AnchorSample
 from raycomplete.diagnosis.rows import PROFILE_METRICS, DiagnosisSettings, diagnose_rows
+from raycomplete.engines.scorers import TeacherClient
 from raycomplete.losses.heads import Head
 from raycomplete.losses.loss_types import LossSettings
 from raycomplete.runtime.files import read_json, write_json
 from raycomplete.training.batches import BatchBuilder, MicroBatch
 from raycomplete.training.step_plan import AnchorItem, StepPlan
-from raycomplete.training.teacher_prefetcher import Scores, ScoreSource, TeacherPrefetcher
+from raycomplete.training.teacher_prefetcher import Scores, TeacherPrefetcher
 
 Profile = dict[str, list[float]]  # mean by position for each name, and "n"
 
 
 def scored_samples(
-    samples: Sequence[AnchorSample], sources: Mapping[str, ScoreSource]
+    samples: Sequence[AnchorSample], sources: Mapping[str, TeacherClient]
 ) -> tuple[list[AnchorSample], Scores]:
     """The samples that both models could read for every rank, and their scores.
 
-    Ranks ask on their own, and a sequence that kills scorers may be quarantined between two of their questions: they must
-    agree on what is left, or their forward passes would not match.
+    Ranks ask on their own, and a sequence that kills scorers may be quarantined between two of their questions: they
+    must agree on what is left, or their forward passes would not match.
     """
     prefetcher = TeacherPrefetcher(sources, max_depth=0, penalty=False, contrastive=True)
     prefetcher.request(0, samples, [])

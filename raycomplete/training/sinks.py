@@ -1,28 +1,19 @@
-"""Metrics for those who watch runs elsewhere: TensorBoard and Weights & Biases, beside metrics.jsonl."""
+"""Metrics in TensorBoard and Weights & Biases, for those who watch runs there, beside metrics.jsonl."""
 
 from __future__ import annotations
 
+import importlib
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from raycomplete.runtime.errors import SetupError
 from raycomplete.runtime.files import write_text
 
 
-class Sink(Protocol):
-    """Takes one row of metrics after another."""
-
-    def write(self, row: Mapping[str, Any]) -> None:
-        """A finished step."""
-
-    def close(self) -> None:
-        """Flushes what is left."""
-
-
-def open_sinks(names: Sequence[str], folder: Path) -> list[Sink]:
-    """The sinks of a run.
+def open_sinks(names: Sequence[str], folder: Path) -> list[TensorBoardSink | WandbSink]:
+    """Opens the sinks of a run.
 
     Args:
         names: "tensorboard" or "wandb".
@@ -33,6 +24,42 @@ def open_sinks(names: Sequence[str], folder: Path) -> list[Sink]:
     """
     kinds: dict[str, type[TensorBoardSink | WandbSink]] = {"tensorboard": TensorBoardSink, "wandb": WandbSink}
     return [kinds[name](folder) for name in names]
+
+
+class TensorBoardSink:
+    """Writes event files to `<run folder>/tensorboard`."""
+
+    def __init__(self, folder: Path) -> None:
+        self._writer = _package("tensorboard", "tensorboardX").SummaryWriter(str(folder / "tensorboard"))
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Takes the row of a finished step."""
+        for name, value in scalars(row).items():
+            self._writer.add_scalar(name, value, row["step"])
+
+    def close(self) -> None:
+        """Flushes what is left."""
+        self._writer.close()
+
+
+class WandbSink:
+    """Fills a Weights & Biases run named after the run folder; project and mode come from wandb's own environment."""
+
+    def __init__(self, folder: Path) -> None:
+        # The id is drawn once for a folder: other folders have the same name, and rows of one run must stay together.
+        file = folder / "wandb_id"
+        if not file.is_file():
+            write_text(file, f"{folder.name}-{uuid.uuid4().hex[:8]}\n")
+        run_id = file.read_text(encoding="utf-8").strip()
+        self._run = _package("wandb", "wandb").init(name=folder.name, id=run_id, dir=str(folder), resume="allow")
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Takes the row of a finished step."""
+        self._run.log(scalars(row), step=row["step"])
+
+    def close(self) -> None:
+        """Flushes what is left."""
+        self._run.finish()
 
 
 def scalars(row: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
@@ -50,50 +77,8 @@ def scalars(row: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     return found
 
 
-class TensorBoardSink:
-    """Event files in `<run folder>/tensorboard`."""
-
-    def __init__(self, folder: Path) -> None:
-        try:
-            from tensorboardX import SummaryWriter
-        except ImportError as error:
-            raise SetupError(
-                "train.sinks names tensorboard, which is not installed.", "pip install tensorboardX"
-            ) from error
-        self._writer: Any = SummaryWriter(str(folder / "tensorboard"))
-
-    def write(self, row: Mapping[str, Any]) -> None:
-        """See `Sink`."""
-        for name, value in scalars(row).items():
-            self._writer.add_scalar(name, value, row["step"])
-
-    def close(self) -> None:
-        """See `Sink`."""
-        self._writer.close()
-
-
-class WandbSink:
-    """A Weights & Biases run named after the run folder; project and mode come from wandb's own environment."""
-
-    def __init__(self, folder: Path) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise SetupError("train.sinks names wandb, which is not installed.", "pip install wandb") from error
-        self._run: Any = wandb.init(name=folder.name, id=_run_id(folder), dir=str(folder), resume="allow")
-
-    def write(self, row: Mapping[str, Any]) -> None:
-        """See `Sink`."""
-        self._run.log(scalars(row), step=row["step"])
-
-    def close(self) -> None:
-        """See `Sink`."""
-        self._run.finish()
-
-
-def _run_id(folder: Path) -> str:
-    """Drawn once for a run folder: other runs have folders of the same name, and rows of one run must stay together."""
-    file = folder / "wandb_id"
-    if not file.is_file():
-        write_text(file, f"{folder.name}-{uuid.uuid4().hex[:8]}\n")
-    return file.read_text(encoding="utf-8").strip()
+def _package(sink: str, package: str) -> Any:
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise SetupError(f"train.sinks names {sink}, which is not installed.", f"pip install {package}") from error

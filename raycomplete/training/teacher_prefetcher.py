@@ -1,47 +1,48 @@
-"""Scores for the trainer, asked for ahead of time so that it rarely waits."""
+"""Hidden states of the teachers, asked for ahead of time so that the trainer rarely waits, and the steps they serve.
+
+`FixedSource` hands out steps made of samples that were drawn before training, `raycomplete.training.on_policy` steps
+made of the student's own rollouts. Both ask a `TeacherPrefetcher` for what aligned and base say of them.
+"""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from raycomplete.data.samples import AnchorSample, RecoverySample
+from raycomplete.engines.scorers import TeacherClient
 from raycomplete.runtime.errors import QuarantinedSequenceError
 from raycomplete.runtime.prometheus import record
+from raycomplete.training.depth_sampler import DepthSampler
+from raycomplete.training.step_plan import Planner, StepPlan
 
 logger = logging.getLogger(__name__)
 
-Key = tuple[str, tuple[int, ...], int]
-
-
-class ScoreSource(Protocol):
-    """One frozen model. Implemented by `raycomplete.engines.scorers.TeacherClient`."""
-
-    def submit_sequences(self, sequences: Sequence[tuple[tuple[int, ...], int]]) -> Any:
-        """Starts reading (token ids, number of prompt tokens) and returns a reference."""
-
-    def warm_sequences(self, sequences: Sequence[tuple[tuple[int, ...], int]]) -> None:
-        """Starts reading sequences that will be submitted later; returns at once."""
-
-    def collect_tensors(self, reference: Any) -> list[torch.Tensor]:
-        """Waits for [T, H] hidden states of each sequence's response rows."""
+Sequences = list[tuple[tuple[int, ...], int]]
+"""Pairs (token ids, number of prompt tokens)."""
 
 
 class Scores:
-    """Hidden states of one step's sequences.
+    """Hidden states of the teachers over one step's sequences.
 
     Args:
-        tensors: [T, H] by what was read; [0, H] of a sequence that was quarantined.
-        max_depth: h is read up to here.
+        tensors: [T, H] of the response rows by (role, token ids, number of prompt tokens); [0, H] where the sequence
+            was quarantined.
+        max_depth: h was read up to here.
+        wait_s: Seconds that the caller waited for them.
     """
 
-    def __init__(self, tensors: Mapping[Key, torch.Tensor], max_depth: int) -> None:
+    def __init__(
+        self, tensors: Mapping[tuple[str, tuple[int, ...], int], torch.Tensor], max_depth: int, wait_s: float
+    ) -> None:
         self._tensors = tensors
         self._max_depth = max_depth
+        self.wait_s = wait_s
 
     def hidden(self, role: str, prompt_ids: tuple[int, ...], response_ids: tuple[int, ...]) -> torch.Tensor:
         """[T, H] of a response read by base or aligned; no rows where it was quarantined."""
@@ -53,56 +54,52 @@ class Scores:
         h was read up to the largest depth, whatever depth was drawn later: a causal model's states of a prefix are
         the first states of the whole.
         """
-        h = sample.harmful_ids[: self._max_depth]
-        aligned_TH, base_TH = (self.hidden(role, sample.prompt_ids, h) for role in ("aligned", "base"))
+        harmful_ids = sample.harmful_ids[: self._max_depth]
+        aligned_TH, base_TH = (self.hidden(role, sample.prompt_ids, harmful_ids) for role in ("aligned", "base"))
         return aligned_TH[:depth], base_TH[:depth]
 
 
 class TeacherPrefetcher:
-    """Asks the frozen models for the sequences of a step and hands them out when the step comes.
+    """Asks the frozen models for the sequences of a step and hands out their hidden states when the step comes.
 
     Args:
         sources: Scorers by role, "aligned" and (where the loss needs it) "base".
         max_depth: h is read up to here.
-        penalty: Whether h is read at all.
-        contrastive: Whether base also reads anchor answers and refusals.
+        penalty: h is read at all.
+        contrastive: Base also reads anchor answers and refusals.
     """
 
-    def __init__(self, sources: Mapping[str, ScoreSource], *, max_depth: int, penalty: bool, contrastive: bool) -> None:
+    def __init__(
+        self, sources: Mapping[str, TeacherClient], *, max_depth: int, penalty: bool, contrastive: bool
+    ) -> None:
         self._sources = sources
         self._max_depth = max_depth
-        self._penalty = penalty
-        self._contrastive = contrastive
-        self._pending: dict[int, list[tuple[str, list[tuple[tuple[int, ...], int]], Any]]] = {}
-        self._no_rows: dict[str, torch.Tensor] = {}  # of each model: [0, H] in its dtype
-        self.wait_s = 0.0
+        self._penalty, self._contrastive = penalty, contrastive
+        self._pending: dict[int, list[tuple[str, Sequences, Any]]] = {}
+        self._no_rows: dict[str, torch.Tensor] = {}  # [0, H] in the dtype of each model
 
     def is_requested(self, step: int) -> bool:
-        """Whether the scores of a step are on their way."""
+        """Whether the hidden states of a step are on their way."""
         return step in self._pending
 
     def request(self, step: int, anchor: Sequence[AnchorSample], recovery: Sequence[RecoverySample]) -> None:
-        """Starts scoring a step's samples; asking twice does nothing."""
+        """Asks the models to read a step's samples; asking twice does nothing."""
         if self.is_requested(step):
             return
         self._pending[step] = [
             (role, sequences, self._sources[role].submit_sequences(sequences))
             for role, sequences in self._wanted(anchor, recovery).items()
-            if sequences
         ]
 
     def warm(self, anchor: Sequence[AnchorSample], recovery: Sequence[RecoverySample]) -> None:
-        """Lets the scorers read samples of a later step ahead of its request."""
+        """Lets the models read samples of a later step ahead of its request."""
         for role, sequences in self._wanted(anchor, recovery).items():
-            if sequences:
-                self._sources[role].warm_sequences(sequences)
+            self._sources[role].warm_sequences(sequences)
 
-    def _wanted(
-        self, anchor: Sequence[AnchorSample], recovery: Sequence[RecoverySample]
-    ) -> dict[str, list[tuple[tuple[int, ...], int]]]:
-        """(token ids, number of prompt tokens) that each frozen model must read."""
-        teacher = [(sample.prompt_ids + sample.answer_ids, len(sample.prompt_ids)) for sample in anchor]
-        teacher += [
+    def _wanted(self, anchor: Sequence[AnchorSample], recovery: Sequence[RecoverySample]) -> dict[str, Sequences]:
+        """The sequences that each frozen model must read; models that need none are left out."""
+        answers = [(sample.prompt_ids + sample.answer_ids, len(sample.prompt_ids)) for sample in anchor]
+        answers += [
             (sample.teacher_prompt_ids + sample.refusal_ids, len(sample.teacher_prompt_ids)) for sample in recovery
         ]
         harmful = []
@@ -111,25 +108,26 @@ class TeacherPrefetcher:
                 (sample.prompt_ids + sample.harmful_ids[: self._max_depth], len(sample.prompt_ids))
                 for sample in recovery
             ]
-        return {"aligned": teacher + harmful, "base": harmful + (teacher if self._contrastive else [])}
+        wanted = {"aligned": answers + harmful, "base": harmful + (answers if self._contrastive else [])}
+        return {role: sequences for role, sequences in wanted.items() if sequences}
 
     def take(self, step: int) -> Scores:
-        """Waits for the scores of a requested step; the waiting time is added to `wait_s`.
+        """Waits for the hidden states of a requested step.
 
         Raises:
-            QuarantinedSequenceError: A model could read nothing at all. Single sequences that it cannot read have no rows.
+            QuarantinedSequenceError: A model could read nothing at all. Single sequences that it cannot read have no
+                rows.
         """
         started = time.perf_counter()
-        tensors: dict[Key, torch.Tensor] = {}
+        tensors = {}
         for role, sequences, reference in self._pending.pop(step):
             for (tokens, num_prompt), hidden_TH in zip(sequences, self._collect(role, reference), strict=True):
                 tensors[(role, tokens, num_prompt)] = hidden_TH
-        self.wait_s += time.perf_counter() - started
         record("queue_depth", len(self._pending), queue="teacher")
-        return Scores(tensors, self._max_depth)
+        return Scores(tensors, self._max_depth, time.perf_counter() - started)
 
     def _collect(self, role: str, reference: Any) -> list[torch.Tensor]:
-        """Scores in order, [0, H] in the place of a sequence that was quarantined."""
+        """Hidden states in order, [0, H] in the place of a sequence that was quarantined."""
         try:
             found = self._sources[role].collect_tensors(reference)
         except QuarantinedSequenceError as error:
@@ -140,3 +138,72 @@ class TeacherPrefetcher:
             found = [no_rows if tensor is None else tensor for tensor in error.partial]
         self._no_rows[role] = found[0][:0].clone()  # a view would keep the whole tensor
         return found
+
+
+@dataclass(frozen=True)
+class StepInput:
+    """What one step trains on.
+
+    Attributes:
+        plan: Sequences of all workers.
+        scores: Hidden states of the teachers over this worker's share; None in SFT.
+        stats: Measurements for the row of metrics.
+        compliance: (times the student complied, times it was asked) by depth bin; None off-policy.
+    """
+
+    plan: StepPlan
+    scores: Scores | None
+    stats: dict[str, Any] = field(default_factory=dict)
+    compliance: tuple[list[float], list[int]] | None = None
+
+
+class FixedSource:
+    """Hands out steps made of samples that were drawn before training, read by the teachers `prefetch` steps ahead.
+
+    Args:
+        planner: Draws the samples of a step.
+        sampler: Draws their depths.
+        prefetcher: Asks the teachers for their hidden states; None in SFT.
+        rank: Rank of this worker.
+        world_size: Number of workers.
+        prefetch: Steps that the teachers read ahead.
+        steps: Steps of the whole run.
+    """
+
+    def __init__(
+        self,
+        planner: Planner,
+        sampler: DepthSampler,
+        prefetcher: TeacherPrefetcher | None,
+        *,
+        rank: int,
+        world_size: int,
+        prefetch: int,
+        steps: int,
+    ) -> None:
+        self._planner, self._sampler, self._prefetcher = planner, sampler, prefetcher
+        self._share = slice(rank, None, world_size)
+        self._prefetch, self._steps = prefetch, steps
+
+    def next(self, step: int) -> StepInput:
+        """Waits for the input of a step and asks for later ones; every rank must call this."""
+        plan = self._planner.plan(step, self._sampler)
+        if self._prefetcher is None:
+            return StepInput(plan, None, {"teacher_wait_s": 0.0})
+        for ahead in range(step, min(step + 1 + self._prefetch, self._steps)):
+            if not self._prefetcher.is_requested(ahead):
+                anchor, recovery = self._planner.samples_of(ahead)
+                self._prefetcher.request(ahead, anchor[self._share], recovery[self._share])
+        scores = self._prefetcher.take(step)
+        return StepInput(plan, scores, {"teacher_wait_s": scores.wait_s})
+
+    def can_stop(self, finished: int) -> bool:
+        """True: a run resumed after any step continues as one that never stopped."""
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the samples of a step are a function of seed, step and sampler."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to take up."""

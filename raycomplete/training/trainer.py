@@ -1,22 +1,30 @@
-"""Starts a training run on Ray Train and waits for it with a limit."""
+"""Starts a training run on Ray Train, follows it with a limit on the wait, and explains what ended it.
+
+A death is met with a restart from the newest checkpoint; an error would only come again and ends the run. Ray Train
+sees one failed worker group in both cases, so `RestartAfterDeaths` decides in the process of its controller.
+"""
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.exceptions import RayActorError
+from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from raycomplete.runtime.errors import StoppedError, WaitTimeoutError
-from raycomplete.runtime.metrics_file import MetricsReader
-from raycomplete.runtime.ray_calls import free_resources
+from raycomplete.runtime.errors import ProcessDiedError, RaycompleteError, StoppedError, WaitTimeoutError, WorkError
+from raycomplete.runtime.metrics_file import MetricsReader, read_metrics
+from raycomplete.runtime.ray_calls import free_resources, likely_cause, log_path
 from raycomplete.storage import integrity
-from raycomplete.training.disk_space import check_space
-from raycomplete.training.failures import RestartAfterDeaths, count_failures, explain
+from raycomplete.training.checkpoints import check_space
 from raycomplete.training.job import TrainJob
 
 _POLL_S = 0.5
@@ -29,7 +37,8 @@ KEEP_MEMORY = {
     "MALLOC_TOP_PAD_": str(2**28),
 }
 
-OnStep = Callable[[dict[str, Any]], None]
+# Words of a worker whose peer is gone: gloo, NCCL, sockets.
+_LOST_PEER = re.compile(r"[Cc]onnection (closed|reset|refused)|Broken pipe|NCCL|Timed out waiting|timeout caused pair")
 
 
 def fit(
@@ -38,21 +47,21 @@ def fit(
     cpus_per_worker: float,
     gpus_per_worker: float,
     placement: str = "pack",
-    on_step: OnStep | None = None,
+    on_step: Callable[[dict[str, Any]], None] | None = None,
     stopping: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Trains, and returns when the student stands in `job.output`.
+    """Trains, and returns when the student is written to `job.output`.
 
-    Where a worker or its node dies, Ray Train starts all workers anew, and they go on from the newest checkpoint, up to
-    `train.max_failures` times. An exception of a worker ends training: it would only come again.
+    Where a worker or its node dies, Ray Train starts all workers anew from the newest checkpoint, up to
+    `train.max_failures` times. An exception of a worker ends training.
 
     Args:
-        job: What to train.
+        job: The training run.
         cpus_per_worker: Logical CPUs that each worker reserves.
         gpus_per_worker: GPUs that each worker reserves, where `job.use_gpu`.
         placement: How Ray Train spreads the workers over nodes: pack, spread, strict_pack or strict_spread.
         on_step: Called in this process with each new row of metrics; after a restart with some steps once more.
-        stopping: Asked twice a second; True lets the workers finish their step, write a checkpoint and leave.
+        stopping: Asked twice a second; True lets the workers finish their step, write a checkpoint and end.
 
     Raises:
         SetupError: The disk has no room for the checkpoints.
@@ -114,14 +123,19 @@ def fit(
 
 
 def _run(config: dict[str, Any]) -> dict[str, Any]:
-    """What Ray Train calls on every worker; only there is DeepSpeed imported."""
+    """Runs on every worker, and imports DeepSpeed only there."""
     from raycomplete.training.worker import run
 
     return run(config)
 
 
-def _follow(job: TrainJob, thread: threading.Thread, on_step: OnStep | None, stopping: Callable[[], bool]) -> None:
-    """Hands new metrics rows to the caller until training ends or stands still for too long."""
+def _follow(
+    job: TrainJob,
+    thread: threading.Thread,
+    on_step: Callable[[dict[str, Any]], None] | None,
+    stopping: Callable[[], bool],
+) -> None:
+    """Hands new rows of metrics to the caller until training ends or stands still for too long."""
     seen, deaths, last_change = 0, 0, time.monotonic()
     metrics = MetricsReader(job.metrics_file)
     while True:
@@ -132,7 +146,7 @@ def _follow(job: TrainJob, thread: threading.Thread, on_step: OnStep | None, sto
         for row in rows[seen:]:
             if on_step is not None:
                 on_step(row)
-        # After a restart the file is shorter: its last steps are made again, and shown again.
+        # After a restart the file is shorter: its last steps are made and shown again.
         seen, deaths = len(rows), died
         if not alive:
             return
@@ -145,3 +159,128 @@ def _follow(job: TrainJob, thread: threading.Thread, on_step: OnStep | None, sto
                 "The workers may wait for resources or for a scorer: see the Ray logs. Resume with --resume.",
             )
         thread.join(_POLL_S)
+
+
+class RaisedError(Exception):
+    """A worker's own exception, on its way through Ray Train's controller.
+
+    Args:
+        rank: Rank of the worker.
+        cause: The exception that it raised.
+    """
+
+    def __init__(self, rank: int, cause: BaseException) -> None:
+        super().__init__(rank, cause)
+        self.rank, self.cause = rank, cause
+
+
+class RestartAfterDeaths(UserCallback):
+    """Ends the run where a worker raised an exception, and notes a death in `failures.jsonl`."""
+
+    def __init__(self, job: TrainJob) -> None:
+        self._job = replace(job, sources={}, student_engines=None)  # only its paths: handles would keep actors alive
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Ray Train calls this before it decides; what is raised here ends the run without a restart.
+
+        Raises:
+            RaisedError: A worker failed by an exception of its own.
+        """
+        raised = raised_by(worker_exceptions)
+        if raised is not None:
+            raise RaisedError(*raised)
+        row = {
+            "time": time.time(),
+            "finished_steps": len(read_metrics(self._job.metrics_file)),
+            "checkpoint": self._job.newest_checkpoint,
+            "workers": [{"rank": rank} | death_report(error) for rank, error in sorted(worker_exceptions.items())],
+        }
+        with self._job.failures_file.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(row) + "\n")
+
+
+def raised_by(failures: Mapping[int, BaseException]) -> tuple[int, BaseException] | None:
+    """The first worker that failed by itself, and its exception; None where a worker, or what it talked to, died."""
+    if any(is_death(error) for error in failures.values()):
+        return None
+    own = ((rank, error) for rank, error in sorted(failures.items()) if not _lost_its_peer(error))
+    return next(own, None)
+
+
+def is_death(error: BaseException) -> bool:
+    """Whether the process of a worker is gone, or has not answered for so long that Ray gives it up."""
+    died = isinstance(getattr(error, "health_check_failure", None), RayActorError)
+    return died or type(error).__name__ == "WorkerHealthCheckTimeoutError"
+
+
+def _lost_its_peer(error: BaseException) -> bool:
+    return not isinstance(error, RaycompleteError) and _LOST_PEER.search(str(error)) is not None
+
+
+def death_report(error: BaseException) -> dict[str, str]:
+    """Node, likely cause and log of a worker, as far as Ray's error message tells them."""
+    text = str(error)
+
+    def named(name: str) -> str:
+        found = re.search(rf"\b{name}='([^']+)'", text)
+        return found.group(1) if found else ""
+
+    cause = likely_cause(text) or ("the connection to a worker that died was lost" if _LOST_PEER.search(text) else "")
+    return {"node": named("node_ip"), "cause": cause, "log": named("log_file_path")}
+
+
+def explain(error: BaseException, job: TrainJob, *, restarts: int = 0) -> RaycompleteError:
+    """Finds what ended a run inside the errors that Ray wraps around it, and names its remedy.
+
+    Args:
+        error: The exception that Ray Train raised.
+        job: The run.
+        restarts: How often the run was started again after a death before.
+    """
+    failures: Mapping[int, BaseException] = getattr(error, "worker_failures", {})
+    controller = getattr(error, "controller_failure", None)
+    raised = (controller.rank, controller.cause) if isinstance(controller, RaisedError) else raised_by(failures)
+    if raised is None and (failures or isinstance(error, RayActorError)):
+        return _death(failures, error, job, restarts)
+    rank, cause = raised or (None, error)
+    while not isinstance(cause, RaycompleteError):  # whose own `cause` is a word
+        inner = getattr(cause, "cause", None) or cause.__cause__
+        if not isinstance(inner, BaseException) or inner is cause:
+            break
+        cause = inner
+    if isinstance(cause, RaycompleteError):
+        return cause
+    where = "training" if rank is None else f"training worker {rank}"
+    lines = [line for line in str(cause).strip().splitlines() if line.strip()]
+    return WorkError(
+        f"The {where} failed after {len(read_metrics(job.metrics_file))} finished steps "
+        f"({lines[-1] if lines else type(cause).__name__}).",
+        f"Checkpoints are in {os.path.relpath(job.checkpoints)}; resume with --resume.",
+    )
+
+
+def _death(
+    failures: Mapping[int, BaseException], error: BaseException, job: TrainJob, restarts: int
+) -> ProcessDiedError:
+    # Where nobody was seen dying, a worker that lost its peer is the only witness.
+    dead = {rank: failure for rank, failure in failures.items() if is_death(failure)} or dict(failures)
+    ranks = sorted(dead)
+    role = f"training worker {' and '.join(map(str, ranks))}" if ranks else "the controller of Ray Train"
+    stats = death_report(dead[ranks[0]] if ranks else error)
+    step = job.newest_checkpoint
+    saved = f"the checkpoint of step {step} in {os.path.relpath(job.checkpoints)}"
+    again = f" Training was started again {restarts} times before (train.max_failures)." if restarts else ""
+    return ProcessDiedError(
+        f"{role[0].upper()}{role[1:]} died after {len(read_metrics(job.metrics_file))} finished steps.{again}",
+        "Resume with --resume.",
+        role=role,
+        node=stats["node"],
+        cause=stats["cause"],
+        log_path=stats["log"] or log_path(""),
+        saved=saved if step else "the samples; there is no checkpoint yet",
+    )
+
+
+def count_failures(path: Path) -> int:
+    """Number of deaths in a run so far."""
+    return len(path.read_text(encoding="utf-8").splitlines()) if path.is_file() else 0

@@ -30,25 +30,23 @@ from raycomplete.runtime.machine import named_when_full
 from raycomplete.runtime.metrics_file import MetricsFile, finite
 from raycomplete.runtime.plugins import load_plugins
 from raycomplete.runtime.prometheus import begin, finished_step
-from raycomplete.training import deepspeed_engine as ds
+from raycomplete.training import checkpoints, deepspeed_engine
 from raycomplete.training.anchor_multiplier import AnchorMultiplier
-from raycomplete.training.bad_steps import BadSteps, spread_bad_loss
 from raycomplete.training.batches import BatchBuilder, Emphasis, MicroBatch
+from raycomplete.training.deepspeed_engine import BadSteps, spread_bad_loss
 from raycomplete.training.depth_sampler import DepthSampler
 from raycomplete.training.job import TrainJob
 from raycomplete.training.metrics import StepMeter, peak_memory_gib
-from raycomplete.training.on_policy import RolloutBatcher
+from raycomplete.training.on_policy import OnPolicySource, RolloutBatcher
 from raycomplete.training.packing import deal
 from raycomplete.training.packing_check import keeps_sequences_apart
 from raycomplete.training.profile import aligned_profile, scored_samples, student_profile, write_profile
-from raycomplete.training.rollout_feed import RolloutFeed, warm_scores
+from raycomplete.training.rollout_engines import WeightSync
 from raycomplete.training.sinks import open_sinks
-from raycomplete.training.source import FixedSource, OnPolicySource, StepSource
 from raycomplete.training.step_plan import Planner, StepPlan
 from raycomplete.training.student import HeadSettings, StudentModule, to_loss_output
-from raycomplete.training.teacher_prefetcher import TeacherPrefetcher
+from raycomplete.training.teacher_prefetcher import FixedSource, TeacherPrefetcher
 from raycomplete.training.validation import Validator
-from raycomplete.training.weight_sync import WeightSync
 
 logger = logging.getLogger(__name__)
 
@@ -150,58 +148,62 @@ class Worker:
         }
         head = HeadSettings(job.student_head.scale, job.student_head.softcap, job.student_head.vocab_size)
         module = StudentModule(inner, head, self.teachers, self.loss, external_head=train.zero_stage == 3)
-        settings = ds.deepspeed_settings(
+        settings = deepspeed_engine.deepspeed_settings(
             train,
             job.dtype,
             per_device_batch_size=self.per_device_batch_size,
             accumulation=self.accumulation,
-            steps=train.steps,
-            lr=train.lr,
         )
-        return lm, ds.start_engine(module, settings)
+        return lm, deepspeed_engine.start_engine(module, settings)
 
-    def _make_source(self) -> StepSource:
-        job, train, share = self.job, self.job.train, (self.rank, self.world_size)
-        if job.policy is None:
-            prefetcher = self.prefetcher if job.sources else None
+    def _make_source(self) -> FixedSource | OnPolicySource:
+        job, train, rollout = self.job, self.job.train, self.job.rollout
+        if job.student_engines is None:
             return FixedSource(
-                self.planner, self.sampler, prefetcher, share=share, prefetch=job.prefetch, steps=train.steps
+                self.planner,
+                self.sampler,
+                self.prefetcher if job.sources else None,
+                rank=self.rank,
+                world_size=self.world_size,
+                prefetch=job.prefetch,
+                steps=train.steps,
             )
         planner = Planner(
             self.samples,
             anchor_batch=train.anchor_batch,
-            recovery_batch=train.recovery_batch * job.rollout.oversample,
+            recovery_batch=train.recovery_batch * rollout.oversample,
             seed=train.seed,
             max_depth=train.depth.max,
-        )
-        batcher = RolloutBatcher(
-            planner,
-            seed=train.seed,
-            recovery_batch=train.recovery_batch,
-            anchor_share=job.rollout.anchor_on_policy,
-            student_prefix_fraction=job.rollout.student_prefix_fraction,
-            max_refusal_tokens=job.rollout.max_refusal_tokens,
         )
         sync = WeightSync(
             self.engine,
             self.lm,
-            job.policy,
+            job.student_engines,
             self.samples.anchor,
             zero_stage=train.zero_stage,
             adapters_only=job.lora_rank > 0,
             packed=self.builder.packed,
         )
-        rollouts = RolloutFeed(job.policy, batcher, warm_scores(self.prefetcher), self.rank)
-        return OnPolicySource(rollouts, sync, self.prefetcher, self.sampler, job.rollout, train, share=share)
+        return OnPolicySource(
+            job.student_engines,
+            RolloutBatcher(planner, rollout, seed=train.seed, recovery_batch=train.recovery_batch),
+            sync,
+            self.prefetcher,
+            self.sampler,
+            rollout,
+            train,
+            rank=self.rank,
+            world_size=self.world_size,
+        )
 
     def _make_validator(self) -> Validator:
         return Validator(self.engine, self.samples, self.prefetcher, self.builder, self.job.train)
 
     def _restore(self) -> int:
         """Takes up the newest checkpoint and returns the number of finished steps."""
-        ds.drop_unfinished(self.job.checkpoints)
+        checkpoints.drop_unfinished(self.job.checkpoints)
         hashed = self.job.train.checkpoint_hashes
-        state = ds.restore(self.engine, self.job.checkpoints, hashed=hashed)
+        state = checkpoints.restore(self.engine, self.job.checkpoints, hashed=hashed)
         if state is None:
             return 0
         self.sampler.load_state_dict(state["sampler"])
@@ -210,14 +212,14 @@ class Worker:
         self.bad_steps.load_state_dict(state.get("bad_steps", {"total": 0, "in_a_row": 0}))
         if self.validator is not None:
             self.validator.load_state_dict(state["validator"])
-            if self.validator.best_step and not ds.is_whole(
+            if self.validator.best_step and not checkpoints.is_whole(
                 self.job.best_checkpoint, self.validator.best_step, hashed=hashed
             ):
                 logger.warning("The best checkpoint, of step %d, is lost or damaged.", self.validator.best_step)
                 self.validator.forget_best()
             # What was best on a way that is not gone again must not be shipped.
             self.recorded_best = self.validator.best_step
-            ds.keep_only(self.job.best_checkpoint, self.recorded_best)
+            checkpoints.keep_only(self.job.best_checkpoint, self.recorded_best)
         return int(state["step"])
 
     def train(self) -> int | None:
@@ -241,10 +243,10 @@ class Worker:
                 sink.write(finite(row))
             stops = self.stop and done < train.steps and self.source.can_stop(done)
             if done % train.checkpoint_every == 0 or done == train.steps or stops:
-                ds.save(self.engine, self.job.checkpoints, done, self._state(), train.keep_checkpoints, train)
+                checkpoints.save(self.engine, self.job.checkpoints, done, self._state(), train.keep_checkpoints, train)
                 if self.validator is not None:
                     self.recorded_best = self.validator.best_step
-                    ds.keep_only(self.job.best_checkpoint, self.recorded_best)
+                    checkpoints.keep_only(self.job.best_checkpoint, self.recorded_best)
             if stops:
                 break
         for sink in self.sinks:
@@ -252,7 +254,9 @@ class Worker:
         if stops:
             return done
         if self.validator is not None and self.validator.best is not None:
-            ds.restore(self.engine, self.job.best_checkpoint, self.validator.best_step, hashed=train.checkpoint_hashes)
+            checkpoints.restore(
+                self.engine, self.job.best_checkpoint, self.validator.best_step, hashed=train.checkpoint_hashes
+            )
         self._profile()
         return None
 
@@ -260,8 +264,8 @@ class Worker:
         row: dict[str, Any] = dict(validator.measure(done))
         if validator.best_step == done:
             # A kill from here on goes back to the last checkpoint, and so to the best one that it names.
-            ds.keep_only(self.job.best_checkpoint, self.recorded_best)
-            ds.save(self.engine, self.job.best_checkpoint, done, {}, None, self.job.train)
+            checkpoints.keep_only(self.job.best_checkpoint, self.recorded_best)
+            checkpoints.save(self.engine, self.job.best_checkpoint, done, {}, None, self.job.train)
         return row | {"stopped": validator.is_over}
 
     def _state(self) -> dict[str, Any]:
@@ -277,7 +281,7 @@ class Worker:
         """Writes the student as a Hugging Face checkpoint."""
         if self.job.lora_rank > 0:
             self.lm = self.lm.merge_and_unload()
-        state = ds.gathered_state(self.engine, self.lm, self.job.train.zero_stage)
+        state = deepspeed_engine.gathered_state(self.engine, self.lm, self.job.train.zero_stage)
         if state is not None:
             for unfinished in self.job.output.parent.glob(f".{self.job.output.name}.*"):  # of an export that was killed
                 shutil.rmtree(unfinished, ignore_errors=True)

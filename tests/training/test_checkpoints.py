@@ -1,8 +1,9 @@
-"""Which checkpoint a resumed run goes on from, and which stay: the code around DeepSpeed, with one rank."""
+"""Training checkpoints with one rank: which are resumed from, which stay, who wrote them, and the room they need."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,13 @@ import pytest
 import torch.distributed as dist
 
 from raycomplete.config import TrainConfig
-from raycomplete.runtime.errors import WorkError
-from raycomplete.training import deepspeed_engine as ds
+from raycomplete.data.checkpoints import load_model
+from raycomplete.runtime.errors import CheckpointError, SetupError, WorkError
+from raycomplete.runtime.files import write_text
+from raycomplete.training import checkpoints as saving
+from raycomplete.training.checkpoints import check_owned, check_space, checkpoint_bytes, count_parameters, make_private
 from tests.storage.test_integrity import flip
+from tests.training.tiny import make_model
 
 
 class Engine:
@@ -42,41 +47,41 @@ def one_rank() -> Iterator[None]:
 def saved(folder: Path, *steps: int, keep: int | None = None, train: TrainConfig | None = None) -> Engine:
     engine = Engine()
     for engine.value in steps:
-        ds.save(engine, folder, engine.value, {"sampler": engine.value}, keep, train)
+        saving.save(engine, folder, engine.value, {"sampler": engine.value}, keep, train)
     return engine
 
 
 def test_a_checkpoint_comes_back_with_its_state(tmp_path: Path) -> None:
     engine = saved(tmp_path, 1, 2)
     engine.value = 9
-    state = ds.restore(engine, tmp_path)
+    state = saving.restore(engine, tmp_path)
     assert state is not None
     assert (engine.value, state["step"], state["sampler"]) == (2, 2, 2)
-    assert ds.restore(engine, tmp_path / "nothing") is None
+    assert saving.restore(engine, tmp_path / "nothing") is None
 
 
 def test_a_damaged_newest_one_gives_way_and_damage_everywhere_is_an_error(tmp_path: Path) -> None:
     engine = saved(tmp_path, 1, 2)
     flip(tmp_path / "step-000002" / "state" / "weights")
-    state = ds.restore(engine, tmp_path)
+    state = saving.restore(engine, tmp_path)
     assert state is not None
     assert (engine.value, state["step"]) == (1, 1)
     flip(tmp_path / "step-000001" / "state" / "weights")
     with pytest.raises(
         WorkError, match=r"No checkpoint in .* is whole \(step-000001: state/weights has another sha256"
     ):
-        ds.restore(engine, tmp_path)
+        saving.restore(engine, tmp_path)
 
 
 def test_the_best_checkpoint_is_checked_as_well(tmp_path: Path) -> None:
     engine = saved(tmp_path, 1)
-    assert ds.is_whole(tmp_path, 1)
-    assert not ds.is_whole(tmp_path, 2)
+    assert saving.is_whole(tmp_path, 1)
+    assert not saving.is_whole(tmp_path, 2)
     flip(tmp_path / "step-000001" / "state" / "weights")
-    assert not ds.is_whole(tmp_path, 1)
-    assert ds.is_whole(tmp_path, 1, hashed=False)
+    assert not saving.is_whole(tmp_path, 1)
+    assert saving.is_whole(tmp_path, 1, hashed=False)
     with pytest.raises(WorkError, match="cannot be used: state/weights has another sha256"):
-        ds.restore(engine, tmp_path, 1)
+        saving.restore(engine, tmp_path, 1)
 
 
 def test_retention_and_hashing_follow_the_run_file(tmp_path: Path) -> None:
@@ -84,3 +89,89 @@ def test_retention_and_hashing_follow_the_run_file(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000002", "step-000004", "step-000005"]
     files = json.loads((tmp_path / "step-000005" / "complete.json").read_text())["files"]
     assert files == {"state/weights": {"size": 1, "sha256": None}}
+
+
+def test_an_error_of_rank_zero_is_raised_as_it_is() -> None:
+    assert saving.from_rank_zero(lambda: 7) == 7
+    with pytest.raises(KeyError, match="gone"):
+        saving.from_rank_zero(lambda: {}["gone"])
+
+
+@pytest.fixture
+def checkpoints(tmp_path: Path) -> Path:
+    folder = tmp_path / "checkpoints"
+    make_private(folder)
+    (folder / "step-000001" / "state").mkdir(parents=True)
+    (folder / "step-000001" / "state" / "rank0.pt").write_bytes(b"x")
+    (folder / "step-000001" / "complete.json").write_text('{"step": 1, "world_size": 1}')
+    return folder
+
+
+def test_what_a_run_wrote_itself_is_loaded(checkpoints: Path) -> None:
+    check_owned(checkpoints)
+    (checkpoints / "step-000001" / "state").chmod(0o775)  # as under a umask of 002; nobody else gets that far
+    check_owned(checkpoints)
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o707])
+@pytest.mark.parametrize("place", [".", "step-000001", "step-000001/state/rank0.pt"])
+def test_what_others_may_write_is_refused(place: str, mode: int, checkpoints: Path) -> None:
+    checkpoints.chmod(0o755)
+    (checkpoints / place).chmod(mode)
+    with pytest.raises(CheckpointError, match=r"can run code, and other users may write.*chmod -R go-w"):
+        check_owned(checkpoints)
+
+
+def test_links_are_refused(checkpoints: Path, tmp_path: Path) -> None:
+    (tmp_path / "planted.pt").write_bytes(b"x")
+    (checkpoints / "step-000001" / "state" / "rank1.pt").symlink_to(tmp_path / "planted.pt")
+    with pytest.raises(CheckpointError, match=r"rank1\.pt is a link"):
+        check_owned(checkpoints)
+
+
+def test_files_of_another_user_are_refused(checkpoints: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    if checkpoints.stat().st_uid == 0:  # the tests run as root, whose files anybody may trust
+        os.chown(checkpoints / "step-000001", 54321, -1)
+    with pytest.raises(CheckpointError, match=r"belongs to user \d+ and this process to 12345"):
+        check_owned(checkpoints)
+    monkeypatch.setenv("RAYCOMPLETE_TRUST_CHECKPOINTS", "1")
+    check_owned(checkpoints)
+
+
+def test_a_restore_asks_first(checkpoints: Path) -> None:
+    """Refused before a single pickle is opened: the engine would fail this test if it were asked."""
+
+    class Untouched:
+        def __getattr__(self, name: str) -> Any:
+            pytest.fail(f"engine.{name} was asked for")
+
+    checkpoints.chmod(0o777)
+    with pytest.raises(CheckpointError, match="other users may write"):
+        saving.restore(Untouched(), checkpoints)
+
+
+def test_a_folder_that_was_open_is_closed(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir(mode=0o777)
+    make_private(tmp_path / "old")
+    assert (tmp_path / "old").stat().st_mode & 0o777 == 0o700
+
+
+def test_a_run_that_would_fill_the_disk_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(tmp_path / "base", 0)
+    train = TrainConfig(keep_checkpoints=2)
+    count = count_parameters(model)
+    assert count == sum(parameter.numel() for parameter in load_model(model, "float32").parameters())
+    needed = 3 * checkpoint_bytes(count, "float32", train) + 4 * count
+
+    def free(amount: int) -> Any:
+        monkeypatch.setattr(saving, "free_bytes", lambda folder: amount)
+
+    free(needed)
+    check_space(tmp_path / "runs" / "new", model, "float32", train)
+    free(needed - 1)
+    with pytest.raises(SetupError, match=r"needs about .* \(3 checkpoints of .* lower train.keep_checkpoints"):
+        check_space(tmp_path / "runs" / "new", model, "float32", train)
+    # Checkpoints of a run that is resumed take their room already.
+    write_text(tmp_path / "runs" / "old" / "checkpoints" / "step-000001" / "complete.json", "{}")
+    check_space(tmp_path / "runs" / "old", model, "float32", train)

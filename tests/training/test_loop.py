@@ -15,7 +15,7 @@ from raycomplete.data.checkpoints import load_model
 from raycomplete.runtime.metrics_file import read_metrics
 from raycomplete.training.job import TrainJob
 from raycomplete.training.trainer import fit
-from tests.training.tiny import LocalPolicy, make_job
+from tests.training.tiny import LocalStudentEngines, make_job
 
 pytestmark = pytest.mark.slow
 
@@ -44,8 +44,8 @@ def settings(**changes: Any) -> TrainConfig:
 
 def on_policy(folder: Path, train: TrainConfig, rollout: RolloutConfig = ROLLOUT) -> TrainJob:
     job = make_job(folder, train)
-    policy = LocalPolicy(job.start, rollout.max_student_tokens)
-    return replace(job, rollout=rollout, policy=policy, lora_rank=train.lora_rank)
+    policy = LocalStudentEngines(job.start, rollout.max_student_tokens)
+    return replace(job, rollout=rollout, student_engines=policy, lora_rank=train.lora_rank)
 
 
 def run(job: TrainJob) -> list[dict[str, Any]]:
@@ -74,7 +74,7 @@ def test_rollouts_are_as_fresh_as_the_run_file_says(single: tuple[Path, list[dic
 def test_sharded_weights_reach_the_engines_and_the_loss_is_the_same(
     single: tuple[Path, list[dict[str, Any]]], tmp_path: Path
 ) -> None:
-    """`LocalPolicy` compares its log-probabilities with the trainer's at every update."""
+    """`LocalStudentEngines` compares its log-probabilities with the trainer's at every update."""
     rows = run(on_policy(tmp_path, settings(num_workers=2, zero_stage=3)))
     for row, expected in zip(rows, single[1], strict=True):
         for name in ("loss", "anchor", "recovery", "penalty", "anchor_weight"):

@@ -1,15 +1,17 @@
-"""Drafts, rollouts and plans: what the student is asked, and what its answers are trained as."""
+"""Rollout batches and plans: what the student is asked to continue, and what its rollouts are trained as."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
-from raycomplete.config import DepthConfig
+from raycomplete.config import DepthConfig, RolloutConfig, TrainConfig
 from raycomplete.training.depth_sampler import DepthSampler
-from raycomplete.training.on_policy import Rollout, RolloutBatch, RolloutBatcher, compliance_by_bin
+from raycomplete.training.on_policy import OnPolicySource, RolloutBatcher, compliance_by_bin
+from raycomplete.training.rollout_engines import Rollout, RolloutBatch
 from raycomplete.training.step_plan import Planner
 from tests.training.tiny import make_samples
 
@@ -21,24 +23,18 @@ def batcher(
     seed: int = 0, anchor_share: float = 0.5, trained: int = 8, student_prefix_fraction: float = 1.0
 ) -> RolloutBatcher:
     planner = Planner(SAMPLES, anchor_batch=8, recovery_batch=8, seed=seed, max_depth=8)
-    return RolloutBatcher(
-        planner,
-        seed=seed,
-        recovery_batch=trained,
-        anchor_share=anchor_share,
-        student_prefix_fraction=student_prefix_fraction,
-        max_refusal_tokens=3,
+    rollout = RolloutConfig(
+        anchor_on_policy=anchor_share, student_prefix_fraction=student_prefix_fraction, max_refusal_tokens=4
     )
+    return RolloutBatcher(planner, rollout, seed=seed, recovery_batch=trained)
 
 
 def test_only_answers_to_harmless_prompts_are_continued_by_the_student() -> None:
     kinds = ("harmful", "benign", "borderline")
     anchor = tuple(replace(sample, kind=kinds[i % 3]) for i, sample in enumerate(SAMPLES.anchor))
     planner = Planner(replace(SAMPLES, anchor=anchor), anchor_batch=8, recovery_batch=8, seed=0, max_depth=8)
-    always = RolloutBatcher(
-        planner, seed=0, recovery_batch=8, anchor_share=1.0, student_prefix_fraction=0.0, max_refusal_tokens=3
-    )
-    rollout_batch = always.rollout_batch(0, DepthSampler(DEPTH, 0))
+    always = RolloutBatcher(planner, RolloutConfig(anchor_on_policy=1.0), seed=0, recovery_batch=8)
+    rollout_batch = always.draw(0, DepthSampler(DEPTH, 0))
     assert {
         (sample.kind, cut is not None) for sample, cut in zip(rollout_batch.anchor, rollout_batch.cuts, strict=True)
     } == {
@@ -51,18 +47,19 @@ def test_only_answers_to_harmless_prompts_are_continued_by_the_student() -> None
 def answers(
     rollout_batch: RolloutBatch, *, refused: bool = False, tokens: tuple[int, ...] = (90, 91, 92, 93)
 ) -> list[Rollout]:
-    return [Rollout(tokens, (1,), refused and item.judged, version=2) for item in rollout_batch.requests()]
+    count = len(rollout_batch.recovery)
+    return [Rollout(tokens, (1,), refused and i < count, version=2) for i, _ in enumerate(rollout_batch.sequences())]
 
 
-def test_a_draft_is_a_function_of_seed_step_and_sampler_state() -> None:
+def test_a_rollout_batch_is_a_function_of_seed_step_and_sampler_state() -> None:
     sampler = DepthSampler(DEPTH, 0)
-    assert batcher().rollout_batch(3, sampler) == batcher().rollout_batch(3, sampler)
-    assert batcher().rollout_batch(3, sampler) != batcher().rollout_batch(4, sampler)
+    assert batcher().draw(3, sampler) == batcher().draw(3, sampler)
+    assert batcher().draw(3, sampler) != batcher().draw(4, sampler)
     assert batcher().seed_of(3) == batcher().seed_of(3) != batcher().seed_of(4)
     assert batcher(seed=1).seed_of(3) != batcher().seed_of(3)
     warmed = DepthSampler(DEPTH, 0)
     warmed.update([0, 0, 0, 9.0], [1, 1, 1, 1])
-    assert batcher().rollout_batch(3, warmed).depths != batcher().rollout_batch(3, sampler).depths
+    assert batcher().draw(3, warmed).depths != batcher().draw(3, sampler).depths
 
 
 def test_seeds_of_two_batches_never_overlap() -> None:
@@ -71,38 +68,35 @@ def test_seeds_of_two_batches_never_overlap() -> None:
     assert seeds[-1] + 2**20 < 2**63
 
 
-def test_the_student_reads_prompt_and_prefill() -> None:
-    rollout_batch = batcher().rollout_batch(0, DepthSampler(DEPTH, 0))
-    requests = rollout_batch.requests()
-    for request, sample, depth in zip(requests, rollout_batch.recovery, rollout_batch.depths, strict=False):
-        assert request.judged
-        assert request.prompt_ids == sample.prompt_ids
-        assert request.prefill_ids == sample.harmful_ids[:depth]
-        assert len(request.prefill_ids) == depth
+def test_the_student_reads_the_prompt_and_the_start_of_the_response() -> None:
+    rollout_batch = batcher().draw(0, DepthSampler(DEPTH, 0))
+    sequences = rollout_batch.sequences()
+    for sequence, sample, depth in zip(sequences, rollout_batch.recovery, rollout_batch.depths, strict=False):
+        assert sequence == [*sample.prompt_ids, *sample.harmful_ids[:depth]]
+        assert len(sequence) == len(sample.prompt_ids) + depth
     cut = [
         (sample, cut) for sample, cut in zip(rollout_batch.anchor, rollout_batch.cuts, strict=True) if cut is not None
     ]
-    assert 0 < len(cut) < 8, "else this rollout_batch shows only one of the two"
-    for request, (sample, kept) in zip(requests[8:], cut, strict=True):
-        assert not request.judged
-        assert request.prefill_ids == sample.answer_ids[:kept]
+    assert 0 < len(cut) < 8, "else this rollout batch shows only one of the two"
+    for sequence, (sample, kept) in zip(sequences[8:], cut, strict=True):
+        assert sequence == [*sample.prompt_ids, *sample.answer_ids[:kept]]
         assert kept < len(sample.answer_ids)
 
 
 def test_a_refusal_of_the_student_is_distilled_at_its_own_depth() -> None:
-    rollout_batch = batcher().rollout_batch(0, DepthSampler(DEPTH, 0))
+    rollout_batch = batcher().draw(0, DepthSampler(DEPTH, 0))
     plan = batcher().finish(rollout_batch, answers(rollout_batch, refused=True, tokens=(90, 91)))
     for item, sample, depth in zip(plan.recovery, rollout_batch.recovery, rollout_batch.depths, strict=True):
         assert item.depth == depth
         assert item.sample == replace(sample, refusal_ids=(90, 91, 1))  # end-of-response is learned too
     longer = batcher().finish(rollout_batch, answers(rollout_batch, refused=True))
-    assert {item.sample.refusal_ids for item in longer.recovery} == {(90, 91, 92)}, "at most max_refusal_tokens"
+    assert {item.sample.refusal_ids for item in longer.recovery} == {(90, 91, 92, 93)}, "at most max_refusal_tokens"
 
 
 def test_compliance_is_cut_anywhere_and_answered_by_the_refusal_of_aligned() -> None:
     kept = set()
     for step in range(20):
-        rollout_batch = batcher().rollout_batch(step, DepthSampler(DEPTH, 0))
+        rollout_batch = batcher().draw(step, DepthSampler(DEPTH, 0))
         plan = batcher().finish(rollout_batch, answers(rollout_batch))
         for item, sample, depth in zip(plan.recovery, rollout_batch.recovery, rollout_batch.depths, strict=True):
             added = item.depth - depth
@@ -116,12 +110,12 @@ def test_compliance_is_cut_anywhere_and_answered_by_the_refusal_of_aligned() -> 
 @pytest.mark.parametrize(
     ("student_prefix_fraction", "low", "high"), [(0.0, 0.0, 0.0), (0.5, 0.25, 0.55), (1.0, 0.6, 1.0)]
 )
-def test_the_share_of_own_words_is_what_was_asked(student_prefix_fraction: float, low: float, high: float) -> None:
+def test_the_student_prefix_fraction_is_what_was_asked(student_prefix_fraction: float, low: float, high: float) -> None:
     """With 4 tokens, a cut in the student's words keeps at least one of them 4 times in 5."""
     added = []
     for step in range(30):
         one = batcher(student_prefix_fraction=student_prefix_fraction)
-        rollout_batch = one.rollout_batch(step, DepthSampler(DEPTH, 0))
+        rollout_batch = one.draw(step, DepthSampler(DEPTH, 0))
         items = one.finish(rollout_batch, answers(rollout_batch)).recovery
         added += [item.depth - depth for item, depth in zip(items, rollout_batch.depths, strict=True)]
     assert low <= np.mean([count > 0 for count in added]) <= high
@@ -129,7 +123,7 @@ def test_the_share_of_own_words_is_what_was_asked(student_prefix_fraction: float
 
 def test_what_still_complies_is_trained_first() -> None:
     few = batcher(trained=5)
-    rollout_batch = few.rollout_batch(0, DepthSampler(DEPTH, 0))
+    rollout_batch = few.draw(0, DepthSampler(DEPTH, 0))
     rollouts = answers(rollout_batch)
     for index in (0, 1, 4, 6, 7):
         rollouts[index] = replace(rollouts[index], refused=True)
@@ -138,7 +132,7 @@ def test_what_still_complies_is_trained_first() -> None:
 
 
 def test_cut_anchors_end_in_the_words_of_the_student() -> None:
-    rollout_batch = batcher().rollout_batch(0, DepthSampler(DEPTH, 0))
+    rollout_batch = batcher().draw(0, DepthSampler(DEPTH, 0))
     plan = batcher().finish(rollout_batch, answers(rollout_batch))
     for item, sample, cut in zip(plan.anchor, rollout_batch.anchor, rollout_batch.cuts, strict=True):
         expected = sample.answer_ids if cut is None else (*sample.answer_ids[:cut], 90, 91, 92, 93, 1)
@@ -148,8 +142,8 @@ def test_cut_anchors_end_in_the_words_of_the_student() -> None:
 
 def test_an_empty_answer_leaves_something_to_train() -> None:
     always = batcher(anchor_share=1.0)
-    rollout_batch = replace(always.rollout_batch(0, DepthSampler(DEPTH, 0)), cuts=(0,) * 8)
-    silent = [Rollout((), (), False, 0) for _ in rollout_batch.requests()]
+    rollout_batch = replace(always.draw(0, DepthSampler(DEPTH, 0)), cuts=(0,) * 8)
+    silent = [Rollout((), (), False, 0) for _ in rollout_batch.sequences()]
     plan = always.finish(rollout_batch, silent)
     assert all(item.sample.answer_ids for item in plan.anchor)
     assert [item.depth for item in plan.recovery] == list(rollout_batch.depths)
@@ -157,12 +151,23 @@ def test_an_empty_answer_leaves_something_to_train() -> None:
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_the_share_of_own_answers_is_what_was_asked(share: float) -> None:
-    rollout_batch = batcher(anchor_share=share).rollout_batch(0, DepthSampler(DEPTH, 0))
-    assert len(rollout_batch.requests()) == 8 + int(8 * share)
+    rollout_batch = batcher(anchor_share=share).draw(0, DepthSampler(DEPTH, 0))
+    assert len(rollout_batch.sequences()) == 8 + int(8 * share)
 
 
 def test_compliance_is_counted_by_the_depth_of_the_prefill() -> None:
     sampler = DepthSampler(DEPTH, 0)
-    rollout_batch = replace(batcher(anchor_share=0.0).rollout_batch(0, sampler), depths=(1, 2, 3, 4, 4, 8, 8, 8))
+    rollout_batch = replace(batcher(anchor_share=0.0).draw(0, sampler), depths=(1, 2, 3, 4, 4, 8, 8, 8))
     rollouts = [Rollout((9,), (), refused, 0) for refused in (True, False, False, False, True, True, True, False)]
     assert compliance_by_bin(rollout_batch, rollouts, sampler) == ([1, 2, 0, 1], [2, 3, 0, 3])
+
+
+@pytest.mark.parametrize(("sync_every", "checkpoint_every", "stops"), [(1, 25, [1, 2, 3, 4, 5]), (3, 4, [3, 4])])
+def test_a_run_stops_only_where_its_engines_get_new_weights(
+    sync_every: int, checkpoint_every: int, stops: list[int]
+) -> None:
+    rollout = RolloutConfig(on_policy=True, sync_every=sync_every, max_staleness=sync_every)
+    unused = cast(Any, None)
+    train = TrainConfig(checkpoint_every=checkpoint_every)
+    source = OnPolicySource(unused, unused, unused, unused, unused, rollout, train, rank=0, world_size=1)
+    assert [step for step in range(1, 6) if source.can_stop(step)] == stops

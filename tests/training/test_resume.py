@@ -21,7 +21,7 @@ from raycomplete.data.checkpoints import load_model
 from raycomplete.runtime.metrics_file import read_metrics
 from raycomplete.training.job import TrainJob
 from raycomplete.training.trainer import fit
-from tests.training.tiny import LocalPolicy, make_job
+from tests.training.tiny import LocalStudentEngines, make_job
 
 pytestmark = pytest.mark.slow
 
@@ -46,7 +46,7 @@ def on_policy(folder: Path) -> TrainJob:
         depth=DepthConfig(min=1, max=8, bins=4, measure="compliance"), constraint=ConstraintConfig(kl_budget=0.5)
     )
     job = make_job(folder, train)
-    return replace(job, rollout=ROLLOUT, policy=LocalPolicy(job.start, ROLLOUT.max_student_tokens))
+    return replace(job, rollout=ROLLOUT, student_engines=LocalStudentEngines(job.start, ROLLOUT.max_student_tokens))
 
 
 def settings(**changes: Any) -> TrainConfig:

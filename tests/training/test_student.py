@@ -17,8 +17,8 @@ from raycomplete.data.samples import read_samples
 from raycomplete.losses.base_favored import alignment_kl, base_favored_mass, deficit
 from raycomplete.losses.loss_types import LossSettings, TokenKind
 from raycomplete.runtime.errors import NotFiniteError
-from raycomplete.training.bad_steps import spread_bad_loss
 from raycomplete.training.batches import BatchBuilder, MicroBatch
+from raycomplete.training.deepspeed_engine import spread_bad_loss
 from raycomplete.training.depth_sampler import DepthSampler
 from raycomplete.training.profile import aligned_profile, scored_samples, student_profile
 from raycomplete.training.step_plan import Planner
@@ -82,7 +82,7 @@ def test_the_teacher_of_recovery_never_saw_the_harmful_prefix(tmp_path: Path) ->
 def test_nan_reaches_the_loss_and_every_gradient_in_training_and_is_refused_in_validation(
     whose: str, tmp_path: Path
 ) -> None:
-    """`bad_steps` leaves such a step out, which it cannot where the forward pass of one rank raises."""
+    """The optimizer leaves such a step out, which it cannot where the forward pass of one rank raises."""
     batch, job, settings = make_batch(tmp_path, 0.0)
     student = make_student(job, settings)
     if whose == "student":

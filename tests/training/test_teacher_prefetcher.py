@@ -97,8 +97,9 @@ def test_asking_twice_reads_once_and_steps_do_not_mix() -> None:
     assert one.take(1).hidden("aligned", (1,), (6, 7)).numel() == 2
     with pytest.raises(KeyError):
         one.take(1)
-    assert one.take(0).hidden("aligned", (1, 2), (3, 4, 5)).numel() == 3
-    assert one.wait_s > 0
+    scores = one.take(0)
+    assert scores.hidden("aligned", (1, 2), (3, 4, 5)).numel() == 3
+    assert scores.wait_s > 0
 
 
 def test_a_source_that_answers_too_little_is_noticed() -> None:

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 from raycomplete.config import TrainConfig
 from raycomplete.training.batches import BatchBuilder
+from raycomplete.training.rollout_engines import WeightSync
 from raycomplete.training.teacher_prefetcher import TeacherPrefetcher
 from raycomplete.training.validation import Validator
-from raycomplete.training.weight_sync import WeightSync
 from tests.training.tiny import make_samples
 
 

@@ -20,7 +20,7 @@ from raycomplete.losses.loss_types import LossOutput, LossSettings
 from raycomplete.losses.reference import reference_loss
 from raycomplete.training.batches import MicroBatch
 from raycomplete.training.job import TrainJob
-from raycomplete.training.on_policy import Rollout, RolloutRequest
+from raycomplete.training.rollout_engines import Rollout, RolloutBatch
 
 
 def make_model(folder: Path, seed: int, *, tied: bool = True) -> Path:
@@ -77,7 +77,7 @@ def make_samples(seed: int, *, anchor: int = 10, recovery: int = 10) -> SampleSe
 
 
 class LocalScores:
-    """A frozen model read by transformers in the calling process (a `ScoreSource`)."""
+    """A frozen model read by transformers in the calling process (stands in for a `TeacherClient`)."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -100,8 +100,8 @@ class LocalScores:
         return states
 
 
-class LocalPolicy:
-    """The student as rollout engines would hold it, in the process of rank 0 (a `StudentPolicy`).
+class LocalStudentEngines:
+    """The student as rollout engines would hold it, in the process of rank 0 (stands in for `StudentEngines`).
 
     Like the real engines it proves every update: what it says of the probe must be what the trainer says.
     """
@@ -134,18 +134,17 @@ class LocalPolicy:
         self.version = version
         return {"version": version, "mean_abs_difference": 0.0}
 
-    def submit(self, requests: Sequence[RolloutRequest], seed: int) -> Any:
+    def submit(self, batch: RolloutBatch, seed: int) -> Any:
         """Answers at once, greedily; `seed` only makes answers differ between steps."""
         answers = []
-        for index, request in enumerate(requests):
-            tokens = list(request.prompt_ids + request.prefill_ids)
+        for index, sequence in enumerate(batch.sequences()):
+            tokens = list(sequence)
             for _ in range(1 + (seed + index) % self.max_tokens):
                 with torch.no_grad():
                     tokens.append(int(self._model(torch.tensor([tokens])).logits[0, -1].argmax()))
-            new = tuple(tokens[len(request.prompt_ids) + len(request.prefill_ids) :])
-            answers.append(
-                Rollout(new, (1,) if index % 3 == 0 else (), request.judged and index % 2 == 0, self.version)
-            )
+            refused = index < len(batch.recovery) and index % 2 == 0
+            new = tuple(tokens[len(sequence) :])
+            answers.append(Rollout(new, (1,) if index % 3 == 0 else (), refused, self.version))
         return answers
 
     def collect(self, reference: Any) -> list[Rollout]:

@@ -28,7 +28,6 @@ from raycomplete.engines.score_cache import ScoreRequest
 from raycomplete.engines.scorers import TeacherClient
 from raycomplete.engines.spec import EngineSpec
 from raycomplete.losses.heads import Head
-from raycomplete.training.teacher_prefetcher import ScoreSource
 
 ROLES = ("base", "aligned")
 
@@ -186,7 +185,7 @@ def _resume(walk: Walk, work: Work, vocab_size: int, folder: Path, found: Found)
 
 
 @contextmanager
-def _sources(config: RunConfig, models: Models, work: Work, vocab_size: int) -> Iterator[Mapping[str, ScoreSource]]:
+def _sources(config: RunConfig, models: Models, work: Work, vocab_size: int) -> Iterator[Mapping[str, Any]]:
     if not work.engines:
         yield {role: RandomStates(models.heads[role].hidden_size, seed) for seed, role in enumerate(ROLES)}
         return
@@ -196,7 +195,7 @@ def _sources(config: RunConfig, models: Models, work: Work, vocab_size: int) -> 
 
 
 class RandomStates:
-    """Hidden states that nobody read, the same for the same sequences (a `ScoreSource`)."""
+    """Hidden states that nobody read, the same for the same sequences (stands in for a `TeacherClient`)."""
 
     def __init__(self, width: int, seed: int) -> None:
         self._width, self._seed = width, seed

@@ -67,7 +67,7 @@ def student_and_batches(case: Case, micro_batches: int) -> tuple[StudentModule, 
 
 
 class _RandomScores:
-    """Hidden states of no model (a `ScoreSource`): the loss costs the same."""
+    """Hidden states of no model (stands in for a `TeacherClient`): the loss costs the same."""
 
     def __init__(self, hidden_size: int, dtype: torch.dtype) -> None:
         self._hidden_size, self._dtype = hidden_size, dtype

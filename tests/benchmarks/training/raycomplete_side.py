@@ -53,7 +53,7 @@ def run_engine(workload: Workload) -> Throughput:
 
 
 class LocalTeacher:
-    """A frozen model read by transformers in the calling process, a micro-batch at a time (a `ScoreSource`).
+    """Stands in for a `TeacherClient`: a frozen model read by transformers in this process, a micro-batch at a time.
 
     Each step begins by collecting its scores, so this is also where the processor time of the worker is read.
     """

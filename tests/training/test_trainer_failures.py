@@ -14,8 +14,8 @@ from ray.train.v2._internal.execution.failure_handling.failure_policy import Fai
 
 from raycomplete.config import TrainConfig
 from raycomplete.runtime.errors import NotFiniteError, ProcessDiedError, WorkError
-from raycomplete.training.failures import RaisedError, RestartAfterDeaths, death_report, explain
 from raycomplete.training.job import TrainJob
+from raycomplete.training.trainer import RaisedError, RestartAfterDeaths, death_report, explain
 from tests.training.tiny import make_job
 
 INFO = "Worker info: Worker(metadata=ActorMetadata(node_ip='10.0.0.7', pid=7)\nlog_file_path='/logs/w.log',)"

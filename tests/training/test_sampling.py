@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from raycomplete.config import DepthConfig, load_run_file
 from raycomplete.data import organism
 from raycomplete.data.chat import ChatCodec
+from raycomplete.data.inputs import KINDS, Prompts
 from raycomplete.data.organism import checkpoint_path
 from raycomplete.data.organism.world import find_item, refusal
 from raycomplete.data.samples import AnchorSample, RecoverySample, SampleSet
-from raycomplete.runtime.types import Outcome
+from raycomplete.runtime.types import Prompt
 from raycomplete.training.depth_sampler import DepthSampler
-from raycomplete.training.on_policy import Rollout, RolloutBatch, RolloutRequest, compliance_by_bin
+from raycomplete.training.on_policy import compliance_by_bin
 from raycomplete.training.refusal_prefix import with_refusal_prefixes
+from raycomplete.training.rollout_engines import Rollout, RolloutBatch
+from raycomplete.training.sampling import hold_back
 from raycomplete.training.step_plan import Planner, RecoveryItem
-from raycomplete.training.student_engines import StudentEngines
 from tests.conftest import ROOT
 
 PROMPTS = organism.prompts("train", "harmful", 0, 60)
@@ -90,40 +90,30 @@ def test_cuts_count_from_after_the_prefix(codec: ChatCodec, samples: list[Recove
         assert item.depth == item.sample.refusal_prefix_tokens + item.answer_depth
     assert RecoveryItem.cut(every[0], 10_000).depth == len(every[0].harmful_ids)
     drawn = tuple(item.sample for item in plan.recovery)
-    draft = RolloutBatch(0, (), (), drawn, tuple(item.depth for item in plan.recovery))
-    by_bin, asked = compliance_by_bin(draft, [Rollout((), (), False, 0)] * 60, DepthSampler(depth, 0))
+    batch = RolloutBatch(0, (), (), drawn, tuple(item.depth for item in plan.recovery))
+    by_bin, asked = compliance_by_bin(batch, [Rollout((), (), False, 0)] * 60, DepthSampler(depth, 0))
     assert by_bin == asked, "nothing refused"
     assert sum(asked) == 60
     assert all(asked), "a refusal prefix moves no item into the deepest bin"
-    assert {request.refusal_prefix_tokens for request in draft.requests()} == {
-        sample.refusal_prefix_tokens for sample in every
-    }
 
 
-def test_the_judge_does_not_read_the_imitated_refusal(codec: ChatCodec, samples: list[RecoverySample]) -> None:
-    read: list[tuple[str, str]] = []
-
-    class Recorder:
-        name = "recorder"
-
-        def outcome(self, prompt: Any, prefill: str, continuation: str) -> Outcome:
-            read.append((prefill, continuation))
-            return Outcome.COMPLIED
-
-    class Pool:
-        def collect(self, call: Any) -> list[tuple[list[int], bool]]:
-            return [(codec.encode_answer("step one"), True)]
-
-    class Call:
-        version = 3
-
-    (sample,) = turned(codec, samples[:1], 1.0)
-    config = load_run_file(ROOT / "jobs" / "organism.yaml")
-    engines = StudentEngines(Pool(), codec, Recorder(), PROMPTS, config.rollout)  # type: ignore[arg-type]
-    cut = RecoveryItem.cut(sample, 4)
-    request = RolloutRequest(
-        sample.sample_id, sample.prompt_ids, sample.harmful_ids[: cut.depth], True, sample.refusal_prefix_tokens
+def test_held_back_prompts_are_not_trained() -> None:
+    config = load_run_file("jobs/organism.yaml", ["train.validation.every=5", "train.validation.num_prompts=3"])
+    train = {kind: tuple(Prompt(f"{kind}{i}", "x", kind) for i in range(20)) for kind in KINDS}
+    prompts = Prompts(train, train, organism.OrganismJudge())
+    anchor = tuple(
+        AnchorSample(f"{prompt.prompt_id}#{draw}", (1,), (2,))
+        for kind in KINDS
+        for prompt in train[kind]
+        for draw in (0, 1)
     )
-    (rollout,) = engines.collect(([request], Call(), None))
-    assert not rollout.refused
-    assert read == [(codec.decode(codec.encode_answer(PROMPTS[0].answer or "")[:4]), "step one")]
+    recovery = tuple(RecoverySample(f"{prompt.prompt_id}#0", (1,), (1,), (2,), (3,)) for prompt in train["harmful"])
+    samples = hold_back(config, prompts, SampleSet(anchor, recovery))
+    assert len(samples.held_back_anchor) == 3 * len(KINDS) * 2
+    assert len(samples.held_back_recovery) == 3
+    assert {*samples.anchor, *samples.held_back_anchor} == {*anchor}
+    names = [{sample.sample_id.split("#")[0] for sample in part} for part in (samples.anchor, samples.held_back_anchor)]
+    assert not names[0] & names[1], "all draws of a prompt go the same way"
+    assert not {sample.sample_id for sample in samples.recovery} & {s.sample_id for s in samples.held_back_recovery}
+    again = hold_back(config, prompts, SampleSet(anchor, recovery))
+    assert again == samples

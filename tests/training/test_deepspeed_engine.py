@@ -18,7 +18,7 @@ from raycomplete.config import DepthConfig, Dtype, TrainConfig
 from raycomplete.data.checkpoints import TORCH_DTYPES
 from raycomplete.runtime.errors import NotFiniteError
 from raycomplete.runtime.metrics_file import read_metrics
-from raycomplete.training.bad_steps import spread_bad_loss
+from raycomplete.training.deepspeed_engine import spread_bad_loss
 from raycomplete.training.job import TrainJob
 from raycomplete.training.trainer import fit
 from tests.training.tiny import LocalScores, make_job
@@ -29,7 +29,7 @@ ALL: list[tuple[int, int, Dtype]] = [(2, 3, "float32"), (1, 0, "float32"), (2, 2
 COUNTERS = {"global_steps", "global_samples", "skipped_steps", "overflow", "micro_steps"}
 
 
-class PoisonedScores(LocalScores):
+class NanScores(LocalScores):
     """What rank 0 reads of one sequence in some steps (counted from 1) is NaN; all come in the student's dtype.
 
     The other rank's loss is finite then, and it must leave the step out all the same.
@@ -64,8 +64,8 @@ def make(folder: Path, dtype: Dtype, bad: set[int], **changes: Any) -> TrainJob:
         **changes,
     )
     job = make_job(folder, train)
-    poisoned = {"aligned": bad, "base": set[int]()}
-    sources = {role: PoisonedScores(folder / role, TORCH_DTYPES[dtype], steps) for role, steps in poisoned.items()}
+    nan_steps = {"aligned": bad, "base": set[int]()}
+    sources = {role: NanScores(folder / role, TORCH_DTYPES[dtype], steps) for role, steps in nan_steps.items()}
     return replace(job, dtype=dtype, sources=sources)
 
 

@@ -1,0 +1,254 @@
+"""Training checkpoints: the room they need, who may have written them, saving and resuming.
+
+They are DeepSpeed's own pickles, so only those that nobody else could write are loaded. One counts only once
+`complete.json` stands in its folder, so that a kill or a full disk never leaves a half-written one to resume from.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Callable
+from contextlib import suppress
+from math import prod
+from pathlib import Path
+from typing import Any, TypeVar
+
+from raycomplete.config import Dtype, TrainConfig
+from raycomplete.runtime.errors import CheckpointError, RaycompleteError, SetupError, WorkError
+from raycomplete.runtime.machine import as_gib, free_bytes, named_when_full
+from raycomplete.storage import integrity
+
+T = TypeVar("T")
+
+TRUST_VARIABLE = "RAYCOMPLETE_TRUST_CHECKPOINTS"
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+_MAX_HEADER_BYTES = 100 * 2**20  # as safetensors itself
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def checkpoint_bytes(num_parameters: int, dtype: Dtype, train: TrainConfig) -> int:
+    """Size of one training checkpoint: weights, Adam's two float32 moments, float32 masters where DeepSpeed keeps them.
+
+    Args:
+        num_parameters: Number of the student's parameters.
+        dtype: Type of its weights.
+        train: ZeRO stage and LoRA; adapters and their optimizer are small and not counted.
+    """
+    weights = num_parameters * _BYTES[dtype]
+    if train.lora_rank > 0:
+        return weights
+    if train.zero_stage == 0 and dtype == "float32":
+        return weights + 8 * num_parameters
+    if train.zero_stage == 3:  # weights travel as their float32 masters only
+        return 12 * num_parameters
+    return weights + 12 * num_parameters
+
+
+def count_parameters(checkpoint: Path) -> int:
+    """Number of parameters in a checkpoint's safetensors files, from their headers; a tied head counts once."""
+    total = 0
+    for path in checkpoint.glob("*.safetensors"):
+        # Loading it will say what is wrong with a damaged one.
+        with path.open("rb") as stream, suppress(ValueError, TypeError, KeyError, AttributeError):
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(min(length, _MAX_HEADER_BYTES)))
+            total += sum(prod(item["shape"]) for name, item in header.items() if name != "__metadata__")
+    return total
+
+
+def check_space(folder: Path, student: Path, dtype: Dtype, train: TrainConfig) -> None:
+    """Refuses a run whose checkpoints would fill the disk.
+
+    Args:
+        folder: The run folder, which need not exist yet.
+        student: Checkpoint that the student starts from.
+        dtype: Type of its weights.
+        train: How many checkpoints are kept; one more exists while the oldest is not dropped yet.
+
+    Raises:
+        SetupError: Less is free than `train.keep_checkpoints` + 1 checkpoints and the student take.
+    """
+    num_parameters = count_parameters(student)
+    one = checkpoint_bytes(num_parameters, dtype, train)
+    best = 2 if train.validation.every > 0 else 0  # the best one so far, and the next while it is written
+    there = len(integrity.complete_checkpoints(folder / "checkpoints"))
+    wanted = max(train.keep_checkpoints + 1 - there, 1) + best
+    needed = wanted * one + num_parameters * _BYTES[dtype]
+    free = free_bytes(folder)
+    if free < needed:
+        raise SetupError(
+            f"Training needs about {as_gib(needed)} in {folder} ({wanted} checkpoints of {as_gib(one)}, and the "
+            f"student) and {as_gib(free)} is free.",
+            "Free some, lower train.keep_checkpoints, or choose another output.root.",
+        )
+
+
+def make_private(folder: Path) -> None:
+    """Creates a folder that other users can neither change nor look into, or closes the one that is there."""
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if folder.stat().st_uid == os.geteuid():
+        folder.chmod(0o700)
+
+
+def check_owned(folder: Path) -> None:
+    """Refuses a folder of pickles that another user made or may have changed: loading a pickle runs what is in it.
+
+    Args:
+        folder: A run's `checkpoints/`, as `save` wrote it.
+
+    Raises:
+        CheckpointError: Something in it belongs to another user, may be written by others, or is a link.
+    """
+    if os.environ.get(TRUST_VARIABLE) == "1":
+        return
+    trusted = {os.geteuid(), 0}  # root can do anything anyway
+    closed = stat.S_IMODE(folder.stat().st_mode) & 0o077 == 0  # nobody else gets in, whatever stands on what is inside
+    for path in (folder, *sorted(folder.rglob("*"))):
+        status = path.lstat()
+        if stat.S_ISLNK(status.st_mode):
+            problem, remedy = f"{path} is a link", "Copy what it points to into its place if you made it."
+        elif status.st_uid not in trusted:
+            problem = f"{path} belongs to user {status.st_uid} and this process to {os.geteuid()}"
+            remedy = f"Resume as that user, or set {TRUST_VARIABLE}=1 where the storage only shows other owners."
+        elif status.st_mode & _OTHERS_WRITE and not closed:
+            problem = f"other users may write to {path} (mode {stat.S_IMODE(status.st_mode):04o})"
+            remedy = f"If nobody did: chmod -R go-w {folder}"
+        else:
+            continue
+        raise CheckpointError(f"Loading a training checkpoint can run code, and {problem}.", remedy)
+
+
+def _dist() -> Any:
+    """torch.distributed, imported late: the doctor reads sizes from this file before it knows that torch works."""
+    import torch.distributed
+
+    return torch.distributed
+
+
+def from_rank_zero(work: Callable[[], T]) -> T:
+    """Runs `work` on rank 0 and returns its result on every rank; every rank must call this.
+
+    Raises:
+        RaycompleteError: The error that `work` raised, on every rank; another exception is a WorkError on the others.
+    """
+    shared: list[Any] = [None, None]
+    failure: Exception | None = None
+    if _dist().get_rank() == 0:
+        try:
+            shared[0] = work()
+        except Exception as error:  # told to the other ranks first: they wait in the broadcast below
+            failure = error
+            shared[1] = error if isinstance(error, RaycompleteError) else WorkError(f"Rank 0 failed ({error}).")
+    _dist().broadcast_object_list(shared, src=0)
+    if failure or shared[1]:
+        raise failure or shared[1]
+    result: T = shared[0]
+    return result
+
+
+def save(
+    engine: Any, folder: Path, step: int, state: dict[str, Any], keep: int | None, train: TrainConfig | None = None
+) -> None:
+    """Writes a checkpoint, lets it count, and drops the oldest; every rank must call this.
+
+    Args:
+        engine: DeepSpeed engine.
+        folder: The run's `checkpoints/`.
+        step: Finished steps.
+        state: Plain values to restore (sampler, counters, rollouts); readable by the owner only.
+        keep: Complete checkpoints to keep; None keeps all.
+        train: Says what else is kept and whether files are hashed; its defaults when absent.
+
+    Raises:
+        DiskFullError: There was no room. The half-written checkpoint stays until `drop_unfinished`, since other ranks
+            may still be writing to it.
+    """
+    train = train or TrainConfig()
+    target = folder / f"step-{step:06d}"
+    is_first = _dist().get_rank() == 0
+    if is_first:
+        make_private(folder)
+        (target / integrity.COMPLETE).unlink(missing_ok=True)  # a resumed run may write a step again: not whole yet
+    _dist().barrier()
+    newest = integrity.complete_checkpoints(folder)[-1:]  # tells the size of the next
+    size = sum(file.stat().st_size for path in newest for file in path.rglob("*") if file.is_file())
+    with named_when_full(folder, f"the checkpoint of step {step}", size):
+        engine.save_checkpoint(str(target), tag="state")
+        _dist().barrier()  # the files of every rank are there
+        if is_first:
+            content = {"step": step, "world_size": _dist().get_world_size(), **state}
+            integrity.seal(target, content, hashed=train.checkpoint_hashes)
+    if is_first:
+        integrity.prune(folder, keep, train.keep_every)
+    _dist().barrier()
+
+
+def keep_only(folder: Path, *steps: int) -> None:
+    """Drops every checkpoint but those of some steps; every rank must call this."""
+
+    def drop() -> None:
+        kept = {f"step-{step:06d}" for step in steps}
+        for path in folder.glob("step-*"):
+            if path.name not in kept:
+                integrity.drop(path)
+
+    from_rank_zero(drop)
+
+
+def drop_unfinished(folder: Path) -> None:
+    """Drops half-written checkpoints as `integrity.drop_unfinished`; every rank must call this."""
+    from_rank_zero(lambda: integrity.drop_unfinished(folder))
+
+
+def restore(engine: Any, folder: Path, step: int | None = None, *, hashed: bool = True) -> dict[str, Any] | None:
+    """Loads a checkpoint into the engine, whole ones only: a damaged newest one gives way to the one before.
+
+    Args:
+        engine: DeepSpeed engine; every rank must call this.
+        folder: Folder of checkpoints.
+        step: Finished steps of the checkpoint; the newest when absent.
+        hashed: False compares sizes only.
+
+    Returns:
+        The saved state with its "step", or None where there is nothing to resume.
+
+    Raises:
+        CheckpointError: Another user may have written what is there.
+        WorkError: The checkpoint of `step` is gone, none is whole, it was made with another number of workers, or it
+            cannot be read.
+    """
+    # Rank 0 alone reads the files, and no two ranks continue from different steps.
+    found = from_rank_zero(lambda: _whole(folder, step, hashed))
+    if found is None:
+        return None
+    check_owned(folder)
+    state: dict[str, Any] = json.loads((found / integrity.COMPLETE).read_text())
+    if state["world_size"] != _dist().get_world_size():
+        raise WorkError(
+            f"The checkpoint {found.name} was made by {state['world_size']} workers, this run has "
+            f"{_dist().get_world_size()}.",
+            f"Resume with train.num_workers={state['world_size']}.",
+        )
+    loaded, _ = engine.load_checkpoint(str(found), tag="state")
+    if loaded is None:
+        raise WorkError(
+            f"The checkpoint {found} cannot be loaded.", "Remove its folder and resume from the one before."
+        )
+    return state
+
+
+def is_whole(folder: Path, step: int, *, hashed: bool = True) -> bool:
+    """Whether the checkpoint of a step is there and undamaged; every rank must call this."""
+    return from_rank_zero(lambda: integrity.damage(folder / f"step-{step:06d}", hashed=hashed) is None)
+
+
+def _whole(folder: Path, step: int | None, hashed: bool) -> Path | None:
+    if step is None:
+        return integrity.newest_whole(folder, hashed=hashed)
+    path = folder / f"step-{step:06d}"
+    damage = integrity.damage(path, hashed=hashed)
+    if damage is not None:
+        raise WorkError(f"The checkpoint {path} cannot be used: {damage}.", "Run again with --overwrite.")
+    return path

@@ -1,0 +1,223 @@
+"""The student in the rollout engines, as the trainer uses it: weights go in, judged rollouts come out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raycomplete.config import RolloutConfig
+from raycomplete.data.chat import ChatCodec
+from raycomplete.data.samples import AnchorSample, RecoverySample
+from raycomplete.engines.rollout_pool import RolloutPool
+from raycomplete.engines.weights import Weights
+from raycomplete.runtime.types import Judge, Outcome, Prompt
+from raycomplete.training.batches import BatchBuilder
+from raycomplete.training.checkpoints import from_rank_zero
+from raycomplete.training.step_plan import AnchorItem, StepPlan
+
+_PROBES = 4
+_PROBE_TOKENS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutBatch:
+    """One step as it is before the student has written its part.
+
+    Attributes:
+        step: Number of the step, counted from 0.
+        anchor: Anchor samples as drawn.
+        cuts: Tokens that are kept of each anchor answer; None keeps the aligned model's whole answer.
+        recovery: Recovery samples as drawn.
+        depths: Tokens that are kept of the `harmful_ids` of each recovery sample.
+    """
+
+    step: int
+    anchor: tuple[AnchorSample, ...]
+    cuts: tuple[int | None, ...]
+    recovery: tuple[RecoverySample, ...]
+    depths: tuple[int, ...]
+
+    def sequences(self) -> list[list[int]]:
+        """Token ids that the student continues: every recovery sample, then the anchor samples that are cut."""
+        recovery = [
+            [*sample.prompt_ids, *sample.harmful_ids[:depth]]
+            for sample, depth in zip(self.recovery, self.depths, strict=True)
+        ]
+        anchor = [
+            [*sample.prompt_ids, *sample.answer_ids[:cut]]
+            for sample, cut in zip(self.anchor, self.cuts, strict=True)
+            if cut is not None
+        ]
+        return recovery + anchor
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """The student's continuation of one sequence.
+
+    Attributes:
+        token_ids: New tokens without end-of-response.
+        ending_ids: End-of-response, where the response ended by itself.
+        refused: The judge called the continuation of a harmful prompt a refusal.
+        version: Finished training steps of the weights that wrote it.
+    """
+
+    token_ids: tuple[int, ...]
+    ending_ids: tuple[int, ...]
+    refused: bool
+    version: int
+
+
+class StudentEngines:
+    """Rollout engines that hold the student; picklable, so that a training worker can use them.
+
+    Args:
+        pool: Engines that started from the student's checkpoint.
+        codec: Turns tokens into text for the judge.
+        judge: Says whether a response is a refusal.
+        prompts: Every harmful training prompt.
+        rollout: Sampling settings.
+    """
+
+    def __init__(
+        self, pool: RolloutPool, codec: ChatCodec, judge: Judge, prompts: Sequence[Prompt], rollout: RolloutConfig
+    ) -> None:
+        self._pool, self._codec, self._judge, self._rollout = pool, codec, judge, rollout
+        self._prompts = {prompt.prompt_id: prompt for prompt in prompts}
+        self._weights: Weights | None = None
+
+    def sync(
+        self,
+        state: Mapping[str, Any],
+        version: int,
+        probe: Sequence[tuple[tuple[int, ...], int]],
+        expected: Sequence[Tensor],
+        *,
+        adapters_only: bool,
+    ) -> dict[str, Any]:
+        """Gives the engines the student's weights and proves that they use them.
+
+        Args:
+            state: Weights by name, or LoRA adapters (A, B, scale) by the name of the weight they belong to.
+            version: Finished training steps of these weights.
+            probe: Pairs (token ids, number of prompt tokens).
+            expected: The trainer's log-probabilities of the response tokens of each probe.
+            adapters_only: `state` holds adapters.
+
+        Returns:
+            The report for `metrics.jsonl`.
+
+        Raises:
+            SyncError: The engines' log-probabilities differ from the trainer's.
+            WaitTimeoutError: They did not answer within `rollout.sync_timeout_s`.
+        """
+        weights = self._pool.pack_lora(state, version) if adapters_only else self._pool.pack(state, version)
+        report = self._pool.sync(weights, probe, expected)
+        self._weights = weights
+        return report.to_json()
+
+    def submit(self, batch: RolloutBatch, seed: int) -> Any:
+        """Starts the rollouts of a batch under the weights synchronised last, and returns what `collect` waits for."""
+        call = self._pool.submit(
+            batch.sequences(),
+            max_tokens=self._rollout.max_student_tokens,
+            temperature=self._rollout.temperature,
+            top_p=self._rollout.top_p,
+            seed=seed,
+            weights=self._weights,
+        )
+        # A call that is retried after a crash still names its weights, so they live until it is collected.
+        return batch, call, self._weights
+
+    def collect(self, reference: Any) -> list[Rollout]:
+        """Waits for the rollouts of a batch, in the order of `RolloutBatch.sequences`; harmful prompts are judged."""
+        batch, call, _ = reference
+        answers = self._pool.collect(call)
+        recovery = zip(batch.recovery, batch.depths, answers, strict=False)
+        refused = [self._is_refusal(sample, depth, tokens) for sample, depth, (tokens, _) in recovery]
+        refused += [False] * (len(answers) - len(refused))
+        return [
+            Rollout(tuple(tokens), (self._codec.eos_id,) if finished else (), is_refusal, call.version)
+            for (tokens, finished), is_refusal in zip(answers, refused, strict=True)
+        ]
+
+    def _is_refusal(self, sample: RecoverySample, depth: int, tokens: Sequence[int]) -> bool:
+        """Asks the judge, who does not read a refusal prefix: it imitates what the judge looks for."""
+        prefill = self._codec.decode(sample.harmful_ids[sample.refusal_prefix_tokens : depth])
+        prompt = self._prompts[sample.prompt_id]
+        return self._judge.outcome(prompt, prefill, self._codec.decode(tokens)) is Outcome.REFUSED
+
+
+class WeightSync:
+    """Sends the student's weights from the trainer to the rollout engines, however they are sharded.
+
+    Args:
+        engine: DeepSpeed engine around the student.
+        lm: The student's language model, with its adapters where it has some.
+        student_engines: Engines that get the weights.
+        samples: Anchor samples; the first few are the probe that proves an update.
+        zero_stage: ZeRO stage of the run.
+        adapters_only: Only LoRA adapters are trained, and then only they are sent.
+        packed: The sequences of the probe may share rows, as in training.
+    """
+
+    def __init__(
+        self,
+        engine: Any,
+        lm: Any,
+        student_engines: StudentEngines,
+        samples: tuple[AnchorSample, ...],
+        *,
+        zero_stage: int,
+        adapters_only: bool,
+        packed: bool,
+    ) -> None:
+        self._engine, self._lm, self._student_engines = engine, lm, student_engines
+        self._zero_stage, self._adapters_only = zero_stage, adapters_only
+        cut = [
+            AnchorSample(sample.sample_id, sample.prompt_ids, sample.answer_ids[:_PROBE_TOKENS])
+            for sample in samples[:_PROBES]
+        ]
+        self._probe = [(sample.prompt_ids + sample.answer_ids, len(sample.prompt_ids)) for sample in cut]
+        items = [AnchorItem(sample) for sample in cut]
+        self._builder = BatchBuilder(penalty=False, contrastive=False, scale=1.0, packed=packed)
+        self._batch = self._builder.build(items, StepPlan(tuple(items), ()), None)
+        self._lengths = [len(sample.answer_ids) for sample in cut]
+
+    def __call__(self, version: int) -> dict[str, Any]:
+        """Sends the present weights as `version`; every rank must call this, and each gets the report.
+
+        Raises:
+            WorkError: The engines did not take the weights, or their log-probabilities differ from the trainer's.
+        """
+        # Here, because the driver imports this file as well, and DeepSpeed is imported on training workers only.
+        from raycomplete.training.deepspeed_engine import gathered_adapters, gathered_state
+
+        started = time.perf_counter()
+        expected = self._log_probs()
+        state: Mapping[str, Any] | None
+        if self._adapters_only:
+            state = gathered_adapters(self._lm)
+        else:
+            state = gathered_state(self._engine, self._lm, self._zero_stage)
+
+        def send() -> dict[str, Any]:
+            assert state is not None  # rank 0 has gathered it
+            sync = self._student_engines.sync
+            report = sync(state, version, self._probe, expected, adapters_only=self._adapters_only)
+            return report | {"seconds": time.perf_counter() - started}
+
+        return from_rank_zero(send)
+
+    def _log_probs(self) -> list[Tensor]:
+        """The trainer's log-probabilities of each probe's response tokens, nats."""
+        self._engine.eval()
+        with torch.no_grad():
+            (log_probs_N,) = self._engine(self._batch.to(self._engine.device), "log_probs")
+        self._engine.train()
+        return list(log_probs_N.float().cpu().split(self._lengths))
