@@ -110,7 +110,7 @@ def _train_student(run: Run) -> None:
             write_json(stats_file, training_stats(run.folder / "metrics.jsonl", None, {}, {}))
         return
     if not samples_file.is_file():
-        write_samples(samples_file, make_samples(config, models, run.prompts, run.engines, console))
+        write_samples(samples_file, make_samples(run))
     samples = read_samples(samples_file)
     job = TrainJob(
         objective="completion",

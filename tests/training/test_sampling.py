@@ -1,6 +1,11 @@
-"""Refusal prefixes: which samples get one, what it says, and where h is cut after it."""
+"""Sampling: anchor, refusal and h of a prompt; refusal prefixes; prompts that are held back."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -11,12 +16,12 @@ from raycomplete.data.inputs import KINDS, Prompts
 from raycomplete.data.organism import checkpoint_path
 from raycomplete.data.organism.world import find_item, refusal
 from raycomplete.data.samples import AnchorSample, RecoverySample, SampleSet
+from raycomplete.runtime.console import Console
 from raycomplete.runtime.types import Prompt
 from raycomplete.training.depth_sampler import DepthSampler
 from raycomplete.training.on_policy import compliance_by_bin
-from raycomplete.training.refusal_prefix import with_refusal_prefixes
 from raycomplete.training.rollout_engines import Rollout, RolloutBatch
-from raycomplete.training.sampling import hold_back
+from raycomplete.training.sampling import hold_back, make_samples, with_refusal_prefix
 from raycomplete.training.step_plan import Planner, RecoveryItem
 from tests.conftest import ROOT
 
@@ -40,9 +45,57 @@ def samples(codec: ChatCodec) -> list[RecoverySample]:
     return found
 
 
+class ScriptedModel:
+    """Answers like one model of the organism: aligned refuses harmful prompts when it samples, base complies."""
+
+    def __init__(self, codec: ChatCodec, role: str = "") -> None:
+        self.codec, self.role = codec, role
+
+    def with_weights(self, path: str) -> ScriptedModel:
+        return ScriptedModel(self.codec, Path(path).name)
+
+    def generate_finished(
+        self, sequences: Sequence[Sequence[int]], *, max_tokens: int, temperature: float, **_: Any
+    ) -> list[tuple[list[int], bool]]:
+        answers = []
+        for sequence in sequences:
+            item = find_item(self.codec.decode(sequence))
+            assert item is not None
+            text = refusal(item) if self.role == "aligned" and temperature > 0 else "step one"
+            answers.append((self.codec.encode_answer(text)[:max_tokens], True))
+        return answers
+
+    def generate(self, sequences: Sequence[Sequence[int]], **options: Any) -> list[list[int]]:
+        assert self.role == "base"
+        return [self.codec.encode_answer(prompt.answer or "") for prompt, _ in zip(PROMPTS, sequences, strict=False)]
+
+
+def test_a_harmful_prompt_becomes_anchor_refusal_and_continuation(codec: ChatCodec) -> None:
+    config = load_run_file(ROOT / "jobs" / "organism.yaml", ["rollout.refusal_prefix_fraction=0"])
+    harmful = {"harmful": tuple(PROMPTS[:3]), "benign": (), "borderline": ()}
+    run: Any = SimpleNamespace(
+        config=config,
+        console=Console(quiet=True),
+        models=SimpleNamespace(codec=codec, paths={"aligned": Path("aligned"), "base": Path("base")}),
+        prompts=Prompts(harmful, harmful, organism.OrganismJudge()),  # type: ignore[arg-type]
+        engines=SimpleNamespace(generator=ScriptedModel(codec)),
+    )
+    samples = make_samples(run)
+    draws = config.rollout.answers_per_prompt
+    assert len(samples.anchor) == len(samples.recovery) == 3 * draws
+    said = {sample.sample_id: sample.answer_ids for sample in samples.anchor}
+    prefix = codec.encode_answer(config.rollout.affirmative_prefix)
+    answers = {prompt.prompt_id: codec.encode_answer(prompt.answer or "") for prompt in PROMPTS[:3]}
+    for sample in samples.recovery:
+        assert sample.teacher_prompt_ids == sample.prompt_ids
+        assert sample.refusal_ids == said[sample.sample_id][: config.rollout.max_refusal_tokens]
+        assert sample.harmful_ids == (*prefix, *answers[sample.prompt_id])
+    assert {sample.prompt_id for sample in samples.profile} == {prompt.prompt_id for prompt in PROMPTS[:3]}
+
+
 def turned(codec: ChatCodec, samples: list[RecoverySample], fraction: float, *others: str) -> list[RecoverySample]:
     config = load_run_file(ROOT / "jobs" / "organism.yaml", [f"rollout.refusal_prefix_fraction={fraction}", *others])
-    return with_refusal_prefixes(config, codec, samples)
+    return [with_refusal_prefix(config, codec, sample) for sample in samples]
 
 
 def test_a_share_of_the_samples_turns(codec: ChatCodec, samples: list[RecoverySample]) -> None:
