@@ -1,14 +1,18 @@
-"""metrics.jsonl: what every finished step measured, across kills and resumes. Needs no torch."""
+"""The measurements of every finished step: metrics.jsonl, and TensorBoard or Weights & Biases. Needs no torch."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
-from collections.abc import Mapping
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from raycomplete.runtime.errors import SetupError
 from raycomplete.runtime.files import write_text
 from raycomplete.runtime.machine import named_when_full
 
@@ -85,3 +89,66 @@ class MetricsReader:
                 self._rows.append(row)
                 self._offset += len(line)
         return list(self._rows)
+
+
+@dataclass(frozen=True)
+class Sink:
+    """Takes the row of each finished step, for those who watch runs elsewhere."""
+
+    write: Callable[[Mapping[str, Any]], None]
+    close: Callable[[], None]
+
+
+def open_sinks(names: Sequence[str], folder: Path) -> list[Sink]:
+    """Opens the sinks of a run.
+
+    Args:
+        names: "tensorboard" or "wandb".
+        folder: Run folder; files go below it, and its name names the run.
+
+    Raises:
+        SetupError: A sink's package is not installed.
+    """
+    kinds = {"tensorboard": _tensorboard, "wandb": _wandb}
+    return [kinds[name](folder) for name in names]
+
+
+def _tensorboard(folder: Path) -> Sink:
+    writer = _package("tensorboard", "tensorboardX").SummaryWriter(str(folder / "tensorboard"))
+
+    def write(row: Mapping[str, Any]) -> None:
+        for name, value in scalars(row).items():
+            writer.add_scalar(name, value, row["step"])
+
+    return Sink(write, writer.close)
+
+
+def _wandb(folder: Path) -> Sink:
+    """A run named after the run folder; project and mode come from wandb's own environment."""
+    # The id is drawn once for a folder: other folders have the same name, and rows of one run must stay together.
+    file = folder / "wandb_id"
+    if not file.is_file():
+        write_text(file, f"{folder.name}-{uuid.uuid4().hex[:8]}\n")
+    run_id = file.read_text(encoding="utf-8").strip()
+    run = _package("wandb", "wandb").init(name=folder.name, id=run_id, dir=str(folder), resume="allow")
+    return Sink(lambda row: run.log(scalars(row), step=row["step"]), run.finish)
+
+
+def _package(sink: str, package: str) -> Any:
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise SetupError(f"train.sinks names {sink}, which is not installed.", f"pip install {package}") from error
+
+
+def scalars(row: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """Numbers of a row under slash-separated names; lists by index, what is not a number left out."""
+    found: dict[str, float] = {}
+    for name, value in row.items():
+        if isinstance(value, int | float) and not isinstance(value, bool) and name != "step":
+            found[prefix + name] = float(value)
+        elif isinstance(value, Mapping):
+            found |= scalars(value, f"{prefix}{name}/")
+        elif isinstance(value, list):
+            found |= scalars({str(index): item for index, item in enumerate(value)}, f"{prefix}{name}/")
+    return found

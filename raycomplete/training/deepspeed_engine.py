@@ -212,7 +212,7 @@ def gathered_adapters(lm: Any) -> dict[str, tuple[Tensor, Tensor, float]] | None
     }
 
 
-def gathered_state(engine: Any, lm: Any, stage: int) -> dict[str, Tensor] | None:
+def gathered_state(lm: Any, stage: int) -> dict[str, Tensor] | None:
     """The student's whole weights on rank 0, on the CPU; None on other ranks. Every rank must call this."""
     state: dict[str, Tensor] = {}
     first = dist.get_rank() == 0

@@ -17,11 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from raycomplete.config import RolloutConfig, TrainConfig
+from raycomplete.config import RolloutConfig
 from raycomplete.data.samples import AnchorSample, RecoverySample
 from raycomplete.training.checkpoints import from_rank_zero
 from raycomplete.training.depth_sampler import DepthSampler
-from raycomplete.training.rollout_engines import Rollout, RolloutBatch, StudentEngines, WeightSync
+from raycomplete.training.job import TrainJob
+from raycomplete.training.rollout_engines import Rollout, RolloutBatch, WeightSync
 from raycomplete.training.step_plan import AnchorItem, Planner, RecoveryItem, StepPlan
 from raycomplete.training.teacher_prefetcher import StepInput, TeacherPrefetcher
 
@@ -118,33 +119,27 @@ class OnPolicySource:
     by itself; only rank 0 asks the engines, and shares what they wrote.
 
     Args:
-        engines: The student in the rollout engines.
+        job: The run, with the rollout engines that hold the student.
         batcher: Draws rollout batches and turns them into plans.
         sync: Sends the student's weights to the engines.
         prefetcher: Asks the teachers for their hidden states.
         sampler: Draws depths.
-        rollout: When weights are sent and how far ahead is rolled out.
-        train: Number of steps, and when checkpoints are written.
         rank: Rank of this worker.
         world_size: Number of workers.
     """
 
     def __init__(
         self,
-        engines: StudentEngines,
+        job: TrainJob,
         batcher: RolloutBatcher,
         sync: WeightSync,
         prefetcher: TeacherPrefetcher,
         sampler: DepthSampler,
-        rollout: RolloutConfig,
-        train: TrainConfig,
-        *,
         rank: int,
         world_size: int,
     ) -> None:
-        self._engines, self._batcher, self._sync = engines, batcher, sync
+        self._job, self._batcher, self._sync = job, batcher, sync
         self._prefetcher, self._sampler = prefetcher, sampler
-        self._rollout, self._train = rollout, train
         self._rank, self._share = rank, slice(rank, None, world_size)
         self._batches: dict[int, RolloutBatch] = {}  # steps whose rollouts are asked for
         self._rollouts: dict[int, Future[list[Rollout]]] = {}  # the same steps, on rank 0
@@ -160,7 +155,7 @@ class OnPolicySource:
         is_requested = step in self._batches
         taken = self._take(step) if is_requested else None
         stats = self._update_engines(step)
-        for ahead in range(step + is_requested, min(step + self._rollout.lookahead + 1, self._train.steps)):
+        for ahead in range(step + is_requested, min(step + self._job.rollout.lookahead + 1, self._job.train.steps)):
             self._request(ahead)
         batch, rollouts, waited_s = taken or self._take(step)
         plan = self._batcher.finish(batch, rollouts)
@@ -221,12 +216,12 @@ class OnPolicySource:
             return
         batch = self._batches[step] = self._batcher.draw(step, self._sampler)
         if self._rank == 0:
-            reference = self._engines.submit(batch, self._batcher.seed_of(step))
+            reference = self._job.student_engines.submit(batch, self._batcher.seed_of(step))
             self._rollouts[step] = self._collector.submit(self._collect, batch, reference)
 
     def _collect(self, batch: RolloutBatch, reference: Any) -> list[Rollout]:
         """Waits for the rollouts of a batch, and lets the teachers read its sequences ahead of their step."""
-        rollouts = self._engines.collect(reference)
+        rollouts: list[Rollout] = self._job.student_engines.collect(reference)
         plan = self._batcher.finish(batch, rollouts)
         self._prefetcher.warm([item.sample for item in plan.anchor], [item.sample for item in plan.recovery])
         return rollouts
@@ -247,4 +242,4 @@ class OnPolicySource:
 
     def _is_update_due(self, step: int) -> bool:
         """Weights also go out at every checkpoint, so that a run resumed there rolls out under the same ones."""
-        return step % self._rollout.sync_every == 0 or step % self._train.checkpoint_every == 0
+        return step % self._job.rollout.sync_every == 0 or step % self._job.train.checkpoint_every == 0

@@ -18,6 +18,7 @@ from raycomplete.engines.weights import Weights
 from raycomplete.runtime.types import Judge, Outcome, Prompt
 from raycomplete.training.batches import BatchBuilder
 from raycomplete.training.checkpoints import from_rank_zero
+from raycomplete.training.job import TrainJob
 from raycomplete.training.step_plan import AnchorItem, StepPlan
 
 _PROBES = 4
@@ -157,28 +158,15 @@ class WeightSync:
     """Sends the student's weights from the trainer to the rollout engines, however they are sharded.
 
     Args:
+        job: The run; where it trains LoRA adapters, only they are sent.
         engine: DeepSpeed engine around the student.
         lm: The student's language model, with its adapters where it has some.
-        student_engines: Engines that get the weights.
         samples: Anchor samples; the first few are the probe that proves an update.
-        zero_stage: ZeRO stage of the run.
-        adapters_only: Only LoRA adapters are trained, and then only they are sent.
         packed: The sequences of the probe may share rows, as in training.
     """
 
-    def __init__(
-        self,
-        engine: Any,
-        lm: Any,
-        student_engines: StudentEngines,
-        samples: tuple[AnchorSample, ...],
-        *,
-        zero_stage: int,
-        adapters_only: bool,
-        packed: bool,
-    ) -> None:
-        self._engine, self._lm, self._student_engines = engine, lm, student_engines
-        self._zero_stage, self._adapters_only = zero_stage, adapters_only
+    def __init__(self, job: TrainJob, engine: Any, lm: Any, samples: Sequence[AnchorSample], *, packed: bool) -> None:
+        self._job, self._engine, self._lm = job, engine, lm
         cut = [
             AnchorSample(sample.sample_id, sample.prompt_ids, sample.answer_ids[:_PROBE_TOKENS])
             for sample in samples[:_PROBES]
@@ -200,16 +188,12 @@ class WeightSync:
 
         started = time.perf_counter()
         expected = self._log_probs()
-        state: Mapping[str, Any] | None
-        if self._adapters_only:
-            state = gathered_adapters(self._lm)
-        else:
-            state = gathered_state(self._engine, self._lm, self._zero_stage)
+        job, adapters_only = self._job, self._job.lora_rank > 0
+        state: Any = gathered_adapters(self._lm) if adapters_only else gathered_state(self._lm, job.train.zero_stage)
 
         def send() -> dict[str, Any]:
-            assert state is not None  # rank 0 has gathered it
-            sync = self._student_engines.sync
-            report = sync(state, version, self._probe, expected, adapters_only=self._adapters_only)
+            engines: StudentEngines = job.student_engines
+            report = engines.sync(state, version, self._probe, expected, adapters_only=adapters_only)
             return report | {"seconds": time.perf_counter() - started}
 
         return from_rank_zero(send)

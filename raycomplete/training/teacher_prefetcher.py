@@ -19,6 +19,7 @@ from raycomplete.engines.scorers import TeacherClient
 from raycomplete.runtime.errors import QuarantinedSequenceError
 from raycomplete.runtime.prometheus import record
 from raycomplete.training.depth_sampler import DepthSampler
+from raycomplete.training.job import TrainJob
 from raycomplete.training.step_plan import Planner, StepPlan
 
 logger = logging.getLogger(__name__)
@@ -158,39 +159,35 @@ class StepInput:
 
 
 class FixedSource:
-    """Hands out steps made of samples that were drawn before training, read by the teachers `prefetch` steps ahead.
+    """Hands out steps made of samples that were drawn before training, read by the teachers `job.prefetch` steps ahead.
 
     Args:
+        job: The run.
         planner: Draws the samples of a step.
-        sampler: Draws their depths.
         prefetcher: Asks the teachers for their hidden states; None in SFT.
+        sampler: Draws depths.
         rank: Rank of this worker.
         world_size: Number of workers.
-        prefetch: Steps that the teachers read ahead.
-        steps: Steps of the whole run.
     """
 
     def __init__(
         self,
+        job: TrainJob,
         planner: Planner,
-        sampler: DepthSampler,
         prefetcher: TeacherPrefetcher | None,
-        *,
+        sampler: DepthSampler,
         rank: int,
         world_size: int,
-        prefetch: int,
-        steps: int,
     ) -> None:
-        self._planner, self._sampler, self._prefetcher = planner, sampler, prefetcher
+        self._job, self._planner, self._prefetcher, self._sampler = job, planner, prefetcher, sampler
         self._share = slice(rank, None, world_size)
-        self._prefetch, self._steps = prefetch, steps
 
     def next(self, step: int) -> StepInput:
         """Waits for the input of a step and asks for later ones; every rank must call this."""
         plan = self._planner.plan(step, self._sampler)
         if self._prefetcher is None:
             return StepInput(plan, None, {"teacher_wait_s": 0.0})
-        for ahead in range(step, min(step + 1 + self._prefetch, self._steps)):
+        for ahead in range(step, min(step + 1 + self._job.prefetch, self._job.train.steps)):
             if not self._prefetcher.is_requested(ahead):
                 anchor, recovery = self._planner.samples_of(ahead)
                 self._prefetcher.request(ahead, anchor[self._share], recovery[self._share])

@@ -27,7 +27,7 @@ from raycomplete.data.samples import read_samples
 from raycomplete.losses.loss_types import LossSettings
 from raycomplete.runtime.logs import set_step
 from raycomplete.runtime.machine import named_when_full
-from raycomplete.runtime.metrics_file import MetricsFile, finite
+from raycomplete.runtime.metrics_file import MetricsFile, finite, open_sinks
 from raycomplete.runtime.plugins import load_plugins
 from raycomplete.runtime.prometheus import begin, finished_step
 from raycomplete.training import checkpoints, deepspeed_engine
@@ -42,7 +42,6 @@ from raycomplete.training.packing import deal
 from raycomplete.training.packing_check import keeps_sequences_apart
 from raycomplete.training.profile import aligned_profile, scored_samples, student_profile, write_profile
 from raycomplete.training.rollout_engines import WeightSync
-from raycomplete.training.sinks import open_sinks
 from raycomplete.training.step_plan import Planner, StepPlan
 from raycomplete.training.student import HeadSettings, StudentModule, to_loss_output
 from raycomplete.training.teacher_prefetcher import FixedSource, TeacherPrefetcher
@@ -159,15 +158,8 @@ class Worker:
     def _make_source(self) -> FixedSource | OnPolicySource:
         job, train, rollout = self.job, self.job.train, self.job.rollout
         if job.student_engines is None:
-            return FixedSource(
-                self.planner,
-                self.sampler,
-                self.prefetcher if job.sources else None,
-                rank=self.rank,
-                world_size=self.world_size,
-                prefetch=job.prefetch,
-                steps=train.steps,
-            )
+            prefetcher = self.prefetcher if job.sources else None
+            return FixedSource(job, self.planner, prefetcher, self.sampler, self.rank, self.world_size)
         planner = Planner(
             self.samples,
             anchor_batch=train.anchor_batch,
@@ -175,26 +167,9 @@ class Worker:
             seed=train.seed,
             max_depth=train.depth.max,
         )
-        sync = WeightSync(
-            self.engine,
-            self.lm,
-            job.student_engines,
-            self.samples.anchor,
-            zero_stage=train.zero_stage,
-            adapters_only=job.lora_rank > 0,
-            packed=self.builder.packed,
-        )
-        return OnPolicySource(
-            job.student_engines,
-            RolloutBatcher(planner, rollout, seed=train.seed, recovery_batch=train.recovery_batch),
-            sync,
-            self.prefetcher,
-            self.sampler,
-            rollout,
-            train,
-            rank=self.rank,
-            world_size=self.world_size,
-        )
+        batcher = RolloutBatcher(planner, rollout, seed=train.seed, recovery_batch=train.recovery_batch)
+        sync = WeightSync(job, self.engine, self.lm, self.samples.anchor, packed=self.builder.packed)
+        return OnPolicySource(job, batcher, sync, self.prefetcher, self.sampler, self.rank, self.world_size)
 
     def _make_validator(self) -> Validator:
         return Validator(self.engine, self.samples, self.prefetcher, self.builder, self.job.train)
@@ -281,7 +256,7 @@ class Worker:
         """Writes the student as a Hugging Face checkpoint."""
         if self.job.lora_rank > 0:
             self.lm = self.lm.merge_and_unload()
-        state = deepspeed_engine.gathered_state(self.engine, self.lm, self.job.train.zero_stage)
+        state = deepspeed_engine.gathered_state(self.lm, self.job.train.zero_stage)
         if state is not None:
             for unfinished in self.job.output.parent.glob(f".{self.job.output.name}.*"):  # of an export that was killed
                 shutil.rmtree(unfinished, ignore_errors=True)

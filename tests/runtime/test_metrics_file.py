@@ -1,12 +1,17 @@
-"""The file that keeps measurements across kills and resumes."""
+"""The file that keeps measurements across kills and resumes, and the sinks beside it."""
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-from raycomplete.runtime.metrics_file import MetricsFile, MetricsReader, read_metrics
+import pytest
+
+from raycomplete.runtime.errors import SetupError
+from raycomplete.runtime.metrics_file import MetricsFile, MetricsReader, open_sinks, read_metrics
 
 
 def step_rows(*steps: int) -> list[dict[str, Any]]:
@@ -84,3 +89,35 @@ def test_a_reader_follows_the_file_and_its_replacement(tmp_path: Path) -> None:
     assert reader.rows() == step_rows(1, 2, 3, 4, 5, 6)
     path.unlink()
     assert reader.rows() == []
+
+
+def test_numbers_go_to_wandb_under_one_id_for_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    logged: list[tuple[dict[str, float], int]] = []
+
+    class Run:
+        def log(self, numbers: dict[str, float], *, step: int) -> None:
+            logged.append((numbers, step))
+
+        def finish(self) -> None:
+            logged.append(({}, -1))
+
+    def init(*, id: str, **_: Any) -> Run:
+        opened.append(id)
+        return Run()
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    for _ in range(2):  # the second is a resumed run
+        (sink,) = open_sinks(["wandb"], tmp_path)
+    row = {"step": 7, "loss": 0.5, "stopped": False, "sync": {"seconds": 2}, "depth_loss": [None, 1.0], "lr": None}
+    sink.write(row)
+    sink.close()
+    assert opened[0] == opened[1]
+    assert opened[0].startswith(tmp_path.name)
+    assert logged == [({"loss": 0.5, "sync/seconds": 2.0, "depth_loss/1": 1.0}, 7), ({}, -1)]
+
+
+def test_a_sink_without_its_package_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(SetupError, match=r"train\.sinks names wandb, which is not installed\. pip install wandb"):
+        open_sinks(["wandb"], tmp_path)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, cast
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -167,7 +168,7 @@ def test_a_run_stops_only_where_its_engines_get_new_weights(
     sync_every: int, checkpoint_every: int, stops: list[int]
 ) -> None:
     rollout = RolloutConfig(on_policy=True, sync_every=sync_every, max_staleness=sync_every)
-    unused = cast(Any, None)
-    train = TrainConfig(checkpoint_every=checkpoint_every)
-    source = OnPolicySource(unused, unused, unused, unused, unused, rollout, train, rank=0, world_size=1)
+    unused: Any = None
+    job: Any = SimpleNamespace(rollout=rollout, train=TrainConfig(checkpoint_every=checkpoint_every))
+    source = OnPolicySource(job, unused, unused, unused, unused, 0, 1)
     assert [step for step in range(1, 6) if source.can_stop(step)] == stops

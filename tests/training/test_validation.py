@@ -19,7 +19,7 @@ def test_measurements_pack_as_training_does() -> None:
     for packed in (True, False):
         builder = BatchBuilder(penalty=False, contrastive=False, scale=8.0, packed=packed)
         assert Validator(None, samples, prefetcher, builder, TrainConfig())._builder == replace(builder, scale=1.0)
-        sync = WeightSync(None, None, None, samples.anchor, zero_stage=0, adapters_only=False, packed=packed)  # type: ignore[arg-type]
+        sync = WeightSync(None, None, None, samples.anchor, packed=packed)  # type: ignore[arg-type]
         assert sync._builder == BatchBuilder(penalty=False, contrastive=False, scale=1.0, packed=packed)
 
 
