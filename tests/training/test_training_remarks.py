@@ -28,6 +28,12 @@ def test_rows_of_a_run_that_an_earlier_version_began_are_shown(
     monkeypatch.setattr(train, "fit", lambda job, *, on_step, **options: on_step(row))
     job = SimpleNamespace(objective="sft", train=SimpleNamespace(steps=2))
     cluster = SimpleNamespace(cpus_per_worker=1, gpus_per_worker=0, worker_placement="pack")
-    run: Any = train.run_training
-    run(job, SimpleNamespace(cluster=cluster), SimpleNamespace(progress=progress), "Training", StopSignals())
+    run: Any = SimpleNamespace(
+        config=SimpleNamespace(cluster=cluster),
+        console=SimpleNamespace(progress=progress),
+        stop=StopSignals(),
+        is_stopping=lambda: False,
+    )
+    run_training: Any = train.run_training
+    run_training(run, job, "Training")
     assert shown == [(1, remark)]
