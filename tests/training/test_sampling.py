@@ -77,7 +77,8 @@ def test_a_harmful_prompt_becomes_anchor_refusal_and_continuation(codec: ChatCod
         config=config,
         console=Console(quiet=True),
         models=SimpleNamespace(codec=codec, paths={"aligned": Path("aligned"), "base": Path("base")}),
-        prompts=Prompts(harmful, harmful, organism.OrganismJudge()),  # type: ignore[arg-type]
+        prompts=Prompts(harmful, harmful),  # type: ignore[arg-type]
+        judge=organism.OrganismJudge(),
         engines=SimpleNamespace(generator=ScriptedModel(codec)),
     )
     samples = make_samples(run)
@@ -153,7 +154,7 @@ def test_cuts_count_from_after_the_prefix(codec: ChatCodec, samples: list[Recove
 def test_held_back_prompts_are_not_trained() -> None:
     config = load_run_file("jobs/organism.yaml", ["train.validation.every=5", "train.validation.num_prompts=3"])
     train = {kind: tuple(Prompt(f"{kind}{i}", "x", kind) for i in range(20)) for kind in KINDS}
-    prompts = Prompts(train, train, organism.OrganismJudge())
+    prompts = Prompts(train, train)
     anchor = tuple(
         AnchorSample(f"{prompt.prompt_id}#{draw}", (1,), (2,))
         for kind in KINDS
