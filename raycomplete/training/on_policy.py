@@ -30,7 +30,7 @@ _CUT_TAG, _SPLIT_TAG, _ROLLOUT_TAG = 14, 15, 16  # every use of a seed needs a t
 _ROOM_FOR_SEEDS = 2**20  # sequence i of a batch samples under its seed + i
 
 
-class RolloutBatcher:
+class RolloutPlanner:
     """Draws rollout batches and turns their rollouts into step plans; a pure function of seed, step and sampler state.
 
     Args:
@@ -120,7 +120,7 @@ class OnPolicySource:
 
     Args:
         job: The run, with the rollout engines that hold the student.
-        batcher: Draws rollout batches and turns them into plans.
+        planner: Draws rollout batches and turns them into plans.
         sync: Sends the student's weights to the engines.
         prefetcher: Asks the teachers for their hidden states.
         sampler: Draws depths.
@@ -131,14 +131,14 @@ class OnPolicySource:
     def __init__(
         self,
         job: TrainJob,
-        batcher: RolloutBatcher,
+        planner: RolloutPlanner,
         sync: WeightSync,
         prefetcher: TeacherPrefetcher,
         sampler: DepthSampler,
         rank: int,
         world_size: int,
     ) -> None:
-        self._job, self._batcher, self._sync = job, batcher, sync
+        self._job, self._planner, self._sync = job, planner, sync
         self._prefetcher, self._sampler = prefetcher, sampler
         self._rank, self._share = rank, slice(rank, None, world_size)
         self._batches: dict[int, RolloutBatch] = {}  # steps whose rollouts are asked for
@@ -158,7 +158,7 @@ class OnPolicySource:
         for ahead in range(step + is_requested, min(step + self._job.rollout.lookahead + 1, self._job.train.steps)):
             self._request(ahead)
         batch, rollouts, waited_s = taken or self._take(step)
-        plan = self._batcher.finish(batch, rollouts)
+        plan = self._planner.finish(batch, rollouts)
         anchor = [item.sample for item in plan.anchor[self._share]]
         recovery = [item.sample for item in plan.recovery[self._share]]
         self._prefetcher.request(step, anchor, recovery)
@@ -198,7 +198,7 @@ class OnPolicySource:
         """Takes up saved rollouts; every rank gets what rank 0 saved."""
         for item in state["rollouts"]:
             # The depths were drawn under an earlier state of the sampler.
-            batch = replace(self._batcher.draw(item["step"], self._sampler), depths=tuple(item["depths"]))
+            batch = replace(self._planner.draw(item["step"], self._sampler), depths=tuple(item["depths"]))
             self._batches[batch.step] = batch
             if self._rank == 0:
                 done: Future[list[Rollout]] = Future()
@@ -214,15 +214,15 @@ class OnPolicySource:
         """Starts the rollouts of a step under the engines' present weights; asking twice does nothing."""
         if step in self._batches:
             return
-        batch = self._batches[step] = self._batcher.draw(step, self._sampler)
+        batch = self._batches[step] = self._planner.draw(step, self._sampler)
         if self._rank == 0:
-            reference = self._job.student_engines.submit(batch, self._batcher.seed_of(step))
+            reference = self._job.student_engines.submit(batch, self._planner.seed_of(step))
             self._rollouts[step] = self._collector.submit(self._collect, batch, reference)
 
     def _collect(self, batch: RolloutBatch, reference: Any) -> list[Rollout]:
         """Waits for the rollouts of a batch, and lets the teachers read its sequences ahead of their step."""
         rollouts: list[Rollout] = self._job.student_engines.collect(reference)
-        plan = self._batcher.finish(batch, rollouts)
+        plan = self._planner.finish(batch, rollouts)
         self._prefetcher.warm([item.sample for item in plan.anchor], [item.sample for item in plan.recovery])
         return rollouts
 

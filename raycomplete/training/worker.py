@@ -37,7 +37,7 @@ from raycomplete.training.deepspeed_engine import BadSteps, spread_bad_loss
 from raycomplete.training.depth_sampler import DepthSampler
 from raycomplete.training.job import TrainJob
 from raycomplete.training.metrics import StepMeter, peak_memory_gib
-from raycomplete.training.on_policy import OnPolicySource, RolloutBatcher
+from raycomplete.training.on_policy import OnPolicySource, RolloutPlanner
 from raycomplete.training.packing import deal
 from raycomplete.training.packing_check import keeps_sequences_apart
 from raycomplete.training.profile import aligned_profile, scored_samples, student_profile, write_profile
@@ -167,9 +167,9 @@ class Worker:
             seed=train.seed,
             max_depth=train.depth.max,
         )
-        batcher = RolloutBatcher(planner, rollout, seed=train.seed, recovery_batch=train.recovery_batch)
+        rollout_planner = RolloutPlanner(planner, rollout, seed=train.seed, recovery_batch=train.recovery_batch)
         sync = WeightSync(job, self.engine, self.lm, self.samples.anchor, packed=self.builder.packed)
-        return OnPolicySource(job, batcher, sync, self.prefetcher, self.sampler, self.rank, self.world_size)
+        return OnPolicySource(job, rollout_planner, sync, self.prefetcher, self.sampler, self.rank, self.world_size)
 
     def _make_validator(self) -> Validator:
         return Validator(self.engine, self.samples, self.prefetcher, self.builder, self.job.train)

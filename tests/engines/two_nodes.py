@@ -61,7 +61,7 @@ def main() -> None:
     nodes = [cluster.add_node(num_cpus=2, object_store_memory=200 * 2**20) for _ in range(2)]
     ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
     try:
-        print(json.dumps(spread_bad_loss(Path(sys.argv[1]))), flush=True)
+        print(json.dumps(quarantine(Path(sys.argv[1]))), flush=True)
         print(json.dumps(scorers(cluster, nodes)), flush=True)
     finally:
         ray.shutdown()
@@ -137,7 +137,7 @@ def death(client: TeacherClient) -> dict[str, str]:
     return {}
 
 
-def spread_bad_loss(folder: Path) -> dict[str, Any]:
+def quarantine(folder: Path) -> dict[str, Any]:
     """Real processes that die of a sequence: it is quarantined, and the others have their scores."""
     prefix = "fragile"
     actor = ray.remote(Fragile)

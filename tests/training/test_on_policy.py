@@ -11,7 +11,7 @@ import pytest
 
 from raycomplete.config import DepthConfig, RolloutConfig, TrainConfig
 from raycomplete.training.depth_sampler import DepthSampler
-from raycomplete.training.on_policy import OnPolicySource, RolloutBatcher, compliance_by_bin
+from raycomplete.training.on_policy import OnPolicySource, RolloutPlanner, compliance_by_bin
 from raycomplete.training.rollout_engines import Rollout, RolloutBatch
 from raycomplete.training.step_plan import Planner
 from tests.training.tiny import make_samples
@@ -20,21 +20,21 @@ DEPTH = DepthConfig(min=1, max=8, bins=4)
 SAMPLES = make_samples(0)
 
 
-def batcher(
+def planner(
     seed: int = 0, anchor_share: float = 0.5, trained: int = 8, student_prefix_fraction: float = 1.0
-) -> RolloutBatcher:
+) -> RolloutPlanner:
     planner = Planner(SAMPLES, anchor_batch=8, recovery_batch=8, seed=seed, max_depth=8)
     rollout = RolloutConfig(
         anchor_on_policy=anchor_share, student_prefix_fraction=student_prefix_fraction, max_refusal_tokens=4
     )
-    return RolloutBatcher(planner, rollout, seed=seed, recovery_batch=trained)
+    return RolloutPlanner(planner, rollout, seed=seed, recovery_batch=trained)
 
 
 def test_only_answers_to_harmless_prompts_are_continued_by_the_student() -> None:
     kinds = ("harmful", "benign", "borderline")
     anchor = tuple(replace(sample, kind=kinds[i % 3]) for i, sample in enumerate(SAMPLES.anchor))
     planner = Planner(replace(SAMPLES, anchor=anchor), anchor_batch=8, recovery_batch=8, seed=0, max_depth=8)
-    always = RolloutBatcher(planner, RolloutConfig(anchor_on_policy=1.0), seed=0, recovery_batch=8)
+    always = RolloutPlanner(planner, RolloutConfig(anchor_on_policy=1.0), seed=0, recovery_batch=8)
     rollout_batch = always.draw(0, DepthSampler(DEPTH, 0))
     assert {
         (sample.kind, cut is not None) for sample, cut in zip(rollout_batch.anchor, rollout_batch.cuts, strict=True)
@@ -54,23 +54,23 @@ def answers(
 
 def test_a_rollout_batch_is_a_function_of_seed_step_and_sampler_state() -> None:
     sampler = DepthSampler(DEPTH, 0)
-    assert batcher().draw(3, sampler) == batcher().draw(3, sampler)
-    assert batcher().draw(3, sampler) != batcher().draw(4, sampler)
-    assert batcher().seed_of(3) == batcher().seed_of(3) != batcher().seed_of(4)
-    assert batcher(seed=1).seed_of(3) != batcher().seed_of(3)
+    assert planner().draw(3, sampler) == planner().draw(3, sampler)
+    assert planner().draw(3, sampler) != planner().draw(4, sampler)
+    assert planner().seed_of(3) == planner().seed_of(3) != planner().seed_of(4)
+    assert planner(seed=1).seed_of(3) != planner().seed_of(3)
     warmed = DepthSampler(DEPTH, 0)
     warmed.update([0, 0, 0, 9.0], [1, 1, 1, 1])
-    assert batcher().draw(3, warmed).depths != batcher().draw(3, sampler).depths
+    assert planner().draw(3, warmed).depths != planner().draw(3, sampler).depths
 
 
 def test_seeds_of_two_batches_never_overlap() -> None:
-    seeds = sorted(batcher().seed_of(step) for step in range(500))
+    seeds = sorted(planner().seed_of(step) for step in range(500))
     assert np.diff(seeds).min() >= 2**20
     assert seeds[-1] + 2**20 < 2**63
 
 
 def test_the_student_reads_the_prompt_and_the_start_of_the_response() -> None:
-    rollout_batch = batcher().draw(0, DepthSampler(DEPTH, 0))
+    rollout_batch = planner().draw(0, DepthSampler(DEPTH, 0))
     sequences = rollout_batch.sequences()
     for sequence, sample, depth in zip(sequences, rollout_batch.recovery, rollout_batch.depths, strict=False):
         assert sequence == [*sample.prompt_ids, *sample.harmful_ids[:depth]]
@@ -85,20 +85,20 @@ def test_the_student_reads_the_prompt_and_the_start_of_the_response() -> None:
 
 
 def test_a_refusal_of_the_student_is_distilled_at_its_own_depth() -> None:
-    rollout_batch = batcher().draw(0, DepthSampler(DEPTH, 0))
-    plan = batcher().finish(rollout_batch, answers(rollout_batch, refused=True, tokens=(90, 91)))
+    rollout_batch = planner().draw(0, DepthSampler(DEPTH, 0))
+    plan = planner().finish(rollout_batch, answers(rollout_batch, refused=True, tokens=(90, 91)))
     for item, sample, depth in zip(plan.recovery, rollout_batch.recovery, rollout_batch.depths, strict=True):
         assert item.depth == depth
         assert item.sample == replace(sample, refusal_ids=(90, 91, 1))  # end-of-response is learned too
-    longer = batcher().finish(rollout_batch, answers(rollout_batch, refused=True))
+    longer = planner().finish(rollout_batch, answers(rollout_batch, refused=True))
     assert {item.sample.refusal_ids for item in longer.recovery} == {(90, 91, 92, 93)}, "at most max_refusal_tokens"
 
 
 def test_compliance_is_cut_anywhere_and_answered_by_the_refusal_of_aligned() -> None:
     kept = set()
     for step in range(20):
-        rollout_batch = batcher().draw(step, DepthSampler(DEPTH, 0))
-        plan = batcher().finish(rollout_batch, answers(rollout_batch))
+        rollout_batch = planner().draw(step, DepthSampler(DEPTH, 0))
+        plan = planner().finish(rollout_batch, answers(rollout_batch))
         for item, sample, depth in zip(plan.recovery, rollout_batch.recovery, rollout_batch.depths, strict=True):
             added = item.depth - depth
             kept.add(added)
@@ -115,7 +115,7 @@ def test_the_student_prefix_fraction_is_what_was_asked(student_prefix_fraction: 
     """With 4 tokens, a cut in the student's words keeps at least one of them 4 times in 5."""
     added = []
     for step in range(30):
-        one = batcher(student_prefix_fraction=student_prefix_fraction)
+        one = planner(student_prefix_fraction=student_prefix_fraction)
         rollout_batch = one.draw(step, DepthSampler(DEPTH, 0))
         items = one.finish(rollout_batch, answers(rollout_batch)).recovery
         added += [item.depth - depth for item, depth in zip(items, rollout_batch.depths, strict=True)]
@@ -123,7 +123,7 @@ def test_the_student_prefix_fraction_is_what_was_asked(student_prefix_fraction: 
 
 
 def test_what_still_complies_is_trained_first() -> None:
-    few = batcher(trained=5)
+    few = planner(trained=5)
     rollout_batch = few.draw(0, DepthSampler(DEPTH, 0))
     rollouts = answers(rollout_batch)
     for index in (0, 1, 4, 6, 7):
@@ -133,8 +133,8 @@ def test_what_still_complies_is_trained_first() -> None:
 
 
 def test_cut_anchors_end_in_the_words_of_the_student() -> None:
-    rollout_batch = batcher().draw(0, DepthSampler(DEPTH, 0))
-    plan = batcher().finish(rollout_batch, answers(rollout_batch))
+    rollout_batch = planner().draw(0, DepthSampler(DEPTH, 0))
+    plan = planner().finish(rollout_batch, answers(rollout_batch))
     for item, sample, cut in zip(plan.anchor, rollout_batch.anchor, rollout_batch.cuts, strict=True):
         expected = sample.answer_ids if cut is None else (*sample.answer_ids[:cut], 90, 91, 92, 93, 1)
         assert item.sample.answer_ids == expected
@@ -142,7 +142,7 @@ def test_cut_anchors_end_in_the_words_of_the_student() -> None:
 
 
 def test_an_empty_answer_leaves_something_to_train() -> None:
-    always = batcher(anchor_share=1.0)
+    always = planner(anchor_share=1.0)
     rollout_batch = replace(always.draw(0, DepthSampler(DEPTH, 0)), cuts=(0,) * 8)
     silent = [Rollout((), (), False, 0) for _ in rollout_batch.sequences()]
     plan = always.finish(rollout_batch, silent)
@@ -152,13 +152,13 @@ def test_an_empty_answer_leaves_something_to_train() -> None:
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_the_share_of_own_answers_is_what_was_asked(share: float) -> None:
-    rollout_batch = batcher(anchor_share=share).draw(0, DepthSampler(DEPTH, 0))
+    rollout_batch = planner(anchor_share=share).draw(0, DepthSampler(DEPTH, 0))
     assert len(rollout_batch.sequences()) == 8 + int(8 * share)
 
 
 def test_compliance_is_counted_by_the_depth_of_the_prefill() -> None:
     sampler = DepthSampler(DEPTH, 0)
-    rollout_batch = replace(batcher(anchor_share=0.0).draw(0, sampler), depths=(1, 2, 3, 4, 4, 8, 8, 8))
+    rollout_batch = replace(planner(anchor_share=0.0).draw(0, sampler), depths=(1, 2, 3, 4, 4, 8, 8, 8))
     rollouts = [Rollout((9,), (), refused, 0) for refused in (True, False, False, False, True, True, True, False)]
     assert compliance_by_bin(rollout_batch, rollouts, sampler) == ([1, 2, 0, 1], [2, 3, 0, 3])
 
