@@ -20,7 +20,7 @@ from rich.markup import escape
 import raycomplete as rc
 from raycomplete.commands.submit import JOBS
 from raycomplete.config import load_run_file
-from raycomplete.runtime.errors import ConfigError, ProcessDiedError, RaycompleteError, StoppedError, WorkError
+from raycomplete.runtime.errors import ConfigError, LostJobError, ProcessDiedError, RaycompleteError, StoppedError
 from raycomplete.runtime.logs import log_failure
 from raycomplete.runtime.machine import let_idle_threads_sleep
 
@@ -41,7 +41,6 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="Values that replace those of the run file: train.steps=50", show_default=False),
 ]
-# What evaluates goes on by itself.
 _KEPT = "What was finished is kept; the same command continues it (train, align, diagnose, demo: with --resume)."
 
 Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")]
@@ -49,10 +48,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier
 
 
 @app.command()
-def demo(
-    overrides: Overrides = None,
-    resume: Resume = False,
-) -> None:
+def demo(overrides: Overrides = None, resume: Resume = False) -> None:
     """Runs the main job on the embedded model organism, on this machine: a few minutes on 2 cores."""
     with as_file(files("raycomplete").joinpath("data", "organism", "organism.yaml")) as path:
         config = load_run_file(path, ["output.name=demo", *(overrides or [])])
@@ -118,8 +114,7 @@ def serve(
     port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
 ) -> None:
     """Serves evaluations over HTTP, with a web page, until it is interrupted."""
-    given = {"serve.host": host, "serve.port": port}
-    chosen = [f"{key}={value}" for key, value in given.items() if value is not None]
+    chosen = [f"serve.{key}={value}" for key, value in (("host", host), ("port", port)) if value is not None]
     config = load_run_file(run_file, [*(overrides or []), *chosen])
     rc.serve(config)
 
@@ -178,23 +173,21 @@ def submit(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command and send nothing.")] = False,
 ) -> int:
     """Runs a job on a cluster by `ray job submit`: prints the command, follows its log, ends with its exit code."""
-    from raycomplete.commands.submit import prepare
+    from raycomplete.commands import submit as submitting
 
     flags = [flag for flag, is_set in (("--resume", resume), ("--overwrite", overwrite)) if is_set]
-    submission = prepare(run_file, overrides or [], job=job, address=address, working_dir=working_dir, flags=flags)
-    aside = Console(stderr=True)
+    submission = submitting.prepare(
+        run_file, overrides or [], job=job, address=address, working_dir=working_dir, flags=flags
+    )
+    console = Console(stderr=True)
     for warning in submission.warnings:
-        aside.print(f"[yellow]Note:[/yellow] {escape(warning)}", highlight=False, soft_wrap=True)
+        console.print(f"[yellow]Note:[/yellow] {escape(warning)}", highlight=False, soft_wrap=True)
     print(submission.command(), flush=True)
-    if dry_run:
-        return 0
-    from raycomplete.commands.job_client import send
 
-    try:
-        return send(submission, lambda text: aside.print(escape(text), style="dim", soft_wrap=True), wait=not no_wait)
-    except WorkError as error:  # only the connection is lost: the same command would start a second job
-        aside.print(f"[bold red]Failed:[/bold red] {escape(str(error))}", highlight=False, soft_wrap=True)
-        return error.exit_code
+    def say(text: str) -> None:
+        console.print(escape(text), style="dim", soft_wrap=True)
+
+    return 0 if dry_run else submitting.submit(submission, say, wait=not no_wait)
 
 
 @app.command()
@@ -246,21 +239,16 @@ def main() -> None:
 
 
 def run_job(job: str, arguments: list[str]) -> int:
-    """Runs a command as a script of jobs/ does: RUNFILE [--resume] [--overwrite] [key=value ...].
-
-    Args:
-        job: One of `JOBS`.
-        arguments: Everything behind the script's name.
+    """Runs a command for a script of jobs/, whose arguments are RUNFILE [--resume] [--overwrite] [key=value ...].
 
     Returns:
         The exit code.
     """
-    flags = {f"--{name}": name for name in ("resume", "overwrite") if JOBS[job]}
+    flags = {"--resume": "resume", "--overwrite": "overwrite"} if JOBS[job] else {}
     options = {flags[argument]: True for argument in arguments if argument in flags}
     rest = [argument for argument in arguments if argument not in flags]
     if not rest or any(argument.startswith("-") for argument in rest):
-        usage = " ".join(["Usage: RUNFILE", *(f"[{flag}]" for flag in flags), "[key=value ...]"])
-        Console(stderr=True).print(usage, markup=False)
+        print(" ".join(["Usage: RUNFILE", *(f"[{flag}]" for flag in flags), "[key=value ...]"]), file=sys.stderr)
         return 2
 
     def work() -> Any:
@@ -282,17 +270,18 @@ def guarded(work: Callable[[], Any]) -> int:
     except RaycompleteError as error:
         if os.environ.get("RAYCOMPLETE_TRACEBACK"):
             raise
-        if not isinstance(error, StoppedError):
-            log_failure(error)
-        if isinstance(error, ProcessDiedError):
-            _print_death(console, error)
-            return error.exit_code
         if isinstance(error, StoppedError):
             console.print(str(error), highlight=False, markup=False, soft_wrap=True)
             return error.exit_code
+        log_failure(error)
         kind = "Refused" if error.exit_code == 2 else "Failed"
-        console.print(f"[bold red]{kind}:[/bold red] {escape(str(error))}", highlight=False, soft_wrap=True)
-        if error.exit_code == 1:
+        sentence = escape(error.problem if isinstance(error, ProcessDiedError) else str(error))
+        console.print(f"[bold red]{kind}:[/bold red] {sentence}", highlight=False, soft_wrap=True)
+        if isinstance(error, ProcessDiedError):
+            from raycomplete.runtime.console import print_details
+
+            print_details(console, error.details())
+        elif error.exit_code == 1 and not isinstance(error, LostJobError):
             console.print(_KEPT, style="dim")
         return error.exit_code
     except (typer.Abort, KeyboardInterrupt, SystemExit) as ended:
@@ -309,11 +298,3 @@ def guarded(work: Callable[[], Any]) -> int:
         show()
         return 2
     return result if isinstance(result, int) else 0  # --help and typer.Exit return their code
-
-
-def _print_death(console: Console, error: ProcessDiedError) -> None:
-    """One console: who died, where, the likely cause, its log, what is kept and how to go on."""
-    from raycomplete.runtime.console import print_details
-
-    console.print(f"[bold red]Failed:[/bold red] {escape(error.problem)}", highlight=False, soft_wrap=True)
-    print_details(console, error.details())

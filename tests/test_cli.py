@@ -19,8 +19,8 @@ import yaml
 from transformers import AutoTokenizer
 
 from raycomplete import __version__, cli
-from raycomplete.commands import job_client
-from raycomplete.runtime.errors import ConfigError, ProcessDiedError, StoppedError, WorkError
+from raycomplete.commands import submit
+from raycomplete.runtime.errors import ConfigError, LostJobError, ProcessDiedError, StoppedError, WorkError
 from tests.training.tiny import make_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -309,7 +309,7 @@ def test_whatever_ends_a_run_is_in_its_log_too(monkeypatch: pytest.MonkeyPatch) 
 def test_a_job_that_is_lost_from_sight_is_not_sent_again(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(job_client, "send", lambda *_, **__: failing(WorkError("It was lost.", "The job goes on."))())
+    monkeypatch.setattr(submit, "submit", lambda *_, **__: failing(LostJobError("It was lost.", "The job goes on."))())
     root = Path(cli.__file__).parent.parent
     words = ["submit", str(root / "jobs" / "organism.yaml"), "--working-dir", str(root), "output.root=/shared"]
     assert cli.guarded(lambda: cli.app(words, standalone_mode=False)) == 1

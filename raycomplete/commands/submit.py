@@ -1,33 +1,42 @@
-"""`raycomplete submit`: a run file as a job of Ray's job system, checked here before anything is uploaded.
+"""`raycomplete submit`: runs a command on a cluster as a job of Ray, and ends with the job's exit code.
 
-The printed line is what anyone may type instead: `ray job submit ... -- python jobs/train.py RUNFILE`. On the cluster
-the job stands in a copy of the working folder, so every path of the run file is looked at from there.
+Everything is checked here before anything is uploaded. The printed line is what anyone may type instead:
+`ray job submit ... -- python jobs/train.py RUNFILE`. On the cluster the job stands in a copy of the working folder, so
+every path of the run file is looked at from there.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
+import logging
 import os
 import shlex
-from collections.abc import Iterable, Iterator, Sequence
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
-
-from raycomplete.config import RunConfig, load_run_file
-from raycomplete.runtime.errors import ConfigError, SetupError
+from raycomplete.config import RunConfig, load_run_file, map_paths
+from raycomplete.runtime.errors import ConfigError, LostJobError, SetupError
 
 JOBS = {"train": True, "align": True, "diagnose": True, "evaluate": False, "serve": False}  # takes --resume?
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
-STOP_WAIT_S = 300  # between `ray job stop` and SIGKILL; Ray's own 3 s are too short for a checkpoint
 EXCLUDES = ("/runs", ".*_cache")  # beside .git, .venv and __pycache__, and what .gitignore and .rayignore name
+_STOP_WAIT_S = 300  # between `ray job stop` and SIGKILL; Ray's own 3 s are too short for a checkpoint
 _PASSED_ON = ("RAYCOMPLETE_LOG", "RAYCOMPLETE_TRACEBACK")  # no token or key is ever among them
-_LARGE_MIB = 100
-_ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+_ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")  # Ray prefers them to the address it is given
 _WRITTEN = ("output.root", "align.output", "teacher.cache_dir", "serve.state")
 _OWN_SECTIONS = ("align", "diagnose", "serve")  # read by the job of that name only
+_ANSWER_S = (5.0, 60.0)  # to connect, and to be answered; Ray's client has no limit of its own
+_AGENT_S, _RETRY_S = 60.0, 2.0  # a head that has just started takes no job yet
+_QUIET_S = 300.0  # without a line: a connection that a firewall dropped says nothing either
+
+Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -35,11 +44,11 @@ class Submission:
     """A job that is ready to be sent.
 
     Attributes:
-        address: Of the cluster's job server.
+        address: URL of the cluster's job server.
         working_dir: Folder that is uploaded.
         entrypoint: Command in that folder's copy.
         environment: Variables of the job.
-        warnings: What may go wrong over there, a sentence each.
+        warnings: Paths that a node may not find, a sentence each.
     """
 
     address: str
@@ -50,18 +59,15 @@ class Submission:
 
     @property
     def runtime_env(self) -> dict[str, Any]:
-        """Everything of Ray's runtime environment but the working folder."""
+        """Ray's runtime environment without the working folder."""
         return {"excludes": list(EXCLUDES), "env_vars": self.environment}
 
     def command(self) -> str:
         """The same as a line for a shell."""
         words = ["ray", "job", "submit", "--address", self.address, "--working-dir", str(self.working_dir)]
         words += ["--runtime-env-json", json.dumps(self.runtime_env), "--", *self.entrypoint]
-        # Ray prefers these two to what the command line says.
-        unset = [
-            word for name in _ADDRESSES if os.environ.get(name, self.address) != self.address for word in ("-u", name)
-        ]
-        return shlex.join((["env", *unset] if unset else []) + words)
+        others = [name for name in _ADDRESSES if os.environ.get(name, self.address) != self.address]
+        return shlex.join([*(["env"] if others else []), *(word for name in others for word in ("-u", name)), *words])
 
 
 def prepare(
@@ -79,7 +85,7 @@ def prepare(
         run_file: A file below `working_dir`.
         overrides: As for `raycomplete train`.
         job: One of `JOBS`.
-        address: Of the job server; RAY_API_SERVER_ADDRESS, RAY_ADDRESS or this machine when absent.
+        address: URL of the job server; RAY_API_SERVER_ADDRESS, RAY_ADDRESS or this machine when absent.
         working_dir: Folder to upload.
         flags: `--resume` or `--overwrite`.
 
@@ -92,36 +98,36 @@ def prepare(
     if flags and not JOBS[job]:
         raise ConfigError(f"{flags[0]} is not for --job {job}.", "Leave it out: what is finished is never made again.")
     config = load_run_file(run_file, overrides)
-    folder = working_dir.resolve()
+    folder, file = working_dir.resolve(), run_file.resolve()
     if not folder.is_dir():
         raise ConfigError(f"The working folder {working_dir} does not exist.", "Give --working-dir a folder.")
-    name = _below(run_file.resolve(), folder)
-    if name is None:
+    if not file.is_relative_to(folder):
         raise ConfigError(
             f"The run file {run_file} lies outside the working folder {folder}, so the job would not find it.",
             "Give --working-dir a folder that holds it.",
         )
     files = uploaded_files(folder)
-    if folder / name not in files:
+    if file not in files:
         raise ConfigError(
             f"The run file {run_file} is not uploaded, since .gitignore, .rayignore or submit itself leaves it out.",
             "Move it to another folder of the working folder.",
         )
     script = f"jobs/{job}.py"
     start = [script] if (folder / script) in files else ["-m", "raycomplete", job]
-    environment = {"RAY_JOB_STOP_WAIT_TIME_S": os.environ.get("RAY_JOB_STOP_WAIT_TIME_S", str(STOP_WAIT_S))}
+    environment = {"RAY_JOB_STOP_WAIT_TIME_S": os.environ.get("RAY_JOB_STOP_WAIT_TIME_S", str(_STOP_WAIT_S))}
     environment |= {variable: os.environ[variable] for variable in _PASSED_ON if variable in os.environ}
+    known = [value for name in _ADDRESSES if "://" in (value := os.environ.get(name, "")) and "ray://" not in value]
     return Submission(
-        address=(address or _known_address()).rstrip("/"),
+        address=(address or next(iter(known), DEFAULT_ADDRESS)).rstrip("/"),
         working_dir=folder,
-        entrypoint=("python", *start, name.as_posix(), *overrides, *flags),
+        entrypoint=("python", *start, file.relative_to(folder).as_posix(), *overrides, *flags),
         environment=environment,
-        warnings=(*_size_warnings(files), *path_warnings(config, job, folder, files)),
+        warnings=tuple(_warnings(config, job, folder, files)),
     )
 
 
-def uploaded_files(folder: Path, limit: int | None = None) -> dict[Path, int]:
-    """Sizes in bytes of the files that Ray would upload, by Ray's own rules of ignoring.
+def uploaded_files(folder: Path, limit: int | None = None) -> set[Path]:
+    """Finds the files that Ray would upload, by Ray's own rules of ignoring.
 
     Raises:
         SetupError: Together they are larger than Ray takes.
@@ -129,101 +135,192 @@ def uploaded_files(folder: Path, limit: int | None = None) -> dict[Path, int]:
     from ray._private import ray_constants  # Ray tells nobody else what it leaves out
     from ray._private.runtime_env import packaging
 
-    limit = packaging.GCS_STORAGE_MAX_SIZE if limit is None else limit
-    found: dict[Path, int] = {}
-    total = 0
+    sizes: dict[Path, int] = {}
 
     def note(path: Path) -> None:
-        nonlocal total
-        if not path.is_file():
-            return
-        found[path] = path.stat().st_size
-        total += found[path]
-        if total > limit:
-            largest = sorted(found, key=lambda item: found[item], reverse=True)[:3]
-            names = ", ".join(f"{item.relative_to(folder)} ({_mib(found[item])} MiB)" for item in largest)
-            raise SetupError(
-                f"The working folder {folder} has more than the {_mib(limit)} MiB that Ray uploads; largest so far: "
-                f"{names}.",
-                "Name what the job does not need in .rayignore, or give --working-dir a smaller folder.",
-            )
+        if path.is_file():
+            sizes[path] = path.stat().st_size
 
     excludes = [packaging._get_excludes(folder, [*ray_constants.get_runtime_env_default_excludes(), *EXCLUDES])]
     with_gitignore = os.environ.get("RAY_RUNTIME_ENV_IGNORE_GITIGNORE", "0") != "1"
-    packaging._dir_travel(folder, excludes, note, include_gitignore=with_gitignore, logger=_Silent())
-    return found
+    packaging._dir_travel(folder, excludes, note, include_gitignore=with_gitignore, logger=logger)
+    limit = packaging.GCS_STORAGE_MAX_SIZE if limit is None else limit
+    if sum(sizes.values()) > limit:
+        largest = max(sizes, key=lambda path: sizes[path])
+        raise SetupError(
+            f"The working folder {folder} has more than the {limit >> 20} MiB that Ray uploads; the largest file is "
+            f"{largest.relative_to(folder)} ({sizes[largest] >> 20} MiB).",
+            "Name what the job does not need in .rayignore, or give --working-dir a smaller folder.",
+        )
+    return set(sizes)
 
 
-def path_warnings(config: RunConfig, job: str, folder: Path, files: Iterable[Path]) -> list[str]:
-    """Paths of a run file that a node of the cluster may not find, each with what to do."""
-    there = set(files)
-    there |= {parent for path in files for parent in path.parents}
-    warnings = []
-    for key, path in (*_models(config, job), *_paths(config)):
+def _warnings(config: RunConfig, job: str, folder: Path, files: Iterable[Path]) -> Iterator[str]:
+    """Names the paths of a run file that a node of the cluster may not find, each with what to do."""
+    there = set(files).union(*(path.parents for path in files))
+    paths: list[tuple[str, Path]] = []
+    for role in ("base", "aligned", "student"):
+        spec = getattr(config.models, role)
+        is_made = job == "align" and role != "base"
+        if spec is not None and ":" not in spec and not is_made:  # hub:, organism: and package: are found by name
+            paths.append((f"models.{role}", Path(spec).expanduser()))
+
+    def note(key: str, path: Path) -> Path:
+        paths.append((key, path))
+        return path
+
+    map_paths(config, note)
+    for key, path in paths:
         section = key.partition(".")[0]
         if section in _OWN_SECTIONS and section != job:
             continue
         if key in _WRITTEN:
             if not path.is_absolute() and ":/" not in str(path):
-                warnings.append(
+                yield (
                     f"{key} is {str(path)!r}: it would lie in the job's own copy of the working folder, which goes "
                     f"with the job. Add {key}=/a/folder/that/every/node/sees."
                 )
-        elif path.is_absolute() and _below(path, folder) is None:
-            warnings.append(f"{key}: {path} is outside of the working folder: name a path that every node sees.")
+        elif path.is_absolute() and not path.is_relative_to(folder):
+            yield f"{key}: {path} is outside of the working folder: name a path that every node sees."
         elif folder / path not in there:
             reason = "is left out of the upload" if (folder / path).exists() else "does not exist in the working folder"
-            warnings.append(f"{key}: {path} {reason}, so the job will not find it.")
-    return warnings
+            yield f"{key}: {path} {reason}, so the job will not find it."
 
 
-def _models(config: RunConfig, job: str) -> Iterator[tuple[str, Path]]:
-    for role in ("base", "aligned", "student"):
-        spec = getattr(config.models, role)
-        is_made = job == "align" and role != "base"
-        if spec is not None and ":" not in spec and not is_made:  # hub:, organism: and package: are found by name
-            yield f"models.{role}", Path(spec).expanduser()
+def submit(submission: Submission, say: Say, *, wait: bool = True) -> int:
+    """Sends a job and, unless told otherwise, follows its log to the end.
+
+    Args:
+        submission: From `prepare`.
+        say: Called with remarks; the job's own output goes to standard output.
+        wait: Follow the job.
+
+    Returns:
+        The job's exit code, 0, 1 or 2; without `wait` 0 at once.
+
+    Raises:
+        SetupError: No cluster answers, or it does not know the token; nothing was started.
+        LostJobError: The connection was lost; a job that began goes on.
+    """
+    client, job, address = connect_to(submission.address), f"raycomplete-{uuid.uuid4().hex[:12]}", submission.address
+    environment = {"working_dir": str(submission.working_dir), **submission.runtime_env}
+    command, deadline = shlex.join(submission.entrypoint), time.monotonic() + _AGENT_S
+    with _explained(address):
+        while True:
+            try:
+                client.submit_job(entrypoint=command, runtime_env=environment, submission_id=job)
+                break
+            except OSError as error:  # the answer was lost, and the job may have begun
+                raise LostJobError(
+                    f"The connection was lost while the job was submitted ({error}), and whether it began is unknown.",
+                    f"Before you submit it again: ray job status {job}",
+                ) from error
+            except RuntimeError as error:
+                if "No available agent" not in str(error) or time.monotonic() > deadline:
+                    raise
+                time.sleep(_RETRY_S)
+    say(f"Job {job} at {address}. Its log: ray job logs {job} --follow --address {address}")
+    if not wait:
+        return 0
+    say("Ctrl-C asks the job to stop and waits for it; a second one leaves it alone.")
+    return follow(client, job, say)
 
 
-def _paths(item: Any, key: str = "") -> Iterator[tuple[str, Path]]:
-    """Every path in a section, with its key."""
-    if isinstance(item, Path):
-        yield key, item
-    elif isinstance(item, BaseModel):
-        for name in type(item).model_fields:
-            yield from _paths(getattr(item, name), f"{key}.{name}".lstrip("."))
-    elif isinstance(item, list | tuple):
-        for index, value in enumerate(item):
-            yield from _paths(value, f"{key}[{index}]")
+def connect_to(address: str) -> Any:
+    """Makes a client of the job server at an address, which waits for answers with a limit.
 
+    Raises:
+        SetupError: See `submit`.
+    """
+    from ray.job_submission import JobSubmissionClient
 
-def _below(path: Path, folder: Path) -> Path | None:
-    """The path as seen from a folder, or None where it lies elsewhere."""
-    return path.relative_to(folder) if path.is_relative_to(folder) else None
+    class Client(JobSubmissionClient):
+        def _do_request(self, *arguments: Any, **options: Any) -> Any:
+            return super()._do_request(*arguments, timeout=_ANSWER_S, **options)
 
-
-def _size_warnings(files: dict[Path, int]) -> list[str]:
-    size = sum(files.values())
-    if size < _LARGE_MIB * 2**20:
-        return []
-    largest = max(files, key=lambda item: files[item])
-    return [f"{_mib(size)} MiB are uploaded, {_mib(files[largest])} of them {largest}: .rayignore leaves out files."]
-
-
-def _known_address() -> str:
     for name in _ADDRESSES:
-        value = os.environ.get(name, "")
-        if "://" in value and not value.startswith("ray://"):
-            return value
-    return DEFAULT_ADDRESS
+        os.environ.pop(name, None)
+    with _explained(address):
+        return Client(address)
 
 
-def _mib(size: int) -> int:
-    return round(size / 2**20)
+@contextmanager
+def _explained(address: str) -> Iterator[None]:
+    """Says errors of Ray's client in one sentence with the remedy."""
+    from ray.exceptions import AuthenticationError
+
+    try:
+        yield
+    except AuthenticationError as error:
+        wrong = "Forbidden" in str(error)
+        raise SetupError(
+            f"The cluster at {address} {'refuses this token (403)' if wrong else 'asks for a token (401)'}.",
+            "Set RAY_AUTH_MODE=token, and put the cluster's token into RAY_AUTH_TOKEN, into a file that "
+            "RAY_AUTH_TOKEN_PATH names, or into ~/.ray/auth_token; on the head, `ray get-auth-token` prints it.",
+        ) from error
+    except ConnectionError as error:
+        raise SetupError(
+            f"No Ray cluster answers at {address}.",
+            "Give --address the dashboard's address, or open the way to it: ray dashboard cluster.yaml, or kubectl "
+            "port-forward service/...-head-svc 8265.",
+        ) from error
+    except (RuntimeError, ValueError, OSError) as error:
+        if isinstance(error, LostJobError):
+            raise
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise SetupError(f"The job server at {address} did not take the job: {reason}") from error
 
 
-class _Silent:
-    """Takes the log lines of Ray's walk through the folder."""
+def follow(client: Any, job: str, say: Say) -> int:
+    """Prints a job's log until the job ends, and returns its exit code.
 
-    def __getattr__(self, name: str) -> Any:
-        return lambda *_, **__: None
+    The first Ctrl-C asks the job to stop, as it does with `raycomplete train`: it writes a checkpoint and ends. The
+    second leaves it alone.
+
+    Raises:
+        LostJobError: The connection was lost.
+    """
+    printed, stopping = [0], False
+    while True:
+        try:
+            asyncio.run(_print_log(client, job, printed))
+            info = client.get_job_info(job)
+            if info.status in ("SUCCEEDED", "FAILED", "STOPPED"):
+                break
+            time.sleep(_RETRY_S)  # a proxy between here and there closed a silent connection
+        except KeyboardInterrupt:
+            if stopping:
+                say(f"The job goes on; ray job status {job} says how it does.")
+                return 1
+            stopping = True
+            client.stop_job(job)
+            say(f"Asked the job to stop; it has {_STOP_WAIT_S} s to write a checkpoint.")
+        except Exception as error:  # of aiohttp, requests or Ray
+            raise LostJobError(
+                f"The connection to job {job} was lost ({str(error).strip() or type(error).__name__}).",
+                f"The job goes on: ray job logs {job} --follow.",
+            ) from error
+    say(f"Job {job}: {str(info.status).rpartition('.')[2].lower()}.")
+    if info.status == "SUCCEEDED":
+        return 0
+    if info.status == "STOPPED":
+        say("What was finished is kept; the last lines of the log say how to go on.")
+    elif info.driver_exit_code not in (1, 2):  # those have said in the log why
+        say(str(info.message or "").strip()[:2000])
+    return 2 if info.driver_exit_code == 2 else 1
+
+
+async def _print_log(client: Any, job: str, printed: list[int]) -> None:
+    """Prints the characters after the first `printed[0]`, which it counts up; the server sends the log from its start.
+
+    Returns where the log ends, or after a long silence, so that the caller asks whether the connection is alive.
+    """
+    seen, log = 0, aiter(client.tail_job_logs(job))
+    with suppress(StopAsyncIteration, TimeoutError):
+        while True:
+            async with asyncio.timeout(_QUIET_S):
+                text = await anext(log)
+            new = text[max(printed[0] - seen, 0) :]
+            seen += len(text)
+            print(new, end="", flush=True)
+            printed[0] = max(printed[0], seen)

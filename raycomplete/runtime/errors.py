@@ -68,6 +68,10 @@ class StoppedError(WorkError):
     """Someone asked to stop: the present step was finished and kept, and nothing failed."""
 
 
+class LostJobError(WorkError):
+    """The connection to a submitted job is lost; the job goes on, and the same command would start a second one."""
+
+
 class DiskFullError(WorkError):
     """No space is left for a checkpoint, a row of metrics or the student; the message says how much is free."""
 

@@ -1,11 +1,17 @@
-"""`raycomplete submit` up to the moment when something is sent: what is printed, refused and warned of."""
+"""`raycomplete submit`: what is printed, refused and warned of, and how a job is followed to its exit code."""
 
 from __future__ import annotations
 
 import shlex
 import shutil
+import socket
+import threading
 import zipfile
+from collections.abc import AsyncIterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml
@@ -13,9 +19,9 @@ from ray._private.runtime_env.packaging import create_package
 from ray._private.runtime_env.working_dir import upload_working_dir_if_needed
 from ray.dashboard.modules.job.cli import submit as ray_job_submit
 
-from raycomplete.commands.submit import DEFAULT_ADDRESS, prepare, uploaded_files
-from raycomplete.runtime.errors import ConfigError, SetupError
-from tests.commands.test_job_client import free_port
+from raycomplete.commands import submit
+from raycomplete.commands.submit import DEFAULT_ADDRESS, Submission, connect_to, follow, prepare, uploaded_files
+from raycomplete.runtime.errors import ConfigError, LostJobError, SetupError
 from tests.test_cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -133,7 +139,7 @@ def test_what_counts_as_uploaded_is_what_ray_packs(folder: Path, tmp_path: Path)
 
 def test_a_folder_too_large_for_ray_is_refused_with_its_largest_files(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(b"0" * 4096)
-    with pytest.raises(SetupError, match=r"largest so far: model.safetensors.*\.rayignore"):
+    with pytest.raises(SetupError, match=r"the largest file is model.safetensors.*\.rayignore"):
         uploaded_files(folder, limit=2048)
 
 
@@ -159,3 +165,133 @@ def test_paths_that_the_cluster_will_not_see_are_named(folder: Path) -> None:
     assert "is left out of the upload" in warnings[0]
     write(folder, TREE)
     assert prepare(Path("run.yaml")).warnings == ()
+
+
+class Client:
+    """The part of Ray's client that `follow` uses: each tail brings the whole log again, and may break."""
+
+    def __init__(self, status: str, code: int | None, tails: list[list[str | BaseException]]) -> None:
+        self.info = SimpleNamespace(status=status, driver_exit_code=code, message="why")
+        self._tails = iter(tails)
+        self.stopped = 0
+        self.running_for = 0  # questions after its status that are answered with "running"
+
+    async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
+        for item in next(self._tails):
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+    def get_job_info(self, job: str) -> Any:
+        self.running_for -= 1
+        return SimpleNamespace(status="RUNNING") if self.running_for >= 0 else self.info
+
+    def stop_job(self, job: str) -> bool:
+        self.stopped += 1
+        return True
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "expected"),
+    [
+        ("SUCCEEDED", 0, 0),
+        ("FAILED", 1, 1),
+        ("FAILED", 2, 2),
+        ("FAILED", -9, 1),
+        ("FAILED", None, 1),
+        ("STOPPED", None, 1),
+    ],
+)
+def test_a_job_ends_with_its_own_exit_code(status: str, code: int | None, expected: int) -> None:
+    said: list[str] = []
+    assert follow(Client(status, code, [["log\n"]]), "job", said.append) == expected
+    assert ("why" in said) == (expected == 1 and code != 1 and status == "FAILED")
+
+
+def test_a_closed_connection_is_taken_up_where_it_ended(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Proxies close connections that say nothing for a while."""
+    monkeypatch.setattr(submit, "_RETRY_S", 0.0)
+    client = Client("SUCCEEDED", 0, [["one\n"], ["one\n", "two\n"]])
+    client.running_for = 1
+    assert follow(client, "job", lambda _: None) == 0
+    assert capsys.readouterr().out == "one\ntwo\n"
+
+
+def test_a_lost_connection_ends_in_one_sentence() -> None:
+    with pytest.raises(
+        LostJobError, match=r"^The connection to job job was lost \(gone\)\. The job goes on: ray job logs"
+    ):
+        follow(Client("RUNNING", None, [["one\n", RuntimeError("gone")]]), "job", lambda _: None)
+
+
+def test_a_job_whose_answer_was_lost_is_not_submitted_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    names: list[str] = []
+
+    def submit_job(**given: Any) -> str:
+        names.append(given["submission_id"])
+        raise ConnectionResetError("gone")
+
+    monkeypatch.setattr(submit, "connect_to", lambda _: SimpleNamespace(submit_job=submit_job))
+    submission = Submission("http://head:8265", Path("x"), ("python",))
+    with pytest.raises(LostJobError, match="whether it began is unknown"):
+        submit.submit(submission, lambda _: None)
+    assert len(names) == 1
+
+
+def test_a_head_that_has_just_started_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(submit, "_RETRY_S", 0.0)
+    errors = iter([RuntimeError("No available agent to submit job"), RuntimeError("disk full\nat line 3")])
+
+    def submit_job(**_: Any) -> str:
+        raise next(errors)
+
+    monkeypatch.setattr(submit, "connect_to", lambda _: SimpleNamespace(submit_job=submit_job))
+    with pytest.raises(SetupError, match=r"The job server at http://head did not take the job: disk full$"):
+        submit.submit(Submission("http://head", Path("x"), ("python",)), lambda _: None)
+
+
+def test_ctrl_c_stops_the_job_and_a_second_one_leaves_it() -> None:
+    once = Client("STOPPED", None, [["a", KeyboardInterrupt()], ["a", "saved"]])
+    assert follow(once, "job", lambda _: None) == 1
+    assert once.stopped == 1
+    twice = Client("RUNNING", None, [[KeyboardInterrupt()], [KeyboardInterrupt()]])
+    said: list[str] = []
+    assert follow(twice, "job", said.append) == 1
+    assert twice.stopped == 1
+    assert "goes on" in said[-1]
+
+
+@pytest.mark.parametrize(("status", "words"), [(401, "asks for a token"), (403, "refuses this token")])
+def test_a_token_that_is_missing_or_wrong_is_explained(status: int, words: str) -> None:
+    class Refuse(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(b"Unauthorized" if status == 401 else b"Forbidden")
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Refuse)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        with pytest.raises(SetupError, match=rf"{words}.*RAY_AUTH_MODE=token"):
+            connect_to(f"http://127.0.0.1:{server.server_port}")
+    finally:
+        server.shutdown()
+
+
+def test_no_cluster_is_said_at_once() -> None:
+    with pytest.raises(SetupError, match="The job server at http://head:many"):
+        connect_to("http://head:many")
+    with pytest.raises(SetupError, match=r"No Ray cluster answers at http://127.0.0.1:\d+\. Give --address"):
+        connect_to(f"http://127.0.0.1:{free_port()}")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
