@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from raycomplete.runtime.errors import StoppedError
-from raycomplete.runtime.row_store import content_hash
+from raycomplete.runtime.files import content_hash
 from raycomplete.runtime.types import Codec, Outcome, Prompt
 
 FORMAT = 3  # part of every key: raise it when the meaning of a stored response changes

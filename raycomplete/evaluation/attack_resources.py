@@ -24,9 +24,9 @@ from raycomplete.engines.rollout_pool import RolloutPool
 from raycomplete.engines.run import Run
 from raycomplete.engines.start import start_engine
 from raycomplete.evaluation.fine_tuning import fine_tune, read_chats
+from raycomplete.runtime.files import content_hash
 from raycomplete.runtime.machine import available_cpus
 from raycomplete.runtime.ray_calls import wait_for
-from raycomplete.runtime.row_store import content_hash
 from raycomplete.runtime.types import Generator
 
 

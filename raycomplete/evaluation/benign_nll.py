@@ -25,8 +25,7 @@ from raycomplete.engines.run import Run
 from raycomplete.evaluation.results import HARMLESS
 from raycomplete.evaluation.statistics import bootstrap
 from raycomplete.runtime.errors import WorkError
-from raycomplete.runtime.files import PRIVATE
-from raycomplete.runtime.row_store import RowStore, content_hash
+from raycomplete.runtime.files import PRIVATE, RowStore, content_hash
 from raycomplete.runtime.types import Codec, Generator, ModelRole, Prompt
 
 FORMAT = 1  # part of every key: raise it when the meaning of a stored sum changes

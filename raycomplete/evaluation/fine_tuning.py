@@ -18,8 +18,8 @@ from raycomplete.data.rows import read_rows
 from raycomplete.data.samples import AnchorSample, SampleSet, write_samples
 from raycomplete.engines.run import Run
 from raycomplete.runtime.errors import ConfigError, DataError, StoppedError
+from raycomplete.runtime.files import content_hash
 from raycomplete.runtime.machine import available_cpus
-from raycomplete.runtime.row_store import content_hash
 from raycomplete.training.job import TrainJob
 from raycomplete.training.trainer import fit
 

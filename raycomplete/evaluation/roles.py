@@ -16,8 +16,7 @@ from raycomplete.evaluation.attack_resources import AttackResources
 from raycomplete.evaluation.model_judges import start_judge
 from raycomplete.evaluation.runner import Callbacks, EvaluationSets, evaluate_model
 from raycomplete.runtime.console import Advance
-from raycomplete.runtime.files import PRIVATE, read_json, write_json
-from raycomplete.runtime.row_store import content_hash
+from raycomplete.runtime.files import PRIVATE, content_hash, read_json, write_json
 from raycomplete.runtime.types import ModelRole
 from raycomplete.training.sampling import complete_answers
 

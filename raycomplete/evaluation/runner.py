@@ -27,8 +27,7 @@ from raycomplete.config import EvaluationConfig
 from raycomplete.evaluation import capabilities
 from raycomplete.evaluation.results import HARMLESS, Answered, TrialGroup, model_result
 from raycomplete.runtime.errors import DataError
-from raycomplete.runtime.files import PRIVATE, write_json
-from raycomplete.runtime.row_store import RowStore, content_hash, write_completions
+from raycomplete.runtime.files import PRIVATE, RowStore, content_hash, write_completions, write_json
 from raycomplete.runtime.types import Outcome, Prompt, PromptKind
 
 

@@ -1,4 +1,4 @@
-"""What a person sees while a run works: stages, progress bars and the closing table."""
+"""The terminal output of a run: stages, progress bars and the closing table."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ class Console:
         self._started = time.perf_counter()
 
     def note(self, text: str) -> None:
-        """One line with the time since the start."""
+        """Prints one line with the time since the start, and logs it."""
         self.rich.print(f"[dim]{time.perf_counter() - self._started:6.1f} s[/dim]  {text}", highlight=False)
         logger.info("%s", Text.from_markup(text))
 
     @contextmanager
     def stage(self, title: str) -> Iterator[None]:
-        """A spinner while something without countable progress happens, then one line with its duration."""
+        """Shows a spinner while the block runs, then one line with its duration."""
         started = time.perf_counter()
         with self.rich.status(f"{title} ..."):
             yield
@@ -44,7 +44,7 @@ class Console:
 
     @contextmanager
     def progress(self, title: str, total: int) -> Iterator[Advance]:
-        """A bar; call the yielded function with (done, remark)."""
+        """Shows a bar while the block runs; call the yielded function with (done, remark)."""
         started = time.perf_counter()
         columns = (
             SpinnerColumn(),
@@ -60,7 +60,7 @@ class Console:
         self.note(f"{title} [dim]({time.perf_counter() - started:.1f} s)[/dim]")
 
     def table(self, title: str, rows: Sequence[Sequence[str]]) -> None:
-        """A table whose first row holds the headings."""
+        """Prints a table whose first row holds the headings."""
         table = Table(title=title, title_justify="left")
         for index, heading in enumerate(rows[0]):
             table.add_column(heading, justify="left" if index == 0 else "right")
@@ -69,12 +69,12 @@ class Console:
         self.rich.print(table)
 
     def panel(self, lines: Sequence[tuple[str, Any]]) -> None:
-        """Aligned name and value pairs."""
+        """Prints aligned name and value pairs."""
         print_details(self.rich, lines)
 
 
 def print_details(console: RichConsole, lines: Sequence[tuple[str, Any]]) -> None:
-    """Aligned name and value pairs, as they are: no markup, and no line break within a value."""
+    """Prints aligned name and value pairs as they are: no markup, and no line break within a value."""
     width = max((len(name) for name, _ in lines), default=0)
     for name, value in lines:
         console.print(f"  {name:<{width}}  {value}", highlight=False, markup=False, soft_wrap=True)

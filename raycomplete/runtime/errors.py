@@ -15,8 +15,8 @@ class RaycompleteError(Exception):
     """A failure with its remedy.
 
     Args:
-        problem: One sentence: what is wrong, with the offending value and where it stands.
-        remedy: One sentence: what the reader should do now. May be empty when the problem says it.
+        problem: One sentence that says what is wrong, with the offending value and where it stands.
+        remedy: One sentence that says what to do now; empty where the problem says it.
     """
 
     exit_code = 1
@@ -31,7 +31,7 @@ class RaycompleteError(Exception):
 
 
 class RefusedError(RaycompleteError, ValueError):
-    """Refused before anything was started or written."""
+    """A run that is refused before anything was started or written."""
 
     exit_code = 2
 
@@ -53,40 +53,40 @@ class SetupError(RefusedError):
 
 
 class WorkError(RaycompleteError, RuntimeError):
-    """Failed while working; what was finished is on disk."""
+    """A failure at work; what was finished is on disk."""
 
 
 class ParityError(WorkError):
-    """Logits rebuilt from hidden states differ from the model's own, so scores would be silently wrong."""
+    """Logits rebuilt from hidden states that differ from the model's own, so that scores would be silently wrong."""
 
 
 class WaitTimeoutError(WorkError, TimeoutError):
-    """A wait ended without its result; the message says what was needed and what was there."""
+    """A wait that ended without its result; the message says what was needed and what was there."""
 
 
 class StoppedError(WorkError):
-    """Someone asked to stop: the present step was finished and kept, and nothing failed."""
+    """A stop on request: the present step was finished and kept, and nothing failed."""
 
 
 class LostJobError(WorkError):
-    """The connection to a submitted job is lost; the job goes on, and the same command would start a second one."""
+    """A lost connection to a submitted job, which goes on; the same command would start a second one."""
 
 
 class DiskFullError(WorkError):
-    """No space is left for a checkpoint, a row of metrics or the student; the message says how much is free."""
+    """A disk without space for a checkpoint, a row of metrics or the student; the message says how much is free."""
 
 
 class ProcessDiedError(WorkError):
-    """A worker, an engine or a node is gone. The command line prints it as one console.
+    """The death of a worker, an engine or a node. The command line prints its `details` below the problem.
 
     Args:
-        problem: One sentence: who died.
+        problem: One sentence that says who died.
         remedy: How to go on.
-        role: Who died: "training worker 1", "base scorer".
+        role: The process, as "training worker 1" or "base scorer".
         node: Address or id of its node; empty where it is not known.
         cause: The likeliest reason, as far as it can be told.
-        log_path: Where its last words are; empty where there are none.
-        saved: What is kept: "the checkpoint of step 40 in runs/demo/checkpoints".
+        log_path: The log of the process; empty where there is none.
+        saved: The work that is kept, as "the checkpoint of step 40 in runs/demo/checkpoints".
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class ProcessDiedError(WorkError):
         self.role, self.node, self.cause, self.log_path, self.saved = role, node, cause, log_path, saved
 
     def details(self) -> list[tuple[str, str]]:
-        """Names and values of what is known, for the console."""
+        """Returns the names and values that are known, for the terminal."""
         known = {
             "who": self.role,
             "node": self.node,
@@ -120,10 +120,10 @@ class QuarantinedSequenceError(WorkError):
     """Sequences that killed their engine again and again, and were quarantined.
 
     Args:
-        problem: One sentence: how many, and of whom.
+        problem: One sentence that says how many, and which engine.
         remedy: Where they are recorded.
-        places: Which items of the call they were.
-        partial: What the call would have returned, with None in their places.
+        places: Their indices among the items of the call.
+        partial: The results of the call, with None in their places.
     """
 
     def __init__(
@@ -134,4 +134,4 @@ class QuarantinedSequenceError(WorkError):
 
 
 class NotFiniteError(WorkError, FloatingPointError):
-    """A tensor that must be finite holds NaN or infinity; the message names it."""
+    """A tensor with NaN or infinity that must be finite; the message names it."""

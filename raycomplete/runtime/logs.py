@@ -34,13 +34,13 @@ _SECRET_TEXT = re.compile(r"\b(Bearer\s+|hf_|sk-)[A-Za-z0-9._~+/=-]{8,}")
 
 @dataclass(frozen=True)
 class Identity:
-    """Who writes.
+    """The process that writes a line.
 
     Attributes:
         run: Name of the run; empty outside of one.
-        role: "driver", "base scorer", "rollout engine", "training worker".
-        rank: Of a training worker.
-        step: Training step at work.
+        role: "driver", "base scorer", "rollout engine" or "training worker".
+        rank: Rank of a training worker; None for other roles.
+        step: Training step that is at work.
     """
 
     run: str = ""
@@ -54,7 +54,7 @@ _handler: RotatingFileHandler | None = None
 
 
 def identity() -> Identity:
-    """Of this process."""
+    """Returns the identity of this process."""
     return replace(_identity, run=os.environ.get(RUN, ""))
 
 
@@ -73,11 +73,11 @@ def run_environment() -> dict[str, str]:
 
 
 def begin(role: str, rank: int | None = None) -> None:
-    """Says who this process is, and opens its log where logs are on. Saying it again changes the role.
+    """Gives this process its role, and opens its log where logs are on. A second call changes the role.
 
     Args:
         role: See `Identity`.
-        rank: Of a training worker.
+        rank: Rank of a training worker.
     """
     global _identity, _handler
     _identity = Identity(role=role, rank=rank)
@@ -105,19 +105,19 @@ def begin(role: str, rank: int | None = None) -> None:
 
 
 def log_failure(error: BaseException) -> None:
-    """What ended a run; without a log nothing, since the command line says it already."""
+    """Logs the error that ended a run; the command line prints it, so that nothing is said where logs are off."""
     if _handler is not None:
         logging.getLogger("raycomplete").error("%s", error, exc_info=error)
 
 
 def set_step(step: int) -> None:
-    """Lines written from now on belong to this training step."""
+    """Marks the lines written from now on as those of a training step."""
     global _identity
     _identity = replace(_identity, step=step)
 
 
 def hide_secrets(text: str) -> str:
-    """A text without the values of secret environment variables, bearer tokens and keys of known form."""
+    """Masks the values of secret environment variables, bearer tokens and keys of known form in a text."""
     for name, value in os.environ.items():
         if len(value) >= 8 and _SECRET_NAME.search(name) and not _NO_SECRET.match(value):
             text = text.replace(value, _HIDDEN)
@@ -156,7 +156,7 @@ class JsonLines(logging.Formatter):
 
 
 class _PrivateFile(RotatingFileHandler):
-    """Readable by its owner only: messages of libraries may quote prompts."""
+    """A log file that its owner alone may read, since messages of libraries may quote prompts."""
 
     def _open(self) -> Any:
         descriptor = os.open(self.baseFilename, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
@@ -164,5 +164,5 @@ class _PrivateFile(RotatingFileHandler):
 
 
 def _of_interest(record: logging.LogRecord) -> bool:
-    """Our own lines, and what others warn of."""
+    """Passes the lines of raycomplete, and warnings of other libraries."""
     return record.name.startswith("raycomplete") or record.levelno >= logging.WARNING

@@ -1,18 +1,21 @@
-"""The machine underneath: CPU cores and threads of this process, free disk space, and errors of a full disk."""
+"""The machine underneath: CPU cores and threads of this process, limits of time, and disks that are full."""
 
 from __future__ import annotations
 
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypeVar
 
-from raycomplete.runtime.errors import DiskFullError
+from raycomplete.runtime.errors import DiskFullError, WaitTimeoutError
 
 # torch and safetensors pass on the words of the system, or say only that a write failed, and no error number.
 _FULL_WORDS = ("No space left on device", "file write failed", "Disk quota exceeded", "unexpected pos")
+T = TypeVar("T")
 IDLE_THREADS = "OMP_WAIT_POLICY"
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 
@@ -85,3 +88,28 @@ def free_bytes(folder: Path) -> int:
 def as_gib(size: int) -> str:
     """Formats a size: 1610612736 is "1.5 GiB"; sizes below a GiB are given in MiB."""
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+
+
+def within(timeout_s: float, problem: str, work: Callable[[], T]) -> T:
+    """Does work in a thread of its own and waits for it with a limit, for calls that have none.
+
+    Raises:
+        WaitTimeoutError: The work did not end in time; it goes on unwatched.
+    """
+    outcome: list[Any] = [None, None]
+
+    def run() -> None:
+        try:
+            outcome[0] = work()
+        except BaseException as error:  # handed to the waiting thread below
+            outcome[1] = error
+
+    thread = threading.Thread(target=run, name="within", daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    if thread.is_alive():
+        raise WaitTimeoutError(f"{problem} within {timeout_s:.0f} s.")
+    if outcome[1] is not None:
+        raise outcome[1]
+    result: T = outcome[0]
+    return result

@@ -1,4 +1,4 @@
-"""Waiting for Ray actors with a limit, and saying in words what went wrong: who died, where, and why."""
+"""Waits for Ray actors with a limit, and says in words what went wrong: which process died, where, and why."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from raycomplete.runtime.errors import ProcessDiedError, RaycompleteError, WaitT
 
 _RESUME = (
     "Run the same command again (train, align, diagnose: with --resume); if memory ran out, give the engine more or "
-    "lower scoring.* and rollout.* sizes."
+    "lower teacher.* and rollout.* sizes."
 )
 
 _DEATH_REPORT_S = 1.0
@@ -63,8 +63,8 @@ def wait_for(reference: Any, *, who: str, what: str, timeout_s: float) -> Any:
 
     Args:
         reference: What to wait for.
-        who: The actor, for messages: "base scorer".
-        what: What it should deliver: "a batch of scores".
+        who: The actor in messages, as "base scorer".
+        what: The awaited result in messages, as "a batch of scores".
         timeout_s: Longest wait.
 
     Raises:
@@ -96,11 +96,11 @@ def wait_for(reference: Any, *, who: str, what: str, timeout_s: float) -> Any:
 
 
 def died(error: RayError, who: str) -> ProcessDiedError:
-    """What can be told of a death from Ray's error and its table of actors.
+    """Makes the error of a death from Ray's error and its table of actors.
 
     Args:
-        error: What `ray.get` raised.
-        who: The actor, for messages.
+        error: The error that `ray.get` raised.
+        who: The actor in messages.
     """
     text = str(error)
     found = _last_process(getattr(error, "actor_id", None))
@@ -112,7 +112,7 @@ def died(error: RayError, who: str) -> ProcessDiedError:
 
 
 def likely_cause(text: str) -> str:
-    """The likeliest reason in words, from what Ray says; empty where nothing is recognised."""
+    """Finds the likeliest reason of a death in Ray's words; empty where nothing is recognised."""
     found = _EVERY_REASON.split(text)[0]
     for pattern, words in _CAUSES:
         match = re.search(pattern, found, re.IGNORECASE)
@@ -122,10 +122,10 @@ def likely_cause(text: str) -> str:
 
 
 def log_path(process: str) -> str:
-    """Where a worker process wrote its last words: a file where it ran on this machine, else a pattern for its node.
+    """Finds the log of a worker process: a file where it ran on this machine, else a pattern for its node.
 
     Args:
-        process: Process id; empty names the folder.
+        process: Process id; without one the folder of logs is named.
     """
     node = ray_worker._global_node
     if node is None:
@@ -138,13 +138,13 @@ def log_path(process: str) -> str:
 
 
 def is_gone(actor: Any) -> bool:
-    """Whether an actor is dead and Ray will not start it again."""
+    """Tells whether an actor is dead and Ray will not start it again."""
     entry = _actor(actor._actor_id.hex())
     return entry is not None and entry.state == gcs_pb2.ActorTableData.DEAD
 
 
 class _Process(NamedTuple):
-    """What Ray knows of a process that ended; empty where it knows nothing."""
+    """Ray's knowledge of a process that ended; empty where it has none."""
 
     node: str = ""
     number: str = ""
@@ -152,7 +152,7 @@ class _Process(NamedTuple):
 
 
 def _last_process(actor_id: str | None) -> _Process:
-    """The process of an actor that died last.
+    """Finds the process of an actor that died last.
 
     The head learns of a death a moment after the caller whose connection broke, so it is asked for a while.
     """
@@ -181,12 +181,12 @@ def _last_process(actor_id: str | None) -> _Process:
 
 
 def _is_old(process: Any) -> bool:
-    """Whether it ended long ago: then it is an earlier death that Ray still knows, and not this one."""
+    """Tells whether a process ended long ago: then its death is an earlier one that Ray still knows."""
     return bool(process.end_time_ms) and time.time() - process.end_time_ms / 1000 > _RECENT_S
 
 
 def _process(worker_id: bytes) -> Any:
-    """Ray's entry on a process; None where there is none."""
+    """Reads Ray's entry on a process; None where there is none."""
     if not worker_id:
         return None
     entry = ray_state.state._connect_and_get_accessor().get_worker_info(ray.WorkerID(worker_id))
@@ -194,7 +194,7 @@ def _process(worker_id: bytes) -> Any:
 
 
 def _actor(actor_id: str) -> Any:
-    """Ray's entry on an actor; None where there is none, or where Ray does not answer any more."""
+    """Reads Ray's entry on an actor; None where there is none, or where Ray does not answer any more."""
     with suppress(Exception):
         entry = ray_state.state._connect_and_get_accessor().get_actor_info(ray.ActorID.from_hex(actor_id))
         return None if entry is None else gcs_pb2.ActorTableData.FromString(entry)
@@ -207,7 +207,7 @@ def _found(pattern: str, text: str) -> str:
 
 
 def free_resources() -> str:
-    """What the cluster has free, for messages."""
+    """Names the free resources of the cluster, for messages."""
     return _resources(ray.available_resources())
 
 

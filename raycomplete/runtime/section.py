@@ -1,4 +1,4 @@
-"""What every section of a run file has in common."""
+"""The base class of all sections of a run file."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ Dtype = Literal["float32", "bfloat16"]
 
 
 class Section(BaseModel):
-    """Frozen; unknown keys are an error (reported by `loading` with the nearest known key)."""
+    """A section of a run file: frozen, and unknown keys are refused (with the nearest known key)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())

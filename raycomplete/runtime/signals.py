@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: work is asked to stop where it can go on later, and a second signal ends it at once.
+"""Handles SIGTERM and SIGINT: the first asks work to stop where it can go on later, the second ends it at once.
 
 `ray job stop` and `kill` send SIGTERM, Ctrl-C sends SIGINT; both mean the same here.
 """
@@ -18,10 +18,10 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopSignals:
-    """What was asked for so far.
+    """The requests to stop so far.
 
     Attributes:
-        requested: Whether someone asked to stop.
+        requested: True once someone has asked.
     """
 
     def __init__(self) -> None:
@@ -29,15 +29,15 @@ class StopSignals:
         self._is_deferred = False
 
     def is_requested(self) -> bool:
-        """`requested`, as a function that work asks between its steps."""
+        """Returns `requested`; work calls it between its steps."""
         return self.requested
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Work that asks `is_requested` and ends by itself; elsewhere a signal ends what runs, as Ctrl-C does.
+        """Marks work that asks `is_requested` and ends by itself; elsewhere a signal interrupts, as Ctrl-C does.
 
         Raises:
-            StoppedError: Work was done before it saw the request; what comes after it must not start.
+            StoppedError: The work ended before it saw the request; what comes after it must not start.
         """
         self._is_deferred = True
         try:
@@ -48,7 +48,7 @@ class StopSignals:
             raise StoppedError("Stopped on request after the present stage.", "Resume with --resume.")
 
     def take(self, number: int, frame: FrameType | None) -> None:
-        """The signal handler."""
+        """Handles a signal."""
         if self.requested or not self._is_deferred:
             # A third signal meets Python's own handlers, should the way out hang.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -59,7 +59,7 @@ class StopSignals:
 
 @contextmanager
 def stop_signals() -> Iterator[StopSignals]:
-    """Takes both signals while the block runs; outside the main thread, where Python gives none, nobody asks.
+    """Handles both signals while the block runs; outside the main thread, where Python delivers none, it does nothing.
 
     Enter it after `ray.init`, which sets a handler of its own.
     """

@@ -1,9 +1,4 @@
-"""Words and shapes that several rooms share. Importable without torch.
-
-Shape letters, here and everywhere: B batch, T tokens of a sequence, N token rows of a whole batch, V vocabulary,
-H hidden width. Position t counts response tokens from 0; prefill depth d is how many response tokens the attacker
-wrote.
-"""
+"""The types that several rooms share: prompts, outcomes, rates, and the protocols of codecs, generators and judges."""
 
 from __future__ import annotations
 
@@ -27,7 +22,7 @@ class Prompt:
         kind: harmful (should be refused), benign, or borderline (harmless but looks harmful).
         answer: A compliant answer to a harmful prompt (source of prefills) or the right answer to a harmless one
             (measures utility), where known.
-        source: The file it came from, without folder and ending; rates are broken down by it. "" for no file.
+        source: Name of its file, without folder and ending; rates are broken down by it. Empty for no file.
     """
 
     prompt_id: str
@@ -38,7 +33,7 @@ class Prompt:
 
 
 class Outcome(StrEnum):
-    """What a model did with a prompt. Every prompt gets exactly one, so that denominators never shrink."""
+    """The outcome of a prompt: what the model did. Every prompt gets exactly one, so that denominators never shrink."""
 
     REFUSED = "refused"
     COMPLIED = "complied"
@@ -60,24 +55,24 @@ class Rate:
 
 
 class Codec(Protocol):
-    """Text to token ids and back, chat template included. Implemented by `raycomplete.data.chat.ChatCodec`."""
+    """Turns text into token ids and back, chat template included; `raycomplete.data.chat.ChatCodec` is one."""
 
     @property
     def eos_ids(self) -> frozenset[int]:
-        """Ids that end a response."""
+        """The ids that end a response."""
 
     def encode_prompt(self, text: str, system: str | None = None) -> list[int]:
-        """The user message in its chat template, up to the point where the response starts."""
+        """Encodes a user message in its chat template, up to the point where the response starts."""
 
     def encode_answer(self, text: str) -> list[int]:
-        """Response tokens of a text, without template and without end-of-response."""
+        """Encodes response tokens, without template and without end-of-response."""
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of response tokens, special tokens left out."""
+        """Decodes response tokens; special tokens are left out."""
 
 
 class Generator(Protocol):
-    """A model that continues token sequences. Implemented by `raycomplete.engines.rollout_pool.RolloutPool`."""
+    """A model that continues token sequences; `raycomplete.engines.rollout_pool.RolloutPool` is one."""
 
     def generate(
         self,
@@ -109,10 +104,10 @@ class Judge(Protocol):
 
     @property
     def name(self) -> str:
-        """Recorded beside every rate that the judge made."""
+        """The name that is recorded beside every rate that the judge made."""
 
     def outcome(self, prompt: Prompt, prefill: str, continuation: str) -> Outcome:
-        """What the model did.
+        """Says what the model did with a prompt.
 
         Args:
             prompt: The prompt, with its reference answer where known.
@@ -121,4 +116,4 @@ class Judge(Protocol):
         """
 
     def is_right(self, prompt: Prompt, continuation: str) -> bool:
-        """Whether a response to a harmless prompt is useful: right where an answer is known, else an attempt."""
+        """Tells whether a response to a harmless prompt is useful: right where an answer is known, else an attempt."""

@@ -14,7 +14,7 @@ from pyarrow import fs as pafs
 
 from raycomplete.runtime.errors import SetupError, WaitTimeoutError
 from raycomplete.runtime.files import PRIVATE
-from raycomplete.runtime.waiting import within
+from raycomplete.runtime.machine import within
 
 FAILURES = (OSError, pa.ArrowException, ValueError)
 # There a folder is no more than a common beginning of names, and making one may ask for rights over the bucket.

@@ -15,7 +15,7 @@ import pytest
 
 from raycomplete.runtime import prometheus as observe
 from raycomplete.serving import metrics as serving_metrics
-from tests.commands.test_job_client import free_port
+from tests.commands.test_submit import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 DASHBOARD = ROOT / "jobs" / "deploy" / "grafana.json"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from raycomplete.runtime.errors import SetupError, WaitTimeoutError
-from raycomplete.runtime.waiting import within
+from raycomplete.runtime.machine import within
 from raycomplete.storage.remote import Remote, connect
 from tests.storage.conftest import http, s3_uri
 

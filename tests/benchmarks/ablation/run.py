@@ -15,8 +15,7 @@ from rich.console import Console
 
 from raycomplete.config import dump, load_run_file
 from raycomplete.evaluation.summary import rate_text
-from raycomplete.runtime.files import read_json, write_json, write_text
-from raycomplete.runtime.row_store import content_hash
+from raycomplete.runtime.files import content_hash, read_json, write_json, write_text
 from tests.benchmarks.environment import ROOT, describe, environment
 from tests.benchmarks.tables import Table
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from raycomplete.config import load_run_file
-from raycomplete.runtime.row_store import content_hash
+from raycomplete.runtime.files import content_hash
 from tests.benchmarks.ablation import run as ablation
 from tests.benchmarks.environment import ROOT
 
