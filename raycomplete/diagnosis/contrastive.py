@@ -1,15 +1,16 @@
-"""Contrastive decoding, the remedy at inference time: base and aligned side by side, one token after the other.
+"""Contrastive decoding, the remedy at inference time, as a baseline: base and aligned side by side, token after token.
 
 Each next token comes from q ~ p_a (p_a / p_b)^alpha among the tokens that aligned finds plausible
-(`raycomplete.losses.contrastive.contrastive_log_probs`), so no weight changes. Two models have to agree on every token, which
-a generating engine cannot do; both are therefore read by transformers with key-value caches, in batches, inside a Ray
-actor. The remedy is the idea of arXiv 2511.12155 (known by secondary reports); this form of it is ours.
+(`raycomplete.losses.contrastive.contrastive_log_probs`), so no weight changes. Two models have to agree on every token,
+which a generating engine cannot do; both are therefore read by transformers with key-value caches, in batches, inside a
+Ray actor. The remedy is the idea of arXiv 2511.12155 (known by secondary reports); this form of it is ours.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,71 @@ import ray
 import torch
 from torch import Tensor
 
+from raycomplete.attacks.target import Target
 from raycomplete.config import ContrastiveDecodingConfig, Dtype
-from raycomplete.data.checkpoints import load_model
+from raycomplete.config.evaluation import CapabilitiesConfig
+from raycomplete.data.checkpoints import fingerprint, load_model
+from raycomplete.data.inputs import prepare_prompts
+from raycomplete.engines.run import Run
+from raycomplete.engines.spec import EngineSpec
+from raycomplete.evaluation.model_judges import start_judge
+from raycomplete.evaluation.roles import evaluate_roles, evaluate_target, held_out_sets
 from raycomplete.losses.contrastive import contrastive_log_probs
+from raycomplete.runtime.files import read_json, write_json
 from raycomplete.runtime.ray_calls import wait_for
 
-_COST_ROUNDS = 3
+_COST_PROMPTS, _COST_TOKENS, _COST_ROUNDS = 8, 32, 3
+
+
+def contrastive_baseline(run: Run) -> dict[str, Any]:
+    """Evaluates the aligned model plainly and under contrastive decoding on the held-out prompts of the run file.
+
+    Returns:
+        Settings, rates by decoder, and the cost of contrastive decoding relative to plain decoding in the same loop.
+
+    Raises:
+        DataError: The run file names no held-out prompts of some kind.
+    """
+    # The depth curve and the harmless prompts: a baseline is compared by these, and searches would take hours with it.
+    changes = {"attacks": [run.config.evaluation.prefill()], "capabilities": CapabilitiesConfig()}
+    settings = run.config.evaluation.model_copy(update=changes)
+    engines, codec = run.engines, run.models.codec
+    run = replace(run, config=run.config.model_copy(update={"evaluation": settings}))
+    run.engines, run.prompts = engines, prepare_prompts(run.config, codec, training=False)
+    run.prompts = held_out_sets(run)
+    results = evaluate_roles(run, ("aligned",))
+    engines.stop_scorers()  # their memory is needed for two more models
+    decoder = ContrastiveClient.of_run(run)
+    try:
+        results["contrastive"] = _evaluate(run, decoder)
+        cost = read_json(run.folder / "contrastive_cost.json")
+        if cost is None:
+            benign = run.prompts.evaluation["benign"][:_COST_PROMPTS]
+            with run.console.stage("Cost of contrastive decoding"):
+                cost = decoder.cost([codec.encode_prompt(prompt.text) for prompt in benign], _COST_TOKENS)
+            write_json(run.folder / "contrastive_cost.json", cost)
+    finally:
+        decoder.stop()
+    rates = {role: {"asr": result["asr"], "utility": result["utility"]} for role, result in results.items()}
+    return {"settings": run.config.diagnose.contrastive.model_dump(mode="json"), "cost": cost, "rates": rates}
+
+
+def _evaluate(run: Run, decoder: ContrastiveClient) -> dict[str, Any]:
+    """Evaluates contrastive decoding by the same trials as every model, into evaluation/contrastive.json."""
+    config, settings = run.config, run.config.diagnose.contrastive
+    ids = "+".join(fingerprint(run.models.paths[role]) for role in ("aligned", "base"))
+    with start_judge(config, run.judge, run.console) as judge:
+        target = Target(
+            "contrastive",
+            f"{ids} alpha={settings.alpha:g} plausibility={settings.plausibility:g}",
+            decoder,
+            run.models.codec,
+            judge,
+            config.models.max_length,
+            config.evaluation.max_tokens,
+            cancelled=run.is_stopping,
+        )
+        return evaluate_target(run, target)
 
 
 class ContrastiveDecoder:
@@ -74,7 +134,7 @@ class ContrastiveDecoder:
         top_k: int = 0,
         seed: int | None = None,
     ) -> list[list[int]]:
-        """See `raycomplete.runtime.types.Generator.generate`."""
+        """Continues each sequence; see `raycomplete.runtime.types.Generator.generate`."""
         answers: list[list[int]] = []
         for start in range(0, len(sequences), self._settings.batch):
             part = [list(sequence) for sequence in sequences[start : start + self._settings.batch]]
@@ -159,14 +219,21 @@ def _choose(
 
 
 class ContrastiveWorker:
-    """A decoder with its models. `ContrastiveClient` runs it as a Ray actor; the models are read at the first call."""
+    """A decoder with its models, run by `ContrastiveClient` as a Ray actor; the models are read at the first call.
+
+    Args:
+        paths: Checkpoints of "aligned" and "base".
+        dtype: Type of their weights.
+        trust_remote_code: Whether their own code may run.
+        options: Options of `ContrastiveDecoder`.
+    """
 
     def __init__(self, paths: dict[str, Path], dtype: Dtype, trust_remote_code: bool, options: dict[str, Any]) -> None:
         self._paths, self._dtype, self._remote, self._options = paths, dtype, trust_remote_code, options
         self._decoder: ContrastiveDecoder | None = None
 
     def generate(self, *arguments: Any, **options: Any) -> list[list[int]]:
-        """See `ContrastiveDecoder.generate`."""
+        """Continues sequences; see `ContrastiveDecoder.generate`."""
         return self._ready().generate(*arguments, **options)
 
     def cost(self, sequences: list[list[int]], max_tokens: int) -> dict[str, float]:
@@ -206,53 +273,36 @@ class ContrastiveClient:
         self._timeout_s = timeout_s
 
     @classmethod
-    def start(
-        cls,
-        paths: dict[str, Path],
-        *,
-        dtype: Dtype,
-        trust_remote_code: bool,
-        timeout_s: float,
-        num_cpus: float,
-        num_gpus: float,
-        environment: dict[str, str],
-        **options: Any,
-    ) -> ContrastiveClient:
-        """Asks Ray for the actor; `options` are those of `ContrastiveDecoder`."""
-        actor = (
-            ray.remote(ContrastiveWorker)
-            .options(num_cpus=num_cpus, num_gpus=num_gpus, runtime_env={"env_vars": environment}, max_restarts=1)
-            .remote(paths, dtype, trust_remote_code, options)
+    def of_run(cls, run: Run) -> ContrastiveClient:
+        """Asks Ray for the actor."""
+        config, models, use_gpu = run.config, run.models, run.cluster.use_gpu
+        options = {
+            "vocab_size": models.codec.vocab_size,
+            "stop_ids": tuple(sorted(models.codec.eos_ids)),
+            "settings": config.diagnose.contrastive,
+            "max_length": config.models.max_length,
+        }
+        spec = EngineSpec.from_config(config, "single", models.paths["aligned"], use_gpu=use_gpu)
+        placed = ray.remote(ContrastiveWorker).options(
+            num_cpus=config.cluster.cpus_per_engine,
+            num_gpus=config.cluster.gpus_per_engine if use_gpu else 0.0,
+            runtime_env={"env_vars": spec.environment()},
+            max_restarts=1,
         )
-        return cls(actor, timeout_s)
+        paths = {role: models.paths[role] for role in ("aligned", "base")}
+        actor = placed.remote(paths, config.models.dtype, config.models.trust_remote_code, options)
+        return cls(actor, config.rollout.timeout_s)
 
-    def generate(
-        self,
-        sequences: Sequence[Sequence[int]],
-        *,
-        max_tokens: int,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        seed: int | None = None,
-    ) -> list[list[int]]:
-        """See `raycomplete.runtime.types.Generator.generate`."""
-        reference = self._actor.generate.remote(
-            [list(sequence) for sequence in sequences],
-            max_tokens=max_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            seed=seed,
-        )
+    def generate(self, sequences: Sequence[Sequence[int]], **options: Any) -> list[list[int]]:
+        """Continues sequences; see `ContrastiveDecoder.generate`."""
+        reference = self._actor.generate.remote([list(sequence) for sequence in sequences], **options)
         answers: list[list[int]] = self._get(reference, f"{len(sequences)} responses")
         return answers
 
     def cost(self, sequences: Sequence[Sequence[int]], max_tokens: int) -> dict[str, float]:
-        """See `ContrastiveWorker.cost`."""
-        cost: dict[str, float] = self._get(
-            self._actor.cost.remote([list(sequence) for sequence in sequences], max_tokens), "its cost"
-        )
+        """Measures what contrastive decoding costs; see `ContrastiveWorker.cost`."""
+        reference = self._actor.cost.remote([list(sequence) for sequence in sequences], max_tokens)
+        cost: dict[str, float] = self._get(reference, "its cost")
         return cost
 
     def stop(self) -> None:

@@ -1,83 +1,149 @@
-"""Gradient of safety losses by position: along the aligned model's own refusals, at each model's weights."""
+r"""How much each response position contributes to the gradient of a safety loss, and why that fades with position.
+
+SFT on a safe answer y minimises L = sum_t L_t with L_t = -log p(y_t | x, y<t); DPO on a chosen answer y and a rejected
+one z minimises L = -log sigmoid(m), m = beta [log p(y) - log r(y) - log p(z) + log r(z)] with a frozen reference r.
+With e the one-hot vector of the target and p the softmax of the logits z = s (W h + b) of position t:
+
+    dL_t / d logits = p - e                                                          exact
+    dL_t / d h      = s W^T (p - e)                                                  exact
+    dL_t / d W      = s (p - e) h^T,  Frobenius norm  s |p - e| |h|                  exact (rank one)
+    dL / d theta    = sum_t dL_t / d theta                                           for SFT
+    dL / d theta    = beta sigmoid(-m) [sum_t dL_t(y) / d theta - sum_t dL_t(z) / d theta]      for DPO
+
+so DPO weighs the contributions of SFT with one factor that is the same at every position of both answers. The norm of
+the contribution of position t in all parameters needs one backward pass a position (`parameter_gradient_norms`); the
+norm in the output head needs none and is the estimator for large models. It leaves out what flows through the body
+(and, where the head is tied, through the embedding), so it is read as a shape by position, not as a size.
+
+Why it fades. Between its ends,  (1 - p_y)^2 <= |p - e|^2 <= 2 (1 - p_y)^2: a position teaches only as far as the model
+does not yet expect the token. And in expectation over targets drawn from the aligned model q, the gradient in the
+logits is p - q, with |p - q|_1 <= sqrt(2 KL(q || p)) by Pinsker's inequality. Once the first tokens of a refusal are
+given, a model that has only been pretrained goes on refusing by itself: KL(q || p) is small at later positions of the
+safe answer, so is the gradient, and nothing is learned there, while positions inside a compliant answer never occur in
+the data. That the signal decays with position and leaves alignment incomplete is the finding of arXiv 2511.12155 (known
+to us by its abstract and secondary reports); the formulas, bounds and the estimator on this page are ours.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from raycomplete.config import DiagnoseConfig
-from raycomplete.data.chat import ChatCodec
 from raycomplete.data.checkpoints import load_model
-from raycomplete.diagnosis.gradient_signal import (
-    GradientRows,
-    gradient_rows,
-    parameter_gradient_norms,
-    preference_factor,
-)
-from raycomplete.diagnosis.partitions import Walk
-from raycomplete.diagnosis.samples import Sample
-from raycomplete.diagnosis.statistics import PositionStatistics
-from raycomplete.engines.rollout_pool import RolloutPool
-from raycomplete.runtime.types import Judge, Outcome, Prompt
+from raycomplete.diagnosis.measurement import Measurement
+from raycomplete.diagnosis.partitions import stored_samples
+from raycomplete.diagnosis.samples import DiagnosisSample
+from raycomplete.diagnosis.statistics import PositionStatistics, intervals
+from raycomplete.engines.run import Run
+from raycomplete.losses.checks import check_hidden
+from raycomplete.losses.heads import Head
+from raycomplete.runtime.files import read_json, write_json
+from raycomplete.runtime.types import Outcome, Prompt
 
 _CHOSEN = ("sft_logits", "sft_hidden", "sft_head", "dpo_chosen_head")
 _REJECTED = ("rejected_head", "dpo_rejected_head")
+_SETTINGS = ("gradient", "gradient_prompts", "full_prompts", "gradient_tokens", "beta")  # of `diagnose`
 
 
 @dataclass(frozen=True)
-class Pair:
+class PreferencePair:
     """One harmful prompt with the answer that a safety loss wants and the one that it rejects."""
 
-    chosen: Sample
-    rejected: Sample
+    chosen: DiagnosisSample
+    rejected: DiagnosisSample
 
 
-def preference_pairs(
-    settings: DiagnoseConfig,
-    codec: ChatCodec,
-    aligned: RolloutPool,
-    judge: Judge,
-    prompts: Mapping[str, Prompt],
-    samples: Sequence[Sample],
-) -> list[Pair]:
+@dataclass(frozen=True, eq=False)
+class GradientRows:
+    """Norms of each position's contribution to the SFT gradient.
+
+    Attributes:
+        log_prob_N: log p(y_t) [N] in nats.
+        logits_N: |dL_t / d logits| = |p - e| [N], 0 to sqrt(2).
+        hidden_N: |dL_t / d h| [N].
+        head_N: |dL_t / d W|, Frobenius [N]; the estimator of the norm in all parameters.
+    """
+
+    log_prob_N: Tensor
+    logits_N: Tensor
+    hidden_N: Tensor
+    head_N: Tensor
+
+
+def measure_gradient(run: Run, measurement: Measurement, harmful: Sequence[Prompt]) -> dict[str, Any] | None:
+    """Makes gradient.json, or reads it where it was made with the same settings.
+
+    Args:
+        run: The run.
+        measurement: Its models.
+        harmful: Prompts of the first harmful partition.
+
+    Returns:
+        Norms by role and position; None where they are off, or aligned refuses next to nothing.
+    """
+    settings, file = run.config.diagnose, run.folder / "gradient.json"
+    if settings.gradient == "off":
+        return None
+    made_from = {name: getattr(settings, name) for name in _SETTINGS}
+    known = read_json(file)
+    if known is not None and known["made_from"] == made_from:
+        return dict(known)
+    with run.console.stage("Gradient of safety losses by position"):
+        by_id = {prompt.prompt_id: prompt for prompt in harmful}
+        samples = stored_samples(run, by_id)
+        pairs = _preference_pairs(run, by_id, samples[: settings.gradient_prompts])
+        if len(pairs) < 2:
+            run.console.note(f"No gradient: of {len(samples)} harmful prompts aligned refuses {len(pairs)}")
+            return None
+        signal = gradient_signal(measurement, pairs)
+        if settings.gradient == "full":
+            signal = exact_gradient(
+                {str(role): path for role, path in run.models.paths.items()}, pairs, signal, settings
+            )
+    signal = {**signal, "made_from": made_from}
+    write_json(file, signal)
+    return signal
+
+
+def _preference_pairs(
+    run: Run, prompts: Mapping[str, Prompt], samples: Sequence[DiagnosisSample]
+) -> list[PreferencePair]:
     """Greedy refusals of the aligned model beside the compliant continuations of the same prompts."""
-    samples = samples[: settings.gradient_prompts]
-    answers = aligned.generate([sample.prompt_ids for sample in samples], max_tokens=settings.gradient_tokens)
+    aligned = run.engines.generator.with_weights(str(run.models.paths["aligned"]))
+    longest = run.config.diagnose.gradient_tokens
+    answers = aligned.generate([sample.prompt_ids for sample in samples], max_tokens=longest)
     return [
-        Pair(Sample(sample.prompt_id, sample.prompt_ids, tuple(answer)), sample)
+        PreferencePair(DiagnosisSample(sample.prompt_id, sample.prompt_ids, tuple(answer)), sample)
         for sample, answer in zip(samples, answers, strict=True)
-        if answer and judge.outcome(prompts[sample.prompt_id], "", codec.decode(answer)) is Outcome.REFUSED
+        if answer
+        and run.judge.outcome(prompts[sample.prompt_id], "", run.models.codec.decode(answer)) is Outcome.REFUSED
     ]
 
 
-def gradient_signal(walk: Walk, pairs: Sequence[Pair], settings: DiagnoseConfig) -> dict[str, Any]:
+def gradient_signal(measurement: Measurement, pairs: Sequence[PreferencePair]) -> dict[str, Any]:
     """Norms by position with 95 % intervals over prompts, for each role; base is the reference of the preference loss.
 
     At the weights of base this is what safety training saw in its first step. `rejected_head` is the norm of
     d log p(z_t) / d W. The preference loss multiplies it, and that of the chosen answer, with `preference_factor`,
     which falls towards 0 once a model prefers the refusal.
     """
-    chosen = _by_role(walk, [pair.chosen for pair in pairs], settings)
-    rejected = _by_role(walk, [pair.rejected for pair in pairs], settings)
-    found: dict[str, Any] = {"pairs": len(pairs), "beta": settings.beta, "roles": {}}
-    for role in ("base", *walk.policies):
-        statistics = PositionStatistics(len(_CHOSEN), bootstrap_column=0, replicates=0)
+    chosen = _rows_by_role(measurement, [pair.chosen for pair in pairs])
+    rejected = _rows_by_role(measurement, [pair.rejected for pair in pairs])
+    beta = measurement.settings.beta
+    found: dict[str, Any] = {"pairs": len(pairs), "beta": beta, "roles": {}}
+    for role in ("base", *measurement.policies):
+        statistics, against = (PositionStatistics(len(names), 0, replicates=0) for names in (_CHOSEN, _REJECTED))
         factors: list[float] = []
-        against = PositionStatistics(len(_REJECTED), bootstrap_column=0, replicates=0)
         for index in range(len(pairs)):
             good, bad = chosen[role][index], rejected[role][index]
-            factor = preference_factor(
-                float(good.log_prob_N.double().sum()),
-                float(chosen["base"][index].log_prob_N.double().sum()),
-                float(bad.log_prob_N.double().sum()),
-                float(rejected["base"][index].log_prob_N.double().sum()),
-                settings.beta,
-            )
+            log_ref = _log_prob(chosen["base"][index]), _log_prob(rejected["base"][index])
+            factor = preference_factor(_log_prob(good), log_ref[0], _log_prob(bad), log_ref[1], beta)
             statistics.add(torch.stack([good.logits_N, good.hidden_N, good.head_N, factor * good.head_N], dim=1))
             against.add(torch.stack([bad.head_N, factor * bad.head_N], dim=1))
             factors.append(factor)
@@ -90,7 +156,7 @@ def gradient_signal(walk: Walk, pairs: Sequence[Pair], settings: DiagnoseConfig)
 
 
 def exact_gradient(
-    paths: Mapping[str, Path], pairs: Sequence[Pair], signal: dict[str, Any], settings: DiagnoseConfig
+    paths: Mapping[Any, Path], pairs: Sequence[PreferencePair], signal: dict[str, Any], settings: DiagnoseConfig
 ) -> dict[str, Any]:
     """Adds norms in all parameters (float32, one backward pass a position) and how well the estimator follows them.
 
@@ -102,7 +168,7 @@ def exact_gradient(
     for role in signal["roles"]:
         model = load_model(paths[role], "float32")
         model.to("cuda" if torch.cuda.is_available() else "cpu")
-        statistics = PositionStatistics(1, bootstrap_column=0, replicates=0)
+        statistics = PositionStatistics(1, 0, replicates=0)
         for pair in pairs:
             sample = pair.chosen
             tokens = torch.tensor([sample.prompt_ids + sample.answer_ids], device=model.device)
@@ -121,33 +187,102 @@ def exact_gradient(
     return {**signal, "full_prompts": len(pairs), "estimator_correlation": whole}
 
 
-def _correlation(both_2N: torch.Tensor) -> float | None:
-    """None where there are too few values to speak of one."""
+def _correlation(both_2N: Tensor) -> float | None:
+    """Pearson's correlation, or None where there are too few values to speak of one."""
     return float(torch.corrcoef(both_2N)[0, 1]) if both_2N.shape[1] > 2 else None
 
 
-def _by_role(walk: Walk, samples: Sequence[Sample], settings: DiagnoseConfig) -> dict[str, list[GradientRows]]:
-    found: dict[str, list[GradientRows]] = {role: [] for role in walk.sources}
-    for batch, hidden in walk.hidden_states(samples):
+def _rows_by_role(measurement: Measurement, samples: Sequence[DiagnosisSample]) -> dict[str, list[GradientRows]]:
+    found: dict[str, list[GradientRows]] = {role: [] for role in measurement.sources}
+    for batch, hidden in measurement.hidden_states(samples):
         target_N = torch.cat([torch.tensor(sample.answer_ids) for sample in batch])
         lengths = [len(sample.answer_ids) for sample in batch]
         for role, hidden_NH in hidden.items():
-            head = walk.heads[role]
-            rows = gradient_rows(hidden_NH, head, target_N.to(hidden_NH.device), settings.chunk_tokens)
-            columns = [getattr(rows, name).cpu().split(lengths) for name in GradientRows.__dataclass_fields__]
+            target = target_N.to(hidden_NH.device)
+            rows = gradient_rows(hidden_NH, measurement.heads[role], target, measurement.settings.chunk_tokens)
+            columns = [getattr(rows, column.name).cpu().split(lengths) for column in fields(rows)]
             found[role] += [GradientRows(*parts) for parts in zip(*columns, strict=True)]
     return found
 
 
+def _log_prob(rows: GradientRows) -> float:
+    return float(rows.log_prob_N.double().sum())
+
+
 def _profile(statistics: PositionStatistics, names: Sequence[str]) -> dict[str, Any]:
     count = [int(count) for count in statistics.count_T.tolist()]
-    found = {}
-    for name, mean_T, half_T in zip(names, statistics.mean_TM().T, statistics.half_width_TM().T, strict=True):
-        rows = list(zip(mean_T.tolist(), half_T.tolist(), strict=True))
-        found[name] = {
-            "mean": mean_T.tolist(),
-            "low": [max(0.0, mean - half) if math.isfinite(half) else None for mean, half in rows],
-            "high": [mean + half if math.isfinite(half) else None for mean, half in rows],
-            "n": count,
-        }
-    return found
+    return {name: curve | {"n": count} for name, curve in zip(names, intervals(statistics), strict=True)}
+
+
+@torch.no_grad()
+def gradient_rows(hidden_NH: Tensor, head: Head, target_N: Tensor, chunk_tokens: int) -> GradientRows:
+    """Exact norms of the SFT gradient of each token row in logits, hidden state and head; softcap and scale included.
+
+    Args:
+        hidden_NH: Final hidden states from which each target is predicted [N, H].
+        head: Output head.
+        target_N: Token ids [N].
+        chunk_tokens: Rows whose logits exist at a time, at least 1.
+
+    Raises:
+        ValueError: Shapes do not fit together.
+        NotFiniteError: Hidden states hold NaN or infinity.
+    """
+    check_hidden("policy", hidden_NH, head, target_N.shape[0])
+    if chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}.")
+    parts = []
+    for chunk_CH, target_C in zip(hidden_NH.split(chunk_tokens), target_N.split(chunk_tokens), strict=True):
+        logits_CV, target_C1 = head.logits(chunk_CH), target_C[:, None]
+        log_p_CV = logits_CV.log_softmax(dim=-1)
+        grad_CV = log_p_CV.exp()
+        grad_CV.scatter_add_(1, target_C1, -torch.ones_like(target_C1, dtype=grad_CV.dtype))
+        logits_C = grad_CV.norm(dim=-1)
+        raw_CV = head.raw_gradient_(logits_CV, grad_CV)  # overwrites grad_CV
+        hidden_C = (raw_CV.to(head.weight_VH.dtype) @ head.weight_VH).to(head.logits_dtype).norm(dim=-1)
+        head_C = raw_CV.norm(dim=-1) * chunk_CH.to(head.logits_dtype).norm(dim=-1)
+        parts.append(torch.stack([log_p_CV.gather(1, target_C1)[:, 0], logits_C, hidden_C, head_C]))
+    return GradientRows(*torch.cat(parts, dim=1))
+
+
+def preference_factor(
+    log_prob_chosen: float,
+    log_ref_chosen: float,
+    log_prob_rejected: float,
+    log_ref_rejected: float,
+    beta: float,
+) -> float:
+    """beta sigmoid(-m): what DPO multiplies every position's SFT gradient with, in both answers.
+
+    Args:
+        log_prob_chosen: log p(y) of the safe answer, summed over its tokens, nats.
+        log_ref_chosen: The same under the frozen reference.
+        log_prob_rejected: log p(z) of the compliant answer.
+        log_ref_rejected: The same under the frozen reference.
+        beta: DPO's temperature, positive.
+    """
+    margin = beta * (log_prob_chosen - log_ref_chosen - log_prob_rejected + log_ref_rejected)
+    return beta * float(torch.sigmoid(torch.tensor(-margin, dtype=torch.float64)))
+
+
+def parameter_gradient_norms(
+    log_prob_T: Tensor, parameters: Iterable[Any], max_positions: int | None = None
+) -> list[float]:
+    """Norm in all parameters of each position's contribution to the SFT gradient, by one backward pass a position.
+
+    Args:
+        log_prob_T: log p(y_t | x, y<t) [T], still attached to its graph.
+        parameters: Tensors that the norm runs over; those without requires_grad are left out, tied ones count once.
+        max_positions: Only the first so many positions.
+
+    Returns:
+        |dL_t / d theta| for each position.
+    """
+    # A tied head and embedding are one tensor under two names; counted twice it would weigh double.
+    wanted = list({id(item): item for item in parameters if item.requires_grad}.values())
+    norms = []
+    for log_prob in log_prob_T[:max_positions]:
+        gradients = torch.autograd.grad(-log_prob, wanted, retain_graph=True, allow_unused=True)
+        squares = [gradient.double().square().sum() for gradient in gradients if gradient is not None]
+        norms.append(float(torch.stack(squares).sum().sqrt()))
+    return norms

@@ -1,4 +1,4 @@
-"""The scoring half of a diagnosis: hidden states from the scorers, the walk over them, one Parquet file a partition.
+"""Partitions of a diagnosis: each is measured once, and its result is two Parquet files.
 
     partitions/<kind>-<number>.parquet   a row for each response token and policy
     tokens/<kind>-<number>.parquet       base-favored tokens by policy and band of positions
@@ -9,115 +9,99 @@ not grow with the number of prompts or with their length.
 
 from __future__ import annotations
 
-from collections import deque
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from raycomplete.config import DiagnoseConfig
-from raycomplete.data.stream import Columns, write_partition
-from raycomplete.diagnosis.rows import METRICS, DiagnosisRows, DiagnosisSettings, diagnose_rows
-from raycomplete.diagnosis.samples import Sample
-from raycomplete.diagnosis.statistics import position_bands
-from raycomplete.engines.scorers import TeacherClient
-from raycomplete.losses.heads import Head
+from raycomplete.data.stream import (
+    Columns,
+    content_key,
+    partition_metadata,
+    partitions,
+    read_partition,
+    write_partition,
+)
+from raycomplete.diagnosis.measurement import Measurement
+from raycomplete.diagnosis.rows import METRICS
+from raycomplete.diagnosis.samples import DiagnosisSample, partition_samples, read_prompts
+from raycomplete.engines.run import Run
+from raycomplete.runtime.errors import ConfigError
+from raycomplete.runtime.types import Prompt, PromptKind
 
 CONTEXT_TOKENS = 12  # response tokens shown before a base-favored token
 
 
-@dataclass(frozen=True)
-class Walk:
-    """What turns samples into rows.
-
-    Attributes:
-        sources: Scorers by role; "base" and the policies that are compared with it.
-        heads: Their heads.
-        refusal_ids: Tokens that start a refusal.
-        settings: Thresholds and sizes.
-    """
-
-    sources: Mapping[str, TeacherClient]
-    heads: Mapping[str, Head]
-    refusal_ids: tuple[int, ...]
-    settings: DiagnoseConfig
-
-    @property
-    def policies(self) -> tuple[str, ...]:
-        """Roles that are compared with base, in a fixed order."""
-        return tuple(role for role in ("aligned", "student") if role in self.sources)
-
-    def rows(self, samples: Sequence[Sample]) -> Iterator[tuple[list[Sample], dict[str, DiagnosisRows]]]:
-        """Batches of samples with their rows, token after token and sample after sample."""
-        settings = self.settings
-        walk = DiagnosisSettings(
-            tau=settings.tau, margin=settings.margin, kappa=settings.kappa, chunk_tokens=settings.chunk_tokens
-        )
-        for batch, hidden in self.hidden_states(samples):
-            policies = {role: (hidden[role], self.heads[role]) for role in self.policies}
-            yield batch, diagnose_rows(policies, hidden["base"], self.heads["base"], self.refusal_ids, walk)
-
-    def hidden_states(self, samples: Sequence[Sample]) -> Iterator[tuple[list[Sample], dict[str, torch.Tensor]]]:
-        """Batches of samples with [N, H] hidden states of every role, a bounded number of batches ahead."""
-        pending: deque[tuple[list[Sample], dict[str, Any]]] = deque()
-        batches = token_batches(samples, self.settings.batch_tokens)
-        for batch in batches:
-            pending.append((batch, self._submit(batch)))
-            if len(pending) > self.settings.in_flight:
-                yield self._collect(*pending.popleft())
-        while pending:
-            yield self._collect(*pending.popleft())
-
-    def _submit(self, batch: Sequence[Sample]) -> dict[str, Any]:
-        sequences = [(sample.prompt_ids + sample.answer_ids, len(sample.prompt_ids)) for sample in batch]
-        return {role: source.submit_sequences(sequences) for role, source in self.sources.items()}
-
-    def _collect(
-        self, batch: list[Sample], references: Mapping[str, Any]
-    ) -> tuple[list[Sample], dict[str, torch.Tensor]]:
-        hidden = {
-            role: torch.cat(self.sources[role].collect_tensors(reference)).to(self.heads[role].weight_VH.device)
-            for role, reference in references.items()
-        }
-        return batch, hidden
-
-
-def token_batches(samples: Sequence[Sample], batch_tokens: int) -> Iterator[list[Sample]]:
-    """Consecutive samples of at most `batch_tokens` tokens together, and at least one."""
-    batch: list[Sample] = []
-    tokens = 0
-    for sample in samples:
-        length = len(sample.prompt_ids) + len(sample.answer_ids)
-        if batch and tokens + length > batch_tokens:
-            yield batch
-            batch, tokens = [], 0
-        batch.append(sample)
-        tokens += length
-    if batch:
-        yield batch
-
-
-def measure_partition(walk: Walk, samples: Sequence[Sample]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Columns of both files of a partition.
+def measure_kind(run: Run, measurement: Measurement, kind: PromptKind) -> list[str]:
+    """Measures every partition of a kind of prompts that is not there yet.
 
     Returns:
-        Rows: prompt (its place in `samples`), role (its place in `walk.policies`), position, token_id and `METRICS`.
-        Tokens: role, band, token_id, mass and policy_mass (summed probabilities), count, and of the occurrence with
-        the largest base probability its prompt, position and context (the response tokens before it).
+        The names of all its partitions in order.
+
+    Raises:
+        ConfigError: The prompts of a finished partition changed.
+    """
+    settings = run.config.diagnose
+    names: list[str] = []
+    done = 0
+    with run.console.progress(f"Measured {kind} prompts", settings.num_prompts or 0) as advance:
+        for number, prompts in enumerate(partitions(read_prompts(run.config, kind), settings.partition_prompts)):
+            names.append(f"{kind}-{number:05d}")
+            stats = partition_metadata(run.folder / "partitions" / f"{names[-1]}.parquet")
+            if stats is None:
+                _make_partition(run, measurement, kind, prompts, number)
+            elif stats["key"] != content_key(prompts):
+                raise ConfigError(
+                    f"The {kind} prompts of partition {number} changed since the diagnosis was started.",
+                    "Run again with --overwrite, or choose another output.name.",
+                )
+            done += len(prompts)
+            advance(done, f"{done} prompts")
+    return names
+
+
+def _make_partition(
+    run: Run, measurement: Measurement, kind: PromptKind, prompts: Sequence[Prompt], number: int
+) -> None:
+    started = time.perf_counter()
+    samples = partition_samples(run, kind, prompts, number)
+    sampled_s = time.perf_counter() - started
+    rows, tokens = measure_partition(measurement, samples)
+    stats = {
+        "key": content_key(prompts),
+        "prompts": len(prompts),
+        "measured": len(samples),
+        "measured_ids": [sample.prompt_id for sample in samples],
+        "policies": list(measurement.policies),
+        "sampled_s": sampled_s,
+        "measured_s": time.perf_counter() - started - sampled_s,
+        "read_tokens": sum(len(sample.prompt_ids) + len(sample.answer_ids) for sample in samples),
+    }
+    write_measured(run.folder, f"{kind}-{number:05d}", rows, tokens, stats)
+
+
+def measure_partition(
+    measurement: Measurement, samples: Sequence[DiagnosisSample]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Measures the columns of both files of a partition.
+
+    Returns:
+        Rows: prompt (its place in `samples`), role (its place in `Measurement.policies`), position, token_id and
+        `METRICS`. Tokens: role, band, token_id, mass and policy_mass (summed probabilities), count, and of the
+        occurrence with the largest base probability its prompt, position and context (the response tokens before it).
     """
     rows: list[Columns] = []
     favored: list[Columns] = []
     first = 0
-    for batch, by_role in walk.rows(samples):
+    for batch, by_role in measurement.rows(samples):
         lengths = [len(sample.answer_ids) for sample in batch]
         prompt_N = np.repeat(np.arange(first, first + len(batch), dtype=np.int32), lengths)
         position_N = np.concatenate([np.arange(length, dtype=np.int32) for length in lengths])
         token_N = np.concatenate([np.asarray(sample.answer_ids, dtype=np.int32) for sample in batch])
-        for number, role in enumerate(walk.policies):
+        for number, role in enumerate(measurement.policies):
             found = by_role[role]
             values_MN = found.values_NM.float().cpu().numpy().T
             role_N = np.full(len(prompt_N), number, dtype=np.int8)
@@ -135,7 +119,7 @@ def measure_partition(walk: Walk, samples: Sequence[Sample]) -> tuple[dict[str, 
                 }
             )
         first += len(batch)
-    return _stacked(rows), _token_table(_stacked(favored), samples)
+    return _stacked(rows), _token_columns(_stacked(favored), samples)
 
 
 def write_measured(
@@ -146,9 +130,28 @@ def write_measured(
     write_partition(folder / "partitions" / f"{name}.parquet", rows, stats)
 
 
+def stored_samples(run: Run, prompts: Mapping[str, Prompt]) -> list[DiagnosisSample]:
+    """Reads the responses of the first harmful partition, as they were measured.
+
+    Args:
+        run: The run.
+        prompts: The partition's prompts by id.
+    """
+    file = run.folder / "partitions" / "harmful-00000.parquet"
+    rows, stats = read_partition(file), partition_metadata(file)
+    assert stats is not None
+    samples = []
+    for prompt, role, where in samples_of(rows):
+        if role == 0:  # every policy read the same tokens
+            name = stats["measured_ids"][prompt]
+            prompt_ids = run.models.codec.encode_prompt(prompts[name].text)
+            samples.append(DiagnosisSample(name, tuple(prompt_ids), tuple(rows["token_id"][where].tolist())))
+    return samples
+
+
 def samples_of(rows: Columns) -> Iterator[tuple[int, int, slice]]:
-    """(prompt, role, rows) of each sample and policy, in the order of the file."""
-    keys = zip(rows["prompt"].tolist(), rows["role"].tolist(), strict=True)
+    """Yields (prompt, role, rows) of each sample and policy, in the order of the file."""
+    keys = zip(rows["prompt"].tolist(), rows["role"].tolist(), strict=True) if rows else ()
     start = 0
     for (prompt, role), group in groupby(keys):
         end = start + sum(1 for _ in group)
@@ -156,11 +159,21 @@ def samples_of(rows: Columns) -> Iterator[tuple[int, int, slice]]:
         start = end
 
 
+def position_bands(num_positions: int) -> list[tuple[int, int]]:
+    """First and last position of each band: 0, 1 to 3, 4 to 7, 8 to 15 and on, doubling."""
+    bands, start = [(0, 0)], 1
+    while start < num_positions:
+        end = 3 if start == 1 else 2 * start - 1
+        bands.append((start, min(end, num_positions - 1)))
+        start = end + 1
+    return bands
+
+
 def _stacked(parts: Sequence[Columns]) -> Columns:
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else {}
 
 
-def _token_table(favored: Columns, samples: Sequence[Sample]) -> dict[str, Any]:
+def _token_columns(favored: Columns, samples: Sequence[DiagnosisSample]) -> dict[str, Any]:
     """Sums by (policy, band, token), and where each stood out most."""
     if not favored:
         return {}

@@ -1,4 +1,4 @@
-"""One walk over token rows that compares policies with base, a few rows at a time: never [N, V].
+"""A chunked pass over token rows that compares policies with base, a few rows at a time: never [N, V].
 
 Base-favored tokens are the idea of arXiv 2511.12155 (known to us by its abstract and secondary reports); every formula
 here and the margin are ours.
@@ -37,7 +37,7 @@ METRICS = (
 """Columns of `DiagnosisRows.values_NM`: mass and count of B_t, KL(policy || base) in nats, exp(-KL / kappa), whether
 the two argmaxes agree (0 or 1), and the policy's probability of the refusal tokens."""
 PROFILE_METRICS = ("base_favored_mass", "kl_to_base", "deficit")
-"""Those of the position profile."""
+"""The columns of the position profile."""
 _GROUP = 64  # tokens of the vocabulary whose largest logit is kept
 # Logits of one model in a block. A block keeps up to six tensors of that size. On a CPU they stay in the cache of the
 # cores that share the work; elsewhere they bound the memory.
@@ -48,7 +48,7 @@ _SLACK = 1e-3  # nats below log tau at which a token still is a candidate; the s
 
 @dataclass(frozen=True)
 class DiagnosisSettings:
-    """Settings of the walk.
+    """Settings of the pass.
 
     Attributes:
         tau: Smallest base probability of a base-favored token, 0 to 1.
@@ -67,7 +67,7 @@ class DiagnosisSettings:
 
     @classmethod
     def of_loss(cls, settings: LossSettings) -> DiagnosisSettings:
-        """Those that a training run's loss uses."""
+        """The settings that a training run's loss uses."""
         return cls(tau=settings.tau, margin=settings.margin, kappa=settings.kappa, chunk_tokens=settings.chunk_tokens)
 
     def __post_init__(self) -> None:
@@ -82,9 +82,9 @@ class DiagnosisRows:
     Attributes:
         values_NM: One column for each of `METRICS` [N, M].
         row_K: Token row of each base-favored token.
-        token_K: Its id.
-        base_probability_K: p_b of it.
-        policy_probability_K: p_policy of it.
+        token_K: Id of each base-favored token.
+        base_probability_K: Its probability under base.
+        policy_probability_K: Its probability under the policy.
     """
 
     values_NM: Tensor

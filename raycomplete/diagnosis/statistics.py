@@ -1,42 +1,36 @@
-"""How far policies have moved from base at each response position: running statistics with intervals over prompts.
+"""How far policies have moved from base at each position: running statistics, completion depths, diagnosis.json.
 
-Two parts: statistics by position (sums in float64, so that any number of prompts fits), and the completion depth, the
-one number a reader remembers. The rows come from `raycomplete.diagnosis.rows`.
-
-The statistics and the completion depth are ours, not those of arXiv 2511.12155.
+Sums are in float64, so that any number of prompts fits. A summary is made from the partitions on disk in their order,
+one at a time, so an interrupted and resumed diagnosis gives the same numbers as one that ran through. The statistics
+and the completion depth are ours, not those of arXiv 2511.12155.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from typing import Any
 
 import numpy as np
 import torch
+from scipy.special import stdtrit
 from torch import Tensor
 
+from raycomplete.data.stream import Columns, partition_metadata, read_partition
+from raycomplete.diagnosis.partitions import position_bands, samples_of
 from raycomplete.diagnosis.rows import METRICS
+from raycomplete.engines.run import Run
+from raycomplete.runtime.errors import WorkError
+from raycomplete.runtime.files import read_json
 
 _DEFICIT = METRICS.index("deficit")
-_Z = 1.959963984540054  # the 97.5 % point of the normal distribution
-
-
-def t_quantile(degrees_of_freedom: Tensor) -> Tensor:
-    """The 97.5 % point of Student's t: exact for 1 and 2, else Cornish and Fisher's expansion (within 0.15 %).
-
-    Args:
-        degrees_of_freedom: Any shape, at least 1.
-    """
-    z, n = _Z, degrees_of_freedom.double()
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
-    )
-    value = z + sum(term / n ** (power + 1) for power, term in enumerate(terms))
-    value = torch.where(n == 1, math.tan(math.pi * 0.475), value)
-    return torch.where(n == 2, 0.95 / math.sqrt(2 * 0.975 * 0.025), value)
+_INTERVALS = (
+    "means: Student's t over prompts, pointwise; completion depth: percentiles of a Poisson bootstrap over prompts"
+)
+_UNBOUNDED = ("base_favored_count", "kl_to_base")  # the other metrics end at 1
 
 
 class PositionStatistics:
@@ -57,8 +51,8 @@ class PositionStatistics:
     def __init__(
         self,
         num_columns: int = len(METRICS),
-        *,
         bootstrap_column: int = _DEFICIT,
+        *,
         replicates: int = 400,
         seed: int = 0,
     ) -> None:
@@ -82,12 +76,8 @@ class PositionStatistics:
         # NumPy's, which takes both numbers whole; torch's reads the lower 32 bits of a seed only.
         drawn_R = np.random.default_rng([self._seed, self.num_prompts]).poisson(1.0, self._weight_RT.shape[0] - 2)
         even = float(self.num_prompts % 2 == 0)
-        weight_R = torch.cat(
-            [
-                torch.tensor([even, 1 - even], dtype=torch.float64),
-                torch.from_numpy(drawn_R).double(),
-            ]
-        )
+        halves_2 = torch.tensor([even, 1 - even], dtype=torch.float64)
+        weight_R = torch.cat([halves_2, torch.from_numpy(drawn_R).double()])
         self._weight_RT[:, :length] += weight_R[:, None]
         self._weighted_RT[:, :length] += weight_R[:, None] * values_TM[:, self._column]
         self.num_prompts += 1
@@ -117,19 +107,17 @@ class PositionStatistics:
         spread_TM = (self._square_TM - self._sum_TM.square() / count_T1).clamp(min=0.0)
         alone_T1 = count_T1 < 2
         free_T1 = (count_T1 - 1).clamp(min=1)
-        half_TM = t_quantile(free_T1) * (spread_TM / free_T1 / count_T1).sqrt()
+        quantile_T1 = torch.from_numpy(stdtrit(free_T1.numpy(), 0.975))  # of Student's t
+        half_TM = quantile_T1 * (spread_TM / free_T1 / count_T1).sqrt()
         return half_TM.masked_fill(alone_T1.expand_as(half_TM), math.inf)
 
     def completion_depth(self, threshold: float) -> CompletionDepth:
-        """See `CompletionDepth`; the halves are the prompts of even and of odd number."""
+        """The completion depth; its halves are the prompts of even and of odd number."""
         whole = _crossing(self._count_T[None], self._sum_TM[None, :, self._column], threshold)
         depths_R = _crossing(self._weight_RT, self._weighted_RT, threshold)
         drawn_R = depths_R[2:].double()
-        ends = (
-            torch.quantile(drawn_R, torch.tensor([0.025, 0.975], dtype=torch.float64))
-            if len(drawn_R)
-            else whole[[0, 0]]
-        )
+        percentiles = torch.tensor([0.025, 0.975], dtype=torch.float64)
+        ends = torch.quantile(drawn_R, percentiles) if len(drawn_R) else whole[[0, 0]]
         size = self._count_T.shape[0]
 
         def reached(depth: float) -> int | None:
@@ -180,11 +168,149 @@ def _crossing(weight_RT: Tensor, weighted_RT: Tensor, threshold: float) -> Tenso
     return partial_RT.shape[1] - 1 - partial_RT.flip(-1).argmin(dim=-1)
 
 
-def position_bands(num_positions: int) -> list[tuple[int, int]]:
-    """First and last position of each band: 0, 1 to 3, 4 to 7, 8 to 15 and on, doubling."""
-    bands, start = [(0, 0)], 1
-    while start < num_positions:
-        end = 3 if start == 1 else 2 * start - 1
-        bands.append((start, min(end, num_positions - 1)))
-        start = end + 1
-    return bands
+def summarize(run: Run, names: Mapping[str, Sequence[str]], policies: Sequence[str]) -> dict[str, Any]:
+    """diagnosis.json as far as the partitions decide it; gradient, baseline and seconds come later.
+
+    Args:
+        run: The run, whose folder holds partitions/ and tokens/.
+        names: Partitions in order by kind of prompts.
+        policies: Roles by their number in the files.
+
+    Raises:
+        WorkError: No harmful prompt has a compliant continuation.
+    """
+    kinds = {kind: kind_summary(run, found, policies) for kind, found in names.items()}
+    if not kinds["harmful"]["measured"]:
+        raise WorkError(
+            f"None of {kinds['harmful']['prompts']} harmful prompts has a compliant continuation.",
+            "Name an answer column, or set rollout.affirmative_prefix; then run again with --overwrite.",
+        )
+    files = [run.folder / "partitions" / f"{name}.parquet" for found in names.values() for name in found]
+    stats = [partition_metadata(file) or {} for file in files]
+    measured_s, read = (sum(found.get(key, 0.0) for found in stats) for key in ("measured_s", "read_tokens"))
+    return {
+        "name": run.config.output.name,
+        "policies": list(policies),
+        "models": {str(role): run.models.fingerprint(role) for role in run.models.paths},
+        "settings": run.config.diagnose.model_dump(mode="json"),
+        "intervals": _INTERVALS,
+        "refusal_tokens": (read_json(run.folder / "refusal_tokens.json") or {}).get("tokens", []),
+        "kinds": kinds,
+        "tokens": token_table(run, names, policies),
+        "gradient": None,
+        "contrastive": None,
+        "measured_s": measured_s,
+        "tokens_per_s": read / measured_s if measured_s else None,
+        "seconds": None,
+        "versions": read_json(run.folder / "environment.json"),
+    }
+
+
+def kind_summary(run: Run, names: Sequence[str], policies: Sequence[str]) -> dict[str, Any]:
+    """Profile and completion depth of each policy on one kind of prompts."""
+    settings = run.config.diagnose
+    statistics = {role: PositionStatistics(replicates=settings.replicates) for role in policies}
+    counts = {"prompts": 0, "measured": 0, "tokens": 0}
+    for name in names:
+        file = run.folder / "partitions" / f"{name}.parquet"
+        stats = partition_metadata(file) or {}
+        counts["prompts"] += stats.get("prompts", 0)
+        counts["measured"] += stats.get("measured", 0)
+        rows = read_partition(file)
+        if not rows:
+            continue
+        values_NM = np.stack([rows[metric] for metric in METRICS], axis=1).astype(np.float64)
+        for _, role, where in samples_of(rows):
+            statistics[policies[role]].add(torch.from_numpy(values_NM[where]))
+            counts["tokens"] += (where.stop - where.start) if role == 0 else 0
+    measured = {role: found for role, found in statistics.items() if found.num_prompts}
+    depths = {role: asdict(found.completion_depth(settings.threshold)) for role, found in measured.items()}
+    return {
+        **counts,
+        "profile": {role: _profile(found) for role, found in measured.items()},
+        "completion_depth": depths,
+    }
+
+
+def _profile(statistics: PositionStatistics) -> dict[str, Any]:
+    """Means and 95 % intervals by position of every metric."""
+    tops = [math.inf if metric in _UNBOUNDED else 1.0 for metric in METRICS]
+    curves = zip(METRICS, intervals(statistics, tops), strict=True)
+    return {"n": [int(count) for count in statistics.count_T.tolist()], **dict(curves)}
+
+
+def intervals(statistics: PositionStatistics, tops: Sequence[float] | None = None) -> list[dict[str, Any]]:
+    """Mean, low and high by position of each column as plain lists; None where a single prompt leaves them open.
+
+    Args:
+        statistics: Values of at least 0.
+        tops: The largest value that each column can have; none when absent.
+    """
+    found = []
+    columns = zip(statistics.mean_TM().T.tolist(), statistics.half_width_TM().T.tolist(), strict=True)
+    for column, (mean_T, half_T) in enumerate(columns):
+        top = tops[column] if tops else math.inf
+        low = [max(0.0, m - h) if math.isfinite(h) else None for m, h in zip(mean_T, half_T, strict=True)]
+        high = [min(top, m + h) if math.isfinite(h) else None for m, h in zip(mean_T, half_T, strict=True)]
+        found.append({"mean": mean_T, "low": low, "high": high})
+    return found
+
+
+def token_table(run: Run, names: Mapping[str, Sequence[str]], policies: Sequence[str]) -> list[dict[str, Any]]:
+    """Base-favored tokens with the largest mass by kind, policy and band of positions.
+
+    `share` is the token's part of the band's whole base-favored mass. `context` is the text before its strongest
+    occurrence; on harmful prompts it is masked unless `diagnose.show_harmful` is on.
+    """
+    settings, codec = run.config.diagnose, run.models.codec
+    table = []
+    for kind, parts in names.items():
+        masked = kind == "harmful" and not settings.show_harmful
+        merged = _merged(read_partition(run.folder / "tokens" / f"{name}.parquet") for name in parts)
+        bands = position_bands(settings.max_tokens)
+        for (number, role), (band, ends) in product(enumerate(policies), enumerate(bands)):
+            here = [item for item in merged.values() if (item["role"], item["band"]) == (number, band)]
+            whole = sum(item["mass"] for item in sorted(here, key=_rank))
+            for item in sorted(here, key=_rank)[: settings.table_tokens]:
+                context = codec.decode([int(token) for token in item["context"]])
+                table.append(
+                    {
+                        "kind": kind,
+                        "role": role,
+                        "band": list(ends),
+                        "token": codec.decode([item["token_id"]]),
+                        "token_id": item["token_id"],
+                        "share": item["mass"] / whole,
+                        "count": item["count"],
+                        "base_probability": item["mass"] / item["count"],
+                        "policy_probability": item["policy_mass"] / item["count"],
+                        "position": item["position"],
+                        "context": mask(context) if masked else context,
+                    }
+                )
+    return table
+
+
+def _rank(item: Mapping[str, Any]) -> tuple[float, int]:
+    return -item["mass"], item["token_id"]
+
+
+def mask(text: str) -> str:
+    """Hides a text's content and keeps its shape: every letter and digit becomes a dot."""
+    return re.sub(r"\w", "\N{BULLET}", text)
+
+
+def _merged(parts: Iterable[Columns]) -> dict[tuple[int, int, int], dict[str, Any]]:
+    """Sums over partitions; of several strongest occurrences the first in order stays."""
+    merged: dict[tuple[int, int, int], dict[str, Any]] = {}
+    for columns in parts:
+        names = list(columns)
+        for values in zip(*(columns[name].tolist() for name in names), strict=True):
+            item = dict(zip(names, values, strict=True))
+            known = merged.setdefault((item["role"], item["band"], item["token_id"]), item)
+            if known is item:
+                continue
+            sums = {name: known[name] + item[name] for name in ("mass", "policy_mass", "count")}
+            stronger = item if item["base_probability"] > known["base_probability"] else known
+            merged[item["role"], item["band"], item["token_id"]] = {**stronger, **sums}
+    return merged

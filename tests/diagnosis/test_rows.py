@@ -1,4 +1,4 @@
-"""The walk against a materialised float64 computation."""
+"""The chunked pass against a materialised float64 computation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raycomplete.diagnosis import rows as diagnosis_walk
+from raycomplete.diagnosis import rows as diagnosis_rows
 from raycomplete.diagnosis.rows import METRICS, DiagnosisSettings, diagnose_rows
 from raycomplete.diagnosis.statistics import PositionStatistics
 from raycomplete.losses import Head
@@ -55,10 +55,10 @@ def materialised(policy_NH, policy_head, base_NH, base_head, config: DiagnosisSe
 @pytest.mark.parametrize("vocab", [VOCAB, 64, 200])  # of one short group, one whole one, and several with a short last
 @pytest.mark.parametrize("block_rows", [1, 3, 1000])
 @pytest.mark.parametrize("tau", [0.0, 0.05])
-def test_the_walk_equals_the_materialised_computation(
+def test_the_pass_equals_the_materialised_computation(
     monkeypatch: pytest.MonkeyPatch, chunk_tokens: int, vocab: int, block_rows: int, tau: float
 ) -> None:
-    monkeypatch.setattr(diagnosis_walk, "_block_rows", lambda *_: block_rows)
+    monkeypatch.setattr(diagnosis_rows, "_block_rows", lambda *_: block_rows)
     policy_NH, policy_head, base_NH, base_head = models(vocab=vocab)
     config = DiagnosisSettings(tau=tau, margin=0.1, kappa=0.7, chunk_tokens=chunk_tokens)
     found = diagnose_rows({"aligned": (policy_NH, policy_head)}, base_NH, base_head, REFUSALS, config)["aligned"]
@@ -74,7 +74,7 @@ def test_the_walk_equals_the_materialised_computation(
     assert torch.allclose(mass_N, expected_NM[:, 0], rtol=1e-12)
 
 
-def test_several_policies_are_walked_as_one_by_one() -> None:
+def test_several_policies_are_read_as_one_by_one() -> None:
     policy_NH, policy_head, base_NH, base_head = models()
     other_NH = normal(9, NUM_ROWS, 6)
     config = DiagnosisSettings(chunk_tokens=5)

@@ -5,29 +5,26 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from raycomplete.config import DiagnoseConfig, map_paths
-from raycomplete.diagnosis.samples import Sample, partition_samples, read_prompts
+from raycomplete.diagnosis.samples import DiagnosisSample, partition_samples, read_prompts
 from raycomplete.runtime.errors import DataError
 from raycomplete.runtime.types import Prompt
-from tests.commands.planted import (
-    FakeGenerator,
-    FakeJudge,
+from tests.diagnosis.planted import (
     LetterCodec,
     a_config,
+    a_run,
     some_prompts,
 )
 
 
-def samples_of_mode(tmp_path: Path, mode: str, prompts: list[Prompt], number: int = 0, length: int = 9) -> list[Sample]:
-    config = a_config(tmp_path, answers=mode)
-    codec: Any = LetterCodec()
-    generator: Any = FakeGenerator(length)
-    judge: Any = FakeJudge()
-    return partition_samples(config, codec, generator, judge, prompts[0].kind, prompts, number)
+def samples_of_mode(
+    tmp_path: Path, mode: str, prompts: list[Prompt], number: int = 0, length: int = 9
+) -> list[DiagnosisSample]:
+    run = a_run(a_config(tmp_path, answers=mode), tmp_path, length)
+    return partition_samples(run, prompts[0].kind, prompts, number)
 
 
 def test_answers_given_extended_and_sampled(tmp_path: Path) -> None:

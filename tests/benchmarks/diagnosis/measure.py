@@ -1,4 +1,4 @@
-"""One measurement: partitions read by the scorers alone and by the whole walk, in turn, on the same engines."""
+"""One measurement: partitions read by the scorers alone and by the whole diagnosis, in turn, on the same engines."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from raycomplete.data.checkpoints import TORCH_DTYPES
 from raycomplete.data.heads import load_head
 from raycomplete.data.inputs import Models, prepare_models
 from raycomplete.data.stream import partition_metadata, read_partition
-from raycomplete.diagnosis.engines import make_room_for_engines
-from raycomplete.diagnosis.partitions import Walk, measure_partition, write_measured
-from raycomplete.diagnosis.samples import Sample
+from raycomplete.diagnosis.measurement import Measurement, make_room_for_engines
+from raycomplete.diagnosis.partitions import measure_partition, write_measured
+from raycomplete.diagnosis.samples import DiagnosisSample
 from raycomplete.engines.cluster import connect
 from raycomplete.engines.placement import ResourcePlan, engine_request
 from raycomplete.engines.score_cache import ScoreRequest
@@ -71,13 +71,13 @@ class Work:
         tree["teacher"] = {"cache_gib": 0.0}
         return parse(tree, "the benchmark")
 
-    def samples(self, number: int, vocab_size: int) -> list[Sample]:
+    def samples(self, number: int, vocab_size: int) -> list[DiagnosisSample]:
         """Random tokens, other ones in every partition."""
         rng = np.random.default_rng([number, 1])
         left = min(self.partition_prompts, self.prompts - number % self.num_partitions * self.partition_prompts)
         draw = rng.integers(5, vocab_size, size=(left, self.prompt_tokens + self.answer_tokens)).tolist()
         cut = self.prompt_tokens
-        return [Sample(f"{number}-{i}", tuple(ids[:cut]), tuple(ids[cut:])) for i, ids in enumerate(draw)]
+        return [DiagnosisSample(f"{number}-{i}", tuple(ids[:cut]), tuple(ids[cut:])) for i, ids in enumerate(draw)]
 
 
 @dataclass
@@ -99,18 +99,18 @@ class Found:
 
     Attributes:
         engine: Scorers alone: the same batches asked for and taken, nothing done with them.
-        walk: The same with the walk over both heads and the Parquet file.
-        rss_mib: Memory of this process after each partition's walk.
+        diagnosis: The same with the rows of both heads and the Parquet file.
+        rss_mib: Memory of this process after each partition.
         peak_mib: Its largest memory at any time.
         equal_after_resume: Whether the last partition, thrown away and made again, is the same to the last bit.
         largest_difference: Of any of its values.
         response_tokens: Response tokens of all partitions.
         alone_tokens: Those of the partitions that the scorers also read alone.
-        alone_ratio: Seconds of the scorers alone over those of the walk, on the same partitions.
+        alone_ratio: Seconds of the scorers alone over those of the whole diagnosis, on the same partitions.
     """
 
     engine: Timed = field(default_factory=Timed)
-    walk: Timed = field(default_factory=Timed)
+    diagnosis: Timed = field(default_factory=Timed)
     rss_mib: list[float] = field(default_factory=list)
     peak_mib: float = 0.0
     equal_after_resume: bool = False
@@ -135,49 +135,53 @@ def measure(work: Work, folder: Path) -> Found:
             role: load_head(models.heads[role], dtype=TORCH_DTYPES[config.models.dtype], device="cpu") for role in ROLES
         }
         make_room_for_engines(len(ROLES))  # as a diagnosis does
-        walk = Walk(sources, heads, (1, 2), config.diagnose)
-        for _ in walk.hidden_states(work.samples(10**6, vocab_size)[:2]):
+        measurement = Measurement(sources, heads, (1, 2), config.diagnose)
+        for _ in measurement.hidden_states(work.samples(10**6, vocab_size)[:2]):
             pass  # first calls allocate
         with _watched_memory() as memory:
-            walk_s = 0.0
+            diagnosis_s = 0.0
             for number in range(work.num_partitions):
                 samples = work.samples(number, vocab_size)
                 tokens = sum(len(sample.answer_ids) for sample in samples)
                 found.response_tokens += tokens
                 alone = number % work.alone_every == 0
-                passes = [_engine_pass, _walk_pass] if alone else [_walk_pass]
+                passes = [_engine_pass, _diagnosis_pass] if alone else [_diagnosis_pass]
                 for one in passes if number // work.alone_every % 2 == 0 else passes[::-1]:
-                    one(walk, samples, folder, number, found)
+                    one(measurement, samples, folder, number, found)
                 if alone:
                     found.alone_tokens += tokens
-                    walk_s += found.walk.wall_s[-1]
+                    diagnosis_s += found.diagnosis.wall_s[-1]
                 found.rss_mib.append(_rss_mib())
         found.peak_mib = memory.peak
-        found.alone_ratio = sum(found.engine.wall_s) / walk_s
-        _resume(walk, work, vocab_size, folder, found)
+        found.alone_ratio = sum(found.engine.wall_s) / diagnosis_s
+        _resume(measurement, work, vocab_size, folder, found)
     return found
 
 
-def _engine_pass(walk: Walk, samples: Sequence[Sample], folder: Path, number: int, found: Found) -> None:
+def _engine_pass(
+    measurement: Measurement, samples: Sequence[DiagnosisSample], folder: Path, number: int, found: Found
+) -> None:
     with _timed(found.engine):
-        for _ in walk.hidden_states(samples):
+        for _ in measurement.hidden_states(samples):
             pass
 
 
-def _walk_pass(walk: Walk, samples: Sequence[Sample], folder: Path, number: int, found: Found) -> None:
-    with _timed(found.walk):
-        rows, tokens = measure_partition(walk, samples)
+def _diagnosis_pass(
+    measurement: Measurement, samples: Sequence[DiagnosisSample], folder: Path, number: int, found: Found
+) -> None:
+    with _timed(found.diagnosis):
+        rows, tokens = measure_partition(measurement, samples)
         write_measured(folder, _name(number), rows, tokens, {"key": str(number)})
 
 
-def _resume(walk: Walk, work: Work, vocab_size: int, folder: Path, found: Found) -> None:
+def _resume(measurement: Measurement, work: Work, vocab_size: int, folder: Path, found: Found) -> None:
     """Makes the last partition again, as a run does that was killed while it wrote it."""
     name = _name(work.num_partitions - 1)
     file = folder / "partitions" / f"{name}.parquet"
     before = read_partition(file)
     file.unlink()
     assert partition_metadata(file) is None
-    rows, tokens = measure_partition(walk, work.samples(work.num_partitions - 1, vocab_size))
+    rows, tokens = measure_partition(measurement, work.samples(work.num_partitions - 1, vocab_size))
     write_measured(folder, name, rows, tokens, {"key": name})
     again = read_partition(file)
     found.equal_after_resume = all(np.array_equal(before[column], again[column]) for column in before)

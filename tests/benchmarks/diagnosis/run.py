@@ -51,9 +51,9 @@ def _table(work: Work, found: Found) -> Table:
             "",
         ),
         (
-            "diagnosis" if work.engines else "walk and files",
-            rate(found.response_tokens, found.walk.wall_s),
-            rate(found.response_tokens, found.walk.cpu_s),
+            "diagnosis" if work.engines else "rows and files",
+            rate(found.response_tokens, found.diagnosis.wall_s),
+            rate(found.response_tokens, found.diagnosis.cpu_s),
             f"{found.alone_ratio:.2f}x" if work.engines else "",
             f"{found.peak_mib:.0f} MiB, after each partition {min(found.rss_mib):.0f} to {max(found.rss_mib):.0f}",
         ),

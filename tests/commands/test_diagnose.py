@@ -8,46 +8,42 @@ from typing import Any
 
 import pytest
 
-from raycomplete.commands import diagnose as command
+from raycomplete.commands.diagnose import check_same_inputs
 from raycomplete.data.stream import partition_metadata
-from raycomplete.diagnosis.partitions import measure_partition
-from raycomplete.diagnosis.summary import kind_summary, mask
-from raycomplete.runtime.console import Console
+from raycomplete.diagnosis import partitions
+from raycomplete.diagnosis.partitions import measure_kind, measure_partition
+from raycomplete.diagnosis.statistics import kind_summary, mask
+from raycomplete.engines.run import Run
 from raycomplete.runtime.errors import ConfigError
-from tests.commands.planted import (
-    HIDDEN,
-    FakeFleet,
-    FakeJudge,
-    FakeModels,
-    a_config,
-    normal,
-    planted_walk,
-)
 from tests.commands.test_main_job import raycomplete
 from tests.conftest import ROOT
+from tests.diagnosis.planted import (
+    HIDDEN,
+    a_config,
+    a_run,
+    normal,
+    planted_measurement,
+)
 
 
 class Stopped(Exception):
     """Stands for a kill."""
 
 
-def a_job(tmp_path: Path, name: str) -> Any:
+def a_diagnosis(tmp_path: Path, name: str) -> Run:
     file = tmp_path / "prompts.jsonl"
     file.write_text("".join(json.dumps({"prompt": f"prompt {index}"}) + "\n" for index in range(10)))
     config = a_config(tmp_path, harmful=[{"path": str(file)}])
-    models: Any = FakeModels()
-    engines: Any = FakeFleet()
-    judge: Any = FakeJudge()
-    return command._Job(config, models, judge, engines, tmp_path / name, Console(quiet=True))
+    return a_run(config, tmp_path / name)
 
 
 def test_interrupted_and_resumed_equals_uninterrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     planted = {"aligned": normal(5, 4, HIDDEN), "student": normal(6, 30, HIDDEN)}
-    whole = a_job(tmp_path, "whole")
-    names = command._measure_kind(whole, planted_walk(**planted), "harmful")
+    whole = a_diagnosis(tmp_path, "whole")
+    names = measure_kind(whole, planted_measurement(**planted), "harmful")
     assert names == [f"harmful-{number:05d}" for number in range(4)]
-    stopped = a_job(tmp_path, "stopped")
-    walk = planted_walk(**planted)
+    stopped = a_diagnosis(tmp_path, "stopped")
+    measurement = planted_measurement(**planted)
     made = 0
 
     def fails_at_the_third(*arguments: Any) -> Any:
@@ -57,45 +53,43 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path: Path, monkeypatc
             raise Stopped
         return measure_partition(*arguments)
 
-    monkeypatch.setattr(command, "measure_partition", fails_at_the_third)
+    monkeypatch.setattr(partitions, "measure_partition", fails_at_the_third)
     with pytest.raises(Stopped):
-        command._measure_kind(stopped, walk, "harmful")
+        measure_kind(stopped, measurement, "harmful")
     first = stopped.folder / "partitions" / "harmful-00000.parquet"
     written = first.stat().st_mtime_ns
     assert not (stopped.folder / "partitions" / "harmful-00002.parquet").exists()
-    assert command._measure_kind(stopped, walk, "harmful") == names
+    assert measure_kind(stopped, measurement, "harmful") == names
     assert first.stat().st_mtime_ns == written
     assert made == 5  # the two that were finished were not made again
     policies = ("aligned", "student")
-    summaries = [kind_summary(job.folder, names, policies, job.config.diagnose) for job in (whole, stopped)]
+    summaries = [kind_summary(run, names, policies) for run in (whole, stopped)]
     assert summaries[0] == summaries[1]
     assert summaries[0]["prompts"] == 10
     assert 0 < summaries[0]["measured"] < 10
 
 
 def test_other_prompts_under_the_same_name_are_refused(tmp_path: Path) -> None:
-    job = a_job(tmp_path, "run")
-    command._measure_kind(job, planted_walk(aligned=None), "harmful")
-    path = Path(job.config.diagnose.harmful[0].path)
+    run = a_diagnosis(tmp_path, "run")
+    measure_kind(run, planted_measurement(aligned=None), "harmful")
+    path = Path(run.config.diagnose.harmful[0].path)
     path.write_text(path.read_text().replace("prompt 7", "prompt seven"))
     with pytest.raises(ConfigError, match="prompts of partition 2 changed"):
-        command._measure_kind(job, planted_walk(aligned=None), "harmful")
+        measure_kind(run, planted_measurement(aligned=None), "harmful")
 
 
 def test_changed_settings_are_refused_unless_they_only_concern_what_follows(tmp_path: Path) -> None:
-    models: Any = FakeModels()
-    config = a_config(tmp_path)
-    command._check_same_inputs(tmp_path, config, models)
-    command._check_same_inputs(tmp_path, a_config(tmp_path, gradient="full", threshold=0.3), models)
+    check_same_inputs(a_run(a_config(tmp_path), tmp_path))
+    check_same_inputs(a_run(a_config(tmp_path, gradient="full", threshold=0.3), tmp_path))
     with pytest.raises(ConfigError, match=r"changed: diagnose\.tau"):
-        command._check_same_inputs(tmp_path, a_config(tmp_path, tau=0.5), models)
+        check_same_inputs(a_run(a_config(tmp_path, tau=0.5), tmp_path))
 
 
 def test_base_against_itself_and_a_planted_change_through_partitions(tmp_path: Path) -> None:
-    job = a_job(tmp_path, "run")
-    walk = planted_walk(aligned=None, student=normal(6, 10, HIDDEN))
-    names = command._measure_kind(job, walk, "harmful")
-    found = kind_summary(job.folder, names, walk.policies, job.config.diagnose)
+    run = a_diagnosis(tmp_path, "run")
+    measurement = planted_measurement(aligned=None, student=normal(6, 10, HIDDEN))
+    names = measure_kind(run, measurement, "harmful")
+    found = kind_summary(run, names, measurement.policies)
     same, planted = found["profile"]["aligned"], found["profile"]["student"]
     length = len(same["n"])
     assert length == 11

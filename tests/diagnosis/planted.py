@@ -11,9 +11,12 @@ import numpy as np
 import torch
 
 from raycomplete.config import DiagnoseConfig, RunConfig, parse
-from raycomplete.diagnosis.partitions import Walk
-from raycomplete.diagnosis.samples import Sample
+from raycomplete.data.inputs import Prompts
+from raycomplete.diagnosis.measurement import Measurement
+from raycomplete.diagnosis.samples import DiagnosisSample
+from raycomplete.engines.run import Run
 from raycomplete.losses import Head
+from raycomplete.runtime.console import Console
 from raycomplete.runtime.types import Outcome, Prompt
 
 VOCAB, HIDDEN = 23, 6
@@ -51,16 +54,18 @@ class PlantedScorer:
         return found
 
 
-def planted_walk(settings: DiagnoseConfig = SETTINGS, **planted: torch.Tensor | None) -> Walk:
+def planted_measurement(settings: DiagnoseConfig = SETTINGS, **planted: torch.Tensor | None) -> Measurement:
     sources = {"base": PlantedScorer(), **{role: PlantedScorer(change) for role, change in planted.items()}}
     head = Head(normal(2, VOCAB, HIDDEN))
-    return Walk(sources, dict.fromkeys(sources, head), (3,), settings)
+    return Measurement(sources, dict.fromkeys(sources, head), (3,), settings)
 
 
-def some_samples(lengths: Sequence[int], seed: int = 0) -> list[Sample]:
+def some_samples(lengths: Sequence[int], seed: int = 0) -> list[DiagnosisSample]:
     draw = np.random.default_rng(seed)
     return [
-        Sample(f"p{index}", tuple(draw.integers(0, VOCAB, 4).tolist()), tuple(draw.integers(0, VOCAB, length).tolist()))
+        DiagnosisSample(
+            f"p{index}", tuple(draw.integers(0, VOCAB, 4).tolist()), tuple(draw.integers(0, VOCAB, length).tolist())
+        )
         for index, length in enumerate(lengths)
     ]
 
@@ -127,9 +132,9 @@ class FakeJudge:
         return Outcome.COMPLIED if int(continuation.split()[0][1:]) % 2 else Outcome.REFUSED
 
 
-class FakeFleet:
-    def __init__(self) -> None:
-        self.generator = FakeGenerator()
+class FakeEngines:
+    def __init__(self, length: int = 9) -> None:
+        self.generator = FakeGenerator(length)
 
 
 class FakeModels:
@@ -149,6 +154,24 @@ def a_config(tmp_path: Path, **diagnosis: Any) -> RunConfig:
         "output": {"root": str(tmp_path), "name": "x"},
     }
     return parse(tree, "test")
+
+
+class PlantedRun(Run):
+    """A run whose judge, models and engines are stand-ins."""
+
+    @property
+    def judge(self) -> Any:
+        return FakeJudge()
+
+
+def a_run(config: RunConfig, folder: Path, length: int = 9) -> Run:
+    """A run whose engines write answers of `length` tokens."""
+    models: Any = FakeModels()
+    cluster: Any = None
+    engines: Any = FakeEngines(length)
+    run = PlantedRun(config, folder, models, Prompts({}, {}), Console(quiet=True), cluster)
+    run.engines = engines
+    return run
 
 
 def some_prompts(count: int, answer: str | None = None, kind: Any = "harmful") -> list[Prompt]:
