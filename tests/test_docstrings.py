@@ -6,7 +6,8 @@ import ast
 import re
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.tracked import ROOT, tracked_python
+
 RIDDLE = re.compile(r"(Of|What|Whether|See)\b")
 
 
@@ -22,10 +23,9 @@ def first_lines(path: Path) -> list[tuple[int, str]]:
 
 
 def test_no_docstring_begins_with_a_riddle() -> None:
-    files = [*(ROOT / "raycomplete").rglob("*.py"), *(ROOT / "jobs").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]
     assert [
         f"{path.relative_to(ROOT)}:{line} {text}"
-        for path in sorted(files)
+        for path in tracked_python("raycomplete", "jobs", "tests", "docs")
         for line, text in first_lines(path)
         if RIDDLE.match(text)
     ] == []

@@ -12,9 +12,12 @@ from typing import NamedTuple
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.tracked import ROOT, tracked_python
+
 PACKAGE = ROOT / "raycomplete"
-MAX_LINES = 400
+MAX_LINES = 400  # of a file
+MAX_FILES, MAX_TOTAL_LINES = 170, 25_000  # of the package
+MAX_ARGUMENTS = 5  # of the functions by which an evaluation is passed on
 
 # From lower to upper: a room imports rooms of the lines above it in this table. Rooms of one line may import each
 # other's modules, and no import may run in a circle.
@@ -115,7 +118,7 @@ def breaks_third_party_table(item: Import) -> bool:
 
 
 def source_files() -> list[Path]:
-    return sorted(path for path in PACKAGE.rglob("*.py") if "__pycache__" not in path.parts)
+    return tracked_python("raycomplete")
 
 
 @pytest.fixture(scope="module")
@@ -184,9 +187,43 @@ def test_no_module_lies_loose_at_the_root() -> None:
 
 
 def test_no_file_is_too_long() -> None:
-    files = [*source_files(), *(ROOT / "jobs").glob("*.py"), *(ROOT / "tests").rglob("*.py"), *ROOT.glob(".setup/*.py")]
-    lengths = {path.relative_to(ROOT).as_posix(): len(path.read_text(encoding="utf-8").splitlines()) for path in files}
+    lengths = {
+        path.relative_to(ROOT).as_posix(): len(path.read_text(encoding="utf-8").splitlines())
+        for path in tracked_python("raycomplete", "jobs", "tests", "docs", ".setup")
+    }
     assert {name: length for name, length in lengths.items() if length > MAX_LINES} == {}
+
+
+def test_the_package_stays_small() -> None:
+    files = source_files()
+    assert len(files) <= MAX_FILES
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in files) <= MAX_TOTAL_LINES
+
+
+def definitions(path: Path) -> list[ast.AST]:
+    return list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+
+
+def test_no_class_name_stands_twice() -> None:
+    places: dict[str, list[str]] = {}
+    for path in source_files():
+        for node in definitions(path):
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, []).append(path.relative_to(PACKAGE).as_posix())
+    assert {name: found for name, found in places.items() if len(found) > 1} == {}
+
+
+def test_an_evaluation_is_passed_on_in_few_arguments() -> None:
+    counts = {
+        f"{path.relative_to(PACKAGE)}: {node.name}": sum(
+            map(len, (node.args.posonlyargs, node.args.args, node.args.kwonlyargs))
+        )
+        for path in source_files()
+        for node in definitions(path)
+        if isinstance(node, ast.FunctionDef) and node.name.lstrip("_").startswith("evaluate")
+    }
+    assert counts
+    assert {name: count for name, count in counts.items() if count > MAX_ARGUMENTS} == {}
 
 
 @pytest.mark.parametrize(

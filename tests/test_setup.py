@@ -17,6 +17,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from tests.tracked import tracked_files
+
 ROOT = Path(__file__).resolve().parent.parent
 SETUP = ROOT / ".setup" / "setup.sh"
 TARGETS = ("help", "setup", "demo", "test", "test-fast", "bench", "lint", "clean")
@@ -35,15 +37,6 @@ def locked() -> dict[str, Requirement]:
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     requirements = [Requirement(line) for line in lines if line and not line.startswith("#")]
     return {canonicalize_name(requirement.name): requirement for requirement in requirements}
-
-
-def tracked_files() -> list[Path]:
-    """Files of the repository; whatever else lies in the checkout is not judged. A source archive is skipped."""
-    command = ["git", "-C", str(ROOT), "ls-files", "--cached"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        pytest.skip("not a git checkout")
-    return [ROOT / line for line in done.stdout.splitlines() if (ROOT / line).is_file()]
 
 
 # --- The lock --------------------------------------------------------------------------------------------------------
