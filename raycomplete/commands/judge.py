@@ -1,4 +1,4 @@
-"""`raycomplete judge calibrate`: measures how often a judge errs."""
+"""`raycomplete judge calibrate`: how often a judge errs."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def calibrate_judge(
 
     Args:
         file: CSV or JSONL with prompt, completion, and human_label or annotation_1, annotation_2.
-        settings: The judge.
+        settings: Which judge.
         output: JSON file that `evaluation.judge.calibration` may name.
         max_length: Longest sequence of a judge model.
         console: Where the result is printed.
 
     Returns:
-        The error rates, as they are stored.
+        What was stored.
 
     Raises:
         ConfigError: Judges of JudgeZoo have no notion of refusal that could be measured.

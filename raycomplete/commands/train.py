@@ -1,4 +1,4 @@
-"""`raycomplete train`: sample, score, train, evaluate, report. Each stage leaves its result in the run folder.
+"""The main job: sample, score, train, evaluate, report. Each stage leaves its result in the run folder.
 
     samples.jsonl  ->  checkpoints/, metrics.jsonl, profile.json, student/  ->  evaluation/, summary.json, report.html
 
@@ -50,7 +50,7 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False, c
         config: Run file.
         resume: Continue an interrupted run.
         overwrite: Replace an earlier run of this name.
-        console: Where progress is shown.
+        console: Where progress goes.
 
     Returns:
         The run folder; `summary.json` in it holds the headline numbers.
@@ -100,7 +100,7 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False, c
 
 
 def _train_student(run: Run) -> None:
-    """Makes samples and trains; each is skipped where its result is there already."""
+    """Samples and training, each skipped where its result is there already."""
     config, models, console = run.config, run.models, run.console
     samples_file, student = run.folder / "samples.jsonl", run.folder / "student"
     stats_file = run.folder / "training.json"
@@ -140,7 +140,7 @@ def _train_student(run: Run) -> None:
 
 
 def _student_engines(run: Run) -> StudentEngines | None:
-    """Makes the engines of the student's own rollouts, where the run file asks for them."""
+    """The engines for the student's own rollouts, where the run file asks for them."""
     if not run.config.rollout.on_policy:
         return None
     pool = run.engines.generator.with_weights(str(run.models.paths["student"]))
@@ -177,7 +177,7 @@ def run_training(run: Run, job: TrainJob, title: str) -> None:
 def training_stats(
     metrics_file: Path, wall_s: float | None, scored: Mapping[str, float], engines: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Makes the `train` part of summary.json from the metrics of all steps, resumed ones included."""
+    """The `train` part of summary.json, from the metrics of all steps (resumed ones included)."""
     rows = read_metrics(metrics_file)
     seconds = sum(row["seconds"] for row in rows)
     tokens = sum(row["tokens"] for row in rows)
@@ -207,12 +207,12 @@ def training_stats(
 
 
 def worker_threads(config: RunConfig) -> int:
-    """Divides the cores of this machine among the training workers."""
+    """CPU threads of one training worker: the cores of this machine, shared between the workers."""
     return max(available_cpus() // config.train.num_workers, 1)
 
 
 def _check_same_inputs(run: Run) -> None:
-    """Refuses to resume a run whose checkpoints or prompts have changed since it was started."""
+    """A resumed run must go on with the very checkpoints and prompts it started with, not only with their paths."""
     texts = [prompt.text for kind in KINDS for prompt in run.prompts.train[kind]]  # an evaluation checks its own
     inputs = {str(role): run.models.fingerprint(role) for role in run.models.paths}
     inputs["training prompts"] = hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
@@ -233,7 +233,7 @@ def _scorer_totals(engines: Engines) -> dict[str, float]:
 
 
 def _parity_sequences(prompts: Prompts, codec: ChatCodec, count: int) -> list[tuple[tuple[int, ...], int]]:
-    """Makes sequences of a prompt and a few response tokens, for the parity gate; any response will do."""
+    """Prompts with a few response tokens, for the gate of the scorers; any response will do."""
     sequences = []
     for prompt in (*prompts.train["benign"], *prompts.train["harmful"])[:count]:
         prompt_ids = codec.encode_prompt(prompt.text)

@@ -128,7 +128,7 @@ class JsonLines(logging.Formatter):
     """One JSON object for each record; `extra={"fields": {...}}` adds to it."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Formats a record as one line of JSON."""
+        """See `logging.Formatter`."""
         who = identity()
         line: dict[str, Any] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),

@@ -240,7 +240,7 @@ def restore(engine: Any, folder: Path, step: int | None = None, *, hashed: bool 
 
 
 def is_whole(folder: Path, step: int, *, hashed: bool = True) -> bool:
-    """True where the checkpoint of a step is there and undamaged; every rank must call this."""
+    """Whether the checkpoint of a step is there and undamaged; every rank must call this."""
     return from_rank_zero(lambda: integrity.damage(folder / f"step-{step:06d}", hashed=hashed) is None)
 
 

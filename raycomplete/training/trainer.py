@@ -208,7 +208,7 @@ def raised_by(failures: Mapping[int, BaseException]) -> tuple[int, BaseException
 
 
 def is_death(error: BaseException) -> bool:
-    """True where the process of a worker is gone, or has not answered for so long that Ray gives it up."""
+    """Whether the process of a worker is gone, or has not answered for so long that Ray gives it up."""
     died = isinstance(getattr(error, "health_check_failure", None), RayActorError)
     return died or type(error).__name__ == "WorkerHealthCheckTimeoutError"
 

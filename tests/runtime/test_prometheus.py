@@ -37,7 +37,7 @@ ROW = {
 
 @pytest.fixture
 def recorded(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, ...], float]:
-    """The values that `record` was given, by name and own tag."""
+    """What `record` was given, by name and own tag."""
     seen: dict[tuple[str, ...], float] = {}
 
     def note(name: str, value: float = 1.0, **tags: str) -> None:

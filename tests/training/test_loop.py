@@ -115,7 +115,7 @@ def test_training_stops_where_validation_no_longer_improves_and_keeps_the_best(
         steps=12,
         lr=0.3,
         checkpoint_every=6,
-        validation=ValidationConfig(every=1, num_prompts=3, patience=2),
+        validation=ValidationConfig(every=1, prompts=3, patience=2),
         sinks=["tensorboard"],
     )
     job = make_job(tmp_path, train)
