@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,14 +33,15 @@ _NOT_BESIDE_THE_RUN_FILE = ("output.", "serve.", "align.output", "teacher.cache_
 T = TypeVar("T")
 
 
-def load_run_file(path: str | Path, overrides: Iterable[str] = (), *, plugins: bool = True) -> RunConfig:
+def load_run_file(
+    path: str | Path, overrides: Iterable[str] = (), *, sections: Collection[str] | None = None
+) -> RunConfig:
     """Reads and checks a run file, after the plugins that it names have been imported.
 
     Args:
         path: YAML file.
         overrides: `key.sub=value` strings, values in YAML notation, applied last.
-        plugins: False reads the record of an earlier run without importing its plugins again: what they add must be
-            registered by now.
+        sections: Reads these sections alone and imports no plugins, for the record of an earlier run.
 
     Raises:
         ConfigError: The file is missing, not YAML, or holds a wrong key or value, or a plugin cannot be imported.
@@ -60,7 +61,9 @@ def load_run_file(path: str | Path, overrides: Iterable[str] = (), *, plugins: b
         raise ConfigError(f"The run file {file} must hold a mapping with the keys {_names(RunConfig)}.")
     for override in overrides:
         _apply_override(tree, override)
-    return parse(tree, str(file), base_folder=file.resolve().parent, plugins=plugins)
+    if sections is not None:
+        tree = {name: value for name, value in tree.items() if name in sections}
+    return parse(tree, str(file), base_folder=file.resolve().parent, plugins=sections is None)
 
 
 def parse(tree: Mapping[str, Any], origin: str, base_folder: Path | None = None, *, plugins: bool = False) -> RunConfig:

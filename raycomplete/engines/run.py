@@ -155,7 +155,7 @@ class OutputFolder:
         folder, settings = self.path, self.path / "config.yaml"
         if settings.is_file():
             if self.resume:
-                self._check_same(load_run_file(settings, plugins=False))
+                self._check_same(load_run_file(settings, sections={"models", "data", "rollout", *self.same}))
             elif not self.overwrite:
                 raise ConfigError(
                     f"The run folder {folder} holds a run already.",

@@ -199,3 +199,16 @@ def test_a_key_that_is_free_off_policy_only_is_no_riddle(tmp_path: Path) -> None
     OutputFolder(on_policy, resume=False, same=SAME).open()
     with pytest.raises(ConfigError, match=r"other values of rollout\.on_policy\."):
         OutputFolder(config(tmp_path), resume=True, same=SAME).check()
+
+
+def test_only_the_compared_sections_of_an_earlier_run_are_read(tmp_path: Path) -> None:
+    """The others may name what this process does not know: attacks of a plugin, or keys of an earlier version."""
+    folder = OutputFolder(config(tmp_path), same=SAME).open()
+    written = (folder / "config.yaml").read_text()
+    changed = written.replace("name: prefill", "name: of_a_plugin").replace("num_prompts: 100", "prompts: 100")
+    assert changed != written
+    (folder / "config.yaml").write_text(changed)
+    OutputFolder(config(tmp_path), same=SAME, resume=True).check()
+    (folder / "config.yaml").write_text(written.replace("lr: 5.0e-05", "lr: 4.0e-05"))
+    with pytest.raises(ConfigError, match=r"other values of train\.lr\."):
+        OutputFolder(config(tmp_path), same=SAME, resume=True).check()
