@@ -44,6 +44,8 @@ ALLOWED: dict[str, frozenset[str]] = {
     "fsspec": frozenset({"storage"}),
     "fastapi": frozenset({"serving"}),
     "starlette": frozenset({"serving"}),
+    "sse_starlette": frozenset({"serving"}),
+    "prometheus_client": frozenset({"serving"}),
     "scipy": frozenset({"evaluation", "diagnosis"}),
     "matplotlib": frozenset({"report"}),
     "jinja2": frozenset({"report", "serving"}),

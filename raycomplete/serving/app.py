@@ -1,35 +1,35 @@
-"""The HTTP interface."""
+"""The HTTP interface: its routes, streams of events, metrics and OpenAPI document."""
 
 from __future__ import annotations
 
-import logging
-import sqlite3
+import asyncio
+import json
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import dataclass
 from typing import Annotated, Any
 
-from fastapi import FastAPI, Header, Query, Request, Response
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
+from fastapi import FastAPI, Header, Query, Response
+from fastapi.responses import HTMLResponse, PlainTextResponse
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from prometheus_client.registry import Collector
+from sse_starlette import EventSourceResponse, ServerSentEvent
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
 from raycomplete import __version__
-from raycomplete.attacks.registry import ATTACKS, UnknownAttackError
-from raycomplete.runtime.errors import RaycompleteError, RefusedError
+from raycomplete.attacks.registry import ATTACKS
 from raycomplete.runtime.types import ModelRole, Outcome
-from raycomplete.serving.backend import ChatBackend
-from raycomplete.serving.events import event_stream
-from raycomplete.serving.gate import Gate, problem
-from raycomplete.serving.metrics import CONTENT_TYPE, render_metrics
-from raycomplete.serving.page import content_security_policy, page
+from raycomplete.serving.gate import Gate, add_errors, page, problem
 from raycomplete.serving.requests import Admission, ForbiddenError
-from raycomplete.serving.results import read_results, read_samples
-from raycomplete.serving.runner import evaluation_folder
+from raycomplete.serving.runner import evaluation_folder, read_results, read_samples
 from raycomplete.serving.schemas import (
     CompletionChoice,
     CompletionRequest,
+    CompletionText,
     CompletionView,
     EvaluationDetail,
     EvaluationPage,
@@ -39,12 +39,14 @@ from raycomplete.serving.schemas import (
     Options,
     Problem,
     SamplePage,
+    State,
 )
 from raycomplete.serving.store import EvaluationStore, KeyReusedError, QueueFullError
-from raycomplete.serving.tables import Evaluation, State
 
-logger = logging.getLogger(__name__)
+CompleteChat = Callable[[CompletionRequest], Awaitable[CompletionText]]
 
+_POLL_S = 0.25  # runners are other processes: looking is the only way to hear of them
+_RECONNECT_MS = 2000
 _MAX_NUMBER = 2**53  # what JSON readers hold exactly
 _Number = Annotated[int | None, Query(ge=0, le=_MAX_NUMBER)]
 _EVENT_SCHEMA = {
@@ -69,36 +71,35 @@ _ABOUT = {
 
 
 def _problems(*codes: int) -> dict[int | str, dict[str, Any]]:
-    """What an operation may answer beside its result. Any may be refused at the gate."""
+    """Lists what an operation may answer beside its result. Any may be refused at the gate."""
     return {code: {"model": Problem, "description": _ABOUT[code]} for code in sorted({*codes, 401, 403})}
 
 
 @dataclass(frozen=True)
 class Service:
-    """What the application works on.
+    """Everything that the application works on.
 
     Attributes:
-        admission: What requests may ask for.
+        admission: Checks what requests ask for.
         store: The queue.
         token_digest: SHA-256 of the bearer token, if there is one.
-        chat: Answers single prompts, if this server does that.
+        chat: Answers single prompts with the student, if this server does that.
     """
 
     admission: Admission
     store: EvaluationStore
     token_digest: str | None = None
-    chat: ChatBackend | None = None
+    chat: CompleteChat | None = None
 
 
 def create_app(service: Service) -> ASGIApp:
-    """The application behind its gate."""
-    app = create_api(service)
-    serve = service.admission.config.serve
-    return Gate(app, service.token_digest, serve.max_body_kib * 1024, content_security_policy())
+    """Makes the application behind its gate."""
+    max_body = service.admission.config.serve.max_body_kib * 1024
+    return Gate(create_api(service), service.token_digest, max_body)
 
 
 def create_api(service: Service) -> FastAPI:
-    """The application alone: its routes and their documentation."""
+    """Makes the application alone: its routes and their documentation."""
     app = FastAPI(
         title="raycomplete",
         version=__version__,
@@ -106,7 +107,7 @@ def create_api(service: Service) -> FastAPI:
         docs_url=None,  # both pages would fetch their scripts from elsewhere
         redoc_url=None,
     )
-    _add_errors(app)
+    add_errors(app)
     _add_evaluations(app, service)
     _add_reading(app, service)
     _add_surroundings(app, service)
@@ -147,7 +148,7 @@ def _add_evaluations(app: FastAPI, service: Service) -> None:
             return problem(409, error.problem, error.remedy)
         response.headers["Location"] = f"/v1/evaluations/{evaluation.id}"
         response.headers["Idempotent-Replayed"] = str(not is_new).lower()
-        return view(evaluation)
+        return evaluation
 
     @app.get("/v1/evaluations", responses=_problems(422))
     def list_evaluations(
@@ -157,14 +158,12 @@ def _add_evaluations(app: FastAPI, service: Service) -> None:
         label: Annotated[str | None, Query(max_length=200)] = None,
     ) -> EvaluationPage:
         """Evaluations, newest first; `before` takes the `next` of the page before."""
-        items, total = store.page(limit=limit, before=before, state=state, label=label)
-        following = items[-1].number if len(items) == limit and items[-1].number > 1 else None
-        return EvaluationPage(items=[view(item) for item in items], total=total, next=following)
+        return store.page(limit=limit, before=before, state=state, label=label)
 
     @app.delete("/v1/evaluations/{evaluation_id}", status_code=202, responses=_problems(404, 413))
     def cancel(evaluation_id: str) -> EvaluationView:
         """Cancels what waits or runs, and keeps what was finished. One that ended stays as it is."""
-        return view(_found(store.cancel(evaluation_id), evaluation_id))
+        return _found(store.cancel(evaluation_id), evaluation_id)
 
 
 def _add_reading(app: FastAPI, service: Service) -> None:
@@ -177,24 +176,27 @@ def _add_reading(app: FastAPI, service: Service) -> None:
         results = None
         if evaluation.state is State.SUCCEEDED:
             results = read_results(evaluation_folder(serve.state, evaluation_id))
-        return EvaluationDetail(**view(evaluation).model_dump(), results=results)
+        return EvaluationDetail(**evaluation.model_dump(), results=results)
 
     @app.get(
         "/v1/evaluations/{evaluation_id}/events",
-        response_class=StreamingResponse,
+        response_class=EventSourceResponse,
         responses={200: {"content": {"text/event-stream": {"schema": _EVENT_SCHEMA}}}, **_problems(404, 422)},
     )
     def stream_events(
         evaluation_id: str,
         last_event_id: Annotated[int, Header(ge=0, le=_MAX_NUMBER)] = 0,
         follow: Annotated[bool, Query(description="false: end with the events that there are")] = True,
-    ) -> StreamingResponse:
+    ) -> EventSourceResponse:
         """Progress as server-sent events; a client that comes back sends the last id that it saw."""
         _found(store.get(evaluation_id), evaluation_id)
-        stream = event_stream(
-            store, evaluation_id, after=last_event_id, heartbeat_s=serve.event_heartbeat_s, follow=follow
+        return EventSourceResponse(
+            _events(store, evaluation_id, after=last_event_id, follow=follow),
+            # Without a sign now and then, proxies close a connection and clients cannot tell a dead one.
+            ping=serve.event_heartbeat_s,
+            ping_message_factory=lambda: ServerSentEvent(comment="heartbeat", sep="\n"),
+            sep="\n",
         )
-        return StreamingResponse(stream, media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
 
     @app.get("/v1/evaluations/{evaluation_id}/samples", responses=_problems(404, 422))
     def list_samples(
@@ -223,11 +225,12 @@ def _add_reading(app: FastAPI, service: Service) -> None:
 
 def _add_surroundings(app: FastAPI, service: Service) -> None:
     admission, store = service.admission, service.store
-    serve = admission.config.serve
+    serve, registry = admission.config.serve, CollectorRegistry()
+    registry.register(_Metrics(store))
 
     @app.get("/v1/options", responses=_problems())
     def options() -> Options:
-        """What may be asked for here."""
+        """Everything that may be asked for here."""
         return Options(
             attacks=list(ATTACKS),
             models=admission.known_models(),
@@ -240,7 +243,7 @@ def _add_surroundings(app: FastAPI, service: Service) -> None:
 
     @app.get("/healthz", responses=_problems(503))
     def healthz() -> Health:
-        """Whether the queue can be read."""
+        """Answers ok if the queue can be read."""
         store.counts()
         return Health(status="ok")
 
@@ -251,14 +254,14 @@ def _add_surroundings(app: FastAPI, service: Service) -> None:
     )
     def metrics() -> PlainTextResponse:
         """Prometheus text."""
-        return PlainTextResponse(render_metrics(store), media_type=CONTENT_TYPE)
+        return PlainTextResponse(generate_latest(registry), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
     def index() -> HTMLResponse:
         return HTMLResponse(page())
 
 
-def _add_chat(app: FastAPI, service: Service, chat: ChatBackend) -> None:
+def _add_chat(app: FastAPI, service: Service, chat: CompleteChat) -> None:
     serve = service.admission.config.serve
 
     @app.post("/v1/completions", responses=_problems(400, 413, 422, 503))
@@ -266,7 +269,7 @@ def _add_chat(app: FastAPI, service: Service, chat: ChatBackend) -> None:
         """The student's own answer to one prompt, for spot checks."""
         if request.max_tokens > serve.max_chat_tokens:
             request = request.model_copy(update={"max_tokens": serve.max_chat_tokens})
-        found = await chat.complete(request)
+        found = await chat(request)
         return CompletionView(
             id=f"cmpl-{time.time_ns():x}",
             created=int(time.time()),
@@ -280,65 +283,47 @@ def _add_chat(app: FastAPI, service: Service, chat: ChatBackend) -> None:
         )
 
 
-def view(evaluation: Evaluation) -> EvaluationView:
-    """An evaluation as clients see it."""
-    values = asdict(evaluation)
-    cancelling = values.pop("cancel") and not evaluation.state.final
-    values.pop("number")
-    return EvaluationView(**values, cancelling=cancelling)
+async def _events(store: EvaluationStore, identity: str, *, after: int, follow: bool) -> AsyncIterator[dict[str, Any]]:
+    """Yields the events of an evaluation until its final one; those that there are unless `follow`."""
+    yield {"retry": _RECONNECT_MS}
+    while True:
+        evaluation = await run_in_threadpool(store.get, identity)  # before its events: a final state has all of them
+        events = await run_in_threadpool(store.events, identity, after=after)
+        for event in events:
+            yield {"id": str(event.seq), "event": event.kind, "data": json.dumps({"time": event.time, **event.data})}
+            after = event.seq
+        if not events:
+            if not follow or evaluation is None or evaluation.state.final:
+                return
+            await asyncio.sleep(_POLL_S)
 
 
-def _found(evaluation: Evaluation | None, identity: str) -> Evaluation:
+@dataclass(frozen=True)
+class _Metrics(Collector):
+    """Metrics of the service, all from the store, so that every replica answers the same; Serve has those of HTTP."""
+
+    store: EvaluationStore
+
+    def collect(self) -> Iterator[Metric]:
+        """Yields every metric."""
+        totals = self.store.totals()
+        states = GaugeMetricFamily("raycomplete_evaluations", "Evaluations by state.", labels=["state"])
+        for state, count in self.store.counts().items():
+            states.add_metric([state], count)
+        yield states
+        yield GaugeMetricFamily("raycomplete_attempts", "Starts of evaluations, without stops.", totals["attempts"])
+        yield CounterMetricFamily(
+            "raycomplete_evaluation_seconds_total",
+            "Time from start to end, over all evaluations that ended.",
+            totals["seconds"],
+        )
+        yield GaugeMetricFamily("raycomplete_queue_oldest_seconds", "Age of the oldest that waits.", totals["oldest"])
+
+
+def _found(evaluation: EvaluationView | None, identity: str) -> EvaluationView:
     if evaluation is None:
         raise HTTPException(404, f"There is no evaluation {identity[:80]!r}.")
     return evaluation
-
-
-def _add_errors(app: FastAPI) -> None:
-    """One shape for every error, which repeats nothing that the client sent beyond what the sentence needs."""
-
-    @app.exception_handler(RefusedError)
-    def refused(_: Request, error: RefusedError) -> JSONResponse:
-        known = error.known if isinstance(error, UnknownAttackError) else None
-        status = 403 if isinstance(error, ForbiddenError) else 422
-        return problem(status, _clean(error.problem), _clean(error.remedy), known=known)
-
-    @app.exception_handler(RaycompleteError)
-    def failed(_: Request, error: RaycompleteError) -> JSONResponse:
-        return problem(503, _clean(error.problem), _clean(error.remedy))
-
-    @app.exception_handler(sqlite3.Error)
-    def unreadable(_: Request, error: sqlite3.Error) -> JSONResponse:
-        logger.error("The queue cannot be read or written: %s", error)
-        answer = problem(503, "The queue cannot be read or written now.", "Try again; the server's log says why.")
-        answer.headers["Retry-After"] = "5"
-        return answer
-
-    @app.exception_handler(Exception)
-    def unexpected(_: Request, error: Exception) -> JSONResponse:
-        return problem(500, f"The server failed ({type(error).__name__}).", "Its log says why.")
-
-    @app.exception_handler(RequestValidationError)
-    def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        wrong = error.errors()
-        if any(item["type"] == "json_invalid" for item in wrong):
-            return problem(400, "The body is no valid JSON.")
-        sentences = []
-        for item in wrong[:10]:
-            where = ".".join(str(part) for part in item["loc"][1:])
-            message = str(item["msg"]).removeprefix("Value error, ")
-            sentences.append(f"{where}: {message}" if where else message)
-        return problem(422, _clean("; ".join(sentences)), "See /openapi.json.")
-
-    @app.exception_handler(HTTPException)
-    def http(_: Request, error: HTTPException) -> JSONResponse:
-        answer = problem(error.status_code, _clean(str(error.detail)))
-        answer.headers.update(error.headers or {})
-        return answer
-
-
-def _clean(text: str) -> str:
-    return text.encode("utf-8", errors="backslashreplace").decode()[:2000]
 
 
 def _document_token(app: FastAPI) -> None:

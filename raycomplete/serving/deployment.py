@@ -1,6 +1,6 @@
-"""The application on Ray Serve: replicas that answer, and replicas that work.
+"""The application on Ray Serve: replicas that answer, and replicas that evaluate.
 
-Both stand on the head node, since they share one SQLite file; the engines of an evaluation go where there is room.
+Both run on the head node, since they share one SQLite file; the engines of an evaluation go where there is room.
 """
 
 from __future__ import annotations
@@ -17,10 +17,8 @@ from starlette.types import ASGIApp
 from raycomplete.config import RunConfig
 from raycomplete.runtime.plugins import load_plugins
 from raycomplete.serving.app import Service, create_app
-from raycomplete.serving.backend import ChatBackend, EvaluationBackend
 from raycomplete.serving.requests import Admission
-from raycomplete.serving.runner import Runner
-from raycomplete.serving.schemas import CompletionRequest, CompletionText
+from raycomplete.serving.runner import EvaluationBackend, Runner
 from raycomplete.serving.store import EvaluationStore
 
 APP_NAME = "raycomplete"
@@ -56,27 +54,6 @@ class EvaluationRunner:
         self._thread.join(timeout=30)
 
 
-class Chat:
-    """Holds the chat backend, and with it an engine, apart from the replicas that answer."""
-
-    def __init__(self, config: RunConfig, make_backend: Callable[[RunConfig], ChatBackend]) -> None:
-        self._backend = make_backend(config)
-
-    async def complete(self, request: CompletionRequest) -> CompletionText:
-        return await self._backend.complete(request)
-
-
-class _ChatHandle:
-    """A chat backend that is another deployment."""
-
-    def __init__(self, handle: DeploymentHandle[Any]) -> None:
-        self._handle = handle
-
-    async def complete(self, request: CompletionRequest) -> CompletionText:
-        found: CompletionText = await self._handle.complete.remote(request)
-        return found
-
-
 @serve.ingress()
 class EvaluationApi:
     """Answers HTTP. It holds the runners' handle so that Serve starts them as part of the same application."""
@@ -94,7 +71,7 @@ class EvaluationApi:
             Admission(config),
             EvaluationStore(config.serve.state),
             token_digest,
-            _ChatHandle(chat) if chat is not None else None,
+            chat.complete.remote if chat is not None else None,
         )
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
@@ -105,15 +82,16 @@ def build_application(
     config: RunConfig,
     token_digest: str | None,
     make_backend: Callable[[RunConfig], EvaluationBackend],
-    make_chat: Callable[[RunConfig], ChatBackend] | None = None,
+    chat_class: type | None = None,
 ) -> serve.Application:
-    """The Serve application.
+    """Makes the Serve application.
 
     Args:
         config: Run file; what requests leave out is taken from here. `serve.state` must be absolute.
         token_digest: SHA-256 of the bearer token, or None for this machine alone.
         make_backend: Called in each runner. It must be importable by Ray's workers.
-        make_chat: Called in the chat replica; None serves no chat.
+        chat_class: Made of the run file in a replica of its own, which holds an engine; its coroutine
+            `complete(CompletionRequest) -> CompletionText` answers single prompts. None serves no chat.
     """
     settings = config.serve
     common: dict[str, Any] = {"ray_actor_options": _ACTOR_OPTIONS, "health_check_period_s": _HEALTH_CHECK_S}
@@ -121,19 +99,13 @@ def build_application(
     runner_options = {"num_replicas": settings.runners, "graceful_shutdown_timeout_s": 30}
     runners = serve.deployment(**runner_options, **common)(EvaluationRunner).bind(config, make_backend)
     chat = None
-    if make_chat is not None:
-        chat = serve.deployment(max_ongoing_requests=16, **common)(Chat).bind(config, make_chat)
+    if chat_class is not None:
+        chat = serve.deployment(name="Chat", max_ongoing_requests=16, **common)(chat_class).bind(config)
     scaling = settings.autoscaling
     api = serve.deployment(
         max_ongoing_requests=scaling.max_ongoing_requests,
         graceful_shutdown_timeout_s=5,
-        autoscaling_config={
-            "min_replicas": scaling.min_replicas,
-            "max_replicas": scaling.max_replicas,
-            "target_ongoing_requests": scaling.target_ongoing_requests,
-            "upscale_delay_s": scaling.upscale_delay_s,
-            "downscale_delay_s": scaling.downscale_delay_s,
-        },
+        autoscaling_config=scaling.model_dump(exclude={"max_ongoing_requests"}),
         **common,
     )(EvaluationApi)
     return api.bind(config, token_digest, runners, chat)

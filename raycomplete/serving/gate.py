@@ -1,16 +1,30 @@
-"""What every request passes before the application sees it: who asks, from where, and how much they send."""
+"""The gate before the application (who asks, from where, how much they send), the page's policy, and refusals."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import logging
+import sqlite3
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
 
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from raycomplete.attacks.registry import UnknownAttackError
+from raycomplete.runtime.errors import RaycompleteError, RefusedError
+from raycomplete.serving.requests import ForbiddenError
 from raycomplete.serving.schemas import Problem
 from raycomplete.serving.token import is_bearer, is_loopback
+
+logger = logging.getLogger(__name__)
 
 # The page holds no data, and a health check must work for those who may see none.
 PUBLIC = frozenset({"/", "/healthz"})
@@ -25,8 +39,11 @@ _HEADERS = {
 }
 
 
+_SCRIPTS = ("client.js", "format.js", "charts.js", "views.js", "main.js")
+
+
 def problem(status: int, text: str, remedy: str = "", *, known: Iterable[str] | None = None) -> JSONResponse:
-    """An error as JSON."""
+    """Makes the answer that refuses a request."""
     body = Problem(problem=text, remedy=remedy, known=None if known is None else list(known))
     return JSONResponse(body.model_dump(), status_code=status)
 
@@ -39,13 +56,11 @@ class Gate:
         app: The application.
         token_digest: SHA-256 of the bearer token. Without one, only this machine itself is served.
         max_body: Bytes.
-        page_policy: Content-Security-Policy of every answer.
     """
 
     app: ASGIApp
     token_digest: str | None
     max_body: int
-    page_policy: str
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -57,7 +72,7 @@ class Gate:
                 headers = MutableHeaders(scope=message)
                 for name, value in _HEADERS.items():
                     headers.setdefault(name, value)
-                headers["Content-Security-Policy"] = self.page_policy
+                headers["Content-Security-Policy"] = content_security_policy()
             await send(message)
 
         headers = Headers(scope=scope)
@@ -91,12 +106,12 @@ class Gate:
 
 
 def _host_name(host: str) -> str:
-    """The name of a Host header, without its port."""
+    """Returns the name in a Host header, without its port."""
     return host.partition("]")[0] + "]" if host.startswith("[") else host.partition(":")[0]
 
 
 async def _read_body(headers: Headers, receive: Receive, limit: int) -> bytes | None:
-    """The whole body; None where it exceeds the limit, whatever its Content-Length says."""
+    """Reads the whole body; None where it exceeds the limit, whatever its Content-Length says."""
     declared = headers.get("content-length", "")
     if declared.isdigit() and int(declared[:20]) > limit:
         return None
@@ -121,3 +136,91 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
         return {"type": "http.request", "body": body, "more_body": False}
 
     return replay
+
+
+def add_errors(app: FastAPI) -> None:
+    """Gives every error one shape, which repeats nothing that the client sent beyond what the sentence needs."""
+
+    @app.exception_handler(RefusedError)
+    def refused(_: Request, error: RefusedError) -> JSONResponse:
+        known = error.known if isinstance(error, UnknownAttackError) else None
+        status = 403 if isinstance(error, ForbiddenError) else 422
+        return problem(status, _clean(error.problem), _clean(error.remedy), known=known)
+
+    @app.exception_handler(RaycompleteError)
+    def failed(_: Request, error: RaycompleteError) -> JSONResponse:
+        return problem(503, _clean(error.problem), _clean(error.remedy))
+
+    @app.exception_handler(sqlite3.Error)
+    def unreadable(_: Request, error: sqlite3.Error) -> JSONResponse:
+        logger.error("The queue cannot be read or written: %s", error)
+        answer = problem(503, "The queue cannot be read or written now.", "Try again; the server's log says why.")
+        answer.headers["Retry-After"] = "5"
+        return answer
+
+    @app.exception_handler(Exception)
+    def unexpected(_: Request, error: Exception) -> JSONResponse:
+        return problem(500, f"The server failed ({type(error).__name__}).", "Its log says why.")
+
+    @app.exception_handler(RequestValidationError)
+    def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        wrong = error.errors()
+        if any(item["type"] == "json_invalid" for item in wrong):
+            return problem(400, "The body is no valid JSON.")
+        sentences = []
+        for item in wrong[:10]:
+            where = ".".join(str(part) for part in item["loc"][1:])
+            message = str(item["msg"]).removeprefix("Value error, ")
+            sentences.append(f"{where}: {message}" if where else message)
+        return problem(422, _clean("; ".join(sentences)), "See /openapi.json.")
+
+    @app.exception_handler(HTTPException)
+    def http(_: Request, error: HTTPException) -> JSONResponse:
+        answer = problem(error.status_code, _clean(str(error.detail)))
+        answer.headers.update(error.headers or {})
+        return answer
+
+
+def _clean(text: str) -> str:
+    return text.encode("utf-8", errors="backslashreplace").decode()[:2000]
+
+
+@cache
+def page() -> str:
+    """Returns the page: one document with its style and script inside, which its policy names by hash."""
+    return _read("page.html").replace("/*STYLE*/", _style()).replace("/*SCRIPT*/", _script())
+
+
+@cache
+def content_security_policy() -> str:
+    """Returns the policy of every answer: only the page's own script and style run, and it talks to its own server."""
+    return "; ".join(
+        [
+            "default-src 'none'",
+            f"script-src '{_hash(_script())}'",
+            f"style-src '{_hash(_style())}'",
+            "connect-src 'self'",
+            "img-src data:",
+            "base-uri 'none'",
+            "form-action 'none'",
+            "frame-ancestors 'none'",
+        ]
+    )
+
+
+@cache
+def _script() -> str:
+    return '"use strict";\n' + "\n".join(_read(name) for name in _SCRIPTS)
+
+
+@cache
+def _style() -> str:
+    return _read("page.css")
+
+
+def _read(name: str) -> str:
+    return files(__package__).joinpath("page", name).read_text(encoding="utf-8")
+
+
+def _hash(content: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()

@@ -1,57 +1,119 @@
-"""One evaluation of the service, in a process of its own: started by `serve`, spoken to through its pipes.
+"""One evaluation of the service in a process of its own, a Ray driver on the same cluster.
 
-The first line of standard input says what to do, a later one may say to cancel, and its end says that the runner is
-gone: then this process ends at once, since the next runner takes over from what is on disk.
+So it needs nothing that a replica lacks, its memory is given back when it ends, and what kills it does not kill the
+service. It ends at once when its runner is gone, since the next runner takes over from what is on disk.
 """
 
 from __future__ import annotations
 
 import fcntl
-import json
+import multiprocessing
 import os
-import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from raycomplete.config import parse
-from raycomplete.runtime.errors import RaycompleteError, RefusedError, WaitTimeoutError
+import ray
+
+from raycomplete.config import RunConfig, parse
+from raycomplete.runtime.errors import RaycompleteError, WaitTimeoutError, WorkError
 from raycomplete.runtime.files import PRIVATE
 from raycomplete.runtime.machine import let_idle_threads_sleep
+from raycomplete.runtime.types import ModelRole
+from raycomplete.serving.requests import run_config
+from raycomplete.serving.runner import Cancelled, OnProgress
+from raycomplete.serving.schemas import EvaluationRequest
+from raycomplete.serving.token import TOKEN_VARIABLE
 
+_CANCEL_GRACE_S = 10.0  # what a batch may take to end; finished trials are on disk already
 _LOCK_TIMEOUT_S = 60.0
+_SPAWN = multiprocessing.get_context("spawn")
+
+Evaluate = Callable[[RunConfig, list[ModelRole], OnProgress, Cancelled], object]
 
 
-def main() -> None:
-    """Evaluates, and says how far it is and how it ended."""
+class ProcessBackend:
+    """Evaluates in a process of its own on the cluster of the replica that this is made in.
+
+    Args:
+        config: The server's run file.
+        evaluate: Called in that process, so it must be a function of a module.
+    """
+
+    def __init__(self, config: RunConfig, evaluate: Evaluate) -> None:
+        self._config, self._evaluate = config, evaluate
+        self._address = ray.get_runtime_context().gcs_address
+
+    def run(self, request: EvaluationRequest, folder: Path, on_progress: OnProgress, cancelled: Cancelled) -> None:
+        """Evaluates; see `raycomplete.serving.runner.EvaluationBackend`."""
+        config = run_config(self._config, request, folder)
+        config = config.model_copy(update={"cluster": config.cluster.model_copy(update={"address": self._address})})
+        log = folder.with_name(f"{folder.name}.log")
+        ours, theirs = _SPAWN.Pipe()
+        tree = config.model_dump(mode="json")
+        process = _SPAWN.Process(target=work, args=(theirs, self._evaluate, tree, request.roles, log))
+        process.start()
+        theirs.close()
+        try:
+            follow(ours, on_progress, cancelled, log)
+        except EOFError:
+            process.join()
+            raise WorkError(f"The evaluation's process ended with code {process.exitcode}.", f"See {log}.") from None
+        finally:
+            process.kill()  # whatever ends this call ends the process, so that no two write into one folder
+            process.join()
+
+
+def follow(connection: Connection, on_progress: OnProgress, cancelled: Cancelled, log: Path) -> None:
+    """Passes progress on until the process says how it ended; EOFError where it died instead."""
+    give_up_at = float("inf")
+    while True:
+        if connection.poll(0.25):
+            try:
+                message = connection.recv()
+            except OSError as error:  # torn where it was killed
+                raise EOFError from error
+            if message is None:
+                return
+            if isinstance(message, Exception):
+                raise message
+            on_progress(message)
+        if cancelled() and give_up_at == float("inf"):
+            give_up_at = time.monotonic() + _CANCEL_GRACE_S
+            with suppress(BrokenPipeError):  # it has ended, and what it said last tells why
+                connection.send("cancel")
+        if time.monotonic() > give_up_at:
+            raise WorkError("The evaluation was stopped in the middle of a batch.")
+
+
+def work(connection: Connection, evaluate: Evaluate, tree: Any, roles: list[ModelRole], log: Path) -> None:
+    """Evaluates in the child process, and sends progress, then an error or None."""
     let_idle_threads_sleep()
-    out = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print must not mix with what is said
-
-    def say(**message: Any) -> None:
-        out.write(json.dumps(message) + "\n")
-
-    asked = json.loads(sys.stdin.readline())
-    cancelled = threading.Event()
-    threading.Thread(target=_obey, args=(cancelled,), daemon=True).start()
+    os.environ.pop(TOKEN_VARIABLE, None)
+    stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, PRIVATE)
+    for descriptor in (1, 2):
+        os.dup2(stream, descriptor)
+    cancel = threading.Event()
+    threading.Thread(target=_obey, args=(connection, cancel), daemon=True).start()
+    outcome: RaycompleteError | None = None
     try:
-        config = parse(asked["config"], "The request", plugins=True)  # made from the server's own run file
+        config = parse(tree, "The request", plugins=True)  # made from the server's own run file
         with only_writer(config.output.folder):
-            from raycomplete.commands.evaluate import evaluate  # torch, after what can be refused without it
-
-            evaluate(
-                config,
-                roles=asked["roles"],
-                on_progress=lambda progress: say(progress=progress.to_json()),
-                cancelled=cancelled.is_set,
-            )
+            evaluate(config, roles, connection.send, cancel.is_set)
     except RaycompleteError as error:
-        say(error=[error.problem, error.remedy], refused=isinstance(error, RefusedError))
-    else:
-        say(done=True)
+        outcome = error
+    connection.send(outcome)
+
+
+def _obey(connection: Connection, cancel: threading.Event) -> None:
+    with suppress(EOFError, OSError):
+        while connection.recv() == "cancel":
+            cancel.set()
+    os._exit(3)  # the runner is gone
 
 
 @contextmanager
@@ -78,14 +140,3 @@ def only_writer(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-
-
-def _obey(cancelled: threading.Event) -> None:
-    for line in sys.stdin:
-        if json.loads(line).get("cancel"):
-            cancelled.set()
-    os._exit(3)
-
-
-if __name__ == "__main__":
-    main()

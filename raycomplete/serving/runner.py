@@ -1,7 +1,11 @@
-"""Works through the queue: claims an evaluation, keeps its lease, tells how far it is, and stores how it ended."""
+"""A worker of the queue, and the run folder that each evaluation leaves.
+
+The worker claims an evaluation, keeps its lease, stores how far it is, and stores how it ended.
+"""
 
 from __future__ import annotations
 
+import json
 import sqlite3
 import threading
 import time
@@ -9,26 +13,100 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from raycomplete.runtime.errors import RaycompleteError, RefusedError
-from raycomplete.serving.backend import EvaluationBackend
-from raycomplete.serving.schemas import EvaluationRequest
-from raycomplete.serving.store import EvaluationStore
-from raycomplete.serving.tables import Claimed, State
+from raycomplete.runtime.files import read_json
+from raycomplete.runtime.types import MODEL_ROLES
+from raycomplete.serving.schemas import EvaluationRequest, SamplePage, SampleView, State
+from raycomplete.serving.store import Claimed, EvaluationStore
 
 _PROGRESS_EVERY_S = 0.2  # more events than that nobody reads
 _CANCEL_WITHIN_S = 2.0  # longest time before the work hears of a cancellation
 _MAX_ERROR = 600  # characters
+_HARMLESS = ("harmless", "capabilities")  # parts of an evaluation that attack nothing
+
+OnProgress = Callable[[Mapping[str, Any]], None]
+Cancelled = Callable[[], bool]
+
+
+class EvaluationBackend(Protocol):
+    """Evaluates models. One call works at a time, but a call may follow one that was killed."""
+
+    def run(self, request: EvaluationRequest, folder: Path, on_progress: OnProgress, cancelled: Cancelled) -> None:
+        """Leaves `summary.json` and `evaluation/` in the folder, and continues what an earlier call left there.
+
+        Args:
+            request: As admitted.
+            folder: Of this evaluation alone.
+            on_progress: Takes `role`, `attack`, `variant`, `done`, `total`, `reused` and `outcomes`.
+            cancelled: Asked often; once it is true, the call ends soon, in any way.
+
+        Raises:
+            RefusedError: It cannot be done, now or later.
+            Exception: It failed; another attempt may succeed.
+        """
 
 
 def evaluation_folder(state: Path, identity: str) -> Path:
-    """The run folder of an evaluation."""
+    """Returns the run folder of an evaluation."""
     return state / "evaluations" / identity
 
 
+def read_results(folder: Path) -> dict[str, Any] | None:
+    """Reads `summary.json` of a run folder."""
+    return read_json(folder / "summary.json")
+
+
+def read_samples(folder: Path, *, offset: int, limit: int, show_harmful: bool, **wanted: str | None) -> SamplePage:
+    """Reads responses that an evaluation kept.
+
+    Args:
+        folder: Run folder.
+        offset: Samples to skip.
+        limit: At most so many.
+        show_harmful: Give the text of responses to attacks; without it only what they were judged.
+        wanted: Only those of this `role`, `attack` or `outcome`.
+    """
+    kept = folder / "evaluation" / "completions"
+    chosen = {name: value for name, value in wanted.items() if value is not None}
+    found: list[SampleView] = []
+    total = 0
+    for row in _rows(kept):
+        if any(row.get(name) != value for name, value in chosen.items()):
+            continue
+        if offset <= total < offset + limit:
+            found.append(_sample(row, show_harmful=show_harmful))
+        total += 1
+    return SamplePage(items=found, total=total, saved=kept.is_dir())
+
+
+def _rows(folder: Path) -> Iterator[dict[str, Any]]:
+    for role in MODEL_ROLES:
+        file = folder / f"{role}.jsonl"
+        if file.is_file():
+            with file.open(encoding="utf-8", errors="replace") as lines:
+                yield from (json.loads(line) for line in lines if line.strip())
+
+
+def _sample(row: dict[str, Any], *, show_harmful: bool) -> SampleView:
+    is_harmful = row.get("attack", "") not in _HARMLESS
+    # A byte-level tokenizer may decode half a character to a lone surrogate, which UTF-8 cannot carry.
+    texts = {name: str(row.get(name, "")).encode(errors="replace").decode() for name in ("prefill", "continuation")}
+    return SampleView(
+        role=row["role"],
+        attack=row.get("attack", ""),
+        variant=row["variant"],
+        prompt_id=row["prompt_id"],
+        seed=row.get("seed", 0),
+        outcome=row.get("outcome"),
+        harmful=is_harmful,
+        **(texts if show_harmful or not is_harmful else dict.fromkeys(texts)),
+    )
+
+
 def one_sentence(error: BaseException) -> str:
-    """An error for people; without tracebacks, and short enough for a table."""
+    """Puts an error into words for people; without tracebacks, and short enough for a table."""
     if isinstance(error, RaycompleteError):
         text = str(error)
     else:
@@ -43,7 +121,7 @@ class Runner:
 
     Args:
         store: The queue.
-        backend: Does the work.
+        backend: Evaluates.
         state: Folder under which each evaluation gets a run folder.
         lease_s: Silence after which another runner takes over.
         max_attempts: Starts of one evaluation before it counts as failed.
@@ -62,13 +140,9 @@ class Runner:
         retry_delay_s: float = 2.0,
         idle_s: float = 0.25,
     ) -> None:
-        self._store = store
-        self._backend = backend
-        self._state = state
-        self._lease_s = lease_s
-        self._max_attempts = max_attempts
-        self._retry_delay_s = retry_delay_s
-        self._idle_s = idle_s
+        self._store, self._backend, self._state = store, backend, state
+        self._lease_s, self._max_attempts = lease_s, max_attempts
+        self._retry_delay_s, self._idle_s = retry_delay_s, idle_s
         self._stopping = threading.Event()
 
     def stop(self) -> None:
@@ -145,7 +219,7 @@ class Runner:
                 if found is None:
                     lease.lost = True
                     return
-                lease.cancel, ends_at = found.cancel, asked_at + self._lease_s
+                lease.cancel, ends_at = found.cancelling, asked_at + self._lease_s
 
         thread = threading.Thread(target=keep, name=f"lease-{claimed.evaluation.id}", daemon=True)
         thread.start()
@@ -158,7 +232,7 @@ class Runner:
 
 @dataclass
 class _Lease:
-    """What the renewing thread learned."""
+    """A claim, as the thread that renews it last saw it."""
 
     lost: bool = False
     cancel: bool = False

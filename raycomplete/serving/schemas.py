@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+from enum import StrEnum
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 
 from raycomplete.attacks.registry import ATTACKS
 from raycomplete.runtime.types import MODEL_ROLES, ModelRole
-from raycomplete.serving.tables import State
 
 ModelSpec = Annotated[str, Field(min_length=1, max_length=1024)]
 
@@ -31,7 +31,7 @@ Attack = Annotated[str | dict[str, Any], WithJsonSchema(_attack_schema())]
 
 
 class Body(BaseModel):
-    """Unknown keys are an error, and so is text that no encoding can carry."""
+    """A request body: unknown keys are an error, and so is text that no encoding can carry."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
@@ -55,7 +55,7 @@ class ModelChoice(Body):
 
 
 class EvaluationRequest(Body):
-    """What to evaluate. Whatever is left out is as in the server's run file.
+    """An evaluation to be made. Whatever is left out is as in the server's run file.
 
     Attributes:
         attacks: Names, or mappings of name and settings; the prefill-depth curve is always measured.
@@ -79,15 +79,29 @@ class EvaluationRequest(Body):
 
 
 class Problem(BaseModel):
-    """Why a request was not served.
+    """The reason why a request was not served.
 
     Attributes:
-        known: What there is, where the request named something that there is not.
+        known: The names that exist, where the request named something that does not.
     """
 
     problem: str
     remedy: str = ""
     known: list[str] | None = None
+
+
+class State(StrEnum):
+    """State of an evaluation. The last three are final."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def final(self) -> bool:
+        return self not in (State.QUEUED, State.RUNNING)
 
 
 class EvaluationView(BaseModel):
@@ -96,7 +110,7 @@ class EvaluationView(BaseModel):
     Attributes:
         progress: Newest progress of each model, by role.
         created: Seconds since the epoch, as `started` and `finished`.
-        error: Why it failed, or why an attempt did that will be repeated.
+        error: The reason why it failed, or why an attempt did that will be repeated.
     """
 
     id: str
@@ -126,13 +140,13 @@ class EvaluationPage(BaseModel):
     next: int | None
 
 
-class Sample(BaseModel):
+class SampleView(BaseModel):
     """One response of a model.
 
     Attributes:
         outcome: None for benchmarks, which have right answers instead.
         prefill: The attacker's part of the answer; None where it is withheld.
-        continuation: What the model added; None where it is withheld.
+        continuation: The text that the model added; None where it is withheld.
     """
 
     role: str
@@ -149,13 +163,13 @@ class Sample(BaseModel):
 class SamplePage(BaseModel):
     """Samples in the order of the evaluation. `saved` is false where the evaluation kept none."""
 
-    items: list[Sample]
+    items: list[SampleView]
     total: int
     saved: bool
 
 
 class Options(BaseModel):
-    """What this server allows."""
+    """Everything that this server allows."""
 
     attacks: list[str]
     models: list[str]
@@ -182,7 +196,7 @@ class CompletionRequest(Body):
 
 
 class CompletionText(BaseModel):
-    """What a chat backend returns."""
+    """A completion as the chat backend returns it."""
 
     text: str
     prompt_tokens: int

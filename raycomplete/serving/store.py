@@ -1,4 +1,4 @@
-"""The queue of evaluations and what happened to each, in one SQLite file that every replica of this machine opens.
+"""The queue of evaluations and its events, in one SQLite file that every replica of this machine opens.
 
 Runners claim evaluations under a lease. Whoever stops renewing it (killed, frozen, cut off) loses the evaluation to the
 next runner, and its late writes are refused, since they name a claim that is no longer the current one.
@@ -12,28 +12,54 @@ import secrets
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from raycomplete.runtime.errors import RefusedError, SetupError
 from raycomplete.runtime.files import PRIVATE
-from raycomplete.serving.tables import (
-    FORMAT,
-    SCHEMA,
-    Claimed,
-    Evaluation,
-    Event,
-    State,
-    canonical,
-    evaluation_of,
-)
+from raycomplete.serving.schemas import EvaluationPage, EvaluationView, State
 
+FORMAT = 1  # raise it when a table changes its meaning
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS evaluations (
+    number INTEGER PRIMARY KEY AUTOINCREMENT,
+    id TEXT NOT NULL UNIQUE,
+    label TEXT NOT NULL,
+    request TEXT NOT NULL,
+    idempotency_key TEXT UNIQUE,
+    state TEXT NOT NULL,
+    cancel INTEGER NOT NULL DEFAULT 0,
+    claim TEXT,
+    lease_until REAL NOT NULL DEFAULT 0,
+    not_before REAL NOT NULL DEFAULT 0,
+    attempts INTEGER NOT NULL DEFAULT 0,
+    error TEXT,
+    progress TEXT NOT NULL DEFAULT '{}',
+    created REAL NOT NULL,
+    started REAL,
+    finished REAL
+);
+CREATE INDEX IF NOT EXISTS evaluations_by_state ON evaluations (state, number);
+CREATE TABLE IF NOT EXISTS events (
+    evaluation TEXT NOT NULL,
+    seq INTEGER NOT NULL,
+    time REAL NOT NULL,
+    kind TEXT NOT NULL,
+    data TEXT NOT NULL,
+    PRIMARY KEY (evaluation, seq)
+) WITHOUT ROWID;
+"""
 _BUSY_S = 30.0  # longest wait for another process's write
 _CLAIMABLE = (
-    "SELECT id, cancel, attempts FROM evaluations WHERE (state = ? AND not_before <= ?) "
-    "OR (state = ? AND lease_until <= ?) ORDER BY number LIMIT 20"
+    "SELECT id, cancel, attempts, started FROM evaluations WHERE (state = 'queued' AND not_before <= :now) "
+    "OR (state = 'running' AND lease_until <= :now) ORDER BY number LIMIT 20"
+)
+_TOTALS = (
+    "SELECT coalesce(sum(attempts), 0) AS attempts, coalesce(sum(finished - started), 0) AS seconds, "
+    "coalesce(max(CASE WHEN state = 'queued' THEN ? - created END), 0) AS oldest FROM evaluations"
 )
 
 
@@ -43,6 +69,24 @@ class QueueFullError(RefusedError):
 
 class KeyReusedError(RefusedError):
     """An idempotency key came back with another request."""
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """An evaluation that a runner holds: whatever it writes must name the claim, which dies with the lease."""
+
+    evaluation: EvaluationView
+    claim: str
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that happened to an evaluation; `seq` counts from 1 without gaps."""
+
+    seq: int
+    time: float
+    kind: str
+    data: dict[str, Any]
 
 
 class EvaluationStore:
@@ -56,13 +100,13 @@ class EvaluationStore:
         SetupError: The file was made by another version.
     """
 
-    def __init__(self, folder: Path, clock: Any = time.time) -> None:
+    def __init__(self, folder: Path, clock: Callable[[], float] = time.time) -> None:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._path = folder / "evaluations.sqlite"
+        path = folder / "evaluations.sqlite"
         self._clock = clock
         self._lock = threading.RLock()
-        os.close(os.open(self._path, os.O_CREAT | os.O_RDWR, PRIVATE))
-        self._connection = sqlite3.connect(self._path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
+        os.close(os.open(path, os.O_CREAT | os.O_RDWR, PRIVATE))
+        self._connection = sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
         self._connection.row_factory = sqlite3.Row
         self._connection.execute("PRAGMA journal_mode = WAL")
         self._connection.execute("PRAGMA synchronous = FULL")  # what was answered with 202 outlives a power cut
@@ -70,7 +114,7 @@ class EvaluationStore:
             version = connection.execute("PRAGMA user_version").fetchone()[0]
             if version not in (0, FORMAT):
                 raise SetupError(
-                    f"{self._path} has format {version}, and this version of raycomplete reads {FORMAT}.",
+                    f"{path} has format {version}, and this version of raycomplete reads {FORMAT}.",
                     "Choose another serve.state.",
                 )
             for statement in SCHEMA.split(";"):  # executescript would commit at once
@@ -84,17 +128,17 @@ class EvaluationStore:
 
     def submit(
         self, request: Mapping[str, Any], *, label: str, key: str | None, max_queued: int
-    ) -> tuple[Evaluation, bool]:
+    ) -> tuple[EvaluationView, bool]:
         """Adds an evaluation, or finds the one that the same key added before.
 
         Returns:
-            The evaluation, and whether it is new.
+            The evaluation, and True where it is new.
 
         Raises:
             QueueFullError: `max_queued` evaluations wait already.
             KeyReusedError: The key belongs to another request.
         """
-        text = canonical(request)
+        text = _canonical(request)
         with self._writing() as connection:
             if key is not None:
                 row = connection.execute("SELECT * FROM evaluations WHERE idempotency_key = ?", (key,)).fetchone()
@@ -103,123 +147,114 @@ class EvaluationStore:
                         raise KeyReusedError(
                             "This Idempotency-Key was used for another request.", "Use a new key for each evaluation."
                         )
-                    return evaluation_of(row), False
-            waiting = connection.execute(
-                "SELECT count(*) FROM evaluations WHERE state = ?", (State.QUEUED,)
-            ).fetchone()[0]
+                    return _view(row), False
+            waiting = self.counts()[State.QUEUED]
             if waiting >= max_queued:
                 raise QueueFullError(f"{waiting} evaluations are waiting already.", "Try again later.")
-            now, identity = self._clock(), secrets.token_hex(8)
+            identity = secrets.token_hex(8)
             connection.execute(
                 "INSERT INTO evaluations (id, label, request, idempotency_key, state, created) "
                 "VALUES (?, ?, ?, ?, ?, ?)",
-                (identity, label, text, key, State.QUEUED, now),
+                (identity, label, text, key, State.QUEUED, self._clock()),
             )
-            self._tell(connection, identity, "queued", {})
-            return self._one(connection, identity), True
+            self._tell(identity, "queued", {})
+            return self._one(identity), True
 
-    def get(self, identity: str) -> Evaluation | None:
+    def get(self, identity: str) -> EvaluationView | None:
+        """Returns an evaluation; None where there is none."""
         with self._lock:
-            row = self._connection.execute("SELECT * FROM evaluations WHERE id = ?", (identity,)).fetchone()
-        return None if row is None else evaluation_of(row)
+            row = self._row(identity)
+        return None if row is None else _view(row)
 
     def page(
         self, *, limit: int, before: int | None = None, state: State | None = None, label: str | None = None
-    ) -> tuple[list[Evaluation], int]:
-        """Evaluations, newest first, and how many match in all.
+    ) -> EvaluationPage:
+        """Lists evaluations, newest first.
 
         Args:
             limit: At most so many.
-            before: Only those submitted before the one with this number.
+            before: Only those that follow the page whose `next` this is.
             state: Only those in this state.
             label: Only those with this label.
         """
         conditions = {"state = ?": state, "label = ?": label}
         chosen = {condition: value for condition, value in conditions.items() if value is not None}
-        where = " AND ".join(chosen) or "1"
-        with self._reading() as connection:
-            total = connection.execute(
-                f"SELECT count(*) FROM evaluations WHERE {where}", tuple(chosen.values())
-            ).fetchone()[0]
+        where, values = " AND ".join(chosen) or "1", tuple(chosen.values())
+        with self._transaction("BEGIN") as connection:  # so that both queries see the same rows
+            total = connection.execute(f"SELECT count(*) FROM evaluations WHERE {where}", values).fetchone()[0]
             rows = connection.execute(
                 f"SELECT * FROM evaluations WHERE {where} AND number < ? ORDER BY number DESC LIMIT ?",
-                (*chosen.values(), 2**62 if before is None else before, limit),
+                (*values, 2**62 if before is None else before, limit),
             ).fetchall()
-        return [evaluation_of(row) for row in rows], total
+        following = rows[-1]["number"] if len(rows) == limit and rows[-1]["number"] > 1 else None
+        return EvaluationPage(items=[_view(row) for row in rows], total=total, next=following)
 
     def events(self, identity: str, *, after: int = 0, limit: int = 500) -> list[Event]:
-        """What happened after the event with that number, in order."""
+        """Lists what happened after the event with that number, in order."""
         with self._lock:
             rows = self._connection.execute(
                 "SELECT * FROM events WHERE evaluation = ? AND seq > ? ORDER BY seq LIMIT ?", (identity, after, limit)
             ).fetchall()
         return [Event(row["seq"], row["time"], row["kind"], json.loads(row["data"])) for row in rows]
 
-    def cancel(self, identity: str) -> Evaluation | None:
+    def cancel(self, identity: str) -> EvaluationView | None:
         """Ends a waiting evaluation at once and a running one at its next batch; None where there is none."""
-        with self._writing() as connection:
-            row = connection.execute("SELECT * FROM evaluations WHERE id = ?", (identity,)).fetchone()
+        with self._writing():
+            row = self._row(identity)
             if row is None:
                 return None
             if row["state"] == State.QUEUED:
-                self._end(connection, identity, State.CANCELLED, None)
+                self._end(identity, State.CANCELLED, None)
             elif row["state"] == State.RUNNING and not row["cancel"]:
-                connection.execute("UPDATE evaluations SET cancel = 1 WHERE id = ?", (identity,))
-                self._tell(connection, identity, "cancelling", {})
-            return self._one(connection, identity)
+                self._set(identity, cancel=1)
+                self._tell(identity, "cancelling", {})
+            return self._one(identity)
 
     def claim(self, *, lease_s: float, max_attempts: int) -> Claimed | None:
-        """The oldest evaluation that waits or whose runner fell silent; None where there is none."""
+        """Claims the oldest evaluation that waits or whose runner fell silent; None where there is none."""
         with self._lock:  # most asks find nothing, and must not keep writers waiting
-            if self._connection.execute(_CLAIMABLE, self._claimable()).fetchone() is None:
+            if self._connection.execute(_CLAIMABLE, {"now": self._clock()}).fetchone() is None:
                 return None
         with self._writing() as connection:
-            for row in connection.execute(_CLAIMABLE, self._claimable()).fetchall():
+            now = self._clock()
+            for row in connection.execute(_CLAIMABLE, {"now": now}).fetchall():
+                identity, attempts = row["id"], row["attempts"]
                 if row["cancel"]:
-                    self._end(connection, row["id"], State.CANCELLED, None)
-                elif row["attempts"] >= max_attempts:
-                    problem = f"The evaluation's runner was lost {row['attempts']} times, most likely out of memory."
-                    self._end(connection, row["id"], State.FAILED, problem)
+                    self._end(identity, State.CANCELLED, None)
+                elif attempts >= max_attempts:
+                    problem = f"The evaluation's runner was lost {attempts} times, most likely out of memory."
+                    self._end(identity, State.FAILED, problem)
                 else:
-                    now, claim = self._clock(), secrets.token_hex(8)
-                    connection.execute(
-                        "UPDATE evaluations SET state = ?, claim = ?, lease_until = ?, attempts = attempts + 1, "
-                        "started = coalesce(started, ?) WHERE id = ?",
-                        (State.RUNNING, claim, now + lease_s, now, row["id"]),
-                    )
-                    self._tell(connection, row["id"], "started", {"attempt": row["attempts"] + 1})
-                    return Claimed(self._one(connection, row["id"]), claim)
+                    claim, started = secrets.token_hex(8), now if row["started"] is None else row["started"]
+                    values = {"claim": claim, "lease_until": now + lease_s, "attempts": attempts + 1}
+                    self._set(identity, state=State.RUNNING, started=started, **values)
+                    self._tell(identity, "started", {"attempt": attempts + 1})
+                    return Claimed(self._one(identity), claim)
         return None
 
-    def renew(self, claimed: Claimed, *, lease_s: float) -> Evaluation | None:
+    def renew(self, claimed: Claimed, *, lease_s: float) -> EvaluationView | None:
         """Keeps a claim for another lease; None where it was lost."""
-        with self._holding(claimed) as connection:
-            if connection is None:
+        with self._holding(claimed) as identity:
+            if identity is None:
                 return None
-            connection.execute(
-                "UPDATE evaluations SET lease_until = ? WHERE id = ?", (self._clock() + lease_s, claimed.evaluation.id)
-            )
-            return self._one(connection, claimed.evaluation.id)
+            self._set(identity, lease_until=self._clock() + lease_s)
+            return self._one(identity)
 
     def progress(self, claimed: Claimed, progress: Mapping[str, Any]) -> bool:
         """Stores how far one model is; False where the claim was lost."""
-        with self._holding(claimed) as connection:
-            if connection is None:
-                return False
-            newest = self._one(connection, claimed.evaluation.id).progress | {str(progress["role"]): dict(progress)}
-            connection.execute(
-                "UPDATE evaluations SET progress = ? WHERE id = ?", (canonical(newest), claimed.evaluation.id)
-            )
-            self._tell(connection, claimed.evaluation.id, "progress", progress)
-            return True
+        with self._holding(claimed) as identity:
+            if identity is not None:
+                newest = self._one(identity).progress | {str(progress["role"]): dict(progress)}
+                self._set(identity, progress=_canonical(newest))
+                self._tell(identity, "progress", progress)
+            return identity is not None
 
     def finish(self, claimed: Claimed, state: State, error: str | None = None) -> bool:
         """Ends an evaluation; False where the claim was lost."""
-        with self._holding(claimed) as connection:
-            if connection is None:
-                return False
-            self._end(connection, claimed.evaluation.id, state, error)
-            return True
+        with self._holding(claimed) as identity:
+            if identity is not None:
+                self._end(identity, state, error)
+            return identity is not None
 
     def put_back(self, claimed: Claimed, *, error: str | None = None, delay_s: float = 0.0) -> bool:
         """Lets another attempt follow: after a failure (`error`), or without one because the runner is being stopped.
@@ -227,20 +262,17 @@ class EvaluationStore:
         Returns:
             False where the claim was lost.
         """
-        with self._holding(claimed) as connection:
-            if connection is None:
-                return False
-            counted = 0 if error is None else 1  # a stopped runner is no failure of the evaluation
-            connection.execute(
-                "UPDATE evaluations SET state = ?, claim = NULL, not_before = ?, attempts = attempts - ?, error = ? "
-                "WHERE id = ?",
-                (State.QUEUED, self._clock() + delay_s, 1 - counted, error, claimed.evaluation.id),
-            )
-            self._tell(connection, claimed.evaluation.id, "waiting", {"error": error})
-            return True
+        with self._holding(claimed) as identity:
+            if identity is not None:
+                attempts = self._one(identity).attempts
+                attempts -= error is None  # a stopped runner is no failure of the evaluation
+                values = {"not_before": self._clock() + delay_s, "attempts": attempts, "error": error}
+                self._set(identity, state=State.QUEUED, claim=None, **values)
+                self._tell(identity, "waiting", {"error": error})
+            return identity is not None
 
     def counts(self) -> dict[State, int]:
-        """How many evaluations are in each state."""
+        """Counts the evaluations in each state."""
         with self._lock:
             rows = self._connection.execute("SELECT state, count(*) FROM evaluations GROUP BY state").fetchall()
         return dict.fromkeys(State, 0) | {State(state): count for state, count in rows}
@@ -248,62 +280,59 @@ class EvaluationStore:
     def totals(self) -> dict[str, float]:
         """Sums over all evaluations: attempts, seconds from start to end, and age of the oldest that waits."""
         with self._lock:
-            row = self._connection.execute(
-                "SELECT coalesce(sum(attempts), 0) AS attempts, coalesce(sum(finished - started), 0) AS seconds, "
-                "coalesce(max(CASE WHEN state = 'queued' THEN ? - created END), 0) AS oldest FROM evaluations",
-                (self._clock(),),
-            ).fetchone()
-        return dict(row)
+            return dict(self._connection.execute(_TOTALS, (self._clock(),)).fetchone())
 
-    def _claimable(self) -> tuple[Any, ...]:
-        now = self._clock()
-        return State.QUEUED, now, State.RUNNING, now
+    def _row(self, identity: str) -> Any:
+        return self._connection.execute("SELECT * FROM evaluations WHERE id = ?", (identity,)).fetchone()
 
-    def _one(self, connection: sqlite3.Connection, identity: str) -> Evaluation:
-        return evaluation_of(connection.execute("SELECT * FROM evaluations WHERE id = ?", (identity,)).fetchone())
+    def _one(self, identity: str) -> EvaluationView:
+        return _view(self._row(identity))
 
-    def _end(self, connection: sqlite3.Connection, identity: str, state: State, error: str | None) -> None:
-        connection.execute(
-            "UPDATE evaluations SET state = ?, error = ?, claim = NULL, finished = ? WHERE id = ?",
-            (state, error, self._clock(), identity),
-        )
-        self._tell(connection, identity, str(state), {"error": error})
+    def _set(self, identity: str, **values: Any) -> None:
+        columns = ", ".join(f"{name} = ?" for name in values)
+        self._connection.execute(f"UPDATE evaluations SET {columns} WHERE id = ?", (*values.values(), identity))
 
-    def _tell(self, connection: sqlite3.Connection, identity: str, kind: str, data: Mapping[str, Any]) -> None:
-        connection.execute(
+    def _end(self, identity: str, state: State, error: str | None) -> None:
+        self._set(identity, state=state, error=error, claim=None, finished=self._clock())
+        self._tell(identity, str(state), {"error": error})
+
+    def _tell(self, identity: str, kind: str, data: Mapping[str, Any]) -> None:
+        self._connection.execute(
             "INSERT INTO events (evaluation, seq, time, kind, data) "
             "SELECT ?, coalesce(max(seq), 0) + 1, ?, ?, ? FROM events WHERE evaluation = ?",
-            (identity, self._clock(), kind, canonical(data), identity),
+            (identity, self._clock(), kind, _canonical(data), identity),
         )
 
     @contextmanager
-    def _holding(self, claimed: Claimed) -> Iterator[sqlite3.Connection | None]:
-        """A transaction in which the claim is valid, or None. A late renewal is good as long as no one else came."""
-        with self._writing() as connection:
-            row = connection.execute(
-                "SELECT 1 FROM evaluations WHERE id = ? AND claim = ? AND state = ?",
-                (claimed.evaluation.id, claimed.claim, State.RUNNING),
-            ).fetchone()
-            yield connection if row is not None else None
+    def _holding(self, claimed: Claimed) -> Iterator[str | None]:
+        """Opens a transaction and yields the id if the claim is valid in it; it may be late if no other came."""
+        identity = claimed.evaluation.id
+        with self._writing():
+            row = self._row(identity)
+            yield identity if row["claim"] == claimed.claim and row["state"] == State.RUNNING else None
+
+    def _writing(self) -> Any:
+        """Opens a transaction that holds the write lock from its start: what it reads cannot change under it."""
+        return self._transaction("BEGIN IMMEDIATE")
 
     @contextmanager
-    def _reading(self) -> Iterator[sqlite3.Connection]:
-        """A transaction, so that two queries see the same rows."""
+    def _transaction(self, begin: str) -> Iterator[sqlite3.Connection]:
         with self._lock:
-            self._connection.execute("BEGIN")
-            try:
-                yield self._connection
-            finally:
-                self._connection.execute("COMMIT")
-
-    @contextmanager
-    def _writing(self) -> Iterator[sqlite3.Connection]:
-        """A transaction that holds the write lock from its start: what it reads cannot change under it."""
-        with self._lock:
-            self._connection.execute("BEGIN IMMEDIATE")
+            self._connection.execute(begin)
             try:
                 yield self._connection
             except BaseException:
                 self._connection.execute("ROLLBACK")
                 raise
             self._connection.execute("COMMIT")
+
+
+def _view(row: sqlite3.Row) -> EvaluationView:
+    values = {name: row[name] for name in row.keys() if name in EvaluationView.model_fields}  # noqa: SIM118
+    values |= {name: json.loads(row[name]) for name in ("request", "progress")}
+    return EvaluationView(**values, cancelling=bool(row["cancel"]) and not State(row["state"]).final)
+
+
+def _canonical(content: Mapping[str, Any]) -> str:
+    """Writes JSON whose equality is equality of content."""
+    return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)

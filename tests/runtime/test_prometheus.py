@@ -14,7 +14,7 @@ from urllib.request import urlopen
 import pytest
 
 from raycomplete.runtime import prometheus as observe
-from raycomplete.serving import metrics as serving_metrics
+from raycomplete.serving import app
 from tests.commands.test_submit import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,7 +73,7 @@ def exported() -> dict[str, str]:
     endings = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_sum", "_count")}
     for name, metric in observe.METRICS.items():
         names |= {f"ray_{observe.PREFIX}{name}{ending}": metric.kind for ending in endings[metric.kind]}
-    source = Path(serving_metrics.__file__).read_text(encoding="utf-8")
+    source = Path(app.__file__).read_text(encoding="utf-8")
     return names | dict.fromkeys(re.findall(r'"(raycomplete_\w+)"', source), "service")
 
 

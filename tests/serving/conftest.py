@@ -43,9 +43,8 @@ class Server:
         self.runner = Runner(
             self.store, FakeBackend(unit_s=0.02), self.state, lease_s=5.0, max_attempts=3, retry_delay_s=0.0
         )
-        service = Service(
-            Admission(self.config), self.store, digest(token) if token else None, FakeChat() if chat else None
-        )
+        complete = (lambda request: FakeChat().complete(request)) if chat else None
+        service = Service(Admission(self.config), self.store, digest(token) if token else None, complete)
         self.app = create_app(service)
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         self.client = TestClient(self.app, headers=headers, base_url="http://127.0.0.1", client=("127.0.0.1", 50000))

@@ -13,7 +13,7 @@ from typing import Any
 from raycomplete.config import RunConfig
 from raycomplete.runtime.errors import RefusedError, WorkError
 from raycomplete.runtime.files import PRIVATE, write_json, write_text
-from raycomplete.serving.backend import Cancelled, OnProgress
+from raycomplete.serving.runner import Cancelled, OnProgress
 from raycomplete.serving.schemas import CompletionRequest, CompletionText, EvaluationRequest
 
 NASTY = "<img src=x onerror=\"document.body.dataset.hacked='1'\"><script>document.body.dataset.hacked='2'</script>"
@@ -159,6 +159,8 @@ def fake_summary(request: EvaluationRequest) -> dict[str, Any]:
 
 
 class FakeChat:
+    def __init__(self, config: RunConfig | None = None) -> None: ...
+
     async def complete(self, request: CompletionRequest) -> CompletionText:
         words = request.prompt.split()[: request.max_tokens]
         return CompletionText(
@@ -171,7 +173,3 @@ class FakeChat:
 
 def make_fake_backend(config: RunConfig) -> FakeBackend:
     return FakeBackend(unit_s=0.25)
-
-
-def make_fake_chat(config: RunConfig) -> FakeChat:
-    return FakeChat()

@@ -96,7 +96,7 @@ def test_wrong_values_are_422_and_named(server: Server, body: dict[str, Any], wo
     answer = server.client.post("/v1/evaluations", json=body)
     assert answer.status_code == 422, answer.text
     assert words in answer.json()["problem"] + " " + answer.json()["remedy"]
-    assert server.store.page(limit=1)[1] == 0
+    assert server.store.page(limit=1).total == 0
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_foreign_checkpoints_are_403(make_server: Callable[..., Server], tmp_pat
     assert [status(spec) for spec in ("hub:org/other", "package:other", "organism:other")] == [403, 403, 403]
     assert [status(spec) for spec in ("hub:org/name", "organism:base", str(root / "good"))] == [202, 202, 202]
     assert status(str(root / "missing")) == 422
-    stored = [item.request["models"]["student"] for item in server.store.page(limit=1)[0]]
+    stored = [item.request["models"]["student"] for item in server.store.page(limit=1).items]
     assert stored == [str((root / "good").resolve())]
 
 

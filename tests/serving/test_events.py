@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from raycomplete.serving.events import event_stream
 from raycomplete.serving.runner import _Follower
 from tests.serving.conftest import Server
 
@@ -54,20 +53,15 @@ def test_a_stream_can_end_with_what_there_is(server: Server) -> None:
     assert [event["event"] for event in frames(answer.text)] == ["queued"]
 
 
-def test_silence_is_broken_by_heartbeats(server: Server) -> None:
+def test_silence_is_broken_by_heartbeats(make_server: Callable[..., Server]) -> None:
+    server = make_server(event_heartbeat_s=0.3)
     identity = server.submit()
-
-    async def listen() -> list[str]:
-        heard = []
-        stream = event_stream(server.store, identity, after=0, heartbeat_s=0.05, follow=True)
-        async for part in stream:
-            heard.append(part)
-            if len(heard) == 4:
-                break
-        await stream.aclose()  # type: ignore[attr-defined]
-        return heard
-
-    assert asyncio.run(listen())[2:] == [": heartbeat\n\n"] * 2
+    timer = threading.Timer(1.5, server.work)
+    timer.start()
+    text = server.client.get(f"/v1/evaluations/{identity}/events").text
+    timer.join()
+    assert text.startswith("retry: 2000\n\nid: 1\nevent: queued\ndata: {")
+    assert text.split("event: started")[0].count(": heartbeat\n\n") >= 2
 
 
 @pytest.mark.parametrize("sizes", [(1, 1), (50, 3), (3, 50)])

@@ -10,7 +10,7 @@ from importlib.resources import files
 
 import pytest
 
-from raycomplete.serving.page import content_security_policy, page
+from raycomplete.serving.gate import content_security_policy, page
 
 
 class Parts(HTMLParser):

@@ -12,12 +12,12 @@ import pytest
 
 from raycomplete.runtime.errors import ConfigError
 from raycomplete.serving.runner import Runner, evaluation_folder, one_sentence
-from raycomplete.serving.tables import Evaluation, State
+from raycomplete.serving.schemas import EvaluationView, State
 from tests.serving.conftest import Server
 from tests.serving.fakes import FakeBackend
 
 
-def found(server: Server, identity: str) -> Evaluation:
+def found(server: Server, identity: str) -> EvaluationView:
     evaluation = server.store.get(identity)
     assert evaluation is not None
     return evaluation

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
 
 from raycomplete.runtime.errors import SetupError
-from raycomplete.serving.store import EvaluationStore, KeyReusedError, QueueFullError
-from raycomplete.serving.tables import Claimed, State
+from raycomplete.serving.schemas import State
+from raycomplete.serving.store import Claimed, EvaluationStore, KeyReusedError, QueueFullError
 
 
 class Clock:
@@ -122,7 +122,7 @@ def test_cancelling(store: EvaluationStore, clock: Clock) -> None:
     ended = store.cancel(waiting)
     assert ended is not None
     assert ended.state is State.RUNNING
-    assert ended.cancel
+    assert ended.cancelling
     store.cancel(waiting)  # twice tells once
     assert kinds(store, waiting).count("cancelling") == 1
     found = store.cancel(running)
@@ -155,15 +155,16 @@ def test_pages_hold_everything_once(store: EvaluationStore) -> None:
     wanted = [submit(store, number) for number in range(7)]
     seen, before = [], None
     while True:
-        items, total = store.page(limit=3, before=before)
-        assert total == 7
-        seen += [item.id for item in items]
-        if len(items) < 3:
+        found = store.page(limit=3, before=before)
+        assert found.total == 7
+        seen += [item.id for item in found.items]
+        before = found.next
+        if before is None:
             break
-        before = items[-1].number
     assert seen == wanted[::-1]
-    assert store.page(limit=10, label="4")[1] == 1
-    assert store.page(limit=10, state=State.FAILED) == ([], 0)
+    assert store.page(limit=10, label="4").total == 1
+    none = store.page(limit=10, state=State.FAILED)
+    assert (none.items, none.total, none.next) == ([], 0, None)
 
 
 def test_everything_is_there_after_a_restart(tmp_path: Path, clock: Clock) -> None:
@@ -262,13 +263,13 @@ class Queue(RuleBasedStateMachine):
 
     @rule(newest=st.integers(0, 3))
     def cancel(self, newest: int) -> None:
-        items, _ = self.store.page(limit=4)
+        items = self.store.page(limit=4).items
         if newest < len(items):
             self.store.cancel(items[newest].id)
 
     @invariant()
     def final_states_stay(self) -> None:
-        for item in self.store.page(limit=200)[0]:
+        for item in self.store.page(limit=200).items:
             assert self.ended.setdefault(item.id, item.state) == item.state or not self.ended[item.id].final
             self.ended[item.id] = item.state
             events = self.store.events(item.id)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from importlib import import_module
+from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,10 +22,10 @@ from ray.serve.schema import ServeDeploySchema
 
 from raycomplete import cli
 from raycomplete.commands import serve
-from raycomplete.config import AutoscalingConfig, load_run_file
+from raycomplete.config import AutoscalingConfig, RunConfig, load_run_file
 from raycomplete.runtime.errors import ConfigError, RefusedError, WaitTimeoutError, WorkError
-from raycomplete.serving import deployment
-from raycomplete.serving import process as serve_process
+from raycomplete.serving import deployment, process
+from raycomplete.serving.schemas import EvaluationRequest
 from tests.serving.conftest import make_config
 from tests.serving.fakes import make_fake_backend
 
@@ -88,89 +94,118 @@ def test_the_trained_student_of_the_run_folder_is_what_is_evaluated(
     assert bound[0].serve.model_roots == [tmp_path / "models"]
 
 
-def follow(script: str, tmp_path: Path, cancelled: Callable[[], bool] = lambda: False) -> list[Any]:
-    """What a process that speaks as the script does makes of an evaluation."""
+Child = Callable[[Connection], None]
+
+
+def follow(child: Child, tmp_path: Path, cancelled: Callable[[], bool] = lambda: False) -> list[Any]:
+    """Progress of an evaluation whose process speaks as `child` does."""
     told: list[Any] = []
-    process = subprocess.Popen(
-        [sys.executable, "-c", "import sys, json, time\n" + script],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        serve.ProcessBackend._follow(None, process, told.append, cancelled, tmp_path / "log")  # type: ignore[arg-type]
-    finally:
-        process.kill()
-        process.wait()
+    ours, theirs = multiprocessing.Pipe()
+
+    def speak() -> None:
+        with theirs:
+            child(theirs)
+
+    thread = threading.Thread(target=speak, daemon=True)
+    thread.start()
+    process.follow(ours, told.append, cancelled, tmp_path / "log")
     return told
 
 
+def says(*messages: Any) -> Child:
+    def child(connection: Connection) -> None:
+        for message in messages:
+            connection.send(message)
+
+    return child
+
+
 def test_progress_comes_through_the_pipe(tmp_path: Path) -> None:
-    script = 'print(json.dumps({"progress": {"done": 1}}), flush=True); print(json.dumps({"done": True}), flush=True)'
-    assert follow(script, tmp_path) == [{"done": 1}]
+    assert follow(says({"done": 1}, {"done": 2}, None), tmp_path) == [{"done": 1}, {"done": 2}]
 
 
-@pytest.mark.parametrize(("refused", "kind"), [(True, RefusedError), (False, WorkError)])
-def test_errors_come_through_the_pipe(refused: bool, kind: type[Exception], tmp_path: Path) -> None:
-    message = {"error": ["It is wrong.", "Mend it."], "refused": refused}
+@pytest.mark.parametrize("kind", [RefusedError, WorkError])
+def test_errors_come_through_the_pipe(kind: type[Exception], tmp_path: Path) -> None:
     with pytest.raises(kind, match=r"It is wrong\. Mend it\."):
-        follow(f"print(json.dumps({message!r}), flush=True)", tmp_path)
+        follow(says(kind("It is wrong.", "Mend it.")), tmp_path)
 
 
-def test_a_process_that_dies_is_told_with_its_log(tmp_path: Path) -> None:
-    with pytest.raises(WorkError, match=r"ended with code 9\. See .*log"):
-        follow("sys.exit(9)", tmp_path)
+def test_the_end_of_the_pipe_is_no_success(tmp_path: Path) -> None:
+    with pytest.raises(EOFError):
+        follow(says({"done": 1}), tmp_path)
 
 
 def test_cancelling_is_told_and_then_enforced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    polite = 'line = json.loads(sys.stdin.readline()); print(json.dumps({"error": [str(line), ""], "refused": False}))'
-    with pytest.raises(WorkError, match="'cancel': True"):
+    def polite(connection: Connection) -> None:
+        connection.send(WorkError(f"I was told to {connection.recv()}."))
+
+    with pytest.raises(WorkError, match="told to cancel"):
         follow(polite, tmp_path, cancelled=lambda: True)
-    monkeypatch.setattr(serve, "_CANCEL_GRACE_S", 0.3)
+    monkeypatch.setattr(process, "_CANCEL_GRACE_S", 0.3)
     with pytest.raises(WorkError, match="in the middle of a batch"):
-        follow("time.sleep(600)", tmp_path, cancelled=lambda: True)
+        follow(lambda _: time.sleep(5), tmp_path, cancelled=lambda: True)
+
+
+def obey(config: RunConfig, roles: list[str], on_progress: Any, cancelled: Callable[[], bool]) -> None:
+    """An evaluation in a real process, which does what its roles say."""
+    print("noise", flush=True)
+    on_progress({"token": os.environ.get("RAYCOMPLETE_TOKEN"), "address": config.cluster.address})
+    if "student" in roles:
+        raise RefusedError("The student is missing.", "Train it.")
+    if "aligned" in roles:
+        os._exit(9)
+    while not cancelled():
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> process.ProcessBackend:
+    monkeypatch.setenv("RAYCOMPLETE_TOKEN", "a-secret-of-the-cluster")
+    context = SimpleNamespace(gcs_address="head:6379")
+    monkeypatch.setattr(process.ray, "get_runtime_context", lambda: context)
+    return process.ProcessBackend(make_config(tmp_path), obey)
+
+
+def test_a_real_process_tells_progress_obeys_and_does_not_know_the_token(
+    backend: process.ProcessBackend, tmp_path: Path
+) -> None:
+    told: list[Any] = []
+    folder = tmp_path / "evaluations" / "x"
+    folder.parent.mkdir()
+    backend.run(EvaluationRequest(roles=["base"]), folder, told.append, lambda: bool(told))
+    assert told == [{"token": None, "address": "head:6379"}]
+    log = folder.with_name("x.log")
+    assert "noise" in log.read_text()
+    assert log.stat().st_mode & 0o777 == 0o600
+    with pytest.raises(RefusedError, match="The student is missing"):
+        backend.run(EvaluationRequest(roles=["student"]), folder, told.append, lambda: False)
+    with pytest.raises(WorkError, match=r"ended with code 9\. See .*x\.log"):
+        backend.run(EvaluationRequest(roles=["aligned"]), folder, told.append, lambda: False)
 
 
 def test_only_one_process_writes_into_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serve_process, "_LOCK_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(process, "_LOCK_TIMEOUT_S", 0.3)
     folder = tmp_path / "evaluations" / "x"
     with (
-        serve_process.only_writer(folder),
+        process.only_writer(folder),
         pytest.raises(WaitTimeoutError, match="still writes into"),
-        serve_process.only_writer(folder),
+        process.only_writer(folder),
     ):
         pass
-    with serve_process.only_writer(folder):
+    with process.only_writer(folder):
         assert not folder.exists(), "the lock lies beside the folder, which the pipeline wants empty"
 
 
 def test_the_process_ends_with_its_runner() -> None:
-    script = "import threading, time; from raycomplete.serving.process import _obey; _obey(threading.Event())"
-    process = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE)
-    assert process.stdin is not None
-    process.stdin.write(b'{"cancel": true}\n')
-    process.stdin.close()
-    assert process.wait(timeout=120) == 3
-
-
-def test_a_request_that_cannot_be_run_is_said_on_the_pipe() -> None:
-    asked = '{"config": {"models": {}}, "roles": ["base"]}\n'
-    process = subprocess.Popen(
-        [sys.executable, "-m", "raycomplete.serving.process"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
+    script = (
+        "import multiprocessing, threading\n"
+        "from raycomplete.serving.process import _obey\n"
+        "ours, theirs = multiprocessing.Pipe()\n"
+        "cancel = threading.Event()\n"
+        "ours.send('cancel'); ours.close()\n"
+        "_obey(theirs, cancel)\n"
     )
-    assert process.stdin is not None
-    assert process.stdout is not None
-    process.stdin.write(asked)
-    process.stdin.flush()
-    said = yaml.safe_load(process.stdout.readline())
-    assert said["refused"]
-    assert "the key 'models.base' is missing" in said["error"][0]
-    process.stdin.close()
-    process.wait(timeout=60)
+    assert subprocess.run([sys.executable, "-c", script], timeout=120, check=False).returncode == 3
 
 
 def test_a_runner_whose_thread_ended_is_unhealthy(tmp_path: Path) -> None:
