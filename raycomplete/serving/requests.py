@@ -1,4 +1,4 @@
-"""From a request to the run file of its evaluation, refused here whatever can be refused without torch."""
+"""Turns a request into the run file of its evaluation, and refuses whatever can be refused without torch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class ForbiddenError(RefusedError):
 
 @dataclass(frozen=True)
 class Admission:
-    """What requests may ask for.
+    """Checks what requests ask for.
 
     Attributes:
         config: The server's own run file, from which requests take whatever they leave out.
@@ -32,13 +32,13 @@ class Admission:
     config: RunConfig
 
     def known_models(self) -> list[str]:
-        """Checkpoints that may be asked for by name."""
+        """Lists the checkpoints that may be asked for by name."""
         models = self.config.models
         own = [models.base, models.aligned, models.student or models.aligned]
         return list(dict.fromkeys([*own, *self.config.serve.models]))
 
     def admit(self, request: EvaluationRequest) -> EvaluationRequest:
-        """The same request with checked, absolute model paths and complete attack settings.
+        """Returns the same request with checked, absolute model paths and complete attack settings.
 
         Raises:
             ForbiddenError: A checkpoint or file lies outside what this server allows.
@@ -115,7 +115,7 @@ class Admission:
 
 
 def run_config(config: RunConfig, request: EvaluationRequest, folder: Path) -> RunConfig:
-    """The run file of one evaluation.
+    """Builds the run file of one evaluation.
 
     Args:
         config: The server's own run file.
@@ -136,7 +136,7 @@ def run_config(config: RunConfig, request: EvaluationRequest, folder: Path) -> R
 
 
 def _below(path: str, roots: Iterable[Path]) -> Path | None:
-    """The path with every link followed, if it lies below one of the roots then."""
+    """Follows every link of a path; None where it does not lie below one of the roots then."""
     try:
         found = Path(path).resolve()
         found.lstat()  # names that no file can have fail here

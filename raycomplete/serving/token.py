@@ -16,7 +16,7 @@ MIN_TOKEN_CHARACTERS = 16
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address or name means this machine itself."""
+    """Tells whether an address or name means this machine itself."""
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
@@ -24,7 +24,7 @@ def is_loopback(host: str) -> bool:
 
 
 def read_token_digest(config: ServeConfig) -> str | None:
-    """SHA-256 of the token; None where there is none and none is needed.
+    """Returns the SHA-256 of the token; None where there is none and none is needed.
 
     The token itself is not kept: Ray stores what deployments are made with, and logs may print it.
 
@@ -62,6 +62,6 @@ def digest(token: str) -> str:
 
 
 def is_bearer(header: str | None, expected: str) -> bool:
-    """Whether an Authorization header carries the token with that digest; takes as long for any wrong one."""
+    """Tells whether an Authorization header carries the token with that digest; takes as long for any wrong one."""
     scheme, _, token = (header or "").partition(" ")
     return hmac.compare_digest(digest(token.strip()), expected) and scheme.lower() == "bearer"

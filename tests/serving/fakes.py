@@ -103,7 +103,7 @@ class FakeBackend:
 
 
 def fake_summary(request: EvaluationRequest) -> dict[str, Any]:
-    """What only the request decides, so that two evaluations of the same request can be compared."""
+    """A summary that only the request decides, so that two evaluations of the same request can be compared."""
     hits = {"base": 9, "aligned": 6, "student": 1}
 
     def seeded(role: str, depth: int) -> int:

@@ -1,4 +1,4 @@
-"""What stands between the service and the pipeline: the Serve application, and the process of one evaluation."""
+"""The parts between the service and the pipeline: the Serve application, and the process of one evaluation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is finished reaches the storage whole, and nothing half-sent ever counts."""
+"""Everything finished reaches the storage whole, and nothing half-sent ever counts."""
 
 from __future__ import annotations
 
