@@ -31,10 +31,7 @@ _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 def checkpoint_bytes(num_parameters: int, dtype: Dtype, train: TrainConfig) -> int:
     """Size of one training checkpoint: weights, Adam's two float32 moments, float32 masters where DeepSpeed keeps them.
 
-    Args:
-        num_parameters: Number of the student's parameters.
-        dtype: Type of its weights.
-        train: ZeRO stage and LoRA; adapters and their optimizer are small and not counted.
+    LoRA adapters and their optimizer are small and not counted.
     """
     weights = num_parameters * _BYTES[dtype]
     if train.lora_rank > 0:
@@ -59,16 +56,11 @@ def count_parameters(checkpoint: Path) -> int:
 
 
 def check_space(folder: Path, student: Path, dtype: Dtype, train: TrainConfig) -> None:
-    """Refuses a run whose checkpoints would fill the disk.
-
-    Args:
-        folder: The run folder, which need not exist yet.
-        student: Checkpoint that the student starts from.
-        dtype: Type of its weights.
-        train: How many checkpoints are kept; one more exists while the oldest is not dropped yet.
+    """Refuses a run whose checkpoints would fill the disk of its folder, which need not exist yet.
 
     Raises:
-        SetupError: Less is free than `train.keep_checkpoints` + 1 checkpoints and the student take.
+        SetupError: Less is free than `train.keep_checkpoints` + 1 checkpoints (one more exists while the oldest is not
+            dropped yet) and the student take.
     """
     num_parameters = count_parameters(student)
     one = checkpoint_bytes(num_parameters, dtype, train)
@@ -94,9 +86,6 @@ def make_private(folder: Path) -> None:
 
 def check_owned(folder: Path) -> None:
     """Refuses a folder of pickles that another user made or may have changed: loading a pickle runs what is in it.
-
-    Args:
-        folder: A run's `checkpoints/`, as `save` wrote it.
 
     Raises:
         CheckpointError: Something in it belongs to another user, may be written by others, or is a link.

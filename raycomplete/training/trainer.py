@@ -162,12 +162,7 @@ def _follow(
 
 
 class RaisedError(Exception):
-    """A worker's own exception, on its way through Ray Train's controller.
-
-    Args:
-        rank: Rank of the worker.
-        cause: The exception that it raised.
-    """
+    """A worker's own exception, on its way through Ray Train's controller."""
 
     def __init__(self, rank: int, cause: BaseException) -> None:
         super().__init__(rank, cause)
@@ -230,13 +225,7 @@ def death_report(error: BaseException) -> dict[str, str]:
 
 
 def explain(error: BaseException, job: TrainJob, *, restarts: int = 0) -> RaycompleteError:
-    """Finds what ended a run inside the errors that Ray wraps around it, and names its remedy.
-
-    Args:
-        error: The exception that Ray Train raised.
-        job: The run.
-        restarts: How often the run was started again after a death before.
-    """
+    """Finds what ended a run, after some restarts, inside the errors that Ray wraps around it, and names its remedy."""
     failures: Mapping[int, BaseException] = getattr(error, "worker_failures", {})
     controller = getattr(error, "controller_failure", None)
     raised = (controller.rank, controller.cause) if isinstance(controller, RaisedError) else raised_by(failures)
