@@ -26,7 +26,7 @@ from raycomplete.runtime.errors import ConfigError, LostJobError, SetupError
 JOBS = {"train": True, "align": True, "diagnose": True, "evaluate": False, "serve": False}  # takes --resume?
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 EXCLUDES = ("/runs", ".*_cache")  # beside .git, .venv and __pycache__, and what .gitignore and .rayignore name
-_STOP_WAIT_S = 300  # between `ray job stop` and SIGKILL; Ray's own 3 s are too short for a checkpoint
+STOP_WAIT_S = 300  # between `ray job stop` and SIGKILL; Ray's own 3 s are too short for a checkpoint
 _PASSED_ON = ("RAYCOMPLETE_LOG", "RAYCOMPLETE_TRACEBACK")  # no token or key is ever among them
 _ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")  # Ray prefers them to the address it is given
 _WRITTEN = ("output.root", "align.output", "teacher.cache_dir", "serve.state")
@@ -114,7 +114,7 @@ def prepare(
         )
     script = f"jobs/{job}.py"
     start = [script] if (folder / script) in files else ["-m", "raycomplete", job]
-    environment = {"RAY_JOB_STOP_WAIT_TIME_S": os.environ.get("RAY_JOB_STOP_WAIT_TIME_S", str(_STOP_WAIT_S))}
+    environment = {"RAY_JOB_STOP_WAIT_TIME_S": os.environ.get("RAY_JOB_STOP_WAIT_TIME_S", str(STOP_WAIT_S))}
     environment |= {variable: os.environ[variable] for variable in _PASSED_ON if variable in os.environ}
     known = [value for name in _ADDRESSES if "://" in (value := os.environ.get(name, "")) and "ray://" not in value]
     return Submission(
@@ -294,7 +294,7 @@ def follow(client: Any, job: str, say: Say) -> int:
                 return 1
             stopping = True
             client.stop_job(job)
-            say(f"Asked the job to stop; it has {_STOP_WAIT_S} s to write a checkpoint.")
+            say(f"Asked the job to stop; it has {STOP_WAIT_S} s to write a checkpoint.")
         except Exception as error:  # of aiohttp, requests or Ray
             raise LostJobError(
                 f"The connection to job {job} was lost ({str(error).strip() or type(error).__name__}).",

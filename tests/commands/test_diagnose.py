@@ -15,7 +15,7 @@ from raycomplete.diagnosis.partitions import measure_kind, measure_partition
 from raycomplete.diagnosis.statistics import kind_summary, mask
 from raycomplete.engines.run import Run
 from raycomplete.runtime.errors import ConfigError
-from tests.commands.test_main_job import raycomplete
+from tests.commands.test_train import raycomplete
 from tests.conftest import ROOT
 from tests.diagnosis.planted import (
     HIDDEN,
