@@ -35,7 +35,6 @@ def where_it_stopped(diagnosis: Mapping[str, Any]) -> Plot:
             panels[0].axvline(depth["depth"], color=ROLE_COLORS[role], linewidth=1, alpha=0.7, zorder=1)
     return Plot(
         "diagnosis_profile",
-        "Where alignment stopped",
         "Along harmful responses with a compliant continuation, by position. Deficit exp(-KL / kappa), kappa = "
         f"{settings['kappa']:g}, is 1 where the model still is its base; its dotted line is the threshold of the "
         "completion depth, the vertical line the depth itself. Mass is the base's probability of tokens that it favors "
@@ -53,7 +52,6 @@ def what_it_does(diagnosis: Mapping[str, Any]) -> Plot:
     )
     return Plot(
         "diagnosis_behaviour",
-        "What the model would say there",
         "Share of prompts on which model and base agree on the likeliest next token, probability of starting a refusal "
         f"at this position (tokens: {tokens or 'none found'}), and how many tokens the base favors. Bands are 95 % "
         "intervals over prompts.",
@@ -83,7 +81,6 @@ def control(diagnosis: Mapping[str, Any]) -> Plot | None:
     legend_above(figure, panels[0], columns=2)
     return Plot(
         "diagnosis_control",
-        "Harmful prompts against harmless ones",
         "How far the models moved from base on harmful prompts and, as a control, along answers to harmless ones: a "
         "model that also moves there has changed more than its safety. Bands are 95 % intervals over prompts.",
         figure,
@@ -91,8 +88,10 @@ def control(diagnosis: Mapping[str, Any]) -> Plot | None:
     )
 
 
-def gradient_curve(gradient: Mapping[str, Any]) -> Plot:
-    """Norm of each position's contribution to the gradient of safety losses."""
+def gradient_curve(gradient: Mapping[str, Any] | None) -> Plot | None:
+    """Norm of each position's contribution to the gradient of safety losses; None where it was not measured."""
+    if gradient is None:
+        return None
     panels_of = (("sft_head", "safe answer"), ("rejected_head", "rejected answer"))
     figure = Figure(figsize=(5.6, 4.8), layout="constrained")
     panels = figure.subplots(2, 1)
@@ -119,7 +118,6 @@ def gradient_curve(gradient: Mapping[str, Any]) -> Plot:
     has_exact = any("sft_all" in found for found in gradient["roles"].values())
     return Plot(
         "gradient_signal",
-        "How much each position teaches",
         "Norm of each position's contribution to the gradient of safety losses at each model's weights (at base: what "
         f"safety training saw first), along {gradient['pairs']} refusals of the aligned model and along the compliant "
         "answers that a preference loss rejects; a preference loss multiplies both with one factor, here "

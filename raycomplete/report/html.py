@@ -27,15 +27,15 @@ from raycomplete.runtime.files import PRIVATE, write_bytes
 
 MAX_TABLE_ROWS = 60  # longer data stays in its CSV file
 
+_Figure = tuple[str, str, Callable[[], plots.Plot | None]]  # heading, what to say where there is none, how it is drawn
+
 
 @dataclass(frozen=True)
-class Section:
+class PageSection:
     """One figure of the page, or the reason why it is missing.
 
     Attributes:
-        title: Heading.
         missing: Why there is no figure; empty where there is one.
-        caption: What is seen.
         image: The PNG as a data URI.
         csv_name: The data file, relative to the run folder.
         rows: The data as text, header row first; empty where it is too long for a page.
@@ -64,10 +64,7 @@ def write_report(run_folder: Path) -> Path:
     """
     run = read_run_folder(run_folder)
     with house_style():
-        sections = [
-            _section(run_folder, title, missing, make if present else None)
-            for title, missing, present, make in _figures(run)
-        ]
+        sections = [_section(run_folder, *figure) for figure in _figures(run)]
     page = _environment().from_string(files(__package__).joinpath("template.html.j2").read_text(encoding="utf-8"))
     text = page.render(
         name=str(run.summary.get("name") or run_folder.resolve().name),
@@ -81,6 +78,7 @@ def write_report(run_folder: Path) -> Path:
         measured=_measured(run),
         safety_regressions=run.summary.get("safety_regressions") or [],
         sections=sections,
+        measures=_measures(run),
         train=run.summary.get("train"),
         versions=run.summary.get("versions"),
         settings=next((result["settings"] for result in run.results.values() if result.get("settings")), None),
@@ -99,12 +97,12 @@ def write_report(run_folder: Path) -> Path:
 
 
 def percent(rate: float) -> str:
-    """`"12.3 %"`, without a sign on zero."""
+    """Writes a rate as `"12.3 %"`, without a sign on zero."""
     return f"{100 * rate + 0.0:.1f}\N{NO-BREAK SPACE}%"
 
 
 def visible(token: str) -> str:
-    """A token as it can be read in a table: white space has a sign."""
+    """Writes a token so that it can be read in a table: white space has a sign."""
     signs = {
         " ": "\N{OPEN BOX}",
         "\n": "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}",
@@ -114,7 +112,7 @@ def visible(token: str) -> str:
 
 
 def setting(value: Any) -> str:
-    """A value of a run file in words: lists by commas, sections by their keys, what is not set left out."""
+    """Writes a value of a run file in words: lists by commas, sections by their keys, what is not set left out."""
     if isinstance(value, Mapping):
         return (
             "; ".join(f"{key} {setting(found)}" for key, found in value.items() if found not in (None, [], {})) or "-"
@@ -125,104 +123,74 @@ def setting(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _figures(run: RunFolder) -> list[tuple[str, str, bool, Callable[[], plots.Plot | None]]]:
-    """Title, what to say where it is missing, whether its data is there, and how it is drawn."""
+def _figures(run: RunFolder) -> list[_Figure]:
+    """Every figure of the page in order."""
     found = _diagnosis_figures(run.diagnosis) if run.diagnosis is not None else []
     if run.results or run.summary["asr"] or run.metrics or run.profile or not found:
         return [*_run_figures(run), *found]
     return found  # a diagnosis alone: nothing of a run is missing
 
 
-def _diagnosis_figures(
-    diagnosis: Mapping[str, Any],
-) -> list[tuple[str, str, bool, Callable[[], plots.Plot | None]]]:
-    gradient = diagnosis.get("gradient")
+def _diagnosis_figures(found: Mapping[str, Any]) -> list[_Figure]:
+    gradient, no_control = found.get("gradient"), "No benign prompt was measured."
     no_gradient = "Not measured: diagnose.gradient is off, or the aligned model refuses none of the prompts."
     return [
-        ("Where alignment stopped", "", True, lambda: diagnoses.where_it_stopped(diagnosis)),
-        ("What the model would say there", "", True, lambda: diagnoses.what_it_does(diagnosis)),
-        (
-            "Harmful prompts against harmless ones",
-            "No benign prompt was measured.",
-            True,
-            lambda: diagnoses.control(diagnosis),
-        ),
-        (
-            "How much each position teaches",
-            no_gradient,
-            gradient is not None,
-            lambda: diagnoses.gradient_curve(gradient or {}),
-        ),
+        ("Where alignment stopped", "", lambda: diagnoses.where_it_stopped(found)),
+        ("What the model would say there", "", lambda: diagnoses.what_it_does(found)),
+        ("Harmful prompts against harmless ones", no_control, lambda: diagnoses.control(found)),
+        ("How much each position teaches", no_gradient, lambda: diagnoses.gradient_curve(gradient)),
     ]
 
 
-def _run_figures(run: RunFolder) -> list[tuple[str, str, bool, Callable[[], plots.Plot | None]]]:
+def _run_figures(run: RunFolder) -> list[_Figure]:
+    summary, metrics, profile = run.summary, run.metrics, run.profile or {}
+    no_rates = "No model of this run has been evaluated."
+    no_attacks = "No attack but the depth curve is recorded in this run."
+    no_results = "Neither evaluation/aligned.json nor evaluation/student.json is in this run."
+    no_profile = "This run has no profile.json: raycomplete diagnose needs no training for one."
     no_metrics = "This run has no metrics.jsonl: it was evaluated without training."
-    profile = run.profile or {}
+    no_depths = "No step of this run recorded its depth sampler." if metrics else no_metrics
+    no_rollouts = "The student did not roll out in this run." if metrics else no_metrics
     return [
-        (
-            "Safety and its price at a glance",
-            "No model of this run has been evaluated.",
-            bool(run.summary["asr"]),
-            lambda: plots.rate_bars(run.summary),
-        ),
-        (
-            "Attack by attack",
-            "No attack but the depth curve is recorded in this run.",
-            bool(run.summary["attacks"]),
-            lambda: plots.attack_bars(run.summary["attacks"]),
-        ),
-        (
-            "Attack success by prefill depth",
-            "No model of this run has been evaluated.",
-            bool(run.summary["asr"]),
-            lambda: plots.prefill_curve(run.summary),
-        ),
-        (
-            "What the models did",
-            "Neither evaluation/aligned.json nor evaluation/student.json is in this run.",
-            bool(run.results),
-            lambda: plots.outcome_bars(run.results),
-        ),
-        (
-            "Where training changed the model",
-            "This run has no profile.json: raycomplete diagnose needs no training for one.",
-            bool(profile.get("positions")),
-            lambda: plots.position_profile(profile),
-        ),
-        ("Training", no_metrics, bool(run.metrics), lambda: plots.training_curves(run.metrics)),
-        (
-            "Depths that were trained",
-            "No step of this run recorded its depth sampler." if run.metrics else no_metrics,
-            bool(run.metrics),
-            lambda: plots.depth_heat_map(run.metrics),
-        ),
-        (
-            "Where the student still complied",
-            "The student did not roll out in this run." if run.metrics else no_metrics,
-            any("depth_compliance" in row for row in run.metrics),
-            lambda: plots.compliance_heat_map(run.metrics),
-        ),
+        ("Safety and utility at a glance", no_rates, lambda: plots.rate_bars(summary)),
+        ("Attack by attack", no_attacks, lambda: plots.attack_bars(summary["attacks"])),
+        ("Attack success by prefill depth", no_rates, lambda: plots.prefill_curve(summary)),
+        ("What the models did", no_results, lambda: plots.outcome_bars(run.results)),
+        ("Where training changed the model", no_profile, lambda: plots.position_profile(profile)),
+        ("Training", no_metrics, lambda: plots.training_curves(metrics, run.terms)),
+        ("Depths that were trained", no_depths, lambda: plots.depth_heat_map(metrics)),
+        ("Where the student still complied", no_rollouts, lambda: plots.compliance_heat_map(metrics)),
     ]
 
 
-def _section(run_folder: Path, title: str, missing: str, make: Callable[[], plots.Plot | None] | None) -> Section:
+def _section(run_folder: Path, title: str, missing: str, make: Callable[[], plots.Plot | None]) -> PageSection:
     """Draws a figure, writes its files and prepares it for the page."""
-    plot = make() if make else None
+    plot = make()
     if plot is None:
-        return Section(title=title, missing=missing)
+        return PageSection(title=title, missing=missing)
     picture = io.BytesIO()
     plot.figure.savefig(picture, format="png", metadata={"Software": "raycomplete"})
     write_bytes(run_folder / "figures" / f"{plot.name}.png", picture.getvalue())
     write_bytes(run_folder / "figures" / f"{plot.name}.csv", _csv(plot.rows))
     shown = plot.rows if len(plot.rows) <= MAX_TABLE_ROWS else []
-    return Section(
-        title=plot.title,
+    return PageSection(
+        title=title,
         caption=plot.caption,
         image="data:image/png;base64," + base64.b64encode(picture.getvalue()).decode("ascii"),
         csv_name=f"figures/{plot.name}.csv",
         rows=tuple(tuple(_cell(value) for value in row) for row in shown),
     )
+
+
+def _measures(run: RunFolder) -> list[tuple[str, str, str, str]]:
+    """Terms of the loss and what they measure: name, description, value at the first step and at the last one."""
+    found = []
+    for term, told in run.terms.items():
+        for name, description in {term: told.get("description", ""), **told.get("metrics", {})}.items():
+            values = [row[name] for row in run.metrics if row.get(name) is not None]
+            if values:
+                found.append((name, description, _cell(values[0]), _cell(values[-1])))
+    return found
 
 
 def _csv(rows: Sequence[Sequence[Any]]) -> bytes:
@@ -282,7 +250,7 @@ def _depth_cards(diagnosis: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def _diagnosis_settings(diagnosis: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Settings and stats of a diagnosis as plain text."""
+    """Settings and counts of a diagnosis as plain text."""
     if diagnosis is None:
         return {}
     hidden = {"harmful", "benign", "contrastive", "student"}
@@ -350,7 +318,5 @@ def _short_answers(run: RunFolder) -> list[tuple[str, int, int]]:
 
 def _environment() -> Environment:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["percent"] = percent
-    environment.filters["visible"] = visible
-    environment.filters["setting"] = setting
+    environment.filters |= {"percent": percent, "visible": visible, "setting": setting}
     return environment

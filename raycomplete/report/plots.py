@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from raycomplete.report.style import (
-    LOSS_COLORS,
-    LOSS_DASHES,
     OUTCOME_COLORS,
     OUTCOME_HATCHES,
     ROLE_COLORS,
@@ -24,6 +23,7 @@ from raycomplete.report.style import (
     ROLE_MARKERS,
     ROLES,
     SEQUENTIAL_MAP,
+    SERIES_STYLES,
 )
 
 Row = list[Any]
@@ -35,48 +35,36 @@ class Plot:
 
     Attributes:
         name: File name without ending.
-        title: Heading in the report.
         caption: What is seen, in a sentence or two; also the text for readers who see no picture.
         figure: The figure.
         rows: The data, header row first.
     """
 
     name: str
-    title: str
     caption: str
     figure: Figure
     rows: list[Row]
 
 
-def prefill_curve(summary: Mapping[str, Any]) -> Plot:
-    """Attack success rate by prefill depth, with 95 % intervals, for each model that was evaluated."""
+def prefill_curve(summary: Mapping[str, Any]) -> Plot | None:
+    """Attack success by prefill depth, with 95 % intervals, for each model; None where none was evaluated."""
+    if not summary["asr"]:
+        return None
     figure = Figure(figsize=(5.6, 3.7), layout="constrained")
     axes = figure.add_subplot()
     rows: list[Row] = [["role", "depth", "asr", "low", "high", "n"]]
     depths = depths_of(summary)
-    places = np.arange(len(depths))
     for role in (role for role in ROLES if role in summary["asr"]):
-        by_depth = summary["asr"][role]["by_depth"]
-        known = [
-            (place, depth, by_depth[depth]) for place, depth in zip(places, depths, strict=True) if depth in by_depth
-        ]
-        at = [place for place, _, _ in known]
-        color = ROLE_COLORS[role]
-        axes.fill_between(
-            at, [rate["low"] for *_, rate in known], [rate["high"] for *_, rate in known], color=color, alpha=0.16, lw=0
-        )
-        axes.plot(
-            at,
-            [rate["rate"] for *_, rate in known],
-            color=color,
-            marker=ROLE_MARKERS[role],
-            linestyle=ROLE_DASHES[role],
-            label=role,
-            clip_on=False,
-        )
-        rows += [[role, int(depth), rate["rate"], rate["low"], rate["high"], rate["n"]] for _, depth, rate in known]
+        by_depth, color = summary["asr"][role]["by_depth"], ROLE_COLORS[role]
+        known = [place for place, depth in enumerate(depths) if depth in by_depth]
+        rates = [by_depth[depths[place]] for place in known]
+        share, low, high = ([rate[key] for rate in rates] for key in ("rate", "low", "high"))
+        style = {"color": color, "marker": ROLE_MARKERS[role], "linestyle": ROLE_DASHES[role]}
+        axes.fill_between(known, low, high, color=color, alpha=0.16, lw=0)
+        axes.plot(known, share, **style, label=role, clip_on=False)
+        rows += [_rate_row(rate, role, int(depths[place])) for place, rate in zip(known, rates, strict=True)]
     # Depths double from one to the next, so they are spaced evenly rather than to scale.
-    axes.set_xticks(places, depths)
+    axes.set_xticks(range(len(depths)), depths)
     axes.set_xlabel("prefill depth in tokens (not to scale)")
     axes.set_ylabel("attack success rate")
     axes.set_ylim(0, 1)
@@ -84,7 +72,6 @@ def prefill_curve(summary: Mapping[str, Any]) -> Plot:
     legend_above(figure, axes)
     return Plot(
         "prefill_depth",
-        "Attack success by prefill depth",
         "Share of harmful prompts that the model goes on to answer when the attacker writes the first tokens of the "
         "response. Bands are 95 % Wilson intervals. Lower is safer.",
         figure,
@@ -92,14 +79,15 @@ def prefill_curve(summary: Mapping[str, Any]) -> Plot:
     )
 
 
-def attack_bars(attacks: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Plot:
-    """Success of every attack on every model: the mean over trials as bars, the worst of n beside them."""
+def attack_bars(attacks: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Plot | None:
+    """Success of every attack on every model, mean and worst of n; None where there is none but the depth curve."""
+    if not attacks:
+        return None
     groups = {name: {role: block["mean"] for role, block in by_role.items()} for name, by_role in attacks.items()}
     worst = {name: {role: block["worst_of_n"] for role, block in by_role.items()} for name, by_role in attacks.items()}
     figure, rows = _bars(groups, worst)
     return Plot(
         "attacks",
-        "Attack by attack",
         "Share of harmful prompts on which an attack gets an answer: bars are the mean over its variants and trials, "
         "hollow marks the share on which at least one of them did (worst of n). Whiskers are 95 % intervals. Lower is "
         "safer.",
@@ -108,8 +96,10 @@ def attack_bars(attacks: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Plot:
     )
 
 
-def rate_bars(summary: Mapping[str, Any]) -> Plot:
-    """Attack success, utility and over-refusal of every model as bars with 95 % intervals."""
+def rate_bars(summary: Mapping[str, Any]) -> Plot | None:
+    """Attack success, utility and over-refusal of every model as bars with 95 % intervals; None without any."""
+    if not summary["asr"]:
+        return None
     groups = {"attack success, mean over depths": {role: found["mean"] for role, found in summary["asr"].items()}}
     for label, key in (
         ("utility (benign)", "utility"),
@@ -122,7 +112,6 @@ def rate_bars(summary: Mapping[str, Any]) -> Plot:
     figure, rows = _bars(groups, {})
     return Plot(
         "rates",
-        "Safety and its price at a glance",
         "Attack success over all prefill depths (lower is safer), useful answers to benign prompts (higher is better) "
         "and refusals of harmless prompts (lower is better). Whiskers are 95 % intervals.",
         figure,
@@ -157,24 +146,15 @@ def _bars(groups: Mapping[str, Mapping[str, Any]], hollow: Mapping[str, Mapping[
         marks: dict[str, Any] = {"linestyle": "none", "marker": ROLE_MARKERS[role], "clip_on": False, "zorder": 4}
         # A bar of no length has no colour, so its end is marked too.
         axes.plot(share, places, color=ROLE_COLORS[role], markeredgecolor="white", **marks)
-        rows += [[label, role, rate["rate"], rate["low"], rate["high"], rate["n"]] for _, label, rate in known]
+        rows += [_rate_row(rate, label, role) for _, label, rate in known]
         beside = [
             (at, label, hollow[label][role])
             for at, (_, label, _) in zip(places, known, strict=True)
             if role in hollow.get(label, {})
         ]
-        axes.plot(
-            [rate["rate"] for *_, rate in beside],
-            [at for at, *_ in beside],
-            markerfacecolor="white",
-            markeredgecolor=ROLE_COLORS[role],
-            markeredgewidth=1.4,
-            **marks,
-        )
-        rows += [
-            [f"{label}, worst of n", role, rate["rate"], rate["low"], rate["high"], rate["n"]]
-            for _, label, rate in beside
-        ]
+        marks |= {"markerfacecolor": "white", "markeredgecolor": ROLE_COLORS[role], "markeredgewidth": 1.4}
+        axes.plot([rate["rate"] for *_, rate in beside], [at for at, *_ in beside], **marks)
+        rows += [_rate_row(rate, f"{label}, worst of n", role) for _, label, rate in beside]
     labels = [label.replace("_", " ").replace(" (", "\n(").replace(", ", ",\n") for label in groups]
     axes.set_yticks(range(len(groups)), labels)
     axes.invert_yaxis()
@@ -185,8 +165,14 @@ def _bars(groups: Mapping[str, Mapping[str, Any]], hollow: Mapping[str, Mapping[
     return figure, rows
 
 
-def position_profile(profile: Mapping[str, Any]) -> Plot:
-    """Base-favored mass, KL to base and deficit by response position, aligned against student."""
+def _rate_row(rate: Mapping[str, Any], *names: Any) -> Row:
+    return [*names, rate["rate"], rate["low"], rate["high"], rate["n"]]
+
+
+def position_profile(profile: Mapping[str, Any]) -> Plot | None:
+    """Base-favored mass, KL to base and deficit by response position, aligned against student; None without any."""
+    if not profile.get("positions"):
+        return None
     figure = Figure(figsize=(5.6, 6.6), layout="constrained")
     panels = figure.subplots(3, 1, sharex=True)
     roles = [role for role in ("aligned", "student") if role in profile]
@@ -207,7 +193,6 @@ def position_profile(profile: Mapping[str, Any]) -> Plot:
     legend_above(figure, panels[0])
     return Plot(
         "position_profile",
-        "Where training changed the model",
         f"Along harmful responses, by position: probability that the base puts on tokens it favors over the model "
         f"(tau = {profile.get('tau', '?')}), distance from the base, and the deficit exp(-KL / kappa) with kappa = "
         f"{profile.get('kappa', '?')}, near 1 where nothing was changed.",
@@ -219,24 +204,50 @@ def position_profile(profile: Mapping[str, Any]) -> Plot:
 _LOSS_RANGE = 1e-6  # decades of loss that are shown
 
 
-def training_curves(metrics: Sequence[Mapping[str, Any]]) -> Plot:
-    """The loss and its parts by step, on a logarithmic scale."""
+@dataclass(frozen=True)
+class LossSeries:
+    """One curve of the training figure: the whole loss or a term of it, by its name in metrics.jsonl."""
+
+    name: str
+    label: str
+    color: str
+    dashes: Any
+
+
+def loss_series(terms: Mapping[str, Mapping[str, Any]]) -> list[LossSeries]:
+    """The curves of a run whose training.json describes these terms; a single term is the whole loss itself."""
+    series = [LossSeries("loss", "whole loss", "#000000", "solid")]
+    if len(terms) > 1:
+        styles = zip(terms.items(), cycle(SERIES_STYLES), strict=False)
+        series += [LossSeries(name, found.get("label", name), *style) for (name, found), style in styles]
+    return series
+
+
+def training_curves(metrics: Sequence[Mapping[str, Any]], terms: Mapping[str, Mapping[str, Any]]) -> Plot | None:
+    """The loss and its terms by step, on a logarithmic scale; None without steps. The data holds their measures too.
+
+    Args:
+        metrics: Rows of metrics.jsonl.
+        terms: Terms by name, each with a label and its measures, as training.json describes them.
+    """
+    if not metrics:
+        return None
     figure = Figure(figsize=(5.6, 3.7), layout="constrained")
     axes = figure.add_subplot()
     steps = [row["step"] for row in metrics]
-    parts = [part for part in LOSS_COLORS if any(row.get(part) is not None for row in metrics)]
+    drawn = [series for series in loss_series(terms) if any(row.get(series.name) is not None for row in metrics)]
     positive = False
-    for part in parts:
-        values = gaps([row.get(part) for row in metrics])
+    for series in drawn:
+        values = gaps([row.get(series.name) for row in metrics])
         positive = positive or bool((values > 0).any())
         axes.plot(
             steps,
             np.where(values > 0, values, np.nan),
-            color=LOSS_COLORS[part],
-            linestyle=LOSS_DASHES[part],
-            linewidth=2.2 if part == "loss" else 1.5,
+            color=series.color,
+            linestyle=series.dashes,
+            linewidth=2.2 if series.name == "loss" else 1.5,
             marker="." if len(steps) < 3 else None,
-            label="whole loss" if part == "loss" else part,
+            label=series.label,
         )
     if positive:
         axes.set_yscale("log")
@@ -245,13 +256,13 @@ def training_curves(metrics: Sequence[Mapping[str, Any]]) -> Plot:
     axes.set_xlabel("step")
     axes.set_ylabel("loss, logarithmic")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    legend_above(figure, axes)
-    rows: list[Row] = [["step", *parts]]
-    rows += [[row["step"], *(row.get(part) for part in parts)] for row in metrics]
+    legend_above(figure, axes, columns=min(len(drawn), 4))
+    measures = [name for found in terms.values() for name in found.get("metrics", {})]
+    names = [*(series.name for series in drawn), *(name for name in measures if any(name in row for row in metrics))]
+    rows: list[Row] = [["step", *names], *([row["step"], *(row.get(name) for name in names)] for row in metrics)]
     return Plot(
         "training",
-        "Training",
-        "The loss and its three parts by optimizer step. Parts are shown where they are above 0.",
+        "The loss and its terms by optimizer step, where they are above 0.",
         figure,
         rows,
     )
@@ -259,28 +270,16 @@ def training_curves(metrics: Sequence[Mapping[str, Any]]) -> Plot:
 
 def depth_heat_map(metrics: Sequence[Mapping[str, Any]]) -> Plot | None:
     """From which depths recovery was drawn, by step; None where no step recorded it."""
+    caption = "Probability of each bin of depths, by step. The sampler goes where training is incomplete."
     drawn = _steps_by_depth(metrics, "depth_probabilities", "probability of the bin")
-    if drawn is None:
-        return None
-    return Plot(
-        "depth_sampler",
-        "Depths that were trained",
-        "Probability with which each bin of depths was drawn, by step. The sampler goes where training is incomplete.",
-        *drawn,
-    )
+    return None if drawn is None else Plot("depth_sampler", caption, *drawn)
 
 
 def compliance_heat_map(metrics: Sequence[Mapping[str, Any]]) -> Plot | None:
     """How often the student's own rollouts complied, by step and depth; None off-policy."""
+    caption = "Share of the student's own rollouts that went on complying, by step and depth. Blank: not drawn."
     drawn = _steps_by_depth(metrics, "depth_compliance", "rollouts that comply")
-    if drawn is None:
-        return None
-    return Plot(
-        "depth_compliance",
-        "Where the student still complied",
-        "Share of the student's own rollouts that went on complying, by step and depth of prefill. Blank: not drawn.",
-        *drawn,
-    )
+    return None if drawn is None else Plot("depth_compliance", caption, *drawn)
 
 
 def _steps_by_depth(metrics: Sequence[Mapping[str, Any]], key: str, label: str) -> tuple[Figure, list[Row]] | None:
@@ -355,7 +354,6 @@ def outcome_bars(results: Mapping[str, Mapping[str, Any]]) -> Plot | None:
     legend_above(figure, panels[0])
     return Plot(
         "outcomes",
-        "What the models did",
         "Every harmful prompt by outcome at each depth. Incoherent and empty responses are failures of the attack that "
         "are no success of the defence either, so they are shown apart.",
         figure,

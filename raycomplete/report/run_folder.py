@@ -24,6 +24,8 @@ class RunFolder:
         summary: summary.json, its `asr` filled in from the evaluation files where it has none.
         results: evaluation/<role>.json by role.
         metrics: Rows of metrics.jsonl, one a step, in order.
+        terms: Terms of the loss by name: label, description and measures, as training.json describes them. Empty where
+            a version before wrote the run.
         profile: profile.json.
         diagnosis: diagnosis.json, of this folder or of the diagnosis beside the run.
         config: Text of config.yaml.
@@ -32,6 +34,7 @@ class RunFolder:
     summary: Mapping[str, Any]
     results: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     metrics: tuple[Mapping[str, Any], ...] = ()
+    terms: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     profile: Mapping[str, Any] | None = None
     diagnosis: Mapping[str, Any] | None = None
     config: str | None = None
@@ -82,11 +85,12 @@ def read_run_folder(folder: Path) -> RunFolder:
         for name, block in result.get("attacks", {}).items():
             attacks.setdefault(name, {}).setdefault(role, block)
     summary = {**summary, "attacks": attacks}
-    config = folder / "config.yaml"
+    config, training = folder / "config.yaml", _read_mapping(folder / "training.json") or summary.get("train") or {}
     return RunFolder(
         summary=summary,
         results=found,
         metrics=tuple(map(finite, read_metrics(folder / "metrics.jsonl"))),
+        terms=training.get("terms") or {},
         profile=_read_mapping(folder / "profile.json"),
         diagnosis=diagnosis,
         config=config.read_text(encoding="utf-8") if config.is_file() else None,

@@ -26,13 +26,14 @@ ROLE_DASHES: dict[str, Any] = {
 KIND_DASHES: dict[str, Any] = {"harmful": "solid", "benign": (0, (5, 2))}
 OUTCOME_COLORS = {"complied": "#D55E00", "refused": "#0072B2", "incoherent": "#F0E442", "empty": "#BBBBBB"}
 OUTCOME_HATCHES = {"complied": "", "refused": "//", "incoherent": "..", "empty": "xx"}
-LOSS_COLORS = {"loss": "#000000", "anchor": "#0072B2", "recovery": "#D55E00", "penalty": "#CC79A7"}
-LOSS_DASHES: dict[str, Any] = {
-    "loss": "solid",
-    "anchor": (0, (1.5, 1.5)),
-    "recovery": (0, (5, 2)),
-    "penalty": (0, (5, 2, 1.5, 2)),
-}
+SERIES_STYLES: tuple[tuple[str, Any], ...] = (  # curves that no model owns, as the terms of a loss; used in turn
+    ("#0072B2", (0, (1.5, 1.5))),
+    ("#D55E00", (0, (5, 2))),
+    ("#CC79A7", (0, (5, 2, 1.5, 2))),
+    ("#009E73", (0, (3, 1))),
+    ("#E69F00", (0, (8, 2))),
+    ("#56B4E9", (0, (1, 1))),
+)
 SEQUENTIAL_MAP = "cividis"
 
 _SETTINGS: dict[str, Any] = {
@@ -61,6 +62,6 @@ _SETTINGS: dict[str, Any] = {
 
 @contextmanager
 def house_style() -> Iterator[None]:
-    """The settings above, for the figures made inside; the caller's own are restored after it."""
+    """Applies the settings above to the figures made inside, and restores the caller's own after it."""
     with rc_context(_SETTINGS):
         yield

@@ -101,6 +101,7 @@ def a_step(step: int) -> dict[str, Any]:
         "anchor": anchor,
         "recovery": recovery,
         "penalty": penalty,
+        "student_mass": 0.5 / step,
         "grad_norm": 1.0,
         "lr": 5e-5,
         "depth_mean": 30.0,
@@ -108,6 +109,20 @@ def a_step(step: int) -> dict[str, Any]:
         "depth_loss": [None] * len(bins),
         "depth_bins": bins,
     }
+
+
+TRAINING = {
+    "steps": 120,
+    "terms": {
+        "anchor": {"label": "anchor", "description": "nats from aligned along its own answers", "metrics": {}},
+        "recovery": {"label": "recovery", "description": "nats from aligned's refusal", "metrics": {}},
+        "penalty": {
+            "label": "penalty",
+            "description": "squared probability of base-favored tokens",
+            "metrics": {"student_mass": "the student's probability of those tokens"},
+        },
+    },
+}
 
 
 def a_profile(num_positions: int = 64) -> dict[str, Any]:
@@ -227,6 +242,7 @@ def fill_run_folder(tmp_path: Path) -> Path:
     (tmp_path / "summary.json").write_text(json.dumps(a_summary(results)))
     (tmp_path / "profile.json").write_text(json.dumps(a_profile()))
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(a_step(step)) + "\n" for step in range(1, 121)))
+    (tmp_path / "training.json").write_text(json.dumps(TRAINING))
     (tmp_path / "config.yaml").write_text("train:\n  steps: 120\n")
     return tmp_path
 

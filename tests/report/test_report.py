@@ -9,6 +9,7 @@ import pytest
 from raycomplete.report import write_report
 from raycomplete.report.html import setting
 from raycomplete.runtime.errors import DataError
+from tests.report.conftest import a_rate
 
 FIGURES = ("rates", "attacks", "prefill_depth", "outcomes", "position_profile", "training", "depth_sampler")
 VOID = {"meta", "img", "br", "link", "hr"}
@@ -141,12 +142,37 @@ def test_settings_are_written_as_people_read_them() -> None:
     assert (setting({}), setting([]), setting(False), setting(1e-10)) == ("-", "-", "False", "1e-10")
 
 
-def test_the_price_of_safety_stands_at_the_top(run_folder: Path) -> None:
+def test_safety_regressions_stand_at_the_top(run_folder: Path) -> None:
     summary = json.loads((run_folder / "summary.json").read_text())
     summary["safety_regressions"] = ["student refuses 90.0 % of harmless prompts & more."]
     (run_folder / "summary.json").write_text(json.dumps(summary))
     page = Page(write_report(run_folder).read_text(encoding="utf-8"))
     assert page.text.index("refuses 90.0 % of harmless prompts & more.") < page.text.index("Rates")
+
+
+def test_terms_and_measures_are_those_that_the_run_names(run_folder: Path) -> None:
+    """A method and an attack from outside the package are shown without their code."""
+    terms = {name: {"label": f"my {name}", "description": f"what {name} is", "metrics": {}} for name in "abcdefgh"}
+    terms["a"]["metrics"] = {"my_measure": "a <measure> of its own"}
+    rows = [{"step": step, "loss": 2.0, "my_measure": step / 4, **dict.fromkeys(terms, 0.5)} for step in (1, 2)]
+    (run_folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (run_folder / "training.json").write_text(json.dumps({"terms": terms}))
+    summary = json.loads((run_folder / "summary.json").read_text())
+    summary["attacks"] = {"my_attack": {"student": {"mean": a_rate(5, 10), "worst_of_n": a_rate(7, 10)}}}
+    (run_folder / "summary.json").write_text(json.dumps(summary))
+    page = Page(write_report(run_folder).read_text(encoding="utf-8"))
+    assert "my_measure a <measure> of its own 0.25 0.5" in page.text
+    assert "h what h is 0.5 0.5" in page.text
+    with (run_folder / "figures" / "training.csv").open(encoding="utf-8", newline="") as stream:
+        assert next(csv.reader(stream)) == ["step", "loss", *terms, "my_measure"]
+    assert "my_attack" in (run_folder / "figures" / "attacks.csv").read_text()
+
+
+def test_a_run_without_described_terms_shows_the_whole_loss(run_folder: Path) -> None:
+    (run_folder / "training.json").unlink()
+    page = Page(write_report(run_folder).read_text(encoding="utf-8"))
+    assert (run_folder / "figures" / "training.csv").read_text().splitlines()[0] == "step,loss"
+    assert "What the loss measured" not in page.text
 
 
 def test_torn_metrics(run_folder: Path) -> None:
