@@ -46,13 +46,13 @@ def test_the_import_loads_nothing_and_sets_nothing() -> None:
 
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["version"]])
 def test_help_loads_little(arguments: list[str]) -> None:
-    """The number of modules stands for the time: 0.3 s for about 600 modules beyond those of Python itself."""
+    """The number of modules stands for the time: 0.4 s of one core for 610 of them."""
     names = in_a_new_process(
         f"import json, sys; sys.argv = ['raycomplete', *{arguments}]\nfrom raycomplete.cli import main\n"
         "try: main()\nexcept SystemExit as ended: assert not ended.code\nprint(json.dumps(sorted(sys.modules)))"
     )
-    assert len(names) < 1200
-    assert not {"torch", "ray", "transformers", "vllm", "numpy"} & set(names)
+    assert len(names) < 900
+    assert not {"torch", "ray", "transformers", "vllm"} & set(names)
 
 
 @pytest.mark.parametrize(("given", "expected"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
