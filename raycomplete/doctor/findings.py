@@ -20,19 +20,13 @@ from raycomplete.runtime.errors import RaycompleteError
 
 Status: TypeAlias = Literal["ok", "warn", "fail"]
 STATUSES: tuple[Status, ...] = ("ok", "warn", "fail")  # from good to bad
+PROBES = "raycomplete.doctor.probes"
 MARK = "raycomplete-doctor "  # opens the lines of a child that are meant for us; libraries print what they like
 
 
 @dataclass(frozen=True)
 class Finding:
-    """The result of one check.
-
-    Attributes:
-        status: "warn" is worth knowing and stops nothing; "fail" stops a run, now or later.
-        found: What was measured, in words.
-        remedy: What to do about it; never empty where the status is not "ok".
-        values: The same as numbers and names, for programs.
-    """
+    """The result of one check: what was measured in words, what to do about it, and the same as values for programs."""
 
     status: Status
     found: str
@@ -57,31 +51,23 @@ def fail(found: str, remedy: str, **values: Any) -> Finding:
 
 @dataclass
 class Context:
-    """All that a check may look at.
-
-    Attributes:
-        run_file: The run file that the machine is examined for, if any.
-        config: The same, loaded; None where there is none or it cannot be loaded.
-        problem: Why the run file cannot be loaded.
-        quick: Leave out what takes long.
-    """
+    """All that a check may look at: the run file, `config` if it loads, else the `problem` with it."""
 
     run_file: Path | None = None
     config: RunConfig | None = None
     problem: RaycompleteError | None = None
     quick: bool = False
-    _known: dict[str, Any] = field(default_factory=dict)
+    _known: dict[str, ChildReport] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def address(self) -> str | None:
         """The cluster that a run would join; None where it starts one on this machine."""
-        address = self.config.cluster.address if self.config else None
-        address = address or os.environ.get("RAY_ADDRESS")
+        address = (self.config.cluster.address if self.config else None) or os.environ.get("RAY_ADDRESS")
         return None if address == "local" else address
 
-    def once(self, name: str, ask: Callable[[], Any]) -> Any:
-        """Returns the result of a slow call that several checks share; the first of them makes it."""
+    def once(self, name: str, ask: Callable[[], ChildReport]) -> ChildReport:
+        """Returns the answer to a slow question that several checks share; the first of them asks."""
         with self._lock:
             if name not in self._known:
                 self._known[name] = ask()
@@ -90,13 +76,7 @@ class Context:
 
 @dataclass(frozen=True)
 class ChildReport:
-    """The messages of a child process, and how it ended.
-
-    Attributes:
-        messages: In order.
-        code: Exit code; negative for a signal, None where it was ended after `timeout_s`.
-        last_words: End of its standard error.
-    """
+    """The messages of a child process, its exit code (None: out of time), and the last line of its standard error."""
 
     messages: list[dict[str, Any]] = field(default_factory=list)
     code: int | None = 0
@@ -107,11 +87,6 @@ class ChildReport:
         """All messages as one mapping."""
         return {key: value for message in self.messages for key, value in message.items()}
 
-    @property
-    def last_begun(self) -> str | None:
-        """The last stage that the child said it begins."""
-        return next((message["begins"] for message in reversed(self.messages) if "begins" in message), None)
-
     def ending(self, timeout_s: float) -> str:
         """Says in words how it ended."""
         if self.code is None:
@@ -120,27 +95,21 @@ class ChildReport:
         return f"{how}: {self.last_words}" if self.last_words else how
 
 
-def ask(
-    *arguments: str, timeout_s: float, environment: Mapping[str, str] | None = None, module: str = "probes"
-) -> ChildReport:
-    """Runs a module of this package as a program of its own and collects its messages.
+def ask(*command: str, timeout_s: float, environment: Mapping[str, str] | None = None) -> ChildReport:
+    """Runs a module (`command[0]`) with arguments as a program of its own and collects its messages.
 
-    Args:
-        arguments: Its command line.
-        timeout_s: After which it and all its children are killed.
-        environment: Added to this process's own.
-        module: Name below `raycomplete.doctor`.
+    When the time is up, it and all its children are killed.
     """
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
-            [sys.executable, "-m", f"raycomplete.doctor.{module}", *arguments],
+            [sys.executable, "-m", *command],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=errors,
             env={**os.environ, **(environment or {})},
             start_new_session=True,  # so that what it started can be ended with it
         )
-        code: int | None
+        code: int | None = None
         try:
             out, _ = process.communicate(timeout=timeout_s)
             code = process.returncode
@@ -148,7 +117,6 @@ def ask(
             with suppress(ProcessLookupError):  # it has just ended
                 os.killpg(process.pid, signal.SIGKILL)
             out, _ = process.communicate()
-            code = None
         errors.seek(0)
         words = [line.strip() for line in errors.read().decode("utf-8", "replace").splitlines() if line.strip()]
     messages = []

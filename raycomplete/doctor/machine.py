@@ -9,7 +9,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from raycomplete.doctor.findings import Context, Finding, fail, ok, warn
 from raycomplete.doctor.needs import DRIVER_GIB, ENGINE_GIB, GIB, OBJECT_STORE_GIB, WORKER_GIB, needs_of
@@ -24,14 +24,10 @@ _RAY_DISK_LIMIT = 0.95  # of its temporary folder: above it Ray neither spills o
 _MIN_FREE_DISK = 1 * GIB
 _OPEN_FILES = 65536  # what Ray asks for on a node of a cluster
 _FEW_OPEN_FILES = 4096
-
-
-class Device(NamedTuple):
-    """One GPU as the driver reports it."""
-
-    name: str
-    driver: str
-    total_bytes: int
+_CGROUPS = {  # by controllers: root, and the names of limit, use and cached files
+    "": ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+    "memory": ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
 
 
 def check_cpu(context: Context) -> Finding:
@@ -56,8 +52,8 @@ def check_gpu(context: Context) -> Finding:
     found = gpus()
     torch: dict[str, Any] = import_report(context).merged.get("torch", {})
     seen, wanted = torch.get("devices", []), context.config.cluster.use_gpu if context.config else "auto"
-    cuda, driver = torch.get("cuda_build"), found[0].driver if found else None
-    values = {"driver": driver, "cuda_build": cuda, "devices": seen or [device._asdict() for device in found]}
+    cuda, driver = torch.get("cuda_build"), found[0]["driver"] if found else None
+    values = {"driver": driver, "cuda_build": cuda, "devices": seen or found}
     if wanted == "never":
         return ok(f"{len(found)} present, and cluster.use_gpu is 'never'.", **values)
     if not found and not seen:
@@ -65,15 +61,12 @@ def check_gpu(context: Context) -> Finding:
             return fail("No GPU, and cluster.use_gpu is 'always'.", "Set it to auto or never.", **values)
         return ok("None; everything runs on the processor.", **values)
     if not seen:
-        names = ", ".join(f"{device.name} (driver {device.driver})" for device in found)
+        names = ", ".join(f"{device['name']} (driver {device['driver']})" for device in found)
         if cuda is None:
             return warn(f"{names}, and this torch is a CPU build.", "make setup EXTRA=gpu", **values)
-        return fail(
-            f"{names}, and torch for CUDA {cuda} cannot use it.",
-            f"The driver may be older than CUDA {cuda} needs, or CUDA_VISIBLE_DEVICES may be empty: "
-            "update the driver, or install the vLLM that fits it.",
-            **values,
-        )
+        remedy = f"The driver may be older than CUDA {cuda} needs, or CUDA_VISIBLE_DEVICES may be empty: "
+        remedy += "update the driver, or install the vLLM that fits it."
+        return fail(f"{names}, and torch for CUDA {cuda} cannot use it.", remedy, **values)
     smallest, free = (min(device[name] for device in seen) for name in ("total_bytes", "free_bytes"))
     words = f"{len(seen)} x {seen[0]['name']}, {smallest / GIB:.0f} GiB ({free / GIB:.0f} free)"
     words += f", driver {driver or 'unknown'}, CUDA {cuda}"
@@ -82,13 +75,10 @@ def check_gpu(context: Context) -> Finding:
     if context.config is not None and context.address is None and len(seen) == 1:
         needs = needs_of(context.config)
         if needs.gpu_share * smallest + needs.gpu_bytes > free:
-            return fail(
-                f"{words}; engines reserve {needs.gpu_share:.0%} of it and the trainer holds "
-                f"{needs.gpu_bytes / GIB:.1f} GiB.",
-                "Lower teacher.gpu_memory_utilization and rollout.gpu_memory_utilization, end what else uses the GPU, "
-                "or set train.lora_rank.",
-                **values,
-            )
+            words += f"; engines reserve {needs.gpu_share:.0%} of it and the trainer holds "
+            remedy = "Lower teacher.gpu_memory_utilization and rollout.gpu_memory_utilization, end what else uses the "
+            remedy += "GPU, or set train.lora_rank."
+            return fail(f"{words}{needs.gpu_bytes / GIB:.1f} GiB.", remedy, **values)
     return ok(f"{words}.", **values)
 
 
@@ -104,11 +94,9 @@ def check_memory(context: Context) -> Finding:
     if context.address is not None:
         return ok(f"{where}; a cluster carries the run.", **values)
     if total < needed - reserved:
-        return fail(
-            f"{where}, and {who} needs about {(needed - reserved) / GIB:.1f} GiB and room for caches.",
-            "Use a machine with more memory, a smaller model, fewer engines or workers, or train.lora_rank.",
-            **values,
-        )
+        words = f"{where}, and {who} needs about {(needed - reserved) / GIB:.1f} GiB and room for caches."
+        remedy = "Use a machine with more memory, a smaller model, fewer engines or workers, or train.lora_rank."
+        return fail(words, remedy, **values)
     if free < needed:
         words = f"{where}, and {who} needs about {needed / GIB:.1f} GiB once its caches are full"
         return warn(f"{words} ({reserved / GIB:.1f} of it).", "End other processes, or use fewer engines.", **values)
@@ -176,15 +164,18 @@ def check_open_files(context: Context) -> Finding:
     return ok(f"At most {soft} open files.", soft=soft)
 
 
-def gpus() -> list[Device]:
+def gpus() -> list[dict[str, Any]]:
     """Lists the GPUs that the NVIDIA driver reports; none where there is no driver."""
     try:
         done = subprocess.run(_QUERY, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return []
     rows = [[part.strip() for part in line.split(",")] for line in done.stdout.splitlines()]
-    # "[N/A]" on devices that share memory
-    return [Device(row[0], row[1], int(row[2]) * 2**20 if row[2].isdigit() else 0) for row in rows if len(row) == 3]
+    return [
+        # The total is "[N/A]" on devices that share memory.
+        {"name": name, "driver": driver, "total_bytes": int(total) * 2**20 if total.isdigit() else 0}
+        for name, driver, total in (row for row in rows if len(row) == 3)
+    ]
 
 
 def cpu_flags() -> frozenset[str]:
@@ -211,18 +202,10 @@ def free_memory() -> tuple[int, int, bool]:
 def _limits() -> Iterator[tuple[int, int]]:
     """Yields (limit, use) of every control group around this process, of both versions; cached files count as free."""
     for line in _lines(Path("/proc/self/cgroup")):
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            root, names = Path("/sys/fs/cgroup"), ("memory.max", "memory.current", "inactive_file")
-        elif "memory" in controllers.split(","):
-            root = Path("/sys/fs/cgroup/memory")
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-        else:
-            continue
-        group = root / path.lstrip("/")
-        for folder in (group, *group.parents):
-            if not folder.is_relative_to(root):
-                break
+        _, version, path = line.split(":", 2)
+        root, *names = _CGROUPS.get(version, ("",))
+        group = Path(root) / path.lstrip("/")
+        for folder in (group, *group.parents) if names else ():
             limit, used = ("".join(_lines(folder / name)[:1]) for name in names[:2])
             cached = dict(line.split() for line in _lines(folder / "memory.stat")).get(names[2], "0")
             if limit.isdigit() and used.isdigit():  # "max": no limit

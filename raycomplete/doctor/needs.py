@@ -43,13 +43,8 @@ class Needs:
 
 def needs_of(config: RunConfig) -> Needs:
     """Adds up a run. Checkpoints that are not on this machine count as nothing."""
-    models, train, teacher, rollout, cluster = (
-        config.models,
-        config.train,
-        config.teacher,
-        config.rollout,
-        config.cluster,
-    )
+    models, train, cluster = config.models, config.train, config.cluster
+    teacher, rollout = config.teacher, config.rollout
     size = 4 if models.dtype == "float32" else 2
     base, aligned, student = (num_params(spec) or 0 for spec in (models.base, models.aligned, student_of(config)))
     scorers = _SCORERS * teacher.replicas

@@ -7,7 +7,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from raycomplete.doctor.findings import ChildReport, Context, Finding, ask, fail, ok, warn
+from raycomplete.doctor.findings import PROBES, ChildReport, Context, Finding, ask, fail, ok, warn
 from raycomplete.doctor.needs import local_folder, needs_of, student_of
 from raycomplete.doctor.probes import look
 from raycomplete.runtime.files import write_text
@@ -33,19 +33,15 @@ def check_cluster(context: Context) -> Finding:
     words = f"{report['alive']} nodes, {there.get('CPU', 0):g} CPU, {there.get('GPU', 0):g} GPU at {context.address}"
     values = {"address": context.address, "resources": there, "nodes": nodes}
     if silent := report["alive"] - len(nodes):
-        return fail(
-            f"{words}; {silent} of them ran no task ({'; '.join(report.get('errors', [])) or 'no answer in time'}).",
-            "See the raylet's log in /tmp/ray/session_latest/logs on that node, or remove the node.",
-            **values,
-        )
+        words += f"; {silent} of them ran no task ({'; '.join(report.get('errors', [])) or 'no answer in time'})."
+        remedy = "See the raylet's log in /tmp/ray/session_latest/logs on that node, or remove the node."
+        return fail(words, remedy, **values)
     if context.config is not None and (needed := needs_of(context.config).cpus) > there.get("CPU", 0.0):
         # The cluster of today may be the idle one of an autoscaler: then the run will ask for more and wait.
-        return (warn if context.config.cluster.wait_for_nodes_s >= _STARTS_NODES_S else fail)(
-            f"{words}; the run needs {needed:g} CPU.",
-            "Add nodes, lower train.num_workers or cluster.cpus_per_engine, or, where nodes start on demand, set "
-            "cluster.wait_for_nodes_s to minutes.",
-            **values,
-        )
+        judged = warn if context.config.cluster.wait_for_nodes_s >= _STARTS_NODES_S else fail
+        remedy = "Add nodes, lower train.num_workers or cluster.cpus_per_engine, or, where nodes start on demand, set "
+        remedy += "cluster.wait_for_nodes_s to minutes."
+        return judged(f"{words}; the run needs {needed:g} CPU.", remedy, **values)
     return ok(f"{words}.", **values)
 
 
@@ -94,11 +90,8 @@ def check_shared_storage(context: Context) -> Finding:
         return fail(words, "Check output.root.", **report)
     blind = [node["host"] for node in nodes if not node["sees_probe"]]
     if blind:
-        return fail(
-            f"{', '.join(blind)} cannot read {folder}, into which every worker writes.",
-            "Put output.root on storage that is mounted at the same path on every node (NFS, EFS, Lustre).",
-            nodes=blind,
-        )
+        remedy = "Put output.root on storage that is mounted at the same path on every node (NFS, EFS, Lustre)."
+        return fail(f"{', '.join(blind)} cannot read {folder}, into which every worker writes.", remedy, nodes=blind)
     missing = {node["host"]: node["missing"] for node in nodes if node["missing"]}
     if missing:
         words = "; ".join(f"{host} lacks {', '.join(paths)}" for host, paths in missing.items())
@@ -108,8 +101,7 @@ def check_shared_storage(context: Context) -> Finding:
 
 def cluster_report(context: Context) -> ChildReport:
     """Runs a task on every node, in a child process, once."""
-    report: ChildReport = context.once("cluster", lambda: _ask(context))
-    return report
+    return context.once("cluster", lambda: _ask(context))
 
 
 def _ask(context: Context) -> ChildReport:
@@ -128,7 +120,7 @@ def _ask(context: Context) -> ChildReport:
         problem = {"probe_error": error.strerror or type(error).__name__}
     try:
         question = {"address": context.address, "probe": str(probe), "content": secret, "paths": paths}
-        answer = ask("cluster", json.dumps(question), timeout_s=PROBE_TIMEOUT_S)
+        answer = ask(PROBES, "cluster", json.dumps(question), timeout_s=PROBE_TIMEOUT_S)
     finally:
         probe.unlink(missing_ok=True)
         for parent in made:  # the doctor leaves nothing behind

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from raycomplete.doctor.findings import ChildReport, Context, Finding, ask, fail, ok, warn
+from raycomplete.doctor.findings import PROBES, ChildReport, Context, Finding, ask, fail, ok, warn
 
 PYTHONS = ((3, 11), (3, 12))
 # vLLM names them for sound, which nothing here reads. Their registry builds are for CUDA, and transformers imports them
@@ -110,7 +110,7 @@ def check_imports(context: Context) -> Finding:
     wrong = {name: state["error"] for name, state in report.items() if "error" in state}
     words = "; ".join(f"{name}: {error}" for name, error in wrong.items())
     if answer.code != 0:
-        culprit = answer.last_begun or "Python"
+        culprit = answer.merged.get("begins", "Python")
         return fail(
             f"import {culprit} ends the process ({answer.ending(IMPORT_TIMEOUT_S)}).",
             f"pip install --force-reinstall --no-deps {culprit}, or make setup.",
@@ -132,11 +132,8 @@ def check_imports(context: Context) -> Finding:
 def import_report(context: Context) -> ChildReport:
     """Imports the libraries in a child process, once."""
     environment = {"DS_ACCELERATOR": os.environ.get("DS_ACCELERATOR", "cpu"), "VLLM_LOGGING_LEVEL": "ERROR"}
-    speed = "quick" if context.quick else "all"
-    report: ChildReport = context.once(
-        "imports", lambda: ask("imports", speed, timeout_s=IMPORT_TIMEOUT_S, environment=environment)
-    )
-    return report
+    command = (PROBES, "imports", "quick" if context.quick else "all")
+    return context.once("imports", lambda: ask(*command, timeout_s=IMPORT_TIMEOUT_S, environment=environment))
 
 
 def broken_requirements(roots: Iterable[str], installed: dict[str, str]) -> tuple[list[Broken], int]:

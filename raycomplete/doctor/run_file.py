@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from raycomplete.doctor.findings import ChildReport, Context, Finding, ask, fail, ok, warn
+from raycomplete.doctor.findings import PROBES, ChildReport, Context, Finding, ask, fail, ok, warn
 from raycomplete.doctor.needs import local_folder, student_of
 from raycomplete.doctor.packages import import_report
 from raycomplete.doctor.probes import smoke_spec
@@ -53,7 +53,7 @@ def check_engine(context: Context) -> Finding:
     has_gpu = bool(import_report(context).merged.get("torch", {}).get("devices"))
     use_gpu = has_gpu and (context.config is None or context.config.cluster.use_gpu != "never")
     device, environment = "gpu" if use_gpu else "cpu", smoke_spec(use_gpu).environment()
-    return engine_finding(ask("engine", device, timeout_s=ENGINE_TIMEOUT_S, environment=environment), device)
+    return engine_finding(ask(PROBES, "engine", device, timeout_s=ENGINE_TIMEOUT_S, environment=environment), device)
 
 
 def engine_finding(answer: ChildReport, device: str) -> Finding:
@@ -62,7 +62,7 @@ def engine_finding(answer: ChildReport, device: str) -> Finding:
     if "error" in said or answer.code != 0 or "tokens" not in said:
         cause = said.get("error") or answer.ending(ENGINE_TIMEOUT_S)
         remedy = f"RAYCOMPLETE_TRACEBACK=1 VLLM_LOGGING_LEVEL=INFO python -m raycomplete.doctor.probes engine {device}"
-        words = f"vLLM failed at {answer.last_begun or 'starting'} ({cause})."
+        words = f"vLLM failed at {said.get('begins', 'starting')} ({cause})."
         return fail(words, f"See the imports and free memory above; in full: {remedy}")
     if said["pooled"] != said["tokens"]:
         return fail(
@@ -82,10 +82,8 @@ def engine_finding(answer: ChildReport, device: str) -> Finding:
 def _part(context: Context, name: str) -> Finding:
     assert context.config is not None
     question = json.dumps(context.config.model_dump(mode="json"))
-    environment = {"HF_HUB_OFFLINE": "1"}
-    answer: ChildReport = context.once(
-        "inputs", lambda: ask("inputs", question, timeout_s=TIMEOUT_S, environment=environment)
-    )
+    command, environment = (PROBES, "inputs", question), {"HF_HUB_OFFLINE": "1"}
+    answer = context.once("inputs", lambda: ask(*command, timeout_s=TIMEOUT_S, environment=environment))
     said = answer.merged.get(name)
     if said is None:
         if "problem" in answer.merged.get("checkpoints", {}):  # prompts need a tokenizer

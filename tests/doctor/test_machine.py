@@ -131,7 +131,9 @@ def test_driver_torch_and_run_file_are_compared(
     words: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(machine, "gpus", lambda: [machine.Device(name, "595.1", 80 * GIB) for name in driver])
+    monkeypatch.setattr(
+        machine, "gpus", lambda: [{"name": name, "driver": "595.1", "total_bytes": 80 * GIB} for name in driver]
+    )
     finding = machine.check_gpu(context(*overrides, devices=devices, cuda=cuda))
     assert finding.status == status
     assert words in finding.found

@@ -125,7 +125,9 @@ def test_a_child_that_hangs_is_ended_with_its_children(tmp_path: Path, monkeypat
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    answer = ask(timeout_s=3, module="hang")  # its standard output stays open until the last of them is gone
+    answer = ask(
+        "raycomplete.doctor.hang", timeout_s=3
+    )  # its standard output stays open until the last of them is gone
     assert answer.code is None
     assert answer.messages == [{"begins": "x"}]
     assert answer.ending(3) == "no answer within 3 s"
