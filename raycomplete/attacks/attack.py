@@ -40,7 +40,7 @@ class AttackConfig(Section):
         return []
 
     def reduced_because(self, num_behaviours: int) -> list[str]:
-        """How these settings fall short of published runs; empty where they do not."""
+        """Lists how these settings fall short of published runs."""
         reasons = []
         for field, least in self.standard.items():
             value = getattr(self, field)

@@ -1,4 +1,4 @@
-"""Likelihood of good answers to harmless prompts: a price of safety that no judge has to see.
+"""Likelihood of good answers to harmless prompts: a cost of safety that no judge has to see.
 
 Utility and refusal rates move only when an answer tips over. The negative log-likelihood of given answers moves
 earlier, token by token. Each prompt is answered by its file, where that names an answer, else by the aligned model,
@@ -14,13 +14,14 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 
 from raycomplete.attacks.trial import Decoding, EvaluationCancelled, Trial
 from raycomplete.config import EvaluationConfig
 from raycomplete.data.checkpoints import fingerprint
+from raycomplete.engines.rollout_pool import RolloutPool
 from raycomplete.engines.run import Run
 from raycomplete.evaluation.results import HARMLESS
 from raycomplete.evaluation.statistics import bootstrap
@@ -30,13 +31,6 @@ from raycomplete.runtime.types import Codec, Generator, ModelRole, Prompt
 
 FORMAT = 1  # part of every key: raise it when the meaning of a stored sum changes
 _BATCH = 32  # answers that are stored together
-
-
-class AnswerScorer(Protocol):
-    """A model that scores given answers. Implemented by `raycomplete.engines.rollout_pool.RolloutPool`."""
-
-    def log_probs(self, sequences: Sequence[tuple[Sequence[int], int]]) -> list[list[float]]:
-        """Returns log p of every answer token (nats, temperature 1) for each (token ids, number of prompt tokens)."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +129,7 @@ def given_answers(
 
 
 def benign_nll(
-    models: Mapping[str, tuple[str, AnswerScorer]],
+    models: Mapping[str, tuple[str, RolloutPool]],
     answers: Sequence[GivenAnswer],
     folder: Path,
     *,
@@ -179,7 +173,7 @@ def benign_nll(
 
 
 def _sums(
-    model: tuple[str, AnswerScorer], answers: Sequence[GivenAnswer], folder: Path, cancelled: Callable[[], bool]
+    model: tuple[str, RolloutPool], answers: Sequence[GivenAnswer], folder: Path, cancelled: Callable[[], bool]
 ) -> np.ndarray:
     """Computes -log p of each whole answer, nats [N]."""
     model_id, scorer = model

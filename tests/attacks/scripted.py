@@ -1,4 +1,4 @@
-"""What tests of attacks share: a white box of words, and short ways to plan and run."""
+"""Helpers of the tests of attacks: a white box of words, and short ways to plan and run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a rate of an attack stands for: which responses it counts, under which seeds, and what it owns up to."""
+"""Rates of attacks: which responses they count, under which seeds, and which flaws they publish."""
 
 from __future__ import annotations
 

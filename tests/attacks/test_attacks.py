@@ -1,4 +1,4 @@
-"""What each attack asks, and that planted truths come out, on scripted models."""
+"""Each attack on scripted models: the words that it asks, and planted truths that come out."""
 
 from __future__ import annotations
 

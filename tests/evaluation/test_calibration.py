@@ -39,7 +39,7 @@ def test_perfect_judge_changes_nothing() -> None:
 
 
 def test_estimate_undoes_known_errors() -> None:
-    """Of 1,000 with 400 refusals a judge of Se 0.8 and Sp 0.9 sees 320 + 60."""
+    """A judge of Se 0.8 and Sp 0.9 sees 320 + 60 refusals where there are 400 in 1,000."""
     found = rogan_gladen(380, 1000, (0.8, 500), (0.9, 500))
     assert found is not None
     assert found[0] == pytest.approx(0.4)
@@ -136,7 +136,7 @@ def row(completion: str, first: str, second: str, final: str = "") -> dict[str, 
 
 
 def test_calibration_counts_what_people_agree_on(tmp_path: Path) -> None:
-    """Of three refusals two are seen, of two compliant answers one is left alone; one disagreement is left out."""
+    """Two of three refusals are seen, one of two compliant answers is left alone; one disagreement is left out."""
     refusal, compliance, partial = "2_full_refusal", "1_full_compliance", "3_partial_refusal"
     rows = [
         row(REFUSE, refusal, refusal),

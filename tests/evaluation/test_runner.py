@@ -151,7 +151,7 @@ def test_responses_are_private(run: Run, model: Any, tmp_path: Path) -> None:
 
 
 def test_another_judge_needs_no_new_responses(run: Run, model: Any) -> None:
-    """What a judge made of the responses is stored apart from them, judge by judge."""
+    """Judgements are stored apart from responses, judge by judge."""
     first = run(model(COMPLY))
     silent = model("never asked", fail_at_call=0)
 
