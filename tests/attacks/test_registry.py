@@ -1,18 +1,67 @@
 import pickle
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import yaml
 from pydantic import ValidationError
 
+from raycomplete.attacks import registry
+from raycomplete.attacks.attack import Attack, AttackConfig
 from raycomplete.attacks.gcg import GcgConfig
 from raycomplete.attacks.prefill import PrefillConfig
-from raycomplete.attacks.registry import ATTACKS, UnknownAttackError, parse_attack
+from raycomplete.attacks.registry import ATTACKS, UnknownAttackError, build_attack, parse_attack, register
+from raycomplete.attacks.target import Target
+from raycomplete.attacks.trial import Trial
 from raycomplete.config import EvaluationConfig, dump, load_run_file, map_paths
 from raycomplete.config.evaluation import judge_settings
+from raycomplete.evaluation.attack_resources import extra_engines, training_workers
 from raycomplete.runtime.errors import ConfigError
+from raycomplete.runtime.types import Prompt
 
 RUN_FILE = {"models": {"base": "a", "aligned": "b"}, "data": {}}
+
+
+class MineConfig(AttackConfig):
+    name: Literal["mine"] = "mine"
+    attacker: str | None = None
+
+
+class Mine(Attack[MineConfig]):
+    needs = frozenset({"white_boxes", "guide", "attacker", "fine_tune"})
+
+    def plan(self, target: Target, prompts: Sequence[Prompt]) -> list[Trial]:
+        return []
+
+
+@pytest.fixture
+def mine() -> Iterator[type[Mine]]:
+    """An attack of a test's own, as long as the test runs."""
+    yield register(MineConfig)(Mine)
+    registry._attacks.pop("mine")
+
+
+def test_devices_are_reserved_for_whatever_an_attack_needs(mine: type[Mine], tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    for attacks, engines, workers in (
+        (["templates"], 0, 0),
+        (["mine"], 2 + 1, 1),
+        ([{"name": "mine", "attacker": "organism:base"}, {"name": "pair", "attacker": "organism:base"}], 2 + 1 + 1, 1),
+    ):
+        path.write_text(yaml.safe_dump({**RUN_FILE, "evaluation": {"attacks": attacks, "white_boxes": 2}}))
+        config = load_run_file(path)
+        assert (extra_engines(config), training_workers(config)) == (engines, workers)
+
+
+def test_an_attack_is_registered_by_its_name(mine: type[Mine]) -> None:
+    assert isinstance(build_attack(parse_attack({"name": "mine", "attacker": "x"})), mine)
+    assert register(MineConfig)(mine) is mine, "the same class again, as after a second import"
+    other = type("Other", (Mine,), {})
+    with pytest.raises(ConfigError, match=r"The attack mine of .* exists in"):
+        register(MineConfig)(other)
+    with pytest.raises(ConfigError, match="AttackConfig has no default for `name`"):
+        register(AttackConfig)
 
 
 def test_the_default_is_the_depth_curve_alone() -> None:
