@@ -12,13 +12,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "docs" / "examples" / "add_attack.py"
+MANY_SHOT = {"name": "many_shot", "shots": [1, 2], "words": 20}
 EVALUATION = {
     "depths": [0, 8],
     "max_tokens": 24,
     "max_utility_tokens": 24,
     "num_prompts": 4,
     "nll_prompts": 0,
-    "attacks": [{"name": "many_shot", "shots": [1, 2], "words": 20}],
+    "attacks": [MANY_SHOT],
 }
 
 
@@ -58,8 +59,8 @@ def test_an_attack_from_outside_is_evaluated_and_reported(tmp_path: Path) -> Non
         block = attacks["many_shot"][role]
         assert (block["n"], block["trials"]) == (4, 8)
         assert set(block["variants"]) == {"shots-1", "shots-2"}
-        assert set(block["mean"]) == {"rate", "n", "low", "high"}
-        assert block["settings"] == {**EVALUATION["attacks"][0]}  # type: ignore[index]
-    assert attacks["many_shot"]["base"]["mean"]["rate"] == 1.0, "base gives in to everything"
+        assert block["mean"]["rate"] == block["outcomes"]["complied"] / 8
+        assert block["settings"] == MANY_SHOT
+    assert attacks["many_shot"]["base"]["mean"]["rate"] > 0, "base refuses nothing that it understands"
     assert "many_shot" in (folder / "report.html").read_text()
     assert "many_shot" in done.stdout
