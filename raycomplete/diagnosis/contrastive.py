@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ def contrastive_baseline(run: Run) -> dict[str, Any]:
     run.prompts = held_out_sets(run)
     results = evaluate_roles(run, ("aligned",))
     engines.stop_scorers()  # their memory is needed for two more models
-    decoder = ContrastiveClient.of_run(run)
+    decoder = ContrastiveClient(run)
     try:
         results["contrastive"] = _evaluate(run, decoder)
         cost = read_json(run.folder / "contrastive_cost.json")
@@ -85,10 +85,11 @@ def _evaluate(run: Run, decoder: ContrastiveClient) -> dict[str, Any]:
         return evaluate_target(run, target)
 
 
+@dataclass(frozen=True)
 class ContrastiveDecoder:
-    """Continues sequences with two models (implements `raycomplete.runtime.types.Generator`).
+    """Continues sequences greedily with two models (implements `raycomplete.runtime.types.Generator`).
 
-    Args:
+    Attributes:
         aligned: Causal language model of transformers.
         base: The same for base; None decodes plainly from aligned.
         vocab_size: True tokens; logits from here on belong to padding.
@@ -97,70 +98,35 @@ class ContrastiveDecoder:
         max_length: Longest sequence in tokens, new ones included.
     """
 
-    def __init__(
-        self,
-        aligned: Any,
-        base: Any | None,
-        *,
-        vocab_size: int,
-        stop_ids: Sequence[int],
-        settings: ContrastiveDecodingConfig,
-        max_length: int,
-    ) -> None:
-        self._aligned, self._base = aligned, base
-        self._vocab_size = vocab_size
-        self._stop_ids = frozenset(stop_ids)
-        self._settings = settings
-        self._max_length = max_length
-
-    def plain(self) -> ContrastiveDecoder:
-        """The same loop without base: what its cost is compared with."""
-        return ContrastiveDecoder(
-            self._aligned,
-            None,
-            vocab_size=self._vocab_size,
-            stop_ids=tuple(self._stop_ids),
-            settings=self._settings,
-            max_length=self._max_length,
-        )
+    aligned: Any
+    base: Any | None
+    vocab_size: int
+    stop_ids: tuple[int, ...]
+    settings: ContrastiveDecodingConfig
+    max_length: int
 
     def generate(
-        self,
-        sequences: Sequence[Sequence[int]],
-        *,
-        max_tokens: int,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        seed: int | None = None,
+        self, sequences: Sequence[Sequence[int]], *, max_tokens: int, temperature: float = 0.0, **_: Any
     ) -> list[list[int]]:
-        """Continues each sequence; see `raycomplete.runtime.types.Generator.generate`."""
-        answers: list[list[int]] = []
-        for start in range(0, len(sequences), self._settings.batch):
-            part = [list(sequence) for sequence in sequences[start : start + self._settings.batch]]
-            draws = [torch.Generator() for _ in part]
-            for index, draw in enumerate(draws):
-                if seed is None:
-                    draw.seed()
-                else:
-                    draw.manual_seed(seed + start + index)
-            answers += self._continue(part, max_tokens, (temperature, top_p, top_k), draws)
-        return answers
+        """Continues each sequence; see `raycomplete.runtime.types.Generator.generate`.
+
+        Raises:
+            ValueError: Sampling is asked for.
+        """
+        if temperature != 0:
+            raise ValueError("Contrastive decoding is greedy.")
+        size = self.settings.batch
+        batches = [[list(ids) for ids in sequences[start : start + size]] for start in range(0, len(sequences), size)]
+        return [answer for batch in batches for answer in self._continue(batch, max_tokens)]
 
     @torch.inference_mode()
-    def _continue(
-        self,
-        sequences: list[list[int]],
-        max_tokens: int,
-        sampling: tuple[float, float, int],
-        draws: Sequence[torch.Generator],
-    ) -> list[list[int]]:
+    def _continue(self, sequences: list[list[int]], max_tokens: int) -> list[list[int]]:
         width = max(map(len, sequences))
-        room = [min(max_tokens, self._max_length - len(sequence)) for sequence in sequences]
+        room = [min(max_tokens, self.max_length - len(sequence)) for sequence in sequences]
         # Padded on the left, so that the last column of every row is its last token.
         mask_BT = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in sequences])
         next_BT = torch.tensor([[0] * (width - len(row)) + row for row in sequences])
-        models = [model for model in (self._aligned, self._base) if model is not None]
+        models = [model for model in (self.aligned, self.base) if model is not None]
         caches: list[Any] = [None] * len(models)
         new: list[list[int]] = [[] for _ in sequences]
         open_rows = {index for index, tokens in enumerate(room) if tokens > 0}
@@ -170,20 +136,17 @@ class ContrastiveDecoder:
                 log_BV, caches[index] = self._read(model, next_BT, mask_BT, caches[index])
                 log_probs.append(log_BV)
             log_q_BV = log_probs[0]
-            if self._base is not None:
-                log_aligned_BV, log_base_BV = log_probs
-                log_q_BV = contrastive_log_probs(
-                    log_aligned_BV, log_base_BV, self._settings.alpha, self._settings.plausibility
-                )
-            chosen = _choose(log_q_BV, *sampling, draws)
+            if self.base is not None:
+                settings = self.settings
+                log_q_BV = contrastive_log_probs(log_q_BV, log_probs[1], settings.alpha, settings.plausibility)
+            chosen = log_q_BV.argmax(dim=-1)
             for index in list(open_rows):
-                if chosen[index] in self._stop_ids:
+                token = int(chosen[index])
+                if token not in self.stop_ids:
+                    new[index].append(token)
+                if token in self.stop_ids or len(new[index]) >= room[index]:
                     open_rows.discard(index)
-                    continue
-                new[index].append(chosen[index])
-                if len(new[index]) >= room[index]:
-                    open_rows.discard(index)
-            next_BT = torch.tensor(chosen)[:, None]
+            next_BT = chosen[:, None]
             mask_BT = torch.cat([mask_BT, torch.ones_like(next_BT)], dim=1)
         return new
 
@@ -198,24 +161,8 @@ class ContrastiveDecoder:
             use_cache=True,
             logits_to_keep=1,
         )
-        log_BV = output.logits[:, -1, : self._vocab_size].float().log_softmax(dim=-1)
+        log_BV = output.logits[:, -1, : self.vocab_size].float().log_softmax(dim=-1)
         return log_BV.cpu(), output.past_key_values
-
-
-def _choose(
-    log_q_BV: Tensor, temperature: float, top_p: float, top_k: int, draws: Sequence[torch.Generator]
-) -> list[int]:
-    """The next token of each row: the likeliest, or a draw from the nucleus of the `top_k` likeliest (0: of all)."""
-    if temperature == 0:
-        return [int(token) for token in log_q_BV.argmax(dim=-1).tolist()]
-    sorted_BV, token_BV = (log_q_BV / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
-    if top_k:
-        sorted_BV[:, top_k:] = 0.0
-        sorted_BV /= sorted_BV.sum(dim=-1, keepdim=True)
-    # A token belongs to the nucleus while those before it hold less than top_p.
-    sorted_BV = sorted_BV.masked_fill(sorted_BV.cumsum(dim=-1) - sorted_BV >= top_p, 0.0)
-    places = [int(torch.multinomial(row_V, 1, generator=draw)) for row_V, draw in zip(sorted_BV, draws, strict=True)]
-    return [int(row_V[place]) for row_V, place in zip(token_BV, places, strict=True)]
 
 
 class ContrastiveWorker:
@@ -238,7 +185,7 @@ class ContrastiveWorker:
 
     def cost(self, sequences: list[list[int]], max_tokens: int) -> dict[str, float]:
         """Tokens per second of plain and of contrastive decoding in one process, taken in turns, and their ratio."""
-        decoders = {"contrastive": self._ready(), "plain": self._ready().plain()}
+        decoders = {"contrastive": self._ready(), "plain": replace(self._ready(), base=None)}
         seconds, tokens = dict.fromkeys(decoders, 0.0), dict.fromkeys(decoders, 0)
         for turn in range(_COST_ROUNDS + 1):
             for name, decoder in decoders.items():
@@ -266,15 +213,9 @@ class ContrastiveWorker:
 
 
 class ContrastiveClient:
-    """Handle on a contrastive decoder actor (implements `raycomplete.runtime.types.Generator`)."""
+    """A contrastive decoder in a Ray actor (implements `raycomplete.runtime.types.Generator`)."""
 
-    def __init__(self, actor: Any, timeout_s: float) -> None:
-        self._actor = actor
-        self._timeout_s = timeout_s
-
-    @classmethod
-    def of_run(cls, run: Run) -> ContrastiveClient:
-        """Asks Ray for the actor."""
+    def __init__(self, run: Run) -> None:
         config, models, use_gpu = run.config, run.models, run.cluster.use_gpu
         options = {
             "vocab_size": models.codec.vocab_size,
@@ -290,8 +231,8 @@ class ContrastiveClient:
             max_restarts=1,
         )
         paths = {role: models.paths[role] for role in ("aligned", "base")}
-        actor = placed.remote(paths, config.models.dtype, config.models.trust_remote_code, options)
-        return cls(actor, config.rollout.timeout_s)
+        self._actor = placed.remote(paths, config.models.dtype, config.models.trust_remote_code, options)
+        self._timeout_s = config.rollout.timeout_s
 
     def generate(self, sequences: Sequence[Sequence[int]], **options: Any) -> list[list[int]]:
         """Continues sequences; see `ContrastiveDecoder.generate`."""

@@ -246,18 +246,14 @@ def gradient_rows(hidden_NH: Tensor, head: Head, target_N: Tensor, chunk_tokens:
 
 
 def preference_factor(
-    log_prob_chosen: float,
-    log_ref_chosen: float,
-    log_prob_rejected: float,
-    log_ref_rejected: float,
-    beta: float,
+    log_prob_chosen: float, log_ref_chosen: float, log_prob_rejected: float, log_ref_rejected: float, beta: float
 ) -> float:
     """beta sigmoid(-m): what DPO multiplies every position's SFT gradient with, in both answers.
 
     Args:
         log_prob_chosen: log p(y) of the safe answer, summed over its tokens, nats.
         log_ref_chosen: The same under the frozen reference.
-        log_prob_rejected: log p(z) of the compliant answer.
+        log_prob_rejected: log p(z) of the compliant answer, as above.
         log_ref_rejected: The same under the frozen reference.
         beta: DPO's temperature, positive.
     """

@@ -17,14 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from raycomplete.data.stream import (
-    Columns,
-    content_key,
-    partition_metadata,
-    partitions,
-    read_partition,
-    write_partition,
-)
+from raycomplete.data import stream
+from raycomplete.data.stream import Columns, content_key, partition_metadata, read_partition, write_partition
 from raycomplete.diagnosis.measurement import Measurement
 from raycomplete.diagnosis.rows import METRICS
 from raycomplete.diagnosis.samples import DiagnosisSample, partition_samples, read_prompts
@@ -48,7 +42,7 @@ def measure_kind(run: Run, measurement: Measurement, kind: PromptKind) -> list[s
     names: list[str] = []
     done = 0
     with run.console.progress(f"Measured {kind} prompts", settings.num_prompts or 0) as advance:
-        for number, prompts in enumerate(partitions(read_prompts(run.config, kind), settings.partition_prompts)):
+        for number, prompts in enumerate(stream.partitions(read_prompts(run.config, kind), settings.partition_prompts)):
             names.append(f"{kind}-{number:05d}")
             stats = partition_metadata(run.folder / "partitions" / f"{names[-1]}.parquet")
             if stats is None:
@@ -98,21 +92,22 @@ def measure_partition(
     first = 0
     for batch, by_role in measurement.rows(samples):
         lengths = [len(sample.answer_ids) for sample in batch]
-        prompt_N = np.repeat(np.arange(first, first + len(batch), dtype=np.int32), lengths)
-        position_N = np.concatenate([np.arange(length, dtype=np.int32) for length in lengths])
-        token_N = np.concatenate([np.asarray(sample.answer_ids, dtype=np.int32) for sample in batch])
+        read: Columns = {
+            "prompt": np.repeat(np.arange(first, first + len(batch), dtype=np.int32), lengths),
+            "position": np.concatenate([np.arange(length, dtype=np.int32) for length in lengths]),
+            "token_id": np.concatenate([np.asarray(sample.answer_ids, dtype=np.int32) for sample in batch]),
+        }
         for number, role in enumerate(measurement.policies):
             found = by_role[role]
-            values_MN = found.values_NM.float().cpu().numpy().T
-            role_N = np.full(len(prompt_N), number, dtype=np.int8)
-            measured: Columns = {name: values_MN[index] for index, name in enumerate(METRICS)}
-            rows.append({"prompt": prompt_N, "role": role_N, "position": position_N, "token_id": token_N, **measured})
-            row_K = found.row_K.cpu().numpy()
+            row_K, values_NM = found.row_K.cpu().numpy(), found.values_NM.float().cpu().numpy()
+            role_N = np.full(len(values_NM), number, dtype=np.int8)
+            columns = {"prompt": read["prompt"], "role": role_N} | read
+            rows.append(columns | dict(zip(METRICS, values_NM.T, strict=True)))
             favored.append(
                 {
-                    "role": np.full(len(row_K), number, dtype=np.int8),
-                    "prompt": prompt_N[row_K],
-                    "position": position_N[row_K],
+                    "role": role_N[row_K],
+                    "prompt": read["prompt"][row_K],
+                    "position": read["position"][row_K],
                     "token_id": found.token_K.cpu().numpy().astype(np.int32),
                     "base": found.base_probability_K.double().cpu().numpy(),
                     "policy": found.policy_probability_K.double().cpu().numpy(),

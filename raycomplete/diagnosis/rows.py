@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -145,7 +145,7 @@ def diagnose_rows(
             for name, (_, head) in policies.items():
                 policy, weight_BV = _read(head, policy_CV[name][block])
                 found = _compare(policy, weight_BV, base, candidate_2K, refusal_R, settings)
-                parts[name].append(_shifted(found, start + first))
+                parts[name].append(replace(found, row_K=found.row_K + start + first))
     joined = {name: _joined(found) for name, found in parts.items()}
     for name, found in joined.items():
         check_rows_finite(f"the KL of {name} to base", found.column("kl_to_base"))
@@ -265,12 +265,6 @@ def _kl(policy: _Block, weight_BV: Tensor, base: _Block) -> Tensor:
     return (sum_B / policy.total_B - difference_B).clamp(min=0.0)
 
 
-def _shifted(rows: DiagnosisRows, start: int) -> DiagnosisRows:
-    return DiagnosisRows(
-        rows.values_NM, rows.row_K + start, rows.token_K, rows.base_probability_K, rows.policy_probability_K
-    )
-
-
 def _joined(parts: Sequence[DiagnosisRows]) -> DiagnosisRows:
-    names = ("values_NM", "row_K", "token_K", "base_probability_K", "policy_probability_K")
-    return DiagnosisRows(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
+    columns = ([getattr(part, column.name) for part in parts] for column in fields(DiagnosisRows))
+    return DiagnosisRows(*map(torch.cat, columns))

@@ -317,7 +317,7 @@ def _steps_by_depth(metrics: Sequence[Mapping[str, Any]], key: str, label: str) 
 
 
 def outcome_bars(results: Mapping[str, Mapping[str, Any]]) -> Plot | None:
-    """What the models did at each depth, aligned beside student; None where neither was evaluated."""
+    """Outcomes at each depth, aligned beside student; None where neither was evaluated."""
     roles = [role for role in ("aligned", "student") if role in results]
     if not roles:
         return None

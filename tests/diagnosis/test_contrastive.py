@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -32,7 +33,7 @@ def decoder(
         models["aligned"],
         models["base"],
         vocab_size=codec.vocab_size,
-        stop_ids=sorted(codec.eos_ids),
+        stop_ids=tuple(codec.eos_ids),
         settings=ContrastiveDecodingConfig(alpha=alpha, plausibility=PLAUSIBILITY, batch=batch),
         max_length=max_length,
     )
@@ -69,23 +70,17 @@ def test_contrastive_decoding_equals_reading_everything_anew(organism_models: di
     sequences = organism_sequences(4)
     found = decoder(organism_models).generate(sequences, max_tokens=12)
     assert found == [slow_greedy(organism_models, sequence, 12, ALPHA) for sequence in sequences]
-    plain = decoder(organism_models).plain().generate(sequences, max_tokens=12)
+    plain = replace(decoder(organism_models), base=None).generate(sequences, max_tokens=12)
     assert plain == [slow_greedy(organism_models, sequence, 12, 0.0) for sequence in sequences]
     assert plain != found
     assert decoder(organism_models, batch=1).generate(sequences, max_tokens=12) == found
 
 
-def test_contrastive_sampling_is_reproducible_and_ends_in_time(organism_models: dict[str, Any]) -> None:
+def test_responses_end_in_time_and_sampling_is_refused(organism_models: dict[str, Any]) -> None:
     sequences = organism_sequences(4)
-    options: dict[str, Any] = {"max_tokens": 8, "temperature": 6.0, "top_p": 0.95}
-    first = decoder(organism_models).generate(sequences, seed=5, **options)
-    assert decoder(organism_models, batch=2).generate(sequences, seed=5, **options) == first
-    assert decoder(organism_models).generate(sequences, seed=6, **options) != first
     longest = max(map(len, sequences))
     cut = decoder(organism_models, max_length=longest + 1).generate(sequences, max_tokens=8)
     assert all(len(tokens) + len(sequence) <= longest + 1 for tokens, sequence in zip(cut, sequences, strict=True))
     assert decoder(organism_models, max_length=longest).generate(sequences, max_tokens=8)[-1] == []
-    # A nucleus that holds one token is greedy.
-    narrow = decoder(organism_models).generate(sequences, max_tokens=8, temperature=1.0, top_p=1e-6, seed=0)
-    assert narrow == decoder(organism_models).generate(sequences, max_tokens=8, temperature=1.0, top_k=1, seed=0)
-    assert narrow == decoder(organism_models).generate(sequences, max_tokens=8)
+    with pytest.raises(ValueError, match="greedy"):
+        decoder(organism_models).generate(sequences, max_tokens=8, temperature=0.5, seed=1)

@@ -1,4 +1,4 @@
-"""What a diagnosis reads, by mode and source."""
+"""Responses that a diagnosis reads, by mode and source."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ def a_rate(successes: int, n: int) -> dict[str, Any]:
 
 
 def a_result(role: str, n: int = N, depths: tuple[int, ...] = DEPTHS) -> dict[str, Any]:
-    """What an evaluation leaves for one model."""
+    """The result that an evaluation leaves for one model."""
     variants: dict[str, Any] = {}
     by_depth = {}
     for depth, complied in zip(depths, COMPLIED[role], strict=False):

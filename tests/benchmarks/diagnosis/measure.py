@@ -34,7 +34,7 @@ ROLES = ("base", "aligned")
 
 @dataclass(frozen=True)
 class Work:
-    """What is diagnosed.
+    """A diagnosis whose cost is measured.
 
     Attributes:
         base: Checkpoint.
@@ -95,7 +95,7 @@ class Timed:
 
 @dataclass
 class Found:
-    """What came out.
+    """Measurements of one diagnosis.
 
     Attributes:
         engine: Scorers alone: the same batches asked for and taken, nothing done with them.

@@ -1,4 +1,4 @@
-"""What a formula says and what was measured."""
+"""Values by formula beside measured ones."""
 
 from __future__ import annotations
 
