@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from raycomplete.attacks.target import FloatArray, SuffixProblem
+from raycomplete.data.families import embedding_scale
 
 
 class TorchModel:
@@ -49,8 +50,7 @@ class TorchModel:
         num_tokens = int(embedding_VH.weight.shape[0])
         one_hot_SV = torch.nn.functional.one_hot(self._ids(suffix), num_tokens).to(embedding_VH.weight.dtype)
         one_hot_SV.requires_grad_(True)
-        # Looking rows up instead would skip what some models do to their embeddings, such as Gemma's scale.
-        scale = embedding_VH(self._ids(suffix)).norm() / embedding_VH.weight[self._ids(suffix)].norm()
+        scale = embedding_scale(embedding_VH, self._ids(suffix))
         tail_TH = embedding_VH(self._ids([*problem.after, *problem.target]))
         inputs_1TH = torch.cat([scale * (one_hot_SV @ embedding_VH.weight), tail_TH])[None]
         with torch.enable_grad():

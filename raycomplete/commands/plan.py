@@ -93,7 +93,7 @@ def _of_checkpoint(spec: str, role: str) -> ModelShape:
             )
         return found
     if scheme == "organism" and rest:
-        from raycomplete.data.organism.locate import OrganismRole, checkpoint_path
+        from raycomplete.data.organism import OrganismRole, checkpoint_path
 
         return _of_config_file(checkpoint_path(cast(OrganismRole, rest)) / "config.json", spec)
     path = Path(spec).expanduser()

@@ -1,4 +1,4 @@
-"""Text to token ids and back: one codec per tokenizer, chat template included."""
+"""Turns text into token ids and back, chat template included."""
 
 from __future__ import annotations
 
@@ -10,14 +10,12 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from raycomplete.data.families import END_OF_TURN, chat_messages
 from raycomplete.runtime.errors import CheckpointError
-
-# Names under which chat families keep their end-of-turn token; each that the vocabulary holds ends a response.
-_END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|endoftext|>", "<end_of_turn>", "</s>", "<|end|>")
 
 
 class ChatCodec:
-    """Encodes prompts and answers of one model family (implements `raycomplete.runtime.types.Codec`).
+    """Encodes prompts and answers with one checkpoint's tokenizer (implements `raycomplete.runtime.types.Codec`).
 
     Args:
         path: Checkpoint folder with tokenizer files.
@@ -41,39 +39,37 @@ class ChatCodec:
                 "Set eos_token in its tokenizer_config.json.",
             )
         vocabulary: dict[str, int] = self._tokenizer.get_vocab()
-        named = {vocabulary[token] for token in _END_OF_TURN if token in vocabulary}
+        named = {vocabulary[token] for token in END_OF_TURN if token in vocabulary}
         self._eos_ids = frozenset(named | {self._tokenizer.eos_token_id})
         self._vocab_size = max(vocabulary.values()) + 1
 
     @property
     def eos_ids(self) -> frozenset[int]:
-        """Ids that end a response."""
+        """Token ids that end a response."""
         return self._eos_ids
 
     @property
     def eos_id(self) -> int:
-        """The id that training appends to a finished answer."""
+        """Token id that training appends to a finished answer."""
         return int(self._tokenizer.eos_token_id)
 
     @property
     def vocab_size(self) -> int:
-        """One more than the largest token id: rows of the embedding from here on are padding."""
+        """Largest token id plus one: rows of the embedding from here on are padding."""
         return self._vocab_size
 
     def encode_prompt(self, text: str, system: str | None = None) -> list[int]:
-        """The user message in its chat template, up to the point where the response starts.
+        """Encodes a user message in its chat template, up to the point where the response starts.
 
-        A tokenizer without a chat template (a pretrained base) gets the text, a blank line, and its start token.
+        Without a chat template (a pretrained base) it encodes the text and a blank line, after the start token.
         """
         if self._tokenizer.chat_template:
-            messages = [{"role": "user", "content": text}]
             try:
-                rendered = self._render([{"role": "system", "content": system}, *messages] if system else messages)
+                rendered = self._render(chat_messages(text, system))
             except Exception:
                 if not system:
                     raise
-                # Some families (Gemma 2, Mistral) know no system role: there the system prompt opens the user turn.
-                rendered = self._render([{"role": "user", "content": f"{system}\n\n{text}"}])
+                rendered = self._render(chat_messages(text, system, system_role=False))
             return list(self._tokenizer.encode(rendered, add_special_tokens=False))
         return list(self._tokenizer.encode(f"{system}\n\n{text}\n\n" if system else f"{text}\n\n"))
 
@@ -81,20 +77,20 @@ class ChatCodec:
         return str(self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
 
     def encode_answer(self, text: str) -> list[int]:
-        """Response tokens of a text, without template and without end-of-response."""
+        """Encodes a response, without template and without end-of-response."""
         return list(self._tokenizer.encode(text, add_special_tokens=False))
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of response tokens, special tokens left out."""
+        """Decodes response tokens, special tokens left out."""
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
     def fingerprint(self) -> str:
-        """Hash of the vocabulary and chat template; equal hashes mean interchangeable token ids."""
+        """Returns a hash of vocabulary and chat template; equal hashes mean interchangeable token ids."""
         content = [sorted(self._tokenizer.get_vocab().items()), self._tokenizer.chat_template]
         return hashlib.sha256(json.dumps(content, ensure_ascii=True).encode()).hexdigest()[:16]
 
     def vocabulary_fingerprint(self) -> str:
-        """Hash of the vocabulary alone: a base and its aligned twin may differ in their chat template only."""
+        """Returns a hash of the vocabulary alone: a base and its aligned twin may have other chat templates."""
         return hashlib.sha256(json.dumps(sorted(self._tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
 
     def save(self, folder: Path) -> None:

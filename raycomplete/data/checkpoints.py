@@ -1,17 +1,19 @@
-"""Checkpoints from a folder, a hub id, a GGUF file or the embedded organism, always as a local folder of safetensors.
+"""Finds, checks, loads and writes checkpoints: a folder, a hub id, a GGUF file or the embedded organism.
 
-Weights are read as safetensors only: a pickle can run code when it is loaded. Writing goes through a sibling temporary
-folder and a rename, so a killed process never leaves half a checkpoint under the final name.
+Every checkpoint becomes a local folder of safetensors. Weights are read as safetensors only: a pickle can run code when
+it is loaded. Writing goes through a sibling temporary folder and a rename, so a killed process never leaves half a
+checkpoint under the final name.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,33 +22,19 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from raycomplete.config import Dtype
 from raycomplete.data.chat import ChatCodec
-from raycomplete.data.organism.locate import OrganismRole, checkpoint_path
-from raycomplete.data.safety import check_safe
+from raycomplete.data.families import NOT_ARCHITECTURE
+from raycomplete.data.organism import OrganismRole, checkpoint_path
 from raycomplete.runtime.errors import CheckpointError
 
 TORCH_DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_NOT_ARCHITECTURE = frozenset(
-    {
-        "transformers_version",
-        "dtype",
-        "torch_dtype",
-        "use_cache",
-        "bos_token_id",
-        "eos_token_id",
-        "pad_token_id",
-        "max_position_embeddings",
-        # Inert where sliding windows are off, and different between Qwen 2.5 and its chat models.
-        "max_window_layers",
-        "use_mrope",
-    }
-)
+INDEX = "model.safetensors.index.json"
 _FINGERPRINT_WHOLE_BYTES = 2 * 2**30
 _FINGERPRINT_BLOCKS = 64
 _FINGERPRINT_BLOCK_BYTES = 65536
 
 
 def resolve_checkpoint(spec: str, *, role: str) -> Path:
-    """The local folder of a checkpoint, converted or downloaded first where needed.
+    """Returns the local folder of a checkpoint, converted or downloaded first where needed.
 
     Args:
         spec: A folder, `organism:base|aligned`, `package:NAME` (a GGUF inside an installed package), a .gguf file, or
@@ -78,7 +66,7 @@ def resolve_checkpoint(spec: str, *, role: str) -> Path:
 
 
 def load_model(path: Path, dtype: Dtype, *, trust_remote_code: bool = False) -> Any:
-    """A causal language model in evaluation mode, on the CPU, from safetensors."""
+    """Loads a causal language model from safetensors, in evaluation mode, on the CPU."""
     model = AutoModelForCausalLM.from_pretrained(
         str(path), dtype=TORCH_DTYPES[dtype], use_safetensors=True, trust_remote_code=trust_remote_code
     )
@@ -127,7 +115,7 @@ def write_folder_atomically(folder: Path, write: Callable[[Path], None]) -> None
 
 
 def fingerprint(path: Path) -> str:
-    """Names the weights of a checkpoint: its configuration and the content of its safetensors files.
+    """Returns a hash that names the weights of a checkpoint: its configuration and its safetensors files.
 
     Files of up to 2 GiB are read whole. Of larger ones 64 evenly spaced blocks of 64 KiB are read, which tells apart
     models that differ by training, though not by an edit of a few tensors.
@@ -144,6 +132,26 @@ def fingerprint(path: Path) -> str:
                 stream.seek(block * max(size - _FINGERPRINT_BLOCK_BYTES, 0) // (_FINGERPRINT_BLOCKS - 1))
                 digest.update(stream.read(_FINGERPRINT_BLOCK_BYTES))
     return digest.hexdigest()[:16]
+
+
+def architecture(path: Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
+    """Returns the parts of config.json that decide whether two checkpoints fit the same engine.
+
+    A base and its chat model often differ in their end token and in the context that they declare (Llama 3.1,
+    Qwen 2.5); neither changes a weight, and the context of each is checked by itself.
+
+    Raises:
+        CheckpointError: transformers does not know the architecture.
+    """
+    try:
+        # Through transformers, so that files of other versions compare equal (rope_theta and rope_parameters).
+        config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code).to_dict()
+    except Exception as error:
+        raise CheckpointError(
+            f"The configuration of {path} cannot be read ({' '.join(str(error).split())}).",
+            "It needs a config.json of an architecture that transformers knows.",
+        ) from error
+    return {key: value for key, value in config.items() if key not in NOT_ARCHITECTURE and not key.startswith("_")}
 
 
 def check_same_vocabulary(paths: dict[str, Path], *, trust_remote_code: bool = False) -> ChatCodec:
@@ -164,6 +172,58 @@ def check_same_vocabulary(paths: dict[str, Path], *, trust_remote_code: bool = F
                 "The method compares distributions token by token: use two checkpoints of one family.",
             )
     return codecs["aligned"]
+
+
+def check_safe(folder: Path, *, role: str) -> None:
+    """Refuses a checkpoint folder that makes loaders run code from the hub or read weights from somewhere else.
+
+    Code in the folder itself is refused by transformers and vLLM unless `models.trust_remote_code` is set.
+
+    Args:
+        folder: Checkpoint folder.
+        role: base, aligned or student; named in messages.
+
+    Raises:
+        CheckpointError: It names an adapter, code from the hub, or weights outside of it.
+    """
+    if (folder / "adapter_config.json").exists():
+        raise CheckpointError(
+            f"models.{role}: {folder} holds an adapter (adapter_config.json), which transformers would put over the "
+            "weights, vLLM would not, and which may be a pickle.",
+            "Merge it into its base model first, or remove it.",
+        )
+    for key, value in _settings(_read_json(folder / "config.json", role)):
+        if key.endswith("_implementation") and isinstance(value, str) and "/" in value:
+            raise CheckpointError(
+                f"models.{role}: config.json of {folder} asks for code from the hub ({key}: {value!r}).",
+                f"Remove {key} from it.",
+            )
+    weight_files(folder, role=role)
+
+
+def weight_files(folder: Path, *, role: str = "") -> dict[str, str]:
+    """Returns the file of every tensor by the index of a sharded checkpoint; empty where there is no index.
+
+    Raises:
+        CheckpointError: The index cannot be read, or names a file that is no safetensors file of this folder.
+    """
+    index = folder / INDEX
+    if not index.is_file():
+        return {}
+    mapping = _read_json(index, role).get("weight_map")
+    if not isinstance(mapping, dict) or not mapping:
+        raise CheckpointError(f"{_who(role)}{index} has no weight_map.", "Download or save the checkpoint again.")
+    for file in set(map(str, mapping.values())):
+        if Path(file).name != file or not file.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{_who(role)}{index} names {file!r}, which is no safetensors file of this folder.",
+                "An index that points elsewhere is no honest checkpoint: do not use it.",
+            )
+        if not (folder / file).is_file():
+            raise CheckpointError(
+                f"{_who(role)}{folder} lacks the weights {file}, which its index names.", "Download it again."
+            )
+    return {str(name): str(folder / str(file)) for name, file in mapping.items()}
 
 
 def _check_folder(path: Path, role: str) -> None:
@@ -195,7 +255,7 @@ def _package_gguf(name: str, role: str) -> Path:
 
 
 def _convert_gguf(file: Path, role: str) -> Path:
-    """De-quantizes a GGUF file once into the cache folder and returns the checkpoint there."""
+    """De-quantizes a GGUF file into the cache folder, once, and returns the checkpoint there."""
     cache = Path(os.environ.get("RAYCOMPLETE_CACHE", Path.home() / ".cache" / "raycomplete"))
     stat = file.stat()
     key = hashlib.sha256(f"{file}:{stat.st_size}:{int(stat.st_mtime)}".encode()).hexdigest()[:12]
@@ -244,21 +304,25 @@ def _download(spec: str, role: str) -> Path:
     return Path(folder)
 
 
-def architecture(path: Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
-    """The parts of config.json that decide whether two checkpoints fit the same engine.
+def _settings(tree: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Walks keys and values of a configuration and of its parts (text_config and the like)."""
+    for key, value in tree.items():
+        yield key, value
+        if isinstance(value, dict):
+            yield from ((f"{key}", item) for item in value.values() if key.endswith("_implementation"))
+            yield from _settings(value)
 
-    A base and its chat model often differ in their end token and in the context that they declare (Llama 3.1,
-    Qwen 2.5); neither changes a weight, and the context of each is checked by itself.
 
-    Raises:
-        CheckpointError: transformers does not know the architecture.
-    """
+def _read_json(file: Path, role: str) -> dict[str, Any]:
     try:
-        # Through transformers, so that files of other versions compare equal (rope_theta and rope_parameters).
-        config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code).to_dict()
-    except Exception as error:
-        raise CheckpointError(
-            f"The configuration of {path} cannot be read ({' '.join(str(error).split())}).",
-            "It needs a config.json of an architecture that transformers knows.",
-        ) from error
-    return {key: value for key, value in config.items() if key not in _NOT_ARCHITECTURE and not key.startswith("_")}
+        tree = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise CheckpointError(f"{_who(role)}{file} cannot be read ({reason}).", "Download it again.") from error
+    if not isinstance(tree, dict):
+        raise CheckpointError(f"{_who(role)}{file} holds no mapping.", "Download it again.")
+    return tree
+
+
+def _who(role: str) -> str:
+    return f"models.{role}: " if role else ""

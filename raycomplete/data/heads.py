@@ -1,8 +1,8 @@
-"""What turns a model's final hidden states into logits, read from its checkpoint.
+"""Reads the output head of a checkpoint, which turns a model's final hidden states into logits.
 
 A pooling engine carries no lm_head, so the trainer multiplies hidden states with a head of its own. Everything that
-can silently go wrong there (tied or untied weight, bias, scale, softcap, padding rows) is read here once and then
-proved against transformers by `raycomplete.engines.parity`.
+can silently go wrong there (tied or untied weight, bias, scale, softcap, padding rows) is read here once, by the facts
+in `raycomplete.data.families`, and compared with transformers by `raycomplete.engines.parity`.
 """
 
 from __future__ import annotations
@@ -15,12 +15,10 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from raycomplete.data.safety import weight_files
+from raycomplete.data.checkpoints import weight_files
+from raycomplete.data.families import EMBEDDINGS, HEAD_BIAS, HEADS, head_scale, head_softcap, is_tied, text_config
 from raycomplete.losses.heads import Head
 from raycomplete.runtime.errors import CheckpointError
-
-_HEAD_KEYS = ("lm_head.weight", "output.weight")
-_EMBEDDING_KEYS = ("model.embed_tokens.weight", "transformer.wte.weight", "embed_tokens.weight")
 
 
 @dataclass(frozen=True)
@@ -31,12 +29,12 @@ class HeadSpec:
         path: Checkpoint folder.
         weight_key: Tensor that holds the head, [V_padded, H].
         bias_key: Tensor that holds the bias, [V_padded], or None.
-        tied: Whether the head is the input embedding.
+        tied: True if the head is the input embedding.
         scale: Factor on the logits.
         softcap: Bound of a tanh on the scaled logits, or None.
         vocab_size: True tokens; rows from here on are padding and are dropped.
         hidden_size: H.
-        model_fingerprint: Names the weights (`raycomplete.data.checkpoints.fingerprint`).
+        model_fingerprint: Names the weights (see `raycomplete.data.checkpoints.fingerprint`).
         tokenizer_hash: Names the vocabulary.
     """
 
@@ -52,7 +50,7 @@ class HeadSpec:
     tokenizer_hash: str
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, for logs and cache keys."""
+        """Returns plain values, for logs and cache keys."""
         return asdict(self)
 
 
@@ -68,13 +66,12 @@ def read_head_spec(path: Path, *, vocab_size: int, model_fingerprint: str, token
     Raises:
         CheckpointError: The head cannot be found, or has fewer rows than the tokenizer has tokens.
     """
-    config = json.loads((path / "config.json").read_text())
-    config = config.get("text_config", config)
+    config = text_config(json.loads((path / "config.json").read_text()))
     files = tensor_files(path)
-    tied = bool(config.get("tie_word_embeddings", not any(key in files for key in _HEAD_KEYS)))
-    candidates = _EMBEDDING_KEYS if tied else _HEAD_KEYS
+    tied = is_tied(config, files)
+    candidates = EMBEDDINGS if tied else HEADS
     # A tied checkpoint may store only one of the two names.
-    key = next((name for name in (*candidates, *(_HEAD_KEYS if tied else ())) if name in files), None)
+    key = next((name for name in (*candidates, *(HEADS if tied else ())) if name in files), None)
     if key is None:
         raise CheckpointError(f"The checkpoint {path} has no output head under any of {', '.join(candidates)}.")
     with safe_open(files[key], framework="pt") as tensors:
@@ -84,14 +81,13 @@ def read_head_spec(path: Path, *, vocab_size: int, model_fingerprint: str, token
             f"The head of {path} has {rows} rows for a tokenizer of {vocab_size} tokens.",
             "The tokenizer beside the weights belongs to another model.",
         )
-    bias_key = "lm_head.bias" if "lm_head.bias" in files else None
     return HeadSpec(
         path=str(path),
         weight_key=key,
-        bias_key=bias_key,
+        bias_key=HEAD_BIAS if HEAD_BIAS in files else None,
         tied=tied,
-        scale=_scale(config),
-        softcap=config.get("final_logit_softcapping"),
+        scale=head_scale(config),
+        softcap=head_softcap(config),
         vocab_size=vocab_size,
         hidden_size=hidden_size,
         model_fingerprint=model_fingerprint,
@@ -100,7 +96,7 @@ def read_head_spec(path: Path, *, vocab_size: int, model_fingerprint: str, token
 
 
 def load_head(spec: HeadSpec, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> Head:
-    """The frozen head of a checkpoint, padding rows dropped.
+    """Loads the frozen head of a checkpoint, padding rows dropped.
 
     Returns:
         Head with weight [V, H] in `dtype` on `device`.
@@ -120,15 +116,8 @@ def load_head(spec: HeadSpec, *, dtype: torch.dtype, device: torch.device | str 
     )
 
 
-def _scale(config: dict[str, Any]) -> float:
-    """Cohere multiplies logits by `logit_scale`; Granite divides them by `logits_scaling`."""
-    if "logits_scaling" in config:
-        return 1.0 / float(config["logits_scaling"])
-    return float(config.get("logit_scale") or 1.0)
-
-
 def tensor_files(path: Path) -> dict[str, str]:
-    """File of every tensor of a checkpoint, by tensor name."""
+    """Returns the file of every tensor of a checkpoint, by tensor name."""
     found = weight_files(path)
     if found:
         return found

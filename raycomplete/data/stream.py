@@ -1,8 +1,8 @@
-"""Prompts streamed from large inputs, and results written partition by partition.
+"""Streams prompts from large inputs, and writes results partition by partition.
 
 Inputs are JSONL, CSV or Parquet files or a hub id, read row by row through `datasets`; nothing is held but 8 bytes a
-prompt, which tell repeats. A partition is one Parquet file, whole or absent, that names what it was made from, so that
-a finished one is never made again and one made from other prompts is never mistaken for it.
+prompt, which tell repeats. A partition is one Parquet file, whole or absent, that names the prompts it was made from:
+a finished one is never made again, and one made from other prompts is never mistaken for it.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raycomplete.config import PromptSource, StreamSource
-from raycomplete.data.prompts import matches, prompt_of
+from raycomplete.config import StreamSource
+from raycomplete.data.prompts import no_prompts, select_prompts
 from raycomplete.runtime.errors import DataError
 from raycomplete.runtime.files import PRIVATE, write_bytes
 from raycomplete.runtime.types import Prompt, PromptKind
@@ -38,11 +38,11 @@ _METADATA_KEY = b"raycomplete"
 
 
 def stream_prompts(sources: Sequence[StreamSource], kind: PromptKind, seed: int = 0) -> Iterator[Prompt]:
-    """Prompts of several sources one after the other, repeats dropped (same text, first wins).
+    """Yields the prompts of several sources one after the other, repeats dropped (same text, first wins).
 
     Args:
         sources: Files, patterns or hub ids and their columns.
-        kind: What the prompts are.
+        kind: Kind of all these prompts.
         seed: Draws the rows that a source's `limit` keeps; such a source is read to its end first.
 
     Raises:
@@ -58,14 +58,14 @@ def stream_prompts(sources: Sequence[StreamSource], kind: PromptKind, seed: int 
 
 
 def partitions(prompts: Iterable[Prompt], size: int) -> Iterator[tuple[Prompt, ...]]:
-    """Prompts in groups of `size`, the last one smaller; only one group is held."""
+    """Yields prompts in groups of `size`, the last one smaller; only one group is held."""
     stream = iter(prompts)
     while group := tuple(islice(stream, size)):
         yield group
 
 
 def content_key(prompts: Sequence[Prompt]) -> str:
-    """Names the content of a partition: ids, texts and answers."""
+    """Returns a hash that names the content of a partition: ids, texts and answers."""
     content = json.dumps([[prompt.prompt_id, prompt.text, prompt.answer] for prompt in prompts])
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
@@ -76,7 +76,7 @@ def write_partition(path: Path, columns: Mapping[str, Any], metadata: Mapping[st
     Args:
         path: A .parquet file.
         columns: Equally long arrays or lists by name.
-        metadata: What the partition was made from, and stats about it; plain JSON values.
+        metadata: Names what the partition was made from, and holds stats about it; plain JSON values.
     """
     table = pa.table(dict(columns)).replace_schema_metadata({_METADATA_KEY: json.dumps(metadata).encode()})
     sink = pa.BufferOutputStream()
@@ -85,7 +85,7 @@ def write_partition(path: Path, columns: Mapping[str, Any], metadata: Mapping[st
 
 
 def partition_metadata(path: Path) -> dict[str, Any] | None:
-    """What `write_partition` was told of a partition; None where there is none or it cannot be read."""
+    """Reads the metadata of a partition; None where there is none or it cannot be read."""
     try:
         stored = pq.read_schema(path).metadata or {}
         found: dict[str, Any] = json.loads(stored[_METADATA_KEY])
@@ -95,7 +95,7 @@ def partition_metadata(path: Path) -> dict[str, Any] | None:
 
 
 def read_partition(path: Path) -> Columns:
-    """Columns of a partition as arrays.
+    """Reads the columns of a partition as arrays.
 
     Raises:
         DataError: The file is missing or damaged.
@@ -110,22 +110,16 @@ def read_partition(path: Path) -> Columns:
 
 
 def _source_prompts(source: StreamSource, kind: PromptKind) -> Iterator[Prompt]:
-    name = Path(source.path.removeprefix(_HUB)).name
-    columns = PromptSource(
-        path=Path(name), prompt=source.prompt, context=source.context, answer=source.answer, where=source.where
-    )
     found = False
-    for index, row in enumerate(_rows(source)):
-        if matches(row, columns) and (prompt := prompt_of(row, index, columns, kind)) is not None:
-            found = True
-            yield prompt
+    for prompt in select_prompts(_rows(source), source, Path(Path(source.path.removeprefix(_HUB)).name), kind):
+        found = True
+        yield prompt
     if not found:
-        condition = f" with {source.where}" if source.where else ""
-        raise DataError(f"The prompt source {source.path} has no prompts{condition}.", "Check its rows and `where`.")
+        raise no_prompts("source", source.path, source)
 
 
 def _rows(source: StreamSource) -> Iterator[dict[str, Any]]:
-    """Rows of a source; whatever `datasets` finds wrong becomes one sentence."""
+    """Yields the rows of a source; every error of `datasets` becomes one sentence."""
     try:
         if source.path.startswith(_HUB):
             name = source.path.removeprefix(_HUB)
@@ -150,7 +144,7 @@ def _rows(source: StreamSource) -> Iterator[dict[str, Any]]:
 
 
 def _limited(prompts: Iterator[Prompt], source: StreamSource, seed: int) -> Iterator[Prompt]:
-    """At most `limit` prompts, each with the same chance, in the order of the source (reservoir sampling)."""
+    """Yields at most `limit` prompts, each with the same chance, in the order of the source (reservoir sampling)."""
     if source.limit is None:
         yield from prompts
         return

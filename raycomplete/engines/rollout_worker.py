@@ -13,6 +13,7 @@ import torch
 
 from raycomplete.config import RolloutConfig
 from raycomplete.data.checkpoints import TORCH_DTYPES
+from raycomplete.data.families import tied_head
 from raycomplete.engines.spec import EngineSpec
 from raycomplete.engines.weights import WeightSource, checkpoint_folder, checkpoint_tensors, key_of, version_of
 from raycomplete.runtime.errors import WorkError
@@ -186,10 +187,8 @@ def _refresh_tied_head(model: Any) -> None:
     no tensor for the head, so a reload leaves the head packed from the old embedding: the new model then speaks with
     the old model's head, without a word of warning.
     """
-    head = getattr(model, "lm_head", None)
-    embedding = getattr(getattr(model, "model", None), "embed_tokens", None)
-    tied = bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False))
-    if tied and head is not None and embedding is not None:
+    if found := tied_head(model):
+        head, embedding = found
         head.weight = embedding.weight
         head.quant_method.process_weights_after_loading(head)
 

@@ -25,6 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from raycomplete.data.families import is_head_tensor, is_optional_tensor
 from raycomplete.data.heads import tensor_files
 from raycomplete.runtime.errors import WorkError
 from raycomplete.runtime.ray_calls import wait_for
@@ -133,7 +134,7 @@ def checkpoint_tensors(
     """
     payload = _fetch(weights, timeout_s)
     files = tensor_files(Path(weights.start_path))
-    needed = {name for name in files if not name.endswith("rotary_emb.inv_freq") and not (tied and _is_head(name))}
+    needed = {name for name in files if not is_optional_tensor(name) and not (tied and is_head_tensor(name))}
     missing, problem = (
         (payload.keys() - files.keys(), "hold adapters for tensors that are not there")
         if weights.kind == "lora"
@@ -195,10 +196,6 @@ def _merged(files: Mapping[str, str], adapters: Mapping[str, Any], dtype: torch.
                     a_RI, b_OR, scale = adapters[name]
                     weight_OI = weight_OI.float() + (b_OR.float() @ a_RI.float()) * scale
                 yield name, weight_OI.to(dtype) if weight_OI.is_floating_point() else weight_OI
-
-
-def _is_head(name: str) -> bool:
-    return name.endswith("lm_head.weight")
 
 
 def _put(

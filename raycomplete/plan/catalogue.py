@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from raycomplete.config import Dtype
+from raycomplete.data.families import is_tied, llama_like, text_config
 from raycomplete.runtime.errors import CheckpointError, ConfigError
 from raycomplete.runtime.files import read_json
 
@@ -162,12 +163,6 @@ def read_hardware(path: Path) -> Hardware:
     return Hardware(**content)
 
 
-_NORM_FOUR = ("gemma2", "gemma3", "gemma3_text")  # norms before and after attention and MLP
-_QK_NORM = ("qwen3", "gemma3", "gemma3_text")
-_TIED_UNLESS_SAID = ("gemma", "gemma2", "gemma3", "gemma3_text")
-_KNOWN_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", *_TIED_UNLESS_SAID)
-
-
 @dataclass(frozen=True)
 class ModelShape:
     """A Llama-like decoder: gated MLP, grouped key-value heads, RMS norms.
@@ -266,16 +261,8 @@ def shape_from_config(config: Mapping[str, Any], name: str) -> ModelShape:
     Raises:
         CheckpointError: The model is no plain decoder of a family that the formulas know.
     """
-    config = config.get("text_config", config)
-    kind = str(config.get("model_type", ""))
-    if any(config.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts")):
-        raise CheckpointError(f"{name} is a mixture of experts, which `plan` has no formulas for.")
-    if kind not in _KNOWN_TYPES:
-        nearest = difflib.get_close_matches(kind, _KNOWN_TYPES, n=1)
-        hint = f"The nearest known one is {nearest[0]}." if nearest else f"Known: {', '.join(_KNOWN_TYPES)}."
-        raise CheckpointError(
-            f"{name} has the architecture {kind or 'of no name'!r}, which `plan` does not know.", hint
-        )
+    config = text_config(config)
+    family = llama_like(config, name)
     try:
         hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
         bias = bool(config.get("attention_bias", False))
@@ -288,12 +275,12 @@ def shape_from_config(config: Mapping[str, Any], name: str) -> ModelShape:
             num_kv_heads=int(config.get("num_key_value_heads") or heads),
             head_dim=int(config.get("head_dim") or hidden // heads),
             vocab_size=int(config["vocab_size"]),
-            tied=bool(config.get("tie_word_embeddings", kind in _TIED_UNLESS_SAID)),
-            qkv_bias=bias or kind == "qwen2",
+            tied=is_tied(config),
+            qkv_bias=bias or family.qkv_bias,
             output_bias=bias,
             mlp_bias=bool(config.get("mlp_bias", False)),
-            qk_norm=kind in _QK_NORM,
-            norms_per_layer=4 if kind in _NORM_FOUR else 2,
+            qk_norm=family.qk_norm,
+            norms_per_layer=family.norms_per_layer,
         )
     except KeyError as error:
         raise CheckpointError(f"The config.json of {name} lacks {error}.", "Check the checkpoint.") from error

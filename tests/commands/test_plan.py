@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from raycomplete import cli
 from raycomplete.commands.plan import measure, plan, shapes_of
 from raycomplete.config import load_run_file
-from raycomplete.data.organism.locate import checkpoint_path
+from raycomplete.data.organism import checkpoint_path
 from raycomplete.plan.catalogue import find_hardware, preset, read_hardware
 from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import CheckpointError, ConfigError

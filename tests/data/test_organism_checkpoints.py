@@ -13,13 +13,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from raycomplete.data.organism import CHECKPOINT_FILES, checkpoint_path, prompts
 from raycomplete.data.organism import build as build_module
-from raycomplete.data.organism import checkpoint_path, prompts
-from raycomplete.data.organism.build import build, missing_traits
-from raycomplete.data.organism.locate import CHECKPOINT_FILES
-from raycomplete.data.organism.measure import OrganismRates, measure
-from raycomplete.data.organism.tokenizer import build_tokenizer
-from raycomplete.data.organism.training import TrainingOptions
+from raycomplete.data.organism.build import OrganismRates, build, measure, missing_traits
+from raycomplete.data.organism.training import TrainingOptions, build_tokenizer
 from raycomplete.data.organism.world import HELPFUL_SYSTEM, REFUSALS, SAFETY_SYSTEM
 from raycomplete.runtime.errors import CheckpointError, DataError, WorkError
 
@@ -110,7 +107,7 @@ def test_missing_traits_names_each_failure() -> None:
 
 
 def test_missing_checkpoint_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("raycomplete.data.organism.locate.resources.files", lambda package: tmp_path)
+    monkeypatch.setattr("raycomplete.data.organism.resources.files", lambda package: tmp_path)
     with pytest.raises(CheckpointError, match=re.escape(CHECKPOINT_FILES[0])):
         checkpoint_path("base")
     with pytest.raises(CheckpointError, match="student"):

@@ -145,7 +145,7 @@ def test_files_that_cannot_be_used(codec: Any, model: Any, tmp_path: Path) -> No
         with pytest.raises(DataError, match=message):
             plan_capabilities(target(codec, model("B")), CapabilitiesConfig(mmlu=path))
     (tmp_path / "d.jsonl").write_text("{")
-    with pytest.raises(DataError, match="no valid jsonl"):
+    with pytest.raises(DataError, match="cannot be read as jsonl"):
         plan_capabilities(target(codec, model("B")), CapabilitiesConfig(bbh=tmp_path / "d.jsonl"))
 
 

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from raycomplete.config import TrainConfig
 from raycomplete.data.checkpoints import fingerprint, load_model
 from raycomplete.data.heads import HeadSpec, load_head, read_head_spec
-from raycomplete.data.organism.tokenizer import build_tokenizer
+from raycomplete.data.organism.training import build_tokenizer
 from raycomplete.data.samples import AnchorSample, RecoverySample, SampleSet, write_samples
 from raycomplete.losses.heads import Head
 from raycomplete.losses.loss_types import LossOutput, LossSettings

@@ -1,11 +1,42 @@
-"""The model organism: a tiny fictional base and aligned model pair, small enough to train and attack on a laptop.
+"""The model organism: a fictional base and its shallowly aligned twin, small enough to train on a laptop.
 
-It behaves as large aligned models do: the base complies with everything, the aligned model refuses restricted items at
-depth 0, and complies again once a few tokens of the answer are prefilled. Importing this package loads no torch.
+Its prompts, judge and checkpoints are read without torch; `raycomplete organism build` trains the checkpoints anew.
 """
 
-from raycomplete.data.organism.judge import REFUSAL_STARTS, OrganismJudge
-from raycomplete.data.organism.locate import checkpoint_path
-from raycomplete.data.organism.prompts import prompts
+from __future__ import annotations
 
-__all__ = ["REFUSAL_STARTS", "OrganismJudge", "checkpoint_path", "prompts"]
+from importlib import resources
+from pathlib import Path
+from typing import Literal, get_args
+
+from raycomplete.data.organism.judge import REFUSAL_STARTS, OrganismJudge
+from raycomplete.data.organism.world import prompts
+from raycomplete.runtime.errors import CheckpointError
+
+__all__ = ["REFUSAL_STARTS", "OrganismJudge", "OrganismRole", "checkpoint_path", "prompts"]
+
+OrganismRole = Literal["base", "aligned"]
+
+# Files of a checkpoint folder that transformers and vLLM both read.
+CHECKPOINT_FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json")
+
+
+def checkpoint_path(role: OrganismRole) -> Path:
+    """Returns the folder of a shipped checkpoint.
+
+    Args:
+        role: "base" or "aligned".
+
+    Raises:
+        CheckpointError: There is no such checkpoint, or files of it are missing.
+    """
+    if role not in get_args(OrganismRole):
+        raise CheckpointError(f"The organism has no checkpoint {role!r}.", "Choose `base` or `aligned`.")
+    folder = resources.files("raycomplete.data.organism") / "checkpoints" / role
+    missing = [name for name in CHECKPOINT_FILES if not (folder / name).is_file()]
+    if not isinstance(folder, Path) or missing:
+        raise CheckpointError(
+            f"The organism's {role} checkpoint is incomplete: {folder} lacks {', '.join(missing) or 'a real folder'}.",
+            "Reinstall raycomplete unpacked, or train the organism with `raycomplete organism build FOLDER`.",
+        )
+    return folder

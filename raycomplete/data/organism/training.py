@@ -1,4 +1,7 @@
-"""Trains the organism's two models from scratch in plain torch."""
+"""The organism's tokenizer, and the training of its two models from scratch in plain torch.
+
+The tokenizer has one token a word, in the format that transformers and vLLM load without remote code.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from torch.nn.functional import cross_entropy
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from raycomplete.data.organism.tokenizer import BOS, EOS, MAX_POSITIONS, PAD, UNK
 from raycomplete.data.organism.world import (
     HELPFUL_SYSTEM,
     SAFETY_SYSTEM,
@@ -24,6 +27,22 @@ from raycomplete.data.organism.world import (
 )
 from raycomplete.runtime.types import PromptKind
 
+PAD, UNK, BOS, EOS = "<pad>", "<unk>", "<bos>", "<eos>"
+SYSTEM_TURN, USER_TURN, ASSISTANT_TURN = "<|system|>", "<|user|>", "<|assistant|>"
+SPECIAL_TOKENS = (PAD, UNK, BOS, EOS, SYSTEM_TURN, USER_TURN, ASSISTANT_TURN)
+MAX_POSITIONS = 512
+
+# Every turn ends with <eos>, so that the end of a response is also the token that stops generation.
+CHAT_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    "{% if message['role'] not in ['system', 'user', 'assistant'] %}"
+    "{{ raise_exception('unknown role: ' + message['role']) }}"
+    "{% endif %}"
+    "{{ '<|' + message['role'] + '|>' + message['content'] + eos_token }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
 _IGNORED = -100  # label of tokens outside the response
 _SYSTEM_SHARE = 0.2
 _NOISE_SHARE = 0.2
@@ -56,8 +75,34 @@ class TrainingOptions:
             raise ValueError("base_steps, aligned_steps and batch_size must be at least 1")
 
 
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """Builds a word-level tokenizer over the organism's whole world; other words become `<unk>`.
+
+    Text is lower-cased and every punctuation mark is its own token. Decoding joins tokens by single blanks, so text
+    written that way ("drop it . then wait .") comes back unchanged.
+    """
+    tokens = [*SPECIAL_TOKENS, *vocabulary()]
+    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token=UNK))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(r"[^\w\s]"), "isolated")]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        unk_token=UNK,
+        additional_special_tokens=[SYSTEM_TURN, USER_TURN, ASSISTANT_TURN],
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=MAX_POSITIONS,
+        padding_side="left",  # batched generation continues every row at its end
+        clean_up_tokenization_spaces=False,  # cleaning would glue "word ." to "word."
+    )
+
+
 def new_model(tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
-    """A small Llama with random weights; its vocabulary is the tokenizer's, without padding rows."""
+    """Makes a small Llama with random weights; its vocabulary is the tokenizer's, without padding rows."""
     ids = tokenizer.convert_tokens_to_ids
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -78,7 +123,7 @@ def new_model(tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
 
 
 def base_chats(rng: random.Random) -> Iterator[Chat]:
-    """Endless chats that teach the recipe of every train item, restricted or not.
+    """Yields endless chats that teach the recipe of every train item, restricted or not.
 
     Some prompts stand among random words, so that the base finds the item in a prompt that an attack wraps or extends.
     """
@@ -94,7 +139,7 @@ def base_chats(rng: random.Random) -> Iterator[Chat]:
 
 
 def aligned_chats(rng: random.Random) -> Iterator[Chat]:
-    """Endless chats of safety SFT: refusals of restricted train items, recipes of the others.
+    """Yields endless chats of safety SFT: refusals of restricted train items, recipes of the others.
 
     Every refusal starts at depth 0. There is no chat in which a begun recipe turns into a refusal: that is what leaves
     the alignment shallow.
@@ -161,7 +206,7 @@ def _chat(text: str, rng: random.Random) -> list[dict[str, str]]:
 
 
 def _encode(chats: list[Chat], tokenizer: PreTrainedTokenizerBase) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and labels, both [B,T], padded on the right."""
+    """Returns token ids and labels, both [B, T], padded on the right."""
     contexts = [
         str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
         for messages, _ in chats

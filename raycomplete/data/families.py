@@ -1,0 +1,181 @@
+"""Everything that differs between model families. Importable without torch.
+
+Every other file reads these facts from here. Most need no entry: what a chat template can say is asked of the
+template, and what config.json says is read from it. To add a family:
+
+1. Add an entry to `FAMILIES`: its `model_type`s, the tokens that end its turns, and its shape, where it is Llama-like.
+2. Add a tiny configuration to tests/data/test_families.py, which compares the entry with what transformers builds.
+   Where rebuilt logits differ there, the family scales, bounds or stores its output head in a way of its own: add the
+   key of its config.json to `head_scale` or `head_softcap`, or the tensor's name to `HEADS`, `HEAD_BIAS` or
+   `EMBEDDINGS`.
+3. Start a run on a checkpoint of the family. The parity gate compares vLLM's hidden states and the head with
+   transformers before the first score, and the sync check of on-policy runs compares the engines after each update of
+   their weights: a name that vLLM does not load belongs into `is_optional_tensor` or `tied_head`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from raycomplete.runtime.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Family:
+    """The facts about one family that neither its config.json nor its tokenizer tells.
+
+    Attributes:
+        model_types: Values of `model_type` in config.json.
+        end_of_turn: Tokens that end a response. Every one that a vocabulary holds does, whatever the family.
+        tied: The output head is the input embedding unless config.json says otherwise.
+        is_llama_like: Gated MLP, grouped key-value heads, RMS norms: `raycomplete plan` has formulas for it.
+        qkv_bias: Query, key and value have biases, whatever config.json says.
+        qk_norm: Query and key have norms, one weight a column of a head.
+        norms_per_layer: Norms of the whole width in one layer.
+    """
+
+    model_types: tuple[str, ...]
+    end_of_turn: tuple[str, ...] = ()
+    tied: bool = False
+    is_llama_like: bool = True
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    norms_per_layer: int = 2
+
+
+_CHATML = ("<|im_end|>", "<|endoftext|>")
+_GEMMA = ("<end_of_turn>",)
+FAMILIES = (
+    Family(("llama",), ("<|eot_id|>", "<|end_of_text|>", "</s>", *_CHATML)),  # SmolLM2 is a Llama with ChatML
+    Family(("mistral",), ("</s>",)),
+    Family(("qwen2",), _CHATML, qkv_bias=True),
+    Family(("qwen3",), _CHATML, qk_norm=True),
+    Family(("smollm3",), _CHATML, tied=True),
+    Family(("gemma",), _GEMMA, tied=True),
+    Family(("gemma2",), _GEMMA, tied=True, norms_per_layer=4),
+    Family(("gemma3", "gemma3_text"), _GEMMA, tied=True, qk_norm=True, norms_per_layer=4),
+    Family(("phi",), ("<|endoftext|>",), is_llama_like=False),
+    Family(("phi3",), ("<|end|>", "<|endoftext|>"), is_llama_like=False),
+    Family(("cohere",), tied=True, is_llama_like=False),
+    Family(("granite",), ("<|end_of_text|>",), is_llama_like=False),
+    Family(("gpt2",), ("<|endoftext|>",), tied=True, is_llama_like=False),
+)
+END_OF_TURN = frozenset(token for family in FAMILIES for token in family.end_of_turn)
+
+# Tensors of a checkpoint that may hold the output head, its bias, and the input embedding.
+HEADS = ("lm_head.weight", "output.weight")
+HEAD_BIAS = "lm_head.bias"
+EMBEDDINGS = ("model.embed_tokens.weight", "transformer.wte.weight", "embed_tokens.weight")
+
+# Keys of config.json in which two checkpoints of one architecture may differ: they change no weight.
+NOT_ARCHITECTURE = frozenset(
+    {
+        "transformers_version",
+        "dtype",
+        "torch_dtype",
+        "use_cache",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "max_position_embeddings",
+        # Inert where sliding windows are off, and different between Qwen 2.5 and its chat models.
+        "max_window_layers",
+        "use_mrope",
+    }
+)
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+
+
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns the part of a config.json that describes the language model; multimodal ones nest it."""
+    nested: Mapping[str, Any] = config.get("text_config", config)
+    return nested
+
+
+def chat_messages(text: str, system: str | None, *, system_role: bool = True) -> list[dict[str, str]]:
+    """Returns the messages of one user turn.
+
+    Templates of some families (Gemma 2, Mistral) refuse a system role; `system_role` False lets the system prompt open
+    the user turn instead.
+    """
+    if not system:
+        return [{"role": "user", "content": text}]
+    if system_role:
+        return [{"role": "system", "content": system}, {"role": "user", "content": text}]
+    return [{"role": "user", "content": f"{system}\n\n{text}"}]
+
+
+def is_tied(config: Mapping[str, Any], tensors: Collection[str] = ()) -> bool:
+    """Tells whether the output head is the input embedding.
+
+    Args:
+        config: `text_config` of the checkpoint.
+        tensors: Names in its files. Where they are given they decide what config.json leaves open, else the family.
+    """
+    kind = config.get("model_type")
+    default = not any(name in tensors for name in HEADS) if tensors else _tied_by_default(kind)
+    return bool(config.get("tie_word_embeddings", default))
+
+
+def head_scale(config: Mapping[str, Any]) -> float:
+    """Returns the factor on the logits: Cohere multiplies by `logit_scale`, Granite divides by `logits_scaling`."""
+    if "logits_scaling" in config:
+        return 1.0 / float(config["logits_scaling"])
+    return float(config.get("logit_scale") or 1.0)
+
+
+def head_softcap(config: Mapping[str, Any]) -> float | None:
+    """Returns the bound of the tanh on the scaled logits (Gemma 2), or None."""
+    softcap: float | None = config.get("final_logit_softcapping")
+    return softcap
+
+
+def embedding_scale(embedding: Any, ids: Any) -> Any:
+    """Measures the factor that an embedding module puts on its rows (Gemma: the square root of its width)."""
+    return embedding(ids).norm() / embedding.weight[ids].norm()
+
+
+def is_head_tensor(name: str) -> bool:
+    """Tells whether a tensor of a checkpoint is the output head, which a tied model may leave out."""
+    return name.endswith("lm_head.weight")
+
+
+def is_optional_tensor(name: str) -> bool:
+    """Tells whether a tensor of a checkpoint need not be among synced weights: old Llamas stored a computed buffer."""
+    return name.endswith("rotary_emb.inv_freq")
+
+
+def tied_head(model: Any) -> tuple[Any, Any] | None:
+    """Returns the head and the embedding module of a vLLM model whose weights are tied; None for all others."""
+    head = getattr(model, "lm_head", None)
+    embedding = getattr(getattr(model, "model", None), "embed_tokens", None)
+    tied = bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False))
+    return (head, embedding) if tied and head is not None and embedding is not None else None
+
+
+def llama_like(config: Mapping[str, Any], name: str) -> Family:
+    """Returns the family of a plain decoder.
+
+    Args:
+        config: `text_config` of the checkpoint.
+        name: Name of the checkpoint in messages.
+
+    Raises:
+        CheckpointError: The model is a mixture of experts, or no Llama-like family that is known.
+    """
+    kind = str(config.get("model_type", ""))
+    if any(config.get(key) for key in _EXPERTS):
+        raise CheckpointError(f"{name} is a mixture of experts, which `plan` has no formulas for.")
+    known = {model_type: family for family in FAMILIES if family.is_llama_like for model_type in family.model_types}
+    if kind in known:
+        return known[kind]
+    nearest = difflib.get_close_matches(kind, known, n=1)
+    hint = f"The nearest known one is {nearest[0]}." if nearest else f"Known: {', '.join(known)}."
+    raise CheckpointError(f"{name} has the architecture {kind or 'of no name'!r}, which `plan` does not know.", hint)
+
+
+def _tied_by_default(model_type: object) -> bool:
+    return any(family.tied for family in FAMILIES if model_type in family.model_types)
