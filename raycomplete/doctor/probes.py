@@ -86,7 +86,7 @@ def engine(device: str) -> None:
 
 def smoke_spec(use_gpu: bool) -> EngineSpec:
     """Describes a small engine on the organism's base."""
-    from raycomplete.data.organism.locate import checkpoint_path
+    from raycomplete.data.organism import checkpoint_path
 
     path = str(checkpoint_path("base"))
     return EngineSpec(path, "float32", 128, use_gpu=use_gpu, max_num_batched_tokens=256, gpu_memory_utilization=0.1)

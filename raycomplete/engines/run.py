@@ -11,7 +11,7 @@ from typing import Any
 
 from raycomplete.attacks.trial import Progress
 from raycomplete.config import RunConfig, dump, load_run_file
-from raycomplete.data.inputs import Models, Prompts, environment
+from raycomplete.data.inputs import Models, Prompts
 from raycomplete.engines.cluster import Cluster, connect
 from raycomplete.engines.placement import ResourcePlan
 from raycomplete.engines.start import Engines, start_engines
@@ -20,6 +20,7 @@ from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import ConfigError
 from raycomplete.runtime.files import write_json, write_text
 from raycomplete.runtime.logs import announce_run, begin
+from raycomplete.runtime.machine import package_versions
 from raycomplete.runtime.signals import StopSignals, stop_signals
 from raycomplete.runtime.types import Judge, ModelRole
 
@@ -164,7 +165,7 @@ class OutputFolder:
         elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ConfigError(f"The folder {folder} is not empty and holds no run.", "Choose another output.name.")
         announce_run(self.config.output.name, folder)
-        return environment()
+        return package_versions()
 
     def open(self) -> Path:
         """Creates the folder, or opens it again, and writes its files of settings and versions.

