@@ -18,12 +18,12 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
+from raycomplete.data.organism.measure import measure
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
 
 import raycomplete as rc
 from raycomplete.data import organism
-from raycomplete.data.organism.measure import measure
 from raycomplete.losses import Head, HiddenStates, LossInputs, LossSettings
 
 BATCH_SIZE = 12  # prompts of each kind in a step
