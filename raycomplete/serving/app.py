@@ -23,7 +23,7 @@ from starlette.types import ASGIApp
 from raycomplete import __version__
 from raycomplete.attacks.registry import ATTACKS
 from raycomplete.runtime.types import ModelRole, Outcome
-from raycomplete.serving.gate import Gate, add_errors, page, problem
+from raycomplete.serving.gate import Gate, add_errors, page
 from raycomplete.serving.requests import Admission, ForbiddenError
 from raycomplete.serving.runner import evaluation_folder, read_results, read_samples
 from raycomplete.serving.schemas import (
@@ -41,7 +41,7 @@ from raycomplete.serving.schemas import (
     SamplePage,
     State,
 )
-from raycomplete.serving.store import EvaluationStore, KeyReusedError, QueueFullError
+from raycomplete.serving.store import EvaluationStore
 
 CompleteChat = Callable[[CompletionRequest], Awaitable[CompletionText]]
 
@@ -107,7 +107,7 @@ def create_api(service: Service) -> FastAPI:
         docs_url=None,  # both pages would fetch their scripts from elsewhere
         redoc_url=None,
     )
-    add_errors(app)
+    add_errors(app, service.admission.config.serve.retry_after_s)
     _add_evaluations(app, service)
     _add_reading(app, service)
     _add_surroundings(app, service)
@@ -133,19 +133,8 @@ def _add_evaluations(app: FastAPI, service: Service) -> None:
     ) -> Any:
         """Queues an evaluation. The same Idempotency-Key never queues a second one, so retries are safe."""
         admitted = service.admission.admit(request)
-        try:
-            evaluation, is_new = store.submit(
-                admitted.model_dump(mode="json"),
-                label=admitted.label,
-                key=idempotency_key,
-                max_queued=serve.max_queued,
-            )
-        except QueueFullError as error:
-            refusal = problem(429, error.problem, error.remedy)
-            refusal.headers["Retry-After"] = str(serve.retry_after_s)
-            return refusal
-        except KeyReusedError as error:
-            return problem(409, error.problem, error.remedy)
+        tree = admitted.model_dump(mode="json")
+        evaluation, is_new = store.submit(tree, label=admitted.label, key=idempotency_key, max_queued=serve.max_queued)
         response.headers["Location"] = f"/v1/evaluations/{evaluation.id}"
         response.headers["Idempotent-Replayed"] = str(not is_new).lower()
         return evaluation

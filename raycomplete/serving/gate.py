@@ -18,10 +18,10 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from raycomplete.attacks.registry import UnknownAttackError
 from raycomplete.runtime.errors import RaycompleteError, RefusedError
 from raycomplete.serving.requests import ForbiddenError
 from raycomplete.serving.schemas import Problem
+from raycomplete.serving.store import KeyReusedError, QueueFullError
 from raycomplete.serving.token import is_bearer, is_loopback
 
 logger = logging.getLogger(__name__)
@@ -37,13 +37,13 @@ _HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
-
-
+_STATUS = {ForbiddenError: 403, KeyReusedError: 409, QueueFullError: 429}
 _SCRIPTS = ("client.js", "format.js", "charts.js", "views.js", "main.js")
 
 
 def problem(status: int, text: str, remedy: str = "", *, known: Iterable[str] | None = None) -> JSONResponse:
     """Makes the answer that refuses a request."""
+    text, remedy = (part.encode("utf-8", errors="backslashreplace").decode()[:2000] for part in (text, remedy))
     body = Problem(problem=text, remedy=remedy, known=None if known is None else list(known))
     return JSONResponse(body.model_dump(), status_code=status)
 
@@ -80,9 +80,8 @@ class Gate:
         if refusal is None and scope["method"] not in ("GET", "HEAD", "OPTIONS"):
             body = await _read_body(headers, receive, self.max_body)
             if body is None:
-                refusal = problem(
-                    413, f"The body exceeds {self.max_body} bytes.", "Shorten it, or raise serve.max_body_kib."
-                )
+                remedy = "Shorten it, or raise serve.max_body_kib."
+                refusal = problem(413, f"The body exceeds {self.max_body} bytes.", remedy)
                 refusal.headers["Connection"] = "close"  # the rest of the body is not read
             else:
                 receive = _replayed(body, receive)
@@ -95,9 +94,8 @@ class Gate:
             is_own = client is not None and is_loopback(client[0]) and is_loopback(_host_name(headers.get("host", "")))
             if is_own and not any(name in headers for name in _FORWARDED):  # a proxy on this machine speaks for others
                 return None
-            return problem(
-                403, "Without a token, this server serves its own machine only.", "Start it with RAYCOMPLETE_TOKEN."
-            )
+            words = "Without a token, this server serves its own machine only."
+            return problem(403, words, "Start it with RAYCOMPLETE_TOKEN.")
         if scope["path"] in PUBLIC or is_bearer(headers.get("authorization"), self.token_digest):
             return None
         refusal = problem(401, "This needs the server's token.", "Send it as Authorization: Bearer TOKEN.")
@@ -126,30 +124,28 @@ async def _read_body(headers: Headers, receive: Receive, limit: int) -> bytes | 
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:
-    given = False
+    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def replay() -> Message:
-        nonlocal given
-        if given:
-            return await receive()
-        given = True
-        return {"type": "http.request", "body": body, "more_body": False}
+        return messages.pop() if messages else await receive()
 
     return replay
 
 
-def add_errors(app: FastAPI) -> None:
+def add_errors(app: FastAPI, retry_after_s: int) -> None:
     """Gives every error one shape, which repeats nothing that the client sent beyond what the sentence needs."""
 
     @app.exception_handler(RefusedError)
     def refused(_: Request, error: RefusedError) -> JSONResponse:
-        known = error.known if isinstance(error, UnknownAttackError) else None
-        status = 403 if isinstance(error, ForbiddenError) else 422
-        return problem(status, _clean(error.problem), _clean(error.remedy), known=known)
+        status = next((code for kind, code in _STATUS.items() if isinstance(error, kind)), 422)
+        answer = problem(status, error.problem, error.remedy, known=getattr(error, "known", None))
+        if status == 429:
+            answer.headers["Retry-After"] = str(retry_after_s)
+        return answer
 
     @app.exception_handler(RaycompleteError)
     def failed(_: Request, error: RaycompleteError) -> JSONResponse:
-        return problem(503, _clean(error.problem), _clean(error.remedy))
+        return problem(503, error.problem, error.remedy)
 
     @app.exception_handler(sqlite3.Error)
     def unreadable(_: Request, error: sqlite3.Error) -> JSONResponse:
@@ -167,60 +163,40 @@ def add_errors(app: FastAPI) -> None:
         wrong = error.errors()
         if any(item["type"] == "json_invalid" for item in wrong):
             return problem(400, "The body is no valid JSON.")
-        sentences = []
-        for item in wrong[:10]:
-            where = ".".join(str(part) for part in item["loc"][1:])
-            message = str(item["msg"]).removeprefix("Value error, ")
-            sentences.append(f"{where}: {message}" if where else message)
-        return problem(422, _clean("; ".join(sentences)), "See /openapi.json.")
+        places = (".".join(str(part) for part in item["loc"][1:]) for item in wrong[:10])
+        messages = (str(item["msg"]).removeprefix("Value error, ") for item in wrong[:10])
+        sentences = [
+            f"{place}: {message}" if place else message for place, message in zip(places, messages, strict=True)
+        ]
+        return problem(422, "; ".join(sentences), "See /openapi.json.")
 
     @app.exception_handler(HTTPException)
     def http(_: Request, error: HTTPException) -> JSONResponse:
-        answer = problem(error.status_code, _clean(str(error.detail)))
+        answer = problem(error.status_code, str(error.detail))
         answer.headers.update(error.headers or {})
         return answer
-
-
-def _clean(text: str) -> str:
-    return text.encode("utf-8", errors="backslashreplace").decode()[:2000]
 
 
 @cache
 def page() -> str:
     """Returns the page: one document with its style and script inside, which its policy names by hash."""
-    return _read("page.html").replace("/*STYLE*/", _style()).replace("/*SCRIPT*/", _script())
+    script, style = _parts()
+    return _read("page.html").replace("/*STYLE*/", style).replace("/*SCRIPT*/", script)
 
 
 @cache
 def content_security_policy() -> str:
     """Returns the policy of every answer: only the page's own script and style run, and it talks to its own server."""
-    return "; ".join(
-        [
-            "default-src 'none'",
-            f"script-src '{_hash(_script())}'",
-            f"style-src '{_hash(_style())}'",
-            "connect-src 'self'",
-            "img-src data:",
-            "base-uri 'none'",
-            "form-action 'none'",
-            "frame-ancestors 'none'",
-        ]
+    script, style = (base64.b64encode(hashlib.sha256(part.encode()).digest()).decode() for part in _parts())
+    return (
+        f"default-src 'none'; script-src 'sha256-{script}'; style-src 'sha256-{style}'; connect-src 'self'; "
+        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
 
 
-@cache
-def _script() -> str:
-    return '"use strict";\n' + "\n".join(_read(name) for name in _SCRIPTS)
-
-
-@cache
-def _style() -> str:
-    return _read("page.css")
+def _parts() -> tuple[str, str]:
+    return '"use strict";\n' + "\n".join(map(_read, _SCRIPTS)), _read("page.css")
 
 
 def _read(name: str) -> str:
     return files(__package__).joinpath("page", name).read_text(encoding="utf-8")
-
-
-def _hash(content: str) -> str:
-    return "sha256-" + base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()

@@ -20,9 +20,9 @@ from typing import Any
 import ray
 
 from raycomplete.config import RunConfig, parse
-from raycomplete.runtime.errors import RaycompleteError, WaitTimeoutError, WorkError
+from raycomplete.runtime.errors import RaycompleteError, WorkError
 from raycomplete.runtime.files import PRIVATE
-from raycomplete.runtime.machine import let_idle_threads_sleep
+from raycomplete.runtime.machine import let_idle_threads_sleep, within
 from raycomplete.runtime.types import ModelRole
 from raycomplete.serving.requests import run_config
 from raycomplete.serving.runner import Cancelled, OnProgress
@@ -126,17 +126,8 @@ def only_writer(folder: Path) -> Iterator[None]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder.with_name(f"{folder.name}.lock"), os.O_RDWR | os.O_CREAT, PRIVATE)
     try:
-        deadline = time.monotonic() + _LOCK_TIMEOUT_S
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError as error:
-                if time.monotonic() > deadline:
-                    raise WaitTimeoutError(
-                        f"Another process still writes into {folder} after {_LOCK_TIMEOUT_S:.0f} s.", "End it first."
-                    ) from error
-                time.sleep(0.2)
+        problem = f"Another process still writes into {folder} and did not end"
+        within(_LOCK_TIMEOUT_S, problem, lambda: fcntl.flock(descriptor, fcntl.LOCK_EX))
         yield
     finally:
         os.close(descriptor)

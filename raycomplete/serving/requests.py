@@ -54,15 +54,11 @@ class Admission:
         has_student = request.models.student is not None or self.config.models.student is not None
         if request.roles == ["student"] and not has_student:  # beside others it is left out where there is none
             raise ConfigError("roles names the student alone, and this server has none.", "Set models.student.")
-        chosen = {
-            role: self._model(spec) for role in MODEL_ROLES if (spec := getattr(request.models, role)) is not None
-        }
-        attacks = request.attacks
-        if attacks is not None:
-            attacks = [self._attack(entry).model_dump(mode="json") for entry in attacks]
-        admitted = EvaluationRequest.model_validate(
-            request.model_dump() | {"models": chosen, "attacks": attacks, "roles": _in_order(request.roles)}
-        )
+        changed: dict[str, Any] = {"roles": [role for role in MODEL_ROLES if role in request.roles]}
+        changed["models"] = {name: self._model(spec) for name, spec in request.models if spec is not None}
+        if request.attacks is not None:
+            changed["attacks"] = [self._attack(entry).model_dump(mode="json") for entry in request.attacks]
+        admitted = EvaluationRequest.model_validate(request.model_dump() | changed)
         run_config(self.config, admitted, Path("checked") / "only")
         return admitted
 
@@ -71,10 +67,8 @@ class Admission:
             return spec
         roots = self.config.serve.model_roots
         if self.config.models.trust_remote_code:
-            raise ForbiddenError(
-                f"This server runs code of checkpoints, so it evaluates its own alone and not {spec!r}.",
-                f"Allowed: {', '.join(self.known_models())}.",
-            )
+            words = f"This server runs code of checkpoints, so it evaluates its own alone and not {spec!r}."
+            raise ForbiddenError(words, f"Allowed: {', '.join(self.known_models())}.")
         if spec.partition(":")[0] in _SCHEMES:
             raise ForbiddenError(f"This server does not evaluate {spec!r}.", self._allowed())
         path = _below(spec, roots)
@@ -140,18 +134,11 @@ def _below(path: str, roots: Iterable[Path]) -> Path | None:
     try:
         found = Path(path).resolve()
         found.lstat()  # names that no file can have fail here
-    except FileNotFoundError:
-        pass
-    except NotADirectoryError:
+    except (FileNotFoundError, NotADirectoryError):
         pass  # refused below where it is outside, before it tells what is there
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path!r} cannot be the path of a file.") from error
     return found if any(found.is_relative_to(root.resolve()) for root in roots) else None
-
-
-def _in_order(roles: Iterable[str]) -> list[str]:
-    chosen = set(roles)
-    return [role for role in MODEL_ROLES if role in chosen]
 
 
 def _names(roots: Iterable[Path]) -> str:
