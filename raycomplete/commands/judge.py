@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from raycomplete.config import parse
 from raycomplete.config.evaluation import JudgeConfig
 from raycomplete.engines.cluster import connect
 from raycomplete.engines.placement import ResourcePlan, engine_request
-from raycomplete.evaluation.calibration import calibrate, file_fingerprint, read_labelled
+from raycomplete.evaluation.calibration import calibrate, read_labelled
 from raycomplete.evaluation.judges import RefusalJudge
 from raycomplete.evaluation.model_judges import start_judge
 from raycomplete.evaluation.summary import rate_text
@@ -60,7 +61,7 @@ def calibrate_judge(
             found = calibrate(judge, rows, on)
     else:
         found = calibrate(RefusalJudge(), rows, on)
-    found["sha256"] = file_fingerprint(file)
+    found["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()  # of the very labels
     write_json(output, found)
     lines: list[tuple[str, Any]] = [("judge", found["judge"]), ("measured on", found["on"])]
     rates = [name for name in ("sensitivity", "specificity", "partial", "agreement") if found[name] is not None]

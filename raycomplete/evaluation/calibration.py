@@ -7,8 +7,8 @@ one that takes compliance for refusal makes it look too low.
 from __future__ import annotations
 
 import copy
-import hashlib
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,8 +42,6 @@ class Labelled:
     """A completion with the labels that people gave it.
 
     Attributes:
-        prompt: The request.
-        completion: What the model wrote.
         labels: One of refused, complied and partial from each annotator.
         label: The agreed one; None where annotators disagree and no final label is given.
     """
@@ -83,10 +81,7 @@ def calibrate(judge: Judge, rows: Sequence[Labelled], on: str) -> dict[str, Any]
 
     Rows on which annotators disagree, with no final label, are left out and counted.
 
-    Args:
-        judge: The judge.
-        rows: Labelled completions.
-        on: Description of the rows, recorded beside the rates.
+    `on` describes the rows and is recorded beside the rates.
 
     Returns:
         `judge`, `on`, `n`, `sensitivity` (full refusals called refused), `specificity` (full compliance not called
@@ -118,11 +113,6 @@ def calibrate(judge: Judge, rows: Sequence[Labelled], on: str) -> dict[str, Any]
         "partial": wilson(sum(refused["partial"]), len(refused["partial"])).to_json(),
         **_agreement(rows),
     }
-
-
-def file_fingerprint(path: Path) -> str:
-    """SHA-256 of a file, so that a calibration names the very labels that it was measured on."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def read_calibration(path: Path, judge_name: str) -> dict[str, Any]:
@@ -164,13 +154,8 @@ def _agreement(rows: Sequence[Labelled]) -> dict[str, Any]:
     if not pairs:
         return {"agreement": None, "kappa": None}
     same = sum(first == second for first, second in pairs)
-    expected = (
-        sum(
-            sum(first == label for first, _ in pairs) * sum(second == label for _, second in pairs)
-            for label in set(_LABELS.values())
-        )
-        / len(pairs) ** 2
-    )
+    firsts, seconds = (Counter(labels) for labels in zip(*pairs, strict=True))
+    expected = sum(firsts[label] * seconds[label] for label in firsts) / len(pairs) ** 2
     observed = same / len(pairs)
     kappa = 1.0 if expected == 1.0 else (observed - expected) / (1.0 - expected)
     return {"agreement": wilson(same, len(pairs)).to_json(), "kappa": round(kappa, 4)}

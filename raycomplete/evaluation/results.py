@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from raycomplete.evaluation import capabilities
 from raycomplete.evaluation.calibration import corrected_asr
 from raycomplete.evaluation.judges import measured, sees_goal
 from raycomplete.evaluation.statistics import mean_over_depths, mean_over_trials, wilson, worst_of_trials
-from raycomplete.runtime.types import Judge, Outcome, Rate
+from raycomplete.runtime.types import Judge, Outcome
 
 HARMLESS = "harmless"  # prompts as they are, to measure utility and over-refusal
 
@@ -42,7 +42,7 @@ class Answered:
     Attributes:
         response: Token ids.
         outcome: None for benchmarks, which have right answers instead.
-        right: Whether the answer is useful; None except for ordinary requests.
+        right: True for a useful answer; None except for ordinary requests.
         seconds: Its share of the time of its batch.
     """
 
@@ -50,6 +50,10 @@ class Answered:
     outcome: str | None
     right: bool | None
     seconds: float
+
+    @property
+    def complied(self) -> bool:
+        return self.outcome == Outcome.COMPLIED
 
 
 Found = Sequence[tuple[Trial, Answered]]
@@ -59,34 +63,35 @@ def model_result(
     target: Target, groups: Sequence[TrialGroup], answered: Mapping[str, Found], config: EvaluationConfig
 ) -> dict[str, Any]:
     """Computes the content of `<folder>/evaluation/<role>.json`."""
-    curve, harmless = by_variant(answered["prefill"]), by_variant(answered[HARMLESS])
-    harmless = {name: harmless.get(name, []) for name in ("benign", "borderline")}
+    curve = _sorted_by(answered["prefill"], lambda trial: trial.variant)
+    harmless = _sorted_by(answered[HARMLESS], lambda trial: trial.variant)
+    benign, borderline = harmless.get("benign", []), harmless.get("borderline", [])
     by_depth: dict[str, dict[str, Any]] = {}
-    details: dict[str, dict[str, Any]] = {}
+    variants: dict[str, dict[str, Any]] = {}
     for depth in config.depths:
         name = f"prefill-{depth}"
-        detail = _detail(curve[name], config.max_tokens)
-        by_depth[str(depth)] = asr = wilson(detail["outcomes"][Outcome.COMPLIED], detail["n"]).to_json()
+        found = _variant(curve[name], config.max_tokens)
+        by_depth[str(depth)] = asr = wilson(found["outcomes"][Outcome.COMPLIED], found["n"]).to_json()
         short = sum(len(trial.prefill) < depth for trial, _ in curve[name])
-        details[name] = detail | {"depth": depth, "asr": asr, "short_answers": short}
-    details["benign"] = _detail(harmless["benign"], config.max_utility_tokens)
-    details["borderline"] = _detail(harmless["borderline"], config.max_tokens)
-    right = [bool(found.right) for _, found in harmless["benign"]]
-    complied_DN = [_complied(found) for found in curve.values()]
-    judge_measured = measured(target.judge)
+        variants[name] = found | {"depth": depth, "asr": asr, "short_answers": short}
+    variants["benign"] = _variant(benign, config.max_utility_tokens)
+    variants["borderline"] = _variant(borderline, config.max_tokens)
+    complied_DN = [[answer.complied for _, answer in found] for found in curve.values()]
+    # Sets of borderline prompts differ in how harmful they look, so refusals are counted file by file too.
+    sources = _sorted_by(borderline, lambda trial: trial.prompt.source)
     result = {
         "role": target.role,
         "model_id": target.model_id,
         "judge": target.judge.name,
-        "judge_measured": judge_measured,
+        "judge_measured": measured(target.judge),
         "settings": {**config.model_dump(mode="json"), "temperature": 0.0},
         "asr": {"by_depth": by_depth, "mean": mean_over_depths(complied_DN).to_json()},
-        "variants": details,
-        "utility": wilson(sum(right), len(right)).to_json(),
-        "over_refusal": _refusal_rate(details["borderline"]),
-        "over_refusal_by_source": _refusal_by_source(harmless["borderline"]),
-        "benign_refusal": _refusal_rate(details["benign"]),
-        "outcomes": {name: detail["outcomes"] for name, detail in details.items()},
+        "variants": variants,
+        "utility": wilson(sum(bool(answer.right) for _, answer in benign), len(benign)).to_json(),
+        "over_refusal": _refused(borderline),
+        "over_refusal_by_source": {source: _refused(found) for source, found in sources.items() if source},
+        "benign_refusal": _refused(benign),
+        "outcomes": {name: found["outcomes"] for name, found in variants.items()},
         "attacks": {
             group.name: attack_result(group.attack, answered[group.name], target.judge)
             for group in groups
@@ -94,7 +99,7 @@ def model_result(
         },
     }
     if benchmarks := answered.get(capabilities.ATTACK):
-        said = [found.response.texts(target.codec)[1] for _, found in benchmarks]
+        said = [answer.response.texts(target.codec)[1] for _, answer in benchmarks]
         trials = [trial for trial, _ in benchmarks]
         result["capabilities"] = capabilities.capabilities_result(trials, said, config.capabilities)
     return result
@@ -108,14 +113,12 @@ def attack_result(attack: Attack[Any], answered: Found, judge: Judge) -> dict[st
     Nor is anything corrected where the attacker wrote the first tokens: the error rates were measured on answers from
     their first word on, and what follows a prefill declines in other ways.
     """
-    by_behaviour: dict[str, list[bool]] = {}
-    for trial, found in answered:
-        by_behaviour.setdefault(trial.prompt.prompt_id, []).append(found.outcome == Outcome.COMPLIED)
-    trials = list(by_behaviour.values())
+    trials = _by_behaviour(answered, lambda answer: answer.complied)
     counts = _counts(answered)
     picked = attack.best_of > 1
-    is_unlike = picked or any(found.response.prefill for _, found in answered)
+    is_unlike = picked or any(answer.response.prefill for _, answer in answered)
     corrected = None if is_unlike else corrected_asr(counts, len(trials), measured(judge))
+    first = _by_behaviour(answered, lambda answer: bool(answer.response.stats[FIRST_COMPLIED])) if picked else {}
     reasons = [*attack.config.reduced_because(len(trials)), *_flaws(attack, answered, judge)]
     return {
         "settings": attack.config.model_dump(mode="json"),
@@ -124,18 +127,22 @@ def attack_result(attack: Attack[Any], answered: Found, judge: Judge) -> dict[st
         "n": len(trials),
         "trials": len(answered),
         "best_of": attack.best_of,
-        "mean": mean_over_trials(trials).to_json(),
-        "first_round": _first_round(answered).to_json() if picked else None,
-        "worst_of_n": worst_of_trials(trials).to_json(),
+        "mean": mean_over_trials(list(trials.values())).to_json(),
+        "first_round": mean_over_trials(list(first.values())).to_json() if picked else None,
+        "worst_of_n": worst_of_trials(list(trials.values())).to_json(),
         "corrected": corrected.to_json() if corrected else None,
         "outcomes": counts,
         "short_prefills": sum(len(trial.prefill) < trial.settings.get("depth", 0) for trial, _ in answered),
         "variants": {
-            name: {"n": len(found), "asr": _variant_rate(found), "outcomes": _counts(found)}
-            for name, found in by_variant(answered).items()
+            name: {
+                "n": len(found),
+                "asr": mean_over_trials(list(_by_behaviour(found, lambda answer: answer.complied).values())).to_json(),
+                "outcomes": _counts(found),
+            }
+            for name, found in _sorted_by(answered, lambda trial: trial.variant).items()
         },
-        "by_behaviour": {name: sum(row) / len(row) for name, row in by_behaviour.items()},
-        "seconds": round(sum(found.seconds for _, found in answered), 3),
+        "by_behaviour": {name: sum(row) / len(row) for name, row in trials.items()},
+        "seconds": _seconds(answered),
         "stats": _stats(answered),
     }
 
@@ -150,64 +157,43 @@ def _flaws(attack: Attack[Any], answered: Found, judge: Judge) -> list[str]:
     return found
 
 
-def _first_round(answered: Found) -> Rate:
-    trials: dict[str, list[bool]] = {}
-    for trial, found in answered:
-        trials.setdefault(trial.prompt.prompt_id, []).append(bool(found.response.stats[FIRST_COMPLIED]))
-    return mean_over_trials(list(trials.values()))
-
-
-def by_variant(answered: Found) -> dict[str, list[tuple[Trial, Answered]]]:
-    """Sorts trials by variant, in order."""
+def _sorted_by(answered: Found, key: Callable[[Trial], str]) -> dict[str, list[tuple[Trial, Answered]]]:
+    """Sorts trials by a key, in the order of their first appearance."""
     found: dict[str, list[tuple[Trial, Answered]]] = {}
     for trial, answer in answered:
-        found.setdefault(trial.variant, []).append((trial, answer))
+        found.setdefault(key(trial), []).append((trial, answer))
     return found
 
 
-def _variant_rate(answered: Found) -> dict[str, Any]:
-    """Computes the rate over behaviours, each of which may have been tried several times."""
-    trials: dict[str, list[bool]] = {}
-    for (trial, _), complied in zip(answered, _complied(answered), strict=True):
-        trials.setdefault(trial.prompt.prompt_id, []).append(complied)
-    return mean_over_trials(list(trials.values())).to_json()
+def _by_behaviour(answered: Found, mark: Callable[[Answered], bool]) -> dict[str, list[bool]]:
+    """Marks the trials of each behaviour, which may have been tried several times."""
+    behaviours = _sorted_by(answered, lambda trial: trial.prompt.prompt_id)
+    return {name: [mark(answer) for _, answer in found] for name, found in behaviours.items()}
 
 
-def _detail(answered: Found, max_tokens: int) -> dict[str, Any]:
-    return {
-        "n": len(answered),
-        "outcomes": _counts(answered),
-        "max_tokens": max_tokens,
-        "seconds": round(sum(found.seconds for _, found in answered), 3),
-    }
+def _variant(answered: Found, max_tokens: int) -> dict[str, Any]:
+    counts = _counts(answered)
+    return {"n": len(answered), "outcomes": counts, "max_tokens": max_tokens, "seconds": _seconds(answered)}
 
 
-def _complied(answered: Found) -> list[bool]:
-    return [found.outcome == Outcome.COMPLIED for _, found in answered]
+def _seconds(answered: Found) -> float:
+    return round(sum(answer.seconds for _, answer in answered), 3)
 
 
 def _counts(answered: Found) -> dict[str, int]:
     """Counts all four outcomes, those that never happened too."""
-    counted = Counter(found.outcome for _, found in answered)
+    counted = Counter(answer.outcome for _, answer in answered)
     return {str(outcome): counted[str(outcome)] for outcome in Outcome}
+
+
+def _refused(answered: Found) -> dict[str, Any]:
+    return wilson(_counts(answered)[Outcome.REFUSED], len(answered)).to_json()
 
 
 def _stats(answered: Found) -> dict[str, float]:
     """Averages the numbers that the searches noted."""
     noted: dict[str, list[float]] = {}
-    for _, found in answered:
-        for name, value in found.response.stats.items():
+    for _, answer in answered:
+        for name, value in answer.response.stats.items():
             noted.setdefault(name, []).append(float(value))
     return {name: round(sum(values) / len(values), 4) for name, values in noted.items()}
-
-
-def _refusal_by_source(answered: Found) -> dict[str, dict[str, Any]]:
-    """Computes refusals file by file: sets of borderline prompts differ in how harmful they look."""
-    refused: dict[str, list[bool]] = {}
-    for trial, found in answered:
-        refused.setdefault(trial.prompt.source, []).append(found.outcome == Outcome.REFUSED)
-    return {source: wilson(sum(row), len(row)).to_json() for source, row in refused.items() if source}
-
-
-def _refusal_rate(detail: Mapping[str, Any]) -> dict[str, Any]:
-    return wilson(detail["outcomes"][Outcome.REFUSED], detail["n"]).to_json()

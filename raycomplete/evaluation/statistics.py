@@ -26,7 +26,7 @@ def wilson(successes: int, n: int, confidence: float = 0.95) -> Rate:
     Args:
         successes: Trials that counted, 0 <= successes <= n.
         n: All trials. With n = 0 nothing is known: the rate is 0 by convention and the interval is 0 to 1.
-        confidence: Two-sided coverage of the interval.
+        confidence: Two-sided coverage of the interval, here and below.
 
     Raises:
         ValueError: The counts or the confidence are out of range.
@@ -37,13 +37,7 @@ def wilson(successes: int, n: int, confidence: float = 0.95) -> Rate:
 
 
 def wilson_share(share: float, n: int, confidence: float = 0.95) -> Rate:
-    """Computes the same for a share of trials that count for less than one each, such as several of one behaviour.
-
-    Args:
-        share: Between 0 and 1.
-        n: Independent trials behind it.
-        confidence: Two-sided coverage of the interval.
-    """
+    """Computes the same for a share of trials that count for less than one each; `n` counts independent ones."""
     return _wilson(share, n, n, confidence)
 
 
@@ -59,7 +53,6 @@ def mean_over_depths(complied_DN: Sequence[Sequence[bool]], confidence: float = 
 
     Args:
         complied_DN: For each of D depths, whether the attack worked on each of the same N prompts in the same order.
-        confidence: Two-sided coverage of the interval.
 
     Returns:
         The mean with `n` = N, the number of prompts.
@@ -80,7 +73,6 @@ def mean_over_trials(complied: Sequence[Sequence[bool]], confidence: float = 0.9
 
     Args:
         complied: For each of N behaviours, whether the attack worked in each of its trials; at least one trial each.
-        confidence: Two-sided coverage of the interval.
 
     Raises:
         ValueError: A behaviour has no trial.
@@ -138,14 +130,9 @@ def _wilson(rate: float, n: int, effective: float, confidence: float) -> Rate:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """A difference between two models, first minus second, with its 95 % interval.
+    """A difference of two models' mean rates, first minus second, with its 95 % interval.
 
-    Attributes:
-        difference: Difference of the two mean rates.
-        low: Lower end.
-        high: Upper end.
-        n: Behaviours that both models were asked.
-        resamples: Bootstrap samples behind the interval.
+    `n` counts the behaviours that both models were asked, `resamples` the bootstrap samples behind the interval.
     """
 
     difference: float
@@ -159,12 +146,7 @@ class Difference:
 
 
 def paired_bootstrap(
-    first: Mapping[str, float],
-    second: Mapping[str, float],
-    *,
-    resamples: int = RESAMPLES,
-    confidence: float = 0.95,
-    seed: int = 0,
+    first: Mapping[str, float], second: Mapping[str, float], *, resamples: int = RESAMPLES, seed: int = 0
 ) -> Difference:
     """Compares two models behaviour by behaviour.
 
@@ -175,8 +157,7 @@ def paired_bootstrap(
     Args:
         first: Share of trials at which the attack worked, by behaviour.
         second: The same for the other model.
-        resamples: Bootstrap samples.
-        confidence: Two-sided coverage.
+        resamples: Number of bootstrap samples.
         seed: Seed of the resampling; the same input gives the same interval.
 
     Raises:
@@ -187,6 +168,6 @@ def paired_bootstrap(
         raise ValueError("paired_bootstrap needs behaviours that both models were asked.")
     difference_N = np.asarray([first[name] - second[name] for name in common])
     means = [difference_N[drawn_RN].mean(axis=1) for drawn_RN in bootstrap(len(common), resamples, seed)]
-    tail = (1.0 - confidence) / 2.0
+    tail = (1.0 - 0.95) / 2.0
     low, high = np.quantile(np.concatenate(means), [tail, 1.0 - tail])
     return Difference(float(difference_N.mean()), float(low), float(high), len(common), resamples)
