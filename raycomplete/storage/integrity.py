@@ -30,16 +30,14 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def digests(folder: Path, *, hashed: bool = True, skip: tuple[str, ...] = (COMPLETE, REFUSED)) -> dict[str, Digest]:
-    """Returns size and sha256 of every file below a folder, by path relative to it; `skip` names files at its top."""
-    names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
-    names = [name for name in names if name not in skip]
+def digests(folder: Path, *, hashed: bool = True) -> dict[str, Digest]:
+    """Returns size and sha256 of every file of a checkpoint but `complete.json`, by path relative to it."""
+    paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    paths = {name: path for name, path in paths.items() if name not in (COMPLETE, REFUSED)}
     with ThreadPoolExecutor(_HASHERS) as pool:
-        sums = pool.map(lambda name: sha256_of(folder / name) if hashed else None, names)
-        return {
-            name: {"size": (folder / name).stat().st_size, "sha256": found}
-            for name, found in zip(names, sums, strict=True)
-        }
+        sums = pool.map(lambda path: sha256_of(path) if hashed else None, paths.values())
+        sizes = [path.stat().st_size for path in paths.values()]
+        return {name: {"size": size, "sha256": found} for name, size, found in zip(paths, sizes, sums, strict=True)}
 
 
 def seal(folder: Path, content: Mapping[str, Any], *, hashed: bool = True) -> None:
@@ -48,34 +46,25 @@ def seal(folder: Path, content: Mapping[str, Any], *, hashed: bool = True) -> No
     write_json(folder / COMPLETE, {**content, "files": digests(folder, hashed=hashed)}, mode=PRIVATE)
 
 
-def sealed(folder: Path) -> dict[str, Digest]:
-    """Returns the digests in `complete.json`; empty where there is none, or one from before there were digests."""
-    try:
-        return dict(json.loads((folder / COMPLETE).read_text(encoding="utf-8")).get("files", {}))
-    except FileNotFoundError:
-        return {}
-
-
-def damage(folder: Path, *, hashed: bool = True) -> str | None:
+def damage(folder: Path, *, hashed: bool = True, found: Mapping[str, Digest] | None = None) -> str | None:
     """Says in a few words what is wrong with a checkpoint; None where it is whole.
 
     Args:
         folder: One checkpoint.
         hashed: False compares sizes only, which takes no time and misses flipped bits.
+        found: Its digests, where they are known.
     """
     try:
         if not (folder / COMPLETE).is_file():
             return "it was never finished"
-        known = sealed(folder)
+        known = json.loads((folder / COMPLETE).read_text(encoding="utf-8")).get("files") or {}
+        found = digests(folder, hashed=hashed) if found is None else found
         for name, digest in known.items():
-            path = folder / name
-            if not path.is_file():
+            if name not in found:
                 return f"{name} is missing"
-            if path.stat().st_size != digest["size"]:
-                return f"{name} holds {path.stat().st_size} bytes instead of {digest['size']}"
-        found = digests(folder) if hashed else {}
-        for name, digest in known.items() if hashed else ():
-            if digest["sha256"] not in (None, found[name]["sha256"]):
+            if found[name]["size"] != digest["size"]:
+                return f"{name} holds {found[name]['size']} bytes instead of {digest['size']}"
+            if None not in (digest["sha256"], found[name]["sha256"]) and digest["sha256"] != found[name]["sha256"]:
                 return f"{name} has another sha256"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"it cannot be read ({type(error).__name__})"

@@ -282,18 +282,21 @@ class Mirror:
 
     def _send_folder(self, piece: str, source: Path) -> None:
         assert self._manifest is not None
+        seal = "config.json" if piece == STUDENT else integrity.COMPLETE
+        if not (source / seal).is_file():
+            raise FileNotFoundError(f"{piece} is being removed")  # what is still there is no checkpoint
+        found = integrity.digests(source)
+        fault = None if piece == STUDENT else integrity.damage(source, found=found)
+        if fault is not None:
+            raise ValueError(f"{fault}: the checkpoint is damaged on its disk")
+        if piece != STUDENT:
+            found[seal] = {"size": (source / seal).stat().st_size, "sha256": integrity.sha256_of(source / seal)}
         files = {}
-        for name, digest in integrity.digests(source, skip=(integrity.REFUSED,)).items():
+        for name, digest in found.items():
             mode = stat.S_IMODE((source / name).stat().st_mode)
             files[name] = StoredFile(digest["size"], digest["sha256"], mode, f"{piece}/{name}")
-        if ("config.json" if piece == STUDENT else integrity.COMPLETE) not in files:
-            raise FileNotFoundError(f"{piece} is being removed")  # what was still there is no checkpoint
         if self._manifest.pieces.get(piece) == files:
             return
-        for name, digest in integrity.sealed(source).items():
-            found = files.get(name)
-            if found is None or found.size != digest["size"] or digest["sha256"] not in (None, found.sha256):
-                raise ValueError(f"{name} is not what was written at first: the checkpoint is damaged on its disk")
         if piece in self._manifest.pieces:  # a resumed run wrote the step again
             self._manifest.withdraw(piece)
         for name, file in files.items():
