@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import resource
 import shutil
-import socket
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
 from raycomplete.config import load_run_file
-from raycomplete.doctor import machine, network
+from raycomplete.doctor import machine
 from raycomplete.doctor.findings import ChildReport, Context
-from raycomplete.doctor.needs import GIB, needs_of, num_params
+from raycomplete.doctor.needs import GIB
 from tests.conftest import ROOT
 
 RUN_FILE = ROOT / "jobs" / "organism.yaml"
@@ -31,20 +30,6 @@ def plain(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-
-
-def test_needs_follow_the_model_and_the_settings() -> None:
-    from safetensors import safe_open
-
-    folder = ROOT / "raycomplete" / "data" / "organism" / "checkpoints" / "base"
-    with safe_open(str(folder / "model.safetensors"), framework="np") as tensors:
-        counted = sum(tensors.get_tensor(name).size for name in tensors.keys())  # noqa: SIM118
-    assert num_params("organism:base") == num_params(str(folder)) == counted
-    assert num_params("hub:org/name") is None
-    one, two = (needs_of(context(f"train.num_workers={count}").config) for count in (1, 2))  # type: ignore[arg-type]
-    assert two.host_bytes > one.host_bytes
-    assert (one.cpus, two.cpus) == (2.0, 2.5)
-    assert one.disk_bytes == counted * (12 * 3 + 4), "two kept, one being written, and the student"
 
 
 def test_the_limit_of_a_container_counts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,13 +58,6 @@ def test_a_small_laptop_is_warned_and_not_refused(monkeypatch: pytest.MonkeyPatc
         assert (finding.status, "once its caches are full (5.0 of it)" in finding.found) == ("warn", True)
     monkeypatch.setattr(machine, "free_memory", lambda: (4 * GIB, 4 * GIB, False))
     assert machine.check_memory(Context()).status == "fail"
-
-
-def test_needs_count_every_replica() -> None:
-    one, more = (needs_of(context(f"teacher.replicas={count}").config) for count in (1, 3))  # type: ignore[arg-type]
-    assert more.cpus - one.cpus == 4 * 0.5
-    assert more.host_bytes - one.host_bytes > 4 * GIB
-    assert more.gpu_share == pytest.approx(one.gpu_share + 4 * 0.25)
 
 
 def test_a_disk_that_is_too_small_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,51 +116,3 @@ def test_driver_torch_and_run_file_are_compared(
     assert finding.status == status
     assert words in finding.found
     assert bool(finding.remedy) is (status != "ok")
-
-
-def test_a_port_in_use_names_its_user() -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        finding = network.check_ports(context(f"serve.port={port}"))
-        assert finding.status == "warn"
-        assert f"{port} (raycomplete serve) is used by " in finding.found
-        assert "choose another serve.port" in finding.remedy.lower()
-    assert network.port_user(port) is None
-
-
-def test_rays_token_must_be_private_and_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cluster = context("cluster.address=head:6379")
-    assert network.check_ray_token(context()).status == "ok", "made when a local cluster starts"
-    assert "neither RAY_AUTH_MODE nor a token" in network.check_ray_token(cluster).found
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    assert network.check_ray_token(cluster).status == "fail", "a cluster cannot be entered without"
-    token = tmp_path / ".ray" / "auth_token"
-    token.parent.mkdir()
-    token.write_text("0" * 64)
-    token.chmod(0o644)
-    assert network.check_ray_token(context()).status == "warn"
-    assert network.check_ray_token(cluster).remedy == f"chmod 600 {token}"
-    token.chmod(0o600)
-    assert network.check_ray_token(cluster).status == "ok"
-    assert "0" * 64 not in str(network.check_ray_token(cluster)), "the token itself is never shown"
-    monkeypatch.delenv("RAY_AUTH_MODE")
-    assert network.check_ray_token(cluster).status == "ok", "Ray uses a token that it finds"
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    assert network.check_ray_token(context()).status == "fail"
-
-
-def test_the_service_beyond_this_machine_needs_a_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert network.check_service_token(context()).status == "ok"
-    finding = network.check_service_token(context("serve.host=0.0.0.0"))
-    assert finding.status == "fail"
-    assert "RAYCOMPLETE_TOKEN" in finding.remedy
-    (tmp_path / "token").write_text("t" * 32)
-    (tmp_path / "token").chmod(0o640)
-    with_file = context("serve.host=0.0.0.0", f"serve.token_file={tmp_path / 'token'}")
-    assert network.check_service_token(with_file).remedy.startswith("chmod 600")
-    (tmp_path / "token").chmod(0o600)
-    assert network.check_service_token(with_file).status == "ok"
-    monkeypatch.setenv("RAYCOMPLETE_TOKEN", "s" * 32)
-    assert "s" * 32 not in str(network.check_service_token(context("serve.host=0.0.0.0")))
