@@ -119,9 +119,9 @@ def _show(estimate: Estimate, console: Console) -> None:
     console.rich.print(f"{models}\n{request.nodes} x {request.devices_per_node} {request.hardware.label}\n")
     rows = [["role", "devices", "tokens a step", "tokens/s", "time", "busy"]]
     for role, rate in estimate.rates.items():
-        devices = f"{rate.processes} x {rate.devices // rate.processes}"
-        speed = [f"{rate.tokens:,.0f}", f"{rate.tokens_per_s:,.0f}", _seconds(rate.seconds), f"{rate.busy:.0%}"]
-        rows.append([role, devices, *speed])
+        devices = f"{rate['processes']} x {rate['devices'] // rate['processes']}"
+        speed = [f"{rate['tokens']:,.0f}", f"{rate['tokens_per_s']:,.0f}", _seconds(rate["seconds"])]
+        rows.append([role, devices, *speed, f"{rate['busy']:.0%}"])
     console.table("Placement and speed of one step", rows)
     usable, roles = request.usable_bytes / GIB, list(estimate.memory.values())
     rows = [["", *estimate.memory]]

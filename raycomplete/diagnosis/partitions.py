@@ -173,14 +173,9 @@ def _token_columns(favored: Columns, samples: Sequence[DiagnosisSample]) -> dict
     if not favored:
         return {}
     starts = np.asarray([start for start, _ in position_bands(2**20)])
-    band_K = (np.searchsorted(starts, favored["position"], side="right") - 1).astype(np.int64)
-    # One integer a group: np.unique over rows of three would sort far more slowly.
-    key_K = (favored["role"].astype(np.int64) << 48) | (band_K << 32) | favored["token_id"].astype(np.int64)
-    key_G, group_K = np.unique(key_K, return_inverse=True)
+    band_K = np.searchsorted(starts, favored["position"], side="right") - 1
+    key_G, group_K, example_G = _groups(favored["role"], band_K, favored["token_id"], favored["base"])
     size = len(key_G)
-    # Sorted by group and by falling base probability, the first of each group is its example.
-    order_K = np.lexsort((-favored["base"], group_K))
-    example_G = order_K[np.searchsorted(group_K[order_K], np.arange(size))]
     prompt_G, position_G = favored["prompt"][example_G], favored["position"][example_G]
     contexts = [
         list(samples[prompt].answer_ids[max(0, position - CONTEXT_TOKENS) : position])
@@ -199,3 +194,27 @@ def _token_columns(favored: Columns, samples: Sequence[DiagnosisSample]) -> dict
         "position": position_G,
         "context": contexts,
     }
+
+
+def merged_tokens(parts: Sequence[Columns]) -> Columns:
+    """Sums the token files of several partitions, by policy, band and token in order.
+
+    Of several strongest occurrences the first one stays.
+    """
+    columns = _stacked([part for part in parts if part])
+    if not columns:
+        return {}
+    strength = columns["base_probability"]
+    _, group_K, example_G = _groups(columns["role"], columns["band"], columns["token_id"], strength)
+    sums = {name: np.bincount(group_K, weights=columns[name]) for name in ("mass", "policy_mass", "count")}
+    return {name: values[example_G] for name, values in columns.items()} | sums
+
+
+def _groups(role_K: Any, band_K: Any, token_K: Any, strength_K: Any) -> tuple[Any, Any, Any]:
+    """Key of each group [G], group of each row [K], and the strongest row of each group [G]."""
+    # One integer a group: np.unique over rows of three would sort far more slowly.
+    key_K = (role_K.astype(np.int64) << 48) | (band_K.astype(np.int64) << 32) | token_K.astype(np.int64)
+    key_G, group_K = np.unique(key_K, return_inverse=True)
+    # Sorted by group and by falling strength, the first row of each group is its example.
+    order_K = np.lexsort((-strength_K, group_K))
+    return key_G, group_K, order_K[np.searchsorted(group_K[order_K], np.arange(len(key_G)))]

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import product
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -19,8 +19,8 @@ import torch
 from scipy.special import stdtrit
 from torch import Tensor
 
-from raycomplete.data.stream import Columns, partition_metadata, read_partition
-from raycomplete.diagnosis.partitions import position_bands, samples_of
+from raycomplete.data.stream import partition_metadata, read_partition
+from raycomplete.diagnosis.partitions import merged_tokens, position_bands, samples_of
 from raycomplete.diagnosis.rows import METRICS
 from raycomplete.engines.run import Run
 from raycomplete.runtime.errors import WorkError
@@ -56,69 +56,59 @@ class PositionStatistics:
         replicates: int = 400,
         seed: int = 0,
     ) -> None:
-        self._column, self._seed = bootstrap_column, seed
-        self._count_T = torch.zeros(0, dtype=torch.float64)
-        self._sum_TM = torch.zeros(0, num_columns, dtype=torch.float64)
-        self._square_TM = torch.zeros(0, num_columns, dtype=torch.float64)
-        # Rows: the two halves of the prompts (even and odd), then the replicates.
-        self._weight_RT = torch.zeros(2 + replicates, 0, dtype=torch.float64)
-        self._weighted_RT = torch.zeros(2 + replicates, 0, dtype=torch.float64)
+        self._column, self._replicates, self._seed = bootstrap_column, replicates, seed
+        # Columns: count, sums, squares, then weights and weighted sums of the even prompts, of the odd ones and of each
+        # replicate.
+        self._sizes = [1, num_columns, num_columns, 2 + replicates, 2 + replicates]
+        self._sums_TK = torch.zeros(0, sum(self._sizes), dtype=torch.float64)
         self.num_prompts = 0
 
     def add(self, values_TM: Tensor) -> None:
         """Adds one prompt: its values at positions 0 to T - 1."""
         values_TM = values_TM.detach().double().cpu()
         length = values_TM.shape[0]
-        self._grow(length)
-        self._count_T[:length] += 1
-        self._sum_TM[:length] += values_TM
-        self._square_TM[:length] += values_TM.square()
         # NumPy's, which takes both numbers whole; torch's reads the lower 32 bits of a seed only.
-        drawn_R = np.random.default_rng([self._seed, self.num_prompts]).poisson(1.0, self._weight_RT.shape[0] - 2)
+        drawn_R = np.random.default_rng([self._seed, self.num_prompts]).poisson(1.0, self._replicates)
         even = float(self.num_prompts % 2 == 0)
-        halves_2 = torch.tensor([even, 1 - even], dtype=torch.float64)
-        weight_R = torch.cat([halves_2, torch.from_numpy(drawn_R).double()])
-        self._weight_RT[:, :length] += weight_R[:, None]
-        self._weighted_RT[:, :length] += weight_R[:, None] * values_TM[:, self._column]
+        weight_TR = torch.tensor([[even, 1 - even, *drawn_R.tolist()]], dtype=torch.float64).expand(length, -1)
+        weighted_TR = weight_TR * values_TM[:, self._column, None]
+        count_T1 = torch.ones(length, 1, dtype=torch.float64)
+        if (missing := length - self._sums_TK.shape[0]) > 0:
+            self._sums_TK = torch.nn.functional.pad(self._sums_TK, (0, 0, 0, missing))
+        self._sums_TK[:length] += torch.cat([count_T1, values_TM, values_TM.square(), weight_TR, weighted_TR], dim=1)
         self.num_prompts += 1
 
-    def _grow(self, length: int) -> None:
-        missing = length - self._count_T.shape[0]
-        if missing > 0:
-            pad = torch.nn.functional.pad
-            self._count_T = pad(self._count_T, (0, missing))
-            self._sum_TM, self._square_TM = (pad(sums, (0, 0, 0, missing)) for sums in (self._sum_TM, self._square_TM))
-            self._weight_RT, self._weighted_RT = (
-                pad(sums, (0, missing)) for sums in (self._weight_RT, self._weighted_RT)
-            )
+    def _sums(self) -> list[Tensor]:
+        return list(self._sums_TK.split(self._sizes, dim=1))
 
     @property
     def count_T(self) -> Tensor:
         """Prompts that reach each position [T]."""
-        return self._count_T.clone()
+        return self._sums_TK[:, 0].clone()
 
     def mean_TM(self) -> Tensor:
         """Means over the prompts that reach each position [T, M]."""
-        return self._sum_TM / self._count_T[:, None]
+        count_T1, sum_TM, *_ = self._sums()
+        return sum_TM / count_T1
 
     def half_width_TM(self) -> Tensor:
         """Half of the 95 % interval of each mean [T, M]; infinite where a single prompt reaches the position."""
-        count_T1 = self._count_T[:, None]
-        spread_TM = (self._square_TM - self._sum_TM.square() / count_T1).clamp(min=0.0)
-        alone_T1 = count_T1 < 2
+        count_T1, sum_TM, square_TM, *_ = self._sums()
+        spread_TM = (square_TM - sum_TM.square() / count_T1).clamp(min=0.0)
         free_T1 = (count_T1 - 1).clamp(min=1)
         quantile_T1 = torch.from_numpy(stdtrit(free_T1.numpy(), 0.975))  # of Student's t
         half_TM = quantile_T1 * (spread_TM / free_T1 / count_T1).sqrt()
-        return half_TM.masked_fill(alone_T1.expand_as(half_TM), math.inf)
+        return half_TM.masked_fill(count_T1 < 2, math.inf)
 
     def completion_depth(self, threshold: float) -> CompletionDepth:
         """The completion depth; its halves are the prompts of even and of odd number."""
-        whole = _crossing(self._count_T[None], self._sum_TM[None, :, self._column], threshold)
-        depths_R = _crossing(self._weight_RT, self._weighted_RT, threshold)
+        count_T1, sum_TM, _, weight_TR, weighted_TR = self._sums()
+        whole = _crossing(count_T1.T, sum_TM[None, :, self._column], threshold)
+        depths_R = _crossing(weight_TR.T, weighted_TR.T, threshold)
         drawn_R = depths_R[2:].double()
         percentiles = torch.tensor([0.025, 0.975], dtype=torch.float64)
         ends = torch.quantile(drawn_R, percentiles) if len(drawn_R) else whole[[0, 0]]
-        size = self._count_T.shape[0]
+        size = self._sums_TK.shape[0]
 
         def reached(depth: float) -> int | None:
             return None if depth >= size else int(depth)
@@ -263,25 +253,26 @@ def token_table(run: Run, names: Mapping[str, Sequence[str]], policies: Sequence
     occurrence; on harmful prompts it is masked unless `diagnose.show_harmful` is on.
     """
     settings, codec = run.config.diagnose, run.models.codec
-    table = []
+    bands, table = position_bands(settings.max_tokens), []
     for kind, parts in names.items():
         masked = kind == "harmful" and not settings.show_harmful
-        merged = _merged(read_partition(run.folder / "tokens" / f"{name}.parquet") for name in parts)
-        bands = position_bands(settings.max_tokens)
-        for (number, role), (band, ends) in product(enumerate(policies), enumerate(bands)):
-            here = [item for item in merged.values() if (item["role"], item["band"]) == (number, band)]
-            whole = sum(item["mass"] for item in sorted(here, key=_rank))
-            for item in sorted(here, key=_rank)[: settings.table_tokens]:
+        columns = merged_tokens([read_partition(run.folder / "tokens" / f"{name}.parquet") for name in parts])
+        rows = zip(*(column.tolist() for column in columns.values()), strict=True)
+        items = [dict(zip(columns, values, strict=True)) for values in rows]
+        for (role, band), found in groupby(items, key=lambda item: (item["role"], item["band"])):
+            ranked = sorted(found, key=lambda item: (-item["mass"], item["token_id"]))
+            whole = sum(item["mass"] for item in ranked)
+            for item in ranked[: settings.table_tokens]:
                 context = codec.decode([int(token) for token in item["context"]])
                 table.append(
                     {
                         "kind": kind,
-                        "role": role,
-                        "band": list(ends),
+                        "role": policies[role],
+                        "band": list(bands[band]),
                         "token": codec.decode([item["token_id"]]),
                         "token_id": item["token_id"],
                         "share": item["mass"] / whole,
-                        "count": item["count"],
+                        "count": int(item["count"]),
                         "base_probability": item["mass"] / item["count"],
                         "policy_probability": item["policy_mass"] / item["count"],
                         "position": item["position"],
@@ -291,26 +282,6 @@ def token_table(run: Run, names: Mapping[str, Sequence[str]], policies: Sequence
     return table
 
 
-def _rank(item: Mapping[str, Any]) -> tuple[float, int]:
-    return -item["mass"], item["token_id"]
-
-
 def mask(text: str) -> str:
     """Hides a text's content and keeps its shape: every letter and digit becomes a dot."""
     return re.sub(r"\w", "\N{BULLET}", text)
-
-
-def _merged(parts: Iterable[Columns]) -> dict[tuple[int, int, int], dict[str, Any]]:
-    """Sums over partitions; of several strongest occurrences the first in order stays."""
-    merged: dict[tuple[int, int, int], dict[str, Any]] = {}
-    for columns in parts:
-        names = list(columns)
-        for values in zip(*(columns[name].tolist() for name in names), strict=True):
-            item = dict(zip(names, values, strict=True))
-            known = merged.setdefault((item["role"], item["band"], item["token_id"]), item)
-            if known is item:
-                continue
-            sums = {name: known[name] + item[name] for name in ("mass", "policy_mass", "count")}
-            stronger = item if item["base_probability"] > known["base_probability"] else known
-            merged[item["role"], item["band"], item["token_id"]] = {**stronger, **sums}
-    return merged

@@ -110,23 +110,10 @@ def _gpu(name: str, label: str, *numbers: float) -> Hardware:
     return Hardware(name, label, True, gib * GIB, *rates, 5e-6, 0.0, _GPU_PRODUCT_SHARE, price, source, *shares)
 
 
-_CPU = Hardware(
-    name="cpu",
-    label="two cores of a server CPU with AVX-512",
-    is_gpu=False,
-    memory_bytes=24 * GIB,
-    bfloat16_flops=3.0e11,
-    float32_flops=1.5e11,
-    memory_bandwidth=1.5e10,
-    link_bandwidth=5e9,
-    fabric_bandwidth=1.25e9,
-    copy_bandwidth=1.5e10,
-    call_s=5e-6,
-    softmax_per_s=1.5e8,
-    product_share=1.0,
-    example_price=0.1,
-    source="an example; `raycomplete plan --measure` writes this machine's own numbers",
-)
+_CPU_PEAKS = (3.0e11, 1.5e11, 1.5e10, 5e9, 1.25e9, 1.5e10)  # in the order of the fields
+_CPU_SOURCE = "an example; `raycomplete plan --measure` writes this machine's own numbers"
+_CPU_LABEL = "two cores of a server CPU with AVX-512"
+_CPU = Hardware("cpu", _CPU_LABEL, False, 24 * GIB, *_CPU_PEAKS, 5e-6, 1.5e8, 1.0, 0.1, _CPU_SOURCE)
 _HARDWARE = {item.name: item for item in (*(_gpu(*row) for row in _GPU_TABLE), _CPU)}
 
 

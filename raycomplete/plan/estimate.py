@@ -23,18 +23,6 @@ from raycomplete.plan.workload import RESERVED_SHARE, Layout, Request, Workload
 
 
 @dataclass(frozen=True)
-class RoleSpeed:
-    """Speed of one role: its processes, the devices of all of them, and its tokens and seconds in one step."""
-
-    processes: int
-    devices: int
-    tokens: float
-    seconds: float
-    tokens_per_s: float
-    busy: float
-
-
-@dataclass(frozen=True)
 class Estimate:
     """A plan of a run.
 
@@ -68,9 +56,9 @@ class Estimate:
         return self.cost / (self.request.train.steps * self.work.trained_tokens) * 1e6
 
     @property
-    def rates(self) -> dict[str, RoleSpeed]:
-        """Speed by role, the training workers first."""
-        layout, work, step = self.layout, self.work, self.pace.step
+    def rates(self) -> dict[str, dict[str, float]]:
+        """Processes, devices of all of them, tokens, seconds and share of a step by role, training workers first."""
+        layout, work = self.layout, self.work
         tokens = {role: sum(item.tokens for item in groups) for role, groups in work.scored.items()}
         tokens["rollout"] = work.rollouts.rows if work.rollouts is not None else 0.0
         seconds = {**self.loop.scoring, "rollout": self.loop.rollout or 0.0}
@@ -78,7 +66,9 @@ class Estimate:
         for role, count in layout.replicas.items():
             devices = layout.devices if layout.shared else count * layout.parallel[role]
             found[f"{engine_name(role)}s"] = (count, devices, tokens[role], seconds[role])
-        return {name: RoleSpeed(*it, it[2] / it[3] if it[3] else 0.0, it[3] / step) for name, it in found.items()}
+        names = ("processes", "devices", "tokens", "seconds", "tokens_per_s", "busy")
+        speeds = {name: (it[2] / it[3] if it[3] else 0.0, it[3] / self.pace.step) for name, it in found.items()}
+        return {name: dict(zip(names, (*it, *speeds[name]), strict=True)) for name, it in found.items()}
 
     def to_json(self) -> dict[str, Any]:
         """Everything, in bytes, seconds and tokens."""
@@ -93,7 +83,7 @@ class Estimate:
             "memory": {role: parts | {"total": sum(parts.values())} for role, parts in self.memory.items()},
             "memory_usable": request.usable_bytes,
             "step": asdict(self.work) | {"trained_tokens": self.work.trained_tokens},
-            "rates": {role: asdict(found) for role, found in self.rates.items()},
+            "rates": self.rates,
             "train_parts_s": self.train_parts,
             "loop_s": asdict(self.loop),
             "payload_bytes": self.payload_bytes,

@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
+from unicodedata import lookup
 
 from jinja2 import Environment, StrictUndefined
 
@@ -103,20 +104,15 @@ def percent(rate: float) -> str:
 
 def visible(token: str) -> str:
     """Writes a token so that it can be read in a table: white space has a sign."""
-    signs = {
-        " ": "\N{OPEN BOX}",
-        "\n": "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}",
-        "\t": "\N{RIGHTWARDS ARROW TO BAR}",
-    }
-    return "".join(signs.get(sign, sign) for sign in token) or "(special)"
+    signs = {" ": "OPEN BOX", "\n": "DOWNWARDS ARROW WITH CORNER LEFTWARDS", "\t": "RIGHTWARDS ARROW TO BAR"}
+    return "".join(lookup(signs[sign]) if sign in signs else sign for sign in token) or "(special)"
 
 
 def setting(value: Any) -> str:
     """Writes a value of a run file in words: lists by commas, sections by their keys, what is not set left out."""
     if isinstance(value, Mapping):
-        return (
-            "; ".join(f"{key} {setting(found)}" for key, found in value.items() if found not in (None, [], {})) or "-"
-        )
+        given = {key: found for key, found in value.items() if found not in (None, [], {})}
+        return "; ".join(f"{key} {setting(found)}" for key, found in given.items()) or "-"
     if isinstance(value, list | tuple):
         mappings = any(isinstance(item, Mapping) for item in value)
         return (" | " if mappings else ", ").join(map(setting, value)) or "-"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
-from raycomplete.diagnosis.partitions import measure_partition, position_bands
+from raycomplete.diagnosis.partitions import measure_partition, merged_tokens, position_bands
 from raycomplete.diagnosis.rows import METRICS, DiagnosisSettings, diagnose_rows
 from tests.diagnosis.planted import (
     HIDDEN,
@@ -56,3 +58,21 @@ def test_bands_cover_every_position_once() -> None:
     for size in (2, 4, 5, 100, 2048):
         covered = [position for low, high in position_bands(size) for position in range(low, high + 1)]
         assert covered == list(range(size))
+
+
+def test_tokens_of_partitions_are_summed_and_the_strongest_occurrence_stays() -> None:
+    def part(*rows: tuple[int, int, int, float, float, str]) -> dict[str, Any]:
+        names = ("role", "band", "token_id", "mass", "base_probability", "context")
+        columns = {name: np.asarray(values) for name, values in zip(names, zip(*rows, strict=True), strict=True)}
+        return columns | {"policy_mass": columns["mass"] / 2, "count": np.full(len(rows), 3)}
+
+    first = part((0, 1, 9, 0.25, 0.2, "a"), (1, 0, 4, 0.5, 0.5, "b"))
+    second = part((0, 1, 9, 0.5, 0.3, "c"), (0, 1, 3, 0.125, 0.1, "d"), (1, 0, 4, 0.25, 0.5, "e"))
+    found = merged_tokens([first, {}, second])
+    assert found["role"].tolist() == [0, 0, 1]
+    assert found["token_id"].tolist() == [3, 9, 4]
+    assert found["mass"].tolist() == [0.125, 0.75, 0.75]
+    assert found["policy_mass"].tolist() == [0.0625, 0.375, 0.375]
+    assert found["count"].tolist() == [3, 6, 6]
+    assert found["context"].tolist() == ["d", "c", "b"], "of equally strong ones the first"
+    assert merged_tokens([{}]) == {}
