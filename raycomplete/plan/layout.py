@@ -196,15 +196,17 @@ def _larger_node(request: Request) -> str:
 
 def _filled(request: Request, layout: Layout) -> Layout:
     """Gives the devices that are left to whichever role shortens the step most."""
-    while True:
-        options = [layout.with_engines(role) for role in layout.replicas]
-        if set(FROZEN) <= set(layout.replicas):  # equally slow scorers must grow together
-            options.append(layout.with_engines("aligned").with_engines("base"))
-        step = _step(request, layout) * (1 - _GAIN)
-        better = [item for item in options if item.devices <= request.devices and _step(request, item) < step]
-        if not better:
-            return layout
+    while better := [item for item in _faster(request, layout, FROZEN) if item.devices <= request.devices]:
         layout = min(better, key=lambda option: (_step(request, option), option.devices))
+    return layout
+
+
+def _faster(request: Request, layout: Layout, together: tuple[str, ...]) -> list[Layout]:
+    """Layouts with a further engine of one role, or of equally slow roles together, that shorten the step."""
+    options = [layout.with_engines(role) for role in layout.replicas]
+    grown = {role: count + (role in together) for role, count in layout.replicas.items()}
+    step = _step(request, layout) * (1 - _GAIN)
+    return [option for option in (*options, replace(layout, replicas=grown)) if _step(request, option) < step]
 
 
 def engines_for_goal(request: Request, layout: Layout) -> Layout | None:
@@ -219,15 +221,10 @@ def engines_for_goal(request: Request, layout: Layout) -> Layout | None:
 def _grown_to_goal(request: Request, goal: Layout) -> Layout | None:
     """Adds engines that shorten the step until the trainer waits little, and takes away those that are not needed."""
     while not _waits_little(request, goal):
-        options = [goal.with_engines(role) for role in goal.replicas]
-        # Roles that are equally slow must grow together.
-        options.append(replace(goal, replicas={role: count + 1 for role, count in goal.replicas.items()}))
-        step = _step(request, goal) * (1 - _GAIN)
-        longer = max(goal.replicas.values()) >= _MOST_ENGINES
-        better = None if longer else next((option for option in options if _step(request, option) < step), None)
-        if better is None:
+        better = _faster(request, goal, tuple(goal.replicas))
+        if not better or max(goal.replicas.values()) >= _MOST_ENGINES:
             return None
-        goal = better
+        goal = better[0]
     for role in goal.replicas:
         while goal.replicas[role] > 1 and _waits_little(request, goal.with_engines(role, -1)):
             goal = goal.with_engines(role, -1)
