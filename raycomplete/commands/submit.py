@@ -98,7 +98,7 @@ def prepare(
     if flags and not JOBS[job]:
         raise ConfigError(f"{flags[0]} is not for --job {job}.", "Leave it out: what is finished is never made again.")
     config = load_run_file(run_file, overrides)
-    folder, file = working_dir.resolve(), run_file.resolve()
+    folder, file = working_dir.resolve(), run_file.parent.resolve() / run_file.name
     if not folder.is_dir():
         raise ConfigError(f"The working folder {working_dir} does not exist.", "Give --working-dir a folder.")
     if not file.is_relative_to(folder):

@@ -63,7 +63,7 @@ def load_run_file(
         _apply_override(tree, override)
     if sections is not None:
         tree = {name: value for name, value in tree.items() if name in sections}
-    return parse(tree, str(file), base_folder=file.resolve().parent, plugins=sections is None)
+    return parse(tree, str(file), base_folder=file.parent.resolve(), plugins=sections is None)
 
 
 def parse(tree: Mapping[str, Any], origin: str, base_folder: Path | None = None, *, plugins: bool = False) -> RunConfig:

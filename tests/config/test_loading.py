@@ -69,8 +69,11 @@ def test_every_shipped_run_file_loads(path: Path) -> None:
 
 def test_the_embedded_default_is_the_shipped_run_file() -> None:
     assert any(path.name == "organism.yaml" for path in SHIPPED)
-    packaged = ROOT / "raycomplete" / "data" / "organism" / "organism.yaml"
-    assert packaged.read_bytes() == (ROOT / "jobs" / "organism.yaml").read_bytes()
+    shipped, packaged = ROOT / "jobs" / "organism.yaml", ROOT / "raycomplete" / "data" / "organism" / "organism.yaml"
+    assert not packaged.is_symlink(), "an archive of the package would hold a link that leads nowhere"
+    assert shipped.resolve() == packaged
+    inputs = load_run_file(shipped, ["data.train.harmful=[{path: mine.jsonl}]"]).data.train.harmful
+    assert inputs[0].path == ROOT / "jobs" / "mine.jsonl", "paths are relative to the link, not to its target"
 
 
 @pytest.mark.parametrize(
