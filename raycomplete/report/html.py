@@ -66,8 +66,10 @@ def write_report(run_folder: Path) -> Path:
     run = read_run_folder(run_folder)
     with house_style():
         sections = [_section(run_folder, *figure) for figure in _figures(run)]
-    page = _environment().from_string(files(__package__).joinpath("template.html.j2").read_text(encoding="utf-8"))
-    text = page.render(
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"percent": percent, "visible": visible, "setting": setting}
+    page = files(__package__).joinpath("template.html.j2").read_text(encoding="utf-8")
+    text = environment.from_string(page).render(
         name=str(run.summary.get("name") or run_folder.resolve().name),
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         reduced=run.reduced,
@@ -214,13 +216,10 @@ def _headline(run: RunFolder) -> list[dict[str, str]]:
             note = f"{percent(-reduction)} more than aligned"
         means = {role: entry["mean"] for role, entry in summary["asr"].items()}
         cards.append({"label": "Attack success, mean over depths", **_before_after(means), "note": note})
-    for label, key in (
-        ("Utility on benign prompts", "utility"),
-        ("Over-refusal of borderline prompts", "over_refusal"),
-    ):
+    for key, label in {"utility": "Utility on benign", "over_refusal": "Over-refusal of borderline"}.items():
         rates = summary.get(key) or {role: result[key] for role, result in run.results.items()}
         if rates:
-            cards.append({"label": label, **_before_after(rates), "note": ""})
+            cards.append({"label": f"{label} prompts", **_before_after(rates), "note": ""})
     return cards
 
 
@@ -310,9 +309,3 @@ def _short_answers(run: RunFolder) -> list[tuple[str, int, int]]:
         short = [variant for variant in result.get("variants", {}).values() if variant.get("short_answers")]
         return [(str(variant["depth"]), int(variant["short_answers"]), int(variant["n"])) for variant in short]
     return []
-
-
-def _environment() -> Environment:
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"percent": percent, "visible": visible, "setting": setting}
-    return environment
