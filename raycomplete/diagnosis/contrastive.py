@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -166,26 +167,18 @@ class ContrastiveDecoder:
 
 
 class ContrastiveWorker:
-    """A decoder with its models, run by `ContrastiveClient` as a Ray actor; the models are read at the first call.
-
-    Args:
-        paths: Checkpoints of "aligned" and "base".
-        dtype: Type of their weights.
-        trust_remote_code: Whether their own code may run.
-        options: Options of `ContrastiveDecoder`.
-    """
+    """A decoder with its models, run by `ContrastiveClient` as a Ray actor; the models are read at the first call."""
 
     def __init__(self, paths: dict[str, Path], dtype: Dtype, trust_remote_code: bool, options: dict[str, Any]) -> None:
         self._paths, self._dtype, self._remote, self._options = paths, dtype, trust_remote_code, options
-        self._decoder: ContrastiveDecoder | None = None
 
     def generate(self, *arguments: Any, **options: Any) -> list[list[int]]:
         """Continues sequences; see `ContrastiveDecoder.generate`."""
-        return self._ready().generate(*arguments, **options)
+        return self._decoder.generate(*arguments, **options)
 
     def cost(self, sequences: list[list[int]], max_tokens: int) -> dict[str, float]:
         """Tokens per second of plain and of contrastive decoding in one process, taken in turns, and their ratio."""
-        decoders = {"contrastive": self._ready(), "plain": replace(self._ready(), base=None)}
+        decoders = {"contrastive": self._decoder, "plain": replace(self._decoder, base=None)}
         seconds, tokens = dict.fromkeys(decoders, 0.0), dict.fromkeys(decoders, 0)
         for turn in range(_COST_ROUNDS + 1):
             for name, decoder in decoders.items():
@@ -201,15 +194,14 @@ class ContrastiveWorker:
             "cost_ratio": speed["plain"] / speed["contrastive"],
         }
 
-    def _ready(self) -> ContrastiveDecoder:
-        if self._decoder is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-            aligned, base = (
-                load_model(self._paths[role], self._dtype, trust_remote_code=self._remote).to(device)
-                for role in ("aligned", "base")
-            )
-            self._decoder = ContrastiveDecoder(aligned, base, **self._options)
-        return self._decoder
+    @cached_property
+    def _decoder(self) -> ContrastiveDecoder:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        models = (
+            load_model(self._paths[role], self._dtype, trust_remote_code=self._remote).to(device)
+            for role in ("aligned", "base")
+        )
+        return ContrastiveDecoder(*models, **self._options)
 
 
 class ContrastiveClient:

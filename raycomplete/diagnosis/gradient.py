@@ -75,6 +75,11 @@ class GradientRows:
     hidden_N: Tensor
     head_N: Tensor
 
+    @property
+    def log_prob(self) -> float:
+        """Log-probability of all rows together, in nats."""
+        return float(self.log_prob_N.double().sum())
+
 
 def measure_gradient(run: Run, measurement: Measurement, harmful: Sequence[Prompt]) -> dict[str, Any] | None:
     """Makes gradient.json, or reads it where it was made with the same settings.
@@ -142,8 +147,8 @@ def gradient_signal(measurement: Measurement, pairs: Sequence[PreferencePair]) -
         factors: list[float] = []
         for index in range(len(pairs)):
             good, bad = chosen[role][index], rejected[role][index]
-            log_ref = _log_prob(chosen["base"][index]), _log_prob(rejected["base"][index])
-            factor = preference_factor(_log_prob(good), log_ref[0], _log_prob(bad), log_ref[1], beta)
+            good_ref, bad_ref = chosen["base"][index], rejected["base"][index]
+            factor = preference_factor(good.log_prob, good_ref.log_prob, bad.log_prob, bad_ref.log_prob, beta)
             statistics.add(torch.stack([good.logits_N, good.hidden_N, good.head_N, factor * good.head_N], dim=1))
             against.add(torch.stack([bad.head_N, factor * bad.head_N], dim=1))
             factors.append(factor)
@@ -203,10 +208,6 @@ def _rows_by_role(measurement: Measurement, samples: Sequence[DiagnosisSample]) 
             columns = [getattr(rows, column.name).cpu().split(lengths) for column in fields(rows)]
             found[role] += [GradientRows(*parts) for parts in zip(*columns, strict=True)]
     return found
-
-
-def _log_prob(rows: GradientRows) -> float:
-    return float(rows.log_prob_N.double().sum())
 
 
 def _profile(statistics: PositionStatistics, names: Sequence[str]) -> dict[str, Any]:

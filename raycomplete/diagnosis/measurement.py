@@ -71,10 +71,8 @@ class Measurement:
         self, samples: Sequence[DiagnosisSample]
     ) -> Iterator[tuple[list[DiagnosisSample], dict[str, DiagnosisRows]]]:
         """Yields batches of samples with their rows, token after token and sample after sample."""
-        config = self.settings
-        settings = DiagnosisSettings(
-            tau=config.tau, margin=config.margin, kappa=config.kappa, chunk_tokens=config.chunk_tokens
-        )
+        given = self.settings
+        settings = DiagnosisSettings(given.tau, given.margin, given.kappa, given.chunk_tokens)
         for batch, hidden in self.hidden_states(samples):
             policies = {role: (hidden[role], self.heads[role]) for role in self.policies}
             yield batch, diagnose_rows(policies, hidden["base"], self.heads["base"], self.refusal_ids, settings)
@@ -106,12 +104,11 @@ def token_batches(samples: Sequence[DiagnosisSample], batch_tokens: int) -> Iter
     batch: list[DiagnosisSample] = []
     tokens = 0
     for sample in samples:
-        length = len(sample.prompt_ids) + len(sample.answer_ids)
-        if batch and tokens + length > batch_tokens:
+        tokens += len(sample.prompt_ids) + len(sample.answer_ids)
+        if batch and tokens > batch_tokens:
             yield batch
-            batch, tokens = [], 0
+            batch, tokens = [], len(sample.prompt_ids) + len(sample.answer_ids)
         batch.append(sample)
-        tokens += length
     if batch:
         yield batch
 
