@@ -9,15 +9,17 @@ would not survive being typed as text are dropped, and the best suffix of all st
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import numpy as np
 from pydantic import Field
 
 from raycomplete.attacks.attack import MAX_STEPS
 from raycomplete.attacks.registry import register
 from raycomplete.attacks.suffix import IntArray, Search, SuffixConfig, SuffixSearch, losses_of
 from raycomplete.attacks.target import FloatArray, Target, WhiteBox
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 class GcgConfig(SuffixConfig):
@@ -39,6 +41,8 @@ class GcgAttack(SuffixSearch[GcgConfig]):
     without_effect = ("batch",)
 
     def search(self, target: Target, box: WhiteBox, found: Search, usable: IntArray, rng: np.random.Generator) -> None:
+        import numpy as np
+
         suffix = found.best
         for _ in range(self.config.steps):
             target.stop_if_cancelled()
@@ -56,6 +60,8 @@ class GcgAttack(SuffixSearch[GcgConfig]):
         self, suffix: tuple[int, ...], gradient_SV: FloatArray, usable: IntArray, rng: np.random.Generator
     ) -> list[tuple[int, ...]]:
         """Draws `search_width` suffixes that differ from the current one in one token."""
+        import numpy as np
+
         top = min(self.config.top, len(usable))
         best_ST = usable[np.argsort(gradient_SV[:, usable], axis=1)[:, :top]]
         width = self.config.search_width

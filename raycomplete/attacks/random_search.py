@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import numpy as np
 from pydantic import Field
 
 from raycomplete.attacks.registry import register
 from raycomplete.attacks.suffix import IntArray, Search, SuffixConfig, SuffixSearch, losses_of
 from raycomplete.attacks.target import Target, WhiteBox
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 class RandomSearchConfig(SuffixConfig):
@@ -29,6 +31,8 @@ class RandomSearchAttack(SuffixSearch[RandomSearchConfig]):
     """Searches by chance: candidates change a few neighbouring tokens; the best of a batch is kept if it is better."""
 
     def search(self, target: Target, box: WhiteBox, found: Search, usable: IntArray, rng: np.random.Generator) -> None:
+        import numpy as np
+
         while found.queries < self.config.queries:
             target.stop_if_cancelled()
             count = min(self.config.batch, self.config.queries - found.queries)

@@ -7,9 +7,8 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from threading import Event
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeAlias, TypeVar
 
-import numpy as np
 from pydantic import Field
 
 from raycomplete.attacks.attack import Attack, AttackConfig, answer_ids, continued
@@ -18,7 +17,10 @@ from raycomplete.attacks.trial import Decoding, Emit, Response, Trial
 from raycomplete.runtime.errors import DataError, WorkError
 from raycomplete.runtime.types import Codec, Prompt
 
-IntArray = np.ndarray[Any, np.dtype[np.int64]]
+if TYPE_CHECKING:
+    import numpy as np
+
+IntArray: TypeAlias = "np.ndarray[Any, np.dtype[np.int64]]"
 
 
 class SuffixConfig(AttackConfig):
@@ -167,6 +169,8 @@ class SuffixSearch(Attack[SuffixT], Generic[SuffixT]):
                 failed.set()  # the pool waits for its threads, and a search may take hours
 
     def _search(self, target: Target, box: WhiteBox, trial: Trial, usable: IntArray) -> Search:
+        import numpy as np
+
         found = self.start(target.codec, trial.prompt)
         found.note(found.best, box.suffix_losses(found.problem, [found.best])[0])
         self.search(target, box, found, usable, np.random.default_rng(int(trial.key(target.model_id), 16)))
@@ -181,6 +185,8 @@ class SuffixSearch(Attack[SuffixT], Generic[SuffixT]):
 
 def usable_tokens(codec: Codec, num_tokens: int) -> IntArray:
     """Lists the tokens that a suffix may hold: printable ASCII, as in the GCG paper; no special tokens."""
+    import numpy as np
+
     texts = (codec.decode([token]) for token in range(num_tokens))
     usable = [token for token, text in enumerate(texts) if text.strip() and text.isascii() and text.isprintable()]
     return np.asarray(usable, dtype=np.int64)

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, get_args, runtime_checkable
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, TypeVar, get_args, runtime_checkable
 
 from raycomplete.attacks.trial import Decoding, EvaluationCancelled, Response, Trial
 from raycomplete.runtime.errors import DataError, SetupError
 from raycomplete.runtime.types import Codec, Generator, Judge, Outcome, Prompt
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from raycomplete.attacks.finetune import FinetuneConfig
 
 Need = Literal["white_boxes", "guide", "attacker", "fine_tune"]  # each the field of `AttackTools` that fills it
-FloatArray = np.ndarray[Any, np.dtype[np.float32]]
+FloatArray: TypeAlias = "np.ndarray[Any, np.dtype[np.float32]]"
 Triple = tuple[Prompt, str, str]  # prompt, the attacker's part of the answer, and what the model added
 
 ToolT = TypeVar("ToolT")
