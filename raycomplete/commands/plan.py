@@ -129,16 +129,15 @@ def _show(estimate: Estimate, console: Console) -> None:
         rows.append([part, *(f"{parts[part] / GIB:.3g}" if part in parts else "" for parts in roles)])
     rows.append(["total", *(f"{sum(parts.values()) / GIB:.3g}" for parts in roles)])
     console.table(f"Memory of one device, GiB ({usable:.1f} can be filled)", rows)
-    payload, every = sum(estimate.payload_bytes.values()) / 1e9, request.config.rollout.sync_every
-    updates = f"{estimate.sync_bytes / 1e9:,.3g} GB every {every} step(s), "
-    updates += f"{estimate.sync_bytes / 1e9 / every / step:,.3g} GB/s"
+    payload, every = sum(estimate.payload_bytes.values()), request.config.rollout.sync_every
+    updates = f"{_size(estimate.sync_bytes)} every {every} step(s), {_size(estimate.sync_bytes / every / step)}/s"
     hours = f"{estimate.hours:.2f} hours" if estimate.hours >= 1 else f"{estimate.hours * 60:.1f} minutes"
     console.panel(
         [
             ("step", f"{_seconds(step)}, of which the trainer waits {estimate.pace.waiting:.0%} for engines"),
             *((f"  {name}", _seconds(seconds)) for name, seconds in estimate.train_parts.items() if seconds > 0),
             ("trained tokens", f"{work.trained_tokens:,.0f} a step, {work.trained_tokens / step:,.0f} a second"),
-            ("hidden states", f"{payload:,.3g} GB a step, {payload / step:,.3g} GB/s through the object store"),
+            ("hidden states", f"{_size(payload)} a step, {_size(payload / step)}/s through the object store"),
             *([("weights to engines", updates)] if estimate.sync_bytes else []),
             ("cost", f"{estimate.cost_per_million_tokens:.3g} per million trained tokens"),
             ("whole run", f"{request.train.steps} steps, {hours}, {estimate.cost:,.3g}"),
@@ -180,6 +179,10 @@ def _bottleneck(estimate: Estimate) -> str:
 def _billions(shape: ModelShape) -> str:
     count = shape.num_parameters
     return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.3g}M"
+
+
+def _size(value: float) -> str:
+    return f"{value / 1e9:,.3g} GB" if value >= 1e9 else f"{value / 1e6:,.3g} MB"
 
 
 def _seconds(value: float) -> str:
