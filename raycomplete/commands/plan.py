@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from raycomplete.config import RunConfig
+from raycomplete.data.organism import OrganismRole, checkpoint_path
 from raycomplete.plan import catalogue
 from raycomplete.plan.catalogue import DEFAULT_MEASURED, GIB, Hardware, ModelShape
 from raycomplete.plan.estimate import Estimate, make_plan
@@ -62,54 +63,47 @@ def plan(
 def shapes_of(config: RunConfig, student: str | None = None, teacher: str | None = None) -> dict[str, ModelShape]:
     """Shapes of student, aligned and base, of which names or folders may be given in place of the run file's."""
     models, twin = config.models, config.align.output
-    base = _named(teacher) if teacher else _of_checkpoint(models.base, "base")
+    base = _shape(teacher) if teacher else _shape(models.base, "base")
     # Before `raycomplete align` has made the twin, it is known from the base that it will be made from.
     unmade = twin is not None and Path(models.aligned) == twin and not twin.is_dir()
-    aligned = base if teacher or unmade else _of_checkpoint(models.aligned, "aligned")
+    aligned = base if teacher or unmade else _shape(models.aligned, "aligned")
     if student:
-        return {"student": _named(student), "aligned": aligned, "base": base}
-    trained = aligned if models.student is None else _of_checkpoint(models.student, "student")
+        return {"student": _shape(student), "aligned": aligned, "base": base}
+    trained = aligned if models.student is None else _shape(models.student, "student")
     return {"student": trained, "aligned": aligned, "base": base}
 
 
-def _named(name: str) -> ModelShape:
-    """--student and --teacher: a folder, a config.json, or a known name."""
-    path = Path(name).expanduser()
-    if path.is_dir() or path.suffix == ".json":
-        return _of_config_file(path if path.suffix == ".json" else path / "config.json", name)
-    return catalogue.preset(name)
+def _shape(spec: str, role: str | None = None) -> ModelShape:
+    """Reads a model's config.json; weights are neither read nor downloaded.
 
-
-def _of_checkpoint(spec: str, role: str) -> ModelShape:
-    """Reads config.json of a checkpoint of the run file; weights are neither read nor downloaded."""
+    Args:
+        spec: A checkpoint of the run file, where `role` is given; else a folder, a config.json or a known name.
+        role: Role of the checkpoint.
+    """
     scheme, _, rest = spec.partition(":")
-    if scheme == "hub" and rest:
-        found = catalogue.preset_of_hub(rest)
-        if found is None:
-            flag = "--student" if role == "student" else "--teacher"
-            raise CheckpointError(
-                f"models.{role}: the shape of {spec} is not known, and a plan downloads nothing.",
-                f"Give {flag} with a folder that holds its config.json, or the name of a model of its size.",
-            )
-        return found
-    if scheme == "organism" and rest:
-        from raycomplete.data.organism import OrganismRole, checkpoint_path
-
-        return _of_config_file(checkpoint_path(cast(OrganismRole, rest)) / "config.json", spec)
     path = Path(spec).expanduser()
-    if not path.is_dir():  # a GGUF file or a package: converted as training would convert it
+    if role is None and path.suffix != ".json" and not path.is_dir():
+        return catalogue.preset(spec)
+    if role and scheme == "hub" and rest:
+        if found := catalogue.preset_of_hub(rest):
+            return found
+        flag = "--student" if role == "student" else "--teacher"
+        raise CheckpointError(
+            f"models.{role}: the shape of {spec} is not known, and a plan downloads nothing.",
+            f"Give {flag} with a folder that holds its config.json, or the name of a model of its size.",
+        )
+    if role and scheme == "organism" and rest:
+        path = checkpoint_path(cast(OrganismRole, rest))
+    elif role and not path.is_dir():  # a GGUF file or a package: converted as training would convert it
         from raycomplete.data.checkpoints import resolve_checkpoint
 
         path = resolve_checkpoint(spec, role=role)
-    return _of_config_file(path / "config.json", spec)
-
-
-def _of_config_file(path: Path, name: str) -> ModelShape:
+    file = path if path.suffix == ".json" else path / "config.json"
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as a model's config.json.", "Check the path.") from error
-    return catalogue.shape_from_config(content, name)
+        raise CheckpointError(f"{file} cannot be read as a model's config.json.", "Check the path.") from error
+    return catalogue.shape_from_config(content, spec)
 
 
 def _show(estimate: Estimate, console: Console) -> None:
