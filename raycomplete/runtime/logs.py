@@ -12,7 +12,7 @@ import logging
 import os
 import re
 import socket
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
@@ -38,8 +38,7 @@ class Identity:
 
     Attributes:
         run: Name of the run; empty outside of one.
-        role: "driver", "base scorer", "rollout engine" or "training worker".
-        rank: Rank of a training worker; None for other roles.
+        role: "driver", "base scorer", "rollout engine" or "training worker", the last with its `rank`.
         step: Training step that is at work.
     """
 
@@ -73,12 +72,7 @@ def run_environment() -> dict[str, str]:
 
 
 def begin(role: str, rank: int | None = None) -> None:
-    """Gives this process its role, and opens its log where logs are on. A second call changes the role.
-
-    Args:
-        role: See `Identity`.
-        rank: Rank of a training worker.
-    """
+    """Gives this process its role, and opens its log where logs are on. A second call changes the role."""
     global _identity, _handler
     _identity = Identity(role=role, rank=rank)
     root = logging.getLogger()
@@ -129,26 +123,17 @@ class JsonLines(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """See `logging.Formatter`."""
-        who = identity()
         line: dict[str, Any] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
-            "run": who.run,
-            "role": who.role,
-            "rank": who.rank,
-            "step": who.step,
+            **asdict(identity()),
             "node": socket.gethostname(),
             "pid": record.process,
             "logger": record.name,
             "message": hide_secrets(record.getMessage()),
         }
-        fields = getattr(record, "fields", None)
-        if isinstance(fields, dict):
-            line |= {
-                name: hide_secrets(value) if isinstance(value, str) else value
-                for name, value in fields.items()
-                if name not in line
-            }
+        for name, value in getattr(record, "fields", {}).items():
+            line.setdefault(name, hide_secrets(value) if isinstance(value, str) else value)
         if record.exc_info:
             line["error"] = hide_secrets(self.formatException(record.exc_info))
         text = json.dumps(line, default=str, ensure_ascii=False)

@@ -10,9 +10,10 @@ import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from raycomplete.runtime.errors import DiskFullError, SetupError, WaitTimeoutError
 
@@ -119,20 +120,18 @@ def within(timeout_s: float, problem: str, work: Callable[[], T]) -> T:
     Raises:
         WaitTimeoutError: The work did not end in time; it goes on unwatched.
     """
-    outcome: list[Any] = [None, None]
+    future: Future[T] = Future()
 
     def run() -> None:
         try:
-            outcome[0] = work()
-        except BaseException as error:  # handed to the waiting thread below
-            outcome[1] = error
+            future.set_result(work())
+        except BaseException as error:  # handed to the waiting thread
+            future.set_exception(error)
 
-    thread = threading.Thread(target=run, name="within", daemon=True)
-    thread.start()
-    thread.join(timeout_s)
-    if thread.is_alive():
-        raise WaitTimeoutError(f"{problem} within {timeout_s:.0f} s.")
-    if outcome[1] is not None:
-        raise outcome[1]
-    result: T = outcome[0]
-    return result
+    threading.Thread(target=run, name="within", daemon=True).start()
+    try:
+        return future.result(timeout_s)
+    except TimeoutError:
+        if future.done():
+            raise
+        raise WaitTimeoutError(f"{problem} within {timeout_s:.0f} s.") from None

@@ -87,11 +87,9 @@ def wait_for(reference: Any, *, who: str, what: str, timeout_s: float) -> Any:
         if isinstance(error.cause, RaycompleteError):
             raise error.cause from error
         raise WorkError(f"The {who} failed: {_first_line(error.cause or error)}.") from error
-    except OwnerDiedError as error:  # whoever made the call is gone: asking again is not for us
-        raise WorkError(f"Ray could not get {what} from the {who} ({_first_line(error)}).") from error
-    except ObjectLostError as error:  # it had answered, and its node died with the answer
-        raise died(error, who) from error
-    except RayError as error:  # unschedulable actors, a head node that is gone
+    except RayError as error:  # unschedulable actors, a head node that is gone, a caller that is gone
+        if isinstance(error, ObjectLostError) and not isinstance(error, OwnerDiedError):
+            raise died(error, who) from error  # it had answered, and its node died with the answer
         raise WorkError(f"Ray could not get {what} from the {who} ({_first_line(error)}).") from error
 
 
