@@ -95,7 +95,7 @@ class _Restorer:
         return self._manifest.pieces[piece]
 
     def _is_older(self, name: str, file: StoredFile, is_behind: bool) -> bool:
-        """The storage knows more: any other content where another node went on, else only rows that were appended."""
+        """Tells if the storage knows more: other content where another node went on, else only rows that were appended."""
         target = self._folder / name
         if not target.is_file():
             return True
@@ -143,7 +143,7 @@ class _Restorer:
         return True
 
     def _download(self, file: StoredFile, target: Path) -> str | None:
-        """Says what is wrong with a file, if anything."""
+        """Fetches a file, and says what is wrong with it, if anything."""
         try:
             self._remote.download(file.path, target, file.mode)
         except FileNotFoundError:
