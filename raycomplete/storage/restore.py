@@ -95,7 +95,7 @@ class _Restorer:
         return self._manifest.pieces[piece]
 
     def _is_older(self, name: str, file: StoredFile, is_behind: bool) -> bool:
-        """Tells if the storage knows more: other content where another node went on, else only rows that were appended."""
+        """Tells if the storage knows more: other content where another node went on, else only appended rows."""
         target = self._folder / name
         if not target.is_file():
             return True
