@@ -155,7 +155,7 @@ def architecture(path: Path, *, trust_remote_code: bool = False) -> dict[str, An
 
 
 def check_same_vocabulary(paths: dict[str, Path], *, trust_remote_code: bool = False) -> ChatCodec:
-    """Loads every role's tokenizer and insists on one vocabulary, since distributions are compared token by token.
+    """Loads every role's tokenizer and checks for one vocabulary, since distributions are compared token by token.
 
     Returns:
         The codec of the aligned model.

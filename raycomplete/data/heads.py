@@ -8,14 +8,13 @@ in `raycomplete.data.families`, and compared with transformers by `raycomplete.e
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
 
-from raycomplete.data.checkpoints import weight_files
+from raycomplete.data.checkpoints import fingerprint, weight_files
 from raycomplete.data.families import EMBEDDINGS, HEAD_BIAS, HEADS, head_scale, head_softcap, is_tied, text_config
 from raycomplete.losses.heads import Head
 from raycomplete.runtime.errors import CheckpointError
@@ -49,19 +48,14 @@ class HeadSpec:
     model_fingerprint: str
     tokenizer_hash: str
 
-    def to_json(self) -> dict[str, Any]:
-        """Returns plain values, for logs and cache keys."""
-        return asdict(self)
 
-
-def read_head_spec(path: Path, *, vocab_size: int, model_fingerprint: str, tokenizer_hash: str) -> HeadSpec:
+def read_head_spec(path: Path, vocab_size: int, tokenizer_hash: str) -> HeadSpec:
     """Reads the head spec of a checkpoint folder.
 
     Args:
         path: Folder with config.json and safetensors.
         vocab_size: True tokens (from the tokenizer); the head may have more rows.
-        model_fingerprint: Recorded in the spec.
-        tokenizer_hash: Recorded in the spec.
+        tokenizer_hash: Hash of the tokenizer (`ChatCodec.fingerprint`), recorded in the spec.
 
     Raises:
         CheckpointError: The head cannot be found, or has fewer rows than the tokenizer has tokens.
@@ -90,7 +84,7 @@ def read_head_spec(path: Path, *, vocab_size: int, model_fingerprint: str, token
         softcap=head_softcap(config),
         vocab_size=vocab_size,
         hidden_size=hidden_size,
-        model_fingerprint=model_fingerprint,
+        model_fingerprint=fingerprint(path),
         tokenizer_hash=tokenizer_hash,
     )
 

@@ -1,4 +1,4 @@
-"""Everything that can be refused before a single process starts: checkpoints, tokenizers, prompts, lengths."""
+"""Resolves the checkpoints and prompts of a run, and refuses what does not fit before a single process starts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from raycomplete.config import PromptSets, RunConfig
 from raycomplete.data import organism
 from raycomplete.data.chat import ChatCodec
-from raycomplete.data.checkpoints import architecture, check_same_vocabulary, fingerprint, resolve_checkpoint
+from raycomplete.data.checkpoints import architecture, check_same_vocabulary, resolve_checkpoint
 from raycomplete.data.heads import HeadSpec, read_head_spec
 from raycomplete.data.prompts import read_prompts
 from raycomplete.data.samples import MAX_REFUSAL_PREFIX_TOKENS
@@ -37,7 +37,7 @@ class Models:
     codec: ChatCodec
 
     def fingerprint(self, role: ModelRole) -> str:
-        """Names the weights of a role."""
+        """Returns the hash that names the weights of a role."""
         return self.heads[role].model_fingerprint
 
 
@@ -50,7 +50,7 @@ class Prompts:
 
 
 def prepare_models(config: RunConfig, roles: Sequence[ModelRole] = ("base", "aligned", "student")) -> Models:
-    """Finds every checkpoint and proves that they fit together.
+    """Finds every checkpoint and checks that they fit together.
 
     Raises:
         CheckpointError: One is missing or unsafe, or two do not fit.
@@ -71,23 +71,14 @@ def prepare_models(config: RunConfig, roles: Sequence[ModelRole] = ("base", "ali
                 "tokens.",
                 f"Set models.max_length to {context} or less.",
             )
-    remote = settings.trust_remote_code
-    aligned = architecture(named["aligned"], trust_remote_code=remote)
-    for role, path in paths.items():
-        if changed := _difference(architecture(path, trust_remote_code=remote), aligned):
+    shapes = {role: architecture(path, trust_remote_code=settings.trust_remote_code) for role, path in named.items()}
+    for role in paths:
+        if changed := _difference(shapes[role], shapes["aligned"]):
             raise CheckpointError(
                 f"models.{role} and models.aligned differ in architecture ({changed}).",
                 "Base must be the model that aligned was trained from, and the student a copy of aligned.",
             )
-    heads = {
-        role: read_head_spec(
-            path,
-            vocab_size=codec.vocab_size,
-            model_fingerprint=fingerprint(path),
-            tokenizer_hash=codec.fingerprint(),
-        )
-        for role, path in paths.items()
-    }
+    heads = {role: read_head_spec(path, codec.vocab_size, codec.fingerprint()) for role, path in paths.items()}
     return Models(paths, heads, codec)
 
 
@@ -99,9 +90,9 @@ def prepare_prompts(config: RunConfig, codec: ChatCodec, *, training: bool = Tru
     """
     data = config.data
     if data.source == "organism":
-        limits = (data.limit_per_kind, config.evaluation.num_prompts)
-        train = {kind: tuple(organism.prompts("train", kind, data.seed, limits[0])) for kind in KINDS}
-        held_out = {kind: tuple(organism.prompts("heldout", kind, data.seed, limits[1])) for kind in KINDS}
+        train = {kind: tuple(organism.prompts("train", kind, data.seed, data.limit_per_kind)) for kind in KINDS}
+        count = config.evaluation.num_prompts
+        held_out = {kind: tuple(organism.prompts("heldout", kind, data.seed, count)) for kind in KINDS}
     else:
         train = {kind: _read(data.train, kind, data.seed) if training else () for kind in KINDS}
         held_out = {kind: _held_out(config, kind) for kind in KINDS}
@@ -113,7 +104,7 @@ def prepare_prompts(config: RunConfig, codec: ChatCodec, *, training: bool = Tru
                 raise DataError(f"{where}.{kind} is empty.", "Name at least one file of prompts there.")
         _check_disjoint(train, held_out)
     longest_response = _longest_response(config)
-    for prompt in (*(p for kind in KINDS for p in train[kind]), *(p for kind in KINDS for p in held_out[kind])):
+    for prompt in (prompt for sets in (train, held_out) for kind in KINDS for prompt in sets[kind]):
         _check_length(config, codec, prompt, None, longest_response)
     if config.rollout.safety_prompt:  # which the teacher alone reads, before a refusal
         for prompt in train["harmful"]:
@@ -126,7 +117,7 @@ def _read(sets: PromptSets, kind: PromptKind, seed: int) -> tuple[Prompt, ...]:
 
 
 def _held_out(config: RunConfig, kind: PromptKind) -> tuple[Prompt, ...]:
-    """At most `evaluation.num_prompts` of the evaluation files, drawn over all of them; the files' order is kept."""
+    """Draws at most `evaluation.num_prompts` over all evaluation files; the order of the files is kept."""
     prompts = _read(config.data.evaluation, kind, config.data.seed)
     count = min(config.evaluation.num_prompts, len(prompts))
     chosen = sorted(random.Random(f"{config.data.seed}:held out:{kind}").sample(range(len(prompts)), count))
@@ -157,7 +148,7 @@ def _check_length(config: RunConfig, codec: ChatCodec, prompt: Prompt, system: s
 
 
 def _longest_response(config: RunConfig) -> int:
-    """Tokens that may follow a prompt in any part of the run."""
+    """Counts the tokens that may follow a prompt in any part of the run."""
     train = config.train.depth.max + config.rollout.max_refusal_tokens
     if config.rollout.refusal_prefix_fraction > 0:
         train += MAX_REFUSAL_PREFIX_TOKENS

@@ -105,7 +105,6 @@ def _smoke(use_gpu: bool) -> None:
     import torch
 
     from raycomplete.data.chat import ChatCodec
-    from raycomplete.data.checkpoints import fingerprint
     from raycomplete.data.heads import load_head, read_head_spec
     from raycomplete.engines.rollout_worker import RolloutEngine
     from raycomplete.engines.score_cache import ScoreRequest, to_tensor
@@ -123,12 +122,7 @@ def _smoke(use_gpu: bool) -> None:
     tell({"begins": "reading hidden states"})
     (states,) = PoolingEngine(spec).hidden_states([ScoreRequest((*prompt, *tokens), len(prompt))])
     tell_time("pooling_s")
-    head = read_head_spec(
-        path,
-        vocab_size=codec.vocab_size,
-        model_fingerprint=fingerprint(path),
-        tokenizer_hash=codec.fingerprint(),
-    )
+    head = read_head_spec(path, codec.vocab_size, codec.fingerprint())
     pooled = load_head(head, dtype=torch.float32).logits(to_tensor(states)).argmax(-1).tolist()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     tell({"tokens": tokens, "pooled": pooled, "peak_bytes": peak})

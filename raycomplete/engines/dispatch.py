@@ -36,7 +36,6 @@ class KvStore:
     """
 
     def write(self, key: str, value: str) -> None:
-        """Replaces a note."""
         internal_kv._internal_kv_put(key, value, namespace=_NAMESPACE)
 
     def read(self, key: str) -> str:
@@ -44,11 +43,9 @@ class KvStore:
         return (internal_kv._internal_kv_get(key, namespace=_NAMESPACE) or b"").decode()
 
     def below(self, prefix: str) -> list[str]:
-        """Lists the keys that start with a prefix."""
         return [key.decode() for key in internal_kv._internal_kv_list(prefix, namespace=_NAMESPACE)]
 
     def clear(self, prefix: str) -> None:
-        """Removes the notes whose keys start with a prefix."""
         internal_kv._internal_kv_del(prefix, del_by_prefix=True, namespace=_NAMESPACE)
 
 
@@ -104,11 +101,9 @@ class CacheAffinity:
         self._found: OrderedDict[int, int] = OrderedDict()  # by hash: a mix-up costs one more reading
 
     def get(self, request: ScoreRequest) -> int | None:
-        """Returns the replica, or None where it is not known."""
         return self._found.get(hash(request))
 
     def put(self, request: ScoreRequest, replica: int) -> None:
-        """Remembers the replica of a sequence."""
         self._found[hash(request)] = replica
         if len(self._found) > self._capacity:
             self._found.popitem(last=False)
@@ -159,11 +154,9 @@ class Shard:
 
     Attributes:
         indices: Positions of the sequences in their batch.
-        replica: Number of the replica that reads them.
         deaths: Scorers that died while they read just these sequences.
         proven: True for one half of a shard that has killed `max_attempts` scorers.
         attempt: Name of the present call.
-        reference: Ray's reference to the present call.
     """
 
     indices: list[int]
@@ -179,8 +172,7 @@ class ScoreCall:
     """A batch under way.
 
     Attributes:
-        requests: In the order of the results.
-        results: Scores, None where there is none yet.
+        results: Scores in the order of the requests, None where there is none yet.
         waiting: Shards that are not sent yet.
         sent: Shards that are sent, oldest first.
         quarantined: Indices of the sequences that will never have a score.
@@ -195,7 +187,6 @@ class ScoreCall:
     first_death: float | None = None
 
     def tokens(self, part: Shard) -> int:
-        """Counts the tokens of a shard."""
         return sum(len(self.requests[index].token_ids) for index in part.indices)
 
 
@@ -205,7 +196,7 @@ class Dispatcher:
     Args:
         replicas: At least one.
         teacher: Bounds and limits.
-        kv_store: Where replicas note what they read.
+        kv_store: Store in which replicas note what they read.
         prefix: Names this group of replicas in the store.
         on_quarantine: Called with each sequence that is quarantined here and the number of scorers it killed alone.
         pause: Sleeps; replaced in tests.

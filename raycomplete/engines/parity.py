@@ -6,9 +6,8 @@ moves log-probabilities by far more than rounding does, so a few sequences are e
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -46,10 +45,6 @@ class ParityReport:
     argmax_agreement: float
     num_rows: int
     tolerance: float
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns plain values for the run folder."""
-        return asdict(self)
 
 
 def check_parity(

@@ -14,8 +14,17 @@ import torch
 from torch import Tensor
 
 from raycomplete.engines.rollout_worker import EngineAnswer, RolloutOptions, RolloutWorker
-from raycomplete.engines.weight_sync import DEFAULT_TOLERANCE, SyncReport, compare
-from raycomplete.engines.weights import Adapter, Weights, WeightSource, pack, pack_lora, version_of
+from raycomplete.engines.weights import (
+    SYNC_TOLERANCE,
+    Adapter,
+    SyncReport,
+    Weights,
+    WeightSource,
+    compare,
+    pack,
+    pack_lora,
+    version_of,
+)
 from raycomplete.runtime.errors import SetupError, WaitTimeoutError, WorkError
 from raycomplete.runtime.ray_calls import wait_for
 
@@ -29,12 +38,10 @@ class RolloutCall:
 
     Attributes:
         version: Version of the weights that make them; None for a checkpoint.
-        num_sequences: Number of responses that `RolloutPool.collect` will return.
         shards: (engine, number of sequences, reference) in the order of the sequences.
     """
 
     version: int | None
-    num_sequences: int
     shards: tuple[tuple[int, int, Any], ...]
 
 
@@ -145,7 +152,7 @@ class RolloutPool:
         """Packs whole weights (see `weights.pack`) over the checkpoint of this handle."""
         return pack(state, version, self.path)
 
-    def pack_lora(self, adapters: Mapping[str, Adapter | tuple[Tensor, Tensor, float]], version: int) -> Weights:
+    def pack_lora(self, adapters: Mapping[str, Adapter], version: int) -> Weights:
         """Packs adapters (see `weights.pack_lora`) over the checkpoint of this handle, which they must belong to."""
         return pack_lora(adapters, version, self.path)
 
@@ -182,7 +189,7 @@ class RolloutPool:
             weights=weights,
             seconds=time.perf_counter() - started,
             load_s=max(answer.load_s for answer in answers),
-            tolerance=self._options.rollout.sync_tolerance or DEFAULT_TOLERANCE[self._options.spec.dtype],
+            tolerance=self._options.rollout.sync_tolerance or SYNC_TOLERANCE[self._options.spec.dtype],
         )
 
     def submit(
@@ -217,7 +224,7 @@ class RolloutPool:
                 part_seed = None if seed is None else seed + start
                 reference = actor.generate.remote(source, part, max_tokens, temperature, top_p, top_k, part_seed)
                 shards.append((engine, len(part), reference))
-        call = RolloutCall(version_of(source), len(sequences), tuple(shards))
+        call = RolloutCall(version_of(source), tuple(shards))
         with self._stats.lock:
             self._stats.open.add(call)
         return call
@@ -260,25 +267,14 @@ class RolloutPool:
         seed: int | None = None,
     ) -> list[list[int]]:
         """Continues sequences (see `raycomplete.runtime.types.Generator.generate`)."""
-        finished = self.generate_finished(
+        call = self.submit(
             sequences, max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed
         )
-        return [tokens for tokens, _ in finished]
+        return [tokens for tokens, _ in self.collect(call)]
 
-    def generate_finished(
-        self,
-        sequences: Sequence[Sequence[int]],
-        *,
-        max_tokens: int,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        seed: int | None = None,
-    ) -> list[tuple[list[int], bool]]:
-        """Continues sequences as `generate` does, and tells which responses ended by themselves."""
-        return self.collect(
-            self.submit(sequences, max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
-        )
+    def generate_finished(self, sequences: Sequence[Sequence[int]], **sampling: Any) -> list[tuple[list[int], bool]]:
+        """Continues sequences as `submit` does, and waits as `collect` does."""
+        return self.collect(self.submit(sequences, **sampling))
 
     def log_probs(self, sequences: Sequence[tuple[Sequence[int], int]]) -> list[list[float]]:
         """Returns log-probabilities of given answers under this handle's weights, nats (`RolloutEngine.log_probs`).
@@ -316,7 +312,6 @@ class RolloutPool:
         }
 
     def stop(self) -> None:
-        """Ends the actors and frees their memory."""
         for actor in self._actors:
             ray.kill(actor)
 

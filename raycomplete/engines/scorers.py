@@ -6,6 +6,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -138,8 +139,8 @@ class Scorer:
             "role": self._role,
             "engine_start_s": engine_start_s,
             "start_s": time.perf_counter() - started,
-            "parity": parity.to_json(),
-            "head": self._head.to_json(),
+            "parity": asdict(parity),
+            "head": asdict(self._head),
         }
         return engine
 
@@ -290,7 +291,6 @@ class TeacherClient:
         return {name: sum(item[name] for item in found) for name in found[0]}
 
     def stop(self) -> None:
-        """Ends the actors and frees their memory."""
         for replica in self._replicas:
             ray.kill(replica.actor)
         with suppress(Exception):  # notes of a cluster that is gone are gone too

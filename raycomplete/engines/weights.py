@@ -1,7 +1,7 @@
-"""Versioned weights in Ray's object store, and how they become the tensors of a checkpoint again.
+"""Versioned weights in Ray's object store: packed by the trainer, loaded by engines, compared after the load.
 
-The trainer packs what it has after a step; every call to an engine names the `Weights` that it needs. The object store
-brings them to any node, and an engine that was restarted finds them there as before.
+Every call to an engine names the `Weights` that it needs. The object store brings them to any node, and an engine that
+was restarted finds them there as before.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -36,20 +36,18 @@ _PREFIX, _CLAIM = "raycomplete-weights-", "claim"
 _HEADER_BYTES = 2**20  # names and shapes of a file of weights
 
 _Array: TypeAlias = npt.NDArray[Any]
+Adapter: TypeAlias = tuple[Tensor, Tensor, float]  # A [rank, in], B [out, rank] and s: a weight W becomes W + s * B @ A
+
+# Mean over the probe's tokens of |log p - log p'|, in nats. float32: rounding only, 6e-6 on SmolLM2-135M on a CPU; GPU
+# kernels may round products to TF32. bfloat16: engine and trainer round to 8 bits after different kernels in every
+# layer; on SmolLM2-135M 0.02 where tokens are likely, 0.04 on samples at temperature 1, 0.05 on unlikely tokens. A
+# stale head costs more than a nat. What one small step changes stays below either, so this shows that the tensors
+# arrived whole, not which of two neighbouring versions they are: the version in the engine's answer tells that.
+SYNC_TOLERANCE: dict[str, float] = {"float32": 1e-4, "bfloat16": 0.1}
 
 
-class Adapter(NamedTuple):
-    """The low-rank update of one linear layer: its weight becomes W + scale * B @ A.
-
-    Attributes:
-        a_RI: [rank, in].
-        b_OR: [out, rank].
-        scale: alpha / rank, or what else the adapter was trained with.
-    """
-
-    a_RI: Tensor
-    b_OR: Tensor
-    scale: float
+class SyncError(WorkError):
+    """After an update of the weights, an engine's log-probabilities differ from the trainer's."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +55,10 @@ class Weights:
     """Weights of one training step. Picklable; the process that packed them must live as long as they are used.
 
     Attributes:
-        version: Finished optimizer steps of the trainer that made them.
+        version: Finished optimizer steps of the trainer.
         start_path: Checkpoint of the same architecture. Adapters are merged into its weights.
         kind: "full": `chunks` hold every tensor. "lora": they hold adapters.
-        chunks: References of objects {name: array} (full) or {name: (A, B, scale)} (lora).
+        chunks: References to objects {name: array} (full) or {name: (A, B, scale)} (lora).
         num_bytes: Size of the payload.
     """
 
@@ -72,7 +70,7 @@ class Weights:
 
     @property
     def key(self) -> str:
-        """Differs between any two packed weights, also between two runs that number their steps alike."""
+        """Name that differs between any two packed weights, also of two runs that number their steps alike."""
         return f"version {self.version} in {self.chunks[0].hex()}"
 
 
@@ -80,12 +78,12 @@ WeightSource: TypeAlias = str | Weights  # the path of a checkpoint, or packed w
 
 
 def key_of(source: WeightSource) -> str:
-    """What tells two sources of weights apart."""
+    """Returns a name that tells two sources of weights apart."""
     return source if isinstance(source, str) else source.key
 
 
 def version_of(source: WeightSource) -> int | None:
-    """The version of packed weights; a checkpoint has none."""
+    """Returns the version of packed weights, or None for a checkpoint."""
     return None if isinstance(source, str) else source.version
 
 
@@ -97,12 +95,10 @@ def pack(state: Mapping[str, Tensor], version: int, start_path: str) -> Weights:
         version: Finished optimizer steps.
         start_path: Checkpoint of the same architecture, readable wherever an engine runs.
     """
-    arrays = {name: _to_array(tensor) for name, tensor in state.items()}
-    sized = [(name, array, array.nbytes) for name, array in arrays.items()]
-    return _put(sized, version, start_path, "full")
+    return _put({name: _to_array(tensor) for name, tensor in state.items()}, version, start_path, "full")
 
 
-def pack_lora(adapters: Mapping[str, Adapter | tuple[Tensor, Tensor, float]], version: int, start_path: str) -> Weights:
+def pack_lora(adapters: Mapping[str, Adapter], version: int, start_path: str) -> Weights:
     """Puts adapters into the object store; engines merge them into the start checkpoint.
 
     Args:
@@ -111,22 +107,21 @@ def pack_lora(adapters: Mapping[str, Adapter | tuple[Tensor, Tensor, float]], ve
         start_path: Checkpoint that the adapters were trained on, readable wherever an engine runs.
     """
     arrays = {name: (_to_array(a_RI), _to_array(b_OR), scale) for name, (a_RI, b_OR, scale) in adapters.items()}
-    sized = [(name, item, item[0].nbytes + item[1].nbytes) for name, item in arrays.items()]
-    return _put(sized, version, start_path, "lora")
+    return _put(arrays, version, start_path, "lora")
 
 
 def checkpoint_tensors(
     weights: Weights, dtype: torch.dtype, *, tied: bool, timeout_s: float
 ) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a checkpoint with these weights, for the loader of an engine.
+    """Returns the tensors of a checkpoint with these weights, for the loader of an engine.
 
     The payload is fetched and its names are compared with those of the start checkpoint before the first tensor is
     given, since a loader that fails half-way, or that misses a tensor silently, leaves a mixture of two models.
 
     Args:
-        weights: What to load.
-        dtype: The engine's. An adapter is merged in float32 and rounded to it once.
-        tied: Whether the output head is the embedding, so that it may be missing.
+        weights: Packed by the trainer.
+        dtype: Type of the engine's weights. An adapter is merged in float32 and rounded to it once.
+        tied: The output head is the embedding, so that it may be missing.
         timeout_s: Longest wait for the object store.
 
     Raises:
@@ -151,11 +146,74 @@ def checkpoint_tensors(
     return ((name, tensor.to(dtype) if tensor.is_floating_point() else tensor) for name, tensor in payload.items())
 
 
+@dataclass(frozen=True)
+class SyncReport:
+    """One update of the weights of all engines, and how far the engines are from the trainer after it.
+
+    Attributes:
+        version: Version of the weights.
+        seconds: Time from the call until the last engine had answered the probe.
+        load_s: The slowest engine's time for loading; 0 where all had these weights already.
+        num_bytes: Size of the payload.
+        mean_abs_difference: Mean over the probe's tokens of |log p - log p'|, nats, of the engine farthest off.
+        max_abs_difference: Largest difference of one token over all engines, nats.
+        num_tokens: Tokens that each engine was compared on.
+        tolerance: Upper bound of `mean_abs_difference`.
+    """
+
+    version: int
+    seconds: float
+    load_s: float
+    num_bytes: int
+    mean_abs_difference: float
+    max_abs_difference: float
+    num_tokens: int
+    tolerance: float
+
+
+def compare(
+    log_probs: Sequence[Tensor],
+    expected_N: Tensor,
+    *,
+    names: Sequence[str],
+    weights: Weights,
+    seconds: float,
+    load_s: float,
+    tolerance: float,
+) -> SyncReport:
+    """Compares every engine's log-probabilities of the same N tokens with the trainer's own.
+
+    Raises:
+        SyncError: The mean difference of an engine exceeds the tolerance, or is not a number.
+    """
+    differences_EN = (torch.stack(list(log_probs)).double() - expected_N).abs()
+    means_E = differences_EN.mean(dim=1)
+    report = SyncReport(
+        version=weights.version,
+        seconds=seconds,
+        load_s=load_s,
+        num_bytes=weights.num_bytes,
+        mean_abs_difference=float(means_E.max()),
+        max_abs_difference=float(differences_EN.max()),
+        num_tokens=len(expected_N),
+        tolerance=tolerance,
+    )
+    if not report.mean_abs_difference <= tolerance:  # written so that NaN fails too
+        raise SyncError(
+            f"After loading version {weights.version}, the {names[int(means_E.argmax())]} differs from the trainer by "
+            f"{report.mean_abs_difference:.3g} nats on average over {report.num_tokens} tokens (at most "
+            f"{report.max_abs_difference:.3g}; tolerance {tolerance:.3g}).",
+            "The engine does not hold the trainer's weights, or computes otherwise; rollouts would come from another "
+            "model. If the difference is rounding, raise rollout.sync_tolerance.",
+        )
+    return report
+
+
 @contextmanager
 def checkpoint_folder(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[str]:
-    """A folder with these tensors, in memory where the machine has room there, for processes that share nothing else.
+    """Writes tensors into a folder, in memory where there is room, for processes that share nothing else.
 
-    It is gone when the context ends; what a killed process left behind goes when the next one comes.
+    The folder is gone when the context ends; one that a killed process left behind is removed by the next call.
     """
     _sweep()
     state = {name: tensor.contiguous() for name, tensor in tensors}
@@ -171,7 +229,7 @@ def checkpoint_folder(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[str]:
 
 @contextmanager
 def _claimed(folder: Path) -> Iterator[None]:
-    """Holds a lock in a folder, which ends with this process however it ends."""
+    """Holds a lock in a folder, which the system releases however this process ends."""
     with (folder / ".claim").open("w") as claim:
         fcntl.flock(claim, fcntl.LOCK_EX)
         (folder / ".claim").rename(folder / _CLAIM)  # under this name it has never been unlocked
@@ -179,7 +237,7 @@ def _claimed(folder: Path) -> Iterator[None]:
 
 
 def _sweep() -> None:
-    """Removes folders of processes that were killed: as large as a model each, in memory."""
+    """Removes folders of processes that were killed: each is as large as a model, in memory."""
     for root in {_MEMORY, tempfile.gettempdir()}:
         for claim in Path(root).glob(f"{_PREFIX}*/{_CLAIM}"):
             with suppress(OSError), claim.open() as file:  # BlockingIOError: its owner is alive
@@ -198,13 +256,12 @@ def _merged(files: Mapping[str, str], adapters: Mapping[str, Any], dtype: torch.
                 yield name, weight_OI.to(dtype) if weight_OI.is_floating_point() else weight_OI
 
 
-def _put(
-    sized: Iterable[tuple[str, Any, int]], version: int, start_path: str, kind: Literal["full", "lora"]
-) -> Weights:
-    """One tensor is never split: a tensor larger than a chunk is an object by itself."""
+def _put(items: Mapping[str, Any], version: int, start_path: str, kind: Literal["full", "lora"]) -> Weights:
+    """Stores named arrays in objects of bounded size; a tensor larger than a chunk is an object by itself."""
     chunks: list[dict[str, Any]] = [{}]
     filled = total = 0
-    for name, item, num_bytes in sized:
+    for name, item in items.items():
+        num_bytes = item.nbytes if kind == "full" else item[0].nbytes + item[1].nbytes
         if chunks[-1] and filled + num_bytes > _CHUNK_BYTES:
             chunks.append({})
             filled = 0
@@ -215,7 +272,7 @@ def _put(
 
 
 def _fetch(weights: Weights, timeout_s: float) -> dict[str, Any]:
-    """The payload as tensors that share the object store's read-only memory."""
+    """Returns the payload as tensors that share the object store's read-only memory."""
     chunks = wait_for(
         list(weights.chunks), who="object store", what=f"the weights of version {weights.version}", timeout_s=timeout_s
     )
@@ -229,7 +286,7 @@ def _fetch(weights: Weights, timeout_s: float) -> dict[str, Any]:
 
 
 def _to_array(tensor: Tensor) -> _Array:
-    """NumPy knows no bfloat16: its bits travel as uint16, which no weight has by itself."""
+    """Returns a tensor's array; the bits of bfloat16, which NumPy lacks, travel as uint16, which no weight has."""
     tensor = tensor.detach().cpu().contiguous()
     array: _Array = (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
     return array

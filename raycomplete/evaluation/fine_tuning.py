@@ -80,9 +80,7 @@ def fine_tune(run: Run, settings: FinetuneConfig, dataset: str, start: Path) -> 
         gradient_checkpointing=config.train.gradient_checkpointing,
         stall_timeout_s=config.train.stall_timeout_s,
     )
-    head = read_head_spec(
-        start, vocab_size=codec.vocab_size, model_fingerprint=fingerprint(start), tokenizer_hash=codec.fingerprint()
-    )
+    head = read_head_spec(start, codec.vocab_size, codec.fingerprint())
     job = TrainJob(
         objective="sft",
         start=start,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -120,7 +120,7 @@ class StudentEngines:
         weights = self._pool.pack_lora(state, version) if adapters_only else self._pool.pack(state, version)
         report = self._pool.sync(weights, probe, expected)
         self._weights = weights
-        return report.to_json()
+        return asdict(report)
 
     def submit(self, batch: RolloutBatch, seed: int) -> Any:
         """Starts the rollouts of a batch under the weights synchronised last, and returns what `collect` waits for."""

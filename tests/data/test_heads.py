@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM, PhiConfig, PhiForCausalLM
 
-from raycomplete.data.checkpoints import load_model
+from raycomplete.data.checkpoints import fingerprint, load_model
 from raycomplete.data.heads import HeadSpec, load_head, read_head_spec
 from raycomplete.runtime.errors import CheckpointError
 from tests.training.tiny import make_model
@@ -19,7 +20,7 @@ VOCAB, PADDED = 61, 64
 
 
 def spec_of(path: Path, vocab_size: int = VOCAB) -> HeadSpec:
-    return read_head_spec(path, vocab_size=vocab_size, model_fingerprint="weights", tokenizer_hash="words")
+    return read_head_spec(path, vocab_size, "words")
 
 
 def assert_rebuilds(path: Path, spec: HeadSpec) -> None:
@@ -46,8 +47,8 @@ def test_logits_are_rebuilt(tied: bool, tmp_path: Path) -> None:
     assert spec.tied is tied
     assert spec.weight_key == ("model.embed_tokens.weight" if tied else "lm_head.weight")
     assert (spec.scale, spec.softcap, spec.bias_key, spec.hidden_size) == (1.0, None, None, 32)
-    assert (spec.path, spec.model_fingerprint, spec.tokenizer_hash) == (str(path), "weights", "words")
-    assert spec.to_json()["vocab_size"] == rows
+    assert (spec.path, spec.model_fingerprint, spec.tokenizer_hash) == (str(path), fingerprint(path), "words")
+    assert asdict(spec)["vocab_size"] == rows
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])

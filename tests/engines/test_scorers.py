@@ -19,7 +19,7 @@ from transformers import LlamaForCausalLM
 
 from raycomplete.config import Dtype, TeacherConfig
 from raycomplete.data.chat import ChatCodec
-from raycomplete.data.checkpoints import TORCH_DTYPES, fingerprint, load_model, save_checkpoint
+from raycomplete.data.checkpoints import TORCH_DTYPES, load_model, save_checkpoint
 from raycomplete.data.heads import HeadSpec, load_head, read_head_spec
 from raycomplete.data.organism import checkpoint_path, prompts
 from raycomplete.engines.parity import DEFAULT_TOLERANCE
@@ -34,9 +34,7 @@ pytestmark = pytest.mark.slow
 
 
 def head_of(path: Path, codec: ChatCodec) -> HeadSpec:
-    return read_head_spec(
-        path, vocab_size=codec.vocab_size, model_fingerprint=fingerprint(path), tokenizer_hash=codec.fingerprint()
-    )
+    return read_head_spec(path, codec.vocab_size, codec.fingerprint())
 
 
 def make_requests(codec: ChatCodec, count: int) -> list[ScoreRequest]:

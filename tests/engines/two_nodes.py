@@ -23,7 +23,6 @@ from ray.util import placement_group_table
 
 from raycomplete.config import TeacherConfig
 from raycomplete.data.chat import ChatCodec
-from raycomplete.data.checkpoints import fingerprint
 from raycomplete.data.heads import read_head_spec
 from raycomplete.data.organism import checkpoint_path
 from raycomplete.engines.dispatch import KvStore, ScorerReplica
@@ -72,9 +71,7 @@ def scorers(cluster: Cluster, nodes: list[Any]) -> dict[str, Any]:
     """Two real engines, one a node: one is killed, then the node of the other."""
     codec = ChatCodec(checkpoint_path("aligned"))
     path = checkpoint_path("aligned")
-    head = read_head_spec(
-        path, vocab_size=codec.vocab_size, model_fingerprint=fingerprint(path), tokenizer_hash=codec.fingerprint()
-    )
+    head = read_head_spec(path, codec.vocab_size, codec.fingerprint())
     rng = np.random.default_rng(0)
     batch = [
         ScoreRequest(tuple(int(token) for token in rng.integers(5, 150, length)), 4)

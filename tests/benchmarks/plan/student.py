@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from raycomplete.data.chat import ChatCodec
-from raycomplete.data.checkpoints import TORCH_DTYPES, fingerprint, load_model
+from raycomplete.data.checkpoints import TORCH_DTYPES, load_model
 from raycomplete.data.heads import load_head, read_head_spec
 from raycomplete.data.samples import AnchorSample, RecoverySample, SampleSet
 from raycomplete.losses.loss_types import LossSettings
@@ -32,12 +32,7 @@ def student_and_batches(case: Case, micro_batches: int) -> tuple[StudentModule, 
 
     config, dtype = case.config, case.config.models.dtype
     train, rng = config.train, np.random.default_rng(0)
-    spec = read_head_spec(
-        case.path,
-        vocab_size=ChatCodec(case.path).vocab_size,
-        model_fingerprint=fingerprint(case.path),
-        tokenizer_hash="benchmark",
-    )
+    spec = read_head_spec(case.path, ChatCodec(case.path).vocab_size, "benchmark")
     lm = load_model(case.path, dtype)
     lm.train()
     teachers = {role: load_head(spec, dtype=TORCH_DTYPES[dtype]) for role in ("aligned", "base")}

@@ -18,7 +18,7 @@ import torch
 
 from raycomplete.config import TeacherConfig, TrainConfig
 from raycomplete.config.training import LossWeights
-from raycomplete.data.checkpoints import fingerprint, load_model
+from raycomplete.data.checkpoints import load_model
 from raycomplete.data.heads import HeadSpec, read_head_spec
 from raycomplete.data.samples import AnchorSample, SampleSet, write_samples
 from raycomplete.engines.score_cache import ScoreRequest
@@ -157,9 +157,7 @@ def _run(workload: Workload, source: Any, marks: Path | None = None) -> Throughp
 
 
 def _head_spec(workload: Workload, path: Path) -> HeadSpec:
-    return read_head_spec(
-        path, vocab_size=workload.vocab_size, model_fingerprint=fingerprint(path), tokenizer_hash="benchmark"
-    )
+    return read_head_spec(path, workload.vocab_size, "benchmark")
 
 
 def _start_scorer(workload: Workload) -> TeacherClient:
