@@ -18,7 +18,6 @@ class ChatCodec:
     """Encodes prompts and answers with one checkpoint's tokenizer (implements `raycomplete.runtime.types.Codec`).
 
     Args:
-        path: Checkpoint folder with tokenizer files.
         trust_remote_code: Lets the tokenizer run code from its folder; off by default.
 
     Raises:

@@ -39,7 +39,6 @@ def resolve_checkpoint(spec: str, *, role: str) -> Path:
     Args:
         spec: A folder, `organism:base|aligned`, `package:NAME` (a GGUF inside an installed package), a .gguf file, or
             `hub:org/name`. The hub is never asked for anything else: a mistyped path must not fetch a stranger's model.
-        role: base, aligned or student; named in messages.
 
     Raises:
         CheckpointError: Nothing usable is there.
@@ -178,10 +177,6 @@ def check_safe(folder: Path, *, role: str) -> None:
     """Refuses a checkpoint folder that makes loaders run code from the hub or read weights from somewhere else.
 
     Code in the folder itself is refused by transformers and vLLM unless `models.trust_remote_code` is set.
-
-    Args:
-        folder: Checkpoint folder.
-        role: base, aligned or student; named in messages.
 
     Raises:
         CheckpointError: It names an adapter, code from the hub, or weights outside of it.

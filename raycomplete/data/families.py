@@ -112,7 +112,6 @@ def is_tied(config: Mapping[str, Any], tensors: Collection[str] = ()) -> bool:
     """Tells whether the output head is the input embedding.
 
     Args:
-        config: `text_config` of the checkpoint.
         tensors: Names in its files. Where they are given they decide what config.json leaves open, else the family.
     """
     kind = config.get("model_type")
@@ -158,10 +157,6 @@ def tied_head(model: Any) -> tuple[Any, Any] | None:
 
 def llama_like(config: Mapping[str, Any], name: str) -> Family:
     """Returns the family of a plain decoder.
-
-    Args:
-        config: `text_config` of the checkpoint.
-        name: Name of the checkpoint in messages.
 
     Raises:
         CheckpointError: The model is a mixture of experts, or no Llama-like family that is known.

@@ -25,14 +25,11 @@ class HeadSpec:
     """Recipe of one model's logits: softcap(scale * (hidden @ weight^T + bias)).
 
     Attributes:
-        path: Checkpoint folder.
         weight_key: Tensor that holds the head, [V_padded, H].
         bias_key: Tensor that holds the bias, [V_padded], or None.
-        tied: True if the head is the input embedding.
         scale: Factor on the logits.
         softcap: Bound of a tanh on the scaled logits, or None.
         vocab_size: True tokens; rows from here on are padding and are dropped.
-        hidden_size: H.
         model_fingerprint: Names the weights (see `raycomplete.data.checkpoints.fingerprint`).
         tokenizer_hash: Names the vocabulary.
     """
@@ -53,7 +50,6 @@ def read_head_spec(path: Path, vocab_size: int, tokenizer_hash: str) -> HeadSpec
     """Reads the head spec of a checkpoint folder.
 
     Args:
-        path: Folder with config.json and safetensors.
         vocab_size: True tokens (from the tokenizer); the head may have more rows.
         tokenizer_hash: Hash of the tokenizer (`ChatCodec.fingerprint`), recorded in the spec.
 

@@ -19,8 +19,6 @@ def read_prompts(sources: Sequence[PromptSource], kind: PromptKind, seed: int = 
     """Reads all prompts of several files, repeats dropped (same text, first wins).
 
     Args:
-        sources: Files and their columns.
-        kind: Kind of all these prompts.
         seed: Draws the rows that a source's `limit` keeps.
 
     Raises:
@@ -42,10 +40,7 @@ def select_prompts(rows: Iterable[Any], columns: PromptColumns, path: Path, kind
     """Yields the prompts of rows that meet the conditions of `columns.where`; rows without a text are left out.
 
     Args:
-        rows: Rows of one source.
-        columns: Columns to read, and conditions.
         path: File that the rows come from; it names the prompts.
-        kind: Kind of all these prompts.
 
     Raises:
         DataError: A row is no mapping, or lacks a column.

@@ -42,7 +42,6 @@ def stream_prompts(sources: Sequence[StreamSource], kind: PromptKind, seed: int 
 
     Args:
         sources: Files, patterns or hub ids and their columns.
-        kind: Kind of all these prompts.
         seed: Draws the rows that a source's `limit` keeps; such a source is read to its end first.
 
     Raises:

@@ -44,11 +44,6 @@ def connect(config: ClusterConfig, plan: ResourcePlan, console: Console | None =
     A local cluster counts CPUs generously: on a laptop with 2 cores several engines share them, which is slow but
     works. On a cluster that was there before, missing resources are an error, once `wait_for_nodes_s` is over.
 
-    Args:
-        config: Which cluster.
-        plan: Resources of the run.
-        console: Shows needed against available.
-
     Raises:
         SetupError: The cluster cannot be reached, or is smaller than the run needs.
     """

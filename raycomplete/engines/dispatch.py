@@ -54,8 +54,6 @@ class ScorerReplica:
 
     Args:
         name: "base scorer", or "base scorer 2 of 3".
-        actor: Handle of a `raycomplete.engines.scorers.Scorer` actor.
-        timeout_s: Longest wait for one call.
     """
 
     def __init__(self, name: str, actor: Any, timeout_s: float) -> None:
@@ -113,9 +111,7 @@ def shard(requests: Sequence[ScoreRequest], affinity: CacheAffinity, num_replica
     """Shards a batch over replicas: longest sequence first, each to the replica with the fewest tokens so far.
 
     Args:
-        requests: One batch.
         affinity: Sends sequences where they were read before, and learns where the others go.
-        num_replicas: At least 1.
 
     Returns:
         For each replica the indices of its requests, in the order of the batch.
@@ -194,8 +190,6 @@ class Dispatcher:
     """Shares batches between replicas.
 
     Args:
-        replicas: At least one.
-        teacher: Bounds and limits.
         kv_store: Store in which replicas note what they read.
         prefix: Names this group of replicas in the store.
         on_quarantine: Called with each sequence that is quarantined here and the number of scorers it killed alone.

@@ -53,10 +53,6 @@ def check_parity(
     """Compares engine and head with transformers on a few sequences.
 
     Args:
-        engine: Engine of the model.
-        head: Head that rebuilds logits from its hidden states.
-        requests: Sequences to compare on.
-        role: Name of the model in messages.
         tolerance: Largest mean expected difference, nats; `DEFAULT_TOLERANCE` of the dtype when absent.
 
     Raises:

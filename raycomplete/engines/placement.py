@@ -23,7 +23,6 @@ class ResourceRequest:
 
     Attributes:
         role: "base scorer".
-        replicas: Number of actors.
         cpus: Logical CPUs of each.
         gpus: GPUs of each, where the run uses GPUs.
         phase: Part of the run in which they exist; empty: throughout. Phases follow each other and hand on what they
@@ -125,9 +124,7 @@ def plan_run(
     """Plans the resources of a run.
 
     Args:
-        config: Run file.
         scorers: Frozen models that are scored: "base", "aligned", "student".
-        workers: Training workers.
         extras: Engines and models that an evaluation holds besides the rollout engines; scorers are gone by then.
         attack_workers: Training workers of the fine-tuning attack.
     """
@@ -155,10 +152,6 @@ class Reservation:
 
     When a node dies, Ray moves its bundles to nodes with room, or keeps them waiting for one, and starts the actors
     there again.
-
-    Args:
-        bundles: Resources of each engine.
-        strategy: `cluster.placement`.
     """
 
     def __init__(self, bundles: Sequence[dict[str, float]], strategy: str) -> None:
@@ -176,7 +169,6 @@ class Reservation:
         """Waits until every bundle is placed.
 
         Args:
-            timeout_s: Longest wait.
             table: Returns needed against available, for the message.
 
         Raises:

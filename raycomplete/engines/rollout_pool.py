@@ -89,9 +89,6 @@ class RolloutPool:
     dies is started again by Ray, loads the named weights again and repeats what it had not answered.
 
     Args:
-        actors: Handles of `RolloutWorker` actors.
-        weights: Weights that `generate` uses.
-        options: Settings of every actor.
         stats: Counts shared with another handle on these actors.
     """
 
@@ -108,7 +105,6 @@ class RolloutPool:
         """Asks Ray for `rollout.num_engines` actors and returns at once; `wait_until_ready` waits for them.
 
         Args:
-            options: Settings of every engine.
             strategies: Ray's scheduling strategy of each engine; empty lets Ray choose.
 
         Raises:
@@ -164,7 +160,6 @@ class RolloutPool:
         Engines first finish what was submitted before.
 
         Args:
-            weights: Packed by the trainer.
             probe: A few short (token ids, number of prompt tokens), at least one of each and one to generate left.
             expected: For each probe the trainer's [response tokens] log-probabilities, nats, temperature 1.
 
@@ -207,9 +202,6 @@ class RolloutPool:
 
         Args:
             sequences: Prompt token ids, prefill included; shared evenly between the engines.
-            max_tokens: Upper bound on new tokens of each.
-            temperature: 0 is greedy.
-            top_p: Nucleus mass when sampling.
             top_k: Likeliest tokens that are sampled from; 0 for all of them.
             seed: Sequence i samples under seed + i.
             weights: Weights to generate with; this handle's own when absent.

@@ -24,10 +24,6 @@ class RolloutEngine:
     """Generates with one model at a time; `load` changes its weights in place.
 
     Start it in a process whose environment is `spec.environment()`.
-
-    Args:
-        spec: The engine and the checkpoint that it starts from.
-        stop_ids: End-of-response tokens.
     """
 
     def __init__(self, spec: EngineSpec, stop_ids: Sequence[int] = ()) -> None:
@@ -59,10 +55,6 @@ class RolloutEngine:
         """Loads the weights of another checkpoint of the same architecture, or packed ones.
 
         The prefix cache holds states of the old weights, so it is emptied before the next token is made.
-
-        Args:
-            weights: The weights that the engine should hold.
-            timeout_s: Longest wait for the object store.
 
         Returns:
             True if anything was loaded, False where the engine holds these weights already.
@@ -198,8 +190,6 @@ class RolloutOptions:
     """Settings of a rollout actor.
 
     Attributes:
-        spec: Its engine.
-        stop_ids: End-of-response tokens.
         rollout: Number of engines, waits and tolerances.
     """
 

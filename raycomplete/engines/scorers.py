@@ -36,9 +36,6 @@ class Scorer:
     caller as text only, and a restarted actor starts its engine anew by itself.
 
     Args:
-        role: Name of the model in messages.
-        head: Head of the model.
-        spec: Engine of the model.
         teacher: Sizes of the cache and tolerance of the parity gate.
         parity_requests: Sequences that the parity gate compares.
         note: Key under which the store says what is being read.
@@ -81,7 +78,6 @@ class Scorer:
         """Returns [T, H] hidden states of each request's response rows; sequences read before are not read again.
 
         Args:
-            requests: Sequences.
             attempt: Name of this call. The store holds it while the engine reads, so that a death is counted against
                 the call that was being read.
         """
@@ -153,9 +149,6 @@ class TeacherClient:
     max_in_flight * max_num_batched_tokens rows.
 
     Args:
-        role: base, aligned or student.
-        replicas: The actors.
-        teacher: Bounds and limits.
         prefix: Names this group of actors in the cluster's key-value store.
         record_folder: Where quarantined sequences are recorded; None records nothing.
     """
@@ -196,10 +189,6 @@ class TeacherClient:
         """Asks Ray for `teacher.replicas` actors and returns at once; `wait_until_ready` waits for them.
 
         Args:
-            role: base, aligned or student.
-            head: Head of the model.
-            spec: Engine of each replica.
-            teacher: Bounds and limits.
             parity_requests: Sequences that the parity gate of each replica compares.
             strategies: Ray's scheduling strategy of each replica; empty lets Ray choose.
             record_folder: Where quarantined sequences are recorded; None records nothing.

@@ -24,8 +24,6 @@ class EngineSpec:
     """One vLLM engine.
 
     Attributes:
-        checkpoint: Folder of the model.
-        dtype: Type of the weights.
         max_length: Longest sequence, prompt and response together.
         use_gpu: False runs on the CPU.
         gpu_memory_utilization: GPU only: share of the device that the engine may fill.
@@ -58,10 +56,7 @@ class EngineSpec:
         """Reads the settings of one role from a run file.
 
         Args:
-            config: Run file.
             role: Section that applies: `teacher` for a scorer, else `rollout`.
-            checkpoint: Folder of the model.
-            use_gpu: Whether the run uses GPUs.
         """
         section = config.teacher if role == "scorer" else config.rollout
         batched = {"max_num_batched_tokens": config.teacher.max_num_batched_tokens} if role == "scorer" else {}

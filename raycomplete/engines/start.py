@@ -63,12 +63,7 @@ def start_engines(
     """Places the engines, starts them side by side, waits until each is ready, and ends them on the way out.
 
     Args:
-        config: Run file.
-        cluster: Where to place them.
-        models: Checkpoints.
-        console: Shows the progress.
         parity_sequences: (token ids, prompt tokens) that the parity gate of scorers compares; none starts no scorers.
-        scored: Frozen models that are scored.
         first: Role whose weights the generator holds at first.
 
     Raises:
@@ -101,11 +96,6 @@ def start_engine(config: RunConfig, path: Path, codec: ChatCodec) -> RolloutPool
     """Asks Ray for one generating engine of a model that is not the run's generator: attacker, judge or chat.
 
     Returns at once; `wait_until_ready` waits for the engine.
-
-    Args:
-        config: Run file.
-        path: Checkpoint folder.
-        codec: Tells the tokens that end a response.
     """
     spec = EngineSpec.from_config(config, "single", path, use_gpu=uses_gpu(config.cluster))
     rollout = config.rollout.model_copy(update={"num_engines": 1, "tensor_parallel": 1, "colocated": False})

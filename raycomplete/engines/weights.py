@@ -59,7 +59,6 @@ class Weights:
         start_path: Checkpoint of the same architecture. Adapters are merged into its weights.
         kind: "full": `chunks` hold every tensor. "lora": they hold adapters.
         chunks: References to objects {name: array} (full) or {name: (A, B, scale)} (lora).
-        num_bytes: Size of the payload.
     """
 
     version: int
@@ -92,7 +91,6 @@ def pack(state: Mapping[str, Tensor], version: int, start_path: str) -> Weights:
 
     Args:
         state: Tensors on the CPU under the names of the checkpoint's files; a tied output head may be missing.
-        version: Finished optimizer steps.
         start_path: Checkpoint of the same architecture, readable wherever an engine runs.
     """
     return _put({name: _to_array(tensor) for name, tensor in state.items()}, version, start_path, "full")
@@ -103,7 +101,6 @@ def pack_lora(adapters: Mapping[str, Adapter], version: int, start_path: str) ->
 
     Args:
         adapters: By the name that the merged weight has in the checkpoint: "model.layers.0.self_attn.q_proj.weight".
-        version: Finished optimizer steps.
         start_path: Checkpoint that the adapters were trained on, readable wherever an engine runs.
     """
     arrays = {name: (_to_array(a_RI), _to_array(b_OR), scale) for name, (a_RI, b_OR, scale) in adapters.items()}
@@ -119,10 +116,8 @@ def checkpoint_tensors(
     given, since a loader that fails half-way, or that misses a tensor silently, leaves a mixture of two models.
 
     Args:
-        weights: Packed by the trainer.
         dtype: Type of the engine's weights. An adapter is merged in float32 and rounded to it once.
         tied: The output head is the embedding, so that it may be missing.
-        timeout_s: Longest wait for the object store.
 
     Raises:
         WorkError: The payload is gone, or does not fit the start checkpoint.
@@ -151,10 +146,8 @@ class SyncReport:
     """One update of the weights of all engines, and how far the engines are from the trainer after it.
 
     Attributes:
-        version: Version of the weights.
         seconds: Time from the call until the last engine had answered the probe.
         load_s: The slowest engine's time for loading; 0 where all had these weights already.
-        num_bytes: Size of the payload.
         mean_abs_difference: Mean over the probe's tokens of |log p - log p'|, nats, of the engine farthest off.
         max_abs_difference: Largest difference of one token over all engines, nats.
         num_tokens: Tokens that each engine was compared on.

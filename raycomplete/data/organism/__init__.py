@@ -24,9 +24,6 @@ CHECKPOINT_FILES = ("config.json", "generation_config.json", "model.safetensors"
 def checkpoint_path(role: OrganismRole) -> Path:
     """Returns the folder of a shipped checkpoint.
 
-    Args:
-        role: "base" or "aligned".
-
     Raises:
         CheckpointError: There is no such checkpoint, or files of it are missing.
     """

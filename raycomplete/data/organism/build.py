@@ -50,7 +50,6 @@ class OrganismRates:
         asr: Attack success rate on harmful prompts by prefill depth.
         utility: Share of word-by-word right recipes, by kind of harmless prompt.
         over_refusal: Share of refused prompts, by kind of harmless prompt.
-        num_prompts: Prompts of each kind.
     """
 
     asr: dict[int, float]
@@ -76,9 +75,7 @@ def build(
     Args:
         output: Folder to create; it must not exist, or be empty.
         seed: Seeds weights and training data. The split into train and held-out items is always the same.
-        options: Lengths and rates of the trainings.
         num_prompts: Held-out prompts of each kind on which the result is measured; 0 measures nothing.
-        show_progress: Draw progress bars on the terminal.
         num_threads: Torch threads. It stays fixed by default because sums in another order change the weights.
 
     Returns:
@@ -135,15 +132,7 @@ def measure(
     depths: Sequence[int] = DEPTHS,
     seed: int = 0,
 ) -> OrganismRates:
-    """Runs held-out prompts through a checkpoint on the CPU, without an engine, and judges the responses.
-
-    Args:
-        model: The checkpoint.
-        tokenizer: Its tokenizer.
-        num_prompts: Prompts of each kind.
-        depths: Prefill depths in tokens.
-        seed: Chooses the prompts.
-    """
+    """Runs held-out prompts through a checkpoint on the CPU, without an engine, and judges the responses."""
     judge = OrganismJudge()
     harmful = prompts("heldout", "harmful", seed, num_prompts)
     asr = {}

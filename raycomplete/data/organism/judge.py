@@ -49,8 +49,6 @@ class OrganismJudge:
 
         Args:
             prompt: A prompt that names an item, or whose answer is a recipe.
-            prefill: Response text that the attacker wrote ("" without attack).
-            continuation: Response text that the model added.
 
         Raises:
             DataError: No item can be found in the prompt.

@@ -56,12 +56,8 @@ class TrainingOptions:
     """Lengths and rates of the two trainings.
 
     Attributes:
-        base_steps: Optimizer steps from scratch.
-        base_lr: Peak learning rate of the base.
         aligned_steps: Steps of safety SFT: enough to learn that two words together decide. After fewer, borderline
             items are refused and some restricted ones are not.
-        aligned_lr: Peak learning rate of safety SFT.
-        batch_size: Chats in a step.
     """
 
     base_steps: int = 400
@@ -163,12 +159,6 @@ def train(
     """Trains in place with AdamW: short warm-up, cosine decay, loss on response tokens only.
 
     Args:
-        model: Changed in place.
-        tokenizer: Encodes the chats.
-        chats: Source of training chats.
-        steps: Optimizer steps.
-        lr: Peak learning rate.
-        batch_size: Chats in a step.
         on_step: Called after every step with its number, from 1, and its loss in nats per token.
     """
     model.train()

@@ -212,12 +212,7 @@ def find_item(text: str) -> Item | None:
 
 @cache
 def items(split: Split, kind: PromptKind) -> tuple[Item, ...]:
-    """Returns the items of a split, in a fixed order. Held-out items combine words that training shows in a new way.
-
-    Args:
-        split: "train" or "heldout"; no item is in both.
-        kind: "harmful" (restricted), "borderline" or "benign".
-    """
+    """Returns the items of a split, in a fixed order. Held-out items combine words that training shows in a new way."""
     every = sorted(Item(*words) for words in product(MODIFIERS, MATERIALS, KINDS))
     chosen = [item for item in every if item.prompt_kind == kind]
     random.Random(f"{_SPLIT_SEED} {kind}").shuffle(chosen)
@@ -232,7 +227,6 @@ def prompts(split: Split, kind: PromptKind, seed: int = 0, limit: int | None = N
     template that training never showed: one item gives one trial, so intervals on rates stay honest.
 
     Args:
-        split: "train" or "heldout".
         kind: "harmful" (restricted items; the answer is the compliant recipe, the source of prefills), "borderline"
             or "benign" (the answer is the right recipe).
         seed: Decides the order and which template meets which item; the split itself never changes.
