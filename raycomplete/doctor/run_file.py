@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from raycomplete.doctor.findings import PROBES, ChildReport, Context, Finding, ask, fail, ok, warn
-from raycomplete.doctor.needs import local_folder, student_of
+from raycomplete.doctor.machine import local_folder, student_of
 from raycomplete.doctor.packages import import_report
 from raycomplete.doctor.probes import smoke_spec
 

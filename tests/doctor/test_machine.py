@@ -12,7 +12,7 @@ import pytest
 from raycomplete.config import load_run_file
 from raycomplete.doctor import machine
 from raycomplete.doctor.findings import ChildReport, Context
-from raycomplete.doctor.needs import GIB
+from raycomplete.doctor.machine import GIB, needs_of, num_params
 from tests.conftest import ROOT
 
 RUN_FILE = ROOT / "jobs" / "organism.yaml"
@@ -116,3 +116,24 @@ def test_driver_torch_and_run_file_are_compared(
     assert finding.status == status
     assert words in finding.found
     assert bool(finding.remedy) is (status != "ok")
+
+
+def test_needs_follow_the_model_and_the_settings() -> None:
+    from safetensors import safe_open
+
+    folder = ROOT / "raycomplete" / "data" / "organism" / "checkpoints" / "base"
+    with safe_open(str(folder / "model.safetensors"), framework="np") as tensors:
+        counted = sum(tensors.get_tensor(name).size for name in tensors.keys())  # noqa: SIM118
+    assert num_params("organism:base") == num_params(str(folder)) == counted
+    assert num_params("hub:org/name") is None
+    one, two = (needs_of(context(f"train.num_workers={count}").config) for count in (1, 2))  # type: ignore[arg-type]
+    assert two.host_bytes > one.host_bytes
+    assert (one.cpus, two.cpus) == (2.0, 2.5)
+    assert one.disk_bytes == counted * (12 * 3 + 4), "two kept, one being written, and the student"
+
+
+def test_needs_count_every_replica() -> None:
+    one, more = (needs_of(context(f"teacher.replicas={count}").config) for count in (1, 3))  # type: ignore[arg-type]
+    assert more.cpus - one.cpus == 4 * 0.5
+    assert more.host_bytes - one.host_bytes > 4 * GIB
+    assert more.gpu_share == pytest.approx(one.gpu_share + 4 * 0.25)
