@@ -1,4 +1,4 @@
-"""What is refused before anything is started: checkpoints that do not fit, prompts that do not fit the context."""
+"""Refusals before anything is started: checkpoints that do not fit, prompts that do not fit the context."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run waits for before it starts, and what it is told where the cluster stays too small."""
+"""Connecting to a cluster: the wait for its nodes, and the refusal of one that stays too small."""
 
 from __future__ import annotations
 

@@ -137,7 +137,7 @@ def test_the_gate_refuses_a_head_that_does_not_fit(
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What two_nodes.py saw. In a process of its own: this one may be connected to another cluster."""
+    """Runs two_nodes.py in a process of its own, since this one may be connected to another cluster."""
     records = tmp_path_factory.mktemp("quarantined")
     elsewhere = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     with tempfile.TemporaryDirectory(prefix="rc-", dir="/tmp") as short:  # sockets allow short paths only

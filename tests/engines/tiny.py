@@ -43,7 +43,7 @@ def make_model(folder: Path, seed: int, *, tied: bool, dtype: Dtype) -> Path:
 
 
 def state_of(path: Path, dtype: Dtype) -> dict[str, torch.Tensor]:
-    """What a trainer gathers: parameters by name, a tied head left out."""
+    """Returns the state that a trainer gathers: parameters by name, a tied head left out."""
     return dict(load_model(path, dtype).named_parameters())
 
 

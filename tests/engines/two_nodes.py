@@ -118,7 +118,7 @@ def disturbed(
 
 
 def death(client: TeacherClient) -> dict[str, str]:
-    """What is said of a scorer that dies in the middle of a call which nobody repeats."""
+    """Kills a scorer in the middle of a call that nobody repeats, and returns what the error says."""
     replica = client._replicas[0]
     reference = replica.actor.__ray_call__.options(max_task_retries=0).remote(
         lambda _: os.kill(os.getpid(), signal.SIGKILL)
