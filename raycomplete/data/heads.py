@@ -2,7 +2,7 @@
 
 A pooling engine carries no lm_head, so the trainer multiplies hidden states with a head of its own. Everything that
 can silently go wrong there (tied or untied weight, bias, scale, softcap, padding rows) is read here once, by the facts
-in `raycomplete.data.families`, and compared with transformers by `raycomplete.engines.parity`.
+in `raycomplete.data.families`, and compared with transformers by `raycomplete.engines.scoring_engine`.
 """
 
 from __future__ import annotations

@@ -17,9 +17,8 @@ from raycomplete.config import TeacherConfig
 from raycomplete.data.checkpoints import TORCH_DTYPES
 from raycomplete.data.heads import HeadSpec, load_head
 from raycomplete.engines.dispatch import Dispatcher, KvStore, ScoreCall, ScorerReplica
-from raycomplete.engines.parity import check_parity
 from raycomplete.engines.score_cache import HiddenArray, ScoreCache, ScoreRequest, to_tensor
-from raycomplete.engines.scoring_engine import PoolingEngine
+from raycomplete.engines.scoring_engine import PoolingEngine, check_parity
 from raycomplete.engines.spec import EngineSpec
 from raycomplete.runtime.errors import QuarantinedSequenceError
 from raycomplete.runtime.files import write_json

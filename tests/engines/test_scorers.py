@@ -22,9 +22,9 @@ from raycomplete.data.chat import ChatCodec
 from raycomplete.data.checkpoints import TORCH_DTYPES, load_model, save_checkpoint
 from raycomplete.data.heads import HeadSpec, load_head, read_head_spec
 from raycomplete.data.organism import checkpoint_path, prompts
-from raycomplete.engines.parity import DEFAULT_TOLERANCE
 from raycomplete.engines.score_cache import ScoreRequest, to_tensor
 from raycomplete.engines.scorers import TeacherClient
+from raycomplete.engines.scoring_engine import PARITY_TOLERANCE
 from raycomplete.engines.spec import EngineSpec
 from raycomplete.runtime.errors import ParityError
 
@@ -93,7 +93,7 @@ def test_rebuilt_log_probabilities_are_those_of_transformers(
     started.append(client)
     stats = client.wait_until_ready(timeout_s=300)
     assert stats["head"]["tied"] == (which == "tied")
-    assert stats["parity"]["mean_expected_difference"] <= DEFAULT_TOLERANCE[dtype]
+    assert stats["parity"]["mean_expected_difference"] <= PARITY_TOLERANCE[dtype]
 
     requests = make_requests(codec, 6)[2:]  # other prompts than those of the gate
     head = load_head(head_of(path, codec), dtype=TORCH_DTYPES[dtype])
@@ -110,7 +110,7 @@ def test_rebuilt_log_probabilities_are_those_of_transformers(
             # bf16 keeps 8 bits and rounds after other kernels in every layer, so log-probabilities of unlikely tokens
             # move by tenths. What distillation sees is the expected difference under the model itself.
             difference_T = (expected_TV.exp() * (expected_TV - rebuilt_TV).abs()).sum(-1)
-            assert float(difference_T.mean()) <= DEFAULT_TOLERANCE["bfloat16"]
+            assert float(difference_T.mean()) <= PARITY_TOLERANCE["bfloat16"]
     if which == "tied" and dtype == "float32":
         check_cache(client, requests)
 
