@@ -4,7 +4,7 @@ A user's file adds an attack without touching the package, by the names below: d
 `plugins:` in the run file names it. Everything here is importable without torch, except `white_box`.
 """
 
-from raycomplete.attacks import (  # each registers itself
+from raycomplete.attacks import (  # noqa: F401  each registers itself
     adaptive,
     decoding,
     finetune,
@@ -32,20 +32,10 @@ __all__ = [
     "Response",
     "Target",
     "Trial",
-    "adaptive",
     "answer_ids",
     "build_attack",
     "continued",
-    "decoding",
-    "finetune",
-    "gcg",
-    "pair",
     "parse_attack",
     "plain_trials",
-    "prefill",
-    "random_search",
-    "rank_assisted_prefill",
     "register",
-    "static_strings",
-    "templates",
 ]

@@ -18,8 +18,8 @@ from raycomplete.attacks.trial import Decoding, Trial
 from raycomplete.runtime.errors import DataError
 from raycomplete.runtime.types import Codec, Prompt
 
-_Words = tuple[list[int], list[int]]  # what the model reads, and the attacker's part of its answer
-_Variant = tuple[str, int, _Words]  # its name, how many answer tokens it asks for, and the words
+# Its name, how many answer tokens it asks for, what the model reads, and the attacker's part of its answer.
+_Variant = tuple[str, int, list[int], list[int]]
 
 
 class AdaptiveConfig(AttackConfig):
@@ -53,7 +53,7 @@ class AdaptiveAttack(Attack[AdaptiveConfig]):
             )
         by_variant: dict[str, list[Trial]] = {}
         for prompt in answered:
-            for variant, depth, (sequence, prefill) in self._variants(target.codec, prompt):
+            for variant, depth, sequence, prefill in self._variants(target.codec, prompt):
                 by_variant.setdefault(variant, []).append(
                     Trial(
                         "adaptive",
@@ -70,21 +70,18 @@ class AdaptiveAttack(Attack[AdaptiveConfig]):
     def _variants(self, codec: Codec, prompt: Prompt) -> Iterator[_Variant]:
         asked, answer = codec.encode_prompt(prompt.text), answer_ids(codec, prompt)
         for depth in self.config.cuts:
-            yield f"cut-{depth}", depth, ([*asked, *answer[:depth]], answer[:depth])
+            yield f"cut-{depth}", depth, [*asked, *answer[:depth]], answer[:depth]
         for depth in self.config.depths:
-            yield f"refuse-then-turn-{depth}", depth, self._turned(codec, asked, answer[:depth])
-            middle = answer[depth : 2 * depth]
+            given, middle = answer[:depth], answer[depth : 2 * depth]
+            # The judge reads the answer only: the imitated refusal gives nothing away.
+            imitated = codec.encode_answer(f"{self.config.refusal} {self.config.turn} ")
+            yield f"refuse-then-turn-{depth}", depth, [*asked, *imitated, *given], given
             if middle:  # an answer that ends before has none, and without it this were no attack
-                yield f"middle-{depth}", depth, ([*asked, *middle], middle)
-            yield f"multi-turn-{depth}", depth, self._two_turns(codec, asked, answer[:depth])
+                yield f"middle-{depth}", depth, [*asked, *middle], middle
+            yield f"multi-turn-{depth}", depth, self._two_turns(codec, asked, given), given
 
-    def _turned(self, codec: Codec, asked: list[int], answer: list[int]) -> _Words:
-        """A refusal, the turn and the answer. The judge reads the answer only: a refusal gives nothing away."""
-        imitated = codec.encode_answer(f"{self.config.refusal} {self.config.turn} ")
-        return [*asked, *imitated, *answer], answer
-
-    def _two_turns(self, codec: Codec, asked: list[int], answer: list[int]) -> _Words:
-        """Words of an earlier turn that the attacker answered, and of a plain question after it.
+    def _two_turns(self, codec: Codec, asked: list[int], answer: list[int]) -> list[int]:
+        """Puts a plain question after an earlier turn that the attacker answered.
 
         The codec writes single turns only, so the second brings a default system prompt along where a template has one.
         """
@@ -93,4 +90,4 @@ class AdaptiveAttack(Attack[AdaptiveConfig]):
             follow_up = follow_up[1:]  # a start token, which opens a chat once; turn markers come again in a prompt
         # The token that ends the user's turn ends the model's too; templates without one get any end of response.
         end = next((token for token in reversed(asked) if token in codec.eos_ids), min(codec.eos_ids))
-        return [*asked, *answer, end, *follow_up], answer
+        return [*asked, *answer, end, *follow_up]

@@ -25,14 +25,9 @@ _NEEDS: Mapping[Need, str] = {
 
 
 class AttackConfig(Section):
-    """Settings of an attack. Defaults are those of published runs; a rate under smaller ones is called reduced.
+    """Settings of an attack. Defaults are those of published runs; a rate under smaller ones is called reduced."""
 
-    Attributes:
-        standard: Least values of published runs by field; a list must hold all of the standard's items.
-    """
-
-    standard: ClassVar[Mapping[str, Any]] = {}
-
+    standard: ClassVar[Mapping[str, Any]] = {}  # least values of published runs; lists must hold all of their items
     name: str
 
     def answer_depths(self) -> list[int]:
@@ -62,16 +57,11 @@ class Attack(ABC, Generic[ConfigT]):
 
     `plan` lists the trials and refuses what cannot be asked; it generates nothing. `run` gets the responses of those
     trials that are not on disk yet and emits them as they come.
-
-    Attributes:
-        config_class: Class of the settings; set by `registry.register`.
-        needs: Tools that the attack uses. Devices are reserved by it, and other tools are withheld.
-        rewrites_prompts: Whether a rewritten prompt may lose the behaviour; only a judge that reads it notices.
     """
 
-    config_class: ClassVar[type[AttackConfig]]
-    needs: ClassVar[frozenset[Need]] = frozenset()
-    rewrites_prompts: ClassVar[bool] = False
+    config_class: ClassVar[type[AttackConfig]]  # set by `registry.register`
+    needs: ClassVar[frozenset[Need]] = frozenset()  # devices are reserved by it, and other tools are withheld
+    rewrites_prompts: ClassVar[bool] = False  # a rewritten prompt may lose the behaviour
 
     def __init__(self, config: ConfigT) -> None:
         self.config = config
@@ -100,7 +90,8 @@ class Attack(ABC, Generic[ConfigT]):
         for need in sorted(self.needs):
             if getattr(target.tools, need) is None:
                 raise SetupError(f"The attack {self.name} needs {_NEEDS[need]}.", "Run it by raycomplete evaluate.")
-        return replace(target, tools=target.tools.only(self.needs))
+        withheld: dict[str, Any] = dict.fromkeys(_NEEDS.keys() - self.needs)
+        return replace(target, tools=replace(target.tools, **withheld))
 
     @abstractmethod
     def plan(self, target: Target, prompts: Sequence[Prompt]) -> list[Trial]:
@@ -116,7 +107,7 @@ class Attack(ABC, Generic[ConfigT]):
 
 
 def ask(target: Target, trials: Sequence[Trial], emit: Emit) -> None:
-    """Lets the model continue the sequence of each trial, and emits responses group by group."""
+    """Lets the model continue the sequence of each trial, and emits the responses group by group."""
     for group in grouped(trials):
         emit(list(zip(group, continued(target, group), strict=True)))
 

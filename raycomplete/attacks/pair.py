@@ -59,6 +59,11 @@ class _Attempt:
     def open(self) -> bool:
         return self.outcome != Outcome.COMPLIED
 
+    def finished(self) -> Response:
+        assert self.response is not None, "every attempt asks at least once"
+        stats = {"queries": self.queries, FIRST_COMPLIED: float(self.first_complied)}
+        return replace(self.response, stats=stats)
+
 
 @register(PairConfig)
 class PairAttack(Attack[PairConfig]):
@@ -99,7 +104,7 @@ class PairAttack(Attack[PairConfig]):
                 if asked:
                     self._rewrite(target, attacker, attempts, number)
                     self._ask(target, asked)
-            emit([(attempt.trial, _finished(attempt)) for attempt in attempts])
+            emit([(attempt.trial, attempt.finished()) for attempt in attempts])
 
     def _rewrite(self, target: Target, attacker: Attacker, attempts: Sequence[_Attempt], number: int) -> None:
         """Rewrites every attempt; a wording that is empty or too long for the target's context is dropped.
@@ -141,14 +146,7 @@ class PairAttack(Attack[PairConfig]):
 
     def _ask(self, target: Target, attempts: Sequence[_Attempt]) -> None:
         trials = [
-            Trial(
-                attempt.trial.attack,
-                attempt.trial.variant,
-                attempt.trial.prompt,
-                tuple(target.codec.encode_prompt(attempt.text)),
-                attempt.trial.decoding,
-            )
-            for attempt in attempts
+            replace(attempt.trial, sequence=tuple(target.codec.encode_prompt(attempt.text))) for attempt in attempts
         ]
         responses = continued(target, trials)
         outcomes = target.judged(list(zip(trials, responses, strict=True)))
@@ -158,10 +156,3 @@ class PairAttack(Attack[PairConfig]):
             attempt.queries += 1
             if attempt.queries == 1:
                 attempt.first_complied = outcome == Outcome.COMPLIED
-
-
-def _finished(attempt: _Attempt) -> Response:
-    assert attempt.response is not None, "every attempt asks at least once"
-    response = attempt.response
-    stats = {"queries": attempt.queries, FIRST_COMPLIED: float(attempt.first_complied)}
-    return Response(response.sequence, (), response.tokens, stats)

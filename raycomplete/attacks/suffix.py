@@ -6,6 +6,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from threading import Event
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeAlias, TypeVar
 
@@ -13,7 +14,7 @@ from pydantic import Field
 
 from raycomplete.attacks.attack import Attack, AttackConfig, answer_ids, continued
 from raycomplete.attacks.target import SuffixProblem, Target, WhiteBox
-from raycomplete.attacks.trial import Decoding, Emit, Response, Trial
+from raycomplete.attacks.trial import Decoding, Emit, Trial
 from raycomplete.runtime.errors import DataError, WorkError
 from raycomplete.runtime.types import Codec, Prompt
 
@@ -37,28 +38,22 @@ SuffixT = TypeVar("SuffixT", bound=SuffixConfig)
 
 @dataclass
 class Search:
-    """A search for the suffix of one behaviour.
-
-    Attributes:
-        problem: The text around the suffix, and the words that it should bring about.
-        codec: The codec of the target.
-        text: The behaviour.
-        losses: Loss of the current suffix after each step, that of the filler first.
-        queries: Number of suffixes that the model was asked about.
-        drawn: Number of candidates that were checked for coming back from text.
-        survivors: Number of candidates that did.
-        best: The suffix with the least loss so far.
-    """
+    """A search for the suffix of one behaviour."""
 
     problem: SuffixProblem
     codec: Codec
-    text: str
-    best: tuple[int, ...]
-    losses: list[float] = field(default_factory=list)
-    queries: int = 0
+    text: str  # the behaviour
+    best: tuple[int, ...]  # the suffix with the least loss so far
+    losses: list[float] = field(default_factory=list)  # of the suffix after each step, that of the filler first
+    queries: int = 0  # suffixes that the model was asked about
     best_loss: float = float("inf")
-    drawn: int = 0
-    survivors: int = 0
+    drawn: int = 0  # candidates that were checked for coming back from text
+    survivors: int = 0  # candidates that did
+
+    @property
+    def sequence(self) -> tuple[int, ...]:
+        """The prompt with the best suffix."""
+        return (*self.problem.before, *self.best, *self.problem.after)
 
     def note(self, suffix: Sequence[int], loss: float) -> None:
         """Records the suffix of a step."""
@@ -76,43 +71,28 @@ class Search:
 
 
 class SuffixSearch(Attack[SuffixT], Generic[SuffixT]):
-    """Finds a suffix for each behaviour on a white box, one search at a time on each, then asks the model greedily.
-
-    Attributes:
-        without_effect: Settings that decide memory and speed alone, so that the search is the same under any.
-    """
+    """Finds a suffix for each behaviour on a white box, one search at a time on each, then asks the model greedily."""
 
     needs = frozenset({"white_boxes"})
-    without_effect: ClassVar[tuple[str, ...]] = ()
+    without_effect: ClassVar[tuple[str, ...]] = ()  # settings that decide memory and speed alone
 
     @abstractmethod
     def search(self, target: Target, box: WhiteBox, found: Search, usable: IntArray, rng: np.random.Generator) -> None:
         """Improves `found.best` with usable tokens until the budget is spent."""
 
     def plan(self, target: Target, prompts: Sequence[Prompt]) -> list[Trial]:
-        settings = self.config.model_dump(mode="json", exclude=set(self.without_effect))
+        shared = self.config.model_dump(mode="json", exclude=set(self.without_effect))
         trials = []
         for prompt in prompts:
             found = self.start(target.codec, prompt)
-            start = (*found.problem.before, *found.best, *found.problem.after)
-            trials.append(
-                Trial(
-                    self.name,
-                    self.name,
-                    prompt,
-                    start,
-                    Decoding(target.max_tokens),
-                    settings={**settings, "target_ids": found.problem.target},
-                )
-            )
+            settings = {**shared, "target_ids": found.problem.target}
+            decoding = Decoding(target.max_tokens)
+            trials.append(Trial(self.name, self.name, prompt, found.sequence, decoding, settings=settings))
         return trials
 
     def run(self, target: Target, trials: Sequence[Trial], emit: Emit) -> None:
         for trial, found in self._searched(target, trials):
-            problem = found.problem
-            sequence = (*problem.before, *found.best, *problem.after)
-            asked = Trial(trial.attack, trial.variant, trial.prompt, sequence, trial.decoding)
-            (response,) = continued(target, [asked])
+            (response,) = continued(target, [replace(trial, sequence=found.sequence)])
             stats = {
                 "queries": found.queries,
                 "steps": len(found.losses) - 1,
@@ -120,7 +100,7 @@ class SuffixSearch(Attack[SuffixT], Generic[SuffixT]):
                 "loss_start": round(found.losses[0], 4),
                 "loss_best": round(found.best_loss, 4),
             }
-            emit([(trial, Response(sequence, (), response.tokens, stats))])
+            emit([(trial, replace(response, stats=stats))])
 
     def start(self, codec: Codec, prompt: Prompt) -> Search:
         """Returns the search before its first step."""
@@ -132,21 +112,15 @@ class SuffixSearch(Attack[SuffixT], Generic[SuffixT]):
         end = len(with_filler) - num_after
         if end <= num_before:
             raise DataError(f"The filler {config.filler!r} adds no tokens to the prompt {prompt.prompt_id!r}.")
-        problem = SuffixProblem(
-            tuple(with_filler[:num_before]), tuple(with_filler[end:]), self._target_ids(codec, prompt)
-        )
-        return Search(problem, codec, prompt.text, tuple(with_filler[num_before:end]))
-
-    def _target_ids(self, codec: Codec, prompt: Prompt) -> tuple[int, ...]:
-        if self.config.target is not None:
-            return tuple(codec.encode_answer(self.config.target)[: self.config.target_tokens])
-        ids = answer_ids(codec, prompt)
-        if not ids:
+        forced = answer_ids(codec, prompt) if config.target is None else codec.encode_answer(config.target)
+        if config.target is None and not forced:
             raise DataError(
                 f"The prompt {prompt.prompt_id!r} has no answer whose opening {self.name} could force.",
                 f"Name the answer column of data.evaluation.harmful, or give {self.name} a target.",
             )
-        return tuple(ids[: self.config.target_tokens])
+        before, after = tuple(with_filler[:num_before]), tuple(with_filler[end:])
+        problem = SuffixProblem(before, after, tuple(forced[: config.target_tokens]))
+        return Search(problem, codec, prompt.text, tuple(with_filler[num_before:end]))
 
     def _searched(self, target: Target, trials: Sequence[Trial]) -> Iterator[tuple[Trial, Search]]:
         """Searches on as many white boxes as there are side by side, and yields what is finished."""
@@ -203,9 +177,4 @@ def losses_of(box: WhiteBox, found: Search, candidates: Sequence[Sequence[int]],
 
 def _common(first: Sequence[int], second: Sequence[int]) -> int:
     """Length of the longest common start."""
-    count = 0
-    for one, other in zip(first, second, strict=False):
-        if one != other:
-            break
-        count += 1
-    return count
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))

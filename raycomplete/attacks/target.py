@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, TypeVar, get_args, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 from raycomplete.attacks.trial import Decoding, EvaluationCancelled, Response, Trial
 from raycomplete.runtime.errors import DataError, SetupError
@@ -24,17 +24,11 @@ ToolT = TypeVar("ToolT")
 
 @dataclass(frozen=True, slots=True)
 class SuffixProblem:
-    """A prompt with a hole in it and the words that should follow.
+    """A prompt with a hole in it and the words that should follow, as token ids."""
 
-    Attributes:
-        before: Token ids up to the suffix: template and behaviour.
-        after: Token ids between the suffix and the response: the rest of the template.
-        target: Response tokens to make likely.
-    """
-
-    before: tuple[int, ...]
-    after: tuple[int, ...]
-    target: tuple[int, ...]
+    before: tuple[int, ...]  # up to the suffix: template and behaviour
+    after: tuple[int, ...]  # between the suffix and the response: the rest of the template
+    target: tuple[int, ...]  # the start of the response that is to be made likely
 
 
 class WhiteBox(Protocol):
@@ -73,19 +67,12 @@ def judge_all(judge: Judge, triples: Sequence[Triple]) -> list[Outcome]:
 
 @dataclass(frozen=True)
 class Attacker:
-    """A local model that rewrites prompts.
+    """A local model that rewrites prompts."""
 
-    Attributes:
-        attacker_id: Fingerprint of its weights.
-        generator: The model.
-        codec: Its tokenizer and chat template.
-        max_length: Longest sequence that it reads, new tokens included.
-    """
-
-    attacker_id: str
+    attacker_id: str  # fingerprint of its weights
     generator: Generator
     codec: Codec
-    max_length: int
+    max_length: int  # longest sequence that it reads, new tokens included
 
 
 @dataclass(frozen=True)
@@ -108,37 +95,20 @@ class AttackTools:
     fine_tune: Callable[[FinetuneConfig, str], Generator] | None = None
     fine_tune_id: Callable[[FinetuneConfig, str], str] = lambda settings, dataset: ""
 
-    def only(self, needs: Collection[Need]) -> AttackTools:
-        """Returns the named tools alone."""
-        withheld: dict[str, Any] = dict.fromkeys(set(get_args(Need)) - set(needs))
-        return replace(self, **withheld)
-
 
 @dataclass(frozen=True)
 class Target:
-    """The model under attack.
-
-    Attributes:
-        role: base, aligned or student.
-        model_id: Fingerprint of its weights.
-        generator: The running model.
-        codec: Its tokenizer and chat template.
-        judge: Sorts responses; attacks with feedback ask it too.
-        max_length: Longest sequence in tokens, new ones included.
-        max_tokens: New tokens of a response to a harmful prompt.
-        tools: What attacks use besides the generator.
-        cancelled: Returns whether someone asked to stop.
-    """
+    """The model under attack, and who judges its responses."""
 
     role: str
-    model_id: str
+    model_id: str  # fingerprint of its weights
     generator: Generator
     codec: Codec
-    judge: Judge
-    max_length: int
-    max_tokens: int
+    judge: Judge  # attacks with feedback ask it too
+    max_length: int  # longest sequence in tokens, new ones included
+    max_tokens: int  # new tokens of a response to a harmful prompt
     tools: AttackTools = field(default_factory=AttackTools)
-    cancelled: Callable[[], bool] = lambda: False
+    cancelled: Callable[[], bool] = lambda: False  # tells whether someone asked to stop
 
     def stop_if_cancelled(self) -> None:
         """Raises EvaluationCancelled where someone asked to stop."""

@@ -32,11 +32,8 @@ class Trial:
     """A planned question to the model.
 
     Attributes:
-        attack: Name of the attack.
         variant: Part of the attack under which rates are kept apart, such as `prefill-4`.
-        prompt: The behaviour.
         sequence: Token ids that the model reads, prefill included; for searches, what they start from.
-        decoding: How the response is drawn.
         prefill: The attacker's own answer tokens among `sequence`, which the judge is told apart.
         seed: Number of the draw under the same settings.
         settings: Everything else that decides the response.
@@ -112,14 +109,8 @@ Emit = Callable[[Sequence[tuple[Trial, Response]]], None]
 class Progress:
     """How far the evaluation of one model is.
 
-    Attributes:
-        role: The model.
-        attack: The attack at work; "" before the first trial.
-        variant: Its variant that was finished last.
-        done: Finished trials of this model.
-        total: All trials of this model.
-        reused: Trials that an earlier evaluation had finished.
-        outcomes: Count of each outcome in `attack` so far.
+    `attack` is the one at work ("" before the first trial), `variant` the one of its variants that was finished last,
+    `outcomes` the count of each outcome in it. `reused` trials had been finished by an earlier evaluation.
     """
 
     role: str

@@ -17,13 +17,10 @@ from raycomplete.data.families import embedding_scale
 
 
 class TorchModel:
-    """A causal language model of transformers (implements `raycomplete.attacks.target.WhiteBox`).
+    """A causal language model of transformers in evaluation mode (implements `raycomplete.attacks.target.WhiteBox`).
 
     Two caches of keys and values save most of the work: that of the fixed words before a suffix, and that of the last
     batch of sequences, which a caller extends by one token a call.
-
-    Args:
-        model: In evaluation mode; its parameters need no gradients.
     """
 
     def __init__(self, model: Any) -> None:
