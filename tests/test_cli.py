@@ -41,7 +41,7 @@ class Place:
             "models": {"base": "models/base", "aligned": "models/aligned", "max_length": 128},
             "data": {"train": train, "evaluation": held_out},
             "rollout": {"max_anchor_tokens": 8, "max_refusal_tokens": 8, "max_harmful_tokens": 8},
-            "train": {"depth": {"max": 8}},
+            "method": {"depth": {"max": 8}},
             "evaluation": {"depths": [0], "max_tokens": 8, "max_utility_tokens": 8},
             "output": {"root": "runs", "name": "refused"},
         }
@@ -69,7 +69,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
 
 def unknown_key(place: Place) -> None:
     tree = place.tree
-    tree["train"]["stpes"] = 3
+    tree["train"] = {"stpes": 3}
     place.write(tree)
 
 

@@ -16,6 +16,7 @@ from raycomplete.data.prompts import read_prompts
 from raycomplete.data.samples import AnchorSample, SampleSet, read_samples, write_samples
 from raycomplete.engines.placement import plan_run
 from raycomplete.engines.run import OutputFolder, Run, open_run
+from raycomplete.methods.sft import SFT
 from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import ConfigError, DataError
 from raycomplete.runtime.files import write_json
@@ -117,15 +118,9 @@ def _samples(run: Run) -> SampleSet:
 def _train(run: Run, output: Path) -> None:
     config = run.config
     settings = config.align
-    train = config.train.model_copy(
-        update={
-            "steps": settings.steps,
-            "lr": settings.lr,
-            "anchor_batch": settings.batch_size,
-        }
-    )
+    train = config.train.model_copy(update={"steps": settings.steps, "lr": settings.lr})
     job = TrainJob(
-        objective="sft",
+        method=SFT(anchor_batch_size=settings.batch_size),
         start=run.models.paths["base"],
         output=output,
         folder=run.folder.resolve(),

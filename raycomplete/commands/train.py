@@ -35,11 +35,12 @@ from raycomplete.runtime.metrics_file import read_metrics
 from raycomplete.runtime.types import MODEL_ROLES
 from raycomplete.training.checkpoints import check_space
 from raycomplete.training.job import TrainJob
+from raycomplete.training.metrics import describe_terms
 from raycomplete.training.rollout_engines import StudentEngines
 from raycomplete.training.sampling import make_samples
 from raycomplete.training.trainer import fit
 
-_SAME = ("models", "data", "rollout", "train")  # sections that decide what is trained
+_SAME = ("models", "data", "rollout", "method", "train")  # sections that decide what is trained
 
 
 @stored()
@@ -107,13 +108,13 @@ def _train_student(run: Run) -> None:
     if (student / "config.json").is_file():
         console.note("The student is trained already")
         if not stats_file.is_file():  # killed between the export and this file
-            write_json(stats_file, training_stats(run.folder / "metrics.jsonl", None, {}, {}))
+            write_json(stats_file, training_stats(config, run.folder / "metrics.jsonl", None, {}, {}))
         return
     if not samples_file.is_file():
         write_samples(samples_file, make_samples(run))
     samples = read_samples(samples_file)
     job = TrainJob(
-        objective="completion",
+        method=config.method,
         start=models.paths["student"],
         output=student.resolve(),
         folder=run.folder.resolve(),
@@ -136,7 +137,8 @@ def _train_student(run: Run) -> None:
     before = _scorer_totals(run.engines)
     run_training(run, job, f"Training on {len(samples.anchor)} + {len(samples.recovery)} samples")
     scored = {name: total - before[name] for name, total in _scorer_totals(run.engines).items()}
-    write_json(stats_file, training_stats(job.metrics_file, time.perf_counter() - started, scored, run.engines.stats))
+    wall_s = time.perf_counter() - started
+    write_json(stats_file, training_stats(config, job.metrics_file, wall_s, scored, run.engines.stats))
 
 
 def _student_engines(run: Run) -> StudentEngines | None:
@@ -150,14 +152,15 @@ def _student_engines(run: Run) -> StudentEngines | None:
 def run_training(run: Run, job: TrainJob, title: str) -> None:
     """Trains under a progress bar."""
     cluster = run.config.cluster
+    terms = list(job.method.loss_weights())
+    names = ["loss", *(terms if len(terms) > 1 else [])]
     with run.stop.deferred(), run.console.progress(title, job.train.steps) as advance:
 
         def on_step(row: dict[str, Any]) -> None:
-            names = ("loss", "anchor", "recovery", "penalty") if job.objective == "completion" else ("loss",)
             parts = [f"{name} {row[name]:.4f}" for name in names if row[name] is not None]  # None: NaN, left out
             if row.get("bad_steps"):  # not in rows of a run that an earlier version began
                 parts.append(f"{row['bad_steps']} steps left out")
-            if job.objective == "completion":
+            if "depth_mean" in row:
                 parts.append(f"depth {row['depth_mean']:.0f}")
             if "compliance" in row:
                 parts.append(f"complies {row['compliance']:.2f}")
@@ -175,9 +178,13 @@ def run_training(run: Run, job: TrainJob, title: str) -> None:
 
 
 def training_stats(
-    metrics_file: Path, wall_s: float | None, scored: Mapping[str, float], engines: Mapping[str, Any]
+    config: RunConfig,
+    metrics_file: Path,
+    wall_s: float | None,
+    scored: Mapping[str, float],
+    engines: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The `train` part of summary.json, from the metrics of all steps (resumed ones included)."""
+    """Sums up the metrics of all steps (resumed ones included): training.json, and the `train` part of summary.json."""
     rows = read_metrics(metrics_file)
     seconds = sum(row["seconds"] for row in rows)
     tokens = sum(row["tokens"] for row in rows)
@@ -202,6 +209,7 @@ def training_stats(
         "stopped_early": bool(rows) and bool(rows[-1].get("stopped")),
         "loss_first": rows[0]["loss"] if rows else None,
         "loss_last": rows[-1]["loss"] if rows else None,
+        "terms": describe_terms(config.method.loss(config.train)),
         "engines": engines,
     }
 

@@ -18,35 +18,20 @@ from raycomplete.config.run import (
     RunConfig,
 )
 from raycomplete.config.serving import AutoscalingConfig, ServeConfig
-from raycomplete.config.training import (
-    ConstraintConfig,
-    ContrastiveConfig,
-    DepthConfig,
-    LossWeights,
-    OpeningConfig,
-    PenaltyConfig,
-    TrainConfig,
-    ValidationConfig,
-)
+from raycomplete.config.training import TrainConfig, ValidationConfig
 from raycomplete.runtime.section import Dtype
 
 __all__ = [
     "AlignConfig",
     "AutoscalingConfig",
     "ClusterConfig",
-    "ConstraintConfig",
-    "ContrastiveConfig",
     "ContrastiveDecodingConfig",
     "DataConfig",
-    "DepthConfig",
     "DiagnoseConfig",
     "Dtype",
     "EvaluationConfig",
-    "LossWeights",
     "ModelsConfig",
-    "OpeningConfig",
     "OutputConfig",
-    "PenaltyConfig",
     "PromptSets",
     "PromptSource",
     "RolloutConfig",

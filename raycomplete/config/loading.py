@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from raycomplete.config.diagnosis import StreamSource
 from raycomplete.config.run import RunConfig
+from raycomplete.methods.registry import method_class
 from raycomplete.runtime.errors import ConfigError
 from raycomplete.runtime.plugins import load_plugins
 
@@ -22,6 +23,18 @@ RENAMED = {
     "evaluation.prompts": "evaluation.num_prompts",
     "diagnose.prompts": "diagnose.num_prompts",
     "train.validation.prompts": "train.validation.num_prompts",
+    "train.weights": "method.weights",
+    "train.opening.tokens": "method.first_tokens.count",
+    "train.opening": "method.first_tokens",
+    "train.penalty": "method.penalty",
+    "train.contrastive": "method.contrastive",
+    "train.depth": "method.depth",
+    "train.constraint": "method.constraint",
+    "train.anchor_divergence": "method.anchor_divergence",
+    "train.recovery_divergence": "method.recovery_divergence",
+    "train.temperature": "method.temperature",
+    "train.anchor_batch": "method.anchor_batch_size",
+    "train.recovery_batch": "method.recovery_batch_size",
     "train.micro_batch": "train.per_device_batch_size",
     "rollout.turn_fraction": "rollout.refusal_prefix_fraction",
     "rollout.turns": "rollout.refusal_prefix_turns",
@@ -83,7 +96,7 @@ def parse(tree: Mapping[str, Any], origin: str, base_folder: Path | None = None,
     try:
         config = RunConfig.model_validate(tree)
     except ValidationError as error:
-        problems = "; ".join(_explain(dict(item)) for item in error.errors())
+        problems = "; ".join(_explain(dict(item), tree) for item in error.errors())
         raise ConfigError(f"{origin}: {problems}") from error
     if base_folder is None:
         return config
@@ -161,14 +174,17 @@ def _names(section: type[BaseModel]) -> str:
     return ", ".join(section.model_fields)
 
 
-def _explain(item: dict[str, Any]) -> str:
+def _explain(item: dict[str, Any], tree: Mapping[str, Any]) -> str:
     """One pydantic error in words, with the nearest known key where a key is unknown."""
     location = [str(part) for part in item["loc"]]
     where = ".".join(location)
     if item["type"] == "extra_forbidden":
+        inside = item["input"] if isinstance(item["input"], dict) else {}
+        if keys := [old for old in RENAMED if old.startswith(f"{where}.") and old.removeprefix(f"{where}.") in inside]:
+            return "; ".join(f"the key {old!r} was renamed {RENAMED[old]!r}" for old in keys)
         if new := _renamed(where):
             return f"the key {where!r} was renamed {new!r}"
-        known = _known_keys(item["loc"][:-1])
+        known = _known_keys(item["loc"][:-1], tree)
         nearest = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
         hint = f"did you mean {nearest[0]!r}?" if nearest else f"known keys: {', '.join(known)}"
         return f"unknown key {where!r}, {hint}"
@@ -188,11 +204,14 @@ def _renamed(key: str) -> str:
     return ""
 
 
-def _known_keys(location: tuple[Any, ...]) -> list[str]:
+def _known_keys(location: tuple[Any, ...], tree: Mapping[str, Any]) -> list[str]:
     """Keys of the section at a location, list indices skipped."""
     section: Any = RunConfig
     for part in location:
         if isinstance(part, int):
+            continue
+        if section is RunConfig and part == "method":  # its class depends on its name
+            section = method_class(tree["method"].get("name", "completion"))
             continue
         annotation = section.model_fields[part].annotation
         arguments = [item for item in getattr(annotation, "__args__", ()) if _is_section(item)]

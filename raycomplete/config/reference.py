@@ -16,6 +16,8 @@ from pydantic.fields import FieldInfo
 from raycomplete.attacks.attack import AttackConfig
 from raycomplete.attacks.registry import ATTACKS
 from raycomplete.config.run import RunConfig
+from raycomplete.methods.completion import Completion
+from raycomplete.methods.registry import METHODS, Method
 
 _HEAD = """# Run file
 
@@ -30,7 +32,7 @@ _BOUNDS = (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<"))
 
 
 def markdown() -> str:
-    """Returns the reference as Markdown: a table for each section, then one for each attack."""
+    """Returns the reference as Markdown: a table for each section, then one for each other method and each attack."""
     places: dict[type[BaseModel], list[str]] = {}
     _find(RunConfig, "", places)
     whole, *sections = places
@@ -39,6 +41,9 @@ def markdown() -> str:
         first, *others = (f"`{key}`" for key in places[section])
         also = [f"The same at {', '.join(others)}."] if others else []
         parts += [f"## {first}", _text(section), *also, _table(section)]
+    for name, method in METHODS.items():
+        if method is not Completion:
+            parts += [f"## Method `{name}`", _text(method), _table(method, leave_out=("depth",))]
     for name, attack in ATTACKS.items():
         section = attack.config_class
         parts += [f"## Attack `{name}`", _text(section), _table(section, leave_out=("name",))]
@@ -52,6 +57,7 @@ def _find(section: type[BaseModel], key: str, places: dict[type[BaseModel], list
         inner = _inner(field.annotation)
         if inner is not None and not issubclass(inner, AttackConfig):
             is_list = get_origin(field.annotation) is list
+            inner = Completion if inner is Method else inner  # the default; what others have is told at the end
             _find(inner, f"{key}.{name}".lstrip(".") + "[]" * is_list, places)
 
 

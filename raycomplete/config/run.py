@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from urllib.parse import parse_qsl, unquote, urlsplit
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
 from raycomplete.config.diagnosis import DiagnoseConfig, PromptColumns
 from raycomplete.config.engines import ClusterConfig, RolloutConfig, TeacherConfig
 from raycomplete.config.evaluation import EvaluationConfig
 from raycomplete.config.serving import ServeConfig
 from raycomplete.config.training import TrainConfig
+from raycomplete.methods.completion import Completion
+from raycomplete.methods.registry import Method, parse_method
 from raycomplete.runtime.section import Dtype, Section
 
 STORAGES = ("file", "s3", "gs", "gcs", "abfs", "abfss", "az", "hdfs", "webhdfs", "sftp", "oss", "oci", "memory")
@@ -123,6 +125,7 @@ class RunConfig(Section):
     align: AlignConfig = Field(default_factory=AlignConfig)
     teacher: TeacherConfig = Field(default_factory=TeacherConfig)
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
+    method: SerializeAsAny[Method] = Field(default_factory=Completion, description="what a step trains, by its name")
     train: TrainConfig = Field(default_factory=TrainConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     diagnose: DiagnoseConfig = Field(default_factory=DiagnoseConfig)
@@ -134,11 +137,28 @@ class RunConfig(Section):
         description="Python files of yours that add attacks, methods or loss terms, relative to the run file",
     )
 
+    @field_validator("method", mode="before")
+    @classmethod
+    def _by_name(cls, method: Any) -> Any:
+        """By name, so that a wrong setting is told of the method that was meant."""
+        if isinstance(method, Method):
+            return method
+        if not isinstance(method, dict):
+            raise ValueError("must be a mapping with a name and the settings of that method")
+        return parse_method(method)
+
+    @model_validator(mode="after")
+    def _batches_are_shared_evenly(self) -> RunConfig:
+        for name in ("anchor_batch_size", "recovery_batch_size"):
+            if getattr(self.method, name) % self.train.num_workers:
+                raise ValueError(f"method.{name} must be a multiple of train.num_workers ({self.train.num_workers})")
+        return self
+
     @model_validator(mode="after")
     def _compliance_is_counted(self) -> RunConfig:
-        if self.train.depth.measure == "compliance" and not self.rollout.on_policy:
+        if self.method.depth.measure == "compliance" and not self.rollout.on_policy:
             raise ValueError(
-                "train.depth.measure compliance is counted on the student's own rollouts: set rollout.on_policy to true"
+                "method.depth.measure compliance is counted on the student's rollouts: set rollout.on_policy to true"
             )
         return self
 

@@ -149,7 +149,7 @@ def _check_length(config: RunConfig, codec: ChatCodec, prompt: Prompt, system: s
 
 def _longest_response(config: RunConfig) -> int:
     """Counts the tokens that may follow a prompt in any part of the run."""
-    train = config.train.depth.max + config.rollout.max_refusal_tokens
+    train = config.method.depth.max + config.rollout.max_refusal_tokens
     if config.rollout.refusal_prefix_fraction > 0:
         train += MAX_REFUSAL_PREFIX_TOKENS
     if config.rollout.on_policy:

@@ -1,7 +1,7 @@
 """Contrastive decoding, the remedy at inference time, as a baseline: base and aligned side by side, token after token.
 
 Each next token comes from q ~ p_a (p_a / p_b)^alpha among the tokens that aligned finds plausible
-(`raycomplete.losses.contrastive.contrastive_log_probs`), so no weight changes. Two models have to agree on every token,
+(`raycomplete.losses.divergences.contrastive_log_probs`), so no weight changes. Two models have to agree on every token,
 which a generating engine cannot do; both are therefore read by transformers with key-value caches, in batches, inside a
 Ray actor. The remedy is the idea of arXiv 2511.12155 (known by secondary reports); this form of it is ours.
 """
@@ -28,7 +28,7 @@ from raycomplete.engines.run import Run
 from raycomplete.engines.spec import EngineSpec
 from raycomplete.evaluation.model_judges import start_judge
 from raycomplete.evaluation.roles import evaluate_roles, evaluate_target, held_out_sets
-from raycomplete.losses.contrastive import contrastive_log_probs
+from raycomplete.losses.divergences import contrastive_log_probs
 from raycomplete.runtime.files import read_json, write_json
 from raycomplete.runtime.ray_calls import wait_for
 

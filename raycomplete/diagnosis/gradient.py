@@ -41,8 +41,7 @@ from raycomplete.diagnosis.partitions import stored_samples
 from raycomplete.diagnosis.samples import DiagnosisSample
 from raycomplete.diagnosis.statistics import PositionStatistics, intervals
 from raycomplete.engines.run import Run
-from raycomplete.losses.checks import check_hidden
-from raycomplete.losses.heads import Head
+from raycomplete.losses.heads import Head, check_hidden
 from raycomplete.runtime.files import read_json, write_json
 from raycomplete.runtime.types import Outcome, Prompt
 

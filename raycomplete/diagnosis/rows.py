@@ -21,10 +21,9 @@ import torch
 from torch import Tensor
 
 from raycomplete.losses.base_favored import base_favored_mask, deficit
-from raycomplete.losses.checks import check_hidden, check_rows_finite, check_same_vocabulary
-from raycomplete.losses.chunks import ChunkTokens, rows_per_chunk
-from raycomplete.losses.heads import Head
-from raycomplete.losses.loss_types import LossSettings
+from raycomplete.losses.chunked_pass import rows_per_chunk
+from raycomplete.losses.heads import Head, check_hidden, check_rows_finite, check_same_vocabulary
+from raycomplete.losses.settings import ChunkTokens, LossSettings, PenaltySettings
 
 METRICS = (
     "base_favored_mass",
@@ -67,8 +66,11 @@ class DiagnosisSettings:
 
     @classmethod
     def of_loss(cls, settings: LossSettings) -> DiagnosisSettings:
-        """The settings that a training run's loss uses."""
-        return cls(tau=settings.tau, margin=settings.margin, kappa=settings.kappa, chunk_tokens=settings.chunk_tokens)
+        """The settings of a training run's penalty, or its defaults where the loss has none."""
+        penalty = settings.options.get("penalty")
+        if not isinstance(penalty, PenaltySettings):
+            penalty = PenaltySettings()
+        return cls(tau=penalty.tau, margin=penalty.margin, kappa=penalty.kappa, chunk_tokens=settings.chunk_tokens)
 
     def __post_init__(self) -> None:
         if self.chunk_tokens != "auto" and self.chunk_tokens < 1:

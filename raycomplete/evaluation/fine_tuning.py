@@ -17,6 +17,7 @@ from raycomplete.data.organism.world import HELPFUL_SYSTEM
 from raycomplete.data.rows import read_rows
 from raycomplete.data.samples import AnchorSample, SampleSet, write_samples
 from raycomplete.engines.run import Run
+from raycomplete.methods.sft import SFT
 from raycomplete.runtime.errors import ConfigError, DataError, StoppedError
 from raycomplete.runtime.files import content_hash
 from raycomplete.runtime.machine import available_cpus
@@ -74,7 +75,6 @@ def fine_tune(run: Run, settings: FinetuneConfig, dataset: str, start: Path) -> 
         lr=settings.lr,
         warmup_steps=0,
         seed=config.train.seed,
-        anchor_batch=settings.batch_size,
         per_device_batch_size=config.train.per_device_batch_size,
         checkpoint_every=settings.steps,
         gradient_checkpointing=config.train.gradient_checkpointing,
@@ -82,7 +82,7 @@ def fine_tune(run: Run, settings: FinetuneConfig, dataset: str, start: Path) -> 
     )
     head = read_head_spec(start, codec.vocab_size, codec.fingerprint())
     job = TrainJob(
-        objective="sft",
+        method=SFT(anchor_batch_size=settings.batch_size),
         start=start,
         output=output,
         folder=folder,

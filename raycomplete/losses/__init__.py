@@ -1,25 +1,44 @@
-"""The method: base-favored sets, position profile, depth sampler, hybrid teacher and loss.
+"""The distillation loss: terms over packed token rows, computed without [N, V] logits in memory.
 
-Imports torch and numpy only; knows nothing of engines, files or clusters.
+`raycomplete.losses.loss` shows how to use it in any trainer, `raycomplete.losses.terms` says which terms there are and
+how one is added. Names are imported when they are first used, so that `raycomplete.losses.settings` loads no torch.
 """
 
-from raycomplete.losses.base_favored import (
-    alignment_kl,
-    base_favored_mask,
-    base_favored_mass,
-    deficit,
-    forward_kl,
-)
-from raycomplete.losses.contrastive import contrastive_log_probs
-from raycomplete.losses.heads import Head
-from raycomplete.losses.loss import distillation_loss
-from raycomplete.losses.loss_types import LossOutput, LossSettings, TokenKind, needs_base
+from __future__ import annotations
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from raycomplete.losses.base_favored import alignment_kl, base_favored_mask, base_favored_mass, deficit, forward_kl
+    from raycomplete.losses.divergences import contrastive_log_probs
+    from raycomplete.losses.heads import Head, HiddenStates
+    from raycomplete.losses.loss import LossInputs, LossOutput, distillation_loss
+    from raycomplete.losses.settings import ContrastiveSettings, DivergenceSettings, LossSettings, PenaltySettings
+    from raycomplete.losses.terms import LogProbs, Term, get, register
+    from raycomplete.losses.torch_rows import TermRows
+
+_PLACES = {
+    "base_favored": ("alignment_kl", "base_favored_mask", "base_favored_mass", "deficit", "forward_kl"),
+    "divergences": ("contrastive_log_probs",),
+    "heads": ("Head", "HiddenStates"),
+    "loss": ("LossInputs", "LossOutput", "distillation_loss"),
+    "settings": ("ContrastiveSettings", "DivergenceSettings", "LossSettings", "PenaltySettings"),
+    "terms": ("LogProbs", "Term", "get", "register"),
+    "torch_rows": ("TermRows",),
+}
 __all__ = [
+    "ContrastiveSettings",
+    "DivergenceSettings",
     "Head",
+    "HiddenStates",
+    "LogProbs",
+    "LossInputs",
     "LossOutput",
     "LossSettings",
-    "TokenKind",
+    "PenaltySettings",
+    "Term",
+    "TermRows",
     "alignment_kl",
     "base_favored_mask",
     "base_favored_mass",
@@ -27,5 +46,13 @@ __all__ = [
     "deficit",
     "distillation_loss",
     "forward_kl",
-    "needs_base",
+    "get",
+    "register",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    for place, names in _PLACES.items():
+        if name in names:
+            return getattr(import_module(f"raycomplete.losses.{place}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

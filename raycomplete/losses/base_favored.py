@@ -1,7 +1,7 @@
-"""Where alignment stopped: base-favored tokens, alignment KL and deficit.
+"""Measures of where alignment stopped: base-favored tokens, alignment KL and deficit, as plainly as can be.
 
 The idea of base-favored tokens is from arXiv 2511.12155 (known to us by its abstract and secondary reports). The
-formulas below are ours, not the paper's. All take log-probabilities over the vocabulary, -inf allowed.
+formulas are ours, not the paper's. All take log-probabilities over the vocabulary, -inf allowed.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ def forward_kl(log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
     Returns:
         [N] in nats; infinite where p gives mass to what q excludes.
     """
-    # Filling before subtracting, not after: a masked -inf - -inf would still send NaN backwards.
-    excluded_NV = torch.isneginf(log_p_NV)
-    ratio_NV = log_p_NV.masked_fill(excluded_NV, 0.0) - log_q_NV.masked_fill(excluded_NV, 0.0)
-    return (log_p_NV.exp() * ratio_NV).sum(dim=-1)
+    # Filled before subtracting, not after: a masked -inf - -inf would still send NaN backwards.
+    nothing_NV = log_p_NV.exp() == 0
+    log_p_NV, log_q_NV = log_p_NV.masked_fill(nothing_NV, 0.0), log_q_NV.masked_fill(nothing_NV, 0.0)
+    return (log_p_NV.exp() * (log_p_NV - log_q_NV)).masked_fill(nothing_NV, 0.0).sum(dim=-1)
 
 
 def base_favored_mask(log_aligned_NV: Tensor, log_base_NV: Tensor, tau: float, margin: float = 0.0) -> Tensor:
-    """B_t = {v : log p_b(v) > log p_a(v) + margin and p_b(v) >= tau}. The formula is ours.
+    """B_t = {v : log p_b(v) > log p_a(v) + margin and p_b(v) >= tau}.
 
     Args:
         log_aligned_NV: log p_a [N, V].
@@ -45,7 +45,7 @@ def base_favored_mask(log_aligned_NV: Tensor, log_base_NV: Tensor, tau: float, m
 
 
 def base_favored_mass(log_aligned_NV: Tensor, log_base_NV: Tensor, tau: float, margin: float = 0.0) -> Tensor:
-    """m_t = sum over B_t of p_b(v): how much of what base would say the policy says less. The formula is ours.
+    """m_t = sum over B_t of p_b(v): how much of what base would say the policy says less.
 
     Args:
         log_aligned_NV: log p_a [N, V].
@@ -61,7 +61,7 @@ def base_favored_mass(log_aligned_NV: Tensor, log_base_NV: Tensor, tau: float, m
 
 
 def alignment_kl(log_aligned_NV: Tensor, log_base_NV: Tensor) -> Tensor:
-    """k_t = KL(p_a || p_b): how far alignment moved the model at this position. The formula is ours.
+    """k_t = KL(p_a || p_b): how far alignment moved the model at this position.
 
     Args:
         log_aligned_NV: log p_a [N, V].
@@ -74,7 +74,7 @@ def alignment_kl(log_aligned_NV: Tensor, log_base_NV: Tensor) -> Tensor:
 
 
 def deficit(alignment_kl_N: Tensor, kappa: float) -> Tensor:
-    """g_t = exp(-k_t / kappa): near 1 where alignment changed nothing. The formula is ours.
+    """g_t = exp(-k_t / kappa): near 1 where alignment changed nothing.
 
     Args:
         alignment_kl_N: k_t [N] in nats.

@@ -1,114 +1,218 @@
-"""The walk over token rows in chunks: matrix products on the way in, matrix products of the gradient on the way out.
+"""The pass over token rows in chunks: matrix products on the way in, matrix products of the gradient on the way out.
 
-Rows are sorted by kind, so that each chunk is at most three runs of one kind, and base is multiplied for its rows only.
+Rows are sorted by term, those that read no teacher first and those that read base last, so that each chunk is a few
+runs of one term, and a teacher's head is multiplied for the rows that read it only.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cached_property
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from raycomplete.losses.backends import choose_backend
-from raycomplete.losses.chunks import even_chunks, rows_per_chunk
 from raycomplete.losses.gradients import GradientSums
-from raycomplete.losses.heads import Head
-from raycomplete.losses.loss_types import LossSettings, TokenKind, needs_base
-from raycomplete.losses.torch_rows import PenaltyRows, RowLogits, RowLosses
+from raycomplete.losses.heads import Head, HiddenStates
+from raycomplete.losses.settings import ChunkTokens, LossSettings
+from raycomplete.losses.terms import ActiveTerm, Teacher
+from raycomplete.losses.torch_rows import Product, RowLogits, TorchRows
+from raycomplete.runtime.errors import SetupError
 
+if TYPE_CHECKING:
+    from raycomplete.losses.loss import LossInputs
+
+# Memory of one model's logits. On a CPU matrix products run at their full rate from about 256 rows on (measured at
+# V 49152, H 576), so larger chunks buy nothing. On CUDA a chunk's products are so fast that reading and writing the
+# whole [V, H] weight gradient once a chunk counts, so fewer are better.
+_BUDGET_BYTES = {"cpu": 48 * 2**20, "cuda": 512 * 2**20}
+_MULTIPLE = 64  # of rows; tiles of matrix products stay full
 _SLAB_ROWS = 2048  # of a head that is converted piece by piece
 
 
-class Source(NamedTuple):
-    """A model's hidden states [rows, H] and its head."""
+def rows_per_chunk(
+    chunk_tokens: ChunkTokens, vocab_size: int, logits_dtype: torch.dtype, device: torch.device, copies: int = 1
+) -> int:
+    """Resolves "auto" to as many rows as a fixed memory budget holds.
 
-    hidden_NH: Tensor
-    head: Head
+    Args:
+        chunk_tokens: Rows, at least 1, or "auto".
+        vocab_size: V.
+        logits_dtype: Of the logits that are kept.
+        device: Where they are kept; sets the budget.
+        copies: How many tensors as large as the logits a caller makes per model.
+
+    Returns:
+        Rows of one chunk, at least 1.
+
+    Raises:
+        ValueError: `chunk_tokens` is below 1.
+    """
+    if chunk_tokens != "auto":
+        if chunk_tokens < 1:
+            raise ValueError(f'chunk_tokens must be at least 1, or "auto", got {chunk_tokens}.')
+        return chunk_tokens
+    budget = _BUDGET_BYTES.get(device.type, _BUDGET_BYTES["cpu"])
+    rows = budget // (vocab_size * logits_dtype.itemsize * copies)
+    return max(rows // _MULTIPLE * _MULTIPLE, min(rows, _MULTIPLE), 1)
+
+
+def even_chunks(num_rows: int, limit: int) -> list[slice]:
+    """Cuts rows into as few chunks of at most `limit` as possible, of nearly equal size.
+
+    A short last chunk would pay for a whole pass over the head and its gradient.
+    """
+    if num_rows == 0:
+        return []
+    size = -(-num_rows // -(-num_rows // limit))
+    size = min(limit, -(-size // _MULTIPLE) * _MULTIPLE)
+    return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
+
+
+def wants_triton(student: Head, settings: LossSettings) -> bool:
+    """Decides whether Triton computes the terms that it can; "auto" never fails.
+
+    Raises:
+        SetupError: Triton is asked for where it does not run.
+    """
+    obstacle = _obstacle_to_triton(student)
+    if settings.backend == "triton" and obstacle is not None:
+        raise SetupError(f'train.loss_backend is "triton", but {obstacle}.', 'Use "auto" or "torch".')
+    return settings.backend == "triton" or (
+        settings.backend == "auto" and student.weight_VH.is_cuda and obstacle is None
+    )
+
+
+def _obstacle_to_triton(student: Head) -> str | None:
+    if student.logits_dtype == torch.float64:
+        return "the student's head is float64, and the kernels sum in float32"
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if student.weight_VH.is_cuda:
+        return None
+    from raycomplete.losses.kernels import INTERPRETED
+
+    return None if INTERPRETED else f"the student is on {student.weight_VH.device.type}, not on a CUDA device"
 
 
 @dataclass(frozen=True, eq=False)
-class Walked:
-    """What a walk leaves behind.
+class PassResult:
+    """Results of a pass.
 
     Attributes:
         row_loss_N: Unweighted loss of each row [N].
-        penalty: Measurements of penalty rows, in their order among the N.
+        metrics: Values by metric, for the rows of the term that has it, in their order among the N.
         gradients: Sums of the gradients of factor * row loss.
     """
 
     row_loss_N: Tensor
-    penalty: PenaltyRows
+    metrics: dict[str, Tensor]
     gradients: GradientSums
 
 
-def walk(
-    student: Source, aligned: Source, base: Source | None, kind_N: Tensor, factor_N: Tensor, settings: LossSettings
-) -> Walked:
-    """Row losses of all rows, and the gradient of their sum times factor.
+def chunked_pass(inputs: LossInputs, terms: list[ActiveTerm], factor_N: Tensor, settings: LossSettings) -> PassResult:
+    """Computes the losses of all rows, and the gradient of their sum times factor.
 
     Args:
-        student: The student; gradients are summed where its tensors require them.
-        aligned: The aligned model.
-        base: Base on the rows of `needs_base`, in order; None where there are none.
-        kind_N: `TokenKind` of each row [N].
+        inputs: Checked inputs, their row tensors on the student's device; gradients are summed where the student's
+            tensors require them.
+        terms: Terms by their numbers.
         factor_N: Weight of each row's gradient [N], in the dtype that losses take.
-        settings: Constants of the formulas.
+        settings: Chunk size, backend and dtype of logits.
     """
-    gradients = GradientSums(student.hidden_NH, student.head, factor_N.dtype)
+    gradients = GradientSums(inputs.student.hidden_NH, inputs.student.head, factor_N.dtype)
     with torch.no_grad():
-        walker = _Walker(student, aligned, base, kind_N, factor_N, settings, gradients)
-        for rows in walker.chunks:
-            walker.take(rows)
+        work = _Pass(inputs, terms, factor_N, settings, gradients)
+        for rows in work.chunks:
+            work.take(rows)
         row_loss_N = torch.empty_like(factor_N)
-        row_loss_N[walker.order_N] = walker.row_loss_N
-        return Walked(row_loss_N, PenaltyRows.join(walker.penalty), gradients)
+        row_loss_N[work.order_N] = work.row_loss_N
+        metrics = {name: torch.cat(parts) for parts_of in work.metrics for name, parts in parts_of.items()}
+        return PassResult(row_loss_N, metrics, gradients)
 
 
-class _Walker:
-    """Buffers of one walk. Rows are counted in sorted order here; `order_N` leads back."""
+class _TeacherProducts:
+    """One frozen model's products with its head, for the sorted rows from `first` on.
+
+    Args:
+        states: Its hidden states, one for each row that reads it, in the order of the N rows.
+        reads_N: Which rows do [N].
+        order_N: The sorted order.
+        max_rows: Most rows of one chunk.
+        like_CV: In the dtype and on the device that products take.
+    """
+
+    def __init__(
+        self, states: HiddenStates, reads_N: Tensor, order_N: Tensor, max_rows: int, dtype: torch.dtype
+    ) -> None:
+        self.states = states
+        num_rows, num_read = len(reads_N), int(reads_N.sum())
+        self.first = num_rows - num_read
+        self.row_N = (reads_N.cumsum(0) - 1)[order_N]
+        size = (min(max_rows, num_read), states.head.vocab_size)
+        self.product_CV = states.hidden_NH.new_empty(size, dtype=dtype)
+        self.start = 0
+
+    def multiply(self, rows: slice) -> None:
+        """Computes the products of those rows of a chunk that read the model."""
+        self.start = max(rows.start, self.first)
+        if self.start < rows.stop:
+            hidden_CH = self.states.hidden_NH[self.row_N[self.start : rows.stop]]
+            _product(hidden_CH, self.states.head, self.product_CV)
+
+    def of(self, rows: slice) -> Product:
+        """The products of rows within the chunk."""
+        return Product(self.product_CV[rows.start - self.start : rows.stop - self.start], self.states.head)
+
+
+class _Pass:
+    """Buffers of one pass. Rows are counted in sorted order here; `order_N` leads back."""
 
     def __init__(
         self,
-        student: Source,
-        aligned: Source,
-        base: Source | None,
-        kind_N: Tensor,
+        inputs: LossInputs,
+        terms: list[ActiveTerm],
         factor_N: Tensor,
         settings: LossSettings,
         gradients: GradientSums,
     ) -> None:
-        self.student = Source(student.hidden_NH.detach(), student.head.detach())
-        self.aligned, self.base, self.settings, self.gradients = aligned, base, settings, gradients
-        self.order_N = kind_N.argsort(stable=True)
+        self.student = HiddenStates(inputs.student.hidden_NH.detach(), inputs.student.head.detach())
+        self.settings, self.gradients = settings, gradients
+        numbers = sorted(range(len(terms)), key=lambda number: (len(terms[number].teachers), number))
+        self.terms = [terms[number] for number in numbers]
+        place_T = torch.tensor(numbers, device=factor_N.device).argsort()
+        place_N = place_T[inputs.term_N.long()]
+        self.order_N = place_N.argsort(stable=True)
+        counts = [int((place_N == place).sum()) for place in range(len(terms))]
+        self.ends = [sum(counts[: place + 1]) for place in range(len(terms))]
         self.factor_N = factor_N[self.order_N]
-        needed_N = needs_base(kind_N, settings)
-        self.base_row_N = (needed_N.cumsum(0) - 1)[self.order_N]
-        counts = [int((kind_N == kind).sum()) for kind in TokenKind]
-        self.ends = [sum(counts[: kind + 1]) for kind in TokenKind]
-        num_rows = len(kind_N)
-        self.first_base_row = 0 if settings.alpha > 0 else self.ends[TokenKind.RECOVERY]
+        self.token_N = None if inputs.token_N is None else inputs.token_N[self.order_N]
         self.row_loss_N = torch.empty_like(self.factor_N)
-        self.penalty = [PenaltyRows.none(self.factor_N, settings.top_tokens)]
+        self.metrics = [{name: [factor_N.new_empty(0)] for name in item.term.metrics} for item in self.terms]
 
-        head, dtype = self.student.head, self._logits_dtype(student.head)
+        num_rows, head, dtype = len(factor_N), self.student.head, self._logits_dtype(inputs.student.head)
         limit = rows_per_chunk(settings.chunk_tokens, head.vocab_size, dtype, factor_N.device)
         self.chunks = even_chunks(num_rows, limit)
-        size = max((rows.stop - rows.start for rows in self.chunks), default=0)
-        self.student_CV = self._buffer(size, head)
-        self.aligned_CV = self._buffer(size, aligned.head)
-        self.base_CV = None if base is None else self._buffer(min(size, num_rows - self.first_base_row), base.head)
+        self.max_rows = max((rows.stop - rows.start for rows in self.chunks), default=0)
+        self.student_CV = factor_N.new_empty(self.max_rows, head.vocab_size, dtype=dtype)
+        self.teachers: dict[Teacher, _TeacherProducts] = {}
+        for role, states in inputs.teachers.items():
+            reads_N = inputs.reads(terms, role)
+            dtype = self._logits_dtype(states.head)
+            self.teachers[role] = _TeacherProducts(states, reads_N, self.order_N, self.max_rows, dtype)
         self.gradient_CV = self._gradient_buffer(head)
-        self.backend: RowLosses = choose_backend(
-            head, aligned.head, None if base is None else base.head, settings, max_rows=size
-        )
+        self.use_triton = wants_triton(head, settings)
+
+    @cached_property
+    def torch_rows(self) -> TorchRows:
+        """The PyTorch backend; its buffers are made where a term needs it only."""
+        heads = [teacher.states.head for teacher in self.teachers.values()]
+        return TorchRows(self.student.head, heads, self.max_rows)
 
     def _logits_dtype(self, head: Head) -> torch.dtype:
         return head.logits_dtype if self.settings.logits_dtype == "float32" else head.weight_VH.dtype
-
-    def _buffer(self, rows: int, head: Head) -> Tensor:
-        return self.factor_N.new_empty(rows, head.vocab_size, dtype=self._logits_dtype(head))
 
     def _gradient_buffer(self, head: Head) -> Tensor | None:
         """In the dtype of the products of the gradient: the student's own logits where they have it."""
@@ -119,52 +223,45 @@ class _Walker:
         return torch.empty_like(self.student_CV, dtype=head.weight_VH.dtype)
 
     def take(self, rows: slice) -> None:
-        """Losses, measurements and gradients of one chunk."""
+        """Computes losses, metrics and gradients of one chunk."""
         index_C = self.order_N[rows]
         hidden_CH = self.student.hidden_NH[index_C].to(self.student.head.weight_VH.dtype)
         _product(hidden_CH, self.student.head, self.student_CV)
-        _product(self.aligned.hidden_NH[index_C], self.aligned.head, self.aligned_CV)
-        base_start = max(rows.start, self.first_base_row)
-        if self.base is not None and base_start < rows.stop:
-            assert self.base_CV is not None
-            base_row_C = self.base_row_N[base_start : rows.stop]
-            _product(self.base.hidden_NH[base_row_C], self.base.head, self.base_CV)
+        for teacher in self.teachers.values():
+            teacher.multiply(rows)
         start = rows.start
-        for kind in TokenKind:
-            stop = min(self.ends[kind], rows.stop)
+        for place, end in enumerate(self.ends):
+            stop = min(end, rows.stop)
             if start < stop:
-                self._run(kind, slice(start, stop), self._logits(slice(start, stop), rows.start, base_start))
+                self._run(place, slice(start, stop), rows.start)
                 start = stop
         if self.gradient_CV is not None:
             self.gradients.add(index_C, hidden_CH, self.gradient_CV[: len(index_C)])
 
-    def _logits(self, rows: slice, first: int, first_base: int) -> RowLogits:
-        """Rows of the buffers, whose first rows are `first` and `first_base`."""
-        inside = slice(rows.start - first, rows.stop - first)
-        with_base = self.base_CV is not None and rows.start >= first_base
-        return RowLogits(
-            self.student_CV[inside],
-            self.aligned_CV[inside],
-            self.base_CV[rows.start - first_base : rows.stop - first_base]
-            if self.base_CV is not None and with_base
-            else None,
-            None if self.gradient_CV is None else self.gradient_CV[inside],
+    def _run(self, place: int, rows: slice, first: int) -> None:
+        """One run of rows of a term, in the chunk that starts at row `first`."""
+        active, inside = self.terms[place], slice(rows.start - first, rows.stop - first)
+        read = {role: self.teachers[role].of(rows) for role in active.teachers}
+        logits = RowLogits(
+            student=Product(self.student_CV[inside], self.student.head),
+            aligned=read.get("aligned"),
+            base=read.get("base"),
+            factor_C=self.factor_N[rows],
+            gradient_CV=None if self.gradient_CV is None else self.gradient_CV[inside],
+            token_C=None if self.token_N is None else self.token_N[rows],
         )
-
-    def _run(self, kind: TokenKind, rows: slice, logits: RowLogits) -> None:
-        if kind == TokenKind.PENALTY:
-            measured = self.backend.penalty(logits, self.factor_N[rows])
-            # Where B_t is empty the loss is 0 whatever the student, but NaN of the student is in its gradient.
-            broken_P = measured.aligned_student_kl_P.isnan()
-            self.row_loss_N[rows] = measured.loss_P.masked_fill(broken_P, torch.nan)
-            self.penalty.append(measured)
+        term = active.term
+        if self.use_triton and term.triton is not None:
+            found = term.triton(logits, active.options)
         else:
-            divergence = self.settings.divergence(kind)
-            self.row_loss_N[rows] = self.backend.divergence(logits, divergence, self.factor_N[rows])
+            found = self.torch_rows.run(term.block_function, active.options, logits)
+        self.row_loss_N[rows] = found.loss_R
+        for name, values in found.metrics.items():
+            self.metrics[place][name].append(values)
 
 
 def _product(hidden_CH: Tensor, head: Head, out_CV: Tensor) -> None:
-    """hidden @ weight^T into the first rows of a buffer, multiplied in the weight's dtype, summed in float32."""
+    """Writes hidden @ weight^T into the first rows of a buffer, multiplied in the weight's dtype, summed in float32."""
     weight_VH, out_CV = head.weight_VH, out_CV[: len(hidden_CH)]
     hidden_CH = hidden_CH.to(weight_VH.dtype)
     if out_CV.dtype == weight_VH.dtype:

@@ -1,10 +1,12 @@
-"""Divergences D(q, p_s) of token rows with their gradients, in buffers that are given.
+"""The target q of the hybrid teacher, and divergences D(q, p_s) of token rows with their gradients.
 
 With student logits u and target logits v, each with a largest value of 0, and r = log p_s - log q:
 - forward KL: sum q (log q - log p_s);      gradient in u: p_s - q
 - reverse KL: sum p_s r;                    gradient in u: p_s (r - D)
 - JSD: (KL(q || m) + KL(p_s || m)) / 2 with m = (q + p_s) / 2;    gradient in u: p_s (a - sum p_s a) / 2, where
   a = log(p_s / m) = log 2 + log sigmoid(r), and log(q / m) = a - r.
+
+The contrastive target is in the manner of contrastive decoding; its formula is ours, not that of arXiv 2511.12155.
 """
 
 from __future__ import annotations
@@ -15,13 +17,48 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from raycomplete.config.training import Divergence
+from raycomplete.losses.settings import Divergence
 
 # A ratio of e^200 leaves nothing of the smaller probability in float64, so clamping log ratios there changes no sum; it
 # keeps 0 * inf out of them.
 _MAX_LOG_RATIO = 200.0
 
-Formula = Callable[[Tensor, Tensor, Tensor, Tensor, bool], Tensor]
+# Stands in for log 0 of base. Low enough that no finite logit reaches it, and (1 + alpha) times it is still finite.
+_LOG_ZERO = -1e30
+
+FusedDivergence = Callable[[Tensor, Tensor, Tensor, Tensor, bool], Tensor]
+
+
+def contrastive_log_probs(log_aligned_NV: Tensor, log_base_NV: Tensor, alpha: float, plausibility: float) -> Tensor:
+    """Log-probabilities of q(v) ~ p_a(v) (p_a(v) / p_b(v))^alpha where p_a(v) >= plausibility * max p_a, else 0.
+
+    Where base excludes a plausible token, q goes wholly to such tokens (the limit p_b -> 0).
+
+    Args:
+        log_aligned_NV: log p_a [N, V], -inf allowed.
+        log_base_NV: log p_b [N, V], -inf allowed.
+        alpha: Strength; 0 returns `log_aligned_NV` itself, without the plausibility mask.
+        plausibility: Share of the largest p_a below which a token is excluded, above 0, at most 1.
+
+    Returns:
+        [N, V], normalised; -inf at excluded tokens.
+
+    Raises:
+        ValueError: alpha is negative, or plausibility is not within (0, 1].
+    """
+    if alpha < 0:
+        raise ValueError(f"alpha must not be negative, got {alpha}.")
+    if not 0 < plausibility <= 1:
+        raise ValueError(f"plausibility must be above 0 and at most 1, got {plausibility}.")
+    if alpha == 0:
+        return log_aligned_NV
+    log_floor_N1 = log_aligned_NV.amax(dim=-1, keepdim=True) + math.log(plausibility)
+    implausible_NV = log_aligned_NV < log_floor_N1
+    # Filled before the arithmetic, so that -inf of an excluded token reaches neither the result nor its gradient.
+    aligned_NV = log_aligned_NV.masked_fill(implausible_NV, 0.0)
+    base_NV = log_base_NV.masked_fill(implausible_NV, 0.0).clamp(min=_LOG_ZERO)
+    score_NV = aligned_NV + alpha * (aligned_NV - base_NV)
+    return torch.log_softmax(score_NV.masked_fill(implausible_NV, -math.inf), dim=-1)
 
 
 def normalise_(logits_RV: Tensor, out_RV: Tensor) -> Tensor:
@@ -35,7 +72,7 @@ def normalise_(logits_RV: Tensor, out_RV: Tensor) -> Tensor:
 
 
 def row_dot(first_RV: Tensor, second_RV: Tensor) -> Tensor:
-    """Inner product of each row [R, 1]."""
+    """Computes the inner product of each row [R, 1]."""
     products_R: Tensor = torch.linalg.vecdot(first_RV, second_RV)
     return products_R[:, None]
 
@@ -43,7 +80,7 @@ def row_dot(first_RV: Tensor, second_RV: Tensor) -> Tensor:
 def forward_kl_(
     student_RV: Tensor, target_RV: Tensor, work_RV: Tensor, target_work_RV: Tensor, excludes: bool
 ) -> Tensor:
-    """KL(q || p_s).
+    """Computes KL(q || p_s).
 
     Args:
         student_RV: Logits of p_s [R, V]; kept.
@@ -68,7 +105,7 @@ def forward_kl_(
 def reverse_kl_(
     student_RV: Tensor, target_RV: Tensor, work_RV: Tensor, target_work_RV: Tensor, excludes: bool
 ) -> Tensor:
-    """KL(p_s || q); arguments and result as in `forward_kl_`."""
+    """Computes KL(p_s || q); arguments and result as in `forward_kl_`."""
     ratio_RV = _log_ratio_(student_RV, target_RV, work_RV, target_work_RV)
     if excludes:
         ratio_RV.masked_fill_(work_RV == 0, 0.0)
@@ -78,7 +115,7 @@ def reverse_kl_(
 
 
 def jsd_(student_RV: Tensor, target_RV: Tensor, work_RV: Tensor, target_work_RV: Tensor, excludes: bool) -> Tensor:
-    """Jensen-Shannon divergence; arguments and result as in `forward_kl_`."""
+    """Computes the Jensen-Shannon divergence; arguments and result as in `forward_kl_`."""
     ratio_RV = _log_ratio_(student_RV, target_RV, work_RV, target_work_RV)
     if excludes:
         ratio_RV.nan_to_num_(nan=0.0)  # excluded by both
@@ -92,10 +129,10 @@ def jsd_(student_RV: Tensor, target_RV: Tensor, work_RV: Tensor, target_work_RV:
 
 
 def _log_ratio_(student_RV: Tensor, target_RV: Tensor, work_RV: Tensor, target_work_RV: Tensor) -> Tensor:
-    """log p_s - log q, over `target_RV`; leaves p_s in `work_RV` and q in `target_work_RV`."""
+    """Writes log p_s - log q over `target_RV`; leaves p_s in `work_RV` and q in `target_work_RV`."""
     student_norm_R1 = normalise_(student_RV, out_RV=work_RV)
     target_norm_R1 = normalise_(target_RV, out_RV=target_work_RV)
     return torch.sub(student_RV, target_RV, out=target_RV).sub_(student_norm_R1 - target_norm_R1)
 
 
-FORMULAS: dict[Divergence, Formula] = {"forward_kl": forward_kl_, "reverse_kl": reverse_kl_, "jsd": jsd_}
+FUSED: dict[Divergence, FusedDivergence] = {"forward_kl": forward_kl_, "reverse_kl": reverse_kl_, "jsd": jsd_}

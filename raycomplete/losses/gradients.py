@@ -40,7 +40,7 @@ class GradientSums:
 
     @property
     def wanted(self) -> bool:
-        """Whether anything requires grad."""
+        """True where anything requires grad."""
         return any(item is not None for item in (self._hidden_NH, self._weight_VH, self._bias_V))
 
     def add(self, rows_C: Tensor, hidden_CH: Tensor, raw_CV: Tensor) -> None:
@@ -75,7 +75,7 @@ class GradientSums:
             bias_V[slab] += raw_CV[:, slab].to(bias_V.dtype).sum(dim=0)
 
     def attach(self, total: Tensor) -> Tensor:
-        """The total as a node of the autograd graph of the inputs; the sums are given away."""
+        """Makes the total a node of the autograd graph of the inputs; gives the sums away."""
         if not self.wanted:
             return total
         sums = (self._hidden_NH, self._weight_VH, self._bias_V)

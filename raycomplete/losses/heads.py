@@ -1,14 +1,18 @@
-"""From the final hidden state of a model to its logits.
+"""Output heads of models, and the final hidden states that they turn into logits.
 
 Teachers send hidden states (H numbers a token) rather than logits (V numbers), so each model needs its head beside it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from raycomplete.runtime.errors import NotFiniteError
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,12 +46,12 @@ class Head:
 
     @property
     def vocab_size(self) -> int:
-        """V, padding rows included unless `rows` dropped them."""
+        """Size V of the vocabulary, padding rows included unless `rows` dropped them."""
         return self.weight_VH.shape[0]
 
     @property
     def hidden_size(self) -> int:
-        """H."""
+        """Width H of the hidden states."""
         return self.weight_VH.shape[1]
 
     @property
@@ -77,7 +81,7 @@ class Head:
         return replace(self, weight_VH=self.weight_VH.detach(), bias_V=bias_V)
 
     def logits(self, hidden_NH: Tensor) -> Tensor:
-        """Logits of token rows; differentiable in hidden states, weight and bias.
+        """Computes logits of token rows; differentiable in hidden states, weight and bias.
 
         The product runs in the weight's dtype, as in the model itself, whatever autocast says; everything after it
         runs in at least float32, because softcap and softmax lose too much in bfloat16.
@@ -91,12 +95,12 @@ class Head:
         return self.logits_of_product(self.product(hidden_NH))
 
     def product(self, hidden_NH: Tensor) -> Tensor:
-        """The matrix product of `logits` alone, [N, V] in the weight's dtype."""
+        """Computes the matrix product of `logits` alone, [N, V] in the weight's dtype."""
         with torch.autocast(hidden_NH.device.type, enabled=False):
             return hidden_NH.to(self.weight_VH.dtype) @ self.weight_VH.T
 
     def logits_of_product(self, product_NV: Tensor) -> Tensor:
-        """What `logits` does after its product: bias, scale and softcap, [N, V] in `logits_dtype`.
+        """Adds bias, scale and softcap to a product, which gives `logits` [N, V] in `logits_dtype`.
 
         Where nothing is to be done, the result is the product itself, not a copy.
         """
@@ -110,10 +114,10 @@ class Head:
             return logits_NV
 
     def raw_gradient_(self, logits_NV: Tensor, grad_NV: Tensor) -> Tensor:
-        """Chain rule through softcap and scale, overwriting its input to spare a [N, V] copy.
+        """Carries a gradient back through softcap and scale, overwriting its input to spare a [N, V] copy.
 
         Args:
-            logits_NV: What `logits` returned [N, V].
+            logits_NV: Logits as `logits` returned them [N, V].
             grad_NV: Gradient with respect to it [N, V]; overwritten.
 
         Returns:
@@ -123,3 +127,56 @@ class Head:
             tanh_NV = logits_NV / self.softcap
             grad_NV.mul_(tanh_NV.square_().neg_().add_(1.0))  # d tanh(u) / du = 1 - tanh(u)^2
         return grad_NV if self.scale == 1.0 else grad_NV.mul_(self.scale)
+
+
+class HiddenStates(NamedTuple):
+    """Final hidden states of one model, after its final norm [rows, H], and its head."""
+
+    hidden_NH: Tensor
+    head: Head
+
+
+def check_hidden(name: str, hidden_NH: Tensor, head: Head, num_rows: int, *, must_be_finite: bool = True) -> None:
+    """Refuses hidden states that do not fit their head, or the other inputs.
+
+    Raises:
+        ValueError: The shape is not [num_rows, H of the head].
+        NotFiniteError: The tensor holds NaN or infinity, and must not.
+    """
+    if tuple(hidden_NH.shape) != (num_rows, head.hidden_size):
+        raise ValueError(
+            f"{name} hidden must be [{num_rows}, {head.hidden_size}] (token rows, width of the {name} head), "
+            f"got {list(hidden_NH.shape)}."
+        )
+    if must_be_finite:
+        check_rows_finite(f"{name} hidden", hidden_NH)
+
+
+def check_rows_finite(name: str, values: Tensor) -> None:
+    """Refuses NaN and infinity in a tensor whose first dimension counts rows.
+
+    Raises:
+        NotFiniteError: Names the tensor and its first bad row.
+    """
+    bad_N = ~torch.isfinite(values.detach()).flatten(1).all(dim=1) if values.ndim > 1 else ~torch.isfinite(values)
+    if bool(bad_N.any()):
+        first, count = int(bad_N.int().argmax()), int(bad_N.sum())
+        raise NotFiniteError(
+            f"{name} holds NaN or infinity in {count} of {len(bad_N)} rows, first in row {first}.",
+            "If it is the student's, lower train.lr; else check the checkpoint and dtype of that model.",
+        )
+
+
+def check_same_vocabulary(heads: Mapping[str, Head]) -> None:
+    """Refuses heads over different vocabularies.
+
+    Args:
+        heads: Heads by the name of their model.
+
+    Raises:
+        ValueError: The vocabulary sizes differ.
+    """
+    sizes = {name: head.vocab_size for name, head in heads.items()}
+    if len(set(sizes.values())) > 1:
+        listed = ", ".join(f"{name} {size}" for name, size in sizes.items())
+        raise ValueError(f"The heads differ in vocabulary size ({listed}); drop padding rows with Head.rows().")

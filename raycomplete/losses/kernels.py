@@ -1,8 +1,8 @@
-"""Row losses in Triton: one program a row, up to three walks over its vocabulary, every sum in float32.
+"""Terms of the loss in Triton: one program a row, up to three sweeps over its vocabulary, every sum in float32.
 
-The first walk takes the normalisers of all models online, the second the sums that a gradient needs, the third writes
+The first sweep takes the normalisers of all models online, the second the sums that a gradient needs, the third writes
 the gradient over the student's logits, in the dtype of the matrix products that follow. The formulas are those of
-`divergences` and `row_losses`. A row is read again rather than kept, because three rows of 128k tokens fit no register
+`divergences` and `torch_rows`. A row is read again rather than kept, because three rows of 128k tokens fit no register
 file: some 20 bytes a token and model, beside the 10 H multiplications that a token costs in matrix products.
 
 NaN and infinity of any model reach the row loss, where the caller looks for them. On a device a comparison with NaN is
@@ -24,10 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from raycomplete.config.training import Divergence
-from raycomplete.losses.heads import Head
-from raycomplete.losses.loss_types import LossSettings
-from raycomplete.losses.torch_rows import PenaltyRows, RowLogits
+from raycomplete.losses.settings import Divergence, DivergenceSettings, PenaltySettings
+from raycomplete.losses.torch_rows import Product, RowLogits, TermRows, penalty_rows
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 
@@ -35,7 +33,8 @@ _FORMULAS: dict[Divergence, int] = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2}
 _MAX_TILE = 2048  # tokens; 8 a thread, so that bfloat16 loads are 16 bytes and two programs share a multiprocessor
 _ROUNDING_NATS = tl.constexpr(1e-5)  # of log-probabilities in float32, beside what large logits lose
 _ROUNDING_OF_LOGITS = tl.constexpr(1.2e-7)  # 2^-23, relative
-_MEASURES = 8  # columns of the penalty kernel's result
+_PENALTY_METRICS = ("base_favored_mass", "alignment_kl", "deficit", "student_mass", "aligned_student_kl")
+_PENALTY_COLUMNS = 1 + len(_PENALTY_METRICS)  # of the kernel's result: the loss, then these
 
 
 @triton.jit
@@ -75,7 +74,7 @@ def _contrast(log_aligned, log_base, floor, alpha, inside):
     """Unnormalised log q of the contrastive teacher."""
     plausible = inside & (log_aligned >= floor)
     aligned = tl.where(plausible, log_aligned, 0.0)
-    base = tl.where(log_base < -1e30, -1e30, log_base)  # stands in for log 0, as in `teacher`
+    base = tl.where(log_base < -1e30, -1e30, log_base)  # stands in for log 0, as in `divergences`
     base = tl.where(plausible, base, 0.0)
     return tl.where(plausible, aligned + alpha * (aligned - base), -float("inf"))
 
@@ -123,8 +122,8 @@ def _divergence_kernel(
     base_max, base_norm, floor, target_max, target_norm = 0.0, 0.0, 0.0, 0.0, 0.0
     if CONTRASTIVE:
         base_max, base_norm = _norm(base, row, vocab_size, inverse, TILE)
-        # Devices contract product and difference of a walk, not of the maximum: without slack the best token itself may
-        # fall below the floor at plausibility 1.
+        # Devices contract product and difference of a sweep, not of the maximum: without slack the best token itself
+        # may fall below the floor at plausibility 1.
         slack = _ROUNDING_NATS + _ROUNDING_OF_LOGITS * tl.abs(aligned_max)
         floor = log_plausibility - aligned_norm - slack
         target_max, total = -float("inf"), 0.0
@@ -140,9 +139,9 @@ def _divergence_kernel(
     p_part = tl.zeros([TILE], dtype=tl.float32)
     q_part = tl.zeros([TILE], dtype=tl.float32)
     p_mean = 0.0
-    # Forward KL needs no sum before its gradient: it takes both in one walk.
-    for walk in tl.static_range(2):
-        if (walk == 0 and FORMULA != 0) or (walk == 1 and (FORMULA == 0 or gradient_ptr is not None)):
+    # Forward KL needs no sum before its gradient: it takes both in one sweep.
+    for sweep in tl.static_range(2):
+        if (sweep == 0 and FORMULA != 0) or (sweep == 1 and (FORMULA == 0 or gradient_ptr is not None)):
             for start in range(0, vocab_size, TILE):
                 tokens = start + tl.arange(0, TILE)
                 inside = tokens < vocab_size
@@ -158,19 +157,19 @@ def _divergence_kernel(
                     gradient = p - q
                 elif FORMULA == 1:
                     ratio = tl.where(p == 0.0, 0.0, log_p - log_q)
-                    if walk == 0:
+                    if sweep == 0:
                         p_part += p * ratio
                     gradient = p * (ratio - p_mean)
                 else:
                     p_ratio, q_ratio = _log_mean_ratios(log_p, log_q, p, q)
-                    if walk == 0:
+                    if sweep == 0:
                         p_part += p * p_ratio
                         q_part += q * q_ratio
                     gradient = 0.5 * p * (p_ratio - p_mean)
-                if walk == 1 and gradient_ptr is not None:
+                if sweep == 1 and gradient_ptr is not None:
                     out_ptr = gradient_ptr + row * gradient_stride
                     _store_gradient(out_ptr, gradient * factor, logits, student, tokens, inside)
-        if walk == 0:
+        if sweep == 0:
             p_mean = tl.sum(p_part, axis=0)
     loss = p_mean + tl.sum(q_part, axis=0)
     if FORMULA == 2:
@@ -191,9 +190,7 @@ def _penalty_kernel(
     log_tau,
     margin,
     kappa,
-    score_ptr,
-    score_stride,
-    MEASURES: tl.constexpr,
+    COLUMNS: tl.constexpr,
     TILE: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -203,19 +200,18 @@ def _penalty_kernel(
     zeros = tl.zeros([TILE], dtype=tl.float32)
     base_mass, student_mass, student_square, depth, student_kl = zeros, zeros, zeros, zeros, zeros
     square, gradient_factor = 0.0, 0.0
-    for walk in tl.static_range(2):
-        if walk == 0 or gradient_ptr is not None or score_ptr is not None:
+    for sweep in tl.static_range(2):
+        if sweep == 0 or gradient_ptr is not None:
             for start in range(0, vocab_size, TILE):
                 tokens = start + tl.arange(0, TILE)
                 inside = tokens < vocab_size
                 logits = _logits(student, row, tokens, inside)
-                base_logits = _logits(base, row, tokens, inside)
                 log_p = logits - student_max - student_norm
-                log_base = base_logits - base_max - base_norm
+                log_base = _logits(base, row, tokens, inside) - base_max - base_norm
                 log_aligned = _logits(aligned, row, tokens, inside) - aligned_max - aligned_norm
                 favored = inside & (log_base > log_aligned + margin) & (log_base >= log_tau)
                 p_favored = tl.where(favored, tl.exp(log_p), 0.0)
-                if walk == 0:
+                if sweep == 0:
                     q = tl.exp(log_aligned)
                     base_mass += tl.where(favored, tl.exp(log_base), 0.0)
                     student_mass += p_favored
@@ -223,114 +219,79 @@ def _penalty_kernel(
                     depth += tl.where(q == 0.0, 0.0, q * (log_aligned - log_base))
                     student_kl += tl.where(q == 0.0, 0.0, q * (log_aligned - log_p))
                 else:
-                    if score_ptr is not None:  # over the aligned logits of this tile, which nobody reads again
-                        score = tl.where(favored, base_logits, -float("inf")).to(score_ptr.dtype.element_ty)
-                        tl.store(score_ptr + row * score_stride + tokens, score, mask=inside)
-                    if gradient_ptr is not None:
-                        gradient = gradient_factor * tl.exp(log_p) * (p_favored - square)
-                        out_ptr = gradient_ptr + row * gradient_stride
-                        _store_gradient(out_ptr, gradient, logits, student, tokens, inside)
-        if walk == 0:
+                    gradient = gradient_factor * tl.exp(log_p) * (p_favored - square)
+                    out_ptr = gradient_ptr + row * gradient_stride
+                    _store_gradient(out_ptr, gradient, logits, student, tokens, inside)
+        if sweep == 0:
             depth_sum, square = tl.sum(depth, axis=0), tl.sum(student_square, axis=0)
             deficit = tl.exp(-tl.where(depth_sum < 0.0, 0.0, depth_sum) / kappa)
             gradient_factor = 2.0 * deficit * tl.load(factor_ptr + row)
-            own_ptr = measure_ptr + row * MEASURES
+            own_ptr = measure_ptr + row * COLUMNS
             tl.store(own_ptr, deficit * square)
             tl.store(own_ptr + 1, tl.sum(base_mass, axis=0))
             tl.store(own_ptr + 2, depth_sum)
             tl.store(own_ptr + 3, deficit)
             tl.store(own_ptr + 4, tl.sum(student_mass, axis=0))
             tl.store(own_ptr + 5, tl.sum(student_kl, axis=0))
-            tl.store(own_ptr + 6, base_max)
-            tl.store(own_ptr + 7, base_norm)
 
 
-class TritonRows:
-    """The Triton backend; see `raycomplete.losses.torch_rows.RowLosses`.
-
-    Args:
-        student: Head of the student; bfloat16, float16 or float32.
-        aligned: Head of the aligned model.
-        base: Head of base, or None where no row needs it.
-        settings: Constants of the formulas.
-    """
-
-    def __init__(self, student: Head, aligned: Head, base: Head | None, settings: LossSettings) -> None:
-        self.student, self.aligned, self.base, self.settings = student, aligned, base, settings
-        tile = min(_MAX_TILE, triton.next_power_of_2(student.vocab_size))
-        self.launch = {"TILE": tile, "num_warps": max(1, tile // 256)}
-
-    def divergence(self, logits: RowLogits, divergence: Divergence, factor_C: Tensor) -> Tensor:
-        """See `RowLosses`."""
-        settings = self.settings
-        loss_C = torch.empty_like(factor_C)
-        with torch.cuda.device_of(factor_C):
-            _divergence_kernel[(len(factor_C),)](
-                *self._tensors(logits, factor_C, loss_C),
-                settings.temperature,
-                settings.alpha,
-                math.log(settings.plausibility),
-                FORMULA=_FORMULAS[divergence],
-                CONTRASTIVE=settings.alpha > 0,
-                **self.launch,
-            )
-        return loss_C
-
-    def penalty(self, logits: RowLogits, factor_C: Tensor) -> PenaltyRows:
-        """See `RowLosses`."""
-        settings = self.settings
-        measure_CM = factor_C.new_empty(len(factor_C), _MEASURES)
-        score_CV = logits.aligned_CV if settings.top_tokens else None
-        with torch.cuda.device_of(factor_C):
-            _penalty_kernel[(len(factor_C),)](
-                *self._tensors(logits, factor_C, measure_CM),
-                math.log(settings.tau) if settings.tau > 0 else -math.inf,
-                settings.margin,
-                settings.kappa,
-                score_CV,
-                logits.aligned_CV.stride(0),
-                MEASURES=_MEASURES,
-                **self.launch,
-            )
-        return PenaltyRows(*[*measure_CM[:, :-2].unbind(dim=1), *self._top_tokens(logits, measure_CM[:, -2:])])
-
-    def _tensors(self, logits: RowLogits, factor_C: Tensor, result: Tensor) -> list[Any]:
-        """Arguments that both kernels begin with."""
-        gradient_CV = logits.gradient_CV
-        return [
-            _model(logits.student_CV, self.student),
-            _model(logits.aligned_CV, self.aligned),
-            None if logits.base_CV is None or self.base is None else _model(logits.base_CV, self.base),
-            gradient_CV,
-            0 if gradient_CV is None else gradient_CV.stride(0),
-            factor_C,
-            result,
-            self.student.vocab_size,
-        ]
-
-    def _top_tokens(self, logits: RowLogits, base_norm_C2: Tensor) -> tuple[Tensor, Tensor]:
-        """The likeliest members of B_t, by the scores that the kernel left over the aligned logits.
-
-        Scores are base's logits rounded to the dtype of the aligned product. In bfloat16 members within 2^-8 of each
-        other's logit may change places, at the last place too; the masses are those of the tokens returned.
-        """
-        count, size = self.settings.top_tokens, self.student.vocab_size
-        assert logits.base_CV is not None
-        assert self.base is not None
-        best = logits.aligned_CV.topk(min(count, size), dim=-1)
-        missing_CK, token_CK = torch.isneginf(best.values), best.indices
-        base_CK = logits.base_CV.gather(1, token_CK).float()
-        if self.base.bias_V is not None:
-            base_CK += self.base.bias_V[token_CK]
-        base_CK *= self.base.scale
-        if self.base.softcap is not None:
-            base_CK = self.base.softcap * torch.tanh(base_CK / self.base.softcap)
-        mass_CK = (base_CK - base_norm_C2[:, :1] - base_norm_C2[:, 1:]).exp().masked_fill(missing_CK, 0.0)
-        pad, width = torch.nn.functional.pad, (0, max(0, count - size))
-        return pad(token_CK.masked_fill(missing_CK, -1), width, value=-1), pad(mass_CK, width)
+def divergence(logits: RowLogits, options: DivergenceSettings) -> TermRows:
+    """Computes T^2 D(q, p_s) [C], and writes the gradient; for heads in bfloat16, float16 or float32."""
+    contrastive = options.contrastive
+    loss_C = torch.empty_like(logits.factor_C)
+    with torch.cuda.device_of(loss_C):
+        _divergence_kernel[(len(loss_C),)](
+            *_tensors(logits, loss_C),
+            options.temperature,
+            contrastive.alpha,
+            math.log(contrastive.plausibility),
+            FORMULA=_FORMULAS[options.divergence],
+            CONTRASTIVE=contrastive.alpha > 0,
+            **_launch(logits),
+        )
+    return TermRows(loss_C)
 
 
-def _model(product_CV: Tensor, head: Head) -> tuple[Any, ...]:
+def penalty(logits: RowLogits, options: PenaltySettings) -> TermRows:
+    """Computes g_t * sum over B_t of p_s(v)^2 [C] with its metrics, and writes the gradient."""
+    result_CM = logits.factor_C.new_empty(len(logits.factor_C), _PENALTY_COLUMNS)
+    with torch.cuda.device_of(result_CM):
+        _penalty_kernel[(len(result_CM),)](
+            *_tensors(logits, result_CM),
+            math.log(options.tau) if options.tau > 0 else -math.inf,
+            options.margin,
+            options.kappa,
+            COLUMNS=_PENALTY_COLUMNS,
+            **_launch(logits),
+        )
+    loss_C, *metrics = result_CM.unbind(dim=1)
+    return penalty_rows(loss_C, dict(zip(_PENALTY_METRICS, metrics, strict=True)))
+
+
+def _launch(logits: RowLogits) -> dict[str, int]:
+    tile = min(_MAX_TILE, triton.next_power_of_2(logits.student.head.vocab_size))
+    return {"TILE": tile, "num_warps": max(1, tile // 256)}
+
+
+def _tensors(logits: RowLogits, result: Tensor) -> list[Any]:
+    """Arguments that both kernels begin with."""
+    gradient_CV = logits.gradient_CV
+    return [
+        _model(logits.student),
+        _model(logits.aligned),
+        _model(logits.base),
+        gradient_CV,
+        0 if gradient_CV is None else gradient_CV.stride(0),
+        logits.factor_C,
+        result,
+        logits.student.head.vocab_size,
+    ]
+
+
+def _model(product: Product | None) -> tuple[Any, ...] | None:
     """What `_logits` reads of a model; kernels compile apart for heads with and without bias and softcap."""
+    if product is None:
+        return None
+    product_CV, head = product.product_CV, product.head
     softcap = None if head.softcap is None else float(head.softcap)
     return product_CV, product_CV.stride(0), head.bias_V, float(head.scale), softcap

@@ -1,115 +1,179 @@
-"""The completion loss: anchor, recovery and penalty in one pass, without [N, V] logits in memory.
+"""The distillation loss: all its terms in one pass, without [N, V] logits in memory. For any trainer.
 
-Rows are walked in chunks. While the logits of a chunk are in hand its gradients are taken analytically and summed into
-[N, H] and [V, H] buffers, so peak memory is O(N*H + V*H + chunk*V) and backward only scales what was saved. The
-formulas are ours, not those of arXiv 2511.12155; `loss_reference` states them plainly.
+    states = model.base_model(input_ids).last_hidden_state.flatten(0, 1)     # the student's, attached to its graph
+    inputs = LossInputs(
+        student=HiddenStates(states[rows], Head(model.lm_head.weight)),
+        aligned=HiddenStates(aligned_states, aligned_head),                  # frozen, in the teacher's context
+        base=HiddenStates(base_states, base_head),                           # of the penalty rows only
+        term_N=torch.tensor([0, 0, 1, 2, 2]),                                # numbers of the settings' terms
+        weight_N=torch.full((5,), 0.2),
+    )
+    settings = LossSettings(weights={"anchor": 1.0, "recovery": 1.0, "penalty": 0.1})
+    output = distillation_loss(inputs, settings)
+    output.total.backward()
+    print(output.losses["recovery"], output.metrics["student_mass"].mean())
 
-`walk` cuts the chunks and multiplies matrices on every device. What happens to a chunk's logits in between has two
-backends: `row_losses` in PyTorch, and `kernels` in Triton for CUDA. "auto" takes Triton on a CUDA device where it is
-installed, for heads in bfloat16, float16 or float32; everything else goes to PyTorch, float64 among it. Both do every
-divergence and setting.
+Rows are taken in chunks (`chunked_pass`). While the logits of a chunk are in hand its gradients are taken and summed
+into [N, H] and [V, H] buffers, so peak memory is O(N*H + V*H + chunk*V) and backward only scales what was saved. What
+happens to a chunk's logits in between is up to each term (`terms`): in PyTorch, or in Triton for CUDA. "auto" takes
+Triton on a CUDA device where it is installed, for heads in bfloat16, float16 or float32 and terms that have a Triton
+function; everything else goes to PyTorch, float64 among it.
 
-Letters: N token rows, C rows of one chunk, P rows that need base (inputs) or penalty rows (`LossOutput`).
+N token rows, C rows of one chunk, P rows that read a teacher.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor
 
-from raycomplete.losses.checks import check_loss_inputs, check_rows_finite
-from raycomplete.losses.chunked_pass import Source, walk
-from raycomplete.losses.heads import Head
-from raycomplete.losses.loss_types import LossOutput, LossSettings, TokenKind, needs_base
+from raycomplete.losses.chunked_pass import chunked_pass
+from raycomplete.losses.heads import HiddenStates, check_hidden, check_rows_finite, check_same_vocabulary
+from raycomplete.losses.settings import LossSettings
+from raycomplete.losses.terms import ActiveTerm, Teacher, active_terms
 
-__all__ = ["LossOutput", "LossSettings", "TokenKind", "distillation_loss", "needs_base"]
+TEACHERS: tuple[Teacher, ...] = ("aligned", "base")
 
 
-def distillation_loss(
-    student_hidden_NH: Tensor,
-    student_head: Head,
-    aligned_hidden_NH: Tensor,
-    aligned_head: Head,
-    base_hidden_PH: Tensor | None,
-    base_head: Head | None,
-    kind_N: Tensor,
-    weight_N: Tensor,
-    settings: LossSettings,
-    *,
-    must_be_finite: bool = True,
-) -> LossOutput:
-    """Weighted sum of T^2 D(q, p_s) on anchor and recovery rows and g_t * sum over B_t of p_s(v)^2 on penalty rows.
+@dataclass(frozen=True, eq=False)
+class LossInputs:
+    """Token rows of the three models. H may differ between them.
+
+    A row's frozen states are those at the position of its target, in whatever context the teacher read; rows that share
+    a target repeat its states.
+
+    Attributes:
+        student: Hidden states [N, H] and head of the student; gradients go to both, where they require grad. The head
+            is bfloat16, float32 or float64.
+        aligned: The aligned model's, on the rows whose term reads it, in order [P, H]; None where there is none.
+        base: The same of base.
+        term_N: Number of each row's term in `LossSettings.weights` [N], integers.
+        weight_N: Weight of each row [N], beside the weight of its term.
+        token_N: Token that follows at each row [N], for terms that ask for it.
+    """
+
+    student: HiddenStates
+    aligned: HiddenStates | None
+    base: HiddenStates | None
+    term_N: Tensor
+    weight_N: Tensor
+    token_N: Tensor | None = None
+
+    @property
+    def teachers(self) -> dict[Teacher, HiddenStates]:
+        """The frozen models that are there."""
+        both: tuple[tuple[Teacher, HiddenStates | None], ...] = (("aligned", self.aligned), ("base", self.base))
+        return {role: states for role, states in both if states is not None}
+
+    def reads(self, terms: Sequence[ActiveTerm], role: Teacher) -> Tensor:
+        """Tells which rows read a frozen model [N], boolean, on the device of `term_N`."""
+        reads_T = torch.tensor([role in item.teachers for item in terms], device=self.term_N.device)
+        return reads_T[self.term_N.long()]
+
+    def check(self, terms: Sequence[ActiveTerm], *, must_be_finite: bool = True) -> None:
+        """Refuses inputs that do not fit together.
+
+        Raises:
+            ValueError: Shapes, vocabularies, numbers of terms or the student's dtype do not fit.
+            NotFiniteError: A weight, or a hidden state that must be finite, is not; names the input and the first bad
+                row.
+        """
+        num_rows = self.student.hidden_NH.shape[0]
+        given = {"term": self.term_N, "weight": self.weight_N, "token": self.token_N}
+        for name, values in given.items():
+            if values is not None and tuple(values.shape) != (num_rows,):
+                raise ValueError(f"{name} must be [{num_rows}], one a token row, got {list(values.shape)}.")
+        in_range = not num_rows or 0 <= int(self.term_N.min()) <= int(self.term_N.max()) < len(terms)
+        if self.term_N.is_floating_point() or not in_range:
+            numbers = ", ".join(f"{number} {item.term.name}" for number, item in enumerate(terms))
+            raise ValueError(f"term must hold the numbers of the settings' terms: {numbers}.")
+        if self.student.head.weight_VH.dtype == torch.float16:
+            raise ValueError("A float16 student head underflows in the loss; use bfloat16 or float32.")
+        check_rows_finite("weight", self.weight_N)
+        check_hidden("student", *self.student, num_rows, must_be_finite=must_be_finite)
+        heads = {"student": self.student.head}
+        for role in TEACHERS:
+            num_read, states = int(self.reads(terms, role).sum()), self.teachers.get(role)
+            if states is None and num_read:
+                raise ValueError(f"{num_read} rows need {role} (see Term.reads), but LossInputs.{role} is None.")
+            if states is not None and num_read:
+                check_hidden(role, *states, num_read, must_be_finite=must_be_finite)
+                heads[role] = states.head
+        check_same_vocabulary(heads)
+
+
+@dataclass(frozen=True, eq=False)
+class LossOutput:
+    """The loss and what it saw on the way; everything but `total` is detached.
+
+    Attributes:
+        total: sum over rows of weight * weight of the term * row loss; differentiable scalar.
+        losses: sum over a term's rows of weight * row loss, without the term's weight, by term; scalars.
+        row_loss_N: Unweighted loss of each row [N].
+        metrics: Values by metric, for the rows of the term that has it, in their order among the N rows.
+    """
+
+    total: Tensor
+    losses: dict[str, Tensor]
+    row_loss_N: Tensor
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+    def flatten(self) -> tuple[Tensor, ...]:
+        """The same as a plain tuple: DeepSpeed's hooks look for tensors in tuples only."""
+        return (self.total, self.row_loss_N, *self.losses.values(), *self.metrics.values())
+
+    @classmethod
+    def unflatten(cls, values: tuple[Tensor, ...], settings: LossSettings) -> LossOutput:
+        """Names again what `flatten` gave of a loss with these settings."""
+        names = settings.names
+        metrics = [name for item in active_terms(settings) for name in item.term.metrics]
+        total, row_loss_N, *rest = values
+        losses = dict(zip(names, rest[: len(names)], strict=True))
+        return cls(total, losses, row_loss_N, dict(zip(metrics, rest[len(names) :], strict=True)))
+
+
+def distillation_loss(inputs: LossInputs, settings: LossSettings, *, must_be_finite: bool = True) -> LossOutput:
+    """Computes the weighted sum of all terms over all rows, and its gradient.
 
     Differentiable once, in the student's hidden states and in weight and bias of its head, where those require grad.
-    B_t, g_t and q come from frozen models and carry no gradient. Under ZeRO-3 the head must be gathered around this
-    call; backward does not read it. H may differ between the three models.
+    What comes from frozen models carries no gradient. Under ZeRO-3 the head must be gathered around this call; backward
+    does not read it.
 
     Args:
-        student_hidden_NH: Final hidden states of the student [N, H].
-        student_head: Its head; bfloat16, float32 or float64.
-        aligned_hidden_NH: Final hidden states of the aligned model in the teacher's context [N, H].
-        aligned_head: Its head.
-        base_hidden_PH: Final hidden states of base on the rows of `needs_base`, in order [P, H]; may be None if P is 0.
-        base_head: Its head; may be None if P is 0.
-        kind_N: `TokenKind` of each row [N], integers.
-        weight_N: Weight of each row [N].
-        settings: Weights of the parts and the constants of the formulas.
+        inputs: Rows of the models.
+        settings: Terms, their weights and options.
         must_be_finite: Whether NaN and infinity are refused. Else they reach the rows that they belong to, the loss and
             its gradients, for a caller that leaves such a step out.
 
     Returns:
-        The loss in float32 (float64 for a float64 student head), with its parts and per-row measurements.
+        The loss in float32 (float64 for a float64 student head), with its terms and per-row metrics.
 
     Raises:
-        ValueError: Shapes, vocabularies, kinds or the student's dtype do not fit.
+        ValueError: Shapes, vocabularies, numbers of terms or the student's dtype do not fit.
         NotFiniteError: An input holds NaN or infinity, or a row's loss came out so, where `must_be_finite`; names it
             and the first bad row.
         SetupError: The settings ask for Triton where it does not run.
+        ConfigError: A term of the settings is not in the table.
     """
-    check_loss_inputs(
-        student_hidden_NH,
-        student_head,
-        aligned_hidden_NH,
-        aligned_head,
-        base_hidden_PH,
-        base_head,
-        kind_N,
-        weight_N,
-        settings,
-        must_be_finite=must_be_finite,
-    )
-    device, dtype = student_hidden_NH.device, student_head.logits_dtype
-    kind_N = kind_N.detach().to(device)
-    weight_N = weight_N.detach().to(device, dtype)
-    factor_N = weight_N * settings.part_weight(kind_N, dtype)
-    base = None if base_hidden_PH is None or base_head is None else Source(base_hidden_PH, base_head)
+    terms = active_terms(settings)
+    inputs.check(terms, must_be_finite=must_be_finite)
+    device, dtype = inputs.student.hidden_NH.device, inputs.student.head.logits_dtype
+    term_N = inputs.term_N.detach().to(device).long()
+    weight_N = inputs.weight_N.detach().to(device, dtype)
+    token_N = None if inputs.token_N is None else inputs.token_N.to(device)
+    inputs = LossInputs(inputs.student, inputs.aligned, inputs.base, term_N, weight_N, token_N)
+    factor_N = weight_N * torch.tensor([item.weight for item in terms], dtype=dtype, device=device)[term_N]
 
     with torch.autocast(device.type, enabled=False):  # dtypes are those of the heads, not of an outer autocast
-        walked = walk(
-            Source(student_hidden_NH, student_head),
-            Source(aligned_hidden_NH, aligned_head),
-            base,
-            kind_N,
-            factor_N,
-            settings,
-        )
+        result = chunked_pass(inputs, terms, factor_N, settings)
         if must_be_finite:
-            check_rows_finite("the loss of the student", walked.row_loss_N)
-        weighted_N = weight_N * walked.row_loss_N
-        total = walked.gradients.attach((factor_N * walked.row_loss_N).sum())
+            check_rows_finite("the loss of the student", result.row_loss_N)
+        weighted_N = weight_N * result.row_loss_N
+        total = result.gradients.attach((factor_N * result.row_loss_N).sum())
 
-    penalty = walked.penalty
-    return LossOutput(
-        total=total,
-        anchor=weighted_N[kind_N == TokenKind.ANCHOR].sum(),
-        recovery=weighted_N[kind_N == TokenKind.RECOVERY].sum(),
-        penalty=weighted_N[kind_N == TokenKind.PENALTY].sum(),
-        row_loss_N=walked.row_loss_N,
-        base_favored_mass_P=penalty.base_favored_mass_P,
-        alignment_kl_P=penalty.alignment_kl_P,
-        deficit_P=penalty.deficit_P,
-        student_mass_P=penalty.student_mass_P,
-        aligned_student_kl_P=penalty.aligned_student_kl_P,
-        top_token_PK=penalty.top_token_PK,
-        top_mass_PK=penalty.top_mass_PK,
-    )
+    losses = {name: weighted_N[term_N == number].sum() for number, name in enumerate(settings.names)}
+    metrics = {name: result.metrics[name] for item in terms for name in item.term.metrics}
+    return LossOutput(total=total, losses=losses, row_loss_N=result.row_loss_N, metrics=metrics)

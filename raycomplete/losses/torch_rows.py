@@ -1,87 +1,141 @@
-"""Loss, measurements and gradient of token rows whose logits are in hand, in PyTorch on any device.
+"""Loss, metrics and gradient of token rows whose logits are in hand, in PyTorch on any device.
 
 Rows are worked through in blocks that stay in cache, in buffers that are made once: from float32 copies of the matrix
 products to a gradient that is written where the student's product stood. `kernels` does the same on CUDA.
 
-Letters: C rows of one call, R rows of one block, F base-favored (row, token) pairs, K top tokens.
+C rows of one call, R rows of one block, F base-favored (row, token) pairs.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
-from typing import Protocol
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from raycomplete.config.training import Divergence
-from raycomplete.losses.base_favored import deficit
-from raycomplete.losses.contrastive import contrastive_log_probs
-from raycomplete.losses.divergences import FORMULAS, normalise_, row_dot
+from raycomplete.losses.divergences import FUSED, contrastive_log_probs, normalise_, row_dot
 from raycomplete.losses.heads import Head
-from raycomplete.losses.loss_types import LossSettings
+from raycomplete.losses.settings import DivergenceSettings, PenaltySettings
 
 _BLOCK_BYTES = {"cpu": 2 * 2**20, "cuda": 128 * 2**20}  # of one buffer; on a CPU all five stay near the core
 
 
 @dataclass(frozen=True, eq=False)
-class RowLogits:
-    """Matrix products hidden @ weight^T of some rows; whoever computes the rows' losses may overwrite them.
+class TermRows:
+    """Loss and metrics of some rows of one term.
 
     Attributes:
-        student_CV: The student's [C, V].
-        aligned_CV: The aligned model's [C, V].
-        base_CV: Base's [C, V], or None where the rows do not need it.
-        gradient_CV: Where the gradient with respect to hidden @ weight^T + bias goes [C, V]; may share memory with
-            `student_CV`; None where no gradient is wanted.
+        loss_R: Loss of each row, without its weight [R].
+        metrics: Values of each row by metric [R].
     """
 
-    student_CV: Tensor
-    aligned_CV: Tensor
-    base_CV: Tensor | None
-    gradient_CV: Tensor | None
+    loss_R: Tensor
+    metrics: dict[str, Tensor] = field(default_factory=dict)
 
-    def rows(self, rows: slice) -> RowLogits:
-        """Some of the rows, as views."""
-        parts = (getattr(self, field.name) for field in fields(self))
-        return RowLogits(*(None if part is None else part[rows] for part in parts))  # type: ignore[arg-type]
+    @classmethod
+    def join(cls, parts: Sequence[TermRows]) -> TermRows:
+        """Rows of all parts in order; at least one part."""
+        metrics = {name: torch.cat([part.metrics[name] for part in parts]) for name in parts[0].metrics}
+        return cls(torch.cat([part.loss_R for part in parts]), metrics)
 
 
 @dataclass(frozen=True, eq=False)
-class PenaltyRows:
-    """What `LossOutput` reports of penalty rows, under the same names; `loss_P` is their row loss."""
+class Product:
+    """Matrix products hidden @ weight^T of some rows with one model's head.
 
-    loss_P: Tensor
-    base_favored_mass_P: Tensor
-    alignment_kl_P: Tensor
-    deficit_P: Tensor
-    student_mass_P: Tensor
-    aligned_student_kl_P: Tensor
-    top_token_PK: Tensor
-    top_mass_PK: Tensor
+    Attributes:
+        product_CV: [C, V]; whoever computes the rows' losses may overwrite it.
+        head: The head, for what comes after the product.
+    """
 
-    @classmethod
-    def none(cls, like_N: Tensor, top_tokens: int) -> PenaltyRows:
-        """No rows, in dtype and on device of `like_N`."""
-        top = [like_N.new_empty(0, top_tokens, dtype=torch.long), like_N.new_empty(0, top_tokens)]
-        return cls(*[like_N.new_empty(0) for _ in range(len(fields(cls)) - len(top))], *top)
-
-    @classmethod
-    def join(cls, parts: list[PenaltyRows]) -> PenaltyRows:
-        """Rows of all parts in order."""
-        return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
+    product_CV: Tensor
+    head: Head
 
 
-class RowLosses(Protocol):
-    """A backend: the loss of rows whose logits are in hand. Every call may overwrite them."""
+@dataclass(frozen=True, eq=False)
+class RowLogits:
+    """Everything that a term needs of some of its rows.
 
-    def divergence(self, logits: RowLogits, divergence: Divergence, factor_C: Tensor) -> Tensor:
-        """T^2 D(q, p_s) [C]; writes `factor` times its gradient."""
+    Attributes:
+        student: The student's products.
+        aligned: The aligned model's, or None where the term does not read it.
+        base: Base's, or None where the term does not read it.
+        factor_C: Weight of each row's gradient [C].
+        gradient_CV: Where the gradient with respect to hidden @ weight^T + bias goes [C, V]; may share memory with the
+            student's products; None where no gradient is wanted.
+        token_C: Token that follows at each row [C], or None where nobody gave them.
+    """
 
-    def penalty(self, logits: RowLogits, factor_C: Tensor) -> PenaltyRows:
-        """g_t * sum over B_t of p_s(v)^2 with its measurements; writes `factor` times its gradient."""
+    student: Product
+    aligned: Product | None
+    base: Product | None
+    factor_C: Tensor
+    gradient_CV: Tensor | None
+    token_C: Tensor | None
+
+    def rows(self, rows: slice) -> RowLogits:
+        """Takes some of the rows, as views."""
+
+        def part(product: Product | None) -> Product | None:
+            return None if product is None else replace(product, product_CV=product.product_CV[rows])
+
+        return RowLogits(
+            replace(self.student, product_CV=self.student.product_CV[rows]),
+            part(self.aligned),
+            part(self.base),
+            self.factor_C[rows],
+            None if self.gradient_CV is None else self.gradient_CV[rows],
+            None if self.token_C is None else self.token_C[rows],
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """A few rows, and buffers for them [R, V] in float32 (float64 for a float64 head).
+
+    Attributes:
+        logits: The rows.
+        buffers: Five of them, to be used at will.
+        excludes: Whether logits can be -inf.
+    """
+
+    logits: RowLogits
+    buffers: list[Tensor]
+    excludes: bool
+
+    def read(self, product: Product | None, work_RV: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Logits over temperature less their largest value of each row [R, V], and that value [R, 1].
+
+        Where the product has the dtype of the buffers it is worked on in place, else in `work_RV`.
+        """
+        assert product is not None, "the term does not read this model"
+        raw_RV, head = product.product_CV, product.head
+        logits_RV = raw_RV if raw_RV.dtype == work_RV.dtype else work_RV.copy_(raw_RV)
+        if head.bias_V is not None:
+            logits_RV += head.bias_V
+        if head.softcap is not None:
+            logits_RV.mul_(head.scale / head.softcap).tanh_().mul_(head.softcap / temperature)
+        elif head.scale != temperature:
+            logits_RV.mul_(head.scale / temperature)
+        shift_R1 = logits_RV.amax(dim=-1, keepdim=True)
+        return logits_RV.sub_(shift_R1), shift_R1
+
+    def write(self, grad_RV: Tensor, logits_RV: Tensor, shift_R1: Tensor, temperature: float = 1.0) -> None:
+        """Carries a gradient from the student's logits, as `read` gave them, to its product; overwrites both inputs."""
+        head, out_RV = self.logits.student.head, self.logits.gradient_CV
+        if out_RV is None:
+            return
+        if head.softcap is not None:
+            logits_RV.add_(shift_R1).mul_(temperature)
+        out_RV.copy_(head.raw_gradient_(logits_RV, grad_RV))
+
+
+BlockFunction = Callable[[Block, Any], TermRows]
+"""Computes a term, with the settings of its options class, on the rows of a block, and writes the gradient of factor
+times loss."""
 
 
 class TorchRows:
@@ -89,154 +143,117 @@ class TorchRows:
 
     Args:
         student: Head of the student.
-        aligned: Head of the aligned model.
-        base: Head of base, or None where no row needs it.
-        settings: Constants of the formulas.
+        teachers: Heads of the frozen models.
         max_rows: Most rows of one call.
     """
 
-    def __init__(self, student: Head, aligned: Head, base: Head | None, settings: LossSettings, max_rows: int) -> None:
-        self.student, self.aligned, self.base, self.settings = student, aligned, base, settings
-        heads = [head for head in (student, aligned, base) if head is not None]
-        self.excludes = settings.alpha > 0 or any(_excludes_tokens(head) for head in heads)
+    def __init__(self, student: Head, teachers: Sequence[Head], max_rows: int) -> None:
+        self.excludes = any(_excludes_tokens(head) for head in (student, *teachers))
         weight_VH, dtype = student.weight_VH, student.logits_dtype
         budget = _BLOCK_BYTES.get(weight_VH.device.type, _BLOCK_BYTES["cpu"])
         self.block_rows = max(1, min(max_rows, budget // (student.vocab_size * dtype.itemsize)))
         self.buffers = [weight_VH.new_empty(self.block_rows, student.vocab_size, dtype=dtype) for _ in range(5)]
 
-    def divergence(self, logits: RowLogits, divergence: Divergence, factor_C: Tensor) -> Tensor:
-        """See `RowLosses`."""
-        temperature = self.settings.temperature
-        loss_C = torch.empty_like(factor_C)
-        for rows, part, (first, second, student_work, target_work, _) in self._blocks(logits, len(factor_C)):
-            student_RV, shift_R1 = _read(part.student_CV, self.student, temperature, first)
-            target_RV = self._target(part, second)
-            loss_R1 = FORMULAS[divergence](student_RV, target_RV, student_work, target_work, self.excludes)
-            loss_C[rows] = loss_R1[:, 0] * temperature**2
-            # T^2 of the loss, 1 / T of the chain rule
-            student_work.mul_(temperature * factor_C[rows, None])
-            self._write(student_work, student_RV, shift_R1, temperature, part.gradient_CV)
-        return loss_C
+    def run(self, function: BlockFunction, options: Any, logits: RowLogits) -> TermRows:
+        """Calls a function block by block; at least one row."""
+        return TermRows.join([function(block, options) for block in self._blocks(logits)])
 
-    def penalty(self, logits: RowLogits, factor_C: Tensor) -> PenaltyRows:
-        """See `RowLosses`."""
-        parts = [PenaltyRows.none(factor_C, self.settings.top_tokens)]
-        for rows, part, buffers in self._blocks(logits, len(factor_C)):
-            parts.append(self._penalty_block(part, factor_C[rows], buffers))
-        return PenaltyRows.join(parts)
-
-    def _blocks(self, logits: RowLogits, num_rows: int) -> Iterator[tuple[slice, RowLogits, list[Tensor]]]:
+    def _blocks(self, logits: RowLogits) -> Iterator[Block]:
+        num_rows = len(logits.factor_C)
         for start in range(0, num_rows, self.block_rows):
             rows = slice(start, min(start + self.block_rows, num_rows))
-            yield rows, logits.rows(rows), [buffer[: rows.stop - start] for buffer in self.buffers]
-
-    def _target(self, part: RowLogits, work_RV: Tensor) -> Tensor:
-        """Logits of q [R, V], the largest of a row 0."""
-        aligned_RV, _ = _read(part.aligned_CV, self.aligned, self.settings.temperature, work_RV)
-        if self.settings.alpha == 0:
-            return aligned_RV
-        assert part.base_CV is not None
-        assert self.base is not None
-        base_RV, _ = _read(part.base_CV, self.base, self.settings.temperature, self.buffers[4][: len(work_RV)])
-        log_aligned_RV, log_base_RV = aligned_RV.log_softmax(dim=-1), base_RV.log_softmax(dim=-1)
-        log_q_RV = contrastive_log_probs(log_aligned_RV, log_base_RV, self.settings.alpha, self.settings.plausibility)
-        return log_q_RV.sub_(log_q_RV.amax(dim=-1, keepdim=True))
-
-    def _penalty_block(self, part: RowLogits, factor_R: Tensor, buffers: list[Tensor]) -> PenaltyRows:
-        assert part.base_CV is not None
-        assert self.base is not None
-        student_work, aligned_work, base_work, probability_RV, aligned_probability_RV = buffers
-        base_RV, _ = _read(part.base_CV, self.base, 1.0, base_work)
-        base_norm_R1 = normalise_(base_RV, out_RV=probability_RV)
-        aligned_RV, _ = _read(part.aligned_CV, self.aligned, 1.0, aligned_work)
-        aligned_norm_R1 = normalise_(aligned_RV, out_RV=aligned_probability_RV)
-        row_F, token_F, log_base_F = self._favored(aligned_RV, aligned_norm_R1, base_RV, base_norm_R1)
-        top = top_tokens(probability_RV.fill_(-math.inf), row_F, token_F, log_base_F, self.settings.top_tokens)
-
-        depth_R1 = self._kl(aligned_probability_RV, aligned_RV, base_RV, out_RV=base_RV)
-        depth_R1 = depth_R1 + base_norm_R1 - aligned_norm_R1
-        deficit_R1 = deficit(depth_R1, self.settings.kappa)
-
-        student_RV, shift_R1 = _read(part.student_CV, self.student, 1.0, student_work)
-        student_norm_R1 = normalise_(student_RV, out_RV=probability_RV)
-        kl_R1 = self._kl(aligned_probability_RV, aligned_RV, student_RV, out_RV=aligned_RV)
-        favored_F = probability_RV[row_F, token_F]
-
-        def over_favored(values_F: Tensor) -> Tensor:
-            return torch.zeros_like(factor_R).index_add_(0, row_F, values_F)
-
-        square_R = over_favored(favored_F.square())
-        if part.gradient_CV is not None:
-            scale_R = 2.0 * deficit_R1[:, 0] * factor_R
-            probability_RV.mul_((-scale_R * square_R)[:, None])
-            probability_RV[row_F, token_F] += scale_R[row_F] * favored_F.square()
-            self._write(probability_RV, student_RV, shift_R1, 1.0, part.gradient_CV)
-        return PenaltyRows(
-            deficit_R1[:, 0] * square_R,
-            over_favored(log_base_F.exp()),
-            depth_R1[:, 0],
-            deficit_R1[:, 0],
-            over_favored(favored_F),
-            (kl_R1 + student_norm_R1 - aligned_norm_R1)[:, 0],
-            *top,
-        )
-
-    def _favored(
-        self, aligned_RV: Tensor, aligned_norm_R1: Tensor, base_RV: Tensor, base_norm_R1: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Row, token and log p_b of each member of B_t [F]: with tau above 0 at most 1 / tau a row."""
-        log_tau = math.log(self.settings.tau) if self.settings.tau > 0 else -math.inf
-        row_F, token_F = (base_RV >= base_norm_R1 + log_tau).nonzero(as_tuple=True)
-        log_base_F = base_RV[row_F, token_F] - base_norm_R1[row_F, 0]
-        log_aligned_F = aligned_RV[row_F, token_F] - aligned_norm_R1[row_F, 0]
-        kept_F = log_base_F > log_aligned_F + self.settings.margin
-        return row_F[kept_F], token_F[kept_F], log_base_F[kept_F]
-
-    def _kl(self, probability_RV: Tensor, logits_RV: Tensor, other_RV: Tensor, out_RV: Tensor) -> Tensor:
-        """sum p (z - z') [R, 1]: KL of two softmaxes less the difference of their normalisers."""
-        difference_RV = torch.sub(logits_RV, other_RV, out=out_RV)
-        if self.excludes:
-            difference_RV.masked_fill_(probability_RV == 0, 0.0)
-        return row_dot(probability_RV, difference_RV)
-
-    def _write(
-        self, grad_RV: Tensor, logits_RV: Tensor, shift_R1: Tensor, temperature: float, out_RV: Tensor | None
-    ) -> None:
-        """Carries a gradient from logits, as `_read` gave them, to the matrix product; overwrites what it reads."""
-        if out_RV is None:
-            return
-        if self.student.softcap is not None:
-            logits_RV.add_(shift_R1).mul_(temperature)
-        out_RV.copy_(self.student.raw_gradient_(logits_RV, grad_RV))
+            yield Block(logits.rows(rows), [buffer[: rows.stop - start] for buffer in self.buffers], self.excludes)
 
 
-def top_tokens(
-    score_RV: Tensor, row_F: Tensor, token_F: Tensor, log_base_F: Tensor, count: int
-) -> tuple[Tensor, Tensor]:
-    """The likeliest members of B_t under base: tokens and p_b [R, count]; `score_RV` comes full of -inf."""
-    score_RV[row_F, token_F] = log_base_F
-    best = score_RV.topk(min(count, score_RV.shape[1]), dim=-1)
-    padding = (0, count - best.values.shape[1])
-    token_RK = best.indices.masked_fill(torch.isneginf(best.values), -1)
-    return torch.nn.functional.pad(token_RK, padding, value=-1), torch.nn.functional.pad(best.values.exp(), padding)
+def divergence_block(block: Block, options: DivergenceSettings) -> TermRows:
+    """Computes T^2 D(q, p_s); a `BlockFunction`."""
+    temperature, factor_R = options.temperature, block.logits.factor_C
+    first, second, student_work, target_work, _ = block.buffers
+    student_RV, shift_R1 = block.read(block.logits.student, first, temperature)
+    target_RV = _target(block, second, options)
+    excludes = block.excludes or options.contrastive.alpha > 0
+    loss_R1 = FUSED[options.divergence](student_RV, target_RV, student_work, target_work, excludes)
+    # T^2 of the loss, 1 / T of the chain rule
+    student_work.mul_(temperature * factor_R[:, None])
+    block.write(student_work, student_RV, shift_R1, temperature)
+    return TermRows(loss_R1[:, 0] * temperature**2)
+
+
+def _target(block: Block, work_RV: Tensor, options: DivergenceSettings) -> Tensor:
+    """Logits of q [R, V], the largest of a row 0."""
+    aligned_RV, _ = block.read(block.logits.aligned, work_RV, options.temperature)
+    alpha, plausibility = options.contrastive.alpha, options.contrastive.plausibility
+    if alpha == 0:
+        return aligned_RV
+    base_RV, _ = block.read(block.logits.base, block.buffers[4], options.temperature)
+    log_q_RV = contrastive_log_probs(aligned_RV.log_softmax(-1), base_RV.log_softmax(-1), alpha, plausibility)
+    return log_q_RV.sub_(log_q_RV.amax(dim=-1, keepdim=True))
+
+
+def penalty_block(block: Block, options: PenaltySettings) -> TermRows:
+    """Computes g_t * sum over B_t of p_s(v)^2; a `BlockFunction`."""
+    logits, factor_R = block.logits, block.logits.factor_C
+    student_work, aligned_work, base_work, probability_RV, aligned_probability_RV = block.buffers
+    base_RV, _ = block.read(logits.base, base_work)
+    base_norm_R1 = normalise_(base_RV, out_RV=probability_RV)
+    aligned_RV, _ = block.read(logits.aligned, aligned_work)
+    aligned_norm_R1 = normalise_(aligned_RV, out_RV=aligned_probability_RV)
+    row_F, token_F, log_base_F = _favored(aligned_RV, aligned_norm_R1, base_RV, base_norm_R1, options)
+
+    def kl(other_RV: Tensor, out_RV: Tensor) -> Tensor:
+        """sum p_a (z_a - z) [R, 1]: KL of two softmaxes less the difference of their normalisers."""
+        difference_RV = torch.sub(aligned_RV, other_RV, out=out_RV)
+        if block.excludes:
+            difference_RV.masked_fill_(aligned_probability_RV == 0, 0.0)
+        return row_dot(aligned_probability_RV, difference_RV)
+
+    depth_R1 = kl(base_RV, out_RV=base_RV) + base_norm_R1 - aligned_norm_R1
+    deficit_R1 = torch.exp(-depth_R1.clamp(min=0.0) / options.kappa)  # rounding can make a KL negative
+
+    student_RV, shift_R1 = block.read(logits.student, student_work)
+    student_norm_R1 = normalise_(student_RV, out_RV=probability_RV)
+    student_kl_R = (kl(student_RV, out_RV=aligned_RV) + student_norm_R1 - aligned_norm_R1)[:, 0]
+    favored_F = probability_RV[row_F, token_F]
+
+    def over_favored(values_F: Tensor) -> Tensor:
+        return torch.zeros_like(factor_R).index_add_(0, row_F, values_F)
+
+    square_R = over_favored(favored_F.square())
+    if logits.gradient_CV is not None:
+        scale_R = 2.0 * deficit_R1[:, 0] * factor_R
+        probability_RV.mul_((-scale_R * square_R)[:, None])
+        probability_RV[row_F, token_F] += scale_R[row_F] * favored_F.square()
+        block.write(probability_RV, student_RV, shift_R1)
+    metrics = {
+        "base_favored_mass": over_favored(log_base_F.exp()),
+        "alignment_kl": depth_R1[:, 0],
+        "deficit": deficit_R1[:, 0],
+        "student_mass": over_favored(favored_F),
+        "aligned_student_kl": student_kl_R,
+    }
+    return penalty_rows(deficit_R1[:, 0] * square_R, metrics)
+
+
+def penalty_rows(loss_R: Tensor, metrics: dict[str, Tensor]) -> TermRows:
+    """Carries NaN of the student over into the loss of the term `penalty`.
+
+    Where B_t is empty the loss is 0 whatever the student says, but NaN of the student is in its gradient.
+    """
+    return TermRows(loss_R.masked_fill(metrics["aligned_student_kl"].isnan(), torch.nan), metrics)
+
+
+def _favored(
+    aligned_RV: Tensor, aligned_norm_R1: Tensor, base_RV: Tensor, base_norm_R1: Tensor, options: PenaltySettings
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Row, token and log p_b of each member of B_t [F]: with tau above 0 at most 1 / tau a row."""
+    log_tau = math.log(options.tau) if options.tau > 0 else -math.inf
+    row_F, token_F = (base_RV >= base_norm_R1 + log_tau).nonzero(as_tuple=True)
+    log_base_F = base_RV[row_F, token_F] - base_norm_R1[row_F, 0]
+    log_aligned_F = aligned_RV[row_F, token_F] - aligned_norm_R1[row_F, 0]
+    kept_F = log_base_F > log_aligned_F + options.margin
+    return row_F[kept_F], token_F[kept_F], log_base_F[kept_F]
 
 
 def _excludes_tokens(head: Head) -> bool:
     """Whether logits can be -inf: finite hidden states leave only the bias, and a softcap bounds that too."""
     return head.bias_V is not None and head.softcap is None and bool(torch.isneginf(head.bias_V).any())
-
-
-def _read(raw_RV: Tensor, head: Head, temperature: float, work_RV: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits over temperature from the matrix product, less their largest value of each row, and that value [R, 1].
-
-    Where the product has the right dtype it is worked on in place.
-    """
-    logits_RV = raw_RV if raw_RV.dtype == work_RV.dtype else work_RV.copy_(raw_RV)
-    if head.bias_V is not None:
-        logits_RV += head.bias_V
-    if head.softcap is not None:
-        logits_RV.mul_(head.scale / head.softcap).tanh_().mul_(head.softcap / temperature)
-    elif head.scale != temperature:
-        logits_RV.mul_(head.scale / temperature)
-    shift_R1 = logits_RV.amax(dim=-1, keepdim=True)
-    return logits_RV.sub_(shift_R1), shift_R1

@@ -1,1 +1,8 @@
-"""Training methods, one file each: which rows a step trains, in which teacher context, by which loss terms."""
+"""Training methods: what a step trains. One file a method, with its settings, rows, teacher contexts and loss terms.
+
+Importable without torch, since a method is the section `method` of the run file.
+"""
+
+from raycomplete.methods import completion, sft
+
+__all__ = ["completion", "sft"]

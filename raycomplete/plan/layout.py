@@ -241,7 +241,7 @@ def _step(request: Request, layout: Layout) -> float:
 
 def _worker_counts(request: Request, most: int) -> list[int]:
     """Numbers of workers that both batches divide into."""
-    both = math.gcd(request.train.anchor_batch, request.train.recovery_batch)
+    both = math.gcd(request.config.method.anchor_batch_size, request.config.method.recovery_batch_size)
     return [count for count in range(1, most + 1) if both % count == 0]
 
 

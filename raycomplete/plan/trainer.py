@@ -9,7 +9,7 @@ from raycomplete.plan.catalogue import DTYPE_BYTES, Hardware
 from raycomplete.plan.workload import Request, Workload
 
 # The loss keeps one model's logits of a chunk within these budgets, by whether it runs on a GPU
-# (raycomplete.losses.chunks).
+# (raycomplete.losses.chunked_pass).
 _CHUNK_BUDGET = {True: 512 * 2**20, False: 48 * 2**20}
 _CHUNK_MULTIPLE = 64
 
@@ -42,7 +42,7 @@ def states_bytes(
 
 
 def chunk_rows(train: TrainConfig, vocab_size: int, dtype: Dtype, *, is_gpu: bool) -> int:
-    """Token rows whose logits exist at a time, by the rule of `raycomplete.losses.chunks.rows_per_chunk`."""
+    """Token rows whose logits exist at a time, by the rule of `raycomplete.losses.chunked_pass.rows_per_chunk`."""
     if train.loss_chunk_tokens != "auto":
         return train.loss_chunk_tokens
     rows = _CHUNK_BUDGET[is_gpu] // (vocab_size * DTYPE_BYTES[dtype])

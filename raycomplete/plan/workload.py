@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from raycomplete.config import Dtype, RunConfig, TrainConfig
+from raycomplete.methods.completion import Completion
 from raycomplete.plan.catalogue import Hardware, ModelShape
 from raycomplete.runtime.errors import ConfigError
 
@@ -67,19 +68,19 @@ class Workload:
     @classmethod
     def of_run(cls, config: RunConfig, prompt_tokens: float, num_workers: int) -> Workload:
         """The expected step of a run file, with responses at their longest and depths at the middle of their range."""
-        train, rollout = config.train, config.rollout
-        contrastive = train.contrastive.alpha > 0
-        penalised = train.weights.penalty > 0
-        depth = (train.depth.min + min(train.depth.max, rollout.max_harmful_tokens)) / 2
-        anchor = Sequences(train.anchor_batch, prompt_tokens, rollout.max_anchor_tokens)
-        refusal = Sequences(train.recovery_batch, prompt_tokens, rollout.max_refusal_tokens)
-        harmful = Sequences(train.recovery_batch, prompt_tokens, rollout.max_harmful_tokens)
-        student = Sequences(train.recovery_batch, prompt_tokens, depth + rollout.max_refusal_tokens)
-        sampled = train.recovery_batch * rollout.oversample
+        train, rollout, method = config.train, config.rollout, config.method
+        contrastive = isinstance(method, Completion) and method.contrastive.alpha > 0
+        penalised = isinstance(method, Completion) and method.weights.penalty > 0
+        depth = (method.depth.min + min(method.depth.max, rollout.max_harmful_tokens)) / 2
+        anchor = Sequences(method.anchor_batch_size, prompt_tokens, rollout.max_anchor_tokens)
+        refusal = Sequences(method.recovery_batch_size, prompt_tokens, rollout.max_refusal_tokens)
+        harmful = Sequences(method.recovery_batch_size, prompt_tokens, rollout.max_harmful_tokens)
+        student = Sequences(method.recovery_batch_size, prompt_tokens, depth + rollout.max_refusal_tokens)
+        sampled = method.recovery_batch_size * rollout.oversample
         along = (harmful,) if penalised else ()
-        penalty_rows = train.recovery_batch * depth if penalised else 0.0
+        penalty_rows = method.recovery_batch_size * depth if penalised else 0.0
         rows = anchor.rows + refusal.rows + penalty_rows
-        per_worker = (train.anchor_batch + train.recovery_batch) // num_workers
+        per_worker = (method.anchor_batch_size + method.recovery_batch_size) // num_workers
         return cls(
             trained=(anchor, student),
             scored={

@@ -49,12 +49,13 @@ METRICS: dict[str, Metric] = {
     "train_tokens_per_s": Metric("gauge", "Of the last step, all workers together."),
     "step_seconds": Metric("histogram", "Time of a step.", boundaries=_SECONDS),
     "sync_seconds": Metric("histogram", "Time for handing weights to all engines.", boundaries=_SECONDS),
-    "loss": Metric("gauge", "Loss of the last step, in nats a token where it is a KL.", tags=("part",)),
+    "loss": Metric("gauge", "Loss of the last step, and of each of its terms.", tags=("part",)),
+    "loss_weight": Metric("gauge", "Weight of a loss term that is held under a budget.", tags=("part",)),
+    "loss_metric": Metric("gauge", "Mean over the rows of a loss term in the last step.", tags=("part", "metric")),
     "wait_fraction": Metric("gauge", "Share of the last step spent waiting.", tags=("what",)),
     "queue_depth": Metric("gauge", "Steps whose scores are asked for and not taken yet.", tags=("queue",)),
     "staleness": Metric("gauge", "Steps by which the weights of the last rollouts lagged behind."),
     "compliance": Metric("gauge", "Share of the last rollouts in which the student complied."),
-    "anchor_weight": Metric("gauge", "Weight of the anchor."),
     "learning_rate": Metric("gauge", "Of the last step."),
     "grad_norm": Metric("gauge", "Of the last step."),
     "bad_steps": Metric("gauge", "Steps left out so far, since their loss or gradient was not finite."),
@@ -66,12 +67,8 @@ _OF_ROW: dict[str, tuple[str, dict[str, str]]] = {
     "tokens_per_s": ("train_tokens_per_s", {}),
     "seconds": ("step_seconds", {}),
     "loss": ("loss", {"part": "total"}),
-    "anchor": ("loss", {"part": "anchor"}),
-    "recovery": ("loss", {"part": "recovery"}),
-    "penalty": ("loss", {"part": "penalty"}),
     "staleness": ("staleness", {}),
     "compliance": ("compliance", {}),
-    "anchor_weight": ("anchor_weight", {}),
     "lr": ("learning_rate", {}),
     "grad_norm": ("grad_norm", {}),
     "bad_steps": ("bad_steps", {}),
@@ -128,13 +125,23 @@ def rolled_out(*, tokens: int, seconds: float) -> None:
     record("rollout_seconds", seconds)
 
 
-def finished_step(row: Mapping[str, Any]) -> None:
-    """A row of metrics.jsonl, into metrics and into the log."""
+def finished_step(row: Mapping[str, Any], terms: Mapping[str, Mapping[str, Any]]) -> None:
+    """Records a row of metrics.jsonl as metrics, and logs it.
+
+    Args:
+        row: The row.
+        terms: Loss terms by name, each with its "metrics" by name.
+    """
     logs.set_step(int(row["step"]))
     numbers = {key: float(value) for key, value in row.items() if isinstance(value, int | float)}
     fields = {key: value for key, value in numbers.items() if key != "step"}
     logger.info("Finished step %d.", row["step"], extra={"fields": fields})
-    for key, (name, tags) in _OF_ROW.items():
+    known = dict(_OF_ROW)
+    for term, about in terms.items():
+        known[term] = ("loss", {"part": term})
+        known[f"{term}_weight"] = ("loss_weight", {"part": term})
+        known |= {metric: ("loss_metric", {"part": term, "metric": metric}) for metric in about["metrics"]}
+    for key, (name, tags) in known.items():
         if key in numbers:
             record(name, numbers[key], **tags)
     for key, what in _WAITS.items():

@@ -1,18 +1,29 @@
-"""From planned items and their scores to the tensors of one forward pass."""
+"""From the sequences of a step and their scores to the tensors of one forward pass."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from raycomplete.config import OpeningConfig
-from raycomplete.losses.loss_types import TokenKind
+from raycomplete.data.samples import AnchorSample, RecoverySample
+from raycomplete.losses.settings import LossSettings
+from raycomplete.losses.terms import active_terms
+from raycomplete.methods.registry import (
+    AnchorItem,
+    Feedback,
+    Item,
+    Method,
+    RecoveryItem,
+    RowSpan,
+    TeacherContext,
+    TrainSequence,
+)
 from raycomplete.training.packing import pack
-from raycomplete.training.step_plan import AnchorItem, Item, StepPlan, length
 from raycomplete.training.teacher_prefetcher import Scores
 
 
@@ -25,27 +36,28 @@ class MicroBatch:
             is left out, since nothing follows it.
         position_ids_BT: Position of each token in its own sequence, 0 on padding.
         row_N: Flat positions b * T + t whose next-token distribution is trained.
-        kind_N: `TokenKind` of each row.
-        weight_N: Weight of each row: the loss is a mean over the tokens of each kind in the whole step, that of the
-            anchor a weighted one.
-        item_N: Which item of the micro-batch a row belongs to.
-        aligned_hidden_NH: Teacher's hidden state of each row.
-        base_hidden_PH: Base's hidden state of each row that needs it, in order; None if there is none.
-        depth_B: Depth of each recovery item, refusal prefixes left out, -1 for anchor items.
-        target_N: Token at each row (SFT learns it; the completion loss does not look at it).
+        term_N: Number of each row's loss term in `terms`.
+        weight_N: Weight of each row: the loss of a term is a mean over its rows of the whole step.
+        sequence_N: Which sequence of the micro-batch a row belongs to.
+        token_N: Token that follows at each row.
+        aligned_hidden_PH: The aligned model's hidden states of the rows that read it, in order; None if there are none.
+        base_hidden_PH: The same of base.
+        depth_S: Depth of each sequence, refusal prefixes left out, -1 where it has none.
+        terms: Names of the loss terms.
         num_tokens: Tokens of all sequences, padding left out.
     """
 
     input_ids_BT: Tensor
     position_ids_BT: Tensor
     row_N: Tensor
-    kind_N: Tensor
+    term_N: Tensor
     weight_N: Tensor
-    item_N: Tensor
-    aligned_hidden_NH: Tensor | None
+    sequence_N: Tensor
+    token_N: Tensor
+    aligned_hidden_PH: Tensor | None
     base_hidden_PH: Tensor | None
-    depth_B: Tensor
-    target_N: Tensor
+    depth_S: Tensor
+    terms: tuple[str, ...]
     num_tokens: int
 
     def model_inputs(self) -> dict[str, Any]:
@@ -66,170 +78,163 @@ class MicroBatch:
 
 
 @dataclass(frozen=True)
-class Emphasis:
-    """Factors on the weights of rows, moved by what is measured during training.
-
-    Attributes:
-        anchor: On anchor rows, see `raycomplete.training.anchor_multiplier`.
-        penalty_by_depth: On penalty rows by their depth, refusal prefixes left out [longest h]; None leaves all alike.
-    """
-
-    anchor: float = 1.0
-    penalty_by_depth: Tensor | None = None
-
-
-@dataclass(frozen=True)
 class BatchBuilder:
     """Settings that every micro-batch of a run shares.
 
     Attributes:
-        penalty: Whether rows along h are trained.
-        contrastive: Whether every row needs base.
+        loss: Terms of the loss, and which teachers their rows read.
         scale: World size times micro-batches of a step; undoes the averaging of DeepSpeed, so that the loss is the
-            exact mean over all tokens of the step.
-        opening: Which anchor tokens count more than others.
+            exact mean over all rows of the step.
         packed: Whether sequences share rows; false for models that cannot keep them apart.
     """
 
-    penalty: bool
-    contrastive: bool
+    loss: LossSettings
     scale: float
-    opening: OpeningConfig = field(default_factory=OpeningConfig)
     packed: bool = True
 
+    @cached_property
+    def reads(self) -> dict[str, tuple[str, ...]]:
+        """Frozen models that the rows of each term read."""
+        return {name: item.teachers for name, item in zip(self.loss.names, active_terms(self.loss), strict=True)}
+
     def build(
-        self, items: Sequence[Item], plan: StepPlan, scores: Scores | None, emphasis: Emphasis | None = None
+        self,
+        sequences: Sequence[TrainSequence],
+        normalisers: Mapping[str, float],
+        scores: Scores | None = None,
+        loss_weights: Mapping[str, float] | None = None,
     ) -> MicroBatch:
-        """Packs the items of one micro-batch and lines up their rows with the teachers' hidden states.
+        """Packs the sequences of one micro-batch and lines up their rows with the teachers' hidden states.
 
         Args:
-            items: Sequences of the forward pass.
-            plan: The whole step that they belong to; its token counts normalise the weights.
-            scores: Hidden states of the teachers; None in SFT, where there are no teachers.
-            emphasis: Factors on the weights that change as training goes on.
+            sequences: Sequences of the forward pass.
+            normalisers: Divisor of the row weights of each term, of the whole step.
+            scores: Hidden states of the teachers; None where no term reads one.
+            loss_weights: Factor on the row weights of each term; 1 where absent.
         """
-        emphasis = emphasis or Emphasis()
-        lengths = [length(item) for item in items]
+        lengths = [len(sequence) for sequence in sequences]
         longest = max(lengths)
-        places = pack(lengths) if self.packed else [(row, 0) for row in range(len(items))]
+        places = pack(lengths) if self.packed else [(row, 0) for row in range(len(sequences))]
         shape = (1 + max(row for row, _ in places), longest)
         input_ids_BT = torch.zeros(shape, dtype=torch.long)
         position_ids_BT = torch.zeros(shape, dtype=torch.long)
         rows: list[_Rows] = []
-        for index, (item, (row, column)) in enumerate(zip(items, places, strict=True)):
-            sequence, parts = self._parts(item, scores)
-            if any(part.is_quarantined for part in parts):  # it keeps its place, and the others their weights
-                parts = [part.without_rows() for part in parts]
-            span = slice(column, column + lengths[index])
-            input_ids_BT[row, span] = torch.tensor(sequence[:-1])
-            position_ids_BT[row, span] = torch.arange(lengths[index])
-            rows += [part.at(index, row * longest + column, sequence) for part in parts]
-        anchor_sum = plan.num_anchor_tokens + (self.opening.weight - 1) * plan.num_opening_tokens(self.opening.tokens)
-        weight_of = {
-            TokenKind.ANCHOR: emphasis.anchor * self.scale / max(anchor_sum, 1),
-            TokenKind.RECOVERY: self.scale / max(plan.num_recovery_tokens, 1),
-            TokenKind.PENALTY: self.scale / max(plan.num_penalty_tokens, 1),
-        }
-        aligned = [part.aligned_TH for part in rows if part.aligned_TH is not None]
-        base = [part.base_TH for part in rows if part.base_TH is not None]
+        for index, (sequence, (row, column)) in enumerate(zip(sequences, places, strict=True)):
+            tokens = torch.tensor(sequence.token_ids)
+            columns = slice(column, column + lengths[index])
+            input_ids_BT[row, columns] = tokens[:-1]
+            position_ids_BT[row, columns] = torch.arange(lengths[index])
+            rows += self._rows(sequence, tokens, index, row * longest + column, scores)
+        numbers = {name: number for number, name in enumerate(self.loss.names)}
+        factors = loss_weights or {}
+        weights = [factors.get(part.term, 1.0) * self.scale / max(normalisers.get(part.term, 0), 1) for part in rows]
         counts = torch.tensor([part.row_T.numel() for part in rows])
-        kinds = torch.tensor([int(part.kind) for part in rows])
-        weights = torch.tensor([weight_of[part.kind] for part in rows], dtype=torch.float32)
-        weight_N = weights.repeat_interleave(counts)
+        weight_N = torch.tensor(weights, dtype=torch.float32).repeat_interleave(counts)
         for part, weight_T in zip(rows, weight_N.split(counts.tolist()), strict=True):
-            if part.kind is TokenKind.ANCHOR:
-                weight_T[: self.opening.tokens] *= self.opening.weight
-            elif part.kind is TokenKind.PENALTY and emphasis.penalty_by_depth is not None:
-                weight_T *= emphasis.penalty_by_depth[_depths(items[part.item], part.count)]
+            if part.weight_T is not None:
+                weight_T *= part.weight_T
+        hidden = {role: [part.hidden[role] for part in rows if role in part.hidden] for role in ("aligned", "base")}
         return MicroBatch(
             input_ids_BT=input_ids_BT,
             position_ids_BT=position_ids_BT,
             row_N=torch.cat([part.row_T for part in rows]),
-            kind_N=kinds.repeat_interleave(counts),
+            term_N=torch.tensor([numbers[part.term] for part in rows]).repeat_interleave(counts),
             weight_N=weight_N,
-            item_N=torch.tensor([part.item for part in rows]).repeat_interleave(counts),
-            aligned_hidden_NH=torch.cat(aligned) if aligned else None,
-            base_hidden_PH=torch.cat(base) if base else None,
-            depth_B=torch.tensor([-1 if isinstance(item, AnchorItem) else item.answer_depth for item in items]),
-            target_N=torch.cat([part.target_T for part in rows]),
+            sequence_N=torch.tensor([part.sequence for part in rows]).repeat_interleave(counts),
+            token_N=torch.cat([part.token_T for part in rows]),
+            aligned_hidden_PH=torch.cat(hidden["aligned"]) if hidden["aligned"] else None,
+            base_hidden_PH=torch.cat(hidden["base"]) if hidden["base"] else None,
+            depth_S=torch.tensor([sequence.depth for sequence in sequences]),
+            terms=self.loss.names,
             num_tokens=sum(lengths),
         )
 
-    def _parts(self, item: Item, scores: Scores | None) -> tuple[tuple[int, ...], list[_Rows]]:
-        """The sequence of an item and its runs of trained rows."""
-        sample = item.sample
-        if isinstance(item, AnchorItem):
-            answer = item.sample.answer_ids
-            start = len(sample.prompt_ids)
-            part = self._rows(TokenKind.ANCHOR, start, len(answer), sample.prompt_ids, answer, scores)
-            return sample.prompt_ids + answer, [part]
-        recovery = item.sample
-        harmful = recovery.harmful_ids[: item.depth]
-        start = len(recovery.prompt_ids)
-        parts = []
-        if self.penalty and item.depth > 0:
-            assert scores is not None, "the penalty needs scores"
-            aligned_DH, base_DH = scores.harmful(recovery, item.depth)
-            parts.append(_Rows(TokenKind.PENALTY, start, item.depth, aligned_DH, base_DH))
-        refusal = recovery.refusal_ids
-        parts.append(
-            self._rows(
-                TokenKind.RECOVERY, start + item.depth, len(refusal), recovery.teacher_prompt_ids, refusal, scores
-            )
-        )
-        return recovery.prompt_ids + harmful + refusal, parts
-
     def _rows(
-        self,
-        kind: TokenKind,
-        start: int,
-        count: int,
-        context: tuple[int, ...],
-        response: tuple[int, ...],
-        scores: Scores | None,
-    ) -> _Rows:
-        if scores is None:
-            return _Rows(kind, start, count, None, None)
-        aligned = scores.hidden("aligned", context, response)
-        base = scores.hidden("base", context, response) if self.contrastive else None
-        return _Rows(kind, start, count, aligned, base)
+        self, sequence: TrainSequence, tokens: Tensor, index: int, offset: int, scores: Scores | None
+    ) -> list[_Rows]:
+        """The trained rows of a sequence that starts at flat position `offset`; token t is predicted at t - 1."""
+        hidden = [self._hidden(span, scores) for span in sequence.spans]
+        # A sequence with a context that a teacher could not read keeps its place, and the others their weights.
+        is_quarantined = any(
+            len(rows_TH) < span.count
+            for span, found in zip(sequence.spans, hidden, strict=True)
+            for rows_TH in found.values()
+        )
+        parts = []
+        for span, found in zip(sequence.spans, hidden, strict=True):
+            count = 0 if is_quarantined else span.count
+            parts.append(
+                _Rows(
+                    span.term,
+                    index,
+                    offset + torch.arange(span.start - 1, span.start - 1 + count),
+                    tokens[span.start : span.start + count],
+                    {role: rows_TH[:count] for role, rows_TH in found.items()},
+                    None if span.weights is None else torch.tensor(span.weights[:count], dtype=torch.float32),
+                )
+            )
+        return parts
 
-
-def _depths(item: Item, count: int) -> Tensor:
-    """Depth of each row of h [count]: as cuts, it is counted from after a refusal prefix, which stands at depth 0."""
-    turn = 0 if isinstance(item, AnchorItem) else item.sample.refusal_prefix_tokens
-    return (torch.arange(count) - turn).clamp(min=0)
-
-
-def _no_tokens() -> Tensor:
-    return torch.empty(0, dtype=torch.long)
+    def _hidden(self, span: RowSpan, scores: Scores | None) -> dict[str, Tensor]:
+        """Hidden states [count, H] of each teacher that a span reads; fewer where it could not be read."""
+        found = {}
+        for role in self.reads[span.term]:
+            assert scores is not None, f"the term {span.term} reads {role}"
+            assert span.context is not None, f"rows of the term {span.term} need a context"
+            rows_TH = scores.hidden(role, span.context)
+            if span.target_row is not None and len(rows_TH):
+                rows_TH = rows_TH[span.target_row].expand(span.count, -1)
+            found[role] = rows_TH[: span.count]
+        return found
 
 
 @dataclass(frozen=True, eq=False)
 class _Rows:
-    """A run of trained rows of one item; `start` is the sequence position of its first predicted token."""
+    """The rows of a span: T positions, tokens, hidden states by teacher, and weights."""
 
-    kind: TokenKind
-    start: int
-    count: int
-    aligned_TH: Tensor | None
-    base_TH: Tensor | None
-    item: int = 0
-    row_T: Tensor = field(default_factory=_no_tokens)
-    target_T: Tensor = field(default_factory=_no_tokens)
+    term: str
+    sequence: int
+    row_T: Tensor
+    token_T: Tensor
+    hidden: dict[str, Tensor]
+    weight_T: Tensor | None
 
-    @property
-    def is_quarantined(self) -> bool:
-        """Whether a teacher could not read it."""
-        return any(rows_TH is not None and len(rows_TH) < self.count for rows_TH in (self.aligned_TH, self.base_TH))
 
-    def without_rows(self) -> _Rows:
-        """The same with nothing to train."""
-        aligned, base = (None if rows_TH is None else rows_TH[:0] for rows_TH in (self.aligned_TH, self.base_TH))
-        return replace(self, count=0, aligned_TH=aligned, base_TH=base)
+def teacher_contexts(
+    builder: BatchBuilder, method: Method, anchor: Sequence[AnchorSample], recovery: Sequence[RecoverySample]
+) -> dict[str, list[TeacherContext]]:
+    """What each frozen model must read for some samples, whatever depths they will be cut at; term by term."""
+    items: list[Item] = [AnchorItem(sample) for sample in anchor]
+    items += [RecoveryItem(sample, len(sample.harmful_ids)) for sample in recovery]
+    spans = [span for item in items for span in method.sequence(item, Feedback()).spans]
+    spans.sort(key=lambda span: builder.loss.names.index(span.term))
+    found: dict[str, list[TeacherContext]] = {"aligned": [], "base": []}
+    for span in spans:
+        for role in builder.reads[span.term]:
+            assert span.context is not None, f"rows of the term {span.term} need a context"
+            found[role].append(span.context)
+    return found
 
-    def at(self, index: int, offset: int, sequence: tuple[int, ...]) -> _Rows:
-        """The run of item `index`, whose sequence starts at flat position `offset`; token t is predicted at t - 1."""
-        row_T = offset + torch.arange(self.start - 1, self.start - 1 + self.count)
-        target_T = torch.tensor(sequence[self.start : self.start + self.count])
-        return _Rows(self.kind, self.start, self.count, self.aligned_TH, self.base_TH, index, row_T, target_T)
+
+def answer_batch(
+    samples: Sequence[AnchorSample], scores: Scores | None = None, *, term: str = "nll", packed: bool = True
+) -> MicroBatch:
+    """A micro-batch of whole answers, which is looked at and not trained.
+
+    Args:
+        samples: Prompts with answers.
+        scores: Hidden states of the teachers that the term reads.
+        term: A loss term; decides which teachers' hidden states are in the batch.
+        packed: Whether sequences may share rows.
+    """
+    sequences = []
+    for sample in samples:
+        prompt, answer = sample.prompt_ids, sample.answer_ids
+        span = RowSpan(term, len(prompt), len(answer), TeacherContext(prompt, answer))
+        sequences.append(TrainSequence(prompt + answer, (span,)))
+    return BatchBuilder(LossSettings({term: 1.0}), 1.0, packed).build(sequences, {}, scores)
+
+
+def cut_harmful(samples: Sequence[RecoverySample], max_tokens: int) -> tuple[RecoverySample, ...]:
+    """Cuts h where no step reads on, so that teachers do not either."""
+    return tuple(replace(sample, harmful_ids=sample.harmful_ids[:max_tokens]) for sample in samples)

@@ -8,6 +8,7 @@ counts bad steps and keeps their batches for whoever looks for the cause.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ from deepspeed import zero
 from torch import Tensor
 
 from raycomplete.config import Dtype, TrainConfig
-from raycomplete.losses.loss_types import TokenKind
 from raycomplete.runtime.errors import NotFiniteError
 from raycomplete.runtime.files import PRIVATE, write_json
 from raycomplete.runtime.metrics_file import finite
@@ -125,7 +125,7 @@ class BadSteps:
 
     def __init__(self, folder: Path, limit: int) -> None:
         self._folder, self._limit = folder, limit
-        self._watched: list[tuple[Tensor, ...]] = []
+        self._watched: list[tuple[MicroBatch, Tensor, Tensor]] = []
         self.total = 0
         self.in_a_row = 0
 
@@ -133,11 +133,10 @@ class BadSteps:
         """Forgets the batches of the step before."""
         self._watched.clear()
 
-    def watch(self, batch: MicroBatch, loss: Tensor, row_loss_N: Tensor | None) -> None:
-        """Keeps the tokens of a micro-batch of this step and their losses (None in SFT), without its hidden states."""
-        row_loss_N = torch.full(batch.row_N.shape, torch.nan) if row_loss_N is None else row_loss_N.detach()
-        tokens = (batch.input_ids_BT, batch.row_N, batch.kind_N, batch.target_N)
-        self._watched.append((*tokens, loss.detach(), row_loss_N))
+    def watch(self, batch: MicroBatch, loss: Tensor, row_loss_N: Tensor) -> None:
+        """Keeps the tokens of a micro-batch of this step and their losses, without its hidden states."""
+        light = replace(batch, aligned_hidden_PH=None, base_hidden_PH=None)
+        self._watched.append((light, loss.detach(), row_loss_N.detach()))
 
     def count(self, step: int, *, skipped: bool) -> None:
         """Takes in whether the optimizer left out a step (counted from 0); every rank calls it with the same answer.
@@ -172,24 +171,22 @@ class BadSteps:
         self.total, self.in_a_row = state["total"], state["in_a_row"]
 
 
-def _record(
-    input_ids_BT: Tensor, row_N: Tensor, kind_N: Tensor, target_N: Tensor, loss: Tensor, row_loss_N: Tensor
-) -> dict[str, Any]:
+def _record(batch: MicroBatch, loss: Tensor, row_loss_N: Tensor) -> dict[str, Any]:
     """Plain values from which a micro-batch can be read again; a loss that is not finite is null."""
-    length = input_ids_BT.shape[-1]
-    columns = (row_N.tolist(), kind_N.tolist(), target_N.tolist(), row_loss_N.float().tolist())
+    length = batch.input_ids_BT.shape[-1]
+    columns = (values_N.tolist() for values_N in (batch.row_N, batch.term_N, batch.token_N, row_loss_N.float()))
     return {
         "loss": finite(float(loss)),
-        "token_ids": input_ids_BT.tolist(),
+        "token_ids": batch.input_ids_BT.tolist(),
         "rows": [
             {
                 "sequence": row // length,
                 "position": row % length,
-                "kind": TokenKind(kind).name.lower(),
-                "target_id": target,
+                "term": batch.terms[term],
+                "target_id": token,
                 "loss": finite(row_loss),
             }
-            for row, kind, target, row_loss in zip(*columns, strict=True)
+            for row, term, token, row_loss in zip(*columns, strict=True)
         ],
     }
 

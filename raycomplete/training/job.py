@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from raycomplete.config import Dtype, RolloutConfig, TrainConfig
 from raycomplete.data.heads import HeadSpec
 from raycomplete.data.samples import MAX_REFUSAL_PREFIX_TOKENS
-
-Objective = Literal["completion", "sft"]
+from raycomplete.methods.registry import Method
 
 
 @dataclass(frozen=True)
@@ -18,16 +17,16 @@ class TrainJob:
     """One training run.
 
     Attributes:
-        objective: "completion" trains the loss of `raycomplete.losses`; "sft" learns the anchor answers themselves.
+        method: What a step trains.
         start: Checkpoint that the student starts from.
         output: Where the finished student is written.
         folder: Run folder: metrics, profile and checkpoints.
         samples: File written by `raycomplete.data.samples.write_samples`.
         dtype: Of the student's weights.
-        train: Settings of the run.
+        train: Settings of the trainer.
         student_head: Head spec of `start`.
-        teacher_heads: Head specs of base and aligned; empty in SFT.
-        sources: Scorers by role (`raycomplete.engines.scorers.TeacherClient`); empty in SFT.
+        teacher_heads: Head specs of base and aligned; none where the method reads no teacher.
+        sources: Scorers by role (`raycomplete.engines.scorers.TeacherClient`); none likewise.
         prefetch: Steps scored ahead.
         threads: CPU threads of each worker.
         rollout: How samples were made, and how the student rolls out where `student_engines` are there.
@@ -38,7 +37,7 @@ class TrainJob:
         use_gpu: One GPU a worker.
     """
 
-    objective: Objective
+    method: Method
     start: Path
     output: Path
     folder: Path
@@ -92,4 +91,4 @@ class TrainJob:
     def max_harmful_tokens(self) -> int:
         """Longest h that a step may train on: a refusal prefix, the deepest cut, on-policy what the student adds."""
         turn = MAX_REFUSAL_PREFIX_TOKENS if self.rollout.refusal_prefix_fraction > 0 else 0
-        return turn + self.train.depth.max + (0 if self.student_engines is None else self.rollout.max_student_tokens)
+        return turn + self.method.depth.max + (0 if self.student_engines is None else self.rollout.max_student_tokens)

@@ -3,97 +3,107 @@
 from __future__ import annotations
 
 import resource
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from raycomplete.losses.loss_types import LossOutput, TokenKind
+from raycomplete.losses.loss import LossOutput
+from raycomplete.losses.settings import LossSettings
+from raycomplete.losses.terms import active_terms
 from raycomplete.training.batches import MicroBatch
-from raycomplete.training.depth_sampler import DepthSampler
+from raycomplete.training.feedback import DepthSampler
+
+
+def describe_terms(loss: LossSettings) -> dict[str, dict[str, Any]]:
+    """Label, description and metrics of each term, by name: what a reader of metrics.jsonl has to know of them."""
+    return {
+        name: {"label": item.term.label, "description": item.term.description, "metrics": dict(item.term.metrics)}
+        for name, item in zip(loss.names, active_terms(loss), strict=True)
+    }
 
 
 class StepMeter:
     """Sums over the micro-batches of a step on one rank, then over ranks.
 
+    Args:
+        loss: Terms, whose losses and metrics are measured.
+        sampler: Its bins.
+        depth_term: Term whose losses are counted by depth; None counts none.
+
     Attributes:
-        depth_loss_sum: Sum of mean recovery losses of items, by depth bin; over all ranks after `share`.
-        depth_count: Items by depth bin; over all ranks after `share`.
+        depth_loss_sum: Sum of mean losses of sequences, by depth bin; over all ranks after `share`.
+        depth_count: Sequences by depth bin; over all ranks after `share`.
         stop: Whether training should end after this step; where one rank knows, all ranks do after `share`.
     """
 
-    def __init__(self, sampler: DepthSampler) -> None:
+    def __init__(self, loss: LossSettings, sampler: DepthSampler, depth_term: str | None) -> None:
         self._sampler = sampler
-        self._sums = torch.zeros(4, dtype=torch.float64)  # total, anchor, recovery, penalty
-        # base-favored mass, alignment KL, deficit and student mass over penalty rows, and their number
-        self._penalty = torch.zeros(5, dtype=torch.float64)
+        self._losses = dict.fromkeys(("total", *loss.names), 0.0)
+        self._metrics = {name: 0.0 for item in active_terms(loss) for name in item.term.metrics}
+        self._rows = dict.fromkeys(self._metrics, 0.0)
+        self._depth_number = loss.names.index(depth_term) if depth_term is not None else None
         self.depth_loss_sum = np.zeros(sampler.num_bins)
         self.depth_count = np.zeros(sampler.num_bins)
         self.stop = False
 
-    def add_total(self, loss: Tensor) -> None:
-        """One micro-batch of SFT."""
-        self._sums[0] += loss.detach().double().cpu()
-
     def add(self, batch: MicroBatch, output: LossOutput) -> None:
-        """One micro-batch of the completion loss."""
-        parts = (output.total, output.anchor, output.recovery, output.penalty)
-        self._sums += torch.stack([part.detach().double() for part in parts]).cpu()
-        rows = (
-            output.base_favored_mass_P,
-            output.alignment_kl_P,
-            output.deficit_P,
-            output.student_mass_P,
-            torch.ones_like(output.deficit_P),
-        )
-        self._penalty += torch.stack([row.double().sum() for row in rows]).cpu()
-        recovery_N = batch.kind_N == TokenKind.RECOVERY
-        size = batch.depth_B.numel()
-        zeros_B = torch.zeros(size, dtype=torch.float64, device=batch.kind_N.device)
-        item_N = batch.item_N[recovery_N]
-        loss_B = zeros_B.index_add(0, item_N, output.row_loss_N[recovery_N].double())
-        count_B = zeros_B.index_add(0, item_N, torch.ones_like(item_N, dtype=torch.float64))
-        for depth, loss, count in zip(batch.depth_B.tolist(), loss_B.tolist(), count_B.tolist(), strict=True):
+        """Takes in one micro-batch."""
+        losses = {"total": output.total.detach(), **output.losses}
+        metrics = {name: values.double().sum() for name, values in output.metrics.items()}
+        # One copy from the device; sums are kept in float64.
+        values = torch.stack([value.double() for value in (*losses.values(), *metrics.values())]).tolist()
+        for name, value in zip(losses, values[: len(losses)], strict=True):
+            self._losses[name] += value
+        for name, value in zip(metrics, values[len(losses) :], strict=True):
+            self._metrics[name] += value
+            self._rows[name] += output.metrics[name].numel()
+        if self._depth_number is not None:
+            self._add_depths(batch, output, self._depth_number)
+
+    def _add_depths(self, batch: MicroBatch, output: LossOutput, number: int) -> None:
+        counted_N = batch.term_N == number
+        zeros_S = torch.zeros(batch.depth_S.numel(), dtype=torch.float64, device=batch.term_N.device)
+        sequence_N = batch.sequence_N[counted_N]
+        loss_S = zeros_S.index_add(0, sequence_N, output.row_loss_N[counted_N].double())
+        count_S = zeros_S.index_add(0, sequence_N, torch.ones_like(sequence_N, dtype=torch.float64))
+        for depth, loss, count in zip(batch.depth_S.tolist(), loss_S.tolist(), count_S.tolist(), strict=True):
             if count > 0:
                 ranges = self._sampler.bin_ranges  # a student's own words may carry h beyond the deepest cut
                 bin_index = self._sampler.bin_of(min(max(depth, ranges[0][0]), ranges[-1][1]))
                 self.depth_loss_sum[bin_index] += loss / count
                 self.depth_count[bin_index] += 1
 
-    def share(self, device: torch.device, scale: float, anchor_factor: float = 1.0) -> dict[str, Any]:
-        """Sums over ranks and returns the step's losses.
+    def share(self, device: torch.device, scale: float, loss_weights: Mapping[str, float]) -> dict[str, Any]:
+        """Sums over ranks and returns the step's losses and mean metrics.
 
         Args:
             device: Of the collective.
             scale: That of `BatchBuilder`.
-            anchor_factor: That of `Emphasis`; the anchor is reported without it, in nats a token.
+            loss_weights: Those of `Feedback`; losses are reported without them.
         """
-        depth = torch.from_numpy(np.concatenate([self.depth_loss_sum, self.depth_count]))
-        stop = torch.tensor([float(self.stop)], dtype=torch.float64)
-        shared = torch.cat([self._sums, self._penalty, depth, stop]).to(device)
+        sums = [*self._losses.values(), *self._metrics.values(), *self._rows.values(), float(self.stop)]
+        depth = np.concatenate([self.depth_loss_sum, self.depth_count])
+        shared = torch.from_numpy(np.concatenate([depth, sums])).to(device)
         dist.all_reduce(shared)
-        values = shared.cpu().numpy()
-        self.stop = bool(values[-1] > 0)
-        num_bins = self._sampler.num_bins
-        self.depth_loss_sum, self.depth_count = values[9 : 9 + num_bins], values[9 + num_bins : -1]
-        total, anchor, recovery, penalty = (values[:4] / scale).tolist()
-        rows = max(values[8], 1.0)
-        return {
-            "loss": total,
-            "anchor": anchor / anchor_factor,
-            "recovery": recovery,
-            "penalty": penalty,
-            "base_favored_mass": float(values[4] / rows),
-            "alignment_kl": float(values[5] / rows),
-            "deficit": float(values[6] / rows),
-            "student_mass": float(values[7] / rows),
-            "depth_loss": [
+        self.depth_loss_sum, self.depth_count, values = np.split(
+            shared.cpu().numpy(), [self._sampler.num_bins, 2 * self._sampler.num_bins]
+        )
+        found = iter(values.tolist())
+        losses = {name: next(found) / scale for name in self._losses}
+        metrics = {name: next(found) for name in self._metrics}
+        means = {name: value / max(next(found), 1.0) for name, value in metrics.items()}
+        self.stop = next(found) > 0
+        row: dict[str, Any] = {"loss": losses.pop("total")}
+        row |= {name: value / loss_weights.get(name, 1.0) for name, value in losses.items()} | means
+        if self._depth_number is not None:
+            row["depth_loss"] = [
                 float(loss / count) if count else None
                 for loss, count in zip(self.depth_loss_sum, self.depth_count, strict=True)
-            ],
-        }
+            ]
+        return row
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -19,11 +19,12 @@ import numpy as np
 
 from raycomplete.config import RolloutConfig
 from raycomplete.data.samples import AnchorSample, RecoverySample
+from raycomplete.methods.registry import AnchorItem, RecoveryItem
 from raycomplete.training.checkpoints import from_rank_zero
-from raycomplete.training.depth_sampler import DepthSampler
+from raycomplete.training.feedback import DepthSampler
 from raycomplete.training.job import TrainJob
 from raycomplete.training.rollout_engines import Rollout, RolloutBatch, WeightSync
-from raycomplete.training.step_plan import AnchorItem, Planner, RecoveryItem, StepPlan
+from raycomplete.training.step_plan import Planner, StepPlan
 from raycomplete.training.teacher_prefetcher import StepInput, TeacherPrefetcher
 
 _CUT_TAG, _SPLIT_TAG, _ROLLOUT_TAG = 14, 15, 16  # every use of a seed needs a tag that is not 0

@@ -1,4 +1,4 @@
-"""The position profile of aligned and student, on held-out harmful prompts with compliant continuations."""
+"""The position profile of aligned and student: where alignment is incomplete along held-out harmful answers."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from raycomplete.data.samples import AnchorSample
 from raycomplete.diagnosis.rows import PROFILE_METRICS, DiagnosisSettings, diagnose_rows
 from raycomplete.engines.scorers import TeacherClient
 from raycomplete.losses.heads import Head
-from raycomplete.losses.loss_types import LossSettings
+from raycomplete.losses.settings import LossSettings
+from raycomplete.methods.registry import TeacherContext
 from raycomplete.runtime.files import read_json, write_json
-from raycomplete.training.batches import BatchBuilder, MicroBatch
-from raycomplete.training.step_plan import AnchorItem, StepPlan
+from raycomplete.training.batches import MicroBatch, answer_batch
 from raycomplete.training.teacher_prefetcher import Scores, TeacherPrefetcher
 
 Profile = dict[str, list[float]]  # mean by position for each name, and "n"
@@ -30,13 +30,12 @@ def scored_samples(
     Ranks ask on their own, and a sequence that kills scorers may be quarantined between two of their questions: they
     must agree on what is left, or their forward passes would not match.
     """
-    prefetcher = TeacherPrefetcher(sources, max_depth=0, penalty=False, contrastive=True)
+    answers = [TeacherContext(sample.prompt_ids, sample.answer_ids) for sample in samples]
+    prefetcher = TeacherPrefetcher(sources, lambda _anchor, _recovery: dict.fromkeys(sources, answers))
     prefetcher.request(0, samples, [])
     scores = prefetcher.take(0)
     places = {
-        place
-        for place, sample in enumerate(samples)
-        if all(len(scores.hidden(role, sample.prompt_ids, sample.answer_ids)) for role in sources)
+        place for place, answer in enumerate(answers) if all(len(scores.hidden(role, answer)) for role in sources)
     }
     if dist.is_initialized():
         ranks: list[Any] = [None] * dist.get_world_size()
@@ -78,17 +77,16 @@ def aligned_profile(
 ) -> Profile:
     """The same for the aligned model, from its scorer's hidden states alone; no rank needs another one."""
     measured = []
-    walk = DiagnosisSettings.of_loss(settings)
     for batch in _batches(samples, scores, per_device_batch_size):
-        assert batch.aligned_hidden_NH is not None
+        assert batch.aligned_hidden_PH is not None
         assert batch.base_hidden_PH is not None
         aligned, base = heads["aligned"], heads["base"]
         rows = diagnose_rows(
-            {"aligned": (batch.aligned_hidden_NH.to(aligned.weight_VH.device), aligned)},
+            {"aligned": (batch.aligned_hidden_PH.to(aligned.weight_VH.device), aligned)},
             batch.base_hidden_PH.to(base.weight_VH.device),
             base,
             (),
-            walk,
+            DiagnosisSettings.of_loss(settings),
         )["aligned"]
         measured.append(torch.stack([rows.column(name).double().cpu() for name in PROFILE_METRICS]))
     return _means(samples, torch.cat(measured, dim=1))
@@ -97,10 +95,9 @@ def aligned_profile(
 def _batches(
     samples: Sequence[AnchorSample], scores: Scores, per_device_batch_size: int, *, packed: bool = True
 ) -> Iterator[MicroBatch]:
-    builder = BatchBuilder(penalty=False, contrastive=True, scale=1.0, packed=packed)
     for start in range(0, len(samples), per_device_batch_size):
-        items = [AnchorItem(sample) for sample in samples[start : start + per_device_batch_size]]
-        yield builder.build(items, StepPlan(tuple(items), ()), scores)
+        part = samples[start : start + per_device_batch_size]
+        yield answer_batch(part, scores, term="penalty", packed=packed)  # a term that reads both teachers
 
 
 def _means(samples: Sequence[AnchorSample], measured_3N: torch.Tensor) -> Profile:
@@ -117,10 +114,11 @@ def _means(samples: Sequence[AnchorSample], measured_3N: torch.Tensor) -> Profil
 def write_profile(path: Path, who: str, profile: Profile, settings: LossSettings) -> None:
     """Adds one model's profile to profile.json, atomically."""
     content = read_json(path) or {}
+    measured = DiagnosisSettings.of_loss(settings)
     content |= {
         "positions": list(range(len(profile["n"]))),
-        "tau": settings.tau,
-        "kappa": settings.kappa,
+        "tau": measured.tau,
+        "kappa": measured.kappa,
         who: profile,
     }
     write_json(path, content)

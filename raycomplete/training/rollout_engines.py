@@ -16,10 +16,9 @@ from raycomplete.data.samples import AnchorSample, RecoverySample
 from raycomplete.engines.rollout_pool import RolloutPool
 from raycomplete.engines.weights import Weights
 from raycomplete.runtime.types import Judge, Outcome, Prompt
-from raycomplete.training.batches import BatchBuilder
+from raycomplete.training.batches import answer_batch
 from raycomplete.training.checkpoints import from_rank_zero
 from raycomplete.training.job import TrainJob
-from raycomplete.training.step_plan import AnchorItem, StepPlan
 
 _PROBES = 4
 _PROBE_TOKENS = 16
@@ -172,9 +171,7 @@ class WeightSync:
             for sample in samples[:_PROBES]
         ]
         self._probe = [(sample.prompt_ids + sample.answer_ids, len(sample.prompt_ids)) for sample in cut]
-        items = [AnchorItem(sample) for sample in cut]
-        self._builder = BatchBuilder(penalty=False, contrastive=False, scale=1.0, packed=packed)
-        self._batch = self._builder.build(items, StepPlan(tuple(items), ()), None)
+        self._batch = answer_batch(cut, packed=packed)
         self._lengths = [len(sample.answer_ids) for sample in cut]
 
     def __call__(self, version: int) -> dict[str, Any]:

@@ -11,69 +11,49 @@ from dataclasses import dataclass
 import numpy as np
 
 from raycomplete.data.samples import AnchorSample, RecoverySample, SampleSet
-from raycomplete.training.depth_sampler import DepthSampler
+from raycomplete.methods.registry import AnchorItem, Feedback, Method, RecoveryItem, TrainSequence
+from raycomplete.training.feedback import DepthSampler
 
 _SEED_TAGS = {"anchor": 11, "recovery": 12}
 
 
 @dataclass(frozen=True, slots=True)
-class AnchorItem:
-    """One anchor sequence of a step."""
-
-    sample: AnchorSample
-
-
-@dataclass(frozen=True, slots=True)
-class RecoveryItem:
-    """One recovery sequence of a step, h cut at `depth`, a refusal prefix included."""
-
-    sample: RecoverySample
-    depth: int
-
-    @classmethod
-    def cut(cls, sample: RecoverySample, depth: int) -> RecoveryItem:
-        """h cut at `depth` tokens after a refusal prefix, or at its end."""
-        return cls(sample, min(sample.refusal_prefix_tokens + depth, len(sample.harmful_ids)))
-
-    @property
-    def answer_depth(self) -> int:
-        """Tokens of the compliant answer that the student reads."""
-        return self.depth - self.sample.refusal_prefix_tokens
-
-
-Item = AnchorItem | RecoveryItem
-
-
-@dataclass(frozen=True, slots=True)
 class StepPlan:
-    """The sequences of one optimizer step on all workers, and the counts that normalise its loss."""
+    """The samples of one optimizer step on all workers, and where they are cut."""
 
     anchor: tuple[AnchorItem, ...]
     recovery: tuple[RecoveryItem, ...]
 
+
+@dataclass(frozen=True)
+class StepSequences:
+    """The sequences of one optimizer step on all workers.
+
+    Attributes:
+        anchor: Of the anchor items, in their order.
+        recovery: Of the recovery items, in their order.
+        normalisers: Divisor of the row weights of each term.
+    """
+
+    anchor: tuple[TrainSequence, ...]
+    recovery: tuple[TrainSequence, ...]
+    normalisers: dict[str, float]
+
+    @classmethod
+    def of(cls, plan: StepPlan, method: Method, feedback: Feedback) -> StepSequences:
+        """What a method makes of a plan."""
+        anchor = tuple(method.sequence(item, feedback) for item in plan.anchor)
+        recovery = tuple(method.sequence(item, feedback) for item in plan.recovery)
+        return cls(anchor, recovery, method.normalisers((*anchor, *recovery)))
+
     @property
-    def num_anchor_tokens(self) -> int:
-        """Response tokens of all anchor sequences."""
-        return sum(len(item.sample.answer_ids) for item in self.anchor)
+    def num_tokens(self) -> int:
+        """Tokens of all sequences, the last one of each included."""
+        return sum(len(sequence.token_ids) for sequence in (*self.anchor, *self.recovery))
 
-    def num_opening_tokens(self, opening: int) -> int:
-        """Tokens among the first `opening` ones of their anchor answer."""
-        return sum(min(len(item.sample.answer_ids), opening) for item in self.anchor)
-
-    @property
-    def num_recovery_tokens(self) -> int:
-        """Refusal tokens of all recovery sequences."""
-        return sum(len(item.sample.refusal_ids) for item in self.recovery)
-
-    @property
-    def num_penalty_tokens(self) -> int:
-        """Tokens of h before the cut, over all recovery sequences."""
-        return sum(item.depth for item in self.recovery)
-
-    def local(self, rank: int, world_size: int) -> list[Item]:
+    def local(self, rank: int, world_size: int) -> list[TrainSequence]:
         """The share of one worker, longest first, so that micro-batches pad little."""
-        items: list[Item] = [*self.anchor[rank::world_size], *self.recovery[rank::world_size]]
-        return sorted(items, key=length, reverse=True)
+        return sorted([*self.anchor[rank::world_size], *self.recovery[rank::world_size]], key=len, reverse=True)
 
 
 class Planner:
@@ -81,26 +61,26 @@ class Planner:
 
     Args:
         samples: Everything that can be drawn.
-        anchor_batch: Anchor sequences of a step over all workers.
-        recovery_batch: The same for recovery; ignored where there are no recovery samples.
+        anchor_batch_size: Anchor sequences of a step over all workers.
+        recovery_batch_size: The same for recovery; ignored where there are no recovery samples.
         seed: Of the order of samples.
         max_depth: Longest cut.
     """
 
     def __init__(
-        self, samples: SampleSet, *, anchor_batch: int, recovery_batch: int, seed: int, max_depth: int
+        self, samples: SampleSet, *, anchor_batch_size: int, recovery_batch_size: int, seed: int, max_depth: int
     ) -> None:
         self._samples = samples
-        self._anchor_batch = anchor_batch
-        self._recovery_batch = recovery_batch if samples.recovery else 0
+        self._anchor_batch_size = anchor_batch_size
+        self._recovery_batch_size = recovery_batch_size if samples.recovery else 0
         self._seed = seed
         self._max_depth = max_depth
         self._orders: dict[tuple[str, int], np.ndarray[tuple[int], np.dtype[np.int64]]] = {}
 
     def samples_of(self, step: int) -> tuple[list[AnchorSample], list[RecoverySample]]:
         """The samples of a step, whatever their depths will be: known ahead, so that they can be scored ahead."""
-        anchor = self._draw("anchor", len(self._samples.anchor), self._anchor_batch, step)
-        recovery = self._draw("recovery", len(self._samples.recovery), self._recovery_batch, step)
+        anchor = self._draw("anchor", len(self._samples.anchor), self._anchor_batch_size, step)
+        recovery = self._draw("recovery", len(self._samples.recovery), self._recovery_batch_size, step)
         return [self._samples.anchor[i] for i in anchor], [self._samples.recovery[i] for i in recovery]
 
     def plan(self, step: int, sampler: DepthSampler) -> StepPlan:
@@ -116,7 +96,7 @@ class Planner:
         )
 
     def _draw(self, part: str, size: int, count: int, step: int) -> list[int]:
-        """`count` indices of an endless sequence of shuffled epochs; nothing is left out at an epoch's end."""
+        """Draws `count` indices of an endless sequence of shuffled epochs; nothing is left out at an epoch's end."""
         positions = range(step * count, (step + 1) * count)
         return [int(self._order(part, size, position // size)[position % size]) for position in positions]
 
@@ -127,10 +107,3 @@ class Planner:
             self._orders = {key: order for key, order in self._orders.items() if key[1] >= epoch - 1}
             self._orders[(part, epoch)] = generator.permutation(size)
         return self._orders[(part, epoch)]
-
-
-def length(item: Item) -> int:
-    """Tokens that the student reads for an item."""
-    if isinstance(item, AnchorItem):
-        return len(item.sample.prompt_ids) + len(item.sample.answer_ids) - 1
-    return len(item.sample.prompt_ids) + item.depth + len(item.sample.refusal_ids) - 1

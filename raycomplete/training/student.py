@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.utils.checkpoint
 from torch import Tensor, nn
 
+from raycomplete.data.samples import AnchorSample
 from raycomplete.diagnosis.rows import PROFILE_METRICS, DiagnosisSettings, diagnose_rows
-from raycomplete.losses.chunks import rows_per_chunk
-from raycomplete.losses.heads import Head
-from raycomplete.losses.loss import distillation_loss
-from raycomplete.losses.loss_types import LossOutput, LossSettings
-from raycomplete.training.batches import MicroBatch
+from raycomplete.losses.chunked_pass import rows_per_chunk
+from raycomplete.losses.heads import Head, HiddenStates
+from raycomplete.losses.loss import LossInputs, distillation_loss
+from raycomplete.losses.settings import LossSettings
+from raycomplete.runtime.section import Dtype
+from raycomplete.training.batches import MicroBatch, answer_batch
 
 _CROSS_ENTROPY_COPIES = 3  # logits, their log-softmax and its gradient
+# Mean |log p - log p'| in nats. Another batch shape moves bfloat16 by hundredths; a neighbour's words by whole nats.
+_TOLERANCE: dict[Dtype, float] = {"float32": 1e-3, "bfloat16": 0.15}
 
 
 @dataclass(frozen=True)
@@ -35,10 +38,18 @@ class HeadLoss(nn.Module):
     announced to DeepSpeed as an external parameter.
     """
 
-    def __init__(self, lm_head: nn.Module, settings: HeadSettings, *, external: bool) -> None:
+    def __init__(
+        self,
+        lm_head: nn.Module,
+        settings: HeadSettings,
+        teachers: dict[str, Head],
+        loss: LossSettings,
+        *,
+        external: bool,
+    ) -> None:
         super().__init__()
         self._held = [lm_head]
-        self.settings = settings
+        self._settings, self._teachers, self._loss = settings, teachers, loss
         if external:
             from deepspeed import zero
 
@@ -48,51 +59,50 @@ class HeadLoss(nn.Module):
     def head(self) -> Head:
         """The student's head as it is now; under ZeRO-3 only inside `forward`."""
         lm_head: Any = self._held[0]
-        head = Head(lm_head.weight, getattr(lm_head, "bias", None), self.settings.scale, self.settings.softcap)
-        return head.rows(self.settings.vocab_size)
+        head = Head(lm_head.weight, getattr(lm_head, "bias", None), self._settings.scale, self._settings.softcap)
+        return head.rows(self._settings.vocab_size)
 
-    def forward(self, mode: str, hidden_NH: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    def forward(self, mode: str, hidden_NH: Tensor, batch: MicroBatch) -> tuple[Tensor, ...]:
         """Plain tuples of tensors, because DeepSpeed's hooks look for tensors in tuples only."""
-        if mode == "completion":
+        if mode == "loss":
+            inputs = LossInputs(
+                HiddenStates(hidden_NH, self.head()),
+                self._states("aligned", batch.aligned_hidden_PH),
+                self._states("base", batch.base_hidden_PH),
+                batch.term_N,
+                batch.weight_N,
+                batch.token_N,
+            )
             # A step of training with NaN is left out by `bad_steps`; an exception of one rank would end the run.
-            return _to_tuple(distillation_loss(hidden_NH, self.head(), *arguments, must_be_finite=not self.training))
-        if mode == "sft":
-            return (self._cross_entropy(hidden_NH, *arguments),)
+            return distillation_loss(inputs, self._loss, must_be_finite=not self.training).flatten()
         if mode == "log_probs":
-            return (self._log_probs(hidden_NH, *arguments),)
-        return self._profile(hidden_NH, *arguments)
+            return (self._log_probs(hidden_NH, batch.token_N),)
+        return self._profile(hidden_NH, batch)
 
-    def _profile(
-        self, hidden_NH: Tensor, base_hidden_NH: Tensor, base: Head, settings: DiagnosisSettings
-    ) -> tuple[Tensor, ...]:
+    def _states(self, role: str, hidden_PH: Tensor | None) -> HiddenStates | None:
+        return None if hidden_PH is None else HiddenStates(hidden_PH, self._teachers[role])
+
+    def _profile(self, hidden_NH: Tensor, batch: MicroBatch) -> tuple[Tensor, ...]:
         policies = {"student": (hidden_NH, self.head())}
-        rows = diagnose_rows(policies, base_hidden_NH, base, (), settings)["student"]
+        settings = DiagnosisSettings.of_loss(self._loss)
+        assert batch.base_hidden_PH is not None
+        rows = diagnose_rows(policies, batch.base_hidden_PH, self._teachers["base"], (), settings)["student"]
         return tuple(rows.column(name) for name in PROFILE_METRICS)
 
-    def _log_probs(self, hidden_NH: Tensor, target_N: Tensor, chunk_tokens: int) -> Tensor:
-        """log p_s(target_n) [N], a chunk of logits at a time."""
-        chunks = zip(hidden_NH.split(chunk_tokens), target_N.split(chunk_tokens), strict=True)
+    def _log_probs(self, hidden_NH: Tensor, token_N: Tensor) -> Tensor:
+        """log p_s(token_n) [N], a chunk of float32 logits at a time."""
+        size = rows_per_chunk(
+            self._loss.chunk_tokens,
+            self._settings.vocab_size,
+            torch.float32,
+            hidden_NH.device,
+            copies=_CROSS_ENTROPY_COPIES,
+        )
         losses = [
-            nn.functional.cross_entropy(self.head().logits(hidden_CH), target_C, reduction="none")
-            for hidden_CH, target_C in chunks
+            nn.functional.cross_entropy(self.head().logits(hidden_CH), token_C, reduction="none")
+            for hidden_CH, token_C in zip(hidden_NH.split(size), token_N.split(size), strict=True)
         ]
         return -torch.cat(losses)
-
-    def _cross_entropy(self, hidden_NH: Tensor, target_N: Tensor, weight_N: Tensor, chunk_tokens: int) -> Tensor:
-        """sum_n weight_n * -log p_s(target_n), a chunk of logits at a time."""
-
-        def part(hidden_CH: Tensor, target_C: Tensor, weight_C: Tensor) -> Tensor:
-            losses_C = nn.functional.cross_entropy(self.head().logits(hidden_CH), target_C, reduction="none")
-            return (losses_C * weight_C).sum()
-
-        chunks = zip(
-            hidden_NH.split(chunk_tokens), target_N.split(chunk_tokens), weight_N.split(chunk_tokens), strict=True
-        )
-        if not torch.is_grad_enabled():
-            return torch.stack([part(*chunk) for chunk in chunks]).sum()
-        # Recomputing a chunk's logits in backward keeps one chunk of them alive at a time.
-        losses = [torch.utils.checkpoint.checkpoint(part, *chunk, use_reentrant=False) for chunk in chunks]
-        return torch.stack(losses).sum()
 
 
 class StudentModule(nn.Module):
@@ -102,7 +112,7 @@ class StudentModule(nn.Module):
         lm: Transformers model.
         settings: Its head's settings.
         teachers: Frozen heads by role; not parameters, so DeepSpeed neither shards nor trains them.
-        loss: Settings of the completion loss.
+        loss: Terms of the loss.
         external_head: True under ZeRO-3.
     """
 
@@ -111,57 +121,47 @@ class StudentModule(nn.Module):
     ) -> None:
         super().__init__()
         self.lm = lm
-        self.head_loss = HeadLoss(lm.get_output_embeddings(), settings, external=external_head)
-        self._teachers = teachers
-        self._loss = loss
+        lm_head = lm.get_output_embeddings()
+        self.head_loss = HeadLoss(lm_head, settings, teachers, loss, external=external_head)
 
-    def forward(self, batch: MicroBatch, mode: str = "completion") -> tuple[Tensor, ...]:
-        """Loss of a micro-batch.
+    def forward(self, batch: MicroBatch, mode: str = "loss") -> tuple[Tensor, ...]:
+        """Reads a micro-batch.
 
         Args:
             batch: On the model's device.
-            mode: "completion" (see `to_loss_output`), "sft" (one scalar), "profile" (mass, KL, deficit by row)
-                or "log_probs" (log p_s of the target of each row).
+            mode: "loss" (see `LossOutput.unflatten`), "profile" (mass, KL, deficit by row) or "log_probs" (log p_s of
+                the token of each row).
         """
         hidden_BTH = self.lm.base_model(**batch.model_inputs()).last_hidden_state
         hidden_NH = hidden_BTH.flatten(0, 1)[batch.row_N]
-        settings = self._loss
-        if mode == "sft":
-            return self._call(mode, hidden_NH, batch.target_N, batch.weight_N, self._chunk_rows(hidden_NH))
-        if mode == "log_probs":
-            return self._call(mode, hidden_NH, batch.target_N, self._chunk_rows(hidden_NH))
-        base = self._teachers.get("base")
-        if mode == "profile":
-            walk = DiagnosisSettings.of_loss(settings)
-            return self._call(mode, hidden_NH, batch.base_hidden_PH, base, walk)
-        return self._call(
-            mode,
-            hidden_NH,
-            batch.aligned_hidden_NH,
-            self._teachers["aligned"],
-            batch.base_hidden_PH,
-            base,
-            batch.kind_N,
-            batch.weight_N,
-            settings,
-        )
-
-    def _chunk_rows(self, hidden_NH: Tensor) -> int:
-        """Rows whose float32 logits a cross-entropy may keep."""
-        vocab_size = self.head_loss.settings.vocab_size
-        return rows_per_chunk(
-            self._loss.chunk_tokens, vocab_size, torch.float32, hidden_NH.device, copies=_CROSS_ENTROPY_COPIES
-        )
-
-    def _call(self, mode: str, hidden_NH: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-        result: tuple[Tensor, ...] = self.head_loss(mode, hidden_NH, *arguments)
+        result: tuple[Tensor, ...] = self.head_loss(mode, hidden_NH, batch)
         return result
 
 
-def to_loss_output(values: tuple[Tensor, ...]) -> LossOutput:
-    """The named result of `StudentModule` in mode "completion"."""
-    return LossOutput(**dict(zip((field.name for field in fields(LossOutput)), values, strict=True)))
+def keeps_sequences_apart(engine: Any, sample: AnchorSample, dtype: Dtype) -> bool:
+    """Tells whether the student keeps packed sequences apart; some model families do not.
 
+    It reads a sequence whole and its two halves packed into one row, and each of the three in a row of its own. Models
+    that ignore positions when they build their mask, and recurrent ones, let the second half see the first. Every rank
+    must call this.
 
-def _to_tuple(output: LossOutput) -> tuple[Tensor, ...]:
-    return tuple(getattr(output, field.name) for field in fields(output))
+    Args:
+        engine: DeepSpeed engine around the student.
+        sample: Any; its tokens are read, whatever they mean.
+        dtype: Of the student's weights.
+
+    Returns:
+        Whether log-probabilities are the same both ways, up to rounding.
+    """
+    tokens = sample.prompt_ids + sample.answer_ids
+    half = len(tokens) // 2
+    pieces = [piece for piece in (tokens, tokens[:half], tokens[half:]) if len(piece) > 1]
+    samples = [AnchorSample("probe", piece[:1], piece[1:]) for piece in pieces]
+    found = []
+    engine.eval()
+    with torch.no_grad():
+        for packed in (True, False):
+            (log_probs_N,) = engine(answer_batch(samples, packed=packed).to(engine.device), "log_probs")
+            found.append(torch.as_tensor(log_probs_N).float().cpu())
+    engine.train()
+    return float((found[0] - found[1]).abs().mean()) <= _TOLERANCE[dtype]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,9 +16,10 @@ import torch
 
 from raycomplete.data.samples import AnchorSample, RecoverySample
 from raycomplete.engines.scorers import TeacherClient
+from raycomplete.methods.registry import TeacherContext
 from raycomplete.runtime.errors import QuarantinedSequenceError
 from raycomplete.runtime.prometheus import record
-from raycomplete.training.depth_sampler import DepthSampler
+from raycomplete.training.feedback import DepthSampler
 from raycomplete.training.job import TrainJob
 from raycomplete.training.step_plan import Planner, StepPlan
 
@@ -26,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 Sequences = list[tuple[tuple[int, ...], int]]
 """Pairs (token ids, number of prompt tokens)."""
+Contexts = Callable[[Sequence[AnchorSample], Sequence[RecoverySample]], Mapping[str, Sequence[TeacherContext]]]
+"""What each frozen model must read for some samples, by role."""
 
 
 class Scores:
@@ -34,48 +37,33 @@ class Scores:
     Args:
         tensors: [T, H] of the response rows by (role, token ids, number of prompt tokens); [0, H] where the sequence
             was quarantined.
-        max_depth: h was read up to here.
         wait_s: Seconds that the caller waited for them.
     """
 
-    def __init__(
-        self, tensors: Mapping[tuple[str, tuple[int, ...], int], torch.Tensor], max_depth: int, wait_s: float
-    ) -> None:
+    def __init__(self, tensors: Mapping[tuple[str, tuple[int, ...], int], torch.Tensor], wait_s: float) -> None:
         self._tensors = tensors
-        self._max_depth = max_depth
         self.wait_s = wait_s
 
-    def hidden(self, role: str, prompt_ids: tuple[int, ...], response_ids: tuple[int, ...]) -> torch.Tensor:
+    def hidden(self, role: str, context: TeacherContext) -> torch.Tensor:
         """[T, H] of a response read by base or aligned; no rows where it was quarantined."""
-        return self._tensors[(role, prompt_ids + response_ids, len(prompt_ids))]
+        return self._tensors[(role, *_sequence(context))]
 
-    def harmful(self, sample: RecoverySample, depth: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """[depth, H] of h from aligned and from base; no rows where it was quarantined.
 
-        h was read up to the largest depth, whatever depth was drawn later: a causal model's states of a prefix are
-        the first states of the whole.
-        """
-        harmful_ids = sample.harmful_ids[: self._max_depth]
-        aligned_TH, base_TH = (self.hidden(role, sample.prompt_ids, harmful_ids) for role in ("aligned", "base"))
-        return aligned_TH[:depth], base_TH[:depth]
+def _sequence(context: TeacherContext) -> tuple[tuple[int, ...], int]:
+    return context.prompt_ids + context.response_ids, len(context.prompt_ids)
 
 
 class TeacherPrefetcher:
     """Asks the frozen models for the sequences of a step and hands out their hidden states when the step comes.
 
     Args:
-        sources: Scorers by role, "aligned" and (where the loss needs it) "base".
-        max_depth: h is read up to here.
-        penalty: h is read at all.
-        contrastive: Base also reads anchor answers and refusals.
+        sources: Scorers by role.
+        contexts: What the models must read for anchor and recovery samples, whatever depths are drawn later: a causal
+            model's states of a prefix are the first states of the whole.
     """
 
-    def __init__(
-        self, sources: Mapping[str, TeacherClient], *, max_depth: int, penalty: bool, contrastive: bool
-    ) -> None:
-        self._sources = sources
-        self._max_depth = max_depth
-        self._penalty, self._contrastive = penalty, contrastive
+    def __init__(self, sources: Mapping[str, TeacherClient], contexts: Contexts) -> None:
+        self._sources, self._contexts = sources, contexts
         self._pending: dict[int, list[tuple[str, Sequences, Any]]] = {}
         self._no_rows: dict[str, torch.Tensor] = {}  # [0, H] in the dtype of each model
 
@@ -99,18 +87,8 @@ class TeacherPrefetcher:
 
     def _wanted(self, anchor: Sequence[AnchorSample], recovery: Sequence[RecoverySample]) -> dict[str, Sequences]:
         """The sequences that each frozen model must read; models that need none are left out."""
-        answers = [(sample.prompt_ids + sample.answer_ids, len(sample.prompt_ids)) for sample in anchor]
-        answers += [
-            (sample.teacher_prompt_ids + sample.refusal_ids, len(sample.teacher_prompt_ids)) for sample in recovery
-        ]
-        harmful = []
-        if self._penalty:
-            harmful = [
-                (sample.prompt_ids + sample.harmful_ids[: self._max_depth], len(sample.prompt_ids))
-                for sample in recovery
-            ]
-        wanted = {"aligned": answers + harmful, "base": harmful + (answers if self._contrastive else [])}
-        return {role: sequences for role, sequences in wanted.items() if sequences}
+        wanted = self._contexts(anchor, recovery)
+        return {role: [_sequence(item) for item in contexts] for role, contexts in wanted.items() if contexts}
 
     def take(self, step: int) -> Scores:
         """Waits for the hidden states of a requested step.
@@ -125,7 +103,7 @@ class TeacherPrefetcher:
             for (tokens, num_prompt), hidden_TH in zip(sequences, self._collect(role, reference), strict=True):
                 tensors[(role, tokens, num_prompt)] = hidden_TH
         record("queue_depth", len(self._pending), queue="teacher")
-        return Scores(tensors, self._max_depth, time.perf_counter() - started)
+        return Scores(tensors, time.perf_counter() - started)
 
     def _collect(self, role: str, reference: Any) -> list[torch.Tensor]:
         """Hidden states in order, [0, H] in the place of a sequence that was quarantined."""

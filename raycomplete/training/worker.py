@@ -1,8 +1,8 @@
 """The training loop of one Ray Train worker, top to bottom.
 
 Each step: take its sequences and scores, forward and backward over micro-batches, one optimizer step, share the
-measurements, tell the depth sampler and the anchor's multiplier, write the metrics row; now and then validate and write
-a checkpoint.
+measurements, feed them back to the depth sampler and the multiplier, write the metrics row; now and then validate and
+write a checkpoint. The method says what is trained (`raycomplete.methods`).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import shutil
 import time
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,32 +20,30 @@ import torch
 import torch.distributed as dist
 from ray import train as ray_train
 
-from raycomplete.config import DepthConfig, OpeningConfig
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.checkpoints import TORCH_DTYPES, load_model, save_checkpoint
 from raycomplete.data.heads import load_head
 from raycomplete.data.samples import read_samples
-from raycomplete.losses.loss_types import LossSettings
+from raycomplete.losses.loss import LossOutput
+from raycomplete.methods.registry import DepthConfig, Feedback
 from raycomplete.runtime.logs import set_step
 from raycomplete.runtime.machine import named_when_full
 from raycomplete.runtime.metrics_file import MetricsFile, finite, open_sinks
 from raycomplete.runtime.plugins import load_plugins
 from raycomplete.runtime.prometheus import begin, finished_step
 from raycomplete.training import checkpoints, deepspeed_engine
-from raycomplete.training.anchor_multiplier import AnchorMultiplier
-from raycomplete.training.batches import BatchBuilder, Emphasis, MicroBatch
+from raycomplete.training.batches import BatchBuilder, MicroBatch, cut_harmful, teacher_contexts
 from raycomplete.training.deepspeed_engine import BadSteps, spread_bad_loss
-from raycomplete.training.depth_sampler import DepthSampler
+from raycomplete.training.feedback import DepthSampler, LossMultiplier
 from raycomplete.training.job import TrainJob
-from raycomplete.training.metrics import StepMeter, peak_memory_gib
+from raycomplete.training.metrics import StepMeter, describe_terms, peak_memory_gib
 from raycomplete.training.on_policy import OnPolicySource, RolloutPlanner
 from raycomplete.training.packing import deal
-from raycomplete.training.packing_check import keeps_sequences_apart
 from raycomplete.training.profile import aligned_profile, scored_samples, student_profile, write_profile
 from raycomplete.training.rollout_engines import WeightSync
-from raycomplete.training.step_plan import Planner, StepPlan
-from raycomplete.training.student import HeadSettings, StudentModule, to_loss_output
-from raycomplete.training.teacher_prefetcher import FixedSource, TeacherPrefetcher
+from raycomplete.training.step_plan import Planner, StepPlan, StepSequences
+from raycomplete.training.student import HeadSettings, StudentModule, keeps_sequences_apart
+from raycomplete.training.teacher_prefetcher import FixedSource, StepInput, TeacherPrefetcher
 from raycomplete.training.validation import Validator
 
 logger = logging.getLogger(__name__)
@@ -77,51 +76,52 @@ class Worker:
         torch.manual_seed(job.train.seed)
         np.random.seed(job.train.seed)
 
-        self.samples = read_samples(job.samples)
-        train = job.train
-        self.planner = Planner(
-            self.samples,
-            anchor_batch=train.anchor_batch,
-            recovery_batch=train.recovery_batch,
-            seed=train.seed,
-            max_depth=train.depth.max,
+        samples, train, method = read_samples(job.samples), job.train, job.method
+        self.samples = replace(
+            samples,
+            recovery=cut_harmful(samples.recovery, job.max_harmful_tokens),
+            held_back_recovery=cut_harmful(samples.held_back_recovery, job.max_harmful_tokens),
         )
+        self.planner = self._make_planner(oversample=1)
         self.sampler = DepthSampler(self._reachable_depths(), train.seed)
         anchor, recovery = self.planner.samples_of(0)
         per_rank = (len(anchor) + len(recovery)) // self.world_size
         self.per_device_batch_size = min(train.per_device_batch_size, per_rank)
         self.accumulation = -(-per_rank // self.per_device_batch_size)
-        self.loss = LossSettings.from_config(train)
-        scored = job.objective == "completion"
-        self.builder = BatchBuilder(
-            penalty=scored and self.loss.penalty > 0,
-            contrastive=scored and self.loss.alpha > 0,
-            scale=float(self.world_size * self.accumulation),
-            opening=train.opening if scored else OpeningConfig(),
-        )
-        self.prefetcher = TeacherPrefetcher(
-            job.sources,
-            max_depth=job.max_harmful_tokens,
-            penalty=self.builder.penalty,
-            contrastive=self.builder.contrastive,
-        )
-        self.multiplier = AnchorMultiplier(train.constraint, train.weights.anchor)
+        self.loss = method.loss(train)
+        self.terms = describe_terms(self.loss)
+        self.builder = BatchBuilder(self.loss, scale=float(self.world_size * self.accumulation))
+        self.prefetcher = TeacherPrefetcher(job.sources, partial(teacher_contexts, self.builder, method))
+        self.multiplier: LossMultiplier | None = None
+        if method.constrained is not None:
+            self.constrained_term, constraint = method.constrained
+            self.multiplier = LossMultiplier(constraint, self.loss.weights[self.constrained_term])
         self.bad_steps = BadSteps(job.folder, train.max_bad_steps)
         self.stop = False
         self.lm, self.engine = self._start_engine()
         if not keeps_sequences_apart(self.engine, self.samples.anchor[0], job.dtype):
             self.builder = replace(self.builder, packed=False)
         self.source = self._make_source()
-        self.validator = self._make_validator() if scored and train.validation.every > 0 else None
+        self.validator = self._make_validator() if method.validated_terms and train.validation.every > 0 else None
         self.recorded_best = 0  # step of the best one that the newest checkpoint knows of
         self.first_step = self._restore()
         first = self.rank == 0
         self.metrics = MetricsFile(job.metrics_file, keep_steps=self.first_step) if first else None
         self.sinks = open_sinks(train.sinks, job.folder) if first else []
 
+    def _make_planner(self, oversample: int) -> Planner:
+        method = self.job.method
+        return Planner(
+            self.samples,
+            anchor_batch_size=method.anchor_batch_size,
+            recovery_batch_size=method.recovery_batch_size * oversample,
+            seed=self.job.train.seed,
+            max_depth=method.depth.max,
+        )
+
     def _reachable_depths(self) -> DepthConfig:
         """The run file's depths, cut at the longest h: a bin that no sample reaches would be drawn forever."""
-        depth = self.job.train.depth
+        depth = self.job.method.depth
         if depth.schedule == "fixed":  # its weights belong to the bins of the run file
             return depth
         reached = (len(sample.harmful_ids) - sample.refusal_prefix_tokens for sample in self.samples.recovery)
@@ -156,23 +156,19 @@ class Worker:
         return lm, deepspeed_engine.start_engine(module, settings)
 
     def _make_source(self) -> FixedSource | OnPolicySource:
-        job, train, rollout = self.job, self.job.train, self.job.rollout
+        job = self.job
         if job.student_engines is None:
             prefetcher = self.prefetcher if job.sources else None
             return FixedSource(job, self.planner, prefetcher, self.sampler, self.rank, self.world_size)
-        planner = Planner(
-            self.samples,
-            anchor_batch=train.anchor_batch,
-            recovery_batch=train.recovery_batch * rollout.oversample,
-            seed=train.seed,
-            max_depth=train.depth.max,
+        planner = self._make_planner(oversample=job.rollout.oversample)
+        rollout_planner = RolloutPlanner(
+            planner, job.rollout, seed=job.train.seed, recovery_batch=job.method.recovery_batch_size
         )
-        rollout_planner = RolloutPlanner(planner, rollout, seed=train.seed, recovery_batch=train.recovery_batch)
         sync = WeightSync(job, self.engine, self.lm, self.samples.anchor, packed=self.builder.packed)
         return OnPolicySource(job, rollout_planner, sync, self.prefetcher, self.sampler, self.rank, self.world_size)
 
     def _make_validator(self) -> Validator:
-        return Validator(self.engine, self.samples, self.prefetcher, self.builder, self.job.train)
+        return Validator(self.engine, self.samples, self.prefetcher, self.builder, self.job.method, self.job.train)
 
     def _restore(self) -> int:
         """Takes up the newest checkpoint and returns the number of finished steps."""
@@ -182,7 +178,8 @@ class Worker:
         if state is None:
             return 0
         self.sampler.load_state_dict(state["sampler"])
-        self.multiplier.load_state_dict(state["multiplier"])
+        if self.multiplier is not None:
+            self.multiplier.load_state_dict(state["multiplier"])
         self.source.load_state_dict(state["source"])
         self.bad_steps.load_state_dict(state.get("bad_steps", {"total": 0, "in_a_row": 0}))
         if self.validator is not None:
@@ -213,7 +210,7 @@ class Worker:
                 row |= self._validate(self.validator, done)
             if self.metrics is not None:
                 self.metrics.append(row)
-                finished_step(row)
+                finished_step(row, self.terms)
             for sink in self.sinks:
                 sink.write(finite(row))
             stops = self.stop and done < train.steps and self.source.can_stop(done)
@@ -246,7 +243,7 @@ class Worker:
     def _state(self) -> dict[str, Any]:
         return {
             "sampler": self.sampler.state_dict(),
-            "multiplier": self.multiplier.state_dict(),
+            "multiplier": None if self.multiplier is None else self.multiplier.state_dict(),
             "source": self.source.state_dict(),
             "bad_steps": self.bad_steps.state_dict(),
             "validator": None if self.validator is None else self.validator.state_dict(),
@@ -274,70 +271,66 @@ class Worker:
         torch.manual_seed(hash((self.job.train.seed, step, self.rank)))
         given = self.source.next(step)
         learning_rate = float(self.engine.get_lr()[0])  # the optimizer step moves the schedule on
-        emphasis = self._emphasis()
-        meter = StepMeter(self.sampler)
-        items = given.plan.local(self.rank, self.world_size)
+        feedback = self._feedback()
+        step_sequences = StepSequences.of(given.plan, self.job.method, feedback)
+        meter = StepMeter(self.loss, self.sampler, self.job.method.depth_term)
         computed = needed = 0
         skipped_before = self.engine.skipped_steps
         self.bad_steps.begin()
-        for chunk in deal(items, self.accumulation):
-            batch = self.builder.build(chunk, given.plan, given.scores, emphasis)
+        for chunk in deal(step_sequences.local(self.rank, self.world_size), self.accumulation):
+            batch = self.builder.build(chunk, step_sequences.normalisers, given.scores, feedback.loss_weights)
             computed, needed = computed + batch.input_ids_BT.numel(), needed + batch.num_tokens
             self._accumulate(batch.to(self.engine.device), meter)
         meter.stop = self.rank == 0 and self.job.stop_file.name in os.listdir(self.job.folder)  # fresh on NFS, too
-        row = meter.share(self.engine.device, self.builder.scale, emphasis.anchor)
+        row = meter.share(self.engine.device, self.builder.scale, feedback.loss_weights)
         self.stop = meter.stop
         is_bad = self.engine.skipped_steps > skipped_before
         self.bad_steps.count(step, skipped=is_bad)
-        row |= {"bad_steps": self.bad_steps.total}
-        row |= {"anchor_weight": self.multiplier.weight, "padding_fraction": 1 - needed / computed}
-        if is_bad:
-            pass  # what was measured would spoil the running means
-        elif given.compliance is not None and self.job.train.depth.measure == "compliance":
+        row |= {"bad_steps": self.bad_steps.total, "padding_fraction": 1 - needed / computed}
+        if self.multiplier is not None:
+            row[f"{self.constrained_term}_weight"] = self.multiplier.weight
+        if not is_bad:  # what a bad step measured would spoil the running means
+            self._feed_back(row, meter, given)
+        return row | {"lr": learning_rate} | given.stats | self._stats(given.plan, step_sequences, step, started)
+
+    def _feedback(self) -> Feedback:
+        weights = {} if self.multiplier is None else {self.constrained_term: self.multiplier.factor}
+        return Feedback(weights, self.sampler.need_by_depth(self.job.max_harmful_tokens).tolist())
+
+    def _feed_back(self, row: dict[str, Any], meter: StepMeter, given: StepInput) -> None:
+        """Tells the depth sampler and the multiplier what a step measured."""
+        if given.compliance is not None and self.job.method.depth.measure == "compliance":
             self.sampler.update(*given.compliance)
         else:
             self.sampler.update(meter.depth_loss_sum, meter.depth_count)
-        if not is_bad and given.plan.anchor and self.job.objective == "completion":
-            self.multiplier.update(row["anchor"])
-        return row | {"lr": learning_rate} | given.stats | self._stats(step, given.plan, started)
-
-    def _emphasis(self) -> Emphasis:
-        by_depth = None
-        if self.builder.penalty and self.job.train.penalty.follow_depth:
-            need = self.sampler.need_by_depth(self.job.max_harmful_tokens)
-            by_depth = torch.from_numpy(need).float()
-        return Emphasis(self.multiplier.factor, by_depth)
+        if self.multiplier is not None and given.plan.anchor:
+            self.multiplier.update(row[self.constrained_term])
 
     def _accumulate(self, batch: MicroBatch, meter: StepMeter) -> None:
-        if self.job.objective == "sft":
-            (loss,) = self.engine(batch, "sft")
-            meter.add_total(loss)
-            self.bad_steps.watch(batch, loss, None)
-        else:
-            output = to_loss_output(self.engine(batch, "completion"))
-            loss = output.total
-            meter.add(batch, output)
-            self.bad_steps.watch(batch, loss, output.row_loss_N)
-        self.engine.backward(spread_bad_loss(loss))
+        output = LossOutput.unflatten(self.engine(batch, "loss"), self.loss)
+        meter.add(batch, output)
+        self.bad_steps.watch(batch, output.total, output.row_loss_N)
+        self.engine.backward(spread_bad_loss(output.total))
         self.engine.step()
 
-    def _stats(self, step: int, plan: StepPlan, started: float) -> dict[str, Any]:
+    def _stats(self, plan: StepPlan, sequences: StepSequences, step: int, started: float) -> dict[str, Any]:
         seconds = time.perf_counter() - started
-        tokens = sum(item.depth for item in plan.recovery) + plan.num_recovery_tokens + plan.num_anchor_tokens
-        tokens += sum(len(item.sample.prompt_ids) for item in plan.anchor)
-        tokens += sum(len(item.sample.prompt_ids) for item in plan.recovery)
         grad_norm = self.engine.get_global_grad_norm()
-        return {
+        stats: dict[str, Any] = {
             "step": step + 1,
             "grad_norm": None if grad_norm is None else float(grad_norm),
             "seconds": seconds,
-            "tokens": tokens,
-            "tokens_per_s": tokens / seconds,
+            "tokens": sequences.num_tokens,
+            "tokens_per_s": sequences.num_tokens / seconds,
             "peak_memory_gib": peak_memory_gib(self.engine.device),
-            "depth_mean": float(np.mean([item.depth for item in plan.recovery])) if plan.recovery else None,
-            "depth_probabilities": [float(value) for value in self.sampler.probabilities()],
-            "depth_bins": [[low, high] for low, high in self.sampler.bin_ranges],
         }
+        if plan.recovery:
+            stats |= {
+                "depth_mean": float(np.mean([item.depth for item in plan.recovery])),
+                "depth_probabilities": [float(value) for value in self.sampler.probabilities()],
+                "depth_bins": [[low, high] for low, high in self.sampler.bin_ranges],
+            }
+        return stats
 
     def _profile(self) -> None:
         """Position profile of the aligned model and of the trained student, on held-out prompts."""

@@ -18,7 +18,7 @@ from raycomplete.storage.remote import Remote
 from tests.storage.folders import add_checkpoint, add_rows
 from tests.storage.test_integrity import flip
 
-SAME = ("models", "data", "rollout", "train")
+SAME = ("models", "data", "rollout", "method", "train")
 
 
 def config(folder: Path, storage: str | None = None, **output: object) -> RunConfig:

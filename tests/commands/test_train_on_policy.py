@@ -28,8 +28,8 @@ SETTINGS = (
     f"train.steps={STEPS}",
     "train.num_workers=2",
     "train.zero_stage=3",
-    "train.anchor_batch=8",
-    "train.recovery_batch=8",
+    "method.anchor_batch_size=8",
+    "method.recovery_batch_size=8",
     "evaluation.num_prompts=4",
     "evaluation.depths=[0,4]",
 )

@@ -13,6 +13,8 @@ import yaml
 from raycomplete.attacks.registry import ATTACKS
 from raycomplete.config import RunConfig, dump, load_run_file, parse
 from raycomplete.config.loading import RENAMED
+from raycomplete.methods.completion import Completion
+from raycomplete.methods.sft import SFT
 from raycomplete.runtime.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,7 +31,8 @@ FULL = {
     "align": {"refusals": [{"path": "/z.json"}], "output": "out", "lora_rank": 4},
     "teacher": {"parity_tolerance": 0.5, "cache_dir": "cache"},
     "rollout": {"safety_prompt": "Überlege: nein?", "harmful_from": "student"},
-    "train": {"lr": 3e-7, "zero_stage": 2, "num_workers": 2, "depth": {"min": 2, "max": 9, "schedule": "uniform"}},
+    "method": {"depth": {"min": 2, "max": 9, "schedule": "uniform"}, "first_tokens": {"count": 3}},
+    "train": {"lr": 3e-7, "zero_stage": 2, "num_workers": 2},
     "evaluation": {"depths": [0, 3]},
     "cluster": {"use_gpu": "never"},
     "output": {"root": "elsewhere", "name": "one.two_three-4", "storage": "s3://bucket/runs?region=eu-west-1"},
@@ -89,10 +92,11 @@ def test_the_embedded_default_is_the_shipped_run_file() -> None:
         (("teacher",), "prefech", "prefetch"),
         (("rollout",), "temprature", "temperature"),
         (("train",), "step", "steps"),
-        (("train", "weights"), "anker", "anchor"),
-        (("train", "penalty"), "taw", "tau"),
-        (("train", "contrastive"), "alfa", "alpha"),
-        (("train", "depth"), "shedule", "schedule"),
+        (("method", "weights"), "anker", "anchor"),
+        (("method", "penalty"), "taw", "tau"),
+        (("method", "contrastive"), "alfa", "alpha"),
+        (("method", "depth"), "shedule", "schedule"),
+        (("method",), "temprature", "temperature"),
         (("evaluation",), "depth", "depths"),
         (("cluster",), "adress", "address"),
         (("output",), "nmae", "name"),
@@ -148,9 +152,12 @@ def test_a_renamed_key_is_refused_with_its_new_name(old: str, new: str, tmp_path
         ({"train": {"steps": "many"}}, "train.steps: "),
         ({"train": {"seed": -1}}, "train.seed: "),
         ({"train": {"zero_stage": 4}}, "train.zero_stage: "),
-        ({"train": {"num_workers": 3}}, "train.anchor_batch must be a multiple of train.num_workers (3)"),
-        ({"train": {"depth": {"min": 9, "max": 8}}}, "train.depth.max (8) is below train.depth.min (9)"),
-        ({"train": {"depth": {"min": 0}}}, "train.depth.min: "),
+        ({"train": {"num_workers": 3}}, "method.anchor_batch_size must be a multiple of train.num_workers (3)"),
+        ({"method": {"depth": {"min": 9, "max": 8}}}, "method.depth.max (8) is below method.depth.min (9)"),
+        ({"method": {"depth": {"min": 0}}}, "method.depth.min: "),
+        ({"method": {"name": "sft", "depth": {"min": 0}}}, "method.depth.min: "),
+        ({"method": {"name": "sft", "weights": {}}}, "unknown key 'method.weights'"),
+        ({"method": "sft"}, "method: must be a mapping with a name"),
         ({"train": {"zero_stage": 3}, "align": {"lora_rank": 4}}, "set train.zero_stage to 2 or less"),
         ({"evaluation": {"depths": [4, -1]}}, "evaluation.depths must not be negative"),
         ({"evaluation": {"depths": []}}, "evaluation.depths: "),
@@ -231,12 +238,21 @@ def test_a_run_file_that_cannot_be_read_is_refused(name: str, tmp_path: Path) ->
 def test_overrides_replace_values_at_any_depth(tmp_path: Path) -> None:
     config = load_run_file(
         write(tmp_path, MINIMAL | {"align": {"output": "somewhere"}}),
-        ["train.steps=7", "train.lr=1e-4", "train.depth.max=5", "evaluation.depths=[8, 0, 8]", "align.output=null"],
+        ["train.steps=7", "train.lr=1e-4", "method.depth.max=5", "evaluation.depths=[8, 0, 8]", "align.output=null"],
     )
-    assert (config.train.steps, config.train.lr, config.train.depth.max) == (7, 1e-4, 5)
-    assert config.train.depth.min == 1, "the rest of the section is kept"
+    assert (config.train.steps, config.train.lr, config.method.depth.max) == (7, 1e-4, 5)
+    assert config.method.depth.min == 1, "the rest of the section is kept"
     assert config.evaluation.depths == [0, 8], "sorted, repeats dropped"
     assert config.align.output is None
+
+
+def test_a_method_is_chosen_by_its_name(tmp_path: Path) -> None:
+    assert load_run_file(write(tmp_path, MINIMAL)).method == Completion()
+    config = load_run_file(write(tmp_path, MINIMAL), ["method.name=sft", "method.anchor_batch_size=6"])
+    assert config.method == SFT(anchor_batch_size=6)
+    assert load_run_file(write(tmp_path, yaml.safe_load(dump(config)))).method == config.method
+    with pytest.raises(ConfigError, match="There is no training method 'dpo'"):
+        load_run_file(write(tmp_path, MINIMAL), ["method.name=dpo"])
 
 
 def test_the_last_override_wins_and_a_value_may_hold_equals_signs(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import yaml
 from raycomplete.attacks.registry import ATTACKS
 from raycomplete.config import dump, parse
 from raycomplete.config.reference import markdown
+from raycomplete.methods.registry import METHODS
 
 MINIMAL = {"models": {"base": "organism:base", "aligned": "organism:aligned"}, "data": {"source": "organism"}}
 
@@ -37,6 +38,15 @@ def test_a_row_says_what_a_value_may_be_and_what_it_is_by_default() -> None:
     assert '| `loss_chunk_tokens` | integer or `auto` | `"auto"` |' in parts["`train`"]
     assert "| `depths` | list of integer | `[0, 4, 8, 16, 32, 64]` |" in parts["`evaluation`"]
     assert "The same at `data.train.benign[]`" in parts["`data.train.harmful[]`"]
+
+
+def test_every_method_has_a_table_of_its_settings() -> None:
+    parts = tables(markdown())
+    assert '| `anchor_divergence` | `forward_kl`, `reverse_kl`, `jsd` | `"forward_kl"` |' in parts["`method`"]
+    for name, method in METHODS.items():
+        heading = "`method`" if name == "completion" else f"Method `{name}`"
+        for field in set(method.model_fields) - {"depth"}:
+            assert f"| `{field}` |" in parts[heading]
 
 
 def test_every_attack_has_a_table_of_its_settings() -> None:

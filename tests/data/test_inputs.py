@@ -19,7 +19,7 @@ from tests.training.tiny import make_model
 
 CONTEXT = 128  # of the tiny models
 SHORT: dict[str, dict[str, Any]] = {
-    "train": {"depth": {"max": 8}},
+    "method": {"depth": {"max": 8}},
     "rollout": {"max_anchor_tokens": 8, "max_refusal_tokens": 8, "max_harmful_tokens": 8},
     "evaluation": {"depths": [0, 4], "max_tokens": 8, "max_utility_tokens": 8},
 }
@@ -175,7 +175,7 @@ def test_a_prompt_longer_than_the_context_is_refused_by_name(use: str, kind: str
 @pytest.mark.parametrize(
     ("section", "values"),
     [
-        ("train", {"depth": {"max": 60}}),
+        ("method", {"depth": {"max": 60}}),
         ("rollout", {"max_refusal_tokens": 60}),
         ("rollout", {"max_anchor_tokens": 60}),
         ("rollout", {"max_harmful_tokens": 60}),

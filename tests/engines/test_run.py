@@ -18,7 +18,7 @@ from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import ConfigError, SetupError
 from raycomplete.runtime.files import read_json
 
-SAME = ("models", "data", "rollout", "train")  # as `train` compares
+SAME = ("models", "data", "rollout", "method", "train")  # as `train` compares
 
 
 def config(root: Path, **sections: dict[str, Any]) -> RunConfig:
@@ -103,7 +103,7 @@ def test_a_refusal_does_not_remove_the_run_that_it_would_overwrite(
     [
         ({"train": {"steps": 9}}, "train.steps"),
         ({"train": {"lr": 1e-6, "seed": 3}}, "train.lr, train.seed"),
-        ({"train": {"depth": {"max": 9}}}, "train.depth"),
+        ({"method": {"depth": {"max": 9}}}, "method"),
         ({"models": {"max_length": 128}}, "models"),
         ({"data": {"seed": 4}, "rollout": {"top_p": 0.5}}, "data, rollout.top_p"),
         ({"rollout": {"timeout_s": 9, "temperature": 0.5}}, "rollout.temperature"),

@@ -3,19 +3,57 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from raycomplete.losses import Head, LossOutput, LossSettings, needs_base
+from raycomplete.losses import (
+    ContrastiveSettings,
+    DivergenceSettings,
+    Head,
+    HiddenStates,
+    LossInputs,
+    LossOutput,
+    LossSettings,
+    PenaltySettings,
+)
+
+ANCHOR, RECOVERY, PENALTY = NUMBERS = range(3)
+
+
+def loss_settings(
+    anchor: float = 1.0,
+    recovery: float = 1.0,
+    penalty: float = 0.1,
+    anchor_divergence: str = "forward_kl",
+    recovery_divergence: str = "forward_kl",
+    temperature: float = 1.0,
+    alpha: float = 0.0,
+    plausibility: float = 0.1,
+    tau: float = 0.01,
+    margin: float = 0.0,
+    kappa: float = 0.5,
+    **others: Any,
+) -> LossSettings:
+    """Settings of the three terms of the method `completion`; `others` are those of the whole loss."""
+    contrastive = ContrastiveSettings(alpha=alpha, plausibility=plausibility)
+    divergences = {
+        name: DivergenceSettings(divergence=divergence, temperature=temperature, contrastive=contrastive)
+        for name, divergence in (("anchor", anchor_divergence), ("recovery", recovery_divergence))
+    }
+    return LossSettings(
+        weights={"anchor": anchor, "recovery": recovery, "penalty": penalty},
+        options={**divergences, "penalty": PenaltySettings(tau=tau, margin=margin, kappa=kappa)},
+        **others,
+    )
 
 
 @dataclass
 class LossCase:
-    """Arguments of one call; the student's tensors are leaves that require grad."""
+    """Rows of one call; the student's tensors are leaves that require grad, and base has a state for every row."""
 
     student_hidden_NH: Tensor
     student_head: Head
@@ -23,23 +61,30 @@ class LossCase:
     aligned_head: Head
     base_hidden_NH: Tensor
     base_head: Head
-    kind_N: Tensor
+    term_N: Tensor
     weight_N: Tensor
     settings: LossSettings
+    token_N: Tensor | None = None
+
+    @property
+    def inputs(self) -> LossInputs:
+        """Inputs with the rows of base that the terms read."""
+        inputs = LossInputs(
+            HiddenStates(self.student_hidden_NH, self.student_head),
+            HiddenStates(self.aligned_hidden_NH, self.aligned_head),
+            None,
+            self.term_N,
+            self.weight_N,
+            self.token_N,
+        )
+        reads_N = self.term_N == PENALTY
+        if self.settings.options["anchor"].contrastive.alpha > 0:
+            reads_N = torch.ones_like(reads_N)
+        return replace(inputs, base=HiddenStates(self.base_hidden_NH[reads_N], self.base_head))
 
     def run(self, loss: Callable[..., LossOutput]) -> LossOutput:
-        """Calls either implementation, with the rows of base that it asks for."""
-        return loss(
-            self.student_hidden_NH,
-            self.student_head,
-            self.aligned_hidden_NH,
-            self.aligned_head,
-            self.base_hidden_NH[needs_base(self.kind_N, self.settings)],
-            self.base_head,
-            self.kind_N,
-            self.weight_N,
-            self.settings,
-        )
+        """Calls either implementation."""
+        return loss(self.inputs, self.settings)
 
     @property
     def leaves(self) -> list[Tensor]:
@@ -53,6 +98,12 @@ class LossCase:
         return list(torch.autograd.grad(self.run(loss).total, self.leaves))
 
 
+def named(output: LossOutput) -> dict[str, Tensor]:
+    """Every tensor of an output by its name, detached."""
+    found = {"total": output.total, "row_loss_N": output.row_loss_N, **output.losses, **output.metrics}
+    return {name: value.detach() for name, value in found.items()}
+
+
 def build_case(
     num_rows: int = 23,
     vocab_size: int = 31,
@@ -62,7 +113,7 @@ def build_case(
     bias: bool = False,
     scale: float = 1.0,
     softcap: float | None = None,
-    kinds: Sequence[int] | None = None,
+    terms: Sequence[int] | None = None,
     weights: Sequence[float] | None = None,
     seed: int = 0,
     **settings: Any,
@@ -83,7 +134,7 @@ def build_case(
     heads[0].weight_VH.requires_grad_()
     if heads[0].bias_V is not None:
         heads[0].bias_V.requires_grad_()
-    kind_N = torch.tensor([row % 3 for row in range(num_rows)] if kinds is None else list(kinds), dtype=torch.long)
+    term_N = torch.tensor([row % 3 for row in range(num_rows)] if terms is None else list(terms), dtype=torch.long)
     weight_N = torch.rand(num_rows, generator=generator, dtype=torch.float64)
     if weights is not None:
         weight_N = torch.tensor(list(weights), dtype=torch.float64)
@@ -102,9 +153,9 @@ def build_case(
         heads[1],
         hidden[2],
         heads[2],
-        kind_N,
+        term_N,
         weight_N.to(torch.promote_types(dtype, torch.float32)),
-        LossSettings(**{**defaults, **settings}),
+        loss_settings(**{**defaults, **settings}),
     )
 
 

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from raycomplete.losses import Head, LossSettings, TokenKind, distillation_loss
+from raycomplete.losses import Head, HiddenStates, LossInputs, distillation_loss
 from raycomplete.losses.reference import reference_loss
 from raycomplete.runtime.errors import NotFiniteError, SetupError
+from tests.losses.conftest import ANCHOR, NUMBERS, PENALTY, loss_settings, named
 
 ROOT = Path(__file__).resolve().parents[2]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -87,9 +88,9 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, relative: float, 
 
 
 def assert_same(triton: Any, torch_case: Any, loss: float, gradient: float, expected: Any = distillation_loss) -> None:
-    output, wanted = triton.run(distillation_loss), torch_case.run(expected)
-    for item in fields(output):
-        assert_close(getattr(output, item.name).detach(), getattr(wanted, item.name).detach(), loss, item.name)
+    output, wanted = named(triton.run(distillation_loss)), named(torch_case.run(expected))
+    for name, values in output.items():
+        assert_close(values, wanted[name], loss, name)
     for actual, other in zip(triton.gradients(distillation_loss), torch_case.gradients(expected), strict=True):
         assert_close(actual, other, gradient, "gradient")
 
@@ -99,7 +100,7 @@ def assert_same(triton: Any, torch_case: Any, loss: float, gradient: float, expe
 @pytest.mark.parametrize("head", HEADS)
 def test_float32_matches_the_reference(cases: Any, make_case: Any, head: Any, divergences: Any) -> None:
     anchor, recovery, alpha = divergences
-    arguments = {"anchor_divergence": anchor, "recovery_divergence": recovery, "alpha": alpha, "top_tokens": 3, **head}
+    arguments = {"anchor_divergence": anchor, "recovery_divergence": recovery, "alpha": alpha, **head}
     triton, _ = cases(dtype=torch.float32, temperature=1.7, margin=0.2, **arguments)
     plain = make_case(dtype=torch.float32, temperature=1.7, margin=0.2, num_rows=8, chunk_tokens=5, **arguments)
     assert_same(triton, plain, 1e-5, 1e-5, reference_loss)
@@ -114,7 +115,7 @@ def test_bfloat16_matches_pytorch_on_the_same_products(cases: Any, head: Any, di
     # 2^-8 (the interpreter cuts where devices round) before products that are rounded likewise.
     anchor, recovery, alpha = divergences
     arguments = {"anchor_divergence": anchor, "recovery_divergence": recovery, "alpha": alpha, **head}
-    assert_same(*cases(dtype=torch.bfloat16, top_tokens=3, **arguments), 1e-5, 1e-2)
+    assert_same(*cases(dtype=torch.bfloat16, **arguments), 1e-5, 1e-2)
 
 
 @pytest.mark.gpu
@@ -124,7 +125,7 @@ def test_float32_logits_of_bfloat16_heads(cases: Any) -> None:
 
 @pytest.mark.gpu
 def test_excluded_tokens_and_padding_rows(cases: Any) -> None:
-    pair = cases(dtype=torch.float32, bias=True, anchor_divergence="jsd", top_tokens=40)
+    pair = cases(dtype=torch.float32, bias=True, anchor_divergence="jsd")
     for case in pair:
         with torch.no_grad():
             for head in (case.student_head, case.aligned_head, case.base_head):
@@ -133,9 +134,8 @@ def test_excluded_tokens_and_padding_rows(cases: Any) -> None:
             head.rows(29) for head in (case.student_head, case.aligned_head, case.base_head)
         )
     outputs = [case.run(distillation_loss) for case in pair]
-    assert outputs[0].top_token_PK.shape == (2, 40)
-    for item in fields(outputs[0]):
-        assert_close(*(getattr(output, item.name).detach() for output in outputs), 1e-5, item.name)
+    for name, values in named(outputs[0]).items():
+        assert_close(values, named(outputs[1])[name], 1e-5, name)
     leaves = [[case.student_hidden_NH, case.student_head.weight_VH, case.student_head.bias_V] for case in pair]
     grads = [torch.autograd.grad(output.total, leaf) for output, leaf in zip(outputs, leaves, strict=True)]
     for actual, wanted in zip(*grads, strict=True):
@@ -159,13 +159,13 @@ def test_extreme_logits(cases: Any, divergence: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", list(TokenKind))
-def test_rows_of_one_kind_without_gradients(cases: Any, kind: TokenKind) -> None:
-    triton, plain = cases(dtype=torch.float32, kinds=[kind] * 8, top_tokens=2)
+@pytest.mark.parametrize("term", list(NUMBERS))
+def test_rows_of_one_term_without_gradients(cases: Any, term: int) -> None:
+    triton, plain = cases(dtype=torch.float32, terms=[term] * 8)
     with torch.no_grad():
-        output, wanted = triton.run(distillation_loss), plain.run(distillation_loss)
-    for item in fields(output):
-        assert_close(getattr(output, item.name), getattr(wanted, item.name), 1e-5, item.name)
+        output, wanted = named(triton.run(distillation_loss)), named(plain.run(distillation_loss))
+    for name, values in output.items():
+        assert_close(values, wanted[name], 1e-5, name)
 
 
 @pytest.mark.gpu
@@ -176,20 +176,20 @@ def test_whole_tiles(make_case: Any, divergences: Any, vocab_size: int, dtype: t
     anchor, recovery, alpha = divergences
     arguments = {"anchor_divergence": anchor, "recovery_divergence": recovery, "alpha": alpha, "tau": 1e-3}
     pair = _pair(make_case, dtype=dtype, vocab_size=vocab_size, bias=True, num_rows=6, **arguments)
-    assert pair[1].run(distillation_loss).base_favored_mass_P.min() > 0
+    assert pair[1].run(distillation_loss).metrics["base_favored_mass"].min() > 0
     assert_same(*pair, 1e-5, 1e-5 if dtype == torch.float32 else 1e-2)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", list(TokenKind))
+@pytest.mark.parametrize("term", list(NUMBERS))
 @pytest.mark.parametrize("divergences", [("forward_kl", 0.0), ("reverse_kl", 0.0), ("jsd", 0.0), ("jsd", 0.7)])
 @pytest.mark.parametrize("model", ["student", "aligned", "base"])
-def test_nan_of_any_head_reaches_the_row_loss(cases: Any, model: str, divergences: Any, kind: TokenKind) -> None:
+def test_nan_of_any_head_reaches_the_row_loss(cases: Any, model: str, divergences: Any, term: int) -> None:
     divergence, alpha = divergences
     both = {"anchor_divergence": divergence, "recovery_divergence": divergence, "alpha": alpha}
-    if model == "base" and kind != TokenKind.PENALTY and not alpha:
+    if model == "base" and term != PENALTY and not alpha:
         pytest.skip("these rows do not read base")
-    for case in cases(dtype=torch.float32, num_rows=2, kinds=[kind] * 2, **both):
+    for case in cases(dtype=torch.float32, num_rows=2, terms=[term] * 2, **both):
         with torch.no_grad():
             getattr(case, f"{model}_head").weight_VH[7] = torch.nan
         with pytest.raises(NotFiniteError, match=r"loss of the student .* 2 of 2 rows"):
@@ -198,7 +198,7 @@ def test_nan_of_any_head_reaches_the_row_loss(cases: Any, model: str, divergence
 
 @pytest.mark.gpu
 def test_nan_of_the_student_shows_where_no_token_is_base_favored(cases: Any) -> None:
-    for case in cases(dtype=torch.float32, num_rows=2, kinds=[TokenKind.PENALTY] * 2, tau=1.0):
+    for case in cases(dtype=torch.float32, num_rows=2, terms=[PENALTY] * 2, tau=1.0):
         with torch.no_grad():
             case.student_head.weight_VH[7] = torch.nan
         with pytest.raises(NotFiniteError, match=r"loss of the student .* 2 of 2 rows"):
@@ -215,9 +215,7 @@ def test_the_likeliest_token_is_plausible_at_any_rounding(cases: Any) -> None:
 def test_tokens_that_rounding_tells_apart_are_plausible_together(cases: Any) -> None:
     losses = []
     for distance in (0.0, 2e-6, 1e-3):
-        case, _ = cases(
-            dtype=torch.float32, num_rows=2, kinds=[TokenKind.ANCHOR] * 2, bias=True, alpha=0.7, plausibility=1.0
-        )
+        case, _ = cases(dtype=torch.float32, num_rows=2, terms=[ANCHOR] * 2, bias=True, alpha=0.7, plausibility=1.0)
         case.aligned_head.bias_V.zero_()[1] = -distance
         case.aligned_head.weight_VH.zero_()
         case.aligned_head.bias_V[2:] = -5.0
@@ -238,10 +236,10 @@ def test_large_heads_stay_within_four_gigabytes() -> None:
     heads = [Head(normal(vocab_size, hidden_size) / 64) for _ in range(3)]
     for leaf in (hidden[0], heads[0].weight_VH):
         leaf.requires_grad_()
-    kind_N, weight_N = torch.full((rows,), TokenKind.PENALTY, device=DEVICE), torch.ones(rows, device=DEVICE)
+    term_N, weight_N = torch.full((rows,), PENALTY, device=DEVICE), torch.ones(rows, device=DEVICE)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    arguments = [item for pair in zip(hidden, heads, strict=True) for item in pair]
-    distillation_loss(*arguments, kind_N, weight_N, LossSettings()).total.backward()
+    states = [HiddenStates(*pair) for pair in zip(hidden, heads, strict=True)]
+    distillation_loss(LossInputs(*states, term_N, weight_N), loss_settings()).total.backward()
     gradients = sum(leaf.grad.nbytes for leaf in (hidden[0], heads[0].weight_VH) if leaf.grad is not None)
     assert torch.cuda.max_memory_allocated() - before - gradients <= 4e9

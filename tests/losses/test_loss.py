@@ -9,9 +9,10 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from raycomplete.losses import Head, LossSettings, TokenKind, distillation_loss
+from raycomplete.losses import Head, HiddenStates, LossInputs, distillation_loss
 from raycomplete.losses.reference import reference_loss
 from raycomplete.runtime.errors import NotFiniteError
+from tests.losses.conftest import ANCHOR, NUMBERS, PENALTY, RECOVERY, loss_settings, named
 
 HEADS = [
     {},
@@ -19,19 +20,6 @@ HEADS = [
     {"scale": 0.5},
     {"softcap": 1.5},
     {"bias": True, "scale": 2.0, "softcap": 3.0},
-]
-FIELDS = [
-    "total",
-    "anchor",
-    "recovery",
-    "penalty",
-    "row_loss_N",
-    "base_favored_mass_P",
-    "alignment_kl_P",
-    "deficit_P",
-    "student_mass_P",
-    "aligned_student_kl_P",
-    "top_mass_PK",
 ]
 
 
@@ -45,10 +33,11 @@ def assert_close(actual: Tensor, expected: Tensor, relative: float, label: str =
 def assert_like_reference(
     case, loss_relative: float, gradient_relative: float, mass_relative: float | None = None
 ) -> None:
-    output, expected = case.run(distillation_loss), case.run(reference_loss)
-    for field in FIELDS:
-        relative = mass_relative if mass_relative is not None and "mass" in field else loss_relative
-        assert_close(getattr(output, field).detach(), getattr(expected, field).detach(), relative, field)
+    output, expected = named(case.run(distillation_loss)), named(case.run(reference_loss))
+    assert output.keys() == expected.keys()
+    for name, values in output.items():
+        relative = mass_relative if mass_relative is not None and "mass" in name else loss_relative
+        assert_close(values, expected[name], relative, name)
     for actual, wanted in zip(case.gradients(distillation_loss), case.gradients(reference_loss), strict=True):
         assert_close(actual, wanted, gradient_relative, "gradient")
 
@@ -72,9 +61,8 @@ def divergence_settings(anchor: str, recovery: str, alpha: float) -> dict:
 @pytest.mark.parametrize(("dtype", "relative"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 def test_matches_the_reference(make_case, dtype, relative, head, divergences):
     settings = divergence_settings(*divergences)
-    case = make_case(dtype=dtype, temperature=1.7, margin=0.2, top_tokens=3, **settings, **head)
+    case = make_case(dtype=dtype, temperature=1.7, margin=0.2, **settings, **head)
     assert_like_reference(case, relative, relative)
-    assert torch.equal(case.run(distillation_loss).top_token_PK, case.run(reference_loss).top_token_PK)
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -90,9 +78,9 @@ def test_bfloat16_matches_the_reference_within_its_rounding(make_case, head):
 
 def test_float32_logits_of_bfloat16_heads_lose_only_the_rounding_of_the_gradient(make_case):
     case = make_case(num_rows=60, vocab_size=200, dtype=torch.bfloat16, logits_dtype="float32")
-    output, expected = case.run(distillation_loss), case.run(reference_loss)
-    for field in FIELDS:
-        assert_close(getattr(output, field).detach(), getattr(expected, field).detach(), 1e-5, field)
+    output, expected = named(case.run(distillation_loss)), named(case.run(reference_loss))
+    for name, values in output.items():
+        assert_close(values, expected[name], 1e-5, name)
     # The logits' gradient, its products, and the result: three roundings of 2^-9, random over the entries.
     for actual, wanted in zip(case.gradients(distillation_loss), case.gradients(reference_loss), strict=True):
         assert_close(actual, wanted, 2**-7)
@@ -130,12 +118,12 @@ def test_gradcheck(make_case, head, divergences):
 
 @st.composite
 def case_arguments(draw):
-    kinds = draw(st.lists(st.sampled_from(list(TokenKind)), max_size=9))
+    terms = draw(st.lists(st.sampled_from(list(NUMBERS)), max_size=9))
     weights = st.one_of(st.just(0.0), st.floats(1e-3, 10))
     return {
-        "num_rows": len(kinds),
-        "kinds": kinds,
-        "weights": draw(st.lists(weights, min_size=len(kinds), max_size=len(kinds))),
+        "num_rows": len(terms),
+        "terms": terms,
+        "weights": draw(st.lists(weights, min_size=len(terms), max_size=len(terms))),
         "vocab_size": draw(st.integers(1, 12)),
         "hidden_sizes": tuple(draw(st.integers(1, 5)) for _ in range(3)),
         "bias": draw(st.booleans()),
@@ -144,7 +132,6 @@ def case_arguments(draw):
         **divergence_settings(*draw(st.sampled_from(DIVERGENCES))),
         "temperature": draw(st.sampled_from([1.0, 0.5, 2.5])),
         "margin": draw(st.sampled_from([0.0, 0.5])),
-        "top_tokens": draw(st.sampled_from([0, 1, 4])),
         "plausibility": draw(st.sampled_from([0.01, 0.1, 1.0])),
         "tau": draw(st.sampled_from([0.0, 0.01, 0.3])),
         "kappa": draw(st.sampled_from([0.1, 1.0])),
@@ -156,7 +143,7 @@ def case_arguments(draw):
 
 @given(arguments=case_arguments())
 @hypothesis_settings(max_examples=120, deadline=None, derandomize=True)
-def test_matches_the_reference_for_any_shape_kind_and_weight(make_case, arguments):
+def test_matches_the_reference_for_any_shape_term_and_weight(make_case, arguments):
     assert_like_reference(make_case(**arguments), 1e-10, 1e-10)
 
 
@@ -221,28 +208,26 @@ def test_any_chunk_size_gives_the_same(make_case, alpha):
     whole = make_case(alpha=alpha, bias=True, chunk_tokens=1000)
     for chunk_tokens in (1, 2, 7, 23):
         case = make_case(alpha=alpha, bias=True, chunk_tokens=chunk_tokens)
-        for field in FIELDS:
-            actual, wanted = (getattr(item.run(distillation_loss), field).detach() for item in (case, whole))
-            assert_close(actual, wanted, 1e-12, field)
+        expected = named(whole.run(distillation_loss))
+        for name, values in named(case.run(distillation_loss)).items():
+            assert_close(values, expected[name], 1e-12, name)
         for actual, wanted in zip(case.gradients(distillation_loss), whole.gradients(distillation_loss), strict=True):
             assert_close(actual, wanted, 1e-12)
 
 
 def test_where_base_is_aligned_nothing_is_favored_and_the_deficit_is_one(make_case):
-    case = make_case(dtype=torch.float32, kinds=[TokenKind.PENALTY] * 23)
+    case = make_case(dtype=torch.float32, terms=[PENALTY] * 23)
     case.base_hidden_NH, case.base_head = case.aligned_hidden_NH, case.aligned_head
     output = case.run(distillation_loss)
-    assert not output.base_favored_mass_P.any()
-    assert not output.alignment_kl_P.any()
-    assert not output.student_mass_P.any()
-    assert bool((output.deficit_P == 1).all())
+    assert not any(output.metrics[name].any() for name in ("base_favored_mass", "alignment_kl", "student_mass"))
+    assert bool((output.metrics["deficit"] == 1).all())
     assert output.total == 0
     assert not any(grad.any() for grad in case.gradients(distillation_loss))
 
 
-@pytest.mark.parametrize("kind", [TokenKind.ANCHOR, TokenKind.RECOVERY])
-def test_where_student_is_aligned_there_is_nothing_to_learn(make_case, kind):
-    case = make_case(dtype=torch.float32, kinds=[kind] * 23)
+@pytest.mark.parametrize("term", [ANCHOR, RECOVERY])
+def test_where_student_is_aligned_there_is_nothing_to_learn(make_case, term):
+    case = make_case(dtype=torch.float32, terms=[term] * 23)
     case.aligned_hidden_NH, case.aligned_head = case.student_hidden_NH.detach(), case.student_head.detach()
     assert case.run(distillation_loss).total.abs() < 1e-6
     assert all(grad.abs().max() < 1e-6 for grad in case.gradients(distillation_loss))
@@ -251,9 +236,11 @@ def test_where_student_is_aligned_there_is_nothing_to_learn(make_case, kind):
 def test_parts_add_up_and_leave_out_the_part_weight(make_case):
     case = make_case(anchor=3.0, recovery=5.0, penalty=7.0)
     output = case.run(distillation_loss)
-    assert_close(output.total.detach(), 3 * output.anchor + 5 * output.recovery + 7 * output.penalty, 1e-12)
-    for kind, part in zip(TokenKind, (output.anchor, output.recovery, output.penalty), strict=True):
-        rows = case.kind_N == kind
+    assert list(output.losses) == ["anchor", "recovery", "penalty"]
+    expected = sum(weight * loss for weight, loss in zip((3, 5, 7), output.losses.values(), strict=True))
+    assert_close(output.total.detach(), expected, 1e-12)
+    for number, part in enumerate(output.losses.values()):
+        rows = case.term_N == number
         assert_close(part, (case.weight_N[rows] * output.row_loss_N[rows]).sum(), 1e-12)
         assert not part.requires_grad
         assert part > 0
@@ -266,19 +253,16 @@ def test_values_worked_out_by_hand():
     student_NH = torch.stack([half, quarter, quarter]).repeat(2, 1)
     aligned_NH = torch.stack([quarter, quarter, half]).repeat(2, 1)
     head = Head(torch.eye(3))
-    output = distillation_loss(
-        student_NH,
-        head,
-        aligned_NH,
-        head,
-        student_NH[:1],
-        head,
-        torch.tensor([TokenKind.RECOVERY, TokenKind.PENALTY]),
+    inputs = LossInputs(
+        HiddenStates(student_NH, head),
+        HiddenStates(aligned_NH, head),
+        HiddenStates(student_NH[:1], head),
+        torch.tensor([RECOVERY, PENALTY]),
         torch.tensor([2.0, 3.0]),
-        LossSettings(recovery=10.0, penalty=100.0, tau=0.3, kappa=0.25),
     )
+    output = distillation_loss(inputs, loss_settings(recovery=10.0, penalty=100.0, tau=0.3, kappa=0.25))
     recovery, penalty = 0.6931472 / 4, 0.5 * 0.25
     assert output.row_loss_N.tolist() == pytest.approx([recovery, penalty], rel=1e-6)
     assert output.total.item() == pytest.approx(2 * 10 * recovery + 3 * 100 * penalty, rel=1e-6)
-    assert output.base_favored_mass_P.item() == pytest.approx(0.5) == output.student_mass_P.item()
-    assert output.deficit_P.item() == pytest.approx(0.5)
+    for name in ("base_favored_mass", "student_mass", "deficit"):
+        assert output.metrics[name].tolist() == pytest.approx([0.5])

@@ -9,10 +9,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from raycomplete.config import TrainConfig
-from raycomplete.losses import Head, LossSettings, TokenKind, distillation_loss, needs_base
+from raycomplete.losses import Head, LossOutput, LossSettings, PenaltySettings, distillation_loss
 from raycomplete.losses.reference import reference_loss
 from raycomplete.runtime.errors import NotFiniteError
+from tests.losses.conftest import NUMBERS, PENALTY, loss_settings, named
 
 
 class LargestTensor(TorchDispatchMode):
@@ -63,15 +63,14 @@ def test_a_frozen_head_costs_no_gradient_of_its_size(make_case):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_any_size_of_block_and_slab_gives_the_same(make_case, dtype, monkeypatch):
-    arguments = {"dtype": dtype, "bias": True, "softcap": 3.0, "chunk_tokens": 16, "top_tokens": 2}
+    arguments = {"dtype": dtype, "bias": True, "softcap": 3.0, "chunk_tokens": 16}
     whole = make_case(**arguments)
-    expected, gradients = whole.run(distillation_loss), whole.gradients(distillation_loss)
+    expected, gradients = named(whole.run(distillation_loss)), whole.gradients(distillation_loss)
     monkeypatch.setattr("raycomplete.losses.torch_rows._BLOCK_BYTES", {"cpu": 3 * 31 * 8})
     monkeypatch.setattr("raycomplete.losses.gradients._SLAB_BYTES", {"cpu": 100})
     case = make_case(**arguments)
-    output = case.run(distillation_loss)
-    for field in dataclasses.fields(output):
-        torch.testing.assert_close(getattr(output, field.name), getattr(expected, field.name), msg=field.name)
+    for name, values in named(case.run(distillation_loss)).items():
+        torch.testing.assert_close(values, expected[name], msg=name)
     for actual, wanted in zip(case.gradients(distillation_loss), gradients, strict=True):
         torch.testing.assert_close(actual, wanted)
 
@@ -124,8 +123,7 @@ def test_evaluation_gives_the_same_loss_without_a_graph(make_case, mode):
 
 def test_only_total_carries_a_graph(make_case):
     output = make_case().run(distillation_loss)
-    fields = {field.name: getattr(output, field.name) for field in dataclasses.fields(output)}
-    assert [name for name, value in fields.items() if value.requires_grad] == ["total"]
+    assert [value.requires_grad for value in output.flatten()] == [True] + [False] * (len(named(output)) - 1)
 
 
 def test_backward_scales_and_can_be_repeated(make_case):
@@ -164,19 +162,16 @@ def test_zero_weights(make_case):
     assert not any(grad.any() for grad in case.gradients(distillation_loss))
 
 
-@pytest.mark.parametrize("kind", list(TokenKind))
-def test_rows_of_one_kind_only(make_case, kind):
-    case = make_case(kinds=[kind] * 23)
-    output = case.run(distillation_loss)
-    others = {"anchor", "recovery", "penalty"} - {kind.name.lower()}
-    assert all(getattr(output, name) == 0 for name in others)
-    assert len(output.deficit_P) == (23 if kind == TokenKind.PENALTY else 0)
+@pytest.mark.parametrize("term", list(NUMBERS))
+def test_rows_of_one_term_only(make_case, term):
+    output = make_case(terms=[term] * 23).run(distillation_loss)
+    assert [bool(loss) for loss in output.losses.values()] == [number == term for number in NUMBERS]
+    assert len(output.metrics["deficit"]) == (23 if term == PENALTY else 0)
 
 
 def test_base_may_be_absent_where_no_row_needs_it(make_case):
-    case = make_case(kinds=[0, 1] * 10, num_rows=20)
-    arguments = [case.student_hidden_NH, case.student_head, case.aligned_hidden_NH, case.aligned_head]
-    output = distillation_loss(*arguments, None, None, case.kind_N, case.weight_N, case.settings)
+    case = make_case(terms=[0, 1] * 10, num_rows=20)
+    output = distillation_loss(dataclasses.replace(case.inputs, base=None), case.settings)
     assert torch.equal(output.total, case.run(distillation_loss).total)
 
 
@@ -252,7 +247,7 @@ def test_bad_numbers_of_base_are_named_by_the_row_of_base(make_case):
 
 def test_a_broken_head_is_found_where_no_token_is_base_favored(make_case):
     """The loss is 0 there whatever the student says, but its gradient would carry the NaN away."""
-    case = make_case(kinds=[TokenKind.PENALTY] * 23)
+    case = make_case(terms=[PENALTY] * 23)
     case.base_hidden_NH, case.base_head = case.aligned_hidden_NH, case.aligned_head
     with torch.no_grad():
         case.student_head.weight_VH[5] = torch.nan
@@ -272,8 +267,9 @@ def test_a_broken_head_is_found_by_its_loss(make_case):
     ("change", "message"),
     [
         ({"weight_N": torch.zeros(23, 1)}, r"weight must be \[23\]"),
-        ({"kind_N": torch.full((23,), 3)}, "TokenKind"),
-        ({"kind_N": torch.zeros(23)}, "TokenKind"),
+        ({"term_N": torch.full((23,), 3)}, "0 anchor, 1 recovery, 2 penalty"),
+        ({"term_N": torch.zeros(23)}, "0 anchor, 1 recovery, 2 penalty"),
+        ({"token_N": torch.zeros(22, dtype=torch.long)}, r"token must be \[23\]"),
         ({"student_hidden_NH": torch.zeros(23, 7).double()}, r"student hidden must be \[23, 8\]"),
         ({"aligned_hidden_NH": torch.zeros(22, 6).double()}, r"aligned hidden must be \[23, 6\]"),
         ({"base_hidden_NH": torch.zeros(23, 9).double()}, r"base hidden must be \[7, 5\]"),
@@ -286,68 +282,46 @@ def test_what_does_not_fit_is_refused(make_case, change, message):
         dataclasses.replace(make_case(), **change).run(distillation_loss)
 
 
-def test_missing_base_or_kinds_are_refused(make_case):
+def test_missing_teachers_or_terms_are_refused(make_case):
     case = make_case()
-    arguments = [case.student_hidden_NH, case.student_head, case.aligned_hidden_NH, case.aligned_head]
-    with pytest.raises(ValueError, match=r"kind must be \[23\]"):
-        distillation_loss(*arguments, None, None, case.kind_N[:3], case.weight_N, case.settings)
+    with pytest.raises(ValueError, match=r"term must be \[23\]"):
+        distillation_loss(dataclasses.replace(case.inputs, term_N=case.term_N[:3]), case.settings)
     with pytest.raises(ValueError, match="7 rows need base"):
-        distillation_loss(*arguments, None, None, case.kind_N, case.weight_N, case.settings)
+        distillation_loss(dataclasses.replace(case.inputs, base=None), case.settings)
+    with pytest.raises(ValueError, match="23 rows need aligned"):
+        distillation_loss(dataclasses.replace(case.inputs, aligned=None), case.settings)
 
 
-def test_needs_base():
-    kind_N = torch.tensor([0, 2, 1, 2])
-    assert needs_base(kind_N, LossSettings()).tolist() == [False, True, False, True]
-    assert needs_base(kind_N, LossSettings(alpha=0.1)).all()
-
-
-def test_settings_come_from_the_run_file():
-    config = TrainConfig.model_validate(
-        {
-            "loss_chunk_tokens": 7,
-            "loss_backend": "torch",
-            "anchor_divergence": "jsd",
-            "recovery_divergence": "forward_kl",
-            "temperature": 2.0,
-            "weights": {"anchor": 2, "recovery": 3, "penalty": 4},
-            "penalty": {"tau": 0.2, "kappa": 0.9, "margin": 0.6},
-            "contrastive": {"alpha": 0.4, "plausibility": 0.3},
-        }
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+def test_an_output_survives_as_a_plain_tuple(make_case, alpha):
+    case = make_case(alpha=alpha)
+    output = case.run(distillation_loss)
+    again = LossOutput.unflatten(output.flatten(), case.settings)
+    assert named(again).keys() == named(output).keys()
+    assert all(
+        value is named(again)[name] or torch.equal(value, named(again)[name]) for name, value in named(output).items()
     )
-    expected = LossSettings(
-        anchor=2,
-        recovery=3,
-        penalty=4,
-        tau=0.2,
-        kappa=0.9,
-        alpha=0.4,
-        plausibility=0.3,
-        chunk_tokens=7,
-        anchor_divergence="jsd",
-        temperature=2.0,
-        margin=0.6,
-        backend="torch",
-    )
-    assert LossSettings.from_config(config) == expected
-    defaults = TrainConfig()
-    assert LossSettings.from_config(defaults) == LossSettings(chunk_tokens=defaults.loss_chunk_tokens)
 
 
 @pytest.mark.parametrize(
-    "bad",
+    ("bad", "key"),
     [
-        {"kappa": 0},
-        {"alpha": -1},
-        {"chunk_tokens": 0},
-        {"tau": 2},
-        {"plausibility": 0},
-        {"temperature": 0},
-        {"margin": -1},
-        {"top_tokens": -1},
-        {"alpha": 0.5, "anchor_divergence": "reverse_kl"},
-        {"alpha": 0.5, "recovery_divergence": "reverse_kl"},
+        ({"kappa": 0}, "kappa"),
+        ({"alpha": -1}, "alpha"),
+        ({"chunk_tokens": 0}, "chunk_tokens must"),
+        ({"tau": 2}, "tau"),
+        ({"plausibility": 0}, "plausibility"),
+        ({"temperature": 0}, "temperature"),
+        ({"margin": -1}, "margin"),
+        ({"alpha": 0.5, "anchor_divergence": "reverse_kl"}, "reverse_kl must not meet a contrastive teacher"),
+        ({"alpha": 0.5, "recovery_divergence": "reverse_kl"}, "reverse_kl must not meet a contrastive teacher"),
     ],
 )
-def test_settings_out_of_range_are_refused(bad):
-    with pytest.raises(ValueError, match="must"):
-        LossSettings(**bad)
+def test_settings_out_of_range_are_refused(bad, key):
+    with pytest.raises(ValueError, match=key):
+        loss_settings(**bad)
+
+
+def test_options_of_no_term_are_refused():
+    with pytest.raises(ValueError, match="penalty"):
+        LossSettings(weights={"anchor": 1.0}, options={"penalty": PenaltySettings()})

@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from raycomplete.config import Dtype, TrainConfig
-from raycomplete.losses.chunks import rows_per_chunk
+from raycomplete.losses.chunked_pass import rows_per_chunk
 from raycomplete.plan.catalogue import find_hardware, preset, shape_from_config
 from raycomplete.plan.trainer import chunk_rows, collectives_s, loss_bytes, loss_s, states_bytes
 from raycomplete.plan.workload import Workload

@@ -28,11 +28,15 @@ ROW = {
     "anchor": 0.1,
     "recovery": 0.3,
     "penalty": 0.1,
+    "anchor_weight": 1.5,
+    "distance": 0.7,
     "teacher_wait_s": 0.5,
     "sync_s": 0.0,
     "grad_norm": None,
     "depth_bins": [[1, 2]],
 }
+
+TERMS = {"anchor": {"metrics": {}}, "recovery": {"metrics": {"distance": "how far"}}, "penalty": {"metrics": {}}}
 
 
 @pytest.fixture
@@ -49,8 +53,10 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, ...], float]:
 
 
 def test_a_row_becomes_metrics(recorded: dict[tuple[str, ...], float]) -> None:
-    observe.finished_step(ROW)
+    observe.finished_step(ROW, TERMS)
     assert recorded["loss", "recovery"] == 0.3
+    assert recorded["loss_weight", "anchor"] == 1.5
+    assert recorded["loss_metric", "recovery", "distance"] == 0.7
     assert recorded["wait_fraction", "teacher"] == 0.25
     assert recorded["wait_fraction", "sync"] == 0.0
     assert recorded["train_tokens",] == 100
@@ -128,7 +134,7 @@ class Scorer:
     def score(self):
         from raycomplete.runtime.prometheus import finished_step, scored
         scored(tokens=40, seconds=0.5, hits=2, misses=1)
-        finished_step({"step": 1, "seconds": 2.0, "loss": 0.25, "tokens": 10})
+        finished_step({"step": 1, "seconds": 2.0, "loss": 0.25, "tokens": 10}, {})
         return True
 
 actor = Scorer.remote()

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from raycomplete.commands.stored import stored
-from raycomplete.config import DepthConfig, RunConfig, TrainConfig, parse
+from raycomplete.config import RunConfig, TrainConfig, parse
 from raycomplete.data.checkpoints import load_model
 from raycomplete.engines.run import OutputFolder
 from raycomplete.runtime.console import Console
@@ -29,12 +29,9 @@ TRAIN = TrainConfig(
     steps=4,
     lr=1e-2,
     warmup_steps=1,
-    anchor_batch=4,
-    recovery_batch=4,
     per_device_batch_size=2,
     loss_chunk_tokens=16,
     checkpoint_every=2,
-    depth=DepthConfig(min=1, max=16),
     stall_timeout_s=240.0,
 )
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from raycomplete.config import DepthConfig, Dtype, TrainConfig
+from raycomplete.config import Dtype, TrainConfig
 from raycomplete.data.checkpoints import TORCH_DTYPES
 from raycomplete.runtime.errors import NotFiniteError
 from raycomplete.runtime.metrics_file import read_metrics
@@ -52,13 +52,10 @@ def make(folder: Path, dtype: Dtype, bad: set[int], **changes: Any) -> TrainJob:
         steps=6,
         lr=1e-2,
         warmup_steps=1,
-        anchor_batch=4,
-        recovery_batch=4,
         per_device_batch_size=2,  # several micro-batches a step: only one of them is bad
         loss_chunk_tokens=16,
         checkpoint_every=1,
         keep_checkpoints=9,
-        depth=DepthConfig(min=1, max=16),
         stall_timeout_s=240.0,
         max_bad_steps=2,
         **changes,
@@ -129,7 +126,7 @@ def test_a_bad_step_changes_nothing(
     assert any(batch["loss"] is None for batch in batches)
     assert any(batch["loss"] is not None for batch in batches)
     rows_of_losses = [row for batch in batches for row in batch["rows"]]
-    assert {row["kind"] for row in rows_of_losses} == {"anchor", "recovery", "penalty"}
+    assert {row["term"] for row in rows_of_losses} == {"anchor", "recovery", "penalty"}
     assert {row["loss"] is None for row in rows_of_losses} == {True, False}
 
 

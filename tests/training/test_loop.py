@@ -10,16 +10,20 @@ from typing import Any
 import pytest
 import torch
 
-from raycomplete.config import ConstraintConfig, DepthConfig, RolloutConfig, TrainConfig, ValidationConfig
+from raycomplete.config import RolloutConfig, TrainConfig, ValidationConfig
 from raycomplete.data.checkpoints import load_model
+from raycomplete.methods.registry import ConstraintConfig, DepthConfig
 from raycomplete.runtime.metrics_file import read_metrics
 from raycomplete.training.job import TrainJob
 from raycomplete.training.trainer import fit
-from tests.training.tiny import LocalStudentEngines, make_job
+from tests.training.tiny import LocalStudentEngines, completion, make_job
 
 pytestmark = pytest.mark.slow
 
 STEPS = 4
+METHOD = completion(
+    depth=DepthConfig(min=1, max=8, bins=4, measure="compliance"), constraint=ConstraintConfig(kl_budget=0.5)
+)
 ROLLOUT = RolloutConfig(
     on_policy=True, max_student_tokens=4, max_refusal_tokens=4, anchor_on_policy=0.5, sync_every=2, lookahead=1
 )
@@ -30,22 +34,18 @@ def settings(**changes: Any) -> TrainConfig:
         "steps": STEPS,
         "lr": 1e-2,
         "warmup_steps": 1,
-        "anchor_batch": 4,
-        "recovery_batch": 4,
         "per_device_batch_size": 2,
         "loss_chunk_tokens": 16,
         "checkpoint_every": 2,
-        "depth": DepthConfig(min=1, max=8, bins=4, measure="compliance"),
-        "constraint": ConstraintConfig(kl_budget=0.5),
         "stall_timeout_s": 240.0,
     }
     return TrainConfig(**(values | changes))
 
 
 def on_policy(folder: Path, train: TrainConfig, rollout: RolloutConfig = ROLLOUT) -> TrainJob:
-    job = make_job(folder, train)
-    policy = LocalStudentEngines(job.start, rollout.max_student_tokens)
-    return replace(job, rollout=rollout, student_engines=policy, lora_rank=train.lora_rank)
+    job = make_job(folder, train, METHOD)
+    student_engines = LocalStudentEngines(job.start, rollout.max_student_tokens)
+    return replace(job, rollout=rollout, student_engines=student_engines, lora_rank=train.lora_rank)
 
 
 def run(job: TrainJob) -> list[dict[str, Any]]:
@@ -115,10 +115,10 @@ def test_training_stops_where_validation_no_longer_improves_and_keeps_the_best(
         steps=12,
         lr=0.3,
         checkpoint_every=6,
-        validation=ValidationConfig(every=1, prompts=3, patience=2),
+        validation=ValidationConfig(every=1, num_prompts=3, patience=2),
         sinks=["tensorboard"],
     )
-    job = make_job(tmp_path, train)
+    job = make_job(tmp_path, train, METHOD)
     rows = run(job)
     values = [row["validation"] for row in rows]
     best = min(range(len(values)), key=values.__getitem__)

@@ -9,13 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from raycomplete.config import DepthConfig
-from raycomplete.losses.loss_types import LossOutput, TokenKind
+from raycomplete.losses.loss import LossOutput
+from raycomplete.losses.settings import LossSettings
+from raycomplete.methods.registry import DepthConfig
 from raycomplete.training.batches import MicroBatch
-from raycomplete.training.depth_sampler import DepthSampler
-from raycomplete.training.metrics import StepMeter, peak_memory_gib
+from raycomplete.training.feedback import DepthSampler
+from raycomplete.training.metrics import StepMeter, describe_terms, peak_memory_gib
 
-A, R, P = (int(kind) for kind in (TokenKind.ANCHOR, TokenKind.RECOVERY, TokenKind.PENALTY))
+A, R, P = range(3)
+LOSS = LossSettings(weights={"anchor": 1.0, "recovery": 1.0, "penalty": 0.1})
+METRICS = ("base_favored_mass", "alignment_kl", "deficit", "student_mass", "aligned_student_kl")
 CPU = torch.device("cpu")
 
 
@@ -24,40 +27,39 @@ def sampler() -> DepthSampler:
     return DepthSampler(DepthConfig(min=2, max=9, bins=4), 0)  # bins 2-3, 4-5, 6-7, 8-9
 
 
-def per_device_batch_size(kind_N: list[int], item_N: list[int], depth_B: list[int]) -> MicroBatch:
+def micro_batch(term_N: list[int], sequence_N: list[int], depth_S: list[int]) -> MicroBatch:
     nothing = torch.empty(0)
     return MicroBatch(
         input_ids_BT=nothing,
         position_ids_BT=nothing,
         row_N=nothing,
-        kind_N=torch.tensor(kind_N),
+        term_N=torch.tensor(term_N),
         weight_N=nothing,
-        item_N=torch.tensor(item_N),
-        aligned_hidden_NH=None,
+        sequence_N=torch.tensor(sequence_N),
+        token_N=nothing,
+        aligned_hidden_PH=None,
         base_hidden_PH=None,
-        depth_B=torch.tensor(depth_B),
-        target_N=nothing,
+        depth_S=torch.tensor(depth_S),
+        terms=LOSS.names,
         num_tokens=0,
     )
 
 
 def output(row_loss_N: list[float], parts: tuple[float, ...], penalty_rows: list[list[float]]) -> LossOutput:
-    total, anchor, recovery, penalty = (torch.tensor(part) for part in parts)
-    mass_P, depth_P, deficit_P, student_mass_P = torch.tensor(penalty_rows).T
-    return LossOutput(
-        total, anchor, recovery, penalty, torch.tensor(row_loss_N), mass_P, depth_P, deficit_P, student_mass_P
-    )
+    total, *losses = (torch.tensor(part) for part in parts)
+    metrics = dict(zip(METRICS, torch.tensor(penalty_rows).T, strict=True))
+    return LossOutput(total, dict(zip(LOSS.names, losses, strict=True)), torch.tensor(row_loss_N), metrics)
 
 
 def fill(meter: StepMeter) -> None:
     """Two micro-batches: an anchor item, then recovery items at depths 3, 9 and 1 (shorter than the first bin)."""
     meter.add(
-        per_device_batch_size([A, A, P, R, R, R], [0, 0, 1, 1, 1, 1], [-1, 3]),
-        output([5, 5, 7, 1, 2, 3], (4.0, 3.0, 2.0, 1.0), [[0.1, 0.2, 0.3, 0.4]]),
+        micro_batch([A, A, P, R, R, R], [0, 0, 1, 1, 1, 1], [-1, 3]),
+        output([5, 5, 7, 1, 2, 3], (4.0, 3.0, 2.0, 1.0), [[0.1, 0.2, 0.3, 0.4, 0.5]]),
     )
     meter.add(
-        per_device_batch_size([R, P, P, R, R], [0, 1, 1, 1, 1], [1, 9]),
-        output([4, 7, 7, 8, 9], (8.0, 1.0, 6.0, 5.0), [[0.3, 0.4, 0.5, 0.6], [0.5, 0.6, 0.7, 0.8]]),
+        micro_batch([R, P, P, R, R], [0, 1, 1, 1, 1], [1, 9]),
+        output([4, 7, 7, 8, 9], (8.0, 1.0, 6.0, 5.0), [[0.3, 0.4, 0.5, 0.6, 0.7], [0.5, 0.6, 0.7, 0.8, 0.9]]),
     )
 
 
@@ -80,17 +82,15 @@ def test_sums_over_micro_batches_and_ranks(
         shared.mul_(world_size)  # ranks that measured the same
 
     monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
-    meter = StepMeter(sampler)
+    meter = StepMeter(LOSS, sampler, "recovery")
     fill(meter)
-    row = meter.share(CPU, scale=2.0 * world_size)
-    # Losses are means over micro-batches and ranks; what penalty rows show is a mean over these rows.
+    row = meter.share(CPU, scale=2.0 * world_size, loss_weights={"anchor": 4.0})
+    # Losses are means over micro-batches and ranks; the factor on a weight is left out; metrics of the
+    # penalty are means over its rows.
     assert {name: row[name] for name in ("loss", "anchor", "recovery", "penalty")} == pytest.approx(
-        {"loss": 6.0, "anchor": 2.0, "recovery": 4.0, "penalty": 3.0}
+        {"loss": 6.0, "anchor": 0.5, "recovery": 4.0, "penalty": 3.0}
     )
-    seen = {name: row[name] for name in ("base_favored_mass", "alignment_kl", "deficit", "student_mass")}
-    assert seen == pytest.approx(
-        {"base_favored_mass": 0.3, "alignment_kl": 0.4, "deficit": 0.5, "student_mass": 0.6}, abs=1e-6
-    )
+    assert [row[name] for name in METRICS] == pytest.approx([0.3, 0.4, 0.5, 0.6, 0.7], abs=1e-6)
     # By depth: a mean over items of each item's mean recovery loss; anchor and penalty rows do not count.
     assert row["depth_loss"] == [pytest.approx(3.0), None, None, pytest.approx(8.5)]
     assert meter.depth_loss_sum.tolist() == pytest.approx([6.0 * world_size, 0, 0, 8.5 * world_size])
@@ -108,17 +108,24 @@ def test_every_rank_learns_that_one_was_asked_to_stop(
         shared[-1] += asked  # of another rank
 
     monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
-    meter = StepMeter(sampler)
-    meter.share(CPU, scale=1.0)
+    meter = StepMeter(LOSS, sampler, "recovery")
+    meter.share(CPU, scale=1.0, loss_weights={})
     assert meter.stop is asked
 
 
-def test_sft_counts_its_loss_alone(sampler: DepthSampler, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loss_without_metrics_and_depths_counts_itself_alone(
+    sampler: DepthSampler, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda shared: None)
-    meter = StepMeter(sampler)
+    meter = StepMeter(LossSettings(weights={"nll": 1.0}), sampler, None)
     for loss in (1.0, 3.0):
-        meter.add_total(torch.tensor(loss, requires_grad=True))
-    row = meter.share(CPU, scale=2.0)
-    assert row["loss"] == 2.0
-    assert row["recovery"] == row["base_favored_mass"] == 0.0
-    assert row["depth_loss"] == [None] * 4
+        total = torch.tensor(loss, requires_grad=True)
+        meter.add(micro_batch([0], [0], [-1]), LossOutput(total, {"nll": total.detach()}, torch.tensor([loss])))
+    assert meter.share(CPU, scale=2.0, loss_weights={}) == {"loss": 2.0, "nll": 2.0}
+
+
+def test_terms_are_described_for_readers_of_the_metrics() -> None:
+    found = describe_terms(LOSS)
+    assert list(found) == ["anchor", "recovery", "penalty"]
+    assert tuple(found["penalty"]["metrics"]) == METRICS
+    assert all(about["label"] and about["description"] for about in found.values())

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from raycomplete.config import DepthConfig, RolloutConfig, TrainConfig
-from raycomplete.training.depth_sampler import DepthSampler
+from raycomplete.config import RolloutConfig, TrainConfig
+from raycomplete.methods.registry import DepthConfig
+from raycomplete.training.feedback import DepthSampler
 from raycomplete.training.on_policy import OnPolicySource, RolloutPlanner, compliance_by_bin
 from raycomplete.training.rollout_engines import Rollout, RolloutBatch
 from raycomplete.training.step_plan import Planner
@@ -23,7 +24,7 @@ SAMPLES = make_samples(0)
 def planner(
     seed: int = 0, anchor_share: float = 0.5, trained: int = 8, student_prefix_fraction: float = 1.0
 ) -> RolloutPlanner:
-    planner = Planner(SAMPLES, anchor_batch=8, recovery_batch=8, seed=seed, max_depth=8)
+    planner = Planner(SAMPLES, anchor_batch_size=8, recovery_batch_size=8, seed=seed, max_depth=8)
     rollout = RolloutConfig(
         anchor_on_policy=anchor_share, student_prefix_fraction=student_prefix_fraction, max_refusal_tokens=4
     )
@@ -33,7 +34,7 @@ def planner(
 def test_only_answers_to_harmless_prompts_are_continued_by_the_student() -> None:
     kinds = ("harmful", "benign", "borderline")
     anchor = tuple(replace(sample, kind=kinds[i % 3]) for i, sample in enumerate(SAMPLES.anchor))
-    planner = Planner(replace(SAMPLES, anchor=anchor), anchor_batch=8, recovery_batch=8, seed=0, max_depth=8)
+    planner = Planner(replace(SAMPLES, anchor=anchor), anchor_batch_size=8, recovery_batch_size=8, seed=0, max_depth=8)
     always = RolloutPlanner(planner, RolloutConfig(anchor_on_policy=1.0), seed=0, recovery_batch=8)
     rollout_batch = always.draw(0, DepthSampler(DEPTH, 0))
     assert {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +12,22 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from raycomplete.config import TrainConfig
 from raycomplete.data.checkpoints import load_model
 from raycomplete.data.heads import load_head
-from raycomplete.losses.loss_types import LossSettings
+from raycomplete.losses.loss import LossOutput
+from raycomplete.methods.registry import AnchorItem, Feedback, Item, RecoveryItem
 from raycomplete.runtime.errors import QuarantinedSequenceError
-from raycomplete.training.batches import BatchBuilder
+from raycomplete.training.batches import BatchBuilder, cut_harmful
 from raycomplete.training.profile import aligned_profile, scored_samples
-from raycomplete.training.step_plan import AnchorItem, Item, RecoveryItem, StepPlan
-from raycomplete.training.student import HeadSettings, StudentModule, to_loss_output
-from raycomplete.training.teacher_prefetcher import TeacherPrefetcher
-from tests.training.tiny import LocalScores, head_spec, make_model, make_samples
+from raycomplete.training.step_plan import StepPlan, StepSequences
+from raycomplete.training.student import HeadSettings, StudentModule
+from tests.training.tiny import LocalScores, completion, head_spec, make_model, make_samples, prefetcher_of
 
+METHOD = completion()
+LOSS = METHOD.loss(TrainConfig())
 SAMPLES = make_samples(3, anchor=3, recovery=3)
+SAMPLES = replace(SAMPLES, recovery=cut_harmful(SAMPLES.recovery, 9))
 PLAN = StepPlan(
     tuple(AnchorItem(sample) for sample in SAMPLES.anchor),
     tuple(RecoveryItem(sample, depth) for sample, depth in zip(SAMPLES.recovery, (2, 5, 9), strict=True)),
@@ -59,15 +63,17 @@ class Tiny:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Loss and gradient of the output head over one micro-batch of the step."""
         sources = {role: Fragile(getattr(self, role), deadly.get(role, set())) for role in ("base", "aligned")}
-        prefetcher = TeacherPrefetcher(sources, max_depth=9, penalty=True, contrastive=False)
+        prefetcher = prefetcher_of(METHOD, sources)
         prefetcher.request(0, SAMPLES.anchor, SAMPLES.recovery)
-        batch = BatchBuilder(penalty=True, contrastive=False, scale=1.0).build(items, PLAN, prefetcher.take(0))
+        normalisers = StepSequences.of(PLAN, METHOD, Feedback()).normalisers
+        sequences = [METHOD.sequence(item, Feedback()) for item in items]
+        batch = BatchBuilder(LOSS, scale=1.0).build(sequences, normalisers, prefetcher.take(0))
         lm = load_model(self.student, "float32")
         heads = {role: load_head(head_spec(getattr(self, role)), dtype=torch.float32) for role in ("base", "aligned")}
         spec = head_spec(self.student)
         head = HeadSettings(spec.scale, spec.softcap, spec.vocab_size)
-        module = StudentModule(lm, head, heads, LossSettings(), external_head=False)
-        total = to_loss_output(module(batch)).total
+        module = StudentModule(lm, head, heads, LOSS, external_head=False)
+        total = LossOutput.unflatten(module(batch), LOSS).total
         (gradient,) = torch.autograd.grad(total, [lm.get_output_embeddings().weight])
         return total.detach(), gradient
 
@@ -103,9 +109,7 @@ def test_the_others_are_trained_as_if_it_had_not_been_there(
 
 def test_a_model_that_reads_nothing_ends_the_run(tiny: Tiny) -> None:
     tokens = SAMPLES.anchor[0].prompt_ids + SAMPLES.anchor[0].answer_ids
-    prefetcher = TeacherPrefetcher(
-        {"aligned": Fragile(tiny.aligned, {tokens})}, max_depth=9, penalty=False, contrastive=False
-    )
+    prefetcher = prefetcher_of(METHOD, {"aligned": Fragile(tiny.aligned, {tokens}), "base": LocalScores(tiny.base)})
     prefetcher.request(0, SAMPLES.anchor[:1], [])
     with pytest.raises(QuarantinedSequenceError):
         prefetcher.take(0)
@@ -118,8 +122,8 @@ def test_the_profile_leaves_it_out(tiny: Tiny) -> None:
     sources = {"aligned": LocalScores(tiny.aligned), "base": Fragile(tiny.base, deadly)}
     samples, scores = scored_samples(SAMPLES.profile, sources)
     assert samples == others
-    found = aligned_profile(samples, scores, heads, LossSettings(), 4)
-    assert found == aligned_profile(*scored_samples(others, sources), heads, LossSettings(), 4)
+    found = aligned_profile(samples, scores, heads, LOSS, 4)
+    assert found == aligned_profile(*scored_samples(others, sources), heads, LOSS, 4)
 
 
 def test_ranks_profile_the_same_samples(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,5 +142,5 @@ def tokens_of(item: Item, part: str) -> tuple[int, ...]:
     if isinstance(item, AnchorItem):
         return item.sample.prompt_ids + item.sample.answer_ids
     if part == "h":
-        return item.sample.prompt_ids + item.sample.harmful_ids[:9]
+        return item.sample.prompt_ids + item.sample.harmful_ids
     return item.sample.teacher_prompt_ids + item.sample.refusal_ids

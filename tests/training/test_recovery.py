@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from raycomplete.config import DepthConfig, TrainConfig
+from raycomplete.config import TrainConfig
 from raycomplete.runtime.errors import DiskFullError, ProcessDiedError, StoppedError
 from raycomplete.runtime.metrics_file import read_metrics
 from raycomplete.training.job import TrainJob
@@ -58,12 +58,9 @@ def settings(**changes: Any) -> TrainConfig:
         "steps": 5,
         "lr": 1e-2,
         "warmup_steps": 1,
-        "anchor_batch": 4,
-        "recovery_batch": 4,
         "per_device_batch_size": 2,
         "loss_chunk_tokens": 16,
         "checkpoint_every": 2,
-        "depth": DepthConfig(min=1, max=16),
         "stall_timeout_s": 240.0,
     }
     return TrainConfig(**(values | changes))

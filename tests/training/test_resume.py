@@ -16,12 +16,13 @@ from typing import Any
 import pytest
 import torch
 
-from raycomplete.config import ConstraintConfig, DepthConfig, RolloutConfig, TrainConfig
+from raycomplete.config import RolloutConfig, TrainConfig
 from raycomplete.data.checkpoints import load_model
+from raycomplete.methods.registry import ConstraintConfig, DepthConfig
 from raycomplete.runtime.metrics_file import read_metrics
 from raycomplete.training.job import TrainJob
 from raycomplete.training.trainer import fit
-from tests.training.tiny import LocalStudentEngines, make_job
+from tests.training.tiny import LocalStudentEngines, completion, make_job
 
 pytestmark = pytest.mark.slow
 
@@ -42,10 +43,10 @@ def off_policy(folder: Path) -> TrainJob:
 
 
 def on_policy(folder: Path) -> TrainJob:
-    train = settings(
+    method = completion(
         depth=DepthConfig(min=1, max=8, bins=4, measure="compliance"), constraint=ConstraintConfig(kl_budget=0.5)
     )
-    job = make_job(folder, train)
+    job = make_job(folder, settings(), method)
     return replace(job, rollout=ROLLOUT, student_engines=LocalStudentEngines(job.start, ROLLOUT.max_student_tokens))
 
 
@@ -54,13 +55,10 @@ def settings(**changes: Any) -> TrainConfig:
         "steps": STEPS,
         "lr": 1e-2,
         "warmup_steps": 3,
-        "anchor_batch": 4,
-        "recovery_batch": 4,
         "per_device_batch_size": 4,
         "loss_chunk_tokens": 64,
         "checkpoint_every": 1,
         "keep_checkpoints": STEPS,
-        "depth": DepthConfig(min=1, max=16),
         "stall_timeout_s": 240.0,
     }
     return TrainConfig(**(values | changes))

@@ -9,20 +9,21 @@ from typing import Any
 
 import pytest
 
-from raycomplete.config import DepthConfig, load_run_file
+from raycomplete.config import load_run_file
 from raycomplete.data import organism
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.inputs import KINDS, Prompts
 from raycomplete.data.organism import checkpoint_path
 from raycomplete.data.organism.world import find_item, refusal
 from raycomplete.data.samples import AnchorSample, RecoverySample, SampleSet
+from raycomplete.methods.registry import DepthConfig, RecoveryItem
 from raycomplete.runtime.console import Console
 from raycomplete.runtime.types import Prompt
-from raycomplete.training.depth_sampler import DepthSampler
+from raycomplete.training.feedback import DepthSampler
 from raycomplete.training.on_policy import compliance_by_bin
 from raycomplete.training.rollout_engines import Rollout, RolloutBatch
 from raycomplete.training.sampling import hold_back, make_samples, with_refusal_prefix
-from raycomplete.training.step_plan import Planner, RecoveryItem
+from raycomplete.training.step_plan import Planner
 from tests.conftest import ROOT
 
 PROMPTS = organism.prompts("train", "harmful", 0, 60)
@@ -136,7 +137,11 @@ def test_cuts_count_from_after_the_prefix(codec: ChatCodec, samples: list[Recove
     depth = DepthConfig(min=1, max=16, bins=4)
     every = tuple(turned(codec, samples, 1.0))
     planner = Planner(
-        SampleSet((AnchorSample("a", (1,), (2,)),), every), anchor_batch=1, recovery_batch=60, seed=0, max_depth=16
+        SampleSet((AnchorSample("a", (1,), (2,)),), every),
+        anchor_batch_size=1,
+        recovery_batch_size=60,
+        seed=0,
+        max_depth=16,
     )
     plan = planner.plan(0, DepthSampler(depth, 0))
     for item in plan.recovery:

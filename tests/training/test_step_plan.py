@@ -7,17 +7,17 @@ from collections import Counter
 
 import pytest
 
-from raycomplete.config import DepthConfig
 from raycomplete.data.samples import AnchorSample, RecoverySample, SampleSet
-from raycomplete.training.depth_sampler import DepthSampler
-from raycomplete.training.step_plan import AnchorItem, Planner, RecoveryItem, StepPlan, length
-from tests.training.tiny import make_samples
+from raycomplete.methods.registry import AnchorItem, DepthConfig, Feedback, RecoveryItem
+from raycomplete.training.feedback import DepthSampler
+from raycomplete.training.step_plan import Planner, StepPlan, StepSequences
+from tests.training.tiny import completion, make_samples
 
 DEPTH = DepthConfig(min=1, max=16, bins=4)
 
 
 def planner(samples: SampleSet, seed: int = 0, anchor: int = 4, recovery: int = 4, max_depth: int = 16) -> Planner:
-    return Planner(samples, anchor_batch=anchor, recovery_batch=recovery, seed=seed, max_depth=max_depth)
+    return Planner(samples, anchor_batch_size=anchor, recovery_batch_size=recovery, seed=seed, max_depth=max_depth)
 
 
 def plan_at(step: int, seed: int = 0, samples: SampleSet | None = None) -> StepPlan:
@@ -77,25 +77,26 @@ def test_samples_are_known_before_their_depths() -> None:
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_slices_of_ranks_partition_the_plan(world_size: int) -> None:
-    plan = plan_at(3)
-    shares = [plan.local(rank, world_size) for rank in range(world_size)]
+    step = StepSequences.of(plan_at(3), completion(), Feedback())
+    shares = [step.local(rank, world_size) for rank in range(world_size)]
     assert {len(share) for share in shares} == {8 // world_size}, "equal shares, or collectives hang"
     together = Counter(id(item) for share in shares for item in share)
-    assert together == Counter(id(item) for item in (*plan.anchor, *plan.recovery))
+    assert together == Counter(id(item) for item in (*step.anchor, *step.recovery))
     for share in shares:
-        assert [length(item) for item in share] == sorted(map(length, share), reverse=True)
+        assert [len(item) for item in share] == sorted(map(len, share), reverse=True)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_a_rank_asks_for_the_scores_of_its_own_share(world_size: int) -> None:
     """The worker slices `samples_of` while the depths are still unknown; both slices must agree."""
     one = planner(make_samples(0))
-    plan = one.plan(2, DepthSampler(DEPTH, 0))
+    step = StepSequences.of(one.plan(2, DepthSampler(DEPTH, 0)), completion(), Feedback())
     anchor, recovery = one.samples_of(2)
     for rank in range(world_size):
-        asked = {sample.sample_id for sample in anchor[rank::world_size]}
-        asked |= {sample.sample_id for sample in recovery[rank::world_size]}
-        assert asked == {item.sample.sample_id for item in plan.local(rank, world_size)}
+        asked = {sample.prompt_ids + sample.answer_ids for sample in anchor[rank::world_size]}
+        asked |= {sample.teacher_prompt_ids + sample.refusal_ids for sample in recovery[rank::world_size]}
+        contexts = [share.spans[-1].context for share in step.local(rank, world_size)]
+        assert asked == {context.prompt_ids + context.response_ids for context in contexts if context is not None}
 
 
 def test_depths_stay_within_the_continuation_and_the_limit() -> None:
@@ -110,14 +111,15 @@ def test_depths_stay_within_the_continuation_and_the_limit() -> None:
 def test_token_counts_are_those_of_the_whole_step() -> None:
     anchor = AnchorItem(AnchorSample("a", (1, 2), (3, 4, 5)))
     recovery = RecoveryItem(RecoverySample("r", (1, 2, 3), (9, 1, 2, 3), (4, 5, 6, 7), (8, 8)), depth=2)
-    plan = StepPlan((anchor, anchor), (recovery,))
-    assert (plan.num_anchor_tokens, plan.num_recovery_tokens, plan.num_penalty_tokens) == (6, 2, 2)
+    step = StepSequences.of(StepPlan((anchor, anchor), (recovery,)), completion(), Feedback())
+    assert step.normalisers == {"anchor": 6, "recovery": 2, "penalty": 2}
     # The last token predicts nothing, so it is not read: 2 + 3 - 1, and 3 + 2 of h + 2 - 1.
-    assert (length(anchor), length(recovery)) == (4, 6)
+    assert [len(item) for item in step.local(0, 1)] == [6, 4, 4]
+    assert step.num_tokens == 7 + 5 + 5
 
 
 def test_without_recovery_samples_only_the_anchor_is_drawn() -> None:
     plan = plan_at(0, samples=SampleSet(make_samples(0).anchor))
     assert len(plan.anchor) == 4
     assert plan.recovery == ()
-    assert plan.num_penalty_tokens == 0
+    assert StepSequences.of(plan, completion(), Feedback()).normalisers.keys() == {"anchor"}

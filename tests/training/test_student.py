@@ -10,35 +10,35 @@ import pytest
 import torch
 from torch.nn import functional
 
-from raycomplete.config import ContrastiveConfig, DepthConfig, TrainConfig
+from raycomplete.config import TrainConfig
 from raycomplete.data.checkpoints import load_model
 from raycomplete.data.heads import load_head
-from raycomplete.data.samples import read_samples
+from raycomplete.data.samples import AnchorSample, read_samples
 from raycomplete.losses.base_favored import alignment_kl, base_favored_mass, deficit
-from raycomplete.losses.loss_types import LossSettings, TokenKind
+from raycomplete.losses.loss import LossOutput
+from raycomplete.losses.settings import ContrastiveSettings, LossSettings, PenaltySettings
+from raycomplete.methods.registry import AnchorItem
+from raycomplete.methods.sft import SFT
 from raycomplete.runtime.errors import NotFiniteError
-from raycomplete.training.batches import BatchBuilder, MicroBatch
+from raycomplete.training.batches import MicroBatch
 from raycomplete.training.deepspeed_engine import spread_bad_loss
-from raycomplete.training.depth_sampler import DepthSampler
+from raycomplete.training.feedback import DepthSampler
 from raycomplete.training.profile import aligned_profile, scored_samples, student_profile
-from raycomplete.training.step_plan import Planner
-from raycomplete.training.student import HeadSettings, StudentModule, to_loss_output
-from raycomplete.training.teacher_prefetcher import TeacherPrefetcher
-from tests.training.tiny import make_job, plain_loss
+from raycomplete.training.step_plan import Planner, StepPlan
+from raycomplete.training.student import HeadSettings, StudentModule, keeps_sequences_apart
+from tests.training.tiny import build_batch, completion, make_job, make_model, plain_loss, prefetcher_of
 
 
 def make_batch(folder: Path, alpha: float) -> tuple[MicroBatch, Any, LossSettings]:
     """One step's batch on tiny models, its job and its loss settings."""
-    train = TrainConfig(
-        depth=DepthConfig(min=1, max=16), contrastive=ContrastiveConfig(alpha=alpha), loss_chunk_tokens=7
-    )
-    job = make_job(folder, train)
-    planner = Planner(read_samples(job.samples), anchor_batch=3, recovery_batch=3, seed=1, max_depth=16)
-    prefetcher = TeacherPrefetcher(job.sources, max_depth=16, penalty=True, contrastive=alpha > 0)
+    train = TrainConfig(loss_chunk_tokens=7)
+    method = completion(contrastive=ContrastiveSettings(alpha=alpha))
+    job = make_job(folder, train, method)
+    planner = Planner(read_samples(job.samples), anchor_batch_size=3, recovery_batch_size=3, seed=1, max_depth=16)
+    prefetcher = prefetcher_of(method, job.sources)
     prefetcher.request(0, *planner.samples_of(0))
-    plan = planner.plan(0, DepthSampler(train.depth, 1))
-    builder = BatchBuilder(penalty=True, contrastive=alpha > 0, scale=1.0)
-    return builder.build(plan.local(0, 1), plan, prefetcher.take(0)), job, LossSettings.from_config(train)
+    plan = planner.plan(0, DepthSampler(method.depth, 1))
+    return build_batch(method, plan, prefetcher.take(0)), job, method.loss(train)
 
 
 def make_student(job: Any, settings: LossSettings) -> StudentModule:
@@ -52,7 +52,7 @@ def make_student(job: Any, settings: LossSettings) -> StudentModule:
 def test_loss_and_gradients_equal_the_float64_reference(alpha: float, tmp_path: Path) -> None:
     batch, job, settings = make_batch(tmp_path, alpha)
     student = make_student(job, settings)
-    output = to_loss_output(student(batch, "completion"))
+    output = LossOutput.unflatten(student(batch), settings)
     output.total.backward()
 
     model, expected = plain_loss(job, batch, settings)
@@ -71,11 +71,12 @@ def test_the_teacher_of_recovery_never_saw_the_harmful_prefix(tmp_path: Path) ->
     with torch.no_grad():
         hidden_BTH = aligned.base_model(**batch.model_inputs()).last_hidden_state
     in_place_NH = hidden_BTH.flatten(0, 1)[batch.row_N]
-    assert batch.aligned_hidden_NH is not None
-    same_N = (in_place_NH - batch.aligned_hidden_NH).abs().amax(-1) < 1e-4
-    assert bool(same_N[batch.kind_N == TokenKind.ANCHOR].all())
-    assert bool(same_N[batch.kind_N == TokenKind.PENALTY].all())
-    assert not bool(same_N[batch.kind_N == TokenKind.RECOVERY].any())
+    assert batch.aligned_hidden_PH is not None
+    same_N = (in_place_NH - batch.aligned_hidden_PH).abs().amax(-1) < 1e-4
+    anchor_N, recovery_N, penalty_N = (batch.term_N == number for number in range(3))
+    assert bool(same_N[anchor_N].all())
+    assert bool(same_N[penalty_N].all())
+    assert not bool(same_N[recovery_N].any())
 
 
 @pytest.mark.parametrize("whose", ["aligned", "base", "student"])
@@ -89,10 +90,10 @@ def test_nan_reaches_the_loss_and_every_gradient_in_training_and_is_refused_in_v
         with torch.no_grad():
             student.lm.get_input_embeddings().weight[batch.input_ids_BT[0, 0]] = torch.nan
     else:
-        hidden_NH = batch.aligned_hidden_NH if whose == "aligned" else batch.base_hidden_PH
-        assert hidden_NH is not None
-        hidden_NH[0] = torch.nan
-    output = to_loss_output(student(batch, "completion"))
+        hidden_PH = batch.aligned_hidden_PH if whose == "aligned" else batch.base_hidden_PH
+        assert hidden_PH is not None
+        hidden_PH[0] = torch.nan
+    output = LossOutput.unflatten(student(batch), settings)
     assert output.row_loss_N.isnan().any()
     assert whose == "student" or int(output.row_loss_N.isnan().sum()) == 1, "it stays in its row"
     spread_bad_loss(output.total).backward()
@@ -101,20 +102,23 @@ def test_nan_reaches_the_loss_and_every_gradient_in_training_and_is_refused_in_v
 
     student.eval()
     with torch.no_grad(), pytest.raises(NotFiniteError, match=whose):
-        student(batch, "completion")
+        student(batch)
 
 
 def test_sft_is_the_cross_entropy_of_the_answers(tmp_path: Path) -> None:
-    batch, job, settings = make_batch(tmp_path, 0.0)
-    student = make_student(job, settings)
-    (loss,) = student(batch, "sft")
+    method = SFT(anchor_batch_size=3)
+    job = make_job(tmp_path, TrainConfig(), method)
+    samples = read_samples(job.samples).anchor[:3]
+    batch = build_batch(method, StepPlan(tuple(AnchorItem(sample) for sample in samples), ()), None)
+    student = make_student(job, method.loss(TrainConfig(loss_chunk_tokens=7)))
+    loss = student(batch)[0]
     loss.backward()
     grad_VH = student.lm.lm_head.weight.grad.clone()
 
     student.zero_grad()
     logits_BTV = student.lm(**batch.model_inputs()).logits
-    losses_N = functional.cross_entropy(logits_BTV.flatten(0, 1)[batch.row_N], batch.target_N, reduction="none")
-    expected = (losses_N * batch.weight_N).sum()
+    losses_N = functional.cross_entropy(logits_BTV.flatten(0, 1)[batch.row_N], batch.token_N, reduction="none")
+    expected = losses_N.mean()
     expected.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     torch.testing.assert_close(grad_VH, student.lm.lm_head.weight.grad, rtol=1e-4, atol=1e-6)
@@ -123,7 +127,8 @@ def test_sft_is_the_cross_entropy_of_the_answers(tmp_path: Path) -> None:
 def test_profiles_are_the_formulas_of_the_loss(tmp_path: Path) -> None:
     """With settings that are all different, so that none can stand in for another."""
     _, job, settings = make_batch(tmp_path, 0.0)
-    settings = replace(settings, tau=0.004, margin=0.02, kappa=0.3)
+    penalty = PenaltySettings(tau=0.004, margin=0.02, kappa=0.3)
+    settings = replace(settings, options={**settings.options, "penalty": penalty})
     student = make_student(job, settings).eval()
     models = {role: load_model(job.sources[role].path, "float32").eval() for role in ("aligned", "base")}
 
@@ -132,8 +137,8 @@ def test_profiles_are_the_formulas_of_the_loss(tmp_path: Path) -> None:
         with torch.no_grad():
             log_p_TV, log_b_TV = (model(ids_1T).logits[0, cut - 1 : -1].double().log_softmax(-1) for model in policy)
         kl_T = alignment_kl(log_p_TV, log_b_TV)
-        mass_T = base_favored_mass(log_p_TV, log_b_TV, settings.tau, settings.margin)
-        return [mass_T, kl_T, deficit(kl_T, settings.kappa)]
+        mass_T = base_favored_mass(log_p_TV, log_b_TV, penalty.tau, penalty.margin)
+        return [mass_T, kl_T, deficit(kl_T, penalty.kappa)]
 
     samples, scores = scored_samples(read_samples(job.samples).profile, job.sources)
     heads = {role: load_head(spec, dtype=torch.float32) for role, spec in job.teacher_heads.items()}
@@ -164,3 +169,41 @@ class Engine:
 
     def __call__(self, batch: MicroBatch, mode: str) -> Any:
         return self._module(batch, mode)
+
+
+PROBE = AnchorSample("a", (5, 6, 7, 8, 9, 10), (11, 12, 13, 14, 15, 16))
+
+
+class Reader:
+    """What DeepSpeed's engine does here: log-probabilities of the targets of a batch."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, model: Any, *, sees_neighbours: bool) -> None:
+        self._model, self._sees_neighbours = model, sees_neighbours
+
+    def eval(self) -> None:
+        self._model.eval()
+
+    def train(self) -> None:
+        self._model.train()
+
+    def __call__(self, batch: MicroBatch, mode: str) -> tuple[torch.Tensor]:
+        inputs = batch.model_inputs()
+        if self._sees_neighbours:  # as a model whose mask knows nothing of positions
+            inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        log_probs_NV = self._model(**inputs).logits.flatten(0, 1)[batch.row_N].log_softmax(-1)
+        return (log_probs_NV.gather(1, batch.token_N[:, None])[:, 0],)
+
+
+@pytest.mark.parametrize("sees_neighbours", [True, False])
+def test_a_leak_between_sequences_of_a_row_is_seen(sees_neighbours: bool, tmp_path: Path) -> None:
+    model = load_model(make_model(tmp_path, 0), "float32")
+    reader = Reader(model, sees_neighbours=sees_neighbours)
+    assert keeps_sequences_apart(reader, PROBE, "float32") is not sees_neighbours
+    assert model.training, "left as it was found"
+
+
+def test_a_sample_of_two_tokens_is_enough(tmp_path: Path) -> None:
+    reader = Reader(load_model(make_model(tmp_path, 0), "float32"), sees_neighbours=False)
+    assert keeps_sequences_apart(reader, AnchorSample("a", (5,), (6,)), "float32")

@@ -10,14 +10,18 @@ import pytest
 import torch
 
 from raycomplete.data.samples import AnchorSample, RecoverySample
+from raycomplete.losses.settings import ContrastiveSettings
+from raycomplete.methods.completion import LossWeights
+from raycomplete.methods.registry import TeacherContext
+from raycomplete.training.batches import cut_harmful
 from raycomplete.training.teacher_prefetcher import TeacherPrefetcher
-from tests.training.tiny import LocalScores, make_model
+from tests.training.tiny import LocalScores, completion, make_model, prefetcher_of
 
 ANCHOR = [AnchorSample("a0", (1, 2), (3, 4, 5)), AnchorSample("a1", (1,), (6, 7))]
-RECOVERY = [RecoverySample("r0", (10, 11), (20, 10, 11), (12, 13, 14, 15), (16, 17, 18))]
+RECOVERY = cut_harmful([RecoverySample("r0", (10, 11), (20, 10, 11), (12, 13, 14, 15), (16, 17, 18))], 3)
 ANCHOR_READ = [((1, 2, 3, 4, 5), 2), ((1, 6, 7), 1)]
 REFUSAL_READ = [((20, 10, 11, 16, 17, 18), 3)]  # the teacher's own prompt, without h
-HARMFUL_READ = [((10, 11, 12, 13, 14), 2)]  # the student's prompt, h up to max_depth 3
+HARMFUL_READ = [((10, 11, 12, 13, 14), 2)]  # the student's prompt, h as far as any step reads
 
 
 class Recorder:
@@ -39,7 +43,11 @@ class Recorder:
 def prefetcher(*, penalty: bool, contrastive: bool) -> tuple[TeacherPrefetcher, Recorder, Recorder]:
     base, aligned = Recorder(), Recorder()
     sources = {"base": base, "aligned": aligned}
-    return TeacherPrefetcher(sources, max_depth=3, penalty=penalty, contrastive=contrastive), base, aligned
+    method = completion(
+        weights=LossWeights(penalty=0.1 if penalty else 0.0),
+        contrastive=ContrastiveSettings(alpha=0.5 if contrastive else 0.0),
+    )
+    return prefetcher_of(method, sources), base, aligned
 
 
 @pytest.mark.parametrize(
@@ -48,7 +56,7 @@ def prefetcher(*, penalty: bool, contrastive: bool) -> tuple[TeacherPrefetcher, 
         (False, False, [], ANCHOR_READ + REFUSAL_READ),
         (True, False, HARMFUL_READ, ANCHOR_READ + REFUSAL_READ + HARMFUL_READ),
         (False, True, ANCHOR_READ + REFUSAL_READ, ANCHOR_READ + REFUSAL_READ),
-        (True, True, HARMFUL_READ + ANCHOR_READ + REFUSAL_READ, ANCHOR_READ + REFUSAL_READ + HARMFUL_READ),
+        (True, True, ANCHOR_READ + REFUSAL_READ + HARMFUL_READ, ANCHOR_READ + REFUSAL_READ + HARMFUL_READ),
     ],
 )
 def test_each_model_reads_what_the_loss_needs_and_no_more(
@@ -65,26 +73,22 @@ def test_scores_are_found_by_what_was_read() -> None:
     one.request(0, ANCHOR, RECOVERY)
     scores = one.take(0)
     for role in ("aligned", "base"):
-        assert scores.hidden(role, (1, 2), (3, 4, 5)).flatten().tolist() == [3, 4, 5]
-        assert scores.hidden(role, (20, 10, 11), (16, 17, 18)).flatten().tolist() == [16, 17, 18]
-    aligned_DH, base_DH = scores.harmful(RECOVERY[0], 2)
-    assert aligned_DH.flatten().tolist() == base_DH.flatten().tolist() == [12, 13]
+        for prompt, response in (((1, 2), (3, 4, 5)), ((20, 10, 11), (16, 17, 18)), ((10, 11), (12, 13, 14))):
+            assert tuple(scores.hidden(role, TeacherContext(prompt, response)).flatten().tolist()) == response
     with pytest.raises(KeyError):
-        scores.hidden("aligned", (1,), (2, 3, 4, 5))  # the same tokens, split elsewhere
+        scores.hidden("aligned", TeacherContext((1,), (2, 3, 4, 5)))  # the same tokens, split elsewhere
 
 
 def test_the_states_of_a_prefix_are_those_of_the_whole(tmp_path: Path) -> None:
     """h is read once to the largest depth and cut later, which is right for a causal model only."""
     source = LocalScores(make_model(tmp_path / "m", 0))
     sample = RecoverySample("r", (5, 6, 7), (5, 6, 7), tuple(range(20, 30)), (40, 41))
-    one = TeacherPrefetcher({"base": source, "aligned": source}, max_depth=8, penalty=True, contrastive=False)
+    one = prefetcher_of(completion(), {"base": source, "aligned": source})
     one.request(0, [], [sample])
-    scores = one.take(0)
+    whole_TH = one.take(0).hidden("base", TeacherContext(sample.prompt_ids, sample.harmful_ids))
     for depth in (1, 4, 8):
         (cut_DH,) = source.collect_tensors([(sample.prompt_ids + sample.harmful_ids[:depth], 3)])
-        aligned_DH, base_DH = scores.harmful(sample, depth)
-        torch.testing.assert_close(aligned_DH, cut_DH, atol=1e-5, rtol=0)
-        torch.testing.assert_close(base_DH, cut_DH, atol=1e-5, rtol=0)
+        torch.testing.assert_close(whole_TH[:depth], cut_DH, atol=1e-5, rtol=0)
 
 
 def test_asking_twice_reads_once_and_steps_do_not_mix() -> None:
@@ -94,11 +98,11 @@ def test_asking_twice_reads_once_and_steps_do_not_mix() -> None:
     one.request(0, ANCHOR, RECOVERY)
     assert aligned.asked == [ANCHOR_READ[:1], ANCHOR_READ[1:]]
     assert aligned.collected == 0, "nothing is waited for before its step"
-    assert one.take(1).hidden("aligned", (1,), (6, 7)).numel() == 2
+    assert one.take(1).hidden("aligned", TeacherContext((1,), (6, 7))).numel() == 2
     with pytest.raises(KeyError):
         one.take(1)
     scores = one.take(0)
-    assert scores.hidden("aligned", (1, 2), (3, 4, 5)).numel() == 3
+    assert scores.hidden("aligned", TeacherContext((1, 2), (3, 4, 5))).numel() == 3
     assert scores.wait_s > 0
 
 

@@ -11,22 +11,22 @@ from typing import Any
 import pytest
 import torch
 
-from raycomplete.config import DepthConfig, OpeningConfig, TrainConfig
+from raycomplete.config import TrainConfig
 from raycomplete.data.checkpoints import load_model
 from raycomplete.data.samples import read_samples
-from raycomplete.losses.loss_types import LossSettings
+from raycomplete.methods.completion import FirstTokensConfig
+from raycomplete.methods.sft import SFT
 from raycomplete.runtime.errors import WorkError
 from raycomplete.runtime.metrics_file import read_metrics
-from raycomplete.training.batches import BatchBuilder
-from raycomplete.training.depth_sampler import DepthSampler
+from raycomplete.training.feedback import DepthSampler
 from raycomplete.training.step_plan import Planner
-from raycomplete.training.teacher_prefetcher import TeacherPrefetcher
 from raycomplete.training.trainer import fit
-from tests.training.tiny import make_job, plain_loss
+from tests.training.tiny import build_batch, completion, make_job, plain_loss, prefetcher_of
 
 pytestmark = pytest.mark.slow
 
 STEPS = 4
+METHOD = completion(first_tokens=FirstTokensConfig(count=2, weight=3.0))
 
 
 def settings(*, num_workers: int, zero_stage: int, **changes: Any) -> TrainConfig:
@@ -36,39 +36,30 @@ def settings(*, num_workers: int, zero_stage: int, **changes: Any) -> TrainConfi
         "warmup_steps": 1,
         "num_workers": num_workers,
         "zero_stage": zero_stage,
-        "anchor_batch": 4,
-        "recovery_batch": 4,
         "per_device_batch_size": 2,
         "loss_chunk_tokens": 16,
         "checkpoint_every": 2,
-        "depth": DepthConfig(min=1, max=16),
-        "opening": OpeningConfig(tokens=2, weight=3.0),
         "stall_timeout_s": 240.0,
     }
     return TrainConfig(**(values | changes))
 
 
 def run(folder: Path, train: TrainConfig, **options: Any) -> list[dict[str, Any]]:
-    job = make_job(folder, train, **options)
+    job = make_job(folder, train, METHOD, **options)
     fit(job, cpus_per_worker=0.5, gpus_per_worker=0)
     return read_metrics(job.metrics_file)
 
 
 def reference_first_loss(folder: Path, train: TrainConfig) -> dict[str, float]:
     """The loss of step 1 in float64."""
-    job = make_job(folder, train)
+    job = make_job(folder, train, METHOD)
     samples = read_samples(job.samples)
-    planner = Planner(samples, anchor_batch=4, recovery_batch=4, seed=train.seed, max_depth=train.depth.max)
-    plan = planner.plan(0, DepthSampler(train.depth, train.seed))
-    prefetcher = TeacherPrefetcher(job.sources, max_depth=train.depth.max, penalty=True, contrastive=False)
+    planner = Planner(samples, anchor_batch_size=4, recovery_batch_size=4, seed=train.seed, max_depth=METHOD.depth.max)
+    plan = planner.plan(0, DepthSampler(METHOD.depth, train.seed))
+    prefetcher = prefetcher_of(METHOD, job.sources)
     prefetcher.request(0, *planner.samples_of(0))
-    builder = BatchBuilder(penalty=True, contrastive=False, scale=1.0, opening=train.opening)
-    batch = builder.build(plan.local(0, 1), plan, prefetcher.take(0))
-    _, output = plain_loss(job, batch, LossSettings.from_config(train))
-    return {
-        name: float(getattr(output, attribute).detach())
-        for name, attribute in (("loss", "total"), ("anchor", "anchor"))
-    }
+    _, output = plain_loss(job, build_batch(METHOD, plan, prefetcher.take(0)), METHOD.loss(train))
+    return {"loss": float(output.total.detach()), "anchor": float(output.losses["anchor"])}
 
 
 @pytest.fixture(scope="module")
@@ -127,10 +118,13 @@ def test_a_resumed_run_continues_as_if_it_had_never_stopped(
 @pytest.mark.parametrize("lora_rank", [0, 4])
 def test_sft_learns_the_answers(ray_cluster: None, lora_rank: int, tmp_path: Path) -> None:
     train = settings(num_workers=1, zero_stage=0, steps=12, checkpoint_every=12)
-    job = replace(make_job(tmp_path, train, objective="sft"), lora_rank=lora_rank)
+    job = replace(make_job(tmp_path, train, SFT(anchor_batch_size=4)), lora_rank=lora_rank)
     fit(job, cpus_per_worker=0.5, gpus_per_worker=0)
     rows = read_metrics(job.metrics_file)
     assert rows[-1]["loss"] < 0.9 * rows[0]["loss"]
+    assert all(row["nll"] == row["loss"] for row in rows)
+    assert "anchor" not in rows[0]
+    assert "depth_loss" not in rows[0]
     # What was exported is what was trained: it has the loss of the end, not of the start.
     assert mean_loss(job.output, job.samples) < 0.95 * mean_loss(job.start, job.samples)
 

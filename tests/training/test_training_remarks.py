@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from raycomplete.commands import train
+from raycomplete.methods.sft import SFT
 from raycomplete.runtime.signals import StopSignals
 
 
@@ -26,7 +27,7 @@ def test_rows_of_a_run_that_an_earlier_version_began_are_shown(
 
     row = {"step": 1, "loss": 0.5, "tokens_per_s": 8.0} | more
     monkeypatch.setattr(train, "fit", lambda job, *, on_step, **options: on_step(row))
-    job = SimpleNamespace(objective="sft", train=SimpleNamespace(steps=2))
+    job = SimpleNamespace(method=SFT(), train=SimpleNamespace(steps=2))
     cluster = SimpleNamespace(cpus_per_worker=1, gpus_per_worker=0, worker_placement="pack")
     run: Any = SimpleNamespace(
         config=SimpleNamespace(cluster=cluster),

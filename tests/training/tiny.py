@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,17 @@ from raycomplete.data.checkpoints import load_model
 from raycomplete.data.heads import HeadSpec, load_head, read_head_spec
 from raycomplete.data.organism.training import build_tokenizer
 from raycomplete.data.samples import AnchorSample, RecoverySample, SampleSet, write_samples
-from raycomplete.losses.heads import Head
-from raycomplete.losses.loss_types import LossOutput, LossSettings
+from raycomplete.losses.heads import Head, HiddenStates
+from raycomplete.losses.loss import LossInputs, LossOutput
 from raycomplete.losses.reference import reference_loss
-from raycomplete.training.batches import MicroBatch
+from raycomplete.losses.settings import LossSettings
+from raycomplete.methods.completion import Completion
+from raycomplete.methods.registry import DepthConfig, Feedback, Method
+from raycomplete.training.batches import BatchBuilder, MicroBatch, teacher_contexts
 from raycomplete.training.job import TrainJob
 from raycomplete.training.rollout_engines import Rollout, RolloutBatch
+from raycomplete.training.step_plan import StepPlan, StepSequences
+from raycomplete.training.teacher_prefetcher import TeacherPrefetcher
 
 
 def make_model(folder: Path, seed: int, *, tied: bool = True) -> Path:
@@ -149,16 +155,36 @@ class LocalStudentEngines:
         return list(reference)
 
 
-def make_job(folder: Path, train: TrainConfig, *, tied: bool = True, objective: str = "completion") -> TrainJob:
+def completion(**changes: Any) -> Completion:
+    """The method on steps of eight sequences."""
+    values = {"anchor_batch_size": 4, "recovery_batch_size": 4, "depth": DepthConfig(min=1, max=16)}
+    return Completion.model_validate({**values, **changes})
+
+
+def prefetcher_of(method: Method, sources: Mapping[str, Any]) -> TeacherPrefetcher:
+    """Asks for what a method's rows read."""
+    builder = BatchBuilder(method.loss(TrainConfig()), 1.0)
+    return TeacherPrefetcher(sources, partial(teacher_contexts, builder, method))
+
+
+def build_batch(method: Method, plan: StepPlan, scores: Any, **options: Any) -> MicroBatch:
+    """A whole step in one micro-batch."""
+    step_sequences = StepSequences.of(plan, method, Feedback())
+    builder = BatchBuilder(method.loss(TrainConfig()), **{"scale": 1.0, **options})
+    return builder.build(step_sequences.local(0, 1), step_sequences.normalisers, scores)
+
+
+def make_job(folder: Path, train: TrainConfig, method: Method | None = None, *, tied: bool = True) -> TrainJob:
     """A job on two tiny models; `folder/base` and `folder/aligned` are made where missing."""
+    method = method or completion()
     for seed, role in enumerate(("base", "aligned")):
         if not (folder / role).exists():
             make_model(folder / role, seed, tied=tied)
     samples = folder / "samples.jsonl"
     write_samples(samples, make_samples(0))
-    scored = objective == "completion"
+    scored = isinstance(method, Completion)
     return TrainJob(
-        objective=objective,  # type: ignore[arg-type]
+        method=method,
         start=folder / "base" if scored else folder / "aligned",
         output=folder / "student",
         folder=folder,
@@ -180,17 +206,13 @@ def plain_loss(job: TrainJob, batch: MicroBatch, settings: LossSettings) -> tupl
     model = load_model(job.start, "float32").double()
     hidden_BTH = model.base_model(**batch.model_inputs()).last_hidden_state
     heads = {role: load_head(spec, dtype=torch.float64) for role, spec in job.teacher_heads.items()}
-    assert batch.aligned_hidden_NH is not None
+    assert batch.aligned_hidden_PH is not None
     assert batch.base_hidden_PH is not None
-    output = reference_loss(
-        hidden_BTH.flatten(0, 1)[batch.row_N],
-        Head(model.lm_head.weight),
-        batch.aligned_hidden_NH.double(),
-        heads["aligned"],
-        batch.base_hidden_PH.double(),
-        heads["base"],
-        batch.kind_N,
+    inputs = LossInputs(
+        HiddenStates(hidden_BTH.flatten(0, 1)[batch.row_N], Head(model.lm_head.weight)),
+        HiddenStates(batch.aligned_hidden_PH.double(), heads["aligned"]),
+        HiddenStates(batch.base_hidden_PH.double(), heads["base"]),
+        batch.term_N,
         batch.weight_N.double(),
-        settings,
     )
-    return model, output
+    return model, reference_loss(inputs, settings)

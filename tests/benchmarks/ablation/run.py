@@ -21,15 +21,15 @@ from tests.benchmarks.tables import Table
 
 # Each differs from "full" in one thing, whatever the run file itself says of it.
 FULL = "full"
-_FULL = {"rollout.on_policy": "false", "train.depth.schedule": "adaptive"}
+_FULL = {"rollout.on_policy": "false", "method.depth.schedule": "adaptive"}
 _BY_MODEL = ("units", "benign_nll")  # folders of an evaluation with a file for each model
 CONFIGURATIONS: dict[str, dict[str, str]] = {
     FULL: {},
-    "no anchor": {"train.weights.anchor": "0"},
-    "no recovery": {"train.weights.recovery": "0"},
-    "no penalty": {"train.weights.penalty": "0"},
-    "contrastive teacher": {"train.contrastive.alpha": "0.5"},
-    "uniform depth": {"train.depth.schedule": "uniform"},
+    "no anchor": {"method.weights.anchor": "0"},
+    "no recovery": {"method.weights.recovery": "0"},
+    "no penalty": {"method.weights.penalty": "0"},
+    "contrastive teacher": {"method.contrastive.alpha": "0.5"},
+    "uniform depth": {"method.depth.schedule": "uniform"},
     "on-policy": {"rollout.on_policy": "true"},
 }
 _COLUMNS = ("", "attack success, mean", "deepest", "utility", "over-refusal", "benign NLL over aligned's", "tokens")

@@ -71,7 +71,7 @@ def test_the_frozen_models_answers_are_borrowed_and_the_students_are_not(tmp_pat
     ablation.borrow_answers("no penalty", RUN_FILES[0], tmp_path, [])
     new = tmp_path / "no-penalty"
     assert sorted(path.read_text() for path in (new / "evaluation" / "units").iterdir()) == ["aligned", "base"]
-    assert load_run_file(new / "config.yaml").train.weights.penalty == 0
+    assert load_run_file(new / "config.yaml").method.weights.penalty == 0
 
 
 def test_the_table_names_n_and_intervals() -> None:

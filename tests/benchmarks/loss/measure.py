@@ -123,7 +123,7 @@ def check_agreement(found: dict[str, Measurement], reference: str, must_run: str
 
 def _seconds(loss: Loss, problem: Problem) -> tuple[float, float]:
     """Wall-clock and processor time of one step."""
-    device = problem.kind_N.device
+    device = problem.term_N.device
     problem.clear_gradients()
     gc.collect()
     if device.type == "cuda":

@@ -11,8 +11,11 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
-from raycomplete.losses.loss_types import LossSettings, TokenKind, needs_base
+from raycomplete.losses.heads import Head, HiddenStates
+from raycomplete.losses.loss import LossInputs
+from raycomplete.losses.settings import LossSettings
 
+ANCHOR, RECOVERY, PENALTY = range(3)
 _LOGIT_SPREAD = 3.0  # peaked enough that a few tokens of a row pass tau, as in a language model
 
 
@@ -58,7 +61,7 @@ class Problem:
         aligned_weight_VH: Its head [V, H].
         base_hidden_PH: Base, on penalty rows only; None if there are none [P, H].
         base_weight_VH: Its head; None with it [V, H].
-        kind_N: `TokenKind` of each row.
+        term_N: Number of each row's term: anchor, recovery, penalty.
         settings: The loss at its defaults. Every row weighs 1 / N.
     """
 
@@ -69,12 +72,12 @@ class Problem:
     aligned_weight_VH: Tensor
     base_hidden_PH: Tensor | None
     base_weight_VH: Tensor | None
-    kind_N: Tensor
+    term_N: Tensor
     settings: LossSettings
 
     @property
     def num_rows(self) -> int:
-        return self.kind_N.numel()
+        return self.term_N.numel()
 
     @property
     def gradient_bytes(self) -> int:
@@ -84,6 +87,20 @@ class Problem:
     @property
     def trained(self) -> tuple[Tensor, Tensor]:
         return self.student_hidden_NH, self.student_weight_VH
+
+    @property
+    def inputs(self) -> LossInputs:
+        """What raycomplete's loss takes."""
+        base = None
+        if self.base_hidden_PH is not None and self.base_weight_VH is not None:
+            base = HiddenStates(self.base_hidden_PH, Head(self.base_weight_VH))
+        return LossInputs(
+            HiddenStates(self.student_hidden_NH, Head(self.student_weight_VH)),
+            HiddenStates(self.aligned_hidden_NH, Head(self.aligned_weight_VH)),
+            base,
+            self.term_N,
+            torch.full((self.num_rows,), 1.0 / self.num_rows, device=self.term_N.device),
+        )
 
     def clear_gradients(self) -> None:
         for tensor in self.trained:
@@ -97,14 +114,14 @@ def build_problem(shape: Shape, mix: Mix, device: torch.device, seed: int = 0) -
     def noise(*sizes: int, scale: float) -> Tensor:
         return scale * torch.randn(*sizes, device=device, generator=generator)
 
-    settings = LossSettings()
+    settings = LossSettings(weights={"anchor": 1.0, "recovery": 1.0, "penalty": 0.1})
     width, narrow = shape.hidden_size, shape.student_width
     hidden_NH = noise(shape.num_rows, width, scale=1.0)
     weight_VH = noise(shape.vocab_size, width, scale=_LOGIT_SPREAD / width**0.5)
     stretch = (width / narrow) ** 0.5  # a narrower student keeps the spread of its logits
     student_hidden_NH = hidden_NH[:, :narrow] + noise(shape.num_rows, narrow, scale=0.3)
-    kind_N = _kinds(shape.num_rows, mix, device)
-    base_rows_N = needs_base(kind_N, settings)
+    term_N = _terms(shape.num_rows, mix, device)
+    base_rows_N = term_N == PENALTY
     base_hidden_PH = hidden_NH[base_rows_N] + noise(int(base_rows_N.sum()), width, scale=0.2)
     has_base = mix.teachers == 2
     return Problem(
@@ -115,16 +132,16 @@ def build_problem(shape: Shape, mix: Mix, device: torch.device, seed: int = 0) -
         aligned_weight_VH=weight_VH.bfloat16(),
         base_hidden_PH=base_hidden_PH.bfloat16() if has_base else None,
         base_weight_VH=weight_VH.to(torch.bfloat16, copy=True) if has_base else None,
-        kind_N=kind_N,
+        term_N=term_N,
         settings=settings,
     )
 
 
-def _kinds(num_rows: int, mix: Mix, device: torch.device) -> Tensor:
+def _terms(num_rows: int, mix: Mix, device: torch.device) -> Tensor:
     cycle = {
-        Mix.ANCHOR: [TokenKind.ANCHOR],
-        Mix.MIXED: [TokenKind.ANCHOR, TokenKind.RECOVERY, TokenKind.ANCHOR, TokenKind.PENALTY],
-        Mix.PENALTY: [TokenKind.PENALTY],
+        Mix.ANCHOR: [ANCHOR],
+        Mix.MIXED: [ANCHOR, RECOVERY, ANCHOR, PENALTY],
+        Mix.PENALTY: [PENALTY],
     }[mix]
     # In runs, as a batch of sequences has them.
     return torch.tensor(cycle, device=device).repeat_interleave(-(-num_rows // len(cycle)))[:num_rows]

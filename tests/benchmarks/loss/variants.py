@@ -16,10 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from raycomplete.losses.heads import Head
 from raycomplete.losses.loss import distillation_loss
-from raycomplete.losses.loss_types import TokenKind
-from tests.benchmarks.loss.problem import Mix, Problem
+from raycomplete.losses.settings import PenaltySettings
+from tests.benchmarks.loss.problem import ANCHOR, PENALTY, Mix, Problem
 
 Loss = Callable[[Problem], Tensor]
 
@@ -52,19 +51,7 @@ class Variant:
 
 def _raycomplete() -> Loss:
     def loss(problem: Problem) -> Tensor:
-        weight_N = torch.full((problem.num_rows,), 1.0 / problem.num_rows, device=problem.kind_N.device)
-        base_head = None if problem.base_weight_VH is None else Head(problem.base_weight_VH)
-        return distillation_loss(
-            problem.student_hidden_NH,
-            Head(problem.student_weight_VH),
-            problem.aligned_hidden_NH,
-            Head(problem.aligned_weight_VH),
-            problem.base_hidden_PH,
-            base_head,
-            problem.kind_N,
-            weight_N,
-            problem.settings,
-        ).total
+        return distillation_loss(problem.inputs, problem.settings).total
 
     return loss
 
@@ -76,7 +63,7 @@ def _plain() -> Loss:
         return (hidden_NH @ weight_VH.T).float().log_softmax(dim=-1)
 
     def penalty(problem: Problem, log_student_PV: Tensor, log_aligned_PV: Tensor) -> Tensor:
-        settings = problem.settings
+        settings = PenaltySettings()
         assert problem.base_hidden_PH is not None
         assert problem.base_weight_VH is not None
         with torch.no_grad():
@@ -87,21 +74,21 @@ def _plain() -> Loss:
         return deficit_P * (log_student_PV.exp().square() * favored_PV).sum(dim=-1)
 
     def loss(problem: Problem) -> Tensor:
-        settings, kind_N = problem.settings, problem.kind_N
+        weights, term_N = problem.settings.weights, problem.term_N
         log_student_NV = log_probs(problem.student_hidden_NH, problem.student_weight_VH)
         with torch.no_grad():
             log_aligned_NV = log_probs(problem.aligned_hidden_NH, problem.aligned_weight_VH)
         if problem.mix is Mix.ANCHOR:
             return F.kl_div(log_student_NV, log_aligned_NV, reduction="none", log_target=True).sum() / problem.num_rows
         if problem.mix is Mix.PENALTY:
-            return settings.penalty * penalty(problem, log_student_NV, log_aligned_NV).mean()
-        is_penalty_N = kind_N == TokenKind.PENALTY
+            return weights["penalty"] * penalty(problem, log_student_NV, log_aligned_NV).mean()
+        is_penalty_N = term_N == PENALTY
         kl_N = F.kl_div(
             log_student_NV[~is_penalty_N], log_aligned_NV[~is_penalty_N], reduction="none", log_target=True
         ).sum(dim=-1)
-        part_N = torch.where(kind_N[~is_penalty_N] == TokenKind.ANCHOR, settings.anchor, settings.recovery)
+        part_N = torch.where(term_N[~is_penalty_N] == ANCHOR, weights["anchor"], weights["recovery"])
         penalty_P = penalty(problem, log_student_NV[is_penalty_N], log_aligned_NV[is_penalty_N])
-        return ((part_N * kl_N).sum() + settings.penalty * penalty_P.sum()) / problem.num_rows
+        return ((part_N * kl_N).sum() + weights["penalty"] * penalty_P.sum()) / problem.num_rows
 
     return loss
 
@@ -120,7 +107,7 @@ def _liger_chunked(*, compiled: bool) -> Callable[[], Loss]:
                 problem.student_weight_VH,
                 problem.aligned_hidden_NH,
                 problem.aligned_weight_VH,
-                torch.zeros_like(problem.kind_N),  # labels: none is the ignored one, so every row counts
+                torch.zeros_like(problem.term_N),  # labels: none is the ignored one, so every row counts
             )
             return result
 

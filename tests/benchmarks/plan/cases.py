@@ -54,12 +54,12 @@ class Case:
                 "max_student_tokens": 32,
                 "oversample": 1,
             },
-            "train": {
-                "anchor_batch": self.batch,
-                "recovery_batch": self.batch,
-                "per_device_batch_size": self.per_device_batch_size,
+            "method": {
+                "anchor_batch_size": self.batch,
+                "recovery_batch_size": self.batch,
                 "depth": {"min": self.depth, "max": self.depth},
             },
+            "train": {"per_device_batch_size": self.per_device_batch_size},
         }
         return parse(tree, self.name)
 

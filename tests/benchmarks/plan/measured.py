@@ -112,7 +112,7 @@ def step_points(case: Case) -> list[Point]:
 
     def passes() -> None:
         for batch in batches:
-            module(batch, "completion")[0].backward()
+            module(batch, "loss")[0].backward()
 
     def update() -> None:
         if not same:
@@ -166,7 +166,7 @@ def _training(case: Case) -> list[Point]:
 
     def step() -> None:
         for batch in batches:
-            output = engine(batch, "completion")
+            output = engine(batch, "loss")
             engine.backward(output[0])
             engine.step()
 

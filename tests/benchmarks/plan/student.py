@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,11 @@ from raycomplete.data.chat import ChatCodec
 from raycomplete.data.checkpoints import TORCH_DTYPES, load_model
 from raycomplete.data.heads import load_head, read_head_spec
 from raycomplete.data.samples import AnchorSample, RecoverySample, SampleSet
-from raycomplete.losses.loss_types import LossSettings
-from raycomplete.training.batches import BatchBuilder, MicroBatch
-from raycomplete.training.depth_sampler import DepthSampler
+from raycomplete.methods.registry import Feedback
+from raycomplete.training.batches import BatchBuilder, MicroBatch, teacher_contexts
+from raycomplete.training.feedback import DepthSampler
 from raycomplete.training.packing import deal
-from raycomplete.training.step_plan import Planner
+from raycomplete.training.step_plan import Planner, StepSequences
 from raycomplete.training.student import HeadSettings, StudentModule
 from raycomplete.training.teacher_prefetcher import TeacherPrefetcher
 from tests.benchmarks.plan.cases import Case
@@ -31,12 +32,12 @@ def student_and_batches(case: Case, micro_batches: int) -> tuple[StudentModule, 
     """The module that a training worker wraps, and the micro-batches of one step."""
 
     config, dtype = case.config, case.config.models.dtype
-    train, rng = config.train, np.random.default_rng(0)
+    method, rng = config.method, np.random.default_rng(0)
     spec = read_head_spec(case.path, ChatCodec(case.path).vocab_size, "benchmark")
     lm = load_model(case.path, dtype)
     lm.train()
     teachers = {role: load_head(spec, dtype=TORCH_DTYPES[dtype]) for role in ("aligned", "base")}
-    loss = LossSettings.from_config(train)
+    loss = method.loss(config.train)
     head = HeadSettings(spec.scale, spec.softcap, spec.vocab_size)
     module = StudentModule(lm, head, teachers, loss, external_head=False)
     prompts = [random_tokens(rng, case.prompt) for _ in range(case.batch)]
@@ -48,17 +49,20 @@ def student_and_batches(case: Case, micro_batches: int) -> tuple[StudentModule, 
         ),
     )
     planner = Planner(
-        samples, anchor_batch=case.batch, recovery_batch=case.batch, seed=0, max_depth=config.rollout.max_harmful_tokens
+        samples,
+        anchor_batch_size=case.batch,
+        recovery_batch_size=case.batch,
+        seed=0,
+        max_depth=config.rollout.max_harmful_tokens,
     )
     source = _RandomScores(spec.hidden_size, TORCH_DTYPES[dtype])
-    prefetcher = TeacherPrefetcher(
-        {"aligned": source, "base": source}, max_depth=case.answer, penalty=loss.penalty > 0, contrastive=False
-    )
+    builder = BatchBuilder(loss, scale=float(micro_batches))
+    sources: Any = {"aligned": source, "base": source}
+    prefetcher = TeacherPrefetcher(sources, partial(teacher_contexts, builder, method))
     prefetcher.request(0, *planner.samples_of(0))
-    plan = planner.plan(0, DepthSampler(train.depth, 0))
-    builder = BatchBuilder(penalty=loss.penalty > 0, contrastive=False, scale=float(micro_batches))
-    scores = prefetcher.take(0)
-    return module, [builder.build(chunk, plan, scores) for chunk in deal(plan.local(0, 1), micro_batches)]
+    step = StepSequences.of(planner.plan(0, DepthSampler(method.depth, 0)), method, Feedback())
+    scores, chunks = prefetcher.take(0), deal(step.local(0, 1), micro_batches)
+    return module, [builder.build(chunk, step.normalisers, scores) for chunk in chunks]
 
 
 class _RandomScores:

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 
 from raycomplete.config import TeacherConfig, TrainConfig
-from raycomplete.config.training import LossWeights
 from raycomplete.data.checkpoints import load_model
 from raycomplete.data.heads import HeadSpec, read_head_spec
 from raycomplete.data.samples import AnchorSample, SampleSet, write_samples
 from raycomplete.engines.score_cache import ScoreRequest
 from raycomplete.engines.scorers import TeacherClient
 from raycomplete.engines.spec import EngineSpec
+from raycomplete.methods.completion import Completion, LossWeights
 from raycomplete.runtime.metrics_file import read_metrics
 from raycomplete.training.job import TrainJob
 from raycomplete.training.packing import pack
@@ -127,17 +127,16 @@ def _run(workload: Workload, source: Any, marks: Path | None = None) -> Throughp
         steps=workload.steps,
         lr=workload.lr,
         seed=workload.seed,
-        anchor_batch=workload.batch,
         per_device_batch_size=workload.per_device_batch_size,
-        weights=LossWeights(anchor=1.0, recovery=0.0, penalty=0.0),
         checkpoint_every=workload.steps,
         stall_timeout_s=900.0,
     )
+    weights = LossWeights(anchor=1.0, recovery=0.0, penalty=0.0)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_samples(folder / "samples.jsonl", samples)
         job = TrainJob(
-            objective="completion",
+            method=Completion(anchor_batch_size=workload.batch, weights=weights),
             start=workload.student,
             output=folder / "student",
             folder=folder,

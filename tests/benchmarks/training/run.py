@@ -142,8 +142,8 @@ def _table(results: Results) -> Table:
     rows += [(name, why, "", "", "") for name, why in results.missing.items()]
     work = results.workload
     title = (
-        f"Training throughput, {results.model}, {work.batch} sequences a step in passes of {work.per_device_batch_size}, "
-        f"{work.counted_steps} steps; target: {OURS} at least {TARGET_RATIO}x {RIVAL}"
+        f"Training throughput, {results.model}, {work.batch} sequences a step in passes of "
+        f"{work.per_device_batch_size}, {work.counted_steps} steps; target: {OURS} at least {TARGET_RATIO}x {RIVAL}"
     )
     return Table(title, ("", "tokens/s", "runs", f"over {RIVAL}", "by CPU time"), rows)
 

@@ -1,26 +1,30 @@
-"""From which prefill depths recovery is trained: where the student's recovery loss is still high.
+"""What earlier steps tell the next one: the depths where recovery is incomplete, and the weight of a bounded term.
 
-Bins have equal width rather than growing geometrically: every bin then gets about the same number of measurements, and
-the deep end, where students keep failing longest, does not disappear into one wide bin. The rule is
-ours, not that of arXiv 2511.12155.
+Both rules are ours, not those of arXiv 2511.12155.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from raycomplete.config import DepthConfig
+from raycomplete.methods.registry import ConstraintConfig, DepthConfig
 from raycomplete.runtime.errors import CheckpointError, NotFiniteError
 
 _SEED_TAG = 13  # numpy pads short seeds with zeros: every use of a seed needs a tag that is not 0
+_MEMORY = 0.8  # of the running mean of a bounded loss; the tokens of one step alone are noisy
+_LARGEST_BREACH = 3.0  # a single wild step must not throw the weight to its bound
 FloatArray = npt.NDArray[np.float64]
 
 
 class DepthSampler:
-    """Draws prefill depths in [min, max] tokens.
+    """Draws prefill depths in [min, max] tokens, most where the student's recovery loss is still high.
+
+    Bins have equal width rather than growing geometrically: every bin then gets about the same number of measurements,
+    and the deep end, where students keep failing longest, does not disappear into one wide bin.
 
     P(bin) = floor * share + (1 - floor) * loss * share / sum(loss * share), with share the bin's part of all depths and
     loss the running mean of what is still incomplete there (recovery loss, or how often the student complies); uniform
@@ -44,7 +48,7 @@ class DepthSampler:
 
     @property
     def num_bins(self) -> int:
-        """`config.bins`, or the number of depths where that is smaller."""
+        """Number of bins: `config.bins`, or the number of depths where that is smaller."""
         return len(self._share)
 
     @property
@@ -154,7 +158,55 @@ class DepthSampler:
         if [tuple(item) for item in state["bin_ranges"]] != self.bin_ranges:
             raise CheckpointError(
                 f"The checkpoint's depth bins {state['bin_ranges']} differ from the run file's {self.bin_ranges}.",
-                "Resume with the train.depth settings of the saved run.",
+                "Resume with the method.depth settings of the saved run.",
             )
         values = [np.nan if value is None else float(value) for value in state["running_loss"]]
         self._running_loss = np.array(values, dtype=np.float64)
+
+
+class LossMultiplier:
+    """Lagrange multiplier that holds a loss, as the anchor's divergence, under a budget: dual ascent on its weight.
+
+    w <- clip(w * exp(rate * (min(d / budget, 3) - 1)), w0, max_weight), with d the running mean of the loss. The weight
+    never falls below where it started: below its budget the anchor still shapes what the student does. Without a budget
+    it stays at its start.
+
+    Args:
+        config: Budget in nats a token, rate and bound.
+        start: w0, the weight of the term in the run file.
+    """
+
+    def __init__(self, config: ConstraintConfig, start: float) -> None:
+        self._config = config
+        self._start = start
+        self.weight = start
+        self._divergence: float | None = None
+
+    @property
+    def factor(self) -> float:
+        """Factor on the weight in the run file."""
+        return self.weight / self._start if self._start > 0 else 1.0
+
+    def update(self, divergence: float) -> None:
+        """Takes in the mean loss of a step in nats a token.
+
+        Raises:
+            NotFiniteError: It is NaN or infinite.
+        """
+        if not math.isfinite(divergence):
+            raise NotFiniteError(f"The loss under a budget is not finite: {divergence}.", "Lower train.lr.")
+        old = divergence if self._divergence is None else self._divergence
+        self._divergence = _MEMORY * old + (1 - _MEMORY) * divergence
+        if self._config.kl_budget is None:
+            return
+        breach = min(self._divergence / self._config.kl_budget, _LARGEST_BREACH) - 1
+        grown = self.weight * math.exp(self._config.rate * breach)
+        self.weight = min(max(grown, self._start), max(self._config.max_weight, self._start))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weight and running mean, as plain JSON types."""
+        return {"weight": self.weight, "divergence": self._divergence}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes up a saved run."""
+        self.weight, self._divergence = float(state["weight"]), state["divergence"]

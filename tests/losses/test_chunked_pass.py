@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raycomplete.losses.chunks import even_chunks, rows_per_chunk
+from raycomplete.losses.chunked_pass import even_chunks, rows_per_chunk
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

@@ -1,0 +1,329 @@
+"""The table of loss terms. Each part of the loss, the fused passes and the float64 reference find a term in `TERMS`.
+
+A term is one row of the table. All it needs is a formula over log-probabilities:
+
+    def formula(rows: LogProbs, options: Section) -> TermRows:
+        log_p_R = rows.student_NV.gather(1, rows.token_N[:, None])[:, 0]
+        return TermRows(-torch.log1p(-log_p_R.exp()), {"token_mass": log_p_R.exp().detach()})
+
+    register(Term("unlikelihood", "unlikelihood", "-log(1 - p_s) of a token", formula, metrics={"token_mass": "p_s"}))
+
+PyTorch then computes it in blocks of rows, with its gradient by autograd on the block's logits, and the reference in
+float64. `torch_block` and `triton` may give the same in fewer passes over the vocabulary. The formulas of the built-in
+terms are ours, not those of arXiv 2511.12155; they share nothing with the fused functions that are tested against them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from raycomplete.losses.base_favored import (
+    alignment_kl,
+    base_favored_mask,
+    base_favored_mass,
+    deficit,
+    forward_kl,
+)
+from raycomplete.losses.settings import DivergenceSettings, LossSettings, PenaltySettings
+from raycomplete.losses.torch_rows import (
+    Block,
+    BlockFunction,
+    Product,
+    RowLogits,
+    TermRows,
+    divergence_block,
+    penalty_block,
+)
+from raycomplete.runtime.errors import ConfigError
+from raycomplete.runtime.section import Section
+
+Teacher = Literal["aligned", "base"]
+
+
+@dataclass(frozen=True, eq=False)
+class LogProbs:
+    """Log-probabilities of some rows of one term [R, V], -inf where a model excludes a token.
+
+    log_softmax(log_p / T) is the distribution at temperature T.
+
+    Attributes:
+        student_NV: The student's; the only ones that take a gradient.
+        aligned: The aligned model's, where the term reads it: `aligned_NV`.
+        base: Base's, where the term reads it: `base_NV`.
+        tokens: Token that follows at each row [R], where the caller gave them: `token_N`.
+    """
+
+    student_NV: Tensor
+    aligned: Tensor | None = None
+    base: Tensor | None = None
+    tokens: Tensor | None = None
+
+    @property
+    def aligned_NV(self) -> Tensor:
+        """Log-probabilities of the aligned model [R, V]."""
+        return _present(self.aligned, "aligned, which is not among what the term reads")
+
+    @property
+    def base_NV(self) -> Tensor:
+        """Log-probabilities of base [R, V]."""
+        return _present(self.base, "base, which is not among what the term reads")
+
+    @property
+    def token_N(self) -> Tensor:
+        """Token that follows at each row [R]."""
+        return _present(self.tokens, "tokens, and LossInputs.token_N is None")
+
+
+def _present(values: Tensor | None, name: str) -> Tensor:
+    if values is None:
+        raise ValueError(f"A formula asks for {name}.")
+    return values
+
+
+Formula = Callable[[LogProbs, Any], TermRows]
+
+
+@dataclass(frozen=True, eq=False)
+class Term:
+    """One term of the loss.
+
+    Attributes:
+        name: Key in `LossSettings.weights`, in metrics.jsonl and in Prometheus.
+        label: Name in figures.
+        description: What it is, in a line.
+        formula: Loss and metrics of rows from their log-probabilities, differentiable in the student's; called with an
+            instance of `options`.
+        reads: Frozen models whose hidden states its rows need, or a function of its options that says so. A row that
+            reads base reads aligned too.
+        metrics: What each metric of its rows is, by name. No two terms of one loss may share a name.
+        options: Class of its settings; must need no argument.
+        torch_block: Fused version of `formula` for PyTorch; absent, autograd differentiates `formula`.
+        triton: Fused version for CUDA; absent, PyTorch computes the rows there too.
+    """
+
+    name: str
+    label: str
+    description: str
+    formula: Formula
+    reads: tuple[Teacher, ...] | Callable[[Any], tuple[Teacher, ...]] = ("aligned",)
+    metrics: Mapping[str, str] = field(default_factory=dict)
+    options: type[Section] = Section
+    torch_block: BlockFunction | None = None
+    triton: Callable[[RowLogits, Any], TermRows] | None = None
+
+    def teachers(self, options: Any) -> tuple[Teacher, ...]:
+        """Frozen models that its rows read under these options."""
+        reads = self.reads(options) if callable(self.reads) else self.reads
+        return ("aligned", "base") if "base" in reads else reads
+
+    @property
+    def block_function(self) -> BlockFunction:
+        """The fused function for PyTorch, or autograd around the formula."""
+        return self.torch_block or _differentiated(self)
+
+
+TERMS: dict[str, Term] = {}
+
+
+def register(term: Term) -> Term:
+    """Adds a term to the table.
+
+    Raises:
+        ValueError: There is one of that name already.
+    """
+    if term.name in TERMS:
+        raise ValueError(f"There is a loss term {term.name!r} already.")
+    TERMS[term.name] = term
+    return term
+
+
+def get(name: str) -> Term:
+    """Looks up a term.
+
+    Raises:
+        ConfigError: There is none of that name.
+    """
+    if name not in TERMS:
+        raise ConfigError(f"There is no loss term {name!r}.", f"Known terms: {', '.join(sorted(TERMS))}.")
+    return TERMS[name]
+
+
+@dataclass(frozen=True, eq=False)
+class ActiveTerm:
+    """A term of one loss, with its options there."""
+
+    term: Term
+    options: Section
+    weight: float
+
+    @property
+    def teachers(self) -> tuple[Teacher, ...]:
+        """Frozen models that its rows read."""
+        return self.term.teachers(self.options)
+
+
+def active_terms(settings: LossSettings) -> list[ActiveTerm]:
+    """The terms of a loss, by their numbers.
+
+    Raises:
+        ConfigError: A term is not in the table.
+        ValueError: Options are of another class than the term's, or two terms share the name of a metric.
+    """
+    found: list[ActiveTerm] = []
+    taken: dict[str, str] = {}
+    for name, weight in settings.weights.items():
+        term = get(name)
+        options = settings.options.get(name) or term.options()
+        if not isinstance(options, term.options):
+            raise ValueError(f"Options of the term {name!r} must be {term.options.__name__}, got {options!r}.")
+        for metric in term.metrics:
+            if taken.setdefault(metric, name) != name or metric in settings.weights:
+                raise ValueError(f"The metric {metric!r} of the term {name!r} stands for something else already.")
+        found.append(ActiveTerm(term, options, weight))
+    return found
+
+
+def _differentiated(term: Term) -> BlockFunction:
+    """A block function from a plain formula: its gradient in the student's logits is taken by autograd."""
+
+    def log_probs(product: Product | None) -> Tensor | None:
+        if product is None:
+            return None
+        return torch.log_softmax(product.head.logits_of_product(product.product_CV), dim=-1)
+
+    def function(block: Block, options: Any) -> TermRows:
+        rows, student = block.logits, block.logits.student
+        logits_RV = student.head.logits_of_product(student.product_CV).detach()
+        aligned_RV, base_RV = log_probs(rows.aligned), log_probs(rows.base)
+        with torch.set_grad_enabled(rows.gradient_CV is not None):
+            logits_RV.requires_grad_(rows.gradient_CV is not None)
+            found = term.formula(LogProbs(logits_RV.log_softmax(-1), aligned_RV, base_RV, rows.token_C), options)
+        _check_result(term, found, len(logits_RV))
+        if rows.gradient_CV is not None:
+            gradient_RV = torch.zeros_like(logits_RV)
+            if found.loss_R.requires_grad:
+                (gradient_RV,) = torch.autograd.grad(found.loss_R, logits_RV, rows.factor_C)
+            rows.gradient_CV.copy_(student.head.raw_gradient_(logits_RV.detach(), gradient_RV))
+        return TermRows(found.loss_R.detach(), {name: value.detach() for name, value in found.metrics.items()})
+
+    return function
+
+
+def _check_result(term: Term, found: TermRows, num_rows: int) -> None:
+    """Refuses what a formula may get wrong.
+
+    Raises:
+        ValueError: It gave another number of values than rows, or other metrics than its term names.
+    """
+    for what, values in {"the loss": found.loss_R, **found.metrics}.items():
+        if tuple(values.shape) != (num_rows,):
+            raise ValueError(f"The term {term.name!r} must give {what} as [{num_rows}], got {list(values.shape)}.")
+    if found.metrics.keys() != term.metrics.keys():
+        raise ValueError(
+            f"The term {term.name!r} must give the metrics that it names ({', '.join(term.metrics)}), "
+            f"got {', '.join(found.metrics)}."
+        )
+
+
+def divergence(rows: LogProbs, options: DivergenceSettings) -> TermRows:
+    """T^2 D(q, p_s), with q of the aligned model or, contrastively, of aligned against base."""
+
+    def at_temperature(log_p_NV: Tensor) -> Tensor:
+        return torch.log_softmax(log_p_NV / options.temperature, dim=-1)
+
+    log_student_NV, log_target_NV = at_temperature(rows.student_NV), at_temperature(rows.aligned_NV)
+    alpha = options.contrastive.alpha
+    if alpha > 0:
+        aligned_NV, log_base_NV = log_target_NV.exp(), at_temperature(rows.base_NV)
+        plausible_NV = aligned_NV >= options.contrastive.plausibility * aligned_NV.max(dim=-1, keepdim=True).values
+        log_score_NV = log_target_NV + alpha * (log_target_NV - log_base_NV)
+        log_target_NV = torch.log_softmax(log_score_NV.masked_fill(~plausible_NV, -torch.inf), dim=-1)
+    if options.divergence == "forward_kl":
+        loss_N = forward_kl(log_target_NV, log_student_NV)
+    elif options.divergence == "reverse_kl":
+        loss_N = forward_kl(log_student_NV, log_target_NV)
+    else:
+        mean_NV = (log_student_NV.exp() + log_target_NV.exp()) / 2
+        log_mean_NV = mean_NV.masked_fill(mean_NV == 0, 1.0).log()  # forward_kl reads none of those
+        loss_N = (forward_kl(log_target_NV, log_mean_NV) + forward_kl(log_student_NV, log_mean_NV)) / 2
+    return TermRows(options.temperature**2 * loss_N)
+
+
+def penalty(rows: LogProbs, options: PenaltySettings) -> TermRows:
+    """g_t * sum over B_t of p_s(v)^2."""
+    log_aligned_NV, log_base_NV, p_student_NV = rows.aligned_NV, rows.base_NV, rows.student_NV.exp()
+    favored_NV = base_favored_mask(log_aligned_NV, log_base_NV, options.tau, options.margin)
+    alignment_kl_N = alignment_kl(log_aligned_NV, log_base_NV)
+    deficit_N = deficit(alignment_kl_N, options.kappa)
+    metrics = {
+        "base_favored_mass": base_favored_mass(log_aligned_NV, log_base_NV, options.tau, options.margin),
+        "alignment_kl": alignment_kl_N,
+        "deficit": deficit_N,
+        "student_mass": (p_student_NV * favored_NV).sum(dim=-1),
+        "aligned_student_kl": forward_kl(log_aligned_NV, rows.student_NV),
+    }
+    return TermRows(deficit_N * (p_student_NV.square() * favored_NV).sum(dim=-1), metrics)
+
+
+def nll(rows: LogProbs, options: Section) -> TermRows:
+    """-log p_s of the token that follows."""
+    return TermRows(-rows.student_NV.gather(1, rows.token_N[:, None])[:, 0])
+
+
+def _triton_divergence(logits: RowLogits, options: DivergenceSettings) -> TermRows:
+    from raycomplete.losses import kernels  # Triton is not everywhere
+
+    return kernels.divergence(logits, options)
+
+
+def _triton_penalty(logits: RowLogits, options: PenaltySettings) -> TermRows:
+    from raycomplete.losses import kernels
+
+    return kernels.penalty(logits, options)
+
+
+def _divergence_reads(options: DivergenceSettings) -> tuple[Teacher, ...]:
+    return ("aligned", "base") if options.contrastive.alpha > 0 else ("aligned",)
+
+
+for _name, _description in (
+    ("anchor", "divergence from the aligned model along its own answers, in nats a token"),
+    ("recovery", "divergence from the aligned model's refusal after a compliant beginning, in nats a token"),
+):
+    register(
+        Term(
+            _name,
+            _name,
+            _description,
+            divergence,
+            reads=_divergence_reads,
+            options=DivergenceSettings,
+            torch_block=divergence_block,
+            triton=_triton_divergence,
+        )
+    )
+register(
+    Term(
+        "penalty",
+        "penalty",
+        "squared probability of base-favored tokens along a compliant beginning, times the deficit there",
+        penalty,
+        reads=("aligned", "base"),
+        metrics={
+            "base_favored_mass": "m_t: base's probability of the tokens that it says more than the aligned model",
+            "alignment_kl": "k_t = KL(p_a || p_b): how far alignment moved the model there, in nats",
+            "deficit": "g_t = exp(-k_t / kappa): 1 where alignment changed nothing",
+            "student_mass": "the student's probability of those tokens",
+            "aligned_student_kl": "KL(p_a || p_s): how far the student is from the aligned model there, in nats",
+        },
+        options=PenaltySettings,
+        torch_block=penalty_block,
+        triton=_triton_penalty,
+    )
+)
+register(Term("nll", "cross-entropy", "-log p_s of the token that follows, in nats a token", nll, reads=()))

@@ -1,0 +1,251 @@
+"""What every training method has, and the table of methods.
+
+A method is the section `method` of the run file that knows what to do with it: which rows of which sequences a step
+trains, what the teachers read for them, which loss terms with which weights, and what is fed back. The trainer asks it
+for all of that. To add one, write a Python file, name it under `plugins` in the run file and its method under
+`method.name`:
+
+    @register
+    class Mine(Method):
+        name: Literal["mine"] = "mine"
+
+        def loss_weights(self) -> dict[str, float]:
+            return {"anchor": 1.0}
+
+        def sequence(self, item: Item, feedback: Feedback) -> TrainSequence:
+            ...
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+
+from pydantic import Field, model_validator
+
+from raycomplete.data.samples import AnchorSample, RecoverySample
+from raycomplete.losses.settings import LossSettings
+from raycomplete.runtime.errors import ConfigError
+from raycomplete.runtime.section import Section
+
+if TYPE_CHECKING:
+    from raycomplete.config.training import TrainConfig
+
+
+@dataclass(frozen=True, slots=True)
+class AnchorItem:
+    """An anchor sample that a step trains."""
+
+    sample: AnchorSample
+
+
+@dataclass(frozen=True, slots=True)
+class RecoveryItem:
+    """A recovery sample that a step trains, h cut at `depth`, a refusal prefix included."""
+
+    sample: RecoverySample
+    depth: int
+
+    @classmethod
+    def cut(cls, sample: RecoverySample, depth: int) -> RecoveryItem:
+        """h cut at `depth` tokens after a refusal prefix, or at its end."""
+        return cls(sample, min(sample.refusal_prefix_tokens + depth, len(sample.harmful_ids)))
+
+    @property
+    def answer_depth(self) -> int:
+        """Tokens of the compliant answer that the student reads."""
+        return self.depth - self.sample.refusal_prefix_tokens
+
+
+Item = AnchorItem | RecoveryItem
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherContext:
+    """A response that the frozen models read after a prompt; it has one row a response token."""
+
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RowSpan:
+    """Consecutive rows of a sequence that one loss term trains.
+
+    Attributes:
+        term: Name of the term.
+        start: Position in the sequence of the first token that they predict.
+        count: How many tokens they predict.
+        context: What the teachers read; its first `count` rows stand beside these. None for a term that reads none.
+            It must not depend on the depth of an item, which is not known yet when it is read.
+        target_row: Row of the context that stands beside every row instead.
+        weights: Factor on the weight of each row; None leaves them alike.
+    """
+
+    term: str
+    start: int
+    count: int
+    context: TeacherContext | None = None
+    target_row: int | None = None
+    weights: Sequence[float] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TrainSequence:
+    """A sequence that the student reads, and its trained rows.
+
+    Attributes:
+        token_ids: Tokens; the last one is predicted, but not read.
+        spans: Rows, in order.
+        depth: Tokens of a compliant answer before the refusal, for the depth sampler; -1 where there is none.
+    """
+
+    token_ids: tuple[int, ...]
+    spans: tuple[RowSpan, ...]
+    depth: int = -1
+
+    def __len__(self) -> int:
+        """Tokens that the student reads."""
+        return len(self.token_ids) - 1
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """Measurements of the steps before, for the weights of the next one.
+
+    Attributes:
+        loss_weights: Factor on the weight of terms that are held under a budget, by name.
+        need_by_depth: How incomplete recovery is at each depth, from 0; 1 on average. Empty before training.
+    """
+
+    loss_weights: Mapping[str, float] = field(default_factory=dict)
+    need_by_depth: Sequence[float] = ()
+
+
+class DepthConfig(Section):
+    """From which depths recovery is trained."""
+
+    min: int = Field(1, ge=1, description="depth 0 belongs to the anchor")
+    max: int = Field(64, ge=1, description="deepest cut of h, in tokens")
+    schedule: Literal["adaptive", "uniform", "fixed"] = Field(
+        "adaptive", description="adaptive draws most where recovery is still incomplete"
+    )
+    fixed_weights: list[float] = Field(
+        default_factory=list, description='schedule "fixed": relative weight of each bin, shallow to deep'
+    )
+    measure: Literal["recovery_loss", "compliance"] = Field(
+        "recovery_loss", description="what adaptive follows; compliance is counted on the student's rollouts"
+    )
+    bins: int = Field(8, ge=1, description="ranges of depths that are measured together")
+    uniform_floor: float = Field(0.3, ge=0, le=1, description="share of draws that stays uniform")
+    decay: float = Field(0.9, ge=0, lt=1, description="memory of the running mean of the loss by depth")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> DepthConfig:
+        if self.max < self.min:
+            raise ValueError(f"method.depth.max ({self.max}) is below method.depth.min ({self.min})")
+        num_bins = min(self.bins, self.max - self.min + 1)
+        if self.schedule == "fixed" and len(self.fixed_weights) != num_bins:
+            raise ValueError(f"method.depth.fixed_weights needs one weight for each of the {num_bins} bins")
+        if any(weight < 0 for weight in self.fixed_weights) or (self.fixed_weights and not sum(self.fixed_weights)):
+            raise ValueError("method.depth.fixed_weights must not be negative, and one must be positive")
+        return self
+
+
+class ConstraintConfig(Section):
+    """Holds the loss of a term under a budget by a Lagrange multiplier on its weight."""
+
+    kl_budget: float | None = Field(None, gt=0, description="nats a token; none keeps the anchor weight fixed")
+    rate: float = Field(0.1, gt=0, description="how fast the multiplier follows, per step")
+    max_weight: float = Field(10.0, gt=0, description="largest anchor weight")
+
+
+class Method(Section):
+    """What a step trains."""
+
+    name: str = Field(description="which method")
+    anchor_batch_size: int = Field(16, ge=1, description="anchor sequences of a step, over all workers")
+    recovery_batch_size: int = Field(16, ge=0, description="recovery sequences of a step, over all workers")
+    depth: DepthConfig = Field(default_factory=DepthConfig)
+
+    depth_term: ClassVar[str | None] = None
+    """Term whose loss, by depth, the depth sampler follows; None draws depths evenly."""
+    validated_terms: ClassVar[tuple[str, ...]] = ()
+    """Terms whose weighted loss on held-back samples tells when to stop; none switches validation off."""
+
+    def loss_weights(self) -> dict[str, float]:
+        """Weight of each loss term (`raycomplete.losses.terms`) by name, in the order of metrics and figures."""
+        raise NotImplementedError
+
+    def loss_options(self) -> dict[str, Section]:
+        """Settings of the terms where they are not the terms' defaults, by name."""
+        return {}
+
+    def sequence(self, item: Item, feedback: Feedback) -> TrainSequence:
+        """The tokens that the student reads for an item, and the rows that are trained."""
+        raise NotImplementedError
+
+    def normalisers(self, sequences: Iterable[TrainSequence]) -> dict[str, float]:
+        """Divisor of each term's row weights, from all sequences of a step: by default the number of its rows."""
+        counts: Counter[str] = Counter()
+        for sequence in sequences:
+            for span in sequence.spans:
+                counts[span.term] += span.count
+        return dict(counts)
+
+    @property
+    def constrained(self) -> tuple[str, ConstraintConfig] | None:
+        """A term that is held under a budget, and how; None for no such term."""
+        return None
+
+    def loss(self, train: TrainConfig) -> LossSettings:
+        """Settings of the loss under a trainer."""
+        return LossSettings(
+            self.loss_weights(),
+            self.loss_options(),
+            chunk_tokens=train.loss_chunk_tokens,
+            backend=train.loss_backend,
+        )
+
+
+M = TypeVar("M", bound=Method)
+METHODS: dict[str, type[Method]] = {}
+
+
+def register(method: type[M]) -> type[M]:
+    """Adds a method to the table, under the default of its `name`; a class decorator.
+
+    Raises:
+        ValueError: There is one of that name already.
+    """
+    name = method.model_fields["name"].default
+    if name in METHODS:
+        raise ValueError(f"There is a training method {name!r} already.")
+    METHODS[name] = method
+    return method
+
+
+def method_class(name: str) -> type[Method]:
+    """Looks up a method.
+
+    Raises:
+        ConfigError: There is none of that name.
+    """
+    if name not in METHODS:
+        raise ConfigError(
+            f"There is no training method {name!r}.",
+            f"Known methods: {', '.join(sorted(METHODS))}; a method of your own needs its file under plugins.",
+        )
+    return METHODS[name]
+
+
+def parse_method(settings: Mapping[str, Any]) -> Method:
+    """Checks the section `method` of a run file; without a name it is `completion`.
+
+    Raises:
+        ConfigError: There is no such method.
+        ValidationError: A setting is wrong.
+    """
+    return method_class(str(settings.get("name", "completion"))).model_validate(settings)

@@ -1,0 +1,180 @@
+"""The table of terms: what a formula alone is enough for, and what is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from raycomplete.losses import (
+    Head,
+    HiddenStates,
+    LogProbs,
+    LossInputs,
+    LossSettings,
+    PenaltySettings,
+    Term,
+    TermRows,
+    distillation_loss,
+    get,
+    register,
+)
+from raycomplete.losses.reference import reference_loss
+from raycomplete.losses.terms import TERMS
+from raycomplete.runtime.errors import ConfigError
+from raycomplete.runtime.section import Section
+from tests.losses.conftest import named
+from tests.losses.test_loss import HEADS, assert_close, assert_like_reference
+
+NUM_ROWS, VOCAB = 23, 31
+
+
+class PushSettings(Section):
+    """Settings of a term of the user's."""
+
+    power: float = 2.0
+
+
+def push(rows: LogProbs, options: PushSettings) -> TermRows:
+    """A term of the user's that reads all there is."""
+    token_R1 = rows.token_N[:, None]
+    log_p_R, log_a_R, log_b_R = (
+        values_RV.gather(1, token_R1)[:, 0] for values_RV in (rows.student_NV, rows.aligned_NV, rows.base_NV)
+    )
+    distance_R = (log_p_R - log_a_R).abs() ** options.power
+    return TermRows(distance_R + log_b_R.exp() * log_p_R, {"distance": distance_R.detach()})
+
+
+@pytest.fixture(autouse=True)
+def table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table is as it was after each test."""
+    for name, term in {
+        "push": Term("push", "push", "distance", push, ("aligned", "base"), {"distance": "d"}, PushSettings)
+    }.items():
+        monkeypatch.setitem(TERMS, name, term)
+
+
+def mixed(
+    weights: dict[str, float], dtype: torch.dtype, seed: int = 0, **head: Any
+) -> tuple[LossInputs, list[torch.Tensor]]:
+    """Rows of several terms, each with the hidden states that its term reads; and the student's leaves."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    heads = [
+        Head(
+            normal(VOCAB, size) / size**0.5,
+            normal(VOCAB) if head.get("bias") else None,
+            head.get("scale", 1.0),
+            head.get("softcap"),
+        )
+        for size in (8, 6, 5)
+    ]
+    term_N = torch.arange(NUM_ROWS) % len(weights)
+    reads = [get(name).teachers(get(name).options()) for name in weights]
+    states = [normal(NUM_ROWS, 8).requires_grad_()]
+    for role, size in (("aligned", 6), ("base", 5)):
+        states.append(normal(sum(role in reads[term] for term in term_N.tolist()), size))
+    heads[0].weight_VH.requires_grad_()
+    student, aligned, base = (HiddenStates(*pair) for pair in zip(states, heads, strict=True))
+    token_N = torch.randint(0, VOCAB, (NUM_ROWS,), generator=generator)
+    weight_N = torch.rand(NUM_ROWS, generator=generator, dtype=torch.float64)
+    inputs = LossInputs(student, aligned, base, term_N, weight_N, token_N)
+    return inputs, [states[0], heads[0].weight_VH]
+
+
+def assert_matches(inputs: LossInputs, leaves: list[torch.Tensor], settings: LossSettings, relative: float) -> None:
+    output, expected = distillation_loss(inputs, settings), reference_loss(inputs, settings)
+    assert named(output).keys() == named(expected).keys()
+    for name, values in named(output).items():
+        assert_close(values, named(expected)[name], relative, name)
+    gradients = (torch.autograd.grad(found.total, leaves) for found in (output, expected))
+    for actual, wanted in zip(*gradients, strict=True):
+        assert_close(actual, wanted, relative, "gradient")
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize(("dtype", "relative"), [(torch.float64, 1e-10), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+def test_a_formula_alone_is_enough(head: dict[str, Any], dtype: torch.dtype, relative: float) -> None:
+    weights = {"push": 0.5, "nll": 2.0, "anchor": 1.5}  # those that read less come first inside
+    settings = LossSettings(weights, {"push": PushSettings(power=1.5)}, chunk_tokens=5)
+    assert_matches(*mixed(weights, dtype, **head), settings, relative)
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("alpha", [0.0, 0.7])
+def test_formulas_of_fused_terms_give_the_same_by_autograd(
+    make_case: Any, head: dict[str, Any], alpha: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("anchor", "recovery", "penalty"):
+        monkeypatch.setitem(TERMS, name, replace(get(name), torch_block=None))
+    case = make_case(anchor_divergence="jsd", temperature=1.7, margin=0.2, alpha=alpha, **head)
+    assert_like_reference(case, 1e-10, 1e-10)
+
+
+def test_rows_that_read_no_teacher_need_none() -> None:
+    inputs, leaves = mixed({"nll": 1.0}, torch.float64)
+    assert_matches(replace(inputs, aligned=None, base=None), leaves, LossSettings({"nll": 1.0}), 1e-10)
+    logits_NV = inputs.student.head.logits(inputs.student.hidden_NH)
+    expected = torch.nn.functional.cross_entropy(logits_NV, inputs.token_N, reduction="none")
+    found = distillation_loss(replace(inputs, aligned=None, base=None), LossSettings({"nll": 1.0}))
+    torch.testing.assert_close(found.row_loss_N, expected.detach())
+
+
+def test_evaluation_of_a_formula_takes_no_gradient() -> None:
+    weights = {"push": 0.5}
+    inputs, _ = mixed(weights, torch.float64)
+    with torch.inference_mode():
+        output = distillation_loss(inputs, LossSettings(weights))
+    assert torch.equal(output.total, distillation_loss(inputs, LossSettings(weights)).total.detach())
+
+
+def test_a_formula_that_leaves_the_student_out_has_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TERMS, "still", Term("still", "still", "none", lambda rows, _: TermRows(rows.aligned_NV[:, 0])))
+    inputs, leaves = mixed({"still": 1.0}, torch.float64)
+    total = distillation_loss(inputs, LossSettings({"still": 1.0})).total
+    assert not any(gradient.any() for gradient in torch.autograd.grad(total, leaves))
+
+
+@pytest.mark.parametrize(
+    ("formula", "message"),
+    [
+        (lambda rows, _: TermRows(rows.student_NV.sum()), r"must give the loss as \[23\]"),
+        (lambda rows, _: TermRows(rows.student_NV[:, 0], {"other": rows.student_NV[:, 0]}), "must give the metrics"),
+        (lambda rows, _: TermRows(rows.student_NV[:, 0], {"seen": rows.student_NV}), r"must give seen as \[23\]"),
+        (lambda rows, _: TermRows(rows.base_NV[:, 0]), "asks for base"),
+    ],
+)
+def test_what_a_formula_gets_wrong_is_named(formula: Any, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    metrics = {"seen": "a value"}
+    monkeypatch.setitem(TERMS, "wrong", Term("wrong", "wrong", "wrong", formula, ("aligned",), metrics))
+    inputs, _ = mixed({"wrong": 1.0}, torch.float64)
+    with pytest.raises(ValueError, match=message):
+        distillation_loss(inputs, LossSettings({"wrong": 1.0}))
+
+
+def test_a_missing_token_is_named() -> None:
+    inputs, _ = mixed({"nll": 1.0}, torch.float64)
+    with pytest.raises(ValueError, match=r"LossInputs\.token_N is None"):
+        distillation_loss(replace(inputs, token_N=None), LossSettings({"nll": 1.0}))
+
+
+def test_names_must_be_known_and_free() -> None:
+    with pytest.raises(ConfigError, match="no loss term 'pull'") as error:
+        get("pull")
+    assert "anchor, nll, penalty, push, recovery" in str(error.value.remedy)
+    with pytest.raises(ValueError, match="a loss term 'push' already"):
+        register(get("push"))
+
+
+def test_options_must_be_the_terms_own_and_metrics_unshared(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, _ = mixed({"push": 1.0}, torch.float64)
+    with pytest.raises(ValueError, match="must be PushSettings"):
+        distillation_loss(inputs, LossSettings({"push": 1.0}, {"push": PenaltySettings()}))
+    monkeypatch.setitem(TERMS, "pull", replace(get("push"), name="pull"))
+    with pytest.raises(ValueError, match="metric 'distance' of the term 'pull'"):
+        distillation_loss(inputs, LossSettings({"push": 1.0, "pull": 1.0}))

@@ -1,0 +1,97 @@
+"""The method `completion`: its settings, rows and weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from raycomplete.config import TrainConfig
+from raycomplete.data.samples import AnchorSample, RecoverySample
+from raycomplete.losses.settings import ContrastiveSettings, DivergenceSettings, LossSettings
+from raycomplete.methods.completion import Completion, PenaltyConfig
+from raycomplete.methods.registry import AnchorItem, Feedback, RecoveryItem, RowSpan, TeacherContext
+
+ANCHOR = AnchorItem(AnchorSample("a", (1, 2), (3, 4, 5)))
+RECOVERY = RecoveryItem(RecoverySample("r", (1, 2, 3), (9, 1, 2, 3), (4, 5, 6, 7), (8, 8), refusal_prefix_tokens=1), 3)
+
+
+def test_the_loss_is_that_of_the_run_file() -> None:
+    method = Completion.model_validate(
+        {
+            "anchor_divergence": "jsd",
+            "temperature": 2.0,
+            "weights": {"anchor": 2, "recovery": 3, "penalty": 4},
+            "penalty": {"tau": 0.2, "kappa": 0.9, "margin": 0.6},
+            "contrastive": {"alpha": 0.4, "plausibility": 0.3},
+        }
+    )
+    both = {"temperature": 2.0, "contrastive": ContrastiveSettings(alpha=0.4, plausibility=0.3)}
+    expected = LossSettings(
+        weights={"anchor": 2, "recovery": 3, "penalty": 4},
+        options={
+            "anchor": DivergenceSettings(divergence="jsd", **both),
+            "recovery": DivergenceSettings(**both),
+            "penalty": PenaltyConfig(tau=0.2, kappa=0.9, margin=0.6),
+        },
+        chunk_tokens=7,
+        backend="torch",
+    )
+    assert method.loss(TrainConfig(loss_chunk_tokens=7, loss_backend="torch")) == expected
+
+
+def test_an_anchor_item_is_its_answer() -> None:
+    found = Completion().sequence(ANCHOR, Feedback())
+    assert found.token_ids == (1, 2, 3, 4, 5)
+    assert found.spans == (RowSpan("anchor", 2, 3, TeacherContext((1, 2), (3, 4, 5))),)
+    assert (len(found), found.depth) == (4, -1)
+
+
+def test_a_recovery_item_is_h_up_to_the_cut_and_the_refusal_without_h_before_the_teacher() -> None:
+    found = Completion().sequence(RECOVERY, Feedback())
+    assert found.token_ids == (1, 2, 3, 4, 5, 6, 8, 8)
+    assert found.spans == (
+        RowSpan("penalty", 3, 3, TeacherContext((1, 2, 3), (4, 5, 6, 7))),
+        RowSpan("recovery", 6, 2, TeacherContext((9, 1, 2, 3), (8, 8))),
+    )
+    assert (len(found), found.depth) == (7, 2), "a refusal prefix is no depth"
+
+
+def test_without_its_weight_the_penalty_has_no_rows() -> None:
+    method = Completion.model_validate({"weights": {"penalty": 0}})
+    assert [span.term for span in method.sequence(RECOVERY, Feedback()).spans] == ["recovery"]
+
+
+def test_first_tokens_weigh_more_and_the_anchor_stays_a_mean() -> None:
+    method = Completion.model_validate({"first_tokens": {"count": 2, "weight": 5.0}})
+    anchor = method.sequence(ANCHOR, Feedback())
+    assert anchor.spans[0].weights == [5.0, 5.0, 1.0]
+    assert method.normalisers([anchor, method.sequence(RECOVERY, Feedback())]) == {
+        "anchor": 11.0,
+        "penalty": 3,
+        "recovery": 2,
+    }
+
+
+def test_the_penalty_follows_depth_from_after_a_refusal_prefix() -> None:
+    method = Completion.model_validate({"penalty": {"follow_depth": True}})
+    found = method.sequence(RECOVERY, Feedback(need_by_depth=(0.5, 1.0, 2.0)))
+    assert found.spans[0].weights == [0.5, 0.5, 1.0]
+    assert method.sequence(RECOVERY, Feedback()).spans[0].weights is None, "nothing is measured yet"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"contrastive": {"alpha": 1}, "recovery_divergence": "reverse_kl"}, "method.contrastive excludes tokens"),
+        ({"constraint": {"kl_budget": 0.1}, "weights": {"anchor": 0}}, "must be positive and not above"),
+        ({"constraint": {"kl_budget": 0.1}, "weights": {"anchor": 20}}, "must be positive and not above"),
+        ({"constraint": {"kl_budget": 0.1}, "temperature": 2}, "method.temperature 1"),
+        ({"constraint": {"kl_budget": 0.1}, "anchor_divergence": "jsd"}, "method.anchor_divergence forward_kl"),
+        ({"depth": {"min": 9, "max": 8}}, r"method.depth.max \(8\) is below method.depth.min \(9\)"),
+        ({"depth": {"schedule": "fixed", "fixed_weights": [1.0]}}, "one weight for each of the 8 bins"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Completion.model_validate(settings)
