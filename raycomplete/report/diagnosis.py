@@ -9,8 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator, ScalarFormatter
 
-from raycomplete.report.plots import Plot, Row, gaps, legend_above
-from raycomplete.report.style import KIND_DASHES, ROLE_COLORS, ROLE_DASHES, ROLE_MARKERS
+from raycomplete.report.plots import ROLE_COLORS, ROLE_DASHES, ROLE_MARKERS, Plot, Row, gaps, legend_above, new_figure
 
 _LABELS = {
     "deficit": "deficit",
@@ -21,13 +20,13 @@ _LABELS = {
     "base_favored_count": "base-favored tokens",
 }
 _SHARES = ("deficit", "base_favored_mass", "agreement", "refusal_probability")
-_WHERE = ("deficit", "kl_to_base", "base_favored_mass")
-_WHAT = ("agreement", "refusal_probability", "base_favored_count")
+_KIND_DASHES: dict[str, Any] = {"harmful": "solid", "benign": (0, (5, 2))}
+_COLUMNS = ["position", "mean", "low", "high", "n"]
 
 
 def where_it_stopped(diagnosis: Mapping[str, Any]) -> Plot:
     """Deficit, KL to base and base-favored mass along harmful responses, with the completion depth."""
-    figure, panels, rows = _profiles(diagnosis, _WHERE)
+    figure, panels, rows = _profiles(diagnosis, ("deficit", "kl_to_base", "base_favored_mass"))
     settings = diagnosis["settings"]
     panels[0].axhline(settings["threshold"], color="#777777", linewidth=1, linestyle=(0, (2, 2)), zorder=1)
     for role, depth in diagnosis["kinds"]["harmful"]["completion_depth"].items():
@@ -46,10 +45,9 @@ def where_it_stopped(diagnosis: Mapping[str, Any]) -> Plot:
 
 def what_it_does(diagnosis: Mapping[str, Any]) -> Plot:
     """Agreement of the argmax, refusal-token probability and count of base-favored tokens along harmful responses."""
-    figure, _, rows = _profiles(diagnosis, _WHAT)
-    tokens = ", ".join(
-        f"\N{LEFT DOUBLE QUOTATION MARK}{t}\N{RIGHT DOUBLE QUOTATION MARK}" for t in _refusals(diagnosis)
-    )
+    figure, _, rows = _profiles(diagnosis, ("agreement", "refusal_probability", "base_favored_count"))
+    quoted = "\N{LEFT DOUBLE QUOTATION MARK}{}\N{RIGHT DOUBLE QUOTATION MARK}"
+    tokens = ", ".join(map(quoted.format, diagnosis["refusal_tokens"][:6]))
     return Plot(
         "diagnosis_behaviour",
         "Share of prompts on which model and base agree on the likeliest next token, probability of starting a refusal "
@@ -65,16 +63,15 @@ def control(diagnosis: Mapping[str, Any]) -> Plot | None:
     kinds = {kind: found["profile"] for kind, found in diagnosis["kinds"].items() if found["profile"]}
     if "benign" not in kinds:
         return None
-    figure = Figure(figsize=(5.6, 4.8), layout="constrained")
-    panels = figure.subplots(2, 1, sharex=True)
-    rows: list[Row] = [["kind", "role", "metric", "position", "mean", "low", "high", "n"]]
+    figure, panels = new_figure(4.8, 2, sharex=True)
+    rows: list[Row] = [["kind", "role", "metric", *_COLUMNS]]
     for axes, metric in zip(panels, ("kl_to_base", "deficit"), strict=True):
         longest = 0
         for kind, profiles in kinds.items():
             for role, profile in profiles.items():
                 label = f"{role}, {kind}" if len(profiles) > 1 else kind
-                _curve(axes, profile, metric, ROLE_COLORS[role], KIND_DASHES[kind], label)
-                rows += _rows([kind, role, metric], profile, metric)
+                _curve(axes, profile[metric], ROLE_COLORS[role], _KIND_DASHES[kind], label)
+                rows += _rows([kind, role, metric], profile[metric], profile["n"])
                 longest = max(longest, len(profile["n"]))
         _finish(axes, metric, longest)
     panels[-1].set_xlabel("position in the response (tokens)")
@@ -92,30 +89,26 @@ def gradient_curve(gradient: Mapping[str, Any] | None) -> Plot | None:
     """Norm of each position's contribution to the gradient of safety losses; None where it was not measured."""
     if gradient is None:
         return None
-    panels_of = (("sft_head", "safe answer"), ("rejected_head", "rejected answer"))
-    figure = Figure(figsize=(5.6, 4.8), layout="constrained")
-    panels = figure.subplots(2, 1)
-    rows: list[Row] = [["role", "measure", "position", "mean", "low", "high", "n"]]
-    for role, found in gradient["roles"].items():
+    roles = gradient["roles"]
+    figure, panels = new_figure(4.8, 2)
+    rows: list[Row] = [["role", "measure", *_COLUMNS]]
+    for role, found in roles.items():
         for measure, profile in found.items():
             if isinstance(profile, Mapping):
-                rows += _rows([role, measure], {measure: profile, "n": profile["n"]}, measure)
-    for axes, (measure, label) in zip(panels, panels_of, strict=True):
-        longest = 0
-        for role, found in gradient["roles"].items():
-            profile = {measure: found[measure], "n": found[measure]["n"]}
-            _curve(axes, profile, measure, ROLE_COLORS[role], ROLE_DASHES[role], f"at {role}")
+                rows += _rows([role, measure], profile, profile["n"])
+    answers = {"sft_head": "safe answer", "rejected_head": "rejected answer"}
+    for axes, (measure, label) in zip(panels, answers.items(), strict=True):
+        for role, found in roles.items():
+            _curve(axes, found[measure], ROLE_COLORS[role], ROLE_DASHES[role], f"at {role}")
             if measure == "sft_head" and "sft_all" in found:
-                exact = {"sft_all": found["sft_all"], "n": found["sft_all"]["n"]}
-                _curve(axes, exact, "sft_all", ROLE_COLORS[role], ROLE_DASHES[role], "", ROLE_MARKERS[role])
-            longest = max(longest, len(profile["n"]))
-        _positions(axes, longest)
+                _curve(axes, found["sft_all"], ROLE_COLORS[role], ROLE_DASHES[role], "_", ROLE_MARKERS[role])
+        _positions(axes, max(len(found[measure]["n"]) for found in roles.values()))
         axes.set_ylim(bottom=0)
         axes.set_ylabel(f"gradient norm,\n{label}")
     panels[-1].set_xlabel("position in the answer (tokens)")
     legend_above(figure, panels[0])
-    factors = ", ".join(f"{found['preference_factor']:.2g} at {role}" for role, found in gradient["roles"].items())
-    has_exact = any("sft_all" in found for found in gradient["roles"].values())
+    factors = ", ".join(f"{found['preference_factor']:.2g} at {role}" for role, found in roles.items())
+    has_exact = any("sft_all" in found for found in roles.values())
     return Plot(
         "gradient_signal",
         "Norm of each position's contribution to the gradient of safety losses at each model's weights (at base: what "
@@ -133,11 +126,10 @@ def token_tables(diagnosis: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Base-favored tokens by kind and policy: bands of positions with their tokens, for the page."""
     tables: dict[tuple[str, str], dict[str, Any]] = {}
     for item in diagnosis["tokens"]:
-        key = (item["kind"], item["role"])
-        table = tables.setdefault(key, {"kind": key[0], "role": key[1], "bands": {}})
+        kind, role = item["kind"], item["role"]
+        table = tables.setdefault((kind, role), {"kind": kind, "role": role, "bands": {}})
         low, high = item["band"]
-        band = str(low) if low == high else f"{low}\N{EN DASH}{high}"
-        table["bands"].setdefault(band, []).append(item)
+        table["bands"].setdefault(str(low) if low == high else f"{low}\N{EN DASH}{high}", []).append(item)
     return list(tables.values())
 
 
@@ -145,15 +137,12 @@ def token_rows(diagnosis: Mapping[str, Any]) -> list[Row]:
     """The same as one flat table, header row first."""
     names = ["kind", "role", "first", "last", "token", "token_id", "share", "count", "base_probability"]
     names += ["policy_probability", "position", "context"]
-    rows: list[Row] = [list(names)]
-    for item in diagnosis["tokens"]:
-        values = {**item, "first": item["band"][0], "last": item["band"][1]}
-        rows.append([values[name] for name in names])
-    return rows
+    items = [item | dict(zip(("first", "last"), item["band"], strict=True)) for item in diagnosis["tokens"]]
+    return [list(names), *([item[name] for name in names] for item in items)]
 
 
 def depth_words(depth: Mapping[str, Any]) -> str:
-    """`"1 (1 to 2)"`, or that the deficit never exceeds its threshold."""
+    """Writes a completion depth as `"1 (1 to 2)"`, or says that the deficit never exceeds its threshold."""
     beyond = f"beyond {depth['num_positions']}"
     if depth["depth"] is None:
         return beyond
@@ -164,42 +153,28 @@ def depth_words(depth: Mapping[str, Any]) -> str:
 def _profiles(diagnosis: Mapping[str, Any], metrics: Sequence[str]) -> tuple[Figure, Any, list[Row]]:
     """One panel for each metric, one curve for each policy."""
     profiles = diagnosis["kinds"]["harmful"]["profile"]
-    figure = Figure(figsize=(5.6, 6.6), layout="constrained")
-    panels = figure.subplots(len(metrics), 1, sharex=True)
-    rows: list[Row] = [["role", "metric", "position", "mean", "low", "high", "n"]]
+    figure, panels = new_figure(6.6, len(metrics), sharex=True)
+    rows: list[Row] = [["role", "metric", *_COLUMNS]]
     for axes, metric in zip(panels, metrics, strict=True):
         for role, profile in profiles.items():
-            _curve(axes, profile, metric, ROLE_COLORS[role], ROLE_DASHES[role], role)
-            rows += _rows([role, metric], profile, metric)
+            _curve(axes, profile[metric], ROLE_COLORS[role], ROLE_DASHES[role], role)
+            rows += _rows([role, metric], profile[metric], profile["n"])
         _finish(axes, metric, max(len(profile["n"]) for profile in profiles.values()))
     panels[-1].set_xlabel("position in the response (tokens)")
     legend_above(figure, panels[0])
     return figure, panels, rows
 
 
-def _curve(
-    axes: Any, profile: Mapping[str, Any], metric: str, color: str, dashes: Any, label: str, marker: str | None = None
-) -> None:
-    found = profile[metric]
+def _curve(axes: Any, found: Mapping[str, Any], color: str, dashes: Any, label: str, marker: str | None = None) -> None:
     at = np.arange(len(found["mean"]))
     if marker is None:  # marked curves rest on a few prompts, and their bands would cover all others
         axes.fill_between(at, gaps(found["low"]), gaps(found["high"]), color=color, alpha=0.18, lw=0)
-    width = 1.0 if marker else 1.7
-    axes.plot(
-        at,
-        gaps(found["mean"]),
-        color=color,
-        linestyle=dashes,
-        linewidth=width,
-        label=label or "_",
-        marker=marker,
-        ms=3.5,
-    )
+    looks = {"color": color, "linestyle": dashes, "linewidth": 1.0 if marker else 1.7, "marker": marker, "ms": 3.5}
+    axes.plot(at, gaps(found["mean"]), label=label, **looks)
 
 
-def _rows(start: list[Any], profile: Mapping[str, Any], metric: str) -> list[Row]:
-    found = profile[metric]
-    columns = zip(found["mean"], found["low"], found["high"], profile["n"], strict=True)
+def _rows(start: list[Any], found: Mapping[str, Any], counts: Sequence[int]) -> list[Row]:
+    columns = zip(found["mean"], found["low"], found["high"], counts, strict=True)
     return [[*start, position, *values] for position, values in enumerate(columns)]
 
 
@@ -222,7 +197,3 @@ def _positions(axes: Any, longest: int) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.xaxis.set_minor_formatter(NullFormatter())
-
-
-def _refusals(diagnosis: Mapping[str, Any]) -> list[str]:
-    return [str(token) for token in diagnosis["refusal_tokens"][:6]]

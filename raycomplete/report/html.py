@@ -10,52 +10,33 @@ from __future__ import annotations
 import base64
 import csv
 import io
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
-from unicodedata import lookup
 
 from jinja2 import Environment, StrictUndefined
+from matplotlib import rc_context
 
 from raycomplete.report import diagnosis as diagnoses
 from raycomplete.report import plots
-from raycomplete.report.run_folder import RunFolder, read_run_folder
-from raycomplete.report.style import ROLES, house_style
+from raycomplete.report.run_folder import ROLES, RunFolder, read_run_folder
 from raycomplete.runtime.files import PRIVATE, write_bytes
 
 MAX_TABLE_ROWS = 60  # longer data stays in its CSV file
 
-_Figure = tuple[str, str, Callable[[], plots.Plot | None]]  # heading, what to say where there is none, how it is drawn
-
-
-@dataclass(frozen=True)
-class PageSection:
-    """One figure of the page, or the reason why it is missing.
-
-    Attributes:
-        missing: Why there is no figure; empty where there is one.
-        image: The PNG as a data URI.
-        csv_name: The data file, relative to the run folder.
-        rows: The data as text, header row first; empty where it is too long for a page.
-    """
-
-    title: str
-    missing: str = ""
-    caption: str = ""
-    image: str = ""
-    csv_name: str = ""
-    rows: tuple[tuple[str, ...], ...] = ()
+_Figure = tuple[str, str, plots.Plot | None]  # heading, what to say where there is no figure, and the figure
+_SIGNS = str.maketrans(
+    {" ": "\N{OPEN BOX}", "\n": "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}", "\t": "\N{RIGHTWARDS ARROW TO BAR}"}
+)
 
 
 def write_report(run_folder: Path) -> Path:
     """Writes report.html and figures/ from what is in a run folder.
 
     Args:
-        run_folder: Needs summary.json or diagnosis.json; a part whose file is missing is replaced by a sentence that
-            says so.
+        run_folder: Needs summary.json or diagnosis.json; in place of what else is missing, a sentence says so.
 
     Returns:
         The path of report.html.
@@ -64,7 +45,7 @@ def write_report(run_folder: Path) -> Path:
         DataError: Both are missing, or a file is malformed.
     """
     run = read_run_folder(run_folder)
-    with house_style():
+    with rc_context(plots.STYLE):
         sections = [_section(run_folder, *figure) for figure in _figures(run)]
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"percent": percent, "visible": visible, "setting": setting}
@@ -106,8 +87,7 @@ def percent(rate: float) -> str:
 
 def visible(token: str) -> str:
     """Writes a token so that it can be read in a table: white space has a sign."""
-    signs = {" ": "OPEN BOX", "\n": "DOWNWARDS ARROW WITH CORNER LEFTWARDS", "\t": "RIGHTWARDS ARROW TO BAR"}
-    return "".join(lookup(signs[sign]) if sign in signs else sign for sign in token) or "(special)"
+    return token.translate(_SIGNS) or "(special)"
 
 
 def setting(value: Any) -> str:
@@ -130,18 +110,18 @@ def _figures(run: RunFolder) -> list[_Figure]:
 
 
 def _diagnosis_figures(found: Mapping[str, Any]) -> list[_Figure]:
-    gradient, no_control = found.get("gradient"), "No benign prompt was measured."
+    no_control = "No benign prompt was measured."
     no_gradient = "Not measured: diagnose.gradient is off, or the aligned model refuses none of the prompts."
     return [
-        ("Where alignment stopped", "", lambda: diagnoses.where_it_stopped(found)),
-        ("What the model would say there", "", lambda: diagnoses.what_it_does(found)),
-        ("Harmful prompts against harmless ones", no_control, lambda: diagnoses.control(found)),
-        ("How much each position teaches", no_gradient, lambda: diagnoses.gradient_curve(gradient)),
+        ("Where alignment stopped", "", diagnoses.where_it_stopped(found)),
+        ("What the model would say there", "", diagnoses.what_it_does(found)),
+        ("Harmful prompts against harmless ones", no_control, diagnoses.control(found)),
+        ("How much each position teaches", no_gradient, diagnoses.gradient_curve(found.get("gradient"))),
     ]
 
 
 def _run_figures(run: RunFolder) -> list[_Figure]:
-    summary, metrics, profile = run.summary, run.metrics, run.profile or {}
+    summary, metrics = run.summary, run.metrics
     no_rates = "No model of this run has been evaluated."
     no_attacks = "No attack but the depth curve is recorded in this run."
     no_results = "Neither evaluation/aligned.json nor evaluation/student.json is in this run."
@@ -150,34 +130,34 @@ def _run_figures(run: RunFolder) -> list[_Figure]:
     no_depths = "No step of this run recorded its depth sampler." if metrics else no_metrics
     no_rollouts = "The student did not roll out in this run." if metrics else no_metrics
     return [
-        ("Safety and utility at a glance", no_rates, lambda: plots.rate_bars(summary)),
-        ("Attack by attack", no_attacks, lambda: plots.attack_bars(summary["attacks"])),
-        ("Attack success by prefill depth", no_rates, lambda: plots.prefill_curve(summary)),
-        ("What the models did", no_results, lambda: plots.outcome_bars(run.results)),
-        ("Where training changed the model", no_profile, lambda: plots.position_profile(profile)),
-        ("Training", no_metrics, lambda: plots.training_curves(metrics, run.terms)),
-        ("Depths that were trained", no_depths, lambda: plots.depth_heat_map(metrics)),
-        ("Where the student still complied", no_rollouts, lambda: plots.compliance_heat_map(metrics)),
+        ("Safety and utility at a glance", no_rates, plots.rate_bars(summary)),
+        ("Attack by attack", no_attacks, plots.attack_bars(summary["attacks"])),
+        ("Attack success by prefill depth", no_rates, plots.prefill_curve(summary)),
+        ("What the models did", no_results, plots.outcome_bars(run.results)),
+        ("Where training changed the model", no_profile, plots.position_profile(run.profile or {})),
+        ("Training", no_metrics, plots.training_curves(metrics, run.terms)),
+        ("Depths that were trained", no_depths, plots.depth_heat_map(metrics)),
+        ("Where the student still complied", no_rollouts, plots.compliance_heat_map(metrics)),
     ]
 
 
-def _section(run_folder: Path, title: str, missing: str, make: Callable[[], plots.Plot | None]) -> PageSection:
-    """Draws a figure, writes its files and prepares it for the page."""
-    plot = make()
+def _section(run_folder: Path, title: str, missing: str, plot: plots.Plot | None) -> dict[str, Any]:
+    """Writes the files of a figure; its picture, and its data unless too long, for the page."""
     if plot is None:
-        return PageSection(title=title, missing=missing)
+        return {"title": title, "missing": missing}
     picture = io.BytesIO()
     plot.figure.savefig(picture, format="png", metadata={"Software": "raycomplete"})
+    data = f"figures/{plot.name}.csv"
     write_bytes(run_folder / "figures" / f"{plot.name}.png", picture.getvalue())
-    write_bytes(run_folder / "figures" / f"{plot.name}.csv", _csv(plot.rows))
-    shown = plot.rows if len(plot.rows) <= MAX_TABLE_ROWS else []
-    return PageSection(
-        title=title,
-        caption=plot.caption,
-        image="data:image/png;base64," + base64.b64encode(picture.getvalue()).decode("ascii"),
-        csv_name=f"figures/{plot.name}.csv",
-        rows=tuple(tuple(_cell(value) for value in row) for row in shown),
-    )
+    write_bytes(run_folder / data, _csv(plot.rows))
+    return {
+        "title": title,
+        "missing": "",
+        "caption": plot.caption,
+        "image": "data:image/png;base64," + base64.b64encode(picture.getvalue()).decode("ascii"),
+        "data": data,
+        "rows": [list(map(_cell, row)) for row in plot.rows] if len(plot.rows) <= MAX_TABLE_ROWS else [],
+    }
 
 
 def _measures(run: RunFolder) -> list[tuple[str, str, str, str]]:
@@ -208,12 +188,11 @@ def _cell(value: Any) -> str:
 def _headline(run: RunFolder) -> list[dict[str, str]]:
     """The numbers to remember: where alignment stopped, how much safer, how useful, how over-cautious."""
     summary = run.summary
-    cards = _depth_cards(run.diagnosis) if run.diagnosis is not None else []
+    cards = [_depth_card(run.diagnosis)] if run.diagnosis is not None else []
     if summary["asr"]:
-        reduction = summary.get("asr_reduction")
-        note = f"{percent(reduction)} fewer than aligned" if reduction is not None else ""
-        if reduction is not None and reduction < 0:
-            note = f"{percent(-reduction)} more than aligned"
+        note, reduction = "", summary.get("asr_reduction")
+        if reduction is not None:
+            note = f"{percent(abs(reduction))} {'more' if reduction < 0 else 'fewer'} than aligned"
         means = {role: entry["mean"] for role, entry in summary["asr"].items()}
         cards.append({"label": "Attack success, mean over depths", **_before_after(means), "note": note})
     for key, label in {"utility": "Utility on benign", "over_refusal": "Over-refusal of borderline"}.items():
@@ -223,25 +202,22 @@ def _headline(run: RunFolder) -> list[dict[str, str]]:
     return cards
 
 
-def _depth_cards(diagnosis: Mapping[str, Any]) -> list[dict[str, str]]:
+def _depth_card(diagnosis: Mapping[str, Any]) -> dict[str, str]:
     """Completion depth of the student, or of aligned where there is no student."""
     found = diagnosis["kinds"]["harmful"]
-    role = list(found["completion_depth"])[-1]
-    depth = found["completion_depth"][role]
+    depths = found["completion_depth"]
+    role, depth = list(depths.items())[-1]
     value, _, interval = diagnoses.depth_words(depth).partition(" (")
     even, odd = ("beyond" if half is None else str(half) for half in depth["halves"])
-    aligned = diagnoses.depth_words(found["completion_depth"]["aligned"]) if role != "aligned" else ""
-    return [
-        {
-            "label": "Completion depth in tokens: first position at which the rising fit of the mean deficit exceeds "
-            f"{depth['threshold']:g}",
-            "value": value if depth["depth"] is not None else f"> {depth['num_positions'] - 1}",
-            "role": role,
-            "interval": interval.rstrip(")") + (", " if interval else "") + f"n = {found['measured']}",
-            "before": f"aligned {aligned}" if aligned else "",
-            "note": f"halves of the prompts: {even} and {odd}",
-        }
-    ]
+    return {
+        "label": "Completion depth in tokens: first position at which the rising fit of the mean deficit exceeds "
+        f"{depth['threshold']:g}",
+        "value": value if depth["depth"] is not None else f"> {depth['num_positions'] - 1}",
+        "role": role,
+        "interval": interval.rstrip(")") + (", " if interval else "") + f"n = {found['measured']}",
+        "before": f"aligned {diagnoses.depth_words(depths['aligned'])}" if role != "aligned" else "",
+        "note": f"halves of the prompts: {even} and {odd}",
+    }
 
 
 def _diagnosis_settings(diagnosis: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -280,13 +256,9 @@ def _table(summary: Mapping[str, Any]) -> dict[str, Any] | None:
         for depth in plots.depths_of(summary)
     ]
     rows.append(("Attack success, mean", [summary["asr"][role]["mean"] for role in roles]))
-    for label, key in (
-        ("Utility", "utility"),
-        ("Over-refusal (borderline)", "over_refusal"),
-        ("Refusal (benign)", "benign_refusal"),
-    ):
-        rates = summary.get(key) or {}
-        if rates:
+    others = {"utility": "Utility", "over_refusal": "Over-refusal (borderline)", "benign_refusal": "Refusal (benign)"}
+    for key, label in others.items():
+        if rates := summary.get(key):
             rows.append((label, [rates.get(role) for role in roles]))
         if key == "over_refusal" and len(sources := summary.get("over_refusal_by_source") or {}) > 1:
             rows += [(f"Over-refusal, {name}", [found.get(role) for role in roles]) for name, found in sources.items()]
@@ -297,9 +269,8 @@ def _table(summary: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def _measured(run: RunFolder) -> Mapping[str, Any] | None:
     """The judge's own error rates."""
-    measured = run.summary.get("judge_measured")
-    for result in run.results.values():
-        measured = measured or result.get("judge_measured")
+    found = [run.summary.get("judge_measured"), *(result.get("judge_measured") for result in run.results.values())]
+    measured = next(filter(None, found), None)
     return measured if isinstance(measured, Mapping) and "sensitivity" in measured else None
 
 

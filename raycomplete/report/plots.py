@@ -1,4 +1,4 @@
-"""Figures of a run. Each function takes plain data and returns a figure with the rows that it shows.
+"""Figures of a run; each function returns None where its data is missing.
 
 Figures are built without pyplot: it keeps a global list of figures, and needs a display on some machines.
 """
@@ -14,31 +14,58 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from raycomplete.report.style import (
-    OUTCOME_COLORS,
-    OUTCOME_HATCHES,
-    ROLE_COLORS,
-    ROLE_DASHES,
-    ROLE_HATCHES,
-    ROLE_MARKERS,
-    ROLES,
-    SEQUENTIAL_MAP,
-    SERIES_STYLES,
-)
+from raycomplete.report.run_folder import ROLES
 
 Row = list[Any]
+
+# One look for each model, the same in every figure. The colours are those of Okabe and Ito, which people with any of
+# the common colour-vision deficiencies can tell apart; markers and dashes carry the same information, so that a print
+# in grey can be read too.
+ROLE_COLORS = {"base": "#D55E00", "aligned": "#0072B2", "contrastive": "#CC79A7", "student": "#009E73"}
+ROLE_MARKERS = {"base": "s", "aligned": "o", "contrastive": "^", "student": "D"}
+ROLE_HATCHES = {"base": "xx", "aligned": "//", "contrastive": "..", "student": ""}
+ROLE_DASHES: dict[str, Any] = {"base": (0, (5, 2)), "aligned": (0, (1.5, 1.5))}
+ROLE_DASHES |= {"contrastive": (0, (5, 2, 1.5, 2)), "student": "solid"}
+_OUTCOMES = {  # colour, hatch and edge
+    "complied": ("#D55E00", "", "white"),
+    "refused": ("#0072B2", "//", "white"),
+    "incoherent": ("#F0E442", "..", "#555555"),
+    "empty": ("#BBBBBB", "xx", "#555555"),
+}
+_SERIES_STYLES: tuple[tuple[str, Any], ...] = (  # curves that no model owns, as the terms of a loss; used in turn
+    ("#0072B2", (0, (1.5, 1.5))),
+    ("#D55E00", (0, (5, 2))),
+    ("#CC79A7", (0, (5, 2, 1.5, 2))),
+    ("#009E73", (0, (3, 1))),
+    ("#E69F00", (0, (8, 2))),
+    ("#56B4E9", (0, (1, 1))),
+)
+STYLE: dict[str, Any] = {  # matplotlib's settings
+    "figure.dpi": 100,
+    "savefig.dpi": 200,
+    "figure.facecolor": "white",
+    "axes.facecolor": "white",
+    "font.family": "DejaVu Sans",
+    "font.size": 10.5,
+    "axes.titlesize": 10.5,
+    "axes.labelsize": 10.5,
+    "legend.fontsize": 10,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#DDDDDD",
+    "grid.linewidth": 0.8,
+    "axes.axisbelow": True,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 6,
+    "hatch.linewidth": 0.5,
+}
 
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure and its data.
-
-    Attributes:
-        name: File name without ending.
-        caption: What is seen, in a sentence or two; also the text for readers who see no picture.
-        figure: The figure.
-        rows: The data, header row first.
-    """
+    """A figure and its data, header row first; the caption is also the text for readers who see no picture."""
 
     name: str
     caption: str
@@ -47,11 +74,10 @@ class Plot:
 
 
 def prefill_curve(summary: Mapping[str, Any]) -> Plot | None:
-    """Attack success by prefill depth, with 95 % intervals, for each model; None where none was evaluated."""
+    """Attack success by prefill depth, with 95 % intervals, for each model."""
     if not summary["asr"]:
         return None
-    figure = Figure(figsize=(5.6, 3.7), layout="constrained")
-    axes = figure.add_subplot()
+    figure, axes = new_figure(3.7)
     rows: list[Row] = [["role", "depth", "asr", "low", "high", "n"]]
     depths = depths_of(summary)
     for role in (role for role in ROLES if role in summary["asr"]):
@@ -80,12 +106,14 @@ def prefill_curve(summary: Mapping[str, Any]) -> Plot | None:
 
 
 def attack_bars(attacks: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Plot | None:
-    """Success of every attack on every model, mean and worst of n; None where there is none but the depth curve."""
+    """Success of every attack on every model, mean and worst of n."""
     if not attacks:
         return None
-    groups = {name: {role: block["mean"] for role, block in by_role.items()} for name, by_role in attacks.items()}
-    worst = {name: {role: block["worst_of_n"] for role, block in by_role.items()} for name, by_role in attacks.items()}
-    figure, rows = _bars(groups, worst)
+    mean, worst = (
+        {name: {role: block[key] for role, block in by_role.items()} for name, by_role in attacks.items()}
+        for key in ("mean", "worst_of_n")
+    )
+    figure, rows = _bars(mean, worst)
     return Plot(
         "attacks",
         "Share of harmful prompts on which an attack gets an answer: bars are the mean over its variants and trials, "
@@ -97,17 +125,14 @@ def attack_bars(attacks: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Plot 
 
 
 def rate_bars(summary: Mapping[str, Any]) -> Plot | None:
-    """Attack success, utility and over-refusal of every model as bars with 95 % intervals; None without any."""
+    """Attack success, utility and over-refusal of every model as bars with 95 % intervals."""
     if not summary["asr"]:
         return None
+    others = {"utility": "utility (benign)", "over_refusal": "over-refusal (borderline)"}
+    others |= {"benign_refusal": "refusal (benign)"}
     groups = {"attack success, mean over depths": {role: found["mean"] for role, found in summary["asr"].items()}}
-    for label, key in (
-        ("utility (benign)", "utility"),
-        ("over-refusal (borderline)", "over_refusal"),
-        ("refusal (benign)", "benign_refusal"),
-    ):
-        rates = {role: rate for role, rate in (summary.get(key) or {}).items() if rate["n"]}
-        if rates:
+    for key, label in others.items():
+        if rates := {role: rate for role, rate in (summary.get(key) or {}).items() if rate["n"]}:
             groups[label] = rates
     figure, rows = _bars(groups, {})
     return Plot(
@@ -122,8 +147,7 @@ def rate_bars(summary: Mapping[str, Any]) -> Plot | None:
 def _bars(groups: Mapping[str, Mapping[str, Any]], hollow: Mapping[str, Mapping[str, Any]]) -> tuple[Figure, list[Row]]:
     """Horizontal bars of rates by group and model; `hollow` rates are drawn as marks beside them."""
     roles = [role for role in ROLES if any(role in rates for rates in groups.values())]
-    figure = Figure(figsize=(5.6, 1.0 + (0.3 + 0.2 * len(roles)) * len(groups)), layout="constrained")
-    axes = figure.add_subplot()
+    figure, axes = new_figure(1.0 + (0.3 + 0.2 * len(roles)) * len(groups))
     rows: list[Row] = [["measure", "role", "rate", "low", "high", "n"]]
     height = 0.8 / len(roles)
     for number, role in enumerate(roles):
@@ -131,18 +155,9 @@ def _bars(groups: Mapping[str, Mapping[str, Any]], hollow: Mapping[str, Mapping[
         share = np.asarray([rate["rate"] for *_, rate in known])
         ends = np.asarray([[rate["rate"] - rate["low"], rate["high"] - rate["rate"]] for *_, rate in known]).T
         places = [place + (number - (len(roles) - 1) / 2) * height for place, *_ in known]
-        axes.barh(
-            places,
-            share,
-            height * 0.9,
-            xerr=ends,
-            color=ROLE_COLORS[role],
-            hatch=ROLE_HATCHES[role],
-            edgecolor="white",
-            linewidth=0.4,
-            error_kw={"ecolor": "#222222", "elinewidth": 1.2, "capsize": 2.5},
-            label=role,
-        )
+        looks = {"color": ROLE_COLORS[role], "hatch": ROLE_HATCHES[role], "edgecolor": "white", "linewidth": 0.4}
+        whiskers = {"ecolor": "#222222", "elinewidth": 1.2, "capsize": 2.5}
+        axes.barh(places, share, height * 0.9, xerr=ends, error_kw=whiskers, label=role, **looks)
         marks: dict[str, Any] = {"linestyle": "none", "marker": ROLE_MARKERS[role], "clip_on": False, "zorder": 4}
         # A bar of no length has no colour, so its end is marked too.
         axes.plot(share, places, color=ROLE_COLORS[role], markeredgecolor="white", **marks)
@@ -170,21 +185,20 @@ def _rate_row(rate: Mapping[str, Any], *names: Any) -> Row:
 
 
 def position_profile(profile: Mapping[str, Any]) -> Plot | None:
-    """Base-favored mass, KL to base and deficit by response position, aligned against student; None without any."""
-    if not profile.get("positions"):
+    """Base-favored mass, KL to base and deficit by response position, aligned against student."""
+    positions = profile.get("positions")
+    if not positions:
         return None
-    figure = Figure(figsize=(5.6, 6.6), layout="constrained")
-    panels = figure.subplots(3, 1, sharex=True)
-    roles = [role for role in ("aligned", "student") if role in profile]
-    positions = list(profile["positions"])
-    rows: list[Row] = [["role", "position", "base_favored_mass", "kl_to_base", "deficit", "n"]]
-    for role in roles:
-        columns = [profile[role][key] for key in ("base_favored_mass", "kl_to_base", "deficit")]
+    figure, panels = new_figure(6.6, 3, sharex=True)
+    measures = {"base_favored_mass": "base-favored mass", "kl_to_base": "KL to base (nats)", "deficit": "deficit"}
+    rows: list[Row] = [["role", "position", *measures, "n"]]
+    for role in (role for role in ("aligned", "student") if role in profile):
+        columns = [profile[role][key] for key in measures]
         counts = profile[role].get("n", [None] * len(positions))
         rows += [[role, *values] for values in zip(positions, *columns, counts, strict=True)]
         for axes, values in zip(panels, columns, strict=True):
             axes.plot(positions, gaps(values), color=ROLE_COLORS[role], linestyle=ROLE_DASHES[role], label=role)
-    for axes, label in zip(panels, ("base-favored mass", "KL to base (nats)", "deficit"), strict=True):
+    for axes, label in zip(panels, measures.values(), strict=True):
         axes.set_ylabel(label)
         axes.set_ylim(bottom=0)
     panels[2].set_ylim(0, 1.02)
@@ -201,82 +215,52 @@ def position_profile(profile: Mapping[str, Any]) -> Plot | None:
     )
 
 
-_LOSS_RANGE = 1e-6  # decades of loss that are shown
-
-
-@dataclass(frozen=True)
-class LossSeries:
-    """One curve of the training figure: the whole loss or a term of it, by its name in metrics.jsonl."""
-
-    name: str
-    label: str
-    color: str
-    dashes: Any
-
-
-def loss_series(terms: Mapping[str, Mapping[str, Any]]) -> list[LossSeries]:
-    """The curves of a run whose training.json describes these terms; a single term is the whole loss itself."""
-    series = [LossSeries("loss", "whole loss", "#000000", "solid")]
-    if len(terms) > 1:
-        styles = zip(terms.items(), cycle(SERIES_STYLES), strict=False)
-        series += [LossSeries(name, found.get("label", name), *style) for (name, found), style in styles]
-    return series
-
-
 def training_curves(metrics: Sequence[Mapping[str, Any]], terms: Mapping[str, Mapping[str, Any]]) -> Plot | None:
-    """The loss and its terms by step, on a logarithmic scale; None without steps. The data holds their measures too.
+    """The loss and its terms by step, on a logarithmic scale; the data holds the measures of the terms too.
 
     Args:
         metrics: Rows of metrics.jsonl.
-        terms: Terms by name, each with a label and its measures, as training.json describes them.
+        terms: Terms by their name in it, each with a label and its measures, as training.json describes them.
     """
     if not metrics:
         return None
-    figure = Figure(figsize=(5.6, 3.7), layout="constrained")
-    axes = figure.add_subplot()
+    curves: dict[str, tuple[str, str, Any]] = {"loss": ("whole loss", "#000000", "solid")}
+    if len(terms) > 1:  # a single term is the whole loss itself
+        styles = zip(terms.items(), cycle(_SERIES_STYLES), strict=False)
+        curves |= {name: (found.get("label", name), *style) for (name, found), style in styles}
+    curves = {name: curve for name, curve in curves.items() if any(row.get(name) is not None for row in metrics)}
+    figure, axes = new_figure(3.7)
     steps = [row["step"] for row in metrics]
-    drawn = [series for series in loss_series(terms) if any(row.get(series.name) is not None for row in metrics)]
     positive = False
-    for series in drawn:
-        values = gaps([row.get(series.name) for row in metrics])
+    for name, (label, color, dashes) in curves.items():
+        values = gaps([row.get(name) for row in metrics])
         positive = positive or bool((values > 0).any())
-        axes.plot(
-            steps,
-            np.where(values > 0, values, np.nan),
-            color=series.color,
-            linestyle=series.dashes,
-            linewidth=2.2 if series.name == "loss" else 1.5,
-            marker="." if len(steps) < 3 else None,
-            label=series.label,
-        )
+        looks = {"color": color, "linestyle": dashes, "linewidth": 2.2 if name == "loss" else 1.5}
+        marker = "." if len(steps) < 3 else None
+        axes.plot(steps, np.where(values > 0, values, np.nan), marker=marker, label=label, **looks)
     if positive:
         axes.set_yscale("log")
         # The anchor starts at rounding noise, since the student starts as aligned: it must not squash the rest.
-        axes.set_ylim(bottom=max(axes.get_ylim()[0], axes.get_ylim()[1] * _LOSS_RANGE))
+        axes.set_ylim(bottom=max(axes.get_ylim()[0], axes.get_ylim()[1] * 1e-6))
     axes.set_xlabel("step")
     axes.set_ylabel("loss, logarithmic")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    legend_above(figure, axes, columns=min(len(drawn), 4))
+    legend_above(figure, axes, columns=min(len(curves), 4))
     measures = [name for found in terms.values() for name in found.get("metrics", {})]
-    names = [*(series.name for series in drawn), *(name for name in measures if any(name in row for row in metrics))]
+    names = [*curves, *(name for name in measures if any(name in row for row in metrics))]
     rows: list[Row] = [["step", *names], *([row["step"], *(row.get(name) for name in names)] for row in metrics)]
-    return Plot(
-        "training",
-        "The loss and its terms by optimizer step, where they are above 0.",
-        figure,
-        rows,
-    )
+    return Plot("training", "The loss and its terms by optimizer step, where they are above 0.", figure, rows)
 
 
 def depth_heat_map(metrics: Sequence[Mapping[str, Any]]) -> Plot | None:
-    """From which depths recovery was drawn, by step; None where no step recorded it."""
+    """From which depths recovery was drawn, by step."""
     caption = "Probability of each bin of depths, by step. The sampler goes where training is incomplete."
     drawn = _steps_by_depth(metrics, "depth_probabilities", "probability of the bin")
     return None if drawn is None else Plot("depth_sampler", caption, *drawn)
 
 
 def compliance_heat_map(metrics: Sequence[Mapping[str, Any]]) -> Plot | None:
-    """How often the student's own rollouts complied, by step and depth; None off-policy."""
+    """How often the student's own rollouts complied, by step and depth."""
     caption = "Share of the student's own rollouts that went on complying, by step and depth. Blank: not drawn."
     drawn = _steps_by_depth(metrics, "depth_compliance", "rollouts that comply")
     return None if drawn is None else Plot("depth_compliance", caption, *drawn)
@@ -290,19 +274,12 @@ def _steps_by_depth(metrics: Sequence[Mapping[str, Any]], key: str, label: str) 
     bins = known[-1]["depth_bins"]
     known = [row for row in known if row["depth_bins"] == bins]
     value_SB = np.asarray([row[key] for row in known], dtype=np.float64)  # None becomes NaN, which stays blank
-    figure = Figure(figsize=(5.6, 3.7), layout="constrained")
-    axes = figure.add_subplot()
+    figure, axes = new_figure(3.7)
     axes.grid(False)
     steps = [row["step"] for row in known]
-    image = axes.imshow(
-        value_SB.T,
-        aspect="auto",
-        origin="lower",
-        interpolation="nearest",
-        cmap=SEQUENTIAL_MAP,
-        vmin=0.0,
-        extent=(steps[0] - 0.5, max(steps[-1], steps[0]) + 0.5, -0.5, len(bins) - 0.5),
-    )
+    extent = (steps[0] - 0.5, max(steps[-1], steps[0]) + 0.5, -0.5, len(bins) - 0.5)
+    looks: dict[str, Any] = {"aspect": "auto", "origin": "lower", "interpolation": "nearest", "cmap": "cividis"}
+    image = axes.imshow(value_SB.T, vmin=0.0, extent=extent, **looks)
     labels = [str(low) if low == high else f"{low}\N{EN DASH}{high}" for low, high in bins]
     every = max(1, -(-len(bins) // 12))  # more labels than this would overlap
     axes.set_yticks(range(0, len(bins), every), labels[::every])
@@ -317,37 +294,28 @@ def _steps_by_depth(metrics: Sequence[Mapping[str, Any]], key: str, label: str) 
 
 
 def outcome_bars(results: Mapping[str, Mapping[str, Any]]) -> Plot | None:
-    """Outcomes at each depth, aligned beside student; None where neither was evaluated."""
+    """Outcomes at each depth, aligned beside student."""
     roles = [role for role in ("aligned", "student") if role in results]
     if not roles:
         return None
-    figure = Figure(figsize=(5.6, 3.9), layout="constrained")
-    panels = np.atleast_1d(figure.subplots(1, len(roles), sharey=True))
-    rows: list[Row] = [["role", "depth", *OUTCOME_COLORS, "n"]]
+    figure, panels = new_figure(3.9, 1, len(roles), sharey=True, squeeze=False)
+    panels = panels[0]
+    rows: list[Row] = [["role", "depth", *_OUTCOMES, "n"]]
     for axes, role in zip(panels, roles, strict=True):
         variants = [found for found in results[role].get("variants", {}).values() if found.get("depth") is not None]
         variants.sort(key=lambda variant: int(variant["depth"]))
         places = np.arange(len(variants))
         bottom = np.zeros(len(variants))
-        for outcome, color in OUTCOME_COLORS.items():
+        for outcome, (color, hatch, edge) in _OUTCOMES.items():
             share = np.asarray([item["outcomes"].get(outcome, 0) / max(item["n"], 1) for item in variants])
-            axes.bar(
-                places,
-                share,
-                bottom=bottom,
-                color=color,
-                hatch=OUTCOME_HATCHES[outcome],
-                edgecolor="white" if outcome in ("complied", "refused") else "#555555",
-                linewidth=0.4,
-                width=0.82,
-                label=outcome,
-            )
+            looks = {"color": color, "hatch": hatch, "edgecolor": edge, "linewidth": 0.4}
+            axes.bar(places, share, bottom=bottom, width=0.82, label=outcome, **looks)
             bottom += share
         axes.set_xticks(places, [str(variant["depth"]) for variant in variants])
         axes.set_title(role)
         axes.set_xlabel("prefill depth in tokens")
         axes.grid(False)
-        rows += [[role, c["depth"], *(c["outcomes"].get(key, 0) for key in OUTCOME_COLORS), c["n"]] for c in variants]
+        rows += [[role, c["depth"], *(c["outcomes"].get(key, 0) for key in _OUTCOMES), c["n"]] for c in variants]
     panels[0].set_ylabel("share of harmful prompts")
     panels[0].set_ylim(0, 1)
     panels[0].yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
@@ -365,6 +333,12 @@ def depths_of(summary: Mapping[str, Any]) -> list[str]:
     """All prefill depths of a summary in order."""
     depths = {depth for role in summary["asr"] for depth in summary["asr"][role]["by_depth"]}
     return sorted(depths, key=int)
+
+
+def new_figure(height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, Any]:
+    """A figure of the page's width, and its axes as `Figure.subplots` gives them."""
+    figure = Figure(figsize=(5.6, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, **options)
 
 
 def gaps(values: Sequence[float | None]) -> np.ndarray[Any, np.dtype[np.float64]]:

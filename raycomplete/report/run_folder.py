@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from raycomplete.report.style import ROLES
 from raycomplete.runtime.errors import DataError
 from raycomplete.runtime.metrics_file import finite, read_metrics
 
+# The models, and contrastive decoding from base and aligned as the baseline that trains nothing.
+ROLES = ("base", "aligned", "contrastive", "student")
 REDUCED_PROMPTS = 100  # settings of published runs; below them a result is labelled "reduced"
 REDUCED_DEPTHS = 5
 
@@ -21,14 +22,11 @@ class RunFolder:
     """Results of one run.
 
     Attributes:
-        summary: summary.json, its `asr` filled in from the evaluation files where it has none.
+        summary: summary.json, completed from the evaluation files.
         results: evaluation/<role>.json by role.
         metrics: Rows of metrics.jsonl, one a step, in order.
-        terms: Terms of the loss by name: label, description and measures, as training.json describes them. Empty where
-            a version before wrote the run.
-        profile: profile.json.
+        terms: Terms of the loss by name: label, description and measures, as training.json describes them.
         diagnosis: diagnosis.json, of this folder or of the diagnosis beside the run.
-        config: Text of config.yaml.
     """
 
     summary: Mapping[str, Any]
@@ -42,11 +40,11 @@ class RunFolder:
     @property
     def reduced(self) -> str:
         """Why the settings are smaller than those of published runs; empty where they are not."""
-        rates = [rate for role in self.summary["asr"].values() for rate in role["by_depth"].values()]
-        if not rates:
+        by_role = [role["by_depth"] for role in self.summary["asr"].values()]
+        if not any(by_role):
             return ""
-        fewest = min(rate["n"] for rate in rates)
-        depths = len({depth for role in self.summary["asr"].values() for depth in role["by_depth"]})
+        fewest = min(rate["n"] for rates in by_role for rate in rates.values())
+        depths = len({depth for rates in by_role for depth in rates})
         reasons = []
         if fewest < REDUCED_PROMPTS:
             reasons.append(f"{fewest} harmful prompts instead of {REDUCED_PROMPTS} or more")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from raycomplete.report import write_report
+from raycomplete.report.html import write_report
 
 DEPTHS = (0, 4, 8, 16, 32, 64)
 N = 100

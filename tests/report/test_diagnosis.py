@@ -7,7 +7,7 @@ import json
 import shutil
 from pathlib import Path
 
-from raycomplete.report import write_report
+from raycomplete.report.html import write_report
 from tests.report.conftest import a_diagnosis, a_result
 from tests.report.test_report import FIGURES, Page
 

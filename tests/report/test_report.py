@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from raycomplete.report import write_report
-from raycomplete.report.html import setting
+from raycomplete.report.html import setting, write_report
 from raycomplete.runtime.errors import DataError
 from tests.report.conftest import a_rate
 
