@@ -46,6 +46,8 @@ def markdown() -> str:
             parts += [f"## Method `{name}`", _text(method), _table(method, leave_out=("depth",))]
     for name, attack in ATTACKS.items():
         section = attack.config_class
+        if not section.__module__.startswith("raycomplete.attacks."):  # of a plugin
+            continue
         parts += [f"## Attack `{name}`", _text(section), _table(section, leave_out=("name",))]
     return "\n\n".join(parts) + "\n"
 
