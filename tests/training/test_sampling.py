@@ -14,7 +14,7 @@ from raycomplete.data import organism
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.inputs import KINDS, Prompts
 from raycomplete.data.organism import checkpoint_path
-from raycomplete.data.organism.world import find_item, refusal
+from raycomplete.data.organism.world import find_item, recipe, refusal
 from raycomplete.data.samples import AnchorSample, RecoverySample, SampleSet
 from raycomplete.methods.registry import DepthConfig, RecoveryItem
 from raycomplete.runtime.console import Console
@@ -68,7 +68,8 @@ class ScriptedModel:
 
     def generate(self, sequences: Sequence[Sequence[int]], **options: Any) -> list[list[int]]:
         assert self.role == "base"
-        return [self.codec.encode_answer(prompt.answer or "") for prompt, _ in zip(PROMPTS, sequences, strict=False)]
+        items = [find_item(self.codec.decode(sequence)) for sequence in sequences]
+        return [self.codec.encode_answer(recipe(item).text) for item in items if item is not None]
 
 
 def test_a_harmful_prompt_becomes_anchor_refusal_and_continuation(codec: ChatCodec) -> None:
