@@ -91,7 +91,7 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False, c
             run.prompts = held_out_sets(run)
             _train_student(run)
             run.engines.stop_scorers()
-            run.use_student(student)
+            run.use_student(student.resolve())  # engines may start in another folder
             with run.stop.deferred():
                 results = evaluate_roles(run, MODEL_ROLES)
                 nll = measure_benign_nll(run, MODEL_ROLES)

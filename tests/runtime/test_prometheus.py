@@ -168,7 +168,7 @@ def test_prometheus_reads_what_an_actor_recorded(tmp_path: Path) -> None:
             said += line
             if line.startswith("ready"):
                 break
-        page, wanted = "", "ray_raycomplete_scored_tokens_total{"
+        page, wanted = "", "ray_raycomplete_teacher_tokens_total{"
         deadline = time.monotonic() + 60
         while wanted not in page:
             assert process.poll() is None, said

@@ -1,4 +1,4 @@
-"""The remark beside the progress bar of a training."""
+"""The remark beside the progress bar of a training: the loss, its terms where there are several, and the pace."""
 
 from __future__ import annotations
 
@@ -9,15 +9,24 @@ from typing import Any
 import pytest
 
 from raycomplete.commands import train
+from raycomplete.methods.completion import Completion
+from raycomplete.methods.registry import Method
 from raycomplete.methods.sft import SFT
 from raycomplete.runtime.signals import StopSignals
 
+TERMS = {"anchor": 0.1, "recovery": 0.25, "penalty": None, "depth_mean": 12.4, "compliance": 0.5}
+
 
 @pytest.mark.parametrize(
-    ("more", "remark"), [({}, "loss 0.5000, 8 tok/s"), ({"bad_steps": 2}, "loss 0.5000, 2 steps left out, 8 tok/s")]
+    ("method", "more", "remark"),
+    [
+        (SFT(), {"nll": 0.5}, "loss 0.5000, 8 tok/s"),
+        (SFT(), {"bad_steps": 2}, "loss 0.5000, 2 steps left out, 8 tok/s"),
+        (Completion(), TERMS, "loss 0.5000, anchor 0.1000, recovery 0.2500, depth 12, complies 0.50, 8 tok/s"),
+    ],
 )
-def test_rows_of_a_run_that_an_earlier_version_began_are_shown(
-    more: dict[str, Any], remark: str, monkeypatch: pytest.MonkeyPatch
+def test_a_step_is_told_by_the_terms_of_its_method(
+    method: Method, more: dict[str, Any], remark: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shown: list[tuple[int, str]] = []
 
@@ -27,7 +36,7 @@ def test_rows_of_a_run_that_an_earlier_version_began_are_shown(
 
     row = {"step": 1, "loss": 0.5, "tokens_per_s": 8.0} | more
     monkeypatch.setattr(train, "fit", lambda job, *, on_step, **options: on_step(row))
-    job = SimpleNamespace(method=SFT(), train=SimpleNamespace(steps=2))
+    job = SimpleNamespace(method=method, train=SimpleNamespace(steps=2))
     cluster = SimpleNamespace(cpus_per_worker=1, gpus_per_worker=0, worker_placement="pack")
     run: Any = SimpleNamespace(
         config=SimpleNamespace(cluster=cluster),
