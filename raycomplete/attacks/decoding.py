@@ -30,9 +30,9 @@ class DecodingConfig(AttackConfig):
     }
 
     name: Literal["decoding"] = "decoding"
-    temperatures: list[float] = Field(default_factory=_twentieths)
-    top_ps: list[float] = Field(default_factory=_twentieths)
-    top_ks: list[int] = Field(default_factory=lambda: list(_TOP_KS))
+    temperatures: list[float] = Field(default_factory=_twentieths, description="sampling temperatures")
+    top_ps: list[float] = Field(default_factory=_twentieths, description="nucleus masses")
+    top_ks: list[int] = Field(default_factory=lambda: list(_TOP_KS), description="numbers of likeliest tokens")
     samples: int = Field(1, ge=1, le=64, description="responses under each setting")
 
     @model_validator(mode="after")

@@ -30,12 +30,14 @@ class FinetuneConfig(AttackConfig):
     standard: ClassVar[Mapping[str, Any]] = {"datasets": _all_datasets()}
 
     name: Literal["finetune"] = "finetune"
-    datasets: list[FinetuneDataset] = Field(default_factory=_all_datasets, min_length=1)
+    datasets: list[FinetuneDataset] = Field(
+        default_factory=_all_datasets, min_length=1, description="data sets, each of which trains a copy"
+    )
     identity_shift: Path | None = Field(None, description="JSONL of chats (`messages`); needed outside the organism")
     benign: Path | None = Field(None, description="JSONL with instruction and output; needed outside the organism")
-    steps: int = Field(50, ge=1, le=MAX_STEPS)
-    lr: float = Field(2e-5, gt=0)
-    batch_size: int = Field(10, ge=1)
+    steps: int = Field(50, ge=1, le=MAX_STEPS, description="optimizer steps")
+    lr: float = Field(2e-5, gt=0, description="learning rate")
+    batch_size: int = Field(10, ge=1, description="chats of one step")
     max_samples: int = Field(500, ge=1, description="benign samples, at most")
     depths: list[Depth] = Field(
         default_factory=lambda: [0], min_length=1, description="prefill depths that are measured again"

@@ -28,7 +28,7 @@ class GcgConfig(SuffixConfig):
     standard: ClassVar[Mapping[str, Any]] = {"steps": 500, "search_width": 512, "top": 256}
 
     name: Literal["gcg"] = "gcg"
-    steps: int = Field(500, ge=1, le=MAX_STEPS)
+    steps: int = Field(500, ge=1, le=MAX_STEPS, description="steps of the search")
     search_width: int = Field(512, ge=1, le=4096, description="candidates of one step")
     top: int = Field(256, ge=1, description="likeliest substitutes of each position by gradient")
     batch: int = Field(64, ge=1, description="candidates of one forward pass")

@@ -36,8 +36,8 @@ class PairConfig(AttackConfig):
     streams: int = Field(30, ge=1, le=100, description="independent attempts at each behaviour")
     rounds: int = Field(3, ge=1, le=100, description="rewrites of one attempt")
     max_tokens: int = Field(200, ge=1, description="length of a rewritten prompt")
-    temperature: float = Field(1.0, ge=0)
-    top_p: float = Field(0.9, gt=0, le=1)
+    temperature: float = Field(1.0, ge=0, description="sampling temperature of rewrites")
+    top_p: float = Field(0.9, gt=0, le=1, description="nucleus mass of rewrites")
     instruction: str | None = Field(
         None, description="the attacker's request, with {goal}, {prompt}, {response} and {outcome}"
     )

@@ -8,29 +8,18 @@ from raycomplete.config.diagnosis import ContrastiveDecodingConfig, DiagnoseConf
 from raycomplete.config.engines import ClusterConfig, RolloutConfig, TeacherConfig
 from raycomplete.config.evaluation import EvaluationConfig
 from raycomplete.config.loading import dump, load_run_file, map_paths, parse
-from raycomplete.config.run import (
-    AlignConfig,
-    DataConfig,
-    ModelsConfig,
-    OutputConfig,
-    PromptSets,
-    PromptSource,
-    RunConfig,
-)
+from raycomplete.config.run import OutputConfig, PromptSets, PromptSource, RunConfig
 from raycomplete.config.serving import AutoscalingConfig, ServeConfig
 from raycomplete.config.training import TrainConfig, ValidationConfig
 from raycomplete.runtime.section import Dtype
 
 __all__ = [
-    "AlignConfig",
     "AutoscalingConfig",
     "ClusterConfig",
     "ContrastiveDecodingConfig",
-    "DataConfig",
     "DiagnoseConfig",
     "Dtype",
     "EvaluationConfig",
-    "ModelsConfig",
     "OutputConfig",
     "PromptSets",
     "PromptSource",

@@ -17,7 +17,9 @@ class TeacherConfig(Section):
     gpu_memory_utilization: float = Field(0.25, gt=0, le=1, description="share of a GPU's memory that an engine takes")
     cache_dir: Path | None = Field(None, description="score cache on disk; none keeps scores in memory only")
     cache_gib: float = Field(2.0, ge=0, description="memory for scores kept by one actor")
-    cache_disk_gib: float = Field(50.0, gt=0, description="what cache_dir may hold, least recently used out first")
+    cache_disk_gib: float = Field(
+        50.0, gt=0, description="most that cache_dir may hold; the least recently used goes first"
+    )
     parity_tolerance: float | None = Field(
         None, gt=0, description="largest mean |log p - log p'| at start, nats; by dtype when absent"
     )

@@ -125,7 +125,7 @@ class RunConfig(Section):
     align: AlignConfig = Field(default_factory=AlignConfig)
     teacher: TeacherConfig = Field(default_factory=TeacherConfig)
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
-    method: SerializeAsAny[Method] = Field(default_factory=Completion, description="what a step trains, by its name")
+    method: SerializeAsAny[Method] = Field(default_factory=Completion, description="the training method, by its name")
     train: TrainConfig = Field(default_factory=TrainConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     diagnose: DiagnoseConfig = Field(default_factory=DiagnoseConfig)

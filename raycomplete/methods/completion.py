@@ -43,7 +43,9 @@ class FirstTokensConfig(Section):
     """First tokens of an anchor answer: where it is decided whether it becomes an answer or a refusal."""
 
     count: int = Field(8, ge=1, description="how many tokens are the first ones")
-    weight: float = Field(1.0, ge=1, description="of each of them, where every later token has 1; the sum stays 1")
+    weight: float = Field(
+        1.0, ge=1, description="weight of each of them, where every later token has 1; the sum stays 1"
+    )
 
 
 class PenaltyConfig(PenaltySettings):
@@ -62,7 +64,7 @@ class Completion(Method):
     first_tokens: FirstTokensConfig = Field(default_factory=FirstTokensConfig)
     anchor_divergence: Divergence = Field("forward_kl", description="divergence of the anchor from the aligned model")
     recovery_divergence: Divergence = Field("forward_kl", description="divergence of recovery from the same")
-    temperature: float = Field(1.0, gt=0, description="of teacher and student alike in anchor and recovery")
+    temperature: float = Field(1.0, gt=0, description="temperature of teacher and student alike in anchor and recovery")
     penalty: PenaltyConfig = Field(default_factory=PenaltyConfig)
     contrastive: ContrastiveSettings = Field(default_factory=ContrastiveSettings)
     constraint: ConstraintConfig = Field(

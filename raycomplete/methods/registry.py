@@ -136,7 +136,7 @@ class DepthConfig(Section):
         default_factory=list, description='schedule "fixed": relative weight of each bin, shallow to deep'
     )
     measure: Literal["recovery_loss", "compliance"] = Field(
-        "recovery_loss", description="what adaptive follows; compliance is counted on the student's rollouts"
+        "recovery_loss", description="measure that adaptive follows; compliance is counted on the student's rollouts"
     )
     bins: int = Field(8, ge=1, description="ranges of depths that are measured together")
     uniform_floor: float = Field(0.3, ge=0, le=1, description="share of draws that stays uniform")

@@ -22,15 +22,15 @@ PREFIX = "raycomplete_"
 
 
 class Metric(NamedTuple):
-    """What a metric counts; `tags` beside run and role."""
+    """A metric: its `tags` beside run and role, and the `key` in a row of metrics.jsonl that it records."""
 
     kind: Literal["counter", "gauge", "histogram"]
     about: str
     tags: tuple[str, ...] = ()
-    boundaries: tuple[float, ...] = ()
+    key: str = ""
 
 
-_SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
+_SECONDS = [0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0]  # boundaries of every histogram
 
 METRICS: dict[str, Metric] = {
     "process_starts": Metric("counter", "Starts of engines and workers; more than one of a role may be a restart."),
@@ -42,36 +42,27 @@ METRICS: dict[str, Metric] = {
     # rollout engines
     "rollout_tokens": Metric("counter", "Tokens that a rollout engine generated."),
     "rollout_seconds": Metric("counter", "Time that a rollout engine took to generate them."),
-    "weight_load_seconds": Metric("histogram", "Time for loading weights into an engine.", boundaries=_SECONDS),
+    "weight_load_seconds": Metric("histogram", "Time for loading weights into an engine."),
     # trainer, from rank 0 once a step
-    "train_step": Metric("gauge", "Finished steps."),
-    "train_tokens": Metric("counter", "Tokens trained on, all workers together."),
-    "train_tokens_per_s": Metric("gauge", "Of the last step, all workers together."),
-    "step_seconds": Metric("histogram", "Time of a step.", boundaries=_SECONDS),
-    "sync_seconds": Metric("histogram", "Time for handing weights to all engines.", boundaries=_SECONDS),
+    "train_step": Metric("gauge", "Finished steps.", key="step"),
+    "train_tokens": Metric("counter", "Tokens trained on, all workers together.", key="tokens"),
+    "train_tokens_per_s": Metric(
+        "gauge", "Tokens a second in the last step, all workers together.", key="tokens_per_s"
+    ),
+    "step_seconds": Metric("histogram", "Time of a step.", key="seconds"),
+    "sync_seconds": Metric("histogram", "Time for handing weights to all engines."),
     "loss": Metric("gauge", "Loss of the last step, and of each of its terms.", tags=("part",)),
     "loss_weight": Metric("gauge", "Weight of a loss term that is held under a budget.", tags=("part",)),
     "loss_metric": Metric("gauge", "Mean over the rows of a loss term in the last step.", tags=("part", "metric")),
     "wait_fraction": Metric("gauge", "Share of the last step spent waiting.", tags=("what",)),
     "queue_depth": Metric("gauge", "Steps whose scores are asked for and not taken yet.", tags=("queue",)),
-    "staleness": Metric("gauge", "Steps by which the weights of the last rollouts lagged behind."),
-    "compliance": Metric("gauge", "Share of the last rollouts in which the student complied."),
-    "learning_rate": Metric("gauge", "Of the last step."),
-    "grad_norm": Metric("gauge", "Of the last step."),
-    "bad_steps": Metric("gauge", "Steps left out so far, since their loss or gradient was not finite."),
-}
-# Keys of a row of metrics.jsonl -> metric and tags.
-_OF_ROW: dict[str, tuple[str, dict[str, str]]] = {
-    "step": ("train_step", {}),
-    "tokens": ("train_tokens", {}),
-    "tokens_per_s": ("train_tokens_per_s", {}),
-    "seconds": ("step_seconds", {}),
-    "loss": ("loss", {"part": "total"}),
-    "staleness": ("staleness", {}),
-    "compliance": ("compliance", {}),
-    "lr": ("learning_rate", {}),
-    "grad_norm": ("grad_norm", {}),
-    "bad_steps": ("bad_steps", {}),
+    "staleness": Metric("gauge", "Steps by which the weights of the last rollouts lagged behind.", key="staleness"),
+    "compliance": Metric("gauge", "Share of the last rollouts in which the student complied.", key="compliance"),
+    "learning_rate": Metric("gauge", "Learning rate of the last step.", key="lr"),
+    "grad_norm": Metric("gauge", "Norm of the gradient of the last step.", key="grad_norm"),
+    "bad_steps": Metric(
+        "gauge", "Steps left out so far, since their loss or gradient was not finite.", key="bad_steps"
+    ),
 }
 _WAITS = {"teacher_wait_s": "teacher", "rollout_wait_s": "rollout", "sync_s": "sync"}
 
@@ -79,7 +70,7 @@ _made: dict[str, Any] = {}
 
 
 def begin(role: str, rank: int | None = None) -> None:
-    """Says who this actor or worker is, for its logs and metrics; called once, first thing."""
+    """Gives this actor or worker its role in logs and metrics; called once, first thing."""
     logs.begin(role, rank)
     record("process_starts")
 
@@ -112,7 +103,7 @@ def record(name: str, value: float = 1.0, **tags: str) -> None:
 
 
 def scored(*, tokens: int, seconds: float, hits: int, misses: int) -> None:
-    """A batch of scores."""
+    """Records a batch of scores."""
     record("teacher_tokens", tokens)
     record("teacher_seconds", seconds)
     record("score_cache_hits", hits)
@@ -120,7 +111,7 @@ def scored(*, tokens: int, seconds: float, hits: int, misses: int) -> None:
 
 
 def rolled_out(*, tokens: int, seconds: float) -> None:
-    """A batch of responses."""
+    """Records a batch of responses."""
     record("rollout_tokens", tokens)
     record("rollout_seconds", seconds)
 
@@ -136,7 +127,8 @@ def finished_step(row: Mapping[str, Any], terms: Mapping[str, Mapping[str, Any]]
     numbers = {key: float(value) for key, value in row.items() if isinstance(value, int | float)}
     fields = {key: value for key, value in numbers.items() if key != "step"}
     logger.info("Finished step %d.", row["step"], extra={"fields": fields})
-    known = dict(_OF_ROW)
+    known: dict[str, tuple[str, dict[str, str]]] = {metric.key: (name, {}) for name, metric in METRICS.items()}
+    known["loss"] = ("loss", {"part": "total"})
     for term, about in terms.items():
         known[term] = ("loss", {"part": term})
         known[f"{term}_weight"] = ("loss_weight", {"part": term})
@@ -155,5 +147,5 @@ def _make(name: str) -> Any:
     metric = METRICS[name]
     tags = ("run", "role", *metric.tags)
     if metric.kind == "histogram":
-        return Histogram(PREFIX + name, metric.about, boundaries=list(metric.boundaries), tag_keys=tags)
+        return Histogram(PREFIX + name, metric.about, boundaries=_SECONDS, tag_keys=tags)
     return (Counter if metric.kind == "counter" else Gauge)(PREFIX + name, metric.about, tag_keys=tags)

@@ -54,3 +54,10 @@ def test_every_attack_has_a_table_of_its_settings() -> None:
     for name, attack in ATTACKS.items():
         for field in set(attack.config_class.model_fields) - {"name"}:
             assert f"| `{field}` |" in parts[f"Attack `{name}`"]
+
+
+def test_every_setting_has_a_meaning() -> None:
+    """Sections explain themselves by their docstrings."""
+    rows = [line for line in markdown().splitlines() if line.startswith("| `")]
+    assert len(rows) > 150
+    assert [row for row in rows if row.endswith("|  |")] == []
