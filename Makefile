@@ -3,7 +3,7 @@
 BIN := .venv/bin
 EXTRA ?=
 SETUP := sh .setup/setup.sh $(if $(EXTRA),--extra $(EXTRA))
-SOURCES := raycomplete .setup/install.py $(wildcard jobs/*.py)
+SOURCES := raycomplete .setup/install.py $(wildcard jobs/*.py docs/examples/*.py)
 PYTEST := $(BIN)/python -m pytest
 
 export PYTHON ?=

@@ -18,13 +18,14 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from raycomplete.data.organism.measure import measure
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
 
 import raycomplete as rc
 from raycomplete.data import organism
+from raycomplete.data.organism.build import measure
 from raycomplete.losses import Head, HiddenStates, LossInputs, LossSettings
+from raycomplete.runtime.types import PromptKind
 
 BATCH_SIZE = 12  # prompts of each kind in a step
 MAX_DEPTH = 80  # tokens of h, of which the cut takes some
@@ -79,7 +80,7 @@ def main(steps: int = 60, num_prompts: int = 40, seed: int = 0) -> tuple[dict[in
 
     # Data: what aligned answers to everything (y), what base says to harmful prompts when it is led on (h), and what
     # aligned says to the same prompts (r). h starts with words that base would put there itself.
-    kinds = ("harmful", "benign", "borderline")
+    kinds: tuple[PromptKind, ...] = ("harmful", "benign", "borderline")
     found = {kind: organism.prompts("train", kind, seed, PROMPTS_PER_KIND) for kind in kinds}
     xs = [chat(prompt.text) for kind in kinds for prompt in found[kind]]
     anchors = list(zip(xs, sample(aligned, tokenizer, xs, 104), strict=True))

@@ -27,8 +27,8 @@ print(f"{diagnosis['name']}: {', '.join(policies)} against base")
 # %% Completion depth: the first position at which the deficit, made monotone, exceeds the threshold
 for kind, measured in diagnosis["kinds"].items():
     for policy, depth in measured["completion_depth"].items():
-        position = "not within" if depth["depth"] is None else f"{depth['depth']} of"
-        print(f"{kind:8} {policy:8} completion depth {position} {depth['num_positions']} positions")
+        found = "not within" if depth["depth"] is None else f"{depth['depth']} of"
+        print(f"{kind:8} {policy:8} completion depth {found} {depth['num_positions']} positions")
 
 # %% Profile: means over prompts by position of the response, with their 95 % intervals
 METRICS = {"kl_to_base": "KL to base", "deficit": "deficit", "base_favored_mass": "base-favored mass"}
