@@ -47,23 +47,18 @@ class Submission:
         address: URL of the cluster's job server.
         working_dir: Folder that is uploaded.
         entrypoint: Command in that folder's copy.
-        environment: Variables of the job.
+        runtime_env: Ray's runtime environment without the working folder.
         warnings: Paths that a node may not find, a sentence each.
     """
 
     address: str
     working_dir: Path
     entrypoint: tuple[str, ...]
-    environment: dict[str, str] = field(default_factory=dict)
+    runtime_env: dict[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
-    @property
-    def runtime_env(self) -> dict[str, Any]:
-        """Ray's runtime environment without the working folder."""
-        return {"excludes": list(EXCLUDES), "env_vars": self.environment}
-
     def command(self) -> str:
-        """The same as a line for a shell."""
+        """Returns the job as a line for a shell."""
         words = ["ray", "job", "submit", "--address", self.address, "--working-dir", str(self.working_dir)]
         words += ["--runtime-env-json", json.dumps(self.runtime_env), "--", *self.entrypoint]
         others = [name for name in _ADDRESSES if os.environ.get(name, self.address) != self.address]
@@ -83,7 +78,7 @@ def prepare(
 
     Args:
         run_file: A file below `working_dir`.
-        overrides: As for `raycomplete train`.
+        overrides: Values that replace those of the run file.
         job: One of `JOBS`.
         address: URL of the job server; RAY_API_SERVER_ADDRESS, RAY_ADDRESS or this machine when absent.
         working_dir: Folder to upload.
@@ -121,7 +116,7 @@ def prepare(
         address=(address or next(iter(known), DEFAULT_ADDRESS)).rstrip("/"),
         working_dir=folder,
         entrypoint=("python", *start, file.relative_to(folder).as_posix(), *overrides, *flags),
-        environment=environment,
+        runtime_env={"excludes": list(EXCLUDES), "env_vars": environment},
         warnings=tuple(_warnings(config, job, folder, files)),
     )
 
@@ -190,13 +185,7 @@ def _warnings(config: RunConfig, job: str, folder: Path, files: Iterable[Path]) 
 def submit(submission: Submission, say: Say, *, wait: bool = True) -> int:
     """Sends a job and, unless told otherwise, follows its log to the end.
 
-    Args:
-        submission: From `prepare`.
-        say: Called with remarks; the job's own output goes to standard output.
-        wait: Follow the job.
-
-    Returns:
-        The job's exit code, 0, 1 or 2; without `wait` 0 at once.
+    Remarks go to `say`, the job's own output to standard output. Returns the job's exit code.
 
     Raises:
         SetupError: No cluster answers, or it does not know the token; nothing was started.
@@ -280,21 +269,23 @@ def follow(client: Any, job: str, say: Say) -> int:
     Raises:
         LostJobError: The connection was lost.
     """
-    printed, stopping = [0], False
+    printed, interrupts, is_asked = [0], 0, False
     while True:
         try:
+            if interrupts and not is_asked:
+                client.stop_job(job)
+                is_asked = True
+                say(f"Asked the job to stop; it has {STOP_WAIT_S} s to write a checkpoint.")
             asyncio.run(_print_log(client, job, printed))
             info = client.get_job_info(job)
             if info.status in ("SUCCEEDED", "FAILED", "STOPPED"):
                 break
             time.sleep(_RETRY_S)  # a proxy between here and there closed a silent connection
         except KeyboardInterrupt:
-            if stopping:
+            interrupts += 1
+            if interrupts > 1:
                 say(f"The job goes on; ray job status {job} says how it does.")
                 return 1
-            stopping = True
-            client.stop_job(job)
-            say(f"Asked the job to stop; it has {STOP_WAIT_S} s to write a checkpoint.")
         except Exception as error:  # of aiohttp, requests or Ray
             raise LostJobError(
                 f"The connection to job {job} was lost ({str(error).strip() or type(error).__name__}).",

@@ -91,7 +91,7 @@ def test_no_secret_travels_and_a_stop_has_time(folder: Path, monkeypatch: pytest
     monkeypatch.setenv("RAYCOMPLETE_TOKEN", "s3cret")
     submission = prepare(Path("run.yaml"))
     assert "s3cret" not in submission.command()
-    assert int(submission.environment["RAY_JOB_STOP_WAIT_TIME_S"]) >= 60
+    assert int(submission.runtime_env["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"]) >= 60
 
 
 def test_refusals_name_the_remedy(folder: Path, tmp_path: Path) -> None:
@@ -261,6 +261,17 @@ def test_ctrl_c_stops_the_job_and_a_second_one_leaves_it() -> None:
     assert follow(twice, "job", said.append) == 1
     assert twice.stopped == 1
     assert "goes on" in said[-1]
+
+
+def test_a_job_that_cannot_be_asked_to_stop_ends_in_one_sentence() -> None:
+    client = Client("RUNNING", None, [[KeyboardInterrupt()]])
+
+    def gone(_: str) -> bool:
+        raise ConnectionResetError("gone")
+
+    client.stop_job = gone  # type: ignore[method-assign]
+    with pytest.raises(LostJobError, match="The job goes on"):
+        follow(client, "job", lambda _: None)
 
 
 @pytest.mark.parametrize(("status", "words"), [(401, "asks for a token"), (403, "refuses this token")])
