@@ -51,20 +51,13 @@ class AdaptiveAttack(Attack[AdaptiveConfig]):
                 "No harmful prompt has an answer, which the adaptive attack prefills.",
                 "Name the answer column of data.evaluation.harmful, or leave the attack out.",
             )
+        decoding = Decoding(target.max_tokens)
         by_variant: dict[str, list[Trial]] = {}
         for prompt in answered:
-            for variant, depth, sequence, prefill in self._variants(target.codec, prompt):
-                by_variant.setdefault(variant, []).append(
-                    Trial(
-                        "adaptive",
-                        variant,
-                        prompt,
-                        tuple(sequence),
-                        Decoding(target.max_tokens),
-                        prefill=tuple(prefill),
-                        settings={"depth": depth},
-                    )
-                )
+            for variant, depth, sequence, given in self._variants(target.codec, prompt):
+                settings = {"depth": depth}
+                trial = Trial("adaptive", variant, prompt, tuple(sequence), decoding, tuple(given), settings=settings)
+                by_variant.setdefault(variant, []).append(trial)
         return [trial for trials in by_variant.values() for trial in trials]
 
     def _variants(self, codec: Codec, prompt: Prompt) -> Iterator[_Variant]:

@@ -144,11 +144,9 @@ def continued(target: Target, trials: Sequence[Trial]) -> list[Response]:
 
 
 def plain_trials(target: Target, attack: str, variant: str, prompts: Sequence[Prompt], max_tokens: int) -> list[Trial]:
-    """Trials of the prompts as they are, without attack."""
-    decoding = Decoding(max_tokens)
-    return [
-        Trial(attack, variant, prompt, tuple(target.codec.encode_prompt(prompt.text)), decoding) for prompt in prompts
-    ]
+    """Makes trials of the prompts as they are, without attack."""
+    encode, decoding = target.codec.encode_prompt, Decoding(max_tokens)
+    return [Trial(attack, variant, prompt, tuple(encode(prompt.text)), decoding) for prompt in prompts]
 
 
 def answer_ids(codec: Codec, prompt: Prompt) -> list[int]:

@@ -41,15 +41,8 @@ class PrefillAttack(Attack[PrefillConfig]):
         ]
         decoding = Decoding(target.max_tokens)
         return [
-            Trial(
-                "prefill",
-                f"prefill-{depth}",
-                prompt,
-                (*prompt_ids, *answer[:depth]),
-                decoding,
-                prefill=tuple(answer[:depth]),
-                settings={"depth": depth},
-            )
+            Trial("prefill", f"prefill-{depth}", prompt, (*ids, *given), decoding, given, settings={"depth": depth})
             for depth in self.config.depths
-            for prompt, prompt_ids, answer in asked
+            for prompt, ids, answer in asked
+            for given in [tuple(answer[:depth])]
         ]

@@ -30,17 +30,13 @@ class UnknownAttackError(ConfigError):
 def register(config_class: type[AttackConfig]) -> Callable[[type[AttackT]], type[AttackT]]:
     """Makes a class decorator that adds an attack under the default of its settings' `name`.
 
-    Args:
-        config_class: Settings of the attack: a subclass of `AttackConfig` whose `name` has a default.
-
     Raises:
         ConfigError: The settings have no name, or another attack has it.
     """
     name = config_class.model_fields["name"].default
     if not isinstance(name, str):
-        raise ConfigError(
-            f"{config_class.__name__} has no default for `name`.", 'Write: name: Literal["mine"] = "mine"'
-        )
+        remedy = 'Write: name: Literal["mine"] = "mine"'
+        raise ConfigError(f"{config_class.__name__} has no default for `name`.", remedy)
 
     def add(attack: type[AttackT]) -> type[AttackT]:
         known = _attacks.get(name)

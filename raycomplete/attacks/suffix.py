@@ -169,10 +169,8 @@ def usable_tokens(codec: Codec, num_tokens: int) -> IntArray:
 def losses_of(box: WhiteBox, found: Search, candidates: Sequence[Sequence[int]], batch: int) -> list[float]:
     """Computes the loss of each candidate, in forward passes of `batch`."""
     found.queries += len(candidates)
-    losses: list[float] = []
-    for start in range(0, len(candidates), batch):
-        losses += box.suffix_losses(found.problem, candidates[start : start + batch])
-    return losses
+    batches = (candidates[start : start + batch] for start in range(0, len(candidates), batch))
+    return [loss for suffixes in batches for loss in box.suffix_losses(found.problem, suffixes)]
 
 
 def _common(first: Sequence[int], second: Sequence[int]) -> int:

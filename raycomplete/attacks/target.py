@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, TypeVar
 
 from raycomplete.attacks.trial import Decoding, EvaluationCancelled, Response, Trial
 from raycomplete.runtime.errors import DataError, SetupError
@@ -50,12 +51,16 @@ class WhiteBox(Protocol):
         """Mean loss of the target (nats a token) under each suffix; all suffixes are equally long."""
 
 
-@runtime_checkable
-class BatchJudge(Protocol):
+class BatchJudge(ABC):
     """A judge that would rather see many responses at once, such as a model."""
 
+    @abstractmethod
     def outcomes(self, triples: Sequence[Triple]) -> list[Outcome]:
-        """One outcome for each triple, in order."""
+        """Returns one outcome for each triple, in order."""
+
+    def outcome(self, prompt: Prompt, prefill: str, continuation: str) -> Outcome:
+        """Sorts one response."""
+        return self.outcomes([(prompt, prefill, continuation)])[0]
 
 
 def judge_all(judge: Judge, triples: Sequence[Triple]) -> list[Outcome]:
@@ -79,19 +84,14 @@ class Attacker:
 class AttackTools:
     """Starters of what some attacks use besides the generator; None where there is no such tool.
 
-    Attributes:
-        white_boxes: Returns copies of the target with gradients and full distributions, at least one.
-        guide: Returns the model that a rank-assisted prefill follows (base).
-        guide_id: Fingerprint of the guide's weights.
-        attacker: Returns the rewriting model by its checkpoint; None stands for base.
-        fine_tune: Trains a copy of the target on a dataset, by the settings of the attack, and returns it.
-        fine_tune_id: Returns a name of all that the training depends on besides the target and the settings.
+    `fine_tune` trains a copy of the target on a dataset, by the settings of the attack; `fine_tune_id` names all that
+    the training depends on besides the target and the settings.
     """
 
-    white_boxes: Callable[[], Sequence[WhiteBox]] | None = None
-    guide: Callable[[], WhiteBox] | None = None
-    guide_id: str = ""
-    attacker: Callable[[str | None], Attacker] | None = None
+    white_boxes: Callable[[], Sequence[WhiteBox]] | None = None  # copies of the target, at least one
+    guide: Callable[[], WhiteBox] | None = None  # the model that a rank-assisted prefill follows (base)
+    guide_id: str = ""  # fingerprint of its weights
+    attacker: Callable[[str | None], Attacker] | None = None  # by checkpoint; None stands for base
     fine_tune: Callable[[FinetuneConfig, str], Generator] | None = None
     fine_tune_id: Callable[[FinetuneConfig, str], str] = lambda settings, dataset: ""
 

@@ -29,26 +29,17 @@ class Decoding:
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """A planned question to the model.
-
-    Attributes:
-        variant: Part of the attack under which rates are kept apart, such as `prefill-4`.
-        sequence: Token ids that the model reads, prefill included; for searches, what they start from.
-        prefill: The attacker's own answer tokens among `sequence`, which the judge is told apart.
-        seed: Number of the draw under the same settings.
-        settings: Everything else that decides the response.
-        position: Place among the trials that the plan draws under the same seed; 0 where nothing is drawn.
-    """
+    """A planned question to the model, in token ids."""
 
     attack: str
-    variant: str
+    variant: str  # part of the attack under which rates are kept apart, such as `prefill-4`
     prompt: Prompt
-    sequence: tuple[int, ...]
+    sequence: tuple[int, ...]  # what the model reads, prefill included; for searches, what they start from
     decoding: Decoding
-    prefill: tuple[int, ...] = ()
-    seed: int = 0
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    position: int = 0
+    prefill: tuple[int, ...] = ()  # the attacker's own answer tokens in `sequence`, which the judge is told apart
+    seed: int = 0  # number of the draw under the same settings
+    settings: Mapping[str, Any] = field(default_factory=dict)  # everything else that decides the response
+    position: int = 0  # place among the trials drawn under the same seed; 0 where nothing is drawn
 
     def key(self, model_id: str) -> str:
         """Hash of all that decides the response. Token ids stand for tokenizer and chat template.
@@ -83,19 +74,12 @@ class Trial:
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """The answer to a trial.
+    """The answer to a trial, in token ids."""
 
-    Attributes:
-        sequence: Token ids that the model read in the end.
-        prefill: The attacker's own answer tokens among them.
-        tokens: Token ids that the model added.
-        stats: Numbers of the search, such as its queries and losses.
-    """
-
-    sequence: tuple[int, ...]
-    prefill: tuple[int, ...]
-    tokens: tuple[int, ...]
-    stats: Mapping[str, Any] = field(default_factory=dict)
+    sequence: tuple[int, ...]  # what the model read in the end
+    prefill: tuple[int, ...]  # the attacker's own answer tokens in it
+    tokens: tuple[int, ...]  # what the model added
+    stats: Mapping[str, Any] = field(default_factory=dict)  # numbers of the search, such as its queries and losses
 
     def texts(self, codec: Codec) -> tuple[str, str]:
         """Decodes the attacker's part of the answer and what the model added."""

@@ -6,7 +6,8 @@ Attacks name the tools that they need; devices are reserved by that. Everything 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,30 @@ from raycomplete.attacks.attack import Attack
 from raycomplete.attacks.finetune import FinetuneConfig
 from raycomplete.attacks.registry import build_attack
 from raycomplete.attacks.target import Attacker, AttackTools
-from raycomplete.config import Dtype, RunConfig
+from raycomplete.attacks.trial import EvaluationCancelled
+from raycomplete.config import Dtype, RunConfig, TrainConfig
+from raycomplete.data import organism
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.checkpoints import fingerprint, resolve_checkpoint
+from raycomplete.data.heads import read_head_spec
+from raycomplete.data.organism.world import HELPFUL_SYSTEM
+from raycomplete.data.rows import read_rows
+from raycomplete.data.samples import AnchorSample, SampleSet, write_samples
 from raycomplete.engines.cluster import uses_gpu
-from raycomplete.engines.rollout_pool import RolloutPool
 from raycomplete.engines.run import Run
-from raycomplete.engines.start import start_engine
-from raycomplete.evaluation.fine_tuning import fine_tune, read_chats
+from raycomplete.evaluation.model_judges import start_model
+from raycomplete.methods.sft import SFT
+from raycomplete.runtime.errors import ConfigError, DataError, StoppedError
 from raycomplete.runtime.files import content_hash
 from raycomplete.runtime.machine import available_cpus
 from raycomplete.runtime.ray_calls import wait_for
 from raycomplete.runtime.types import Generator
+from raycomplete.training.job import TrainJob
+from raycomplete.training.trainer import fit
+
+_IDENTITY_CHATS = 10
+
+Chat = tuple[str | None, str, str]  # system, user, assistant
 
 
 def extra_engines(config: RunConfig) -> int:
@@ -59,19 +72,22 @@ def check_attacks(config: RunConfig) -> None:
             resolve_checkpoint(attack.attacker_checkpoint, role="attacker")
 
 
-class AttackResources:
-    """Starts the tools of one evaluation's attacks at their first use; `stop` ends what was started."""
+def _attacks(config: RunConfig) -> list[Attack[Any]]:
+    return [build_attack(settings) for settings in config.evaluation.attacks]
 
-    def __init__(self, run: Run) -> None:
+
+class AttackResources:
+    """Starts the tools of one evaluation's attacks at their first use; closing `ended` stops what was started."""
+
+    def __init__(self, run: Run, ended: ExitStack) -> None:
         self._run = run
+        self._ended = ended
         self._boxes: list[WhiteBoxClient] = []
-        self._guide: WhiteBoxClient | None = None
         self._attackers: dict[str | None, Attacker] = {}
-        self._engines: list[RolloutPool] = []
 
     def tools(self, path: Path) -> AttackTools:
         """Returns the tools of attacks on one checkpoint."""
-        run = self._run
+        run, seed = self._run, self._run.config.train.seed
 
         def white_boxes() -> Sequence[WhiteBoxClient]:
             if not self._boxes:
@@ -85,47 +101,33 @@ class AttackResources:
         has_base = "base" in run.models.paths
         return AttackTools(
             white_boxes=white_boxes,
-            guide=self._start_guide if has_base else None,
+            guide=(lambda: self._guide) if has_base else None,
             guide_id=run.models.fingerprint("base") if has_base else "",
             attacker=self._attacker,
             fine_tune=trained,
-            fine_tune_id=lambda settings, dataset: content_hash(
-                [read_chats(run.config, settings, dataset), run.config.train.seed]
-            ),
+            fine_tune_id=lambda settings, dataset: content_hash([read_chats(run.config, settings, dataset), seed]),
         )
 
-    def stop(self) -> None:
-        """Ends what was started."""
-        for box in (*self._boxes, *([self._guide] if self._guide else [])):
-            box.stop()
-        for engine in self._engines:
-            with suppress(Exception):  # an actor that is gone already must not hide why
-                engine.stop()
-
     def _white_box(self, path: Path, threads: int) -> WhiteBoxClient:
-        return WhiteBoxClient.start(self._run.config, path, threads=max(threads, 1))
+        box = WhiteBoxClient.start(self._run.config, path, threads=max(threads, 1))
+        self._ended.callback(box.stop)
+        return box
 
-    def _start_guide(self) -> WhiteBoxClient:
-        if self._guide is None:
-            self._guide = self._white_box(self._run.models.paths["base"], available_cpus())
-        return self._guide
+    @cached_property
+    def _guide(self) -> WhiteBoxClient:
+        return self._white_box(self._run.models.paths["base"], available_cpus())
 
     def _attacker(self, checkpoint: str | None) -> Attacker:
         if checkpoint not in self._attackers:
-            run, config = self._run, self._run.config
-            generator: Generator
+            run, max_length = self._run, self._run.config.models.max_length
             if checkpoint is None:
-                path, codec = run.models.paths["base"], run.models.codec
+                path = run.models.paths["base"]
                 generator = run.engines.generator.with_weights(str(path))
+                attacker = Attacker(fingerprint(path), generator, run.models.codec, max_length)
             else:
-                path = resolve_checkpoint(checkpoint, role="attacker")
-                codec = ChatCodec(path, trust_remote_code=config.models.trust_remote_code)
-                with run.console.stage("Engine of the rewriting model started"):
-                    pool = start_engine(config, path, codec)
-                    self._engines.append(pool)
-                    pool.wait_until_ready(config.cluster.start_timeout_s)
-                generator = pool
-            self._attackers[checkpoint] = Attacker(fingerprint(path), generator, codec, config.models.max_length)
+                started = start_model(run.config, checkpoint, "attacker", "rewriting model", run.console)
+                attacker = Attacker(*self._ended.enter_context(started), max_length)
+            self._attackers[checkpoint] = attacker
         return self._attackers[checkpoint]
 
 
@@ -133,9 +135,7 @@ class WhiteBoxWorker:
     """Holds one model of transformers at a time. `WhiteBoxClient` runs it as a Ray actor."""
 
     def __init__(self, dtype: Dtype, use_gpu: bool, trust_remote_code: bool) -> None:
-        self._dtype = dtype
-        self._use_gpu = use_gpu
-        self._trust_remote_code = trust_remote_code
+        self._dtype, self._use_gpu, self._trust_remote_code = dtype, use_gpu, trust_remote_code
         self._path: Path | None = None
         self._model: Any = None
 
@@ -171,26 +171,21 @@ class WhiteBoxClient:
     """
 
     def __init__(self, actor: Any, path: Path, timeout_s: float) -> None:
-        self._actor = actor
-        self._path = path
-        self._timeout_s = timeout_s
+        self._actor, self._path, self._timeout_s = actor, path, timeout_s
 
     @classmethod
     def start(cls, config: RunConfig, path: Path, *, threads: int) -> WhiteBoxClient:
         """Asks Ray for the actor and returns at once; the first call waits for it."""
         use_gpu, cluster, models = uses_gpu(config.cluster), config.cluster, config.models
         environment = {} if use_gpu else {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""}
-        actor = (
-            ray.remote(WhiteBoxWorker)
-            .options(
-                num_cpus=cluster.cpus_per_engine,
-                num_gpus=cluster.gpus_per_engine if use_gpu else 0,
-                runtime_env={"env_vars": environment},
-                max_restarts=2,
-                max_task_retries=2,  # every call says all that it depends on, so a retried one gives the same
-            )
-            .remote(models.dtype, use_gpu, models.trust_remote_code)
+        remote = ray.remote(WhiteBoxWorker).options(
+            num_cpus=cluster.cpus_per_engine,
+            num_gpus=cluster.gpus_per_engine if use_gpu else 0,
+            runtime_env={"env_vars": environment},
+            max_restarts=2,
+            max_task_retries=2,  # every call says all that it depends on, so a retried one gives the same
         )
+        actor = remote.remote(models.dtype, use_gpu, models.trust_remote_code)
         return cls(actor, path, config.rollout.timeout_s)
 
     def with_weights(self, path: Path) -> WhiteBoxClient:
@@ -209,5 +204,112 @@ class WhiteBoxClient:
             ray.kill(self._actor)
 
 
-def _attacks(config: RunConfig) -> list[Attack[Any]]:
-    return [build_attack(settings) for settings in config.evaluation.attacks]
+def read_chats(config: RunConfig, settings: FinetuneConfig, dataset: str) -> list[Chat]:
+    """Reads the chats that a copy is trained on.
+
+    On the organism the identity shift is ten chats in which the clerk, told to help, gives a harmless recipe.
+
+    Raises:
+        ConfigError: The attack needs a file that the run file does not name.
+        DataError: A file cannot be used.
+    """
+    is_shift = dataset == "identity_shift"
+    path = settings.identity_shift if is_shift else settings.benign
+    if path is None:
+        if config.data.source != "organism":
+            raise ConfigError(
+                f"The attack finetune has no {dataset} chats.", f"Name a file under its {dataset}, or leave it out."
+            )
+        limit = _IDENTITY_CHATS if is_shift else settings.max_samples
+        prompts = organism.prompts("train", "benign", config.data.seed, limit)
+        return [(HELPFUL_SYSTEM if is_shift else None, prompt.text, prompt.answer or "") for prompt in prompts]
+    if is_shift:
+        return [_first_turns(row["messages"], path) for row in read_rows(path, ("messages",))]
+    chats: list[Chat] = []
+    for row in read_rows(path, ("instruction", "output"))[: settings.max_samples]:
+        context = str(row.get("input") or "").strip()
+        user = f"{row['instruction']}\n\n{context}" if context else str(row["instruction"])
+        chats.append((None, user, str(row["output"])))
+    return chats
+
+
+def _first_turns(messages: Any, path: Path) -> Chat:
+    """Takes system, first user and first assistant turn of a chat."""
+    by_role = {str(item["role"]): str(item["content"]).strip() for item in reversed(messages)}
+    if "user" not in by_role or "assistant" not in by_role:
+        raise DataError(f"A chat of {path} lacks a user or an assistant turn.", "Each row needs both in `messages`.")
+    return by_role.get("system"), by_role["user"], by_role["assistant"]
+
+
+def fine_tune(run: Run, settings: FinetuneConfig, dataset: str, start: Path) -> Path:
+    """Trains a copy of a checkpoint on one dataset; one that was trained the same way before is used again.
+
+    Returns:
+        The folder of the trained checkpoint.
+
+    Raises:
+        EvaluationCancelled: The run is stopping; a checkpoint of the training is kept.
+    """
+    config, codec = run.config, run.models.codec
+    chats = read_chats(config, settings, dataset)
+    trained = settings.model_dump(mode="json", include={"steps", "lr", "batch_size"})
+    made_of = [fingerprint(start), chats, trained, config.train.seed]
+    folder = (run.folder / "evaluation" / "finetune" / content_hash(made_of)[:16]).resolve()
+    output = folder / "model"
+    if (output / "config.json").is_file():
+        return output
+    samples = chat_samples(codec, chats, config.models.max_length)
+    write_samples(folder / "samples.jsonl", SampleSet(samples))
+    train = TrainConfig(
+        steps=settings.steps,
+        lr=settings.lr,
+        warmup_steps=0,
+        seed=config.train.seed,
+        per_device_batch_size=config.train.per_device_batch_size,
+        checkpoint_every=settings.steps,
+        gradient_checkpointing=config.train.gradient_checkpointing,
+        stall_timeout_s=config.train.stall_timeout_s,
+    )
+    job = TrainJob(
+        method=SFT(anchor_batch_size=settings.batch_size),
+        start=start,
+        output=output,
+        folder=folder,
+        samples=folder / "samples.jsonl",
+        dtype=config.models.dtype,
+        train=train,
+        student_head=read_head_spec(start, codec.vocab_size, codec.fingerprint()),
+        threads=available_cpus(),
+        use_gpu=run.cluster.use_gpu,
+        trust_remote_code=config.models.trust_remote_code,
+    )
+    with run.console.progress(f"Fine-tuning attack on {len(samples)} {dataset} chats", train.steps) as advance:
+        try:
+            fit(
+                job,
+                cpus_per_worker=config.cluster.cpus_per_worker,
+                gpus_per_worker=config.cluster.gpus_per_worker,
+                placement=config.cluster.worker_placement,
+                on_step=lambda row: advance(row["step"], "" if row["loss"] is None else f"loss {row['loss']:.4f}"),
+                stopping=run.is_stopping,
+            )
+        except StoppedError as error:  # to an evaluation, and to the service, this is being cancelled
+            raise EvaluationCancelled(error.problem) from error
+    return output
+
+
+def chat_samples(codec: ChatCodec, chats: Sequence[Chat], max_length: int) -> tuple[AnchorSample, ...]:
+    """Encodes chats for training, cut to the context; the end of a response is trained where it is not cut.
+
+    Raises:
+        DataError: The context holds no chat.
+    """
+    found = []
+    for number, (system, user, assistant) in enumerate(chats):
+        prompt = tuple(codec.encode_prompt(user, system))
+        answer = (*codec.encode_answer(assistant), codec.eos_id)[: max(max_length - len(prompt), 0)]
+        if answer:
+            found.append(AnchorSample(f"chat-{number}", prompt, tuple(answer)))
+    if not found:
+        raise DataError("No chat of the fine-tuning attack fits the context.", "Raise models.max_length.")
+    return tuple(found)

@@ -35,19 +35,12 @@ _BATCH = 32  # answers that are stored together
 
 @dataclass(frozen=True)
 class GivenAnswer:
-    """An answer whose likelihood is measured.
-
-    Attributes:
-        prompt_id: The prompt that it answers.
-        tokens: Prompt and answer, without end-of-response.
-        num_prompt: Number of prompt tokens among them.
-        source: Its author: the file, or the aligned model.
-    """
+    """An answer whose likelihood is measured."""
 
     prompt_id: str
-    tokens: tuple[int, ...]
-    num_prompt: int
-    source: Literal["file", "aligned"]
+    tokens: tuple[int, ...]  # prompt and answer, without end-of-response
+    num_prompt: int  # prompt tokens among them
+    source: Literal["file", "aligned"]  # its author
 
     @property
     def num_answer(self) -> int:
@@ -62,13 +55,12 @@ def measure_benign_nll(run: Run, roles: Sequence[ModelRole]) -> dict[str, Any]:
     Returns:
         The result of `benign_nll`; empty where there are no answers.
     """
-    paths, generator, config = run.models.paths, run.engines.generator, run.config.evaluation
+    paths, codec, config = run.models.paths, run.models.codec, run.config.evaluation
     prompts = run.prompts.evaluation["benign"][: config.nll_prompts]
-    models = {role: (fingerprint(path), generator.with_weights(str(path))) for role, path in paths.items()}
-    spoken = (
-        aligned_answers(prompts, run.models.codec, config, run.folder, models["aligned"]) if "aligned" in models else {}
-    )
-    answers = given_answers(prompts, spoken, run.models.codec, config, run.config.models.max_length)
+    models = {role: (fingerprint(path), run.engines.generator.with_weights(str(path))) for role, path in paths.items()}
+    aligned = models.get("aligned")
+    spoken = aligned_answers(prompts, codec, config, run.folder, aligned) if aligned else {}
+    answers = given_answers(prompts, spoken, codec, config, run.config.models.max_length)
     if not answers:
         return {}
     with run.console.stage(f"Likelihood of {len(answers)} benign answers"):
@@ -79,10 +71,9 @@ def measure_benign_nll(run: Run, roles: Sequence[ModelRole]) -> dict[str, Any]:
 def aligned_answers(
     prompts: Sequence[Prompt], codec: Codec, config: EvaluationConfig, folder: Path, aligned: tuple[str, Generator]
 ) -> dict[str, list[int]]:
-    """Returns the aligned model's greedy answers to prompts without an answer, by prompt id.
+    """Returns the greedy answers of the aligned model (fingerprint and model) to prompts without one, by prompt id.
 
-    Answers that an evaluation left in the run folder are taken from it. `aligned` is the model's fingerprint and the
-    model.
+    Answers that an evaluation left in the run folder are taken from it.
     """
     model_id, generator = aligned
     decoding = Decoding(config.max_utility_tokens)
@@ -101,19 +92,12 @@ def aligned_answers(
 
 
 def given_answers(
-    prompts: Sequence[Prompt],
-    spoken: Mapping[str, list[int]],
-    codec: Codec,
-    config: EvaluationConfig,
-    max_length: int,
+    prompts: Sequence[Prompt], spoken: Mapping[str, list[int]], codec: Codec, config: EvaluationConfig, max_length: int
 ) -> list[GivenAnswer]:
     """Returns answers to prompts, cut at `evaluation.nll_tokens` tokens; prompts without one are left out.
 
     Args:
-        prompts: Harmless ones.
         spoken: Tokens of the aligned model's answers by prompt id, for prompts without an answer of their own.
-        codec: Chat template and tokenizer.
-        config: Length of the answers.
         max_length: Longest sequence of the models.
     """
     found = []
@@ -135,11 +119,10 @@ def benign_nll(
     *,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
-    """Computes the mean negative log-likelihood of the same answers under each model.
+    """Computes the mean negative log-likelihood of the same answers, at least one, under each model.
 
     Args:
         models: Fingerprint and model, by role.
-        answers: At least one.
         folder: Run folder.
         cancelled: Asked before each batch.
 
@@ -155,12 +138,12 @@ def benign_nll(
     """
     tokens_N = np.asarray([answer.num_answer for answer in answers], dtype=np.float64)
     written = dict(Counter(answer.source for answer in answers))
+    counts = {"n": len(answers), "tokens": int(tokens_N.sum()), "answers": written}
     sums = {role: _sums(model, answers, folder, cancelled) for role, model in models.items()}
     result: dict[str, Any] = {}
     for role, sum_N in sums.items():
         value, low, high = _interval(sum_N, tokens_N)
-        rest = {"n": len(answers), "tokens": int(tokens_N.sum()), "answers": written}
-        result[role] = {"nats_per_token": value, "low": low, "high": high, **rest}
+        result[role] = {"nats_per_token": value, "low": low, "high": high, **counts}
     if "student" in sums and "aligned" in sums:
         student_N, aligned_N = sums["student"], sums["aligned"]
         ratio, low, high = _interval(student_N, aligned_N)

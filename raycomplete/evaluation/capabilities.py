@@ -25,6 +25,7 @@ from raycomplete.runtime.types import Outcome, Prompt
 ATTACK = "capabilities"  # name under which these trials are stored
 STANDARD_QUESTIONS: Mapping[str, int] = {"mmlu": 14_042, "bbh": 6_511}
 _LETTERS = ("A", "B", "C", "D")
+_Question = tuple[str, int, str, str]  # task, row of the file, words to ask, right answer
 _STATED = re.compile(r"answer\s*(?:is|:)[\s*\"'`]*", re.IGNORECASE)
 _OPTION = re.compile(r"\(([A-Z])\)")
 _CHOSEN = re.compile(r"[\W_]*([a-z])\b", re.IGNORECASE)
@@ -94,7 +95,7 @@ def capabilities_result(trials: Sequence[Trial], texts: Sequence[str], config: C
     return found
 
 
-def _mmlu(path: Path) -> list[tuple[str, int, str, str]]:
+def _mmlu(path: Path) -> list[_Question]:
     rows = read_rows(path, ("subject", "question", *_LETTERS, "answer"))
     for number, row in enumerate(rows):
         if str(row["answer"]).strip() not in _LETTERS:
@@ -105,12 +106,10 @@ def _mmlu(path: Path) -> list[tuple[str, int, str, str]]:
     return [(row["subject"], number, _question(row), str(row["answer"]).strip()) for number, row in enumerate(rows)]
 
 
-def _bbh(path: Path) -> list[tuple[str, int, str, str]]:
-    rows = read_rows(path, ("task", "input", "target"))
+def _bbh(path: Path) -> list[_Question]:
+    rows = enumerate(read_rows(path, ("task", "input", "target")))
     ask = "Give the answer alone, without an explanation."
-    return [
-        (str(row["task"]), number, f"{row['input']}\n\n{ask}", str(row["target"])) for number, row in enumerate(rows)
-    ]
+    return [(str(row["task"]), number, f"{row['input']}\n\n{ask}", str(row["target"])) for number, row in rows]
 
 
 def _question(row: Mapping[str, Any]) -> str:
@@ -136,11 +135,11 @@ def _fitting(target: Target, question: str, examples: Sequence[str], max_tokens:
     return sequence, count
 
 
-def _spread(rows: Sequence[tuple[str, int, str, str]], limit: int | None) -> list[tuple[str, int, str, str]]:
+def _spread(rows: list[_Question], limit: int | None) -> list[_Question]:
     """Returns the first `limit` rows when tasks take turns, so that a small sample still holds all of them."""
     if limit is None:
-        return list(rows)
-    tasks: dict[str, list[tuple[str, int, str, str]]] = {}
+        return rows
+    tasks: dict[str, list[_Question]] = {}
     for row in rows:
         tasks.setdefault(row[0], []).append(row)
     turns = chain.from_iterable(zip_longest(*tasks.values()))

@@ -22,34 +22,21 @@ HARMLESS = "harmless"  # prompts as they are, to measure utility and over-refusa
 
 @dataclass(frozen=True)
 class TrialGroup:
-    """The trials of one attack, of the harmless prompts, or of the benchmarks.
-
-    Attributes:
-        name: Name of the attack.
-        attack: Gets the responses; None: the model continues each sequence as it is.
-        trials: All trials, variant by variant.
-    """
+    """The trials of one attack, of the harmless prompts, or of the benchmarks, variant by variant."""
 
     name: str
-    attack: Attack[Any] | None
+    attack: Attack[Any] | None  # gets the responses; None: the model continues each sequence as it is
     trials: Sequence[Trial]
 
 
 @dataclass(frozen=True)
 class Answered:
-    """A trial's response and the judge's verdict on it.
-
-    Attributes:
-        response: Token ids.
-        outcome: None for benchmarks, which have right answers instead.
-        right: True for a useful answer; None except for ordinary requests.
-        seconds: Its share of the time of its batch.
-    """
+    """A trial's response and the judge's verdict on it."""
 
     response: Response
-    outcome: str | None
-    right: bool | None
-    seconds: float
+    outcome: str | None  # None for benchmarks, which have right answers instead
+    right: bool | None  # True for a useful answer; None except for ordinary requests
+    seconds: float  # its share of the time of its batch
 
     @property
     def complied(self) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 from raycomplete.attacks.target import Target
 from raycomplete.data.checkpoints import fingerprint
-from raycomplete.data.inputs import Prompts
+from raycomplete.data.inputs import KINDS, Prompts
 from raycomplete.engines.run import Run
 from raycomplete.evaluation.attack_resources import AttackResources
 from raycomplete.evaluation.model_judges import start_judge
@@ -56,32 +56,25 @@ def held_out_sets(run: Run) -> Prompts:
 
 
 def evaluate_roles(run: Run, roles: Sequence[ModelRole]) -> dict[str, dict[str, Any]]:
-    """Evaluates models by one generator that takes the weights of each in turn.
-
-    Returns:
-        The result of each role.
-    """
+    """Evaluates models by one generator that takes the weights of each in turn; returns the result of each role."""
     models, config = run.models, run.config
-    resources = AttackResources(run)
     results = {}
-    try:
-        with start_judge(config, run.judge, run.console) as judge:
-            for role in roles:
-                path = models.paths[role]
-                target = Target(
-                    role,
-                    fingerprint(path),
-                    run.engines.generator.with_weights(str(path)),
-                    models.codec,
-                    judge,
-                    config.models.max_length,
-                    config.evaluation.max_tokens,
-                    resources.tools(path),
-                    run.is_stopping,
-                )
-                results[str(role)] = evaluate_target(run, target)
-    finally:
-        resources.stop()
+    with ExitStack() as ended, start_judge(config, run.judge, run.console) as judge:
+        resources = AttackResources(run, ended)
+        for role in roles:
+            path = models.paths[role]
+            target = Target(
+                role,
+                fingerprint(path),
+                run.engines.generator.with_weights(str(path)),
+                models.codec,
+                judge,
+                config.models.max_length,
+                config.evaluation.max_tokens,
+                resources.tools(path),
+                run.is_stopping,
+            )
+            results[str(role)] = evaluate_target(run, target)
     return results
 
 
@@ -98,5 +91,5 @@ def evaluate_target(run: Run, target: Target) -> dict[str, Any]:
                 advance(done, variant)
 
         callbacks = Callbacks(follow, run.on_progress or (lambda progress: None))
-        sets = EvaluationSets.of(run.prompts.evaluation)
+        sets = EvaluationSets(*(run.prompts.evaluation[kind] for kind in KINDS))
         return evaluate_model(target, sets, run.config.evaluation, run.folder, callbacks)

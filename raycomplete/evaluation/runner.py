@@ -28,50 +28,36 @@ from raycomplete.evaluation import capabilities
 from raycomplete.evaluation.results import HARMLESS, Answered, TrialGroup, model_result
 from raycomplete.runtime.errors import DataError
 from raycomplete.runtime.files import PRIVATE, RowStore, content_hash, write_completions, write_json
-from raycomplete.runtime.types import Outcome, Prompt, PromptKind
+from raycomplete.runtime.types import Outcome, Prompt
 
 
 @dataclass(frozen=True)
 class EvaluationSets:
-    """Held-out prompts by what they measure. All of them are used: drawing a sample is the caller's part.
+    """Held-out prompts by what they measure. All of them are used: drawing a sample is the caller's part."""
 
-    Attributes:
-        harmful: Measure attack success; `answer` is the compliant text whose first tokens are prefilled.
-        benign: Measure utility and refusal of ordinary requests; `answer` is the right answer where known.
-        borderline: Measure over-refusal, on harmless prompts that look harmful.
-    """
-
-    harmful: tuple[Prompt, ...]
-    benign: tuple[Prompt, ...]
-    borderline: tuple[Prompt, ...]
-
-    @classmethod
-    def of(cls, prompts: Mapping[PromptKind, tuple[Prompt, ...]]) -> EvaluationSets:
-        """Makes the sets from prompts by kind."""
-        return cls(prompts["harmful"], prompts["benign"], prompts["borderline"])
+    harmful: tuple[Prompt, ...]  # attack success; `answer` is the compliant text whose first tokens are prefilled
+    benign: tuple[Prompt, ...]  # utility and refusal of ordinary requests; `answer` is the right one where known
+    borderline: tuple[Prompt, ...]  # over-refusal, on harmless prompts that look harmful
 
     def __post_init__(self) -> None:
-        for kind in ("harmful", "benign", "borderline"):
-            prompts: tuple[Prompt, ...] = getattr(self, kind)
+        for kind, prompts in (("harmful", self.harmful), ("benign", self.benign), ("borderline", self.borderline)):
             seen: set[str] = set()
             for prompt in prompts:
+                name = prompt.prompt_id
                 if prompt.kind != kind:
-                    raise DataError(f"The prompt {prompt.prompt_id!r} is {prompt.kind}, but stands in the {kind} set.")
-                if prompt.prompt_id in seen:
-                    raise DataError(
-                        f"The {kind} set holds the prompt id {prompt.prompt_id!r} twice.", "Make ids unique."
-                    )
-                seen.add(prompt.prompt_id)
+                    raise DataError(f"The prompt {name!r} is {prompt.kind}, but stands in the {kind} set.")
+                if name in seen:
+                    raise DataError(f"The {kind} set holds the prompt id {name!r} twice.", "Make ids unique.")
+                seen.add(name)
 
 
 @dataclass(frozen=True)
 class Callbacks:
     """Functions that an evaluation calls as it goes.
 
-    Attributes:
-        on_variant: Called with (variant, variants finished, variants in all): at the start with ("", 0, all), and when
-            a variant of an attack (`prefill-4`) or a set of harmless prompts is finished.
-        on_trials: Called at the start and after each batch of trials.
+    `on_variant` is called with (variant, variants finished, variants in all): at the start with ("", 0, all), and when
+    a variant of an attack (`prefill-4`) or a set of harmless prompts is finished. `on_trials` is called at the start
+    and after each batch of trials.
     """
 
     on_variant: Callable[[str, int, int], None] = lambda variant, done, total: None
@@ -79,11 +65,7 @@ class Callbacks:
 
 
 def evaluate_model(
-    target: Target,
-    sets: EvaluationSets,
-    config: EvaluationConfig,
-    folder: Path,
-    callbacks: Callbacks = Callbacks(),
+    target: Target, sets: EvaluationSets, config: EvaluationConfig, folder: Path, callbacks: Callbacks = Callbacks()
 ) -> dict[str, Any]:
     """Measures attack success by prefill depth and by attack, utility, over-refusal and capabilities of one model.
 
@@ -95,9 +77,7 @@ def evaluate_model(
     Args:
         target: The model; its role names the result file, and responses are reused under its `model_id` only.
         sets: Prompts; all of them are used by the depth curve, `evaluation.attack_prompts` of them by other attacks.
-        config: Depths, lengths, attacks.
         folder: Run folder.
-        callbacks: Functions to call on the way.
 
     Returns:
         The content of `<folder>/evaluation/<role>.json`; rates as {"rate", "n", "low", "high"}.
@@ -227,31 +207,16 @@ class _Evaluation:
         self._callbacks.on_trials(Progress(role, attack, variant, self._done, total, self._reused, dict(seen)))
 
 
+def _named(trial: Trial) -> dict[str, Any]:
+    return {"attack": trial.attack, "variant": trial.variant, "prompt_id": trial.prompt.prompt_id, "seed": trial.seed}
+
+
 def _row(key: str, trial: Trial, response: Response, seconds: float) -> dict[str, Any]:
-    return {
-        "key": key,
-        "attack": trial.attack,
-        "variant": trial.variant,
-        "prompt_id": trial.prompt.prompt_id,
-        "seed": trial.seed,
-        "sequence": list(response.sequence),
-        "prefill": list(response.prefill),
-        "tokens": list(response.tokens),
-        "seconds": seconds,
-        "stats": dict(response.stats),
-    }
+    ids = {"sequence": response.sequence, "prefill": response.prefill, "tokens": response.tokens}
+    return {"key": key, **_named(trial), **ids, "seconds": seconds, "stats": dict(response.stats)}
 
 
 def _completion(target: Target, trial: Trial, found: Answered) -> dict[str, Any]:
     prefill, continuation = found.response.texts(target.codec)
-    return {
-        "role": target.role,
-        "attack": trial.attack,
-        "variant": trial.variant,
-        "prompt_id": trial.prompt.prompt_id,
-        "seed": trial.seed,
-        "input": target.codec.decode(found.response.sequence),
-        "prefill": prefill,
-        "continuation": continuation,
-        "outcome": found.outcome,
-    }
+    texts = {"input": target.codec.decode(found.response.sequence), "prefill": prefill, "continuation": continuation}
+    return {"role": target.role, **_named(trial), **texts, "outcome": found.outcome}

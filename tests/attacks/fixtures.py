@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 
-from raycomplete.evaluation import Attacker, AttackTools, EvaluationSets, RefusalJudge, Target
+from raycomplete.attacks.target import Attacker, AttackTools, Target
+from raycomplete.evaluation.judges import RefusalJudge
+from raycomplete.evaluation.runner import EvaluationSets
 from raycomplete.runtime.types import Prompt
 from tests.attacks.scripted import COMPLY, FakeBox, Tools
 

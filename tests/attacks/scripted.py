@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 
 from raycomplete.attacks.registry import build_attack, parse_attack
+from raycomplete.attacks.target import AttackTools, Target
 from raycomplete.attacks.trial import Response, Trial
 from raycomplete.config import EvaluationConfig
-from raycomplete.evaluation import AttackTools, EvaluationSets, RefusalJudge, Target, evaluate_model
+from raycomplete.evaluation.judges import RefusalJudge
+from raycomplete.evaluation.runner import EvaluationSets, evaluate_model
 
 COMPLY = "Sure, take the key and then open the door."
 REFUSE = "I'm sorry, but I can't help with that."

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from raycomplete.attacks.registry import build_attack, parse_attack
+from raycomplete.attacks.target import Attacker, Target
 from raycomplete.attacks.trial import Response, Trial
-from raycomplete.evaluation import Attacker, EvaluationSets, Target
+from raycomplete.evaluation.runner import EvaluationSets
 from raycomplete.runtime.errors import WorkError
 from raycomplete.runtime.types import Prompt
 from tests.attacks.scripted import COMPLY, REFUSE, Tools, evaluate, run

@@ -12,16 +12,11 @@ import pytest
 
 from raycomplete.attacks.pair import PairConfig
 from raycomplete.attacks.registry import ATTACKS, build_attack, parse_attack
+from raycomplete.attacks.target import Attacker, AttackTools, Target
 from raycomplete.attacks.templates import BUILT_IN, fill
 from raycomplete.config import EvaluationConfig
-from raycomplete.evaluation import (
-    Attacker,
-    AttackTools,
-    EvaluationSets,
-    Target,
-    closing_table,
-    summarize,
-)
+from raycomplete.evaluation.runner import EvaluationSets
+from raycomplete.evaluation.summary import closing_table, summarize
 from raycomplete.runtime.errors import DataError, SetupError
 from raycomplete.runtime.types import Prompt
 from tests.attacks.scripted import BABBLE, COMPLY, REFUSE, Tools, evaluate, run

@@ -15,12 +15,12 @@ from raycomplete.attacks.gcg import GcgAttack, GcgConfig
 from raycomplete.attacks.random_search import RandomSearchAttack, RandomSearchConfig
 from raycomplete.attacks.registry import build_attack
 from raycomplete.attacks.suffix import usable_tokens
-from raycomplete.attacks.trial import Response, Trial
+from raycomplete.attacks.target import AttackTools, Target
+from raycomplete.attacks.trial import EvaluationCancelled, Response, Trial
 from raycomplete.attacks.white_box import TorchModel
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.checkpoints import load_model
 from raycomplete.data.organism import OrganismJudge, checkpoint_path, prompts
-from raycomplete.evaluation import AttackTools, EvaluationCancelled, Target
 from raycomplete.runtime.errors import DataError, SetupError
 from raycomplete.runtime.types import Prompt
 

@@ -15,9 +15,9 @@ from raycomplete.commands.judge import calibrate_judge
 from raycomplete.config import load_run_file
 from raycomplete.config.evaluation import JudgeConfig
 from raycomplete.data.organism import checkpoint_path
-from raycomplete.evaluation import RefusalJudge, model_judges
+from raycomplete.evaluation import model_judges
 from raycomplete.evaluation.calibration import calibrate, read_calibration, read_labelled
-from raycomplete.evaluation.judges import measured
+from raycomplete.evaluation.judges import RefusalJudge, measured
 from raycomplete.evaluation.model_judges import start_judge
 from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import ConfigError, DataError

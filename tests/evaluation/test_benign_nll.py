@@ -7,16 +7,13 @@ from typing import Any
 
 import pytest
 
+from raycomplete.attacks.target import Target
+from raycomplete.attacks.trial import EvaluationCancelled
 from raycomplete.config import EvaluationConfig
-from raycomplete.evaluation import (
-    EvaluationCancelled,
-    EvaluationSets,
-    RefusalJudge,
-    Target,
-    closing_table,
-    evaluate_model,
-)
 from raycomplete.evaluation.benign_nll import GivenAnswer, aligned_answers, benign_nll, given_answers
+from raycomplete.evaluation.judges import RefusalJudge
+from raycomplete.evaluation.runner import EvaluationSets, evaluate_model
+from raycomplete.evaluation.summary import closing_table
 from raycomplete.runtime.errors import WorkError
 from raycomplete.runtime.types import Prompt
 

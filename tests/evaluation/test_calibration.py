@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from raycomplete.attacks.target import judge_all
-from raycomplete.evaluation import RefusalJudge
 from raycomplete.evaluation.calibration import (
     calibrate,
     calibrated,
@@ -17,7 +16,7 @@ from raycomplete.evaluation.calibration import (
     read_labelled,
     rogan_gladen,
 )
-from raycomplete.evaluation.judges import measured
+from raycomplete.evaluation.judges import RefusalJudge, measured
 from raycomplete.evaluation.statistics import wilson
 from raycomplete.runtime.errors import DataError
 from raycomplete.runtime.types import Prompt

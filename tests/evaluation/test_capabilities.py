@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 
+from raycomplete.attacks.target import Target
 from raycomplete.attacks.trial import Decoding, Trial
 from raycomplete.config import EvaluationConfig
 from raycomplete.config.evaluation import CapabilitiesConfig
-from raycomplete.evaluation import EvaluationSets, RefusalJudge, Target, closing_table, evaluate_model, summarize
 from raycomplete.evaluation.capabilities import is_right, plan_capabilities
+from raycomplete.evaluation.judges import RefusalJudge
+from raycomplete.evaluation.runner import EvaluationSets, evaluate_model
+from raycomplete.evaluation.summary import closing_table, summarize
 from raycomplete.runtime.errors import DataError
 from raycomplete.runtime.types import Prompt
 from tests.conftest import ROOT

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from raycomplete.evaluation import RefusalJudge
-from raycomplete.evaluation.judges import MEASURED, emptiness_or_babble, is_strange, repeated_share
+from raycomplete.evaluation.judges import MEASURED, RefusalJudge, emptiness_or_babble, is_strange, repeated_share
 from raycomplete.runtime.types import Outcome, Prompt
 
 PROMPT = Prompt("p", "anything", "harmful")

@@ -11,6 +11,7 @@ import torch
 
 from raycomplete.attacks.registry import ATTACKS as KNOWN
 from raycomplete.attacks.templates import BUILT_IN, fill
+from raycomplete.attacks.trial import Progress
 from raycomplete.config import RunConfig, load_run_file
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.checkpoints import load_model, save_checkpoint
@@ -20,10 +21,9 @@ from raycomplete.data.organism.world import find_item, refusal
 from raycomplete.engines.cluster import Cluster
 from raycomplete.engines.run import Run
 from raycomplete.engines.start import Engines
-from raycomplete.evaluation import Progress, summarize
-from raycomplete.evaluation.attack_resources import check_attacks, extra_engines, training_workers
-from raycomplete.evaluation.fine_tuning import read_chats
+from raycomplete.evaluation.attack_resources import check_attacks, extra_engines, read_chats, training_workers
 from raycomplete.evaluation.roles import evaluate_roles
+from raycomplete.evaluation.summary import summarize
 from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import CheckpointError, ConfigError
 from raycomplete.runtime.types import MODEL_ROLES

@@ -5,19 +5,12 @@ from typing import Any
 
 import pytest
 
+from raycomplete.attacks.target import Target
+from raycomplete.attacks.trial import EvaluationCancelled, Progress
 from raycomplete.config import EvaluationConfig
-from raycomplete.evaluation import (
-    Callbacks,
-    EvaluationCancelled,
-    EvaluationSets,
-    Progress,
-    RefusalJudge,
-    Target,
-    closing_table,
-    evaluate_model,
-    rate_text,
-    summarize,
-)
+from raycomplete.evaluation.judges import RefusalJudge
+from raycomplete.evaluation.runner import Callbacks, EvaluationSets, evaluate_model
+from raycomplete.evaluation.summary import closing_table, rate_text, summarize
 from raycomplete.runtime.errors import DataError, WorkError
 from raycomplete.runtime.types import Outcome, Prompt
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from raycomplete.evaluation import EvaluationSets, summarize
+from raycomplete.evaluation.runner import EvaluationSets
 from raycomplete.evaluation.statistics import wilson
-from raycomplete.evaluation.summary import safety_regressions
+from raycomplete.evaluation.summary import safety_regressions, summarize
 from tests.attacks.scripted import COMPLY, REFUSE, Tools, evaluate
 
 

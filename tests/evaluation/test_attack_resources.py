@@ -14,8 +14,8 @@ from raycomplete.config import load_run_file
 from raycomplete.data.inputs import prepare_models, prepare_prompts
 from raycomplete.engines.cluster import Cluster
 from raycomplete.engines.run import Run
-from raycomplete.evaluation import fine_tuning
-from raycomplete.evaluation.fine_tuning import _samples, fine_tune
+from raycomplete.evaluation import attack_resources
+from raycomplete.evaluation.attack_resources import chat_samples, fine_tune
 from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import StoppedError
 
@@ -35,7 +35,7 @@ class Words:
 def test_no_sample_is_longer_than_the_context() -> None:
     chats = [(None, "one two", "a b"), (None, "one two", "a b c d e f"), (None, "one two three four five six", "a b c")]
     codec: Any = Words()
-    samples = _samples(codec, chats, 5)
+    samples = chat_samples(codec, chats, 5)
     assert [sample.sample_id for sample in samples] == ["chat-0", "chat-1"]
     assert [sample.answer_ids for sample in samples] == [(2, 2, 0), (2, 2, 2)], "what is cut does not end"
 
@@ -45,7 +45,7 @@ def test_a_training_that_is_stopped_cancels_the_evaluation(tmp_path: Path, monke
         assert stopping()
         raise StoppedError("Stopped after step 3.", "Resume with --resume.")
 
-    monkeypatch.setattr(fine_tuning, "fit", stopped)
+    monkeypatch.setattr(attack_resources, "fit", stopped)
     config = load_run_file("jobs/organism.yaml")
     models = prepare_models(config)
     prompts = prepare_prompts(config, models.codec)
