@@ -33,12 +33,8 @@ from raycomplete.runtime.types import MODEL_ROLES, ModelRole
 
 _SAME = ("models", "data", "rollout")  # sections that decide what is measured
 # Keys of `diagnose` that only concern what is made from the partitions, or how fast; they may change on --resume.
-_FREE_KEYS = {"gradient", "gradient_prompts", "full_prompts", "gradient_tokens", "beta", "threshold", "replicates"} | {
-    "table_tokens",
-    "show_harmful",
-    "in_flight",
-    "contrastive",
-}
+_FREE_KEYS = {"gradient", "gradient_prompts", "full_prompts", "gradient_tokens", "beta", "threshold", "replicates"}
+_FREE_KEYS |= {"table_tokens", "show_harmful", "in_flight", "contrastive"}
 
 
 @stored("-diagnosis")
@@ -51,7 +47,7 @@ def diagnose(
         config: Run file; needs `models.base`, `models.aligned` and prompts.
         resume: Continue an interrupted diagnosis.
         overwrite: Replace an earlier diagnosis of this name.
-        console: Where progress goes.
+        console: Shows progress.
 
     Returns:
         The folder with `diagnosis.json`, `report.html`, `figures/` and the partitions.
@@ -121,8 +117,8 @@ def _print_result(run: Run, found: dict[str, Any]) -> None:
     lines: list[tuple[str, Any]] = []
     for kind, summary in found["kinds"].items():
         lines.append((f"{kind} prompts", f"{summary['measured']} measured of {summary['prompts']}"))
-        for role, depth in summary["completion_depth"].items():
-            lines.append((f"completion depth of {role}, {kind}", depth_words(depth)))
+        depths = summary["completion_depth"].items()
+        lines += [(f"completion depth of {role}, {kind}", depth_words(depth)) for role, depth in depths]
     if found["contrastive"] is not None:
         ratio = found["contrastive"]["cost"]["cost_ratio"]
         lines.append(("contrastive decoding costs", f"{ratio:.2f} x plain decoding"))

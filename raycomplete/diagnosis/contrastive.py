@@ -70,19 +70,12 @@ def contrastive_baseline(run: Run) -> dict[str, Any]:
 
 def _evaluate(run: Run, decoder: ContrastiveClient) -> dict[str, Any]:
     """Evaluates contrastive decoding by the same trials as every model, into evaluation/contrastive.json."""
-    config, settings = run.config, run.config.diagnose.contrastive
+    config, settings, codec = run.config, run.config.diagnose.contrastive, run.models.codec
     ids = "+".join(fingerprint(run.models.paths[role]) for role in ("aligned", "base"))
+    model_id = f"{ids} alpha={settings.alpha:g} plausibility={settings.plausibility:g}"
+    limits = (config.models.max_length, config.evaluation.max_tokens)
     with start_judge(config, run.judge, run.console) as judge:
-        target = Target(
-            "contrastive",
-            f"{ids} alpha={settings.alpha:g} plausibility={settings.plausibility:g}",
-            decoder,
-            run.models.codec,
-            judge,
-            config.models.max_length,
-            config.evaluation.max_tokens,
-            cancelled=run.is_stopping,
-        )
+        target = Target("contrastive", model_id, decoder, codec, judge, *limits, cancelled=run.is_stopping)
         return evaluate_target(run, target)
 
 
@@ -91,11 +84,9 @@ class ContrastiveDecoder:
     """Continues sequences greedily with two models (implements `raycomplete.runtime.types.Generator`).
 
     Attributes:
-        aligned: Causal language model of transformers.
-        base: The same for base; None decodes plainly from aligned.
+        base: None decodes plainly from aligned.
         vocab_size: True tokens; logits from here on belong to padding.
         stop_ids: Tokens that end a response.
-        settings: Strength, plausibility and batch size.
         max_length: Longest sequence in tokens, new ones included.
     """
 
@@ -109,7 +100,7 @@ class ContrastiveDecoder:
     def generate(
         self, sequences: Sequence[Sequence[int]], *, max_tokens: int, temperature: float = 0.0, **_: Any
     ) -> list[list[int]]:
-        """Continues each sequence; see `raycomplete.runtime.types.Generator.generate`.
+        """Continues each sequence greedily.
 
         Raises:
             ValueError: Sampling is asked for.
@@ -132,14 +123,11 @@ class ContrastiveDecoder:
         new: list[list[int]] = [[] for _ in sequences]
         open_rows = {index for index, tokens in enumerate(room) if tokens > 0}
         while open_rows:
-            log_probs = []
-            for index, model in enumerate(models):
-                log_BV, caches[index] = self._read(model, next_BT, mask_BT, caches[index])
-                log_probs.append(log_BV)
-            log_q_BV = log_probs[0]
+            read = [self._read(model, next_BT, mask_BT, cache) for model, cache in zip(models, caches, strict=True)]
+            caches = [cache for _, cache in read]
+            log_q_BV = read[0][0]
             if self.base is not None:
-                settings = self.settings
-                log_q_BV = contrastive_log_probs(log_q_BV, log_probs[1], settings.alpha, settings.plausibility)
+                log_q_BV = contrastive_log_probs(log_q_BV, read[1][0], self.settings.alpha, self.settings.plausibility)
             chosen = log_q_BV.argmax(dim=-1)
             for index in list(open_rows):
                 token = int(chosen[index])
@@ -187,12 +175,9 @@ class ContrastiveWorker:
                 if turn > 0:  # the first turn warms up
                     seconds[name] += time.perf_counter() - started
                     tokens[name] += sum(map(len, answers))
-        speed = {name: tokens[name] / seconds[name] for name in decoders}
-        return {
-            "plain_tokens_per_s": speed["plain"],
-            "contrastive_tokens_per_s": speed["contrastive"],
-            "cost_ratio": speed["plain"] / speed["contrastive"],
-        }
+        plain, contrastive = (tokens[name] / seconds[name] for name in ("plain", "contrastive"))
+        ratio = plain / contrastive
+        return {"plain_tokens_per_s": plain, "contrastive_tokens_per_s": contrastive, "cost_ratio": ratio}
 
     @cached_property
     def _decoder(self) -> ContrastiveDecoder:

@@ -1,33 +1,16 @@
-r"""How much each response position contributes to the gradient of a safety loss, and why that fades with position.
+"""How much each response position contributes to the gradient of a safety loss.
 
-SFT on a safe answer y minimises L = sum_t L_t with L_t = -log p(y_t | x, y<t); DPO on a chosen answer y and a rejected
-one z minimises L = -log sigmoid(m), m = beta [log p(y) - log r(y) - log p(z) + log r(z)] with a frozen reference r.
-With e the one-hot vector of the target and p the softmax of the logits z = s (W h + b) of position t:
-
-    dL_t / d logits = p - e                                                          exact
-    dL_t / d h      = s W^T (p - e)                                                  exact
-    dL_t / d W      = s (p - e) h^T,  Frobenius norm  s |p - e| |h|                  exact (rank one)
-    dL / d theta    = sum_t dL_t / d theta                                           for SFT
-    dL / d theta    = beta sigmoid(-m) [sum_t dL_t(y) / d theta - sum_t dL_t(z) / d theta]      for DPO
-
-so DPO weighs the contributions of SFT with one factor that is the same at every position of both answers. The norm of
-the contribution of position t in all parameters needs one backward pass a position (`parameter_gradient_norms`); the
-norm in the output head needs none and is the estimator for large models. It leaves out what flows through the body
-(and, where the head is tied, through the embedding), so it is read as a shape by position, not as a size.
-
-Why it fades. Between its ends,  (1 - p_y)^2 <= |p - e|^2 <= 2 (1 - p_y)^2: a position teaches only as far as the model
-does not yet expect the token. And in expectation over targets drawn from the aligned model q, the gradient in the
-logits is p - q, with |p - q|_1 <= sqrt(2 KL(q || p)) by Pinsker's inequality. Once the first tokens of a refusal are
-given, a model that has only been pretrained goes on refusing by itself: KL(q || p) is small at later positions of the
-safe answer, so is the gradient, and nothing is learned there, while positions inside a compliant answer never occur in
-the data. That the signal decays with position and leaves alignment incomplete is the finding of arXiv 2511.12155 (known
-to us by its abstract and secondary reports); the formulas, bounds and the estimator on this page are ours.
+docs/method.md derives the norms and why they fade with position. The norm in all parameters needs one backward pass a
+position (`parameter_gradient_norms`). The norm in the output head needs none and is the estimator for large models: it
+leaves out what flows through the body and, where the head is tied, through the embedding, so it is read as a shape by
+position, not as a size. That the signal fades is the finding of arXiv 2511.12155 (known to us by its abstract and
+secondary reports); formulas and estimator are ours.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,10 +46,10 @@ class GradientRows:
     """Norms of each position's contribution to the SFT gradient.
 
     Attributes:
-        log_prob_N: log p(y_t) [N] in nats.
-        logits_N: |dL_t / d logits| = |p - e| [N], 0 to sqrt(2).
-        hidden_N: |dL_t / d h| [N].
-        head_N: |dL_t / d W|, Frobenius [N]; the estimator of the norm in all parameters.
+        log_prob_N: log p(y_t) in nats.
+        logits_N: |dL_t / d logits| = |p - e|, 0 to sqrt(2).
+        hidden_N: |dL_t / d h|.
+        head_N: |dL_t / d W|, Frobenius; the estimator of the norm in all parameters.
     """
 
     log_prob_N: Tensor
@@ -81,12 +64,7 @@ class GradientRows:
 
 
 def measure_gradient(run: Run, measurement: Measurement, harmful: Sequence[Prompt]) -> dict[str, Any] | None:
-    """Makes gradient.json, or reads it where it was made with the same settings.
-
-    Args:
-        run: The run.
-        measurement: Its models.
-        harmful: Prompts of the first harmful partition.
+    """Makes gradient.json from prompts of the first harmful partition, or reads it where the settings are the same.
 
     Returns:
         Norms by role and position; None where they are off, or aligned refuses next to nothing.
@@ -107,10 +85,8 @@ def measure_gradient(run: Run, measurement: Measurement, harmful: Sequence[Promp
             return None
         signal = gradient_signal(measurement, pairs)
         if settings.gradient == "full":
-            signal = exact_gradient(
-                {str(role): path for role, path in run.models.paths.items()}, pairs, signal, settings
-            )
-    signal = {**signal, "made_from": made_from}
+            signal = exact_gradient(run.models.paths, pairs, signal, settings)
+    signal["made_from"] = made_from
     write_json(file, signal)
     return signal
 
@@ -120,13 +96,12 @@ def _preference_pairs(
 ) -> list[PreferencePair]:
     """Greedy refusals of the aligned model beside the compliant continuations of the same prompts."""
     aligned = run.engines.generator.with_weights(str(run.models.paths["aligned"]))
-    longest = run.config.diagnose.gradient_tokens
+    longest, decode = run.config.diagnose.gradient_tokens, run.models.codec.decode
     answers = aligned.generate([sample.prompt_ids for sample in samples], max_tokens=longest)
     return [
-        PreferencePair(DiagnosisSample(sample.prompt_id, sample.prompt_ids, tuple(answer)), sample)
+        PreferencePair(replace(sample, answer_ids=tuple(answer)), sample)
         for sample, answer in zip(samples, answers, strict=True)
-        if answer
-        and run.judge.outcome(prompts[sample.prompt_id], "", run.models.codec.decode(answer)) is Outcome.REFUSED
+        if answer and run.judge.outcome(prompts[sample.prompt_id], "", decode(answer)) is Outcome.REFUSED
     ]
 
 
@@ -162,7 +137,7 @@ def gradient_signal(measurement: Measurement, pairs: Sequence[PreferencePair]) -
 def exact_gradient(
     paths: Mapping[Any, Path], pairs: Sequence[PreferencePair], signal: dict[str, Any], settings: DiagnoseConfig
 ) -> dict[str, Any]:
-    """Adds norms in all parameters (float32, one backward pass a position) and how well the estimator follows them.
+    """Adds norms in all parameters (float32) and how well the estimator follows them.
 
     `estimator_correlation` is Pearson's, of the logarithms of both norms' means by position: of each role, and over all
     roles together.
@@ -216,12 +191,12 @@ def _profile(statistics: PositionStatistics, names: Sequence[str]) -> dict[str, 
 
 @torch.no_grad()
 def gradient_rows(hidden_NH: Tensor, head: Head, target_N: Tensor, chunk_tokens: int) -> GradientRows:
-    """Exact norms of the SFT gradient of each token row in logits, hidden state and head; softcap and scale included.
+    """Exact norms of the SFT gradient of each token row; softcap and scale of the head included.
 
     Args:
-        hidden_NH: Final hidden states from which each target is predicted [N, H].
+        hidden_NH: Final hidden states from which each target is predicted.
         head: Output head.
-        target_N: Token ids [N].
+        target_N: Token ids.
         chunk_tokens: Rows whose logits exist at a time, at least 1.
 
     Raises:
@@ -229,8 +204,6 @@ def gradient_rows(hidden_NH: Tensor, head: Head, target_N: Tensor, chunk_tokens:
         NotFiniteError: Hidden states hold NaN or infinity.
     """
     check_hidden("policy", hidden_NH, head, target_N.shape[0])
-    if chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}.")
     parts = []
     for chunk_CH, target_C in zip(hidden_NH.split(chunk_tokens), target_N.split(chunk_tokens), strict=True):
         logits_CV, target_C1 = head.logits(chunk_CH), target_C[:, None]
@@ -248,36 +221,25 @@ def gradient_rows(hidden_NH: Tensor, head: Head, target_N: Tensor, chunk_tokens:
 def preference_factor(
     log_prob_chosen: float, log_ref_chosen: float, log_prob_rejected: float, log_ref_rejected: float, beta: float
 ) -> float:
-    """beta sigmoid(-m): what DPO multiplies every position's SFT gradient with, in both answers.
+    """beta sigmoid(-m), with which DPO multiplies every position's SFT gradient in both answers.
 
-    Args:
-        log_prob_chosen: log p(y) of the safe answer, summed over its tokens, nats.
-        log_ref_chosen: The same under the frozen reference.
-        log_prob_rejected: log p(z) of the compliant answer, as above.
-        log_ref_rejected: The same under the frozen reference.
-        beta: DPO's temperature, positive.
+    Log-probabilities are summed over the tokens of the answer, in nats; `log_ref_*` under the frozen reference.
     """
     margin = beta * (log_prob_chosen - log_ref_chosen - log_prob_rejected + log_ref_rejected)
     return beta * float(torch.sigmoid(torch.tensor(-margin, dtype=torch.float64)))
 
 
-def parameter_gradient_norms(
-    log_prob_T: Tensor, parameters: Iterable[Any], max_positions: int | None = None
-) -> list[float]:
-    """Norm in all parameters of each position's contribution to the SFT gradient, by one backward pass a position.
+def parameter_gradient_norms(log_prob_T: Tensor, parameters: Iterable[Any]) -> list[float]:
+    """|dL_t / d theta| of each position's contribution to the SFT gradient, by one backward pass a position.
 
     Args:
-        log_prob_T: log p(y_t | x, y<t) [T], still attached to its graph.
-        parameters: Tensors that the norm runs over; those without requires_grad are left out, tied ones count once.
-        max_positions: Only the first so many positions.
-
-    Returns:
-        |dL_t / d theta| for each position.
+        log_prob_T: log p(y_t | x, y<t), still attached to its graph.
+        parameters: Tensors that the norm runs over; those without requires_grad are left out.
     """
     # A tied head and embedding are one tensor under two names; counted twice it would weigh double.
     wanted = list({id(item): item for item in parameters if item.requires_grad}.values())
     norms = []
-    for log_prob in log_prob_T[:max_positions]:
+    for log_prob in log_prob_T:
         gradients = torch.autograd.grad(-log_prob, wanted, retain_graph=True, allow_unused=True)
         squares = [gradient.double().square().sum() for gradient in gradients if gradient is not None]
         norms.append(float(torch.stack(squares).sum().sqrt()))

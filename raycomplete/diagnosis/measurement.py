@@ -24,6 +24,7 @@ from raycomplete.runtime.files import read_json, write_json
 from raycomplete.runtime.machine import available_cpus
 from raycomplete.runtime.types import ModelRole, Prompt
 
+_Batch = list[DiagnosisSample]
 _PARITY_TOKENS = 48
 _REFUSAL_RATIO = 2.0
 # Parameters of glibc's mallopt (malloc.h): how much free memory the process keeps, how much more it asks for at a time,
@@ -39,7 +40,6 @@ class Measurement:
         sources: Scorers by role; "base" and the policies that are compared with it.
         heads: Their heads.
         refusal_ids: Tokens that start a refusal.
-        settings: Thresholds and sizes.
     """
 
     sources: Mapping[str, TeacherClient]
@@ -49,7 +49,7 @@ class Measurement:
 
     @classmethod
     def of_run(cls, run: Run) -> Measurement:
-        """Reads with the run's scorers and with heads in the models' own dtype; finds the refusal tokens later.
+        """Reads with the run's scorers and with heads in the models' own dtype; the refusal tokens come later.
 
         Heads in float32 would cost three times as much on a CPU and change next to nothing: on SmolLM2-135M the mass
         went from 0.209 to 0.215 and the KL from 0.0347 to 0.0352 nats with heads in bf16 (float32 throughout: 0.206,
@@ -67,9 +67,7 @@ class Measurement:
         """Roles that are compared with base, in a fixed order."""
         return tuple(role for role in ("aligned", "student") if role in self.sources)
 
-    def rows(
-        self, samples: Sequence[DiagnosisSample]
-    ) -> Iterator[tuple[list[DiagnosisSample], dict[str, DiagnosisRows]]]:
+    def rows(self, samples: Sequence[DiagnosisSample]) -> Iterator[tuple[_Batch, dict[str, DiagnosisRows]]]:
         """Yields batches of samples with their rows, token after token and sample after sample."""
         given = self.settings
         settings = DiagnosisSettings(given.tau, given.margin, given.kappa, given.chunk_tokens)
@@ -77,37 +75,32 @@ class Measurement:
             policies = {role: (hidden[role], self.heads[role]) for role in self.policies}
             yield batch, diagnose_rows(policies, hidden["base"], self.heads["base"], self.refusal_ids, settings)
 
-    def hidden_states(
-        self, samples: Sequence[DiagnosisSample]
-    ) -> Iterator[tuple[list[DiagnosisSample], dict[str, torch.Tensor]]]:
+    def hidden_states(self, samples: Sequence[DiagnosisSample]) -> Iterator[tuple[_Batch, dict[str, torch.Tensor]]]:
         """Yields batches of samples with [N, H] hidden states of every role; few batches are under way at a time."""
-        pending: deque[tuple[list[DiagnosisSample], dict[str, Any]]] = deque()
+
+        def collected(batch: _Batch, references: Mapping[str, Any]) -> tuple[_Batch, dict[str, torch.Tensor]]:
+            found = {role: torch.cat(self.sources[role].collect_tensors(asked)) for role, asked in references.items()}
+            return batch, {role: hidden.to(self.heads[role].weight_VH.device) for role, hidden in found.items()}
+
+        pending: deque[tuple[_Batch, dict[str, Any]]] = deque()
         for batch in token_batches(samples, self.settings.batch_tokens):
             sequences = [(sample.prompt_ids + sample.answer_ids, len(sample.prompt_ids)) for sample in batch]
             pending.append((batch, {role: source.submit_sequences(sequences) for role, source in self.sources.items()}))
             if len(pending) > self.settings.in_flight:
-                yield self._collect(*pending.popleft())
+                yield collected(*pending.popleft())
         while pending:
-            yield self._collect(*pending.popleft())
-
-    def _collect(
-        self, batch: list[DiagnosisSample], references: Mapping[str, Any]
-    ) -> tuple[list[DiagnosisSample], dict[str, torch.Tensor]]:
-        return batch, {
-            role: torch.cat(self.sources[role].collect_tensors(reference)).to(self.heads[role].weight_VH.device)
-            for role, reference in references.items()
-        }
+            yield collected(*pending.popleft())
 
 
-def token_batches(samples: Sequence[DiagnosisSample], batch_tokens: int) -> Iterator[list[DiagnosisSample]]:
+def token_batches(samples: Sequence[DiagnosisSample], batch_tokens: int) -> Iterator[_Batch]:
     """Consecutive samples of at most `batch_tokens` tokens together, and at least one."""
-    batch: list[DiagnosisSample] = []
+    batch: _Batch = []
     tokens = 0
     for sample in samples:
-        tokens += len(sample.prompt_ids) + len(sample.answer_ids)
+        tokens += (size := len(sample.prompt_ids) + len(sample.answer_ids))
         if batch and tokens > batch_tokens:
             yield batch
-            batch, tokens = [], len(sample.prompt_ids) + len(sample.answer_ids)
+            batch, tokens = [], size
         batch.append(sample)
     if batch:
         yield batch
@@ -119,9 +112,6 @@ def make_room_for_engines(num_engines: int) -> None:
     It takes the threads that they leave, at least one, and keeps the memory that it frees, since blocks of megabytes
     come and go. Processor time a token, SmolLM2-135M's head on 2 idle cores: 0.87 ms before, 0.80 with the memory kept,
     0.77 with one thread as well.
-
-    Args:
-        num_engines: Engines at work at the same time.
     """
     torch.set_num_threads(max(1, available_cpus() - num_engines))
     try:
@@ -134,11 +124,9 @@ def make_room_for_engines(num_engines: int) -> None:
 
 @contextmanager
 def start_diagnosis_engines(run: Run, prompts: Sequence[Prompt]) -> Iterator[None]:
-    """Starts the run's generator and a scorer of each model; scores are not cached, as every response is read once.
+    """Starts the run's generator and a scorer of each model, which is checked on the first prompts.
 
-    Args:
-        run: The run.
-        prompts: The scorers are checked on the first of them.
+    Scores are not cached, as every response is read once.
     """
     teacher = run.config.teacher.model_copy(update={"cache_gib": 0.0})
     uncached = replace(run, config=run.config.model_copy(update={"teacher": teacher}))

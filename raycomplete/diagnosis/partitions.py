@@ -30,10 +30,7 @@ CONTEXT_TOKENS = 12  # response tokens shown before a base-favored token
 
 
 def measure_kind(run: Run, measurement: Measurement, kind: PromptKind) -> list[str]:
-    """Measures every partition of a kind of prompts that is not there yet.
-
-    Returns:
-        The names of all its partitions in order.
+    """Measures every partition of a kind of prompts that is not there yet, and returns the names of all in order.
 
     Raises:
         ConfigError: The prompts of a finished partition changed.
@@ -77,9 +74,7 @@ def _make_partition(
     write_measured(run.folder, f"{kind}-{number:05d}", rows, tokens, stats)
 
 
-def measure_partition(
-    measurement: Measurement, samples: Sequence[DiagnosisSample]
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def measure_partition(measurement: Measurement, samples: Sequence[DiagnosisSample]) -> tuple[Columns, dict[str, Any]]:
     """Measures the columns of both files of a partition.
 
     Returns:
@@ -100,18 +95,13 @@ def measure_partition(
         for number, role in enumerate(measurement.policies):
             found = by_role[role]
             row_K, values_NM = found.row_K.cpu().numpy(), found.values_NM.float().cpu().numpy()
-            role_N = np.full(len(values_NM), number, dtype=np.int8)
-            columns = {"prompt": read["prompt"], "role": role_N} | read
+            columns = {"prompt": read["prompt"], "role": np.full(len(values_NM), number, dtype=np.int8)} | read
             rows.append(columns | dict(zip(METRICS, values_NM.T, strict=True)))
+            probabilities = {"base": found.base_probability_K, "policy": found.policy_probability_K}
             favored.append(
-                {
-                    "role": role_N[row_K],
-                    "prompt": read["prompt"][row_K],
-                    "position": read["position"][row_K],
-                    "token_id": found.token_K.cpu().numpy().astype(np.int32),
-                    "base": found.base_probability_K.double().cpu().numpy(),
-                    "policy": found.policy_probability_K.double().cpu().numpy(),
-                }
+                {name: columns[name][row_K] for name in ("role", "prompt", "position")}
+                | {"token_id": found.token_K.cpu().numpy().astype(np.int32)}
+                | {name: values_K.double().cpu().numpy() for name, values_K in probabilities.items()}
             )
         first += len(batch)
     return _stacked(rows), _token_columns(_stacked(favored), samples)
@@ -126,12 +116,7 @@ def write_measured(
 
 
 def stored_samples(run: Run, prompts: Mapping[str, Prompt]) -> list[DiagnosisSample]:
-    """Reads the responses of the first harmful partition, as they were measured.
-
-    Args:
-        run: The run.
-        prompts: The partition's prompts by id.
-    """
+    """Reads the responses of the first harmful partition as they were measured, given its prompts by id."""
     file = run.folder / "partitions" / "harmful-00000.parquet"
     rows, stats = read_partition(file), partition_metadata(file)
     assert stats is not None
@@ -197,10 +182,7 @@ def _token_columns(favored: Columns, samples: Sequence[DiagnosisSample]) -> dict
 
 
 def merged_tokens(parts: Sequence[Columns]) -> Columns:
-    """Sums the token files of several partitions, by policy, band and token in order.
-
-    Of several strongest occurrences the first one stays.
-    """
+    """Sums token files by policy, band and token in order; of several strongest occurrences the first one stays."""
     columns = _stacked([part for part in parts if part])
     if not columns:
         return {}

@@ -25,14 +25,7 @@ from raycomplete.losses.chunked_pass import rows_per_chunk
 from raycomplete.losses.heads import Head, check_hidden, check_rows_finite, check_same_vocabulary
 from raycomplete.losses.settings import ChunkTokens, LossSettings, PenaltySettings
 
-METRICS = (
-    "base_favored_mass",
-    "base_favored_count",
-    "kl_to_base",
-    "deficit",
-    "agreement",
-    "refusal_probability",
-)
+METRICS = ("base_favored_mass", "base_favored_count", "kl_to_base", "deficit", "agreement", "refusal_probability")
 """Columns of `DiagnosisRows.values_NM`: mass and count of B_t, KL(policy || base) in nats, exp(-KL / kappa), whether
 the two argmaxes agree (0 or 1), and the policy's probability of the refusal tokens."""
 PROFILE_METRICS = ("base_favored_mass", "kl_to_base", "deficit")
@@ -72,22 +65,10 @@ class DiagnosisSettings:
             penalty = PenaltySettings()
         return cls(tau=penalty.tau, margin=penalty.margin, kappa=penalty.kappa, chunk_tokens=settings.chunk_tokens)
 
-    def __post_init__(self) -> None:
-        if self.chunk_tokens != "auto" and self.chunk_tokens < 1:
-            raise ValueError(f'chunk_tokens must be at least 1, or "auto", got {self.chunk_tokens}.')
-
 
 @dataclass(frozen=True, eq=False)
 class DiagnosisRows:
-    """One policy against base at every token row, K base-favored tokens in all.
-
-    Attributes:
-        values_NM: One column for each of `METRICS` [N, M].
-        row_K: Token row of each base-favored token.
-        token_K: Id of each base-favored token.
-        base_probability_K: Its probability under base.
-        policy_probability_K: Its probability under the policy.
-    """
+    """One policy against base: values of `METRICS` at every token row, and the K base-favored tokens of all rows."""
 
     values_NM: Tensor
     row_K: Tensor
@@ -111,8 +92,8 @@ def diagnose_rows(
     """Compares each policy with base at every token row; base is read once for all policies.
 
     Args:
-        policies: Hidden states [N, H of its head] and head of each policy, by name.
-        base_hidden_NH: Hidden states of base on the same tokens [N, H of its head].
+        policies: Hidden states and head of each policy, by name.
+        base_hidden_NH: Hidden states of base on the same tokens; each model has an H of its own.
         base_head: Head of base.
         refusal_ids: Tokens that start a refusal; none gives probability 0.
         settings: Thresholds and chunk size.
@@ -155,7 +136,6 @@ def diagnose_rows(
 
 
 def _block_rows(product_CV: Tensor, dtype: torch.dtype) -> int:
-    """Rows whose logits are looked at together."""
     on_cpu = product_CV.device.type == "cpu"
     budget = _BLOCK_BYTES_PER_THREAD * torch.get_num_threads() if on_cpu else _BLOCK_BYTES_OFF_CPU
     return max(budget // (product_CV.shape[1] * dtype.itemsize), 1)
@@ -166,14 +146,7 @@ class _Block:
     """A few rows of one model: log p = (logits - top) - log_total.
 
     Top and total stay apart: their sum would be rounded at the size of the logits, and where a model is sure of a token
-    the log of the total is smaller than that.
-
-    Attributes:
-        logits_BV: Logits [B, V].
-        group_BG: Largest logit of each group of `_GROUP` tokens [B, G].
-        top_B: Largest logit [B].
-        total_B: Sum of exp(logits - top) [B].
-        log_total_B: Its log [B].
+    the log of the total is smaller than that. `group_BG` has the largest logit of each group of `_GROUP` tokens.
     """
 
     logits_BV: Tensor

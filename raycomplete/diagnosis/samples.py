@@ -20,13 +20,7 @@ KINDS: tuple[PromptKind, ...] = ("harmful", "benign")  # the benign ones are the
 
 @dataclass(frozen=True, slots=True)
 class DiagnosisSample:
-    """One response that every model reads.
-
-    Attributes:
-        prompt_id: Name of the prompt.
-        prompt_ids: Tokens up to where the response starts.
-        answer_ids: Response tokens, at least one.
-    """
+    """One response that every model reads: at least one token, after those up to where the response starts."""
 
     prompt_id: str
     prompt_ids: tuple[int, ...]

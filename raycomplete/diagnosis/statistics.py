@@ -34,7 +34,7 @@ _UNBOUNDED = ("base_favored_count", "kl_to_base")  # the other metrics end at 1
 
 
 class PositionStatistics:
-    """Running mean, spread and bootstrap of values by position; one prompt after the other, none is kept.
+    """Running mean, spread and bootstrap of values by position, one prompt after the other.
 
     The unit of sampling is the prompt: each gives at most one value at a position. The interval of a mean is Student's
     t over the prompts that reach the position, pointwise. The completion depth is no mean, so its interval comes from
@@ -43,18 +43,13 @@ class PositionStatistics:
 
     Args:
         num_columns: Values of a row, M.
-        bootstrap_column: The column whose sums are kept for each replicate.
+        bootstrap_column: The column of the completion depth.
         replicates: Bootstrap replicates.
         seed: Of the bootstrap.
     """
 
     def __init__(
-        self,
-        num_columns: int = len(METRICS),
-        bootstrap_column: int = _DEFICIT,
-        *,
-        replicates: int = 400,
-        seed: int = 0,
+        self, num_columns: int = len(METRICS), bootstrap_column: int = _DEFICIT, *, replicates: int, seed: int = 0
     ) -> None:
         self._column, self._replicates, self._seed = bootstrap_column, replicates, seed
         # Columns: count, sums, squares, then weights and weighted sums of the even prompts, of the odd ones and of each
@@ -73,7 +68,7 @@ class PositionStatistics:
         weight_TR = torch.tensor([[even, 1 - even, *drawn_R.tolist()]], dtype=torch.float64).expand(length, -1)
         weighted_TR = weight_TR * values_TM[:, self._column, None]
         count_T1 = torch.ones(length, 1, dtype=torch.float64)
-        if (missing := length - self._sums_TK.shape[0]) > 0:
+        if (missing := length - len(self._sums_TK)) > 0:
             self._sums_TK = torch.nn.functional.pad(self._sums_TK, (0, 0, 0, missing))
         self._sums_TK[:length] += torch.cat([count_T1, values_TM, values_TM.square(), weight_TR, weighted_TR], dim=1)
         self.num_prompts += 1
@@ -84,7 +79,7 @@ class PositionStatistics:
     @property
     def count_T(self) -> Tensor:
         """Prompts that reach each position [T]."""
-        return self._sums_TK[:, 0].clone()
+        return self._sums_TK[:, 0]
 
     def mean_TM(self) -> Tensor:
         """Means over the prompts that reach each position [T, M]."""
@@ -105,10 +100,9 @@ class PositionStatistics:
         count_T1, sum_TM, _, weight_TR, weighted_TR = self._sums()
         whole = _crossing(count_T1.T, sum_TM[None, :, self._column], threshold)
         depths_R = _crossing(weight_TR.T, weighted_TR.T, threshold)
-        drawn_R = depths_R[2:].double()
-        percentiles = torch.tensor([0.025, 0.975], dtype=torch.float64)
+        drawn_R, percentiles = depths_R[2:].double(), torch.tensor([0.025, 0.975], dtype=torch.float64)
         ends = torch.quantile(drawn_R, percentiles) if len(drawn_R) else whole[[0, 0]]
-        size = self._sums_TK.shape[0]
+        size = len(self._sums_TK)
 
         def reached(depth: float) -> int | None:
             return None if depth >= size else int(depth)
@@ -131,9 +125,8 @@ class CompletionDepth:
     noisy position from deciding. The definition is ours. None stands for "not within the measured positions".
 
     Attributes:
-        depth: First position, or None where the fit stays below the threshold.
         low: Lower end of the 95 % percentile bootstrap interval over prompts.
-        high: Upper end, or None where it lies beyond the measured positions.
+        high: Its upper end.
         halves: The same of every second prompt and of the others, a check against the choice of prompts.
         threshold: Deficit that must be exceeded, 0 to 1.
         num_positions: Positions that were measured.
@@ -150,8 +143,7 @@ class CompletionDepth:
 def _crossing(weight_RT: Tensor, weighted_RT: Tensor, threshold: float) -> Tensor:
     """First position [R] at which the isotonic fit of weighted_RT / weight_RT exceeds the threshold, T for none.
 
-    The isotonic fit exceeds a level from the last minimum of the cumulative sum of (value - level) on, so no fit has to
-    be computed.
+    It does so from the last minimum of the cumulative sum of (value - level) on, so no fit has to be computed.
     """
     excess_RT = weighted_RT - threshold * weight_RT
     partial_RT = torch.nn.functional.pad(excess_RT.cumsum(dim=-1), (1, 0))
@@ -159,7 +151,7 @@ def _crossing(weight_RT: Tensor, weighted_RT: Tensor, threshold: float) -> Tenso
 
 
 def summarize(run: Run, names: Mapping[str, Sequence[str]], policies: Sequence[str]) -> dict[str, Any]:
-    """diagnosis.json as far as the partitions decide it; gradient, baseline and seconds come later.
+    """Makes diagnosis.json as far as the partitions decide it; gradient, baseline and seconds come later.
 
     Args:
         run: The run, whose folder holds partitions/ and tokens/.
@@ -175,9 +167,8 @@ def summarize(run: Run, names: Mapping[str, Sequence[str]], policies: Sequence[s
             f"None of {kinds['harmful']['prompts']} harmful prompts has a compliant continuation.",
             "Name an answer column, or set rollout.affirmative_prefix; then run again with --overwrite.",
         )
-    files = [run.folder / "partitions" / f"{name}.parquet" for found in names.values() for name in found]
-    stats = [partition_metadata(file) or {} for file in files]
-    measured_s, read = (sum(found.get(key, 0.0) for found in stats) for key in ("measured_s", "read_tokens"))
+    stats = [_stats(run, name) for found in names.values() for name in found]
+    measured_s, read = (sum(found[key] for found in stats) for key in ("measured_s", "read_tokens"))
     return {
         "name": run.config.output.name,
         "policies": list(policies),
@@ -202,11 +193,9 @@ def kind_summary(run: Run, names: Sequence[str], policies: Sequence[str]) -> dic
     statistics = {role: PositionStatistics(replicates=settings.replicates) for role in policies}
     counts = {"prompts": 0, "measured": 0, "tokens": 0}
     for name in names:
-        file = run.folder / "partitions" / f"{name}.parquet"
-        stats = partition_metadata(file) or {}
-        counts["prompts"] += stats.get("prompts", 0)
-        counts["measured"] += stats.get("measured", 0)
-        rows = read_partition(file)
+        stats, rows = _stats(run, name), read_partition(run.folder / "partitions" / f"{name}.parquet")
+        counts["prompts"] += stats["prompts"]
+        counts["measured"] += stats["measured"]
         if not rows:
             continue
         values_NM = np.stack([rows[metric] for metric in METRICS], axis=1).astype(np.float64)
@@ -222,20 +211,20 @@ def kind_summary(run: Run, names: Sequence[str], policies: Sequence[str]) -> dic
     }
 
 
+def _stats(run: Run, name: str) -> dict[str, Any]:
+    found = partition_metadata(run.folder / "partitions" / f"{name}.parquet")
+    assert found is not None
+    return found
+
+
 def _profile(statistics: PositionStatistics) -> dict[str, Any]:
-    """Means and 95 % intervals by position of every metric."""
     tops = [math.inf if metric in _UNBOUNDED else 1.0 for metric in METRICS]
     curves = zip(METRICS, intervals(statistics, tops), strict=True)
     return {"n": [int(count) for count in statistics.count_T.tolist()], **dict(curves)}
 
 
 def intervals(statistics: PositionStatistics, tops: Sequence[float] | None = None) -> list[dict[str, Any]]:
-    """Mean, low and high by position of each column as plain lists; None where a single prompt leaves them open.
-
-    Args:
-        statistics: Values of at least 0.
-        tops: The largest value that each column can have; none when absent.
-    """
+    """Mean, low and high of each column by position, cut at 0 and its top; None where one prompt leaves them open."""
     found = []
     columns = zip(statistics.mean_TM().T.tolist(), statistics.half_width_TM().T.tolist(), strict=True)
     for column, (mean_T, half_T) in enumerate(columns):

@@ -152,7 +152,7 @@ def test_no_rows_and_wrong_inputs() -> None:
     with pytest.raises(ValueError, match="base 17, aligned 12"):
         diagnose_rows({"aligned": (policy_NH, policy_head.rows(12))}, base_NH, base_head, (), config)
     with pytest.raises(ValueError, match="chunk_tokens"):
-        DiagnosisSettings(chunk_tokens=0)
+        diagnose_rows({"aligned": (policy_NH, policy_head)}, base_NH, base_head, (), replace(config, chunk_tokens=0))
     base_NH[4, 1] = torch.nan
     with pytest.raises(NotFiniteError, match=r"base hidden .* row 4"):
         diagnose_rows({"aligned": (policy_NH, policy_head)}, base_NH, base_head, (), config)
