@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from raycomplete.commands.stored import stored
-from raycomplete.commands.train import run_training, worker_threads
+from raycomplete.commands.train import make_job, run_training
 from raycomplete.config import RunConfig
 from raycomplete.data.inputs import Prompts, prepare_models
 from raycomplete.data.prompts import read_prompts
@@ -20,7 +20,6 @@ from raycomplete.methods.sft import SFT
 from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import ConfigError, DataError
 from raycomplete.runtime.files import write_json
-from raycomplete.training.job import TrainJob
 
 _DONE = "aligned.json"
 _SAME = ("models", "data", "rollout", "train", "align")  # sections that decide what is trained
@@ -119,19 +118,7 @@ def _train(run: Run, output: Path) -> None:
     config = run.config
     settings = config.align
     train = config.train.model_copy(update={"steps": settings.steps, "lr": settings.lr})
-    job = TrainJob(
-        method=SFT(anchor_batch_size=settings.batch_size),
-        start=run.models.paths["base"],
-        output=output,
-        folder=run.folder.resolve(),
-        samples=(run.folder / "samples.jsonl").resolve(),
-        dtype=config.models.dtype,
-        train=train,
-        student_head=run.models.heads["base"],
-        threads=worker_threads(config),
-        lora_rank=settings.lora_rank,
-        use_gpu=run.cluster.use_gpu,
-        trust_remote_code=config.models.trust_remote_code,
-    )
+    method = SFT(anchor_batch_size=settings.batch_size)
+    job = make_job(run, "base", output, method=method, train=train, lora_rank=settings.lora_rank)
     count = len(read_samples(job.samples).anchor)
     run_training(run, job, f"Safety SFT on {count} samples")

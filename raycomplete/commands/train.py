@@ -1,4 +1,4 @@
-"""The main job: sample, score, train, evaluate, report. Each stage leaves its result in the run folder.
+"""`raycomplete train`: sample, score, train, evaluate, report. Each stage leaves its result in the run folder.
 
     samples.jsonl  ->  checkpoints/, metrics.jsonl, profile.json, student/  ->  evaluation/, summary.json, report.html
 
@@ -32,7 +32,7 @@ from raycomplete.runtime.errors import ConfigError
 from raycomplete.runtime.files import read_json, write_json
 from raycomplete.runtime.machine import available_cpus
 from raycomplete.runtime.metrics_file import read_metrics
-from raycomplete.runtime.types import MODEL_ROLES
+from raycomplete.runtime.types import MODEL_ROLES, ModelRole
 from raycomplete.training.checkpoints import check_space
 from raycomplete.training.job import TrainJob
 from raycomplete.training.metrics import describe_terms
@@ -51,7 +51,7 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False, c
         config: Run file.
         resume: Continue an interrupted run.
         overwrite: Replace an earlier run of this name.
-        console: Where progress goes.
+        console: Where progress is shown.
 
     Returns:
         The run folder; `summary.json` in it holds the headline numbers.
@@ -101,7 +101,7 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False, c
 
 
 def _train_student(run: Run) -> None:
-    """Samples and training, each skipped where its result is there already."""
+    """Makes samples and trains; each is skipped where its result is there already."""
     config, models, console = run.config, run.models, run.console
     samples_file, student = run.folder / "samples.jsonl", run.folder / "student"
     stats_file = run.folder / "training.json"
@@ -113,25 +113,18 @@ def _train_student(run: Run) -> None:
     if not samples_file.is_file():
         write_samples(samples_file, make_samples(run))
     samples = read_samples(samples_file)
-    job = TrainJob(
+    job = make_job(
+        run,
+        "student",
+        student.resolve(),
         method=config.method,
-        start=models.paths["student"],
-        output=student.resolve(),
-        folder=run.folder.resolve(),
-        samples=samples_file.resolve(),
-        dtype=config.models.dtype,
         train=config.train,
-        student_head=models.heads["student"],
         teacher_heads={role: models.heads[role] for role in ("aligned", "base")},
         sources=dict(run.engines.scorers),
         prefetch=config.teacher.prefetch,
-        threads=worker_threads(config),
         rollout=config.rollout,
         student_engines=_student_engines(run),
-        plugins=tuple(config.plugins),
         lora_rank=config.train.lora_rank,
-        use_gpu=run.cluster.use_gpu,
-        trust_remote_code=config.models.trust_remote_code,
     )
     started = time.perf_counter()
     before = _scorer_totals(run.engines)
@@ -142,11 +135,29 @@ def _train_student(run: Run) -> None:
 
 
 def _student_engines(run: Run) -> StudentEngines | None:
-    """The engines for the student's own rollouts, where the run file asks for them."""
+    """Makes the engines of the student's own rollouts, where the run file asks for them."""
     if not run.config.rollout.on_policy:
         return None
     pool = run.engines.generator.with_weights(str(run.models.paths["student"]))
     return StudentEngines(pool, run.models.codec, run.judge, run.prompts.train["harmful"], run.config.rollout)
+
+
+def make_job(run: Run, start: ModelRole, output: Path, **settings: Any) -> TrainJob:
+    """Makes a job of training on the run folder's samples, from the model of a role to a checkpoint."""
+    models = run.config.models
+    return TrainJob(
+        start=run.models.paths[start],
+        output=output,
+        folder=run.folder.resolve(),
+        samples=(run.folder / "samples.jsonl").resolve(),
+        dtype=models.dtype,
+        student_head=run.models.heads[start],
+        threads=max(available_cpus() // run.config.train.num_workers, 1),  # the workers share this machine's cores
+        plugins=tuple(run.config.plugins),
+        use_gpu=run.cluster.use_gpu,
+        trust_remote_code=models.trust_remote_code,
+        **settings,
+    )
 
 
 def run_training(run: Run, job: TrainJob, title: str) -> None:
@@ -214,13 +225,8 @@ def training_stats(
     }
 
 
-def worker_threads(config: RunConfig) -> int:
-    """CPU threads of one training worker: the cores of this machine, shared between the workers."""
-    return max(available_cpus() // config.train.num_workers, 1)
-
-
 def _check_same_inputs(run: Run) -> None:
-    """A resumed run must go on with the very checkpoints and prompts it started with, not only with their paths."""
+    """Refuses to resume a run whose checkpoints or prompts have changed since it was started."""
     texts = [prompt.text for kind in KINDS for prompt in run.prompts.train[kind]]  # an evaluation checks its own
     inputs = {str(role): run.models.fingerprint(role) for role in run.models.paths}
     inputs["training prompts"] = hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
@@ -241,7 +247,7 @@ def _scorer_totals(engines: Engines) -> dict[str, float]:
 
 
 def _parity_sequences(prompts: Prompts, codec: ChatCodec, count: int) -> list[tuple[tuple[int, ...], int]]:
-    """Prompts with a few response tokens, for the gate of the scorers; any response will do."""
+    """Makes sequences of a prompt and a few response tokens, for the parity gate; any response will do."""
     sequences = []
     for prompt in (*prompts.train["benign"], *prompts.train["harmful"])[:count]:
         prompt_ids = codec.encode_prompt(prompt.text)
