@@ -9,6 +9,7 @@ import threading
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from ray.serve import Application
 
@@ -23,9 +24,9 @@ from raycomplete.runtime.machine import package_versions
 from raycomplete.runtime.types import MODEL_ROLES, ModelRole
 from raycomplete.serving import deployment
 from raycomplete.serving.process import ProcessBackend
+from raycomplete.serving.requests import TOKEN_VARIABLE, is_loopback, read_token_digest
 from raycomplete.serving.runner import Cancelled, OnProgress
-from raycomplete.serving.schemas import CompletionRequest, CompletionText
-from raycomplete.serving.token import TOKEN_VARIABLE, is_loopback, read_token_digest
+from raycomplete.serving.schemas import CompletionRequest, CompletionView
 
 _TOOLS = 3  # engines of one evaluation beside its generators and white boxes, at most: guide, attacker, judge
 
@@ -51,13 +52,8 @@ def serve(config: RunConfig) -> Path:
     with connect(config.cluster, _plan(config), console):
         with console.stage("Started Ray Serve"):
             deployment.start(application, host=settings.host, port=settings.port)
-        console.panel(
-            [
-                ("page", f"http://{_shown(settings.host)}:{settings.port}/"),
-                ("interface", f"http://{_shown(settings.host)}:{settings.port}/openapi.json"),
-                ("state", settings.state.resolve()),
-            ]
-        )
+        page = f"http://{_shown(settings.host)}:{settings.port}/"
+        console.panel([("page", page), ("interface", f"{page}openapi.json"), ("state", settings.state.resolve())])
         before = {number: signal.signal(number, lambda *_: ended.set()) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             ended.wait()
@@ -83,20 +79,19 @@ def build(config: RunConfig) -> Application:
     """Builds the application, and refuses here what could not work."""
     token = read_token_digest(config.serve)
     package_versions()  # which refuses a machine without vLLM
-    settings = config.serve.model_copy(
-        update={
-            "state": config.serve.state.resolve(),  # replicas stand in another folder
-            "model_roots": [root.resolve() for root in config.serve.model_roots],
-            "data_roots": [root.resolve() for root in config.serve.data_roots],
-        }
-    )
+    settings = config.serve
+    paths = {
+        "state": settings.state.resolve(),  # replicas stand in another folder
+        "model_roots": [root.resolve() for root in settings.model_roots],
+        "data_roots": [root.resolve() for root in settings.data_roots],
+    }
     models = {str(role): _resolved(spec) for role in MODEL_ROLES if (spec := getattr(config.models, role)) is not None}
     trained = config.output.folder / "student"
     if (trained / "config.json").is_file():
         models["student"] = str(trained.resolve())
-    served = config.model_copy(update={"serve": settings, "models": config.models.model_copy(update=models)})
-    backend = partial(ProcessBackend, evaluate=evaluate_request)
-    return deployment.build_application(served, token, backend, StudentChat if settings.chat else None)
+    changed = {"serve": settings.model_copy(update=paths), "models": config.models.model_copy(update=models)}
+    backend, chat = partial(ProcessBackend, evaluate=evaluate_request), StudentChat if settings.chat else None
+    return deployment.build_application(config.model_copy(update=changed), token, backend, chat)
 
 
 def evaluate_request(config: RunConfig, roles: list[ModelRole], on_progress: OnProgress, cancelled: Cancelled) -> None:
@@ -109,12 +104,8 @@ def evaluate_request(config: RunConfig, roles: list[ModelRole], on_progress: OnP
 def _plan(config: RunConfig) -> ResourcePlan:
     """Adds up what the service holds when every runner is at work."""
     runners, cluster = config.serve.runners, config.cluster
-    generator = engine_request(
-        cluster,
-        "rollout engine",
-        runners * config.rollout.num_engines,
-        tensor_parallel=config.rollout.tensor_parallel,
-    )
+    count, shards = runners * config.rollout.num_engines, config.rollout.tensor_parallel
+    generator = engine_request(cluster, "rollout engine", count, tensor_parallel=shards)
     tools = engine_request(cluster, "model of attacks and judge", runners * (config.evaluation.white_boxes + _TOOLS))
     worker = ResourceRequest("training worker of the attack", runners, cluster.cpus_per_worker, cluster.gpus_per_worker)
     chat = [engine_request(cluster, "chat engine", 1)] if config.serve.chat else []
@@ -130,11 +121,11 @@ class StudentChat:
         self._config = config
         self._client = start_engine(config, models.paths["student"], models.codec)
 
-    async def complete(self, request: CompletionRequest) -> CompletionText:
+    async def complete(self, request: CompletionRequest) -> CompletionView:
         """Continues a prompt, greedily or sampled."""
         return await asyncio.to_thread(self._complete, request)
 
-    def _complete(self, request: CompletionRequest) -> CompletionText:
+    def _complete(self, request: CompletionRequest) -> CompletionView:
         sequence = self._codec.encode_prompt(request.prompt)
         longest = self._config.models.max_length
         if len(sequence) + request.max_tokens > longest:
@@ -150,12 +141,8 @@ class StudentChat:
             top_p=request.top_p,
             seed=request.seed,
         )[0]
-        return CompletionText(
-            text=self._codec.decode(tokens),
-            prompt_tokens=len(sequence),
-            completion_tokens=len(tokens),
-            finish_reason="length" if len(tokens) >= request.max_tokens else "stop",
-        )
+        reason: Literal["length", "stop"] = "length" if len(tokens) >= request.max_tokens else "stop"
+        return CompletionView.of(self._codec.decode(tokens), reason, len(sequence), len(tokens))
 
 
 def _resolved(spec: str) -> str:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import queue
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.markup import escape
@@ -16,9 +14,10 @@ from rich.table import Table
 
 from raycomplete import __version__
 from raycomplete.config import load_run_file
-from raycomplete.doctor import machine, network, nodes, packages, run_file
+from raycomplete.doctor import machine, network, packages, run_file
 from raycomplete.doctor.findings import STATUSES, Context, Finding, Status, fail
-from raycomplete.runtime.errors import RaycompleteError
+from raycomplete.runtime.errors import RaycompleteError, WaitTimeoutError
+from raycomplete.runtime.machine import within
 
 SCHEMA = 1  # of the JSON; raised when a key is renamed or goes
 _COLORS: dict[Status, str] = {"ok": "green", "warn": "yellow", "fail": "red"}
@@ -47,10 +46,10 @@ CHECKS: tuple[Check, ...] = (
     Check("ports", network.check_ports),
     Check("ray token", network.check_ray_token),
     Check("service token", network.check_service_token),
-    Check("cluster", nodes.check_cluster, nodes.PROBE_TIMEOUT_S + _CHILD_S),
-    Check("node versions", nodes.check_node_versions),
-    Check("clocks", nodes.check_clocks),
-    Check("shared storage", nodes.check_shared_storage),
+    Check("cluster", network.check_cluster, network.PROBE_TIMEOUT_S + _CHILD_S),
+    Check("node versions", network.check_node_versions),
+    Check("clocks", network.check_clocks),
+    Check("shared storage", network.check_shared_storage),
     Check("run file", run_file.check_run_file),
     Check("checkpoints", run_file.check_checkpoints, run_file.TIMEOUT_S + _CHILD_S),
     Check("prompts", run_file.check_prompts),
@@ -87,7 +86,17 @@ def doctor(run_file: Path | None, overrides: Sequence[str], *, as_json: bool, qu
     with console.status("") as status:
         results = list(run_checks(context, CHECKS, on_start=lambda name: status.update(f"Checking {name} ...")))
     if as_json:
-        print(json.dumps(report(context, results), indent=1))
+        checks = [{"name": name, **vars(finding), "seconds": round(seconds, 3)} for name, finding, seconds in results]
+        found = {
+            "schema": SCHEMA,
+            "raycomplete": __version__,
+            "status": worst(results),
+            "run_file": str(run_file) if run_file else None,
+            "address": context.address,
+            "quick": quick,
+            "checks": checks,
+        }
+        print(json.dumps(found, indent=1))
     else:
         _show(console, results)
     return 2 if worst(results) == "fail" else 0
@@ -104,41 +113,20 @@ def run_checks(
 
 
 def _run(check: Check, context: Context) -> Finding:
-    found: queue.Queue[Finding] = queue.Queue()
-
-    def work() -> None:
-        try:
-            found.put(check.run(context))
-        except BaseException as error:  # whatever it is, it must not pass for "no answer in time"
-            words = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            found.put(
-                fail(f"The check itself failed ({words}).", "Please report this; the other checks are not affected.")
-            )
-
-    threading.Thread(target=work, name=check.name, daemon=True).start()  # a hung one does not hold up the exit
     try:
-        return found.get(timeout=check.timeout_s)
-    except queue.Empty:
+        return within(check.timeout_s, "No answer", lambda: check.run(context))
+    except WaitTimeoutError:
         remedy = "A device, a driver or a file system hangs: `dmesg | tail` and `df` may show which."
         return fail(f"No answer within {check.timeout_s:g} s.", remedy)
+    except (Exception, SystemExit) as error:  # some libraries exit
+        words = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        remedy = "Please report this; the other checks are not affected."
+        return fail(f"The check itself failed ({words}).", remedy)
 
 
 def worst(results: Sequence[CheckResult]) -> Status:
     """Returns the worst status; "ok" of none."""
     return max((result.finding.status for result in results), key=STATUSES.index, default="ok")
-
-
-def report(context: Context, results: Sequence[CheckResult]) -> dict[str, Any]:
-    """Builds what `--json` prints."""
-    return {
-        "schema": SCHEMA,
-        "raycomplete": __version__,
-        "status": worst(results),
-        "run_file": str(context.run_file) if context.run_file else None,
-        "address": context.address,
-        "quick": context.quick,
-        "checks": [{"name": name, **vars(finding), "seconds": round(seconds, 3)} for name, finding, seconds in results],
-    }
 
 
 def _show(console: Console, results: Sequence[CheckResult]) -> None:

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -26,7 +25,10 @@ MARK = "raycomplete-doctor "  # opens the lines of a child that are meant for us
 
 @dataclass(frozen=True)
 class Finding:
-    """The result of one check: what was measured in words, what to do about it, and the same as values for programs."""
+    """The result of one check: what was measured in words, what to do about it, and the same as values for programs.
+
+    "fail": a run would be refused, or die. "warn": worth knowing, a run may still work. "ok" asks for nothing.
+    """
 
     status: Status
     found: str
@@ -35,17 +37,14 @@ class Finding:
 
 
 def ok(found: str, **values: Any) -> Finding:
-    """Makes a finding that asks for nothing."""
     return Finding("ok", found, values=values)
 
 
 def warn(found: str, remedy: str, **values: Any) -> Finding:
-    """Makes a finding that is worth knowing; a run may still work."""
     return Finding("warn", found, remedy, values)
 
 
 def fail(found: str, remedy: str, **values: Any) -> Finding:
-    """Makes a finding with which a run would be refused, or die."""
     return Finding("fail", found, remedy, values)
 
 
@@ -58,7 +57,6 @@ class Context:
     problem: RaycompleteError | None = None
     quick: bool = False
     _known: dict[str, ChildReport] = field(default_factory=dict)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def address(self) -> str | None:
@@ -66,12 +64,16 @@ class Context:
         address = (self.config.cluster.address if self.config else None) or os.environ.get("RAY_ADDRESS")
         return None if address == "local" else address
 
+    @property
+    def root(self) -> Path:
+        """The folder of all runs, which every worker writes into."""
+        return (self.config.output.root if self.config else Path("runs")).absolute()
+
     def once(self, name: str, ask: Callable[[], ChildReport]) -> ChildReport:
         """Returns the answer to a slow question that several checks share; the first of them asks."""
-        with self._lock:
-            if name not in self._known:
-                self._known[name] = ask()
-            return self._known[name]
+        if name not in self._known:
+            self._known[name] = ask()
+        return self._known[name]
 
 
 @dataclass(frozen=True)
@@ -100,29 +102,25 @@ def ask(*command: str, timeout_s: float, environment: Mapping[str, str] | None =
 
     When the time is up, it and all its children are killed.
     """
-    with tempfile.TemporaryFile() as errors:
+    environment, code = {**os.environ, **(environment or {})}, None
+    arguments = [sys.executable, "-m", *command]
+    with tempfile.TemporaryFile("w+", errors="replace") as out, tempfile.TemporaryFile("w+", errors="replace") as log:
+        # In a session of its own, so that what it started can be ended with it.
         process = subprocess.Popen(
-            [sys.executable, "-m", *command],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            env={**os.environ, **(environment or {})},
-            start_new_session=True,  # so that what it started can be ended with it
+            arguments, stdin=subprocess.DEVNULL, stdout=out, stderr=log, env=environment, start_new_session=True
         )
-        code: int | None = None
         try:
-            out, _ = process.communicate(timeout=timeout_s)
-            code = process.returncode
+            code = process.wait(timeout_s)
         except subprocess.TimeoutExpired:
-            with suppress(ProcessLookupError):  # it has just ended
-                os.killpg(process.pid, signal.SIGKILL)
-            out, _ = process.communicate()
-        errors.seek(0)
-        words = [line.strip() for line in errors.read().decode("utf-8", "replace").splitlines() if line.strip()]
-    messages = []
-    for line in out.decode("utf-8", "replace").splitlines():
-        with suppress(ValueError):  # no message, or one that was torn by a kill
-            messages.append(json.loads(line.partition(MARK)[2]))
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        out.seek(0)
+        log.seek(0)
+        messages = []
+        for line in out:
+            with suppress(ValueError):  # no message, or one that was torn by a kill
+                messages.append(json.loads(line.partition(MARK)[2]))
+        words = [line.strip() for line in log if line.strip()]
     return ChildReport(messages, code, words[-1][:300] if words else "")
 
 

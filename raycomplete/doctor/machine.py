@@ -47,23 +47,14 @@ _CGROUPS = {  # by controllers: root, and the names of limit, use and cached fil
 
 @dataclass(frozen=True)
 class Needs:
-    """All that one run holds at the same time where it runs on one machine.
+    """All that one run holds at the same time where it runs on one machine."""
 
-    Attributes:
-        host_bytes: Memory of engines, training workers, driver and object store, without a GPU.
-        reserved_bytes: Of them, what is set aside and filled only with use: key-value caches and the object store.
-        disk_bytes: Checkpoints that are kept, and the student.
-        gpu_bytes: Of one device that trainer and engines share: weights, gradients and optimizer of the trainer.
-        gpu_share: Of the same device: the fraction that the engines reserve.
-        cpus: Logical CPUs that a cluster must offer.
-    """
-
-    host_bytes: int
-    reserved_bytes: int
-    disk_bytes: int
-    gpu_bytes: int
-    gpu_share: float
-    cpus: float
+    host_bytes: int  # engines, training workers, driver and object store, without a GPU
+    reserved_bytes: int  # of them, what is filled only with use: key-value caches and the object store
+    disk_bytes: int  # checkpoints that are kept, and the student
+    gpu_bytes: int  # of one device that trainer and engines share: weights, gradients and optimizer of the trainer
+    gpu_share: float  # of the same device: the fraction that the engines reserve
+    cpus: float  # logical ones, that a cluster must offer
 
 
 def needs_of(config: RunConfig) -> Needs:
@@ -121,8 +112,8 @@ def check_cpu(context: Context) -> Finding:
     reasons = [f"affinity leaves {affinity} of {present}"] if affinity < present else []
     if usable < affinity:
         reasons.append(f"the container's quota leaves {usable}")
-    words = f"{usable} usable cores" + (f" ({', '.join(reasons)})" if reasons else "")
-    words += f", bfloat16 instructions: {', '.join(flags) or 'none'}."
+    why = f" ({', '.join(reasons)})" if reasons else ""
+    words = f"{usable} usable cores{why}, bfloat16 instructions: {', '.join(flags) or 'none'}."
     values = {"usable": usable, "present": present, "affinity": affinity, "bf16": flags}
     if usable < 2:
         return warn(words, "Give it two cores: engines and trainer share one by turns.", **values)
@@ -192,7 +183,7 @@ def check_disk(context: Context) -> Finding:
     config = context.config
     needed = (needs_of(config).disk_bytes if config else 0) + _MIN_FREE_DISK
     places = {
-        "run folder": (config.output.root if config else Path("runs")).absolute(),
+        "run folder": context.root,
         "cache": Path(os.environ.get("RAYCOMPLETE_CACHE", Path.home() / ".cache" / "raycomplete")),
         "Ray's folder": Path(os.environ.get("RAY_TMPDIR", tempfile.gettempdir())),
     }
@@ -275,12 +266,10 @@ def free_memory() -> tuple[int, int, bool]:
     """Returns the bytes free and in all for this process, and True where a container's limit decides."""
     sizes = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     total, free = (int(sizes[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
-    is_limited = False
-    for limit, used in _limits():
-        if limit < total:
-            total, is_limited = limit, True
-        free = min(free, max(limit - used, 0))
-    return free, total, is_limited
+    limits = list(_limits())
+    free = min([free, *(max(limit - used, 0) for limit, used in limits)])
+    smallest = min((limit for limit, _ in limits), default=total)
+    return free, min(total, smallest), smallest < total
 
 
 def _limits() -> Iterator[tuple[int, int]]:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Header, Query, Response
 from fastapi.responses import HTMLResponse, PlainTextResponse
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.registry import Collector
@@ -23,32 +22,20 @@ from starlette.types import ASGIApp
 from raycomplete import __version__
 from raycomplete.attacks.registry import ATTACKS
 from raycomplete.runtime.types import ModelRole, Outcome
+from raycomplete.serving import schemas
 from raycomplete.serving.gate import Gate, add_errors, page
 from raycomplete.serving.requests import Admission, ForbiddenError
 from raycomplete.serving.runner import evaluation_folder, read_results, read_samples
-from raycomplete.serving.schemas import (
-    CompletionChoice,
-    CompletionRequest,
-    CompletionText,
-    CompletionView,
-    EvaluationDetail,
-    EvaluationPage,
-    EvaluationRequest,
-    EvaluationView,
-    Health,
-    Options,
-    Problem,
-    SamplePage,
-    State,
-)
+from raycomplete.serving.schemas import State
 from raycomplete.serving.store import EvaluationStore
 
-CompleteChat = Callable[[CompletionRequest], Awaitable[CompletionText]]
+CompleteChat = Callable[[schemas.CompletionRequest], Awaitable[schemas.CompletionView]]
 
 _POLL_S = 0.25  # runners are other processes: looking is the only way to hear of them
 _RECONNECT_MS = 2000
 _MAX_NUMBER = 2**53  # what JSON readers hold exactly
-_Number = Annotated[int | None, Query(ge=0, le=_MAX_NUMBER)]
+_Words = Annotated[str | None, Query(max_length=200)]
+_Limit = Annotated[int, Query(ge=1, le=200)]
 _EVENT_SCHEMA = {
     "type": "object",
     "properties": {
@@ -72,34 +59,22 @@ _ABOUT = {
 
 def _problems(*codes: int) -> dict[int | str, dict[str, Any]]:
     """Lists what an operation may answer beside its result. Any may be refused at the gate."""
-    return {code: {"model": Problem, "description": _ABOUT[code]} for code in sorted({*codes, 401, 403})}
+    return {code: {"model": schemas.Problem, "description": _ABOUT[code]} for code in sorted({*codes, 401, 403})}
 
 
 @dataclass(frozen=True)
 class Service:
-    """Everything that the application works on.
-
-    Attributes:
-        admission: Checks what requests ask for.
-        store: The queue.
-        token_digest: SHA-256 of the bearer token, if there is one.
-        chat: Answers single prompts with the student, if this server does that.
-    """
+    """Everything that the application works on."""
 
     admission: Admission
     store: EvaluationStore
-    token_digest: str | None = None
-    chat: CompleteChat | None = None
+    token_digest: str | None = None  # SHA-256 of the bearer token, if there is one
+    chat: CompleteChat | None = None  # answers single prompts with the student, if this server does that
 
 
 def create_app(service: Service) -> ASGIApp:
     """Makes the application behind its gate."""
-    max_body = service.admission.config.serve.max_body_kib * 1024
-    return Gate(create_api(service), service.token_digest, max_body)
-
-
-def create_api(service: Service) -> FastAPI:
-    """Makes the application alone: its routes and their documentation."""
+    settings = service.admission.config.serve
     app = FastAPI(
         title="raycomplete",
         version=__version__,
@@ -107,14 +82,12 @@ def create_api(service: Service) -> FastAPI:
         docs_url=None,  # both pages would fetch their scripts from elsewhere
         redoc_url=None,
     )
-    add_errors(app, service.admission.config.serve.retry_after_s)
+    add_errors(app, settings.retry_after_s)
     _add_evaluations(app, service)
     _add_reading(app, service)
     _add_surroundings(app, service)
-    if service.chat is not None:
-        _add_chat(app, service, service.chat)
     _document_token(app)
-    return app
+    return Gate(app, service.token_digest, settings.max_body_kib * 1024)
 
 
 def _add_evaluations(app: FastAPI, service: Service) -> None:
@@ -123,11 +96,11 @@ def _add_evaluations(app: FastAPI, service: Service) -> None:
     @app.post(
         "/v1/evaluations",
         status_code=202,
-        response_model=EvaluationView,
+        response_model=schemas.EvaluationView,
         responses=_problems(400, 409, 413, 422, 429),
     )
     def submit(
-        request: EvaluationRequest,
+        request: schemas.EvaluationRequest,
         response: Response,
         idempotency_key: Annotated[str | None, Header(min_length=1, max_length=200)] = None,
     ) -> Any:
@@ -141,16 +114,16 @@ def _add_evaluations(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/evaluations", responses=_problems(422))
     def list_evaluations(
-        limit: Annotated[int, Query(ge=1, le=200)] = 50,
-        before: _Number = None,
+        limit: _Limit = 50,
+        before: Annotated[int | None, Query(ge=0, le=_MAX_NUMBER)] = None,
         state: State | None = None,
-        label: Annotated[str | None, Query(max_length=200)] = None,
-    ) -> EvaluationPage:
+        label: _Words = None,
+    ) -> schemas.EvaluationPage:
         """Evaluations, newest first; `before` takes the `next` of the page before."""
         return store.page(limit=limit, before=before, state=state, label=label)
 
     @app.delete("/v1/evaluations/{evaluation_id}", status_code=202, responses=_problems(404, 413))
-    def cancel(evaluation_id: str) -> EvaluationView:
+    def cancel(evaluation_id: str) -> schemas.EvaluationView:
         """Cancels what waits or runs, and keeps what was finished. One that ended stays as it is."""
         return _found(store.cancel(evaluation_id), evaluation_id)
 
@@ -159,13 +132,12 @@ def _add_reading(app: FastAPI, service: Service) -> None:
     serve, store = service.admission.config.serve, service.store
 
     @app.get("/v1/evaluations/{evaluation_id}", responses=_problems(404))
-    def get_evaluation(evaluation_id: str) -> EvaluationDetail:
+    def get_evaluation(evaluation_id: str) -> schemas.EvaluationDetail:
         """One evaluation, with its results once it succeeded."""
-        evaluation = _found(store.get(evaluation_id), evaluation_id)
-        results = None
+        evaluation, results = _found(store.get(evaluation_id), evaluation_id), None
         if evaluation.state is State.SUCCEEDED:
             results = read_results(evaluation_folder(serve.state, evaluation_id))
-        return EvaluationDetail(**evaluation.model_dump(), results=results)
+        return schemas.EvaluationDetail(**evaluation.model_dump(), results=results)
 
     @app.get(
         "/v1/evaluations/{evaluation_id}/events",
@@ -192,49 +164,43 @@ def _add_reading(app: FastAPI, service: Service) -> None:
         evaluation_id: str,
         include_harmful: Annotated[bool, Query(description="also the text of responses to attacks")] = False,
         role: ModelRole | None = None,
-        attack: Annotated[str | None, Query(max_length=200)] = None,
+        attack: _Words = None,
         outcome: Outcome | None = None,
-        limit: Annotated[int, Query(ge=1, le=200)] = 50,
+        limit: _Limit = 50,
         offset: Annotated[int, Query(ge=0, le=_MAX_NUMBER)] = 0,
-    ) -> SamplePage:
+    ) -> schemas.SamplePage:
         """Responses that the evaluation kept (`save_completions`)."""
         _found(store.get(evaluation_id), evaluation_id)
         if include_harmful and not serve.show_harmful:
             raise ForbiddenError("This server does not show harmful completions.", "serve.show_harmful allows it.")
+        folder = evaluation_folder(serve.state, evaluation_id)
         return read_samples(
-            evaluation_folder(serve.state, evaluation_id),
-            offset=offset,
-            limit=limit,
-            show_harmful=include_harmful,
-            role=role,
-            attack=attack,
-            outcome=outcome,
+            folder, offset=offset, limit=limit, show_harmful=include_harmful, role=role, attack=attack, outcome=outcome
         )
 
 
 def _add_surroundings(app: FastAPI, service: Service) -> None:
-    admission, store = service.admission, service.store
-    serve, registry = admission.config.serve, CollectorRegistry()
-    registry.register(_Metrics(store))
+    admission, store, chat = service.admission, service.store, service.chat
+    serve = admission.config.serve
 
     @app.get("/v1/options", responses=_problems())
-    def options() -> Options:
+    def options() -> schemas.Options:
         """Everything that may be asked for here."""
-        return Options(
+        return schemas.Options(
             attacks=list(ATTACKS),
             models=admission.known_models(),
             model_roots=[str(root) for root in serve.model_roots],
             defaults=admission.config.evaluation.model_dump(mode="json"),
             max_prompts=serve.max_prompts,
             show_harmful=serve.show_harmful,
-            chat=service.chat is not None,
+            chat=chat is not None,
         )
 
     @app.get("/healthz", responses=_problems(503))
-    def healthz() -> Health:
+    def healthz() -> schemas.Health:
         """Answers ok if the queue can be read."""
         store.counts()
-        return Health(status="ok")
+        return schemas.Health(status="ok")
 
     @app.get(
         "/metrics",
@@ -243,33 +209,19 @@ def _add_surroundings(app: FastAPI, service: Service) -> None:
     )
     def metrics() -> PlainTextResponse:
         """Prometheus text."""
-        return PlainTextResponse(generate_latest(registry), media_type=CONTENT_TYPE_PLAIN_0_0_4)
+        return PlainTextResponse(generate_latest(_Metrics(store)), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
     def index() -> HTMLResponse:
         return HTMLResponse(page())
 
+    if chat is not None:
 
-def _add_chat(app: FastAPI, service: Service, chat: CompleteChat) -> None:
-    serve = service.admission.config.serve
-
-    @app.post("/v1/completions", responses=_problems(400, 413, 422, 503))
-    async def complete(request: CompletionRequest) -> CompletionView:
-        """The student's own answer to one prompt, for spot checks."""
-        if request.max_tokens > serve.max_chat_tokens:
-            request = request.model_copy(update={"max_tokens": serve.max_chat_tokens})
-        found = await chat(request)
-        return CompletionView(
-            id=f"cmpl-{time.time_ns():x}",
-            created=int(time.time()),
-            model=request.model,
-            choices=[CompletionChoice(index=0, text=found.text, finish_reason=found.finish_reason)],
-            usage={
-                "prompt_tokens": found.prompt_tokens,
-                "completion_tokens": found.completion_tokens,
-                "total_tokens": found.prompt_tokens + found.completion_tokens,
-            },
-        )
+        @app.post("/v1/completions", responses=_problems(400, 413, 422, 503))
+        async def complete(request: schemas.CompletionRequest) -> schemas.CompletionView:
+            """The student's own answer to one prompt, for spot checks."""
+            max_tokens = min(request.max_tokens, serve.max_chat_tokens)
+            return await chat(request.model_copy(update={"max_tokens": max_tokens}))
 
 
 async def _events(store: EvaluationStore, identity: str, *, after: int, follow: bool) -> AsyncIterator[dict[str, Any]]:
@@ -294,22 +246,18 @@ class _Metrics(Collector):
     store: EvaluationStore
 
     def collect(self) -> Iterator[Metric]:
-        """Yields every metric."""
         totals = self.store.totals()
         states = GaugeMetricFamily("raycomplete_evaluations", "Evaluations by state.", labels=["state"])
         for state, count in self.store.counts().items():
             states.add_metric([state], count)
         yield states
         yield GaugeMetricFamily("raycomplete_attempts", "Starts of evaluations, without stops.", totals["attempts"])
-        yield CounterMetricFamily(
-            "raycomplete_evaluation_seconds_total",
-            "Time from start to end, over all evaluations that ended.",
-            totals["seconds"],
-        )
+        about = "Time from start to end, over all evaluations that ended."
+        yield CounterMetricFamily("raycomplete_evaluation_seconds_total", about, totals["seconds"])
         yield GaugeMetricFamily("raycomplete_queue_oldest_seconds", "Age of the oldest that waits.", totals["oldest"])
 
 
-def _found(evaluation: EvaluationView | None, identity: str) -> EvaluationView:
+def _found(evaluation: schemas.EvaluationView | None, identity: str) -> schemas.EvaluationView:
     if evaluation is None:
         raise HTTPException(404, f"There is no evaluation {identity[:80]!r}.")
     return evaluation

@@ -18,7 +18,7 @@ from raycomplete.config import RunConfig
 from raycomplete.runtime.plugins import load_plugins
 from raycomplete.serving.app import Service, create_app
 from raycomplete.serving.requests import Admission
-from raycomplete.serving.runner import EvaluationBackend, Runner
+from raycomplete.serving.runner import Backend, Runner
 from raycomplete.serving.store import EvaluationStore
 
 APP_NAME = "raycomplete"
@@ -31,16 +31,11 @@ _HEALTH_CHECK_S = 2.0
 class EvaluationRunner:
     """Works through the queue in a thread, so that Serve's health checks are answered meanwhile."""
 
-    def __init__(self, config: RunConfig, make_backend: Callable[[RunConfig], EvaluationBackend]) -> None:
+    def __init__(self, config: RunConfig, make_backend: Callable[[RunConfig], Backend]) -> None:
         load_plugins(config.plugins)
-        settings = config.serve
-        self._runner = Runner(
-            EvaluationStore(settings.state),
-            make_backend(config),
-            settings.state,
-            lease_s=settings.lease_s,
-            max_attempts=settings.max_attempts,
-        )
+        state, lease_s, attempts = config.serve.state, config.serve.lease_s, config.serve.max_attempts
+        store, backend = EvaluationStore(state), make_backend(config)
+        self._runner = Runner(store, backend, state, lease_s=lease_s, max_attempts=attempts)
         self._thread = threading.Thread(target=self._runner.run_forever, name="evaluation-runner", daemon=True)
         self._thread.start()
 
@@ -67,12 +62,8 @@ class EvaluationApi:
     ) -> None:
         load_plugins(config.plugins)
         self._runners = runners
-        self._service = Service(
-            Admission(config),
-            EvaluationStore(config.serve.state),
-            token_digest,
-            chat.complete.remote if chat is not None else None,
-        )
+        complete = chat.complete.remote if chat is not None else None
+        self._service = Service(Admission(config), EvaluationStore(config.serve.state), token_digest, complete)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return create_app(self._service)
@@ -81,7 +72,7 @@ class EvaluationApi:
 def build_application(
     config: RunConfig,
     token_digest: str | None,
-    make_backend: Callable[[RunConfig], EvaluationBackend],
+    make_backend: Callable[[RunConfig], Backend],
     chat_class: type | None = None,
 ) -> serve.Application:
     """Makes the Serve application.
@@ -91,7 +82,7 @@ def build_application(
         token_digest: SHA-256 of the bearer token, or None for this machine alone.
         make_backend: Called in each runner. It must be importable by Ray's workers.
         chat_class: Made of the run file in a replica of its own, which holds an engine; its coroutine
-            `complete(CompletionRequest) -> CompletionText` answers single prompts. None serves no chat.
+            `complete(CompletionRequest) -> CompletionView` answers single prompts. None serves no chat.
     """
     settings = config.serve
     common: dict[str, Any] = {"ray_actor_options": _ACTOR_OPTIONS, "health_check_period_s": _HEALTH_CHECK_S}
@@ -114,12 +105,9 @@ def build_application(
 def start(application: serve.Application, *, host: str, port: int) -> None:
     """Starts Serve where it does not run yet, and the application; returns when it answers."""
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # of this process: replicas have logs of their own
-    serve.start(
-        proxy_location="HeadOnly",
-        http_options={"host": host, "port": port},
-        logging_config={"enable_access_log": False},
-    )
-    serve.run(application, name=APP_NAME, route_prefix="/", logging_config={"enable_access_log": False})
+    logs = {"enable_access_log": False}
+    serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port}, logging_config=logs)
+    serve.run(application, name=APP_NAME, route_prefix="/", logging_config=logs)
 
 
 def stop() -> None:

@@ -19,10 +19,9 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from raycomplete.runtime.errors import RaycompleteError, RefusedError
-from raycomplete.serving.requests import ForbiddenError
+from raycomplete.serving.requests import ForbiddenError, is_bearer, is_loopback
 from raycomplete.serving.schemas import Problem
 from raycomplete.serving.store import KeyReusedError, QueueFullError
-from raycomplete.serving.token import is_bearer, is_loopback
 
 logger = logging.getLogger(__name__)
 

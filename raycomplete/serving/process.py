@@ -24,10 +24,9 @@ from raycomplete.runtime.errors import RaycompleteError, WorkError
 from raycomplete.runtime.files import PRIVATE
 from raycomplete.runtime.machine import let_idle_threads_sleep, within
 from raycomplete.runtime.types import ModelRole
-from raycomplete.serving.requests import run_config
+from raycomplete.serving.requests import TOKEN_VARIABLE, run_config
 from raycomplete.serving.runner import Cancelled, OnProgress
 from raycomplete.serving.schemas import EvaluationRequest
-from raycomplete.serving.token import TOKEN_VARIABLE
 
 _CANCEL_GRACE_S = 10.0  # what a batch may take to end; finished trials are on disk already
 _LOCK_TIMEOUT_S = 60.0
@@ -37,7 +36,7 @@ Evaluate = Callable[[RunConfig, list[ModelRole], OnProgress, Cancelled], object]
 
 
 class ProcessBackend:
-    """Evaluates in a process of its own on the cluster of the replica that this is made in.
+    """Evaluates (a `runner.Backend`) in a process of its own on the cluster of the replica that this is made in.
 
     Args:
         config: The server's run file.
@@ -45,21 +44,18 @@ class ProcessBackend:
     """
 
     def __init__(self, config: RunConfig, evaluate: Evaluate) -> None:
-        self._config, self._evaluate = config, evaluate
-        self._address = ray.get_runtime_context().gcs_address
+        cluster = config.cluster.model_copy(update={"address": ray.get_runtime_context().gcs_address})
+        self._config, self._evaluate = config.model_copy(update={"cluster": cluster}), evaluate
 
-    def run(self, request: EvaluationRequest, folder: Path, on_progress: OnProgress, cancelled: Cancelled) -> None:
-        """Evaluates; see `raycomplete.serving.runner.EvaluationBackend`."""
-        config = run_config(self._config, request, folder)
-        config = config.model_copy(update={"cluster": config.cluster.model_copy(update={"address": self._address})})
+    def __call__(self, request: EvaluationRequest, folder: Path, on_progress: OnProgress, cancelled: Cancelled) -> None:
+        tree = run_config(self._config, request, folder).model_dump(mode="json")
         log = folder.with_name(f"{folder.name}.log")
         ours, theirs = _SPAWN.Pipe()
-        tree = config.model_dump(mode="json")
         process = _SPAWN.Process(target=work, args=(theirs, self._evaluate, tree, request.roles, log))
         process.start()
         theirs.close()
         try:
-            follow(ours, on_progress, cancelled, log)
+            follow(ours, on_progress, cancelled)
         except EOFError:
             process.join()
             raise WorkError(f"The evaluation's process ended with code {process.exitcode}.", f"See {log}.") from None
@@ -68,7 +64,7 @@ class ProcessBackend:
             process.join()
 
 
-def follow(connection: Connection, on_progress: OnProgress, cancelled: Cancelled, log: Path) -> None:
+def follow(connection: Connection, on_progress: OnProgress, cancelled: Cancelled) -> None:
     """Passes progress on until the process says how it ended; EOFError where it died instead."""
     give_up_at = float("inf")
     while True:
@@ -99,14 +95,14 @@ def work(connection: Connection, evaluate: Evaluate, tree: Any, roles: list[Mode
         os.dup2(stream, descriptor)
     cancel = threading.Event()
     threading.Thread(target=_obey, args=(connection, cancel), daemon=True).start()
-    outcome: RaycompleteError | None = None
     try:
         config = parse(tree, "The request", plugins=True)  # made from the server's own run file
         with only_writer(config.output.folder):
             evaluate(config, roles, connection.send, cancel.is_set)
     except RaycompleteError as error:
-        outcome = error
-    connection.send(outcome)
+        connection.send(error)
+    else:
+        connection.send(None)
 
 
 def _obey(connection: Connection, cancel: threading.Event) -> None:

@@ -10,10 +10,10 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from raycomplete.runtime.errors import RaycompleteError, RefusedError
 from raycomplete.runtime.files import read_json
@@ -22,30 +22,21 @@ from raycomplete.serving.schemas import EvaluationRequest, SamplePage, SampleVie
 from raycomplete.serving.store import Claimed, EvaluationStore
 
 _PROGRESS_EVERY_S = 0.2  # more events than that nobody reads
+_IDLE_S = 0.25  # between two looks at an empty queue
 _CANCEL_WITHIN_S = 2.0  # longest time before the work hears of a cancellation
 _MAX_ERROR = 600  # characters
 _HARMLESS = ("harmless", "capabilities")  # parts of an evaluation that attack nothing
 
 OnProgress = Callable[[Mapping[str, Any]], None]
+"""Takes `role`, `attack`, `variant`, `done`, `total`, `reused` and `outcomes`."""
 Cancelled = Callable[[], bool]
+"""Asked often; once it is true, the evaluation ends soon, in any way."""
+Backend = Callable[[EvaluationRequest, Path, OnProgress, Cancelled], None]
+"""Evaluates an admitted request in the folder of this evaluation alone, and leaves `summary.json` and `evaluation/`.
 
-
-class EvaluationBackend(Protocol):
-    """Evaluates models. One call works at a time, but a call may follow one that was killed."""
-
-    def run(self, request: EvaluationRequest, folder: Path, on_progress: OnProgress, cancelled: Cancelled) -> None:
-        """Leaves `summary.json` and `evaluation/` in the folder, and continues what an earlier call left there.
-
-        Args:
-            request: As admitted.
-            folder: Of this evaluation alone.
-            on_progress: Takes `role`, `attack`, `variant`, `done`, `total`, `reused` and `outcomes`.
-            cancelled: Asked often; once it is true, the call ends soon, in any way.
-
-        Raises:
-            RefusedError: It cannot be done, now or later.
-            Exception: It failed; another attempt may succeed.
-        """
+One call works at a time, but a call may follow one that was killed, and continues what that one left. `RefusedError`:
+it cannot be done, now or later. Any other error: another attempt may succeed.
+"""
 
 
 def evaluation_folder(state: Path, identity: str) -> Path:
@@ -69,15 +60,11 @@ def read_samples(folder: Path, *, offset: int, limit: int, show_harmful: bool, *
         wanted: Only those of this `role`, `attack` or `outcome`.
     """
     kept = folder / "evaluation" / "completions"
-    chosen = {name: value for name, value in wanted.items() if value is not None}
-    found: list[SampleView] = []
-    total = 0
-    for row in _rows(kept):
-        if any(row.get(name) != value for name, value in chosen.items()):
-            continue
-        if offset <= total < offset + limit:
+    chosen = {name: value for name, value in wanted.items() if value is not None}.items()
+    found, total = [], 0
+    for total, row in enumerate((row for row in _rows(kept) if chosen <= row.items()), 1):
+        if offset < total <= offset + limit:
             found.append(_sample(row, show_harmful=show_harmful))
-        total += 1
     return SamplePage(items=found, total=total, saved=kept.is_dir())
 
 
@@ -90,19 +77,13 @@ def _rows(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def _sample(row: dict[str, Any], *, show_harmful: bool) -> SampleView:
-    is_harmful = row.get("attack", "") not in _HARMLESS
-    # A byte-level tokenizer may decode half a character to a lone surrogate, which UTF-8 cannot carry.
-    texts = {name: str(row.get(name, "")).encode(errors="replace").decode() for name in ("prefill", "continuation")}
-    return SampleView(
-        role=row["role"],
-        attack=row.get("attack", ""),
-        variant=row["variant"],
-        prompt_id=row["prompt_id"],
-        seed=row.get("seed", 0),
-        outcome=row.get("outcome"),
-        harmful=is_harmful,
-        **(texts if show_harmful or not is_harmful else dict.fromkeys(texts)),
-    )
+    row = {"attack": "", "seed": 0, "outcome": None} | row
+    row["harmful"] = row["attack"] not in _HARMLESS
+    for name in ("prefill", "continuation"):
+        # A byte-level tokenizer may decode half a character to a lone surrogate, which UTF-8 cannot carry.
+        text = str(row.get(name, "")).encode(errors="replace").decode()
+        row[name] = text if show_harmful or not row["harmful"] else None
+    return SampleView.model_validate(row)
 
 
 def one_sentence(error: BaseException) -> str:
@@ -126,23 +107,20 @@ class Runner:
         lease_s: Silence after which another runner takes over.
         max_attempts: Starts of one evaluation before it counts as failed.
         retry_delay_s: Wait before the second attempt; doubled for each further one.
-        idle_s: Wait between two looks at an empty queue.
     """
 
     def __init__(
         self,
         store: EvaluationStore,
-        backend: EvaluationBackend,
+        backend: Backend,
         state: Path,
         *,
         lease_s: float,
         max_attempts: int,
         retry_delay_s: float = 2.0,
-        idle_s: float = 0.25,
     ) -> None:
         self._store, self._backend, self._state = store, backend, state
-        self._lease_s, self._max_attempts = lease_s, max_attempts
-        self._retry_delay_s, self._idle_s = retry_delay_s, idle_s
+        self._lease_s, self._max_attempts, self._retry_delay_s = lease_s, max_attempts, retry_delay_s
         self._stopping = threading.Event()
 
     def stop(self) -> None:
@@ -157,37 +135,23 @@ class Runner:
             except sqlite3.Error:
                 worked = False
             if not worked:
-                self._stopping.wait(self._idle_s)
+                self._stopping.wait(_IDLE_S)
 
     def run_one(self) -> bool:
         """Runs the next evaluation; False where none waits."""
         claimed = self._store.claim(lease_s=self._lease_s, max_attempts=self._max_attempts)
         if claimed is None:
             return False
-        with self._lease(claimed) as lease:
-            error = self._work(claimed, lease)
-        self._close(claimed, lease, error)
-        return True
-
-    def _work(self, claimed: Claimed, lease: _Lease) -> Exception | None:
-        follow = _Follower(lambda progress: self._tell(claimed, lease, progress))
+        lease = _Lease()
+        # Renewed from a thread of its own, since the work may say nothing for minutes.
+        keeper = threading.Thread(target=self._keep, args=(claimed, lease), daemon=True)
+        keeper.start()
         try:
-            request = EvaluationRequest.model_validate(claimed.evaluation.request)
-            folder = evaluation_folder(self._state, claimed.evaluation.id)
-            folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._backend.run(request, folder, follow, lambda: lease.lost or lease.cancel or self._stopping.is_set())
-        except Exception as error:
-            return error
+            error = self._work(claimed, lease)
         finally:
-            follow.flush()
-        return None
-
-    def _tell(self, claimed: Claimed, lease: _Lease, progress: Mapping[str, Any]) -> None:
-        with suppress(sqlite3.Error):  # work must not end for want of an event
-            lease.lost = lease.lost or not self._store.progress(claimed, progress)
-
-    def _close(self, claimed: Claimed, lease: _Lease, error: Exception | None) -> None:
-        """Stores how it ended. Every write below is void if the claim was lost."""
+            lease.done.set()
+            keeper.join()
+        # Every write below is void if the claim was lost.
         if error is None:
             self._store.finish(claimed, State.SUCCEEDED)
         elif lease.cancel:
@@ -199,35 +163,40 @@ class Runner:
         else:
             delay_s = self._retry_delay_s * 2 ** (claimed.evaluation.attempts - 1)
             self._store.put_back(claimed, error=one_sentence(error), delay_s=delay_s)
+        return True
 
-    @contextmanager
-    def _lease(self, claimed: Claimed) -> Iterator[_Lease]:
-        """Renews the claim from a thread of its own, since the work may say nothing for minutes."""
-        lease = _Lease()
-        ends_at = time.monotonic() + self._lease_s
+    def _work(self, claimed: Claimed, lease: _Lease) -> Exception | None:
+        def tell(progress: Mapping[str, Any]) -> None:
+            with suppress(sqlite3.Error):  # work must not end for want of an event
+                lease.lost = lease.lost or not self._store.progress(claimed, progress)
 
-        def keep() -> None:
-            nonlocal ends_at
-            while not lease.done.wait(min(self._lease_s / 4, _CANCEL_WITHIN_S)):
-                asked_at = time.monotonic()
-                try:
-                    found = self._store.renew(claimed, lease_s=self._lease_s)
-                except sqlite3.Error:  # locked or the disk is full: it may pass while the lease holds
-                    if time.monotonic() < ends_at:
-                        continue
-                    found = None
-                if found is None:
-                    lease.lost = True
-                    return
-                lease.cancel, ends_at = found.cancelling, asked_at + self._lease_s
-
-        thread = threading.Thread(target=keep, name=f"lease-{claimed.evaluation.id}", daemon=True)
-        thread.start()
+        follow = _Follower(tell)
         try:
-            yield lease
+            request = EvaluationRequest.model_validate(claimed.evaluation.request)
+            folder = evaluation_folder(self._state, claimed.evaluation.id)
+            folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._backend(request, folder, follow, lambda: lease.lost or lease.cancel or self._stopping.is_set())
+        except Exception as error:
+            return error
         finally:
-            lease.done.set()
-            thread.join()
+            follow.flush()
+        return None
+
+    def _keep(self, claimed: Claimed, lease: _Lease) -> None:
+        """Renews a claim until its work is done or it is lost."""
+        ends_at = time.monotonic() + self._lease_s
+        while not lease.done.wait(min(self._lease_s / 4, _CANCEL_WITHIN_S)):
+            asked_at = time.monotonic()
+            try:
+                found = self._store.renew(claimed, lease_s=self._lease_s)
+            except sqlite3.Error:  # locked or the disk is full: it may pass while the lease holds
+                if time.monotonic() < ends_at:
+                    continue
+                found = None
+            if found is None:
+                lease.lost = True
+                return
+            lease.cancel, ends_at = found.cancelling, asked_at + self._lease_s
 
 
 @dataclass
@@ -242,26 +211,19 @@ class _Lease:
 class _Follower:
     """Passes progress on, but not more often than anyone reads it; the last word on each attack is never dropped."""
 
-    def __init__(self, tell: Callable[[Mapping[str, Any]], Any]) -> None:
-        self._tell = tell
+    def __init__(self, tell: OnProgress) -> None:
+        self._tell, self._told = tell, 0.0
         self._held: Mapping[str, Any] | None = None
-        self._told = 0.0
 
     def __call__(self, progress: Mapping[str, Any]) -> None:
-        now = time.monotonic()
-        if self._held is not None and self._part(self._held) != self._part(progress):
+        if self._held is not None and any(self._held.get(name) != progress.get(name) for name in ("role", "attack")):
             self.flush()
-        if now - self._told >= _PROGRESS_EVERY_S:
-            self._tell(progress)
-            self._told, self._held = now, None
-        else:
-            self._held = progress
+        self._held = progress
+        if time.monotonic() - self._told >= _PROGRESS_EVERY_S:
+            self.flush()
+            self._told = time.monotonic()
 
     def flush(self) -> None:
         if self._held is not None:
             self._tell(self._held)
             self._held = None
-
-    @staticmethod
-    def _part(progress: Mapping[str, Any]) -> tuple[Any, Any]:
-        return progress.get("role"), progress.get("attack")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
@@ -16,15 +17,14 @@ ModelSpec = Annotated[str, Field(min_length=1, max_length=1024)]
 
 def _attack_schema() -> dict[str, Any]:
     """A name, or a mapping of name and settings, for every attack that there is."""
-    objects = []
+    names, objects = [], []
     for name, attack in ATTACKS.items():
         schema = attack.config_class.model_json_schema(ref_template="#/components/schemas/{model}")
-        schema["properties"]["name"] = {"const": name}
-        schema["required"] = sorted({"name", *schema.get("required", ())})
+        required = schema.get("required", [])
+        names += [] if required else [name]  # one that needs a setting cannot be asked for by name alone
+        schema["properties"]["name"], schema["required"] = {"const": name}, sorted({"name", *required})
         objects.append(schema)
-    # Those that need a setting cannot be asked for by name alone.
-    plain = [name for name, attack in ATTACKS.items() if not attack.config_class.model_json_schema().get("required")]
-    return {"anyOf": [{"enum": plain}, *objects]}
+    return {"anyOf": [{"enum": names}, *objects]}
 
 
 Attack = Annotated[str | dict[str, Any], WithJsonSchema(_attack_schema())]
@@ -195,15 +195,6 @@ class CompletionRequest(Body):
     seed: int = Field(0, ge=0, lt=2**31)
 
 
-class CompletionText(BaseModel):
-    """A completion as the chat backend returns it."""
-
-    text: str
-    prompt_tokens: int
-    completion_tokens: int
-    finish_reason: Literal["stop", "length"]
-
-
 class CompletionChoice(BaseModel):
     index: int
     text: str
@@ -219,3 +210,14 @@ class CompletionView(BaseModel):
     model: str
     choices: list[CompletionChoice]
     usage: dict[str, int]
+
+    @classmethod
+    def of(cls, text: str, finish_reason: Literal["stop", "length"], read: int, written: int) -> CompletionView:
+        """Makes the answer to one prompt of `read` tokens, continued by `written` tokens."""
+        return cls(
+            id=f"cmpl-{time.time_ns():x}",
+            created=int(time.time()),
+            model="student",
+            choices=[CompletionChoice(index=0, text=text, finish_reason=finish_reason)],
+            usage={"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written},
+        )

@@ -32,12 +32,14 @@ def sha256_of(path: Path) -> str:
 
 def digests(folder: Path, *, hashed: bool = True) -> dict[str, Digest]:
     """Returns size and sha256 of every file of a checkpoint but `complete.json`, by path relative to it."""
-    paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    paths = {name: path for name, path in paths.items() if name not in (COMPLETE, REFUSED)}
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    paths = [path for path in paths if path not in (folder / COMPLETE, folder / REFUSED)]
     with ThreadPoolExecutor(_HASHERS) as pool:
-        sums = pool.map(lambda path: sha256_of(path) if hashed else None, paths.values())
-        sizes = [path.stat().st_size for path in paths.values()]
-        return {name: {"size": size, "sha256": found} for name, size, found in zip(paths, sizes, sums, strict=True)}
+        sums = pool.map(lambda path: sha256_of(path) if hashed else None, paths)
+        return {
+            path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": found}
+            for path, found in zip(paths, sums, strict=True)
+        }
 
 
 def seal(folder: Path, content: Mapping[str, Any], *, hashed: bool = True) -> None:
@@ -93,10 +95,7 @@ def scan(folder: Path, *, hashed: bool = True) -> tuple[Path | None, dict[Path, 
 
 
 def newest_whole(folder: Path, *, hashed: bool = True, warn: Callable[[str], None] = logger.warning) -> Path | None:
-    """Finds the newest checkpoint that is whole; damaged newer ones are renamed, so that they no longer count.
-
-    Returns:
-        Its folder, or None where no checkpoint was ever finished.
+    """Finds the newest checkpoint that is whole, or None; damaged newer ones are renamed, so that they do not count.
 
     Raises:
         WorkError: There are checkpoints, and none of them is whole.
@@ -115,13 +114,7 @@ def newest_whole(folder: Path, *, hashed: bool = True, warn: Callable[[str], Non
 
 
 def superseded(steps: list[int], keep: int | None, keep_every: int = 0) -> list[int]:
-    """Lists the steps whose checkpoints may be removed.
-
-    Args:
-        steps: Steps of finished checkpoints.
-        keep: How many of the newest stay; None keeps all.
-        keep_every: Multiples of it stay for good; 0 is off.
-    """
+    """Lists the steps whose checkpoints may go: not the newest `keep` (None: all), nor multiples of `keep_every`."""
     old = sorted(steps)[:-keep] if keep else []
     return [step for step in old if not (keep_every and step % keep_every == 0)]
 

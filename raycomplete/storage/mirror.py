@@ -19,7 +19,7 @@ import stat
 import threading
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -136,7 +136,6 @@ class Mirror:
     ) -> None:
         self._remote, self._folder, self._warn, self._ready, self._anew = remote, run_folder, warn, ready, anew
         self._interval_s, self._superseded = interval_s, partial(integrity.superseded, keep=keep, keep_every=keep_every)
-        self._manifest: Manifest | None = None
         # Sizes and times on the disk of what is mirrored, by piece and by file, and when a file was sent.
         self._seen: dict[str, list[tuple[int, int]]] = {}
         self._sent: dict[str, tuple[tuple[int, int], float, StoredFile]] = {}
@@ -146,6 +145,10 @@ class Mirror:
         self._insists = True
         self._ending, self._gave_up = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._work, name="storage-mirror", daemon=True)
+
+    @cached_property
+    def _manifest(self) -> Manifest:
+        return Manifest(self._remote)
 
     def start(self) -> None:
         """Begins to look at the run folder."""
@@ -198,9 +201,18 @@ class Mirror:
     def look(self) -> None:
         """Uploads what is new; `missing` then says what could not be, by piece."""
         finished = finished_pieces(self._folder)  # before the files: metrics of a checkpoint's steps come with it
+        try:
+            for folder in (_MANIFESTS, FILES, CHECKPOINTS, BEST, STUDENT) if self._anew else ():
+                for path in self._remote.sizes(folder):  # manifests go first: without them nothing counts
+                    self._remote.delete(path)
+            self._anew = False
+            steps = {*self._manifest.steps(CHECKPOINTS)}
+        except FAILURES as error:
+            for piece in (FILES, *finished):
+                self._fail(piece, error)
+            return
         self._attempt(FILES, self._mirror_files)
-        stored = [] if self._manifest is None else self._manifest.steps(CHECKPOINTS)
-        steps = {*stored, *(integrity.step_of(piece) for piece in finished if piece.startswith(CHECKPOINTS))}
+        steps |= {integrity.step_of(piece) for piece in finished if piece.startswith(CHECKPOINTS)}
         old = {step_piece(CHECKPOINTS, step) for step in self._superseded([*steps])}
         for piece in finished:
             if piece not in old:  # the storage would drop it at once
@@ -214,10 +226,6 @@ class Mirror:
 
     def _attempt(self, piece: str, work: Callable[[], None]) -> None:
         try:
-            for folder in (_MANIFESTS, FILES, CHECKPOINTS, BEST, STUDENT) if self._anew else ():
-                self._remote.delete_below(folder)  # manifests go first: without them nothing counts
-            self._anew = False
-            self._manifest = self._manifest or Manifest(self._remote)
             work()
             self.missing.pop(piece, None)
         except FAILURES as error:
@@ -230,7 +238,6 @@ class Mirror:
         self.missing[piece] = reason
 
     def _mirror_files(self) -> None:
-        assert self._manifest is not None
         held, now = self._manifest.pieces.get(FILES, {}), {}
         for path in loose_files(self._folder):
             name = path.relative_to(self._folder).as_posix()
@@ -266,31 +273,29 @@ class Mirror:
         return file
 
     def _mirror_folder(self, piece: str) -> None:
-        source = self._folder / piece
+        source, stage = self._folder / piece, self._folder / _STAGE
         try:
             infos = [path.stat() for path in sorted(source.rglob("*"))]
             state = [(info.st_size, info.st_mtime_ns) for info in infos]
             if self._seen.get(piece) != state:
-                self._send_folder(piece, _linked(source, self._folder / _STAGE / piece))
+                self._send_folder(piece, _linked(source, stage / piece))
                 self._seen[piece] = state
         except FileNotFoundError:
             if piece in finished_pieces(self._folder):
                 raise
             # It was overtaken by newer ones and removed on the way.
         finally:
-            shutil.rmtree(self._folder / _STAGE, ignore_errors=True)
+            shutil.rmtree(stage, ignore_errors=True)
 
     def _send_folder(self, piece: str, source: Path) -> None:
-        assert self._manifest is not None
-        seal = "config.json" if piece == STUDENT else integrity.COMPLETE
-        if not (source / seal).is_file():
+        seal = source / ("config.json" if piece == STUDENT else integrity.COMPLETE)
+        if not seal.is_file():
             raise FileNotFoundError(f"{piece} is being removed")  # what is still there is no checkpoint
         found = integrity.digests(source)
-        fault = None if piece == STUDENT else integrity.damage(source, found=found)
-        if fault is not None:
-            raise ValueError(f"{fault}: the checkpoint is damaged on its disk")
         if piece != STUDENT:
-            found[seal] = {"size": (source / seal).stat().st_size, "sha256": integrity.sha256_of(source / seal)}
+            if fault := integrity.damage(source, found=found):
+                raise ValueError(f"{fault}: the checkpoint is damaged on its disk")
+            found[seal.name] = {"size": seal.stat().st_size, "sha256": integrity.sha256_of(seal)}
         files = {}
         for name, digest in found.items():
             mode = stat.S_IMODE((source / name).stat().st_mode)
@@ -309,7 +314,7 @@ class Mirror:
 
     def _retain(self, finished: list[str]) -> None:
         """Drops old checkpoints, best ones that the run folder has dropped, and remains of broken uploads."""
-        if self._manifest is None or self.missing:
+        if self.missing:
             return
         gone = [step_piece(CHECKPOINTS, step) for step in self._superseded(self._manifest.steps(CHECKPOINTS))]
         if any(piece.startswith(BEST) for piece in finished):
@@ -322,11 +327,9 @@ class Mirror:
 
     def _sweep(self, *folders: str) -> None:
         """Removes what the manifest does not name."""
-        assert self._manifest is not None
         named = {file.path for files in self._manifest.pieces.values() for file in files.values()}
-        for path in [path for folder in folders for path in self._remote.sizes(folder)]:
-            if path not in named:
-                self._remote.delete(path)
+        for path in {path for folder in folders for path in self._remote.sizes(folder)} - named:
+            self._remote.delete(path)
 
 
 def finished_pieces(run_folder: Path) -> list[str]:

@@ -17,18 +17,18 @@ from raycomplete.runtime.files import PRIVATE
 from raycomplete.runtime.machine import within
 
 FAILURES = (OSError, pa.ArrowException, ValueError)
+_ANSWERS_WITHIN_S = 30.0
 # There a folder is no more than a common beginning of names, and making one may ask for rights over the bucket.
 _WITHOUT_FOLDERS = {"s3", "gs", "gcs", "abfs", "abfss", "az", "oss", "oci"}
-# Words of an error and what to do about it; the first line that matches counts.
-_REMEDIES = (
-    (("NO_SUCH_BUCKET", "bucket does not exist", "NoSuchBucket"), "Create the bucket, or correct output.storage."),
-    (
-        "ACCESS_DENIED INVALID_ACCESS_KEY SIGNATURE_DOES_NOT_MATCH Forbidden denied redential".split(),
-        "Set credentials that may read, write and delete there (for S3 AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY).",
+# What to do, and the words of an error that ask for it; the first line that matches counts.
+_REMEDIES = {
+    "Create the bucket, or correct output.storage.": ("NO_SUCH_BUCKET", "bucket does not exist", "NoSuchBucket"),
+    "Set credentials that may read, write and delete there (for S3 AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY).": (
+        "ACCESS_DENIED INVALID_ACCESS_KEY SIGNATURE_DOES_NOT_MATCH Forbidden denied redential".split()
     ),
-    (("No space left",), "Free space there."),
-    (("",), "Check output.storage, the network and the credentials in the environment."),
-)
+    "Free space there.": ("No space left",),
+    "Check output.storage, the network and the credentials in the environment.": ("",),
+}
 
 
 class Remote:
@@ -45,7 +45,7 @@ class Remote:
     def __init__(self, uri: str) -> None:
         self.uri = uri.split("?")[0]
         file_system, root = _open(uri)
-        self._mount = root if isinstance(file_system, pafs.LocalFileSystem) else ""
+        self._mount = Path(root) if isinstance(file_system, pafs.LocalFileSystem) else None
         self._fs = pafs.SubTreeFileSystem(root, file_system)
 
     def read(self, path: str) -> bytes:
@@ -82,24 +82,20 @@ class Remote:
         """Removes a file; one that is gone already is fine."""
         with suppress(FileNotFoundError):
             self._fs.delete_file(path)
-        with suppress(OSError):  # folders that are not empty yet
-            for folder in [*Path(path).parents][:-1] if self._mount else ():
-                (Path(self._mount) / folder).rmdir()
-
-    def delete_below(self, folder: str) -> None:
-        """Removes all files of a folder."""
-        for path in self.sizes(folder):
-            self.delete(path)
+        if self._mount:
+            with suppress(OSError):  # folders that are not empty yet
+                for folder in [*Path(path).parents][:-1]:
+                    (self._mount / folder).rmdir()
 
     def _prepare(self, path: str, mode: int) -> None:
         if urlsplit(self.uri).scheme not in _WITHOUT_FOLDERS:
             self._fs.create_dir(path.rpartition("/")[0], recursive=True)
         if self._mount:  # it may have other users
-            (Path(self._mount) / path).touch(PRIVATE)
-            (Path(self._mount) / path).chmod(mode)
+            (self._mount / path).touch(PRIVATE)
+            (self._mount / path).chmod(mode)
 
 
-def connect(uri: str, *, timeout_s: float = 30.0) -> Remote:
+def connect(uri: str) -> Remote:
     """Opens a storage and proves that it can be written, read and deleted from.
 
     Raises:
@@ -117,13 +113,13 @@ def connect(uri: str, *, timeout_s: float = 30.0) -> Remote:
         return remote
 
     try:
-        return within(timeout_s, f"The storage {shown} did not answer", probe)
+        return within(_ANSWERS_WITHIN_S, f"The storage {shown} did not answer", probe)
     except WaitTimeoutError as error:
         raise SetupError(error.problem, "Check output.storage and the network.") from error
     except SetupError:
         raise
     except FAILURES as error:
-        remedy = next(text for words, text in _REMEDIES if any(word in str(error) for word in words))
+        remedy = next(text for text, words in _REMEDIES.items() if any(word in str(error) for word in words))
         raise SetupError(f"The storage {shown} cannot be used ({reason_of(error)}).", remedy) from error
 
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
 
 from raycomplete.runtime.errors import WorkError
+from raycomplete.runtime.machine import free_bytes
 from raycomplete.storage import integrity
 from raycomplete.storage.mirror import BEST, CHECKPOINTS, FILES, STUDENT, Manifest, StoredFile, step_piece
 from raycomplete.storage.remote import Remote, reason_of
@@ -59,10 +60,11 @@ class _Restorer:
         self._manifest = Manifest(remote)
 
     def run(self, hashed: bool) -> list[str]:
+        stored = self._manifest.pieces
         is_new = not (self._folder / "config.yaml").is_file()
         if is_new and self._folder.is_dir() and any(self._folder.iterdir()):
             return []
-        if is_new and self._manifest.holds_run and not self._manifest.pieces:
+        if is_new and self._manifest.holds_run and not stored:
             raise self._lost(f"No manifest in {self._remote.uri} can be read")
         whole, _ = integrity.scan(self._folder / CHECKPOINTS, hashed=hashed)
         local_step = 0 if whole is None else integrity.step_of(whole)
@@ -70,18 +72,23 @@ class _Restorer:
         newer: list[int] = []
         if not (self._folder / STUDENT / "config.json").is_file():
             newer = [step for step in reversed(self._manifest.steps(CHECKPOINTS)) if step > local_step]
-            pieces = [STUDENT] if STUDENT in self._manifest.pieces else []
+            pieces = [STUDENT] if STUDENT in stored else []
             pieces += [step_piece(CHECKPOINTS, step) for step in newer]
-        files = self._manifest.pieces.get(FILES, {})
+        files = stored.get(FILES, {})
         files = {name: file for name, file in files.items() if self._is_older(name, file, is_new or bool(newer))}
-        self._check_space([*files.values(), *(file for piece in pieces[:1] for file in self._stored(piece).values())])
+        self._check_space([*files.values(), *(file for piece in pieces[:1] for file in stored[piece].values())])
         # Files first and config.yaml before all: a restore that is cut off goes on where it stopped.
-        fetched = [name for name in sorted(files, key=lambda name: name != "config.yaml") if self._fetch_file(name)]
+        fetched = []
+        for name in sorted(files, key=lambda name: name != "config.yaml"):
+            if self._fetch(name, {"": files[name]}):
+                fetched.append(name)
+            elif name in _NEEDED and not (self._folder / name).is_file():
+                raise self._lost(f"{name} in {self._remote.uri} is damaged, and the run cannot go on without it")
         for i, piece in enumerate(pieces):
-            if self._fetch(piece, self._stored(piece)):
+            if self._fetch(piece, stored[piece]):
                 steps = self._manifest.steps(BEST) if piece != STUDENT else []
                 best = [step_piece(BEST, step) for step in steps if step <= integrity.step_of(piece)]
-                fetched += [piece, *(name for name in best if self._fetch(name, self._stored(name)))]
+                fetched += [piece, *(name for name in best if self._fetch(name, stored[name]))]
                 del pieces[i:]
                 break
         else:
@@ -91,35 +98,23 @@ class _Restorer:
             self._manifest.withdraw(*pieces)
         return fetched
 
-    def _stored(self, piece: str) -> dict[str, StoredFile]:
-        return self._manifest.pieces[piece]
-
     def _is_older(self, name: str, file: StoredFile, is_behind: bool) -> bool:
         """Tells if the storage knows more: other content where another node went on, else only appended rows."""
         target = self._folder / name
         if not target.is_file():
             return True
-        size = target.stat().st_size
         if is_behind:
-            return size != file.size or integrity.sha256_of(target) != file.sha256
-        return target.suffix == ".jsonl" and size < file.size
+            return not _is_same(target, file)
+        return target.suffix == ".jsonl" and target.stat().st_size < file.size
 
-    def _check_space(self, files: Iterable[StoredFile]) -> None:
-        needed = sum(file.size for file in files)
-        place = next(path for path in (self._folder.absolute(), *self._folder.absolute().parents) if path.exists())
-        free = shutil.disk_usage(place).free
+    def _check_space(self, files: list[StoredFile]) -> None:
+        needed, free = sum(file.size for file in files), free_bytes(self._folder)
         if needed and free < needed + _SPARE_BYTES:
             raise WorkError(
-                f"Fetching the run from {self._remote.uri} needs {needed / 1e9:.2f} GB and {place} has "
-                f"{free / 1e9:.2f} GB free.",
+                f"Fetching the run from {self._remote.uri} needs {needed / 1e9:.2f} GB and the disk of {self._folder} "
+                f"has {free / 1e9:.2f} GB free.",
                 "Free space, or set output.root to another disk, then run again with --resume.",
             )
-
-    def _fetch_file(self, name: str) -> bool:
-        is_fetched = self._fetch(name, {"": self._stored(FILES)[name]})
-        if not is_fetched and name in _NEEDED and not (self._folder / name).is_file():
-            raise self._lost(f"{name} in {self._remote.uri} is damaged, and the run cannot go on without it")
-        return is_fetched
 
     def _fetch(self, name: str, files: dict[str, StoredFile]) -> bool:
         """Fetches a file or a folder into its place, unless it is damaged; a checkpoint that is whole here stays."""
@@ -148,11 +143,14 @@ class _Restorer:
             self._remote.download(file.path, target, file.mode)
         except FileNotFoundError:
             return f"{file.path} is missing"
-        whole = target.stat().st_size == file.size and integrity.sha256_of(target) == file.sha256
-        return None if whole else f"{file.path} has another sha256"
+        return None if _is_same(target, file) else f"{file.path} has another sha256"
 
     def _lost(self, problem: str) -> WorkError:
         return WorkError(f"{problem}.", "Run again with --overwrite to start from the beginning.")
+
+
+def _is_same(path: Path, file: StoredFile) -> bool:
+    return path.stat().st_size == file.size and integrity.sha256_of(path) == file.sha256
 
 
 def _remove(path: Path) -> None:

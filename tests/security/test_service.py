@@ -10,9 +10,8 @@ import pytest
 
 from raycomplete.config import ClusterConfig, ServeConfig, load_run_file
 from raycomplete.runtime.errors import ConfigError
-from raycomplete.serving.requests import Admission, ForbiddenError
+from raycomplete.serving.requests import Admission, ForbiddenError, is_loopback, read_token_digest
 from raycomplete.serving.schemas import EvaluationRequest
-from raycomplete.serving.token import is_loopback, read_token_digest
 from tests.conftest import ROOT
 from tests.training.tiny import make_model
 

@@ -12,10 +12,9 @@ from fastapi.testclient import TestClient
 
 from raycomplete.config import RunConfig, parse
 from raycomplete.serving.app import Service, create_app
-from raycomplete.serving.requests import Admission
+from raycomplete.serving.requests import Admission, digest
 from raycomplete.serving.runner import Runner
 from raycomplete.serving.store import EvaluationStore
-from raycomplete.serving.token import digest
 from tests.serving.fakes import FakeBackend, FakeChat
 
 TOKEN = "a-token-for-these-tests"

@@ -14,7 +14,7 @@ from raycomplete.config import RunConfig
 from raycomplete.runtime.errors import RefusedError, WorkError
 from raycomplete.runtime.files import PRIVATE, write_json, write_text
 from raycomplete.serving.runner import Cancelled, OnProgress
-from raycomplete.serving.schemas import CompletionRequest, CompletionText, EvaluationRequest
+from raycomplete.serving.schemas import CompletionRequest, CompletionView, EvaluationRequest
 
 NASTY = "<img src=x onerror=\"document.body.dataset.hacked='1'\"><script>document.body.dataset.hacked='2'</script>"
 
@@ -38,7 +38,7 @@ class FakeBackend:
         self.trials = trials
         self.unit_s = unit_s
 
-    def run(self, request: EvaluationRequest, folder: Path, on_progress: OnProgress, cancelled: Cancelled) -> None:
+    def __call__(self, request: EvaluationRequest, folder: Path, on_progress: OnProgress, cancelled: Cancelled) -> None:
         folder.mkdir(exist_ok=True)
         with (folder / "runs.txt").open("a") as lines:
             lines.write(f"{os.getpid()}\n")
@@ -161,14 +161,9 @@ def fake_summary(request: EvaluationRequest) -> dict[str, Any]:
 class FakeChat:
     def __init__(self, config: RunConfig | None = None) -> None: ...
 
-    async def complete(self, request: CompletionRequest) -> CompletionText:
+    async def complete(self, request: CompletionRequest) -> CompletionView:
         words = request.prompt.split()[: request.max_tokens]
-        return CompletionText(
-            text=" ".join(reversed(words)),
-            prompt_tokens=len(request.prompt.split()),
-            completion_tokens=len(words),
-            finish_reason="stop",
-        )
+        return CompletionView.of(" ".join(reversed(words)), "stop", len(request.prompt.split()), len(words))
 
 
 def make_fake_backend(config: RunConfig) -> FakeBackend:

@@ -13,7 +13,7 @@ from pathlib import Path
 import ray
 
 from raycomplete.serving.deployment import build_application, start
-from raycomplete.serving.token import digest
+from raycomplete.serving.requests import digest
 from tests.serving.conftest import TOKEN, make_config
 from tests.serving.fakes import FakeChat, make_fake_backend
 

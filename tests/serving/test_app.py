@@ -16,9 +16,8 @@ from hypothesis import strategies as st
 
 from raycomplete.attacks.registry import ATTACKS
 from raycomplete.runtime.errors import ConfigError, WorkError
-from raycomplete.serving.requests import Admission, ForbiddenError
+from raycomplete.serving.requests import Admission, ForbiddenError, digest, is_bearer, is_loopback, read_token_digest
 from raycomplete.serving.schemas import EvaluationRequest
-from raycomplete.serving.token import digest, is_bearer, is_loopback, read_token_digest
 from tests.serving.conftest import TOKEN, Server, make_config
 from tests.serving.fakes import NASTY, FakeChat
 

@@ -36,7 +36,7 @@ def follow(child: Child, tmp_path: Path, cancelled: Callable[[], bool] = lambda:
 
     thread = threading.Thread(target=speak, daemon=True)
     thread.start()
-    process.follow(ours, told.append, cancelled, tmp_path / "log")
+    process.follow(ours, told.append, cancelled)
     return told
 
 
@@ -100,15 +100,15 @@ def test_a_real_process_tells_progress_obeys_and_does_not_know_the_token(
     told: list[Any] = []
     folder = tmp_path / "evaluations" / "x"
     folder.parent.mkdir()
-    backend.run(EvaluationRequest(roles=["base"]), folder, told.append, lambda: bool(told))
+    backend(EvaluationRequest(roles=["base"]), folder, told.append, lambda: bool(told))
     assert told == [{"token": None, "address": "head:6379"}]
     log = folder.with_name("x.log")
     assert "noise" in log.read_text()
     assert log.stat().st_mode & 0o777 == 0o600
     with pytest.raises(RefusedError, match="The student is missing"):
-        backend.run(EvaluationRequest(roles=["student"]), folder, told.append, lambda: False)
+        backend(EvaluationRequest(roles=["student"]), folder, told.append, lambda: False)
     with pytest.raises(WorkError, match=r"ended with code 9\. See .*x\.log"):
-        backend.run(EvaluationRequest(roles=["aligned"]), folder, told.append, lambda: False)
+        backend(EvaluationRequest(roles=["aligned"]), folder, told.append, lambda: False)
 
 
 def test_only_one_process_writes_into_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ def test_files_come_and_go(remote: Remote, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         remote.read("a/nothing")
     remote.delete("a/nothing")
-    remote.delete_below("a")
+    remote.delete("a/b/file")
     assert remote.sizes("a") == {}
     assert remote.sizes("nothing") == {}
 
