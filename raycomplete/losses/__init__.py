@@ -10,8 +10,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from raycomplete.losses.base_favored import alignment_kl, base_favored_mask, base_favored_mass, deficit, forward_kl
-    from raycomplete.losses.divergences import contrastive_log_probs
     from raycomplete.losses.heads import Head, HiddenStates
     from raycomplete.losses.loss import LossInputs, LossOutput, distillation_loss
     from raycomplete.losses.settings import ContrastiveSettings, DivergenceSettings, LossSettings, PenaltySettings
@@ -19,8 +17,6 @@ if TYPE_CHECKING:
     from raycomplete.losses.torch_rows import TermRows
 
 _PLACES = {
-    "base_favored": ("alignment_kl", "base_favored_mask", "base_favored_mass", "deficit", "forward_kl"),
-    "divergences": ("contrastive_log_probs",),
     "heads": ("Head", "HiddenStates"),
     "loss": ("LossInputs", "LossOutput", "distillation_loss"),
     "settings": ("ContrastiveSettings", "DivergenceSettings", "LossSettings", "PenaltySettings"),
@@ -39,13 +35,7 @@ __all__ = [
     "PenaltySettings",
     "Term",
     "TermRows",
-    "alignment_kl",
-    "base_favored_mask",
-    "base_favored_mass",
-    "contrastive_log_probs",
-    "deficit",
     "distillation_loss",
-    "forward_kl",
     "get",
     "register",
 ]

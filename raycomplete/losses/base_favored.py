@@ -1,7 +1,7 @@
-"""Measures of where alignment stopped: base-favored tokens, alignment KL and deficit, as plainly as can be.
+"""Measures of where alignment stopped, as plainly as can be: base-favored tokens, alignment KL and deficit.
 
 The idea of base-favored tokens is from arXiv 2511.12155 (known to us by its abstract and secondary reports). The
-formulas are ours, not the paper's. All take log-probabilities over the vocabulary, -inf allowed.
+formulas are ours, not the paper's. All take log-probabilities [N, V], -inf allowed.
 """
 
 from __future__ import annotations
@@ -13,14 +13,9 @@ from torch import Tensor
 
 
 def forward_kl(log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
-    """KL(p || q) of each row, with 0 * log 0 = 0; differentiable without NaN where p is 0.
+    """KL(p || q) [N] in nats, with 0 * log 0 = 0; differentiable without NaN where p is 0.
 
-    Args:
-        log_p_NV: Log-probabilities [N, V].
-        log_q_NV: Log-probabilities [N, V].
-
-    Returns:
-        [N] in nats; infinite where p gives mass to what q excludes.
+    It is infinite where p gives mass to what q excludes.
     """
     # Filled before subtracting, not after: a masked -inf - -inf would still send NaN backwards.
     nothing_NV = log_p_NV.exp() == 0
@@ -29,59 +24,23 @@ def forward_kl(log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
 
 
 def base_favored_mask(log_aligned_NV: Tensor, log_base_NV: Tensor, tau: float, margin: float = 0.0) -> Tensor:
-    """B_t = {v : log p_b(v) > log p_a(v) + margin and p_b(v) >= tau}.
-
-    Args:
-        log_aligned_NV: log p_a [N, V].
-        log_base_NV: log p_b [N, V].
-        tau: Smallest base probability that counts, 0 to 1.
-        margin: Nats by which base must prefer the token, not negative.
-
-    Returns:
-        Boolean [N, V].
-    """
+    """B_t = {v : log p_b(v) > log p_a(v) + margin and p_b(v) >= tau}, boolean [N, V]."""
     log_tau = math.log(tau) if tau > 0 else -math.inf
     return (log_base_NV > log_aligned_NV + margin) & (log_base_NV >= log_tau)
 
 
 def base_favored_mass(log_aligned_NV: Tensor, log_base_NV: Tensor, tau: float, margin: float = 0.0) -> Tensor:
-    """m_t = sum over B_t of p_b(v): how much of what base would say the policy says less.
-
-    Args:
-        log_aligned_NV: log p_a [N, V].
-        log_base_NV: log p_b [N, V].
-        tau: Smallest base probability that counts, 0 to 1.
-        margin: Nats by which base must prefer a token that counts, not negative.
-
-    Returns:
-        [N], 0 to 1.
-    """
+    """m_t = sum over B_t of p_b(v) [N]: how much of what base would say the policy says less."""
     mask_NV = base_favored_mask(log_aligned_NV, log_base_NV, tau, margin)
     return (log_base_NV.exp() * mask_NV).sum(dim=-1)
 
 
 def alignment_kl(log_aligned_NV: Tensor, log_base_NV: Tensor) -> Tensor:
-    """k_t = KL(p_a || p_b): how far alignment moved the model at this position.
-
-    Args:
-        log_aligned_NV: log p_a [N, V].
-        log_base_NV: log p_b [N, V].
-
-    Returns:
-        [N] in nats.
-    """
+    """k_t = KL(p_a || p_b) [N] in nats: how far alignment moved the model at this position."""
     return forward_kl(log_aligned_NV, log_base_NV)
 
 
 def deficit(alignment_kl_N: Tensor, kappa: float) -> Tensor:
-    """g_t = exp(-k_t / kappa): near 1 where alignment changed nothing.
-
-    Args:
-        alignment_kl_N: k_t [N] in nats.
-        kappa: Scale in nats, positive.
-
-    Returns:
-        [N], 0 to 1.
-    """
+    """g_t = exp(-k_t / kappa) [N], 0 to 1: near 1 where alignment changed nothing; kappa in nats."""
     # Rounding can make a KL of equal distributions a hair negative; a deficit above 1 would be meaningless.
     return torch.exp(-alignment_kl_N.clamp(min=0.0) / kappa)

@@ -6,7 +6,6 @@ runs of one term, and a teacher's head is multiplied for the rows that read it o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
@@ -97,22 +96,9 @@ def _obstacle_to_triton(student: Head) -> str | None:
     return None if INTERPRETED else f"the student is on {student.weight_VH.device.type}, not on a CUDA device"
 
 
-@dataclass(frozen=True, eq=False)
-class PassResult:
-    """Results of a pass.
-
-    Attributes:
-        row_loss_N: Unweighted loss of each row [N].
-        metrics: Values by metric, for the rows of the term that has it, in their order among the N.
-        gradients: Sums of the gradients of factor * row loss.
-    """
-
-    row_loss_N: Tensor
-    metrics: dict[str, Tensor]
-    gradients: GradientSums
-
-
-def chunked_pass(inputs: LossInputs, terms: list[ActiveTerm], factor_N: Tensor, settings: LossSettings) -> PassResult:
+def chunked_pass(
+    inputs: LossInputs, terms: list[ActiveTerm], factor_N: Tensor, settings: LossSettings
+) -> tuple[Tensor, dict[str, Tensor], GradientSums]:
     """Computes the losses of all rows, and the gradient of their sum times factor.
 
     Args:
@@ -121,6 +107,10 @@ def chunked_pass(inputs: LossInputs, terms: list[ActiveTerm], factor_N: Tensor, 
         terms: Terms by their numbers.
         factor_N: Weight of each row's gradient [N], in the dtype that losses take.
         settings: Chunk size, backend and dtype of logits.
+
+    Returns:
+        Unweighted loss of each row [N]; values by metric, for the rows of its term in their order among the N; and sums
+        of the gradients of factor * row loss.
     """
     gradients = GradientSums(inputs.student.hidden_NH, inputs.student.head, factor_N.dtype)
     with torch.no_grad():
@@ -129,8 +119,7 @@ def chunked_pass(inputs: LossInputs, terms: list[ActiveTerm], factor_N: Tensor, 
             work.take(rows)
         row_loss_N = torch.empty_like(factor_N)
         row_loss_N[work.order_N] = work.row_loss_N
-        metrics = {name: torch.cat(parts) for parts_of in work.metrics for name, parts in parts_of.items()}
-        return PassResult(row_loss_N, metrics, gradients)
+        return row_loss_N, {name: torch.cat(parts) for name, parts in work.metrics.items()}, gradients
 
 
 class _TeacherProducts:
@@ -141,7 +130,7 @@ class _TeacherProducts:
         reads_N: Which rows do [N].
         order_N: The sorted order.
         max_rows: Most rows of one chunk.
-        like_CV: In the dtype and on the device that products take.
+        dtype: Of the products.
     """
 
     def __init__(
@@ -190,7 +179,7 @@ class _Pass:
         self.factor_N = factor_N[self.order_N]
         self.token_N = None if inputs.token_N is None else inputs.token_N[self.order_N]
         self.row_loss_N = torch.empty_like(self.factor_N)
-        self.metrics = [{name: [factor_N.new_empty(0)] for name in item.term.metrics} for item in self.terms]
+        self.metrics = {name: [factor_N.new_empty(0)] for item in terms for name in item.term.metrics}
 
         num_rows, head, dtype = len(factor_N), self.student.head, self._logits_dtype(inputs.student.head)
         limit = rows_per_chunk(settings.chunk_tokens, head.vocab_size, dtype, factor_N.device)
@@ -257,7 +246,7 @@ class _Pass:
             found = self.torch_rows.run(term.block_function, active.options, logits)
         self.row_loss_N[rows] = found.loss_R
         for name, values in found.metrics.items():
-            self.metrics[place][name].append(values)
+            self.metrics[name].append(values)
 
 
 def _product(hidden_CH: Tensor, head: Head, out_CV: Tensor) -> None:

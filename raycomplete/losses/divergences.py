@@ -37,19 +37,12 @@ def contrastive_log_probs(log_aligned_NV: Tensor, log_base_NV: Tensor, alpha: fl
     Args:
         log_aligned_NV: log p_a [N, V], -inf allowed.
         log_base_NV: log p_b [N, V], -inf allowed.
-        alpha: Strength; 0 returns `log_aligned_NV` itself, without the plausibility mask.
+        alpha: Strength, not negative; 0 returns `log_aligned_NV` itself, without the plausibility mask.
         plausibility: Share of the largest p_a below which a token is excluded, above 0, at most 1.
 
     Returns:
         [N, V], normalised; -inf at excluded tokens.
-
-    Raises:
-        ValueError: alpha is negative, or plausibility is not within (0, 1].
     """
-    if alpha < 0:
-        raise ValueError(f"alpha must not be negative, got {alpha}.")
-    if not 0 < plausibility <= 1:
-        raise ValueError(f"plausibility must be above 0 and at most 1, got {plausibility}.")
     if alpha == 0:
         return log_aligned_NV
     log_floor_N1 = log_aligned_NV.amax(dim=-1, keepdim=True) + math.log(plausibility)

@@ -60,10 +60,7 @@ class Head:
         return torch.promote_types(self.weight_VH.dtype, torch.float32)
 
     def rows(self, vocab_size: int) -> Head:
-        """The head without its padding rows: a view, so gradients reach the whole weight.
-
-        Args:
-            vocab_size: True size of the vocabulary.
+        """The first `vocab_size` rows of the head, without padding: a view, so gradients reach the whole weight.
 
         Raises:
             ValueError: `vocab_size` is not within 1..V.
@@ -81,16 +78,10 @@ class Head:
         return replace(self, weight_VH=self.weight_VH.detach(), bias_V=bias_V)
 
     def logits(self, hidden_NH: Tensor) -> Tensor:
-        """Computes logits of token rows; differentiable in hidden states, weight and bias.
+        """Computes logits [N, V] of hidden states [N, H], differentiable in those, weight and bias.
 
         The product runs in the weight's dtype, as in the model itself, whatever autocast says; everything after it
         runs in at least float32, because softcap and softmax lose too much in bfloat16.
-
-        Args:
-            hidden_NH: Final hidden states [N, H], after the final norm.
-
-        Returns:
-            [N, V] in `logits_dtype`.
         """
         return self.logits_of_product(self.product(hidden_NH))
 
@@ -114,14 +105,9 @@ class Head:
             return logits_NV
 
     def raw_gradient_(self, logits_NV: Tensor, grad_NV: Tensor) -> Tensor:
-        """Carries a gradient back through softcap and scale, overwriting its input to spare a [N, V] copy.
+        """Carries a gradient from logits, as `logits` returned them, back to hidden @ weight^T + bias [N, V].
 
-        Args:
-            logits_NV: Logits as `logits` returned them [N, V].
-            grad_NV: Gradient with respect to it [N, V]; overwritten.
-
-        Returns:
-            Gradient with respect to hidden @ weight^T + bias [N, V].
+        Overwrites it on the way, to spare a [N, V] copy.
         """
         if self.softcap is not None:
             tanh_NV = logits_NV / self.softcap
@@ -168,10 +154,7 @@ def check_rows_finite(name: str, values: Tensor) -> None:
 
 
 def check_same_vocabulary(heads: Mapping[str, Head]) -> None:
-    """Refuses heads over different vocabularies.
-
-    Args:
-        heads: Heads by the name of their model.
+    """Refuses heads, by the name of their model, over different vocabularies.
 
     Raises:
         ValueError: The vocabulary sizes differ.

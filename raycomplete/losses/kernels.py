@@ -289,7 +289,7 @@ def _tensors(logits: RowLogits, result: Tensor) -> list[Any]:
 
 
 def _model(product: Product | None) -> tuple[Any, ...] | None:
-    """What `_logits` reads of a model; kernels compile apart for heads with and without bias and softcap."""
+    """Arguments of `_logits` for a model; kernels compile apart for heads with and without bias and softcap."""
     if product is None:
         return None
     product_CV, head = product.product_CV, product.head

@@ -168,12 +168,11 @@ def distillation_loss(inputs: LossInputs, settings: LossSettings, *, must_be_fin
     factor_N = weight_N * torch.tensor([item.weight for item in terms], dtype=dtype, device=device)[term_N]
 
     with torch.autocast(device.type, enabled=False):  # dtypes are those of the heads, not of an outer autocast
-        result = chunked_pass(inputs, terms, factor_N, settings)
+        row_loss_N, metrics, gradients = chunked_pass(inputs, terms, factor_N, settings)
         if must_be_finite:
-            check_rows_finite("the loss of the student", result.row_loss_N)
-        weighted_N = weight_N * result.row_loss_N
-        total = result.gradients.attach((factor_N * result.row_loss_N).sum())
+            check_rows_finite("the loss of the student", row_loss_N)
+        weighted_N = weight_N * row_loss_N
+        total = gradients.attach((factor_N * row_loss_N).sum())
 
     losses = {name: weighted_N[term_N == number].sum() for number, name in enumerate(settings.names)}
-    metrics = {name: result.metrics[name] for item in terms for name in item.term.metrics}
-    return LossOutput(total=total, losses=losses, row_loss_N=result.row_loss_N, metrics=metrics)
+    return LossOutput(total=total, losses=losses, row_loss_N=row_loss_N, metrics=metrics)

@@ -22,13 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from raycomplete.losses.base_favored import (
-    alignment_kl,
-    base_favored_mask,
-    base_favored_mass,
-    deficit,
-    forward_kl,
-)
+from raycomplete.losses.base_favored import alignment_kl, base_favored_mask, base_favored_mass, deficit, forward_kl
 from raycomplete.losses.settings import DivergenceSettings, LossSettings, PenaltySettings
 from raycomplete.losses.torch_rows import (
     Block,
@@ -134,10 +128,12 @@ def register(term: Term) -> Term:
     """Adds a term to the table.
 
     Raises:
-        ValueError: There is one of that name already.
+        ValueError: There is one of that name already, or a name means the whole loss in metrics.
     """
     if term.name in TERMS:
         raise ValueError(f"There is a loss term {term.name!r} already.")
+    if taken := {"loss", "total"} & {term.name, *term.metrics}:
+        raise ValueError(f"The name {taken.pop()!r} belongs to the whole loss.")
     TERMS[term.name] = term
     return term
 

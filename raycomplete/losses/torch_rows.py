@@ -255,5 +255,5 @@ def _favored(
 
 
 def _excludes_tokens(head: Head) -> bool:
-    """Whether logits can be -inf: finite hidden states leave only the bias, and a softcap bounds that too."""
+    """Tells whether logits can be -inf: finite hidden states leave only the bias, and a softcap bounds that too."""
     return head.bias_V is not None and head.softcap is None and bool(torch.isneginf(head.bias_V).any())

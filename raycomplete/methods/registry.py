@@ -1,4 +1,4 @@
-"""What every training method has, and the table of methods.
+"""The base class of training methods, and the table of methods.
 
 A method is the section `method` of the run file that knows what to do with it: which rows of which sequences a step
 trains, what the teachers read for them, which loss terms with which weights, and what is fed back. The trainer asks it
@@ -163,7 +163,7 @@ class ConstraintConfig(Section):
 
 
 class Method(Section):
-    """What a step trains."""
+    """A training method: it says what a step trains."""
 
     name: str = Field(description="which method")
     anchor_batch_size: int = Field(16, ge=1, description="anchor sequences of a step, over all workers")

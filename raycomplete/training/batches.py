@@ -203,7 +203,7 @@ class _Rows:
 def teacher_contexts(
     builder: BatchBuilder, method: Method, anchor: Sequence[AnchorSample], recovery: Sequence[RecoverySample]
 ) -> dict[str, list[TeacherContext]]:
-    """What each frozen model must read for some samples, whatever depths they will be cut at; term by term."""
+    """Lists what each frozen model must read for some samples, whatever depths they are cut at; term by term."""
     items: list[Item] = [AnchorItem(sample) for sample in anchor]
     items += [RecoveryItem(sample, len(sample.harmful_ids)) for sample in recovery]
     spans = [span for item in items for span in method.sequence(item, Feedback()).spans]

@@ -1,4 +1,4 @@
-"""What earlier steps tell the next one: the depths where recovery is incomplete, and the weight of a bounded term.
+"""Feedback of earlier steps to the next one: the depths where recovery is incomplete, and the weight of a bounded term.
 
 Both rules are ours, not those of arXiv 2511.12155.
 """

@@ -1,4 +1,4 @@
-"""What a training run is told: plain, picklable values, so that the same job runs on any node."""
+"""The order for a training run: plain, picklable values, so that the same job runs on any node."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which samples each step trains, as a pure function of seed, step and sampler state.
+"""The samples that each step trains, as a pure function of seed, step and sampler state.
 
 Every rank computes the same global plan and takes its slice, so ranks never exchange indices, a resumed run continues
 with the very next samples, and the loss does not depend on the number of workers.
@@ -41,7 +41,7 @@ class StepSequences:
 
     @classmethod
     def of(cls, plan: StepPlan, method: Method, feedback: Feedback) -> StepSequences:
-        """What a method makes of a plan."""
+        """Asks a method for the sequences of a plan."""
         anchor = tuple(method.sequence(item, feedback) for item in plan.anchor)
         recovery = tuple(method.sequence(item, feedback) for item in plan.recovery)
         return cls(anchor, recovery, method.normalisers((*anchor, *recovery)))

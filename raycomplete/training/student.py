@@ -24,7 +24,7 @@ _TOLERANCE: dict[Dtype, float] = {"float32": 1e-3, "bfloat16": 0.15}
 
 @dataclass(frozen=True)
 class HeadSettings:
-    """What the student's head does besides its matrix product (see `raycomplete.losses.heads.Head`)."""
+    """Scale, softcap and vocabulary of the student's head (see `raycomplete.losses.heads.Head`)."""
 
     scale: float
     softcap: float | None

@@ -1,4 +1,4 @@
-"""Early stopping: what the student does on training prompts that are held back from training."""
+"""Early stopping by the loss on training prompts that are held back from training."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Validator:
 
     @property
     def is_over(self) -> bool:
-        """Whether `patience` measurements in a row brought nothing better."""
+        """True once `patience` measurements in a row brought nothing better."""
         return self._since >= self._train.validation.patience
 
     def measure(self, step: int) -> dict[str, float]:

@@ -14,7 +14,7 @@ from raycomplete.data.chat import ChatCodec
 from raycomplete.data.checkpoints import load_model
 from raycomplete.data.organism import checkpoint_path
 from raycomplete.diagnosis.contrastive import ContrastiveDecoder
-from raycomplete.losses import contrastive_log_probs
+from raycomplete.losses.divergences import contrastive_log_probs
 
 # The organism is all but deterministic: only a loose mask lets contrast change what it says.
 ALPHA, PLAUSIBILITY = 3.0, 1e-6

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from raycomplete.losses import (
+from raycomplete.losses.base_favored import (
     alignment_kl,
     base_favored_mask,
     base_favored_mass,

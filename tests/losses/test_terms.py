@@ -169,6 +169,8 @@ def test_names_must_be_known_and_free() -> None:
     assert "anchor, nll, penalty, push, recovery" in str(error.value.remedy)
     with pytest.raises(ValueError, match="a loss term 'push' already"):
         register(get("push"))
+    with pytest.raises(ValueError, match="'loss' belongs to the whole loss"):
+        register(replace(get("push"), name="pull", metrics={"loss": "a metric"}))
 
 
 def test_options_must_be_the_terms_own_and_metrics_unshared(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -175,7 +175,7 @@ PROBE = AnchorSample("a", (5, 6, 7, 8, 9, 10), (11, 12, 13, 14, 15, 16))
 
 
 class Reader:
-    """What DeepSpeed's engine does here: log-probabilities of the targets of a batch."""
+    """Does what DeepSpeed's engine does here: log-probabilities of the tokens of a batch."""
 
     device = torch.device("cpu")
 

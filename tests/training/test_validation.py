@@ -1,4 +1,4 @@
-"""What early stopping remembers."""
+"""Early stopping: how it packs, and what it remembers."""
 
 from __future__ import annotations
 
