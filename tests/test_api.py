@@ -20,7 +20,7 @@ HEAVY = {"torch", "ray", "transformers", "vllm", "numpy", "pydantic", "rich"}
 
 
 def in_a_new_process(code: str, **changes: str) -> Any:
-    """What a program prints as JSON; OMP_WAIT_POLICY is not set in it unless `changes` sets it."""
+    """Runs a program and parses the JSON that it prints; OMP_WAIT_POLICY is not set unless `changes` sets it."""
     environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
     done = subprocess.run(
         [sys.executable, "-c", code],

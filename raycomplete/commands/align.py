@@ -1,4 +1,4 @@
-"""Safety SFT: an aligned twin for a base model that has none, in the usual shallow way.
+"""`raycomplete align`: safety SFT, which makes an aligned twin of a base model in the usual shallow way.
 
 Refusals come from the user's file; harmless prompts are answered by base itself, so that nothing but refusing is
 learned. The result is what most safety-tuned models are: firm at the first tokens and unchanged deeper in.
@@ -72,12 +72,12 @@ def align(config: RunConfig, *, resume: bool = False, overwrite: bool = False, c
 
 
 def _is_unfinished(folder: Path) -> bool:
-    """Whether an alignment was begun there, or begun anew, and has not written its checkpoint."""
+    """Tells whether an alignment was begun in a folder, or begun anew, and has not written its checkpoint."""
     return (folder / "config.yaml").is_file() and not (folder / _DONE).is_file()
 
 
 def _samples(run: Run) -> SampleSet:
-    """Refusals and base's own harmless answers in the wanted share, no longer than the context."""
+    """Makes the samples: refusals and base's own harmless answers in the wanted share, no longer than the context."""
     config, codec = run.config, run.models.codec
     refusals, benign = run.prompts.train["harmful"], run.prompts.train["benign"]
     settings = config.align

@@ -1,4 +1,4 @@
-"""Evaluation of the three models, the summary and the report."""
+"""`raycomplete evaluate`: the evaluation of the three models, the summary and the report."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def write_summary(
     nll: Mapping[str, Any],
     seconds: float,
 ) -> dict[str, Any]:
-    """summary.json and report.html; `nll` is what `measure_benign_nll` returned."""
+    """Writes summary.json and report.html; `nll` is the result of `measure_benign_nll`."""
     prefills = read_json(folder / "evaluation" / "prefills.json") or {}
     summary = {
         "name": config.output.name,
@@ -111,7 +111,7 @@ def write_summary(
 
 
 def print_result(summary: Mapping[str, Any], folder: Path, console: Console) -> None:
-    """The closing table."""
+    """Prints the closing table."""
     console.table("Attack success rate by prefill depth (95 % interval)", closing_table(summary))
     lines: list[tuple[str, Any]] = []
     if summary["asr_reduction"] is not None:
@@ -125,7 +125,7 @@ def print_result(summary: Mapping[str, Any], folder: Path, console: Console) -> 
         # A ratio says little where aligned is nearly certain of every token, as on the organism.
         text = f"{ratio}, {change['difference']:+.3f} nats a token, n = {change['n']}"
         lines.append(("benign NLL of the student", text))
-    lines += [("safety_regressions", sentence) for sentence in summary.get("safety_regressions", [])]
+    lines += [("safety regression", sentence) for sentence in summary.get("safety_regressions", [])]
     train = summary.get("train") or {}
     if train:
         scoring = train["teacher_tokens_per_s"]  # None after a kill between training and its statistics

@@ -1,4 +1,4 @@
-"""`raycomplete judge calibrate`: how often a judge errs."""
+"""`raycomplete judge calibrate`: measures how often a judge errs."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def calibrate_judge(
 
     Args:
         file: CSV or JSONL with prompt, completion, and human_label or annotation_1, annotation_2.
-        settings: Which judge.
+        settings: The judge.
         output: JSON file that `evaluation.judge.calibration` may name.
         max_length: Longest sequence of a judge model.
         console: Where the result is printed.
 
     Returns:
-        What was stored.
+        The error rates, as they are stored.
 
     Raises:
         ConfigError: Judges of JudgeZoo have no notion of refusal that could be measured.

@@ -1,4 +1,4 @@
-"""What a measurement ran on: without it a number cannot be compared with another."""
+"""The machine and packages of a measurement: without them a number cannot be compared with another."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ class Kill:
 
     @property
     def kept_its_checkpoint(self) -> bool:
-        """Whether nothing before the last checkpoint was done again."""
+        """Tells whether nothing before the last checkpoint was done again."""
         return self.redone <= self.step - self.checkpoint
 
 

@@ -42,7 +42,7 @@ class WatchedRun:
 
     @property
     def log(self) -> Path:
-        """What the job printed, all submissions together."""
+        """Returns what the job printed, all submissions together."""
         return self.folder / f"{self.name}.log"
 
     def submit(self) -> None:
@@ -60,12 +60,12 @@ class WatchedRun:
 
     @property
     def has_ended(self) -> bool:
-        """Whether the submitted job is over, well or not."""
+        """Tells whether the submitted job is over, well or not."""
         return self._process is not None and self._process.poll() is not None
 
     @property
     def is_done(self) -> bool:
-        """Whether the run has its summary."""
+        """Tells whether the run has its summary."""
         return (self.run_folder / "summary.json").is_file()
 
     def steps(self) -> list[int]:

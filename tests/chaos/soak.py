@@ -61,7 +61,7 @@ class Series:
         return float(np.polyfit(self.seconds[half:], self.mib[half:], 1)[0] * 3600)
 
     def is_steady(self) -> bool:
-        """Whether it grows by less than a tenth an hour."""
+        """Tells whether it grows by less than a tenth an hour."""
         half = self.mib[len(self.mib) // 2 :]
         return self.growth_per_hour() <= max(_LIMIT_PER_HOUR * float(np.mean(half)), _SLACK_MIB)
 
@@ -73,7 +73,7 @@ def object_store_mib() -> float:
 
 
 def temporary_files() -> set[str]:
-    """What lies in the folder of temporary files and in shared memory."""
+    """Counts what lies in the folder of temporary files and in shared memory."""
     return {f"{root}/{name}" for root in (tempfile.gettempdir(), "/dev/shm") for name in os.listdir(root)}
 
 

@@ -42,7 +42,7 @@ class Head:
 
 
 def ended(process: subprocess.Popen[str], timeout_s: float = 180) -> str:
-    """What a process still says until its end; where it does not end, the failure shows how far it came."""
+    """Waits for the end of a process and returns its output, which a failure to end shows as far as it came."""
     try:
         return process.communicate(timeout=timeout_s)[0]
     except subprocess.TimeoutExpired:

@@ -45,7 +45,7 @@ def kill_engine(run: subprocess.Popen[str]) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of the finished run; the engine was killed after its second step."""
+    """The metrics of the finished run; the engine was killed after its second step."""
     place = tmp_path_factory.mktemp("run")
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     command = [sys.executable, "-m", "raycomplete", "train", str(ROOT / "jobs" / "organism.yaml"), *SETTINGS]

@@ -41,7 +41,7 @@ TERMS = {"anchor": {"metrics": {}}, "recovery": {"metrics": {"distance": "how fa
 
 @pytest.fixture
 def recorded(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, ...], float]:
-    """What `record` was given, by name and own tag."""
+    """The values that `record` was given, by name and own tag."""
     seen: dict[tuple[str, ...], float] = {}
 
     def note(name: str, value: float = 1.0, **tags: str) -> None:

@@ -73,7 +73,7 @@ def listening() -> list[dict[str, Any]]:
 
 
 def steady(look: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """What two looks have in common: a child between fork and exec still shows its parent's sockets and name."""
+    """Keeps what two looks have in common: a child between fork and exec still shows its parent's sockets and name."""
     first = look()
     time.sleep(1.0)
     second = look()
@@ -81,7 +81,7 @@ def steady(look: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
 
 
 def stranger(address: str) -> str:
-    """What happens to someone who reaches the head's port with another token."""
+    """Tells what happens to someone who reaches the head's port with another token."""
     environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64, "RAY_USAGE_STATS_ENABLED": "0"}
     done = subprocess.run(
         [sys.executable, "-c", STRANGER.format(address=address)],

@@ -32,7 +32,7 @@ SECRETS = (
 
 @dataclass(frozen=True)
 class Run:
-    """What a small run said, where it wrote, and the secrets that were in its environment."""
+    """The output of a small run, where it wrote, and the secrets that were in its environment."""
 
     said: dict[str, Any]
     folder: Path
@@ -77,7 +77,7 @@ def test_the_token_is_for_its_owner_only(run: Run) -> None:
 
 
 def test_no_dashboard_and_no_page_is_open_to_the_network(run: Run) -> None:
-    """What listens beyond loopback is Ray's traffic between nodes, which asks for the token, and its metrics."""
+    """All that listens beyond loopback is Ray's traffic between nodes, which asks for the token, and its metrics."""
     listening = run.said["listening"]
     assert any("gcs_server" in entry["process"] for entry in listening), "the sockets of Ray itself were looked at"
     dashboards = [entry for entry in listening if "dashboard.py" in entry["process"] or entry["port"] == 8265]

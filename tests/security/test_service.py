@@ -1,4 +1,4 @@
-"""What the evaluation service opens to others by default, and which checkpoints it may be made to load."""
+"""The doors that the evaluation service opens to others by default, and the checkpoints it may be made to load."""
 
 from __future__ import annotations
 

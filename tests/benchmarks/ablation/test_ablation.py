@@ -1,4 +1,4 @@
-"""What the table is made of, without training: that takes minutes a configuration and is done by hand."""
+"""The parts of the ablation table, without training, which takes minutes a configuration and is done by hand."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ class Problem:
 
     @property
     def gradient_bytes(self) -> int:
-        """Of the two gradients that a step leaves behind."""
+        """Returns the two gradients that a step leaves behind."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.trained)
 
     @property
@@ -90,7 +90,7 @@ class Problem:
 
     @property
     def inputs(self) -> LossInputs:
-        """What raycomplete's loss takes."""
+        """Returns the inputs of raycomplete's loss."""
         base = None
         if self.base_hidden_PH is not None and self.base_weight_VH is not None:
             base = HiddenStates(self.base_hidden_PH, Head(self.base_weight_VH))

@@ -30,7 +30,7 @@ _WORDS = {
 
 @dataclass(frozen=True)
 class Target:
-    """What a release has to reach."""
+    """Targets that a release has to reach."""
 
     what: str
     wanted: str

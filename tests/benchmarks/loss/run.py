@@ -24,7 +24,7 @@ from tests.benchmarks.loss.variants import OURS, PLAIN, VARIANTS, Loss
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured on a device.
+    """The measurements on a device.
 
     Attributes:
         main: Shape at which every variant runs with every mix, with peak memory.

@@ -45,7 +45,7 @@ class Variant:
     in_sweep: bool = False
 
     def takes(self, mix: Mix, device: torch.device) -> bool:
-        """Whether there is something to measure."""
+        """Tells whether there is something to measure."""
         return (self.two_teachers or mix.teachers == 1) and device.type in self.devices
 
 

@@ -1,4 +1,4 @@
-"""What every trainer is given, and what it hands back."""
+"""The workload that every trainer is given, and the result that it hands back."""
 
 from __future__ import annotations
 
