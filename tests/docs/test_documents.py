@@ -21,6 +21,7 @@ from pydantic import BaseModel
 import raycomplete as rc
 from raycomplete.cli import app
 from raycomplete.config import RunConfig
+from raycomplete.config.loading import RENAMED
 from raycomplete.config.reference import markdown
 from raycomplete.methods.registry import METHODS, Method
 
@@ -143,6 +144,14 @@ def test_a_key_that_does_not_exist_is_noticed() -> None:
     assert has_key(RunConfig, ["method", "weights", "anchor"])
 
 
+def test_every_renamed_key_is_in_the_changelog_with_its_new_name() -> None:
+    rows = re.findall(r"^\| (.*) \| (.*) \|$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    for key, new in RENAMED.items():
+        old = key.replace("teacher.", "scoring.")  # a key that was renamed with its section
+        named = [after for before, after in rows if re.search(rf"`{re.escape(old)}[`.]", before)]
+        assert any(f"`{new}" in after or "under `method`" in after for after in named), key
+
+
 # --- Commands and paths ----------------------------------------------------------------------------------------------
 
 
@@ -175,6 +184,16 @@ def test_paths_of_the_repository_exist(page: Path) -> None:
     pattern = r"(?:raycomplete|jobs|tests|docs)/[\w./-]+\.(?:py|yaml|json|md|csv)"
     named = {word for word in words if re.fullmatch(pattern, word)}
     assert {word for word in named - RUN_FILES_OF_THE_READER if not (ROOT / word).exists()} == set()
+
+
+def test_names_of_the_package_in_the_changelog_exist() -> None:
+    rows = re.findall(r"^\| `raycomplete.* \| (.*) \|$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)
+    for dotted in re.findall(r"`raycomplete\.([\w.]+)", " ".join(rows)):
+        value: Any = rc
+        for position, name in enumerate(names := dotted.split(".")):
+            if not hasattr(value, name):
+                importlib.import_module(".".join(["raycomplete", *names[: position + 1]]))
+            value = getattr(value, name)
 
 
 @pages
