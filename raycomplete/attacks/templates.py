@@ -13,7 +13,7 @@ from raycomplete.attacks.attack import Attack, AttackConfig
 from raycomplete.attacks.registry import register
 from raycomplete.attacks.target import Target
 from raycomplete.attacks.trial import Decoding, Trial
-from raycomplete.data.rows import read_rows
+from raycomplete.data.prompts import read_rows
 from raycomplete.runtime.errors import DataError
 from raycomplete.runtime.types import Prompt
 

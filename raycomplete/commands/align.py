@@ -14,7 +14,7 @@ from raycomplete.config import RunConfig
 from raycomplete.data.inputs import Prompts, prepare_models
 from raycomplete.data.prompts import read_prompts
 from raycomplete.data.samples import AnchorSample, SampleSet, read_samples, write_samples
-from raycomplete.engines.placement import plan_run
+from raycomplete.engines.cluster import plan_run
 from raycomplete.engines.run import OutputFolder, Run, open_run
 from raycomplete.methods.sft import SFT
 from raycomplete.runtime.console import Console

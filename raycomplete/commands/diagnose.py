@@ -22,7 +22,7 @@ from raycomplete.diagnosis.measurement import Measurement, start_diagnosis_engin
 from raycomplete.diagnosis.partitions import measure_kind
 from raycomplete.diagnosis.samples import KINDS, read_prompts
 from raycomplete.diagnosis.statistics import summarize
-from raycomplete.engines.placement import plan_run
+from raycomplete.engines.cluster import plan_run
 from raycomplete.engines.run import OutputFolder, Run, open_run
 from raycomplete.report.diagnosis import depth_words
 from raycomplete.report.html import write_report

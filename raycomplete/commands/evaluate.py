@@ -11,7 +11,7 @@ from raycomplete.attacks.trial import Progress
 from raycomplete.commands.stored import stored
 from raycomplete.config import RunConfig
 from raycomplete.data.inputs import prepare_models, prepare_prompts
-from raycomplete.engines.placement import plan_run
+from raycomplete.engines.cluster import plan_run
 from raycomplete.engines.run import OutputFolder, open_run
 from raycomplete.evaluation.attack_resources import check_attacks, extra_engines, training_workers
 from raycomplete.evaluation.benign_nll import measure_benign_nll

@@ -8,8 +8,7 @@ from typing import Any
 
 from raycomplete.config import parse
 from raycomplete.config.evaluation import JudgeConfig
-from raycomplete.engines.cluster import connect
-from raycomplete.engines.placement import ResourcePlan, engine_request
+from raycomplete.engines.cluster import ResourcePlan, connect, engine_request
 from raycomplete.evaluation.calibration import calibrate, read_labelled
 from raycomplete.evaluation.judges import RefusalJudge
 from raycomplete.evaluation.model_judges import start_judge

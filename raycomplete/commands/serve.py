@@ -15,8 +15,7 @@ from ray.serve import Application
 
 from raycomplete.config import RunConfig, load_run_file
 from raycomplete.data.inputs import prepare_models
-from raycomplete.engines.cluster import connect
-from raycomplete.engines.placement import ResourcePlan, ResourceRequest, engine_request
+from raycomplete.engines.cluster import ResourcePlan, ResourceRequest, connect, engine_request
 from raycomplete.engines.start import start_engine
 from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import DataError

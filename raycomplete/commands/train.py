@@ -21,7 +21,7 @@ from raycomplete.config import RunConfig
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.inputs import KINDS, Prompts, prepare_models, prepare_prompts
 from raycomplete.data.samples import read_samples, write_samples
-from raycomplete.engines.placement import plan_run
+from raycomplete.engines.cluster import plan_run
 from raycomplete.engines.run import OutputFolder, Run, open_run
 from raycomplete.engines.start import Engines
 from raycomplete.evaluation.attack_resources import extra_engines, training_workers

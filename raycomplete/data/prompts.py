@@ -1,18 +1,69 @@
-"""Reads prompts from users' files."""
+"""Reads rows and prompts from users' files: JSONL, JSON, CSV or Parquet. The settings of attacks import this file."""
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import json
 import random
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from raycomplete.config import PromptSource
-from raycomplete.config.diagnosis import PromptColumns
-from raycomplete.data.rows import load_rows
 from raycomplete.runtime.errors import DataError
 from raycomplete.runtime.types import Prompt, PromptKind
+
+if TYPE_CHECKING:  # whose sections import attacks, and those this file
+    from raycomplete.config import PromptSource
+    from raycomplete.config.diagnosis import PromptColumns
+
+_ENCODING = "utf-8-sig"  # UTF-8, with or without the mark that spreadsheets put first
+
+
+def load_rows(path: Path, what: str = "file") -> list[Any]:
+    """Reads all rows of a file, whose ending names the format; a row of a wrong kind is left to the caller.
+
+    Args:
+        what: Name of such files in messages: "prompt file".
+
+    Raises:
+        DataError: The file is missing or malformed.
+    """
+    if not path.is_file():
+        raise DataError(f"The {what} {path} cannot be read: it does not exist.", "Paths are relative to the run file.")
+    try:
+        match path.suffix.lower():
+            case ".jsonl" | ".ndjson":
+                # Not splitlines(): it also cuts at U+2028 and its like, which may stand inside a JSON string.
+                return [json.loads(line) for line in path.read_text(_ENCODING).split("\n") if line.strip()]
+            case ".json":
+                return list(json.loads(path.read_text(_ENCODING)))
+            case ".csv":
+                with path.open(newline="", encoding=_ENCODING) as stream:
+                    return list(csv.DictReader(stream))
+            case ".parquet":
+                import pyarrow.parquet as pq  # heavy
+
+                return list(pq.read_table(path).to_pylist())
+    except (ValueError, TypeError, csv.Error, OSError) as error:
+        raise DataError(f"The {what} {path} cannot be read as {path.suffix[1:]} ({error}).") from error
+    raise DataError(f"The {what} {path} ends in {path.suffix!r}.", "Use .jsonl, .json, .csv or .parquet.")
+
+
+def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
+    """Reads the rows of a file, at least one, and checks that each has a value in every column.
+
+    Raises:
+        DataError: The file is missing, empty or malformed, or a row lacks a value.
+    """
+    rows = load_rows(path)
+    if not rows:
+        raise DataError(f"The file {path} holds no rows.", "Name another file.")
+    for number, row in enumerate(rows, start=1):
+        missing = [column for column in columns if not isinstance(row, dict) or row.get(column) in (None, "")]
+        if missing:
+            raise DataError(f"Row {number} of {path} has no {missing[0]!r}.", f"Needed: {', '.join(columns)}.")
+    return rows
 
 
 def read_prompts(sources: Sequence[PromptSource], kind: PromptKind, seed: int = 0) -> list[Prompt]:
@@ -37,10 +88,7 @@ def read_prompts(sources: Sequence[PromptSource], kind: PromptKind, seed: int = 
 
 
 def select_prompts(rows: Iterable[Any], columns: PromptColumns, path: Path, kind: PromptKind) -> Iterable[Prompt]:
-    """Yields the prompts of rows that meet the conditions of `columns.where`; rows without a text are left out.
-
-    Args:
-        path: File that the rows come from; it names the prompts.
+    """Yields the prompts of rows of `path` that meet `columns.where`; rows without a text are left out.
 
     Raises:
         DataError: A row is no mapping, or lacks a column.

@@ -106,7 +106,7 @@ def _smoke(use_gpu: bool) -> None:
 
     from raycomplete.data.chat import ChatCodec
     from raycomplete.data.heads import load_head, read_head_spec
-    from raycomplete.engines.rollout_worker import RolloutEngine
+    from raycomplete.engines.rollout_worker import RolloutEngine, Sampling
     from raycomplete.engines.score_cache import ScoreRequest, to_tensor
     from raycomplete.engines.scoring_engine import PoolingEngine
 
@@ -117,7 +117,7 @@ def _smoke(use_gpu: bool) -> None:
     prompt = codec.encode_prompt(_PROMPT)
     tell({"begins": "generating"})
     generator = RolloutEngine(spec, tuple(sorted(codec.eos_ids)))
-    ((tokens, _),) = generator.generate_finished([prompt], _NEW_TOKENS, 0.0, 1.0, 0, None)
+    ((tokens, _),) = generator.generate_finished([prompt], Sampling(_NEW_TOKENS))
     tell_time("generate_s")
     tell({"begins": "reading hidden states"})
     (states,) = PoolingEngine(spec).hidden_states([ScoreRequest((*prompt, *tokens), len(prompt))])

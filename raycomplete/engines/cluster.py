@@ -1,28 +1,203 @@
-"""Connects to Ray, and checks that the resources of a run are there before anything starts."""
+"""The resources of a run, and the Ray cluster that has them: what is missing is refused before anything starts."""
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray.autoscaler.sdk import request_resources
 from ray.exceptions import AuthenticationError
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from raycomplete.config import ClusterConfig
-from raycomplete.engines.placement import ResourcePlan, nodes_of
+from raycomplete.config import ClusterConfig, RunConfig
+from raycomplete.engines.spec import engine_share
 from raycomplete.runtime.console import Console
-from raycomplete.runtime.errors import SetupError
+from raycomplete.runtime.errors import SetupError, WaitTimeoutError
 from raycomplete.runtime.files import PRIVATE
 from raycomplete.runtime.logs import run_environment
 from raycomplete.runtime.machine import available_cpus
 
 _POLL_S = 1.0
+_FIRST, _AFTERWARDS = "at first", "evaluation"
+
+
+@dataclass(frozen=True)
+class ResourceRequest:
+    """Resources of all actors of one role.
+
+    Attributes:
+        role: "base scorer".
+        cpus: Logical CPUs of each.
+        gpus: GPUs of each, where the run uses GPUs.
+        phase: Part of the run in which they exist, empty for all; phases hand on what they held.
+        devices: GPUs that hold one model together; more than 1 is tensor parallelism.
+    """
+
+    role: str
+    replicas: int
+    cpus: float
+    gpus: float
+    phase: str = ""
+    devices: int = 1
+
+    def bundle(self, *, use_gpu: bool) -> dict[str, float]:
+        """Returns what one actor reserves, as a bundle of a placement group."""
+        return {"CPU": self.cpus} | ({"GPU": self.gpus} if use_gpu and self.gpus > 0 else {})
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node of the cluster; memory in GiB, 0 where Ray does not say."""
+
+    cpus: float
+    gpus: float
+    memory_gib: float = 0.0
+
+
+@dataclass(frozen=True)
+class ResourcePlan:
+    """Everything that a run places."""
+
+    requests: tuple[ResourceRequest, ...] = ()
+
+    @property
+    def cpus(self) -> float:
+        """Most logical CPUs that are held at one time."""
+        return self._most("cpus")
+
+    @property
+    def gpus(self) -> float:
+        """Most GPUs that are held at one time, where the run uses GPUs."""
+        return self._most("gpus")
+
+    def _most(self, name: str) -> float:
+        held: defaultdict[str, float] = defaultdict(float)
+        for item in self.requests:
+            held[item.phase] += item.replicas * getattr(item, name)
+        return held.pop("", 0.0) + max(held.values(), default=0.0)
+
+    def problem(self, nodes: Sequence[Node], *, use_gpu: bool) -> str:
+        """Says in words what the nodes lack; empty where nothing is known to be missing."""
+        for name, needed, there in (
+            ("CPU", self.cpus, sum(node.cpus for node in nodes)),
+            ("GPU", self.gpus if use_gpu else 0.0, sum(node.gpus for node in nodes)),
+        ):
+            if needed > there + 1e-6:
+                return f"The run needs {needed:g} {name} and the cluster has {there:g}."
+        for item in self.requests:
+            gpus = item.gpus if use_gpu else 0.0
+            if item.replicas and not any(item.cpus <= node.cpus + 1e-6 and gpus <= node.gpus + 1e-6 for node in nodes):
+                return f"No node is large enough for one {item.role} ({item.cpus:g} CPU, {gpus:g} GPU)."
+        return ""
+
+    def table(self, nodes: Sequence[Node], *, use_gpu: bool) -> list[list[str]]:
+        """Returns the table of needed against available; its first row holds the headings."""
+        table = [["role", "replicas", "CPU each", "GPU each", "CPU", "GPU", "when"]]
+        for item in self.requests:
+            gpus = item.gpus if use_gpu else 0.0
+            numbers = (item.cpus, gpus, item.replicas * item.cpus, item.replicas * gpus)
+            table.append([item.role, str(item.replicas), *(f"{number:g}" for number in numbers), item.phase])
+        needed = (self.cpus, self.gpus if use_gpu else 0.0)
+        table.append(["needed at one time", "", "", "", *(f"{number:g}" for number in needed), ""])
+        memory = sum(node.memory_gib for node in nodes)
+        there = f"available ({len(nodes)} node{'s' * (len(nodes) != 1)}{f', {memory:.0f} GiB memory' * (memory > 0)})"
+        sums = (sum(node.cpus for node in nodes), sum(node.gpus for node in nodes))
+        return [*table, [there, "", "", "", *(f"{number:g}" for number in sums), ""]]
+
+    def text(self, nodes: Sequence[Node], *, use_gpu: bool) -> str:
+        """Returns the table as lines of an error message."""
+        table = self.table(nodes, use_gpu=use_gpu)
+        widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
+        return "\n".join(
+            "  ".join(value.ljust(width) for value, width in zip(row, widths, strict=True)).rstrip() for row in table
+        )
+
+
+def engine_request(
+    config: ClusterConfig, role: str, replicas: int, phase: str = "", tensor_parallel: int = 1
+) -> ResourceRequest:
+    """Returns the request for the engines of one role."""
+    return ResourceRequest(role, replicas, *engine_share(config, tensor_parallel), phase, tensor_parallel)
+
+
+def plan_run(
+    config: RunConfig, *, scorers: Sequence[str] = (), workers: int = 0, extras: int = 0, attack_workers: int = 0
+) -> ResourcePlan:
+    """Plans the resources of a run.
+
+    Args:
+        scorers: Frozen models that are scored: "base", "aligned", "student".
+        extras: Engines and models that an evaluation holds besides the rollout engines; scorers are gone by then.
+        attack_workers: Training workers of the fine-tuning attack.
+    """
+    cluster, teacher, rollout = config.cluster, config.teacher, config.rollout
+    requests = [
+        engine_request(cluster, "rollout engine", rollout.num_engines, tensor_parallel=rollout.tensor_parallel),
+        *(
+            engine_request(cluster, f"{role} scorer", teacher.replicas, _FIRST, teacher.tensor_parallel)
+            for role in scorers
+        ),
+    ]
+    for phase, count, suffix in ((_FIRST, workers, ""), (_AFTERWARDS, attack_workers, " of the attack")):
+        if count:
+            share = (cluster.cpus_per_worker, cluster.gpus_per_worker)
+            requests.append(ResourceRequest(f"training worker{suffix}", count, *share, phase))
+            requests.append(ResourceRequest(f"Ray Train controller{suffix}", 1, 0.0, 0.0, phase))
+    if extras:
+        requests.append(engine_request(cluster, "model of attacks and judge", extras, phase=_AFTERWARDS))
+    return ResourcePlan(tuple(requests))
+
+
+class Reservation:
+    """A placement group for engines that start and end together.
+
+    When a node dies, Ray moves its bundles to nodes with room, or waits for one, and starts the actors there again.
+    """
+
+    def __init__(self, bundles: Sequence[dict[str, float]], strategy: str) -> None:
+        self._group: Any = placement_group(list(bundles), strategy=strategy.upper())
+        self._count = len(bundles)
+
+    def strategies(self) -> list[PlacementGroupSchedulingStrategy]:
+        """Returns Ray's scheduling strategy of each engine, by its number."""
+        return [
+            PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=index)
+            for index in range(self._count)
+        ]
+
+    def wait(self, timeout_s: float, table: Callable[[], str]) -> None:
+        """Waits until every bundle is placed; `table` returns needed against available for the error.
+
+        Raises:
+            WaitTimeoutError: Some are not placed in time.
+        """
+        if not self._group.wait(timeout_s):
+            raise WaitTimeoutError(
+                f"Ray found no place for {self._count} engines in {timeout_s:g} s (cluster.start_timeout_s).\n"
+                f"{table()}\n",
+                "Others may hold what is free (`ray status` tells), or cluster.placement asks for more nodes than "
+                "there are.",
+            )
+
+    def release(self) -> None:
+        """Removes the placement group, and ends what still runs in it."""
+        remove_placement_group(self._group)
+
+
+def nodes_of(entries: Sequence[dict[str, Any]]) -> list[Node]:
+    """Returns the nodes that are alive, from the entries of `ray.nodes()`."""
+    found = [entry["Resources"] for entry in entries if entry["Alive"]]
+    return [Node(has.get("CPU", 0.0), has.get("GPU", 0.0), has.get("memory", 0.0) / 2**30) for has in found]
 
 
 @dataclass(frozen=True)
@@ -49,15 +224,12 @@ def connect(config: ClusterConfig, plan: ResourcePlan, console: Console | None =
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-    local = config.address is None and "RAY_ADDRESS" not in os.environ
-    if config.address == "local":
-        local = True
-    cores = max(float(available_cpus()), plan.cpus)
+    local = config.address == "local" or (config.address is None and "RAY_ADDRESS" not in os.environ)
     try:
         if local:
             ray.init(
                 address="local",  # a cluster of our own, whatever else runs on this machine
-                num_cpus=int(-(-cores // 1)),
+                num_cpus=math.ceil(max(available_cpus(), plan.cpus)),
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
@@ -68,7 +240,10 @@ def connect(config: ClusterConfig, plan: ResourcePlan, console: Console | None =
             ray.init(address=config.address, runtime_env=named, log_to_driver=False, logging_level=logging.ERROR)
     except (AuthenticationError, ConnectionError, ValueError, RuntimeError) as error:
         raise _refusal(error, config.address or os.environ.get("RAY_ADDRESS", "this machine")) from error
-    _close_token()
+    token = Path.home() / ".ray" / "auth_token"
+    with suppress(OSError):  # Ray lets any user read it; there may be none, or it is another user's
+        if token.stat().st_mode & 0o077:
+            token.chmod(PRIVATE)
     try:
         yield _check(config, plan, console or Console(quiet=True), wait_s=0.0 if local else config.wait_for_nodes_s)
     finally:
@@ -93,14 +268,6 @@ def _refusal(error: Exception, place: str) -> SetupError:
         f"No Ray cluster answers at {place} ({first}).",
         "Check cluster.address, or leave it out to start one on this machine.",
     )
-
-
-def _close_token() -> None:
-    """Hides Ray's token from other users: Ray writes it with the permissions of any file."""
-    token = Path.home() / ".ray" / "auth_token"
-    with suppress(OSError):  # there is none, or it is another user's
-        if token.stat().st_mode & 0o077:
-            token.chmod(PRIVATE)
 
 
 def _check(config: ClusterConfig, plan: ResourcePlan, console: Console, *, wait_s: float) -> Cluster:
@@ -131,11 +298,7 @@ def _check(config: ClusterConfig, plan: ResourcePlan, console: Console, *, wait_
 
 
 def _wait_for_nodes(config: ClusterConfig, plan: ResourcePlan, wait_s: float) -> tuple[bool, str]:
-    """Waits for the nodes of a plan and tells an autoscaler what is needed.
-
-    Returns:
-        True if the run uses GPUs, and what is missing when the wait is over.
-    """
+    """Tells an autoscaler what is needed; returns if the run uses GPUs, and what is missing when the wait is over."""
     deadline = time.monotonic() + wait_s
     asked: list[dict[str, float]] = []
     try:

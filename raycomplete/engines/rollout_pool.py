@@ -13,33 +13,52 @@ import ray
 import torch
 from torch import Tensor
 
-from raycomplete.engines.rollout_worker import EngineAnswer, RolloutOptions, RolloutWorker
-from raycomplete.engines.weights import (
-    SYNC_TOLERANCE,
-    Adapter,
-    SyncReport,
-    Weights,
-    WeightSource,
-    compare,
-    pack,
-    pack_lora,
-    version_of,
-)
+from raycomplete.engines.rollout_worker import EngineAnswer, RolloutOptions, RolloutWorker, Sampling
+from raycomplete.engines.weights import Adapter, Weights, WeightSource, pack, pack_lora, version_of
 from raycomplete.runtime.errors import SetupError, WaitTimeoutError, WorkError
 from raycomplete.runtime.ray_calls import wait_for
 
 _SLICE = 256  # sequences of one call, as many as an engine runs side by side
 _TASK_RETRIES = 2  # a call that has killed its engine three times is at fault itself
 
+# Mean over the probe's tokens of |log p - log p'|, in nats. float32: rounding only, 6e-6 on SmolLM2-135M on a CPU; GPU
+# kernels may round products to TF32. bfloat16: engine and trainer round to 8 bits after different kernels in every
+# layer; on SmolLM2-135M 0.02 where tokens are likely, 0.04 on samples at temperature 1, 0.05 on unlikely tokens. A
+# stale head costs more than a nat. What one small step changes stays below either, so this shows that the tensors
+# arrived whole, not which of two neighbouring versions they are: the version in the engine's answer tells that.
+_SYNC_TOLERANCE: dict[str, float] = {"float32": 1e-4, "bfloat16": 0.1}
+
+
+class SyncError(WorkError):
+    """After an update of the weights, an engine's log-probabilities differ from the trainer's."""
+
+
+@dataclass(frozen=True)
+class SyncReport:
+    """One update of the weights of all engines, and how far the engines are from the trainer after it.
+
+    Attributes:
+        seconds: Time from the call until the last engine had answered the probe.
+        load_s: The slowest engine's time for loading; 0 where all had these weights already.
+        mean_abs_difference: Mean over the probe's tokens of |log p - log p'|, nats, of the engine farthest off.
+        max_abs_difference: Largest difference of one token over all engines, nats.
+        num_tokens: Tokens that each engine was compared on.
+        tolerance: Upper bound of `mean_abs_difference`.
+    """
+
+    version: int
+    seconds: float
+    load_s: float
+    num_bytes: int
+    mean_abs_difference: float
+    max_abs_difference: float
+    num_tokens: int
+    tolerance: float
+
 
 @dataclass(frozen=True, eq=False)
 class RolloutCall:
-    """Responses under way.
-
-    Attributes:
-        version: Version of the weights that make them; None for a checkpoint.
-        shards: (engine, number of sequences, reference) in the order of the sequences.
-    """
+    """Responses under way: the version of their weights, and (engine, number of sequences, reference) in order."""
 
     version: int | None
     shards: tuple[tuple[int, int, Any], ...]
@@ -67,13 +86,6 @@ class PoolStats:
         self.restarts += self.incarnations.get(engine, incarnation) != incarnation
         self.incarnations[engine] = incarnation
 
-    def enter(self, engine: int, answer: EngineAnswer) -> None:
-        """Adds the costs of an answer."""
-        self.meet(engine, answer.incarnation)
-        self.seconds += answer.seconds
-        self.loads += answer.load_s > 0
-        self.load_s += answer.load_s
-
     def num_unfinished(self) -> int:
         """Counts the shards of calls that no engine has answered yet."""
         with self.lock:
@@ -95,17 +107,15 @@ class RolloutPool:
     def __init__(
         self, actors: Sequence[Any], weights: WeightSource, options: RolloutOptions, stats: PoolStats | None = None
     ) -> None:
-        self._actors = list(actors)
-        self._weights = weights
-        self._options = options
+        self._actors, self._weights, self._options = list(actors), weights, options
         self._stats = stats or PoolStats()
 
     @classmethod
     def start(cls, options: RolloutOptions, *, strategies: Sequence[Any] = ()) -> RolloutPool:
-        """Asks Ray for `rollout.num_engines` actors and returns at once; `wait_until_ready` waits for them.
+        """Asks Ray for actors and returns at once; `wait_until_ready` waits for them.
 
         Args:
-            strategies: Ray's scheduling strategy of each engine; empty lets Ray choose.
+            strategies: Ray's scheduling strategy of each engine; empty: of `rollout.num_engines`, and Ray chooses.
 
         Raises:
             SetupError: `rollout.colocated` on a CPU.
@@ -144,6 +154,15 @@ class RolloutPool:
             start_s = max(start_s, stats["start_s"])
         return {"start_s": start_s, "num_engines": len(self._actors)}
 
+    def _take(self, engine: int, reference: Any, what: str, timeout_s: float) -> EngineAnswer:
+        """Waits for an answer of an engine, and counts its costs."""
+        answer: EngineAnswer = wait_for(reference, who=self._name(engine), what=what, timeout_s=timeout_s)
+        self._stats.meet(engine, answer.incarnation)
+        self._stats.seconds += answer.seconds
+        self._stats.loads += answer.load_s > 0
+        self._stats.load_s += answer.load_s
+        return answer
+
     def pack(self, state: Mapping[str, Tensor], version: int) -> Weights:
         """Packs whole weights (see `weights.pack`) over the checkpoint of this handle."""
         return pack(state, version, self.path)
@@ -173,49 +192,48 @@ class RolloutPool:
         started = time.perf_counter()
         references = [actor.log_probs.remote(weights, sequences) for actor in self._actors]
         self._wait_all(references, f"the weights of version {weights.version}")
-        answers: list[EngineAnswer] = []
-        for engine, reference in enumerate(references):
-            answers.append(wait_for(reference, who=self._name(engine), what="log-probabilities", timeout_s=60.0))
-            self._stats.enter(engine, answers[-1])
-        return compare(
-            [torch.cat(answer.value) for answer in answers],
-            expected_N,
-            names=[self._name(engine) for engine in range(len(answers))],
-            weights=weights,
-            seconds=time.perf_counter() - started,
+        answers = [self._take(engine, item, "log-probabilities", 60.0) for engine, item in enumerate(references)]
+        seconds = time.perf_counter() - started
+        differences_EN = (torch.stack([torch.cat(answer.value) for answer in answers]).double() - expected_N).abs()
+        means_E = differences_EN.mean(dim=1)
+        report = SyncReport(
+            version=weights.version,
+            seconds=seconds,
             load_s=max(answer.load_s for answer in answers),
-            tolerance=self._options.rollout.sync_tolerance or SYNC_TOLERANCE[self._options.spec.dtype],
+            num_bytes=weights.num_bytes,
+            mean_abs_difference=float(means_E.max()),
+            max_abs_difference=float(differences_EN.max()),
+            num_tokens=len(expected_N),
+            tolerance=self._options.rollout.sync_tolerance or _SYNC_TOLERANCE[self._options.spec.dtype],
         )
+        if not report.mean_abs_difference <= report.tolerance:  # written so that NaN fails too
+            raise SyncError(
+                f"After loading version {weights.version}, the {self._name(int(means_E.argmax()))} differs from the "
+                f"trainer by {report.mean_abs_difference:.3g} nats on average over {report.num_tokens} tokens (at most "
+                f"{report.max_abs_difference:.3g}; tolerance {report.tolerance:.3g}).",
+                "The engine does not hold the trainer's weights, or computes otherwise; rollouts would come from "
+                "another model. If the difference is rounding, raise rollout.sync_tolerance.",
+            )
+        return report
 
     def submit(
-        self,
-        sequences: Sequence[Sequence[int]],
-        *,
-        max_tokens: int,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        seed: int | None = None,
-        weights: WeightSource | None = None,
+        self, sequences: Sequence[Sequence[int]], *, weights: WeightSource | None = None, **sampling: Any
     ) -> RolloutCall:
         """Starts generating and returns at once; `collect` waits. Engines take calls in the order of submission.
 
         Args:
             sequences: Prompt token ids, prefill included; shared evenly between the engines.
-            top_k: Likeliest tokens that are sampled from; 0 for all of them.
-            seed: Sequence i samples under seed + i.
             weights: Weights to generate with; this handle's own when absent.
+            sampling: Fields of `Sampling`; sequence i samples under seed + i.
         """
         source = self._weights if weights is None else weights
+        settings = Sampling(**sampling)
         shards: list[tuple[int, int, Any]] = []
-        for engine, actor in enumerate(self._actors):
-            # Neighbours stay together, so that one number carries the seeds of a slice.
-            first, stop = (len(sequences) * index // len(self._actors) for index in (engine, engine + 1))
+        for engine, actor, first, stop in self._shares(len(sequences)):
             for start in range(first, stop, _SLICE):  # so that the timeout bounds one slice, however long the list
                 part = [list(sequence) for sequence in sequences[start : min(start + _SLICE, stop)]]
-                part_seed = None if seed is None else seed + start
-                reference = actor.generate.remote(source, part, max_tokens, temperature, top_p, top_k, part_seed)
-                shards.append((engine, len(part), reference))
+                seed = None if settings.seed is None else settings.seed + start
+                shards.append((engine, len(part), actor.generate.remote(source, part, settings._replace(seed=seed))))
         call = RolloutCall(version_of(source), tuple(shards))
         with self._stats.lock:
             self._stats.open.add(call)
@@ -230,39 +248,21 @@ class RolloutPool:
         """
         responses: list[tuple[list[int], bool]] = []
         for engine, count, reference in call.shards:
-            answer: EngineAnswer = wait_for(
-                reference,
-                who=self._name(engine),
-                what=f"{count} responses",
-                timeout_s=self._options.rollout.timeout_s,
-            )
+            answer = self._take(engine, reference, f"{count} responses", self._options.rollout.timeout_s)
             if answer.version != call.version:
                 raise WorkError(
                     f"The {self._name(engine)} answered with weights of version {answer.version}, "
                     f"and version {call.version} was asked for."
                 )
-            self._stats.enter(engine, answer)
             self._stats.tokens += sum(len(tokens) for tokens, _ in answer.value)
             responses += answer.value
         with self._stats.lock:
             self._stats.open.discard(call)
         return responses
 
-    def generate(
-        self,
-        sequences: Sequence[Sequence[int]],
-        *,
-        max_tokens: int,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        seed: int | None = None,
-    ) -> list[list[int]]:
+    def generate(self, sequences: Sequence[Sequence[int]], **sampling: Any) -> list[list[int]]:
         """Continues sequences (see `raycomplete.runtime.types.Generator.generate`)."""
-        call = self.submit(
-            sequences, max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed
-        )
-        return [tokens for tokens, _ in self.collect(call)]
+        return [tokens for tokens, _ in self.generate_finished(sequences, **sampling)]
 
     def generate_finished(self, sequences: Sequence[Sequence[int]], **sampling: Any) -> list[tuple[list[int], bool]]:
         """Continues sequences as `submit` does, and waits as `collect` does."""
@@ -276,19 +276,13 @@ class RolloutPool:
             WorkError: An engine died again and again, or failed.
         """
         parts = []
-        for engine, actor in enumerate(self._actors):
-            first, stop = (len(sequences) * index // len(self._actors) for index in (engine, engine + 1))
-            if first < stop:
-                part = [(list(tokens), num_prompt) for tokens, num_prompt in sequences[first:stop]]
+        for engine, actor, first, stop in self._shares(len(sequences)):
+            if part := [(list(tokens), num_prompt) for tokens, num_prompt in sequences[first:stop]]:
                 parts.append((engine, actor.log_probs.remote(self._weights, part)))
         found: list[list[float]] = []
         for engine, reference in parts:
-            timeout_s = self._options.rollout.timeout_s
-            answer: EngineAnswer = wait_for(
-                reference, who=self._name(engine), what="log-probabilities of given answers", timeout_s=timeout_s
-            )
-            self._stats.enter(engine, answer)
-            found += [log_prob_T.tolist() for log_prob_T in answer.value]
+            what, timeout_s = "log-probabilities of given answers", self._options.rollout.timeout_s
+            found += [log_prob_T.tolist() for log_prob_T in self._take(engine, reference, what, timeout_s).value]
         return found
 
     def stats(self) -> dict[str, float]:
@@ -306,6 +300,11 @@ class RolloutPool:
     def stop(self) -> None:
         for actor in self._actors:
             ray.kill(actor)
+
+    def _shares(self, count: int) -> list[tuple[int, Any, int, int]]:
+        """Shares sequences evenly: (engine, actor, first, stop). Neighbours stay together: one number is their seed."""
+        ends = [count * engine // len(self._actors) for engine in range(len(self._actors) + 1)]
+        return list(zip(range(len(self._actors)), self._actors, ends, ends[1:], strict=False))
 
     def _wait_all(self, references: list[Any], what: str) -> None:
         """Waits until every engine has answered, or raises an error that names those that have not."""

@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,11 +20,18 @@ from raycomplete.runtime.errors import WorkError
 from raycomplete.runtime.prometheus import begin, record, rolled_out
 
 
-class RolloutEngine:
-    """Generates with one model at a time; `load` changes its weights in place.
+class Sampling(NamedTuple):
+    """How sequences are continued; `raycomplete.runtime.types.Generator.generate` says what each field is."""
 
-    Start it in a process whose environment is `spec.environment()`.
-    """
+    max_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+
+
+class RolloutEngine:
+    """Generates with one model at a time; start it in a process whose environment is `spec.environment()`."""
 
     def __init__(self, spec: EngineSpec, stop_ids: Sequence[int] = ()) -> None:
         from vllm import LLM
@@ -39,8 +46,8 @@ class RolloutEngine:
         )
         self._spec = spec
         self._stop_ids = list(stop_ids)
-        config = self._llm.llm_engine.model_config.hf_config
-        self._tied = bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
+        config = self._llm.llm_engine.model_config.hf_config.get_text_config()
+        self._tied = bool(getattr(config, "tie_word_embeddings", False))
         self._held = spec.checkpoint
         self.version: int | None = None
         if spec.sleeps:
@@ -74,18 +81,8 @@ class RolloutEngine:
         self.version = version_of(weights)
         return True
 
-    def generate_finished(
-        self,
-        sequences: Sequence[Sequence[int]],
-        max_tokens: int,
-        temperature: float,
-        top_p: float,
-        top_k: int,
-        seed: int | None,
-    ) -> list[tuple[list[int], bool]]:
+    def generate_finished(self, sequences: Sequence[Sequence[int]], sampling: Sampling) -> list[tuple[list[int], bool]]:
         """Continues sequences.
-
-        Arguments are those of `raycomplete.runtime.types.Generator.generate`.
 
         Returns:
             New token ids of each sequence, end-of-response left out, and True where the response ended by itself
@@ -93,6 +90,7 @@ class RolloutEngine:
         """
         from vllm import SamplingParams
 
+        max_tokens, temperature, top_p, top_k, seed = sampling
         parameters = [
             SamplingParams(
                 max_tokens=min(max_tokens, self._spec.max_length - len(sequence)),
@@ -105,7 +103,14 @@ class RolloutEngine:
             )
             for index, sequence in enumerate(sequences)
         ]
-        return [self._strip(output.outputs[0]) for output in self._run(sequences, parameters)]
+        found = []
+        for output in self._run(sequences, parameters):
+            tokens = list(output.outputs[0].token_ids)
+            finished = output.outputs[0].finish_reason == "stop"
+            if tokens and (tokens[-1] in self._stop_ids or finished):
+                tokens.pop()  # vLLM keeps the end-of-response token in token_ids
+            found.append((tokens, finished))
+        return found
 
     def log_probs(self, sequences: Sequence[tuple[Sequence[int], int]]) -> list[torch.Tensor]:
         """Returns log-probabilities of given responses. For a few short sequences: logits of whole prompts are made.
@@ -118,8 +123,7 @@ class RolloutEngine:
         """
         from vllm import SamplingParams
 
-        # One token must be generated, or vLLM refuses; the prompt's own log-probabilities are what is wanted. These
-        # requests are never answered from the prefix cache.
+        # vLLM refuses to generate no token at all. These requests are never answered from the prefix cache.
         parameters = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
         # vLLM (seen in 0.32) ranks the tokens in a function that torch would compile at first use, for seconds, and not
         # at all on a machine without a compiler.
@@ -139,10 +143,7 @@ class RolloutEngine:
 
     @contextmanager
     def _readable(self, weights: WeightSource, timeout_s: float) -> Iterator[dict[str, Any]]:
-        """Yields the arguments with which vLLM reads the weights.
-
-        The shards of a tensor-parallel engine are other processes, so packed weights reach them as a file in memory.
-        """
+        """Yields the arguments with which vLLM reads the weights."""
         if isinstance(weights, str):
             yield {"weights_path": weights}
             return
@@ -150,7 +151,7 @@ class RolloutEngine:
         if self._spec.tensor_parallel == 1:
             yield {"weights_iterator": tensors}
             return
-        with checkpoint_folder(tensors) as folder:
+        with checkpoint_folder(tensors) as folder:  # the shards of this engine are other processes
             yield {"weights_path": folder}
 
     @contextmanager
@@ -163,13 +164,6 @@ class RolloutEngine:
             yield
         finally:
             self._llm.sleep(level=1)
-
-    def _strip(self, completion: Any) -> tuple[list[int], bool]:
-        tokens = list(completion.token_ids)
-        finished = completion.finish_reason == "stop"
-        if tokens and (tokens[-1] in self._stop_ids or finished):
-            tokens = tokens[:-1]  # vLLM keeps the end-of-response token in token_ids
-        return tokens, finished
 
 
 def _refresh_tied_head(model: Any) -> None:
@@ -187,11 +181,7 @@ def _refresh_tied_head(model: Any) -> None:
 
 @dataclass(frozen=True)
 class RolloutOptions:
-    """Settings of a rollout actor.
-
-    Attributes:
-        rollout: Number of engines, waits and tolerances.
-    """
+    """Settings of a rollout actor; `rollout` holds the number of engines, waits and tolerances."""
 
     spec: EngineSpec
     stop_ids: tuple[int, ...]
@@ -200,21 +190,13 @@ class RolloutOptions:
 
 @dataclass(frozen=True)
 class EngineAnswer:
-    """The result of one call to a rollout actor, with what it cost.
-
-    Attributes:
-        value: Responses or log-probabilities.
-        version: Version of the weights in the engine (None: a checkpoint).
-        incarnation: Name of the process; another one after a restart.
-        seconds: Time in the engine, loading left out.
-        load_s: Time for loading weights; 0 where they were there already.
-    """
+    """The responses or log-probabilities of one call to a rollout actor, with what they cost."""
 
     value: Any
-    version: int | None
-    incarnation: str
-    seconds: float
-    load_s: float
+    version: int | None  # of the weights in the engine; None for a checkpoint
+    incarnation: str  # names the process: another one after a restart
+    seconds: float  # in the engine, loading left out
+    load_s: float  # 0 where the weights were there already
 
 
 class RolloutWorker:
@@ -237,20 +219,11 @@ class RolloutWorker:
         self._ready_engine()
         return {"start_s": self._start_s, "incarnation": self._incarnation}
 
-    def generate(
-        self,
-        weights: WeightSource,
-        sequences: list[list[int]],
-        max_tokens: int,
-        temperature: float,
-        top_p: float,
-        top_k: int,
-        seed: int | None,
-    ) -> EngineAnswer:
+    def generate(self, weights: WeightSource, sequences: list[list[int]], sampling: Sampling) -> EngineAnswer:
         """Continues sequences with these weights, loading them first if others are in the engine."""
         engine, load_s = self._engine_with(weights)
         started = time.perf_counter()
-        responses = engine.generate_finished(sequences, max_tokens, temperature, top_p, top_k, seed)
+        responses = engine.generate_finished(sequences, sampling)
         seconds = time.perf_counter() - started
         rolled_out(tokens=sum(len(tokens) for tokens, _ in responses), seconds=seconds)
         return EngineAnswer(responses, engine.version, self._incarnation, seconds, load_s)

@@ -12,8 +12,7 @@ from typing import Any
 from raycomplete.attacks.trial import Progress
 from raycomplete.config import RunConfig, dump, load_run_file
 from raycomplete.data.inputs import Models, Prompts
-from raycomplete.engines.cluster import Cluster, connect
-from raycomplete.engines.placement import ResourcePlan
+from raycomplete.engines.cluster import Cluster, ResourcePlan, connect
 from raycomplete.engines.start import Engines, start_engines
 from raycomplete.evaluation.judges import default_judge
 from raycomplete.runtime.console import Console
@@ -229,7 +228,7 @@ def open_run(
         folder: Run folder, with the run file in it.
         models: From `raycomplete.data.inputs.prepare_models`.
         prompts: From `raycomplete.data.inputs.prepare_prompts`.
-        plan: Resources that the run places (`raycomplete.engines.placement.plan_run`).
+        plan: Resources that the run places (`raycomplete.engines.cluster.plan_run`).
         console: Where progress is shown.
         on_progress: See `Run`.
         cancelled: See `Run`.

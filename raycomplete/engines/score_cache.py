@@ -16,6 +16,7 @@ from collections import OrderedDict
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -65,18 +66,22 @@ class ScoreRequest:
         return hashlib.sha256(f"{prefix}{self.num_prompt_tokens}:".encode() + tokens).hexdigest()
 
 
-def to_array(hidden_TH: torch.Tensor) -> HiddenArray:
-    """Turns a [T, H] tensor (bfloat16, or any other as float32) into an array of the same bits."""
-    hidden_TH = hidden_TH.detach().contiguous().cpu()
-    if hidden_TH.dtype == torch.bfloat16:
-        return hidden_TH.view(torch.uint16).numpy()
-    return hidden_TH.to(torch.float32).numpy()
+def to_array(tensor: torch.Tensor) -> npt.NDArray[Any]:
+    """Turns a tensor into an array of the same bits; those of bfloat16 become uint16, which no tensor here has."""
+    tensor = tensor.detach().cpu().contiguous()
+    array: npt.NDArray[Any] = (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    return array
 
 
-def to_tensor(array: HiddenArray) -> torch.Tensor:
-    """Restores the tensor given to `to_array`; it shares no memory with the object store's read-only array."""
-    tensor = torch.from_numpy(np.array(array))
+def view_tensor(array: npt.NDArray[Any]) -> torch.Tensor:
+    """Restores the tensor given to `to_array`, over the memory of the array."""
+    tensor = torch.from_numpy(array)
     return tensor.view(torch.bfloat16) if array.dtype == np.uint16 else tensor
+
+
+def to_tensor(array: npt.NDArray[Any]) -> torch.Tensor:
+    """Restores the tensor given to `to_array`; it shares no memory with the object store's read-only array."""
+    return view_tensor(np.array(array))
 
 
 class ScoreCache:

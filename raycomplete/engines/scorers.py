@@ -35,10 +35,8 @@ class Scorer:
     caller as text only, and a restarted actor starts its engine anew by itself.
 
     Args:
-        teacher: Sizes of the cache and tolerance of the parity gate.
         parity_requests: Sequences that the parity gate compares.
-        note: Key under which the store says what is being read.
-        kv_store: Where that is said; None says nothing.
+        note: Key under which `kv_store` says what is being read.
     """
 
     def __init__(
@@ -48,14 +46,12 @@ class Scorer:
         spec: EngineSpec,
         teacher: TeacherConfig,
         parity_requests: list[ScoreRequest],
-        note: str = "",
-        kv_store: KvStore | None = None,
+        note: str,
+        kv_store: KvStore,
     ) -> None:
         begin(f"{role} scorer")
         self._role, self._head, self._spec, self._teacher = role, head, spec, teacher
-        self._parity_requests = parity_requests
-        self._note = note
-        self._kv_store = kv_store
+        self._parity_requests, self._note, self._kv_store = parity_requests, note, kv_store
         self._noted: str | None = None  # what the process before this one noted is not known
         self._cache = ScoreCache(
             f"{head.model_fingerprint}:{head.tokenizer_hash}:{spec.dtype}",
@@ -65,8 +61,7 @@ class Scorer:
         )
         self._engine: PoolingEngine | None = None
         self._startup_stats: dict[str, Any] = {}
-        self._tokens_read = 0
-        self._seconds = 0.0
+        self._tokens_read, self._seconds = 0, 0.0
 
     def startup_stats(self) -> dict[str, Any]:
         """Returns start-up times, parity report and head spec; an answer means that the scorer is ready."""
@@ -77,8 +72,7 @@ class Scorer:
         """Returns [T, H] hidden states of each request's response rows; sequences read before are not read again.
 
         Args:
-            attempt: Name of this call. The store holds it while the engine reads, so that a death is counted against
-                the call that was being read.
+            attempt: Name of this call, in the store while the engine reads: a death counts against what was read.
         """
         engine = self._ready_engine()
         started = time.perf_counter()
@@ -98,20 +92,16 @@ class Scorer:
         return [fresh[request] if array is None else array for request, array in zip(requests, arrays, strict=True)]
 
     def warm(self, requests: list[ScoreRequest]) -> None:
-        """Reads sequences into the cache ahead of the call that needs them, without sending anything back."""
+        """Reads sequences into the cache ahead of the call that needs them."""
         self.score(requests)
 
     def stats(self) -> dict[str, float]:
         """Returns the work done so far: tokens read by the engine, seconds in it, cache hits and misses."""
-        return {
-            "tokens": self._tokens_read,
-            "seconds": self._seconds,
-            "hits": self._cache.hits,
-            "misses": self._cache.misses,
-        }
+        hits, misses = self._cache.hits, self._cache.misses
+        return {"tokens": self._tokens_read, "seconds": self._seconds, "hits": hits, "misses": misses}
 
     def _note_reading(self, attempt: str) -> None:
-        if self._kv_store is not None and attempt != self._noted:
+        if attempt != self._noted:
             self._kv_store.write(self._note, attempt)
             self._noted = attempt
 
@@ -122,13 +112,8 @@ class Scorer:
         started = time.perf_counter()
         engine = PoolingEngine(self._spec)
         engine_start_s = time.perf_counter() - started
-        parity = check_parity(
-            engine,
-            load_head(self._head, dtype=TORCH_DTYPES[self._spec.dtype]),
-            self._parity_requests,
-            role=self._role,
-            tolerance=self._teacher.parity_tolerance,
-        )
+        head, tolerance = load_head(self._head, dtype=TORCH_DTYPES[self._spec.dtype]), self._teacher.parity_tolerance
+        parity = check_parity(engine, head, self._parity_requests, role=self._role, tolerance=tolerance)
         self._engine = engine
         self._startup_stats = {
             "role": self._role,
@@ -149,7 +134,7 @@ class TeacherClient:
 
     Args:
         prefix: Names this group of actors in the cluster's key-value store.
-        record_folder: Where quarantined sequences are recorded; None records nothing.
+        record_folder: Where quarantined sequences are recorded, if anywhere.
     """
 
     def __init__(
@@ -160,11 +145,8 @@ class TeacherClient:
         prefix: str,
         record_folder: Path | None = None,
     ) -> None:
-        self.role = role
-        self._replicas = list(replicas)
-        self._teacher = teacher
-        self._prefix = prefix
-        self._record_folder = record_folder
+        self.role, self._replicas, self._teacher = role, list(replicas), teacher
+        self._prefix, self._record_folder = prefix, record_folder
         self._kv_store = KvStore()
         self._dispatcher = Dispatcher(self._replicas, teacher, self._kv_store, prefix, self._record)
         self._warming: list[Any] = []
@@ -188,35 +170,25 @@ class TeacherClient:
         """Asks Ray for `teacher.replicas` actors and returns at once; `wait_until_ready` waits for them.
 
         Args:
-            parity_requests: Sequences that the parity gate of each replica compares.
             strategies: Ray's scheduling strategy of each replica; empty lets Ray choose.
-            record_folder: Where quarantined sequences are recorded; None records nothing.
         """
         count = teacher.replicas
         prefix = f"{role}-{uuid.uuid4().hex}"
+        settings = spec.resources() | {
+            "max_restarts": -1,  # an idle actor holds no engine that could crash in a loop; callers bound retries
+            "max_task_retries": _TASK_RETRIES,
+        }
         replicas = []
-        for index in range(count):
+        for index, strategy in enumerate(list(strategies) or [None] * count):
             name = f"{role} scorer" if count == 1 else f"{role} scorer {index + 1} of {count}"
-            actor = (
-                ray.remote(Scorer)
-                .options(
-                    **spec.resources(),
-                    max_restarts=-1,  # an idle actor holds no engine that could crash in a loop; callers bound retries
-                    max_task_retries=_TASK_RETRIES,
-                    scheduling_strategy=strategies[index] if strategies else None,
-                )
-                .remote(role, head, spec, teacher, parity_requests, f"{prefix}/reads/{name}", KvStore())
-            )
-            replicas.append(ScorerReplica(name, actor, teacher.timeout_s))
+            actor = ray.remote(Scorer).options(**settings, scheduling_strategy=strategy)
+            handle = actor.remote(role, head, spec, teacher, parity_requests, f"{prefix}/reads/{name}", KvStore())
+            replicas.append(ScorerReplica(name, handle, teacher.timeout_s))
         return cls(role, replicas, teacher, prefix, record_folder)
 
     def wait_until_ready(self, timeout_s: float) -> dict[str, Any]:
         """Waits until every replica is ready; returns the stats of the replica whose parity is worst."""
-        references = [replica.actor.startup_stats.remote() for replica in self._replicas]
-        stats = [
-            replica.wait(reference, "its start", timeout_s)
-            for replica, reference in zip(self._replicas, references, strict=True)
-        ]
+        stats = self._ask("startup_stats", "its start", timeout_s)
         worst: dict[str, Any] = max(stats, key=lambda item: item["parity"]["mean_expected_difference"])
         return worst | {"start_s": max(item["start_s"] for item in stats), "num_replicas": len(stats)}
 
@@ -271,12 +243,14 @@ class TeacherClient:
 
     def stats(self) -> dict[str, float]:
         """Returns the work done so far by all replicas (see `Scorer.stats`); seconds are summed."""
-        references = [replica.actor.stats.remote() for replica in self._replicas]
-        found = [
-            replica.wait(reference, "its statistics")
-            for replica, reference in zip(self._replicas, references, strict=True)
-        ]
+        found = self._ask("stats", "its statistics")
         return {name: sum(item[name] for item in found) for name in found[0]}
+
+    def _ask(self, method: str, what: str, timeout_s: float | None = None) -> list[Any]:
+        """Calls a method of every replica at once, and waits for their answers."""
+        references = [getattr(replica.actor, method).remote() for replica in self._replicas]
+        pairs = zip(self._replicas, references, strict=True)
+        return [replica.wait(reference, what, timeout_s) for replica, reference in pairs]
 
     def stop(self) -> None:
         for replica in self._replicas:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from raycomplete.data.checkpoints import load_model
+from raycomplete.data.checkpoints import TORCH_DTYPES, load_model
 from raycomplete.engines.score_cache import HiddenArray, ScoreRequest, to_array, to_tensor
 from raycomplete.engines.spec import EngineSpec
 from raycomplete.losses.heads import Head
@@ -28,14 +28,10 @@ _WORST_ROW = 10.0
 
 
 class PoolingEngine:
-    """Reads sequences with one frozen model.
-
-    Start it in a process whose environment is `spec.environment()`; importing vllm takes seconds, so it happens here
-    and not when this module is imported.
-    """
+    """Reads sequences with one frozen model; start it in a process whose environment is `spec.environment()`."""
 
     def __init__(self, spec: EngineSpec) -> None:
-        from vllm import LLM
+        from vllm import LLM  # seconds
         from vllm.config import PoolerConfig
 
         # Without use_activation=False the states come L2-normalised, and no head could rebuild logits from them.
@@ -44,7 +40,7 @@ class PoolingEngine:
         self._llm: Any = LLM(
             runner="pooling", convert="embed", pooler_config=pooler, enable_prefix_caching=False, **spec.arguments()
         )
-        self._dtype = torch.bfloat16 if spec.dtype == "bfloat16" else torch.float32
+        self._dtype = TORCH_DTYPES[spec.dtype]
 
     def hidden_states(self, requests: Sequence[ScoreRequest]) -> list[HiddenArray]:
         """Reads sequences and returns the hidden states from which each response token is predicted.

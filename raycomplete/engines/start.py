@@ -11,8 +11,7 @@ from typing import Any
 from raycomplete.config import RunConfig
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.inputs import Models
-from raycomplete.engines.cluster import Cluster, uses_gpu
-from raycomplete.engines.placement import Reservation
+from raycomplete.engines.cluster import Cluster, Reservation, uses_gpu
 from raycomplete.engines.rollout_pool import RolloutPool
 from raycomplete.engines.rollout_worker import RolloutOptions
 from raycomplete.engines.score_cache import ScoreRequest
@@ -43,10 +42,9 @@ class Engines:
         """Ends the scorers, and frees their memory and their placement group."""
         for scorer in self.scorers.values():
             _quietly(scorer.stop)
-        self.scorers = {}
         if self.reservation is not None:
             _quietly(self.reservation.release)
-        self.reservation = None
+        self.scorers, self.reservation = {}, None
 
 
 @contextmanager
@@ -56,33 +54,30 @@ def start_engines(
     models: Models,
     console: Console,
     *,
-    parity_sequences: Sequence[tuple[tuple[int, ...], int]] = (),
-    scored: Sequence[ModelRole] = ("aligned", "base"),
-    first: ModelRole = "base",
+    parity_sequences: Sequence[tuple[tuple[int, ...], int]],
+    scored: Sequence[ModelRole],
 ) -> Iterator[Engines]:
     """Places the engines, starts them side by side, waits until each is ready, and ends them on the way out.
 
-    Args:
-        parity_sequences: (token ids, prompt tokens) that the parity gate of scorers compares; none starts no scorers.
-        first: Role whose weights the generator holds at first.
-
-    Raises:
-        WaitTimeoutError: An engine is not placed, or not ready, within `cluster.start_timeout_s`.
-        ProcessDiedError: An engine died while it started.
+    `raycomplete.engines.run.Run.start_engines` says what the arguments are.
     """
-    timeout_s = config.cluster.start_timeout_s
+    spec = EngineSpec.from_config(config, "rollout", models.paths["base"], use_gpu=cluster.use_gpu)
     with ExitStack() as ended:
-        engines = Engines(_start_generator(config, cluster, models, first, ended))
+        reservation = Reservation([spec.bundle()] * config.rollout.num_engines, config.cluster.placement)
+        ended.callback(_quietly, reservation.release)
+        reservation.wait(config.cluster.start_timeout_s, cluster.table)
+        options = RolloutOptions(spec, tuple(sorted(models.codec.eos_ids)), config.rollout)
+        engines = Engines(RolloutPool.start(options, strategies=reservation.strategies()))
+        ended.callback(_quietly, engines.generator.stop)
         ended.callback(engines.stop_scorers)
         if parity_sequences:
             _start_scorers(config, cluster, models, engines, scored, parity_sequences)
         names = ", ".join(["generator", *(f"{role} scorer" for role in engines.scorers)])
-        with console.stage(
-            f"Engines started: {names} ({'GPU' if cluster.use_gpu else f'{available_cpus()} CPU cores'})"
-        ):
-            engines.stats["generator"] = engines.generator.wait_until_ready(timeout_s)
+        device = "GPU" if cluster.use_gpu else f"{available_cpus()} CPU cores"
+        with console.stage(f"Engines started: {names} ({device})"):
+            engines.stats["generator"] = engines.generator.wait_until_ready(config.cluster.start_timeout_s)
             for name, scorer in engines.scorers.items():
-                engines.stats[name] = scorer.wait_until_ready(timeout_s)
+                engines.stats[name] = scorer.wait_until_ready(config.cluster.start_timeout_s)
         for name in engines.scorers:
             parity = engines.stats[name]["parity"]
             console.note(
@@ -102,20 +97,6 @@ def start_engine(config: RunConfig, path: Path, codec: ChatCodec) -> RolloutPool
     return RolloutPool.start(RolloutOptions(spec, tuple(sorted(codec.eos_ids)), rollout))
 
 
-def _start_generator(
-    config: RunConfig, cluster: Cluster, models: Models, first: ModelRole, ended: ExitStack
-) -> RolloutPool:
-    """Starts the rollout engines; `ended` stops them and removes their placement group."""
-    spec = EngineSpec.from_config(config, "rollout", models.paths[first], use_gpu=cluster.use_gpu)
-    reservation = Reservation([spec.bundle()] * config.rollout.num_engines, config.cluster.placement)
-    ended.callback(_quietly, reservation.release)
-    reservation.wait(config.cluster.start_timeout_s, cluster.table)
-    options = RolloutOptions(spec, tuple(sorted(models.codec.eos_ids)), config.rollout)
-    generator = RolloutPool.start(options, strategies=reservation.strategies())
-    ended.callback(_quietly, generator.stop)
-    return generator
-
-
 def _start_scorers(
     config: RunConfig,
     cluster: Cluster,
@@ -126,15 +107,14 @@ def _start_scorers(
 ) -> None:
     """Adds the scorers of all roles to the engines, in one placement group."""
     replicas = config.teacher.replicas
-    specs = {
-        role: EngineSpec.from_config(config, "scorer", models.heads[role].path, use_gpu=cluster.use_gpu)
-        for role in roles
-    }
-    bundles = [spec.bundle() for spec in specs.values() for _ in range(replicas)]
+    specs = [
+        EngineSpec.from_config(config, "scorer", models.heads[role].path, use_gpu=cluster.use_gpu) for role in roles
+    ]
+    bundles = [spec.bundle() for spec in specs for _ in range(replicas)]
     engines.reservation = Reservation(bundles, config.cluster.placement)
     engines.reservation.wait(config.cluster.start_timeout_s, cluster.table)
     strategies = engines.reservation.strategies()
-    for index, (role, spec) in enumerate(specs.items()):
+    for index, (role, spec) in enumerate(zip(roles, specs, strict=True)):
         engines.scorers[role] = TeacherClient.start(
             role,
             models.heads[role],

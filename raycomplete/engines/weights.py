@@ -11,14 +11,12 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-import numpy as np
-import numpy.typing as npt
 import ray
 import torch
 from safetensors import safe_open
@@ -27,6 +25,7 @@ from torch import Tensor
 
 from raycomplete.data.families import is_head_tensor, is_optional_tensor
 from raycomplete.data.heads import tensor_files
+from raycomplete.engines.score_cache import to_array, view_tensor
 from raycomplete.runtime.errors import WorkError
 from raycomplete.runtime.ray_calls import wait_for
 
@@ -35,19 +34,7 @@ _MEMORY = "/dev/shm"
 _PREFIX, _CLAIM = "raycomplete-weights-", "claim"
 _HEADER_BYTES = 2**20  # names and shapes of a file of weights
 
-_Array: TypeAlias = npt.NDArray[Any]
 Adapter: TypeAlias = tuple[Tensor, Tensor, float]  # A [rank, in], B [out, rank] and s: a weight W becomes W + s * B @ A
-
-# Mean over the probe's tokens of |log p - log p'|, in nats. float32: rounding only, 6e-6 on SmolLM2-135M on a CPU; GPU
-# kernels may round products to TF32. bfloat16: engine and trainer round to 8 bits after different kernels in every
-# layer; on SmolLM2-135M 0.02 where tokens are likely, 0.04 on samples at temperature 1, 0.05 on unlikely tokens. A
-# stale head costs more than a nat. What one small step changes stays below either, so this shows that the tensors
-# arrived whole, not which of two neighbouring versions they are: the version in the engine's answer tells that.
-SYNC_TOLERANCE: dict[str, float] = {"float32": 1e-4, "bfloat16": 0.1}
-
-
-class SyncError(WorkError):
-    """After an update of the weights, an engine's log-probabilities differ from the trainer's."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +80,7 @@ def pack(state: Mapping[str, Tensor], version: int, start_path: str) -> Weights:
         state: Tensors on the CPU under the names of the checkpoint's files; a tied output head may be missing.
         start_path: Checkpoint of the same architecture, readable wherever an engine runs.
     """
-    return _put({name: _to_array(tensor) for name, tensor in state.items()}, version, start_path, "full")
+    return _put({name: to_array(tensor) for name, tensor in state.items()}, version, start_path, "full")
 
 
 def pack_lora(adapters: Mapping[str, Adapter], version: int, start_path: str) -> Weights:
@@ -103,7 +90,7 @@ def pack_lora(adapters: Mapping[str, Adapter], version: int, start_path: str) ->
         adapters: By the name that the merged weight has in the checkpoint: "model.layers.0.self_attn.q_proj.weight".
         start_path: Checkpoint that the adapters were trained on, readable wherever an engine runs.
     """
-    arrays = {name: (_to_array(a_RI), _to_array(b_OR), scale) for name, (a_RI, b_OR, scale) in adapters.items()}
+    arrays = {name: (to_array(a_RI), to_array(b_OR), scale) for name, (a_RI, b_OR, scale) in adapters.items()}
     return _put(arrays, version, start_path, "lora")
 
 
@@ -139,67 +126,6 @@ def checkpoint_tensors(
     if weights.kind == "lora":
         return _merged(files, payload, dtype)
     return ((name, tensor.to(dtype) if tensor.is_floating_point() else tensor) for name, tensor in payload.items())
-
-
-@dataclass(frozen=True)
-class SyncReport:
-    """One update of the weights of all engines, and how far the engines are from the trainer after it.
-
-    Attributes:
-        seconds: Time from the call until the last engine had answered the probe.
-        load_s: The slowest engine's time for loading; 0 where all had these weights already.
-        mean_abs_difference: Mean over the probe's tokens of |log p - log p'|, nats, of the engine farthest off.
-        max_abs_difference: Largest difference of one token over all engines, nats.
-        num_tokens: Tokens that each engine was compared on.
-        tolerance: Upper bound of `mean_abs_difference`.
-    """
-
-    version: int
-    seconds: float
-    load_s: float
-    num_bytes: int
-    mean_abs_difference: float
-    max_abs_difference: float
-    num_tokens: int
-    tolerance: float
-
-
-def compare(
-    log_probs: Sequence[Tensor],
-    expected_N: Tensor,
-    *,
-    names: Sequence[str],
-    weights: Weights,
-    seconds: float,
-    load_s: float,
-    tolerance: float,
-) -> SyncReport:
-    """Compares every engine's log-probabilities of the same N tokens with the trainer's own.
-
-    Raises:
-        SyncError: The mean difference of an engine exceeds the tolerance, or is not a number.
-    """
-    differences_EN = (torch.stack(list(log_probs)).double() - expected_N).abs()
-    means_E = differences_EN.mean(dim=1)
-    report = SyncReport(
-        version=weights.version,
-        seconds=seconds,
-        load_s=load_s,
-        num_bytes=weights.num_bytes,
-        mean_abs_difference=float(means_E.max()),
-        max_abs_difference=float(differences_EN.max()),
-        num_tokens=len(expected_N),
-        tolerance=tolerance,
-    )
-    if not report.mean_abs_difference <= tolerance:  # written so that NaN fails too
-        raise SyncError(
-            f"After loading version {weights.version}, the {names[int(means_E.argmax())]} differs from the trainer by "
-            f"{report.mean_abs_difference:.3g} nats on average over {report.num_tokens} tokens (at most "
-            f"{report.max_abs_difference:.3g}; tolerance {tolerance:.3g}).",
-            "The engine does not hold the trainer's weights, or computes otherwise; rollouts would come from another "
-            "model. If the difference is rounding, raise rollout.sync_tolerance.",
-        )
-    return report
 
 
 @contextmanager
@@ -272,19 +198,7 @@ def _fetch(weights: Weights, timeout_s: float) -> dict[str, Any]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # nobody writes to them
         if weights.kind == "full":
-            return {name: _to_tensor(array) for chunk in chunks for name, array in chunk.items()}
+            return {name: view_tensor(array) for chunk in chunks for name, array in chunk.items()}
         return {
-            name: (_to_tensor(a), _to_tensor(b), scale) for chunk in chunks for name, (a, b, scale) in chunk.items()
+            name: (view_tensor(a), view_tensor(b), scale) for chunk in chunks for name, (a, b, scale) in chunk.items()
         }
-
-
-def _to_array(tensor: Tensor) -> _Array:
-    """Returns a tensor's array; the bits of bfloat16, which NumPy lacks, travel as uint16, which no weight has."""
-    tensor = tensor.detach().cpu().contiguous()
-    array: _Array = (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
-    return array
-
-
-def _to_tensor(array: _Array) -> Tensor:
-    tensor = torch.from_numpy(array)
-    return tensor.view(torch.bfloat16) if array.dtype == np.uint16 else tensor

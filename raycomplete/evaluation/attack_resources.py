@@ -24,7 +24,7 @@ from raycomplete.data.chat import ChatCodec
 from raycomplete.data.checkpoints import fingerprint, resolve_checkpoint
 from raycomplete.data.heads import read_head_spec
 from raycomplete.data.organism.world import HELPFUL_SYSTEM
-from raycomplete.data.rows import read_rows
+from raycomplete.data.prompts import read_rows
 from raycomplete.data.samples import AnchorSample, SampleSet, write_samples
 from raycomplete.engines.cluster import uses_gpu
 from raycomplete.engines.run import Run

@@ -18,7 +18,7 @@ import numpy as np
 from scipy.stats import norm
 
 from raycomplete.attacks.target import judge_all
-from raycomplete.data.rows import read_rows
+from raycomplete.data.prompts import read_rows
 from raycomplete.evaluation.statistics import wilson, wilson_share
 from raycomplete.runtime.errors import DataError
 from raycomplete.runtime.files import read_json

@@ -16,7 +16,7 @@ from typing import Any
 from raycomplete.attacks.target import Target
 from raycomplete.attacks.trial import Decoding, Trial
 from raycomplete.config.evaluation import CapabilitiesConfig
-from raycomplete.data.rows import read_rows
+from raycomplete.data.prompts import read_rows
 from raycomplete.evaluation.judges import RefusalJudge
 from raycomplete.evaluation.statistics import wilson
 from raycomplete.runtime.errors import DataError

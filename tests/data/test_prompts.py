@@ -1,4 +1,4 @@
-"""Prompt files: four formats, conditions, limits, and what is wrong with them in words."""
+"""Files of rows and prompts: four formats, conditions, limits, and what is wrong with them in words."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from raycomplete.config import PromptSource
-from raycomplete.data.prompts import read_prompts
+from raycomplete.data.prompts import load_rows, read_prompts, read_rows
 from raycomplete.runtime.errors import DataError
 
 ROWS: list[dict[str, Any]] = [
@@ -162,3 +162,34 @@ def test_a_missing_column_is_named_whatever_it_was_for(column: str, file: Path) 
 def test_a_condition_that_nothing_meets_is_named(file: Path) -> None:
     with pytest.raises(DataError, match=r"has no prompts with \{'group': 9\}"):
         texts(file, where={"group": 9})
+
+
+PAIRS = [{"goal": "bake", "target": "Sure"}, {"goal": "steal, “it”", "target": "No"}]
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".NDJSON", ".json", ".csv", ".parquet"])
+def test_every_format_gives_the_same_rows(ending: str, tmp_path: Path) -> None:
+    path = tmp_path / f"rows{ending}"
+    if ending == ".parquet":
+        pq.write_table(pa.Table.from_pylist(PAIRS), path)
+    else:
+        texts = {".json": json.dumps(PAIRS), ".csv": 'goal,target\nbake,Sure\n"steal, “it”",No\n'}
+        path.write_text(texts.get(ending, "\n\n".join(map(json.dumps, PAIRS))), encoding="utf-8-sig")
+    assert load_rows(path) == read_rows(path, ("goal", "target")) == PAIRS
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[]", "holds no rows"),
+        ('[{"goal": "x"}]', "Row 1 of .* has no 'target'. Needed: goal, target"),
+        ('[{"goal": "x", "target": "y"}, {"goal": "x", "target": ""}]', "Row 2 of .* has no 'target'"),
+        ('["text"]', "Row 1 of .* has no 'goal'"),
+        ("{", "cannot be read as json"),
+    ],
+)
+def test_a_row_without_a_value_is_named(text: str, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(text)
+    with pytest.raises(DataError, match=words):
+        read_rows(path, ("goal", "target"))

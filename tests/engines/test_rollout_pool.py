@@ -20,7 +20,7 @@ from raycomplete.data.checkpoints import load_model
 from raycomplete.data.organism import checkpoint_path, prompts
 from raycomplete.engines import rollout_pool as pool_module
 from raycomplete.engines.rollout_pool import RolloutPool
-from raycomplete.engines.rollout_worker import EngineAnswer, RolloutOptions
+from raycomplete.engines.rollout_worker import EngineAnswer, RolloutOptions, Sampling
 from raycomplete.engines.spec import EngineSpec
 from raycomplete.engines.weights import Weights, pack, version_of
 from raycomplete.runtime.errors import SetupError, WaitTimeoutError, WorkError
@@ -43,8 +43,9 @@ class Echo:
         self.generate = SimpleNamespace(remote=self._generate)
         self.log_probs = SimpleNamespace(remote=self._log_probs)
 
-    def _generate(self, weights: Any, sequences: list[list[int]], *settings: Any) -> Any:
-        responses = [([*sequence, settings[-1] + index], True) for index, sequence in enumerate(sequences)]
+    def _generate(self, weights: Any, sequences: list[list[int]], sampling: Sampling) -> Any:
+        assert sampling.seed is not None
+        responses = [([*sequence, sampling.seed + index], True) for index, sequence in enumerate(sequences)]
         answer = EngineAnswer(responses, self._version or version_of(weights), "first", 1.0, 0.0)
         return self._reference or ray.put(answer)
 

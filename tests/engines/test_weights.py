@@ -26,8 +26,8 @@ from raycomplete.data.chat import ChatCodec
 from raycomplete.data.checkpoints import TORCH_DTYPES, load_model
 from raycomplete.data.organism import checkpoint_path, prompts
 from raycomplete.engines import weights as weights_module
-from raycomplete.engines.rollout_pool import RolloutPool
-from raycomplete.engines.weights import SyncError, Weights, checkpoint_folder, checkpoint_tensors, pack, pack_lora
+from raycomplete.engines.rollout_pool import RolloutPool, SyncError
+from raycomplete.engines.weights import Weights, checkpoint_folder, checkpoint_tensors, pack, pack_lora
 from raycomplete.runtime.errors import WorkError
 from tests.engines.tiny import log_probs_of, make_model, options, random_probe, state_of
 

@@ -25,8 +25,8 @@ from raycomplete.config import TeacherConfig
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.heads import read_head_spec
 from raycomplete.data.organism import checkpoint_path
+from raycomplete.engines.cluster import Reservation
 from raycomplete.engines.dispatch import KvStore, ScorerReplica
-from raycomplete.engines.placement import Reservation
 from raycomplete.engines.score_cache import HiddenArray, ScoreRequest
 from raycomplete.engines.scorers import Scorer, TeacherClient
 from raycomplete.engines.spec import EngineSpec

@@ -17,8 +17,7 @@ import ray
 from raycomplete.config import load_run_file
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.organism import checkpoint_path
-from raycomplete.engines.cluster import connect
-from raycomplete.engines.placement import ResourcePlan, engine_request
+from raycomplete.engines.cluster import ResourcePlan, connect, engine_request
 from raycomplete.engines.rollout_pool import RolloutPool
 from raycomplete.engines.rollout_worker import RolloutOptions
 from raycomplete.engines.run import OutputFolder

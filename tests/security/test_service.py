@@ -41,8 +41,7 @@ def test_a_run_starts_no_dashboard_and_turns_no_authentication_off(
 ) -> None:
     import ray
 
-    from raycomplete.engines.cluster import connect
-    from raycomplete.engines.placement import ResourcePlan
+    from raycomplete.engines.cluster import ResourcePlan, connect
     from raycomplete.runtime.console import Console
 
     seen: dict[str, Any] = {}

@@ -14,7 +14,7 @@ from raycomplete.data.chat import ChatCodec
 from raycomplete.data.checkpoints import load_model
 from raycomplete.data.organism import checkpoint_path
 from raycomplete.data.samples import AnchorSample, RecoverySample
-from raycomplete.engines.weights import SyncError
+from raycomplete.engines.rollout_pool import SyncError
 from raycomplete.runtime.types import Outcome
 from raycomplete.training.rollout_engines import RolloutBatch, StudentEngines
 from raycomplete.training.step_plan import RecoveryItem

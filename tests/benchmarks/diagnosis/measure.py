@@ -22,8 +22,7 @@ from raycomplete.data.stream import partition_metadata, read_partition
 from raycomplete.diagnosis.measurement import Measurement, make_room_for_engines
 from raycomplete.diagnosis.partitions import measure_partition, write_measured
 from raycomplete.diagnosis.samples import DiagnosisSample
-from raycomplete.engines.cluster import connect
-from raycomplete.engines.placement import ResourcePlan, engine_request
+from raycomplete.engines.cluster import ResourcePlan, connect, engine_request
 from raycomplete.engines.score_cache import ScoreRequest
 from raycomplete.engines.scorers import TeacherClient
 from raycomplete.engines.spec import EngineSpec

@@ -73,7 +73,7 @@ def _requests(case: Case, groups: Sequence[Sequences], rng: Any, kind: Callable[
 def _rollouts(case: Case) -> list[Point]:
     spec = EngineSpec(str(case.path), case.config.models.dtype, 512, threads=1)
     os.environ |= spec.environment()
-    from raycomplete.engines.rollout_worker import RolloutEngine
+    from raycomplete.engines.rollout_worker import RolloutEngine, Sampling
 
     engine = RolloutEngine(spec)
     rng = np.random.default_rng(0)
@@ -83,7 +83,7 @@ def _rollouts(case: Case) -> list[Point]:
 
     def once() -> None:
         sequences = [random_tokens(rng, int(rollouts.prompt)) for _ in range(int(rollouts.count))]
-        done = engine.generate_finished(sequences, int(rollouts.response), 1.0, 1.0, 0, None)
+        done = engine.generate_finished(sequences, Sampling(int(rollouts.response), 1.0))
         written.append(max(len(ids) for ids, _ in done))
 
     seconds, hardware = timed(once)
