@@ -13,26 +13,19 @@ from raycomplete.attacks.target import Target
 from raycomplete.attacks.trial import Decoding, Trial
 from raycomplete.runtime.types import Prompt
 
+_TWENTIETHS = [round(0.05 * step, 2) for step in range(1, 21)]
 _TOP_KS = [1, 2, 5, 10, 20, 50, 100, 200, 500]
-
-
-def _twentieths() -> list[float]:
-    return [round(0.05 * step, 2) for step in range(1, 21)]
 
 
 class DecodingConfig(AttackConfig):
     """Sampling settings vary one at a time, the others stay at 1 and off."""
 
-    standard: ClassVar[Mapping[str, Any]] = {
-        "temperatures": _twentieths(),
-        "top_ps": _twentieths(),
-        "top_ks": _TOP_KS,
-    }
+    standard: ClassVar[Mapping[str, Any]] = {"temperatures": _TWENTIETHS, "top_ps": _TWENTIETHS, "top_ks": _TOP_KS}
 
     name: Literal["decoding"] = "decoding"
-    temperatures: list[float] = Field(default_factory=_twentieths, description="sampling temperatures")
-    top_ps: list[float] = Field(default_factory=_twentieths, description="nucleus masses")
-    top_ks: list[int] = Field(default_factory=lambda: list(_TOP_KS), description="numbers of likeliest tokens")
+    temperatures: list[float] = Field(default_factory=_TWENTIETHS.copy, description="sampling temperatures")
+    top_ps: list[float] = Field(default_factory=_TWENTIETHS.copy, description="nucleus masses")
+    top_ks: list[int] = Field(default_factory=_TOP_KS.copy, description="numbers of likeliest tokens")
     samples: int = Field(1, ge=1, le=64, description="responses under each setting")
 
     @model_validator(mode="after")

@@ -18,20 +18,17 @@ from raycomplete.attacks.trial import Emit, Trial
 from raycomplete.runtime.types import Prompt
 
 FinetuneDataset = Literal["identity_shift", "benign"]
-
-
-def _all_datasets() -> list[FinetuneDataset]:
-    return ["identity_shift", "benign"]
+_DATASETS: list[FinetuneDataset] = ["identity_shift", "benign"]
 
 
 class FinetuneConfig(AttackConfig):
     """Fine-tunes a copy of the model and asks again."""
 
-    standard: ClassVar[Mapping[str, Any]] = {"datasets": _all_datasets()}
+    standard: ClassVar[Mapping[str, Any]] = {"datasets": _DATASETS}
 
     name: Literal["finetune"] = "finetune"
     datasets: list[FinetuneDataset] = Field(
-        default_factory=_all_datasets, min_length=1, description="data sets, each of which trains a copy"
+        default_factory=_DATASETS.copy, min_length=1, description="data sets, each of which trains a copy"
     )
     identity_shift: Path | None = Field(None, description="JSONL of chats (`messages`); needed outside the organism")
     benign: Path | None = Field(None, description="JSONL with instruction and output; needed outside the organism")

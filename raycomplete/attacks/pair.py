@@ -5,7 +5,7 @@ it and tries again. The instruction is ours, and the feedback is the judge's out
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, ClassVar, Literal
 
@@ -50,18 +50,16 @@ class _Attempt:
     trial: Trial
     text: str
     answer: str = ""
-    outcome: str = "not asked yet"
     response: Response | None = None
-    queries: int = 0
-    first_complied: bool = False
+    outcomes: list[Outcome] = field(default_factory=list)  # round by round
 
     @property
     def open(self) -> bool:
-        return self.outcome != Outcome.COMPLIED
+        return Outcome.COMPLIED not in self.outcomes
 
     def finished(self) -> Response:
         assert self.response is not None, "every attempt asks at least once"
-        stats = {"queries": self.queries, FIRST_COMPLIED: float(self.first_complied)}
+        stats = {"queries": len(self.outcomes), FIRST_COMPLIED: float(self.outcomes[0] == Outcome.COMPLIED)}
         return replace(self.response, stats=stats)
 
 
@@ -132,10 +130,10 @@ class PairAttack(Attack[PairConfig]):
 
     def _request(self, attacker: Attacker, attempt: _Attempt) -> list[int]:
         """Fills in the attacker's instruction, without the last answer where both do not fit its context."""
+        outcome = str(attempt.outcomes[-1]) if attempt.outcomes else "not asked yet"
         for answer in (attempt.answer, ""):
-            slots = {"goal": attempt.trial.prompt.text, "prompt": attempt.text, "response": answer}
-            text = fill_slots(self.config.instruction or INSTRUCTION, slots | {"outcome": attempt.outcome})
-            ids = attacker.codec.encode_prompt(text)
+            slots = {"goal": attempt.trial.prompt.text, "prompt": attempt.text, "response": answer, "outcome": outcome}
+            ids = attacker.codec.encode_prompt(fill_slots(self.config.instruction or INSTRUCTION, slots))
             if len(ids) + self.config.max_tokens <= attacker.max_length:
                 return ids
         raise SetupError(
@@ -145,14 +143,10 @@ class PairAttack(Attack[PairConfig]):
         )
 
     def _ask(self, target: Target, attempts: Sequence[_Attempt]) -> None:
-        trials = [
-            replace(attempt.trial, sequence=tuple(target.codec.encode_prompt(attempt.text))) for attempt in attempts
-        ]
+        encode = target.codec.encode_prompt
+        trials = [replace(attempt.trial, sequence=tuple(encode(attempt.text))) for attempt in attempts]
         responses = continued(target, trials)
         outcomes = target.judged(list(zip(trials, responses, strict=True)))
         for attempt, response, outcome in zip(attempts, responses, outcomes, strict=True):
-            attempt.response, attempt.outcome = response, str(outcome)
-            attempt.answer = target.codec.decode(response.tokens)
-            attempt.queries += 1
-            if attempt.queries == 1:
-                attempt.first_complied = outcome == Outcome.COMPLIED
+            attempt.response, attempt.answer = response, target.codec.decode(response.tokens)
+            attempt.outcomes.append(outcome)

@@ -12,6 +12,7 @@ from raycomplete.runtime.types import Codec, Outcome, Prompt
 
 FORMAT = 3  # part of every key: raise it when the meaning of a stored response changes
 
+_GO_ON = "Finished work is kept; the same command continues it (train: with --resume)."
 # Entries of a response's stats that results read.
 FIRST_COMPLIED = "first_complied"  # 1 where the first of the responses that a judge picked from complied
 CUT_BY_CONTEXT = "cut_by_context"  # 1 where the context left no room for the steps asked for
@@ -112,9 +113,5 @@ class Progress:
 class EvaluationCancelled(StoppedError):
     """Someone asked to stop; what was finished is kept."""
 
-    def __init__(
-        self,
-        problem: str = "The evaluation was cancelled.",
-        remedy: str = "Finished work is kept; the same command continues it (train: with --resume).",
-    ) -> None:
+    def __init__(self, problem: str = "The evaluation was cancelled.", remedy: str = _GO_ON) -> None:
         super().__init__(problem, remedy)

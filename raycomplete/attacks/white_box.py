@@ -34,9 +34,8 @@ class TorchModel:
 
     def top_logprobs(self, sequences: Sequence[Sequence[int]], top: int) -> list[list[tuple[int, float]]]:
         values_BK, ids_BK = self._next_logprobs(sequences).topk(top, dim=-1)
-        return [
-            list(zip(ids, values, strict=True)) for ids, values in zip(ids_BK.tolist(), values_BK.tolist(), strict=True)
-        ]
+        rows = zip(ids_BK.tolist(), values_BK.tolist(), strict=True)
+        return [list(zip(ids, values, strict=True)) for ids, values in rows]
 
     def logprobs_of(self, sequences: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]) -> list[list[float]]:
         logprobs_BV = self._next_logprobs(sequences)

@@ -34,7 +34,6 @@ from raycomplete.runtime.errors import ConfigError, DataError, StoppedError
 from raycomplete.runtime.files import content_hash
 from raycomplete.runtime.machine import available_cpus
 from raycomplete.runtime.ray_calls import wait_for
-from raycomplete.runtime.types import Generator
 from raycomplete.training.job import TrainJob
 from raycomplete.training.trainer import fit
 
@@ -87,7 +86,7 @@ class AttackResources:
 
     def tools(self, path: Path) -> AttackTools:
         """Returns the tools of attacks on one checkpoint."""
-        run, seed = self._run, self._run.config.train.seed
+        run, models, seed = self._run, self._run.engines.generator, self._run.config.train.seed
 
         def white_boxes() -> Sequence[WhiteBoxClient]:
             if not self._boxes:
@@ -95,21 +94,29 @@ class AttackResources:
                 self._boxes += [self._white_box(path, available_cpus() // count) for _ in range(count)]
             return [box.with_weights(path) for box in self._boxes]
 
-        def trained(settings: FinetuneConfig, dataset: str) -> Generator:
-            return run.engines.generator.with_weights(str(fine_tune(run, settings, dataset, path)))
-
         has_base = "base" in run.models.paths
         return AttackTools(
             white_boxes=white_boxes,
             guide=(lambda: self._guide) if has_base else None,
             guide_id=run.models.fingerprint("base") if has_base else "",
             attacker=self._attacker,
-            fine_tune=trained,
+            fine_tune=lambda settings, dataset: models.with_weights(str(fine_tune(run, settings, dataset, path))),
             fine_tune_id=lambda settings, dataset: content_hash([read_chats(run.config, settings, dataset), seed]),
         )
 
     def _white_box(self, path: Path, threads: int) -> WhiteBoxClient:
-        box = WhiteBoxClient.start(self._run.config, path, threads=max(threads, 1))
+        """Asks Ray for the actor and returns at once; the first call waits for it."""
+        config, use_gpu = self._run.config, uses_gpu(self._run.config.cluster)
+        environment = {} if use_gpu else {"OMP_NUM_THREADS": str(max(threads, 1)), "CUDA_VISIBLE_DEVICES": ""}
+        worker = ray.remote(WhiteBoxWorker).options(
+            num_cpus=config.cluster.cpus_per_engine,
+            num_gpus=config.cluster.gpus_per_engine if use_gpu else 0,
+            runtime_env={"env_vars": environment},
+            max_restarts=2,
+            max_task_retries=2,  # every call says all that it depends on, so a retried one gives the same
+        )
+        actor = worker.remote(config.models.dtype, use_gpu, config.models.trust_remote_code)
+        box = WhiteBoxClient(actor, path, config.rollout.timeout_s)
         self._ended.callback(box.stop)
         return box
 
@@ -173,21 +180,6 @@ class WhiteBoxClient:
     def __init__(self, actor: Any, path: Path, timeout_s: float) -> None:
         self._actor, self._path, self._timeout_s = actor, path, timeout_s
 
-    @classmethod
-    def start(cls, config: RunConfig, path: Path, *, threads: int) -> WhiteBoxClient:
-        """Asks Ray for the actor and returns at once; the first call waits for it."""
-        use_gpu, cluster, models = uses_gpu(config.cluster), config.cluster, config.models
-        environment = {} if use_gpu else {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""}
-        remote = ray.remote(WhiteBoxWorker).options(
-            num_cpus=cluster.cpus_per_engine,
-            num_gpus=cluster.gpus_per_engine if use_gpu else 0,
-            runtime_env={"env_vars": environment},
-            max_restarts=2,
-            max_task_retries=2,  # every call says all that it depends on, so a retried one gives the same
-        )
-        actor = remote.remote(models.dtype, use_gpu, models.trust_remote_code)
-        return cls(actor, path, config.rollout.timeout_s)
-
     def with_weights(self, path: Path) -> WhiteBoxClient:
         """Returns the same actor with another checkpoint."""
         return WhiteBoxClient(self._actor, path, self._timeout_s)
@@ -217,9 +209,8 @@ def read_chats(config: RunConfig, settings: FinetuneConfig, dataset: str) -> lis
     path = settings.identity_shift if is_shift else settings.benign
     if path is None:
         if config.data.source != "organism":
-            raise ConfigError(
-                f"The attack finetune has no {dataset} chats.", f"Name a file under its {dataset}, or leave it out."
-            )
+            remedy = f"Name a file under its {dataset}, or leave it out."
+            raise ConfigError(f"The attack finetune has no {dataset} chats.", remedy)
         limit = _IDENTITY_CHATS if is_shift else settings.max_samples
         prompts = organism.prompts("train", "benign", config.data.seed, limit)
         return [(HELPFUL_SYSTEM if is_shift else None, prompt.text, prompt.answer or "") for prompt in prompts]
@@ -242,10 +233,7 @@ def _first_turns(messages: Any, path: Path) -> Chat:
 
 
 def fine_tune(run: Run, settings: FinetuneConfig, dataset: str, start: Path) -> Path:
-    """Trains a copy of a checkpoint on one dataset; one that was trained the same way before is used again.
-
-    Returns:
-        The folder of the trained checkpoint.
+    """Trains a copy of a checkpoint on one dataset, or finds the one that was trained so before; returns its folder.
 
     Raises:
         EvaluationCancelled: The run is stopping; a checkpoint of the training is kept.
@@ -299,11 +287,7 @@ def fine_tune(run: Run, settings: FinetuneConfig, dataset: str, start: Path) -> 
 
 
 def chat_samples(codec: ChatCodec, chats: Sequence[Chat], max_length: int) -> tuple[AnchorSample, ...]:
-    """Encodes chats for training, cut to the context; the end of a response is trained where it is not cut.
-
-    Raises:
-        DataError: The context holds no chat.
-    """
+    """Encodes chats for training, cut to the context; the end of a response is trained where it is not cut."""
     found = []
     for number, (system, user, assistant) in enumerate(chats):
         prompt = tuple(codec.encode_prompt(user, system))

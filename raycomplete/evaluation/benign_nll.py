@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -40,7 +40,7 @@ class GivenAnswer:
     prompt_id: str
     tokens: tuple[int, ...]  # prompt and answer, without end-of-response
     num_prompt: int  # prompt tokens among them
-    source: Literal["file", "aligned"]  # its author
+    source: str  # its author: "file" or "aligned"
 
     @property
     def num_answer(self) -> int:
@@ -50,10 +50,8 @@ class GivenAnswer:
 def measure_benign_nll(run: Run, roles: Sequence[ModelRole]) -> dict[str, Any]:
     """Measures the likelihood of good answers to the held-out benign prompts under every role.
 
-    Prompts without an answer of their own take that of the aligned model, where the run has one.
-
-    Returns:
-        The result of `benign_nll`; empty where there are no answers.
+    Prompts without an answer of their own take that of the aligned model, where the run has one. The result is that of
+    `benign_nll`; empty where there are no answers.
     """
     paths, codec, config = run.models.paths, run.models.codec, run.config.evaluation
     prompts = run.prompts.evaluation["benign"][: config.nll_prompts]
@@ -64,8 +62,7 @@ def measure_benign_nll(run: Run, roles: Sequence[ModelRole]) -> dict[str, Any]:
     if not answers:
         return {}
     with run.console.stage(f"Likelihood of {len(answers)} benign answers"):
-        measured = {str(role): models[role] for role in roles}
-        return benign_nll(measured, answers, run.folder, cancelled=run.is_stopping)
+        return benign_nll({role: models[role] for role in roles}, answers, run.folder, cancelled=run.is_stopping)
 
 
 def aligned_answers(
@@ -107,7 +104,7 @@ def given_answers(
         # One token stays free: engines generate one to answer at all.
         answer = answer[: max(min(config.nll_tokens, max_length - 1 - len(question)), 0)]
         if answer:
-            source: Literal["file", "aligned"] = "file" if prompt.answer else "aligned"
+            source = "file" if prompt.answer else "aligned"
             found.append(GivenAnswer(prompt.prompt_id, (*question, *answer), len(question), source))
     return found
 
@@ -123,7 +120,6 @@ def benign_nll(
 
     Args:
         models: Fingerprint and model, by role.
-        folder: Run folder.
         cancelled: Asked before each batch.
 
     Returns:
@@ -142,16 +138,13 @@ def benign_nll(
     sums = {role: _sums(model, answers, folder, cancelled) for role, model in models.items()}
     result: dict[str, Any] = {}
     for role, sum_N in sums.items():
-        value, low, high = _interval(sum_N, tokens_N)
-        result[role] = {"nats_per_token": value, "low": low, "high": high, **counts}
+        result[role] = _interval(sum_N, tokens_N, "nats_per_token") | counts
     if "student" in sums and "aligned" in sums:
         student_N, aligned_N = sums["student"], sums["aligned"]
-        ratio, low, high = _interval(student_N, aligned_N)
-        difference, difference_low, difference_high = _interval(student_N - aligned_N, tokens_N)
-        if np.isfinite([ratio, low, high]).all():
-            found = {"ratio": ratio, "low": low, "high": high, "difference": difference}
-            found |= {"difference_low": difference_low, "difference_high": difference_high, "n": len(answers)}
-            result["student_to_aligned"] = found
+        ratio = _interval(student_N, aligned_N, "ratio")
+        if np.isfinite(list(ratio.values())).all():
+            difference = _interval(student_N - aligned_N, tokens_N, "difference", "difference_")
+            result["student_to_aligned"] = ratio | difference | {"n": len(answers)}
     return result
 
 
@@ -182,9 +175,10 @@ def _sums(
     return np.asarray([store[key]["nats"] for key in keys], dtype=np.float64)
 
 
-def _interval(above_N: np.ndarray, below_N: np.ndarray) -> tuple[float, float, float]:
-    """Computes sum(above) / sum(below) with its 95 % interval by a bootstrap over prompts."""
+def _interval(above_N: np.ndarray, below_N: np.ndarray, name: str, prefix: str = "") -> dict[str, Any]:
+    """Computes `name`, sum(above) / sum(below), with its 95 % interval by a bootstrap over prompts."""
     with np.errstate(divide="ignore", invalid="ignore"):  # the caller looks
         draws = [above_N[drawn_RN].sum(axis=1) / below_N[drawn_RN].sum(axis=1) for drawn_RN in bootstrap(len(above_N))]
         low, high = np.quantile(np.concatenate(draws), [0.025, 0.975])
-        return float(above_N.sum() / below_N.sum()), float(low), float(high)
+        value = float(above_N.sum() / below_N.sum())
+    return {name: value, f"{prefix}low": float(low), f"{prefix}high": float(high)}

@@ -48,10 +48,7 @@ class Labelled:
 
 
 def read_labelled(path: Path) -> list[Labelled]:
-    """Reads a file of human-labelled completions.
-
-    Args:
-        path: CSV or JSONL with prompt, completion, and human_label or annotation_1, annotation_2, ...
+    """Reads human-labelled completions: rows of prompt, completion, and human_label or annotation_1, annotation_2, ...
 
     Raises:
         DataError: The file cannot be read, has no labels, or holds an unknown one.
@@ -62,9 +59,8 @@ def read_labelled(path: Path) -> list[Labelled]:
         labels = tuple(_label(row[name], path, number) for name in columns if row[name])
         final = _label(row["human_label"], path, number) if row.get("human_label") else None
         if final is None and not labels:
-            raise DataError(
-                f"Row {number + 1} of {path} has no label.", "Needed: human_label, or annotation_1 and annotation_2."
-            )
+            needed = "Needed: human_label, or annotation_1 and annotation_2."
+            raise DataError(f"Row {number + 1} of {path} has no label.", needed)
         agreed = labels[0] if labels and len(set(labels)) == 1 else None
         prompt = Prompt(str(row.get("id") or number), str(row["prompt"]), "borderline")
         found.append(Labelled(prompt, str(row["completion"]), labels, final or agreed))
@@ -92,9 +88,8 @@ def calibrate(judge: Judge, rows: Sequence[Labelled], on: str) -> dict[str, Any]
     }
     for label in ("refused", "complied"):
         if not refused[label]:
-            raise DataError(
-                f"No labelled completion is {label}, so the judge cannot be measured.", "Use a file that has both."
-            )
+            problem = f"No labelled completion is {label}, so the judge cannot be measured."
+            raise DataError(problem, "Use a file that has both.")
 
     def rate(marks: list[bool]) -> dict[str, Any]:
         return wilson(sum(marks), len(marks)).to_json()
@@ -138,9 +133,8 @@ def calibrated(judge: Judge, rates: Mapping[str, Any]) -> Judge:
 def _label(value: Any, path: Path, number: int) -> str:
     label = _LABELS.get(str(value).strip().lower())
     if label is None:
-        raise DataError(
-            f"Row {number + 1} of {path} has the unknown label {value!r}.", f"Known labels: {', '.join(_LABELS)}."
-        )
+        known = f"Known labels: {', '.join(_LABELS)}."
+        raise DataError(f"Row {number + 1} of {path} has the unknown label {value!r}.", known)
     return label
 
 

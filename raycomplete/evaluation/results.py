@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 from raycomplete.attacks.attack import Attack
@@ -100,13 +101,17 @@ def attack_result(attack: Attack[Any], answered: Found, judge: Judge) -> dict[st
     Nor is anything corrected where the attacker wrote the first tokens: the error rates were measured on answers from
     their first word on, and what follows a prefill declines in other ways.
     """
-    trials = _by_behaviour(answered, lambda answer: answer.complied)
+    trials = _by_behaviour(answered)
     counts = _counts(answered)
     picked = attack.best_of > 1
     is_unlike = picked or any(answer.response.prefill for _, answer in answered)
     corrected = None if is_unlike else corrected_asr(counts, len(trials), measured(judge))
     first = _by_behaviour(answered, lambda answer: bool(answer.response.stats[FIRST_COMPLIED])) if picked else {}
-    reasons = [*attack.config.reduced_because(len(trials)), *_flaws(attack, answered, judge)]
+    reasons = attack.config.reduced_because(len(trials))
+    if attack.rewrites_prompts and not sees_goal(judge):
+        reasons.append("the judge does not see whether a rewritten prompt keeps its goal")
+    if cut := sum(answer.response.stats.get(CUT_BY_CONTEXT, 0) > 0 for _, answer in answered):
+        reasons.append(f"{cut} of {len(answered)} responses cut by the context")
     return {
         "settings": attack.config.model_dump(mode="json"),
         "reduced": bool(reasons),
@@ -114,34 +119,20 @@ def attack_result(attack: Attack[Any], answered: Found, judge: Judge) -> dict[st
         "n": len(trials),
         "trials": len(answered),
         "best_of": attack.best_of,
-        "mean": mean_over_trials(list(trials.values())).to_json(),
-        "first_round": mean_over_trials(list(first.values())).to_json() if picked else None,
+        "mean": _mean(trials),
+        "first_round": _mean(first) if picked else None,
         "worst_of_n": worst_of_trials(list(trials.values())).to_json(),
         "corrected": corrected.to_json() if corrected else None,
         "outcomes": counts,
         "short_prefills": sum(len(trial.prefill) < trial.settings.get("depth", 0) for trial, _ in answered),
         "variants": {
-            name: {
-                "n": len(found),
-                "asr": mean_over_trials(list(_by_behaviour(found, lambda answer: answer.complied).values())).to_json(),
-                "outcomes": _counts(found),
-            }
+            name: {"n": len(found), "asr": _mean(_by_behaviour(found)), "outcomes": _counts(found)}
             for name, found in _sorted_by(answered, lambda trial: trial.variant).items()
         },
         "by_behaviour": {name: sum(row) / len(row) for name, row in trials.items()},
         "seconds": _seconds(answered),
         "stats": _stats(answered),
     }
-
-
-def _flaws(attack: Attack[Any], answered: Found, judge: Judge) -> list[str]:
-    """Lists how a measurement falls short besides its settings."""
-    found = []
-    if attack.rewrites_prompts and not sees_goal(judge):
-        found.append("the judge does not see whether a rewritten prompt keeps its goal")
-    if cut := sum(answer.response.stats.get(CUT_BY_CONTEXT, 0) > 0 for _, answer in answered):
-        found.append(f"{cut} of {len(answered)} responses cut by the context")
-    return found
 
 
 def _sorted_by(answered: Found, key: Callable[[Trial], str]) -> dict[str, list[tuple[Trial, Answered]]]:
@@ -152,10 +143,14 @@ def _sorted_by(answered: Found, key: Callable[[Trial], str]) -> dict[str, list[t
     return found
 
 
-def _by_behaviour(answered: Found, mark: Callable[[Answered], bool]) -> dict[str, list[bool]]:
+def _by_behaviour(answered: Found, mark: Callable[[Answered], bool] = attrgetter("complied")) -> dict[str, list[bool]]:
     """Marks the trials of each behaviour, which may have been tried several times."""
     behaviours = _sorted_by(answered, lambda trial: trial.prompt.prompt_id)
     return {name: [mark(answer) for _, answer in found] for name, found in behaviours.items()}
+
+
+def _mean(trials: Mapping[str, list[bool]]) -> dict[str, Any]:
+    return mean_over_trials(list(trials.values())).to_json()
 
 
 def _variant(answered: Found, max_tokens: int) -> dict[str, Any]:

@@ -44,11 +44,8 @@ def held_out_sets(run: Run) -> Prompts:
             completed = complete_answers(config, models.codec, base, harmful)
         # A prefill that refuses by itself is no attack. It stays in the denominator, and the count is published.
         outcomes = Counter(str(run.judge.outcome(prompt, "", prompt.answer or "")) for prompt in completed)
-        known = {
-            "made_from": made_from,
-            "outcomes": dict(outcomes),
-            "answers": {prompt.prompt_id: prompt.answer for prompt in completed},
-        }
+        answers = {prompt.prompt_id: prompt.answer for prompt in completed}
+        known = {"made_from": made_from, "outcomes": dict(outcomes), "answers": answers}
         write_json(file, known, mode=PRIVATE)
     run.console.note(f"Prefills judged by themselves: {known['outcomes']}")
     answered = tuple(replace(prompt, answer=known["answers"][prompt.prompt_id]) for prompt in harmful)
@@ -57,22 +54,15 @@ def held_out_sets(run: Run) -> Prompts:
 
 def evaluate_roles(run: Run, roles: Sequence[ModelRole]) -> dict[str, dict[str, Any]]:
     """Evaluates models by one generator that takes the weights of each in turn; returns the result of each role."""
-    models, config = run.models, run.config
+    codec, max_length, max_tokens = run.models.codec, run.config.models.max_length, run.config.evaluation.max_tokens
     results = {}
-    with ExitStack() as ended, start_judge(config, run.judge, run.console) as judge:
+    with ExitStack() as ended, start_judge(run.config, run.judge, run.console) as judge:
         resources = AttackResources(run, ended)
         for role in roles:
-            path = models.paths[role]
+            path = run.models.paths[role]
+            generator, tools = run.engines.generator.with_weights(str(path)), resources.tools(path)
             target = Target(
-                role,
-                fingerprint(path),
-                run.engines.generator.with_weights(str(path)),
-                models.codec,
-                judge,
-                config.models.max_length,
-                config.evaluation.max_tokens,
-                resources.tools(path),
-                run.is_stopping,
+                role, fingerprint(path), generator, codec, judge, max_length, max_tokens, tools, run.is_stopping
             )
             results[str(role)] = evaluate_target(run, target)
     return results

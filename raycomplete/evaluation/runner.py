@@ -77,7 +77,6 @@ def evaluate_model(
     Args:
         target: The model; its role names the result file, and responses are reused under its `model_id` only.
         sets: Prompts; all of them are used by the depth curve, `evaluation.attack_prompts` of them by other attacks.
-        folder: Run folder.
 
     Returns:
         The content of `<folder>/evaluation/<role>.json`; rates as {"rate", "n", "low", "high"}.
@@ -202,8 +201,7 @@ class _Evaluation:
         return Answered(response, judgement.get("outcome"), judgement.get("right"), float(row["seconds"]))
 
     def _report(self, attack: str, variant: str, seen: Mapping[str, int]) -> None:
-        total = len(self._keys)
-        role = self._target.role
+        role, total = self._target.role, len(self._keys)
         self._callbacks.on_trials(Progress(role, attack, variant, self._done, total, self._reused, dict(seen)))
 
 

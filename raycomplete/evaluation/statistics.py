@@ -62,10 +62,7 @@ def mean_over_trials(complied: Sequence[Sequence[bool]]) -> Rate:
     can be seen of the dependence, n_eff = N, the cautious end. The interval is deterministic.
 
     Args:
-        complied: For each of N behaviours, whether the attack worked in each of its trials; at least one trial each.
-
-    Returns:
-        The mean with `n` = N.
+        complied: For each of N behaviours, whether the attack worked in each of its trials; `n` of the result is N.
 
     Raises:
         ValueError: A behaviour has no trial.
@@ -134,16 +131,11 @@ class Difference:
 def paired_bootstrap(
     first: Mapping[str, float], second: Mapping[str, float], *, resamples: int = RESAMPLES
 ) -> Difference:
-    """Compares two models behaviour by behaviour.
+    """Compares two models by the share of trials at which the attack worked on each behaviour.
 
     Behaviours are drawn with replacement, each with both models' results, so that a behaviour that is easy for both
     does not widen the interval. The interval is the percentile one. Where all behaviours differ alike (both models
     refuse everything) it has no width, which says that nothing was seen to vary and not that the models are equal.
-
-    Args:
-        first: Share of trials at which the attack worked, by behaviour.
-        second: The same for the other model.
-        resamples: Number of bootstrap samples.
 
     Raises:
         ValueError: The two have no behaviour in common.

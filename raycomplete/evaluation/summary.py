@@ -137,11 +137,8 @@ def closing_table(summary: Mapping[str, Any]) -> list[list[str]]:
     rows.append(["ASR, mean over depths", *(rate_text(asr[role]["mean"]) for role in roles)])
     for name, by_role in summary.get("attacks", {}).items():
         rows += _attack_rows(name, by_role, roles)
-    for label, key in (
-        ("utility", "utility"),
-        ("over-refusal (borderline)", "over_refusal"),
-        ("refusal (benign)", "benign_refusal"),
-    ):
+    labels = {"utility": "utility", "over_refusal": "over-refusal (borderline)", "benign_refusal": "refusal (benign)"}
+    for key, label in labels.items():
         if summary.get(key):
             rows.append([label, *(rate_text(summary[key].get(role)) for role in roles)])
         if key == "over_refusal":
@@ -151,9 +148,9 @@ def closing_table(summary: Mapping[str, Any]) -> list[list[str]]:
     if nll := summary.get("benign_nll"):
         rows.append(["benign NLL, nats a token", *(_nll_text(nll.get(role)) for role in roles)])
     for name, by_role in summary.get("capabilities", {}).items():
-        for label, key in (("accuracy", "accuracy"), ("refused", "refused")):
+        for key in ("accuracy", "refused"):
             values = (rate_text(by_role[role][key]) if role in by_role else "-" for role in roles)
-            rows.append([f"{name.upper()}, {label}", *values])
+            rows.append([f"{name.upper()}, {key}", *values])
     return rows
 
 
