@@ -31,11 +31,7 @@ class _Sample:
 class AnchorSample(_Sample):
     """A prompt of any kind and the aligned model's own answer (in SFT: the answer to learn).
 
-    Attributes:
-        sample_id: Name of the prompt and number of the draw.
-        prompt_ids: Tokens up to where the response starts.
-        answer_ids: Response tokens, end-of-response included where the answer ended by itself.
-        kind: Kind of the prompt.
+    `answer_ids` includes end-of-response where the answer ended by itself.
     """
 
     answer_ids: tuple[int, ...]
@@ -47,9 +43,8 @@ class RecoverySample(_Sample):
     """A harmful prompt, a compliant continuation h and the aligned model's refusal r.
 
     Attributes:
-        sample_id: Name of the prompt and number of the draw.
-        prompt_ids: Tokens that the student reads before h.
-        teacher_prompt_ids: Tokens that the teacher reads before r; they differ where it alone sees a safety prompt.
+        teacher_prompt_ids: Tokens that the teacher reads before r; they differ from those that the student reads where
+            the teacher alone sees a safety prompt.
         harmful_ids: Tokens of h; each step cuts them at a drawn depth.
         refusal_ids: Tokens of r, end-of-response included where it ended by itself.
         refusal_prefix_tokens: Number of tokens at the start of `harmful_ids` that imitate a refusal and turn away from

@@ -174,13 +174,12 @@ def save(
     _dist().barrier()
 
 
-def keep_only(folder: Path, *steps: int) -> None:
-    """Drops every checkpoint but those of some steps; every rank must call this."""
+def keep_only(folder: Path, step: int) -> None:
+    """Drops every checkpoint but that of one step; every rank must call this."""
 
     def drop() -> None:
-        kept = {f"step-{step:06d}" for step in steps}
         for path in folder.glob("step-*"):
-            if path.name not in kept:
+            if path.name != f"step-{step:06d}":
                 integrity.drop(path)
 
     from_rank_zero(drop)
@@ -229,7 +228,7 @@ def restore(engine: Any, folder: Path, step: int | None = None, *, hashed: bool 
 
 
 def is_whole(folder: Path, step: int, *, hashed: bool = True) -> bool:
-    """Whether the checkpoint of a step is there and undamaged; every rank must call this."""
+    """True where the checkpoint of a step is there and undamaged; every rank must call this."""
     return from_rank_zero(lambda: integrity.damage(folder / f"step-{step:06d}", hashed=hashed) is None)
 
 

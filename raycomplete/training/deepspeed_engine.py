@@ -28,17 +28,37 @@ from raycomplete.training.batches import MicroBatch
 _CPU_BUCKET = 2**25  # gradients that are reduced together; DeepSpeed's default is a buffer of 2 GB
 
 
-def deepspeed_settings(
-    train: TrainConfig, dtype: Dtype, *, per_device_batch_size: int, accumulation: int
-) -> dict[str, Any]:
-    """DeepSpeed's own configuration of a run.
+def start_engine(
+    module: torch.nn.Module, train: TrainConfig, dtype: Dtype, per_device_batch_size: int, accumulation: int
+) -> Any:
+    """Wraps the student; the process group of Ray Train is already there.
 
     Args:
-        train: Stage, length, learning rate, weight decay and clipping.
+        module: The student.
+        train: Settings of the trainer.
         dtype: Type of the weights; bfloat16 keeps float32 master weights in the optimizer.
         per_device_batch_size: Sequences of one forward pass on one worker.
         accumulation: Forward passes of one optimizer step.
     """
+    if not torch.cuda.is_available():
+        # DeepSpeed would compile a shared-memory collective with g++ for minutes, or crash without a compiler; gloo's
+        # collectives are fast enough on one machine.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    settings = _settings(train, dtype, per_device_batch_size, accumulation)
+    engine, _, _, schedule = deepspeed.initialize(
+        model=module, model_parameters=parameters, config=settings, dist_init_required=False
+    )
+    if not engine.zero_optimization():
+        engine.optimizer.register_step_pre_hook(_leave_out_if_not_finite)
+    # DeepSpeed's schedule starts before its first iteration, with a rate of 0, which would waste the first step. A
+    # checkpoint restores the schedule's own count afterwards.
+    schedule.step()
+    return engine
+
+
+def _settings(train: TrainConfig, dtype: Dtype, per_device_batch_size: int, accumulation: int) -> dict[str, Any]:
+    """DeepSpeed's own configuration of a run."""
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": per_device_batch_size,
         "gradient_accumulation_steps": accumulation,
@@ -82,24 +102,6 @@ def deepspeed_settings(
     return settings
 
 
-def start_engine(module: torch.nn.Module, settings: dict[str, Any]) -> Any:
-    """Wraps the student; the process group of Ray Train is already there."""
-    if not torch.cuda.is_available():
-        # DeepSpeed would compile a shared-memory collective with g++ for minutes, or crash without a compiler; gloo's
-        # collectives are fast enough on one machine.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    engine, _, _, schedule = deepspeed.initialize(
-        model=module, model_parameters=parameters, config=settings, dist_init_required=False
-    )
-    if not engine.zero_optimization():
-        engine.optimizer.register_step_pre_hook(_leave_out_if_not_finite)
-    # DeepSpeed's schedule starts before its first iteration, with a rate of 0, which would waste the first step. A
-    # checkpoint restores the schedule's own count afterwards.
-    schedule.step()
-    return engine
-
-
 def _leave_out_if_not_finite(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     """Drops the gradients of a step where they are not finite, as ZeRO's optimizers do; the engine counts it."""
     parameters = [item for group in optimizer.param_groups for item in group["params"] if item.grad is not None]
@@ -116,12 +118,7 @@ def spread_bad_loss(loss: Tensor) -> Tensor:
 
 
 class BadSteps:
-    """Counts bad steps, alike on every rank.
-
-    Args:
-        folder: Run folder, which gets a file for each of them.
-        limit: As many in a row end training.
-    """
+    """Counts bad steps, alike on every rank, and writes a file for each; `limit` of them in a row end training."""
 
     def __init__(self, folder: Path, limit: int) -> None:
         self._folder, self._limit = folder, limit

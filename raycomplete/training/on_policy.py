@@ -25,7 +25,7 @@ from raycomplete.training.feedback import DepthSampler
 from raycomplete.training.job import TrainJob
 from raycomplete.training.rollout_engines import Rollout, RolloutBatch, WeightSync
 from raycomplete.training.step_plan import Planner, StepPlan
-from raycomplete.training.teacher_prefetcher import StepInput, TeacherPrefetcher
+from raycomplete.training.teacher_prefetcher import StepInput, StepSource, TeacherPrefetcher
 
 _CUT_TAG, _SPLIT_TAG, _ROLLOUT_TAG = 14, 15, 16  # every use of a seed needs a tag that is not 0
 _ROOM_FOR_SEEDS = 2**20  # sequence i of a batch samples under its seed + i
@@ -40,12 +40,12 @@ class RolloutPlanner:
             rollouts whose words become part of h (`student_prefix_fraction`; the others only point at the depths where
             the student fails), and the longest refusal of the student that is distilled (`max_refusal_tokens`).
         seed: Seed of cuts, splits and rollouts.
-        recovery_batch: Recovery sequences of a step that are trained.
+        recovery_batch_size: Recovery sequences of a step that are trained.
     """
 
-    def __init__(self, planner: Planner, rollout: RolloutConfig, *, seed: int, recovery_batch: int) -> None:
+    def __init__(self, planner: Planner, rollout: RolloutConfig, seed: int, recovery_batch_size: int) -> None:
         self._planner, self._rollout = planner, rollout
-        self._seed, self._recovery_batch = seed, recovery_batch
+        self._seed, self._recovery_batch_size = seed, recovery_batch_size
 
     def draw(self, step: int, sampler: DepthSampler) -> RolloutBatch:
         """The rollout batch of a step under the sampler's present state."""
@@ -71,10 +71,8 @@ class RolloutPlanner:
         rng = np.random.default_rng([self._seed, _SPLIT_TAG, batch.step + 1])
         count = len(batch.recovery)
         drawn = list(zip(batch.recovery, batch.depths, rollouts[:count], rng.random(count), strict=True))
-        trained = sorted(drawn, key=lambda item: item[2].refused)[
-            : self._recovery_batch
-        ]  # sorted keeps equals in order
-        recovery = tuple(self._recovery_item(*item) for item in trained)
+        drawn.sort(key=lambda item: item[2].refused)  # which keeps equals in order
+        recovery = tuple(self._recovery_item(*item) for item in drawn[: self._recovery_batch_size])
         written = iter(rollouts[count:])
         anchor = tuple(
             AnchorItem(sample if cut is None else _continued(sample, cut, next(written)))
@@ -112,54 +110,42 @@ def compliance_by_bin(
     return complied, asked
 
 
-class OnPolicySource:
+class OnPolicySource(StepSource):
     """Hands out steps made of the student's rollouts, under weights at most `rollout.max_staleness` steps old.
 
     When step n begins, the engines have finished the rollouts for n; they get the weights of n finished steps, start on
     the rollouts for n + lookahead, and the trainer works on n meanwhile. Every rank draws and finishes the same batches
     by itself; only rank 0 asks the engines, and shares what they wrote.
-
-    Args:
-        job: The run, with the rollout engines that hold the student.
-        planner: Draws rollout batches and turns them into plans.
-        sync: Sends the student's weights to the engines.
-        prefetcher: Asks the teachers for their hidden states.
-        sampler: Draws depths.
-        rank: Rank of this worker.
-        world_size: Number of workers.
     """
 
     def __init__(
         self,
         job: TrainJob,
-        planner: RolloutPlanner,
-        sync: WeightSync,
+        planner: Planner,
         prefetcher: TeacherPrefetcher,
         sampler: DepthSampler,
         rank: int,
         world_size: int,
+        sync: WeightSync,
     ) -> None:
-        self._job, self._planner, self._sync = job, planner, sync
-        self._prefetcher, self._sampler = prefetcher, sampler
-        self._rank, self._share = rank, slice(rank, None, world_size)
+        super().__init__(job, planner, prefetcher, sampler, rank, world_size)
+        seed, recovery_batch_size = job.train.seed, job.method.recovery_batch_size
+        self._rollout_planner = RolloutPlanner(planner, job.rollout, seed, recovery_batch_size)
+        self._sync = sync
         self._batches: dict[int, RolloutBatch] = {}  # steps whose rollouts are asked for
         self._rollouts: dict[int, Future[list[Rollout]]] = {}  # the same steps, on rank 0
         self._collector = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rollouts")
         self._is_synced = False
 
     def next(self, step: int) -> StepInput:
-        """Waits for the input of a step and asks for the rollouts of later ones; every rank must call this.
-
-        Raises:
-            WorkError: The engines failed, or did not answer in time.
-        """
+        """Waits for the input of a step and asks for the rollouts of later ones; every rank must call this."""
         is_requested = step in self._batches
         taken = self._take(step) if is_requested else None
         stats = self._update_engines(step)
         for ahead in range(step + is_requested, min(step + self._job.rollout.lookahead + 1, self._job.train.steps)):
             self._request(ahead)
         batch, rollouts, waited_s = taken or self._take(step)
-        plan = self._planner.finish(batch, rollouts)
+        plan = self._rollout_planner.finish(batch, rollouts)
         anchor = [item.sample for item in plan.anchor[self._share]]
         recovery = [item.sample for item in plan.recovery[self._share]]
         self._prefetcher.request(step, anchor, recovery)
@@ -176,14 +162,11 @@ class OnPolicySource:
         return StepInput(plan, scores, stats, (complied, asked))
 
     def can_stop(self, finished: int) -> bool:
-        """Says that a run resumed after so many steps continues as one that never stopped.
-
-        Resumed engines get the newest weights, which those of an uninterrupted run may have to wait for.
-        """
+        """True where weights are due: resumed engines get the newest ones, and others may have to wait for them."""
         return self._is_update_due(finished)
 
     def state_dict(self) -> dict[str, Any]:
-        """Rollouts of later steps, waited for, as plain JSON types; complete on rank 0."""
+        """Rollouts of later steps, waited for."""
         return {
             "rollouts": [
                 {
@@ -196,10 +179,10 @@ class OnPolicySource:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up saved rollouts; every rank gets what rank 0 saved."""
+        """Takes up saved rollouts."""
         for item in state["rollouts"]:
             # The depths were drawn under an earlier state of the sampler.
-            batch = replace(self._planner.draw(item["step"], self._sampler), depths=tuple(item["depths"]))
+            batch = replace(self._rollout_planner.draw(item["step"], self._sampler), depths=tuple(item["depths"]))
             self._batches[batch.step] = batch
             if self._rank == 0:
                 done: Future[list[Rollout]] = Future()
@@ -215,15 +198,15 @@ class OnPolicySource:
         """Starts the rollouts of a step under the engines' present weights; asking twice does nothing."""
         if step in self._batches:
             return
-        batch = self._batches[step] = self._planner.draw(step, self._sampler)
+        batch = self._batches[step] = self._rollout_planner.draw(step, self._sampler)
         if self._rank == 0:
-            reference = self._job.student_engines.submit(batch, self._planner.seed_of(step))
+            reference = self._job.student_engines.submit(batch, self._rollout_planner.seed_of(step))
             self._rollouts[step] = self._collector.submit(self._collect, batch, reference)
 
     def _collect(self, batch: RolloutBatch, reference: Any) -> list[Rollout]:
         """Waits for the rollouts of a batch, and lets the teachers read its sequences ahead of their step."""
         rollouts: list[Rollout] = self._job.student_engines.collect(reference)
-        plan = self._planner.finish(batch, rollouts)
+        plan = self._rollout_planner.finish(batch, rollouts)
         self._prefetcher.warm([item.sample for item in plan.anchor], [item.sample for item in plan.recovery])
         return rollouts
 

@@ -100,7 +100,7 @@ class StudentEngines:
         *,
         adapters_only: bool,
     ) -> dict[str, Any]:
-        """Gives the engines the student's weights and proves that they use them.
+        """Gives the engines the student's weights, proves that they use them, and returns the report for metrics.jsonl.
 
         Args:
             state: Weights by name, or LoRA adapters (A, B, scale) by the name of the weight they belong to.
@@ -108,9 +108,6 @@ class StudentEngines:
             probe: Pairs (token ids, number of prompt tokens).
             expected: The trainer's log-probabilities of the response tokens of each probe.
             adapters_only: `state` holds adapters.
-
-        Returns:
-            The report for `metrics.jsonl`.
 
         Raises:
             SyncError: The engines' log-probabilities differ from the trainer's.
@@ -154,14 +151,9 @@ class StudentEngines:
 
 
 class WeightSync:
-    """Sends the student's weights from the trainer to the rollout engines, however they are sharded.
+    """Sends the student's weights, or its LoRA adapters, from the trainer to the engines, however they are sharded.
 
-    Args:
-        job: The run; where it trains LoRA adapters, only they are sent.
-        engine: DeepSpeed engine around the student.
-        lm: The student's language model, with its adapters where it has some.
-        samples: Anchor samples; the first few are the probe that proves an update.
-        packed: The sequences of the probe may share rows, as in training.
+    The first few `samples` are the probe that proves an update; with `packed` they share rows, as in training.
     """
 
     def __init__(self, job: TrainJob, engine: Any, lm: Any, samples: Sequence[AnchorSample], *, packed: bool) -> None:

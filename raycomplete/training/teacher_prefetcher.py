@@ -1,15 +1,11 @@
-"""Hidden states of the teachers, asked for ahead of time so that the trainer rarely waits, and the steps they serve.
-
-`FixedSource` hands out steps made of samples that were drawn before training, `raycomplete.training.on_policy` steps
-made of the student's own rollouts. Both ask a `TeacherPrefetcher` for what aligned and base say of them.
-"""
+"""Hidden states of the teachers, asked for ahead of time so that the trainer rarely waits, and the steps they serve."""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -56,10 +52,8 @@ def _sequence(context: TeacherContext) -> tuple[tuple[int, ...], int]:
 class TeacherPrefetcher:
     """Asks the frozen models for the sequences of a step and hands out their hidden states when the step comes.
 
-    Args:
-        sources: Scorers by role.
-        contexts: What the models must read for anchor and recovery samples, whatever depths are drawn later: a causal
-            model's states of a prefix are the first states of the whole.
+    `contexts` must cover whatever depths are drawn later: a causal model's states of a prefix are the first states of
+    the whole.
     """
 
     def __init__(self, sources: Mapping[str, TeacherClient], contexts: Contexts) -> None:
@@ -68,7 +62,7 @@ class TeacherPrefetcher:
         self._no_rows: dict[str, torch.Tensor] = {}  # [0, H] in the dtype of each model
 
     def is_requested(self, step: int) -> bool:
-        """Whether the hidden states of a step are on their way."""
+        """True once a step is asked for and not taken yet."""
         return step in self._pending
 
     def request(self, step: int, anchor: Sequence[AnchorSample], recovery: Sequence[RecoverySample]) -> None:
@@ -121,50 +115,46 @@ class TeacherPrefetcher:
 
 @dataclass(frozen=True)
 class StepInput:
-    """What one step trains on.
+    """The sequences of one step.
 
     Attributes:
-        plan: Sequences of all workers.
-        scores: Hidden states of the teachers over this worker's share; None in SFT.
+        plan: Items of all workers.
+        scores: Hidden states of the teachers over this worker's share.
         stats: Measurements for the row of metrics.
         compliance: (times the student complied, times it was asked) by depth bin; None off-policy.
     """
 
     plan: StepPlan
-    scores: Scores | None
-    stats: dict[str, Any] = field(default_factory=dict)
+    scores: Scores
+    stats: dict[str, Any]
     compliance: tuple[list[float], list[int]] | None = None
 
 
-class FixedSource:
-    """Hands out steps made of samples that were drawn before training, read by the teachers `job.prefetch` steps ahead.
+class StepSource:
+    """Hands out steps made of samples that were drawn before training; the teachers read `job.prefetch` steps ahead.
 
-    Args:
-        job: The run.
-        planner: Draws the samples of a step.
-        prefetcher: Asks the teachers for their hidden states; None in SFT.
-        sampler: Draws depths.
-        rank: Rank of this worker.
-        world_size: Number of workers.
+    `raycomplete.training.on_policy.OnPolicySource` hands out rollouts of the student instead.
     """
 
     def __init__(
         self,
         job: TrainJob,
         planner: Planner,
-        prefetcher: TeacherPrefetcher | None,
+        prefetcher: TeacherPrefetcher,
         sampler: DepthSampler,
         rank: int,
         world_size: int,
     ) -> None:
         self._job, self._planner, self._prefetcher, self._sampler = job, planner, prefetcher, sampler
-        self._share = slice(rank, None, world_size)
+        self._rank, self._share = rank, slice(rank, None, world_size)
 
     def next(self, step: int) -> StepInput:
-        """Waits for the input of a step and asks for later ones; every rank must call this."""
+        """Waits for the input of a step and asks for later ones; every rank must call this.
+
+        Raises:
+            WorkError: An engine failed, or did not answer in time.
+        """
         plan = self._planner.plan(step, self._sampler)
-        if self._prefetcher is None:
-            return StepInput(plan, None, {"teacher_wait_s": 0.0})
         for ahead in range(step, min(step + 1 + self._job.prefetch, self._job.train.steps)):
             if not self._prefetcher.is_requested(ahead):
                 anchor, recovery = self._planner.samples_of(ahead)
@@ -173,12 +163,12 @@ class FixedSource:
         return StepInput(plan, scores, {"teacher_wait_s": scores.wait_s})
 
     def can_stop(self, finished: int) -> bool:
-        """True: a run resumed after any step continues as one that never stopped."""
+        """Says that a run resumed after so many steps continues as one that never stopped."""
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: the samples of a step are a function of seed, step and sampler."""
+        """State that seed, step and sampler do not tell, as plain JSON types; complete on rank 0."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to take up."""
+        """Takes up a saved run; every rank gets what rank 0 saved."""

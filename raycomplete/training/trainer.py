@@ -198,18 +198,16 @@ def raised_by(failures: Mapping[int, BaseException]) -> tuple[int, BaseException
     """The first worker that failed by itself, and its exception; None where a worker, or what it talked to, died."""
     if any(is_death(error) for error in failures.values()):
         return None
-    own = ((rank, error) for rank, error in sorted(failures.items()) if not _lost_its_peer(error))
-    return next(own, None)
+    for rank, error in sorted(failures.items()):
+        if isinstance(error, RaycompleteError) or not _LOST_PEER.search(str(error)):
+            return rank, error
+    return None
 
 
 def is_death(error: BaseException) -> bool:
-    """Whether the process of a worker is gone, or has not answered for so long that Ray gives it up."""
+    """True where the process of a worker is gone, or has not answered for so long that Ray gives it up."""
     died = isinstance(getattr(error, "health_check_failure", None), RayActorError)
     return died or type(error).__name__ == "WorkerHealthCheckTimeoutError"
-
-
-def _lost_its_peer(error: BaseException) -> bool:
-    return not isinstance(error, RaycompleteError) and _LOST_PEER.search(str(error)) is not None
 
 
 def death_report(error: BaseException) -> dict[str, str]:

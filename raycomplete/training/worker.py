@@ -31,19 +31,19 @@ from raycomplete.runtime.machine import named_when_full
 from raycomplete.runtime.metrics_file import MetricsFile, finite, open_sinks
 from raycomplete.runtime.plugins import load_plugins
 from raycomplete.runtime.prometheus import begin, finished_step
-from raycomplete.training import checkpoints, deepspeed_engine
+from raycomplete.training import checkpoints
 from raycomplete.training.batches import BatchBuilder, MicroBatch, cut_harmful, teacher_contexts
-from raycomplete.training.deepspeed_engine import BadSteps, spread_bad_loss
+from raycomplete.training.deepspeed_engine import BadSteps, gathered_state, spread_bad_loss, start_engine
 from raycomplete.training.feedback import DepthSampler, LossMultiplier
 from raycomplete.training.job import TrainJob
 from raycomplete.training.metrics import StepMeter, describe_terms, peak_memory_gib
-from raycomplete.training.on_policy import OnPolicySource, RolloutPlanner
+from raycomplete.training.on_policy import OnPolicySource
 from raycomplete.training.packing import deal
 from raycomplete.training.profile import aligned_profile, scored_samples, student_profile, write_profile
 from raycomplete.training.rollout_engines import WeightSync
 from raycomplete.training.step_plan import Planner, StepPlan, StepSequences
 from raycomplete.training.student import HeadSettings, StudentModule, keeps_sequences_apart
-from raycomplete.training.teacher_prefetcher import FixedSource, StepInput, TeacherPrefetcher
+from raycomplete.training.teacher_prefetcher import StepInput, StepSource, TeacherPrefetcher
 from raycomplete.training.validation import Validator
 
 logger = logging.getLogger(__name__)
@@ -147,25 +147,14 @@ class Worker:
         }
         head = HeadSettings(job.student_head.scale, job.student_head.softcap, job.student_head.vocab_size)
         module = StudentModule(inner, head, self.teachers, self.loss, external_head=train.zero_stage == 3)
-        settings = deepspeed_engine.deepspeed_settings(
-            train,
-            job.dtype,
-            per_device_batch_size=self.per_device_batch_size,
-            accumulation=self.accumulation,
-        )
-        return lm, deepspeed_engine.start_engine(module, settings)
+        return lm, start_engine(module, train, job.dtype, self.per_device_batch_size, self.accumulation)
 
-    def _make_source(self) -> FixedSource | OnPolicySource:
-        job = self.job
+    def _make_source(self) -> StepSource:
+        job, shared = self.job, (self.prefetcher, self.sampler, self.rank, self.world_size)
         if job.student_engines is None:
-            prefetcher = self.prefetcher if job.sources else None
-            return FixedSource(job, self.planner, prefetcher, self.sampler, self.rank, self.world_size)
-        planner = self._make_planner(oversample=job.rollout.oversample)
-        rollout_planner = RolloutPlanner(
-            planner, job.rollout, seed=job.train.seed, recovery_batch=job.method.recovery_batch_size
-        )
+            return StepSource(job, self.planner, *shared)
         sync = WeightSync(job, self.engine, self.lm, self.samples.anchor, packed=self.builder.packed)
-        return OnPolicySource(job, rollout_planner, sync, self.prefetcher, self.sampler, self.rank, self.world_size)
+        return OnPolicySource(job, self._make_planner(job.rollout.oversample), *shared, sync)
 
     def _make_validator(self) -> Validator:
         return Validator(self.engine, self.samples, self.prefetcher, self.builder, self.job.method, self.job.train)
@@ -253,7 +242,7 @@ class Worker:
         """Writes the student as a Hugging Face checkpoint."""
         if self.job.lora_rank > 0:
             self.lm = self.lm.merge_and_unload()
-        state = deepspeed_engine.gathered_state(self.lm, self.job.train.zero_stage)
+        state = gathered_state(self.lm, self.job.train.zero_stage)
         if state is not None:
             for unfinished in self.job.output.parent.glob(f".{self.job.output.name}.*"):  # of an export that was killed
                 shutil.rmtree(unfinished, ignore_errors=True)

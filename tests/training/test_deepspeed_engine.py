@@ -30,7 +30,7 @@ COUNTERS = {"global_steps", "global_samples", "skipped_steps", "overflow", "micr
 
 
 class NanScores(LocalScores):
-    """What rank 0 reads of one sequence in some steps (counted from 1) is NaN; all come in the student's dtype.
+    """Rank 0 reads NaN of one sequence in some steps (counted from 1); all states come in the student's dtype.
 
     The other rank's loss is finite then, and it must leave the step out all the same.
     """
@@ -67,7 +67,7 @@ def make(folder: Path, dtype: Dtype, bad: set[int], **changes: Any) -> TrainJob:
 
 
 def leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:
-    """What a checkpoint holds, one by one, counters left out."""
+    """The values in a checkpoint, one by one, counters left out."""
     if isinstance(value, dict):
         for key, item in value.items():
             if key not in COUNTERS:

@@ -15,7 +15,7 @@ from raycomplete.training.feedback import DepthSampler
 from raycomplete.training.on_policy import OnPolicySource, RolloutPlanner, compliance_by_bin
 from raycomplete.training.rollout_engines import Rollout, RolloutBatch
 from raycomplete.training.step_plan import Planner
-from tests.training.tiny import make_samples
+from tests.training.tiny import completion, make_samples
 
 DEPTH = DepthConfig(min=1, max=8, bins=4)
 SAMPLES = make_samples(0)
@@ -28,14 +28,14 @@ def planner(
     rollout = RolloutConfig(
         anchor_on_policy=anchor_share, student_prefix_fraction=student_prefix_fraction, max_refusal_tokens=4
     )
-    return RolloutPlanner(planner, rollout, seed=seed, recovery_batch=trained)
+    return RolloutPlanner(planner, rollout, seed, trained)
 
 
 def test_only_answers_to_harmless_prompts_are_continued_by_the_student() -> None:
     kinds = ("harmful", "benign", "borderline")
     anchor = tuple(replace(sample, kind=kinds[i % 3]) for i, sample in enumerate(SAMPLES.anchor))
     planner = Planner(replace(SAMPLES, anchor=anchor), anchor_batch_size=8, recovery_batch_size=8, seed=0, max_depth=8)
-    always = RolloutPlanner(planner, RolloutConfig(anchor_on_policy=1.0), seed=0, recovery_batch=8)
+    always = RolloutPlanner(planner, RolloutConfig(anchor_on_policy=1.0), 0, 8)
     rollout_batch = always.draw(0, DepthSampler(DEPTH, 0))
     assert {
         (sample.kind, cut is not None) for sample, cut in zip(rollout_batch.anchor, rollout_batch.cuts, strict=True)
@@ -170,6 +170,8 @@ def test_a_run_stops_only_where_its_engines_get_new_weights(
 ) -> None:
     rollout = RolloutConfig(on_policy=True, sync_every=sync_every, max_staleness=sync_every)
     unused: Any = None
-    job: Any = SimpleNamespace(rollout=rollout, train=TrainConfig(checkpoint_every=checkpoint_every))
-    source = OnPolicySource(job, unused, unused, unused, unused, 0, 1)
+    job: Any = SimpleNamespace(
+        rollout=rollout, train=TrainConfig(checkpoint_every=checkpoint_every), method=completion()
+    )
+    source = OnPolicySource(job, unused, unused, unused, 0, 1, unused)
     assert [step for step in range(1, 6) if source.can_stop(step)] == stops
