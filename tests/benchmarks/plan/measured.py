@@ -149,20 +149,13 @@ def step_points(case: Case) -> list[Point]:
 def _training(case: Case) -> list[Point]:
     """The whole optimizer step under DeepSpeed."""
     torch.set_num_threads(1)
-    from raycomplete.training import deepspeed_engine as ds
+    from raycomplete.training.deepspeed_engine import start_engine
 
     work, config = case.request(find_hardware("cpu")).workload(1), case.config
     _start_process_group()
     module, batches = student_and_batches(case, work.micro_batches)
-    settings = ds.deepspeed_settings(
-        config.train,
-        config.models.dtype,
-        per_device_batch_size=config.train.per_device_batch_size,
-        accumulation=work.micro_batches,
-        steps=100,
-        lr=1e-5,
-    )
-    engine = ds.start_engine(module, settings)
+    train = config.train.model_copy(update={"steps": 100, "lr": 1e-5})
+    engine = start_engine(module, train, config.models.dtype, train.per_device_batch_size, work.micro_batches)
 
     def step() -> None:
         for batch in batches:
