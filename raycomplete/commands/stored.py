@@ -42,8 +42,7 @@ def stored(suffix: str = "", *, adds: bool = False) -> Callable[[Command[P]], Co
             console = options.setdefault("console", Console()) or Console()
             assert isinstance(console, Console)
             resume = adds or bool(options.get("resume"))
-            output = config.output.renamed(suffix)
-            mirror = None
+            output, mirror = config.output.renamed(suffix), None
             if output.mirror is not None:
                 mirror = _open(config, output, resume, bool(options.get("overwrite")), console)
             if options.get("resume") and not (output.folder / "student" / "config.json").is_file():
@@ -72,12 +71,12 @@ def stored(suffix: str = "", *, adds: bool = False) -> Callable[[Command[P]], Co
 
 
 def _open(config: RunConfig, output: OutputConfig, resume: bool, overwrite: bool, console: Console) -> Mirror:
-    uri, train = str(output.mirror), config.train
+    uri, train, folder = str(output.mirror), config.train, output.folder
     with console.stage(f"Checked the storage {uri.split('?')[0]}"):
         remote = connect(uri)
     if resume:
-        with console.stage(f"Compared {output.folder} with the storage"):
-            fetched = restore(remote, output.folder, hashed=train.checkpoint_hashes, warn=console.note)
+        with console.stage(f"Compared {folder} with the storage"):
+            fetched = restore(remote, folder, hashed=train.checkpoint_hashes, warn=console.note)
         if fetched:
             console.note(f"Fetched from the storage: {', '.join(fetched)}")
     elif not overwrite and Manifest(remote).holds_run:
@@ -85,17 +84,13 @@ def _open(config: RunConfig, output: OutputConfig, resume: bool, overwrite: bool
             f"The storage {remote.uri} holds a run already.",
             "Add --resume to continue it or --overwrite to replace it, or choose another output.name.",
         )
-    before = _identity(output.folder)
-    return Mirror(
-        remote,
-        output.folder,
-        keep=train.keep_checkpoints,
-        keep_every=train.keep_every,
-        warn=console.note,
-        # A new run writes a config.yaml of its own: until then the folder holds an earlier run, or none.
-        ready=lambda: (found := _identity(output.folder)) is not None and (resume or found != before),
-        anew=not resume,
-    )
+    before = _identity(folder)
+
+    def is_ready() -> bool:  # a new run writes a config.yaml of its own: until then an earlier run is there, or none
+        return (found := _identity(folder)) is not None and (resume or found != before)
+
+    keep = {"keep": train.keep_checkpoints, "keep_every": train.keep_every}
+    return Mirror(remote, folder, **keep, warn=console.note, ready=is_ready, anew=not resume)
 
 
 def _identity(folder: Path) -> tuple[int, int] | None:

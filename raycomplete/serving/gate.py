@@ -49,17 +49,11 @@ def problem(status: int, text: str, remedy: str = "", *, known: Iterable[str] | 
 
 @dataclass(frozen=True)
 class Gate:
-    """ASGI middleware around the whole application.
-
-    Attributes:
-        app: The application.
-        token_digest: SHA-256 of the bearer token. Without one, only this machine itself is served.
-        max_body: Bytes.
-    """
+    """ASGI middleware around the whole application."""
 
     app: ASGIApp
-    token_digest: str | None
-    max_body: int
+    token_digest: str | None  # SHA-256 of the bearer token; without one, only this machine itself is served
+    max_body: int  # bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -74,6 +68,11 @@ class Gate:
                 headers["Content-Security-Policy"] = content_security_policy()
             await send(message)
 
+        read: list[Message] = []  # the body, once it is read
+
+        async def receive_again() -> Message:
+            return read.pop() if read else await receive()
+
         headers = Headers(scope=scope)
         refusal = self._refusal(scope, headers)
         if refusal is None and scope["method"] not in ("GET", "HEAD", "OPTIONS"):
@@ -82,15 +81,15 @@ class Gate:
                 remedy = "Shorten it, or raise serve.max_body_kib."
                 refusal = problem(413, f"The body exceeds {self.max_body} bytes.", remedy)
                 refusal.headers["Connection"] = "close"  # the rest of the body is not read
-            else:
-                receive = _replayed(body, receive)
-        await (refusal or self.app)(scope, receive, send_guarded)
+            read.append({"type": "http.request", "body": body, "more_body": False})
+        await (refusal or self.app)(scope, receive_again, send_guarded)
 
     def _refusal(self, scope: Scope, headers: Headers) -> JSONResponse | None:
         if self.token_digest is None:
-            client = scope.get("client")
+            client, host = scope.get("client"), headers.get("host", "")
+            name = host.partition("]")[0] if host.startswith("[") else host.partition(":")[0]  # without its port
             # The Host header is compared too, or a web page could reach this server by pointing its own name at it.
-            is_own = client is not None and is_loopback(client[0]) and is_loopback(_host_name(headers.get("host", "")))
+            is_own = client is not None and is_loopback(client[0]) and is_loopback(name)
             if is_own and not any(name in headers for name in _FORWARDED):  # a proxy on this machine speaks for others
                 return None
             words = "Without a token, this server serves its own machine only."
@@ -102,33 +101,19 @@ class Gate:
         return refusal
 
 
-def _host_name(host: str) -> str:
-    """Returns the name in a Host header, without its port."""
-    return host.partition("]")[0] + "]" if host.startswith("[") else host.partition(":")[0]
-
-
 async def _read_body(headers: Headers, receive: Receive, limit: int) -> bytes | None:
     """Reads the whole body; None where it exceeds the limit, whatever its Content-Length says."""
     declared = headers.get("content-length", "")
     if declared.isdigit() and int(declared[:20]) > limit:
         return None
-    body = bytearray()
-    while True:
+    body, goes_on = bytearray(), True
+    while goes_on:
         message = await receive()
         body += message.get("body", b"")
+        goes_on = message.get("more_body", False)  # not where the client is gone
         if len(body) > limit:
             return None
-        if message["type"] == "http.disconnect" or not message.get("more_body", False):
-            return bytes(body)
-
-
-def _replayed(body: bytes, receive: Receive) -> Receive:
-    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-
-    async def replay() -> Message:
-        return messages.pop() if messages else await receive()
-
-    return replay
+    return bytes(body)
 
 
 def add_errors(app: FastAPI, retry_after_s: int) -> None:
@@ -162,11 +147,10 @@ def add_errors(app: FastAPI, retry_after_s: int) -> None:
         wrong = error.errors()
         if any(item["type"] == "json_invalid" for item in wrong):
             return problem(400, "The body is no valid JSON.")
-        places = (".".join(str(part) for part in item["loc"][1:]) for item in wrong[:10])
-        messages = (str(item["msg"]).removeprefix("Value error, ") for item in wrong[:10])
-        sentences = [
-            f"{place}: {message}" if place else message for place, message in zip(places, messages, strict=True)
-        ]
+        sentences = []
+        for item in wrong[:10]:
+            place, message = ".".join(map(str, item["loc"][1:])), str(item["msg"]).removeprefix("Value error, ")
+            sentences.append(f"{place}: {message}" if place else message)
         return problem(422, "; ".join(sentences), "See /openapi.json.")
 
     @app.exception_handler(HTTPException)

@@ -32,13 +32,9 @@ class ForbiddenError(RefusedError):
 
 @dataclass(frozen=True)
 class Admission:
-    """Checks what requests ask for.
+    """Checks what requests ask for."""
 
-    Attributes:
-        config: The server's own run file, from which requests take whatever they leave out.
-    """
-
-    config: RunConfig
+    config: RunConfig  # the server's own run file, from which requests take whatever they leave out
 
     def known_models(self) -> list[str]:
         """Lists the checkpoints that may be asked for by name."""
@@ -87,9 +83,8 @@ class Admission:
             raise ConfigError(f"There is no checkpoint at {spec!r}.", "Check the path.")
         for file in path.iterdir() if path.is_dir() else ():
             if _below(str(file), roots) is None:
-                raise ForbiddenError(
-                    f"{file.name} of the checkpoint {spec!r} is a link out of the allowed folders.", self._allowed()
-                )
+                words = f"{file.name} of the checkpoint {spec!r} is a link out of the allowed folders."
+                raise ForbiddenError(words, self._allowed())
         return str(path)
 
     def _attack(self, entry: str | dict[str, Any]) -> AttackConfig:
@@ -98,12 +93,11 @@ class Admission:
         for name, value in attack:
             if not isinstance(value, Path):
                 continue
-            path = _below(str(value), self.config.serve.data_roots)
+            roots = self.config.serve.data_roots
+            path = _below(str(value), roots)
             if path is None:
-                raise ForbiddenError(
-                    f"The file {str(value)!r} of the attack {attack.name} lies outside the allowed folders.",
-                    f"Allowed: {_names(self.config.serve.data_roots)}.",
-                )
+                words = f"The file {str(value)!r} of the attack {attack.name} lies outside the allowed folders."
+                raise ForbiddenError(words, f"Allowed: {_names(roots)}.")
             if not path.is_file():
                 raise ConfigError(f"There is no file {str(value)!r}.", "Check the path.")
             changed[name] = path
@@ -118,12 +112,7 @@ class Admission:
 
 
 def run_config(config: RunConfig, request: EvaluationRequest, folder: Path) -> RunConfig:
-    """Builds the run file of one evaluation.
-
-    Args:
-        config: The server's own run file.
-        request: As admitted.
-        folder: The run folder of this evaluation.
+    """Builds the run file of one evaluation from the server's own, the admitted request and its run folder.
 
     Raises:
         ConfigError: Settings do not fit together.

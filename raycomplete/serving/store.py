@@ -7,16 +7,14 @@ next runner, and its late writes are refused, since they name a claim that is no
 from __future__ import annotations
 
 import json
-import os
 import secrets
 import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from raycomplete.runtime.errors import RefusedError, SetupError
 from raycomplete.runtime.files import PRIVATE
@@ -71,16 +69,14 @@ class KeyReusedError(RefusedError):
     """An idempotency key came back with another request."""
 
 
-@dataclass(frozen=True, slots=True)
-class Claimed:
+class Claimed(NamedTuple):
     """An evaluation that a runner holds: whatever it writes must name the claim, which dies with the lease."""
 
     evaluation: EvaluationView
     claim: str
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
+class Event(NamedTuple):
     """Something that happened to an evaluation; `seq` counts from 1 without gaps."""
 
     seq: int
@@ -103,9 +99,8 @@ class EvaluationStore:
     def __init__(self, folder: Path, clock: Callable[[], float] = time.time) -> None:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         path = folder / "evaluations.sqlite"
-        self._clock = clock
-        self._lock = threading.RLock()
-        os.close(os.open(path, os.O_CREAT | os.O_RDWR, PRIVATE))
+        self._clock, self._lock = clock, threading.RLock()
+        path.touch(PRIVATE)
         self._connection = sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
         self._connection.row_factory = sqlite3.Row
         self._connection.execute("PRAGMA journal_mode = WAL")
@@ -113,10 +108,8 @@ class EvaluationStore:
         with self._writing() as connection:
             version = connection.execute("PRAGMA user_version").fetchone()[0]
             if version not in (0, FORMAT):
-                raise SetupError(
-                    f"{path} has format {version}, and this version of raycomplete reads {FORMAT}.",
-                    "Choose another serve.state.",
-                )
+                problem = f"{path} has format {version}, and this version of raycomplete reads {FORMAT}."
+                raise SetupError(problem, "Choose another serve.state.")
             for statement in SCHEMA.split(";"):  # executescript would commit at once
                 connection.execute(statement)
             connection.execute(f"PRAGMA user_version = {FORMAT}")
@@ -129,29 +122,23 @@ class EvaluationStore:
     def submit(
         self, request: Mapping[str, Any], *, label: str, key: str | None, max_queued: int
     ) -> tuple[EvaluationView, bool]:
-        """Adds an evaluation, or finds the one that the same key added before.
-
-        Returns:
-            The evaluation, and True where it is new.
+        """Adds an evaluation, or finds the one that the same key added before; True where it is new.
 
         Raises:
             QueueFullError: `max_queued` evaluations wait already.
             KeyReusedError: The key belongs to another request.
         """
-        text = _canonical(request)
+        text, identity = _canonical(request), secrets.token_hex(8)
         with self._writing() as connection:
-            if key is not None:
-                row = connection.execute("SELECT * FROM evaluations WHERE idempotency_key = ?", (key,)).fetchone()
-                if row is not None:
-                    if row["request"] != text:
-                        raise KeyReusedError(
-                            "This Idempotency-Key was used for another request.", "Use a new key for each evaluation."
-                        )
+            row = connection.execute("SELECT * FROM evaluations WHERE idempotency_key = ?", (key,)).fetchone()
+            if row is not None:
+                if row["request"] == text:
                     return _view(row), False
+                problem = "This Idempotency-Key was used for another request."
+                raise KeyReusedError(problem, "Use a new key for each evaluation.")
             waiting = self.counts()[State.QUEUED]
             if waiting >= max_queued:
                 raise QueueFullError(f"{waiting} evaluations are waiting already.", "Try again later.")
-            identity = secrets.token_hex(8)
             connection.execute(
                 "INSERT INTO evaluations (id, label, request, idempotency_key, state, created) "
                 "VALUES (?, ?, ?, ?, ?, ?)",
@@ -169,14 +156,7 @@ class EvaluationStore:
     def page(
         self, *, limit: int, before: int | None = None, state: State | None = None, label: str | None = None
     ) -> EvaluationPage:
-        """Lists evaluations, newest first.
-
-        Args:
-            limit: At most so many.
-            before: Only those that follow the page whose `next` this is.
-            state: Only those in this state.
-            label: Only those with this label.
-        """
+        """Lists evaluations of a state and a label, newest first; `before` is the `next` of the page before."""
         conditions = {"state = ?": state, "label = ?": label}
         chosen = {condition: value for condition, value in conditions.items() if value is not None}
         where, values = " AND ".join(chosen) or "1", tuple(chosen.values())
@@ -189,12 +169,11 @@ class EvaluationStore:
         following = rows[-1]["number"] if len(rows) == limit and rows[-1]["number"] > 1 else None
         return EvaluationPage(items=[_view(row) for row in rows], total=total, next=following)
 
-    def events(self, identity: str, *, after: int = 0, limit: int = 500) -> list[Event]:
-        """Lists what happened after the event with that number, in order."""
+    def events(self, identity: str, *, after: int = 0) -> list[Event]:
+        """Lists what happened after the event with that number, in order, at most 500."""
+        query = "SELECT * FROM events WHERE evaluation = ? AND seq > ? ORDER BY seq LIMIT 500"
         with self._lock:
-            rows = self._connection.execute(
-                "SELECT * FROM events WHERE evaluation = ? AND seq > ? ORDER BY seq LIMIT ?", (identity, after, limit)
-            ).fetchall()
+            rows = self._connection.execute(query, (identity, after)).fetchall()
         return [Event(row["seq"], row["time"], row["kind"], json.loads(row["data"])) for row in rows]
 
     def cancel(self, identity: str) -> EvaluationView | None:
@@ -204,7 +183,7 @@ class EvaluationStore:
             if row is None:
                 return None
             if row["state"] == State.QUEUED:
-                self._end(identity, State.CANCELLED, None)
+                self._end(identity, State.CANCELLED)
             elif row["state"] == State.RUNNING and not row["cancel"]:
                 self._set(identity, cancel=1)
                 self._tell(identity, "cancelling", {})
@@ -220,7 +199,7 @@ class EvaluationStore:
             for row in connection.execute(_CLAIMABLE, {"now": now}).fetchall():
                 identity, attempts = row["id"], row["attempts"]
                 if row["cancel"]:
-                    self._end(identity, State.CANCELLED, None)
+                    self._end(identity, State.CANCELLED)
                 elif attempts >= max_attempts:
                     problem = f"The evaluation's runner was lost {attempts} times, most likely out of memory."
                     self._end(identity, State.FAILED, problem)
@@ -292,7 +271,7 @@ class EvaluationStore:
         columns = ", ".join(f"{name} = ?" for name in values)
         self._connection.execute(f"UPDATE evaluations SET {columns} WHERE id = ?", (*values.values(), identity))
 
-    def _end(self, identity: str, state: State, error: str | None) -> None:
+    def _end(self, identity: str, state: State, error: str | None = None) -> None:
         self._set(identity, state=state, error=error, claim=None, finished=self._clock())
         self._tell(identity, str(state), {"error": error})
 

@@ -53,14 +53,11 @@ Pieces = dict[str, dict[str, StoredFile]]
 class Manifest:
     """The pieces that are whole in a storage, which has one writer.
 
-    Attributes:
-        pieces: What the newest manifest names that can be read.
-        holds_run: There is a manifest, though perhaps none that can be read.
+    `pieces` is what the newest manifest names that can be read; `holds_run` where there is any, readable or not.
     """
 
     def __init__(self, remote: Remote) -> None:
-        self._remote = remote
-        self._paths = sorted(remote.sizes(_MANIFESTS))
+        self._remote, self._paths = remote, sorted(remote.sizes(_MANIFESTS))
         readable = (pieces for path in reversed(self._paths) if (pieces := decode(remote.read(path))) is not None)
         self.pieces: Pieces = next(readable, {})
         self.holds_run = bool(self._paths)
@@ -96,10 +93,8 @@ def decode(content: bytes) -> Pieces | None:
         outer = json.loads(content)
         if hashlib.sha256(outer["pieces"].encode()).hexdigest() != outer["sha256"]:
             return None
-        pieces = {
-            piece: {name: StoredFile(*file) for name, file in files.items()}
-            for piece, files in json.loads(outer["pieces"]).items()
-        }
+        found = json.loads(outer["pieces"]).items()
+        pieces = {piece: {name: StoredFile(*file) for name, file in files.items()} for piece, files in found}
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
     # Who can write there must not write anywhere else here.
@@ -114,8 +109,7 @@ class Mirror:
     Args:
         remote: The storage.
         run_folder: The run folder.
-        keep: How many checkpoints stay in the storage, as `train.keep_checkpoints`.
-        keep_every: As `train.keep_every`.
+        keep: How many checkpoints stay in the storage, as `train.keep_checkpoints`; `keep_every` likewise.
         warn: Is told of failures, in a sentence.
         interval_s: Pause between two looks at the run folder.
         ready: Asked before each look; nothing is mirrored until it says yes.
@@ -165,10 +159,10 @@ class Mirror:
         self._thread.join(timeout_s)
         self._gave_up.set()
         is_alive, missing = self._thread.is_alive(), dict(self.missing)
-        if self._lock is not None and not is_alive:
+        if is_alive:
+            missing = missing or {"something": f"the upload is still under way after {timeout_s:.0f} s"}
+        elif self._lock is not None:
             os.close(self._lock)
-        if is_alive and not missing:
-            missing = {"something": f"the upload is still under way after {timeout_s:.0f} s"}
         if missing:
             named = "; ".join(f"{piece}: {reason}" for piece, reason in missing.items())
             raise WorkError(
@@ -252,14 +246,12 @@ class Mirror:
 
     def _mirror_file(self, path: Path, name: str, held: StoredFile | None) -> StoredFile:
         info = path.stat()
-        state, sent_at, sent = self._sent.get(name, (None, 0.0, None))
+        state, (before, sent_at, sent) = (info.st_size, info.st_mtime_ns), self._sent.get(name, (None, 0.0, None))
         # A file that grows is sent whole each time, so after a pause that grows with it. Metrics do not wait, since a
         # checkpoint needs the rows of its steps, and at the end nothing does.
         may_wait = name != "metrics.jsonl" and not self._ending.is_set()
-        if sent is not None and (
-            state == (info.st_size, info.st_mtime_ns)
-            or (may_wait and time.monotonic() < sent_at + sent.size / _REPEAT_BYTES_PER_S)
-        ):
+        waits = may_wait and sent is not None and time.monotonic() < sent_at + sent.size / _REPEAT_BYTES_PER_S
+        if sent is not None and (state == before or waits):
             return sent
         content = path.read_bytes()
         if path.suffix == ".jsonl":  # its last line may be in the middle of being written
@@ -269,7 +261,7 @@ class Mirror:
         if file != held:
             self._remote.write(file.path, content)
             sent_at = time.monotonic()
-        self._sent[name] = (info.st_size, info.st_mtime_ns), sent_at, file
+        self._sent[name] = state, sent_at, file
         return file
 
     def _mirror_folder(self, piece: str) -> None:
@@ -300,9 +292,10 @@ class Mirror:
         for name, digest in found.items():
             mode = stat.S_IMODE((source / name).stat().st_mode)
             files[name] = StoredFile(digest["size"], digest["sha256"], mode, f"{piece}/{name}")
-        if self._manifest.pieces.get(piece) == files:
+        held = self._manifest.pieces.get(piece)
+        if held == files:
             return
-        if piece in self._manifest.pieces:  # a resumed run wrote the step again
+        if held is not None:  # a resumed run wrote the step again
             self._manifest.withdraw(piece)
         for name, file in files.items():
             self._remote.upload(source / name, file.path)
@@ -356,11 +349,7 @@ def step_piece(kind: str, step: int) -> str:
 
 
 def _linked(source: Path, stage: Path) -> Path:
-    """Hard-links a folder, which costs no space, since retention may remove it while it is on its way.
-
-    Returns:
-        The links, or the folder itself where the disk knows none.
-    """
+    """Hard-links a folder (itself where the disk knows none), since retention may remove it while it is on its way."""
     try:
         shutil.copytree(source, stage, copy_function=os.link)
     except OSError:
