@@ -76,9 +76,7 @@ def shapes_of(config: RunConfig, student: str | None = None, teacher: str | None
 def _shape(spec: str, role: str | None = None) -> ModelShape:
     """Reads a model's config.json; weights are neither read nor downloaded.
 
-    Args:
-        spec: A checkpoint of the run file, where `role` is given; else a folder, a config.json or a known name.
-        role: Role of the checkpoint.
+    With a role, `spec` is a checkpoint of the run file; else a folder, a config.json or a known name.
     """
     scheme, _, rest = spec.partition(":")
     path = Path(spec).expanduser()
@@ -202,8 +200,7 @@ def measure(path: Path = DEFAULT_MEASURED, console: Console | None = None) -> Ha
 def measured_cpu(clock: Callable[[], float] = time.perf_counter) -> Hardware:
     """Measures what this process's CPU reaches now, with the threads that torch has.
 
-    Args:
-        clock: Seconds. Neighbours count in those of the wall; `time.process_time` leaves them out for one thread.
+    Neighbours count in seconds of the wall; `time.process_time` as a clock leaves them out for one thread.
     """
     import torch
 

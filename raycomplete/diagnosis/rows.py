@@ -185,17 +185,14 @@ class _Block:
 def _read(head: Head, product_BV: Tensor) -> tuple[_Block, Tensor]:
     """The block, and exp(logits - top) [B, V]."""
     logits_BV = head.logits_of_product(product_BV)
-    group_BG = _group_maxima(logits_BV)
+    whole, short = divmod(logits_BV.shape[1], _GROUP)
+    group_BG = logits_BV[:, : whole * _GROUP].unflatten(1, (whole, _GROUP)).amax(dim=-1)
+    if short:
+        group_BG = torch.cat([group_BG, logits_BV[:, -short:].amax(dim=-1, keepdim=True)], dim=1)
     top_B1 = group_BG.amax(dim=-1, keepdim=True)
     weight_BV = (logits_BV - top_B1).exp_()
     total_B = weight_BV.sum(dim=-1)
     return _Block(logits_BV, group_BG, top_B1[:, 0], total_B, total_B.log()), weight_BV
-
-
-def _group_maxima(logits_BV: Tensor) -> Tensor:
-    num_groups, short = divmod(logits_BV.shape[1], _GROUP)
-    maxima_BG = logits_BV[:, : num_groups * _GROUP].unflatten(1, (num_groups, _GROUP)).amax(dim=-1)
-    return maxima_BG if not short else torch.cat([maxima_BG, logits_BV[:, -short:].amax(dim=-1, keepdim=True)], dim=1)
 
 
 def _compare(

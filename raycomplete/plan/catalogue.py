@@ -118,16 +118,14 @@ _HARDWARE = {item.name: item for item in (*(_gpu(*row) for row in _GPU_TABLE), _
 
 
 def find_hardware(name: str, measured: Path = DEFAULT_MEASURED) -> Hardware:
-    """Finds hardware by name or in a measured JSON file; "cpu" prefers this machine's own entry where there is one.
+    """Finds hardware by name or in a JSON file of `plan --measure`; "cpu" prefers this machine's own where it is there.
 
     Raises:
         ConfigError: The name is unknown (the nearest one is offered), or the file holds no hardware entry.
     """
-    if name.endswith(".json"):
-        return read_hardware(Path(name))
     key = name.lower()
-    if key == "cpu" and measured.is_file():
-        return read_hardware(measured)
+    if name.endswith(".json") or (key == "cpu" and measured.is_file()):
+        return _read_hardware(Path(name) if name.endswith(".json") else measured)
     if key in _HARDWARE:
         return _HARDWARE[key]
     nearest = difflib.get_close_matches(key, _HARDWARE, n=1, cutoff=0.0)
@@ -137,12 +135,7 @@ def find_hardware(name: str, measured: Path = DEFAULT_MEASURED) -> Hardware:
     )
 
 
-def read_hardware(path: Path) -> Hardware:
-    """Reads an entry that `plan --measure` wrote.
-
-    Raises:
-        ConfigError: The file is missing, or holds something else.
-    """
+def _read_hardware(path: Path) -> Hardware:
     content: dict[str, Any] | None = read_json(path)
     needed = {field.name for field in fields(Hardware) if field.default is MISSING}
     if content is None or not needed <= set(content) <= {field.name for field in fields(Hardware)}:
@@ -215,9 +208,7 @@ class ModelShape:
     def forward_flops(self, tokens: float, mean_context: float) -> float:
         """Operations of the body, without embedding and head; a multiplication and an addition count two.
 
-        Args:
-            tokens: Tokens read.
-            mean_context: Keys that a token attends to on average, T / 2 in a causal prefill of T.
+        A token attends to `mean_context` keys on average, T / 2 in a causal prefill of T.
         """
         attention = 4.0 * self.num_layers * self.query_width * mean_context
         return tokens * (2.0 * self.body_parameters + attention)

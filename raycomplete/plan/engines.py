@@ -17,15 +17,7 @@ MAX_SEQUENCES = 256  # that an engine works on at a time
 
 @dataclass(frozen=True)
 class PlannedEngine:
-    """One engine of a plan.
-
-    Attributes:
-        shape: Its model.
-        hardware: Its devices.
-        dtype: Type of its weights.
-        parallel: Devices that it is spread over (tensor parallel).
-        batched_tokens: Tokens of one pass.
-    """
+    """One engine of a plan, spread over `parallel` devices; it reads `batched_tokens` in one pass."""
 
     shape: ModelShape
     hardware: Hardware
@@ -65,11 +57,9 @@ class PlannedEngine:
         return seconds
 
     def decode_step_s(self, running: float, context: float) -> float:
-        """Seconds of one token of each running sequence: weights and cached keys are read, or products take longer.
+        """Seconds of one token of each running sequence, with `context` tokens before it on average.
 
-        Args:
-            running: Sequences.
-            context: Tokens before the new one, on average.
+        Weights and cached keys are read, or products take longer.
         """
         shape, hardware = self.shape, self.hardware
         weights = (shape.body_parameters + shape.head_parameters) * DTYPE_BYTES[self.dtype] / self.parallel
@@ -149,7 +139,7 @@ def engine_s(request: Request, role: str, replicas: int, parallel: int) -> float
 def payload_bytes(request: Request, work: Workload) -> dict[str, float]:
     """Hidden states of one step by frozen model that has work."""
     return {
-        role: work.payload_rows(role) * request.shapes[role].hidden_bytes_per_token(request.dtype)
+        role: sum(item.rows for item in groups) * request.shapes[role].hidden_bytes_per_token(request.dtype)
         for role, groups in work.scored.items()
         if groups
     }
@@ -173,12 +163,7 @@ def sync_bytes(request: Request) -> float:
 
 
 def sync_s(request: Request, engine_devices: int) -> float:
-    """Seconds of one update: gathered to a host, put into the object store, sent to each node in turn, loaded there.
-
-    Args:
-        request: The plan's request.
-        engine_devices: Devices of all rollout engines.
-    """
+    """Seconds of one update: gathered to a host, put into the object store, sent to each node in turn, loaded there."""
     moved, hardware = sync_bytes(request), request.hardware
     engine_nodes = math.ceil(engine_devices / request.devices_per_node)
     sent = 0.0 if request.nodes == 1 else engine_nodes * moved / request.network_bandwidth

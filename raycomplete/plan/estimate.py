@@ -24,14 +24,10 @@ from raycomplete.plan.workload import RESERVED_SHARE, Layout, Request, Workload
 
 @dataclass(frozen=True)
 class Estimate:
-    """A plan of a run.
+    """A plan of a run; parts of memory and of the optimizer step by name, payload by frozen model.
 
     Attributes:
         goal: Fewest engines for little waiting, or None if no number of them does.
-        train_parts: Seconds of the optimizer step by what takes them.
-        memory: Bytes of one device by role and by what fills them.
-        payload_bytes: Hidden states of a step by frozen model.
-        sync_bytes: One update of the engines' weights; 0 off-policy.
         price: Price of one device and hour.
         cost: Cost of all steps, on all devices that are rented.
     """

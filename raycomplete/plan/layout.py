@@ -55,7 +55,7 @@ class Pace:
     Attributes:
         step: Seconds from step to step: the largest of `cycles`.
         waiting: Share of them in which the trainer waits for rollouts or scores; updates of weights are no waiting.
-        cycles: Mean weight of each cycle of the loop, by the name of what it goes through.
+        cycles: Seconds a step of each cycle of the loop.
     """
 
     step: float

@@ -17,18 +17,11 @@ _CHUNK_MULTIPLE = 64
 def states_bytes(
     parameters: float, dtype: Dtype, stage: int, workers: int, trainable: float | None = None
 ) -> dict[str, float]:
-    """Weights, gradients and AdamW's states of one worker under ZeRO.
+    """Bytes of weights, gradients and AdamW's states of one worker under ZeRO; all weights are trainable by default.
 
     As in the ZeRO paper (arXiv 1910.02054), with this trainer's sizes: bfloat16 weights have float32 gradients and
     4 + 4 + 4 bytes of master weight and moments; float32 weights have no master. Stage 1 shards the optimizer, stage 2
     gradients too, stage 3 weights too; in bfloat16 stage 0 runs as stage 1.
-
-    Args:
-        parameters: Parameters of the student.
-        dtype: Type of its weights.
-        stage: `train.zero_stage`.
-        workers: Data-parallel workers.
-        trainable: Trained parameters; all when absent.
     """
     stage = max(stage, 1) if dtype == "bfloat16" else stage
     trainable = parameters if trainable is None else trainable
@@ -80,13 +73,7 @@ def worker_memory(request: Request, workers: int) -> dict[str, float]:
 
 
 def train_parts(request: Request, workers: int, work: Workload | None = None) -> dict[str, float]:
-    """Seconds of one optimizer step of `workers` data-parallel workers, by what takes them.
-
-    Args:
-        request: The plan's request.
-        workers: Data-parallel workers.
-        work: The step; the run file's when absent.
-    """
+    """Seconds of one optimizer step of data-parallel workers by what takes them; of the run file's, or of `work`."""
     train, hardware, dtype, student = request.train, request.hardware, request.dtype, request.shapes["student"]
     work = work or request.workload(workers)
     passes = 4 if train.gradient_checkpointing else 3  # forward, perhaps again, and backward at twice its cost
@@ -129,13 +116,7 @@ def loss_s(request: Request, rows: float, base_rows: float) -> float:
 
 
 def collectives_s(
-    hardware: Hardware,
-    weights: float,
-    gradients: float,
-    stage: int,
-    workers: int,
-    devices_per_node: int,
-    micro_batches: int,
+    hardware: Hardware, weights: float, gradients: float, stage: int, workers: int, per_node: int, micro_batches: int
 ) -> float:
     """Seconds of ring collectives that nothing hides, of `weights` and `gradients` bytes.
 
@@ -144,8 +125,7 @@ def collectives_s(
     """
     if workers == 1:
         return 0.0
-    bandwidth = hardware.link_bandwidth if workers <= devices_per_node else hardware.fabric_bandwidth
-    volume = {2: (micro_batches + 1) * gradients, 3: micro_batches * (2 * weights + gradients)}.get(
-        stage, 2 * gradients
-    )
+    bandwidth = hardware.link_bandwidth if workers <= per_node else hardware.fabric_bandwidth
+    volumes = {2: (micro_batches + 1) * gradients, 3: micro_batches * (2 * weights + gradients)}
+    volume = volumes.get(stage, 2 * gradients)
     return volume * (workers - 1) / workers / (bandwidth * hardware.link_share)

@@ -61,10 +61,6 @@ class Workload:
         """Tokens of the trained sequences, as metrics.jsonl counts them."""
         return sum(item.count * (item.prompt + item.response) for item in self.trained)
 
-    def payload_rows(self, role: str) -> float:
-        """Rows of hidden states that a frozen model sends."""
-        return sum(item.rows for item in self.scored[role])
-
     @classmethod
     def of_run(cls, config: RunConfig, prompt_tokens: float, num_workers: int) -> Workload:
         """The expected step of a run file, with responses at their longest and depths at the middle of their range."""
@@ -77,6 +73,7 @@ class Workload:
         harmful = Sequences(method.recovery_batch_size, prompt_tokens, rollout.max_harmful_tokens)
         student = Sequences(method.recovery_batch_size, prompt_tokens, depth + rollout.max_refusal_tokens)
         sampled = method.recovery_batch_size * rollout.oversample
+        drawn = Sequences(sampled, prompt_tokens + depth, rollout.max_student_tokens)
         along = (harmful,) if penalised else ()
         penalty_rows = method.recovery_batch_size * depth if penalised else 0.0
         rows = anchor.rows + refusal.rows + penalty_rows
@@ -87,9 +84,7 @@ class Workload:
                 "aligned": (anchor, refusal, *along),
                 "base": (*along, *((anchor, refusal) if contrastive else ())),
             },
-            rollouts=Sequences(sampled, prompt_tokens + depth, rollout.max_student_tokens)
-            if rollout.on_policy
-            else None,
+            rollouts=drawn if rollout.on_policy else None,
             loss_rows=rows,
             base_rows=rows if contrastive else penalty_rows,
             micro_batches=-(-per_worker // min(train.per_device_batch_size, max(per_worker, 1))) if per_worker else 1,
@@ -98,10 +93,9 @@ class Workload:
 
 @dataclass(frozen=True)
 class Request:
-    """Models, hardware and run file of a plan.
+    """Models (student, aligned and base), hardware and run file of a plan.
 
     Attributes:
-        shapes: Shapes of student, aligned and base.
         devices_per_node: GPUs of one machine, or 1 on a CPU machine.
         price: Price of one device and hour; None takes the hardware's example.
         prompt_tokens: Mean tokens of a prompt with its chat template.

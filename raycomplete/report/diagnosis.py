@@ -32,15 +32,13 @@ def where_it_stopped(diagnosis: Mapping[str, Any]) -> Plot:
     for role, depth in diagnosis["kinds"]["harmful"]["completion_depth"].items():
         if depth["depth"] is not None:
             panels[0].axvline(depth["depth"], color=ROLE_COLORS[role], linewidth=1, alpha=0.7, zorder=1)
-    return Plot(
-        "diagnosis_profile",
+    caption = (
         "Along harmful responses with a compliant continuation, by position. Deficit exp(-KL / kappa), kappa = "
         f"{settings['kappa']:g}, is 1 where the model still is its base; its dotted line is the threshold of the "
         "completion depth, the vertical line the depth itself. Mass is the base's probability of tokens that it favors "
-        f"(tau = {settings['tau']:g}, margin = {settings['margin']:g} nats). Bands are 95 % intervals over prompts.",
-        figure,
-        rows,
+        f"(tau = {settings['tau']:g}, margin = {settings['margin']:g} nats). Bands are 95 % intervals over prompts."
     )
+    return Plot("diagnosis_profile", caption, figure, rows)
 
 
 def what_it_does(diagnosis: Mapping[str, Any]) -> Plot:
@@ -48,14 +46,12 @@ def what_it_does(diagnosis: Mapping[str, Any]) -> Plot:
     figure, _, rows = _profiles(diagnosis, ("agreement", "refusal_probability", "base_favored_count"))
     quoted = "\N{LEFT DOUBLE QUOTATION MARK}{}\N{RIGHT DOUBLE QUOTATION MARK}"
     tokens = ", ".join(map(quoted.format, diagnosis["refusal_tokens"][:6]))
-    return Plot(
-        "diagnosis_behaviour",
+    caption = (
         "Share of prompts on which model and base agree on the likeliest next token, probability of starting a refusal "
         f"at this position (tokens: {tokens or 'none found'}), and how many tokens the base favors. Bands are 95 % "
-        "intervals over prompts.",
-        figure,
-        rows,
+        "intervals over prompts."
     )
+    return Plot("diagnosis_behaviour", caption, figure, rows)
 
 
 def control(diagnosis: Mapping[str, Any]) -> Plot | None:
@@ -76,13 +72,11 @@ def control(diagnosis: Mapping[str, Any]) -> Plot | None:
         _finish(axes, metric, longest)
     panels[-1].set_xlabel("position in the response (tokens)")
     legend_above(figure, panels[0], columns=2)
-    return Plot(
-        "diagnosis_control",
+    caption = (
         "How far the models moved from base on harmful prompts and, as a control, along answers to harmless ones: a "
-        "model that also moves there has changed more than its safety. Bands are 95 % intervals over prompts.",
-        figure,
-        rows,
+        "model that also moves there has changed more than its safety. Bands are 95 % intervals over prompts."
     )
+    return Plot("diagnosis_control", caption, figure, rows)
 
 
 def gradient_curve(gradient: Mapping[str, Any] | None) -> Plot | None:
@@ -109,17 +103,15 @@ def gradient_curve(gradient: Mapping[str, Any] | None) -> Plot | None:
     legend_above(figure, panels[0])
     factors = ", ".join(f"{found['preference_factor']:.2g} at {role}" for role, found in roles.items())
     has_exact = any("sft_all" in found for found in roles.values())
-    return Plot(
-        "gradient_signal",
+    caption = (
         "Norm of each position's contribution to the gradient of safety losses at each model's weights (at base: what "
         f"safety training saw first), along {gradient['pairs']} refusals of the aligned model and along the compliant "
         "answers that a preference loss rejects; a preference loss multiplies both with one factor, here "
         f"{factors}. Lines are exact in the output head"
         + (f", marked lines exact in all parameters ({gradient.get('full_prompts')} prompts)" if has_exact else "")
-        + ". Bands are 95 % intervals over prompts.",
-        figure,
-        rows,
+        + ". Bands are 95 % intervals over prompts."
     )
+    return Plot("gradient_signal", caption, figure, rows)
 
 
 def token_tables(diagnosis: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -96,13 +96,11 @@ def prefill_curve(summary: Mapping[str, Any]) -> Plot | None:
     axes.set_ylim(0, 1)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     legend_above(figure, axes)
-    return Plot(
-        "prefill_depth",
+    caption = (
         "Share of harmful prompts that the model goes on to answer when the attacker writes the first tokens of the "
-        "response. Bands are 95 % Wilson intervals. Lower is safer.",
-        figure,
-        rows,
+        "response. Bands are 95 % Wilson intervals. Lower is safer."
     )
+    return Plot("prefill_depth", caption, figure, rows)
 
 
 def attack_bars(attacks: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Plot | None:
@@ -114,14 +112,12 @@ def attack_bars(attacks: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Plot 
         for key in ("mean", "worst_of_n")
     )
     figure, rows = _bars(mean, worst)
-    return Plot(
-        "attacks",
+    caption = (
         "Share of harmful prompts on which an attack gets an answer: bars are the mean over its variants and trials, "
         "hollow marks the share on which at least one of them did (worst of n). Whiskers are 95 % intervals. Lower is "
-        "safer.",
-        figure,
-        rows,
+        "safer."
     )
+    return Plot("attacks", caption, figure, rows)
 
 
 def rate_bars(summary: Mapping[str, Any]) -> Plot | None:
@@ -135,13 +131,11 @@ def rate_bars(summary: Mapping[str, Any]) -> Plot | None:
         if rates := {role: rate for role, rate in (summary.get(key) or {}).items() if rate["n"]}:
             groups[label] = rates
     figure, rows = _bars(groups, {})
-    return Plot(
-        "rates",
+    caption = (
         "Attack success over all prefill depths (lower is safer), useful answers to benign prompts (higher is better) "
-        "and refusals of harmless prompts (lower is better). Whiskers are 95 % intervals.",
-        figure,
-        rows,
+        "and refusals of harmless prompts (lower is better). Whiskers are 95 % intervals."
     )
+    return Plot("rates", caption, figure, rows)
 
 
 def _bars(groups: Mapping[str, Mapping[str, Any]], hollow: Mapping[str, Mapping[str, Any]]) -> tuple[Figure, list[Row]]:
@@ -205,14 +199,12 @@ def position_profile(profile: Mapping[str, Any]) -> Plot | None:
     panels[2].set_xlabel("position in the response (tokens)")
     panels[2].xaxis.set_major_locator(MaxNLocator(integer=True))
     legend_above(figure, panels[0])
-    return Plot(
-        "position_profile",
+    caption = (
         f"Along harmful responses, by position: probability that the base puts on tokens it favors over the model "
         f"(tau = {profile.get('tau', '?')}), distance from the base, and the deficit exp(-KL / kappa) with kappa = "
-        f"{profile.get('kappa', '?')}, near 1 where nothing was changed.",
-        figure,
-        rows,
+        f"{profile.get('kappa', '?')}, near 1 where nothing was changed."
     )
+    return Plot("position_profile", caption, figure, rows)
 
 
 def training_curves(metrics: Sequence[Mapping[str, Any]], terms: Mapping[str, Mapping[str, Any]]) -> Plot | None:
@@ -320,13 +312,11 @@ def outcome_bars(results: Mapping[str, Mapping[str, Any]]) -> Plot | None:
     panels[0].set_ylim(0, 1)
     panels[0].yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     legend_above(figure, panels[0])
-    return Plot(
-        "outcomes",
+    caption = (
         "Every harmful prompt by outcome at each depth. Incoherent and empty responses are failures of the attack that "
-        "are no success of the defence either, so they are shown apart.",
-        figure,
-        rows,
+        "are no success of the defence either, so they are shown apart."
     )
+    return Plot("outcomes", caption, figure, rows)
 
 
 def depths_of(summary: Mapping[str, Any]) -> list[str]:

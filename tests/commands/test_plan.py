@@ -12,7 +12,7 @@ from raycomplete import cli
 from raycomplete.commands.plan import measure, plan, shapes_of
 from raycomplete.config import load_run_file
 from raycomplete.data.organism import checkpoint_path
-from raycomplete.plan.catalogue import find_hardware, preset, read_hardware
+from raycomplete.plan.catalogue import find_hardware, preset
 from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import CheckpointError, ConfigError
 
@@ -104,7 +104,7 @@ def test_an_unknown_hub_id_is_not_downloaded() -> None:
 def test_a_measured_entry_is_what_cpu_means_from_then_on(tmp_path: Path) -> None:
     path = tmp_path / "hardware.json"
     entry = measure(path, Console(quiet=True))
-    assert entry == read_hardware(path) == find_hardware("cpu", measured=path) == find_hardware(str(path))
+    assert entry == find_hardware(str(path)) == find_hardware("cpu", measured=path) == find_hardware(str(path))
     assert min(entry.bfloat16_flops, entry.memory_bandwidth, entry.softmax_per_s, entry.call_s) > 0
     path.write_text('{"name": "mine"}')
     with pytest.raises(ConfigError, match="holds no hardware entry"):

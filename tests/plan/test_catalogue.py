@@ -18,7 +18,6 @@ from raycomplete.plan.catalogue import (
     find_hardware,
     preset,
     preset_of_hub,
-    read_hardware,
     shape_from_config,
 )
 from raycomplete.runtime.errors import CheckpointError, ConfigError
@@ -148,11 +147,11 @@ def test_a_measured_entry_may_lack_what_has_a_default(tmp_path: Path) -> None:
     path = tmp_path / "hardware.json"
     entry = asdict(find_hardware("cpu", measured=tmp_path / "none.json"))
     path.write_text(json.dumps({key: value for key, value in entry.items() if key != "request_s"}))
-    assert asdict(read_hardware(path)) == entry
+    assert asdict(find_hardware(str(path))) == entry
     for wrong in (entry | {"unknown": 1}, {key: value for key, value in entry.items() if key != "call_s"}):
         path.write_text(json.dumps(wrong))
         with pytest.raises(ConfigError, match="holds no hardware entry"):
-            read_hardware(path)
+            find_hardware(str(path))
 
 
 def test_formulas_load_neither_torch_nor_ray() -> None:
