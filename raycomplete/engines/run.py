@@ -94,13 +94,7 @@ class Run:
     ) -> Iterator[Engines]:
         """Starts the engines of the run, sets `engines`, and stops them on the way out.
 
-        Args:
-            parity_sequences: (token ids, prompt tokens) that scorers are checked on; none starts no scorers.
-            scored: Frozen models that are scored.
-
-        Raises:
-            WaitTimeoutError: An engine has no place, or is not ready, within `cluster.start_timeout_s`.
-            ProcessDiedError: An engine died while it started.
+        Args and errors are those of `raycomplete.engines.start.start_engines`.
         """
         with start_engines(
             self.config,

@@ -69,9 +69,9 @@ def named_when_full(folder: Path, what: str, needed: int = 0) -> Iterator[None]:
     """Turns the error of a full disk into one sentence; other errors pass.
 
     Args:
-        folder: Where the block writes.
-        what: For the message: "the checkpoint of step 40".
-        needed: Bytes that it takes, where known.
+        folder: Folder that the block writes into.
+        what: The file in the message, as "the checkpoint of step 40".
+        needed: Its bytes, where known.
 
     Raises:
         DiskFullError: The disk, or a quota, is full.
@@ -91,14 +91,10 @@ def named_when_full(folder: Path, what: str, needed: int = 0) -> Iterator[None]:
 
 def is_full(error: BaseException) -> bool:
     """Tells whether an error, or one that caused it, is about a full disk or quota."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, OSError) and seen.errno in _FULL:
-            return True
-        if any(words in str(seen) for words in _FULL_WORDS):
-            return True
-        seen = seen.__cause__ or seen.__context__
-    return False
+    if (isinstance(error, OSError) and error.errno in _FULL) or any(words in str(error) for words in _FULL_WORDS):
+        return True
+    earlier = error.__cause__ or error.__context__
+    return earlier is not None and is_full(earlier)
 
 
 def free_bytes(folder: Path) -> int:

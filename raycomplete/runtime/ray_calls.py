@@ -59,12 +59,12 @@ _EVERY_REASON = re.compile(r"Some common causes|There are some potential root ca
 
 
 def wait_for(reference: Any, *, who: str, what: str, timeout_s: float) -> Any:
-    """`ray.get` with a limit.
+    """Calls `ray.get` with a limit.
 
     Args:
-        reference: What to wait for.
+        reference: The awaited object.
         who: The actor in messages, as "base scorer".
-        what: The awaited result in messages, as "a batch of scores".
+        what: The object in messages, as "a batch of scores".
         timeout_s: Longest wait.
 
     Raises:
@@ -94,12 +94,7 @@ def wait_for(reference: Any, *, who: str, what: str, timeout_s: float) -> Any:
 
 
 def died(error: RayError, who: str) -> ProcessDiedError:
-    """Makes the error of a death from Ray's error and its table of actors.
-
-    Args:
-        error: The error that `ray.get` raised.
-        who: The actor in messages.
-    """
+    """Makes the error of an actor's death from Ray's error and its table of actors."""
     text = str(error)
     found = _last_process(getattr(error, "actor_id", None))
     node = found.node or _found(r"^\s*ip: (\S+)", text)
@@ -122,8 +117,7 @@ def likely_cause(text: str) -> str:
 def log_path(process: str) -> str:
     """Finds the log of a worker process: a file where it ran on this machine, else a pattern for its node.
 
-    Args:
-        process: Process id; without one the folder of logs is named.
+    Without a process id the folder of logs is named.
     """
     node = ray_worker._global_node
     if node is None:
@@ -164,8 +158,8 @@ def _last_process(actor_id: str | None) -> _Process:
             alive = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
             for worker_id, node_id in lives:
                 process = _process(worker_id)
-                if process is None or _is_old(process):
-                    continue
+                if process is None or 0 < process.end_time_ms < 1000 * (time.time() - _RECENT_S):
+                    continue  # the latter died earlier, and Ray still knows of it
                 node = f"{process.worker_address.ip_address} (node {node_id.hex()[:12]})"
                 if node_id.hex() not in alive:
                     return _Process(node, str(process.pid or ""), "its node died")
@@ -176,11 +170,6 @@ def _last_process(actor_id: str | None) -> _Process:
             break
         time.sleep(0.1)
     return _Process()
-
-
-def _is_old(process: Any) -> bool:
-    """Tells whether a process ended long ago: then its death is an earlier one that Ray still knows."""
-    return bool(process.end_time_ms) and time.time() - process.end_time_ms / 1000 > _RECENT_S
 
 
 def _process(worker_id: bytes) -> Any:

@@ -84,18 +84,9 @@ class Generator(Protocol):
         top_k: int = 0,
         seed: int | None = None,
     ) -> list[list[int]]:
-        """Continues each sequence.
+        """Continues sequences of prompt and prefill; returns the new token ids, end-of-response left out.
 
-        Args:
-            sequences: Prompt token ids, prefill included.
-            max_tokens: Upper bound on new tokens of each.
-            temperature: 0 is greedy.
-            top_p: Nucleus mass when sampling.
-            top_k: Likeliest tokens that are sampled from; 0 for all of them.
-            seed: Makes sampling reproducible; sequence i samples under seed + i.
-
-        Returns:
-            New token ids of each sequence in order, end-of-response left out.
+        Temperature 0 is greedy, top_k 0 samples from all tokens, and sequence i samples under seed + i.
         """
 
 
@@ -107,13 +98,7 @@ class Judge(Protocol):
         """The name that is recorded beside every rate that the judge made."""
 
     def outcome(self, prompt: Prompt, prefill: str, continuation: str) -> Outcome:
-        """Says what the model did with a prompt.
-
-        Args:
-            prompt: The prompt, with its reference answer where known.
-            prefill: Response text that the attacker wrote ("" without attack).
-            continuation: Response text that the model added.
-        """
+        """Says what the model did with a prompt, whose response is the attacker's prefill and its continuation."""
 
     def is_right(self, prompt: Prompt, continuation: str) -> bool:
         """Tells whether a response to a harmless prompt is useful: right where an answer is known, else an attempt."""

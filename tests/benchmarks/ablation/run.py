@@ -97,7 +97,7 @@ def settings_of(name: str, out: Path, overrides: Sequence[str]) -> list[str]:
 
 
 def folder_name(name: str) -> str:
-    """Returns the folder of the run of a configuration."""
+    """Names the folder of the run of a configuration."""
     return name.replace(" ", "-")
 
 

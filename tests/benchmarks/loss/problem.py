@@ -81,7 +81,7 @@ class Problem:
 
     @property
     def gradient_bytes(self) -> int:
-        """Returns the two gradients that a step leaves behind."""
+        """Sums the bytes of the two gradients that a step leaves behind."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.trained)
 
     @property
