@@ -80,7 +80,8 @@ class RowSpan:
         count: How many tokens they predict.
         context: What the teachers read; its first `count` rows stand beside these. None for a term that reads none.
             It must not depend on the depth of an item, which is not known yet when it is read.
-        target_row: Row of the context that stands beside every row instead.
+        target: Context and row of the aligned model that stand beside every row instead of its own, where all share
+            one target; base still reads `context`.
         weights: Factor on the weight of each row; None leaves them alike.
     """
 
@@ -88,7 +89,7 @@ class RowSpan:
     start: int
     count: int
     context: TeacherContext | None = None
-    target_row: int | None = None
+    target: tuple[TeacherContext, int] | None = None
     weights: Sequence[float] | None = None
 
 

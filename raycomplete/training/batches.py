@@ -118,30 +118,34 @@ class BatchBuilder:
         shape = (1 + max(row for row, _ in places), longest)
         input_ids_BT = torch.zeros(shape, dtype=torch.long)
         position_ids_BT = torch.zeros(shape, dtype=torch.long)
-        rows: list[_Rows] = []
+        # One entry a span. Token t is predicted at t - 1.
+        rows: list[Tensor] = []
+        tokens: list[Tensor] = []
+        terms: list[Tensor] = []
+        owners: list[Tensor] = []
+        weights: list[Tensor] = []
+        hidden: dict[str, list[Tensor]] = {"aligned": [], "base": []}
         for index, (sequence, (row, column)) in enumerate(zip(sequences, places, strict=True)):
-            tokens = torch.tensor(sequence.token_ids)
+            token_ids = torch.tensor(sequence.token_ids)
             columns = slice(column, column + lengths[index])
-            input_ids_BT[row, columns] = tokens[:-1]
+            input_ids_BT[row, columns] = token_ids[:-1]
             position_ids_BT[row, columns] = torch.arange(lengths[index])
-            rows += self._rows(sequence, tokens, index, row * longest + column, scores)
-        numbers = {name: number for number, name in enumerate(self.loss.names)}
-        factors = loss_weights or {}
-        weights = [factors.get(part.term, 1.0) * self.scale / max(normalisers.get(part.term, 0), 1) for part in rows]
-        counts = torch.tensor([part.row_T.numel() for part in rows])
-        weight_N = torch.tensor(weights, dtype=torch.float32).repeat_interleave(counts)
-        for part, weight_T in zip(rows, weight_N.split(counts.tolist()), strict=True):
-            if part.weight_T is not None:
-                weight_T *= part.weight_T
-        hidden = {role: [part.hidden[role] for part in rows if role in part.hidden] for role in ("aligned", "base")}
+            for span, found in self._spans(sequence, scores):
+                rows.append(row * longest + column + torch.arange(span.start - 1, span.start - 1 + span.count))
+                tokens.append(token_ids[span.start : span.start + span.count])
+                terms.append(torch.full((span.count,), self.loss.names.index(span.term)))
+                owners.append(torch.full((span.count,), index))
+                weights.append(self._weights(span, normalisers, loss_weights or {}))
+                for role, hidden_TH in found.items():
+                    hidden[role].append(hidden_TH)
         return MicroBatch(
             input_ids_BT=input_ids_BT,
             position_ids_BT=position_ids_BT,
-            row_N=torch.cat([part.row_T for part in rows]),
-            term_N=torch.tensor([numbers[part.term] for part in rows]).repeat_interleave(counts),
-            weight_N=weight_N,
-            sequence_N=torch.tensor([part.sequence for part in rows]).repeat_interleave(counts),
-            token_N=torch.cat([part.token_T for part in rows]),
+            row_N=torch.cat(rows),
+            term_N=torch.cat(terms),
+            weight_N=torch.cat(weights),
+            sequence_N=torch.cat(owners),
+            token_N=torch.cat(tokens),
             aligned_hidden_PH=torch.cat(hidden["aligned"]) if hidden["aligned"] else None,
             base_hidden_PH=torch.cat(hidden["base"]) if hidden["base"] else None,
             depth_S=torch.tensor([sequence.depth for sequence in sequences]),
@@ -149,55 +153,35 @@ class BatchBuilder:
             num_tokens=sum(lengths),
         )
 
-    def _rows(
-        self, sequence: TrainSequence, tokens: Tensor, index: int, offset: int, scores: Scores | None
-    ) -> list[_Rows]:
-        """The trained rows of a sequence that starts at flat position `offset`; token t is predicted at t - 1."""
-        hidden = [self._hidden(span, scores) for span in sequence.spans]
-        # A sequence with a context that a teacher could not read keeps its place, and the others their weights.
-        is_quarantined = any(
-            len(rows_TH) < span.count
-            for span, found in zip(sequence.spans, hidden, strict=True)
-            for rows_TH in found.values()
-        )
-        parts = []
-        for span, found in zip(sequence.spans, hidden, strict=True):
-            count = 0 if is_quarantined else span.count
-            parts.append(
-                _Rows(
-                    span.term,
-                    index,
-                    offset + torch.arange(span.start - 1, span.start - 1 + count),
-                    tokens[span.start : span.start + count],
-                    {role: rows_TH[:count] for role, rows_TH in found.items()},
-                    None if span.weights is None else torch.tensor(span.weights[:count], dtype=torch.float32),
-                )
-            )
-        return parts
+    def _weights(self, span: RowSpan, normalisers: Mapping[str, float], loss_weights: Mapping[str, float]) -> Tensor:
+        weight = loss_weights.get(span.term, 1.0) * self.scale / max(normalisers.get(span.term, 0), 1)
+        weight_T = torch.full((span.count,), weight, dtype=torch.float32)
+        if span.weights is not None:
+            weight_T *= torch.tensor(span.weights[: span.count], dtype=torch.float32)
+        return weight_T
 
-    def _hidden(self, span: RowSpan, scores: Scores | None) -> dict[str, Tensor]:
-        """Hidden states [count, H] of each teacher that a span reads; fewer where it could not be read."""
-        found = {}
-        for role in self.reads[span.term]:
-            assert scores is not None, f"the term {span.term} reads {role}"
-            assert span.context is not None, f"rows of the term {span.term} need a context"
-            rows_TH = scores.hidden(role, span.context)
-            if span.target_row is not None and len(rows_TH):
-                rows_TH = rows_TH[span.target_row].expand(span.count, -1)
-            found[role] = rows_TH[: span.count]
-        return found
+    def _spans(self, sequence: TrainSequence, scores: Scores | None) -> list[tuple[RowSpan, dict[str, Tensor]]]:
+        """Spans of a sequence with the hidden states [count, H] of each teacher that they read.
 
-
-@dataclass(frozen=True, eq=False)
-class _Rows:
-    """The rows of a span: T positions, tokens, hidden states by teacher, and weights."""
-
-    term: str
-    sequence: int
-    row_T: Tensor
-    token_T: Tensor
-    hidden: dict[str, Tensor]
-    weight_T: Tensor | None
+        A sequence with a context that a teacher could not read keeps its place without rows, and the others their
+        weights.
+        """
+        found = []
+        for span in sequence.spans:
+            hidden: dict[str, Tensor] = {}
+            for role, context in _contexts(span, self.reads[span.term]):
+                assert scores is not None, f"the term {span.term} reads {role}"
+                hidden_TH = scores.hidden(role, context)
+                if role == "aligned" and span.target is not None and len(hidden_TH):
+                    hidden_TH = hidden_TH[span.target[1]].expand(span.count, -1)
+                hidden[role] = hidden_TH[: span.count]
+            found.append((span, hidden))
+        if all(len(hidden_TH) == span.count for span, hidden in found for hidden_TH in hidden.values()):
+            return found
+        return [
+            (replace(span, count=0), {role: hidden_TH[:0] for role, hidden_TH in hidden.items()})
+            for span, hidden in found
+        ]
 
 
 def teacher_contexts(
@@ -210,9 +194,19 @@ def teacher_contexts(
     spans.sort(key=lambda span: builder.loss.names.index(span.term))
     found: dict[str, list[TeacherContext]] = {"aligned": [], "base": []}
     for span in spans:
-        for role in builder.reads[span.term]:
-            assert span.context is not None, f"rows of the term {span.term} need a context"
-            found[role].append(span.context)
+        for role, context in _contexts(span, builder.reads[span.term]):
+            if span.target is None or context not in found[role]:  # a shared target is often read anyway
+                found[role].append(context)
+    return found
+
+
+def _contexts(span: RowSpan, roles: Sequence[str]) -> list[tuple[str, TeacherContext]]:
+    """Pairs a span's teachers with what they read for it."""
+    found = []
+    for role in roles:
+        context = span.target[0] if role == "aligned" and span.target is not None else span.context
+        assert context is not None, f"rows of the term {span.term} need a context"
+        found.append((role, context))
     return found
 
 

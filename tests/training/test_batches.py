@@ -21,7 +21,7 @@ from raycomplete.data.heads import load_head
 from raycomplete.data.samples import RecoverySample, SampleSet
 from raycomplete.losses.loss import LossOutput
 from raycomplete.losses.settings import ContrastiveSettings, LossSettings
-from raycomplete.methods.completion import FirstTokensConfig, LossWeights, PenaltyConfig
+from raycomplete.methods.completion import Completion, FirstTokensConfig, LossWeights, PenaltyConfig
 from raycomplete.methods.registry import (
     AnchorItem,
     Feedback,
@@ -33,7 +33,7 @@ from raycomplete.methods.registry import (
     TrainSequence,
 )
 from raycomplete.methods.sft import SFT
-from raycomplete.training.batches import BatchBuilder, MicroBatch, answer_batch, cut_harmful
+from raycomplete.training.batches import BatchBuilder, MicroBatch, answer_batch, cut_harmful, teacher_contexts
 from raycomplete.training.step_plan import StepPlan, StepSequences
 from raycomplete.training.student import HeadSettings, StudentModule
 from raycomplete.training.teacher_prefetcher import Scores
@@ -326,15 +326,35 @@ def test_first_tokens_count_the_same_over_micro_batches(tiny: Tiny) -> None:
     torch.testing.assert_close(torch.cat([half.weight_N for half in halves]), whole.weight_N, rtol=0.0, atol=0.0)
 
 
-def test_a_row_of_the_teacher_may_stand_beside_all_rows_of_a_span(tiny: Tiny) -> None:
+def test_one_row_of_aligned_may_be_the_target_of_all_rows_of_a_span(tiny: Tiny) -> None:
     """As where what aligned would say at once is the target at every depth of h."""
     sample = tiny.plan.recovery[0].sample
     refusal = TeacherContext(sample.teacher_prompt_ids, sample.refusal_ids)
-    span = RowSpan("recovery", len(sample.prompt_ids), 5, refusal, target_row=0)
+    along_h = TeacherContext(sample.prompt_ids, sample.harmful_ids)
+    span = RowSpan("penalty", len(sample.prompt_ids), 5, along_h, target=(refusal, 0))
     sequence = TrainSequence(sample.prompt_ids + sample.harmful_ids, (span,))
-    batch = BatchBuilder(LOSS, 1.0).build([sequence], {"recovery": 5}, tiny.scores)
+    batch = BatchBuilder(LOSS, 1.0).build([sequence], {"penalty": 5}, tiny.scores)
     assert batch.aligned_hidden_PH is not None
+    assert batch.base_hidden_PH is not None
     assert torch.equal(batch.aligned_hidden_PH, tiny.scores.hidden("aligned", refusal)[:1].expand(5, -1))
+    assert torch.equal(batch.base_hidden_PH, tiny.scores.hidden("base", along_h)[:5])
+
+
+def test_a_shared_target_that_is_read_anyway_is_read_once() -> None:
+    sample = make_samples(0).recovery[0]
+    refusal = TeacherContext(sample.teacher_prompt_ids, sample.refusal_ids)
+
+    class Shared(Completion):
+        """Also compares every row of h with the first row of the refusal."""
+
+        def sequence(self, item: Item, feedback: Feedback) -> TrainSequence:
+            found = super().sequence(item, feedback)
+            spans = [replace(span, target=(refusal, 0)) if span.term == "penalty" else span for span in found.spans]
+            return replace(found, spans=tuple(spans))
+
+    method = Shared()
+    contexts = teacher_contexts(BatchBuilder(method.loss(TrainConfig()), 1.0), method, [], [sample])
+    assert contexts == {"aligned": [refusal], "base": [TeacherContext(sample.prompt_ids, sample.harmful_ids)]}
 
 
 @pytest.mark.parametrize("term", ["nll", "penalty"])
