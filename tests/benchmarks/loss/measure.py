@@ -28,7 +28,7 @@ GRADIENT_TOLERANCE = 0.08
 
 @dataclass
 class Measurement:
-    """What one variant did on one problem; times in order of the repeats, or why there are none.
+    """Result of one variant on one problem: times in order of the repeats, or why there are none.
 
     Attributes:
         loss: Value of the loss.
