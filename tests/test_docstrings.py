@@ -16,9 +16,13 @@ def first_lines(path: Path) -> list[tuple[int, str]]:
     found = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            text = ast.get_docstring(node)
-            if text:
-                found.append((getattr(node, "lineno", 1), text.splitlines()[0]))
+            # Every string that stands alone: docstrings, and those below an attribute or a constant.
+            found += [
+                (item.lineno, item.value.value.strip().splitlines()[0])
+                for item in node.body
+                if isinstance(item, ast.Expr) and isinstance(item.value, ast.Constant)
+                if isinstance(item.value.value, str) and item.value.value.strip()
+            ]
     return found
 
 

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 Sequences = list[tuple[tuple[int, ...], int]]
 """Pairs (token ids, number of prompt tokens)."""
 Contexts = Callable[[Sequence[AnchorSample], Sequence[RecoverySample]], Mapping[str, Sequence[TeacherContext]]]
-"""What each frozen model must read for some samples, by role."""
+"""Lists what each frozen model must read for some samples, by role."""
 
 
 class Scores:

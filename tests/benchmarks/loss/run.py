@@ -62,7 +62,7 @@ PLANS = {
     ),
 }
 QUICK = Plan(Shape(128, 1024, 64), (Shape(128, 1024, 64, 32),), (64,), (512,), (32,), repeats=2, sweep_repeats=1)
-"""Of no use as a measurement: it shows within a minute that everything runs."""
+"""No measurement: it shows within a minute that everything runs."""
 SWEEP_ONLY = Plan(Shape(1024, 24576, 576), (), (512, 2048), (12288, 49152), (288, 1152), repeats=2, sweep_repeats=2)
 """How cost grows, for a few minutes of a CPU: smaller shapes, time alone."""
 
