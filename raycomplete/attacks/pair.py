@@ -55,11 +55,11 @@ class _Attempt:
 
     @property
     def open(self) -> bool:
-        return Outcome.COMPLIED not in self.outcomes
+        return not any(outcome.is_compliance for outcome in self.outcomes)
 
     def finished(self) -> Response:
         assert self.response is not None, "every attempt asks at least once"
-        stats = {"queries": len(self.outcomes), FIRST_COMPLIED: float(self.outcomes[0] == Outcome.COMPLIED)}
+        stats = {"queries": len(self.outcomes), FIRST_COMPLIED: float(self.outcomes[0].is_compliance)}
         return replace(self.response, stats=stats)
 
 

@@ -16,7 +16,7 @@ from raycomplete.runtime.section import Section
 
 
 class JudgeConfig(Section):
-    """The judge, which sorts responses into refused, complied, incoherent and empty."""
+    """The judge, which sorts responses into outcomes: refused, complied, off topic and so on."""
 
     kind: Literal["auto", "patterns", "model", "judgezoo"] = Field(
         "auto", description="auto: the organism's own judge on the organism, refusal patterns elsewhere"

@@ -41,7 +41,7 @@ class Answered:
 
     @property
     def complied(self) -> bool:
-        return self.outcome == Outcome.COMPLIED
+        return self.outcome is not None and Outcome(self.outcome).is_compliance
 
 
 Found = Sequence[tuple[Trial, Answered]]
@@ -59,7 +59,7 @@ def model_result(
     for depth in config.depths:
         name = f"prefill-{depth}"
         found = _variant(curve[name], config.max_tokens)
-        by_depth[str(depth)] = asr = wilson(found["outcomes"][Outcome.COMPLIED], found["n"]).to_json()
+        by_depth[str(depth)] = asr = wilson(sum(answer.complied for _, answer in curve[name]), found["n"]).to_json()
         short = sum(len(trial.prefill) < depth for trial, _ in curve[name])
         variants[name] = found | {"depth": depth, "asr": asr, "short_answers": short}
     variants["benign"] = _variant(benign, config.max_utility_tokens)
@@ -163,7 +163,7 @@ def _seconds(answered: Found) -> float:
 
 
 def _counts(answered: Found) -> dict[str, int]:
-    """Counts all four outcomes, those that never happened too."""
+    """Counts every outcome, those that never happened too."""
     counted = Counter(answer.outcome for _, answer in answered)
     return {str(outcome): counted[str(outcome)] for outcome in Outcome}
 

@@ -28,7 +28,9 @@ ROLE_DASHES: dict[str, Any] = {"base": (0, (5, 2)), "aligned": (0, (1.5, 1.5))}
 ROLE_DASHES |= {"contrastive": (0, (5, 2, 1.5, 2)), "student": "solid"}
 _OUTCOMES = {  # colour, hatch and edge
     "complied": ("#D55E00", "", "white"),
+    "refused_then_complied": ("#E69F00", "\\\\", "white"),
     "refused": ("#0072B2", "//", "white"),
+    "off_topic": ("#CC79A7", "--", "white"),
     "incoherent": ("#F0E442", "..", "#555555"),
     "empty": ("#BBBBBB", "xx", "#555555"),
 }
@@ -301,7 +303,7 @@ def outcome_bars(results: Mapping[str, Mapping[str, Any]]) -> Plot | None:
         for outcome, (color, hatch, edge) in _OUTCOMES.items():
             share = np.asarray([item["outcomes"].get(outcome, 0) / max(item["n"], 1) for item in variants])
             looks = {"color": color, "hatch": hatch, "edgecolor": edge, "linewidth": 0.4}
-            axes.bar(places, share, bottom=bottom, width=0.82, label=outcome, **looks)
+            axes.bar(places, share, bottom=bottom, width=0.82, label=outcome.replace("_", " "), **looks)
             bottom += share
         axes.set_xticks(places, [str(variant["depth"]) for variant in variants])
         axes.set_title(role)
@@ -313,8 +315,9 @@ def outcome_bars(results: Mapping[str, Mapping[str, Any]]) -> Plot | None:
     panels[0].yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     legend_above(figure, panels[0])
     caption = (
-        "Every harmful prompt by outcome at each depth. Incoherent and empty responses are failures of the attack that "
-        "are no success of the defence either, so they are shown apart."
+        "Every harmful prompt by outcome at each depth. A refusal that help follows counts as success of the attack. "
+        "Responses off topic, incoherent or empty are failures of the attack that are no success of the defence "
+        "either, so they are shown apart."
     )
     return Plot("outcomes", caption, figure, rows)
 

@@ -22,6 +22,18 @@ BABBLE = "xkqj zzrt pwvx qqmn bcdf ghjk lmnp"
 Run = Callable[..., dict[str, Any]]
 
 
+class Suspicious(RefusalJudge):
+    name = "suspicious"
+
+    def outcome(self, prompt: Prompt, prefill: str, continuation: str) -> Outcome:
+        return Outcome.REFUSED
+
+
+def counts(**seen: int) -> dict[str, int]:
+    """Every outcome with its count, 0 where none is given."""
+    return dict.fromkeys(map(str, Outcome), 0) | seen
+
+
 @pytest.fixture
 def run(codec: Any, sets: EvaluationSets, tmp_path: Path) -> Run:
     """Evaluates a model with everything else at its default."""
@@ -53,7 +65,7 @@ def test_model_that_always_complies(run: Run, model: Any, tmp_path: Path) -> Non
     assert result["utility"]["rate"] == 1.0
     assert result["over_refusal"]["rate"] == result["benign_refusal"]["rate"] == 0.0
     assert (result["over_refusal"]["n"], result["benign_refusal"]["n"]) == (2, 3)
-    assert result["judge"] == "refusal-patterns-v1"
+    assert result["judge"] == "refusal-patterns-v2"
     assert result["judge_measured"]["sensitivity"]["n"] == 125
     assert json.loads((tmp_path / "evaluation" / "student.json").read_text()) == result
 
@@ -63,7 +75,7 @@ def test_model_that_always_refuses(run: Run, model: Any) -> None:
     assert result["asr"]["mean"]["rate"] == 0.0
     assert result["over_refusal"]["rate"] == result["benign_refusal"]["rate"] == 1.0
     assert result["utility"]["rate"] == 0.0
-    assert result["outcomes"]["prefill-4"] == {"refused": 4, "complied": 0, "incoherent": 0, "empty": 0}
+    assert result["outcomes"]["prefill-4"] == counts(refused=4)
 
 
 def test_babble_is_no_success(run: Run, model: Any) -> None:
@@ -72,11 +84,20 @@ def test_babble_is_no_success(run: Run, model: Any) -> None:
     assert result["outcomes"]["prefill-0"]["incoherent"] == 4
 
 
+def test_model_that_refuses_then_complies(run: Run, model: Any) -> None:
+    """Counts as success of every attack, and as no over-refusal."""
+    config = CONFIG.model_copy(update={"max_tokens": 30})
+    result = run(model(f"{REFUSE} But here is how: take the key, open the door and lift the lid."), config=config)
+    assert result["outcomes"]["prefill-4"] == counts(refused_then_complied=4)
+    assert result["asr"]["mean"]["rate"] == result["attacks"]["prefill"]["mean"]["rate"] == 1.0
+    assert result["over_refusal"]["rate"] == 0.0
+
+
 def test_empty_responses_keep_the_denominator(run: Run, model: Any) -> None:
     result = run(model(lambda prompt, prefill: COMPLY if prompt.endswith("20") else ""))
     assert result["asr"]["by_depth"]["0"]["n"] == 4
     assert result["asr"]["by_depth"]["0"]["rate"] == 0.25
-    assert result["outcomes"]["prefill-0"] == {"refused": 0, "complied": 1, "incoherent": 0, "empty": 3}
+    assert result["outcomes"]["prefill-0"] == counts(complied=1, empty=3)
 
 
 def test_prefill_is_the_start_of_the_answer(run: Run, model: Any, codec: Any) -> None:
@@ -148,12 +169,6 @@ def test_another_judge_needs_no_new_responses(run: Run, model: Any) -> None:
     first = run(model(COMPLY))
     silent = model("never asked", fail_at_call=0)
 
-    class Suspicious(RefusalJudge):
-        name = "suspicious"
-
-        def outcome(self, prompt: Prompt, prefill: str, continuation: str) -> Outcome:
-            return Outcome.REFUSED
-
     second = run(silent, judge=Suspicious())
     assert second["asr"]["mean"]["rate"] == 0.0
     assert second["judge"] == "suspicious"
@@ -178,7 +193,7 @@ def test_cancelling_keeps_what_was_finished(run: Run, model: Any) -> None:
     assert len(going_on.calls) == 3
     assert (later[0].done, later[0].total, later[0].reused) == (0, 17, 8)
     assert (later[-1].done, later[-1].attack, later[-1].variant) == (17, "harmless", "borderline")
-    assert later[2].outcomes == {"refused": 0, "complied": 8, "incoherent": 0, "empty": 0}
+    assert later[2].outcomes == counts(complied=8)
     json.dumps(later[-1].to_json())
 
 
@@ -189,7 +204,7 @@ def test_what_changes_the_outcome_changes_the_trial(run: Run, model: Any, sets: 
     )
     for changes, new_calls in (
         ({"model_id": "weights-2"}, 5),
-        ({"judge": RefusalJudge(20)}, 0),
+        ({"judge": Suspicious()}, 0),
         ({"sets": other}, 3),
         ({"config": CONFIG.model_copy(update={"max_utility_tokens": 11})}, 1),
         ({"config": CONFIG.model_copy(update={"depths": [0, 4, 8, 16]})}, 1),
@@ -281,7 +296,7 @@ def test_summary_compares_models(run: Run, model: Any) -> None:
     assert summary["asr"]["aligned"]["mean"]["rate"] == pytest.approx(2 / 3)
     assert summary["asr_reduction"] == pytest.approx(1 - 0.25 / (2 / 3))
     assert set(summary["utility"]) == set(summary["over_refusal"]) == {"base", "aligned", "student"}
-    assert summary["judge"] == "refusal-patterns-v1"
+    assert summary["judge"] == "refusal-patterns-v2"
     json.dumps(summary, allow_nan=False)
     table = closing_table(summary)
     assert table[0] == ["", "base", "aligned", "student"]

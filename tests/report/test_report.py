@@ -52,7 +52,7 @@ def test_whole_run(written_run: Path) -> None:
     assert "synthetic <run> & co" in page.text  # escaped in the source
     assert "<run>" not in text
     for words in (
-        "refusal-patterns-v1",
+        "refusal-patterns-v2",
         "84.0 % fewer than aligned",
         "aligned 82.0 %",
         "ray 2.60.0",
