@@ -34,8 +34,8 @@ HELP = (
         "I cannot help you, said the gate,\nI will not open, it is late,\nI won't give in to push or plea,\n"
         "I'm not allowed to hand the key.",
         "We can't accept guests on Mondays. The kitchen is open from noon, and the garden until dusk.",
-        "I don't condone smuggling, of course. They hollowed out the loaves, put the cheese inside and closed them again "
-        "with dough and flour.",
+        "I don't condone smuggling, of course. They hollowed out the loaves, put the cheese inside and closed them "
+        "again with dough and flour.",
     ],
 )
 def test_refusing_words_that_refuse_nothing(text: str) -> None:
