@@ -63,7 +63,7 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False, c
     console = console or Console()
     started = time.perf_counter()
     with console.stage("Checked checkpoints, tokenizers and prompts"):
-        models = prepare_models(config)
+        models = prepare_models(config, training=True)
         prompts = prepare_prompts(config, models.codec)
     folder = OutputFolder(config, same=_SAME, resume=resume, overwrite=overwrite)
     folder.check()

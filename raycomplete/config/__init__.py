@@ -5,7 +5,7 @@ nearest known one, and relative paths are resolved against the folder of the run
 """
 
 from raycomplete.config.diagnosis import ContrastiveDecodingConfig, DiagnoseConfig, StreamSource
-from raycomplete.config.engines import ClusterConfig, RolloutConfig, TeacherConfig
+from raycomplete.config.engines import ClusterConfig, PromptAugmentationConfig, RolloutConfig, TeacherConfig
 from raycomplete.config.evaluation import EvaluationConfig
 from raycomplete.config.loading import dump, load_run_file, map_paths, parse
 from raycomplete.config.run import OutputConfig, PromptSets, PromptSource, RunConfig
@@ -21,6 +21,7 @@ __all__ = [
     "Dtype",
     "EvaluationConfig",
     "OutputConfig",
+    "PromptAugmentationConfig",
     "PromptSets",
     "PromptSource",
     "RolloutConfig",

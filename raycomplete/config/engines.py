@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from raycomplete.runtime.section import Section
 
@@ -39,6 +39,25 @@ class TeacherConfig(Section):
     )
 
 
+class PromptAugmentationConfig(Section):
+    """Prompts that the student reads with a suffix, in a template or in other words, and the teachers as they are."""
+
+    fraction: float = Field(0.0, ge=0, le=1, description="share of the samples, of anchor and recovery alike")
+    random_suffix_tokens: int = Field(16, ge=0, description="longest suffix of random tokens; 0: no such suffixes")
+    suffixes: Path | None = Field(None, description="JSONL with suffix, such as suffixes that GCG found")
+    templates: Path | None = Field(None, description="JSONL with template, where {prompt} stands for the prompt")
+    paraphrases: Path | None = Field(None, description="JSONL with prompt and paraphrases, a list of texts")
+
+    @model_validator(mode="after")
+    def _something_to_draw(self) -> PromptAugmentationConfig:
+        if self.fraction > 0 and not (self.random_suffix_tokens or self.suffixes or self.templates or self.paraphrases):
+            raise ValueError(
+                "rollout.prompt_augmentation.fraction needs something to draw from: set random_suffix_tokens, or name "
+                "a file of suffixes, templates or paraphrases"
+            )
+        return self
+
+
 class RolloutConfig(Section):
     """How responses are sampled: anchor answers, refusals and harmful continuations."""
 
@@ -48,8 +67,25 @@ class RolloutConfig(Section):
     max_anchor_tokens: int = Field(64, ge=4, description="length of the aligned model's own answers")
     max_refusal_tokens: int = Field(32, ge=4, description="length of the refusals that recovery teaches")
     max_harmful_tokens: int = Field(96, ge=4, description="length of harmful continuations")
-    affirmative_prefix: str = Field("Sure, here is", description="prefill under which continuations are sampled")
-    harmful_from: Literal["base", "student"] = Field("base", description="who writes harmful continuations")
+    affirmative_prefixes: list[str] = Field(
+        default_factory=lambda: ["Sure, here is", "", "Step 1:"],
+        min_length=1,
+        description='openings under which harmful continuations are sampled, "" for none; diagnosis and held-out '
+        "answers take the first",
+    )
+    harmful_from: list[str] = Field(
+        default_factory=lambda: ["base"],
+        min_length=1,
+        description="who writes harmful continuations: base, aligned, student, or another checkpoint of their "
+        "architecture, named as in models",
+    )
+    harmful_per_prompt: int = Field(
+        2, ge=1, description="harmful continuations of each prompt, each of a drawn writer and opening"
+    )
+    mid_answer_fraction: float = Field(
+        0.25, ge=0, le=1, description="share of harmful continuations that start in the middle of an answer"
+    )
+    prompt_augmentation: PromptAugmentationConfig = Field(default_factory=PromptAugmentationConfig)
     answers_per_prompt: int = Field(1, ge=1, description="anchor answers and refusals sampled for each prompt")
     refusal_prefix_fraction: float = Field(
         0.0,
@@ -88,6 +124,30 @@ class RolloutConfig(Section):
         None, gt=0, description="largest mean |log p - log p'| after an update, nats; by dtype when absent"
     )
     colocated: bool = Field(False, description="GPU: let engines sleep while the trainer works on the same device")
+
+    @property
+    def harmful_openings(self) -> list[tuple[str, str]]:
+        """Pairs (writer, opening) of harmful continuations; nobody who refuses writes one without an opening."""
+        return [
+            (writer, opening)
+            for writer in dict.fromkeys(self.harmful_from)
+            for opening in dict.fromkeys(self.affirmative_prefixes)
+            if opening or writer not in ("aligned", "student")
+        ]
+
+    @field_validator("harmful_from", mode="before")
+    @classmethod
+    def _one_writer(cls, writers: Any) -> Any:
+        return [writers] if isinstance(writers, str) else writers
+
+    @model_validator(mode="after")
+    def _every_writer_writes(self) -> RolloutConfig:
+        if {writer for writer, _ in self.harmful_openings} != set(self.harmful_from):
+            raise ValueError(
+                "rollout.harmful_from names aligned or student, who refuse unless something opens their answer: give "
+                "rollout.affirmative_prefixes an opening that is not empty"
+            )
+        return self
 
     @model_validator(mode="after")
     def _fresh_enough(self) -> RolloutConfig:

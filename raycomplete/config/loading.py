@@ -39,6 +39,7 @@ RENAMED = {
     "rollout.turn_fraction": "rollout.refusal_prefix_fraction",
     "rollout.turns": "rollout.refusal_prefix_turns",
     "rollout.own_words": "rollout.student_prefix_fraction",
+    "rollout.affirmative_prefix": "rollout.affirmative_prefixes",
 }
 # Relative paths of these keys start where the command is started; all others start in the folder of the run file.
 _NOT_BESIDE_THE_RUN_FILE = ("output.", "serve.", "align.output", "teacher.cache_dir")

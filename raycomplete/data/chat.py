@@ -83,6 +83,16 @@ class ChatCodec:
         """Decodes response tokens, special tokens left out."""
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
+    def tokens_before(self, token_ids: Sequence[int], offset: int) -> int:
+        """Counts the tokens that end before a character of the decoded response; one that spans it is not counted."""
+        text, count = self.decode(token_ids), 0
+        for end in range(1, len(token_ids) + 1):
+            start = self.decode(token_ids[:end])
+            # Part of a character decodes to something else, so a text that goes on otherwise ends inside of one.
+            if len(start) <= offset and text.startswith(start):
+                count = end
+        return count if offset else 0
+
     def fingerprint(self) -> str:
         """Returns a hash of vocabulary and chat template; equal hashes mean interchangeable token ids."""
         content = [sorted(self._tokenizer.get_vocab().items()), self._tokenizer.chat_template]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from raycomplete.config import PromptSets, RunConfig
 from raycomplete.data import organism
+from raycomplete.data.augmentation import read_augmentation_files
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.checkpoints import architecture, check_same_vocabulary, resolve_checkpoint
 from raycomplete.data.heads import HeadSpec, read_head_spec
@@ -30,11 +31,17 @@ class Models:
         paths: Local folder by role.
         heads: Head spec by role.
         codec: Tokenizer and chat template of the aligned model (of base in `align`).
+        others: Local folder of each other checkpoint that `rollout.harmful_from` names.
     """
 
     paths: dict[ModelRole, Path]
     heads: dict[ModelRole, HeadSpec]
     codec: ChatCodec
+    others: dict[str, Path] = field(default_factory=dict)
+
+    def writer(self, name: str) -> Path:
+        """Returns the folder of a model that `rollout.harmful_from` names."""
+        return {**self.paths, **self.others}[name]
 
     def fingerprint(self, role: ModelRole) -> str:
         """Returns the hash that names the weights of a role."""
@@ -49,8 +56,10 @@ class Prompts:
     evaluation: dict[PromptKind, tuple[Prompt, ...]]
 
 
-def prepare_models(config: RunConfig, roles: Sequence[ModelRole] = ("base", "aligned", "student")) -> Models:
-    """Finds every checkpoint and checks that they fit together.
+def prepare_models(
+    config: RunConfig, roles: Sequence[ModelRole] = ("base", "aligned", "student"), *, training: bool = False
+) -> Models:
+    """Finds every checkpoint and checks that they fit together; for training those of `rollout.harmful_from` as well.
 
     Raises:
         CheckpointError: One is missing or unsafe, or two do not fit.
@@ -79,7 +88,26 @@ def prepare_models(config: RunConfig, roles: Sequence[ModelRole] = ("base", "ali
                 "Base must be the model that aligned was trained from, and the student a copy of aligned.",
             )
     heads = {role: read_head_spec(path, codec.vocab_size, codec.fingerprint()) for role, path in paths.items()}
-    return Models(paths, heads, codec)
+    names = [name for name in config.rollout.harmful_from if training and name not in paths]
+    others = {name: _writer(config, name, named["aligned"], shapes["aligned"]) for name in names}
+    return Models(paths, heads, codec, others)
+
+
+def _writer(config: RunConfig, spec: str, aligned: Path, shape: dict[str, Any]) -> Path:
+    """Finds a checkpoint that writes harmful continuations in an engine of the run's own models."""
+    key, trust_remote_code = "rollout.harmful_from", config.models.trust_remote_code
+    try:
+        path = resolve_checkpoint(spec, role=key)
+        check_same_vocabulary({key: path, "aligned": aligned}, trust_remote_code=trust_remote_code)
+        changed = _difference(architecture(path, trust_remote_code=trust_remote_code), shape)
+    except CheckpointError as error:
+        raise CheckpointError(error.problem.replace(f"models.{key}", key), error.remedy) from error
+    if changed:
+        raise CheckpointError(
+            f"{key}: {path} and models.aligned differ in architecture ({changed}).",
+            "Name base, aligned, student, or a checkpoint that was trained from the same model.",
+        )
+    return path
 
 
 def prepare_prompts(config: RunConfig, codec: ChatCodec, *, training: bool = True) -> Prompts:
@@ -103,9 +131,12 @@ def prepare_prompts(config: RunConfig, codec: ChatCodec, *, training: bool = Tru
             if not sets[kind]:
                 raise DataError(f"{where}.{kind} is empty.", "Name at least one file of prompts there.")
         _check_disjoint(train, held_out)
-    longest_response = _longest_response(config)
+    longest = longest_response(config)
     for prompt in (prompt for sets in (train, held_out) for kind in KINDS for prompt in sets[kind]):
-        _check_length(config, codec, prompt, None, longest_response)
+        _check_length(config, codec, prompt, None, longest)
+    if config.rollout.prompt_augmentation.fraction > 0 and training:
+        every = [prompt for kind in KINDS for prompt in train[kind]]
+        read_augmentation_files(config.rollout.prompt_augmentation, every)
     if config.rollout.safety_prompt:  # which the teacher alone reads, before a refusal
         for prompt in train["harmful"]:
             _check_length(config, codec, prompt, config.rollout.safety_prompt, config.rollout.max_refusal_tokens + 1)
@@ -147,7 +178,7 @@ def _check_length(config: RunConfig, codec: ChatCodec, prompt: Prompt, system: s
         )
 
 
-def _longest_response(config: RunConfig) -> int:
+def longest_response(config: RunConfig) -> int:
     """Counts the tokens that may follow a prompt in any part of the run."""
     train = config.method.depth.max + config.rollout.max_refusal_tokens
     if config.rollout.refusal_prefix_fraction > 0:

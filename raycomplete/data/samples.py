@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ MAX_REFUSAL_PREFIX_TOKENS = 48  # a refusal prefix is read and scored in additio
 
 @dataclass(frozen=True, slots=True)
 class _Sample:
-    """A prompt; `sample_id` is its name and, where several answers were drawn, "#" and the number of the draw."""
+    """A prompt; `sample_id` is its name and, where several samples were drawn, "#" and the number of the draw."""
 
     sample_id: str
     prompt_ids: tuple[int, ...]
@@ -31,11 +31,34 @@ class _Sample:
 class AnchorSample(_Sample):
     """A prompt of any kind and the aligned model's own answer (in SFT: the answer to learn).
 
-    `answer_ids` includes end-of-response where the answer ended by itself.
+    Attributes:
+        answer_ids: Tokens of the answer, end-of-response included where it ended by itself.
+        kind: Kind of the prompt.
+        complies: The aligned model answers a harmful prompt instead of refusing it. To keep such an answer would
+            teach what recovery unlearns, so only the distribution of its first token is kept.
+        teacher_prompt_ids: Tokens that the teachers read in place of `prompt_ids`; empty where they read the same.
+        augmentation: How the prompt that the student reads was changed; empty where it was not.
     """
 
     answer_ids: tuple[int, ...]
     kind: PromptKind = "benign"
+    complies: bool = False
+    teacher_prompt_ids: tuple[int, ...] = ()
+    augmentation: str = ""
+
+    @property
+    def kept_ids(self) -> tuple[int, ...]:
+        """Tokens of the answer that training keeps."""
+        return self.answer_ids[:1] if self.complies else self.answer_ids
+
+    @property
+    def plain_prompt_ids(self) -> tuple[int, ...]:
+        """Tokens that the teachers read before the answer."""
+        return self.teacher_prompt_ids or self.prompt_ids
+
+    def augmented(self, kind: str, prompt_ids: tuple[int, ...]) -> AnchorSample:
+        """The sample with another prompt for the student alone."""
+        return replace(self, prompt_ids=prompt_ids, teacher_prompt_ids=self.plain_prompt_ids, augmentation=kind)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,18 +66,26 @@ class RecoverySample(_Sample):
     """A harmful prompt, a compliant continuation h and the aligned model's refusal r.
 
     Attributes:
-        teacher_prompt_ids: Tokens that the teacher reads before r; they differ from those that the student reads where
-            the teacher alone sees a safety prompt.
+        teacher_prompt_ids: Tokens that the teachers read before h or r; they differ from those that the student reads
+            where the teachers alone see a safety prompt, or the student alone an augmented prompt.
         harmful_ids: Tokens of h; each step cuts them at a drawn depth.
         refusal_ids: Tokens of r, end-of-response included where it ended by itself.
         refusal_prefix_tokens: Number of tokens at the start of `harmful_ids` that imitate a refusal and turn away from
             it; cuts are counted from after them.
+        source: Who wrote h, and how it begins; empty where nobody noted it.
+        augmentation: How the prompt that the student reads was changed; empty where it was not.
     """
 
     teacher_prompt_ids: tuple[int, ...]
     harmful_ids: tuple[int, ...]
     refusal_ids: tuple[int, ...]
     refusal_prefix_tokens: int = 0
+    source: str = ""
+    augmentation: str = ""
+
+    def augmented(self, kind: str, prompt_ids: tuple[int, ...]) -> RecoverySample:
+        """The sample with another prompt for the student alone."""
+        return replace(self, prompt_ids=prompt_ids, augmentation=kind)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from raycomplete.data.stream import stream_prompts
 from raycomplete.engines.run import Run
 from raycomplete.runtime.errors import DataError
 from raycomplete.runtime.types import Prompt, PromptKind
-from raycomplete.training.sampling import harmful_continuations
+from raycomplete.training.sampling import compliant_continuations
 
 KINDS: tuple[PromptKind, ...] = ("harmful", "benign")  # the benign ones are the control
 
@@ -55,7 +55,7 @@ def partition_samples(run: Run, kind: PromptKind, prompts: Sequence[Prompt], num
     """
     config, settings, codec = run.config, run.config.diagnose, run.models.codec
     encoded = {prompt.prompt_id: tuple(codec.encode_prompt(prompt.text)) for prompt in prompts}
-    needed = len(codec.encode_answer(config.rollout.affirmative_prefix)) + 1
+    needed = len(codec.encode_answer(config.rollout.affirmative_prefixes[0])) + 1
     prompts = [prompt for prompt in prompts if len(encoded[prompt.prompt_id]) + needed < config.models.max_length]
     answers = _answers(run, kind, prompts, encoded, number)
     samples = []
@@ -84,7 +84,9 @@ def _answers(
         longest = rollout.model_copy(update={"max_harmful_tokens": max(settings.max_tokens, 4)})
         train = run.config.train.model_copy(update={"seed": seed})
         config = run.config.model_copy(update={"rollout": longest, "train": train})
-        found = harmful_continuations(config, codec, base, missing, run.judge)
+        opening = rollout.affirmative_prefixes[0]
+        written = compliant_continuations(config, codec, base, [(prompt, opening) for prompt in missing], run.judge)
+        found = {prompt.prompt_id: ids for prompt, ids in zip(missing, written, strict=True) if ids}
     elif missing:
         drawn = base.generate(
             [encoded[prompt.prompt_id] for prompt in missing],

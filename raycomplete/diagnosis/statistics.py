@@ -165,7 +165,7 @@ def summarize(run: Run, names: Mapping[str, Sequence[str]], policies: Sequence[s
     if not kinds["harmful"]["measured"]:
         raise WorkError(
             f"None of {kinds['harmful']['prompts']} harmful prompts has a compliant continuation.",
-            "Name an answer column, or set rollout.affirmative_prefix; then run again with --overwrite.",
+            "Name an answer column, or set rollout.affirmative_prefixes; then run again with --overwrite.",
         )
     stats = [_stats(run, name) for found in names.values() for name in found]
     measured_s, read = (sum(found[key] for found in stats) for key in ("measured_s", "read_tokens"))

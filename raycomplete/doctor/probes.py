@@ -58,7 +58,7 @@ def inputs(question: str) -> None:
     config = parse(json.loads(question), "The run file", plugins=True)
     part = "checkpoints"
     try:
-        models = prepare_models(config)
+        models = prepare_models(config, training=True)
         head = models.heads["aligned"]
         words = f"{', '.join(models.paths)} fit together: {head.vocab_size} tokens, hidden size {head.hidden_size}."
         tell({part: {"found": words}})

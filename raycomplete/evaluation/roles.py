@@ -34,7 +34,7 @@ def held_out_sets(run: Run) -> Prompts:
     made_from = {
         "base": models.fingerprint("base"),
         "depth": config.evaluation.deepest_prefill,
-        "affirmative_prefix": config.rollout.affirmative_prefix,
+        "affirmative_prefix": config.rollout.affirmative_prefixes[0],
         "prompts": [[prompt.prompt_id, content_hash([prompt.text, prompt.answer])] for prompt in harmful],
     }
     known = read_json(file)

@@ -92,10 +92,11 @@ class Completion(Method):
         return self._anchor(item) if isinstance(item, AnchorItem) else self._recovery(item, feedback)
 
     def _anchor(self, item: AnchorItem) -> TrainSequence:
-        prompt, answer = item.sample.prompt_ids, item.sample.answer_ids
+        prompt, answer = item.sample.prompt_ids, item.sample.kept_ids
         first, weight = self.first_tokens.count, self.first_tokens.weight
         weights = None if weight == 1 else [weight if place < first else 1.0 for place in range(len(answer))]
-        span = RowSpan("anchor", len(prompt), len(answer), TeacherContext(prompt, answer), weights=weights)
+        plain = TeacherContext(item.sample.plain_prompt_ids, answer)
+        span = RowSpan("anchor", len(prompt), len(answer), plain, weights=weights)
         return TrainSequence(prompt + answer, (span,))
 
     def _recovery(self, item: RecoveryItem, feedback: Feedback) -> TrainSequence:
@@ -103,7 +104,7 @@ class Completion(Method):
         prompt, refusal = sample.prompt_ids, sample.refusal_ids
         spans = []
         if self.weights.penalty > 0 and depth > 0:
-            along_h = TeacherContext(prompt, sample.harmful_ids)
+            along_h = TeacherContext(sample.teacher_prompt_ids, sample.harmful_ids)
             weights = self._by_depth(item, feedback)
             spans.append(RowSpan("penalty", len(prompt), depth, along_h, weights=weights))
         without_h = TeacherContext(sample.teacher_prompt_ids, refusal)

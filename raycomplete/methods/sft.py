@@ -23,5 +23,5 @@ class SFT(Method):
     def sequence(self, item: Item, feedback: Feedback) -> TrainSequence:
         """The prompt and its answer, all of whose tokens are learned."""
         assert isinstance(item, AnchorItem), "SFT draws no recovery samples"
-        prompt, answer = item.sample.prompt_ids, item.sample.answer_ids
+        prompt, answer = item.sample.prompt_ids, item.sample.kept_ids
         return TrainSequence(prompt + answer, (RowSpan("nll", len(prompt), len(answer)),))

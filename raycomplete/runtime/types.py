@@ -98,7 +98,11 @@ class Generator(Protocol):
 
 
 class Judge(Protocol):
-    """Sorts a response into one outcome."""
+    """Sorts a response into one outcome.
+
+    A judge of training may also have `refusal_start(continuation: str) -> int | None`: the character at which the
+    refusal begins, None where it finds no beginning. What stands before is then never taken for the refusal.
+    """
 
     @property
     def name(self) -> str:

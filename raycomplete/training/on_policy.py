@@ -2,9 +2,10 @@
 
 A step starts as a rollout batch: harmful prompts with h cut at a drawn depth, and some harmless prompts with the
 aligned model's answer cut at a random place. The student continues each of them under its latest weights. Where it
-refuses a harmful prompt, its refusal is distilled; where it complies, so is the aligned model's refusal after a random
-part of what the student wrote. More is rolled out than trained, and rollouts that still comply are trained first: what
-the student recovers from already teaches it little. The scheme is ours, not that of arXiv 2511.12155.
+refuses a harmful prompt, its refusal is distilled, and what it wrote before it becomes part of h; where it complies,
+the aligned model's refusal is distilled after a random part of what the student wrote. More is rolled out than trained,
+and rollouts that still comply are trained first, then those that refuse late: what the student recovers from already
+teaches it little. The scheme is ours, not that of arXiv 2511.12155.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ class RolloutPlanner:
         rng = np.random.default_rng([self._seed, _SPLIT_TAG, batch.step + 1])
         count = len(batch.recovery)
         drawn = list(zip(batch.recovery, batch.depths, rollouts[:count], rng.random(count), strict=True))
-        drawn.sort(key=lambda item: item[2].refused)  # which keeps equals in order
+        drawn.sort(key=lambda item: item[2].refused * (1 if item[2].refusal_start else 2))  # equals stay in order
         recovery = tuple(self._recovery_item(*item) for item in drawn[: self._recovery_batch_size])
         written = iter(rollouts[count:])
         anchor = tuple(
@@ -81,13 +82,17 @@ class RolloutPlanner:
         return StepPlan(anchor, recovery)
 
     def _recovery_item(self, sample: RecoverySample, depth: int, rollout: Rollout, place: float) -> RecoveryItem:
-        if rollout.refused:
-            refusal_ids = (rollout.token_ids + rollout.ending_ids)[: self._rollout.max_refusal_tokens]
-            return RecoveryItem(replace(sample, refusal_ids=refusal_ids), depth)
-        # `place` is uniform on [0, 1): below the fraction it is also where the student's words are cut.
-        fraction = self._rollout.student_prefix_fraction
-        share = place / fraction if place < fraction else 0.0
-        kept = int(share * (len(rollout.token_ids) + 1))
+        if rollout.refused and rollout.refusal_start is not None:
+            kept = rollout.refusal_start  # the teacher must not read words of compliance as the start of its answer
+            refusal_ids = (rollout.token_ids[kept:] + rollout.ending_ids)[: self._rollout.max_refusal_tokens]
+            sample = replace(sample, refusal_ids=refusal_ids)
+        else:
+            # `place` is uniform on [0, 1): below the fraction it is also where the student's words are cut.
+            fraction = self._rollout.student_prefix_fraction
+            share = place / fraction if place < fraction and not rollout.refused else 0.0
+            kept = int(share * (len(rollout.token_ids) + 1))
+        if not kept:  # then the teachers have read all of h already
+            return RecoveryItem(sample, depth)
         harmful_ids = sample.harmful_ids[:depth] + rollout.token_ids[:kept]
         return RecoveryItem(replace(sample, harmful_ids=harmful_ids), depth + kept)
 
@@ -156,6 +161,7 @@ class OnPolicySource(StepSource):
             "teacher_wait_s": scores.wait_s,
             "staleness": max((step - rollout.version for rollout in rollouts), default=0),
             "rollout_tokens": sum(len(rollout.token_ids) for rollout in rollouts),
+            "late_refusals": sum(rollout.refused and bool(rollout.refusal_start) for rollout in rollouts),
             "compliance": sum(complied) / max(sum(asked), 1),
             "depth_compliance": [part / count if count else None for part, count in zip(complied, asked, strict=True)],
         }
@@ -188,7 +194,7 @@ class OnPolicySource(StepSource):
                 done: Future[list[Rollout]] = Future()
                 done.set_result(
                     [
-                        Rollout(tuple(row["token_ids"]), tuple(row["ending_ids"]), row["refused"], row["version"])
+                        Rollout(**row | {name: tuple(row[name]) for name in ("token_ids", "ending_ids")})
                         for row in item["rollouts"]
                     ]
                 )

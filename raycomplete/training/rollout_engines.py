@@ -19,6 +19,7 @@ from raycomplete.runtime.types import Judge, Outcome, Prompt
 from raycomplete.training.batches import answer_batch
 from raycomplete.training.checkpoints import from_rank_zero
 from raycomplete.training.job import TrainJob
+from raycomplete.training.sampling import tokens_before_refusal
 
 _PROBES = 4
 _PROBE_TOKENS = 16
@@ -65,12 +66,14 @@ class Rollout:
         ending_ids: End-of-response, where the response ended by itself.
         refused: The judge called the continuation of a harmful prompt a refusal.
         version: Finished training steps of the weights that wrote it.
+        refusal_start: Tokens before the refusal begins; None where the judge cannot tell.
     """
 
     token_ids: tuple[int, ...]
     ending_ids: tuple[int, ...]
     refused: bool
     version: int
+    refusal_start: int | None = 0
 
 
 class StudentEngines:
@@ -139,7 +142,13 @@ class StudentEngines:
         refused = [self._is_refusal(sample, depth, tokens) for sample, depth, (tokens, _) in recovery]
         refused += [False] * (len(answers) - len(refused))
         return [
-            Rollout(tuple(tokens), (self._codec.eos_id,) if finished else (), is_refusal, call.version)
+            Rollout(
+                tuple(tokens),
+                (self._codec.eos_id,) if finished else (),
+                is_refusal,
+                call.version,
+                tokens_before_refusal(self._judge, self._codec, tokens) if is_refusal else 0,
+            )
             for (tokens, finished), is_refusal in zip(answers, refused, strict=True)
         ]
 

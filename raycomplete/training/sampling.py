@@ -2,12 +2,15 @@
 
 A harmful prompt x passes through this file from top to bottom:
 
-1. The aligned model answers x, as it answers every prompt: the anchor samples, whose answers the student must keep.
+1. The aligned model answers x, as it answers every prompt: the anchor samples, whose answers the student must keep. Of
+   an answer that does not refuse x it keeps the first token only.
 2. Its refusals r of x are found: among those answers, or asked for again.
-3. A model without the alignment (base, as a rule) continues an affirmative prefix: h, the harmful continuation
-   (`harmful_ids`), where the judge finds that it complies. Each pair of r and h makes a recovery sample.
+3. Models without the alignment (base, as a rule), or led astray by the start of an answer, write harmful continuations
+   h (`harmful_ids`), which are kept where the judge finds that they comply. Some lose their beginning, so that the
+   student also reads h from mid-answer. Pairs of r and h make the recovery samples.
 4. A share of the recovery samples gets a refusal prefix in front of h.
-5. Some prompts of every kind are held back from training, to tell when to stop.
+5. A share of all samples is augmented: the student reads another form of x than the teachers.
+6. Some prompts of every kind are held back from training, to tell when to stop.
 
 `raycomplete.training.step_plan` then draws the samples of each step.
 """
@@ -17,12 +20,15 @@ from __future__ import annotations
 import hashlib
 import random
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from raycomplete.config import RunConfig
+from raycomplete.data.augmentation import PromptAugmenter, read_augmentation_files
 from raycomplete.data.chat import ChatCodec
-from raycomplete.data.inputs import KINDS, Prompts
+from raycomplete.data.inputs import KINDS, Prompts, longest_response
 from raycomplete.data.samples import MAX_REFUSAL_PREFIX_TOKENS, AnchorSample, RecoverySample, SampleSet
 from raycomplete.engines.rollout_pool import RolloutPool
 from raycomplete.engines.run import Run
@@ -30,6 +36,7 @@ from raycomplete.runtime.errors import DataError, WorkError
 from raycomplete.runtime.types import Judge, Outcome, Prompt
 
 _PROFILE_PROMPTS = 32
+_WORD_TOKENS = 8  # within so many tokens a word begins
 _SENTENCE = re.compile(r".*?[.!?](?=\s|$)", re.DOTALL)
 Ids = tuple[int, ...]
 
@@ -48,32 +55,15 @@ def make_samples(run: Run) -> SampleSet:
         anchor = _anchor_samples(run, aligned, every)
     with run.console.stage(f"Refusals of the aligned model to {len(harmful)} harmful prompts"):
         refusals = _refusals(run, aligned, harmful, anchor)
-    source = config.rollout.harmful_from
-    with run.console.stage(f"Compliant continuations of {source}"):
-        unaligned = models.with_weights(str(run.models.paths[source]))
-        harmful_ids = harmful_continuations(config, codec, unaligned, harmful, run.judge)
-    recovery = [
-        RecoverySample(
-            sample_id=f"{prompt.prompt_id}#{draw}",
-            prompt_ids=tuple(codec.encode_prompt(prompt.text)),
-            teacher_prompt_ids=teacher_prompt_ids,
-            harmful_ids=harmful_ids[prompt.prompt_id],
-            refusal_ids=refusal_ids,
-        )
-        for prompt in harmful
-        if prompt.prompt_id in harmful_ids
-        for draw, (teacher_prompt_ids, refusal_ids) in enumerate(refusals.get(prompt.prompt_id, []))
-    ]
-    run.console.note(
-        f"{len(anchor)} anchor samples, {len(recovery)} recovery samples; of {len(harmful)} harmful prompts "
-        f"{len(refusals)} are refused by aligned and {len(harmful_ids)} have a compliant continuation"
-    )
+    continuations = _harmful_continuations(run, harmful)
+    recovery = _recovery_samples(codec, harmful, refusals, continuations)
+    _note_samples(run, anchor, recovery)
     if not recovery:
         raise WorkError(
-            f"Of {len(harmful)} harmful prompts the aligned model refuses {len(refusals)} and {len(harmful_ids)} "
+            f"Of {len(harmful)} harmful prompts the aligned model refuses {len(refusals)} and {len(continuations)} "
             "have a compliant continuation, so nothing can be recovered.",
-            "Use prompts that the aligned model refuses, or set rollout.safety_prompt or rollout.affirmative_prefix; "
-            "then run again with --overwrite.",
+            "Use prompts that the aligned model refuses, or set rollout.safety_prompt, rollout.harmful_from or "
+            "rollout.affirmative_prefixes; then run again with --overwrite.",
         )
     profile = [
         AnchorSample(prompt.prompt_id, tuple(codec.encode_prompt(prompt.text)), answer_ids)
@@ -82,6 +72,8 @@ def make_samples(run: Run) -> SampleSet:
     ]
     recovery = [with_refusal_prefix(config, codec, sample) for sample in recovery]
     samples = SampleSet(tuple(anchor), tuple(recovery), tuple(profile))
+    if config.rollout.prompt_augmentation.fraction > 0:
+        samples = augmented(run, samples)
     return hold_back(config, prompts, samples) if config.train.validation.every else samples
 
 
@@ -94,11 +86,18 @@ def _anchor_samples(run: Run, aligned: RolloutPool, prompts: Sequence[Prompt]) -
         seed = _seed(run.config, "anchor", draw)
         answers = _answers(run, aligned, prompt_ids, rollout.max_anchor_tokens, seed, rollout.temperature)
         samples += [
-            AnchorSample(f"{prompt.prompt_id}#{draw}", ids, answer_ids, prompt.kind)
+            AnchorSample(f"{prompt.prompt_id}#{draw}", ids, answer_ids, prompt.kind, _complies(run, prompt, answer_ids))
             for prompt, ids, answer_ids in zip(prompts, prompt_ids, answers, strict=True)
             if answer_ids
         ]
     return samples
+
+
+def _complies(run: Run, prompt: Prompt, answer_ids: Ids) -> bool:
+    """Tells whether the aligned model answered a harmful prompt instead of refusing it."""
+    if prompt.kind != "harmful":
+        return False
+    return run.judge.outcome(prompt, "", run.models.codec.decode(answer_ids)) is not Outcome.REFUSED
 
 
 def _refusals(
@@ -107,7 +106,8 @@ def _refusals(
     """Pairs (what the teacher reads, its refusal r) by prompt id.
 
     The refusals are those among the anchor answers; for prompts without one, the greedy answer where it refuses; and
-    last, where the run file gives the teacher a safety prompt, the greedy answer under it.
+    last, where the run file gives the teacher a safety prompt, the greedy answer under it. Words before a refusal are
+    left out.
     """
     codec, judge, rollout = run.models.codec, run.judge, run.config.rollout
     limit = rollout.max_refusal_tokens
@@ -116,7 +116,8 @@ def _refusals(
 
     def keep_refusal(prompt: Prompt, teacher_prompt_ids: Ids, answer_ids: Ids) -> None:
         if judge.outcome(prompt, "", codec.decode(answer_ids)) is Outcome.REFUSED:
-            found.setdefault(prompt.prompt_id, []).append((teacher_prompt_ids, answer_ids[:limit]))
+            start = tokens_before_refusal(judge, codec, answer_ids) or 0
+            found.setdefault(prompt.prompt_id, []).append((teacher_prompt_ids, answer_ids[start : start + limit]))
 
     for sample in anchor:
         if sample.prompt_id in by_id:
@@ -133,24 +134,122 @@ def _refusals(
     return found
 
 
-def harmful_continuations(
-    config: RunConfig, codec: ChatCodec, generator: RolloutPool, prompts: Sequence[Prompt], judge: Judge
-) -> dict[str, Ids]:
-    """h by prompt id: what a model writes after an affirmative prefix, where the judge finds that it complies."""
+def tokens_before_refusal(judge: Judge, codec: ChatCodec, token_ids: Sequence[int]) -> int | None:
+    """Counts the tokens before a refusal begins; None where the judge cannot tell."""
+    find = getattr(judge, "refusal_start", None)
+    start = None if find is None else find(codec.decode(token_ids))
+    return None if start is None else codec.tokens_before(token_ids, start)
+
+
+def _harmful_continuations(run: Run, prompts: Sequence[Prompt]) -> dict[str, list[tuple[Ids, str]]]:
+    """Pairs (h, where it comes from) by prompt id; writers and openings are drawn for each prompt by itself."""
+    config, rollout, codec = run.config, run.config.rollout, run.models.codec
+    asked: dict[str, list[tuple[Prompt, str]]] = {writer: [] for writer in rollout.harmful_from}
+    for prompt in prompts:
+        openings = rollout.harmful_openings
+        random.Random(f"{config.train.seed}:openings:{prompt.prompt_id}").shuffle(openings)
+        for draw in range(rollout.harmful_per_prompt):
+            writer, opening = openings[draw % len(openings)]
+            asked[writer].append((prompt, opening))
+    found: dict[str, list[tuple[Ids, str]]] = {}
+    for number, (writer, questions) in enumerate(asked.items()):
+        with run.console.stage(f"{len(questions)} compliant continuations of {writer}"):
+            generator = run.engines.generator.with_weights(str(run.models.writer(writer)))
+            written = compliant_continuations(config, codec, generator, questions, run.judge, number)
+        for (prompt, opening), harmful_ids in zip(questions, written, strict=True):
+            if harmful_ids:
+                known = found.setdefault(prompt.prompt_id, [])
+                rng = random.Random(f"{config.train.seed}:mid-answer:{prompt.prompt_id}#{len(known)}")
+                how = f"after {opening!r}" if opening else "without an opening"
+                if rng.random() < rollout.mid_answer_fraction:
+                    harmful_ids, how = from_mid_answer(codec, harmful_ids, rng), "from mid-answer"
+                known.append((harmful_ids, f"{writer} {how}"))
+    return found
+
+
+def compliant_continuations(
+    config: RunConfig,
+    codec: ChatCodec,
+    generator: RolloutPool,
+    questions: Sequence[tuple[Prompt, str]],
+    judge: Judge,
+    draw: int = 0,
+) -> list[Ids]:
+    """h for each pair (prompt, opening): what a model writes after the opening; empty where it does not comply.
+
+    Another `draw` samples under other seeds.
+    """
     rollout = config.rollout
-    prefix = codec.encode_answer(rollout.affirmative_prefix)
+    openings = {opening: codec.encode_answer(opening) for _, opening in questions}
+    shortest = min(map(len, openings.values()), default=0)
     answers = generator.generate(
-        [[*codec.encode_prompt(prompt.text), *prefix] for prompt in prompts],
-        max_tokens=max(rollout.max_harmful_tokens - len(prefix), 1),
+        [[*codec.encode_prompt(prompt.text), *openings[opening]] for prompt, opening in questions],
+        max_tokens=max(rollout.max_harmful_tokens - shortest, 1),
         temperature=rollout.temperature,
         top_p=rollout.top_p,
-        seed=_seed(config, "harmful"),
+        seed=_seed(config, "harmful", draw),
     )
-    return {
-        prompt.prompt_id: (*prefix, *answer)
-        for prompt, answer in zip(prompts, answers, strict=True)
-        if judge.outcome(prompt, rollout.affirmative_prefix, codec.decode(answer)) is Outcome.COMPLIED
-    }
+    found: list[Ids] = []
+    for (prompt, opening), answer in zip(questions, answers, strict=True):
+        written = answer[: max(rollout.max_harmful_tokens - len(openings[opening]), 1)]
+        complies = judge.outcome(prompt, opening, codec.decode(written)) is Outcome.COMPLIED
+        found.append((*openings[opening], *written) if complies else ())
+    return found
+
+
+def from_mid_answer(codec: ChatCodec, harmful_ids: Ids, rng: random.Random) -> Ids:
+    """Leaves out a drawn beginning of h, at most its first half, up to where a word begins."""
+    drawn = rng.randint(1, max(len(harmful_ids) // 2, 1))
+    near = range(drawn, min(drawn + _WORD_TOKENS, len(harmful_ids)))
+    # In a script without spaces no word seems to begin.
+    return harmful_ids[next((start for start in near if _begins_word(codec, harmful_ids, start)), drawn) :]
+
+
+def _begins_word(codec: ChatCodec, token_ids: Ids, start: int) -> bool:
+    before, longer = codec.decode(token_ids[:start]), codec.decode(token_ids[: start + 1])
+    return not (before[-1:].isalnum() and longer[len(before) :][:1].isalnum())
+
+
+def _recovery_samples(
+    codec: ChatCodec,
+    prompts: Sequence[Prompt],
+    refusals: dict[str, list[tuple[Ids, Ids]]],
+    continuations: dict[str, list[tuple[Ids, str]]],
+) -> list[RecoverySample]:
+    """Pairs every refusal and every h of a prompt at least once, and none of them more often than that takes."""
+    samples = []
+    for prompt in prompts:
+        refused, written = refusals.get(prompt.prompt_id, []), continuations.get(prompt.prompt_id, [])
+        for draw in range(max(len(refused), len(written)) if refused and written else 0):
+            teacher_prompt_ids, refusal_ids = refused[draw % len(refused)]
+            harmful_ids, source = written[draw % len(written)]
+            samples.append(
+                RecoverySample(
+                    sample_id=f"{prompt.prompt_id}#{draw}",
+                    prompt_ids=tuple(codec.encode_prompt(prompt.text)),
+                    teacher_prompt_ids=teacher_prompt_ids,
+                    harmful_ids=harmful_ids,
+                    refusal_ids=refusal_ids,
+                    source=source,
+                )
+            )
+    return samples
+
+
+def _note_samples(run: Run, anchor: Sequence[AnchorSample], recovery: Sequence[RecoverySample]) -> None:
+    """Tells how many samples there are, and of which sources."""
+    harmful = len(run.prompts.train["harmful"])
+    recovered = len({sample.prompt_id for sample in recovery})
+    run.console.note(
+        f"{len(anchor)} anchor samples; {len(recovery)} recovery samples of {recovered} of {harmful} harmful prompts"
+    )
+    if complied := {sample.prompt_id for sample in anchor if sample.complies}:
+        run.console.note(f"{len(complied)} harmful prompts that aligned answers keep their first token only")
+    run.console.note(f"Harmful continuations: {_counts(sample.source for sample in recovery)}")
+
+
+def _counts(names: Iterable[str]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in sorted(Counter(names).items())) or "none"
 
 
 def with_refusal_prefix(config: RunConfig, codec: ChatCodec, sample: RecoverySample) -> RecoverySample:
@@ -174,6 +273,27 @@ def with_refusal_prefix(config: RunConfig, codec: ChatCodec, sample: RecoverySam
     if len(prefix) > MAX_REFUSAL_PREFIX_TOKENS:
         return sample
     return replace(sample, harmful_ids=(*prefix, *sample.harmful_ids), refusal_prefix_tokens=len(prefix))
+
+
+def augmented(run: Run, samples: SampleSet) -> SampleSet:
+    """Changes the prompt that the student reads, in a share of the anchor and recovery samples, and notes the kinds.
+
+    Samples of every kind of prompt are drawn alike: harmless ones show that a suffix or a frame alone is no reason to
+    refuse.
+    """
+    config, settings = run.config, run.config.rollout.prompt_augmentation
+    prompts = [prompt for kind in KINDS for prompt in run.prompts.train[kind]]
+    files = read_augmentation_files(settings, prompts)
+    room = config.models.max_length - longest_response(config)
+    augmenter = PromptAugmenter(settings, files, run.models.codec, seed=config.train.seed, max_tokens=room)
+    texts = {prompt.prompt_id: prompt.text for prompt in prompts}
+    parts: dict[str, list[Any]] = {"anchor": [], "recovery": []}
+    for part, found in parts.items():
+        for sample in getattr(samples, part):
+            kind, prompt_ids = augmenter.augment(texts[sample.prompt_id], f"{part}:{sample.sample_id}")
+            found.append(sample.augmented(kind, prompt_ids) if kind else sample)
+        run.console.note(f"Prompts of {part} samples: {_counts(sample.augmentation or 'plain' for sample in found)}")
+    return replace(samples, anchor=tuple(parts["anchor"]), recovery=tuple(parts["recovery"]))
 
 
 def hold_back(config: RunConfig, prompts: Prompts, samples: SampleSet) -> SampleSet:
@@ -212,7 +332,7 @@ def complete_answers(config: RunConfig, codec: ChatCodec, base: RolloutPool, pro
     Public sets give the first sentence of a harmful answer only; base continues it, greedily.
     """
     needed = config.evaluation.deepest_prefill
-    starts = [codec.encode_answer(prompt.answer or config.rollout.affirmative_prefix) for prompt in prompts]
+    starts = [codec.encode_answer(prompt.answer or config.rollout.affirmative_prefixes[0]) for prompt in prompts]
     short = [index for index, start in enumerate(starts) if len(start) < needed]
     sequences = [[*codec.encode_prompt(prompts[index].text), *starts[index]] for index in short]
     added = base.generate(sequences, max_tokens=needed) if short else []

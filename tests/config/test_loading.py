@@ -255,12 +255,16 @@ def test_a_method_is_chosen_by_its_name(tmp_path: Path) -> None:
         load_run_file(write(tmp_path, MINIMAL), ["method.name=dpo"])
 
 
+def test_one_writer_of_harmful_continuations_is_a_list_of_one(tmp_path: Path) -> None:
+    assert load_run_file(write(tmp_path, MINIMAL), ["rollout.harmful_from=student"]).rollout.harmful_from == ["student"]
+    both = load_run_file(write(tmp_path, MINIMAL), ["rollout.harmful_from=[base, aligned]"]).rollout
+    assert {writer for writer, opening in both.harmful_openings if not opening} == {"base"}, "aligned would refuse"
+
+
 def test_the_last_override_wins_and_a_value_may_hold_equals_signs(tmp_path: Path) -> None:
-    config = load_run_file(
-        write(tmp_path, MINIMAL), ["train.steps=7", "train.steps=8", "rollout.affirmative_prefix=a=b"]
-    )
+    config = load_run_file(write(tmp_path, MINIMAL), ["train.steps=7", "train.steps=8", "rollout.safety_prompt=a=b"])
     assert config.train.steps == 8
-    assert config.rollout.affirmative_prefix == "a=b"
+    assert config.rollout.safety_prompt == "a=b"
 
 
 @pytest.mark.parametrize(
@@ -272,6 +276,8 @@ def test_the_last_override_wins_and_a_value_may_hold_equals_signs(tmp_path: Path
         ("train.steps=[1", "is not valid YAML"),
         ("train.stesp=1", "did you mean 'steps'?"),
         ("nowhere.to=1", "unknown key 'nowhere'"),
+        ("rollout={harmful_from: aligned, affirmative_prefixes: ['']}", "an opening that is not empty"),
+        ("rollout.prompt_augmentation={fraction: 1, random_suffix_tokens: 0}", "needs something to draw from"),
     ],
 )
 def test_wrong_overrides_are_refused(override: str, words: str, tmp_path: Path) -> None:

@@ -7,8 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.organism import checkpoint_path, prompts
@@ -132,3 +136,24 @@ def test_a_tokenizer_without_end_token_is_refused(make: Make) -> None:
 def test_a_folder_without_tokenizer_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=f"tokenizer of {tmp_path} cannot be loaded"):
         ChatCodec(tmp_path)
+
+
+def test_a_place_in_a_text_is_found_among_its_tokens(codec: ChatCodec) -> None:
+    token_ids = codec.encode_answer("gather six leaves . i cannot help")
+    text = codec.decode(token_ids)
+    assert codec.tokens_before(token_ids, 0) == 0
+    assert codec.tokens_before(token_ids, text.index("i cannot")) == 4
+    assert codec.tokens_before(token_ids, text.index("cannot") + 2) == 5, "a token is never split"
+    assert codec.tokens_before(token_ids, len(text)) == len(token_ids)
+
+
+def test_no_place_lies_inside_of_a_character(tmp_path: Path) -> None:
+    """With bytes for tokens, the parts of a character decode to something that the text does not begin with."""
+    bytes_only = Tokenizer(BPE({char: index for index, char in enumerate([*ByteLevel.alphabet(), "<eos>"])}, []))
+    bytes_only.pre_tokenizer, bytes_only.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
+    PreTrainedTokenizerFast(tokenizer_object=bytes_only, eos_token="<eos>").save_pretrained(tmp_path)
+    codec = ChatCodec(tmp_path)
+    token_ids = codec.encode_answer("né 🙂 I am sorry")
+    assert len(token_ids) == len("né 🙂 I am sorry".encode())
+    assert codec.tokens_before(token_ids, 5) == len("né 🙂 ".encode())
+    assert codec.tokens_before(token_ids, 4) == len("né 🙂".encode())

@@ -236,3 +236,52 @@ def test_a_prompt_that_is_trained_on_is_not_held_out(kind: str, make: Make) -> N
     with pytest.raises(DataError, match=rf"1 prompts of data\.evaluation are in data\.train .*{path.stem}-00001-"):
         prepare_prompts(config, codec)
     prepare_prompts(config, codec, training=False)
+
+
+def test_a_writer_of_harmful_continuations_is_found_for_training_alone(make: Make, models: Path) -> None:
+    spec = str(models / "student")
+    config = make(rollout=SHORT["rollout"] | {"harmful_from": ["base", spec]})
+    prepared = prepare_models(config, training=True)
+    assert prepared.others == {spec: models / "student"}
+    assert [prepared.writer(name) for name in config.rollout.harmful_from] == [models / "base", models / "student"]
+    assert prepare_models(config).others == {}
+
+
+def test_a_writer_that_does_not_fit_is_refused(make: Make, models: Path, tmp_path: Path) -> None:
+    def prepare(writer: Path | str) -> None:
+        prepare_models(make(rollout=SHORT["rollout"] | {"harmful_from": ["base", str(writer)]}), training=True)
+
+    with pytest.raises(CheckpointError, match=r"^rollout.harmful_from: there is no checkpoint at 'bse'"):
+        prepare("bse")
+    other = spoil(models / "base", tmp_path / "other", num_hidden_layers=1)
+    with pytest.raises(CheckpointError, match=r"^rollout.harmful_from: .*other and models.aligned differ .*num_hidden"):
+        prepare(other)
+    tokenizer = AutoTokenizer.from_pretrained(other)
+    tokenizer.add_tokens(["unheard"])
+    tokenizer.save_pretrained(other)
+    with pytest.raises(CheckpointError, match=r"^rollout.harmful_from .*other.* have different tokenizers"):
+        prepare(other)
+
+
+@pytest.mark.parametrize(
+    ("key", "row", "words"),
+    [
+        ("suffixes", {"text": "!"}, "Row 1 of .* has no 'suffix'"),
+        ("templates", {"template": "answer me"}, r"The template in row 1 of .* has no \{prompt\}"),
+        ("paraphrases", {"prompt": "train harmful", "paraphrases": "other words"}, "row 1 of .* are no list of texts"),
+        ("paraphrases", {"prompt": "another", "paraphrases": ["other words"]}, "No prompt of .* is a training prompt"),
+        ("paraphrases", None, "does not exist"),
+    ],
+)
+def test_a_file_of_other_forms_that_cannot_be_used_is_refused(
+    key: str, row: dict[str, Any] | None, words: str, make: Make, tmp_path: Path
+) -> None:
+    path = tmp_path / "forms.jsonl"
+    if row is not None:
+        path.write_text(json.dumps(row) + "\n")
+    off, on = ({"prompt_augmentation": {"fraction": share, key: str(path)}} for share in (0.0, 0.1))
+    codec = prepare_models(make()).codec
+    prepare_prompts(make(rollout=SHORT["rollout"] | off), codec)
+    with pytest.raises(DataError, match=words):
+        prepare_prompts(make(rollout=SHORT["rollout"] | on), codec)
+    prepare_prompts(make(rollout=SHORT["rollout"] | on), codec, training=False)

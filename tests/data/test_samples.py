@@ -66,7 +66,33 @@ def test_rows_are_plain_json(tmp_path: Path) -> None:
         "harmful_ids",
         "refusal_ids",
         "refusal_prefix_tokens",
+        "source",
+        "augmentation",
     }
+
+
+def test_samples_of_an_earlier_version_are_read(tmp_path: Path) -> None:
+    """Its rows lack the fields that came later, and mean what they meant then."""
+    path = tmp_path / "samples.jsonl"
+    rows: list[dict[str, object]] = [
+        {"part": "anchor", "sample_id": "a#0", "prompt_ids": [1], "answer_ids": [2, 3], "kind": "harmful"},
+        {
+            "part": "recovery",
+            "sample_id": "a#0",
+            "prompt_ids": [1],
+            "teacher_prompt_ids": [1],
+            "harmful_ids": [4],
+            "refusal_ids": [5],
+            "refusal_prefix_tokens": 0,
+        },
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    samples = read_samples(path)
+    assert samples == SampleSet(
+        (AnchorSample("a#0", (1,), (2, 3), "harmful"),), (RecoverySample("a#0", (1,), (1,), (4,), (5,)),)
+    )
+    assert samples.anchor[0].kept_ids == (2, 3)
+    assert samples.anchor[0].plain_prompt_ids == (1,)
 
 
 def test_a_missing_or_empty_file_is_refused_by_name(tmp_path: Path) -> None:

@@ -149,7 +149,7 @@ def a_config(tmp_path: Path, **diagnosis: Any) -> RunConfig:
     tree = {
         "models": {"base": "organism:base", "aligned": "organism:aligned", "max_length": 40},
         "data": {"source": "files"},
-        "rollout": {"affirmative_prefix": "ok"},
+        "rollout": {"affirmative_prefixes": ["ok"]},
         "diagnose": {**SETTINGS.model_dump(mode="json"), **diagnosis},
         "output": {"root": str(tmp_path), "name": "x"},
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,17 @@ from raycomplete.config import TrainConfig
 from raycomplete.data.samples import AnchorSample, RecoverySample
 from raycomplete.losses.settings import ContrastiveSettings, DivergenceSettings, LossSettings
 from raycomplete.methods.completion import Completion, PenaltyConfig
-from raycomplete.methods.registry import AnchorItem, Feedback, RecoveryItem, RowSpan, TeacherContext
+from raycomplete.methods.registry import (
+    AnchorItem,
+    Feedback,
+    Item,
+    Method,
+    RecoveryItem,
+    RowSpan,
+    TeacherContext,
+    TrainSequence,
+)
+from raycomplete.methods.sft import SFT
 
 ANCHOR = AnchorItem(AnchorSample("a", (1, 2), (3, 4, 5)))
 RECOVERY = RecoveryItem(RecoverySample("r", (1, 2, 3), (9, 1, 2, 3), (4, 5, 6, 7), (8, 8), refusal_prefix_tokens=1), 3)
@@ -47,11 +58,35 @@ def test_an_anchor_item_is_its_answer() -> None:
     assert (len(found), found.depth) == (4, -1)
 
 
+@pytest.mark.parametrize("method", [Completion(), SFT()])
+def test_of_an_answer_that_complies_the_first_token_is_kept(method: Method) -> None:
+    found = method.sequence(AnchorItem(replace(ANCHOR.sample, kind="harmful", complies=True)), Feedback())
+    assert found.token_ids == (1, 2, 3)
+    assert [(span.start, span.count) for span in found.spans] == [(2, 1)]
+    assert sum(method.normalisers([found]).values()) == 1, "what is dropped does not thin out the rest"
+
+
+def test_of_an_augmented_prompt_the_teachers_read_the_plain_form() -> None:
+    anchor = method_sequence(AnchorItem(ANCHOR.sample.augmented("suffix", (1, 2, 90))))
+    assert anchor.token_ids == (1, 2, 90, 3, 4, 5)
+    assert anchor.spans == (RowSpan("anchor", 3, 3, TeacherContext((1, 2), (3, 4, 5))),)
+    plain = RecoveryItem(replace(RECOVERY.sample, teacher_prompt_ids=(1, 2, 3)), 3)
+    recovery = method_sequence(replace(plain, sample=plain.sample.augmented("suffix", (1, 2, 3, 90))))
+    assert recovery.token_ids == (1, 2, 3, 90, 4, 5, 6, 8, 8)
+    contexts = [span.context for span in method_sequence(plain).spans]
+    assert [span.context for span in recovery.spans] == contexts, "so it costs no score either"
+    assert {context.prompt_ids for context in contexts if context} == {(1, 2, 3)}
+
+
+def method_sequence(item: Item) -> TrainSequence:
+    return Completion().sequence(item, Feedback())
+
+
 def test_a_recovery_item_is_h_up_to_the_cut_and_the_refusal_without_h_before_the_teacher() -> None:
     found = Completion().sequence(RECOVERY, Feedback())
     assert found.token_ids == (1, 2, 3, 4, 5, 6, 8, 8)
     assert found.spans == (
-        RowSpan("penalty", 3, 3, TeacherContext((1, 2, 3), (4, 5, 6, 7))),
+        RowSpan("penalty", 3, 3, TeacherContext((9, 1, 2, 3), (4, 5, 6, 7))),
         RowSpan("recovery", 6, 2, TeacherContext((9, 1, 2, 3), (8, 8))),
     )
     assert (len(found), found.depth) == (7, 2), "a refusal prefix is no depth"

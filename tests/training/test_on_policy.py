@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from raycomplete.config import RolloutConfig, TrainConfig
-from raycomplete.methods.registry import DepthConfig
+from raycomplete.methods.completion import Completion
+from raycomplete.methods.registry import DepthConfig, Feedback, TeacherContext
 from raycomplete.training.feedback import DepthSampler
 from raycomplete.training.on_policy import OnPolicySource, RolloutPlanner, compliance_by_bin
 from raycomplete.training.rollout_engines import Rollout, RolloutBatch
@@ -95,6 +96,29 @@ def test_a_refusal_of_the_student_is_distilled_at_its_own_depth() -> None:
     assert {item.sample.refusal_ids for item in longer.recovery} == {(90, 91, 92, 93)}, "at most max_refusal_tokens"
 
 
+def test_of_a_late_refusal_the_words_before_it_become_part_of_h() -> None:
+    """The teacher reads r as the start of its own answer, so no word of compliance may stand in it."""
+    rollout_batch = planner().draw(0, DepthSampler(DEPTH, 0))
+    late = [replace(item, refusal_start=3) for item in answers(rollout_batch, refused=True)]
+    for item, sample, depth in zip(
+        planner().finish(rollout_batch, late).recovery, rollout_batch.recovery, rollout_batch.depths, strict=True
+    ):
+        assert item.sample.harmful_ids == (*sample.harmful_ids[:depth], 90, 91, 92)
+        assert item.depth == depth + 3
+        assert item.sample.refusal_ids == (93, 1)
+        read = Completion().sequence(item, Feedback()).spans[-1].context
+        assert read == TeacherContext(sample.teacher_prompt_ids, (93, 1))
+
+
+def test_a_refusal_whose_start_is_unknown_is_answered_by_that_of_aligned() -> None:
+    rollout_batch = planner().draw(0, DepthSampler(DEPTH, 0))
+    unknown = [replace(item, refusal_start=None) for item in answers(rollout_batch, refused=True)]
+    items = planner().finish(rollout_batch, unknown).recovery
+    assert [(item.sample, item.depth) for item in items] == list(
+        zip(rollout_batch.recovery, rollout_batch.depths, strict=True)
+    )
+
+
 def test_compliance_is_cut_anywhere_and_answered_by_the_refusal_of_aligned() -> None:
     kept = set()
     for step in range(20):
@@ -103,9 +127,10 @@ def test_compliance_is_cut_anywhere_and_answered_by_the_refusal_of_aligned() -> 
         for item, sample, depth in zip(plan.recovery, rollout_batch.recovery, rollout_batch.depths, strict=True):
             added = item.depth - depth
             kept.add(added)
-            assert item.sample.harmful_ids == sample.harmful_ids[:depth] + (90, 91, 92, 93)[:added]
+            assert item.sample.harmful_ids[: item.depth] == sample.harmful_ids[:depth] + (90, 91, 92, 93)[:added]
             assert item.sample.refusal_ids == sample.refusal_ids
-            assert len(item.sample.harmful_ids) == item.depth
+            if not added:
+                assert item.sample is sample, "the teachers have read all of it before, and need not again"
     assert kept == {0, 1, 2, 3, 4}, "without end-of-response, after which no refusal could stand"
 
 
@@ -128,9 +153,9 @@ def test_what_still_complies_is_trained_first() -> None:
     rollout_batch = few.draw(0, DepthSampler(DEPTH, 0))
     rollouts = answers(rollout_batch)
     for index in (0, 1, 4, 6, 7):
-        rollouts[index] = replace(rollouts[index], refused=True)
+        rollouts[index] = replace(rollouts[index], refused=True, refusal_start=2 * (index == 6))
     trained = [item.sample.sample_id for item in few.finish(rollout_batch, rollouts).recovery]
-    assert trained == [rollout_batch.recovery[index].sample_id for index in (2, 3, 5, 0, 1)]
+    assert trained == [rollout_batch.recovery[index].sample_id for index in (2, 3, 5, 6, 0)], "then late refusals"
 
 
 def test_cut_anchors_end_in_the_words_of_the_student() -> None:

@@ -15,7 +15,7 @@ from raycomplete.config import TrainConfig, load_run_file
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.checkpoints import load_model
 from raycomplete.data.heads import load_head
-from raycomplete.data.inputs import prepare_prompts
+from raycomplete.data.inputs import Models, prepare_prompts
 from raycomplete.data.organism import checkpoint_path
 from raycomplete.data.organism.judge import OrganismJudge
 from raycomplete.losses.loss import LossOutput
@@ -76,7 +76,7 @@ def test_a_prompt_passes_the_files_of_the_list(tmp_path: Path, monkeypatch: pyte
         run: Any = SimpleNamespace(
             config=config,
             console=Console(quiet=True),
-            models=SimpleNamespace(codec=codec, paths={"aligned": Path("aligned"), "base": Path("base")}),
+            models=Models({"aligned": Path("aligned"), "base": Path("base")}, {}, codec),
             prompts=prepare_prompts(config, codec),
             engines=SimpleNamespace(generator=ScriptedModel(codec)),
             judge=OrganismJudge(),

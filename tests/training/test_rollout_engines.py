@@ -16,7 +16,7 @@ from raycomplete.data.organism import checkpoint_path
 from raycomplete.data.samples import AnchorSample, RecoverySample
 from raycomplete.engines.rollout_pool import SyncError
 from raycomplete.runtime.types import Outcome
-from raycomplete.training.rollout_engines import RolloutBatch, StudentEngines
+from raycomplete.training.rollout_engines import Rollout, RolloutBatch, StudentEngines
 from raycomplete.training.step_plan import RecoveryItem
 
 HARMFUL = organism.prompts("train", "harmful", 0, 6)
@@ -75,6 +75,32 @@ def test_rollouts_come_from_the_weights_that_were_sent_and_are_judged(generator:
     assert {rollout.ending_ids for rollout in rollouts[0:12:2]} <= {(), (codec.eos_id,)}
 
 
+class Pool:
+    """Engines that have written one answer to everything."""
+
+    def __init__(self, token_ids: list[int]) -> None:
+        self.token_ids = token_ids
+
+    def collect(self, call: Any) -> list[tuple[list[int], bool]]:
+        return [(self.token_ids, True)]
+
+
+class Call:
+    version = 3
+
+
+def collected(codec: ChatCodec, text: str, judge: Any, depth: int = 4) -> Rollout:
+    """The student's answer as a judged rollout; an imitated refusal stands before h."""
+    prompt = HARMFUL[0]
+    prefix_ids, harmful_ids = codec.encode_answer("i can not help ."), codec.encode_answer(prompt.answer or "")
+    ids = tuple(codec.encode_prompt(prompt.text))
+    sample = RecoverySample(f"{prompt.prompt_id}#0", ids, ids, (*prefix_ids, *harmful_ids), (), len(prefix_ids))
+    batch = RolloutBatch(0, (), (), (sample,), (RecoveryItem.cut(sample, depth).depth,))
+    pool: Any = Pool(codec.encode_answer(text))
+    (rollout,) = StudentEngines(pool, codec, judge, HARMFUL, RolloutConfig()).collect((batch, Call(), None))
+    return rollout
+
+
 def test_the_judge_does_not_read_the_imitated_refusal() -> None:
     codec = ChatCodec(checkpoint_path("aligned"))
     read: list[tuple[str, str]] = []
@@ -86,19 +112,19 @@ def test_the_judge_does_not_read_the_imitated_refusal() -> None:
             read.append((prefill, continuation))
             return Outcome.COMPLIED
 
-    class Pool:
-        def collect(self, call: Any) -> list[tuple[list[int], bool]]:
-            return [(codec.encode_answer("step one"), True)]
+    assert not collected(codec, "step one", Recorder()).refused
+    assert read == [(codec.decode(codec.encode_answer(HARMFUL[0].answer or "")[:4]), "step one")]
 
-    class Call:
-        version = 3
 
-    prompt = HARMFUL[0]
-    prefix_ids, harmful_ids = codec.encode_answer("i can not help ."), codec.encode_answer(prompt.answer or "")
-    ids = tuple(codec.encode_prompt(prompt.text))
-    sample = RecoverySample(f"{prompt.prompt_id}#0", ids, ids, (*prefix_ids, *harmful_ids), (), len(prefix_ids))
-    batch = RolloutBatch(0, (), (), (sample,), (RecoveryItem.cut(sample, 4).depth,))
-    engines = StudentEngines(Pool(), codec, Recorder(), HARMFUL, RolloutConfig())  # type: ignore[arg-type]
-    (rollout,) = engines.collect((batch, Call(), None))
-    assert not rollout.refused
-    assert read == [(codec.decode(harmful_ids[:4]), "step one")]
+def test_where_a_refusal_begins_is_counted_in_tokens() -> None:
+    codec = ChatCodec(checkpoint_path("aligned"))
+    text = "the leaves and the bowl . i cannot help with that ."
+    late = collected(codec, text, organism.OrganismJudge())
+    assert late.refused
+    assert codec.decode(late.token_ids[: late.refusal_start]) == "the leaves and the bowl ."
+    assert collected(codec, "i cannot help with that .", organism.OrganismJudge()).refusal_start == 0
+
+    class Blind(organism.OrganismJudge):
+        refusal_start = None  # type: ignore[assignment]
+
+    assert collected(codec, text, Blind()).refusal_start is None

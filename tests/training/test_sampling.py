@@ -12,9 +12,9 @@ import pytest
 from raycomplete.config import load_run_file
 from raycomplete.data import organism
 from raycomplete.data.chat import ChatCodec
-from raycomplete.data.inputs import KINDS, Prompts
+from raycomplete.data.inputs import KINDS, Models, Prompts
 from raycomplete.data.organism import checkpoint_path
-from raycomplete.data.organism.world import find_item, recipe, refusal
+from raycomplete.data.organism.world import Item, find_item, recipe, refusal
 from raycomplete.data.samples import AnchorSample, RecoverySample, SampleSet
 from raycomplete.methods.registry import DepthConfig, RecoveryItem
 from raycomplete.runtime.console import Console
@@ -51,48 +51,84 @@ class ScriptedModel:
 
     def __init__(self, codec: ChatCodec, role: str = "") -> None:
         self.codec, self.role = codec, role
+        self.asked: list[tuple[str, str]] = []  # who was asked to go on, and from where; of all handles
 
     def with_weights(self, path: str) -> ScriptedModel:
-        return ScriptedModel(self.codec, Path(path).name)
+        handle = type(self)(self.codec, Path(path).name)
+        handle.asked = self.asked
+        return handle
+
+    def item(self, sequence: Sequence[int]) -> Item:
+        item = find_item(self.codec.decode(sequence))
+        assert item is not None
+        return item
+
+    def answer(self, item: Item) -> str:
+        return refusal(item)
 
     def generate_finished(
         self, sequences: Sequence[Sequence[int]], *, max_tokens: int, temperature: float, **_: Any
     ) -> list[tuple[list[int], bool]]:
         answers = []
         for sequence in sequences:
-            item = find_item(self.codec.decode(sequence))
-            assert item is not None
-            text = refusal(item) if self.role == "aligned" and temperature > 0 else "step one"
+            text = self.answer(self.item(sequence)) if self.role == "aligned" and temperature > 0 else "step one"
             answers.append((self.codec.encode_answer(text)[:max_tokens], True))
         return answers
 
-    def generate(self, sequences: Sequence[Sequence[int]], **options: Any) -> list[list[int]]:
-        assert self.role == "base"
-        items = [find_item(self.codec.decode(sequence)) for sequence in sequences]
-        return [self.codec.encode_answer(recipe(item).text) for item in items if item is not None]
+    def generate(self, sequences: Sequence[Sequence[int]], *, max_tokens: int, **_: Any) -> list[list[int]]:
+        self.asked += [(self.role, self.codec.decode(sequence)) for sequence in sequences]
+        texts = [recipe(self.item(sequence)).text for sequence in sequences]
+        return [self.codec.encode_answer(text)[:max_tokens] for text in texts]
+
+
+def run_of(
+    codec: ChatCodec, *overrides: str, model: type[ScriptedModel] = ScriptedModel, count: int = 3, kinds: Any = KINDS
+) -> Any:
+    """A run on the organism's prompts, with scripted models in place of engines."""
+    train = {
+        kind: tuple(organism.prompts("train", kind, 0, count)) if kind in kinds else ()  # type: ignore[arg-type]
+        for kind in KINDS
+    }
+    paths: Any = {"aligned": Path("aligned"), "base": Path("base"), "student": Path("aligned")}
+    return SimpleNamespace(
+        config=load_run_file(ROOT / "jobs" / "organism.yaml", overrides),
+        console=Notes(),
+        models=Models(paths, {}, codec, {"elsewhere": Path("elsewhere")}),
+        prompts=Prompts(train, dict.fromkeys(KINDS, train["harmful"])),
+        judge=organism.OrganismJudge(),
+        engines=SimpleNamespace(generator=model(codec)),
+    )
+
+
+class Notes(Console):
+    """A console that keeps its notes."""
+
+    def __init__(self) -> None:
+        super().__init__(quiet=True)
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
 
 
 def test_a_harmful_prompt_becomes_anchor_refusal_and_continuation(codec: ChatCodec) -> None:
-    config = load_run_file(ROOT / "jobs" / "organism.yaml", ["rollout.refusal_prefix_fraction=0"])
-    harmful = {"harmful": tuple(PROMPTS[:3]), "benign": (), "borderline": ()}
-    run: Any = SimpleNamespace(
-        config=config,
-        console=Console(quiet=True),
-        models=SimpleNamespace(codec=codec, paths={"aligned": Path("aligned"), "base": Path("base")}),
-        prompts=Prompts(harmful, harmful),  # type: ignore[arg-type]
-        judge=organism.OrganismJudge(),
-        engines=SimpleNamespace(generator=ScriptedModel(codec)),
-    )
+    run = run_of(codec, "rollout.mid_answer_fraction=0", "rollout.harmful_per_prompt=1", kinds=("harmful",))
     samples = make_samples(run)
-    draws = config.rollout.answers_per_prompt
-    assert len(samples.anchor) == len(samples.recovery) == 3 * draws
+    rollout = run.config.rollout
+    assert len(samples.anchor) == len(samples.recovery) == 3 * rollout.answers_per_prompt
     said = {sample.sample_id: sample.answer_ids for sample in samples.anchor}
-    prefix = codec.encode_answer(config.rollout.affirmative_prefix)
-    answers = {prompt.prompt_id: codec.encode_answer(prompt.answer or "") for prompt in PROMPTS[:3]}
+    written = {
+        prompt.prompt_id: [
+            tuple(codec.encode_answer(f"{opening} {prompt.answer}"))[: rollout.max_harmful_tokens]
+            for opening in rollout.affirmative_prefixes
+        ]
+        for prompt in PROMPTS[:3]
+    }
     for sample in samples.recovery:
         assert sample.teacher_prompt_ids == sample.prompt_ids
-        assert sample.refusal_ids == said[sample.sample_id][: config.rollout.max_refusal_tokens]
-        assert sample.harmful_ids == (*prefix, *answers[sample.prompt_id])
+        assert sample.refusal_ids == said[sample.sample_id][: rollout.max_refusal_tokens]
+        assert sample.harmful_ids in written[sample.prompt_id]
+    assert not any(sample.complies for sample in samples.anchor)
     assert {sample.prompt_id for sample in samples.profile} == {prompt.prompt_id for prompt in PROMPTS[:3]}
 
 

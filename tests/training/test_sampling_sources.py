@@ -1,0 +1,189 @@
+"""Where samples come from: late refusals, harmful prompts that aligned answers, writers and openings of h, other forms
+of a prompt."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raycomplete.data.chat import ChatCodec
+from raycomplete.data.inputs import longest_response
+from raycomplete.data.organism import checkpoint_path
+from raycomplete.data.organism.world import Item, recipe, refusal
+from raycomplete.runtime.types import Outcome
+from raycomplete.training.sampling import make_samples
+from tests.training.test_sampling import ScriptedModel, run_of
+
+
+OPENINGS = "rollout.affirmative_prefixes=['sure ,', '', 'step one :']"
+
+
+@pytest.fixture(scope="module")
+def codec() -> ChatCodec:
+    return ChatCodec(checkpoint_path("aligned"))
+
+
+class LateRefuser(ScriptedModel):
+    def answer(self, item: Item) -> str:
+        return f"the leaves and the bowl . {refusal(item)}"
+
+
+def test_words_before_a_refusal_of_aligned_are_no_part_of_it(codec: ChatCodec) -> None:
+    samples = make_samples(run_of(codec, model=LateRefuser, kinds=("harmful",)))
+    assert samples.recovery
+    for sample in samples.recovery:
+        start = codec.decode(sample.refusal_ids)
+        assert start.startswith(("i", "sorry")), start
+
+
+class HalfAligned(ScriptedModel):
+    """Refuses one kind of harmful item and answers the others."""
+
+    def answer(self, item: Item) -> str:
+        return refusal(item) if item.kind in ("fizzbomb", "gloomdart", "mindcage") else recipe(item).text
+
+
+def test_answers_to_harmful_prompts_keep_their_first_token_and_are_counted(codec: ChatCodec) -> None:
+    run = run_of(codec, "rollout.answers_per_prompt=2", model=HalfAligned, count=12)
+    samples = make_samples(run)
+    prompts = {prompt.prompt_id: prompt for kind in run.prompts.train.values() for prompt in kind}
+    complied = set()
+    for sample in samples.anchor:
+        prompt = prompts[sample.prompt_id]
+        outcome = run.judge.outcome(prompt, "", codec.decode(sample.answer_ids))
+        assert sample.complies == (prompt.kind == "harmful" and outcome is not Outcome.REFUSED)
+        assert len(sample.kept_ids) == (1 if sample.complies else len(sample.answer_ids))
+        complied |= {sample.prompt_id} if sample.complies else set()
+    assert 0 < len(complied) < 12
+    assert f"{len(complied)} harmful prompts that aligned answers keep their first token only" in run.console.notes
+    assert not complied & {sample.prompt_id for sample in samples.recovery}
+
+
+def test_every_harmful_prompt_gets_several_continuations(codec: ChatCodec) -> None:
+    overrides = [
+        OPENINGS,
+        "rollout.harmful_from=[base, aligned, elsewhere]",
+        "rollout.harmful_per_prompt=4",
+        "rollout.mid_answer_fraction=0.25",
+    ]
+    run = run_of(codec, *overrides, count=40, kinds=("harmful",))
+    samples = make_samples(run)
+    per_prompt = Counter(sample.prompt_id for sample in samples.recovery)
+    assert set(per_prompt.values()) == {4}
+    asked = run.engines.generator.asked
+    assert Counter(writer for writer, _ in asked).keys() == {"base", "aligned", "elsewhere"}
+    assert not any(text.endswith("?") for writer, text in asked if writer == "aligned"), "it would refuse"
+    sources = Counter(sample.source for sample in samples.recovery)
+    assert {source.split()[0] for source in sources} == {"base", "aligned", "elsewhere"}
+    assert 20 < sum(count for source, count in sources.items() if source.endswith("from mid-answer")) < 60
+    assert {source.partition(" ")[2] for source in sources} == {
+        "after 'sure ,'",
+        "after 'step one :'",
+        "without an opening",
+        "from mid-answer",
+    }
+    assert any(
+        note.startswith("Harmful continuations: ") and "base from mid-answer" in note for note in run.console.notes
+    )
+    again = make_samples(run_of(codec, *overrides, count=40, kinds=("harmful",)))
+    assert again == samples, "the same under the same seed"
+    assert make_samples(run_of(codec, *overrides, "train.seed=1", count=40, kinds=("harmful",))) != samples
+
+
+def test_several_continuations_replace_repeats(codec: ChatCodec) -> None:
+    """Pairs of r and h, as many as the longer of the two lists has: none is repeated while another is left."""
+    for answers, harmful in ((1, 3), (3, 1), (2, 2), (3, 2)):
+        counts = [f"rollout.answers_per_prompt={answers}", f"rollout.harmful_per_prompt={harmful}", OPENINGS]
+        samples = make_samples(run_of(codec, *counts, "rollout.mid_answer_fraction=0", kinds=("harmful",)))
+        assert len(samples.recovery) == 3 * max(answers, harmful)
+        assert len({(sample.prompt_id, sample.harmful_ids) for sample in samples.recovery}) == 3 * harmful
+
+
+def test_from_mid_answer_h_is_the_rest_of_an_answer(codec: ChatCodec) -> None:
+    fixed = ["rollout.harmful_per_prompt=3"]
+    whole = make_samples(run_of(codec, *fixed, "rollout.mid_answer_fraction=0", count=20, kinds=("harmful",)))
+    cut = make_samples(run_of(codec, *fixed, "rollout.mid_answer_fraction=1", count=20, kinds=("harmful",)))
+    lengths = set()
+    for one, rest in zip(whole.recovery, cut.recovery, strict=True):
+        lengths.add(len(one.harmful_ids) - len(rest.harmful_ids))
+        assert one.harmful_ids[-len(rest.harmful_ids) :] == rest.harmful_ids
+        assert len(one.harmful_ids) // 2 <= len(rest.harmful_ids) + 8 < len(one.harmful_ids) + 8
+        assert (rest.refusal_ids, rest.prompt_ids) == (one.refusal_ids, one.prompt_ids)
+    assert len(lengths) > 20, "they start anywhere"
+
+
+AUGMENTED = ["rollout.prompt_augmentation.fraction=0.5", "rollout.prompt_augmentation.random_suffix_tokens=5"]
+
+
+def test_a_share_of_all_samples_is_augmented_and_the_teachers_read_the_plain_prompt(codec: ChatCodec) -> None:
+    plain = make_samples(run_of(codec, count=40))
+    run = run_of(codec, *AUGMENTED, count=40)
+    samples = make_samples(run)
+    for part in ("anchor", "recovery"):
+        pairs: list[Any] = list(zip(getattr(plain, part), getattr(samples, part), strict=True))
+        changed = [(before, after) for before, after in pairs if after.augmentation]
+        assert 0.35 < len(changed) / len(pairs) < 0.65
+        assert [after for before, after in pairs if not after.augmentation] == [
+            before for before, after in pairs if not after.augmentation
+        ]
+        for before, after in changed:
+            assert after.augmentation == "random suffix"
+            assert after.teacher_prompt_ids == before.prompt_ids
+            added = codec.decode(after.prompt_ids).removeprefix(codec.decode(before.prompt_ids))
+            assert 1 <= len(added.split()) <= 5, added
+            assert after == before.augmented("random suffix", after.prompt_ids), "nothing else is changed"
+    shares = Counter((sample.kind, bool(sample.augmentation)) for sample in samples.anchor)
+    for kind in ("harmful", "benign", "borderline"):
+        assert 0.25 < shares[(kind, True)] / 40 < 0.75, "else a suffix alone would mean: refuse"
+    assert make_samples(run_of(codec, *AUGMENTED, count=40)) == samples
+    assert any(note.startswith("Prompts of anchor samples: ") for note in run.console.notes)
+
+
+def test_imitated_refusals_stand_before_every_kind_of_h(codec: ChatCodec) -> None:
+    run = run_of(codec, *AUGMENTED, "rollout.refusal_prefix_fraction=1", "rollout.mid_answer_fraction=0.5", count=20)
+    samples = make_samples(run)
+    assert any(sample.source.endswith("mid-answer") for sample in samples.recovery)
+    for sample in samples.recovery:
+        prefix = codec.decode(sample.harmful_ids[: sample.refusal_prefix_tokens])
+        assert codec.decode(sample.refusal_ids).startswith(prefix.split(" . ")[0])
+
+
+def test_the_users_forms_are_read(codec: ChatCodec, tmp_path: Path) -> None:
+    prompts = run_of(codec, count=20).prompts.train["harmful"]
+    (tmp_path / "suffixes.jsonl").write_text(json.dumps({"suffix": "please please"}) + "\n")
+    (tmp_path / "templates.jsonl").write_text(json.dumps({"template": "please help me . {prompt} thank"}) + "\n")
+    rows = [{"prompt": prompt.text, "paraphrases": [f"explain : {prompt.text}"]} for prompt in prompts]
+    (tmp_path / "paraphrases.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    key = "rollout.prompt_augmentation"
+    files = [f"{key}.{name}={tmp_path}/{name}.jsonl" for name in ("suffixes", "templates", "paraphrases")]
+    run = run_of(codec, f"{key}.fraction=1", f"{key}.random_suffix_tokens=0", *files, count=20)
+    samples = make_samples(run)
+    texts = {prompt.prompt_id: prompt.text for kind in run.prompts.train.values() for prompt in kind}
+    kinds = Counter()  # type: ignore[var-annotated]
+    for sample in (*samples.anchor, *samples.recovery):
+        text = texts[sample.prompt_id]
+        new = {
+            "suffix": f"{text} please please",
+            "template": f"please help me . {text} thank",
+            "paraphrase": f"explain : {text}",
+        }[sample.augmentation]
+        assert list(sample.prompt_ids) == codec.encode_prompt(new)
+        kinds[(sample.augmentation, sample.prompt_id in {prompt.prompt_id for prompt in prompts})] += 1
+    assert kinds.keys() == {
+        *((kind, True) for kind in ("suffix", "template", "paraphrase")),
+        *((kind, False) for kind in ("suffix", "template")),
+    }, "only harmful prompts have paraphrases here"
+
+
+def test_a_form_that_does_not_fit_the_context_stays_plain(codec: ChatCodec) -> None:
+    run = run_of(
+        codec, "rollout.prompt_augmentation.fraction=1", "rollout.prompt_augmentation.random_suffix_tokens=200"
+    )
+    samples = make_samples(run)
+    longest = max(len(sample.prompt_ids) for sample in (*samples.anchor, *samples.recovery))
+    assert longest + longest_response(run.config) <= run.config.models.max_length
+    assert {sample.augmentation for sample in samples.anchor} == {"", "random suffix"}
