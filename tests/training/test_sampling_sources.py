@@ -18,7 +18,6 @@ from raycomplete.runtime.types import Outcome
 from raycomplete.training.sampling import make_samples
 from tests.training.test_sampling import ScriptedModel, run_of
 
-
 OPENINGS = "rollout.affirmative_prefixes=['sure ,', '', 'step one :']"
 
 
