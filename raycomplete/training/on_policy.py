@@ -90,7 +90,7 @@ class RolloutPlanner:
             # `place` is uniform on [0, 1): below the fraction it is also where the student's words are cut.
             fraction = self._rollout.student_prefix_fraction
             share = place / fraction if place < fraction and not rollout.refused else 0.0
-            kept = int(share * (len(rollout.token_ids) + 1))
+            kept = int(share * (len(rollout.token_ids[: rollout.refusal_start]) + 1))  # some refuse in the end
         if not kept:  # then the teachers have read all of h already
             return RecoveryItem(sample, depth)
         harmful_ids = sample.harmful_ids[:depth] + rollout.token_ids[:kept]

@@ -66,14 +66,14 @@ class Rollout:
         ending_ids: End-of-response, where the response ended by itself.
         refused: The judge called the continuation of a harmful prompt a refusal.
         version: Finished training steps of the weights that wrote it.
-        refusal_start: Tokens before the refusal begins; None where the judge cannot tell.
+        refusal_start: Tokens before a refusal begins; None where there is none, or the judge cannot tell.
     """
 
     token_ids: tuple[int, ...]
     ending_ids: tuple[int, ...]
     refused: bool
     version: int
-    refusal_start: int | None = 0
+    refusal_start: int | None = None
 
 
 class StudentEngines:
@@ -140,16 +140,12 @@ class StudentEngines:
         answers = self._pool.collect(call)
         recovery = zip(batch.recovery, batch.depths, answers, strict=False)
         refused = [self._is_refusal(sample, depth, tokens) for sample, depth, (tokens, _) in recovery]
-        refused += [False] * (len(answers) - len(refused))
+        starts = [tokens_before_refusal(self._judge, self._codec, tokens) for tokens, _ in answers[: len(refused)]]
+        others = len(answers) - len(refused)
+        judged = zip(answers, refused + [False] * others, starts + [None] * others, strict=True)
         return [
-            Rollout(
-                tuple(tokens),
-                (self._codec.eos_id,) if finished else (),
-                is_refusal,
-                call.version,
-                tokens_before_refusal(self._judge, self._codec, tokens) if is_refusal else 0,
-            )
-            for (tokens, finished), is_refusal in zip(answers, refused, strict=True)
+            Rollout(tuple(tokens), (self._codec.eos_id,) if finished else (), is_refusal, call.version, start)
+            for (tokens, finished), is_refusal, start in judged
         ]
 
     def _is_refusal(self, sample: RecoverySample, depth: int, tokens: Sequence[int]) -> bool:

@@ -135,7 +135,7 @@ def _refusals(
 
 
 def tokens_before_refusal(judge: Judge, codec: ChatCodec, token_ids: Sequence[int]) -> int | None:
-    """Counts the tokens before a refusal begins; None where the judge cannot tell."""
+    """Counts the tokens before a refusal begins; None where there is none, or the judge cannot tell."""
     find = getattr(judge, "refusal_start", None)
     start = None if find is None else find(codec.decode(token_ids))
     return None if start is None else codec.tokens_before(token_ids, start)
@@ -193,6 +193,7 @@ def compliant_continuations(
     for (prompt, opening), answer in zip(questions, answers, strict=True):
         written = answer[: max(rollout.max_harmful_tokens - len(openings[opening]), 1)]
         complies = judge.outcome(prompt, opening, codec.decode(written)) is Outcome.COMPLIED
+        written = written[: tokens_before_refusal(judge, codec, written)]  # some refuse in the end
         found.append((*openings[opening], *written) if complies else ())
     return found
 

@@ -51,7 +51,10 @@ def answers(
     rollout_batch: RolloutBatch, *, refused: bool = False, tokens: tuple[int, ...] = (90, 91, 92, 93)
 ) -> list[Rollout]:
     count = len(rollout_batch.recovery)
-    return [Rollout(tokens, (1,), refused and i < count, version=2) for i, _ in enumerate(rollout_batch.sequences())]
+    return [
+        Rollout(tokens, (1,), refused and i < count, version=2, refusal_start=0 if refused else None)
+        for i, _ in enumerate(rollout_batch.sequences())
+    ]
 
 
 def test_a_rollout_batch_is_a_function_of_seed_step_and_sampler_state() -> None:
@@ -119,6 +122,16 @@ def test_a_refusal_whose_start_is_unknown_is_answered_by_that_of_aligned() -> No
     )
 
 
+def test_what_complies_and_refuses_in_the_end_is_cut_before_that() -> None:
+    kept = set()
+    for step in range(20):
+        rollout_batch = planner().draw(step, DepthSampler(DEPTH, 0))
+        ended = [replace(item, refusal_start=2) for item in answers(rollout_batch)]
+        items = planner().finish(rollout_batch, ended).recovery
+        kept |= {item.depth - depth for item, depth in zip(items, rollout_batch.depths, strict=True)}
+    assert kept == {0, 1, 2}
+
+
 def test_compliance_is_cut_anywhere_and_answered_by_the_refusal_of_aligned() -> None:
     kept = set()
     for step in range(20):
@@ -153,7 +166,7 @@ def test_what_still_complies_is_trained_first() -> None:
     rollout_batch = few.draw(0, DepthSampler(DEPTH, 0))
     rollouts = answers(rollout_batch)
     for index in (0, 1, 4, 6, 7):
-        rollouts[index] = replace(rollouts[index], refused=True, refusal_start=2 * (index == 6))
+        rollouts[index] = replace(rollouts[index], refused=True, refusal_start=2 * (index == 6))  # the others at once
     trained = [item.sample.sample_id for item in few.finish(rollout_batch, rollouts).recovery]
     assert trained == [rollout_batch.recovery[index].sample_id for index in (2, 3, 5, 6, 0)], "then late refusals"
 

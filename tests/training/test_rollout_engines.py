@@ -15,6 +15,7 @@ from raycomplete.data.checkpoints import load_model
 from raycomplete.data.organism import checkpoint_path
 from raycomplete.data.samples import AnchorSample, RecoverySample
 from raycomplete.engines.rollout_pool import SyncError
+from raycomplete.evaluation.judges import RefusalJudge
 from raycomplete.runtime.types import Outcome
 from raycomplete.training.rollout_engines import Rollout, RolloutBatch, StudentEngines
 from raycomplete.training.step_plan import RecoveryItem
@@ -119,10 +120,12 @@ def test_the_judge_does_not_read_the_imitated_refusal() -> None:
 def test_where_a_refusal_begins_is_counted_in_tokens() -> None:
     codec = ChatCodec(checkpoint_path("aligned"))
     text = "the leaves and the bowl . i cannot help with that ."
-    late = collected(codec, text, organism.OrganismJudge())
-    assert late.refused
-    assert codec.decode(late.token_ids[: late.refusal_start]) == "the leaves and the bowl ."
+    for judge in (organism.OrganismJudge(), RefusalJudge()):
+        late = collected(codec, text, judge)
+        assert late.refused
+        assert codec.decode(late.token_ids[: late.refusal_start]) == "the leaves and the bowl ."
     assert collected(codec, "i cannot help with that .", organism.OrganismJudge()).refusal_start == 0
+    assert collected(codec, HARMFUL[0].answer or "", organism.OrganismJudge()).refusal_start is None
 
     class Blind(organism.OrganismJudge):
         refusal_start = None  # type: ignore[assignment]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,18 @@ def test_words_before_a_refusal_of_aligned_are_no_part_of_it(codec: ChatCodec) -
     for sample in samples.recovery:
         start = codec.decode(sample.refusal_ids)
         assert start.startswith(("i", "sorry")), start
+
+
+class EndsInRefusal(ScriptedModel):
+    def generate(self, sequences: Sequence[Sequence[int]], **options: Any) -> list[list[int]]:
+        said = self.codec.encode_answer("i cannot help with that .")
+        return [[*written, *said] for written in super().generate(sequences, **options)]
+
+
+def test_a_refusal_at_the_end_of_h_is_left_out(codec: ChatCodec) -> None:
+    fixed = ["rollout.mid_answer_fraction=0", "rollout.max_harmful_tokens=140"]
+    samples = make_samples(run_of(codec, *fixed, model=EndsInRefusal, kinds=("harmful",)))
+    assert samples.recovery == make_samples(run_of(codec, *fixed, kinds=("harmful",))).recovery
 
 
 class HalfAligned(ScriptedModel):
