@@ -30,7 +30,7 @@ from raycomplete.runtime.types import PromptKind
 BATCH_SIZE = 12  # prompts of each kind in a step
 MAX_DEPTH = 80  # tokens of h, of which the cut takes some
 PROMPTS_PER_KIND = 64
-TERMS = {"anchor": 1.0, "recovery": 1.0, "penalty": 0.1}
+TERMS = {"anchor": 1.0, "recovery": 1.0, "push_forward": 1.0}
 DEPTHS = (0, 4, 16, 64)
 
 Tokens = list[int]
@@ -95,20 +95,21 @@ def main(steps: int = 60, num_prompts: int = 40, seed: int = 0) -> tuple[dict[in
         answers = rng.sample(anchors, BATCH_SIZE)
         cuts = [(*harmful[i], rng.randint(1, len(harmful[i][1]))) for i in rng.sample(range(len(harmful)), BATCH_SIZE)]
 
-        # The student reads x, y and x, h<D, r. Its rows are y, then r, then h<D.
+        # The student reads x, y and x, h<D, r. Its rows are y, then r, then h<D from its second token on.
         reads = [x + y for x, y in answers] + [x + h[:depth] + r for x, h, r, depth in cuts]
         spans_y = [(b, len(x), len(y)) for b, (x, y) in enumerate(answers)]
         spans_r = [(BATCH_SIZE + b, len(x) + depth, len(r)) for b, (x, _, r, depth) in enumerate(cuts)]
-        spans_h = [(BATCH_SIZE + b, len(x), depth) for b, (x, _, _, depth) in enumerate(cuts)]
+        spans_h = [(BATCH_SIZE + b, len(x) + 1, depth - 1) for b, (x, _, _, depth) in enumerate(cuts)]
         student_NH = hidden(student, reads, spans_y + spans_r + spans_h)
 
-        # aligned reads x, y and x, h too, but r after x alone: a context without h makes it the teacher of recovery.
+        # aligned reads x, y too, but r after x alone: a context without h makes it the teacher of recovery, and what it
+        # says there first is the target of every row of h.
         with torch.no_grad():
             contexts = [x + y for x, y in answers] + [x + r for x, _, r, _ in cuts]
             without_h = [(BATCH_SIZE + b, len(x), len(r)) for b, (x, _, r, _) in enumerate(cuts)]
-            along_h = [(b, len(x), depth) for b, (x, _, _, depth) in enumerate(cuts)]
-            aligned_h_NH = hidden(aligned, [x + h for x, h, _, _ in cuts], along_h)
-            aligned_NH = torch.cat([hidden(aligned, contexts, spans_y + without_h), aligned_h_NH])
+            along_h = [(b, len(x) + 1, depth - 1) for b, (x, _, _, depth) in enumerate(cuts)]
+            at_once = [(BATCH_SIZE + b, len(x), 1) for b, (x, _, _, depth) in enumerate(cuts) for _ in range(depth - 1)]
+            aligned_NH = hidden(aligned, contexts, spans_y + without_h + at_once)
             base_PH = hidden(base, [x + h for x, h, _, _ in cuts], along_h)
 
         counts = [sum(count for _, _, count in spans) for spans in (spans_y, spans_r, spans_h)]
@@ -126,7 +127,8 @@ def main(steps: int = 60, num_prompts: int = 40, seed: int = 0) -> tuple[dict[in
         optimizer.step()
         if step % 10 == 0 or step == steps - 1:
             losses = " ".join(f"{name} {value:.3f}" for name, value in output.losses.items())
-            print(f"step {step:3d}  {losses}  student on B_t {output.metrics['student_mass'].mean():.3f}", flush=True)
+            unfinished = output.metrics["unfinished_mass"].mean()
+            print(f"step {step:3d}  {losses}  unfinished mass {unfinished:.3f}", flush=True)
 
     results = []
     for name, model in (("aligned", aligned), ("student", student.eval())):

@@ -31,7 +31,7 @@ for kind, measured in diagnosis["kinds"].items():
         print(f"{kind:8} {policy:8} completion depth {found} {depth['num_positions']} positions")
 
 # %% Profile: means over prompts by position of the response, with their 95 % intervals
-METRICS = {"kl_to_base": "KL to base", "deficit": "deficit", "base_favored_mass": "base-favored mass"}
+METRICS = {"kl_to_base": "KL to base", "deficit": "deficit", "unfinished_mass": "unfinished mass"}
 print(f"\n{'position':>8} " + " ".join(f"{label:>23}" for label in METRICS.values()))
 profile = diagnosis["kinds"]["harmful"]["profile"][policies[-1]]
 for position in (0, 1, 2, 4, 8, 16, 32, 64):

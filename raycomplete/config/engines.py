@@ -88,7 +88,7 @@ class RolloutConfig(Section):
     prompt_augmentation: PromptAugmentationConfig = Field(default_factory=PromptAugmentationConfig)
     answers_per_prompt: int = Field(1, ge=1, description="anchor answers and refusals sampled for each prompt")
     refusal_prefix_fraction: float = Field(
-        0.0,
+        0.3,
         ge=0,
         le=1,
         description="share of recovery samples whose harmful continuation follows an imitated refusal and a turn",

@@ -15,7 +15,7 @@ from raycomplete.config import DiagnoseConfig
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.checkpoints import TORCH_DTYPES
 from raycomplete.data.heads import load_head
-from raycomplete.diagnosis.rows import DiagnosisRows, DiagnosisSettings, diagnose_rows
+from raycomplete.diagnosis.rows import DiagnosisRows, DiagnosisSettings, Opening, diagnose_rows
 from raycomplete.diagnosis.samples import DiagnosisSample
 from raycomplete.engines.run import Run
 from raycomplete.engines.scorers import TeacherClient
@@ -73,7 +73,11 @@ class Measurement:
         settings = DiagnosisSettings(given.tau, given.margin, given.kappa, given.chunk_tokens)
         for batch, hidden in self.hidden_states(samples):
             policies = {role: (hidden[role], self.heads[role]) for role in self.policies}
-            yield batch, diagnose_rows(policies, hidden["base"], self.heads["base"], self.refusal_ids, settings)
+            lengths = torch.tensor([len(sample.answer_ids) for sample in batch], device=hidden["base"].device)
+            prompt_N = torch.arange(len(batch), device=lengths.device).repeat_interleave(lengths)
+            opening = Opening.of_rows(hidden["aligned"], self.heads["aligned"], prompt_N)
+            base = hidden["base"], self.heads["base"]
+            yield batch, diagnose_rows(policies, *base, opening, self.refusal_ids, settings)
 
     def hidden_states(self, samples: Sequence[DiagnosisSample]) -> Iterator[tuple[_Batch, dict[str, torch.Tensor]]]:
         """Yields batches of samples with [N, H] hidden states of every role; few batches are under way at a time."""

@@ -23,12 +23,21 @@ from torch import Tensor
 from raycomplete.losses.base_favored import base_favored_mask, deficit
 from raycomplete.losses.chunked_pass import rows_per_chunk
 from raycomplete.losses.heads import Head, check_hidden, check_rows_finite, check_same_vocabulary
-from raycomplete.losses.settings import ChunkTokens, LossSettings, PenaltySettings
+from raycomplete.losses.settings import BaseFavoredSettings, ChunkTokens, LossSettings
 
-METRICS = ("base_favored_mass", "base_favored_count", "kl_to_base", "deficit", "agreement", "refusal_probability")
-"""Columns of `DiagnosisRows.values_NM`: mass and count of B_t, KL(policy || base) in nats, exp(-KL / kappa), whether
-the two argmaxes agree (0 or 1), and the policy's probability of the refusal tokens."""
-PROFILE_METRICS = ("base_favored_mass", "kl_to_base", "deficit")
+METRICS = (
+    "base_favored_mass",
+    "base_favored_count",
+    "unfinished_mass",
+    "kl_to_base",
+    "deficit",
+    "agreement",
+    "refusal_probability",
+)
+"""Columns of `DiagnosisRows.values_NM`: base's mass on B_t and the number of its tokens, the policy's mass on it,
+KL(policy || base) in nats, exp(-KL / kappa), whether the two argmaxes agree (0 or 1), and the policy's probability of
+the refusal tokens."""
+PROFILE_METRICS = ("unfinished_mass", "kl_to_base", "deficit")
 """The columns of the position profile."""
 _GROUP = 64  # tokens of the vocabulary whose largest logit is kept
 # Logits of one model in a block. A block keeps up to six tensors of that size. On a CPU they stay in the cache of the
@@ -44,7 +53,7 @@ class DiagnosisSettings:
 
     Attributes:
         tau: Smallest base probability of a base-favored token, 0 to 1.
-        margin: Nats by which log p_base must exceed log p_policy. The set is cut at p_b = p_a, so where the two are
+        margin: Nats by which log p_base must exceed log p_aligned. The set is cut at p_b = p_a, so where the two are
             equal but for rounding, the rounding alone decides which half of the mass counts. Measured on
             SmolLM2-135M, a bf16 forward pass against a float32 one of the same weights (576 tokens): mass 0.43 at
             margin 0, 0.11 at 0.02, 0.04 at 0.05, 0.006 at 0.1. KL and deficit need none (KL 0.0006 nats).
@@ -59,11 +68,33 @@ class DiagnosisSettings:
 
     @classmethod
     def of_loss(cls, settings: LossSettings) -> DiagnosisSettings:
-        """The settings of a training run's penalty, or its defaults where the loss has none."""
-        penalty = settings.options.get("penalty")
-        if not isinstance(penalty, PenaltySettings):
-            penalty = PenaltySettings()
-        return cls(tau=penalty.tau, margin=penalty.margin, kappa=penalty.kappa, chunk_tokens=settings.chunk_tokens)
+        """The base-favored tokens of a training run's push-forward, or the defaults where the loss has none."""
+        favored = settings.options.get("push_forward")
+        if not isinstance(favored, BaseFavoredSettings):
+            favored = BaseFavoredSettings()
+        return cls(tau=favored.tau, margin=favored.margin, chunk_tokens=settings.chunk_tokens)
+
+
+@dataclass(frozen=True, eq=False)
+class Opening:
+    """What the aligned model says first to each prompt; base-favored tokens are those that base says more than this.
+
+    Attributes:
+        hidden_PH: Its hidden state after each prompt [P, H].
+        head: Its head.
+        prompt_N: Prompt of each token row [N].
+    """
+
+    hidden_PH: Tensor
+    head: Head
+    prompt_N: Tensor
+
+    @classmethod
+    def of_rows(cls, hidden_NH: Tensor, head: Head, prompt_N: Tensor) -> Opening:
+        """Takes the first row of each prompt; rows of a prompt stand side by side."""
+        is_first_N = torch.ones_like(prompt_N, dtype=torch.bool)
+        is_first_N[1:] = prompt_N[1:] != prompt_N[:-1]
+        return cls(hidden_NH[is_first_N], head, is_first_N.cumsum(0) - 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +117,7 @@ def diagnose_rows(
     policies: Mapping[str, tuple[Tensor, Head]],
     base_hidden_NH: Tensor,
     base_head: Head,
+    opening: Opening,
     refusal_ids: Sequence[int],
     settings: DiagnosisSettings,
 ) -> dict[str, DiagnosisRows]:
@@ -95,6 +127,7 @@ def diagnose_rows(
         policies: Hidden states and head of each policy, by name.
         base_hidden_NH: Hidden states of base on the same tokens; each model has an H of its own.
         base_head: Head of base.
+        opening: The aligned model at position 0 of each prompt's response.
         refusal_ids: Tokens that start a refusal; none gives probability 0.
         settings: Thresholds and chunk size.
 
@@ -110,7 +143,10 @@ def diagnose_rows(
     check_hidden("base", base_hidden_NH, base_head, num_rows)
     for name, (hidden_NH, head) in policies.items():
         check_hidden(name, hidden_NH, head, num_rows)
-    check_same_vocabulary({"base": base_head, **{name: head for name, (_, head) in policies.items()}})
+    check_hidden("opening", opening.hidden_PH, opening.head, opening.hidden_PH.shape[0])
+    heads = {"base": base_head, "opening": opening.head, **{name: head for name, (_, head) in policies.items()}}
+    check_same_vocabulary(heads)
+    at_first, _ = _read(opening.head, opening.head.product(opening.hidden_PH))
     refusal_R = torch.tensor(list(refusal_ids), dtype=torch.long, device=base_hidden_NH.device)
     parts: dict[str, list[DiagnosisRows]] = {name: [] for name in policies}
     dtype, device = base_head.weight_VH.dtype, base_hidden_NH.device
@@ -124,10 +160,14 @@ def diagnose_rows(
         for first in range(0, max(len(base_CV), 1), size):
             block = slice(first, first + size)
             base, _ = _read(base_head, base_CV[block])
-            candidate_2K = base.tokens_above(math.log(settings.tau) - _SLACK if settings.tau > 0 else -math.inf)
+            row_K, token_K = base.tokens_above(math.log(settings.tau) - _SLACK if settings.tau > 0 else -math.inf)
+            prompt_B = opening.prompt_N[rows][block]
+            log_opening_K = at_first.log_prob(prompt_B[row_K], token_K)
+            favored_K = base_favored_mask(log_opening_K, base.log_prob(row_K, token_K), settings.tau, settings.margin)
+            favored_2K = torch.stack([row_K[favored_K], token_K[favored_K]])
             for name, (_, head) in policies.items():
                 policy, weight_BV = _read(head, policy_CV[name][block])
-                found = _compare(policy, weight_BV, base, candidate_2K, refusal_R, settings)
+                found = _compare(policy, weight_BV, base, favored_2K, refusal_R, settings)
                 parts[name].append(replace(found, row_K=found.row_K + start + first))
     joined = {name: _joined(found) for name, found in parts.items()}
     for name, found in joined.items():
@@ -199,21 +239,19 @@ def _compare(
     policy: _Block,
     weight_BV: Tensor,
     base: _Block,
-    candidate_2K: Tensor,
+    favored_2K: Tensor,
     refusal_R: Tensor,
     settings: DiagnosisSettings,
 ) -> DiagnosisRows:
-    row_K, token_K = candidate_2K
-    log_policy_K, log_base_K = policy.log_prob(row_K, token_K), base.log_prob(row_K, token_K)
-    favored_K = base_favored_mask(log_policy_K, log_base_K, settings.tau, settings.margin)
-    row_K, token_K = row_K[favored_K], token_K[favored_K]
-    base_K, policy_K = log_base_K[favored_K].exp(), log_policy_K[favored_K].exp()
+    row_K, token_K = favored_2K
+    base_K, policy_K = base.log_prob(row_K, token_K).exp(), policy.log_prob(row_K, token_K).exp()
     zeros_B = torch.zeros_like(base.total_B)
     kl_B = _kl(policy, weight_BV, base)
     values_BM = torch.stack(
         [
             zeros_B.index_add(0, row_K, base_K),
             zeros_B.index_add(0, row_K, torch.ones_like(base_K)),
+            zeros_B.index_add(0, row_K, policy_K),
             kl_B,
             deficit(kl_B, settings.kappa),
             (policy.argmax() == base.argmax()).to(kl_B.dtype),

@@ -24,8 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from raycomplete.losses.settings import Divergence, DivergenceSettings, PenaltySettings
-from raycomplete.losses.torch_rows import Product, RowLogits, TermRows, penalty_rows
+from raycomplete.losses.settings import Divergence, DivergenceSettings, PushForwardSettings
+from raycomplete.losses.torch_rows import Product, RowLogits, TermRows
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 
@@ -33,8 +33,7 @@ _FORMULAS: dict[Divergence, int] = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2}
 _MAX_TILE = 2048  # tokens; 8 a thread, so that bfloat16 loads are 16 bytes and two programs share a multiprocessor
 _ROUNDING_NATS = tl.constexpr(1e-5)  # of log-probabilities in float32, beside what large logits lose
 _ROUNDING_OF_LOGITS = tl.constexpr(1.2e-7)  # 2^-23, relative
-_PENALTY_METRICS = ("base_favored_mass", "alignment_kl", "deficit", "student_mass", "aligned_student_kl")
-_PENALTY_COLUMNS = 1 + len(_PENALTY_METRICS)  # of the kernel's result: the loss, then these
+_PUSH_FORWARD_METRICS = ("base_favored_mass", "unfinished_mass")  # columns of the kernel's result, after the loss
 
 
 @triton.jit
@@ -178,7 +177,7 @@ def _divergence_kernel(
 
 
 @triton.jit(do_not_specialize_on_alignment=["factor_ptr"])
-def _penalty_kernel(
+def _push_forward_kernel(
     student,
     aligned,
     base,
@@ -187,52 +186,52 @@ def _penalty_kernel(
     factor_ptr,
     measure_ptr,
     vocab_size,
+    temperature,
     log_tau,
     margin,
-    kappa,
+    min_weight,
     COLUMNS: tl.constexpr,
     TILE: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
+    inverse = 1.0 / temperature
     student_max, student_norm = _norm(student, row, vocab_size, 1.0, TILE)
     aligned_max, aligned_norm = _norm(aligned, row, vocab_size, 1.0, TILE)
     base_max, base_norm = _norm(base, row, vocab_size, 1.0, TILE)
-    zeros = tl.zeros([TILE], dtype=tl.float32)
-    base_mass, student_mass, student_square, depth, student_kl = zeros, zeros, zeros, zeros, zeros
-    square, gradient_factor = 0.0, 0.0
+    student_hot_max, student_hot_norm = _norm(student, row, vocab_size, inverse, TILE)
+    aligned_hot_max, aligned_hot_norm = _norm(aligned, row, vocab_size, inverse, TILE)
+    base_mass = tl.zeros([TILE], dtype=tl.float32)
+    student_mass = tl.zeros([TILE], dtype=tl.float32)
+    divergence = tl.zeros([TILE], dtype=tl.float32)
+    gradient_factor = 0.0
     for sweep in tl.static_range(2):
         if sweep == 0 or gradient_ptr is not None:
             for start in range(0, vocab_size, TILE):
                 tokens = start + tl.arange(0, TILE)
                 inside = tokens < vocab_size
                 logits = _logits(student, row, tokens, inside)
-                log_p = logits - student_max - student_norm
-                log_base = _logits(base, row, tokens, inside) - base_max - base_norm
-                log_aligned = _logits(aligned, row, tokens, inside) - aligned_max - aligned_norm
-                favored = inside & (log_base > log_aligned + margin) & (log_base >= log_tau)
-                p_favored = tl.where(favored, tl.exp(log_p), 0.0)
+                aligned_logits = _logits(aligned, row, tokens, inside)
+                log_p = logits * inverse - student_hot_max - student_hot_norm
+                log_q = aligned_logits * inverse - aligned_hot_max - aligned_hot_norm
+                q = tl.exp(log_q)
                 if sweep == 0:
-                    q = tl.exp(log_aligned)
+                    log_base = _logits(base, row, tokens, inside) - base_max - base_norm
+                    log_aligned = aligned_logits - aligned_max - aligned_norm
+                    favored = inside & (log_base > log_aligned + margin) & (log_base >= log_tau)
                     base_mass += tl.where(favored, tl.exp(log_base), 0.0)
-                    student_mass += p_favored
-                    student_square += p_favored * p_favored
-                    depth += tl.where(q == 0.0, 0.0, q * (log_aligned - log_base))
-                    student_kl += tl.where(q == 0.0, 0.0, q * (log_aligned - log_p))
+                    student_mass += tl.where(favored, tl.exp(logits - student_max - student_norm), 0.0)
+                    divergence += tl.where(q == 0.0, 0.0, q * (log_q - log_p))
                 else:
-                    gradient = gradient_factor * tl.exp(log_p) * (p_favored - square)
                     out_ptr = gradient_ptr + row * gradient_stride
-                    _store_gradient(out_ptr, gradient, logits, student, tokens, inside)
+                    _store_gradient(out_ptr, gradient_factor * (tl.exp(log_p) - q), logits, student, tokens, inside)
         if sweep == 0:
-            depth_sum, square = tl.sum(depth, axis=0), tl.sum(student_square, axis=0)
-            deficit = tl.exp(-tl.where(depth_sum < 0.0, 0.0, depth_sum) / kappa)
-            gradient_factor = 2.0 * deficit * tl.load(factor_ptr + row)
+            unfinished = tl.sum(student_mass, axis=0) + 0.0 * base_norm  # NaN of base leaves B_t empty
+            weight = min_weight + (1.0 - min_weight) * unfinished
+            gradient_factor = weight * temperature * tl.load(factor_ptr + row)
             own_ptr = measure_ptr + row * COLUMNS
-            tl.store(own_ptr, deficit * square)
+            tl.store(own_ptr, weight * temperature * temperature * tl.sum(divergence, axis=0))
             tl.store(own_ptr + 1, tl.sum(base_mass, axis=0))
-            tl.store(own_ptr + 2, depth_sum)
-            tl.store(own_ptr + 3, deficit)
-            tl.store(own_ptr + 4, tl.sum(student_mass, axis=0))
-            tl.store(own_ptr + 5, tl.sum(student_kl, axis=0))
+            tl.store(own_ptr + 2, unfinished)
 
 
 def divergence(logits: RowLogits, options: DivergenceSettings) -> TermRows:
@@ -252,20 +251,21 @@ def divergence(logits: RowLogits, options: DivergenceSettings) -> TermRows:
     return TermRows(loss_C)
 
 
-def penalty(logits: RowLogits, options: PenaltySettings) -> TermRows:
-    """Computes g_t * sum over B_t of p_s(v)^2 [C] with its metrics, and writes the gradient."""
-    result_CM = logits.factor_C.new_empty(len(logits.factor_C), _PENALTY_COLUMNS)
+def push_forward(logits: RowLogits, options: PushForwardSettings) -> TermRows:
+    """Computes w_t T^2 KL(p_a || p_s) [C] with its metrics, and writes the gradient."""
+    result_CM = logits.factor_C.new_empty(len(logits.factor_C), 1 + len(_PUSH_FORWARD_METRICS))
     with torch.cuda.device_of(result_CM):
-        _penalty_kernel[(len(result_CM),)](
+        _push_forward_kernel[(len(result_CM),)](
             *_tensors(logits, result_CM),
+            options.temperature,
             math.log(options.tau) if options.tau > 0 else -math.inf,
             options.margin,
-            options.kappa,
-            COLUMNS=_PENALTY_COLUMNS,
+            options.min_weight,
+            COLUMNS=result_CM.shape[1],
             **_launch(logits),
         )
     loss_C, *metrics = result_CM.unbind(dim=1)
-    return penalty_rows(loss_C, dict(zip(_PENALTY_METRICS, metrics, strict=True)))
+    return TermRows(loss_C, dict(zip(_PUSH_FORWARD_METRICS, metrics, strict=True)))
 
 
 def _launch(logits: RowLogits) -> dict[str, int]:

@@ -43,12 +43,24 @@ class DivergenceSettings(Section):
         return self
 
 
-class PenaltySettings(Section):
-    """Base-favored penalty g_t * sum over B_t of p_s(v)^2."""
+class BaseFavoredSettings(Section):
+    """Base-favored tokens B_t = {v : p_b(v) > e^margin p_a(v), p_b(v) >= tau}, p_a at position 0 of the answer."""
 
     tau: float = Field(0.01, ge=0, le=1, description="smallest p_base of a base-favored token")
-    margin: float = Field(0.0, ge=0, description="nats by which log p_base must exceed log p_aligned")
-    kappa: float = Field(0.5, gt=0, description="scale of the deficit g_t in nats")
+    margin: float = Field(0.1, ge=0, description="nats by which log p_base must exceed log p_aligned")
+
+
+class PushForwardSettings(BaseFavoredSettings):
+    """Divergence w_t T^2 KL(p_a || p_s) of the term `push_forward`, p_a at position 0 of the answer."""
+
+    temperature: float = Field(4.0, gt=0, description="T, which divides the logits of both: above 1 the tail counts")
+    min_weight: float = Field(
+        1.0, ge=0, le=1, description="w_t is this where the student says no base-favored token, and 1 where no other"
+    )
+
+
+class PenaltySettings(BaseFavoredSettings):
+    """Penalty on base-favored tokens, the sum over B_t of p_s(v)^2."""
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from raycomplete.losses.base_favored import alignment_kl, base_favored_mask, base_favored_mass, deficit, forward_kl
-from raycomplete.losses.settings import DivergenceSettings, LossSettings, PenaltySettings
+from raycomplete.losses.base_favored import base_favored_mask, base_favored_mass, forward_kl
+from raycomplete.losses.settings import DivergenceSettings, LossSettings, PenaltySettings, PushForwardSettings
 from raycomplete.losses.torch_rows import (
     Block,
     BlockFunction,
@@ -31,7 +31,7 @@ from raycomplete.losses.torch_rows import (
     RowLogits,
     TermRows,
     divergence_block,
-    penalty_block,
+    push_forward_block,
 )
 from raycomplete.runtime.errors import ConfigError
 from raycomplete.runtime.section import Section
@@ -250,20 +250,27 @@ def divergence(rows: LogProbs, options: DivergenceSettings) -> TermRows:
     return TermRows(options.temperature**2 * loss_N)
 
 
-def penalty(rows: LogProbs, options: PenaltySettings) -> TermRows:
-    """g_t * sum over B_t of p_s(v)^2."""
-    log_aligned_NV, log_base_NV, p_student_NV = rows.aligned_NV, rows.base_NV, rows.student_NV.exp()
-    favored_NV = base_favored_mask(log_aligned_NV, log_base_NV, options.tau, options.margin)
-    alignment_kl_N = alignment_kl(log_aligned_NV, log_base_NV)
-    deficit_N = deficit(alignment_kl_N, options.kappa)
+def push_forward(rows: LogProbs, options: PushForwardSettings) -> TermRows:
+    """w_t T^2 KL(p_a || p_s), with w_t from the student's probability of base-favored tokens, which takes no gradient.
+
+    `rows.aligned_NV` is the aligned model's distribution at position 0 of its answer, and base's that along h.
+    """
+    favored_NV = base_favored_mask(rows.aligned_NV, rows.base_NV, options.tau, options.margin)
+    unfinished_N = (rows.student_NV.detach().exp() * favored_NV).sum(dim=-1)
+    unfinished_N = unfinished_N.masked_fill(rows.base_NV.isnan().any(dim=-1), torch.nan)
+    weight_N = options.min_weight + (1 - options.min_weight) * unfinished_N
+    at_temperature = DivergenceSettings(temperature=options.temperature)
     metrics = {
-        "base_favored_mass": base_favored_mass(log_aligned_NV, log_base_NV, options.tau, options.margin),
-        "alignment_kl": alignment_kl_N,
-        "deficit": deficit_N,
-        "student_mass": (p_student_NV * favored_NV).sum(dim=-1),
-        "aligned_student_kl": forward_kl(log_aligned_NV, rows.student_NV),
+        "base_favored_mass": base_favored_mass(rows.aligned_NV, rows.base_NV, options.tau, options.margin),
+        "unfinished_mass": unfinished_N,
     }
-    return TermRows(deficit_N * (p_student_NV.square() * favored_NV).sum(dim=-1), metrics)
+    return TermRows(weight_N * divergence(rows, at_temperature).loss_R, metrics)
+
+
+def penalty(rows: LogProbs, options: PenaltySettings) -> TermRows:
+    """sum over B_t of p_s(v)^2, with aligned at position 0 of its answer as in `push_forward`."""
+    favored_NV = base_favored_mask(rows.aligned_NV, rows.base_NV, options.tau, options.margin)
+    return TermRows((rows.student_NV.exp().square() * favored_NV).sum(dim=-1))
 
 
 def nll(rows: LogProbs, options: Section) -> TermRows:
@@ -277,10 +284,10 @@ def _triton_divergence(logits: RowLogits, options: DivergenceSettings) -> TermRo
     return kernels.divergence(logits, options)
 
 
-def _triton_penalty(logits: RowLogits, options: PenaltySettings) -> TermRows:
+def _triton_push_forward(logits: RowLogits, options: PushForwardSettings) -> TermRows:
     from raycomplete.losses import kernels
 
-    return kernels.penalty(logits, options)
+    return kernels.push_forward(logits, options)
 
 
 def _divergence_reads(options: DivergenceSettings) -> tuple[Teacher, ...]:
@@ -305,21 +312,29 @@ for _name, _description in (
     )
 register(
     Term(
-        "penalty",
-        "penalty",
-        "squared probability of base-favored tokens along a compliant beginning, times the deficit there",
-        penalty,
+        "push_forward",
+        "push-forward",
+        "divergence along a compliant beginning from what the aligned model says to the prompt alone",
+        push_forward,
         reads=("aligned", "base"),
         metrics={
-            "base_favored_mass": "m_t: base's probability of the tokens that it says more than the aligned model",
-            "alignment_kl": "k_t = KL(p_a || p_b): how far alignment moved the model there, in nats",
-            "deficit": "g_t = exp(-k_t / kappa): 1 where alignment changed nothing",
-            "student_mass": "the student's probability of those tokens",
-            "aligned_student_kl": "KL(p_a || p_s): how far the student is from the aligned model there, in nats",
+            "base_favored_mass": "base's probability of the tokens that it says more than aligned at position 0",
+            "unfinished_mass": "the student's probability of those tokens",
         },
-        options=PenaltySettings,
-        torch_block=penalty_block,
-        triton=_triton_penalty,
+        options=PushForwardSettings,
+        torch_block=push_forward_block,
+        triton=_triton_push_forward,
     )
 )
+register(
+    Term(
+        "penalty",
+        "penalty",
+        "squared probability of base-favored tokens along a compliant beginning",
+        penalty,
+        reads=("aligned", "base"),
+        options=PenaltySettings,
+    )
+)
+register(Term("opening", "opening", "-log p_s of the first tokens of a refusal, in nats a token", nll, reads=()))
 register(Term("nll", "cross-entropy", "-log p_s of the token that follows, in nats a token", nll, reads=()))

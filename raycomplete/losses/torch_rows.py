@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raycomplete.losses.divergences import FUSED, contrastive_log_probs, normalise_, row_dot
+from raycomplete.losses.divergences import FUSED, contrastive_log_probs, forward_kl_, normalise_
 from raycomplete.losses.heads import Head
-from raycomplete.losses.settings import DivergenceSettings, PenaltySettings
+from raycomplete.losses.settings import BaseFavoredSettings, DivergenceSettings, PushForwardSettings
 
 _BLOCK_BYTES = {"cpu": 2 * 2**20, "cuda": 128 * 2**20}  # of one buffer; on a CPU all five stay near the core
 
@@ -190,60 +190,35 @@ def _target(block: Block, work_RV: Tensor, options: DivergenceSettings) -> Tenso
     return log_q_RV.sub_(log_q_RV.amax(dim=-1, keepdim=True))
 
 
-def penalty_block(block: Block, options: PenaltySettings) -> TermRows:
-    """Computes g_t * sum over B_t of p_s(v)^2; a `BlockFunction`."""
-    logits, factor_R = block.logits, block.logits.factor_C
-    student_work, aligned_work, base_work, probability_RV, aligned_probability_RV = block.buffers
+def push_forward_block(block: Block, options: PushForwardSettings) -> TermRows:
+    """Computes w_t T^2 KL(p_a || p_s); a `BlockFunction`."""
+    logits, temperature, factor_R = block.logits, options.temperature, block.logits.factor_C
+    student_work, target_work, base_work, probability_RV, target_probability_RV = block.buffers
     base_RV, _ = block.read(logits.base, base_work)
     base_norm_R1 = normalise_(base_RV, out_RV=probability_RV)
-    aligned_RV, _ = block.read(logits.aligned, aligned_work)
-    aligned_norm_R1 = normalise_(aligned_RV, out_RV=aligned_probability_RV)
-    row_F, token_F, log_base_F = _favored(aligned_RV, aligned_norm_R1, base_RV, base_norm_R1, options)
-
-    def kl(other_RV: Tensor, out_RV: Tensor) -> Tensor:
-        """sum p_a (z_a - z) [R, 1]: KL of two softmaxes less the difference of their normalisers."""
-        difference_RV = torch.sub(aligned_RV, other_RV, out=out_RV)
-        if block.excludes:
-            difference_RV.masked_fill_(aligned_probability_RV == 0, 0.0)
-        return row_dot(aligned_probability_RV, difference_RV)
-
-    depth_R1 = kl(base_RV, out_RV=base_RV) + base_norm_R1 - aligned_norm_R1
-    deficit_R1 = torch.exp(-depth_R1.clamp(min=0.0) / options.kappa)  # rounding can make a KL negative
-
+    target_RV, _ = block.read(logits.aligned, target_work)
+    target_norm_R1 = normalise_(target_RV, out_RV=probability_RV)
+    row_F, token_F, log_base_F = _favored(target_RV, target_norm_R1, base_RV, base_norm_R1, options)
     student_RV, shift_R1 = block.read(logits.student, student_work)
-    student_norm_R1 = normalise_(student_RV, out_RV=probability_RV)
-    student_kl_R = (kl(student_RV, out_RV=aligned_RV) + student_norm_R1 - aligned_norm_R1)[:, 0]
-    favored_F = probability_RV[row_F, token_F]
+    normalise_(student_RV, out_RV=probability_RV)
 
     def over_favored(values_F: Tensor) -> Tensor:
         return torch.zeros_like(factor_R).index_add_(0, row_F, values_F)
 
-    square_R = over_favored(favored_F.square())
-    if logits.gradient_CV is not None:
-        scale_R = 2.0 * deficit_R1[:, 0] * factor_R
-        probability_RV.mul_((-scale_R * square_R)[:, None])
-        probability_RV[row_F, token_F] += scale_R[row_F] * favored_F.square()
-        block.write(probability_RV, student_RV, shift_R1)
-    metrics = {
-        "base_favored_mass": over_favored(log_base_F.exp()),
-        "alignment_kl": depth_R1[:, 0],
-        "deficit": deficit_R1[:, 0],
-        "student_mass": over_favored(favored_F),
-        "aligned_student_kl": student_kl_R,
-    }
-    return penalty_rows(deficit_R1[:, 0] * square_R, metrics)
-
-
-def penalty_rows(loss_R: Tensor, metrics: dict[str, Tensor]) -> TermRows:
-    """Carries NaN of the student over into the loss of the term `penalty`.
-
-    Where B_t is empty the loss is 0 whatever the student says, but NaN of the student is in its gradient.
-    """
-    return TermRows(loss_R.masked_fill(metrics["aligned_student_kl"].isnan(), torch.nan), metrics)
+    unfinished_R = over_favored(probability_RV[row_F, token_F])
+    unfinished_R.masked_fill_(base_norm_R1[:, 0].isnan(), torch.nan)  # a comparison with NaN leaves B_t empty
+    weight_R = options.min_weight + (1 - options.min_weight) * unfinished_R
+    loss_R1 = forward_kl_(
+        student_RV.div_(temperature), target_RV.div_(temperature), probability_RV, target_probability_RV, block.excludes
+    )
+    probability_RV.mul_((temperature * weight_R * factor_R)[:, None])  # T^2 of the loss, 1 / T of the chain rule
+    block.write(probability_RV, student_RV, shift_R1 / temperature, temperature)
+    metrics = {"base_favored_mass": over_favored(log_base_F.exp()), "unfinished_mass": unfinished_R}
+    return TermRows(temperature**2 * weight_R * loss_R1[:, 0], metrics)
 
 
 def _favored(
-    aligned_RV: Tensor, aligned_norm_R1: Tensor, base_RV: Tensor, base_norm_R1: Tensor, options: PenaltySettings
+    aligned_RV: Tensor, aligned_norm_R1: Tensor, base_RV: Tensor, base_norm_R1: Tensor, options: BaseFavoredSettings
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Row, token and log p_b of each member of B_t [F]: with tau above 0 at most 1 / tau a row."""
     log_tau = math.log(options.tau) if options.tau > 0 else -math.inf

@@ -1,9 +1,12 @@
-"""Deep alignment by distillation from a hybrid teacher: anchor, recovery, and the penalty on base-favored tokens.
+"""Deep alignment by distillation from a hybrid teacher: anchor, recovery, push-forward.
 
 anchor: along the aligned model's own answers to all prompts, the student stays at the aligned model.
 recovery: after x and a compliant beginning h<D, the student says what aligned says after x alone. The teacher does not
 see h: it reads x, then the refusal.
-penalty: along h, tokens that base says more than aligned lose their probability, most where alignment changed nothing.
+push-forward: at every token of h the student says what aligned says at the start of its answer to x, as if it had not
+been led on. At a temperature of 4 the unlikely tokens count as well: an attacker who picks among the likeliest tokens
+of every step lives on those. At 1 he still succeeds.
+penalty: along h, tokens that base says more than aligned does at the start of its answer lose their probability.
 
 The formulas are ours, not those of arXiv 2511.12155, which is known to us by its abstract and secondary reports.
 """
@@ -15,7 +18,13 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from raycomplete.losses.settings import ContrastiveSettings, Divergence, DivergenceSettings, PenaltySettings
+from raycomplete.losses.settings import (
+    ContrastiveSettings,
+    Divergence,
+    DivergenceSettings,
+    PenaltySettings,
+    PushForwardSettings,
+)
 from raycomplete.methods.registry import (
     AnchorItem,
     ConstraintConfig,
@@ -32,11 +41,12 @@ from raycomplete.runtime.section import Section
 
 
 class LossWeights(Section):
-    """Weights of the three terms of the loss."""
+    """Weights of the terms of the loss."""
 
     anchor: float = Field(1.0, ge=0, description="stays at the aligned model along its own answers")
     recovery: float = Field(1.0, ge=0, description="says the aligned model's refusal after a compliant beginning")
-    penalty: float = Field(0.1, ge=0, description="takes probability from base-favored tokens along that beginning")
+    push_forward: float = Field(1.0, ge=0, description="starts that refusal at every token of that beginning")
+    penalty: float = Field(0.0, ge=0, description="takes probability from base-favored tokens along that beginning")
 
 
 class FirstTokensConfig(Section):
@@ -48,15 +58,9 @@ class FirstTokensConfig(Section):
     )
 
 
-class PenaltyConfig(PenaltySettings):
-    """Base-favored penalty."""
-
-    follow_depth: bool = Field(False, description="scale the penalty at a depth by what is still incomplete there")
-
-
 @register
 class Completion(Method):
-    """Anchor, recovery and penalty."""
+    """Anchor, recovery, push-forward and penalty."""
 
     name: Literal["completion"] = Field("completion", description="which method")
     recovery_batch_size: int = Field(16, ge=1, description="recovery sequences of a step, over all workers")
@@ -65,7 +69,8 @@ class Completion(Method):
     anchor_divergence: Divergence = Field("forward_kl", description="divergence of the anchor from the aligned model")
     recovery_divergence: Divergence = Field("forward_kl", description="divergence of recovery from the same")
     temperature: float = Field(1.0, gt=0, description="temperature of teacher and student alike in anchor and recovery")
-    penalty: PenaltyConfig = Field(default_factory=PenaltyConfig)
+    push_forward: PushForwardSettings = Field(default_factory=PushForwardSettings)
+    penalty: PenaltySettings = Field(default_factory=PenaltySettings)
     contrastive: ContrastiveSettings = Field(default_factory=ContrastiveSettings)
     constraint: ConstraintConfig = Field(
         default_factory=ConstraintConfig, description="holds KL(aligned || student) on anchor tokens under a budget"
@@ -79,17 +84,18 @@ class Completion(Method):
         return self.weights.model_dump()
 
     def loss_options(self) -> dict[str, Section]:
-        """Settings of the three terms."""
+        """Settings of the terms."""
         both = {"temperature": self.temperature, "contrastive": self.contrastive}
         return {
             "anchor": DivergenceSettings(divergence=self.anchor_divergence, **both),
             "recovery": DivergenceSettings(divergence=self.recovery_divergence, **both),
+            "push_forward": self.push_forward,
             "penalty": self.penalty,
         }
 
     def sequence(self, item: Item, feedback: Feedback) -> TrainSequence:
         """x and the aligned model's answer, or x, h up to the cut, and the aligned model's refusal."""
-        return self._anchor(item) if isinstance(item, AnchorItem) else self._recovery(item, feedback)
+        return self._anchor(item) if isinstance(item, AnchorItem) else self._recovery(item)
 
     def _anchor(self, item: AnchorItem) -> TrainSequence:
         prompt, answer = item.sample.prompt_ids, item.sample.kept_ids
@@ -99,24 +105,20 @@ class Completion(Method):
         span = RowSpan("anchor", len(prompt), len(answer), plain, weights=weights)
         return TrainSequence(prompt + answer, (span,))
 
-    def _recovery(self, item: RecoveryItem, feedback: Feedback) -> TrainSequence:
+    def _recovery(self, item: RecoveryItem) -> TrainSequence:
         sample, depth = item.sample, item.depth
         prompt, refusal = sample.prompt_ids, sample.refusal_ids
-        spans = []
-        if self.weights.penalty > 0 and depth > 0:
-            along_h = TeacherContext(sample.teacher_prompt_ids, sample.harmful_ids)
-            weights = self._by_depth(item, feedback)
-            spans.append(RowSpan("penalty", len(prompt), depth, along_h, weights=weights))
+        along_h = TeacherContext(sample.teacher_prompt_ids, sample.harmful_ids)
         without_h = TeacherContext(sample.teacher_prompt_ids, refusal)
+        # Position 0 is the anchor's, and an imitated refusal is no part of the answer.
+        first = max(sample.refusal_prefix_tokens, 1)
+        spans = [
+            RowSpan(term, len(prompt) + first, depth - first, along_h, offset=first, target=(without_h, 0))
+            for term, weight in (("push_forward", self.weights.push_forward), ("penalty", self.weights.penalty))
+            if weight > 0 and depth > first
+        ]
         spans.append(RowSpan("recovery", len(prompt) + depth, len(refusal), without_h))
         return TrainSequence(prompt + sample.harmful_ids[:depth] + refusal, tuple(spans), item.answer_depth)
-
-    def _by_depth(self, item: RecoveryItem, feedback: Feedback) -> list[float] | None:
-        """Weight of each row of h: as cuts, depth is counted from after a refusal prefix, which stands at depth 0."""
-        if not self.penalty.follow_depth or not len(feedback.need_by_depth):
-            return None
-        prefix = item.sample.refusal_prefix_tokens
-        return [feedback.need_by_depth[max(position - prefix, 0)] for position in range(item.depth)]
 
     def normalisers(self, sequences: Iterable[TrainSequence]) -> dict[str, float]:
         """Rows of each term; those of the anchor weighted, so that it stays a mean over tokens."""

@@ -78,8 +78,9 @@ class RowSpan:
         term: Name of the term.
         start: Position in the sequence of the first token that they predict.
         count: How many tokens they predict.
-        context: What the teachers read; its first `count` rows stand beside these. None for a term that reads none.
-            It must not depend on the depth of an item, which is not known yet when it is read.
+        context: What the teachers read; `count` of its rows stand beside these. None for a term that reads none. It
+            must not depend on the depth of an item, which is not known yet when it is read.
+        offset: Row of the context that stands beside the first row.
         target: Context and row of the aligned model that stand beside every row instead of its own, where all share
             one target; base still reads `context`.
         weights: Factor on the weight of each row; None leaves them alike.
@@ -89,6 +90,7 @@ class RowSpan:
     start: int
     count: int
     context: TeacherContext | None = None
+    offset: int = 0
     target: tuple[TeacherContext, int] | None = None
     weights: Sequence[float] | None = None
 

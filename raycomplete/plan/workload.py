@@ -66,7 +66,9 @@ class Workload:
         """The expected step of a run file, with responses at their longest and depths at the middle of their range."""
         train, rollout, method = config.train, config.rollout, config.method
         contrastive = isinstance(method, Completion) and method.contrastive.alpha > 0
-        penalised = isinstance(method, Completion) and method.weights.penalty > 0
+        terms_along_h = 0
+        if isinstance(method, Completion):
+            terms_along_h = (method.weights.push_forward > 0) + (method.weights.penalty > 0)
         depth = (method.depth.min + min(method.depth.max, rollout.max_harmful_tokens)) / 2
         anchor = Sequences(method.anchor_batch_size, prompt_tokens, rollout.max_anchor_tokens)
         refusal = Sequences(method.recovery_batch_size, prompt_tokens, rollout.max_refusal_tokens)
@@ -74,19 +76,19 @@ class Workload:
         student = Sequences(method.recovery_batch_size, prompt_tokens, depth + rollout.max_refusal_tokens)
         sampled = method.recovery_batch_size * rollout.oversample
         drawn = Sequences(sampled, prompt_tokens + depth, rollout.max_student_tokens)
-        along = (harmful,) if penalised else ()
-        penalty_rows = method.recovery_batch_size * depth if penalised else 0.0
-        rows = anchor.rows + refusal.rows + penalty_rows
+        along_h = (harmful,) if terms_along_h else ()
+        rows_along_h = terms_along_h * method.recovery_batch_size * depth
+        rows = anchor.rows + refusal.rows + rows_along_h
         per_worker = (method.anchor_batch_size + method.recovery_batch_size) // num_workers
         return cls(
             trained=(anchor, student),
             scored={
-                "aligned": (anchor, refusal, *along),
-                "base": (*along, *((anchor, refusal) if contrastive else ())),
+                "aligned": (anchor, refusal),
+                "base": (*along_h, *((anchor, refusal) if contrastive else ())),
             },
             rollouts=drawn if rollout.on_policy else None,
             loss_rows=rows,
-            base_rows=rows if contrastive else penalty_rows,
+            base_rows=rows if contrastive else rows_along_h,
             micro_batches=-(-per_worker // min(train.per_device_batch_size, max(per_worker, 1))) if per_worker else 1,
         )
 

@@ -12,6 +12,7 @@ from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator, ScalarFo
 from raycomplete.report.plots import ROLE_COLORS, ROLE_DASHES, ROLE_MARKERS, Plot, Row, gaps, legend_above, new_figure
 
 _LABELS = {
+    "unfinished_mass": "unfinished mass",
     "deficit": "deficit",
     "kl_to_base": "KL to base (nats)",
     "base_favored_mass": "base-favored mass",
@@ -19,14 +20,14 @@ _LABELS = {
     "refusal_probability": "refusal-token\nprobability",
     "base_favored_count": "base-favored tokens",
 }
-_SHARES = ("deficit", "base_favored_mass", "agreement", "refusal_probability")
+_SHARES = ("unfinished_mass", "deficit", "base_favored_mass", "agreement", "refusal_probability")
 _KIND_DASHES: dict[str, Any] = {"harmful": "solid", "benign": (0, (5, 2))}
 _COLUMNS = ["position", "mean", "low", "high", "n"]
 
 
 def where_it_stopped(diagnosis: Mapping[str, Any]) -> Plot:
-    """Deficit, KL to base and base-favored mass along harmful responses, with the completion depth."""
-    figure, panels, rows = _profiles(diagnosis, ("deficit", "kl_to_base", "base_favored_mass"))
+    """Deficit, KL to base and unfinished mass along harmful responses, with the completion depth."""
+    figure, panels, rows = _profiles(diagnosis, ("deficit", "kl_to_base", "unfinished_mass"))
     settings = diagnosis["settings"]
     panels[0].axhline(settings["threshold"], color="#777777", linewidth=1, linestyle=(0, (2, 2)), zorder=1)
     for role, depth in diagnosis["kinds"]["harmful"]["completion_depth"].items():
@@ -35,7 +36,8 @@ def where_it_stopped(diagnosis: Mapping[str, Any]) -> Plot:
     caption = (
         "Along harmful responses with a compliant continuation, by position. Deficit exp(-KL / kappa), kappa = "
         f"{settings['kappa']:g}, is 1 where the model still is its base; its dotted line is the threshold of the "
-        "completion depth, the vertical line the depth itself. Mass is the base's probability of tokens that it favors "
+        "completion depth, the vertical line the depth itself. Unfinished mass is the model's probability of tokens "
+        "that base says there more than aligned says them at the start of its answer "
         f"(tau = {settings['tau']:g}, margin = {settings['margin']:g} nats). Bands are 95 % intervals over prompts."
     )
     return Plot("diagnosis_profile", caption, figure, rows)

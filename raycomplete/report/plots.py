@@ -181,12 +181,12 @@ def _rate_row(rate: Mapping[str, Any], *names: Any) -> Row:
 
 
 def position_profile(profile: Mapping[str, Any]) -> Plot | None:
-    """Base-favored mass, KL to base and deficit by response position, aligned against student."""
+    """Unfinished mass, KL to base and deficit by response position, aligned against student."""
     positions = profile.get("positions")
     if not positions:
         return None
     figure, panels = new_figure(6.6, 3, sharex=True)
-    measures = {"base_favored_mass": "base-favored mass", "kl_to_base": "KL to base (nats)", "deficit": "deficit"}
+    measures = {"unfinished_mass": "unfinished mass", "kl_to_base": "KL to base (nats)", "deficit": "deficit"}
     rows: list[Row] = [["role", "position", *measures, "n"]]
     for role in (role for role in ("aligned", "student") if role in profile):
         columns = [profile[role][key] for key in measures]
@@ -202,9 +202,9 @@ def position_profile(profile: Mapping[str, Any]) -> Plot | None:
     panels[2].xaxis.set_major_locator(MaxNLocator(integer=True))
     legend_above(figure, panels[0])
     caption = (
-        f"Along harmful responses, by position: probability that the base puts on tokens it favors over the model "
-        f"(tau = {profile.get('tau', '?')}), distance from the base, and the deficit exp(-KL / kappa) with kappa = "
-        f"{profile.get('kappa', '?')}, near 1 where nothing was changed."
+        "Along harmful responses, by position: probability that the model puts on what base would say there and "
+        f"aligned not at the start (tau = {profile.get('tau', '?')}), distance from the base, and the deficit "
+        f"exp(-KL / kappa) with kappa = {profile.get('kappa', '?')}, near 1 where nothing was changed."
     )
     return Plot("position_profile", caption, figure, rows)
 

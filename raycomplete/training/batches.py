@@ -172,9 +172,11 @@ class BatchBuilder:
             for role, context in _contexts(span, self.reads[span.term]):
                 assert scores is not None, f"the term {span.term} reads {role}"
                 hidden_TH = scores.hidden(role, context)
-                if role == "aligned" and span.target is not None and len(hidden_TH):
-                    hidden_TH = hidden_TH[span.target[1]].expand(span.count, -1)
-                hidden[role] = hidden_TH[: span.count]
+                if role == "aligned" and span.target is not None:
+                    row = span.target[1]
+                    hidden[role] = hidden_TH[row : row + 1].expand(span.count if len(hidden_TH) else 0, -1)
+                else:
+                    hidden[role] = hidden_TH[span.offset : span.offset + span.count]
             found.append((span, hidden))
         if all(len(hidden_TH) == span.count for span, hidden in found for hidden_TH in hidden.values()):
             return found

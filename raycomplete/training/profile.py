@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from raycomplete.data.samples import AnchorSample
-from raycomplete.diagnosis.rows import PROFILE_METRICS, DiagnosisSettings, diagnose_rows
+from raycomplete.diagnosis.rows import PROFILE_METRICS, DiagnosisSettings, Opening, diagnose_rows
 from raycomplete.engines.scorers import TeacherClient
 from raycomplete.losses.heads import Head
 from raycomplete.losses.settings import LossSettings
@@ -47,7 +47,7 @@ def scored_samples(
 def student_profile(
     engine: Any, samples: Sequence[AnchorSample], scores: Scores, per_device_batch_size: int, *, packed: bool
 ) -> Profile:
-    """Means over prompts of mass, KL(student || base) and deficit at each position.
+    """Means over prompts of unfinished mass, KL(student || base) and deficit at each position.
 
     Every rank computes the same numbers, on a GPU up to rounding: under ZeRO-3 a forward pass needs all ranks anyway.
 
@@ -81,10 +81,12 @@ def aligned_profile(
         assert batch.aligned_hidden_PH is not None
         assert batch.base_hidden_PH is not None
         aligned, base = heads["aligned"], heads["base"]
+        aligned_NH = batch.aligned_hidden_PH.to(aligned.weight_VH.device)
         rows = diagnose_rows(
-            {"aligned": (batch.aligned_hidden_PH.to(aligned.weight_VH.device), aligned)},
+            {"aligned": (aligned_NH, aligned)},
             batch.base_hidden_PH.to(base.weight_VH.device),
             base,
+            Opening.of_rows(aligned_NH, aligned, batch.sequence_N.to(aligned_NH.device)),
             (),
             DiagnosisSettings.of_loss(settings),
         )["aligned"]
@@ -97,7 +99,7 @@ def _batches(
 ) -> Iterator[MicroBatch]:
     for start in range(0, len(samples), per_device_batch_size):
         part = samples[start : start + per_device_batch_size]
-        yield answer_batch(part, scores, term="penalty", packed=packed)  # a term that reads both teachers
+        yield answer_batch(part, scores, term="push_forward", packed=packed)  # a term that reads both teachers
 
 
 def _means(samples: Sequence[AnchorSample], measured_3N: torch.Tensor) -> Profile:

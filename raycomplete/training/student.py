@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from raycomplete.data.samples import AnchorSample
-from raycomplete.diagnosis.rows import PROFILE_METRICS, DiagnosisSettings, diagnose_rows
+from raycomplete.diagnosis.rows import PROFILE_METRICS, DiagnosisSettings, Opening, diagnose_rows
 from raycomplete.losses.chunked_pass import rows_per_chunk
 from raycomplete.losses.heads import Head, HiddenStates
 from raycomplete.losses.loss import LossInputs, distillation_loss
@@ -85,8 +85,10 @@ class HeadLoss(nn.Module):
     def _profile(self, hidden_NH: Tensor, batch: MicroBatch) -> tuple[Tensor, ...]:
         policies = {"student": (hidden_NH, self.head())}
         settings = DiagnosisSettings.of_loss(self._loss)
+        assert batch.aligned_hidden_PH is not None
         assert batch.base_hidden_PH is not None
-        rows = diagnose_rows(policies, batch.base_hidden_PH, self._teachers["base"], (), settings)["student"]
+        opening = Opening.of_rows(batch.aligned_hidden_PH, self._teachers["aligned"], batch.sequence_N)
+        rows = diagnose_rows(policies, batch.base_hidden_PH, self._teachers["base"], opening, (), settings)["student"]
         return tuple(rows.column(name) for name in PROFILE_METRICS)
 
     def _log_probs(self, hidden_NH: Tensor, token_N: Tensor) -> Tensor:

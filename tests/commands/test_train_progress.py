@@ -14,7 +14,7 @@ from raycomplete.methods.registry import Method
 from raycomplete.methods.sft import SFT
 from raycomplete.runtime.signals import StopSignals
 
-TERMS = {"anchor": 0.1, "recovery": 0.25, "penalty": None, "depth_mean": 12.4, "compliance": 0.5}
+TERMS = {"anchor": 0.1, "recovery": 0.25, "push_forward": None, "depth_mean": 12.4, "compliance": 0.5}
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ def test_the_embedded_default_is_the_shipped_run_file() -> None:
         (("rollout",), "temprature", "temperature"),
         (("train",), "step", "steps"),
         (("method", "weights"), "anker", "anchor"),
-        (("method", "penalty"), "taw", "tau"),
+        (("method", "push_forward"), "taw", "tau"),
         (("method", "contrastive"), "alfa", "alpha"),
         (("method", "depth"), "shedule", "schedule"),
         (("method",), "temprature", "temperature"),

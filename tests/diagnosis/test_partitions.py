@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from raycomplete.diagnosis.partitions import measure_partition, merged_tokens, position_bands
-from raycomplete.diagnosis.rows import METRICS, DiagnosisSettings, diagnose_rows
+from raycomplete.diagnosis.rows import METRICS, DiagnosisSettings, Opening, diagnose_rows
 from tests.diagnosis.planted import (
     HIDDEN,
     SETTINGS,
@@ -29,11 +29,13 @@ def test_a_partition_holds_the_rows_and_tokens_of_every_sample(batch_tokens: int
     rows, tokens = measure_partition(measurement, samples)
     tokens = {name: np.asarray(values, dtype=object if name == "context" else None) for name, values in tokens.items()}
     expected = []
-    for _, hidden in measurement.hidden_states(samples):
+    for batch, hidden in measurement.hidden_states(samples):
         head = measurement.heads["base"]
         config = DiagnosisSettings(SETTINGS.tau, SETTINGS.margin, SETTINGS.kappa)
         policies = {"aligned": (hidden["aligned"], head)}
-        expected.append(diagnose_rows(policies, hidden["base"], head, (3,), config)["aligned"])
+        lengths = torch.tensor([len(sample.answer_ids) for sample in batch])
+        opening = Opening.of_rows(hidden["aligned"], head, torch.arange(len(batch)).repeat_interleave(lengths))
+        expected.append(diagnose_rows(policies, hidden["base"], head, opening, (3,), config)["aligned"])
     values_NM = torch.cat([item.values_NM for item in expected]).numpy()
     assert rows["token_id"].tolist() == [token for sample in samples for token in sample.answer_ids]
     assert rows["position"].tolist() == [place for sample in samples for place in range(len(sample.answer_ids))]

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raycomplete.diagnosis import rows as diagnosis_rows
-from raycomplete.diagnosis.rows import METRICS, DiagnosisSettings, diagnose_rows
+from raycomplete.diagnosis.rows import METRICS, DiagnosisRows, DiagnosisSettings, Opening, diagnose_rows
 from raycomplete.diagnosis.statistics import PositionStatistics
 from raycomplete.losses import Head
 from raycomplete.losses.base_favored import alignment_kl
@@ -32,8 +32,21 @@ def models(dtype: torch.dtype = torch.float64, vocab: int = VOCAB) -> tuple[torc
     return normal(4, NUM_ROWS, 6).to(dtype), policy, normal(5, NUM_ROWS, 4).to(dtype), base
 
 
+def diagnose(
+    policies: dict[str, tuple[torch.Tensor, Head]],
+    base_NH: torch.Tensor,
+    base_head: Head,
+    refusal_ids: tuple[int, ...],
+    config: DiagnosisSettings,
+) -> dict[str, DiagnosisRows]:
+    """The pass with a prompt for each row, which the first policy opens as it goes on there."""
+    hidden_NH, head = next(iter(policies.values()))
+    opening = Opening(hidden_NH.detach(), head, torch.arange(len(hidden_NH)))
+    return diagnose_rows(policies, base_NH, base_head, opening, refusal_ids, config)
+
+
 def materialised(policy_NH, policy_head, base_NH, base_head, config: DiagnosisSettings) -> torch.Tensor:
-    """The definitions, written out over whole [N, V] tables."""
+    """The definitions, written out over whole [N, V] tables, where the policy opens each row as it goes on there."""
     p_NV = torch.softmax(policy_head.logits(policy_NH).double(), dim=-1)
     b_NV = torch.softmax(base_head.logits(base_NH).double(), dim=-1)
     favored_NV = (b_NV >= config.tau) & (b_NV > p_NV * math.exp(config.margin))
@@ -42,6 +55,7 @@ def materialised(policy_NH, policy_head, base_NH, base_head, config: DiagnosisSe
         [
             (b_NV * favored_NV).sum(-1),
             favored_NV.sum(-1).double(),
+            (p_NV * favored_NV).sum(-1),
             kl_N,
             torch.exp(-kl_N / config.kappa),
             (p_NV.argmax(-1) == b_NV.argmax(-1)).double(),
@@ -61,7 +75,7 @@ def test_the_pass_equals_the_materialised_computation(
     monkeypatch.setattr(diagnosis_rows, "_block_rows", lambda *_: block_rows)
     policy_NH, policy_head, base_NH, base_head = models(vocab=vocab)
     config = DiagnosisSettings(tau=tau, margin=0.1, kappa=0.7, chunk_tokens=chunk_tokens)
-    found = diagnose_rows({"aligned": (policy_NH, policy_head)}, base_NH, base_head, REFUSALS, config)["aligned"]
+    found = diagnose({"aligned": (policy_NH, policy_head)}, base_NH, base_head, REFUSALS, config)["aligned"]
     expected_NM = materialised(policy_NH, policy_head, base_NH, base_head, config)
     assert torch.allclose(found.values_NM, expected_NM, rtol=1e-11, atol=1e-13)
     assert expected_NM[:, METRICS.index("base_favored_count")].sum() > 0
@@ -74,14 +88,30 @@ def test_the_pass_equals_the_materialised_computation(
     assert torch.allclose(mass_N, expected_NM[:, 0], rtol=1e-12)
 
 
+@pytest.mark.parametrize("chunk_tokens", [3, 1000])
+def test_base_favored_tokens_are_told_by_the_opening_of_their_prompt(chunk_tokens: int) -> None:
+    policy_NH, policy_head, base_NH, base_head = models()
+    aligned_NH, config = normal(9, NUM_ROWS, 6), DiagnosisSettings(tau=0.02, chunk_tokens=chunk_tokens)
+    prompt_N = torch.arange(NUM_ROWS).div(7, rounding_mode="floor")
+    opening = Opening.of_rows(aligned_NH, policy_head, prompt_N)
+    found = diagnose_rows({"student": (policy_NH, policy_head)}, base_NH, base_head, opening, (), config)["student"]
+    p_NV, b_NV = policy_head.logits(policy_NH).softmax(-1), base_head.logits(base_NH).softmax(-1)
+    a_NV = policy_head.logits(aligned_NH[prompt_N * 7]).softmax(-1)
+    favored_NV = (b_NV > a_NV * math.exp(config.margin)) & (b_NV >= config.tau)
+    assert torch.allclose(found.column("base_favored_mass"), (b_NV * favored_NV).sum(-1), rtol=1e-11)
+    assert torch.allclose(found.column("unfinished_mass"), (p_NV * favored_NV).sum(-1), rtol=1e-11)
+    assert found.column("base_favored_count").tolist() == favored_NV.sum(-1).tolist()
+
+
 def test_several_policies_are_read_as_one_by_one() -> None:
     policy_NH, policy_head, base_NH, base_head = models()
     other_NH = normal(9, NUM_ROWS, 6)
     config = DiagnosisSettings(chunk_tokens=5)
     both = {"aligned": (policy_NH, policy_head), "student": (other_NH, policy_head)}
-    found = diagnose_rows(both, base_NH, base_head, REFUSALS, config)
+    opening = Opening(policy_NH[:3], policy_head, torch.arange(NUM_ROWS) // 10)
+    found = diagnose_rows(both, base_NH, base_head, opening, REFUSALS, config)
     for name, policy in both.items():
-        alone = diagnose_rows({name: policy}, base_NH, base_head, REFUSALS, config)[name]
+        alone = diagnose_rows({name: policy}, base_NH, base_head, opening, REFUSALS, config)[name]
         assert torch.equal(found[name].values_NM, alone.values_NM)
         assert torch.equal(found[name].token_K, alone.token_K)
 
@@ -89,9 +119,9 @@ def test_several_policies_are_read_as_one_by_one() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_a_policy_that_is_base_has_no_mass_no_kl_and_full_deficit(dtype: torch.dtype) -> None:
     _, _, base_NH, base_head = models(dtype)
-    config = DiagnosisSettings(tau=0.0, margin=0.0, chunk_tokens=4)
-    found = diagnose_rows({"aligned": (base_NH, base_head)}, base_NH, base_head, (), config)["aligned"]
-    expected = torch.tensor([0.0, 0.0, 0.0, 1.0, 1.0, 0.0]).to(found.values_NM.dtype)
+    config = DiagnosisSettings(tau=0.0, chunk_tokens=4)
+    found = diagnose({"aligned": (base_NH, base_head)}, base_NH, base_head, (), config)["aligned"]
+    expected = torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 0.0]).to(found.values_NM.dtype)
     assert torch.equal(found.values_NM, expected.expand(NUM_ROWS, -1))
     assert len(found.token_K) == 0
 
@@ -100,8 +130,8 @@ def test_a_change_planted_at_positions_0_to_9_shows_there_and_nowhere_else() -> 
     _, _, base_NH, base_head = models()
     policy_NH = base_NH.clone()
     policy_NH[:10] += normal(7, 10, 4)
-    config = DiagnosisSettings(margin=0.0, chunk_tokens=6)
-    rows = diagnose_rows({"aligned": (policy_NH, base_head)}, base_NH, base_head, (), config)["aligned"]
+    config = DiagnosisSettings(margin=0.01, chunk_tokens=6)
+    rows = diagnose({"aligned": (policy_NH, base_head)}, base_NH, base_head, (), config)["aligned"]
     statistics = PositionStatistics(replicates=0)
     statistics.add(rows.values_NM)
     mean_TM = statistics.mean_TM()
@@ -122,7 +152,7 @@ def test_the_margin_removes_rounding_and_keeps_what_is_real() -> None:
     masses = {}
     for margin in (0.0, 0.05):
         config = DiagnosisSettings(margin=margin)
-        rows = diagnose_rows({"aligned": (policy_NH, base_head)}, base_NH, base_head, (), config)
+        rows = diagnose({"aligned": (policy_NH, base_head)}, base_NH, base_head, (), config)
         masses[margin] = rows["aligned"].values_NM[:, 0]
     assert 0.2 < masses[0.0][1:].mean() < 0.8
     assert not masses[0.05][1:].any()
@@ -132,7 +162,7 @@ def test_the_margin_removes_rounding_and_keeps_what_is_real() -> None:
 def test_no_gradient_and_no_chunk_size() -> None:
     policy_NH, policy_head, base_NH, base_head = models()
     found = [
-        diagnose_rows({"student": (policy_NH.requires_grad_(), policy_head)}, base_NH, base_head, REFUSALS, config)
+        diagnose({"student": (policy_NH.requires_grad_(), policy_head)}, base_NH, base_head, REFUSALS, config)
         for config in (DiagnosisSettings(chunk_tokens="auto"), DiagnosisSettings())
     ]
     assert torch.equal(found[0]["student"].values_NM, found[1]["student"].values_NM)
@@ -145,17 +175,17 @@ def test_no_gradient_and_no_chunk_size() -> None:
 def test_no_rows_and_wrong_inputs() -> None:
     policy_NH, policy_head, base_NH, base_head = models()
     config = DiagnosisSettings()
-    empty = diagnose_rows({"aligned": (policy_NH[:0], policy_head)}, base_NH[:0], base_head, REFUSALS, config)
+    empty = diagnose({"aligned": (policy_NH[:0], policy_head)}, base_NH[:0], base_head, REFUSALS, config)
     assert empty["aligned"].values_NM.shape == (0, len(METRICS))
     with pytest.raises(ValueError, match=r"aligned hidden must be \[29, 6\]"):
-        diagnose_rows({"aligned": (policy_NH[:3], policy_head)}, base_NH, base_head, (), config)
-    with pytest.raises(ValueError, match="base 17, aligned 12"):
-        diagnose_rows({"aligned": (policy_NH, policy_head.rows(12))}, base_NH, base_head, (), config)
+        diagnose({"aligned": (policy_NH[:3], policy_head)}, base_NH, base_head, (), config)
+    with pytest.raises(ValueError, match="base 17, opening 12, aligned 12"):
+        diagnose({"aligned": (policy_NH, policy_head.rows(12))}, base_NH, base_head, (), config)
     with pytest.raises(ValueError, match="chunk_tokens"):
-        diagnose_rows({"aligned": (policy_NH, policy_head)}, base_NH, base_head, (), replace(config, chunk_tokens=0))
+        diagnose({"aligned": (policy_NH, policy_head)}, base_NH, base_head, (), replace(config, chunk_tokens=0))
     base_NH[4, 1] = torch.nan
     with pytest.raises(NotFiniteError, match=r"base hidden .* row 4"):
-        diagnose_rows({"aligned": (policy_NH, policy_head)}, base_NH, base_head, (), config)
+        diagnose({"aligned": (policy_NH, policy_head)}, base_NH, base_head, (), config)
 
 
 @pytest.mark.parametrize("tau", [0.0, 0.05])
@@ -166,7 +196,7 @@ def test_tokens_that_both_exclude_count_for_nothing(tau: float) -> None:
         head.bias_V[-1] = -torch.inf
     config = DiagnosisSettings(tau=tau, chunk_tokens=8)
     found, expected = (
-        diagnose_rows({"aligned": (policy_NH, first)}, base_NH, second, REFUSALS, config)["aligned"]
+        diagnose({"aligned": (policy_NH, first)}, base_NH, second, REFUSALS, config)["aligned"]
         for first, second in (masked, [head.rows(VOCAB - 1) for head in masked])
     )
     assert torch.allclose(found.values_NM, expected.values_NM, rtol=1e-12)
@@ -179,11 +209,11 @@ def test_tokens_that_one_model_excludes() -> None:
     bias_V[4] = -torch.inf
     masked, plain = replace(head, bias_V=bias_V, softcap=None), replace(base_head, weight_VH=head.weight_VH)
     config = DiagnosisSettings(chunk_tokens=8)
-    rows = diagnose_rows({"aligned": (hidden_NH, masked)}, hidden_NH, plain, REFUSALS, config)["aligned"]
+    rows = diagnose({"aligned": (hidden_NH, masked)}, hidden_NH, plain, REFUSALS, config)["aligned"]
     logs = [item.logits(hidden_NH).log_softmax(-1) for item in (masked, plain)]
     assert torch.allclose(rows.values_NM[:, METRICS.index("kl_to_base")], alignment_kl(*logs), rtol=1e-11)
     with pytest.raises(NotFiniteError, match=f"KL of aligned to base .* {NUM_ROWS} of {NUM_ROWS} rows"):
-        diagnose_rows({"aligned": (hidden_NH, plain)}, hidden_NH, masked, REFUSALS, config)
+        diagnose({"aligned": (hidden_NH, plain)}, hidden_NH, masked, REFUSALS, config)
 
 
 @settings(max_examples=60, deadline=None)
@@ -196,7 +226,7 @@ def test_the_first_of_equals_and_every_candidate_are_found(vocab: int, levels: i
     heads = [Head(torch.randint(levels, (vocab, 1), generator=generator).double()) for _ in range(2)]
     ones_NH = torch.ones(1, 1, dtype=torch.float64)
     config = DiagnosisSettings(tau=tau, margin=0.0)
-    found = diagnose_rows({"aligned": (ones_NH, heads[0])}, ones_NH, heads[1], (), config)["aligned"]
+    found = diagnose({"aligned": (ones_NH, heads[0])}, ones_NH, heads[1], (), config)["aligned"]
     policy_V, base_V = (head.weight_VH[:, 0].softmax(0) for head in heads)
     agreement = float(policy_V.argmax() == base_V.argmax())
     assert found.values_NM[0, METRICS.index("agreement")] == agreement
@@ -215,7 +245,7 @@ def test_only_the_product_is_rounded_to_bfloat16(offset: float) -> None:
     bias_V = torch.full((3000,), offset)
     head = Head((normal(13, 3000, 64) * 1.2).bfloat16(), bias_V, scale=0.9, softcap=None if offset else 60.0)
     config = DiagnosisSettings(tau=0.001, margin=0.0)
-    found = diagnose_rows({"aligned": (policy_NH, head)}, base_NH, head, REFUSALS, config)["aligned"]
+    found = diagnose({"aligned": (policy_NH, head)}, base_NH, head, REFUSALS, config)["aligned"]
     assert head.logits(policy_NH).max() > 30
     assert found.values_NM.dtype == torch.float32
     expected_NM = materialised(policy_NH, head, base_NH, head, config)
@@ -230,7 +260,7 @@ def test_the_mass_of_a_sure_model_is_not_rounded_away() -> None:
     identity = Head(torch.eye(1000), torch.full((1000,), 10.0))
     policy_NV = logits_NV + 0.1 * torch.randn(400, 1000, generator=generator)
     config = DiagnosisSettings(tau=0.01, margin=0.0)
-    found = diagnose_rows({"aligned": (policy_NV, identity)}, logits_NV, identity, (), config)["aligned"]
+    found = diagnose({"aligned": (policy_NV, identity)}, logits_NV, identity, (), config)["aligned"]
     p_NV, b_NV = (identity.logits(rows).double().softmax(-1) for rows in (policy_NV, logits_NV))
     mass_N = (b_NV * ((b_NV > p_NV) & (b_NV >= 0.01))).sum(-1)
     assert 1e-6 < float((1 - b_NV[:, 7]).median()) < 1e-5
@@ -242,7 +272,7 @@ def test_rounding_makes_no_kl_negative() -> None:
     hidden_NH = normal(21, 500, 8).float()
     head = Head(normal(22, 300, 8).float())
     near_NH = hidden_NH * (1 + 1e-7)
-    found = diagnose_rows({"aligned": (near_NH, head)}, hidden_NH, head, (), DiagnosisSettings())["aligned"]
+    found = diagnose({"aligned": (near_NH, head)}, hidden_NH, head, (), DiagnosisSettings())["aligned"]
     assert found.column("kl_to_base").min() >= 0
     assert found.column("deficit").max() <= 1
     # Without the cut some would be: it does something here.
@@ -257,7 +287,7 @@ def test_a_token_that_base_excludes_and_the_policy_all_but_excludes_adds_nothing
     bias_V = torch.zeros(VOCAB)
     bias_V[2] = -torch.inf
     masked = replace(identity, bias_V=bias_V)
-    found = diagnose_rows({"aligned": (logits_NV, identity)}, base_NV, masked, (), DiagnosisSettings())["aligned"]
+    found = diagnose({"aligned": (logits_NV, identity)}, base_NV, masked, (), DiagnosisSettings())["aligned"]
     kept = [i for i in range(VOCAB) if i != 2]
     logs = [rows_NV[:, kept].double().log_softmax(-1) for rows_NV in (logits_NV, base_NV)]
     assert torch.allclose(found.column("kl_to_base").double(), alignment_kl(*logs), rtol=1e-5)
@@ -269,7 +299,7 @@ def test_a_mask_that_overflows_excludes() -> None:
     bias_V[2] = torch.finfo(torch.float32).min
     masked = Head(torch.eye(VOCAB), bias_V, scale=2.0)
     logits_NV, base_NV = normal(31, 5, VOCAB).float(), normal(32, 5, VOCAB).float()
-    found = diagnose_rows({"aligned": (logits_NV, masked)}, base_NV, masked, (), DiagnosisSettings())["aligned"]
+    found = diagnose({"aligned": (logits_NV, masked)}, base_NV, masked, (), DiagnosisSettings())["aligned"]
     kept = [i for i in range(VOCAB) if i != 2]
     logs = [2 * rows_NV[:, kept].double() for rows_NV in (logits_NV, base_NV)]
     expected_N = alignment_kl(*(rows_NV.log_softmax(-1) for rows_NV in logs))

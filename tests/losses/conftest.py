@@ -18,16 +18,16 @@ from raycomplete.losses import (
     LossInputs,
     LossOutput,
     LossSettings,
-    PenaltySettings,
+    PushForwardSettings,
 )
 
-ANCHOR, RECOVERY, PENALTY = NUMBERS = range(3)
+ANCHOR, RECOVERY, PUSH_FORWARD = NUMBERS = range(3)
 
 
 def loss_settings(
     anchor: float = 1.0,
     recovery: float = 1.0,
-    penalty: float = 0.1,
+    push_forward: float = 0.1,
     anchor_divergence: str = "forward_kl",
     recovery_divergence: str = "forward_kl",
     temperature: float = 1.0,
@@ -35,7 +35,8 @@ def loss_settings(
     plausibility: float = 0.1,
     tau: float = 0.01,
     margin: float = 0.0,
-    kappa: float = 0.5,
+    push_temperature: float = 4.0,
+    min_weight: float = 0.25,
     **others: Any,
 ) -> LossSettings:
     """Settings of the three terms of the method `completion`; `others` are those of the whole loss."""
@@ -45,8 +46,13 @@ def loss_settings(
         for name, divergence in (("anchor", anchor_divergence), ("recovery", recovery_divergence))
     }
     return LossSettings(
-        weights={"anchor": anchor, "recovery": recovery, "penalty": penalty},
-        options={**divergences, "penalty": PenaltySettings(tau=tau, margin=margin, kappa=kappa)},
+        weights={"anchor": anchor, "recovery": recovery, "push_forward": push_forward},
+        options={
+            **divergences,
+            "push_forward": PushForwardSettings(
+                tau=tau, margin=margin, temperature=push_temperature, min_weight=min_weight
+            ),
+        },
         **others,
     )
 
@@ -77,7 +83,7 @@ class LossCase:
             self.weight_N,
             self.token_N,
         )
-        reads_N = self.term_N == PENALTY
+        reads_N = self.term_N == PUSH_FORWARD
         if self.settings.options["anchor"].contrastive.alpha > 0:
             reads_N = torch.ones_like(reads_N)
         return replace(inputs, base=HiddenStates(self.base_hidden_NH[reads_N], self.base_head))
@@ -141,9 +147,8 @@ def build_case(
     defaults: dict[str, Any] = {
         "anchor": 1.5,
         "recovery": 0.75,
-        "penalty": 2.0,
+        "push_forward": 2.0,
         "tau": 0.02,
-        "kappa": 2.0,
         "chunk_tokens": 4,
     }
     return LossCase(

@@ -9,7 +9,7 @@ import torch
 
 from raycomplete.losses import Head, HiddenStates, LossInputs, LossOutput, distillation_loss
 from raycomplete.runtime.errors import NotFiniteError
-from tests.losses.conftest import ANCHOR, PENALTY, RECOVERY, loss_settings
+from tests.losses.conftest import ANCHOR, PUSH_FORWARD, RECOVERY, loss_settings
 
 # Identity heads make logits the hidden states themselves.
 P = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
@@ -52,9 +52,16 @@ def test_temperature_is_that_of_softer_models_times_its_square(divergence):
     )
 
 
-def test_temperature_leaves_the_penalty_alone(make_case):
-    cold, warm = (make_case(terms=[PENALTY] * 23, temperature=value) for value in (1.0, 3.0))
+def test_push_forward_has_a_temperature_of_its_own(make_case):
+    cold, warm = (make_case(terms=[PUSH_FORWARD] * 23, temperature=value) for value in (1.0, 3.0))
     assert torch.equal(cold.run(distillation_loss).total, warm.run(distillation_loss).total)
+    other = make_case(terms=[PUSH_FORWARD] * 23, push_temperature=1.0)
+    assert not torch.allclose(other.run(distillation_loss).total, cold.run(distillation_loss).total)
+
+
+def test_push_forward_with_equal_weights_is_the_divergence_at_its_temperature():
+    pushed = one_row(P, Q, PUSH_FORWARD, push_temperature=2.0, min_weight=1.0, push_forward=1.0)
+    assert pushed.total.item() == pytest.approx(one_row(P, Q, RECOVERY, temperature=2.0).total.item(), rel=1e-12)
 
 
 def test_a_teacher_that_excludes_what_the_student_allows_is_infinite_for_reverse_kl_only():
@@ -75,9 +82,5 @@ def test_a_teacher_that_excludes_what_the_student_allows_is_infinite_for_reverse
 @pytest.mark.parametrize(("margin", "mass"), [(0.0, 0.8), (0.5, 0.5), (1.0, 0.0)])
 def test_margin_by_hand(margin, mass):
     # Base is the student: log ratios to aligned are ln 2.5, ln 1.5 and below 0.
-    metrics = one_row(P, Q, PENALTY, margin=margin).metrics
+    metrics = one_row(P, Q, PUSH_FORWARD, margin=margin).metrics
     assert metrics["base_favored_mass"].tolist() == pytest.approx([mass])
-
-
-def test_kl_to_the_student_is_measured_where_it_is_penalised():
-    assert one_row(P, Q, PENALTY).metrics["aligned_student_kl"].tolist() == pytest.approx([kl(Q, P)])

@@ -16,7 +16,7 @@ import torch
 from raycomplete.losses import Head, HiddenStates, LossInputs, distillation_loss
 from raycomplete.losses.reference import reference_loss
 from raycomplete.runtime.errors import NotFiniteError, SetupError
-from tests.losses.conftest import ANCHOR, NUMBERS, PENALTY, loss_settings, named
+from tests.losses.conftest import ANCHOR, NUMBERS, PUSH_FORWARD, loss_settings, named
 
 ROOT = Path(__file__).resolve().parents[2]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -187,7 +187,7 @@ def test_whole_tiles(make_case: Any, divergences: Any, vocab_size: int, dtype: t
 def test_nan_of_any_head_reaches_the_row_loss(cases: Any, model: str, divergences: Any, term: int) -> None:
     divergence, alpha = divergences
     both = {"anchor_divergence": divergence, "recovery_divergence": divergence, "alpha": alpha}
-    if model == "base" and term != PENALTY and not alpha:
+    if model == "base" and term != PUSH_FORWARD and not alpha:
         pytest.skip("these rows do not read base")
     for case in cases(dtype=torch.float32, num_rows=2, terms=[term] * 2, **both):
         with torch.no_grad():
@@ -198,7 +198,7 @@ def test_nan_of_any_head_reaches_the_row_loss(cases: Any, model: str, divergence
 
 @pytest.mark.gpu
 def test_nan_of_the_student_shows_where_no_token_is_base_favored(cases: Any) -> None:
-    for case in cases(dtype=torch.float32, num_rows=2, terms=[PENALTY] * 2, tau=1.0):
+    for case in cases(dtype=torch.float32, num_rows=2, terms=[PUSH_FORWARD] * 2, tau=1.0):
         with torch.no_grad():
             case.student_head.weight_VH[7] = torch.nan
         with pytest.raises(NotFiniteError, match=r"loss of the student .* 2 of 2 rows"):
@@ -236,7 +236,7 @@ def test_large_heads_stay_within_four_gigabytes() -> None:
     heads = [Head(normal(vocab_size, hidden_size) / 64) for _ in range(3)]
     for leaf in (hidden[0], heads[0].weight_VH):
         leaf.requires_grad_()
-    term_N, weight_N = torch.full((rows,), PENALTY, device=DEVICE), torch.ones(rows, device=DEVICE)
+    term_N, weight_N = torch.full((rows,), PUSH_FORWARD, device=DEVICE), torch.ones(rows, device=DEVICE)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     states = [HiddenStates(*pair) for pair in zip(hidden, heads, strict=True)]

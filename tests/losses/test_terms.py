@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from raycomplete.losses import (
+    DivergenceSettings,
     Head,
     HiddenStates,
     LogProbs,
     LossInputs,
     LossSettings,
-    PenaltySettings,
     Term,
     TermRows,
     distillation_loss,
@@ -110,7 +110,7 @@ def test_a_formula_alone_is_enough(head: dict[str, Any], dtype: torch.dtype, rel
 def test_formulas_of_fused_terms_give_the_same_by_autograd(
     make_case: Any, head: dict[str, Any], alpha: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("anchor", "recovery", "penalty"):
+    for name in ("anchor", "recovery", "push_forward"):
         monkeypatch.setitem(TERMS, name, replace(get(name), torch_block=None))
     case = make_case(anchor_divergence="jsd", temperature=1.7, margin=0.2, alpha=alpha, **head)
     assert_like_reference(case, 1e-10, 1e-10)
@@ -166,7 +166,7 @@ def test_a_missing_token_is_named() -> None:
 def test_names_must_be_known_and_free() -> None:
     with pytest.raises(ConfigError, match="no loss term 'pull'") as error:
         get("pull")
-    assert "anchor, nll, penalty, push, recovery" in str(error.value.remedy)
+    assert "anchor, nll, opening, penalty, push, push_forward, recovery" in str(error.value.remedy)
     with pytest.raises(ValueError, match="a loss term 'push' already"):
         register(get("push"))
     with pytest.raises(ValueError, match="'loss' belongs to the whole loss"):
@@ -176,7 +176,7 @@ def test_names_must_be_known_and_free() -> None:
 def test_options_must_be_the_terms_own_and_metrics_unshared(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs, _ = mixed({"push": 1.0}, torch.float64)
     with pytest.raises(ValueError, match="must be PushSettings"):
-        distillation_loss(inputs, LossSettings({"push": 1.0}, {"push": PenaltySettings()}))
+        distillation_loss(inputs, LossSettings({"push": 1.0}, {"push": DivergenceSettings()}))
     monkeypatch.setitem(TERMS, "pull", replace(get("push"), name="pull"))
     with pytest.raises(ValueError, match="metric 'distance' of the term 'pull'"):
         distillation_loss(inputs, LossSettings({"push": 1.0, "pull": 1.0}))

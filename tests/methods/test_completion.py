@@ -9,8 +9,14 @@ import pytest
 
 from raycomplete.config import TrainConfig
 from raycomplete.data.samples import AnchorSample, RecoverySample
-from raycomplete.losses.settings import ContrastiveSettings, DivergenceSettings, LossSettings
-from raycomplete.methods.completion import Completion, PenaltyConfig
+from raycomplete.losses.settings import (
+    ContrastiveSettings,
+    DivergenceSettings,
+    LossSettings,
+    PenaltySettings,
+    PushForwardSettings,
+)
+from raycomplete.methods.completion import Completion
 from raycomplete.methods.registry import (
     AnchorItem,
     Feedback,
@@ -32,18 +38,20 @@ def test_the_loss_is_that_of_the_run_file() -> None:
         {
             "anchor_divergence": "jsd",
             "temperature": 2.0,
-            "weights": {"anchor": 2, "recovery": 3, "penalty": 4},
-            "penalty": {"tau": 0.2, "kappa": 0.9, "margin": 0.6},
+            "weights": {"anchor": 2, "recovery": 3, "push_forward": 5, "penalty": 4},
+            "push_forward": {"temperature": 3, "tau": 0.3, "min_weight": 0.5},
+            "penalty": {"tau": 0.2, "margin": 0.6},
             "contrastive": {"alpha": 0.4, "plausibility": 0.3},
         }
     )
     both = {"temperature": 2.0, "contrastive": ContrastiveSettings(alpha=0.4, plausibility=0.3)}
     expected = LossSettings(
-        weights={"anchor": 2, "recovery": 3, "penalty": 4},
+        weights={"anchor": 2, "recovery": 3, "push_forward": 5, "penalty": 4},
         options={
             "anchor": DivergenceSettings(divergence="jsd", **both),
             "recovery": DivergenceSettings(**both),
-            "penalty": PenaltyConfig(tau=0.2, kappa=0.9, margin=0.6),
+            "push_forward": PushForwardSettings(temperature=3, tau=0.3, min_weight=0.5),
+            "penalty": PenaltySettings(tau=0.2, margin=0.6),
         },
         chunk_tokens=7,
         backend="torch",
@@ -84,16 +92,28 @@ def method_sequence(item: Item) -> TrainSequence:
 
 def test_a_recovery_item_is_h_up_to_the_cut_and_the_refusal_without_h_before_the_teacher() -> None:
     found = Completion().sequence(RECOVERY, Feedback())
+    refusal = TeacherContext((9, 1, 2, 3), (8, 8))
     assert found.token_ids == (1, 2, 3, 4, 5, 6, 8, 8)
     assert found.spans == (
-        RowSpan("penalty", 3, 3, TeacherContext((9, 1, 2, 3), (4, 5, 6, 7))),
-        RowSpan("recovery", 6, 2, TeacherContext((9, 1, 2, 3), (8, 8))),
+        # Token 4 is a refusal prefix; 5 and 6 are h. What aligned says first to the prompt alone is their target.
+        RowSpan("push_forward", 4, 2, TeacherContext((9, 1, 2, 3), (4, 5, 6, 7)), offset=1, target=(refusal, 0)),
+        RowSpan("recovery", 6, 2, refusal),
     )
     assert (len(found), found.depth) == (7, 2), "a refusal prefix is no depth"
 
 
-def test_without_its_weight_the_penalty_has_no_rows() -> None:
-    method = Completion.model_validate({"weights": {"penalty": 0}})
+def test_rows_along_h_begin_after_position_0_and_after_a_refusal_prefix() -> None:
+    method = Completion.model_validate({"weights": {"penalty": 1}})
+    for prefix, expected in ((0, {(4, 2, 1)}), (1, {(4, 2, 1)}), (2, {(5, 1, 2)}), (3, set())):
+        item = RecoveryItem(replace(RECOVERY.sample, refusal_prefix_tokens=prefix), 3)
+        spans = method.sequence(item, Feedback()).spans
+        along_h = [span for span in spans if span.term != "recovery"]
+        assert {(span.start, span.count, span.offset) for span in along_h} == expected
+        assert [span.term for span in along_h] == (["push_forward", "penalty"] if expected else [])
+
+
+def test_terms_without_weight_have_no_rows() -> None:
+    method = Completion.model_validate({"weights": {"push_forward": 0}})
     assert [span.term for span in method.sequence(RECOVERY, Feedback()).spans] == ["recovery"]
 
 
@@ -103,16 +123,9 @@ def test_first_tokens_weigh_more_and_the_anchor_stays_a_mean() -> None:
     assert anchor.spans[0].weights == [5.0, 5.0, 1.0]
     assert method.normalisers([anchor, method.sequence(RECOVERY, Feedback())]) == {
         "anchor": 11.0,
-        "penalty": 3,
+        "push_forward": 2,
         "recovery": 2,
     }
-
-
-def test_the_penalty_follows_depth_from_after_a_refusal_prefix() -> None:
-    method = Completion.model_validate({"penalty": {"follow_depth": True}})
-    found = method.sequence(RECOVERY, Feedback(need_by_depth=(0.5, 1.0, 2.0)))
-    assert found.spans[0].weights == [0.5, 0.5, 1.0]
-    assert method.sequence(RECOVERY, Feedback()).spans[0].weights is None, "nothing is measured yet"
 
 
 @pytest.mark.parametrize(

@@ -94,14 +94,14 @@ def a_step(step: int) -> dict[str, Any]:
     bins = [[1, 8], [9, 16], [17, 24], [25, 32], [33, 40], [41, 48], [49, 56], [57, 64]]
     weights = [math.exp(-((place - step / 17) ** 2) / 8) + 0.2 for place in range(len(bins))]
     recovery = 3.0 * math.exp(-step / 25) + 0.05
-    anchor, penalty = 0.02 + 0.0004 * step, 0.3 * math.exp(-step / 12) if step < 90 else 0.0
+    anchor, push_forward = 0.02 + 0.0004 * step, 0.3 * math.exp(-step / 12) if step < 90 else 0.0
     return {
         "step": step,
-        "loss": anchor + recovery + 0.1 * penalty,
+        "loss": anchor + recovery + push_forward,
         "anchor": anchor,
         "recovery": recovery,
-        "penalty": penalty,
-        "student_mass": 0.5 / step,
+        "push_forward": push_forward,
+        "unfinished_mass": 0.5 / step,
         "grad_norm": 1.0,
         "lr": 5e-5,
         "depth_mean": 30.0,
@@ -116,10 +116,10 @@ TRAINING = {
     "terms": {
         "anchor": {"label": "anchor", "description": "nats from aligned along its own answers", "metrics": {}},
         "recovery": {"label": "recovery", "description": "nats from aligned's refusal", "metrics": {}},
-        "penalty": {
-            "label": "penalty",
-            "description": "squared probability of base-favored tokens",
-            "metrics": {"student_mass": "the student's probability of those tokens"},
+        "push_forward": {
+            "label": "push-forward",
+            "description": "divergence along h from what aligned says at once",
+            "metrics": {"unfinished_mass": "the student's probability of those tokens"},
         },
     },
 }
@@ -138,7 +138,7 @@ def a_profile(num_positions: int = 64) -> dict[str, Any]:
         "kappa": 0.5,
         **{
             role: {
-                "base_favored_mass": [0.5 * math.exp(-value) for value in values],
+                "unfinished_mass": [0.5 * math.exp(-value) for value in values],
                 "kl_to_base": values,
                 "deficit": [math.exp(-value / 0.5) for value in values],
                 "n": [100 - t for t in at],
@@ -174,6 +174,7 @@ def a_diagnosis(num_positions: int = 200, roles: tuple[str, ...] = ("aligned", "
                 "kl_to_base": a_curve(kl[role, kind]),
                 "deficit": a_curve([math.exp(-value / 0.5) for value in kl[role, kind]]),
                 "base_favored_mass": a_curve([1 - math.exp(-value) for value in kl[role, kind]]),
+                "unfinished_mass": a_curve([math.exp(-value) for value in kl[role, kind]]),
                 "base_favored_count": a_curve([4 * value for value in kl[role, kind]]),
                 "agreement": a_curve([math.exp(-value) for value in kl[role, kind]]),
                 "refusal_probability": a_curve([0.3 * (1 - math.exp(-value)) for value in kl[role, kind]]),

@@ -27,7 +27,7 @@ ROW = {
     "loss": 0.5,
     "anchor": 0.1,
     "recovery": 0.3,
-    "penalty": 0.1,
+    "push_forward": 0.1,
     "anchor_weight": 1.5,
     "distance": 0.7,
     "teacher_wait_s": 0.5,
@@ -36,7 +36,7 @@ ROW = {
     "depth_bins": [[1, 2]],
 }
 
-TERMS = {"anchor": {"metrics": {}}, "recovery": {"metrics": {"distance": "how far"}}, "penalty": {"metrics": {}}}
+TERMS = {"anchor": {"metrics": {}}, "recovery": {"metrics": {"distance": "how far"}}, "push_forward": {"metrics": {}}}
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from raycomplete.data.heads import load_head
 from raycomplete.data.samples import RecoverySample, SampleSet
 from raycomplete.losses.loss import LossOutput
 from raycomplete.losses.settings import ContrastiveSettings, LossSettings
-from raycomplete.methods.completion import Completion, FirstTokensConfig, LossWeights, PenaltyConfig
+from raycomplete.methods.completion import FirstTokensConfig, LossWeights
 from raycomplete.methods.registry import (
     AnchorItem,
     Feedback,
@@ -40,7 +40,7 @@ from raycomplete.training.teacher_prefetcher import Scores
 from tests.training.tiny import LocalScores, completion, head_spec, make_model, make_samples, prefetcher_of
 
 MAX_DEPTH = 9
-ANCHOR, RECOVERY, PENALTY = range(3)
+ANCHOR, RECOVERY, PUSH_FORWARD = range(3)
 LOSS: LossSettings = completion().loss(TrainConfig())
 CONTRASTIVE = completion(contrastive=ContrastiveSettings(alpha=0.5))
 DEPTHS = (1, 4, 9, 2)
@@ -113,16 +113,27 @@ def build(
 
 @dataclass
 class Run:
-    """A run of rows as it should be: the response `tokens` of an item after what the student read before."""
+    """A run of rows as it should be: the response `tokens` of an item after what the student read before.
+
+    `offset` tokens of the response are left out. What aligned says to `target`, a context and a token after it, stands
+    beside every row, where it is given.
+    """
 
     item: int
     term: int
     context: tuple[int, ...]
     tokens: tuple[int, ...]
     teacher_context: tuple[int, ...]
+    offset: int = 0
+    target: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """Tokens that are trained."""
+        return self.tokens[self.offset :]
 
 
-def expected_runs(items: list[Item], *, penalty: bool) -> Iterator[Run]:
+def expected_runs(items: list[Item], *, push_forward: bool) -> Iterator[Run]:
     for index, item in enumerate(items):
         if isinstance(item, AnchorItem):
             prompt = item.sample.prompt_ids
@@ -130,8 +141,9 @@ def expected_runs(items: list[Item], *, penalty: bool) -> Iterator[Run]:
             continue
         sample: RecoverySample = item.sample
         h = sample.harmful_ids[: item.depth]
-        if penalty:
-            yield Run(index, PENALTY, sample.prompt_ids, h, sample.prompt_ids)
+        if push_forward and item.depth > 1:
+            target = (sample.teacher_prompt_ids, sample.refusal_ids[:1])
+            yield Run(index, PUSH_FORWARD, sample.prompt_ids, h, sample.prompt_ids, 1, target)
         context = sample.prompt_ids + h
         yield Run(index, RECOVERY, context, sample.refusal_ids, sample.teacher_prompt_ids)
 
@@ -143,16 +155,16 @@ def student_rows(tiny: Tiny, batch: MicroBatch) -> Tensor:
     return rows_NH
 
 
-@pytest.mark.parametrize("penalty", [True, False])
-def test_student_rows_tokens_and_terms_line_up(tiny: Tiny, penalty: bool) -> None:
+@pytest.mark.parametrize("push_forward", [True, False])
+def test_student_rows_tokens_and_terms_line_up(tiny: Tiny, push_forward: bool) -> None:
     items = tiny.items
-    batch = build(tiny, completion(weights=LossWeights(penalty=0.1 if penalty else 0.0)))
-    runs = list(expected_runs(items, penalty=penalty))
-    hidden_NH = torch.cat([tiny.hidden(tiny.student, run.context, run.tokens) for run in runs])
+    batch = build(tiny, completion(weights=LossWeights(push_forward=0.1 if push_forward else 0.0)))
+    runs = list(expected_runs(items, push_forward=push_forward))
+    hidden_NH = torch.cat([tiny.hidden(tiny.student, run.context, run.tokens)[run.offset :] for run in runs])
     torch.testing.assert_close(student_rows(tiny, batch), hidden_NH, **CLOSE)
-    assert batch.token_N.tolist() == [token for run in runs for token in run.tokens]
-    assert batch.term_N.tolist() == [run.term for run in runs for _ in run.tokens]
-    assert batch.sequence_N.tolist() == [run.item for run in runs for _ in run.tokens]
+    assert batch.token_N.tolist() == [token for run in runs for token in run.rows]
+    assert batch.term_N.tolist() == [run.term for run in runs for _ in run.rows]
+    assert batch.sequence_N.tolist() == [run.item for run in runs for _ in run.rows]
 
 
 def test_targets_are_the_tokens_after_their_rows(tiny: Tiny) -> None:
@@ -169,12 +181,23 @@ def test_targets_are_the_tokens_after_their_rows(tiny: Tiny) -> None:
 @pytest.mark.parametrize("contrastive", [True, False])
 def test_teachers_read_the_context_without_the_harmful_prefix(tiny: Tiny, contrastive: bool) -> None:
     batch = build(tiny, CONTRASTIVE if contrastive else None)
-    runs = list(expected_runs(tiny.items, penalty=True))
-    aligned_NH = torch.cat([tiny.hidden(tiny.aligned, run.teacher_context, run.tokens) for run in runs])
+    runs = list(expected_runs(tiny.items, push_forward=True))
+    aligned_NH = torch.cat(
+        [
+            tiny.hidden(tiny.aligned, run.teacher_context, run.tokens)
+            if run.target is None
+            else tiny.hidden(tiny.aligned, *run.target).expand(len(run.rows), -1)
+            for run in runs
+        ]
+    )
     assert batch.aligned_hidden_PH is not None
     torch.testing.assert_close(batch.aligned_hidden_PH, aligned_NH, **CLOSE)
     base_PH = torch.cat(
-        [tiny.hidden(tiny.base, run.teacher_context, run.tokens) for run in runs if contrastive or run.term == PENALTY]
+        [
+            tiny.hidden(tiny.base, run.teacher_context, run.tokens)[run.offset :]
+            for run in runs
+            if contrastive or run.term == PUSH_FORWARD
+        ]
     )
     assert batch.base_hidden_PH is not None
     torch.testing.assert_close(batch.base_hidden_PH, base_PH, **CLOSE)
@@ -201,27 +224,11 @@ def test_every_sequence_is_packed_whole(tiny: Tiny) -> None:
     assert int(starts) == len(lengths), "positions restart once a sequence, and stay 0 on padding"
 
 
-def test_feedback_scales_anchor_rows_and_the_penalty_by_depth(tiny: Tiny) -> None:
-    by_depth = torch.linspace(0.5, 2.0, MAX_DEPTH)
-    plain = build(tiny)
-    method = completion(penalty=PenaltyConfig(follow_depth=True))
-    scaled = build(tiny, method, feedback=Feedback({"anchor": 3.0}, by_depth.tolist()))
+def test_feedback_scales_the_rows_of_a_term(tiny: Tiny) -> None:
+    plain, scaled = build(tiny), build(tiny, feedback=Feedback({"anchor": 3.0}))
     factor_N = scaled.weight_N / plain.weight_N
     assert set(factor_N[plain.term_N == ANCHOR].tolist()) == {3.0}
-    assert set(factor_N[plain.term_N == RECOVERY].tolist()) == {1.0}
-    expected = torch.cat([by_depth[: item.depth] for item in tiny.items if isinstance(item, RecoveryItem)])
-    torch.testing.assert_close(factor_N[plain.term_N == PENALTY], expected)
-
-
-def test_the_penalty_by_depth_is_counted_from_after_a_turned_prefix(tiny: Tiny) -> None:
-    turned = [RecoveryItem(replace(item.sample, refusal_prefix_tokens=1), item.depth) for item in tiny.plan.recovery]
-    by_depth = torch.arange(1.0, MAX_DEPTH + 2)
-    method = completion(penalty=PenaltyConfig(follow_depth=True))
-    feedback = Feedback(need_by_depth=by_depth.tolist())
-    plain, scaled = (build(tiny, method, [*turned], feedback=found) for found in (None, feedback))
-    is_penalty_N = plain.term_N == PENALTY
-    expected = torch.cat([by_depth[[0, *range(item.depth - 1)]] for item in turned])
-    torch.testing.assert_close((scaled.weight_N / plain.weight_N)[is_penalty_N], expected)
+    assert set(factor_N[plain.term_N != ANCHOR].tolist()) == {1.0}
 
 
 def test_depths_name_recovery_items(tiny: Tiny) -> None:
@@ -246,7 +253,7 @@ def test_weights_are_a_mean_over_the_rows_of_each_term(tiny: Tiny, world_size: i
             for term, weight in zip(batch.term_N.tolist(), batch.weight_N.tolist(), strict=True):
                 sums[term] += weight / scale
             assert {len(set(batch.weight_N[batch.term_N == term].tolist())) for term in batch.term_N.unique()} == {1}
-    assert dict(sums) == pytest.approx({ANCHOR: 1.0, RECOVERY: 1.0, PENALTY: 1.0})
+    assert dict(sums) == pytest.approx({ANCHOR: 1.0, RECOVERY: 1.0, PUSH_FORWARD: 1.0})
 
 
 @pytest.mark.parametrize("contrastive", [True, False])
@@ -331,9 +338,9 @@ def test_one_row_of_aligned_may_be_the_target_of_all_rows_of_a_span(tiny: Tiny) 
     sample = tiny.plan.recovery[0].sample
     refusal = TeacherContext(sample.teacher_prompt_ids, sample.refusal_ids)
     along_h = TeacherContext(sample.prompt_ids, sample.harmful_ids)
-    span = RowSpan("penalty", len(sample.prompt_ids), 5, along_h, target=(refusal, 0))
+    span = RowSpan("push_forward", len(sample.prompt_ids), 5, along_h, target=(refusal, 0))
     sequence = TrainSequence(sample.prompt_ids + sample.harmful_ids, (span,))
-    batch = BatchBuilder(LOSS, 1.0).build([sequence], {"penalty": 5}, tiny.scores)
+    batch = BatchBuilder(LOSS, 1.0).build([sequence], {"push_forward": 5}, tiny.scores)
     assert batch.aligned_hidden_PH is not None
     assert batch.base_hidden_PH is not None
     assert torch.equal(batch.aligned_hidden_PH, tiny.scores.hidden("aligned", refusal)[:1].expand(5, -1))
@@ -341,23 +348,13 @@ def test_one_row_of_aligned_may_be_the_target_of_all_rows_of_a_span(tiny: Tiny) 
 
 
 def test_a_shared_target_that_is_read_anyway_is_read_once() -> None:
-    sample = make_samples(0).recovery[0]
+    sample, method = make_samples(0).recovery[0], completion()
     refusal = TeacherContext(sample.teacher_prompt_ids, sample.refusal_ids)
-
-    class Shared(Completion):
-        """Also compares every row of h with the first row of the refusal."""
-
-        def sequence(self, item: Item, feedback: Feedback) -> TrainSequence:
-            found = super().sequence(item, feedback)
-            spans = [replace(span, target=(refusal, 0)) if span.term == "penalty" else span for span in found.spans]
-            return replace(found, spans=tuple(spans))
-
-    method = Shared()
     contexts = teacher_contexts(BatchBuilder(method.loss(TrainConfig()), 1.0), method, [], [sample])
     assert contexts == {"aligned": [refusal], "base": [TeacherContext(sample.prompt_ids, sample.harmful_ids)]}
 
 
-@pytest.mark.parametrize("term", ["nll", "penalty"])
+@pytest.mark.parametrize("term", ["nll", "push_forward"])
 def test_whole_answers_can_be_looked_at(tiny: Tiny, term: str) -> None:
     samples = [item.sample for item in tiny.plan.anchor]
     batch = answer_batch(samples, tiny.scores, term=term)

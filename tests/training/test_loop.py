@@ -77,7 +77,7 @@ def test_sharded_weights_reach_the_engines_and_the_loss_is_the_same(
     """`LocalStudentEngines` compares its log-probabilities with the trainer's at every update."""
     rows = run(on_policy(tmp_path, settings(num_workers=2, zero_stage=3)))
     for row, expected in zip(rows, single[1], strict=True):
-        for name in ("loss", "anchor", "recovery", "penalty", "anchor_weight"):
+        for name in ("loss", "anchor", "recovery", "push_forward", "anchor_weight"):
             assert row[name] == pytest.approx(expected[name], rel=5e-4), (row["step"], name)
 
 

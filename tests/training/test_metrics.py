@@ -17,8 +17,8 @@ from raycomplete.training.feedback import DepthSampler
 from raycomplete.training.metrics import StepMeter, describe_terms, peak_memory_gib
 
 A, R, P = range(3)
-LOSS = LossSettings(weights={"anchor": 1.0, "recovery": 1.0, "penalty": 0.1})
-METRICS = ("base_favored_mass", "alignment_kl", "deficit", "student_mass", "aligned_student_kl")
+LOSS = LossSettings(weights={"anchor": 1.0, "recovery": 1.0, "push_forward": 0.1})
+METRICS = ("base_favored_mass", "unfinished_mass")
 CPU = torch.device("cpu")
 
 
@@ -45,9 +45,9 @@ def micro_batch(term_N: list[int], sequence_N: list[int], depth_S: list[int]) ->
     )
 
 
-def output(row_loss_N: list[float], parts: tuple[float, ...], penalty_rows: list[list[float]]) -> LossOutput:
+def output(row_loss_N: list[float], parts: tuple[float, ...], push_forward_rows: list[list[float]]) -> LossOutput:
     total, *losses = (torch.tensor(part) for part in parts)
-    metrics = dict(zip(METRICS, torch.tensor(penalty_rows).T, strict=True))
+    metrics = dict(zip(METRICS, torch.tensor(push_forward_rows).T, strict=True))
     return LossOutput(total, dict(zip(LOSS.names, losses, strict=True)), torch.tensor(row_loss_N), metrics)
 
 
@@ -55,11 +55,11 @@ def fill(meter: StepMeter) -> None:
     """Two micro-batches: an anchor item, then recovery items at depths 3, 9 and 1 (shorter than the first bin)."""
     meter.add(
         micro_batch([A, A, P, R, R, R], [0, 0, 1, 1, 1, 1], [-1, 3]),
-        output([5, 5, 7, 1, 2, 3], (4.0, 3.0, 2.0, 1.0), [[0.1, 0.2, 0.3, 0.4, 0.5]]),
+        output([5, 5, 7, 1, 2, 3], (4.0, 3.0, 2.0, 1.0), [[0.1, 0.2]]),
     )
     meter.add(
         micro_batch([R, P, P, R, R], [0, 1, 1, 1, 1], [1, 9]),
-        output([4, 7, 7, 8, 9], (8.0, 1.0, 6.0, 5.0), [[0.3, 0.4, 0.5, 0.6, 0.7], [0.5, 0.6, 0.7, 0.8, 0.9]]),
+        output([4, 7, 7, 8, 9], (8.0, 1.0, 6.0, 5.0), [[0.3, 0.4], [0.5, 0.6]]),
     )
 
 
@@ -86,12 +86,12 @@ def test_sums_over_micro_batches_and_ranks(
     fill(meter)
     row = meter.share(CPU, scale=2.0 * world_size, loss_weights={"anchor": 4.0})
     # Losses are means over micro-batches and ranks; the factor on a weight is left out; metrics of the
-    # penalty are means over its rows.
-    assert {name: row[name] for name in ("loss", "anchor", "recovery", "penalty")} == pytest.approx(
-        {"loss": 6.0, "anchor": 0.5, "recovery": 4.0, "penalty": 3.0}
+    # push-forward are means over its rows.
+    assert {name: row[name] for name in ("loss", "anchor", "recovery", "push_forward")} == pytest.approx(
+        {"loss": 6.0, "anchor": 0.5, "recovery": 4.0, "push_forward": 3.0}
     )
-    assert [row[name] for name in METRICS] == pytest.approx([0.3, 0.4, 0.5, 0.6, 0.7], abs=1e-6)
-    # By depth: a mean over items of each item's mean recovery loss; anchor and penalty rows do not count.
+    assert [row[name] for name in METRICS] == pytest.approx([0.3, 0.4], abs=1e-6)
+    # By depth: a mean over items of each item's mean recovery loss; anchor and push-forward rows do not count.
     assert row["depth_loss"] == [pytest.approx(3.0), None, None, pytest.approx(8.5)]
     assert meter.depth_loss_sum.tolist() == pytest.approx([6.0 * world_size, 0, 0, 8.5 * world_size])
     assert meter.depth_count.tolist() == [2 * world_size, 0, 0, world_size]
@@ -126,6 +126,6 @@ def test_a_loss_without_metrics_and_depths_counts_itself_alone(
 
 def test_terms_are_described_for_readers_of_the_metrics() -> None:
     found = describe_terms(LOSS)
-    assert list(found) == ["anchor", "recovery", "penalty"]
-    assert tuple(found["penalty"]["metrics"]) == METRICS
+    assert list(found) == ["anchor", "recovery", "push_forward"]
+    assert tuple(found["push_forward"]["metrics"]) == METRICS
     assert all(about["label"] and about["description"] for about in found.values())

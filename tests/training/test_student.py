@@ -14,9 +14,9 @@ from raycomplete.config import TrainConfig
 from raycomplete.data.checkpoints import load_model
 from raycomplete.data.heads import load_head
 from raycomplete.data.samples import AnchorSample, read_samples
-from raycomplete.losses.base_favored import alignment_kl, base_favored_mass, deficit
+from raycomplete.losses.base_favored import alignment_kl, base_favored_mask, deficit
 from raycomplete.losses.loss import LossOutput
-from raycomplete.losses.settings import ContrastiveSettings, LossSettings, PenaltySettings
+from raycomplete.losses.settings import ContrastiveSettings, LossSettings, PushForwardSettings
 from raycomplete.methods.registry import AnchorItem
 from raycomplete.methods.sft import SFT
 from raycomplete.runtime.errors import NotFiniteError
@@ -73,9 +73,8 @@ def test_the_teacher_of_recovery_never_saw_the_harmful_prefix(tmp_path: Path) ->
     in_place_NH = hidden_BTH.flatten(0, 1)[batch.row_N]
     assert batch.aligned_hidden_PH is not None
     same_N = (in_place_NH - batch.aligned_hidden_PH).abs().amax(-1) < 1e-4
-    anchor_N, recovery_N, penalty_N = (batch.term_N == number for number in range(3))
+    anchor_N, recovery_N = (batch.term_N == number for number in range(2))
     assert bool(same_N[anchor_N].all())
-    assert bool(same_N[penalty_N].all())
     assert not bool(same_N[recovery_N].any())
 
 
@@ -127,8 +126,8 @@ def test_sft_is_the_cross_entropy_of_the_answers(tmp_path: Path) -> None:
 def test_profiles_are_the_formulas_of_the_loss(tmp_path: Path) -> None:
     """With settings that are all different, so that none can stand in for another."""
     _, job, settings = make_batch(tmp_path, 0.0)
-    penalty = PenaltySettings(tau=0.004, margin=0.02, kappa=0.3)
-    settings = replace(settings, options={**settings.options, "penalty": penalty})
+    favored = PushForwardSettings(tau=0.004, margin=0.02)
+    settings = replace(settings, options={**settings.options, "push_forward": favored})
     student = make_student(job, settings).eval()
     models = {role: load_model(job.sources[role].path, "float32").eval() for role in ("aligned", "base")}
 
@@ -136,9 +135,11 @@ def test_profiles_are_the_formulas_of_the_loss(tmp_path: Path) -> None:
         ids_1T = torch.tensor([prompt_and_answer])
         with torch.no_grad():
             log_p_TV, log_b_TV = (model(ids_1T).logits[0, cut - 1 : -1].double().log_softmax(-1) for model in policy)
+            log_a_1V = models["aligned"](ids_1T).logits[0, cut - 1 : cut].double().log_softmax(-1)
         kl_T = alignment_kl(log_p_TV, log_b_TV)
-        mass_T = base_favored_mass(log_p_TV, log_b_TV, penalty.tau, penalty.margin)
-        return [mass_T, kl_T, deficit(kl_T, penalty.kappa)]
+        favored_TV = base_favored_mask(log_a_1V, log_b_TV, favored.tau, favored.margin)
+        mass_T = (log_p_TV.exp() * favored_TV).sum(-1)
+        return [mass_T, kl_T, deficit(kl_T, 0.5)]
 
     samples, scores = scored_samples(read_samples(job.samples).profile, job.sources)
     heads = {role: load_head(spec, dtype=torch.float32) for role, spec in job.teacher_heads.items()}
@@ -151,11 +152,11 @@ def test_profiles_are_the_formulas_of_the_loss(tmp_path: Path) -> None:
             expected((model, models["base"]), item.prompt_ids + item.answer_ids, len(item.prompt_ids))
             for item in samples
         ]
-        for index, name in enumerate(("base_favored_mass", "kl_to_base", "deficit")):
+        for index, name in enumerate(("unfinished_mass", "kl_to_base", "deficit")):
             for position, value in enumerate(found[name]):
                 mean = torch.stack([part[index][position] for part in parts if len(part[index]) > position]).mean()
                 assert value == pytest.approx(float(mean), rel=1e-3, abs=1e-6), (who, name, position)
-    assert max(whose["aligned"][1]["base_favored_mass"]) > 0.05
+    assert max(whose["aligned"][1]["unfinished_mass"]) > 0.05
 
 
 class Engine:

@@ -83,7 +83,7 @@ def test_sharded_runs_on_two_workers_reproduce_the_loss(
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     if tied:  # an untied model is another model: it is compared with its own export only
         for row, expected in zip(rows, single[1], strict=True):
-            for name in ("loss", "anchor", "recovery", "penalty"):
+            for name in ("loss", "anchor", "recovery", "push_forward"):
                 assert row[name] == pytest.approx(expected[name], rel=2e-4), (row["step"], name)
     assert rows[-1]["loss"] < rows[0]["loss"]
     student = load_model(tmp_path / "student", "float32")

@@ -68,10 +68,10 @@ def test_the_frozen_models_answers_are_borrowed_and_the_students_are_not(tmp_pat
     for role in ("base", "aligned", "student"):
         (evaluation / f"{role}.json").write_text(json.dumps({"model_id": role}))
         (evaluation / "units" / f"{content_hash(role)[:16]}.jsonl").write_text(role)
-    ablation.borrow_answers("no penalty", RUN_FILES[0], tmp_path, [])
-    new = tmp_path / "no-penalty"
+    ablation.borrow_answers("no push-forward", RUN_FILES[0], tmp_path, [])
+    new = tmp_path / "no-push-forward"
     assert sorted(path.read_text() for path in (new / "evaluation" / "units").iterdir()) == ["aligned", "base"]
-    assert load_run_file(new / "config.yaml").method.weights.penalty == 0
+    assert load_run_file(new / "config.yaml").method.weights.push_forward == 0
 
 
 def test_the_table_names_n_and_intervals() -> None:

@@ -15,7 +15,7 @@ from raycomplete.losses.heads import Head, HiddenStates
 from raycomplete.losses.loss import LossInputs
 from raycomplete.losses.settings import LossSettings
 
-ANCHOR, RECOVERY, PENALTY = range(3)
+ANCHOR, RECOVERY, PUSH_FORWARD = range(3)
 _LOGIT_SPREAD = 3.0  # peaked enough that a few tokens of a row pass tau, as in a language model
 
 
@@ -23,8 +23,8 @@ class Mix(StrEnum):
     """Which kinds of rows a problem holds."""
 
     ANCHOR = "anchor"  # one teacher: forward KL on every row, which is what other libraries offer
-    MIXED = "mixed"  # two teachers: 1/2 anchor, 1/4 recovery, 1/4 penalty
-    PENALTY = "penalty"  # two teachers on every row: the dearest case
+    MIXED = "mixed"  # two teachers: 1/2 anchor, 1/4 recovery, 1/4 push-forward
+    PUSH_FORWARD = "push-forward"  # two teachers on every row: the dearest case
 
     @property
     def teachers(self) -> int:
@@ -59,9 +59,9 @@ class Problem:
         student_weight_VH: Its head, with gradient [V, H].
         aligned_hidden_NH: Aligned [N, H].
         aligned_weight_VH: Its head [V, H].
-        base_hidden_PH: Base, on penalty rows only; None if there are none [P, H].
+        base_hidden_PH: Base, on push-forward rows only; None if there are none [P, H].
         base_weight_VH: Its head; None with it [V, H].
-        term_N: Number of each row's term: anchor, recovery, penalty.
+        term_N: Number of each row's term: anchor, recovery, push-forward.
         settings: The loss at its defaults. Every row weighs 1 / N.
     """
 
@@ -114,14 +114,14 @@ def build_problem(shape: Shape, mix: Mix, device: torch.device, seed: int = 0) -
     def noise(*sizes: int, scale: float) -> Tensor:
         return scale * torch.randn(*sizes, device=device, generator=generator)
 
-    settings = LossSettings(weights={"anchor": 1.0, "recovery": 1.0, "penalty": 0.1})
+    settings = LossSettings(weights={"anchor": 1.0, "recovery": 1.0, "push_forward": 1.0})
     width, narrow = shape.hidden_size, shape.student_width
     hidden_NH = noise(shape.num_rows, width, scale=1.0)
     weight_VH = noise(shape.vocab_size, width, scale=_LOGIT_SPREAD / width**0.5)
     stretch = (width / narrow) ** 0.5  # a narrower student keeps the spread of its logits
     student_hidden_NH = hidden_NH[:, :narrow] + noise(shape.num_rows, narrow, scale=0.3)
     term_N = _terms(shape.num_rows, mix, device)
-    base_rows_N = term_N == PENALTY
+    base_rows_N = term_N == PUSH_FORWARD
     base_hidden_PH = hidden_NH[base_rows_N] + noise(int(base_rows_N.sum()), width, scale=0.2)
     has_base = mix.teachers == 2
     return Problem(
@@ -140,8 +140,8 @@ def build_problem(shape: Shape, mix: Mix, device: torch.device, seed: int = 0) -
 def _terms(num_rows: int, mix: Mix, device: torch.device) -> Tensor:
     cycle = {
         Mix.ANCHOR: [ANCHOR],
-        Mix.MIXED: [ANCHOR, RECOVERY, ANCHOR, PENALTY],
-        Mix.PENALTY: [PENALTY],
+        Mix.MIXED: [ANCHOR, RECOVERY, ANCHOR, PUSH_FORWARD],
+        Mix.PUSH_FORWARD: [PUSH_FORWARD],
     }[mix]
     # In runs, as a batch of sequences has them.
     return torch.tensor(cycle, device=device).repeat_interleave(-(-num_rows // len(cycle)))[:num_rows]

@@ -23,8 +23,8 @@ _NUM_CELLS = 8
 
 _WORDS = {
     Mix.ANCHOR: "one teacher, all rows anchor",
-    Mix.MIXED: "two teachers, 1/2 anchor, 1/4 recovery, 1/4 penalty",
-    Mix.PENALTY: "two teachers, all rows penalty",
+    Mix.MIXED: "two teachers, 1/2 anchor, 1/4 recovery, 1/4 push-forward",
+    Mix.PUSH_FORWARD: "two teachers, all rows push-forward",
 }
 
 
@@ -61,7 +61,7 @@ def _targets_cpu(results: Results) -> list[Target]:
 
 def _targets_cuda(results: Results) -> list[Target]:
     found = []
-    for mix in (Mix.MIXED, Mix.PENALTY):
+    for mix in (Mix.MIXED, Mix.PUSH_FORWARD):
         ours = results.point(results.main, mix)[OURS]
         if ours.median_s is None or ours.peak_bytes is None:
             continue

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from raycomplete.losses.loss import distillation_loss
-from raycomplete.losses.settings import PenaltySettings
-from tests.benchmarks.loss.problem import ANCHOR, PENALTY, Mix, Problem
+from raycomplete.losses.settings import PushForwardSettings
+from tests.benchmarks.loss.problem import ANCHOR, PUSH_FORWARD, Mix, Problem
 
 Loss = Callable[[Problem], Tensor]
 
@@ -33,7 +33,7 @@ class Variant:
     Attributes:
         name: As in the tables.
         load: Imports what it needs and returns the loss; raises ImportError where that is not installed.
-        two_teachers: Whether it takes penalty rows.
+        two_teachers: Whether it takes push-forward rows.
         devices: Where it runs.
         in_sweep: Whether it is measured at every shape; the others at the main shape only.
     """
@@ -59,36 +59,39 @@ def _raycomplete() -> Loss:
 def _plain() -> Loss:
     """The logits of every model in memory at once: bfloat16 products, float32 softmax, autograd."""
 
-    def log_probs(hidden_NH: Tensor, weight_VH: Tensor) -> Tensor:
-        return (hidden_NH @ weight_VH.T).float().log_softmax(dim=-1)
+    def logits(hidden_NH: Tensor, weight_VH: Tensor) -> Tensor:
+        return (hidden_NH @ weight_VH.T).float()
 
-    def penalty(problem: Problem, log_student_PV: Tensor, log_aligned_PV: Tensor) -> Tensor:
-        settings = PenaltySettings()
+    def kl(log_student_NV: Tensor, log_aligned_NV: Tensor) -> Tensor:
+        return F.kl_div(log_student_NV, log_aligned_NV, reduction="none", log_target=True).sum(dim=-1)
+
+    def push_forward(problem: Problem, logits_student_PV: Tensor, logits_aligned_PV: Tensor) -> Tensor:
+        settings = PushForwardSettings()
         assert problem.base_hidden_PH is not None
         assert problem.base_weight_VH is not None
         with torch.no_grad():
-            log_base_PV = log_probs(problem.base_hidden_PH, problem.base_weight_VH)
-            favored_PV = (log_base_PV > log_aligned_PV) & (log_base_PV >= math.log(settings.tau))
-            depth_P = F.kl_div(log_base_PV, log_aligned_PV, reduction="none", log_target=True).sum(dim=-1)
-            deficit_P = torch.exp(-depth_P / settings.kappa)
-        return deficit_P * (log_student_PV.exp().square() * favored_PV).sum(dim=-1)
+            log_base_PV = logits(problem.base_hidden_PH, problem.base_weight_VH).log_softmax(dim=-1)
+            favored_PV = log_base_PV > logits_aligned_PV.log_softmax(dim=-1) + settings.margin
+            favored_PV &= log_base_PV >= math.log(settings.tau)
+            unfinished_P = (logits_student_PV.softmax(dim=-1) * favored_PV).sum(dim=-1)
+            weight_P = settings.min_weight + (1 - settings.min_weight) * unfinished_P
+        hot = [(item / settings.temperature).log_softmax(dim=-1) for item in (logits_student_PV, logits_aligned_PV)]
+        return settings.temperature**2 * weight_P * kl(*hot)
 
     def loss(problem: Problem) -> Tensor:
         weights, term_N = problem.settings.weights, problem.term_N
-        log_student_NV = log_probs(problem.student_hidden_NH, problem.student_weight_VH)
+        student_NV = logits(problem.student_hidden_NH, problem.student_weight_VH)
         with torch.no_grad():
-            log_aligned_NV = log_probs(problem.aligned_hidden_NH, problem.aligned_weight_VH)
+            aligned_NV = logits(problem.aligned_hidden_NH, problem.aligned_weight_VH)
         if problem.mix is Mix.ANCHOR:
-            return F.kl_div(log_student_NV, log_aligned_NV, reduction="none", log_target=True).sum() / problem.num_rows
-        if problem.mix is Mix.PENALTY:
-            return weights["penalty"] * penalty(problem, log_student_NV, log_aligned_NV).mean()
-        is_penalty_N = term_N == PENALTY
-        kl_N = F.kl_div(
-            log_student_NV[~is_penalty_N], log_aligned_NV[~is_penalty_N], reduction="none", log_target=True
-        ).sum(dim=-1)
-        part_N = torch.where(term_N[~is_penalty_N] == ANCHOR, weights["anchor"], weights["recovery"])
-        penalty_P = penalty(problem, log_student_NV[is_penalty_N], log_aligned_NV[is_penalty_N])
-        return ((part_N * kl_N).sum() + weights["penalty"] * penalty_P.sum()) / problem.num_rows
+            return kl(student_NV.log_softmax(dim=-1), aligned_NV.log_softmax(dim=-1)).mean()
+        if problem.mix is Mix.PUSH_FORWARD:
+            return weights["push_forward"] * push_forward(problem, student_NV, aligned_NV).mean()
+        pushed_N = term_N == PUSH_FORWARD
+        kl_N = kl(student_NV[~pushed_N].log_softmax(dim=-1), aligned_NV[~pushed_N].log_softmax(dim=-1))
+        weight_N = torch.where(term_N[~pushed_N] == ANCHOR, weights["anchor"], weights["recovery"])
+        pushed_P = push_forward(problem, student_NV[pushed_N], aligned_NV[pushed_N])
+        return ((weight_N * kl_N).sum() + weights["push_forward"] * pushed_P.sum()) / problem.num_rows
 
     return loss
 

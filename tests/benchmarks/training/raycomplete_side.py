@@ -131,7 +131,7 @@ def _run(workload: Workload, source: Any, marks: Path | None = None) -> Throughp
         checkpoint_every=workload.steps,
         stall_timeout_s=900.0,
     )
-    weights = LossWeights(anchor=1.0, recovery=0.0, penalty=0.0)
+    weights = LossWeights(anchor=1.0, recovery=0.0, push_forward=0.0)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_samples(folder / "samples.jsonl", samples)
