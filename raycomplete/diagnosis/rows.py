@@ -77,7 +77,7 @@ class DiagnosisSettings:
 
 @dataclass(frozen=True, eq=False)
 class Opening:
-    """What the aligned model says first to each prompt; base-favored tokens are those that base says more than this.
+    """The aligned model at the start of its answers; base-favored tokens are those that base says more than it does there.
 
     Attributes:
         hidden_PH: Its hidden state after each prompt [P, H].
