@@ -77,7 +77,7 @@ class DiagnosisSettings:
 
 @dataclass(frozen=True, eq=False)
 class Opening:
-    """The aligned model at the start of its answers; base-favored tokens are those that base says more than it does there.
+    """The aligned model at the start of its answers, against which base-favored tokens are told.
 
     Attributes:
         hidden_PH: Its hidden state after each prompt [P, H].

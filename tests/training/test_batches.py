@@ -143,7 +143,7 @@ def expected_runs(items: list[Item], *, push_forward: bool) -> Iterator[Run]:
         h = sample.harmful_ids[: item.depth]
         if push_forward and item.depth > 1:
             target = (sample.teacher_prompt_ids, sample.refusal_ids[:1])
-            yield Run(index, PUSH_FORWARD, sample.prompt_ids, h, sample.prompt_ids, 1, target)
+            yield Run(index, PUSH_FORWARD, sample.prompt_ids, h, sample.teacher_prompt_ids, 1, target)
         context = sample.prompt_ids + h
         yield Run(index, RECOVERY, context, sample.refusal_ids, sample.teacher_prompt_ids)
 

@@ -21,7 +21,7 @@ ANCHOR = [AnchorSample("a0", (1, 2), (3, 4, 5)), AnchorSample("a1", (1,), (6, 7)
 RECOVERY = cut_harmful([RecoverySample("r0", (10, 11), (20, 10, 11), (12, 13, 14, 15), (16, 17, 18))], 3)
 ANCHOR_READ = [((1, 2, 3, 4, 5), 2), ((1, 6, 7), 1)]
 REFUSAL_READ = [((20, 10, 11, 16, 17, 18), 3)]  # the teacher's own prompt, without h
-HARMFUL_READ = [((10, 11, 12, 13, 14), 2)]  # the student's prompt, h as far as any step reads
+HARMFUL_READ = [((20, 10, 11, 12, 13, 14), 3)]  # the teacher's prompt, h as far as any step reads
 
 
 class Recorder:
@@ -73,7 +73,7 @@ def test_scores_are_found_by_what_was_read() -> None:
     one.request(0, ANCHOR, RECOVERY)
     scores = one.take(0)
     answers = [((1, 2), (3, 4, 5)), ((20, 10, 11), (16, 17, 18))]
-    for role, read in (("aligned", answers), ("base", [*answers, ((10, 11), (12, 13, 14))])):
+    for role, read in (("aligned", answers), ("base", [*answers, ((20, 10, 11), (12, 13, 14))])):
         for prompt, response in read:
             assert tuple(scores.hidden(role, TeacherContext(prompt, response)).flatten().tolist()) == response
     with pytest.raises(KeyError):
