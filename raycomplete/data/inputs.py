@@ -7,7 +7,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from raycomplete.config import PromptSets, RunConfig
 from raycomplete.data import organism
@@ -41,7 +41,7 @@ class Models:
 
     def writer(self, name: str) -> Path:
         """Returns the folder of a model that `rollout.harmful_from` names."""
-        return {**self.paths, **self.others}[name]
+        return self.others.get(name) or self.paths[cast(ModelRole, name)]
 
     def fingerprint(self, role: ModelRole) -> str:
         """Returns the hash that names the weights of a role."""

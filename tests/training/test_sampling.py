@@ -85,10 +85,7 @@ def run_of(
     codec: ChatCodec, *overrides: str, model: type[ScriptedModel] = ScriptedModel, count: int = 3, kinds: Any = KINDS
 ) -> Any:
     """A run on the organism's prompts, with scripted models in place of engines."""
-    train = {
-        kind: tuple(organism.prompts("train", kind, 0, count)) if kind in kinds else ()  # type: ignore[arg-type]
-        for kind in KINDS
-    }
+    train = {kind: tuple(organism.prompts("train", kind, 0, count)) if kind in kinds else () for kind in KINDS}
     paths: Any = {"aligned": Path("aligned"), "base": Path("base"), "student": Path("aligned")}
     return SimpleNamespace(
         config=load_run_file(ROOT / "jobs" / "organism.yaml", overrides),
