@@ -1,4 +1,4 @@
-"""Deep alignment by distillation from a hybrid teacher: anchor, recovery, push-forward.
+"""Deep alignment by distillation from a hybrid teacher: anchor, recovery, push-forward, opening.
 
 anchor: along the aligned model's own answers to all prompts, the student stays at the aligned model.
 recovery: after x and a compliant beginning h<D, the student says what aligned says after x alone. The teacher does not
@@ -6,6 +6,8 @@ see h: it reads x, then the refusal.
 push-forward: at every token of h the student says what aligned says at the start of its answer to x, as if it had not
 been led on. At a temperature of 4 the unlikely tokens count as well: an attacker who picks among the likeliest tokens
 of every step lives on those. At 1 he still succeeds.
+opening: to a harmful prompt the student says the first token of a refusal by aligned, also where aligned itself wavers
+between refusing and answering. Sampling finds the answer among a few draws otherwise.
 penalty: along h, tokens that base says more than aligned does at the start of its answer lose their probability.
 
 The formulas are ours, not those of arXiv 2511.12155, which is known to us by its abstract and secondary reports.
@@ -13,7 +15,6 @@ The formulas are ours, not those of arXiv 2511.12155, which is known to us by it
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -46,6 +47,7 @@ class LossWeights(Section):
     anchor: float = Field(1.0, ge=0, description="stays at the aligned model along its own answers")
     recovery: float = Field(1.0, ge=0, description="says the aligned model's refusal after a compliant beginning")
     push_forward: float = Field(1.0, ge=0, description="starts that refusal at every token of that beginning")
+    opening: float = Field(0.3, ge=0, description="starts with a refusal, where aligned does so in some draws only")
     penalty: float = Field(0.0, ge=0, description="takes probability from base-favored tokens along that beginning")
 
 
@@ -60,7 +62,7 @@ class FirstTokensConfig(Section):
 
 @register
 class Completion(Method):
-    """Anchor, recovery, push-forward and penalty."""
+    """Anchor, recovery, push-forward, opening and penalty."""
 
     name: Literal["completion"] = Field("completion", description="which method")
     recovery_batch_size: int = Field(16, ge=1, description="recovery sequences of a step, over all workers")
@@ -102,7 +104,16 @@ class Completion(Method):
         first, weight = self.first_tokens.count, self.first_tokens.weight
         weights = None if weight == 1 else [weight if place < first else 1.0 for place in range(len(answer))]
         plain = TeacherContext(item.sample.plain_prompt_ids, answer)
-        span = RowSpan("anchor", len(prompt), len(answer), plain, weights=weights)
+        # Position 0 of a harmful prompt is the opening's: the anchor would hold it where aligned wavers.
+        start = int(item.sample.kind == "harmful" and self.weights.opening > 0)
+        span = RowSpan(
+            "anchor",
+            len(prompt) + start,
+            len(answer) - start,
+            plain,
+            offset=start,
+            weights=None if weights is None else weights[start:],
+        )
         return TrainSequence(prompt + answer, (span,))
 
     def _recovery(self, item: RecoveryItem) -> TrainSequence:
@@ -117,18 +128,10 @@ class Completion(Method):
             for term, weight in (("push_forward", self.weights.push_forward), ("penalty", self.weights.penalty))
             if weight > 0 and depth > first
         ]
+        if self.weights.opening > 0:
+            spans.append(RowSpan("opening", len(prompt), 1, token_ids=refusal[:1]))
         spans.append(RowSpan("recovery", len(prompt) + depth, len(refusal), without_h))
         return TrainSequence(prompt + sample.harmful_ids[:depth] + refusal, tuple(spans), item.answer_depth)
-
-    def normalisers(self, sequences: Iterable[TrainSequence]) -> dict[str, float]:
-        """Rows of each term; those of the anchor weighted, so that it stays a mean over tokens."""
-        sequences = list(sequences)
-        found = super().normalisers(sequences)
-        anchors = [span.count for sequence in sequences for span in sequence.spans if span.term == "anchor"]
-        if anchors:
-            first = sum(min(count, self.first_tokens.count) for count in anchors)
-            found["anchor"] += (self.first_tokens.weight - 1) * first
-        return found
 
     @property
     def constrained(self) -> tuple[str, ConstraintConfig]:

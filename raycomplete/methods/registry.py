@@ -84,6 +84,7 @@ class RowSpan:
         target: Context and row of the aligned model that stand beside every row instead of its own, where all share
             one target; base still reads `context`.
         weights: Factor on the weight of each row; None leaves them alike.
+        token_ids: Tokens that the term reads at the rows in place of those that follow there; None for those.
     """
 
     term: str
@@ -93,6 +94,7 @@ class RowSpan:
     offset: int = 0
     target: tuple[TeacherContext, int] | None = None
     weights: Sequence[float] | None = None
+    token_ids: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,12 +193,15 @@ class Method(Section):
         raise NotImplementedError
 
     def normalisers(self, sequences: Iterable[TrainSequence]) -> dict[str, float]:
-        """Divisor of each term's row weights, from all sequences of a step: by default the number of its rows."""
-        counts: Counter[str] = Counter()
+        """Divisor of each term's row weights, from all sequences of a step: by default their sum.
+
+        Each term then stays a mean over its rows, however they are weighted.
+        """
+        sums: Counter[str] = Counter()
         for sequence in sequences:
             for span in sequence.spans:
-                counts[span.term] += span.count
-        return dict(counts)
+                sums[span.term] += span.count if span.weights is None else sum(span.weights)  # type: ignore[assignment]
+        return dict(sums)
 
     @property
     def constrained(self) -> tuple[str, ConstraintConfig] | None:

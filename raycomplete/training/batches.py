@@ -39,7 +39,7 @@ class MicroBatch:
         term_N: Number of each row's loss term in `terms`.
         weight_N: Weight of each row: the loss of a term is a mean over its rows of the whole step.
         sequence_N: Which sequence of the micro-batch a row belongs to.
-        token_N: Token that follows at each row.
+        token_N: Token that follows at each row, or the one that its span names instead.
         aligned_hidden_PH: The aligned model's hidden states of the rows that read it, in order; None if there are none.
         base_hidden_PH: The same of base.
         depth_S: Depth of each sequence, refusal prefixes left out, -1 where it has none.
@@ -132,7 +132,8 @@ class BatchBuilder:
             position_ids_BT[row, columns] = torch.arange(lengths[index])
             for span, found in self._spans(sequence, scores):
                 rows.append(row * longest + column + torch.arange(span.start - 1, span.start - 1 + span.count))
-                tokens.append(token_ids[span.start : span.start + span.count])
+                following = token_ids[span.start :] if span.token_ids is None else torch.tensor(span.token_ids)
+                tokens.append(following[: span.count])
                 terms.append(torch.full((span.count,), self.loss.names.index(span.term)))
                 owners.append(torch.full((span.count,), index))
                 weights.append(self._weights(span, normalisers, loss_weights or {}))

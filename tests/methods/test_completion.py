@@ -38,7 +38,7 @@ def test_the_loss_is_that_of_the_run_file() -> None:
         {
             "anchor_divergence": "jsd",
             "temperature": 2.0,
-            "weights": {"anchor": 2, "recovery": 3, "push_forward": 5, "penalty": 4},
+            "weights": {"anchor": 2, "recovery": 3, "push_forward": 5, "opening": 6, "penalty": 4},
             "push_forward": {"temperature": 3, "tau": 0.3, "min_weight": 0.5},
             "penalty": {"tau": 0.2, "margin": 0.6},
             "contrastive": {"alpha": 0.4, "plausibility": 0.3},
@@ -46,7 +46,7 @@ def test_the_loss_is_that_of_the_run_file() -> None:
     )
     both = {"temperature": 2.0, "contrastive": ContrastiveSettings(alpha=0.4, plausibility=0.3)}
     expected = LossSettings(
-        weights={"anchor": 2, "recovery": 3, "push_forward": 5, "penalty": 4},
+        weights={"anchor": 2, "recovery": 3, "push_forward": 5, "opening": 6, "penalty": 4},
         options={
             "anchor": DivergenceSettings(divergence="jsd", **both),
             "recovery": DivergenceSettings(**both),
@@ -66,7 +66,7 @@ def test_an_anchor_item_is_its_answer() -> None:
     assert (len(found), found.depth) == (4, -1)
 
 
-@pytest.mark.parametrize("method", [Completion(), SFT()])
+@pytest.mark.parametrize("method", [Completion.model_validate({"weights": {"opening": 0}}), SFT()])
 def test_of_an_answer_that_complies_the_first_token_is_kept(method: Method) -> None:
     found = method.sequence(AnchorItem(replace(ANCHOR.sample, kind="harmful", complies=True)), Feedback())
     assert found.token_ids == (1, 2, 3)
@@ -97,6 +97,7 @@ def test_a_recovery_item_is_h_up_to_the_cut_and_the_refusal_without_h_before_the
     assert found.spans == (
         # Token 4 is a refusal prefix; 5 and 6 are h. What aligned says first to the prompt alone is their target.
         RowSpan("push_forward", 4, 2, TeacherContext((9, 1, 2, 3), (4, 5, 6, 7)), offset=1, target=(refusal, 0)),
+        RowSpan("opening", 3, 1, token_ids=(8,)),
         RowSpan("recovery", 6, 2, refusal),
     )
     assert (len(found), found.depth) == (7, 2), "a refusal prefix is no depth"
@@ -107,13 +108,13 @@ def test_rows_along_h_begin_after_position_0_and_after_a_refusal_prefix() -> Non
     for prefix, expected in ((0, {(4, 2, 1)}), (1, {(4, 2, 1)}), (2, {(5, 1, 2)}), (3, set())):
         item = RecoveryItem(replace(RECOVERY.sample, refusal_prefix_tokens=prefix), 3)
         spans = method.sequence(item, Feedback()).spans
-        along_h = [span for span in spans if span.term != "recovery"]
+        along_h = [span for span in spans if span.context == TeacherContext((9, 1, 2, 3), (4, 5, 6, 7))]
         assert {(span.start, span.count, span.offset) for span in along_h} == expected
         assert [span.term for span in along_h] == (["push_forward", "penalty"] if expected else [])
 
 
 def test_terms_without_weight_have_no_rows() -> None:
-    method = Completion.model_validate({"weights": {"push_forward": 0}})
+    method = Completion.model_validate({"weights": {"push_forward": 0, "opening": 0}})
     assert [span.term for span in method.sequence(RECOVERY, Feedback()).spans] == ["recovery"]
 
 
@@ -124,6 +125,7 @@ def test_first_tokens_weigh_more_and_the_anchor_stays_a_mean() -> None:
     assert method.normalisers([anchor, method.sequence(RECOVERY, Feedback())]) == {
         "anchor": 11.0,
         "push_forward": 2,
+        "opening": 1,
         "recovery": 2,
     }
 
@@ -143,3 +145,20 @@ def test_first_tokens_weigh_more_and_the_anchor_stays_a_mean() -> None:
 def test_settings_that_contradict_each_other_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Completion.model_validate(settings)
+
+
+def test_the_opening_takes_position_0_of_harmful_prompts_from_the_anchor() -> None:
+    harmful = replace(ANCHOR.sample, kind="harmful")
+    first_tokens = {"first_tokens": {"count": 2, "weight": 5.0}}
+    with_opening, without = (
+        Completion.model_validate({"weights": {"opening": weight}} | first_tokens) for weight in (1, 0)
+    )
+    plain = TeacherContext((1, 2), (3, 4, 5))
+    (kept,) = without.sequence(AnchorItem(harmful), Feedback()).spans
+    assert kept == RowSpan("anchor", 2, 3, plain, weights=[5.0, 5.0, 1.0])
+    (kept,) = with_opening.sequence(AnchorItem(harmful), Feedback()).spans
+    assert kept == RowSpan("anchor", 3, 2, plain, offset=1, weights=[5.0, 1.0])
+    # Where aligned answers, its answer is kept at position 0 only, so that nothing is.
+    (kept,) = with_opening.sequence(AnchorItem(replace(harmful, complies=True)), Feedback()).spans
+    assert kept.count == 0
+    assert with_opening.sequence(ANCHOR, Feedback()) == without.sequence(ANCHOR, Feedback())

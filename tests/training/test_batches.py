@@ -40,7 +40,7 @@ from raycomplete.training.teacher_prefetcher import Scores
 from tests.training.tiny import LocalScores, completion, head_spec, make_model, make_samples, prefetcher_of
 
 MAX_DEPTH = 9
-ANCHOR, RECOVERY, PUSH_FORWARD = range(3)
+ANCHOR, RECOVERY, PUSH_FORWARD, OPENING = range(4)
 LOSS: LossSettings = completion().loss(TrainConfig())
 CONTRASTIVE = completion(contrastive=ContrastiveSettings(alpha=0.5))
 DEPTHS = (1, 4, 9, 2)
@@ -144,6 +144,7 @@ def expected_runs(items: list[Item], *, push_forward: bool) -> Iterator[Run]:
         if push_forward and item.depth > 1:
             target = (sample.teacher_prompt_ids, sample.refusal_ids[:1])
             yield Run(index, PUSH_FORWARD, sample.prompt_ids, h, sample.teacher_prompt_ids, 1, target)
+        yield Run(index, OPENING, sample.prompt_ids, sample.refusal_ids[:1], ())
         context = sample.prompt_ids + h
         yield Run(index, RECOVERY, context, sample.refusal_ids, sample.teacher_prompt_ids)
 
@@ -169,7 +170,7 @@ def test_student_rows_tokens_and_terms_line_up(tiny: Tiny, push_forward: bool) -
 
 def test_targets_are_the_tokens_after_their_rows(tiny: Tiny) -> None:
     """Read off the packed batch itself, but for the last token of a sequence, which the batch leaves out."""
-    batch = build(tiny)
+    batch = build(tiny, completion(weights=LossWeights(opening=0)))  # whose token is another than the next one
     inputs = batch.input_ids_BT.flatten()
     positions = batch.position_ids_BT.flatten()
     inside = positions.roll(-1)[batch.row_N] == positions[batch.row_N] + 1
@@ -181,7 +182,7 @@ def test_targets_are_the_tokens_after_their_rows(tiny: Tiny) -> None:
 @pytest.mark.parametrize("contrastive", [True, False])
 def test_teachers_read_the_context_without_the_harmful_prefix(tiny: Tiny, contrastive: bool) -> None:
     batch = build(tiny, CONTRASTIVE if contrastive else None)
-    runs = list(expected_runs(tiny.items, push_forward=True))
+    runs = [run for run in expected_runs(tiny.items, push_forward=True) if run.term != OPENING]
     aligned_NH = torch.cat(
         [
             tiny.hidden(tiny.aligned, run.teacher_context, run.tokens)
@@ -253,7 +254,7 @@ def test_weights_are_a_mean_over_the_rows_of_each_term(tiny: Tiny, world_size: i
             for term, weight in zip(batch.term_N.tolist(), batch.weight_N.tolist(), strict=True):
                 sums[term] += weight / scale
             assert {len(set(batch.weight_N[batch.term_N == term].tolist())) for term in batch.term_N.unique()} == {1}
-    assert dict(sums) == pytest.approx({ANCHOR: 1.0, RECOVERY: 1.0, PUSH_FORWARD: 1.0})
+    assert dict(sums) == pytest.approx(dict.fromkeys((ANCHOR, RECOVERY, PUSH_FORWARD, OPENING), 1.0))
 
 
 @pytest.mark.parametrize("contrastive", [True, False])

@@ -112,7 +112,7 @@ def test_token_counts_are_those_of_the_whole_step() -> None:
     anchor = AnchorItem(AnchorSample("a", (1, 2), (3, 4, 5)))
     recovery = RecoveryItem(RecoverySample("r", (1, 2, 3), (9, 1, 2, 3), (4, 5, 6, 7), (8, 8)), depth=2)
     step = StepSequences.of(StepPlan((anchor, anchor), (recovery,)), completion(), Feedback())
-    assert step.normalisers == {"anchor": 6, "recovery": 2, "push_forward": 1}
+    assert step.normalisers == {"anchor": 6, "recovery": 2, "push_forward": 1, "opening": 1}
     # The last token predicts nothing, so it is not read: 2 + 3 - 1, and 3 + 2 of h + 2 - 1.
     assert [len(item) for item in step.local(0, 1)] == [6, 4, 4]
     assert step.num_tokens == 7 + 5 + 5

@@ -214,5 +214,6 @@ def plain_loss(job: TrainJob, batch: MicroBatch, settings: LossSettings) -> tupl
         HiddenStates(batch.base_hidden_PH.double(), heads["base"]),
         batch.term_N,
         batch.weight_N.double(),
+        batch.token_N,
     )
     return model, reference_loss(inputs, settings)
