@@ -16,7 +16,7 @@ from raycomplete.engines.run import OutputFolder, open_run
 from raycomplete.evaluation.attack_resources import check_attacks, extra_engines, training_workers
 from raycomplete.evaluation.benign_nll import measure_benign_nll
 from raycomplete.evaluation.roles import evaluate_roles, held_out_sets
-from raycomplete.evaluation.summary import closing_table, rate_text, summarize
+from raycomplete.evaluation.summary import closing_table, difference_table, rate_text, summarize
 from raycomplete.report.html import write_report
 from raycomplete.runtime.console import Console
 from raycomplete.runtime.files import read_json, write_json
@@ -113,10 +113,15 @@ def write_summary(
 def print_result(summary: Mapping[str, Any], folder: Path, console: Console) -> None:
     """Prints the closing table."""
     console.table("Attack success rate by prefill depth (95 % interval)", closing_table(summary))
+    if comparisons := summary["comparisons"]:
+        title = "Differences in percentage points, same prompts (95 % interval, paired bootstrap)"
+        console.table(title, difference_table(comparisons))
     lines: list[tuple[str, Any]] = []
     if summary["asr_reduction"] is not None:
-        reduction = f"{summary['asr_reduction']:.1%} (mean over depths, student against aligned)"
-        lines.append(("attack success reduced by", reduction))
+        reduction = f"{summary['asr_reduction']:.1%}"
+        if found := summary["asr_reduction_interval"]:
+            reduction += f" [{found['low']:.1%}, {found['high']:.1%}]"
+        lines.append(("attack success reduced by", f"{reduction} (mean over depths, student against aligned)"))
     for name in ("utility", "over_refusal"):
         rates = ", ".join(f"{role} {rate_text(rate)}" for role, rate in summary[name].items())
         lines.append((name.replace("_", "-"), rates))

@@ -19,6 +19,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from matplotlib import rc_context
 
+from raycomplete.evaluation.summary import difference_table
 from raycomplete.report import diagnosis as diagnoses
 from raycomplete.report import plots
 from raycomplete.report.run_folder import ROLES, RunFolder, read_run_folder
@@ -56,6 +57,7 @@ def write_report(run_folder: Path) -> Path:
         reduced=run.reduced,
         headline=_headline(run),
         table=_table(run.summary),
+        differences=difference_table(run.summary.get("comparisons") or []),
         tokens=diagnoses.token_tables(run.diagnosis) if run.diagnosis else [],
         contrastive=(run.diagnosis or {}).get("contrastive"),
         judge=run.summary.get("judge") or next((result["judge"] for result in run.results.values()), None),
@@ -193,6 +195,8 @@ def _headline(run: RunFolder) -> list[dict[str, str]]:
         note, reduction = "", summary.get("asr_reduction")
         if reduction is not None:
             note = f"{percent(abs(reduction))} {'more' if reduction < 0 else 'fewer'} than aligned"
+            if found := summary.get("asr_reduction_interval"):
+                note += f" (reduced by {percent(found['low'])} to {percent(found['high'])})"
         means = {role: entry["mean"] for role, entry in summary["asr"].items()}
         cards.append({"label": "Attack success, mean over depths", **_before_after(means), "note": note})
     for key, label in {"utility": "Utility on benign", "over_refusal": "Over-refusal of borderline"}.items():

@@ -92,7 +92,7 @@ def test_summary_and_table_of_all_attacks(
     summary = summarize(results)
     assert summary["attacks"]["gcg"]["student"]["mean"]["rate"] == 0.0
     assert "by_behaviour" not in summary["attacks"]["gcg"]["student"]
-    compared = {item["attack"]: item for item in summary["comparisons"]}
+    compared = {item["attack"]: item for item in summary["comparisons"] if item["attack"]}
     assert set(compared) == set(ATTACKS)
     assert (compared["gcg"]["first"], compared["gcg"]["difference"], compared["gcg"]["n"]) == ("student", -1.0, 4)
     table = closing_table(summary)

@@ -134,6 +134,23 @@ def test_student_that_got_worse(run_folder: Path) -> None:
     assert "10.0 % more than aligned" in page.text.replace("\N{NO-BREAK SPACE}", " ")
 
 
+def test_differences_between_models_stand_beside_the_rates(run_folder: Path) -> None:
+    summary = json.loads((run_folder / "summary.json").read_text())
+    found = {"first": "student", "second": "aligned", "difference": -0.5, "low": -0.61, "high": -0.4, "n": 100}
+    summary["comparisons"] = [
+        {"measure": "asr", "attack": "prefill", **found},
+        {"measure": "utility", "attack": None, **found, "difference": 0.01},
+    ]
+    summary["asr_reduction_interval"] = {"reduction": 0.84, "low": 0.801, "high": 0.9, "n": 100}
+    (run_folder / "summary.json").write_text(json.dumps(summary))
+    page = Page(write_report(run_folder).read_text(encoding="utf-8"))
+    text = page.text.replace("\N{NO-BREAK SPACE}", " ")
+    assert "student - aligned" in text
+    assert "-50.0 [-61.0, -40.0]" in text
+    assert "+1.0 [-61.0, -40.0]" in text
+    assert "reduced by 80.1 % to 90.0 %" in text
+
+
 def test_settings_are_written_as_people_read_them() -> None:
     assert setting([0, 4]) == "0, 4"
     assert setting({"kind": "auto", "checkpoint": None, "threshold": 0.5}) == "kind auto; threshold 0.5"

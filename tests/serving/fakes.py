@@ -143,6 +143,7 @@ def fake_summary(request: EvaluationRequest) -> dict[str, Any]:
         },
         "comparisons": [
             {
+                "measure": "asr",
                 "attack": "prefill",
                 "first": "student",
                 "second": "aligned",

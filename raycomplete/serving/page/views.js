@@ -85,13 +85,13 @@ function otherRates(results) {
 
 function comparisonTable(comparisons) {
   const points = (value) => `${value > 0 ? "+" : ""}${(100 * value).toFixed(1)}`;
-  const rows = comparisons.map((found) => element("tr", {}, element("th", { scope: "row" }, found.attack),
+  const rows = comparisons.map((found) => element("tr", {}, element("th", { scope: "row" }, found.attack || LABELS[found.measure] || found.measure),
     element("td", {}, `${found.first} minus ${found.second}`),
     element("td", { class: "number" }, points(found.difference),
       element("small", {}, `${points(found.low)} to ${points(found.high)}, n\u00a0=\u00a0${found.n}`))));
   return element("figure", {}, element("h3", {}, "Differences between models, in percentage points"),
-    table([["Attack"], ["Models"], ["Difference", "number"]], rows, "Differences between models"),
-    element("figcaption", {}, "Paired bootstrap over behaviours."));
+    table([["Measure"], ["Models"], ["Difference", "number"]], rows, "Differences between models"),
+    element("figcaption", {}, "Paired bootstrap over prompts, 95 % intervals."));
 }
 
 function showSample(sample) {
