@@ -191,11 +191,17 @@ def submit(
 
 
 @app.command()
-def report(run_folder: Annotated[Path, typer.Argument(help="Folder of a finished run.")]) -> None:
-    """Writes report.html of a run folder anew."""
-    from raycomplete.report.html import write_report
+def report(
+    run_folders: Annotated[list[Path], typer.Argument(help="Folders of finished runs.", show_default=False)],
+    output: Annotated[Path | None, typer.Option(help="Several runs: JSON file of the result.")] = None,
+    allow_differences: Annotated[
+        bool, typer.Option("--allow-differences", help="Several runs: take those that differ in more than the seed.")
+    ] = False,
+) -> None:
+    """Writes report.html of a run folder anew; of several that differ in train.seed, means and spread of every rate."""
+    from raycomplete.commands.report import report as run_report
 
-    Console().print(f"{write_report(run_folder)}")
+    run_report(run_folders, output=output, allow_differences=allow_differences)
 
 
 @organism_app.command("build")
