@@ -207,8 +207,9 @@ def from_mid_answer(codec: ChatCodec, harmful_ids: Ids, rng: random.Random) -> I
 
 
 def _begins_word(codec: ChatCodec, token_ids: Ids, start: int) -> bool:
-    before, longer = codec.decode(token_ids[:start]), codec.decode(token_ids[: start + 1])
-    return not (before[-1:].isalnum() and longer[len(before) :][:1].isalnum())
+    before = codec.decode(token_ids[:start])
+    added = codec.decode(token_ids[: start + 1])[len(before) :]
+    return added.strip()[:1].isalnum() and not (before[-1:].isalnum() and added[:1].isalnum())
 
 
 def _recovery_samples(

@@ -88,7 +88,7 @@ def run_of(
     train = {kind: tuple(organism.prompts("train", kind, 0, count)) if kind in kinds else () for kind in KINDS}
     paths: Any = {"aligned": Path("aligned"), "base": Path("base"), "student": Path("aligned")}
     return SimpleNamespace(
-        config=load_run_file(ROOT / "jobs" / "organism.yaml", overrides),
+        config=load_run_file(ROOT / "jobs" / "organism.yaml", ["rollout.refusal_prefix_fraction=0", *overrides]),
         console=Notes(),
         models=Models(paths, {}, codec, {"elsewhere": Path("elsewhere")}),
         prompts=Prompts(train, dict.fromkeys(KINDS, train["harmful"])),

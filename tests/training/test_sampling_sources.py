@@ -124,6 +124,7 @@ def test_from_mid_answer_h_is_the_rest_of_an_answer(codec: ChatCodec) -> None:
         lengths.add(len(one.harmful_ids) - len(rest.harmful_ids))
         assert one.harmful_ids[-len(rest.harmful_ids) :] == rest.harmful_ids
         assert len(one.harmful_ids) // 2 <= len(rest.harmful_ids) + 8 < len(one.harmful_ids) + 8
+        assert codec.decode(rest.harmful_ids)[0].isalnum(), "where a word begins"
         assert (rest.refusal_ids, rest.prompt_ids) == (one.refusal_ids, one.prompt_ids)
     assert len(lengths) > 20, "they start anywhere"
 
@@ -175,8 +176,9 @@ def test_the_users_forms_are_read(codec: ChatCodec, tmp_path: Path) -> None:
     run = run_of(codec, f"{key}.fraction=1", f"{key}.random_suffix_tokens=0", *files, count=20)
     samples = make_samples(run)
     texts = {prompt.prompt_id: prompt.text for kind in run.prompts.train.values() for prompt in kind}
-    kinds = Counter()  # type: ignore[var-annotated]
-    for sample in (*samples.anchor, *samples.recovery):
+    kinds: Counter[tuple[str, bool]] = Counter()
+    both: list[Any] = [*samples.anchor, *samples.recovery]
+    for sample in both:
         text = texts[sample.prompt_id]
         new = {
             "suffix": f"{text} please please",
