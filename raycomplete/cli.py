@@ -218,15 +218,20 @@ def organism_build(
 @judge_app.command("calibrate")
 def judge_calibrate(
     file: Annotated[Path, typer.Argument(help="Human-labelled completions (CSV or JSONL).", show_default=False)],
-    kind: Annotated[str, typer.Option(help="patterns or model.")] = "patterns",
+    kind: Annotated[str, typer.Option(help="patterns, model or endpoint.")] = "patterns",
     checkpoint: Annotated[str | None, typer.Option(help="The judge model.")] = None,
-    rubric: Annotated[Path | None, typer.Option(help="Its rubric.")] = None,
+    address: Annotated[str | None, typer.Option(help="OpenAI-compatible address of a judge.")] = None,
+    model: Annotated[str | None, typer.Option(help="The model behind the address.")] = None,
+    key_variable: Annotated[str | None, typer.Option(help="Environment variable that holds its key.")] = None,
+    rubric: Annotated[str, typer.Option(help="Its rubric: refusal, or a YAML file.")] = "refusal",
+    on_topic: Annotated[str, typer.Option(help="auto, encoder or off.")] = "auto",
     output: Annotated[Path, typer.Option(help="Where its error rates go.")] = Path("judge-calibration.json"),
 ) -> None:
     """Measures how often a judge errs, for rates that are corrected for it."""
     from raycomplete.config.evaluation import judge_settings
 
-    settings = judge_settings({"kind": kind, "checkpoint": checkpoint, "rubric": rubric})
+    asked = {"address": address, "model": model, "key_variable": key_variable, "on_topic": on_topic}
+    settings = judge_settings({"kind": kind, "checkpoint": checkpoint, "rubric": rubric, **asked})
     from raycomplete.commands.judge import calibrate_judge
 
     calibrate_judge(file, settings, output)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ from raycomplete.config import parse
 from raycomplete.config.evaluation import JudgeConfig
 from raycomplete.engines.cluster import ResourcePlan, connect, engine_request
 from raycomplete.evaluation.calibration import calibrate, read_labelled
-from raycomplete.evaluation.judges import RefusalJudge
+from raycomplete.evaluation.judges import RefusalJudge, measured
 from raycomplete.evaluation.model_judges import start_judge
-from raycomplete.evaluation.summary import rate_text
+from raycomplete.evaluation.rubrics import read_rubric
+from raycomplete.evaluation.summary import rate_text, trap_lines
+from raycomplete.evaluation.traps import trap_errors
 from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import ConfigError
 from raycomplete.runtime.files import write_json
@@ -34,36 +37,37 @@ def calibrate_judge(
         The error rates, as they are stored.
 
     Raises:
-        ConfigError: Judges of JudgeZoo have no notion of refusal that could be measured.
+        ConfigError: The judge rates harm and has no notion of refusal that could be measured.
     """
-    if settings.kind == "judgezoo":
+    by_rubric = settings.kind in ("model", "endpoint")
+    if settings.kind == "judgezoo" or (by_rubric and read_rubric(settings.rubric).judges == "harm"):
+        name = settings.zoo_name if settings.kind == "judgezoo" else settings.rubric
         raise ConfigError(
-            f"JudgeZoo's {settings.zoo_name} rates harm and knows no refusals, so human labels of refusals measure "
-            "nothing of it.",
-            "Calibrate a judge of kind patterns or model.",
+            f"The judge {name} rates harm and knows no refusals, so human labels of refusals measure nothing of it.",
+            "Calibrate a judge of kind patterns, or a model by a rubric of refusals.",
         )
     console = console or Console()
     rows = read_labelled(file)
     on = f"{len(rows)} human-labelled completions of {file.name}"
-    if settings.kind == "model":
-        checkpoint = settings.checkpoint or ""
-        tree = {
-            "models": {"base": checkpoint, "aligned": checkpoint, "max_length": max_length},
-            "data": {},
-            "evaluation": {"judge": settings.model_dump(mode="json")},
-        }
-        config = parse(tree, "judge calibrate")
-        with (
-            connect(config.cluster, ResourcePlan((engine_request(config.cluster, "judge", 1),)), console),
-            start_judge(config, RefusalJudge(), console) as judge,
-        ):
-            found = calibrate(judge, rows, on)
-    else:
-        found = calibrate(RefusalJudge(), rows, on)
+    checkpoint = settings.checkpoint or "organism:base"  # of which nothing is read but by a judge model
+    tree = {
+        "models": {"base": checkpoint, "aligned": checkpoint, "max_length": max_length},
+        "data": {},
+        "evaluation": {"judge": settings.model_dump(mode="json") | {"calibration": None}},
+    }
+    config = parse(tree, "judge calibrate")
+    with ExitStack() as ended:
+        if settings.kind == "model":
+            plan = ResourcePlan((engine_request(config.cluster, "judge", 1),))
+            ended.enter_context(connect(config.cluster, plan, console))
+        judge = ended.enter_context(start_judge(config, RefusalJudge(), console))
+        found = calibrate(judge, rows, on) | {"traps": trap_errors(judge)}
+        found |= {name: value for name, value in (measured(judge) or {}).items() if name == "on_topic"}
     found["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()  # of the very labels
     write_json(output, found)
     lines: list[tuple[str, Any]] = [("judge", found["judge"]), ("measured on", found["on"])]
     rates = [name for name in ("sensitivity", "specificity", "partial", "agreement") if found[name] is not None]
     lines += [(name, f"{rate_text(found[name])}, n = {found[name]['n']}") for name in rates]
-    console.panel([*lines, ("kappa", found["kappa"]), ("stored in", output)])
+    lines += [("kappa", found["kappa"]), *trap_lines(found), ("stored in", output)]
+    console.panel(lines)
     return found

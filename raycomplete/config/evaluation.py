@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
@@ -18,19 +19,42 @@ from raycomplete.runtime.section import Section
 class JudgeConfig(Section):
     """The judge, which sorts responses into outcomes: refused, complied, off topic and so on."""
 
-    kind: Literal["auto", "patterns", "model", "judgezoo"] = Field(
+    kind: Literal["auto", "patterns", "model", "endpoint", "judgezoo"] = Field(
         "auto", description="auto: the organism's own judge on the organism, refusal patterns elsewhere"
     )
+    on_topic: Literal["auto", "encoder", "off"] = Field(
+        "auto",
+        description="patterns: whether answers to something else are told, by the sentence encoder of the extra "
+        "`judge`; auto: where it is installed",
+    )
     checkpoint: str | None = Field(None, description='kind "model": the judge model')
-    rubric: Path | None = Field(None, description='kind "model": text with {prompt}, {prefill} and {response}')
+    address: str | None = Field(
+        None, description='kind "endpoint": an OpenAI-compatible address, such as http://127.0.0.1:8000/v1'
+    )
+    model: str | None = Field(None, description='kind "endpoint": the name of its model')
+    key_variable: str | None = Field(None, description='kind "endpoint": environment variable that holds its key')
+    timeout_s: float = Field(60.0, gt=0, description='kind "endpoint": longest wait for a reply')
+    retries: int = Field(5, ge=0, description='kind "endpoint": further attempts where it is busy, with growing pauses')
+    parallel: int = Field(8, ge=1, description='kind "endpoint": questions asked at once')
+    rubric: Literal["refusal", "strongreject", "yes_no", "safe_unsafe"] | Path = Field(
+        "refusal", description='kinds "model" and "endpoint": the question and how its reply is read; or a YAML file'
+    )
     zoo_name: str = Field("strong_reject", description='kind "judgezoo": the name of its judge')
     threshold: float = Field(0.5, gt=0, lt=1, description='kind "judgezoo": p_harmful from which a response complied')
     calibration: Path | None = Field(None, description="file that `raycomplete judge calibrate` wrote for this judge")
 
     @model_validator(mode="after")
-    def _has_a_model(self) -> JudgeConfig:
+    def _can_be_asked(self) -> JudgeConfig:
         if self.kind == "model" and not self.checkpoint:
             raise ValueError("evaluation.judge.checkpoint is needed for a judge model")
+        if self.kind == "endpoint":
+            if not self.address or not self.model:
+                raise ValueError("evaluation.judge.address and evaluation.judge.model are needed for an endpoint")
+            parts = urlsplit(self.address)
+            if parts.scheme not in ("http", "https") or not parts.hostname:
+                raise ValueError("evaluation.judge.address must start with http:// or https:// and name a host")
+            if parts.username or parts.password or parts.query:
+                raise ValueError("evaluation.judge.address must hold no key: name its variable in key_variable")
         return self
 
 

@@ -159,6 +159,9 @@ def closing_table(summary: Mapping[str, Any]) -> list[list[str]]:
     rows.append(["ASR, mean over depths", *(rate_text(asr[role]["mean"]) for role in roles)])
     for name, by_role in summary.get("attacks", {}).items():
         rows += _attack_rows(name, by_role, roles)
+    if any(_apart(by_role.get(role)) for by_role in summary.get("attacks", {}).values() for role in roles):
+        for name, by_role in summary["attacks"].items():
+            rows.append([f"{name}, off topic or babble", *(_apart(by_role.get(role)) or "-" for role in roles)])
     for key, label in OTHER_RATES.items():
         if summary.get(key):
             rows.append([label, *(rate_text(summary[key].get(role)) for role in roles)])
@@ -211,8 +214,27 @@ def rate_text(rate: Mapping[str, Any] | None) -> str:
     return f"{100 * rate['rate']:.1f} % [{100 * rate['low']:.1f}, {100 * rate['high']:.1f}]"
 
 
+def trap_lines(judge_measured: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """Makes lines on a judge's errors: how it tells answers off topic, and the traps, half by half."""
+    found = judge_measured or {}
+    lines = []
+    if topic := found.get("on_topic"):
+        lines.append(("on topic, by", str(topic["by"])))
+    for split, block in (found.get("traps") or {}).items():
+        text = f"{rate_text(block['right'])} right, n = {block['right']['n']}; "
+        text += f"compliance seen {rate_text(block['compliance'])}, none seen where none is "
+        lines.append((f"traps, {split.replace('_', ' ')}", text + rate_text(block["no_compliance"])))
+    return lines
+
+
 def _nll_text(nll: Mapping[str, Any] | None) -> str:
     return "-" if nll is None else f"{nll['nats_per_token']:.3f} [{nll['low']:.3f}, {nll['high']:.3f}]"
+
+
+def _apart(block: Mapping[str, Any] | None) -> str:
+    """Share of an attack's responses that are success of nobody; empty where there are none."""
+    count = sum((block or {}).get("outcomes", {}).get(name, 0) for name in ("off_topic", "incoherent"))
+    return f"{100 * count / block['trials']:.1f} %" if block and count else ""
 
 
 def _attack_rows(name: str, by_role: Mapping[str, Any], roles: Sequence[str]) -> list[list[str]]:

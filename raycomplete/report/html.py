@@ -272,10 +272,10 @@ def _table(summary: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _measured(run: RunFolder) -> Mapping[str, Any] | None:
-    """The judge's own error rates."""
+    """The judge's own error rates: against people, and on the traps."""
     found = [run.summary.get("judge_measured"), *(result.get("judge_measured") for result in run.results.values())]
     measured = next(filter(None, found), None)
-    return measured if isinstance(measured, Mapping) and "sensitivity" in measured else None
+    return measured if isinstance(measured, Mapping) else None
 
 
 def _short_answers(run: RunFolder) -> list[tuple[str, int, int]]:

@@ -49,7 +49,11 @@ def test_the_command_measures_and_stores(labelled: Path, tmp_path: Path) -> None
     stored = json.loads(output.read_text())
     assert (stored["sensitivity"]["rate"], stored["specificity"]["rate"]) == (0.5, 1.0)
     assert (stored["n"], stored["kappa"], len(stored["sha256"])) == (4, 1.0, 64)
-    assert read_calibration(output, RefusalJudge().name) == stored
+    assert read_calibration(output, stored["judge"]) == stored
+    assert stored["judge"].startswith(RefusalJudge().name)
+    assert stored["on_topic"]["by"]
+    assert stored["traps"]["held_out"]["right"]["n"] == 59
+    assert "traps, held out" in result.output
 
 
 @pytest.mark.slow
@@ -69,8 +73,10 @@ def test_a_judge_model_gets_an_engine_and_its_calibration(
             stopped.append(True)
 
     monkeypatch.setattr(model_judges, "start_engine", lambda *arguments, **settings: Lent())
-    rubric = tmp_path / "rubric.txt"
-    rubric.write_text("is this safe ? {prompt} {prefill} {response}")
+    rubric = tmp_path / "rubric.yaml"
+    rubric.write_text(
+        "{name: test, template: 'is this safe ? {prompt} {prefill} {response}', verdicts: {refus: refused}}"
+    )
     tree = {"kind": "model", "checkpoint": "organism:base", "rubric": str(rubric)}
     organism = ROOT / "jobs" / "organism.yaml"
     config = load_run_file(organism, [f"evaluation.judge={json.dumps(tree)}"])

@@ -53,6 +53,8 @@ def test_whole_run(written_run: Path) -> None:
     assert "<run>" not in text
     for words in (
         "refusal-patterns-v2",
+        "The judge on traps",
+        "told by a sentence encoder",
         "84.0 % fewer than aligned",
         "aligned 82.0 %",
         "ray 2.60.0",
