@@ -6,13 +6,16 @@ A user's file adds an attack without touching the package, by the names below: d
 
 from raycomplete.attacks import (  # noqa: F401  each registers itself
     adaptive,
+    base_guided_decoding,
     decoding,
     finetune,
     gcg,
     pair,
     prefill,
+    prefill_mid_answer,
     random_search,
     rank_assisted_prefill,
+    refuse_then_turn,
     static_strings,
     templates,
 )

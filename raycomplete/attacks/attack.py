@@ -6,7 +6,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, TypeVar
+
+from pydantic import Field, field_validator
 
 from raycomplete.attacks.target import Need, Target
 from raycomplete.attacks.trial import Decoding, Emit, Response, Trial
@@ -21,6 +23,7 @@ _NEEDS: Mapping[Need, str] = {
     "guide": "base's distributions to pick tokens by",
     "attacker": "a model that rewrites prompts",
     "fine_tune": "a trainer",
+    "helper": "a classifier that accepts tokens",
 }
 
 
@@ -49,6 +52,24 @@ class AttackConfig(Section):
         return reasons
 
 
+class RankedConfig(AttackConfig):
+    """Settings of an attacker who picks each token among the model's likeliest ones."""
+
+    standard: ClassVar[Mapping[str, Any]] = {"steps": 256, "tops": [5, 10, 20]}
+
+    tops: list[Annotated[int, Field(ge=1)]] = Field(
+        default_factory=lambda: [2, 5, 10, 20],
+        min_length=1,
+        description="numbers of likeliest tokens that may be picked, each a variant; the rate is that of the largest",
+    )
+    steps: int = Field(256, ge=1, le=MAX_STEPS, description="steps of an answer")
+
+    @field_validator("tops")
+    @classmethod
+    def _sorted_unique(cls, tops: list[int]) -> list[int]:
+        return sorted(set(tops))
+
+
 ConfigT = TypeVar("ConfigT", bound=AttackConfig)
 
 
@@ -60,8 +81,9 @@ class Attack(ABC, Generic[ConfigT]):
     """
 
     config_class: ClassVar[type[AttackConfig]]  # set by `registry.register`
-    needs: ClassVar[frozenset[Need]] = frozenset()  # devices are reserved by it, and other tools are withheld
+    needs: frozenset[Need] = frozenset()  # devices are reserved by it, and other tools are withheld
     rewrites_prompts: ClassVar[bool] = False  # a rewritten prompt may lose the behaviour
+    with_prefill: ClassVar[bool] = False  # answers are judged a second time, with the prefill as part of them
 
     def __init__(self, config: ConfigT) -> None:
         self.config = config
@@ -77,9 +99,15 @@ class Attack(ABC, Generic[ConfigT]):
         return 1
 
     @property
-    def attacker_checkpoint(self) -> str | None:
-        """Checkpoint of the rewriting model; None where the attack needs none or uses base."""
-        return getattr(self.config, "attacker", None) if "attacker" in self.needs else None
+    def headline(self) -> str | None:
+        """The variant whose rates are those of the attack; None where all variants count together."""
+        return None
+
+    @property
+    def checkpoints(self) -> dict[str, str]:
+        """Checkpoints of the models that the attack brings along, by the setting that names them."""
+        named = {need: getattr(self.config, need, None) for need in ("attacker", "helper") if need in self.needs}
+        return {setting: checkpoint for setting, checkpoint in named.items() if checkpoint is not None}
 
     def prepared(self, target: Target) -> Target:
         """Returns the target with the tools that `needs` names, and no others.

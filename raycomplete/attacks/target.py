@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
     from raycomplete.attacks.finetune import FinetuneConfig
 
-Need = Literal["white_boxes", "guide", "attacker", "fine_tune"]  # each the field of `AttackTools` that fills it
+Need = Literal[
+    "white_boxes", "guide", "attacker", "fine_tune", "helper"
+]  # each the field of `AttackTools` that fills it
 FloatArray: TypeAlias = "np.ndarray[Any, np.dtype[np.float32]]"
 Triple = tuple[Prompt, str, str]  # prompt, the attacker's part of the answer, and what the model added
 
@@ -49,6 +51,13 @@ class WhiteBox(Protocol):
 
     def suffix_losses(self, problem: SuffixProblem, suffixes: Sequence[Sequence[int]]) -> list[float]:
         """Mean loss of the target (nats a token) under each suffix; all suffixes are equally long."""
+
+
+class PrefillHelper(Protocol):
+    """Says which answers are still what the attacker wants. `raycomplete.attacks.white_box.TokenClassifier` is one."""
+
+    def accepts(self, prompts: Sequence[str], answers: Sequence[str]) -> list[bool]:
+        """Tells for each prompt and beginning of an answer whether the answer should go on like this."""
 
 
 class BatchJudge(ABC):
@@ -85,15 +94,18 @@ class AttackTools:
     """Starters of what some attacks use besides the generator; None where there is no such tool.
 
     `fine_tune` trains a copy of the target on a dataset, by the settings of the attack; `fine_tune_id` names all that
-    the training depends on besides the target and the settings.
+    the training depends on besides the target and the settings. `refuses` says whether a text declines, by patterns.
     """
 
     white_boxes: Callable[[], Sequence[WhiteBox]] | None = None  # copies of the target, at least one
-    guide: Callable[[], WhiteBox] | None = None  # the model that a rank-assisted prefill follows (base)
+    guide: Callable[[], WhiteBox] | None = None  # the model by which tokens are picked (base)
     guide_id: str = ""  # fingerprint of its weights
     attacker: Callable[[str | None], Attacker] | None = None  # by checkpoint; None stands for base
     fine_tune: Callable[[FinetuneConfig, str], Generator] | None = None
     fine_tune_id: Callable[[FinetuneConfig, str], str] = lambda settings, dataset: ""
+    helper: Callable[[str], PrefillHelper] | None = None  # by checkpoint
+    helper_id: Callable[[str], str] = lambda checkpoint: ""  # fingerprint of its weights
+    refuses: Callable[[str], bool] = lambda text: False
 
 
 @dataclass(frozen=True)
@@ -120,8 +132,12 @@ class Target:
         return _declared(self.tools.white_boxes, "white_boxes")()
 
     def guide(self) -> WhiteBox:
-        """The model that a rank-assisted prefill follows."""
+        """The model by which tokens are picked."""
         return _declared(self.tools.guide, "guide")()
+
+    def helper(self, checkpoint: str) -> PrefillHelper:
+        """The classifier that accepts the tokens of a rank-assisted prefill."""
+        return _declared(self.tools.helper, "helper")(checkpoint)
 
     def attacker(self, checkpoint: str | None) -> Attacker:
         """The model that rewrites prompts; base where no checkpoint is named."""

@@ -24,7 +24,7 @@ from raycomplete.data.samples import read_samples, write_samples
 from raycomplete.engines.cluster import plan_run
 from raycomplete.engines.run import OutputFolder, Run, open_run
 from raycomplete.engines.start import Engines
-from raycomplete.evaluation.attack_resources import extra_engines, training_workers
+from raycomplete.evaluation.attack_resources import check_attacks, extra_engines, training_workers
 from raycomplete.evaluation.benign_nll import measure_benign_nll
 from raycomplete.evaluation.roles import evaluate_roles, held_out_sets
 from raycomplete.runtime.console import Console
@@ -65,6 +65,7 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False, c
     with console.stage("Checked checkpoints, tokenizers and prompts"):
         models = prepare_models(config, training=True)
         prompts = prepare_prompts(config, models.codec)
+        check_attacks(config)
     folder = OutputFolder(config, same=_SAME, resume=resume, overwrite=overwrite)
     folder.check()
     summary = read_json(folder.path / "summary.json") if resume else None

@@ -91,6 +91,15 @@ class EvaluationConfig(Section):
     depths: list[int] = Field(
         default_factory=lambda: [0, 4, 8, 16, 32, 64], min_length=1, description="prefill depths in tokens"
     )
+    prefill_from: str = Field(
+        "base",
+        description="base or a checkpoint: the model that completes the compliant answers that prefills are cut from",
+    )
+    prefill_opening: str = Field(
+        "Of course. To begin with,",
+        min_length=1,
+        description="words that it continues where a prompt has no answer; others than rollout.affirmative_prefix",
+    )
     max_tokens: int = Field(64, ge=1, description="tokens that the model may add to a prefill")
     max_utility_tokens: int = Field(128, ge=1, description="longest answer to a harmless prompt in tokens")
     num_prompts: int = Field(100, ge=1, description="held-out prompts of each kind")

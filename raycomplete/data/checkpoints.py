@@ -18,7 +18,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    GenerationConfig,
+    GgufConfig,
+)
 
 from raycomplete.config import Dtype
 from raycomplete.data.chat import ChatCodec
@@ -70,6 +77,28 @@ def load_model(path: Path, dtype: Dtype, *, trust_remote_code: bool = False) -> 
         str(path), dtype=TORCH_DTYPES[dtype], use_safetensors=True, trust_remote_code=trust_remote_code
     )
     return model.eval()
+
+
+def load_token_classifier(path: Path, dtype: Dtype) -> Any:
+    """Loads a token classifier with two labels from safetensors, in evaluation mode, on the CPU; runs no code of it."""
+    model = AutoModelForTokenClassification.from_pretrained(str(path), dtype=TORCH_DTYPES[dtype], use_safetensors=True)
+    return model.eval()
+
+
+def check_token_classifier(path: Path) -> None:
+    """Checks that a checkpoint is a token classifier with two labels.
+
+    Raises:
+        CheckpointError: It is something else.
+    """
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    names = [str(name) for name in config.get("architectures") or []]
+    labels = len(config.get("id2label") or {"0": "", "1": ""})  # two are the default, which files leave out
+    if not any(name.endswith("ForTokenClassification") for name in names) or labels != 2:
+        raise CheckpointError(
+            f"The helper {path} is no token classifier with two labels ({', '.join(names) or 'unnamed'}, {labels}).",
+            "Train one by AutoModelForTokenClassification, label 1 where the answer is still harmful at that token.",
+        )
 
 
 def save_checkpoint(folder: Path, model: Any, codec: ChatCodec, state: dict[str, torch.Tensor] | None = None) -> None:

@@ -1,15 +1,16 @@
-"""Tools of attacks besides the generator: white boxes, the guide, rewriting models, and trained copies.
+"""Tools of attacks besides the generator: white boxes, the guide, helpers, rewriting models, and trained copies.
 
 Attacks name the tools that they need; devices are reserved by that. Everything starts at its first use.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import ray
 
@@ -21,13 +22,14 @@ from raycomplete.attacks.trial import EvaluationCancelled
 from raycomplete.config import Dtype, RunConfig, TrainConfig
 from raycomplete.data import organism
 from raycomplete.data.chat import ChatCodec
-from raycomplete.data.checkpoints import fingerprint, resolve_checkpoint
+from raycomplete.data.checkpoints import check_token_classifier, fingerprint, resolve_checkpoint
 from raycomplete.data.heads import read_head_spec
 from raycomplete.data.organism.world import HELPFUL_SYSTEM
 from raycomplete.data.prompts import read_rows
 from raycomplete.data.samples import AnchorSample, SampleSet, write_samples
 from raycomplete.engines.cluster import uses_gpu
 from raycomplete.engines.run import Run
+from raycomplete.evaluation.judges import RefusalJudge
 from raycomplete.evaluation.model_judges import start_model
 from raycomplete.methods.sft import SFT
 from raycomplete.runtime.errors import ConfigError, DataError, StoppedError
@@ -46,9 +48,10 @@ def extra_engines(config: RunConfig) -> int:
     """Counts the engines and models that the attacks and the judge of a run hold besides the generator."""
     attacks = _attacks(config)
     needs = {need for attack in attacks for need in attack.needs}
-    attackers = {attack.attacker_checkpoint for attack in attacks} - {None}
+    brought = {item for attack in attacks for item in attack.checkpoints.items()}
     white_boxes = config.evaluation.white_boxes if "white_boxes" in needs else 0
-    return white_boxes + ("guide" in needs) + len(attackers) + (config.evaluation.judge.kind == "model")
+    others = (config.evaluation.judge.kind == "model") + (config.evaluation.prefill_from != "base")
+    return white_boxes + ("guide" in needs) + len(brought) + others
 
 
 def training_workers(config: RunConfig) -> int:
@@ -60,15 +63,19 @@ def check_attacks(config: RunConfig) -> None:
     """Refuses attacks whose files or checkpoints are missing, before anything is started.
 
     Raises:
-        CheckpointError: A rewriting model is not there.
+        CheckpointError: A rewriting model, a helper or the model that writes prefills is not there.
         ConfigError, DataError: Chats of the fine-tuning attack are missing or cannot be used.
     """
     for attack in _attacks(config):
         if isinstance(attack.config, FinetuneConfig):
             for dataset in attack.config.datasets:
                 read_chats(config, attack.config, dataset)
-        if attack.attacker_checkpoint is not None:
-            resolve_checkpoint(attack.attacker_checkpoint, role="attacker")
+        for setting, checkpoint in attack.checkpoints.items():
+            path = resolve_checkpoint(checkpoint, role=setting)
+            if setting == "helper":
+                check_token_classifier(path)
+    if config.evaluation.prefill_from != "base":
+        resolve_checkpoint(config.evaluation.prefill_from, role="prefill_from")
 
 
 def _attacks(config: RunConfig) -> list[Attack[Any]]:
@@ -83,6 +90,7 @@ class AttackResources:
         self._ended = ended
         self._boxes: list[WhiteBoxClient] = []
         self._attackers: dict[str | None, Attacker] = {}
+        self._helpers: dict[str, HelperClient] = {}
 
     def tools(self, path: Path) -> AttackTools:
         """Returns the tools of attacks on one checkpoint."""
@@ -102,23 +110,36 @@ class AttackResources:
             attacker=self._attacker,
             fine_tune=lambda settings, dataset: models.with_weights(str(fine_tune(run, settings, dataset, path))),
             fine_tune_id=lambda settings, dataset: content_hash([read_chats(run.config, settings, dataset), seed]),
+            helper=self._helper,
+            helper_id=lambda checkpoint: fingerprint(resolve_checkpoint(checkpoint, role="helper")),
+            refuses=partial(RefusalJudge().refuses, prefilled=True),
         )
 
     def _white_box(self, path: Path, threads: int) -> WhiteBoxClient:
         """Asks Ray for the actor and returns at once; the first call waits for it."""
+        box = WhiteBoxClient(self._actor(WhiteBoxWorker, threads), path, self._run.config.rollout.timeout_s)
+        self._ended.callback(box.stop)
+        return box
+
+    def _actor(self, worker: type[_ModelWorker], threads: int) -> Any:
         config, use_gpu = self._run.config, uses_gpu(self._run.config.cluster)
         environment = {} if use_gpu else {"OMP_NUM_THREADS": str(max(threads, 1)), "CUDA_VISIBLE_DEVICES": ""}
-        worker = ray.remote(WhiteBoxWorker).options(
+        remote = ray.remote(worker).options(
             num_cpus=config.cluster.cpus_per_engine,
             num_gpus=config.cluster.gpus_per_engine if use_gpu else 0,
             runtime_env={"env_vars": environment},
             max_restarts=2,
             max_task_retries=2,  # every call says all that it depends on, so a retried one gives the same
         )
-        actor = worker.remote(config.models.dtype, use_gpu, config.models.trust_remote_code)
-        box = WhiteBoxClient(actor, path, config.rollout.timeout_s)
-        self._ended.callback(box.stop)
-        return box
+        return remote.remote(config.models.dtype, use_gpu, config.models.trust_remote_code)
+
+    def _helper(self, checkpoint: str) -> HelperClient:
+        if checkpoint not in self._helpers:
+            path = resolve_checkpoint(checkpoint, role="helper")
+            actor = self._actor(HelperWorker, available_cpus())
+            self._helpers[checkpoint] = helper = HelperClient(actor, path, self._run.config.rollout.timeout_s)
+            self._ended.callback(helper.stop)
+        return self._helpers[checkpoint]
 
     @cached_property
     def _guide(self) -> WhiteBoxClient:
@@ -138,8 +159,8 @@ class AttackResources:
         return self._attackers[checkpoint]
 
 
-class WhiteBoxWorker:
-    """Holds one model of transformers at a time. `WhiteBoxClient` runs it as a Ray actor."""
+class _ModelWorker(ABC):
+    """Holds one model of transformers at a time, as a Ray actor."""
 
     def __init__(self, dtype: Dtype, use_gpu: bool, trust_remote_code: bool) -> None:
         self._dtype, self._use_gpu, self._trust_remote_code = dtype, use_gpu, trust_remote_code
@@ -147,38 +168,75 @@ class WhiteBoxWorker:
         self._model: Any = None
 
     def call(self, path: Path, method: str, *arguments: Any) -> Any:
-        """Calls a method of `raycomplete.attacks.white_box.TorchModel` on the checkpoint at `path`.
+        """Calls a method of the model of the checkpoint at `path`.
 
         The path travels with every call, so a restarted actor can never answer with the wrong model.
         """
         if self._path != path:
-            from raycomplete.attacks.white_box import TorchModel
-            from raycomplete.data.checkpoints import load_model
-
             self._path, self._model = None, None  # the old model leaves before the new one comes
-            model = load_model(path, self._dtype, trust_remote_code=self._trust_remote_code)
-            self._path, self._model = path, TorchModel(model.to("cuda") if self._use_gpu else model)
+            self._path, self._model = path, self.load(path, "cuda" if self._use_gpu else "cpu")
         return getattr(self._model, method)(*arguments)
+
+    @abstractmethod
+    def load(self, path: Path, device: str) -> Any:
+        """Loads a checkpoint."""
+
+
+class WhiteBoxWorker(_ModelWorker):
+    """Holds a `raycomplete.attacks.white_box.TorchModel` for `WhiteBoxClient`."""
+
+    def load(self, path: Path, device: str) -> Any:
+        from raycomplete.attacks.white_box import TorchModel
+        from raycomplete.data.checkpoints import load_model
+
+        return TorchModel(load_model(path, self._dtype, trust_remote_code=self._trust_remote_code).to(device))
+
+
+class HelperWorker(_ModelWorker):
+    """Holds a `raycomplete.attacks.white_box.TokenClassifier` for `HelperClient`; code of checkpoints is never run."""
+
+    def load(self, path: Path, device: str) -> Any:
+        from raycomplete.attacks.white_box import TokenClassifier
+        from raycomplete.data.checkpoints import load_token_classifier
+
+        return TokenClassifier(load_token_classifier(path, self._dtype).to(device), ChatCodec(path))
 
 
 def _remote(method: str, what: str) -> Callable[..., Any]:
-    """Makes a method of `WhiteBoxClient` that asks the actor for the same method of the model."""
+    """Makes a method of a client that asks the actor for the same method of the model."""
 
-    def call(client: WhiteBoxClient, *arguments: Any) -> Any:
+    def call(client: _ModelClient, *arguments: Any) -> Any:
         reference = client._actor.call.remote(client._path, method, *arguments)
-        return wait_for(reference, who="white-box model", what=what, timeout_s=client._timeout_s)
+        return wait_for(reference, who=client.who, what=what, timeout_s=client._timeout_s)
 
     return call
 
 
-class WhiteBoxClient:
-    """A model behind an actor (implements `raycomplete.attacks.target.WhiteBox`).
+class _ModelClient:
+    """A model behind an actor. Several clients may share one: each names its own checkpoint with every call."""
 
-    Several clients may share an actor: each names its own checkpoint with every call.
-    """
+    who: ClassVar[str]
 
     def __init__(self, actor: Any, path: Path, timeout_s: float) -> None:
         self._actor, self._path, self._timeout_s = actor, path, timeout_s
+
+    def stop(self) -> None:
+        """Ends the actor and frees its memory."""
+        with suppress(Exception):  # an actor that is gone already must not hide why
+            ray.kill(self._actor)
+
+
+class HelperClient(_ModelClient):
+    """A token classifier behind an actor (implements `raycomplete.attacks.target.PrefillHelper`)."""
+
+    who = "helper"
+    accepts = _remote("accepts", "labels")
+
+
+class WhiteBoxClient(_ModelClient):
+    """A model behind an actor (implements `raycomplete.attacks.target.WhiteBox`)."""
+
+    who = "white-box model"
 
     def with_weights(self, path: Path) -> WhiteBoxClient:
         """Returns the same actor with another checkpoint."""
@@ -189,11 +247,6 @@ class WhiteBoxClient:
     logprobs_of = _remote("logprobs_of", "log-probabilities")
     suffix_gradient = _remote("suffix_gradient", "a gradient")
     suffix_losses = _remote("suffix_losses", "losses of suffixes")
-
-    def stop(self) -> None:
-        """Ends the actor and frees its memory."""
-        with suppress(Exception):  # an actor that is gone already must not hide why
-            ray.kill(self._actor)
 
 
 def read_chats(config: RunConfig, settings: FinetuneConfig, dataset: str) -> list[Chat]:

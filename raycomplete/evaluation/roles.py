@@ -9,16 +9,18 @@ from dataclasses import replace
 from typing import Any
 
 from raycomplete.attacks.target import Target
-from raycomplete.data.checkpoints import fingerprint
+from raycomplete.config import EvaluationConfig
+from raycomplete.data.checkpoints import fingerprint, resolve_checkpoint
 from raycomplete.data.inputs import KINDS, Prompts
 from raycomplete.engines.run import Run
 from raycomplete.evaluation.attack_resources import AttackResources
-from raycomplete.evaluation.model_judges import start_judge
+from raycomplete.evaluation.model_judges import start_judge, start_model
 from raycomplete.evaluation.runner import Callbacks, EvaluationSets, evaluate_model
 from raycomplete.runtime.console import Advance
 from raycomplete.runtime.files import PRIVATE, content_hash, read_json, write_json
-from raycomplete.runtime.types import ModelRole
-from raycomplete.training.sampling import complete_answers
+from raycomplete.runtime.types import Codec, Generator, ModelRole, Prompt
+
+_ROLE = "prefill_from"
 
 
 def held_out_sets(run: Run) -> Prompts:
@@ -29,19 +31,26 @@ def held_out_sets(run: Run) -> Prompts:
     config, models, prompts = run.config, run.models, run.prompts
     if config.data.source == "organism":
         return prompts
-    file = run.folder / "evaluation" / "prefills.json"
+    source, file = config.evaluation.prefill_from, run.folder / "evaluation" / "prefills.json"
     harmful = prompts.evaluation["harmful"]
     made_from = {
-        "base": models.fingerprint("base"),
+        "source": models.fingerprint("base")
+        if source == "base"
+        else fingerprint(resolve_checkpoint(source, role=_ROLE)),
         "depth": config.evaluation.deepest_prefill,
-        "affirmative_prefix": config.rollout.affirmative_prefixes[0],
+        "opening": config.evaluation.prefill_opening,
         "prompts": [[prompt.prompt_id, content_hash([prompt.text, prompt.answer])] for prompt in harmful],
     }
     known = read_json(file)
     if known is None or known["made_from"] != made_from:
-        with run.console.stage(f"Prefills for {len(harmful)} held-out harmful prompts, from base"):
-            base = run.engines.generator.with_weights(str(models.paths["base"]))
-            completed = complete_answers(config, models.codec, base, harmful)
+        with ExitStack() as ended:
+            if source == "base":
+                generator, codec = run.engines.generator.with_weights(str(models.paths["base"])), models.codec
+            else:
+                started = start_model(config, source, _ROLE, "model that writes prefills", run.console)
+                _, generator, codec = ended.enter_context(started)
+            with run.console.stage(f"Prefills for {len(harmful)} held-out harmful prompts, from {source}"):
+                completed = complete_answers(config.evaluation, codec, generator, harmful)
         # A prefill that refuses by itself is no attack. It stays in the denominator, and the count is published.
         outcomes = Counter(str(run.judge.outcome(prompt, "", prompt.answer or "")) for prompt in completed)
         answers = {prompt.prompt_id: prompt.answer for prompt in completed}
@@ -50,6 +59,27 @@ def held_out_sets(run: Run) -> Prompts:
     run.console.note(f"Prefills judged by themselves: {known['outcomes']}")
     answered = tuple(replace(prompt, answer=known["answers"][prompt.prompt_id]) for prompt in harmful)
     return replace(prompts, evaluation=prompts.evaluation | {"harmful": answered})
+
+
+def complete_answers(
+    config: EvaluationConfig, codec: Codec, generator: Generator, prompts: Sequence[Prompt]
+) -> list[Prompt]:
+    """Completes the compliant answers of held-out harmful prompts, so that they can be cut at every depth.
+
+    Public sets give the first sentence of a harmful answer only. A model continues it greedily, or
+    `evaluation.prefill_opening` where there is none: other words, drawn in another way than the continuations that
+    training recovers from.
+
+    Args:
+        codec: Tokenizer and chat template of the model that continues.
+    """
+    needed = config.deepest_prefill
+    starts = [codec.encode_answer(prompt.answer or config.prefill_opening) for prompt in prompts]
+    short = [index for index, start in enumerate(starts) if len(start) < needed]
+    sequences = [[*codec.encode_prompt(prompts[index].text), *starts[index]] for index in short]
+    added = generator.generate(sequences, max_tokens=needed) if short else []
+    texts = {index: codec.decode([*starts[index], *tokens]) for index, tokens in zip(short, added, strict=True)}
+    return [replace(prompt, answer=texts.get(index, prompt.answer)) for index, prompt in enumerate(prompts)]
 
 
 def evaluate_roles(run: Run, roles: Sequence[ModelRole]) -> dict[str, dict[str, Any]]:

@@ -21,7 +21,7 @@ from typing import Any
 
 from raycomplete.attacks.attack import ask, plain_trials
 from raycomplete.attacks.registry import build_attack
-from raycomplete.attacks.target import Target
+from raycomplete.attacks.target import Target, judge_all
 from raycomplete.attacks.trial import Progress, Response, Trial
 from raycomplete.config import EvaluationConfig
 from raycomplete.evaluation import capabilities
@@ -169,6 +169,8 @@ class _Evaluation:
             batch = list(same)
             if group.name != capabilities.ATTACK:  # which has right answers instead
                 self._judge(batch, with_right=(group.name, variant) == (HARMLESS, "benign"))
+                if group.attack is not None and group.attack.with_prefill:
+                    self._judge_with_prefill(batch)
                 for trial in batch:
                     seen[self._judgements[self._judgement_key(trial)]["outcome"]] += 1
             self._done += len(batch)
@@ -191,14 +193,32 @@ class _Evaluation:
             rows.append(row)
         self._judgements.add(rows)
 
-    def _judgement_key(self, trial: Trial) -> str:
-        return trial.judgement_key(self._keys[id(trial)])
+    def _judge_with_prefill(self, trials: Sequence[Trial]) -> None:
+        """Stores the outcomes of answers that are judged as if the model had written the prefill too."""
+        target = self._target
+        new = [trial for trial in trials if self._judgement_key(trial, with_prefill=True) not in self._judgements]
+        responses = [self._answered(trial).response for trial in new]
+        triples = [
+            (trial.prompt, "", target.codec.decode([*response.prefill, *response.tokens]))
+            for trial, response in zip(new, responses, strict=True)
+        ]
+        self._judgements.add(
+            {"key": self._judgement_key(trial, with_prefill=True), "outcome": str(outcome)}
+            for trial, outcome in zip(new, judge_all(target.judge, triples), strict=True)
+        )
+
+    def _judgement_key(self, trial: Trial, *, with_prefill: bool = False) -> str:
+        key = trial.judgement_key(self._keys[id(trial)])
+        return content_hash([key, "with prefill"]) if with_prefill else key
 
     def _answered(self, trial: Trial) -> Answered:
         row = self._responses[self._keys[id(trial)]]
         response = Response(tuple(row["sequence"]), tuple(row["prefill"]), tuple(row["tokens"]), row["stats"])
         judgement = self._judgements.get(self._judgement_key(trial))  # none for benchmarks
-        return Answered(response, judgement.get("outcome"), judgement.get("right"), float(row["seconds"]))
+        whole = self._judgements.get(self._judgement_key(trial, with_prefill=True))
+        return Answered(
+            response, judgement.get("outcome"), judgement.get("right"), float(row["seconds"]), whole.get("outcome")
+        )
 
     def _report(self, attack: str, variant: str, seen: Mapping[str, int]) -> None:
         role, total = self._target.role, len(self._keys)

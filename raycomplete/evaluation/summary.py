@@ -242,10 +242,15 @@ def _attack_rows(name: str, by_role: Mapping[str, Any], roles: Sequence[str]) ->
     blocks = [by_role.get(role) for role in roles]
     label = f"{name}{' (reduced)' if any(block and block['reduced'] for block in blocks) else ''}"
     rows = []
-    if name != "prefill":
+    headline = next((block["headline"] for block in blocks if block), None)
+    if name != "prefill" and headline is None:
         rows.append([label, *(rate_text(block and block["mean"]) for block in blocks)])
-        if any(block and block["trials"] > block["n"] for block in blocks):
-            rows.append([f"{label}, worst of n", *(rate_text(block and block["worst_of_n"]) for block in blocks)])
+    elif name != "prefill":
+        for variant in next(block for block in blocks if block)["variants"]:
+            rates = (rate_text(block and block["variants"].get(variant, {}).get("asr")) for block in blocks)
+            rows.append([f"{label}, {variant}", *rates])
+    if name != "prefill" and any(block and block["trials"] > block["n"] for block in blocks):
+        rows.append([f"{label}, worst of n", *(rate_text(block and block["worst_of_n"]) for block in blocks)])
     if any(block and block["corrected"] for block in blocks):
         rows.append([f"{label}, judge corrected", *(rate_text(block and block["corrected"]) for block in blocks)])
     return rows

@@ -101,9 +101,8 @@ class Admission:
             if not path.is_file():
                 raise ConfigError(f"There is no file {str(value)!r}.", "Check the path.")
             changed[name] = path
-        attacker = build_attack(attack).attacker_checkpoint
-        if attacker is not None:
-            changed["attacker"] = self._model(attacker)
+        for setting, checkpoint in build_attack(attack).checkpoints.items():
+            changed[setting] = self._model(checkpoint)
         return attack.model_copy(update=changed)
 
     def _allowed(self) -> str:

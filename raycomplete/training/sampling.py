@@ -328,20 +328,6 @@ def hold_back(config: RunConfig, prompts: Prompts, samples: SampleSet) -> Sample
     return parted
 
 
-def complete_answers(config: RunConfig, codec: ChatCodec, base: RolloutPool, prompts: Sequence[Prompt]) -> list[Prompt]:
-    """Held-out harmful prompts whose answers are long enough to be cut at every depth.
-
-    Public sets give the first sentence of a harmful answer only; base continues it, greedily.
-    """
-    needed = config.evaluation.deepest_prefill
-    starts = [codec.encode_answer(prompt.answer or config.rollout.affirmative_prefixes[0]) for prompt in prompts]
-    short = [index for index, start in enumerate(starts) if len(start) < needed]
-    sequences = [[*codec.encode_prompt(prompts[index].text), *starts[index]] for index in short]
-    added = base.generate(sequences, max_tokens=needed) if short else []
-    texts = {index: codec.decode(starts[index] + tokens) for index, tokens in zip(short, added, strict=True)}
-    return [replace(prompt, answer=texts.get(index, prompt.answer)) for index, prompt in enumerate(prompts)]
-
-
 def _answers(
     run: Run, generator: RolloutPool, prompt_ids: Sequence[Ids], max_tokens: int, seed: int, temperature: float
 ) -> list[Ids]:
