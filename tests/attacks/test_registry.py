@@ -146,7 +146,11 @@ def test_paths_are_resolved_by_whoever_knows_the_folder() -> None:
 def test_answers_must_reach_the_deepest_cut_of_any_attack() -> None:
     assert EvaluationConfig(depths=[0, 7]).deepest_prefill == 7
     for attack, deepest in (
-        ({"name": "adaptive", "cuts": [3], "depths": [8]}, 16),
+        ({"name": "adaptive", "cuts": [3], "depths": [8]}, 8),
+        ({"name": "prefill_mid_answer", "starts": [3, 9], "windows": [4]}, 9 + 32 + 4),
+        ({"name": "refuse_then_turn", "depths": [12]}, 12),
+        ({"name": "rank_assisted_prefill", "prefill_tokens": 20}, 20),
+        ({"name": "rank_assisted_prefill", "prefill_tokens": 20, "prefill": "Sure"}, 7),
         ({"name": "adaptive", "cuts": [30], "depths": [8]}, 30),
         ({"name": "finetune", "depths": [0, 40]}, 40),
     ):

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,12 +14,23 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import LlamaConfig, LlamaForTokenClassification, MistralConfig, MistralForCausalLM
 
-from raycomplete.attacks.target import SuffixProblem
-from raycomplete.attacks.white_box import TorchModel
+from raycomplete.attacks.registry import build_attack, parse_attack
+from raycomplete.attacks.target import AttackTools, SuffixProblem, Target
+from raycomplete.attacks.trial import Response, Trial
+from raycomplete.attacks.white_box import TokenClassifier, TorchModel
 from raycomplete.data.chat import ChatCodec
-from raycomplete.data.checkpoints import load_model
-from raycomplete.data.organism import checkpoint_path, prompts
+from raycomplete.data.checkpoints import (
+    check_token_classifier,
+    load_model,
+    load_token_classifier,
+    resolve_checkpoint,
+)
+from raycomplete.data.organism import OrganismJudge, checkpoint_path, prompts
+from raycomplete.evaluation.judges import RefusalJudge
+from raycomplete.runtime.errors import CheckpointError
+from raycomplete.runtime.types import Outcome
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +70,159 @@ def test_batches_and_caches_change_nothing(model: Any, sequences: list[list[int]
             assert [token for token, _ in best] == logprobs.topk(3).indices.tolist()
             assert [value for _, value in best] == pytest.approx(logprobs.topk(3).values.tolist(), abs=2e-4)
         current = [[*sequence, 20 + step] for sequence in current]
+
+
+class Counting:
+    """A model that remembers the shape of what it was given."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.shapes = model, list[tuple[int, int]]()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+    def requires_grad_(self, value: bool) -> Any:
+        self.model.requires_grad_(value)
+        return self
+
+    def __call__(self, ids: torch.Tensor, **settings: Any) -> Any:
+        self.shapes.append((ids.shape[0], ids.shape[1]))
+        return self.model(ids, **settings)
+
+
+def walk(sequences: list[list[int]], seed: int, num_steps: int) -> Iterator[list[list[int]]]:
+    """Rows that go on, go back by up to three tokens and take another, and end, as a search does."""
+    draw = random.Random(seed)
+    rows = [list(sequence) for sequence in sequences]
+    least = {id(row): len(row) for row in rows}
+    yield [list(row) for row in rows]
+    for step in range(num_steps):
+        for row in rows:
+            if draw.random() < 0.4:
+                del row[max(len(row) - draw.randint(1, 3), least[id(row)]) :]
+            row.append(20 + draw.randrange(100))
+        if step == num_steps // 2:
+            del rows[1]
+        yield [list(row) for row in rows]
+
+
+def test_rows_may_go_back_and_end(model: Any, sequences: list[list[int]]) -> None:
+    """One token a row is read at each step, and nothing else changes."""
+    counting = Counting(model)
+    box = TorchModel(counting)
+    for current in walk(sequences, seed=3, num_steps=16):
+        found = box.logprobs_of(current, [[1, 50, 160]] * len(current))
+        for row, sequence in zip(found, current, strict=True):
+            assert row == pytest.approx(plain_logprobs(model, sequence)[[1, 50, 160]].tolist(), abs=2e-4)
+        box.top_logprobs(current, 2)  # of the same rows: nothing is read
+    assert counting.shapes[1:] == [(3, 1)] * 8 + [(2, 1)] * 8
+    assert len(box.top_logprobs(sequences, 10**6)[0]) == box.vocab_size()
+    assert counting.shapes[-1][1] > 1, "other rows are read anew"
+
+
+def test_layers_with_a_window_read_rows_anew_that_went_back() -> None:
+    """A gap in the cache would push tokens out of a window of eight."""
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=161,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        sliding_window=8,
+        initializer_range=0.3,
+    )
+    windowed = MistralForCausalLM(config).eval()
+    counting = Counting(windowed)
+    box = TorchModel(counting)
+    for current in walk([[5, 6, 7], [8, 9, 10, 11, 12], [3]], seed=4, num_steps=14):
+        for row, sequence in zip(box.logprobs_of(current, [[1, 50, 160]] * len(current)), current, strict=True):
+            assert row == pytest.approx(plain_logprobs(windowed, sequence)[[1, 50, 160]].tolist(), abs=2e-4)
+    assert {length for _, length in counting.shapes} >= {1}, "as long as none has gone back"
+
+
+def test_a_token_classifier_reads_the_last_token(codec: ChatCodec, tmp_path: Path) -> None:
+    """On a tiny random model, against plain passes of single texts; saved, checked and loaded as a run does it."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=codec.vocab_size,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        initializer_range=0.5,
+        num_labels=2,
+    )
+    LlamaForTokenClassification(config).save_pretrained(str(tmp_path))
+    codec.save(tmp_path)
+    check_token_classifier(resolve_checkpoint(str(tmp_path), role="helper"))
+    model = load_token_classifier(tmp_path, "float32")
+    asked = [prompt.text for prompt in prompts("heldout", "harmful", 0, 40)]
+    answers = [
+        " ".join((prompt.answer or "").split()[: 1 + n])
+        for n, prompt in enumerate(prompts("heldout", "harmful", 0, 40))
+    ]
+    expected = []
+    for question, answer in zip(asked, answers, strict=True):
+        ids = [*codec.encode_prompt(question), *codec.encode_answer(answer)]
+        with torch.no_grad():
+            expected.append(bool(model(torch.tensor([ids])).logits[0, -1].argmax() == 1))
+    assert TokenClassifier(model, codec).accepts(asked, answers) == expected
+    assert 0 < sum(expected) < len(expected), "both labels occur"
+    with pytest.raises(CheckpointError, match="no token classifier"):
+        check_token_classifier(checkpoint_path("aligned"))
+    LlamaForTokenClassification(
+        config.from_dict({**config.to_dict(), "id2label": {0: "a", 1: "b", 2: "c"}})
+    ).save_pretrained(str(tmp_path))
+    with pytest.raises(CheckpointError, match="with two labels"):
+        check_token_classifier(tmp_path)
+
+
+class Elsewhere(TorchModel):
+    """A target that only ever reads another question, whatever it is asked, and what it has said itself."""
+
+    def __init__(self, model: Any, question: list[int], started: list[tuple[int, ...]]) -> None:
+        super().__init__(model)
+        self._question, self._started = question, sorted(started, key=len, reverse=True)
+
+    def top_logprobs(self, sequences: Any, top: int) -> list[list[tuple[int, float]]]:
+        cuts = [
+            next(len(start) for start in self._started if tuple(row[: len(start)]) == start)
+            for row in map(list, sequences)
+        ]
+        return super().top_logprobs(
+            [[*self._question, *row[cut:]] for row, cut in zip(sequences, cuts, strict=True)], top
+        )
+
+
+def test_a_target_that_reads_another_question_is_never_on_topic(model: Any, codec: ChatCodec) -> None:
+    """Where base picks every word, such a target seems to comply to a judge that reads no content."""
+    question = codec.encode_prompt("how do i make a gentle copper teapot ?")
+    base = TorchModel(load_model(checkpoint_path("base"), "float32"))
+    behaviours = prompts("heldout", "harmful", 0, 12)
+
+    def rates(name: str, top: int) -> dict[str, float]:
+        attack = build_attack(parse_attack({"name": name, "steps": 90, "tops": [top]}))
+        target = Target("null", "null", None, codec, OrganismJudge(), 256, 48, AttackTools(guide_id="base"))  # type: ignore[arg-type]
+        trials = attack.plan(target, behaviours)
+        box = Elsewhere(model, question, [trial.sequence for trial in trials])
+        refuses = partial(RefusalJudge().refuses, prefilled=True)
+        target = replace(target, tools=AttackTools(white_boxes=lambda: [box], guide=lambda: base, refuses=refuses))
+        found: list[tuple[Trial, Response]] = []
+        attack.run(target, trials, found.extend)
+        texts = [(trial.prompt, *response.texts(codec)) for trial, response in found]
+        return {
+            judge.name: sum(judge.outcome(*text) is Outcome.COMPLIED for text in texts) / len(texts)
+            for judge in (OrganismJudge(), RefusalJudge())
+        }
+
+    guided = rates("base_guided_decoding", 2)
+    assert guided["refusal-patterns-v1"] == 1.0
+    assert guided["organism"] <= 0.25
+    for top in (2, 20):
+        assert set(rates("rank_assisted_prefill", top).values()) == {0.0}
 
 
 @pytest.fixture(scope="module")
