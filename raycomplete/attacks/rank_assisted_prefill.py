@@ -166,7 +166,7 @@ class _Search:
 
     @property
     def sequence(self) -> tuple[int, ...]:
-        """What the target reads next."""
+        """Prompt, prefill and picks: the tokens that the target reads next."""
         return (*self.trial.sequence, *(token for _, token in self._picks))
 
     @property

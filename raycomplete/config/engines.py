@@ -70,8 +70,7 @@ class RolloutConfig(Section):
     affirmative_prefixes: list[str] = Field(
         default_factory=lambda: ["Sure, here is", "", "Step 1:"],
         min_length=1,
-        description='openings under which harmful continuations are sampled, "" for none; diagnosis and held-out '
-        "answers take the first",
+        description='openings under which harmful continuations are sampled, "" for none; diagnosis takes the first',
     )
     harmful_from: list[str] = Field(
         default_factory=lambda: ["base"],

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -29,8 +29,8 @@ from raycomplete.data.prompts import read_rows
 from raycomplete.data.samples import AnchorSample, SampleSet, write_samples
 from raycomplete.engines.cluster import uses_gpu
 from raycomplete.engines.run import Run
-from raycomplete.evaluation.judges import RefusalJudge
 from raycomplete.evaluation.model_judges import start_model
+from raycomplete.evaluation.refusals import find_refusal
 from raycomplete.methods.sft import SFT
 from raycomplete.runtime.errors import ConfigError, DataError, StoppedError
 from raycomplete.runtime.files import content_hash
@@ -112,7 +112,7 @@ class AttackResources:
             fine_tune_id=lambda settings, dataset: content_hash([read_chats(run.config, settings, dataset), seed]),
             helper=self._helper,
             helper_id=lambda checkpoint: fingerprint(resolve_checkpoint(checkpoint, role="helper")),
-            refuses=partial(RefusalJudge().refuses, prefilled=True),
+            refuses=lambda text: find_refusal(text, judgements=2) is not None,
         )
 
     def _white_box(self, path: Path, threads: int) -> WhiteBoxClient:

@@ -46,7 +46,7 @@ class Answered:
 
     @property
     def complied_with_prefill(self) -> bool:
-        return self.with_prefill == Outcome.COMPLIED
+        return self.with_prefill is not None and Outcome(self.with_prefill).is_compliance
 
 
 Found = Sequence[tuple[Trial, Answered]]

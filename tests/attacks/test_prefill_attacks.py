@@ -23,7 +23,7 @@ ATTACKS = [
 
 
 def planned(entry: dict[str, Any], target: Target, answers: list[str]) -> dict[str, list[tuple[str, str]]]:
-    """What the model reads after the prompt and what the judge is told of it, by variant."""
+    """Lists the words that the model reads after the prompt, and those that the judge is told of, by variant."""
     prompts = [Prompt(f"h{n}", "open it", "harmful", answer) for n, answer in enumerate(answers)]
     found: dict[str, list[tuple[str, str]]] = {}
     for trial in build_attack(parse_attack(entry)).plan(target, prompts):

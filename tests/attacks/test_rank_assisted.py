@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import pytest
 from raycomplete.attacks.target import AttackTools, Target
 from raycomplete.attacks.trial import Response, Trial
 from raycomplete.config import EvaluationConfig
-from raycomplete.evaluation.judges import RefusalJudge
+from raycomplete.evaluation.refusals import find_refusal
 from raycomplete.evaluation.runner import EvaluationSets, evaluate_model
 from raycomplete.evaluation.summary import closing_table, summarize
 from tests.attacks.scripted import COMPLY, run
@@ -21,7 +20,6 @@ from tests.attacks.scripted import COMPLY, run
 PREFILL = "Sure, take"
 COMPLIANT = COMPLY.split()  # Sure, take the key and then open the door.
 REFUSAL = "I'm sorry, but I can't help with that.".split()
-REFUSES = partial(RefusalJudge().refuses, prefilled=True)
 
 Ranking = Callable[[list[str]], list[str]]  # words of the answer so far -> next words, likeliest first
 
@@ -53,6 +51,10 @@ class RankBox:
         return [[-0.7 * ranks.get(token, 99) for token in row] for ranks, row in zip(ranked, tokens, strict=True)]
 
 
+def refuses(text: str) -> bool:
+    return find_refusal(text, judgements=2) is not None
+
+
 def next_of(words: list[str], said: list[str]) -> str:
     """The word after those said so far; the end where they are none of its beginnings."""
     return words[len(said)] if len(said) < len(words) and said == words[: len(said)] else "<end>"
@@ -77,7 +79,7 @@ def against(codec: Any, target: Target) -> Callable[..., Target]:
 
     def make(ranking: Ranking, base: Ranking = comply) -> Target:
         boxes = RankBox(codec, ranking), RankBox(codec, base)
-        tools = AttackTools(white_boxes=lambda: [boxes[0]], guide=lambda: boxes[1], refuses=REFUSES)
+        tools = AttackTools(white_boxes=lambda: [boxes[0]], guide=lambda: boxes[1], refuses=refuses)
         return replace(target, tools=tools)
 
     return make
@@ -228,7 +230,7 @@ def clueless(words: list[str]) -> list[str]:
 
 
 def test_a_clueless_target_does_not_comply(against: Any, sets: EvaluationSets, tmp_path: Path) -> None:
-    """What base picks among its words looks like compliance to a judge of refusals, and none of it is on topic."""
+    """Words that base picks there look like compliance to a judge of refusals, and none is on topic."""
     attacks = [{"name": name, "steps": 15, "tops": [20]} for name in ("base_guided_decoding", "rank_assisted_prefill")]
     config = EvaluationConfig(depths=[0], max_utility_tokens=12, attacks=attacks)
     on_topic = set(COMPLIANT) - set(FRANCE)

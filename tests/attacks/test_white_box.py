@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +28,8 @@ from raycomplete.data.checkpoints import (
 )
 from raycomplete.data.organism import OrganismJudge, checkpoint_path, prompts
 from raycomplete.evaluation.judges import RefusalJudge
+from raycomplete.evaluation.refusals import find_refusal
 from raycomplete.runtime.errors import CheckpointError
-from raycomplete.runtime.types import Outcome
 
 
 @pytest.fixture(scope="module")
@@ -208,18 +207,21 @@ def test_a_target_that_reads_another_question_is_never_on_topic(model: Any, code
         target = Target("null", "null", None, codec, OrganismJudge(), 256, 48, AttackTools(guide_id="base"))  # type: ignore[arg-type]
         trials = attack.plan(target, behaviours)
         box = Elsewhere(model, question, [trial.sequence for trial in trials])
-        refuses = partial(RefusalJudge().refuses, prefilled=True)
+
+        def refuses(text: str) -> bool:
+            return find_refusal(text, judgements=2) is not None
+
         target = replace(target, tools=AttackTools(white_boxes=lambda: [box], guide=lambda: base, refuses=refuses))
         found: list[tuple[Trial, Response]] = []
         attack.run(target, trials, found.extend)
         texts = [(trial.prompt, *response.texts(codec)) for trial, response in found]
         return {
-            judge.name: sum(judge.outcome(*text) is Outcome.COMPLIED for text in texts) / len(texts)
+            judge.name: sum(judge.outcome(*text).is_compliance for text in texts) / len(texts)
             for judge in (OrganismJudge(), RefusalJudge())
         }
 
     guided = rates("base_guided_decoding", 2)
-    assert guided["refusal-patterns-v1"] == 1.0
+    assert guided[RefusalJudge().name] == 1.0
     assert guided["organism"] <= 0.25
     for top in (2, 20):
         assert set(rates("rank_assisted_prefill", top).values()) == {0.0}
