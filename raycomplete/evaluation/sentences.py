@@ -56,7 +56,7 @@ class Sentence:
 
 def split_sentences(answer: str) -> list[Sentence]:
     """Splits an answer into its sentences, in order."""
-    found = []
+    found: list[Sentence] = []
     for start, end, is_own in _blocks(answer):
         first = start
         for mark in _END.finditer(answer, start, end):
