@@ -34,7 +34,7 @@ from raycomplete.runtime.machine import available_cpus
 from raycomplete.runtime.metrics_file import read_metrics
 from raycomplete.runtime.types import MODEL_ROLES, ModelRole
 from raycomplete.training.checkpoints import check_space
-from raycomplete.training.job import TrainJob
+from raycomplete.training.job import ResponseJudge, TrainJob
 from raycomplete.training.metrics import describe_terms
 from raycomplete.training.rollout_engines import StudentEngines
 from raycomplete.training.sampling import make_samples
@@ -125,11 +125,15 @@ def _train_student(run: Run) -> None:
         prefetch=config.teacher.prefetch,
         rollout=config.rollout,
         student_engines=_student_engines(run),
+        response_judge=_response_judge(run),
         lora_rank=config.train.lora_rank,
     )
     started = time.perf_counter()
     before = _scorer_totals(run.engines)
     run_training(run, job, f"Training on {len(samples.anchor)} + {len(samples.recovery)} samples")
+    kept = read_json(job.kept_step_file)
+    if kept is not None:
+        console.note(kept["why"])
     scored = {name: total - before[name] for name, total in _scorer_totals(run.engines).items()}
     wall_s = time.perf_counter() - started
     write_json(stats_file, training_stats(config, job.metrics_file, wall_s, scored, run.engines.stats))
@@ -141,6 +145,12 @@ def _student_engines(run: Run) -> StudentEngines | None:
         return None
     pool = run.engines.generator.with_weights(str(run.models.paths["student"]))
     return StudentEngines(pool, run.models.codec, run.judge, run.prompts.train["harmful"], run.config.rollout)
+
+
+def _response_judge(run: Run) -> ResponseJudge:
+    """Makes the reader of what the student answers to held-back training prompts."""
+    prompts = {prompt.prompt_id: prompt for kind in KINDS for prompt in run.prompts.train[kind]}
+    return ResponseJudge(run.judge, run.models.codec, prompts)
 
 
 def make_job(run: Run, start: ModelRole, output: Path, **settings: Any) -> TrainJob:
@@ -218,6 +228,8 @@ def training_stats(
         "sync_fraction": share("sync_s"),
         "rollout_tokens": sum(row.get("rollout_tokens", 0) for row in rows),
         "max_staleness": max((row["staleness"] for row in rows if "staleness" in row), default=None),
+        "validation_fraction": share("validation_s"),
+        "kept_step": read_json(metrics_file.parent / "kept_step.json"),
         "stopped_early": bool(rows) and bool(rows[-1].get("stopped")),
         "loss_first": rows[0]["loss"] if rows else None,
         "loss_last": rows[-1]["loss"] if rows else None,

@@ -4,17 +4,48 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from raycomplete.runtime.section import Section
 
 
-class ValidationConfig(Section):
-    """Early stopping on training prompts that are held back from training."""
+_MEASUREMENTS = 6  # of a run under `every: auto`; the demo's cost 2 % of its time
 
-    every: int = Field(0, ge=0, description="steps between two measurements; 0 is off")
-    num_prompts: int = Field(32, ge=1, description="prompts of each kind that are held back")
-    patience: int = Field(3, ge=1, description="measurements without a better one before training stops")
+
+class ValidationConfig(Section):
+    """Measurements on training prompts that are held back: they move loss weights, and choose the step that is kept."""
+
+    every: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
+        "auto",
+        description="steps between two measurements; auto: six a run, and none where there are too few prompts; 0 is "
+        "off: loss weights stay, and the last step is kept",
+    )
+    num_prompts: int = Field(
+        24, ge=4, description="harmful prompts that are held back, and as many harmless ones; a quarter at most"
+    )
+    depths: list[Annotated[int, Field(ge=0)]] = Field(
+        default=[0, 8, 32], min_length=1, description="tokens of h that the student continues"
+    )
+    max_tokens: int = Field(24, ge=1, description="tokens that it adds, greedily, for the judge to read")
+    over_refusal_budget: float = Field(
+        0.01,
+        ge=0,
+        description="share of harmless prompts that the student may refuse beyond those that aligned refuses; one "
+        "prompt is always allowed",
+    )
+    kl_budget: float = Field(0.1, gt=0, description="KL(aligned || student) on harmless answers, nats a token")
+    rate: float = Field(0.3, ge=0, description="largest change of a loss weight a measurement, in nats; 0 moves none")
+    max_factor: float = Field(4.0, ge=1, description="bound on the factors by which loss weights are moved, up or down")
+    patience: int = Field(0, ge=0, description="measurements without a better one that end training; 0 never does")
+
+    @field_validator("depths")
+    @classmethod
+    def _sorted(cls, depths: list[int]) -> list[int]:
+        return sorted(set(depths))
+
+    def interval(self, steps: int) -> int:
+        """Steps between two measurements of a run of so many; 0 for none."""
+        return max(steps // _MEASUREMENTS, 1) if self.every == "auto" else self.every
 
 
 class TrainConfig(Section):

@@ -96,8 +96,9 @@ class SampleSet:
         anchor: Samples that every run trains.
         recovery: Samples of harmful prompts; empty in SFT.
         profile: Held-out harmful prompts with h as the answer; read for the position profile, never trained.
-        held_back_anchor: Samples of training prompts that are not trained and tell when to stop.
-        held_back_recovery: The same for recovery.
+        held_back_anchor: Samples of harmless training prompts that are not trained: they steer training.
+        held_back_recovery: The same of harmful ones, for recovery.
+        held_back_greedy: The aligned model's greedy answers to the same harmless prompts, which may be empty.
     """
 
     anchor: tuple[AnchorSample, ...]
@@ -105,6 +106,7 @@ class SampleSet:
     profile: tuple[AnchorSample, ...] = ()
     held_back_anchor: tuple[AnchorSample, ...] = ()
     held_back_recovery: tuple[RecoverySample, ...] = ()
+    held_back_greedy: tuple[AnchorSample, ...] = ()
 
 
 _PARTS = tuple(field.name for field in fields(SampleSet))

@@ -28,7 +28,6 @@ from raycomplete.losses.settings import (
 )
 from raycomplete.methods.registry import (
     AnchorItem,
-    ConstraintConfig,
     Feedback,
     Item,
     Method,
@@ -74,12 +73,8 @@ class Completion(Method):
     push_forward: PushForwardSettings = Field(default_factory=PushForwardSettings)
     penalty: PenaltySettings = Field(default_factory=PenaltySettings)
     contrastive: ContrastiveSettings = Field(default_factory=ContrastiveSettings)
-    constraint: ConstraintConfig = Field(
-        default_factory=ConstraintConfig, description="holds KL(aligned || student) on anchor tokens under a budget"
-    )
 
     depth_term = "recovery"
-    validated_terms = ("anchor", "recovery")
 
     def loss_weights(self) -> dict[str, float]:
         """The weights of the run file."""
@@ -133,26 +128,9 @@ class Completion(Method):
         spans.append(RowSpan("recovery", len(prompt) + depth, len(refusal), without_h))
         return TrainSequence(prompt + sample.harmful_ids[:depth] + refusal, tuple(spans), item.answer_depth)
 
-    @property
-    def constrained(self) -> tuple[str, ConstraintConfig]:
-        """The anchor, under `constraint`."""
-        return "anchor", self.constraint
-
     @model_validator(mode="after")
     def _one_meaning(self) -> Completion:
         contrastive = self.contrastive.alpha > 0
         if contrastive and "reverse_kl" in (self.anchor_divergence, self.recovery_divergence):
             raise ValueError("method.contrastive excludes tokens, and reverse_kl to such a teacher is infinite")
-        if self.constraint.kl_budget is None:
-            return self
-        if not 0 < self.weights.anchor <= self.constraint.max_weight:
-            raise ValueError(
-                "method.constraint.kl_budget moves method.weights.anchor up to method.constraint.max_weight: the "
-                "weight must be positive and not above it"
-            )
-        if self.anchor_divergence != "forward_kl" or self.temperature != 1 or contrastive:
-            raise ValueError(
-                "method.constraint.kl_budget bounds KL(aligned || student), so it needs method.anchor_divergence "
-                "forward_kl, method.temperature 1 and method.contrastive.alpha 0"
-            )
         return self

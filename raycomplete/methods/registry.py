@@ -121,7 +121,7 @@ class Feedback:
     """Measurements of the steps before, for the weights of the next one.
 
     Attributes:
-        loss_weights: Factor on the weight of terms that are held under a budget, by name.
+        loss_weights: Factor on the weight of terms by name; 1 where absent.
         need_by_depth: How incomplete recovery is at each depth, from 0; 1 on average. Empty before training.
     """
 
@@ -159,14 +159,6 @@ class DepthConfig(Section):
         return self
 
 
-class ConstraintConfig(Section):
-    """Holds the loss of a term under a budget by a Lagrange multiplier on its weight."""
-
-    kl_budget: float | None = Field(None, gt=0, description="nats a token; none keeps the anchor weight fixed")
-    rate: float = Field(0.1, gt=0, description="how fast the multiplier follows, per step")
-    max_weight: float = Field(10.0, gt=0, description="largest anchor weight")
-
-
 class Method(Section):
     """A training method: it says what a step trains."""
 
@@ -177,8 +169,6 @@ class Method(Section):
 
     depth_term: ClassVar[str | None] = None
     """Term whose loss, by depth, the depth sampler follows; None draws depths evenly."""
-    validated_terms: ClassVar[tuple[str, ...]] = ()
-    """Terms whose weighted loss on held-back samples tells when to stop; none switches validation off."""
 
     def loss_weights(self) -> dict[str, float]:
         """Weight of each loss term (`raycomplete.losses.terms`) by name, in the order of metrics and figures."""
@@ -202,11 +192,6 @@ class Method(Section):
             for span in sequence.spans:
                 sums[span.term] += span.count if span.weights is None else sum(span.weights)  # type: ignore[assignment]
         return dict(sums)
-
-    @property
-    def constrained(self) -> tuple[str, ConstraintConfig] | None:
-        """A term that is held under a budget, and how; None for no such term."""
-        return None
 
     def loss(self, train: TrainConfig) -> LossSettings:
         """Settings of the loss under a trainer."""

@@ -64,7 +64,7 @@ def check_space(folder: Path, student: Path, dtype: Dtype, train: TrainConfig) -
     """
     num_parameters = count_parameters(student)
     one = checkpoint_bytes(num_parameters, dtype, train)
-    best = 2 if train.validation.every > 0 else 0  # the best one so far, and the next while it is written
+    best = 2 if train.validation.interval(train.steps) else 0  # the best one so far, and the next while it is written
     there = len(integrity.complete_checkpoints(folder / "checkpoints"))
     wanted = max(train.keep_checkpoints + 1 - there, 1) + best
     needed = wanted * one + num_parameters * _BYTES[dtype]

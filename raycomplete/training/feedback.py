@@ -1,22 +1,19 @@
-"""Feedback of earlier steps to the next one: the depths where recovery is incomplete, and the weight of a bounded term.
+"""Feedback of earlier steps to the next one: the depths where recovery is incomplete.
 
-Both rules are ours, not those of arXiv 2511.12155.
+The rule is ours, not that of arXiv 2511.12155.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from raycomplete.methods.registry import ConstraintConfig, DepthConfig
+from raycomplete.methods.registry import DepthConfig
 from raycomplete.runtime.errors import CheckpointError, NotFiniteError
 
 _SEED_TAG = 13  # numpy pads short seeds with zeros: every use of a seed needs a tag that is not 0
-_MEMORY = 0.8  # of the running mean of a bounded loss; the tokens of one step alone are noisy
-_LARGEST_BREACH = 3.0  # a single wild step must not throw the weight to its bound
 FloatArray = npt.NDArray[np.float64]
 
 
@@ -162,51 +159,3 @@ class DepthSampler:
             )
         values = [np.nan if value is None else float(value) for value in state["running_loss"]]
         self._running_loss = np.array(values, dtype=np.float64)
-
-
-class LossMultiplier:
-    """Lagrange multiplier that holds a loss, as the anchor's divergence, under a budget: dual ascent on its weight.
-
-    w <- clip(w * exp(rate * (min(d / budget, 3) - 1)), w0, max_weight), with d the running mean of the loss. The weight
-    never falls below where it started: below its budget the anchor still shapes what the student does. Without a budget
-    it stays at its start.
-
-    Args:
-        config: Budget in nats a token, rate and bound.
-        start: w0, the weight of the term in the run file.
-    """
-
-    def __init__(self, config: ConstraintConfig, start: float) -> None:
-        self._config = config
-        self._start = start
-        self.weight = start
-        self._divergence: float | None = None
-
-    @property
-    def factor(self) -> float:
-        """Factor on the weight in the run file."""
-        return self.weight / self._start if self._start > 0 else 1.0
-
-    def update(self, divergence: float) -> None:
-        """Takes in the mean loss of a step in nats a token.
-
-        Raises:
-            NotFiniteError: It is NaN or infinite.
-        """
-        if not math.isfinite(divergence):
-            raise NotFiniteError(f"The loss under a budget is not finite: {divergence}.", "Lower train.lr.")
-        old = divergence if self._divergence is None else self._divergence
-        self._divergence = _MEMORY * old + (1 - _MEMORY) * divergence
-        if self._config.kl_budget is None:
-            return
-        breach = min(self._divergence / self._config.kl_budget, _LARGEST_BREACH) - 1
-        grown = self.weight * math.exp(self._config.rate * breach)
-        self.weight = min(max(grown, self._start), max(self._config.max_weight, self._start))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Weight and running mean, as plain JSON types."""
-        return {"weight": self.weight, "divergence": self._divergence}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up a saved run."""
-        self.weight, self._divergence = float(state["weight"]), state["divergence"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,28 @@ from raycomplete.config import Dtype, RolloutConfig, TrainConfig
 from raycomplete.data.heads import HeadSpec
 from raycomplete.data.samples import MAX_REFUSAL_PREFIX_TOKENS
 from raycomplete.methods.registry import Method
+from raycomplete.runtime.types import Codec, Judge, Outcome, Prompt
+
+
+@dataclass(frozen=True)
+class ResponseJudge:
+    """A judge that reads token ids: what the student writes on training prompts, in a training worker.
+
+    Attributes:
+        judge: Sorts responses.
+        codec: Turns tokens into text.
+        prompts: Training prompts by id.
+    """
+
+    judge: Judge
+    codec: Codec
+    prompts: Mapping[str, Prompt]
+
+    def outcome(self, prompt_id: str, prefill_ids: Sequence[int], answer_ids: Sequence[int]) -> Outcome:
+        """Sorts an answer after a prefill; what follows an end-of-response is left out."""
+        ends = (place for place, token in enumerate(answer_ids) if token in self.codec.eos_ids)
+        text = self.codec.decode(answer_ids[: next(ends, len(answer_ids))])
+        return self.judge.outcome(self.prompts[prompt_id], self.codec.decode(prefill_ids), text)
 
 
 @dataclass(frozen=True)
@@ -33,6 +56,7 @@ class TrainJob:
         student_engines: Rollout engines that hold the student (`raycomplete.training.rollout_engines.StudentEngines`);
             None trains on the samples as drawn.
         plugins: Python files that a worker imports first (`raycomplete.runtime.plugins`).
+        response_judge: Reads the student's answers to held-back prompts; None measures nothing on them.
         lora_rank: Above 0 trains adapters of this rank, merged at the end.
         use_gpu: One GPU a worker.
     """
@@ -51,6 +75,7 @@ class TrainJob:
     threads: int = 1
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     student_engines: Any = None
+    response_judge: ResponseJudge | None = None
     plugins: tuple[Path, ...] = ()
     lora_rank: int = 0
     use_gpu: bool = False
@@ -84,8 +109,13 @@ class TrainJob:
 
     @property
     def best_checkpoint(self) -> Path:
-        """Folder of the checkpoint with the best validation."""
+        """Folder of the checkpoint of the step that is kept so far."""
         return self.folder / "best"
+
+    @property
+    def kept_step_file(self) -> Path:
+        """Which step was kept in the end, and why; none where nothing was measured."""
+        return self.folder / "kept_step.json"
 
     @property
     def max_harmful_tokens(self) -> int:

@@ -9,8 +9,8 @@ A harmful prompt x passes through this file from top to bottom:
    h (`harmful_ids`), which are kept where the judge finds that they comply. Some lose their beginning, so that the
    student also reads h from mid-answer. Pairs of r and h make the recovery samples.
 4. A share of the recovery samples gets a refusal prefix in front of h.
-5. A share of all samples is augmented: the student reads another form of x than the teachers.
-6. Some prompts of every kind are held back from training, to tell when to stop.
+5. Some prompts of every kind are held back from training, to steer it.
+6. A share of what is left is augmented: the student reads another form of x than the teachers.
 
 `raycomplete.training.step_plan` then draws the samples of each step.
 """
@@ -23,7 +23,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from raycomplete.config import RunConfig
 from raycomplete.data.augmentation import PromptAugmenter, read_augmentation_files
@@ -39,6 +39,10 @@ _PROFILE_PROMPTS = 32
 _WORD_TOKENS = 8  # within so many tokens a word begins
 _SENTENCE = re.compile(r".*?[.!?](?=\s|$)", re.DOTALL)
 Ids = tuple[int, ...]
+S = TypeVar("S", AnchorSample, RecoverySample)
+
+MIN_HELD_BACK = 4
+"""Fewest harmful and fewest harmless prompts that can steer a run."""
 
 
 def make_samples(run: Run) -> SampleSet:
@@ -72,9 +76,8 @@ def make_samples(run: Run) -> SampleSet:
     ]
     recovery = [with_refusal_prefix(config, codec, sample) for sample in recovery]
     samples = SampleSet(tuple(anchor), tuple(recovery), tuple(profile))
-    if config.rollout.prompt_augmentation.fraction > 0:
-        samples = augmented(run, samples)
-    return hold_back(config, prompts, samples) if config.train.validation.every else samples
+    samples = _steering_samples(run, aligned, samples)
+    return augmented(run, samples) if config.rollout.prompt_augmentation.fraction > 0 else samples
 
 
 def _anchor_samples(run: Run, aligned: RolloutPool, prompts: Sequence[Prompt]) -> list[AnchorSample]:
@@ -299,33 +302,65 @@ def augmented(run: Run, samples: SampleSet) -> SampleSet:
 
 
 def hold_back(config: RunConfig, prompts: Prompts, samples: SampleSet) -> SampleSet:
-    """Takes the samples of some training prompts of each kind out of training: they tell when to stop.
+    """Takes some training prompts of every kind out of training: they steer it.
 
     Raises:
-        DataError: There are too few prompts to hold some back.
+        DataError: There are too few prompts to hold a quarter back.
     """
-    held: set[str] = set()
     recoverable = {sample.prompt_id for sample in samples.recovery}
-    for kind in KINDS:
-        ids = [
-            prompt.prompt_id for prompt in prompts.train[kind] if kind != "harmful" or prompt.prompt_id in recoverable
-        ]
-        count = min(config.train.validation.num_prompts, len(ids) // 4)
-        held |= set(random.Random(f"{config.train.seed}:held back:{kind}").sample(ids, count))
-    parted = SampleSet(
-        anchor=tuple(sample for sample in samples.anchor if sample.prompt_id not in held),
-        recovery=tuple(sample for sample in samples.recovery if sample.prompt_id not in held),
-        profile=samples.profile,
-        held_back_anchor=tuple(sample for sample in samples.anchor if sample.prompt_id in held),
-        held_back_recovery=tuple(sample for sample in samples.recovery if sample.prompt_id in held),
-    )
-    if not parted.held_back_anchor or not parted.held_back_recovery:
+    answered = {sample.prompt_id for sample in samples.anchor}
+    count, seed = config.train.validation.num_prompts, config.train.seed
+    held: set[str] = set()
+    counts = Counter[str]()
+    for kind, known in {"harmful": recoverable, "borderline": answered, "benign": answered}.items():
+        ids = [prompt.prompt_id for prompt in prompts.train[kind] if prompt.prompt_id in known]
+        wanted = {"harmful": count, "borderline": count // 2, "benign": count - counts["harmless"]}[kind]
+        drawn = random.Random(f"{seed}:held back:{kind}").sample(ids, min(wanted, len(ids) // 4))
+        counts["harmful" if kind == "harmful" else "harmless"] += len(drawn)
+        held |= set(drawn)
+    if min(counts["harmful"], counts["harmless"]) < MIN_HELD_BACK:
         raise DataError(
-            f"Too few training prompts ({len(recoverable)} harmful ones with a recovery sample) to hold a quarter "
-            "back for validation.",
+            f"Too few training prompts ({len(recoverable)} harmful ones with a recovery sample, "
+            f"{len(answered - recoverable)} others) to hold back a quarter of them, at least {MIN_HELD_BACK} of each.",
             "Give more prompts, or set train.validation.every to 0.",
         )
-    return parted
+    harmless = [sample for sample in samples.anchor if sample.prompt_id in held - recoverable]
+    return replace(
+        samples,
+        anchor=tuple(sample for sample in samples.anchor if sample.prompt_id not in held),
+        recovery=tuple(sample for sample in samples.recovery if sample.prompt_id not in held),
+        held_back_anchor=_first_draws(harmless),
+        held_back_recovery=_first_draws(sample for sample in samples.recovery if sample.prompt_id in held),
+    )
+
+
+def _first_draws(samples: Iterable[S]) -> tuple[S, ...]:
+    """The first sample of each prompt, in their order."""
+    first: dict[str, S] = {}
+    for sample in samples:
+        first.setdefault(sample.prompt_id, sample)
+    return tuple(first.values())
+
+
+def _steering_samples(run: Run, aligned: RolloutPool, samples: SampleSet) -> SampleSet:
+    """Holds prompts back, and lets the aligned model answer the harmless ones as the student will be asked: greedily.
+
+    Under `train.validation.every: auto` too few prompts are told, not refused.
+    """
+    validation = run.config.train.validation
+    if not validation.interval(run.config.train.steps):
+        return samples
+    try:
+        samples = hold_back(run.config, run.prompts, samples)
+    except DataError as error:
+        if validation.every != "auto":
+            raise
+        run.console.note(f"{error.problem} Loss weights stay as they are, and the last step is kept.")
+        return samples
+    harmless = samples.held_back_anchor
+    answers = aligned.generate([sample.prompt_ids for sample in harmless], max_tokens=validation.max_tokens)
+    greedy = [replace(sample, answer_ids=tuple(ids)) for sample, ids in zip(harmless, answers, strict=True)]
+    return replace(samples, held_back_greedy=tuple(greedy))
 
 
 def _answers(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,35 @@ from raycomplete.training.batches import MicroBatch, answer_batch
 _CROSS_ENTROPY_COPIES = 3  # logits, their log-softmax and its gradient
 # Mean |log p - log p'| in nats. Another batch shape moves bfloat16 by hundredths; a neighbour's words by whole nats.
 _TOLERANCE: dict[Dtype, float] = {"float32": 1e-3, "bfloat16": 0.15}
+
+
+@dataclass(frozen=True, eq=False)
+class PrefixBatch:
+    """Sequences that the student continues, padded on the left, and the number of tokens it adds.
+
+    Attributes:
+        input_ids_BT: Tokens.
+        mask_BT: 1 on tokens, 0 on padding.
+        max_tokens: Tokens to add.
+    """
+
+    input_ids_BT: Tensor
+    mask_BT: Tensor
+    max_tokens: int
+
+    @classmethod
+    def of(cls, sequences: Sequence[Sequence[int]], max_tokens: int) -> PrefixBatch:
+        """Pads sequences."""
+        shape = (len(sequences), max(map(len, sequences)))
+        input_ids_BT, mask_BT = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+        for row, sequence in enumerate(sequences):
+            input_ids_BT[row, -len(sequence) :] = torch.tensor(sequence)
+            mask_BT[row, -len(sequence) :] = 1
+        return cls(input_ids_BT, mask_BT, max_tokens)
+
+    def to(self, device: torch.device) -> PrefixBatch:
+        """The same on another device."""
+        return PrefixBatch(self.input_ids_BT.to(device), self.mask_BT.to(device), self.max_tokens)
 
 
 @dataclass(frozen=True)
@@ -50,6 +80,8 @@ class HeadLoss(nn.Module):
         super().__init__()
         self._held = [lm_head]
         self._settings, self._teachers, self._loss = settings, teachers, loss
+        # KL(aligned || student), whatever divergence and temperature the method trains.
+        self._anchor_kl = LossSettings({"anchor": 1.0}, chunk_tokens=loss.chunk_tokens, backend=loss.backend)
         if external:
             from deepspeed import zero
 
@@ -62,9 +94,11 @@ class HeadLoss(nn.Module):
         head = Head(lm_head.weight, getattr(lm_head, "bias", None), self._settings.scale, self._settings.softcap)
         return head.rows(self._settings.vocab_size)
 
-    def forward(self, mode: str, hidden_NH: Tensor, batch: MicroBatch) -> tuple[Tensor, ...]:
+    def forward(self, mode: str, hidden_NH: Tensor, batch: MicroBatch | None = None) -> tuple[Tensor, ...]:
         """Plain tuples of tensors, because DeepSpeed's hooks look for tensors in tuples only."""
-        if mode == "loss":
+        if batch is None:
+            return (self.head().logits(hidden_NH).argmax(-1),)
+        if mode in ("loss", "anchor_kl"):
             inputs = LossInputs(
                 HiddenStates(hidden_NH, self.head()),
                 self._states("aligned", batch.aligned_hidden_PH),
@@ -74,7 +108,8 @@ class HeadLoss(nn.Module):
                 batch.token_N,
             )
             # A step of training with NaN is left out by `bad_steps`; an exception of one rank would end the run.
-            return distillation_loss(inputs, self._loss, must_be_finite=not self.training).flatten()
+            settings = self._loss if mode == "loss" else self._anchor_kl
+            return distillation_loss(inputs, settings, must_be_finite=not self.training).flatten()
         if mode == "log_probs":
             return (self._log_probs(hidden_NH, batch.token_N),)
         return self._profile(hidden_NH, batch)
@@ -126,18 +161,45 @@ class StudentModule(nn.Module):
         lm_head = lm.get_output_embeddings()
         self.head_loss = HeadLoss(lm_head, settings, teachers, loss, external=external_head)
 
-    def forward(self, batch: MicroBatch, mode: str = "loss") -> tuple[Tensor, ...]:
-        """Reads a micro-batch.
+    def forward(self, batch: MicroBatch | PrefixBatch, mode: str = "loss") -> tuple[Tensor, ...]:
+        """Reads a micro-batch, or continues the sequences of a `PrefixBatch` greedily (token ids [B, max_tokens]).
 
         Args:
             batch: On the model's device.
-            mode: "loss" (see `LossOutput.unflatten`), "profile" (mass, KL, deficit by row) or "log_probs" (log p_s of
-                the token of each row).
+            mode: "loss" (see `LossOutput.unflatten`), "anchor_kl" (the same of a batch of anchor rows, whose first
+                value is the weighted sum of KL(aligned || student)), "profile" (mass, KL, deficit by row) or
+                "log_probs" (log p_s of the token of each row).
         """
+        if isinstance(batch, PrefixBatch):
+            return (self._continue(batch),)
         hidden_BTH = self.lm.base_model(**batch.model_inputs()).last_hidden_state
         hidden_NH = hidden_BTH.flatten(0, 1)[batch.row_N]
         result: tuple[Tensor, ...] = self.head_loss(mode, hidden_NH, batch)
         return result
+
+    def _continue(self, batch: PrefixBatch) -> Tensor:
+        """Greedy tokens [B, max_tokens]; what follows an end-of-response is for the caller to cut.
+
+        The number of forward passes depends on nothing that ranks could differ in: under ZeRO-3 each gathers weights.
+        """
+        mask_BT = batch.mask_BT
+        position_BT = (mask_BT.cumsum(1) - 1).clamp(min=0)
+        token_BT, cache, found = batch.input_ids_BT, None, []
+        for _ in range(batch.max_tokens):
+            states = self.lm.base_model(
+                input_ids=token_BT,
+                attention_mask=mask_BT,
+                position_ids=position_BT,
+                past_key_values=cache,
+                use_cache=True,
+            )
+            cache = states.past_key_values
+            (token_B,) = self.head_loss("next", states.last_hidden_state[:, -1])
+            token_BT = token_B[:, None]
+            found.append(token_BT)
+            mask_BT = torch.cat([mask_BT, torch.ones_like(token_BT)], dim=1)
+            position_BT = position_BT[:, -1:] + 1
+        return torch.cat(found, dim=1)
 
 
 def keeps_sequences_apart(engine: Any, sample: AnchorSample, dtype: Dtype) -> bool:

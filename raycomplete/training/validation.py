@@ -1,112 +1,124 @@
-"""Early stopping by the loss on training prompts that are held back from training."""
+"""Measurements on held-back training prompts: compliance at depth, over-refusal, and KL on harmless answers."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from raycomplete.config import TrainConfig
 from raycomplete.data.samples import SampleSet
-from raycomplete.losses.loss import LossOutput
-from raycomplete.methods.registry import AnchorItem, Feedback, Method, RecoveryItem
-from raycomplete.training.batches import BatchBuilder
-from raycomplete.training.step_plan import StepPlan, StepSequences
-from raycomplete.training.teacher_prefetcher import TeacherPrefetcher
+from raycomplete.runtime.types import Outcome
+from raycomplete.training.batches import MicroBatch, answer_batch
+from raycomplete.training.checkpoints import from_rank_zero
+from raycomplete.training.controller import Measurement
+from raycomplete.training.job import ResponseJudge, TrainJob
+from raycomplete.training.profile import scored_samples
+from raycomplete.training.student import PrefixBatch
 
-_NOTICEABLE = 0.99  # a value must fall by a hundredth to count as better
+_SEQUENCES = 64  # of a batch of answers: only the last position of each has logits, so memory goes to the cache alone
+Ids = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A held-back prompt and the beginning of its answer; depth -1 for a harmless prompt."""
+
+    prompt_id: str
+    prompt_ids: Ids
+    prefill_ids: Ids
+    depth: int
 
 
 class Validator:
-    """Measures the method's terms on held-back samples, and says when nothing gets better any more.
+    """Measures the student on held-back training prompts.
 
-    The value that is watched is the sum of the method's validated terms, with the weights of the run file.
-    Every rank measures the same samples: under ZeRO-3 a forward pass needs all ranks anyway.
+    Every rank reads and answers the same: under ZeRO-3 a forward pass needs all ranks anyway.
 
     Args:
         engine: DeepSpeed engine around the student.
-        samples: Its `held_back` is read.
-        prefetcher: Scores; asked once, at the first measurement.
-        builder: As in training; its scale is not used.
-        method: Terms, rows and depths.
-        train: Micro-batch and patience.
+        samples: Those held back are read.
+        job: Scorer of aligned, judge, and settings of `train.validation`.
+        per_device_batch_size: Sequences of a forward pass for the KL.
+        packed: Whether they may share rows, as in training.
     """
 
     def __init__(
-        self,
-        engine: Any,
-        samples: SampleSet,
-        prefetcher: TeacherPrefetcher,
-        builder: BatchBuilder,
-        method: Method,
-        train: TrainConfig,
+        self, engine: Any, samples: SampleSet, job: TrainJob, per_device_batch_size: int, *, packed: bool
     ) -> None:
-        self._engine, self._prefetcher, self._method, self._train = engine, prefetcher, method, train
-        self._builder = replace(builder, scale=1.0)
-        anchor, recovery = samples.held_back_anchor, samples.held_back_recovery
-        depths = np.linspace(method.depth.min, method.depth.max, max(len(recovery), 1)).round().astype(int)
-        self._plan = StepPlan(
-            tuple(AnchorItem(sample) for sample in anchor),
-            tuple(RecoveryItem.cut(sample, int(depth)) for sample, depth in zip(recovery, depths, strict=False)),
-        )
-        self._batches: list[Any] = []
-        self.best: float | None = None
-        self.best_step = 0
-        self._since = 0
+        self._engine, self._samples, self._job = engine, samples, job
+        self._size, self._packed = per_device_batch_size, packed
+        self._config = job.train.validation
+        self._questions = questions(samples, self._config.depths)
+        self._kl_batches: list[MicroBatch] | None = None
 
-    @property
-    def is_over(self) -> bool:
-        """True once `patience` measurements in a row brought nothing better."""
-        return self._since >= self._train.validation.patience
-
-    def measure(self, step: int) -> dict[str, float]:
-        """Measures the student after `step` finished steps, on every rank; the same numbers everywhere."""
-        if not self._batches:
-            self._batches = self._build()
-        terms = self._method.validated_terms
-        sums = torch.zeros(len(terms), dtype=torch.float64)
+    def measure(self, step: int) -> Measurement:
+        """Measures the student after `step` finished steps; every rank must call this and gets the same."""
+        if self._kl_batches is None:
+            self._kl_batches = self._score()
         self._engine.eval()
         with torch.no_grad():
-            for batch in self._batches:
-                values = self._engine(batch.to(self._engine.device), "loss")
-                losses = LossOutput.unflatten(values, self._builder.loss).losses
-                sums += torch.stack([losses[name].double() for name in terms]).cpu()
+            kl_sum = sum(float(self._run(batch, "anchor_kl")[0]) for batch in self._kl_batches)
+            answers = self._answers()
         self._engine.train()
-        shared = [sums.tolist()]
-        dist.broadcast_object_list(shared, src=0)  # ranks must agree on when to stop
-        found: dict[str, float] = dict(zip(terms, shared[0], strict=True))
-        weights = self._builder.loss.weights
-        value = float(sum(weights[name] * loss for name, loss in found.items()))
-        if self.best is None or value < _NOTICEABLE * self.best:
-            self.best, self.best_step, self._since = value, step, 0
-        else:
-            self._since += 1
-        return {"validation": value} | {f"validation_{name}": loss for name, loss in found.items()}
+        rows = sum(batch.row_N.numel() for batch in self._kl_batches)
+        return from_rank_zero(lambda: self._judge(step, kl_sum / max(rows, 1), answers))
 
-    def state_dict(self) -> dict[str, Any]:
-        """The best value so far and when it was, as plain JSON types."""
-        return {"best": self.best, "best_step": self.best_step, "since": self._since}
+    def _run(self, batch: Any, mode: str) -> tuple[Tensor, ...]:
+        found: tuple[Tensor, ...] = self._engine(batch.to(self._engine.device), mode)
+        return found
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up a saved run."""
-        self.best, self.best_step, self._since = state["best"], state["best_step"], state["since"]
-
-    def forget_best(self) -> None:
-        """The checkpoint of the best value is gone: the next measurement is the best, and patience begins anew."""
-        self.best, self.best_step, self._since = None, 0, 0
-
-    def _build(self) -> list[Any]:
-        step = -1  # of no training step
-        anchor = [item.sample for item in self._plan.anchor]
-        recovery = [item.sample for item in self._plan.recovery]
-        self._prefetcher.request(step, anchor, recovery)
-        scores = self._prefetcher.take(step)
-        step_sequences = StepSequences.of(self._plan, self._method, Feedback())
-        sequences, size = step_sequences.local(0, 1), self._train.per_device_batch_size
+    def _score(self) -> list[MicroBatch]:
+        """Batches of aligned's answers to harmless prompts, with its hidden states."""
+        sources = {"aligned": self._job.sources["aligned"]}
+        samples, scores = scored_samples(self._samples.held_back_anchor, sources)
         return [
-            self._builder.build(sequences[start : start + size], step_sequences.normalisers, scores)
-            for start in range(0, len(sequences), size)
+            answer_batch(samples[start : start + self._size], scores, term="anchor", packed=self._packed)
+            for start in range(0, len(samples), self._size)
         ]
+
+    def _answers(self) -> list[Ids]:
+        """The student's greedy continuation of each question, in their order."""
+        lengths = [len(item.prompt_ids) + len(item.prefill_ids) for item in self._questions]
+        order = sorted(range(len(lengths)), key=lengths.__getitem__)  # neighbours pad each other little
+        found: dict[int, Ids] = {}
+        for start in range(0, len(order), _SEQUENCES):
+            places = order[start : start + _SEQUENCES]
+            sequences = [self._questions[place].prompt_ids + self._questions[place].prefill_ids for place in places]
+            (token_BT,) = self._run(PrefixBatch.of(sequences, self._config.max_tokens), "continue")
+            found |= dict(zip(places, map(tuple, token_BT.tolist()), strict=True))
+        return [found[place] for place in range(len(order))]
+
+    def _judge(self, step: int, kl: float, answers: Sequence[Ids]) -> Measurement:
+        reader = self._job.response_judge
+        assert reader is not None
+        complied: Counter[int] = Counter()
+        asked: Counter[int] = Counter()
+        refusals = harmless = 0
+        greedy = {sample.prompt_id: sample.answer_ids for sample in self._samples.held_back_greedy}
+        for item, answer_ids in zip(self._questions, answers, strict=True):
+            outcome = reader.outcome(item.prompt_id, item.prefill_ids, answer_ids)
+            if item.depth >= 0:
+                asked[item.depth] += 1
+                complied[item.depth] += outcome is Outcome.COMPLIED
+            else:
+                by_aligned = reader.outcome(item.prompt_id, (), greedy[item.prompt_id])
+                refusals += (outcome is Outcome.REFUSED) - (by_aligned is Outcome.REFUSED)
+                harmless += 1
+        counts = tuple((depth, complied[depth], asked[depth]) for depth in sorted(asked))
+        return Measurement(step, counts, refusals, harmless, kl)
+
+
+def questions(samples: SampleSet, depths: Sequence[int]) -> list[Question]:
+    """Harmful prompts with h cut at each depth that it reaches, refusal prefixes left out, then the harmless prompts."""
+    found = []
+    for sample in samples.held_back_recovery:
+        h = sample.harmful_ids[sample.refusal_prefix_tokens :]
+        found += [
+            Question(sample.prompt_id, sample.prompt_ids, h[:depth], depth) for depth in depths if depth < len(h)
+        ]
+    return found + [Question(item.prompt_id, item.prompt_ids, (), -1) for item in samples.held_back_greedy]

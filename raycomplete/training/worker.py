@@ -1,8 +1,8 @@
 """The training loop of one Ray Train worker, top to bottom.
 
 Each step: take its sequences and scores, forward and backward over micro-batches, one optimizer step, share the
-measurements, feed them back to the depth sampler and the multiplier, write the metrics row; now and then validate and
-write a checkpoint. The method says what is trained (`raycomplete.methods`).
+measurements, feed them back to the depth sampler, write the metrics row; now and then measure held-back prompts, which
+steer loss weights and choose the step that is kept, and write a checkpoint. The method says what is trained (`raycomplete.methods`).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from raycomplete.data.heads import load_head
 from raycomplete.data.samples import read_samples
 from raycomplete.losses.loss import LossOutput
 from raycomplete.methods.registry import DepthConfig, Feedback
+from raycomplete.runtime.files import write_json
 from raycomplete.runtime.logs import set_step
 from raycomplete.runtime.machine import named_when_full
 from raycomplete.runtime.metrics_file import MetricsFile, finite, open_sinks
@@ -33,8 +34,9 @@ from raycomplete.runtime.plugins import load_plugins
 from raycomplete.runtime.prometheus import begin, finished_step
 from raycomplete.training import checkpoints
 from raycomplete.training.batches import BatchBuilder, MicroBatch, cut_harmful, teacher_contexts
+from raycomplete.training.controller import Controller
 from raycomplete.training.deepspeed_engine import BadSteps, gathered_state, spread_bad_loss, start_engine
-from raycomplete.training.feedback import DepthSampler, LossMultiplier
+from raycomplete.training.feedback import DepthSampler
 from raycomplete.training.job import TrainJob
 from raycomplete.training.metrics import StepMeter, describe_terms, peak_memory_gib
 from raycomplete.training.on_policy import OnPolicySource
@@ -92,17 +94,15 @@ class Worker:
         self.terms = describe_terms(self.loss)
         self.builder = BatchBuilder(self.loss, scale=float(self.world_size * self.accumulation))
         self.prefetcher = TeacherPrefetcher(job.sources, partial(teacher_contexts, self.builder, method))
-        self.multiplier: LossMultiplier | None = None
-        if method.constrained is not None:
-            self.constrained_term, constraint = method.constrained
-            self.multiplier = LossMultiplier(constraint, self.loss.weights[self.constrained_term])
+        self.controller = Controller(train.validation, self.loss.weights)
+        self.interval = train.validation.interval(train.steps)
         self.bad_steps = BadSteps(job.folder, train.max_bad_steps)
         self.stop = False
         self.lm, self.engine = self._start_engine()
         if not keeps_sequences_apart(self.engine, self.samples.anchor[0], job.dtype):
             self.builder = replace(self.builder, packed=False)
         self.source = self._make_source()
-        self.validator = self._make_validator() if method.validated_terms and train.validation.every > 0 else None
+        self.validator = self._make_validator()
         self.recorded_best = 0  # step of the best one that the newest checkpoint knows of
         self.first_step = self._restore()
         first = self.rank == 0
@@ -156,8 +156,11 @@ class Worker:
         sync = WeightSync(job, self.engine, self.lm, self.samples.anchor, packed=self.builder.packed)
         return OnPolicySource(job, self._make_planner(job.rollout.oversample), *shared, sync)
 
-    def _make_validator(self) -> Validator:
-        return Validator(self.engine, self.samples, self.prefetcher, self.builder, self.job.method, self.job.train)
+    def _make_validator(self) -> Validator | None:
+        if self.interval == 0 or self.job.response_judge is None or not self.samples.held_back_recovery:
+            return None
+        size, packed = self.per_device_batch_size, self.builder.packed
+        return Validator(self.engine, self.samples, self.job, size, packed=packed)
 
     def _restore(self) -> int:
         """Takes up the newest checkpoint and returns the number of finished steps."""
@@ -167,35 +170,32 @@ class Worker:
         if state is None:
             return 0
         self.sampler.load_state_dict(state["sampler"])
-        if self.multiplier is not None:
-            self.multiplier.load_state_dict(state["multiplier"])
         self.source.load_state_dict(state["source"])
         self.bad_steps.load_state_dict(state.get("bad_steps", {"total": 0, "in_a_row": 0}))
         if self.validator is not None:
-            self.validator.load_state_dict(state["validator"])
-            if self.validator.best_step and not checkpoints.is_whole(
-                self.job.best_checkpoint, self.validator.best_step, hashed=hashed
-            ):
-                logger.warning("The best checkpoint, of step %d, is lost or damaged.", self.validator.best_step)
-                self.validator.forget_best()
+            self.controller.load_state_dict(state["controller"])
+            best_step = self.controller.best_step
+            if best_step and not checkpoints.is_whole(self.job.best_checkpoint, best_step, hashed=hashed):
+                logger.warning("The best checkpoint, of step %d, is lost or damaged.", best_step)
+                self.controller.forget_best()
             # What was best on a way that is not gone again must not be shipped.
-            self.recorded_best = self.validator.best_step
+            self.recorded_best = self.controller.best_step
             checkpoints.keep_only(self.job.best_checkpoint, self.recorded_best)
         return int(state["step"])
 
     def train(self) -> int | None:
-        """Runs the steps that are left, or fewer where validation says that nothing gets better.
+        """Runs the steps that are left, or fewer where held-back prompts say that nothing gets better.
 
         Returns:
             Finished steps where someone asked to stop: there is a checkpoint of them, and no student yet.
         """
         train, done, stops = self.job.train, self.first_step, False
         for step in range(self.first_step, train.steps):
-            if self.validator is not None and self.validator.is_over:
+            if self.controller.is_over:
                 break
             row = self._step(step)
             done = step + 1
-            if self.validator is not None and (done % train.validation.every == 0 or done == train.steps):
+            if self.validator is not None and (done % self.interval == 0 or done == train.steps):
                 row |= self._validate(self.validator, done)
             if self.metrics is not None:
                 self.metrics.append(row)
@@ -206,7 +206,7 @@ class Worker:
             if done % train.checkpoint_every == 0 or done == train.steps or stops:
                 checkpoints.save(self.engine, self.job.checkpoints, done, self._state(), train.keep_checkpoints, train)
                 if self.validator is not None:
-                    self.recorded_best = self.validator.best_step
+                    self.recorded_best = self.controller.best_step
                     checkpoints.keep_only(self.job.best_checkpoint, self.recorded_best)
             if stops:
                 break
@@ -214,28 +214,34 @@ class Worker:
             sink.close()
         if stops:
             return done
-        if self.validator is not None and self.validator.best is not None:
-            checkpoints.restore(
-                self.engine, self.job.best_checkpoint, self.validator.best_step, hashed=train.checkpoint_hashes
-            )
+        if self.controller.best is not None:
+            self._keep_best()
         self._profile()
         return None
 
     def _validate(self, validator: Validator, done: int) -> dict[str, Any]:
-        row: dict[str, Any] = dict(validator.measure(done))
-        if validator.best_step == done:
+        started = time.perf_counter()
+        row = self.controller.update(validator.measure(done))
+        if self.controller.best_step == done:
             # A kill from here on goes back to the last checkpoint, and so to the best one that it names.
             checkpoints.keep_only(self.job.best_checkpoint, self.recorded_best)
             checkpoints.save(self.engine, self.job.best_checkpoint, done, {}, None, self.job.train)
-        return row | {"stopped": validator.is_over}
+        seconds = time.perf_counter() - started
+        return {"validation": row, "validation_s": seconds, "stopped": self.controller.is_over}
+
+    def _keep_best(self) -> None:
+        """Goes back to the step that is kept, and notes which one it is."""
+        step, hashed = self.controller.best_step, self.job.train.checkpoint_hashes
+        checkpoints.restore(self.engine, self.job.best_checkpoint, step, hashed=hashed)
+        if self.rank == 0:
+            write_json(self.job.kept_step_file, {"step": step, "why": self.controller.describe_choice()})
 
     def _state(self) -> dict[str, Any]:
         return {
             "sampler": self.sampler.state_dict(),
-            "multiplier": None if self.multiplier is None else self.multiplier.state_dict(),
             "source": self.source.state_dict(),
             "bad_steps": self.bad_steps.state_dict(),
-            "validator": None if self.validator is None else self.validator.state_dict(),
+            "controller": self.controller.state_dict(),
         }
 
     def finish(self) -> None:
@@ -276,24 +282,20 @@ class Worker:
         is_bad = self.engine.skipped_steps > skipped_before
         self.bad_steps.count(step, skipped=is_bad)
         row |= {"bad_steps": self.bad_steps.total, "padding_fraction": 1 - needed / computed}
-        if self.multiplier is not None:
-            row[f"{self.constrained_term}_weight"] = self.multiplier.weight
+        row |= {f"{name}_weight": factor * self.loss.weights[name] for name, factor in feedback.loss_weights.items()}
         if not is_bad:  # what a bad step measured would spoil the running means
-            self._feed_back(row, meter, given)
+            self._feed_back(meter, given)
         return row | {"lr": learning_rate} | given.stats | self._stats(given.plan, step_sequences, step, started)
 
     def _feedback(self) -> Feedback:
-        weights = {} if self.multiplier is None else {self.constrained_term: self.multiplier.factor}
-        return Feedback(weights, self.sampler.need_by_depth(self.job.max_harmful_tokens).tolist())
+        return Feedback(self.controller.factors, self.sampler.need_by_depth(self.job.max_harmful_tokens).tolist())
 
-    def _feed_back(self, row: dict[str, Any], meter: StepMeter, given: StepInput) -> None:
-        """Tells the depth sampler and the multiplier what a step measured."""
+    def _feed_back(self, meter: StepMeter, given: StepInput) -> None:
+        """Tells the depth sampler what a step measured."""
         if given.compliance is not None and self.job.method.depth.measure == "compliance":
             self.sampler.update(*given.compliance)
         else:
             self.sampler.update(meter.depth_loss_sum, meter.depth_count)
-        if self.multiplier is not None and given.plan.anchor:
-            self.multiplier.update(row[self.constrained_term])
 
     def _accumulate(self, batch: MicroBatch, meter: StepMeter) -> None:
         output = LossOutput.unflatten(self.engine(batch, "loss"), self.loss)

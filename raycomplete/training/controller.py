@@ -1,0 +1,206 @@
+"""The rules by which held-back training prompts steer a run: factors on loss weights, and the step that is kept.
+
+Nothing here reads a model. `raycomplete.training.validation` measures, and no prompt of the evaluation is among what it
+reads. The rules are ours, not those of arXiv 2511.12155.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from raycomplete.config.training import ValidationConfig
+
+ANCHOR, OPENING, PUSH = "anchor", "opening", "push_forward"
+STEERED = (ANCHOR, OPENING, PUSH)
+"""Loss terms whose weights are moved, where a method has them."""
+
+_MEMORY = 0.5  # of the running means: a few dozen answers are noisy, and a run has only a few measurements
+_FALLING = 0.75  # compliance below this share of what it was falls by itself: more weight would overshoot
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """The student after a step, on held-back training prompts.
+
+    Attributes:
+        step: Finished steps.
+        complied: Depths of h with the number of harmful prompts that the student complied with, and of those asked.
+        refusals: Harmless prompts that the student refuses and aligned does not, less those the other way round.
+        harmless: Harmless prompts asked.
+        kl: KL(aligned || student) along aligned's answers to harmless prompts, nats a token.
+    """
+
+    step: int
+    complied: tuple[tuple[int, int, int], ...]
+    refusals: int
+    harmless: int
+    kl: float
+
+    def compliance(self, depths: range | None = None) -> float:
+        """Share of answers that comply, at some depths or at all; 0 where none was asked."""
+        counted = [item for item in self.complied if depths is None or item[0] in depths]
+        return sum(item[1] for item in counted) / max(sum(item[2] for item in counted), 1)
+
+    @property
+    def over_refusal(self) -> float:
+        """Net change of the share of harmless prompts refused, student less aligned."""
+        return self.refusals / self.harmless
+
+
+def excesses(config: ValidationConfig, over_refusal: float, harmless: int, kl: float) -> tuple[float, float]:
+    """Returns over-refusal and KL, each as a multiple of what is allowed.
+
+    A share of n prompts moves in steps of 1 / n, so one prompt is allowed however small the budget: a single changed
+    answer is no evidence.
+    """
+    return over_refusal / max(config.over_refusal_budget, 1 / harmless), kl / config.kl_budget
+
+
+def violation(config: ValidationConfig, found: Measurement) -> float:
+    """Says by how much a step breaks its budgets: the sum of both excesses above 1; 0 where it meets them."""
+    pair = excesses(config, found.over_refusal, found.harmless, found.kl)
+    return sum(max(excess - 1, 0.0) for excess in pair)
+
+
+def choice_key(config: ValidationConfig, found: Measurement) -> tuple[float, float, float]:
+    """Returns the order of preference, smaller is better: least violation, then least compliance, then least KL."""
+    return violation(config, found), found.compliance(), found.kl
+
+
+def moved_factors(
+    config: ValidationConfig,
+    factors: Mapping[str, float],
+    now: Mapping[str, float],
+    before: Mapping[str, float] | None,
+) -> dict[str, float]:
+    """Applies the rules once and returns the new factors, bounded; terms that are not among `factors` are skipped.
+
+    - A budget is broken: the anchor's factor rises and that of push-forward falls, by as much as the budget is
+      exceeded. Push-forward says "refuse" at every position of h, and what it costs is KL on harmless text. The opening's
+      factor falls only where over-refusal is what is broken: it acts on the tokens that decide between answer and
+      refusal.
+    - Both are met: the anchor's factor returns towards 1. Where compliance remains after h that of push-forward rises,
+      where it remains at the opening (depth 0) that of the opening. What falls by itself is left alone, or early
+      measurements, when nothing is learned yet, would drive factors to their bounds.
+
+    Args:
+        config: Rate and bounds.
+        factors: Present factors by term.
+        now: Running means: "over_refusal" and "kl" as multiples of what is allowed, "opening" and "depth" as shares
+            that comply, "one" as the share of a single answer.
+        before: The same after the measurement before; None at the first.
+    """
+    broken = max(now["over_refusal"], now["kl"]) - 1
+    moves: dict[str, float] = {}
+    if broken > 0:
+        size = min(broken, 1.0)
+        moves = {ANCHOR: size, PUSH: -size}
+        if now["over_refusal"] > 1:
+            moves[OPENING] = -size
+    else:
+        moves[ANCHOR] = -0.5
+        if before is not None:
+            remains = {name: now[name] >= max(now["one"], _FALLING * before[name]) for name in ("opening", "depth")}
+            moves |= {OPENING: float(remains["opening"]), PUSH: float(remains["depth"])}
+    found = {}
+    for name, factor in factors.items():
+        low = 1.0 if name == ANCHOR else 1 / config.max_factor  # within its budgets, too, the anchor shapes the student
+        wanted = factor * math.exp(config.rate * moves.get(name, 0.0))
+        found[name] = min(max(wanted, low), config.max_factor)
+    return found
+
+
+class Controller:
+    """Moves factors on loss weights after each measurement, and remembers the step that is to be kept.
+
+    Args:
+        config: Budgets, rate and bounds.
+        weights: Weights of the loss in the run file, by term; terms that are absent or 0 are not steered.
+
+    Attributes:
+        factors: Factor on the weight of each steered term.
+        best: Measurement of the step to keep so far.
+    """
+
+    def __init__(self, config: ValidationConfig, weights: Mapping[str, float]) -> None:
+        self._config = config
+        self.factors = {name: 1.0 for name in STEERED if weights.get(name, 0.0) > 0}
+        self.best: Measurement | None = None
+        self._means: dict[str, float] | None = None
+        self._since = 0
+
+    @property
+    def best_step(self) -> int:
+        """Finished steps of the best measurement; 0 before the first."""
+        return self.best.step if self.best is not None else 0
+
+    @property
+    def is_over(self) -> bool:
+        """True once `patience` measurements in a row brought nothing better."""
+        return 0 < self._config.patience <= self._since
+
+    def update(self, found: Measurement) -> dict[str, Any]:
+        """Takes in a measurement, and returns it and the decisions, for metrics.jsonl."""
+        config = self._config
+        if self.best is None or choice_key(config, found) < choice_key(config, self.best):
+            self.best, self._since = found, 0
+        else:
+            self._since += 1
+        over_refusal, kl = excesses(config, found.over_refusal, found.harmless, found.kl)
+        seen = {
+            "over_refusal": over_refusal,
+            "kl": kl,
+            "opening": found.compliance(range(1)),
+            "depth": found.compliance(range(1, 10**9)),
+            "one": 1 / max(sum(item[2] for item in found.complied), 1),
+        }
+        before = self._means
+        self._means = (
+            seen if before is None else {name: _MEMORY * before[name] + (1 - _MEMORY) * seen[name] for name in seen}
+        )
+        self.factors = moved_factors(config, self.factors, self._means, before)
+        return {
+            "compliance": {str(depth): part / asked for depth, part, asked in found.complied},
+            "compliance_n": {str(depth): asked for depth, _, asked in found.complied},
+            "over_refusal": found.over_refusal,
+            "over_refusal_n": found.harmless,
+            "kl": found.kl,
+            "meets_budgets": violation(config, found) == 0,
+            "best_step": self.best_step,
+            "factors": dict(self.factors),
+        }
+
+    def describe_choice(self) -> str:
+        """Says in one sentence which step is kept, and whether it meets the budgets."""
+        found, config = self.best, self._config
+        if found is None:
+            return "The last step is kept: none was measured."
+        allowed = max(config.over_refusal_budget, 1 / found.harmless)
+        measured = (
+            f"over-refusal {found.over_refusal:+.3f} against aligned (at most {allowed:.3f}, n = {found.harmless}), KL "
+            f"{found.kl:.4f} nats a token (at most {config.kl_budget:g}), compliance {found.compliance():.3f} (n = "
+            f"{sum(item[2] for item in found.complied)})"
+        )
+        if violation(config, found) == 0:
+            return f"Step {found.step} is kept, the safest within the budgets on held-back prompts: {measured}."
+        return f"No measured step met the budgets on held-back prompts; step {found.step} breaks them least: {measured}."
+
+    def state_dict(self) -> dict[str, Any]:
+        """Factors, running means and the best measurement, as plain JSON types."""
+        best = None if self.best is None else asdict(self.best)
+        return {"factors": self.factors, "means": self._means, "best": best, "since": self._since}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes up a saved run."""
+        self.factors, self._means, self._since = dict(state["factors"]), state["means"], int(state["since"])
+        best = state["best"]
+        self.best = (
+            None if best is None else Measurement(**best | {"complied": tuple(map(tuple, best["complied"]))})
+        )
+
+    def forget_best(self) -> None:
+        """The checkpoint of the best step is gone: the next measurement is the best, and patience begins anew."""
+        self.best, self._since = None, 0
