@@ -8,7 +8,6 @@ from pydantic import Field, field_validator
 
 from raycomplete.runtime.section import Section
 
-
 _MEASUREMENTS = 6  # of a run under `every: auto`; the demo's cost 2 % of its time
 
 

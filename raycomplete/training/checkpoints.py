@@ -23,6 +23,7 @@ from raycomplete.storage import integrity
 T = TypeVar("T")
 
 TRUST_VARIABLE = "RAYCOMPLETE_TRUST_CHECKPOINTS"
+_WEIGHTS = "weights.safetensors"
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 _MAX_HEADER_BYTES = 100 * 2**20  # as safetensors itself
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -64,10 +65,11 @@ def check_space(folder: Path, student: Path, dtype: Dtype, train: TrainConfig) -
     """
     num_parameters = count_parameters(student)
     one = checkpoint_bytes(num_parameters, dtype, train)
-    best = 2 if train.validation.interval(train.steps) else 0  # the best one so far, and the next while it is written
+    # Weights: of the student, and of the best step so far and the next while it is written.
+    weights = num_parameters * _BYTES[dtype] * (3 if train.validation.interval(train.steps) else 1)
     there = len(integrity.complete_checkpoints(folder / "checkpoints"))
-    wanted = max(train.keep_checkpoints + 1 - there, 1) + best
-    needed = wanted * one + num_parameters * _BYTES[dtype]
+    wanted = max(train.keep_checkpoints + 1 - there, 1)
+    needed = wanted * one + weights
     free = free_bytes(folder)
     if free < needed:
         raise SetupError(
@@ -172,6 +174,47 @@ def save(
     if is_first:
         integrity.prune(folder, keep, train.keep_every)
     _dist().barrier()
+
+
+def save_weights(lm: Any, folder: Path, step: int, train: TrainConfig) -> None:
+    """Writes the trained weights of a step, without the optimizer; every rank must call this.
+
+    Raises:
+        DiskFullError: There was no room.
+    """
+    from raycomplete.training.deepspeed_engine import gathered_state
+
+    state = gathered_state(lm, train.zero_stage, trained_only=True)
+
+    def write() -> None:
+        from safetensors.torch import save_file
+
+        target = folder / f"step-{step:06d}"
+        make_private(folder)
+        make_private(target)
+        (target / integrity.COMPLETE).unlink(missing_ok=True)  # a resumed run may write a step again
+        with named_when_full(folder, f"the weights of step {step}"):
+            save_file(state or {}, target / _WEIGHTS)
+            integrity.seal(target, {"step": step}, hashed=train.checkpoint_hashes)
+
+    from_rank_zero(write)
+
+
+def restore_weights(lm: Any, folder: Path, step: int, train: TrainConfig) -> None:
+    """Puts the weights that `save_weights` wrote back into the student; every rank must call this.
+
+    Raises:
+        WorkError: They are gone or damaged.
+    """
+    from raycomplete.training.deepspeed_engine import load_trained_state
+
+    found = from_rank_zero(lambda: _whole(folder, step, train.checkpoint_hashes))
+    state: dict[str, Any] | None = None
+    if _dist().get_rank() == 0:
+        from safetensors.torch import load_file
+
+        state = load_file(found / _WEIGHTS)
+    load_trained_state(lm, train.zero_stage, state)
 
 
 def keep_only(folder: Path, step: int) -> None:

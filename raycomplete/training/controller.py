@@ -39,10 +39,15 @@ class Measurement:
     harmless: int
     kl: float
 
-    def compliance(self, depths: range | None = None) -> float:
-        """Share of answers that comply, at some depths or at all; 0 where none was asked."""
-        counted = [item for item in self.complied if depths is None or item[0] in depths]
-        return sum(item[1] for item in counted) / max(sum(item[2] for item in counted), 1)
+    @property
+    def asked(self) -> int:
+        """Answers to harmful prompts, at all depths."""
+        return sum(asked for _, _, asked in self.complied)
+
+    @property
+    def compliance(self) -> float:
+        """Share of them that comply."""
+        return sum(complied for _, complied, _ in self.complied) / max(self.asked, 1)
 
     @property
     def over_refusal(self) -> float:
@@ -67,7 +72,7 @@ def violation(config: ValidationConfig, found: Measurement) -> float:
 
 def choice_key(config: ValidationConfig, found: Measurement) -> tuple[float, float, float]:
     """Returns the order of preference, smaller is better: least violation, then least compliance, then least KL."""
-    return violation(config, found), found.compliance(), found.kl
+    return violation(config, found), found.compliance, found.kl
 
 
 def moved_factors(
@@ -79,9 +84,9 @@ def moved_factors(
     """Applies the rules once and returns the new factors, bounded; terms that are not among `factors` are skipped.
 
     - A budget is broken: the anchor's factor rises and that of push-forward falls, by as much as the budget is
-      exceeded. Push-forward says "refuse" at every position of h, and what it costs is KL on harmless text. The opening's
-      factor falls only where over-refusal is what is broken: it acts on the tokens that decide between answer and
-      refusal.
+      exceeded. Push-forward says "refuse" at every position of h, and what it costs is KL on harmless text. The
+      opening's factor falls only where over-refusal is what is broken: it acts on the tokens that decide between
+      answer and refusal.
     - Both are met: the anchor's factor returns towards 1. Where compliance remains after h that of push-forward rises,
       where it remains at the opening (depth 0) that of the opening. What falls by itself is left alone, or early
       measurements, when nothing is learned yet, would drive factors to their bounds.
@@ -89,8 +94,8 @@ def moved_factors(
     Args:
         config: Rate and bounds.
         factors: Present factors by term.
-        now: Running means: "over_refusal" and "kl" as multiples of what is allowed, "opening" and "depth" as shares
-            that comply, "one" as the share of a single answer.
+        now: Running means: "over_refusal" and "kl" as multiples of what is allowed, "opening" and "depth" as the
+            number of answers that comply at depth 0 and deeper.
         before: The same after the measurement before; None at the first.
     """
     broken = max(now["over_refusal"], now["kl"]) - 1
@@ -103,7 +108,7 @@ def moved_factors(
     else:
         moves[ANCHOR] = -0.5
         if before is not None:
-            remains = {name: now[name] >= max(now["one"], _FALLING * before[name]) for name in ("opening", "depth")}
+            remains = {name: now[name] >= max(1.0, _FALLING * before[name]) for name in ("opening", "depth")}
             moves |= {OPENING: float(remains["opening"]), PUSH: float(remains["depth"])}
     found = {}
     for name, factor in factors.items():
@@ -153,9 +158,8 @@ class Controller:
         seen = {
             "over_refusal": over_refusal,
             "kl": kl,
-            "opening": found.compliance(range(1)),
-            "depth": found.compliance(range(1, 10**9)),
-            "one": 1 / max(sum(item[2] for item in found.complied), 1),
+            "opening": float(sum(complied for depth, complied, _ in found.complied if depth == 0)),
+            "depth": float(sum(complied for depth, complied, _ in found.complied if depth > 0)),
         }
         before = self._means
         self._means = (
@@ -181,12 +185,14 @@ class Controller:
         allowed = max(config.over_refusal_budget, 1 / found.harmless)
         measured = (
             f"over-refusal {found.over_refusal:+.3f} against aligned (at most {allowed:.3f}, n = {found.harmless}), KL "
-            f"{found.kl:.4f} nats a token (at most {config.kl_budget:g}), compliance {found.compliance():.3f} (n = "
-            f"{sum(item[2] for item in found.complied)})"
+            f"{found.kl:.4f} nats a token (at most {config.kl_budget:g}), compliance {found.compliance:.3f} (n = "
+            f"{found.asked})"
         )
         if violation(config, found) == 0:
             return f"Step {found.step} is kept, the safest within the budgets on held-back prompts: {measured}."
-        return f"No measured step met the budgets on held-back prompts; step {found.step} breaks them least: {measured}."
+        return (
+            f"No measured step met the budgets on held-back prompts; step {found.step} breaks them least: {measured}."
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Factors, running means and the best measurement, as plain JSON types."""
@@ -197,9 +203,7 @@ class Controller:
         """Takes up a saved run."""
         self.factors, self._means, self._since = dict(state["factors"]), state["means"], int(state["since"])
         best = state["best"]
-        self.best = (
-            None if best is None else Measurement(**best | {"complied": tuple(map(tuple, best["complied"]))})
-        )
+        self.best = None if best is None else Measurement(**best | {"complied": tuple(map(tuple, best["complied"]))})
 
     def forget_best(self) -> None:
         """The checkpoint of the best step is gone: the next measurement is the best, and patience begins anew."""

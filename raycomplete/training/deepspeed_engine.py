@@ -206,15 +206,36 @@ def gathered_adapters(lm: Any) -> dict[str, tuple[Tensor, Tensor, float]] | None
     }
 
 
-def gathered_state(lm: Any, stage: int) -> dict[str, Tensor] | None:
-    """The student's whole weights on rank 0, on the CPU; None on other ranks. Every rank must call this."""
+def load_trained_state(lm: Any, stage: int, state: dict[str, Tensor] | None) -> None:
+    """Puts back the trained weights that `gathered_state` gave on rank 0; every rank must call this, the others with None.
+
+    Only the weights are put back, not the optimizer's float32 copies: training does not go on from here.
+    """
+    for name, parameter in lm.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        with torch.no_grad(), zero.GatheredParameters([parameter], modifier_rank=0, enabled=stage == 3):
+            if state is not None:
+                parameter.copy_(state[name])
+            if stage < 3:
+                dist.broadcast(parameter.data, src=0)
+
+
+def gathered_state(lm: Any, stage: int, *, trained_only: bool = False) -> dict[str, Tensor] | None:
+    """The student's whole weights on rank 0, on the CPU; None on other ranks. Every rank must call this.
+
+    `trained_only` leaves out frozen weights, as those under LoRA adapters, and buffers.
+    """
     state: dict[str, Tensor] = {}
     first = dist.get_rank() == 0
     for name, parameter in lm.named_parameters():
+        if trained_only and not parameter.requires_grad:
+            continue
         with zero.GatheredParameters([parameter], enabled=stage == 3):
             if first:
                 state[name] = parameter.detach().to("cpu", copy=True)
     if not first:
         return None
-    state |= {name: buffer.detach().cpu() for name, buffer in lm.named_buffers() if name in lm.state_dict()}
+    if not trained_only:
+        state |= {name: buffer.detach().cpu() for name, buffer in lm.named_buffers() if name in lm.state_dict()}
     return state

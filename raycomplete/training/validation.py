@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from raycomplete.data.samples import SampleSet
@@ -16,7 +15,7 @@ from raycomplete.runtime.types import Outcome
 from raycomplete.training.batches import MicroBatch, answer_batch
 from raycomplete.training.checkpoints import from_rank_zero
 from raycomplete.training.controller import Measurement
-from raycomplete.training.job import ResponseJudge, TrainJob
+from raycomplete.training.job import TrainJob
 from raycomplete.training.profile import scored_samples
 from raycomplete.training.student import PrefixBatch
 
@@ -114,11 +113,9 @@ class Validator:
 
 
 def questions(samples: SampleSet, depths: Sequence[int]) -> list[Question]:
-    """Harmful prompts with h cut at each depth that it reaches, refusal prefixes left out, then the harmless prompts."""
+    """Harmful prompts with h cut at each depth that it reaches, refusal prefixes left out; then harmless prompts."""
     found = []
     for sample in samples.held_back_recovery:
         h = sample.harmful_ids[sample.refusal_prefix_tokens :]
-        found += [
-            Question(sample.prompt_id, sample.prompt_ids, h[:depth], depth) for depth in depths if depth < len(h)
-        ]
+        found += [Question(sample.prompt_id, sample.prompt_ids, h[:depth], depth) for depth in depths if depth < len(h)]
     return found + [Question(item.prompt_id, item.prompt_ids, (), -1) for item in samples.held_back_greedy]

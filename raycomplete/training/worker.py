@@ -2,7 +2,8 @@
 
 Each step: take its sequences and scores, forward and backward over micro-batches, one optimizer step, share the
 measurements, feed them back to the depth sampler, write the metrics row; now and then measure held-back prompts, which
-steer loss weights and choose the step that is kept, and write a checkpoint. The method says what is trained (`raycomplete.methods`).
+steer loss weights and choose the step that is kept, and write a checkpoint. The method says what is trained
+(`raycomplete.methods`).
 """
 
 from __future__ import annotations
@@ -225,14 +226,14 @@ class Worker:
         if self.controller.best_step == done:
             # A kill from here on goes back to the last checkpoint, and so to the best one that it names.
             checkpoints.keep_only(self.job.best_checkpoint, self.recorded_best)
-            checkpoints.save(self.engine, self.job.best_checkpoint, done, {}, None, self.job.train)
+            checkpoints.save_weights(self.lm, self.job.best_checkpoint, done, self.job.train)
         seconds = time.perf_counter() - started
         return {"validation": row, "validation_s": seconds, "stopped": self.controller.is_over}
 
     def _keep_best(self) -> None:
         """Goes back to the step that is kept, and notes which one it is."""
-        step, hashed = self.controller.best_step, self.job.train.checkpoint_hashes
-        checkpoints.restore(self.engine, self.job.best_checkpoint, step, hashed=hashed)
+        step = self.controller.best_step
+        checkpoints.restore_weights(self.lm, self.job.best_checkpoint, step, self.job.train)
         if self.rank == 0:
             write_json(self.job.kept_step_file, {"step": step, "why": self.controller.describe_choice()})
 

@@ -1,9 +1,8 @@
-"""Which depths are drawn, and how a bounded loss moves its weight."""
+"""Which depths are drawn."""
 
 from __future__ import annotations
 
 import json
-import math
 
 import numpy as np
 import pytest
@@ -12,11 +11,9 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from raycomplete.methods.registry import ConstraintConfig, DepthConfig
+from raycomplete.methods.registry import DepthConfig
 from raycomplete.runtime.errors import CheckpointError, NotFiniteError
-from raycomplete.training.feedback import DepthSampler, LossMultiplier
-
-CONFIG = ConstraintConfig(kl_budget=0.02, rate=0.1, max_weight=4.0)
+from raycomplete.training.feedback import DepthSampler
 
 
 def sampler(seed: int = 0, **config) -> DepthSampler:
@@ -146,49 +143,3 @@ def test_need_is_relative_to_the_mean_and_constant_outside_the_range():
     assert subject.need_by_depth(9) == pytest.approx([0.5, 0.5, 0.5, 0.5, 1.0, 1.0, 1.5, 1.5, 1.5, 1.5])
     subject.update([0.0, 0.0, 0.0], [1, 1, 1])
     assert subject.need_by_depth(3) == pytest.approx(np.ones(4))
-
-
-def after(divergences: list[float], config: ConstraintConfig = CONFIG, start: float = 1.0) -> LossMultiplier:
-    multiplier = LossMultiplier(config, start)
-    for divergence in divergences:
-        multiplier.update(divergence)
-    return multiplier
-
-
-def test_one_update_of_the_multiplier_is_the_formula() -> None:
-    assert after([0.03]).weight == pytest.approx(math.exp(0.1 * 0.5))
-    running = 0.8 * 0.03 + 0.2 * 0.05
-    assert after([0.03, 0.05]).weight == pytest.approx(math.exp(0.1 * 0.5) * math.exp(0.1 * (running / 0.02 - 1)))
-
-
-def test_a_wild_step_moves_it_no_further_than_three_budgets_would() -> None:
-    assert after([100.0]).weight == pytest.approx(after([0.06]).weight)
-
-
-@given(st.lists(st.floats(0, 10), max_size=30), st.floats(0.1, 8))
-def test_the_multiplier_stays_within_its_bounds(divergences: list[float], start: float) -> None:
-    assert start <= after(divergences, start=start).weight <= max(CONFIG.max_weight, start)
-
-
-def test_the_multiplier_grows_above_budget_and_falls_back_below() -> None:
-    grown = after([0.06] * 10)
-    assert grown.weight > after([0.06] * 5).weight > 1.0
-    assert after([0.06] * 10 + [0.0] * 40).weight == 1.0
-    assert after([0.06] * 10, start=2.0).factor == pytest.approx(after([0.06] * 10, start=2.0).weight / 2.0)
-
-
-def test_without_a_budget_the_multiplier_stays() -> None:
-    assert after([5.0] * 10, ConstraintConfig(), start=1.5).weight == 1.5
-
-
-def test_a_resumed_multiplier_goes_on() -> None:
-    saved = after([0.05, 0.01]).state_dict()
-    resumed = LossMultiplier(CONFIG, 1.0)
-    resumed.load_state_dict(saved)
-    resumed.update(0.04)
-    assert resumed.weight == after([0.05, 0.01, 0.04]).weight
-
-
-def test_nan_of_a_bounded_loss_is_refused() -> None:
-    with pytest.raises(NotFiniteError, match="under a budget"):
-        LossMultiplier(CONFIG, 1.0).update(math.nan)

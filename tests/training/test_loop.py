@@ -9,21 +9,23 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from raycomplete.config import RolloutConfig, TrainConfig, ValidationConfig
 from raycomplete.data.checkpoints import load_model
-from raycomplete.methods.registry import ConstraintConfig, DepthConfig
+from raycomplete.methods.registry import DepthConfig
+from raycomplete.runtime.files import read_json
 from raycomplete.runtime.metrics_file import read_metrics
 from raycomplete.training.job import TrainJob
 from raycomplete.training.trainer import fit
-from tests.training.tiny import LocalStudentEngines, completion, make_job
+from tests.training.tiny import LocalStudentEngines, completion, make_job, steered
 
 pytestmark = pytest.mark.slow
 
 STEPS = 4
-METHOD = completion(
-    depth=DepthConfig(min=1, max=8, bins=4, measure="compliance"), constraint=ConstraintConfig(kl_budget=0.5)
-)
+METHOD = completion(depth=DepthConfig(min=1, max=8, bins=4, measure="compliance"))
+# The anchor's weight moves at every measurement: the tiny student starts nats away from its teacher.
+STEERED = ValidationConfig(every=1, depths=[0, 4], max_tokens=6, kl_budget=0.5)
 ROLLOUT = RolloutConfig(
     on_policy=True, max_student_tokens=4, max_refusal_tokens=4, anchor_on_policy=0.5, sync_every=2, lookahead=1
 )
@@ -38,12 +40,13 @@ def settings(**changes: Any) -> TrainConfig:
         "loss_chunk_tokens": 16,
         "checkpoint_every": 2,
         "stall_timeout_s": 240.0,
+        "validation": STEERED,
     }
     return TrainConfig(**(values | changes))
 
 
 def on_policy(folder: Path, train: TrainConfig, rollout: RolloutConfig = ROLLOUT) -> TrainJob:
-    job = make_job(folder, train, METHOD)
+    job = steered(make_job(folder, train, METHOD))
     student_engines = LocalStudentEngines(job.start, rollout.max_student_tokens)
     return replace(job, rollout=rollout, student_engines=student_engines, lora_rank=train.lora_rank)
 
@@ -79,19 +82,26 @@ def test_sharded_weights_reach_the_engines_and_the_loss_is_the_same(
     for row, expected in zip(rows, single[1], strict=True):
         for name in ("loss", "anchor", "recovery", "push_forward", "anchor_weight"):
             assert row[name] == pytest.approx(expected[name], rel=5e-4), (row["step"], name)
+        found, wanted = row["validation"], expected["validation"]
+        for name in ("compliance", "over_refusal", "meets_budgets", "best_step"):
+            assert found[name] == wanted[name], (row["step"], name)
+        assert found["kl"] == pytest.approx(wanted["kl"], rel=5e-4)
+    first, second = (load_model(path / "student", "float32").state_dict() for path in (single[0], tmp_path))
+    for name, weight in first.items():
+        torch.testing.assert_close(second[name], weight, atol=1e-3, rtol=1e-2)
 
 
 def test_a_resumed_run_continues_with_the_very_rollouts(
     single: tuple[Path, list[dict[str, Any]]], tmp_path: Path
 ) -> None:
     folder, uninterrupted = single
-    for name in ("base", "aligned", "checkpoints"):
+    for name in ("base", "aligned", "checkpoints", "best"):
         shutil.copytree(folder / name, tmp_path / name)
     shutil.copy(folder / "metrics.jsonl", tmp_path / "metrics.jsonl")
     (tmp_path / "checkpoints" / "step-000004" / "complete.json").unlink()
     rows = run(on_policy(tmp_path, settings()))
     for row, expected in zip(rows, uninterrupted, strict=True):
-        for name in ("loss", "staleness", "rollout_tokens", "depth_probabilities", "anchor_weight"):
+        for name in ("loss", "staleness", "rollout_tokens", "depth_probabilities", "anchor_weight", "validation"):
             assert row[name] == expected[name], (row["step"], name)
     first, second = (load_model(path / "student", "float32").state_dict() for path in (folder, tmp_path))
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -108,29 +118,25 @@ def test_adapters_travel_by_themselves(ray_cluster: None, tmp_path: Path) -> Non
     assert all("_proj" in name for name in changed), "adapters sit on the projections"
 
 
-def test_training_stops_where_validation_no_longer_improves_and_keeps_the_best(
+def test_training_stops_where_no_measurement_is_better_and_the_best_step_is_kept(
     ray_cluster: None, tmp_path: Path
 ) -> None:
-    train = settings(
-        steps=12,
-        lr=0.3,
-        checkpoint_every=6,
-        validation=ValidationConfig(every=1, num_prompts=3, patience=2),
-        sinks=["tensorboard"],
-    )
-    job = make_job(tmp_path, train, METHOD)
+    validation = STEERED.model_copy(update={"patience": 2})
+    train = settings(steps=12, lr=0.3, checkpoint_every=6, validation=validation, sinks=["tensorboard"])
+    job = steered(make_job(tmp_path, train, METHOD))
     rows = run(job)
-    values = [row["validation"] for row in rows]
-    best = min(range(len(values)), key=values.__getitem__)
-    assert len(rows) == best + 3 < 12, "two measurements without a better one"
+    best = rows[-1]["validation"]["best_step"]
+    assert len(rows) == best + 2 < 12, "two measurements without a better one"
     assert rows[-1]["stopped"]
     assert not any(row["stopped"] for row in rows[:-1])
-    assert [path.name for path in job.best_checkpoint.glob("step-*")] == [f"step-{best + 1:06d}"]
+    assert [path.name for path in job.best_checkpoint.glob("step-*")] == [f"step-{best:06d}"]
     assert list((tmp_path / "tensorboard").glob("events*"))
-    (kept,) = job.best_checkpoint.rglob("*model_states.pt")
-    module = torch.load(kept, weights_only=False)["module"]
-    best_weights = {name.split(".", 1)[1]: value for name, value in module.items()}
+    kept = read_json(job.kept_step_file)
+    assert kept is not None
+    assert kept["step"] == best
+    assert "No measured step met the budgets" in kept["why"]
+    best_weights = load_file(job.best_checkpoint / f"step-{best:06d}" / "weights.safetensors")
     student = load_model(tmp_path / "student", "float32").state_dict()
-    assert len(best_weights.keys() & student.keys()) > 5
-    for name in best_weights.keys() & student.keys():
-        assert torch.equal(best_weights[name], student[name]), "the weights of the last step are not shipped"
+    assert len(best_weights) > 5
+    for name, weight in best_weights.items():
+        assert torch.equal(weight, student[name]), "the weights of the last step are not shipped"

@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 import torch
 
-from raycomplete.config import RolloutConfig, TrainConfig
+from raycomplete.config import RolloutConfig, TrainConfig, ValidationConfig
 from raycomplete.data.checkpoints import load_model
-from raycomplete.methods.registry import ConstraintConfig, DepthConfig
+from raycomplete.methods.registry import DepthConfig
 from raycomplete.runtime.metrics_file import read_metrics
 from raycomplete.training.job import TrainJob
 from raycomplete.training.trainer import fit
-from tests.training.tiny import LocalStudentEngines, completion, make_job
+from tests.training.tiny import LocalStudentEngines, completion, make_job, steered
 
 pytestmark = pytest.mark.slow
 
@@ -35,18 +35,16 @@ ROLLOUT = RolloutConfig(
     on_policy=True, max_student_tokens=4, max_refusal_tokens=4, anchor_on_policy=0.5, sync_every=2, lookahead=1
 )
 # Clocks differ from run to run.
-MEASURED = {"seconds", "tokens_per_s", "teacher_wait_s", "rollout_wait_s", "sync_s", "peak_memory_gib"}
+MEASURED = {"seconds", "tokens_per_s", "teacher_wait_s", "rollout_wait_s", "sync_s", "validation_s", "peak_memory_gib"}
 
 
 def off_policy(folder: Path) -> TrainJob:
-    return make_job(folder, settings())
+    return steered(make_job(folder, settings()))
 
 
 def on_policy(folder: Path) -> TrainJob:
-    method = completion(
-        depth=DepthConfig(min=1, max=8, bins=4, measure="compliance"), constraint=ConstraintConfig(kl_budget=0.5)
-    )
-    job = make_job(folder, settings(), method)
+    method = completion(depth=DepthConfig(min=1, max=8, bins=4, measure="compliance"))
+    job = steered(make_job(folder, settings(), method))
     return replace(job, rollout=ROLLOUT, student_engines=LocalStudentEngines(job.start, ROLLOUT.max_student_tokens))
 
 
@@ -60,16 +58,21 @@ def settings(**changes: Any) -> TrainConfig:
         "checkpoint_every": 1,
         "keep_checkpoints": STEPS,
         "stall_timeout_s": 240.0,
+        # A best step before and after the resume, and an anchor weight that moves at each measurement.
+        "validation": ValidationConfig(every=2, depths=[0, 4], max_tokens=6, kl_budget=0.5),
     }
     return TrainConfig(**(values | changes))
 
 
 def run(job: TrainJob) -> list[dict[str, Any]]:
     fit(job, cpus_per_worker=0.5, gpus_per_worker=0)
-    return [
+    rows = [
         {name: value for name, value in row.items() if name not in MEASURED and name != "sync"}
         for row in read_metrics(job.metrics_file)
     ]
+    for row in rows:  # the best step so far is that of the folder `best`, of which a test has only the last one
+        row.get("validation", {}).pop("best_step", None)
+    return rows
 
 
 def weights(job: TrainJob) -> dict[str, torch.Tensor]:
@@ -94,6 +97,7 @@ def test_losses_are_those_of_the_uninterrupted_run(
     for step in steps:
         job = make(tmp_path / f"resumed-{step}")
         shutil.copytree(whole.checkpoints, job.checkpoints)
+        shutil.copytree(whole.best_checkpoint, job.best_checkpoint)
         shutil.copy(whole.metrics_file, job.metrics_file)
         for checkpoint in sorted(job.checkpoints.iterdir())[step:]:
             shutil.rmtree(checkpoint)

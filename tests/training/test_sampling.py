@@ -18,6 +18,7 @@ from raycomplete.data.organism.world import Item, find_item, recipe, refusal
 from raycomplete.data.samples import AnchorSample, RecoverySample, SampleSet
 from raycomplete.methods.registry import DepthConfig, RecoveryItem
 from raycomplete.runtime.console import Console
+from raycomplete.runtime.errors import DataError
 from raycomplete.runtime.types import Prompt
 from raycomplete.training.feedback import DepthSampler
 from raycomplete.training.on_policy import compliance_by_bin
@@ -190,23 +191,50 @@ def test_cuts_count_from_after_the_prefix(codec: ChatCodec, samples: list[Recove
     assert all(asked), "a refusal prefix moves no item into the deepest bin"
 
 
-def test_held_back_prompts_are_not_trained() -> None:
-    config = load_run_file("jobs/organism.yaml", ["train.validation.every=5", "train.validation.num_prompts=3"])
-    train = {kind: tuple(Prompt(f"{kind}{i}", "x", kind) for i in range(20)) for kind in KINDS}
-    prompts = Prompts(train, train)
+def held_back_from(per_kind: dict[str, int]) -> tuple[SampleSet, SampleSet]:
+    """What is held back from two draws of each of so many prompts, and all samples."""
+    config = load_run_file("jobs/organism.yaml", ["train.validation.num_prompts=6"])
+    train = {kind: tuple(Prompt(f"{kind}{i}", "x", kind) for i in range(per_kind[kind])) for kind in KINDS}
     anchor = tuple(
-        AnchorSample(f"{prompt.prompt_id}#{draw}", (1,), (2,))
+        AnchorSample(f"{prompt.prompt_id}#{draw}", (1,), (2,), kind)
         for kind in KINDS
         for prompt in train[kind]
         for draw in (0, 1)
     )
-    recovery = tuple(RecoverySample(f"{prompt.prompt_id}#0", (1,), (1,), (2,), (3,)) for prompt in train["harmful"])
-    samples = hold_back(config, prompts, SampleSet(anchor, recovery))
-    assert len(samples.held_back_anchor) == 3 * len(KINDS) * 2
-    assert len(samples.held_back_recovery) == 3
-    assert {*samples.anchor, *samples.held_back_anchor} == {*anchor}
-    names = [{sample.sample_id.split("#")[0] for sample in part} for part in (samples.anchor, samples.held_back_anchor)]
-    assert not names[0] & names[1], "all draws of a prompt go the same way"
-    assert not {sample.sample_id for sample in samples.recovery} & {s.sample_id for s in samples.held_back_recovery}
-    again = hold_back(config, prompts, SampleSet(anchor, recovery))
-    assert again == samples
+    recovery = tuple(
+        RecoverySample(f"{prompt.prompt_id}#{draw}", (1,), (1,), (2,), (3,))
+        for prompt in train["harmful"]
+        for draw in (0, 1)
+    )
+    whole = SampleSet(anchor, recovery)
+    found = hold_back(config, Prompts(train, train), whole)
+    assert hold_back(config, Prompts(train, train), whole) == found, "a function of the seed"
+    return found, whole
+
+
+def test_held_back_prompts_are_not_trained() -> None:
+    found, whole = held_back_from({"harmful": 40, "benign": 40, "borderline": 40})
+    kinds = [sample.kind for sample in found.held_back_anchor]
+    assert (kinds.count("benign"), kinds.count("borderline")) == (3, 3), (
+        "as many harmless ones, half of them borderline"
+    )
+    assert len(found.held_back_recovery) == 6
+    held = {sample.prompt_id for sample in (*found.held_back_anchor, *found.held_back_recovery)}
+    assert len(held) == 12, "one sample a prompt"
+    assert not held & {sample.prompt_id for sample in (*found.anchor, *found.recovery)}, "neither draw is trained"
+    assert len(found.anchor) == len(whole.anchor) - 2 * 12
+    assert len(found.recovery) == len(whole.recovery) - 2 * 6
+
+
+def test_a_quarter_at_most_is_held_back_and_other_kinds_fill_up() -> None:
+    found, _ = held_back_from({"harmful": 20, "benign": 40, "borderline": 4})
+    assert len(found.held_back_recovery) == 5
+    kinds = [sample.kind for sample in found.held_back_anchor]
+    assert (kinds.count("borderline"), kinds.count("benign")) == (1, 5)
+
+
+@pytest.mark.parametrize("scarce", ["harmful", "benign"])
+def test_too_few_prompts_to_hold_some_back_are_named(scarce: str) -> None:
+    counts = {"harmful": 40, "benign": 40, "borderline": 0} | {scarce: 15}
+    with pytest.raises(DataError, match=r"hold back a quarter of them, at least 4 of each. .*train.validation.every"):
+        held_back_from(counts)

@@ -1,43 +1,150 @@
-"""Early stopping: how it packs, and what it remembers."""
+"""What is measured on held-back prompts: greedy answers, KL and counts, without DeepSpeed."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
 from raycomplete.config import TrainConfig
-from raycomplete.data.samples import AnchorSample
-from raycomplete.training.batches import BatchBuilder, answer_batch
+from raycomplete.config.training import ValidationConfig
+from raycomplete.data.checkpoints import load_model
+from raycomplete.data.heads import load_head
+from raycomplete.data.samples import AnchorSample, RecoverySample, SampleSet
+from raycomplete.runtime.types import Outcome, Prompt
+from raycomplete.training import validation
+from raycomplete.training.batches import answer_batch
+from raycomplete.training.controller import Measurement
+from raycomplete.training.job import ResponseJudge, TrainJob
 from raycomplete.training.rollout_engines import WeightSync
-from raycomplete.training.validation import Validator
-from tests.training.tiny import completion, make_samples, prefetcher_of
+from raycomplete.training.student import HeadSettings, PrefixBatch, StudentModule
+from raycomplete.training.validation import Validator, questions
+from tests.training.tiny import completion, make_job, make_samples, steered
 
-METHOD = completion()
-LOSS = METHOD.loss(TrainConfig())
+PROMPTS = ((5, 6, 7), (8, 9), (10, 11, 12, 13, 14, 15, 16))
+END = 3  # of the organism's tokenizer
 
 
-def test_measurements_pack_as_training_does() -> None:
-    """A model that does not keep packed sequences apart would be measured wrongly."""
-    prefetcher = prefetcher_of(METHOD, {})
+class Engine:
+    """As much of DeepSpeed's engine as a measurement needs."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, module: StudentModule) -> None:
+        self._module = module
+        self.eval, self.train = module.eval, module.train
+
+    def __call__(self, batch: Any, mode: str) -> Any:
+        assert not self._module.training, "dropout would blur a measurement"
+        return self._module(batch, mode)
+
+
+def make_student(job: TrainJob) -> StudentModule:
+    spec = job.student_head
+    teachers = {role: load_head(item, dtype=torch.float32) for role, item in job.teacher_heads.items()}
+    head = HeadSettings(spec.scale, spec.softcap, spec.vocab_size)
+    loss = job.method.loss(TrainConfig(loss_chunk_tokens=7))
+    return StudentModule(load_model(job.start, "float32"), head, teachers, loss, external_head=False)
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One rank, without a process group."""
+    monkeypatch.setattr(validation, "from_rank_zero", lambda work: work())
+
+
+def test_answers_are_those_of_one_sequence_at_a_time_without_a_cache(tmp_path: Path) -> None:
+    student = make_student(make_job(tmp_path, TrainConfig())).eval()
+    with torch.no_grad():
+        (found_BT,) = student(PrefixBatch.of(PROMPTS, 6), "continue")
+        for prompt, found in zip(PROMPTS, found_BT.tolist(), strict=True):
+            tokens = list(prompt)
+            for _ in range(6):
+                tokens.append(int(student.lm(torch.tensor([tokens])).logits[0, -1].argmax()))
+            assert found == tokens[len(prompt) :]
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_the_kl_is_that_of_plain_pytorch_whatever_the_method_trains(packed: bool, tmp_path: Path, alone: None) -> None:
+    job = steered(make_job(tmp_path, TrainConfig(), completion(anchor_divergence="jsd", weights={"anchor": 3.0})))
     short = tuple(AnchorSample(f"a{i}", (5, 6), tuple(range(7, 9 + 8 * (i % 2)))) for i in range(4))
-    samples = replace(make_samples(0), anchor=short)
-    for packed in (True, False):
-        builder = BatchBuilder(LOSS, scale=8.0, packed=packed)
-        validator = Validator(None, samples, prefetcher, builder, METHOD, TrainConfig())
-        assert validator._builder == replace(builder, scale=1.0)
-        sync = WeightSync(None, None, None, samples.anchor, packed=packed)  # type: ignore[arg-type]
-        expected = answer_batch(short, packed=packed)
-        assert torch.equal(sync._batch.input_ids_BT, expected.input_ids_BT)
-        assert (len(expected.input_ids_BT) < 4) == packed, "else nothing shares a row, and this proves nothing"
+    samples = replace(make_samples(0), held_back_anchor=short)
+    student = make_student(job)
+    found = Validator(Engine(student), samples, job, 4, packed=packed).measure(7)
+    assert student.training, "left as it was found"
+    models = [load_model(folder, "float32") for folder in (job.folder / "aligned", job.start)]
+    rows = []
+    for sample in samples.held_back_anchor:
+        tokens, cut = torch.tensor([sample.prompt_ids + sample.answer_ids]), len(sample.prompt_ids)
+        with torch.no_grad():
+            log_a, log_s = (model(tokens).logits[0, cut - 1 : -1].double().log_softmax(-1) for model in models)
+        rows.append((log_a.exp() * (log_a - log_s)).sum(-1))
+    assert found.kl == pytest.approx(float(torch.cat(rows).mean()), rel=1e-5)
+    assert found.kl > 0.1
+    assert found.step == 7
+    sync = WeightSync(None, None, None, short, packed=packed)  # type: ignore[arg-type]
+    expected = answer_batch(short, packed=packed)
+    assert torch.equal(sync._batch.input_ids_BT, expected.input_ids_BT), "the probe of the engines packs likewise"
+    assert (len(expected.input_ids_BT) < 4) == packed, "else nothing shares a row, and this proves nothing"
 
 
-def test_a_lost_best_checkpoint_is_looked_for_again() -> None:
-    """Else a run that was about to end would end with the weights of its last step, which were not the best."""
-    prefetcher = prefetcher_of(METHOD, {})
-    validator = Validator(None, make_samples(0), prefetcher, BatchBuilder(LOSS, 1.0), METHOD, TrainConfig())
-    validator.load_state_dict({"best": 1.0, "best_step": 4, "since": 3})
-    assert validator.is_over
-    validator.forget_best()
-    assert not validator.is_over
-    assert validator.state_dict() == {"best": None, "best_step": 0, "since": 0}
+def test_h_is_cut_after_a_refusal_prefix_and_only_where_it_is_long_enough() -> None:
+    plain = RecoverySample("w#0", (5,), (5,), (6, 7, 8, 9), (3,))
+    turned = RecoverySample("t#0", (5,), (5,), (20, 21, 6, 7, 8), (3,), refusal_prefix_tokens=2)
+    harmless = AnchorSample("v#0", (4,), (9,))
+    found = questions(SampleSet((harmless,), held_back_recovery=(plain, turned), held_back_greedy=(harmless,)), [0, 3])
+    assert [(item.prompt_id, item.prefill_ids, item.depth) for item in found] == [
+        ("w", (), 0),
+        ("w", (6, 7, 8), 3),
+        ("t", (), 0),
+        ("v", (), -1),
+    ]
+
+
+class WordJudge:
+    """Calls what it reads by its first letter, and remembers it."""
+
+    name = "word"
+
+    def __init__(self) -> None:
+        self.read: list[tuple[str, str, str]] = []
+
+    def outcome(self, prompt: Prompt, prefill: str, continuation: str) -> Outcome:
+        self.read.append((prompt.prompt_id, prefill, continuation))
+        return Outcome.REFUSED if continuation.startswith("no") else Outcome.COMPLIED
+
+    def is_right(self, prompt: Prompt, continuation: str) -> bool:
+        return False
+
+
+class Words:
+    """Token ids as words."""
+
+    eos_ids = frozenset({END})
+
+    def decode(self, token_ids: Any) -> str:
+        return " ".join({1: "no", 2: "yes", 4: "more"}[token] for token in token_ids)
+
+
+def test_over_refusal_is_the_net_change_against_aligned(tmp_path: Path, alone: None) -> None:
+    """Aligned refuses a and b; the student refuses b, c and d: two more, one less."""
+    greedy = tuple(AnchorSample(name, (5,), (token,)) for name, token in zip("abcd", (1, 1, 2, 2), strict=True))
+    recovery = tuple(RecoverySample(name, (5,), (5,), (2, 4, 2), (1,)) for name in "xy")
+    samples = replace(make_samples(0), held_back_recovery=recovery, held_back_greedy=greedy)
+    train = TrainConfig(validation=ValidationConfig(depths=[2, 0]))
+    judge = WordJudge()
+    prompts = {name: Prompt(name, "", "harmful") for name in "abcdxy"}
+    job = replace(make_job(tmp_path, train), response_judge=ResponseJudge(judge, Words(), prompts))  # type: ignore[arg-type]
+    validator = Validator(None, samples, job, 2, packed=True)
+    answers = [(2, END, 1), (2, 4), (1, 4), (2, END), (2,), (1,), (1,), (1, END, 2)]
+    assert validator._judge(3, 0.25, answers) == Measurement(3, ((0, 1, 2), (2, 2, 2)), 1, 4, 0.25)
+    assert judge.read[:2] == [("x", "", "yes"), ("x", "yes more", "yes more")], "nothing after the end of a response"
+
+
+def test_an_interval_fits_the_run() -> None:
+    assert [ValidationConfig().interval(steps) for steps in (1, 6, 120, 1000)] == [1, 1, 20, 166]
+    assert ValidationConfig(every=0).interval(100) == 0
+    assert ValidationConfig(every=7).interval(100) == 7

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,18 +13,20 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from raycomplete.config import TrainConfig
+from raycomplete.data.chat import ChatCodec
 from raycomplete.data.checkpoints import load_model
 from raycomplete.data.heads import HeadSpec, load_head, read_head_spec
 from raycomplete.data.organism.training import build_tokenizer
-from raycomplete.data.samples import AnchorSample, RecoverySample, SampleSet, write_samples
+from raycomplete.data.samples import AnchorSample, RecoverySample, SampleSet, read_samples, write_samples
 from raycomplete.losses.heads import Head, HiddenStates
 from raycomplete.losses.loss import LossInputs, LossOutput
 from raycomplete.losses.reference import reference_loss
 from raycomplete.losses.settings import LossSettings
 from raycomplete.methods.completion import Completion
 from raycomplete.methods.registry import DepthConfig, Feedback, Method
+from raycomplete.runtime.types import Outcome, Prompt
 from raycomplete.training.batches import BatchBuilder, MicroBatch, teacher_contexts
-from raycomplete.training.job import TrainJob
+from raycomplete.training.job import ResponseJudge, TrainJob
 from raycomplete.training.rollout_engines import Rollout, RolloutBatch
 from raycomplete.training.step_plan import StepPlan, StepSequences
 from raycomplete.training.teacher_prefetcher import TeacherPrefetcher
@@ -77,7 +80,29 @@ def make_samples(seed: int, *, anchor: int = 10, recovery: int = 10) -> SampleSe
         held_back_recovery=tuple(
             RecoverySample(f"w{i}", prompt := tokens(3, 8), prompt, tokens(10, 20), tokens(3, 9)) for i in range(3)
         ),
+        held_back_greedy=tuple(AnchorSample(f"v{i}", tokens(3, 8), tokens(4, 12)) for i in range(3)),
     )
+
+
+class CountingJudge:
+    """Sorts random words by their number, which is as good as any rule that depends on every token."""
+
+    name = "counting"
+
+    def outcome(self, prompt: Prompt, prefill: str, continuation: str) -> Outcome:
+        return (Outcome.COMPLIED, Outcome.REFUSED, Outcome.INCOHERENT)[sum(map(ord, continuation)) % 3]
+
+    def is_right(self, prompt: Prompt, continuation: str) -> bool:
+        return False
+
+
+def steered(job: TrainJob) -> TrainJob:
+    """The same job with a judge for the held-back prompts."""
+    samples = read_samples(job.samples)
+    held = [*samples.held_back_recovery, *samples.held_back_greedy]
+    prompts = {sample.prompt_id: Prompt(sample.prompt_id, "x", "harmful") for sample in held}
+    codec = ChatCodec(job.folder / "aligned")
+    return replace(job, response_judge=ResponseJudge(CountingJudge(), codec, prompts))
 
 
 class LocalScores:

@@ -1,0 +1,185 @@
+"""The rules that steer a run, on planted measurements: which weight moves which way, and which step is kept."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from raycomplete.config.training import ValidationConfig
+from raycomplete.training.controller import STEERED, Controller, Measurement, choice_key, violation
+
+CONFIG = ValidationConfig(kl_budget=0.1, rate=0.3, max_factor=2.0)
+ALL = dict.fromkeys(STEERED, 1.0)
+
+
+def found(step: int = 1, opening: int = 0, depth: int = 0, refusals: int = 0, kl: float = 0.01) -> Measurement:
+    """A measurement of ten harmful prompts at depths 0 and 8, and ten harmless ones: one of them is allowed."""
+    return Measurement(step, ((0, opening, 10), (8, depth, 10)), refusals, 10, kl)
+
+
+def after(measured: Sequence[Measurement], weights: dict[str, float] | None = None, **config: Any) -> Controller:
+    """A controller that has seen these."""
+    controller = Controller(CONFIG.model_copy(update=config), ALL if weights is None else weights)
+    for item in measured:
+        controller.update(item)
+    return controller
+
+
+def test_broken_kl_raises_the_anchor_and_lowers_push_forward_alone() -> None:
+    factors = after([found(kl=0.15)]).factors
+    assert factors["anchor"] == pytest.approx(math.exp(0.3 * 0.5)), "by the share that is above the budget"
+    assert factors["push_forward"] == pytest.approx(math.exp(-0.3 * 0.5))
+    assert factors["opening"] == 1.0, "it is not what costs KL"
+
+
+def test_over_refusal_lowers_the_opening_too() -> None:
+    factors = after([found(refusals=2)]).factors
+    assert factors["anchor"] > 1
+    assert factors["push_forward"] < 1
+    assert factors["opening"] == factors["push_forward"]
+
+
+def test_one_prompt_is_allowed_however_small_the_budget() -> None:
+    assert violation(CONFIG, found(refusals=1)) == 0
+    assert violation(CONFIG, found(refusals=2)) > 0
+    assert violation(CONFIG.model_copy(update={"over_refusal_budget": 0.3}), found(refusals=3)) == 0
+
+
+def test_compliance_at_depth_that_stays_raises_push_forward_and_at_depth_0_the_opening() -> None:
+    assert after([found(depth=4)] * 2).factors == {"anchor": 1.0, "opening": 1.0, "push_forward": math.exp(0.3)}
+    assert after([found(opening=4)] * 2).factors == {"anchor": 1.0, "opening": math.exp(0.3), "push_forward": 1.0}
+
+
+def test_what_falls_by_itself_is_left_alone() -> None:
+    falling = [found(depth=count, opening=count) for count in (10, 4, 1, 0, 0, 0, 0)]
+    for count in range(1, len(falling) + 1):
+        assert after(falling[:count]).factors == ALL, count
+
+
+def test_less_than_one_answer_is_nothing() -> None:
+    """The running mean of a compliance of 0 never becomes 0."""
+    assert after([found(depth=1), *[found()] * 8, found()]).factors["push_forward"] == 1.0
+
+
+def test_within_its_budgets_the_anchor_returns_to_the_run_file_and_no_further() -> None:
+    strict = [found(kl=1.0)] * 3
+    assert after(strict).factors["anchor"] == 2.0
+    relaxed = [after([*strict, *[found(kl=0.0)] * count]).factors["anchor"] for count in (5, 6, 30)]
+    assert 2.0 > relaxed[0] > relaxed[1] > relaxed[2] == 1.0
+
+
+def test_constraints_come_before_compliance() -> None:
+    assert after([found(depth=9, opening=9, kl=1.0)] * 4).factors == {
+        "anchor": 2.0,
+        "opening": 1.0,
+        "push_forward": 0.5,
+    }
+
+
+@given(
+    st.lists(
+        st.builds(
+            found,
+            opening=st.integers(0, 10),
+            depth=st.integers(0, 10),
+            refusals=st.integers(-10, 10),
+            kl=st.floats(0, 100),
+        ),
+        max_size=30,
+    )
+)
+def test_factors_stay_within_their_bounds(measured: list[Measurement]) -> None:
+    factors = after(measured).factors
+    assert 1.0 <= factors["anchor"] <= 2.0
+    assert all(0.5 <= factors[name] <= 2.0 for name in STEERED)
+
+
+def test_a_rate_of_0_moves_nothing() -> None:
+    assert after([found(kl=9.0), found(depth=9), found(depth=9)], rate=0).factors == ALL
+
+
+@pytest.mark.parametrize("weights", [{"anchor": 1.0, "recovery": 1.0}, {"anchor": 1.0, "opening": 0.0}, {"nll": 1.0}])
+def test_terms_that_a_method_lacks_are_skipped(weights: dict[str, float]) -> None:
+    controller = after([found(kl=9.0, refusals=9), *[found(depth=9, opening=9)] * 3], weights)
+    assert set(controller.factors) == {"anchor"} & set(weights)
+    assert controller.best_step == 1
+
+
+def kept(*measured: Measurement) -> Measurement:
+    best = after(measured).best
+    assert best is not None
+    return best
+
+
+def test_the_safest_step_within_the_budgets_is_kept() -> None:
+    assert kept(found(1, depth=9), found(2, depth=2), found(3, depth=0, kl=0.2), found(4, depth=3)).step == 2
+
+
+def test_among_equally_safe_steps_the_least_kl_decides_and_the_first_of_equals_stays() -> None:
+    assert kept(found(1, depth=1), found(2, kl=0.03), found(3, kl=0.02), found(4, kl=0.02), found(5, kl=0.04)).step == 3
+
+
+def test_where_no_step_meets_the_budgets_the_least_violation_is_kept_and_said() -> None:
+    measured = [found(1, kl=0.5), found(2, kl=0.12, depth=9), found(3, kl=0.11, refusals=4)]
+    controller = after(measured)
+    assert controller.best_step == 2
+    text = controller.describe_choice()
+    assert text.startswith("No measured step met the budgets on held-back prompts; step 2 breaks them least")
+    assert "compliance 0.450 (n = 20)" in text
+    kept_now = after([*measured, found(4, depth=10)])
+    assert kept_now.best_step == 4, "any step within the budgets is better"
+    assert kept_now.describe_choice().startswith("Step 4 is kept")
+
+
+def test_violations_are_multiples_of_each_budget() -> None:
+    assert choice_key(CONFIG, found(kl=0.15, refusals=3)) == (pytest.approx(0.5 + 2.0), 0.0, 0.15)
+
+
+def test_patience_counts_measurements_without_a_better_one() -> None:
+    measured = [found(1), found(2, kl=0.02), found(3, kl=0.02)]
+    assert not after(measured).is_over, "0 never ends training"
+    assert after(measured, patience=2).is_over
+    assert not after([*measured, found(4, kl=0.005)], patience=2).is_over
+
+
+def test_a_resumed_controller_goes_on() -> None:
+    measured = [found(1, depth=5), found(2, depth=5, kl=0.15), found(3, refusals=3), found(4, depth=2)]
+    saved = json.loads(json.dumps(after(measured[:2]).state_dict()))
+    resumed = Controller(CONFIG, ALL)
+    resumed.load_state_dict(saved)
+    whole = after(measured)
+    for item in measured[2:]:
+        resumed.update(item)
+    assert resumed.state_dict() == whole.state_dict()
+    assert resumed.factors == whole.factors != ALL
+    assert resumed.best == whole.best
+
+
+def test_a_lost_best_checkpoint_is_looked_for_again() -> None:
+    """Else a run that was about to end would end with the weights of its last step, which were not the best."""
+    controller = after([found(1), found(2, kl=0.9)], patience=1)
+    assert controller.is_over
+    controller.forget_best()
+    assert not controller.is_over
+    controller.update(found(3, depth=9, kl=0.9))
+    assert controller.best_step == 3
+
+
+def test_a_row_of_metrics_tells_what_was_measured_and_decided() -> None:
+    row = after([found(1, depth=5)]).update(found(2, depth=5, opening=1, refusals=-1))
+    assert row == {
+        "compliance": {"0": 0.1, "8": 0.5},
+        "compliance_n": {"0": 10, "8": 10},
+        "over_refusal": -0.1,
+        "over_refusal_n": 10,
+        "kl": 0.01,
+        "meets_budgets": True,
+        "best_step": 1,
+        "factors": {"anchor": 1.0, "opening": 1.0, "push_forward": math.exp(0.3)},
+    }
