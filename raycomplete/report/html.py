@@ -131,6 +131,7 @@ def _run_figures(run: RunFolder) -> list[_Figure]:
     no_metrics = "This run has no metrics.jsonl: it was evaluated without training."
     no_depths = "No step of this run recorded its depth sampler." if metrics else no_metrics
     no_rollouts = "The student did not roll out in this run." if metrics else no_metrics
+    no_steering = "No training prompts were held back in this run." if metrics else no_metrics
     return [
         ("Safety and utility at a glance", no_rates, plots.rate_bars(summary)),
         ("Attack by attack", no_attacks, plots.attack_bars(summary["attacks"])),
@@ -138,6 +139,7 @@ def _run_figures(run: RunFolder) -> list[_Figure]:
         ("What the models did", no_results, plots.outcome_bars(run.results)),
         ("Where training changed the model", no_profile, plots.position_profile(run.profile or {})),
         ("Training", no_metrics, plots.training_curves(metrics, run.terms)),
+        ("How training steered itself", no_steering, plots.steering(metrics)),
         ("Depths that were trained", no_depths, plots.depth_heat_map(metrics)),
         ("Where the student still complied", no_rollouts, plots.compliance_heat_map(metrics)),
     ]

@@ -246,6 +246,50 @@ def training_curves(metrics: Sequence[Mapping[str, Any]], terms: Mapping[str, Ma
     return Plot("training", "The loss and its terms by optimizer step, where they are above 0.", figure, rows)
 
 
+def steering(metrics: Sequence[Mapping[str, Any]]) -> Plot | None:
+    """Compliance, budgets and factors on loss weights by step, as measured on held-back training prompts."""
+    measured = [(row["step"], row["validation"]) for row in metrics if row.get("validation")]
+    if not measured:
+        return None
+    steps, kept = [step for step, _ in measured], measured[-1][1]["best_step"]
+    depths = list(measured[-1][1]["compliance"])
+    names = list(measured[-1][1]["factors"])
+    curves = [
+        {f"depth {depth}": [found["compliance"].get(depth) for _, found in measured] for depth in depths},
+        {
+            label: [found["of_budget"][name] for _, found in measured]
+            for name, label in {"over_refusal": "over-refusal", "kl": "KL to aligned"}.items()
+        },
+        {name.replace("_", "-"): [found["factors"].get(name) for _, found in measured] for name in names},
+    ]
+    figure, panels = new_figure(6.6, 3, sharex=True)
+    labels = ("answers that comply", "share of the budget", "factor on the weight")
+    for axes, label, series in zip(panels, labels, curves, strict=True):
+        for (name, values), (color, dashes) in zip(series.items(), cycle(_SERIES_STYLES), strict=False):
+            axes.plot(steps, gaps(values), color=color, linestyle=dashes, marker=".", label=name)
+        axes.axvline(kept, color="#555555", linewidth=1.0)
+        axes.set_ylabel(label)
+        if series:
+            axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
+    panels[0].set_ylim(-0.02, 1.02)
+    panels[0].yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    panels[1].axhline(1.0, color="#555555", linewidth=1.0, linestyle=(0, (1, 1)))
+    panels[2].set_xlabel("step")
+    panels[2].xaxis.set_major_locator(MaxNLocator(integer=True))
+    heads = [f"compliance_{depth}" for depth in depths] + ["over_refusal", "kl", *(f"{name}_factor" for name in names)]
+    rows: list[Row] = [["step", *heads, "meets_budgets"]]
+    for step, found in measured:
+        compliance = [found["compliance"].get(depth) for depth in depths]
+        factors = [found["factors"].get(name) for name in names]
+        rows.append([step, *compliance, found["over_refusal"], found["kl"], *factors, found["meets_budgets"]])
+    caption = (
+        "The student on held-back training prompts: harmful ones that it answers by depth of the prefill, over-refusal "
+        "against aligned and KL to it as shares of what is allowed (dotted at 1), and the factors by which these moved "
+        f"the weights of the loss. The line marks step {kept}, which was kept."
+    )
+    return Plot("steering", caption, figure, rows)
+
+
 def depth_heat_map(metrics: Sequence[Mapping[str, Any]]) -> Plot | None:
     """From which depths recovery was drawn, by step."""
     caption = "Probability of each bin of depths, by step. The sampler goes where training is incomplete."

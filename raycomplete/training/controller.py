@@ -172,6 +172,7 @@ class Controller:
             "over_refusal": found.over_refusal,
             "over_refusal_n": found.harmless,
             "kl": found.kl,
+            "of_budget": {"over_refusal": over_refusal, "kl": kl},
             "meets_budgets": violation(config, found) == 0,
             "best_step": self.best_step,
             "factors": dict(self.factors),

@@ -207,7 +207,7 @@ def gathered_adapters(lm: Any) -> dict[str, tuple[Tensor, Tensor, float]] | None
 
 
 def load_trained_state(lm: Any, stage: int, state: dict[str, Tensor] | None) -> None:
-    """Puts back the trained weights that `gathered_state` gave on rank 0; every rank must call this, the others with None.
+    """Puts back trained weights that `gathered_state` gave on rank 0; every rank must call this, others with None.
 
     Only the weights are put back, not the optimizer's float32 copies: training does not go on from here.
     """

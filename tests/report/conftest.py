@@ -101,7 +101,8 @@ def a_step(step: int) -> dict[str, Any]:
     weights = [math.exp(-((place - step / 17) ** 2) / 8) + 0.2 for place in range(len(bins))]
     recovery = 3.0 * math.exp(-step / 25) + 0.05
     anchor, push_forward = 0.02 + 0.0004 * step, 0.3 * math.exp(-step / 12) if step < 90 else 0.0
-    return {
+    measured = {"validation": a_validation(step)} if step % 20 == 0 else {}
+    return measured | {
         "step": step,
         "loss": anchor + recovery + push_forward,
         "anchor": anchor,
@@ -114,6 +115,21 @@ def a_step(step: int) -> dict[str, Any]:
         "depth_probabilities": [weight / sum(weights) for weight in weights],
         "depth_loss": [None] * len(bins),
         "depth_bins": bins,
+    }
+
+
+def a_validation(step: int) -> dict[str, Any]:
+    """A measurement on held-back prompts."""
+    return {
+        "compliance": {"0": 0.1, "8": 0.5 - step / 300, "32": max(0.9 - step / 100, 0.0)},
+        "compliance_n": {"0": 24, "8": 24, "32": 24},
+        "over_refusal": 0.02,
+        "over_refusal_n": 24,
+        "kl": 0.11 - step / 2000,
+        "of_budget": {"over_refusal": 0.5, "kl": 1.1 - step / 200},
+        "meets_budgets": step > 20,
+        "best_step": step,
+        "factors": {"anchor": 1.0 + step / 100, "push_forward": 1.0 - step / 300},
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from raycomplete.report import plots
+from tests.report.conftest import a_validation
 
 
 def test_the_compliance_map_leaves_what_was_not_drawn_blank() -> None:
@@ -14,3 +15,16 @@ def test_the_compliance_map_leaves_what_was_not_drawn_blank() -> None:
     assert drawn is not None
     assert drawn.rows == [["step", "1-4", "5-8"], [1, 1.0, None], [2, 0.5, 0.25]]
     assert plots.compliance_heat_map([{"step": 1, "depth_bins": [[1, 4]]}]) is None
+
+
+def test_steering_tells_every_measurement_and_the_step_that_was_kept() -> None:
+    rows = [{"step": 1}, *({"step": step, "validation": a_validation(step)} for step in (20, 40))]
+    drawn = plots.steering(rows)
+    assert drawn is not None
+    head, first, second = drawn.rows
+    assert head[:6] == ["step", "compliance_0", "compliance_8", "compliance_32", "over_refusal", "kl"]
+    assert head[6:] == ["anchor_factor", "push_forward_factor", "meets_budgets"]
+    assert (first[0], first[3], first[-1]) == (20, 0.7, False)
+    assert (second[6], second[-1]) == (1.4, True)
+    assert "step 40, which was kept" in drawn.caption
+    assert plots.steering(rows[:1]) is None

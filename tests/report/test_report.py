@@ -10,7 +10,7 @@ from raycomplete.report.html import setting, write_report
 from raycomplete.runtime.errors import DataError
 from tests.report.conftest import a_rate
 
-FIGURES = ("rates", "attacks", "prefill_depth", "outcomes", "position_profile", "training", "depth_sampler")
+FIGURES = ("rates", "attacks", "prefill_depth", "outcomes", "position_profile", "training", "steering", "depth_sampler")
 VOID = {"meta", "img", "br", "link", "hr"}
 
 

@@ -179,6 +179,7 @@ def test_a_row_of_metrics_tells_what_was_measured_and_decided() -> None:
         "over_refusal": -0.1,
         "over_refusal_n": 10,
         "kl": 0.01,
+        "of_budget": {"over_refusal": -1.0, "kl": pytest.approx(0.1)},
         "meets_budgets": True,
         "best_step": 1,
         "factors": {"anchor": 1.0, "opening": 1.0, "push_forward": math.exp(0.3)},
