@@ -22,7 +22,7 @@ _FALLING = 0.75  # compliance below this share of what it was falls by itself: m
 
 
 @dataclass(frozen=True)
-class Measurement:
+class StepMeasurement:
     """The student after a step, on held-back training prompts.
 
     Attributes:
@@ -64,13 +64,13 @@ def excesses(config: ValidationConfig, over_refusal: float, harmless: int, kl: f
     return over_refusal / max(config.over_refusal_budget, 1 / harmless), kl / config.kl_budget
 
 
-def violation(config: ValidationConfig, found: Measurement) -> float:
+def violation(config: ValidationConfig, found: StepMeasurement) -> float:
     """Says by how much a step breaks its budgets: the sum of both excesses above 1; 0 where it meets them."""
     pair = excesses(config, found.over_refusal, found.harmless, found.kl)
     return sum(max(excess - 1, 0.0) for excess in pair)
 
 
-def choice_key(config: ValidationConfig, found: Measurement) -> tuple[float, float, float]:
+def choice_key(config: ValidationConfig, found: StepMeasurement) -> tuple[float, float, float]:
     """Returns the order of preference, smaller is better: least violation, then least compliance, then least KL."""
     return violation(config, found), found.compliance, found.kl
 
@@ -127,13 +127,13 @@ class Controller:
 
     Attributes:
         factors: Factor on the weight of each steered term.
-        best: Measurement of the step to keep so far.
+        best: StepMeasurement of the step to keep so far.
     """
 
     def __init__(self, config: ValidationConfig, weights: Mapping[str, float]) -> None:
         self._config = config
         self.factors = {name: 1.0 for name in STEERED if weights.get(name, 0.0) > 0}
-        self.best: Measurement | None = None
+        self.best: StepMeasurement | None = None
         self._means: dict[str, float] | None = None
         self._since = 0
 
@@ -147,7 +147,7 @@ class Controller:
         """True once `patience` measurements in a row brought nothing better."""
         return 0 < self._config.patience <= self._since
 
-    def update(self, found: Measurement) -> dict[str, Any]:
+    def update(self, found: StepMeasurement) -> dict[str, Any]:
         """Takes in a measurement, and returns it and the decisions, for metrics.jsonl."""
         config = self._config
         if self.best is None or choice_key(config, found) < choice_key(config, self.best):
@@ -204,7 +204,9 @@ class Controller:
         """Takes up a saved run."""
         self.factors, self._means, self._since = dict(state["factors"]), state["means"], int(state["since"])
         best = state["best"]
-        self.best = None if best is None else Measurement(**best | {"complied": tuple(map(tuple, best["complied"]))})
+        self.best = (
+            None if best is None else StepMeasurement(**best | {"complied": tuple(map(tuple, best["complied"]))})
+        )
 
     def forget_best(self) -> None:
         """The checkpoint of the best step is gone: the next measurement is the best, and patience begins anew."""

@@ -14,7 +14,7 @@ from raycomplete.data.samples import SampleSet
 from raycomplete.runtime.types import Outcome
 from raycomplete.training.batches import MicroBatch, answer_batch
 from raycomplete.training.checkpoints import from_rank_zero
-from raycomplete.training.controller import Measurement
+from raycomplete.training.controller import StepMeasurement
 from raycomplete.training.job import TrainJob
 from raycomplete.training.profile import scored_samples
 from raycomplete.training.student import PrefixBatch
@@ -55,7 +55,7 @@ class Validator:
         self._questions = questions(samples, self._config.depths)
         self._kl_batches: list[MicroBatch] | None = None
 
-    def measure(self, step: int) -> Measurement:
+    def measure(self, step: int) -> StepMeasurement:
         """Measures the student after `step` finished steps; every rank must call this and gets the same."""
         if self._kl_batches is None:
             self._kl_batches = self._score()
@@ -92,7 +92,7 @@ class Validator:
             found |= dict(zip(places, map(tuple, token_BT.tolist()), strict=True))
         return [found[place] for place in range(len(order))]
 
-    def _judge(self, step: int, kl: float, answers: Sequence[Ids]) -> Measurement:
+    def _judge(self, step: int, kl: float, answers: Sequence[Ids]) -> StepMeasurement:
         reader = self._job.response_judge
         assert reader is not None
         complied: Counter[int] = Counter()
@@ -109,7 +109,7 @@ class Validator:
                 refusals += (outcome is Outcome.REFUSED) - (by_aligned is Outcome.REFUSED)
                 harmless += 1
         counts = tuple((depth, complied[depth], asked[depth]) for depth in sorted(asked))
-        return Measurement(step, counts, refusals, harmless, kl)
+        return StepMeasurement(step, counts, refusals, harmless, kl)
 
 
 def questions(samples: SampleSet, depths: Sequence[int]) -> list[Question]:

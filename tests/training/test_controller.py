@@ -12,18 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raycomplete.config.training import ValidationConfig
-from raycomplete.training.controller import STEERED, Controller, Measurement, choice_key, violation
+from raycomplete.training.controller import STEERED, Controller, StepMeasurement, choice_key, violation
 
 CONFIG = ValidationConfig(kl_budget=0.1, rate=0.3, max_factor=2.0)
 ALL = dict.fromkeys(STEERED, 1.0)
 
 
-def found(step: int = 1, opening: int = 0, depth: int = 0, refusals: int = 0, kl: float = 0.01) -> Measurement:
+def found(step: int = 1, opening: int = 0, depth: int = 0, refusals: int = 0, kl: float = 0.01) -> StepMeasurement:
     """A measurement of ten harmful prompts at depths 0 and 8, and ten harmless ones: one of them is allowed."""
-    return Measurement(step, ((0, opening, 10), (8, depth, 10)), refusals, 10, kl)
+    return StepMeasurement(step, ((0, opening, 10), (8, depth, 10)), refusals, 10, kl)
 
 
-def after(measured: Sequence[Measurement], weights: dict[str, float] | None = None, **config: Any) -> Controller:
+def after(measured: Sequence[StepMeasurement], weights: dict[str, float] | None = None, **config: Any) -> Controller:
     """A controller that has seen these."""
     controller = Controller(CONFIG.model_copy(update=config), ALL if weights is None else weights)
     for item in measured:
@@ -94,7 +94,7 @@ def test_constraints_come_before_compliance() -> None:
         max_size=30,
     )
 )
-def test_factors_stay_within_their_bounds(measured: list[Measurement]) -> None:
+def test_factors_stay_within_their_bounds(measured: list[StepMeasurement]) -> None:
     factors = after(measured).factors
     assert 1.0 <= factors["anchor"] <= 2.0
     assert all(0.5 <= factors[name] <= 2.0 for name in STEERED)
@@ -111,7 +111,7 @@ def test_terms_that_a_method_lacks_are_skipped(weights: dict[str, float]) -> Non
     assert controller.best_step == 1
 
 
-def kept(*measured: Measurement) -> Measurement:
+def kept(*measured: StepMeasurement) -> StepMeasurement:
     best = after(measured).best
     assert best is not None
     return best

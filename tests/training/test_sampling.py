@@ -192,7 +192,7 @@ def test_cuts_count_from_after_the_prefix(codec: ChatCodec, samples: list[Recove
 
 
 def held_back_from(per_kind: dict[str, int]) -> tuple[SampleSet, SampleSet]:
-    """What is held back from two draws of each of so many prompts, and all samples."""
+    """Holds back from two draws of each of so many prompts; also gives all samples."""
     config = load_run_file("jobs/organism.yaml", ["train.validation.num_prompts=6"])
     train = {kind: tuple(Prompt(f"{kind}{i}", "x", kind) for i in range(per_kind[kind])) for kind in KINDS}
     anchor = tuple(

@@ -1,4 +1,4 @@
-"""What is measured on held-back prompts: greedy answers, KL and counts, without DeepSpeed."""
+"""Measurements on held-back prompts: greedy answers, KL and counts, without DeepSpeed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from raycomplete.data.samples import AnchorSample, RecoverySample, SampleSet
 from raycomplete.runtime.types import Outcome, Prompt
 from raycomplete.training import validation
 from raycomplete.training.batches import answer_batch
-from raycomplete.training.controller import Measurement
+from raycomplete.training.controller import StepMeasurement
 from raycomplete.training.job import ResponseJudge, TrainJob
 from raycomplete.training.rollout_engines import WeightSync
 from raycomplete.training.student import HeadSettings, PrefixBatch, StudentModule
@@ -140,7 +140,7 @@ def test_over_refusal_is_the_net_change_against_aligned(tmp_path: Path, alone: N
     job = replace(make_job(tmp_path, train), response_judge=ResponseJudge(judge, Words(), prompts))  # type: ignore[arg-type]
     validator = Validator(None, samples, job, 2, packed=True)
     answers = [(2, END, 1), (2, 4), (1, 4), (2, END), (2,), (1,), (1,), (1, END, 2)]
-    assert validator._judge(3, 0.25, answers) == Measurement(3, ((0, 1, 2), (2, 2, 2)), 1, 4, 0.25)
+    assert validator._judge(3, 0.25, answers) == StepMeasurement(3, ((0, 1, 2), (2, 2, 2)), 1, 4, 0.25)
     assert judge.read[:2] == [("x", "", "yes"), ("x", "yes more", "yes more")], "nothing after the end of a response"
 
 
