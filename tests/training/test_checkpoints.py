@@ -9,14 +9,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 
 from raycomplete.config import TrainConfig
 from raycomplete.data.checkpoints import load_model
 from raycomplete.runtime.errors import CheckpointError, SetupError, WorkError
 from raycomplete.runtime.files import write_text
 from raycomplete.training import checkpoints as saving
-from raycomplete.training.checkpoints import check_owned, check_space, checkpoint_bytes, count_parameters, make_private
+from raycomplete.training.checkpoints import (
+    check_owned,
+    check_space,
+    checkpoint_bytes,
+    count_parameters,
+    is_whole,
+    make_private,
+    restore_weights,
+    save_weights,
+)
 from tests.storage.test_integrity import flip
 from tests.training.tiny import make_model
 
@@ -175,3 +186,30 @@ def test_a_run_that_would_fill_the_disk_is_refused(tmp_path: Path, monkeypatch: 
     # Checkpoints of a run that is resumed take their room already.
     write_text(tmp_path / "runs" / "old" / "checkpoints" / "step-000001" / "complete.json", "{}")
     check_space(tmp_path / "runs" / "old", model, "float32", train)
+
+
+def test_weights_of_the_best_step_come_back_bit_for_bit(tmp_path: Path) -> None:
+    train = TrainConfig()
+    model = load_model(make_model(tmp_path / "model", 0), "float32")
+    best = {name: weight.clone() for name, weight in model.state_dict().items()}
+    save_weights(model, tmp_path / "best", 3, train)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2.0)
+    assert is_whole(tmp_path / "best", 3)
+    restore_weights(model, tmp_path / "best", 3, train)
+    assert all(torch.equal(weight, best[name]) for name, weight in model.state_dict().items())
+    flip(tmp_path / "best" / "step-000003" / "weights.safetensors")
+    assert not is_whole(tmp_path / "best", 3)
+    with pytest.raises(WorkError, match="another sha256"):
+        restore_weights(model, tmp_path / "best", 3, train)
+
+
+def test_frozen_weights_are_not_kept_with_the_best_step(tmp_path: Path) -> None:
+    """As those under LoRA adapters, which are as large as the model."""
+    model = load_model(make_model(tmp_path / "model", 0), "float32")
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    model.model.norm.weight.requires_grad_(True)
+    save_weights(model, tmp_path / "best", 1, TrainConfig())
+    assert set(load_file(tmp_path / "best" / "step-000001" / "weights.safetensors")) == {"model.norm.weight"}
