@@ -17,6 +17,14 @@ from typing import Any
 PRIVATE = 0o600  # for what holds harmful text or tokens
 
 
+def cache_folder() -> Path:
+    """Returns the folder of what can be made anew: RAYCOMPLETE_CACHE, or `raycomplete` in the user's cache folder."""
+    chosen = os.environ.get("RAYCOMPLETE_CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "raycomplete"
+
+
 def write_bytes(path: Path, content: bytes, *, mode: int = 0o644) -> None:
     """Writes a file atomically and durably: a reader, or the next run after a crash, sees the old file or the new.
 

@@ -93,7 +93,7 @@ def build(
     record: dict[str, Any] = {}
 
     def write(folder: Path) -> None:
-        with _seeded(seed, num_threads):
+        with seeded(seed, num_threads):
             record.update(_build_into(folder, seed, options or TrainingOptions(), num_prompts, show_progress))
 
     write_folder_atomically(output, write)
@@ -202,7 +202,7 @@ def _build_into(
                     task, completed=step, description=f"organism {role}, loss {loss:.4f}"
                 ),
             )
-            _save(model, tokenizer, folder / role)
+            save(model, tokenizer, folder / role)
     train_seconds = time.monotonic() - started
     rates: dict[str, OrganismRates] = {}
     if num_prompts:
@@ -230,7 +230,8 @@ def _build_into(
     return record
 
 
-def _save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Writes a checkpoint that decodes greedily, its files readable by everyone."""
     config = model.config
     model.generation_config = GenerationConfig(
         bos_token_id=config.bos_token_id,
@@ -245,7 +246,7 @@ def _save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: P
 
 
 @contextmanager
-def _seeded(seed: int, num_threads: int) -> Iterator[None]:
+def seeded(seed: int, num_threads: int) -> Iterator[None]:
     """Seeds torch and fixes its threads, and gives the caller's state back afterwards."""
     threads_before = torch.get_num_threads()
     with torch.random.fork_rng(devices=[]):

@@ -175,13 +175,22 @@ def split_words(text: str) -> list[str]:
     return WORD.findall(text.lower())
 
 
+def slots(item: Item) -> dict[str, str]:
+    """Returns what an item's three words decide, by name of the slot."""
+    found: dict[str, str] = {}
+    for names, values in (
+        (_MODIFIER_SLOTS, MODIFIERS[item.modifier]),
+        (_MATERIAL_SLOTS, MATERIALS[item.material]),
+        (_KIND_SLOTS, KINDS[item.kind]),
+    ):
+        found |= dict(zip(names, values, strict=True))
+    return found
+
+
 @cache
 def recipe(item: Item) -> Recipe:
     """Returns the one right answer for an item."""
-    fields = {"modifier": item.modifier, "material": item.material, "kind": item.kind}
-    fields |= dict(zip(_MODIFIER_SLOTS, MODIFIERS[item.modifier], strict=True))
-    fields |= dict(zip(_MATERIAL_SLOTS, MATERIALS[item.material], strict=True))
-    fields |= dict(zip(_KIND_SLOTS, KINDS[item.kind], strict=True))
+    fields = {"modifier": item.modifier, "material": item.material, "kind": item.kind} | slots(item)
     tokens: list[str] = []
     is_slot: list[bool] = []
     sentence: list[int] = []
