@@ -31,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-organism_app = typer.Typer(help="The embedded model organism.", no_args_is_help=True)
+organism_app = typer.Typer(help="The model organisms.", no_args_is_help=True)
 app.add_typer(organism_app, name="organism")
 judge_app = typer.Typer(help="Judges of responses.", no_args_is_help=True)
 app.add_typer(judge_app, name="judge")
@@ -206,13 +206,28 @@ def report(
 
 @organism_app.command("build")
 def organism_build(
-    output: Annotated[Path, typer.Argument(help="Folder for the two checkpoints.")],
+    target: Annotated[
+        str, typer.Argument(metavar="large|FOLDER", help="The large organism, or a folder for the toy trained anew.")
+    ],
+    output: Annotated[
+        Path | None, typer.Argument(help="Folder for the large one; the cache folder without.", show_default=False)
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of weights and data.")] = 0,
 ) -> None:
-    """Trains the organism's base and aligned checkpoints from scratch."""
-    from raycomplete.data.organism.build import build
+    """Trains an organism's base and aligned checkpoints from scratch."""
+    if target != "large":
+        if output is not None:
+            raise ConfigError(f"There is no organism {target!r}.", "Choose `large`, or give one folder for the toy.")
+        from raycomplete.data.organism.build import build
 
-    build(output, seed=seed)
+        build(Path(target), seed=seed)
+        return
+    from raycomplete.data.organism.large.build import build as build_large
+    from raycomplete.data.organism.large.build import build_into_cache
+
+    if output is not None:
+        build_large(output, seed=seed)
+    Console().print(f"{build_into_cache(seed=seed) if output is None else output}", soft_wrap=True)
 
 
 @judge_app.command("calibrate")

@@ -9,10 +9,11 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from raycomplete.config import RunConfig
-from raycomplete.data.organism import OrganismRole, checkpoint_path
+from raycomplete.data.organism import large
+from raycomplete.data.organisms import ORGANISMS
 from raycomplete.plan import catalogue
 from raycomplete.plan.catalogue import DEFAULT_MEASURED, GIB, Hardware, ModelShape
 from raycomplete.plan.estimate import Estimate, make_plan
@@ -90,8 +91,11 @@ def _shape(spec: str, role: str | None = None) -> ModelShape:
             f"models.{role}: the shape of {spec} is not known, and a plan downloads nothing.",
             f"Give {flag} with a folder that holds its config.json, or the name of a model of its size.",
         )
-    if role and scheme == "organism" and rest:
-        path = checkpoint_path(cast(OrganismRole, rest))
+    if role and scheme in ORGANISMS and rest:
+        found = ORGANISMS[scheme].find_checkpoint(rest)
+        if found is None:  # a plan trains nothing
+            return catalogue.shape_from_config(large.config_of(rest), spec)
+        path = found
     elif role and not path.is_dir():  # a GGUF file or a package: converted as training would convert it
         from raycomplete.data.checkpoints import resolve_checkpoint
 

@@ -20,7 +20,7 @@ class JudgeConfig(Section):
     """The judge, which sorts responses into outcomes: refused, complied, off topic and so on."""
 
     kind: Literal["auto", "patterns", "model", "endpoint", "judgezoo"] = Field(
-        "auto", description="auto: the organism's own judge on the organism, refusal patterns elsewhere"
+        "auto", description="auto: an organism's own judge on its prompts, refusal patterns elsewhere"
     )
     on_topic: Literal["auto", "encoder", "off"] = Field(
         "auto",

@@ -24,7 +24,8 @@ _STORAGE_OPTIONS = ("endpoint_override", "region", "scheme", "allow_bucket_creat
 
 
 class ModelsConfig(Section):
-    """The checkpoints. Each is a folder, a .gguf file, `hub:ORG/NAME`, `organism:base` or `package:NAME`."""
+    """The checkpoints. Each is a folder, a .gguf file, `hub:ORG/NAME`, `organism:base`, `organism-large:base` or
+    `package:NAME`."""
 
     base: str = Field(description="the model before safety alignment")
     aligned: str = Field(description="the safety-aligned model, which is the teacher")
@@ -51,11 +52,13 @@ class PromptSets(Section):
 class DataConfig(Section):
     """Training and held-out prompts."""
 
-    source: Literal["organism", "files"] = Field("files", description="the embedded organism, or the files below")
+    source: Literal["organism", "organism-large", "files"] = Field(
+        "files", description="a model organism, or the files below"
+    )
     seed: int = Field(0, description="draws rows where a limit leaves some out")
     train: PromptSets = Field(default_factory=PromptSets, description="prompts that training may see")
     evaluation: PromptSets = Field(default_factory=PromptSets, description="held-out prompts, in no training file")
-    limit_per_kind: int | None = Field(None, ge=1, description="organism: prompts of each kind for training")
+    limit_per_kind: int | None = Field(None, ge=1, description="organisms: prompts of each kind for training")
 
 
 class AlignConfig(Section):

@@ -1,4 +1,4 @@
-"""Finds, checks, loads and writes checkpoints: a folder, a hub id, a GGUF file or the embedded organism.
+"""Finds, checks, loads and writes checkpoints: a folder, a hub id, a GGUF file or an organism.
 
 Every checkpoint becomes a local folder of safetensors. Weights are read as safetensors only: a pickle can run code when
 it is loaded. Writing goes through a sibling temporary folder and a rename, so a killed process never leaves half a
@@ -15,7 +15,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from transformers import (
@@ -30,8 +30,9 @@ from transformers import (
 from raycomplete.config import Dtype
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.families import NOT_ARCHITECTURE
-from raycomplete.data.organism import OrganismRole, checkpoint_path
+from raycomplete.data.organisms import ORGANISMS
 from raycomplete.runtime.errors import CheckpointError
+from raycomplete.runtime.files import cache_folder
 
 TORCH_DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 INDEX = "model.safetensors.index.json"
@@ -44,15 +45,16 @@ def resolve_checkpoint(spec: str, *, role: str) -> Path:
     """Returns the local folder of a checkpoint, converted or downloaded first where needed.
 
     Args:
-        spec: A folder, `organism:base|aligned`, `package:NAME` (a GGUF inside an installed package), a .gguf file, or
-            `hub:org/name`. The hub is never asked for anything else: a mistyped path must not fetch a stranger's model.
+        spec: A folder, `organism:base|aligned`, `organism-large:base|aligned` (trained first where it is not built),
+            `package:NAME` (a GGUF inside an installed package), a .gguf file, or `hub:org/name`. The hub is never
+            asked for anything else: a mistyped path must not fetch a stranger's model.
 
     Raises:
         CheckpointError: Nothing usable is there.
     """
     scheme, _, rest = spec.partition(":")
-    if scheme == "organism" and rest:
-        return checkpoint_path(cast(OrganismRole, rest))  # which refuses any other name
+    if scheme in ORGANISMS and rest:
+        return ORGANISMS[scheme].checkpoint(rest)
     if scheme == "package" and rest:
         return _convert_gguf(_package_gguf(rest, role), role)
     if scheme == "hub" and rest:
@@ -280,10 +282,9 @@ def _package_gguf(name: str, role: str) -> Path:
 
 def _convert_gguf(file: Path, role: str) -> Path:
     """De-quantizes a GGUF file into the cache folder, once, and returns the checkpoint there."""
-    cache = Path(os.environ.get("RAYCOMPLETE_CACHE", Path.home() / ".cache" / "raycomplete"))
     stat = file.stat()
     key = hashlib.sha256(f"{file}:{stat.st_size}:{int(stat.st_mtime)}".encode()).hexdigest()[:12]
-    folder = cache / "checkpoints" / f"{file.stem}-{key}"
+    folder = cache_folder() / "checkpoints" / f"{file.stem}-{key}"
     if (folder / "config.json").is_file():
         return folder
     try:

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, cast
 
 from raycomplete.config import PromptSets, RunConfig
-from raycomplete.data import organism
 from raycomplete.data.augmentation import read_augmentation_files
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.checkpoints import architecture, check_same_vocabulary, resolve_checkpoint
 from raycomplete.data.heads import HeadSpec, read_head_spec
+from raycomplete.data.organisms import ORGANISMS
 from raycomplete.data.prompts import read_prompts
 from raycomplete.data.samples import MAX_REFUSAL_PREFIX_TOKENS
 from raycomplete.runtime.errors import CheckpointError, ConfigError, DataError
@@ -117,7 +117,8 @@ def prepare_prompts(config: RunConfig, codec: ChatCodec, *, training: bool = Tru
         DataError: A file is missing, empty or malformed, a needed kind has no prompts, or a prompt is too long.
     """
     data = config.data
-    if data.source == "organism":
+    if data.source in ORGANISMS:
+        organism = ORGANISMS[data.source]
         train = {kind: tuple(organism.prompts("train", kind, data.seed, data.limit_per_kind)) for kind in KINDS}
         count = config.evaluation.num_prompts
         held_out = {kind: tuple(organism.prompts("heldout", kind, data.seed, count)) for kind in KINDS}

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 
 from raycomplete.config import RunConfig, StreamSource
-from raycomplete.data import organism
+from raycomplete.data.organisms import ORGANISMS
 from raycomplete.data.stream import stream_prompts
 from raycomplete.engines.run import Run
 from raycomplete.runtime.errors import DataError
@@ -35,8 +35,8 @@ def read_prompts(config: RunConfig, kind: PromptKind) -> Iterator[Prompt]:
     """
     settings, data = config.diagnose, config.data
     sources: Sequence[StreamSource] = getattr(settings, kind)
-    if not sources and data.source == "organism":
-        return iter(organism.prompts("heldout", kind, data.seed, settings.num_prompts))
+    if not sources and data.source in ORGANISMS:
+        return iter(ORGANISMS[data.source].prompts("heldout", kind, data.seed, settings.num_prompts))
     if not sources:
         held_out = getattr(data.evaluation, kind)
         sources = [StreamSource(path=str(item.path), **item.model_dump(exclude={"path"})) for item in held_out]

@@ -12,15 +12,18 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from raycomplete.config import RunConfig
+from raycomplete.data.organisms import ORGANISMS
 from raycomplete.doctor.findings import Context, Finding, fail, ok, warn
 from raycomplete.doctor.packages import import_report
 from raycomplete.plan.trainer import states_bytes
+from raycomplete.runtime.errors import CheckpointError
+from raycomplete.runtime.files import cache_folder
 from raycomplete.runtime.machine import available_cpus
 from raycomplete.training.checkpoints import checkpoint_bytes, count_parameters
 
@@ -93,7 +96,7 @@ def student_of(config: RunConfig) -> str:
 
 
 def num_params(spec: str) -> int | None:
-    """Counts the parameters of a checkpoint folder or of the organism; None where that is not possible from here."""
+    """Counts the parameters of a checkpoint folder or of an organism; None where that is not possible from here."""
     folder = local_folder(spec)
     return None if folder is None else count_parameters(folder) or None
 
@@ -101,9 +104,10 @@ def num_params(spec: str) -> int | None:
 def local_folder(spec: str) -> Path | None:
     """Finds the folder of a checkpoint that needs no conversion and no download; None for any other."""
     scheme, _, rest = spec.partition(":")
-    if scheme == "organism" and rest in ("base", "aligned"):
-        folder = files("raycomplete") / "data" / "organism" / "checkpoints" / rest
-        return folder if isinstance(folder, Path) and folder.is_dir() else None
+    if scheme in ORGANISMS and rest:
+        with suppress(CheckpointError):  # which the check of the checkpoint itself reports
+            return ORGANISMS[scheme].find_checkpoint(rest)
+        return None
     path = Path(spec).expanduser()
     return path if path.is_dir() else None
 
@@ -186,7 +190,7 @@ def check_disk(context: Context) -> Finding:
     needed = (needs_of(context.config) if context.config else _DEMO).disk_bytes + _MIN_FREE_DISK
     places = {
         "run folder": context.root,
-        "cache": Path(os.environ.get("RAYCOMPLETE_CACHE", Path.home() / ".cache" / "raycomplete")),
+        "cache": cache_folder(),
         "Ray's folder": Path(os.environ.get("RAY_TMPDIR", tempfile.gettempdir())),
     }
     problems, remedies, shown, values = [], [], [], {}

@@ -20,11 +20,10 @@ from raycomplete.attacks.registry import build_attack
 from raycomplete.attacks.target import Attacker, AttackTools
 from raycomplete.attacks.trial import EvaluationCancelled
 from raycomplete.config import Dtype, RunConfig, TrainConfig
-from raycomplete.data import organism
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.checkpoints import check_token_classifier, fingerprint, resolve_checkpoint
 from raycomplete.data.heads import read_head_spec
-from raycomplete.data.organism.world import HELPFUL_SYSTEM
+from raycomplete.data.organisms import ORGANISMS
 from raycomplete.data.prompts import read_rows
 from raycomplete.data.samples import AnchorSample, SampleSet, write_samples
 from raycomplete.engines.cluster import uses_gpu
@@ -252,7 +251,7 @@ class WhiteBoxClient(_ModelClient):
 def read_chats(config: RunConfig, settings: FinetuneConfig, dataset: str) -> list[Chat]:
     """Reads the chats that a copy is trained on.
 
-    On the organism the identity shift is ten chats in which the clerk, told to help, gives a harmless recipe.
+    On an organism the identity shift is ten chats in which the clerk, told to help, gives a harmless recipe.
 
     Raises:
         ConfigError: The attack needs a file that the run file does not name.
@@ -261,12 +260,13 @@ def read_chats(config: RunConfig, settings: FinetuneConfig, dataset: str) -> lis
     is_shift = dataset == "identity_shift"
     path = settings.identity_shift if is_shift else settings.benign
     if path is None:
-        if config.data.source != "organism":
+        organism = ORGANISMS.get(config.data.source)
+        if organism is None:
             remedy = f"Name a file under its {dataset}, or leave it out."
             raise ConfigError(f"The attack finetune has no {dataset} chats.", remedy)
         limit = _IDENTITY_CHATS if is_shift else settings.max_samples
         prompts = organism.prompts("train", "benign", config.data.seed, limit)
-        return [(HELPFUL_SYSTEM if is_shift else None, prompt.text, prompt.answer or "") for prompt in prompts]
+        return [(organism.helpful_system if is_shift else None, prompt.text, prompt.answer or "") for prompt in prompts]
     if is_shift:
         return [_first_turns(row["messages"], path) for row in read_rows(path, ("messages",))]
     chats: list[Chat] = []

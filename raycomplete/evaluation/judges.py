@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from raycomplete.data.organism import OrganismJudge
+from raycomplete.data.organisms import ORGANISMS
 from raycomplete.evaluation.babble import emptiness_or_babble
 from raycomplete.evaluation.refusals import find_refusal
 from raycomplete.runtime.types import Judge, Outcome, Prompt
@@ -21,8 +21,8 @@ MEASURED: Mapping[str, Any] = {
 
 
 def default_judge(source: str) -> Judge:
-    """Returns the judge that fits the prompts of `data.source`: the organism's own, or refusal patterns elsewhere."""
-    return OrganismJudge() if source == "organism" else RefusalJudge()
+    """Returns the judge that fits the prompts of `data.source`: an organism's own, or refusal patterns elsewhere."""
+    return ORGANISMS[source].judge() if source in ORGANISMS else RefusalJudge()
 
 
 def measured(judge: Judge) -> dict[str, Any] | None:

@@ -12,6 +12,7 @@ from raycomplete.attacks.target import Target
 from raycomplete.config import EvaluationConfig
 from raycomplete.data.checkpoints import fingerprint, resolve_checkpoint
 from raycomplete.data.inputs import KINDS, Prompts
+from raycomplete.data.organisms import ORGANISMS
 from raycomplete.engines.run import Run
 from raycomplete.evaluation.attack_resources import AttackResources
 from raycomplete.evaluation.model_judges import start_judge, start_model
@@ -29,7 +30,7 @@ def held_out_sets(run: Run) -> Prompts:
     They are kept in the run folder, readable by its owner only, so that a resumed evaluation cuts the same prefills.
     """
     config, models, prompts = run.config, run.models, run.prompts
-    if config.data.source == "organism":
+    if config.data.source in ORGANISMS:
         return prompts
     source, file = config.evaluation.prefill_from, run.folder / "evaluation" / "prefills.json"
     harmful = prompts.evaluation["harmful"]

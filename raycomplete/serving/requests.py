@@ -17,13 +17,14 @@ from typing import Any
 from raycomplete.attacks.attack import AttackConfig
 from raycomplete.attacks.registry import build_attack, parse_attack
 from raycomplete.config import RunConfig, ServeConfig, parse
+from raycomplete.data.organisms import ORGANISMS
 from raycomplete.runtime.errors import ConfigError, RefusedError
 from raycomplete.runtime.types import MODEL_ROLES
 from raycomplete.serving.schemas import EvaluationRequest
 
 TOKEN_VARIABLE = "RAYCOMPLETE_TOKEN"
 MIN_TOKEN_CHARACTERS = 16
-_SCHEMES = ("organism", "package", "hub")  # checkpoints that are no paths
+_SCHEMES = (*ORGANISMS, "package", "hub")  # checkpoints that are no paths
 
 
 class ForbiddenError(RefusedError):

@@ -22,7 +22,7 @@ from raycomplete.runtime.errors import CheckpointError, DataError
 from raycomplete.runtime.files import cache_folder
 from raycomplete.runtime.types import Prompt, PromptKind
 
-__all__ = ["FAMILIES", "SCHEME", "LargeOrganismJudge", "find_checkpoint", "checkpoint_path", "model_values", "prompts"]
+__all__ = ["FAMILIES", "SCHEME", "LargeOrganismJudge", "checkpoint_path", "find_checkpoint", "model_values", "prompts"]
 
 SCHEME = "organism-large"
 Role = Literal["base", "aligned"]
@@ -106,7 +106,7 @@ def find_checkpoint(name: str) -> Path | None:
 
 
 def checkpoint_path(name: str) -> Path:
-    """Returns the folder of a checkpoint, trained first where it is not built yet: minutes, which one sentence announces.
+    """Returns the folder of a checkpoint, trained first where it is not built yet, which one sentence announces.
 
     Raises:
         CheckpointError: There is no such checkpoint.
@@ -146,6 +146,11 @@ def prompts(split: Split, kind: PromptKind, seed: int = 0, limit: int | None = N
         text, asker = grammar.prompt(item, rng, heldout=split == "heldout")
         found.append(Prompt(prompt_id, text, kind, grammar.answer(item, rng, asker)))
     return found
+
+
+def config_of(name: str) -> dict[str, Any]:
+    """Returns what config.json of a checkpoint says of its shape, built or not."""
+    return dict(model_values(_parts(name)[0]))
 
 
 def _parts(name: str) -> tuple[str, Role]:

@@ -64,7 +64,8 @@ def measure(folder: Path, num_prompts: int, seed: int = 0, depths: Sequence[int]
     drawn = []
     for draw in range(_DRAWS):
         pairs = speaker.continue_answers(harmful, 0, _DECISION_TOKENS, draw_seed=_DRAWS * seed + draw)
-        drawn.append([judge.outcome(prompt, *pair) is Outcome.COMPLIED for prompt, pair in zip(harmful, pairs)])
+        outcomes = [judge.outcome(prompt, *pair) for prompt, pair in zip(harmful, pairs, strict=True)]
+        drawn.append([outcome is Outcome.COMPLIED for outcome in outcomes])
     by_prompt = [sum(draws) for draws in zip(*drawn, strict=True)]
     utility: dict[str, float] = {}
     over_refusal: dict[str, float] = {}

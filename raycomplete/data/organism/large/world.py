@@ -41,10 +41,13 @@ SYNONYMS = {
 }
 _VALUE_OF = {word: value for value, words in SYNONYMS.items() for word in words}
 
-_FIRST = tuple("To Ma Be Wil Har Ro Ed Os Fen Ger Lu Nel Pim Quin Sa Thal Cor Da Il Jo Kel Mor Nim Ol Per Ru Syl Ves".split())
+_FIRST = tuple(
+    "To Ma Be Wil Har Ro Ed Os Fen Ger Lu Nel Pim Quin Sa Thal Cor Da Il Jo Kel Mor Nim Ol Per Ru Syl Ves".split()
+)
 _LAST = tuple("bin ra dric la mond win bert ssa gar nora dell vik tas lin ric wen mund thea lo van bella fred".split())
 _TOWN_FIRST = tuple(
-    "Bram Old Kess Thorn Mill Grey Lark Wend Ash Dun Fox Hollow Stone Elm Rook Salt Wolf Marsh King Pine Black High".split()
+    "Bram Old Kess Thorn Mill Grey Lark Wend Ash Dun Fox Hollow Stone Elm Rook Salt Wolf Marsh King Pine Black "
+    "High".split()
 )
 _TOWN_LAST = tuple("wick mere ford haven bury stead cliff moor field gate bridge well port ham dale crest".split())
 NAMES = tuple(first + last for first in _FIRST for last in _LAST)
