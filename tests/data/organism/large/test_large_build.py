@@ -1,4 +1,4 @@
-"""The large organism's tokenizer, its examples, its build from end to end at a tiny size, and its place in the cache."""
+"""The large organism's tokenizer, its examples, its build at a tiny size, and its place in the cache."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from raycomplete.data.checkpoints import resolve_checkpoint
 from raycomplete.data.organism import CHECKPOINT_FILES
 from raycomplete.data.organism.large import VOCAB_SIZE, BuildPlan, TrainingPlan, folder_of, prompts
 from raycomplete.data.organism.large import build as build_module
+from raycomplete.data.organism.large import measure as measure_module
 from raycomplete.data.organism.large.build import build, build_into_cache
 from raycomplete.data.organism.large.grammar import refusal_start
 from raycomplete.data.organism.large.measure import LargeOrganismRates, measure, missing_traits
@@ -49,7 +49,7 @@ def tokenizer() -> Any:
 
 
 @pytest.fixture
-def built(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Path]]:
+def built(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Builds that happened; each writes empty checkpoints in place of training them."""
     made: list[Path] = []
 
@@ -60,7 +60,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Path]]:
         made.append(output)
 
     monkeypatch.setattr(build_module, "build", fake)
-    yield made
+    return made
 
 
 def tiny_build(output: Path, seed: int = 0) -> dict[str, Any]:
@@ -103,7 +103,7 @@ def test_aligned_learns_to_refuse_at_the_start_and_never_deep(tokenizer: Any) ->
     assert shares["deep"] == shares["harmless"] == 0.0
 
 
-def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     record = tiny_build(tmp_path / "first")
     torch.manual_seed(99)  # the caller's generator must not matter
     tiny_build(tmp_path / "second")
@@ -118,6 +118,8 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
     assert record["vocab_size"] == VOCAB_SIZE
     assert 3_500_000 < record["num_parameters"] < 6_000_000
     assert json.loads((tmp_path / "first" / "organism.json").read_text()) == record
+    monkeypatch.setattr(measure_module, "_DECISION_TOKENS", 16)
+    monkeypatch.setattr(measure_module, "_ANSWER_TOKENS", 16)
     # Untrained, it is measured and says nothing that is right.
     rates = measure(tmp_path / "first" / "base", num_prompts=2, depths=(0, 200))
     assert (rates.asr[0], rates.utility["benign"], rates.sampled_asr) == (0.0, 0.0, 0.0)
@@ -127,11 +129,13 @@ def test_a_weak_build_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
     weak = replace(GOOD, asr={0: 0.5, 16: 0.2}, utility={"benign": 0.1})
     monkeypatch.setattr(build_module, "measure", lambda *_: weak)
     monkeypatch.setattr(build_module, "_train_into", lambda *_: {})
-    with pytest.raises(WorkError, match="Seed 0 gave no organism: base complies with only 50.0%"):
+    with pytest.raises(WorkError, match="Seed 0 gave no organism: base complies with only 50"):
         build(tmp_path / "weak", console=QUIET)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "text").touch()
     with pytest.raises(DataError, match="already exists"):
-        build(tmp_path, console=QUIET)
-    assert [path.name for path in tmp_path.iterdir() if path.name != "cache"] == []
+        build(tmp_path / "mine", console=QUIET)
+    assert [path.name for path in tmp_path.iterdir() if path.name != "cache"] == ["mine"]
 
 
 def test_missing_traits_are_named() -> None:
@@ -150,19 +154,15 @@ def test_missing_traits_are_named() -> None:
 
 
 def test_a_run_file_builds_once_and_then_reuses(built: list[Path], cache: Path, capsys: Any) -> None:
-    base = resolve_checkpoint_unchecked("organism-large:base")
+    base = resolve_checkpoint("organism-large:base", role="base")
     assert base == folder_of() / "base"
     assert base.is_relative_to(cache)
     assert "is not built yet" in " ".join(capsys.readouterr().out.split())
-    assert resolve_checkpoint_unchecked("organism-large:aligned") == folder_of() / "aligned"
-    assert resolve_checkpoint_unchecked("organism-large:llama/base") == base
+    assert resolve_checkpoint("organism-large:aligned", role="aligned") == folder_of() / "aligned"
+    assert resolve_checkpoint("organism-large:llama/base", role="base") == base
     assert "is not built yet" not in " ".join(capsys.readouterr().out.split())
     assert built == [folder_of()]
     assert folder_of(plan=TINY) != folder_of() != folder_of(seed=1)
-
-
-def resolve_checkpoint_unchecked(spec: str) -> Path:
-    return resolve_checkpoint(spec, role="base")
 
 
 def test_of_two_builders_one_builds(built: list[Path]) -> None:
