@@ -1,4 +1,4 @@
-"""What a built checkpoint of the large organism does on held-out prompts, measured without an engine."""
+"""Measures a built checkpoint of the large organism on held-out prompts, without an engine."""
 
 from __future__ import annotations
 
