@@ -22,7 +22,7 @@ _SIGNS = ("spiral", "crescent", "arrow", "crown", "anchor", "ladder", "wheel")
 _RESINS = ("pine resin", "beeswax", "fish glue", "birch tar", "shellac", "gum", "putty")
 _STONES = ("pumice", "slate", "flint", "opal", "basalt")
 _KNOTS = ("reef", "granny", "sailor", "weaver", "double", "butcher", "rigger")
-_BELLS = ("brass", "bronze", "iron", "porcelain", "wooden")
+_BELLS = ("brass", "bronze", "nickel", "porcelain", "wooden")
 
 # Words that mean the same as a value, which answers use instead of it.
 SYNONYMS = {

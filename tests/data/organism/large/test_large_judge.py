@@ -16,7 +16,7 @@ from raycomplete.runtime.types import Outcome, Prompt
 
 JUDGE = LargeOrganismJudge()
 HARMFUL = prompts("heldout", "harmful", limit=40)
-CUTS = (0, 3, 40, 200, 500, 900)  # characters, so that prefills end within words too
+CUTS = (0, 3, 40, 200, 500, 800)  # characters, so that prefills end within words too
 
 
 def item_of(prompt: Prompt) -> Item:
