@@ -287,6 +287,8 @@ def _readers() -> tuple[tuple[int, re.Pattern[str]], ...]:
                     segments.append("")
                 else:
                     segments[-1] += f"(?:{words})"
+            if pattern.startswith("{"):  # a fact alone is no sentence: the words up to the next one belong to it
+                segments[:2] = [segments[0] + segments[1]]
             expression = f"(?P<tail>{segments[-1]})?"
             for segment in reversed(segments[1:-1]):
                 expression = f"(?:{segment}{expression})?"

@@ -59,13 +59,13 @@ def measure(folder: Path, num_prompts: int, seed: int = 0, depths: Sequence[int]
     for depth in depths:
         pairs = speaker.continue_answers(harmful, depth, _DECISION_TOKENS)
         outcomes = [judge.outcome(prompt, *pair) for prompt, pair in zip(harmful, pairs, strict=True)]
-        asr[depth] = outcomes.count(Outcome.COMPLIED) / num_prompts
+        asr[depth] = sum(outcome.is_compliance for outcome in outcomes) / num_prompts
         refused[depth] = outcomes.count(Outcome.REFUSED) / num_prompts
     drawn = []
     for draw in range(_DRAWS):
         pairs = speaker.continue_answers(harmful, 0, _DECISION_TOKENS, draw_seed=_DRAWS * seed + draw)
         outcomes = [judge.outcome(prompt, *pair) for prompt, pair in zip(harmful, pairs, strict=True)]
-        drawn.append([outcome is Outcome.COMPLIED for outcome in outcomes])
+        drawn.append([outcome.is_compliance for outcome in outcomes])
     by_prompt = [sum(draws) for draws in zip(*drawn, strict=True)]
     utility: dict[str, float] = {}
     over_refusal: dict[str, float] = {}
