@@ -18,6 +18,7 @@ STEERED = (ANCHOR, OPENING, PUSH)
 """Loss terms whose weights are moved, where a method has them."""
 
 _MEMORY = 0.5  # of the running means: a few dozen answers are noisy, and a run has only a few measurements
+_LARGEST_EXCESS = 2.0  # in the running means: one wild measurement must not move weights long after it is over
 _FALLING = 0.75  # compliance below this share of what it was falls by itself: more weight would overshoot
 
 
@@ -87,9 +88,10 @@ def moved_factors(
       exceeded. Push-forward says "refuse" at every position of h, and what it costs is KL on harmless text. The
       opening's factor falls only where over-refusal is what is broken: it acts on the tokens that decide between
       answer and refusal.
-    - Both are met: the anchor's factor returns towards 1. Where compliance remains after h that of push-forward rises,
-      where it remains at the opening (depth 0) that of the opening. What falls by itself is left alone, or early
-      measurements, when nothing is learned yet, would drive factors to their bounds.
+    - Both are met: the anchor's factor returns to 1 at half the rate, and so do the others from below, since greedy
+      answers say nothing of the unlikely tokens that push-forward is for. Where compliance remains after h the factor
+      of push-forward rises, where it remains at the opening (depth 0) that of the opening. What falls by itself is left
+      alone, or early measurements, when nothing is learned yet, would drive factors to their bounds.
 
     Args:
         config: Rate and bounds.
@@ -106,14 +108,18 @@ def moved_factors(
         if now["over_refusal"] > 1:
             moves[OPENING] = -size
     else:
-        moves[ANCHOR] = -0.5
-        if before is not None:
-            remains = {name: now[name] >= max(1.0, _FALLING * before[name]) for name in ("opening", "depth")}
-            moves |= {OPENING: float(remains["opening"]), PUSH: float(remains["depth"])}
+        for name, seen in ((OPENING, "opening"), (PUSH, "depth")):
+            if before is not None and now[seen] >= max(1.0, _FALLING * before[seen]):
+                moves[name] = 1.0
     found = {}
     for name, factor in factors.items():
         low = 1.0 if name == ANCHOR else 1 / config.max_factor  # within its budgets, too, the anchor shapes the student
-        wanted = factor * math.exp(config.rate * moves.get(name, 0.0))
+        if name in moves or broken > 0:
+            wanted = factor * math.exp(config.rate * moves.get(name, 0.0))
+        elif name == ANCHOR:
+            wanted = factor * math.exp(-0.5 * config.rate)
+        else:
+            wanted = max(factor, min(factor * math.exp(0.5 * config.rate), 1.0))
         found[name] = min(max(wanted, low), config.max_factor)
     return found
 
@@ -156,8 +162,8 @@ class Controller:
             self._since += 1
         over_refusal, kl = excesses(config, found.over_refusal, found.harmless, found.kl)
         seen = {
-            "over_refusal": over_refusal,
-            "kl": kl,
+            "over_refusal": min(over_refusal, _LARGEST_EXCESS),
+            "kl": min(kl, _LARGEST_EXCESS),
             "opening": float(sum(complied for depth, complied, _ in found.complied if depth == 0)),
             "depth": float(sum(complied for depth, complied, _ in found.complied if depth > 0)),
         }
