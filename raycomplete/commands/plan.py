@@ -92,10 +92,10 @@ def _shape(spec: str, role: str | None = None) -> ModelShape:
             f"Give {flag} with a folder that holds its config.json, or the name of a model of its size.",
         )
     if role and scheme in ORGANISMS and rest:
-        found = ORGANISMS[scheme].find_checkpoint(rest)
-        if found is None:  # a plan trains nothing
+        built = ORGANISMS[scheme].find_checkpoint(rest)
+        if built is None:  # a plan trains nothing
             return catalogue.shape_from_config(large.config_of(rest), spec)
-        path = found
+        path = built
     elif role and not path.is_dir():  # a GGUF file or a package: converted as training would convert it
         from raycomplete.data.checkpoints import resolve_checkpoint
 

@@ -153,7 +153,7 @@ def config_of(name: str) -> dict[str, Any]:
     return dict(model_values(_parts(name)[0]))
 
 
-def _parts(name: str) -> tuple[str, Role]:
+def _parts(name: str) -> tuple[str, str]:
     family, _, role = name.rpartition("/")
     if role not in get_args(Role):
         raise CheckpointError(

@@ -203,7 +203,7 @@ def _step(
         logits_BTV = model(input_ids=tokens_BT[:, :-1], use_cache=False).logits
         losses_N = cross_entropy(logits_BTV.flatten(0, 1), tokens_BT[:, 1:].flatten(), reduction="none")
         loss = (losses_N * weights_BT[:, 1:].flatten()).sum() / total
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         summed += loss.item()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
