@@ -7,6 +7,7 @@ A user's file adds an attack without touching the package, by the names below: d
 from raycomplete.attacks import (  # noqa: F401  each registers itself
     adaptive,
     base_guided_decoding,
+    best_of_n,
     decoding,
     finetune,
     gcg,
@@ -16,6 +17,7 @@ from raycomplete.attacks import (  # noqa: F401  each registers itself
     random_search,
     rank_assisted_prefill,
     refuse_then_turn,
+    soft_prompt,
     static_strings,
     templates,
 )

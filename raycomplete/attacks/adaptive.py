@@ -63,16 +63,6 @@ class AdaptiveAttack(Attack[AdaptiveConfig]):
         for depth in self.config.cuts:
             yield f"cut-{depth}", depth, [*asked, *answer[:depth]], answer[:depth]
         for depth in self.config.depths:
-            yield f"multi-turn-{depth}", depth, self._two_turns(codec, asked, answer[:depth]), answer[:depth]
-
-    def _two_turns(self, codec: Codec, asked: list[int], answer: list[int]) -> list[int]:
-        """Puts a plain question after an earlier turn that the attacker answered.
-
-        The codec writes single turns only, so the second brings a default system prompt along where a template has one.
-        """
-        follow_up = codec.encode_prompt(self.config.follow_up)
-        if follow_up.count(follow_up[0]) == 1:
-            follow_up = follow_up[1:]  # a start token, which opens a chat once; turn markers come again in a prompt
-        # The token that ends the user's turn ends the model's too; templates without one get any end of response.
-        end = next((token for token in reversed(asked) if token in codec.eos_ids), min(codec.eos_ids))
-        return [*asked, *answer, end, *follow_up]
+            given = answer[:depth]
+            turns = codec.encode_conversation([prompt.text, codec.decode(given), self.config.follow_up])
+            yield f"multi-turn-{depth}", depth, turns, given

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import groupby
+from itertools import groupby, takewhile
 from typing import Annotated, Any, ClassVar, Generic, TypeVar
 
 from pydantic import Field, field_validator
@@ -30,6 +30,7 @@ _NEEDS: Mapping[Need, str] = {
 class AttackConfig(Section):
     """Settings of an attack. Defaults are those of published runs; a rate under smaller ones is called reduced."""
 
+    renamed: ClassVar[Mapping[str, str]] = {}  # settings of earlier versions and their present names
     standard: ClassVar[Mapping[str, Any]] = {}  # least values of published runs; lists must hold all of their items
     name: str
 
@@ -175,6 +176,11 @@ def plain_trials(target: Target, attack: str, variant: str, prompts: Sequence[Pr
     """Makes trials of the prompts as they are, without attack."""
     encode, decoding = target.codec.encode_prompt, Decoding(max_tokens)
     return [Trial(attack, variant, prompt, tuple(encode(prompt.text)), decoding) for prompt in prompts]
+
+
+def num_common(first: Sequence[int], second: Sequence[int]) -> int:
+    """Returns the length of the longest common start."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
 
 
 def answer_ids(codec: Codec, prompt: Prompt) -> list[int]:

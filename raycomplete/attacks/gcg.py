@@ -47,7 +47,7 @@ class GcgAttack(SuffixSearch[GcgConfig]):
         for _ in range(self.config.steps):
             target.stop_if_cancelled()
             gradient_SV = box.suffix_gradient(found.problem, suffix)
-            candidates = [ids for ids in self._candidates(suffix, gradient_SV, usable, rng) if found.survives_text(ids)]
+            candidates = found.surviving(self.candidates(suffix, gradient_SV, usable, rng))
             if not candidates:
                 found.note(suffix, found.losses[-1])  # a step without a survivor; the next draws others
                 continue
@@ -56,14 +56,14 @@ class GcgAttack(SuffixSearch[GcgConfig]):
             suffix = candidates[best]
             found.note(suffix, losses[best])
 
-    def _candidates(
+    def candidates(
         self, suffix: tuple[int, ...], gradient_SV: FloatArray, usable: IntArray, rng: np.random.Generator
     ) -> list[tuple[int, ...]]:
         """Draws `search_width` suffixes that differ from the current one in one token."""
         import numpy as np
 
         top = min(self.config.top, len(usable))
-        best_ST = usable[np.argsort(gradient_SV[:, usable], axis=1)[:, :top]]
+        best_ST = usable[least(gradient_SV[:, usable], top)]
         width = self.config.search_width
         positions = np.arange(width) * len(suffix) // width
         picks = rng.integers(top, size=width)
@@ -71,3 +71,17 @@ class GcgAttack(SuffixSearch[GcgConfig]):
             (*suffix[:position], int(best_ST[position, pick]), *suffix[position + 1 :])
             for position, pick in zip(positions.tolist(), picks.tolist(), strict=True)
         ]
+
+
+def least(values_SU: FloatArray, count: int) -> IntArray:
+    """Returns the places of the `count` least values of each row, in ascending order, equal ones from left to right.
+
+    The same as the start of a stable argsort, without sorting the rest: .02 instead of .11 s a step at 128k tokens.
+    """
+    import numpy as np
+
+    bounds_S1 = np.partition(values_SU, count - 1, axis=1)[:, count - 1 : count]
+    places = [np.flatnonzero(row_U) for row_U in ~(values_SU > bounds_S1)]
+    return np.stack(
+        [some[np.argsort(row_U[some], kind="stable")[:count]] for row_U, some in zip(values_SU, places, strict=True)]
+    )

@@ -37,7 +37,7 @@ class RandomSearchAttack(SuffixSearch[RandomSearchConfig]):
             target.stop_if_cancelled()
             count = min(self.config.batch, self.config.queries - found.queries)
             drawn = [self._changed(found.best, usable, rng) for _ in range(count)]
-            candidates = [ids for ids in drawn if found.survives_text(ids)] or [found.best]
+            candidates = found.surviving(drawn) or [found.best]
             losses = losses_of(box, found, candidates, self.config.batch)
             best = int(np.argmin(losses))
             if losses[best] < found.best_loss:

@@ -12,13 +12,13 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from raycomplete.attacks.attack import Attack, AttackConfig, answer_ids
+from raycomplete.attacks.attack import Attack, AttackConfig, num_common
 from raycomplete.attacks.prefill import Depth
 from raycomplete.attacks.registry import register
 from raycomplete.attacks.target import Target
 from raycomplete.attacks.trial import Decoding, Trial
 from raycomplete.runtime.errors import DataError
-from raycomplete.runtime.types import Prompt
+from raycomplete.runtime.types import Codec, Prompt
 
 _TURNS = ["However,", "But"]  # the second is none of the turns of the default training
 
@@ -57,7 +57,7 @@ class RefuseThenTurnAttack(Attack[RefuseThenTurnConfig]):
                 "No harmful prompt has an answer, whose opening comes after the turn.",
                 "Name the answer column of data.evaluation.harmful, or set the attack's depths to [0].",
             )
-        asked = [(prompt, codec.encode_prompt(prompt.text), answer_ids(codec, prompt)) for prompt in prompts]
+        asked = [(prompt, codec.encode_prompt(prompt.text)) for prompt in prompts]
         return [
             Trial(
                 self.name,
@@ -69,8 +69,19 @@ class RefuseThenTurnAttack(Attack[RefuseThenTurnConfig]):
                 settings={"turn": turn, "depth": depth},
             )
             for turn in self.config.turns
-            for imitated in [codec.encode_answer(f"{self.config.refusal} {turn} ")]
             for depth in self.config.depths
-            for prompt, ids, answer in asked
-            for given in [answer[:depth]]
+            for prompt, ids in asked
+            for imitated, given in [_turned(codec, f"{self.config.refusal} {turn}", prompt.answer or "", depth)]
         ]
+
+
+def _turned(codec: Codec, opening: str, answer: str, depth: int) -> tuple[list[int], list[int]]:
+    """Returns the tokens of the refusal with its turn, and the first tokens of the answer after it.
+
+    Both are encoded as one text: the space between them belongs to the answer's first token in most vocabularies, and a
+    model seldom reads a lone one.
+    """
+    start = codec.encode_answer(opening)
+    whole = codec.encode_answer(f"{opening} {answer}" if answer else opening)
+    length = num_common(start, whole) if depth else len(start)
+    return (whole if depth else start)[:length], whole[length : length + depth] if depth else []

@@ -71,6 +71,8 @@ def parse_attack(entry: str | Mapping[str, Any] | AttackConfig) -> AttackConfig:
     for key in tree:
         if key not in section.model_fields:
             nearest = difflib.get_close_matches(str(key), section.model_fields, n=1, cutoff=0.5)
+            if new := section.renamed.get(str(key)):
+                raise ConfigError(f"The attack {name} has no setting {key!r}.", f"It is {new} now.")
             hint = f"Did you mean {nearest[0]!r}?" if nearest else f"Its settings: {', '.join(section.model_fields)}."
             raise ConfigError(f"The attack {name} has no setting {key!r}.", hint)
     try:

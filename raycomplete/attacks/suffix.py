@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
-from itertools import takewhile
 from threading import Event
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeAlias, TypeVar
 
 from pydantic import Field
 
-from raycomplete.attacks.attack import Attack, AttackConfig, answer_ids, continued
+from raycomplete.attacks.attack import Attack, AttackConfig, continued, num_common
 from raycomplete.attacks.target import SuffixProblem, Target, WhiteBox
 from raycomplete.attacks.trial import Decoding, Emit, Trial
 from raycomplete.runtime.errors import DataError, WorkError
@@ -34,6 +34,8 @@ class SuffixConfig(AttackConfig):
 
 
 SuffixT = TypeVar("SuffixT", bound=SuffixConfig)
+TaskT = TypeVar("TaskT")
+ResultT = TypeVar("ResultT")
 
 
 @dataclass
@@ -61,19 +63,45 @@ class Search:
         if loss < self.best_loss:
             self.best, self.best_loss = tuple(suffix), loss
 
-    def survives_text(self, suffix: Sequence[int]) -> bool:
-        """Tells whether the suffix comes back as the same tokens when it is typed as text, as an attacker must."""
-        typed = self.codec.encode_prompt(f"{self.text} {self.codec.decode(suffix).strip()}")
-        survives = tuple(typed) == (*self.problem.before, *suffix, *self.problem.after)
-        self.drawn += 1
-        self.survivors += survives
-        return survives
+    def surviving(self, suffixes: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+        """Returns the suffixes that come back as the same tokens when they are typed as text, as an attacker must."""
+        typed = self.codec.encode_prompts([f"{self.text} {text.strip()}" for text in self.codec.decode_all(suffixes)])
+        before, after = self.problem.before, self.problem.after
+        kept = [ids for ids, back in zip(suffixes, typed, strict=True) if tuple(back) == (*before, *ids, *after)]
+        self.drawn += len(suffixes)
+        self.survivors += len(kept)
+        return kept
 
 
-class SuffixSearch(Attack[SuffixT], Generic[SuffixT]):
-    """Finds a suffix for each behaviour on a white box, one search at a time on each, then asks the model greedily."""
+class SuffixAttack(Attack[SuffixT], Generic[SuffixT]):
+    """Knows where the suffix of a behaviour stands and what it should force."""
 
     needs = frozenset({"white_boxes"})
+
+    def start(self, codec: Codec, prompt: Prompt) -> Search:
+        """Returns the search before its first step."""
+        config = self.config
+        filler = " ".join([config.filler] * config.suffix_tokens)
+        without, with_filler = codec.encode_prompt(prompt.text), codec.encode_prompt(f"{prompt.text} {filler}")
+        num_before = num_common(without, with_filler)
+        num_after = num_common(without[num_before:][::-1], with_filler[::-1])
+        end = len(with_filler) - num_after
+        if end <= num_before:
+            raise DataError(f"The filler {config.filler!r} adds no tokens to the prompt {prompt.prompt_id!r}.")
+        forced = codec.encode_answer(first_sentence(prompt.answer or "") if config.target is None else config.target)
+        if config.target is None and not forced:
+            raise DataError(
+                f"The prompt {prompt.prompt_id!r} has no answer whose opening {self.name} could force.",
+                f"Name the answer column of data.evaluation.harmful, or give {self.name} a target.",
+            )
+        before, after = tuple(with_filler[:num_before]), tuple(with_filler[end:])
+        problem = SuffixProblem(before, after, tuple(forced[: config.target_tokens]))
+        return Search(problem, codec, prompt.text, tuple(with_filler[num_before:end]))
+
+
+class SuffixSearch(SuffixAttack[SuffixT], Generic[SuffixT]):
+    """Finds a suffix for each behaviour on a white box, one search at a time on each, then asks the model greedily."""
+
     without_effect: ClassVar[tuple[str, ...]] = ()  # settings that decide memory and speed alone
 
     @abstractmethod
@@ -91,7 +119,12 @@ class SuffixSearch(Attack[SuffixT], Generic[SuffixT]):
         return trials
 
     def run(self, target: Target, trials: Sequence[Trial], emit: Emit) -> None:
-        for trial, found in self._searched(target, trials):
+        usable = usable_tokens(target.codec, target.white_boxes()[0].vocab_size())
+
+        def search(target: Target, box: WhiteBox, trial: Trial) -> Search:
+            return self._search(target, box, trial, usable)
+
+        for trial, found in side_by_side(target, trials, search):
             (response,) = continued(target, [replace(trial, sequence=found.sequence)])
             stats = {
                 "queries": found.queries,
@@ -101,46 +134,6 @@ class SuffixSearch(Attack[SuffixT], Generic[SuffixT]):
                 "loss_best": round(found.best_loss, 4),
             }
             emit([(trial, replace(response, stats=stats))])
-
-    def start(self, codec: Codec, prompt: Prompt) -> Search:
-        """Returns the search before its first step."""
-        config = self.config
-        filler = " ".join([config.filler] * config.suffix_tokens)
-        without, with_filler = codec.encode_prompt(prompt.text), codec.encode_prompt(f"{prompt.text} {filler}")
-        num_before = _common(without, with_filler)
-        num_after = _common(without[num_before:][::-1], with_filler[::-1])
-        end = len(with_filler) - num_after
-        if end <= num_before:
-            raise DataError(f"The filler {config.filler!r} adds no tokens to the prompt {prompt.prompt_id!r}.")
-        forced = answer_ids(codec, prompt) if config.target is None else codec.encode_answer(config.target)
-        if config.target is None and not forced:
-            raise DataError(
-                f"The prompt {prompt.prompt_id!r} has no answer whose opening {self.name} could force.",
-                f"Name the answer column of data.evaluation.harmful, or give {self.name} a target.",
-            )
-        before, after = tuple(with_filler[:num_before]), tuple(with_filler[end:])
-        problem = SuffixProblem(before, after, tuple(forced[: config.target_tokens]))
-        return Search(problem, codec, prompt.text, tuple(with_filler[num_before:end]))
-
-    def _searched(self, target: Target, trials: Sequence[Trial]) -> Iterator[tuple[Trial, Search]]:
-        """Searches on as many white boxes as there are side by side, and yields what is finished."""
-        waiting, free = list(reversed(trials)), list(target.white_boxes())
-        usable = usable_tokens(target.codec, free[0].vocab_size())
-        running: dict[Future[Search], tuple[Trial, WhiteBox]] = {}
-        failed = Event()
-        stoppable = replace(target, cancelled=lambda: failed.is_set() or target.cancelled())
-        with ThreadPoolExecutor(max_workers=len(free)) as pool:
-            try:
-                while waiting or running:
-                    while waiting and free:
-                        trial, box = waiting.pop(), free.pop()
-                        running[pool.submit(self._search, stoppable, box, trial, usable)] = (trial, box)
-                    for future in wait(running, return_when=FIRST_COMPLETED).done:
-                        trial, box = running.pop(future)
-                        free.append(box)
-                        yield trial, future.result()
-            finally:
-                failed.set()  # the pool waits for its threads, and a search may take hours
 
     def _search(self, target: Target, box: WhiteBox, trial: Trial, usable: IntArray) -> Search:
         import numpy as np
@@ -157,6 +150,38 @@ class SuffixSearch(Attack[SuffixT], Generic[SuffixT]):
         return found
 
 
+def side_by_side(
+    target: Target, tasks: Sequence[TaskT], work: Callable[[Target, WhiteBox, TaskT], ResultT]
+) -> Iterator[tuple[TaskT, ResultT]]:
+    """Works on as many white boxes as there are side by side, and yields what is finished."""
+    waiting, free = list(reversed(tasks)), list(target.white_boxes())
+    running: dict[Future[ResultT], tuple[TaskT, WhiteBox]] = {}
+    failed = Event()
+    stoppable = replace(target, cancelled=lambda: failed.is_set() or target.cancelled())
+    with ThreadPoolExecutor(max_workers=len(free)) as pool:
+        try:
+            while waiting or running:
+                while waiting and free:
+                    task, box = waiting.pop(), free.pop()
+                    running[pool.submit(work, stoppable, box, task)] = (task, box)
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    task, box = running.pop(future)
+                    free.append(box)
+                    yield task, future.result()
+        finally:
+            failed.set()  # the pool waits for its threads, and a search may take hours
+
+
+def first_sentence(text: str) -> str:
+    """Returns the first sentence of an answer: up to its end of line, or to a full stop that no digit precedes.
+
+    Suffixes are searched for the opening of an answer, as in the GCG paper; what follows it, such as the number of a
+    first step, makes the loss harder to lower and the model no more willing.
+    """
+    found = re.match(r"\s*\S.*?(?:(?<!\d)[.!?][\"')\]]*(?=\s|$)|(?=\n)|$)", text)
+    return found.group() if found else ""
+
+
 def usable_tokens(codec: Codec, num_tokens: int) -> IntArray:
     """Lists the tokens that a suffix may hold: printable ASCII, as in the GCG paper; no special tokens."""
     import numpy as np
@@ -167,12 +192,6 @@ def usable_tokens(codec: Codec, num_tokens: int) -> IntArray:
 
 
 def losses_of(box: WhiteBox, found: Search, candidates: Sequence[Sequence[int]], batch: int) -> list[float]:
-    """Computes the loss of each candidate, in forward passes of `batch`."""
+    """Computes the loss of each candidate, in forward passes of at most `batch`."""
     found.queries += len(candidates)
-    batches = (candidates[start : start + batch] for start in range(0, len(candidates), batch))
-    return [loss for suffixes in batches for loss in box.suffix_losses(found.problem, suffixes)]
-
-
-def _common(first: Sequence[int], second: Sequence[int]) -> int:
-    """Length of the longest common start."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
+    return box.suffix_losses(found.problem, candidates, batch)

@@ -49,8 +49,24 @@ class WhiteBox(Protocol):
     def suffix_gradient(self, problem: SuffixProblem, suffix: Sequence[int]) -> FloatArray:
         """Gradient of the mean loss of the target with respect to one-hot suffix tokens, [suffix tokens, V]."""
 
-    def suffix_losses(self, problem: SuffixProblem, suffixes: Sequence[Sequence[int]]) -> list[float]:
-        """Mean loss of the target (nats a token) under each suffix; all suffixes are equally long."""
+    def suffix_losses(self, problem: SuffixProblem, suffixes: Sequence[Sequence[int]], batch: int = 64) -> list[float]:
+        """Mean loss of the target (nats a token) under each suffix, `batch` at a time; all are equally long."""
+
+    def suffix_embeddings(self, suffix: Sequence[int]) -> FloatArray:
+        """Embeddings of a suffix as the model reads them, [suffix tokens, H]."""
+
+    def descend(
+        self, problem: SuffixProblem, suffix_SH: FloatArray, steps: int, lr: float
+    ) -> tuple[FloatArray, list[float]]:
+        """The suffix after steps along the signed gradient of the target's mean loss, and the loss before each step.
+
+        `lr` is the step of a coordinate over the root mean square of the embedding's entries.
+        """
+
+    def continue_embeddings(
+        self, problem: SuffixProblem, suffixes: Sequence[FloatArray], max_tokens: int, eos_ids: Sequence[int]
+    ) -> list[list[int]]:
+        """Greedy continuation of the prompt under each suffix of embeddings, end-of-response left out."""
 
 
 class PrefillHelper(Protocol):
@@ -94,7 +110,8 @@ class AttackTools:
     """Starters of what some attacks use besides the generator; None where there is no such tool.
 
     `fine_tune` trains a copy of the target on a dataset, by the settings of the attack; `fine_tune_id` names all that
-    the training depends on besides the target and the settings. `refuses` says whether a text declines, by patterns.
+    the training depends on besides the target and the settings; `fine_tune_frame` gives the template and the system
+    prompt that the chats were trained in. `refuses` says whether a text declines, by patterns.
     """
 
     white_boxes: Callable[[], Sequence[WhiteBox]] | None = None  # copies of the target, at least one
@@ -106,6 +123,10 @@ class AttackTools:
     helper: Callable[[str], PrefillHelper] | None = None  # by checkpoint
     helper_id: Callable[[str], str] = lambda checkpoint: ""  # fingerprint of its weights
     refuses: Callable[[str], bool] = lambda text: False
+    fine_tune_frame: Callable[[FinetuneConfig, str], tuple[str, str | None]] = lambda settings, dataset: (
+        settings.template if dataset == "identity_shift" else "{prompt}",
+        None,
+    )
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ Shape letters beside the usual ones: S suffix tokens, C candidates, K tokens ask
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,11 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from raycomplete.attacks.attack import num_common
 from raycomplete.attacks.target import FloatArray, SuffixProblem
 from raycomplete.data.families import embedding_scale
 from raycomplete.runtime.types import Codec
 
 _CLASSIFIED_TOGETHER = 64
+
+_EMBEDDINGS_READ = 1024  # whose size stands for that of all
+_LOSS_ELEMENTS = 2**22  # logits whose float32 copies exist at a time: a few MB stay in the processor's cache
 
 
 class TorchModel:
@@ -32,6 +37,7 @@ class TorchModel:
         self._device = next(model.parameters()).device
         self._prefix: tuple[tuple[int, ...], Any] | None = None
         self._last: _Read | None = None
+        self._largest_batch = 2**30  # suffixes of one pass; lower once the device's memory was too small
 
     def vocab_size(self) -> int:
         return int(self._model.get_input_embeddings().weight.shape[0])
@@ -51,37 +57,110 @@ class TorchModel:
         one_hot_SV = torch.nn.functional.one_hot(self._ids(suffix), num_tokens).to(embedding_VH.weight.dtype)
         one_hot_SV.requires_grad_(True)
         scale = embedding_scale(embedding_VH, self._ids(suffix))
-        tail_TH = embedding_VH(self._ids([*problem.after, *problem.target]))
+        tail_TH = embedding_VH(self._ids([*problem.after, *problem.target[:-1]]))
         inputs_1TH = torch.cat([scale * (one_hot_SV @ embedding_VH.weight), tail_TH])[None]
         with torch.enable_grad():
-            loss_1 = self._target_loss(problem, len(suffix), inputs_embeds=inputs_1TH)
+            cache = _rows_of(self._prefix_cache(problem.before), len(problem.before), 1)
+            loss_1 = self._target_loss(problem, cache, inputs_embeds=inputs_1TH)
             (gradient_SV,) = torch.autograd.grad(loss_1.sum(), one_hot_SV)
         result: FloatArray = gradient_SV.float().cpu().numpy()
         return result
 
-    def suffix_losses(self, problem: SuffixProblem, suffixes: Sequence[Sequence[int]]) -> list[float]:
-        rows_CT = self._ids([[*suffix, *problem.after, *problem.target] for suffix in suffixes])
-        with torch.no_grad():
-            losses: list[float] = self._target_loss(problem, len(suffixes[0]), input_ids=rows_CT).tolist()
-        return losses
+    def suffix_losses(self, problem: SuffixProblem, suffixes: Sequence[Sequence[int]], batch: int = 64) -> list[float]:
+        """Reads each suffix from where it leaves the one that most of them share; keys and values before are read once.
 
-    def _target_loss(self, problem: SuffixProblem, num_suffix: int, **inputs: Tensor) -> Tensor:
-        """Computes the mean cross-entropy of the target for each row of inputs that follow `problem.before`, [C]."""
-        count = next(iter(inputs.values())).shape[0]
-        cache = copy.deepcopy(self._prefix_cache(problem.before))  # which the call below lengthens
-        cache.batch_repeat_interleave(count)
-        logits_CTV = self._model(**inputs, past_key_values=cache, use_cache=True).logits
-        start = num_suffix + len(problem.after) - 1
-        predicted_CTV = logits_CTV[:, start : start + len(problem.target)].float()
-        target_CT = self._ids(problem.target).expand(count, -1)
-        loss_CT = torch.nn.functional.cross_entropy(predicted_CTV.transpose(1, 2), target_CT, reduction="none")
-        return loss_CT.mean(dim=1)
+        A batch that does not fit the memory of the device is halved, for later calls too.
+        """
+        distinct = list(dict.fromkeys(map(tuple, suffixes)))
+        shared = tuple(Counter(column).most_common(1)[0][0] for column in zip(*distinct, strict=True))
+        found: dict[tuple[int, ...], float] = {}
+        with torch.no_grad():
+            cache = self._prefix_cache(problem.before)
+            if is_plain := _is_plain(cache) and len(distinct) > 1:
+                cache = _rows_of(cache, len(problem.before), 1)
+                self._model(self._ids([shared]), past_key_values=cache, use_cache=True, logits_to_keep=1)
+            # The last token is read by every row, even by those that differ in none.
+            starts = {row: min(num_common(row, shared), len(row) - 1) if is_plain else 0 for row in distinct}
+            waiting = sorted(distinct, key=starts.__getitem__)  # neighbours leave at neighbouring positions
+            while waiting:
+                rows = waiting[: min(batch, self._largest_batch)]
+                start = starts[rows[0]]
+                ids_CT = self._ids([[*row[start:], *problem.after, *problem.target[:-1]] for row in rows])
+                try:
+                    past = _rows_of(cache, len(problem.before) + start, len(rows))
+                    losses = self._target_loss(problem, past, input_ids=ids_CT).tolist()
+                except torch.OutOfMemoryError:
+                    if len(rows) == 1:
+                        raise
+                    self._largest_batch = len(rows) // 2
+                    continue
+                found.update(zip(rows, losses, strict=True))
+                waiting = waiting[len(rows) :]
+        return [found[tuple(suffix)] for suffix in suffixes]
+
+    def suffix_embeddings(self, suffix: Sequence[int]) -> FloatArray:
+        with torch.no_grad():
+            embeddings: FloatArray = self._model.get_input_embeddings()(self._ids(suffix)).float().cpu().numpy()
+        return embeddings
+
+    def descend(
+        self, problem: SuffixProblem, suffix_SH: FloatArray, steps: int, lr: float
+    ) -> tuple[FloatArray, list[float]]:
+        embedding_VH = self._model.get_input_embeddings()
+        some = torch.linspace(0, self.vocab_size() - 1, _EMBEDDINGS_READ, device=self._device).long()
+        with torch.no_grad():
+            step = lr * float(embedding_VH(some).float().square().mean().sqrt())
+            tail_TH = embedding_VH(self._ids([*problem.after, *problem.target[:-1]]))
+        moved_SH, losses = torch.tensor(suffix_SH, device=self._device), []
+        for _ in range(steps):
+            leaf_SH = moved_SH.requires_grad_(True)
+            inputs_1TH = torch.cat([leaf_SH.to(tail_TH.dtype), tail_TH])[None]
+            with torch.enable_grad():
+                cache = _rows_of(self._prefix_cache(problem.before), len(problem.before), 1)
+                loss_1 = self._target_loss(problem, cache, inputs_embeds=inputs_1TH)
+                (gradient_SH,) = torch.autograd.grad(loss_1.sum(), leaf_SH)
+            losses.append(float(loss_1))
+            moved_SH = leaf_SH.detach() - step * gradient_SH.sign()
+        result: FloatArray = moved_SH.detach().cpu().numpy()
+        return result, losses
+
+    def continue_embeddings(
+        self, problem: SuffixProblem, suffixes: Sequence[FloatArray], max_tokens: int, eos_ids: Sequence[int]
+    ) -> list[list[int]]:
+        embedding_VH, ends = self._model.get_input_embeddings(), self._ids(list(eos_ids))
+        with torch.no_grad():
+            after_AH = embedding_VH(self._ids(problem.after))
+            rows = [torch.cat([torch.tensor(row, device=self._device).to(after_AH), after_AH]) for row in suffixes]
+            cache = _rows_of(self._prefix_cache(problem.before), len(problem.before), len(rows))
+            inputs, said = {"inputs_embeds": torch.stack(rows)}, []
+            is_done_B = torch.zeros(len(rows), dtype=torch.bool, device=self._device)
+            while len(said) < max_tokens and not bool(is_done_B.all()):
+                logits_B1V = self._model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+                next_B = logits_B1V[:, -1].argmax(dim=-1)
+                is_done_B |= torch.isin(next_B, ends)
+                said.append(next_B.masked_fill(is_done_B, -1).tolist())
+                inputs = {"input_ids": next_B[:, None]}
+        return [[token for token in row if token >= 0] for row in zip(*said, strict=True)]
+
+    def _target_loss(self, problem: SuffixProblem, cache: Any, **inputs: Tensor) -> Tensor:
+        """Computes the mean cross-entropy of the target for each row of inputs that follow the cached words, [C]."""
+        count = len(problem.target)
+        logits_CTV = self._model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=count).logits
+        target_T = self._ids(problem.target)
+        rows = max(_LOSS_ELEMENTS // logits_CTV[0].numel(), 1)
+        losses = []
+        for part_CTV in logits_CTV.split(rows):
+            flat_NV, targets_N = part_CTV.flatten(0, 1).float(), target_T.repeat(len(part_CTV))
+            loss_N = torch.nn.functional.cross_entropy(flat_NV, targets_N, reduction="none")
+            losses.append(loss_N.view(-1, count).mean(dim=1))
+        return torch.cat(losses)
 
     def _prefix_cache(self, before: tuple[int, ...]) -> Any:
         """Reads the fixed words, one row, and keeps their keys and values."""
         if self._prefix is None or self._prefix[0] != before:
             with torch.no_grad():
-                self._prefix = (before, self._model(self._ids([list(before)]), use_cache=True).past_key_values)
+                output = self._model(self._ids([list(before)]), use_cache=True, logits_to_keep=1)
+            self._prefix = (before, output.past_key_values)
         return self._prefix[1]
 
     def _next_logprobs(self, sequences: Sequence[Sequence[int]]) -> Tensor:
@@ -206,3 +285,25 @@ def _attends_to_all(cache: Any, num_slots: int) -> bool:
         and (getattr(layer, "sliding_window", None) or num_slots + 1) > num_slots
         for layer in layers
     )
+
+
+def _is_plain(cache: Any) -> bool:
+    """Tells whether every layer keeps keys and values of all tokens, so that a start of them can be taken."""
+    return all(type(layer).__name__ == "DynamicLayer" for layer in cache.layers)
+
+
+def _rows_of(cache: Any, length: int, count: int) -> Any:
+    """Returns the first `length` tokens of a cache of one row, for `count` rows; reading on leaves the cache as it is.
+
+    Plain layers are views, since reading on concatenates into new tensors. Others (sliding windows) are copied.
+    """
+    if not _is_plain(cache):
+        copied = copy.deepcopy(cache)
+        copied.batch_repeat_interleave(count)
+        return copied
+    made = copy.copy(cache)
+    made.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in made.layers:
+        layer.keys = layer.keys[..., :length, :].expand(count, -1, -1, -1)
+        layer.values = layer.values[..., :length, :].expand(count, -1, -1, -1)
+    return made

@@ -62,15 +62,40 @@ class ChatCodec:
 
         Without a chat template (a pretrained base) it encodes the text and a blank line, after the start token.
         """
-        if self._tokenizer.chat_template:
-            try:
-                rendered = self._render(chat_messages(text, system))
-            except Exception:
-                if not system:
-                    raise
-                rendered = self._render(chat_messages(text, system, system_role=False))
-            return list(self._tokenizer.encode(rendered, add_special_tokens=False))
-        return list(self._tokenizer.encode(f"{system}\n\n{text}\n\n" if system else f"{text}\n\n"))
+        return self._encode([self._prompt_text(text, system)])[0]
+
+    def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Encodes many user messages in one call of the tokenizer, each as `encode_prompt` does."""
+        return self._encode([self._prompt_text(text, None) for text in texts])
+
+    def encode_conversation(self, turns: Sequence[str]) -> list[int]:
+        """Encodes turns of user and model by turns, the user's first and last, up to where the response starts.
+
+        The template sees all of them at once, so a default system prompt stands at the start only.
+        """
+        if not self._tokenizer.chat_template:
+            return self._encode(["".join(f"{turn}\n\n" for turn in turns)])[0]
+        roles = ["assistant" if number % 2 else "user" for number in range(len(turns))]
+        messages = [{"role": role, "content": turn} for role, turn in zip(roles, turns, strict=True)]
+        return self._encode([self._render(messages)])[0]
+
+    def _prompt_text(self, text: str, system: str | None) -> str:
+        """Writes a user message as the model reads it, start token of a tokenizer without template left out."""
+        if not self._tokenizer.chat_template:
+            return f"{system}\n\n{text}\n\n" if system else f"{text}\n\n"
+        try:
+            return self._render(chat_messages(text, system))
+        except Exception:
+            if not system:
+                raise
+            return self._render(chat_messages(text, system, system_role=False))
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        has_template = bool(self._tokenizer.chat_template)
+        encoded = self._tokenizer(texts, add_special_tokens=not has_template, return_attention_mask=False)
+        return [list(ids) for ids in encoded["input_ids"]]
 
     def _render(self, messages: list[dict[str, str]]) -> str:
         return str(self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
@@ -92,6 +117,10 @@ class ChatCodec:
             if len(start) <= offset and text.startswith(start):
                 count = end
         return count if offset else 0
+
+    def decode_all(self, sequences: Sequence[Sequence[int]]) -> list[str]:
+        """Decodes many sequences in one call of the tokenizer, each as `decode` does."""
+        return list(self._tokenizer.batch_decode([list(ids) for ids in sequences], skip_special_tokens=True))
 
     def fingerprint(self) -> str:
         """Returns a hash of vocabulary and chat template; equal hashes mean interchangeable token ids."""

@@ -71,11 +71,20 @@ class Codec(Protocol):
     def encode_prompt(self, text: str, system: str | None = None) -> list[int]:
         """Encodes a user message in its chat template, up to the point where the response starts."""
 
+    def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Encodes many user messages at once, each as `encode_prompt` does."""
+
+    def encode_conversation(self, turns: Sequence[str]) -> list[int]:
+        """Encodes turns of user and model by turns, the user's first and last, up to where the response starts."""
+
     def encode_answer(self, text: str) -> list[int]:
         """Encodes response tokens, without template and without end-of-response."""
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Decodes response tokens; special tokens are left out."""
+
+    def decode_all(self, sequences: Sequence[Sequence[int]]) -> list[str]:
+        """Decodes many sequences at once, each as `decode` does."""
 
 
 class Generator(Protocol):

@@ -27,6 +27,16 @@ class WordCodec:
     def encode_prompt(self, text: str, system: str | None = None) -> list[int]:
         return [1, *self.encode_answer(text), 2]
 
+    def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self.encode_prompt(text) for text in texts]
+
+    def encode_conversation(self, turns: Sequence[str]) -> list[int]:
+        marked = [
+            [*self.encode_answer(turn), 0] if number % 2 else self.encode_prompt(turn)
+            for number, turn in enumerate(turns)
+        ]
+        return [token for turn in marked for token in turn]
+
     def encode_answer(self, text: str) -> list[int]:
         for word in text.split():
             if word not in self.words:
@@ -35,6 +45,9 @@ class WordCodec:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return " ".join(self.words[token] for token in token_ids if token > 2)
+
+    def decode_all(self, sequences: Sequence[Sequence[int]]) -> list[str]:
+        return [self.decode(sequence) for sequence in sequences]
 
 
 class ScriptedModel:

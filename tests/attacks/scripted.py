@@ -47,8 +47,19 @@ class FakeBox:
         gradient[:, self.wanted] = -1.0
         return gradient
 
-    def suffix_losses(self, problem: Any, suffixes: Any) -> list[float]:
+    def suffix_losses(self, problem: Any, suffixes: Any, batch: int = 64) -> list[float]:
         return [sum(token != self.wanted for token in suffix) / len(suffix) for suffix in suffixes]
+
+    def suffix_embeddings(self, suffix: Any) -> np.ndarray:
+        return np.zeros((len(suffix), 2), dtype=np.float32)
+
+    def descend(self, problem: Any, suffix_SH: Any, steps: int, lr: float) -> tuple[np.ndarray, list[float]]:
+        done = int(suffix_SH[0, 0])  # the number of steps so far
+        return suffix_SH + steps, [1.0 / (1 + done + step) for step in range(steps)]
+
+    def continue_embeddings(self, problem: Any, suffixes: Any, max_tokens: int, eos_ids: Any) -> list[list[int]]:
+        asked = [[*problem.before, *problem.after] for _ in suffixes]
+        return self.model.generate(asked, max_tokens=max_tokens)  # type: ignore[no-any-return]
 
 
 Tools = Callable[[Any], AttackTools]

@@ -98,11 +98,11 @@ def test_trials_are_named_by_what_decides_them(target: Target, sets: EvaluationS
     changed = replace(
         target,
         tools=replace(
-            target.tools, fine_tune_id=lambda settings, name: "new" if name == "benign" else "chats of identity_shift"
+            target.tools, fine_tune_id=lambda settings, name: "new" if name == "benign" else f"chats of {name}"
         ),
     )
     before, after = planned("finetune", [prompt]), planned("finetune", [prompt], changed)
-    assert [one.key("m") == two.key("m") for one, two in zip(before, after, strict=True)] == [True, False]
+    assert [one.key("m") == two.key("m") for one, two in zip(before, after, strict=True)] == [True, True, False]
 
 
 def test_a_search_without_survivors_is_no_measurement(target: Target, sets: EvaluationSets) -> None:
@@ -111,13 +111,20 @@ def test_a_search_without_survivors_is_no_measurement(target: Target, sets: Eval
 
         def __init__(self, codec: Any) -> None:
             self._codec = codec
-            self.encode_answer, self.eos_ids = codec.encode_answer, codec.eos_ids
+            self.encode_answer, self.encode_prompts, self.eos_ids = (
+                codec.encode_answer,
+                codec.encode_prompts,
+                codec.eos_ids,
+            )
 
         def encode_prompt(self, text: str, system: str | None = None) -> list[int]:
             return self._codec.encode_prompt(text)  # type: ignore[no-any-return]
 
         def decode(self, token_ids: Sequence[int]) -> str:
             return f"{self._codec.decode(token_ids)} merged"
+
+        def decode_all(self, sequences: Sequence[Sequence[int]]) -> list[str]:
+            return [self.decode(sequence) for sequence in sequences]
 
     merging = replace(target, codec=Merging(target.codec))
     with pytest.raises(WorkError, match="None of the 8 suffixes that gcg tried"):
@@ -133,5 +140,5 @@ def test_short_answers_are_counted_and_never_cut_to_nothing(
     attacks = [{"name": "adaptive", "cuts": [5], "depths": [4]}, {"name": "finetune", "depths": [4]}]
     blocks = evaluate(model(COMPLY), codec, tools, sets, attacks, tmp_path)["attacks"]
     assert blocks["adaptive"]["short_prefills"] == 2 + 1  # cut, multi-turn
-    assert blocks["finetune"]["short_prefills"] == 2
+    assert blocks["finetune"]["short_prefills"] == 3  # of three copies
     assert blocks["prefill"]["short_prefills"] == 1

@@ -50,6 +50,8 @@ def every(strings: Path) -> list[dict[str, Any]]:
         {"name": "pair", "streams": 2, "rounds": 2},
         {"name": "finetune", "depths": [0, 2]},
         {"name": "adaptive", "cuts": [3], "depths": [2]},
+        {"name": "soft_prompt", "steps": 3, "suffix_tokens": 3, "ask_every": 2},
+        {"name": "best_of_n", "samples": 5, "batch": 2},
     ]
 
 
@@ -229,7 +231,7 @@ def test_static_strings_belong_to_their_behaviour(target: Target, sets: Evaluati
 
 
 @pytest.mark.parametrize(
-    "name", ["rank_assisted_prefill", "base_guided_decoding", "gcg", "random_search", "pair", "finetune"]
+    "name", ["rank_assisted_prefill", "base_guided_decoding", "gcg", "random_search", "soft_prompt", "pair", "finetune"]
 )
 def test_missing_tools_are_refused_with_nothing_done(
     name: str, model: Any, codec: Any, sets: EvaluationSets, tmp_path: Path
@@ -258,6 +260,7 @@ def test_tools_that_an_attack_does_not_declare_are_withheld(target: Target, sets
         "adaptive",
         "gcg",
         "random_search",
+        "soft_prompt",
         "finetune",
         "rank_assisted_prefill",
         "prefill_mid_answer",
@@ -284,5 +287,10 @@ def test_standard_settings_are_not_reduced() -> None:
     ]
     for name in set(ATTACKS) - {"prefill", "templates", "static_strings"}:
         assert parse_attack(name).reduced_because(100) == [], name
+    assert parse_attack({"name": "best_of_n", "samples": 64}).reduced_because(100) == ["samples 64 instead of 10000"]
+    assert parse_attack({"name": "finetune", "datasets": ["identity_shift"], "epochs": 2}).reduced_because(100) == [
+        "datasets without harmful, benign",
+        "epochs 2 instead of 10 on identity_shift",
+    ]
     assert parse_attack("templates").reduced_because(100) == ["standard_templates 0 instead of 10"]
     assert EvaluationConfig(depths=[0, 4]).prefill().reduced_because(100) == ["depths without 8, 16, 32, 64, 100"]
