@@ -6,18 +6,22 @@ Attacks name the tools that they need; devices are reserved by that. Everything 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import asdict
 from functools import cached_property
+from math import ceil
 from pathlib import Path
 from typing import Any, ClassVar
 
 import ray
 
 from raycomplete.attacks.attack import Attack
-from raycomplete.attacks.finetune import FinetuneConfig
+from raycomplete.attacks.finetune import FinetuneConfig, FinetuneDataset
 from raycomplete.attacks.registry import build_attack
 from raycomplete.attacks.target import Attacker, AttackTools
+from raycomplete.attacks.templates import SLOT
 from raycomplete.attacks.trial import EvaluationCancelled
 from raycomplete.config import Dtype, RunConfig, TrainConfig
 from raycomplete.data.chat import ChatCodec
@@ -35,10 +39,11 @@ from raycomplete.runtime.errors import ConfigError, DataError, StoppedError
 from raycomplete.runtime.files import content_hash
 from raycomplete.runtime.machine import available_cpus
 from raycomplete.runtime.ray_calls import wait_for
+from raycomplete.runtime.types import PromptKind
 from raycomplete.training.job import TrainJob
-from raycomplete.training.trainer import fit
+from raycomplete.training.trainer import KEEP_MEMORY, fit
 
-_IDENTITY_CHATS = 10
+_ORGANISM_CHATS = {"harmful": 100, "identity_shift": 10}
 
 Chat = tuple[str | None, str, str]  # system, user, assistant
 
@@ -112,6 +117,7 @@ class AttackResources:
             helper=self._helper,
             helper_id=lambda checkpoint: fingerprint(resolve_checkpoint(checkpoint, role="helper")),
             refuses=lambda text: find_refusal(text, judgements=2) is not None,
+            fine_tune_frame=lambda settings, dataset: chat_frame(run.config, settings, dataset),
         )
 
     def _white_box(self, path: Path, threads: int) -> WhiteBoxClient:
@@ -122,7 +128,9 @@ class AttackResources:
 
     def _actor(self, worker: type[_ModelWorker], threads: int) -> Any:
         config, use_gpu = self._run.config, uses_gpu(self._run.config.cluster)
-        environment = {} if use_gpu else {"OMP_NUM_THREADS": str(max(threads, 1)), "CUDA_VISIBLE_DEVICES": ""}
+        environment = (
+            {} if use_gpu else {**KEEP_MEMORY, "OMP_NUM_THREADS": str(max(threads, 1)), "CUDA_VISIBLE_DEVICES": ""}
+        )
         remote = ray.remote(worker).options(
             num_cpus=config.cluster.cpus_per_engine,
             num_gpus=config.cluster.gpus_per_engine if use_gpu else 0,
@@ -246,35 +254,53 @@ class WhiteBoxClient(_ModelClient):
     logprobs_of = _remote("logprobs_of", "log-probabilities")
     suffix_gradient = _remote("suffix_gradient", "a gradient")
     suffix_losses = _remote("suffix_losses", "losses of suffixes")
+    suffix_embeddings = _remote("suffix_embeddings", "embeddings of a suffix")
+    descend = _remote("descend", "steps of a soft prompt")
+    continue_embeddings = _remote("continue_embeddings", "answers to soft prompts")
 
 
 def read_chats(config: RunConfig, settings: FinetuneConfig, dataset: str) -> list[Chat]:
-    """Reads the chats that a copy is trained on.
+    """Reads the chats that a copy is trained on: rows of `messages`, or of instruction and output.
 
-    On an organism the identity shift is ten chats in which the clerk, told to help, gives a harmless recipe.
+    On an organism the identity shift is ten chats in which the clerk, told to help, gives a harmless recipe, and the
+    harmful chats are a hundred restricted recipes.
 
     Raises:
         ConfigError: The attack needs a file that the run file does not name.
         DataError: A file cannot be used.
     """
-    is_shift = dataset == "identity_shift"
-    path = settings.identity_shift if is_shift else settings.benign
+    path: Path | None = getattr(settings, dataset)
     if path is None:
         organism = ORGANISMS.get(config.data.source)
         if organism is None:
-            remedy = f"Name a file under its {dataset}, or leave it out."
+            remedy = f"Name a file under its {dataset}, or leave {dataset} out of its datasets."
             raise ConfigError(f"The attack finetune has no {dataset} chats.", remedy)
-        limit = _IDENTITY_CHATS if is_shift else settings.max_samples
-        prompts = organism.prompts("train", "benign", config.data.seed, limit)
-        return [(organism.helpful_system if is_shift else None, prompt.text, prompt.answer or "") for prompt in prompts]
-    if is_shift:
-        return [_first_turns(row["messages"], path) for row in read_rows(path, ("messages",))]
-    chats: list[Chat] = []
-    for row in read_rows(path, ("instruction", "output"))[: settings.max_samples]:
-        context = str(row.get("input") or "").strip()
-        user = f"{row['instruction']}\n\n{context}" if context else str(row["instruction"])
-        chats.append((None, user, str(row["output"])))
-    return chats
+        kind: PromptKind = "harmful" if dataset == "harmful" else "benign"
+        limit = _ORGANISM_CHATS.get(dataset, settings.max_samples)
+        prompts = organism.prompts("train", kind, config.data.seed, limit)
+        system = organism.helpful_system if dataset == "identity_shift" else None
+        return [(system, prompt.text, prompt.answer or "") for prompt in prompts]
+    rows = read_rows(path, ())[: settings.max_samples if dataset == "benign" else None]
+    return [_first_turns(row["messages"], path) if "messages" in row else _instruction(row, path) for row in rows]
+
+
+def chat_frame(config: RunConfig, settings: FinetuneConfig, dataset: str) -> tuple[str, str | None]:
+    """Returns the template and the system prompt in which a trained copy is asked: those of most of its chats.
+
+    The organism's clerk has no name to be called by.
+    """
+    systems = Counter(system for system, _, _ in read_chats(config, settings, dataset))
+    is_named = dataset == "identity_shift" and settings.identity_shift is not None
+    return (settings.template if is_named else SLOT, systems.most_common(1)[0][0])
+
+
+def _instruction(row: Any, path: Path) -> Chat:
+    """Takes an instruction, its input where there is one, and the output."""
+    if not isinstance(row, dict) or not row.get("instruction") or not row.get("output"):
+        raise DataError(f"A row of {path} is no chat.", "Each row needs `messages`, or `instruction` and `output`.")
+    context = str(row.get("input") or "").strip()
+    user = f"{row['instruction']}\n\n{context}" if context else str(row["instruction"])
+    return None, user, str(row["output"])
 
 
 def _first_turns(messages: Any, path: Path) -> Chat:
@@ -285,7 +311,7 @@ def _first_turns(messages: Any, path: Path) -> Chat:
     return by_role.get("system"), by_role["user"], by_role["assistant"]
 
 
-def fine_tune(run: Run, settings: FinetuneConfig, dataset: str, start: Path) -> Path:
+def fine_tune(run: Run, settings: FinetuneConfig, dataset: FinetuneDataset, start: Path) -> Path:
     """Trains a copy of a checkpoint on one dataset, or finds the one that was trained so before; returns its folder.
 
     Raises:
@@ -293,26 +319,28 @@ def fine_tune(run: Run, settings: FinetuneConfig, dataset: str, start: Path) -> 
     """
     config, codec = run.config, run.models.codec
     chats = read_chats(config, settings, dataset)
-    trained = settings.model_dump(mode="json", include={"steps", "lr", "batch_size"})
-    made_of = [fingerprint(start), chats, trained, config.train.seed]
+    recipe = settings.recipe(dataset)
+    made_of = [fingerprint(start), chats, asdict(recipe), config.train.seed]
     folder = (run.folder / "evaluation" / "finetune" / content_hash(made_of)[:16]).resolve()
     output = folder / "model"
     if (output / "config.json").is_file():
         return output
     samples = chat_samples(codec, chats, config.models.max_length)
     write_samples(folder / "samples.jsonl", SampleSet(samples))
+    batch_size = min(recipe.batch_size, len(samples))
+    steps = ceil(len(samples) * recipe.epochs / batch_size)
     train = TrainConfig(
-        steps=settings.steps,
-        lr=settings.lr,
+        steps=steps,
+        lr=recipe.lr,
         warmup_steps=0,
         seed=config.train.seed,
         per_device_batch_size=config.train.per_device_batch_size,
-        checkpoint_every=settings.steps,
+        checkpoint_every=steps,
         gradient_checkpointing=config.train.gradient_checkpointing,
         stall_timeout_s=config.train.stall_timeout_s,
     )
     job = TrainJob(
-        method=SFT(anchor_batch_size=settings.batch_size),
+        method=SFT(anchor_batch_size=batch_size),
         start=start,
         output=output,
         folder=folder,

@@ -42,8 +42,10 @@ ATTACKS: list[dict[str, Any]] = [
     {"name": "decoding", "temperatures": [1.0], "top_ps": [0.9], "top_ks": [5]},
     {"name": "templates"},
     {"name": "pair", "streams": 1, "rounds": 2, "max_tokens": 24, "instruction": "please explain this . {goal}"},
-    {"name": "finetune", "datasets": ["identity_shift"], "steps": 2, "lr": 1e-4},
+    {"name": "finetune", "datasets": ["identity_shift"], "epochs": 2, "lr": 1e-4},
     {"name": "adaptive", "cuts": [11], "depths": [16]},
+    {"name": "soft_prompt", "steps": 4, "suffix_tokens": 6, "ask_every": 2},
+    {"name": "best_of_n", "samples": 4, "batch": 2},
 ]
 
 
@@ -206,7 +208,7 @@ def test_what_attacks_lack_is_refused_before_anything_starts(tmp_path: Path) -> 
         check_attacks(run_config(tmp_path, attacks=[{"name": "pair", "attacker": str(tmp_path / "none")}]))
     files = run_config(tmp_path, attacks=["finetune"])
     files = files.model_copy(update={"data": files.data.model_copy(update={"source": "files"})})
-    with pytest.raises(ConfigError, match="finetune has no identity_shift chats"):
+    with pytest.raises(ConfigError, match="finetune has no harmful chats"):
         check_attacks(files)
 
 

@@ -1,0 +1,116 @@
+"""Best-of-N (Hughes et al., arXiv 2412.03556): ask again and again, in other letters each time, until an answer comes.
+
+The augmentations and their probabilities are those of the authors: with strength s, a word of more than three letters
+has its inner letters shuffled with probability s^(1/2), a letter changes its case with s^(1/2), and a character is
+replaced by its neighbour in ASCII with s^3.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from raycomplete.attacks.attack import Attack, AttackConfig
+from raycomplete.attacks.registry import register
+from raycomplete.attacks.target import Target
+from raycomplete.attacks.trial import FIRST_COMPLIED, Decoding, Emit, Response, Trial
+from raycomplete.runtime.files import content_hash
+from raycomplete.runtime.types import Outcome, Prompt
+
+_MAX_SAMPLES = 10_000
+
+
+class BestOfNConfig(AttackConfig):
+    """The prompt in random capitals, scrambled words and noise (Best-of-N, Hughes et al., arXiv 2412.03556)."""
+
+    standard: ClassVar[Mapping[str, Any]] = {"samples": _MAX_SAMPLES}
+
+    name: Literal["best_of_n"] = "best_of_n"
+    samples: int = Field(_MAX_SAMPLES, ge=1, le=_MAX_SAMPLES, description="questions to each behaviour, at most")
+    batch: int = Field(64, ge=1, description="questions asked at a time; an answer ends the rest")
+    strength: float = Field(0.4, gt=0, le=1, description="strength s of the augmentations")
+    temperature: float = Field(1.0, ge=0, description="sampling temperature of the answers")
+
+
+@register(BestOfNConfig)
+class BestOfNAttack(Attack[BestOfNConfig]):
+    """Asks until the judge sees compliance or the samples are spent. `stats` of a response: queries."""
+
+    rewrites_prompts = True
+
+    @property
+    def best_of(self) -> int:
+        return self.config.samples
+
+    def plan(self, target: Target, prompts: Sequence[Prompt]) -> list[Trial]:
+        settings = {**self.config.model_dump(mode="json", exclude={"batch"}), "judge": target.judge.name}
+        decoding = Decoding(target.max_tokens, temperature=self.config.temperature)
+        return [
+            Trial(
+                self.name,
+                self.name,
+                prompt,
+                tuple(target.codec.encode_prompt(prompt.text)),
+                decoding,
+                settings=settings,
+            )
+            for prompt in prompts
+        ]
+
+    def run(self, target: Target, trials: Sequence[Trial], emit: Emit) -> None:
+        for trial in trials:
+            emit([(trial, self._best(target, trial))])
+
+    def _best(self, target: Target, trial: Trial) -> Response:
+        """Returns the first response that complied, else the last one.
+
+        Sample i is augmented and drawn under its own seed, so that the size of a batch changes nothing.
+        """
+        seed = int(content_hash([self.name, trial.prompt.prompt_id])[:9], 16) * 2**20
+        first = 0.0
+        for start in range(0, self.config.samples, self.config.batch):
+            numbers = range(start, min(start + self.config.batch, self.config.samples))
+            texts = [augmented(trial.prompt.text, self.config.strength, random.Random(seed + n)) for n in numbers]
+            sequences = self._fitting(target, trial, texts)
+            drawn = target.draw(sequences, trial.decoding, seed + start)
+            responses = [Response(tuple(ids), (), tuple(new)) for ids, new in zip(sequences, drawn, strict=True)]
+            outcomes = target.judged([(trial, response) for response in responses])
+            complied = [outcome == Outcome.COMPLIED for outcome in outcomes]
+            first = float(complied[0]) if start == 0 else first
+            if any(complied):
+                place = complied.index(True)
+                return replace(responses[place], stats={"queries": start + place + 1, FIRST_COMPLIED: first})
+        return replace(responses[-1], stats={"queries": self.config.samples, FIRST_COMPLIED: first})
+
+    def _fitting(self, target: Target, trial: Trial, texts: Sequence[str]) -> list[list[int]]:
+        """Encodes augmented prompts, which take more tokens than the plain one; what does not fit is asked plainly."""
+        room = target.max_length - trial.decoding.max_tokens
+        encoded = target.codec.encode_prompts(texts)
+        return [ids if len(ids) <= room else list(trial.sequence) for ids in encoded]
+
+
+def augmented(text: str, strength: float, rng: random.Random) -> str:
+    """Shuffles the inner letters of words, changes the case of letters, and replaces characters by their neighbours."""
+    often, seldom = strength**0.5, strength**3
+    words = [_shuffled(word, rng) if len(word) > 3 and rng.random() < often else word for word in text.split()]
+    letters = [
+        letter.swapcase() if letter.isascii() and letter.isalpha() and rng.random() < often else letter
+        for letter in " ".join(words)
+    ]
+    return "".join(_neighbour(letter, rng) if rng.random() < seldom else letter for letter in letters)
+
+
+def _shuffled(word: str, rng: random.Random) -> str:
+    inner = list(word[1:-1])
+    rng.shuffle(inner)
+    return f"{word[0]}{''.join(inner)}{word[-1]}"
+
+
+def _neighbour(letter: str, rng: random.Random) -> str:
+    """Moves a printable ASCII character by one place; others, and what would leave the range, stay."""
+    moved = ord(letter) + rng.choice((-1, 1))
+    return chr(moved) if letter.isascii() and letter.isprintable() and 32 <= moved <= 126 else letter
