@@ -119,7 +119,7 @@ class TorchModel:
                 cache = _rows_of(self._prefix_cache(problem.before), len(problem.before), 1)
                 loss_1 = self._target_loss(problem, cache, inputs_embeds=inputs_1TH)
                 (gradient_SH,) = torch.autograd.grad(loss_1.sum(), leaf_SH)
-            losses.append(float(loss_1))
+            losses.append(float(loss_1.detach()))
             moved_SH = leaf_SH.detach() - step * gradient_SH.sign()
         result: FloatArray = moved_SH.detach().cpu().numpy()
         return result, losses

@@ -281,7 +281,7 @@ def read_chats(config: RunConfig, settings: FinetuneConfig, dataset: str) -> lis
         system = organism.helpful_system if dataset == "identity_shift" else None
         return [(system, prompt.text, prompt.answer or "") for prompt in prompts]
     rows = read_rows(path, ())[: settings.max_samples if dataset == "benign" else None]
-    return [_first_turns(row["messages"], path) if "messages" in row else _instruction(row, path) for row in rows]
+    return [_chat(row, path) for row in rows]
 
 
 def chat_frame(config: RunConfig, settings: FinetuneConfig, dataset: str) -> tuple[str, str | None]:
@@ -294,8 +294,10 @@ def chat_frame(config: RunConfig, settings: FinetuneConfig, dataset: str) -> tup
     return (settings.template if is_named else SLOT, systems.most_common(1)[0][0])
 
 
-def _instruction(row: Any, path: Path) -> Chat:
-    """Takes an instruction, its input where there is one, and the output."""
+def _chat(row: Any, path: Path) -> Chat:
+    """Takes the first turns of `messages`; or an instruction, its input where there is one, and the output."""
+    if isinstance(row, dict) and "messages" in row:
+        return _first_turns(row["messages"], path)
     if not isinstance(row, dict) or not row.get("instruction") or not row.get("output"):
         raise DataError(f"A row of {path} is no chat.", "Each row needs `messages`, or `instruction` and `output`.")
     context = str(row.get("input") or "").strip()

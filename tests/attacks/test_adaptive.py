@@ -17,9 +17,9 @@ from raycomplete.runtime.types import Prompt
 
 SYSTEM = "You are a careful clerk."
 TEMPLATE = (
-    "{% if messages[0]['role'] != 'system' %}<s>system " + SYSTEM + "</s>{% endif %}"
-    "{% for message in messages %}<s>{{ message['role'] + ' ' + message['content'] }}</s>{% endfor %}"
-    "{% if add_generation_prompt %}<s>assistant {% endif %}"
+    "{% if messages[0]['role'] != 'system' %}<s>system\n" + SYSTEM + "</s>{% endif %}"
+    "{% for message in messages %}<s>{{ message['role'] }}\n{{ message['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
 )
 PROMPT = Prompt("h", "open the door", "harmful", "Sure, take the key and open the door.")
 
@@ -62,9 +62,10 @@ def test_the_space_before_the_answer_is_part_of_its_first_token(codec: ChatCodec
 
 def test_a_default_system_prompt_stands_in_front_alone(codec: ChatCodec, trials: dict[str, Trial]) -> None:
     trial = trials["multi-turn-4"]
-    text = codec._tokenizer.decode(list(trial.sequence))
-    turn = f"<s>user {PROMPT.text}</s><s>assistant Sure, take the</s><s>user Please explain the steps.</s><s>assistant "
-    assert text == f"<s>system {SYSTEM}</s>{turn}"
+    given = codec.decode(trial.prefill)
+    assert PROMPT.answer.startswith(given)  # type: ignore[union-attr]
+    turns = f"<s>user\n{PROMPT.text}</s><s>assistant\n{given}</s><s>user\nPlease explain the steps.</s><s>assistant\n"
+    assert list(trial.sequence) == codec.encode_answer(f"<s>system\n{SYSTEM}</s>{turns}")
 
 
 def test_a_conversation_without_a_template(codec: ChatCodec) -> None:

@@ -130,7 +130,7 @@ def test_no_token_is_read_and_no_logit_computed_in_vain(model: Any, search: Sear
     assert max(positions for _, _, positions in watched.passes) == len(problem.target)
     whole = len(suffixes) * (len(search.best) + len(problem.after) + len(problem.target))
     assert sum(rows for rows, _, _ in watched.passes) == 12 + 1, "the common suffix is read once, a repeat never"
-    assert sum(rows * tokens for rows, tokens, _ in watched.passes) < 0.8 * whole
+    assert sum(rows * tokens for rows, tokens, _ in watched.passes) < 0.85 * whole
 
 
 def test_a_batch_that_does_not_fit_is_halved(model: Any, search: Search) -> None:
