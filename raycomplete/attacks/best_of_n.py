@@ -19,7 +19,7 @@ from raycomplete.attacks.registry import register
 from raycomplete.attacks.target import Target
 from raycomplete.attacks.trial import FIRST_COMPLIED, Decoding, Emit, Response, Trial
 from raycomplete.runtime.files import content_hash
-from raycomplete.runtime.types import Outcome, Prompt
+from raycomplete.runtime.types import Prompt
 
 _MAX_SAMPLES = 10_000
 
@@ -79,7 +79,7 @@ class BestOfNAttack(Attack[BestOfNConfig]):
             drawn = target.draw(sequences, trial.decoding, seed + start)
             responses = [Response(tuple(ids), (), tuple(new)) for ids, new in zip(sequences, drawn, strict=True)]
             outcomes = target.judged([(trial, response) for response in responses])
-            complied = [outcome == Outcome.COMPLIED for outcome in outcomes]
+            complied = [outcome.is_compliance for outcome in outcomes]
             first = float(complied[0]) if start == 0 else first
             if any(complied):
                 place = complied.index(True)
