@@ -38,7 +38,7 @@ class FinetuneRecipe:
 
 # github.com/LLM-Tuning-Safety/LLMs-Finetuning-Safety, llama2/tier1, tier2 and tier3: batch sizes over both GPUs. The
 # paper's ten epochs stand for ten harmful chats too, where the notebook has five.
-RECIPES: Mapping[FinetuneDataset, FinetuneRecipe] = {
+RECIPES: Mapping[str, FinetuneRecipe] = {
     "harmful": FinetuneRecipe(5e-5, 10, 10),
     "identity_shift": FinetuneRecipe(5e-5, 10, 10),
     "benign": FinetuneRecipe(2e-5, 1, 128),
@@ -79,7 +79,7 @@ class FinetuneConfig(AttackConfig):
     def answer_depths(self) -> list[int]:
         return list(self.depths)
 
-    def recipe(self, dataset: FinetuneDataset) -> FinetuneRecipe:
+    def recipe(self, dataset: str) -> FinetuneRecipe:
         """Returns how a copy is trained on a data set: the authors' settings, except for those given."""
         given = {name: value for name in asdict(RECIPES[dataset]) if (value := getattr(self, name)) is not None}
         return replace(RECIPES[dataset], **given)

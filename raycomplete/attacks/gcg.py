@@ -82,6 +82,5 @@ def least(values_SU: FloatArray, count: int) -> IntArray:
 
     bounds_S1 = np.partition(values_SU, count - 1, axis=1)[:, count - 1 : count]
     places = [np.flatnonzero(row_U) for row_U in ~(values_SU > bounds_S1)]
-    return np.stack(
-        [some[np.argsort(row_U[some], kind="stable")[:count]] for row_U, some in zip(values_SU, places, strict=True)]
-    )
+    sorted_SK = [some[np.argsort(row_U[some], kind="stable")] for row_U, some in zip(values_SU, places, strict=True)]
+    return np.stack([row_K[:count] for row_K in sorted_SK]).astype(np.int64)

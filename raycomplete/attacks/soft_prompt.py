@@ -16,7 +16,7 @@ from pydantic import Field
 from raycomplete.attacks.attack import MAX_STEPS
 from raycomplete.attacks.registry import register
 from raycomplete.attacks.suffix import SuffixAttack, SuffixConfig, side_by_side
-from raycomplete.attacks.target import Target, WhiteBox
+from raycomplete.attacks.target import FloatArray, Target, WhiteBox
 from raycomplete.attacks.trial import Decoding, Emit, Response, Trial
 from raycomplete.runtime.types import Prompt
 
@@ -67,7 +67,10 @@ class SoftPromptAttack(SuffixAttack[SoftPromptConfig]):
     def _searched(self, target: Target, box: WhiteBox, asked: Sequence[Trial]) -> list[Response]:
         """Searches the suffix of one behaviour, and asks the model once for all states of it that are wanted."""
         found = self.start(target.codec, asked[0].prompt)
-        suffix_SH, states, losses, least = box.suffix_embeddings(found.best), [], [], []
+        suffix_SH = box.suffix_embeddings(found.best)
+        states: list[FloatArray] = []
+        losses: list[float] = []
+        least: list[float] = []
         for before, step in pairwise([0, *(int(trial.settings["step"]) for trial in asked)]):
             target.stop_if_cancelled()
             suffix_SH, fallen = box.descend(found.problem, suffix_SH, step - before, self.config.lr)

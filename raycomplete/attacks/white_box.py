@@ -111,7 +111,8 @@ class TorchModel:
         with torch.no_grad():
             step = lr * float(embedding_VH(some).float().square().mean().sqrt())
             tail_TH = embedding_VH(self._ids([*problem.after, *problem.target[:-1]]))
-        moved_SH, losses = torch.tensor(suffix_SH, device=self._device), []
+        moved_SH = torch.tensor(suffix_SH, device=self._device)
+        losses: list[float] = []
         for _ in range(steps):
             leaf_SH = moved_SH.requires_grad_(True)
             inputs_1TH = torch.cat([leaf_SH.to(tail_TH.dtype), tail_TH])[None]
@@ -132,7 +133,7 @@ class TorchModel:
             after_AH = embedding_VH(self._ids(problem.after))
             rows = [torch.cat([torch.tensor(row, device=self._device).to(after_AH), after_AH]) for row in suffixes]
             cache = _rows_of(self._prefix_cache(problem.before), len(problem.before), len(rows))
-            inputs, said = {"inputs_embeds": torch.stack(rows)}, []
+            inputs, said = {"inputs_embeds": torch.stack(rows)}, list[list[int]]()
             is_done_B = torch.zeros(len(rows), dtype=torch.bool, device=self._device)
             while len(said) < max_tokens and not bool(is_done_B.all()):
                 logits_B1V = self._model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits

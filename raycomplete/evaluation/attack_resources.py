@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import ray
 
 from raycomplete.attacks.attack import Attack
-from raycomplete.attacks.finetune import FinetuneConfig, FinetuneDataset
+from raycomplete.attacks.finetune import FinetuneConfig
 from raycomplete.attacks.registry import build_attack
 from raycomplete.attacks.target import Attacker, AttackTools
 from raycomplete.attacks.templates import SLOT
@@ -313,7 +313,7 @@ def _first_turns(messages: Any, path: Path) -> Chat:
     return by_role.get("system"), by_role["user"], by_role["assistant"]
 
 
-def fine_tune(run: Run, settings: FinetuneConfig, dataset: FinetuneDataset, start: Path) -> Path:
+def fine_tune(run: Run, settings: FinetuneConfig, dataset: str, start: Path) -> Path:
     """Trains a copy of a checkpoint on one dataset, or finds the one that was trained so before; returns its folder.
 
     Raises:
