@@ -1,7 +1,8 @@
 """`python -m tests.benchmarks.gcg`: seconds of a GCG step, plain and as it is, in the same process.
 
-Every step is done both ways from the same suffix under the same seed. The draw must be the same, the losses equal to
-float32 rounding, and so is the suffix that each way chooses; then the next step starts.
+Every step is done both ways from the same suffix under the same seed. In float32 the draw is the same, the losses are
+equal to rounding, and both choose the same suffix. In bfloat16 many gradients are equal, and a full sort leaves their
+order to chance, where the partial one takes them by token: there the draws differ.
 """
 
 from __future__ import annotations
