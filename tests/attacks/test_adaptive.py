@@ -1,4 +1,4 @@
-"""The adaptive attack on a vocabulary with spaces inside its tokens, and a template with a default system prompt."""
+"""Turns after a refusal and after an answer, where tokens hold spaces and the template a default system prompt."""
 
 from __future__ import annotations
 
@@ -44,17 +44,18 @@ def codec(tmp_path: Path) -> ChatCodec:
 @pytest.fixture
 def trials(codec: ChatCodec) -> dict[str, Trial]:
     target = Target("aligned", "w", None, codec, RefusalJudge(), 256, 16)  # type: ignore[arg-type]
-    attack = build_attack(parse_attack({"name": "adaptive", "cuts": [3], "depths": [4]}))
-    return {trial.variant: trial for trial in attack.plan(target, [PROMPT])}
+    entries = ({"name": "adaptive", "cuts": [3], "depths": [4]}, {"name": "refuse_then_turn", "refusal": "I cannot."})
+    attacks = [build_attack(parse_attack(entry)) for entry in entries]
+    return {trial.variant: trial for attack in attacks for trial in attack.plan(target, [PROMPT])}
 
 
 def test_the_space_before_the_answer_is_part_of_its_first_token(codec: ChatCodec, trials: dict[str, Trial]) -> None:
-    trial = trials["refuse-then-turn-4"]
+    trial = trials["but-4"]
     space = codec.encode_answer(" ")
     assert len(space) == 1
     assert space[0] not in trial.sequence
     written = list(trial.sequence[len(codec.encode_prompt(PROMPT.text)) :])
-    whole = codec.encode_answer(f"I cannot help with that. But {PROMPT.answer}")
+    whole = codec.encode_answer(f"I cannot. But {PROMPT.answer}")
     assert written == whole[: len(written)], "as the model would read the text"
     assert codec.decode(trial.prefill) == " Sure, take the"
     assert len(trial.prefill) == 4
