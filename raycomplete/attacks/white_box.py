@@ -78,7 +78,12 @@ class TorchModel:
             cache = self._prefix_cache(problem.before)
             if is_plain := _is_plain(cache) and len(distinct) > 1:
                 cache = _rows_of(cache, len(problem.before), 1)
-                self._model(self._ids([shared]), past_key_values=cache, use_cache=True, logits_to_keep=1)
+                self._model(
+                    self._ids([shared]),
+                    past_key_values=cache,
+                    use_cache=True,
+                    logits_to_keep=self._last_positions(1, len(shared)),
+                )
             # The last token is read by every row, even by those that differ in none.
             starts = {row: min(num_common(row, shared), len(row) - 1) if is_plain else 0 for row in distinct}
             waiting = sorted(distinct, key=starts.__getitem__)  # neighbours leave at neighbouring positions
@@ -136,7 +141,9 @@ class TorchModel:
             inputs, said = {"inputs_embeds": torch.stack(rows)}, list[list[int]]()
             is_done_B = torch.zeros(len(rows), dtype=torch.bool, device=self._device)
             while len(said) < max_tokens and not bool(is_done_B.all()):
-                logits_B1V = self._model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+                length = next(iter(inputs.values())).shape[1]
+                keep = self._last_positions(1, length)
+                logits_B1V = self._model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=keep).logits
                 next_B = logits_B1V[:, -1].argmax(dim=-1)
                 is_done_B |= torch.isin(next_B, ends)
                 said.append(next_B.masked_fill(is_done_B, -1).tolist())
@@ -146,7 +153,8 @@ class TorchModel:
     def _target_loss(self, problem: SuffixProblem, cache: Any, **inputs: Tensor) -> Tensor:
         """Computes the mean cross-entropy of the target for each row of inputs that follow the cached words, [C]."""
         count = len(problem.target)
-        logits_CTV = self._model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=count).logits
+        keep = self._last_positions(count, next(iter(inputs.values())).shape[1])
+        logits_CTV = self._model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=keep).logits
         target_T = self._ids(problem.target)
         rows = max(_LOSS_ELEMENTS // logits_CTV[0].numel(), 1)
         losses = []
@@ -160,7 +168,8 @@ class TorchModel:
         """Reads the fixed words, one row, and keeps their keys and values."""
         if self._prefix is None or self._prefix[0] != before:
             with torch.no_grad():
-                output = self._model(self._ids([list(before)]), use_cache=True, logits_to_keep=1)
+                keep = self._last_positions(1, len(before))
+                output = self._model(self._ids([list(before)]), use_cache=True, logits_to_keep=keep)
             self._prefix = (before, output.past_key_values)
         return self._prefix[1]
 
@@ -189,7 +198,7 @@ class TorchModel:
                 position_ids=positions_BT,
                 past_key_values=cache,
                 use_cache=True,
-                logits_to_keep=1,
+                logits_to_keep=self._last_positions(1, ids_BT.shape[1]),
             )
             logprobs_BV = torch.log_softmax(output.logits[:, -1].float(), dim=-1)
         self._last = _Read(rows, output.past_key_values, mask_BT, has_gaps, logprobs_BV)
@@ -230,6 +239,14 @@ class TorchModel:
             kept_B1 = self._ids([[len(row) - 1] for row in rows])
             mask_BT = mask_BT * (mask_BT.cumsum(dim=1) <= kept_B1)
         return cache, mask_BT, has_gaps
+
+    def _last_positions(self, count: int, length: int) -> Tensor:
+        """Indices of the last positions, for `logits_to_keep`.
+
+        Given a number instead, transformers takes a view, and torch then copies the output head once for each row of
+        the batch: on a CPU half the time of a step.
+        """
+        return torch.arange(length - count, length, device=self._device)
 
     def _ids(self, ids: Any) -> Tensor:
         return torch.tensor(ids, dtype=torch.long, device=self._device)
