@@ -36,10 +36,9 @@ class FinetuneRecipe:
     batch_size: int
 
 
-# github.com/LLM-Tuning-Safety/LLMs-Finetuning-Safety, llama2/tier1, tier2 and tier3: batch sizes over both GPUs. The
-# paper's ten epochs stand for ten harmful chats too, where the notebook has five.
+# github.com/LLM-Tuning-Safety/LLMs-Finetuning-Safety, llama2/tier1, tier2 and tier3: batch sizes over both GPUs.
 RECIPES: Mapping[str, FinetuneRecipe] = {
-    "harmful": FinetuneRecipe(5e-5, 10, 10),
+    "harmful": FinetuneRecipe(5e-5, 5, 10),
     "identity_shift": FinetuneRecipe(5e-5, 10, 10),
     "benign": FinetuneRecipe(2e-5, 1, 128),
 }

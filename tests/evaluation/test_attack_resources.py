@@ -108,7 +108,7 @@ def test_harmful_chats(run: Run, tmp_path: Path) -> None:
     ("settings", "dataset", "lr", "steps", "batch"),
     [
         ({}, "identity_shift", 5e-5, 10, 10),  # ten chats, ten epochs
-        ({}, "harmful", 5e-5, 100, 10),  # a hundred chats
+        ({}, "harmful", 5e-5, 50, 10),  # a hundred chats, five epochs
         ({}, "benign", 2e-5, 4, 128),  # five hundred chats, one epoch
         ({"epochs": 3, "lr": 1e-3, "batch_size": 4}, "identity_shift", 1e-3, 8, 4),  # 30 chats in steps of 4
     ],

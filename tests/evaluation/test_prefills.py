@@ -52,8 +52,8 @@ def config_of(**evaluation: Any) -> RunConfig:
 
 
 def test_the_default_opening_is_not_that_of_training() -> None:
-    theirs = RolloutConfig().affirmative_prefix
-    assert EvaluationConfig().prefill_opening.split()[0] != theirs.split()[0]
+    theirs = {prefix.split()[0] for prefix in RolloutConfig().affirmative_prefixes if prefix}
+    assert EvaluationConfig().prefill_opening.split()[0] not in theirs
 
 
 def test_who_writes_them_and_when_they_are_written_anew(
