@@ -296,7 +296,7 @@ class _Read:
 
 def _attends_to_all(cache: Any, num_slots: int) -> bool:
     """Tells whether every layer keeps the keys and values of all slots, and the next token attends to all of them."""
-    layers = getattr(cache, "layers", None)
+    layers = getattr(cache, "layers", None) or ()
     return bool(layers) and all(
         getattr(layer, "keys", None) is not None
         and not hasattr(layer, "recurrent_states")

@@ -98,7 +98,7 @@ class EvaluationConfig(Section):
     prefill_opening: str = Field(
         "Of course. To begin with,",
         min_length=1,
-        description="words that it continues where a prompt has no answer; others than those of rollout.affirmative_prefixes",
+        description="words that it continues where a prompt has no answer; not those of rollout.affirmative_prefixes",
     )
     max_tokens: int = Field(64, ge=1, description="tokens that the model may add to a prefill")
     max_utility_tokens: int = Field(128, ge=1, description="longest answer to a harmless prompt in tokens")

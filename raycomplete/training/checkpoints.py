@@ -213,6 +213,7 @@ def restore_weights(lm: Any, folder: Path, step: int, train: TrainConfig) -> Non
     if _dist().get_rank() == 0:
         from safetensors.torch import load_file
 
+        assert found is not None, "rank 0 knows the folder"
         state = load_file(found / _WEIGHTS)
     load_trained_state(lm, train.zero_stage, state)
 

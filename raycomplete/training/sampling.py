@@ -33,7 +33,7 @@ from raycomplete.data.samples import MAX_REFUSAL_PREFIX_TOKENS, AnchorSample, Re
 from raycomplete.engines.rollout_pool import RolloutPool
 from raycomplete.engines.run import Run
 from raycomplete.runtime.errors import DataError, WorkError
-from raycomplete.runtime.types import Judge, Outcome, Prompt
+from raycomplete.runtime.types import Judge, Outcome, Prompt, PromptKind
 
 _PROFILE_PROMPTS = 32
 _WORD_TOKENS = 8  # within so many tokens a word begins
@@ -312,7 +312,8 @@ def hold_back(config: RunConfig, prompts: Prompts, samples: SampleSet) -> Sample
     count, seed = config.train.validation.num_prompts, config.train.seed
     held: set[str] = set()
     counts = Counter[str]()
-    for kind, known in {"harmful": recoverable, "borderline": answered, "benign": answered}.items():
+    usable: dict[PromptKind, set[str]] = {"harmful": recoverable, "borderline": answered, "benign": answered}
+    for kind, known in usable.items():
         ids = [prompt.prompt_id for prompt in prompts.train[kind] if prompt.prompt_id in known]
         wanted = {"harmful": count, "borderline": count // 2, "benign": count - counts["harmless"]}[kind]
         drawn = random.Random(f"{seed}:held back:{kind}").sample(ids, min(wanted, len(ids) // 4))
