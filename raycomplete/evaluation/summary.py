@@ -242,7 +242,7 @@ def _attack_rows(name: str, by_role: Mapping[str, Any], roles: Sequence[str]) ->
     blocks = [by_role.get(role) for role in roles]
     label = f"{name}{' (reduced)' if any(block and block['reduced'] for block in blocks) else ''}"
     rows = []
-    headline = next((block["headline"] for block in blocks if block), None)
+    headline = next((block.get("headline") for block in blocks if block), None)
     if name != "prefill" and headline is None:
         rows.append([label, *(rate_text(block and block["mean"]) for block in blocks)])
     elif name != "prefill":
