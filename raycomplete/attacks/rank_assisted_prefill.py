@@ -45,7 +45,7 @@ class RankAssistedPrefillConfig(RankedConfig):
         None, description="token classifier whose label 1 at the last token accepts a text; without one, base decides"
     )
     min_probability: float = Field(
-        0.1, gt=0, le=1, description="base's probability of an acceptable token, as a share of its likeliest token's"
+        0.001, gt=0, le=1, description="base's probability of an acceptable token, as a share of its likeliest token's"
     )
     min_tokens: int = Field(32, ge=0, description="picks before which the end of the answer is not acceptable")
 
