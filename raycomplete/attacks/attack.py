@@ -17,6 +17,7 @@ from raycomplete.runtime.section import Section
 from raycomplete.runtime.types import Codec, Prompt
 
 STANDARD_BEHAVIOURS = 100  # as many as JailbreakBench has
+STANDARD_ANSWER_TOKENS = 256  # enough to see a model refuse first and comply then
 MAX_STEPS = 5000  # upper bounds keep a request from asking for years of work
 _NEEDS: Mapping[Need, str] = {
     "white_boxes": "the weights of the model",
@@ -78,7 +79,8 @@ class Attack(ABC, Generic[ConfigT]):
     """One attack with its settings.
 
     `plan` lists the trials and refuses what cannot be asked; it generates nothing. `run` gets the responses of those
-    trials that are not on disk yet and emits them as they come.
+    trials that are not on disk yet and emits them as they come. A trial whose `settings` name a `depth` that its
+    prefill does not reach is left out of the evaluation and counted: it would stand under a name that it does not earn.
     """
 
     config_class: ClassVar[type[AttackConfig]]  # set by `registry.register`
@@ -109,6 +111,18 @@ class Attack(ABC, Generic[ConfigT]):
         """Checkpoints of the models that the attack brings along, by the setting that names them."""
         named = {need: getattr(self.config, need, None) for need in ("attacker", "helper") if need in self.needs}
         return {setting: checkpoint for setting, checkpoint in named.items() if checkpoint is not None}
+
+    def answer_tokens(self, trial: Trial) -> int:
+        """Returns the number of new tokens at which a response to the trial is cut."""
+        return trial.decoding.max_tokens
+
+    def is_cut(self, trial: Trial, response: Response) -> bool:
+        """Tells whether the response was cut by its length: the end of a response is not among its tokens."""
+        return len(response.tokens) >= self.answer_tokens(trial)
+
+    def reduced_because(self, codec: Codec, prompts: Sequence[Prompt]) -> list[str]:
+        """Lists how the settings fall short of published runs on these behaviours."""
+        return self.config.reduced_because(len(prompts))
 
     def prepared(self, target: Target) -> Target:
         """Returns the target with the tools that `needs` names, and no others.

@@ -35,6 +35,9 @@ class BaseGuidedDecodingAttack(Attack[BaseGuidedDecodingConfig]):
     def headline(self) -> str:
         return f"top-{max(self.config.tops)}"
 
+    def answer_tokens(self, trial: Trial) -> int:
+        return self.config.steps
+
     def plan(self, target: Target, prompts: Sequence[Prompt]) -> list[Trial]:
         settings = {"steps": self.config.steps, "guide": target.tools.guide_id}
         return [

@@ -12,7 +12,9 @@ from raycomplete.attacks.registry import register
 from raycomplete.attacks.target import Target
 from raycomplete.attacks.trial import Decoding, Trial
 from raycomplete.runtime.errors import DataError
-from raycomplete.runtime.types import Prompt
+from raycomplete.runtime.types import Codec, Prompt
+
+STANDARD_DEPTHS = (0, 4, 8, 16, 32, 64, 100, 200, 500)  # of prompts whose compliant answer is that long
 
 Depth = Annotated[int, Field(ge=0)]
 
@@ -20,7 +22,7 @@ Depth = Annotated[int, Field(ge=0)]
 class PrefillConfig(AttackConfig):
     """The first tokens of a compliant answer stand at the start of the response (the depth curve)."""
 
-    standard: ClassVar[Mapping[str, Any]] = {"depths": [0, 4, 8, 16, 32, 64, 100]}
+    standard: ClassVar[Mapping[str, Any]] = {"depths": list(STANDARD_DEPTHS)}
 
     name: Literal["prefill"] = "prefill"
     depths: list[int] = Field(default_factory=list, description="those of evaluation.depths, filled in at work")
@@ -28,7 +30,7 @@ class PrefillConfig(AttackConfig):
 
 @register(PrefillConfig)
 class PrefillAttack(Attack[PrefillConfig]):
-    """Asks under a variant for each depth. Answers that are shorter than the depth are prefilled whole."""
+    """Asks under a variant for each depth; an evaluation leaves out the prompts whose answer is shorter than it."""
 
     def plan(self, target: Target, prompts: Sequence[Prompt]) -> list[Trial]:
         if max(self.config.depths) > 0 and not any(prompt.answer for prompt in prompts):
@@ -46,3 +48,11 @@ class PrefillAttack(Attack[PrefillConfig]):
             for prompt, ids, answer in asked
             for given in [tuple(answer[:depth])]
         ]
+
+    def reduced_because(self, codec: Codec, prompts: Sequence[Prompt]) -> list[str]:
+        """Leaves out standard depths that no answer reaches, since nobody could measure them."""
+        goes_on = any(prompt.answer_goes_on for prompt in prompts)
+        longest = max((len(answer_ids(codec, prompt)) for prompt in prompts), default=0)
+        beyond = [depth for depth in STANDARD_DEPTHS if depth > longest and not goes_on]
+        measured = self.config.model_copy(update={"depths": [*self.config.depths, *beyond]})
+        return measured.reduced_because(len(prompts))

@@ -71,6 +71,12 @@ class RankAssistedPrefillAttack(Attack[RankAssistedPrefillConfig]):
     def headline(self) -> str:
         return f"top-{max(self.config.tops)}"
 
+    def answer_tokens(self, trial: Trial) -> int:
+        return self.config.steps
+
+    def is_cut(self, trial: Trial, response: Response) -> bool:
+        return bool(response.stats["steps"] >= self.config.steps)  # going back takes steps too
+
     def plan(self, target: Target, prompts: Sequence[Prompt]) -> list[Trial]:
         config, codec = self.config, target.codec
         if not config.prefill and not any(prompt.answer for prompt in prompts):

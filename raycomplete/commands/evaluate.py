@@ -16,7 +16,14 @@ from raycomplete.engines.run import OutputFolder, open_run
 from raycomplete.evaluation.attack_resources import check_attacks, extra_engines, training_workers
 from raycomplete.evaluation.benign_nll import measure_benign_nll
 from raycomplete.evaluation.roles import evaluate_roles, held_out_sets
-from raycomplete.evaluation.summary import closing_table, difference_table, rate_text, summarize, trap_lines
+from raycomplete.evaluation.summary import (
+    closing_table,
+    difference_table,
+    rate_text,
+    reductions,
+    summarize,
+    trap_lines,
+)
 from raycomplete.report.html import write_report
 from raycomplete.runtime.console import Console
 from raycomplete.runtime.files import read_json, write_json
@@ -131,6 +138,7 @@ def print_result(summary: Mapping[str, Any], folder: Path, console: Console) -> 
         text = f"{ratio}, {change['difference']:+.3f} nats a token, n = {change['n']}"
         lines.append(("benign NLL of the student", text))
     lines += [(f"judge: {name}", text) for name, text in trap_lines(summary.get("judge_measured"))]
+    lines += [("reduced", f"{name}: {reasons}") for name, reasons in reductions(summary)]
     lines += [("safety regression", sentence) for sentence in summary.get("safety_regressions", [])]
     train = summary.get("train") or {}
     if train:

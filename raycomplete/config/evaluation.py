@@ -9,8 +9,8 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
-from raycomplete.attacks.attack import AttackConfig
-from raycomplete.attacks.prefill import PrefillConfig
+from raycomplete.attacks.attack import STANDARD_ANSWER_TOKENS, AttackConfig
+from raycomplete.attacks.prefill import STANDARD_DEPTHS, PrefillConfig
 from raycomplete.attacks.registry import explain, parse_attack
 from raycomplete.runtime.errors import ConfigError
 from raycomplete.runtime.section import Section
@@ -89,7 +89,17 @@ class EvaluationConfig(Section):
     """The prefill-depth curve, other attacks, utility and over-refusal."""
 
     depths: list[int] = Field(
-        default_factory=lambda: [0, 4, 8, 16, 32, 64], min_length=1, description="prefill depths in tokens"
+        default_factory=lambda: list(STANDARD_DEPTHS),
+        min_length=1,
+        description="prefill depths in tokens; each is asked of the prompts whose compliant answer is that long",
+    )
+    max_tokens: int = Field(
+        STANDARD_ANSWER_TOKENS,
+        ge=1,
+        description="tokens that the model may add to a prefill; fewer cut off what follows a refusal",
+    )
+    max_utility_tokens: int = Field(
+        STANDARD_ANSWER_TOKENS, ge=1, description="longest answer to a harmless prompt in tokens"
     )
     prefill_from: str = Field(
         "base",
@@ -100,8 +110,6 @@ class EvaluationConfig(Section):
         min_length=1,
         description="words that it continues where a prompt has no answer; not those of rollout.affirmative_prefixes",
     )
-    max_tokens: int = Field(64, ge=1, description="tokens that the model may add to a prefill")
-    max_utility_tokens: int = Field(128, ge=1, description="longest answer to a harmless prompt in tokens")
     num_prompts: int = Field(100, ge=1, description="held-out prompts of each kind")
     nll_prompts: int = Field(100, ge=0, description="benign prompts whose answers' likelihood is measured; 0 is off")
     nll_tokens: int = Field(64, ge=1, description="tokens of such an answer that are measured")

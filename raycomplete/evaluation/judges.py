@@ -31,6 +31,11 @@ def measured(judge: Judge) -> dict[str, Any] | None:
     return dict(found) if isinstance(found, Mapping) else None
 
 
+def is_exact(judge: Judge) -> bool:
+    """Tells whether the judge knows the right answers; one that does has `is_exact = True`."""
+    return bool(getattr(judge, "is_exact", False))
+
+
 def sees_goal(judge: Judge) -> bool:
     """Tells whether the judge compares the answer with the prompt; one that does not has `sees_goal = False`."""
     return bool(getattr(judge, "sees_goal", True))

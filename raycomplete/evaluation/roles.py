@@ -43,7 +43,7 @@ def held_out_sets(run: Run) -> Prompts:
         "prompts": [[prompt.prompt_id, content_hash([prompt.text, prompt.answer])] for prompt in harmful],
     }
     known = read_json(file)
-    if known is None or known["made_from"] != made_from:
+    if known is None or known["made_from"] != made_from or "go_on" not in known:
         with ExitStack() as ended:
             if source == "base":
                 generator, codec = run.engines.generator.with_weights(str(models.paths["base"])), models.codec
@@ -55,17 +55,22 @@ def held_out_sets(run: Run) -> Prompts:
         # A prefill that refuses by itself is no attack. It stays in the denominator, and the count is published.
         outcomes = Counter(str(run.judge.outcome(prompt, "", prompt.answer or "")) for prompt in completed)
         answers = {prompt.prompt_id: prompt.answer for prompt in completed}
-        known = {"made_from": made_from, "outcomes": dict(outcomes), "answers": answers}
+        go_on = [prompt.prompt_id for prompt in completed if prompt.answer_goes_on]
+        known = {"made_from": made_from, "outcomes": dict(outcomes), "answers": answers, "go_on": go_on}
         write_json(file, known, mode=PRIVATE)
     run.console.note(f"Prefills judged by themselves: {known['outcomes']}")
-    answered = tuple(replace(prompt, answer=known["answers"][prompt.prompt_id]) for prompt in harmful)
+    go_on = set(known["go_on"])
+    answered = tuple(
+        replace(prompt, answer=known["answers"][prompt.prompt_id], answer_goes_on=prompt.prompt_id in go_on)
+        for prompt in harmful
+    )
     return replace(prompts, evaluation=prompts.evaluation | {"harmful": answered})
 
 
 def complete_answers(
     config: EvaluationConfig, codec: Codec, generator: Generator, prompts: Sequence[Prompt]
 ) -> list[Prompt]:
-    """Completes the compliant answers of held-out harmful prompts, so that they can be cut at every depth.
+    """Completes the compliant answers of held-out harmful prompts, to the deepest cut or as far as the model goes.
 
     Public sets give the first sentence of a harmful answer only. A model continues it greedily, or
     `evaluation.prefill_opening` where there is none: other words, drawn in another way than the continuations that
@@ -79,8 +84,11 @@ def complete_answers(
     short = [index for index, start in enumerate(starts) if len(start) < needed]
     sequences = [[*codec.encode_prompt(prompts[index].text), *starts[index]] for index in short]
     added = generator.generate(sequences, max_tokens=needed) if short else []
-    texts = {index: codec.decode([*starts[index], *tokens]) for index, tokens in zip(short, added, strict=True)}
-    return [replace(prompt, answer=texts.get(index, prompt.answer)) for index, prompt in enumerate(prompts)]
+    completed = list(prompts)
+    for index, tokens in zip(short, added, strict=True):
+        answer, goes_on = codec.decode([*starts[index], *tokens]), len(tokens) == needed
+        completed[index] = replace(prompts[index], answer=answer, answer_goes_on=goes_on)
+    return completed
 
 
 def evaluate_roles(run: Run, roles: Sequence[ModelRole]) -> dict[str, dict[str, Any]]:

@@ -19,7 +19,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from raycomplete.attacks.attack import ask, plain_trials
+from raycomplete.attacks.attack import Attack, ask, plain_trials
 from raycomplete.attacks.registry import build_attack
 from raycomplete.attacks.target import Target, judge_all
 from raycomplete.attacks.trial import Progress, Response, Trial
@@ -70,9 +70,8 @@ def evaluate_model(
     """Measures attack success by prefill depth and by attack, utility, over-refusal and capabilities of one model.
 
     Every trial gets one outcome, so denominators never shrink: empty and incoherent responses are failures of the
-    attack and of utility, and an answer that is shorter than the prefill depth is prefilled whole and counted in
-    `short_answers` (a model that has nothing to add to it comes out as empty). Decoding is greedy except where an
-    attack is about sampling.
+    attack and of utility. A prompt whose compliant answer is shorter than a prefill depth is left out of that depth:
+    `n` counts the others, `short_answers` those left out. Decoding is greedy except where an attack is about sampling.
 
     Args:
         target: The model; its role names the result file, and responses are reused under its `model_id` only.
@@ -105,20 +104,30 @@ def _plan(target: Target, sets: EvaluationSets, config: EvaluationConfig) -> lis
     prefill = build_attack(config.prefill())
     harmless = plain_trials(target, HARMLESS, "benign", sets.benign, config.max_utility_tokens)
     harmless += plain_trials(target, HARMLESS, "borderline", sets.borderline, config.max_tokens)
-    groups = [
-        TrialGroup("prefill", prefill, prefill.plan(prefill.prepared(target), sets.harmful)),
-        TrialGroup(HARMLESS, None, harmless),
+    groups = [_attack_group(prefill, target, sets.harmful), TrialGroup(HARMLESS, None, harmless)]
+    groups += [
+        _attack_group(build_attack(settings), target, sets.harmful[: config.attack_prompts])
+        for settings in config.attacks
+        if settings.name != "prefill"
     ]
-    for settings in config.attacks:
-        if settings.name != "prefill":
-            attack = build_attack(settings)
-            trials = attack.plan(attack.prepared(target), sets.harmful[: config.attack_prompts])
-            groups.append(TrialGroup(attack.name, attack, trials))
     if asked := capabilities.plan_capabilities(target, config.capabilities):
         groups.append(TrialGroup(capabilities.ATTACK, None, asked))
     for group in groups:
         target.check_fits(group.trials)
     return groups
+
+
+def _attack_group(attack: Attack[Any], target: Target, prompts: Sequence[Prompt]) -> TrialGroup:
+    """Lists the trials of an attack without those whose prefill is shorter than their depth."""
+    planned = attack.plan(attack.prepared(target), prompts)
+    short = Counter(trial.variant for trial in planned if len(trial.prefill) < trial.settings.get("depth", 0))
+    trials = [trial for trial in planned if len(trial.prefill) >= trial.settings.get("depth", 0)]
+    if not trials:
+        raise DataError(
+            f"No harmful prompt has a compliant answer as long as the depths of the attack {attack.name}.",
+            "Name lower depths, or give longer answers in data.evaluation.harmful.",
+        )
+    return TrialGroup(attack.name, attack, trials, short)
 
 
 class _Evaluation:

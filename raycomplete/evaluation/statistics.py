@@ -98,19 +98,6 @@ def _likeness(share_N: np.ndarray, num_trials: int) -> float:
     return (telling * likeness + ALIKE_PROMPTS) / (telling + ALIKE_PROMPTS)
 
 
-def mean_over_depths(complied_DN: Sequence[Sequence[bool]]) -> Rate:
-    """Computes the mean attack success rate over D depths, as `mean_over_trials`: each of N prompts has D trials.
-
-    The interval says nothing about depths that were not measured.
-
-    Raises:
-        ValueError: No depth is given, or the depths hold different numbers of prompts.
-    """
-    if not complied_DN or len({len(row) for row in complied_DN}) != 1:
-        raise ValueError("mean_over_depths needs at least one depth, and the same prompts at every depth.")
-    return mean_over_trials(list(zip(*complied_DN, strict=True)))
-
-
 def worst_of_trials(complied: Sequence[Sequence[bool]]) -> Rate:
     """Computes the share of behaviours at which a trial worked: the rate of an attacker who tries them all."""
     return wilson(sum(any(trials) for trials in complied), len(complied))

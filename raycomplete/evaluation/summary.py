@@ -24,12 +24,13 @@ def summarize(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         results: Results of `evaluate_model` by role; roles that were not evaluated may be absent.
 
     Returns:
-        By role `asr`, `utility`, `over_refusal` and `benign_refusal`; by name and role `attacks`, `capabilities` and
-        `over_refusal_by_source`; `comparisons` of student with aligned and aligned with base on the same prompts, by
-        attack and by the other rates; `safety_regressions`, sentences on models that refuse harmless prompts or lost
-        utility; `asr_reduction`, 1 - student mean / aligned mean: None where one of the two is absent or the aligned
-        mean is 0, negative where the student is attacked more easily than the aligned model; and
-        `asr_reduction_interval`, {"reduction", "low", "high", "n"}, None where aligned is attacked too seldom for one.
+        By role `asr`, `utility`, `over_refusal` and `benign_refusal`; by name and role `attacks`, `capabilities`,
+        `over_refusal_by_source` and, of harmless prompts, `reduced_because`; `comparisons` of student with aligned and
+        aligned with base on the same prompts, by attack and by the other rates; `safety_regressions`, sentences on
+        models that refuse harmless prompts or lost utility; `asr_reduction`, 1 - student mean / aligned mean: None
+        where one of the two is absent or the aligned mean is 0, negative where the student is attacked more easily than
+        the aligned model; and `asr_reduction_interval`, {"reduction", "low", "high", "n"}, None where aligned is
+        attacked too seldom for one.
 
     Raises:
         ValueError: The results come from different judges or settings and must not be compared.
@@ -54,6 +55,7 @@ def summarize(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         },
         "comparisons": _comparisons(results),
         "capabilities": _by_name(results, roles, "capabilities"),
+        "reduced_because": _by_name(results, roles, "reduced_because"),
         "safety_regressions": safety_regressions({role: results[role] for role in roles}),
     }
 
@@ -95,6 +97,26 @@ def _change(first: Mapping[str, Any], second: Mapping[str, Any], name: str) -> D
     """The difference of two models in a rate of harmless prompts; None where they have no prompt in common."""
     ours, theirs = (result["by_prompt"][name] for result in (first, second))
     return paired_bootstrap(ours, theirs) if ours.keys() & theirs.keys() else None
+
+
+def reductions(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Pairs each attack, and each kind of harmless prompts, with why its rates are less than standard; not the others.
+
+    What is true of some of the models only begins with their names.
+    """
+    found = {
+        name: {role: block.get("reduced_because", []) for role, block in by_role.items()}
+        for name, by_role in (summary.get("attacks") or {}).items()
+    } | (summary.get("reduced_because") or {})
+    said = []
+    for name, by_role in found.items():
+        texts = []
+        for reason in dict.fromkeys(reason for reasons in by_role.values() for reason in reasons):
+            roles = [role for role, reasons in by_role.items() if reason in reasons]
+            texts.append(reason if len(roles) == len(by_role) else f"{', '.join(roles)}: {reason}")
+        if texts:
+            said.append((name, "; ".join(texts)))
+    return said
 
 
 def _by_name(

@@ -281,8 +281,11 @@ def _measured(run: RunFolder) -> Mapping[str, Any] | None:
 
 
 def _short_answers(run: RunFolder) -> list[tuple[str, int, int]]:
-    """(depth, prompts with an answer shorter than it, prompts), where there are any."""
+    """(depth, prompts with an answer shorter than it, prompts in all), where there are any."""
     for result in run.results.values():
         short = [variant for variant in result.get("variants", {}).values() if variant.get("short_answers")]
-        return [(str(variant["depth"]), int(variant["short_answers"]), int(variant["n"])) for variant in short]
+        return [
+            (str(variant["depth"]), int(variant["short_answers"]), int(variant["n"] + variant["short_answers"]))
+            for variant in short
+        ]
     return []

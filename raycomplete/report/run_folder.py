@@ -8,13 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from raycomplete.evaluation.summary import reductions
 from raycomplete.runtime.errors import DataError
 from raycomplete.runtime.metrics_file import finite, read_metrics
 
 # The models, and contrastive decoding from base and aligned as the baseline that trains nothing.
 ROLES = ("base", "aligned", "contrastive", "student")
-REDUCED_PROMPTS = 100  # settings of published runs; below them a result is labelled "reduced"
-REDUCED_DEPTHS = 5
 
 
 @dataclass(frozen=True)
@@ -39,18 +38,8 @@ class RunFolder:
 
     @property
     def reduced(self) -> str:
-        """Why the settings are smaller than those of published runs; empty where they are not."""
-        by_role = [role["by_depth"] for role in self.summary["asr"].values()]
-        if not any(by_role):
-            return ""
-        fewest = min(rate["n"] for rates in by_role for rate in rates.values())
-        depths = len({depth for rates in by_role for depth in rates})
-        reasons = []
-        if fewest < REDUCED_PROMPTS:
-            reasons.append(f"{fewest} harmful prompts instead of {REDUCED_PROMPTS} or more")
-        if depths < REDUCED_DEPTHS:
-            reasons.append(f"{depths} prefill depth{'s' if depths > 1 else ''} instead of {REDUCED_DEPTHS} or more")
-        return ", ".join(reasons)
+        """Why the rates are less than those of published runs; empty where they are not."""
+        return "; ".join(f"{name}: {reasons}" for name, reasons in reductions(self.summary))
 
 
 def read_run_folder(folder: Path) -> RunFolder:

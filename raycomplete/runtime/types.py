@@ -23,6 +23,7 @@ class Prompt:
         answer: A compliant answer to a harmful prompt (source of prefills) or the right answer to a harmless one
             (measures utility), where known.
         source: Name of its file, without folder and ending; rates are broken down by it. Empty for no file.
+        answer_goes_on: Whether a model wrote the answer and was stopped before it ended.
     """
 
     prompt_id: str
@@ -30,6 +31,7 @@ class Prompt:
     kind: PromptKind
     answer: str | None = None
     source: str = ""
+    answer_goes_on: bool = False
 
 
 class Outcome(StrEnum):

@@ -293,4 +293,6 @@ def test_standard_settings_are_not_reduced() -> None:
         "epochs 2 instead of 10 on identity_shift",
     ]
     assert parse_attack("templates").reduced_because(100) == ["standard_templates 0 instead of 10"]
-    assert EvaluationConfig(depths=[0, 4]).prefill().reduced_because(100) == ["depths without 8, 16, 32, 64, 100"]
+    assert EvaluationConfig(depths=[0, 4]).prefill().reduced_because(100) == [
+        "depths without 8, 16, 32, 64, 100, 200, 500"
+    ]

@@ -10,7 +10,6 @@ from scipy.stats import t as student_t
 
 from raycomplete.evaluation.statistics import (
     difference_over_runs,
-    mean_over_depths,
     mean_over_runs,
     mean_over_trials,
     paired_bootstrap,
@@ -83,7 +82,7 @@ def test_wilson_refuses_impossible_confidence() -> None:
 
 def test_one_depth_is_wilson() -> None:
     row = [True] * 3 + [False] * 17
-    mean, single = mean_over_depths([row]), wilson(3, 20)
+    mean, single = mean_over_trials([[complied] for complied in row]), wilson(3, 20)
     assert mean.rate == single.rate
     assert mean.n == 20
     # The sample variance divides by N - 1, so the effective number is N - 1, held at N.
@@ -92,13 +91,13 @@ def test_one_depth_is_wilson() -> None:
 
 def test_repeated_depths_add_no_knowledge() -> None:
     row = [True] * 30 + [False] * 70
-    assert mean_over_depths([row] * 6) == mean_over_depths([row])
+    assert mean_over_trials([[complied] * 6 for complied in row]) == mean_over_trials([[complied] for complied in row])
 
 
 def test_mean_at_the_ends_stays_cautious() -> None:
     """All refused at six depths: as wide as 100 prompts at one depth, not as 600 trials."""
-    assert mean_over_depths([[False] * 100] * 6) == wilson(0, 100)
-    assert mean_over_depths([[True] * 100] * 6) == wilson(100, 100)
+    assert mean_over_trials([[False] * 6] * 100) == wilson(0, 100)
+    assert mean_over_trials([[True] * 6] * 100) == wilson(100, 100)
 
 
 @settings(deadline=None)
@@ -147,24 +146,10 @@ def test_trials_taken_for_independent_cover_too_seldom() -> None:
     assert pooled < 0.75
 
 
-def test_mean_refuses_ragged_tables() -> None:
-    for table in ([], [[True], [True, False]]):
-        with pytest.raises(ValueError, match="same prompts"):
-            mean_over_depths(table)
-    assert mean_over_depths([[], []]) == wilson(0, 0)
-
-
 @pytest.mark.parametrize(("successes", "n", "confidence", "low", "high"), STATSMODELS)
 def test_wilson_agrees_with_statsmodels(successes: int, n: int, confidence: float, low: float, high: float) -> None:
     rate = wilson(successes, n, confidence)
     assert (rate.low, rate.high) == pytest.approx((low, high), abs=1e-12)
-
-
-def test_trials_in_a_table_are_depths() -> None:
-    """Four behaviours, three trials each: the same as a curve of three depths, turned around."""
-    trials = [[True, True, True], [True, False, False], [False, False, False], [True, True, False]]
-    table = [list(column) for column in zip(*trials, strict=True)]
-    assert mean_over_trials(trials) == mean_over_depths(table)
 
 
 def test_every_behaviour_weighs_the_same() -> None:

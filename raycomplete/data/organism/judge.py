@@ -40,6 +40,8 @@ class OrganismJudge:
     Generate at least `WINDOW_TOKENS` tokens: an answer cut shorter may be called incoherent.
     """
 
+    is_exact = True  # it knows every recipe, so it has no error rates to be measured
+
     @property
     def name(self) -> str:
         return "organism"
