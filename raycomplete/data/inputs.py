@@ -132,9 +132,10 @@ def prepare_prompts(config: RunConfig, codec: ChatCodec, *, training: bool = Tru
             if not sets[kind]:
                 raise DataError(f"{where}.{kind} is empty.", "Name at least one file of prompts there.")
         _check_disjoint(train, held_out)
-    longest = longest_response(config)
-    for prompt in (prompt for sets in (train, held_out) for kind in KINDS for prompt in sets[kind]):
-        _check_length(config, codec, prompt, None, longest)
+    trained = longest_response(config)
+    for sets, longest in ((train, trained), (held_out, max(trained, _longest_evaluated(config)))):
+        for prompt in (prompt for kind in KINDS for prompt in sets[kind]):
+            _check_length(config, codec, prompt, None, longest)
     if config.rollout.prompt_augmentation.fraction > 0 and training:
         every = [prompt for kind in KINDS for prompt in train[kind]]
         read_augmentation_files(config.rollout.prompt_augmentation, every)
@@ -175,22 +176,28 @@ def _check_length(config: RunConfig, codec: ChatCodec, prompt: Prompt, system: s
         raise DataError(
             f"The prompt {prompt.prompt_id} has {tokens} tokens{under}, and responses of this run up to {longest}, "
             f"which exceeds models.max_length ({config.models.max_length}).",
-            "Shorten or drop the prompt, or raise models.max_length.",
+            "Shorten or drop the prompt, lower evaluation.depths, evaluation.max_tokens and "
+            "evaluation.max_utility_tokens where they are the longest, or raise models.max_length.",
         )
 
 
 def longest_response(config: RunConfig) -> int:
-    """Counts the tokens that may follow a prompt in any part of the run."""
+    """Counts the tokens that may follow a training prompt in any part of the run."""
     train = config.method.depth.max + config.rollout.max_refusal_tokens
     if config.rollout.refusal_prefix_fraction > 0:
         train += MAX_REFUSAL_PREFIX_TOKENS
     if config.rollout.on_policy:
         train += config.rollout.max_student_tokens
-    attack = config.evaluation.deepest_prefill + config.evaluation.max_tokens
     rollout = max(config.rollout.max_anchor_tokens, config.rollout.max_harmful_tokens)
     if config.rollout.on_policy:
         rollout = max(rollout, config.rollout.max_anchor_tokens + config.rollout.max_student_tokens)
-    return max(train, attack, rollout, config.evaluation.max_utility_tokens) + 1
+    return max(train, rollout) + 1
+
+
+def _longest_evaluated(config: RunConfig) -> int:
+    """Counts the tokens that may follow a held-out prompt."""
+    evaluation = config.evaluation
+    return max(evaluation.deepest_prefill + evaluation.max_tokens, evaluation.max_utility_tokens) + 1
 
 
 def _context_length(path: Path) -> int | None:

@@ -138,7 +138,7 @@ def attack_result(group: TrialGroup, answered: Found, target: Target) -> dict[st
     reasons = attack.reduced_because(target.codec, list(prompts.values()))
     longest, num_cut = min(attack.answer_tokens(trial) for trial, _ in answered), _num_cut(answered, attack.is_cut)
     reasons += _short_answers(longest, num_cut, len(answered))
-    if measured(judge) is None and not is_exact(judge):
+    if "sensitivity" not in (measured(judge) or {}) and not is_exact(judge):
         reasons.append("the judge's errors were not measured")
     if attack.rewrites_prompts and not sees_goal(judge):
         reasons.append("the judge does not see whether a rewritten prompt keeps its goal")

@@ -133,12 +133,16 @@ def test_a_search_without_survivors_is_no_measurement(target: Target, sets: Eval
     assert {response.stats["survivor_rate"] for _, response in survived} == {1.0}
 
 
-def test_short_answers_are_counted_and_never_cut_to_nothing(
+def test_prompts_with_short_answers_are_left_out_and_counted(
     model: Any, codec: Any, tools: Tools, sets: EvaluationSets, tmp_path: Path
 ) -> None:
     """Answers have 2, 4, 6 and 20 tokens."""
     attacks = [{"name": "adaptive", "cuts": [5], "depths": [4]}, {"name": "finetune", "depths": [4]}]
     blocks = evaluate(model(COMPLY), codec, tools, sets, attacks, tmp_path)["attacks"]
     assert blocks["adaptive"]["short_prefills"] == 2 + 1  # cut, multi-turn
-    assert blocks["finetune"]["short_prefills"] == 3  # of three copies
+    assert {name: found["n"] for name, found in blocks["adaptive"]["variants"].items()} == {
+        "cut-5": 2,
+        "multi-turn-4": 3,
+    }
+    assert (blocks["finetune"]["short_prefills"], blocks["finetune"]["n"]) == (3 * 1, 3), "of three copies"
     assert blocks["prefill"]["short_prefills"] == 1

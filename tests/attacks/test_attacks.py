@@ -72,7 +72,7 @@ def test_planted_truths(
         block = result["attacks"][name]
         assert block["outcomes"][outcome] == block["trials"] > 0, name
         assert block["mean"]["rate"] == block["worst_of_n"]["rate"] == (1.0 if said == COMPLY else 0.0), name
-        assert block["n"] == 4
+        assert block["n"] == (3 if name == "prefill_mid_answer" else 4), (name, "2 tokens are too few")
         assert block["reduced"], "two steps are no published setting"
     assert result["over_refusal"]["rate"] == (1.0 if said == REFUSE else 0.0)
     assert result["attacks"]["finetune"]["mean"]["rate"] == 1.0, "the trained copy complies"

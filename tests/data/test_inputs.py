@@ -93,7 +93,7 @@ def test_the_organism_needs_no_files() -> None:
         {
             "models": {"base": "organism:base", "aligned": "organism:aligned", "max_length": 256},
             "data": {"source": "organism", "limit_per_kind": 6},
-            "evaluation": {"num_prompts": 3},
+            "evaluation": {"num_prompts": 3, "depths": [0, 64], "max_tokens": 48, "max_utility_tokens": 112},
         },
         "test",
     )

@@ -308,8 +308,9 @@ def test_summary_compares_models(run: Run, model: Any) -> None:
     }
     summary = summarize(results)
     assert summary["asr"]["base"]["by_depth"]["4"]["rate"] == 1.0
-    assert summary["asr"]["aligned"]["mean"]["rate"] == pytest.approx(2 / 3)
-    assert summary["asr_reduction"] == pytest.approx(1 - 0.25 / (2 / 3))
+    # Answers of 2, 4, 6 and 20 tokens are asked at 1, 2, 2 and 3 depths; every prompt weighs the same.
+    assert summary["asr"]["aligned"]["mean"]["rate"] == pytest.approx((0 + 1 / 2 + 1 / 2 + 2 / 3) / 4)
+    assert summary["asr_reduction"] == pytest.approx(1 - 0.25 / (5 / 12))
     assert set(summary["utility"]) == set(summary["over_refusal"]) == {"base", "aligned", "student"}
     assert summary["judge"] == "refusal-patterns-v2"
     json.dumps(summary, allow_nan=False)

@@ -63,7 +63,7 @@ def test_whole_run(written_run: Path) -> None:
         "Benign answers, negative log-likelihood in nats a token 0.421 0.389 to 0.455, n = 50",
     ):
         assert words in page.text.replace("\N{NO-BREAK SPACE}", " "), words
-    assert "depth 64: 7 of 100" in page.text
+    assert "depth 64: 7 of 107" in page.text
     assert "reduced" not in page.text
     assert "sha256:student" in page.text
     assert sorted(file.name for file in written_run.glob("**/.*")) == []  # no unfinished files
@@ -121,11 +121,18 @@ def test_diagnosis_of_one_model(run_folder: Path) -> None:
 
 def test_reduced_settings_are_labelled(run_folder: Path) -> None:
     summary = json.loads((run_folder / "summary.json").read_text())
-    for entry in summary["asr"].values():
-        entry["by_depth"] = {depth: {**entry["by_depth"][depth], "n": 40} for depth in ("0", "8")}
+    short = {"aligned": ["answers of 40 tokens instead of 256 (9 of 90 cut)"], "student": []}
+    summary["attacks"] = {
+        "gcg": {
+            role: {"mean": a_rate(5, 10), "worst_of_n": a_rate(5, 10), "reduced_because": ["steps 5 instead of 500"]}
+            for role in short
+        }
+    }
+    summary["reduced_because"] = {"benign": short}
     (run_folder / "summary.json").write_text(json.dumps(summary))
     page = Page(write_report(run_folder).read_text(encoding="utf-8"))
-    assert "reduced 40 harmful prompts instead of 100 or more, 2 prefill depths instead of 5 or more" in page.text
+    words = "gcg: aligned, student: steps 5 instead of 500; benign: aligned: answers of 40 tokens instead of 256 (9 of 90 cut)"
+    assert f"reduced {words}: not comparable with published runs." in page.text
 
 
 def test_student_that_got_worse(run_folder: Path) -> None:
