@@ -131,7 +131,7 @@ def test_reduced_settings_are_labelled(run_folder: Path) -> None:
     summary["reduced_because"] = {"benign": short}
     (run_folder / "summary.json").write_text(json.dumps(summary))
     page = Page(write_report(run_folder).read_text(encoding="utf-8"))
-    words = "gcg: aligned, student: steps 5 instead of 500; benign: aligned: answers of 40 tokens instead of 256 (9 of 90 cut)"
+    words = f"gcg: aligned, student: steps 5 instead of 500; benign: aligned: {short['aligned'][0]}"
     assert f"reduced {words}: not comparable with published runs." in page.text
 
 
