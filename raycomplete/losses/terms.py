@@ -23,7 +23,13 @@ import torch
 from torch import Tensor
 
 from raycomplete.losses.base_favored import base_favored_mask, base_favored_mass, forward_kl
-from raycomplete.losses.settings import DivergenceSettings, LossSettings, PenaltySettings, PushForwardSettings
+from raycomplete.losses.settings import (
+    BaseFavoredSettings,
+    DivergenceSettings,
+    LossSettings,
+    PenaltySettings,
+    PushForwardSettings,
+)
 from raycomplete.losses.torch_rows import (
     Block,
     BlockFunction,
@@ -255,9 +261,7 @@ def push_forward(rows: LogProbs, options: PushForwardSettings) -> TermRows:
 
     `rows.aligned_NV` is the aligned model's distribution at position 0 of its answer, and base's that along h.
     """
-    favored_NV = base_favored_mask(rows.aligned_NV, rows.base_NV, options.tau, options.margin)
-    unfinished_N = (rows.student_NV.detach().exp() * favored_NV).sum(dim=-1)
-    unfinished_N = unfinished_N.masked_fill(rows.base_NV.isnan().any(dim=-1), torch.nan)
+    unfinished_N = (rows.student_NV.detach().exp() * _favored(rows, options)).sum(dim=-1)
     weight_N = options.min_weight + (1 - options.min_weight) * unfinished_N
     at_temperature = DivergenceSettings(temperature=options.temperature)
     metrics = {
@@ -269,8 +273,14 @@ def push_forward(rows: LogProbs, options: PushForwardSettings) -> TermRows:
 
 def penalty(rows: LogProbs, options: PenaltySettings) -> TermRows:
     """sum over B_t of p_s(v)^2, with aligned at position 0 of its answer as in `push_forward`."""
+    return TermRows((rows.student_NV.exp().square() * _favored(rows, options)).sum(dim=-1))
+
+
+def _favored(rows: LogProbs, options: BaseFavoredSettings) -> Tensor:
+    """B_t as 0 and 1 [R, V]; NaN where a teacher is, since a comparison with NaN would leave B_t empty."""
     favored_NV = base_favored_mask(rows.aligned_NV, rows.base_NV, options.tau, options.margin)
-    return TermRows((rows.student_NV.exp().square() * favored_NV).sum(dim=-1))
+    is_nan_N1 = (rows.aligned_NV + rows.base_NV).isnan().any(dim=-1, keepdim=True)
+    return favored_NV.to(rows.student_NV.dtype).masked_fill(is_nan_N1, torch.nan)
 
 
 def nll(rows: LogProbs, options: Section) -> TermRows:

@@ -22,6 +22,7 @@ from raycomplete.losses import (
     register,
 )
 from raycomplete.losses.reference import reference_loss
+from raycomplete.losses.settings import PenaltySettings
 from raycomplete.losses.terms import TERMS
 from raycomplete.runtime.errors import ConfigError
 from raycomplete.runtime.section import Section
@@ -114,6 +115,36 @@ def test_formulas_of_fused_terms_give_the_same_by_autograd(
         monkeypatch.setitem(TERMS, name, replace(get(name), torch_block=None))
     case = make_case(anchor_divergence="jsd", temperature=1.7, margin=0.2, alpha=alpha, **head)
     assert_like_reference(case, 1e-10, 1e-10)
+
+
+def penalty_by_hand() -> LossInputs:
+    """A row whose hidden states are log-probabilities: (5, 2, 1) / 8 of the student, (2, 3, 3) / 8 of aligned."""
+    rows = ([5 / 8, 1 / 4, 1 / 8], [1 / 4, 3 / 8, 3 / 8], [1 / 2, 1 / 2, 1e-9])
+    student, aligned, base = (HiddenStates(torch.tensor([row]).log(), Head(torch.eye(3))) for row in rows)
+    student.hidden_NH.requires_grad_()
+    return LossInputs(student, aligned, base, torch.tensor([0]), torch.tensor([1.0]))
+
+
+@pytest.mark.parametrize(("margin", "favored"), [(0.1, (1, 1, 0)), (0.5, (1, 0, 0)), (0.7, (0, 0, 0))])
+def test_the_penalty_is_the_sum_of_squares_over_base_favored_tokens(margin: float, favored: tuple[int, ...]) -> None:
+    """Base exceeds aligned by ln 2 = 0.69 and ln 4/3 = 0.29 nats at the first two tokens."""
+    inputs, favored_V = penalty_by_hand(), torch.tensor(favored)
+    output = distillation_loss(inputs, LossSettings({"penalty": 2.0}, {"penalty": PenaltySettings(margin=margin)}))
+    p_V = torch.tensor([5 / 8, 1 / 4, 1 / 8])
+    loss = (p_V.square() * favored_V).sum()
+    assert output.row_loss_N.tolist() == pytest.approx([float(loss)])
+    (gradient_NV,) = torch.autograd.grad(output.total, inputs.student.hidden_NH)
+    torch.testing.assert_close(gradient_NV[0], 2.0 * 2 * p_V * (p_V * favored_V - loss))
+
+
+@pytest.mark.parametrize("role", ["aligned", "base"])
+def test_nan_of_a_teacher_reaches_the_penalty(role: str) -> None:
+    inputs = penalty_by_hand()
+    inputs.teachers[role].hidden_NH[0, 2] = torch.nan  # type: ignore[index]
+    output = distillation_loss(inputs, LossSettings({"penalty": 1.0}), must_be_finite=False)
+    assert output.row_loss_N.isnan().all(), "an empty B_t would say that nothing is left to train"
+    (gradient_NV,) = torch.autograd.grad(output.total, inputs.student.hidden_NH)
+    assert gradient_NV.isnan().any()
 
 
 def test_rows_that_read_no_teacher_need_none() -> None:
