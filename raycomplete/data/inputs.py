@@ -139,9 +139,10 @@ def prepare_prompts(config: RunConfig, codec: ChatCodec, *, training: bool = Tru
     if config.rollout.prompt_augmentation.fraction > 0 and training:
         every = [prompt for kind in KINDS for prompt in train[kind]]
         read_augmentation_files(config.rollout.prompt_augmentation, every)
-    if config.rollout.safety_prompt:  # which the teacher alone reads, before a refusal
+    if config.rollout.safety_prompt:  # which the teachers alone read, before a refusal or h
+        longest = max(config.rollout.max_refusal_tokens, _longest_h(config)) + 1
         for prompt in train["harmful"]:
-            _check_length(config, codec, prompt, config.rollout.safety_prompt, config.rollout.max_refusal_tokens + 1)
+            _check_length(config, codec, prompt, config.rollout.safety_prompt, longest)
     return Prompts(train, held_out)
 
 
@@ -183,11 +184,7 @@ def _check_length(config: RunConfig, codec: ChatCodec, prompt: Prompt, system: s
 
 def longest_response(config: RunConfig) -> int:
     """Counts the tokens that may follow a training prompt in any part of the run."""
-    train = config.method.depth.max + config.rollout.max_refusal_tokens
-    if config.rollout.refusal_prefix_fraction > 0:
-        train += MAX_REFUSAL_PREFIX_TOKENS
-    if config.rollout.on_policy:
-        train += config.rollout.max_student_tokens
+    train = _longest_h(config) + config.rollout.max_refusal_tokens
     rollout = max(config.rollout.max_anchor_tokens, config.rollout.max_harmful_tokens)
     if config.rollout.on_policy:
         rollout = max(rollout, config.rollout.max_anchor_tokens + config.rollout.max_student_tokens)
@@ -198,6 +195,12 @@ def _longest_evaluated(config: RunConfig) -> int:
     """Counts the tokens that may follow a held-out prompt."""
     evaluation = config.evaluation
     return max(evaluation.deepest_prefill + evaluation.max_tokens, evaluation.max_utility_tokens) + 1
+
+
+def _longest_h(config: RunConfig) -> int:
+    """Counts the tokens of h that a step may train: a refusal prefix, the deepest cut, what the student adds."""
+    prefix = MAX_REFUSAL_PREFIX_TOKENS if config.rollout.refusal_prefix_fraction > 0 else 0
+    return prefix + config.method.depth.max + (config.rollout.max_student_tokens if config.rollout.on_policy else 0)
 
 
 def _context_length(path: Path) -> int | None:

@@ -201,8 +201,14 @@ def test_the_teachers_safety_prompt_counts_too(make: Make) -> None:
     config = make()
     codec = prepare_models(config).codec
     prepare_prompts(make(rollout=SHORT["rollout"] | {"safety_prompt": "cake " * 20}), codec)
-    with pytest.raises(DataError, match=r"train-harmful-00000-\w+ has \d+ tokens under rollout.safety_prompt"):
+    refused = pytest.raises(DataError, match=r"train-harmful-00000-\w+ has \d+ tokens under rollout.safety_prompt")
+    with refused:
         prepare_prompts(make(rollout=SHORT["rollout"] | {"safety_prompt": "cake " * 60}), codec)
+    # Base reads it before h, which is longer than the refusal here.
+    with refused:
+        prepare_prompts(
+            make(rollout=SHORT["rollout"] | {"safety_prompt": "cake " * 20}, method={"depth": {"max": 36}}), codec
+        )
 
 
 @pytest.mark.parametrize(
