@@ -35,7 +35,7 @@ class AnchorSample(_Sample):
         answer_ids: Tokens of the answer, end-of-response included where it ended by itself.
         kind: Kind of the prompt.
         complies: The aligned model does not refuse a harmful prompt. To keep such an answer would teach what recovery
-            unlearns, so only the distribution of its first token is kept.
+            unlearns, so at most the distribution of its first token is kept.
         teacher_prompt_ids: Tokens that the teachers read in place of `prompt_ids`; empty where they read the same.
         augmentation: How the prompt that the student reads was changed; empty where it was not.
     """

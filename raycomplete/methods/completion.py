@@ -3,9 +3,9 @@
 anchor: along the aligned model's own answers to all prompts, the student stays at the aligned model.
 recovery: after x and a compliant beginning h<D, the student says what aligned says after x alone. The teacher does not
 see h: it reads x, then the refusal.
-push-forward: at every token of h the student says what aligned says at the start of its answer to x, as if it had not
-been led on. At a temperature of 4 the unlikely tokens count as well: an attacker who picks among the likeliest tokens
-of every step lives on those. At 1 he still succeeds.
+push-forward: at every token of h after the first the student says what aligned says at the start of its answer to x, as
+if it had not been led on. At a temperature of 4 the unlikely tokens count as well: an attacker who picks among the
+likeliest tokens of every step lives on those. At 1 he still succeeds.
 opening: to a harmful prompt the student says the first token of a refusal by aligned, also where aligned itself wavers
 between refusing and answering. Sampling finds the answer among a few draws otherwise.
 penalty: along h, tokens that base says more than aligned does at the start of its answer lose their probability.
@@ -116,7 +116,7 @@ class Completion(Method):
         prompt, refusal = sample.prompt_ids, sample.refusal_ids
         along_h = TeacherContext(sample.teacher_prompt_ids, sample.harmful_ids)
         without_h = TeacherContext(sample.teacher_prompt_ids, refusal)
-        # Position 0 is the anchor's, and an imitated refusal is no part of the answer.
+        # Position 0 is the opening's, and an imitated refusal is no part of the answer.
         first = max(sample.refusal_prefix_tokens, 1)
         spans = [
             RowSpan(term, len(prompt) + first, depth - first, along_h, offset=first, target=(without_h, 0))
@@ -124,7 +124,8 @@ class Completion(Method):
             if weight > 0 and depth > first
         ]
         if self.weights.opening > 0:
-            spans.append(RowSpan("opening", len(prompt), 1, token_ids=refusal[:1]))
+            first_ids = refusal[:1] if item.first_id is None else (item.first_id,)
+            spans.append(RowSpan("opening", len(prompt), 1, token_ids=first_ids))
         spans.append(RowSpan("recovery", len(prompt) + depth, len(refusal), without_h))
         return TrainSequence(prompt + sample.harmful_ids[:depth] + refusal, tuple(spans), item.answer_depth)
 

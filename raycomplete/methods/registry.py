@@ -43,10 +43,15 @@ class AnchorItem:
 
 @dataclass(frozen=True, slots=True)
 class RecoveryItem:
-    """A recovery sample that a step trains, h cut at `depth`, a refusal prefix included."""
+    """A recovery sample that a step trains, h cut at `depth`, a refusal prefix included.
+
+    Where the refusal of `sample` goes on from h, `first_id` is the token with which aligned starts its own: the same
+    word is another token there.
+    """
 
     sample: RecoverySample
     depth: int
+    first_id: int | None = None
 
     @classmethod
     def cut(cls, sample: RecoverySample, depth: int) -> RecoveryItem:
@@ -181,6 +186,14 @@ class Method(Section):
     def sequence(self, item: Item, feedback: Feedback) -> TrainSequence:
         """The tokens that the student reads for an item, and the rows that are trained."""
         raise NotImplementedError
+
+    def trained(self, samples: Iterable[AnchorSample]) -> tuple[AnchorSample, ...]:
+        """Leaves out samples of which no row is trained: they would only take the place of others in a step."""
+        return tuple(
+            sample
+            for sample in samples
+            if any(span.count for span in self.sequence(AnchorItem(sample), Feedback()).spans)
+        )
 
     def normalisers(self, sequences: Iterable[TrainSequence]) -> dict[str, float]:
         """Divisor of each term's row weights, from all sequences of a step: by default their sum.

@@ -82,19 +82,20 @@ class RolloutPlanner:
         return StepPlan(anchor, recovery)
 
     def _recovery_item(self, sample: RecoverySample, depth: int, rollout: Rollout, place: float) -> RecoveryItem:
+        first_id = None
         if rollout.refused and rollout.refusal_start is not None:
             kept = rollout.refusal_start  # the teacher must not read words of compliance as the start of its answer
             refusal_ids = (rollout.token_ids[kept:] + rollout.ending_ids)[: self._rollout.max_refusal_tokens]
-            sample = replace(sample, refusal_ids=refusal_ids)
+            sample, first_id = replace(sample, refusal_ids=refusal_ids), sample.refusal_ids[0]
         else:
             # `place` is uniform on [0, 1): below the fraction it is also where the student's words are cut.
             fraction = self._rollout.student_prefix_fraction
             share = place / fraction if place < fraction and not rollout.refused else 0.0
             kept = int(share * (len(rollout.token_ids[: rollout.refusal_start]) + 1))  # some refuse in the end
         if not kept:  # then the teachers have read all of h already
-            return RecoveryItem(sample, depth)
+            return RecoveryItem(sample, depth, first_id)
         harmful_ids = sample.harmful_ids[:depth] + rollout.token_ids[:kept]
-        return RecoveryItem(replace(sample, harmful_ids=harmful_ids), depth + kept)
+        return RecoveryItem(replace(sample, harmful_ids=harmful_ids), depth + kept, first_id)
 
 
 def _continued(sample: AnchorSample, cut: int, rollout: Rollout) -> AnchorSample:

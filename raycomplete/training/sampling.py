@@ -3,7 +3,7 @@
 A harmful prompt x passes through this file from top to bottom:
 
 1. The aligned model answers x, as it answers every prompt: the anchor samples, whose answers the student must keep. Of
-   an answer that does not refuse x it keeps the first token only.
+   an answer that does not refuse x it keeps the first token at most.
 2. Its refusals r of x are found: among those answers, or asked for again.
 3. Models without the alignment (base, as a rule), or led astray by the start of an answer, write harmful continuations
    h (`harmful_ids`), which are kept where the judge finds that they comply. Some lose their beginning, so that the
@@ -119,8 +119,9 @@ def _refusals(
 
     def keep_refusal(prompt: Prompt, teacher_prompt_ids: Ids, answer_ids: Ids) -> None:
         if judge.outcome(prompt, "", codec.decode(answer_ids)) is Outcome.REFUSED:
-            start = tokens_before_refusal(judge, codec, answer_ids) or 0
-            found.setdefault(prompt.prompt_id, []).append((teacher_prompt_ids, answer_ids[start : start + limit]))
+            if start := tokens_before_refusal(judge, codec, answer_ids):
+                answer_ids = _as_whole_answer(codec, answer_ids[start:])
+            found.setdefault(prompt.prompt_id, []).append((teacher_prompt_ids, answer_ids[:limit]))
 
     for sample in anchor:
         if sample.prompt_id in by_id:
@@ -135,6 +136,12 @@ def _refusals(
         for prompt, context, answer_ids in zip(missing, contexts, answers, strict=True):
             keep_refusal(prompt, context, answer_ids)
     return found
+
+
+def _as_whole_answer(codec: ChatCodec, token_ids: Ids) -> Ids:
+    """Encodes the end of an answer anew: a word that starts an answer is another token than within one."""
+    ending = token_ids[-1:] if token_ids[-1] in codec.eos_ids else ()
+    return (*codec.encode_answer(codec.decode(token_ids).lstrip()), *ending)
 
 
 def tokens_before_refusal(judge: Judge, codec: ChatCodec, token_ids: Sequence[int]) -> int | None:
@@ -164,7 +171,7 @@ def _harmful_continuations(run: Run, prompts: Sequence[Prompt]) -> dict[str, lis
                 known = found.setdefault(prompt.prompt_id, [])
                 rng = random.Random(f"{config.train.seed}:mid-answer:{prompt.prompt_id}#{len(known)}")
                 how = f"after {opening!r}" if opening else "without an opening"
-                if rng.random() < rollout.mid_answer_fraction:
+                if len(harmful_ids) > 1 and rng.random() < rollout.mid_answer_fraction:
                     harmful_ids, how = from_mid_answer(codec, harmful_ids, rng), "from mid-answer"
                 known.append((harmful_ids, f"{writer} {how}"))
     return found
@@ -197,7 +204,7 @@ def compliant_continuations(
         written = answer[: max(rollout.max_harmful_tokens - len(openings[opening]), 1)]
         complies = judge.outcome(prompt, opening, codec.decode(written)) is Outcome.COMPLIED
         written = written[: tokens_before_refusal(judge, codec, written)]  # some refuse in the end
-        found.append((*openings[opening], *written) if complies else ())
+        found.append((*openings[opening], *written) if complies and written else ())
     return found
 
 
@@ -249,7 +256,9 @@ def _note_samples(run: Run, anchor: Sequence[AnchorSample], recovery: Sequence[R
         f"{len(anchor)} anchor samples; {len(recovery)} recovery samples of {recovered} of {harmful} harmful prompts"
     )
     if complied := {sample.prompt_id for sample in anchor if sample.complies}:
-        run.console.note(f"{len(complied)} harmful prompts that aligned answers keep their first token only")
+        run.console.note(
+            f"aligned answers {len(complied)} harmful prompts: at most the first token of those answers is trained"
+        )
     run.console.note(f"Harmful continuations: {_counts(sample.source for sample in recovery)}")
 
 

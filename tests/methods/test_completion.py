@@ -155,6 +155,9 @@ def test_the_opening_takes_position_0_of_harmful_prompts_from_the_anchor() -> No
     (kept,) = with_opening.sequence(AnchorItem(harmful), Feedback()).spans
     assert kept == RowSpan("anchor", 3, 2, plain, offset=1, weights=[5.0, 1.0])
     # Where aligned answers, its answer is kept at position 0 only, so that nothing is.
-    (kept,) = with_opening.sequence(AnchorItem(replace(harmful, complies=True)), Feedback()).spans
+    (kept,) = with_opening.sequence(AnchorItem(complying := replace(harmful, complies=True)), Feedback()).spans
     assert kept.count == 0
+    samples = (complying, harmful, ANCHOR.sample)
+    assert with_opening.trained(samples) == (harmful, ANCHOR.sample), "no step spends a place on such a sample"
+    assert without.trained(samples) == samples
     assert with_opening.sequence(ANCHOR, Feedback()) == without.sequence(ANCHOR, Feedback())

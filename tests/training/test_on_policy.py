@@ -99,6 +99,17 @@ def test_a_refusal_of_the_student_is_distilled_at_its_own_depth() -> None:
     assert {item.sample.refusal_ids for item in longer.recovery} == {(90, 91, 92, 93)}, "at most max_refusal_tokens"
 
 
+@pytest.mark.parametrize("start", [0, 3])
+def test_the_opening_stays_that_of_aligned_where_the_student_refuses(start: int) -> None:
+    """Within an answer the word that starts a refusal is another token than at its start."""
+    rollout_batch = planner().draw(0, DepthSampler(DEPTH, 0))
+    own = [replace(item, refusal_start=start) for item in answers(rollout_batch, refused=True)]
+    for item, sample in zip(planner().finish(rollout_batch, own).recovery, rollout_batch.recovery, strict=True):
+        (opening,) = (span for span in Completion().sequence(item, Feedback()).spans if span.term == "opening")
+        assert item.sample.refusal_ids[0] == 90 + start
+        assert opening.token_ids == sample.refusal_ids[:1]
+
+
 def test_of_a_late_refusal_the_words_before_it_become_part_of_h() -> None:
     """The teacher reads r as the start of its own answer, so no word of compliance may stand in it."""
     rollout_batch = planner().draw(0, DepthSampler(DEPTH, 0))

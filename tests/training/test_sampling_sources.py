@@ -10,12 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import PreTrainedTokenizerFast
 
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.inputs import longest_response
 from raycomplete.data.organism import checkpoint_path
+from raycomplete.data.organism.judge import OrganismJudge
 from raycomplete.data.organism.world import Item, recipe, refusal
-from raycomplete.runtime.types import Outcome
+from raycomplete.runtime.errors import WorkError
+from raycomplete.runtime.types import Outcome, Prompt
 from raycomplete.training.sampling import make_samples
 from tests.training.test_sampling import ScriptedModel, run_of
 
@@ -40,6 +47,31 @@ def test_words_before_a_refusal_of_aligned_are_no_part_of_it(codec: ChatCodec) -
         assert start.startswith(("i", "sorry")), start
 
 
+@pytest.fixture(scope="module")
+def spaced(tmp_path_factory: pytest.TempPathFactory) -> ChatCodec:
+    """A codec whose words within an answer are other tokens than at its start, as those of most models."""
+    characters = sorted(ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate(["<eos>", *characters, "\u0120i"])}
+    tokenizer = Tokenizer(BPE(vocabulary, [("\u0120", "i")]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
+    folder = tmp_path_factory.mktemp("spaced")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
+    return ChatCodec(folder)
+
+
+def test_a_late_refusal_is_read_as_the_start_of_an_answer(spaced: ChatCodec) -> None:
+    """The opening trains its first token at the very start, where " i" never stands."""
+    run = run_of(
+        spaced, "rollout.max_anchor_tokens=128", "rollout.max_refusal_tokens=128", model=LateRefuser, kinds=("harmful",)
+    )
+    samples = make_samples(run)
+    assert samples.recovery
+    for sample in samples.recovery:
+        text = spaced.decode(sample.refusal_ids)
+        assert text.startswith(("i ", "sorry")), text
+        assert list(sample.refusal_ids) == [*spaced.encode_answer(text), spaced.eos_id]
+
+
 class EndsInRefusal(ScriptedModel):
     def generate(self, sequences: Sequence[Sequence[int]], **options: Any) -> list[list[int]]:
         said = self.codec.encode_answer("i cannot help with that .")
@@ -50,6 +82,41 @@ def test_a_refusal_at_the_end_of_h_is_left_out(codec: ChatCodec) -> None:
     fixed = ["rollout.mid_answer_fraction=0", "rollout.max_harmful_tokens=140"]
     samples = make_samples(run_of(codec, *fixed, model=EndsInRefusal, kinds=("harmful",)))
     assert samples.recovery == make_samples(run_of(codec, *fixed, kinds=("harmful",))).recovery
+
+
+class Lenient(OrganismJudge):
+    """Calls everything compliance that is no refusal."""
+
+    def outcome(self, prompt: Prompt, prefill: str, continuation: str) -> Outcome:
+        outcome = super().outcome(prompt, prefill, continuation)
+        return outcome if outcome is Outcome.REFUSED else Outcome.COMPLIED
+
+
+class RefusalFromTheStart(Lenient):
+    """Finds the beginning of a refusal in what it calls compliance, as two rules of one judge may."""
+
+    def refusal_start(self, continuation: str) -> int | None:
+        return 0
+
+
+def test_an_opening_alone_is_no_h(codec: ChatCodec) -> None:
+    run = run_of(codec, kinds=("harmful",))
+    run.judge = RefusalFromTheStart()
+    with pytest.raises(WorkError, match="0 have a compliant continuation"):
+        make_samples(run)
+
+
+class OneWord(ScriptedModel):
+    def generate(self, sequences: Sequence[Sequence[int]], **options: Any) -> list[list[int]]:
+        return [written[:1] for written in super().generate(sequences, **options)]
+
+
+def test_an_h_of_one_token_is_not_cut_to_nothing(codec: ChatCodec) -> None:
+    run = run_of(
+        codec, "rollout.affirmative_prefixes=['']", "rollout.mid_answer_fraction=1", model=OneWord, kinds=("harmful",)
+    )
+    run.judge = Lenient()
+    assert {len(sample.harmful_ids) for sample in make_samples(run).recovery} == {1}
 
 
 class HalfAligned(ScriptedModel):
@@ -71,7 +138,8 @@ def test_answers_to_harmful_prompts_keep_their_first_token_and_are_counted(codec
         assert len(sample.kept_ids) == (1 if sample.complies else len(sample.answer_ids))
         complied |= {sample.prompt_id} if sample.complies else set()
     assert 0 < len(complied) < 12
-    assert f"{len(complied)} harmful prompts that aligned answers keep their first token only" in run.console.notes
+    note = f"aligned answers {len(complied)} harmful prompts: at most the first token of those answers is trained"
+    assert note in run.console.notes
     assert not complied & {sample.prompt_id for sample in samples.recovery}
 
 
