@@ -83,7 +83,6 @@ class Worker:
         self.samples = replace(
             samples,
             anchor=method.trained(samples.anchor),
-            held_back_anchor=method.trained(samples.held_back_anchor),
             recovery=cut_harmful(samples.recovery, job.max_harmful_tokens),
             held_back_recovery=cut_harmful(samples.held_back_recovery, job.max_harmful_tokens),
         )

@@ -57,6 +57,7 @@ def test_rows_are_plain_json(tmp_path: Path) -> None:
         *["profile"] * 3,
         *["held_back_anchor"] * 3,
         *["held_back_recovery"] * 3,
+        *["held_back_greedy"] * 3,
     ]
     assert set(rows[2]) == {
         "part",

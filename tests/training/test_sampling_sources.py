@@ -263,7 +263,10 @@ def test_the_users_forms_are_read(codec: ChatCodec, tmp_path: Path) -> None:
 
 def test_a_form_that_does_not_fit_the_context_stays_plain(codec: ChatCodec) -> None:
     run = run_of(
-        codec, "rollout.prompt_augmentation.fraction=1", "rollout.prompt_augmentation.random_suffix_tokens=200"
+        codec,
+        "rollout.prompt_augmentation.fraction=1",
+        "rollout.prompt_augmentation.random_suffix_tokens=200",
+        count=12,
     )
     samples = make_samples(run)
     longest = max(len(sample.prompt_ids) for sample in (*samples.anchor, *samples.recovery))
