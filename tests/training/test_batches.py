@@ -375,3 +375,19 @@ def test_a_batch_moves_whole(tiny: Tiny) -> None:
     assert {name for name, value in tensors.items() if value.device.type != "meta"} == set()
     assert len(tensors) > 5
     assert moved.keys() == vars(batch).keys()
+
+
+def test_a_sequence_whose_shared_target_could_not_be_read_keeps_its_place_without_rows() -> None:
+    sample, other = make_samples(0).recovery[:2]
+    read = RowSpan("recovery", 2, 3, TeacherContext((1, 2), (3, 4, 5)))
+    scores = {("aligned", (1, 2, 3, 4, 5), 2): torch.randn(3, 8)}
+    sequences = [TrainSequence((1, 2, 3, 4, 5), (read,))]
+    for item in (RecoveryItem(sample, 4), RecoveryItem(other, 4)):
+        sequences.append(completion().sequence(item, Feedback()))
+        for role, tokens in (("aligned", item.sample.refusal_ids), ("base", item.sample.harmful_ids)):
+            num_rows = 0 if role == "aligned" and item.sample is sample else len(tokens)  # quarantined
+            prompt = item.sample.prompt_ids
+            scores[(role, prompt + tokens, len(prompt))] = torch.randn(num_rows, 8)
+    batch = BatchBuilder(LOSS, 1.0).build(sequences, {}, Scores(scores, 0.0))
+    assert set(batch.sequence_N.tolist()) == {0, 2}
+    assert len(batch.depth_S) == 3
