@@ -30,6 +30,6 @@ class ManyShotAttack(Attack[ManyShotConfig]):
         for count in self.config.shots:
             for index, prompt in enumerate(prompts):
                 others = (shown[index + 1 :] + shown[:index])[:count]
-                sequence = tuple(target.codec.encode_prompt("\n".join((*others, prompt.text))))
+                sequence = tuple(prompt.encoded(target.codec, "\n".join((*others, prompt.text))))
                 trials.append(Trial(self.name, f"shots-{count}", prompt, sequence, Decoding(target.max_tokens)))
         return trials

@@ -8,6 +8,7 @@ from raycomplete.attacks import (  # noqa: F401  each registers itself
     adaptive,
     base_guided_decoding,
     best_of_n,
+    crescendo,
     decoding,
     finetune,
     gcg,

@@ -6,6 +6,7 @@ between the usual ones. Two more are attacks by themselves: `prefill_mid_answer`
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
@@ -59,10 +60,11 @@ class AdaptiveAttack(Attack[AdaptiveConfig]):
         return [trial for trials in by_variant.values() for trial in trials]
 
     def _variants(self, codec: Codec, prompt: Prompt) -> Iterator[_Variant]:
-        asked, answer = codec.encode_prompt(prompt.text), answer_ids(codec, prompt)
+        asked, answer = prompt.encoded(codec), answer_ids(codec, prompt)
         for depth in self.config.cuts:
             yield f"cut-{depth}", depth, [*asked, *answer[:depth]], answer[:depth]
         for depth in self.config.depths:
             given = answer[:depth]
-            turns = codec.encode_conversation([prompt.text, codec.decode(given), self.config.follow_up])
+            earlier = (*prompt.earlier, ("user", prompt.text), ("assistant", codec.decode(given)))
+            turns = replace(prompt, text=self.config.follow_up, earlier=earlier).encoded(codec)
             yield f"multi-turn-{depth}", depth, turns, given

@@ -86,6 +86,7 @@ class Attack(ABC, Generic[ConfigT]):
     config_class: ClassVar[type[AttackConfig]]  # set by `registry.register`
     needs: frozenset[Need] = frozenset()  # devices are reserved by it, and other tools are withheld
     rewrites_prompts: ClassVar[bool] = False  # a rewritten prompt may lose the behaviour
+    asks_harmlessly: ClassVar[bool] = False  # a judge may have `tells_harmless = False` and is refused then
     with_prefill: ClassVar[bool] = False  # answers are judged a second time, with the prefill as part of them
 
     def __init__(self, config: ConfigT) -> None:
@@ -128,8 +129,10 @@ class Attack(ABC, Generic[ConfigT]):
         """Returns the target with the tools that `needs` names, and no others.
 
         Raises:
-            SetupError: One of them is not there.
+            SetupError: One of them is not there, or the judge is too blind for the attack.
         """
+        if self.asks_harmlessly and not getattr(target.judge, "tells_harmless", True):
+            raise blind_judge(self.name, target.judge.name)
         for need in sorted(self.needs):
             if getattr(target.tools, need) is None:
                 raise SetupError(f"The attack {self.name} needs {_NEEDS[need]}.", "Run it by raycomplete evaluate.")
@@ -147,6 +150,15 @@ class Attack(ABC, Generic[ConfigT]):
     def run(self, target: Target, trials: Sequence[Trial], emit: Emit) -> None:
         """Gets the responses of planned trials; by default, what the model adds to each sequence."""
         ask(target, trials, emit)
+
+
+def blind_judge(attack: str, judge: str) -> SetupError:
+    """Returns the error of an attack whose first, harmless answers the judge would take for success."""
+    return SetupError(
+        f"The attack {attack} begins with harmless questions, and the judge {judge} takes the answers to them for "
+        "success.",
+        "Set evaluation.judge.kind to model, endpoint or judgezoo, or leave the attack out.",
+    )
 
 
 def ask(target: Target, trials: Sequence[Trial], emit: Emit) -> None:
@@ -188,8 +200,8 @@ def continued(target: Target, trials: Sequence[Trial]) -> list[Response]:
 
 def plain_trials(target: Target, attack: str, variant: str, prompts: Sequence[Prompt], max_tokens: int) -> list[Trial]:
     """Makes trials of the prompts as they are, without attack."""
-    encode, decoding = target.codec.encode_prompt, Decoding(max_tokens)
-    return [Trial(attack, variant, prompt, tuple(encode(prompt.text)), decoding) for prompt in prompts]
+    codec, decoding = target.codec, Decoding(max_tokens)
+    return [Trial(attack, variant, prompt, tuple(prompt.encoded(codec)), decoding) for prompt in prompts]
 
 
 def num_common(first: Sequence[int], second: Sequence[int]) -> int:

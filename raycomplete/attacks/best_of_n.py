@@ -54,7 +54,7 @@ class BestOfNAttack(Attack[BestOfNConfig]):
                 self.name,
                 self.name,
                 prompt,
-                tuple(target.codec.encode_prompt(prompt.text)),
+                tuple(prompt.encoded(target.codec)),
                 decoding,
                 settings=settings,
             )
@@ -89,7 +89,7 @@ class BestOfNAttack(Attack[BestOfNConfig]):
     def _fitting(self, target: Target, trial: Trial, texts: Sequence[str]) -> list[list[int]]:
         """Encodes augmented prompts, which take more tokens than the plain one; what does not fit is asked plainly."""
         room = target.max_length - trial.decoding.max_tokens
-        encoded = target.codec.encode_prompts(texts)
+        encoded = trial.prompt.encoded_all(target.codec, texts)
         return [ids if len(ids) <= room else list(trial.sequence) for ids in encoded]
 
 

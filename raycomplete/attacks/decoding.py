@@ -45,7 +45,7 @@ class DecodingAttack(Attack[DecodingConfig]):
     """
 
     def plan(self, target: Target, prompts: Sequence[Prompt]) -> list[Trial]:
-        sequences = [tuple(target.codec.encode_prompt(prompt.text)) for prompt in prompts]
+        sequences = [tuple(prompt.encoded(target.codec)) for prompt in prompts]
         return [
             Trial("decoding", variant, prompt, sequence, decoding, seed=draw, settings=sampler, position=position)
             for variant, decoding, sampler in self._variants(target.max_tokens)

@@ -117,7 +117,7 @@ class FinetuneAttack(Attack[FinetuneConfig]):
         }
         codec, decoding = target.codec, Decoding(target.max_tokens)
         template, system = target.tools.fine_tune_frame(self.config, dataset)
-        asked = [(prompt, codec.encode_prompt(fill(template, prompt.text), system)) for prompt in prompts]
+        asked = [(prompt, prompt.encoded(codec, fill(template, prompt.text), system=system)) for prompt in prompts]
         trials = []
         for depth in self.config.depths:
             for prompt, ids in asked:

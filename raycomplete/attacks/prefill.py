@@ -38,9 +38,8 @@ class PrefillAttack(Attack[PrefillConfig]):
                 "No harmful prompt has an answer, so there is nothing to prefill.",
                 "Name the answer column of data.evaluation.harmful, or evaluate depth 0 only.",
             )
-        asked = [
-            (prompt, target.codec.encode_prompt(prompt.text), answer_ids(target.codec, prompt)) for prompt in prompts
-        ]
+        codec = target.codec
+        asked = [(prompt, prompt.encoded(codec), answer_ids(codec, prompt)) for prompt in prompts]
         decoding = Decoding(target.max_tokens)
         return [
             Trial("prefill", f"prefill-{depth}", prompt, (*ids, *given), decoding, given, settings={"depth": depth})

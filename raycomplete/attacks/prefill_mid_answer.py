@@ -52,9 +52,7 @@ class PrefillMidAnswerAttack(Attack[PrefillMidAnswerConfig]):
 
     def plan(self, target: Target, prompts: Sequence[Prompt]) -> list[Trial]:
         decoding = Decoding(target.max_tokens)
-        asked = [
-            (prompt, target.codec.encode_prompt(prompt.text), answer_ids(target.codec, prompt)) for prompt in prompts
-        ]
+        asked = [(prompt, prompt.encoded(target.codec), answer_ids(target.codec, prompt)) for prompt in prompts]
         trials = [
             Trial(
                 self.name,

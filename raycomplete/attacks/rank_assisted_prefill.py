@@ -96,7 +96,7 @@ class RankAssistedPrefillAttack(Attack[RankAssistedPrefillConfig]):
                 self.name,
                 f"top-{top}",
                 prompt,
-                (*codec.encode_prompt(prompt.text), *given),
+                (*prompt.encoded(codec), *given),
                 Decoding(1),
                 tuple(given),
                 settings={**settings, "top": top},

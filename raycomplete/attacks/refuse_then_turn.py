@@ -57,7 +57,7 @@ class RefuseThenTurnAttack(Attack[RefuseThenTurnConfig]):
                 "No harmful prompt has an answer, whose opening comes after the turn.",
                 "Name the answer column of data.evaluation.harmful, or set the attack's depths to [0].",
             )
-        asked = [(prompt, codec.encode_prompt(prompt.text)) for prompt in prompts]
+        asked = [(prompt, prompt.encoded(codec)) for prompt in prompts]
         return [
             Trial(
                 self.name,

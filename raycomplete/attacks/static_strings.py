@@ -48,7 +48,7 @@ class StaticStringsAttack(Attack[StaticStringsConfig]):
             variant = str(row[config.group]) if config.group else "all"
             number = drawn[variant, prompt.prompt_id]
             drawn[variant, prompt.prompt_id] += 1
-            sequence = tuple(target.codec.encode_prompt(str(row[config.prompt])))
+            sequence = tuple(prompt.encoded(target.codec, str(row[config.prompt])))
             trials.append(Trial("static_strings", variant, prompt, sequence, Decoding(target.max_tokens), seed=number))
         if not trials:
             raise DataError(

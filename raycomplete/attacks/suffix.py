@@ -44,7 +44,7 @@ class Search:
 
     problem: SuffixProblem
     codec: Codec
-    text: str  # the behaviour
+    prompt: Prompt  # the behaviour
     best: tuple[int, ...]  # the suffix with the least loss so far
     losses: list[float] = field(default_factory=list)  # of the suffix after each step, that of the filler first
     queries: int = 0  # suffixes that the model was asked about
@@ -65,7 +65,8 @@ class Search:
 
     def surviving(self, suffixes: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
         """Returns the suffixes that come back as the same tokens when they are typed as text, as an attacker must."""
-        typed = self.codec.encode_prompts([f"{self.text} {text.strip()}" for text in self.codec.decode_all(suffixes)])
+        texts = [f"{self.prompt.text} {text.strip()}" for text in self.codec.decode_all(suffixes)]
+        typed = self.prompt.encoded_all(self.codec, texts)
         before, after = self.problem.before, self.problem.after
         kept = [ids for ids, back in zip(suffixes, typed, strict=True) if tuple(back) == (*before, *ids, *after)]
         self.drawn += len(suffixes)
@@ -82,7 +83,7 @@ class SuffixAttack(Attack[SuffixT], Generic[SuffixT]):
         """Returns the search before its first step."""
         config = self.config
         filler = " ".join([config.filler] * config.suffix_tokens)
-        without, with_filler = codec.encode_prompt(prompt.text), codec.encode_prompt(f"{prompt.text} {filler}")
+        without, with_filler = prompt.encoded(codec), prompt.encoded(codec, f"{prompt.text} {filler}")
         num_before = num_common(without, with_filler)
         num_after = num_common(without[num_before:][::-1], with_filler[::-1])
         end = len(with_filler) - num_after
@@ -96,7 +97,7 @@ class SuffixAttack(Attack[SuffixT], Generic[SuffixT]):
             )
         before, after = tuple(with_filler[:num_before]), tuple(with_filler[end:])
         problem = SuffixProblem(before, after, tuple(forced[: config.target_tokens]))
-        return Search(problem, codec, prompt.text, tuple(with_filler[num_before:end]))
+        return Search(problem, codec, prompt, tuple(with_filler[num_before:end]))
 
 
 class SuffixSearch(SuffixAttack[SuffixT], Generic[SuffixT]):

@@ -49,7 +49,7 @@ class TemplatesAttack(Attack[TemplatesConfig]):
         path, decoding = self.config.path, Decoding(target.max_tokens)
         templates = BUILT_IN if path is None else read_templates(path)
         return [
-            Trial("templates", name, prompt, tuple(target.codec.encode_prompt(fill(template, prompt.text))), decoding)
+            Trial("templates", name, prompt, tuple(prompt.encoded(target.codec, fill(template, prompt.text))), decoding)
             for name, template in templates[: self.config.limit]
             for prompt in prompts
         ]

@@ -53,7 +53,7 @@ class Trial:
                 "model_id": model_id,
                 "attack": self.attack,
                 "variant": self.variant,
-                "prompt": [self.prompt.prompt_id, self.prompt.text, self.prompt.kind],
+                "prompt": [self.prompt.prompt_id, self.prompt.text, self.prompt.kind, *self.prompt.context],
                 "sequence": self.sequence,
                 "prefill": self.prefill,
                 "decoding": asdict(self.decoding),
@@ -81,6 +81,7 @@ class Response:
     prefill: tuple[int, ...]  # the attacker's own answer tokens in it
     tokens: tuple[int, ...]  # what the model added
     stats: Mapping[str, Any] = field(default_factory=dict)  # numbers of the search, such as its queries and losses
+    conversation: Sequence[Mapping[str, Any]] = ()  # what was said before, and in turns that were taken back
 
     def texts(self, codec: Codec) -> tuple[str, str]:
         """Decodes the attacker's part of the answer and what the model added."""

@@ -89,8 +89,8 @@ def _samples(run: Run) -> SampleSet:
         answer = (*codec.encode_answer(prompt.answer or ""), codec.eos_id)
         cut += len(answer) > limit
         # An answer that is cut ends without end-of-response: the model must not learn to stop in mid-sentence.
-        learned.append(AnchorSample(prompt.prompt_id, tuple(codec.encode_prompt(prompt.text)), answer[:limit]))
-    prompt_ids = [codec.encode_prompt(prompt.text) for prompt in benign[:num_benign]]
+        learned.append(AnchorSample(prompt.prompt_id, tuple(prompt.encoded(codec)), answer[:limit]))
+    prompt_ids = [prompt.encoded(codec) for prompt in benign[:num_benign]]
     fitting = [(p, ids) for p, ids in zip(benign, prompt_ids, strict=False) if len(ids) + limit < context]
     with run.console.stage(f"Answers of base to {len(fitting)} harmless prompts"):
         answers = run.engines.generator.generate_finished(

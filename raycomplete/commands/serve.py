@@ -15,12 +15,13 @@ from ray.serve import Application
 
 from raycomplete.config import RunConfig, load_run_file
 from raycomplete.data.inputs import prepare_models
+from raycomplete.data.prompts import read_conversation
 from raycomplete.engines.cluster import ResourcePlan, ResourceRequest, connect, engine_request
 from raycomplete.engines.start import start_engine
 from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import DataError
 from raycomplete.runtime.machine import package_versions
-from raycomplete.runtime.types import MODEL_ROLES, ModelRole
+from raycomplete.runtime.types import MODEL_ROLES, ModelRole, Prompt
 from raycomplete.serving import deployment
 from raycomplete.serving.process import ProcessBackend
 from raycomplete.serving.requests import TOKEN_VARIABLE, is_loopback, read_token_digest
@@ -125,7 +126,7 @@ class StudentChat:
         return await asyncio.to_thread(self._complete, request)
 
     def _complete(self, request: CompletionRequest) -> CompletionView:
-        sequence = self._codec.encode_prompt(request.prompt)
+        sequence = asked(request).encoded(self._codec)
         longest = self._config.models.max_length
         if len(sequence) + request.max_tokens > longest:
             raise DataError(
@@ -142,6 +143,19 @@ class StudentChat:
         )[0]
         reason: Literal["length", "stop"] = "length" if len(tokens) >= request.max_tokens else "stop"
         return CompletionView.of(self._codec.decode(tokens), reason, len(sequence), len(tokens))
+
+
+def asked(request: CompletionRequest) -> Prompt:
+    """Returns the prompt of a request, with the conversation that it ends.
+
+    Raises:
+        DataError: The conversation does not alternate between user and assistant.
+    """
+    if not request.earlier:
+        return Prompt("", request.prompt, "benign")
+    messages = [*(turn.model_dump() for turn in request.earlier), {"role": "user", "content": request.prompt}]
+    system, earlier, text = read_conversation(messages, "the request")
+    return Prompt("", text, "benign", system=system, earlier=earlier)
 
 
 def _resolved(spec: str) -> str:

@@ -240,7 +240,7 @@ def training_stats(
 
 def _check_same_inputs(run: Run) -> None:
     """Refuses to resume a run whose checkpoints or prompts have changed since it was started."""
-    texts = [prompt.text for kind in KINDS for prompt in run.prompts.train[kind]]  # an evaluation checks its own
+    texts = [prompt.transcript for kind in KINDS for prompt in run.prompts.train[kind]]  # an evaluation checks its own
     inputs = {str(role): run.models.fingerprint(role) for role in run.models.paths}
     inputs["training prompts"] = hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
     known = read_json(run.folder / "inputs.json")
@@ -263,7 +263,7 @@ def _parity_sequences(prompts: Prompts, codec: ChatCodec, count: int) -> list[tu
     """Makes sequences of a prompt and a few response tokens, for the parity gate; any response will do."""
     sequences = []
     for prompt in (*prompts.train["benign"], *prompts.train["harmful"])[:count]:
-        prompt_ids = codec.encode_prompt(prompt.text)
+        prompt_ids = prompt.encoded(codec)
         answer_ids = codec.encode_answer(prompt.answer or prompt.text)[:48]
         sequences.append(((*prompt_ids, *answer_ids), len(prompt_ids)))
     return sequences

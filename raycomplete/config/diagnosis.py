@@ -13,6 +13,11 @@ class PromptColumns(Section):
     """Which rows and columns of a file are prompts."""
 
     prompt: str = Field("prompt", description="column of the user message")
+    messages: str = Field(
+        "messages",
+        description="column of a conversation, [{role, content}, ...], read in rows without a value in `prompt`; its "
+        "last user message is the prompt",
+    )
     context: str | None = Field(None, description="column appended to the user message where it is not empty")
     answer: str | None = Field(None, description="column of the answer")
     where: dict[str, str | bool | int] = Field(default_factory=dict, description="keep rows with these values only")

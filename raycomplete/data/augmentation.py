@@ -88,17 +88,18 @@ class PromptAugmenter:
         self._settings, self._files, self._codec = settings, files, codec
         self._seed, self._max_tokens = seed, max_tokens
 
-    def augment(self, text: str, name: str) -> tuple[str, tuple[int, ...]]:
+    def augment(self, prompt: Prompt, name: str) -> tuple[str, tuple[int, ...]]:
         """Returns the kind of change and the tokens of the new form; ("", ()) for a prompt that stays as it is.
 
         A larger share changes the prompts of a smaller one in the same way, and some more.
 
         Args:
-            text: The prompt.
+            prompt: Its last user turn is changed; what stands before stays.
             name: Name of the draw.
         """
         rng = random.Random(f"{self._seed}:augmentation:{name}")
-        files, paraphrases = self._files, self._files.paraphrases.get(text, ())
+        text, files = prompt.text, self._files
+        paraphrases = files.paraphrases.get(text, ())
         forms = {
             "random suffix": self._settings.random_suffix_tokens > 0,
             "suffix": bool(files.suffixes),
@@ -117,7 +118,7 @@ class PromptAugmenter:
                 new = rng.choice(files.templates).replace(SLOT, text)
             case _:
                 new = rng.choice(paraphrases)
-        token_ids = tuple(self._codec.encode_prompt(new))
+        token_ids = tuple(prompt.encoded(self._codec, new))
         return (kind, token_ids) if len(token_ids) <= self._max_tokens else ("", ())
 
     def _random_suffix(self, rng: random.Random) -> str:

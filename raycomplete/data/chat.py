@@ -25,6 +25,7 @@ class ChatCodec:
     """
 
     def __init__(self, path: Path, *, trust_remote_code: bool = False) -> None:
+        self._path = path
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
         except Exception as error:
@@ -68,27 +69,50 @@ class ChatCodec:
         """Encodes many user messages in one call of the tokenizer, each as `encode_prompt` does."""
         return self._encode([self._prompt_text(text, None) for text in texts])
 
-    def encode_conversation(self, turns: Sequence[str]) -> list[int]:
+    def encode_conversation(self, turns: Sequence[str], system: str | None = None) -> list[int]:
         """Encodes turns of user and model by turns, the user's first and last, up to where the response starts.
 
         The template sees all of them at once, so a default system prompt stands at the start only.
+
+        Args:
+            turns: Texts of the turns.
+            system: The conversation's own system prompt. Unlike that of `encode_prompt`, it never moves into the user
+                turn: it belongs to the question, which would be another one then.
+
+        Raises:
+            CheckpointError: The template refuses or drops the system prompt or a turn.
         """
         if not self._tokenizer.chat_template:
-            return self._encode(["".join(f"{turn}\n\n" for turn in turns)])[0]
-        roles = ["assistant" if number % 2 else "user" for number in range(len(turns))]
-        messages = [{"role": role, "content": turn} for role, turn in zip(roles, turns, strict=True)]
-        return self._encode([self._render(messages)])[0]
+            return self._encode(["".join(f"{turn}\n\n" for turn in (*([system] if system else []), *turns))])[0]
+        messages = chat_messages(turns, system)
+        try:
+            rendered = self._render(messages)
+        except Exception as error:
+            raise self._unfit(" ".join(str(error).split()), has_system=bool(system)) from error
+        # Templates may drop the reasoning of earlier answers, and should; what a user or system said must be there.
+        if any(item["content"].strip() not in rendered for item in messages if item["role"] != "assistant"):
+            raise self._unfit("it leaves a turn out", has_system=bool(system))
+        return self._encode([rendered])[0]
+
+    def _unfit(self, reason: str, *, has_system: bool) -> CheckpointError:
+        what = "conversations with a system prompt" if has_system else "conversations of several turns"
+        return CheckpointError(
+            f"The chat template of {self._path} cannot write {what} ({reason}), which this run asks for.",
+            "Write the system prompt into the first user turn, or leave such prompts out."
+            if has_system
+            else "Leave them out, or use a model whose template writes several turns.",
+        )
 
     def _prompt_text(self, text: str, system: str | None) -> str:
         """Writes a user message as the model reads it, start token of a tokenizer without template left out."""
         if not self._tokenizer.chat_template:
             return f"{system}\n\n{text}\n\n" if system else f"{text}\n\n"
         try:
-            return self._render(chat_messages(text, system))
+            return self._render(chat_messages([text], system))
         except Exception:
             if not system:
                 raise
-            return self._render(chat_messages(text, system, system_role=False))
+            return self._render(chat_messages([f"{system}\n\n{text}"]))
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         if not texts:

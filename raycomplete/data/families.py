@@ -16,7 +16,7 @@ template, and what config.json says is read from it. To add a family:
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,17 +95,13 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return nested
 
 
-def chat_messages(text: str, system: str | None, *, system_role: bool = True) -> list[dict[str, str]]:
-    """Returns the messages of one user turn.
+def chat_messages(turns: Sequence[str], system: str | None = None) -> list[dict[str, str]]:
+    """Returns the messages of a conversation of user and model by turns, the user's first.
 
-    Templates of some families (Gemma 2, Mistral) refuse a system role; `system_role` False lets the system prompt open
-    the user turn instead.
+    Templates of some families (Gemma 2, Mistral) refuse the system role.
     """
-    if not system:
-        return [{"role": "user", "content": text}]
-    if system_role:
-        return [{"role": "system", "content": system}, {"role": "user", "content": text}]
-    return [{"role": "user", "content": f"{system}\n\n{text}"}]
+    said = [{"role": "assistant" if number % 2 else "user", "content": turn} for number, turn in enumerate(turns)]
+    return [{"role": "system", "content": system}, *said] if system else said
 
 
 def is_tied(config: Mapping[str, Any], tensors: Collection[str] = ()) -> bool:

@@ -161,8 +161,8 @@ def _held_out(config: RunConfig, kind: PromptKind) -> tuple[Prompt, ...]:
 def _check_disjoint(
     train: dict[PromptKind, tuple[Prompt, ...]], held_out: dict[PromptKind, tuple[Prompt, ...]]
 ) -> None:
-    trained = {prompt.text for kind in KINDS for prompt in train[kind]}
-    both = [prompt for kind in KINDS for prompt in held_out[kind] if prompt.text in trained]
+    trained = {prompt.transcript for kind in KINDS for prompt in train[kind]}
+    both = [prompt for kind in KINDS for prompt in held_out[kind] if prompt.transcript in trained]
     if both:
         raise DataError(
             f"{len(both)} prompts of data.evaluation are in data.train as well ({both[0].prompt_id} is the first).",
@@ -171,7 +171,7 @@ def _check_disjoint(
 
 
 def _check_length(config: RunConfig, codec: ChatCodec, prompt: Prompt, system: str | None, longest: int) -> None:
-    tokens = len(codec.encode_prompt(prompt.text, system))
+    tokens = len(prompt.encoded(codec, system=system))
     if tokens + longest > config.models.max_length:
         under = " under rollout.safety_prompt" if system else ""
         raise DataError(

@@ -7,11 +7,13 @@ import hashlib
 import json
 import random
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raycomplete.runtime.errors import DataError
-from raycomplete.runtime.types import Prompt, PromptKind
+from raycomplete.runtime.types import Prompt, PromptKind, TurnRole
 
 if TYPE_CHECKING:  # whose sections import attacks, and those this file
     from raycomplete.config import PromptSource
@@ -67,7 +69,7 @@ def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def read_prompts(sources: Sequence[PromptSource], kind: PromptKind, seed: int = 0) -> list[Prompt]:
-    """Reads all prompts of several files, repeats dropped (same text, first wins).
+    """Reads all prompts of several files, repeats dropped (same text after the same conversation, first wins).
 
     Args:
         seed: Draws the rows that a source's `limit` keeps.
@@ -83,32 +85,77 @@ def read_prompts(sources: Sequence[PromptSource], kind: PromptKind, seed: int = 
         if source.limit is not None and source.limit < len(found):
             found = random.Random(f"{seed}:{source.path.name}").sample(found, source.limit)
         for prompt in found:
-            prompts.setdefault(prompt.text, prompt)
+            prompts.setdefault(prompt.transcript, prompt)
     return list(prompts.values())
 
 
 def select_prompts(rows: Iterable[Any], columns: PromptColumns, path: Path, kind: PromptKind) -> Iterable[Prompt]:
     """Yields the prompts of rows of `path` that meet `columns.where`; rows without a text are left out.
 
+    A row without a value in the prompt's column may hold a conversation in that of `messages`: its last user message is
+    the text, what stands before is kept as the prompt's context.
+
     Raises:
-        DataError: A row is no mapping, or lacks a column.
+        DataError: A row is no mapping, or lacks a column, or its conversation cannot be used.
     """
-    needed = [columns.prompt, *(name for name in (columns.context, columns.answer) if name)]
+    others = [name for name in (columns.context, columns.answer) if name]
     for index, row in enumerate(rows):  # numbered before `where`, so that a number points into the file
         _require(row, list(columns.where), path)
         # CSV knows no types, so `refusal_cue: true` must also match the text "true".
         if any(str(row[name]).strip().lower() != str(value).lower() for name, value in columns.where.items()):
             continue
-        _require(row, needed, path)
+        is_chat = not row.get(columns.prompt) and columns.messages in row
+        _require(row, others if is_chat else [columns.prompt, *others], path)
         text, context, answer = (
-            str(row[name] or "").strip() if name else "" for name in (columns.prompt, columns.context, columns.answer)
+            str(row[name] or "").strip() if name and name in row else ""
+            for name in (columns.prompt, columns.context, columns.answer)
         )
+        system: str | None = None
+        earlier: tuple[tuple[TurnRole, str], ...] = ()
+        if is_chat and row[columns.messages]:
+            system, earlier, text = read_conversation(row[columns.messages], f"row {index + 1} of {path}")
         if not text:
             continue
         full = f"{text}\n\n{context}" if context else text
+        prompt = Prompt("", full, kind, answer or None, path.stem, system=system, earlier=earlier)
         # The digest keeps ids apart where two files share a name, or two sources read other columns of one row.
-        digest = hashlib.sha256(full.encode()).hexdigest()[:6]
-        yield Prompt(f"{path.stem}-{index:05d}-{digest}", full, kind, answer or None, path.stem)
+        digest = hashlib.sha256(prompt.transcript.encode()).hexdigest()[:6]
+        yield replace(prompt, prompt_id=f"{path.stem}-{index:05d}-{digest}")
+
+
+def read_conversation(messages: Any, where: str) -> tuple[str | None, tuple[tuple[TurnRole, str], ...], str]:
+    """Returns system prompt, earlier turns and last user message of a conversation.
+
+    Args:
+        messages: Mappings of role and content, or their JSON text, as tables hold it.
+        where: Its place, for messages.
+
+    Raises:
+        DataError: It is no such list, does not alternate between user and assistant, or ends with an answer.
+    """
+    with suppress(ValueError):
+        messages = json.loads(messages) if isinstance(messages, str) else messages
+    if not isinstance(messages, list) or not all(
+        isinstance(item, dict) and isinstance(item.get("content"), str) and item["content"].strip() for item in messages
+    ):
+        raise DataError(
+            f"The messages in {where} are no list of texts with roles.",
+            'Write: "messages": [{"role": "user", "content": "..."}].',
+        )
+    turns = [(item.get("role"), item["content"].strip()) for item in messages]
+    system = turns.pop(0)[1] if turns and turns[0][0] == "system" else None
+    if turns and turns[-1][0] == "assistant":
+        raise DataError(
+            f"The messages in {where} end with an answer of the assistant, and a prompt ends with the user.",
+            "Move that answer into the answer column: the prefill attack gives its first tokens.",
+        )
+    if not turns or [role for role, _ in turns] != ["user", "assistant"] * (len(turns) // 2) + ["user"]:
+        found = ", ".join(str(item.get("role")) for item in messages) or "none"
+        raise DataError(
+            f"The messages in {where} do not go from user to assistant and back ({found}).",
+            "Begin with the user, after at most one system message, and end with the user.",
+        )
+    return system, tuple(turns[:-1]), turns[-1][1]
 
 
 def no_prompts(what: str, path: Path | str, columns: PromptColumns) -> DataError:

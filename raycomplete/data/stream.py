@@ -50,7 +50,7 @@ def stream_prompts(sources: Sequence[StreamSource], kind: PromptKind, seed: int 
     seen: set[bytes] = set()
     for source in sources:
         for prompt in _limited(_source_prompts(source, kind), source, seed):
-            digest = hashlib.blake2b(prompt.text.encode(), digest_size=8).digest()
+            digest = hashlib.blake2b(prompt.transcript.encode(), digest_size=8).digest()
             if digest not in seen:
                 seen.add(digest)
                 yield prompt
@@ -64,8 +64,8 @@ def partitions(prompts: Iterable[Prompt], size: int) -> Iterator[tuple[Prompt, .
 
 
 def content_key(prompts: Sequence[Prompt]) -> str:
-    """Returns a hash that names the content of a partition: ids, texts and answers."""
-    content = json.dumps([[prompt.prompt_id, prompt.text, prompt.answer] for prompt in prompts])
+    """Returns a hash that names the content of a partition: ids, texts, answers, and conversations."""
+    content = json.dumps([[prompt.prompt_id, prompt.text, prompt.answer, *prompt.context] for prompt in prompts])
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 

@@ -60,7 +60,7 @@ def contrastive_baseline(run: Run) -> dict[str, Any]:
         if cost is None:
             benign = run.prompts.evaluation["benign"][:_COST_PROMPTS]
             with run.console.stage("Cost of contrastive decoding"):
-                cost = decoder.cost([codec.encode_prompt(prompt.text) for prompt in benign], _COST_TOKENS)
+                cost = decoder.cost([prompt.encoded(codec) for prompt in benign], _COST_TOKENS)
             write_json(run.folder / "contrastive_cost.json", cost)
     finally:
         decoder.stop()

@@ -136,7 +136,7 @@ def start_diagnosis_engines(run: Run, prompts: Sequence[Prompt]) -> Iterator[Non
     uncached = replace(run, config=run.config.model_copy(update={"teacher": teacher}))
     codec, parity = run.models.codec, []
     for prompt in prompts[: teacher.parity_prompts]:
-        prompt_ids = codec.encode_prompt(prompt.text)
+        prompt_ids = prompt.encoded(codec)
         answer_ids = codec.encode_answer(prompt.answer or prompt.text)[:_PARITY_TOKENS]
         parity.append(((*prompt_ids, *answer_ids)[: run.config.models.max_length], len(prompt_ids)))
     roles: tuple[ModelRole, ...] = ("aligned", "base", "student")
@@ -151,7 +151,7 @@ def with_refusal_tokens(run: Run, measurement: Measurement, harmful: Sequence[Pr
     known = read_json(file)
     if known is None:
         longest = run.config.models.max_length - 1
-        fitting = [prompt for prompt in harmful if len(codec.encode_prompt(prompt.text)) <= longest]
+        fitting = [prompt for prompt in harmful if len(prompt.encoded(codec)) <= longest]
         ids = find_refusal_tokens(measurement, codec, fitting)
         known = {"ids": ids, "tokens": [codec.decode([token]) for token in ids]}
         write_json(file, known)
@@ -168,7 +168,7 @@ def find_refusal_tokens(measurement: Measurement, codec: ChatCodec, prompts: Seq
     if measurement.settings.refusal_starts:
         return list(dict.fromkeys(codec.encode_answer(text)[0] for text in measurement.settings.refusal_starts))
     # Any token may stand in for the response: only the state before it is asked for.
-    samples = [DiagnosisSample(prompt.prompt_id, tuple(codec.encode_prompt(prompt.text)), (0,)) for prompt in prompts]
+    samples = [DiagnosisSample(prompt.prompt_id, tuple(prompt.encoded(codec)), (0,)) for prompt in prompts]
     found: Counter[int] = Counter()
     for _, hidden in measurement.hidden_states(samples):
         log_aligned_NV, log_base_NV = (

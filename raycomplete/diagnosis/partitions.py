@@ -124,7 +124,7 @@ def stored_samples(run: Run, prompts: Mapping[str, Prompt]) -> list[DiagnosisSam
     for prompt, role, where in samples_of(rows):
         if role == 0:  # every policy read the same tokens
             name = stats["measured_ids"][prompt]
-            prompt_ids = run.models.codec.encode_prompt(prompts[name].text)
+            prompt_ids = prompts[name].encoded(run.models.codec)
             samples.append(DiagnosisSample(name, tuple(prompt_ids), tuple(rows["token_id"][where].tolist())))
     return samples
 

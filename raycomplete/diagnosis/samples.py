@@ -54,7 +54,7 @@ def partition_samples(run: Run, kind: PromptKind, prompts: Sequence[Prompt], num
     left out; the caller counts them.
     """
     config, settings, codec = run.config, run.config.diagnose, run.models.codec
-    encoded = {prompt.prompt_id: tuple(codec.encode_prompt(prompt.text)) for prompt in prompts}
+    encoded = {prompt.prompt_id: tuple(prompt.encoded(codec)) for prompt in prompts}
     needed = len(codec.encode_answer(config.rollout.affirmative_prefixes[0])) + 1
     prompts = [prompt for prompt in prompts if len(encoded[prompt.prompt_id]) + needed < config.models.max_length]
     answers = _answers(run, kind, prompts, encoded, number)

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 import ray
 
-from raycomplete.attacks.attack import Attack
+from raycomplete.attacks.attack import Attack, blind_judge
 from raycomplete.attacks.finetune import FinetuneConfig
 from raycomplete.attacks.registry import build_attack
 from raycomplete.attacks.target import Attacker, AttackTools
@@ -69,8 +69,14 @@ def check_attacks(config: RunConfig) -> None:
     Raises:
         CheckpointError: A rewriting model, a helper or the model that writes prefills is not there.
         ConfigError, DataError: Chats of the fine-tuning attack are missing or cannot be used.
+        SetupError: The judge is too blind for an attack.
     """
+    judge = config.evaluation.judge.kind
     for attack in _attacks(config):
+        if attack.asks_harmlessly and (
+            judge == "patterns" or (judge == "auto" and config.data.source not in ORGANISMS)
+        ):
+            raise blind_judge(attack.name, f"{judge!r}")
         if isinstance(attack.config, FinetuneConfig):
             for dataset in attack.config.datasets:
                 read_chats(config, attack.config, dataset)

@@ -75,7 +75,7 @@ def aligned_answers(
     model_id, generator = aligned
     decoding = Decoding(config.max_utility_tokens)
     trials = [
-        Trial(HARMLESS, "benign", prompt, tuple(codec.encode_prompt(prompt.text)), decoding)
+        Trial(HARMLESS, "benign", prompt, tuple(prompt.encoded(codec)), decoding)
         for prompt in prompts
         if not prompt.answer
     ]
@@ -100,7 +100,7 @@ def given_answers(
     found = []
     for prompt in prompts:
         answer = codec.encode_answer(prompt.answer) if prompt.answer else spoken.get(prompt.prompt_id, [])
-        question = codec.encode_prompt(prompt.text)
+        question = prompt.encoded(codec)
         # One token stays free: engines generate one to answer at all.
         answer = answer[: max(min(config.nll_tokens, max_length - 1 - len(question)), 0)]
         if answer:

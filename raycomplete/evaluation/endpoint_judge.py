@@ -49,7 +49,7 @@ class EndpointJudge(RubricJudge):
         return f"endpoint-{self._settings.model}-{address}-{self.rubric.fingerprint}"
 
     def _replies(self, triples: Sequence[Triple]) -> list[str]:
-        questions = [self.rubric.question(prompt.text, prefill, text) for prompt, prefill, text in triples]
+        questions = [self.rubric.question(prompt.transcript, prefill, text) for prompt, prefill, text in triples]
         client = httpx.Client(headers=self._headers, timeout=self._settings.timeout_s)
         with client, ThreadPoolExecutor(self._settings.parallel) as pool:
             answers = [pool.submit(self._ask, client, question) for question in questions]

@@ -67,6 +67,7 @@ class RefusalJudge:
     """
 
     sees_goal = False  # patterns find refusals, not whether an answer is one to the prompt
+    tells_harmless = False  # nor whether it is a harmless answer about the prompt's subject
     measured: Mapping[str, Any] | None = MEASURED
 
     @property

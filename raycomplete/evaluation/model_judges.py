@@ -51,7 +51,7 @@ class ModelJudge(RubricJudge):
     def _question(self, prompt: Prompt, prefill: str, continuation: str) -> list[int]:
         room = self._max_length - self.rubric.max_reply_tokens
         while True:
-            ids = self._codec.encode_prompt(self.rubric.question(prompt.text, prefill, continuation))
+            ids = self._codec.encode_prompt(self.rubric.question(prompt.transcript, prefill, continuation))
             if len(ids) <= room or len(continuation) < 2:
                 return ids[-room:]
             continuation = continuation[: len(continuation) * 3 // 4]
@@ -99,7 +99,10 @@ class ZooJudge(BatchJudge):
         ]
         asked = [triple for triple, found in zip(triples, known, strict=True) if found is None]
         chats = [
-            [{"role": "user", "content": prompt.text}, {"role": "assistant", "content": f"{prefill} {text}".strip()}]
+            [
+                {"role": "user", "content": prompt.transcript},
+                {"role": "assistant", "content": f"{prefill} {text}".strip()},
+            ]
             for prompt, prefill, text in asked
         ]
         scores = iter(self._judge(chats)["p_harmful"] if chats else [])

@@ -40,7 +40,9 @@ def held_out_sets(run: Run) -> Prompts:
         else fingerprint(resolve_checkpoint(source, role=_ROLE)),
         "depth": config.evaluation.deepest_prefill,
         "opening": config.evaluation.prefill_opening,
-        "prompts": [[prompt.prompt_id, content_hash([prompt.text, prompt.answer])] for prompt in harmful],
+        "prompts": [
+            [prompt.prompt_id, content_hash([prompt.text, prompt.answer, *prompt.context])] for prompt in harmful
+        ],
     }
     known = read_json(file)
     if known is None or known["made_from"] != made_from or "go_on" not in known:
@@ -82,7 +84,7 @@ def complete_answers(
     needed = config.deepest_prefill
     starts = [codec.encode_answer(prompt.answer or config.prefill_opening) for prompt in prompts]
     short = [index for index, start in enumerate(starts) if len(start) < needed]
-    sequences = [[*codec.encode_prompt(prompts[index].text), *starts[index]] for index in short]
+    sequences = [[*prompts[index].encoded(codec), *starts[index]] for index in short]
     added = generator.generate(sequences, max_tokens=needed) if short else []
     completed = list(prompts)
     for index, tokens in zip(short, added, strict=True):

@@ -222,7 +222,8 @@ class _Evaluation:
 
     def _answered(self, trial: Trial) -> Answered:
         row = self._responses[self._keys[id(trial)]]
-        response = Response(tuple(row["sequence"]), tuple(row["prefill"]), tuple(row["tokens"]), row["stats"])
+        ids = (tuple(row[name]) for name in ("sequence", "prefill", "tokens"))
+        response = Response(*ids, row["stats"], row.get("conversation", ()))
         judgement = self._judgements.get(self._judgement_key(trial))  # none for benchmarks
         whole = self._judgements.get(self._judgement_key(trial, with_prefill=True))
         return Answered(
@@ -240,10 +241,17 @@ def _named(trial: Trial) -> dict[str, Any]:
 
 def _row(key: str, trial: Trial, response: Response, seconds: float) -> dict[str, Any]:
     ids = {"sequence": response.sequence, "prefill": response.prefill, "tokens": response.tokens}
-    return {"key": key, **_named(trial), **ids, "seconds": seconds, "stats": dict(response.stats)}
+    row = {"key": key, **_named(trial), **ids, "seconds": seconds, "stats": dict(response.stats)}
+    return row | {"conversation": response.conversation} if response.conversation else row
 
 
 def _completion(target: Target, trial: Trial, found: Answered) -> dict[str, Any]:
     prefill, continuation = found.response.texts(target.codec)
-    texts = {"input": target.codec.decode(found.response.sequence), "prefill": prefill, "continuation": continuation}
+    texts: dict[str, Any] = {
+        "input": target.codec.decode(found.response.sequence),
+        "prefill": prefill,
+        "continuation": continuation,
+    }
+    if found.response.conversation:
+        texts["conversation"] = found.response.conversation
     return {"role": target.role, **_named(trial), **texts, "outcome": found.outcome}

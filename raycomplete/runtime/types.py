@@ -8,13 +8,14 @@ from enum import StrEnum
 from typing import Any, Literal, Protocol
 
 PromptKind = Literal["harmful", "benign", "borderline"]
+TurnRole = Literal["user", "assistant"]
 ModelRole = Literal["base", "aligned", "student"]
 MODEL_ROLES: tuple[ModelRole, ...] = ("base", "aligned", "student")
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One user message.
+    """One user message, and the conversation that it ends where there is one.
 
     Attributes:
         prompt_id: Stable name, unique in its set; results are stored under it.
@@ -24,6 +25,8 @@ class Prompt:
             (measures utility), where known.
         source: Name of its file, without folder and ending; rates are broken down by it. Empty for no file.
         answer_goes_on: Whether a model wrote the answer and was stopped before it ended.
+        system: The conversation's own system prompt.
+        earlier: The turns before `text`, as (role, text): user and assistant by turns, the user's first.
     """
 
     prompt_id: str
@@ -32,6 +35,44 @@ class Prompt:
     answer: str | None = None
     source: str = ""
     answer_goes_on: bool = False
+    system: str | None = None
+    earlier: tuple[tuple[TurnRole, str], ...] = ()
+
+    @property
+    def context(self) -> list[tuple[str, str]]:
+        """System prompt and earlier turns as (role, text); empty for a plain prompt.
+
+        Hashes of prompts hold it at their end, so that those of plain prompts are what they were without it.
+        """
+        return [*([("system", self.system)] if self.system else []), *self.earlier]
+
+    @property
+    def transcript(self) -> str:
+        """The whole conversation as one text, for judges and for telling prompts apart; a plain prompt is its text."""
+        return transcript([*self.context, ("user", self.text)]) if self.context else self.text
+
+    def encoded(self, codec: Codec, text: str | None = None, *, system: str | None = None) -> list[int]:
+        """Encodes the whole conversation in the chat template, up to the point where the response starts.
+
+        Args:
+            codec: Tokenizer and chat template.
+            text: Stands in place of the last user turn, as an attack words it; the earlier ones are kept.
+            system: Stands before the prompt's own system prompt.
+        """
+        asked = self.text if text is None else text
+        if not self.context:
+            return codec.encode_prompt(asked, system) if system else codec.encode_prompt(asked)
+        systems = "\n\n".join(item for item in (system, self.system) if item)
+        return codec.encode_conversation([*(turn for _, turn in self.earlier), asked], systems or None)
+
+    def encoded_all(self, codec: Codec, texts: Sequence[str]) -> list[list[int]]:
+        """Encodes many wordings of the last user turn, each as `encoded` does."""
+        return [self.encoded(codec, text) for text in texts] if self.context else codec.encode_prompts(texts)
+
+
+def transcript(turns: Sequence[tuple[str, str]]) -> str:
+    """Writes (role, text) turns one below the other."""
+    return "\n\n".join(f"{role}: {text}" for role, text in turns)
 
 
 class Outcome(StrEnum):
@@ -76,7 +117,7 @@ class Codec(Protocol):
     def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
         """Encodes many user messages at once, each as `encode_prompt` does."""
 
-    def encode_conversation(self, turns: Sequence[str]) -> list[int]:
+    def encode_conversation(self, turns: Sequence[str], system: str | None = None) -> list[int]:
         """Encodes turns of user and model by turns, the user's first and last, up to where the response starts."""
 
     def encode_answer(self, text: str) -> list[int]:

@@ -184,11 +184,21 @@ class Health(BaseModel):
     status: Literal["ok"]
 
 
+class ChatMessage(Body):
+    """One turn before the prompt."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str = Field(min_length=1, max_length=20_000)
+
+
 class CompletionRequest(Body):
     """A prompt for the evaluated student. Temperature 0 is greedy."""
 
     model: Literal["student"] = "student"
     prompt: str = Field(min_length=1, max_length=20_000)
+    earlier: list[ChatMessage] = Field(
+        default_factory=list, max_length=100, description="the conversation before: system, then user and assistant"
+    )
     max_tokens: int = Field(64, ge=1, le=4096)
     temperature: float = Field(0.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)

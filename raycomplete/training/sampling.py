@@ -70,7 +70,7 @@ def make_samples(run: Run) -> SampleSet:
             "rollout.affirmative_prefixes; then run again with --overwrite.",
         )
     profile = [
-        AnchorSample(prompt.prompt_id, tuple(codec.encode_prompt(prompt.text)), answer_ids)
+        AnchorSample(prompt.prompt_id, tuple(prompt.encoded(codec)), answer_ids)
         for prompt in prompts.evaluation["harmful"][:_PROFILE_PROMPTS]
         if (answer_ids := tuple(codec.encode_answer(prompt.answer or ""))[: config.rollout.max_harmful_tokens])
     ]
@@ -83,7 +83,7 @@ def make_samples(run: Run) -> SampleSet:
 def _anchor_samples(run: Run, aligned: RolloutPool, prompts: Sequence[Prompt]) -> list[AnchorSample]:
     """`rollout.answers_per_prompt` answers of the aligned model to each prompt; empty ones are left out."""
     rollout = run.config.rollout
-    prompt_ids = [tuple(run.models.codec.encode_prompt(prompt.text)) for prompt in prompts]
+    prompt_ids = [tuple(prompt.encoded(run.models.codec)) for prompt in prompts]
     samples = []
     for draw in range(rollout.answers_per_prompt):
         seed = _seed(run.config, "anchor", draw)
@@ -131,7 +131,7 @@ def _refusals(
     systems += [rollout.safety_prompt] if rollout.safety_prompt else []
     for system in systems:
         missing = [prompt for prompt in prompts if prompt.prompt_id not in found]
-        contexts = [tuple(codec.encode_prompt(prompt.text, system)) for prompt in missing]
+        contexts = [tuple(prompt.encoded(codec, system=system)) for prompt in missing]
         answers = _answers(run, aligned, contexts, limit, seed=0, temperature=0.0)
         for prompt, context, answer_ids in zip(missing, contexts, answers, strict=True):
             keep_refusal(prompt, context, answer_ids)
@@ -193,7 +193,7 @@ def compliant_continuations(
     openings = {opening: codec.encode_answer(opening) for _, opening in questions}
     shortest = min(map(len, openings.values()), default=0)
     answers = generator.generate(
-        [[*codec.encode_prompt(prompt.text), *openings[opening]] for prompt, opening in questions],
+        [[*prompt.encoded(codec), *openings[opening]] for prompt, opening in questions],
         max_tokens=max(rollout.max_harmful_tokens - shortest, 1),
         temperature=rollout.temperature,
         top_p=rollout.top_p,
@@ -238,7 +238,7 @@ def _recovery_samples(
             samples.append(
                 RecoverySample(
                     sample_id=f"{prompt.prompt_id}#{draw}",
-                    prompt_ids=tuple(codec.encode_prompt(prompt.text)),
+                    prompt_ids=tuple(prompt.encoded(codec)),
                     teacher_prompt_ids=teacher_prompt_ids,
                     harmful_ids=harmful_ids,
                     refusal_ids=refusal_ids,
@@ -300,11 +300,11 @@ def augmented(run: Run, samples: SampleSet) -> SampleSet:
     files = read_augmentation_files(settings, prompts)
     room = config.models.max_length - longest_response(config)
     augmenter = PromptAugmenter(settings, files, run.models.codec, seed=config.train.seed, max_tokens=room)
-    texts = {prompt.prompt_id: prompt.text for prompt in prompts}
+    by_id = {prompt.prompt_id: prompt for prompt in prompts}
     parts: dict[str, list[Any]] = {"anchor": [], "recovery": []}
     for part, found in parts.items():
         for sample in getattr(samples, part):
-            kind, prompt_ids = augmenter.augment(texts[sample.prompt_id], f"{part}:{sample.sample_id}")
+            kind, prompt_ids = augmenter.augment(by_id[sample.prompt_id], f"{part}:{sample.sample_id}")
             found.append(sample.augmented(kind, prompt_ids) if kind else sample)
         run.console.note(f"Prompts of {part} samples: {_counts(sample.augmentation or 'plain' for sample in found)}")
     return replace(samples, anchor=tuple(parts["anchor"]), recovery=tuple(parts["recovery"]))

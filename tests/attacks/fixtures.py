@@ -30,8 +30,8 @@ class WordCodec:
     def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
         return [self.encode_prompt(text) for text in texts]
 
-    def encode_conversation(self, turns: Sequence[str]) -> list[int]:
-        marked = [
+    def encode_conversation(self, turns: Sequence[str], system: str | None = None) -> list[int]:
+        marked = [self.encode_answer(system or "")] + [
             [*self.encode_answer(turn), 0] if number % 2 else self.encode_prompt(turn)
             for number, turn in enumerate(turns)
         ]

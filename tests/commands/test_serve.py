@@ -15,8 +15,9 @@ from ray.serve.schema import ServeDeploySchema
 from raycomplete import cli
 from raycomplete.commands import serve
 from raycomplete.config import AutoscalingConfig, load_run_file
-from raycomplete.runtime.errors import ConfigError
+from raycomplete.runtime.errors import ConfigError, DataError
 from raycomplete.serving import deployment
+from raycomplete.serving.schemas import CompletionRequest
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG_FILE = ROOT / "jobs" / "serve.yaml"
@@ -81,3 +82,14 @@ def test_the_trained_student_of_the_run_folder_is_what_is_evaluated(
     assert bound[0].models.student == str(student.resolve())
     assert bound[0].serve.state == tmp_path / "here"
     assert bound[0].serve.model_roots == [tmp_path / "models"]
+
+
+def test_a_prompt_may_end_a_conversation() -> None:
+    turns = [("system", "be brief"), ("user", "hello"), ("assistant", "hi")]
+    earlier = [{"role": role, "content": content} for role, content in turns]
+    prompt = serve.asked(CompletionRequest.model_validate({"prompt": "and now", "earlier": earlier}))
+    assert (prompt.text, prompt.context) == ("and now", turns)
+    plain = serve.asked(CompletionRequest(prompt=" as typed "))
+    assert (plain.text, plain.context) == (" as typed ", [])
+    with pytest.raises(DataError, match=r"The messages in the request do not go .* \(user, user\)"):
+        serve.asked(CompletionRequest.model_validate({"prompt": "and now", "earlier": earlier[1:2]}))

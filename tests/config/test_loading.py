@@ -61,7 +61,8 @@ def test_attacks_on_a_run_fit_its_folder() -> None:
     assert attacked.models.max_length > trained.models.max_length
     for name in ("depths", "max_tokens", "max_utility_tokens", "num_prompts"):
         assert getattr(attacked.evaluation, name) == getattr(trained.evaluation, name), "else nothing is reused"
-    assert {attack.name for attack in attacked.evaluation.attacks} == set(ATTACKS)
+    missing = set(ATTACKS) - {attack.name for attack in attacked.evaluation.attacks}
+    assert missing == {"crescendo"}, "which refusal patterns are too blind for"
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)

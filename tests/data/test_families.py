@@ -118,6 +118,7 @@ def test_scaled_rows_of_the_embedding_are_what_the_model_reads(kind: str) -> Non
 
 def test_a_system_prompt_opens_the_user_turn_where_there_is_no_role_for_it() -> None:
     user = {"role": "user", "content": "tell me"}
-    assert chat_messages("tell me", None) == chat_messages("tell me", "") == [user]
-    assert chat_messages("tell me", "refuse") == [{"role": "system", "content": "refuse"}, user]
-    assert chat_messages("tell me", "refuse", system_role=False) == [{"role": "user", "content": "refuse\n\ntell me"}]
+    assert chat_messages(["tell me"], None) == chat_messages(["tell me"], "") == [user]
+    assert chat_messages(["tell me"], "refuse") == [{"role": "system", "content": "refuse"}, user]
+    more = chat_messages(["tell me", "what", "all of it"])
+    assert more == [user, {"role": "assistant", "content": "what"}, {"role": "user", "content": "all of it"}]

@@ -193,3 +193,68 @@ def test_a_row_without_a_value_is_named(text: str, words: str, tmp_path: Path) -
     path.write_text(text)
     with pytest.raises(DataError, match=words):
         read_rows(path, ("goal", "target"))
+
+
+CHATS: list[dict[str, Any]] = [
+    {"messages": [{"role": "user", "content": " make a cake "}], "target": "Sure"},
+    {
+        "messages": [
+            {"role": "system", "content": "be brief"},
+            {"role": "user", "content": "what is a cake"},
+            {"role": "assistant", "content": "bread with sugar"},
+            {"role": "user", "content": "make a cake"},
+        ],
+        "target": "Flour",
+    },
+]
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "json", "csv", "parquet"])
+def test_conversations_are_read_from_messages(ending: str, tmp_path: Path) -> None:
+    path = tmp_path / f"chats.{ending}"
+    rows = CHATS if ending != "csv" else [{**row, "messages": json.dumps(row["messages"])} for row in CHATS]
+    WRITERS[ending](path, rows)
+    plain, chat = read_prompts([PromptSource(path=path, answer="target")], "harmful")
+    assert (plain.text, plain.system, plain.earlier, plain.context) == ("make a cake", None, (), [])
+    assert (chat.text, chat.answer, chat.system) == ("make a cake", "Flour", "be brief")
+    assert chat.earlier == (("user", "what is a cake"), ("assistant", "bread with sugar"))
+    assert plain.prompt_id.rpartition("-")[2] != chat.prompt_id.rpartition("-")[2]
+    write_jsonl(tmp_path / "same.jsonl", [{"prompt": "make a cake"}])
+    (same,) = read_prompts([PromptSource(path=tmp_path / "same.jsonl")], "harmful")
+    assert same.prompt_id.rpartition("-")[2] == plain.prompt_id.rpartition("-")[2], "one turn is a plain prompt"
+    assert len(read_prompts([PromptSource(path=path), PromptSource(path=tmp_path / "same.jsonl")], "harmful")) == 2
+
+
+def test_a_row_with_a_prompt_is_read_as_ever_whatever_its_messages(tmp_path: Path) -> None:
+    path = tmp_path / "both.jsonl"
+    write_jsonl(path, [{"prompt": "bake", "messages": CHATS[1]["messages"]}, {"prompt": "", **CHATS[1]}])
+    first, second = read_prompts([PromptSource(path=path)], "benign")
+    assert (first.text, first.context) == ("bake", [])
+    assert len(second.context) == 3
+    write_jsonl(path, [{"prompt": None, "messages": None}, {"prompt": "bake", "messages": None}, {"chat": 1}])
+    with pytest.raises(DataError, match=r"has no column 'prompt'\. Its columns: chat"):
+        read_prompts([PromptSource(path=path)], "benign")
+
+
+USER, ANSWER = {"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}
+
+
+@pytest.mark.parametrize(
+    ("messages", "words"),
+    [
+        ([USER, ANSWER], "row 1 of .* end with an answer of the assistant, .* Move that answer into the answer column"),
+        ([USER, USER], r"do not go from user to assistant and back \(user, user\)"),
+        ([ANSWER, USER], r"\(assistant, user\)"),
+        ([USER, {"role": "tool", "content": "x"}, USER], r"\(user, tool, user\)"),
+        ([{"role": "system", "content": "x"}], r"\(system\)"),
+        ([{"role": "user", "content": [{"type": "image"}]}], "are no list of texts with roles"),
+        ([{"role": "user", "content": " "}], "are no list of texts with roles"),
+        ("hello", "are no list of texts with roles"),
+        ({"role": "user"}, "are no list of texts with roles"),
+    ],
+)
+def test_conversations_that_are_no_prompts_are_refused(messages: Any, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "chats.jsonl"
+    write_jsonl(path, [{"messages": messages}])
+    with pytest.raises(DataError, match=words):
+        read_prompts([PromptSource(path=path)], "harmful")

@@ -25,7 +25,7 @@ from raycomplete.evaluation.attack_resources import check_attacks, extra_engines
 from raycomplete.evaluation.roles import evaluate_roles
 from raycomplete.evaluation.summary import summarize
 from raycomplete.runtime.console import Console
-from raycomplete.runtime.errors import CheckpointError, ConfigError
+from raycomplete.runtime.errors import CheckpointError, ConfigError, SetupError
 from raycomplete.runtime.types import MODEL_ROLES
 from tests.conftest import ROOT
 
@@ -210,6 +210,11 @@ def test_what_attacks_lack_is_refused_before_anything_starts(tmp_path: Path) -> 
     files = files.model_copy(update={"data": files.data.model_copy(update={"source": "files"})})
     with pytest.raises(ConfigError, match="finetune has no harmful chats"):
         check_attacks(files)
+    check_attacks(run_config(tmp_path, attacks=["crescendo"]))
+    blind = files.model_copy(update={"evaluation": run_config(tmp_path, attacks=["crescendo"]).evaluation})
+    for config in (blind, run_config(tmp_path, attacks=["crescendo"], judge={"kind": "patterns"})):
+        with pytest.raises(SetupError, match="crescendo begins with harmless questions"):
+            check_attacks(config)
 
 
 def test_chats_of_the_fine_tuning_attack(tmp_path: Path) -> None:

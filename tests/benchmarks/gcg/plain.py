@@ -20,7 +20,7 @@ def surviving(found: Search, suffixes: list[Suffix]) -> list[Suffix]:
     before, after = found.problem.before, found.problem.after
     kept = []
     for ids in suffixes:
-        typed = found.codec.encode_prompt(f"{found.text} {found.codec.decode(ids).strip()}")
+        typed = found.codec.encode_prompt(f"{found.prompt.text} {found.codec.decode(ids).strip()}")
         if tuple(typed) == (*before, *ids, *after):
             kept.append(ids)
     return kept
