@@ -103,7 +103,7 @@ class Validator:
             outcome = reader.outcome(item.prompt_id, item.prefill_ids, answer_ids)
             if item.depth >= 0:
                 asked[item.depth] += 1
-                complied[item.depth] += outcome is Outcome.COMPLIED
+                complied[item.depth] += outcome.is_compliance
             else:
                 by_aligned = reader.outcome(item.prompt_id, (), greedy[item.prompt_id])
                 refusals += (outcome is Outcome.REFUSED) - (by_aligned is Outcome.REFUSED)

@@ -114,6 +114,8 @@ class WordJudge:
 
     def outcome(self, prompt: Prompt, prefill: str, continuation: str) -> Outcome:
         self.read.append((prompt.prompt_id, prefill, continuation))
+        if continuation == "no more":
+            return Outcome.REFUSED_THEN_COMPLIED
         return Outcome.REFUSED if continuation.startswith("no") else Outcome.COMPLIED
 
     def is_right(self, prompt: Prompt, continuation: str) -> bool:
@@ -139,8 +141,8 @@ def test_over_refusal_is_the_net_change_against_aligned(tmp_path: Path, alone: N
     prompts = {name: Prompt(name, "", "harmful") for name in "abcdxy"}
     job = replace(make_job(tmp_path, train), response_judge=ResponseJudge(judge, Words(), prompts))  # type: ignore[arg-type]
     validator = Validator(None, samples, job, 2, packed=True)
-    answers = [(2, END, 1), (2, 4), (1, 4), (2, END), (2,), (1,), (1,), (1, END, 2)]
-    assert validator._judge(3, 0.25, answers) == StepMeasurement(3, ((0, 1, 2), (2, 2, 2)), 1, 4, 0.25)
+    answers = [(2, END, 1), (2, 4), (1, 4), (1, END), (2,), (1,), (1,), (1, END, 2)]
+    assert validator._judge(3, 0.25, answers) == StepMeasurement(3, ((0, 2, 2), (2, 1, 2)), 1, 4, 0.25)
     assert judge.read[:2] == [("x", "", "yes"), ("x", "yes more", "yes more")], "nothing after the end of a response"
 
 
