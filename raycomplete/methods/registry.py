@@ -127,11 +127,9 @@ class Feedback:
 
     Attributes:
         loss_weights: Factor on the weight of terms by name; 1 where absent.
-        need_by_depth: How incomplete recovery is at each depth, from 0; 1 on average. Empty before training.
     """
 
     loss_weights: Mapping[str, float] = field(default_factory=dict)
-    need_by_depth: Sequence[float] = ()
 
 
 class DepthConfig(Section):

@@ -66,9 +66,10 @@ class Workload:
         """The expected step of a run file, with responses at their longest and depths at the middle of their range."""
         train, rollout, method = config.train, config.rollout, config.method
         contrastive = isinstance(method, Completion) and method.contrastive.alpha > 0
-        terms_along_h = 0
+        terms_along_h = openings = 0
         if isinstance(method, Completion):
             terms_along_h = (method.weights.push_forward > 0) + (method.weights.penalty > 0)
+            openings = method.recovery_batch_size if method.weights.opening > 0 else 0
         depth = (method.depth.min + min(method.depth.max, rollout.max_harmful_tokens)) / 2
         anchor = Sequences(method.anchor_batch_size, prompt_tokens, rollout.max_anchor_tokens)
         refusal = Sequences(method.recovery_batch_size, prompt_tokens, rollout.max_refusal_tokens)
@@ -78,7 +79,7 @@ class Workload:
         drawn = Sequences(sampled, prompt_tokens + depth, rollout.max_student_tokens)
         along_h = (harmful,) if terms_along_h else ()
         rows_along_h = terms_along_h * method.recovery_batch_size * depth
-        rows = anchor.rows + refusal.rows + rows_along_h
+        rows = anchor.rows + refusal.rows + rows_along_h + openings
         per_worker = (method.anchor_batch_size + method.recovery_batch_size) // num_workers
         return cls(
             trained=(anchor, student),

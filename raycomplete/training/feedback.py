@@ -79,23 +79,6 @@ class DepthSampler:
         probabilities: FloatArray = mixed / mixed.sum()
         return probabilities
 
-    def need_by_depth(self, max_depth: int) -> FloatArray:
-        """How incomplete each depth 0..max_depth is, relative to the mean over bins: 1 before any measurement.
-
-        Depths outside [min, max] take the value of the nearest bin.
-
-        Returns:
-            [max_depth + 1], at least 0.
-        """
-        measured = ~np.isnan(self._running_loss)
-        need = np.ones(self.num_bins)
-        mean = np.average(self._running_loss[measured], weights=self._share[measured]) if measured.any() else 0.0
-        if mean > 0:
-            need[measured] = self._running_loss[measured] / mean
-        depths = np.clip(np.arange(max_depth + 1), self._config.min, self._config.max)
-        by_depth: FloatArray = need[np.searchsorted(self._last, depths)]
-        return by_depth
-
     def draw(self, step: int, count: int) -> list[int]:
         """Depths for one step.
 

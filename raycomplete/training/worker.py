@@ -268,7 +268,7 @@ class Worker:
         torch.manual_seed(hash((self.job.train.seed, step, self.rank)))
         given = self.source.next(step)
         learning_rate = float(self.engine.get_lr()[0])  # the optimizer step moves the schedule on
-        feedback = self._feedback()
+        feedback = Feedback(self.controller.factors)
         step_sequences = StepSequences.of(given.plan, self.job.method, feedback)
         meter = StepMeter(self.loss, self.sampler, self.job.method.depth_term)
         computed = needed = 0
@@ -288,9 +288,6 @@ class Worker:
         if not is_bad:  # what a bad step measured would spoil the running means
             self._feed_back(meter, given)
         return row | {"lr": learning_rate} | given.stats | self._stats(given.plan, step_sequences, step, started)
-
-    def _feedback(self) -> Feedback:
-        return Feedback(self.controller.factors, self.sampler.need_by_depth(self.job.max_harmful_tokens).tolist())
 
     def _feed_back(self, meter: StepMeter, given: StepInput) -> None:
         """Tells the depth sampler what a step measured."""

@@ -134,12 +134,3 @@ def test_a_fixed_schedule_draws_by_its_weights_whatever_is_measured():
     subject.update([0.0, 9.0, 0.0], [1, 1, 1])
     assert subject.probabilities() == pytest.approx([0.25, 0.0, 0.75])
     assert set(subject.draw(step=0, count=200)) == {1, 2, 5, 6}
-
-
-def test_need_is_relative_to_the_mean_and_constant_outside_the_range():
-    subject = sampler(min=2, max=7, bins=3, decay=0.0)
-    assert subject.need_by_depth(9) == pytest.approx(np.ones(10))
-    subject.update([1.0, 0.0, 6.0], [1, 0, 2])  # means 1, unmeasured, 3
-    assert subject.need_by_depth(9) == pytest.approx([0.5, 0.5, 0.5, 0.5, 1.0, 1.0, 1.5, 1.5, 1.5, 1.5])
-    subject.update([0.0, 0.0, 0.0], [1, 1, 1])
-    assert subject.need_by_depth(3) == pytest.approx(np.ones(4))

@@ -86,7 +86,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 
 @pytest.mark.parametrize(
     ("role", "part", "culprit"),
-    [("aligned", "answer", 1), ("aligned", "refusal", 4), ("aligned", "h", 4), ("base", "h", 5)],
+    [("aligned", "answer", 1), ("aligned", "refusal", 4), ("base", "h", 5)],
 )
 def test_the_others_are_trained_as_if_it_had_not_been_there(
     tiny: Tiny, role: str, part: str, culprit: int, caplog: pytest.LogCaptureFixture
