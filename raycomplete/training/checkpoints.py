@@ -210,7 +210,7 @@ def restore_weights(lm: Any, folder: Path, step: int, train: TrainConfig) -> Non
 
     found = from_rank_zero(lambda: _whole(folder, step, train.checkpoint_hashes))
     state: dict[str, Any] | None = None
-    if _dist().get_rank() == 0:
+    if found is not None and _dist().get_rank() == 0:
         from safetensors.torch import load_file
 
         assert found is not None, "rank 0 knows the folder"
