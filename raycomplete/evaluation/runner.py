@@ -222,8 +222,8 @@ class _Evaluation:
 
     def _answered(self, trial: Trial) -> Answered:
         row = self._responses[self._keys[id(trial)]]
-        ids = (tuple(row[name]) for name in ("sequence", "prefill", "tokens"))
-        response = Response(*ids, row["stats"], row.get("conversation", ()))
+        ids = [tuple(row[name]) for name in ("sequence", "prefill", "tokens")]
+        response = Response(ids[0], ids[1], ids[2], row["stats"], row.get("conversation", ()))
         judgement = self._judgements.get(self._judgement_key(trial))  # none for benchmarks
         whole = self._judgements.get(self._judgement_key(trial, with_prefill=True))
         return Answered(
