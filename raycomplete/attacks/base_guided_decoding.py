@@ -6,6 +6,7 @@ base's words; since base does all the choosing, a judge that does not read the g
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
@@ -13,7 +14,7 @@ from typing import Literal
 from raycomplete.attacks.attack import Attack, RankedConfig, plain_trials
 from raycomplete.attacks.registry import register
 from raycomplete.attacks.target import Target
-from raycomplete.attacks.trial import CUT_BY_CONTEXT, Emit, Response, Trial
+from raycomplete.attacks.trial import CUT_BY_CONTEXT, Cost, Emit, Response, Trial
 from raycomplete.runtime.types import Prompt
 
 _BATCH = 64
@@ -37,6 +38,10 @@ class BaseGuidedDecodingAttack(Attack[BaseGuidedDecodingConfig]):
 
     def answer_tokens(self, trial: Trial) -> int:
         return self.config.steps
+
+    def cost(self, trials: Sequence[Trial]) -> Cost:
+        plain = super().cost(trials)  # the target and who picks read every step
+        return replace(plain, passes=2 * self.config.steps * math.ceil(plain.trials / _BATCH))
 
     def plan(self, target: Target, prompts: Sequence[Prompt]) -> list[Trial]:
         settings = {"steps": self.config.steps, "guide": target.tools.guide_id}

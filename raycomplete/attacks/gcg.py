@@ -8,7 +8,9 @@ would not survive being typed as text are dropped, and the best suffix of all st
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from math import ceil
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -17,6 +19,7 @@ from raycomplete.attacks.attack import MAX_STEPS
 from raycomplete.attacks.registry import register
 from raycomplete.attacks.suffix import IntArray, Search, SuffixConfig, SuffixSearch, losses_of
 from raycomplete.attacks.target import FloatArray, Target, WhiteBox
+from raycomplete.attacks.trial import Cost, Trial
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,6 +42,11 @@ class GcgAttack(SuffixSearch[GcgConfig]):
     """Searches by gradient. `stats` of a response: queries, steps, survivor rate, loss at the start and at best."""
 
     without_effect = ("batch",)
+
+    def cost(self, trials: Sequence[Trial]) -> Cost:
+        config, plain = self.config, super().cost(trials)
+        passes = 1 + config.steps * ceil(config.search_width / config.batch)
+        return replace(plain, passes=plain.trials * passes, gradients=plain.trials * config.steps)
 
     def search(self, target: Target, box: WhiteBox, found: Search, usable: IntArray, rng: np.random.Generator) -> None:
         import numpy as np

@@ -13,9 +13,11 @@ from pydantic import Field
 from raycomplete.attacks.attack import continued, grouped
 from raycomplete.attacks.registry import register
 from raycomplete.attacks.rewriting import RewritingAttack, RewritingConfig
-from raycomplete.attacks.target import Target
-from raycomplete.attacks.trial import FIRST_COMPLIED, Emit, Response, Trial
+from raycomplete.attacks.target import Attacker, Target
+from raycomplete.attacks.trial import FIRST_COMPLIED, Cost, Emit, Response, Trial
 from raycomplete.runtime.types import Outcome
+
+_SIDE_BY_SIDE = 1024  # attempts that are under way at once; those of an interrupted block are made again
 
 
 class PairConfig(RewritingConfig):
@@ -74,21 +76,36 @@ class PairAttack(RewritingAttack[PairConfig]):
     def best_of(self) -> int:
         return self.config.rounds
 
+    def cost(self, trials: Sequence[Trial]) -> Cost:
+        rewritten, plain = self.config.max_tokens * len(trials), super().cost(trials)
+        return replace(plain, tokens=self.config.rounds * (rewritten + plain.tokens))
+
     def first_slots(self, trial: Trial) -> Iterator[Mapping[str, str]]:
         return _Attempt(trial, trial.prompt.text).slots()
 
     def run(self, target: Target, trials: Sequence[Trial], emit: Emit) -> None:
-        attacker = target.attacker(self.config.attacker)
+        # Streams go side by side: where attacker and target share an engine, it loads weights twice a round.
+        attacker, block = target.attacker(self.config.attacker), []
         for stream in grouped(trials):
-            attempts = [_Attempt(trial, trial.prompt.text) for trial in stream]
-            for number in range(self.config.rounds):
-                asked = [attempt for attempt in attempts if attempt.open]
-                if asked:
-                    target.stop_if_cancelled()
-                    requests = [self.request(attacker, attempt.slots()) for attempt in attempts]
-                    self._reword(target, attempts, self.written(attacker, stream, requests, number))
-                    self._ask(target, asked)
-            emit([(attempt.trial, attempt.finished()) for attempt in attempts])
+            block.append([_Attempt(trial, trial.prompt.text) for trial in stream])
+            if sum(map(len, block)) >= _SIDE_BY_SIDE:
+                self._attempt(target, attacker, block, emit)
+                block = []
+        self._attempt(target, attacker, block, emit)
+
+    def _attempt(self, target: Target, attacker: Attacker, streams: Sequence[Sequence[_Attempt]], emit: Emit) -> None:
+        """Runs the rounds of some streams; each is rewritten under its own seeds."""
+        for number in range(self.config.rounds):
+            going = [stream for stream in streams if any(attempt.open for attempt in stream)]
+            for stream in going:
+                target.stop_if_cancelled()
+                requests = [self.request(attacker, attempt.slots()) for attempt in stream]
+                written = self.written(attacker, [attempt.trial for attempt in stream], requests, number)
+                self._reword(target, stream, written)
+            if asked := [attempt for stream in going for attempt in stream if attempt.open]:
+                self._ask(target, asked)
+        for stream in streams:
+            emit([(attempt.trial, attempt.finished()) for attempt in stream])
 
     def _reword(self, target: Target, attempts: Sequence[_Attempt], texts: Sequence[str]) -> None:
         """Takes new wordings over; one that is empty or too long for the target's context is dropped."""

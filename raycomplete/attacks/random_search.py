@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from math import ceil
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -10,6 +12,7 @@ from pydantic import Field
 from raycomplete.attacks.registry import register
 from raycomplete.attacks.suffix import IntArray, Search, SuffixConfig, SuffixSearch, losses_of
 from raycomplete.attacks.target import Target, WhiteBox
+from raycomplete.attacks.trial import Cost, Trial
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,6 +32,10 @@ class RandomSearchConfig(SuffixConfig):
 @register(RandomSearchConfig)
 class RandomSearchAttack(SuffixSearch[RandomSearchConfig]):
     """Searches by chance: candidates change a few neighbouring tokens; the best of a batch is kept if it is better."""
+
+    def cost(self, trials: Sequence[Trial]) -> Cost:
+        plain = super().cost(trials)
+        return replace(plain, passes=plain.trials * (1 + ceil(self.config.queries / self.config.batch)))
 
     def search(self, target: Target, box: WhiteBox, found: Search, usable: IntArray, rng: np.random.Generator) -> None:
         import numpy as np

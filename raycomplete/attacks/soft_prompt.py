@@ -8,6 +8,7 @@ asks the model after every few steps: the loss of the target goes on falling aft
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import groupby, pairwise
 from typing import Any, ClassVar, Literal
 
@@ -17,7 +18,7 @@ from raycomplete.attacks.attack import MAX_STEPS
 from raycomplete.attacks.registry import register
 from raycomplete.attacks.suffix import SuffixAttack, SuffixConfig, side_by_side
 from raycomplete.attacks.target import FloatArray, Target, WhiteBox
-from raycomplete.attacks.trial import Decoding, Emit, Response, Trial
+from raycomplete.attacks.trial import Cost, Decoding, Emit, Response, Trial
 from raycomplete.runtime.types import Prompt
 
 
@@ -46,6 +47,11 @@ class SoftPromptAttack(SuffixAttack[SoftPromptConfig]):
     `worst_of_n` is the rate of an attacker who takes the best of them, as published rates are. The white box answers
     greedily itself. `stats` of a response: loss at the start and least loss until then.
     """
+
+    def cost(self, trials: Sequence[Trial]) -> Cost:
+        plain, searches = super().cost(trials), len({trial.prompt.prompt_id for trial in trials})
+        longest = max((trial.decoding.max_tokens for trial in trials), default=0)
+        return replace(plain, passes=searches * longest, gradients=searches * self.config.steps)
 
     def plan(self, target: Target, prompts: Sequence[Prompt]) -> list[Trial]:
         shared = self.config.model_dump(mode="json", exclude={"steps", "ask_every"})

@@ -88,6 +88,16 @@ class Response:
         return (codec.decode(self.prefill) if self.prefill else "", codec.decode(self.tokens) if self.tokens else "")
 
 
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """The most that trials take: new tokens, forward passes of white boxes, and gradient steps."""
+
+    trials: int
+    tokens: int
+    passes: int = 0
+    gradients: int = 0
+
+
 Emit = Callable[[Sequence[tuple[Trial, Response]]], None]
 
 

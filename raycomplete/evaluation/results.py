@@ -10,7 +10,7 @@ from typing import Any
 
 from raycomplete.attacks.attack import STANDARD_ANSWER_TOKENS, STANDARD_BEHAVIOURS, Attack
 from raycomplete.attacks.target import Target
-from raycomplete.attacks.trial import CUT_BY_CONTEXT, FIRST_COMPLIED, Response, Trial
+from raycomplete.attacks.trial import CUT_BY_CONTEXT, FIRST_COMPLIED, Cost, Response, Trial
 from raycomplete.config import EvaluationConfig
 from raycomplete.evaluation import capabilities
 from raycomplete.evaluation.calibration import corrected_asr
@@ -30,6 +30,12 @@ class TrialGroup:
     attack: Attack[Any] | None  # gets the responses; None: the model continues each sequence as it is
     trials: Sequence[Trial]
     too_short: Mapping[str, int] = field(default_factory=dict)  # by variant: prompts whose answer is too short for it
+
+    def cost(self, trials: Sequence[Trial]) -> Cost:
+        """Returns what some of the trials take at most."""
+        if self.attack is not None:
+            return self.attack.cost(trials)
+        return Cost(len(trials), sum(trial.decoding.max_tokens for trial in trials))
 
 
 @dataclass(frozen=True)

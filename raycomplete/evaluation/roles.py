@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
 from raycomplete.attacks.target import Target
+from raycomplete.attacks.trial import Cost, Progress
 from raycomplete.config import EvaluationConfig
 from raycomplete.data.checkpoints import fingerprint, resolve_checkpoint
 from raycomplete.data.inputs import KINDS, Prompts
@@ -16,6 +17,7 @@ from raycomplete.data.organisms import ORGANISMS
 from raycomplete.engines.run import Run
 from raycomplete.evaluation.attack_resources import AttackResources
 from raycomplete.evaluation.model_judges import start_judge, start_model
+from raycomplete.evaluation.pace import Pace
 from raycomplete.evaluation.runner import Callbacks, EvaluationSets, evaluate_model
 from raycomplete.runtime.console import Advance
 from raycomplete.runtime.files import PRIVATE, content_hash, read_json, write_json
@@ -61,9 +63,12 @@ def held_out_sets(run: Run) -> Prompts:
         known = {"made_from": made_from, "outcomes": dict(outcomes), "answers": answers, "go_on": go_on}
         write_json(file, known, mode=PRIVATE)
     run.console.note(f"Prefills judged by themselves: {known['outcomes']}")
-    go_on = set(known["go_on"])
     answered = tuple(
-        replace(prompt, answer=known["answers"][prompt.prompt_id], answer_goes_on=prompt.prompt_id in go_on)
+        replace(
+            prompt,
+            answer=known["answers"][prompt.prompt_id],
+            answer_goes_on=prompt.prompt_id in known["go_on"],
+        )
         for prompt in harmful
     )
     return replace(prompts, evaluation=prompts.evaluation | {"harmful": answered})
@@ -96,7 +101,7 @@ def complete_answers(
 def evaluate_roles(run: Run, roles: Sequence[ModelRole]) -> dict[str, dict[str, Any]]:
     """Evaluates models by one generator that takes the weights of each in turn; returns the result of each role."""
     codec, max_length, max_tokens = run.models.codec, run.config.models.max_length, run.config.evaluation.max_tokens
-    results = {}
+    results, pace = {}, Pace()
     with ExitStack() as ended, start_judge(run.config, run.judge, run.console) as judge:
         resources = AttackResources(run, ended)
         for role in roles:
@@ -105,22 +110,40 @@ def evaluate_roles(run: Run, roles: Sequence[ModelRole]) -> dict[str, dict[str, 
             target = Target(
                 role, fingerprint(path), generator, codec, judge, max_length, max_tokens, tools, run.is_stopping
             )
-            results[str(role)] = evaluate_target(run, target)
+            results[str(role)] = evaluate_target(run, target, pace)
     return results
 
 
-def evaluate_target(run: Run, target: Target) -> dict[str, Any]:
-    """Evaluates one model on the held-out prompts of the run, under a progress bar."""
+def evaluate_target(run: Run, target: Target, pace: Pace | None = None) -> dict[str, Any]:
+    """Evaluates one model on the held-out prompts of the run: first its cost, then a progress bar.
+
+    Args:
+        pace: Speeds that were measured on other models.
+    """
+    pace, console = pace or Pace(), run.console
     advance: Advance | None = None
+    attack = ""
     with ExitStack() as shown:
 
-        def follow(variant: str, done: int, total: int) -> None:
+        def plan(costs: Mapping[str, Cost], stored: Mapping[str, int]) -> None:
             nonlocal advance
-            if advance is None:  # the first call knows the length
-                advance = shown.enter_context(run.console.progress(f"Evaluation of {target.role}", total))
-            else:
-                advance(done, variant)
+            pace.start(costs, stored)
+            console.table(f"Evaluation of {target.role}: cost at most", pace.table())
+            total = sum(stored.values()) + sum(cost.trials for cost in costs.values())
+            advance = shown.enter_context(console.progress(f"Evaluation of {target.role}", total))
 
-        callbacks = Callbacks(follow, run.on_progress or (lambda progress: None))
+        def follow(progress: Progress) -> None:
+            nonlocal attack
+            if attack and progress.attack != attack:
+                console.note(f"{target.role}: {attack} is done; {pace.summary()}")
+            attack = progress.attack
+            remark = pace.update(progress)
+            if advance is not None:
+                advance(progress.done, remark)
+            if run.on_progress is not None:
+                run.on_progress(progress)
+
         sets = EvaluationSets(*(run.prompts.evaluation[kind] for kind in KINDS))
-        return evaluate_model(target, sets, run.config.evaluation, run.folder, callbacks)
+        return evaluate_model(
+            target, sets, run.config.evaluation, run.folder, Callbacks(on_plan=plan, on_trials=follow)
+        )

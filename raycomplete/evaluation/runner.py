@@ -22,7 +22,7 @@ from typing import Any
 from raycomplete.attacks.attack import Attack, ask, plain_trials
 from raycomplete.attacks.registry import build_attack
 from raycomplete.attacks.target import Target, judge_all
-from raycomplete.attacks.trial import Progress, Response, Trial
+from raycomplete.attacks.trial import Cost, Progress, Response, Trial
 from raycomplete.config import EvaluationConfig
 from raycomplete.evaluation import capabilities
 from raycomplete.evaluation.results import HARMLESS, Answered, TrialGroup, model_result
@@ -57,11 +57,13 @@ class Callbacks:
 
     `on_variant` is called with (variant, variants finished, variants in all): at the start with ("", 0, all), and when
     a variant of an attack (`prefill-4`) or a set of harmless prompts is finished. `on_trials` is called at the start
-    and after each batch of trials.
+    and after each batch of trials. `on_plan` is called once, before anything is generated, with the cost of the trials
+    that are missing and the number of those that are stored, both by attack.
     """
 
     on_variant: Callable[[str, int, int], None] = lambda variant, done, total: None
     on_trials: Callable[[Progress], None] = lambda progress: None
+    on_plan: Callable[[Mapping[str, Cost], Mapping[str, int]], None] = lambda costs, stored: None
 
 
 def evaluate_model(
@@ -147,13 +149,17 @@ class _Evaluation:
 
     def finish(self) -> dict[str, list[tuple[Trial, Answered]]]:
         """Returns responses and outcomes of all trials, by group."""
+        missing = {group.name: self._missing(group) for group in self._groups}
+        costs = {group.name: group.cost(missing[group.name]) for group in self._groups}
+        stored = {group.name: len(group.trials) - len(missing[group.name]) for group in self._groups}
+        self._callbacks.on_plan(costs, stored)
         self._callbacks.on_variant("", 0, self._num_variants)
         self._report("", "", {})
         return {group.name: self._finish_group(group) for group in self._groups}
 
     def _finish_group(self, group: TrialGroup) -> list[tuple[Trial, Answered]]:
         seen = dict.fromkeys(map(str, Outcome), 0)
-        missing = [trial for trial in group.trials if self._keys[id(trial)] not in self._responses]
+        missing = self._missing(group)
         self._take(group, [trial for trial in group.trials if self._keys[id(trial)] in self._responses], seen)
         started = time.monotonic()
 
@@ -171,6 +177,9 @@ class _Evaluation:
             else:
                 group.attack.run(group.attack.prepared(self._target), missing, emit)
         return [(trial, self._answered(trial)) for trial in group.trials]
+
+    def _missing(self, group: TrialGroup) -> list[Trial]:
+        return [trial for trial in group.trials if self._keys[id(trial)] not in self._responses]
 
     def _take(self, group: TrialGroup, trials: Sequence[Trial], seen: dict[str, int]) -> None:
         """Judges stored responses and reports them, variant by variant."""

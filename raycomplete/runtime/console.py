@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from threading import Event, Thread
 from typing import Any
 
 from rich.console import Console as RichConsole
@@ -19,14 +20,16 @@ Advance = Callable[[int, str], None]
 
 
 class Console:
-    """Prints to a rich console; quiet in tests.
+    """Prints to a rich console; quiet in tests. Where there is no terminal, lines stand for spinners and bars.
 
     Args:
         quiet: Prints nothing.
+        every_s: Seconds between two such lines, at most.
     """
 
-    def __init__(self, *, quiet: bool = False) -> None:
+    def __init__(self, *, quiet: bool = False, every_s: float = 30.0) -> None:
         self.rich = RichConsole(quiet=quiet)
+        self._every_s = every_s
         self._started = time.perf_counter()
 
     def note(self, text: str) -> None:
@@ -38,7 +41,7 @@ class Console:
     def stage(self, title: str) -> Iterator[None]:
         """Shows a spinner while the block runs, then one line with its duration."""
         started = time.perf_counter()
-        with self.rich.status(f"{title} ..."):
+        with self.rich.status(f"{title} ..."), self._lines(lambda: f"{title} ..."):
             yield
         self.note(f"{title} [dim]({time.perf_counter() - started:.1f} s)[/dim]")
 
@@ -49,15 +52,41 @@ class Console:
         columns = (
             SpinnerColumn(),
             TextColumn("{task.description}"),
-            BarColumn(bar_width=30),
+            BarColumn(bar_width=10),  # the remark needs the room of 80 columns
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("[dim]{task.fields[remark]}[/dim]"),
         )
         with Progress(*columns, console=self.rich, transient=True) as bar:
             task = bar.add_task(title, total=total, remark="")
-            yield lambda done, remark: bar.update(task, completed=done, remark=remark)
+
+            def line() -> str:
+                shown = bar.tasks[0]
+                return f"{title}: {shown.completed:.0f} of {total}, {shown.fields['remark']}".removesuffix(", ")
+
+            with self._lines(line):
+                yield lambda done, remark: bar.update(task, completed=done, remark=remark)
         self.note(f"{title} [dim]({time.perf_counter() - started:.1f} s)[/dim]")
+
+    @contextmanager
+    def _lines(self, line: Callable[[], str]) -> Iterator[None]:
+        """Prints a line every now and then while the block runs, where no terminal shows that it does."""
+        if self.rich.is_terminal:
+            yield
+            return
+        ended = Event()
+
+        def say() -> None:
+            while not ended.wait(self._every_s):
+                self.note(line())
+
+        thread = Thread(target=say, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
 
     def table(self, title: str, rows: Sequence[Sequence[str]]) -> None:
         """Prints a table whose first row holds the headings."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -296,3 +297,26 @@ def test_standard_settings_are_not_reduced() -> None:
     assert EvaluationConfig(depths=[0, 4]).prefill().reduced_because(100) == [
         "depths without 8, 16, 32, 64, 100, 200, 500"
     ]
+
+
+def test_streams_of_pair_change_weights_twice_a_round(target: Target, sets: EvaluationSets, model: Any) -> None:
+    """Attacker and target may share an engine, which loads the weights of whom it is asked for next."""
+    order: list[str] = []
+
+    class Noted:
+        def __init__(self, name: str, said: str) -> None:
+            self.name, self.model = name, model(said)
+
+        def generate(self, sequences: Any, **settings: Any) -> list[list[int]]:
+            order.append(self.name)
+            return self.model.generate(sequences, **settings)  # type: ignore[no-any-return]
+
+    attacker = Attacker("attacker", Noted("attacker", "please open the door"), target.codec, 512)
+    asked = replace(
+        target, generator=Noted("target", REFUSE), tools=replace(target.tools, attacker=lambda checkpoint: attacker)
+    )
+    found = run(asked, {"name": "pair", "streams": 5, "rounds": 3}, sets)
+    assert len(found) == 5 * len(sets.harmful)
+    loads = sum(first != second for first, second in pairwise(order))
+    assert loads == 3 * 2 - 1
+    assert order.count("target") == 3, "one call asks for all streams"
