@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Generic, TypeVar
 from pydantic import Field, field_validator
 
 from raycomplete.attacks.target import Need, Target
-from raycomplete.attacks.trial import Cost, Decoding, Emit, Response, Trial
+from raycomplete.attacks.trial import Decoding, Emit, Response, Trial, TrialCost
 from raycomplete.runtime.errors import SetupError, WorkError
 from raycomplete.runtime.section import Section
 from raycomplete.runtime.types import Codec, Prompt
@@ -117,9 +117,9 @@ class Attack(ABC, Generic[ConfigT]):
         """Returns the number of new tokens at which a response to the trial is cut."""
         return trial.decoding.max_tokens
 
-    def cost(self, trials: Sequence[Trial]) -> Cost:
+    def cost(self, trials: Sequence[Trial]) -> TrialCost:
         """Returns what the trials take at most."""
-        return Cost(len(trials), sum(map(self.answer_tokens, trials)))
+        return TrialCost(len(trials), sum(map(self.answer_tokens, trials)))
 
     def is_cut(self, trial: Trial, response: Response) -> bool:
         """Tells whether the response was cut by its length: the end of a response is not among its tokens."""

@@ -14,7 +14,7 @@ from typing import Literal
 from raycomplete.attacks.attack import Attack, RankedConfig, plain_trials
 from raycomplete.attacks.registry import register
 from raycomplete.attacks.target import Target
-from raycomplete.attacks.trial import CUT_BY_CONTEXT, Cost, Emit, Response, Trial
+from raycomplete.attacks.trial import CUT_BY_CONTEXT, Emit, Response, Trial, TrialCost
 from raycomplete.runtime.types import Prompt
 
 _BATCH = 64
@@ -39,7 +39,7 @@ class BaseGuidedDecodingAttack(Attack[BaseGuidedDecodingConfig]):
     def answer_tokens(self, trial: Trial) -> int:
         return self.config.steps
 
-    def cost(self, trials: Sequence[Trial]) -> Cost:
+    def cost(self, trials: Sequence[Trial]) -> TrialCost:
         plain = super().cost(trials)  # the target and who picks read every step
         return replace(plain, passes=2 * self.config.steps * math.ceil(plain.trials / _BATCH))
 

@@ -17,7 +17,7 @@ from pydantic import Field
 from raycomplete.attacks.attack import Attack, AttackConfig
 from raycomplete.attacks.registry import register
 from raycomplete.attacks.target import Target
-from raycomplete.attacks.trial import FIRST_COMPLIED, Cost, Decoding, Emit, Response, Trial
+from raycomplete.attacks.trial import FIRST_COMPLIED, Decoding, Emit, Response, Trial, TrialCost
 from raycomplete.runtime.files import content_hash
 from raycomplete.runtime.types import Prompt
 
@@ -46,8 +46,8 @@ class BestOfNAttack(Attack[BestOfNConfig]):
     def best_of(self) -> int:
         return self.config.samples
 
-    def cost(self, trials: Sequence[Trial]) -> Cost:
-        return Cost(len(trials), self.config.samples * super().cost(trials).tokens)
+    def cost(self, trials: Sequence[Trial]) -> TrialCost:
+        return TrialCost(len(trials), self.config.samples * super().cost(trials).tokens)
 
     def plan(self, target: Target, prompts: Sequence[Prompt]) -> list[Trial]:
         settings = {**self.config.model_dump(mode="json", exclude={"batch"}), "judge": target.judge.name}

@@ -19,7 +19,7 @@ from raycomplete.attacks.attack import MAX_STEPS
 from raycomplete.attacks.registry import register
 from raycomplete.attacks.suffix import IntArray, Search, SuffixConfig, SuffixSearch, losses_of
 from raycomplete.attacks.target import FloatArray, Target, WhiteBox
-from raycomplete.attacks.trial import Cost, Trial
+from raycomplete.attacks.trial import Trial, TrialCost
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,7 +43,7 @@ class GcgAttack(SuffixSearch[GcgConfig]):
 
     without_effect = ("batch",)
 
-    def cost(self, trials: Sequence[Trial]) -> Cost:
+    def cost(self, trials: Sequence[Trial]) -> TrialCost:
         config, plain = self.config, super().cost(trials)
         passes = 1 + config.steps * ceil(config.search_width / config.batch)
         return replace(plain, passes=plain.trials * passes, gradients=plain.trials * config.steps)

@@ -14,7 +14,7 @@ from raycomplete.attacks.attack import continued, grouped
 from raycomplete.attacks.registry import register
 from raycomplete.attacks.rewriting import RewritingAttack, RewritingConfig
 from raycomplete.attacks.target import Attacker, Target
-from raycomplete.attacks.trial import FIRST_COMPLIED, Cost, Emit, Response, Trial
+from raycomplete.attacks.trial import FIRST_COMPLIED, Emit, Response, Trial
 from raycomplete.runtime.types import Outcome
 
 _SIDE_BY_SIDE = 1024  # attempts that are under way at once; those of an interrupted block are made again
@@ -75,10 +75,6 @@ class PairAttack(RewritingAttack[PairConfig]):
     @property
     def best_of(self) -> int:
         return self.config.rounds
-
-    def cost(self, trials: Sequence[Trial]) -> Cost:
-        rewritten, plain = self.config.max_tokens * len(trials), super().cost(trials)
-        return replace(plain, tokens=self.config.rounds * (rewritten + plain.tokens))
 
     def first_slots(self, trial: Trial) -> Iterator[Mapping[str, str]]:
         return _Attempt(trial, trial.prompt.text).slots()

@@ -12,7 +12,7 @@ from pydantic import Field
 from raycomplete.attacks.registry import register
 from raycomplete.attacks.suffix import IntArray, Search, SuffixConfig, SuffixSearch, losses_of
 from raycomplete.attacks.target import Target, WhiteBox
-from raycomplete.attacks.trial import Cost, Trial
+from raycomplete.attacks.trial import Trial, TrialCost
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,7 +33,7 @@ class RandomSearchConfig(SuffixConfig):
 class RandomSearchAttack(SuffixSearch[RandomSearchConfig]):
     """Searches by chance: candidates change a few neighbouring tokens; the best of a batch is kept if it is better."""
 
-    def cost(self, trials: Sequence[Trial]) -> Cost:
+    def cost(self, trials: Sequence[Trial]) -> TrialCost:
         plain = super().cost(trials)
         return replace(plain, passes=plain.trials * (1 + ceil(self.config.queries / self.config.batch)))
 

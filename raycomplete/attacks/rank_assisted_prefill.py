@@ -26,7 +26,7 @@ from pydantic import Field
 from raycomplete.attacks.attack import Attack, RankedConfig, answer_ids
 from raycomplete.attacks.registry import register
 from raycomplete.attacks.target import Target, WhiteBox
-from raycomplete.attacks.trial import CUT_BY_CONTEXT, Cost, Decoding, Emit, Response, Trial
+from raycomplete.attacks.trial import CUT_BY_CONTEXT, Decoding, Emit, Response, Trial, TrialCost
 from raycomplete.runtime.errors import DataError
 from raycomplete.runtime.types import Codec, Prompt
 
@@ -78,7 +78,7 @@ class RankAssistedPrefillAttack(Attack[RankAssistedPrefillConfig]):
     def is_cut(self, trial: Trial, response: Response) -> bool:
         return bool(response.stats["steps"] >= self.config.steps)  # going back takes steps too
 
-    def cost(self, trials: Sequence[Trial]) -> Cost:
+    def cost(self, trials: Sequence[Trial]) -> TrialCost:
         plain = super().cost(trials)  # the target and who picks read every step
         return replace(plain, passes=2 * self.config.steps * math.ceil(plain.trials / _BATCH))
 

@@ -13,7 +13,7 @@ from pydantic import Field
 from raycomplete.attacks.attack import Attack, AttackConfig, plain_trials, runs
 from raycomplete.attacks.target import Attacker, Target
 from raycomplete.attacks.templates import fill_slots
-from raycomplete.attacks.trial import Trial
+from raycomplete.attacks.trial import Trial, TrialCost
 from raycomplete.runtime.errors import SetupError
 from raycomplete.runtime.types import Prompt
 
@@ -58,6 +58,10 @@ class RewritingAttack(Attack[RewritingT], Generic[RewritingT]):
             for stream in range(self.config.streams)
             for position, trial in enumerate(plain)
         ]
+
+    def cost(self, trials: Sequence[Trial]) -> TrialCost:
+        plain, rewritten = super().cost(trials), self.config.max_tokens * len(trials)
+        return replace(plain, tokens=self.best_of * (rewritten + plain.tokens))
 
     def request(self, attacker: Attacker, slots: Iterator[Mapping[str, str]]) -> list[int]:
         """Fills in the attacker's instruction: the first of several fillings that fits its context.

@@ -18,7 +18,7 @@ from raycomplete.attacks.attack import MAX_STEPS
 from raycomplete.attacks.registry import register
 from raycomplete.attacks.suffix import SuffixAttack, SuffixConfig, side_by_side
 from raycomplete.attacks.target import FloatArray, Target, WhiteBox
-from raycomplete.attacks.trial import Cost, Decoding, Emit, Response, Trial
+from raycomplete.attacks.trial import Decoding, Emit, Response, Trial, TrialCost
 from raycomplete.runtime.types import Prompt
 
 
@@ -48,7 +48,7 @@ class SoftPromptAttack(SuffixAttack[SoftPromptConfig]):
     greedily itself. `stats` of a response: loss at the start and least loss until then.
     """
 
-    def cost(self, trials: Sequence[Trial]) -> Cost:
+    def cost(self, trials: Sequence[Trial]) -> TrialCost:
         plain, searches = super().cost(trials), len({trial.prompt.prompt_id for trial in trials})
         longest = max((trial.decoding.max_tokens for trial in trials), default=0)
         return replace(plain, passes=searches * longest, gradients=searches * self.config.steps)

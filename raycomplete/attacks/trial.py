@@ -89,7 +89,7 @@ class Response:
 
 
 @dataclass(frozen=True, slots=True)
-class Cost:
+class TrialCost:
     """The most that trials take: new tokens, forward passes of white boxes, and gradient steps."""
 
     trials: int

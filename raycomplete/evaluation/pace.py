@@ -6,10 +6,10 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 
-from raycomplete.attacks.trial import Cost, Progress
+from raycomplete.attacks.trial import Progress, TrialCost
 
 
-class Pace:
+class EvaluationPace:
     """Follows the evaluations of several models, one after another; speeds measured on one serve for the next.
 
     Nothing is estimated before something like it was measured: each attack by its own trials, and attacks that only
@@ -26,7 +26,7 @@ class Pace:
         self._generated_s = self._generated = 0.0  # seconds and most tokens of attacks that only generate
         self.start({}, {})
 
-    def start(self, costs: Mapping[str, Cost], stored: Mapping[str, int]) -> None:
+    def start(self, costs: Mapping[str, TrialCost], stored: Mapping[str, int]) -> None:
         """Begins with another model: `costs` of the trials to be made by attack, `stored` those that are there."""
         self._costs, self._stored = costs, stored
         self._done: Counter[str] = Counter()

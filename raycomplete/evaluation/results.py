@@ -10,7 +10,7 @@ from typing import Any
 
 from raycomplete.attacks.attack import STANDARD_ANSWER_TOKENS, STANDARD_BEHAVIOURS, Attack
 from raycomplete.attacks.target import Target
-from raycomplete.attacks.trial import CUT_BY_CONTEXT, FIRST_COMPLIED, Cost, Response, Trial
+from raycomplete.attacks.trial import CUT_BY_CONTEXT, FIRST_COMPLIED, Response, Trial, TrialCost
 from raycomplete.config import EvaluationConfig
 from raycomplete.evaluation import capabilities
 from raycomplete.evaluation.calibration import corrected_asr
@@ -31,11 +31,11 @@ class TrialGroup:
     trials: Sequence[Trial]
     too_short: Mapping[str, int] = field(default_factory=dict)  # by variant: prompts whose answer is too short for it
 
-    def cost(self, trials: Sequence[Trial]) -> Cost:
+    def cost(self, trials: Sequence[Trial]) -> TrialCost:
         """Returns what some of the trials take at most."""
         if self.attack is not None:
             return self.attack.cost(trials)
-        return Cost(len(trials), sum(trial.decoding.max_tokens for trial in trials))
+        return TrialCost(len(trials), sum(trial.decoding.max_tokens for trial in trials))
 
 
 @dataclass(frozen=True)

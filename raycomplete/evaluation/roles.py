@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from raycomplete.attacks.target import Target
-from raycomplete.attacks.trial import Cost, Progress
+from raycomplete.attacks.trial import Progress, TrialCost
 from raycomplete.config import EvaluationConfig
 from raycomplete.data.checkpoints import fingerprint, resolve_checkpoint
 from raycomplete.data.inputs import KINDS, Prompts
@@ -17,7 +17,7 @@ from raycomplete.data.organisms import ORGANISMS
 from raycomplete.engines.run import Run
 from raycomplete.evaluation.attack_resources import AttackResources
 from raycomplete.evaluation.model_judges import start_judge, start_model
-from raycomplete.evaluation.pace import Pace
+from raycomplete.evaluation.pace import EvaluationPace
 from raycomplete.evaluation.runner import Callbacks, EvaluationSets, evaluate_model
 from raycomplete.runtime.console import Advance
 from raycomplete.runtime.files import PRIVATE, content_hash, read_json, write_json
@@ -101,7 +101,7 @@ def complete_answers(
 def evaluate_roles(run: Run, roles: Sequence[ModelRole]) -> dict[str, dict[str, Any]]:
     """Evaluates models by one generator that takes the weights of each in turn; returns the result of each role."""
     codec, max_length, max_tokens = run.models.codec, run.config.models.max_length, run.config.evaluation.max_tokens
-    results, pace = {}, Pace()
+    results, pace = {}, EvaluationPace()
     with ExitStack() as ended, start_judge(run.config, run.judge, run.console) as judge:
         resources = AttackResources(run, ended)
         for role in roles:
@@ -114,18 +114,18 @@ def evaluate_roles(run: Run, roles: Sequence[ModelRole]) -> dict[str, dict[str, 
     return results
 
 
-def evaluate_target(run: Run, target: Target, pace: Pace | None = None) -> dict[str, Any]:
+def evaluate_target(run: Run, target: Target, pace: EvaluationPace | None = None) -> dict[str, Any]:
     """Evaluates one model on the held-out prompts of the run: first its cost, then a progress bar.
 
     Args:
         pace: Speeds that were measured on other models.
     """
-    pace, console = pace or Pace(), run.console
+    pace, console = pace or EvaluationPace(), run.console
     advance: Advance | None = None
     attack = ""
     with ExitStack() as shown:
 
-        def plan(costs: Mapping[str, Cost], stored: Mapping[str, int]) -> None:
+        def plan(costs: Mapping[str, TrialCost], stored: Mapping[str, int]) -> None:
             nonlocal advance
             pace.start(costs, stored)
             console.table(f"Evaluation of {target.role}: cost at most", pace.table())

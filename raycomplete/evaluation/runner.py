@@ -22,7 +22,7 @@ from typing import Any
 from raycomplete.attacks.attack import Attack, ask, plain_trials
 from raycomplete.attacks.registry import build_attack
 from raycomplete.attacks.target import Target, judge_all
-from raycomplete.attacks.trial import Cost, Progress, Response, Trial
+from raycomplete.attacks.trial import Progress, Response, Trial, TrialCost
 from raycomplete.config import EvaluationConfig
 from raycomplete.evaluation import capabilities
 from raycomplete.evaluation.results import HARMLESS, Answered, TrialGroup, model_result
@@ -63,7 +63,7 @@ class Callbacks:
 
     on_variant: Callable[[str, int, int], None] = lambda variant, done, total: None
     on_trials: Callable[[Progress], None] = lambda progress: None
-    on_plan: Callable[[Mapping[str, Cost], Mapping[str, int]], None] = lambda costs, stored: None
+    on_plan: Callable[[Mapping[str, TrialCost], Mapping[str, int]], None] = lambda costs, stored: None
 
 
 def evaluate_model(

@@ -110,7 +110,7 @@ def test_planted_truths(
         {"name": "rank_assisted_prefill", "prefill": PREFILL, "min_tokens": 0, "steps": 40, "tops": [2, 5]},
         {"name": "base_guided_decoding", "steps": 40, "tops": [2, 5]},
     ]
-    config = EvaluationConfig(depths=[0], max_utility_tokens=12, attacks=attacks)
+    config = EvaluationConfig(depths=[0], max_tokens=64, max_utility_tokens=12, attacks=attacks)
     result = evaluate_model(against(ranking), sets, config, tmp_path)
     block = result["attacks"]["rank_assisted_prefill"]
     assert {name: found["asr"]["rate"] for name, found in block["variants"].items()} == rates
@@ -232,7 +232,7 @@ def clueless(words: list[str]) -> list[str]:
 def test_a_clueless_target_does_not_comply(against: Any, sets: EvaluationSets, tmp_path: Path) -> None:
     """Words that base picks there look like compliance to a judge of refusals, and none is on topic."""
     attacks = [{"name": name, "steps": 15, "tops": [20]} for name in ("base_guided_decoding", "rank_assisted_prefill")]
-    config = EvaluationConfig(depths=[0], max_utility_tokens=12, attacks=attacks)
+    config = EvaluationConfig(depths=[0], max_tokens=64, max_utility_tokens=12, attacks=attacks)
     on_topic = set(COMPLIANT) - set(FRANCE)
     found = evaluate_model(against(clueless), sets, config, tmp_path)["attacks"]
     assert found["base_guided_decoding"]["mean"]["rate"] == 1.0, "base chose every word, so this says nothing of it"

@@ -12,10 +12,10 @@ from rich.console import Console as RichConsole
 
 from raycomplete.attacks.registry import build_attack, parse_attack
 from raycomplete.attacks.target import Target
-from raycomplete.attacks.trial import Cost, Decoding, Progress, Trial
+from raycomplete.attacks.trial import Decoding, Progress, Trial, TrialCost
 from raycomplete.config import EvaluationConfig
 from raycomplete.evaluation.judges import RefusalJudge
-from raycomplete.evaluation.pace import Pace, duration
+from raycomplete.evaluation.pace import EvaluationPace, duration
 from raycomplete.evaluation.runner import Callbacks, EvaluationSets, evaluate_model
 from raycomplete.runtime.console import Console
 from raycomplete.runtime.types import Prompt
@@ -27,24 +27,24 @@ TRIALS = [Trial("x", "x", Prompt(f"p{n}", "t", "harmful"), (1,), Decoding(100)) 
 @pytest.mark.parametrize(
     ("entry", "cost"),
     [
-        ({"name": "templates"}, Cost(10, 1000)),
-        ({"name": "gcg", "steps": 5, "search_width": 100, "batch": 64}, Cost(10, 1000, 10 * (1 + 5 * 2), 10 * 5)),
-        ({"name": "random_search", "queries": 100, "batch": 30}, Cost(10, 1000, 10 * (1 + 4))),
-        ({"name": "pair", "streams": 1, "rounds": 3, "max_tokens": 50}, Cost(10, 3 * 10 * 150)),
-        ({"name": "rank_assisted_prefill", "steps": 7}, Cost(10, 70, 14)),
-        ({"name": "base_guided_decoding", "steps": 7}, Cost(10, 70, 14)),
-        ({"name": "best_of_n", "samples": 9}, Cost(10, 9000)),
-        ({"name": "soft_prompt", "steps": 4}, Cost(10, 1000, 1000, 40)),
+        ({"name": "templates"}, TrialCost(10, 1000)),
+        ({"name": "gcg", "steps": 5, "search_width": 100, "batch": 64}, TrialCost(10, 1000, 10 * (1 + 5 * 2), 10 * 5)),
+        ({"name": "random_search", "queries": 100, "batch": 30}, TrialCost(10, 1000, 10 * (1 + 4))),
+        ({"name": "pair", "streams": 1, "rounds": 3, "max_tokens": 50}, TrialCost(10, 3 * 10 * 150)),
+        ({"name": "rank_assisted_prefill", "steps": 7}, TrialCost(10, 70, 14)),
+        ({"name": "base_guided_decoding", "steps": 7}, TrialCost(10, 70, 14)),
+        ({"name": "best_of_n", "samples": 9}, TrialCost(10, 9000)),
+        ({"name": "soft_prompt", "steps": 4}, TrialCost(10, 1000, 1000, 40)),
     ],
 )
-def test_costs_are_upper_bounds(entry: dict[str, Any], cost: Cost) -> None:
+def test_costs_are_upper_bounds(entry: dict[str, Any], cost: TrialCost) -> None:
     assert build_attack(parse_attack(entry)).cost(TRIALS) == cost
 
 
 def test_nothing_is_estimated_before_it_was_measured() -> None:
     seconds = [0.0]
-    pace = Pace(lambda: seconds[0])
-    costs = {"prefill": Cost(10, 100), "templates": Cost(5, 100), "gcg": Cost(4, 40, 400, 40)}
+    pace = EvaluationPace(lambda: seconds[0])
+    costs = {"prefill": TrialCost(10, 100), "templates": TrialCost(5, 100), "gcg": TrialCost(4, 40, 400, 40)}
     pace.start(costs, {"prefill": 2, "templates": 0, "gcg": 0})
     assert pace.table()[0] == ["", "trials", "tokens", "passes", "gradients"]
     assert pace.table()[3] == ["gcg", "4", "40", "400", "40"]
@@ -71,9 +71,9 @@ def test_nothing_is_estimated_before_it_was_measured() -> None:
 
 
 def test_a_table_fits_eighty_columns() -> None:
-    pace = Pace(lambda: 0.0)
+    pace = EvaluationPace(lambda: 0.0)
     pace.start(
-        {"rank_assisted_prefill": Cost(123_456, 98_765_432_100, 25_600_000, 50_000)}, {"rank_assisted_prefill": 0}
+        {"rank_assisted_prefill": TrialCost(123_456, 98_765_432_100, 25_600_000, 50_000)}, {"rank_assisted_prefill": 0}
     )
     rows = [[*row, "time" if not number else "123.4 h"] for number, row in enumerate(pace.table())]
     assert rows[1] == ["rank_assisted_prefill", "123k", "98.8G", "25.6M", "50k", "123.4 h"]
@@ -100,11 +100,11 @@ def test_the_cost_of_what_is_missing_is_told_before_anything_is_generated(
         run(model(COMPLY, fail_at_call=1))
     run(model(COMPLY))
     assert seen[0] == (
-        {"prefill": Cost(7, 70), "harmless": Cost(5, 3 * 12 + 2 * 10)},
+        {"prefill": TrialCost(7, 70), "harmless": TrialCost(5, 3 * 12 + 2 * 10)},
         {"prefill": 0, "harmless": 0},
         0,
     )
-    assert seen[1] == ({"prefill": Cost(3, 30), "harmless": Cost(5, 56)}, {"prefill": 4, "harmless": 0}, 0)
+    assert seen[1] == ({"prefill": TrialCost(3, 30), "harmless": TrialCost(5, 56)}, {"prefill": 4, "harmless": 0}, 0)
 
 
 def test_without_a_terminal_a_line_comes_every_now_and_then() -> None:
