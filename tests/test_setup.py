@@ -72,7 +72,15 @@ def test_lock_leaves_out_what_breaks_or_compiles(name: str) -> None:
 
 
 def test_extras_are_the_documented_ones() -> None:
-    assert set(project()["project"]["optional-dependencies"]) == {"cpu", "gpu", "demo", "dev", "bench", "judges"}
+    assert set(project()["project"]["optional-dependencies"]) == {
+        "cpu",
+        "gpu",
+        "demo",
+        "dev",
+        "bench",
+        "judges",
+        "encoder",
+    }
 
 
 # --- The package -----------------------------------------------------------------------------------------------------

@@ -174,12 +174,12 @@ def make_job(run: Run, start: ModelRole, output: Path, **settings: Any) -> Train
 def run_training(run: Run, job: TrainJob, title: str) -> None:
     """Trains under a progress bar."""
     cluster = run.config.cluster
-    terms = list(job.method.loss_weights())
+    terms = [name for name, weight in job.method.loss_weights().items() if weight > 0]
     names = ["loss", *(terms if len(terms) > 1 else [])]
     with run.stop.deferred(), run.console.progress(title, job.train.steps) as advance:
 
         def on_step(row: dict[str, Any]) -> None:
-            parts = [f"{name} {row[name]:.4f}" for name in names if row[name] is not None]  # None: NaN, left out
+            parts = [f"{name} {row[name]:.4f}" for name in names if row.get(name) is not None]  # NaN is left out
             if row.get("bad_steps"):  # not in rows of a run that an earlier version began
                 parts.append(f"{row['bad_steps']} steps left out")
             if "depth_mean" in row:

