@@ -126,7 +126,7 @@ def test_a_bad_step_changes_nothing(
     assert any(batch["loss"] is None for batch in batches)
     assert any(batch["loss"] is not None for batch in batches)
     rows_of_losses = [row for batch in batches for row in batch["rows"]]
-    assert {row["term"] for row in rows_of_losses} == {"anchor", "recovery", "push_forward"}
+    assert {row["term"] for row in rows_of_losses} == {"anchor", "recovery", "push_forward", "opening"}
     assert {row["loss"] is None for row in rows_of_losses} == {True, False}
 
 
