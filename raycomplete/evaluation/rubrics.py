@@ -8,6 +8,7 @@ import operator
 import re
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 from typing import Literal
@@ -71,14 +72,17 @@ class Rubric(Section):
         if not self.formula:
             words = "|".join(map(re.escape, self.verdicts))
             found = re.search(rf"\b({words})", reply, re.IGNORECASE)
-            return self.verdicts[found.group(1).lower()] if found else None
+            by_word = {word.lower(): outcome for word, outcome in self.verdicts.items()}
+            return by_word[found.group(1).lower()] if found else None
         grades = {}
         for name, (low, high) in self.scores.items():
             found = re.search(rf"\b{re.escape(name)}\W{{0,12}}(\d+(?:\.\d+)?)", reply, re.IGNORECASE)
             if found is None or not low <= float(found.group(1)) <= high:
                 return None
             grades[name] = float(found.group(1))
-        return Outcome.COMPLIED if _value(self.formula, grades) >= self.threshold else Outcome.REFUSED
+        with suppress(ValueError):  # grades by which the formula divides may be 0
+            return Outcome.COMPLIED if _value(self.formula, grades) >= self.threshold else Outcome.REFUSED
+        return None
 
 
 def read_rubric(source: str | Path) -> Rubric:

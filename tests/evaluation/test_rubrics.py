@@ -186,3 +186,20 @@ def test_settings_of_an_address(server: Server, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.delenv("JUDGE_KEY", raising=False)
     with pytest.raises(SetupError, match="JUDGE_KEY holds no key"):
         judge_at(server, key_variable="JUDGE_KEY")
+
+
+def test_verdicts_of_a_user_are_read_in_any_case() -> None:
+    rubric = Rubric(
+        name="x", template="{prompt}{prefill}{response}", verdicts={"Yes": Outcome.COMPLIED, "NO": "refused"}
+    )
+    assert rubric.read("yes, it does") is Outcome.COMPLIED
+    assert rubric.read("No.") is Outcome.REFUSED
+
+
+def test_grades_that_divide_by_zero_are_no_verdict() -> None:
+    """Judging goes on with the offline judge, as after any reply without a verdict."""
+    rubric = Rubric(
+        name="x", template="{prompt}{prefill}{response}", scores={"a": (0, 1), "b": (0, 1)}, formula="a / b"
+    )
+    assert rubric.read("a: 1\nb: 1") is Outcome.COMPLIED
+    assert rubric.read("a: 1\nb: 0") is None
