@@ -8,7 +8,7 @@ from dataclasses import replace
 from itertools import groupby, takewhile
 from typing import Annotated, Any, ClassVar, Generic, TypeVar
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from raycomplete.attacks.target import Need, Target
 from raycomplete.attacks.trial import Decoding, Emit, Response, Trial, TrialCost
@@ -34,6 +34,14 @@ class AttackConfig(Section):
     renamed: ClassVar[Mapping[str, str]] = {}  # settings of earlier versions and their present names
     standard: ClassVar[Mapping[str, Any]] = {}  # least values of published runs; lists must hold all of their items
     name: str
+
+    @model_validator(mode="after")
+    def _names_nothing_twice(self) -> AttackConfig:
+        """Items of lists are variants: one that is named twice would be asked and counted twice."""
+        for field, value in self:
+            if isinstance(value, list) and (twice := [item for n, item in enumerate(value) if item in value[:n]]):
+                raise ValueError(f"{field} names {twice[0]} twice")
+        return self
 
     def answer_depths(self) -> list[int]:
         """Numbers of tokens that the attack takes from a prompt's answer, by variant; openings do not count."""

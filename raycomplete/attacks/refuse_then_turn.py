@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from raycomplete.attacks.attack import Attack, AttackConfig, num_common
 from raycomplete.attacks.prefill import Depth
@@ -34,6 +34,16 @@ class RefuseThenTurnConfig(AttackConfig):
     depths: list[Depth] = Field(
         default_factory=lambda: [4, 16], min_length=1, description="tokens of the compliant answer after the turn"
     )
+
+    @field_validator("turns")
+    @classmethod
+    def _told_apart(cls, turns: list[str]) -> list[str]:
+        by_variant: dict[str, str] = {}
+        for turn in turns:
+            other = by_variant.setdefault(variant_of(turn), turn)
+            if other != turn:
+                raise ValueError(f"{other!r} and {turn!r} would both be the variant {variant_of(turn)}")
+        return turns
 
     def answer_depths(self) -> list[int]:
         return list(self.depths)
@@ -61,7 +71,7 @@ class RefuseThenTurnAttack(Attack[RefuseThenTurnConfig]):
         return [
             Trial(
                 self.name,
-                f"{re.sub(r'[^a-z0-9]+', '-', turn.lower()).strip('-') or 'turn'}-{depth}",
+                f"{variant_of(turn)}-{depth}",
                 prompt,
                 (*ids, *imitated, *given),
                 decoding,
@@ -73,6 +83,11 @@ class RefuseThenTurnAttack(Attack[RefuseThenTurnConfig]):
             for prompt, ids in asked
             for imitated, given in [_turned(codec, f"{self.config.refusal} {turn}", prompt.answer or "", depth)]
         ]
+
+
+def variant_of(turn: str) -> str:
+    """Names the variant of a turn, by its letters a to z and digits alone."""
+    return re.sub(r"[^a-z0-9]+", "-", turn.lower()).strip("-") or "turn"
 
 
 def _turned(codec: Codec, opening: str, answer: str, depth: int) -> tuple[list[int], list[int]]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from itertools import islice
 from typing import ClassVar, Generic, TypeVar
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from raycomplete.attacks.attack import Attack, AttackConfig, plain_trials, runs
 from raycomplete.attacks.target import Attacker, Target
@@ -27,6 +27,13 @@ class RewritingConfig(AttackConfig):
     temperature: float = Field(1.0, ge=0, description="its sampling temperature")
     top_p: float = Field(0.9, gt=0, le=1, description="its nucleus mass")
     instruction: str | None = Field(None, description="its request; `slots` of the attack's class are filled in")
+
+    @field_validator("instruction")
+    @classmethod
+    def _has_a_goal(cls, instruction: str | None) -> str | None:
+        if instruction is not None and "{goal}" not in instruction:
+            raise ValueError("write {goal} where the behaviour belongs")
+        return instruction
 
 
 RewritingT = TypeVar("RewritingT", bound=RewritingConfig)

@@ -10,6 +10,6 @@ Dtype = Literal["float32", "bfloat16"]
 
 
 class Section(BaseModel):
-    """A section of a run file: frozen, and unknown keys are refused (with the nearest known key)."""
+    """A section of a run file: frozen; unknown keys are refused (with the nearest known key), and so is infinity."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)

@@ -171,3 +171,24 @@ def test_judges() -> None:
     with pytest.raises(ConfigError, match="kind: Input should be"):
         judge_settings({"kind": "oracle"})
     assert judge_settings({"kind": "patterns"}).calibration is None
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"name": "soft_prompt", "lr": float("inf")}, "lr: Input should be a finite number"),
+        ({"name": "best_of_n", "temperature": float("inf")}, "temperature: Input should be a finite number"),
+        ({"name": "finetune", "datasets": ["harmful", "harmful"]}, "datasets names harmful twice"),
+        ({"name": "refuse_then_turn", "depths": [4, 16, 4]}, "depths names 4 twice"),
+        ({"name": "adaptive", "cuts": [3, 3]}, "cuts names 3 twice"),
+        ({"name": "refuse_then_turn", "turns": ["But", "but!"]}, "'But' and 'but!' would both be the variant but"),
+        ({"name": "refuse_then_turn", "turns": ["\u4f46\u662f", "\u7136\u800c"]}, "would both be the variant turn"),
+        ({"name": "pair", "instruction": "Write it anew."}, "instruction: write {goal} where the behaviour belongs"),
+        ({"name": "crescendo", "instruction": "Go on."}, "instruction: write {goal} where the behaviour belongs"),
+    ],
+)
+def test_settings_that_measure_nothing_or_the_same_twice(entry: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_attack(entry)
+    assert message in str(caught.value)
+    assert "\n" not in caught.value.problem
