@@ -66,9 +66,9 @@ class PrefillMidAnswerAttack(Attack[PrefillMidAnswerConfig]):
             for start in sorted(set(self.config.starts))
             for window in sorted(set(self.config.windows))
             for prompt, ids, answer in asked
-            if (given := window_from(target.codec, answer, start)[:window])
+            for given in [window_from(target.codec, answer, start)[:window]]
         ]
-        if not trials:
+        if not any(trial.prefill for trial in trials):
             raise DataError(
                 f"No harmful prompt has an answer of more than {min(self.config.starts)} tokens, from whose middle one "
                 "could start.",

@@ -95,6 +95,8 @@ class RankAssistedPrefillAttack(Attack[RankAssistedPrefillConfig]):
         else:
             settings |= {"guide": target.tools.guide_id, "min_probability": config.min_probability}
         words = codec.encode_answer(config.prefill or "")
+        if not words:
+            settings["depth"] = config.prefill_tokens  # an answer that is shorter opens nothing and is left out
         opened = [words or answer_ids(codec, prompt)[: config.prefill_tokens] for prompt in prompts]
         return [
             Trial(

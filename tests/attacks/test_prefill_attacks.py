@@ -38,8 +38,8 @@ def test_windows_begin_with_a_later_sentence(target: Target) -> None:
     assert found == {
         "start-2-window-2": [("First take",) * 2, ("it is.",) * 2],  # whose answer has no later sentence
         "start-2-window-3": [("First take the",) * 2, ("it is.",) * 2],
-        "start-6-window-2": [("1. Open",) * 2],  # and none of six words
-        "start-6-window-3": [("1. Open the",) * 2],
+        "start-6-window-2": [("1. Open",) * 2, ("", "")],  # and none of six words
+        "start-6-window-3": [("1. Open the",) * 2, ("", "")],
     }
 
 
@@ -100,3 +100,19 @@ def test_what_is_reduced() -> None:
         "1 turns instead of 2",
     ]
     assert parse_attack({"name": "prefill_mid_answer", "starts": [48]}).reduced_because(100) == ["starts without 16"]
+
+
+@pytest.mark.parametrize(
+    ("entry", "n", "short"),
+    [
+        ({"name": "rank_assisted_prefill", "prefill_tokens": 4, "tops": [2], "steps": 3}, 3, 1),
+        ({"name": "prefill_mid_answer", "starts": [3], "windows": [2]}, 2, 2),
+        ({"name": "refuse_then_turn", "turns": ["But"], "depths": [4]}, 3, 1),
+    ],
+)
+def test_answers_too_short_for_an_opening_are_left_out_and_counted(
+    entry: dict[str, Any], n: int, short: int, codec: Any, model: Any, tools: Any, sets: EvaluationSets, tmp_path: Path
+) -> None:
+    """The answers have 2, 4, 6 and 20 tokens."""
+    block = evaluate(model(COMPLY), codec, tools, sets, [entry], tmp_path)["attacks"][entry["name"]]
+    assert (block["n"], block["short_prefills"]) == (n, short)

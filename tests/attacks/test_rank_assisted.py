@@ -231,7 +231,10 @@ def clueless(words: list[str]) -> list[str]:
 
 def test_a_clueless_target_does_not_comply(against: Any, sets: EvaluationSets, tmp_path: Path) -> None:
     """Words that base picks there look like compliance to a judge of refusals, and none is on topic."""
-    attacks = [{"name": name, "steps": 15, "tops": [20]} for name in ("base_guided_decoding", "rank_assisted_prefill")]
+    attacks = [
+        {"name": "base_guided_decoding", "steps": 15, "tops": [20]},
+        {"name": "rank_assisted_prefill", "steps": 15, "tops": [20], "prefill_tokens": 2},
+    ]
     config = EvaluationConfig(depths=[0], max_tokens=64, max_utility_tokens=12, attacks=attacks)
     on_topic = set(COMPLIANT) - set(FRANCE)
     found = evaluate_model(against(clueless), sets, config, tmp_path)["attacks"]
