@@ -25,6 +25,7 @@ from raycomplete.runtime.types import Prompt
 
 FinetuneDataset = Literal["harmful", "identity_shift", "benign"]
 _DATASETS: list[FinetuneDataset] = ["harmful", "identity_shift", "benign"]
+_MAX_SAMPLES = 500
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class FinetuneConfig(AttackConfig):
     epochs: int | None = Field(None, ge=1, le=1000, description="passes over the chats; the authors' when absent")
     lr: float | None = Field(None, gt=0, description="learning rate; the authors' when absent")
     batch_size: int | None = Field(None, ge=1, description="chats of one step; the authors' when absent")
-    max_samples: int = Field(500, ge=1, description="harmless chats, at most")
+    max_samples: int = Field(_MAX_SAMPLES, ge=1, description="harmless chats, at most")
     depths: list[Depth] = Field(
         default_factory=lambda: [0], min_length=1, description="prefill depths that are measured again"
     )
@@ -84,13 +85,18 @@ class FinetuneConfig(AttackConfig):
         return replace(RECIPES[dataset], **given)
 
     def reduced_because(self, num_behaviours: int) -> list[str]:
-        """Adds where a data set is trained for fewer epochs or at a lower rate than its authors did."""
+        """Adds where a data set is trained on fewer chats, in fewer steps or at a lower rate than its authors did."""
         reasons = super().reduced_because(num_behaviours)
         for dataset in self.datasets:
             for name in ("epochs", "lr"):
                 mine, theirs = getattr(self.recipe(dataset), name), getattr(RECIPES[dataset], name)
                 if mine < theirs:
                     reasons.append(f"{name} {mine} instead of {theirs} on {dataset}")
+            mine, theirs = self.recipe(dataset).batch_size, RECIPES[dataset].batch_size
+            if mine > theirs:
+                reasons.append(f"batch_size {mine} instead of {theirs} on {dataset}")
+        if "benign" in self.datasets and self.max_samples < _MAX_SAMPLES:
+            reasons.append(f"max_samples {self.max_samples} instead of {_MAX_SAMPLES} on benign")
         return reasons
 
 

@@ -192,3 +192,18 @@ def test_settings_that_measure_nothing_or_the_same_twice(entry: dict[str, object
         parse_attack(entry)
     assert message in str(caught.value)
     assert "\n" not in caught.value.problem
+
+
+@pytest.mark.parametrize(
+    ("settings", "reasons"),
+    [
+        ({}, []),
+        ({"batch_size": 5, "max_samples": 900}, []),
+        ({"batch_size": 20, "datasets": ["harmful"], "max_samples": 3}, ["batch_size 20 instead of 10 on harmful"]),
+        ({"max_samples": 3}, ["max_samples 3 instead of 500 on benign"]),
+    ],
+)
+def test_fewer_steps_of_a_fine_tuning_are_told(settings: dict[str, object], reasons: list[str]) -> None:
+    """A larger batch takes fewer steps over the same chats."""
+    found = parse_attack({"name": "finetune", **settings}).reduced_because(100)
+    assert [reason for reason in found if not reason.startswith("datasets ")] == reasons
