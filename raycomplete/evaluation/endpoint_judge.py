@@ -28,7 +28,7 @@ class EndpointJudge(RubricJudge):
     stands in no message, log or result.
 
     Raises:
-        SetupError: The environment variable of the key is not set.
+        SetupError: The environment variable of the key is not set, or holds what is no key.
     """
 
     def __init__(self, settings: JudgeConfig, rubric: Rubric, *, first_wait_s: float = 1.0) -> None:
@@ -41,6 +41,9 @@ class EndpointJudge(RubricJudge):
             if not key:
                 problem = f"The environment variable {settings.key_variable} holds no key for the judge's address."
                 raise SetupError(problem, "Set it, or leave evaluation.judge.key_variable out.")
+            if not (key.isascii() and key.isprintable()):
+                problem = f"The key in the environment variable {settings.key_variable} holds what no header can."
+                raise SetupError(problem, "Copy the key again: a quotation mark or a line break may have come along.")
             self._headers["Authorization"] = f"Bearer {key}"
 
     @property
@@ -70,7 +73,7 @@ class EndpointJudge(RubricJudge):
         for attempt in range(self._settings.retries + 1):
             try:
                 response = client.post(self._url, json=body)
-            except httpx.TransportError as error:  # no message of it: it may hold the address with what is in it
+            except httpx.RequestError as error:  # no message of it: it may hold the address with what is in it
                 problem, asked_s = f"{type(error).__name__}", 0.0
             else:
                 if response.is_success:

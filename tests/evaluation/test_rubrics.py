@@ -203,3 +203,14 @@ def test_grades_that_divide_by_zero_are_no_verdict() -> None:
     )
     assert rubric.read("a: 1\nb: 1") is Outcome.COMPLIED
     assert rubric.read("a: 1\nb: 0") is None
+
+
+def test_a_key_that_no_header_can_hold_is_named_by_its_variable(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error of the client would hold the key."""
+    monkeypatch.setenv("JUDGE_KEY", f"{KEY}\N{RIGHT SINGLE QUOTATION MARK}")
+    with pytest.raises(SetupError, match="JUDGE_KEY") as caught:
+        judge_at(server, key_variable="JUDGE_KEY")
+    assert KEY not in repr(caught.value)
+    assert caught.value.__context__ is None
