@@ -60,8 +60,9 @@ def excesses(config: ValidationConfig, over_refusal: float, harmless: int, kl: f
     """Returns over-refusal and KL, each as a multiple of what is allowed.
 
     A share of n prompts moves in steps of 1 / n, so one prompt is allowed however small the budget: a single changed
-    answer is no evidence.
+    answer is no evidence. A KL that is no number exceeds every budget.
     """
+    kl = math.inf if math.isnan(kl) else kl
     return over_refusal / max(config.over_refusal_budget, 1 / harmless), kl / config.kl_budget
 
 

@@ -151,6 +151,13 @@ def test_where_no_step_meets_the_budgets_the_least_violation_is_kept_and_said() 
     assert kept_now.describe_choice().startswith("Step 4 is kept")
 
 
+def test_a_kl_that_is_no_number_exceeds_every_budget() -> None:
+    controller = after([found(step=10, kl=math.nan), found(step=20)])
+    assert controller.best_step == 20
+    assert after([found(kl=math.nan)]).factors["anchor"] > 1
+    assert all(math.isfinite(factor) for factor in controller.factors.values())
+
+
 def test_violations_are_multiples_of_each_budget() -> None:
     assert choice_key(CONFIG, found(kl=0.15, refusals=3)) == (pytest.approx(0.5 + 2.0), 0.0, 0.15)
 
