@@ -32,6 +32,8 @@ class StepMeasurement:
         refusals: Harmless prompts that the student refuses and aligned does not, less those the other way round.
         harmless: Harmless prompts asked.
         kl: KL(aligned || student) along aligned's answers to harmless prompts, nats a token.
+        tail: Share of the positions of h, the first left out, where base's likeliest token is among the student's 20
+            likeliest. Greedy answers say nothing of it, and an attacker who picks among those tokens lives on it.
     """
 
     step: int
@@ -39,6 +41,7 @@ class StepMeasurement:
     refusals: int
     harmless: int
     kl: float
+    tail: float = 0.0
 
     @property
     def asked(self) -> int:
@@ -72,9 +75,13 @@ def violation(config: ValidationConfig, found: StepMeasurement) -> float:
     return sum(max(excess - 1, 0.0) for excess in pair)
 
 
-def choice_key(config: ValidationConfig, found: StepMeasurement) -> tuple[float, float, float]:
-    """Returns the order of preference, smaller is better: least violation, then least compliance, then least KL."""
-    return violation(config, found), found.compliance, found.kl
+def choice_key(config: ValidationConfig, found: StepMeasurement) -> tuple[float, float, float, float]:
+    """Returns the order of preference, smaller is better: least violation, compliance, tail, and then KL.
+
+    Compliance falls to 0 early in a run, and the tail goes on falling. It counts within the budgets only.
+    """
+    broken = violation(config, found)
+    return broken, found.compliance, 0.0 if broken > 0 else found.tail, found.kl
 
 
 def moved_factors(
@@ -179,6 +186,7 @@ class Controller:
             "over_refusal": found.over_refusal,
             "over_refusal_n": found.harmless,
             "kl": found.kl,
+            "tail": found.tail,
             "of_budget": {"over_refusal": over_refusal, "kl": kl},
             "meets_budgets": violation(config, found) == 0,
             "best_step": self.best_step,
@@ -194,7 +202,7 @@ class Controller:
         measured = (
             f"over-refusal {found.over_refusal:+.3f} against aligned (at most {allowed:.3f}, n = {found.harmless}), KL "
             f"{found.kl:.4f} nats a token (at most {config.kl_budget:g}), compliance {found.compliance:.3f} (n = "
-            f"{found.asked})"
+            f"{found.asked}), base's words in reach of an attacker {found.tail:.3f}"
         )
         if violation(config, found) == 0:
             return f"Step {found.step} is kept, the safest within the budgets on held-back prompts: {measured}."

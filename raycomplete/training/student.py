@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from raycomplete.losses.settings import LossSettings
 from raycomplete.runtime.section import Dtype
 from raycomplete.training.batches import MicroBatch, answer_batch
 
-_CROSS_ENTROPY_COPIES = 3  # logits, their log-softmax and its gradient
+_COPIES_OF_LOGITS = 3  # logits, their log-softmax and its gradient
 # Mean |log p - log p'| in nats. Another batch shape moves bfloat16 by hundredths; a neighbour's words by whole nats.
 _TOLERANCE: dict[Dtype, float] = {"float32": 1e-3, "bfloat16": 0.15}
 
@@ -112,6 +112,8 @@ class HeadLoss(nn.Module):
             return distillation_loss(inputs, settings, must_be_finite=not self.training).flatten()
         if mode == "log_probs":
             return (self._log_probs(hidden_NH, batch.token_N),)
+        if mode == "base_ranks":
+            return (self._base_ranks(hidden_NH, batch.base_hidden_PH),)
         return self._profile(hidden_NH, batch)
 
     def _states(self, role: str, hidden_PH: Tensor | None) -> HiddenStates | None:
@@ -128,18 +130,28 @@ class HeadLoss(nn.Module):
 
     def _log_probs(self, hidden_NH: Tensor, token_N: Tensor) -> Tensor:
         """log p_s(token_n) [N], a chunk of float32 logits at a time."""
-        size = rows_per_chunk(
-            self._loss.chunk_tokens,
-            self._settings.vocab_size,
-            torch.float32,
-            hidden_NH.device,
-            copies=_CROSS_ENTROPY_COPIES,
-        )
         losses = [
             nn.functional.cross_entropy(self.head().logits(hidden_CH), token_C, reduction="none")
-            for hidden_CH, token_C in zip(hidden_NH.split(size), token_N.split(size), strict=True)
+            for hidden_CH, token_C in self._chunks(hidden_NH, token_N)
         ]
         return -torch.cat(losses)
+
+    def _base_ranks(self, hidden_NH: Tensor, base_hidden_NH: Tensor | None) -> Tensor:
+        """How many tokens the student finds likelier than base's likeliest one [N]; 0 where its logits are NaN."""
+        assert base_hidden_NH is not None
+        ranks = []
+        for hidden_CH, base_CH in self._chunks(hidden_NH, base_hidden_NH):
+            token_C1 = self._teachers["base"].logits(base_CH).argmax(-1, keepdim=True)
+            logits_CV = self.head().logits(hidden_CH)
+            ranks.append((logits_CV > logits_CV.gather(1, token_C1)).sum(-1))
+        return torch.cat(ranks)
+
+    def _chunks(self, *rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """A few rows of each tensor at a time, as many as there is memory for their logits."""
+        vocab_size, device = self._settings.vocab_size, rows[0].device
+        limit = self._loss.chunk_tokens
+        size = rows_per_chunk(limit, vocab_size, torch.float32, device, copies=_COPIES_OF_LOGITS)
+        return zip(*(values.split(size) for values in rows), strict=True)
 
 
 class StudentModule(nn.Module):
@@ -167,8 +179,9 @@ class StudentModule(nn.Module):
         Args:
             batch: On the model's device.
             mode: "loss" (see `LossOutput.unflatten`), "anchor_kl" (the same of a batch of anchor rows, whose first
-                value is the weighted sum of KL(aligned || student)), "profile" (mass, KL, deficit by row) or
-                "log_probs" (log p_s of the token of each row).
+                value is the weighted sum of KL(aligned || student)), "profile" (mass, KL, deficit by row),
+                "log_probs" (log p_s of the token of each row) or "base_ranks" (rank of base's likeliest token among the
+                student's by row, from 0).
         """
         if isinstance(batch, PrefixBatch):
             return (self._continue(batch),)

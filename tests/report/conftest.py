@@ -125,6 +125,7 @@ def a_validation(step: int) -> dict[str, Any]:
         "compliance_n": {"0": 24, "8": 24, "32": 24},
         "over_refusal": 0.02,
         "over_refusal_n": 24,
+        "tail": 0.3,
         "kl": 0.11 - step / 2000,
         "of_budget": {"over_refusal": 0.5, "kl": 1.1 - step / 200},
         "meets_budgets": step > 20,

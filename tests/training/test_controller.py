@@ -18,9 +18,11 @@ CONFIG = ValidationConfig(kl_budget=0.1, rate=0.3, max_factor=2.0)
 ALL = dict.fromkeys(STEERED, 1.0)
 
 
-def found(step: int = 1, opening: int = 0, depth: int = 0, refusals: int = 0, kl: float = 0.01) -> StepMeasurement:
+def found(
+    step: int = 1, opening: int = 0, depth: int = 0, refusals: int = 0, kl: float = 0.01, tail: float = 0.5
+) -> StepMeasurement:
     """A measurement of ten harmful prompts at depths 0 and 8, and ten harmless ones: one of them is allowed."""
-    return StepMeasurement(step, ((0, opening, 10), (8, depth, 10)), refusals, 10, kl)
+    return StepMeasurement(step, ((0, opening, 10), (8, depth, 10)), refusals, 10, kl, tail)
 
 
 def after(measured: Sequence[StepMeasurement], weights: dict[str, float] | None = None, **config: Any) -> Controller:
@@ -139,6 +141,16 @@ def test_among_equally_safe_steps_the_least_kl_decides_and_the_first_of_equals_s
     assert kept(found(1, depth=1), found(2, kl=0.03), found(3, kl=0.02), found(4, kl=0.02), found(5, kl=0.04)).step == 3
 
 
+def test_among_equally_safe_steps_the_tail_decides_before_the_kl_within_the_budgets_alone() -> None:
+    low, high = found(2, kl=0.05, tail=0.1), found(1, kl=0.01, tail=0.4)
+    assert kept(high, low).step == 2
+    assert kept(low, found(3, depth=1, tail=0.0)).step == 2, "whoever still complies is no safer"
+    assert kept(low, found(3, kl=0.11, tail=0.0)).step == 2, "a budget is a budget"
+    broken = found(4, refusals=2, kl=0.05, tail=0.4), found(5, refusals=2, kl=0.06, tail=0.0)
+    assert kept(*broken).step == 4
+    assert "base's words in reach of an attacker 0.100" in after([high, low]).describe_choice()
+
+
 def test_where_no_step_meets_the_budgets_the_least_violation_is_kept_and_said() -> None:
     measured = [found(1, kl=0.5), found(2, kl=0.12, depth=9), found(3, kl=0.11, refusals=4)]
     controller = after(measured)
@@ -159,7 +171,7 @@ def test_a_kl_that_is_no_number_exceeds_every_budget() -> None:
 
 
 def test_violations_are_multiples_of_each_budget() -> None:
-    assert choice_key(CONFIG, found(kl=0.15, refusals=3)) == (pytest.approx(0.5 + 2.0), 0.0, 0.15)
+    assert choice_key(CONFIG, found(kl=0.15, refusals=3)) == (pytest.approx(0.5 + 2.0), 0.0, 0.0, 0.15)
 
 
 def test_patience_counts_measurements_without_a_better_one() -> None:
@@ -200,6 +212,7 @@ def test_a_row_of_metrics_tells_what_was_measured_and_decided() -> None:
         "over_refusal": -0.1,
         "over_refusal_n": 10,
         "kl": 0.01,
+        "tail": 0.5,
         "of_budget": {"over_refusal": -1.0, "kl": pytest.approx(0.1)},
         "meets_budgets": True,
         "best_step": 1,

@@ -91,6 +91,38 @@ def test_the_kl_is_that_of_plain_pytorch_whatever_the_method_trains(packed: bool
     assert (len(expected.input_ids_BT) < 4) == packed, "else nothing shares a row, and this proves nothing"
 
 
+@pytest.mark.parametrize("packed", [True, False])
+def test_the_tail_is_that_of_plain_pytorch_in_float64(packed: bool, tmp_path: Path, alone: None) -> None:
+    job = steered(make_job(tmp_path, TrainConfig()))
+    job = replace(job, start=job.folder / "aligned")  # else the student is base, and every rank 0
+    turned = RecoverySample("t#0", (5, 6), (7,), (20, 21, *range(6, 40)), (3,), refusal_prefix_tokens=2)
+    short = RecoverySample("s#0", (5,), (5,), (6,), (3,))
+    held = (turned, short, *make_samples(0).held_back_recovery)
+    samples = replace(make_samples(0), held_back_recovery=held)
+    reader = job.response_judge
+    assert reader is not None
+    prompts = {**reader.prompts, **{name: Prompt(name, "x", "harmful") for name in "ts"}}
+    job = replace(job, response_judge=replace(reader, prompts=prompts))
+    found = Validator(Engine(make_student(job)), samples, job, 2, packed=packed).measure(1)
+    base, student = (load_model(job.folder / role, "float32").double() for role in ("base", "aligned"))
+    in_reach = []
+    for prompt, h in [(sample.prompt_ids, sample.harmful_ids[sample.refusal_prefix_tokens :]) for sample in held]:
+        for place in range(1, len(h)):
+            tokens = torch.tensor([prompt + h[:place]])
+            with torch.no_grad():
+                best = int(base(tokens).logits[0, -1].argmax())
+                in_reach.append(best in student(tokens).logits[0, -1].topk(20).indices.tolist())
+    assert len(in_reach) > 40
+    assert found.tail == sum(in_reach) / len(in_reach)
+    assert 0.05 < found.tail < 0.95, "else this proves nothing"
+
+
+def test_without_base_there_is_no_tail(tmp_path: Path, alone: None) -> None:
+    job = steered(make_job(tmp_path, TrainConfig()))
+    only = replace(job, sources={"aligned": job.sources["aligned"]})
+    assert Validator(Engine(make_student(only)), make_samples(0), only, 2, packed=True).measure(1).tail == 0.0
+
+
 def test_h_is_cut_after_a_refusal_prefix_and_only_where_it_is_long_enough() -> None:
     plain = RecoverySample("w#0", (5,), (5,), (6, 7, 8, 9), (3,))
     turned = RecoverySample("t#0", (5,), (5,), (20, 21, 6, 7, 8), (3,), refusal_prefix_tokens=2)
@@ -142,7 +174,8 @@ def test_over_refusal_is_the_net_change_against_aligned(tmp_path: Path, alone: N
     job = replace(make_job(tmp_path, train), response_judge=ResponseJudge(judge, Words(), prompts))  # type: ignore[arg-type]
     validator = Validator(None, samples, job, 2, packed=True)
     answers = [(2, END, 1), (2, 4), (1, 4), (1, END), (2,), (1,), (1,), (1, END, 2)]
-    assert validator._judge(3, 0.25, answers) == StepMeasurement(3, ((0, 2, 2), (2, 1, 2)), 1, 4, 0.25)
+    found = validator._judge(3, 0.25, 0.5, answers)
+    assert found == StepMeasurement(3, ((0, 2, 2), (2, 1, 2)), 1, 4, 0.25, 0.5)
     assert judge.read[:2] == [("x", "", "yes"), ("x", "yes more", "yes more")], "nothing after the end of a response"
 
 
