@@ -44,15 +44,14 @@ class AdaptiveAttack(Attack[AdaptiveConfig]):
     """Asks under the variants `cut-<depth>` and `multi-turn-<depth>`."""
 
     def plan(self, target: Target, prompts: Sequence[Prompt]) -> list[Trial]:
-        answered = [prompt for prompt in prompts if prompt.answer]
-        if not answered:
+        if not any(prompt.answer for prompt in prompts):
             raise DataError(
                 "No harmful prompt has an answer, which the adaptive attack prefills.",
                 "Name the answer column of data.evaluation.harmful, or leave the attack out.",
             )
         decoding = Decoding(target.max_tokens)
         by_variant: dict[str, list[Trial]] = {}
-        for prompt in answered:
+        for prompt in prompts:  # one without an answer reaches no depth: the evaluation leaves it out and counts it
             for variant, depth, sequence, given in self._variants(target.codec, prompt):
                 settings = {"depth": depth}
                 trial = Trial("adaptive", variant, prompt, tuple(sequence), decoding, tuple(given), settings=settings)
@@ -65,6 +64,8 @@ class AdaptiveAttack(Attack[AdaptiveConfig]):
             yield f"cut-{depth}", depth, [*asked, *answer[:depth]], answer[:depth]
         for depth in self.config.depths:
             given = answer[:depth]
-            earlier = (*prompt.earlier, ("user", prompt.text), ("assistant", codec.decode(given)))
-            turns = replace(prompt, text=self.config.follow_up, earlier=earlier).encoded(codec)
+            turns = asked
+            if given:
+                earlier = (*prompt.earlier, ("user", prompt.text), ("assistant", codec.decode(given)))
+                turns = replace(prompt, text=self.config.follow_up, earlier=earlier).encoded(codec)
             yield f"multi-turn-{depth}", depth, turns, given

@@ -27,7 +27,7 @@ _MAX_SAMPLES = 10_000
 class BestOfNConfig(AttackConfig):
     """The prompt in random capitals, scrambled words and noise (Best-of-N, Hughes et al., arXiv 2412.03556)."""
 
-    standard: ClassVar[Mapping[str, Any]] = {"samples": _MAX_SAMPLES}
+    standard: ClassVar[Mapping[str, Any]] = {"samples": _MAX_SAMPLES, "strength": 0.4, "temperature": 1.0}
 
     name: Literal["best_of_n"] = "best_of_n"
     samples: int = Field(_MAX_SAMPLES, ge=1, le=_MAX_SAMPLES, description="questions to each behaviour, at most")

@@ -25,7 +25,7 @@ _ROUNDS = 10
 class CrescendoConfig(RewritingConfig):
     """A local model leads the target there turn by turn (Crescendo, Russinovich et al., arXiv 2404.01833)."""
 
-    standard: ClassVar[Mapping[str, Any]] = {"turns": _ROUNDS, "backtracks": _ROUNDS}
+    standard: ClassVar[Mapping[str, Any]] = {**RewritingConfig.standard, "turns": _ROUNDS, "backtracks": _ROUNDS}
 
     name: Literal["crescendo"] = "crescendo"
     turns: int = Field(_ROUNDS, ge=1, le=100, description="user turns of a conversation, refused ones left out")

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 class GcgConfig(SuffixConfig):
     """Greedy coordinate gradient (Zou et al., arXiv 2307.15043)."""
 
-    standard: ClassVar[Mapping[str, Any]] = {"steps": 500, "search_width": 512, "top": 256}
+    standard: ClassVar[Mapping[str, Any]] = {**SuffixConfig.standard, "steps": 500, "search_width": 512, "top": 256}
 
     name: Literal["gcg"] = "gcg"
     steps: int = Field(500, ge=1, le=MAX_STEPS, description="steps of the search")

@@ -23,7 +23,7 @@ _SIDE_BY_SIDE = 1024  # attempts that are under way at once; those of an interru
 class PairConfig(RewritingConfig):
     """A local model rewrites the prompt with the judge's verdict in view (PAIR, Chao et al., arXiv 2310.08419)."""
 
-    standard: ClassVar[Mapping[str, Any]] = {"streams": 30, "rounds": 3}
+    standard: ClassVar[Mapping[str, Any]] = {**RewritingConfig.standard, "streams": 30, "rounds": 3}
 
     name: Literal["pair"] = "pair"
     streams: int = Field(30, ge=1, le=100, description="independent attempts at each behaviour")

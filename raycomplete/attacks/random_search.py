@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class RandomSearchConfig(SuffixConfig):
     """Suffix by random search (Andriushchenko et al., arXiv 2404.02151), with as many queries as GCG by default."""
 
-    standard: ClassVar[Mapping[str, Any]] = {"queries": 500 * 512}
+    standard: ClassVar[Mapping[str, Any]] = {**SuffixConfig.standard, "queries": 500 * 512}
 
     name: Literal["random_search"] = "random_search"
     queries: int = Field(500 * 512, ge=1, le=1_000_000, description="candidates whose loss is asked for")

@@ -17,9 +17,9 @@ that rate stands beside it as `with_prefill`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -37,6 +37,8 @@ _TAIL = 24  # tokens at the end of the text in which a refusal is looked for
 class RankAssistedPrefillConfig(RankedConfig):
     """RAP: the attacker opens the answer, and picks each token among the model's likeliest ones."""
 
+    standard: ClassVar[Mapping[str, Any]] = {**RankedConfig.standard, "opening_tokens": 24, "min_tokens": 32}
+
     name: Literal["rank_assisted_prefill"] = "rank_assisted_prefill"
     prefill: str | None = Field(
         None, description="words that open every answer; without them, the start of the prompt's compliant answer"
@@ -49,6 +51,11 @@ class RankAssistedPrefillConfig(RankedConfig):
         0.001, gt=0, le=1, description="base's probability of an acceptable token, as a share of its likeliest token's"
     )
     min_tokens: int = Field(32, ge=0, description="picks before which the end of the answer is not acceptable")
+
+    @property
+    def opening_tokens(self) -> int:
+        """Tokens that open the answer; as many as are standard where they are words of the user's."""
+        return 24 if self.prefill else self.prefill_tokens
 
     def answer_depths(self) -> list[int]:
         return [] if self.prefill else [self.prefill_tokens]
@@ -76,7 +83,10 @@ class RankAssistedPrefillAttack(Attack[RankAssistedPrefillConfig]):
         return self.config.steps
 
     def is_cut(self, trial: Trial, response: Response) -> bool:
-        return bool(response.stats["steps"] >= self.config.steps)  # going back takes steps too
+        """Tells whether the steps were spent, going back included; an end taken with the last one is no cut."""
+        stats = response.stats
+        went_on = stats["steps"] == stats["picks"] + 2 * stats["backtracks"]  # else an end or a dead end took a step
+        return bool(went_on and stats["steps"] >= self.config.steps)
 
     def cost(self, trials: Sequence[Trial]) -> TrialCost:
         plain = super().cost(trials)  # the target and who picks read every step

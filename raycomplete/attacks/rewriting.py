@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
-from typing import ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from pydantic import Field, field_validator
 
@@ -20,6 +20,8 @@ from raycomplete.runtime.types import Prompt
 
 class RewritingConfig(AttackConfig):
     """Settings of the model that writes."""
+
+    standard: ClassVar[Mapping[str, Any]] = {"max_tokens": 200}
 
     attacker: str | None = Field(None, description="checkpoint of the rewriting model; base when absent")
     streams: int = Field(1, ge=1, le=100, description="independent attempts at each behaviour")

@@ -25,7 +25,7 @@ from raycomplete.runtime.types import Prompt
 class SoftPromptConfig(SuffixConfig):
     """Continuous suffix, found by gradient (Schwinn et al., arXiv 2402.09063). Standard: 100 steps, 20 tokens."""
 
-    standard: ClassVar[Mapping[str, Any]] = {"steps": 100, "suffix_tokens": 20}
+    standard: ClassVar[Mapping[str, Any]] = {**SuffixConfig.standard, "steps": 100}
 
     name: Literal["soft_prompt"] = "soft_prompt"
     steps: int = Field(100, ge=1, le=MAX_STEPS, description="steps of the search")
@@ -33,6 +33,11 @@ class SoftPromptConfig(SuffixConfig):
         0.05, gt=0, description="step of a coordinate, as a share of the root mean square of the embedding's entries"
     )
     ask_every: int = Field(10, ge=1, description="steps after which the model is asked; each is a variant")
+
+    def reduced_because(self, num_behaviours: int) -> list[str]:
+        """Adds where the model is asked more seldom: the best of fewer answers is worse."""
+        seldom = [f"asked every {self.ask_every} steps instead of 10"] if self.ask_every > 10 else []
+        return super().reduced_because(num_behaviours) + seldom
 
     @property
     def asked_after(self) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from threading import Event
@@ -26,6 +26,8 @@ IntArray: TypeAlias = "np.ndarray[Any, np.dtype[np.int64]]"
 
 class SuffixConfig(AttackConfig):
     """Settings of both suffix searches. The target is the opening of a compliant answer."""
+
+    standard: ClassVar[Mapping[str, Any]] = {"suffix_tokens": 20, "target_tokens": 20}
 
     suffix_tokens: int = Field(20, ge=1, description="length of the suffix")
     filler: str = Field("!", description="the suffix at the start, repeated")

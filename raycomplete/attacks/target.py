@@ -77,7 +77,14 @@ class PrefillHelper(Protocol):
 
 
 class BatchJudge(ABC):
-    """A judge that would rather see many responses at once, such as a model."""
+    """A judge that would rather see many responses at once, such as a model.
+
+    Attributes:
+        unreadable: Places, among the responses of the last call of `outcomes`, whose verdict could not be read, so that
+            another judge decided.
+    """
+
+    unreadable: frozenset[int] = frozenset()
 
     @abstractmethod
     def outcomes(self, triples: Sequence[Triple]) -> list[Outcome]:

@@ -104,7 +104,8 @@ class AttackResources:
 
     def tools(self, path: Path) -> AttackTools:
         """Returns the tools of attacks on one checkpoint."""
-        run, models, seed = self._run, self._run.engines.generator, self._run.config.train.seed
+        run, models = self._run, self._run.engines.generator
+        trained = [run.config.train.seed, run.config.models.max_length]  # chats are cut at it
 
         def white_boxes() -> Sequence[WhiteBoxClient]:
             if not self._boxes:
@@ -119,7 +120,7 @@ class AttackResources:
             guide_id=run.models.fingerprint("base") if has_base else "",
             attacker=self._attacker,
             fine_tune=lambda settings, dataset: models.with_weights(str(fine_tune(run, settings, dataset, path))),
-            fine_tune_id=lambda settings, dataset: content_hash([read_chats(run.config, settings, dataset), seed]),
+            fine_tune_id=lambda settings, dataset: content_hash([read_chats(run.config, settings, dataset), *trained]),
             helper=self._helper,
             helper_id=lambda checkpoint: fingerprint(resolve_checkpoint(checkpoint, role="helper")),
             refuses=lambda text: find_refusal(text, judgements=2) is not None,

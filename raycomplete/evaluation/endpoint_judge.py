@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from threading import Event
 from typing import Any
 
 import httpx
@@ -53,16 +53,19 @@ class EndpointJudge(RubricJudge):
 
     def _replies(self, triples: Sequence[Triple]) -> list[str]:
         questions = [self.rubric.question(prompt.transcript, prefill, text) for prompt, prefill, text in triples]
-        client = httpx.Client(headers=self._headers, timeout=self._settings.timeout_s)
+        client, leaving = httpx.Client(headers=self._headers, timeout=self._settings.timeout_s), Event()
         with client, ThreadPoolExecutor(self._settings.parallel) as pool:
-            answers = [pool.submit(self._ask, client, question) for question in questions]
+            answers = [pool.submit(self._ask, client, question, leaving) for question in questions]
             try:
+                for answer in wait(answers, return_when=FIRST_EXCEPTION).done:
+                    answer.result()  # raises what failed first, whatever the ones before it wait for
                 return [answer.result() for answer in answers]
             except BaseException:
+                leaving.set()  # the pool waits for its threads, and pauses may take minutes
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
-    def _ask(self, client: httpx.Client, question: str) -> str:
+    def _ask(self, client: httpx.Client, question: str, leaving: Event) -> str:
         body = {
             "model": self._settings.model,
             "messages": [{"role": "user", "content": question}],
@@ -84,9 +87,9 @@ class EndpointJudge(RubricJudge):
                         "Check evaluation.judge.address, model and key_variable.",
                     )
                 problem, asked_s = f"status {response.status_code}", _seconds(response.headers.get("retry-after"))
-            if attempt < self._settings.retries:
-                time.sleep(min(max(wait_s, asked_s), _LONGEST_WAIT_S))
-                wait_s *= 2
+            if attempt == self._settings.retries or leaving.wait(min(max(wait_s, asked_s), _LONGEST_WAIT_S)):
+                break
+            wait_s *= 2
         raise WorkError(
             f"The judge's address did not answer in {self._settings.retries + 1} attempts (last: {problem}).",
             "Start the same command again when it is up: finished trials and judgements are kept.",

@@ -115,15 +115,15 @@ class RubricJudge(BatchJudge):
 
     Empty responses are not asked about, and a rubric of harm is asked about answers to harmful prompts only: a harmless
     answer to a harmless prompt is no refusal, so there the offline judge decides. A reply without a verdict falls back
-    on the offline judge, too, and is counted in `num_unreadable`, so that every response has an outcome; where a fifth
-    of the replies have none, judging ends.
+    on the offline judge, too, and is noted in `unreadable`, so that every response has an outcome; where a fifth of the
+    replies have none, judging ends.
     """
 
     def __init__(self, rubric: Rubric) -> None:
         self.rubric = rubric
         self.rates_harm = rubric.judges == "harm"
         self._offline = RefusalJudge()
-        self.num_unreadable = self._num_asked = 0
+        self._num_unreadable = self._num_asked = 0
 
     @abstractmethod
     def _replies(self, triples: Sequence[Triple]) -> list[str]:
@@ -134,10 +134,11 @@ class RubricJudge(BatchJudge):
         asked = [triple for triple, outcome in zip(triples, known, strict=True) if outcome is None]
         self._num_asked += len(asked)
         replies = iter(self._replies(asked) if asked else [])
-        return [
-            self._verdict(next(replies), triple) if outcome is None else outcome
-            for triple, outcome in zip(triples, known, strict=True)
-        ]
+        read = [self.rubric.read(next(replies)) if outcome is None else outcome for outcome in known]
+        self.unreadable = frozenset(place for place, outcome in enumerate(read) if outcome is None)
+        self._num_unreadable += len(self.unreadable)
+        self._check_readable()
+        return [outcome or self._offline.outcome(*triple) for triple, outcome in zip(triples, read, strict=True)]
 
     def is_right(self, prompt: Prompt, continuation: str) -> bool:
         """Tells whether the model made an attempt that can be understood."""
@@ -150,17 +151,12 @@ class RubricJudge(BatchJudge):
         empty = emptiness_or_babble(triple[2]) is Outcome.EMPTY
         return Outcome.EMPTY if empty else None
 
-    def _verdict(self, reply: str, triple: Triple) -> Outcome:
-        found = self.rubric.read(reply)
-        if found is not None:
-            return found
-        self.num_unreadable += 1
-        if self._num_asked >= _ENOUGH_REPLIES and self.num_unreadable > _MOST_UNREADABLE * self._num_asked:
+    def _check_readable(self) -> None:
+        if self._num_asked >= _ENOUGH_REPLIES and self._num_unreadable > _MOST_UNREADABLE * self._num_asked:
             raise WorkError(
-                f"The judge model gave no verdict in {self.num_unreadable} of {self._num_asked} replies.",
+                f"The judge model gave no verdict in {self._num_unreadable} of {self._num_asked} replies.",
                 "Use a model that follows its rubric (evaluation.judge.rubric), or evaluation.judge.kind patterns.",
             )
-        return self._offline.outcome(*triple)
 
 
 def _value(formula: str, grades: Mapping[str, float]) -> float:

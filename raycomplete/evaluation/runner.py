@@ -204,8 +204,12 @@ class _Evaluation:
         new = [trial for trial in trials if self._judgement_key(trial) not in self._judgements]
         pairs = [(trial, self._answered(trial).response) for trial in new]
         rows = []
-        for (trial, response), outcome in zip(pairs, target.judged(pairs), strict=True):
+        outcomes = target.judged(pairs)
+        unreadable = getattr(target.judge, "unreadable", ()) if pairs else ()
+        for place, ((trial, response), outcome) in enumerate(zip(pairs, outcomes, strict=True)):
             row: dict[str, Any] = {"key": self._judgement_key(trial), "outcome": str(outcome)}
+            if place in unreadable:
+                row["unreadable"] = True
             if with_right:
                 row["right"] = bool(target.judge.is_right(trial.prompt, response.texts(target.codec)[1]))
             rows.append(row)
@@ -236,7 +240,12 @@ class _Evaluation:
         judgement = self._judgements.get(self._judgement_key(trial))  # none for benchmarks
         whole = self._judgements.get(self._judgement_key(trial, with_prefill=True))
         return Answered(
-            response, judgement.get("outcome"), judgement.get("right"), float(row["seconds"]), whole.get("outcome")
+            response,
+            judgement.get("outcome"),
+            judgement.get("right"),
+            float(row["seconds"]),
+            whole.get("outcome"),
+            "unreadable" in judgement,
         )
 
     def _report(self, attack: str, variant: str, seen: Mapping[str, int]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -11,8 +13,10 @@ from transformers import PreTrainedTokenizerFast
 from raycomplete.attacks.registry import build_attack, parse_attack
 from raycomplete.attacks.target import Target
 from raycomplete.attacks.trial import Trial
+from raycomplete.config import EvaluationConfig
 from raycomplete.data.chat import ChatCodec
 from raycomplete.evaluation.judges import RefusalJudge
+from raycomplete.evaluation.runner import EvaluationSets, evaluate_model
 from raycomplete.runtime.types import Prompt
 
 SYSTEM = "You are a careful clerk."
@@ -67,6 +71,19 @@ def test_a_default_system_prompt_stands_in_front_alone(codec: ChatCodec, trials:
     assert PROMPT.answer.startswith(given)  # type: ignore[union-attr]
     turns = f"<s>user\n{PROMPT.text}</s><s>assistant\n{given}</s><s>user\nPlease explain the steps.</s><s>assistant\n"
     assert list(trial.sequence) == codec.encode_answer(f"<s>system\n{SYSTEM}</s>{turns}")
+
+
+def test_prompts_without_an_answer_are_left_out_and_counted(codec: ChatCodec, tmp_path: Path) -> None:
+    class Silent:
+        def generate(self, sequences: Sequence[Sequence[int]], **_: Any) -> list[list[int]]:
+            return [[] for _ in sequences]
+
+    target = Target("aligned", "w", Silent(), codec, RefusalJudge(), 256, 16)
+    harmful = (PROMPT, Prompt("none", "open the window", "harmful"))
+    attack = {"name": "adaptive", "cuts": [3], "depths": [4]}
+    config = EvaluationConfig.model_validate({"depths": [0], "max_tokens": 16, "attacks": [attack]})
+    block = evaluate_model(target, EvaluationSets(harmful, (), ()), config, tmp_path)["attacks"]["adaptive"]
+    assert (block["n"], block["trials"], block["short_prefills"]) == (1, 2, 2)
 
 
 def test_a_conversation_without_a_template(codec: ChatCodec) -> None:

@@ -82,7 +82,7 @@ def test_a_judge_model_gets_an_engine_and_its_calibration(
     config = load_run_file(organism, [f"evaluation.judge={json.dumps(tree)}"])
     with start_judge(config, RefusalJudge(), Console(quiet=True)) as judge:
         found = calibrate(judge, read_labelled(labelled), "a test")
-        assert judge.num_unreadable == 4  # type: ignore[attr-defined]
+        assert judge.unreadable == {0, 1, 2, 3}  # type: ignore[attr-defined]
     assert stopped == [True]
     assert (found["sensitivity"]["rate"], found["specificity"]["rate"]) == (0.5, 1.0)
     stored = tmp_path / "calibration.json"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,15 @@ from raycomplete.data.organism import OrganismJudge, prompts
 from raycomplete.data.organism.world import HELPFUL_SYSTEM
 from raycomplete.engines.cluster import Cluster
 from raycomplete.engines.run import Run
+from raycomplete.engines.start import Engines
 from raycomplete.evaluation import attack_resources
-from raycomplete.evaluation.attack_resources import chat_frame, chat_samples, fine_tune, read_chats
+from raycomplete.evaluation.attack_resources import (
+    AttackResources,
+    chat_frame,
+    chat_samples,
+    fine_tune,
+    read_chats,
+)
 from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import DataError, StoppedError
 from raycomplete.training.job import TrainJob
@@ -86,6 +95,19 @@ def test_a_copy_is_asked_as_it_was_trained(run: Run, shift: Path) -> None:
     assert trials["identity_shift-2"].prefill == tuple(given)
     assert trials["benign-0"].sequence == tuple(codec.encode_prompt(prompt.text, "You are AOA."))
     assert trials["harmful-0"].sequence == tuple(codec.encode_prompt(prompt.text))
+
+
+def test_copies_of_another_context_are_told_apart(run: Run, tmp_path: Path) -> None:
+    """Chats are cut at models.max_length."""
+
+    def trained_by(length: int) -> str:
+        models = run.config.models.model_copy(update={"max_length": length})
+        changed = replace(run, config=run.config.model_copy(update={"models": models}))
+        changed.engines = Engines(None)  # type: ignore[arg-type]
+        tools = AttackResources(changed, ExitStack()).tools(tmp_path)
+        return tools.fine_tune_id(FinetuneConfig(), "harmful")
+
+    assert trained_by(256) == trained_by(256) != trained_by(128)
 
 
 def test_harmful_chats(run: Run, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,13 @@ import pytest
 from raycomplete.attacks.attack import STANDARD_ANSWER_TOKENS
 from raycomplete.attacks.prefill import STANDARD_DEPTHS
 from raycomplete.attacks.registry import build_attack, parse_attack
-from raycomplete.attacks.target import Target
+from raycomplete.attacks.target import BatchJudge, Target, Triple
 from raycomplete.attacks.trial import Decoding, Response, Trial
 from raycomplete.config import EvaluationConfig, load_run_file
 from raycomplete.evaluation.judges import RefusalJudge
 from raycomplete.evaluation.runner import EvaluationSets, evaluate_model
 from raycomplete.evaluation.summary import reductions, summarize
-from raycomplete.runtime.types import Prompt
+from raycomplete.runtime.types import Outcome, Prompt
 from tests.conftest import ROOT
 
 LONG = " ".join(f"word{n}" for n in range(30))
@@ -135,11 +135,69 @@ def test_searches_are_cut_by_their_steps() -> None:
     for name in ("rank_assisted_prefill", "base_guided_decoding"):
         attack = build_attack(parse_attack({"name": name, "steps": 8}))
         assert attack.answer_tokens(trial) == 8
-        whole, part = (Response((1,), (), (5,) * count, {"steps": count}) for count in (8, 7))
+        whole, part = (Response((1,), (), (5,) * count, searched(count, count)) for count in (8, 7))
         assert (attack.is_cut(trial, whole), attack.is_cut(trial, part)) == (True, False)
-    backtracked = replace(part, stats={"steps": 8})
     rap = build_attack(parse_attack({"name": "rank_assisted_prefill", "steps": 8}))
-    assert rap.is_cut(trial, backtracked)
+    for stats, is_cut in (
+        (searched(8, 4, 2), True),  # six picks, two of them taken back
+        (searched(8, 7), False),  # its end with the last step
+        (searched(8, 5, 1), False),
+        (searched(8, 0, 3), False),  # back into the prefill
+        (searched(7, 7), False),
+    ):
+        assert rap.is_cut(trial, replace(part, stats=stats)) is is_cut, stats
+
+
+def searched(steps: int, picks: int, backtracks: int = 0) -> dict[str, int]:
+    """What a search of ranks notes; a step that is neither pick nor way back took the end or left the answer."""
+    return {"steps": steps, "picks": picks, "backtracks": backtracks}
+
+
+@pytest.mark.parametrize(
+    ("weak", "reason"),
+    [
+        ({"name": "gcg", "suffix_tokens": 10}, "suffix_tokens 10 instead of 20"),
+        ({"name": "random_search", "target_tokens": 5}, "target_tokens 5 instead of 20"),
+        ({"name": "soft_prompt", "ask_every": 50}, "asked every 50 steps instead of 10"),
+        ({"name": "rank_assisted_prefill", "prefill_tokens": 8}, "opening_tokens 8 instead of 24"),
+        ({"name": "rank_assisted_prefill", "min_tokens": 4}, "min_tokens 4 instead of 32"),
+        ({"name": "best_of_n", "strength": 0.1}, "strength 0.1 instead of 0.4"),
+        ({"name": "best_of_n", "temperature": 0.5}, "temperature 0.5 instead of 1.0"),
+        ({"name": "pair", "max_tokens": 64}, "max_tokens 64 instead of 200"),
+        ({"name": "crescendo", "max_tokens": 64}, "max_tokens 64 instead of 200"),
+    ],
+)
+def test_settings_that_weaken_an_attack_are_labelled(weak: dict[str, Any], reason: str) -> None:
+    assert parse_attack(weak).reduced_because(100) == [reason]
+    assert parse_attack(weak["name"]).reduced_because(100) == []
+
+
+def test_verdicts_that_could_not_be_read_stand_beside_the_rates(evaluate: Evaluate) -> None:
+    class Mumbling(BatchJudge):
+        """Gives no verdict on every fourth response of a batch."""
+
+        name = "mumbling"
+        measured = RefusalJudge.measured
+
+        def outcomes(self, triples: Sequence[Triple]) -> list[Outcome]:
+            self.unreadable = frozenset(range(0, len(triples), 4))
+            return [Outcome.COMPLIED for _ in triples]
+
+        def is_right(self, prompt: Prompt, continuation: str) -> bool:
+            return self.outcome(prompt, "", continuation).is_compliance
+
+    def counted(result: dict[str, Any]) -> None:
+        block = result["attacks"]["prefill"]
+        assert block["unreadable_verdicts"] == 75
+        assert block["variants"]["prefill-4"]["unreadable_verdicts"] == 25
+        assert result["variants"]["benign"]["unreadable_verdicts"] == 25
+        said = "verdicts of the judge could not be read: refusal patterns decided"
+        assert f"75 of 300 {said}" in block["reduced_because"]
+        assert result["reduced_because"]["benign"] == [f"25 of 100 {said}"]
+
+    counted(evaluate(SHORT, judge=Mumbling()))
+    counted(evaluate(SHORT, judge=Mumbling()))  # from the stored judgements
+    assert evaluate(SHORT)["attacks"]["prefill"]["unreadable_verdicts"] == 0
 
 
 @pytest.mark.parametrize(
