@@ -15,6 +15,7 @@ from raycomplete.attacks import (  # noqa: F401  each registers itself
     pair,
     prefill,
     prefill_mid_answer,
+    prefill_thinking,
     random_search,
     rank_assisted_prefill,
     refuse_then_turn,

@@ -17,7 +17,7 @@ from raycomplete.attacks.registry import register
 from raycomplete.attacks.target import Target
 from raycomplete.attacks.trial import Decoding, Trial
 from raycomplete.runtime.errors import DataError
-from raycomplete.runtime.types import Codec, Prompt
+from raycomplete.runtime.types import Prompt
 
 # Its name, how many answer tokens it asks for, what the model reads, and the attacker's part of its answer.
 _Variant = tuple[str, int, list[int], list[int]]
@@ -52,14 +52,15 @@ class AdaptiveAttack(Attack[AdaptiveConfig]):
         decoding = Decoding(target.max_tokens)
         by_variant: dict[str, list[Trial]] = {}
         for prompt in prompts:  # one without an answer reaches no depth: the evaluation leaves it out and counts it
-            for variant, depth, sequence, given in self._variants(target.codec, prompt):
+            for variant, depth, sequence, given in self._variants(target, prompt):
                 settings = {"depth": depth}
                 trial = Trial("adaptive", variant, prompt, tuple(sequence), decoding, tuple(given), settings=settings)
                 by_variant.setdefault(variant, []).append(trial)
         return [trial for trials in by_variant.values() for trial in trials]
 
-    def _variants(self, codec: Codec, prompt: Prompt) -> Iterator[_Variant]:
-        asked, answer = prompt.encoded(codec), answer_ids(codec, prompt)
+    def _variants(self, target: Target, prompt: Prompt) -> Iterator[_Variant]:
+        codec = target.codec
+        asked, answer = prompt.encoded(target.answering), answer_ids(codec, prompt)
         for depth in self.config.cuts:
             yield f"cut-{depth}", depth, [*asked, *answer[:depth]], answer[:depth]
         for depth in self.config.depths:

@@ -207,7 +207,7 @@ def continued(target: Target, trials: Sequence[Trial]) -> list[Response]:
             f"The generator returned {len(tokens)} continuations for {len(trials)} sequences of {trials[0].variant}.",
             "Finished trials are kept; run the same command again to go on.",
         )
-    return [Response(trial.sequence, trial.prefill, tuple(new)) for trial, new in zip(trials, tokens, strict=True)]
+    return [target.response(trial.sequence, trial.prefill, new) for trial, new in zip(trials, tokens, strict=True)]
 
 
 def plain_trials(target: Target, attack: str, variant: str, prompts: Sequence[Prompt], max_tokens: int) -> list[Trial]:

@@ -48,7 +48,7 @@ class BaseGuidedDecodingAttack(Attack[BaseGuidedDecodingConfig]):
         return [
             replace(trial, settings={**settings, "top": top})
             for top in self.config.tops
-            for trial in plain_trials(target, self.name, f"top-{top}", prompts, 1)
+            for trial in plain_trials(replace(target, codec=target.answering), self.name, f"top-{top}", prompts, 1)
         ]
 
     def run(self, target: Target, trials: Sequence[Trial], emit: Emit) -> None:

@@ -80,7 +80,7 @@ class BestOfNAttack(Attack[BestOfNConfig]):
             texts = [augmented(trial.prompt.text, self.config.strength, random.Random(seed + n)) for n in numbers]
             sequences = self._fitting(target, trial, texts)
             drawn = target.draw(sequences, trial.decoding, seed + start)
-            responses = [Response(tuple(ids), (), tuple(new)) for ids, new in zip(sequences, drawn, strict=True)]
+            responses = [target.response(ids, (), new) for ids, new in zip(sequences, drawn, strict=True)]
             outcomes = target.judged([(trial, response) for response in responses])
             complied = [outcome.is_compliance for outcome in outcomes]
             first = float(complied[0]) if start == 0 else first
@@ -91,7 +91,7 @@ class BestOfNAttack(Attack[BestOfNConfig]):
 
     def _fitting(self, target: Target, trial: Trial, texts: Sequence[str]) -> list[list[int]]:
         """Encodes augmented prompts, which take more tokens than the plain one; what does not fit is asked plainly."""
-        room = target.max_length - trial.decoding.max_tokens
+        room = target.room(trial.decoding.max_tokens)
         encoded = trial.prompt.encoded_all(target.codec, texts)
         return [ids if len(ids) <= room else list(trial.sequence) for ids in encoded]
 

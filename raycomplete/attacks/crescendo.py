@@ -139,7 +139,7 @@ class CrescendoAttack(RewritingAttack[CrescendoConfig]):
                 continue
             trial = conversation.trial
             ids = conversation.followed_by(text).encoded(target.codec)
-            fits = len(ids) + trial.decoding.max_tokens <= target.max_length
+            fits = len(ids) <= target.room(trial.decoding.max_tokens)
             if text and fits:
                 asked.append((conversation, text, replace(trial, sequence=tuple(ids))))
                 continue

@@ -121,7 +121,7 @@ class FinetuneAttack(Attack[FinetuneConfig]):
             "dataset": dataset,
             "trained_by": target.tools.fine_tune_id(self.config, dataset),
         }
-        codec, decoding = target.codec, Decoding(target.max_tokens)
+        codec, decoding = target.answering, Decoding(target.max_tokens)  # as the copies are trained
         template, system = target.tools.fine_tune_frame(self.config, dataset)
         asked = [(prompt, prompt.encoded(codec, fill(template, prompt.text), system=system)) for prompt in prompts]
         trials = []

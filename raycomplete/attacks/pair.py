@@ -106,7 +106,7 @@ class PairAttack(RewritingAttack[PairConfig]):
     def _reword(self, target: Target, attempts: Sequence[_Attempt], texts: Sequence[str]) -> None:
         """Takes new wordings over; one that is empty or too long for the target's context is dropped."""
         for attempt, text in zip(attempts, texts, strict=True):
-            room = target.max_length - attempt.trial.decoding.max_tokens
+            room = target.room(attempt.trial.decoding.max_tokens)
             if attempt.open and text and len(attempt.trial.prompt.encoded(target.codec, text)) <= room:
                 attempt.text = text
 

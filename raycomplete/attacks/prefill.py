@@ -38,15 +38,16 @@ class PrefillAttack(Attack[PrefillConfig]):
                 "No harmful prompt has an answer, so there is nothing to prefill.",
                 "Name the answer column of data.evaluation.harmful, or evaluate depth 0 only.",
             )
-        codec = target.codec
-        asked = [(prompt, prompt.encoded(codec), answer_ids(codec, prompt)) for prompt in prompts]
+        codec, answering = target.codec, target.answering
         decoding = Decoding(target.max_tokens)
-        return [
-            Trial("prefill", f"prefill-{depth}", prompt, (*ids, *given), decoding, given, settings={"depth": depth})
-            for depth in self.config.depths
-            for prompt, ids, answer in asked
-            for given in [tuple(answer[:depth])]
-        ]
+        trials = []
+        for depth in self.config.depths:
+            for prompt in prompts:
+                given = tuple(answer_ids(codec, prompt)[:depth])
+                sequence = (*prompt.encoded(answering if depth else codec), *given)  # at 0 a model may think first
+                variant, settings = f"prefill-{depth}", {"depth": depth}
+                trials.append(Trial(self.name, variant, prompt, sequence, decoding, given, settings=settings))
+        return trials
 
     def reduced_because(self, codec: Codec, prompts: Sequence[Prompt]) -> list[str]:
         """Leaves out standard depths that no answer reaches, since nobody could measure them."""

@@ -52,7 +52,7 @@ class PrefillMidAnswerAttack(Attack[PrefillMidAnswerConfig]):
 
     def plan(self, target: Target, prompts: Sequence[Prompt]) -> list[Trial]:
         decoding = Decoding(target.max_tokens)
-        asked = [(prompt, prompt.encoded(target.codec), answer_ids(target.codec, prompt)) for prompt in prompts]
+        asked = [(prompt, prompt.encoded(target.answering), answer_ids(target.codec, prompt)) for prompt in prompts]
         trials = [
             Trial(
                 self.name,

@@ -93,7 +93,7 @@ class RankAssistedPrefillAttack(Attack[RankAssistedPrefillConfig]):
         return replace(plain, passes=2 * self.config.steps * math.ceil(plain.trials / _BATCH))
 
     def plan(self, target: Target, prompts: Sequence[Prompt]) -> list[Trial]:
-        config, codec = self.config, target.codec
+        config, codec = self.config, target.answering
         if not config.prefill and not any(prompt.answer for prompt in prompts):
             raise DataError(
                 "No harmful prompt has an answer, which opens a rank-assisted prefill.",

@@ -61,7 +61,7 @@ class RefuseThenTurnAttack(Attack[RefuseThenTurnConfig]):
     """Asks under a variant `<turn>-<depth>` for each pair. The judge reads the compliant tokens as the prefill."""
 
     def plan(self, target: Target, prompts: Sequence[Prompt]) -> list[Trial]:
-        codec, decoding = target.codec, Decoding(target.max_tokens)
+        codec, decoding = target.answering, Decoding(target.max_tokens)
         if max(self.config.depths) > 0 and not any(prompt.answer for prompt in prompts):
             raise DataError(
                 "No harmful prompt has an answer, whose opening comes after the turn.",
@@ -81,7 +81,7 @@ class RefuseThenTurnAttack(Attack[RefuseThenTurnConfig]):
             for turn in self.config.turns
             for depth in self.config.depths
             for prompt, ids in asked
-            for imitated, given in [_turned(codec, f"{self.config.refusal} {turn}", prompt.answer or "", depth)]
+            for imitated, given in [turned(codec, f"{self.config.refusal} {turn}", prompt.answer or "", depth)]
         ]
 
 
@@ -90,8 +90,8 @@ def variant_of(turn: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", turn.lower()).strip("-") or "turn"
 
 
-def _turned(codec: Codec, opening: str, answer: str, depth: int) -> tuple[list[int], list[int]]:
-    """Returns the tokens of the refusal with its turn, and the first tokens of the answer after it.
+def turned(codec: Codec, opening: str, answer: str, depth: int) -> tuple[list[int], list[int]]:
+    """Returns the tokens of an opening, such as a refusal with its turn, and the first tokens of the answer after it.
 
     Both are encoded as one text: the space between them belongs to the answer's first token in most vocabularies, and a
     model seldom reads a lone one.

@@ -60,7 +60,7 @@ class SoftPromptAttack(SuffixAttack[SoftPromptConfig]):
 
     def plan(self, target: Target, prompts: Sequence[Prompt]) -> list[Trial]:
         shared = self.config.model_dump(mode="json", exclude={"steps", "ask_every"})
-        started = [(prompt, self.start(target.codec, prompt)) for prompt in prompts]
+        started = [(prompt, self.start(target.answering, prompt)) for prompt in prompts]
         decoding = Decoding(target.max_tokens)
         return [
             Trial(self.name, f"step-{step}", prompt, found.sequence, decoding, settings=settings)
@@ -77,7 +77,7 @@ class SoftPromptAttack(SuffixAttack[SoftPromptConfig]):
 
     def _searched(self, target: Target, box: WhiteBox, asked: Sequence[Trial]) -> list[Response]:
         """Searches the suffix of one behaviour, and asks the model once for all states of it that are wanted."""
-        found = self.start(target.codec, asked[0].prompt)
+        found = self.start(target.answering, asked[0].prompt)
         suffix_SH = box.suffix_embeddings(found.best)
         states: list[FloatArray] = []
         losses: list[float] = []

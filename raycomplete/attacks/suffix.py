@@ -115,7 +115,7 @@ class SuffixSearch(SuffixAttack[SuffixT], Generic[SuffixT]):
         shared = self.config.model_dump(mode="json", exclude=set(self.without_effect))
         trials = []
         for prompt in prompts:
-            found = self.start(target.codec, prompt)
+            found = self.start(target.answering, prompt)
             settings = {**shared, "target_ids": found.problem.target}
             decoding = Decoding(target.max_tokens)
             trials.append(Trial(self.name, self.name, prompt, found.sequence, decoding, settings=settings))
@@ -141,7 +141,7 @@ class SuffixSearch(SuffixAttack[SuffixT], Generic[SuffixT]):
     def _search(self, target: Target, box: WhiteBox, trial: Trial, usable: IntArray) -> Search:
         import numpy as np
 
-        found = self.start(target.codec, trial.prompt)
+        found = self.start(target.answering, trial.prompt)
         found.note(found.best, box.suffix_losses(found.problem, [found.best])[0])
         self.search(target, box, found, usable, np.random.default_rng(int(trial.key(target.model_id), 16)))
         if found.drawn and not found.survivors:

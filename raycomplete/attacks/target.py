@@ -149,6 +149,7 @@ class Target:
     max_tokens: int  # new tokens of a response to a harmful prompt
     tools: AttackTools = field(default_factory=AttackTools)
     cancelled: Callable[[], bool] = lambda: False  # tells whether someone asked to stop
+    max_thinking_tokens: int = 0  # of a reasoning model before its answer, where a sequence leaves room for it
 
     def stop_if_cancelled(self) -> None:
         """Raises EvaluationCancelled where someone asked to stop."""
@@ -175,6 +176,27 @@ class Target:
         """A copy of the target that was trained on a dataset."""
         return replace(self, generator=_declared(self.tools.fine_tune, "fine_tune")(settings, dataset))
 
+    @property
+    def answering(self) -> Codec:
+        """The codec whose prompts end where the answer starts, without a thought: for who writes answers himself."""
+        return self.codec.with_thinking(False)
+
+    def room(self, max_tokens: int, sequence: Sequence[int] = ()) -> int:
+        """Returns the longest prompt that leaves room for so many tokens of an answer, and for thinking before it.
+
+        Args:
+            sequence: The prompt; without it, one as the codec makes them.
+        """
+        frame = self.codec.frame
+        thinks = frame is not None and (frame.may_think(sequence) if sequence else frame.thinks)
+        return self.max_length - max_tokens - thinks * (self.max_thinking_tokens + len(frame.closing if frame else ()))
+
+    def response(self, sequence: Sequence[int], prefill: Sequence[int], tokens: Sequence[int]) -> Response:
+        """Makes a response of what the model added to a sequence: its thinking is kept apart from its answer."""
+        frame = self.codec.frame
+        thinking, answer = ((), tuple(tokens)) if frame is None else frame.split(sequence, tokens)
+        return Response(tuple(sequence), tuple(prefill), answer, thinking=thinking)
+
     def draw(self, sequences: Sequence[Sequence[int]], decoding: Decoding, seed: int | None) -> list[list[int]]:
         """Continues sequences; sequence i is drawn under seed + i."""
         self.stop_if_cancelled()
@@ -198,13 +220,14 @@ class Target:
             DataError: A sequence with its new tokens does not fit the context.
         """
         for trial in trials:
-            old, new = len(trial.sequence), trial.decoding.max_tokens
-            if old + new > self.max_length:
+            old, room = len(trial.sequence), self.room(trial.decoding.max_tokens, trial.sequence)
+            if old > room:
+                new = self.max_length - room
                 raise DataError(
                     f"The prompt {trial.prompt.prompt_id!r} needs {old + new} tokens in {trial.variant} ({old} of "
                     f"prompt and prefill, {new} new), but the context holds {self.max_length}.",
-                    "Shorten or drop the prompt, lower evaluation.max_tokens, evaluation.max_utility_tokens or "
-                    "evaluation.depths, or raise models.max_length.",
+                    "Shorten or drop the prompt, lower evaluation.max_tokens, evaluation.max_utility_tokens, "
+                    "evaluation.max_thinking_tokens or evaluation.depths, or raise models.max_length.",
                 )
 
 

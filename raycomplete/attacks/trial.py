@@ -82,6 +82,7 @@ class Response:
     tokens: tuple[int, ...]  # what the model added
     stats: Mapping[str, Any] = field(default_factory=dict)  # numbers of the search, such as its queries and losses
     conversation: Sequence[Mapping[str, Any]] = ()  # what was said before, and in turns that were taken back
+    thinking: tuple[int, ...] = ()  # what a reasoning model wrote before `tokens`, which nobody judges
 
     def texts(self, codec: Codec) -> tuple[str, str]:
         """Decodes the attacker's part of the answer and what the model added."""

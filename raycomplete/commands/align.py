@@ -37,6 +37,7 @@ def align(config: RunConfig, *, resume: bool = False, overwrite: bool = False, c
         WorkError: Training failed; checkpoints are kept.
     """
     console = console or Console()
+    config.models.refuse_thinking()
     settings = config.align
     output = (settings.output or Path(config.models.aligned)).resolve()
     if not settings.refusals or not settings.benign:

@@ -58,6 +58,7 @@ def diagnose(
     """
     console = console or Console()
     started = time.perf_counter()
+    config.models.refuse_thinking()
     config = _of_diagnosis(config)
     roles: tuple[ModelRole, ...] = ("base", "aligned") if config.models.student is None else MODEL_ROLES
     with console.stage("Checked checkpoints, tokenizers and prompts"):

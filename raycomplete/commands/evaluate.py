@@ -30,7 +30,9 @@ from raycomplete.runtime.files import read_json, write_json
 from raycomplete.runtime.types import MODEL_ROLES, ModelRole
 
 _SAME = ("models", "data")  # sections that an evaluation shares with the run that it adds to
-_FREE = ("models.max_length",)  # long templates need more room than training; it changes no response that fits
+# Long templates need more room than training, which changes no response that fits. Arguments of the chat template show
+# in the tokens that responses are kept under.
+_FREE = ("models.max_length", "models.template_arguments")
 
 OnProgress = Callable[[Progress], None]
 Cancelled = Callable[[], bool]

@@ -14,8 +14,9 @@ from typing import Literal
 from ray.serve import Application
 
 from raycomplete.config import RunConfig, load_run_file
-from raycomplete.data.inputs import prepare_models
+from raycomplete.data.inputs import prepare_models, thinking_room
 from raycomplete.data.prompts import read_conversation
+from raycomplete.data.thinking import thinking
 from raycomplete.engines.cluster import ResourcePlan, ResourceRequest, connect, engine_request
 from raycomplete.engines.start import start_engine
 from raycomplete.runtime.console import Console
@@ -119,7 +120,9 @@ class StudentChat:
         models = prepare_models(config, roles=("aligned", "student"))
         self._codec = models.codec
         self._config = config
-        self._client = start_engine(config, models.paths["student"], models.codec)
+        engine = start_engine(config, models.paths["student"], models.codec)
+        self._thought = thinking_room(config, models.codec)
+        self._client = thinking(engine, models.codec, config.evaluation.max_thinking_tokens)
 
     async def complete(self, request: CompletionRequest) -> CompletionView:
         """Continues a prompt, greedily or sampled."""
@@ -127,7 +130,7 @@ class StudentChat:
 
     def _complete(self, request: CompletionRequest) -> CompletionView:
         sequence = asked(request).encoded(self._codec)
-        longest = self._config.models.max_length
+        longest = self._config.models.max_length - self._thought
         if len(sequence) + request.max_tokens > longest:
             raise DataError(
                 f"The prompt has {len(sequence)} tokens, max_tokens is {request.max_tokens}, and the student reads "
@@ -141,8 +144,10 @@ class StudentChat:
             top_p=request.top_p,
             seed=request.seed,
         )[0]
-        reason: Literal["length", "stop"] = "length" if len(tokens) >= request.max_tokens else "stop"
-        return CompletionView.of(self._codec.decode(tokens), reason, len(sequence), len(tokens))
+        frame = self._codec.frame
+        answer = tuple(tokens) if frame is None else frame.split(sequence, tokens)[1]
+        reason: Literal["length", "stop"] = "length" if len(answer) >= request.max_tokens else "stop"
+        return CompletionView.of(self._codec.decode(answer), reason, len(sequence), len(answer))
 
 
 def asked(request: CompletionRequest) -> Prompt:

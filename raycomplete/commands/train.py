@@ -62,6 +62,7 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False, c
     """
     console = console or Console()
     started = time.perf_counter()
+    config.models.refuse_thinking()
     with console.stage("Checked checkpoints, tokenizers and prompts"):
         models = prepare_models(config, training=True)
         prompts = prepare_prompts(config, models.codec)

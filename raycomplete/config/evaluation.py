@@ -101,6 +101,9 @@ class EvaluationConfig(Section):
     max_utility_tokens: int = Field(
         STANDARD_ANSWER_TOKENS, ge=1, description="longest answer to a harmless prompt in tokens"
     )
+    max_thinking_tokens: int = Field(
+        512, ge=0, description="tokens of thinking before an answer, where a model may think; it is closed after them"
+    )
     prefill_from: str = Field(
         "base",
         description="base or a checkpoint: the model that completes the compliant answers that prefills are cut from",

@@ -15,6 +15,7 @@ from raycomplete.config.serving import ServeConfig
 from raycomplete.config.training import TrainConfig
 from raycomplete.methods.completion import Completion
 from raycomplete.methods.registry import Method, parse_method
+from raycomplete.runtime.errors import ConfigError
 from raycomplete.runtime.section import Dtype, Section
 
 STORAGES = ("file", "s3", "gs", "gcs", "abfs", "abfss", "az", "hdfs", "webhdfs", "sftp", "oss", "oci", "memory")
@@ -33,6 +34,35 @@ class ModelsConfig(Section):
     dtype: Dtype = Field("bfloat16", description="number format of all weights")
     max_length: int = Field(1024, ge=16, description="longest sequence (prompt and response) in tokens")
     trust_remote_code: bool = Field(False, description="run Python code that comes with a checkpoint")
+    template_arguments: dict[str, bool | int | float | str] = Field(
+        default_factory=dict,
+        description="passed to the chat template wherever it is rendered, as date_string; enable_thinking is false and "
+        "dates are July 26, 2024 where it is empty",
+    )
+
+    @property
+    def thinks(self) -> bool:
+        """Whether prompts leave a reasoning model room to think."""
+        return bool(self.template_arguments.get("enable_thinking"))
+
+    def refuse_thinking(self) -> None:
+        """Refuses a run that would train or diagnose thoughts.
+
+        Raises:
+            ConfigError: Prompts leave room to think.
+        """
+        if self.thinks:
+            raise ConfigError(
+                "models.template_arguments sets enable_thinking, and what is trained and diagnosed are answers.",
+                "Leave it out here; evaluate and serve take it on the command line, for the trained model too.",
+            )
+
+    @field_validator("template_arguments")
+    @classmethod
+    def _thinking_is_on_or_off(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+        if not isinstance(arguments.get("enable_thinking", False), bool):
+            raise ValueError("enable_thinking must be true or false")
+        return arguments
 
 
 class PromptSource(PromptColumns):

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import difflib
 import hashlib
+import inspect
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
 
-from raycomplete.data.families import END_OF_TURN, chat_messages
-from raycomplete.runtime.errors import CheckpointError
+from raycomplete.data.families import END_OF_TEXT, chat_messages, text_config, thinking_format
+from raycomplete.runtime.errors import CheckpointError, ConfigError
+from raycomplete.runtime.types import ResponseFrame
+
+# Templates that write the date ask for it: with that of the day, the same prompt would have other tokens every day.
+_DATE = date(2024, 7, 26)
+_ASKED, _ANSWERED = "a question", "an answer"
 
 
 class ChatCodec:
@@ -19,12 +30,17 @@ class ChatCodec:
 
     Args:
         trust_remote_code: Lets the tokenizer run code from its folder; off by default.
+        arguments: Passed to the chat template wherever it is rendered. Without `enable_thinking` prompts end where the
+            answer starts, after an empty thought where the template has a place for one; dates are a fixed one.
 
     Raises:
         CheckpointError: The folder holds no tokenizer that transformers can load, or one without an end token.
+        ConfigError: An argument is none that the template reads.
     """
 
-    def __init__(self, path: Path, *, trust_remote_code: bool = False) -> None:
+    def __init__(
+        self, path: Path, *, trust_remote_code: bool = False, arguments: Mapping[str, Any] | None = None
+    ) -> None:
         self._path = path
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
@@ -38,10 +54,100 @@ class ChatCodec:
                 f"The tokenizer of {path} names no end-of-sequence token.",
                 "Set eos_token in its tokenizer_config.json.",
             )
-        vocabulary: dict[str, int] = self._tokenizer.get_vocab()
-        named = {vocabulary[token] for token in END_OF_TURN if token in vocabulary}
-        self._eos_ids = frozenset(named | {self._tokenizer.eos_token_id})
-        self._vocab_size = max(vocabulary.values()) + 1
+        self._vocabulary: dict[str, int] = self._tokenizer.get_vocab()
+        self._vocab_size = min(max(self._vocabulary.values()) + 1, self._rows())
+        self._arguments = {"strftime_now": _DATE.strftime, **(arguments or {})}
+        self._suffixes = {True: "", False: ""}
+        self._frame = self._find_frame()
+        self._check_arguments(arguments or {})
+        end = self._end_of_turn()
+        self._eos_id = int(self._tokenizer.eos_token_id if end is None else end)
+        special = self._tokenizer.added_tokens_encoder
+        ends = {special[token] for token in END_OF_TEXT if token in special} | self._generation_ends()
+        self._eos_ids = frozenset(ends | {self._eos_id, int(self._tokenizer.eos_token_id)})
+
+    def _rows(self) -> int:
+        """Counts the rows of the embedding, where only added tokens have none: Gemma 3 adds one for images."""
+        config = _read(self._path / "config.json")
+        largest, added = max(self._vocabulary.values()) + 1, self._tokenizer.added_tokens_decoder
+        rows = int(text_config(config).get("vocab_size") or largest)
+        return rows if all(token < rows or token in added for token in self._vocabulary.values()) else largest
+
+    def _generation_ends(self) -> set[int]:
+        """Reads the end tokens of generation_config.json: one, or a list of several."""
+        named = _read(self._path / "generation_config.json").get("eos_token_id")
+        return {int(token) for token in (named if isinstance(named, list) else [named]) if token is not None}
+
+    def _end_of_turn(self) -> int | None:
+        """Returns the special token that the template writes after an answer; None where it writes none."""
+        if not self._tokenizer.chat_template:
+            return None
+        try:
+            text = self._render(chat_messages([_ASKED, _ANSWERED]), is_asked=False)
+        except Exception:  # templates may refuse what they are not made for
+            return None
+        _, found, after = text.rpartition(_ANSWERED)
+        special = self._tokenizer.added_tokens_decoder
+        return next((token for token in self._ids(after) if token in special), None) if found else None
+
+    def _find_frame(self) -> ResponseFrame | None:
+        """Asks the template where thinking stands, and how a prompt must end to leave it out."""
+        thinks = bool(self._arguments.pop("enable_thinking", False))
+        self._thinks = thinks
+        if not self._tokenizer.chat_template:
+            return None
+        asked = chat_messages([_ASKED])
+        turns = []
+        try:
+            for self._thinks in (True, False):
+                whole, before = self._render(asked), self._render(asked, is_asked=False)
+                turns.append(whole[len(before) :] if whole.startswith(before) else whole.rpartition(_ASKED)[2])
+        except Exception:  # a template that cannot write one question is refused where a prompt is encoded
+            return None
+        finally:
+            self._thinks = thinks
+        template = self._tokenizer.chat_template
+        found = thinking_format(template if isinstance(template, str) else json.dumps(template), turns)
+        if found is None:
+            return None
+        roomy, closed = turns
+        turn, opens, _ = roomy.partition(found.thought_mark)
+        if found.answer_mark not in closed:
+            self._suffixes[False] = found.closing if found.thought_mark in closed else found.skipping
+        texts = (turn, "" if opens else found.opening, found.closing, found.thought_mark, found.answer_mark)
+        return ResponseFrame(*(tuple(self._ids(text)) for text in texts), thinks=thinks)
+
+    def _check_arguments(self, arguments: Mapping[str, Any]) -> None:
+        template = str(self._tokenizer.chat_template or "")
+        read = set(re.findall(r"[A-Za-z_]\w*", template)) | ({"enable_thinking"} if self._frame else set())
+        ours = {"messages", *inspect.signature(self._tokenizer.apply_chat_template).parameters}
+        for name in arguments:
+            if name in ours:
+                raise ConfigError(f"models.template_arguments must not name {name}, which raycomplete passes itself.")
+            if name == "enable_thinking" and arguments[name] and self._frame is None:
+                raise ConfigError(
+                    f"The chat template of {self._path} has no place for thinking that is known.",
+                    "Leave enable_thinking out of models.template_arguments.",
+                )
+            if name not in read:
+                nearest = difflib.get_close_matches(name, read, n=1)
+                raise ConfigError(
+                    f"models.template_arguments names {name}, which the chat template of {self._path} does not read.",
+                    f"Did you mean {nearest[0]}?" if nearest else "Leave it out.",
+                )
+
+    @property
+    def frame(self) -> ResponseFrame | None:
+        """Where thinking, answer and end stand; None where the template has no place for thinking."""
+        return self._frame
+
+    def with_thinking(self, thinks: bool) -> ChatCodec:
+        """Returns the codec whose prompts leave room to think, or end where the answer starts; the rest is the same."""
+        if self._frame is None or self._frame.thinks == thinks:
+            return self
+        other = copy.copy(self)
+        other._thinks, other._frame = thinks, dataclasses.replace(self._frame, thinks=thinks)
+        return other
 
     @property
     def eos_ids(self) -> frozenset[int]:
@@ -50,12 +156,12 @@ class ChatCodec:
 
     @property
     def eos_id(self) -> int:
-        """Token id that training appends to a finished answer."""
-        return int(self._tokenizer.eos_token_id)
+        """Token id that training appends to a finished answer: what the template ends a turn with, else `eos_token`."""
+        return self._eos_id
 
     @property
     def vocab_size(self) -> int:
-        """Largest token id plus one: rows of the embedding from here on are padding."""
+        """Tokens that the model can read: rows of the embedding from here on are padding."""
         return self._vocab_size
 
     def encode_prompt(self, text: str, system: str | None = None) -> list[int]:
@@ -119,14 +225,29 @@ class ChatCodec:
             return []
         has_template = bool(self._tokenizer.chat_template)
         encoded = self._tokenizer(texts, add_special_tokens=not has_template, return_attention_mask=False)
-        return [list(ids) for ids in encoded["input_ids"]]
+        return [self._readable(ids) for ids in encoded["input_ids"]]
 
-    def _render(self, messages: list[dict[str, str]]) -> str:
-        return str(self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+    def _render(self, messages: list[dict[str, str]], *, is_asked: bool = True) -> str:
+        """Renders messages; where the model is asked, up to where it may think or answers."""
+        arguments = self._arguments | {"enable_thinking": self._thinks, "add_generation_prompt": is_asked}
+        text = self._tokenizer.apply_chat_template(messages, tokenize=False, **arguments)
+        return f"{text}{self._suffixes[self._thinks]}" if is_asked else str(text)
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def _readable(self, ids: Sequence[int]) -> list[int]:
+        if max(ids, default=0) >= self._vocab_size:
+            token = self._tokenizer.convert_ids_to_tokens(max(ids))
+            raise CheckpointError(
+                f"A text holds the token {token!r}, for which the model {self._path} has no row.",
+                "Leave the token out of prompts and answers.",
+            )
+        return list(ids)
 
     def encode_answer(self, text: str) -> list[int]:
         """Encodes a response, without template and without end-of-response."""
-        return list(self._tokenizer.encode(text, add_special_tokens=False))
+        return self._readable(self._ids(text))
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Decodes response tokens, special tokens left out."""
@@ -147,14 +268,28 @@ class ChatCodec:
         return list(self._tokenizer.batch_decode([list(ids) for ids in sequences], skip_special_tokens=True))
 
     def fingerprint(self) -> str:
-        """Returns a hash of vocabulary and chat template; equal hashes mean interchangeable token ids."""
+        """Returns a hash of vocabulary and chat template, whose arguments are part of token ids, and so of any key."""
         content = [sorted(self._tokenizer.get_vocab().items()), self._tokenizer.chat_template]
         return hashlib.sha256(json.dumps(content, ensure_ascii=True).encode()).hexdigest()[:16]
 
-    def vocabulary_fingerprint(self) -> str:
-        """Returns a hash of the vocabulary alone: a base and its aligned twin may have other chat templates."""
-        return hashlib.sha256(json.dumps(sorted(self._tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
+    def not_in(self, other: ChatCodec) -> str | None:
+        """Returns a token that another tokenizer lacks or has under another id; None where it has them all.
+
+        Chat models add tokens to those of base, so that base's may be a part of theirs.
+        """
+        return min(dict(self._vocabulary.items() - other._vocabulary.items()), default=None)
 
     def save(self, folder: Path) -> None:
         """Writes the tokenizer files into a checkpoint folder."""
         self._tokenizer.save_pretrained(str(folder))
+
+
+def has_chat_template(path: Path) -> bool:
+    """Tells whether a checkpoint folder holds a chat template."""
+    in_file = (path / "chat_template.jinja").is_file() or (path / "additional_chat_templates").is_dir()
+    return in_file or bool(_read(path / "tokenizer_config.json").get("chat_template"))
+
+
+def _read(file: Path) -> dict[str, Any]:
+    found: Any = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return found if isinstance(found, dict) else {}

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -184,21 +184,27 @@ def architecture(path: Path, *, trust_remote_code: bool = False) -> dict[str, An
     return {key: value for key, value in config.items() if key not in NOT_ARCHITECTURE and not key.startswith("_")}
 
 
-def check_same_vocabulary(paths: dict[str, Path], *, trust_remote_code: bool = False) -> ChatCodec:
-    """Loads every role's tokenizer and checks for one vocabulary, since distributions are compared token by token.
+def check_same_vocabulary(
+    paths: dict[str, Path], *, trust_remote_code: bool = False, template_arguments: Mapping[str, Any] | None = None
+) -> ChatCodec:
+    """Loads every role's tokenizer and checks that aligned has its tokens, since distributions are compared by token.
 
     Returns:
-        The codec of the aligned model.
+        The codec of the aligned model, whose chat template all roles are asked in.
 
     Raises:
-        CheckpointError: Two roles differ in vocabulary.
+        CheckpointError: A role has tokens that aligned lacks, or has under other ids.
     """
-    codecs = {role: ChatCodec(path, trust_remote_code=trust_remote_code) for role, path in paths.items()}
+    arguments = {"aligned": template_arguments}
+    codecs = {
+        role: ChatCodec(path, trust_remote_code=trust_remote_code, arguments=arguments.get(role))
+        for role, path in paths.items()
+    }
     for role, codec in codecs.items():
-        if codec.vocabulary_fingerprint() != codecs["aligned"].vocabulary_fingerprint():
+        if (token := codec.not_in(codecs["aligned"])) is not None:
             raise CheckpointError(
-                f"models.{role} ({paths[role]}) and models.aligned ({paths['aligned']}) have different tokenizers "
-                f"({codec.vocab_size} and {codecs['aligned'].vocab_size} tokens, or the same number in another order).",
+                f"models.{role} ({paths[role]}) and models.aligned ({paths['aligned']}) have different tokenizers: "
+                f"{token!r} is not the same token in both.",
                 "The method compares distributions token by token: use two checkpoints of one family.",
             )
     return codecs["aligned"]

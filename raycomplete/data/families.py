@@ -3,7 +3,8 @@
 Every other file reads these facts from here. Most need no entry: what a chat template can say is asked of the
 template, and what config.json says is read from it. To add a family:
 
-1. Add an entry to `FAMILIES`: its `model_type`s, the tokens that end its turns, and its shape, where it is Llama-like.
+1. Add an entry to `FAMILIES`: its `model_type`s and its shape, where it is Llama-like. A template that sets thinking
+   apart in a way of its own needs an entry in `THINKING` as well.
 2. Add a tiny configuration to tests/data/test_families.py, which compares the entry with what transformers builds.
    Where rebuilt logits differ there, the family scales, bounds or stores its output head in a way of its own: add the
    key of its config.json to `head_scale` or `head_softcap`, or the tensor's name to `HEADS`, `HEAD_BIAS` or
@@ -29,7 +30,6 @@ class Family:
 
     Attributes:
         model_types: Values of `model_type` in config.json.
-        end_of_turn: Tokens that end a response. Every one that a vocabulary holds does, whatever the family.
         tied: The output head is the input embedding unless config.json says otherwise.
         is_llama_like: Gated MLP, grouped key-value heads, RMS norms: `raycomplete plan` has formulas for it.
         qkv_bias: Query, key and value have biases, whatever config.json says.
@@ -38,7 +38,6 @@ class Family:
     """
 
     model_types: tuple[str, ...]
-    end_of_turn: tuple[str, ...] = ()
     tied: bool = False
     is_llama_like: bool = True
     qkv_bias: bool = False
@@ -46,24 +45,61 @@ class Family:
     norms_per_layer: int = 2
 
 
-_CHATML = ("<|im_end|>", "<|endoftext|>")
-_GEMMA = ("<end_of_turn>",)
 FAMILIES = (
-    Family(("llama",), ("<|eot_id|>", "<|end_of_text|>", "</s>", *_CHATML)),  # SmolLM2 is a Llama with ChatML
-    Family(("mistral",), ("</s>",)),
-    Family(("qwen2",), _CHATML, qkv_bias=True),
-    Family(("qwen3",), _CHATML, qk_norm=True),
-    Family(("smollm3",), _CHATML, tied=True),
-    Family(("gemma",), _GEMMA, tied=True),
-    Family(("gemma2",), _GEMMA, tied=True, norms_per_layer=4),
-    Family(("gemma3", "gemma3_text"), _GEMMA, tied=True, qk_norm=True, norms_per_layer=4),
-    Family(("phi",), ("<|endoftext|>",), is_llama_like=False),
-    Family(("phi3",), ("<|end|>", "<|endoftext|>"), is_llama_like=False),
+    Family(("llama",)),
+    Family(("mistral",)),
+    Family(("qwen2",), qkv_bias=True),
+    Family(("qwen3",), qk_norm=True),
+    Family(("smollm3",), tied=True),
+    Family(("gemma",), tied=True),
+    Family(("gemma2",), tied=True, norms_per_layer=4),
+    Family(("gemma3", "gemma3_text"), tied=True, qk_norm=True, norms_per_layer=4),
+    Family(("phi",), is_llama_like=False),
+    Family(("phi3",), is_llama_like=False),
     Family(("cohere",), tied=True, is_llama_like=False),
-    Family(("granite",), ("<|end_of_text|>",), is_llama_like=False),
-    Family(("gpt2",), ("<|endoftext|>",), tied=True, is_llama_like=False),
+    Family(("granite",), is_llama_like=False),
+    Family(("gpt2",), tied=True, is_llama_like=False),
 )
-END_OF_TURN = frozenset(token for family in FAMILIES for token in family.end_of_turn)
+# Special tokens that end a text, whatever the family: a base model writes them, although its chat model may not.
+END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<eos>", "</s>")
+
+
+@dataclass(frozen=True)
+class ThinkingFormat:
+    """How templates set thinking apart from the answer, as text; `raycomplete.runtime.types.ResponseFrame` in tokens.
+
+    Attributes:
+        opening: What starts the thinking, `thought_mark` its part by which it is told.
+        closing: What leads from the thinking to the answer, `answer_mark` its part by which that is told.
+        skipping: What leads from the prompt to the answer without a thought.
+    """
+
+    opening: str
+    closing: str
+    skipping: str
+    thought_mark: str
+    answer_mark: str
+
+
+_TAGS = ThinkingFormat("<think>\n", "\n</think>\n\n", "<think>\n\n</think>\n\n", "<think>", "</think>")
+_FINAL = "<|channel|>final<|message|>"
+_HARMONY = ThinkingFormat(
+    "<|channel|>analysis<|message|>", f"<|end|><|start|>assistant{_FINAL}", _FINAL, "<|channel|>", _FINAL
+)
+
+
+def thinking_format(template: str, turns: Sequence[str]) -> ThinkingFormat | None:
+    """Returns how a chat template sets thinking apart; None where it has no place for it.
+
+    Args:
+        template: Its source.
+        turns: What it writes to start the model's turn, with and without `enable_thinking`. A template that only drops
+            such tags from earlier answers is not that of a model that thinks.
+    """
+    if _HARMONY.answer_mark in template:
+        return _HARMONY
+    return _TAGS if any(mark in turn for turn in turns for mark in (_TAGS.thought_mark, _TAGS.answer_mark)) else None
+
 
 # Tensors of a checkpoint that may hold the output head, its bias, and the input embedding.
 HEADS = ("lm_head.weight", "output.weight")

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from raycomplete.config import PromptSets, RunConfig
 from raycomplete.data.augmentation import read_augmentation_files
-from raycomplete.data.chat import ChatCodec
+from raycomplete.data.chat import ChatCodec, has_chat_template
 from raycomplete.data.checkpoints import architecture, check_same_vocabulary, resolve_checkpoint
 from raycomplete.data.heads import HeadSpec, read_head_spec
 from raycomplete.data.organisms import ORGANISMS
@@ -32,12 +32,14 @@ class Models:
         heads: Head spec by role.
         codec: Tokenizer and chat template of the aligned model (of base in `align`).
         others: Local folder of each other checkpoint that `rollout.harmful_from` names.
+        notes: Sentences for the user, such as whose chat template is used.
     """
 
     paths: dict[ModelRole, Path]
     heads: dict[ModelRole, HeadSpec]
     codec: ChatCodec
     others: dict[str, Path] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def writer(self, name: str) -> Path:
         """Returns the folder of a model that `rollout.harmful_from` names."""
@@ -71,7 +73,9 @@ def prepare_models(
     named: dict[str, Path] = {str(role): path for role, path in paths.items()}
     if "aligned" not in named:  # `align` has a base only
         named["aligned"] = paths["base"]
-    codec = check_same_vocabulary(named, trust_remote_code=settings.trust_remote_code)
+    codec = check_same_vocabulary(
+        named, trust_remote_code=settings.trust_remote_code, template_arguments=settings.template_arguments
+    )
     for role, path in paths.items():
         context = _context_length(path)
         if context is not None and settings.max_length > context:
@@ -90,7 +94,9 @@ def prepare_models(
     heads = {role: read_head_spec(path, codec.vocab_size, codec.fingerprint()) for role, path in paths.items()}
     names = [name for name in config.rollout.harmful_from if training and name not in paths]
     others = {name: _writer(config, name, named["aligned"], shapes["aligned"]) for name in names}
-    return Models(paths, heads, codec, others)
+    borrowed = [name for name in named if not has_chat_template(named[name]) and has_chat_template(named["aligned"])]
+    notes = [f"models.{name} has no chat template and is asked in that of models.aligned" for name in borrowed]
+    return Models(paths, heads, codec, others, tuple(notes))
 
 
 def _writer(config: RunConfig, spec: str, aligned: Path, shape: dict[str, Any]) -> Path:
@@ -132,8 +138,8 @@ def prepare_prompts(config: RunConfig, codec: ChatCodec, *, training: bool = Tru
             if not sets[kind]:
                 raise DataError(f"{where}.{kind} is empty.", "Name at least one file of prompts there.")
         _check_disjoint(train, held_out)
-    trained = longest_response(config)
-    for sets, longest in ((train, trained), (held_out, max(trained, _longest_evaluated(config)))):
+    trained, thought = longest_response(config), thinking_room(config, codec)
+    for sets, longest in ((train, trained), (held_out, max(trained, _longest_evaluated(config) + thought))):
         for prompt in (prompt for kind in KINDS for prompt in sets[kind]):
             _check_length(config, codec, prompt, None, longest)
     if config.rollout.prompt_augmentation.fraction > 0 and training:
@@ -189,6 +195,12 @@ def longest_response(config: RunConfig) -> int:
     if config.rollout.on_policy:
         rollout = max(rollout, config.rollout.max_anchor_tokens + config.rollout.max_student_tokens)
     return max(train, rollout) + 1
+
+
+def thinking_room(config: RunConfig, codec: ChatCodec) -> int:
+    """Counts the tokens of thinking that may stand before an answer of the evaluation, with what closes them."""
+    frame = codec.frame
+    return config.evaluation.max_thinking_tokens + len(frame.closing) if frame is not None and frame.thinks else 0
 
 
 def _longest_evaluated(config: RunConfig) -> int:

@@ -61,6 +61,7 @@ def inputs(question: str) -> None:
         models = prepare_models(config, training=True)
         head = models.heads["aligned"]
         words = f"{', '.join(models.paths)} fit together: {head.vocab_size} tokens, hidden size {head.hidden_size}."
+        words += "".join(f" {note}." for note in models.notes)
         tell({part: {"found": words}})
         part = "prompts"
         prompts = prepare_prompts(config, models.codec)

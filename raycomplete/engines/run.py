@@ -233,6 +233,8 @@ def open_run(
     """
     folder.check()
     with connect(folder.config.cluster, plan, console) as cluster, stop_signals() as stop:
+        for note in models.notes:
+            console.note(note)
         yield Run(
             config=folder.config,
             folder=folder.open(),

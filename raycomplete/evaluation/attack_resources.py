@@ -165,7 +165,7 @@ class AttackResources:
             if checkpoint is None:
                 path = run.models.paths["base"]
                 generator = run.engines.generator.with_weights(str(path))
-                attacker = Attacker(fingerprint(path), generator, run.models.codec, max_length)
+                attacker = Attacker(fingerprint(path), generator, run.models.codec.with_thinking(False), max_length)
             else:
                 started = start_model(run.config, checkpoint, "attacker", "rewriting model", run.console)
                 attacker = Attacker(*self._ended.enter_context(started), max_length)
@@ -326,7 +326,7 @@ def fine_tune(run: Run, settings: FinetuneConfig, dataset: str, start: Path) -> 
     Raises:
         EvaluationCancelled: The run is stopping; a checkpoint of the training is kept.
     """
-    config, codec = run.config, run.models.codec
+    config, codec = run.config, run.models.codec.with_thinking(False)
     chats = read_chats(config, settings, dataset)
     recipe = settings.recipe(dataset)
     made_of = [fingerprint(start), chats, asdict(recipe), config.train.seed]

@@ -53,7 +53,7 @@ def measure_benign_nll(run: Run, roles: Sequence[ModelRole]) -> dict[str, Any]:
     Prompts without an answer of their own take that of the aligned model, where the run has one. The result is that of
     `benign_nll`; empty where there are no answers.
     """
-    paths, codec, config = run.models.paths, run.models.codec, run.config.evaluation
+    paths, codec, config = run.models.paths, run.models.codec.with_thinking(False), run.config.evaluation
     prompts = run.prompts.evaluation["benign"][: config.nll_prompts]
     models = {role: (fingerprint(path), run.engines.generator.with_weights(str(path))) for role, path in paths.items()}
     aligned = models.get("aligned")

@@ -14,6 +14,7 @@ from raycomplete.config import EvaluationConfig
 from raycomplete.data.checkpoints import fingerprint, resolve_checkpoint
 from raycomplete.data.inputs import KINDS, Prompts
 from raycomplete.data.organisms import ORGANISMS
+from raycomplete.data.thinking import thinking
 from raycomplete.engines.run import Run
 from raycomplete.evaluation.attack_resources import AttackResources
 from raycomplete.evaluation.model_judges import start_judge, start_model
@@ -87,6 +88,7 @@ def complete_answers(
         codec: Tokenizer and chat template of the model that continues.
     """
     needed = config.deepest_prefill
+    codec = codec.with_thinking(False)
     starts = [codec.encode_answer(prompt.answer or config.prefill_opening) for prompt in prompts]
     short = [index for index, start in enumerate(starts) if len(start) < needed]
     sequences = [[*prompts[index].encoded(codec), *starts[index]] for index in short]
@@ -101,14 +103,18 @@ def complete_answers(
 def evaluate_roles(run: Run, roles: Sequence[ModelRole]) -> dict[str, dict[str, Any]]:
     """Evaluates models by one generator that takes the weights of each in turn; returns the result of each role."""
     codec, max_length, max_tokens = run.models.codec, run.config.models.max_length, run.config.evaluation.max_tokens
+    thought = run.config.evaluation.max_thinking_tokens
     results, pace = {}, EvaluationPace()
     with ExitStack() as ended, start_judge(run.config, run.judge, run.console) as judge:
         resources = AttackResources(run, ended)
         for role in roles:
             path = run.models.paths[role]
-            generator, tools = run.engines.generator.with_weights(str(path)), resources.tools(path)
+            generator = thinking(run.engines.generator.with_weights(str(path)), codec, thought)
+            tools, model_id = resources.tools(path), fingerprint(path)
+            if codec.frame is not None and codec.frame.thinks:  # how long it may think decides what it answers
+                model_id += f" thinks {thought}"
             target = Target(
-                role, fingerprint(path), generator, codec, judge, max_length, max_tokens, tools, run.is_stopping
+                role, model_id, generator, codec, judge, max_length, max_tokens, tools, run.is_stopping, thought
             )
             results[str(role)] = evaluate_target(run, target, pace)
     return results

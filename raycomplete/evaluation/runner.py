@@ -235,8 +235,10 @@ class _Evaluation:
 
     def _answered(self, trial: Trial) -> Answered:
         row = self._responses[self._keys[id(trial)]]
-        ids = [tuple(row[name]) for name in ("sequence", "prefill", "tokens")]
-        response = Response(ids[0], ids[1], ids[2], row["stats"], row.get("conversation", ()))
+        sequence, prefill, tokens, thinking = (
+            tuple(row.get(name, ())) for name in ("sequence", "prefill", "tokens", "thinking")
+        )
+        response = Response(sequence, prefill, tokens, row["stats"], row.get("conversation", ()), thinking)
         judgement = self._judgements.get(self._judgement_key(trial))  # none for benchmarks
         whole = self._judgements.get(self._judgement_key(trial, with_prefill=True))
         return Answered(
@@ -259,6 +261,7 @@ def _named(trial: Trial) -> dict[str, Any]:
 
 def _row(key: str, trial: Trial, response: Response, seconds: float) -> dict[str, Any]:
     ids = {"sequence": response.sequence, "prefill": response.prefill, "tokens": response.tokens}
+    ids |= {"thinking": response.thinking} if response.thinking else {}
     row = {"key": key, **_named(trial), **ids, "seconds": seconds, "stats": dict(response.stats)}
     return row | {"conversation": response.conversation} if response.conversation else row
 
@@ -270,6 +273,8 @@ def _completion(target: Target, trial: Trial, found: Answered) -> dict[str, Any]
         "prefill": prefill,
         "continuation": continuation,
     }
+    if found.response.thinking:
+        texts["thinking"] = target.codec.decode(found.response.thinking)
     if found.response.conversation:
         texts["conversation"] = found.response.conversation
     return {"role": target.role, **_named(trial), **texts, "outcome": found.outcome}

@@ -104,8 +104,67 @@ class Rate:
         return asdict(self)
 
 
+@dataclass(frozen=True, slots=True)
+class ResponseFrame:
+    """Where the thinking of a reasoning model, its answer and its end stand, in token ids.
+
+    What a model reads and writes is: prompt, which ends in `turn`; `opening`, thinking, `closing`; answer, end.
+
+    Attributes:
+        turn: The start of the model's own turn, with which prompts end that leave it room to think.
+        opening: What starts the thinking after such a prompt; empty where the prompt itself does.
+        closing: What leads from the thinking to the answer.
+        thought_mark: The part of `opening` that thinking is told by, in the prompt or after it.
+        answer_mark: The part of `closing` that is found before every answer after a thought, an empty one too.
+        thinks: Whether prompts leave room to think.
+    """
+
+    turn: tuple[int, ...]
+    opening: tuple[int, ...]
+    closing: tuple[int, ...]
+    thought_mark: tuple[int, ...]
+    answer_mark: tuple[int, ...]
+    thinks: bool = False
+
+    def may_think(self, sequence: Sequence[int]) -> bool:
+        """Tells whether what is added to a sequence may be thinking: the answer of its last turn has not begun."""
+        return _last(self._own_turn(sequence), self.answer_mark) is None
+
+    def split(self, sequence: Sequence[int], tokens: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Splits what was added to a sequence into thinking, its closing included, and answer; either may be empty."""
+        tokens = tuple(tokens)
+        if not self.may_think(sequence):
+            return (), tokens
+        place = _last(tokens, self.answer_mark)
+        if place is None:
+            is_open = _last(self._own_turn((*sequence, *tokens)), self.thought_mark) is not None
+            return (tokens, ()) if is_open else ((), tokens)
+        rest = self.closing[(_last(self.closing, self.answer_mark) or 0) + len(self.answer_mark) :]
+        end = place + len(self.answer_mark)
+        end += len(rest) if tokens[end : end + len(rest)] == rest else 0
+        return tokens[:end], tokens[end:]
+
+    def _own_turn(self, sequence: Sequence[int]) -> tuple[int, ...]:
+        start = _last(sequence, self.turn) if self.turn else None
+        return tuple(sequence[0 if start is None else start + len(self.turn) :])
+
+
+def _last(tokens: Sequence[int], wanted: Sequence[int]) -> int | None:
+    """Returns where a run of tokens starts for the last time."""
+    size = len(wanted)
+    starts = range(len(tokens) - size, -1, -1)
+    return next((start for start in starts if tuple(tokens[start : start + size]) == tuple(wanted)), None)
+
+
 class Codec(Protocol):
     """Turns text into token ids and back, chat template included; `raycomplete.data.chat.ChatCodec` is one."""
+
+    @property
+    def frame(self) -> ResponseFrame | None:
+        """Where thinking and answer stand; None where the template has no place for thinking."""
+
+    def with_thinking(self, thinks: bool) -> Codec:
+        """Returns the codec whose prompts end before the thinking, or after an empty one: where the answer starts."""
 
     @property
     def eos_ids(self) -> frozenset[int]:

@@ -1,7 +1,7 @@
 """A codec of whole words, and a model that says what a test tells it to."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import pytest
 
@@ -23,6 +23,11 @@ class WordCodec:
     @property
     def eos_ids(self) -> frozenset[int]:
         return frozenset({0})
+
+    frame = None
+
+    def with_thinking(self, thinks: bool) -> Self:
+        return self
 
     def encode_prompt(self, text: str, system: str | None = None) -> list[int]:
         return [1, *self.encode_answer(text), 2]

@@ -109,6 +109,11 @@ def test_a_search_without_survivors_is_no_measurement(target: Target, sets: Eval
     class Merging:
         """Never gives a changed suffix back as it was."""
 
+        frame = None
+
+        def with_thinking(self, thinks: bool) -> Merging:
+            return self
+
         def __init__(self, codec: Any) -> None:
             self._codec = codec
             self.encode_answer, self.encode_prompts, self.eos_ids = (

@@ -94,6 +94,8 @@ def test_augmented_prompts_that_do_not_fit_are_asked_plainly(target: Target, set
     class Splitting:
         """A token for each letter of an augmented prompt, as a vocabulary of whole words nearly does."""
 
+        frame = None
+
         def __init__(self, codec: Any) -> None:
             self.encode_prompt, self.decode, self.eos_ids = codec.encode_prompt, codec.decode, codec.eos_ids
 

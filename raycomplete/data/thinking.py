@@ -1,0 +1,62 @@
+"""Lets a reasoning model think before it answers, within a budget of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from raycomplete.runtime.types import Codec, Generator, ResponseFrame
+
+
+def thinking(generator: Generator, codec: Codec, max_thinking_tokens: int) -> Generator:
+    """Returns the generator that lets a model think where its chat template has a place for it."""
+    return generator if codec.frame is None else ThinkingGenerator(generator, codec.frame, max_thinking_tokens)
+
+
+class ThinkingGenerator:
+    """A generator that thinks first where a sequence leaves room for it (implements `Generator`).
+
+    What it returns is thinking, its closing and answer, which `ResponseFrame.split` takes apart; `max_tokens` bounds
+    the answer alone. Thinking that is not closed within its budget is cut there and closed, and the answer asked for.
+
+    Args:
+        generator: The model.
+        frame: Where thinking and answer stand.
+        max_thinking_tokens: The budget, closing left out.
+    """
+
+    def __init__(self, generator: Generator, frame: ResponseFrame, max_thinking_tokens: int) -> None:
+        self._generator, self._frame, self._budget = generator, frame, max_thinking_tokens
+
+    def generate(
+        self,
+        sequences: Sequence[Sequence[int]],
+        *,
+        max_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int | None = None,
+    ) -> list[list[int]]:
+        """Continues sequences; new tokens as `Generator.generate` returns them."""
+        frame, room = self._frame, self._budget + len(self._frame.closing)
+        may_think = [frame.may_think(sequence) for sequence in sequences]
+        longest = max_tokens + room * any(may_think)
+        found = self._generator.generate(
+            sequences, max_tokens=longest, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed
+        )
+        for index, (sequence, tokens) in enumerate(zip(sequences, found, strict=True)):
+            thinking, answer = frame.split(sequence, tokens)
+            if len(thinking) <= room and (answer or len(tokens) < longest):
+                found[index] = [*thinking, *answer[:max_tokens]]
+                continue
+            closed = [*thinking[: self._budget], *frame.closing]
+            (answer_ids,) = self._generator.generate(
+                [[*sequence, *closed]],
+                max_tokens=max_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                top_k=top_k,
+                seed=None if seed is None else seed + index,  # under which the thought was drawn
+            )
+            found[index] = [*closed, *answer_ids]
+        return found
