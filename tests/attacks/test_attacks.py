@@ -57,7 +57,8 @@ def every(strings: Path) -> list[dict[str, Any]]:
 
 
 # What the model itself decides; others pick its words for it, and fine-tuning replaces it.
-OWN_WORDS = set(ATTACKS) - {"rank_assisted_prefill", "base_guided_decoding", "finetune", "crescendo"}
+MEASURED = set(ATTACKS) - {"crescendo", "prefill_thinking"}  # this model does not think; see test_thinking.py
+OWN_WORDS = MEASURED - {"rank_assisted_prefill", "base_guided_decoding", "finetune"}
 
 
 @pytest.mark.parametrize(
@@ -68,7 +69,7 @@ def test_planted_truths(
 ) -> None:
     """Always complying is ASR 1, always refusing ASR 0 and over-refusal 1, babble is no success, by every attack."""
     result = evaluate(model(said), codec, tools, sets, every, tmp_path)
-    assert set(result["attacks"]) == set(ATTACKS) - {"crescendo"}, "which this judge is too blind for"
+    assert set(result["attacks"]) == MEASURED, "crescendo is left out, which this judge is too blind for"
     for name in OWN_WORDS:
         block = result["attacks"][name]
         assert block["outcomes"][outcome] == block["trials"] > 0, name
@@ -100,7 +101,7 @@ def test_summary_and_table_of_all_attacks(
     assert summary["attacks"]["gcg"]["student"]["mean"]["rate"] == 0.0
     assert "by_behaviour" not in summary["attacks"]["gcg"]["student"]
     compared = {item["attack"]: item for item in summary["comparisons"] if item["attack"]}
-    assert set(compared) == set(ATTACKS) - {"crescendo"}
+    assert set(compared) == MEASURED
     assert (compared["gcg"]["first"], compared["gcg"]["difference"], compared["gcg"]["n"]) == ("student", -1.0, 4)
     table = closing_table(summary)
     assert {len(row) for row in table} == {3}

@@ -71,11 +71,11 @@ def test_answers_carry_no_template_and_come_back(codec: ChatCodec) -> None:
     assert codec.decode((*ids, codec.eos_id)) == text, "special tokens are left out"
 
 
-def test_every_end_token_of_the_vocabulary_ends_a_response(codec: ChatCodec, make: Make, tokenizer: Any) -> None:
+def test_every_end_of_a_text_in_the_vocabulary_ends_a_response(codec: ChatCodec, make: Make, tokenizer: Any) -> None:
     assert codec.eos_ids == {tokenizer.eos_token_id}
-    other = make(lambda item: item.add_tokens(["<|im_end|>", "<end_of_turn>", "<|other|>"], special_tokens=True))
+    other = make(lambda item: item.add_tokens(["<|endoftext|>", "</s>", "<|end|>"], special_tokens=True))
     size = codec.vocab_size
-    assert other.eos_ids == {tokenizer.eos_token_id, size, size + 1}
+    assert other.eos_ids == {tokenizer.eos_token_id, size, size + 1}, "<|end|> is a thought's in gpt-oss"
     assert other.eos_id == tokenizer.eos_token_id
     assert other.vocab_size == size + 3
 
@@ -83,12 +83,13 @@ def test_every_end_token_of_the_vocabulary_ends_a_response(codec: ChatCodec, mak
 def test_fingerprints_tell_vocabularies_and_templates_apart(codec: ChatCodec, make: Make) -> None:
     same = make()
     assert same.fingerprint() == codec.fingerprint()
-    assert ChatCodec(checkpoint_path("base")).vocabulary_fingerprint() == codec.vocabulary_fingerprint()
+    assert ChatCodec(checkpoint_path("base")).not_in(codec) is codec.not_in(same) is None
     template = make(lambda item: setattr(item, "chat_template", "other"))
     assert template.fingerprint() != codec.fingerprint()
-    assert template.vocabulary_fingerprint() == codec.vocabulary_fingerprint()
+    assert template.not_in(codec) is None
     vocabulary = make(lambda item: item.add_tokens(["unheard"]))
-    assert vocabulary.vocabulary_fingerprint() != codec.vocabulary_fingerprint()
+    assert vocabulary.not_in(codec) == "unheard"
+    assert codec.not_in(vocabulary) is None, "a chat model may have tokens that base lacks"
 
 
 def test_a_tokenizer_without_chat_template_gets_plain_text(make: Make, tokenizer: Any) -> None:

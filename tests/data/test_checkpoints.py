@@ -267,7 +267,7 @@ def test_different_tokenizers_are_refused_by_both_names(folder: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         check_same_vocabulary(paths)
     assert f"models.base ({folder}) and models.aligned ({checkpoint_path('aligned')})" in str(caught.value)
-    assert f"({len(tokenizer)} and {len(tokenizer) - 1} tokens" in str(caught.value)
+    assert "different tokenizers: 'unheard' is not the same token in both" in str(caught.value)
 
 
 def test_chat_templates_may_differ(folder: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from raycomplete.config import RunConfig, parse
-from raycomplete.data.checkpoints import fingerprint
+from raycomplete.data.checkpoints import fingerprint, load_model
 from raycomplete.data.inputs import KINDS, prepare_models, prepare_prompts
 from raycomplete.runtime.errors import CheckpointError, ConfigError, DataError
 from tests.training.tiny import make_model
@@ -119,6 +119,43 @@ def test_different_tokenizers_are_refused(make: Make, models: Path, tmp_path: Pa
     tokenizer.save_pretrained(other)
     with pytest.raises(CheckpointError, match=r"models\.base .* and models\.aligned .* have different tokenizers"):
         prepare_models(make(models={"base": str(other)}))
+
+
+def test_a_base_without_template_and_added_tokens_reads_those_of_aligned(
+    make: Make, models: Path, tmp_path: Path
+) -> None:
+    """Rows of the embedding are padded in both, and the chat model's own tokens take some of them."""
+    for role in ("base", "aligned"):
+        tokenizer = AutoTokenizer.from_pretrained(models / role)
+        model = load_model(models / role, "float32")
+        model.resize_token_embeddings(len(tokenizer) + 8)
+        if role == "aligned":
+            tokenizer.add_tokens(["<|turn|>"], special_tokens=True)
+            tokenizer.chat_template = "{% for item in messages %}<|turn|>{{ item['content'] }}{% endfor %}<|turn|>"
+        else:
+            tokenizer.chat_template = None
+        for item in (model, tokenizer):
+            item.save_pretrained(tmp_path / role)
+    config = make(models={role: str(tmp_path / role) for role in ("base", "aligned")})
+    prepared = prepare_models(config)
+    assert prepared.notes == ("models.base has no chat template and is asked in that of models.aligned",)
+    assert {head.vocab_size for head in prepared.heads.values()} == {len(tokenizer)}
+    assert prepared.codec.encode_prompt("x")[-1] == len(tokenizer) - 1
+    assert prepare_models(make()).notes == ()
+
+
+def test_arguments_of_the_chat_template_reach_its_prompts(make: Make, tmp_path: Path, models: Path) -> None:
+    other = Path(shutil.copytree(models / "aligned", tmp_path / "other"))
+    tokenizer = AutoTokenizer.from_pretrained(other)
+    tokenizer.chat_template = "{{ date_string }} {{ messages[-1]['content'] }}"
+    tokenizer.save_pretrained(other)
+    settings: dict[str, Any] = {"aligned": str(other), "template_arguments": {"date_string": "today"}}
+    codec = prepare_models(make(models=settings)).codec
+    assert codec.encode_prompt("x") == codec.encode_answer("today x")
+    with pytest.raises(ConfigError, match="names date_sting, which the chat template of .* does not read"):
+        prepare_models(make(models=settings | {"template_arguments": {"date_sting": "today"}}))
+    with pytest.raises(ConfigError, match="enable_thinking must be true or false"):
+        make(models={"template_arguments": {"enable_thinking": "no"}})
 
 
 @pytest.mark.parametrize("role", ["base", "student"])
