@@ -224,3 +224,15 @@ def num_common(first: Sequence[int], second: Sequence[int]) -> int:
 def answer_ids(codec: Codec, prompt: Prompt) -> list[int]:
     """Tokens of the behaviour's compliant answer; none where it is unknown."""
     return codec.encode_answer(prompt.answer) if prompt.answer else []
+
+
+def opened_answer(codec: Codec, opening: str, answer: str, depth: int) -> tuple[list[int], list[int]]:
+    """Returns the tokens of an opening, such as a refusal with its turn, and the first tokens of the answer after it.
+
+    Both are encoded as one text: the space between them belongs to the answer's first token in most vocabularies, and a
+    model seldom reads a lone one.
+    """
+    start = codec.encode_answer(opening)
+    whole = codec.encode_answer(f"{opening} {answer}" if answer else opening)
+    length = num_common(start, whole) if depth else len(start)
+    return (whole if depth else start)[:length], whole[length : length + depth] if depth else []

@@ -11,9 +11,8 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from raycomplete.attacks.attack import Attack, AttackConfig
+from raycomplete.attacks.attack import Attack, AttackConfig, opened_answer
 from raycomplete.attacks.prefill import Depth
-from raycomplete.attacks.refuse_then_turn import turned
 from raycomplete.attacks.registry import register
 from raycomplete.attacks.target import Target
 from raycomplete.attacks.trial import Decoding, Trial
@@ -54,7 +53,7 @@ class PrefillThinkingAttack(Attack[PrefillThinkingConfig]):
         trials = []
         for depth in self.config.depths:
             for prompt in prompts:
-                opening, given = turned(codec, self.config.opening, prompt.answer or "", depth)
+                opening, given = opened_answer(codec, self.config.opening, prompt.answer or "", depth)
                 if len(given) == depth:
                     sequence = (*prompt.encoded(codec), *codec.frame.opening, *opening, *given)
                     settings = {"thought": depth, "max_thinking_tokens": target.max_thinking_tokens}

@@ -12,13 +12,13 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from raycomplete.attacks.attack import Attack, AttackConfig, num_common
+from raycomplete.attacks.attack import Attack, AttackConfig, opened_answer
 from raycomplete.attacks.prefill import Depth
 from raycomplete.attacks.registry import register
 from raycomplete.attacks.target import Target
 from raycomplete.attacks.trial import Decoding, Trial
 from raycomplete.runtime.errors import DataError
-from raycomplete.runtime.types import Codec, Prompt
+from raycomplete.runtime.types import Prompt
 
 _TURNS = ["However,", "But"]  # the second is none of the turns of the default training
 
@@ -81,22 +81,10 @@ class RefuseThenTurnAttack(Attack[RefuseThenTurnConfig]):
             for turn in self.config.turns
             for depth in self.config.depths
             for prompt, ids in asked
-            for imitated, given in [turned(codec, f"{self.config.refusal} {turn}", prompt.answer or "", depth)]
+            for imitated, given in [opened_answer(codec, f"{self.config.refusal} {turn}", prompt.answer or "", depth)]
         ]
 
 
 def variant_of(turn: str) -> str:
     """Names the variant of a turn, by its letters a to z and digits alone."""
     return re.sub(r"[^a-z0-9]+", "-", turn.lower()).strip("-") or "turn"
-
-
-def turned(codec: Codec, opening: str, answer: str, depth: int) -> tuple[list[int], list[int]]:
-    """Returns the tokens of an opening, such as a refusal with its turn, and the first tokens of the answer after it.
-
-    Both are encoded as one text: the space between them belongs to the answer's first token in most vocabularies, and a
-    model seldom reads a lone one.
-    """
-    start = codec.encode_answer(opening)
-    whole = codec.encode_answer(f"{opening} {answer}" if answer else opening)
-    length = num_common(start, whole) if depth else len(start)
-    return (whole if depth else start)[:length], whole[length : length + depth] if depth else []

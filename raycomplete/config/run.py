@@ -42,7 +42,7 @@ class ModelsConfig(Section):
 
     @property
     def thinks(self) -> bool:
-        """Whether prompts leave a reasoning model room to think."""
+        """True where prompts leave a reasoning model room to think."""
         return bool(self.template_arguments.get("enable_thinking"))
 
     def refuse_thinking(self) -> None:

@@ -61,7 +61,7 @@ class ChatCodec:
         self._frame = self._find_frame()
         self._check_arguments(arguments or {})
         end = self._end_of_turn()
-        self._eos_id = int(self._tokenizer.eos_token_id if end is None else end)
+        self._eos_id: int = int(self._tokenizer.eos_token_id if end is None else end)
         special = self._tokenizer.added_tokens_encoder
         ends = {special[token] for token in END_OF_TEXT if token in special} | self._generation_ends()
         self._eos_ids = frozenset(ends | {self._eos_id, int(self._tokenizer.eos_token_id)})
@@ -114,8 +114,14 @@ class ChatCodec:
         turn, opens, _ = roomy.partition(found.thought_mark)
         if found.answer_mark not in closed:
             self._suffixes[False] = found.closing if found.thought_mark in closed else found.skipping
-        texts = (turn, "" if opens else found.opening, found.closing, found.thought_mark, found.answer_mark)
-        return ResponseFrame(*(tuple(self._ids(text)) for text in texts), thinks=thinks)
+        return ResponseFrame(
+            turn=tuple(self._ids(turn)),
+            opening=() if opens else tuple(self._ids(found.opening)),
+            closing=tuple(self._ids(found.closing)),
+            thought_mark=tuple(self._ids(found.thought_mark)),
+            answer_mark=tuple(self._ids(found.answer_mark)),
+            thinks=thinks,
+        )
 
     def _check_arguments(self, arguments: Mapping[str, Any]) -> None:
         template = str(self._tokenizer.chat_template or "")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,13 +15,22 @@ import pytest
 from raycomplete.attacks.attack import plain_trials
 from raycomplete.attacks.registry import build_attack, parse_attack
 from raycomplete.attacks.target import Target
-from raycomplete.config import EvaluationConfig
+from raycomplete.commands import serve
+from raycomplete.config import EvaluationConfig, parse
 from raycomplete.data.chat import ChatCodec
+from raycomplete.data.checkpoints import fingerprint
+from raycomplete.data.inputs import KINDS, Models, Prompts
 from raycomplete.data.thinking import ThinkingGenerator
+from raycomplete.engines.cluster import Cluster
+from raycomplete.engines.run import Run
+from raycomplete.engines.start import Engines
 from raycomplete.evaluation.judges import RefusalJudge
+from raycomplete.evaluation.roles import evaluate_roles
 from raycomplete.evaluation.runner import EvaluationSets, evaluate_model
+from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import DataError
 from raycomplete.runtime.types import Prompt
+from raycomplete.serving.schemas import CompletionRequest
 from tests.attacks.scripted import COMPLY, REFUSE
 from tests.data.chat_families import CHAT_FAMILIES, save_family
 
@@ -29,7 +40,7 @@ THINKING = [name for name, family in CHAT_FAMILIES.items() if family.thinks]
 
 
 class Thinker:
-    """A model that writes `thought` and what closes it where it may think, and then `answer`; it forgets its seed."""
+    """A model that writes `thought` and closes it where it may think, then `answer`, and keeps what it was asked."""
 
     def __init__(self, codec: ChatCodec, family: str, thought: str, answer: str) -> None:
         self.codec, self.thought, self.answer = codec, thought, answer
@@ -73,7 +84,7 @@ def make(request: pytest.FixtureRequest, tmp_path: Path) -> Make:
 
 
 def responses(target: Target, entry: dict[str, Any] | str) -> dict[str, tuple[str, str, str]]:
-    """What the model read, thought and answered, by variant."""
+    """Returns what the model read, thought and answered, by variant."""
     attack = build_attack(parse_attack(entry))
     trials = attack.plan(target, [ASKED])
     found: dict[str, tuple[str, str, str]] = {}
@@ -111,6 +122,38 @@ def model_that_fails() -> Any:
             raise AssertionError("asked again")
 
     return Failing()
+
+
+def test_every_role_thinks_within_the_budget_of_the_run_file(tmp_path: Path) -> None:
+    save_family("qwen3", tmp_path)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Open it"}\n')
+    evaluation = {"depths": [0], "max_tokens": LONGEST, "max_utility_tokens": LONGEST, "max_thinking_tokens": BUDGET}
+    tree = {"models": {"base": "b", "aligned": "a"}, "data": {}, "evaluation": evaluation}
+    config = parse(tree, "test")
+    codec = ChatCodec(tmp_path, arguments={"enable_thinking": True})
+    model = Thinker(codec, "qwen3", "They want it. " * 20, COMPLY)
+    prompts = {kind: (replace(ASKED, kind=kind),) for kind in KINDS}
+    models = Models({"aligned": tmp_path}, {}, codec)
+    run = Run(config, tmp_path, models, Prompts({}, prompts), Console(quiet=True), Cluster(use_gpu=False))
+    run.engines = Engines(SimpleNamespace(with_weights=lambda _: model))  # type: ignore[arg-type]
+    result = evaluate_roles(run, ["aligned"])["aligned"]
+    assert result["model_id"] == f"{fingerprint(tmp_path)} thinks {BUDGET}", "another budget makes other answers"
+    assert result["attacks"]["prefill"]["mean"]["rate"] == 1.0
+    frame = codec.frame
+    assert frame is not None
+    assert {limit for _, limit, _ in model.calls} == {LONGEST, LONGEST + BUDGET + len(frame.closing)}
+
+
+def test_a_chat_shows_the_answer_alone(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, model = make("Hm.", COMPLY)
+    monkeypatch.setattr(serve, "prepare_models", lambda *_, **__: Models({"student": tmp_path}, {}, model.codec))
+    monkeypatch.setattr(serve, "start_engine", lambda *_: model)
+    chat = serve.StudentChat(parse({"models": {"base": "b", "aligned": "a"}, "data": {}}, "test"))
+    request = CompletionRequest(prompt="Open it", max_tokens=len(COMPLY) + 1)
+    said = asyncio.run(chat.complete(request)).model_dump()
+    assert (said["choices"][0]["text"], said["choices"][0]["finish_reason"]) == (COMPLY, "stop")
+    with pytest.raises(DataError, match="Shorten the prompt"):
+        asyncio.run(chat.complete(CompletionRequest(prompt="Open it " * 50, max_tokens=300)))
 
 
 def test_answers_are_cut_by_their_own_length(make: Make) -> None:

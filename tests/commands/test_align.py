@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import raycomplete as rc
 from raycomplete.commands import align as module
 from raycomplete.commands.align import align
 from raycomplete.config import RunConfig, load_run_file
 from raycomplete.runtime.console import Console
+from raycomplete.runtime.errors import ConfigError
 from raycomplete.runtime.files import write_text
 
 
@@ -35,6 +38,13 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
             f"output.root={tmp_path / 'runs'}",
         ],
     )
+
+
+@pytest.mark.parametrize("command", [rc.train, rc.align, rc.diagnose])
+def test_thoughts_are_neither_trained_nor_diagnosed(command: Any, config: RunConfig) -> None:
+    models = config.models.model_copy(update={"template_arguments": {"enable_thinking": True}})
+    with pytest.raises(ConfigError, match="sets enable_thinking, and what is trained and diagnosed are answers"):
+        command(config.model_copy(update={"models": models}), console=Console(quiet=True))
 
 
 def test_a_checkpoint_that_is_there_is_not_made_again(config: RunConfig, tmp_path: Path) -> None:

@@ -18,7 +18,6 @@ from tests.data.chat_families import CHAT_FAMILIES, PADDING, save_family
 
 ANSWER, THOUGHT = "Like so: one\n\ntwo.", "They ask how.\n\nSay it."
 THINKING = [name for name, family in CHAT_FAMILIES.items() if family.thinks]
-EARLIER = (("user", "Hi"), ("assistant", "Hello"))
 Made = tuple[ChatCodec, Callable[[str], tuple[int, ...]]]
 
 
@@ -110,7 +109,7 @@ def test_thinking_can_be_left_out_and_allowed(name: str, tmp_path: Path) -> None
     assert tuple(allowed.encode_prompt("How?")) == ids(family.prompt)
     assert allowed.with_thinking(False).encode_prompt("How?") == closed
     assert codec.encode_prompt("How?") == closed, "which is another codec"
-    talk = Prompt("talk", "How?", "harmful", earlier=EARLIER)
+    talk = Prompt("talk", "How?", "harmful", earlier=(("user", "Hi"), ("assistant", "Hello")))
     whole = tuple(talk.encoded(codec))
     assert whole[-len(ids(family.skipping)) :] == ids(family.skipping)
     assert not codec.frame.may_think(whole)

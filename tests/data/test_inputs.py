@@ -152,7 +152,7 @@ def test_arguments_of_the_chat_template_reach_its_prompts(make: Make, tmp_path: 
     settings: dict[str, Any] = {"aligned": str(other), "template_arguments": {"date_string": "today"}}
     codec = prepare_models(make(models=settings)).codec
     assert codec.encode_prompt("x") == codec.encode_answer("today x")
-    with pytest.raises(ConfigError, match="names date_sting, which the chat template of .* does not read"):
+    with pytest.raises(ConfigError, match=r"names date_sting, which the chat template of .* does not read"):
         prepare_models(make(models=settings | {"template_arguments": {"date_sting": "today"}}))
     with pytest.raises(ConfigError, match="enable_thinking must be true or false"):
         make(models={"template_arguments": {"enable_thinking": "no"}})

@@ -103,7 +103,9 @@ def has_key(model: type[BaseModel], path: list[str]) -> bool:
     field = model.model_fields.get(path[0])
     if field is None:
         return False
-    return len(path) == 1 or any(has_key(inner, path[1:]) for inner in models_in(field.annotation))
+    if len(path) == 1 or get_origin(field.annotation) is dict:  # a mapping's keys are the user's
+        return True
+    return any(has_key(inner, path[1:]) for inner in models_in(field.annotation))
 
 
 def mentioned_keys(text: str) -> Iterator[str]:

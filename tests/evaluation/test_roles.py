@@ -127,7 +127,7 @@ def test_every_attack_runs_on_every_model(evaluated: tuple[dict[str, Any], list[
     results, seen, _ = evaluated
     for role in MODEL_ROLES:
         blocks = results[role]["attacks"]
-        assert set(blocks) == set(KNOWN)
+        assert set(blocks) == set(KNOWN) - {"prefill_thinking"}, "the organism does not think"
         for name, block in blocks.items():
             assert block["n"] == {"prefill": 8, "static_strings": 2}.get(name, BEHAVIOURS)
             assert sum(block["outcomes"].values()) == block["trials"] >= block["n"]
