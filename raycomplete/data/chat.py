@@ -55,13 +55,13 @@ class ChatCodec:
                 "Set eos_token in its tokenizer_config.json.",
             )
         self._vocabulary: dict[str, int] = self._tokenizer.get_vocab()
-        self._vocab_size = min(max(self._vocabulary.values()) + 1, self._rows())
+        self._vocab_size: int = min(max(self._vocabulary.values()) + 1, self._rows())
         self._arguments = {"strftime_now": _DATE.strftime, **(arguments or {})}
         self._suffixes = {True: "", False: ""}
         self._frame = self._find_frame()
         self._check_arguments(arguments or {})
         end = self._end_of_turn()
-        self._eos_id: int = int(self._tokenizer.eos_token_id if end is None else end)
+        self._eos_id = int(self._tokenizer.eos_token_id if end is None else end)
         special = self._tokenizer.added_tokens_encoder
         ends = {special[token] for token in END_OF_TEXT if token in special} | self._generation_ends()
         self._eos_ids = frozenset(ends | {self._eos_id, int(self._tokenizer.eos_token_id)})

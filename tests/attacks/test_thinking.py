@@ -29,7 +29,7 @@ from raycomplete.evaluation.roles import evaluate_roles
 from raycomplete.evaluation.runner import EvaluationSets, evaluate_model
 from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import DataError
-from raycomplete.runtime.types import Prompt
+from raycomplete.runtime.types import Prompt, PromptKind
 from raycomplete.serving.schemas import CompletionRequest
 from tests.attacks.scripted import COMPLY, REFUSE
 from tests.data.chat_families import CHAT_FAMILIES, save_family
@@ -132,7 +132,7 @@ def test_every_role_thinks_within_the_budget_of_the_run_file(tmp_path: Path) -> 
     config = parse(tree, "test")
     codec = ChatCodec(tmp_path, arguments={"enable_thinking": True})
     model = Thinker(codec, "qwen3", "They want it. " * 20, COMPLY)
-    prompts = {kind: (replace(ASKED, kind=kind),) for kind in KINDS}
+    prompts: dict[PromptKind, tuple[Prompt, ...]] = {kind: (replace(ASKED, kind=kind),) for kind in KINDS}
     models = Models({"aligned": tmp_path}, {}, codec)
     run = Run(config, tmp_path, models, Prompts({}, prompts), Console(quiet=True), Cluster(use_gpu=False))
     run.engines = Engines(SimpleNamespace(with_weights=lambda _: model))  # type: ignore[arg-type]
@@ -173,10 +173,10 @@ def test_a_long_thought_is_closed_and_the_answer_asked_for(make: Make, temperatu
     target, model = make("They want it. " * 20, COMPLY)
     trials = plain_trials(target, "a", "v", [ASKED, ASKED], LONGEST)
     decoding = replace(trials[0].decoding, temperature=temperature)
+    frame = target.codec.frame
+    assert frame is not None
     for tokens in target.draw([trial.sequence for trial in trials], decoding, 7):
         response = target.response(trials[0].sequence, (), tokens)
-        frame = target.codec.frame
-        assert frame is not None
         assert response.thinking[BUDGET:] == frame.closing
         assert target.codec.decode(response.tokens) == COMPLY
     (_, first, seed), *later = model.calls
