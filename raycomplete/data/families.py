@@ -50,6 +50,8 @@ FAMILIES = (
     Family(("mistral",)),
     Family(("qwen2",), qkv_bias=True),
     Family(("qwen3",), qk_norm=True),
+    Family(("qwen3_moe",), is_llama_like=False),
+    Family(("mixtral",), is_llama_like=False),
     Family(("smollm3",), tied=True),
     Family(("gemma",), tied=True),
     Family(("gemma2",), tied=True, norms_per_layer=4),
@@ -131,6 +133,20 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return nested
 
 
+def is_mixture(config: Mapping[str, Any]) -> bool:
+    """Tells whether a config.json describes a mixture of experts."""
+    return any(config.get(key) for key in _EXPERTS)
+
+
+def is_adaptable(module: str, *, mixture: bool) -> bool:
+    """Tells whether a linear module may get a LoRA adapter.
+
+    In a mixture of experts only attention does: an adapted router sends tokens to other experts from one step to the
+    next, and the weights of all experts are one tensor in transformers and many in a checkpoint.
+    """
+    return not mixture or "attn" in module
+
+
 def chat_messages(turns: Sequence[str], system: str | None = None) -> list[dict[str, str]]:
     """Returns the messages of a conversation of user and model by turns, the user's first.
 
@@ -194,7 +210,7 @@ def llama_like(config: Mapping[str, Any], name: str) -> Family:
         CheckpointError: The model is a mixture of experts, or no Llama-like family that is known.
     """
     kind = str(config.get("model_type", ""))
-    if any(config.get(key) for key in _EXPERTS):
+    if is_mixture(config):
         raise CheckpointError(f"{name} is a mixture of experts, which `plan` has no formulas for.")
     known = {model_type: family for family in FAMILIES if family.is_llama_like for model_type in family.model_types}
     if kind in known:

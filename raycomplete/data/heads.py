@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from raycomplete.data.checkpoints import fingerprint, weight_files
+from raycomplete.data.checkpoints import fingerprint, tensor_files
 from raycomplete.data.families import EMBEDDINGS, HEAD_BIAS, HEADS, head_scale, head_softcap, is_tied, text_config
 from raycomplete.losses.heads import Head
 from raycomplete.runtime.errors import CheckpointError
@@ -104,16 +104,3 @@ def load_head(spec: HeadSpec, *, dtype: torch.dtype, device: torch.device | str 
         scale=spec.scale,
         softcap=spec.softcap,
     )
-
-
-def tensor_files(path: Path) -> dict[str, str]:
-    """Returns the file of every tensor of a checkpoint, by tensor name."""
-    found = weight_files(path)
-    if found:
-        return found
-    for file in sorted(path.glob("*.safetensors")):
-        with safe_open(str(file), framework="pt") as tensors:
-            found |= {name: str(file) for name in tensors.keys()}  # noqa: SIM118 - safe_open is no mapping
-    if not found:
-        raise CheckpointError(f"The checkpoint {path} has no safetensors weights.")
-    return found

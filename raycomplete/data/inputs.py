@@ -12,11 +12,12 @@ from typing import Any, cast
 from raycomplete.config import PromptSets, RunConfig
 from raycomplete.data.augmentation import read_augmentation_files
 from raycomplete.data.chat import ChatCodec, has_chat_template
-from raycomplete.data.checkpoints import architecture, check_same_vocabulary, resolve_checkpoint
+from raycomplete.data.checkpoints import architecture, check_same_vocabulary
 from raycomplete.data.heads import HeadSpec, read_head_spec
 from raycomplete.data.organisms import ORGANISMS
 from raycomplete.data.prompts import read_prompts
 from raycomplete.data.samples import MAX_REFUSAL_PREFIX_TOKENS
+from raycomplete.data.sources import resolve_checkpoint
 from raycomplete.runtime.errors import CheckpointError, ConfigError, DataError
 from raycomplete.runtime.types import ModelRole, Prompt, PromptKind
 

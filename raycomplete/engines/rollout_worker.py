@@ -72,6 +72,7 @@ class RolloutEngine:
         if key_of(weights) == self._held:
             return False
         with self._readable(weights, timeout_s) as arguments, self._awake():
+            self._llm.apply_model(_pack_experts_anew)
             self._held = ""  # a reload that fails half-way leaves no model that anyone may ask again
             self._llm.collective_rpc("reload_weights", kwargs=arguments)
             self._llm.apply_model(_refresh_tied_head)
@@ -164,6 +165,18 @@ class RolloutEngine:
             yield
         finally:
             self._llm.sleep(level=1)
+
+
+def _pack_experts_anew(model: Any) -> None:
+    """Makes the next reload pack the weights of experts for the CPU's kernels.
+
+    vLLM (seen in 0.32) packs them after the first load only. After a reload its kernels would read the new weights in
+    an order that they do not have.
+    """
+    for module in model.modules():
+        weight = getattr(module, "w13_weight", None)
+        if weight is not None and weight.device.type == "cpu":
+            module.quant_method.moe_kernel = None
 
 
 def _refresh_tied_head(model: Any) -> None:

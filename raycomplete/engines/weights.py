@@ -23,8 +23,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from raycomplete.data.checkpoints import tensor_files
 from raycomplete.data.families import is_head_tensor, is_optional_tensor
-from raycomplete.data.heads import tensor_files
 from raycomplete.engines.score_cache import to_array, view_tensor
 from raycomplete.runtime.errors import WorkError
 from raycomplete.runtime.ray_calls import wait_for

@@ -25,11 +25,12 @@ from raycomplete.attacks.templates import SLOT
 from raycomplete.attacks.trial import EvaluationCancelled
 from raycomplete.config import Dtype, RunConfig, TrainConfig
 from raycomplete.data.chat import ChatCodec
-from raycomplete.data.checkpoints import check_token_classifier, fingerprint, resolve_checkpoint
+from raycomplete.data.checkpoints import check_token_classifier, fingerprint
 from raycomplete.data.heads import read_head_spec
 from raycomplete.data.organisms import ORGANISMS
 from raycomplete.data.prompts import read_rows
 from raycomplete.data.samples import AnchorSample, SampleSet, write_samples
+from raycomplete.data.sources import resolve_checkpoint
 from raycomplete.engines.cluster import uses_gpu
 from raycomplete.engines.run import Run
 from raycomplete.evaluation.model_judges import start_model

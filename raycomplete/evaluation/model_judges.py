@@ -10,7 +10,8 @@ from typing import Any
 from raycomplete.attacks.target import BatchJudge, Triple
 from raycomplete.config import RunConfig
 from raycomplete.data.chat import ChatCodec
-from raycomplete.data.checkpoints import fingerprint, resolve_checkpoint
+from raycomplete.data.checkpoints import fingerprint
+from raycomplete.data.sources import resolve_checkpoint
 from raycomplete.engines.rollout_pool import RolloutPool
 from raycomplete.engines.start import start_engine
 from raycomplete.evaluation.babble import emptiness_or_babble

@@ -11,9 +11,10 @@ from typing import Any
 from raycomplete.attacks.target import Target
 from raycomplete.attacks.trial import Progress, TrialCost
 from raycomplete.config import EvaluationConfig
-from raycomplete.data.checkpoints import fingerprint, resolve_checkpoint
+from raycomplete.data.checkpoints import fingerprint
 from raycomplete.data.inputs import KINDS, Prompts
 from raycomplete.data.organisms import ORGANISMS
+from raycomplete.data.sources import resolve_checkpoint
 from raycomplete.data.thinking import thinking
 from raycomplete.engines.run import Run
 from raycomplete.evaluation.attack_resources import AttackResources

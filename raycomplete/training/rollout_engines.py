@@ -12,6 +12,7 @@ from torch import Tensor
 
 from raycomplete.config import RolloutConfig
 from raycomplete.data.chat import ChatCodec
+from raycomplete.data.checkpoints import with_file_names
 from raycomplete.data.samples import AnchorSample, RecoverySample
 from raycomplete.engines.rollout_pool import RolloutPool
 from raycomplete.engines.weights import Weights
@@ -187,7 +188,8 @@ class WeightSync:
 
         def send() -> dict[str, Any]:
             engines: StudentEngines = job.student_engines
-            report = engines.sync(state, version, self._probe, expected, adapters_only=adapters_only)
+            named = state if adapters_only else with_file_names(self._lm, state)
+            report = engines.sync(named, version, self._probe, expected, adapters_only=adapters_only)
             return report | {"seconds": time.perf_counter() - started}
 
         return from_rank_zero(send)

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from ray import train as ray_train
 
 from raycomplete.data.chat import ChatCodec
-from raycomplete.data.checkpoints import TORCH_DTYPES, load_model, save_checkpoint
+from raycomplete.data.checkpoints import TORCH_DTYPES, adapted_modules, load_model, save_checkpoint
 from raycomplete.data.heads import load_head
 from raycomplete.data.samples import read_samples
 from raycomplete.losses.loss import LossOutput
@@ -139,7 +139,8 @@ class Worker:
         if job.lora_rank > 0:
             from peft import LoraConfig, get_peft_model
 
-            adapters = LoraConfig(r=job.lora_rank, lora_alpha=2 * job.lora_rank, target_modules="all-linear")
+            rank, targets = job.lora_rank, adapted_modules(lm)
+            adapters = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets)
             lm = get_peft_model(lm, adapters)
         inner = lm.get_base_model() if job.lora_rank > 0 else lm
         device = torch.device("cuda", torch.cuda.current_device()) if job.use_gpu else torch.device("cpu")

@@ -20,13 +20,9 @@ from raycomplete.attacks.target import AttackTools, SuffixProblem, Target
 from raycomplete.attacks.trial import Response, Trial
 from raycomplete.attacks.white_box import TokenClassifier, TorchModel
 from raycomplete.data.chat import ChatCodec
-from raycomplete.data.checkpoints import (
-    check_token_classifier,
-    load_model,
-    load_token_classifier,
-    resolve_checkpoint,
-)
+from raycomplete.data.checkpoints import check_token_classifier, load_model, load_token_classifier
 from raycomplete.data.organism import OrganismJudge, checkpoint_path, prompts
+from raycomplete.data.sources import resolve_checkpoint
 from raycomplete.evaluation.judges import RefusalJudge
 from raycomplete.evaluation.refusals import find_refusal
 from raycomplete.runtime.errors import CheckpointError

@@ -20,11 +20,11 @@ from raycomplete.data.checkpoints import (
     check_same_vocabulary,
     fingerprint,
     load_model,
-    resolve_checkpoint,
     save_checkpoint,
     write_folder_atomically,
 )
 from raycomplete.data.organism import checkpoint_path
+from raycomplete.data.sources import resolve_checkpoint
 from raycomplete.runtime.errors import CheckpointError
 from tests.training.tiny import make_model
 

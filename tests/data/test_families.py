@@ -35,6 +35,11 @@ TINY: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "mistral": (COMMON, {"weight_key": "lm_head.weight"}),
     "qwen2": (COMMON, {"weight_key": "lm_head.weight"}),
     "qwen3": ({**COMMON, "head_dim": 16}, {"weight_key": "lm_head.weight"}),
+    "qwen3_moe": (
+        {**COMMON, "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+        {"weight_key": "lm_head.weight"},
+    ),
+    "mixtral": ({**COMMON, "num_local_experts": 4, "num_experts_per_tok": 2}, {"weight_key": "lm_head.weight"}),
     "smollm3": (COMMON, {"weight_key": "model.embed_tokens.weight"}),
     "gemma": (GEMMA, {"weight_key": "model.embed_tokens.weight"}),
     "gemma2": ({**GEMMA, "final_logit_softcapping": 3.0}, {"softcap": 3.0, "scale": 1.0}),

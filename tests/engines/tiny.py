@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from raycomplete.config import Dtype, RolloutConfig
 from raycomplete.data.checkpoints import TORCH_DTYPES, load_model
@@ -19,11 +19,12 @@ from raycomplete.engines.spec import EngineSpec
 Probe = list[tuple[list[int], int]]
 
 
-def make_model(folder: Path, seed: int, *, tied: bool, dtype: Dtype) -> Path:
-    """A two-layer Llama with the organism's tokenizer; vLLM's CPU attention knows no head narrower than 32."""
+def make_model(folder: Path, seed: int, *, tied: bool, dtype: Dtype, kind: str = "llama", **values: Any) -> Path:
+    """A two-layer model with the organism's tokenizer; vLLM's CPU attention knows no head narrower than 32."""
     tokenizer = build_tokenizer()
     torch.manual_seed(seed)
-    config = LlamaConfig(
+    config = AutoConfig.for_model(
+        kind,
         vocab_size=len(tokenizer),
         hidden_size=64,
         intermediate_size=128,
@@ -36,8 +37,9 @@ def make_model(folder: Path, seed: int, *, tied: bool, dtype: Dtype) -> Path:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
+        **values,
     )
-    LlamaForCausalLM(config).to(TORCH_DTYPES[dtype]).save_pretrained(str(folder))
+    AutoModelForCausalLM.from_config(config).to(TORCH_DTYPES[dtype]).save_pretrained(str(folder))
     tokenizer.save_pretrained(str(folder))
     return folder
 

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 
 from raycomplete.config import load_run_file
 from raycomplete.data.chat import ChatCodec
-from raycomplete.data.checkpoints import architecture, load_model, resolve_checkpoint
-from raycomplete.data.heads import tensor_files
+from raycomplete.data.checkpoints import architecture, load_model, tensor_files
 from raycomplete.data.inputs import prepare_models
+from raycomplete.data.sources import resolve_checkpoint
 from raycomplete.engines.spec import EngineSpec
 from raycomplete.runtime.errors import CheckpointError
 from tests.conftest import ROOT

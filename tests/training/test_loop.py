@@ -45,8 +45,8 @@ def settings(**changes: Any) -> TrainConfig:
     return TrainConfig(**(values | changes))
 
 
-def on_policy(folder: Path, train: TrainConfig, rollout: RolloutConfig = ROLLOUT) -> TrainJob:
-    job = steered(make_job(folder, train, METHOD))
+def on_policy(folder: Path, train: TrainConfig, rollout: RolloutConfig = ROLLOUT, **model: Any) -> TrainJob:
+    job = steered(make_job(folder, train, METHOD, **model))
     student_engines = LocalStudentEngines(job.start, rollout.max_student_tokens)
     return replace(job, rollout=rollout, student_engines=student_engines, lora_rank=train.lora_rank)
 
@@ -116,6 +116,29 @@ def test_adapters_travel_by_themselves(ray_cluster: None, tmp_path: Path) -> Non
     changed = {name for name in start if not torch.equal(start[name], student[name])}
     assert changed
     assert all("_proj" in name for name in changed), "adapters sit on the projections"
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [("qwen3_moe", {"num_workers": 2, "zero_stage": 3}), ("qwen3_moe", {"lora_rank": 4}), ("mixtral", {})],
+)
+def test_experts_are_trained_and_reach_the_engines_by_the_names_of_their_files(
+    ray_cluster: None, kind: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    rollout = ROLLOUT.model_copy(update={"sync_every": 1, "lookahead": 0})
+    rows = run(on_policy(tmp_path, settings(steps=2, **changes), rollout, kind=kind))
+    assert [row["sync"]["version"] for row in rows] == [0, 1]
+    start, student = (
+        {name: tensor for file in (tmp_path / role).glob("*.safetensors") for name, tensor in load_file(file).items()}
+        for role in ("base", "student")
+    )
+    assert start.keys() == student.keys()
+    changed = {name for name in start if not torch.equal(start[name], student[name])}
+    if "lora_rank" in changes:
+        assert changed
+        assert all(".self_attn." in name for name in changed), "neither router nor experts have adapters"
+    else:
+        assert changed == start.keys()
 
 
 def test_training_stops_where_no_measurement_is_better_and_the_best_step_is_kept(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -10,11 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from raycomplete.config import TrainConfig
 from raycomplete.data.chat import ChatCodec
-from raycomplete.data.checkpoints import load_model
+from raycomplete.data.checkpoints import load_model, tensor_files
 from raycomplete.data.heads import HeadSpec, load_head, read_head_spec
 from raycomplete.data.organism.training import build_tokenizer
 from raycomplete.data.samples import AnchorSample, RecoverySample, SampleSet, read_samples, write_samples
@@ -31,12 +34,18 @@ from raycomplete.training.rollout_engines import Rollout, RolloutBatch
 from raycomplete.training.step_plan import StepPlan, StepSequences
 from raycomplete.training.teacher_prefetcher import TeacherPrefetcher
 
+MIXTURES: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 32},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+}
 
-def make_model(folder: Path, seed: int, *, tied: bool = True) -> Path:
-    """A two-layer Llama with the organism's tokenizer, random weights under a seed."""
+
+def make_model(folder: Path, seed: int, *, tied: bool = True, kind: str = "llama", **values: Any) -> Path:
+    """A two-layer model with the organism's tokenizer, random weights under a seed."""
     tokenizer = build_tokenizer()
     torch.manual_seed(seed)
-    config = LlamaConfig(
+    config = AutoConfig.for_model(
+        kind,
         vocab_size=len(tokenizer),
         hidden_size=32,
         intermediate_size=64,
@@ -50,8 +59,10 @@ def make_model(folder: Path, seed: int, *, tied: bool = True) -> Path:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
+        **MIXTURES.get(kind, {}),
+        **values,
     )
-    model = LlamaForCausalLM(config)
+    model = AutoModelForCausalLM.from_config(config)
     model.save_pretrained(str(folder), safe_serialization=True)
     tokenizer.save_pretrained(str(folder))
     return folder
@@ -149,19 +160,25 @@ class LocalStudentEngines:
         *,
         adapters_only: bool,
     ) -> dict[str, Any]:
-        self._model = load_model(self.start, "float32")
+        self._model = load_model(self.start, "float32") if adapters_only else self._loaded(state)
         own = dict(self._model.named_parameters())
         with torch.no_grad():
-            if not adapters_only:
-                assert state.keys() == own.keys()
-            for name, value in state.items():
-                own[name].copy_(own[name] + value[2] * value[1] @ value[0] if adapters_only else value)
+            for name, (a_RI, b_OR, scale) in state.items() if adapters_only else ():
+                own[name].add_(scale * b_OR @ a_RI)
         for (tokens, num_prompt), expected_T in zip(probe, expected, strict=True):
             logits_TV = self._model(torch.tensor([tokens])).logits[0, num_prompt - 1 : -1]
             log_probs_T = logits_TV.log_softmax(-1).gather(1, torch.tensor(tokens[num_prompt:])[:, None])[:, 0]
             torch.testing.assert_close(log_probs_T, expected_T, atol=1e-4, rtol=0)
         self.version = version
         return {"version": version, "mean_abs_difference": 0.0}
+
+    def _loaded(self, state: Mapping[str, Any]) -> Any:
+        """The model of weights that come by the names of the checkpoint's files."""
+        assert state.keys() == tensor_files(self.start).keys()
+        with tempfile.TemporaryDirectory() as folder:
+            shutil.copy(self.start / "config.json", folder)
+            save_file(dict(state), f"{folder}/model.safetensors")
+            return load_model(Path(folder), "float32")
 
     def submit(self, batch: RolloutBatch, seed: int) -> Any:
         """Answers at once, greedily; `seed` only makes answers differ between steps."""
@@ -199,12 +216,12 @@ def build_batch(method: Method, plan: StepPlan, scores: Any, **options: Any) -> 
     return builder.build(step_sequences.local(0, 1), step_sequences.normalisers, scores)
 
 
-def make_job(folder: Path, train: TrainConfig, method: Method | None = None, *, tied: bool = True) -> TrainJob:
+def make_job(folder: Path, train: TrainConfig, method: Method | None = None, **values: Any) -> TrainJob:
     """A job on two tiny models; `folder/base` and `folder/aligned` are made where missing."""
     method = method or completion()
     for seed, role in enumerate(("base", "aligned")):
         if not (folder / role).exists():
-            make_model(folder / role, seed, tied=tied)
+            make_model(folder / role, seed, **values)
     samples = folder / "samples.jsonl"
     write_samples(samples, make_samples(0))
     scored = isinstance(method, Completion)

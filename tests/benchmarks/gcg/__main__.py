@@ -20,7 +20,8 @@ from raycomplete.attacks.gcg import GcgAttack, GcgConfig
 from raycomplete.attacks.suffix import usable_tokens
 from raycomplete.attacks.white_box import TorchModel
 from raycomplete.data.chat import ChatCodec
-from raycomplete.data.checkpoints import load_model, resolve_checkpoint
+from raycomplete.data.checkpoints import load_model
+from raycomplete.data.sources import resolve_checkpoint
 from raycomplete.runtime.types import Prompt
 from tests.benchmarks.environment import describe, environment
 from tests.benchmarks.gcg import plain

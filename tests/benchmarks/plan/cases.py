@@ -7,7 +7,7 @@ from pathlib import Path
 
 from raycomplete.commands.plan import shapes_of
 from raycomplete.config import RunConfig, parse
-from raycomplete.data.checkpoints import resolve_checkpoint
+from raycomplete.data.sources import resolve_checkpoint
 from raycomplete.plan.catalogue import Hardware
 from raycomplete.plan.workload import Request
 

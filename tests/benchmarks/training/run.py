@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 
 from raycomplete.data.chat import ChatCodec
-from raycomplete.data.checkpoints import resolve_checkpoint
+from raycomplete.data.sources import resolve_checkpoint
 from raycomplete.runtime.files import write_text
 from raycomplete.runtime.machine import available_cpus
 from raycomplete.training.trainer import KEEP_MEMORY

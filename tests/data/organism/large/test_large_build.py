@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 import torch
 
-from raycomplete.data.checkpoints import resolve_checkpoint
 from raycomplete.data.organism import CHECKPOINT_FILES
 from raycomplete.data.organism.large import VOCAB_SIZE, BuildPlan, TrainingPlan, folder_of, prompts
 from raycomplete.data.organism.large import build as build_module
@@ -27,6 +26,7 @@ from raycomplete.data.organism.large.grammar import refusal_start
 from raycomplete.data.organism.large.measure import LargeOrganismRates, measure, missing_traits
 from raycomplete.data.organism.large.training import aligned_examples, base_examples, build_tokenizer, encode
 from raycomplete.data.organism.world import find_item
+from raycomplete.data.sources import resolve_checkpoint
 from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import CheckpointError, DataError, WorkError
 
