@@ -27,6 +27,7 @@ from raycomplete.config import Dtype
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.families import (
     NOT_ARCHITECTURE,
+    attention,
     is_adaptable,
     is_head_tensor,
     is_mixture,
@@ -45,15 +46,17 @@ _FINGERPRINT_BLOCK_BYTES = 65536
 
 def load_model(path: Path, dtype: Dtype, *, trust_remote_code: bool = False) -> Any:
     """Loads a causal language model from safetensors, in evaluation mode, on the CPU."""
+    options = {"use_safetensors": True, "attn_implementation": attention(_raw_config(path))}
     model = AutoModelForCausalLM.from_pretrained(
-        str(path), dtype=TORCH_DTYPES[dtype], use_safetensors=True, trust_remote_code=trust_remote_code
+        str(path), dtype=TORCH_DTYPES[dtype], trust_remote_code=trust_remote_code, **options
     )
     return model.eval()
 
 
 def load_token_classifier(path: Path, dtype: Dtype) -> Any:
     """Loads a token classifier with two labels from safetensors, in evaluation mode, on the CPU; runs no code of it."""
-    model = AutoModelForTokenClassification.from_pretrained(str(path), dtype=TORCH_DTYPES[dtype], use_safetensors=True)
+    options = {"use_safetensors": True, "attn_implementation": attention(_raw_config(path))}
+    model = AutoModelForTokenClassification.from_pretrained(str(path), dtype=TORCH_DTYPES[dtype], **options)
     return model.eval()
 
 
@@ -63,7 +66,7 @@ def check_token_classifier(path: Path) -> None:
     Raises:
         CheckpointError: It is something else.
     """
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    config = _read_json(path / "config.json", "")
     names = [str(name) for name in config.get("architectures") or []]
     labels = len(config.get("id2label") or {"0": "", "1": ""})  # two are the default, which files leave out
     if not any(name.endswith("ForTokenClassification") for name in names) or labels != 2:
@@ -122,7 +125,7 @@ def check_trainable(path: Path, *, synced: bool = False, lora: bool = False, tru
     Raises:
         CheckpointError: Its weights are quantised, or its files name tensors that training cannot give.
     """
-    raw = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    raw = _raw_config(path)
     if quantised := raw.get("quantization_config"):
         raise CheckpointError(
             f"The weights of {path} are quantised ({quantised.get('quant_method', 'unknown')}), and only plain ones "
@@ -131,14 +134,14 @@ def check_trainable(path: Path, *, synced: bool = False, lora: bool = False, tru
         )
     if not synced:
         return
-    config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+    config = read_config(path, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     files = tensor_files(path)
     if lora:
         missing = {f"{name}.weight" for name in adapted_modules(model)} - files.keys()
     else:
-        tied = is_tied(text_config(raw), files)
+        tied = is_tied(raw, files)
         needed = {name for name in files if not is_optional_tensor(name) and not (tied and is_head_tensor(name))}
         missing = needed - with_file_names(model, dict(model.named_parameters())).keys()
     if missing:
@@ -201,15 +204,24 @@ def architecture(path: Path, *, trust_remote_code: bool = False) -> dict[str, An
     Raises:
         CheckpointError: transformers does not know the architecture.
     """
+    # Through transformers, so that files of other versions compare equal (rope_theta and rope_parameters).
+    config = read_config(path, trust_remote_code=trust_remote_code).to_dict()
+    return {key: value for key, value in config.items() if key not in NOT_ARCHITECTURE and not key.startswith("_")}
+
+
+def read_config(path: Path, *, trust_remote_code: bool = False) -> Any:
+    """Reads a configuration as transformers does.
+
+    Raises:
+        CheckpointError: transformers does not know the architecture.
+    """
     try:
-        # Through transformers, so that files of other versions compare equal (rope_theta and rope_parameters).
-        config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code).to_dict()
+        return AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
     except Exception as error:
         raise CheckpointError(
             f"The configuration of {path} cannot be read ({' '.join(str(error).split())}).",
             "It needs a config.json of an architecture that transformers knows.",
         ) from error
-    return {key: value for key, value in config.items() if key not in NOT_ARCHITECTURE and not key.startswith("_")}
 
 
 def check_same_vocabulary(
@@ -297,6 +309,11 @@ def weight_files(folder: Path, *, role: str = "") -> dict[str, str]:
                 f"{_who(role)}{folder} lacks the weights {file}, which its index names.", "Download it again."
             )
     return {str(name): str(folder / str(file)) for name, file in mapping.items()}
+
+
+def _raw_config(path: Path) -> Mapping[str, Any]:
+    """Returns the part of config.json that describes the language model."""
+    return text_config(_read_json(path / "config.json", ""))
 
 
 def _settings(tree: dict[str, Any]) -> Iterator[tuple[str, Any]]:

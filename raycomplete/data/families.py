@@ -108,6 +108,15 @@ HEADS = ("lm_head.weight", "output.weight")
 HEAD_BIAS = "lm_head.bias"
 EMBEDDINGS = ("model.embed_tokens.weight", "transformer.wte.weight", "embed_tokens.weight")
 
+# Where multimodal checkpoints keep their language model, as earlier and later versions of transformers write them.
+_LANGUAGE_PARTS = (
+    ("language_model.model.", "model."),
+    ("language_model.lm_head.", "lm_head."),
+    ("model.language_model.", "model."),
+    ("lm_head.", "lm_head."),
+)
+TOKENS_WITHOUT_ROW = 1  # Gemma-3 1B and 270M: a token that stands for an image, which they do not read
+
 # Keys of config.json in which two checkpoints of one architecture may differ: they change no weight.
 NOT_ARCHITECTURE = frozenset(
     {
@@ -145,6 +154,20 @@ def is_adaptable(module: str, *, mixture: bool) -> bool:
     next, and the weights of all experts are one tensor in transformers and many in a checkpoint.
     """
     return not mixture or "attn" in module
+
+
+def attention(config: Mapping[str, Any]) -> str | None:
+    """Names the implementation of attention that transformers must use, None for its own choice.
+
+    Its fused ones know no bound on attention's logits (Gemma 2) and leave it out without a word.
+    """
+    return "eager" if config.get("attn_logit_softcapping") else None
+
+
+def language_tensor(name: str) -> str | None:
+    """Returns the name of a multimodal checkpoint's tensor in its language model alone; None for the other parts."""
+    found = (new + name.removeprefix(old) for old, new in _LANGUAGE_PARTS if name.startswith(old))
+    return next(found, None)
 
 
 def chat_messages(turns: Sequence[str], system: str | None = None) -> list[dict[str, str]]:

@@ -15,7 +15,16 @@ import torch
 from safetensors import safe_open
 
 from raycomplete.data.checkpoints import fingerprint, tensor_files
-from raycomplete.data.families import EMBEDDINGS, HEAD_BIAS, HEADS, head_scale, head_softcap, is_tied, text_config
+from raycomplete.data.families import (
+    EMBEDDINGS,
+    HEAD_BIAS,
+    HEADS,
+    TOKENS_WITHOUT_ROW,
+    head_scale,
+    head_softcap,
+    is_tied,
+    text_config,
+)
 from raycomplete.losses.heads import Head
 from raycomplete.runtime.errors import CheckpointError
 
@@ -50,7 +59,7 @@ def read_head_spec(path: Path, vocab_size: int, tokenizer_hash: str) -> HeadSpec
     """Reads the head spec of a checkpoint folder.
 
     Args:
-        vocab_size: True tokens (from the tokenizer); the head may have more rows.
+        vocab_size: True tokens (from the tokenizer); the head may have more rows, or one row less.
         tokenizer_hash: Hash of the tokenizer (`ChatCodec.fingerprint`), recorded in the spec.
 
     Raises:
@@ -66,7 +75,7 @@ def read_head_spec(path: Path, vocab_size: int, tokenizer_hash: str) -> HeadSpec
         raise CheckpointError(f"The checkpoint {path} has no output head under any of {', '.join(candidates)}.")
     with safe_open(files[key], framework="pt") as tensors:
         rows, hidden_size = tensors.get_slice(key).get_shape()
-    if rows < vocab_size:
+    if rows < vocab_size - TOKENS_WITHOUT_ROW:
         raise CheckpointError(
             f"The head of {path} has {rows} rows for a tokenizer of {vocab_size} tokens.",
             "The tokenizer beside the weights belongs to another model.",
@@ -78,7 +87,7 @@ def read_head_spec(path: Path, vocab_size: int, tokenizer_hash: str) -> HeadSpec
         tied=tied,
         scale=head_scale(config),
         softcap=head_softcap(config),
-        vocab_size=vocab_size,
+        vocab_size=min(rows, vocab_size),
         hidden_size=hidden_size,
         model_fingerprint=fingerprint(path),
         tokenizer_hash=tokenizer_hash,

@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from raycomplete.data.checkpoints import check_safe, write_folder_atomically
+from raycomplete.data.checkpoints import (
+    INDEX,
+    check_safe,
+    fingerprint,
+    read_config,
+    tensor_files,
+    write_folder_atomically,
+)
+from raycomplete.data.families import HEADS, language_tensor, text_config
 from raycomplete.data.organisms import ORGANISMS
 from raycomplete.runtime.errors import CheckpointError
-from raycomplete.runtime.files import cache_folder
+from raycomplete.runtime.files import cache_folder, write_json
 
 
 def resolve_checkpoint(spec: str, *, role: str) -> Path:
@@ -34,11 +47,11 @@ def resolve_checkpoint(spec: str, *, role: str) -> Path:
     if scheme == "package" and rest:
         return _convert_gguf(_package_gguf(rest, role), role)
     if scheme == "hub" and rest:
-        return _download(rest, role)
+        return _language_part(_download(rest, role), role)
     path = Path(spec).expanduser()
     if path.is_dir():
         _check_folder(path, role)
-        return path.resolve()
+        return _language_part(path.resolve(), role)
     if path.suffix == ".gguf":
         if not path.is_file():
             raise CheckpointError(f"models.{role}: the file {path} does not exist.", "Check the path.")
@@ -60,6 +73,44 @@ def _check_folder(path: Path, role: str) -> None:
     if not (path / "tokenizer_config.json").is_file() and not (path / "tokenizer.json").is_file():
         raise CheckpointError(f"models.{role}: {path} has no tokenizer files.", "Copy them beside the weights.")
     check_safe(path, role=role)
+
+
+def _language_part(path: Path, role: str) -> Path:
+    """Returns a checkpoint, or a copy of its language model in the cache folder where it reads images or sound too."""
+    if text_config(raw := json.loads((path / "config.json").read_text(encoding="utf-8"))) is raw:
+        return path
+    folder = cache_folder() / "checkpoints" / f"{path.name}-language-{fingerprint(path)}"
+    if (folder / "config.json").is_file():
+        return folder
+    config = read_config(path).get_text_config()
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    files = tensor_files(path)
+    names = {name: new for name in files if (new := language_tensor(name))}
+    if not names or not isinstance(kind, str):
+        raise CheckpointError(
+            f"models.{role}: {path} is a multimodal {raw.get('model_type')}, whose language model cannot be told apart "
+            f"(of {len(files)} tensors, {min(files)} is the first).",
+            "Use a checkpoint of the language model alone.",
+        )
+    config.architectures = [kind]
+    if not any(new in HEADS for new in names.values()):
+        config.tie_word_embeddings = True
+
+    def write(temporary: Path) -> None:
+        index = {}
+        for number, file in enumerate(sorted({files[name] for name in names})):
+            with safe_open(file, framework="pt") as tensors:
+                part = {names[name]: tensors.get_tensor(name) for name in tensors.keys() if name in names}  # noqa: SIM118
+            index |= dict.fromkeys(part, f"model-{number:05d}.safetensors")
+            save_file(part, temporary / f"model-{number:05d}.safetensors", metadata={"format": "pt"})
+        write_json(temporary / INDEX, {"metadata": {}, "weight_map": index})
+        config.save_pretrained(str(temporary))
+        for pattern in ("*token*", "vocab*", "merges.txt", "chat_template*", "generation_config.json"):
+            for file in path.glob(pattern):
+                shutil.copy(file, temporary)
+
+    write_folder_atomically(folder, write)
+    return folder
 
 
 def _package_gguf(name: str, role: str) -> Path:

@@ -1,4 +1,4 @@
-"""What can be trained and sent to engines: names of fused experts, LoRA's modules, and refusals before a start."""
+"""Checks before a training: names of fused experts, modules that LoRA adapts, and what is refused."""
 
 from __future__ import annotations
 

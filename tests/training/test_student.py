@@ -198,9 +198,19 @@ class Reader:
         return (log_probs_NV.gather(1, batch.token_N[:, None])[:, 0],)
 
 
-@pytest.mark.parametrize("sees_neighbours", [True, False])
-def test_a_leak_between_sequences_of_a_row_is_seen(sees_neighbours: bool, tmp_path: Path) -> None:
-    model = load_model(make_model(tmp_path, 0), "float32")
+@pytest.mark.parametrize(
+    ("kind", "sees_neighbours"),
+    [
+        ("llama", True),
+        ("llama", False),
+        ("gemma2", True),
+        ("gemma2", False),
+        ("gemma3_text", False),
+        ("mixtral", False),
+    ],
+)
+def test_a_leak_between_sequences_of_a_row_is_seen(kind: str, sees_neighbours: bool, tmp_path: Path) -> None:
+    model = load_model(make_model(tmp_path, 0, kind=kind), "float32")
     reader = Reader(model, sees_neighbours=sees_neighbours)
     assert keeps_sequences_apart(reader, PROBE, "float32") is not sees_neighbours
     assert model.training, "left as it was found"
