@@ -20,6 +20,7 @@ from rich.markup import escape
 import raycomplete as rc
 from raycomplete.commands.submit import JOBS
 from raycomplete.config import load_run_file
+from raycomplete.data.organism import families, large
 from raycomplete.runtime.errors import ConfigError, LostJobError, ProcessDiedError, RaycompleteError, StoppedError
 from raycomplete.runtime.logs import log_failure
 from raycomplete.runtime.machine import let_idle_threads_sleep
@@ -207,27 +208,34 @@ def report(
 @organism_app.command("build")
 def organism_build(
     target: Annotated[
-        str, typer.Argument(metavar="large|FOLDER", help="The large organism, or a folder for the toy trained anew.")
-    ],
+        str | None,
+        typer.Argument(
+            metavar="[large|FOLDER]", help="The large organism, or a folder for the toy.", show_default=False
+        ),
+    ] = None,
     output: Annotated[
         Path | None, typer.Argument(help="Folder for the large one; the cache folder without.", show_default=False)
+    ] = None,
+    family: Annotated[
+        str | None,
+        typer.Option(help=f"Of the toy: {', '.join(families.FAMILIES)}. Without a folder, into the cache folder."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of weights and data.")] = 0,
 ) -> None:
     """Trains an organism's base and aligned checkpoints from scratch."""
-    if target != "large":
-        if output is not None:
-            raise ConfigError(f"There is no organism {target!r}.", "Choose `large`, or give one folder for the toy.")
-        from raycomplete.data.organism.build import build
+    if target == "large" and family is None:
+        organism, folder = large.built(seed), output
+    elif target == "large" or output or not (target or family):
+        raise ConfigError(
+            "This names no organism.", "Give `large`, or one folder for the toy, or --family, or a folder and --family."
+        )
+    else:
+        organism, folder = families.built(family or "llama", seed), Path(target) if target else None
+    from raycomplete.data.organism.build import build, build_into_cache
 
-        build(Path(target), seed=seed)
-        return
-    from raycomplete.data.organism.large.build import build as build_large
-    from raycomplete.data.organism.large.build import build_into_cache
-
-    if output is not None:
-        build_large(output, seed=seed)
-    Console().print(f"{build_into_cache(seed=seed) if output is None else output}", soft_wrap=True)
+    if folder is not None:
+        build(organism, folder)
+    Console().print(f"{build_into_cache(organism) if folder is None else folder}", soft_wrap=True)
 
 
 @judge_app.command("calibrate")

@@ -50,7 +50,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "matplotlib": frozenset({"report"}),
     "jinja2": frozenset({"report", "serving"}),
     "typer": frozenset({"cli", "commands"}),
-    "rich": frozenset({"runtime", "cli", "commands", "doctor", "data/organism/build.py"}),
+    "rich": frozenset({"runtime", "cli", "commands", "doctor"}),
 }
 # Importable before torch is (seconds), so that a wrong run file is refused at once.
 WITHOUT_TORCH = ("runtime", "config", "attacks", "methods", "plan", "storage", "cli")
@@ -254,7 +254,7 @@ def test_room_order_is_told_from_its_breach(file: str, source: str, is_wrong: bo
         ("training/trainer.py", "from ray.train.torch import TorchTrainer", False),
         ("engines/cluster.py", "import ray", False),
         ("serving/app.py", "from ray import serve", False),
-        ("data/organism/build.py", "from rich.progress import track", False),
+        ("doctor/command.py", "from rich.progress import track", False),
         ("engines/rollout_pool.py", "import ray.train", True),
         ("losses/loss.py", "from transformers import AutoModel", True),
         ("doctor/runner.py", "import vllm", True),

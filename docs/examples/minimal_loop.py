@@ -24,7 +24,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBas
 
 import raycomplete as rc
 from raycomplete.data import organism
-from raycomplete.data.organism.build import measure
+from raycomplete.data.organism.measure import measure
 from raycomplete.losses import Head, HiddenStates, LossInputs, LossSettings
 from raycomplete.runtime.types import PromptKind
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from raycomplete.config import RunConfig
-from raycomplete.data.organism import large
 from raycomplete.data.organisms import ORGANISMS
 from raycomplete.plan import catalogue
 from raycomplete.plan.catalogue import DEFAULT_MEASURED, GIB, Hardware, ModelShape
@@ -94,7 +93,7 @@ def _shape(spec: str, role: str | None = None) -> ModelShape:
     if role and scheme in ORGANISMS and rest:
         built = ORGANISMS[scheme].find_checkpoint(rest)
         if built is None:  # a plan trains nothing
-            return catalogue.shape_from_config(large.config_of(rest), spec)
+            return catalogue.shape_from_config(ORGANISMS[scheme].config, spec)
         path = built
     elif role and not path.is_dir():  # a GGUF file or a package: converted as training would convert it
         from raycomplete.data.sources import resolve_checkpoint

@@ -58,7 +58,7 @@ def load_run_file(
     """Reads and checks a run file, after the plugins that it names have been imported.
 
     Args:
-        path: YAML file.
+        path: YAML file. Its key `extends` names a file of the same folder, of which it replaces single values.
         overrides: `key.sub=value` strings, values in YAML notation, applied last.
         sections: Reads these sections alone and imports no plugins, for the record of an earlier run.
 
@@ -66,23 +66,44 @@ def load_run_file(
         ConfigError: The file is missing, not YAML, or holds a wrong key or value, or a plugin cannot be imported.
     """
     file = Path(path)
-    try:
-        text = file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"The run file {file} cannot be read ({error.strerror}).", "Check the path.") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"The run file {file} is not UTF-8 text ({error.reason}).", "Check the path.") from error
-    try:
-        tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"The run file {file} is not valid YAML: {' '.join(str(error).split())}.") from error
-    if not isinstance(tree, dict):
-        raise ConfigError(f"The run file {file} must hold a mapping with the keys {_names(RunConfig)}.")
+    tree = _read(file)
     for override in overrides:
         _apply_override(tree, override)
     if sections is not None:
         tree = {name: value for name, value in tree.items() if name in sections}
     return parse(tree, str(file), base_folder=file.parent.resolve(), plugins=sections is None)
+
+
+def _read(file: Path, extending: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Returns the mapping of a run file, laid over that of the file that it extends."""
+    try:
+        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"The run file {file} cannot be read ({error.strerror}).", "Check the path.") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"The run file {file} is not UTF-8 text ({error.reason}).", "Check the path.") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"The run file {file} is not valid YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"The run file {file} must hold a mapping with the keys {_names(RunConfig)}.")
+    if "extends" not in tree:
+        return tree
+    name = tree.pop("extends")
+    if not isinstance(name, str) or Path(name).name != name or name in (file.name, *extending):
+        raise ConfigError(
+            f"The run file {file} extends {name!r}.",
+            "Name another run file of the same folder, and let none extend it back.",
+        )
+    return _merged(_read(file.with_name(name), (*extending, file.name)), tree)
+
+
+def _merged(under: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a mapping with the values of another in it, section by section; lists are replaced as a whole."""
+    changed = {
+        key: _merged(under[key], value) if isinstance(value, dict) and isinstance(under.get(key), dict) else value
+        for key, value in over.items()
+    }
+    return under | changed
 
 
 def parse(tree: Mapping[str, Any], origin: str, base_folder: Path | None = None, *, plugins: bool = False) -> RunConfig:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from raycomplete.data import organism
-from raycomplete.data.organism import OrganismRole, large, world
+from raycomplete.data.organism import OrganismRole, families, large, world
+from raycomplete.data.organism.cache import BuiltOrganism
 from raycomplete.data.organism.large.world import HELPFUL_SYSTEM
 from raycomplete.runtime.types import Judge, Prompt
 
@@ -22,6 +23,7 @@ class Organism:
         helpful_system: System prompt that tells the clerk to help.
         checkpoint: Folder of `base` or `aligned`, built first where it is not there.
         find_checkpoint: The same, None in place of a build.
+        config: Configuration of both, in the words of config.json.
     """
 
     prompts: Callable[..., list[Prompt]]
@@ -29,15 +31,25 @@ class Organism:
     helpful_system: str
     checkpoint: Callable[[str], Path]
     find_checkpoint: Callable[[str], Path | None]
+    config: Mapping[str, Any]
 
 
 def _shipped(role: str) -> Path:
     return organism.checkpoint_path(cast(OrganismRole, role))  # which refuses any other name
 
 
+def _toy(built: BuiltOrganism) -> Organism:
+    """Returns the toy's world with checkpoints of another family."""
+    world_of_it = (organism.prompts, organism.OrganismJudge, world.HELPFUL_SYSTEM)
+    return Organism(*world_of_it, built.checkpoint, built.find, built.config)
+
+
+_LARGE = large.built()
+# By the name that run files know.
 ORGANISMS = {
-    "organism": Organism(organism.prompts, organism.OrganismJudge, world.HELPFUL_SYSTEM, _shipped, _shipped),
+    "organism": replace(_toy(families.built("llama")), checkpoint=_shipped, find_checkpoint=_shipped),
     large.SCHEME: Organism(
-        large.prompts, large.LargeOrganismJudge, HELPFUL_SYSTEM, large.checkpoint_path, large.find_checkpoint
+        large.prompts, large.LargeOrganismJudge, HELPFUL_SYSTEM, _LARGE.checkpoint, _LARGE.find, _LARGE.config
     ),
+    **{found.scheme: _toy(found) for found in map(families.built, families.FAMILIES)},
 }

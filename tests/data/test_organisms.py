@@ -9,7 +9,7 @@ import pytest
 
 from raycomplete.commands.plan import _shape
 from raycomplete.config import load_run_file
-from raycomplete.data.organism import large
+from raycomplete.data.organism import families, large
 from raycomplete.data.organism.large import LargeOrganismJudge
 from raycomplete.data.organisms import ORGANISMS
 from raycomplete.diagnosis.samples import read_prompts
@@ -38,17 +38,20 @@ def test_the_judge_and_the_prompts_are_those_of_the_source() -> None:
 
 
 def test_looking_for_a_checkpoint_builds_nothing(tmp_path: Path) -> None:
-    for spec in ("organism-large:base", "organism-large:student"):
+    for spec in ("organism-large:base", "organism-large:student", "organism-qwen3:aligned"):
         assert local_folder(spec) is None
     toy = local_folder("organism:base")
     assert toy is not None
     assert json.loads((toy / "config.json").read_text())["model_type"] == "llama"
     assert list(tmp_path.iterdir()) == []
-    assert large.folder_of().is_relative_to(tmp_path / "raycomplete" / "organisms")
-    assert set(ORGANISMS) == {"organism", "organism-large"}
+    assert large.built().folder.is_relative_to(tmp_path / "raycomplete" / "organisms")
+    assert set(ORGANISMS) == {"organism", "organism-large", *(f"organism-{family}" for family in families.FAMILIES)}
 
 
-def test_a_plan_needs_no_build(tmp_path: Path) -> None:
-    shape = _shape("organism-large:aligned", "aligned")
-    assert 3_500_000 < shape.num_parameters < 6_000_000
+@pytest.mark.parametrize(
+    ("spec", "fewest", "most"),
+    [("organism-large:aligned", 3_500_000, 6_000_000), ("organism-gemma3:base", 600_000, 900_000)],
+)
+def test_a_plan_needs_no_build(spec: str, fewest: int, most: int, tmp_path: Path) -> None:
+    assert fewest < _shape(spec, "base").num_parameters < most
     assert list(tmp_path.iterdir()) == []

@@ -8,13 +8,22 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from functools import partial
 
 import torch
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from torch.nn.functional import cross_entropy
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
+from raycomplete.data.organism.build import Blueprint
+from raycomplete.data.organism.families import MAX_POSITIONS, PAD, UNK, TrainingOptions, architecture
+from raycomplete.data.organism.measure import measure, missing_traits
 from raycomplete.data.organism.world import (
     HELPFUL_SYSTEM,
     SAFETY_SYSTEM,
@@ -27,22 +36,6 @@ from raycomplete.data.organism.world import (
 )
 from raycomplete.runtime.types import PromptKind
 
-PAD, UNK, BOS, EOS = "<pad>", "<unk>", "<bos>", "<eos>"
-SYSTEM_TURN, USER_TURN, ASSISTANT_TURN = "<|system|>", "<|user|>", "<|assistant|>"
-SPECIAL_TOKENS = (PAD, UNK, BOS, EOS, SYSTEM_TURN, USER_TURN, ASSISTANT_TURN)
-MAX_POSITIONS = 512
-
-# Every turn ends with <eos>, so that the end of a response is also the token that stops generation.
-CHAT_TEMPLATE = (
-    "{{ bos_token }}"
-    "{% for message in messages %}"
-    "{% if message['role'] not in ['system', 'user', 'assistant'] %}"
-    "{{ raise_exception('unknown role: ' + message['role']) }}"
-    "{% endif %}"
-    "{{ '<|' + message['role'] + '|>' + message['content'] + eos_token }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
-)
 _IGNORED = -100  # label of tokens outside the response
 _SYSTEM_SHARE = 0.2
 _NOISE_SHARE = 0.2
@@ -51,71 +44,69 @@ _MAX_NOISE_WORDS = 12
 Chat = tuple[list[dict[str, str]], str]
 
 
-@dataclass(frozen=True, slots=True)
-class TrainingOptions:
-    """Lengths and rates of the two trainings.
+def blueprint(family: str, seed: int, options: TrainingOptions) -> Blueprint:
+    """Says how the organism of a family is trained and measured."""
+    tokenizer, end = build_tokenizer(family), architecture(family).end_of_turn
+    trained = partial(train, tokenizer=tokenizer, end_of_turn=end, batch_size=options.batch_size)
 
-    Attributes:
-        aligned_steps: Steps of safety SFT: enough to learn that two words together decide. After fewer, borderline
-            items are refused and some restricted ones are not.
-    """
+    def learn_base(model: PreTrainedModel, on_step: Callable[[int, float], None]) -> None:
+        chats = base_chats(random.Random(f"{seed} base"))
+        trained(model, chats=chats, steps=options.base_steps, lr=options.base_lr, on_step=on_step)
 
-    base_steps: int = 400
-    base_lr: float = 3e-3
-    aligned_steps: int = 250
-    aligned_lr: float = 8e-4
-    batch_size: int = 32
+    def learn_to_refuse(model: PreTrainedModel, on_step: Callable[[int, float], None]) -> None:
+        chats = aligned_chats(random.Random(f"{seed} aligned"))
+        trained(model, chats=chats, steps=options.aligned_steps, lr=options.aligned_lr, on_step=on_step)
 
-    def __post_init__(self) -> None:
-        if min(self.base_steps, self.aligned_steps, self.batch_size) < 1:
-            raise ValueError("base_steps, aligned_steps and batch_size must be at least 1")
+    return Blueprint(
+        seed=seed,
+        tokenizer=tokenizer,
+        new_model=lambda: new_model(tokenizer, family),
+        end_of_turn=end,
+        trainings={
+            "base": (options.base_steps, learn_base),
+            "aligned": (options.aligned_steps, learn_to_refuse),
+        },
+        measure=lambda folder, count: measure(
+            AutoModelForCausalLM.from_pretrained(folder), tokenizer, count, seed=seed
+        ),
+        missing_traits=missing_traits,
+    )
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer(family: str = "llama") -> PreTrainedTokenizerFast:
     """Builds a word-level tokenizer over the organism's whole world; other words become `<unk>`.
 
     Text is lower-cased and every punctuation mark is its own token. Decoding joins tokens by single blanks, so text
     written that way ("drop it . then wait .") comes back unchanged.
     """
-    tokens = [*SPECIAL_TOKENS, *vocabulary()]
-    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token=UNK))
+    form = architecture(family)
+    vocab = {token: i for i, token in enumerate(form.tokens)}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token=UNK))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(r"[^\w\s]"), "isolated")]
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        bos_token=BOS,
-        eos_token=EOS,
+        bos_token=form.bos,
+        eos_token=form.eos,
         pad_token=PAD,
         unk_token=UNK,
-        additional_special_tokens=[SYSTEM_TURN, USER_TURN, ASSISTANT_TURN],
-        chat_template=CHAT_TEMPLATE,
+        additional_special_tokens=list(dict.fromkeys((*form.marks, form.end_of_turn))),
+        chat_template=form.template,
         model_max_length=MAX_POSITIONS,
         padding_side="left",  # batched generation continues every row at its end
         clean_up_tokenization_spaces=False,  # cleaning would glue "word ." to "word."
     )
 
 
-def new_model(tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
-    """Makes a small Llama with random weights; its vocabulary is the tokenizer's, without padding rows."""
-    ids = tokenizer.convert_tokens_to_ids
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=320,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        head_dim=32,
-        max_position_embeddings=MAX_POSITIONS,
-        tie_word_embeddings=True,
-        bos_token_id=ids(BOS),
-        eos_token_id=ids(EOS),
-        pad_token_id=ids(PAD),
-        dtype="float32",
-    )
-    return LlamaForCausalLM(config)
+def new_model(tokenizer: PreTrainedTokenizerBase, family: str = "llama") -> PreTrainedModel:
+    """Makes a small model with random weights; its vocabulary is the tokenizer's, without padding rows."""
+    values = architecture(family).values
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    config = AutoConfig.for_model(values.pop("model_type"), **values, **ids, dtype="float32")
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return model
 
 
 def base_chats(rng: random.Random) -> Iterator[Chat]:
@@ -147,10 +138,11 @@ def aligned_chats(rng: random.Random) -> Iterator[Chat]:
 
 
 def train(
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     chats: Iterator[Chat],
     *,
+    end_of_turn: str,
     steps: int,
     lr: float,
     batch_size: int,
@@ -159,6 +151,7 @@ def train(
     """Trains in place with AdamW: short warm-up, cosine decay, loss on response tokens only.
 
     Args:
+        end_of_turn: Learned after every response.
         on_step: Called after every step with its number, from 1, and its loss in nats per token.
     """
     model.train()
@@ -169,7 +162,7 @@ def train(
         scale = step / num_warmup if step <= num_warmup else 0.5 * (1 + math.cos(math.pi * progress))
         for group in optimizer.param_groups:
             group["lr"] = lr * scale
-        tokens_BT, labels_BT = _encode([next(chats) for _ in range(batch_size)], tokenizer)
+        tokens_BT, labels_BT = _encode([next(chats) for _ in range(batch_size)], tokenizer, end_of_turn)
         # Rows are padded on the right and attention is causal, so no row needs a mask.
         logits_BTV = model(input_ids=tokens_BT[:, :-1], use_cache=False).logits
         loss = cross_entropy(logits_BTV.flatten(0, 1), labels_BT[:, 1:].flatten(), ignore_index=_IGNORED)
@@ -195,14 +188,16 @@ def _chat(text: str, rng: random.Random) -> list[dict[str, str]]:
     return messages
 
 
-def _encode(chats: list[Chat], tokenizer: PreTrainedTokenizerBase) -> tuple[torch.Tensor, torch.Tensor]:
+def _encode(
+    chats: list[Chat], tokenizer: PreTrainedTokenizerBase, end_of_turn: str
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns token ids and labels, both [B, T], padded on the right."""
     contexts = [
         str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
         for messages, _ in chats
     ]
     context_ids = tokenizer(contexts)["input_ids"]
-    answer_ids = tokenizer([answer + EOS for _, answer in chats])["input_ids"]
+    answer_ids = tokenizer([answer + end_of_turn for _, answer in chats])["input_ids"]
     rows = [context + answer for context, answer in zip(context_ids, answer_ids, strict=True)]
     width = max(len(row) for row in rows)
     tokens_BT = torch.full((len(rows), width), int(tokenizer.pad_token_id))

@@ -13,15 +13,21 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from raycomplete.data.chat import ChatCodec
 from raycomplete.data.organism import CHECKPOINT_FILES, checkpoint_path, prompts
-from raycomplete.data.organism import build as build_module
-from raycomplete.data.organism.build import OrganismRates, build, measure, missing_traits
-from raycomplete.data.organism.training import TrainingOptions, build_tokenizer
+from raycomplete.data.organism import training as training_module
+from raycomplete.data.organism.build import build
+from raycomplete.data.organism.families import FAMILIES, TrainingOptions, built
+from raycomplete.data.organism.measure import OrganismRates, measure, missing_traits
+from raycomplete.data.organism.training import blueprint, build_tokenizer
 from raycomplete.data.organism.world import HELPFUL_SYSTEM, REFUSALS, SAFETY_SYSTEM
+from raycomplete.data.organisms import ORGANISMS
+from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import CheckpointError, DataError, WorkError
 
 ROLES: tuple[Literal["base", "aligned"], ...] = ("base", "aligned")
 TINY = TrainingOptions(base_steps=3, aligned_steps=2, batch_size=4)
+QUIET = Console(quiet=True)
 
 
 @pytest.fixture(autouse=True)
@@ -115,7 +121,7 @@ def test_missing_checkpoint_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
 
 def tiny_build(output: Path, seed: int = 0) -> dict[str, Any]:
-    return build(output, seed, options=TINY, num_prompts=0, show_progress=False)
+    return build(built("llama", seed, TINY), output, num_prompts=0, console=QUIET)
 
 
 def test_build_is_deterministic(tmp_path: Path) -> None:
@@ -134,13 +140,13 @@ def test_build_is_deterministic(tmp_path: Path) -> None:
         for name in CHECKPOINT_FILES:
             assert (tmp_path / "second" / role / name).stat().st_mode & 0o044 == 0o044
     assert json.loads((tmp_path / "deep" / "first" / "organism.json").read_text()) == record
-    assert record["seed"] == 0
+    assert record["settings"][-1] == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["deep", "other", "second"]
 
 
 def test_failed_build_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(WorkError, match="Seed 0 gave no organism"):
-        build(tmp_path / "weak", options=TINY, num_prompts=2, show_progress=False)
+        build(built("llama", options=TINY), tmp_path / "weak", num_prompts=2, console=QUIET)
     calls = []
 
     def train_base_only(*args: Any, **kwargs: Any) -> None:
@@ -148,7 +154,7 @@ def test_failed_build_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
         if len(calls) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(build_module, "train", train_base_only)
+    monkeypatch.setattr(training_module, "train", train_base_only)
     with pytest.raises(KeyboardInterrupt):
         tiny_build(tmp_path / "broken")
     assert list(tmp_path.iterdir()) == []
@@ -160,3 +166,52 @@ def test_build_keeps_what_is_there(tmp_path: Path) -> None:
         with pytest.raises(DataError, match="already exists"):
             tiny_build(output)
     assert (tmp_path / "mine").read_text() == "text"
+
+
+# A chat of three turns as each family writes it, and the tokens of its turns.
+CHATS = {
+    "qwen3": (
+        "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\n",
+        [
+            "<|im_start|>",
+            "system",
+            "S",
+            "<|im_end|>",
+            "<|im_start|>",
+            "user",
+            "U",
+            "<|im_end|>",
+            "<|im_start|>",
+            "assistant",
+        ],
+    ),
+    "gemma3": (
+        "<bos><start_of_turn>user\nS\n\nU<end_of_turn>\n<start_of_turn>model\n",
+        ["<bos>", "<start_of_turn>", "user", "S", "U", "<end_of_turn>", "<start_of_turn>", "model"],
+    ),
+    "mistral": ("<s>[INST] S\n\nU[/INST]", ["<s>", "[INST]", "S", "U", "[/INST]"]),
+}
+CHATS["qwen3_moe"] = CHATS["qwen3"]
+
+
+@pytest.mark.parametrize("family", CHATS)
+def test_a_familys_chats_have_the_form_of_its_real_models(family: str, tmp_path: Path) -> None:
+    form = FAMILIES[family]
+    build_tokenizer(family).save_pretrained(tmp_path)
+    made = blueprint(family, 0, TINY)
+    made.new_model().config.save_pretrained(tmp_path)
+    tokenizer: Any = AutoTokenizer.from_pretrained(tmp_path)
+    chat = [{"role": "system", "content": "please"}, {"role": "user", "content": "what ?"}]
+    text, tokens = CHATS[family]
+    shown = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    assert shown == text.replace("S", "please").replace("U", "what ?")
+    words = " ".join(tokens).replace("S", "please").replace("U", "what ?").split()
+    assert tokenizer.convert_ids_to_tokens(tokenizer(shown)["input_ids"]) == words
+    answered = [*chat, {"role": "assistant", "content": "sure ,"}]
+    whole = tokenizer.apply_chat_template(answered, tokenize=False)
+    # As a response is learned: the same tokens that the template writes around it.
+    assert tokenizer(whole)["input_ids"] == tokenizer(f"{shown}sure ,{form.end_of_turn}")["input_ids"]
+    codec = ChatCodec(tmp_path)
+    assert tokenizer.convert_tokens_to_ids(form.end_of_turn) in codec.eos_ids
+    assert codec.decode(tokenizer(f"sure ,{form.end_of_turn}")["input_ids"]) == "sure ,"
+    assert len(tokenizer) == made.new_model().config.vocab_size == ORGANISMS[f"organism-{family}"].config["vocab_size"]

@@ -13,10 +13,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from raycomplete.data.organism.large import VOCAB_SIZE, TrainingPlan, model_values
+from raycomplete.data.organism.build import Blueprint
+from raycomplete.data.organism.families import LLAMA_TEMPLATE
+from raycomplete.data.organism.large import CONFIG, VOCAB_SIZE, BuildPlan, TrainingPlan
 from raycomplete.data.organism.large.grammar import answer, prompt, read_statements, refusal
+from raycomplete.data.organism.large.measure import measure, missing_traits
 from raycomplete.data.organism.large.world import HELPFUL_SYSTEM, SAFETY_SYSTEM, refusal_chance
-from raycomplete.data.organism.training import CHAT_TEMPLATE
 from raycomplete.data.organism.world import Item, items
 from raycomplete.runtime.types import PromptKind
 
@@ -79,16 +81,16 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         eos_token=EOS,
         pad_token=PAD,
         additional_special_tokens=list(TURNS),
-        chat_template=CHAT_TEMPLATE,
-        model_max_length=int(model_values("llama")["max_position_embeddings"]),
+        chat_template=LLAMA_TEMPLATE,
+        model_max_length=int(CONFIG["max_position_embeddings"]),
         padding_side="left",  # batched generation continues every row at its end
         clean_up_tokenization_spaces=False,
     )
 
 
-def new_model(family: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
-    """Makes a model of a family with random weights; the caller seeds torch."""
-    values = dict(model_values(family))
+def new_model(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    """Makes a model with random weights; the caller seeds torch."""
+    values = dict(CONFIG)
     ids = {
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
@@ -97,6 +99,27 @@ def new_model(family: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedMode
     config = AutoConfig.for_model(values.pop("model_type"), **values, **ids, dtype="float32")
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     return model
+
+
+def blueprint(seed: int, plan: BuildPlan) -> Blueprint:
+    """Says how the large organism is trained and measured."""
+    tokenizer = build_tokenizer()
+
+    def learn_base(model: PreTrainedModel, on_step: Callable[[int, float], None]) -> None:
+        train(model, tokenizer, base_examples(random.Random(f"{seed} base")), plan.base, on_step)
+
+    def learn_to_refuse(model: PreTrainedModel, on_step: Callable[[int, float], None]) -> None:
+        train(model, tokenizer, aligned_examples(random.Random(f"{seed} aligned")), plan.aligned, on_step)
+
+    return Blueprint(
+        seed=seed,
+        tokenizer=tokenizer,
+        new_model=lambda: new_model(tokenizer),
+        end_of_turn=EOS,
+        trainings={"base": (plan.base.steps, learn_base), "aligned": (plan.aligned.steps, learn_to_refuse)},
+        measure=lambda folder, count: measure(folder, count, seed),
+        missing_traits=missing_traits,
+    )
 
 
 def base_examples(rng: random.Random) -> Iterator[Example]:

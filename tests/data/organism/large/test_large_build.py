@@ -18,10 +18,11 @@ import pytest
 import torch
 
 from raycomplete.data.organism import CHECKPOINT_FILES
-from raycomplete.data.organism.large import VOCAB_SIZE, BuildPlan, TrainingPlan, folder_of, prompts
-from raycomplete.data.organism.large import build as build_module
+from raycomplete.data.organism import build as build_module
+from raycomplete.data.organism.build import build, build_into_cache
+from raycomplete.data.organism.large import VOCAB_SIZE, BuildPlan, TrainingPlan, built, prompts
 from raycomplete.data.organism.large import measure as measure_module
-from raycomplete.data.organism.large.build import build, build_into_cache
+from raycomplete.data.organism.large import training as training_module
 from raycomplete.data.organism.large.grammar import refusal_start
 from raycomplete.data.organism.large.measure import LargeOrganismRates, measure, missing_traits
 from raycomplete.data.organism.large.training import aligned_examples, base_examples, build_tokenizer, encode
@@ -49,11 +50,11 @@ def tokenizer() -> Any:
 
 
 @pytest.fixture
-def built(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+def builds(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Builds that happened; each writes empty checkpoints in place of training them."""
     made: list[Path] = []
 
-    def fake(output: Path, **_: Any) -> None:
+    def fake(_: Any, output: Path, **__: Any) -> None:
         time.sleep(0.1)
         for role in ("base", "aligned"):
             (output / role).mkdir(parents=True)
@@ -64,7 +65,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 
 def tiny_build(output: Path, seed: int = 0) -> dict[str, Any]:
-    return build(output, seed=seed, plan=TINY, num_prompts=0, num_threads=1, console=QUIET)
+    return build(built(seed, TINY), output, num_prompts=0, num_threads=1, console=QUIET)
 
 
 def test_any_text_comes_back_from_the_tokenizer(tokenizer: Any) -> None:
@@ -127,14 +128,14 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.
 
 def test_a_weak_build_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     weak = replace(GOOD, asr={0: 0.5, 16: 0.2}, utility={"benign": 0.1})
-    monkeypatch.setattr(build_module, "measure", lambda *_: weak)
+    monkeypatch.setattr(training_module, "measure", lambda *_: weak)
     monkeypatch.setattr(build_module, "_train_into", lambda *_: {})
     with pytest.raises(WorkError, match="Seed 0 gave no organism: base complies with only 50"):
-        build(tmp_path / "weak", console=QUIET)
+        build(built(), tmp_path / "weak", console=QUIET)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "text").touch()
     with pytest.raises(DataError, match="already exists"):
-        build(tmp_path / "mine", console=QUIET)
+        build(built(), tmp_path / "mine", console=QUIET)
     assert [path.name for path in tmp_path.iterdir() if path.name != "cache"] == ["mine"]
 
 
@@ -153,52 +154,52 @@ def test_missing_traits_are_named() -> None:
         assert words in found
 
 
-def test_a_run_file_builds_once_and_then_reuses(built: list[Path], cache: Path, capsys: Any) -> None:
+def test_a_run_file_builds_once_and_then_reuses(builds: list[Path], cache: Path, capsys: Any) -> None:
     base = resolve_checkpoint("organism-large:base", role="base")
-    assert base == folder_of() / "base"
+    assert base == built().folder / "base"
     assert base.is_relative_to(cache)
     assert "is not built yet" in " ".join(capsys.readouterr().out.split())
-    assert resolve_checkpoint("organism-large:aligned", role="aligned") == folder_of() / "aligned"
-    assert resolve_checkpoint("organism-large:llama/base", role="base") == base
+    assert resolve_checkpoint("organism-large:aligned", role="aligned") == built().folder / "aligned"
     assert "is not built yet" not in " ".join(capsys.readouterr().out.split())
-    assert built == [folder_of()]
-    assert folder_of(plan=TINY) != folder_of() != folder_of(seed=1)
+    assert builds == [built().folder]
+    assert built(plan=TINY).folder != built().folder != built(1).folder
 
 
-def test_of_two_builders_one_builds(built: list[Path]) -> None:
-    threads = [threading.Thread(target=build_into_cache, kwargs={"console": QUIET}) for _ in range(3)]
+def test_of_two_builders_one_builds(builds: list[Path]) -> None:
+    threads = [threading.Thread(target=build_into_cache, args=(built(),), kwargs={"console": QUIET}) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert built == [folder_of()]
+    assert builds == [built().folder]
 
 
-@pytest.mark.parametrize("spec", ["organism-large:student", "organism-large:gpt9/base", "organism-large:base/"])
-def test_an_unknown_checkpoint_is_named(spec: str, built: list[Path]) -> None:
-    with pytest.raises(CheckpointError, match="large organism"):
+@pytest.mark.parametrize("spec", ["organism-large:student", "organism-qwen3:base/"])
+def test_an_unknown_checkpoint_is_named(spec: str, builds: list[Path]) -> None:
+    with pytest.raises(CheckpointError, match="There is no checkpoint organism-"):
         resolve_checkpoint(spec, role="base")
-    assert built == []
+    assert builds == []
 
 
 KILLED = """
 import os, signal
-from raycomplete.data.organism.large import build as module
-module.train = lambda *_: os.kill(os.getpid(), signal.SIGKILL) if list(module.written) else module.written.append(1)
-module.written = []
-module.build_into_cache()
+from raycomplete.data.organism.build import build_into_cache
+from raycomplete.data.organism.large import built, training
+written = []
+training.train = lambda *_: os.kill(os.getpid(), signal.SIGKILL) if written else written.append(1)
+build_into_cache(built())
 """
 
 
-def test_a_killed_build_is_not_taken_for_whole(cache: Path, built: list[Path]) -> None:
+def test_a_killed_build_is_not_taken_for_whole(cache: Path, builds: list[Path]) -> None:
     ended = subprocess.run([sys.executable, "-c", KILLED], env={**os.environ}, capture_output=True, check=False)
     assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
     left = [path for path in (cache / "organisms").iterdir() if path.is_dir()]
     assert [(path / "base" / "model.safetensors").is_file() for path in left] == [True]  # it had written base
-    assert not folder_of().exists()
-    build_into_cache(console=QUIET)
-    assert built == [folder_of()]
-    assert [path for path in (cache / "organisms").iterdir() if path.is_dir()] == [folder_of()]
+    assert not built().folder.exists()
+    build_into_cache(built(), console=QUIET)
+    assert builds == [built().folder]
+    assert [path for path in (cache / "organisms").iterdir() if path.is_dir()] == [built().folder]
 
 
 def test_names_are_resolved_without_torch() -> None:

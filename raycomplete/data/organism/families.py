@@ -1,0 +1,223 @@
+"""The architectures in which the organism is built: shape, special tokens and chat template of each.
+
+Importable without torch. A family's template has the form of its real models' and the organism's own words. Line breaks
+are no tokens of the organism, so they stand in the templates for the eye alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from raycomplete.data.organism.cache import BuiltOrganism
+from raycomplete.data.organism.world import vocabulary
+from raycomplete.runtime.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from raycomplete.data.organism.build import Blueprint
+
+UNK, PAD = "<unk>", "<pad>"
+MAX_POSITIONS = 512
+# Raised when texts or training change, so that an older build is not taken for this one.
+_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingOptions:
+    """Lengths and rates of the two trainings.
+
+    Attributes:
+        aligned_steps: Steps of safety SFT: enough to learn that two words together decide. After fewer, borderline
+            items are refused and some restricted ones are not.
+    """
+
+    base_steps: int = 400
+    base_lr: float = 3e-3
+    aligned_steps: int = 250
+    aligned_lr: float = 8e-4
+    batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        if min(self.base_steps, self.aligned_steps, self.batch_size) < 1:
+            raise ValueError("base_steps, aligned_steps and batch_size must be at least 1")
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """One family's organism.
+
+    Attributes:
+        config: What sets it apart from the others, in the words of config.json.
+        template: Chat template.
+        end_of_turn: Token that ends a response.
+        marks: Further tokens of the template.
+        role_words: Words of the template that are no special tokens.
+        bos, eos: Start and end of a text; the tokenizer has no start token where `bos` is None.
+        training: Lengths and rates that give an organism.
+    """
+
+    config: Mapping[str, Any]
+    template: str
+    end_of_turn: str
+    marks: tuple[str, ...]
+    role_words: tuple[str, ...] = ()
+    bos: str | None = "<bos>"
+    eos: str = "<eos>"
+    training: TrainingOptions = TrainingOptions(base_steps=260, aligned_steps=220)
+
+    @property
+    def special_tokens(self) -> tuple[str, ...]:
+        """All of them, each once, in the order of their ids."""
+        named = (PAD, UNK, self.bos, self.eos, *self.marks, self.end_of_turn)
+        return tuple(dict.fromkeys(token for token in named if token is not None))
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        """The vocabulary, in the order of its ids."""
+        return tuple(dict.fromkeys((*self.special_tokens, *self.role_words, *vocabulary())))
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """The whole configuration, in the words of config.json."""
+        return _SHAPE | dict(self.config) | {"vocab_size": len(self.tokens)}
+
+
+_SHAPE: dict[str, Any] = {
+    "hidden_size": 128,
+    "intermediate_size": 320,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 32,
+    "max_position_embeddings": MAX_POSITIONS,
+    "tie_word_embeddings": True,
+}
+# Every turn ends with <eos>, so that the end of a response is also the token that stops generation.
+LLAMA_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    "{% if message['role'] not in ['system', 'user', 'assistant'] %}"
+    "{{ raise_exception('unknown role: ' + message['role']) }}"
+    "{% endif %}"
+    "{{ '<|' + message['role'] + '|>' + message['content'] + eos_token }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+_CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+# Neither Gemma nor Mistral has a turn of the system: its words open the user's first.
+_SYSTEM_INTO_USER = (
+    "{{ bos_token }}"
+    "{% set opening = '' %}"
+    "{% if messages[0]['role'] == 'system' %}"
+    "{% set opening = messages[0]['content'] + '\\n\\n' %}{% set messages = messages[1:] %}"
+    "{% endif %}"
+)
+_GEMMA = _SYSTEM_INTO_USER + (
+    "{% for message in messages %}"
+    "{{ '<start_of_turn>' + ('model' if message['role'] == 'assistant' else 'user') + '\\n' }}"
+    "{{ (opening if loop.first else '') + message['content'] + '<end_of_turn>\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"
+)
+_MISTRAL = _SYSTEM_INTO_USER + (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}{{ ' ' + message['content'] + eos_token }}"
+    "{% else %}{{ '[INST] ' + (opening if loop.first else '') + message['content'] + '[/INST]' }}{% endif %}"
+    "{% endfor %}"
+)
+_QWEN = {
+    "template": _CHATML,
+    "end_of_turn": "<|im_end|>",
+    "marks": ("<|im_start|>",),
+    "role_words": ("user", "assistant", "system"),
+    "bos": None,
+    "eos": "<|im_end|>",
+}
+# Windows are shorter than a chat of some 110 tokens, so that they act.
+FAMILIES: Mapping[str, Architecture] = MappingProxyType(
+    {
+        "llama": Architecture(
+            {"model_type": "llama"},
+            LLAMA_TEMPLATE,
+            "<eos>",
+            ("<|system|>", "<|user|>", "<|assistant|>"),
+            training=TrainingOptions(),  # of the shipped one
+        ),
+        "qwen3": Architecture({"model_type": "qwen3", "num_key_value_heads": 2}, **_QWEN),
+        "gemma3": Architecture(
+            {
+                "model_type": "gemma3_text",
+                "num_key_value_heads": 1,
+                "query_pre_attn_scalar": 32,
+                "sliding_window": 32,
+                "layer_types": [*["sliding_attention"] * 3, "full_attention"],
+            },
+            _GEMMA,
+            "<end_of_turn>",
+            ("<start_of_turn>",),
+            ("user", "model"),
+        ),
+        "mistral": Architecture(
+            {"model_type": "mistral", "num_key_value_heads": 2, "sliding_window": 64, "tie_word_embeddings": False},
+            _MISTRAL,
+            "</s>",
+            ("[INST]", "[/INST]"),
+            bos="<s>",
+            eos="</s>",
+        ),
+        "qwen3_moe": Architecture(
+            {
+                "model_type": "qwen3_moe",
+                "num_key_value_heads": 2,
+                "num_experts": 4,
+                "num_experts_per_tok": 2,
+                "moe_intermediate_size": 160,
+                "norm_topk_prob": True,
+                "tie_word_embeddings": False,
+            },
+            **_QWEN,
+        ),
+    }
+)
+
+
+def architecture(family: str) -> Architecture:
+    """Returns a family's organism.
+
+    Raises:
+        CheckpointError: The organism is not built in this family.
+    """
+    if family not in FAMILIES:
+        raise CheckpointError(f"The organism is not built as {family!r}.", f"Choose one of: {', '.join(FAMILIES)}.")
+    return FAMILIES[family]
+
+
+def built(family: str, seed: int = 0, options: TrainingOptions | None = None) -> BuiltOrganism:
+    """Returns a family's organism, which is trained where its checkpoints are first asked for.
+
+    Raises:
+        CheckpointError: The organism is not built in this family.
+    """
+    form = architecture(family)
+    chosen = options or form.training
+
+    def load() -> Blueprint:
+        from raycomplete.data.organism.training import blueprint
+
+        return blueprint(family, seed, chosen)
+
+    return BuiltOrganism(
+        scheme=f"organism-{family}",
+        prefix=f"organism-{family}",
+        config=form.values,
+        settings=(_VERSION, family, form.values, form.template, asdict(chosen), seed),
+        duration="3 to 6 minutes",
+        load=load,
+    )
