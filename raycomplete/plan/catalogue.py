@@ -283,8 +283,10 @@ _PRESETS = {
         ModelShape("qwen2.5-14b", 48, 5120, 13824, 40, 8, 128, 152064, qkv_bias=True),
         ModelShape("qwen2.5-32b", 64, 5120, 27648, 40, 8, 128, 152064, qkv_bias=True),
         ModelShape("qwen2.5-72b", 80, 8192, 29568, 64, 8, 128, 152064, qkv_bias=True),
+        ModelShape("qwen3-0.6b", 28, 1024, 3072, 16, 8, 128, 151936, tied=True, qk_norm=True),
         ModelShape("qwen3-8b", 36, 4096, 12288, 32, 8, 128, 151936, qk_norm=True),
         ModelShape("mistral-7b", 32, 4096, 14336, 32, 8, 128, 32768),
+        ModelShape("gemma-3-270m", 18, 640, 2048, 4, 1, 256, 262144, tied=True, qk_norm=True, norms_per_layer=4),
         ModelShape("gemma-2-9b", 42, 3584, 14336, 16, 8, 256, 256000, tied=True, norms_per_layer=4),
         ModelShape("smollm2-135m", 30, 576, 1536, 9, 3, 64, 49152, tied=True),
     )

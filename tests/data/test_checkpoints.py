@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from raycomplete.data import checkpoints
+from raycomplete.data import checkpoints, sources
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.checkpoints import (
     architecture,
@@ -81,6 +82,30 @@ def test_what_is_not_there_is_refused_with_its_role(spec: str, words: str, monke
         resolve_checkpoint(spec, role="aligned")
     assert words in str(caught.value)
     assert "models.aligned: " in str(caught.value)
+
+
+def test_a_file_that_is_cut_up_among_packages_is_joined_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = b"GGUF" + bytes(range(250))
+    monkeypatch.setenv("RAYCOMPLETE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sources, "_convert_gguf", lambda file, role: file)
+    for name, file, held in (
+        ("cut_model", "SHA256SUMS", f"{hashlib.sha256(content).hexdigest()}  model.gguf\n".encode()),
+        ("cut_model_part1", "model.gguf.part00", content[:100]),
+        ("cut_model_part2", "model.gguf.part01", content[100:]),
+    ):
+        (tmp_path / name / "data").mkdir(parents=True)
+        (tmp_path / name / "__init__.py").write_text("raise AssertionError('its code was run')")
+        (tmp_path / name / "data" / file).write_bytes(held)
+    joined = resolve_checkpoint("package:cut_model", role="base")
+    assert joined.read_bytes() == content
+    assert resolve_checkpoint("package:cut_model", role="base") == joined
+    (tmp_path / "cut_model_part2" / "data" / "model.gguf.part01").write_bytes(content[101:])
+    with pytest.raises(CheckpointError, match=r"the 2 parts of model\.gguf are not the file"):
+        resolve_checkpoint("package:cut_model", role="base")
+    assert [path.name for path in (tmp_path / "cache" / "packages").iterdir()] == [joined.parent.name]
 
 
 def test_only_what_is_marked_as_such_comes_from_the_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
