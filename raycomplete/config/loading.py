@@ -92,7 +92,7 @@ def _read(file: Path, extending: tuple[str, ...] = ()) -> dict[str, Any]:
     if not isinstance(name, str) or Path(name).name != name or name in (file.name, *extending):
         raise ConfigError(
             f"The run file {file} extends {name!r}.",
-            "Name another run file of the same folder, and let none extend it back.",
+            "Name another run file of the same folder, which does not extend this one.",
         )
     return _merged(_read(file.with_name(name), (*extending, file.name)), tree)
 

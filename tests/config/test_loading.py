@@ -65,6 +65,29 @@ def test_attacks_on_a_run_fit_its_folder() -> None:
     assert missing == {"crescendo", "prefill_thinking"}, "refusal patterns are too blind for it, and SmolLM2 thinks not"
 
 
+def test_a_run_file_replaces_values_of_the_one_that_it_extends(tmp_path: Path) -> None:
+    (tmp_path / "under.yaml").write_text(yaml.safe_dump(FULL), encoding="utf-8")
+    (tmp_path / "between.yaml").write_text("extends: under.yaml\ntrain: {lr: 1.0e-3}\n", encoding="utf-8")
+    path = tmp_path / "over.yaml"
+    path.write_text("extends: between.yaml\nmodels: {base: z}\nevaluation: {depths: [1]}\n", encoding="utf-8")
+    config = load_run_file(path, ["train.num_workers=4"])
+    assert (config.models.base, config.models.aligned, config.train.lr) == ("z", "b", 1e-3)
+    assert (config.train.zero_stage, config.train.num_workers, config.evaluation.depths) == (2, 4, [1])
+
+
+@pytest.mark.parametrize("name", ["run.yaml", "../other.yaml", "gone.yaml", 3])
+def test_a_run_file_extends_one_of_its_folder(name: str | int, tmp_path: Path) -> None:
+    (tmp_path.parent / "other.yaml").write_text(yaml.safe_dump(MINIMAL), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"gone\.yaml cannot be read" if name == "gone.yaml" else "another run file"):
+        load_run_file(write(tmp_path, {"extends": name}))
+
+
+def test_two_run_files_that_extend_each_other_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "other.yaml").write_text("extends: run.yaml\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="does not extend this one"):
+        load_run_file(write(tmp_path, {"extends": "other.yaml"}))
+
+
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
 def test_every_shipped_run_file_loads(path: Path) -> None:
     config = load_run_file(path)

@@ -84,9 +84,7 @@ def test_what_is_not_there_is_refused_with_its_role(spec: str, words: str, monke
     assert "models.aligned: " in str(caught.value)
 
 
-def test_a_file_that_is_cut_up_among_packages_is_joined_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_that_is_cut_up_among_packages_is_joined_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = b"GGUF" + bytes(range(250))
     monkeypatch.setenv("RAYCOMPLETE_CACHE", str(tmp_path / "cache"))
     monkeypatch.syspath_prepend(str(tmp_path))
