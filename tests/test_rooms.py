@@ -16,7 +16,7 @@ from tests.tracked import ROOT, tracked_python
 
 PACKAGE = ROOT / "raycomplete"
 MAX_LINES = 400  # of a file
-MAX_FILES, MAX_TOTAL_LINES = 196, 32_160  # of the package
+MAX_FILES, MAX_TOTAL_LINES = 215, 35_000  # of the package
 MAX_ARGUMENTS = 5  # of the functions by which an evaluation is passed on
 
 # From lower to upper: a room imports rooms of the lines above it in this table. Rooms of one line may import each
@@ -56,6 +56,7 @@ ALLOWED: dict[str, frozenset[str]] = {
 WITHOUT_TORCH = ("runtime", "config", "attacks", "methods", "plan", "storage", "cli")
 # Of the rooms above, files that only work imports, never a settings file.
 MAY_IMPORT_TORCH = frozenset({"attacks/white_box.py"})
+MAY_IMPORT_TORCH_INSIDE = frozenset({"methods"})  # their formulas, which training calls
 MAY_IMPORT_RAY = frozenset({"runtime/ray_calls.py", "runtime/prometheus.py"})
 MAY_IMPORT_TRITON = "losses"  # and there in one file only
 
@@ -67,6 +68,7 @@ class Import(NamedTuple):
     line: int
     module: str
     typing_only: bool = False
+    inside: bool = False  # a function or a class
 
     def __str__(self) -> str:
         return f"raycomplete/{self.file}:{self.line} imports {self.module}"
@@ -90,7 +92,7 @@ def imports_of(source: str, file: str) -> Iterator[Import]:
         else:
             continue
         for module in modules:
-            yield Import(file, node.lineno, module, typing_only=id(node) in guarded)
+            yield Import(file, node.lineno, module, typing_only=id(node) in guarded, inside=node.col_offset > 0)
 
 
 def room_of(file: str) -> str:
@@ -154,6 +156,7 @@ def test_rooms_of_settings_are_importable_without_torch(imports: list[Import]) -
         if room_of(item.file) in WITHOUT_TORCH
         and (name := item.module.split(".")[0]) in heavy
         and not item.typing_only
+        and not (item.inside and room_of(item.file) in MAY_IMPORT_TORCH_INSIDE)
         and item.file not in (MAY_IMPORT_RAY if name == "ray" else MAY_IMPORT_TORCH)
     ]
     assert found == []

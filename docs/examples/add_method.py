@@ -4,7 +4,7 @@ The student stays at the aligned model along the aligned model's own answers, an
 lose their probability wherever they stand. In the run file:
 
     plugins: [add_method.py]
-    method: {name: unlikelihood, strength: 0.5}
+    method: {name: turn_away, strength: 0.5}
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from raycomplete.methods.registry import (
 from raycomplete.runtime.section import Section
 
 
-def unlikelihood(rows: LogProbs, options: Section) -> TermRows:
+def turn_away(rows: LogProbs, options: Section) -> TermRows:
     """-log(1 - p_s) of the token that follows, with its gradient by autograd."""
     p_R = rows.student_NV.gather(1, rows.token_N[:, None])[:, 0].exp()
     return TermRows(-torch.log1p(-p_R.clamp(max=1 - 1e-6)), {"harmful_token_mass": p_R})
@@ -37,10 +37,10 @@ def unlikelihood(rows: LogProbs, options: Section) -> TermRows:
 
 register_term(
     Term(
-        name="unlikelihood",
-        label="unlikelihood",
+        name="turn_away",
+        label="turn_away",
         description="-log(1 - p_s) along compliant beginnings, in nats a token",
-        formula=unlikelihood,
+        formula=turn_away,
         reads=(),  # neither aligned nor base
         metrics={"harmful_token_mass": "the student's probability of the next token of a harmful continuation"},
     )
@@ -48,17 +48,17 @@ register_term(
 
 
 @register
-class Unlikelihood(Method):
+class TurnAway(Method):
     """Anchor on the aligned model's answers, unlikelihood on harmful continuations."""
 
-    name: Literal["unlikelihood"] = Field("unlikelihood", description="which method")
+    name: Literal["turn_away"] = Field("turn_away", description="which method")
     strength: float = Field(0.1, ge=0, description="weight of unlikelihood, where the anchor has 1")
 
-    depth_term = "unlikelihood"  # depths are drawn most where it is still high
+    depth_term = "turn_away"  # depths are drawn most where it is still high
 
     def loss_weights(self) -> dict[str, float]:
         """The two terms."""
-        return {"anchor": 1.0, "unlikelihood": self.strength}
+        return {"anchor": 1.0, "turn_away": self.strength}
 
     def sequence(self, item: Item, feedback: Feedback) -> TrainSequence:
         """A prompt with the aligned model's answer, or with a harmful continuation up to a drawn depth."""
@@ -68,4 +68,4 @@ class Unlikelihood(Method):
             read = TeacherContext(prompt, answer)
             return TrainSequence(prompt + answer, (RowSpan("anchor", len(prompt), len(answer), read),))
         harmful = item.sample.harmful_ids[: item.depth]
-        return TrainSequence(prompt + harmful, (RowSpan("unlikelihood", len(prompt), item.depth),), item.answer_depth)
+        return TrainSequence(prompt + harmful, (RowSpan("turn_away", len(prompt), item.depth),), item.answer_depth)

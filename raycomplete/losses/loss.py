@@ -53,6 +53,8 @@ class LossInputs:
         term_N: Number of each row's term in `LossSettings.weights` [N], integers.
         weight_N: Weight of each row [N], beside the weight of its term.
         token_N: Token that follows at each row [N], for terms that ask for it.
+        sequence_N: Number of the sequence that each row belongs to [N], for terms with a loss of whole sequences. All
+            rows of a sequence must be there, and those of one term have one weight.
     """
 
     student: HiddenStates
@@ -61,6 +63,7 @@ class LossInputs:
     term_N: Tensor
     weight_N: Tensor
     token_N: Tensor | None = None
+    sequence_N: Tensor | None = None
 
     @property
     def teachers(self) -> dict[Teacher, HiddenStates]:
@@ -82,7 +85,7 @@ class LossInputs:
                 row.
         """
         num_rows = self.student.hidden_NH.shape[0]
-        given = {"term": self.term_N, "weight": self.weight_N, "token": self.token_N}
+        given = {"term": self.term_N, "weight": self.weight_N, "token": self.token_N, "sequence": self.sequence_N}
         for name, values in given.items():
             if values is not None and tuple(values.shape) != (num_rows,):
                 raise ValueError(f"{name} must be [{num_rows}], one a token row, got {list(values.shape)}.")
@@ -90,6 +93,8 @@ class LossInputs:
         if self.term_N.is_floating_point() or not in_range:
             numbers = ", ".join(f"{number} {item.term.name}" for number, item in enumerate(terms))
             raise ValueError(f"term must hold the numbers of the settings' terms: {numbers}.")
+        if self.sequence_N is None and any(item.term.sequence_loss for item in terms):
+            raise ValueError("A term has a loss of whole sequences, but LossInputs.sequence_N is None.")
         if self.student.head.weight_VH.dtype == torch.float16:
             raise ValueError("A float16 student head underflows in the loss; use bfloat16 or float32.")
         check_rows_finite("weight", self.weight_N)
@@ -104,6 +109,25 @@ class LossInputs:
                 heads[role] = states.head
         check_same_vocabulary(heads)
 
+    def rows(self, terms: Sequence[ActiveTerm], row_P: Tensor) -> LossInputs:
+        """Takes some of the rows, in their order, with the states that they read."""
+        is_kept_N = torch.zeros_like(self.term_N, dtype=torch.bool).index_fill(0, row_P, True)
+
+        def part(role: Teacher) -> HiddenStates | None:
+            states = self.teachers.get(role)
+            reads_N = self.reads(terms, role)
+            return None if states is None else HiddenStates(states.hidden_NH[is_kept_N[reads_N]], states.head)
+
+        return LossInputs(
+            HiddenStates(self.student.hidden_NH[row_P], self.student.head),
+            part("aligned"),
+            part("base"),
+            self.term_N[row_P],
+            self.weight_N[row_P],
+            None if self.token_N is None else self.token_N[row_P],
+            None if self.sequence_N is None else self.sequence_N[row_P],
+        )
+
 
 @dataclass(frozen=True, eq=False)
 class LossOutput:
@@ -112,7 +136,7 @@ class LossOutput:
     Attributes:
         total: sum over rows of weight * weight of the term * row loss; differentiable scalar.
         losses: sum over a term's rows of weight * row loss, without the term's weight, by term; scalars.
-        row_loss_N: Unweighted loss of each row [N].
+        row_loss_N: Unweighted loss of each row [N]; that of a sequence in equal parts over its rows.
         metrics: Values by metric, for the rows of the term that has it, in their order among the N rows.
     """
 
@@ -164,11 +188,15 @@ def distillation_loss(inputs: LossInputs, settings: LossSettings, *, must_be_fin
     term_N = inputs.term_N.detach().to(device).long()
     weight_N = inputs.weight_N.detach().to(device, dtype)
     token_N = None if inputs.token_N is None else inputs.token_N.to(device)
-    inputs = LossInputs(inputs.student, inputs.aligned, inputs.base, term_N, weight_N, token_N)
+    sequence_N = None if inputs.sequence_N is None else inputs.sequence_N.to(device).long()
+    inputs = LossInputs(inputs.student, inputs.aligned, inputs.base, term_N, weight_N, token_N, sequence_N)
     factor_N = weight_N * torch.tensor([item.weight for item in terms], dtype=dtype, device=device)[term_N]
 
     with torch.autocast(device.type, enabled=False):  # dtypes are those of the heads, not of an outer autocast
-        row_loss_N, metrics, gradients = chunked_pass(inputs, terms, factor_N, settings)
+        summed_P, slope_P, loss_P = _sequence_losses(inputs, terms, settings)
+        gradient_N = factor_N.index_copy(0, summed_P, factor_N[summed_P] * slope_P)
+        row_loss_N, metrics, gradients = chunked_pass(inputs, terms, gradient_N, settings)
+        row_loss_N[summed_P] = loss_P
         if must_be_finite:
             check_rows_finite("the loss of the student", row_loss_N)
         weighted_N = weight_N * row_loss_N
@@ -176,3 +204,41 @@ def distillation_loss(inputs: LossInputs, settings: LossSettings, *, must_be_fin
 
     losses = {name: weighted_N[term_N == number].sum() for number, name in enumerate(settings.names)}
     return LossOutput(total=total, losses=losses, row_loss_N=row_loss_N, metrics=metrics)
+
+
+def _sequence_losses(
+    inputs: LossInputs, terms: Sequence[ActiveTerm], settings: LossSettings
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Finds the losses of whole sequences and their slopes in a first pass, so that the second can use them.
+
+    The gradient of f(sum of values) is f' of that sum times the gradient of the values: rows need their sequence's f'
+    as a factor before their own gradient is taken, while their logits are in hand.
+
+    Returns:
+        Numbers of the rows of such terms [P], f' for each, and each row's part of f; P is 0 where there are none.
+    """
+    with_sequences = [number for number, item in enumerate(terms) if item.term.sequence_loss is not None]
+    summed_P = torch.isin(inputs.term_N, inputs.term_N.new_tensor(with_sequences)).nonzero()[:, 0]
+    slope_P, loss_P = (inputs.weight_N.new_zeros(len(summed_P)) for _ in range(2))
+    if not len(summed_P):
+        return summed_P, slope_P, loss_P
+    part = inputs.rows(terms, summed_P)
+    with torch.no_grad():
+        value_P, _, _ = chunked_pass(part, list(terms), slope_P, settings)
+    assert part.sequence_N is not None, "checked above"
+    for number in with_sequences:
+        own_R = (part.term_N == number).nonzero()[:, 0]
+        _, place_R, count_S = part.sequence_N[own_R].unique(return_inverse=True, return_counts=True)
+        sum_S = value_P.new_zeros(len(count_S)).index_add_(0, place_R, value_P[own_R])
+        loss_S, slope_S = _value_and_slope(terms[number], sum_S)
+        slope_P[own_R], loss_P[own_R] = slope_S[place_R], (loss_S / count_S)[place_R]
+    return summed_P, slope_P, loss_P
+
+
+def _value_and_slope(active: ActiveTerm, sum_S: Tensor) -> tuple[Tensor, Tensor]:
+    """f and f' of a term for the sums of its sequences."""
+    assert active.term.sequence_loss is not None
+    with torch.enable_grad():
+        loss_S = active.term.sequence_loss(sum_S.requires_grad_(), active.options)
+        (slope_S,) = torch.autograd.grad(loss_S.sum(), sum_S)
+    return loss_S.detach(), slope_S

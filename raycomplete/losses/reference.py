@@ -32,9 +32,16 @@ def reference_loss(inputs: LossInputs, settings: LossSettings) -> LossOutput:
         tokens = None if inputs.token_N is None else inputs.token_N[rows_N]
         rows = LogProbs(student_NV[rows_N], frozen.get("aligned"), frozen.get("base"), tokens)
         found = active.term.formula(rows, active.options)
-        loss = (inputs.weight_N.double()[rows_N] * found.loss_R).sum()
+        loss_R = found.loss_R
+        if active.term.sequence_loss is not None and inputs.sequence_N is not None:
+            sequence_R = inputs.sequence_N[rows_N]
+            loss_R = torch.zeros_like(loss_R)
+            for sequence in sequence_R.unique():
+                of_whole = active.term.sequence_loss(found.loss_R[sequence_R == sequence].sum()[None], active.options)
+                loss_R = torch.where(sequence_R == sequence, of_whole / (sequence_R == sequence).sum(), loss_R)
+        loss = (inputs.weight_N.double()[rows_N] * loss_R).sum()
         total = total + active.weight * loss
-        row_loss_N[rows_N] = found.loss_R.detach()
+        row_loss_N[rows_N] = loss_R.detach()
         losses[name] = loss.detach()
         metrics |= {metric: values.detach() for metric, values in found.metrics.items()}
     return LossOutput(total=total, losses=losses, row_loss_N=row_loss_N, metrics=metrics)

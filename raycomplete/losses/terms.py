@@ -102,6 +102,8 @@ class Term:
             reads base reads aligned too.
         metrics: What each metric of its rows is, by name. No two terms of one loss may share a name.
         options: Class of its settings; must need no argument.
+        sequence_loss: Loss of each sequence [S] from the sum over its rows of what `formula` gives [S], differentiable;
+            called with an instance of `options` too. Absent, `formula` gives the losses of rows.
         torch_block: Fused version of `formula` for PyTorch; absent, autograd differentiates `formula`.
         triton: Fused version for CUDA; absent, PyTorch computes the rows there too.
     """
@@ -113,6 +115,7 @@ class Term:
     reads: tuple[Teacher, ...] | Callable[[Any], tuple[Teacher, ...]] = ("aligned",)
     metrics: Mapping[str, str] = field(default_factory=dict)
     options: type[Section] = Section
+    sequence_loss: Callable[[Tensor, Any], Tensor] | None = None
     torch_block: BlockFunction | None = None
     triton: Callable[[RowLogits, Any], TermRows] | None = None
 
@@ -120,6 +123,16 @@ class Term:
         """Frozen models that its rows read under these options."""
         reads = self.reads(options) if callable(self.reads) else self.reads
         return ("aligned", "base") if "base" in reads else reads
+
+    def add(self) -> None:
+        """Enters the table unless it is there already: methods bring the same terms along again and again.
+
+        Raises:
+            ValueError: Another term has its name.
+        """
+        known = TERMS.get(self.name)
+        if known is None or known.formula is not self.formula:
+            register(self)
 
     @property
     def block_function(self) -> BlockFunction:

@@ -18,6 +18,7 @@ for all of that. To add one, write a Python file, name it under `plugins` in the
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ from raycomplete.runtime.section import Section
 
 if TYPE_CHECKING:
     from raycomplete.config.training import TrainConfig
+    from raycomplete.losses.terms import Term
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,16 @@ class RecoveryItem:
     def answer_depth(self) -> int:
         """Tokens of the compliant answer that the student reads."""
         return self.depth - self.sample.refusal_prefix_tokens
+
+    def redrawn_cut(self, plain_fraction: float, *, once: bool = False) -> int:
+        """A cut of all of h as rival defences draw it: 0 in a fraction of the draws, else uniform on 1 .. |h|.
+
+        A function of the sample and its drawn depth, and so the same on every worker; `once` draws one cut for the
+        sample, which the teachers may read.
+        """
+        sample = self.sample
+        rng = random.Random(sample.sample_id if once else f"{sample.sample_id}:{self.depth}")
+        return 0 if rng.random() < plain_fraction else rng.randint(1, len(sample.harmful_ids))
 
 
 Item = AnchorItem | RecoveryItem
@@ -172,6 +184,12 @@ class Method(Section):
 
     depth_term: ClassVar[str | None] = None
     """Term whose loss, by depth, the depth sampler follows; None draws depths evenly."""
+    per_sequence: ClassVar[frozenset[str]] = frozenset()
+    """Terms that are summed over the rows of a sequence and averaged over sequences; others are means over rows."""
+
+    def own_terms(self) -> tuple[Term, ...]:
+        """Loss terms that the method brings along; they enter the table when the loss is made. May load torch."""
+        return ()
 
     def loss_weights(self) -> dict[str, float]:
         """Weight of each loss term (`raycomplete.losses.terms`) by name, in the order of metrics and figures."""
@@ -185,33 +203,58 @@ class Method(Section):
         """The tokens that the student reads for an item, and the rows that are trained."""
         raise NotImplementedError
 
+    def sequences(self, item: Item, feedback: Feedback) -> tuple[TrainSequence, ...]:
+        """All sequences of an item, as many for each item of a kind; by default one."""
+        return (self.sequence(item, feedback),)
+
     def trained(self, samples: Iterable[AnchorSample]) -> tuple[AnchorSample, ...]:
         """Leaves out samples of which no row is trained: they would only take the place of others in a step."""
         return tuple(
             sample
             for sample in samples
-            if any(span.count for span in self.sequence(AnchorItem(sample), Feedback()).spans)
+            if any(span.count for found in self.sequences(AnchorItem(sample), Feedback()) for span in found.spans)
         )
 
     def normalisers(self, sequences: Iterable[TrainSequence]) -> dict[str, float]:
         """Divisor of each term's row weights, from all sequences of a step: by default their sum.
 
-        Each term then stays a mean over its rows, however they are weighted.
+        Each term then stays a mean over its rows, however they are weighted, or over its sequences (`per_sequence`).
         """
         sums: Counter[str] = Counter()
         for sequence in sequences:
             for span in sequence.spans:
-                sums[span.term] += span.count if span.weights is None else sum(span.weights)  # type: ignore[assignment]
+                whole = span.term in self.per_sequence
+                rows = span.count if span.weights is None else sum(span.weights)
+                sums[span.term] += (span.count > 0) if whole else rows  # type: ignore[assignment]
         return dict(sums)
 
     def loss(self, train: TrainConfig) -> LossSettings:
-        """Settings of the loss under a trainer."""
+        """Settings of the loss under a trainer; the method's own terms are in the table from then on."""
+        for term in self.own_terms():
+            term.add()
         return LossSettings(
             self.loss_weights(),
             self.loss_options(),
             chunk_tokens=train.loss_chunk_tokens,
             backend=train.loss_backend,
         )
+
+
+def harmless_answer(item: AnchorItem, term: str, *, is_read: bool = False) -> TrainSequence:
+    """A harmless or borderline prompt and aligned's answer, all of whose tokens are rows of a term.
+
+    Harmful prompts have no rows: a method that trains nothing else of anchor items leaves them out.
+
+    Args:
+        item: The prompt and its answer.
+        term: Name of the term.
+        is_read: The frozen models read the answer too.
+    """
+    sample = item.sample
+    prompt, answer = sample.prompt_ids, sample.kept_ids
+    read = TeacherContext(sample.plain_prompt_ids, answer) if is_read else None
+    span = RowSpan(term, len(prompt), len(answer), read)
+    return TrainSequence(prompt + answer, () if sample.kind == "harmful" else (span,))
 
 
 M = TypeVar("M", bound=Method)

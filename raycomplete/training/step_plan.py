@@ -7,6 +7,7 @@ with the very next samples, and the loss does not depend on the number of worker
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
@@ -30,30 +31,31 @@ class StepSequences:
     """The sequences of one optimizer step on all workers.
 
     Attributes:
-        anchor: Of the anchor items, in their order.
-        recovery: Of the recovery items, in their order.
+        anchor: Of each anchor item, in their order.
+        recovery: Of each recovery item, in their order.
         normalisers: Divisor of the row weights of each term.
     """
 
-    anchor: tuple[TrainSequence, ...]
-    recovery: tuple[TrainSequence, ...]
+    anchor: tuple[tuple[TrainSequence, ...], ...]
+    recovery: tuple[tuple[TrainSequence, ...], ...]
     normalisers: dict[str, float]
 
     @classmethod
     def of(cls, plan: StepPlan, method: Method, feedback: Feedback) -> StepSequences:
         """Asks a method for the sequences of a plan."""
-        anchor = tuple(method.sequence(item, feedback) for item in plan.anchor)
-        recovery = tuple(method.sequence(item, feedback) for item in plan.recovery)
-        return cls(anchor, recovery, method.normalisers((*anchor, *recovery)))
+        anchor = tuple(method.sequences(item, feedback) for item in plan.anchor)
+        recovery = tuple(method.sequences(item, feedback) for item in plan.recovery)
+        return cls(anchor, recovery, method.normalisers(chain(*anchor, *recovery)))
 
     @property
     def num_tokens(self) -> int:
         """Tokens of all sequences, the last one of each included."""
-        return sum(len(sequence.token_ids) for sequence in (*self.anchor, *self.recovery))
+        return sum(len(sequence.token_ids) for sequence in chain(*self.anchor, *self.recovery))
 
     def local(self, rank: int, world_size: int) -> list[TrainSequence]:
         """The share of one worker, longest first, so that micro-batches pad little."""
-        return sorted([*self.anchor[rank::world_size], *self.recovery[rank::world_size]], key=len, reverse=True)
+        share = slice(rank, None, world_size)
+        return sorted(chain(*self.anchor[share], *self.recovery[share]), key=len, reverse=True)
 
 
 class Planner:

@@ -106,6 +106,7 @@ class HeadLoss(nn.Module):
                 batch.term_N,
                 batch.weight_N,
                 batch.token_N,
+                batch.sequence_N,
             )
             # A step of training with NaN is left out by `bad_steps`; an exception of one rank would end the run.
             settings = self._loss if mode == "loss" else self._anchor_kl

@@ -14,6 +14,7 @@ import shutil
 import time
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -88,8 +89,8 @@ class Worker:
         )
         self.planner = self._make_planner(oversample=1)
         self.sampler = DepthSampler(self._reachable_depths(), train.seed)
-        anchor, recovery = self.planner.samples_of(0)
-        per_rank = (len(anchor) + len(recovery)) // self.world_size
+        step = StepSequences.of(self.planner.plan(0, self.sampler), method, Feedback())
+        per_rank = len(list(chain(*step.anchor, *step.recovery))) // self.world_size
         self.per_device_batch_size = min(train.per_device_batch_size, per_rank)
         self.accumulation = -(-per_rank // self.per_device_batch_size)
         self.loss = method.loss(train)

@@ -19,7 +19,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "docs" / "examples" / "add_method.py"
 OVERRIDES = [
-    "method={name: unlikelihood, strength: 0.5, anchor_batch_size: 6, recovery_batch_size: 6}",
+    "method={name: turn_away, strength: 0.5, anchor_batch_size: 6, recovery_batch_size: 6}",
     "data.limit_per_kind=12",
     "train.steps=4",
     "train.warmup_steps=1",
@@ -93,7 +93,7 @@ def test_a_method_is_unknown_without_its_plugin(tmp_path: Path) -> None:
     refused = raycomplete(tmp_path, "train", "run.yaml", "plugins=[]")
     said = refused.communicate(timeout=60)[0]
     assert refused.returncode == 2
-    assert "There is no training method 'unlikelihood'" in " ".join(said.split())
+    assert "There is no training method 'turn_away'" in " ".join(said.split())
 
 
 @pytest.mark.slow
@@ -117,20 +117,20 @@ def test_a_method_and_a_term_from_outside_are_trained_evaluated_and_reported(tmp
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     for row in rows:
         assert 0 < row["harmful_token_mass"] <= 1
-        assert row["loss"] == pytest.approx(row["anchor"] + 0.5 * row["unlikelihood"], rel=1e-5)
+        assert row["loss"] == pytest.approx(row["anchor"] + 0.5 * row["turn_away"], rel=1e-5)
         assert "recovery" not in row
-    assert rows[-1]["unlikelihood"] < rows[0]["unlikelihood"]
+    assert rows[-1]["turn_away"] < rows[0]["turn_away"]
     assert rows[0]["depth_loss"] != rows[-1]["depth_loss"], "the depth sampler follows the new term"
 
     lines = [line for line in exported.splitlines() if 'run="guide"' in line]
-    assert any(line.startswith("ray_raycomplete_loss{") and 'part="unlikelihood"' in line for line in lines)
+    assert any(line.startswith("ray_raycomplete_loss{") and 'part="turn_away"' in line for line in lines)
     (metric,) = (line for line in lines if line.startswith("ray_raycomplete_loss_metric{"))
     assert 'metric="harmful_token_mass"' in metric
 
     terms = json.loads((folder / "training.json").read_text())["terms"]
-    assert list(terms) == ["anchor", "unlikelihood"]
+    assert list(terms) == ["anchor", "turn_away"]
     report = (folder / "report.html").read_text()
-    assert "unlikelihood" in report
+    assert "turn_away" in report
     assert "harmful_token_mass" in report
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["asr"]["student"]["by_depth"].keys() == {"0", "8"}

@@ -27,6 +27,7 @@ from raycomplete.losses.reference import reference_loss
 from raycomplete.losses.settings import LossSettings
 from raycomplete.methods.completion import Completion
 from raycomplete.methods.registry import DepthConfig, Feedback, Method
+from raycomplete.methods.sft import SFT
 from raycomplete.runtime.types import Outcome, Prompt
 from raycomplete.training.batches import BatchBuilder, MicroBatch, teacher_contexts
 from raycomplete.training.job import ResponseJudge, TrainJob
@@ -224,7 +225,7 @@ def make_job(folder: Path, train: TrainConfig, method: Method | None = None, **v
             make_model(folder / role, seed, **values)
     samples = folder / "samples.jsonl"
     write_samples(samples, make_samples(0))
-    scored = isinstance(method, Completion)
+    scored = not isinstance(method, SFT)
     return TrainJob(
         method=method,
         start=folder / "base" if scored else folder / "aligned",

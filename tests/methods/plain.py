@@ -1,0 +1,128 @@
+"""Rival methods against plain float64 PyTorch: each sequence read by itself, formulas as papers write them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raycomplete.config import TrainConfig
+from raycomplete.data.checkpoints import load_model
+from raycomplete.data.heads import load_head
+from raycomplete.data.samples import RecoverySample, read_samples
+from raycomplete.losses.loss import LossOutput
+from raycomplete.methods.registry import Feedback, Method
+from raycomplete.training.batches import BatchBuilder
+from raycomplete.training.feedback import DepthSampler
+from raycomplete.training.packing import deal
+from raycomplete.training.step_plan import Planner, StepPlan, StepSequences
+from raycomplete.training.student import HeadSettings, StudentModule
+from tests.training.tiny import make_job, prefetcher_of
+
+Ids = tuple[int, ...]
+NOTHING = Feedback()
+MICRO_BATCHES = 2  # of a step: what belongs together must not fall apart
+
+
+class Plain:
+    """The three models in float64, the student's weights differentiable."""
+
+    def __init__(self, job: Any) -> None:
+        self.models = {
+            "student": load_model(job.start, "float32").double(),
+            **{role: load_model(source.path, "float32").double() for role, source in job.sources.items()},
+        }
+
+    def log_probs(self, model: str, prompt: Ids, response: Ids) -> Tensor:
+        """log p of each response token."""
+        logits_TV = self.models[model](torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+        log_p_TV = logits_TV.log_softmax(-1)
+        found: Tensor = log_p_TV[torch.arange(len(response)), torch.tensor(response)]
+        return found if model == "student" else found.detach()
+
+    def kl(self, prompt: Ids, response: Ids) -> Tensor:
+        """KL(aligned || student) at each response token."""
+        a_TV, s_TV = (
+            self.models[model](torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            for model in ("aligned", "student")
+        )
+        return (a_TV.exp() * (a_TV - s_TV)).sum(-1)
+
+
+class Case:
+    """A step of a method on tiny models."""
+
+    def __init__(self, folder: Path, method: Method) -> None:
+        self.method = method
+        self.job = make_job(folder, TrainConfig(), method)
+        self.settings = method.loss(TrainConfig(loss_chunk_tokens=7))
+        planner = Planner(
+            read_samples(self.job.samples), anchor_batch_size=3, recovery_batch_size=3, seed=1, max_depth=16
+        )
+        self.plan: StepPlan = planner.plan(0, DepthSampler(method.depth, 1))
+        prefetcher = prefetcher_of(method, self.job.sources)
+        prefetcher.request(0, *planner.samples_of(0))
+        self.scores = prefetcher.take(0)
+        self.plain = Plain(self.job)
+
+    @property
+    def answers(self) -> list[tuple[Ids, Ids]]:
+        """Harmless prompts with their answers."""
+        return [(item.sample.prompt_ids, item.sample.answer_ids) for item in self.plan.anchor]
+
+    @property
+    def harmful(self) -> list[RecoverySample]:
+        """Samples of harmful prompts."""
+        return [item.sample for item in self.plan.recovery]
+
+    def student(self, lm: Any = None) -> StudentModule:
+        """The module that is trained, on the model that the job starts from or a given one."""
+        spec = self.job.student_head
+        teachers = {role: load_head(item, dtype=torch.float32) for role, item in self.job.teacher_heads.items()}
+        head = HeadSettings(spec.scale, spec.softcap, spec.vocab_size)
+        lm = lm or load_model(self.job.start, "float32")
+        return StudentModule(lm, head, teachers, self.settings, external_head=False)
+
+    def outputs(self, student: StudentModule, feedback: Feedback = NOTHING) -> list[LossOutput]:
+        """Losses of a step's micro-batches; gradients are in the student."""
+        step = StepSequences.of(self.plan, self.method, feedback)
+        builder = BatchBuilder(self.settings, 1.0)
+        found = []
+        for chunk in deal(step.local(0, 1), MICRO_BATCHES):
+            batch = builder.build(chunk, step.normalisers, self.scores, feedback.loss_weights)
+            output = LossOutput.unflatten(student(batch), self.settings)
+            output.total.backward()
+            found.append(output)
+        return found
+
+    def assert_like(self, plain_loss: Callable[[], Tensor], tolerance: float = 1e-4) -> None:
+        """Total and all gradients are those of a plain loss."""
+        student = self.student()
+        outputs = self.outputs(student)
+        assert len(outputs) == MICRO_BATCHES
+        expected = plain_loss()
+        expected.backward()
+        total = sum(float(output.total.detach()) for output in outputs)
+        assert abs(total - float(expected.detach())) <= tolerance * max(abs(float(expected.detach())), 1)
+        assert_gradients(student.lm.named_parameters(), self.plain.models["student"].parameters(), tolerance)
+
+
+def assert_gradients(found: Any, expected: Any, tolerance: float) -> None:
+    """Gradients by name are those of float64, up to a share of their size."""
+    seen = 0
+    for (name, parameter), other in zip(found, expected, strict=True):
+        if other.grad is None:
+            assert parameter.grad is None or not parameter.grad.any(), name
+            continue
+        assert parameter.grad is not None, name
+        assert float((parameter.grad.double() - other.grad).norm() / other.grad.norm()) < tolerance, name
+        seen += 1
+    assert seen > 5
+
+
+def mean(values: Sequence[Tensor]) -> Tensor:
+    """The mean over sequences."""
+    return torch.stack(list(values)).mean()
