@@ -196,6 +196,15 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _method_has_what_it_needs(self) -> RunConfig:
+        if self.method.needs_lora and self.train.lora_rank == 0:
+            raise ValueError(
+                f"method {self.method.name} turns the student's adapters off to see where it started: set "
+                "train.lora_rank, to 16 for instance"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _lora_is_whole(self) -> RunConfig:
         for name, rank in (("align.lora_rank", self.align.lora_rank), ("train.lora_rank", self.train.lora_rank)):
             if rank > 0 and self.train.zero_stage == 3:

@@ -301,6 +301,15 @@ def nll(rows: LogProbs, options: Section) -> TermRows:
     return TermRows(-rows.student_NV.gather(1, rows.token_N[:, None])[:, 0])
 
 
+def of_the_pass(rows: LogProbs, options: Section) -> TermRows:
+    """Stands where a term has no formula over log-probabilities, since its method's `StudentPass` computes it.
+
+    Raises:
+        ValueError: Whenever it is called.
+    """
+    raise ValueError("This term is computed from the whole student, by the pass of its method.")
+
+
 def _triton_divergence(logits: RowLogits, options: DivergenceSettings) -> TermRows:
     from raycomplete.losses import kernels  # Triton is not everywhere
 

@@ -3,6 +3,6 @@
 Importable without torch, since a method is the section `method` of the run file.
 """
 
-from raycomplete.methods import augmentation, completion, door, npo, sft, unlikelihood, w_door
+from raycomplete.methods import augmentation, circuit_breakers, completion, door, npo, sft, unlikelihood, w_door
 
-__all__ = ["augmentation", "completion", "door", "npo", "sft", "unlikelihood", "w_door"]
+__all__ = ["augmentation", "circuit_breakers", "completion", "door", "npo", "sft", "unlikelihood", "w_door"]

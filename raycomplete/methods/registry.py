@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
@@ -76,6 +76,9 @@ class RecoveryItem:
         return 0 if rng.random() < plain_fraction else rng.randint(1, len(sample.harmful_ids))
 
 
+StudentPass = Callable[[Any, Any], Any]
+"""Computes the loss of a micro-batch from the whole student: (StudentModule, MicroBatch) -> LossOutput. See
+`raycomplete.training.student.StudentModule.total`."""
 Item = AnchorItem | RecoveryItem
 
 
@@ -184,6 +187,10 @@ class Method(Section):
 
     depth_term: ClassVar[str | None] = None
     """Term whose loss, by depth, the depth sampler follows; None draws depths evenly."""
+    needs_lora: ClassVar[bool] = False
+    """It compares the student with what it started from, by turning its adapters off."""
+    packed: ClassVar[bool] = True
+    """Sequences may share rows of a batch; false where a pass looks at positions by itself."""
     per_sequence: ClassVar[frozenset[str]] = frozenset()
     """Terms that are summed over the rows of a sequence and averaged over sequences; others are means over rows."""
 
@@ -199,12 +206,24 @@ class Method(Section):
         """Settings of the terms where they are not the terms' defaults, by name."""
         return {}
 
+    def student_pass(self, lm: Any) -> StudentPass | None:
+        """Takes the place of forward pass and loss where final hidden states of rows are not enough; may load torch.
+
+        Args:
+            lm: The student, a transformers model.
+        """
+        return None
+
+    def schedule(self, progress: float) -> dict[str, float]:
+        """Factors on the weights of terms, when that share of the steps is done or being done; none is 0."""
+        return {}
+
     def sequence(self, item: Item, feedback: Feedback) -> TrainSequence:
         """The tokens that the student reads for an item, and the rows that are trained."""
         raise NotImplementedError
 
     def sequences(self, item: Item, feedback: Feedback) -> tuple[TrainSequence, ...]:
-        """All sequences of an item, as many for each item of a kind; by default one."""
+        """All sequences of an item, as many for each item of a kind, in one micro-batch; by default one."""
         return (self.sequence(item, feedback),)
 
     def trained(self, samples: Iterable[AnchorSample]) -> tuple[AnchorSample, ...]:

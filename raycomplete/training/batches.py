@@ -68,6 +68,13 @@ class MicroBatch:
         """
         return {"input_ids": self.input_ids_BT, "position_ids": self.position_ids_BT, "use_cache": False}
 
+    def without(self, terms: Sequence[str]) -> MicroBatch:
+        """The same without the rows of terms that read no teacher."""
+        left_out = self.term_N.new_tensor([self.terms.index(term) for term in terms])
+        kept_N = ~torch.isin(self.term_N, left_out)
+        names = ("row_N", "term_N", "weight_N", "sequence_N", "token_N")
+        return replace(self, **{name: getattr(self, name)[kept_N] for name in names})
+
     def to(self, device: torch.device) -> MicroBatch:
         """The same on another device."""
         moved: dict[str, Any] = {

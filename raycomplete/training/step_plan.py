@@ -14,6 +14,7 @@ import numpy as np
 from raycomplete.data.samples import AnchorSample, RecoverySample, SampleSet
 from raycomplete.methods.registry import AnchorItem, Feedback, Method, RecoveryItem, TrainSequence
 from raycomplete.training.feedback import DepthSampler
+from raycomplete.training.packing import deal
 
 _SEED_TAGS = {"anchor": 11, "recovery": 12}
 
@@ -53,9 +54,16 @@ class StepSequences:
         return sum(len(sequence.token_ids) for sequence in chain(*self.anchor, *self.recovery))
 
     def local(self, rank: int, world_size: int) -> list[TrainSequence]:
-        """The share of one worker, longest first, so that micro-batches pad little."""
+        """The share of one worker, longest items first, so that micro-batches pad little."""
+        return [*chain(*self._items(rank, world_size))]
+
+    def micro_batches(self, rank: int, world_size: int, count: int) -> list[list[TrainSequence]]:
+        """The same in as many parts; sequences of an item stay together."""
+        return [[*chain(*items)] for items in deal(self._items(rank, world_size), count)]
+
+    def _items(self, rank: int, world_size: int) -> list[tuple[TrainSequence, ...]]:
         share = slice(rank, None, world_size)
-        return sorted(chain(*self.anchor[share], *self.recovery[share]), key=len, reverse=True)
+        return sorted([*self.anchor[share], *self.recovery[share]], key=lambda item: max(map(len, item)), reverse=True)
 
 
 class Planner:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +14,9 @@ from raycomplete.data.samples import AnchorSample
 from raycomplete.diagnosis.rows import PROFILE_METRICS, DiagnosisSettings, Opening, diagnose_rows
 from raycomplete.losses.chunked_pass import rows_per_chunk
 from raycomplete.losses.heads import Head, HiddenStates
-from raycomplete.losses.loss import LossInputs, distillation_loss
+from raycomplete.losses.loss import LossInputs, LossOutput, distillation_loss
 from raycomplete.losses.settings import LossSettings
+from raycomplete.losses.torch_rows import TermRows
 from raycomplete.runtime.section import Dtype
 from raycomplete.training.batches import MicroBatch, answer_batch
 
@@ -164,13 +166,21 @@ class StudentModule(nn.Module):
         teachers: Frozen heads by role; not parameters, so DeepSpeed neither shards nor trains them.
         loss: Terms of the loss.
         external_head: True under ZeRO-3.
+        student_pass: Computes the loss in place of a plain forward pass (`raycomplete.methods.registry.StudentPass`).
     """
 
     def __init__(
-        self, lm: Any, settings: HeadSettings, teachers: dict[str, Head], loss: LossSettings, *, external_head: bool
+        self,
+        lm: Any,
+        settings: HeadSettings,
+        teachers: dict[str, Head],
+        loss: LossSettings,
+        *,
+        external_head: bool,
+        student_pass: Callable[[StudentModule, MicroBatch], LossOutput] | None = None,
     ) -> None:
         super().__init__()
-        self.lm = lm
+        self.lm, self.loss, self.student_pass = lm, loss, student_pass
         lm_head = lm.get_output_embeddings()
         self.head_loss = HeadLoss(lm_head, settings, teachers, loss, external=external_head)
 
@@ -186,10 +196,53 @@ class StudentModule(nn.Module):
         """
         if isinstance(batch, PrefixBatch):
             return (self._continue(batch),)
-        hidden_BTH = self.lm.base_model(**batch.model_inputs()).last_hidden_state
-        hidden_NH = hidden_BTH.flatten(0, 1)[batch.row_N]
-        result: tuple[Tensor, ...] = self.head_loss(mode, hidden_NH, batch)
+        if mode == "loss" and self.student_pass is not None:
+            return self.student_pass(self, batch).flatten()
+        return self._of_rows(mode, self.states(batch).last_hidden_state, batch)
+
+    def _of_rows(self, mode: str, hidden_BTH: Tensor, batch: MicroBatch) -> tuple[Tensor, ...]:
+        result: tuple[Tensor, ...] = self.head_loss(mode, hidden_BTH.flatten(0, 1)[batch.row_N], batch)
         return result
+
+    def states(self, batch: MicroBatch, **wanted: bool) -> Any:
+        """The model's output without its head: `last_hidden_state`, and what is wanted (`output_attentions=True`)."""
+        return self.lm.base_model(**batch.model_inputs(), **wanted)
+
+    @contextmanager
+    def without_adapters(self) -> Iterator[None]:
+        """The model that the student started from, while LoRA adapters are off."""
+        adapted = [module for module in self.lm.modules() if hasattr(module, "lora_A")]
+        for module in adapted:  # `enable_adapters` would also switch requires_grad, which DeepSpeed's hooks watch
+            module._disable_adapters = True
+        try:
+            yield
+        finally:
+            for module in adapted:
+                module._disable_adapters = False
+
+    def total(self, hidden_BTH: Tensor, batch: MicroBatch, found: Mapping[str, TermRows]) -> LossOutput:
+        """The loss of a batch, for a pass that has computed some of its terms itself.
+
+        Args:
+            hidden_BTH: Final hidden states, for the other terms.
+            batch: The micro-batch.
+            found: Losses, attached to the student's graph, and metrics of the rows of each term that was computed, in
+                their order; such terms read no teacher.
+        """
+        rest = batch.without(tuple(found))
+        output = LossOutput.unflatten(self._of_rows("loss", hidden_BTH, rest), self.loss)
+        total, row_loss_N = output.total, output.row_loss_N.new_zeros(len(batch.term_N))
+        is_rest_N = torch.ones_like(batch.term_N, dtype=torch.bool)
+        for name, rows in found.items():
+            own_N = batch.term_N == self.loss.names.index(name)
+            is_rest_N &= ~own_N
+            loss = (batch.weight_N[own_N] * rows.loss_R).sum()
+            total = total + self.loss.weights[name] * loss
+            row_loss_N[own_N] = rows.loss_R.detach().to(row_loss_N.dtype)
+            output.losses[name] = loss.detach()
+            output.metrics.update({metric: values_R.detach() for metric, values_R in rows.metrics.items()})
+        row_loss_N[is_rest_N] = output.row_loss_N
+        return LossOutput(total, output.losses, row_loss_N, output.metrics)
 
     def _continue(self, batch: PrefixBatch) -> Tensor:
         """Greedy tokens [B, max_tokens]; what follows an end-of-response is for the caller to cut.

@@ -14,7 +14,6 @@ import shutil
 import time
 from dataclasses import replace
 from functools import partial
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -42,7 +41,6 @@ from raycomplete.training.feedback import DepthSampler
 from raycomplete.training.job import TrainJob
 from raycomplete.training.metrics import StepMeter, describe_terms, peak_memory_gib
 from raycomplete.training.on_policy import OnPolicySource
-from raycomplete.training.packing import deal
 from raycomplete.training.profile import aligned_profile, scored_samples, student_profile, write_profile
 from raycomplete.training.rollout_engines import WeightSync
 from raycomplete.training.step_plan import Planner, StepPlan, StepSequences
@@ -90,9 +88,10 @@ class Worker:
         self.planner = self._make_planner(oversample=1)
         self.sampler = DepthSampler(self._reachable_depths(), train.seed)
         step = StepSequences.of(self.planner.plan(0, self.sampler), method, Feedback())
-        per_rank = len(list(chain(*step.anchor, *step.recovery))) // self.world_size
+        items = [*step.anchor, *step.recovery]
+        per_rank = sum(map(len, items)) // self.world_size
         self.per_device_batch_size = min(train.per_device_batch_size, per_rank)
-        self.accumulation = -(-per_rank // self.per_device_batch_size)
+        self.accumulation = min(-(-per_rank // self.per_device_batch_size), len(items) // self.world_size)
         self.loss = method.loss(train)
         self.terms = describe_terms(self.loss)
         self.builder = BatchBuilder(self.loss, scale=float(self.world_size * self.accumulation))
@@ -102,7 +101,7 @@ class Worker:
         self.bad_steps = BadSteps(job.folder, train.max_bad_steps)
         self.stop = False
         self.lm, self.engine = self._start_engine()
-        if not keeps_sequences_apart(self.engine, self.samples.anchor[0], job.dtype):
+        if not method.packed or not keeps_sequences_apart(self.engine, self.samples.anchor[0], job.dtype):
             self.builder = replace(self.builder, packed=False)
         self.source = self._make_source()
         self.validator = self._make_validator()
@@ -150,7 +149,14 @@ class Worker:
             for role, spec in job.teacher_heads.items()
         }
         head = HeadSettings(job.student_head.scale, job.student_head.softcap, job.student_head.vocab_size)
-        module = StudentModule(inner, head, self.teachers, self.loss, external_head=train.zero_stage == 3)
+        module = StudentModule(
+            inner,
+            head,
+            self.teachers,
+            self.loss,
+            external_head=train.zero_stage == 3,
+            student_pass=job.method.student_pass(inner),
+        )
         return lm, start_engine(module, train, job.dtype, self.per_device_batch_size, self.accumulation)
 
     def _make_source(self) -> StepSource:
@@ -270,13 +276,14 @@ class Worker:
         torch.manual_seed(hash((self.job.train.seed, step, self.rank)))
         given = self.source.next(step)
         learning_rate = float(self.engine.get_lr()[0])  # the optimizer step moves the schedule on
-        feedback = Feedback(self.controller.factors)
+        schedule = self.job.method.schedule((step + 1) / self.job.train.steps)
+        feedback = Feedback({**schedule, **self.controller.factors})
         step_sequences = StepSequences.of(given.plan, self.job.method, feedback)
         meter = StepMeter(self.loss, self.sampler, self.job.method.depth_term)
         computed = needed = 0
         skipped_before = self.engine.skipped_steps
         self.bad_steps.begin()
-        for chunk in deal(step_sequences.local(self.rank, self.world_size), self.accumulation):
+        for chunk in step_sequences.micro_batches(self.rank, self.world_size, self.accumulation):
             batch = self.builder.build(chunk, step_sequences.normalisers, given.scores, feedback.loss_weights)
             computed, needed = computed + batch.input_ids_BT.numel(), needed + batch.num_tokens
             self._accumulate(batch.to(self.engine.device), meter)

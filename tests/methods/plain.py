@@ -17,7 +17,6 @@ from raycomplete.losses.loss import LossOutput
 from raycomplete.methods.registry import Feedback, Method
 from raycomplete.training.batches import BatchBuilder
 from raycomplete.training.feedback import DepthSampler
-from raycomplete.training.packing import deal
 from raycomplete.training.step_plan import Planner, StepPlan, StepSequences
 from raycomplete.training.student import HeadSettings, StudentModule
 from tests.training.tiny import make_job, prefetcher_of
@@ -84,14 +83,15 @@ class Case:
         teachers = {role: load_head(item, dtype=torch.float32) for role, item in self.job.teacher_heads.items()}
         head = HeadSettings(spec.scale, spec.softcap, spec.vocab_size)
         lm = lm or load_model(self.job.start, "float32")
-        return StudentModule(lm, head, teachers, self.settings, external_head=False)
+        student_pass = self.method.student_pass(lm)
+        return StudentModule(lm, head, teachers, self.settings, external_head=False, student_pass=student_pass)
 
     def outputs(self, student: StudentModule, feedback: Feedback = NOTHING) -> list[LossOutput]:
         """Losses of a step's micro-batches; gradients are in the student."""
         step = StepSequences.of(self.plan, self.method, feedback)
-        builder = BatchBuilder(self.settings, 1.0)
+        builder = BatchBuilder(self.settings, 1.0, packed=self.method.packed)
         found = []
-        for chunk in deal(step.local(0, 1), MICRO_BATCHES):
+        for chunk in step.micro_batches(0, 1, MICRO_BATCHES):
             batch = builder.build(chunk, step.normalisers, self.scores, feedback.loss_weights)
             output = LossOutput.unflatten(student(batch), self.settings)
             output.total.backward()

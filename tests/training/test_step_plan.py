@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from itertools import chain
 
 import pytest
 
@@ -81,7 +82,7 @@ def test_slices_of_ranks_partition_the_plan(world_size: int) -> None:
     shares = [step.local(rank, world_size) for rank in range(world_size)]
     assert {len(share) for share in shares} == {8 // world_size}, "equal shares, or collectives hang"
     together = Counter(id(item) for share in shares for item in share)
-    assert together == Counter(id(item) for item in (*step.anchor, *step.recovery))
+    assert together == Counter(id(item) for item in chain(*step.anchor, *step.recovery))
     for share in shares:
         assert [len(item) for item in share] == sorted(map(len, share), reverse=True)
 
