@@ -149,7 +149,8 @@ def _student_engines(run: Run) -> StudentEngines | None:
     if not run.config.rollout.on_policy:
         return None
     pool = run.engines.generator.with_weights(str(run.models.paths["student"]))
-    return StudentEngines(pool, run.models.codec, run.judge, run.prompts.train["harmful"], run.config.rollout)
+    prompts = [prompt for kind in KINDS for prompt in run.prompts.train[kind]]
+    return StudentEngines(pool, run.models.codec, run.judge, prompts, run.config.rollout)
 
 
 def _response_judge(run: Run) -> ResponseJudge:

@@ -3,6 +3,28 @@
 Importable without torch, since a method is the section `method` of the run file.
 """
 
-from raycomplete.methods import augmentation, circuit_breakers, completion, door, npo, sft, unlikelihood, w_door
+from raycomplete.methods import (
+    augmentation,
+    circuit_breakers,
+    completion,
+    door,
+    npo,
+    opct,
+    policy_gradient,
+    sft,
+    unlikelihood,
+    w_door,
+)
 
-__all__ = ["augmentation", "circuit_breakers", "completion", "door", "npo", "sft", "unlikelihood", "w_door"]
+__all__ = [
+    "augmentation",
+    "circuit_breakers",
+    "completion",
+    "door",
+    "npo",
+    "opct",
+    "policy_gradient",
+    "sft",
+    "unlikelihood",
+    "w_door",
+]

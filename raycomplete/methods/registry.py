@@ -38,9 +38,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class AnchorItem:
-    """An anchor sample that a step trains."""
+    """An anchor sample that a step trains; of a graded rollout the answer is the student's (see `RecoveryItem`)."""
 
     sample: AnchorSample
+    advantage: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +49,15 @@ class RecoveryItem:
     """A recovery sample that a step trains, h cut at `depth`, a refusal prefix included.
 
     Where the refusal of `sample` goes on from h, `first_id` is the token with which aligned starts its own: the same
-    word is another token there.
+    word is another token there. Where a method trains rollouts as they are (`Method.rollouts_each`), h ends at the cut,
+    the "refusal" is whatever the student wrote after it, and `advantage` says by how many standard deviations its
+    reward exceeds the mean of its group.
     """
 
     sample: RecoverySample
     depth: int
     first_id: int | None = None
+    advantage: float = 0.0
 
     @classmethod
     def cut(cls, sample: RecoverySample, depth: int) -> RecoveryItem:
@@ -193,6 +197,11 @@ class Method(Section):
     """Sequences may share rows of a batch; false where a pass looks at positions by itself."""
     per_sequence: ClassVar[frozenset[str]] = frozenset()
     """Terms that are summed over the rows of a sequence and averaged over sequences; others are means over rows."""
+
+    @property
+    def rollouts_each(self) -> int:
+        """Rollouts of each prompt and cut that a step trains as they are, graded; 0 where recovery is made of them."""
+        return 0
 
     def own_terms(self) -> tuple[Term, ...]:
         """Loss terms that the method brings along; they enter the table when the loss is made. May load torch."""

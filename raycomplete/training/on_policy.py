@@ -5,7 +5,8 @@ aligned model's answer cut at a random place. The student continues each of them
 refuses a harmful prompt, its refusal is distilled, and what it wrote before it becomes part of h; where it complies,
 the aligned model's refusal is distilled after a random part of what the student wrote. More is rolled out than trained,
 and rollouts that still comply are trained first, then those that refuse late: what the student recovers from already
-teaches it little. The scheme is ours, not that of arXiv 2511.12155.
+teaches it little. Methods that train rollouts as they are get them in groups with rewards instead. The scheme is ours,
+not that of arXiv 2511.12155.
 """
 
 from __future__ import annotations
@@ -42,15 +43,20 @@ class RolloutPlanner:
             the student fails), and the longest refusal of the student that is distilled (`max_refusal_tokens`).
         seed: Seed of cuts, splits and rollouts.
         recovery_batch_size: Recovery sequences of a step that are trained.
+        each: Rollouts of a prompt and cut that are trained as they are; 0 makes recovery of them.
     """
 
-    def __init__(self, planner: Planner, rollout: RolloutConfig, seed: int, recovery_batch_size: int) -> None:
+    def __init__(
+        self, planner: Planner, rollout: RolloutConfig, seed: int, recovery_batch_size: int, each: int = 0
+    ) -> None:
         self._planner, self._rollout = planner, rollout
-        self._seed, self._recovery_batch_size = seed, recovery_batch_size
+        self._seed, self._recovery_batch_size, self._each = seed, recovery_batch_size, each
 
     def draw(self, step: int, sampler: DepthSampler) -> RolloutBatch:
         """The rollout batch of a step under the sampler's present state."""
         plan = self._planner.plan(step, sampler)
+        if self._each:
+            return self._groups(step, plan)
         rng = np.random.default_rng([self._seed, _CUT_TAG, step + 1])
         anchor = tuple(item.sample for item in plan.anchor)
         cuts = []
@@ -62,6 +68,14 @@ class RolloutPlanner:
         recovery = tuple(item.sample for item in plan.recovery)
         return RolloutBatch(step, anchor, tuple(cuts), recovery, tuple(item.depth for item in plan.recovery))
 
+    def _groups(self, step: int, plan: StepPlan) -> RolloutBatch:
+        """As many sequences as are trained, each prompt and cut several times; harmless prompts are answered anew."""
+        count = self._recovery_batch_size // self._each
+        recovery = [item for item in plan.recovery[:count] for _ in range(self._each)]
+        anchor = [item.sample for item in plan.anchor[: len(plan.anchor) // self._each] for _ in range(self._each)]
+        samples, depths = tuple(item.sample for item in recovery), tuple(item.depth for item in recovery)
+        return RolloutBatch(step, tuple(anchor), (0,) * len(anchor), samples, depths, is_graded=True)
+
     def seed_of(self, step: int) -> int:
         """First sampling seed of a step's rollouts."""
         drawn = np.random.default_rng([self._seed, _ROLLOUT_TAG, step + 1]).integers(2**40)
@@ -71,6 +85,8 @@ class RolloutPlanner:
         """The plan of a step, from its rollout batch and what the student wrote."""
         rng = np.random.default_rng([self._seed, _SPLIT_TAG, batch.step + 1])
         count = len(batch.recovery)
+        if self._each:
+            return self._graded(batch, rollouts)
         drawn = list(zip(batch.recovery, batch.depths, rollouts[:count], rng.random(count), strict=True))
         drawn.sort(key=lambda item: item[2].refused * (1 if item[2].refusal_start else 2))  # equals stay in order
         recovery = tuple(self._recovery_item(*item) for item in drawn[: self._recovery_batch_size])
@@ -78,6 +94,27 @@ class RolloutPlanner:
         anchor = tuple(
             AnchorItem(sample if cut is None else _continued(sample, cut, next(written)))
             for sample, cut in zip(batch.anchor, batch.cuts, strict=True)
+        )
+        return StepPlan(anchor, recovery)
+
+    def _graded(self, batch: RolloutBatch, rollouts: Sequence[Rollout]) -> StepPlan:
+        """Rollouts as they are; the reward is refusing a harmful prompt, and not refusing a harmless one."""
+        count = len(batch.recovery)
+        rewards = [float(item.refused if place < count else not item.refused) for place, item in enumerate(rollouts)]
+        advantages = group_advantages(rewards, self._each)
+        recovery = tuple(
+            RecoveryItem(
+                replace(sample, harmful_ids=sample.harmful_ids[:depth], refusal_ids=item.token_ids + item.ending_ids),
+                depth,
+                advantage=advantage,
+            )
+            for sample, depth, item, advantage in zip(
+                batch.recovery, batch.depths, rollouts[:count], advantages[:count], strict=True
+            )
+        )
+        anchor = tuple(
+            AnchorItem(_continued(sample, 0, item), advantage)
+            for sample, item, advantage in zip(batch.anchor, rollouts[count:], advantages[count:], strict=True)
         )
         return StepPlan(anchor, recovery)
 
@@ -96,6 +133,17 @@ class RolloutPlanner:
             return RecoveryItem(sample, depth, first_id)
         harmful_ids = sample.harmful_ids[:depth] + rollout.token_ids[:kept]
         return RecoveryItem(replace(sample, harmful_ids=harmful_ids), depth + kept, first_id)
+
+
+def group_advantages(rewards: Sequence[float], each: int) -> list[float]:
+    """Rewards less the mean of their group, over its standard deviation; 0 in a group of equal rewards."""
+    reward_GE = np.asarray(rewards, dtype=np.float64).reshape(-1, each)
+    centred_GE = reward_GE - reward_GE.mean(axis=1, keepdims=True)
+    deviation_G1 = reward_GE.std(axis=1, keepdims=True)
+    advantages: list[float] = (
+        np.where(deviation_G1 > 0, centred_GE / np.maximum(deviation_G1, 1e-6), 0.0).ravel().tolist()
+    )
+    return advantages
 
 
 def _continued(sample: AnchorSample, cut: int, rollout: Rollout) -> AnchorSample:
@@ -136,7 +184,8 @@ class OnPolicySource(StepSource):
     ) -> None:
         super().__init__(job, planner, prefetcher, sampler, rank, world_size)
         seed, recovery_batch_size = job.train.seed, job.method.recovery_batch_size
-        self._rollout_planner = RolloutPlanner(planner, job.rollout, seed, recovery_batch_size)
+        each = job.method.rollouts_each
+        self._rollout_planner = RolloutPlanner(planner, job.rollout, seed, recovery_batch_size, each)
         self._sync = sync
         self._batches: dict[int, RolloutBatch] = {}  # steps whose rollouts are asked for
         self._rollouts: dict[int, Future[list[Rollout]]] = {}  # the same steps, on rank 0

@@ -36,6 +36,7 @@ class RolloutBatch:
         cuts: Tokens that are kept of each anchor answer; None keeps the aligned model's whole answer.
         recovery: Recovery samples as drawn.
         depths: Tokens that are kept of the `harmful_ids` of each recovery sample.
+        is_graded: Harmless answers are judged as well.
     """
 
     step: int
@@ -43,6 +44,7 @@ class RolloutBatch:
     cuts: tuple[int | None, ...]
     recovery: tuple[RecoverySample, ...]
     depths: tuple[int, ...]
+    is_graded: bool = False
 
     def sequences(self) -> list[list[int]]:
         """Token ids that the student continues: every recovery sample, then the anchor samples that are cut."""
@@ -65,7 +67,8 @@ class Rollout:
     Attributes:
         token_ids: New tokens without end-of-response.
         ending_ids: End-of-response, where the response ended by itself.
-        refused: The judge called the continuation of a harmful prompt a refusal.
+        refused: The judge called the continuation of a harmful prompt a refusal, or the answer to a harmless one where
+            the batch is graded.
         version: Finished training steps of the weights that wrote it.
         refusal_start: Tokens before a refusal begins; None where there is none, or the judge cannot tell.
     """
@@ -84,7 +87,7 @@ class StudentEngines:
         pool: Engines that started from the student's checkpoint.
         codec: Turns tokens into text for the judge.
         judge: Says whether a response is a refusal.
-        prompts: Every harmful training prompt.
+        prompts: Every training prompt.
         rollout: Sampling settings.
     """
 
@@ -142,11 +145,19 @@ class StudentEngines:
         recovery = zip(batch.recovery, batch.depths, answers, strict=False)
         refused = [self._is_refusal(sample, depth, tokens) for sample, depth, (tokens, _) in recovery]
         starts = [tokens_before_refusal(self._judge, self._codec, tokens) for tokens, _ in answers[: len(refused)]]
-        others = len(answers) - len(refused)
-        judged = zip(answers, refused + [False] * others, starts + [None] * others, strict=True)
+        others = answers[len(refused) :]
+        refused += self._refused_harmless(batch, others) if batch.is_graded else [False] * len(others)
+        judged = zip(answers, refused, starts + [None] * len(others), strict=True)
         return [
             Rollout(tuple(tokens), (self._codec.eos_id,) if finished else (), is_refusal, call.version, start)
             for (tokens, finished), is_refusal, start in judged
+        ]
+
+    def _refused_harmless(self, batch: RolloutBatch, answers: Sequence[tuple[Sequence[int], bool]]) -> list[bool]:
+        cut = [sample for sample, cut in zip(batch.anchor, batch.cuts, strict=True) if cut is not None]
+        return [
+            self._judge.outcome(self._prompts[sample.prompt_id], "", self._codec.decode(tokens)) is Outcome.REFUSED
+            for sample, (tokens, _) in zip(cut, answers, strict=True)
         ]
 
     def _is_refusal(self, sample: RecoverySample, depth: int, tokens: Sequence[int]) -> bool:

@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from raycomplete.config import TrainConfig
+from raycomplete.config import RolloutConfig, TrainConfig
 from raycomplete.data.checkpoints import load_model
 from raycomplete.data.heads import load_head
 from raycomplete.data.samples import RecoverySample, read_samples
@@ -17,6 +18,8 @@ from raycomplete.losses.loss import LossOutput
 from raycomplete.methods.registry import Feedback, Method
 from raycomplete.training.batches import BatchBuilder
 from raycomplete.training.feedback import DepthSampler
+from raycomplete.training.on_policy import RolloutPlanner
+from raycomplete.training.rollout_engines import Rollout
 from raycomplete.training.step_plan import Planner, StepPlan, StepSequences
 from raycomplete.training.student import HeadSettings, StudentModule
 from tests.training.tiny import make_job, prefetcher_of
@@ -51,6 +54,15 @@ class Plain:
         return (a_TV.exp() * (a_TV - s_TV)).sum(-1)
 
 
+def written(count: int) -> list[Rollout]:
+    """Rollouts of random words, some of which are called refusals."""
+    rng = np.random.default_rng(7)
+    return [
+        Rollout(tuple(int(token) for token in rng.integers(5, 90, 1 + place % 4)), (1,) * (place % 2), place % 3 > 0, 0)
+        for place in range(count)
+    ]
+
+
 class Case:
     """A step of a method on tiny models."""
 
@@ -58,12 +70,17 @@ class Case:
         self.method = method
         self.job = make_job(folder, TrainConfig(), method)
         self.settings = method.loss(TrainConfig(loss_chunk_tokens=7))
-        planner = Planner(
-            read_samples(self.job.samples), anchor_batch_size=3, recovery_batch_size=3, seed=1, max_depth=16
-        )
-        self.plan: StepPlan = planner.plan(0, DepthSampler(method.depth, 1))
+        sizes = {"anchor_batch_size": method.anchor_batch_size, "recovery_batch_size": method.recovery_batch_size}
+        planner = Planner(read_samples(self.job.samples), **sizes, seed=1, max_depth=16)
+        sampler = DepthSampler(method.depth, 1)
+        self.plan: StepPlan = planner.plan(0, sampler)
+        if each := method.rollouts_each:
+            rollouts = RolloutPlanner(planner, RolloutConfig(), 1, method.recovery_batch_size, each)
+            self.batch = rollouts.draw(0, sampler)
+            self.rollouts = written(len(self.batch.sequences()))
+            self.plan = rollouts.finish(self.batch, self.rollouts)
         prefetcher = prefetcher_of(method, self.job.sources)
-        prefetcher.request(0, *planner.samples_of(0))
+        prefetcher.request(0, [item.sample for item in self.plan.anchor], self.harmful)
         self.scores = prefetcher.take(0)
         self.plain = Plain(self.job)
 

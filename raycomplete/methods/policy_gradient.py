@@ -1,0 +1,96 @@
+"""Policy gradient on the student's own rollouts, relative to their group, with a KL leash: RL beside distillation.
+
+Source: group-relative policy optimisation, arXiv 2402.03300, known to us by secondary sources. Each prompt and cut of h
+is rolled out several times. The reward is the judge's: 1 for refusing a harmful prompt after h<D, 0 for complying, and
+-1 for refusing a harmless prompt. With A the reward less the mean of its group over its standard deviation, and y what
+the student wrote after c = (x, h<D), or x alone where x is harmless:
+
+    mean over rollouts of -A / |y| sum_t log p_s(y_t | c, y<t)  +  leash * mean over tokens of KL(p_s || p_a)
+
+Theirs besides: leash 0.04, groups of 64, `train: {lr: 1.0e-6}`. Departures: the KL is exact over the vocabulary, not
+estimated from samples; each rollout is trained once, so their clipped ratio is 1 and left out, which holds where
+`rollout.lookahead` is 0 and `rollout.sync_every` 1; groups of 8, since steps are small here; the leash reads h too, so
+that it pulls towards what aligned does after h.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field, model_validator
+
+from raycomplete.losses.settings import DivergenceSettings
+from raycomplete.methods.registry import (
+    AnchorItem,
+    Feedback,
+    Item,
+    Method,
+    RowSpan,
+    TeacherContext,
+    TrainSequence,
+    register,
+)
+from raycomplete.runtime.section import Section
+
+if TYPE_CHECKING:
+    from raycomplete.losses.terms import Term
+
+
+@register
+class PolicyGradient(Method):
+    """Group-relative policy gradient: rewards for refusing after h, and for not refusing harmless prompts."""
+
+    name: Literal["policy_gradient"] = Field("policy_gradient", description="which method")
+    anchor_batch_size: int = Field(16, ge=1, description="rollouts of harmless prompts of a step, over all workers")
+    recovery_batch_size: int = Field(16, ge=1, description="rollouts of harmful prompts of a step, over all workers")
+    group_size: int = Field(8, ge=2, description="rollouts of each prompt and cut")
+    leash: float = Field(0.04, ge=0, description="weight of KL(student || aligned) along the rollouts")
+
+    per_sequence = frozenset({"policy"})
+
+    @property
+    def rollouts_each(self) -> int:
+        """Groups."""
+        return self.group_size
+
+    def own_terms(self) -> tuple[Term, ...]:
+        """The policy gradient, whose advantages are weights of rows, and the leash."""
+        from raycomplete.losses.terms import Term, get, nll
+
+        policy = Term("policy", "policy", "-log p_s of the student's own words times their advantage", nll, reads=())
+        return policy, replace(get("anchor"), name="leash", label="leash", description="KL(student || aligned)")
+
+    def loss_weights(self) -> dict[str, float]:
+        """Policy gradient and leash."""
+        return {"policy": 1.0, "leash": self.leash}
+
+    def loss_options(self) -> dict[str, Section]:
+        """The direction of the leash."""
+        return {"leash": DivergenceSettings(divergence="reverse_kl")}
+
+    def sequence(self, item: Item, feedback: Feedback) -> TrainSequence:
+        """What the student read and wrote; harmful prompts among anchor items have no rows."""
+        if isinstance(item, AnchorItem):
+            given, written = (), item.sample.answer_ids
+            if item.sample.kind == "harmful":
+                return TrainSequence(item.sample.prompt_ids + written, ())
+        else:
+            given, written = item.sample.harmful_ids[: item.depth], item.sample.refusal_ids
+        prompt, count = item.sample.prompt_ids, len(written)
+        read = TeacherContext(prompt, given + written)
+        start = len(prompt) + len(given)
+        spans = (
+            RowSpan("policy", start, count, weights=[item.advantage / max(count, 1)] * count),
+            RowSpan("leash", start, count, read, offset=len(given)),
+        )
+        return TrainSequence(prompt + given + written, spans, len(given) or -1)
+
+    @model_validator(mode="after")
+    def _whole_groups(self) -> PolicyGradient:
+        if self.anchor_batch_size % self.group_size or self.recovery_batch_size % self.group_size:
+            raise ValueError(
+                f"method.anchor_batch_size and method.recovery_batch_size must be multiples of method.group_size "
+                f"({self.group_size})"
+            )
+        return self
