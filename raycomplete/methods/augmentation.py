@@ -22,6 +22,7 @@ from raycomplete.methods.registry import (
     Feedback,
     Item,
     Method,
+    RecoveryItem,
     RowSpan,
     TrainSequence,
     harmless_answer,
@@ -49,7 +50,10 @@ class Augmentation(Method):
         """A harmless prompt and its answer, or x, h up to a cut of its own, and the refusal."""
         if isinstance(item, AnchorItem):
             return harmless_answer(item, "nll")
+        return self.refusal(item, item.redrawn_cut(self.plain_fraction))
+
+    def refusal(self, item: RecoveryItem, cut: int) -> TrainSequence:
+        """x, h<D and the refusal, whose tokens are learned."""
         prompt, refusal = item.sample.prompt_ids, item.sample.refusal_ids
-        cut = item.redrawn_cut(self.plain_fraction)
         span = RowSpan("nll", len(prompt) + cut, len(refusal))
         return TrainSequence(prompt + item.sample.harmful_ids[:cut] + refusal, (span,), cut)

@@ -10,7 +10,9 @@ adapters on and a with them off, t the share of the training that is done:
 Retained are harmless and borderline answers and aligned's own refusals. Theirs besides: layers 10 and 20 of 32, alpha
 10 (Mistral 5), adapters of rank 16 with alpha 16 and dropout 0.05 on layers 0 to 20 while the upper ones are left out,
 150 steps, batches of 16, `train: {lr: 1.0e-4, lora_rank: 16}`. Departures: adapters are this trainer's (all layers,
-alpha twice the rank, no dropout), and all layers are computed and retained. Answers to harmful prompts often become
+alpha twice the rank, no dropout), and all layers are computed and retained. They begin a little off the start model
+(`nudge`): there the cosine is 1 and has no gradient, so that in float32, without the rounding of bfloat16, the retain
+term holds them where they are (40 steps on the organism: cosine still 1.000). Answers to harmful prompts often become
 babble: look at the outcome `incoherent` beside the rates.
 """
 
@@ -59,6 +61,7 @@ class CircuitBreakers(Method):
     target_layers: list[float] = Field(
         [10 / 32, 20 / 32], min_length=1, description="layers whose states are turned away, as shares of the depth"
     )
+    nudge: float = Field(0.01, ge=0, description="standard deviation of the adapters' second factor at the start")
     depth: DepthConfig = Field(
         default_factory=lambda: DepthConfig(max=256, schedule="uniform"), description="only `max` counts: longest h"
     )
@@ -96,6 +99,10 @@ class CircuitBreakers(Method):
         import torch
 
         from raycomplete.losses.torch_rows import TermRows
+
+        for name, weight in lm.named_parameters():
+            if "lora_B" in name and self.nudge > 0 and not weight.any():
+                torch.nn.init.normal_(weight, std=self.nudge)
 
         def run(student: Any, batch: Any) -> Any:
             with torch.no_grad(), student.without_adapters():

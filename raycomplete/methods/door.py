@@ -76,8 +76,7 @@ class DOOR(Method):
         if isinstance(item, AnchorItem):
             return (harmless_answer(item, "nll"),)
         sample = item.sample
-        # Something is left to forget after every cut.
-        cut = min(item.redrawn_cut(self.plain_fraction, once=True), len(sample.harmful_ids) - 1)
+        cut = item.redrawn_cut(self.plain_fraction, once=True, spare=1)  # something is left to forget
         return self.refusal(item, cut), forgotten(sample.prompt_ids, sample.harmful_ids, cut)
 
     def refusal(self, item: RecoveryItem, cut: int) -> TrainSequence:

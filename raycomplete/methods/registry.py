@@ -69,15 +69,15 @@ class RecoveryItem:
         """Tokens of the compliant answer that the student reads."""
         return self.depth - self.sample.refusal_prefix_tokens
 
-    def redrawn_cut(self, plain_fraction: float, *, once: bool = False) -> int:
-        """A cut of all of h as rival defences draw it: 0 in a fraction of the draws, else uniform on 1 .. |h|.
+    def redrawn_cut(self, plain_fraction: float, *, once: bool = False, spare: int = 0) -> int:
+        """A cut of all of h as rival defences draw it: 0 in a fraction of the draws, else uniform on 1 .. |h| - spare.
 
         A function of the sample and its drawn depth, and so the same on every worker; `once` draws one cut for the
         sample, which the teachers may read.
         """
-        sample = self.sample
+        sample, longest = self.sample, len(self.sample.harmful_ids) - spare
         rng = random.Random(sample.sample_id if once else f"{sample.sample_id}:{self.depth}")
-        return 0 if rng.random() < plain_fraction else rng.randint(1, len(sample.harmful_ids))
+        return 0 if rng.random() < plain_fraction or longest < 1 else rng.randint(1, longest)
 
 
 StudentPass = Callable[[Any, Any], Any]
@@ -193,8 +193,6 @@ class Method(Section):
     """Term whose loss, by depth, the depth sampler follows; None draws depths evenly."""
     needs_lora: ClassVar[bool] = False
     """It compares the student with what it started from, by turning its adapters off."""
-    packed: ClassVar[bool] = True
-    """Sequences may share rows of a batch; false where a pass looks at positions by itself."""
     per_sequence: ClassVar[frozenset[str]] = frozenset()
     """Terms that are summed over the rows of a sequence and averaged over sequences; others are means over rows."""
 

@@ -101,7 +101,7 @@ class Worker:
         self.bad_steps = BadSteps(job.folder, train.max_bad_steps)
         self.stop = False
         self.lm, self.engine = self._start_engine()
-        if not method.packed or not keeps_sequences_apart(self.engine, self.samples.anchor[0], job.dtype):
+        if not keeps_sequences_apart(self.engine, self.samples.anchor[0], job.dtype):
             self.builder = replace(self.builder, packed=False)
         self.source = self._make_source()
         self.validator = self._make_validator()

@@ -67,7 +67,7 @@ class Case:
     """A step of a method on tiny models."""
 
     def __init__(self, folder: Path, method: Method) -> None:
-        self.method = method
+        self.method, self.packed = method, True
         self.job = make_job(folder, TrainConfig(), method)
         self.settings = method.loss(TrainConfig(loss_chunk_tokens=7))
         sizes = {"anchor_batch_size": method.anchor_batch_size, "recovery_batch_size": method.recovery_batch_size}
@@ -106,7 +106,7 @@ class Case:
     def outputs(self, student: StudentModule, feedback: Feedback = NOTHING) -> list[LossOutput]:
         """Losses of a step's micro-batches; gradients are in the student."""
         step = StepSequences.of(self.plan, self.method, feedback)
-        builder = BatchBuilder(self.settings, 1.0, packed=self.method.packed)
+        builder = BatchBuilder(self.settings, 1.0, packed=self.packed)
         found = []
         for chunk in step.micro_batches(0, 1, MICRO_BATCHES):
             batch = builder.build(chunk, step.normalisers, self.scores, feedback.loss_weights)

@@ -1,0 +1,111 @@
+"""PRESTO: refusal augmentation that also takes attention away from the prefill.
+
+Source: arXiv 2512.05518; its code, uiuc-focal-lab/push-forward-alignment (`deep_safety_alignment.py`). Beside the
+cross-entropy of `augmentation`, with cuts D in 1 .. min(100, |h|) - 1: for each layer of N and each query q from the
+first token of h to the end of r, summed over the H heads, with A the attention that q pays,
+
+    A(q -> h so far) - A(q -> all before h) - A(q -> r so far) + H,  divided by N
+
+As attention sums to 1 this is twice the attention on h. All is divided by the tokens of refusals, harmless answers and
+prefills of a step. The weight is 1.
+
+Theirs besides: `train: {lr: 2.0e-5}`, linear decay, 10 epochs, 4 devices with batches of 2 safety and 8 utility
+sequences, twice accumulated (the defaults here). Departures: those of `augmentation`. The student computes its
+attention eagerly: each layer holds [B, H, T, T], so keep `train.per_device_batch_size` small.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from raycomplete.methods.augmentation import Augmentation
+from raycomplete.methods.registry import (
+    AnchorItem,
+    Feedback,
+    Item,
+    RowSpan,
+    StudentPass,
+    TrainSequence,
+    harmless_answer,
+    register,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from raycomplete.losses.terms import Term
+
+
+def attention_on_prefill(attention_BHTT: Tensor, row_R: Tensor, first_R: Tensor, length_R: Tensor) -> Tensor:
+    """Twice the attention on the prefill, summed over heads [R].
+
+    Args:
+        attention_BHTT: Attention of one layer, query before key.
+        row_R: Flat positions b * T + t of the queries.
+        first_R: Flat position of the first token of each query's prefill.
+        length_R: Tokens of that prefill.
+    """
+    size = attention_BHTT.shape[-1]
+    paid_RHT = attention_BHTT.transpose(1, 2).flatten(0, 1)[row_R]
+    behind_RT = attention_BHTT.new_tensor(range(size)) - (first_R % size)[:, None]
+    is_prefill_RT = (behind_RT >= 0) & (behind_RT < length_R[:, None])
+    return 2 * (paid_RHT * is_prefill_RT[:, None]).sum(dim=(1, 2))
+
+
+@register
+class PRESTO(Augmentation):
+    """Refusal augmentation, and as little attention on the prefill as possible."""
+
+    name: Literal["presto"] = Field("presto", description="which method")  # type: ignore[assignment]
+    recovery_batch_size: int = Field(16, ge=1, description="refusals of a step, over all workers")
+    attention_weight: float = Field(1.0, ge=0, description="weight of the attention on the prefill")
+
+    def own_terms(self) -> tuple[Term, ...]:
+        """The attention, computed by the pass."""
+        from raycomplete.losses.terms import Term, of_the_pass
+
+        return (
+            Term("presto", "PRESTO", "twice the attention on the prefill, mean over layers", of_the_pass, reads=()),
+        )
+
+    def loss_weights(self) -> dict[str, float]:
+        """Cross-entropy and attention."""
+        return {"nll": 1.0, "presto": self.attention_weight}
+
+    def sequence(self, item: Item, feedback: Feedback) -> TrainSequence:
+        """That of `augmentation`, with a row of attention for each token of h and r that is read."""
+        if isinstance(item, AnchorItem):
+            return harmless_answer(item, "nll")
+        cut = item.redrawn_cut(self.plain_fraction, spare=1)
+        plain = self.refusal(item, cut)
+        start = len(item.sample.prompt_ids) + 1
+        spans = (RowSpan("presto", start, len(plain.token_ids) - start),) if cut else ()
+        return replace(plain, spans=(*plain.spans, *spans))
+
+    def normalisers(self, sequences: Iterable[TrainSequence]) -> dict[str, float]:
+        """Tokens of refusals, harmless answers and prefills for both terms."""
+        tokens = sum(max(item.depth, 0) + item.spans[0].count for item in sequences if item.spans)
+        return {"nll": tokens, "presto": tokens}
+
+    def student_pass(self, lm: Any) -> StudentPass:
+        """Keeps the attention of every layer."""
+        from raycomplete.losses.torch_rows import TermRows
+
+        lm.set_attn_implementation("eager")
+
+        def run(student: Any, batch: Any) -> Any:
+            found = student.states(batch, output_attentions=True)
+            own_N = batch.term_N == batch.terms.index("presto")
+            row_R, sequence_R = batch.row_N[own_N], batch.sequence_N[own_N]
+            first_S = batch.depth_S.new_zeros(len(batch.depth_S))
+            first_S = first_S.scatter_reduce(0, sequence_R, row_R, "amin", include_self=False)
+            places = (row_R, first_S[sequence_R], batch.depth_S[sequence_R])
+            layers = [attention_on_prefill(attention_BHTT, *places) for attention_BHTT in found.attentions]
+            loss_R = sum(layers) / len(layers)
+            return student.total(found.last_hidden_state, batch, {"presto": TermRows(loss_R)})
+
+        return run
