@@ -10,6 +10,7 @@ from typing import Any
 from raycomplete.config import parse
 from raycomplete.config.evaluation import JudgeConfig
 from raycomplete.engines.cluster import ResourcePlan, connect, engine_request
+from raycomplete.engines.dtype import resolve_dtype
 from raycomplete.evaluation.calibration import calibrate, read_labelled
 from raycomplete.evaluation.judges import RefusalJudge, measured
 from raycomplete.evaluation.model_judges import start_judge
@@ -60,6 +61,7 @@ def calibrate_judge(
         if settings.kind == "model":
             plan = ResourcePlan((engine_request(config.cluster, "judge", 1),))
             ended.enter_context(connect(config.cluster, plan, console))
+            config = resolve_dtype(config, console)
         judge = ended.enter_context(start_judge(config, RefusalJudge(), console))
         found = calibrate(judge, rows, on) | {"traps": trap_errors(judge)}
         found |= {name: value for name, value in (measured(judge) or {}).items() if name == "on_topic"}

@@ -18,6 +18,7 @@ from raycomplete.data.inputs import prepare_models, thinking_room
 from raycomplete.data.prompts import read_conversation
 from raycomplete.data.thinking import thinking
 from raycomplete.engines.cluster import ResourcePlan, ResourceRequest, connect, engine_request
+from raycomplete.engines.dtype import resolve_dtype
 from raycomplete.engines.start import start_engine
 from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import DataError
@@ -117,6 +118,7 @@ class StudentChat:
     """The student behind one engine of its own, started with the service."""
 
     def __init__(self, config: RunConfig) -> None:
+        config = resolve_dtype(config, Console(quiet=True))
         models = prepare_models(config, roles=("aligned", "student"))
         self._codec = models.codec
         self._config = config

@@ -1,4 +1,4 @@
-"""The storage around a command: what its run folder lacks is fetched first, and what it makes is mirrored meanwhile."""
+"""The frame of a command: number format resolved, what its run folder lacks fetched, what it makes mirrored."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Concatenate, ParamSpec
 
 from raycomplete.config import OutputConfig, RunConfig
+from raycomplete.engines.dtype import resolve_dtype
 from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import ConfigError, WorkError
 from raycomplete.storage import integrity
@@ -20,7 +21,7 @@ Command = Callable[Concatenate[RunConfig, P], Path]
 
 
 def stored(suffix: str = "", *, adds: bool = False) -> Callable[[Command[P]], Command[P]]:
-    """Gives a command of the pipeline its storage.
+    """Gives a command of the pipeline its number format of weights and its storage.
 
     With --resume it first refuses damaged checkpoints and, where the run file names a storage, fetches what is newer
     there. While the command works, a thread mirrors what it finishes; it begins once the command has opened its run
@@ -41,6 +42,7 @@ def stored(suffix: str = "", *, adds: bool = False) -> Callable[[Command[P]], Co
         def run(config: RunConfig, /, *arguments: P.args, **options: P.kwargs) -> Path:
             console = options.setdefault("console", Console()) or Console()
             assert isinstance(console, Console)
+            config = resolve_dtype(config, console)
             resume = adds or bool(options.get("resume"))
             output, mirror = config.output.renamed(suffix), None
             if output.mirror is not None:

@@ -86,7 +86,7 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False, c
         attack_workers=training_workers(config),
     )
     if not (folder.path / "student" / "config.json").is_file():
-        check_space(folder.path, models.paths["student"], config.models.dtype, config.train)
+        check_space(folder.path, models.paths["student"], config.models.weight_dtype, config.train)
     with open_run(folder, models, prompts, plan, console) as run:
         console.note(f"Run folder: {run.folder}")
         _check_same_inputs(run)
@@ -170,7 +170,7 @@ def make_job(run: Run, start: ModelRole, output: Path, **settings: Any) -> Train
         output=output,
         folder=run.folder.resolve(),
         samples=(run.folder / "samples.jsonl").resolve(),
-        dtype=models.dtype,
+        dtype=models.weight_dtype,
         student_head=run.models.heads[start],
         threads=max(available_cpus() // run.config.train.num_workers, 1),  # the workers share this machine's cores
         plugins=tuple(run.config.plugins),

@@ -31,7 +31,11 @@ class ModelsConfig(Section):
     base: str = Field(description="the model before safety alignment")
     aligned: str = Field(description="the safety-aligned model, which is the teacher")
     student: str | None = Field(None, description="where the student starts; a copy of the aligned model when absent")
-    dtype: Dtype = Field("bfloat16", description="number format of all weights")
+    dtype: Dtype | Literal["auto"] = Field(
+        "auto",
+        description="number format of all weights; auto is bfloat16 on GPUs and on processors with units for it, else "
+        "float32",
+    )
     max_length: int = Field(1024, ge=16, description="longest sequence (prompt and response) in tokens")
     trust_remote_code: bool = Field(False, description="run Python code that comes with a checkpoint")
     template_arguments: dict[str, bool | int | float | str] = Field(
@@ -63,6 +67,12 @@ class ModelsConfig(Section):
         if not isinstance(arguments.get("enable_thinking", False), bool):
             raise ValueError("enable_thinking must be true or false")
         return arguments
+
+    @property
+    def weight_dtype(self) -> Dtype:
+        """Number format of all weights, once `raycomplete.engines.dtype.resolve_dtype` has put it in place of auto."""
+        assert self.dtype != "auto"
+        return self.dtype
 
 
 class PromptSource(PromptColumns):

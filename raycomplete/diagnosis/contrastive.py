@@ -208,7 +208,7 @@ class ContrastiveClient:
             max_restarts=1,
         )
         paths = {role: models.paths[role] for role in ("aligned", "base")}
-        self._actor = placed.remote(paths, config.models.dtype, config.models.trust_remote_code, options)
+        self._actor = placed.remote(paths, config.models.weight_dtype, config.models.trust_remote_code, options)
         self._timeout_s = config.rollout.timeout_s
 
     def generate(self, sequences: Sequence[Sequence[int]], **options: Any) -> list[list[int]]:

@@ -58,7 +58,7 @@ class Measurement:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         if device == "cpu":
             make_room_for_engines(len(run.engines.scorers))
-        dtype = TORCH_DTYPES[run.config.models.dtype]
+        dtype = TORCH_DTYPES[run.config.models.weight_dtype]
         heads = {str(role): load_head(spec, dtype=dtype, device=device) for role, spec in run.models.heads.items()}
         return cls(dict(run.engines.scorers), heads, (), run.config.diagnose)
 

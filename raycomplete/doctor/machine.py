@@ -6,7 +6,6 @@ Needs come from the run file and the headers of its checkpoints: a floor, not a 
 from __future__ import annotations
 
 import os
-import re
 import resource
 import shutil
 import subprocess
@@ -24,7 +23,8 @@ from raycomplete.doctor.packages import import_report
 from raycomplete.plan.trainer import states_bytes
 from raycomplete.runtime.errors import CheckpointError
 from raycomplete.runtime.files import cache_folder
-from raycomplete.runtime.machine import available_cpus
+from raycomplete.runtime.machine import available_cpus, bfloat16_units, choose_dtype
+from raycomplete.runtime.section import Dtype
 from raycomplete.training.checkpoints import checkpoint_bytes, count_parameters
 
 GIB = 2**30
@@ -35,7 +35,6 @@ WORKER_GIB = 0.8
 DRIVER_GIB = 1.2  # the driver and Ray's own processes
 OBJECT_STORE_GIB = 2  # what `raycomplete.engines.cluster.connect` asks for on one machine
 _SCORERS = 2
-_BF16_FLAGS = ("avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16")  # the last one: Arm
 _QUERY = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader,nounits"]
 _RAY_DISK_LIMIT = 0.95  # of its temporary folder: above it Ray neither spills objects nor starts what needs space
 _MIN_FREE_DISK = 1 * GIB
@@ -67,7 +66,8 @@ def needs_of(config: RunConfig) -> Needs:
     """Adds up a run. Checkpoints that are not on this machine count as nothing."""
     models, train, cluster = config.models, config.train, config.cluster
     teacher, rollout = config.teacher, config.rollout
-    size = 4 if models.dtype == "float32" else 2
+    dtype = auto_dtype(config)[0] if models.dtype == "auto" else models.dtype
+    size = 4 if dtype == "float32" else 2
     base, aligned, student = (num_params(spec) or 0 for spec in (models.base, models.aligned, student_of(config)))
     scorers = _SCORERS * teacher.replicas
     engines = scorers + rollout.num_engines
@@ -75,7 +75,7 @@ def needs_of(config: RunConfig) -> Needs:
     weights = ((base + aligned) * teacher.replicas + base * rollout.num_engines) * size
     # Weights, gradients and optimizer of all workers; of adapters, which are small, the frozen weights alone.
     trainable = 0 if train.lora_rank else student
-    states = states_bytes(student, models.dtype, train.zero_stage, train.num_workers, trainable)
+    states = states_bytes(student, dtype, train.zero_stage, train.num_workers, trainable)
     trained = int(sum(states.values())) * train.num_workers
     reserved = (engines * cluster.kv_cache_gib + OBJECT_STORE_GIB) * GIB
     fixed = int((engines * ENGINE_GIB + train.num_workers * WORKER_GIB + DRIVER_GIB) * GIB)
@@ -83,7 +83,7 @@ def needs_of(config: RunConfig) -> Needs:
         host_bytes=fixed + reserved + weights + trained,
         reserved_bytes=reserved,
         # One more than is kept: the oldest goes only once the newest is whole.
-        disk_bytes=checkpoint_bytes(student, models.dtype, train) * (train.keep_checkpoints + 1) + student * size,
+        disk_bytes=checkpoint_bytes(student, dtype, train) * (train.keep_checkpoints + 1) + student * size,
         gpu_bytes=trained,
         gpu_share=scorers * teacher.gpu_memory_utilization + rollout.num_engines * rollout.gpu_memory_utilization,
         cpus=devices * cluster.cpus_per_engine + train.num_workers * cluster.cpus_per_worker,
@@ -115,20 +115,28 @@ def local_folder(spec: str) -> Path | None:
 def check_cpu(context: Context) -> Finding:
     """Checks cores, affinity, quota, and instructions for bfloat16."""
     usable, present, affinity = available_cpus(), os.cpu_count() or 1, len(os.sched_getaffinity(0))
-    # As the kernel reports them: "flags" on x86, "Features" on Arm.
-    found = re.search(r"^(?:flags|Features)\s*:(.*)", "\n".join(_lines(Path("/proc/cpuinfo"))), re.MULTILINE)
-    flags = [flag for flag in _BF16_FLAGS if found and flag in found[1].split()]
+    flags = bfloat16_units()
     reasons = [f"affinity leaves {affinity} of {present}"] if affinity < present else []
     if usable < affinity:
         reasons.append(f"the container's quota leaves {usable}")
     why = f" ({', '.join(reasons)})" if reasons else ""
     words = f"{usable} usable cores{why}, bfloat16 instructions: {', '.join(flags) or 'none'}."
-    values = {"usable": usable, "present": present, "affinity": affinity, "bf16": flags}
+    values: dict[str, Any] = {"usable": usable, "present": present, "affinity": affinity, "bf16": list(flags)}
     if usable < 2:
         return warn(words, "Give it two cores: engines and trainer share one by turns.", **values)
-    if context.config and context.config.models.dtype == "bfloat16" and not flags and not gpus():
-        return warn(words, "bfloat16 is emulated here: models.dtype=float32 may be faster.", **values)
+    if context.config is not None:
+        asked, (dtype, because) = context.config.models.dtype, auto_dtype(context.config)
+        values["dtype"] = dtype if asked == "auto" else asked
+        if asked == "auto":
+            words += f" models.dtype: auto takes {dtype} here, since {because}."
+        elif (asked, dtype) == ("bfloat16", "float32"):
+            return warn(words, f"models.dtype is bfloat16, and {because}: set it to auto.", **values)
     return ok(words, **values)
+
+
+def auto_dtype(config: RunConfig) -> tuple[Dtype, str]:
+    """Returns what `models.dtype: auto` takes on this machine, and why."""
+    return choose_dtype(use_gpu=config.cluster.use_gpu != "never" and bool(gpus()), units=bfloat16_units())
 
 
 def check_gpu(context: Context) -> Finding:

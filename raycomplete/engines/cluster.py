@@ -224,7 +224,7 @@ def connect(config: ClusterConfig, plan: ResourcePlan, console: Console | None =
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-    local = config.address == "local" or (config.address is None and "RAY_ADDRESS" not in os.environ)
+    local = is_local(config)
     try:
         if local:
             ray.init(
@@ -248,6 +248,11 @@ def connect(config: ClusterConfig, plan: ResourcePlan, console: Console | None =
         yield _check(config, plan, console or Console(quiet=True), wait_s=0.0 if local else config.wait_for_nodes_s)
     finally:
         ray.shutdown()
+
+
+def is_local(config: ClusterConfig) -> bool:
+    """Tells whether `connect` starts a cluster of its own on this machine."""
+    return config.address == "local" or (config.address is None and "RAY_ADDRESS" not in os.environ)
 
 
 def uses_gpu(config: ClusterConfig) -> bool:

@@ -64,7 +64,7 @@ class EngineSpec:
         num_cpus, num_gpus = engine_share(config.cluster, tensor_parallel)
         return cls(
             str(checkpoint),
-            config.models.dtype,
+            config.models.weight_dtype,
             config.models.max_length,
             use_gpu=use_gpu,
             gpu_memory_utilization=section.gpu_memory_utilization,

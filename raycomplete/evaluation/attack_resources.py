@@ -146,7 +146,7 @@ class AttackResources:
             max_restarts=2,
             max_task_retries=2,  # every call says all that it depends on, so a retried one gives the same
         )
-        return remote.remote(config.models.dtype, use_gpu, config.models.trust_remote_code)
+        return remote.remote(config.models.weight_dtype, use_gpu, config.models.trust_remote_code)
 
     def _helper(self, checkpoint: str) -> HelperClient:
         if checkpoint not in self._helpers:
@@ -355,7 +355,7 @@ def fine_tune(run: Run, settings: FinetuneConfig, dataset: str, start: Path) -> 
         output=output,
         folder=folder,
         samples=folder / "samples.jsonl",
-        dtype=config.models.dtype,
+        dtype=config.models.weight_dtype,
         train=train,
         student_head=read_head_spec(start, codec.vocab_size, codec.fingerprint()),
         threads=available_cpus(),

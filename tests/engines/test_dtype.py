@@ -1,0 +1,111 @@
+"""`models.dtype: auto`: what it takes, on which processors, and that nothing is named by settings before."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from raycomplete.commands.stored import stored
+from raycomplete.config import RunConfig, load_run_file
+from raycomplete.engines.dtype import resolve_dtype
+from raycomplete.engines.spec import EngineSpec
+from raycomplete.plan.catalogue import find_hardware, preset
+from raycomplete.plan.workload import Request
+from raycomplete.runtime import machine
+from raycomplete.runtime.console import Console
+from tests.conftest import ROOT
+
+OLD, X86, ARM = "flags\t\t: fpu avx2 fma avx_ne_convert", "flags : avx512_bf16 amx_bf16", "Features\t: asimd bf16 i8mm"
+
+
+class Notes(Console):
+    def __init__(self) -> None:
+        super().__init__(quiet=True)
+        self.said: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.said.append(text)
+
+
+def processor(flags: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets this machine look like one of another processor, without a GPU."""
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{flags}\n")
+    monkeypatch.setattr(machine, "_CPU_INFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtype", "why"),
+    [
+        (OLD, "float32", "the processor has no units for bfloat16"),
+        (X86, "bfloat16", "the processor has units for it (avx512_bf16, amx_bf16)"),
+        (ARM, "bfloat16", "the processor has units for it (bf16)"),
+    ],
+)
+def test_the_run_file_of_smollm2_takes_what_the_processor_can(
+    flags: str, dtype: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processor(flags, tmp_path, monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    console, seen = Notes(), []
+
+    @stored()
+    def command(config: RunConfig, *, console: Console | None = None) -> Path:
+        seen.append(config)
+        return Path()
+
+    command(load_run_file(ROOT / "jobs" / "smollm2.yaml"), console=console)
+    (config,) = seen
+    assert config.models.dtype == dtype, "what is written to config.yaml, and compared by a resumption"
+    assert EngineSpec.from_config(config, "scorer", "/model", use_gpu=False).dtype == dtype, "what names stored scores"
+    assert console.said == [f"models.dtype: auto takes {dtype}, since {why}"]
+    assert resolve_dtype(config, console) == config, "once is enough"
+
+
+def test_a_gpu_decides_where_the_run_may_use_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    processor(OLD, tmp_path, monkeypatch)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for use_gpu, dtype in (("auto", "bfloat16"), ("never", "float32")):
+        config = load_run_file(ROOT / "jobs" / "smollm2.yaml", [f"cluster.use_gpu={use_gpu}"])
+        assert resolve_dtype(config, Notes()).models.dtype == dtype
+
+
+def test_a_slow_type_is_taken_as_asked_and_warned_with_a_measured_ratio(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processor(OLD, tmp_path, monkeypatch)
+    console = Notes()
+    config = load_run_file(ROOT / "jobs" / "smollm2.yaml", ["models.dtype=bfloat16"])
+    assert resolve_dtype(config, console) == config
+    (sentence,) = console.said
+    assert "bfloat16 and the processor has no units for bfloat16" in sentence
+    found = re.search(r"takes ([0-9.e+-]+) times as long", sentence)
+    assert found
+    assert 1e-3 < float(found[1]) < 1e3, "measured on whatever runs this test"
+
+    processor(X86, tmp_path, monkeypatch)
+    assert resolve_dtype(config, console) == config
+    assert console.said == [sentence], "units are no reason for a warning"
+    same = load_run_file(ROOT / "jobs" / "organism.yaml")
+    assert resolve_dtype(same, console) == same
+    assert same.models.dtype == "float32"
+
+
+@pytest.mark.slow
+def test_the_nodes_of_a_cluster_are_asked_where_one_is_there(ray_cluster: None) -> None:
+    config = load_run_file(ROOT / "jobs" / "smollm2.yaml", ["cluster.use_gpu=never"])
+    expected, _ = machine.choose_dtype(use_gpu=False, units=machine.bfloat16_units())
+    assert resolve_dtype(config, Notes()).models.dtype == expected
+
+
+def test_a_plan_takes_the_faster_one_of_its_hardware_and_says_so() -> None:
+    config = load_run_file(ROOT / "jobs" / "smollm2.yaml")
+    shapes = dict.fromkeys(("student", "aligned", "base"), preset("135M"))
+    hardware = find_hardware("h100")
+    assert Request(config, shapes, hardware).dtype == "bfloat16"
+    slow = hardware.__class__(**(vars(hardware) | {"bfloat16_flops": 9e9, "float32_flops": 77e9}))
+    assert Request(config, shapes, slow).dtype == "float32"
