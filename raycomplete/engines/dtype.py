@@ -29,7 +29,7 @@ class Processor(NamedTuple):
 
 
 def resolve_dtype(config: RunConfig, console: Console) -> RunConfig:
-    """Puts the number format that fits the nodes that train in place of `models.dtype: auto`, and says which and why.
+    """Puts the number format that fits the nodes that train in place of `models.dtype: auto`.
 
     It is bfloat16 on GPUs, and on processors with units for it, else float32. Of several nodes the slowest decides. A
     run file that asks for bfloat16 where neither is there is warned in one sentence, with a ratio measured just then.
@@ -43,7 +43,6 @@ def resolve_dtype(config: RunConfig, console: Console) -> RunConfig:
     use_gpu, processor = _look(config.cluster)
     dtype, why = choose_dtype(use_gpu=use_gpu, units=processor.units)
     if asked == "auto":
-        console.note(f"models.dtype: auto takes {dtype}, since {why}")
         return config.model_copy(update={"models": config.models.model_copy(update={"dtype": dtype})})
     if dtype == "float32":
         console.note(

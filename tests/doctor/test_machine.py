@@ -13,6 +13,7 @@ from raycomplete.config import load_run_file
 from raycomplete.doctor import machine
 from raycomplete.doctor.findings import ChildReport, Context
 from raycomplete.doctor.machine import GIB, needs_of, num_params
+from raycomplete.runtime import machine as runtime_machine
 from tests.conftest import ROOT
 
 RUN_FILE = ROOT / "jobs" / "organism.yaml"
@@ -137,3 +138,23 @@ def test_needs_count_every_replica() -> None:
     assert more.cpus - one.cpus == 4 * 0.5
     assert more.host_bytes - one.host_bytes > 4 * GIB
     assert more.gpu_share == pytest.approx(one.gpu_share + 4 * 0.25)
+
+
+def test_the_number_format_that_auto_takes_is_said_with_its_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtime_machine, "_CPU_INFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(machine, "available_cpus", lambda: 2)
+    monkeypatch.setattr(machine, "gpus", list)
+    (tmp_path / "cpuinfo").write_text("flags : avx2 avx_ne_convert\n")
+    finding = machine.check_cpu(context("models.dtype=auto"))
+    assert (finding.status, finding.values["dtype"]) == ("ok", "float32")
+    assert "auto takes float32 here, since the processor has no units for bfloat16." in finding.found
+    finding = machine.check_cpu(context("models.dtype=bfloat16"))
+    assert (finding.status, finding.values["dtype"]) == ("warn", "bfloat16")
+    assert finding.remedy == "models.dtype is bfloat16, and the processor has no units for bfloat16: set it to auto."
+    needs = [needs_of(load_run_file(RUN_FILE, [f"models.dtype={name}"])) for name in ("auto", "float32", "bfloat16")]
+    assert needs[0] == needs[1] != needs[2]
+    (tmp_path / "cpuinfo").write_text("flags : avx2 avx512_bf16\n")
+    finding = machine.check_cpu(context("models.dtype=auto"))
+    assert "auto takes bfloat16 here, since the processor has units for it (avx512_bf16)." in finding.found
