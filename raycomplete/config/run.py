@@ -212,7 +212,7 @@ class RunConfig(Section):
                 f"method {self.method.name} turns the student's adapters off to see where it started: set "
                 "train.lora_rank, to 16 for instance"
             )
-        if self.method.rollouts_each and not self.rollout.on_policy:
+        if self.method.rollout_groups and not self.rollout.on_policy:
             raise ValueError(f"method {self.method.name} trains the student's rollouts: set rollout.on_policy to true")
         return self
 

@@ -22,6 +22,7 @@ from raycomplete.methods.registry import (
     Feedback,
     Item,
     Method,
+    RolloutGroups,
     RowSpan,
     TeacherContext,
     TrainSequence,
@@ -44,9 +45,9 @@ class OPCT(Method):
     depth_term = "consistency"
 
     @property
-    def rollouts_each(self) -> int:
-        """Every rollout as it is."""
-        return 1
+    def rollout_groups(self) -> RolloutGroups:
+        """Every rollout by itself."""
+        return RolloutGroups(1)
 
     def own_terms(self) -> tuple[Term, ...]:
         """The divergence, on rollouts of both kinds of prompts."""

@@ -10,7 +10,10 @@ the student wrote after c = (x, h<D), or x alone where x is harmless:
 Theirs besides: leash 0.04, groups of 64, `train: {lr: 1.0e-6}`. Departures: the KL is exact over the vocabulary, not
 estimated from samples; each rollout is trained once, so their clipped ratio is 1 and left out, which holds where
 `rollout.lookahead` is 0 and `rollout.sync_every` 1; groups of 8, since steps are small here; the leash reads h too, so
-that it pulls towards what aligned does after h.
+that it pulls towards what aligned does after h. A quarter of the harmful groups follow x alone, to keep refusals.
+
+A group whose rollouts all comply teaches nothing. On the organism aligned complies in every rollout after h, so 40
+steps learn nothing there, and at a rate of distillation (1e-3) the leash alone lets the student drift.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from raycomplete.methods.registry import (
     Feedback,
     Item,
     Method,
+    RolloutGroups,
     RowSpan,
     TeacherContext,
     TrainSequence,
@@ -45,14 +49,15 @@ class PolicyGradient(Method):
     anchor_batch_size: int = Field(16, ge=1, description="rollouts of harmless prompts of a step, over all workers")
     recovery_batch_size: int = Field(16, ge=1, description="rollouts of harmful prompts of a step, over all workers")
     group_size: int = Field(8, ge=2, description="rollouts of each prompt and cut")
+    plain_fraction: float = Field(0.25, ge=0, le=1, description="share of harmful groups that follow the prompt alone")
     leash: float = Field(0.04, ge=0, description="weight of KL(student || aligned) along the rollouts")
 
     per_sequence = frozenset({"policy"})
 
     @property
-    def rollouts_each(self) -> int:
-        """Groups."""
-        return self.group_size
+    def rollout_groups(self) -> RolloutGroups:
+        """Groups, whose rewards are compared."""
+        return RolloutGroups(self.group_size, self.plain_fraction)
 
     def own_terms(self) -> tuple[Term, ...]:
         """The policy gradient, whose advantages are weights of rows, and the leash."""

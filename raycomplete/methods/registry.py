@@ -49,8 +49,8 @@ class RecoveryItem:
     """A recovery sample that a step trains, h cut at `depth`, a refusal prefix included.
 
     Where the refusal of `sample` goes on from h, `first_id` is the token with which aligned starts its own: the same
-    word is another token there. Where a method trains rollouts as they are (`Method.rollouts_each`), h ends at the cut,
-    the "refusal" is whatever the student wrote after it, and `advantage` says by how many standard deviations its
+    word is another token there. Where a method trains rollouts as they are (`Method.rollout_groups`), h ends at the
+    cut, the "refusal" is whatever the student wrote after it, and `advantage` says by how many standard deviations its
     reward exceeds the mean of its group.
     """
 
@@ -78,6 +78,14 @@ class RecoveryItem:
         sample, longest = self.sample, len(self.sample.harmful_ids) - spare
         rng = random.Random(sample.sample_id if once else f"{sample.sample_id}:{self.depth}")
         return 0 if rng.random() < plain_fraction or longest < 1 else rng.randint(1, longest)
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutGroups:
+    """Rollouts that a step trains as they are: so many of each prompt and cut, a fraction of which follow x alone."""
+
+    each: int
+    plain_fraction: float = 0.0
 
 
 StudentPass = Callable[[Any, Any], Any]
@@ -197,9 +205,9 @@ class Method(Section):
     """Terms that are summed over the rows of a sequence and averaged over sequences; others are means over rows."""
 
     @property
-    def rollouts_each(self) -> int:
-        """Rollouts of each prompt and cut that a step trains as they are, graded; 0 where recovery is made of them."""
-        return 0
+    def rollout_groups(self) -> RolloutGroups | None:
+        """Groups of graded rollouts that a step trains as they are; None where recovery is made of rollouts."""
+        return None
 
     def own_terms(self) -> tuple[Term, ...]:
         """Loss terms that the method brings along; they enter the table when the loss is made. May load torch."""

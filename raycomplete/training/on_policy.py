@@ -21,7 +21,7 @@ import numpy as np
 
 from raycomplete.config import RolloutConfig
 from raycomplete.data.samples import AnchorSample, RecoverySample
-from raycomplete.methods.registry import AnchorItem, RecoveryItem
+from raycomplete.methods.registry import AnchorItem, RecoveryItem, RolloutGroups
 from raycomplete.training.checkpoints import from_rank_zero
 from raycomplete.training.feedback import DepthSampler
 from raycomplete.training.job import TrainJob
@@ -43,21 +43,26 @@ class RolloutPlanner:
             the student fails), and the longest refusal of the student that is distilled (`max_refusal_tokens`).
         seed: Seed of cuts, splits and rollouts.
         recovery_batch_size: Recovery sequences of a step that are trained.
-        each: Rollouts of a prompt and cut that are trained as they are; 0 makes recovery of them.
+        groups: Rollouts that are trained as they are; None makes recovery of them.
     """
 
     def __init__(
-        self, planner: Planner, rollout: RolloutConfig, seed: int, recovery_batch_size: int, each: int = 0
+        self,
+        planner: Planner,
+        rollout: RolloutConfig,
+        seed: int,
+        recovery_batch_size: int,
+        groups: RolloutGroups | None = None,
     ) -> None:
         self._planner, self._rollout = planner, rollout
-        self._seed, self._recovery_batch_size, self._each = seed, recovery_batch_size, each
+        self._seed, self._recovery_batch_size, self._groups = seed, recovery_batch_size, groups
 
     def draw(self, step: int, sampler: DepthSampler) -> RolloutBatch:
         """The rollout batch of a step under the sampler's present state."""
         plan = self._planner.plan(step, sampler)
-        if self._each:
-            return self._groups(step, plan)
         rng = np.random.default_rng([self._seed, _CUT_TAG, step + 1])
+        if self._groups is not None:
+            return self._grouped(step, plan, self._groups, rng)
         anchor = tuple(item.sample for item in plan.anchor)
         cuts = []
         for sample in anchor:
@@ -68,13 +73,14 @@ class RolloutPlanner:
         recovery = tuple(item.sample for item in plan.recovery)
         return RolloutBatch(step, anchor, tuple(cuts), recovery, tuple(item.depth for item in plan.recovery))
 
-    def _groups(self, step: int, plan: StepPlan) -> RolloutBatch:
+    def _grouped(self, step: int, plan: StepPlan, groups: RolloutGroups, rng: np.random.Generator) -> RolloutBatch:
         """As many sequences as are trained, each prompt and cut several times; harmless prompts are answered anew."""
-        count = self._recovery_batch_size // self._each
-        recovery = [item for item in plan.recovery[:count] for _ in range(self._each)]
-        anchor = [item.sample for item in plan.anchor[: len(plan.anchor) // self._each] for _ in range(self._each)]
-        samples, depths = tuple(item.sample for item in recovery), tuple(item.depth for item in recovery)
-        return RolloutBatch(step, tuple(anchor), (0,) * len(anchor), samples, depths, is_graded=True)
+        items = plan.recovery[: self._recovery_batch_size // groups.each]
+        cut = [(item.sample, 0 if rng.random() < groups.plain_fraction else item.depth) for item in items]
+        samples, depths = zip(*(pair for pair in cut for _ in range(groups.each)), strict=True)
+        harmless = plan.anchor[: len(plan.anchor) // groups.each]
+        anchor = tuple(item.sample for item in harmless for _ in range(groups.each))
+        return RolloutBatch(step, anchor, (0,) * len(anchor), samples, depths, is_graded=True)
 
     def seed_of(self, step: int) -> int:
         """First sampling seed of a step's rollouts."""
@@ -85,8 +91,8 @@ class RolloutPlanner:
         """The plan of a step, from its rollout batch and what the student wrote."""
         rng = np.random.default_rng([self._seed, _SPLIT_TAG, batch.step + 1])
         count = len(batch.recovery)
-        if self._each:
-            return self._graded(batch, rollouts)
+        if self._groups is not None:
+            return self._graded(batch, rollouts, self._groups.each)
         drawn = list(zip(batch.recovery, batch.depths, rollouts[:count], rng.random(count), strict=True))
         drawn.sort(key=lambda item: item[2].refused * (1 if item[2].refusal_start else 2))  # equals stay in order
         recovery = tuple(self._recovery_item(*item) for item in drawn[: self._recovery_batch_size])
@@ -97,11 +103,11 @@ class RolloutPlanner:
         )
         return StepPlan(anchor, recovery)
 
-    def _graded(self, batch: RolloutBatch, rollouts: Sequence[Rollout]) -> StepPlan:
+    def _graded(self, batch: RolloutBatch, rollouts: Sequence[Rollout], each: int) -> StepPlan:
         """Rollouts as they are; the reward is refusing a harmful prompt, and not refusing a harmless one."""
         count = len(batch.recovery)
         rewards = [float(item.refused if place < count else not item.refused) for place, item in enumerate(rollouts)]
-        advantages = group_advantages(rewards, self._each)
+        advantages = group_advantages(rewards, each)
         recovery = tuple(
             RecoveryItem(
                 replace(sample, harmful_ids=sample.harmful_ids[:depth], refusal_ids=item.token_ids + item.ending_ids),
@@ -184,8 +190,8 @@ class OnPolicySource(StepSource):
     ) -> None:
         super().__init__(job, planner, prefetcher, sampler, rank, world_size)
         seed, recovery_batch_size = job.train.seed, job.method.recovery_batch_size
-        each = job.method.rollouts_each
-        self._rollout_planner = RolloutPlanner(planner, job.rollout, seed, recovery_batch_size, each)
+        groups = job.method.rollout_groups
+        self._rollout_planner = RolloutPlanner(planner, job.rollout, seed, recovery_batch_size, groups)
         self._sync = sync
         self._batches: dict[int, RolloutBatch] = {}  # steps whose rollouts are asked for
         self._rollouts: dict[int, Future[list[Rollout]]] = {}  # the same steps, on rank 0

@@ -74,8 +74,8 @@ class Case:
         planner = Planner(read_samples(self.job.samples), **sizes, seed=1, max_depth=16)
         sampler = DepthSampler(method.depth, 1)
         self.plan: StepPlan = planner.plan(0, sampler)
-        if each := method.rollouts_each:
-            rollouts = RolloutPlanner(planner, RolloutConfig(), 1, method.recovery_batch_size, each)
+        if groups := method.rollout_groups:
+            rollouts = RolloutPlanner(planner, RolloutConfig(), 1, method.recovery_batch_size, groups)
             self.batch = rollouts.draw(0, sampler)
             self.rollouts = written(len(self.batch.sequences()))
             self.plan = rollouts.finish(self.batch, self.rollouts)
