@@ -19,7 +19,7 @@ def test_methods_are_found_by_name_and_completion_is_the_default() -> None:
     assert parse_method({"name": "sft", "anchor_batch_size": 3}) == SFT(anchor_batch_size=3)
     with pytest.raises(ConfigError, match="no training method 'rlhf'") as error:
         method_class("rlhf")
-    assert "augmentation, completion, door" in str(error.value.remedy)
+    assert "augmentation, circuit_breakers, completion" in str(error.value.remedy)
 
 
 def test_a_name_is_given_once(monkeypatch: pytest.MonkeyPatch) -> None:
