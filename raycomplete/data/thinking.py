@@ -44,19 +44,23 @@ class ThinkingGenerator:
         found = self._generator.generate(
             sequences, max_tokens=longest, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed
         )
+        closed: dict[int, list[int]] = {}
         for index, (sequence, tokens) in enumerate(zip(sequences, found, strict=True)):
             thinking, answer = frame.split(sequence, tokens)
             if len(thinking) <= room and (answer or len(tokens) < longest):
                 found[index] = [*thinking, *answer[:max_tokens]]
-                continue
-            closed = [*thinking[: self._budget], *frame.closing]
-            (answer_ids,) = self._generator.generate(
-                [[*sequence, *closed]],
+            else:
+                closed[index] = [*thinking[: self._budget], *frame.closing]
+        each_alone = seed is not None and temperature > 0  # under the seed of its thought
+        for batch in [[index] for index in closed] if each_alone else [list(closed)] * bool(closed):
+            answers = self._generator.generate(
+                [[*sequences[index], *closed[index]] for index in batch],
                 max_tokens=max_tokens,
                 temperature=temperature,
                 top_p=top_p,
                 top_k=top_k,
-                seed=None if seed is None else seed + index,  # under which the thought was drawn
+                seed=None if seed is None else seed + batch[0],
             )
-            found[index] = [*closed, *answer_ids]
+            for index, answer_ids in zip(batch, answers, strict=True):
+                found[index] = [*closed[index], *answer_ids]
         return found

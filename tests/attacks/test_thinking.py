@@ -182,7 +182,8 @@ def test_a_long_thought_is_closed_and_the_answer_asked_for(make: Make, temperatu
     (_, first, seed), *later = model.calls
     assert first == LONGEST + BUDGET + len(frame.closing)
     assert seed == (7 if temperature else None)
-    assert [(limit, seed) for _, limit, seed in later] == [(LONGEST, 7 + n if temperature else None) for n in range(2)]
+    asked = [(len(sequences), limit, seed) for sequences, limit, seed in later]
+    assert asked == ([(1, LONGEST, 7), (1, LONGEST, 8)] if temperature else [(2, LONGEST, None)]), "in one batch"
 
 
 @pytest.mark.parametrize("thinks", [True, False])
