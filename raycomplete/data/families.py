@@ -115,7 +115,6 @@ _LANGUAGE_PARTS = (
     ("model.language_model.", "model."),
     ("lm_head.", "lm_head."),
 )
-TOKENS_WITHOUT_ROW = 1  # Gemma-3 1B and 270M: a token that stands for an image, which they do not read
 
 # Keys of config.json in which two checkpoints of one architecture may differ: they change no weight.
 NOT_ARCHITECTURE = frozenset(

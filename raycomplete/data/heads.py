@@ -19,7 +19,6 @@ from raycomplete.data.families import (
     EMBEDDINGS,
     HEAD_BIAS,
     HEADS,
-    TOKENS_WITHOUT_ROW,
     head_scale,
     head_softcap,
     is_tied,
@@ -59,7 +58,7 @@ def read_head_spec(path: Path, vocab_size: int, tokenizer_hash: str) -> HeadSpec
     """Reads the head spec of a checkpoint folder.
 
     Args:
-        vocab_size: True tokens (from the tokenizer); the head may have more rows, or one row less.
+        vocab_size: True tokens (from the tokenizer); the head may have more rows.
         tokenizer_hash: Hash of the tokenizer (`ChatCodec.fingerprint`), recorded in the spec.
 
     Raises:
@@ -75,7 +74,7 @@ def read_head_spec(path: Path, vocab_size: int, tokenizer_hash: str) -> HeadSpec
         raise CheckpointError(f"The checkpoint {path} has no output head under any of {', '.join(candidates)}.")
     with safe_open(files[key], framework="pt") as tensors:
         rows, hidden_size = tensors.get_slice(key).get_shape()
-    if rows < vocab_size - TOKENS_WITHOUT_ROW:
+    if rows < vocab_size:
         raise CheckpointError(
             f"The head of {path} has {rows} rows for a tokenizer of {vocab_size} tokens.",
             "The tokenizer beside the weights belongs to another model.",
@@ -87,7 +86,7 @@ def read_head_spec(path: Path, vocab_size: int, tokenizer_hash: str) -> HeadSpec
         tied=tied,
         scale=head_scale(config),
         softcap=head_softcap(config),
-        vocab_size=min(rows, vocab_size),
+        vocab_size=vocab_size,
         hidden_size=hidden_size,
         model_fingerprint=fingerprint(path),
         tokenizer_hash=tokenizer_hash,
