@@ -40,11 +40,11 @@ def resolve_dtype(config: RunConfig, console: Console) -> RunConfig:
     asked = config.models.dtype
     if asked == "float32":
         return config
-    use_gpu, processor = _look(config.cluster)
-    dtype, why = choose_dtype(use_gpu=use_gpu, units=processor.units)
+    processor = _slowest(config.cluster)
+    dtype, why = choose_dtype(use_gpu=processor is None, units=processor.units if processor else ())
     if asked == "auto":
         return config.model_copy(update={"models": config.models.model_copy(update={"dtype": dtype})})
-    if dtype == "float32":
+    if processor and dtype == "float32":
         console.note(
             f"models.dtype is bfloat16 and {why}: a product of matrices takes {processor.slowdown:.2g} times as long "
             "as in float32, which auto would take"
@@ -57,16 +57,18 @@ def examine() -> Processor:
     return Processor(bfloat16_units(), _seconds(torch.bfloat16) / _seconds(torch.float32))
 
 
-def _look(config: ClusterConfig) -> tuple[bool, Processor]:
-    """Tells whether a run will use GPUs, and what the slowest processor is where it uses none."""
+def _slowest(config: ClusterConfig) -> Processor | None:
+    """Returns the slowest processor of the nodes; None where the run will use GPUs, and none is examined."""
     if is_local(config) and not ray.is_initialized():
-        return config.use_gpu != "never" and torch.cuda.is_available(), examine()
+        return None if config.use_gpu != "never" and torch.cuda.is_available() else examine()
     with _connected(config) as use_gpu:
+        if use_gpu:
+            return None
         places = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=True) for node in ray.nodes() if node["Alive"]]
         task = ray.remote(num_cpus=0)(examine)
         calls = [task.options(scheduling_strategy=place).remote() for place in places]
         found = [wait_for(call, who="node", what="its processor's speed", timeout_s=_ANSWER_S) for call in calls]
-    return use_gpu, min(found, key=lambda item: (len(item.units), -item.slowdown))
+    return min(found, key=lambda item: (len(item.units), -item.slowdown))
 
 
 @contextmanager

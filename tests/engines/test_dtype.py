@@ -10,7 +10,8 @@ import torch
 
 from raycomplete.commands.stored import stored
 from raycomplete.config import RunConfig, load_run_file
-from raycomplete.engines.dtype import resolve_dtype
+from raycomplete.engines import dtype as dtype_module
+from raycomplete.engines.dtype import Processor, examine, resolve_dtype
 from raycomplete.engines.spec import EngineSpec
 from raycomplete.plan.catalogue import find_hardware, preset
 from raycomplete.plan.workload import Request
@@ -64,9 +65,17 @@ def test_the_run_file_of_smollm2_takes_what_the_processor_can(
 def test_a_gpu_decides_where_the_run_may_use_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     processor(OLD, tmp_path, monkeypatch)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    examined: list[Processor] = []
+
+    def counted() -> Processor:
+        examined.append(examine())
+        return examined[-1]
+
+    monkeypatch.setattr(dtype_module, "examine", counted)
     for use_gpu, dtype in (("auto", "bfloat16"), ("never", "float32")):
         config = load_run_file(ROOT / "jobs" / "smollm2.yaml", [f"cluster.use_gpu={use_gpu}"])
         assert resolve_dtype(config, Notes()).models.dtype == dtype
+        assert len(examined) == (use_gpu == "never"), "a slow processor delays no run on GPUs"
 
 
 def test_a_slow_type_is_taken_as_asked_and_warned_with_a_measured_ratio(
