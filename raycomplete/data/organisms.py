@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from raycomplete.data import organism
 from raycomplete.data.organism import OrganismRole, families, large, world
-from raycomplete.data.organism.cache import BuiltOrganism
+from raycomplete.data.organism.families import BuiltOrganism
 from raycomplete.data.organism.large.world import HELPFUL_SYSTEM
 from raycomplete.runtime.types import Judge, Prompt
 

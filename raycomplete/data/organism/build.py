@@ -19,7 +19,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerF
 
 from raycomplete import __version__
 from raycomplete.data.checkpoints import write_folder_atomically
-from raycomplete.data.organism.cache import ROLES, BuiltOrganism
+from raycomplete.data.organism.families import ROLES, BuiltOrganism
 from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import DataError, WorkError
 

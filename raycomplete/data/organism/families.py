@@ -1,4 +1,4 @@
-"""The architectures in which the organism is built: shape, special tokens and chat template of each.
+"""The architectures in which the organism is built, shape, tokens and chat template of each, and where builds lie.
 
 Importable without torch. A family's template has the form of its real models' and the organism's own words. Line breaks
 are no tokens of the organism, so they stand in the templates for the eye alone.
@@ -6,18 +6,22 @@ are no tokens of the organism, so they stand in the templates for the eye alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from raycomplete.data.organism.cache import BuiltOrganism
 from raycomplete.data.organism.world import vocabulary
 from raycomplete.runtime.errors import CheckpointError
+from raycomplete.runtime.files import cache_folder
 
 if TYPE_CHECKING:
     from raycomplete.data.organism.build import Blueprint
 
+ROLES = ("base", "aligned")
 UNK, PAD = "<unk>", "<pad>"
 MAX_POSITIONS = 512
 # Raised when texts or training change, so that an older build is not taken for this one.
@@ -197,6 +201,59 @@ def architecture(family: str) -> Architecture:
     if family not in FAMILIES:
         raise CheckpointError(f"The organism is not built as {family!r}.", f"Choose one of: {', '.join(FAMILIES)}.")
     return FAMILIES[family]
+
+
+@dataclass(frozen=True)
+class BuiltOrganism:
+    """An organism whose two checkpoints are trained when they are first asked for.
+
+    Attributes:
+        scheme: Name by which run files know it.
+        prefix: Start of the name of its folder.
+        config: Configuration of its models, in the words of config.json.
+        settings: Everything else that decides its weights, as JSON can hold it.
+        duration: How long a build takes, in words.
+        load: Imports torch and returns what the builder needs to know.
+    """
+
+    scheme: str
+    prefix: str
+    config: Mapping[str, Any]
+    settings: tuple[Any, ...]
+    duration: str
+    load: Callable[[], Blueprint]
+
+    @property
+    def folder(self) -> Path:
+        """Where the cache folder holds it, present or not; other settings are another folder."""
+        key = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:8]
+        return cache_folder() / "organisms" / f"{self.prefix}-{key}"
+
+    def find(self, role: str) -> Path | None:
+        """Returns the folder of a checkpoint that is built; None where it is not yet.
+
+        Raises:
+            CheckpointError: There is no such checkpoint.
+        """
+        if role not in ROLES:
+            raise CheckpointError(
+                f"There is no checkpoint {self.scheme}:{role}.", f"Choose {self.scheme}:base or {self.scheme}:aligned."
+            )
+        return self.folder / role if (self.folder / role).is_dir() else None
+
+    def checkpoint(self, role: str) -> Path:
+        """Returns the folder of a checkpoint, trained first where it is not built yet, which one sentence announces.
+
+        Raises:
+            CheckpointError: There is no such checkpoint.
+            WorkError: The trained models lack the traits of the organism.
+        """
+        found = self.find(role)
+        if found is None:
+            from raycomplete.data.organism.build import build_into_cache
+
+            found = build_into_cache(self) / role
+        return found
 
 
 def built(family: str, seed: int = 0, options: TrainingOptions | None = None) -> BuiltOrganism:

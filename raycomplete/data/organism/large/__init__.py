@@ -11,7 +11,7 @@ import random
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from raycomplete.data.organism.cache import BuiltOrganism
+from raycomplete.data.organism.families import BuiltOrganism
 from raycomplete.data.organism.large import grammar
 from raycomplete.data.organism.large.judge import LargeOrganismJudge
 from raycomplete.data.organism.world import Split, items
