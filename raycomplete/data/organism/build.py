@@ -26,7 +26,7 @@ from raycomplete.runtime.errors import DataError, WorkError
 
 @dataclass(frozen=True)
 class Blueprint:
-    """What the builder needs to know of an organism.
+    """The parts from which the builder makes an organism.
 
     Attributes:
         seed: Seeds weights and training data; tokenizer and split are always the same.
