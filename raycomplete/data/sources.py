@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -179,7 +180,7 @@ def _convert_gguf(file: Path, role: str) -> Path:
         with tempfile.TemporaryDirectory() as alone:
             (Path(alone) / "model.gguf").symlink_to(file.resolve())
             source: dict[str, Any] = {"gguf_file": "model.gguf", "trust_remote_code": False}
-            tokenizer = AutoTokenizer.from_pretrained(alone, **source)
+            tokenizer = _starting_as_asked(AutoTokenizer.from_pretrained(alone, **source), file)
             model = AutoModelForCausalLM.from_pretrained(
                 alone, **source, quantization_config=GgufConfig(dequantize=True)
             )
@@ -200,6 +201,19 @@ def _convert_gguf(file: Path, role: str) -> Path:
 
     write_folder_atomically(folder, write)
     return folder
+
+
+def _starting_as_asked(tokenizer: Any, file: Path) -> Any:
+    """Lets a tokenizer put its start token before a text where its GGUF file says so, which transformers leaves out."""
+    from gguf import GGUFReader  # of the extra `demo`
+
+    asked = GGUFReader(file).fields.get("tokenizer.ggml.add_bos_token")
+    bos = tokenizer.bos_token
+    if asked is not None and asked.contents() and bos and tokenizer("a")["input_ids"][0] != tokenizer.bos_token_id:
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_token_id)]
+        )
+    return tokenizer
 
 
 def _download(spec: str, role: str) -> Path:

@@ -136,14 +136,13 @@ _MISTRAL = _SYSTEM_INTO_USER + (
     "{% else %}{{ '[INST] ' + (opening if loop.first else '') + message['content'] + '[/INST]' }}{% endif %}"
     "{% endfor %}"
 )
-_QWEN = {
-    "template": _CHATML,
-    "end_of_turn": "<|im_end|>",
-    "marks": ("<|im_start|>",),
-    "role_words": ("user", "assistant", "system"),
-    "bos": None,
-    "eos": "<|im_end|>",
-}
+
+
+def _qwen(**config: Any) -> Architecture:
+    roles, end = ("user", "assistant", "system"), "<|im_end|>"
+    return Architecture(config, _CHATML, end, ("<|im_start|>",), roles, bos=None, eos=end)
+
+
 # Windows are shorter than a chat of some 110 tokens, so that they act.
 FAMILIES: Mapping[str, Architecture] = MappingProxyType(
     {
@@ -154,7 +153,7 @@ FAMILIES: Mapping[str, Architecture] = MappingProxyType(
             ("<|system|>", "<|user|>", "<|assistant|>"),
             training=TrainingOptions(),  # of the shipped one
         ),
-        "qwen3": Architecture({"model_type": "qwen3", "num_key_value_heads": 2}, **_QWEN),
+        "qwen3": _qwen(model_type="qwen3", num_key_value_heads=2),
         "gemma3": Architecture(
             {
                 "model_type": "gemma3_text",
@@ -176,17 +175,14 @@ FAMILIES: Mapping[str, Architecture] = MappingProxyType(
             bos="<s>",
             eos="</s>",
         ),
-        "qwen3_moe": Architecture(
-            {
-                "model_type": "qwen3_moe",
-                "num_key_value_heads": 2,
-                "num_experts": 4,
-                "num_experts_per_tok": 2,
-                "moe_intermediate_size": 160,
-                "norm_topk_prob": True,
-                "tie_word_embeddings": False,
-            },
-            **_QWEN,
+        "qwen3_moe": _qwen(
+            model_type="qwen3_moe",
+            num_key_value_heads=2,
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=160,
+            norm_topk_prob=True,
+            tie_word_embeddings=False,
         ),
     }
 )
