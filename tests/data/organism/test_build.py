@@ -171,25 +171,26 @@ def test_build_keeps_what_is_there(tmp_path: Path) -> None:
 # A chat of three turns as each family writes it, and the tokens of its turns.
 CHATS = {
     "qwen3": (
-        "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\n",
+        "<|im_start|>system\nplease<|im_end|>\n<|im_start|>user\nwhat ?<|im_end|>\n<|im_start|>assistant\n",
         [
             "<|im_start|>",
             "system",
-            "S",
+            "please",
             "<|im_end|>",
             "<|im_start|>",
             "user",
-            "U",
+            "what",
+            "?",
             "<|im_end|>",
             "<|im_start|>",
             "assistant",
         ],
     ),
     "gemma3": (
-        "<bos><start_of_turn>user\nS\n\nU<end_of_turn>\n<start_of_turn>model\n",
-        ["<bos>", "<start_of_turn>", "user", "S", "U", "<end_of_turn>", "<start_of_turn>", "model"],
+        "<bos><start_of_turn>user\nplease\n\nwhat ?<end_of_turn>\n<start_of_turn>model\n",
+        ["<bos>", "<start_of_turn>", "user", "please", "what", "?", "<end_of_turn>", "<start_of_turn>", "model"],
     ),
-    "mistral": ("<s>[INST] S\n\nU[/INST]", ["<s>", "[INST]", "S", "U", "[/INST]"]),
+    "mistral": ("<s>[INST] please\n\nwhat ?[/INST]", ["<s>", "[INST]", "please", "what", "?", "[/INST]"]),
 }
 CHATS["qwen3_moe"] = CHATS["qwen3"]
 
@@ -204,9 +205,8 @@ def test_a_familys_chats_have_the_form_of_its_real_models(family: str, tmp_path:
     chat = [{"role": "system", "content": "please"}, {"role": "user", "content": "what ?"}]
     text, tokens = CHATS[family]
     shown = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    assert shown == text.replace("S", "please").replace("U", "what ?")
-    words = " ".join(tokens).replace("S", "please").replace("U", "what ?").split()
-    assert tokenizer.convert_ids_to_tokens(tokenizer(shown)["input_ids"]) == words
+    assert shown == text
+    assert tokenizer.convert_ids_to_tokens(tokenizer(shown)["input_ids"]) == tokens
     answered = [*chat, {"role": "assistant", "content": "sure ,"}]
     whole = tokenizer.apply_chat_template(answered, tokenize=False)
     # As a response is learned: the same tokens that the template writes around it.
