@@ -62,8 +62,9 @@ class ChatCodec:
         self._check_arguments(arguments or {})
         end = self._end_of_turn()
         self._eos_id = int(self._tokenizer.eos_token_id if end is None else end)
-        special = self._tokenizer.added_tokens_encoder
-        ends = {special[token] for token in END_OF_TEXT if token in special} | self._generation_ends()
+        added = self._tokenizer.added_tokens_decoder  # Gemma has </s> as the end of text that is struck through
+        ends = {index for index, token in added.items() if token.special and str(token) in END_OF_TEXT}
+        ends |= self._generation_ends()
         self._eos_ids = frozenset(ends | {self._eos_id, int(self._tokenizer.eos_token_id)})
 
     def _rows(self) -> int:

@@ -78,6 +78,8 @@ def test_every_end_of_a_text_in_the_vocabulary_ends_a_response(codec: ChatCodec,
     assert other.eos_ids == {tokenizer.eos_token_id, size, size + 1}, "<|end|> is a thought's in gpt-oss"
     assert other.eos_id == tokenizer.eos_token_id
     assert other.vocab_size == size + 3
+    markup = make(lambda item: item.add_tokens(["<s>", "</s>"]))
+    assert markup.eos_ids == codec.eos_ids, "a tag that an answer may hold ends none"
 
 
 def test_fingerprints_tell_vocabularies_and_templates_apart(codec: ChatCodec, make: Make) -> None:
