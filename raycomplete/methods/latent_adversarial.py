@@ -12,7 +12,8 @@ Theirs besides (Llama-2-7B; layers 8, 16, 24, 30 of 32; epsilon 6; 16 inner step
 16): `train: {lr: 2.0e-5, lora_rank: 64}`. With Llama-3-8B they take d on the answer too, KL to the start model with 0.1
 in place of 1.5 CE (`retain: retain_kl` here), and rates of 0.001 and 8e-5. Departures: one update of the student for
 each d instead of four, and its optimizer is not reset; d is on the prompt only. A step costs as many forward and
-backward passes more as the adversary has steps. Not for ZeRO-3, whose hooks follow one forward pass a backward pass.
+backward passes more as the adversary has steps. Refused under ZeRO-3, whose hooks follow one forward pass a backward
+pass, and with gradient checkpointing, which would compute layers again without the perturbation.
 """
 
 from __future__ import annotations
@@ -116,6 +117,11 @@ class LatentAdversarial(Method):
         import torch
 
         sites = self._sites(lm)
+        if lm.is_gradient_checkpointing:
+            raise SetupError(
+                "latent_adversarial perturbs layers, and gradient checkpointing computes them again without that.",
+                "Set train.gradient_checkpointing to false.",
+            )
 
         def run(student: Any, batch: Any) -> Any:
             is_toward_N, is_away_N = (batch.term_N == batch.terms.index(name) for name in ("toward", "away"))
@@ -123,6 +129,11 @@ class LatentAdversarial(Method):
                 return student.total(student.states(batch).last_hidden_state, batch, {})
             position_P, place_P = shared_prompts(batch, is_toward_N, is_away_N)
             weight = lm.get_input_embeddings().weight
+            if hasattr(weight, "ds_id"):
+                raise SetupError(
+                    "latent_adversarial reads a batch several times before one backward pass, which ZeRO-3 cannot.",
+                    "Set train.zero_stage to 2.",
+                )
             shape = (int(place_P.max()) + 1, weight.shape[1])
             dtype = torch.promote_types(weight.dtype, torch.float32)
             deltas = [weight.new_zeros(shape, dtype=dtype, requires_grad=True) for _ in sites]

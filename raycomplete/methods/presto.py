@@ -10,8 +10,8 @@ As attention sums to 1 this is twice the attention on h. All is divided by the t
 prefills of a step. The weight is 1.
 
 Theirs besides: `train: {lr: 2.0e-5}`, linear decay, 10 epochs, 4 devices with batches of 2 safety and 8 utility
-sequences, twice accumulated (the defaults here). Departures: those of `augmentation`. The student computes its
-attention eagerly: each layer holds [B, H, T, T], so keep `train.per_device_batch_size` small.
+sequences, twice accumulated (the defaults here). Departures: those of `augmentation`; the last token of r is predicted
+and not read, so that it pays no attention. The student computes its attention eagerly: each layer holds [B, H, T, T], so keep `train.per_device_batch_size` small.
 """
 
 from __future__ import annotations
@@ -93,6 +93,8 @@ class PRESTO(Augmentation):
 
     def student_pass(self, lm: Any) -> StudentPass:
         """Keeps the attention of every layer."""
+        import torch
+
         from raycomplete.losses.torch_rows import TermRows
 
         lm.set_attn_implementation("eager")
@@ -105,7 +107,7 @@ class PRESTO(Augmentation):
             first_S = first_S.scatter_reduce(0, sequence_R, row_R, "amin", include_self=False)
             places = (row_R, first_S[sequence_R], batch.depth_S[sequence_R])
             layers = [attention_on_prefill(attention_BHTT, *places) for attention_BHTT in found.attentions]
-            loss_R = sum(layers) / len(layers)
+            loss_R = torch.stack(layers).mean(dim=0)
             return student.total(found.last_hidden_state, batch, {"presto": TermRows(loss_R)})
 
         return run

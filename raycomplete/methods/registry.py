@@ -58,11 +58,12 @@ class RecoveryItem:
     depth: int
     first_id: int | None = None
     advantage: float = 0.0
+    drawn: int = 0  # the depth as drawn, where h may end before it
 
     @classmethod
     def cut(cls, sample: RecoverySample, depth: int) -> RecoveryItem:
         """h cut at `depth` tokens after a refusal prefix, or at its end."""
-        return cls(sample, min(sample.refusal_prefix_tokens + depth, len(sample.harmful_ids)))
+        return cls(sample, min(sample.refusal_prefix_tokens + depth, len(sample.harmful_ids)), drawn=depth)
 
     @property
     def answer_depth(self) -> int:
@@ -72,11 +73,11 @@ class RecoveryItem:
     def redrawn_cut(self, plain_fraction: float, *, once: bool = False, spare: int = 0) -> int:
         """A cut of all of h as rival defences draw it: 0 in a fraction of the draws, else uniform on 1 .. |h| - spare.
 
-        A function of the sample and its drawn depth, and so the same on every worker; `once` draws one cut for the
-        sample, which the teachers may read.
+        A function of the sample and its drawn depth, and so the same on every worker, and another in most steps even
+        where h is shorter than what is drawn; `once` draws one cut for the sample, which the teachers may read.
         """
         sample, longest = self.sample, len(self.sample.harmful_ids) - spare
-        rng = random.Random(sample.sample_id if once else f"{sample.sample_id}:{self.depth}")
+        rng = random.Random(sample.sample_id if once else f"{sample.sample_id}:{self.drawn or self.depth}")
         return 0 if rng.random() < plain_fraction or longest < 1 else rng.randint(1, longest)
 
 

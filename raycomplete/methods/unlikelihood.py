@@ -28,15 +28,14 @@ if TYPE_CHECKING:
     from raycomplete.losses.terms import LogProbs, Term
     from raycomplete.losses.torch_rows import TermRows
 
-_LARGEST = 1 - 1e-6  # probability beyond which the gradient would be that of an ever steeper wall
-
 
 def unlikelihood(rows: LogProbs, options: Any) -> TermRows:
-    """-log(1 - p_s) of the token that follows."""
+    """-log(1 - p_s) of the token that follows; 1 - p_s is summed over all others, and so keeps a gradient near 0."""
     from raycomplete.losses.torch_rows import TermRows
 
-    p_R = rows.student_NV.gather(1, rows.token_N[:, None])[:, 0].exp()
-    return TermRows(-(-p_R.clamp(max=_LARGEST)).log1p(), {"harmful_mass": p_R})
+    token_R1 = rows.token_N[:, None]
+    others_R = rows.student_NV.scatter(1, token_R1, float("-inf")).logsumexp(dim=1)
+    return TermRows(-others_R, {"harmful_mass": rows.student_NV.gather(1, token_R1)[:, 0].exp()})
 
 
 @register

@@ -2,13 +2,15 @@
 
 Source: Zhao et al., arXiv 2503.03710; its code, wicai24/DOOR-Alignment (`utils/loss.py`, types 11 and 12). The refusal
 term of `door` becomes -sum w_t log p_s(r_t | x, h<k, r<t), with w_t = exp(+-(log p_a - log p_d) / tau) or
-1 - sigmoid(+-(log p_d - log p_a)), p_d a model that was preference-trained on the same pairs, p_a the start model. In
-their code weights fall where the reward log p_d - log p_a rises (`sign: code`); the paper's sign is not known to us,
-and `sign: paper` is our recollection: weights rise with the reward.
+1 - sigmoid(+-(log p_d - log p_a) / tau), p_d a model that was preference-trained on the same pairs, p_a the start
+model. In their code weights fall where the reward log p_d - log p_a rises (`sign: code`); the paper's sign is not known
+to us, and `sign: paper` is our recollection: weights rise with the reward.
 
 p_d is read in the place of base: give the student of an earlier run (of `door`, say) as `models.base`, and name the
-writer of h in `rollout.harmful_from`. With the true base as `models.base`, the log-ratio of base to aligned takes its
-place: what alignment did, turned round, which `sign` turns back.
+writer of h in `rollout.harmful_from`. Attacks take base as their helper and prefills are its words, so evaluate the
+student under a run file with the true base, or its rates cannot stand beside those of other methods. With the true
+base as `models.base`, the log-ratio of base to aligned takes its place: what alignment did, turned round, which `sign`
+turns back.
 
 Theirs besides: tau 1, alpha 0.2, beta 0.5, `train: {lr: 1.0e-5}`. Departures: those of `door`; p_d of their type 9 run
 is trained by DPO; the harmful term is the paper's NPO of `door`, where their code leaves the reference out and divides

@@ -19,6 +19,7 @@ from raycomplete.methods.circuit_breakers import CircuitBreakers
 from raycomplete.methods.latent_adversarial import LatentAdversarial
 from raycomplete.methods.presto import PRESTO
 from raycomplete.methods.registry import Feedback
+from raycomplete.runtime.errors import SetupError
 from raycomplete.training.step_plan import StepSequences
 from tests.methods.plain import MICRO_BATCHES, Case, Ids, assert_gradients
 
@@ -77,7 +78,7 @@ def test_circuit_breakers(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("packed", [True, False])
 def test_presto(packed: bool, tmp_path: Path) -> None:
-    case = Case(tmp_path, PRESTO.model_validate(PLAIN | {"attention_weight": 0.6, "plain_fraction": 0.05}))
+    case = Case(tmp_path, PRESTO.model_validate(PLAIN | {"attention_weight": 0.6, "plain_fraction": 0.11}))
     case.packed = packed
     cuts = [case.method.sequence(item, Feedback()).depth for item in case.plan.recovery]
     assert sum(cut > 0 for cut in cuts) == 2, "one follows the prompt alone"
@@ -116,6 +117,14 @@ def test_latent_adversarial_training(tmp_path: Path) -> None:
     expected.backward()
     assert_gradients(student.lm.named_parameters(), case.plain.models["student"].parameters(), 1e-6)
     assert not student.lm.model.layers[0].mlp._forward_hooks, "nothing is left behind"
+
+
+def test_an_adversary_is_not_left_out_where_layers_are_computed_again(tmp_path: Path) -> None:
+    case = Case(tmp_path, LatentAdversarial.model_validate(PLAIN))
+    lm = load_model(case.job.start, "float32")
+    lm.gradient_checkpointing_enable()
+    with pytest.raises(SetupError, match="gradient checkpointing"):
+        case.student(lm)
 
 
 class Adversary:

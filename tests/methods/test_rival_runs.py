@@ -49,7 +49,7 @@ def test_a_step_is_the_same_on_one_worker_and_on_two(
     assert any(not torch.equal(start[key], student[key]) for key in start)
 
 
-def test_the_adversary_leaves_nothing_in_the_students_gradient(ray_cluster: None, tmp_path: Path) -> None:
+def test_latent_adversarial_training_takes_sound_steps_whose_loss_falls(ray_cluster: None, tmp_path: Path) -> None:
     rows = run(tmp_path, "latent_adversarial", 1)
     assert [row["bad_steps"] for row in rows] == [0, 0, 0]
     assert rows[-1]["loss"] < rows[0]["loss"]

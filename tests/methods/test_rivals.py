@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ from torch import Tensor
 from raycomplete.data.samples import AnchorSample, RecoverySample
 from raycomplete.losses import Head, HiddenStates, LossInputs, LossSettings, distillation_loss
 from raycomplete.losses.reference import reference_loss
+from raycomplete.losses.terms import LogProbs
 from raycomplete.methods.augmentation import Augmentation
 from raycomplete.methods.door import DOOR
 from raycomplete.methods.npo import NPO, NpoSettings
 from raycomplete.methods.registry import METHODS, AnchorItem, Feedback, RecoveryItem
-from raycomplete.methods.unlikelihood import Unlikelihood
+from raycomplete.methods.unlikelihood import Unlikelihood, unlikelihood
 from raycomplete.methods.w_door import WDOOR
 from tests.methods.plain import Case, Ids, mean
 
@@ -53,6 +55,13 @@ def test_half_of_the_refusals_follow_the_prompt_alone_and_the_others_any_cut(met
     assert set(cuts) >= set(range(10))
     by_sample = {len(set(cuts[i::200])) for i in range(200)}
     assert by_sample == {1} if isinstance(method, DOOR) else max(by_sample) > 6, "theirs are cut once, or in every draw"
+
+
+def test_an_h_that_is_shorter_than_the_depths_drawn_is_cut_anew_in_every_draw() -> None:
+    sample = RecoverySample("s", (1, 2), (1, 2), tuple(range(10, 20)), (8, 9))
+    items = [RecoveryItem.cut(sample, depth) for depth in range(10, 100)]
+    assert {item.depth for item in items} == {10}
+    assert {Augmentation().sequence(item, Feedback()).depth for item in items} == set(range(11))
 
 
 def test_unlikelihood(tmp_path: Path) -> None:
@@ -126,11 +135,22 @@ def test_w_door(sign: str, token_weights: str, tmp_path: Path) -> None:
     case.assert_like(plain)
 
 
+def test_unlikelihood_has_a_gradient_however_sure_the_student_is() -> None:
+    """-log(1 - p) = log(1 + exp(z)) for logits z and 0: its slope is p."""
+    for logit in (0.0, 10.0, 20.0, 40.0):
+        logit_R2 = torch.tensor([[logit, 0.0]], requires_grad=True)
+        rows = LogProbs(logit_R2.log_softmax(-1), None, None, torch.tensor([0]))
+        found = unlikelihood(rows, None)
+        (slope_R2,) = torch.autograd.grad(found.loss_R.sum(), logit_R2)
+        assert float(found.loss_R.detach()) == pytest.approx(math.log1p(math.exp(logit)))
+        assert float(slope_R2[0, 0]) == pytest.approx(1 / (1 + math.exp(-logit)))
+
+
 @pytest.mark.parametrize("name", ["augmentation", "unlikelihood", "npo", "door", "w_door"])
 def test_harmful_prompts_are_no_harmless_answers(name: str) -> None:
     samples = [AnchorSample(kind, (1, 2), (3, 4), kind) for kind in ("benign", "borderline", "harmful")]
-    assert METHODS[name]().trained(samples) == tuple(samples[:2])
-    (kept,) = METHODS[name]().sequences(AnchorItem(samples[0]), Feedback())
+    assert METHODS[name](name=name).trained(samples) == tuple(samples[:2])
+    (kept,) = METHODS[name](name=name).sequences(AnchorItem(samples[0]), Feedback())
     assert [(span.start, span.count) for span in kept.spans] == [(2, 2)]
 
 
