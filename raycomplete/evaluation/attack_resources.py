@@ -330,7 +330,7 @@ def fine_tune(run: Run, settings: FinetuneConfig, dataset: str, start: Path) -> 
     config, codec = run.config, run.models.codec.with_thinking(False)
     chats = read_chats(config, settings, dataset)
     recipe = settings.recipe(dataset)
-    made_of = [fingerprint(start), chats, asdict(recipe), config.train.seed]
+    made_of = [fingerprint(start), chats, asdict(recipe), config.train.seed, config.models.max_length]
     folder = (run.folder / "evaluation" / "finetune" / content_hash(made_of)[:16]).resolve()
     output = folder / "model"
     if (output / "config.json").is_file():

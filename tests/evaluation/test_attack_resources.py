@@ -110,6 +110,18 @@ def test_copies_of_another_context_are_told_apart(run: Run, tmp_path: Path) -> N
     assert trained_by(256) == trained_by(256) != trained_by(128)
 
 
+def test_a_copy_of_another_context_is_trained_anew(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one on the disk is found again by what it was made of."""
+    jobs: list[TrainJob] = []
+    monkeypatch.setattr(attack_resources, "fit", lambda job, **_: jobs.append(job))
+    for length in (256, 256, 128):
+        models = run.config.models.model_copy(update={"max_length": length})
+        changed = replace(run, config=run.config.model_copy(update={"models": models}))
+        fine_tune(changed, FinetuneConfig(), "harmful", run.models.paths["aligned"])
+    first, again, other = (job.output for job in jobs)
+    assert first == again != other
+
+
 def test_harmful_chats(run: Run, tmp_path: Path) -> None:
     """The user's own file, as messages or as instructions; on the organism its restricted recipes."""
     own = read_chats(run.config, FinetuneConfig(), "harmful")
