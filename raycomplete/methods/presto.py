@@ -11,7 +11,8 @@ prefills of a step. The weight is 1.
 
 Theirs besides: `train: {lr: 2.0e-5}`, linear decay, 10 epochs, 4 devices with batches of 2 safety and 8 utility
 sequences, twice accumulated (the defaults here). Departures: those of `augmentation`; the last token of r is predicted
-and not read, so that it pays no attention. The student computes its attention eagerly: each layer holds [B, H, T, T], so keep `train.per_device_batch_size` small.
+and not read, so that it pays no attention. The student computes its attention eagerly: each layer holds [B, H, T, T],
+so keep `train.per_device_batch_size` small.
 """
 
 from __future__ import annotations
