@@ -183,9 +183,12 @@ class OutputFolder:
         # A key that is free in one of the two only, since rollout.on_policy differs, is missing from the other.
         changed = sorted(name for name in old if name in new and old[name] != new[name])
         if changed:
+            dtype, present = before.models.dtype, self.config.models.dtype
+            was = f" (models.dtype was {dtype}, and is {present} now)" if dtype != present else ""  # auto, elsewhere
             raise ConfigError(
-                f"The run in {self.path} was started with other values of {', '.join(changed)}.",
-                "Resume with the same run file and overrides, or choose another output.name.",
+                f"The run in {self.path} was started with other values of {', '.join(changed)}{was}.",
+                f"Resume with the same run file and overrides{f', and models.dtype={dtype}' if was else ''}, or choose "
+                "another output.name.",
             )
 
     def _compared(self, config: RunConfig) -> dict[str, Any]:

@@ -121,6 +121,13 @@ def test_resuming_with_other_settings_is_refused_by_their_names(
     assert (folder / "config.yaml").read_bytes() == before
 
 
+def test_a_run_that_auto_would_continue_in_another_number_format_says_so(tmp_path: Path) -> None:
+    """The run file is the same, and the machine another."""
+    OutputFolder(config(tmp_path, models={"dtype": "bfloat16"}), same=SAME).open()
+    with pytest.raises(ConfigError, match=r"was bfloat16, and is float32 now.* overrides, and models\.dtype=bfloat16"):
+        OutputFolder(config(tmp_path, models={"dtype": "float32"}), resume=True, same=SAME).open()
+
+
 def test_settings_that_change_no_result_may_change_on_resume(tmp_path: Path) -> None:
     OutputFolder(config(tmp_path), resume=False, same=SAME).open()
     moved = config(
