@@ -68,7 +68,8 @@ def _slowest(config: ClusterConfig) -> Processor | None:
         task = ray.remote(num_cpus=0)(examine)
         calls = [task.options(scheduling_strategy=place).remote() for place in places]
         found = [wait_for(call, who="node", what="its processor's speed", timeout_s=_ANSWER_S) for call in calls]
-    return min(found, key=lambda item: (len(item.units), -item.slowdown))
+    slowest: Processor = min(found, key=lambda item: (len(item.units), -item.slowdown))
+    return slowest
 
 
 @contextmanager
