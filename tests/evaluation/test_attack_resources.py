@@ -158,7 +158,7 @@ def test_copies_are_trained_as_the_authors_did(
 ) -> None:
     jobs: list[TrainJob] = []
     monkeypatch.setattr(attack_resources, "fit", lambda job, **_: jobs.append(job))
-    fine_tune(run, FinetuneConfig.model_validate(settings), dataset, run.models.paths["aligned"])  # type: ignore[arg-type]
+    fine_tune(run, FinetuneConfig.model_validate(settings), dataset, run.models.paths["aligned"])
     (job,) = jobs
     assert (job.train.lr, job.train.steps, job.method.anchor_batch_size) == (lr, steps, batch)
 
