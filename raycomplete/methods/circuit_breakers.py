@@ -43,13 +43,14 @@ if TYPE_CHECKING:
 def reroute(own_LNH: Tensor, start_LNH: Tensor) -> Tensor:
     """Mean over layers of relu(cos) of states with those of the start model [N]."""
     norms_LN = own_LNH.norm(dim=-1) * start_LNH.norm(dim=-1)
-    cosine_LN = (own_LNH * start_LNH).sum(dim=-1) / norms_LN.clamp(min=1e-8)
+    cosine_LN: Tensor = (own_LNH * start_LNH).sum(dim=-1) / norms_LN.clamp(min=1e-8)
     return cosine_LN.relu().mean(dim=0)
 
 
 def retain(own_LNH: Tensor, start_LNH: Tensor) -> Tensor:
     """Mean over layers of the distance of states from those of the start model [N]."""
-    return (own_LNH - start_LNH).norm(dim=-1).mean(dim=0)
+    distance_LN: Tensor = (own_LNH - start_LNH).norm(dim=-1)
+    return distance_LN.mean(dim=0)
 
 
 @register

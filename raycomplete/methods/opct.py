@@ -53,10 +53,9 @@ class OPCT(Method):
         """The divergence, on rollouts of both kinds of prompts."""
         from raycomplete.losses.terms import get
 
-        described = {"description": "divergence from aligned, which did not read h, along the student's words"}
-        return tuple(
-            replace(get("anchor"), name=name, label=name, **described) for name in ("retain_kl", "consistency")
-        )
+        said = "divergence from aligned, which did not read h, along the student's words"
+        names = ("retain_kl", "consistency")
+        return tuple(replace(get("anchor"), name=name, label=name, description=said) for name in names)
 
     def loss_weights(self) -> dict[str, float]:
         """Both alike."""

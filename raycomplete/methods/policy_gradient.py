@@ -77,7 +77,7 @@ class PolicyGradient(Method):
     def sequence(self, item: Item, feedback: Feedback) -> TrainSequence:
         """What the student read and wrote; harmful prompts among anchor items have no rows."""
         if isinstance(item, AnchorItem):
-            given, written = (), item.sample.answer_ids
+            given, written = item.sample.answer_ids[:0], item.sample.answer_ids
             if item.sample.kind == "harmful":
                 return TrainSequence(item.sample.prompt_ids + written, ())
         else:

@@ -51,7 +51,8 @@ class Plain:
             self.models[model](torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
             for model in ("aligned", "student")
         )
-        return (a_TV.exp() * (a_TV - s_TV)).sum(-1)
+        divergence: Tensor = (a_TV.exp() * (a_TV - s_TV)).sum(-1)
+        return divergence
 
 
 def written(count: int) -> list[Rollout]:

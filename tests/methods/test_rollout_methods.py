@@ -32,7 +32,8 @@ def reverse_kl(case: Case, student: Ids, teacher: Ids, response: Ids) -> Tensor:
         case.plain.models[model](torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
         for model, prompt in (("student", student), ("aligned", teacher))
     )
-    return (log_s_TV.exp() * (log_s_TV - log_a_TV.detach())).sum(-1)
+    divergence: Tensor = (log_s_TV.exp() * (log_s_TV - log_a_TV.detach())).sum(-1)
+    return divergence
 
 
 def test_policy_gradient(tmp_path: Path) -> None:
