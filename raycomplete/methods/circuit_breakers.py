@@ -13,8 +13,9 @@ Retained are harmless and borderline answers and aligned's own refusals. Theirs 
 alpha twice the rank, no dropout), and all layers are computed and retained. They begin a little off the start model
 (`nudge`): there the cosine is 1 and has no gradient, so that in float32, without the rounding of bfloat16, the retain
 term holds them where they are. On the organism 40 steps turn nothing away even so: the retain term wins while the
-learning rate warms up (cosine 0.9965, then 0.9998), so set `train.warmup_steps` to 0 and leave it time. Answers to harmful prompts often become
-babble: look at the outcome `incoherent` beside the rates.
+learning rate warms up (cosine 0.9965, then 0.9998), so set `train.warmup_steps` to 0 and leave it time.
+
+Answers to harmful prompts often become babble: look at the outcome `incoherent` beside the rates.
 """
 
 from __future__ import annotations
