@@ -12,8 +12,8 @@ Retained are harmless and borderline answers and aligned's own refusals. Theirs 
 150 steps, batches of 16, `train: {lr: 1.0e-4, lora_rank: 16}`. Departures: adapters are this trainer's (all layers,
 alpha twice the rank, no dropout), and all layers are computed and retained. They begin a little off the start model
 (`nudge`): there the cosine is 1 and has no gradient, so that in float32, without the rounding of bfloat16, the retain
-term holds them where they are. On the organism 40 steps turn nothing away even so: the retain term wins while the
-learning rate warms up (cosine 0.9965, then 0.9998), so set `train.warmup_steps` to 0 and leave it time.
+term holds them where they are. On the organism 40 steps behind ten of warm-up
+turn nothing away even so (cosine 0.9998), 80 without warm-up do (0.36): set `train.warmup_steps` to 0.
 
 Answers to harmful prompts often become babble: look at the outcome `incoherent` beside the rates.
 """
