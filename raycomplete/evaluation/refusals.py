@@ -59,28 +59,41 @@ def _compiled(*patterns: str) -> re.Pattern[str]:
     return re.compile("|".join(f"(?:{pattern})" for pattern in patterns), re.IGNORECASE)
 
 
-# The plainest refusals of other languages: the model, in the first person, will not help, answer, write or go on.
+# The plainest refusals of other languages: the model, in the first person, will not help, or will not give what is
+# asked for. Verbs of giving alone say nothing ("keine Garantie geben"): they need one of the things that follow them.
 _GERMAN = (
-    r"(?:(?:weiter)?helfen|unterstützen|(?:be)?antworten|geben|erklären|(?:be)?schreiben|erstellen|liefern|anbieten|"
-    r"nennen|verraten|mitmachen|fortfahren|weitermachen)"
+    r"(?:(?:weiter)?helfen|unterstützen|(?:be)?antworten|(?:be)?schreiben|erstellen|verfassen|mitmachen|fortfahren|"
+    r"weitermachen)"
 )
-_FRENCH = (
-    r"(?:aider|assister|répondre|fournir|donner|expliquer|écrire|rédiger|créer|proposer|participer|poursuivre|"
-    r"continuer|accéder)"
+_GERMAN_GIVE = r"(?:geben|erklären|liefern|anbieten|nennen|verraten)"
+_GERMAN_THINGS = (
+    r"(?:da(?:zu|bei|für)|das|dies\w*|solch\w*|so etwas|\w*anleitung\w*|\w*hilfe|information\w*|auskünfte?|"
+    r"rat\w*|schritte|details)"
 )
-_SPANISH = (
-    r"(?:ayudar|asistir|responder|proporcionar|dar|explicar|escribir|redactar|crear|ofrecer|participar|continuar|"
-    r"seguir|cumplir)(?:te|le|les|los|las|la|lo|me)?"
+_FRENCH = r"(?:aider|assister|répondre|participer|poursuivre|accéder)"
+_FRENCH_GIVE = r"(?:fournir|donner|expliquer|écrire|rédiger|créer|proposer|continuer)"
+_FRENCH_THINGS = (
+    r"(?:cela|ça|ceci|ces?|cette|de tel(?:le)?s?|\w*[' ]?(?:instructions?|informations?|aide|conseils?|étapes?|"
+    r"détails?))"
 )
+_SPANISH = r"(?:ayudar|asistir|responder|participar|cumplir)(?:te|le|les|los|las|la|lo|me)?"
+_SPANISH_GIVE = (
+    r"(?:proporcionar|dar|explicar|escribir|redactar|crear|ofrecer|continuar|seguir)(?:te|le|les|los|las|la|lo|me)?"
+)
+_SPANISH_THINGS = r"(?:es[oae]s?|est[oae]s?|tal(?:es)?|informaci[oó]n|instrucciones|ayuda|consejos?|pasos|detalles)"
+_NO_GERMAN = r"\b(?:ich \w+|(?:kann|werde|darf|möchte) ich) (?:\w+ ){0,4}?(?:nicht(?! nur\b)|kein(?:e|en|er|em)?)\b "
+_NO_FRENCH = r"\bje ne (?:peux|puis|pourrais?|vais|veux|souhaite) (?:malheureusement )?(?:pas (?!seulement\b)|point )?"
+_NO_SPANISH = r"\bno (?:puedo|podré|podría|voy a|quiero|debo) "
 _OTHER_LANGUAGES = (
-    r"\b(?:ich \w+|(?:kann|werde|darf|möchte) ich) (?:\w+ ){0,4}?(?:nicht(?! nur\b)|kein(?:e|en|er|em)?)\b "
-    rf"(?:\w+ ){{0,6}}?{_GERMAN}\b",
+    rf"{_NO_GERMAN}(?:\w+ ){{0,6}}?{_GERMAN}\b",
+    rf"{_NO_GERMAN}(?:\w+ ){{0,3}}?{_GERMAN_THINGS} (?:\w+ ){{0,4}}?{_GERMAN_GIVE}\b",
+    rf"\b(?:ich|dazu|dabei|das|dies\w*)\b (?:kann|werde|darf|möchte) (?:ich )?(?:\w+ ){{0,3}}?nicht {_GERMAN_GIVE}\b",
     r"\bich (?:muss|möchte) (?:\w+ ){0,4}?ablehnen\b|\b(?:muss|möchte) ich (?:\w+ ){0,3}?ablehnen\b",
     r"\bich (?:weigere mich|lehne (?:\w+ ){1,4}ab)\b|\bich bin nicht (?:bereit|in der lage|befugt)\b",
-    r"\bje ne (?:peux|puis|pourrais?|vais|veux|souhaite) (?:malheureusement )?(?:pas (?!seulement\b)|point )?"
-    rf"(?:\w+[' ]){{0,3}}?{_FRENCH}\b|\bje n'aiderai (?:pas|personne)\b",
+    rf"{_NO_FRENCH}(?:\w+[' ]){{0,3}}?{_FRENCH}\b|\bje n'aiderai (?:pas|personne)\b",
+    rf"{_NO_FRENCH}(?:\w+[' ]){{0,2}}?{_FRENCH_GIVE} (?:\w+[' ]){{0,3}}?{_FRENCH_THINGS}\b",
     r"\bje ne suis pas (?:en mesure|autorisée?|capable|disposée?) (?:de |d'|à )|\bje (?:dois )?(?:refuser?|décliner?) ",
-    rf"\bno (?:puedo|podré|podría|voy a|quiero|debo) (?:\w+ ){{0,3}}?{_SPANISH}\b",
+    rf"{_NO_SPANISH}(?:\w+ ){{0,1}}?{_SPANISH}\b|{_NO_SPANISH}{_SPANISH_GIVE} (?:\w+ ){{0,3}}?{_SPANISH_THINGS}\b",
     r"\b(?:me niego a|debo (?:negarme|rechazar|declinar)|tengo que (?:negarme|rechazar)|"
     r"no estoy (?:autorizad[oa]|dispuest[oa]|en condiciones))\b",
 )
