@@ -97,7 +97,7 @@ class NPO(Method):
         return npo_term(), replace(get("anchor"), name="retain_kl", label="retain")
 
     def loss_weights(self) -> dict[str, float]:
-        """What is retained and what is forgotten."""
+        """Retains answers and forgets h."""
         return {self.retain: self.retain_weight, "npo": 1.0}
 
     def loss_options(self) -> dict[str, Section]:

@@ -66,7 +66,7 @@ class OPCT(Method):
         return dict.fromkeys(self.loss_weights(), DivergenceSettings(divergence=self.divergence))
 
     def sequence(self, item: Item, feedback: Feedback) -> TrainSequence:
-        """What the student read and wrote, beside what it wrote after the plain prompt."""
+        """The words that the student read and wrote, beside those that it wrote after the plain prompt."""
         sample = item.sample
         if isinstance(item, AnchorItem):
             read = TeacherContext(item.sample.plain_prompt_ids, item.sample.answer_ids)

@@ -75,7 +75,7 @@ class PolicyGradient(Method):
         return {"leash": DivergenceSettings(divergence="reverse_kl")}
 
     def sequence(self, item: Item, feedback: Feedback) -> TrainSequence:
-        """What the student read and wrote; harmful prompts among anchor items have no rows."""
+        """The words that the student read and wrote; harmful prompts among anchor items have no rows."""
         if isinstance(item, AnchorItem):
             given, written = item.sample.answer_ids[:0], item.sample.answer_ids
             if item.sample.kind == "harmful":

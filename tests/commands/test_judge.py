@@ -52,7 +52,7 @@ def test_the_command_measures_and_stores(labelled: Path, tmp_path: Path) -> None
     assert read_calibration(output, stored["judge"]) == stored
     assert stored["judge"].startswith(RefusalJudge().name)
     assert stored["on_topic"]["by"]
-    assert stored["traps"]["held_out"]["right"]["n"] == 59
+    assert stored["traps"]["held_out"]["right"]["n"] == 70
     assert "traps, held out" in result.output
 
 

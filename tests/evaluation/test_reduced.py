@@ -149,7 +149,7 @@ def test_searches_are_cut_by_their_steps() -> None:
 
 
 def searched(steps: int, picks: int, backtracks: int = 0) -> dict[str, int]:
-    """What a search of ranks notes; a step that is neither pick nor way back took the end or left the answer."""
+    """A search of ranks notes this; a step that is neither pick nor way back took the end or left the answer."""
     return {"steps": steps, "picks": picks, "backtracks": backtracks}
 
 
