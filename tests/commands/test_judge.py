@@ -14,6 +14,7 @@ from raycomplete.cli import app
 from raycomplete.commands.judge import calibrate_judge
 from raycomplete.config import load_run_file
 from raycomplete.config.evaluation import JudgeConfig
+from raycomplete.data import sentence_encoder
 from raycomplete.data.organism import checkpoint_path
 from raycomplete.evaluation import model_judges
 from raycomplete.evaluation.calibration import calibrate, read_calibration, read_labelled
@@ -41,7 +42,8 @@ def labelled(tmp_path: Path) -> Path:
     return path
 
 
-def test_the_command_measures_and_stores(labelled: Path, tmp_path: Path) -> None:
+def test_the_command_measures_and_stores(labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sentence_encoder, "PACKAGE", "no_such_package")  # with it, the last row is a refusal, too
     output = tmp_path / "calibration.json"
     result = CliRunner().invoke(app, ["judge", "calibrate", str(labelled), "--output", str(output)])
     assert result.exit_code == 0, result.output
