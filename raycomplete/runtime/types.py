@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any, Literal, Protocol
@@ -131,11 +131,14 @@ class ResponseFrame:
         return _last(self._own_turn(sequence), self.answer_mark) is None
 
     def split(self, sequence: Sequence[int], tokens: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Splits what was added to a sequence into thinking, its closing included, and answer; either may be empty."""
+        """Splits what was added to a sequence into thinking, its closing included, and answer; either may be empty.
+
+        The first mark of an answer decides: an answer that writes another one hides nothing from a judge.
+        """
         tokens = tuple(tokens)
         if not self.may_think(sequence):
             return (), tokens
-        place = _last(tokens, self.answer_mark)
+        place = _first(tokens, self.answer_mark)
         if place is None:
             is_open = _last(self._own_turn((*sequence, *tokens)), self.thought_mark) is not None
             return (tokens, ()) if is_open else ((), tokens)
@@ -149,11 +152,20 @@ class ResponseFrame:
         return tuple(sequence[0 if start is None else start + len(self.turn) :])
 
 
+def _first(tokens: Sequence[int], wanted: Sequence[int]) -> int | None:
+    """Returns where a run of tokens starts for the first time."""
+    return next(_places(tokens, wanted), None)
+
+
 def _last(tokens: Sequence[int], wanted: Sequence[int]) -> int | None:
     """Returns where a run of tokens starts for the last time."""
+    return max(_places(tokens, wanted), default=None)
+
+
+def _places(tokens: Sequence[int], wanted: Sequence[int]) -> Iterator[int]:
     size = len(wanted)
-    starts = range(len(tokens) - size, -1, -1)
-    return next((start for start in starts if tuple(tokens[start : start + size]) == tuple(wanted)), None)
+    starts = range(len(tokens) - size + 1)
+    return (start for start in starts if tuple(tokens[start : start + size]) == tuple(wanted))
 
 
 class Codec(Protocol):

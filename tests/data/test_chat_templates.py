@@ -86,6 +86,8 @@ def test_thinking_stands_apart_from_the_answer(name: str, tmp_path: Path) -> Non
     thinking, answer = ids(family.opening + THOUGHT + family.closing), ids(ANSWER)
     assert frame.split(prompt, (*thinking, *answer)) == (thinking, answer)
     assert frame.split(prompt, thinking) == (thinking, ())
+    again = (*answer, *frame.closing, *answer)
+    assert frame.split(prompt, (*thinking, *again)) == (thinking, again), "an answer cannot be hidden as a thought"
     for cut in range(len(ids(family.opening)), len(thinking) - len(ids(family.closing)) + 1):
         opened, rest = (*prompt, *thinking[:cut]), thinking[cut:]
         assert frame.may_think(opened)
