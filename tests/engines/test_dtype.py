@@ -32,7 +32,8 @@ class Notes(Console):
 
 
 def processor(flags: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets this machine look like one of another processor, without a GPU."""
+    """Lets this machine look like one of another processor, without a GPU or a cluster of other tests."""
+    monkeypatch.setattr(dtype_module.ray, "is_initialized", lambda: False)
     (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{flags}\n")
     monkeypatch.setattr(machine, "_CPU_INFO", tmp_path / "cpuinfo")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
