@@ -46,6 +46,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "starlette": frozenset({"serving"}),
     "sse_starlette": frozenset({"serving"}),
     "prometheus_client": frozenset({"serving"}),
+    "openai": frozenset({"evaluation"}),
     "scipy": frozenset({"evaluation", "diagnosis"}),
     "matplotlib": frozenset({"report"}),
     "jinja2": frozenset({"report", "serving"}),

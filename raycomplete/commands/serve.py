@@ -13,6 +13,7 @@ import ray
 from ray.serve import Application
 
 from raycomplete.config import RunConfig, load_run_file
+from raycomplete.data.remote import is_remote
 from raycomplete.engines.cluster import ResourcePlan, ResourceRequest, connect, engine_request, uses_gpu
 from raycomplete.engines.dtype import resolve_dtype
 from raycomplete.engines.spec import EngineSpec
@@ -121,7 +122,8 @@ def chat_roles(config: RunConfig) -> list[ModelRole]:
     if not config.serve.chat:
         return []
     named = config.serve.chat_models
-    return list(dict.fromkeys(named or [role for role in MODEL_ROLES if getattr(config.models, role) is not None]))
+    specs = {role: getattr(config.models, role) for role in MODEL_ROLES}
+    return list(dict.fromkeys(named or [role for role, spec in specs.items() if spec and not is_remote(spec)]))
 
 
 def evaluate_request(config: RunConfig, roles: list[ModelRole], on_progress: OnProgress, cancelled: Cancelled) -> None:
