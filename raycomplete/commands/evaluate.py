@@ -115,6 +115,7 @@ def write_summary(
         **summarize(results),
         "benign_nll": dict(nll),
         "prefills": prefills.get("outcomes"),
+        "remote": {role: found["remote"] for role, found in results.items() if "remote" in found},
         "evaluation": config.evaluation.model_dump(mode="json"),
         "train": read_json(folder / "training.json") or {},
         "seconds": seconds,

@@ -72,9 +72,8 @@ class RememberingCodec(ChatCodec):
 
     def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
         """Encodes user messages, and remembers them."""
-        return [
-            self._remember(ids, [text], None) for ids, text in zip(super().encode_prompts(texts), texts, strict=True)
-        ]
+        encoded = super().encode_prompts(texts)
+        return [self._remember(ids, [text], None) for ids, text in zip(encoded, texts, strict=True)]
 
     def encode_conversation(self, turns: Sequence[str], system: str | None = None) -> list[int]:
         """Encodes a conversation, and remembers it."""

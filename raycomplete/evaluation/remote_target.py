@@ -254,7 +254,7 @@ def open_remote(config: RunConfig, remote: Mapping[ModelRole, RemoteSpec], codec
         for attack in attacks:
             if attack.needs & _OF_WEIGHTS:
                 raise ConfigError(
-                    f"The attack {attack.name} needs the weights of its target, and models.{role} is behind an address.",
+                    f"The attack {attack.name} needs the weights of models.{role}, which is behind an address.",
                     "Leave the attack out, or name a checkpoint.",
                 )
     if "base" in remote and (bare := [a.name for a in attacks if "attacker" in a.needs and not a.checkpoints]):

@@ -110,12 +110,11 @@ def evaluate_roles(run: Run, roles: Sequence[ModelRole]) -> dict[str, dict[str, 
         resources = AttackResources(run, ended)
         for role in roles:
             path, generator = run.models.paths.get(role), run.generator(role)
-            tools, model_id = (
-                resources.tools(path),
-                run.models.remote[role].model_id if path is None else fingerprint(path),
-            )
-            if path is not None:  # another one thinks as its server says
-                generator = thinking(generator, codec, thought)
+            tools = resources.tools(path)
+            if path is None:  # it thinks as its server says
+                model_id = run.models.fingerprint(role)
+            else:
+                model_id, generator = fingerprint(path), thinking(generator, codec, thought)
             if codec.frame is not None and codec.frame.thinks:  # how long it may think decides what it answers
                 model_id += f" thinks {thought}"
             target = Target(
