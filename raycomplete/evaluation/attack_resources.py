@@ -105,6 +105,8 @@ class AttackResources:
 
     def tools(self, path: Path | None) -> AttackTools:
         """Returns the tools of attacks on one checkpoint, or, for None, on a model whose weights nobody has."""
+        if path is None:
+            return AttackTools(attacker=self._attacker, refuses=_refuses)
         run, models = self._run, self._run.engines.generator
         trained = [run.config.train.seed, run.config.models.max_length]  # chats are cut at it
 
@@ -115,8 +117,6 @@ class AttackResources:
             return [box.with_weights(path) for box in self._boxes]
 
         has_base = "base" in run.models.paths
-        if path is None:
-            return AttackTools(attacker=self._attacker, refuses=_refuses)
         return AttackTools(
             white_boxes=white_boxes,
             guide=(lambda: self._guide) if has_base else None,

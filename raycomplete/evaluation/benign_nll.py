@@ -60,7 +60,9 @@ def measure_benign_nll(run: Run, roles: Sequence[ModelRole]) -> dict[str, Any]:
     aligned = models.get("aligned")
     spoken = aligned_answers(prompts, codec, config, run.folder, aligned) if aligned else {}
     answers = given_answers(prompts, spoken, codec, config, run.config.models.max_length)
-    read = {role: models[role] for role in roles if role in models}  # addresses give no likelihood of given answers
+    read: dict[str, tuple[str, RolloutPool]] = {
+        role: models[role] for role in roles if role in models
+    }  # addresses give no likelihood of given answers
     if not answers or not read:
         return {}
     with run.console.stage(f"Likelihood of {len(answers)} benign answers"):

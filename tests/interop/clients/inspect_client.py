@@ -1,4 +1,4 @@
-"""inspect_ai: one task with prefilled answers, by its provider for vLLM, which adds the flags of a prefill by itself."""
+"""inspect_ai: a task with a prefilled answer, by its provider for vLLM, which adds the flags of a prefill itself."""
 
 import os
 import sys
