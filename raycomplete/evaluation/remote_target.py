@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -15,6 +14,7 @@ from raycomplete.attacks.attack import Attack
 from raycomplete.attacks.registry import build_attack
 from raycomplete.config import RemoteConfig, RunConfig
 from raycomplete.data.remote import Messages, RememberingCodec, RemoteSpec
+from raycomplete.evaluation.endpoint_judge import read_key
 from raycomplete.runtime.errors import ConfigError, SetupError, WorkError
 from raycomplete.runtime.types import ModelRole
 
@@ -74,7 +74,8 @@ class RemoteModel:
     def __init__(self, spec: RemoteSpec, settings: RemoteConfig, codec: RememberingCodec) -> None:
         self.spec, self.usage = spec, RemoteUsage()
         self._settings, self._codec = settings, codec
-        self._key = _key(settings.key_variable)
+        of, setting = "the models behind an address", "evaluation.remote.key_variable"
+        self._key = read_key(settings.key_variable, of=of, setting=setting)
         self._next, self._pace = 0.0, Lock()
 
     @cached_property
@@ -205,19 +206,6 @@ class RemoteModel:
             turn = max(self._next, now)
             self._next = turn + 60.0 / self._settings.requests_per_minute
         time.sleep(turn - now)
-
-
-def _key(variable: str | None) -> str:
-    if variable is None:
-        return ""
-    key = os.environ.get(variable, "").strip()
-    if not key:
-        problem = f"The environment variable {variable} holds no key for the models behind an address."
-        raise SetupError(problem, "Set it, or leave evaluation.remote.key_variable out.")
-    if not (key.isascii() and key.isprintable()):
-        problem = f"The key in the environment variable {variable} holds what no header can."
-        raise SetupError(problem, "Copy the key again: a quotation mark or a line break may have come along.")
-    return key
 
 
 def _no_prefill(spec: RemoteSpec) -> SetupError:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
-from contextlib import suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -132,14 +132,15 @@ class Answerer:
     async def stream(self, request: ChatRequest | CompletionRequest) -> AsyncIterator[dict[str, Any] | Refusal]:
         """Yields chunks; the first item tells by its kind whether there is an answer. A refusal is the last item."""
         try:
-            async for chunk in self._chunks(request):
-                yield chunk
+            async with aclosing(self._chunks(request)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
         except BaseExceptionGroup as errors:
             yield _refusal(errors.exceptions[0], self._limits)
         except Exception as error:
             yield _refusal(error, self._limits)
 
-    async def _chunks(self, request: ChatRequest | CompletionRequest) -> AsyncIterator[dict[str, Any]]:
+    async def _chunks(self, request: ChatRequest | CompletionRequest) -> AsyncGenerator[dict[str, Any], None]:
         sequences = self._sequences(request, streams=True)
         is_chat = isinstance(request, ChatRequest)
         kind = "chat.completion.chunk" if is_chat else "text_completion"
@@ -150,19 +151,20 @@ class Answerer:
                 start = {"index": index, "delta": {"role": "assistant", "content": ""}}
                 yield common | {"choices": [start | {"logprobs": None, "finish_reason": None}]}
         merged = _merged([self._pieces(sequence) for sequence in sequences], self._limits.timeout_s)
-        async for index, (piece, thought, count) in merged:
-            written += count
-            if isinstance(request, ChatRequest):
-                delta = {"reasoning_content": thought} if thought is not None else {"content": piece.text}
-                choice: dict[str, Any] = {"index": index, "delta": delta}
-                logprobs: ChatLogprobs | Logprobs | None = ChatLogprobs.of(request, piece)
-            else:
-                text = ("" if offsets[index] else sequences[index].echo) + piece.text
-                choice = {"index": index, "text": text}
-                logprobs = Logprobs.of(request, piece, sequences[index].start, offsets[index])
-                offsets[index] += len(text)
-            choice |= {"logprobs": logprobs and logprobs.model_dump(), "finish_reason": piece.finish_reason}
-            yield common | {"choices": [choice]}
+        async with aclosing(merged) as items:
+            async for index, (piece, thought, count) in items:
+                written += count
+                if isinstance(request, ChatRequest):
+                    delta = {"reasoning_content": thought} if thought is not None else {"content": piece.text}
+                    choice: dict[str, Any] = {"index": index, "delta": delta}
+                    logprobs: ChatLogprobs | Logprobs | None = ChatLogprobs.of(request, piece)
+                else:
+                    text = ("" if offsets[index] else sequences[index].echo) + piece.text
+                    choice = {"index": index, "text": text}
+                    logprobs = Logprobs.of(request, piece, sequences[index].start, offsets[index])
+                    offsets[index] += len(text)
+                choice |= {"logprobs": logprobs and logprobs.model_dump(), "finish_reason": piece.finish_reason}
+                yield common | {"choices": [choice]}
         if request.counts_usage:
             usage = Usage.of(_num_read(request, sequences), written)
             yield common | {"choices": [], "usage": usage.model_dump()}
@@ -338,7 +340,7 @@ def _refusal(error: BaseException, limits: AnswerLimits) -> Refusal:
 
 async def _merged(
     streams: Sequence[AsyncIterator[tuple[Piece, str | None, int]]], timeout_s: float
-) -> AsyncIterator[tuple[int, tuple[Piece, str | None, int]]]:
+) -> AsyncGenerator[tuple[int, tuple[Piece, str | None, int]], None]:
     """Yields the items of several streams as they come, with the number of their stream."""
     items: asyncio.Queue[Any] = asyncio.Queue()
 

@@ -5,6 +5,7 @@ The first two run on the head node, since they share one SQLite file; engines go
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -68,19 +69,27 @@ class RemoteAnswers:
 
     async def complete(self, request: ChatRequest | CompletionRequest) -> ChatView | CompletionView | Refusal:
         """Returns the whole answer."""
+        answer = self._complete.remote(request)
         try:
-            found: ChatView | CompletionView | Refusal = await self._complete.remote(request)
+            found: ChatView | CompletionView | Refusal = await answer
         except (RayError, RayServeException):
             return _GONE
+        except asyncio.CancelledError:  # the client left
+            answer.cancel()
+            raise
         return found
 
     async def stream(self, request: ChatRequest | CompletionRequest) -> AsyncIterator[dict[str, Any] | Refusal]:
         """Yields chunks; a refusal ends them."""
+        chunks = self._stream.remote(request)
         try:
-            async for chunk in self._stream.remote(request):
+            async for chunk in chunks:
                 yield chunk
         except (RayError, RayServeException):
             yield _GONE
+        except (asyncio.CancelledError, GeneratorExit):
+            chunks.cancel()
+            raise
 
 
 class EvaluationRunner:

@@ -171,6 +171,7 @@ class EchoModel:
     def __init__(self, codec: ChatCodec, words: int = 3) -> None:
         self.codec, self.words = codec, words
         self.asked: list[tuple[tuple[int, ...], OnlineSampling]] = []
+        self.pause_s = 0.0
         self.open = 0  # answers that someone still reads
 
     async def generate(self, tokens: Sequence[int], sampling: OnlineSampling) -> AsyncIterator[Piece]:
@@ -189,7 +190,7 @@ class EchoModel:
         self.open += 1
         try:
             for at in range(len(said) if sampling.streams else 0):
-                await asyncio.sleep(0)
+                await asyncio.sleep(self.pause_s)
                 new = (tuple(said[at : at + 1]), tuple(after[at : at + 1]), before if at == 0 else ())
                 yield Piece(texts[at], *new)
             rest = ("", (), (), ()) if sampling.streams else ("".join(texts), tuple(said), tuple(after), before)

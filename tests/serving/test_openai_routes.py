@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from raycomplete.runtime.errors import WorkError
+from raycomplete.serving.openai_schemas import ChatRequest
 from tests.serving.conftest import Server
 
 USER = {"role": "user", "content": "heat the flask"}
@@ -143,7 +145,8 @@ def test_errors_have_openais_shape_here_and_our_own_elsewhere(make_server: Calla
     assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
     assert answer.headers["content-security-policy"].startswith("default-src 'none'")
     assert bare.get("/v1/evaluations").json()["problem"] == "This needs the server's token."
-    assert server.client.post(CHAT, content=b"{").json()["error"]["message"] == "The body is no valid JSON."
+    broken = server.client.post(CHAT, content=b"{", headers={"Content-Type": "application/json"})
+    assert broken.json()["error"]["message"] == "The body is no valid JSON."
 
 
 def test_a_request_beyond_the_context_is_told_so_and_a_long_answer_is_cut(make_server: Callable[..., Server]) -> None:
@@ -236,8 +239,6 @@ def test_a_model_that_fails_or_is_silent_is_503(make_server: Callable[..., Serve
 
     class Silent:
         async def generate(self, *_: Any) -> Any:
-            import asyncio
-
             await asyncio.sleep(30)
             yield
 
@@ -246,17 +247,17 @@ def test_a_model_that_fails_or_is_silent_is_503(make_server: Callable[..., Serve
 
 
 def test_nothing_is_generated_for_a_client_that_left(chat: Server) -> None:
-    import asyncio
-
-    from raycomplete.serving.openai_schemas import ChatRequest
+    chat.models["aligned"].model.pause_s = 5.0
 
     async def leave() -> int:
         request = ChatRequest.model_validate({"model": "aligned", "messages": [USER], "stream": True})
         stream = chat.models["aligned"].stream(request)
         await anext(stream)
-        await anext(stream)
+        reading = asyncio.ensure_future(anext(stream))
+        await asyncio.sleep(0.05)
         assert chat.models["aligned"].model.open == 1
-        await stream.aclose()  # type: ignore[attr-defined]
+        reading.cancel()
+        await asyncio.wait([reading])
         return chat.models["aligned"].model.open
 
     assert asyncio.run(leave()) == 0

@@ -28,7 +28,7 @@ found = subprocess.run(
 )
 if found.returncode:
     sys.exit(found.returncode)
-(report,) = home.glob("report*.report.jsonl")
+(report,) = home.rglob("*.report.jsonl")
 rows = [json.loads(line) for line in report.read_text().splitlines()]
 attempts = [row for row in rows if row["entry_type"] == "attempt" and row["status"] == 2]
 results = [row for row in rows if row["entry_type"] == "eval"]
