@@ -30,7 +30,7 @@ Prefill = Literal["flags", "prefix", "none"]
 
 @dataclass
 class RemoteUsage:
-    """What one target was asked, and what it cost."""
+    """Counts of what one target was asked, and the cost."""
 
     requests: int = 0
     retries: int = 0

@@ -24,7 +24,7 @@ from raycomplete.serving.openai_schemas import (
     CompletionView,
     Logprobs,
     Message,
-    Refusal,
+    NoAnswer,
     Usage,
     head,
 )
@@ -44,7 +44,7 @@ class RefusedRequest(Exception):
 
     def __init__(self, message: str, *, status: int = 400, code: str | None = None) -> None:
         super().__init__(message)
-        self.refusal = Refusal(status, message, code)
+        self.refusal = NoAnswer(status, message, code)
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Answerer:
     def __init__(self, codec: ChatCodec, model: TextModel, limits: AnswerLimits) -> None:
         self._codec, self._model, self._limits = codec, model, limits
 
-    async def complete(self, request: ChatRequest | CompletionRequest) -> ChatView | CompletionView | Refusal:
+    async def complete(self, request: ChatRequest | CompletionRequest) -> ChatView | CompletionView | NoAnswer:
         """Returns the whole answer."""
         try:
             sequences = self._sequences(request, streams=False)
@@ -129,7 +129,7 @@ class Answerer:
         ]
         return CompletionView(**head("cmpl", request.model), choices=texts, usage=usage)
 
-    async def stream(self, request: ChatRequest | CompletionRequest) -> AsyncIterator[dict[str, Any] | Refusal]:
+    async def stream(self, request: ChatRequest | CompletionRequest) -> AsyncIterator[dict[str, Any] | NoAnswer]:
         """Yields chunks; the first item tells by its kind whether there is an answer. A refusal is the last item."""
         try:
             async with aclosing(self._chunks(request)) as chunks:
@@ -328,13 +328,13 @@ def _prompts(request: CompletionRequest) -> list[str | list[int]]:
     return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else list(prompt)
 
 
-def _refusal(error: BaseException, limits: AnswerLimits) -> Refusal:
+def _refusal(error: BaseException, limits: AnswerLimits) -> NoAnswer:
     if isinstance(error, RefusedRequest):
         return error.refusal
     if isinstance(error, TimeoutError):
-        return Refusal(503, f"The model did not answer within {limits.timeout_s:g} s (serve.chat_timeout_s).")
+        return NoAnswer(503, f"The model did not answer within {limits.timeout_s:g} s (serve.chat_timeout_s).")
     if isinstance(error, RaycompleteError):
-        return Refusal(400 if isinstance(error, RefusedError) else 503, str(error))
+        return NoAnswer(400 if isinstance(error, RefusedError) else 503, str(error))
     raise error
 
 

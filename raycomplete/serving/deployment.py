@@ -22,7 +22,7 @@ from raycomplete.config import RunConfig
 from raycomplete.runtime.plugins import load_plugins
 from raycomplete.runtime.types import ModelRole
 from raycomplete.serving.app import Service, create_app
-from raycomplete.serving.openai_schemas import ChatRequest, ChatView, CompletionRequest, CompletionView, Refusal
+from raycomplete.serving.openai_schemas import ChatRequest, ChatView, CompletionRequest, CompletionView, NoAnswer
 from raycomplete.serving.requests import Admission
 from raycomplete.serving.runner import Backend, Runner
 from raycomplete.serving.store import EvaluationStore
@@ -33,7 +33,7 @@ _ON_HEAD = {"node:__internal_head__": 0.001}
 _ACTOR_OPTIONS = {"num_cpus": 0, "resources": _ON_HEAD}
 _HEALTH_CHECK_S = 2.0
 _MAX_ANSWERED = 2048  # requests that one model works on; its engine batches what fits and keeps the rest waiting
-_GONE = Refusal(503, "The model's process ended while it answered. It is started again; ask again in a minute.")
+_GONE = NoAnswer(503, "The model's process ended while it answered. It is started again; ask again in a minute.")
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,11 @@ class RemoteAnswers:
     def __init__(self, handle: DeploymentHandle[Any]) -> None:
         self._complete, self._stream = handle.complete, handle.options(stream=True).stream
 
-    async def complete(self, request: ChatRequest | CompletionRequest) -> ChatView | CompletionView | Refusal:
+    async def complete(self, request: ChatRequest | CompletionRequest) -> ChatView | CompletionView | NoAnswer:
         """Returns the whole answer."""
         answer = self._complete.remote(request)
         try:
-            found: ChatView | CompletionView | Refusal = await answer
+            found: ChatView | CompletionView | NoAnswer = await answer
         except (RayError, RayServeException):
             return _GONE
         except asyncio.CancelledError:  # the client left
@@ -79,7 +79,7 @@ class RemoteAnswers:
             raise
         return found
 
-    async def stream(self, request: ChatRequest | CompletionRequest) -> AsyncIterator[dict[str, Any] | Refusal]:
+    async def stream(self, request: ChatRequest | CompletionRequest) -> AsyncIterator[dict[str, Any] | NoAnswer]:
         """Yields chunks; a refusal ends them."""
         chunks = self._stream.remote(request)
         try:

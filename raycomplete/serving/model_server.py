@@ -14,7 +14,7 @@ from raycomplete.engines.spec import EngineSpec
 from raycomplete.runtime.console import Console
 from raycomplete.runtime.types import ModelRole
 from raycomplete.serving.answers import Answerer, AnswerLimits
-from raycomplete.serving.openai_schemas import ChatRequest, ChatView, CompletionRequest, CompletionView, Refusal
+from raycomplete.serving.openai_schemas import ChatRequest, ChatView, CompletionRequest, CompletionView, NoAnswer
 
 
 class ModelServer:
@@ -41,11 +41,11 @@ class ModelServer:
         )
         self._answerer = Answerer(models.codec, self._engine, limits)
 
-    async def complete(self, request: ChatRequest | CompletionRequest) -> ChatView | CompletionView | Refusal:
+    async def complete(self, request: ChatRequest | CompletionRequest) -> ChatView | CompletionView | NoAnswer:
         """Returns the whole answer."""
         return await self._answerer.complete(request)
 
-    async def stream(self, request: ChatRequest | CompletionRequest) -> AsyncIterator[dict[str, Any] | Refusal]:
+    async def stream(self, request: ChatRequest | CompletionRequest) -> AsyncIterator[dict[str, Any] | NoAnswer]:
         """Yields chunks; a refusal ends them."""
         async for chunk in self._answerer.stream(request):
             yield chunk

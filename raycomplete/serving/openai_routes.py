@@ -20,7 +20,7 @@ from raycomplete.serving.openai_schemas import (
     ErrorBody,
     ModelList,
     ModelView,
-    Refusal,
+    NoAnswer,
 )
 
 _ABOUT = {
@@ -37,10 +37,10 @@ _CHUNK_SCHEMA = {"type": "string", "description": "`data:` lines with chunks, th
 class Answers(Protocol):
     """A model that answers; `raycomplete.serving.answers.Answerer` is one, and so is a handle on its replica."""
 
-    def complete(self, request: ChatRequest | CompletionRequest) -> Awaitable[ChatView | CompletionView | Refusal]:
+    def complete(self, request: ChatRequest | CompletionRequest) -> Awaitable[ChatView | CompletionView | NoAnswer]:
         """Returns the whole answer."""
 
-    def stream(self, request: ChatRequest | CompletionRequest) -> AsyncIterator[dict[str, Any] | Refusal]:
+    def stream(self, request: ChatRequest | CompletionRequest) -> AsyncIterator[dict[str, Any] | NoAnswer]:
         """Yields chunks; a refusal ends them."""
 
 
@@ -88,10 +88,10 @@ def add_openai(app: FastAPI, models: Mapping[str, Answers], *, max_length: int, 
             return _unknown(request.model)
         if not request.stream:
             found = await model.complete(request)
-            return _refused(found) if isinstance(found, Refusal) else found
+            return _refused(found) if isinstance(found, NoAnswer) else found
         chunks = model.stream(request)
         first = await anext(chunks)  # what is refused has its own status, and no stream
-        if isinstance(first, Refusal):
+        if isinstance(first, NoAnswer):
             return _refused(first)
         return EventSourceResponse(_events(first, chunks), ping=heartbeat_s, sep="\n")
 
@@ -100,14 +100,14 @@ def add_openai(app: FastAPI, models: Mapping[str, Answers], *, max_length: int, 
         return openai_error(404, f"The model {name[:80]!r} does not exist. {known}", code="model_not_found")
 
 
-def _refused(refusal: Refusal) -> JSONResponse:
+def _refused(refusal: NoAnswer) -> JSONResponse:
     return openai_error(refusal.status, refusal.message, code=refusal.code)
 
 
-async def _events(first: dict[str, Any], chunks: AsyncIterator[dict[str, Any] | Refusal]) -> AsyncIterator[str]:
+async def _events(first: dict[str, Any], chunks: AsyncIterator[dict[str, Any] | NoAnswer]) -> AsyncIterator[str]:
     yield json.dumps(first)
     async for chunk in chunks:
-        if isinstance(chunk, Refusal):  # too late for a status: clients read the error from the stream
+        if isinstance(chunk, NoAnswer):  # too late for a status: clients read the error from the stream
             yield bytes(_refused(chunk).body).decode()
             return
         yield json.dumps(chunk)

@@ -131,7 +131,7 @@ class CompletionRequest(_Sampled):
 
 
 @dataclass(frozen=True)
-class Refusal:
+class NoAnswer:
     """The reason why a request gets no answer, with the HTTP status. It travels between processes as a value."""
 
     status: int

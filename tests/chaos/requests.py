@@ -36,7 +36,7 @@ _PATIENCE_S = 600.0  # for what was sent before the time was over
 
 @dataclass
 class Tally:
-    """What the clients saw."""
+    """Counts of what the clients saw."""
 
     sent: int = 0
     statuses: Counter[str] = field(default_factory=Counter)

@@ -39,7 +39,7 @@ class Chats(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.asked: list[dict[str, Any]] = []
-        self.headers: list[dict[str, str]] = []
+        self.keys: list[str] = []
         self.statuses: list[int] = []
         self.knows_flags, self.pause_s = True, 0.0
         self.at_work, self.most_at_work, self.times = 0, 0, list[float]()
@@ -58,7 +58,7 @@ class _Handler(BaseHTTPRequestHandler):
         with server.lock:
             server.times.append(time.monotonic())
             server.asked.append(body)
-            server.headers.append(dict(self.headers))
+            server.keys.append(self.headers.get("Authorization", ""))
             status = server.statuses.pop(0) if server.statuses else 200
             server.at_work += 1
             server.most_at_work = max(server.most_at_work, server.at_work)
@@ -110,7 +110,9 @@ def config_of(server: Chats, tmp_path: Path, **evaluation: Any) -> RunConfig:
     tree = {
         "models": models | {"dtype": "float32", "max_length": 256},
         "data": {"source": "organism"},
-        "evaluation": {"num_prompts": 2, "max_tokens": 16, "max_utility_tokens": 16, **evaluation},
+        "rollout": {"max_anchor_tokens": 64, "max_refusal_tokens": 28, "max_harmful_tokens": 64},
+        "method": {"depth": {"max": 64}},
+        "evaluation": {"num_prompts": 2, "depths": [0, 4], "max_tokens": 16, "max_utility_tokens": 16, **evaluation},
         "output": {"root": str(tmp_path / "runs"), "name": "r"},
     }
     return parse(tree, "test")
@@ -219,7 +221,7 @@ def test_the_key_comes_from_the_environment_and_is_in_no_message(
     monkeypatch.setenv("THEIR_KEY", KEY)
     model = make(key_variable="THEIR_KEY", retries=0)
     model.generate([codec.encode_prompt("heat")], max_tokens=1)
-    assert server.headers[0]["Authorization"] == f"Bearer {KEY}"
+    assert server.keys[0] == f"Bearer {KEY}"
     server.statuses = [403]
     with pytest.raises(SetupError) as caught:  # whose server repeats the key in its answer
         model.generate([codec.encode_prompt("heat")], max_tokens=1)
