@@ -38,7 +38,7 @@ _UNSUPPORTED = (
 
 
 class StreamOptions(Body):
-    """Whether the last chunk of a stream counts the tokens."""
+    """Options of a stream: its last chunk may count the tokens."""
 
     model_config = ConfigDict(extra="ignore", strict=True)
 
@@ -70,7 +70,7 @@ class Message(Body):
 
 
 class _Sampled(Body):
-    """What chats and completions have in common. Keys that are not named here are ignored."""
+    """Settings that chats and completions have in common. Keys that are not named here are ignored."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 

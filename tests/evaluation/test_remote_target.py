@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from raycomplete.commands.align import align
+from raycomplete.commands.diagnose import diagnose
 from raycomplete.commands.evaluate import evaluate
 from raycomplete.config import RemoteConfig, RunConfig, parse
 from raycomplete.data.chat import ChatCodec
@@ -248,7 +248,7 @@ def test_what_needs_weights_is_refused_before_anything_starts(server: Chats, tmp
     with pytest.raises(ConfigError, match=r"The attack gcg needs the weights of models\.student"):
         evaluate(config)
     with pytest.raises(ConfigError, match=r"models\.student is behind an address"):
-        align(config)
+        diagnose(config)
     with pytest.raises(ConfigError, match=r"models\.student is behind an address"):
         prepare_models(config)
     remote_only = config.model_copy(update={"models": config.models.model_copy(update={"base": config.models.student})})
