@@ -17,7 +17,7 @@ export DO_NOT_TRACK ?= 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup ready demo test test-fast bench lint format clean
+.PHONY: help setup ready demo test test-fast bench interop lint format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -40,6 +40,9 @@ test-fast: ready ## the tests that start no engine, no Ray and no training
 bench: ## the benchmarks in tests/benchmarks, against libraries that it installs first
 	@$(SETUP) --if-stale --bench
 	@$(PYTEST) tests/benchmarks -s -m ""
+
+interop: ready ## real clients (openai, inspect_ai, lm-eval, garak) against the service; installs them first
+	@$(BIN)/python -m tests.interop.run
 
 lint: ready ## ruff and mypy
 	@$(BIN)/ruff check --quiet .
