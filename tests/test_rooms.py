@@ -40,6 +40,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "ray.serve": frozenset({"serving", "commands"}),
     "transformers": frozenset({"data"}),
     "datasets": frozenset({"data"}),
+    "huggingface_hub": frozenset({"data", "report", "commands"}),
     "pyarrow": frozenset({"data", "storage"}),
     "fsspec": frozenset({"storage"}),
     "fastapi": frozenset({"serving"}),
