@@ -1,4 +1,4 @@
-"""The measurements of every finished step: metrics.jsonl, and TensorBoard, Weights & Biases or trackio. Needs no torch."""
+"""The measurements of every finished step: metrics.jsonl, TensorBoard, Weights & Biases, trackio. Needs no torch."""
 
 from __future__ import annotations
 
