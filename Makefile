@@ -2,6 +2,7 @@
 
 BIN := .venv/bin
 EXTRA ?=
+REHEARSE ?=
 SETUP := sh .setup/setup.sh $(if $(EXTRA),--extra $(EXTRA))
 SOURCES := raycomplete .setup/install.py $(wildcard jobs/*.py docs/examples/*.py)
 PYTEST := $(BIN)/python -m pytest
@@ -17,7 +18,7 @@ export DO_NOT_TRACK ?= 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup ready demo test test-fast bench lint format clean
+.PHONY: help setup ready demo test test-fast bench gpu lint format lock-gpu clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -41,6 +42,10 @@ bench: ## the benchmarks in tests/benchmarks, against libraries that it installs
 	@$(SETUP) --if-stale --bench
 	@$(PYTEST) tests/benchmarks -s -m ""
 
+gpu: ## prove this machine's GPUs in 10 minutes, report in runs/gpu (REHEARSE=1: on the CPU, tiny)
+	@$(SETUP) --if-stale --bench $(if $(REHEARSE),,--extra gpu)
+	@$(BIN)/raycomplete doctor --gpu $(if $(REHEARSE),--rehearse --out runs/gpu-rehearsal)
+
 lint: ready ## ruff and mypy
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --quiet --check .
@@ -50,6 +55,9 @@ lint: ready ## ruff and mypy
 format: ready ## let ruff rewrite the sources
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
+
+lock-gpu: ready ## resolve constraints-gpu.txt anew, as near to the other lock as CUDA builds allow
+	@$(SETUP) --lock-gpu
 
 clean: ## remove caches and build output (keeps .venv and runs/)
 	@rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
