@@ -65,8 +65,17 @@ def doctor(
     overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Start no engine.")] = False,
+    gpu: Annotated[bool, typer.Option("--gpu", help="Prove this machine's GPUs in at most 10 minutes.")] = False,
+    rehearse: Annotated[bool, typer.Option("--rehearse", help="With --gpu: on the CPU, with tiny sizes.")] = False,
+    out: Annotated[Path, typer.Option(help="With --gpu: folder of the report.")] = Path("runs/gpu"),
+    stages: Annotated[str, typer.Option(help="With --gpu: stages to run, with commas; all without.")] = "",
 ) -> None:
     """Examines packages, devices, space, ports, tokens and the cluster, and names the remedy of what is wrong."""
+    if gpu:
+        from raycomplete.doctor.gpu import prove_gpu
+
+        only = [name.strip() for name in stages.split(",") if name.strip()]
+        raise typer.Exit(prove_gpu(out, Console(), rehearsal=rehearse, only=only))
     from raycomplete.doctor.command import doctor as run_doctor
 
     raise typer.Exit(run_doctor(run_file, overrides or [], as_json=as_json, quick=quick))

@@ -32,7 +32,7 @@ from raycomplete.evaluation.roles import evaluate_roles, held_out_sets
 from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import ConfigError
 from raycomplete.runtime.files import read_json, write_json
-from raycomplete.runtime.machine import available_cpus
+from raycomplete.runtime.machine import available_cpus, compiler_problem
 from raycomplete.runtime.metrics_file import read_metrics
 from raycomplete.runtime.types import MODEL_ROLES, ModelRole
 from raycomplete.training.checkpoints import check_space
@@ -165,6 +165,8 @@ def make_job(run: Run, start: ModelRole, output: Path, **settings: Any) -> Train
     architecture = text_config(read_json(run.models.paths[start] / "config.json") or {})
     if settings.get("lora_rank") and is_mixture(architecture):
         run.console.note("A mixture of experts: LoRA adapts attention, and router and experts stay as they are")
+    if note := fallback_note(settings["train"].loss_backend, use_gpu=run.cluster.use_gpu):
+        run.console.note(note)
     return TrainJob(
         start=run.models.paths[start],
         output=output,
@@ -178,6 +180,12 @@ def make_job(run: Run, start: ModelRole, output: Path, **settings: Any) -> Train
         trust_remote_code=models.trust_remote_code,
         **settings,
     )
+
+
+def fallback_note(loss_backend: str, *, use_gpu: bool) -> str:
+    """Says in one sentence why `train.loss_backend: auto` passes Triton over on this machine's GPU; empty if not."""
+    problem = compiler_problem() if use_gpu and loss_backend == "auto" else ""
+    return problem and f"The loss runs in PyTorch, not in Triton: {problem} (raycomplete doctor names the remedy)"
 
 
 def run_training(run: Run, job: TrainJob, title: str) -> None:
