@@ -12,6 +12,7 @@ from pydantic import Field, SerializeAsAny, ValidationError, field_validator, mo
 from raycomplete.attacks.attack import STANDARD_ANSWER_TOKENS, AttackConfig
 from raycomplete.attacks.prefill import STANDARD_DEPTHS, PrefillConfig
 from raycomplete.attacks.registry import explain, parse_attack
+from raycomplete.config.defences import DefenceConfig, parse_defence
 from raycomplete.runtime.errors import ConfigError
 from raycomplete.runtime.section import Section
 
@@ -123,6 +124,9 @@ class EvaluationConfig(Section):
     attack_prompts: int | None = Field(None, ge=1, description="harmful prompts of attacks other than prefill")
     white_boxes: int = Field(1, ge=1, description="copies of a model that suffix searches use side by side")
     judge: JudgeConfig = Field(default_factory=JudgeConfig)
+    defence: SerializeAsAny[DefenceConfig] | None = Field(
+        None, description="a defence at inference around the student: its name, or a mapping of name and settings"
+    )
     capabilities: CapabilitiesConfig = Field(default_factory=CapabilitiesConfig)
 
     @field_validator("depths")
@@ -131,6 +135,11 @@ class EvaluationConfig(Section):
         if any(depth < 0 for depth in depths):
             raise ValueError("evaluation.depths must not be negative")
         return sorted(set(depths))
+
+    @field_validator("defence", mode="before")
+    @classmethod
+    def _parsed_defence(cls, defence: Any) -> Any:
+        return None if defence is None else parse_defence(defence)
 
     @field_validator("attacks", mode="before")
     @classmethod

@@ -18,6 +18,7 @@ from raycomplete.data.sources import resolve_checkpoint
 from raycomplete.data.thinking import thinking
 from raycomplete.engines.run import Run
 from raycomplete.evaluation.attack_resources import AttackResources
+from raycomplete.evaluation.defences.start import Defence
 from raycomplete.evaluation.model_judges import start_judge, start_model
 from raycomplete.evaluation.pace import EvaluationPace
 from raycomplete.evaluation.runner import Callbacks, EvaluationSets, evaluate_model
@@ -108,16 +109,26 @@ def evaluate_roles(run: Run, roles: Sequence[ModelRole]) -> dict[str, dict[str, 
     results, pace = {}, EvaluationPace()
     with ExitStack() as ended, start_judge(run.config, run.judge, run.console) as judge:
         resources = AttackResources(run, ended)
+        settings = run.config.evaluation.defence
+        defence = None if settings is None else Defence(run, settings, ended)
         for role in roles:
             path = run.models.paths[role]
-            generator = thinking(run.engines.generator.with_weights(str(path)), codec, thought)
+            pool = run.engines.generator.with_weights(str(path))
+            generator: Generator = thinking(pool, codec, thought)
             tools, model_id = resources.tools(path), fingerprint(path)
+            is_defended = defence is not None and role == "student"
+            if defence is not None and is_defended:
+                generator, tools = defence.around(pool), defence.tools(tools)
+                model_id += f" behind {defence.key}"
             if codec.frame is not None and codec.frame.thinks:  # how long it may think decides what it answers
                 model_id += f" thinks {thought}"
             target = Target(
                 role, model_id, generator, codec, judge, max_length, max_tokens, tools, run.is_stopping, thought
             )
             results[str(role)] = evaluate_target(run, target, pace)
+            if defence is not None and is_defended:
+                results[str(role)]["defence"] = defence.result()
+                write_json(run.folder / "evaluation" / f"{role}.json", results[str(role)])
     return results
 
 

@@ -70,6 +70,7 @@ class CircuitBreakers(Method):
     )
 
     needs_lora = True
+    published = (("train.lr", 0.0001), ("train.lora_rank", 16), ("train.steps", 150))
 
     def own_terms(self) -> tuple[Term, ...]:
         """Both, computed by the pass."""

@@ -83,6 +83,8 @@ class LatentAdversarial(Method):
         default_factory=lambda: DepthConfig(max=100, schedule="uniform"), description="only `max` counts: longest h"
     )
 
+    published = (("train.lr", 2e-05), ("train.lora_rank", 64), ("train.steps", 100))
+
     def own_terms(self) -> tuple[Term, ...]:
         """Both terms of harmful prompts, and the anchor under a name that no measurement steers."""
         from raycomplete.losses.terms import Term, get, nll

@@ -202,6 +202,10 @@ class Method(Section):
     """Term whose loss, by depth, the depth sampler follows; None draws depths evenly."""
     needs_lora: ClassVar[bool] = False
     """It compares the student with what it started from, by turning its adapters off."""
+    needs_fresh_rollouts: ClassVar[bool] = False
+    """Its formula holds for rollouts of the present weights only."""
+    published: ClassVar[tuple[tuple[str, Any], ...]] = ()
+    """Settings of `train` under which its authors trained, by dotted key; a study names what departs from them."""
     per_sequence: ClassVar[frozenset[str]] = frozenset()
     """Terms that are summed over the rows of a sequence and averaged over sequences; others are means over rows."""
 
