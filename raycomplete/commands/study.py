@@ -111,7 +111,7 @@ def study(study: Study, *, resume: bool = False, overwrite: bool = False, consol
         jobs = [_Started(run, samples_key(run.config) if run.trains else "") for run in study.runs]
         if not all(job.is_finished for job in jobs):
             with _connected(study, console) as places, stop_signals() as stop, stop.deferred():
-                _work(study, jobs, places, stop, console)
+                _work(study, jobs, places, stop, console, ray.get_runtime_context().gcs_address)
         failed = [job for job in jobs if not job.is_finished]
         page = write_study(study, [job.run for job in jobs if job.is_finished])
         for title, rows in page.tables:
@@ -194,14 +194,18 @@ def _connected(study: Study, console: Console) -> Iterator[int]:
         yield asked or (1 if is_local(config.cluster) else max(int(fits), 1))
 
 
-def _work(study: Study, jobs: Sequence[_Started], places: int, stop: StopSignals, console: Console) -> None:
+def _work(
+    study: Study, jobs: Sequence[_Started], places: int, stop: StopSignals, console: Console, address: str
+) -> None:
     """Starts runs as places become free, until all have ended.
+
+    Args:
+        address: Of the cluster.
 
     Raises:
         StoppedError: Someone asked the study to stop.
     """
     console.note(f"{len(jobs)} runs, {sum(job.is_finished for job in jobs)} of them finished; {places} at a time")
-    address = ray.get_runtime_context().gcs_address
     waiting = [job for job in jobs if not job.is_finished]
     try:
         while waiting or any(job.is_running for job in jobs):
