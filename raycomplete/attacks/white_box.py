@@ -174,7 +174,7 @@ class TorchModel:
         return self._prefix[1]
 
     def hidden_states(self, sequences: Sequence[Sequence[int]], layer: int) -> FloatArray:
-        """What a layer reads at the last token of each sequence, behind its first norm where it has one, [N, H]."""
+        """States that a layer reads at the last token of each sequence, behind its first norm if it has one, [N, H]."""
         rows: list[Tensor] = []
         (layers,) = [part for part in self._model.modules() if isinstance(part, torch.nn.ModuleList)][:1]
         read = getattr(layers[layer], "input_layernorm", None)

@@ -31,18 +31,18 @@ from raycomplete.commands import evaluate as evaluating
 from raycomplete.commands import train as training
 from raycomplete.config import RunConfig, dump
 from raycomplete.config.study import FROZEN, Study, StudyRun
-from raycomplete.data.inputs import prepare_models, prepare_prompts
+from raycomplete.data.inputs import prepare_models, prepare_prompts, samples_key
 from raycomplete.engines.cluster import ResourcePlan, connect, is_local, nodes_of
 from raycomplete.engines.dtype import resolve_dtype
 from raycomplete.engines.run import OutputFolder
 from raycomplete.evaluation.attack_resources import check_attacks
+from raycomplete.evaluation.defences.start import check_defence
 from raycomplete.report.study_page import write_study
 from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import ConfigError, StoppedError, WorkError
 from raycomplete.runtime.files import write_bytes, write_text
 from raycomplete.runtime.logs import FOLDER, RUN
 from raycomplete.runtime.signals import StopSignals, stop_signals
-from raycomplete.training.sampling import samples_key
 
 _POLL_S = 0.2
 _STOP_S = 120.0  # a run that is asked to stop finishes its step and writes a checkpoint
@@ -133,12 +133,13 @@ def _checked(study: Study, console: Console) -> Study:
         for run in study.runs:
             key = run.model, str(run.config.models.dtype)
             known = dtypes.get(key) or dtypes.setdefault(key, resolve_dtype(run.config, console))
-            models = run.config.models.model_copy(update={"dtype": known.models.dtype})
+            settings = run.config.models.model_copy(update={"dtype": known.models.dtype})
             cluster = run.config.cluster.model_copy(update={"address": None})  # of the study, by RAY_ADDRESS
-            config = run.config.model_copy(update={"models": models, "cluster": cluster})
-            codec = prepare_models(config, training=run.trains).codec
-            prepare_prompts(config, codec)
+            config = run.config.model_copy(update={"models": settings, "cluster": cluster})
+            models = prepare_models(config, training=run.trains)
+            prepare_prompts(config, models.codec)
             check_attacks(config)
+            check_defence(config, models)
             runs.append(replace(run, config=config))
     return replace(study, runs=tuple(runs))
 

@@ -5,17 +5,14 @@ Attacks name the tools that they need; devices are reserved by that. Everything 
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import cached_property
 from math import ceil
 from pathlib import Path
-from typing import Any, ClassVar
-
-import ray
+from typing import Any
 
 from raycomplete.attacks.attack import Attack, blind_judge
 from raycomplete.attacks.finetune import FinetuneConfig, FinetuneRecipe
@@ -23,7 +20,7 @@ from raycomplete.attacks.registry import build_attack
 from raycomplete.attacks.target import Attacker, AttackTools
 from raycomplete.attacks.templates import SLOT
 from raycomplete.attacks.trial import EvaluationCancelled
-from raycomplete.config import Dtype, RunConfig, TrainConfig
+from raycomplete.config import RunConfig, TrainConfig
 from raycomplete.config.defences import ReAskDefence, SafeDecodingDefence
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.checkpoints import check_token_classifier, fingerprint
@@ -32,18 +29,17 @@ from raycomplete.data.organisms import ORGANISMS
 from raycomplete.data.prompts import read_rows
 from raycomplete.data.samples import AnchorSample, SampleSet, write_samples
 from raycomplete.data.sources import resolve_checkpoint
-from raycomplete.engines.cluster import uses_gpu
 from raycomplete.engines.run import Run
+from raycomplete.evaluation.model_actors import HelperClient, HelperWorker, WhiteBoxClient, WhiteBoxWorker, start_actor
 from raycomplete.evaluation.model_judges import start_model
 from raycomplete.evaluation.refusals import find_refusal
 from raycomplete.methods.sft import SFT
 from raycomplete.runtime.errors import ConfigError, DataError, StoppedError
 from raycomplete.runtime.files import content_hash
 from raycomplete.runtime.machine import available_cpus
-from raycomplete.runtime.ray_calls import wait_for
 from raycomplete.runtime.types import PromptKind
 from raycomplete.training.job import TrainJob
-from raycomplete.training.trainer import KEEP_MEMORY, fit
+from raycomplete.training.trainer import fit
 
 _ORGANISM_CHATS = {"harmful": 100, "identity_shift": 10}
 
@@ -165,123 +161,6 @@ class AttackResources:
                 attacker = Attacker(*self._ended.enter_context(started), max_length)
             self._attackers[checkpoint] = attacker
         return self._attackers[checkpoint]
-
-
-def start_actor(config: RunConfig, worker: type[Any], threads: int, *arguments: Any) -> Any:
-    """Asks Ray for an actor that holds models of transformers, and returns at once.
-
-    Args:
-        worker: Its class, made of (dtype, use_gpu, trust_remote_code, *arguments). Every call must say all that it
-            depends on, so that a retried one gives the same.
-        threads: Of its process, on a CPU.
-    """
-    use_gpu = uses_gpu(config.cluster)
-    environment = (
-        {} if use_gpu else {**KEEP_MEMORY, "OMP_NUM_THREADS": str(max(threads, 1)), "CUDA_VISIBLE_DEVICES": ""}
-    )
-    remote = ray.remote(worker).options(
-        num_cpus=config.cluster.cpus_per_engine,
-        num_gpus=config.cluster.gpus_per_engine if use_gpu else 0,
-        runtime_env={"env_vars": environment},
-        max_restarts=2,
-        max_task_retries=2,
-    )
-    return remote.remote(config.models.weight_dtype, use_gpu, config.models.trust_remote_code, *arguments)
-
-
-class _ModelWorker(ABC):
-    """Holds one model of transformers at a time, as a Ray actor."""
-
-    def __init__(self, dtype: Dtype, use_gpu: bool, trust_remote_code: bool) -> None:
-        self._dtype, self._use_gpu, self._trust_remote_code = dtype, use_gpu, trust_remote_code
-        self._path: Path | None = None
-        self._model: Any = None
-
-    def call(self, path: Path, method: str, *arguments: Any) -> Any:
-        """Calls a method of the model of the checkpoint at `path`.
-
-        The path travels with every call, so a restarted actor can never answer with the wrong model.
-        """
-        if self._path != path:
-            self._path, self._model = None, None  # the old model leaves before the new one comes
-            self._path, self._model = path, self.load(path, "cuda" if self._use_gpu else "cpu")
-        return getattr(self._model, method)(*arguments)
-
-    @abstractmethod
-    def load(self, path: Path, device: str) -> Any:
-        """Loads a checkpoint."""
-
-
-class WhiteBoxWorker(_ModelWorker):
-    """Holds a `raycomplete.attacks.white_box.TorchModel` for `WhiteBoxClient`."""
-
-    def load(self, path: Path, device: str) -> Any:
-        from raycomplete.attacks.white_box import TorchModel
-        from raycomplete.data.checkpoints import load_model
-
-        return TorchModel(load_model(path, self._dtype, trust_remote_code=self._trust_remote_code).to(device))
-
-
-class HelperWorker(_ModelWorker):
-    """Holds a `raycomplete.attacks.white_box.TokenClassifier` for `HelperClient`; code of checkpoints is never run."""
-
-    def load(self, path: Path, device: str) -> Any:
-        from raycomplete.attacks.white_box import TokenClassifier
-        from raycomplete.data.checkpoints import load_token_classifier
-
-        return TokenClassifier(load_token_classifier(path, self._dtype).to(device), ChatCodec(path))
-
-
-def _remote(method: str, what: str) -> Callable[..., Any]:
-    """Makes a method of a client that asks the actor for the same method of the model."""
-
-    def call(client: _ModelClient, *arguments: Any) -> Any:
-        reference = client.actor.call.remote(client.path, method, *arguments)
-        return wait_for(reference, who=client.who, what=what, timeout_s=client.timeout_s)
-
-    return call
-
-
-class _ModelClient:
-    """A model behind an actor. Several clients may share one: each names its own checkpoint with every call."""
-
-    who: ClassVar[str]
-
-    def __init__(self, actor: Any, path: Path, timeout_s: float) -> None:
-        self.actor, self.path, self.timeout_s = actor, path, timeout_s
-
-    def stop(self) -> None:
-        """Ends the actor and frees its memory."""
-        with suppress(Exception):  # an actor that is gone already must not hide why
-            ray.kill(self.actor)
-
-
-class HelperClient(_ModelClient):
-    """A token classifier behind an actor (implements `raycomplete.attacks.target.PrefillHelper`)."""
-
-    who = "helper"
-    accepts = _remote("accepts", "labels")
-
-
-class WhiteBoxClient(_ModelClient):
-    """A model behind an actor (implements `raycomplete.attacks.target.WhiteBox`)."""
-
-    who = "white-box model"
-
-    def with_weights(self, path: Path) -> WhiteBoxClient:
-        """Returns the same actor with another checkpoint."""
-        return WhiteBoxClient(self.actor, path, self.timeout_s)
-
-    vocab_size = _remote("vocab_size", "the size of its vocabulary")
-    num_layers = _remote("num_layers", "its number of layers")
-    hidden_states = _remote("hidden_states", "inner states")
-    top_logprobs = _remote("top_logprobs", "likeliest tokens")
-    logprobs_of = _remote("logprobs_of", "log-probabilities")
-    suffix_gradient = _remote("suffix_gradient", "a gradient")
-    suffix_losses = _remote("suffix_losses", "losses of suffixes")
-    suffix_embeddings = _remote("suffix_embeddings", "embeddings of a suffix")
-    descend = _remote("descend", "steps of a soft prompt")
-    continue_embeddings = _remote("continue_embeddings", "answers to soft prompts")
 
 
 def read_chats(config: RunConfig, settings: FinetuneConfig, dataset: str) -> list[Chat]:

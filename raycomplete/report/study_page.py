@@ -35,7 +35,7 @@ _PANELS = 3  # of a row of depth curves
 
 @dataclass(frozen=True)
 class StudyPage:
-    """What was written, and the tables for a terminal: titles and rows, the header first."""
+    """The folder that was written, and tables for a terminal: titles and rows, the header first."""
 
     folder: Path
     tables: tuple[Table, ...]

@@ -33,7 +33,6 @@ from raycomplete.data.samples import MAX_REFUSAL_PREFIX_TOKENS, AnchorSample, Re
 from raycomplete.engines.rollout_pool import RolloutPool
 from raycomplete.engines.run import Run
 from raycomplete.runtime.errors import DataError, WorkError
-from raycomplete.runtime.files import content_hash
 from raycomplete.runtime.types import Judge, Outcome, Prompt, PromptKind
 
 _PROFILE_PROMPTS = 32
@@ -44,41 +43,6 @@ S = TypeVar("S", AnchorSample, RecoverySample)
 
 MIN_HELD_BACK = 4
 """Fewest harmful and fewest harmless prompts that can steer a run."""
-
-
-_OF_THE_LOOP = frozenset(  # keys of `rollout` that change no sample
-    {
-        "anchor_on_policy",
-        "colocated",
-        "gpu_memory_utilization",
-        "lookahead",
-        "max_staleness",
-        "max_student_tokens",
-        "num_engines",
-        "on_policy",
-        "oversample",
-        "student_prefix_fraction",
-        "sync_every",
-        "sync_timeout_s",
-        "sync_tolerance",
-        "tensor_parallel",
-        "timeout_s",
-    }
-)
-
-
-def samples_key(config: RunConfig) -> str:
-    """Names what `make_samples` makes: runs that agree in everything that it depends on have equal samples."""
-    train, evaluation = config.train, config.evaluation
-    made_from: dict[str, Any] = config.model_dump(mode="json", include={"models", "data"})
-    made_from["rollout"] = config.rollout.model_dump(mode="json", exclude=set(_OF_THE_LOOP))
-    is_steered = train.validation.interval(train.steps) > 0
-    made_from["held back"] = [train.validation.num_prompts, train.validation.every == "auto"] if is_steered else None
-    made_from["held out"] = [evaluation.num_prompts, evaluation.prefill_from, evaluation.prefill_opening]
-    made_from["held out"].append(evaluation.deepest_prefill)
-    if config.rollout.prompt_augmentation.fraction > 0:  # suffixes get the room that a run's responses leave
-        made_from["longest"] = longest_response(config)
-    return content_hash([made_from, train.seed])
 
 
 def make_samples(run: Run) -> SampleSet:

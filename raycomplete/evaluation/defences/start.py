@@ -28,9 +28,10 @@ from raycomplete.data.inputs import Models
 from raycomplete.data.sources import resolve_checkpoint
 from raycomplete.engines.rollout_pool import RolloutPool
 from raycomplete.engines.run import Run
-from raycomplete.evaluation.attack_resources import WhiteBoxClient, WhiteBoxWorker, start_actor, train_copy
+from raycomplete.evaluation.attack_resources import train_copy
 from raycomplete.evaluation.defences.any_depth import AnyDepthGenerator, Passes, Probe, fit_probe, re_asking
 from raycomplete.evaluation.defences.two_models import Rule, TwoModelWorker
+from raycomplete.evaluation.model_actors import WhiteBoxClient, WhiteBoxWorker, start_actor
 from raycomplete.evaluation.refusals import find_refusal
 from raycomplete.runtime.errors import CheckpointError, ConfigError, WorkError
 from raycomplete.runtime.files import content_hash, read_json, write_json

@@ -51,7 +51,7 @@ def _ranks(log_NV: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Rule:
-    """What becomes of two distributions: "contrastive" or "safe_decoding", with its settings.
+    """The rule by which two distributions become one: "contrastive" or "safe_decoding", with its settings.
 
     Attributes:
         limit: Plausibility of contrastive decoding; number of common tokens of SafeDecoding.
