@@ -99,6 +99,13 @@ class DataConfig(Section):
     train: PromptSets = Field(default_factory=PromptSets, description="prompts that training may see")
     evaluation: PromptSets = Field(default_factory=PromptSets, description="held-out prompts, in no training file")
     limit_per_kind: int | None = Field(None, ge=1, description="organisms: prompts of each kind for training")
+    max_overlap: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="training prompts that share at least this part of their words (Jaccard) with a prompt of the "
+        "evaluation files are left out; at 1 the run is refused where one is repeated",
+    )
 
 
 class AlignConfig(Section):

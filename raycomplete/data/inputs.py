@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,10 +74,11 @@ class Models:
 
 @dataclass(frozen=True)
 class Prompts:
-    """Prompts by purpose and kind."""
+    """Prompts by purpose and kind; `notes` are sentences for the user, such as how many were left out."""
 
     train: dict[PromptKind, tuple[Prompt, ...]]
     evaluation: dict[PromptKind, tuple[Prompt, ...]]
+    notes: tuple[str, ...] = ()
 
 
 def prepare_models(
@@ -144,6 +146,7 @@ def prepare_prompts(config: RunConfig, codec: ChatCodec, *, training: bool = Tru
         DataError: A file is missing, empty or malformed, a needed kind has no prompts, or a prompt is too long.
     """
     data = config.data
+    notes: list[str] = []
     if data.source in ORGANISMS:
         organism = ORGANISMS[data.source]
         train = {kind: tuple(organism.prompts("train", kind, data.seed, data.limit_per_kind)) for kind in KINDS}
@@ -151,6 +154,8 @@ def prepare_prompts(config: RunConfig, codec: ChatCodec, *, training: bool = Tru
         held_out = {kind: tuple(organism.prompts("heldout", kind, data.seed, count)) for kind in KINDS}
     else:
         train = {kind: _read(data.train, kind, data.seed) if training else () for kind in KINDS}
+        if data.max_overlap < 1 and training:
+            train, notes = _without_near_repeats(config, train)
         held_out = {kind: _held_out(config, kind) for kind in KINDS}
         needed = [("data.evaluation", held_out, kind) for kind in KINDS]
         if training:
@@ -170,7 +175,7 @@ def prepare_prompts(config: RunConfig, codec: ChatCodec, *, training: bool = Tru
         longest = max(config.rollout.max_refusal_tokens, _longest_h(config)) + 1
         for prompt in train["harmful"]:
             _check_length(config, codec, prompt, config.rollout.safety_prompt, longest)
-    return Prompts(train, held_out)
+    return Prompts(train, held_out, tuple(notes))
 
 
 def _read(sets: PromptSets, kind: PromptKind, seed: int) -> tuple[Prompt, ...]:
@@ -185,6 +190,31 @@ def _held_out(config: RunConfig, kind: PromptKind) -> tuple[Prompt, ...]:
     return tuple(prompts[index] for index in chosen)
 
 
+def _without_near_repeats(
+    config: RunConfig, train: dict[PromptKind, tuple[Prompt, ...]]
+) -> tuple[dict[PromptKind, tuple[Prompt, ...]], list[str]]:
+    """Leaves out training prompts that repeat an evaluation prompt almost word for word, and says how many.
+
+    All rows of the evaluation files count, drawn by `evaluation.num_prompts` or not, so that what is trained on does
+    not depend on how much is measured.
+    """
+    evaluation = config.data.evaluation
+    known = [_words(prompt) for kind in KINDS for prompt in _read(evaluation, kind, config.data.seed)]
+
+    def overlap(prompt: Prompt) -> float:
+        words = _words(prompt)
+        return max((len(words & other) / max(len(words | other), 1) for other in known), default=0.0)
+
+    kept = {kind: tuple(p for p in train[kind] if overlap(p) < config.data.max_overlap) for kind in KINDS}
+    dropped = {kind: len(train[kind]) - len(kept[kind]) for kind in KINDS}
+    counts = ", ".join(f"{count} {kind}" for kind, count in dropped.items() if count)
+    return kept, [f"Training prompts left out, too near to one of the evaluation: {counts}"] if counts else []
+
+
+def _words(prompt: Prompt) -> frozenset[str]:
+    return frozenset(re.findall(r"\w+", prompt.transcript.lower()))
+
+
 def _check_disjoint(
     train: dict[PromptKind, tuple[Prompt, ...]], held_out: dict[PromptKind, tuple[Prompt, ...]]
 ) -> None:
@@ -193,7 +223,8 @@ def _check_disjoint(
     if both:
         raise DataError(
             f"{len(both)} prompts of data.evaluation are in data.train as well ({both[0].prompt_id} is the first).",
-            "Rates on trained prompts prove nothing: use other files, or split one file in two.",
+            "Rates on trained prompts prove nothing: use other files, split one file in two, or set data.max_overlap "
+            "(0.6, say) to leave them out of training.",
         )
 
 

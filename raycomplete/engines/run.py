@@ -237,7 +237,7 @@ def open_run(
     folder.check()
     with connect(folder.config.cluster, plan, console) as cluster, stop_signals() as stop:
         console.note(f"Weights are {folder.config.models.weight_dtype} (models.dtype)")
-        for note in models.notes:
+        for note in (*models.notes, *prompts.notes):
             console.note(note)
         yield Run(
             config=folder.config,

@@ -96,10 +96,11 @@ def moved_factors(
       exceeded. Push-forward says "refuse" at every position of h, and what it costs is KL on harmless text. The
       opening's factor falls only where over-refusal is what is broken: it acts on the tokens that decide between
       answer and refusal.
-    - Both are met: the anchor's factor returns to 1 at half the rate, and so do the others from below, since greedy
-      answers say nothing of the unlikely tokens that push-forward is for. Where compliance remains after h the factor
-      of push-forward rises, where it remains at the opening (depth 0) that of the opening. What falls by itself is left
-      alone, or early measurements, when nothing is learned yet, would drive factors to their bounds.
+    - Both are met: the anchor's factor returns to 1, and so do the others from below, since greedy answers say nothing
+      of the unlikely tokens that push-forward is for; at the full rate, since what breaks a budget early in a run is
+      over soon. Where compliance remains after h the factor of push-forward rises, where it remains at the opening
+      (depth 0) that of the opening. What falls by itself is left alone, or early measurements, when nothing is learned
+      yet, would drive factors to their bounds.
 
     Args:
         config: Rate and bounds.
@@ -125,9 +126,9 @@ def moved_factors(
         if name in moves or broken > 0:
             wanted = factor * math.exp(config.rate * moves.get(name, 0.0))
         elif name == ANCHOR:
-            wanted = factor * math.exp(-0.5 * config.rate)
+            wanted = factor * math.exp(-config.rate)
         else:
-            wanted = max(factor, min(factor * math.exp(0.5 * config.rate), 1.0))
+            wanted = max(factor, min(factor * math.exp(config.rate), 1.0))
         found[name] = min(max(wanted, low), config.max_factor)
     return found
 

@@ -286,6 +286,22 @@ def test_a_prompt_that_is_trained_on_is_not_held_out(kind: str, make: Make) -> N
     prepare_prompts(config, codec, training=False)
 
 
+def test_training_prompts_that_nearly_repeat_an_evaluation_prompt_are_left_out(make: Make) -> None:
+    config = make(evaluation=SHORT["evaluation"] | {"num_prompts": 1})
+    codec = prepare_models(config).codec
+    write_prompt(config, "evaluation", "borderline", "one two three four")
+    texts = ["One two, three four!", "one two three five", "one two nine ten", "one two three four"]  # 1, .6, .33 and 1
+    config.data.train.harmful[0].path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    with pytest.raises(DataError, match=r"data\.max_overlap"):
+        prepare_prompts(make(evaluation=SHORT["evaluation"] | {"num_prompts": 9}), codec)
+
+    near = config.model_copy(update={"data": config.data.model_copy(update={"max_overlap": 0.6})})
+    prompts = prepare_prompts(near, codec)
+    assert [prompt.text for prompt in prompts.train["harmful"]] == ["one two nine ten"]
+    assert len(prompts.train["benign"]) == 1, "half of its words are those of the evaluation's"
+    assert prompts.notes == ("Training prompts left out, too near to one of the evaluation: 3 harmful",)
+
+
 def test_a_writer_of_harmful_continuations_is_found_for_training_alone(make: Make, models: Path) -> None:
     spec = str(models / "student")
     config = make(rollout=SHORT["rollout"] | {"harmful_from": ["base", spec]})
