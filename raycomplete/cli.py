@@ -42,7 +42,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="Values that replace those of the run file: train.steps=50", show_default=False),
 ]
-_KEPT = "What was finished is kept; the same command continues it (train, align, diagnose, demo: with --resume)."
+_KEPT = "What was finished is kept; the same command continues it (train, align, diagnose, study, demo: with --resume)."
 
 Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run of the same name.")]
@@ -168,6 +168,22 @@ def plan(
         prompt_tokens=prompt_tokens,
         network_gbit=network_gbit,
     )
+
+
+@app.command()
+def study(
+    study_file: Annotated[Path, typer.Argument(help="Study file (YAML).", show_default=False)],
+    overrides: Overrides = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Trains and evaluates several methods under several seeds, and puts them into one table."""
+    from raycomplete.config.study import load_study
+
+    found = load_study(study_file, overrides or [])
+    from raycomplete.commands.study import study as run_study
+
+    run_study(found, resume=resume, overwrite=overwrite)
 
 
 @app.command()

@@ -23,11 +23,12 @@ from raycomplete.data.checkpoints import check_trainable
 from raycomplete.data.families import is_mixture, text_config
 from raycomplete.data.inputs import KINDS, Prompts, prepare_models, prepare_prompts
 from raycomplete.data.samples import read_samples, write_samples
-from raycomplete.engines.cluster import plan_run
+from raycomplete.engines.cluster import ResourcePlan, plan_run
 from raycomplete.engines.run import OutputFolder, Run, open_run
 from raycomplete.engines.start import Engines
 from raycomplete.evaluation.attack_resources import check_attacks, extra_engines, training_workers
 from raycomplete.evaluation.benign_nll import measure_benign_nll
+from raycomplete.evaluation.defences.start import check_defence
 from raycomplete.evaluation.roles import evaluate_roles, held_out_sets
 from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import ConfigError
@@ -42,7 +43,7 @@ from raycomplete.training.rollout_engines import StudentEngines
 from raycomplete.training.sampling import make_samples
 from raycomplete.training.trainer import fit
 
-_SAME = ("models", "data", "rollout", "method", "train")  # sections that decide what is trained
+SAME = ("models", "data", "rollout", "method", "train")  # sections that decide what is trained
 
 
 @stored()
@@ -69,22 +70,17 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False, c
         models = prepare_models(config, training=True)
         prompts = prepare_prompts(config, models.codec)
         check_attacks(config)
+        check_defence(config, models)
         settings = {"lora": config.train.lora_rank > 0, "trust_remote_code": config.models.trust_remote_code}
         check_trainable(models.paths["student"], synced=config.rollout.on_policy, **settings)
-    folder = OutputFolder(config, same=_SAME, resume=resume, overwrite=overwrite)
+    folder = OutputFolder(config, same=SAME, resume=resume, overwrite=overwrite)
     folder.check()
-    summary = read_json(folder.path / "summary.json") if resume else None
-    if summary is not None and summary["evaluation"] == config.evaluation.model_dump(mode="json"):
+    if resume and is_finished(config, folder.path):
+        summary = read_json(folder.path / "summary.json") or {}
         console.note("The run is finished already")
         print_result(summary, folder.path, console)
         return folder.path
-    plan = plan_run(
-        config,
-        scorers=("base", "aligned"),
-        workers=config.train.num_workers,
-        extras=extra_engines(config),
-        attack_workers=training_workers(config),
-    )
+    plan = resources(config)
     if not (folder.path / "student" / "config.json").is_file():
         check_space(folder.path, models.paths["student"], config.models.weight_dtype, config.train)
     with open_run(folder, models, prompts, plan, console) as run:
@@ -100,10 +96,28 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False, c
             run.use_student(student.resolve())  # engines may start in another folder
             with run.stop.deferred():
                 results = evaluate_roles(run, MODEL_ROLES)
-                nll = measure_benign_nll(run, MODEL_ROLES)
+                undefended = [role for role in MODEL_ROLES if role != "student" or config.evaluation.defence is None]
+                nll = measure_benign_nll(run, undefended)
     summary = write_summary(config, run.folder, results, nll, time.perf_counter() - started)
     print_result(summary, run.folder, console)
     return run.folder
+
+
+def resources(config: RunConfig) -> ResourcePlan:
+    """Plans what a run of `train` places on the cluster."""
+    return plan_run(
+        config,
+        scorers=("base", "aligned"),
+        workers=config.train.num_workers,
+        extras=extra_engines(config),
+        attack_workers=training_workers(config),
+    )
+
+
+def is_finished(config: RunConfig, folder: Path) -> bool:
+    """Tells whether a run folder holds the summary of just this evaluation."""
+    summary = read_json(folder / "summary.json")
+    return summary is not None and summary["evaluation"] == config.evaluation.model_dump(mode="json")
 
 
 def _train_student(run: Run) -> None:
