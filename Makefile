@@ -20,7 +20,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # One that a demo of the checkout left is compared with the wheel's.
 DEMO := runs/demo/summary.json
 
-.PHONY: help setup ready demo test test-fast wheel-test bench lint format clean
+.PHONY: help setup ready demo test test-fast wheel-test bench interop lint format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -46,6 +46,9 @@ wheel-test: ready ## install the wheel in an empty environment and run the demo 
 bench: ## the benchmarks in tests/benchmarks, against libraries that it installs first
 	@$(SETUP) --if-stale --bench
 	@$(PYTEST) tests/benchmarks -s -m ""
+
+interop: ready ## real clients (openai, inspect_ai, lm-eval, garak) against the service; installs them first
+	@$(BIN)/python -m tests.interop.run
 
 lint: ready ## ruff and mypy
 	@$(BIN)/ruff check --quiet .
