@@ -112,14 +112,17 @@ def evaluate_roles(run: Run, roles: Sequence[ModelRole]) -> dict[str, dict[str, 
         settings = run.config.evaluation.defence
         defence = None if settings is None else Defence(run, settings, ended)
         for role in roles:
-            path, pool = run.models.paths.get(role), run.generator(role)
-            tools, model_id = resources.tools(path), run.models.fingerprint(role) if path is None else fingerprint(path)
-            # A model behind an address thinks as its server says.
-            generator: Generator = pool if path is None else thinking(pool, codec, thought)
-            is_defended = defence is not None and role == "student"
-            if defence is not None and is_defended:
-                generator, tools = defence.around(pool), defence.tools(tools)
-                model_id += f" behind {defence.key}"
+            path = run.models.paths.get(role)
+            tools, is_defended = resources.tools(path), defence is not None and role == "student"
+            generator: Generator
+            if path is None:  # it thinks as its server says
+                generator, model_id = run.generator(role), run.models.fingerprint(role)
+            else:
+                pool, model_id = run.engines.generator.with_weights(str(path)), fingerprint(path)
+                generator = thinking(pool, codec, thought)
+                if defence is not None and is_defended:
+                    generator, tools = defence.around(pool), defence.tools(tools)
+                    model_id += f" behind {defence.key}"
             if codec.frame is not None and codec.frame.thinks:  # how long it may think decides what it answers
                 model_id += f" thinks {thought}"
             target = Target(
