@@ -18,7 +18,7 @@ export DO_NOT_TRACK ?= 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup ready demo test test-fast bench gpu lint format lock-gpu clean
+.PHONY: help setup ready demo test test-fast bench interop gpu lint format lock-gpu clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -45,6 +45,9 @@ bench: ## the benchmarks in tests/benchmarks, against libraries that it installs
 gpu: ## prove this machine's GPUs in 10 minutes, report in runs/gpu (REHEARSE=1: on the CPU, tiny)
 	@$(SETUP) --if-stale --bench $(if $(REHEARSE),,--extra gpu)
 	@$(BIN)/raycomplete doctor --gpu $(if $(REHEARSE),--rehearse --out runs/gpu-rehearsal)
+
+interop: ready ## real clients (openai, inspect_ai, lm-eval, garak) against the service; installs them first
+	@$(BIN)/python -m tests.interop.run
 
 lint: ready ## ruff and mypy
 	@$(BIN)/ruff check --quiet .

@@ -16,7 +16,7 @@ from tests.tracked import ROOT, tracked_python
 
 PACKAGE = ROOT / "raycomplete"
 MAX_LINES = 400  # of a file
-MAX_FILES, MAX_TOTAL_LINES = 212, 35_200  # of the package
+MAX_FILES, MAX_TOTAL_LINES = 219, 36_770  # of the package
 MAX_ARGUMENTS = 5  # of the functions by which an evaluation is passed on
 
 # From lower to upper: a room imports rooms of the lines above it in this table. Rooms of one line may import each
@@ -46,6 +46,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "starlette": frozenset({"serving"}),
     "sse_starlette": frozenset({"serving"}),
     "prometheus_client": frozenset({"serving"}),
+    "openai": frozenset({"evaluation"}),
     "scipy": frozenset({"evaluation", "diagnosis"}),
     "matplotlib": frozenset({"report"}),
     "jinja2": frozenset({"report", "serving"}),

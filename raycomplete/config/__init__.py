@@ -6,7 +6,7 @@ nearest known one, and relative paths are resolved against the folder of the run
 
 from raycomplete.config.diagnosis import ContrastiveDecodingConfig, DiagnoseConfig, StreamSource
 from raycomplete.config.engines import ClusterConfig, PromptAugmentationConfig, RolloutConfig, TeacherConfig
-from raycomplete.config.evaluation import EvaluationConfig
+from raycomplete.config.evaluation import EvaluationConfig, RemoteConfig
 from raycomplete.config.loading import dump, load_run_file, map_paths, parse
 from raycomplete.config.run import OutputConfig, PromptSets, PromptSource, RunConfig
 from raycomplete.config.serving import AutoscalingConfig, ServeConfig
@@ -24,6 +24,7 @@ __all__ = [
     "PromptAugmentationConfig",
     "PromptSets",
     "PromptSource",
+    "RemoteConfig",
     "RolloutConfig",
     "RunConfig",
     "ServeConfig",

@@ -26,7 +26,8 @@ _STORAGE_OPTIONS = ("endpoint_override", "region", "scheme", "allow_bucket_creat
 
 class ModelsConfig(Section):
     """The checkpoints. Each is a folder, a .gguf file, `hub:ORG/NAME`, `package:NAME`, `organism:base`,
-    `organism-large:base`, or one of the toy in another family, such as `organism-qwen3:base`."""
+    `organism-large:base`, or one of the toy in another family, such as `organism-qwen3:base`. For `evaluate`
+    alone it may be behind an address: `openai:http://HOST:PORT/v1#NAME`."""
 
     base: str = Field(description="the model before safety alignment")
     aligned: str = Field(description="the safety-aligned model, which is the teacher")

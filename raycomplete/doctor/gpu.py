@@ -308,13 +308,13 @@ def _run(command: list[str], log: Path, plan: Plan, limit_s: float) -> int | Non
 
 def write_report(plan: Plan, results: Sequence[StageResult]) -> None:
     """Writes gpu.json and gpu.md."""
-    devices = gpus()
+    devices, versions = gpus(), package_versions()
     tree = {
         "schema": 1,
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
         "rehearsal": plan.rehearsal,
         "devices": devices,
-        "versions": package_versions(),
+        "versions": versions,
         "stages": [asdict(result) for result in results],
     }
     write_json(plan.out / "gpu.json", tree)
@@ -322,7 +322,7 @@ def write_report(plan: Plan, results: Sequence[StageResult]) -> None:
     lines = [
         "# raycomplete on this machine's GPUs" + (" (a rehearsal on the CPU, sizes tiny)" if plan.rehearsal else ""),
         "",
-        f"Devices: {names}. Versions: {', '.join(f'{name} {found}' for name, found in tree['versions'].items())}.",  # type: ignore[attr-defined]
+        f"Devices: {names}. Versions: {', '.join(f'{name} {found}' for name, found in versions.items())}.",
         "",
         "| stage | shows | result | seconds |",
         "|---|---|---|---|",
