@@ -18,7 +18,10 @@ export DO_NOT_TRACK ?= 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup ready demo test test-fast bench interop gpu lint format lock-gpu clean
+# One that a demo of the checkout left is compared with the wheel's.
+DEMO := runs/demo/summary.json
+
+.PHONY: help setup ready demo test test-fast wheel-test bench interop gpu lint format lock-gpu clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -38,16 +41,19 @@ test: ready ## every test that needs no GPU
 test-fast: ready ## the tests that start no engine, no Ray and no training
 	@$(PYTEST) -m "not gpu and not slow"
 
+wheel-test: ready ## install the wheel in an empty environment and run the demo there
+	@$(BIN)/python -m tests.wheel $(if $(wildcard $(DEMO)),--against $(DEMO))
+
 bench: ## the benchmarks in tests/benchmarks, against libraries that it installs first
 	@$(SETUP) --if-stale --bench
 	@$(PYTEST) tests/benchmarks -s -m ""
 
+interop: ready ## real clients (openai, inspect_ai, lm-eval, garak) against the service; installs them first
+	@$(BIN)/python -m tests.interop.run
+
 gpu: ## prove this machine's GPUs in 10 minutes, report in runs/gpu (REHEARSE=1: on the CPU, tiny)
 	@$(SETUP) --if-stale --bench $(if $(REHEARSE),,--extra gpu)
 	@$(BIN)/raycomplete doctor --gpu $(if $(REHEARSE),--rehearse --out runs/gpu-rehearsal)
-
-interop: ready ## real clients (openai, inspect_ai, lm-eval, garak) against the service; installs them first
-	@$(BIN)/python -m tests.interop.run
 
 lint: ready ## ruff and mypy
 	@$(BIN)/ruff check --quiet .

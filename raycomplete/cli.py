@@ -203,15 +203,33 @@ def submit(
 @app.command()
 def report(
     run_folders: Annotated[list[Path], typer.Argument(help="Folders of finished runs.", show_default=False)],
-    output: Annotated[Path | None, typer.Option(help="Several runs: JSON file of the result.")] = None,
+    kind: Annotated[str, typer.Option("--format", help="html, csv, json, or inspect for logs of Inspect.")] = "html",
+    output: Annotated[Path | None, typer.Option(help="Where csv, json, inspect or the rates of several go.")] = None,
     allow_differences: Annotated[
         bool, typer.Option("--allow-differences", help="Several runs: take those that differ in more than the seed.")
     ] = False,
+    show_harmful: Annotated[
+        bool, typer.Option("--show-harmful", help="inspect: with what models said after harmful prompts.")
+    ] = False,
 ) -> None:
-    """Writes report.html of a run folder anew; of several that differ in train.seed, means and spread of every rate."""
+    """Writes report.html of a run folder anew, or its rates for other tools; of several, means and spread of rates."""
     from raycomplete.commands.report import report as run_report
 
-    run_report(run_folders, output=output, allow_differences=allow_differences)
+    options: dict[str, Any] = {"kind": kind, "output": output, "show_harmful": show_harmful}
+    run_report(run_folders, allow_differences=allow_differences, **options)
+
+
+@app.command()
+def push(
+    run_folder: Annotated[Path, typer.Argument(help="Folder of a finished run.", show_default=False)],
+    repository: Annotated[str, typer.Argument(help="org/name on the hub.", show_default=False)],
+    yes: Annotated[bool, typer.Option("--yes", help="Upload; without it everything is only listed.")] = False,
+    public: Annotated[bool, typer.Option("--public", help="For everybody; private without it.")] = False,
+) -> None:
+    """Uploads the student of a run with its model card to the hub; without --yes it only says what would go there."""
+    from raycomplete.commands.push import push as run_push
+
+    run_push(run_folder, repository, yes=yes, public=public)
 
 
 @organism_app.command("build")

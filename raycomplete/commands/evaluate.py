@@ -26,6 +26,7 @@ from raycomplete.evaluation.summary import (
     trap_lines,
 )
 from raycomplete.report.html import write_report
+from raycomplete.report.model_card import write_model_card
 from raycomplete.runtime.console import Console
 from raycomplete.runtime.files import read_json, write_json
 from raycomplete.runtime.types import MODEL_ROLES, ModelRole
@@ -108,7 +109,7 @@ def write_summary(
     nll: Mapping[str, Any],
     seconds: float,
 ) -> dict[str, Any]:
-    """Writes summary.json and report.html; `nll` is the result of `measure_benign_nll`."""
+    """Writes summary.json, report.html and the student's model card; `nll` is the result of `measure_benign_nll`."""
     prefills = read_json(folder / "evaluation" / "prefills.json") or {}
     summary = {
         "name": config.output.name,
@@ -123,6 +124,7 @@ def write_summary(
     }
     write_json(folder / "summary.json", summary)
     write_report(folder)
+    write_model_card(folder)
     return summary
 
 

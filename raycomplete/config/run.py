@@ -8,7 +8,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
-from raycomplete.config.diagnosis import DiagnoseConfig, PromptColumns
+from raycomplete.config.diagnosis import DiagnoseConfig, PromptSource
 from raycomplete.config.engines import ClusterConfig, RolloutConfig, TeacherConfig
 from raycomplete.config.evaluation import EvaluationConfig
 from raycomplete.config.serving import ServeConfig
@@ -76,14 +76,8 @@ class ModelsConfig(Section):
         return self.dtype
 
 
-class PromptSource(PromptColumns):
-    """One file of prompts (JSONL, JSON, CSV or Parquet) and which of its columns to read."""
-
-    path: Path = Field(description="the file, relative to the run file")
-
-
 class PromptSets(Section):
-    """Prompt files by kind."""
+    """Prompts by kind."""
 
     harmful: list[PromptSource] = Field(default_factory=list, description="prompts that a safe model refuses")
     benign: list[PromptSource] = Field(default_factory=list, description="harmless prompts")

@@ -16,7 +16,7 @@ from raycomplete.data.chat import ChatCodec, has_chat_template
 from raycomplete.data.checkpoints import architecture, check_same_vocabulary
 from raycomplete.data.heads import HeadSpec, read_head_spec
 from raycomplete.data.organisms import ORGANISMS
-from raycomplete.data.prompts import read_prompts
+from raycomplete.data.prompts import hub_commit, read_prompts
 from raycomplete.data.remote import RememberingCodec, RemoteSpec, is_remote, refuse_remote
 from raycomplete.data.samples import MAX_REFUSAL_PREFIX_TOKENS
 from raycomplete.data.sources import resolve_checkpoint
@@ -185,7 +185,16 @@ def prepare_prompts(config: RunConfig, codec: ChatCodec, *, training: bool = Tru
         longest = max(config.rollout.max_refusal_tokens, _longest_h(config)) + 1
         for prompt in train["harmful"]:
             _check_length(config, codec, prompt, config.rollout.safety_prompt, longest)
+    notes += _hub_notes(config, training)
     return Prompts(train, held_out, tuple(notes))
+
+
+def _hub_notes(config: RunConfig, training: bool) -> list[str]:
+    """Says at which commit each data set of the hub was read, for who wants to pin it."""
+    sets = [config.data.evaluation, *([config.data.train] if training else [])]
+    read = {source.path: source for found in sets for kind in KINDS for source in getattr(found, kind)}
+    commits = {path: hub_commit(source) for path, source in read.items() if config.data.source not in ORGANISMS}
+    return [f"{path} is read at revision {commit}" for path, commit in commits.items() if commit]
 
 
 def _read(sets: PromptSets, kind: PromptKind, seed: int) -> tuple[Prompt, ...]:

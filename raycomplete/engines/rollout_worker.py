@@ -36,16 +36,11 @@ class Sampling(NamedTuple):
     seed: int | None = None
 
 
-def make_llm(spec: EngineSpec) -> Any:
-    """Makes the `vllm.LLM` of an engine that generates, in a process whose environment is `spec.environment()`."""
-    return start_llm(spec, RolloutEngine.arguments(spec))
-
-
 class RolloutEngine:
     """Generates with one model at a time; start it in a process whose environment is `spec.environment()`."""
 
     def __init__(self, spec: EngineSpec, stop_ids: Sequence[int] = ()) -> None:
-        self._llm: Any = make_llm(spec)
+        self._llm = start_llm(spec, self.arguments(spec))
         self._spec = spec
         self._stop_ids = list(stop_ids)
         config = self._llm.llm_engine.model_config.hf_config.get_text_config()
@@ -92,7 +87,7 @@ class RolloutEngine:
             if not self._llm.reset_prefix_cache():
                 raise WorkError("The engine keeps prefixes that old weights have read, so new ones cannot be used.")
         if self._spec.cuda_graphs:
-            self.check_decoding()
+            self.check_decoding()  # which wakes the engine itself
         self._held = key_of(weights)
         self.version = version_of(weights)
         return True
