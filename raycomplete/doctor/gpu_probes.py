@@ -90,8 +90,8 @@ def weights(device: str) -> None:
     engine = RolloutEngine(spec, tuple(codec.eos_ids))
     sequences = [codec.encode_prompt(prompt.text) for prompt in prompts("heldout", "harmful", 0, 8)]
     for role in ("aligned", "base", "aligned"):
-        path = checkpoint_path(role)  # type: ignore[arg-type]
-        load_s = _seconds(lambda path=path: engine.load(str(path), timeout_s=60.0))  # type: ignore[misc]
+        path = checkpoint_path(role)
+        load_s = _seconds(lambda path=path: engine.load(str(path), timeout_s=60.0))
         answers = engine.generate_finished(sequences, Sampling(8))
         whole = [
             ([*tokens, *answer], len(tokens)) for tokens, (answer, _) in zip(sequences, answers, strict=True) if answer
@@ -126,7 +126,7 @@ def collectives(device: str) -> None:
     """Reduces a tensor over as many processes as there are devices, by NCCL; by gloo over two in a rehearsal."""
     count = torch.cuda.device_count() if device == "cuda" else 2
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
-    torch.multiprocessing.spawn(_reduce, (count, device), nprocs=count)  # type: ignore[no-untyped-call]
+    torch.multiprocessing.spawn(_reduce, (count, device), nprocs=count)  # type: ignore[attr-defined,no-untyped-call]
 
 
 def _reduce(rank: int, count: int, device: str) -> None:

@@ -86,8 +86,8 @@ class RolloutEngine:
             self._llm.apply_model(_refresh_tied_head)
             if not self._llm.reset_prefix_cache():
                 raise WorkError("The engine keeps prefixes that old weights have read, so new ones cannot be used.")
-            if self._spec.cuda_graphs:
-                self.check_decoding()
+        if self._spec.cuda_graphs:
+            self.check_decoding()  # which wakes the engine itself
         self._held = key_of(weights)
         self.version = version_of(weights)
         return True

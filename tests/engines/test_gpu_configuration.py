@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def engines() -> dict[str, dict[str, Any]]:
-    """The configurations that vLLM builds, by engine; from a process of its own, where the platform is faked."""
+    """The configurations that vLLM builds, by engine; from a process of its own, in which its platform is faked."""
     command = [sys.executable, "-m", "tests.engines.faked_h100", str(checkpoint_path("base"))]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
