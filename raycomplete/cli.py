@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -24,6 +25,7 @@ from raycomplete.data.organism import families, large
 from raycomplete.runtime.errors import ConfigError, LostJobError, ProcessDiedError, RaycompleteError, StoppedError
 from raycomplete.runtime.logs import log_failure
 from raycomplete.runtime.machine import let_idle_threads_sleep
+from raycomplete.runtime.signals import stop_signals
 
 app = typer.Typer(
     name="raycomplete",
@@ -188,6 +190,8 @@ def submit(
     def say(text: str) -> None:
         console.print(escape(text), style="dim", soft_wrap=True)
 
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the job goes on
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # asks the job to stop, and waits for it
     return 0 if dry_run else submitting.submit(submission, say, wait=not no_wait)
 
 
@@ -293,11 +297,25 @@ def run_job(job: str, arguments: list[str]) -> int:
 
 
 def guarded(work: Callable[[], Any]) -> int:
-    """Does something and turns its failure into one sentence and an exit code.
+    """Does something and turns its failure, and a signal to stop, into one sentence and an exit code.
 
     Returns:
-        0 done, 1 failed at work (finished work is kept), 2 refused before starting.
+        0 done, 1 failed at work or stopped (finished work is kept), 2 refused before starting.
     """
+    is_told = threading.Event()
+
+    def leave() -> None:
+        if not is_told.is_set():
+            print(f"Stopped. {_KEPT}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    with stop_signals(leave):
+        code = _exit_code(work)
+    is_told.set()
+    return code
+
+
+def _exit_code(work: Callable[[], Any]) -> int:
     console = Console(stderr=True)
     try:
         result = work()
