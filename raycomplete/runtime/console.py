@@ -160,8 +160,8 @@ class Console:
     def table(self, title: str, rows: Sequence[Sequence[str]]) -> None:
         """Prints a table whose first row holds the headings."""
         table = Table(title=title, title_justify="left")
-        for index, heading in enumerate(rows[0]):
-            table.add_column(heading, justify="left" if index == 0 else "right")
+        for index, (heading, width) in enumerate(zip(rows[0], column_widths(rows, self.rich.width), strict=True)):
+            table.add_column(heading, justify="left" if index == 0 else "right", width=width, overflow="fold")
         for row in rows[1:]:
             table.add_row(*row)
         self.rich.print(table)
@@ -169,6 +169,22 @@ class Console:
     def panel(self, lines: Sequence[tuple[str, Any]]) -> None:
         """Prints aligned name and value pairs."""
         print_details(self.rich, lines)
+
+
+def column_widths(rows: Sequence[Sequence[str]], width: int) -> list[int]:
+    """Widths of the columns of a table that fits, so that cells break between words and no word is cut.
+
+    Rich shrinks the widest column first, whatever its words.
+    """
+    columns = list(zip(*rows, strict=True))
+    wanted = [max(map(len, column)) for column in columns]
+    found = [max((len(word) for cell in column for word in cell.split()), default=0) for column in columns]
+    for _ in range(width - 3 * len(columns) - 1 - sum(found)):
+        short = [most - now for most, now in zip(wanted, found, strict=True)]
+        # Numbers first: a name in two lines reads better than a number in two.
+        _, lacks, narrowest = max((min(index, lack, 1), lack, index) for index, lack in enumerate(short))
+        found[narrowest] += lacks > 0
+    return found
 
 
 def print_details(console: RichConsole, lines: Sequence[tuple[str, Any]]) -> None:

@@ -9,7 +9,7 @@ from threading import Event
 import pytest
 from rich.console import Console as RichConsole
 
-from raycomplete.runtime.console import Console, Pace
+from raycomplete.runtime.console import Console, Pace, column_widths
 
 
 class Clock:
@@ -105,3 +105,22 @@ def test_lines_come_at_their_interval() -> None:
     times = [float(line.split()[0]) for line in shown.getvalue().splitlines()]
     assert len(times) >= 4
     assert max(b - a for a, b in pairwise(times)) < 1.0
+
+
+RATE = "100.0 % [96.3, 100.0]"
+WIDE = [["", "base", "aligned", "student"], ["rank_assisted_prefill, worst of n", RATE, RATE, "12.0 % [7.0, 19.8]"]]
+
+
+def test_a_table_breaks_between_words_only() -> None:
+    shown = io.StringIO()
+    console_to(shown).table("Attack success rate", WIDE)
+    text = shown.getvalue()
+    assert max(map(len, text.splitlines())) <= 80
+    for word in ("rank_assisted_prefill,", "worst of n", "[96.3,", "100.0]", "12.0 %"):
+        assert word in text
+    assert "\u2026" not in text
+
+
+def test_a_table_that_fits_is_as_wide_as_its_cells() -> None:
+    assert column_widths([["", "base"], ["worst of n", "1"]], 80) == [10, 4]
+    assert column_widths(WIDE, 400) == [33, 21, 21, 18]
