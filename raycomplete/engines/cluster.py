@@ -26,6 +26,7 @@ from raycomplete.runtime.errors import SetupError, WaitTimeoutError
 from raycomplete.runtime.files import PRIVATE
 from raycomplete.runtime.logs import run_environment
 from raycomplete.runtime.machine import available_cpus
+from raycomplete.runtime.ray_calls import keep_off_the_screen
 from raycomplete.runtime.signals import stop_signals
 
 _POLL_S = 1.0
@@ -226,6 +227,7 @@ def connect(config: ClusterConfig, plan: ResourcePlan, console: Console | None =
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     local, group = is_local(config), os.getpgrp()
+    keep_off_the_screen()
     try:
         if local:
             ray.init(

@@ -1,4 +1,4 @@
-"""Answers of engines that are kept on disk piece by piece, so that an interrupted sampling asks for none of them twice."""
+"""Answers of engines, kept on disk piece by piece so that an interrupted sampling asks for none of them twice."""
 
 from __future__ import annotations
 

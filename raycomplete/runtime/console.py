@@ -21,7 +21,7 @@ _AT_ONCE_S = 1.0
 Advance = Callable[[int, str], None]
 
 
-class Pace:
+class ProgressPace:
     """Rate and time left of work of which a known number is to be done.
 
     Args:
@@ -106,7 +106,7 @@ class Console:
             paced: Remarks tell rate and time left by themselves.
         """
         started = time.perf_counter()
-        pace = Pace(total)
+        pace = ProgressPace(total)
         columns = (
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -115,7 +115,7 @@ class Console:
             TimeElapsedColumn(),
             TextColumn("[dim]{task.fields[remark]}[/dim]"),
         )
-        with Progress(*columns, console=self.rich, transient=True) as bar:
+        with Progress(*columns, console=self.rich, transient=True, disable=not self.rich.is_terminal) as bar:
             task = bar.add_task(title, total=total, remark="")
 
             def advance(done: int, remark: str) -> None:

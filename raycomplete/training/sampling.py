@@ -102,9 +102,7 @@ def _complies(run: Run, prompt: Prompt, answer_ids: Ids) -> bool:
     return run.judge.outcome(prompt, "", run.models.codec.decode(answer_ids)) is not Outcome.REFUSED
 
 
-def _refusals(
-    run: Run, prompts: Sequence[Prompt], anchor: Sequence[AnchorSample]
-) -> dict[str, list[tuple[Ids, Ids]]]:
+def _refusals(run: Run, prompts: Sequence[Prompt], anchor: Sequence[AnchorSample]) -> dict[str, list[tuple[Ids, Ids]]]:
     """Pairs (what the teacher reads, its refusal r) by prompt id.
 
     The refusals are those among the anchor answers; for prompts without one, the greedy answer where it refuses; and

@@ -2,8 +2,8 @@
 
     python -m tests.chaos.stops train|align|evaluate|diagnose --out FOLDER [--seed 0]
 
-Each stop must come within 30 seconds, in one sentence with the way on and exit code 1; what was sampled stays and is not
-sampled again, and files and rates equal those of a run that was left alone.
+Each stop must come within 30 seconds, in one sentence with the way on and exit code 1; what was sampled stays
+and is not sampled again, and files and rates equal those of a run that was left alone.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class StoppedCommand:
         assert (self.folder / self.result).is_file(), said + self.tail()
 
     def stop_at(self, pattern: str, count: int, delay_s: float, *, resume: bool) -> tuple[float, str]:
-        """Runs it until files have grown so far and a little longer, sends SIGTERM, and returns seconds and sentence."""
+        """Runs it until files have grown so far and a little longer, sends SIGTERM, returns seconds and sentence."""
         process, deadline = self.start(resume=resume), time.monotonic() + _TIMEOUT_S
         try:
             while pattern and self.grown(pattern) < count:
@@ -168,7 +168,7 @@ def check_stopped(folder: Path, command: str, *, seed: int, draws: int = 3) -> s
     Raises:
         AssertionError: A stop was late, said nothing or lost something, or a result differs.
     """
-    calm, stopped, rng = StoppedCommand(folder / "calm", command), StoppedCommand(folder / "stopped", command), None
+    calm, stopped = StoppedCommand(folder / "calm", command), StoppedCommand(folder / "stopped", command)
     rng = random.Random(seed)
     calm.finish(resume=False)
     told = []

@@ -40,7 +40,9 @@ class Engines:
             raise KeyboardInterrupt
         self.asked += [sequence[0] for sequence in sequences]
         batch = sum(sequence[0] for sequence in sequences)
-        found = [([*sequence, -1 if seed is None else seed + i, batch], i % 2 == 0) for i, sequence in enumerate(sequences)]
+        found = [
+            ([*sequence, -1 if seed is None else seed + i, batch], i % 2 == 0) for i, sequence in enumerate(sequences)
+        ]
         return [(tokens[:0] if tokens[0] == 3 else tokens, finished) for tokens, finished in found]
 
 

@@ -9,7 +9,7 @@ from threading import Event
 import pytest
 from rich.console import Console as RichConsole
 
-from raycomplete.runtime.console import Console, Pace, column_widths
+from raycomplete.runtime.console import Console, ProgressPace, column_widths
 
 
 class Clock:
@@ -23,7 +23,7 @@ class Clock:
 def paced(total: int, *updates: tuple[float, int], now: float = 0.0) -> str:
     """Makes updates (seconds since the start, done) and returns the text a while after the last."""
     clock = Clock()
-    pace = Pace(total, clock)
+    pace = ProgressPace(total, clock)
     for seconds, done in updates:
         clock.now = 100.0 + seconds
         pace.update(done)
@@ -81,6 +81,7 @@ def test_a_stage_with_a_known_size_says_all_of_it() -> None:
             if "Answers: 5 of 20, " in shown.getvalue():
                 break
             Event().wait(0.01)
+    assert "" not in shown.getvalue().splitlines(), "a bar that nobody sees leaves no empty line"
     line = next(line for line in shown.getvalue().splitlines() if "Answers: 5 of 20" in line)
     assert "/s, " in line
     assert line.endswith(" left")
