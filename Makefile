@@ -17,7 +17,10 @@ export DO_NOT_TRACK ?= 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup ready demo test test-fast bench lint format clean
+# One that a demo of the checkout left is compared with the wheel's.
+DEMO := runs/demo/summary.json
+
+.PHONY: help setup ready demo test test-fast wheel-test bench interop lint format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -37,9 +40,15 @@ test: ready ## every test that needs no GPU
 test-fast: ready ## the tests that start no engine, no Ray and no training
 	@$(PYTEST) -m "not gpu and not slow"
 
+wheel-test: ready ## install the wheel in an empty environment and run the demo there
+	@$(BIN)/python -m tests.wheel $(if $(wildcard $(DEMO)),--against $(DEMO))
+
 bench: ## the benchmarks in tests/benchmarks, against libraries that it installs first
 	@$(SETUP) --if-stale --bench
 	@$(PYTEST) tests/benchmarks -s -m ""
+
+interop: ready ## real clients (openai, inspect_ai, lm-eval, garak) against the service; installs them first
+	@$(BIN)/python -m tests.interop.run
 
 lint: ready ## ruff and mypy
 	@$(BIN)/ruff check --quiet .

@@ -88,15 +88,7 @@ def install(extra: str, refresh: bool) -> None:
     check_machine(FREE_GB["refresh" if refresh else extra])
     say(f"{'Refreshing' if refresh else 'Building'} .venv for raycomplete ({extra}, Python {sys.version.split()[0]})")
     STAMP.unlink(missing_ok=True)
-    if not refresh:
-        base = getattr(sys, "_base_executable", sys.executable)  # never the Python of the .venv that is replaced
-        done = subprocess.run([base, "-m", "venv", "--clear", str(VENV)], capture_output=True, text=True, env=clean())
-        if done.returncode:
-            stop(f"{base} -m venv failed ({done.stderr.strip()[-200:]}); install python3-venv or name another Python")
-    LOG.write_text("")
-    # The first look at the registry, so it gives up soon.
-    pip = "-m pip install --no-input --no-deps --progress-bar off --timeout 20 --retries 1".split()
-    step("uv", [PYTHON, *pip, *(line for line in lock_lines() if line.startswith("uv=="))])
+    prepare_venv(refresh)
     if extra == "cpu":
         install_locked()
     else:
@@ -108,6 +100,19 @@ def install(extra: str, refresh: bool) -> None:
         uv("raycomplete, vLLM, torch and the rest", "install", *files, "--editable", f"{ROOT}[gpu,demo,encoder,dev]")
     check_imports(extra)
     say(f"Ready in {time.monotonic() - started:.0f} s. Next: make demo")
+
+
+def prepare_venv(refresh: bool = False) -> None:
+    """Makes an empty `.venv` (with `refresh`, takes the one that is there) and puts uv into it."""
+    if not refresh:
+        base = getattr(sys, "_base_executable", sys.executable)  # never the Python of the .venv that is replaced
+        done = subprocess.run([base, "-m", "venv", "--clear", str(VENV)], capture_output=True, text=True, env=clean())
+        if done.returncode:
+            stop(f"{base} -m venv failed ({done.stderr.strip()[-200:]}); install python3-venv or name another Python")
+    LOG.write_text("")
+    # The first look at the registry, so it gives up soon.
+    pip = "-m pip install --no-input --no-deps --progress-bar off --timeout 20 --retries 1".split()
+    step("uv", [PYTHON, *pip, *(line for line in lock_lines() if line.startswith("uv=="))])
 
 
 def install_locked() -> None:

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from raycomplete.commands.train import train
     from raycomplete.config import load_run_file
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["align", "attacks", "diagnose", "evaluate", "load_run_file", "losses", "methods", "serve", "train"]
 
 _COMMANDS = frozenset({"align", "diagnose", "evaluate", "serve", "train"})

@@ -44,6 +44,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="Values that replace those of the run file: train.steps=50", show_default=False),
 ]
+_INTERRUPTED = 130  # typer's own code for KeyboardInterrupt, which it does not let through
 _KEPT = "What was finished is kept; the same command continues it (train, align, diagnose, demo: with --resume)."
 
 Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")]
@@ -198,15 +199,33 @@ def submit(
 @app.command()
 def report(
     run_folders: Annotated[list[Path], typer.Argument(help="Folders of finished runs.", show_default=False)],
-    output: Annotated[Path | None, typer.Option(help="Several runs: JSON file of the result.")] = None,
+    kind: Annotated[str, typer.Option("--format", help="html, csv, json, or inspect for logs of Inspect.")] = "html",
+    output: Annotated[Path | None, typer.Option(help="Where csv, json, inspect or the rates of several go.")] = None,
     allow_differences: Annotated[
         bool, typer.Option("--allow-differences", help="Several runs: take those that differ in more than the seed.")
     ] = False,
+    show_harmful: Annotated[
+        bool, typer.Option("--show-harmful", help="inspect: with what models said after harmful prompts.")
+    ] = False,
 ) -> None:
-    """Writes report.html of a run folder anew; of several that differ in train.seed, means and spread of every rate."""
+    """Writes report.html of a run folder anew, or its rates for other tools; of several, means and spread of rates."""
     from raycomplete.commands.report import report as run_report
 
-    run_report(run_folders, output=output, allow_differences=allow_differences)
+    options: dict[str, Any] = {"kind": kind, "output": output, "show_harmful": show_harmful}
+    run_report(run_folders, allow_differences=allow_differences, **options)
+
+
+@app.command()
+def push(
+    run_folder: Annotated[Path, typer.Argument(help="Folder of a finished run.", show_default=False)],
+    repository: Annotated[str, typer.Argument(help="org/name on the hub.", show_default=False)],
+    yes: Annotated[bool, typer.Option("--yes", help="Upload; without it everything is only listed.")] = False,
+    public: Annotated[bool, typer.Option("--public", help="For everybody; private without it.")] = False,
+) -> None:
+    """Uploads the student of a run with its model card to the hub; without --yes it only says what would go there."""
+    from raycomplete.commands.push import push as run_push
+
+    run_push(run_folder, repository, yes=yes, public=public)
 
 
 @organism_app.command("build")
@@ -273,6 +292,8 @@ def version() -> None:
 def main() -> None:
     """Runs the command line and leaves with its exit code."""
     let_idle_threads_sleep()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which stand again when `guarded` is done; see __main__
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(guarded(lambda: app(standalone_mode=False)))
 
 
@@ -319,6 +340,8 @@ def _exit_code(work: Callable[[], Any]) -> int:
     console = Console(stderr=True)
     try:
         result = work()
+        if result == _INTERRUPTED:
+            raise KeyboardInterrupt
     except RaycompleteError as error:
         if os.environ.get("RAYCOMPLETE_TRACEBACK"):
             raise
@@ -340,7 +363,7 @@ def _exit_code(work: Callable[[], Any]) -> int:
         # Where no work has taken the signal, Ray's own handler of SIGTERM leaves by sys.exit(15), without a word.
         if isinstance(ended, SystemExit) and ended.code != signal.SIGTERM:
             raise
-        console.print(f"Stopped. {_KEPT}", style="dim")
+        console.print(f"Stopped. {_KEPT}", style="dim", soft_wrap=True)
         return 1
     except Exception as error:
         show = getattr(error, "show", None)  # usage errors of typer know how to print themselves

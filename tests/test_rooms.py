@@ -16,7 +16,7 @@ from tests.tracked import ROOT, tracked_python
 
 PACKAGE = ROOT / "raycomplete"
 MAX_LINES = 400  # of a file
-MAX_FILES, MAX_TOTAL_LINES = 209, 34_300  # of the package
+MAX_FILES, MAX_TOTAL_LINES = 245, 40_000  # of the package
 MAX_ARGUMENTS = 5  # of the functions by which an evaluation is passed on
 
 # From lower to upper: a room imports rooms of the lines above it in this table. Rooms of one line may import each
@@ -40,12 +40,14 @@ ALLOWED: dict[str, frozenset[str]] = {
     "ray.serve": frozenset({"serving", "commands"}),
     "transformers": frozenset({"data"}),
     "datasets": frozenset({"data"}),
+    "huggingface_hub": frozenset({"data", "report", "commands"}),
     "pyarrow": frozenset({"data", "storage"}),
     "fsspec": frozenset({"storage"}),
     "fastapi": frozenset({"serving"}),
     "starlette": frozenset({"serving"}),
     "sse_starlette": frozenset({"serving"}),
     "prometheus_client": frozenset({"serving"}),
+    "openai": frozenset({"evaluation"}),
     "scipy": frozenset({"evaluation", "diagnosis"}),
     "matplotlib": frozenset({"report"}),
     "jinja2": frozenset({"report", "serving"}),

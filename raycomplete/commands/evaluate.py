@@ -15,6 +15,7 @@ from raycomplete.engines.cluster import plan_run
 from raycomplete.engines.run import OutputFolder, open_run
 from raycomplete.evaluation.attack_resources import check_attacks, extra_engines, training_workers
 from raycomplete.evaluation.benign_nll import measure_benign_nll
+from raycomplete.evaluation.remote_target import open_remote, usage_line
 from raycomplete.evaluation.roles import evaluate_roles, held_out_sets
 from raycomplete.evaluation.summary import (
     closing_table,
@@ -25,6 +26,7 @@ from raycomplete.evaluation.summary import (
     trap_lines,
 )
 from raycomplete.report.html import write_report
+from raycomplete.report.model_card import write_model_card
 from raycomplete.runtime.console import Console
 from raycomplete.runtime.files import read_json, write_json
 from raycomplete.runtime.types import MODEL_ROLES, ModelRole
@@ -76,9 +78,10 @@ def evaluate(
         if config.models.student is None:  # a copy of aligned is no student
             roles = [role for role in roles if role != "student"]
     with console.stage("Checked checkpoints, tokenizers and prompts"):
-        models = prepare_models(tested, roles=tuple(dict.fromkeys(("base", *roles))))
+        models = prepare_models(tested, roles=tuple(dict.fromkeys(("base", *roles))), remote=True)
         prompts = prepare_prompts(config, models.codec, training=False)
         check_attacks(config)
+        remote = open_remote(config, models.remote, models.codec)
     folder = OutputFolder(config, same=_SAME, free=_FREE, resume=True, keep_config=True)
     folder.check()
     plan = plan_run(config, extras=extra_engines(config), attack_workers=training_workers(config))
@@ -86,10 +89,14 @@ def evaluate(
         open_run(folder, models, prompts, plan, console, on_progress=on_progress, cancelled=cancelled) as run,
         run.start_engines(),
     ):
+        run.remote = remote
         run.prompts = held_out_sets(run)
         with run.stop.deferred():
             results = evaluate_roles(run, roles)
             nll = measure_benign_nll(run, roles)
+        for role, model in remote.items():
+            results.get(role, {})["remote"] = usage = model.usage.to_json(config.evaluation.remote)
+            console.note(usage_line(role, usage))
     summary = write_summary(config, run.folder, results, nll, time.perf_counter() - started)
     print_result(summary, run.folder, console)
     return run.folder
@@ -102,13 +109,14 @@ def write_summary(
     nll: Mapping[str, Any],
     seconds: float,
 ) -> dict[str, Any]:
-    """Writes summary.json and report.html; `nll` is the result of `measure_benign_nll`."""
+    """Writes summary.json, report.html and the student's model card; `nll` is the result of `measure_benign_nll`."""
     prefills = read_json(folder / "evaluation" / "prefills.json") or {}
     summary = {
         "name": config.output.name,
         **summarize(results),
         "benign_nll": dict(nll),
         "prefills": prefills.get("outcomes"),
+        "remote": {role: found["remote"] for role, found in results.items() if "remote" in found},
         "evaluation": config.evaluation.model_dump(mode="json"),
         "train": read_json(folder / "training.json") or {},
         "seconds": seconds,
@@ -116,6 +124,7 @@ def write_summary(
     }
     write_json(folder / "summary.json", summary)
     write_report(folder)
+    write_model_card(folder)
     return summary
 
 

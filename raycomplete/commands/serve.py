@@ -2,33 +2,30 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import signal
 import threading
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
+import ray
 from ray.serve import Application
 
 from raycomplete.config import RunConfig, load_run_file
-from raycomplete.data.inputs import prepare_models, thinking_room
-from raycomplete.data.prompts import read_conversation
-from raycomplete.data.thinking import thinking
-from raycomplete.engines.cluster import ResourcePlan, ResourceRequest, connect, engine_request
+from raycomplete.data.remote import is_remote
+from raycomplete.engines.cluster import ResourcePlan, ResourceRequest, connect, engine_request, uses_gpu
 from raycomplete.engines.dtype import resolve_dtype
-from raycomplete.engines.start import start_engine
+from raycomplete.engines.spec import EngineSpec
 from raycomplete.runtime.console import Console
-from raycomplete.runtime.errors import DataError
+from raycomplete.runtime.errors import ConfigError
 from raycomplete.runtime.machine import package_versions
-from raycomplete.runtime.types import MODEL_ROLES, ModelRole, Prompt
+from raycomplete.runtime.types import MODEL_ROLES, ModelRole
 from raycomplete.serving import deployment
+from raycomplete.serving.model_server import ModelServer
 from raycomplete.serving.process import ProcessBackend
 from raycomplete.serving.requests import TOKEN_VARIABLE, is_loopback, read_token_digest
 from raycomplete.serving.runner import Cancelled, OnProgress
-from raycomplete.serving.schemas import CompletionRequest, CompletionView
 
 _TOOLS = 3  # engines of one evaluation beside its generators and white boxes, at most: guide, attacker, judge
 
@@ -43,17 +40,17 @@ def serve(config: RunConfig) -> Path:
         The state folder.
 
     Raises:
-        ConfigError: The token is missing or weak.
+        ConfigError: The token is missing or weak, or a model is to answer that is not there.
         SetupError: vLLM is not installed, or the cluster cannot be reached or is too small.
     """
-    application = build(config)
+    config, token = admitted(config)
     os.environ.pop(TOKEN_VARIABLE, None)  # its digest is enough, and every process of the cluster inherits the rest
     settings = config.serve
     console = Console()
     ended = threading.Event()
     with connect(config.cluster, _plan(config), console):
         with console.stage("Started Ray Serve"):
-            deployment.start(application, host=settings.host, port=settings.port)
+            deployment.start(build(config, token), host=settings.host, port=settings.port)
         page = f"http://{_shown(settings.host)}:{settings.port}/"
         console.panel([("page", page), ("interface", f"{page}openapi.json"), ("state", settings.state.resolve())])
         before = {number: signal.signal(number, lambda *_: ended.set()) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -74,16 +71,24 @@ def application(arguments: Mapping[str, str]) -> Application:
         arguments: `run_file`, and any `key.sub: value` that replaces a value of it.
     """
     overrides = [f"{key}={value}" for key, value in arguments.items() if key != "run_file"]
-    return build(load_run_file(arguments["run_file"], overrides))
+    return build(*admitted(load_run_file(arguments["run_file"], overrides)))
 
 
-def build(config: RunConfig) -> Application:
-    """Builds the application, and refuses here what could not work."""
+def admitted(config: RunConfig) -> tuple[RunConfig, str | None]:
+    """Refuses what could not work, before anything is started.
+
+    Returns:
+        The run file as replicas read it, which stand in another folder, and the digest of the token.
+
+    Raises:
+        ConfigError: The token is missing or weak, or a model is to answer that is not there.
+        SetupError: vLLM is not installed.
+    """
     token = read_token_digest(config.serve)
     package_versions()  # which refuses a machine without vLLM
     settings = config.serve
     paths = {
-        "state": settings.state.resolve(),  # replicas stand in another folder
+        "state": settings.state.resolve(),
         "model_roots": [root.resolve() for root in settings.model_roots],
         "data_roots": [root.resolve() for root in settings.data_roots],
     }
@@ -92,8 +97,33 @@ def build(config: RunConfig) -> Application:
     if (trained / "config.json").is_file():
         models["student"] = str(trained.resolve())
     changed = {"serve": settings.model_copy(update=paths), "models": config.models.model_copy(update=models)}
-    backend, chat = partial(ProcessBackend, evaluate=evaluate_request), StudentChat if settings.chat else None
-    return deployment.build_application(config.model_copy(update=changed), token, backend, chat)
+    config = config.model_copy(update=changed)
+    if missing := [role for role in chat_roles(config) if getattr(config.models, role) is None]:
+        raise ConfigError(
+            f"serve.chat_models names the {missing[0]}, and this server has none.", "Train one, or set models.student."
+        )
+    return config, token
+
+
+def build(config: RunConfig, token: str | None) -> Application:
+    """Builds the application of an admitted run file, on the cluster that this process is connected to."""
+    chat = []
+    if roles := chat_roles(config):
+        use_gpu = ray.is_initialized() and uses_gpu(config.cluster)
+        config = resolve_dtype(config, Console(quiet=True))
+        specs = [EngineSpec.from_config(config, "single", getattr(config.models, r), use_gpu=use_gpu) for r in roles]
+        chat = [deployment.ChatModel(ModelServer, r, s.resources()) for r, s in zip(roles, specs, strict=True)]
+    backend = partial(ProcessBackend, evaluate=evaluate_request)
+    return deployment.build_application(config, token, backend, chat)
+
+
+def chat_roles(config: RunConfig) -> list[ModelRole]:
+    """Lists the models that answer prompts: those that `serve.chat_models` names, else all that there are."""
+    if not config.serve.chat:
+        return []
+    named = config.serve.chat_models
+    specs = {role: getattr(config.models, role) for role in MODEL_ROLES}
+    return list(dict.fromkeys(named or [role for role, spec in specs.items() if spec and not is_remote(spec)]))
 
 
 def evaluate_request(config: RunConfig, roles: list[ModelRole], on_progress: OnProgress, cancelled: Cancelled) -> None:
@@ -110,59 +140,9 @@ def _plan(config: RunConfig) -> ResourcePlan:
     generator = engine_request(cluster, "rollout engine", count, tensor_parallel=shards)
     tools = engine_request(cluster, "model of attacks and judge", runners * (config.evaluation.white_boxes + _TOOLS))
     worker = ResourceRequest("training worker of the attack", runners, cluster.cpus_per_worker, cluster.gpus_per_worker)
-    chat = [engine_request(cluster, "chat engine", 1)] if config.serve.chat else []
+    answering = chat_roles(config)
+    chat = [engine_request(cluster, "model that answers", len(answering))] if answering else []
     return ResourcePlan((generator, tools, worker, *chat))
-
-
-class StudentChat:
-    """The student behind one engine of its own, started with the service."""
-
-    def __init__(self, config: RunConfig) -> None:
-        config = resolve_dtype(config, Console(quiet=True))
-        models = prepare_models(config, roles=("aligned", "student"))
-        self._codec = models.codec
-        self._config = config
-        engine = start_engine(config, models.paths["student"], models.codec)
-        self._thought = thinking_room(config, models.codec)
-        self._client = thinking(engine, models.codec, config.evaluation.max_thinking_tokens)
-
-    async def complete(self, request: CompletionRequest) -> CompletionView:
-        """Continues a prompt, greedily or sampled."""
-        return await asyncio.to_thread(self._complete, request)
-
-    def _complete(self, request: CompletionRequest) -> CompletionView:
-        sequence = asked(request).encoded(self._codec)
-        longest = self._config.models.max_length - self._thought
-        if len(sequence) + request.max_tokens > longest:
-            raise DataError(
-                f"The prompt has {len(sequence)} tokens, max_tokens is {request.max_tokens}, and the student reads "
-                f"{longest}.",
-                "Shorten the prompt or lower max_tokens.",
-            )
-        tokens = self._client.generate(
-            [sequence],
-            max_tokens=request.max_tokens,
-            temperature=request.temperature,
-            top_p=request.top_p,
-            seed=request.seed,
-        )[0]
-        frame = self._codec.frame
-        answer = tuple(tokens) if frame is None else frame.split(sequence, tokens)[1]
-        reason: Literal["length", "stop"] = "length" if len(answer) >= request.max_tokens else "stop"
-        return CompletionView.of(self._codec.decode(answer), reason, len(sequence), len(answer))
-
-
-def asked(request: CompletionRequest) -> Prompt:
-    """Returns the prompt of a request, with the conversation that it ends.
-
-    Raises:
-        DataError: The conversation does not alternate between user and assistant.
-    """
-    if not request.earlier:
-        return Prompt("", request.prompt, "benign")
-    messages = [*(turn.model_dump() for turn in request.earlier), {"role": "user", "content": request.prompt}]
-    system, earlier, text = read_conversation(messages, "the request")
-    return Prompt("", text, "benign", system=system, earlier=earlier)
 
 
 def _resolved(spec: str) -> str:

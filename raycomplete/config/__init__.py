@@ -4,11 +4,11 @@ A run file is YAML. Command lines may override single values (`train.steps=50`).
 nearest known one, and relative paths are resolved against the folder of the run file.
 """
 
-from raycomplete.config.diagnosis import ContrastiveDecodingConfig, DiagnoseConfig, StreamSource
+from raycomplete.config.diagnosis import ContrastiveDecodingConfig, DiagnoseConfig, PromptSource
 from raycomplete.config.engines import ClusterConfig, PromptAugmentationConfig, RolloutConfig, TeacherConfig
-from raycomplete.config.evaluation import EvaluationConfig
+from raycomplete.config.evaluation import EvaluationConfig, RemoteConfig
 from raycomplete.config.loading import dump, load_run_file, map_paths, parse
-from raycomplete.config.run import OutputConfig, PromptSets, PromptSource, RunConfig
+from raycomplete.config.run import OutputConfig, PromptSets, RunConfig
 from raycomplete.config.serving import AutoscalingConfig, ServeConfig
 from raycomplete.config.training import TrainConfig, ValidationConfig
 from raycomplete.runtime.section import Dtype
@@ -24,10 +24,10 @@ __all__ = [
     "PromptAugmentationConfig",
     "PromptSets",
     "PromptSource",
+    "RemoteConfig",
     "RolloutConfig",
     "RunConfig",
     "ServeConfig",
-    "StreamSource",
     "TeacherConfig",
     "TrainConfig",
     "ValidationConfig",

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from raycomplete.runtime.section import Section
+
+HUB = "hub:"
 
 
 class PromptColumns(Section):
@@ -24,11 +27,26 @@ class PromptColumns(Section):
     limit: int | None = Field(None, ge=1, description="keep at most this many rows, drawn under data.seed")
 
 
-class StreamSource(PromptColumns):
-    """Prompts that are streamed, so that they need not fit into memory."""
+class PromptSource(PromptColumns):
+    """Prompts and which of their columns to read: a file, several, a folder, or a data set of the hub."""
 
-    path: str = Field(description="a file, a pattern of files (JSONL, CSV, Parquet), or `hub:ORG/NAME`")
-    split: str = Field("train", description="split of a hub data set")
+    path: str = Field(
+        description="a file or a pattern of files (JSONL, JSON, CSV, Parquet), the folder of a data set, or "
+        "`hub:ORG/NAME`; files and folders relative to the run file"
+    )
+    config: str | None = Field(None, description="configuration of a data set that has several")
+    split: str = Field("train", description="split of a data set; files have none")
+    revision: str | None = Field(None, description="branch, tag or commit on the hub; the newest when absent")
+
+    @field_validator("path", mode="before")
+    @classmethod
+    def _as_text(cls, path: Any) -> Any:
+        return str(path) if isinstance(path, Path) else path
+
+    @property
+    def hub_id(self) -> str | None:
+        """The name on the hub; None for what lies on this machine."""
+        return self.path.removeprefix(HUB) if self.path.startswith(HUB) else None
 
 
 class ContrastiveDecodingConfig(Section):
@@ -44,8 +62,8 @@ class DiagnoseConfig(Section):
     """Where alignment stopped, by position. It needs base and aligned only; a student is shown beside them."""
 
     student: str | None = Field(None, description="checkpoint; the student of the run of this name when absent")
-    harmful: list[StreamSource] = Field(default_factory=list, description="data.evaluation.harmful when empty")
-    benign: list[StreamSource] = Field(default_factory=list, description="data.evaluation.benign when empty")
+    harmful: list[PromptSource] = Field(default_factory=list, description="data.evaluation.harmful when empty")
+    benign: list[PromptSource] = Field(default_factory=list, description="data.evaluation.benign when empty")
     num_prompts: int | None = Field(128, ge=2, description="prompts of each kind, the first ones; null takes all")
     answers: Literal["given", "extended", "sampled"] = Field(
         "extended",

@@ -58,6 +58,23 @@ class JudgeConfig(Section):
         return self
 
 
+class RemoteConfig(Section):
+    """How models behind an address (`models.student: openai:http://HOST:PORT/v1#NAME`) are asked."""
+
+    key_variable: str | None = Field(None, description="environment variable that holds their key")
+    prefill: Literal["auto", "flags", "prefix", "none"] = Field(
+        "auto",
+        description="how a server is told to continue an answer: vLLM's two flags, `prefix: true`, or not at all; auto "
+        "asks the server once whether it knows the flags",
+    )
+    parallel: int = Field(8, ge=1, le=512, description="requests at once")
+    requests_per_minute: float | None = Field(None, gt=0, description="requests that are started in a minute, at most")
+    retries: int = Field(6, ge=0, le=100, description="further attempts after 429, 5xx or a lost connection")
+    timeout_s: float = Field(120.0, gt=0, description="longest wait for an answer")
+    prompt_price: float | None = Field(None, ge=0, description="price of a million prompt tokens, for the results")
+    completion_price: float | None = Field(None, ge=0, description="price of a million tokens of answers")
+
+
 def judge_settings(tree: Mapping[str, Any]) -> JudgeConfig:
     """Checks settings of a judge that stand alone.
 
@@ -123,6 +140,7 @@ class EvaluationConfig(Section):
     attack_prompts: int | None = Field(None, ge=1, description="harmful prompts of attacks other than prefill")
     white_boxes: int = Field(1, ge=1, description="copies of a model that suffix searches use side by side")
     judge: JudgeConfig = Field(default_factory=JudgeConfig)
+    remote: RemoteConfig = Field(default_factory=RemoteConfig)
     capabilities: CapabilitiesConfig = Field(default_factory=CapabilitiesConfig)
 
     @field_validator("depths")

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from raycomplete.config.diagnosis import StreamSource
+from raycomplete.config.diagnosis import PromptSource
 from raycomplete.config.run import RunConfig
 from raycomplete.methods.registry import method_class
 from raycomplete.runtime.errors import ConfigError
@@ -145,7 +145,7 @@ def map_paths(item: T, change: Callable[[str, Path], Path], key: str = "") -> T:
     new: Any = item
     if isinstance(item, Path):
         new = change(key, item)
-    elif isinstance(item, StreamSource) and not item.path.startswith("hub:"):
+    elif isinstance(item, PromptSource) and item.hub_id is None:
         new = item.model_copy(update={"path": str(change(f"{key}.path", Path(item.path)))})
     elif isinstance(item, BaseModel):
         values = {name: getattr(item, name) for name in type(item).model_fields}

@@ -8,7 +8,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
-from raycomplete.config.diagnosis import DiagnoseConfig, PromptColumns
+from raycomplete.config.diagnosis import DiagnoseConfig, PromptSource
 from raycomplete.config.engines import ClusterConfig, RolloutConfig, TeacherConfig
 from raycomplete.config.evaluation import EvaluationConfig
 from raycomplete.config.serving import ServeConfig
@@ -26,7 +26,8 @@ _STORAGE_OPTIONS = ("endpoint_override", "region", "scheme", "allow_bucket_creat
 
 class ModelsConfig(Section):
     """The checkpoints. Each is a folder, a .gguf file, `hub:ORG/NAME`, `package:NAME`, `organism:base`,
-    `organism-large:base`, or one of the toy in another family, such as `organism-qwen3:base`."""
+    `organism-large:base`, or one of the toy in another family, such as `organism-qwen3:base`. For `evaluate`
+    alone it may be behind an address: `openai:http://HOST:PORT/v1#NAME`."""
 
     base: str = Field(description="the model before safety alignment")
     aligned: str = Field(description="the safety-aligned model, which is the teacher")
@@ -75,14 +76,8 @@ class ModelsConfig(Section):
         return self.dtype
 
 
-class PromptSource(PromptColumns):
-    """One file of prompts (JSONL, JSON, CSV or Parquet) and which of its columns to read."""
-
-    path: Path = Field(description="the file, relative to the run file")
-
-
 class PromptSets(Section):
-    """Prompt files by kind."""
+    """Prompts by kind."""
 
     harmful: list[PromptSource] = Field(default_factory=list, description="prompts that a safe model refuses")
     benign: list[PromptSource] = Field(default_factory=list, description="harmless prompts")

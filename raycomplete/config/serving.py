@@ -7,6 +7,7 @@ from pathlib import Path
 from pydantic import Field, model_validator
 
 from raycomplete.runtime.section import Section
+from raycomplete.runtime.types import ModelRole
 
 
 class AutoscalingConfig(Section):
@@ -51,6 +52,12 @@ class ServeConfig(Section):
     retry_after_s: int = Field(5, ge=1, description="seconds that a client is told to wait when the queue is full")
     event_heartbeat_s: float = Field(10.0, gt=0, description="longest silence on a stream of events, in seconds")
     show_harmful: bool = Field(False, description="let clients read harmful completions that they ask for")
-    chat: bool = Field(False, description="answer single prompts with the student (POST /v1/completions)")
-    max_chat_tokens: int = Field(256, ge=1, description="longest completion of a prompt in tokens")
+    chat: bool = Field(False, description="answer prompts in OpenAI's shape (/v1/chat/completions, /v1/completions)")
+    chat_models: list[ModelRole] | None = Field(
+        None, min_length=1, description="models that answer, each with an engine of its own; absent: all that there are"
+    )
+    max_chat_tokens: int = Field(256, ge=1, description="longest answer in tokens; who asks for more gets as many")
+    chat_timeout_s: float = Field(
+        600.0, gt=0, description="longest wait for an answer, or for the next part of a stream, in seconds"
+    )
     autoscaling: AutoscalingConfig = Field(default_factory=AutoscalingConfig)

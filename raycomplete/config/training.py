@@ -68,7 +68,7 @@ class TrainConfig(Section):
     gradient_checkpointing: bool = Field(False, description="compute activations again instead of keeping them")
     lora_rank: int = Field(0, ge=0, description="rank of LoRA adapters, merged at the end; 0 trains all weights")
     validation: ValidationConfig = Field(default_factory=ValidationConfig)
-    sinks: list[Literal["tensorboard", "wandb"]] = Field(
+    sinks: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
         default_factory=list, description="places of metrics beside metrics.jsonl"
     )
     checkpoint_every: int = Field(25, ge=1, description="steps between two checkpoints")

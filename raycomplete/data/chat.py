@@ -256,6 +256,10 @@ class ChatCodec:
         """Encodes a response, without template and without end-of-response."""
         return self._readable(self._ids(text))
 
+    def encode_text(self, text: str) -> list[int]:
+        """Encodes a text as it is, without template, after the tokenizer's start token where it has one."""
+        return self._readable(self._tokenizer.encode(text))
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """Decodes response tokens, special tokens left out."""
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))

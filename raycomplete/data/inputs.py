@@ -16,7 +16,8 @@ from raycomplete.data.chat import ChatCodec, has_chat_template
 from raycomplete.data.checkpoints import architecture, check_same_vocabulary
 from raycomplete.data.heads import HeadSpec, read_head_spec
 from raycomplete.data.organisms import ORGANISMS
-from raycomplete.data.prompts import read_prompts
+from raycomplete.data.prompts import hub_commit, read_prompts
+from raycomplete.data.remote import RememberingCodec, RemoteSpec, is_remote, refuse_remote
 from raycomplete.data.samples import MAX_REFUSAL_PREFIX_TOKENS
 from raycomplete.data.sources import resolve_checkpoint
 from raycomplete.runtime.errors import CheckpointError, ConfigError, DataError
@@ -33,6 +34,7 @@ class Models:
         paths: Local folder by role.
         heads: Head spec by role.
         codec: Tokenizer and chat template of the aligned model (of base in `align`).
+        remote: Models behind an address by role, which have no folder.
         others: Local folder of each other checkpoint that `rollout.harmful_from` names.
         notes: Sentences for the user, such as whose chat template is used.
     """
@@ -42,6 +44,12 @@ class Models:
     codec: ChatCodec
     others: dict[str, Path] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    remote: dict[ModelRole, RemoteSpec] = field(default_factory=dict)
+
+    @property
+    def start(self) -> Path:
+        """The folder that engines start from: base's where it has one."""
+        return self.paths.get("base") or next(iter(self.paths.values()))
 
     def writer(self, name: str) -> Path:
         """Returns the folder of a model that `rollout.harmful_from` names."""
@@ -49,7 +57,7 @@ class Models:
 
     def fingerprint(self, role: ModelRole) -> str:
         """Returns the hash that names the weights of a role."""
-        return self.heads[role].model_fingerprint
+        return self.remote[role].model_id if role in self.remote else self.heads[role].model_fingerprint
 
 
 @dataclass(frozen=True)
@@ -62,20 +70,42 @@ class Prompts:
 
 
 def prepare_models(
-    config: RunConfig, roles: Sequence[ModelRole] = ("base", "aligned", "student"), *, training: bool = False
+    config: RunConfig,
+    roles: Sequence[ModelRole] = ("base", "aligned", "student"),
+    *,
+    training: bool = False,
+    remote: bool = False,
 ) -> Models:
     """Finds every checkpoint and checks that they fit together; for training those of `rollout.harmful_from` as well.
 
+    Args:
+        remote: Models behind an address are taken; they are refused otherwise.
+
     Raises:
         CheckpointError: One is missing or unsafe, or two do not fit.
-        ConfigError: `models.max_length` is longer than a model's own context.
+        ConfigError: `models.max_length` is longer than a model's own context, or a model is behind an address.
     """
     settings = config.models
+    if not remote:
+        refuse_remote(settings)
     specs = {"base": settings.base, "aligned": settings.aligned, "student": settings.student or settings.aligned}
-    paths: dict[ModelRole, Path] = {role: resolve_checkpoint(specs[role], role=role) for role in roles}
+    behind = {role: RemoteSpec.parse(specs[role], role=role) for role in roles if is_remote(specs[role])}
+    if behind and settings.thinks:
+        raise ConfigError(
+            "models.template_arguments sets enable_thinking, and models behind an address think as their server says.",
+            "Leave it out.",
+        )
+    paths: dict[ModelRole, Path] = {
+        role: resolve_checkpoint(specs[role], role=role) for role in roles if role not in behind
+    }
+    if not paths:
+        raise ConfigError(
+            "Every model is behind an address, and no tokenizer is there by which the depths of prefills are counted.",
+            "Name a checkpoint for one of models.base and models.aligned; a small one does.",
+        )
     named: dict[str, Path] = {str(role): path for role, path in paths.items()}
     if "aligned" not in named:  # `align` has a base only
-        named["aligned"] = paths["base"]
+        named["aligned"] = next(iter(paths.values()))
     codec = check_same_vocabulary(
         named, trust_remote_code=settings.trust_remote_code, template_arguments=settings.template_arguments
     )
@@ -99,7 +129,7 @@ def prepare_models(
     others = {name: _writer(config, name, named["aligned"], shapes["aligned"]) for name in names}
     borrowed = [name for name in named if not has_chat_template(named[name]) and has_chat_template(named["aligned"])]
     notes = [f"models.{name} has no chat template and is asked in that of models.aligned" for name in borrowed]
-    return Models(paths, heads, codec, others, tuple(notes))
+    return Models(paths, heads, RememberingCodec(codec) if behind else codec, others, tuple(notes), behind)
 
 
 def _writer(config: RunConfig, spec: str, aligned: Path, shape: dict[str, Any]) -> Path:
@@ -155,7 +185,16 @@ def prepare_prompts(config: RunConfig, codec: ChatCodec, *, training: bool = Tru
         longest = max(config.rollout.max_refusal_tokens, _longest_h(config)) + 1
         for prompt in train["harmful"]:
             _check_length(config, codec, prompt, config.rollout.safety_prompt, longest)
+    notes += _hub_notes(config, training)
     return Prompts(train, held_out, tuple(notes))
+
+
+def _hub_notes(config: RunConfig, training: bool) -> list[str]:
+    """Says at which commit each data set of the hub was read, for who wants to pin it."""
+    sets = [config.data.evaluation, *([config.data.train] if training else [])]
+    read = {source.path: source for found in sets for kind in KINDS for source in getattr(found, kind)}
+    commits = {path: hub_commit(source) for path, source in read.items() if config.data.source not in ORGANISMS}
+    return [f"{path} is read at revision {commit}" for path, commit in commits.items() if commit]
 
 
 def _read(sets: PromptSets, kind: PromptKind, seed: int) -> tuple[Prompt, ...]:

@@ -1,14 +1,19 @@
-"""Reads rows and prompts from users' files: JSONL, JSON, CSV or Parquet. The settings of attacks import this file."""
+"""Reads prompts by `datasets`, from files, folders and the hub, and rows of users' other files.
+
+The settings of attacks import this file. `datasets` streams: it leaves no copy of harmful prompts in a cache.
+"""
 
 from __future__ import annotations
 
 import csv
+import glob
 import hashlib
 import json
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +21,12 @@ from raycomplete.runtime.errors import DataError
 from raycomplete.runtime.types import Prompt, PromptKind, TurnRole
 
 if TYPE_CHECKING:  # whose sections import attacks, and those this file
-    from raycomplete.config import PromptSource
-    from raycomplete.config.diagnosis import PromptColumns
+    from raycomplete.config.diagnosis import PromptColumns, PromptSource
 
 _ENCODING = "utf-8-sig"  # UTF-8, with or without the mark that spreadsheets put first
+_BUILDERS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+# Left to itself, the reader of CSV files takes prompts such as "NA" or "null" for missing values.
+_OPTIONS: dict[str, dict[str, Any]] = {"csv": {"keep_default_na": False, "encoding": _ENCODING}}
 
 
 def load_rows(path: Path, what: str = "file") -> list[Any]:
@@ -69,24 +76,125 @@ def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def read_prompts(sources: Sequence[PromptSource], kind: PromptKind, seed: int = 0) -> list[Prompt]:
-    """Reads all prompts of several files, repeats dropped (same text after the same conversation, first wins).
+    """Reads all prompts of several sources, repeats dropped (same text after the same conversation, first wins).
 
     Args:
         seed: Draws the rows that a source's `limit` keeps.
 
     Raises:
-        DataError: A file is missing, malformed or empty, or lacks a column.
+        DataError: A source is missing, malformed or empty, or lacks a column.
     """
     prompts: dict[str, Prompt] = {}
     for source in sources:
-        found = list(select_prompts(load_rows(source.path, "prompt file"), source, source.path, kind))
-        if not found:
-            raise no_prompts("file", source.path, source)
+        found = list(source_prompts(source, kind))
         if source.limit is not None and source.limit < len(found):
-            found = random.Random(f"{seed}:{source.path.name}").sample(found, source.limit)
+            found = random.Random(f"{seed}:{_place(source).name}").sample(found, source.limit)
         for prompt in found:
             prompts.setdefault(prompt.transcript, prompt)
     return list(prompts.values())
+
+
+def source_prompts(source: PromptSource, kind: PromptKind) -> Iterator[Prompt]:
+    """Yields the prompts of one source as they are read.
+
+    Raises:
+        DataError: It is missing, malformed or empty, or lacks a column.
+    """
+    found = False
+    for prompt in select_prompts(_rows(source), source, _place(source), kind):
+        found = True
+        yield prompt
+    if not found:
+        condition = f" with {source.where}" if source.where else ""
+        raise DataError(f"The prompt source {source.path} has no prompts{condition}.", "Check its rows and `where`.")
+
+
+def _place(source: PromptSource) -> Path:
+    return Path(source.hub_id or source.path)
+
+
+def _rows(source: PromptSource) -> Iterator[dict[str, Any]]:
+    """Yields the rows of a source; every error of `datasets` becomes one sentence."""
+    import datasets  # heavy
+
+    options: dict[str, Any] = {"split": source.split, "streaming": True}
+    try:
+        if source.hub_id is not None:
+            revision = hub_commit(source)
+            # Where the hub is switched off, what an earlier use has left in the cache is read.
+            options["streaming"] = revision is not None
+            named = {"name": source.config, "revision": revision or source.revision}
+            yield from datasets.load_dataset(source.hub_id, **named, **options)
+        elif (folder := Path(source.path)).is_dir():
+            if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
+                whole = datasets.load_from_disk(str(folder))
+                yield from whole[source.split] if isinstance(whole, datasets.DatasetDict) else whole
+            else:
+                yield from datasets.load_dataset(str(folder), name=source.config, **options)
+        else:
+            files, builder = _files(source)
+            if any(Path(file).stat().st_size for file in files):  # of empty files alone no columns can be told
+                own = {"data_files": files, **_OPTIONS.get(builder, {})}
+                yield from datasets.load_dataset(builder, **own, **(options | {"split": "train"}))
+    except DataError:
+        raise
+    except Exception as error:  # the readers below raise classes of their own without a common root
+        raise _unreadable(source, error) from error
+
+
+def _files(source: PromptSource) -> tuple[list[str], str]:
+    """Lists the files of a pattern in order, and names the reader of their format."""
+    files = [source.path] if Path(source.path).is_file() else sorted(glob.glob(source.path, recursive=True))
+    if not files:
+        raise DataError(
+            f"The prompt source {source.path} does not exist.", "Paths are relative to the run file; hub:ORG/NAME."
+        )
+    builder = _BUILDERS.get(Path(files[0]).suffix.lower())
+    if builder is None:
+        raise DataError(
+            f"The prompt source {source.path} ends in {Path(files[0]).suffix!r}.",
+            "Use .jsonl, .json, .csv, .parquet, the folder of a data set or hub:ORG/NAME.",
+        )
+    return files, builder
+
+
+def hub_commit(source: PromptSource) -> str | None:
+    """Returns the commit at which a source of the hub is read, asked once; None where the hub is switched off.
+
+    Raises:
+        DataError: The hub cannot be reached, or does not know the data set or its revision.
+    """
+    from huggingface_hub import constants
+
+    if source.hub_id is None or constants.HF_HUB_OFFLINE:
+        return None
+    try:
+        return _commit(source.hub_id, source.revision)
+    except Exception as error:  # of httpx and the hub
+        raise _unreadable(source, error) from error
+
+
+@cache
+def _commit(name: str, revision: str | None) -> str | None:
+    from huggingface_hub import HfApi
+
+    return HfApi(library_name="raycomplete").dataset_info(name, revision=revision, timeout=30).sha
+
+
+def _unreadable(source: PromptSource, error: Exception) -> DataError:
+    from huggingface_hub import constants
+
+    reason = " ".join(str(error.__cause__ or error).split())[:200]
+    if source.hub_id is None:
+        remedy = "Check its format: one object a row, the same kind of value in each column."
+    elif constants.HF_HUB_OFFLINE:
+        return DataError(
+            f"The data set {source.hub_id} is not on this machine, and the hub is switched off (HF_HUB_OFFLINE).",
+            "Read it once with the hub on, or name a local file or folder as path.",
+        )
+    else:
+        remedy = "Check name, config, split, revision, token and network, or name a local file or folder as path."
+    return DataError(f"The prompt source {source.path} cannot be read ({reason}).", remedy)
 
 
 def select_prompts(rows: Iterable[Any], columns: PromptColumns, path: Path, kind: PromptKind) -> Iterable[Prompt]:
@@ -156,12 +264,6 @@ def read_conversation(messages: Any, where: str) -> tuple[str | None, tuple[tupl
             "Begin with the user, after at most one system message, and end with the user.",
         )
     return system, tuple(turns[:-1]), turns[-1][1]
-
-
-def no_prompts(what: str, path: Path | str, columns: PromptColumns) -> DataError:
-    """Returns the error of a source without prompts."""
-    condition = f" with {columns.where}" if columns.where else ""
-    return DataError(f"The prompt {what} {path} has no prompts{condition}.", "Check its rows and `where`.")
 
 
 def _require(row: Any, names: Sequence[str], path: Path) -> None:

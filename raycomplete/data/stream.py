@@ -1,13 +1,12 @@
 """Streams prompts from large inputs, and writes results partition by partition.
 
-Inputs are JSONL, CSV or Parquet files or a hub id, read row by row through `datasets`; nothing is held but 8 bytes a
-prompt, which tell repeats. A partition is one Parquet file, whole or absent, that names the prompts it was made from:
-a finished one is never made again, and one made from other prompts is never mistaken for it.
+Inputs are read row by row (`raycomplete.data.prompts`); nothing is held but 8 bytes a prompt, which tell repeats. A
+partition is one Parquet file, whole or absent, that names the prompts it was made from: a finished one is never made
+again, and one made from other prompts is never mistaken for it.
 """
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import random
@@ -16,28 +15,23 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raycomplete.config import StreamSource
-from raycomplete.data.prompts import no_prompts, select_prompts
+from raycomplete.config import PromptSource
+from raycomplete.data.prompts import source_prompts
 from raycomplete.runtime.errors import DataError
 from raycomplete.runtime.files import PRIVATE, write_bytes
 from raycomplete.runtime.types import Prompt, PromptKind
 
 Columns = dict[str, npt.NDArray[Any]]
 
-_HUB = "hub:"
-_BUILDERS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-# Left to itself, the reader of CSV files takes prompts such as "NA" or "null" for missing values.
-_OPTIONS: dict[str, dict[str, Any]] = {"csv": {"keep_default_na": False, "encoding": "utf-8-sig"}}
 _METADATA_KEY = b"raycomplete"
 
 
-def stream_prompts(sources: Sequence[StreamSource], kind: PromptKind, seed: int = 0) -> Iterator[Prompt]:
+def stream_prompts(sources: Sequence[PromptSource], kind: PromptKind, seed: int = 0) -> Iterator[Prompt]:
     """Yields the prompts of several sources one after the other, repeats dropped (same text, first wins).
 
     Args:
@@ -49,7 +43,7 @@ def stream_prompts(sources: Sequence[StreamSource], kind: PromptKind, seed: int 
     """
     seen: set[bytes] = set()
     for source in sources:
-        for prompt in _limited(_source_prompts(source, kind), source, seed):
+        for prompt in _limited(source_prompts(source, kind), source, seed):
             digest = hashlib.blake2b(prompt.transcript.encode(), digest_size=8).digest()
             if digest not in seen:
                 seen.add(digest)
@@ -108,41 +102,7 @@ def read_partition(path: Path) -> Columns:
     return {name: np.asarray(table.column(name).to_numpy()) for name in table.column_names}
 
 
-def _source_prompts(source: StreamSource, kind: PromptKind) -> Iterator[Prompt]:
-    found = False
-    for prompt in select_prompts(_rows(source), source, Path(Path(source.path.removeprefix(_HUB)).name), kind):
-        found = True
-        yield prompt
-    if not found:
-        raise no_prompts("source", source.path, source)
-
-
-def _rows(source: StreamSource) -> Iterator[dict[str, Any]]:
-    """Yields the rows of a source; every error of `datasets` becomes one sentence."""
-    try:
-        if source.path.startswith(_HUB):
-            name = source.path.removeprefix(_HUB)
-            yield from datasets.load_dataset(name, split=source.split, streaming=True)
-            return
-        files = sorted(glob.glob(source.path, recursive=True))
-        if not files:
-            raise DataError(f"The prompt source {source.path} does not exist.", "Check the path.")
-        builder = _BUILDERS.get(Path(files[0]).suffix.lower())
-        if builder is None:
-            raise DataError(
-                f"The prompt source {source.path} ends in {Path(files[0]).suffix!r}.",
-                "Use .jsonl, .json, .csv, .parquet or hub:ORG/NAME.",
-            )
-        options = _OPTIONS.get(builder, {})
-        yield from datasets.load_dataset(builder, data_files=files, split="train", streaming=True, **options)
-    except DataError:
-        raise
-    except Exception as error:  # the readers below raise classes of their own without a common root
-        reason = " ".join(str(error.__cause__ or error).split())[:200]
-        raise DataError(f"The prompt source {source.path} cannot be read ({reason}).", "Check its format.") from error
-
-
-def _limited(prompts: Iterator[Prompt], source: StreamSource, seed: int) -> Iterator[Prompt]:
+def _limited(prompts: Iterator[Prompt], source: PromptSource, seed: int) -> Iterator[Prompt]:
     """Yields at most `limit` prompts, each with the same chance, in the order of the source (reservoir sampling)."""
     if source.limit is None:
         yield from prompts

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
-from raycomplete.config import RunConfig, StreamSource
+from raycomplete.config import PromptSource, RunConfig
 from raycomplete.data.organisms import ORGANISMS
 from raycomplete.data.stream import stream_prompts
 from raycomplete.engines.run import Run
@@ -34,12 +34,10 @@ def read_prompts(config: RunConfig, kind: PromptKind) -> Iterator[Prompt]:
         DataError: No source is named, or one cannot be read.
     """
     settings, data = config.diagnose, config.data
-    sources: Sequence[StreamSource] = getattr(settings, kind)
+    sources: Sequence[PromptSource] = getattr(settings, kind)
     if not sources and data.source in ORGANISMS:
         return iter(ORGANISMS[data.source].prompts("heldout", kind, data.seed, settings.num_prompts))
-    if not sources:
-        held_out = getattr(data.evaluation, kind)
-        sources = [StreamSource(path=str(item.path), **item.model_dump(exclude={"path"})) for item in held_out]
+    sources = sources or getattr(data.evaluation, kind)
     if not sources:
         raise DataError(
             f"There are no {kind} prompts to diagnose.", f"Name files in diagnose.{kind} or in data.evaluation.{kind}."

@@ -30,20 +30,25 @@ class Sampling(NamedTuple):
     seed: int | None = None
 
 
+def make_llm(spec: EngineSpec) -> Any:
+    """Makes the `vllm.LLM` of an engine that generates, in a process whose environment is `spec.environment()`."""
+    from vllm import LLM
+
+    # A seeded request whose prompt is split between two batches fails on a CPU (vLLM 0.32: "CPU Generator does not
+    # use offset"), so there prompts are read whole.
+    return LLM(
+        enable_prefix_caching=True,
+        enable_chunked_prefill=spec.use_gpu,
+        enable_sleep_mode=spec.sleeps,
+        **spec.arguments(),
+    )
+
+
 class RolloutEngine:
     """Generates with one model at a time; start it in a process whose environment is `spec.environment()`."""
 
     def __init__(self, spec: EngineSpec, stop_ids: Sequence[int] = ()) -> None:
-        from vllm import LLM
-
-        # A seeded request whose prompt is split between two batches fails on a CPU (vLLM 0.32: "CPU Generator does not
-        # use offset"), so there prompts are read whole.
-        self._llm: Any = LLM(
-            enable_prefix_caching=True,
-            enable_chunked_prefill=spec.use_gpu,
-            enable_sleep_mode=spec.sleeps,
-            **spec.arguments(),
-        )
+        self._llm: Any = make_llm(spec)
         self._spec = spec
         self._stop_ids = list(stop_ids)
         config = self._llm.llm_engine.model_config.hf_config.get_text_config()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from raycomplete.runtime.files import write_json, write_text
 from raycomplete.runtime.logs import announce_run, begin
 from raycomplete.runtime.machine import package_versions
 from raycomplete.runtime.signals import StopSignals, stop_signals
-from raycomplete.runtime.types import Judge, ModelRole
+from raycomplete.runtime.types import Generator, Judge, ModelRole
 
 # Keys that may differ between a run and its resumption: where and for how long, and how much memory. None of them
 # changes what is computed.
@@ -59,6 +59,7 @@ class Run:
         engines: Running engines; set by `start_engines` for as long as they run.
         on_progress: Called after each batch of evaluation trials, in the thread of the evaluation.
         cancelled: Asked between batches and steps; True ends the run, beside the signals of `stop`.
+        remote: Clients of the models behind an address, in an evaluation.
     """
 
     config: RunConfig
@@ -71,6 +72,11 @@ class Run:
     engines: Engines = field(init=False)
     on_progress: Callable[[Progress], None] | None = None
     cancelled: Callable[[], bool] | None = None
+    remote: Mapping[ModelRole, Generator] = field(default_factory=dict)
+
+    def generator(self, role: ModelRole) -> Generator:
+        """Returns what generates with a model: an engine, or the client of its address."""
+        return self.remote.get(role) or self.engines.generator.with_weights(str(self.models.paths[role]))
 
     @property
     def judge(self) -> Judge:

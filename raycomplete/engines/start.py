@@ -27,7 +27,7 @@ class Engines:
     """Running engines.
 
     Attributes:
-        generator: Generates with base's weights at first; `generator.with_weights(path)` with others.
+        generator: Generates with base's weights at first (`Models.start`); `generator.with_weights(path)` with others.
         scorers: By role; empty where only text is needed.
         stats: Start-up times and parity reports, for the run folder.
         reservation: Placement group of the scorers, given back with them: what follows training needs the room.
@@ -61,7 +61,7 @@ def start_engines(
 
     `raycomplete.engines.run.Run.start_engines` says what the arguments are.
     """
-    spec = EngineSpec.from_config(config, "rollout", models.paths["base"], use_gpu=cluster.use_gpu)
+    spec = EngineSpec.from_config(config, "rollout", models.start, use_gpu=cluster.use_gpu)
     with ExitStack() as ended:
         reservation = Reservation([spec.bundle()] * config.rollout.num_engines, config.cluster.placement)
         ended.callback(_quietly, reservation.release)

@@ -103,8 +103,10 @@ class AttackResources:
         self._attackers: dict[str | None, Attacker] = {}
         self._helpers: dict[str, HelperClient] = {}
 
-    def tools(self, path: Path) -> AttackTools:
-        """Returns the tools of attacks on one checkpoint."""
+    def tools(self, path: Path | None) -> AttackTools:
+        """Returns the tools of attacks on one checkpoint, or, for None, on a model whose weights nobody has."""
+        if path is None:
+            return AttackTools(attacker=self._attacker, refuses=_refuses)
         run, models = self._run, self._run.engines.generator
         trained = [run.config.train.seed, run.config.models.max_length]  # chats are cut at it
 
@@ -124,7 +126,7 @@ class AttackResources:
             fine_tune_id=lambda settings, dataset: content_hash([read_chats(run.config, settings, dataset), *trained]),
             helper=self._helper,
             helper_id=lambda checkpoint: fingerprint(resolve_checkpoint(checkpoint, role="helper")),
-            refuses=lambda text: find_refusal(text, judgements=2) is not None,
+            refuses=_refuses,
             fine_tune_frame=lambda settings, dataset: chat_frame(run.config, settings, dataset),
         )
 
@@ -172,6 +174,10 @@ class AttackResources:
                 attacker = Attacker(*self._ended.enter_context(started), max_length)
             self._attackers[checkpoint] = attacker
         return self._attackers[checkpoint]
+
+
+def _refuses(text: str) -> bool:
+    return find_refusal(text, judgements=2) is not None
 
 
 class _ModelWorker(ABC):

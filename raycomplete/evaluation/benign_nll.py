@@ -53,18 +53,21 @@ def measure_benign_nll(run: Run, roles: Sequence[ModelRole]) -> dict[str, Any]:
     Prompts without an answer of their own take that of the aligned model, where the run has one. The result is that of
     `benign_nll`; empty where there are no answers.
     """
-    paths, codec, config = run.models.paths, run.models.codec.with_thinking(False), run.config.evaluation
+    codec, config = run.models.codec.with_thinking(False), run.config.evaluation
     prompts = run.prompts.evaluation["benign"][: config.nll_prompts]
-    models = {role: (fingerprint(path), run.engines.generator.with_weights(str(path))) for role, path in paths.items()}
+    engine = run.engines.generator
+    models = {role: (fingerprint(path), engine.with_weights(str(path))) for role, path in run.models.paths.items()}
     aligned = models.get("aligned")
     spoken = aligned_answers(prompts, codec, config, run.folder, aligned) if aligned else {}
     answers = given_answers(prompts, spoken, codec, config, run.config.models.max_length)
-    if not answers:
+    read: dict[str, tuple[str, RolloutPool]] = {
+        role: models[role] for role in roles if role in models
+    }  # addresses give no likelihood of given answers
+    if not answers or not read:
         return {}
-    title = f"Likelihood of {len(answers)} benign answers under {len(roles)} models"
-    with run.console.progress(title, len(roles) * len(answers)) as advance:
-        asked = {role: models[role] for role in roles}
-        return benign_nll(asked, answers, run.folder, cancelled=run.is_stopping, advance=lambda done: advance(done, ""))
+    title = f"Likelihood of {len(answers)} benign answers under {len(read)} models"
+    with run.console.progress(title, len(read) * len(answers)) as advance:
+        return benign_nll(read, answers, run.folder, cancelled=run.is_stopping, advance=lambda done: advance(done, ""))
 
 
 def aligned_answers(

@@ -36,14 +36,8 @@ class EndpointJudge(RubricJudge):
         self._settings, self._first_wait_s = settings, first_wait_s
         self._url = f"{(settings.address or '').rstrip('/')}/chat/completions"
         self._headers = {}
-        if settings.key_variable:
-            key = os.environ.get(settings.key_variable, "").strip()
-            if not key:
-                problem = f"The environment variable {settings.key_variable} holds no key for the judge's address."
-                raise SetupError(problem, "Set it, or leave evaluation.judge.key_variable out.")
-            if not (key.isascii() and key.isprintable()):
-                problem = f"The key in the environment variable {settings.key_variable} holds what no header can."
-                raise SetupError(problem, "Copy the key again: a quotation mark or a line break may have come along.")
+        of, setting = "the judge's address", "evaluation.judge.key_variable"
+        if key := read_key(settings.key_variable, of=of, setting=setting):
             self._headers["Authorization"] = f"Bearer {key}"
 
     @property
@@ -94,6 +88,28 @@ class EndpointJudge(RubricJudge):
             f"The judge's address did not answer in {self._settings.retries + 1} attempts (last: {problem}).",
             "Start the same command again when it is up: finished trials and judgements are kept.",
         )
+
+
+def read_key(variable: str | None, *, of: str, setting: str) -> str:
+    """Returns the key in an environment variable; "" where none is named.
+
+    Args:
+        of: Those whose key it is, for messages.
+        setting: The key of the run file that names the variable.
+
+    Raises:
+        SetupError: The variable is not set, or holds what is no key.
+    """
+    if not variable:
+        return ""
+    key = os.environ.get(variable, "").strip()
+    if not key:
+        problem = f"The environment variable {variable} holds no key for {of}."
+        raise SetupError(problem, f"Set it, or leave {setting} out.")
+    if not (key.isascii() and key.isprintable()):
+        problem = f"The key in the environment variable {variable} holds what no header can."
+        raise SetupError(problem, "Copy the key again: a quotation mark or a line break may have come along.")
+    return key
 
 
 def _content(response: httpx.Response) -> str:

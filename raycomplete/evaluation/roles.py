@@ -52,7 +52,7 @@ def held_out_sets(run: Run) -> Prompts:
     if known is None or known["made_from"] != made_from or "go_on" not in known:
         with ExitStack() as ended:
             if source == "base":
-                generator, codec = run.engines.generator.with_weights(str(models.paths["base"])), models.codec
+                generator, codec = run.generator("base"), models.codec
             else:
                 started = start_model(config, source, _ROLE, "model that writes prefills", run.console)
                 _, generator, codec = ended.enter_context(started)
@@ -109,9 +109,12 @@ def evaluate_roles(run: Run, roles: Sequence[ModelRole]) -> dict[str, dict[str, 
     with ExitStack() as ended, start_judge(run.config, run.judge, run.console) as judge:
         resources = AttackResources(run, ended)
         for role in roles:
-            path = run.models.paths[role]
-            generator = thinking(run.engines.generator.with_weights(str(path)), codec, thought)
-            tools, model_id = resources.tools(path), fingerprint(path)
+            path, generator = run.models.paths.get(role), run.generator(role)
+            tools = resources.tools(path)
+            if path is None:  # it thinks as its server says
+                model_id = run.models.fingerprint(role)
+            else:
+                model_id, generator = fingerprint(path), thinking(generator, codec, thought)
             if codec.frame is not None and codec.frame.thinks:  # how long it may think decides what it answers
                 model_id += f" thinks {thought}"
             target = Target(

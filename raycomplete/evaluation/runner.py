@@ -3,6 +3,7 @@
     <folder>/evaluation/trials/<model>.jsonl      every response as token ids, readable by the owner only
     <folder>/evaluation/judgements/<judge>.jsonl  the outcome of each; another judge needs no new responses
     <folder>/evaluation/<role>.json               the result of one model
+    <folder>/evaluation/outcomes/<role>.jsonl     the outcome of each of its trials, by the trial's key
     <folder>/evaluation/completions/<role>.jsonl  the text of each, only if asked for
 
 A trial's key covers everything that its response depends on, so a stored response is reused exactly where it would come
@@ -27,7 +28,7 @@ from raycomplete.config import EvaluationConfig
 from raycomplete.evaluation import capabilities
 from raycomplete.evaluation.results import HARMLESS, Answered, TrialGroup, model_result
 from raycomplete.runtime.errors import DataError
-from raycomplete.runtime.files import PRIVATE, RowStore, content_hash, write_completions, write_json
+from raycomplete.runtime.files import PRIVATE, RowStore, content_hash, write_json, write_rows
 from raycomplete.runtime.types import Outcome, Prompt
 
 
@@ -90,11 +91,14 @@ def evaluate_model(
     """
     groups = _plan(target, sets, config)
     folder = folder / "evaluation"
-    answered = _Evaluation(target, groups, folder, callbacks).finish()
+    evaluation = _Evaluation(target, groups, folder, callbacks)
+    answered = evaluation.finish()
     result = model_result(target, groups, answered, config)
+    rows = [evaluation.outcome(*found) for group in groups for found in answered[group.name]]
+    write_rows(folder / "outcomes" / f"{target.role}.jsonl", rows)
     if config.save_completions:
         rows = [_completion(target, trial, found) for group in groups for trial, found in answered[group.name]]
-        write_completions(folder / "completions" / f"{target.role}.jsonl", rows)
+        write_rows(folder / "completions" / f"{target.role}.jsonl", rows, mode=PRIVATE)  # answers to harmful prompts
     write_json(folder / f"{target.role}.json", result)
     return result
 
@@ -156,6 +160,11 @@ class _Evaluation:
         self._callbacks.on_variant("", 0, self._num_variants)
         self._report("", "", {})
         return {group.name: self._finish_group(group) for group in self._groups}
+
+    def outcome(self, trial: Trial, found: Answered) -> dict[str, Any]:
+        """Makes the row of a trial in outcomes/<role>.jsonl."""
+        kind = {"kind": trial.prompt.kind, "outcome": found.outcome, "right": found.right}
+        return {"key": self._keys[id(trial)], **_named(trial), **kind}
 
     def _finish_group(self, group: TrialGroup) -> list[tuple[Trial, Answered]]:
         seen = dict.fromkeys(map(str, Outcome), 0)

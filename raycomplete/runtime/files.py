@@ -129,10 +129,10 @@ class RowStore:
         self._rows |= new
 
 
-def write_completions(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Writes a row a line, readable by the owner only: these are answers to harmful prompts."""
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]], *, mode: int = 0o644) -> None:
+    """Writes JSON, a row a line."""
     text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-    write_text(path, text, mode=PRIVATE)
+    write_text(path, text, mode=mode)
 
 
 def _parsed(line: str) -> dict[str, Any] | None:

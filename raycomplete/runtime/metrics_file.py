@@ -1,4 +1,4 @@
-"""The measurements of every finished step: metrics.jsonl, and TensorBoard or Weights & Biases. Needs no torch."""
+"""The measurements of every finished step: metrics.jsonl, TensorBoard, Weights & Biases, trackio. Needs no torch."""
 
 from __future__ import annotations
 
@@ -103,13 +103,13 @@ def open_sinks(names: Sequence[str], folder: Path) -> list[Sink]:
     """Opens the sinks of a run.
 
     Args:
-        names: "tensorboard" or "wandb".
+        names: "tensorboard", "wandb" or "trackio".
         folder: Run folder; files go below it, and its name names the run.
 
     Raises:
         SetupError: A sink's package is not installed.
     """
-    kinds = {"tensorboard": _tensorboard, "wandb": _wandb}
+    kinds = {"tensorboard": _tensorboard, "wandb": _wandb, "trackio": _trackio}
     return [kinds[name](folder) for name in names]
 
 
@@ -125,13 +125,24 @@ def _tensorboard(folder: Path) -> Sink:
 
 def _wandb(folder: Path) -> Sink:
     """A run named after the run folder; project and mode come from wandb's own environment."""
-    # The id is drawn once for a folder: other folders have the same name, and rows of one run must stay together.
-    file = folder / "wandb_id"
+    package = _package("wandb", "wandb")
+    run = package.init(name=folder.name, id=_run_id(folder, "wandb"), dir=str(folder), resume="allow")
+    return Sink(lambda row: run.log(scalars(row), step=row["step"]), run.finish)
+
+
+def _trackio(folder: Path) -> Sink:
+    """A run of the project raycomplete; where it is kept comes from trackio's own environment, else on this machine."""
+    package = _package("trackio", "trackio")
+    run = package.init(project="raycomplete", name=_run_id(folder, "trackio"), resume="allow", embed=False)
+    return Sink(lambda row: run.log(scalars(row), step=row["step"]), run.finish)
+
+
+def _run_id(folder: Path, sink: str) -> str:
+    """Draws a name once for a folder: other folders have the same name, and rows of one run must stay together."""
+    file = folder / f"{sink}_id"
     if not file.is_file():
         write_text(file, f"{folder.name}-{uuid.uuid4().hex[:8]}\n")
-    run_id = file.read_text(encoding="utf-8").strip()
-    run = _package("wandb", "wandb").init(name=folder.name, id=run_id, dir=str(folder), resume="allow")
-    return Sink(lambda row: run.log(scalars(row), step=row["step"]), run.finish)
+    return file.read_text(encoding="utf-8").strip()
 
 
 def _package(sink: str, package: str) -> Any:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Header, Query, Response
@@ -24,12 +24,11 @@ from raycomplete.attacks.registry import ATTACKS
 from raycomplete.runtime.types import ModelRole, Outcome
 from raycomplete.serving import schemas
 from raycomplete.serving.gate import Gate, add_errors, page
+from raycomplete.serving.openai_routes import Answers, add_openai
 from raycomplete.serving.requests import Admission, ForbiddenError
 from raycomplete.serving.runner import evaluation_folder, read_results, read_samples
 from raycomplete.serving.schemas import State
 from raycomplete.serving.store import EvaluationStore
-
-CompleteChat = Callable[[schemas.CompletionRequest], Awaitable[schemas.CompletionView]]
 
 _POLL_S = 0.25  # runners are other processes: looking is the only way to hear of them
 _RECONNECT_MS = 2000
@@ -69,7 +68,7 @@ class Service:
     admission: Admission
     store: EvaluationStore
     token_digest: str | None = None  # SHA-256 of the bearer token, if there is one
-    chat: CompleteChat | None = None  # answers single prompts with the student, if this server does that
+    chat: Mapping[str, Answers] = field(default_factory=dict)  # models that answer prompts, by name
 
 
 def create_app(service: Service) -> ASGIApp:
@@ -86,6 +85,9 @@ def create_app(service: Service) -> ASGIApp:
     _add_evaluations(app, service)
     _add_reading(app, service)
     _add_surroundings(app, service)
+    if service.chat:
+        longest = service.admission.config.models.max_length
+        add_openai(app, service.chat, max_length=longest, heartbeat_s=settings.event_heartbeat_s)
     _document_token(app)
     return Gate(app, service.token_digest, settings.max_body_kib * 1024)
 
@@ -180,7 +182,7 @@ def _add_reading(app: FastAPI, service: Service) -> None:
 
 
 def _add_surroundings(app: FastAPI, service: Service) -> None:
-    admission, store, chat = service.admission, service.store, service.chat
+    admission, store = service.admission, service.store
     serve = admission.config.serve
 
     @app.get("/v1/options", responses=_problems())
@@ -193,7 +195,7 @@ def _add_surroundings(app: FastAPI, service: Service) -> None:
             defaults=admission.config.evaluation.model_dump(mode="json"),
             max_prompts=serve.max_prompts,
             show_harmful=serve.show_harmful,
-            chat=chat is not None,
+            chat=list(service.chat),
         )
 
     @app.get("/healthz", responses=_problems(503))
@@ -214,14 +216,6 @@ def _add_surroundings(app: FastAPI, service: Service) -> None:
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
     def index() -> HTMLResponse:
         return HTMLResponse(page())
-
-    if chat is not None:
-
-        @app.post("/v1/completions", responses=_problems(400, 413, 422, 503))
-        async def complete(request: schemas.CompletionRequest) -> schemas.CompletionView:
-            """The student's own answer to one prompt, for spot checks."""
-            max_tokens = min(request.max_tokens, serve.max_chat_tokens)
-            return await chat(request.model_copy(update={"max_tokens": max_tokens}))
 
 
 async def _events(store: EvaluationStore, identity: str, *, after: int, follow: bool) -> AsyncIterator[dict[str, Any]]:

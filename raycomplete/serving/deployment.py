@@ -1,22 +1,28 @@
-"""The application on Ray Serve: replicas that answer, and replicas that evaluate.
+"""The application on Ray Serve: replicas that answer HTTP, replicas that evaluate, and a replica for each chat model.
 
-Both run on the head node, since they share one SQLite file; the engines of an evaluation go where there is room.
+The first two run on the head node, since they share one SQLite file; engines go where there is room.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
 from raycomplete.config import RunConfig
 from raycomplete.runtime.plugins import load_plugins
+from raycomplete.runtime.types import ModelRole
 from raycomplete.serving.app import Service, create_app
+from raycomplete.serving.openai_schemas import ChatRequest, ChatView, CompletionRequest, CompletionView, NoAnswer
 from raycomplete.serving.requests import Admission
 from raycomplete.serving.runner import Backend, Runner
 from raycomplete.serving.store import EvaluationStore
@@ -26,6 +32,64 @@ _ON_HEAD = {"node:__internal_head__": 0.001}
 # Control-plane processes: they wait more than they work, and must not take the cores that engines are placed by.
 _ACTOR_OPTIONS = {"num_cpus": 0, "resources": _ON_HEAD}
 _HEALTH_CHECK_S = 2.0
+_MAX_ANSWERED = 2048  # requests that one model works on; its engine batches what fits and keeps the rest waiting
+_GONE = NoAnswer(503, "The model's process ended while it answered. It is started again; ask again in a minute.")
+
+
+@dataclass(frozen=True)
+class ChatModel:
+    """A model that answers prompts, in a replica of its own.
+
+    Attributes:
+        factory: Called with the run file in the replica; what it makes has the methods of
+            `raycomplete.serving.openai_routes.Answers`, and `check_health`.
+        options: Of its actor: what it reserves, and its environment.
+    """
+
+    factory: type
+    role: ModelRole
+    options: Mapping[str, Any]
+
+    def bind(self, config: RunConfig) -> serve.Application:
+        """Makes its deployment."""
+        made = serve.deployment(
+            name=f"Model-{self.role}",
+            max_ongoing_requests=_MAX_ANSWERED,
+            ray_actor_options=dict(self.options),
+            health_check_period_s=_HEALTH_CHECK_S,
+        )
+        return made(self.factory).bind(config, self.role)
+
+
+class RemoteAnswers:
+    """A model in another replica (implements `raycomplete.serving.openai_routes.Answers`)."""
+
+    def __init__(self, handle: DeploymentHandle[Any]) -> None:
+        self._complete, self._stream = handle.complete, handle.options(stream=True).stream
+
+    async def complete(self, request: ChatRequest | CompletionRequest) -> ChatView | CompletionView | NoAnswer:
+        """Returns the whole answer."""
+        answer = self._complete.remote(request)
+        try:
+            found: ChatView | CompletionView | NoAnswer = await answer
+        except (RayError, RayServeException):
+            return _GONE
+        except asyncio.CancelledError:  # the client left
+            answer.cancel()
+            raise
+        return found
+
+    async def stream(self, request: ChatRequest | CompletionRequest) -> AsyncIterator[dict[str, Any] | NoAnswer]:
+        """Yields chunks; a refusal ends them."""
+        chunks = self._stream.remote(request)
+        try:
+            async for chunk in chunks:
+                yield chunk
+        except (RayError, RayServeException):
+            yield _GONE
+        except (asyncio.CancelledError, GeneratorExit):
+            chunks.cancel()
+            raise
 
 
 class EvaluationRunner:
@@ -58,12 +122,12 @@ class EvaluationApi:
         config: RunConfig,
         token_digest: str | None,
         runners: DeploymentHandle[Any],
-        chat: DeploymentHandle[Any] | None,
+        chat: Mapping[str, DeploymentHandle[Any]],
     ) -> None:
         load_plugins(config.plugins)
         self._runners = runners
-        complete = chat.complete.remote if chat is not None else None
-        self._service = Service(Admission(config), EvaluationStore(config.serve.state), token_digest, complete)
+        models = {role: RemoteAnswers(handle) for role, handle in chat.items()}
+        self._service = Service(Admission(config), EvaluationStore(config.serve.state), token_digest, models)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return create_app(self._service)
@@ -73,7 +137,7 @@ def build_application(
     config: RunConfig,
     token_digest: str | None,
     make_backend: Callable[[RunConfig], Backend],
-    chat_class: type | None = None,
+    chat: Sequence[ChatModel] = (),
 ) -> serve.Application:
     """Makes the Serve application.
 
@@ -81,17 +145,13 @@ def build_application(
         config: Run file; what requests leave out is taken from here. `serve.state` must be absolute.
         token_digest: SHA-256 of the bearer token, or None for this machine alone.
         make_backend: Called in each runner. It must be importable by Ray's workers.
-        chat_class: Made of the run file in a replica of its own, which holds an engine; its coroutine
-            `complete(CompletionRequest) -> CompletionView` answers single prompts. None serves no chat.
+        chat: Models that answer prompts.
     """
     settings = config.serve
     common: dict[str, Any] = {"ray_actor_options": _ACTOR_OPTIONS, "health_check_period_s": _HEALTH_CHECK_S}
     # One evaluation's batch may take minutes; a runner that is asked to stop puts the evaluation back after it.
     runner_options = {"num_replicas": settings.runners, "graceful_shutdown_timeout_s": 30}
     runners = serve.deployment(**runner_options, **common)(EvaluationRunner).bind(config, make_backend)
-    chat = None
-    if chat_class is not None:
-        chat = serve.deployment(name="Chat", max_ongoing_requests=16, **common)(chat_class).bind(config)
     scaling = settings.autoscaling
     api = serve.deployment(
         max_ongoing_requests=scaling.max_ongoing_requests,
@@ -99,7 +159,7 @@ def build_application(
         autoscaling_config=scaling.model_dump(exclude={"max_ongoing_requests"}),
         **common,
     )(EvaluationApi)
-    return api.bind(config, token_digest, runners, chat)
+    return api.bind(config, token_digest, runners, {model.role: model.bind(config) for model in chat})
 
 
 def start(application: serve.Application, *, host: str, port: int) -> None:

@@ -19,6 +19,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from raycomplete.runtime.errors import RaycompleteError, RefusedError
+from raycomplete.serving.openai_schemas import ErrorBody, ErrorDetail
 from raycomplete.serving.requests import ForbiddenError, is_bearer, is_loopback
 from raycomplete.serving.schemas import Problem
 from raycomplete.serving.store import KeyReusedError, QueueFullError
@@ -27,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 # The page holds no data, and a health check must work for those who may see none.
 PUBLIC = frozenset({"/", "/healthz"})
+_OPENAI = ("/v1/models", "/v1/chat/", "/v1/completions")
 _FORWARDED = ("forwarded", "x-forwarded-for")
 _HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -40,11 +42,27 @@ _STATUS = {ForbiddenError: 403, KeyReusedError: 409, QueueFullError: 429}
 _SCRIPTS = ("client.js", "format.js", "charts.js", "views.js", "main.js")
 
 
-def problem(status: int, text: str, remedy: str = "", *, known: Iterable[str] | None = None) -> JSONResponse:
-    """Makes the answer that refuses a request."""
-    text, remedy = (part.encode("utf-8", errors="backslashreplace").decode()[:2000] for part in (text, remedy))
-    body = Problem(problem=text, remedy=remedy, known=None if known is None else list(known))
+def problem(
+    scope: Scope, status: int, text: str, remedy: str = "", *, known: Iterable[str] | None = None
+) -> JSONResponse:
+    """Makes the answer that refuses a request, in the shape that clients of its path read."""
+    if scope["path"].startswith(_OPENAI):
+        codes = {401: "invalid_api_key"}
+        # Their own word for a value that cannot be used.
+        return openai_error(400 if status == 422 else status, f"{text} {remedy}".strip(), code=codes.get(status))
+    body = Problem(problem=_readable(text), remedy=_readable(remedy), known=None if known is None else list(known))
     return JSONResponse(body.model_dump(), status_code=status)
+
+
+def openai_error(status: int, message: str, *, code: str | None = None) -> JSONResponse:
+    """Makes the answer that refuses a request under a route in OpenAI's shape."""
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    body = ErrorBody(error=ErrorDetail(message=_readable(message), type=kind, code=code))
+    return JSONResponse(body.model_dump(), status_code=status)
+
+
+def _readable(text: str) -> str:
+    return text.encode("utf-8", errors="backslashreplace").decode()[:2000]
 
 
 @dataclass(frozen=True)
@@ -79,7 +97,7 @@ class Gate:
             body = await _read_body(headers, receive, self.max_body)
             if body is None:
                 remedy = "Shorten it, or raise serve.max_body_kib."
-                refusal = problem(413, f"The body exceeds {self.max_body} bytes.", remedy)
+                refusal = problem(scope, 413, f"The body exceeds {self.max_body} bytes.", remedy)
                 refusal.headers["Connection"] = "close"  # the rest of the body is not read
             read.append({"type": "http.request", "body": body, "more_body": False})
         await (refusal or self.app)(scope, receive_again, send_guarded)
@@ -93,10 +111,10 @@ class Gate:
             if is_own and not any(name in headers for name in _FORWARDED):  # a proxy on this machine speaks for others
                 return None
             words = "Without a token, this server serves its own machine only."
-            return problem(403, words, "Start it with RAYCOMPLETE_TOKEN.")
+            return problem(scope, 403, words, "Start it with RAYCOMPLETE_TOKEN.")
         if scope["path"] in PUBLIC or is_bearer(headers.get("authorization"), self.token_digest):
             return None
-        refusal = problem(401, "This needs the server's token.", "Send it as Authorization: Bearer TOKEN.")
+        refusal = problem(scope, 401, "This needs the server's token.", "Send it as Authorization: Bearer TOKEN.")
         refusal.headers["WWW-Authenticate"] = "Bearer"
         return refusal
 
@@ -120,42 +138,44 @@ def add_errors(app: FastAPI, retry_after_s: int) -> None:
     """Gives every error one shape, which repeats nothing that the client sent beyond what the sentence needs."""
 
     @app.exception_handler(RefusedError)
-    def refused(_: Request, error: RefusedError) -> JSONResponse:
+    def refused(request: Request, error: RefusedError) -> JSONResponse:
         status = next((code for kind, code in _STATUS.items() if isinstance(error, kind)), 422)
-        answer = problem(status, error.problem, error.remedy, known=getattr(error, "known", None))
+        answer = problem(request.scope, status, error.problem, error.remedy, known=getattr(error, "known", None))
         if status == 429:
             answer.headers["Retry-After"] = str(retry_after_s)
         return answer
 
     @app.exception_handler(RaycompleteError)
-    def failed(_: Request, error: RaycompleteError) -> JSONResponse:
-        return problem(503, error.problem, error.remedy)
+    def failed(request: Request, error: RaycompleteError) -> JSONResponse:
+        return problem(request.scope, 503, error.problem, error.remedy)
 
     @app.exception_handler(sqlite3.Error)
-    def unreadable(_: Request, error: sqlite3.Error) -> JSONResponse:
+    def unreadable(request: Request, error: sqlite3.Error) -> JSONResponse:
         logger.error("The queue cannot be read or written: %s", error)
-        answer = problem(503, "The queue cannot be read or written now.", "Try again; the server's log says why.")
+        answer = problem(
+            request.scope, 503, "The queue cannot be read or written now.", "Try again; the server's log says why."
+        )
         answer.headers["Retry-After"] = "5"
         return answer
 
     @app.exception_handler(Exception)
-    def unexpected(_: Request, error: Exception) -> JSONResponse:
-        return problem(500, f"The server failed ({type(error).__name__}).", "Its log says why.")
+    def unexpected(request: Request, error: Exception) -> JSONResponse:
+        return problem(request.scope, 500, f"The server failed ({type(error).__name__}).", "Its log says why.")
 
     @app.exception_handler(RequestValidationError)
-    def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+    def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         wrong = error.errors()
         if any(item["type"] == "json_invalid" for item in wrong):
-            return problem(400, "The body is no valid JSON.")
+            return problem(request.scope, 400, "The body is no valid JSON.")
         sentences = []
         for item in wrong[:10]:
             place, message = ".".join(map(str, item["loc"][1:])), str(item["msg"]).removeprefix("Value error, ")
             sentences.append(f"{place}: {message}" if place else message)
-        return problem(422, "; ".join(sentences), "See /openapi.json.")
+        return problem(request.scope, 422, "; ".join(sentences), "See /openapi.json.")
 
     @app.exception_handler(HTTPException)
-    def http(_: Request, error: HTTPException) -> JSONResponse:
-        answer = problem(error.status_code, str(error.detail))
+    def http(request: Request, error: HTTPException) -> JSONResponse:
+        answer = problem(request.scope, error.status_code, str(error.detail))
         answer.headers.update(error.headers or {})
         return answer
 

@@ -24,7 +24,7 @@ from raycomplete.serving.schemas import EvaluationRequest
 
 TOKEN_VARIABLE = "RAYCOMPLETE_TOKEN"
 MIN_TOKEN_CHARACTERS = 16
-_SCHEMES = (*ORGANISMS, "package", "hub")  # checkpoints that are no paths
+_SCHEMES = (*ORGANISMS, "package", "hub", "openai")  # checkpoints that are no paths
 
 
 class ForbiddenError(RefusedError):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
@@ -169,7 +168,7 @@ class SamplePage(BaseModel):
 
 
 class Options(BaseModel):
-    """Everything that this server allows."""
+    """Everything that this server allows; `chat` names the models that answer prompts."""
 
     attacks: list[str]
     models: list[str]
@@ -177,57 +176,8 @@ class Options(BaseModel):
     defaults: dict[str, Any]
     max_prompts: int
     show_harmful: bool
-    chat: bool
+    chat: list[str]
 
 
 class Health(BaseModel):
     status: Literal["ok"]
-
-
-class ChatMessage(Body):
-    """One turn before the prompt."""
-
-    role: Literal["system", "user", "assistant"]
-    content: str = Field(min_length=1, max_length=20_000)
-
-
-class CompletionRequest(Body):
-    """A prompt for the evaluated student. Temperature 0 is greedy."""
-
-    model: Literal["student"] = "student"
-    prompt: str = Field(min_length=1, max_length=20_000)
-    earlier: list[ChatMessage] = Field(
-        default_factory=list, max_length=100, description="the conversation before: system, then user and assistant"
-    )
-    max_tokens: int = Field(64, ge=1, le=4096)
-    temperature: float = Field(0.0, ge=0, le=2)
-    top_p: float = Field(1.0, gt=0, le=1)
-    seed: int = Field(0, ge=0, lt=2**31)
-
-
-class CompletionChoice(BaseModel):
-    index: int
-    text: str
-    finish_reason: Literal["stop", "length"]
-
-
-class CompletionView(BaseModel):
-    """The answer, in the usual shape of completion endpoints."""
-
-    id: str
-    object: Literal["text_completion"] = "text_completion"
-    created: int
-    model: str
-    choices: list[CompletionChoice]
-    usage: dict[str, int]
-
-    @classmethod
-    def of(cls, text: str, finish_reason: Literal["stop", "length"], read: int, written: int) -> CompletionView:
-        """Makes the answer to one prompt of `read` tokens, continued by `written` tokens."""
-        return cls(
-            id=f"cmpl-{time.time_ns():x}",
-            created=int(time.time()),
-            model="student",
-            choices=[CompletionChoice(index=0, text=text, finish_reason=finish_reason)],
-            usage={"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written},
-        )

@@ -295,10 +295,11 @@ class Mirror:
         held = self._manifest.pieces.get(piece)
         if held == files:
             return
-        if held is not None:  # a resumed run wrote the step again
+        if held is not None:  # a resumed run wrote the step again, or a student got its model card
             self._manifest.withdraw(piece)
         for name, file in files.items():
-            self._remote.upload(source / name, file.path)
+            if held is None or held.get(name) != file:
+                self._remote.upload(source / name, file.path)
         there = self._remote.sizes(piece)
         for file in files.values():
             if there.get(file.path) != file.size:

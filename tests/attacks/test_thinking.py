@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,13 +15,13 @@ import pytest
 from raycomplete.attacks.attack import plain_trials
 from raycomplete.attacks.registry import build_attack, parse_attack
 from raycomplete.attacks.target import Target
-from raycomplete.commands import serve
 from raycomplete.config import EvaluationConfig, parse
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.checkpoints import fingerprint
 from raycomplete.data.inputs import KINDS, Models, Prompts
 from raycomplete.data.thinking import ThinkingGenerator
 from raycomplete.engines.cluster import Cluster
+from raycomplete.engines.online_engine import OnlineSampling, Piece
 from raycomplete.engines.run import Run
 from raycomplete.engines.start import Engines
 from raycomplete.evaluation.judges import RefusalJudge
@@ -30,7 +30,8 @@ from raycomplete.evaluation.runner import EvaluationSets, evaluate_model
 from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import DataError
 from raycomplete.runtime.types import Prompt, PromptKind
-from raycomplete.serving.schemas import CompletionRequest
+from raycomplete.serving.answers import Answerer, AnswerLimits
+from raycomplete.serving.openai_schemas import ChatRequest, ChatView
 from tests.attacks.scripted import COMPLY, REFUSE
 from tests.data.chat_families import CHAT_FAMILIES, save_family
 
@@ -144,16 +145,35 @@ def test_every_role_thinks_within_the_budget_of_the_run_file(tmp_path: Path) -> 
     assert {limit for _, limit, _ in model.calls} == {LONGEST, LONGEST + BUDGET + len(frame.closing)}
 
 
-def test_a_chat_shows_the_answer_alone(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, model = make("Hm.", COMPLY)
-    monkeypatch.setattr(serve, "prepare_models", lambda *_, **__: Models({"student": tmp_path}, {}, model.codec))
-    monkeypatch.setattr(serve, "start_engine", lambda *_: model)
-    chat = serve.StudentChat(parse({"models": {"base": "b", "aligned": "a"}, "data": {}}, "test"))
-    request = CompletionRequest(prompt="Open it", max_tokens=len(COMPLY) + 1)
-    said = asyncio.run(chat.complete(request)).model_dump()
-    assert (said["choices"][0]["text"], said["choices"][0]["finish_reason"]) == (COMPLY, "stop")
-    with pytest.raises(DataError, match="Shorten the prompt"):
-        asyncio.run(chat.complete(CompletionRequest(prompt="Open it " * 50, max_tokens=300)))
+@pytest.mark.parametrize("thought", ["Hm.", "They want it. " * 20], ids=["short", "cut"])
+def test_a_chat_shows_the_answer_and_the_thought_apart(make: Make, thought: str) -> None:
+    _, model = make(thought, COMPLY)
+    frame = model.codec.frame
+    assert frame is not None
+    asked: list[list[int]] = []
+
+    class Online:
+        """The same model as an engine gives it: its thought ends at the mark where there is one."""
+
+        async def generate(self, tokens: Sequence[int], sampling: OnlineSampling) -> AsyncIterator[Piece]:
+            asked.append(list(tokens))
+            (said,) = model.generate([tokens], max_tokens=sampling.max_tokens)
+            if sampling.stop_ids and sampling.stop_ids[0] in said:
+                said = said[: said.index(sampling.stop_ids[0]) + 1]
+            yield Piece(model.codec.decode(said), tuple(said), finish_reason="stop")
+
+    answerer = Answerer(model.codec, Online(), AnswerLimits(4096, 300, BUDGET, 60.0))
+    messages = [{"role": "user", "content": "Open it"}]
+    request = ChatRequest.model_validate({"model": "aligned", "messages": messages})
+    found = asyncio.run(answerer.complete(request))
+    assert isinstance(found, ChatView)
+    message = found.choices[0].message
+    assert message.content == COMPLY
+    if frame.thinks:
+        assert message.reasoning_content is not None
+        assert thought.strip()[:20] in message.reasoning_content
+        assert tuple(asked[1][-len(frame.closing) :]) == frame.closing, "it is closed before the answer is asked for"
+        assert len(asked[1]) - len(asked[0]) <= BUDGET + len(frame.closing)
 
 
 def test_answers_are_cut_by_their_own_length(make: Make) -> None:

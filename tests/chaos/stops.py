@@ -66,7 +66,7 @@ class StoppedCommand:
     def __init__(self, folder: Path, command: str) -> None:
         self.case, self._command, self._root = CASES[command], command, folder
         self.folder = folder / f"run{self.case.suffix}"
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
 
     def start(self, *, resume: bool) -> subprocess.Popen[str]:
         flags = ["--resume"] if resume and self.case.resumes else []
@@ -170,7 +170,8 @@ def check_stopped(folder: Path, command: str, *, seed: int, draws: int = 3) -> s
     """
     calm, stopped = StoppedCommand(folder / "calm", command), StoppedCommand(folder / "stopped", command)
     rng = random.Random(seed)
-    calm.finish(resume=False)
+    if not (calm.folder / calm.result).is_file():
+        calm.finish(resume=False)
     told = []
     for number, (pattern, count) in enumerate(moments_of(calm.case, calm, rng, draws)):
         delay_s = rng.uniform(0.0, 8.0 if not pattern else 1.5)  # Ray and engines start before anything is written

@@ -15,9 +15,8 @@ from ray.serve.schema import ServeDeploySchema
 from raycomplete import cli
 from raycomplete.commands import serve
 from raycomplete.config import AutoscalingConfig, load_run_file
-from raycomplete.runtime.errors import ConfigError, DataError
+from raycomplete.runtime.errors import ConfigError
 from raycomplete.serving import deployment
-from raycomplete.serving.schemas import CompletionRequest
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG_FILE = ROOT / "jobs" / "serve.yaml"
@@ -72,24 +71,27 @@ def test_the_trained_student_of_the_run_folder_is_what_is_evaluated(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     config = load_run_file(ROOT / "jobs" / "organism.yaml", ["serve.model_roots=[models]", "serve.state=here"])
-    serve.build(config)
+    serve.build(*serve.admitted(config))
     assert bound[0].models.student is None
     student = config.output.folder / "student"
     student.mkdir(parents=True)
     (student / "config.json").write_text("{}")
     bound.clear()
-    serve.build(config)
+    serve.build(*serve.admitted(config))
     assert bound[0].models.student == str(student.resolve())
     assert bound[0].serve.state == tmp_path / "here"
     assert bound[0].serve.model_roots == [tmp_path / "models"]
 
 
-def test_a_prompt_may_end_a_conversation() -> None:
-    turns = [("system", "be brief"), ("user", "hello"), ("assistant", "hi")]
-    earlier = [{"role": role, "content": content} for role, content in turns]
-    prompt = serve.asked(CompletionRequest.model_validate({"prompt": "and now", "earlier": earlier}))
-    assert (prompt.text, prompt.context) == ("and now", turns)
-    plain = serve.asked(CompletionRequest(prompt=" as typed "))
-    assert (plain.text, plain.context) == (" as typed ", [])
-    with pytest.raises(DataError, match=r"The messages in the request do not go .* \(user, user\)"):
-        serve.asked(CompletionRequest.model_validate({"prompt": "and now", "earlier": earlier[1:2]}))
+def test_every_model_that_there_is_answers_where_chat_is_on(
+    bound: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    overrides = ["serve.chat=true", "serve.state=here", "models.dtype=float32"]
+    config = load_run_file(ROOT / "jobs" / "organism.yaml", overrides)
+    serve.build(*serve.admitted(config))
+    assert [(model.role, model.options["num_gpus"]) for model in bound[3]] == [("base", 0), ("aligned", 0)]
+    assert bound[3][0].options["runtime_env"]["env_vars"]["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+    named = load_run_file(ROOT / "jobs" / "organism.yaml", [*overrides, "serve.chat_models=[student]"])
+    with pytest.raises(ConfigError, match="names the student, and this server has none"):
+        serve.admitted(named)

@@ -192,7 +192,7 @@ def test_prompts_that_fit_are_read(make: Make) -> None:
 
 
 def write_prompt(config: RunConfig, use: str, kind: str, text: str) -> Path:
-    path: Path = getattr(getattr(config.data, use), kind)[0].path
+    path = Path(getattr(getattr(config.data, use), kind)[0].path)
     path.write_text(json.dumps({"prompt": "short"}) + "\n" + json.dumps({"prompt": text}) + "\n")
     return path
 
@@ -291,7 +291,7 @@ def test_training_prompts_that_nearly_repeat_an_evaluation_prompt_are_left_out(m
     codec = prepare_models(config).codec
     write_prompt(config, "evaluation", "borderline", "one two three four")
     texts = ["One two, three four!", "one two three five", "one two nine ten", "one two three four"]  # 1, .6, .33 and 1
-    config.data.train.harmful[0].path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    Path(config.data.train.harmful[0].path).write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
     with pytest.raises(DataError, match=r"data\.max_overlap"):
         prepare_prompts(make(evaluation=SHORT["evaluation"] | {"num_prompts": 9}), codec)
 

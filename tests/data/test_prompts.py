@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -133,13 +137,12 @@ def test_unusual_line_separators_may_stand_inside_a_prompt(tmp_path: Path) -> No
         ("p.jsonl", b'{"goal": "  "}', "has no prompts"),
         ("p.jsonl", b'{"prompt": "x", "n": 1}', "has no column 'goal'. Its columns: prompt, n"),
         ("p.csv", b"prompt,n\nx,1\n", "has no column 'goal'. Its columns: prompt, n"),
-        ("p.jsonl", b'{"goal": "x"}\n{"goal": ', "cannot be read as jsonl"),
-        ("p.json", b'{"goal": "x"}', "must hold one object a row, found str"),
-        ("p.json", b"7", "cannot be read as json"),
-        ("p.jsonl", b'"text"', "must hold one object a row, found str"),
-        ("p.csv", b"goal\n\xff\xfe", "cannot be read as csv"),
-        ("p.parquet", b"no parquet", "cannot be read as parquet"),
-        ("p.txt", b"x", "ends in '.txt'. Use .jsonl, .json, .csv or .parquet."),
+        ("p.jsonl", b'{"goal": "x"}\n{"goal": ', "cannot be read"),
+        ("p.json", b"7", "cannot be read"),
+        ("p.jsonl", b'"text"', "cannot be read"),
+        ("p.csv", b"goal\n\xff\xfe", "cannot be read"),
+        ("p.parquet", b"no parquet", "cannot be read"),
+        ("p.txt", b"x", "ends in '.txt'. Use .jsonl, .json, .csv, .parquet, the folder of a data set or hub:ORG/NAME."),
         ("", b"", "does not exist"),
     ],
 )
@@ -232,8 +235,103 @@ def test_a_row_with_a_prompt_is_read_as_ever_whatever_its_messages(tmp_path: Pat
     assert (first.text, first.context) == ("bake", [])
     assert len(second.context) == 3
     write_jsonl(path, [{"prompt": None, "messages": None}, {"prompt": "bake", "messages": None}, {"chat": 1}])
+    assert [prompt.text for prompt in read_prompts([PromptSource(path=path)], "benign")] == ["bake"]
+    write_jsonl(path, [{"chat": 1}])
     with pytest.raises(DataError, match=r"has no column 'prompt'\. Its columns: chat"):
         read_prompts([PromptSource(path=path)], "benign")
+
+
+# --- Data sets -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["files", "saved"])
+def data_set(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """The folder of a data set with two splits: Parquet files as the hub has them, or what `save_to_disk` wrote."""
+    folder = tmp_path / "set"
+    splits = {
+        "train": [{"question": "bake", "chat": CHATS[0]["messages"]}],
+        "test": [{"question": None, "chat": CHATS[1]["messages"]}],
+    }
+    rows = {"train": splits["train"], "test": splits["test"] + splits["train"]}
+    tables = {name: datasets.Dataset.from_list(found) for name, found in rows.items()}
+    if request.param == "saved":
+        datasets.DatasetDict(tables).save_to_disk(str(folder))
+    else:
+        for name, table in tables.items():
+            table.to_parquet(folder / "data" / f"{name}-00000-of-00001.parquet")
+    return folder
+
+
+def test_a_folder_of_a_data_set_is_read_by_split_and_columns(data_set: Path) -> None:
+    columns = {"path": data_set, "prompt": "question", "messages": "chat"}
+    assert [prompt.text for prompt in read_prompts([PromptSource(**columns)], "harmful")] == ["bake"]
+    chat, plain = read_prompts([PromptSource(**columns, split="test")], "harmful")
+    assert (chat.text, chat.system, len(chat.earlier)) == ("make a cake", "be brief", 2)
+    assert (plain.text, plain.source) == ("bake", "set")
+    with pytest.raises(DataError, match=r"set cannot be read \(.*validation"):
+        read_prompts([PromptSource(**columns, split="validation")], "harmful")
+
+
+def test_no_copy_of_a_prompt_is_left_in_a_cache(tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = tmp_path / "cache"
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(cache))
+    assert texts(file)
+    assert [path for path in cache.rglob("*") if path.is_file() and path.stat().st_size] == []
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """A hub that knows one data set at one commit, and notes how it was asked."""
+    asked: list[dict[str, Any]] = []
+
+    def load_dataset(path: str, **options: Any) -> Any:
+        asked.append({"path": path, **options})
+        return iter([{"question": "from the hub"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("raycomplete.data.prompts._commit", lambda name, revision: f"{name}@{revision}")
+    return asked
+
+
+def test_a_data_set_of_the_hub_is_read_at_the_commit_of_its_revision(hub: list[dict[str, Any]]) -> None:
+    named = PromptSource(path="hub:org/name", config="standard", split="test", revision="v1", prompt="question")
+    (prompt,) = read_prompts([named], "harmful")
+    assert (prompt.text, prompt.source) == ("from the hub", "name")
+    asked = {"name": "standard", "revision": "org/name@v1", "split": "test", "streaming": True}
+    assert hub == [{"path": "org/name", **asked}]
+
+
+def test_a_hub_that_is_switched_off_is_told_in_one_sentence() -> None:
+    code = (
+        "from raycomplete.config import PromptSource\n"
+        "from raycomplete.data.prompts import read_prompts\n"
+        "from raycomplete.runtime.errors import DataError\n"
+        "try:\n    read_prompts([PromptSource(path='hub:org/name')], 'harmful')\n"
+        "except DataError as error:\n    print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert done.stdout.strip() == (
+        "The data set org/name is not on this machine, and the hub is switched off (HF_HUB_OFFLINE). "
+        "Read it once with the hub on, or name a local file or folder as path."
+    )
+
+
+def test_a_hub_that_does_not_answer_is_told_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(name: str, revision: str | None) -> str:
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("raycomplete.data.prompts._commit", unreachable)
+    with pytest.raises(DataError, match=r"hub:org/name cannot be read \(no route to host\)\. Check name, config"):
+        read_prompts([PromptSource(path="hub:org/name")], "harmful")
 
 
 USER, ANSWER = {"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}

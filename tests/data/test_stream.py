@@ -7,13 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from raycomplete.config import PromptSource, StreamSource
+from raycomplete.config import PromptSource
 from raycomplete.data.prompts import read_prompts
 from raycomplete.data.stream import (
     content_key,
@@ -51,14 +50,14 @@ def write(folder: Path, suffix: str, rows: list[dict[str, Any]] = ROWS) -> Path:
     return path
 
 
-def texts(*sources: StreamSource, seed: int = 0) -> list[str]:
+def texts(*sources: PromptSource, seed: int = 0) -> list[str]:
     return [prompt.text for prompt in stream_prompts(sources, "benign", seed)]
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
 def test_a_stream_holds_what_reading_at_once_holds(tmp_path: Path, suffix: str) -> None:
     path = write(tmp_path, suffix)
-    streamed = list(stream_prompts([StreamSource(path=str(path), **COLUMNS)], "benign"))
+    streamed = list(stream_prompts([PromptSource(path=str(path), **COLUMNS)], "benign"))
     assert streamed == read_prompts([PromptSource(path=path, **COLUMNS)], "benign")
     assert [prompt.text for prompt in streamed] == ["how to boil an egg", "how to  boil\u2028an egg?\n\nhard", "NA"]
     assert [prompt.answer for prompt in streamed] == ["Put it in water.", None, "null"]
@@ -68,7 +67,7 @@ def test_patterns_are_read_in_order_and_repeats_dropped_over_all_sources(tmp_pat
     for number in range(3):
         rows = [{"prompt": f"prompt {number} {index}"} for index in range(4)] + [{"prompt": "the same"}]
         (tmp_path / f"part-{number}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    source = StreamSource(path=str(tmp_path / "part-*.jsonl"))
+    source = PromptSource(path=str(tmp_path / "part-*.jsonl"))
     found = texts(source, source)
     assert found == [
         "prompt 0 0", "prompt 0 1", "prompt 0 2", "prompt 0 3", "the same",
@@ -78,7 +77,7 @@ def test_patterns_are_read_in_order_and_repeats_dropped_over_all_sources(tmp_pat
 
 def test_a_limit_draws_over_the_whole_source_and_keeps_its_order(tmp_path: Path) -> None:
     path = write(tmp_path, ".jsonl", [{"goal": f"prompt {index:03d}"} for index in range(200)])
-    source = StreamSource(path=str(path), prompt="goal", limit=20)
+    source = PromptSource(path=str(path), prompt="goal", limit=20)
     found = texts(source)
     assert found == texts(source) == sorted(set(found))
     assert len(found) == 20
@@ -90,20 +89,8 @@ def test_a_limit_draws_over_the_whole_source_and_keeps_its_order(tmp_path: Path)
 def test_a_stream_is_not_read_ahead(tmp_path: Path) -> None:
     """The second source is missing, and nobody asks for it."""
     path = write(tmp_path, ".jsonl")
-    stream = stream_prompts([StreamSource(path=str(path), **COLUMNS), StreamSource(path="missing.csv")], "benign")
+    stream = stream_prompts([PromptSource(path=str(path), **COLUMNS), PromptSource(path="missing.csv")], "benign")
     assert next(stream).text == "how to boil an egg"
-
-
-def test_a_hub_id_is_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Any] = []
-
-    def load_dataset(*arguments: Any, **options: Any) -> Any:
-        asked.append((arguments, options))
-        return iter([{"prompt": "from the hub"}])
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert texts(StreamSource(path="hub:org/name", split="test")) == ["from the hub"]
-    assert asked == [(("org/name",), {"split": "test", "streaming": True})]
 
 
 def test_what_cannot_be_read_is_told_in_one_sentence(tmp_path: Path) -> None:
@@ -111,11 +98,11 @@ def test_what_cannot_be_read_is_told_in_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("x")
     good = write(tmp_path, ".jsonl")
     for source, words in (
-        (StreamSource(path=str(tmp_path / "missing-*.csv")), "does not exist"),
-        (StreamSource(path=str(tmp_path / "prompts.txt")), "ends in '.txt'"),
-        (StreamSource(path=str(tmp_path / "broken.jsonl")), "cannot be read"),
-        (StreamSource(path=str(good), prompt="nothing"), "no column 'nothing'"),
-        (StreamSource(path=str(good), prompt="goal", where={"safe": "maybe"}), "no prompts with"),
+        (PromptSource(path=str(tmp_path / "missing-*.csv")), "does not exist"),
+        (PromptSource(path=str(tmp_path / "prompts.txt")), "ends in '.txt'"),
+        (PromptSource(path=str(tmp_path / "broken.jsonl")), "cannot be read"),
+        (PromptSource(path=str(good), prompt="nothing"), "no column 'nothing'"),
+        (PromptSource(path=str(good), prompt="goal", where={"safe": "maybe"}), "no prompts with"),
     ):
         with pytest.raises(DataError, match=words):
             texts(source)

@@ -68,6 +68,11 @@ def test_model_that_always_complies(run: Run, model: Any, tmp_path: Path) -> Non
     assert result["judge"] == "refusal-patterns-v3"
     assert result["judge_measured"]["sensitivity"]["n"] == 125
     assert json.loads((tmp_path / "evaluation" / "student.json").read_text()) == result
+    outcomes = [json.loads(line) for line in (tmp_path / "evaluation" / "outcomes" / "student.jsonl").open()]
+    (trials,) = (tmp_path / "evaluation" / "trials").iterdir()
+    assert [row["key"] for row in outcomes] == [json.loads(line)["key"] for line in trials.open()]
+    assert {row["outcome"] for row in outcomes} == {"complied"}
+    assert sum(row["right"] is not None for row in outcomes) == 3
 
 
 def test_model_that_always_refuses(run: Run, model: Any) -> None:

@@ -68,7 +68,15 @@ def a_result(role: str, n: int = N, depths: tuple[int, ...] = DEPTHS) -> dict[st
         "benign_refusal": a_rate(2, n),
         "outcomes": {name: variant["outcomes"] for name, variant in variants.items()},
         "attacks": {
-            name: {"mean": a_rate(round(100 * mean) // part, 100), "worst_of_n": a_rate(round(100 * mean), 100)}
+            name: {
+                "mean": a_rate(round(100 * mean) // part, 100),
+                "worst_of_n": a_rate(round(100 * mean), 100),
+                "n": n,
+                "trials": n,
+                "reduced": False,
+                "reduced_because": [],
+                "corrected": None,
+            }
             for part, name in enumerate(("prefill", "gcg", "random_search"), start=1)
         },
     }

@@ -91,8 +91,11 @@ def test_a_reader_follows_the_file_and_its_replacement(tmp_path: Path) -> None:
     assert reader.rows() == []
 
 
-def test_numbers_go_to_wandb_under_one_id_for_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened: list[str] = []
+@pytest.mark.parametrize(("name", "key"), [("wandb", "id"), ("trackio", "name")])
+def test_numbers_go_to_one_run_for_the_folder(
+    name: str, key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[dict[str, str]] = []
     logged: list[tuple[dict[str, float], int]] = []
 
     class Run:
@@ -102,18 +105,19 @@ def test_numbers_go_to_wandb_under_one_id_for_the_folder(tmp_path: Path, monkeyp
         def finish(self) -> None:
             logged.append(({}, -1))
 
-    def init(*, id: str, **_: Any) -> Run:
-        opened.append(id)
+    def init(**options: str) -> Run:
+        opened.append(options)
         return Run()
 
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    monkeypatch.setitem(sys.modules, name, SimpleNamespace(init=init))
     for _ in range(2):  # the second is a resumed run
-        (sink,) = open_sinks(["wandb"], tmp_path)
+        (sink,) = open_sinks([name], tmp_path)
     row = {"step": 7, "loss": 0.5, "stopped": False, "sync": {"seconds": 2}, "depth_loss": [None, 1.0], "lr": None}
     sink.write(row)
     sink.close()
     assert opened[0] == opened[1]
-    assert opened[0].startswith(tmp_path.name)
+    assert opened[0][key].startswith(tmp_path.name)
+    assert opened[0]["resume"] == "allow"
     assert logged == [({"loss": 0.5, "sync/seconds": 2.0, "depth_loss/1": 1.0}, 7), ({}, -1)]
 
 

@@ -15,7 +15,7 @@ from raycomplete.serving.app import Service, create_app
 from raycomplete.serving.requests import Admission, digest
 from raycomplete.serving.runner import Runner
 from raycomplete.serving.store import EvaluationStore
-from tests.serving.fakes import FakeBackend, FakeChat
+from tests.serving.fakes import FakeBackend, FakeModel
 
 TOKEN = "a-token-for-these-tests"
 BEARER = {"Authorization": f"Bearer {TOKEN}"}
@@ -42,8 +42,8 @@ class Server:
         self.runner = Runner(
             self.store, FakeBackend(unit_s=0.02), self.state, lease_s=5.0, max_attempts=3, retry_delay_s=0.0
         )
-        complete = (lambda request: FakeChat().complete(request)) if chat else None
-        service = Service(Admission(self.config), self.store, digest(token) if token else None, complete)
+        self.models = {role: FakeModel(self.config, role) for role in ("base", "aligned") if chat}
+        service = Service(Admission(self.config), self.store, digest(token) if token else None, self.models)
         self.app = create_app(service)
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         self.client = TestClient(self.app, headers=headers, base_url="http://127.0.0.1", client=("127.0.0.1", 50000))

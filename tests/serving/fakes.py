@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from raycomplete.config import RunConfig
+from raycomplete.data.chat import ChatCodec
+from raycomplete.data.sources import resolve_checkpoint
+from raycomplete.engines.online_engine import OnlineSampling, Piece, TokenLogprob
 from raycomplete.runtime.errors import RefusedError, WorkError
 from raycomplete.runtime.files import PRIVATE, write_json, write_text
+from raycomplete.serving.answers import Answerer, AnswerLimits
+from raycomplete.serving.openai_schemas import FinishReason
 from raycomplete.serving.runner import Cancelled, OnProgress
-from raycomplete.serving.schemas import CompletionRequest, CompletionView, EvaluationRequest
+from raycomplete.serving.schemas import EvaluationRequest
 
 NASTY = "<img src=x onerror=\"document.body.dataset.hacked='1'\"><script>document.body.dataset.hacked='2'</script>"
 
@@ -159,12 +165,53 @@ def fake_summary(request: EvaluationRequest) -> dict[str, Any]:
     }
 
 
-class FakeChat:
-    def __init__(self, config: RunConfig | None = None) -> None: ...
+class EchoModel:
+    """Says the last words that it reads backwards; every token has the log-probability -1 and a rival with -2."""
 
-    async def complete(self, request: CompletionRequest) -> CompletionView:
-        words = request.prompt.split()[: request.max_tokens]
-        return CompletionView.of(" ".join(reversed(words)), "stop", len(request.prompt.split()), len(words))
+    def __init__(self, codec: ChatCodec, words: int = 3) -> None:
+        self.codec, self.words = codec, words
+        self.asked: list[tuple[tuple[int, ...], OnlineSampling]] = []
+        self.pause_s = 0.0
+        self.open = 0  # answers that someone still reads
+
+    async def generate(self, tokens: Sequence[int], sampling: OnlineSampling) -> AsyncIterator[Piece]:
+        self.asked.append((tuple(tokens), sampling))
+        said = list(tokens)[-self.words :][::-1]
+        reason: FinishReason = "length" if len(said) > sampling.max_tokens else "stop"
+        said = said[: sampling.max_tokens]
+        texts = [f" {self.codec.decode([token])}" for token in said]
+        stop = next((at for at, text in enumerate(texts) if any(mark in text for mark in sampling.stop)), None)
+        if stop is not None:
+            said, texts, reason = said[:stop], texts[:stop], "stop"
+        of_prompt = [self._ranked(token, sampling.prompt_logprobs) for token in tokens]
+        before = () if sampling.prompt_logprobs is None else (None, *of_prompt[1:])
+        ranked = [self._ranked(token, sampling.logprobs) for token in said]
+        after = [] if sampling.logprobs is None else ranked
+        self.open += 1
+        try:
+            for at in range(len(said) if sampling.streams else 0):
+                await asyncio.sleep(self.pause_s)
+                new = (tuple(said[at : at + 1]), tuple(after[at : at + 1]), before if at == 0 else ())
+                yield Piece(texts[at], *new)
+            rest = ("", (), (), ()) if sampling.streams else ("".join(texts), tuple(said), tuple(after), before)
+            yield Piece(*rest, reason)
+        finally:
+            self.open -= 1
+
+    def _ranked(self, token: int, count: int | None) -> TokenLogprob:
+        text = self.codec.decode([token])
+        return TokenLogprob(text, -1.0, ((text, -1.0), ("rival", -2.0))[: count or 1])
+
+
+class FakeModel(Answerer):
+    """A replica with the organism's tokenizer and a model that takes no time."""
+
+    def __init__(self, config: RunConfig, role: str) -> None:
+        codec = ChatCodec(resolve_checkpoint("organism:aligned", role="aligned"))
+        self.model = EchoModel(codec)
+        serve = config.serve
+        limits = AnswerLimits(config.models.max_length, serve.max_chat_tokens, 0, serve.chat_timeout_s)
+        super().__init__(codec, self.model, limits)
 
 
 def make_fake_backend(config: RunConfig) -> FakeBackend:

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import ray
 
-from raycomplete.serving.deployment import build_application, start
+from raycomplete.serving.deployment import ChatModel, build_application, start
 from raycomplete.serving.requests import digest
 from tests.serving.conftest import TOKEN, make_config
-from tests.serving.fakes import FakeChat, make_fake_backend
+from tests.serving.fakes import FakeModel, make_fake_backend
 
 
 def main(state: str, port: str, temp_dir: str) -> None:
@@ -32,7 +32,8 @@ def main(state: str, port: str, temp_dir: str) -> None:
     config = make_config(
         Path(state), port=int(port), lease_s=2.0, max_queued=100, retry_after_s=1, chat=True, max_attempts=5
     )
-    application = build_application(config, digest(TOKEN), make_fake_backend, FakeChat)
+    chat = [ChatModel(FakeModel, role, {"num_cpus": 0}) for role in ("base", "aligned")]
+    application = build_application(config, digest(TOKEN), make_fake_backend, chat)
     start(application, host="127.0.0.1", port=int(port))
     print("ready", flush=True)
     sys.stdin.read()

@@ -15,11 +15,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from raycomplete.attacks.registry import ATTACKS
-from raycomplete.runtime.errors import ConfigError, WorkError
+from raycomplete.runtime.errors import ConfigError
 from raycomplete.serving.requests import Admission, ForbiddenError, digest, is_bearer, is_loopback, read_token_digest
 from raycomplete.serving.schemas import EvaluationRequest
 from tests.serving.conftest import TOKEN, Server, make_config
-from tests.serving.fakes import NASTY, FakeChat
+from tests.serving.fakes import NASTY
 
 PATHS = ["/v1/evaluations", "/v1/options", "/metrics", "/openapi.json", "/v1/evaluations/x", "/nothing"]
 
@@ -38,7 +38,7 @@ def test_failures_of_the_server_are_problems_too(
     make_server: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the one shape of every error, and with the remedy where there is one."""
-    server = make_server(chat=True)
+    server = make_server()
     client = TestClient(
         server.app,
         headers=dict(server.client.headers),
@@ -60,10 +60,6 @@ def test_failures_of_the_server_are_problems_too(
     monkeypatch.setattr(server.store, "counts", broken(KeyError("x")))
     answer = client.get("/healthz")
     assert (answer.status_code, answer.json()["problem"]) == (500, "The server failed (KeyError).")
-    monkeypatch.setattr(FakeChat, "complete", broken(WorkError("The engine died.", "Restart it.")))
-    answer = client.post("/v1/completions", json={"model": "student", "prompt": "hello"})
-    assert answer.status_code == 503, answer.text
-    assert answer.json() == {"problem": "The engine died.", "remedy": "Restart it.", "known": None}
 
 
 def test_an_unknown_attack_is_422_with_those_that_exist(server: Server) -> None:
@@ -288,14 +284,6 @@ def test_an_evaluation_that_kept_nothing_says_so(server: Server) -> None:
     server.work()
     body = server.client.get(f"/v1/evaluations/{identity}/samples").json()
     assert body == {"items": [], "total": 0, "saved": False}
-
-
-def test_chat_is_off_unless_asked_for(make_server: Callable[..., Server]) -> None:
-    ask = {"prompt": "one two three", "max_tokens": 2}
-    assert make_server().client.post("/v1/completions", json=ask).status_code == 404
-    body = make_server(chat=True, max_chat_tokens=1).client.post("/v1/completions", json=ask).json()
-    assert body["choices"] == [{"index": 0, "text": "one", "finish_reason": "stop"}]
-    assert body["usage"]["total_tokens"] == 4
 
 
 def test_every_answer_carries_the_safety_headers(server: Server) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -156,8 +157,18 @@ def test_the_gate_stands_on_serve_too(session: Session) -> None:
     unknown = post("/v1/evaluations", json={"attacks": ["nope"]})
     assert (unknown.status_code, unknown.json()["known"][0]) == (422, "prefill")
     assert post("/v1/evaluations", content=b"x" * 200_000).status_code == 413
-    answer = post("/v1/completions", json={"prompt": "a b"})
-    assert answer.json()["choices"][0]["text"] == "b a"
+    assert [model["id"] for model in session.client.get("/v1/models").json()["data"]] == ["base", "aligned"]
+    asked = {"model": "aligned", "prompt": "heat the flask", "stream": True}
+    with session.client.stream("POST", "/v1/completions", json=asked) as streamed:
+        chunks = [line.removeprefix("data: ") for line in streamed.iter_lines() if line.startswith("data: ")]
+    assert chunks[-1] == "[DONE]"
+    said = "".join(json.loads(chunk)["choices"][0]["text"] for chunk in chunks[:-1])
+    assert said == post("/v1/completions", json=asked | {"stream": False}).json()["choices"][0]["text"]
+    assert said == " flask the heat"
+    refused = post(
+        "/v1/chat/completions", json={"model": "aligned", "messages": [{"role": "assistant", "content": "a"}]}
+    )
+    assert (refused.status_code, refused.json()["error"]["type"]) == (400, "invalid_request_error")
 
 
 def test_fifty_clients_lose_nothing_and_run_nothing_twice(session: Session) -> None:

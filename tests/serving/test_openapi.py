@@ -27,6 +27,9 @@ OPERATIONS = (
     "GET /v1/options",
     "GET /healthz",
     "GET /metrics",
+    "GET /v1/models",
+    "GET /v1/models/{name}",
+    "POST /v1/chat/completions",
     "POST /v1/completions",
 )
 
@@ -74,7 +77,9 @@ def test_every_answer_is_as_documented(busy_server: Server, schema: Any, operati
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_a_wrong_token_is_refused_everywhere_but_in_health(schema: Any, operation: str) -> None:
     method, path = operation.split()
-    case = schema[path][method].Case(path_parameters={"evaluation_id": "x"}, media_type="application/json", body={})
+    case = schema[path][method].Case(
+        path_parameters={"evaluation_id": "x", "name": "x"}, media_type="application/json", body={}
+    )
     answer = case.call(headers={"Authorization": "Bearer wrong"} | HOST)
     assert answer.status_code == (200 if path == "/healthz" else 401)
 

@@ -57,6 +57,25 @@ def test_a_finished_student_is_enough(remote: Remote, tmp_path: Path) -> None:
     assert (tmp_path / "new" / "student" / "model.safetensors").read_text() == "weights"
 
 
+def test_a_card_that_comes_later_sends_no_weights_again(remote: Remote, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", 2)
+    write_text(run / "student" / "model.safetensors", "weights")
+    write_text(run / "student" / "config.json", "{}")
+    mirror_of(remote, run).look()
+    sent: list[str] = []
+    upload = remote.upload
+    remote.upload = lambda source, path: (sent.append(path), upload(source, path))[1]  # type: ignore[method-assign]
+    write_text(run / "student" / "README.md", "card")
+    mirror_of(remote, run).look()
+    assert [path for path in sent if path.startswith("student/")] == ["student/README.md"]
+    fetched(remote, tmp_path / "new")
+    assert {path.name for path in (tmp_path / "new" / "student").iterdir()} == {
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    }
+
+
 def test_retention_holds_in_the_storage_too(remote: Remote, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     mirror = mirror_of(remote, run, keep=2)

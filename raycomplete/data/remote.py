@@ -1,0 +1,113 @@
+"""Models behind an OpenAI-compatible address (`openai:http://host:port/v1#name`), and the prompts that they are asked.
+
+They read messages and not token ids. So the codec of an evaluation remembers which messages each prompt was encoded
+from: a sequence of ids is turned back into those messages, and what follows them into the beginning of an answer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from raycomplete.data.chat import ChatCodec
+from raycomplete.data.families import chat_messages
+from raycomplete.runtime.errors import ConfigError, WorkError
+
+SCHEME = "openai"
+Messages = list[dict[str, str]]
+
+
+def is_remote(spec: str | None) -> bool:
+    """Tells whether a checkpoint's name means a model behind an address."""
+    return spec is not None and spec.partition(":")[0] == SCHEME
+
+
+@dataclass(frozen=True)
+class RemoteSpec:
+    """A model behind an address."""
+
+    address: str  # as a client's base URL: often it ends in /v1
+    model: str
+
+    @property
+    def model_id(self) -> str:
+        """A name for results to be stored under. Nobody can tell whether the server changes its weights."""
+        digest = hashlib.sha256(f"{self.address}#{self.model}".encode()).hexdigest()[:16]
+        return f"remote-{digest}"
+
+    @classmethod
+    def parse(cls, spec: str, *, role: str) -> RemoteSpec:
+        """Reads `openai:ADDRESS#NAME`.
+
+        Raises:
+            ConfigError: It is none, or holds a key.
+        """
+        address, _, model = spec.removeprefix(f"{SCHEME}:").rpartition("#")
+        parts = urlsplit(address)
+        if parts.scheme not in ("http", "https") or not parts.hostname or not model:
+            raise ConfigError(
+                f"models.{role} names no model behind an address.", "Write openai:http://HOST:PORT/v1#NAME."
+            )
+        if parts.username or parts.password or parts.query:
+            raise ConfigError(
+                f"models.{role} must hold no key.", "Name the environment variable in evaluation.remote.key_variable."
+            )
+        return cls(address.rstrip("/"), model)
+
+
+class RememberingCodec(ChatCodec):
+    """A codec that knows the messages of the prompts that it encoded. Copies of it share what they know."""
+
+    def __init__(self, codec: ChatCodec) -> None:
+        self.__dict__.update(codec.__dict__)
+        self._known: dict[tuple[int, ...], Messages] = {}
+        self._lengths: set[int] = set()
+
+    def encode_prompt(self, text: str, system: str | None = None) -> list[int]:
+        """Encodes a user message, and remembers it."""
+        return self._remember(super().encode_prompt(text, system), [text], system)
+
+    def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Encodes user messages, and remembers them."""
+        encoded = super().encode_prompts(texts)
+        return [self._remember(ids, [text], None) for ids, text in zip(encoded, texts, strict=True)]
+
+    def encode_conversation(self, turns: Sequence[str], system: str | None = None) -> list[int]:
+        """Encodes a conversation, and remembers it."""
+        return self._remember(super().encode_conversation(turns, system), turns, system)
+
+    def _remember(self, ids: list[int], turns: Sequence[str], system: str | None) -> list[int]:
+        self._known[tuple(ids)] = chat_messages(turns, system)
+        self._lengths.add(len(ids))
+        return ids
+
+    def messages(self, sequence: Sequence[int]) -> tuple[Messages, str]:
+        """Returns the messages of a sequence, and the beginning of the answer that follows them; "" for none.
+
+        Raises:
+            WorkError: It begins with no prompt that this codec encoded.
+        """
+        for length in sorted((length for length in self._lengths if length <= len(sequence)), reverse=True):
+            if (found := self._known.get(tuple(sequence[:length]))) is not None:
+                return list(found), self.decode(sequence[length:])
+        raise WorkError(
+            "An attack asks in token ids, and models behind an address read messages.",
+            "Leave it out, or name a checkpoint as the target.",
+        )
+
+
+def refuse_remote(models: Any) -> None:
+    """Refuses models behind an address where weights are needed.
+
+    Raises:
+        ConfigError: One of `models` is behind an address.
+    """
+    for role in ("base", "aligned", "student"):
+        if is_remote(getattr(models, role)):
+            raise ConfigError(
+                f"models.{role} is behind an address, and such a model can be evaluated and nothing else.",
+                "Name a checkpoint, or use raycomplete evaluate.",
+            )

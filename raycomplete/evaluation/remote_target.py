@@ -1,0 +1,259 @@
+"""Targets of an evaluation behind an OpenAI-compatible address: how they are asked, and what that costs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from functools import cached_property
+from threading import Lock
+from typing import TYPE_CHECKING, Any, Literal
+
+from raycomplete.attacks.attack import Attack
+from raycomplete.attacks.registry import build_attack
+from raycomplete.config import RemoteConfig, RunConfig
+from raycomplete.data.remote import Messages, RememberingCodec, RemoteSpec
+from raycomplete.evaluation.endpoint_judge import read_key
+from raycomplete.runtime.errors import ConfigError, SetupError, WorkError
+from raycomplete.runtime.types import ModelRole
+
+if TYPE_CHECKING:
+    from openai import OpenAI
+
+_OF_WEIGHTS = frozenset({"white_boxes", "fine_tune"})
+_WITH_PREFILLS = frozenset({"adaptive", "prefill_mid_answer", "prefill_thinking", "refuse_then_turn"})
+_GO_ON = {"continue_final_message": True, "add_generation_prompt": False}
+
+Prefill = Literal["flags", "prefix", "none"]
+
+
+@dataclass
+class RemoteUsage:
+    """Counts of what one target was asked, and the cost."""
+
+    requests: int = 0
+    retries: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    lock: Lock = field(default_factory=Lock, repr=False)
+
+    def add(self, retries: int, usage: Any) -> None:
+        """Counts one answer; servers may leave the usage out."""
+        with self.lock:
+            self.requests += 1
+            self.retries += retries
+            self.prompt_tokens += getattr(usage, "prompt_tokens", 0) or 0
+            self.completion_tokens += getattr(usage, "completion_tokens", 0) or 0
+
+    def to_json(self, settings: RemoteConfig) -> dict[str, Any]:
+        """Returns the counts, and the cost where the run file names prices."""
+        counts = {name: getattr(self, name) for name in ("requests", "retries", "prompt_tokens", "completion_tokens")}
+        prices = settings.prompt_price, settings.completion_price
+        if None in prices:
+            return {**counts, "cost": None}
+        tokens = self.prompt_tokens, self.completion_tokens
+        return {**counts, "cost": sum(n * (price or 0.0) for n, price in zip(tokens, prices, strict=True)) / 1e6}
+
+
+class RemoteModel:
+    """A model that is asked by messages (implements `raycomplete.runtime.types.Generator`).
+
+    The client of OpenAI's package repeats what failed for a while (408, 409, 429, 5xx, no connection, no answer in
+    time), after growing pauses or when the server says. The key stands in no message, log or result.
+
+    Args:
+        spec: Address and name.
+        settings: `evaluation.remote`.
+        codec: Encoded the prompts, and encodes what the model says.
+
+    Raises:
+        SetupError: The environment variable of the key is not set, or holds what is no key.
+    """
+
+    def __init__(self, spec: RemoteSpec, settings: RemoteConfig, codec: RememberingCodec) -> None:
+        self.spec, self.usage = spec, RemoteUsage()
+        self._settings, self._codec = settings, codec
+        of, setting = "the models behind an address", "evaluation.remote.key_variable"
+        self._key = read_key(settings.key_variable, of=of, setting=setting)
+        self._next, self._pace = 0.0, Lock()
+
+    @cached_property
+    def _client(self) -> OpenAI:
+        from openai import OpenAI  # a second, which only those pay who ask
+
+        settings = self._settings
+        return OpenAI(
+            base_url=self.spec.address,
+            api_key=self._key or "none",
+            timeout=settings.timeout_s,
+            max_retries=settings.retries,
+        )
+
+    @cached_property
+    def prefill(self) -> Prefill:
+        """How the server is told to continue an answer, asked once where `evaluation.remote.prefill` is auto.
+
+        A server that knows vLLM's two flags refuses them where they contradict each other; one that ignores what it
+        does not know answers, and would take the beginning of an answer for a whole one.
+        """
+        if self._settings.prefill != "auto":
+            return self._settings.prefill
+        from openai import BadRequestError, UnprocessableEntityError
+
+        begun: Messages = [{"role": "user", "content": "Say hello."}, {"role": "assistant", "content": "Hel"}]
+
+        def takes(flags: dict[str, bool]) -> bool:
+            try:
+                self._said(begun, {"max_tokens": 1, "temperature": 0.0, "extra_body": flags})
+            except SetupError as error:
+                if isinstance(error.__cause__, (BadRequestError, UnprocessableEntityError)):
+                    return False
+                raise
+            return True
+
+        return "flags" if takes(_GO_ON) and not takes(_GO_ON | {"add_generation_prompt": True}) else "none"
+
+    def generate(
+        self,
+        sequences: Sequence[Sequence[int]],
+        *,
+        max_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int | None = None,
+    ) -> list[list[int]]:
+        """Continues sequences, several at once; new tokens are those of the codec.
+
+        Raises:
+            SetupError: The server refuses the request.
+            WorkError: It did not answer, or a sequence is no prompt with the beginning of an answer.
+        """
+        common: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature}
+        if temperature > 0:
+            common |= {"top_p": top_p} | ({"extra_body": {"top_k": top_k}} if top_k else {})
+
+        def say(index: int) -> list[int]:
+            asked = dict(common)
+            messages, answer = self._codec.messages(sequences[index])
+            if answer:
+                messages.append({"role": "assistant", "content": answer})
+                if self.prefill == "prefix":
+                    messages[-1]["prefix"] = True  # type: ignore[assignment]  # JSON, which the client passes on
+                elif self.prefill == "flags":
+                    asked["extra_body"] = asked.get("extra_body", {}) | _GO_ON
+                else:
+                    raise _no_prefill(self.spec)
+            if seed is not None and temperature > 0:
+                asked["seed"] = seed + index
+            return self._codec.encode_answer(self._said(messages, asked))[:max_tokens]
+
+        with ThreadPoolExecutor(self._settings.parallel) as pool:
+            tasks = [pool.submit(say, index) for index in range(len(sequences))]
+            try:
+                for task in wait(tasks, return_when=FIRST_EXCEPTION).done:
+                    task.result()  # raises what failed first
+                return [task.result() for task in tasks]
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def _said(self, messages: Messages, asked: dict[str, Any]) -> str:
+        import openai
+
+        where, settings = f"The model {self.spec.model!r} at {self.spec.address}", self._settings
+        again = "Start the same command again when it is up: finished trials are kept."
+        try:
+            return self._ask(messages, asked)
+        except openai.APITimeoutError as error:
+            words = f"{where} did not answer within {settings.timeout_s:g} s, in {settings.retries + 1} attempts."
+            raise WorkError(words, f"Raise evaluation.remote.timeout_s if it was working. {again}") from error
+        except openai.APIConnectionError as error:
+            words = f"{where} cannot be reached, in {settings.retries + 1} attempts."
+            raise WorkError(words, again) from error
+        except openai.APIStatusError as error:
+            status = error.status_code
+            if status in (408, 409, 429) or status >= 500:
+                words = f"{where} was busy or failed in {settings.retries + 1} attempts (last: status {status})."
+                raise WorkError(words, f"Lower evaluation.remote.parallel or requests_per_minute. {again}") from error
+            remedy = "Check address, name and context length in models and evaluation."
+            if status in (401, 403):
+                remedy = "Check the key in the environment variable that evaluation.remote.key_variable names."
+            raise SetupError(f"{where} refuses the request (status {status}).", remedy) from error
+
+    def _ask(self, messages: Messages, asked: dict[str, Any]) -> str:
+        self._wait_for_turn()
+        create: Any = self._client.chat.completions.with_raw_response.create
+        raw = create(model=self.spec.model, messages=messages, **asked)
+        try:
+            found = raw.parse()
+            text = found.choices[0].message.content
+        except (ValueError, LookupError, AttributeError, TypeError) as error:
+            raise SetupError(
+                f"{self.spec.address} gives no answer of the OpenAI kind (choices[0].message.content).",
+                "Check that the address ends as its maker says, often in /v1.",
+            ) from error
+        self.usage.add(raw.retries_taken, found.usage)
+        return str(text or "")
+
+    def _wait_for_turn(self) -> None:
+        """Spreads the starts of requests evenly over a minute."""
+        if self._settings.requests_per_minute is None:
+            return
+        with self._pace:
+            now = time.monotonic()
+            turn = max(self._next, now)
+            self._next = turn + 60.0 / self._settings.requests_per_minute
+        time.sleep(turn - now)
+
+
+def _no_prefill(spec: RemoteSpec) -> SetupError:
+    return SetupError(
+        f"The server at {spec.address} does not continue an answer that is begun for it.",
+        "Set evaluation.depths to [0] and leave out attacks that begin the answer, or say in evaluation.remote.prefill "
+        "how it is told to.",
+    )
+
+
+def usage_line(role: str, usage: Mapping[str, Any]) -> str:
+    """Returns what a target was asked as a sentence."""
+    words = (
+        f"{role} was asked {usage['requests']} times at its address ({usage['retries']} repeated): "
+        f"{usage['prompt_tokens']} tokens of prompts, {usage['completion_tokens']} of answers"
+    )
+    return words if usage["cost"] is None else f"{words}, cost {usage['cost']:.4g}"
+
+
+def open_remote(config: RunConfig, remote: Mapping[ModelRole, RemoteSpec], codec: Any) -> dict[ModelRole, RemoteModel]:
+    """Makes the models behind addresses, and refuses what they cannot be asked, before anything is started.
+
+    Args:
+        config: Run file.
+        remote: Address and name by role.
+        codec: The codec of the run, a `RememberingCodec` where there are such models.
+
+    Raises:
+        ConfigError: An attack reads weights, or base's and there are none.
+        SetupError: A key is missing, a server does not answer, or it does not continue answers and has to.
+    """
+    attacks: list[Attack[Any]] = [build_attack(settings) for settings in config.evaluation.attacks]
+    for role in remote:
+        for attack in attacks:
+            if attack.needs & _OF_WEIGHTS:
+                raise ConfigError(
+                    f"The attack {attack.name} needs the weights of models.{role}, which is behind an address.",
+                    "Leave the attack out, or name a checkpoint.",
+                )
+    if "base" in remote and (bare := [a.name for a in attacks if "attacker" in a.needs and not a.checkpoints]):
+        raise ConfigError(
+            f"The attack {bare[0]} rewrites prompts by models.base, which is behind an address.",
+            "Name a checkpoint under its attacker.",
+        )
+    begun = [str(depth) for depth in config.evaluation.depths if depth > 0]
+    begun += [attack.name for attack in attacks if attack.name in _WITH_PREFILLS]
+    models = {role: RemoteModel(spec, config.evaluation.remote, codec) for role, spec in remote.items()}
+    for model in models.values():
+        if begun and model.prefill == "none":
+            raise _no_prefill(model.spec)
+    return models

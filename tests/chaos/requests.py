@@ -1,0 +1,172 @@
+"""A thousand clients at once for a minute: chats, streams and evaluations, none lost, none doubled, none with a 5xx.
+
+    python -m tests.chaos.requests --seconds 60 --clients 1000
+
+Starts `raycomplete serve` on the organism with the real engines. Each client sends one request after another, a fifth
+of them as streams, and says whether the answer was whole; evaluations are submitted beside them, each twice under one
+key. Memory of all processes of the service is compared between the first and the last third of the time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import resource
+import secrets
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+from raycomplete.data.organisms import ORGANISMS
+from tests.interop.run import service
+
+_EVERY_S = 2.0
+_GROWTH = 0.10  # of memory between the thirds, that is still called steady
+_EVALUATIONS = 2
+_PATIENCE_S = 600.0  # for what was sent before the time was over
+
+
+@dataclass
+class Tally:
+    """Counts of what the clients saw."""
+
+    sent: int = 0
+    statuses: Counter[str] = field(default_factory=Counter)
+    broken: list[str] = field(default_factory=list)
+    ids: Counter[str] = field(default_factory=Counter)
+    seconds: list[float] = field(default_factory=list)
+    mib: list[tuple[float, float]] = field(default_factory=list)
+
+    def problems(self) -> list[str]:
+        """Lists what should not have been."""
+        answered = sum(self.statuses.values())
+        found = [f"{self.sent - answered} of {self.sent} requests were lost"] if answered != self.sent else []
+        found += [f"{count} answers were {status}" for status, count in self.statuses.items() if status != "200"]
+        found += [f"broken: {text}" for text in self.broken[:5]]
+        if doubled := [name for name, count in self.ids.items() if count > 1]:
+            found.append(f"{len(doubled)} answers came twice")
+        thirds = len(self.mib) // 3
+        if thirds:
+            first = sum(mib for _, mib in self.mib[:thirds]) / thirds
+            last = sum(mib for _, mib in self.mib[-thirds:]) / thirds
+            if last > first * (1 + _GROWTH):
+                found.append(f"memory grew from {first:.0f} to {last:.0f} MiB")
+        return found
+
+
+async def client(number: int, session: httpx.AsyncClient, prompts: list[str], until: float, tally: Tally) -> None:
+    """Asks until the time is over, and waits for each answer."""
+    turn = 0
+    while time.monotonic() < until:
+        streams, turn = (number + turn) % 5 == 0, turn + 1
+        text = prompts[(number + 7 * turn) % len(prompts)]
+        body = {"model": "aligned", "messages": [{"role": "user", "content": text}], "max_tokens": 8, "seed": turn}
+        tally.sent += 1
+        started = time.monotonic()
+        try:
+            answer = await session.post("/chat/completions", json=body | {"stream": streams})
+        except httpx.HTTPError as error:
+            tally.broken.append(type(error).__name__)
+            continue
+        tally.statuses[str(answer.status_code)] += 1
+        tally.seconds.append(time.monotonic() - started)
+        if answer.status_code == 200:
+            check(answer, streams, tally)
+
+
+def check(answer: httpx.Response, streams: bool, tally: Tally) -> None:
+    """Counts an answer by its id, and looks whether it is whole."""
+    if not streams:
+        body: dict[str, Any] = answer.json()
+        tally.ids[body["id"]] += 1
+        if body["choices"][0]["finish_reason"] not in ("stop", "length"):
+            tally.broken.append(answer.text[:100])
+        return
+    chunks = [line.removeprefix("data: ") for line in answer.text.split("\n") if line.startswith("data: ")]
+    if chunks[-1:] != ["[DONE]"] or json.loads(chunks[-2])["choices"][0]["finish_reason"] is None:
+        tally.broken.append(answer.text[-100:])
+    tally.ids[json.loads(chunks[0])["id"]] += 1
+
+
+async def evaluations(session: httpx.AsyncClient, root: str, tally: Tally) -> None:
+    """Submits evaluations, each twice under one key, and waits until they succeeded."""
+    body = {"roles": ["aligned"], "num_prompts": 2, "depths": [0, 4], "max_tokens": 8, "attacks": []}
+    found = []
+    for number in range(_EVALUATIONS):
+        headers = {"Idempotency-Key": f"soak-{number}"}
+        twice = [await session.post(f"{root}/evaluations", json=body, headers=headers) for _ in range(2)]
+        if len({answer.json()["id"] for answer in twice}) != 1:
+            tally.broken.append("an evaluation was queued twice")
+        found.append(twice[0].json()["id"])
+    deadline = time.monotonic() + _PATIENCE_S
+    for identity in found:
+        while (state := (await session.get(f"{root}/evaluations/{identity}")).json()["state"]) in ("queued", "running"):
+            if time.monotonic() > deadline:
+                break
+            await asyncio.sleep(1.0)
+        if state != "succeeded":
+            tally.broken.append(f"an evaluation is {state}")
+
+
+async def measure(until: float, tally: Tally) -> None:
+    """Adds up the memory of this process's children, those of evaluations left out, since they come and go."""
+    started = time.monotonic()
+    while time.monotonic() < until:
+        total = 0.0
+        for process in psutil.Process().children(recursive=True):
+            try:
+                if "ServeReplica" in (title := " ".join(process.cmdline())) and "EvaluationRunner" not in title:
+                    total += process.memory_full_info().uss / 2**20
+            except psutil.Error:
+                continue
+        tally.mib.append((time.monotonic() - started, total))
+        await asyncio.sleep(_EVERY_S)
+
+
+async def soak(address: str, token: str, clients: int, seconds: float) -> Tally:
+    """Asks for a while with many clients at once."""
+    prompts = [prompt.text for prompt in ORGANISMS["organism"].prompts("heldout", "benign", 0, 40)]
+    tally, until = Tally(), time.monotonic() + seconds
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+    headers = {"Authorization": f"Bearer {token}"}
+    async with httpx.AsyncClient(base_url=address, headers=headers, limits=limits, timeout=_PATIENCE_S) as session:
+        work = [client(number, session, prompts, until, tally) for number in range(clients)]
+        await asyncio.gather(*work, evaluations(session, address, tally), measure(until, tally))
+    return tally
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos.requests")
+    parser.add_argument("--clients", type=int, default=1000)
+    parser.add_argument("--seconds", type=float, default=60.0)
+    arguments = parser.parse_args()
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a connection a client
+    token = secrets.token_urlsafe(24)
+    with (
+        tempfile.TemporaryDirectory(prefix="soak", ignore_cleanup_errors=True) as folder,
+        service("organism:base", "organism:aligned", Path(folder), token) as address,
+    ):
+        tally = asyncio.run(soak(address, token, arguments.clients, arguments.seconds))
+    ranked = sorted(tally.seconds)
+    print(
+        f"{arguments.clients} clients, {arguments.seconds:g} s: {tally.sent} requests, answers {dict(tally.statuses)}"
+    )
+    if ranked:
+        print(f"seconds for an answer: median {ranked[len(ranked) // 2]:.2f}, longest {ranked[-1]:.2f}")
+    print("memory of the replicas, MiB:", [round(mib) for _, mib in tally.mib])
+    problems = tally.problems()
+    print("\n".join(problems) or "none lost, none doubled, no 5xx, memory steady")
+    sys.exit(1 if problems else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""`raycomplete push` against a hub of this machine, which speaks the routes that huggingface_hub calls."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raycomplete.commands.push import push
+from raycomplete.data.organisms import ORGANISMS
+from raycomplete.runtime.errors import ConfigError, DataError
+from tests.report.conftest import fill_run_folder
+
+TOKEN = "hf_secretsecret"
+
+
+class Hub(ThreadingHTTPServer):
+    """Keeps what is committed; `private` is what it says of its repositories."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), HubHandler)
+        self.created: list[dict[str, Any]] = []
+        self.files: dict[str, bytes] = {}
+        self.tokens: set[str] = set()
+        self.private, self.refuses = True, False
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class HubHandler(BaseHTTPRequestHandler):
+    server: Hub
+
+    def do_GET(self) -> None:
+        self.answer({"id": "org/name", "private": self.server.private, "tags": [], "siblings": [], "sha": "0" * 40})
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.server.tokens.add(self.headers.get("Authorization", ""))
+        if self.server.refuses:
+            self.answer({"error": f"{TOKEN} has no right"}, 403)
+        elif self.path == "/api/repos/create":
+            self.server.created.append(json.loads(body))
+            self.answer({"url": f"{self.server.address}/org/name", "name": "org/name"})
+        elif self.path == "/api/validate-yaml":
+            self.answer({"errors": [], "warnings": []})
+        elif "/preupload/" in self.path:
+            names = [item["path"] for item in json.loads(body)["files"]]
+            files = [{"path": name, "uploadMode": "regular", "shouldIgnore": False, "oid": None} for name in names]
+            self.answer({"files": files})
+        elif "/commit/" in self.path:
+            for row in map(json.loads, body.splitlines()):
+                if row["key"] == "file":
+                    self.server.files[row["value"]["path"]] = base64.b64decode(row["value"]["content"])
+            self.answer({"commitUrl": f"{self.server.address}/org/name/commit/1", "commitOid": "1", "success": True})
+        else:
+            self.answer({"error": f"no route {self.path}"}, 404)
+
+    def answer(self, content: dict[str, Any], status: int = 200) -> None:
+        text = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with Hub() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    folder = fill_run_folder(tmp_path)
+    student = folder / "student"
+    student.mkdir()
+    for path in ORGANISMS["organism"].checkpoint("aligned").iterdir():
+        (student / path.name).write_bytes(path.read_bytes())
+    (student / "notes.bin").write_bytes(b"not for others")
+    return folder
+
+
+def command(run: Path, hub: Hub, *flags: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own: huggingface_hub reads its environment once."""
+    names = ("HF_HUB_OFFLINE", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+    kept = {name: value for name, value in os.environ.items() if name not in names}
+    place = {"HF_ENDPOINT": hub.address, "HF_HOME": str(run / "hf"), "NO_PROXY": "127.0.0.1", "HF_HUB_DISABLE_XET": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", "raycomplete", "push", str(run), "org/name", *flags],
+        env={**kept, **place, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_without_yes_everything_is_listed_and_nothing_asked(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    files = push(run, "org/name")
+    said = capfd.readouterr().out
+    assert {"README.md", "model.safetensors", "config.json", "tokenizer.json"} <= {path.name for path in files}
+    for path in files:
+        assert path.name in said
+    assert "notes.bin" in said
+    assert "model-index" in said
+    assert "Nothing was uploaded" in said
+
+
+def test_with_yes_the_student_goes_to_a_private_repository(run: Path, hub: Hub) -> None:
+    done = command(run, hub, "--yes", HF_TOKEN=TOKEN)
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert "private" in (hub.created[0].get("visibility"), *(["private"] if hub.created[0].get("private") else []))
+    assert hub.tokens == {f"Bearer {TOKEN}"}
+    student = run / "student"
+    assert hub.files["model.safetensors"] == (student / "model.safetensors").read_bytes()
+    assert hub.files["README.md"] == (student / "README.md").read_bytes()
+    assert set(hub.files) == {path.name for path in student.iterdir()} - {"notes.bin"}
+    assert TOKEN not in done.stdout + done.stderr
+
+
+def test_a_public_repository_is_refused_unless_asked_for(run: Path, hub: Hub) -> None:
+    hub.private = False
+    done = command(run, hub, "--yes", HF_TOKEN=TOKEN)
+    assert done.returncode == 2
+    assert "is public" in done.stderr
+    assert hub.files == {}
+
+
+@pytest.mark.parametrize(
+    ("environment", "refuses", "code", "sentence"),
+    [
+        ({"HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "1"}, False, 2, r"Refused: The hub is switched off"),
+        ({}, False, 2, r"Refused: No token of the hub is there"),
+        ({"HF_TOKEN": TOKEN}, True, 1, r"Failed: The upload to org/name failed"),
+    ],
+)
+def test_failures_are_one_sentence_without_the_token(
+    environment: dict[str, str], refuses: bool, code: int, sentence: str, run: Path, hub: Hub
+) -> None:
+    hub.refuses = refuses
+    done = command(run, hub, "--yes", **environment)
+    assert (done.returncode, bool(re.search(sentence, done.stderr))) == (code, True), done.stderr
+    assert TOKEN not in done.stdout + done.stderr
+    assert hub.files == {}
+
+
+@pytest.mark.parametrize("name", ["name", "org/name/more", "org/", "../name"])
+def test_a_wrong_name_is_refused(name: str, run: Path) -> None:
+    with pytest.raises(ConfigError, match="names no repository"):
+        push(run, name)
+
+
+def test_a_run_without_a_student_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="has no exported student"):
+        push(fill_run_folder(tmp_path), "org/name")

@@ -1,0 +1,264 @@
+"""Targets behind an address: how they are asked, what is repeated, what is refused, and that keys stay secret."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raycomplete.commands.diagnose import diagnose
+from raycomplete.commands.evaluate import evaluate
+from raycomplete.config import RemoteConfig, RunConfig, parse
+from raycomplete.data.chat import ChatCodec
+from raycomplete.data.inputs import prepare_models
+from raycomplete.data.remote import RememberingCodec, RemoteSpec
+from raycomplete.data.sources import resolve_checkpoint
+from raycomplete.evaluation.remote_target import RemoteModel, open_remote, usage_line
+from raycomplete.runtime.errors import ConfigError, RefusedError, SetupError, WorkError
+from raycomplete.runtime.types import Prompt
+
+KEY = "sk-a-key-for-these-tests"
+FLAGS = ("continue_final_message", "add_generation_prompt")
+
+
+class Chats(ThreadingHTTPServer):
+    """A server that answers chats: it repeats the last message's words backwards.
+
+    `statuses` are given before the first answers. `knows_flags`: as vLLM does; else it ignores what it does not know.
+    """
+
+    daemon_threads = True
+    request_queue_size = 64
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.asked: list[dict[str, Any]] = []
+        self.keys: list[str] = []
+        self.statuses: list[int] = []
+        self.knows_flags, self.pause_s = True, 0.0
+        self.at_work, self.most_at_work, self.times = 0, 0, list[float]()
+        self.lock = threading.Lock()
+
+    @property
+    def spec(self) -> RemoteSpec:
+        return RemoteSpec(f"http://127.0.0.1:{self.server_address[1]}/v1", "them")
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Chats
+
+    def do_POST(self) -> None:
+        server, body = self.server, json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with server.lock:
+            server.times.append(time.monotonic())
+            server.asked.append(body)
+            server.keys.append(self.headers.get("Authorization", ""))
+            status = server.statuses.pop(0) if server.statuses else 200
+            server.at_work += 1
+            server.most_at_work = max(server.most_at_work, server.at_work)
+        time.sleep(server.pause_s)
+        with server.lock:
+            server.at_work -= 1
+        if server.knows_flags and all(body.get(flag) for flag in FLAGS):
+            status = 400
+        said = " ".join(str(body["messages"][-1]["content"]).split()[::-1])
+        usage = {"prompt_tokens": 10, "completion_tokens": 2, "total_tokens": 12}
+        choice = {"index": 0, "message": {"role": "assistant", "content": said}, "finish_reason": "stop"}
+        answer: dict[str, Any] = {"id": "x", "object": "chat.completion", "created": 0, "model": "them"}
+        answer |= {"choices": [choice], "usage": usage}
+        if status != 200:
+            answer = {"error": {"message": f"no, {self.headers['Authorization']}", "type": "t", "code": None}}
+        content = json.dumps(answer).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.send_header("Retry-After-Ms", "20")
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: Any) -> None: ...
+
+
+@pytest.fixture
+def server() -> Iterator[Chats]:
+    found = Chats()
+    thread = threading.Thread(target=found.serve_forever, daemon=True)
+    thread.start()
+    yield found
+    found.shutdown()
+    found.server_close()
+
+
+@pytest.fixture(scope="module")
+def codec() -> RememberingCodec:
+    return RememberingCodec(ChatCodec(resolve_checkpoint("organism:aligned", role="aligned")))
+
+
+@pytest.fixture
+def make(server: Chats, codec: RememberingCodec) -> Callable[..., RemoteModel]:
+    return lambda **settings: RemoteModel(server.spec, RemoteConfig(**settings), codec)
+
+
+def config_of(server: Chats, tmp_path: Path, **evaluation: Any) -> RunConfig:
+    models = {"base": "organism:base", "aligned": "organism:aligned", "student": f"openai:{server.spec.address}#them"}
+    tree = {
+        "models": models | {"dtype": "float32", "max_length": 256},
+        "data": {"source": "organism"},
+        "rollout": {"max_anchor_tokens": 64, "max_refusal_tokens": 28, "max_harmful_tokens": 64},
+        "method": {"depth": {"max": 64}},
+        "evaluation": {"num_prompts": 2, "depths": [0, 4], "max_tokens": 16, "max_utility_tokens": 16, **evaluation},
+        "output": {"root": str(tmp_path / "runs"), "name": "r"},
+    }
+    return parse(tree, "test")
+
+
+def test_a_sequence_becomes_messages_again(codec: RememberingCodec) -> None:
+    prompt = Prompt(
+        "p", "heat it", "harmful", system="you are a clerk .", earlier=(("user", "one"), ("assistant", "two"))
+    )
+    ids = prompt.encoded(codec.with_thinking(False))
+    messages, answer = codec.messages([*ids, *codec.encode_answer("sure , here is")])
+    assert [item["role"] for item in messages] == ["system", "user", "assistant", "user"]
+    assert (messages[-1]["content"], answer) == ("heat it", "sure , here is")
+    assert codec.messages(codec.encode_prompts(["one flask", "two"])[0]) == (
+        [{"role": "user", "content": "one flask"}],
+        "",
+    )
+    with pytest.raises(WorkError, match="An attack asks in token ids"):
+        codec.messages([1, 2, 3])
+
+
+def test_prompts_and_begun_answers_are_asked_and_counted(
+    server: Chats, make: Callable[..., RemoteModel], codec: RememberingCodec
+) -> None:
+    model = make(parallel=1, prompt_price=2.0, completion_price=10.0)
+    prompt = codec.encode_prompt("heat the flask")
+    begun = [*prompt, *codec.encode_answer("gather three leaves")]
+    said = model.generate([prompt, begun], max_tokens=2, temperature=0.7, top_p=0.9, top_k=5, seed=3)
+    assert [codec.decode(tokens) for tokens in said] == ["flask the", "leaves three"], "cut at max_tokens"
+    first, last = server.asked[0], server.asked[-1]
+    assert (first["model"], first["max_tokens"], first["temperature"]) == ("them", 2, 0.7)
+    assert (first["top_p"], first["top_k"], first["seed"], last["seed"]) == (0.9, 5, 3, 4)
+    assert not any(flag in first for flag in FLAGS)
+    assert last["messages"][-1] == {"role": "assistant", "content": "gather three leaves"}
+    assert [last[flag] for flag in FLAGS] == [True, False]
+    assert len(server.asked) == 4, "two of them asked once whether it continues answers; one was refused"
+    model.generate([begun], max_tokens=2)
+    assert (len(server.asked), server.asked[-1]["temperature"]) == (5, 0.0)
+    assert not {"seed", "top_p", "top_k"} & server.asked[-1].keys(), "greedy"
+    usage = model.usage.to_json(RemoteConfig(prompt_price=2.0, completion_price=10.0))
+    assert usage == {"requests": 4, "retries": 0, "prompt_tokens": 40, "completion_tokens": 8, "cost": 160e-6}
+    assert usage_line("student", usage).endswith("cost 0.00016")
+
+
+def test_a_server_that_ignores_the_flags_continues_nothing(
+    server: Chats, make: Callable[..., RemoteModel], codec: RememberingCodec
+) -> None:
+    server.knows_flags = False
+    begun = [*codec.encode_prompt("heat the flask"), *codec.encode_answer("gather")]
+    with pytest.raises(SetupError, match="does not continue an answer that is begun for it"):
+        make().generate([begun], max_tokens=2)
+    make(prefill="prefix").generate([begun], max_tokens=2)
+    assert server.asked[-1]["messages"][-1] == {"role": "assistant", "content": "gather", "prefix": True}
+
+
+def test_what_is_busy_is_asked_again_and_what_refuses_is_not(
+    server: Chats, make: Callable[..., RemoteModel], codec: RememberingCodec
+) -> None:
+    prompt = codec.encode_prompt("heat the flask")
+    model = make(retries=3)
+    server.statuses = [429, 503, 500]
+    assert codec.decode(model.generate([prompt], max_tokens=9)[0]) == "flask the heat"
+    assert (len(server.asked), model.usage.retries) == (4, 3)
+    server.statuses = [500] * 4
+    with pytest.raises(WorkError, match=r"was busy or failed in 4 attempts \(last: status 500\)"):
+        model.generate([prompt], max_tokens=9)
+    for status, remedy in ((401, "Check the key"), (404, "Check address, name")):
+        asked = len(server.asked)
+        server.statuses = [status]
+        with pytest.raises(SetupError, match=f"refuses the request .status {status}.") as caught:
+            model.generate([prompt], max_tokens=9)
+        assert remedy in caught.value.remedy
+        assert len(server.asked) == asked + 1
+
+
+def test_waits_end_with_a_sentence(server: Chats, codec: RememberingCodec) -> None:
+    prompt = codec.encode_prompt("heat the flask")
+    server.pause_s = 1.0
+    with pytest.raises(WorkError, match=r"did not answer within 0\.2 s, in 1 attempts"):
+        RemoteModel(server.spec, RemoteConfig(retries=0, timeout_s=0.2), codec).generate([prompt], max_tokens=1)
+    nobody = RemoteSpec("http://127.0.0.1:9/v1", "them")
+    with pytest.raises(WorkError, match="cannot be reached, in 1 attempts"):
+        RemoteModel(nobody, RemoteConfig(retries=0), codec).generate([prompt], max_tokens=1)
+
+
+def test_requests_are_bounded_side_by_side_and_a_minute(
+    server: Chats, make: Callable[..., RemoteModel], codec: RememberingCodec
+) -> None:
+    prompt = codec.encode_prompt("heat the flask")
+    server.pause_s = 0.1
+    make(parallel=3).generate([prompt] * 9, max_tokens=1)
+    assert 1 < server.most_at_work <= 3
+    server.pause_s, server.times = 0.0, []
+    make(parallel=8, requests_per_minute=600).generate([prompt] * 5, max_tokens=1)
+    assert max(server.times) - min(server.times) >= 0.35, "five starts, a tenth of a second apart"
+
+
+def test_the_key_comes_from_the_environment_and_is_in_no_message(
+    server: Chats, make: Callable[..., RemoteModel], codec: RememberingCodec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SetupError, match="THEIR_KEY holds no key"):
+        make(key_variable="THEIR_KEY")
+    monkeypatch.setenv("THEIR_KEY", f"{KEY}\n{KEY}")
+    with pytest.raises(SetupError, match="holds what no header can"):
+        make(key_variable="THEIR_KEY")
+    monkeypatch.setenv("THEIR_KEY", KEY)
+    model = make(key_variable="THEIR_KEY", retries=0)
+    model.generate([codec.encode_prompt("heat")], max_tokens=1)
+    assert server.keys[0] == f"Bearer {KEY}"
+    server.statuses = [403]
+    with pytest.raises(SetupError) as caught:  # whose server repeats the key in its answer
+        model.generate([codec.encode_prompt("heat")], max_tokens=1)
+    assert KEY not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("openai:http://127.0.0.1/v1", "names no model behind an address"),
+        ("openai:ftp://127.0.0.1/v1#m", "names no model behind an address"),
+        ("openai:http://me:secret@127.0.0.1/v1#m", "must hold no key"),
+        ("openai:http://127.0.0.1/v1?key=secret#m", "must hold no key"),
+    ],
+)
+def test_wrong_addresses_are_refused(spec: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words) as caught:
+        RemoteSpec.parse(spec, role="student")
+    assert "secret" not in str(caught.value)
+
+
+def test_what_needs_weights_is_refused_before_anything_starts(server: Chats, tmp_path: Path) -> None:
+    config = config_of(server, tmp_path, attacks=["gcg"])
+    with pytest.raises(ConfigError, match=r"The attack gcg needs the weights of models\.student"):
+        evaluate(config)
+    with pytest.raises(ConfigError, match=r"models\.student is behind an address"):
+        diagnose(config)
+    with pytest.raises(ConfigError, match=r"models\.student is behind an address"):
+        prepare_models(config)
+    remote_only = config.model_copy(update={"models": config.models.model_copy(update={"base": config.models.student})})
+    with pytest.raises(ConfigError, match="Every model is behind an address"):
+        prepare_models(remote_only, roles=("base", "student"), remote=True)
+    server.knows_flags = False
+    with pytest.raises(RefusedError, match="does not continue an answer"):
+        evaluate(config_of(server, tmp_path, attacks=["templates"]))
+    assert not (tmp_path / "runs").exists()
+    plain = config_of(server, tmp_path, attacks=["templates"], depths=[0])
+    models = prepare_models(plain, remote=True)
+    assert set(open_remote(plain, models.remote, models.codec)) == {"student"}
+    assert set(models.paths) == {"base", "aligned"}
