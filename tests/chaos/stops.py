@@ -91,6 +91,7 @@ class StoppedCommand:
 
     def stop_at(self, pattern: str, count: int, delay_s: float, *, resume: bool) -> tuple[float, str]:
         """Runs it until files have grown so far and a little longer, sends SIGTERM, returns seconds and sentence."""
+        count = max(count, self.grown(pattern) + 1) if pattern else 0  # work that is new in this process
         process, deadline = self.start(resume=resume), time.monotonic() + _TIMEOUT_S
         try:
             while pattern and self.grown(pattern) < count:
