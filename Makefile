@@ -2,6 +2,7 @@
 
 BIN := .venv/bin
 EXTRA ?=
+REHEARSE ?=
 SETUP := sh .setup/setup.sh $(if $(EXTRA),--extra $(EXTRA))
 SOURCES := raycomplete .setup/install.py $(wildcard jobs/*.py docs/examples/*.py)
 PYTEST := $(BIN)/python -m pytest
@@ -20,7 +21,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # One that a demo of the checkout left is compared with the wheel's.
 DEMO := runs/demo/summary.json
 
-.PHONY: help setup ready demo test test-fast wheel-test bench interop lint format clean
+.PHONY: help setup ready demo test test-fast wheel-test bench interop gpu lint format lock-gpu clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -50,6 +51,10 @@ bench: ## the benchmarks in tests/benchmarks, against libraries that it installs
 interop: ready ## real clients (openai, inspect_ai, lm-eval, garak) against the service; installs them first
 	@$(BIN)/python -m tests.interop.run
 
+gpu: ## prove this machine's GPUs in 10 minutes, report in runs/gpu (REHEARSE=1: on the CPU, tiny)
+	@$(SETUP) --if-stale --bench $(if $(REHEARSE),,--extra gpu)
+	@$(BIN)/raycomplete doctor --gpu $(if $(REHEARSE),--rehearse --out runs/gpu-rehearsal)
+
 lint: ready ## ruff and mypy
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --quiet --check .
@@ -59,6 +64,9 @@ lint: ready ## ruff and mypy
 format: ready ## let ruff rewrite the sources
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
+
+lock-gpu: ready ## resolve constraints-gpu.txt anew, as near to the other lock as CUDA builds allow
+	@$(SETUP) --lock-gpu
 
 clean: ## remove caches and build output (keeps .venv and runs/)
 	@rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

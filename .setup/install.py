@@ -17,6 +17,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 from pathlib import Path
 from typing import NoReturn
@@ -27,8 +28,10 @@ PYTHON = str(VENV / "bin" / "python")
 STAMP = VENV / ".setup-stamp.json"  # there only while .venv is whole
 LOG = VENV / "setup.log"
 LOCK = ROOT / "constraints.txt"
+GPU_LOCK = ROOT / "constraints-gpu.txt"
 PYTORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 FREE_GB = {"cpu": 8, "gpu": 24, "refresh": 2}
+OLDEST_DRIVER = 580  # that runs the CUDA 13 of the locked torch
 
 # Imported and so compiled, by one process each; uv itself would compile four times as many modules as are ever used.
 IMPORTS = (
@@ -66,13 +69,18 @@ def main() -> None:
     parser.add_argument("--extra", choices=["cpu", "gpu"], help="which vLLM and torch (default: as before, else cpu)")
     parser.add_argument("--if-stale", action="store_true", help="do nothing where .venv is up to date")
     parser.add_argument("--bench", action="store_true", help="also what make bench compares with")
+    parser.add_argument("--lock-gpu", action="store_true", help="resolve constraints-gpu.txt anew and do nothing else")
     arguments = parser.parse_args()
+    if arguments.lock_gpu:
+        lock_gpu()
+        return
 
     with (ROOT / "pyproject.toml").open("rb") as project:
         fcntl.flock(project, fcntl.LOCK_EX)  # two makes at once: the second waits, then finds the work done
         stamp = json.loads(STAMP.read_text() or "{}") if STAMP.exists() else {}
         extra = arguments.extra or stamp.get("extra", "cpu")
-        inputs = hashlib.sha256(project.read() + LOCK.read_bytes() + Path(__file__).read_bytes()).hexdigest()
+        locks = LOCK.read_bytes() + GPU_LOCK.read_bytes()
+        inputs = hashlib.sha256(project.read() + locks + Path(__file__).read_bytes()).hexdigest()
         wanted = {"inputs": inputs, "extra": extra, "folder": str(ROOT), "python": venv_python()}
         if stamp != wanted or not arguments.if_stale:
             install(extra, refresh={**stamp, "inputs": inputs} == wanted)
@@ -86,17 +94,17 @@ def install(extra: str, refresh: bool) -> None:
     """Builds `.venv`; with `refresh`, changes only what is out of date in the one that is there."""
     started = time.monotonic()
     check_machine(FREE_GB["refresh" if refresh else extra])
+    if extra == "gpu":
+        check_gpu_machine()
     say(f"{'Refreshing' if refresh else 'Building'} .venv for raycomplete ({extra}, Python {sys.version.split()[0]})")
     STAMP.unlink(missing_ok=True)
     prepare_venv(refresh)
     if extra == "cpu":
         install_locked()
     else:
-        # vLLM's CUDA build decides over torch. Nodes of a cluster must agree on Ray, wherever they run.
-        pins, overrides = VENV / "setup-pins.txt", VENV / "setup-overrides.txt"
-        pins.write_text("\n".join(line for line in lock_lines() if line.startswith("ray==")))
+        overrides = VENV / "setup-overrides.txt"
         overrides.write_text(NEVER)
-        files = ["--constraint", str(pins), "--override", str(overrides)]
+        files = ["--constraint", str(GPU_LOCK), "--override", str(overrides)]
         uv("raycomplete, vLLM, torch and the rest", "install", *files, "--editable", f"{ROOT}[gpu,demo,encoder,dev]")
     check_imports(extra)
     say(f"Ready in {time.monotonic() - started:.0f} s. Next: make demo")
@@ -127,6 +135,25 @@ def install_locked() -> None:
         uv("CUDA's libraries and triton", "install", "--constraint", str(pins), "torch", "torchvision")
 
 
+def lock_gpu() -> None:
+    """Resolves the GPU set, keeping versions of both locks wherever the CUDA builds allow."""
+    pins, overrides, resolved = (VENV / f"setup-{name}.txt" for name in ("pins", "overrides", "resolved"))
+    overrides.write_text(NEVER)
+    header, locked = (
+        [line for line in GPU_LOCK.read_text().splitlines() if line.startswith("#") is comment]
+        for comment in (True, False)
+    )
+    known = {line.partition("==")[0] for line in locked}
+    added = [line for line in lock_lines() if line.partition("==")[0] not in known]
+    resolved.write_text("\n".join([*locked, *added]))  # uv prefers what the output file holds
+    pins.write_text("\n".join(line for line in lock_lines() if line.startswith("ray==")))
+    extras = [word for extra in ("gpu", "demo", "encoder", "dev") for word in ("--extra", extra)]
+    target = ["--python-version", "3.11", "--python-platform", "x86_64-manylinux_2_28", "-o", str(resolved)]
+    files = ["--constraint", str(pins), "--override", str(overrides), str(ROOT / "pyproject.toml")]
+    uv("the GPU set, resolved", "compile", *extras, *target, *files, "--no-header", "--no-annotate")
+    GPU_LOCK.write_text("\n".join([*header, resolved.read_text()]))
+
+
 def check_imports(extra: str) -> None:
     """Imports what runs use, and so compiles it, in two processes at once; stops where anything does not import."""
     started = time.monotonic()
@@ -152,6 +179,27 @@ def check_machine(needed_gb: float) -> None:
         stop(f"{ROOT} has {free_gb:.1f} GB free and set-up needs {needed_gb:.0f} GB; free some or move it", code=2)
     if not os.access(ROOT, os.W_OK):
         stop(f"{ROOT} cannot be written to; move the folder or change its owner", code=2)
+
+
+def check_gpu_machine() -> None:
+    """Refuses, before gigabytes are downloaded, a machine on which their kernels could not be built or run.
+
+    A machine without a driver passes: images are built on such.
+    """
+    headers = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    if not any(map(shutil.which, filter(None, [os.environ.get("CC"), "gcc", "clang"]))):
+        stop("Triton and vLLM need a C compiler on a GPU; install one (Debian, Ubuntu: apt install gcc)", code=2)
+    if not headers.is_file():
+        stop(f"Triton needs Python's headers on a GPU and {headers} is missing; install python3-dev", code=2)
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        version = subprocess.run(query, capture_output=True, text=True, timeout=20).stdout.strip().splitlines()[0]
+    except (OSError, subprocess.TimeoutExpired, IndexError):
+        say(f"  (no NVIDIA driver answers; what is installed will need {OLDEST_DRIVER} or newer)")
+        return
+    if not os.environ.get("RAYCOMPLETE_SETUP_ANY_DRIVER") and int(version.split(".")[0]) < OLDEST_DRIVER:
+        why = f"the NVIDIA driver is {version}, and the CUDA 13 of the locked torch needs {OLDEST_DRIVER} or newer"
+        stop(f"{why}; update it (with a cuda-compat package: set RAYCOMPLETE_SETUP_ANY_DRIVER=1)", code=2)
 
 
 def pytorch_index_answers() -> bool:

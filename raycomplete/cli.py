@@ -45,7 +45,7 @@ Overrides = Annotated[
     typer.Argument(help="Values that replace those of the run file: train.steps=50", show_default=False),
 ]
 _INTERRUPTED = 130  # typer's own code for KeyboardInterrupt, which it does not let through
-_KEPT = "What was finished is kept; the same command continues it (train, align, diagnose, demo: with --resume)."
+_KEPT = "What was finished is kept; the same command continues it (train, align, diagnose, study, demo: with --resume)."
 
 Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run of the same name.")]
@@ -68,8 +68,17 @@ def doctor(
     overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Start no engine.")] = False,
+    gpu: Annotated[bool, typer.Option("--gpu", help="Prove this machine's GPUs in at most 10 minutes.")] = False,
+    rehearse: Annotated[bool, typer.Option("--rehearse", help="With --gpu: on the CPU, with tiny sizes.")] = False,
+    out: Annotated[Path, typer.Option(help="With --gpu: folder of the report.")] = Path("runs/gpu"),
+    stages: Annotated[str, typer.Option(help="With --gpu: stages to run, with commas; all without.")] = "",
 ) -> None:
     """Examines packages, devices, space, ports, tokens and the cluster, and names the remedy of what is wrong."""
+    if gpu:
+        from raycomplete.doctor.gpu import prove_gpu
+
+        only = [name.strip() for name in stages.split(",") if name.strip()]
+        raise typer.Exit(prove_gpu(out, Console(), rehearsal=rehearse, only=only))
     from raycomplete.doctor.command import doctor as run_doctor
 
     raise typer.Exit(run_doctor(run_file, overrides or [], as_json=as_json, quick=quick))
@@ -162,6 +171,22 @@ def plan(
         prompt_tokens=prompt_tokens,
         network_gbit=network_gbit,
     )
+
+
+@app.command()
+def study(
+    study_file: Annotated[Path, typer.Argument(help="Study file (YAML).", show_default=False)],
+    overrides: Overrides = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Trains and evaluates several methods under several seeds, and puts them into one table."""
+    from raycomplete.config.study import load_study
+
+    found = load_study(study_file, overrides or [])
+    from raycomplete.commands.study import study as run_study
+
+    run_study(found, resume=resume, overwrite=overwrite)
 
 
 @app.command()

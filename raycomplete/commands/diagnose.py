@@ -16,6 +16,7 @@ from typing import Any
 from raycomplete.commands.stored import stored
 from raycomplete.config import RunConfig
 from raycomplete.data.inputs import Prompts, prepare_models
+from raycomplete.data.remote import refuse_remote
 from raycomplete.diagnosis.contrastive import contrastive_baseline
 from raycomplete.diagnosis.gradient import measure_gradient
 from raycomplete.diagnosis.measurement import Measurement, start_diagnosis_engines, with_refusal_tokens
@@ -59,6 +60,7 @@ def diagnose(
     console = console or Console()
     started = time.perf_counter()
     config.models.refuse_thinking()
+    refuse_remote(config.models)  # models.student too, in whose place the student of the run comes
     config = _of_diagnosis(config)
     roles: tuple[ModelRole, ...] = ("base", "aligned") if config.models.student is None else MODEL_ROLES
     with console.stage("Checked checkpoints, tokenizers and prompts"):

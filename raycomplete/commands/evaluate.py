@@ -11,10 +11,11 @@ from raycomplete.attacks.trial import Progress
 from raycomplete.commands.stored import stored
 from raycomplete.config import RunConfig
 from raycomplete.data.inputs import prepare_models, prepare_prompts
-from raycomplete.engines.cluster import plan_run
+from raycomplete.engines.cluster import ResourcePlan, plan_run
 from raycomplete.engines.run import OutputFolder, open_run
 from raycomplete.evaluation.attack_resources import check_attacks, extra_engines, training_workers
 from raycomplete.evaluation.benign_nll import measure_benign_nll
+from raycomplete.evaluation.defences.start import check_defence, needs_training_prompts
 from raycomplete.evaluation.remote_target import open_remote, usage_line
 from raycomplete.evaluation.roles import evaluate_roles, held_out_sets
 from raycomplete.evaluation.summary import (
@@ -31,10 +32,10 @@ from raycomplete.runtime.console import Console
 from raycomplete.runtime.files import read_json, write_json
 from raycomplete.runtime.types import MODEL_ROLES, ModelRole
 
-_SAME = ("models", "data")  # sections that an evaluation shares with the run that it adds to
+SAME = ("models", "data")  # sections that an evaluation shares with the run that it adds to
 # Long templates need more room than training, which changes no response that fits. Arguments of the chat template show
 # in the tokens that responses are kept under.
-_FREE = ("models.max_length", "models.template_arguments")
+FREE = ("models.max_length", "models.template_arguments")
 
 OnProgress = Callable[[Progress], None]
 Cancelled = Callable[[], bool]
@@ -75,16 +76,17 @@ def evaluate(
         tested = config.model_copy(update={"models": config.models.model_copy(update={"student": str(trained)})})
     else:
         tested = config
-        if config.models.student is None:  # a copy of aligned is no student
+        if config.models.student is None and config.evaluation.defence is None:  # a copy of aligned is no student
             roles = [role for role in roles if role != "student"]
     with console.stage("Checked checkpoints, tokenizers and prompts"):
         models = prepare_models(tested, roles=tuple(dict.fromkeys(("base", *roles))), remote=True)
-        prompts = prepare_prompts(config, models.codec, training=False)
+        prompts = prepare_prompts(config, models.codec, training=needs_training_prompts(config))
         check_attacks(config)
+        check_defence(config, models)
         remote = open_remote(config, models.remote, models.codec)
-    folder = OutputFolder(config, same=_SAME, free=_FREE, resume=True, keep_config=True)
+    folder = OutputFolder(config, same=SAME, free=FREE, resume=True, keep_config=True)
     folder.check()
-    plan = plan_run(config, extras=extra_engines(config), attack_workers=training_workers(config))
+    plan = resources(config)
     with (
         open_run(folder, models, prompts, plan, console, on_progress=on_progress, cancelled=cancelled) as run,
         run.start_engines(),
@@ -93,13 +95,19 @@ def evaluate(
         run.prompts = held_out_sets(run)
         with run.stop.deferred():
             results = evaluate_roles(run, roles)
-            nll = measure_benign_nll(run, roles)
+            undefended = [role for role in roles if role != "student" or config.evaluation.defence is None]
+            nll = measure_benign_nll(run, undefended)  # of given answers, which no decoder changes
         for role, model in remote.items():
             results.get(role, {})["remote"] = usage = model.usage.to_json(config.evaluation.remote)
             console.note(usage_line(role, usage))
     summary = write_summary(config, run.folder, results, nll, time.perf_counter() - started)
     print_result(summary, run.folder, console)
     return run.folder
+
+
+def resources(config: RunConfig) -> ResourcePlan:
+    """Plans what an evaluation places on the cluster."""
+    return plan_run(config, extras=extra_engines(config), attack_workers=training_workers(config))
 
 
 def write_summary(

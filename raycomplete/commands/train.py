@@ -23,17 +23,18 @@ from raycomplete.data.checkpoints import check_trainable
 from raycomplete.data.families import is_mixture, text_config
 from raycomplete.data.inputs import KINDS, Prompts, prepare_models, prepare_prompts
 from raycomplete.data.samples import read_samples, write_samples
-from raycomplete.engines.cluster import plan_run
+from raycomplete.engines.cluster import ResourcePlan, plan_run
 from raycomplete.engines.generation_cache import SAMPLING_FILE
 from raycomplete.engines.run import OutputFolder, Run, open_run
 from raycomplete.engines.start import Engines
 from raycomplete.evaluation.attack_resources import check_attacks, extra_engines, training_workers
 from raycomplete.evaluation.benign_nll import measure_benign_nll
+from raycomplete.evaluation.defences.start import check_defence
 from raycomplete.evaluation.roles import evaluate_roles, held_out_sets
 from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import ConfigError
 from raycomplete.runtime.files import read_json, write_json
-from raycomplete.runtime.machine import available_cpus
+from raycomplete.runtime.machine import available_cpus, compiler_problem
 from raycomplete.runtime.metrics_file import read_metrics
 from raycomplete.runtime.types import MODEL_ROLES, ModelRole
 from raycomplete.training.checkpoints import check_space
@@ -43,7 +44,7 @@ from raycomplete.training.rollout_engines import StudentEngines
 from raycomplete.training.sampling import make_samples
 from raycomplete.training.trainer import fit
 
-_SAME = ("models", "data", "rollout", "method", "train")  # sections that decide what is trained
+SAME = ("models", "data", "rollout", "method", "train")  # sections that decide what is trained
 
 
 @stored()
@@ -70,22 +71,17 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False, c
         models = prepare_models(config, training=True)
         prompts = prepare_prompts(config, models.codec)
         check_attacks(config)
+        check_defence(config, models)
         settings = {"lora": config.train.lora_rank > 0, "trust_remote_code": config.models.trust_remote_code}
         check_trainable(models.paths["student"], synced=config.rollout.on_policy, **settings)
-    folder = OutputFolder(config, same=_SAME, resume=resume, overwrite=overwrite)
+    folder = OutputFolder(config, same=SAME, resume=resume, overwrite=overwrite)
     folder.check()
-    summary = read_json(folder.path / "summary.json") if resume else None
-    if summary is not None and summary["evaluation"] == config.evaluation.model_dump(mode="json"):
+    if resume and is_finished(config, folder.path):
+        summary = read_json(folder.path / "summary.json") or {}
         console.note("The run is finished already")
         print_result(summary, folder.path, console)
         return folder.path
-    plan = plan_run(
-        config,
-        scorers=("base", "aligned"),
-        workers=config.train.num_workers,
-        extras=extra_engines(config),
-        attack_workers=training_workers(config),
-    )
+    plan = resources(config)
     if not (folder.path / "student" / "config.json").is_file():
         check_space(folder.path, models.paths["student"], config.models.weight_dtype, config.train)
     with open_run(folder, models, prompts, plan, console) as run:
@@ -101,10 +97,28 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False, c
             run.use_student(student.resolve())  # engines may start in another folder
             with run.stop.deferred():
                 results = evaluate_roles(run, MODEL_ROLES)
-                nll = measure_benign_nll(run, MODEL_ROLES)
+                undefended = [role for role in MODEL_ROLES if role != "student" or config.evaluation.defence is None]
+                nll = measure_benign_nll(run, undefended)
     summary = write_summary(config, run.folder, results, nll, time.perf_counter() - started)
     print_result(summary, run.folder, console)
     return run.folder
+
+
+def resources(config: RunConfig) -> ResourcePlan:
+    """Plans what a run of `train` places on the cluster."""
+    return plan_run(
+        config,
+        scorers=("base", "aligned"),
+        workers=config.train.num_workers,
+        extras=extra_engines(config),
+        attack_workers=training_workers(config),
+    )
+
+
+def is_finished(config: RunConfig, folder: Path) -> bool:
+    """Tells whether a run folder holds the summary of just this evaluation."""
+    summary = read_json(folder / "summary.json")
+    return summary is not None and summary["evaluation"] == config.evaluation.model_dump(mode="json")
 
 
 def _train_student(run: Run) -> None:
@@ -167,6 +181,8 @@ def make_job(run: Run, start: ModelRole, output: Path, **settings: Any) -> Train
     architecture = text_config(read_json(run.models.paths[start] / "config.json") or {})
     if settings.get("lora_rank") and is_mixture(architecture):
         run.console.note("A mixture of experts: LoRA adapts attention, and router and experts stay as they are")
+    if note := fallback_note(settings["train"].loss_backend, use_gpu=run.cluster.use_gpu):
+        run.console.note(note)
     return TrainJob(
         start=run.models.paths[start],
         output=output,
@@ -180,6 +196,12 @@ def make_job(run: Run, start: ModelRole, output: Path, **settings: Any) -> Train
         trust_remote_code=models.trust_remote_code,
         **settings,
     )
+
+
+def fallback_note(loss_backend: str, *, use_gpu: bool) -> str:
+    """Says in one sentence why `train.loss_backend: auto` passes Triton over on this machine's GPU; empty if not."""
+    problem = compiler_problem() if use_gpu and loss_backend == "auto" else ""
+    return problem and f"The loss runs in PyTorch, not in Triton: {problem} (raycomplete doctor names the remedy)"
 
 
 def run_training(run: Run, job: TrainJob, title: str) -> None:

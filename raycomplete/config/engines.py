@@ -122,6 +122,9 @@ class RolloutConfig(Section):
     sync_tolerance: float | None = Field(
         None, gt=0, description="largest mean |log p - log p'| after an update, nats; by dtype when absent"
     )
+    cuda_graphs: bool = Field(
+        True, description="GPU: replay steps of decoding as CUDA graphs; without, small models wait for launches"
+    )
     colocated: bool = Field(False, description="GPU: let engines sleep while the trainer works on the same device")
 
     @property

@@ -12,6 +12,7 @@ from pydantic import Field, SerializeAsAny, ValidationError, field_validator, mo
 from raycomplete.attacks.attack import STANDARD_ANSWER_TOKENS, AttackConfig
 from raycomplete.attacks.prefill import STANDARD_DEPTHS, PrefillConfig
 from raycomplete.attacks.registry import explain, parse_attack
+from raycomplete.config.defences import DefenceConfig, parse_defence
 from raycomplete.runtime.errors import ConfigError
 from raycomplete.runtime.section import Section
 
@@ -141,6 +142,9 @@ class EvaluationConfig(Section):
     white_boxes: int = Field(1, ge=1, description="copies of a model that suffix searches use side by side")
     judge: JudgeConfig = Field(default_factory=JudgeConfig)
     remote: RemoteConfig = Field(default_factory=RemoteConfig)
+    defence: SerializeAsAny[DefenceConfig] | None = Field(
+        None, description="a defence at inference around the student: its name, or a mapping of name and settings"
+    )
     capabilities: CapabilitiesConfig = Field(default_factory=CapabilitiesConfig)
 
     @field_validator("depths")
@@ -149,6 +153,11 @@ class EvaluationConfig(Section):
         if any(depth < 0 for depth in depths):
             raise ValueError("evaluation.depths must not be negative")
         return sorted(set(depths))
+
+    @field_validator("defence", mode="before")
+    @classmethod
+    def _parsed_defence(cls, defence: Any) -> Any:
+        return None if defence is None else parse_defence(defence)
 
     @field_validator("attacks", mode="before")
     @classmethod

@@ -66,16 +66,20 @@ def load_run_file(
         ConfigError: The file is missing, not YAML, or holds a wrong key or value, or a plugin cannot be imported.
     """
     file = Path(path)
-    tree = _read(file)
+    tree = read_tree(file)
     for override in overrides:
-        _apply_override(tree, override)
+        apply_override(tree, override)
     if sections is not None:
         tree = {name: value for name, value in tree.items() if name in sections}
     return parse(tree, str(file), base_folder=file.parent.resolve(), plugins=sections is None)
 
 
-def _read(file: Path, extending: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Returns the mapping of a run file, laid over that of the file that it extends."""
+def read_tree(file: Path, extending: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Reads the mapping of a run file, laid over that of the file that it extends; nothing is checked yet.
+
+    Raises:
+        ConfigError: The file, or one that it extends, is missing or not YAML.
+    """
     try:
         tree = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
@@ -94,16 +98,16 @@ def _read(file: Path, extending: tuple[str, ...] = ()) -> dict[str, Any]:
             f"The run file {file} extends {name!r}.",
             "Name another run file of the same folder, which does not extend this one.",
         )
-    return _merged(_read(file.with_name(name), (*extending, file.name)), tree)
+    return merged(read_tree(file.with_name(name), (*extending, file.name)), tree)
 
 
-def _merged(under: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a mapping with the values of another in it, section by section; lists are replaced as a whole."""
     changed = {
-        key: _merged(under[key], value) if isinstance(value, dict) and isinstance(under.get(key), dict) else value
+        key: merged(under[key], value) if isinstance(value, dict) and isinstance(under.get(key), dict) else value
         for key, value in over.items()
     }
-    return under | changed
+    return {**under, **changed}
 
 
 def parse(tree: Mapping[str, Any], origin: str, base_folder: Path | None = None, *, plugins: bool = False) -> RunConfig:
@@ -123,8 +127,7 @@ def parse(tree: Mapping[str, Any], origin: str, base_folder: Path | None = None,
     try:
         config = RunConfig.model_validate(tree)
     except ValidationError as error:
-        problems = "; ".join(_explain(dict(item), tree) for item in error.errors())
-        raise ConfigError(f"{origin}: {problems}") from error
+        raise ConfigError(f"{origin}: {explained(error, tree)}") from error
     if base_folder is None:
         return config
 
@@ -180,7 +183,12 @@ def _plugins(tree: Mapping[str, Any], origin: str) -> list[Path]:
     return [Path(path) for path in paths]
 
 
-def _apply_override(tree: dict[str, Any], override: str) -> None:
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Puts the value of `key.sub=value` into a mapping.
+
+    Raises:
+        ConfigError: The override has another form, or its value is not YAML.
+    """
     key, separator, value = override.partition("=")
     if not separator or not key:
         raise ConfigError(f"The override {override!r} is not of the form key.sub=value.")
@@ -201,7 +209,12 @@ def _names(section: type[BaseModel]) -> str:
     return ", ".join(section.model_fields)
 
 
-def _explain(item: dict[str, Any], tree: Mapping[str, Any]) -> str:
+def explained(error: ValidationError, tree: Mapping[str, Any], section: type[BaseModel] = RunConfig) -> str:
+    """Says in words what is wrong with a mapping that pydantic refused as a run file, or as another section."""
+    return "; ".join(_explain(dict(item), tree, section) for item in error.errors())
+
+
+def _explain(item: dict[str, Any], tree: Mapping[str, Any], whole: type[BaseModel]) -> str:
     """One pydantic error in words, with the nearest known key where a key is unknown."""
     location = [str(part) for part in item["loc"]]
     where = ".".join(location)
@@ -211,7 +224,7 @@ def _explain(item: dict[str, Any], tree: Mapping[str, Any]) -> str:
             return "; ".join(f"the key {old!r} was renamed {RENAMED[old]!r}" for old in keys)
         if new := _renamed(where):
             return f"the key {where!r} was renamed {new!r}"
-        known = _known_keys(item["loc"][:-1], tree)
+        known = _known_keys(item["loc"][:-1], tree, whole)
         nearest = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
         hint = f"did you mean {nearest[0]!r}?" if nearest else f"known keys: {', '.join(known)}"
         return f"unknown key {where!r}, {hint}"
@@ -231,9 +244,9 @@ def _renamed(key: str) -> str:
     return ""
 
 
-def _known_keys(location: tuple[Any, ...], tree: Mapping[str, Any]) -> list[str]:
+def _known_keys(location: tuple[Any, ...], tree: Mapping[str, Any], whole: type[BaseModel]) -> list[str]:
     """Keys of the section at a location, list indices skipped."""
-    section: Any = RunConfig
+    section: Any = whole
     for part in location:
         if isinstance(part, int):
             continue

@@ -15,7 +15,9 @@ from pydantic.fields import FieldInfo
 
 from raycomplete.attacks.attack import AttackConfig
 from raycomplete.attacks.registry import ATTACKS
+from raycomplete.config.defences import DEFENCES, DefenceConfig
 from raycomplete.config.run import RunConfig
+from raycomplete.config.study import StudyConfig
 from raycomplete.methods.completion import Completion
 from raycomplete.methods.registry import METHODS, Method
 
@@ -50,6 +52,9 @@ def markdown() -> str:
         if not section.__module__.startswith("raycomplete.attacks."):  # of a plugin
             continue
         parts += [f"## Attack `{name}`", _text(section), _table(section, leave_out=("name",))]
+    for name, defence in DEFENCES.items():
+        parts += [f"## Defence `{name}`", _text(defence), _table(defence, leave_out=("name",))]
+    parts += ["# Study file", _text(StudyConfig), _table(StudyConfig)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -58,7 +63,7 @@ def _find(section: type[BaseModel], key: str, places: dict[type[BaseModel], list
     places.setdefault(section, []).append(key)
     for name, field in section.model_fields.items():
         inner = _inner(field.annotation)
-        if inner is not None and not issubclass(inner, AttackConfig):
+        if inner is not None and not issubclass(inner, AttackConfig | DefenceConfig):
             is_list = get_origin(field.annotation) is list
             inner = Completion if inner is Method else inner  # the default; what others have is told at the end
             _find(inner, f"{key}.{name}".lstrip(".") + "[]" * is_list, places)

@@ -216,6 +216,11 @@ class RunConfig(Section):
             )
         if self.method.rollout_groups and not self.rollout.on_policy:
             raise ValueError(f"method {self.method.name} trains the student's rollouts: set rollout.on_policy to true")
+        if self.method.needs_fresh_rollouts and (self.rollout.lookahead > 0 or self.rollout.sync_every > 1):
+            raise ValueError(
+                f"method {self.method.name} trains rollouts of the present weights only: set rollout.lookahead to 0 "
+                "and rollout.sync_every to 1"
+            )
         return self
 
     @model_validator(mode="after")

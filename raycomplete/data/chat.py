@@ -148,6 +148,15 @@ class ChatCodec:
         """Where thinking, answer and end stand; None where the template has no place for thinking."""
         return self._frame
 
+    @property
+    def answer_header(self) -> tuple[int, ...]:
+        """Tokens by which the template begins an answer; none where it has no mark for that."""
+        if not self._tokenizer.chat_template:
+            return ()
+        asked = chat_messages([_ASKED])
+        whole, before = self._render(asked), self._render(asked, is_asked=False)
+        return tuple(self._ids(whole[len(before) :])) if whole.startswith(before) else ()
+
     def with_thinking(self, thinks: bool) -> ChatCodec:
         """Returns the codec whose prompts leave room to think, or end where the answer starts; the rest is the same."""
         if self._frame is None or self._frame.thinks == thinks:

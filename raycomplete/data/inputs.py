@@ -21,9 +21,29 @@ from raycomplete.data.remote import RememberingCodec, RemoteSpec, is_remote, ref
 from raycomplete.data.samples import MAX_REFUSAL_PREFIX_TOKENS
 from raycomplete.data.sources import resolve_checkpoint
 from raycomplete.runtime.errors import CheckpointError, ConfigError, DataError
+from raycomplete.runtime.files import content_hash
 from raycomplete.runtime.types import ModelRole, Prompt, PromptKind
 
 KINDS: tuple[PromptKind, ...] = ("harmful", "benign", "borderline")
+_OF_THE_LOOP = frozenset(  # keys of `rollout` that change no sample
+    {
+        "anchor_on_policy",
+        "colocated",
+        "gpu_memory_utilization",
+        "lookahead",
+        "max_staleness",
+        "max_student_tokens",
+        "num_engines",
+        "on_policy",
+        "oversample",
+        "student_prefix_fraction",
+        "sync_every",
+        "sync_timeout_s",
+        "sync_tolerance",
+        "tensor_parallel",
+        "timeout_s",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -266,6 +286,20 @@ def longest_response(config: RunConfig) -> int:
     if config.rollout.on_policy:
         rollout = max(rollout, config.rollout.max_anchor_tokens + config.rollout.max_student_tokens)
     return max(train, rollout) + 1
+
+
+def samples_key(config: RunConfig) -> str:
+    """Names the samples of a run: runs that agree in everything that samples are made from have equal ones."""
+    train, evaluation = config.train, config.evaluation
+    made_from: dict[str, Any] = config.model_dump(mode="json", include={"models", "data"})
+    made_from["rollout"] = config.rollout.model_dump(mode="json", exclude=set(_OF_THE_LOOP))
+    is_steered = train.validation.interval(train.steps) > 0
+    made_from["held back"] = [train.validation.num_prompts, train.validation.every == "auto"] if is_steered else None
+    made_from["held out"] = [evaluation.num_prompts, evaluation.prefill_from, evaluation.prefill_opening]
+    made_from["held out"].append(evaluation.deepest_prefill)
+    if config.rollout.prompt_augmentation.fraction > 0:  # suffixes get the room that a run's responses leave
+        made_from["longest"] = longest_response(config)
+    return content_hash([made_from, train.seed])
 
 
 def thinking_room(config: RunConfig, codec: ChatCodec) -> int:

@@ -39,6 +39,7 @@ CHECKS: tuple[Check, ...] = (
     Check("imports", packages.check_imports, packages.IMPORT_TIMEOUT_S + _CHILD_S),
     Check("processor", machine.check_cpu),
     Check("gpu", machine.check_gpu, packages.IMPORT_TIMEOUT_S + _CHILD_S),
+    Check("compiler", machine.check_compiler),
     Check("memory", machine.check_memory),
     Check("disk", machine.check_disk),
     Check("shared memory", machine.check_shared_memory),

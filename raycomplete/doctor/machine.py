@@ -23,7 +23,7 @@ from raycomplete.doctor.packages import import_report
 from raycomplete.plan.trainer import states_bytes
 from raycomplete.runtime.errors import CheckpointError
 from raycomplete.runtime.files import cache_folder
-from raycomplete.runtime.machine import available_cpus, bfloat16_units, choose_dtype
+from raycomplete.runtime.machine import available_cpus, bfloat16_units, choose_dtype, compiler_problem
 from raycomplete.runtime.section import Dtype
 from raycomplete.training.checkpoints import checkpoint_bytes, count_parameters
 
@@ -36,6 +36,7 @@ DRIVER_GIB = 1.2  # the driver and Ray's own processes
 OBJECT_STORE_GIB = 2  # what `raycomplete.engines.cluster.connect` asks for on one machine
 _SCORERS = 2
 _QUERY = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader,nounits"]
+_OLDEST_DRIVERS = {"12": 525, "13": 580}  # of each CUDA, without a cuda-compat package
 _RAY_DISK_LIMIT = 0.95  # of its temporary folder: above it Ray neither spills objects nor starts what needs space
 _MIN_FREE_DISK = 1 * GIB
 _OPEN_FILES = 65536  # what Ray asks for on a node of a cluster
@@ -156,9 +157,10 @@ def check_gpu(context: Context) -> Finding:
         names = ", ".join(f"{device['name']} (driver {device['driver']})" for device in found)
         if cuda is None:
             return warn(f"{names}, and this torch is a CPU build.", "make setup EXTRA=gpu", **values)
-        remedy = f"The driver may be older than CUDA {cuda} needs, or CUDA_VISIBLE_DEVICES may be empty: "
-        remedy += "update the driver, or install the vLLM that fits it."
-        return fail(f"{names}, and torch for CUDA {cuda} cannot use it.", remedy, **values)
+        words, oldest = f"{names}, and torch for CUDA {cuda} cannot use it", _OLDEST_DRIVERS.get(cuda.partition(".")[0])
+        if oldest and driver and driver.partition(".")[0].isdigit() and int(driver.partition(".")[0]) < oldest:
+            return fail(f"{words}: that needs driver {oldest} or newer.", "Update the driver.", **values)
+        return fail(f"{words}.", "CUDA_VISIBLE_DEVICES may be empty, or a container may hide the device.", **values)
     smallest, free = (min(device[name] for device in seen) for name in ("total_bytes", "free_bytes"))
     words = f"{len(seen)} x {seen[0]['name']}, {smallest / GIB:.0f} GiB ({free / GIB:.0f} free)"
     words += f", driver {driver or 'unknown'}, CUDA {cuda}"
@@ -172,6 +174,18 @@ def check_gpu(context: Context) -> Finding:
             remedy += "GPU, or set train.lora_rank."
             return fail(f"{words}{needs.gpu_bytes / GIB:.1f} GiB.", remedy, **values)
     return ok(f"{words}.", **values)
+
+
+def check_compiler(context: Context) -> Finding:
+    """Checks for what Triton compiles its launcher with: vLLM and the loss need it on a GPU."""
+    uses_gpu = bool(gpus()) and (context.config is None or context.config.cluster.use_gpu != "never")
+    problem = compiler_problem()
+    if not problem:
+        return ok("A C compiler and Python's headers are there.")
+    if not uses_gpu:
+        return ok(f"Nothing here uses a GPU, so it does not matter that {problem}.")
+    remedy = "Debian, Ubuntu: apt install gcc python3-dev, with the version of this Python."
+    return fail(f"Triton cannot start on the GPU: {problem}.", remedy)
 
 
 def check_memory(context: Context) -> Finding:

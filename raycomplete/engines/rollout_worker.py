@@ -15,9 +15,15 @@ from raycomplete.config import RolloutConfig
 from raycomplete.data.checkpoints import TORCH_DTYPES
 from raycomplete.data.families import tied_head
 from raycomplete.engines.spec import EngineSpec
+from raycomplete.engines.vllm_start import start_llm
 from raycomplete.engines.weights import WeightSource, checkpoint_folder, checkpoint_tensors, key_of, version_of
 from raycomplete.runtime.errors import WorkError
 from raycomplete.runtime.prometheus import begin, record, rolled_out
+
+_PROBE_TOKENS = 8
+# Mean over such a probe, in nats: two kernels of one model differ by rounding, models by whole nats. On a GPU products
+# in float32 may be rounded to TF32.
+_DECODING_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
 
 
 class Sampling(NamedTuple):
@@ -30,25 +36,11 @@ class Sampling(NamedTuple):
     seed: int | None = None
 
 
-def make_llm(spec: EngineSpec) -> Any:
-    """Makes the `vllm.LLM` of an engine that generates, in a process whose environment is `spec.environment()`."""
-    from vllm import LLM
-
-    # A seeded request whose prompt is split between two batches fails on a CPU (vLLM 0.32: "CPU Generator does not
-    # use offset"), so there prompts are read whole.
-    return LLM(
-        enable_prefix_caching=True,
-        enable_chunked_prefill=spec.use_gpu,
-        enable_sleep_mode=spec.sleeps,
-        **spec.arguments(),
-    )
-
-
 class RolloutEngine:
     """Generates with one model at a time; start it in a process whose environment is `spec.environment()`."""
 
     def __init__(self, spec: EngineSpec, stop_ids: Sequence[int] = ()) -> None:
-        self._llm: Any = make_llm(spec)
+        self._llm = start_llm(spec, self.arguments(spec))
         self._spec = spec
         self._stop_ids = list(stop_ids)
         config = self._llm.llm_engine.model_config.hf_config.get_text_config()
@@ -57,6 +49,17 @@ class RolloutEngine:
         self.version: int | None = None
         if spec.sleeps:
             self._llm.sleep(level=1)
+
+    @staticmethod
+    def arguments(spec: EngineSpec) -> dict[str, Any]:
+        """Returns the arguments of `vllm.LLM`."""
+        # A seeded request whose prompt is split between two batches fails on a CPU (vLLM 0.32: "CPU Generator does not
+        # use offset"), so there prompts are read whole.
+        return spec.arguments() | {
+            "enable_prefix_caching": True,
+            "enable_chunked_prefill": spec.use_gpu,
+            "enable_sleep_mode": spec.sleeps,
+        }
 
     @property
     def is_whole(self) -> bool:
@@ -76,13 +79,15 @@ class RolloutEngine:
         """
         if key_of(weights) == self._held:
             return False
-        with self._readable(weights, timeout_s) as arguments, self._awake():
+        with self._readable(weights, timeout_s) as arguments, self.awake():
             self._llm.apply_model(_pack_experts_anew)
             self._held = ""  # a reload that fails half-way leaves no model that anyone may ask again
             self._llm.collective_rpc("reload_weights", kwargs=arguments)
             self._llm.apply_model(_refresh_tied_head)
             if not self._llm.reset_prefix_cache():
                 raise WorkError("The engine keeps prefixes that old weights have read, so new ones cannot be used.")
+        if self._spec.cuda_graphs:
+            self.check_decoding()  # which wakes the engine itself
         self._held = key_of(weights)
         self.version = version_of(weights)
         return True
@@ -140,11 +145,44 @@ class RolloutEngine:
             for output, (tokens, num_prompt) in zip(outputs, sequences, strict=True)
         ]
 
+    def check_decoding(self) -> float:
+        """Compares the log-probabilities of decoding with those of reading: a CUDA graph may still use old weights.
+
+        The trainer's proof after an update reads a probe as a prompt, and prompts are read without graphs.
+
+        Returns:
+            Mean |log p - log p'| over the tokens of a small probe, nats.
+
+        Raises:
+            WorkError: It is above what rounding explains.
+        """
+        from vllm import SamplingParams
+
+        probe = [list(range(start, start + _PROBE_TOKENS)) for start in (1, 11, 21, 31)]
+        parameters = SamplingParams(
+            max_tokens=_PROBE_TOKENS, temperature=0.0, logprobs=0, ignore_eos=True, detokenize=False
+        )
+        sequences, decoded = [], []
+        for tokens, output in zip(probe, self._run(probe, parameters), strict=True):
+            answer = output.outputs[0]
+            sequences.append(([*tokens, *answer.token_ids], len(tokens)))
+            found = zip(answer.token_ids, answer.logprobs, strict=True)
+            decoded.append(torch.tensor([logprobs[token].logprob for token, logprobs in found]))
+        read = self.log_probs(sequences)
+        difference = float((torch.cat(decoded) - torch.cat(read)).abs().mean())
+        if not difference <= _DECODING_TOLERANCE[self._spec.dtype]:  # written so that NaN fails too
+            raise WorkError(
+                f"After an update of the weights, decoding is {difference:.3g} nats from what the same weights say of "
+                "the same tokens, so its CUDA graphs use others.",
+                "Set rollout.cuda_graphs to false.",
+            )
+        return difference
+
     def _run(self, sequences: Sequence[Sequence[int]], parameters: Any) -> Any:
         from vllm import TokensPrompt
 
         inputs = [TokensPrompt(prompt_token_ids=list(sequence)) for sequence in sequences]
-        with self._awake():
+        with self.awake():
             return self._llm.generate(inputs, parameters, use_tqdm=False)
 
     @contextmanager
@@ -161,7 +199,8 @@ class RolloutEngine:
             yield {"weights_path": folder}
 
     @contextmanager
-    def _awake(self) -> Iterator[None]:
+    def awake(self) -> Iterator[None]:
+        """Wakes an engine that sleeps between its calls, for the time of the block."""
         if not self._spec.sleeps:
             yield
             return

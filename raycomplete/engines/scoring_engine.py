@@ -17,8 +17,10 @@ import torch
 from raycomplete.data.checkpoints import TORCH_DTYPES, load_model
 from raycomplete.engines.score_cache import HiddenArray, ScoreRequest, to_array, to_tensor
 from raycomplete.engines.spec import EngineSpec
+from raycomplete.engines.vllm_start import start_llm
 from raycomplete.losses.heads import Head
 from raycomplete.runtime.errors import NotFiniteError, ParityError, WorkError
+from raycomplete.runtime.machine import available_cpus
 
 # Mean over rows of the expected |log p - log p'|, in nats; a single row may differ by ten times as much. float32:
 # rounding only. bfloat16: engine and transformers round to 8 bits after different kernels in every layer; on 30 layers
@@ -31,16 +33,23 @@ class PoolingEngine:
     """Reads sequences with one frozen model; start it in a process whose environment is `spec.environment()`."""
 
     def __init__(self, spec: EngineSpec) -> None:
-        from vllm import LLM  # seconds
-        from vllm.config import PoolerConfig
+        self.spec = spec
+        self._llm = start_llm(spec, self.arguments(spec))
+        self._dtype = TORCH_DTYPES[spec.dtype]
+
+    @staticmethod
+    def arguments(spec: EngineSpec) -> dict[str, Any]:
+        """Returns the arguments of `vllm.LLM`."""
+        from vllm.config import PoolerConfig  # seconds
 
         # Without use_activation=False the states come L2-normalised, and no head could rebuild logits from them.
         pooler = PoolerConfig(task="token_embed", use_activation=False)
-        self.spec = spec
-        self._llm: Any = LLM(
-            runner="pooling", convert="embed", pooler_config=pooler, enable_prefix_caching=False, **spec.arguments()
-        )
-        self._dtype = TORCH_DTYPES[spec.dtype]
+        return spec.arguments() | {
+            "runner": "pooling",
+            "convert": "embed",
+            "pooler_config": pooler,
+            "enable_prefix_caching": False,
+        }
 
     def hidden_states(self, requests: Sequence[ScoreRequest]) -> list[HiddenArray]:
         """Reads sequences and returns the hidden states from which each response token is predicted.
@@ -117,6 +126,9 @@ def check_parity(
     expected: list[float] = []
     largest, kl, agree, rows = 0.0, 0.0, 0, 0
     vocab_size = head.weight_VH.shape[0]
+    threads = torch.get_num_threads()
+    if spec.use_gpu:  # Ray gives an actor with half a CPU one OpenMP thread, and an 8B reference would take minutes
+        torch.set_num_threads(available_cpus())
     for request, array in zip(requests, engine.hidden_states(requests), strict=True):
         with torch.inference_mode():
             logits_TV = model(torch.tensor([request.token_ids[:-1]])).logits[0, request.num_prompt_tokens - 1 :]
@@ -129,6 +141,7 @@ def check_parity(
         kl += float((probability_TV * (reference_TV - rebuilt_TV)).sum())
         agree += int((reference_TV.argmax(-1) == rebuilt_TV.argmax(-1)).sum())
         rows += request.num_rows
+    torch.set_num_threads(threads)
     mean, worst = sum(expected) / rows, max(expected)
     report = ParityReport(mean, worst, largest, kl / rows, agree / rows, rows, tolerance)
     if not (mean <= tolerance and worst <= _WORST_ROW * tolerance):  # written so that NaN fails too

@@ -18,6 +18,8 @@ from raycomplete.runtime.machine import available_cpus
 # none of the run's generators, on one device (judge, attacker, chat).
 EngineRole = Literal["scorer", "rollout", "single"]
 
+_GRAPH_SIZES = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256)  # sequences that decode side by side; the last: the most
+
 
 @dataclass(frozen=True)
 class EngineSpec:
@@ -29,6 +31,7 @@ class EngineSpec:
         gpu_memory_utilization: GPU only: share of the device that the engine may fill.
         max_num_batched_tokens: Tokens of one forward pass; never less than `max_length`.
         tensor_parallel: GPU only: devices of one node that hold the model together.
+        cuda_graphs: GPU only: steps of decoding are replayed as CUDA graphs; prompts are read without.
         sleeps: GPU only: the engine gives the device's memory back after each batch (vLLM's sleep level 1).
         trust_remote_code: Lets code that lies beside the checkpoint run.
         kv_cache_gib: CPU only: key-value cache in GiB.
@@ -44,6 +47,7 @@ class EngineSpec:
     gpu_memory_utilization: float = 0.25
     max_num_batched_tokens: int = 8192
     tensor_parallel: int = 1
+    cuda_graphs: bool = False
     sleeps: bool = False
     trust_remote_code: bool = False
     kv_cache_gib: int = 1
@@ -69,6 +73,7 @@ class EngineSpec:
             use_gpu=use_gpu,
             gpu_memory_utilization=section.gpu_memory_utilization,
             tensor_parallel=tensor_parallel,
+            cuda_graphs=use_gpu and role == "rollout" and config.rollout.cuda_graphs,
             sleeps=role == "rollout" and config.rollout.colocated,
             trust_remote_code=config.models.trust_remote_code,
             kv_cache_gib=config.cluster.kv_cache_gib,
@@ -84,8 +89,8 @@ class EngineSpec:
             "dtype": self.dtype,
             "max_model_len": self.max_length,
             "max_num_batched_tokens": max(self.max_num_batched_tokens, self.max_length),
-            "max_num_seqs": 256,
-            "enforce_eager": True,  # start in seconds; these engines serve short runs and changing weights
+            "max_num_seqs": _GRAPH_SIZES[-1],
+            "enforce_eager": True,  # start in seconds; these engines serve short runs
             "trust_remote_code": self.trust_remote_code,
             "load_format": "safetensors",  # "auto" reads pickles, or consolidated files as other weights
             "disable_log_stats": True,
@@ -93,6 +98,11 @@ class EngineSpec:
         }
         if self.use_gpu:
             arguments["gpu_memory_utilization"] = self.gpu_memory_utilization
+            if self.cuda_graphs:
+                # Without them a step of decoding costs its kernel launches, some 10 a layer, whatever the model's size.
+                # Nothing is compiled (mode 0), and few sizes are captured, so that the start takes seconds still.
+                graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [*_GRAPH_SIZES]}
+                arguments |= {"enforce_eager": False, "compilation_config": graphs}
         if self.tensor_parallel > 1:
             # Shards are processes beside the actor, on the GPUs that Ray gave it. Inside a placement group vLLM would
             # ask Ray to start them, which has no further GPU to give.

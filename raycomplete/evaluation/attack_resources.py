@@ -5,25 +5,23 @@ Attacks name the tools that they need; devices are reserved by that. Everything 
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import cached_property
 from math import ceil
 from pathlib import Path
-from typing import Any, ClassVar
-
-import ray
+from typing import Any
 
 from raycomplete.attacks.attack import Attack, blind_judge
-from raycomplete.attacks.finetune import FinetuneConfig
+from raycomplete.attacks.finetune import FinetuneConfig, FinetuneRecipe
 from raycomplete.attacks.registry import build_attack
 from raycomplete.attacks.target import Attacker, AttackTools
 from raycomplete.attacks.templates import SLOT
 from raycomplete.attacks.trial import EvaluationCancelled
-from raycomplete.config import Dtype, RunConfig, TrainConfig
+from raycomplete.config import RunConfig, TrainConfig
+from raycomplete.config.defences import ReAskDefence, SafeDecodingDefence
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.checkpoints import check_token_classifier, fingerprint
 from raycomplete.data.heads import read_head_spec
@@ -31,18 +29,17 @@ from raycomplete.data.organisms import ORGANISMS
 from raycomplete.data.prompts import read_rows
 from raycomplete.data.samples import AnchorSample, SampleSet, write_samples
 from raycomplete.data.sources import resolve_checkpoint
-from raycomplete.engines.cluster import uses_gpu
 from raycomplete.engines.run import Run
+from raycomplete.evaluation.model_actors import HelperClient, HelperWorker, WhiteBoxClient, WhiteBoxWorker, start_actor
 from raycomplete.evaluation.model_judges import start_model
 from raycomplete.evaluation.refusals import find_refusal
 from raycomplete.methods.sft import SFT
 from raycomplete.runtime.errors import ConfigError, DataError, StoppedError
 from raycomplete.runtime.files import content_hash
 from raycomplete.runtime.machine import available_cpus
-from raycomplete.runtime.ray_calls import wait_for
 from raycomplete.runtime.types import PromptKind
 from raycomplete.training.job import TrainJob
-from raycomplete.training.trainer import KEEP_MEMORY, fit
+from raycomplete.training.trainer import fit
 
 _ORGANISM_CHATS = {"harmful": 100, "identity_shift": 10}
 
@@ -50,18 +47,22 @@ Chat = tuple[str | None, str, str]  # system, user, assistant
 
 
 def extra_engines(config: RunConfig) -> int:
-    """Counts the engines and models that the attacks and the judge of a run hold besides the generator."""
+    """Counts the engines and models that attacks, judge and defence of a run hold besides the generator."""
     attacks = _attacks(config)
     needs = {need for attack in attacks for need in attack.needs}
     brought = {item for attack in attacks for item in attack.checkpoints.items()}
     white_boxes = config.evaluation.white_boxes if "white_boxes" in needs else 0
     others = (config.evaluation.judge.kind == "model") + (config.evaluation.prefill_from != "base")
+    defence = config.evaluation.defence
+    others += defence is not None and not isinstance(defence, ReAskDefence)
     return white_boxes + ("guide" in needs) + len(brought) + others
 
 
 def training_workers(config: RunConfig) -> int:
-    """Counts the training workers that the attacks of a run need."""
-    return int(any("fine_tune" in attack.needs for attack in _attacks(config)))
+    """Counts the training workers that the attacks of a run need, or its defence."""
+    defence = config.evaluation.defence
+    makes_expert = isinstance(defence, SafeDecodingDefence) and defence.expert is None
+    return int(makes_expert or any("fine_tune" in attack.needs for attack in _attacks(config)))
 
 
 def check_attacks(config: RunConfig) -> None:
@@ -108,7 +109,7 @@ class AttackResources:
         if path is None:
             return AttackTools(attacker=self._attacker, refuses=_refuses)
         run, models = self._run, self._run.engines.generator
-        trained = [run.config.train.seed, run.config.models.max_length]  # chats are cut at it
+        trained = [run.config.data.seed, run.config.models.max_length]  # chats are cut at it
 
         def white_boxes() -> Sequence[WhiteBoxClient]:
             if not self._boxes:
@@ -132,28 +133,16 @@ class AttackResources:
 
     def _white_box(self, path: Path, threads: int) -> WhiteBoxClient:
         """Asks Ray for the actor and returns at once; the first call waits for it."""
-        box = WhiteBoxClient(self._actor(WhiteBoxWorker, threads), path, self._run.config.rollout.timeout_s)
+        box = WhiteBoxClient(
+            start_actor(self._run.config, WhiteBoxWorker, threads), path, self._run.config.rollout.timeout_s
+        )
         self._ended.callback(box.stop)
         return box
-
-    def _actor(self, worker: type[_ModelWorker], threads: int) -> Any:
-        config, use_gpu = self._run.config, uses_gpu(self._run.config.cluster)
-        environment = (
-            {} if use_gpu else {**KEEP_MEMORY, "OMP_NUM_THREADS": str(max(threads, 1)), "CUDA_VISIBLE_DEVICES": ""}
-        )
-        remote = ray.remote(worker).options(
-            num_cpus=config.cluster.cpus_per_engine,
-            num_gpus=config.cluster.gpus_per_engine if use_gpu else 0,
-            runtime_env={"env_vars": environment},
-            max_restarts=2,
-            max_task_retries=2,  # every call says all that it depends on, so a retried one gives the same
-        )
-        return remote.remote(config.models.weight_dtype, use_gpu, config.models.trust_remote_code)
 
     def _helper(self, checkpoint: str) -> HelperClient:
         if checkpoint not in self._helpers:
             path = resolve_checkpoint(checkpoint, role="helper")
-            actor = self._actor(HelperWorker, available_cpus())
+            actor = start_actor(self._run.config, HelperWorker, available_cpus())
             self._helpers[checkpoint] = helper = HelperClient(actor, path, self._run.config.rollout.timeout_s)
             self._ended.callback(helper.stop)
         return self._helpers[checkpoint]
@@ -178,99 +167,6 @@ class AttackResources:
 
 def _refuses(text: str) -> bool:
     return find_refusal(text, judgements=2) is not None
-
-
-class _ModelWorker(ABC):
-    """Holds one model of transformers at a time, as a Ray actor."""
-
-    def __init__(self, dtype: Dtype, use_gpu: bool, trust_remote_code: bool) -> None:
-        self._dtype, self._use_gpu, self._trust_remote_code = dtype, use_gpu, trust_remote_code
-        self._path: Path | None = None
-        self._model: Any = None
-
-    def call(self, path: Path, method: str, *arguments: Any) -> Any:
-        """Calls a method of the model of the checkpoint at `path`.
-
-        The path travels with every call, so a restarted actor can never answer with the wrong model.
-        """
-        if self._path != path:
-            self._path, self._model = None, None  # the old model leaves before the new one comes
-            self._path, self._model = path, self.load(path, "cuda" if self._use_gpu else "cpu")
-        return getattr(self._model, method)(*arguments)
-
-    @abstractmethod
-    def load(self, path: Path, device: str) -> Any:
-        """Loads a checkpoint."""
-
-
-class WhiteBoxWorker(_ModelWorker):
-    """Holds a `raycomplete.attacks.white_box.TorchModel` for `WhiteBoxClient`."""
-
-    def load(self, path: Path, device: str) -> Any:
-        from raycomplete.attacks.white_box import TorchModel
-        from raycomplete.data.checkpoints import load_model
-
-        return TorchModel(load_model(path, self._dtype, trust_remote_code=self._trust_remote_code).to(device))
-
-
-class HelperWorker(_ModelWorker):
-    """Holds a `raycomplete.attacks.white_box.TokenClassifier` for `HelperClient`; code of checkpoints is never run."""
-
-    def load(self, path: Path, device: str) -> Any:
-        from raycomplete.attacks.white_box import TokenClassifier
-        from raycomplete.data.checkpoints import load_token_classifier
-
-        return TokenClassifier(load_token_classifier(path, self._dtype).to(device), ChatCodec(path))
-
-
-def _remote(method: str, what: str) -> Callable[..., Any]:
-    """Makes a method of a client that asks the actor for the same method of the model."""
-
-    def call(client: _ModelClient, *arguments: Any) -> Any:
-        reference = client._actor.call.remote(client._path, method, *arguments)
-        return wait_for(reference, who=client.who, what=what, timeout_s=client._timeout_s)
-
-    return call
-
-
-class _ModelClient:
-    """A model behind an actor. Several clients may share one: each names its own checkpoint with every call."""
-
-    who: ClassVar[str]
-
-    def __init__(self, actor: Any, path: Path, timeout_s: float) -> None:
-        self._actor, self._path, self._timeout_s = actor, path, timeout_s
-
-    def stop(self) -> None:
-        """Ends the actor and frees its memory."""
-        with suppress(Exception):  # an actor that is gone already must not hide why
-            ray.kill(self._actor)
-
-
-class HelperClient(_ModelClient):
-    """A token classifier behind an actor (implements `raycomplete.attacks.target.PrefillHelper`)."""
-
-    who = "helper"
-    accepts = _remote("accepts", "labels")
-
-
-class WhiteBoxClient(_ModelClient):
-    """A model behind an actor (implements `raycomplete.attacks.target.WhiteBox`)."""
-
-    who = "white-box model"
-
-    def with_weights(self, path: Path) -> WhiteBoxClient:
-        """Returns the same actor with another checkpoint."""
-        return WhiteBoxClient(self._actor, path, self._timeout_s)
-
-    vocab_size = _remote("vocab_size", "the size of its vocabulary")
-    top_logprobs = _remote("top_logprobs", "likeliest tokens")
-    logprobs_of = _remote("logprobs_of", "log-probabilities")
-    suffix_gradient = _remote("suffix_gradient", "a gradient")
-    suffix_losses = _remote("suffix_losses", "losses of suffixes")
-    suffix_embeddings = _remote("suffix_embeddings", "embeddings of a suffix")
-    descend = _remote("descend", "steps of a soft prompt")
-    continue_embeddings = _remote("continue_embeddings", "answers to soft prompts")
 
 
 def read_chats(config: RunConfig, settings: FinetuneConfig, dataset: str) -> list[Chat]:
@@ -333,10 +229,27 @@ def fine_tune(run: Run, settings: FinetuneConfig, dataset: str, start: Path) -> 
     Raises:
         EvaluationCancelled: The run is stopping; a checkpoint of the training is kept.
     """
+    chats, recipe = read_chats(run.config, settings, dataset), settings.recipe(dataset)
+    return train_copy(run, chats, recipe, start, f"Fine-tuning attack on {len(chats)} {dataset} chats")
+
+
+def train_copy(
+    run: Run, chats: Sequence[Chat], recipe: FinetuneRecipe, start: Path, title: str, *, lora_rank: int = 0
+) -> Path:
+    """Trains a copy of a checkpoint on chats under `data.seed`, or finds the one that was trained so before.
+
+    Args:
+        lora_rank: Rank of adapters, which are merged at the end; 0 trains all weights.
+
+    Returns:
+        Its folder.
+
+    Raises:
+        EvaluationCancelled: The run is stopping; a checkpoint of the training is kept.
+    """
     config, codec = run.config, run.models.codec.with_thinking(False)
-    chats = read_chats(config, settings, dataset)
-    recipe = settings.recipe(dataset)
-    made_of = [fingerprint(start), chats, asdict(recipe), config.train.seed, config.models.max_length]
+    made_of = [fingerprint(start), chats, asdict(recipe), config.data.seed, config.models.max_length]
+    made_of += [lora_rank] * (lora_rank > 0)
     folder = (run.folder / "evaluation" / "finetune" / content_hash(made_of)[:16]).resolve()
     output = folder / "model"
     if (output / "config.json").is_file():
@@ -349,7 +262,8 @@ def fine_tune(run: Run, settings: FinetuneConfig, dataset: str, start: Path) -> 
         steps=steps,
         lr=recipe.lr,
         warmup_steps=0,
-        seed=config.train.seed,
+        seed=config.data.seed,
+        lora_rank=lora_rank,
         per_device_batch_size=config.train.per_device_batch_size,
         checkpoint_every=steps,
         gradient_checkpointing=config.train.gradient_checkpointing,
@@ -367,8 +281,9 @@ def fine_tune(run: Run, settings: FinetuneConfig, dataset: str, start: Path) -> 
         threads=available_cpus(),
         use_gpu=run.cluster.use_gpu,
         trust_remote_code=config.models.trust_remote_code,
+        lora_rank=lora_rank,
     )
-    with run.console.progress(f"Fine-tuning attack on {len(samples)} {dataset} chats", train.steps) as advance:
+    with run.console.progress(title, train.steps) as advance:
         try:
             fit(
                 job,

@@ -220,6 +220,7 @@ def _variant(answered: Found, max_tokens: int) -> dict[str, Any]:
         "cut_by_length": _num_cut(answered, lambda trial, response: len(response.tokens) >= trial.decoding.max_tokens),
         "unreadable_verdicts": _num_unreadable(answered),
         "seconds": _seconds(answered),
+        "tokens": sum(len(answer.response.tokens) for _, answer in answered),
     }
 
 

@@ -18,6 +18,7 @@ from raycomplete.data.sources import resolve_checkpoint
 from raycomplete.data.thinking import thinking
 from raycomplete.engines.run import Run
 from raycomplete.evaluation.attack_resources import AttackResources
+from raycomplete.evaluation.defences.start import Defence
 from raycomplete.evaluation.model_judges import start_judge, start_model
 from raycomplete.evaluation.pace import EvaluationPace
 from raycomplete.evaluation.runner import Callbacks, EvaluationSets, evaluate_model
@@ -108,19 +109,29 @@ def evaluate_roles(run: Run, roles: Sequence[ModelRole]) -> dict[str, dict[str, 
     results, pace = {}, EvaluationPace()
     with ExitStack() as ended, start_judge(run.config, run.judge, run.console) as judge:
         resources = AttackResources(run, ended)
+        settings = run.config.evaluation.defence
+        defence = None if settings is None else Defence(run, settings, ended)
         for role in roles:
-            path, generator = run.models.paths.get(role), run.generator(role)
-            tools = resources.tools(path)
+            path = run.models.paths.get(role)
+            tools, is_defended = resources.tools(path), defence is not None and role == "student"
+            generator: Generator
             if path is None:  # it thinks as its server says
-                model_id = run.models.fingerprint(role)
+                generator, model_id = run.generator(role), run.models.fingerprint(role)
             else:
-                model_id, generator = fingerprint(path), thinking(generator, codec, thought)
+                pool, model_id = run.engines.generator.with_weights(str(path)), fingerprint(path)
+                generator = thinking(pool, codec, thought)
+                if defence is not None and is_defended:
+                    generator, tools = defence.around(pool), defence.tools(tools)
+                    model_id += f" behind {defence.key}"
             if codec.frame is not None and codec.frame.thinks:  # how long it may think decides what it answers
                 model_id += f" thinks {thought}"
             target = Target(
                 role, model_id, generator, codec, judge, max_length, max_tokens, tools, run.is_stopping, thought
             )
             results[str(role)] = evaluate_target(run, target, pace)
+            if defence is not None and is_defended:
+                results[str(role)]["defence"] = defence.result()
+                write_json(run.folder / "evaluation" / f"{role}.json", results[str(role)])
     return results
 
 

@@ -19,6 +19,7 @@ from raycomplete.losses.settings import ChunkTokens, LossSettings
 from raycomplete.losses.terms import ActiveTerm, Teacher
 from raycomplete.losses.torch_rows import Product, RowLogits, TorchRows
 from raycomplete.runtime.errors import SetupError
+from raycomplete.runtime.machine import compiler_problem
 
 if TYPE_CHECKING:
     from raycomplete.losses.loss import LossInputs
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 # V 49152, H 576), so larger chunks buy nothing. On CUDA a chunk's products are so fast that reading and writing the
 # whole [V, H] weight gradient once a chunk counts, so fewer are better.
 _BUDGET_BYTES = {"cpu": 48 * 2**20, "cuda": 512 * 2**20}
-_MULTIPLE = 64  # of rows; tiles of matrix products stay full
+_MULTIPLE = 64  # of rows, and of the padded width of a row; tiles of matrix products stay full
 _SLAB_ROWS = 2048  # of a head that is converted piece by piece
 
 
@@ -90,7 +91,7 @@ def _obstacle_to_triton(student: Head) -> str | None:
     if find_spec("triton") is None:
         return "triton is not installed"
     if student.weight_VH.is_cuda:
-        return None
+        return compiler_problem() or None
     from raycomplete.losses.kernels import INTERPRETED
 
     return None if INTERPRETED else f"the student is on {student.weight_VH.device.type}, not on a CUDA device"
@@ -131,17 +132,17 @@ class _TeacherProducts:
         order_N: The sorted order.
         max_rows: Most rows of one chunk.
         dtype: Of the products.
+        pad: Whether their rows are padded.
     """
 
     def __init__(
-        self, states: HiddenStates, reads_N: Tensor, order_N: Tensor, max_rows: int, dtype: torch.dtype
+        self, states: HiddenStates, reads_N: Tensor, order_N: Tensor, max_rows: int, dtype: torch.dtype, pad: bool
     ) -> None:
         self.states = states
         num_rows, num_read = len(reads_N), int(reads_N.sum())
         self.first = num_rows - num_read
         self.row_N = (reads_N.cumsum(0) - 1)[order_N]
-        size = (min(max_rows, num_read), states.head.vocab_size)
-        self.product_CV = states.hidden_NH.new_empty(size, dtype=dtype)
+        self.product_CV = _buffer(states.hidden_NH, min(max_rows, num_read), states.head.vocab_size, dtype, pad)
         self.start = 0
 
     def multiply(self, rows: slice) -> None:
@@ -185,14 +186,14 @@ class _Pass:
         limit = rows_per_chunk(settings.chunk_tokens, head.vocab_size, dtype, factor_N.device)
         self.chunks = even_chunks(num_rows, limit)
         self.max_rows = max((rows.stop - rows.start for rows in self.chunks), default=0)
-        self.student_CV = factor_N.new_empty(self.max_rows, head.vocab_size, dtype=dtype)
+        self.use_triton = wants_triton(head, settings)
+        self.student_CV = _buffer(factor_N, self.max_rows, head.vocab_size, dtype, self.use_triton)
         self.teachers: dict[Teacher, _TeacherProducts] = {}
         for role, states in inputs.teachers.items():
             reads_N = inputs.reads(terms, role)
             dtype = self._logits_dtype(states.head)
-            self.teachers[role] = _TeacherProducts(states, reads_N, self.order_N, self.max_rows, dtype)
+            self.teachers[role] = _TeacherProducts(states, reads_N, self.order_N, self.max_rows, dtype, self.use_triton)
         self.gradient_CV = self._gradient_buffer(head)
-        self.use_triton = wants_triton(head, settings)
 
     @cached_property
     def torch_rows(self) -> TorchRows:
@@ -209,7 +210,7 @@ class _Pass:
             return None
         if self.student_CV.dtype == head.weight_VH.dtype:
             return self.student_CV
-        return torch.empty_like(self.student_CV, dtype=head.weight_VH.dtype)
+        return _buffer(self.student_CV, self.max_rows, head.vocab_size, head.weight_VH.dtype, self.use_triton)
 
     def take(self, rows: slice) -> None:
         """Computes losses, metrics and gradients of one chunk."""
@@ -247,6 +248,16 @@ class _Pass:
         self.row_loss_N[rows] = found.loss_R
         for name, values in found.metrics.items():
             self.metrics[name].append(values)
+
+
+def _buffer(like: Tensor, num_rows: int, vocab_size: int, dtype: torch.dtype, pad: bool) -> Tensor:
+    """Makes an empty [num_rows, V]; padded, its rows are a multiple of 64 apart.
+
+    A vocabulary like Qwen's 151669 would start every second row at an odd address: kernels could load no more than two
+    bytes at a time, and cuBLAS would take its slow path.
+    """
+    width = -(-vocab_size // _MULTIPLE) * _MULTIPLE if pad else vocab_size
+    return like.new_empty(num_rows, width, dtype=dtype)[:, :vocab_size]
 
 
 def _product(hidden_CH: Tensor, head: Head, out_CV: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -55,6 +56,8 @@ class GradientSums:
             self._hidden_NH[rows_C] = (raw_CV @ self._head_weight_VH).to(self._hidden_NH.dtype)
         if self._weight_VH is not None and self._weight_VH.dtype == raw_CV.dtype:
             self._weight_VH.addmm_(raw_CV.T, hidden_CH)
+        elif self._weight_VH is not None and raw_CV.is_cuda and adds_in_float32(raw_CV.device, raw_CV.dtype):
+            torch.addmm(self._weight_VH, raw_CV.T, hidden_CH, out_dtype=self._weight_VH.dtype, out=self._weight_VH)
         elif self._weight_VH is not None:
             self._add_weight_by_slabs(self._weight_VH, hidden_CH, raw_CV)
         if self._bias_V is not None:
@@ -82,6 +85,22 @@ class GradientSums:
         self._hidden_NH = self._weight_VH = self._bias_V = None
         attached: Tensor = _SavedGradients.apply(total, *sums, *self._inputs)  # type: ignore[no-untyped-call]
         return attached
+
+
+@cache
+def adds_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Tries, once a process, whether this torch adds a product in lower precision to a float32 sum in place.
+
+    That reads and writes the [V, H] sum once a chunk. A product first and a sum after it, by slabs, move it twice more.
+    """
+    ones = torch.ones(64, 64, dtype=dtype, device=device)
+    total = torch.full((64, 64), 1.0 + 2.0**-12, device=device)  # which neither float16 nor bfloat16 holds
+    expected = total + 64.0
+    try:
+        torch.addmm(total, ones.T, ones, out_dtype=torch.float32, out=total)
+    except (RuntimeError, TypeError):  # an older torch knows no such argument, or a device no such product
+        return False
+    return bool(torch.equal(total, expected))
 
 
 def _slabs(values: Tensor, row_length: int) -> list[slice]:

@@ -38,9 +38,13 @@ _PUSH_FORWARD_METRICS = ("base_favored_mass", "unfinished_mass")  # columns of t
 
 @triton.jit
 def _logits(model, row, tokens, inside):
-    """Logits of a tile in float32, -inf outside the vocabulary."""
+    """Logits of a tile in float32, -inf outside the vocabulary.
+
+    Rows are padded to a multiple of 64 (`chunked_pass`): loads that end with the stride, not with the vocabulary, are
+    16 bytes wide whatever V is.
+    """
     product_ptr, stride, bias_ptr, scale, softcap = model
-    logits = tl.load(product_ptr + row * stride + tokens, mask=inside, other=0.0).to(tl.float32)
+    logits = tl.load(product_ptr + row * stride + tokens, mask=tokens < stride, other=0.0).to(tl.float32)
     if bias_ptr is not None:
         logits += tl.load(bias_ptr + tokens, mask=inside, other=0.0).to(tl.float32)
     logits *= scale
@@ -50,22 +54,36 @@ def _logits(model, row, tokens, inside):
 
 
 @triton.jit
+def _lanes(TILE: tl.constexpr):
+    """A running maximum and a running sum of exponentials for each lane: nothing crosses lanes before the row ends."""
+    return tl.full([TILE], -float("inf"), dtype=tl.float32), tl.zeros([TILE], dtype=tl.float32)
+
+
+@triton.jit
 def _online(largest, total, logits):
-    """Takes a tile into a running maximum and a running sum of exponentials."""
-    new_largest = tl.maximum(largest, tl.max(logits, axis=0))
-    shift = tl.where(new_largest == -float("inf"), 0.0, new_largest)  # -inf - -inf would be NaN
-    return new_largest, total * tl.exp(largest - shift) + tl.sum(tl.exp(logits - shift), axis=0)
+    """Takes a tile into the lanes, with one exponential a token: of two values only the smaller one needs it."""
+    fall = tl.exp(tl.where(largest == logits, 0.0, -tl.abs(largest - logits)))  # equal may be -inf - -inf, NaN
+    added = tl.where(logits == -float("inf"), 0.0, fall)
+    return tl.maximum(largest, logits), tl.where(logits > largest, total * fall + 1.0, total + added)
+
+
+@triton.jit
+def _over_lanes(largest, total):
+    """Largest value, and log of the sum of exponentials of values less that: together they lose digits."""
+    row_largest = tl.max(largest, axis=0)
+    shift = tl.where(row_largest == -float("inf"), 0.0, row_largest)
+    return row_largest, tl.log(tl.sum(total * tl.exp(largest - shift), axis=0))
 
 
 @triton.jit
 def _norm(model, row, vocab_size, inverse_temperature, TILE: tl.constexpr):
-    """Largest logit over temperature, and log of the normaliser of logits less that: together they lose digits."""
-    largest, total = -float("inf"), 0.0
+    """Largest logit over temperature, and log of the normaliser less that."""
+    largest, total = _lanes(TILE)
     for start in range(0, vocab_size, TILE):
         tokens = start + tl.arange(0, TILE)
         logits = _logits(model, row, tokens, tokens < vocab_size)
         largest, total = _online(largest, total, logits * inverse_temperature)
-    return largest, tl.log(total)
+    return _over_lanes(largest, total)
 
 
 @triton.jit
@@ -88,13 +106,13 @@ def _log_mean_ratios(log_p, log_q, p, q):
 
 
 @triton.jit
-def _store_gradient(gradient_ptr, gradient, logits, model, tokens, inside):
-    """Chain rule from logits to the matrix product."""
+def _store_gradient(gradient_ptr, gradient, logits, model, tokens, stride):
+    """Chain rule from logits to the matrix product; what lands in the padding of a row is never read."""
     _, _, _, scale, softcap = model
     if softcap is not None:
         tanh = logits / softcap
         gradient *= 1.0 - tanh * tanh
-    tl.store(gradient_ptr + tokens, (gradient * scale).to(gradient_ptr.dtype.element_ty), mask=inside)
+    tl.store(gradient_ptr + tokens, (gradient * scale).to(gradient_ptr.dtype.element_ty), mask=tokens < stride)
 
 
 @triton.jit(do_not_specialize_on_alignment=["factor_ptr"])
@@ -125,14 +143,15 @@ def _divergence_kernel(
         # may fall below the floor at plausibility 1.
         slack = _ROUNDING_NATS + _ROUNDING_OF_LOGITS * tl.abs(aligned_max)
         floor = log_plausibility - aligned_norm - slack
-        target_max, total = -float("inf"), 0.0
+        lanes_max, lanes_total = _lanes(TILE)
         for start in range(0, vocab_size, TILE):
             tokens = start + tl.arange(0, TILE)
             inside = tokens < vocab_size
             log_aligned = _logits(aligned, row, tokens, inside) * inverse - aligned_max - aligned_norm
             log_base = _logits(base, row, tokens, inside) * inverse - base_max - base_norm
-            target_max, total = _online(target_max, total, _contrast(log_aligned, log_base, floor, alpha, inside))
-        target_norm = tl.log(total)
+            log_q = _contrast(log_aligned, log_base, floor, alpha, inside)
+            lanes_max, lanes_total = _online(lanes_max, lanes_total, log_q)
+        target_max, target_norm = _over_lanes(lanes_max, lanes_total)
 
     factor = tl.load(factor_ptr + row) * temperature  # T^2 of the loss, 1 / T of the chain rule
     p_part = tl.zeros([TILE], dtype=tl.float32)
@@ -167,7 +186,7 @@ def _divergence_kernel(
                     gradient = 0.5 * p * (p_ratio - p_mean)
                 if sweep == 1 and gradient_ptr is not None:
                     out_ptr = gradient_ptr + row * gradient_stride
-                    _store_gradient(out_ptr, gradient * factor, logits, student, tokens, inside)
+                    _store_gradient(out_ptr, gradient * factor, logits, student, tokens, gradient_stride)
         if sweep == 0:
             p_mean = tl.sum(p_part, axis=0)
     loss = p_mean + tl.sum(q_part, axis=0)
@@ -223,7 +242,8 @@ def _push_forward_kernel(
                     divergence += tl.where(q == 0.0, 0.0, q * (log_q - log_p))
                 else:
                     out_ptr = gradient_ptr + row * gradient_stride
-                    _store_gradient(out_ptr, gradient_factor * (tl.exp(log_p) - q), logits, student, tokens, inside)
+                    gradient = gradient_factor * (tl.exp(log_p) - q)
+                    _store_gradient(out_ptr, gradient, logits, student, tokens, gradient_stride)
         if sweep == 0:
             unfinished = tl.sum(student_mass, axis=0) + 0.0 * base_norm  # NaN of base leaves B_t empty
             weight = min_weight + (1.0 - min_weight) * unfinished
@@ -270,7 +290,8 @@ def push_forward(logits: RowLogits, options: PushForwardSettings) -> TermRows:
 
 def _launch(logits: RowLogits) -> dict[str, int]:
     tile = min(_MAX_TILE, triton.next_power_of_2(logits.student.head.vocab_size))
-    return {"TILE": tile, "num_warps": max(1, tile // 256)}
+    # Products and sums contract as they always did; Triton 3.10 would no longer let them.
+    return {"TILE": tile, "num_warps": max(1, tile // 256), "enable_fp_fusion": True}
 
 
 def _tensors(logits: RowLogits, result: Tensor) -> list[Any]:

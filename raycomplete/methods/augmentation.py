@@ -42,6 +42,8 @@ class Augmentation(Method):
         default_factory=lambda: DepthConfig(max=100, schedule="uniform"), description="only `max` counts: longest h"
     )
 
+    published = (("train.lr", 2e-05), ("train.warmup_steps", 0), ("train.steps", 160))
+
     def loss_weights(self) -> dict[str, float]:
         """The cross-entropy alone."""
         return {"nll": 1.0}

@@ -70,6 +70,12 @@ class CircuitBreakers(Method):
     )
 
     needs_lora = True
+    published = (("train.lr", 0.0001), ("train.lora_rank", 16), ("train.steps", 150))
+
+    @property
+    def extra_passes(self) -> float:
+        """A forward pass with adapters off: a third of a forward and a backward one."""
+        return 1 / 3
 
     def own_terms(self) -> tuple[Term, ...]:
         """Both, computed by the pass."""

@@ -51,6 +51,9 @@ class DOOR(Method):
         default_factory=lambda: DepthConfig(max=100, schedule="uniform"), description="only `max` counts: longest h"
     )
 
+    recovery_sequences = 2
+    published = (("train.lr", 1e-05), ("train.steps", 2000))
+
     per_sequence = frozenset({"nll", "refusal", "npo"})
 
     def own_terms(self) -> tuple[Term, ...]:

@@ -83,6 +83,14 @@ class LatentAdversarial(Method):
         default_factory=lambda: DepthConfig(max=100, schedule="uniform"), description="only `max` counts: longest h"
     )
 
+    recovery_sequences = 2
+    published = (("train.lr", 2e-05), ("train.lora_rank", 64), ("train.steps", 100))
+
+    @property
+    def extra_passes(self) -> float:
+        """The steps of the adversary."""
+        return float(self.inner_steps)
+
     def own_terms(self) -> tuple[Term, ...]:
         """Both terms of harmful prompts, and the anchor under a name that no measurement steers."""
         from raycomplete.losses.terms import Term, get, nll

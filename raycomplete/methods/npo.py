@@ -88,6 +88,8 @@ class NPO(Method):
         default_factory=lambda: DepthConfig(max=100, schedule="uniform"), description="only `max` counts: longest h"
     )
 
+    published = (("train.lr", 1e-05),)
+
     per_sequence = frozenset({"npo"})
 
     def own_terms(self) -> tuple[Term, ...]:

@@ -53,6 +53,8 @@ class PolicyGradient(Method):
     leash: float = Field(0.04, ge=0, description="weight of KL(student || aligned) along the rollouts")
 
     per_sequence = frozenset({"policy"})
+    needs_fresh_rollouts = True
+    published = (("train.lr", 1e-06),)
 
     @property
     def rollout_groups(self) -> RolloutGroups:

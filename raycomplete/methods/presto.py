@@ -65,6 +65,8 @@ class PRESTO(Augmentation):
     recovery_batch_size: int = Field(16, ge=1, description="refusals of a step, over all workers")
     attention_weight: float = Field(1.0, ge=0, description="weight of the attention on the prefill")
 
+    published = (("train.lr", 2e-05),)  # type: ignore[assignment]
+
     def own_terms(self) -> tuple[Term, ...]:
         """The attention, computed by the pass."""
         from raycomplete.losses.terms import Term, of_the_pass

@@ -202,6 +202,12 @@ class Method(Section):
     """Term whose loss, by depth, the depth sampler follows; None draws depths evenly."""
     needs_lora: ClassVar[bool] = False
     """It compares the student with what it started from, by turning its adapters off."""
+    recovery_sequences: ClassVar[int] = 1
+    """Sequences that `sequences` makes of a recovery item, for plans."""
+    needs_fresh_rollouts: ClassVar[bool] = False
+    """Its formula holds for rollouts of the present weights only."""
+    published: ClassVar[tuple[tuple[str, Any], ...]] = ()
+    """Settings of `train` under which its authors trained, by dotted key; a study names what departs from them."""
     per_sequence: ClassVar[frozenset[str]] = frozenset()
     """Terms that are summed over the rows of a sequence and averaged over sequences; others are means over rows."""
 
@@ -209,6 +215,11 @@ class Method(Section):
     def rollout_groups(self) -> RolloutGroups | None:
         """Groups of graded rollouts that a step trains as they are; None where recovery is made of rollouts."""
         return None
+
+    @property
+    def extra_passes(self) -> float:
+        """Forward and backward passes of the student over its sequences beyond the one of plain training, for plans."""
+        return 0.0
 
     def own_terms(self) -> tuple[Term, ...]:
         """Loss terms that the method brings along; they enter the table when the loss is made. May load torch."""

@@ -76,11 +76,12 @@ def train_parts(request: Request, workers: int, work: Workload | None = None) ->
     """Seconds of one optimizer step of data-parallel workers by what takes them; of the run file's, or of `work`."""
     train, hardware, dtype, student = request.train, request.hardware, request.dtype, request.shapes["student"]
     work = work or request.workload(workers)
-    passes = 4 if train.gradient_checkpointing else 3  # forward, perhaps again, and backward at twice its cost
+    forwards = 4 if train.gradient_checkpointing else 3  # forward, perhaps again, and backward at twice its cost
+    passes = forwards * work.passes
     tokens = sum(item.tokens for item in work.trained) / workers
     flops = passes * sum(student.forward_flops(item.tokens, item.length / 2) for item in work.trained) / workers
     if train.lora_rank:  # frozen weights need no gradient of their own: one of backward's two products
-        flops *= (passes - 1) / passes
+        flops *= (forwards - 1) / forwards
     # Unfused operations write and read what they keep, in each pass.
     moved = passes * 2 * tokens * student.num_layers * student.activation_bytes_per_token(dtype)
     calls = passes * work.micro_batches * student.num_layers * hardware.train_calls

@@ -47,6 +47,7 @@ class Workload:
         rollouts: Sequences that the student samples: prompt with prefill, and new tokens; None off-policy.
         loss_rows: Rows of the loss, of which `base_rows` need base.
         micro_batches: Forward passes of one worker.
+        passes: Forward and backward passes over each of them; 1 but for methods that read a batch again.
     """
 
     trained: tuple[Sequences, ...]
@@ -55,6 +56,7 @@ class Workload:
     loss_rows: float
     base_rows: float
     micro_batches: int
+    passes: float = 1.0
 
     @property
     def trained_tokens(self) -> float:
@@ -74,13 +76,14 @@ class Workload:
         anchor = Sequences(method.anchor_batch_size, prompt_tokens, rollout.max_anchor_tokens)
         refusal = Sequences(method.recovery_batch_size, prompt_tokens, rollout.max_refusal_tokens)
         harmful = Sequences(method.recovery_batch_size, prompt_tokens, rollout.max_harmful_tokens)
-        student = Sequences(method.recovery_batch_size, prompt_tokens, depth + rollout.max_refusal_tokens)
+        read = method.recovery_batch_size * method.recovery_sequences
+        student = Sequences(read, prompt_tokens, depth + rollout.max_refusal_tokens)
         sampled = method.recovery_batch_size * rollout.oversample
         drawn = Sequences(sampled, prompt_tokens + depth, rollout.max_student_tokens)
         along_h = (harmful,) if terms_along_h else ()
         rows_along_h = terms_along_h * method.recovery_batch_size * depth
         rows = anchor.rows + refusal.rows + rows_along_h + openings
-        per_worker = (method.anchor_batch_size + method.recovery_batch_size) // num_workers
+        per_worker = (method.anchor_batch_size + read) // num_workers
         return cls(
             trained=(anchor, student),
             scored={
@@ -91,6 +94,7 @@ class Workload:
             loss_rows=rows,
             base_rows=rows if contrastive else rows_along_h,
             micro_batches=-(-per_worker // min(train.per_device_batch_size, max(per_worker, 1))) if per_worker else 1,
+            passes=1.0 + method.extra_passes,
         )
 
 

@@ -12,11 +12,10 @@ import csv
 import io
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib import rc_context
 
 from raycomplete.evaluation.summary import difference_table
@@ -47,11 +46,9 @@ def write_report(run_folder: Path) -> Path:
     """
     run = read_run_folder(run_folder)
     with rc_context(plots.STYLE):
-        sections = [_section(run_folder, *figure) for figure in _figures(run)]
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"percent": percent, "visible": visible, "setting": setting}
-    page = files(__package__).joinpath("template.html.j2").read_text(encoding="utf-8")
-    text = environment.from_string(page).render(
+        sections = [section(run_folder, *figure) for figure in _figures(run)]
+    text = render(
+        "template.html.j2",
         name=str(run.summary.get("name") or run_folder.resolve().name),
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         reduced=run.reduced,
@@ -80,6 +77,19 @@ def write_report(run_folder: Path) -> Path:
         rows = _csv(diagnoses.token_rows(run.diagnosis))
         write_bytes(run_folder / "figures" / "base_favored_tokens.csv", rows, mode=PRIVATE if shown else 0o644)
     return path
+
+
+def render(template: str, **values: Any) -> str:
+    """Fills in a page of this package."""
+    environment = Environment(
+        loader=PackageLoader(str(__package__), "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": percent, "visible": visible, "setting": setting}
+    return environment.get_template(template).render(**values)
 
 
 def percent(rate: float) -> str:
@@ -145,15 +155,15 @@ def _run_figures(run: RunFolder) -> list[_Figure]:
     ]
 
 
-def _section(run_folder: Path, title: str, missing: str, plot: plots.Plot | None) -> dict[str, Any]:
-    """Writes the files of a figure; its picture, and its data unless too long, for the page."""
+def section(folder: Path, title: str, missing: str, plot: plots.Plot | None) -> dict[str, Any]:
+    """Writes figures/<name>.png and .csv of a figure; returns its picture, and its data unless too long, for a page."""
     if plot is None:
         return {"title": title, "missing": missing}
     picture = io.BytesIO()
     plot.figure.savefig(picture, format="png", metadata={"Software": "raycomplete"})
     data = f"figures/{plot.name}.csv"
-    write_bytes(run_folder / "figures" / f"{plot.name}.png", picture.getvalue())
-    write_bytes(run_folder / data, _csv(plot.rows))
+    write_bytes(folder / "figures" / f"{plot.name}.png", picture.getvalue())
+    write_bytes(folder / data, _csv(plot.rows))
     return {
         "title": title,
         "missing": "",

@@ -58,7 +58,7 @@ def aggregate_runs(folders: Sequence[Path], *, allow_differences: bool = False) 
     roles = [role for role in ROLES if all(role in run.results for run in runs.values())]
     if not roles:
         raise DataError("No model was evaluated in all of these runs.", "Run raycomplete evaluate on each.")
-    shares = {role: [_shares(folder, run.results[role]) for folder, run in runs.items()] for role in roles}
+    shares = {role: [shares_by_measure(folder, run.results[role]) for folder, run in runs.items()] for role in roles}
     try:
         rates, comparisons = _rates(shares), _comparisons(shares)
     except ValueError as error:
@@ -137,8 +137,12 @@ def _differences(settings: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
                 break
 
 
-def _shares(folder: str, result: Mapping[str, Any]) -> dict[str, Shares]:
-    """Reads what the result of one model holds prompt by prompt, by measure."""
+def shares_by_measure(folder: str, result: Mapping[str, Any]) -> dict[str, Shares]:
+    """Reads what the result of one model holds prompt by prompt, by measure: the shares, and the trials of a prompt.
+
+    Raises:
+        DataError: An earlier version wrote the result, without prompts.
+    """
     if "by_prompt" not in result:
         raise DataError(
             f"{folder}/evaluation/{result['role']}.json does not say what happened at each prompt: an earlier version "

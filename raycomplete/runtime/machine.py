@@ -9,6 +9,7 @@ import platform
 import re
 import shutil
 import sys
+import sysconfig
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -55,6 +56,18 @@ def choose_dtype(*, use_gpu: bool, units: Sequence[str]) -> tuple[Dtype, str]:
     if units:
         return "bfloat16", f"the processor has units for it ({', '.join(units)})"
     return "float32", "the processor has no units for bfloat16"
+
+
+def compiler_problem() -> str:
+    """Says what Triton lacks here to build its launcher at the first kernel; empty where nothing is missing.
+
+    vLLM's engines on a GPU need the same.
+    """
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")  # as Triton looks for it
+    if compiler is None or shutil.which(compiler) is None:
+        return "there is no C compiler" + (f" at CC={compiler}" if compiler else "")
+    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    return "" if header.is_file() else f"the Python headers are missing ({header})"
 
 
 def package_versions() -> dict[str, str]:

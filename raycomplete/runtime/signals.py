@@ -41,6 +41,7 @@ class StopSignals:
         self.requested = False
         self._leave = leave
         self._is_deferred = False
+        self._grace_s = GRACE_S
         self._requested_at = 0.0
 
     def is_requested(self) -> bool:
@@ -48,14 +49,17 @@ class StopSignals:
         return self.requested
 
     @contextmanager
-    def deferred(self) -> Iterator[None]:
+    def deferred(self, grace_s: float | None = None) -> Iterator[None]:
         """Marks work that asks `is_requested` and ends by itself; elsewhere a signal interrupts at once.
+
+        Args:
+            grace_s: Seconds that it gets for that; `GRACE_S` when absent.
 
         Raises:
             StoppedError: The work ended before it saw the request; what comes after it must not start.
-            KeyboardInterrupt: It did not end within `GRACE_S` seconds, or a second signal came.
+            KeyboardInterrupt: It did not end in that time, or a second signal came.
         """
-        self._is_deferred = True
+        self._is_deferred, self._grace_s = True, GRACE_S if grace_s is None else grace_s
         try:
             yield
         finally:
@@ -77,7 +81,7 @@ class StopSignals:
             _later(LEAVE_S, self._leave)
         if not (first and self._is_deferred):
             raise KeyboardInterrupt
-        _later(GRACE_S, self._insist)
+        _later(self._grace_s, self._insist)
 
     def _insist(self) -> None:
         """Interrupts work that was asked and is still busy, as a second signal does."""

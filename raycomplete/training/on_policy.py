@@ -77,7 +77,8 @@ class RolloutPlanner:
         """As many sequences as are trained, each prompt and cut several times; harmless prompts are answered anew."""
         items = plan.recovery[: self._recovery_batch_size // groups.each]
         cut = [(item.sample, 0 if rng.random() < groups.plain_fraction else item.depth) for item in items]
-        samples, depths = zip(*(pair for pair in cut for _ in range(groups.each)), strict=True)
+        rolled_out = [pair for pair in cut for _ in range(groups.each)]  # none without recovery samples
+        samples, depths = tuple(sample for sample, _ in rolled_out), tuple(depth for _, depth in rolled_out)
         harmless = plan.anchor[: len(plan.anchor) // groups.each]
         anchor = tuple(item.sample for item in harmless for _ in range(groups.each))
         return RolloutBatch(step, anchor, (0,) * len(anchor), samples, depths, is_graded=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import shutil
+import sysconfig
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -83,6 +84,29 @@ def test_few_open_files_are_noted_and_more_are_wanted_on_a_cluster(monkeypatch: 
     finding = machine.check_open_files(context("cluster.address=head:6379"))
     assert finding.status == "warn"
     assert finding.remedy.startswith("ulimit -n 65536, after raising nofile (20000)")
+
+
+def test_an_old_driver_and_a_missing_compiler_are_named_before_anything_starts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(machine, "gpus", lambda: [{"name": "H100", "driver": "570.86", "total_bytes": 80 * GIB}])
+    finding = machine.check_gpu(context(cuda="13.0"))
+    assert finding.status == "fail"
+    assert "needs driver 580 or newer" in finding.found
+    monkeypatch.setattr(machine, "compiler_problem", lambda: "there is no C compiler")
+    assert machine.check_compiler(context()).status == "fail"
+    assert "apt install gcc" in machine.check_compiler(context()).remedy
+    assert machine.check_compiler(context("cluster.use_gpu=never")).status == "ok"
+    monkeypatch.setattr(machine, "gpus", list)
+    assert machine.check_compiler(context()).status == "ok"
+    monkeypatch.undo()
+    assert runtime_machine.compiler_problem() in ("", f"the Python headers are missing ({header()})")
+    monkeypatch.setenv("CC", str(tmp_path / "cc"))
+    assert runtime_machine.compiler_problem() == f"there is no C compiler at CC={tmp_path / 'cc'}"
+
+
+def header() -> Path:
+    return Path(sysconfig.get_paths()["include"]) / "Python.h"
 
 
 GPU = {"name": "H100", "capability": [9, 0], "free_bytes": 70 * GIB, "total_bytes": 80 * GIB}

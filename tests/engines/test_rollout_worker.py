@@ -89,7 +89,7 @@ def pool(ray_cluster: None, tmp_path: Path) -> Iterator[RolloutPool]:
 def free_bytes(worker: Any) -> tuple[int, int]:
     """Free memory of the device with the engine asleep and awake."""
     asleep = torch.cuda.mem_get_info()[0]
-    with worker._engine._awake():
+    with worker._engine.awake():
         awake = torch.cuda.mem_get_info()[0]
     return asleep, awake
 

@@ -39,6 +39,25 @@ def test_arguments_for_vllm_are_these() -> None:
     assert (longer["max_num_batched_tokens"], "gpu_memory_utilization" in longer) == (1024, False)
 
 
+def test_rollouts_on_a_gpu_decode_by_cuda_graphs_and_nothing_else_does() -> None:
+    for use_gpu, wanted, role, expected in (
+        (True, True, "rollout", True),
+        (True, False, "rollout", False),
+        (True, True, "scorer", False),
+        (True, True, "single", False),
+        (False, True, "rollout", False),
+    ):
+        one = config(rollout={"cuda_graphs": wanted})
+        spec = EngineSpec.from_config(one, role, "/model", use_gpu=use_gpu)  # type: ignore[arg-type]
+        assert spec.cuda_graphs is expected
+        arguments = spec.arguments()
+        assert arguments["enforce_eager"] is not expected
+        assert ("compilation_config" in arguments) is expected
+    graphs = replace(SPEC, cuda_graphs=True).arguments()
+    assert graphs["compilation_config"]["mode"] == 0, "no engine compiles anything at its start"
+    assert graphs["compilation_config"]["cudagraph_capture_sizes"][-1] == graphs["max_num_seqs"]
+
+
 def test_only_sharded_engines_start_processes_beside_the_actor() -> None:
     cut = replace(SPEC, tensor_parallel=4)
     assert cut.arguments() == SPEC.arguments() | {"tensor_parallel_size": 4, "distributed_executor_backend": "mp"}

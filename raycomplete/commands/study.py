@@ -1,0 +1,321 @@
+"""`raycomplete study`: methods x seeds x models, each a run of its own, on one cluster, and one table of all.
+
+    <study>/<model>/aligned/              base and aligned, evaluated once; the runs below find their answers again
+    <study>/<model>/<method>-seed<seed>/  a run of `raycomplete train`
+    <study>/<model>/<defence>/            an evaluation of aligned behind a defence at inference
+    <study>/logs/                         what each run said
+    <study>/study.json, study.md, study.html, figures/
+
+Each run is a process of its own, which is killed with the study. It resumes by itself, so that a study that is started
+again does nothing twice. Samples go from the first run that made them to all others for which they are equal.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import ray
+
+from raycomplete.commands import evaluate as evaluating
+from raycomplete.commands import train as training
+from raycomplete.config import RunConfig, dump
+from raycomplete.config.study import FROZEN, Study, StudyRun
+from raycomplete.data.inputs import prepare_models, prepare_prompts, samples_key
+from raycomplete.engines.cluster import ResourcePlan, connect, is_local, nodes_of
+from raycomplete.engines.dtype import resolve_dtype
+from raycomplete.engines.run import OutputFolder
+from raycomplete.evaluation.attack_resources import check_attacks
+from raycomplete.evaluation.defences.start import check_defence
+from raycomplete.report.study_page import write_study
+from raycomplete.runtime.console import Console
+from raycomplete.runtime.errors import ConfigError, StoppedError, WorkError
+from raycomplete.runtime.files import write_bytes, write_text
+from raycomplete.runtime.logs import FOLDER, RUN
+from raycomplete.runtime.signals import StopSignals, stop_signals
+
+_POLL_S = 0.2
+_STOP_S = 20.0  # a run that is asked to stop gets its own seconds for a step and a checkpoint, and leaves
+_LIBC = ctypes.CDLL(None)  # loaded before any fork
+_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
+_SHARED_PARTS = ("trials", "judgements", "benign_nll")
+
+
+@dataclass
+class _Started:
+    """A run of a study and its process.
+
+    Attributes:
+        key: Name of its samples; empty where it makes none.
+    """
+
+    run: StudyRun
+    key: str
+    process: subprocess.Popen[bytes] | None = None
+    began: float = 0.0
+    code: int | None = None
+
+    @property
+    def folder(self) -> Path:
+        return self.run.config.output.folder
+
+    @property
+    def samples(self) -> Path:
+        return self.folder / "samples.jsonl"
+
+    @property
+    def is_running(self) -> bool:
+        return self.process is not None and self.code is None
+
+    @property
+    def is_finished(self) -> bool:
+        return training.is_finished(self.run.config, self.folder)
+
+
+def study(study: Study, *, resume: bool = False, overwrite: bool = False, console: Console | None = None) -> Path:
+    """Trains and evaluates every run of a study, and writes its table and figures.
+
+    Args:
+        study: Study file, from `raycomplete.config.study.load_study`.
+        resume: Go on with what is there.
+        overwrite: Replace an earlier study of this name.
+        console: Where progress is shown.
+
+    Returns:
+        The study's folder, with study.json, study.md and study.html.
+
+    Raises:
+        RefusedError: Something is wrong with a run file, a checkpoint or prompts; nothing was started.
+        StoppedError: Someone asked the study to stop; runs wrote a checkpoint.
+        WorkError: Some runs failed; the table has the others.
+    """
+    console = console or Console()
+    if study.folder.is_dir() and any(study.folder.iterdir()) and not (resume or overwrite):
+        raise ConfigError(
+            f"The folder {study.folder} holds a study already.",
+            "Add --resume to continue it or --overwrite to replace it, or choose another output.name.",
+        )
+    study = _checked(study, console)
+    with _alone(study.folder, overwrite=overwrite):
+        _refuse_others(study)
+        jobs = [_Started(run, samples_key(run.config) if run.trains else "") for run in study.runs]
+        if not all(job.is_finished for job in jobs):
+            with _connected(study, console) as places, stop_signals() as stop, stop.deferred(_STOP_S + 2):
+                _work(study, jobs, places, stop, console, ray.get_runtime_context().gcs_address)
+        failed = [job for job in jobs if not job.is_finished]
+        page = write_study(study, [job.run for job in jobs if job.is_finished])
+        for title, rows in page.tables:
+            console.table(title, rows)
+    if failed:
+        logs = ", ".join(str(_log(study, job)) for job in failed[:3])
+        raise WorkError(
+            f"{len(failed)} of {len(jobs)} runs are not finished: {', '.join(job.run.name for job in failed)}.",
+            f"See {logs}; then run again with --resume.",
+        )
+    return study.folder
+
+
+def _checked(study: Study, console: Console) -> Study:
+    """Refuses what would fail at work, and gives every run the number format that the cluster's nodes are fast in."""
+    runs = []
+    dtypes: dict[tuple[str, str], RunConfig] = {}
+    with console.stage(f"Checked {len(study.runs)} runs"):
+        for run in study.runs:
+            key = run.model, str(run.config.models.dtype)
+            known = dtypes.get(key) or dtypes.setdefault(key, resolve_dtype(run.config, console))
+            settings = run.config.models.model_copy(update={"dtype": known.models.dtype})
+            cluster = run.config.cluster.model_copy(update={"address": None})  # of the study, by RAY_ADDRESS
+            config = run.config.model_copy(update={"models": settings, "cluster": cluster})
+            models = prepare_models(config, training=run.trains)
+            prepare_prompts(config, models.codec)
+            check_attacks(config)
+            check_defence(config, models)
+            runs.append(replace(run, config=config))
+    return replace(study, runs=tuple(runs))
+
+
+def _refuse_others(study: Study) -> None:
+    """Refuses to continue a study whose runs were started with other settings."""
+    kept = {name: os.environ.get(name) for name in (RUN, FOLDER)}
+    for run in study.runs:
+        if (run.config.output.folder / "config.yaml").is_file():
+            same, free = (training.SAME, ()) if run.trains else (evaluating.SAME, evaluating.FREE)
+            OutputFolder(run.config, same=same, free=free, resume=True).check()
+    for name, value in kept.items():  # `check` names the run for this process, which is none of them
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
+
+
+@contextmanager
+def _alone(folder: Path, *, overwrite: bool) -> Iterator[None]:
+    """Holds the study's folder, so that no second process works in it.
+
+    Raises:
+        ConfigError: Another one does.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = folder / "study.lock"
+    with lock.open("a") as held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConfigError(f"Another process works in {folder}.", "Wait for it, or stop it.") from error
+        if overwrite:
+            for item in folder.iterdir():
+                if item != lock:
+                    shutil.rmtree(item) if item.is_dir() else item.unlink()
+        yield
+
+
+@contextmanager
+def _connected(study: Study, console: Console) -> Iterator[int]:
+    """Connects to the cluster of all runs, or starts one here; yields how many runs fit at a time."""
+    config = next(run.config for run in study.runs)
+    plans = [training.resources(run.config) if run.trains else evaluating.resources(run.config) for run in study.runs]
+    largest = max(plans, key=lambda plan: (plan.gpus, plan.cpus))
+    asked = study.config.parallel
+    # A cluster that is started here counts CPUs generously, so that any number would fit.
+    together = (asked or 1) if is_local(config.cluster) else 1
+    with connect(config.cluster, ResourcePlan(largest.requests * together), console) as cluster:
+        nodes = nodes_of(ray.nodes())
+        fits = sum(node.cpus for node in nodes) // max(largest.cpus, 1e-6)
+        if cluster.use_gpu and largest.gpus > 0:
+            fits = min(fits, sum(node.gpus for node in nodes) // largest.gpus)
+        yield asked or (1 if is_local(config.cluster) else max(int(fits), 1))
+
+
+def _work(
+    study: Study, jobs: Sequence[_Started], places: int, stop: StopSignals, console: Console, address: str
+) -> None:
+    """Starts runs as places become free, until all have ended.
+
+    Args:
+        address: Of the cluster.
+
+    Raises:
+        StoppedError: Someone asked the study to stop.
+    """
+    console.note(f"{len(jobs)} runs, {sum(job.is_finished for job in jobs)} of them finished; {places} at a time")
+    waiting = [job for job in jobs if not job.is_finished]
+    try:
+        while waiting or any(job.is_running for job in jobs):
+            for job in [job for job in jobs if job.is_running]:
+                _collect(study, job, console)
+            if stop.requested:
+                raise StoppedError("The study stops on request; runs keep what they finished.", "Resume with --resume.")
+            while sum(job.is_running for job in jobs) < places:
+                job_ = next((job for job in waiting if _can_start(job, jobs)), None)
+                if job_ is None:
+                    break
+                waiting.remove(job_)
+                _start(study, job_, jobs, address)
+                console.note(f"{job_.run.name}: started")
+            if waiting and not any(job.is_running for job in jobs):
+                return  # what they wait for has failed
+            time.sleep(_POLL_S)
+    finally:
+        _stop([job for job in jobs if job.is_running])
+
+
+def _can_start(job: _Started, jobs: Sequence[_Started]) -> bool:
+    """Tells whether what a run takes from others is there: the frozen models' answers, and samples."""
+    frozen = _frozen(job, jobs)
+    if frozen is job:
+        return True
+    in_the_making = any(
+        other.is_running and other.key == job.key and not other.samples.is_file() for other in jobs if job.key
+    )
+    return frozen.is_finished and not (in_the_making and _samples_of(job, jobs) is None)
+
+
+def _frozen(job: _Started, jobs: Sequence[_Started]) -> _Started:
+    return next(other for other in jobs if other.run.model == job.run.model and other.run.label == FROZEN)
+
+
+def _samples_of(job: _Started, jobs: Sequence[_Started]) -> Path | None:
+    return next((other.samples for other in jobs if other.key == job.key and other.samples.is_file()), None)
+
+
+def _start(study: Study, job: _Started, jobs: Sequence[_Started], address: str) -> None:
+    """Puts into a run's folder what others made for it, and starts its process."""
+    folder, frozen = job.folder, _frozen(job, jobs)
+    if not (folder / "config.yaml").is_file():
+        write_text(folder / "config.yaml", dump(job.run.config))
+    if frozen is not job:
+        source = frozen.folder / "evaluation"
+        files = [source / "prefills.json", *(file for part in _SHARED_PARTS for file in source.glob(f"{part}/*.jsonl"))]
+        for file in files:
+            _share(file, folder / "evaluation" / file.relative_to(source))
+    if job.key and (samples := _samples_of(job, jobs)) is not None:
+        _share(samples, job.samples)
+    command = ["train", "--resume"] if job.run.trains else ["evaluate"]
+    run_file = folder / "run.yaml"  # config.yaml is the run's own record
+    write_text(run_file, dump(job.run.config))
+    log = _log(study, job)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    environment = {name: value for name, value in os.environ.items() if name not in (RUN, FOLDER)}
+    with log.open("ab") as stream:
+        job.process = subprocess.Popen(
+            [sys.executable, "-m", "raycomplete", command[0], str(run_file), *command[1:]],
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=stream,
+            env=environment | {"RAY_ADDRESS": address, "COLUMNS": "160"},
+            start_new_session=True,  # Ctrl-C reaches the study alone, which tells its runs
+            preexec_fn=_die_with_parent,
+        )
+    job.began = time.monotonic()
+
+
+def _die_with_parent() -> None:
+    """Asks the kernel to kill a run whose study is killed, so that never two processes work in its folder."""
+    _LIBC.prctl(_DIE_WITH_PARENT, signal.SIGKILL)
+
+
+def _share(source: Path, target: Path) -> None:
+    """Copies a file whole, with its permissions, where it is not there yet."""
+    if source.is_file() and not target.exists():
+        write_bytes(target, source.read_bytes(), mode=source.stat().st_mode & 0o777)
+
+
+def _collect(study: Study, job: _Started, console: Console) -> None:
+    """Notes the end of a run's process."""
+    assert job.process is not None
+    job.code = job.process.poll()
+    if job.code is None:
+        return
+    seconds = time.monotonic() - job.began
+    if job.is_finished:
+        console.note(f"{job.run.name}: finished [dim]({seconds:.0f} s)[/dim]")
+    else:
+        console.note(f"{job.run.name}: ended with {job.code} after {seconds:.0f} s, see {_log(study, job)}")
+
+
+def _stop(jobs: Sequence[_Started]) -> None:
+    """Asks runs to stop, waits, and kills what is left."""
+    for job in jobs:
+        if job.process is not None and job.process.poll() is None:
+            job.process.terminate()
+    deadline = time.monotonic() + _STOP_S
+    for job in jobs:
+        if job.process is not None:
+            try:
+                job.process.wait(timeout=max(deadline - time.monotonic(), 0.1))
+            except subprocess.TimeoutExpired:
+                job.process.kill()
+
+
+def _log(study: Study, job: _Started) -> Path:
+    folder = job.folder
+    return study.folder / "logs" / f"{folder.parent.name}-{folder.name}.log"

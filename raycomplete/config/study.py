@@ -1,0 +1,212 @@
+"""A study: one run file trained by several methods under several seeds, and evaluated in one way."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError, field_validator
+
+from raycomplete.config.loading import apply_override, explained, merged, parse, read_tree
+from raycomplete.config.run import OutputConfig, RunConfig
+from raycomplete.methods.registry import METHODS, Method
+from raycomplete.runtime.errors import ConfigError
+from raycomplete.runtime.plugins import load_plugins
+from raycomplete.runtime.section import Section
+
+Tree = dict[str, Any]
+_OF_METHODS = ("method", "rollout", "teacher", "train")  # sections that an entry of `methods` may change
+_SHARED = tuple(name for name in Method.model_fields if name != "name")  # settings that every method has
+
+
+class StudyConfig(Section):
+    """A study file. Entries of `models`, `methods` and `defences` are named, and hold what they change."""
+
+    run: Path = Field(description="the run file that all runs start from, relative to the study file")
+    settings: Tree = Field(default_factory=dict, description="sections of the run file, laid over it for every run")
+    models: dict[str, Tree | None] = Field(
+        default_factory=dict,
+        description="by name, sections of the run file that make it another model's; absent: the run file's own",
+    )
+    methods: dict[str, Tree | None] = Field(
+        min_length=1,
+        description="by name, sections of the run file (method, train, rollout, teacher) laid over it; a name of a "
+        "training method needs no method.name",
+    )
+    defences: dict[str, Tree] = Field(
+        default_factory=dict, description="by name, evaluation.defence around the aligned model, which trains nothing"
+    )
+    seeds: list[int] = Field(default_factory=lambda: [0], min_length=1, description="values of train.seed")
+    reference: str | None = Field(
+        None, description="the method that is compared with the best of the others; the first one when absent"
+    )
+    parallel: int | None = Field(
+        None, ge=1, description="runs at a time; as many as fit on the cluster when absent, one where it is started"
+    )
+    plugins: list[Path] = Field(
+        default_factory=list, description="Python files that add methods, relative to the study file"
+    )
+    output: OutputConfig = Field(default_factory=lambda: OutputConfig(name="study"))
+
+    @field_validator("seeds")
+    @classmethod
+    def _no_seed_twice(cls, seeds: list[int]) -> list[int]:
+        if len(set(seeds)) < len(seeds):
+            raise ValueError("names a seed twice")
+        return seeds
+
+
+@dataclass(frozen=True)
+class StudyRun:
+    """One run of a study: `label` on `model` under `seed`, which is None for what draws nothing at random.
+
+    Attributes:
+        trains: False for the frozen models by themselves (label "aligned") and for defences at inference.
+        departures: Settings that differ from those of the method's authors, in words.
+    """
+
+    model: str
+    label: str
+    seed: int | None
+    config: RunConfig
+    trains: bool
+    departures: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Names the run in messages."""
+        return f"{self.model}, {self.label}" + ("" if self.seed is None else f", seed {self.seed}")
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study file and the runs that come of it: first the frozen models of each, then methods, then defences."""
+
+    config: StudyConfig
+    runs: tuple[StudyRun, ...]
+
+    @property
+    def folder(self) -> Path:
+        """Folder of all runs and of the results."""
+        return self.config.output.folder
+
+    @property
+    def reference(self) -> str:
+        """Label of the method that is compared with the others."""
+        return self.config.reference or next(iter(self.config.methods))
+
+    def of_model(self, model: str) -> list[StudyRun]:
+        """Lists the runs of a model."""
+        return [run for run in self.runs if run.model == model]
+
+
+FROZEN = "aligned"
+"""Label of the run that evaluates base and aligned, whose answers all other runs of the model share."""
+
+
+def load_study(path: Path, overrides: Iterable[str] = ()) -> Study:
+    """Reads a study file and the run file of every run, so that a mistake in any is refused before the first starts.
+
+    Args:
+        path: YAML file.
+        overrides: `key.sub=value` strings of the study file, applied last.
+
+    Raises:
+        ConfigError: The study file or one of its runs holds a wrong key or value, or a plugin cannot be imported.
+    """
+    tree = read_tree(path)
+    for override in overrides:
+        apply_override(tree, override)
+    try:
+        config = StudyConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {explained(error, tree, StudyConfig)}") from error
+    folder = path.parent.resolve()
+    plugins = [str((folder / plugin).resolve()) for plugin in config.plugins]
+    load_plugins(map(Path, plugins))
+    file = folder / config.run
+    base = merged(read_tree(file), config.settings)
+    base["plugins"] = [*(str((file.parent / plugin).resolve()) for plugin in base.get("plugins") or []), *plugins]
+    base["evaluation"] = {key: value for key, value in (base.get("evaluation") or {}).items() if key != "defence"}
+    models = config.models or {(base.get("output") or {}).get("name", "model"): {}}
+    root = config.output.folder.resolve()
+    runs: list[StudyRun] = []
+    for model, changes in models.items():
+        own = merged(base, changes or {})
+
+        planned: list[tuple[str, Tree, int | None]] = [(FROZEN, own, None)]
+        for label, entry in config.methods.items():
+            trained = _of_method(own, label, entry or {}, path)
+            planned += [(label, merged(trained, {"train": {"seed": seed}}), seed) for seed in config.seeds]
+        for label, defence in config.defences.items():
+            planned.append((label, merged(own, {"evaluation": {"defence": defence}}), None))
+        for label, settings, seed in planned:
+            name = _slug(label) + ("" if seed is None else f"-seed{seed}")
+            output = {"output": {"root": str(root / _slug(model)), "name": name}}
+            run = parse(merged(settings, output), f"{path}, {label}", file.parent, plugins=True)
+            trains = seed is not None
+            runs.append(StudyRun(model, label, seed, run, trains, tuple(departures(run)) if trains else ()))
+    _check_names(path, config, runs)
+    return Study(config.model_copy(update={"plugins": [Path(plugin) for plugin in plugins]}), tuple(runs))
+
+
+def _of_method(own: Tree, label: str, entry: Tree, path: Path) -> Tree:
+    """Lays an entry of `methods` over the run file; another method takes those of its settings that all have."""
+    if unknown := [name for name in entry if name not in _OF_METHODS]:
+        raise ConfigError(
+            f"{path}: methods.{label} changes {', '.join(unknown)}, and an entry may change {', '.join(_OF_METHODS)}.",
+            "Put what all runs share under settings, and models and data under models.",
+        )
+    method = dict(own.get("method") or {})
+    given = dict(entry.get("method") or {})
+    before = method.get("name", "completion")
+    name = given.setdefault("name", label if label in METHODS else before)
+    if name != before:
+        method = {key: value for key, value in method.items() if key in _SHARED}
+    return merged({**own, "method": method}, {**entry, "method": given})
+
+
+def _check_names(path: Path, config: StudyConfig, runs: list[StudyRun]) -> None:
+    folders = [run.config.output.folder for run in runs]
+    if twice := next((run for run, folder in zip(runs, folders, strict=True) if folders.count(folder) > 1), None):
+        raise ConfigError(
+            f"{path}: two entries would write into the folder {twice.config.output.folder}.",
+            f"Give {twice.label!r} another name; {FROZEN!r} is that of the frozen models.",
+        )
+    if config.reference is not None and config.reference not in config.methods:
+        raise ConfigError(f"{path}: reference names {config.reference!r}, which is none of the methods.")
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._]+", "-", name).strip("-.") or "run"
+
+
+def departures(config: RunConfig) -> list[str]:
+    """Lists in words where a run departs from the method's own settings and those that its authors trained with."""
+    method = config.method
+    standard: Mapping[str, Any] = type(method)(name=method.name).model_dump(mode="json")
+    found = [
+        f"method.{key} {value} instead of {default}"
+        for key, value, default in _differing("", method.model_dump(mode="json"), standard)
+    ]
+    for key, theirs in method.published:
+        value: Any = config.train
+        for part in key.removeprefix("train.").split("."):
+            value = getattr(value, part)
+        if value != theirs:
+            found.append(f"{key} {value} instead of {theirs}")
+    return found
+
+
+def _differing(key: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    found = []
+    for name, value in ours.items():
+        other = theirs.get(name)
+        if isinstance(value, Mapping) and isinstance(other, Mapping):
+            found += _differing(f"{key}{name}.", value, other)
+        elif value != other:
+            found.append((f"{key}{name}", value, other))
+    return found

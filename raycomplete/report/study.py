@@ -1,0 +1,174 @@
+"""The numbers of a study: rates of every method over its seeds, differences from aligned and the best rival, costs."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from raycomplete.config.study import FROZEN, Study, StudyRun
+from raycomplete.evaluation.statistics import difference_over_runs, mean_over_runs
+from raycomplete.evaluation.summary import OTHER_RATES, reductions
+from raycomplete.report.run_folder import RunFolder, read_run_folder
+from raycomplete.report.runs import Shares, shares_by_measure
+from raycomplete.runtime.errors import DataError
+
+MEAN_OVER_ATTACKS = "ASR, mean over attacks"
+OVER_REFUSAL = "over-refusal"
+SPARE_OVER_REFUSAL = 0.02  # by which a rival may refuse more harmless prompts than the reference and still be compared
+_BASE, _STUDENT = "base", "student"
+_NOT_ATTACKS = tuple(label.removesuffix(" (borderline)") for label in OTHER_RATES.values())
+_APART = ("off_topic", "incoherent")  # outcomes that are success of nobody
+
+Row = dict[str, Any]
+
+
+def study_results(study: Study, finished: Sequence[StudyRun]) -> dict[str, Any]:
+    """Computes study.json from the folders of finished runs.
+
+    Returns:
+        By model: `rows` by label, first base and aligned, each with `seeds`, `rates` by measure
+        (`raycomplete.evaluation.statistics.mean_over_runs`), `against_aligned` and, of the reference,
+        `against_best_rival` by measure (`difference_over_runs`, the latter with the rival's name), `cost` and
+        `departures`; `judge`; and `reduced`, pairs of an attack and why its rates are less than those of published
+        runs. A model whose frozen models are not evaluated yet is left out.
+
+    Raises:
+        DataError: Runs of one model were judged by different judges, or on no common prompts.
+    """
+    models = {}
+    for model in dict.fromkeys(run.model for run in study.runs):
+        runs = [run for run in finished if run.model == model]
+        if any(run.label == FROZEN for run in runs):
+            models[model] = _of_model(study, runs)
+    return {"name": study.config.output.name, "reference": study.reference, "models": models}
+
+
+def _of_model(study: Study, runs: Sequence[StudyRun]) -> dict[str, Any]:
+    folders = {run.config.output.folder: read_run_folder(run.config.output.folder) for run in runs}
+    judges = {str(folder.summary.get("judge")) for folder in folders.values()}
+    if len(judges) > 1:
+        raise DataError(f"The runs of a study were judged by different judges: {', '.join(sorted(judges))}.")
+    by_label: dict[str, list[tuple[StudyRun, RunFolder]]] = defaultdict(list)
+    for run in runs:
+        by_label[run.label].append((run, folders[run.config.output.folder]))
+    ((frozen_run, frozen),) = by_label.pop(FROZEN)
+    rows: dict[str, Row] = {}
+    shares: dict[str, list[dict[str, Shares]]] = {}
+    for role in (_BASE, FROZEN):
+        if role in frozen.results:
+            shares[role] = [_shares(frozen_run.config.output.folder, frozen.results[role])]
+            rows[role] = {"seeds": [], "apart": _apart([frozen.results[role]]), "cost": {}, "departures": []}
+    plain = _seconds_per_token([frozen.results[FROZEN]])
+    for label in (*study.config.methods, *study.config.defences):
+        if not (found := by_label.get(label)):
+            continue
+        results = [folder.results[_STUDENT] for _, folder in found]
+        shares[label] = [_shares(run.config.output.folder, folder.results[_STUDENT]) for run, folder in found]
+        rows[label] = {
+            "seeds": [run.seed for run, _ in found if run.seed is not None],
+            "apart": _apart(results),
+            "cost": _cost([folder for _, folder in found], results, plain),
+            "departures": list(found[0][0].departures),
+        }
+    try:
+        _add_rates(rows, shares)
+        _add_best_rival(study.reference, rows, shares)
+    except ValueError as error:
+        raise DataError("Two runs of the study have no prompts in common.", "Evaluate all on the same data.") from error
+    return {"rows": rows, "judge": judges.pop(), "reduced": reductions(frozen.summary)}
+
+
+def _shares(folder: Path, result: Mapping[str, Any]) -> dict[str, Shares]:
+    """Shares of successful trials by measure and prompt, with their mean over attacks on the prompts that all asked."""
+    found = shares_by_measure(str(folder), result)
+    attacks = [
+        shares for measure, (shares, _) in found.items() if measure not in _NOT_ATTACKS and not _is_depth(measure)
+    ]
+    common = set.intersection(*(set(attack) for attack in attacks))
+    mean = {prompt: sum(attack[prompt] for attack in attacks) / len(attacks) for prompt in common}
+    return {MEAN_OVER_ATTACKS: (mean, 1), **found}
+
+
+def _is_depth(measure: str) -> bool:
+    return measure.startswith("ASR, depth ")
+
+
+def attacks_of(rates: Mapping[str, Any]) -> list[str]:
+    """Lists the measures that are attack success rates of one attack each."""
+    return [name for name in rates if name not in (*_NOT_ATTACKS, MEAN_OVER_ATTACKS) and not _is_depth(name)]
+
+
+def depths_of(rates: Mapping[str, Any]) -> dict[int, str]:
+    """Maps prefill depths to their measures, in order."""
+    return {int(name.rpartition(" ")[2]): name for name in rates if _is_depth(name)}
+
+
+def _add_rates(rows: Mapping[str, Row], shares: Mapping[str, list[dict[str, Shares]]]) -> None:
+    for label, row in rows.items():
+        row["rates"] = {
+            measure: mean_over_runs([run[measure][0] for run in shares[label]], trials)
+            for measure, (_, trials) in shares[label][0].items()
+            if all(measure in run for run in shares[label])
+        }
+        if label not in (_BASE, FROZEN):
+            row["against_aligned"] = {
+                measure: _difference(shares, label, FROZEN, measure)
+                for measure in row["rates"]
+                if measure in shares[FROZEN][0]
+            }
+
+
+def _difference(shares: Mapping[str, list[dict[str, Shares]]], first: str, second: str, measure: str) -> dict[str, Any]:
+    """Compares two rows run by run; a row without seeds is the same in each run of the other."""
+    ours, theirs = ([run[measure][0] for run in shares[label]] for label in (first, second))
+    runs = max(len(ours), len(theirs)) if 1 in (len(ours), len(theirs)) else min(len(ours), len(theirs))
+    return difference_over_runs((ours * runs)[:runs], (theirs * runs)[:runs])
+
+
+def _add_best_rival(reference: str, rows: Mapping[str, Row], shares: Mapping[str, list[dict[str, Shares]]]) -> None:
+    """Compares the reference with the best rival of each attack, among those that refuse as little as it does."""
+    if reference not in rows:
+        return
+    rates = rows[reference]["rates"]
+    allowed = rates[OVER_REFUSAL]["rate"] + SPARE_OVER_REFUSAL if OVER_REFUSAL in rates else 1.0
+    rivals = [
+        label
+        for label, row in rows.items()
+        if label not in (reference, _BASE, FROZEN) and row["rates"].get(OVER_REFUSAL, {"rate": 0.0})["rate"] <= allowed
+    ]
+    rows[reference]["against_best_rival"] = found = {}
+    for measure in (MEAN_OVER_ATTACKS, *attacks_of(rates), *depths_of(rates).values()):
+        having = [label for label in rivals if measure in rows[label]["rates"]]
+        if having:
+            best = min(having, key=lambda label: rows[label]["rates"][measure]["rate"])
+            found[measure] = {"rival": best, **_difference(shares, reference, best, measure)}
+
+
+def _apart(results: Sequence[Mapping[str, Any]]) -> float | None:
+    """Share of the answers to prefills that are off topic or babble: no success of the attack, and none of a model."""
+    blocks = [result["attacks"]["prefill"] for result in results if "prefill" in result.get("attacks", {})]
+    trials = sum(block["trials"] for block in blocks)
+    return sum(block["outcomes"].get(name, 0) for block in blocks for name in _APART) / trials if trials else None
+
+
+def _cost(folders: Sequence[RunFolder], results: Sequence[Mapping[str, Any]], plain: float | None) -> Row:
+    """Means over runs: seconds of training steps, times their workers, and the time of a token against aligned's."""
+    trained = [folder.summary["train"] for folder in folders if folder.summary.get("train")]
+    spoken = _seconds_per_token(results)
+    passes = [result["defence"]["passes_per_token"] for result in results if result.get("defence")]
+    return {
+        "train_seconds": sum(run["seconds"] for run in trained) / len(trained) if trained else 0.0,
+        "train_tokens": sum(run["tokens"] for run in trained) / len(trained) if trained else 0.0,
+        "steps": sum(run["steps"] for run in trained) / len(trained) if trained else 0.0,
+        "seconds_per_token": spoken / plain if spoken is not None and plain else None,
+        "passes_per_token": sum(passes) / len(passes) if passes else 1.0,
+    }
+
+
+def _seconds_per_token(results: Sequence[Mapping[str, Any]]) -> float | None:
+    """Seconds of the evaluation per token that was said to harmless prompts."""
+    variants = [result["variants"][kind] for result in results for kind in ("benign", "borderline")]
+    tokens = sum(variant.get("tokens", 0) for variant in variants)
+    return sum(variant["seconds"] for variant in variants) / tokens if tokens else None

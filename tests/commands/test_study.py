@@ -1,0 +1,237 @@
+"""The study command: what starts when, what runs share, and three kills of a study of tiny runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from raycomplete.commands import study as command
+from raycomplete.config.study import FROZEN, Study, load_study
+from raycomplete.runtime.errors import ConfigError, StoppedError
+from raycomplete.runtime.files import write_text
+from raycomplete.runtime.signals import StopSignals
+from tests.chaos.processes import kill
+from tests.config.test_study import PLUGIN, study_file
+from tests.conftest import ROOT
+
+FILE = """
+    methods: {completion: , npo: , augmentation: {rollout: {temperature: 0.5}}}
+    seeds: [0, 1]
+    defences: {again: {name: re_ask}}
+    output: {name: side-by-side}
+"""
+# Stands for `python -m raycomplete train`: it takes a while to make samples, and a while to finish.
+STAND_IN = """
+import json, sys, time
+from pathlib import Path
+from raycomplete.config import load_run_file
+
+config = load_run_file(sys.argv[4])
+folder = config.output.folder
+with (folder / "began").open("a") as file:
+    file.write(f"{time.time()} {(folder / 'samples.jsonl').exists()} {(folder / 'evaluation').exists()}\\n")
+time.sleep(0.3)
+if sys.argv[3] == "train" and not (folder / "samples.jsonl").exists():
+    (folder / "samples.jsonl").write_text(f"made by {config.output.name}")
+if sys.argv[3] == "evaluate" and config.evaluation.defence is None:
+    (folder / "evaluation" / "trials").mkdir(parents=True)
+    (folder / "evaluation" / "trials" / "base.jsonl").write_text("answers of base")
+if folder.name == "npo-seed1" and not (folder.parent.parent / "mended").exists():
+    sys.exit(1)
+time.sleep(0.3)
+(folder / "summary.json").write_text(json.dumps({"evaluation": config.evaluation.model_dump(mode="json")}))
+"""
+
+
+@pytest.fixture
+def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Study:
+    """A study whose runs are scripts."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "stand_in.py").write_text(STAND_IN)
+    start = subprocess.Popen
+
+    def stand_in(arguments: list[str], **options: Any) -> Any:
+        if arguments[1:3] != ["-m", "raycomplete"]:
+            return start(arguments, **options)
+        return start([sys.executable, "stand_in.py", "-", "-", *arguments[3:]], **options)
+
+    monkeypatch.setattr(command.subprocess, "Popen", stand_in)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    return load_study(study_file(tmp_path, FILE))
+
+
+class Quiet:
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.said.append(text)
+
+
+def work(study: Study, places: int, stop: StopSignals | None = None) -> Quiet:
+    """Runs all that is not finished, without a cluster."""
+    console = Quiet()
+    jobs = [command._Started(run, command.samples_key(run.config) if run.trains else "") for run in study.runs]
+    command._work(study, jobs, places, stop or StopSignals(), console, "an address")  # type: ignore[arg-type]
+    return console
+
+
+def began(study: Study) -> dict[str, list[list[str]]]:
+    """When each run began, and if samples and answers were there, by folder name."""
+    found = {}
+    for run in study.runs:
+        file = run.config.output.folder / "began"
+        found[run.config.output.folder.name] = [line.split() for line in file.read_text().split("\n") if line]
+    return found
+
+
+def test_equal_samples_are_made_once_and_frozen_models_asked_once(study: Study) -> None:
+    work(study, places=3)
+    starts = began(study)
+    assert all(len(times) == 1 for times in starts.values())
+    first = starts.pop(FROZEN)[0]
+    assert all(times[0][2] == "True" for times in starts.values())  # base's answers came first
+    assert min(float(times[0][0]) for times in starts.values()) > float(first[0]) + 0.5
+    folder = study.folder / "organism"
+    assert (folder / "completion-seed0" / "evaluation" / "trials" / "base.jsonl").read_text() == "answers of base"
+    made = {name: (folder / name / "samples.jsonl").read_text() for name in starts if name != "again"}
+    assert made["completion-seed0"] == made["npo-seed0"] == "made by completion-seed0"
+    assert made["completion-seed1"] == made["npo-seed1"] == "made by completion-seed1"
+    assert made["augmentation-seed0"] == "made by augmentation-seed0"  # sampled in another way
+    assert not (folder / "again" / "samples.jsonl").exists()
+
+
+def test_a_run_that_fails_leaves_the_others_and_is_taken_up_again(study: Study) -> None:
+    console = work(study, places=2)
+    assert any("npo, seed 1: ended with 1" in line for line in console.said)
+    (study.folder / "mended").touch()
+    work(study, places=2)
+    counts = {name: len(times) for name, times in began(study).items()}
+    assert counts.pop("npo-seed1") == 2
+    assert set(counts.values()) == {1}
+
+
+def test_a_request_to_stop_ends_the_runs(study: Study) -> None:
+    stop = StopSignals()
+    stop.requested = True
+    with pytest.raises(StoppedError, match="Resume"):
+        work(study, places=2, stop=stop)
+    assert not (study.folder / "organism").exists()
+
+
+def test_a_study_that_is_there_is_refused_without_resume(study: Study) -> None:
+    write_text(study.folder / "study.json", "{}")
+    with pytest.raises(ConfigError, match="holds a study already"):
+        command.study(study)
+
+
+def test_two_processes_cannot_work_on_one_study(study: Study) -> None:
+    with (
+        command._alone(study.folder, overwrite=False),
+        pytest.raises(ConfigError, match="Another process"),
+        command._alone(study.folder, overwrite=False),
+    ):
+        raise AssertionError("both hold it")
+
+
+def test_a_run_of_other_settings_is_refused(study: Study, tmp_path: Path) -> None:
+    work(study, places=4)
+    changed = load_study(study_file(tmp_path, FILE), ["settings.train.steps=5"])
+    with pytest.raises(ConfigError, match=r"started with other values of train\.steps"):
+        command._refuse_others(changed)
+    command._refuse_others(load_study(study_file(tmp_path, FILE), ["settings.evaluation.num_prompts=7"]))
+
+
+TINY = """
+    settings:
+      data: {limit_per_kind: 24}
+      train: {steps: 4, checkpoint_every: 2, warmup_steps: 1, validation: {every: 2}}
+      rollout: {refusal_prefix_fraction: 0}
+      method: {anchor_batch_size: 6, recovery_batch_size: 6}
+      evaluation: {num_prompts: 6, depths: [0, 4], nll_prompts: 2, attacks: [prefill]}
+    plugins: [mine.py]
+    methods: {completion: , refusals_of_a_plugin: {train: {lr: 0.002}}}
+    defences: {again: {name: re_ask, every: 8}}
+    output: {name: tiny}
+"""
+
+
+def start(folder: Path) -> subprocess.Popen[bytes]:
+    with (folder / "log").open("ab") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "raycomplete", "study", "study.yaml", "--resume"],
+            cwd=folder,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "160"},
+            stdout=log,
+            stderr=log,
+        )
+
+
+def kill_whole(process: subprocess.Popen[bytes]) -> None:
+    """Kills a study; its runs and its cluster must follow by themselves."""
+    driver = psutil.Process(process.pid)
+    started = driver.children(recursive=True)
+    kill([driver])
+    process.wait(timeout=30)
+    assert not psutil.wait_procs(started, timeout=60)[1], "something of a killed study still runs"
+
+
+def timeless(value: Any) -> Any:
+    """The table without what was measured by the clock."""
+    if isinstance(value, dict):
+        return {name: timeless(part) for name, part in value.items() if name != "cost"}
+    return value
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_a_study_killed_three_times_gives_the_same_table_and_does_nothing_twice(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    calm, killed = tmp_path / "calm", tmp_path / "killed"
+    for folder in (calm, killed):
+        folder.mkdir()
+        study_file(folder, TINY)
+        (folder / "mine.py").write_text(PLUGIN)
+    begun = time.monotonic()
+    assert start(calm).wait(timeout=1200) == 0, (calm / "log").read_text()[-3000:]
+    seconds = time.monotonic() - begun
+    for moment in sorted(rng.uniform(0.15, 0.8) for _ in range(3)):
+        process = start(killed)
+        try:
+            process.wait(timeout=0.6 * moment * seconds)
+        except subprocess.TimeoutExpired:
+            kill_whole(process)
+        finished = {path: path.read_bytes() for path in killed.glob("runs/tiny/organism/*/summary.json")}
+    assert start(killed).wait(timeout=1800) == 0, (killed / "log").read_text()[-3000:]
+
+    for path, content in finished.items():
+        assert path.read_bytes() == content, f"{path} was made again"
+    tables = [json.loads((folder / "runs" / "tiny" / "study.json").read_text()) for folder in (calm, killed)]
+    assert timeless(tables[0]) == timeless(tables[1])
+    assert "refusals_of_a_plugin" in tables[0]["models"]["organism"]["rows"]
+    for run in (killed / "runs" / "tiny" / "organism").iterdir():
+        for store in (*run.glob("evaluation/trials/*.jsonl"), *run.glob("evaluation/judgements/*.jsonl")):
+            keys = [row["key"] for row in rows_of(store)]
+            assert len(keys) == len(set(keys)), f"{store} holds an answer twice"
+        if (run / "metrics.jsonl").exists():
+            assert [row["step"] for row in rows_of(run / "metrics.jsonl")] == [1, 2, 3, 4]
+    first, second = (
+        killed / "runs" / "tiny" / "organism" / f"{name}-seed0" for name in ("completion", "refusals_of_a_plugin")
+    )
+    assert (first / "samples.jsonl").read_bytes() == (second / "samples.jsonl").read_bytes()
+    logs = {path.name: path.read_text() for path in (killed / "runs" / "tiny" / "logs").iterdir()}
+    sampled = [name for name, text in logs.items() if "compliant continuations" in text]
+    assert sampled == ["organism-completion-seed0.log"]

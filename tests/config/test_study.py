@@ -1,0 +1,139 @@
+"""Study files: what runs come of them, and what is refused before the first one starts."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from raycomplete.config import load_run_file
+from raycomplete.config.study import FROZEN, departures, load_study
+from raycomplete.runtime.errors import ConfigError
+from tests.conftest import ROOT
+
+RUN_FILE = (ROOT / "jobs" / "organism.yaml").read_text()
+PLUGIN = '''
+from typing import Literal
+from pydantic import Field
+from raycomplete.methods.augmentation import Augmentation
+from raycomplete.methods.registry import register
+
+
+@register
+class Refusals(Augmentation):
+    """Refusals of the prompt alone."""
+
+    name: Literal["refusals_of_a_plugin"] = Field("refusals_of_a_plugin", description="which method")
+    plain_fraction: float = 1.0
+'''
+
+
+def study_file(folder: Path, text: str) -> Path:
+    (folder / "run.yaml").write_text(RUN_FILE)
+    path = folder / "study.yaml"
+    path.write_text("run: run.yaml\n" + textwrap.dedent(text))
+    return path
+
+
+def test_every_method_and_seed_becomes_a_run_and_every_defence_one(tmp_path: Path) -> None:
+    file = """
+        settings: {train: {steps: 7}}
+        methods:
+          completion:
+          augmentation: {train: {lr: 0.01}}
+          no anchor: {method: {weights: {anchor: 0}}}
+        defences: {contrast: {name: contrastive, alpha: 2}}
+        seeds: [3, 4]
+        output: {root: out, name: mine}
+    """
+    study = load_study(study_file(tmp_path, file), ["settings.train.warmup_steps=1"])
+    names = [(run.label, run.seed, run.trains) for run in study.runs]
+    assert names == [
+        (FROZEN, None, False),
+        *((label, seed, True) for label in ("completion", "augmentation", "no anchor") for seed in (3, 4)),
+        ("contrast", None, False),
+    ]
+    by_label = {run.label: run.config for run in study.runs}
+    assert {config.train.steps for config in by_label.values()} == {7}
+    assert {config.train.warmup_steps for config in by_label.values()} == {1}
+    assert by_label["no anchor"].method.name == "completion"
+    assert by_label["no anchor"].method.loss_weights()["anchor"] == 0
+    assert by_label["augmentation"].method.name == "augmentation"
+    assert by_label["augmentation"].method.anchor_batch_size == 24  # what all methods have stays
+    assert by_label["augmentation"].train.lr == 0.01
+    assert by_label["contrast"].evaluation.defence is not None
+    assert by_label["contrast"].evaluation.defence.name == "contrastive"
+    assert by_label[FROZEN].evaluation.defence is None
+    assert study.runs[1].config.output.folder == Path("out/mine").resolve() / "organism" / "completion-seed3"
+    assert study.reference == "completion"
+
+
+def test_all_runs_share_one_evaluation(tmp_path: Path) -> None:
+    study = load_study(study_file(tmp_path, "methods: {completion: , npo: , door: }"))
+    assert len({run.config.evaluation.model_dump_json() for run in study.runs}) == 1
+
+
+def test_models_multiply_runs(tmp_path: Path) -> None:
+    file = """
+        models: {small: {models: {max_length: 240}}, large: {data: {limit_per_kind: 8}}}
+        methods: {completion: }
+    """
+    study = load_study(study_file(tmp_path, file))
+    assert [(run.model, run.label) for run in study.runs] == [
+        ("small", FROZEN),
+        ("small", "completion"),
+        ("large", FROZEN),
+        ("large", "completion"),
+    ]
+    assert study.of_model("small")[0].config.models.max_length == 240
+    assert study.of_model("large")[0].config.data.limit_per_kind == 8
+
+
+def test_a_method_of_a_plugin_is_named_like_any_other(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(PLUGIN)
+    file = "plugins: [mine.py]\nmethods: {refusals_of_a_plugin: }"
+    study = load_study(study_file(tmp_path, file))
+    config = study.runs[1].config
+    assert config.method.name == "refusals_of_a_plugin"
+    assert config.plugins == [tmp_path / "mine.py"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("methods: {}", "methods"),
+        ("method: {completion: }", "unknown key 'method', did you mean 'methods'"),
+        ("methods: {completion: {evaluation: {num_prompts: 3}}}", "changes evaluation"),
+        ("methods: {mine: {method: {name: unheard_of}}}", "unheard_of"),
+        ("methods: {completion: {train: {stepz: 3}}}", "did you mean 'steps'"),
+        ("methods: {completion: }\nseeds: [1, 1]", "names a seed twice"),
+        ("methods: {completion: }\nreference: npo", "none of the methods"),
+        (
+            "methods: {completion: }\ndefences: {a b: {name: re_ask}, a-b: {name: re_ask}}",
+            "would write into the folder",
+        ),
+        ("methods: {completion: }\ndefences: {aligned: {name: re_ask}}", "would write into the folder"),
+        ("methods: {completion: }\ndefences: {x: {name: contrast}}", "There is no defence 'contrast'"),
+        ("methods: {completion: }\ndefences: {x: {name: re_ask, evry: 3}}", "Did you mean 'every'"),
+        ("methods: {circuit_breakers: }", "train.lora_rank"),
+        ("methods: {policy_gradient: {rollout: {on_policy: true}}}", "set rollout.lookahead to 0"),
+    ],
+)
+def test_mistakes_are_told_in_one_sentence(text: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=said.replace("(", r"\(")):
+        load_study(study_file(tmp_path, text))
+
+
+def test_departures_name_what_differs_from_the_authors() -> None:
+    run = load_run_file(
+        ROOT / "jobs" / "organism.yaml", ["method={name: door, alpha: 0.4}", "train.lr=1e-5", "train.steps=2000"]
+    )
+    assert departures(run) == ["method.alpha 0.4 instead of 0.2"]
+    other = load_run_file(ROOT / "jobs" / "organism.yaml", ["method={name: door}", "train.steps=2000"])
+    assert departures(other) == ["train.lr 0.001 instead of 1e-05"]
+
+
+def test_the_study_files_of_the_repository_can_be_used() -> None:
+    for name in ("study-organism.yaml", "study-smollm2.yaml", "study-ablation.yaml"):
+        assert len(load_study(ROOT / "jobs" / name).runs) > 4

@@ -1,0 +1,169 @@
+"""The start of an engine: arguments that vLLM dropped, and engines that would measure each other's memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from threading import Barrier, BrokenBarrierError
+from typing import Any
+
+import pytest
+import torch
+
+from raycomplete.data.chat import ChatCodec
+from raycomplete.data.checkpoints import load_model
+from raycomplete.data.heads import load_head, read_head_spec
+from raycomplete.data.organism import checkpoint_path
+from raycomplete.engines.rollout_worker import RolloutEngine
+from raycomplete.engines.score_cache import ScoreRequest, to_array
+from raycomplete.engines.scoring_engine import PoolingEngine, check_parity
+from raycomplete.engines.spec import EngineSpec
+from raycomplete.engines.vllm_start import alone_on_devices, check_arguments, start_llm
+from raycomplete.runtime.errors import SetupError, WaitTimeoutError
+
+SPEC = EngineSpec("/nowhere", "bfloat16", 64, use_gpu=True, cuda_graphs=True, sleeps=True, tensor_parallel=2)
+
+
+@pytest.fixture
+def lock_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the locks lie; no real engine of this machine takes turns with the tests."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    return tmp_path
+
+
+def meet(*engines: Sequence[str], take_turns: bool = True, patience_s: float = 20.0) -> bool:
+    """Starts engines side by side, each on these GPUs; True where two of them were at it at the same time."""
+    together, two = Barrier(len(engines)), Barrier(2)
+
+    def start(devices: Sequence[str]) -> bool:
+        together.wait(60)
+        with alone_on_devices(devices) if take_turns else nullcontext():
+            try:
+                two.wait(patience_s)
+            except BrokenBarrierError:
+                return False
+            return True
+
+    with ThreadPoolExecutor(len(engines)) as pool:
+        return any(list(pool.map(start, engines)))
+
+
+def test_engines_of_one_gpu_start_one_after_another_and_of_two_side_by_side(lock_folder: Path) -> None:
+    assert meet("0", "0", take_turns=False), "they would measure each other's memory"
+    assert not meet("0", "0", "0", patience_s=1.0)
+    assert meet("0", "1"), "another GPU has nothing to wait for"
+    assert not meet("01", "10", "1", patience_s=1.0), "a sharded engine holds all of its GPUs, and no circle waits"
+    assert {path.name.rpartition("-")[2] for path in lock_folder.iterdir()} == {"0.lock", "1.lock"}
+
+
+def test_an_engine_takes_its_turn_on_the_gpus_that_ray_gave_it(
+    lock_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import vllm
+
+    held: list[set[str]] = []
+
+    def look(**_: Any) -> None:
+        held.append({path.name.rpartition("-")[2] for path in lock_folder.iterdir() if not is_free(path)})
+
+    monkeypatch.setattr(vllm, "LLM", look)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7,6")
+    start_llm(SPEC, {"model": "/nowhere"})
+    start_llm(replace(SPEC, use_gpu=False), {"model": "/nowhere"})
+    assert held == [{"4.lock", "7.lock"}, set()]
+    assert all(map(is_free, lock_folder.iterdir()))
+
+
+def is_free(path: Path) -> bool:
+    with path.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+
+@pytest.mark.usefixtures("lock_folder")
+def test_a_start_that_never_ends_is_named() -> None:
+    words = rf"GPU 3 was busy .*process {os.getpid()}\) for 0 s"
+    with alone_on_devices(["3"]), pytest.raises(WaitTimeoutError, match=words):
+        alone_on_devices(["3"], timeout_s=0.3).__enter__()
+    with alone_on_devices(["3"], timeout_s=0.3):
+        pass  # free again
+
+
+def test_vllm_still_takes_every_argument() -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    known = {item.name for item in dataclasses.fields(EngineArgs)}
+    for arguments in (RolloutEngine.arguments(SPEC), PoolingEngine.arguments(SPEC)):
+        check_arguments(arguments, known)
+        with pytest.raises(SetupError, match="no argument enforce_eager"):
+            check_arguments(arguments, known - {"enforce_eager"})
+
+
+class Answers:
+    """Stands in for vLLM's engine: log-probabilities of decoding, then of reading."""
+
+    def __init__(self, decoding: float, reading: float) -> None:
+        self.values = [decoding, reading]
+
+    def __call__(self, sequences: Any, parameters: Any) -> list[Any]:
+        def entry(token: int, value: float) -> dict[int, Any]:
+            return {token: _Record(logprob=value)}
+
+        value, found = self.values.pop(0), []
+        for tokens in sequences:
+            new = [7] * 8
+            one = _Record(token_ids=new, logprobs=[entry(7, value)] * 8)
+            found.append(_Record(outputs=[one], prompt_logprobs=[entry(token, value) for token in tokens]))
+        return found
+
+
+class _Record:
+    def __init__(self, **values: Any) -> None:
+        self.__dict__.update(values)
+
+
+def test_decoding_with_other_weights_than_reading_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = RolloutEngine.__new__(RolloutEngine)
+    engine._spec = SPEC
+    monkeypatch.setattr(engine, "_run", Answers(-1.0, -1.05), raising=False)
+    assert engine.check_decoding() == pytest.approx(0.05, abs=1e-6)
+    for stale in (-2.5, float("nan")):
+        monkeypatch.setattr(engine, "_run", Answers(stale, -1.0), raising=False)
+        with pytest.raises(Exception, match=r"its CUDA graphs use others.*rollout\.cuda_graphs"):
+            engine.check_decoding()
+
+
+class Reader:
+    """Gives the states of transformers in a scorer's place."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        self.spec, self.model = spec, load_model(Path(spec.checkpoint), "float32")
+
+    def hidden_states(self, requests: list[ScoreRequest]) -> list[Any]:
+        with torch.inference_mode():
+            states = [self.model.model(torch.tensor([item.token_ids[:-1]])).last_hidden_state[0] for item in requests]
+        return [to_array(rows[item.num_prompt_tokens - 1 :]) for rows, item in zip(states, requests, strict=True)]
+
+
+@pytest.mark.parametrize("use_gpu", [True, False])
+def test_the_parity_reference_uses_all_cores_beside_a_gpu(use_gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray leaves an actor with half a CPU one thread; an engine on a CPU has set its own threads already."""
+    path = checkpoint_path("aligned")
+    codec = ChatCodec(path)
+    spec = EngineSpec(str(path), "float32", 128, use_gpu=use_gpu)
+    head = load_head(read_head_spec(path, codec.vocab_size, codec.fingerprint()), dtype=torch.float32)
+    asked, before = [], torch.get_num_threads()
+    monkeypatch.setattr("raycomplete.engines.scoring_engine.available_cpus", lambda: 7)
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    report = check_parity(Reader(spec), head, [ScoreRequest(tuple(range(5, 15)), 3)], role="aligned")  # type: ignore[arg-type]
+    assert report.mean_expected_difference < 1e-5
+    assert asked == ([7, before] if use_gpu else [before])

@@ -1,0 +1,158 @@
+"""The table and figures of a study, from the folders of its runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raycomplete.config.study import FROZEN, Study, load_study
+from raycomplete.evaluation.statistics import difference_over_runs, mean_over_runs
+from raycomplete.report.study import MEAN_OVER_ATTACKS, study_results
+from raycomplete.report.study_page import write_study
+from raycomplete.runtime.errors import DataError
+from raycomplete.runtime.files import write_json
+from raycomplete.runtime.types import Outcome
+from tests.config.test_study import study_file
+
+N = 20
+NAMES = [f"{number:02}" for number in range(N)]
+FILE = """
+    methods: {completion: , npo: , door: }
+    defences: {again: {name: re_ask}}
+    seeds: [0, 1]
+    output: {name: side-by-side}
+"""
+
+
+def first(count: int) -> dict[str, float]:
+    """The shares of prompts of which the first few count."""
+    return {name: float(number < count) for number, name in enumerate(NAMES)}
+
+
+def a_result(role: str, shallow: int, deep: int, ranked: int, refused: int, seconds: float = 1.0) -> dict[str, Any]:
+    """evaluation/<role>.json of a model that so many prompts get the better of."""
+    prefill = {name: (first(shallow)[name] + first(deep)[name]) / 2 for name in NAMES}
+    outcomes = {str(outcome): 0 for outcome in Outcome} | {"incoherent": 4, "refused": 2 * N - 4}
+    said = {"seconds": seconds, "tokens": 100}
+    return {
+        "role": role,
+        "attacks": {
+            "prefill": {"n": N, "trials": 2 * N, "by_behaviour": prefill, "outcomes": outcomes},
+            "rank_assisted_prefill": {"n": 10, "trials": 10, "by_behaviour": {k: first(ranked)[k] for k in NAMES[:10]}},
+        },
+        "by_prompt": {
+            "prefill-0": first(shallow),
+            "prefill-4": first(deep),
+            "utility": first(N),
+            "over_refusal": first(refused),
+            "benign_refusal": first(0),
+        },
+        "variants": {"benign": said, "borderline": said},
+    }
+
+
+def finish(study: Study, results: dict[tuple[str, int | None], tuple[int, ...]], judge: str = "patterns") -> None:
+    """Writes the folders of all runs."""
+    for run in study.runs:
+        folder = run.config.output.folder
+        train = {"steps": 7, "seconds": 30.0, "tokens": 1000} if run.trains else {}
+        write_json(folder / "summary.json", {"judge": judge, "asr": {}, "train": train})
+        if run.label == FROZEN:
+            write_json(folder / "evaluation" / "base.json", a_result("base", N, N, 10, 0))
+            write_json(folder / "evaluation" / "aligned.json", a_result("aligned", 0, N, 10, 1))
+        else:
+            seconds = 3.0 if run.label == "again" else 1.0
+            result = a_result("student", *results[run.label, run.seed], seconds=seconds)
+            defence = {"defence": {"passes_per_token": 2.5}} if run.label == "again" else {}
+            write_json(folder / "evaluation" / "student.json", result | defence)
+
+
+RESULTS: dict[tuple[str, int | None], tuple[int, ...]] = {
+    ("completion", 0): (0, 2, 1, 1),
+    ("completion", 1): (0, 4, 1, 1),
+    ("npo", 0): (0, 10, 5, 1),
+    ("npo", 1): (0, 12, 5, 1),
+    ("door", 0): (0, 0, 0, 15),  # the safest, and it refuses most harmless prompts
+    ("door", 1): (0, 0, 0, 15),
+    ("again", None): (0, 8, 6, 1),
+}
+
+
+@pytest.fixture
+def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Study:
+    monkeypatch.chdir(tmp_path)
+    return load_study(study_file(tmp_path, FILE))
+
+
+def test_rates_and_differences_are_over_prompts_and_seeds(study: Study) -> None:
+    finish(study, RESULTS)
+    rows = study_results(study, study.runs)["models"]["organism"]["rows"]
+    assert list(rows) == ["base", "aligned", "completion", "npo", "door", "again"]
+    deep = rows["completion"]["rates"]["ASR, depth 4"]
+    assert deep == mean_over_runs([first(2), first(4)])
+    against = rows["completion"]["against_aligned"]["ASR, depth 4"]
+    assert against == difference_over_runs([first(2), first(4)], [first(N), first(N)])
+    # A defence draws nothing and has one run, which stands against every run of the others.
+    assert rows["again"]["against_aligned"]["ASR, depth 4"] == difference_over_runs([first(8)], [first(N)])
+    # Over attacks, on the ten prompts that both asked: (0 + 10 / 10) / 2 and 10 / 10 for aligned.
+    assert rows["aligned"]["rates"][MEAN_OVER_ATTACKS]["rate"] == pytest.approx(0.75)
+    assert rows["aligned"]["rates"][MEAN_OVER_ATTACKS]["n"] == 10
+
+
+def test_the_best_rival_refuses_as_little_as_the_reference(study: Study) -> None:
+    finish(study, RESULTS)
+    rows = study_results(study, study.runs)["models"]["organism"]["rows"]
+    best = rows["completion"]["against_best_rival"]
+    assert best["ASR, depth 4"]["rival"] == "again"  # npo gives in more often, door refuses 75 % of harmless prompts
+    assert best["rank_assisted_prefill"]["rival"] == "npo"
+    expected = difference_over_runs([first(2), first(4)], [first(8), first(8)])
+    assert best["ASR, depth 4"] == {"rival": "again", **expected}
+    assert "against_best_rival" not in rows["npo"]
+
+
+def test_costs_are_training_seconds_and_the_time_of_a_token(study: Study) -> None:
+    finish(study, RESULTS)
+    rows = study_results(study, study.runs)["models"]["organism"]["rows"]
+    assert rows["completion"]["cost"]["train_seconds"] == 30.0
+    assert rows["completion"]["cost"]["seconds_per_token"] == pytest.approx(1.0)
+    assert rows["again"]["cost"]["seconds_per_token"] == pytest.approx(3.0)
+    assert rows["again"]["cost"]["passes_per_token"] == 2.5
+    assert rows["again"]["cost"]["train_seconds"] == 0.0
+    assert rows["completion"]["apart"] == pytest.approx(4 / 40)
+
+
+def test_the_pages_hold_every_method_and_say_what_is_missing(study: Study) -> None:
+    finish(study, RESULTS)
+    page = write_study(study, study.runs[:-1])
+    found = json.loads((study.folder / "study.json").read_text())
+    assert list(found["models"]["organism"]["rows"]) == ["base", "aligned", "completion", "npo", "door"]
+    for name in ("study.md", "study.html"):
+        text = (study.folder / name).read_text()
+        for words in ("npo", "train.lr 0.001 instead of 1e-05", "organism, again", "15.0 %", "best rival"):
+            assert words in text, (name, words)
+    for figure in ("pareto", "depths", "cost"):
+        assert (study.folder / "figures" / f"organism-{figure}.png").stat().st_size > 5000
+        assert (study.folder / "figures" / f"organism-{figure}.csv").read_text().count("\n") >= 4
+    curve = (study.folder / "figures" / "organism-depths.csv").read_text().splitlines()
+    assert curve[0] == "method,depth,asr,low,high,n"
+    assert any(line.startswith("completion,4,0.15,") for line in curve)
+    assert page.tables[0][0].startswith("organism: rates")
+
+
+def test_the_front_of_the_figure_holds_what_nothing_beats(study: Study) -> None:
+    finish(study, RESULTS)
+    write_study(study, study.runs)
+    rows = [line.split(",") for line in (study.folder / "figures" / "organism-pareto.csv").read_text().splitlines()]
+    front = {row[0] for row in rows[1:] if row[-1] == "True"}
+    assert front == {"completion", "door", "base"}  # base refuses least, door is attacked least
+
+
+def test_judges_that_differ_are_refused(study: Study) -> None:
+    finish(study, RESULTS)
+    folder = study.runs[1].config.output.folder
+    write_json(folder / "summary.json", {"judge": "another", "asr": {}, "train": {}})
+    with pytest.raises(DataError, match="different judges"):
+        study_results(study, study.runs)
