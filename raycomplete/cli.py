@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -24,6 +25,7 @@ from raycomplete.data.organism import families, large
 from raycomplete.runtime.errors import ConfigError, LostJobError, ProcessDiedError, RaycompleteError, StoppedError
 from raycomplete.runtime.logs import log_failure
 from raycomplete.runtime.machine import let_idle_threads_sleep
+from raycomplete.runtime.signals import stop_signals
 
 app = typer.Typer(
     name="raycomplete",
@@ -42,6 +44,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="Values that replace those of the run file: train.steps=50", show_default=False),
 ]
+_INTERRUPTED = 130  # typer's own code for KeyboardInterrupt, which it does not let through
 _KEPT = "What was finished is kept; the same command continues it (train, align, diagnose, study, demo: with --resume)."
 
 Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")]
@@ -213,6 +216,8 @@ def submit(
     def say(text: str) -> None:
         console.print(escape(text), style="dim", soft_wrap=True)
 
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the job goes on
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # asks the job to stop, and waits for it
     return 0 if dry_run else submitting.submit(submission, say, wait=not no_wait)
 
 
@@ -312,6 +317,8 @@ def version() -> None:
 def main() -> None:
     """Runs the command line and leaves with its exit code."""
     let_idle_threads_sleep()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which stand again when `guarded` is done; see __main__
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(guarded(lambda: app(standalone_mode=False)))
 
 
@@ -336,14 +343,30 @@ def run_job(job: str, arguments: list[str]) -> int:
 
 
 def guarded(work: Callable[[], Any]) -> int:
-    """Does something and turns its failure into one sentence and an exit code.
+    """Does something and turns its failure, and a signal to stop, into one sentence and an exit code.
 
     Returns:
-        0 done, 1 failed at work (finished work is kept), 2 refused before starting.
+        0 done, 1 failed at work or stopped (finished work is kept), 2 refused before starting.
     """
+    is_told = threading.Event()
+
+    def leave() -> None:
+        if not is_told.is_set():
+            print(f"Stopped. {_KEPT}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    with stop_signals(leave):
+        code = _exit_code(work)
+    is_told.set()
+    return code
+
+
+def _exit_code(work: Callable[[], Any]) -> int:
     console = Console(stderr=True)
     try:
         result = work()
+        if result == _INTERRUPTED:
+            raise KeyboardInterrupt
     except RaycompleteError as error:
         if os.environ.get("RAYCOMPLETE_TRACEBACK"):
             raise
@@ -365,7 +388,7 @@ def guarded(work: Callable[[], Any]) -> int:
         # Where no work has taken the signal, Ray's own handler of SIGTERM leaves by sys.exit(15), without a word.
         if isinstance(ended, SystemExit) and ended.code != signal.SIGTERM:
             raise
-        console.print(f"Stopped. {_KEPT}", style="dim")
+        console.print(f"Stopped. {_KEPT}", style="dim", soft_wrap=True)
         return 1
     except Exception as error:
         show = getattr(error, "show", None)  # usage errors of typer know how to print themselves

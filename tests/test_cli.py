@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -264,6 +265,8 @@ def test_exit_codes_of_failures(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--resume" in said
     assert cli.guarded(failing(KeyboardInterrupt())) == 1
     assert "--resume" in capsys.readouterr().err
+    assert cli.guarded(lambda: 130) == 1, "typer turns it into a code"
+    assert "--resume" in capsys.readouterr().err
     assert cli.guarded(failing(typer.Abort())) == 1
     assert cli.guarded(failing(SystemExit(signal.SIGTERM))) == 1, "Ray's own handler leaves like this"
     assert "--resume" in capsys.readouterr().err
@@ -356,3 +359,23 @@ def test_usage(
 
 def test_the_entry_point_is_installed() -> None:
     assert shutil.which("raycomplete", path=str(Path(sys.executable).parent))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_at_any_early_moment_ends_in_a_sentence(number: int, tmp_path: Path) -> None:
+    """While modules are imported, and while checkpoints and prompts are checked; nothing is written by then."""
+    for delay_s in (0.3, 1.0, 2.5):
+        arguments = ["train", str(ROOT / "jobs" / "organism.yaml"), f"output.root={tmp_path}"]
+        code = "import sys, signal; signal.pthread_sigmask(signal.SIG_UNBLOCK, {2, 15}); print(flush=True)\n"
+        code += f"sys.argv = ['raycomplete', *{arguments!r}]\nfrom raycomplete.__main__ import main\nmain()"
+        process = subprocess.Popen(
+            [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(delay_s)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=40)
+        assert process.returncode == 1, said
+        assert said.startswith("Stopped")
+        assert len(said.splitlines()) == 1

@@ -16,6 +16,7 @@ from raycomplete.data.inputs import Prompts, prepare_models
 from raycomplete.data.prompts import read_prompts
 from raycomplete.data.samples import AnchorSample, SampleSet, read_samples, write_samples
 from raycomplete.engines.cluster import plan_run
+from raycomplete.engines.generation_cache import SAMPLING_FILE, sampled_from
 from raycomplete.engines.run import OutputFolder, Run, open_run
 from raycomplete.methods.sft import SFT
 from raycomplete.runtime.console import Console
@@ -68,6 +69,7 @@ def align(config: RunConfig, *, resume: bool = False, overwrite: bool = False, c
         if not samples_file.is_file():
             with run.start_engines():
                 write_samples(samples_file, _samples(run))
+        (run.folder / SAMPLING_FILE).unlink(missing_ok=True)
         _train(run, output)
         write_json(run.folder / _DONE, {"aligned": str(output)})
     console.note(f"Aligned checkpoint: {output}")
@@ -95,8 +97,9 @@ def _samples(run: Run) -> SampleSet:
         learned.append(AnchorSample(prompt.prompt_id, tuple(prompt.encoded(codec)), answer[:limit]))
     prompt_ids = [prompt.encoded(codec) for prompt in benign[:num_benign]]
     fitting = [(p, ids) for p, ids in zip(benign, prompt_ids, strict=False) if len(ids) + limit < context]
-    with run.console.stage(f"Answers of base to {len(fitting)} harmless prompts"):
-        answers = run.engines.generator.generate_finished(
+    title = f"Answers of base to {len(fitting)} harmless prompts"
+    with sampled_from(run, run.models.paths["base"], title, len(fitting)) as base:
+        answers = base.generate_finished(
             [ids for _, ids in fitting],
             max_tokens=limit,
             temperature=config.rollout.temperature,

@@ -45,7 +45,7 @@ from raycomplete.runtime.logs import FOLDER, RUN
 from raycomplete.runtime.signals import StopSignals, stop_signals
 
 _POLL_S = 0.2
-_STOP_S = 120.0  # a run that is asked to stop finishes its step and writes a checkpoint
+_STOP_S = 20.0  # a run that is asked to stop gets its own seconds for a step and a checkpoint, and leaves
 _LIBC = ctypes.CDLL(None)  # loaded before any fork
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
 _SHARED_PARTS = ("trials", "judgements", "benign_nll")
@@ -110,7 +110,7 @@ def study(study: Study, *, resume: bool = False, overwrite: bool = False, consol
         _refuse_others(study)
         jobs = [_Started(run, samples_key(run.config) if run.trains else "") for run in study.runs]
         if not all(job.is_finished for job in jobs):
-            with _connected(study, console) as places, stop_signals() as stop, stop.deferred():
+            with _connected(study, console) as places, stop_signals() as stop, stop.deferred(_STOP_S + 2):
                 _work(study, jobs, places, stop, console, ray.get_runtime_context().gcs_address)
         failed = [job for job in jobs if not job.is_finished]
         page = write_study(study, [job.run for job in jobs if job.is_finished])

@@ -24,6 +24,7 @@ from raycomplete.data.families import is_mixture, text_config
 from raycomplete.data.inputs import KINDS, Prompts, prepare_models, prepare_prompts
 from raycomplete.data.samples import read_samples, write_samples
 from raycomplete.engines.cluster import ResourcePlan, plan_run
+from raycomplete.engines.generation_cache import SAMPLING_FILE
 from raycomplete.engines.run import OutputFolder, Run, open_run
 from raycomplete.engines.start import Engines
 from raycomplete.evaluation.attack_resources import check_attacks, extra_engines, training_workers
@@ -132,6 +133,7 @@ def _train_student(run: Run) -> None:
         return
     if not samples_file.is_file():
         write_samples(samples_file, make_samples(run))
+    (run.folder / SAMPLING_FILE).unlink(missing_ok=True)
     samples = read_samples(samples_file)
     job = make_job(
         run,

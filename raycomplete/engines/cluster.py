@@ -26,6 +26,8 @@ from raycomplete.runtime.errors import SetupError, WaitTimeoutError
 from raycomplete.runtime.files import PRIVATE
 from raycomplete.runtime.logs import run_environment
 from raycomplete.runtime.machine import available_cpus
+from raycomplete.runtime.ray_calls import keep_off_the_screen
+from raycomplete.runtime.signals import stop_signals
 
 _POLL_S = 1.0
 _FIRST, _AFTERWARDS = "at first", "evaluation"
@@ -224,7 +226,8 @@ def connect(config: ClusterConfig, plan: ResourcePlan, console: Console | None =
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-    local = is_local(config)
+    local, group = is_local(config), os.getpgrp()
+    keep_off_the_screen()
     try:
         if local:
             ray.init(
@@ -240,12 +243,16 @@ def connect(config: ClusterConfig, plan: ResourcePlan, console: Console | None =
             ray.init(address=config.address, runtime_env=named, log_to_driver=False, logging_level=logging.ERROR)
     except (AuthenticationError, ConnectionError, ValueError, RuntimeError) as error:
         raise _refusal(error, config.address or os.environ.get("RAY_ADDRESS", "this machine")) from error
+    if os.getpgrp() != group:  # Ray makes a group of us and its processes, which Ctrl-C under `make` would not reach
+        with suppress(OSError):
+            os.setpgid(0, group)
     token = Path.home() / ".ray" / "auth_token"
     with suppress(OSError):  # Ray lets any user read it; there may be none, or it is another user's
         if token.stat().st_mode & 0o077:
             token.chmod(PRIVATE)
     try:
-        yield _check(config, plan, console or Console(quiet=True), wait_s=0.0 if local else config.wait_for_nodes_s)
+        with stop_signals():  # in place of Ray's own handler
+            yield _check(config, plan, console or Console(quiet=True), wait_s=0.0 if local else config.wait_for_nodes_s)
     finally:
         ray.shutdown()
 

@@ -140,6 +140,11 @@ class RolloutPool:
         """Checkpoint that this handle generates with, or that its weights start from."""
         return self._weights if isinstance(self._weights, str) else self._weights.start_path
 
+    @property
+    def side_by_side(self) -> int:
+        """Sequences that all engines together answer at a time."""
+        return _SLICE * len(self._actors)
+
     def with_weights(self, weights: WeightSource) -> RolloutPool:
         """Returns a handle on the same actors with other weights of the same architecture."""
         return RolloutPool(self._actors, weights, self._options, self._stats)

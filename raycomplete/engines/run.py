@@ -16,7 +16,7 @@ from raycomplete.engines.cluster import Cluster, ResourcePlan, connect
 from raycomplete.engines.start import Engines, start_engines
 from raycomplete.evaluation.judges import default_judge
 from raycomplete.runtime.console import Console
-from raycomplete.runtime.errors import ConfigError
+from raycomplete.runtime.errors import ConfigError, ProcessDiedError, StoppedError
 from raycomplete.runtime.files import write_json, write_text
 from raycomplete.runtime.logs import announce_run, begin
 from raycomplete.runtime.machine import package_versions
@@ -139,6 +139,11 @@ class OutputFolder:
         """The folder itself, which need not exist yet."""
         return self.config.output.folder
 
+    @property
+    def way_on(self) -> str:
+        """Says how a command that was stopped goes on."""
+        return "The same command goes on." if self.keep_config else "Go on with --resume."
+
     def check(self) -> dict[str, str]:
         """Refuses a folder that `open` would refuse, before anything is started, and writes nothing.
 
@@ -239,9 +244,10 @@ def open_run(
     Raises:
         ConfigError: The folder cannot be used; see `OutputFolder.check`.
         SetupError: The cluster cannot be reached, or is smaller than the run needs.
+        StoppedError: A signal stopped the run; the message says where, and how to go on.
     """
     folder.check()
-    with connect(folder.config.cluster, plan, console) as cluster, stop_signals() as stop:
+    with connect(folder.config.cluster, plan, console) as cluster, stop_signals() as stop, _told(stop, folder, console):
         console.note(f"Weights are {folder.config.models.weight_dtype} (models.dtype)")
         for note in (*models.notes, *prompts.notes):
             console.note(note)
@@ -256,3 +262,16 @@ def open_run(
             on_progress=on_progress,
             cancelled=cancelled,
         )
+
+
+@contextmanager
+def _told(stop: StopSignals, folder: OutputFolder, console: Console) -> Iterator[None]:
+    """Turns what a signal did to a run into one sentence with the way on."""
+    try:
+        yield
+    except (KeyboardInterrupt, StoppedError, ProcessDiedError) as error:  # a signal to the whole group ends actors, too
+        if not stop.requested:
+            raise
+        where = f" during {console.stage_title!r}" if console.stage_title else ""
+        problem = error.problem if type(error) is StoppedError else f"Stopped on request{where}; what was done is kept."
+        raise StoppedError(problem, folder.way_on) from error

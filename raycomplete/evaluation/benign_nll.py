@@ -65,8 +65,9 @@ def measure_benign_nll(run: Run, roles: Sequence[ModelRole]) -> dict[str, Any]:
     }  # addresses give no likelihood of given answers
     if not answers or not read:
         return {}
-    with run.console.stage(f"Likelihood of {len(answers)} benign answers"):
-        return benign_nll(read, answers, run.folder, cancelled=run.is_stopping)
+    title = f"Likelihood of {len(answers)} benign answers under {len(read)} models"
+    with run.console.progress(title, len(read) * len(answers)) as advance:
+        return benign_nll(read, answers, run.folder, cancelled=run.is_stopping, advance=lambda done: advance(done, ""))
 
 
 def aligned_answers(
@@ -119,12 +120,14 @@ def benign_nll(
     folder: Path,
     *,
     cancelled: Callable[[], bool] = lambda: False,
+    advance: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Any]:
     """Computes the mean negative log-likelihood of the same answers, at least one, under each model.
 
     Args:
         models: Fingerprint and model, by role.
         cancelled: Asked before each batch.
+        advance: Called after each batch with the number of answers read, by all models together.
 
     Returns:
         By role {"nats_per_token", "low", "high", "n", "tokens", "answers"}, and, where student and aligned are both
@@ -139,7 +142,10 @@ def benign_nll(
     tokens_N = np.asarray([answer.num_answer for answer in answers], dtype=np.float64)
     written = dict(Counter(answer.source for answer in answers))
     counts = {"n": len(answers), "tokens": int(tokens_N.sum()), "answers": written}
-    sums = {role: _sums(model, answers, folder, cancelled) for role, model in models.items()}
+    sums = {}
+    for number, (role, model) in enumerate(models.items()):
+        before = number * len(answers)
+        sums[role] = _sums(model, answers, folder, cancelled, lambda done, before=before: advance(before + done))  # type: ignore[misc]
     result: dict[str, Any] = {}
     for role, sum_N in sums.items():
         result[role] = _interval(sum_N, tokens_N, "nats_per_token") | counts
@@ -153,7 +159,11 @@ def benign_nll(
 
 
 def _sums(
-    model: tuple[str, RolloutPool], answers: Sequence[GivenAnswer], folder: Path, cancelled: Callable[[], bool]
+    model: tuple[str, RolloutPool],
+    answers: Sequence[GivenAnswer],
+    folder: Path,
+    cancelled: Callable[[], bool],
+    advance: Callable[[int], None],
 ) -> np.ndarray:
     """Computes -log p of each whole answer, nats [N]."""
     model_id, scorer = model
@@ -176,6 +186,7 @@ def _sums(
                 )
             rows.append({"key": key, "prompt_id": answer.prompt_id, "nats": nats, "tokens": answer.num_answer})
         store.add(rows)
+        advance(len(answers) - len(missing) + start + len(batch))
     return np.asarray([store[key]["nats"] for key in keys], dtype=np.float64)
 
 

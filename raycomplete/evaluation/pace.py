@@ -7,6 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 
 from raycomplete.attacks.trial import Progress, TrialCost
+from raycomplete.runtime.console import duration
 
 
 class EvaluationPace:
@@ -86,13 +87,6 @@ class EvaluationPace:
             seconds = times[name]
             rows.append([name, *numbers, *(["-" if seconds is None else duration(seconds)] if timed else [])])
         return rows
-
-
-def duration(seconds: float) -> str:
-    """Formats a time in its largest unit."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _short(number: int) -> str:

@@ -151,7 +151,7 @@ def evaluate_target(run: Run, target: Target, pace: EvaluationPace | None = None
             pace.start(costs, stored)
             console.table(f"Evaluation of {target.role}: cost at most", pace.table())
             total = sum(stored.values()) + sum(cost.trials for cost in costs.values())
-            advance = shown.enter_context(console.progress(f"Evaluation of {target.role}", total))
+            advance = shown.enter_context(console.progress(f"Evaluation of {target.role}", total, paced=True))
 
         def follow(progress: Progress) -> None:
             nonlocal attack

@@ -12,6 +12,8 @@ import logging
 import os
 import re
 import socket
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from logging.handlers import RotatingFileHandler
@@ -102,6 +104,19 @@ def log_failure(error: BaseException) -> None:
     """Logs the error that ended a run; the command line prints it, so that nothing is said where logs are off."""
     if _handler is not None:
         logging.getLogger("raycomplete").error("%s", error, exc_info=error)
+
+
+def append_log(name: str, lines: Iterable[str]) -> None:
+    """Appends what another program says to a file in the run folder's `logs`, where there is a run folder yet."""
+    folder = Path(os.environ.get(FOLDER, "/nonexistent"))
+    if not folder.is_dir():
+        return
+    path = folder / "logs" / name
+    with suppress(OSError):  # a full disk is told by what needs it
+        path.parent.mkdir(exist_ok=True)
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "a", encoding="utf-8") as stream:
+            now = datetime.now(UTC).isoformat(timespec="seconds")
+            stream.writelines(f"{now} {hide_secrets(line)}\n" for line in lines)
 
 
 def set_step(step: int) -> None:

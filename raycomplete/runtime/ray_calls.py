@@ -25,6 +25,7 @@ from ray.exceptions import (
 )
 
 from raycomplete.runtime.errors import ProcessDiedError, RaycompleteError, WaitTimeoutError, WorkError
+from raycomplete.runtime.logs import append_log
 
 _RESUME = (
     "Run the same command again (train, align, diagnose: with --resume); if memory ran out, give the engine more or "
@@ -56,6 +57,14 @@ _CAUSES = (
 )
 # From here on Ray lists every reason that there could be, which is no finding.
 _EVERY_REASON = re.compile(r"Some common causes|There are some potential root causes")
+
+
+def keep_off_the_screen() -> None:
+    """Sends errors that Ray would print to `logs/ray.log` of the run folder; call it before `ray.init`.
+
+    raycomplete tells what matters of it in its own words. Ray (seen in 2.60) has no switch for these lines.
+    """
+    ray_worker.print_to_stdstream = lambda data, ignore_prefix=False: append_log("ray.log", data["lines"])
 
 
 def wait_for(reference: Any, *, who: str, what: str, timeout_s: float) -> Any:

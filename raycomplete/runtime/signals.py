@@ -1,45 +1,65 @@
-"""Handles SIGTERM and SIGINT: the first asks work to stop where it can go on later, the second ends it at once.
+"""Handles SIGTERM and SIGINT, of which one is enough: work ends by itself where it can, and is interrupted elsewhere.
 
-`ray job stop` and `kill` send SIGTERM, Ctrl-C sends SIGINT; both mean the same here.
+`kill` and `ray job stop` send SIGTERM, Ctrl-C sends SIGINT; both mean the same here. Work that looks between its steps
+gets `GRACE_S` seconds to reach the end of one and is interrupted then. The command line leaves after `LEAVE_S` seconds,
+whatever hangs on the way out: Kubernetes and others kill after 30.
 """
 
 from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
 from raycomplete.runtime.errors import StoppedError
 
+GRACE_S = 12.0
+"""Seconds that work gets to end by itself."""
+LEAVE_S = 27.0
+"""Seconds from the signal to the end of the process, where the command line handles signals."""
+
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_ONE_REQUEST_S = 1.0  # `timeout` signals a process and then its group, so that one request comes twice
+_current: StopSignals | None = None
 
 
 class StopSignals:
     """The requests to stop so far.
 
+    Args:
+        leave: Ends the process; called `LEAVE_S` seconds after the first signal, in a thread.
+
     Attributes:
         requested: True once someone has asked.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, leave: Callable[[], None] | None = None) -> None:
         self.requested = False
+        self._leave = leave
         self._is_deferred = False
+        self._grace_s = GRACE_S
+        self._requested_at = 0.0
 
     def is_requested(self) -> bool:
         """Returns `requested`; work calls it between its steps."""
         return self.requested
 
     @contextmanager
-    def deferred(self) -> Iterator[None]:
-        """Marks work that asks `is_requested` and ends by itself; elsewhere a signal interrupts, as Ctrl-C does.
+    def deferred(self, grace_s: float | None = None) -> Iterator[None]:
+        """Marks work that asks `is_requested` and ends by itself; elsewhere a signal interrupts at once.
+
+        Args:
+            grace_s: Seconds that it gets for that; `GRACE_S` when absent.
 
         Raises:
             StoppedError: The work ended before it saw the request; what comes after it must not start.
+            KeyboardInterrupt: It did not end in that time, or a second signal came.
         """
-        self._is_deferred = True
+        self._is_deferred, self._grace_s = True, GRACE_S if grace_s is None else grace_s
         try:
             yield
         finally:
@@ -48,28 +68,53 @@ class StopSignals:
             raise StoppedError("Stopped on request after the present stage.", "Resume with --resume.")
 
     def take(self, number: int, frame: FrameType | None) -> None:
-        """Handles a signal."""
-        if self.requested or not self._is_deferred:
-            # A third signal meets Python's own handlers, should the way out hang.
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        """Handles a signal.
+
+        Raises:
+            KeyboardInterrupt: The work that is interrupted does not look for requests, or was asked before.
+        """
+        now = time.monotonic()
+        if self.requested and now - self._requested_at < _ONE_REQUEST_S:
+            return
+        first, self.requested, self._requested_at = not self.requested, True, now
+        if first and self._leave is not None:
+            _later(LEAVE_S, self._leave)
+        if not (first and self._is_deferred):
             raise KeyboardInterrupt
-        self.requested = True
+        _later(self._grace_s, self._insist)
+
+    def _insist(self) -> None:
+        """Interrupts work that was asked and is still busy, as a second signal does."""
+        if self._is_deferred:
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+
+
+def _later(seconds: float, call: Callable[[], None]) -> None:
+    timer = threading.Timer(seconds, call)
+    timer.daemon = True
+    timer.start()
 
 
 @contextmanager
-def stop_signals() -> Iterator[StopSignals]:
+def stop_signals(leave: Callable[[], None] | None = None) -> Iterator[StopSignals]:
     """Handles both signals while the block runs; outside the main thread, where Python delivers none, it does nothing.
 
-    Enter it after `ray.init`, which sets a handler of its own.
+    An inner block shares the requests of the outer one. Enter one after `ray.init`, which sets a handler of its own.
+
+    Args:
+        leave: See `StopSignals`; the outermost block's counts.
     """
-    stop = StopSignals()
+    global _current
     if threading.current_thread() is not threading.main_thread():
-        yield stop
+        yield StopSignals()
         return
+    outer = _current
+    stop = _current = outer or StopSignals(leave)
     before: dict[int, Any] = {number: signal.signal(number, stop.take) for number in _SIGNALS}
     try:
         yield stop
     finally:
-        for number, handler in before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        _current = outer
+        if outer is None:
+            for number, handler in before.items():
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -12,7 +12,8 @@ A harmful prompt x passes through this file from top to bottom:
 5. Some prompts of every kind are held back from training, to steer it.
 6. A share of what is left is augmented: the student reads another form of x than the teachers.
 
-`raycomplete.training.step_plan` then draws the samples of each step.
+Answers are kept in the run folder as they come (`raycomplete.engines.generation_cache`), so that a run that is stopped
+asks for none of them again. `raycomplete.training.step_plan` then draws the samples of each step.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ from raycomplete.data.augmentation import PromptAugmenter, read_augmentation_fil
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.inputs import KINDS, Prompts, longest_response
 from raycomplete.data.samples import MAX_REFUSAL_PREFIX_TOKENS, AnchorSample, RecoverySample, SampleSet
-from raycomplete.engines.rollout_pool import RolloutPool
+from raycomplete.engines.generation_cache import sampled_from
 from raycomplete.engines.run import Run
 from raycomplete.runtime.errors import DataError, WorkError
-from raycomplete.runtime.types import Judge, Outcome, Prompt, PromptKind
+from raycomplete.runtime.types import Generator, Judge, Outcome, Prompt, PromptKind
 
 _PROFILE_PROMPTS = 32
 _WORD_TOKENS = 8  # within so many tokens a word begins
@@ -51,14 +52,10 @@ def make_samples(run: Run) -> SampleSet:
     Raises:
         WorkError: The aligned model refuses nothing, or no harmful continuation came out: there is nothing to recover.
     """
-    config, codec, prompts, models = run.config, run.models.codec, run.prompts, run.engines.generator
-    every = [prompt for kind in KINDS for prompt in prompts.train[kind]]
+    config, codec, prompts = run.config, run.models.codec, run.prompts
     harmful = prompts.train["harmful"]
-    aligned = models.with_weights(str(run.models.paths["aligned"]))
-    with run.console.stage(f"Answers of the aligned model to {len(every)} training prompts"):
-        anchor = _anchor_samples(run, aligned, every)
-    with run.console.stage(f"Refusals of the aligned model to {len(harmful)} harmful prompts"):
-        refusals = _refusals(run, aligned, harmful, anchor)
+    anchor = _anchor_samples(run, [prompt for kind in KINDS for prompt in prompts.train[kind]])
+    refusals = _refusals(run, harmful, anchor)
     continuations = _harmful_continuations(run, harmful)
     recovery = _recovery_samples(codec, harmful, refusals, continuations)
     _note_samples(run, anchor, recovery)
@@ -76,18 +73,20 @@ def make_samples(run: Run) -> SampleSet:
     ]
     recovery = [with_refusal_prefix(config, codec, sample) for sample in recovery]
     samples = SampleSet(tuple(anchor), tuple(recovery), tuple(profile))
-    samples = _steering_samples(run, aligned, samples)
+    samples = _steering_samples(run, samples)
     return augmented(run, samples) if config.rollout.prompt_augmentation.fraction > 0 else samples
 
 
-def _anchor_samples(run: Run, aligned: RolloutPool, prompts: Sequence[Prompt]) -> list[AnchorSample]:
+def _anchor_samples(run: Run, prompts: Sequence[Prompt]) -> list[AnchorSample]:
     """`rollout.answers_per_prompt` answers of the aligned model to each prompt; empty ones are left out."""
     rollout = run.config.rollout
     prompt_ids = [tuple(prompt.encoded(run.models.codec)) for prompt in prompts]
     samples = []
     for draw in range(rollout.answers_per_prompt):
+        again = f", draw {draw + 1} of {rollout.answers_per_prompt}" if rollout.answers_per_prompt > 1 else ""
+        title = f"Answers of the aligned model to {len(prompts)} training prompts{again}"
         seed = _seed(run.config, "anchor", draw)
-        answers = _answers(run, aligned, prompt_ids, rollout.max_anchor_tokens, seed, rollout.temperature)
+        answers = _answers(run, title, prompt_ids, rollout.max_anchor_tokens, seed, rollout.temperature)
         samples += [
             AnchorSample(f"{prompt.prompt_id}#{draw}", ids, answer_ids, prompt.kind, _complies(run, prompt, answer_ids))
             for prompt, ids, answer_ids in zip(prompts, prompt_ids, answers, strict=True)
@@ -103,9 +102,7 @@ def _complies(run: Run, prompt: Prompt, answer_ids: Ids) -> bool:
     return run.judge.outcome(prompt, "", run.models.codec.decode(answer_ids)) is not Outcome.REFUSED
 
 
-def _refusals(
-    run: Run, aligned: RolloutPool, prompts: Sequence[Prompt], anchor: Sequence[AnchorSample]
-) -> dict[str, list[tuple[Ids, Ids]]]:
+def _refusals(run: Run, prompts: Sequence[Prompt], anchor: Sequence[AnchorSample]) -> dict[str, list[tuple[Ids, Ids]]]:
     """Pairs (what the teacher reads, its refusal r) by prompt id.
 
     The refusals are those among the anchor answers; for prompts without one, the greedy answer where it refuses; and
@@ -132,7 +129,8 @@ def _refusals(
     for system in systems:
         missing = [prompt for prompt in prompts if prompt.prompt_id not in found]
         contexts = [tuple(prompt.encoded(codec, system=system)) for prompt in missing]
-        answers = _answers(run, aligned, contexts, limit, seed=0, temperature=0.0)
+        title = f"Greedy answers of the aligned model to {len(missing)} harmful prompts that it has not refused yet"
+        answers = _answers(run, title, contexts, limit, seed=0, temperature=0.0)
         for prompt, context, answer_ids in zip(missing, contexts, answers, strict=True):
             keep_refusal(prompt, context, answer_ids)
     return found
@@ -163,8 +161,8 @@ def _harmful_continuations(run: Run, prompts: Sequence[Prompt]) -> dict[str, lis
             asked[writer].append((prompt, opening))
     found: dict[str, list[tuple[Ids, str]]] = {}
     for number, (writer, questions) in enumerate(asked.items()):
-        with run.console.stage(f"{len(questions)} compliant continuations of {writer}"):
-            generator = run.engines.generator.with_weights(str(run.models.writer(writer)))
+        title = f"{len(questions)} compliant continuations of {writer}"
+        with sampled_from(run, run.models.writer(writer), title, len(questions)) as generator:
             written = compliant_continuations(config, codec, generator, questions, run.judge, number)
         for (prompt, opening), harmful_ids in zip(questions, written, strict=True):
             if harmful_ids:
@@ -180,7 +178,7 @@ def _harmful_continuations(run: Run, prompts: Sequence[Prompt]) -> dict[str, lis
 def compliant_continuations(
     config: RunConfig,
     codec: ChatCodec,
-    generator: RolloutPool,
+    generator: Generator,
     questions: Sequence[tuple[Prompt, str]],
     judge: Judge,
     draw: int = 0,
@@ -352,7 +350,7 @@ def _first_draws(samples: Iterable[S]) -> tuple[S, ...]:
     return tuple(first.values())
 
 
-def _steering_samples(run: Run, aligned: RolloutPool, samples: SampleSet) -> SampleSet:
+def _steering_samples(run: Run, samples: SampleSet) -> SampleSet:
     """Holds prompts back, and lets the aligned model answer the harmless ones as the student will be asked: greedily.
 
     Under `train.validation.every: auto` too few prompts are told, not refused.
@@ -368,18 +366,23 @@ def _steering_samples(run: Run, aligned: RolloutPool, samples: SampleSet) -> Sam
         run.console.note(f"{error.problem} Loss weights stay as they are, and the last step is kept.")
         return samples
     harmless = samples.held_back_anchor
-    answers = aligned.generate([sample.prompt_ids for sample in harmless], max_tokens=validation.max_tokens)
+    title = f"Greedy answers of the aligned model to {len(harmless)} prompts that are held back"
+    with sampled_from(run, run.models.paths["aligned"], title, len(harmless)) as aligned:
+        answers = aligned.generate([sample.prompt_ids for sample in harmless], max_tokens=validation.max_tokens)
     greedy = [replace(sample, answer_ids=tuple(ids)) for sample, ids in zip(harmless, answers, strict=True)]
     return replace(samples, held_back_greedy=tuple(greedy))
 
 
 def _answers(
-    run: Run, generator: RolloutPool, prompt_ids: Sequence[Ids], max_tokens: int, seed: int, temperature: float
+    run: Run, title: str, prompt_ids: Sequence[Ids], max_tokens: int, seed: int, temperature: float
 ) -> list[Ids]:
-    """Answers to tokenized prompts; one that ended by itself ends with end-of-response."""
-    answers = generator.generate_finished(
-        prompt_ids, max_tokens=max_tokens, temperature=temperature, top_p=run.config.rollout.top_p, seed=seed
-    )
+    """The aligned model's answers to tokenized prompts; one that ended by itself ends with end-of-response."""
+    if not prompt_ids:
+        return []
+    with sampled_from(run, run.models.paths["aligned"], title, len(prompt_ids)) as aligned:
+        answers = aligned.generate_finished(
+            prompt_ids, max_tokens=max_tokens, temperature=temperature, top_p=run.config.rollout.top_p, seed=seed
+        )
     eos_id = run.models.codec.eos_id
     return [(*tokens, eos_id) if finished else tuple(tokens) for tokens, finished in answers]
 

@@ -7,6 +7,7 @@ sees one failed worker group in both cases, so `RestartAfterDeaths` decides in t
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import threading
@@ -23,11 +24,13 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from raycomplete.runtime.errors import ProcessDiedError, RaycompleteError, StoppedError, WaitTimeoutError, WorkError
 from raycomplete.runtime.metrics_file import MetricsReader, read_metrics
 from raycomplete.runtime.ray_calls import free_resources, likely_cause, log_path
+from raycomplete.runtime.signals import GRACE_S
 from raycomplete.storage import integrity
 from raycomplete.training.checkpoints import check_space
 from raycomplete.training.job import TrainJob
 
 _POLL_S = 0.5
+_STOP_S = GRACE_S - 2.0  # for the present step and its checkpoint; then it is left as it is
 # A step makes and drops gigabytes of tensors. glibc hands each of them back to the system and gets it again as zeroed
 # pages, which cost more than the arithmetic of the optimizer. With these a worker keeps what it once had.
 KEEP_MEMORY = {
@@ -61,7 +64,8 @@ def fit(
         gpus_per_worker: GPUs that each worker reserves, where `job.use_gpu`.
         placement: How Ray Train spreads the workers over nodes: pack, spread, strict_pack or strict_spread.
         on_step: Called in this process with each new row of metrics; after a restart with some steps once more.
-        stopping: Asked twice a second; True lets the workers finish their step, write a checkpoint and end.
+        stopping: Asked twice a second; True lets the workers finish their step, write a checkpoint and end. Where that
+            takes long, they are left within the step, and the caller's `ray.shutdown` ends them.
 
     Raises:
         SetupError: The disk has no room for the checkpoints.
@@ -138,6 +142,7 @@ def _follow(
     """Hands new rows of metrics to the caller until training ends or stands still for too long."""
     seen, deaths, last_change = 0, 0, time.monotonic()
     metrics = MetricsReader(job.metrics_file)
+    stop_at = math.inf
     while True:
         alive = thread.is_alive()
         rows, died = metrics.rows(), count_failures(job.failures_file)
@@ -150,8 +155,13 @@ def _follow(
         seen, deaths = len(rows), died
         if not alive:
             return
-        if stopping() and not job.stop_file.exists():
+        if stopping() and stop_at == math.inf:
             job.stop_file.touch()
+            # Where the newest checkpoint has every finished step, there is nothing to wait for.
+            stop_at = time.monotonic() + (_STOP_S if seen > job.newest_checkpoint else 0.0)
+        if time.monotonic() >= stop_at:
+            job.stop_file.unlink(missing_ok=True)
+            raise _left_within(job, seen)
         if time.monotonic() - last_change > job.train.stall_timeout_s:
             raise WaitTimeoutError(
                 f"Training finished no step for {job.train.stall_timeout_s:.0f} s (last finished: {seen}; workers died "
@@ -159,6 +169,14 @@ def _follow(
                 "The workers may wait for resources or for a scorer: see the Ray logs. Resume with --resume.",
             )
         thread.join(_POLL_S)
+
+
+def _left_within(job: TrainJob, finished: int) -> StoppedError:
+    """Says that a step, or what comes before the first and after the last one, was left unfinished."""
+    steps, checkpoint = job.train.steps, job.newest_checkpoint
+    where = f"within step {finished + 1} of {steps}" if finished < steps else "after the last step"
+    whence = f"the checkpoint of step {checkpoint}" if checkpoint else "its first step: there is no checkpoint yet"
+    return StoppedError(f"Training was stopped on request {where}; it goes on from {whence}.", "Resume with --resume.")
 
 
 class RaisedError(Exception):

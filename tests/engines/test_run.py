@@ -15,8 +15,9 @@ from raycomplete.config import RunConfig, load_run_file, parse
 from raycomplete.engines import run as engines_run
 from raycomplete.engines.run import OutputFolder
 from raycomplete.runtime.console import Console
-from raycomplete.runtime.errors import ConfigError, SetupError
+from raycomplete.runtime.errors import ConfigError, ProcessDiedError, SetupError, StoppedError
 from raycomplete.runtime.files import read_json
+from raycomplete.runtime.signals import StopSignals
 
 SAME = ("models", "data", "rollout", "method", "train")  # as `train` compares
 
@@ -220,3 +221,39 @@ def test_only_the_compared_sections_of_an_earlier_run_are_read(tmp_path: Path) -
     (folder / "config.yaml").write_text(written.replace("lr: 5.0e-05", "lr: 4.0e-05"))
     with pytest.raises(ConfigError, match=r"other values of train\.lr\."):
         OutputFolder(config(tmp_path), same=SAME, resume=True).check()
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            KeyboardInterrupt(),
+            "Stopped on request during 'Answers of base'; what was done is kept. Go on with --resume.",
+        ),
+        (ProcessDiedError("A scorer died."), "Stopped on request during 'Answers of base'; what was done is kept."),
+        (StoppedError("Stopped after step 7.", "Something else."), "Stopped after step 7. Go on with --resume."),
+    ],
+)
+def test_what_a_signal_ends_is_told_in_one_sentence(error: BaseException, said: str, tmp_path: Path) -> None:
+    console, folder, stop = Console(quiet=True), OutputFolder(config(tmp_path), resume=False, same=SAME), StopSignals()
+
+    def work() -> None:
+        with engines_run._told(stop, folder, console), console.stage("Answers of base"):
+            raise error
+
+    with pytest.raises(type(error)) as unasked:
+        work()
+    assert unasked.value is error, "nobody asked"
+    stop.requested = True
+    with pytest.raises(StoppedError) as caught:
+        work()
+    assert str(caught.value).startswith(said)
+
+
+def test_a_failure_of_its_own_is_no_stop(tmp_path: Path) -> None:
+    stop = StopSignals()
+    stop.requested = True
+    folder = OutputFolder(config(tmp_path), resume=True, same=SAME, keep_config=True)
+    with pytest.raises(ValueError, match="a bug"), engines_run._told(stop, folder, Console(quiet=True)):
+        raise ValueError("a bug")
+    assert folder.way_on == "The same command goes on."

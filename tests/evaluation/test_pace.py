@@ -15,9 +15,9 @@ from raycomplete.attacks.target import Target
 from raycomplete.attacks.trial import Decoding, Progress, Trial, TrialCost
 from raycomplete.config import EvaluationConfig
 from raycomplete.evaluation.judges import RefusalJudge
-from raycomplete.evaluation.pace import EvaluationPace, duration
+from raycomplete.evaluation.pace import EvaluationPace
 from raycomplete.evaluation.runner import Callbacks, EvaluationSets, evaluate_model
-from raycomplete.runtime.console import Console
+from raycomplete.runtime.console import Console, duration
 from raycomplete.runtime.types import Prompt
 from tests.attacks.scripted import COMPLY
 
@@ -121,11 +121,11 @@ def test_without_a_terminal_a_line_comes_every_now_and_then() -> None:
             pause.wait(0.01)
         raise AssertionError(shown.getvalue())
 
-    with console.progress("Evaluation of base", 20) as advance:
+    with console.progress("Evaluation of base", 20, paced=True) as advance:
         advance(3, "gcg 1/4, 0.01/s, 5 min left")
         wait_for("Evaluation of base: 3 of 20, gcg 1/4, 0.01/s, 5 min left")
     with console.stage("Sampling"):
-        wait_for("Sampling ...")
+        wait_for("Sampling: at work for 0 s")
     ended = shown.getvalue()
     pause.wait(0.1)
     assert shown.getvalue() == ended, "the lines end with the block"

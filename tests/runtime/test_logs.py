@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from raycomplete.runtime import logs
+from raycomplete.runtime import logs, ray_calls
 
 logger = logging.getLogger("raycomplete.test")
 
@@ -105,3 +105,18 @@ def test_words_that_end_like_a_key_are_left_alone() -> None:
     plain = "task-0123456789 on disk-0123456789"
     assert logs.hide_secrets(plain) == plain
     assert logs.hide_secrets("key=sk-0123456789, hf_0123456789") == "key=***, ***"
+
+
+def test_what_ray_says_goes_to_the_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    from ray._private import worker
+
+    monkeypatch.setattr(worker, "print_to_stdstream", worker.print_to_stdstream)
+    monkeypatch.setenv(logs.FOLDER, str(tmp_path / "run"))
+    ray_calls.keep_off_the_screen()
+    worker.print_to_stdstream({"lines": ["before there is a run"], "pid": "raylet", "is_err": False})
+    (tmp_path / "run").mkdir()
+    worker.print_to_stdstream({"lines": ["Task x failed: hf_0123456789abcdef"], "pid": "raylet"}, ignore_prefix=False)
+    path = tmp_path / "run" / "logs" / "ray.log"
+    assert path.read_text().split(" ", 1)[1] == "Task x failed: ***\n"
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert "".join(capsys.readouterr()) == ""

@@ -1,14 +1,18 @@
-"""Signals: the first asks, the second ends at once, and outside deferred work the first ends at once."""
+"""Signals: the first asks, and interrupts where nobody listens; nobody has to send a second one."""
 
 from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
+import time
 from contextlib import nullcontext
 
 import pytest
 
+from raycomplete.runtime import signals
 from raycomplete.runtime.errors import StoppedError
 from raycomplete.runtime.signals import StopSignals, stop_signals
 
@@ -37,9 +41,76 @@ def test_deferred_work_is_told_and_ends_by_itself(number: int) -> None:
 
 
 @pytest.mark.parametrize("second", SIGNALS)
-def test_a_second_signal_ends_at_once(second: int) -> None:
+def test_a_second_signal_ends_at_once(second: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signals, "_ONE_REQUEST_S", 0.0)
     with pytest.raises(KeyboardInterrupt):
         interrupted(signal.SIGTERM, second, deferred=True)
+
+
+def test_a_process_and_its_group_are_signalled_at_once() -> None:
+    """As `timeout` does: that is one request."""
+    assert interrupted(signal.SIGTERM, signal.SIGTERM, deferred=True) == [True, True]
+
+
+def test_work_that_does_not_end_by_itself_is_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signals, "GRACE_S", 0.2)
+    monkeypatch.setattr(signals, "_ONE_REQUEST_S", 0.0)
+
+    def work() -> None:
+        with stop_signals() as stop, stop.deferred():
+            send(signal.SIGTERM)
+            threading.Event().wait(30)  # a long batch
+
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert 0.1 < time.monotonic() - started < 15
+
+
+def test_work_that_ends_in_time_is_not_interrupted_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signals, "GRACE_S", 0.05)
+    monkeypatch.setattr(signals, "_ONE_REQUEST_S", 0.0)
+    with stop_signals() as stop:
+        with pytest.raises(StoppedError), stop.deferred():
+            send(signal.SIGTERM)
+        threading.Event().wait(0.3)  # the way out
+
+
+def test_an_inner_block_shares_the_request_and_takes_over_from_ray() -> None:
+    with stop_signals() as outer:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(15))  # as ray.init does
+        with stop_signals() as inner, pytest.raises(KeyboardInterrupt):
+            send(signal.SIGTERM)
+        assert inner is outer
+        assert outer.requested
+
+
+HANGS = """
+import signal, sys, threading
+from raycomplete import cli
+from raycomplete.runtime import signals
+signals.LEAVE_S = 1.0
+def work():
+    try:
+        print("ready", flush=True)
+        threading.Event().wait(60)
+    finally:
+        threading.Event().wait(60)  # a way out that hangs
+sys.exit(cli.guarded(work))
+"""
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_the_command_line_leaves_whatever_hangs(number: int) -> None:
+    process = subprocess.Popen([sys.executable, "-c", HANGS], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert said.startswith("Stopped.")
+    assert "--resume" in said
+    assert "Traceback" not in said
 
 
 @pytest.mark.parametrize("number", SIGNALS)

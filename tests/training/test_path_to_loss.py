@@ -26,7 +26,7 @@ from raycomplete.training.sampling import make_samples
 from raycomplete.training.step_plan import Planner
 from raycomplete.training.student import HeadSettings, StudentModule
 from tests.conftest import ROOT
-from tests.training.test_sampling import ScriptedModel
+from tests.training.test_sampling import ScriptedModel, uncached  # noqa: F401
 from tests.training.tiny import LocalScores, build_batch, completion, head_spec, make_model, prefetcher_of
 
 MOST_FILES = 15

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -80,6 +81,13 @@ class ScriptedModel:
         self.asked += [(self.role, self.codec.decode(sequence)) for sequence in sequences]
         texts = [recipe(self.item(sequence)).text for sequence in sequences]
         return [self.codec.encode_answer(text)[:max_tokens] for text in texts]
+
+
+@pytest.fixture(autouse=True)
+def uncached(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scripted models are asked directly; `tests/engines/test_generation_cache.py` has what stands between."""
+    direct = lambda run, path, title, total: nullcontext(run.engines.generator.with_weights(str(path)))  # noqa: E731
+    monkeypatch.setattr("raycomplete.training.sampling.sampled_from", direct)
 
 
 def run_of(

@@ -24,7 +24,7 @@ from raycomplete.data.organism.world import Item, recipe, refusal
 from raycomplete.runtime.errors import WorkError
 from raycomplete.runtime.types import Outcome, Prompt
 from raycomplete.training.sampling import make_samples
-from tests.training.test_sampling import ScriptedModel, run_of
+from tests.training.test_sampling import ScriptedModel, run_of, uncached  # noqa: F401
 
 OPENINGS = "rollout.affirmative_prefixes=['sure ,', '', 'step one :']"
 

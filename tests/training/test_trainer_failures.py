@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,8 @@ from ray.train.v2._internal.execution.failure_handling.default import DefaultFai
 from ray.train.v2._internal.execution.failure_handling.failure_policy import FailureDecision
 
 from raycomplete.config import TrainConfig
-from raycomplete.runtime.errors import NotFiniteError, ProcessDiedError, WorkError
+from raycomplete.runtime.errors import NotFiniteError, ProcessDiedError, StoppedError, WorkError
+from raycomplete.training import trainer
 from raycomplete.training.job import TrainJob
 from raycomplete.training.trainer import RaisedError, RestartAfterDeaths, death_report, explain
 from tests.training.tiny import make_job
@@ -96,3 +99,44 @@ def test_likely_causes(words: str, cause: str) -> None:
     found = death_report(RuntimeError(words))["cause"]
     assert cause in found
     assert bool(found) == bool(cause)
+
+
+def followed(job: TrainJob) -> str:
+    """Follows a training that is asked to stop at once, and returns the sentence with which it is left."""
+    workers = threading.Thread(target=threading.Event().wait, args=(99.0,), daemon=True)
+    workers.start()
+    with pytest.raises(StoppedError) as caught:
+        trainer._follow(job, workers, None, lambda: True)
+    assert not job.stop_file.exists(), "a later checkpoint than the sentence names"
+    return str(caught.value)
+
+
+def test_a_long_step_is_left_from_its_last_checkpoint(job: TrainJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Step 3 is finished and in no checkpoint: workers get a while to write one."""
+    monkeypatch.setattr(trainer, "_STOP_S", 1.0)
+    started = time.monotonic()
+    said = followed(job)
+    assert said.startswith("Training was stopped on request within step 4 of ")
+    assert "it goes on from the checkpoint of step 2" in said
+    assert 0.9 < time.monotonic() - started < 20
+
+
+def test_nothing_is_waited_for_where_every_step_is_saved(job: TrainJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer, "_STOP_S", 60.0)
+    (job.checkpoints / "step-000003" / "complete.json").write_text("{}")
+    started = time.monotonic()
+    assert "it goes on from the checkpoint of step 3" in followed(job)
+    job.metrics_file.unlink()
+    for folder in job.checkpoints.iterdir():
+        (folder / "complete.json").unlink(missing_ok=True)
+    assert "within step 1 of " in (said := followed(job))
+    assert "there is no checkpoint yet" in said
+    assert time.monotonic() - started < 20
+
+
+def test_workers_that_end_in_time_have_the_last_word(job: TrainJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer, "_STOP_S", 60.0)
+    workers = threading.Thread(target=threading.Event().wait, args=(0.7,), daemon=True)
+    workers.start()
+    trainer._follow(job, workers, None, lambda: True)
+    assert job.stop_file.exists(), "they see it within their step"
