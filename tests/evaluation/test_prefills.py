@@ -82,7 +82,7 @@ def test_who_writes_them_and_when_they_are_written_anew(
             folder=tmp_path,
             prompts=Prompts({}, {"harmful": PROMPTS}),
             models=SimpleNamespace(paths={"base": checkpoint_path("base")}, codec=codec, fingerprint=str),
-            engines=SimpleNamespace(generator=Pool()),
+            generator=lambda role: Pool().with_weights(str(checkpoint_path(role))),
             console=Console(quiet=True),
             judge=RefusalJudge(),
         )

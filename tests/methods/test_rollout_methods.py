@@ -89,7 +89,8 @@ def test_opct_reads_the_students_words_with_and_without_h(tmp_path: Path) -> Non
 def test_rollouts_need_the_on_policy_loop(name: str) -> None:
     with pytest.raises(ValueError, match=r"set rollout\.on_policy to true"):
         RunConfig.model_validate(RUN | {"method": {"name": name}})
-    assert RunConfig.model_validate(RUN | {"method": {"name": name}, "rollout": {"on_policy": True}})
+    fresh = {"on_policy": True, "lookahead": 0, "sync_every": 1}
+    assert RunConfig.model_validate(RUN | {"method": {"name": name}, "rollout": fresh})
 
 
 def test_harmless_rollouts_of_a_graded_batch_are_judged_with_their_own_prompts() -> None:

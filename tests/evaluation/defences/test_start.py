@@ -72,7 +72,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         "aligned": checkpoint_path("aligned"),
         "student": checkpoint_path("aligned"),
     }
-    models = SimpleNamespace(paths=paths, codec=codec, fingerprint=lambda role: fingerprint(paths[role]))
+    models = SimpleNamespace(paths=paths, remote={}, codec=codec, fingerprint=lambda role: fingerprint(paths[role]))
     monkeypatch.setattr(
         start, "start_actor", lambda config, worker, threads, *rest: Local(worker("float32", False, False, *rest))
     )
@@ -205,7 +205,9 @@ def test_what_a_defence_needs_is_told_first(run: Any) -> None:
     check_defence(run.config, run.models)
     defended(run, name="re_ask")
     with pytest.raises(CheckpointError, match="no mark"):
-        check_defence(run.config, SimpleNamespace(codec=SimpleNamespace(answer_header=())))  # type: ignore[arg-type]
+        check_defence(run.config, SimpleNamespace(codec=SimpleNamespace(answer_header=()), remote={}))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="behind an address"):
+        check_defence(run.config, SimpleNamespace(remote={"student": object()}))  # type: ignore[arg-type]
     thinking = run.config.models.model_copy(update={"template_arguments": {"enable_thinking": True}})
     with pytest.raises(ConfigError, match="think"):
         check_defence(run.config.model_copy(update={"models": thinking}), run.models)

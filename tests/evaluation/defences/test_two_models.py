@@ -93,9 +93,9 @@ def test_responses_end_in_time_and_say_so(organism_models: dict[str, Any]) -> No
 
 def test_samples_depend_on_their_own_seed_alone(organism_models: dict[str, Any]) -> None:
     sequences = [organism_sequences(1)[0]] * 4
-    drawn = decoder(organism_models, batch=4).generate(sequences, max_tokens=8, temperature=3.0, seed=5)
+    drawn = decoder(organism_models, plain=True, batch=4).generate(sequences, max_tokens=8, temperature=3.0, seed=5)
     alone = [
-        decoder(organism_models).generate([sequences[0]], max_tokens=8, temperature=3.0, seed=5 + n)[0]
+        decoder(organism_models, plain=True).generate([sequences[0]], max_tokens=8, temperature=3.0, seed=5 + n)[0]
         for n in range(4)
     ]
     assert drawn == alone
