@@ -15,7 +15,8 @@ from raycomplete.engines.cluster import Reservation, nodes_of, plan_run, uses_gp
 from raycomplete.engines.spec import EngineSpec
 from raycomplete.engines.vllm_start import visible_devices
 
-TREE: dict[str, Any] = {"models": {"base": "organism:base", "aligned": "organism:aligned"}, "data": {}}
+MODELS = {"base": "organism:base", "aligned": "organism:aligned", "dtype": "bfloat16"}
+TREE: dict[str, Any] = {"models": MODELS, "data": {}}
 WAIT_S = 120.0
 
 

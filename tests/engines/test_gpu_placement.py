@@ -18,7 +18,7 @@ def test_engines_and_trainer_share_a_card_and_a_sharded_engine_holds_its_own() -
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert (found["uses_gpu"], found["problem"]) == (True, "")
-    assert "4 GPU" in found["too large"]
+    assert found["too large"] == "The run needs 4.6 GPU and the cluster has 2."
     assert found["shares"] == [0.2, 0.2, 0.2, 0.4]
     held = {"0": 0.0, "1": 0.0}
     for (device,), share in zip(found["one card"], found["shares"], strict=True):
