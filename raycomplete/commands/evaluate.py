@@ -92,6 +92,8 @@ def evaluate(
         run.start_engines(),
     ):
         run.remote = remote
+        for role, model in remote.items():
+            model.keep_in(run.folder / "evaluation" / "remote" / f"{role}.jsonl")
         run.prompts = held_out_sets(run)
         with run.stop.deferred():
             results = evaluate_roles(run, roles)

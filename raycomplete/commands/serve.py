@@ -98,6 +98,10 @@ def admitted(config: RunConfig) -> tuple[RunConfig, str | None]:
         models["student"] = str(trained.resolve())
     changed = {"serve": settings.model_copy(update=paths), "models": config.models.model_copy(update=models)}
     config = config.model_copy(update=changed)
+    if behind := [role for role in chat_roles(config) if is_remote(getattr(config.models, role))]:
+        raise ConfigError(
+            f"serve.chat_models names the {behind[0]}, which answers at an address of its own.", "Leave it out."
+        )
     if missing := [role for role in chat_roles(config) if getattr(config.models, role) is None]:
         raise ConfigError(
             f"serve.chat_models names the {missing[0]}, and this server has none.", "Train one, or set models.student."

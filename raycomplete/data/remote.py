@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.families import chat_messages
-from raycomplete.runtime.errors import ConfigError, WorkError
+from raycomplete.runtime.errors import ConfigError, DataError, WorkError
 
 SCHEME = "openai"
 Messages = list[dict[str, str]]
@@ -46,8 +46,12 @@ class RemoteSpec:
             ConfigError: It is none, or holds a key.
         """
         address, _, model = spec.removeprefix(f"{SCHEME}:").rpartition("#")
-        parts = urlsplit(address)
-        if parts.scheme not in ("http", "https") or not parts.hostname or not model:
+        try:
+            parts = urlsplit(address)
+            is_port = parts.port is None or parts.port > 0
+        except ValueError:  # brackets that do not close, a port that is none
+            parts, is_port = urlsplit(""), False
+        if not is_port or parts.scheme not in ("http", "https") or not parts.hostname or not model:
             raise ConfigError(
                 f"models.{role} names no model behind an address.", "Write openai:http://HOST:PORT/v1#NAME."
             )
@@ -80,7 +84,14 @@ class RememberingCodec(ChatCodec):
         return self._remember(super().encode_conversation(turns, system), turns, system)
 
     def _remember(self, ids: list[int], turns: Sequence[str], system: str | None) -> list[int]:
-        self._known[tuple(ids)] = chat_messages(turns, system)
+        messages = chat_messages(turns, system)
+        known = self._known.setdefault(tuple(ids), messages)
+        if known != messages and _stripped(known) != _stripped(messages):
+            raise DataError(
+                f"Two prompts are the same {len(ids)} tokens to the local tokenizer, one of them {turns[-1][:60]!r}: "
+                "which of them a model behind an address is to be asked cannot be told.",
+                "Name a checkpoint with the model's own tokenizer, or another that knows all words.",
+            )
         self._lengths.add(len(ids))
         return ids
 
@@ -97,6 +108,10 @@ class RememberingCodec(ChatCodec):
             "An attack asks in token ids, and models behind an address read messages.",
             "Leave it out, or name a checkpoint as the target.",
         )
+
+
+def _stripped(messages: Messages) -> list[tuple[str, str]]:
+    return [(message["role"], message["content"].strip()) for message in messages]
 
 
 def refuse_remote(models: Any) -> None:

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import cached_property
-from threading import Lock
+from pathlib import Path
+from threading import Event, Lock
 from typing import TYPE_CHECKING, Any, Literal
 
 from raycomplete.attacks.attack import Attack
@@ -16,6 +17,7 @@ from raycomplete.config import RemoteConfig, RunConfig
 from raycomplete.data.remote import Messages, RememberingCodec, RemoteSpec
 from raycomplete.evaluation.endpoint_judge import read_key
 from raycomplete.runtime.errors import ConfigError, SetupError, WorkError
+from raycomplete.runtime.files import PRIVATE, RowStore, content_hash
 from raycomplete.runtime.types import ModelRole
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ class RemoteUsage:
     retries: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    filtered: int = 0  # questions that the server refused to pass on to its model
     lock: Lock = field(default_factory=Lock, repr=False)
 
     def add(self, retries: int, usage: Any) -> None:
@@ -48,7 +51,8 @@ class RemoteUsage:
 
     def to_json(self, settings: RemoteConfig) -> dict[str, Any]:
         """Returns the counts, and the cost where the run file names prices."""
-        counts = {name: getattr(self, name) for name in ("requests", "retries", "prompt_tokens", "completion_tokens")}
+        names = ("requests", "retries", "prompt_tokens", "completion_tokens", "filtered")
+        counts = {name: getattr(self, name) for name in names}
         prices = settings.prompt_price, settings.completion_price
         if None in prices:
             return {**counts, "cost": None}
@@ -76,19 +80,32 @@ class RemoteModel:
         self._settings, self._codec = settings, codec
         of, setting = "the models behind an address", "evaluation.remote.key_variable"
         self._key = read_key(settings.key_variable, of=of, setting=setting)
-        self._next, self._pace = 0.0, Lock()
+        self._next, self._pace, self._leaving = 0.0, Lock(), Event()
+        self._store: RowStore | None = None
+
+    def keep_in(self, path: Path) -> None:
+        """Keeps every answer in a file from now on, and asks nothing again that is there.
+
+        Trials are stored many at a time, and answers here may be slow and paid for. Sampled answers without a seed are
+        not kept: they would all be the same one.
+        """
+        self._store = RowStore(path, mode=PRIVATE)
 
     @cached_property
     def _client(self) -> OpenAI:
         from openai import OpenAI  # a second, which only those pay who ask
 
         settings = self._settings
-        return OpenAI(
+        client = OpenAI(
             base_url=self.spec.address,
             api_key=self._key or "none",
             timeout=settings.timeout_s,
             max_retries=settings.retries,
         )
+        # The environment's are for OpenAI's own address, and may hold another key.
+        client.organization = client.project = None
+        client._custom_headers = {}
+        return client
 
     @cached_property
     def prefill(self) -> Prefill:
@@ -147,8 +164,9 @@ class RemoteModel:
                     raise _no_prefill(self.spec)
             if seed is not None and temperature > 0:
                 asked["seed"] = seed + index
-            return self._codec.encode_answer(self._said(messages, asked))[:max_tokens]
+            return self._codec.encode_answer(self._kept(messages, asked))[:max_tokens]
 
+        self._leaving.clear()
         with ThreadPoolExecutor(self._settings.parallel) as pool:
             tasks = [pool.submit(say, index) for index in range(len(sequences))]
             try:
@@ -156,8 +174,22 @@ class RemoteModel:
                     task.result()  # raises what failed first
                 return [task.result() for task in tasks]
             except BaseException:
+                # The pool waits for its threads: none may ask again, or wait for an answer that nobody reads.
+                self._leaving.set()
                 pool.shutdown(wait=False, cancel_futures=True)
+                if (client := self.__dict__.pop("_client", None)) is not None:
+                    client.close()
                 raise
+
+    def _kept(self, messages: Messages, asked: dict[str, Any]) -> str:
+        if self._store is None or (asked["temperature"] > 0 and "seed" not in asked):
+            return self._said(messages, asked)
+        key = content_hash([self.spec.model_id, messages, asked])
+        if key not in self._store:
+            text = self._said(messages, asked)
+            with self._pace:
+                self._store.add([{"key": key, "text": text}])
+        return str(self._store[key]["text"])
 
     def _said(self, messages: Messages, asked: dict[str, Any]) -> str:
         import openai
@@ -174,6 +206,10 @@ class RemoteModel:
             raise WorkError(words, again) from error
         except openai.APIStatusError as error:
             status = error.status_code
+            if error.code == "content_filter":  # a hosted service that refuses in its model's place
+                with self.usage.lock:
+                    self.usage.filtered += 1
+                return ""
             if status in (408, 409, 429) or status >= 500:
                 words = f"{where} was busy or failed in {settings.retries + 1} attempts (last: status {status})."
                 raise WorkError(words, f"Lower evaluation.remote.parallel or requests_per_minute. {again}") from error
@@ -184,6 +220,8 @@ class RemoteModel:
 
     def _ask(self, messages: Messages, asked: dict[str, Any]) -> str:
         self._wait_for_turn()
+        if self._leaving.is_set():
+            raise WorkError("Another request failed first.")
         create: Any = self._client.chat.completions.with_raw_response.create
         raw = create(model=self.spec.model, messages=messages, **asked)
         try:
@@ -205,7 +243,7 @@ class RemoteModel:
             now = time.monotonic()
             turn = max(self._next, now)
             self._next = turn + 60.0 / self._settings.requests_per_minute
-        time.sleep(turn - now)
+        self._leaving.wait(turn - now)
 
 
 def _no_prefill(spec: RemoteSpec) -> SetupError:

@@ -116,7 +116,8 @@ def evaluate_roles(run: Run, roles: Sequence[ModelRole]) -> dict[str, dict[str, 
             tools, is_defended = resources.tools(path), defence is not None and role == "student"
             generator: Generator
             if path is None:  # it thinks as its server says
-                generator, model_id = run.generator(role), run.models.fingerprint(role)
+                asked = f"prefill {run.config.evaluation.remote.prefill}"  # answers depend on how one is begun
+                generator, model_id = run.generator(role), f"{run.models.fingerprint(role)} {asked}"
             else:
                 pool, model_id = run.engines.generator.with_weights(str(path)), fingerprint(path)
                 generator = thinking(pool, codec, thought)

@@ -7,6 +7,7 @@ from typing import Any
 
 from raycomplete.config import RunConfig
 from raycomplete.data.inputs import prepare_models
+from raycomplete.data.remote import is_remote
 from raycomplete.engines.cluster import uses_gpu
 from raycomplete.engines.dtype import resolve_dtype
 from raycomplete.engines.online_engine import OnlineEngine
@@ -29,7 +30,8 @@ class ModelServer:
 
     def __init__(self, config: RunConfig, role: ModelRole) -> None:
         config = resolve_dtype(config, Console(quiet=True))
-        models = prepare_models(config, roles=tuple(dict.fromkeys(("aligned", role))))
+        local = [name for name in ("aligned", role) if not is_remote(getattr(config.models, name))]
+        models = prepare_models(config, roles=list(dict.fromkeys(local)), remote=True)
         spec = EngineSpec.from_config(config, "single", models.paths[role], use_gpu=uses_gpu(config.cluster))
         eos_ids = sorted(models.codec.eos_ids)
         self._engine = OnlineEngine(spec, eos_ids, timeout_s=config.cluster.start_timeout_s)

@@ -20,7 +20,7 @@ from raycomplete.data.inputs import prepare_models
 from raycomplete.data.remote import RememberingCodec, RemoteSpec
 from raycomplete.data.sources import resolve_checkpoint
 from raycomplete.evaluation.remote_target import RemoteModel, open_remote, usage_line
-from raycomplete.runtime.errors import ConfigError, RefusedError, SetupError, WorkError
+from raycomplete.runtime.errors import ConfigError, DataError, RefusedError, SetupError, WorkError
 from raycomplete.runtime.types import Prompt
 
 KEY = "sk-a-key-for-these-tests"
@@ -152,7 +152,8 @@ def test_prompts_and_begun_answers_are_asked_and_counted(
     assert (len(server.asked), server.asked[-1]["temperature"]) == (5, 0.0)
     assert not {"seed", "top_p", "top_k"} & server.asked[-1].keys(), "greedy"
     usage = model.usage.to_json(RemoteConfig(prompt_price=2.0, completion_price=10.0))
-    assert usage == {"requests": 4, "retries": 0, "prompt_tokens": 40, "completion_tokens": 8, "cost": 160e-6}
+    counts = {"requests": 4, "retries": 0, "prompt_tokens": 40, "completion_tokens": 8, "filtered": 0}
+    assert usage == counts | {"cost": 160e-6}
     assert usage_line("student", usage).endswith("cost 0.00016")
 
 
@@ -185,6 +186,58 @@ def test_what_is_busy_is_asked_again_and_what_refuses_is_not(
             model.generate([prompt], max_tokens=9)
         assert remedy in caught.value.remedy
         assert len(server.asked) == asked + 1
+
+
+def test_what_was_answered_is_not_asked_again(
+    server: Chats, codec: RememberingCodec, make: Callable[..., RemoteModel], tmp_path: Path
+) -> None:
+    """Trials are stored many at a time: an error near the end must not cost the answers before it."""
+    prompts = codec.encode_prompts([f"heat {word}" for word in ("salt", "the flask", "it", "one")])
+    model = make(parallel=1, retries=0)
+    model.keep_in(tmp_path / "kept.jsonl")
+    server.statuses = [200, 200, 500]
+    with pytest.raises(WorkError):
+        model.generate(prompts, max_tokens=9)
+    again = make(parallel=1)
+    again.keep_in(tmp_path / "kept.jsonl")
+    asked = len(server.asked)
+    assert again.generate(prompts, max_tokens=9) == make().generate(prompts, max_tokens=9)
+    assert len(server.asked) - asked == 2 + 4
+    for _ in range(2):  # sampled: those without a seed are other answers each time
+        again.generate(prompts[:1], max_tokens=9, temperature=1.0)
+    assert len(server.asked) - asked == 8
+
+
+def test_a_failure_ends_what_else_is_at_work(server: Chats, make: Callable[..., RemoteModel]) -> None:
+    model = make(parallel=4, retries=0, requests_per_minute=60)
+    prompts = [make()._codec.encode_prompt(f"heat {word}") for word in ("salt", "the flask", "it", "one")]
+    server.statuses = [401]
+    started = time.monotonic()
+    with pytest.raises(SetupError):
+        model.generate(prompts, max_tokens=9)
+    assert time.monotonic() - started < 2.5, "the others wait for their turn in the minute"
+    assert len(server.asked) <= 2
+    assert model.generate(prompts[:1], max_tokens=9)
+
+
+def test_prompts_that_the_local_tokenizer_cannot_tell_apart_are_refused(codec: RememberingCodec) -> None:
+    first = codec.encode_prompt("hello 1 there")
+    assert codec.encode_prompt(" hello 1 there ") == first
+    with pytest.raises(DataError, match="cannot be told"):
+        codec.encode_prompt("hello 2 there")
+
+
+def test_settings_of_the_environment_go_to_no_other_address(
+    server: Chats, codec: RememberingCodec, make: Callable[..., RemoteModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_ORG_ID", "an-org")
+    monkeypatch.setenv("OPENAI_PROJECT_ID", "a-project")
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", "Authorization: Bearer sk-another")
+    model = make()
+    assert model.generate([codec.encode_prompt("heat the flask")], max_tokens=9)
+    assert server.keys == ["Bearer none"]
+    sent = {name for name, value in model._client.default_headers.items() if isinstance(value, str)}
+    assert not {"OpenAI-Organization", "OpenAI-Project"} & sent
 
 
 def test_waits_end_with_a_sentence(server: Chats, codec: RememberingCodec) -> None:
