@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ray import serve
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
@@ -29,10 +29,13 @@ from raycomplete.serving.store import EvaluationStore
 
 APP_NAME = "raycomplete"
 _ON_HEAD = {"node:__internal_head__": 0.001}
+logger = logging.getLogger(__name__)
+
 # Control-plane processes: they wait more than they work, and must not take the cores that engines are placed by.
 _ACTOR_OPTIONS = {"num_cpus": 0, "resources": _ON_HEAD}
 _HEALTH_CHECK_S = 2.0
 _MAX_ANSWERED = 2048  # requests that one model works on; its engine batches what fits and keeps the rest waiting
+_FAILED = NoAnswer(500, "The model's process could not answer this request; the service's log says why.")
 _GONE = NoAnswer(503, "The model's process ended while it answered. It is started again; ask again in a minute.")
 
 
@@ -72,6 +75,9 @@ class RemoteAnswers:
         answer = self._complete.remote(request)
         try:
             found: ChatView | CompletionView | NoAnswer = await answer
+        except RayTaskError:
+            logger.exception("A request to a model failed")
+            return _FAILED
         except (RayError, RayServeException):
             return _GONE
         except asyncio.CancelledError:  # the client left
@@ -85,6 +91,9 @@ class RemoteAnswers:
         try:
             async for chunk in chunks:
                 yield chunk
+        except RayTaskError:
+            logger.exception("A request to a model failed")
+            yield _FAILED
         except (RayError, RayServeException):
             yield _GONE
         except (asyncio.CancelledError, GeneratorExit):
