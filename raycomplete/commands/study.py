@@ -40,7 +40,7 @@ from raycomplete.evaluation.defences.start import check_defence
 from raycomplete.report.study_page import write_study
 from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import ConfigError, StoppedError, WorkError
-from raycomplete.runtime.files import write_bytes, write_text
+from raycomplete.runtime.files import read_json, write_bytes, write_text
 from raycomplete.runtime.logs import FOLDER, RUN
 from raycomplete.runtime.signals import StopSignals, stop_signals
 
@@ -79,7 +79,11 @@ class _Started:
 
     @property
     def is_finished(self) -> bool:
-        return training.is_finished(self.run.config, self.folder)
+        """Tells whether the summary and the result that the table reads are both of this evaluation."""
+        role = FROZEN if self.run.label == FROZEN else "student"
+        result = read_json(self.folder / "evaluation" / f"{role}.json") or {}
+        settings = {**self.run.config.evaluation.model_dump(mode="json"), "temperature": 0.0}
+        return training.is_finished(self.run.config, self.folder) and result.get("settings") == settings
 
 
 def study(study: Study, *, resume: bool = False, overwrite: bool = False, console: Console | None = None) -> Path:
@@ -106,7 +110,7 @@ def study(study: Study, *, resume: bool = False, overwrite: bool = False, consol
             "Add --resume to continue it or --overwrite to replace it, or choose another output.name.",
         )
     study = _checked(study, console)
-    with _alone(study.folder, overwrite=overwrite):
+    with _alone(study.folder, overwrite=overwrite and not resume):
         _refuse_others(study)
         jobs = [_Started(run, samples_key(run.config) if run.trains else "") for run in study.runs]
         if not all(job.is_finished for job in jobs):
@@ -126,7 +130,8 @@ def study(study: Study, *, resume: bool = False, overwrite: bool = False, consol
 
 
 def _checked(study: Study, console: Console) -> Study:
-    """Refuses what would fail at work, and gives every run the number format that the cluster's nodes are fast in."""
+    """Refuses what would fail at work, and says what a study file may leave open: number formats, and one run at a
+    time on a machine's own cluster."""
     runs = []
     dtypes: dict[tuple[str, str], RunConfig] = {}
     with console.stage(f"Checked {len(study.runs)} runs"):
@@ -134,14 +139,15 @@ def _checked(study: Study, console: Console) -> Study:
             key = run.model, str(run.config.models.dtype)
             known = dtypes.get(key) or dtypes.setdefault(key, resolve_dtype(run.config, console))
             settings = run.config.models.model_copy(update={"dtype": known.models.dtype})
-            cluster = run.config.cluster.model_copy(update={"address": None})  # of the study, by RAY_ADDRESS
-            config = run.config.model_copy(update={"models": settings, "cluster": cluster})
+            config = run.config.model_copy(update={"models": settings})
             models = prepare_models(config, training=run.trains)
             prepare_prompts(config, models.codec)
             check_attacks(config)
             check_defence(config, models)
             runs.append(replace(run, config=config))
-    return replace(study, runs=tuple(runs))
+    alone = study.config.parallel is None and is_local(runs[0].config.cluster)
+    settings_of_study = study.config.model_copy(update={"parallel": 1}) if alone else study.config
+    return replace(study, config=settings_of_study, runs=tuple(runs))
 
 
 def _refuse_others(study: Study) -> None:
@@ -162,10 +168,14 @@ def _alone(folder: Path, *, overwrite: bool) -> Iterator[None]:
     """Holds the study's folder, so that no second process works in it.
 
     Raises:
-        ConfigError: Another one does.
+        ConfigError: Another one does, or the folder holds something else than a study.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = folder / "study.lock"
+    if not lock.is_file() and any(folder.iterdir()):
+        raise ConfigError(
+            f"The folder {folder} holds files and no study.lock, so no study made them.", "Choose another output.name."
+        )
     with lock.open("a") as held:
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -192,7 +202,7 @@ def _connected(study: Study, console: Console) -> Iterator[int]:
         fits = sum(node.cpus for node in nodes) // max(largest.cpus, 1e-6)
         if cluster.use_gpu and largest.gpus > 0:
             fits = min(fits, sum(node.gpus for node in nodes) // largest.gpus)
-        yield asked or (1 if is_local(config.cluster) else max(int(fits), 1))
+        yield asked or max(int(fits), 1)
 
 
 def _work(
@@ -250,8 +260,11 @@ def _samples_of(job: _Started, jobs: Sequence[_Started]) -> Path | None:
 def _start(study: Study, job: _Started, jobs: Sequence[_Started], address: str) -> None:
     """Puts into a run's folder what others made for it, and starts its process."""
     folder, frozen = job.folder, _frozen(job, jobs)
+    cluster = job.run.config.cluster.model_copy(update={"address": None})  # the study's, by RAY_ADDRESS
+    settings = dump(job.run.config.model_copy(update={"cluster": cluster}))
     if not (folder / "config.yaml").is_file():
-        write_text(folder / "config.yaml", dump(job.run.config))
+        write_text(folder / "config.yaml", settings)
+    (folder / "summary.json").unlink(missing_ok=True)  # of another evaluation, or the run would take itself as finished
     if frozen is not job:
         source = frozen.folder / "evaluation"
         files = [source / "prefills.json", *(file for part in _SHARED_PARTS for file in source.glob(f"{part}/*.jsonl"))]
@@ -261,7 +274,7 @@ def _start(study: Study, job: _Started, jobs: Sequence[_Started], address: str) 
         _share(samples, job.samples)
     command = ["train", "--resume"] if job.run.trains else ["evaluate"]
     run_file = folder / "run.yaml"  # config.yaml is the run's own record
-    write_text(run_file, dump(job.run.config))
+    write_text(run_file, settings)
     log = _log(study, job)
     log.parent.mkdir(parents=True, exist_ok=True)
     environment = {name: value for name, value in os.environ.items() if name not in (RUN, FOLDER)}

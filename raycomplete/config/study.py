@@ -103,6 +103,7 @@ class Study:
         return [run for run in self.runs if run.model == model]
 
 
+BASE = "base"
 FROZEN = "aligned"
 """Label of the run that evaluates base and aligned, whose answers all other runs of the model share."""
 
@@ -145,8 +146,11 @@ def load_study(path: Path, overrides: Iterable[str] = ()) -> Study:
             planned.append((label, merged(own, {"evaluation": {"defence": defence}}), None))
         for label, settings, seed in planned:
             name = _slug(label) + ("" if seed is None else f"-seed{seed}")
-            output = {"output": {"root": str(root / _slug(model)), "name": name}}
-            run = parse(merged(settings, output), f"{path}, {label}", file.parent, plugins=True)
+            whole = merged(settings, {"output": {"root": str(root / _slug(model)), "name": name}})
+            run = parse(whole, f"{path}, {label}", file.parent, plugins=True)
+            if (storage := config.output.storage or run.output.storage) is not None:
+                apart = {"output": {"storage": _storage_of(config.output.name, _slug(model), storage)}}
+                run = parse(merged(whole, apart), f"{path}, {label}", file.parent, plugins=True)
             trains = seed is not None
             runs.append(StudyRun(model, label, seed, run, trains, tuple(departures(run)) if trains else ()))
     _check_names(path, config, runs)
@@ -169,12 +173,24 @@ def _of_method(own: Tree, label: str, entry: Tree, path: Path) -> Tree:
     return merged({**own, "method": method}, {**entry, "method": given})
 
 
+def _storage_of(study: str, model: str, storage: str) -> str | None:
+    """Place of a model's runs in a storage, `<storage>/<study>/<model>`: runs of many models have the same names."""
+    above = OutputConfig.model_construct(name=study, storage=storage).mirror
+    return OutputConfig.model_construct(name=model, storage=above).mirror
+
+
 def _check_names(path: Path, config: StudyConfig, runs: list[StudyRun]) -> None:
     folders = [run.config.output.folder for run in runs]
     if twice := next((run for run, folder in zip(runs, folders, strict=True) if folders.count(folder) > 1), None):
         raise ConfigError(
             f"{path}: two entries would write into the folder {twice.config.output.folder}.",
             f"Give {twice.label!r} another name; {FROZEN!r} is that of the frozen models.",
+        )
+    labels = [*config.methods, *config.defences]
+    if taken := next((label for label in labels if label in (BASE, FROZEN) or labels.count(label) > 1), None):
+        raise ConfigError(
+            f"{path}: two rows of the table would be called {taken!r}.",
+            f"Give the method or the defence another name; {BASE!r} and {FROZEN!r} are those of the frozen models.",
         )
     if config.reference is not None and config.reference not in config.methods:
         raise ConfigError(f"{path}: reference names {config.reference!r}, which is none of the methods.")

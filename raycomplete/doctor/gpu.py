@@ -37,6 +37,8 @@ _REHEARSAL_STAGE_S = 1800.0  # of one stage: processors differ more than GPUs do
 _GRACE_S = 15.0  # between the request to stop and the kill
 _CHECKOUT = Path(__file__).resolve().parents[2]
 _STEPS = 5
+_NO_TIME = "no time was left"
+_SCHEMA = 1
 
 StageStatus = Literal["ok", "failed", "timed out", "left out"]
 
@@ -74,6 +76,7 @@ class Stage:
         limit_s: Longest time on a GPU.
         command: The program, or an empty list where it cannot run here.
         read: Reads values from the files that it left.
+        leaves: Those files, which are removed first: an earlier report's would be taken for its own.
     """
 
     name: str
@@ -81,6 +84,7 @@ class Stage:
     limit_s: float
     command: Callable[[Plan], list[str]]
     read: Callable[[Plan], dict[str, Any]] = lambda _: {}
+    leaves: tuple[str, ...] = ()
 
 
 @dataclass
@@ -180,6 +184,10 @@ def _run_read(name: str) -> Callable[[Plan], dict[str, Any]]:
     return read
 
 
+def _left_by(run: str) -> tuple[str, ...]:
+    return f"{run}/metrics.jsonl", f"{run}/summary.json"
+
+
 STAGES: tuple[Stage, ...] = (
     Stage(
         "devices",
@@ -195,9 +203,17 @@ STAGES: tuple[Stage, ...] = (
         150,
         lambda plan: plan.run("demo", "", "output.name=demo", tiny=_TINY_RUN),
         _run_read("demo"),
+        _left_by("demo"),
     ),
-    Stage("tests", "the tests that need a GPU", 150, _pytest, _tests_read),
-    Stage("loss", "time and peak memory beside Liger and plain PyTorch", 150, _benchmark, _benchmark_read),
+    Stage("tests", "the tests that need a GPU", 150, _pytest, _tests_read, ("tests.xml",)),
+    Stage(
+        "loss",
+        "time and peak memory beside Liger and plain PyTorch",
+        150,
+        _benchmark,
+        _benchmark_read,
+        ("loss/results.json",),
+    ),
     Stage("scoring", "tokens scored a second beside vLLM's bare prefill", 90, lambda plan: plan.probe("scoring")),
     Stage("weights", "new weights in a rollout engine, its decoding included", 90, lambda plan: plan.probe("weights")),
     Stage("sleep", "memory that a sleeping engine gives back", 60, lambda plan: plan.probe("sleep")),
@@ -208,8 +224,16 @@ STAGES: tuple[Stage, ...] = (
         120,
         _smollm2("align"),
         _run_read("smollm2-align"),
+        _left_by("smollm2-align"),
     ),
-    Stage("smollm2 train", "its completion for a few steps", 150, _smollm2("train"), _run_read("smollm2")),
+    Stage(
+        "smollm2 train",
+        "its completion for a few steps",
+        150,
+        _smollm2("train"),
+        _run_read("smollm2"),
+        _left_by("smollm2"),
+    ),
 )
 
 
@@ -219,10 +243,11 @@ def prove_gpu(out: Path, console: Console, *, rehearsal: bool, only: Sequence[st
     Args:
         out: Folder of gpu.json, gpu.md, logs and runs.
         rehearsal: On the CPU, with tiny sizes.
-        only: Names of stages; empty for all.
+        only: Names of stages; empty for all. Of the others, what an earlier report says of the same devices and
+            versions stays.
 
     Returns:
-        0 where every stage that ran is ok, else 1.
+        0 where every stage that was asked for is ok, or needs a checkout that is not there; else 1.
 
     Raises:
         ConfigError: `only` names a stage that is not there.
@@ -237,8 +262,11 @@ def prove_gpu(out: Path, console: Console, *, rehearsal: bool, only: Sequence[st
     plan = Plan(out.absolute(), rehearsal)
     (plan.out / "logs").mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + (REHEARSAL_LIMIT_S if rehearsal else LIMIT_S)
+    known = _earlier_results(plan)
     results = [
-        StageResult(stage.name, stage.shows, "left out", problem="not asked for" if only else "not reached")
+        known.get(stage.name, StageResult(stage.name, stage.shows, "left out", problem="not asked for"))
+        if only and stage.name not in only
+        else StageResult(stage.name, stage.shows, "left out", problem="not reached")
         for stage in STAGES
     ]
     for number, stage in enumerate(STAGES):
@@ -251,19 +279,31 @@ def prove_gpu(out: Path, console: Console, *, rehearsal: bool, only: Sequence[st
         found = results[number]
         console.print(f"{found.status:<9} {found.name}, {found.seconds:.0f} s  {found.problem}", highlight=False)
     console.print(f"Report: {plan.out / 'gpu.md'}", highlight=False)
-    return int(any(item.status in ("failed", "timed out") for item in results))
+    asked = [item for item in results if not only or item.name in only]
+    return int(any(item.status in ("failed", "timed out") or item.problem == _NO_TIME for item in asked))
+
+
+def _earlier_results(plan: Plan) -> dict[str, StageResult]:
+    """Reads the stages of an earlier report, unless that was of other devices or versions."""
+    tree = read_json(plan.out / "gpu.json") or {}
+    same = {"schema": _SCHEMA, "rehearsal": plan.rehearsal, "devices": gpus(), "versions": package_versions()}
+    if any(tree.get(name) != value for name, value in same.items()):
+        return {}
+    return {item["name"]: StageResult(**item) for item in tree["stages"]}
 
 
 def run_stage(stage: Stage, plan: Plan, limit_s: float) -> StageResult:
     """Runs one stage; its own failure, and that of reading what it left, is part of the result."""
     result = StageResult(stage.name, stage.shows, "left out")
     if limit_s < 1:
-        result.problem = "no time was left"
+        result.problem = _NO_TIME
         return result
     if not (command := stage.command(plan)):
         result.problem = "needs a checkout: there is no tests folder beside the package"
         return result
     log, started = plan.out / "logs" / f"{stage.name.replace(' ', '-')}.log", time.monotonic()
+    for name in stage.leaves:
+        (plan.out / name).unlink(missing_ok=True)
     code = _run(command, log, plan, limit_s)
     result.seconds = round(time.monotonic() - started, 1)
     lines = log.read_text(errors="replace").splitlines()
@@ -310,7 +350,7 @@ def write_report(plan: Plan, results: Sequence[StageResult]) -> None:
     """Writes gpu.json and gpu.md."""
     devices, versions = gpus(), package_versions()
     tree = {
-        "schema": 1,
+        "schema": _SCHEMA,
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
         "rehearsal": plan.rehearsal,
         "devices": devices,

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from raycomplete.config.study import FROZEN, Study, StudyRun
+from raycomplete.config.defences import ContrastiveDefence, SafeDecodingDefence
+from raycomplete.config.study import BASE, FROZEN, Study, StudyRun
 from raycomplete.evaluation.statistics import difference_over_runs, mean_over_runs
 from raycomplete.evaluation.summary import OTHER_RATES, reductions
 from raycomplete.report.run_folder import RunFolder, read_run_folder
@@ -17,7 +18,7 @@ from raycomplete.runtime.errors import DataError
 MEAN_OVER_ATTACKS = "ASR, mean over attacks"
 OVER_REFUSAL = "over-refusal"
 SPARE_OVER_REFUSAL = 0.02  # by which a rival may refuse more harmless prompts than the reference and still be compared
-_BASE, _STUDENT = "base", "student"
+_STUDENT = "student"
 _NOT_ATTACKS = tuple(label.removesuffix(" (borderline)") for label in OTHER_RATES.values())
 _APART = ("off_topic", "incoherent")  # outcomes that are success of nobody
 
@@ -56,11 +57,12 @@ def _of_model(study: Study, runs: Sequence[StudyRun]) -> dict[str, Any]:
     ((frozen_run, frozen),) = by_label.pop(FROZEN)
     rows: dict[str, Row] = {}
     shares: dict[str, list[dict[str, Shares]]] = {}
-    for role in (_BASE, FROZEN):
+    for role in (BASE, FROZEN):
         if role in frozen.results:
             shares[role] = [_shares(frozen_run.config.output.folder, frozen.results[role])]
             rows[role] = {"seeds": [], "apart": _apart([frozen.results[role]]), "cost": {}, "departures": []}
-    plain = _seconds_per_token([frozen.results[FROZEN]])
+    is_alone = study.config.parallel == 1  # runs side by side slow each other
+    plain = _seconds_per_token([frozen.results[FROZEN]]) if is_alone else None
     for label in (*study.config.methods, *study.config.defences):
         if not (found := by_label.get(label)):
             continue
@@ -69,7 +71,7 @@ def _of_model(study: Study, runs: Sequence[StudyRun]) -> dict[str, Any]:
         rows[label] = {
             "seeds": [run.seed for run, _ in found if run.seed is not None],
             "apart": _apart(results),
-            "cost": _cost([folder for _, folder in found], results, plain),
+            "cost": _cost([folder for _, folder in found], results, None if _has_two_models(found[0][0]) else plain),
             "departures": list(found[0][0].departures),
         }
     try:
@@ -112,19 +114,28 @@ def _add_rates(rows: Mapping[str, Row], shares: Mapping[str, list[dict[str, Shar
             for measure, (_, trials) in shares[label][0].items()
             if all(measure in run for run in shares[label])
         }
-        if label not in (_BASE, FROZEN):
+        if label not in (BASE, FROZEN):
             row["against_aligned"] = {
-                measure: _difference(shares, label, FROZEN, measure)
+                measure: _difference(rows, shares, (label, FROZEN), measure)
                 for measure in row["rates"]
                 if measure in shares[FROZEN][0]
             }
 
 
-def _difference(shares: Mapping[str, list[dict[str, Shares]]], first: str, second: str, measure: str) -> dict[str, Any]:
-    """Compares two rows run by run; a row without seeds is the same in each run of the other."""
-    ours, theirs = ([run[measure][0] for run in shares[label]] for label in (first, second))
-    runs = max(len(ours), len(theirs)) if 1 in (len(ours), len(theirs)) else min(len(ours), len(theirs))
-    return difference_over_runs((ours * runs)[:runs], (theirs * runs)[:runs])
+def _difference(
+    rows: Mapping[str, Row], shares: Mapping[str, list[dict[str, Shares]]], labels: tuple[str, str], measure: str
+) -> dict[str, Any]:
+    """Compares two rows on the seeds that both have; a row without seeds is the same under each of the other's."""
+    seeds = _common_seeds(*(rows[label]["seeds"] for label in labels)) or [None]
+    ours, theirs = (
+        [shares[label][known.index(seed) if known else 0][measure][0] for seed in seeds]
+        for label, known in ((label, rows[label]["seeds"]) for label in labels)
+    )
+    return difference_over_runs(ours, theirs)
+
+
+def _common_seeds(ours: Sequence[int], theirs: Sequence[int]) -> list[int]:
+    return [seed for seed in ours or theirs if seed in (theirs or ours)]
 
 
 def _add_best_rival(reference: str, rows: Mapping[str, Row], shares: Mapping[str, list[dict[str, Shares]]]) -> None:
@@ -136,14 +147,16 @@ def _add_best_rival(reference: str, rows: Mapping[str, Row], shares: Mapping[str
     rivals = [
         label
         for label, row in rows.items()
-        if label not in (reference, _BASE, FROZEN) and row["rates"].get(OVER_REFUSAL, {"rate": 0.0})["rate"] <= allowed
+        if label not in (reference, BASE, FROZEN) and row["rates"].get(OVER_REFUSAL, {"rate": 0.0})["rate"] <= allowed
     ]
     rows[reference]["against_best_rival"] = found = {}
     for measure in (MEAN_OVER_ATTACKS, *attacks_of(rates), *depths_of(rates).values()):
         having = [label for label in rivals if measure in rows[label]["rates"]]
+        # Of a rival whose runs under the reference's seeds are not finished, nothing can be said yet.
+        having = [label for label in having if _common_seeds(rows[reference]["seeds"], rows[label]["seeds"])]
         if having:
             best = min(having, key=lambda label: rows[label]["rates"][measure]["rate"])
-            found[measure] = {"rival": best, **_difference(shares, reference, best, measure)}
+            found[measure] = {"rival": best, **_difference(rows, shares, (reference, best), measure)}
 
 
 def _apart(results: Sequence[Mapping[str, Any]]) -> float | None:
@@ -154,17 +167,23 @@ def _apart(results: Sequence[Mapping[str, Any]]) -> float | None:
 
 
 def _cost(folders: Sequence[RunFolder], results: Sequence[Mapping[str, Any]], plain: float | None) -> Row:
-    """Means over runs: seconds of training steps, times their workers, and the time of a token against aligned's."""
+    """Means over runs: seconds of training steps, and the time of a token against aligned's where that is known."""
     trained = [folder.summary["train"] for folder in folders if folder.summary.get("train")]
     spoken = _seconds_per_token(results)
-    passes = [result["defence"]["passes_per_token"] for result in results if result.get("defence")]
+    counted = [result["defence"]["passes_per_token"] for result in results if result.get("defence")]
+    passes = [count for count in counted if count is not None]  # answers that were all found again took none
     return {
         "train_seconds": sum(run["seconds"] for run in trained) / len(trained) if trained else 0.0,
         "train_tokens": sum(run["tokens"] for run in trained) / len(trained) if trained else 0.0,
         "steps": sum(run["steps"] for run in trained) / len(trained) if trained else 0.0,
         "seconds_per_token": spoken / plain if spoken is not None and plain else None,
-        "passes_per_token": sum(passes) / len(passes) if passes else 1.0,
+        "passes_per_token": sum(passes) / len(passes) if passes else None if counted else 1.0,
     }
+
+
+def _has_two_models(run: StudyRun) -> bool:
+    """Tells whether answers are decoded by transformers, whose seconds say nothing beside those of vLLM."""
+    return isinstance(run.config.evaluation.defence, ContrastiveDefence | SafeDecodingDefence)
 
 
 def _seconds_per_token(results: Sequence[Mapping[str, Any]]) -> float | None:

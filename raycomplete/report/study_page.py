@@ -77,7 +77,8 @@ def _tables(reference: str, found: Mapping[str, Any]) -> list[Table]:
         cost, seeds = row["cost"], ", ".join(map(str, row["seeds"])) or "-"
         token = f"{cost['seconds_per_token']:.2f}x" if cost.get("seconds_per_token") else "-"
         costs = [f"{cost['steps']:.0f}", f"{cost['train_seconds']:.0f}", token] if cost else ["-", "-", "1x"]
-        costs.append(f"{cost['passes_per_token']:.2f}" if cost else "1.00")
+        passes = cost["passes_per_token"] if cost else 1.0
+        costs.append("-" if passes is None else f"{passes:.2f}")
         summed.append([label, *rates, "-" if row["apart"] is None else f"{100 * row['apart']:.1f} %", *costs, seeds])
     listed = [name for name in measures if name not in (MEAN_OVER_ATTACKS, *_SUMMED[2:])]
     by_attack = [["", *labels]]
@@ -218,6 +219,8 @@ def _costs(model: str, rows: Mapping[str, Any]) -> Plot | None:
     colors = [looks[label][0] for label in labels]
     left.barh(labels, [known[label]["train_seconds"] for label in labels], color=colors)
     right.barh(labels, [known[label]["seconds_per_token"] or 0.0 for label in labels], color=colors)
+    if not any(cost["seconds_per_token"] for cost in known.values()):
+        right.axis("off")
     left.invert_yaxis()
     left.set_xlabel("training steps, seconds")
     right.set_xlabel("time of a token, times aligned's")
@@ -228,7 +231,8 @@ def _costs(model: str, rows: Mapping[str, Any]) -> Plot | None:
     data += [[label, *(cost[key] for key in keys)] for label, cost in known.items()]
     caption = (
         "Left: seconds of all training steps of one run, waiting for teachers and rollouts included, on the devices of "
-        "the run. Right: measured time of a token in answers to harmless prompts, against aligned's."
+        "the run. Right: measured time of a token in answers to harmless prompts, against aligned's, where runs were "
+        "alone on the machine and vLLM wrote the answers."
     )
     return Plot(f"{model}-cost", caption, figure, data)
 

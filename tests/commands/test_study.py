@@ -9,13 +9,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
 
 from raycomplete.commands import study as command
+from raycomplete.config import load_run_file
 from raycomplete.config.study import FROZEN, Study, load_study
+from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import ConfigError, StoppedError
 from raycomplete.runtime.files import write_text
 from raycomplete.runtime.signals import StopSignals
@@ -48,7 +51,11 @@ if sys.argv[3] == "evaluate" and config.evaluation.defence is None:
 if folder.name == "npo-seed1" and not (folder.parent.parent / "mended").exists():
     sys.exit(1)
 time.sleep(0.3)
-(folder / "summary.json").write_text(json.dumps({"evaluation": config.evaluation.model_dump(mode="json")}))
+evaluation = config.evaluation.model_dump(mode="json")
+role = "aligned" if folder.name == "aligned" else "student"
+(folder / "evaluation").mkdir(exist_ok=True)
+(folder / "evaluation" / f"{role}.json").write_text(json.dumps({"settings": {**evaluation, "temperature": 0.0}}))
+(folder / "summary.json").write_text(json.dumps({"evaluation": evaluation}))
 """
 
 
@@ -132,6 +139,50 @@ def test_a_study_that_is_there_is_refused_without_resume(study: Study) -> None:
     write_text(study.folder / "study.json", "{}")
     with pytest.raises(ConfigError, match="holds a study already"):
         command.study(study)
+
+
+def test_a_folder_that_no_study_made_is_never_wiped(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    thesis = study.folder / "thesis.txt"
+    write_text(thesis, "years")
+    with pytest.raises(ConfigError, match="no study made them"), command._alone(study.folder, overwrite=True):
+        raise AssertionError("it was taken")
+    assert [path.name for path in study.folder.iterdir()] == ["thesis.txt"]
+    (study.folder / "study.lock").touch()
+    monkeypatch.setattr(command, "_checked", lambda study, console: study)
+    monkeypatch.setattr(command, "_refuse_others", lambda study: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        command.study(study, resume=True, overwrite=True)
+    assert thesis.exists(), "to resume wins, as in train"
+    with command._alone(study.folder, overwrite=True):
+        assert [path.name for path in study.folder.iterdir()] == ["study.lock"]
+
+
+def test_a_result_of_another_evaluation_is_made_again(study: Study) -> None:
+    write_text(study.folder / "mended", "")
+    work(study, places=4)
+    result = study.folder / "organism" / "npo-seed0" / "evaluation" / "student.json"
+    write_text(result, json.dumps({"settings": {"num_prompts": 1}}))
+    work(study, places=4)
+    assert {name: len(times) for name, times in began(study).items() if len(times) > 1} == {"npo-seed0": 2}
+    assert "temperature" in result.read_text()
+
+
+def test_the_study_joins_the_cluster_of_the_run_file_and_its_runs_join_the_study_s(
+    study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    for name in ("prepare_models", "prepare_prompts", "check_attacks", "check_defence"):
+        monkeypatch.setattr(command, name, lambda *_, **__: SimpleNamespace(codec=None))
+    monkeypatch.setattr(command, "resolve_dtype", lambda config, _: config)
+    first = study.runs[0]
+    for address, parallel in (("10.0.0.1:6379", None), ("local", 1)):
+        cluster = first.config.cluster.model_copy(update={"address": address})
+        run = command.replace(first, config=first.config.model_copy(update={"cluster": cluster}))
+        checked = command._checked(command.replace(study, runs=(run,)), Console(quiet=True))
+        assert checked.runs[0].config.cluster.address == address
+        assert checked.config.parallel == parallel
+    work(checked, places=1)
+    assert load_run_file(first.config.output.folder / "run.yaml").cluster.address is None
 
 
 def test_two_processes_cannot_work_on_one_study(study: Study) -> None:

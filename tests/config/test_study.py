@@ -90,6 +90,23 @@ def test_models_multiply_runs(tmp_path: Path) -> None:
     assert study.of_model("large")[0].config.data.limit_per_kind == 8
 
 
+def test_runs_of_two_models_are_mirrored_apart(tmp_path: Path) -> None:
+    file = """
+        settings: {output: {storage: "s3://bucket/all?region=x"}}
+        models: {small: {}, the large: {}}
+        methods: {completion: }
+        output: {name: mine}
+    """
+    places = [run.config.output.mirror for run in load_study(study_file(tmp_path, file)).runs]
+    assert places == [
+        f"s3://bucket/all/mine/{model}/{run}?region=x"
+        for model in ("small", "the-large")
+        for run in ("aligned", "completion-seed0")
+    ]
+    of_study = load_study(study_file(tmp_path, file), ["output.storage=s3://other"]).runs[0].config.output
+    assert of_study.mirror == "s3://other/mine/small/aligned"
+
+
 def test_a_method_of_a_plugin_is_named_like_any_other(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(PLUGIN)
     file = "plugins: [mine.py]\nmethods: {refusals_of_a_plugin: }"
@@ -114,6 +131,10 @@ def test_a_method_of_a_plugin_is_named_like_any_other(tmp_path: Path) -> None:
             "would write into the folder",
         ),
         ("methods: {completion: }\ndefences: {aligned: {name: re_ask}}", "would write into the folder"),
+        ("methods: {x: }\ndefences: {x: {name: re_ask}}", "two rows of the table would be called 'x'"),
+        ("methods: {base: }", "two rows of the table would be called 'base'"),
+        ("methods: {aligned: }", "two rows of the table would be called 'aligned'"),
+        ("methods: {completion: }\nsettings: {output: {storage: 'ftp://x/y'}}", "output.storage"),
         ("methods: {completion: }\ndefences: {x: {name: contrast}}", "There is no defence 'contrast'"),
         ("methods: {completion: }\ndefences: {x: {name: re_ask, evry: 3}}", "Did you mean 'every'"),
         ("methods: {circuit_breakers: }", "train.lora_rank"),

@@ -71,6 +71,37 @@ def test_a_report_is_there_while_a_stage_still_runs(tmp_path: Path, monkeypatch:
     assert (tmp_path / "logs" / "second.log").read_text().strip() == "ok"
 
 
+def test_a_stage_that_dies_at_once_reports_nothing_of_an_earlier_report(tmp_path: Path) -> None:
+    def read(plan: Plan) -> dict[str, Any]:
+        return {"old": (plan.out / "old.txt").read_text()}
+
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "old.txt").write_text("of yesterday")
+    result = run_stage(
+        program("one", "raise SystemExit(3)", read=read, leaves=("old.txt",)), Plan(tmp_path, True), 20.0
+    )
+    assert (result.status, result.values) == ("failed", {})
+    assert all(stage.leaves for stage in STAGES if stage.name in ("demo", "tests", "loss", "smollm2 align"))
+
+
+def test_stages_that_were_not_asked_for_stay_in_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "STAGES", (program("first", TELLS), program("second", TELLS)))
+    for only in ("first", "second"):
+        assert prove_gpu(tmp_path, QUIET, rehearsal=True, only=[only]) == 0
+    found = json.loads((tmp_path / "gpu.json").read_text())["stages"]
+    assert [(item["status"], item["values"]) for item in found] == [("ok", {"speed": 3})] * 2
+    monkeypatch.setattr(gpu, "package_versions", lambda: {"torch": "another"})
+    assert prove_gpu(tmp_path, QUIET, rehearsal=True, only=["second"]) == 0
+    found = json.loads((tmp_path / "gpu.json").read_text())["stages"]
+    assert [item["status"] for item in found] == ["left out", "ok"], "numbers of other versions are not mixed in"
+
+
+def test_a_stage_that_is_not_reached_is_no_success(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "STAGES", (program("first", TELLS),))
+    monkeypatch.setattr(gpu, "REHEARSAL_LIMIT_S", 0.0)
+    assert prove_gpu(tmp_path, QUIET, rehearsal=True) == 1
+
+
 def test_time_is_shared_and_what_a_stage_started_ends_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     child = (
         "import subprocess, sys, time; p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(90)'])\n"

@@ -113,7 +113,43 @@ def test_the_best_rival_refuses_as_little_as_the_reference(study: Study) -> None
     assert "against_best_rival" not in rows["npo"]
 
 
-def test_costs_are_training_seconds_and_the_time_of_a_token(study: Study) -> None:
+def test_rows_are_paired_by_seed(study: Study) -> None:
+    finish(study, RESULTS)
+
+    def rows_without(*missing: tuple[str, int]) -> dict[str, Any]:
+        finished = [run for run in study.runs if (run.label, run.seed) not in missing and run.label != "again"]
+        rows: dict[str, Any] = study_results(study, finished)["models"]["organism"]["rows"]
+        return rows
+
+    best = rows_without(("npo", 0))["completion"]["against_best_rival"]["ASR, depth 4"]
+    assert best == {"rival": "npo", **difference_over_runs([first(4)], [first(12)])}
+    rows = rows_without(("completion", 1), ("npo", 0))
+    assert rows["completion"]["against_best_rival"] == {}, "no seed that both have"
+
+
+def test_the_time_of_a_token_is_told_only_where_it_means_something(study: Study, tmp_path: Path) -> None:
+    finish(study, RESULTS)
+    assert study.config.parallel is None
+    rows = study_results(study, study.runs)["models"]["organism"]["rows"]
+    assert rows["completion"]["cost"]["seconds_per_token"] is None
+    pair = load_study(study_file(tmp_path, FILE.replace("re_ask", "contrastive")), ["parallel=1"])
+    rows = study_results(pair, pair.runs)["models"]["organism"]["rows"]
+    assert rows["completion"]["cost"]["seconds_per_token"] == pytest.approx(1.0)
+    assert rows["again"]["cost"]["seconds_per_token"] is None
+
+
+def test_a_defence_whose_passes_nobody_counted_still_has_a_page(study: Study) -> None:
+    finish(study, RESULTS)
+    result = study.runs[-1].config.output.folder / "evaluation" / "student.json"
+    write_json(result, json.loads(result.read_text()) | {"defence": {"passes_per_token": None}})
+    write_study(study, study.runs)
+    rows = study_results(study, study.runs)["models"]["organism"]["rows"]
+    assert rows["again"]["cost"]["passes_per_token"] is None
+    assert rows["completion"]["cost"]["passes_per_token"] == 1.0
+
+
+def test_costs_are_training_seconds_and_the_time_of_a_token(study: Study, tmp_path: Path) -> None:
+    study = load_study(study_file(tmp_path, FILE), ["parallel=1"])
     finish(study, RESULTS)
     rows = study_results(study, study.runs)["models"]["organism"]["rows"]
     assert rows["completion"]["cost"]["train_seconds"] == 30.0

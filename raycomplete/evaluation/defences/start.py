@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -101,6 +102,7 @@ class Defence:
             made_from.append(
                 content_hash([[prompt.transcript for prompt in prompts[kind]] for kind in sorted(prompts)])
             )
+            made_from.append(run.config.data.seed)
         if isinstance(self.settings, SafeDecodingDefence) and self.settings.expert is not None:
             made_from.append(fingerprint(resolve_checkpoint(self.settings.expert, role="evaluation.defence.expert")))
         return f"{self.settings.name} {content_hash(made_from)[:16]}"
@@ -251,7 +253,9 @@ class Defence:
         labels: list[bool] = []
         with run.console.stage("Probe fitted on answers to training prompts"):
             for kind, path, begun in (("harmful", base, opening), ("benign", student, [])):
-                prompts = run.prompts.train[kind][: settings.prompts]  # type: ignore[index]
+                known_prompts = run.prompts.train[kind]  # type: ignore[index]
+                drawn = random.Random(run.config.data.seed)  # files are often sorted by topic
+                prompts = drawn.sample(known_prompts, min(settings.prompts, len(known_prompts)))
                 pool = run.engines.generator.with_weights(str(path))
                 asked = [prompt.encoded(codec) for prompt in prompts]
                 said = pool.generate([[*ids, *begun] for ids in asked], max_tokens=settings.answer_tokens)

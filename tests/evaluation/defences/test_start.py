@@ -166,6 +166,26 @@ def test_the_probe_closes_prefills_and_is_fitted_once(run: Any, monkeypatch: pyt
     assert success(run, defended(run, **settings).around(run.engines.generator)) == 0.0
 
 
+def test_the_probe_reads_a_sample_of_the_prompts_under_the_seed(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    shown = Pool.generate
+
+    def generate(pool: Pool, sequences: Sequence[Sequence[int]], **sampling: Any) -> list[list[int]]:
+        asked.extend(run.models.codec.decode(list(sequence)) for sequence in sequences)
+        return shown(pool, sequences, **sampling)
+
+    monkeypatch.setattr(Pool, "generate", generate)
+    defence = defended(run, name="probe", every=4, prompts=4)
+    assert defence._probe.weight_H.shape
+    codec, train = run.models.codec, run.prompts.train["benign"]
+    drawn = [index for index, prompt in enumerate(train) if codec.decode(prompt.encoded(codec)) in asked]
+    assert len(drawn) == 4
+    assert drawn != [0, 1, 2, 3]
+    before = defence.key
+    run.config = run.config.model_copy(update={"data": run.config.data.model_copy(update={"seed": 7})})
+    assert defended(run, name="probe", every=4, prompts=4).key != before
+
+
 def test_costs_of_a_resumed_evaluation_add_up(run: Any) -> None:
     first = defended(run, name="contrastive")
     harmless(run, first.around(run.engines.generator))
