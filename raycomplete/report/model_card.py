@@ -45,7 +45,7 @@ def write_model_card(run_folder: Path) -> Path | None:
     """Writes the card of a run's student into its checkpoint.
 
     Returns:
-        The path of the card; None where the run has no exported student, or none that was evaluated by itself: the rates
+        The path of the card; None where the run has no exported student, or none that was evaluated by itself: rates
         of a student behind a defence at inference are not those of its weights.
     """
     student = run_folder / "student"
