@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import glob
 import re
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console as RichConsole
 
+from raycomplete.evaluation.summary import defence_name
 from raycomplete.report.model_card import CARD, write_model_card
 from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import ConfigError, DataError, SetupError, WorkError
+from raycomplete.runtime.files import read_json
 
 # Of a checkpoint; a run folder's other files hold harmful tokens and never leave it by this way.
 UPLOADED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.md", "*.png")
@@ -30,12 +33,17 @@ def push(run_folder: Path, repository: str, *, yes: bool = False, public: bool =
 
     Raises:
         ConfigError: The name is none of a repository.
-        DataError: The run has no evaluated student.
+        DataError: The run has no evaluated student, or was evaluated behind a defence at inference.
         SetupError: The hub is switched off or no token is there; nothing was uploaded.
         WorkError: The hub refused or could not be reached.
     """
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", repository):
         raise ConfigError(f"{repository!r} names no repository.", "Write org/name.")
+    if defence := defence_name(read_json(run_folder / "summary.json") or {}):
+        raise DataError(
+            f"The student of {run_folder} was evaluated behind the defence {defence}, which is not in its weights.",
+            "Evaluate it by itself: raycomplete evaluate with evaluation.defence=null.",
+        )
     card = write_model_card(run_folder)
     if card is None:
         raise DataError(
@@ -54,13 +62,13 @@ def push(run_folder: Path, repository: str, *, yes: bool = False, public: bool =
         plain.print(card.read_text(encoding="utf-8"), markup=False, highlight=False, soft_wrap=True)
         console.note(f"{len(files)} files, {_size(total)}. Nothing was uploaded: --yes uploads them.")
         return files
-    address = _upload(student, repository, public)
+    address = _upload(student, files, repository, public)
     console.note(f"{len(files)} files, {_size(total)}, uploaded")
     plain.print(address, highlight=False, soft_wrap=True)
     return files
 
 
-def _upload(student: Path, repository: str, public: bool) -> str:
+def _upload(student: Path, files: list[Path], repository: str, public: bool) -> str:
     from huggingface_hub import HfApi, constants, get_token
 
     if constants.HF_HUB_OFFLINE:
@@ -76,7 +84,7 @@ def _upload(student: Path, repository: str, public: bool) -> str:
         api.upload_folder(
             repo_id=repository,
             folder_path=student,
-            allow_patterns=list(UPLOADED),
+            allow_patterns=[glob.escape(path.name) for path in files],  # a star of the hub's crosses folders
             commit_message=f"Student of raycomplete, with {CARD}",
         )
     except ConfigError:

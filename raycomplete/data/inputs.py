@@ -25,6 +25,9 @@ from raycomplete.runtime.files import content_hash
 from raycomplete.runtime.types import ModelRole, Prompt, PromptKind
 
 KINDS: tuple[PromptKind, ...] = ("harmful", "benign", "borderline")
+_UNSPACED = re.compile(  # Thai, Lao, Burmese, Khmer, kana and Chinese characters
+    r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]+"
+)
 _OF_THE_LOOP = frozenset(  # keys of `rollout` that change no sample
     {
         "anchor_on_policy",
@@ -251,7 +254,11 @@ def _without_near_repeats(
 
 
 def _words(prompt: Prompt) -> frozenset[str]:
-    return frozenset(re.findall(r"\w+", prompt.transcript.lower()))
+    """Words of the user message: a system prompt or earlier turns that many prompts share make no repeat of them."""
+    text = prompt.text.lower()
+    # Where a script has no spaces between words, every three characters in a row stand for one.
+    threes = [run[at : at + 3] for run in _UNSPACED.findall(text) for at in range(max(len(run) - 2, 1))]
+    return frozenset([*re.findall(r"\w+", _UNSPACED.sub(" ", text)), *threes])
 
 
 def _check_disjoint(

@@ -1,4 +1,4 @@
-"""Reads prompts by `datasets`, from files, folders and the hub, and rows of users' other files.
+"""Reads prompts from files, folders and the hub, by `datasets` where they are not JSON, and rows of users' other files.
 
 The settings of attacks import this file. `datasets` streams: it leaves no copy of harmful prompts in a cache.
 """
@@ -25,8 +25,6 @@ if TYPE_CHECKING:  # whose sections import attacks, and those this file
 
 _ENCODING = "utf-8-sig"  # UTF-8, with or without the mark that spreadsheets put first
 _BUILDERS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-# Left to itself, the reader of CSV files takes prompts such as "NA" or "null" for missing values.
-_OPTIONS: dict[str, dict[str, Any]] = {"csv": {"keep_default_na": False, "encoding": _ENCODING}}
 
 
 def load_rows(path: Path, what: str = "file") -> list[Any]:
@@ -43,8 +41,7 @@ def load_rows(path: Path, what: str = "file") -> list[Any]:
     try:
         match path.suffix.lower():
             case ".jsonl" | ".ndjson":
-                # Not splitlines(): it also cuts at U+2028 and its like, which may stand inside a JSON string.
-                return [json.loads(line) for line in path.read_text(_ENCODING).split("\n") if line.strip()]
+                return list(_json_rows(path))
             case ".json":
                 return list(json.loads(path.read_text(_ENCODING)))
             case ".csv":
@@ -57,6 +54,20 @@ def load_rows(path: Path, what: str = "file") -> list[Any]:
     except (ValueError, TypeError, csv.Error, OSError) as error:
         raise DataError(f"The {what} {path} cannot be read as {path.suffix[1:]} ({error}).") from error
     raise DataError(f"The {what} {path} ends in {path.suffix!r}.", "Use .jsonl, .json, .csv or .parquet.")
+
+
+def _json_rows(path: Path) -> Iterator[Any]:
+    """Yields the values of JSON lines, or of one list; `datasets` would make numbers and dates of a column alike."""
+    with path.open(encoding=_ENCODING) as stream:  # a file, unlike splitlines(), keeps U+2028 in a JSON string
+        if path.suffix.lower() == ".json":
+            text = stream.read()
+            if text.lstrip().startswith("["):
+                yield from json.loads(text)
+                return
+            stream.seek(0)
+        for line in stream:
+            if line.strip():
+                yield json.loads(line)
 
 
 def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
@@ -133,8 +144,11 @@ def _rows(source: PromptSource) -> Iterator[dict[str, Any]]:
                 yield from datasets.load_dataset(str(folder), name=source.config, **options)
         else:
             files, builder = _files(source)
-            if any(Path(file).stat().st_size for file in files):  # of empty files alone no columns can be told
-                own = {"data_files": files, **_OPTIONS.get(builder, {})}
+            if builder == "json":
+                for file in files:
+                    yield from _json_rows(Path(file))
+            elif any(Path(file).stat().st_size for file in files):  # of empty files alone no columns can be told
+                own = {"data_files": files, **(_csv_options(source) if builder == "csv" else {})}
                 yield from datasets.load_dataset(builder, **own, **(options | {"split": "train"}))
     except DataError:
         raise
@@ -156,6 +170,13 @@ def _files(source: PromptSource) -> tuple[list[str], str]:
             "Use .jsonl, .json, .csv, .parquet, the folder of a data set or hub:ORG/NAME.",
         )
     return files, builder
+
+
+def _csv_options(source: PromptSource) -> dict[str, Any]:
+    """Options by which CSV is read as it stands: "NA", "007" and "true" are texts, and no column is an index."""
+    used = (source.prompt, source.messages, source.context, source.answer, *source.where)
+    converters = dict.fromkeys(filter(None, used), str)
+    return {"converters": converters, "index_col": False, "keep_default_na": False, "encoding": _ENCODING}
 
 
 def hub_commit(source: PromptSource) -> str | None:
@@ -198,13 +219,13 @@ def _unreadable(source: PromptSource, error: Exception) -> DataError:
 
 
 def select_prompts(rows: Iterable[Any], columns: PromptColumns, path: Path, kind: PromptKind) -> Iterable[Prompt]:
-    """Yields the prompts of rows of `path` that meet `columns.where`; rows without a text are left out.
+    """Yields the prompts of rows of `path` that meet `columns.where`; rows with an empty text are left out.
 
     A row without a value in the prompt's column may hold a conversation in that of `messages`: its last user message is
     the text, what stands before is kept as the prompt's context.
 
     Raises:
-        DataError: A row is no mapping, or lacks a column, or its conversation cannot be used.
+        DataError: A row is no mapping, or lacks a column, prompt or conversation, or the latter cannot be used.
     """
     others = [name for name in (columns.context, columns.answer) if name]
     for index, row in enumerate(rows):  # numbered before `where`, so that a number points into the file
@@ -212,10 +233,16 @@ def select_prompts(rows: Iterable[Any], columns: PromptColumns, path: Path, kind
         # CSV knows no types, so `refusal_cue: true` must also match the text "true".
         if any(str(row[name]).strip().lower() != str(value).lower() for name, value in columns.where.items()):
             continue
-        is_chat = not row.get(columns.prompt) and columns.messages in row
+        is_chat = row.get(columns.prompt) in (None, "") and columns.messages in row
         _require(row, others if is_chat else [columns.prompt, *others], path)
+        # Readers of tables fill columns that a row lacks with None; an empty text is meant.
+        if row.get(columns.prompt) is None and row.get(columns.messages) is None:
+            raise DataError(
+                f"Row {index + 1} of {path} has no value in {columns.prompt!r}, and no conversation.",
+                "Give it one, name its column as `prompt` or `messages`, or leave the row out by `where`.",
+            )
         text, context, answer = (
-            str(row[name] or "").strip() if name and name in row else ""
+            "" if not name or row.get(name) is None else str(row[name]).strip()
             for name in (columns.prompt, columns.context, columns.answer)
         )
         system: str | None = None

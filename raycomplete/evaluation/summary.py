@@ -167,11 +167,12 @@ def closing_table(summary: Mapping[str, Any]) -> list[list[str]]:
     """Makes the rows of the closing table: depths, mean, other attacks, utility, refusals, benchmarks; by model.
 
     Attacks and over-refusal stand in one table, so that a model that refuses everything is seen to fail.
-    The header comes first, and every row is as long as it.
+    The header comes first, and every row is as long as it. It names the defence that stood around the student.
     """
     asr: Mapping[str, Any] = summary.get("asr", {})
     roles = [role for role in MODEL_ROLES if role in asr]
-    rows = [["", *roles]]
+    defence = defence_name(summary)
+    rows = [["", *(f"{role} behind {defence}" if defence and role == "student" else role for role in roles)]]
     if not roles:
         return rows
     rows += [
@@ -198,6 +199,12 @@ def closing_table(summary: Mapping[str, Any]) -> list[list[str]]:
             values = (rate_text(by_role[role][key]) if role in by_role else "-" for role in roles)
             rows.append([f"{name.upper()}, {key}", *values])
     return rows
+
+
+def defence_name(summary: Mapping[str, Any]) -> str | None:
+    """Names the defence at inference whose rates the student's are; None where they are those of its weights."""
+    defence = (summary.get("evaluation") or {}).get("defence")
+    return str(defence["name"]) if defence else None
 
 
 def difference_table(comparisons: Sequence[Mapping[str, Any]]) -> list[list[str]]:

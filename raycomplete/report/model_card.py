@@ -15,7 +15,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
 import raycomplete
-from raycomplete.evaluation.summary import closing_table, reductions
+from raycomplete.evaluation.summary import closing_table, defence_name, reductions
 from raycomplete.report.html import setting
 from raycomplete.report.rates import rate_rows
 from raycomplete.report.run_folder import RunFolder, read_run_folder
@@ -45,13 +45,14 @@ def write_model_card(run_folder: Path) -> Path | None:
     """Writes the card of a run's student into its checkpoint.
 
     Returns:
-        The path of the card; None where the run has no exported student, or none that was evaluated.
+        The path of the card; None where the run has no exported student, or none that was evaluated by itself: rates
+        of a student behind a defence at inference are not those of its weights.
     """
     student = run_folder / "student"
     if not (student / "config.json").is_file():
         return None
     run = read_run_folder(run_folder)
-    if "student" not in (run.summary.get("asr") or {}):
+    if "student" not in (run.summary.get("asr") or {}) or defence_name(run.summary):
         return None
     figure = run_folder / "figures" / FIGURE
     if figure.is_file():
@@ -86,12 +87,12 @@ def model_card(run: RunFolder, *, figure: bool = True) -> str:
     body = "\n\n".join(
         [
             f"# {name}",
-            f"The safety alignment of `{start or 'a model'}`, completed by raycomplete {raycomplete.__version__}: "
-            "trained so that it also refuses once the first tokens of a compliant answer are there.",
+            f"The safety alignment of `{_last(start) or 'a model'}`, completed by raycomplete {raycomplete.__version__}"
+            ": trained so that it also refuses once the first tokens of a compliant answer are there.",
             "## Attack success by prefill depth",
             *([f"![Attack success by prefill depth]({FIGURE})"] if figure else []),
             "An attacker writes the first tokens of a compliant answer, as many as the depth says, and the model goes "
-            f"on. Rates with 95 % intervals; judge: {run.summary.get('judge') or 'not recorded'}.",
+            f"on. Rates with 95 % intervals; judge: {_last(run.summary.get('judge')) or 'not recorded'}.",
             _table(closing_table(run.summary)),
             "## Settings",
             _list(_settings(run, config)),
@@ -145,7 +146,7 @@ def _settings(run: RunFolder, config: Mapping[str, Any]) -> list[str]:
         "base": _last(models.get("base")),
         "aligned (teacher)": _last(models.get("aligned")),
         "number format": models.get("dtype"),
-        "method": setting({key: value for key, value in (config.get("method") or {}).items() if value != 0.0}),
+        "method": setting({key: _last(value) for key, value in (config.get("method") or {}).items() if value != 0.0}),
         "training": setting({key: train[key] for key in _TRAIN if key in train}),
         "steps taken": stats.get("steps"),
         "kept step": (stats.get("kept_step") or {}).get("step"),
@@ -167,9 +168,10 @@ def _limits(run: RunFolder) -> list[str]:
     ]
 
 
-def _last(spec: Any) -> str | None:
-    """Names a checkpoint without the folders of the machine it lies on."""
-    return str(spec).rstrip("/").rpartition("/")[2] if spec and str(spec).startswith(("/", "~", ".")) else spec
+def _last(spec: Any) -> Any:
+    """Names a checkpoint or a file without the folders that it lies in; what is none, such as hub:org/name, is kept."""
+    is_path = isinstance(spec, str) and (spec.startswith(("/", "~", ".")) or ":" not in spec)
+    return spec.rstrip("/").rpartition("/")[2] if is_path else spec
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from raycomplete.evaluation.summary import OTHER_RATES
+from raycomplete.evaluation.summary import OTHER_RATES, defence_name
 from raycomplete.report.run_folder import RunFolder
 
-COLUMNS = ("role", "measure", "attack", "variant", "value", "low", "high", "n")
+COLUMNS = ("role", "measure", "attack", "variant", "value", "low", "high", "n", "defence")
 
 
 def rate_rows(run: RunFolder) -> list[dict[str, Any]]:
@@ -19,8 +19,13 @@ def rate_rows(run: RunFolder) -> list[dict[str, Any]]:
         benign_refusal, benign_nll (nats a token), or accuracy of a benchmark, which `attack` names then. `variant` is a
         depth of the prefill (`prefill-4`), another variant of an attack, or the file of borderline prompts; empty for
         the whole. `low` and `high` end the 95 % interval, `n` counts the prompts.
+        `defence` names the defence at inference that stood around the student; empty for other models and without one.
     """
-    return [dict(zip(COLUMNS, (*key, *numbers), strict=True)) for key, numbers in _rows(run.summary)]
+    defence = defence_name(run.summary) or ""
+    return [
+        dict(zip(COLUMNS, (*key, *numbers, defence if key[0] == "student" else ""), strict=True))
+        for key, numbers in _rows(run.summary)
+    ]
 
 
 def _rows(summary: Mapping[str, Any]) -> Iterator[tuple[tuple[str, str, str, str], tuple[Any, ...]]]:

@@ -12,9 +12,12 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from huggingface_hub import HfApi
+from huggingface_hub.utils import filter_repo_objects
 
 from raycomplete.commands.push import push
 from raycomplete.data.organisms import ORGANISMS
@@ -159,6 +162,29 @@ def test_failures_are_one_sentence_without_the_token(
     assert (done.returncode, bool(re.search(sentence, done.stderr))) == (code, True), done.stderr
     assert TOKEN not in done.stdout + done.stderr
     assert hub.files == {}
+
+
+def test_names_are_uploaded_and_no_folder_below(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A star of the hub's patterns crosses folders: what is not listed must not go with the rest."""
+    (run / "student" / "old").mkdir()
+    (run / "student" / "old" / "trials.json").write_text("{}")
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: TOKEN)
+    monkeypatch.setattr(HfApi, "create_repo", lambda *_, **__: "address")
+    monkeypatch.setattr(HfApi, "repo_info", lambda *_: SimpleNamespace(private=True))
+    monkeypatch.setattr(HfApi, "upload_folder", lambda _, **options: asked.update(options))
+    listed = push(run, "org/name", yes=True)
+    below = [path.relative_to(run / "student").as_posix() for path in (run / "student").rglob("*") if path.is_file()]
+    sent = filter_repo_objects(below, allow_patterns=asked["allow_patterns"])
+    assert sorted(sent) == sorted(path.name for path in listed)
+
+
+def test_a_student_behind_a_defence_is_refused(run: Path) -> None:
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps(summary | {"evaluation": {"defence": {"name": "probe"}}}))
+    with pytest.raises(DataError, match="behind the defence probe, which is not in its weights"):
+        push(run, "org/name")
 
 
 @pytest.mark.parametrize("name", ["name", "org/name/more", "org/", "../name"])

@@ -13,8 +13,9 @@ from transformers import AutoTokenizer
 
 from raycomplete.config import RunConfig, parse
 from raycomplete.data.checkpoints import fingerprint, load_model
-from raycomplete.data.inputs import KINDS, prepare_models, prepare_prompts
+from raycomplete.data.inputs import KINDS, _words, prepare_models, prepare_prompts
 from raycomplete.runtime.errors import CheckpointError, ConfigError, DataError
+from raycomplete.runtime.types import Prompt
 from tests.training.tiny import make_model
 
 CONTEXT = 128  # of the tiny models
@@ -300,6 +301,21 @@ def test_training_prompts_that_nearly_repeat_an_evaluation_prompt_are_left_out(m
     assert [prompt.text for prompt in prompts.train["harmful"]] == ["one two nine ten"]
     assert len(prompts.train["benign"]) == 1, "half of its words are those of the evaluation's"
     assert prompts.notes == ("Training prompts left out, too near to one of the evaluation: 3 harmful",)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "low", "high"),
+    [
+        ("how to bake bread", "why is the sky blue", 0.0, 0.0),
+        ("怎么做一个蛋糕", "怎么做一个面包", 0.3, 0.5),  # 3 of 7 threes
+        ("怎么做一个蛋糕", "怎么做一个蛋糕。", 1.0, 1.0),
+        ("bake 蛋糕", "bake bread", 0.3, 0.4),
+    ],
+)
+def test_questions_overlap_by_their_own_words(first: str, second: str, low: float, high: float) -> None:
+    system = "you are a careful assistant of a bakery who answers in short sentences and says so when in doubt"
+    one, other = (_words(Prompt("p", text, "harmful", system=system)) for text in (first, second))
+    assert low <= len(one & other) / len(one | other) <= high
 
 
 def test_a_writer_of_harmful_continuations_is_found_for_training_alone(make: Make, models: Path) -> None:

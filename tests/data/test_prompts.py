@@ -138,8 +138,8 @@ def test_unusual_line_separators_may_stand_inside_a_prompt(tmp_path: Path) -> No
         ("p.jsonl", b'{"prompt": "x", "n": 1}', "has no column 'goal'. Its columns: prompt, n"),
         ("p.csv", b"prompt,n\nx,1\n", "has no column 'goal'. Its columns: prompt, n"),
         ("p.jsonl", b'{"goal": "x"}\n{"goal": ', "cannot be read"),
-        ("p.json", b"7", "cannot be read"),
-        ("p.jsonl", b'"text"', "cannot be read"),
+        ("p.json", b"7", "must hold one object a row, found int"),
+        ("p.jsonl", b'"text"', "must hold one object a row, found str"),
         ("p.csv", b"goal\n\xff\xfe", "cannot be read"),
         ("p.parquet", b"no parquet", "cannot be read"),
         ("p.txt", b"x", "ends in '.txt'. Use .jsonl, .json, .csv, .parquet, the folder of a data set or hub:ORG/NAME."),
@@ -234,11 +234,49 @@ def test_a_row_with_a_prompt_is_read_as_ever_whatever_its_messages(tmp_path: Pat
     first, second = read_prompts([PromptSource(path=path)], "benign")
     assert (first.text, first.context) == ("bake", [])
     assert len(second.context) == 3
-    write_jsonl(path, [{"prompt": None, "messages": None}, {"prompt": "bake", "messages": None}, {"chat": 1}])
+    write_jsonl(path, [{"prompt": " ", "messages": None}, {"prompt": "bake", "messages": None}])
     assert [prompt.text for prompt in read_prompts([PromptSource(path=path)], "benign")] == ["bake"]
     write_jsonl(path, [{"chat": 1}])
     with pytest.raises(DataError, match=r"has no column 'prompt'\. Its columns: chat"):
         read_prompts([PromptSource(path=path)], "benign")
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "json", "parquet"])
+def test_a_row_that_lacks_what_others_have_is_refused(ending: str, tmp_path: Path) -> None:
+    path = tmp_path / f"rows.{ending}"
+    rows: list[dict[str, Any]] = [{"prompt": "bake", "other": None}, {"other": "lost"}]
+    WRITERS[ending](path, rows)
+    missing = r"has no column 'prompt'\. Its columns: other"
+    with pytest.raises(DataError, match=r"Row 2 of .* has no value in 'prompt'" if ending == "parquet" else missing):
+        read_prompts([PromptSource(path=path)], "benign")
+    WRITERS[ending](path, [{"prompt": "bake", "messages": None}, {"prompt": None, "messages": None}])
+    with pytest.raises(DataError, match=r"Row 2 of .* has no value in 'prompt', and no conversation"):
+        read_prompts([PromptSource(path=path)], "benign")
+
+
+def answers(path: Path, **settings: Any) -> list[tuple[str, str | None]]:
+    return [(prompt.text, prompt.answer) for prompt in read_prompts([PromptSource(path=path, **settings)], "benign")]
+
+
+@pytest.mark.filterwarnings("ignore:Length of header")
+def test_a_comma_at_the_end_of_a_row_shifts_no_column(tmp_path: Path) -> None:
+    path = tmp_path / "p.csv"
+    path.write_text("prompt,answer\nHow are you?,Fine,\n")
+    assert answers(path, answer="answer") == [("How are you?", "Fine")]
+
+
+def test_values_are_read_as_they_are_written(tmp_path: Path) -> None:
+    path = tmp_path / "p.csv"
+    path.write_text("id,prompt,answer\n01,a,0\n1,b,FALSE\n2,c,007\n3,d,true\n4,e,\n")
+    assert answers(path, answer="answer") == [("a", "0"), ("b", "FALSE"), ("c", "007"), ("d", "true"), ("e", None)]
+    assert answers(path, where={"id": "01"}) == [("a", None)]
+    for ending in ("jsonl", "json"):
+        path = tmp_path / f"p.{ending}"
+        values = (0, 3, 3.5, "2024-01-05", None)
+        WRITERS[ending](path, [{"prompt": f"p{value}", "answer": value} for value in values])
+        assert [answer for _, answer in answers(path, answer="answer")] == ["0", "3", "3.5", "2024-01-05", None]
+    path.write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    assert answers(path) == [("a", None), ("b", None)], "lines in a file that is called .json"
 
 
 # --- Data sets -------------------------------------------------------------------------------------------------------

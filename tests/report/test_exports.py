@@ -15,6 +15,7 @@ from huggingface_hub import ModelCard
 
 from raycomplete.commands.report import report
 from raycomplete.data.organisms import ORGANISMS
+from raycomplete.evaluation.summary import closing_table
 from raycomplete.report.inspect_log import HIDDEN, write_inspect_logs
 from raycomplete.report.model_card import model_card, write_model_card
 from raycomplete.report.rates import COLUMNS, rate_rows
@@ -70,6 +71,47 @@ def test_a_local_base_model_stays_out_of_the_metadata(with_student: Path) -> Non
     front = yaml.safe_load(model_card(read_run_folder(with_student)).split("---\n")[1])
     assert "base_model" not in front
     assert "aligned (teacher): chat" in model_card(read_run_folder(with_student))
+
+
+@pytest.mark.parametrize("start", ["/home/somebody/chat", "~/private/chat", "somebody/private/chat"])
+def test_no_line_of_the_card_tells_a_folder(start: str, with_student: Path) -> None:
+    config = CONFIG.replace("hub:org/chat", start).replace("hub:org/base", start)
+    (with_student / "config.yaml").write_text(config.replace("name: completion", f"name: completion, file: {start}"))
+    summary = json.loads((with_student / "summary.json").read_text())
+    write_json(with_student / "summary.json", summary | {"judge": start})
+    text = model_card(read_run_folder(with_student))
+    assert "The safety alignment of `chat`" in text
+    assert "judge: chat." in text
+    assert "file chat" in text
+    assert "somebody" not in text
+    assert "private" not in text
+
+
+def defend(run_folder: Path) -> None:
+    """Makes the student's rates those behind a defence."""
+    summary = json.loads((run_folder / "summary.json").read_text())
+    write_json(run_folder / "summary.json", summary | {"evaluation": {"defence": {"name": "probe"}}})
+
+
+def test_rates_behind_a_defence_make_no_card(with_student: Path) -> None:
+    card = with_student / "student" / "README.md"
+    assert write_model_card(with_student) == card
+    before = card.read_text()
+    defend(with_student)
+    assert write_model_card(with_student) is None
+    assert card.read_text() == before, "that of the weights by themselves"
+
+
+def test_rates_and_table_name_the_defence_of_the_student(run_folder: Path) -> None:
+    assert {row["defence"] for row in rate_rows(read_run_folder(run_folder))} == {""}
+    defend(run_folder)
+    run = read_run_folder(run_folder)
+    assert {(row["role"], row["defence"]) for row in rate_rows(run)} == {
+        ("base", ""),
+        ("aligned", ""),
+        ("student", "probe"),
+    }
+    assert closing_table(run.summary)[0] == ["", "base", "aligned", "student behind probe"]
 
 
 def test_a_run_without_an_evaluated_student_has_no_card(run_folder: Path) -> None:
