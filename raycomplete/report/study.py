@@ -126,7 +126,7 @@ def _difference(
     rows: Mapping[str, Row], shares: Mapping[str, list[dict[str, Shares]]], labels: tuple[str, str], measure: str
 ) -> dict[str, Any]:
     """Compares two rows on the seeds that both have; a row without seeds is the same under each of the other's."""
-    seeds: Sequence[int | None] = _common_seeds(*(rows[label]["seeds"] for label in labels)) or [None]
+    seeds = _common_seeds(*(rows[label]["seeds"] for label in labels)) or [0]
     ours, theirs = (
         [shares[label][known.index(seed) if known else 0][measure][0] for seed in seeds]
         for label, known in ((label, rows[label]["seeds"]) for label in labels)
