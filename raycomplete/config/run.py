@@ -98,8 +98,9 @@ class DataConfig(Section):
         1.0,
         gt=0,
         le=1,
-        description="training prompts that share at least this part of their words (Jaccard; of three characters in scripts without spaces) with a prompt of the "
-        "evaluation files are left out; at 1 the run is refused where one is repeated",
+        description="training prompts that share at least this part of their words (Jaccard; runs of three characters "
+        "in scripts without spaces) with a prompt of the evaluation files are left out; at 1 the run is refused where "
+        "one is repeated",
     )
 
 
