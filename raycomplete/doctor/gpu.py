@@ -68,7 +68,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Stage:
-    """One part of the proof.
+    """One stage of the report: the command that it runs, and how what it left is read.
 
     Attributes:
         name: As in the report.

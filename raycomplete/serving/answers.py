@@ -40,7 +40,7 @@ class TextModel(Protocol):
 
 
 class RefusedRequest(Exception):
-    """A request that gets no answer."""
+    """Says why a request is refused before a model reads it."""
 
     def __init__(self, message: str, *, status: int = 400, code: str | None = None) -> None:
         super().__init__(message)

@@ -54,7 +54,7 @@ class ChatModel:
     options: Mapping[str, Any]
 
     def bind(self, config: RunConfig) -> serve.Application:
-        """Makes its deployment."""
+        """Makes the Ray Serve deployment of this model."""
         made = serve.deployment(
             name=f"Model-{self.role}",
             max_ongoing_requests=_MAX_ANSWERED,

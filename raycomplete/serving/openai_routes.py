@@ -53,7 +53,7 @@ def _answers(*codes: int, chunks: bool = False) -> dict[int | str, dict[str, Any
 
 
 def add_openai(app: FastAPI, models: Mapping[str, Answers], *, max_length: int, heartbeat_s: float) -> None:
-    """Adds the routes.
+    """Adds the routes in OpenAI's shape to the application.
 
     Args:
         models: By name.
@@ -64,12 +64,12 @@ def add_openai(app: FastAPI, models: Mapping[str, Answers], *, max_length: int, 
 
     @app.get("/v1/models", responses=_answers())
     def list_models() -> ModelList:
-        """The models that answer here."""
+        """Lists the models that answer here."""
         return ModelList(data=list(listed.values()))
 
     @app.get("/v1/models/{name}", response_model=ModelView, responses=_answers(404))
     def get_model(name: str) -> Any:
-        """One of them."""
+        """Describes one of the models that answer here."""
         return listed.get(name) or _unknown(name)
 
     @app.post("/v1/chat/completions", response_model=ChatView, responses=_answers(400, 404, 413, 503, chunks=True))
