@@ -45,17 +45,22 @@ def markdown() -> str:
         also = [f"The same at {', '.join(others)}."] if others else []
         parts += [f"## {first}", _text(section), *also, _table(section)]
     for name, method in METHODS.items():
-        if method is not Completion:
+        if method is not Completion and _is_ours(method):
             parts += [f"## Method `{name}`", _text(method), _table(method, leave_out=("depth",))]
     for name, attack in ATTACKS.items():
         section = attack.config_class
-        if not section.__module__.startswith("raycomplete.attacks."):  # of a plugin
-            continue
-        parts += [f"## Attack `{name}`", _text(section), _table(section, leave_out=("name",))]
+        if _is_ours(section):
+            parts += [f"## Attack `{name}`", _text(section), _table(section, leave_out=("name",))]
     for name, defence in DEFENCES.items():
-        parts += [f"## Defence `{name}`", _text(defence), _table(defence, leave_out=("name",))]
+        if _is_ours(defence):
+            parts += [f"## Defence `{name}`", _text(defence), _table(defence, leave_out=("name",))]
     parts += ["# Study file", _text(StudyConfig), _table(StudyConfig)]
     return "\n\n".join(parts) + "\n"
+
+
+def _is_ours(section: type[BaseModel]) -> bool:
+    """False for what a plugin added in this process."""
+    return section.__module__.startswith(("raycomplete.methods.", "raycomplete.attacks.", "raycomplete.config."))
 
 
 def _find(section: type[BaseModel], key: str, places: dict[type[BaseModel], list[str]]) -> None:
