@@ -60,6 +60,10 @@ class RemoteUsage:
         return {**counts, "cost": sum(n * (price or 0.0) for n, price in zip(tokens, prices, strict=True)) / 1e6}
 
 
+class _LeftOff(WorkError):
+    """A request that was not sent because another one had failed."""
+
+
 class RemoteModel:
     """A model that is asked by messages (implements `raycomplete.runtime.types.Generator`).
 
@@ -166,15 +170,24 @@ class RemoteModel:
                 asked["seed"] = seed + index
             return self._codec.encode_answer(self._kept(messages, asked))[:max_tokens]
 
+        def say_or_end(index: int) -> list[int]:
+            try:
+                return say(index)
+            except BaseException:
+                self._leaving.set()  # here, before the same thread takes the next question
+                raise
+
         self._leaving.clear()
         with ThreadPoolExecutor(self._settings.parallel) as pool:
-            tasks = [pool.submit(say, index) for index in range(len(sequences))]
+            tasks = [pool.submit(say_or_end, index) for index in range(len(sequences))]
             try:
-                for task in wait(tasks, return_when=FIRST_EXCEPTION).done:
-                    task.result()  # raises what failed first
+                errors = [task.exception() for task in wait(tasks, return_when=FIRST_EXCEPTION).done]
+                # Those that were left off failed only because another did.
+                for error in sorted(filter(None, errors), key=lambda error: isinstance(error, _LeftOff)):
+                    raise error
                 return [task.result() for task in tasks]
             except BaseException:
-                # The pool waits for its threads: none may ask again, or wait for an answer that nobody reads.
+                # The pool waits for its threads: none may wait for an answer that nobody reads.
                 self._leaving.set()
                 pool.shutdown(wait=False, cancel_futures=True)
                 if (client := self.__dict__.pop("_client", None)) is not None:
@@ -221,7 +234,7 @@ class RemoteModel:
     def _ask(self, messages: Messages, asked: dict[str, Any]) -> str:
         self._wait_for_turn()
         if self._leaving.is_set():
-            raise WorkError("Another request failed first.")
+            raise _LeftOff("Another request failed first.")
         create: Any = self._client.chat.completions.with_raw_response.create
         raw = create(model=self.spec.model, messages=messages, **asked)
         try:
