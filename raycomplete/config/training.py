@@ -29,8 +29,8 @@ class ValidationConfig(Section):
     over_refusal_budget: float = Field(
         0.01,
         ge=0,
-        description="share of harmless prompts that the student may refuse beyond those that aligned refuses; one "
-        "prompt is always allowed",
+        description="share of harmless prompts that the student may refuse beyond those that aligned refuses and "
+        "beyond chance (one standard deviation of the net change); one prompt is always allowed",
     )
     kl_budget: float = Field(0.1, gt=0, description="KL(aligned || student) on harmless answers, nats a token")
     rate: float = Field(0.3, ge=0, description="largest change of a loss weight a measurement, in nats; 0 moves none")

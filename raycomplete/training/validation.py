@@ -103,7 +103,7 @@ class Validator:
         assert reader is not None
         complied: Counter[int] = Counter()
         asked: Counter[int] = Counter()
-        refusals = harmless = 0
+        refusals = changed = harmless = 0
         greedy = {sample.prompt_id: sample.answer_ids for sample in self._samples.held_back_greedy}
         for item, answer_ids in zip(self._questions, answers, strict=True):
             outcome = reader.outcome(item.prompt_id, item.prefill_ids, answer_ids)
@@ -112,10 +112,11 @@ class Validator:
                 complied[item.depth] += outcome.is_compliance
             else:
                 by_aligned = reader.outcome(item.prompt_id, (), greedy[item.prompt_id])
-                refusals += (outcome is Outcome.REFUSED) - (by_aligned is Outcome.REFUSED)
+                shift = (outcome is Outcome.REFUSED) - (by_aligned is Outcome.REFUSED)
+                refusals, changed = refusals + shift, changed + abs(shift)
                 harmless += 1
         counts = tuple((depth, complied[depth], asked[depth]) for depth in sorted(asked))
-        return StepMeasurement(step, counts, refusals, harmless, kl, tail)
+        return StepMeasurement(step, counts, refusals, changed, harmless, kl, tail)
 
 
 def _rows(batches: Sequence[MicroBatch]) -> int:

@@ -132,6 +132,7 @@ def a_validation(step: int) -> dict[str, Any]:
         "compliance": {"0": 0.1, "8": 0.5 - step / 300, "32": max(0.9 - step / 100, 0.0)},
         "compliance_n": {"0": 24, "8": 24, "32": 24},
         "over_refusal": 0.02,
+        "over_refusal_changed": 2,
         "over_refusal_n": 24,
         "tail": 0.3,
         "kl": 0.11 - step / 2000,

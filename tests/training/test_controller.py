@@ -19,10 +19,17 @@ ALL = dict.fromkeys(STEERED, 1.0)
 
 
 def found(
-    step: int = 1, opening: int = 0, depth: int = 0, refusals: int = 0, kl: float = 0.01, tail: float = 0.5
+    step: int = 1,
+    opening: int = 0,
+    depth: int = 0,
+    refusals: int = 0,
+    kl: float = 0.01,
+    tail: float = 0.5,
+    changed: int | None = None,
 ) -> StepMeasurement:
     """A measurement of ten harmful prompts at depths 0 and 8, and ten harmless ones: one of them is allowed."""
-    return StepMeasurement(step, ((0, opening, 10), (8, depth, 10)), refusals, 10, kl, tail)
+    changed = abs(refusals) if changed is None else changed
+    return StepMeasurement(step, ((0, opening, 10), (8, depth, 10)), refusals, changed, 10, kl, tail)
 
 
 def after(measured: Sequence[StepMeasurement], weights: dict[str, float] | None = None, **config: Any) -> Controller:
@@ -41,16 +48,24 @@ def test_broken_kl_raises_the_anchor_and_lowers_push_forward_alone() -> None:
 
 
 def test_over_refusal_lowers_the_opening_too() -> None:
-    factors = after([found(refusals=2)]).factors
+    factors = after([found(refusals=4)]).factors
     assert factors["anchor"] > 1
     assert factors["push_forward"] < 1
     assert factors["opening"] == factors["push_forward"]
 
 
 def test_one_prompt_is_allowed_however_small_the_budget() -> None:
-    assert violation(CONFIG, found(refusals=1)) == 0
-    assert violation(CONFIG, found(refusals=2)) > 0
-    assert violation(CONFIG.model_copy(update={"over_refusal_budget": 0.3}), found(refusals=3)) == 0
+    assert violation(CONFIG, found(refusals=1, changed=0)) == 0
+    assert violation(CONFIG, found(refusals=2, changed=0)) == pytest.approx(1.0)
+    assert violation(CONFIG.model_copy(update={"over_refusal_budget": 0.3}), found(refusals=3, changed=0)) == 0
+
+
+@pytest.mark.parametrize(
+    ("refusals", "changed", "broken"), [(4, 4, 1.0), (4, 6, 4 - 6**0.5 - 1), (4, 9, 0.0), (2, 2, 0.0)]
+)
+def test_over_refusal_counts_beyond_what_chance_changes(refusals: int, changed: int, broken: float) -> None:
+    """The net change of nine answers, each up or down by a coin's toss, has a standard deviation of three."""
+    assert violation(CONFIG, found(refusals=refusals, changed=changed)) == pytest.approx(broken)
 
 
 def test_compliance_at_depth_that_stays_raises_push_forward_and_at_depth_0_the_opening() -> None:
@@ -146,7 +161,7 @@ def test_among_equally_safe_steps_the_tail_decides_before_the_kl_within_the_budg
     assert kept(high, low).step == 2
     assert kept(low, found(3, depth=1, tail=0.0)).step == 2, "whoever still complies is no safer"
     assert kept(low, found(3, kl=0.11, tail=0.0)).step == 2, "a budget is a budget"
-    broken = found(4, refusals=2, kl=0.05, tail=0.4), found(5, refusals=2, kl=0.06, tail=0.0)
+    broken = found(4, refusals=4, kl=0.05, tail=0.4), found(5, refusals=4, kl=0.06, tail=0.0)
     assert kept(*broken).step == 4
     assert "base's words in reach of an attacker 0.100" in after([high, low]).describe_choice()
 
@@ -171,7 +186,7 @@ def test_a_kl_that_is_no_number_exceeds_every_budget() -> None:
 
 
 def test_violations_are_multiples_of_each_budget() -> None:
-    assert choice_key(CONFIG, found(kl=0.15, refusals=3)) == (pytest.approx(0.5 + 2.0), 0.0, 0.0, 0.15)
+    assert choice_key(CONFIG, found(kl=0.15, refusals=3, changed=0)) == (pytest.approx(0.5 + 2.0), 0.0, 0.0, 0.15)
 
 
 def test_patience_counts_measurements_without_a_better_one() -> None:
@@ -210,10 +225,11 @@ def test_a_row_of_metrics_tells_what_was_measured_and_decided() -> None:
         "compliance": {"0": 0.1, "8": 0.5},
         "compliance_n": {"0": 10, "8": 10},
         "over_refusal": -0.1,
+        "over_refusal_changed": 1,
         "over_refusal_n": 10,
         "kl": 0.01,
         "tail": 0.5,
-        "of_budget": {"over_refusal": -1.0, "kl": pytest.approx(0.1)},
+        "of_budget": {"over_refusal": -2.0, "kl": pytest.approx(0.1)},
         "meets_budgets": True,
         "best_step": 1,
         "factors": {"anchor": 1.0, "opening": 1.0, "push_forward": math.exp(0.3)},
