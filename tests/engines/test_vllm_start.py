@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import gc
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +25,7 @@ from raycomplete.engines.rollout_worker import RolloutEngine
 from raycomplete.engines.score_cache import ScoreRequest, to_array
 from raycomplete.engines.scoring_engine import PoolingEngine, check_parity
 from raycomplete.engines.spec import EngineSpec
-from raycomplete.engines.vllm_start import alone_on_devices, check_arguments, start_llm
+from raycomplete.engines.vllm_start import alone_on_devices, check_arguments, start_llm, without_collection
 from raycomplete.runtime.errors import SetupError, WaitTimeoutError
 
 SPEC = EngineSpec("/nowhere", "bfloat16", 64, use_gpu=True, cuda_graphs=True, sleeps=True, tensor_parallel=2)
@@ -96,6 +97,30 @@ def test_a_start_that_never_ends_is_named() -> None:
         alone_on_devices(["3"], timeout_s=0.3).__enter__()
     with alone_on_devices(["3"], timeout_s=0.3):
         pass  # free again
+
+
+def test_the_collector_is_off_during_a_start_and_as_it_was_after_it() -> None:
+    frozen = gc.get_freeze_count()
+    try:
+        with without_collection():
+            assert not gc.isenabled()
+            kept = [{}]
+        assert gc.isenabled()
+        assert gc.get_freeze_count() > frozen
+        assert not any(item is kept for item in gc.get_objects()), "what a start made is not looked through again"
+    finally:
+        gc.unfreeze()
+    with pytest.raises(SetupError), without_collection():
+        raise SetupError("It does not start.")
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        with without_collection():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+        gc.unfreeze()
 
 
 def test_vllm_still_takes_every_argument() -> None:
