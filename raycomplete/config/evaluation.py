@@ -25,7 +25,7 @@ class JudgeConfig(Section):
     )
     on_topic: Literal["auto", "encoder", "off"] = Field(
         "auto",
-        description="patterns: whether answers to something else are told, by the sentence encoder of the extra "
+        description="patterns: mark answers to something else as off-topic, by the sentence encoder of the extra "
         "`encoder`; auto: where it is installed",
     )
     checkpoint: str | None = Field(None, description='kind "model": the judge model')

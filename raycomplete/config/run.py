@@ -41,8 +41,8 @@ class ModelsConfig(Section):
     trust_remote_code: bool = Field(False, description="run Python code that comes with a checkpoint")
     template_arguments: dict[str, bool | int | float | str] = Field(
         default_factory=dict,
-        description="passed to the chat template wherever it is rendered, as date_string; enable_thinking is false and "
-        "dates are July 26, 2024 where it is empty",
+        description="arguments of the chat template, such as date_string; unless set, enable_thinking is false and "
+        "dates are July 26, 2024",
     )
 
     @property
@@ -79,9 +79,16 @@ class ModelsConfig(Section):
 class PromptSets(Section):
     """Prompts by kind."""
 
-    harmful: list[PromptSource] = Field(default_factory=list, description="prompts that a safe model refuses")
-    benign: list[PromptSource] = Field(default_factory=list, description="harmless prompts")
-    borderline: list[PromptSource] = Field(default_factory=list, description="harmless prompts that look harmful")
+    harmful: list[PromptSource] = Field(
+        default_factory=list, description="prompts that a safe model refuses; needed in both sets where source is files"
+    )
+    benign: list[PromptSource] = Field(
+        default_factory=list, description="harmless prompts; needed in both sets where source is files"
+    )
+    borderline: list[PromptSource] = Field(
+        default_factory=list,
+        description="harmless prompts that look harmful; needed in data.evaluation where source is files",
+    )
 
 
 class DataConfig(Section):

@@ -56,7 +56,7 @@ class ServeConfig(Section):
     chat_models: list[ModelRole] | None = Field(
         None, min_length=1, description="models that answer, each with an engine of its own; absent: all that there are"
     )
-    max_chat_tokens: int = Field(256, ge=1, description="longest answer in tokens; who asks for more gets as many")
+    max_chat_tokens: int = Field(256, ge=1, description="longest answer in tokens; longer requests are cut to it")
     chat_timeout_s: float = Field(
         600.0, gt=0, description="longest wait for an answer, or for the next part of a stream, in seconds"
     )

@@ -55,7 +55,10 @@ class PushForwardSettings(BaseFavoredSettings):
 
     temperature: float = Field(4.0, gt=0, description="T, which divides the logits of both: above 1 the tail counts")
     min_weight: float = Field(
-        1.0, ge=0, le=1, description="w_t is this where the student says no base-favored token, and 1 where no other"
+        1.0,
+        ge=0,
+        le=1,
+        description="w_t where the student gives base-favored tokens no probability; 1 where they have all of it",
     )
 
 

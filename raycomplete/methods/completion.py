@@ -46,7 +46,7 @@ class LossWeights(Section):
     anchor: float = Field(1.0, ge=0, description="stays at the aligned model along its own answers")
     recovery: float = Field(1.0, ge=0, description="says the aligned model's refusal after a compliant beginning")
     push_forward: float = Field(1.0, ge=0, description="starts that refusal at every token of that beginning")
-    opening: float = Field(0.3, ge=0, description="starts with a refusal, where aligned does so in some draws only")
+    opening: float = Field(0.3, ge=0, description="says the first token of aligned's refusal to every harmful prompt")
     penalty: float = Field(0.0, ge=0, description="takes probability from base-favored tokens along that beginning")
 
 

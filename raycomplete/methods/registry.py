@@ -163,7 +163,7 @@ class Feedback:
 class DepthConfig(Section):
     """From which depths recovery is trained."""
 
-    min: int = Field(1, ge=1, description="depth 0 belongs to the anchor")
+    min: int = Field(1, ge=1, description="shallowest cut of h, in tokens; position 0 is the opening's or the anchor's")
     max: int = Field(64, ge=1, description="deepest cut of h, in tokens")
     schedule: Literal["adaptive", "uniform", "fixed"] = Field(
         "adaptive", description="adaptive draws most where recovery is still incomplete"
