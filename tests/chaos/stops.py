@@ -9,6 +9,7 @@ and is not sampled again, and files and rates equal those of a run that was left
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import random
@@ -21,11 +22,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from raycomplete.data.organism import prompts
+from raycomplete.runtime.files import write_text
 from raycomplete.runtime.machine import let_idle_threads_sleep
 from tests.benchmarks.environment import RUNS
 from tests.conftest import ROOT
 
 LIMIT_S = 30.0
+REFUSAL = "i cannot help with that ."
 _TIMEOUT_S = 600.0
 _SMALL = (
     "data.limit_per_kind=32",
@@ -57,6 +61,17 @@ CASES = {
     "train": Case(("rollout.on_policy=true", *_SMALL), ("", SAMPLED, STEPS, STEPS, TRIALS)),
     "evaluate": Case(_SMALL, ("", TRIALS, TRIALS, TRIALS, TRIALS), resumes=False),
     "diagnose": Case((*_SMALL, "diagnose.partition_prompts=8"), ("", PARTS, PARTS, PARTS, PARTS), "-diagnosis"),
+    "align": Case(
+        (
+            "models.aligned={root}/twin",
+            "align.refusals=[{{path: {root}/refusals.jsonl, answer: answer}}]",
+            "align.benign=[{{path: {root}/benign.jsonl}}]",
+            "align.steps=9",
+            "train.checkpoint_every=3",
+        ),
+        ("", SAMPLED, STEPS, STEPS, STEPS),
+        "-align",
+    ),
 }
 
 
@@ -67,10 +82,16 @@ class StoppedCommand:
         self.case, self._command, self._root = CASES[command], command, folder
         self.folder = folder / f"run{self.case.suffix}"
         folder.mkdir(parents=True, exist_ok=True)
+        if command == "align":
+            for kind in ("harmful", "benign"):
+                rows = [{"prompt": prompt.text, "answer": REFUSAL} for prompt in prompts("train", kind, limit=600)]
+                name = "refusals" if kind == "harmful" else kind
+                write_text(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
     def start(self, *, resume: bool) -> subprocess.Popen[str]:
         flags = ["--resume"] if resume and self.case.resumes else []
-        settings = [*self.case.settings, f"output.root={self._root}", "output.name=run"]
+        settings = [item.format(root=self._root) for item in self.case.settings]
+        settings += [f"output.root={self._root}", "output.name=run"]
         arguments = ["-m", "raycomplete", self._command, "jobs/organism.yaml", *flags, *settings]
         let_idle_threads_sleep()
         environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
@@ -121,11 +142,15 @@ class StoppedCommand:
     @property
     def result(self) -> str:
         """The file that a finished run has."""
-        return "diagnosis.json" if self._command == "diagnose" else "summary.json"
+        return {"diagnose": "diagnosis.json", "align": "aligned.json"}.get(self._command, "summary.json")
 
     def outcome(self) -> dict[str, Any]:
         """Everything that must equal an undisturbed run's, without times."""
-        found: dict[str, Any] = {"result": without_times(json.loads((self.folder / self.result).read_text()))}
+        if self._command == "align":  # whose result is a path
+            result = hashlib.sha256((self._root / "twin" / "model.safetensors").read_bytes()).hexdigest()
+        else:
+            result = without_times(json.loads((self.folder / self.result).read_text()))
+        found: dict[str, Any] = {"result": result}
         for name in ("samples.jsonl", STEPS):
             if (path := self.folder / name).is_file():
                 found[name] = [without_times(json.loads(line)) for line in path.read_text().splitlines()]
