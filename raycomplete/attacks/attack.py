@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import groupby, takewhile
+from itertools import groupby
 from typing import Annotated, Any, ClassVar, Generic, TypeVar
 
 from pydantic import Field, field_validator, model_validator
@@ -216,23 +216,6 @@ def plain_trials(target: Target, attack: str, variant: str, prompts: Sequence[Pr
     return [Trial(attack, variant, prompt, tuple(prompt.encoded(codec)), decoding) for prompt in prompts]
 
 
-def num_common(first: Sequence[int], second: Sequence[int]) -> int:
-    """Returns the length of the longest common start."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
-
-
 def answer_ids(codec: Codec, prompt: Prompt) -> list[int]:
     """Tokens of the behaviour's compliant answer; none where it is unknown."""
     return codec.encode_answer(prompt.answer) if prompt.answer else []
-
-
-def opened_answer(codec: Codec, opening: str, answer: str, depth: int) -> tuple[list[int], list[int]]:
-    """Returns the tokens of an opening, such as a refusal with its turn, and the first tokens of the answer after it.
-
-    Both are encoded as one text: the space between them belongs to the answer's first token in most vocabularies, and a
-    model seldom reads a lone one.
-    """
-    start = codec.encode_answer(opening)
-    whole = codec.encode_answer(f"{opening} {answer}" if answer else opening)
-    length = num_common(start, whole) if depth else len(start)
-    return (whole if depth else start)[:length], whole[length : length + depth] if depth else []

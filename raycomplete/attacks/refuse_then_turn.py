@@ -12,11 +12,12 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from raycomplete.attacks.attack import Attack, AttackConfig, opened_answer
+from raycomplete.attacks.attack import Attack, AttackConfig
 from raycomplete.attacks.prefill import Depth
 from raycomplete.attacks.registry import register
 from raycomplete.attacks.target import Target
 from raycomplete.attacks.trial import Decoding, Trial
+from raycomplete.data.openings import opened_answer
 from raycomplete.runtime.errors import DataError
 from raycomplete.runtime.types import Prompt
 

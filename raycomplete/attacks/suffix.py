@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeAlias, TypeVar
 
 from pydantic import Field
 
-from raycomplete.attacks.attack import Attack, AttackConfig, continued, num_common
+from raycomplete.attacks.attack import Attack, AttackConfig, continued
 from raycomplete.attacks.target import SuffixProblem, Target, WhiteBox
 from raycomplete.attacks.trial import Decoding, Emit, Trial
+from raycomplete.data.openings import num_common
 from raycomplete.runtime.errors import DataError, WorkError
 from raycomplete.runtime.types import Codec, Prompt
 

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raycomplete.attacks.attack import num_common
 from raycomplete.attacks.target import FloatArray, SuffixProblem
 from raycomplete.data.families import embedding_scale
+from raycomplete.data.openings import num_common
 from raycomplete.runtime.types import Codec
 
 _CLASSIFIED_TOGETHER = 64

@@ -30,6 +30,7 @@ from raycomplete.config import RunConfig
 from raycomplete.data.augmentation import PromptAugmenter, read_augmentation_files
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.inputs import KINDS, Prompts, longest_response
+from raycomplete.data.openings import opened_answer
 from raycomplete.data.samples import MAX_REFUSAL_PREFIX_TOKENS, AnchorSample, RecoverySample, SampleSet
 from raycomplete.engines.generation_cache import sampled_from
 from raycomplete.engines.run import Run
@@ -139,7 +140,11 @@ def _refusals(run: Run, prompts: Sequence[Prompt], anchor: Sequence[AnchorSample
 def _as_whole_answer(codec: ChatCodec, token_ids: Ids) -> Ids:
     """Encodes the end of an answer anew: a word that starts an answer is another token than within one."""
     ending = token_ids[-1:] if token_ids[-1] in codec.eos_ids else ()
-    return (*codec.encode_answer(codec.decode(token_ids).lstrip()), *ending)
+    return (*codec.encode_answer(_typed(codec, token_ids)), *ending)
+
+
+def _typed(codec: ChatCodec, token_ids: Ids) -> str:
+    return codec.decode(token_ids).rstrip("\ufffd").lstrip()  # without half a letter at its end
 
 
 def tokens_before_refusal(judge: Judge, codec: ChatCodec, token_ids: Sequence[int]) -> int | None:
@@ -207,11 +212,12 @@ def compliant_continuations(
 
 
 def from_mid_answer(codec: ChatCodec, harmful_ids: Ids, rng: random.Random) -> Ids:
-    """Leaves out a drawn beginning of h, at most its first half, up to where a word begins."""
+    """Leaves out a drawn beginning of h, at most its first half, up to where a word begins; that word is typed anew."""
     drawn = rng.randint(1, max(len(harmful_ids) // 2, 1))
     near = range(drawn, min(drawn + _WORD_TOKENS, len(harmful_ids)))
     # In a script without spaces no word seems to begin.
-    return harmful_ids[next((start for start in near if _begins_word(codec, harmful_ids, start)), drawn) :]
+    start = next((start for start in near if _begins_word(codec, harmful_ids, start)), drawn)
+    return _as_whole_answer(codec, harmful_ids[start:]) or harmful_ids[start:]
 
 
 def _begins_word(codec: ChatCodec, token_ids: Ids, start: int) -> bool:
@@ -269,22 +275,21 @@ def with_refusal_prefix(config: RunConfig, codec: ChatCodec, sample: RecoverySam
 
     Recovery teaches the student to refuse in mid-answer. An attacker who knows that writes the refusal himself and
     turns away from it: "I cannot help with that. But here is how ...". A student that never read this takes the refusal
-    as given. The teacher reads neither the prefix nor h, and refuses as before. The scheme is ours, not that of arXiv
-    2511.12155.
+    as given. The teacher reads neither the prefix nor h. The scheme is ours, not that of arXiv 2511.12155.
 
     The imitated refusal is the first sentence of the sample's own, and what turns away from it is one of
-    `rollout.refusal_prefix_turns`, both drawn under `train.seed`. A prefix of more than `MAX_REFUSAL_PREFIX_TOKENS`
-    tokens is left out.
+    `rollout.refusal_prefix_turns`, both drawn under `train.seed`. A prefix of too many tokens is left out.
     """
     draw = random.Random(f"{config.train.seed}:turn:{sample.sample_id}")
     if draw.random() >= config.rollout.refusal_prefix_fraction:
         return sample
     refusal = codec.decode(sample.refusal_ids).strip()
     sentence = found.group() if (found := _SENTENCE.match(refusal)) else refusal
-    prefix = codec.encode_answer(f"{sentence} {draw.choice(config.rollout.refusal_prefix_turns)} ")
+    opening = f"{sentence} {draw.choice(config.rollout.refusal_prefix_turns)}"
+    prefix, h = opened_answer(codec, opening, _typed(codec, sample.harmful_ids))
     if len(prefix) > MAX_REFUSAL_PREFIX_TOKENS:
         return sample
-    return replace(sample, harmful_ids=(*prefix, *sample.harmful_ids), refusal_prefix_tokens=len(prefix))
+    return replace(sample, harmful_ids=(*prefix, *h), refusal_prefix_tokens=len(prefix))
 
 
 def augmented(run: Run, samples: SampleSet) -> SampleSet:

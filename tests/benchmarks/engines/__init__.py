@@ -1,0 +1,1 @@
+"""vLLM against transformers on the CPU: sampling and scoring in one process."""
