@@ -44,7 +44,7 @@ class BaseGuidedDecodingAttack(Attack[BaseGuidedDecodingConfig]):
         return replace(plain, passes=2 * self.config.steps * math.ceil(plain.trials / _BATCH))
 
     def plan(self, target: Target, prompts: Sequence[Prompt]) -> list[Trial]:
-        settings = {"steps": self.config.steps, "guide": target.tools.guide_id}
+        settings = {"steps": self.config.steps, "guide": target.tools.guide_id, "max_length": target.max_length}
         return [
             replace(trial, settings={**settings, "top": top})
             for top in self.config.tops

@@ -51,6 +51,7 @@ class BestOfNAttack(Attack[BestOfNConfig]):
 
     def plan(self, target: Target, prompts: Sequence[Prompt]) -> list[Trial]:
         settings = {**self.config.model_dump(mode="json", exclude={"batch"}), "judge": target.judge.name}
+        settings["max_length"] = target.max_length  # a draw that does not fit is replaced by the plain prompt
         decoding = Decoding(target.max_tokens, temperature=self.config.temperature)
         return [
             Trial(

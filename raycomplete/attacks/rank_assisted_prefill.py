@@ -100,6 +100,7 @@ class RankAssistedPrefillAttack(Attack[RankAssistedPrefillConfig]):
                 "Name the answer column of data.evaluation.harmful, or set the attack's prefill.",
             )
         settings = config.model_dump(mode="json", include={"steps", "min_tokens"})
+        settings["max_length"] = target.max_length
         if config.helper:
             settings["helper"] = target.tools.helper_id(config.helper)
         else:

@@ -15,6 +15,7 @@ from raycomplete.attacks.target import Attacker, Target
 from raycomplete.attacks.templates import fill_slots
 from raycomplete.attacks.trial import Trial, TrialCost
 from raycomplete.runtime.errors import SetupError
+from raycomplete.runtime.files import content_hash
 from raycomplete.runtime.types import Prompt
 
 
@@ -101,6 +102,11 @@ class RewritingAttack(Attack[RewritingT], Generic[RewritingT]):
                 max_tokens=self.config.max_tokens,
                 temperature=self.config.temperature,
                 top_p=self.config.top_p,
-                seed=run[0].draw_seed + number * 2**12 + run[0].position,
+                seed=round_seed(run[0], number) + run[0].position,
             )
         return [attacker.codec.decode(tokens).strip() for tokens in written]
+
+
+def round_seed(trial: Trial, number: int) -> int:
+    """Seed of position 0 in a round of the attacker; other rounds and streams share none of their seeds."""
+    return int(content_hash([trial.draw_seed, "round", number])[:9], 16) * 2**20

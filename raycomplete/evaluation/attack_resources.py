@@ -255,6 +255,11 @@ def train_copy(
     if (output / "config.json").is_file():
         return output
     samples = chat_samples(codec, chats, config.models.max_length)
+    whole = sum(sample.answer_ids[-1] == codec.eos_id for sample in samples)
+    if whole < len(chats):
+        run.console.note(
+            f"{title}: {len(chats) - len(samples)} left out and {len(samples) - whole} cut by models.max_length"
+        )
     write_samples(folder / "samples.jsonl", SampleSet(samples))
     batch_size = min(recipe.batch_size, len(samples))
     steps = ceil(len(samples) * recipe.epochs / batch_size)

@@ -168,7 +168,10 @@ class RemoteModel:
                     raise _no_prefill(self.spec)
             if seed is not None and temperature > 0:
                 asked["seed"] = seed + index
-            return self._codec.encode_answer(self._kept(messages, asked))[:max_tokens]
+            text = self._kept(messages, asked)
+            if answer and self.prefill == "prefix":
+                text = text.removeprefix(answer)  # some servers repeat it before what their model adds
+            return self._codec.encode_answer(text)[:max_tokens]
 
         def say_or_end(index: int) -> list[int]:
             try:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import resource
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -104,6 +106,15 @@ class StepMeter:
                 for loss, count in zip(self.depth_loss_sum, self.depth_count, strict=True)
             ]
         return row
+
+
+def release_freed_memory() -> None:
+    """Hands memory that was freed back to the system: in a worker glibc keeps it (`trainer.KEEP_MEMORY`).
+
+    Blocks of many sizes leave gaps that the next ones do not fit into, and a worker grows by them.
+    """
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def peak_memory_gib(device: torch.device) -> float:

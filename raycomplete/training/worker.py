@@ -39,7 +39,7 @@ from raycomplete.training.controller import Controller
 from raycomplete.training.deepspeed_engine import BadSteps, gathered_state, spread_bad_loss, start_engine
 from raycomplete.training.feedback import DepthSampler
 from raycomplete.training.job import TrainJob
-from raycomplete.training.metrics import StepMeter, describe_terms, peak_memory_gib
+from raycomplete.training.metrics import StepMeter, describe_terms, peak_memory_gib, release_freed_memory
 from raycomplete.training.on_policy import OnPolicySource
 from raycomplete.training.profile import aligned_profile, scored_samples, student_profile, write_profile
 from raycomplete.training.rollout_engines import WeightSync
@@ -232,6 +232,7 @@ class Worker:
     def _validate(self, validator: Validator, done: int) -> dict[str, Any]:
         started = time.perf_counter()
         row = self.controller.update(validator.measure(done))
+        release_freed_memory()
         if self.controller.best_step == done:
             # A kill from here on goes back to the last checkpoint, and so to the best one that it names.
             checkpoints.keep_only(self.job.best_checkpoint, self.recorded_best)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from raycomplete.attacks.registry import build_attack, parse_attack
 from raycomplete.attacks.target import AttackTools, Target
 from raycomplete.attacks.trial import Response, Trial
 from raycomplete.config import EvaluationConfig
@@ -88,6 +89,20 @@ def against(codec: Any, target: Target) -> Callable[..., Target]:
 def rap(target: Target, sets: EvaluationSets, **settings: Any) -> tuple[Trial, Response]:
     entry = {"name": "rank_assisted_prefill", "prefill": PREFILL, "min_tokens": 0, "steps": 40, "tops": [5], **settings}
     return run(target, entry, replace(sets, harmful=sets.harmful[:1]))[0]
+
+
+@pytest.mark.parametrize("name", ["rank_assisted_prefill", "base_guided_decoding", "best_of_n"])
+def test_what_the_context_may_have_cut_is_asked_anew_with_more_of_it(
+    name: str, against: Any, sets: EvaluationSets
+) -> None:
+    entry = {"name": name} | ({"prefill": PREFILL} if name == "rank_assisted_prefill" else {})
+    target = against(comply)
+    attack = build_attack(parse_attack(entry))
+    short, long = (
+        [trial.key("m") for trial in attack.plan(replace(target, max_length=length), sets.harmful)]
+        for length in (128, 256)
+    )
+    assert not set(short) & set(long)
 
 
 def said(target: Target, response: Response) -> str:

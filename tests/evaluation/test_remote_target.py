@@ -42,6 +42,7 @@ class Chats(ThreadingHTTPServer):
         self.keys: list[str] = []
         self.statuses: list[int] = []
         self.knows_flags, self.pause_s = True, 0.0
+        self.echoes = False  # the beginning of an answer stands before what is added, as with some hosted services
         self.at_work, self.most_at_work = 0, 0
         self.lock = threading.Lock()
 
@@ -67,6 +68,8 @@ class _Handler(BaseHTTPRequestHandler):
         if server.knows_flags and all(body.get(flag) for flag in FLAGS):
             status = 400
         said = " ".join(str(body["messages"][-1]["content"]).split()[::-1])
+        if server.echoes:
+            said = f"{body['messages'][-1]['content']} {said}"
         usage = {"prompt_tokens": 10, "completion_tokens": 2, "total_tokens": 12}
         choice = {"index": 0, "message": {"role": "assistant", "content": said}, "finish_reason": "stop"}
         answer: dict[str, Any] = {"id": "x", "object": "chat.completion", "created": 0, "model": "them"}
@@ -166,6 +169,14 @@ def test_a_server_that_ignores_the_flags_continues_nothing(
         make().generate([begun], max_tokens=2)
     make(prefill="prefix").generate([begun], max_tokens=2)
     assert server.asked[-1]["messages"][-1] == {"role": "assistant", "content": "gather", "prefix": True}
+
+
+def test_a_beginning_that_a_server_repeats_is_not_its_models(
+    server: Chats, make: Callable[..., RemoteModel], codec: RememberingCodec
+) -> None:
+    server.echoes = True
+    begun = [*codec.encode_prompt("heat the flask"), *codec.encode_answer("gather the flask")]
+    assert codec.decode(make(prefill="prefix").generate([begun], max_tokens=3)[0]) == "flask the gather"
 
 
 def test_what_is_busy_is_asked_again_and_what_refuses_is_not(

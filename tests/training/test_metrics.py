@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -15,6 +18,7 @@ from raycomplete.methods.registry import DepthConfig
 from raycomplete.training.batches import MicroBatch
 from raycomplete.training.feedback import DepthSampler
 from raycomplete.training.metrics import StepMeter, describe_terms, peak_memory_gib
+from raycomplete.training.trainer import KEEP_MEMORY
 
 A, R, P = range(3)
 LOSS = LossSettings(weights={"anchor": 1.0, "recovery": 1.0, "push_forward": 0.1})
@@ -61,6 +65,31 @@ def fill(meter: StepMeter) -> None:
         micro_batch([R, P, P, R, R], [0, 1, 1, 1, 1], [1, 9]),
         output([4, 7, 7, 8, 9], (8.0, 1.0, 6.0, 5.0), [[0.3, 0.4], [0.5, 0.6]]),
     )
+
+
+FREED = """
+import numpy as np
+from raycomplete.training.metrics import release_freed_memory
+
+def resident() -> int:
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) // 1024
+
+blocks = [np.ones(2**22 // 8) for _ in range(64)]  # 4 MiB each
+pin = np.ones(2**20)
+del blocks
+kept = resident()
+release_freed_memory()
+print(kept - resident())
+"""
+
+
+def test_a_worker_hands_back_what_it_freed() -> None:
+    """`KEEP_MEMORY` keeps it, even behind a block that is still in use."""
+    found = subprocess.run(
+        [sys.executable, "-c", FREED], env={**os.environ, **KEEP_MEMORY}, capture_output=True, text=True, check=True
+    )
+    assert int(found.stdout) > 200
 
 
 def test_peak_memory_is_that_of_the_worst_rank(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,6 +72,29 @@ def test_a_late_refusal_is_read_as_the_start_of_an_answer(spaced: ChatCodec) -> 
         assert list(sample.refusal_ids) == [*spaced.encode_answer(text), spaced.eos_id]
 
 
+def test_h_has_the_tokens_of_typed_text(spaced: ChatCodec) -> None:
+    """From mid-answer and behind an imitated refusal too: attackers send text, whose words are cut into tokens anew."""
+    run = run_of(
+        spaced,
+        "rollout.max_anchor_tokens=128",
+        "rollout.max_refusal_tokens=128",
+        "rollout.max_harmful_tokens=512",
+        "rollout.mid_answer_fraction=0.5",
+        "rollout.refusal_prefix_fraction=0.5",
+        "models.max_length=4096",
+        kinds=("harmful",),
+        count=12,
+    )
+    samples = make_samples(run).recovery
+    for sample in samples:
+        text = spaced.decode(sample.harmful_ids)
+        assert list(sample.harmful_ids) == spaced.encode_answer(text), text
+        assert "  " not in text
+        assert not text.startswith(" ")
+    assert any("from mid-answer" in sample.source for sample in samples)
+    assert any(sample.refusal_prefix_tokens for sample in samples)
+
+
 class EndsInRefusal(ScriptedModel):
     def generate(self, sequences: Sequence[Sequence[int]], **options: Any) -> list[list[int]]:
         said = self.codec.encode_answer("i cannot help with that .")

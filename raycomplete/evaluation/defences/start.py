@@ -94,7 +94,9 @@ class Defence:
     def key(self) -> str:
         """Names everything that an answer depends on besides the student."""
         run = self._run
-        made_from: list[Any] = [self.settings.model_dump(mode="json")]
+        made_from: list[Any] = [self.settings.model_dump(mode="json"), run.config.models.max_length]
+        if isinstance(self.settings, ProbeDefence):
+            made_from.append(run.config.rollout.affirmative_prefixes[0])
         if not isinstance(self.settings, ReAskDefence):
             made_from.append(run.models.fingerprint("base"))
         if needs_training_prompts(run.config):
@@ -103,8 +105,13 @@ class Defence:
                 content_hash([[prompt.transcript for prompt in prompts[kind]] for kind in sorted(prompts)])
             )
             made_from.append(run.config.data.seed)
-        if isinstance(self.settings, SafeDecodingDefence) and self.settings.expert is not None:
-            made_from.append(fingerprint(resolve_checkpoint(self.settings.expert, role="evaluation.defence.expert")))
+        if isinstance(self.settings, SafeDecodingDefence):
+            expert = self.settings.expert
+            made_from.append(
+                run.config.rollout.max_refusal_tokens  # of those that the expert learns from
+                if expert is None
+                else fingerprint(resolve_checkpoint(expert, role="evaluation.defence.expert"))
+            )
         return f"{self.settings.name} {content_hash(made_from)[:16]}"
 
     def around(self, pool: RolloutPool) -> Generator:

@@ -9,6 +9,7 @@ alpha 64.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -127,7 +128,10 @@ class TwoModelDecoder:
     def top_logprobs(self, sequences: Sequence[Sequence[int]], top: int) -> list[list[tuple[int, float]]]:
         """The likeliest next tokens; see `raycomplete.attacks.target.WhiteBox.top_logprobs`."""
         values_BK, ids_BK = self.next_logprobs(sequences).topk(min(top, self._vocab_size), dim=-1)
-        return [list(zip(*row, strict=True)) for row in zip(ids_BK.tolist(), values_BK.tolist(), strict=True)]
+        return [
+            [(token, value) for token, value in zip(*row, strict=True) if value > -math.inf]  # the others are excluded
+            for row in zip(ids_BK.tolist(), values_BK.tolist(), strict=True)
+        ]
 
     def logprobs_of(self, sequences: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]) -> list[list[float]]:
         """Log-probabilities of given next tokens; see `raycomplete.attacks.target.WhiteBox.logprobs_of`."""

@@ -1,8 +1,8 @@
 """`python -m tests.benchmarks.engines`: sampling and scoring on the CPU by vLLM and by transformers, in one process.
 
 Both read the same random tokens with the same weights. Transformers reads batches that are sorted by length and padded,
-with its key-value cache, at the best of a few batch sizes. The floor is the matrix products alone: two FLOPs a weight and
-token, at the rate at which this process multiplies matrices of the model's width, logits of new tokens included. It
+with its key-value cache, at the best of a few batch sizes. The floor is the matrix products alone: two FLOPs a weight
+and token, at the rate at which this process multiplies matrices of the model's width, logits of new tokens included. It
 leaves out attention, and that every step of decoding reads all weights from memory.
 """
 
@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -107,22 +108,20 @@ def main() -> None:
         for lengths in ((40, 100), (120, 200))
     )
     sampling = Sampling(given.new_tokens, 1.0, 1.0, 0, 0)
-    generator = RolloutEngine(spec)
+    engine = RolloutEngine(spec)
     # An ended sequence counts for what it has; random tokens seldom end.
-    sample = {"vLLM": lambda: sum(len(ids) for ids, _ in generator.generate_finished(prompts, sampling))}
+    sample = {"vLLM": lambda: sum(len(ids) for ids, _ in engine.generate_finished(prompts, sampling))}
     sample |= {
-        f"transformers, {size}": lambda size=size: by_transformers(model, prompts, size, given.new_tokens)
-        for size in BATCHES
+        f"transformers, {size}": partial(by_transformers, model, prompts, size, given.new_tokens) for size in BATCHES
     }
-    generator.generate_finished(prompts[:2], sampling)
+    engine.generate_finished(prompts[:2], sampling)
     by_transformers(model, prompts[:2], 2, 2)
     sampled = {name: measured(work) for name, work in sample.items()}
-    del generator
     scorer = PoolingEngine(spec)
     requests = [ScoreRequest(ids, 40) for ids in answered]
     scorer.hidden_states(requests[:2])
     score = {"vLLM": lambda: sum(map(len, answered)) * bool(scorer.hidden_states(requests))}
-    score |= {f"transformers, {size}": lambda size=size: by_transformers(model, answered, size, 0) for size in BATCHES}
+    score |= {f"transformers, {size}": partial(by_transformers, model, answered, size, 0) for size in BATCHES}
     scored = {name: measured(work) for name, work in score.items()}
 
     config = model.config

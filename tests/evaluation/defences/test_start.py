@@ -121,6 +121,24 @@ def harmless(run: Any, generator: Any) -> list[str]:
     ]
 
 
+@pytest.mark.parametrize(
+    ("defence", "override", "matters"),
+    [
+        ({"name": "probe"}, 'rollout.affirmative_prefixes=["step one :"]', True),
+        ({"name": "safe_decoding"}, "rollout.max_refusal_tokens=9", True),
+        ({"name": "contrastive"}, "models.max_length=200", True),
+        ({"name": "contrastive"}, "rollout.max_refusal_tokens=9", False),
+    ],
+)
+def test_the_key_names_what_probe_and_expert_are_made_from(
+    run: Any, defence: dict[str, Any], override: str, matters: bool
+) -> None:
+    before = defended(run, **defence).key
+    changed = load_run_file(ROOT / "jobs" / "organism.yaml", [f"evaluation.num_prompts={NUM_PROMPTS}", override])
+    run.config = changed.model_copy(update={"data": run.config.data})
+    assert (defended(run, **defence).key != before) is matters
+
+
 def test_without_a_defence_prefills_go_on(run: Any) -> None:
     assert success(run, run.engines.generator) == 1.0
 

@@ -102,6 +102,13 @@ def test_samples_depend_on_their_own_seed_alone(organism_models: dict[str, Any])
     assert len({tuple(tokens) for tokens in drawn}) > 1
 
 
+def test_attackers_are_shown_no_token_that_the_decoder_excludes(organism_models: dict[str, Any]) -> None:
+    strict = decoder(organism_models, rule=Rule("contrastive", 0.5, 0.5))
+    for row in strict.top_logprobs(organism_sequences(3), 50):
+        assert 1 <= len(row) < 50
+        assert all(math.isfinite(value) for _, value in row)
+
+
 def test_attackers_see_the_distribution_that_answers_come_from(organism_models: dict[str, Any]) -> None:
     sequences = organism_sequences(3)
     shaped = decoder(organism_models)
