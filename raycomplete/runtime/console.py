@@ -73,7 +73,7 @@ class Console:
         every_s: Seconds between two such lines, at most.
     """
 
-    def __init__(self, *, quiet: bool = False, every_s: float = 30.0) -> None:
+    def __init__(self, *, quiet: bool = False, every_s: float = 20.0) -> None:
         self.rich = RichConsole(quiet=quiet)
         self._every_s = every_s
         self._started = time.perf_counter()

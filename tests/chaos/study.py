@@ -1,6 +1,8 @@
-"""Kills a small study at three drawn moments, resumes it, and compares its table with an undisturbed one's.
+"""Ends a small study at drawn moments, resumes it, and compares its table with an undisturbed one's.
 
-    python -m tests.chaos.study --out FOLDER [--seed 0]
+    python -m tests.chaos.study --out FOLDER [--seed 0] [--stop]
+
+It is killed three times, or, with `--stop`, told to stop by SIGTERM five times: then it must say so within 30 seconds.
 
 A method of a plugin is among the runs. Takes ten minutes and more.
 """
@@ -20,6 +22,7 @@ from typing import Any
 import psutil
 
 from tests.chaos.processes import kill
+from tests.chaos.stops import LIMIT_S
 from tests.config.test_study import PLUGIN, study_file
 from tests.conftest import ROOT
 
@@ -61,6 +64,18 @@ def kill_whole(process: subprocess.Popen[bytes]) -> None:
     kill(left)
 
 
+def stop(process: subprocess.Popen[bytes], log: Path) -> None:
+    """Sends SIGTERM to a study, which must end in time, with exit code 1 and the way on."""
+    started = time.monotonic()
+    process.terminate()
+    assert process.wait(timeout=2 * LIMIT_S) == 1, log.read_text()[-3000:]
+    seconds, said = time.monotonic() - started, log.read_text().strip().splitlines()[-1]
+    print(f"{seconds:.1f} s, {said}", flush=True)
+    assert seconds < LIMIT_S
+    assert "topped" in said
+    assert "--resume" in said
+
+
 def timeless(value: Any) -> Any:
     """The table without what was measured by the clock."""
     if isinstance(value, dict):
@@ -72,14 +87,14 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def check_killed(out: Path, seed: int) -> None:
-    """Compares an undisturbed study with one that is killed at three drawn moments.
+def check_ended(out: Path, seed: int, *, stopped: bool) -> None:
+    """Compares an undisturbed study with one that is killed at three drawn moments, or stopped at five.
 
     Raises:
         AssertionError: The tables differ, or something was done twice.
     """
     rng = random.Random(seed)
-    calm, killed = out / "calm", out / "killed"
+    calm, killed = out / "calm", out / ("stopped" if stopped else "killed")
     for folder in (calm, killed):
         folder.mkdir(parents=True)
         study_file(folder, TINY)
@@ -87,12 +102,15 @@ def check_killed(out: Path, seed: int) -> None:
     begun = time.monotonic()
     assert start(calm).wait(timeout=1200) == 0, (calm / "log").read_text()[-3000:]
     seconds = time.monotonic() - begun
-    for moment in sorted(rng.uniform(0.15, 0.8) for _ in range(3)):
+    for moment in sorted(rng.uniform(0.05 if stopped else 0.15, 0.8) for _ in range(5 if stopped else 3)):
         process = start(killed)
         try:
             process.wait(timeout=0.6 * moment * seconds)
         except subprocess.TimeoutExpired:
-            kill_whole(process)
+            if stopped:
+                stop(process, killed / "log")
+            else:
+                kill_whole(process)
         finished = {path: path.read_bytes() for path in killed.glob("runs/tiny/organism/*/summary.json")}
     assert start(killed).wait(timeout=1800) == 0, (killed / "log").read_text()[-3000:]
 
@@ -120,8 +138,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos.study")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--stop", action="store_true", help="SIGTERM in place of a kill")
     arguments = parser.parse_args()
-    check_killed(arguments.out.resolve(), arguments.seed)
+    check_ended(arguments.out.resolve(), arguments.seed, stopped=arguments.stop)
 
 
 if __name__ == "__main__":

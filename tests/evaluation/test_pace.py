@@ -108,7 +108,7 @@ def test_the_cost_of_what_is_missing_is_told_before_anything_is_generated(
 
 
 def test_without_a_terminal_a_line_comes_every_now_and_then() -> None:
-    """As in a job whose output goes to a file; the real interval is 30 seconds."""
+    """As in a job whose output goes to a file; the real interval is 20 seconds."""
     console, shown = Console(every_s=0.02), io.StringIO()
     console.rich = RichConsole(file=shown, width=80)
 
