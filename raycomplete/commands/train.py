@@ -243,6 +243,7 @@ def training_stats(
     rows = read_metrics(metrics_file)
     seconds = sum(row["seconds"] for row in rows)
     tokens = sum(row["tokens"] for row in rows)
+    validation_s = sum(row.get("validation_s", 0.0) for row in rows)  # no part of the seconds of its step
 
     def share(name: str) -> float:
         return sum(row.get(name, 0.0) for row in rows) / seconds if seconds else 0.0
@@ -261,7 +262,7 @@ def training_stats(
         "sync_fraction": share("sync_s"),
         "rollout_tokens": sum(row.get("rollout_tokens", 0) for row in rows),
         "max_staleness": max((row["staleness"] for row in rows if "staleness" in row), default=None),
-        "validation_fraction": share("validation_s"),
+        "validation_fraction": validation_s / (seconds + validation_s) if validation_s else 0.0,
         "kept_step": read_json(metrics_file.parent / "kept_step.json"),
         "stopped_early": bool(rows) and bool(rows[-1].get("stopped")),
         "loss_first": rows[0]["loss"] if rows else None,
