@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 from raycomplete.config import PromptSets, RunConfig
 from raycomplete.data.augmentation import read_augmentation_files
 from raycomplete.data.chat import ChatCodec, has_chat_template
-from raycomplete.data.checkpoints import architecture, check_same_vocabulary
+from raycomplete.data.checkpoints import architecture, check_same_vocabulary, fingerprint
 from raycomplete.data.heads import HeadSpec, read_head_spec
 from raycomplete.data.organisms import ORGANISMS
 from raycomplete.data.prompts import hub_commit, read_prompts
@@ -316,18 +317,37 @@ def longest_response(config: RunConfig) -> int:
     return max(train, rollout) + 1
 
 
-def samples_key(config: RunConfig) -> str:
-    """Names the samples of a run: runs that agree in everything that samples are made from have equal ones."""
+def training_fingerprints(models: Models, prompts: Prompts) -> dict[str, str]:
+    """Names the content of the checkpoints and training prompts of a run, by role or purpose."""
+    texts = [prompt.transcript for kind in KINDS for prompt in prompts.train[kind]]
+    found = {str(role): models.fingerprint(role) for role in models.paths}
+    found |= {name: fingerprint(path) for name, path in models.others.items()}
+    return found | {"training prompts": hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]}
+
+
+def evaluation_fingerprint(config: RunConfig) -> str:
+    """Names the content of all evaluation files, of which `evaluation.num_prompts` may draw a part."""
+    read = {kind: _read(config.data.evaluation, kind, config.data.seed) for kind in KINDS}
+    return content_hash([asdict(prompt) for kind in KINDS for prompt in read[kind]])
+
+
+def samples_key(config: RunConfig, inputs: Mapping[str, str]) -> str:
+    """Names the samples of a run: runs that agree in everything that samples are made from have equal ones.
+
+    Args:
+        inputs: Fingerprints of its checkpoints and prompts.
+    """
     train, evaluation = config.train, config.evaluation
     made_from: dict[str, Any] = config.model_dump(mode="json", include={"models", "data"})
     made_from["rollout"] = config.rollout.model_dump(mode="json", exclude=set(_OF_THE_LOOP))
     is_steered = train.validation.interval(train.steps) > 0
-    made_from["held back"] = [train.validation.num_prompts, train.validation.every == "auto"] if is_steered else None
+    held_back = [train.validation.num_prompts, train.validation.every == "auto", train.validation.max_tokens]
+    made_from["held back"] = held_back if is_steered else None
     made_from["held out"] = [evaluation.num_prompts, evaluation.prefill_from, evaluation.prefill_opening]
     made_from["held out"].append(evaluation.deepest_prefill)
     if config.rollout.prompt_augmentation.fraction > 0:  # suffixes get the room that a run's responses leave
         made_from["longest"] = longest_response(config)
-    return content_hash([made_from, train.seed])
+    return content_hash([made_from, train.seed, dict(inputs)])
 
 
 def thinking_room(config: RunConfig, codec: ChatCodec) -> int:
