@@ -96,6 +96,7 @@ class Attack(ABC, Generic[ConfigT]):
     rewrites_prompts: ClassVar[bool] = False  # a rewritten prompt may lose the behaviour
     asks_harmlessly: ClassVar[bool] = False  # a judge may have `tells_harmless = False` and is refused then
     with_prefill: ClassVar[bool] = False  # answers are judged a second time, with the prefill as part of them
+    rate_is_worst: ClassVar[bool] = False  # the rate is that of whoever takes the best of a behaviour's answers
 
     def __init__(self, config: ConfigT) -> None:
         self.config = config

@@ -53,6 +53,8 @@ class SoftPromptAttack(SuffixAttack[SoftPromptConfig]):
     greedily itself. `stats` of a response: loss at the start and least loss until then.
     """
 
+    rate_is_worst = True
+
     def cost(self, trials: Sequence[Trial]) -> TrialCost:
         plain, searches = super().cost(trials), len({trial.prompt.prompt_id for trial in trials})
         longest = max((trial.decoding.max_tokens for trial in trials), default=0)

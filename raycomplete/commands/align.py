@@ -12,8 +12,7 @@ from raycomplete.commands.stored import stored
 from raycomplete.commands.train import make_job, run_training
 from raycomplete.config import RunConfig
 from raycomplete.data.checkpoints import check_trainable
-from raycomplete.data.inputs import Prompts, prepare_models
-from raycomplete.data.prompts import read_prompts
+from raycomplete.data.inputs import prepare_alignment_prompts, prepare_models
 from raycomplete.data.samples import AnchorSample, SampleSet, read_samples, write_samples
 from raycomplete.engines.cluster import plan_run
 from raycomplete.engines.generation_cache import SAMPLING_FILE, sampled_from
@@ -22,6 +21,7 @@ from raycomplete.methods.sft import SFT
 from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import ConfigError, DataError
 from raycomplete.runtime.files import write_json
+from raycomplete.training.sampling import first_seed
 
 _DONE = "aligned.json"
 _SAME = ("models", "data", "rollout", "train", "align")  # sections that decide what is trained
@@ -56,13 +56,11 @@ def align(config: RunConfig, *, resume: bool = False, overwrite: bool = False, c
         return output
     models = prepare_models(config, roles=("base",))
     check_trainable(models.paths["base"])
-    refusals = read_prompts(settings.refusals, "harmful", config.data.seed)
-    benign = read_prompts(settings.benign, "benign", config.data.seed)
-    without = next((prompt for prompt in refusals if not prompt.answer), None)
+    prompts = prepare_alignment_prompts(config)
+    without = next((prompt for prompt in prompts.train["harmful"] if not prompt.answer), None)
     if without is not None:
         raise DataError(f"The prompt {without.prompt_id} of align.refusals has no answer.", "Name its answer column.")
     folder = OutputFolder(config, same=_SAME, resume=resume, overwrite=overwrite)
-    prompts = Prompts({"harmful": tuple(refusals), "benign": tuple(benign)}, {})
     plan = plan_run(config, workers=config.train.num_workers)
     with open_run(folder, models, prompts, plan, console) as run:
         samples_file = run.folder / "samples.jsonl"
@@ -104,7 +102,7 @@ def _samples(run: Run) -> SampleSet:
             max_tokens=limit,
             temperature=config.rollout.temperature,
             top_p=config.rollout.top_p,
-            seed=config.train.seed,
+            seed=first_seed(config, "align"),
         )
     kept = [
         AnchorSample(prompt.prompt_id, tuple(ids), (*tokens, *((codec.eos_id,) if finished else ())))

@@ -4,6 +4,7 @@
     <study>/<model>/<method>-seed<seed>/  a run of `raycomplete train`
     <study>/<model>/<defence>/            an evaluation of aligned behind a defence at inference
     <study>/logs/                         what each run said
+    <study>/inputs.json                   fingerprints of checkpoints and prompts, which must stay what they are
     <study>/study.json, study.md, study.html, figures/
 
 Each run is a process of its own, which is killed with the study. It resumes by itself, so that a study that is started
@@ -31,7 +32,13 @@ from raycomplete.commands import evaluate as evaluating
 from raycomplete.commands import train as training
 from raycomplete.config import RunConfig, dump
 from raycomplete.config.study import FROZEN, Study, StudyRun
-from raycomplete.data.inputs import prepare_models, prepare_prompts, samples_key
+from raycomplete.data.inputs import (
+    evaluation_fingerprint,
+    prepare_models,
+    prepare_prompts,
+    samples_key,
+    training_fingerprints,
+)
 from raycomplete.engines.cluster import ResourcePlan, connect, is_local, nodes_of
 from raycomplete.engines.dtype import resolve_dtype
 from raycomplete.engines.run import OutputFolder
@@ -40,7 +47,7 @@ from raycomplete.evaluation.defences.start import check_defence
 from raycomplete.report.study_page import write_study
 from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import ConfigError, StoppedError, WorkError
-from raycomplete.runtime.files import read_json, write_bytes, write_text
+from raycomplete.runtime.files import read_json, write_bytes, write_json, write_text
 from raycomplete.runtime.logs import FOLDER, RUN
 from raycomplete.runtime.signals import StopSignals, stop_signals
 
@@ -112,7 +119,8 @@ def study(study: Study, *, resume: bool = False, overwrite: bool = False, consol
     study = _checked(study, console)
     with _alone(study.folder, overwrite=overwrite and not resume):
         _refuse_others(study)
-        jobs = [_Started(run, samples_key(run.config) if run.trains else "") for run in study.runs]
+        _refuse_other_inputs(study)
+        jobs = [_Started(run, samples_key(run.config, run.inputs) if run.trains else "") for run in study.runs]
         if not all(job.is_finished for job in jobs):
             with _connected(study, console) as places, stop_signals() as stop, stop.deferred(_STOP_S + 2):
                 _work(study, jobs, places, stop, console, ray.get_runtime_context().gcs_address)
@@ -141,10 +149,11 @@ def _checked(study: Study, console: Console) -> Study:
             settings = run.config.models.model_copy(update={"dtype": known.models.dtype})
             config = run.config.model_copy(update={"models": settings})
             models = prepare_models(config, training=run.trains)
-            prepare_prompts(config, models.codec)
+            prompts = prepare_prompts(config, models.codec)
             check_attacks(config)
             check_defence(config, models)
-            runs.append(replace(run, config=config))
+            inputs = training_fingerprints(models, prompts) | {"evaluation prompts": evaluation_fingerprint(config)}
+            runs.append(replace(run, config=config, inputs=inputs))
     alone = study.config.parallel is None and is_local(runs[0].config.cluster)
     settings_of_study = study.config.model_copy(update={"parallel": 1}) if alone else study.config
     return replace(study, config=settings_of_study, runs=tuple(runs))
@@ -161,6 +170,26 @@ def _refuse_others(study: Study) -> None:
         os.environ.pop(name, None)
         if value is not None:
             os.environ[name] = value
+
+
+def _refuse_other_inputs(study: Study) -> None:
+    """Refuses to continue runs whose checkpoints or prompts are not what they were, and notes those of the others."""
+    file = study.folder / "inputs.json"
+    known = read_json(file) or {}
+    changed = {
+        f"{name} of {run.model}"
+        for run in study.runs
+        if (run.config.output.folder / "config.yaml").is_file()
+        for name, content in known.get(run.name, {}).items()
+        if run.inputs.get(name) != content
+    }
+    if changed:
+        raise ConfigError(
+            f"Since the study in {study.folder} was started, the content of these changed: "
+            f"{', '.join(sorted(changed))}.",
+            "Put back what was there, run again with --overwrite, or choose another output.name.",
+        )
+    write_json(file, known | {run.name: dict(run.inputs) for run in study.runs})
 
 
 @contextmanager
@@ -264,6 +293,8 @@ def _start(study: Study, job: _Started, jobs: Sequence[_Started], address: str) 
     settings = dump(job.run.config.model_copy(update={"cluster": cluster}))
     if not (folder / "config.yaml").is_file():
         write_text(folder / "config.yaml", settings)
+    if job.run.trains and not (folder / "inputs.json").is_file():
+        write_json(folder / "inputs.json", dict(job.run.inputs))  # the run refuses what has changed since then
     (folder / "summary.json").unlink(missing_ok=True)  # of another evaluation, or the run would take itself as finished
     if frozen is not job:
         source = frozen.folder / "evaluation"

@@ -7,8 +7,6 @@ A stage whose result is there is not run again, so `--resume` continues an inter
 
 from __future__ import annotations
 
-import hashlib
-import json
 import statistics
 import time
 from collections.abc import Mapping
@@ -21,7 +19,7 @@ from raycomplete.config import RunConfig
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.checkpoints import check_trainable
 from raycomplete.data.families import is_mixture, text_config
-from raycomplete.data.inputs import KINDS, Prompts, prepare_models, prepare_prompts
+from raycomplete.data.inputs import KINDS, Prompts, prepare_models, prepare_prompts, training_fingerprints
 from raycomplete.data.samples import read_samples, write_samples
 from raycomplete.engines.cluster import ResourcePlan, plan_run
 from raycomplete.engines.generation_cache import SAMPLING_FILE
@@ -243,6 +241,7 @@ def training_stats(
     rows = read_metrics(metrics_file)
     seconds = sum(row["seconds"] for row in rows)
     tokens = sum(row["tokens"] for row in rows)
+    validation_s = sum(row.get("validation_s", 0.0) for row in rows)  # no part of the seconds of its step
 
     def share(name: str) -> float:
         return sum(row.get(name, 0.0) for row in rows) / seconds if seconds else 0.0
@@ -261,7 +260,7 @@ def training_stats(
         "sync_fraction": share("sync_s"),
         "rollout_tokens": sum(row.get("rollout_tokens", 0) for row in rows),
         "max_staleness": max((row["staleness"] for row in rows if "staleness" in row), default=None),
-        "validation_fraction": share("validation_s"),
+        "validation_fraction": validation_s / (seconds + validation_s) if validation_s else 0.0,
         "kept_step": read_json(metrics_file.parent / "kept_step.json"),
         "stopped_early": bool(rows) and bool(rows[-1].get("stopped")),
         "loss_first": rows[0]["loss"] if rows else None,
@@ -273,16 +272,13 @@ def training_stats(
 
 def _check_same_inputs(run: Run) -> None:
     """Refuses to resume a run whose checkpoints or prompts have changed since it was started."""
-    texts = [prompt.transcript for kind in KINDS for prompt in run.prompts.train[kind]]  # an evaluation checks its own
-    inputs = {str(role): run.models.fingerprint(role) for role in run.models.paths}
-    inputs["training prompts"] = hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
+    inputs = training_fingerprints(run.models, run.prompts)  # an evaluation checks its own
     known = read_json(run.folder / "inputs.json")
     if known is None:
         write_json(run.folder / "inputs.json", inputs)
-    elif known != inputs:
-        changed = ", ".join(name for name in inputs if known.get(name) != inputs[name])
+    elif changed := [name for name, content in inputs.items() if known.get(name, content) != content]:
         raise ConfigError(
-            f"Since the run in {run.folder} was started, the content of these changed: {changed}.",
+            f"Since the run in {run.folder} was started, the content of these changed: {', '.join(changed)}.",
             "Run again with --overwrite, or choose another output.name.",
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,7 @@ class StudyRun:
     Attributes:
         trains: False for the frozen models by themselves (label "aligned") and for defences at inference.
         departures: Settings that differ from those of the method's authors, in words.
+        inputs: Fingerprints of checkpoints and prompts by name, once they were read.
     """
 
     model: str
@@ -74,6 +75,7 @@ class StudyRun:
     config: RunConfig
     trains: bool
     departures: tuple[str, ...] = ()
+    inputs: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:

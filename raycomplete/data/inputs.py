@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 from raycomplete.config import PromptSets, RunConfig
 from raycomplete.data.augmentation import read_augmentation_files
 from raycomplete.data.chat import ChatCodec, has_chat_template
-from raycomplete.data.checkpoints import architecture, check_same_vocabulary
+from raycomplete.data.checkpoints import architecture, check_same_vocabulary, fingerprint
 from raycomplete.data.heads import HeadSpec, read_head_spec
 from raycomplete.data.organisms import ORGANISMS
 from raycomplete.data.prompts import hub_commit, read_prompts
@@ -178,25 +179,22 @@ def prepare_prompts(config: RunConfig, codec: ChatCodec, *, training: bool = Tru
     Raises:
         DataError: A file is missing, empty or malformed, a needed kind has no prompts, or a prompt is too long.
     """
-    data = config.data
+    data, held_out = config.data, _held_out_sets(config)
     notes: list[str] = []
     if data.source in ORGANISMS:
         organism = ORGANISMS[data.source]
         train = {kind: tuple(organism.prompts("train", kind, data.seed, data.limit_per_kind)) for kind in KINDS}
-        count = config.evaluation.num_prompts
-        held_out = {kind: tuple(organism.prompts("heldout", kind, data.seed, count)) for kind in KINDS}
     else:
         train = {kind: _read(data.train, kind, data.seed) if training else () for kind in KINDS}
-        if data.max_overlap < 1 and training:
+        if training:
             train, notes = _without_near_repeats(config, train)
-        held_out = {kind: _held_out(config, kind) for kind in KINDS}
         needed = [("data.evaluation", held_out, kind) for kind in KINDS]
         if training:
             needed += [("data.train", train, kind) for kind in ("harmful", "benign")]
         for where, sets, kind in needed:
             if not sets[kind]:
                 raise DataError(f"{where}.{kind} is empty.", "Name at least one file of prompts there.")
-        _check_disjoint(train, held_out)
+        _check_disjoint(train, held_out, "data.train")
     trained, thought = longest_response(config), thinking_room(config, codec)
     for sets, longest in ((train, trained), (held_out, max(trained, _longest_evaluated(config) + thought))):
         for prompt in (prompt for kind in KINDS for prompt in sets[kind]):
@@ -212,6 +210,21 @@ def prepare_prompts(config: RunConfig, codec: ChatCodec, *, training: bool = Tru
     return Prompts(train, held_out, tuple(notes))
 
 
+def prepare_alignment_prompts(config: RunConfig) -> Prompts:
+    """Reads the prompts of `align`, and keeps them as far from those of the evaluation as training prompts are.
+
+    Raises:
+        DataError: A file is missing or malformed, a prompt is one of the evaluation, or none is left.
+    """
+    where = "align.refusals or align.benign"
+    sets = PromptSets(harmful=config.align.refusals, benign=config.align.benign)
+    train, notes = _without_near_repeats(config, {kind: _read(sets, kind, config.data.seed) for kind in KINDS})
+    if not (train["harmful"] and train["benign"]):
+        raise DataError(f"{where} holds no prompt that is far enough from the evaluation.", "Use other files.")
+    _check_disjoint(train, _held_out_sets(config), where)
+    return Prompts(train, {}, tuple(notes))
+
+
 def _hub_notes(config: RunConfig, training: bool) -> list[str]:
     """Says at which commit each data set of the hub was read, for who wants to pin it."""
     sets = [config.data.evaluation, *([config.data.train] if training else [])]
@@ -222,6 +235,13 @@ def _hub_notes(config: RunConfig, training: bool) -> list[str]:
 
 def _read(sets: PromptSets, kind: PromptKind, seed: int) -> tuple[Prompt, ...]:
     return tuple(read_prompts(getattr(sets, kind), kind, seed))
+
+
+def _held_out_sets(config: RunConfig) -> dict[PromptKind, tuple[Prompt, ...]]:
+    data, count = config.data, config.evaluation.num_prompts
+    if data.source in ORGANISMS:
+        return {kind: tuple(ORGANISMS[data.source].prompts("heldout", kind, data.seed, count)) for kind in KINDS}
+    return {kind: _held_out(config, kind) for kind in KINDS}
 
 
 def _held_out(config: RunConfig, kind: PromptKind) -> tuple[Prompt, ...]:
@@ -240,6 +260,8 @@ def _without_near_repeats(
     All rows of the evaluation files count, drawn by `evaluation.num_prompts` or not, so that what is trained on does
     not depend on how much is measured.
     """
+    if config.data.max_overlap >= 1:
+        return train, []
     evaluation = config.data.evaluation
     known = [_words(prompt) for kind in KINDS for prompt in _read(evaluation, kind, config.data.seed)]
 
@@ -262,13 +284,13 @@ def _words(prompt: Prompt) -> frozenset[str]:
 
 
 def _check_disjoint(
-    train: dict[PromptKind, tuple[Prompt, ...]], held_out: dict[PromptKind, tuple[Prompt, ...]]
+    train: dict[PromptKind, tuple[Prompt, ...]], held_out: dict[PromptKind, tuple[Prompt, ...]], where: str
 ) -> None:
     trained = {prompt.transcript for kind in KINDS for prompt in train[kind]}
     both = [prompt for kind in KINDS for prompt in held_out[kind] if prompt.transcript in trained]
     if both:
         raise DataError(
-            f"{len(both)} prompts of data.evaluation are in data.train as well ({both[0].prompt_id} is the first).",
+            f"{len(both)} prompts of data.evaluation are in {where} as well ({both[0].prompt_id} is the first).",
             "Rates on trained prompts prove nothing: use other files, split one file in two, or set data.max_overlap "
             "(0.6, say) to leave them out of training.",
         )
@@ -295,18 +317,37 @@ def longest_response(config: RunConfig) -> int:
     return max(train, rollout) + 1
 
 
-def samples_key(config: RunConfig) -> str:
-    """Names the samples of a run: runs that agree in everything that samples are made from have equal ones."""
+def training_fingerprints(models: Models, prompts: Prompts) -> dict[str, str]:
+    """Names the content of the checkpoints and training prompts of a run, by role or purpose."""
+    texts = [prompt.transcript for kind in KINDS for prompt in prompts.train[kind]]
+    found = {str(role): models.fingerprint(role) for role in models.paths}
+    found |= {name: fingerprint(path) for name, path in models.others.items()}
+    return found | {"training prompts": hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]}
+
+
+def evaluation_fingerprint(config: RunConfig) -> str:
+    """Names the content of all evaluation files, of which `evaluation.num_prompts` may draw a part."""
+    read = {kind: _read(config.data.evaluation, kind, config.data.seed) for kind in KINDS}
+    return content_hash([asdict(prompt) for kind in KINDS for prompt in read[kind]])
+
+
+def samples_key(config: RunConfig, inputs: Mapping[str, str]) -> str:
+    """Names the samples of a run: runs that agree in everything that samples are made from have equal ones.
+
+    Args:
+        inputs: Fingerprints of its checkpoints and prompts.
+    """
     train, evaluation = config.train, config.evaluation
     made_from: dict[str, Any] = config.model_dump(mode="json", include={"models", "data"})
     made_from["rollout"] = config.rollout.model_dump(mode="json", exclude=set(_OF_THE_LOOP))
     is_steered = train.validation.interval(train.steps) > 0
-    made_from["held back"] = [train.validation.num_prompts, train.validation.every == "auto"] if is_steered else None
+    held_back = [train.validation.num_prompts, train.validation.every == "auto", train.validation.max_tokens]
+    made_from["held back"] = held_back if is_steered else None
     made_from["held out"] = [evaluation.num_prompts, evaluation.prefill_from, evaluation.prefill_opening]
     made_from["held out"].append(evaluation.deepest_prefill)
     if config.rollout.prompt_augmentation.fraction > 0:  # suffixes get the room that a run's responses leave
         made_from["longest"] = longest_response(config)
-    return content_hash([made_from, train.seed])
+    return content_hash([made_from, train.seed, dict(inputs)])
 
 
 def thinking_room(config: RunConfig, codec: ChatCodec) -> int:

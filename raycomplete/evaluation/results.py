@@ -160,6 +160,7 @@ def attack_result(group: TrialGroup, answered: Found, target: Target) -> dict[st
         "trials": len(answered),
         "headline": attack.headline,
         "best_of": attack.best_of,
+        "rate_is_worst": attack.rate_is_worst,
         "mean": _mean(trials),
         "first_round": _mean(first) if picked else None,
         "with_prefill": _mean(_by_behaviour(answered, of_whole)) if attack.with_prefill else None,

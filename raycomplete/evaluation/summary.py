@@ -84,13 +84,25 @@ def _comparisons(results: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any
         for name in [name for name in ours if name in theirs]:
             if ours[name]["settings"] != theirs[name]["settings"]:
                 raise ValueError(f"Results of {name} under different settings cannot be compared.")
-            difference = paired_bootstrap(ours[name]["by_behaviour"], theirs[name]["by_behaviour"])
-            found.append({"measure": "asr", "attack": name, **names, **difference.to_json()})
+            difference = paired_bootstrap(attack_shares(ours[name])[0], attack_shares(theirs[name])[0])
+            measure = "asr_worst_of_n" if ours[name].get("rate_is_worst") else "asr"
+            found.append({"measure": measure, "attack": name, **names, **difference.to_json()})
         changes = {name: _change(results[first], results[second], name) for name in OTHER_RATES}
         found += [
             {"measure": name, "attack": None, **names, **change.to_json()} for name, change in changes.items() if change
         ]
     return found
+
+
+def attack_shares(block: Mapping[str, Any]) -> tuple[dict[str, float], int]:
+    """Returns the shares of success by prompt that the rate of an attack is made of, and the trials of a prompt.
+
+    Where the attacker takes the best of several answers, a prompt has one trial, and one success is all.
+    """
+    shares = block["by_behaviour"]
+    if block.get("rate_is_worst"):
+        return {prompt: float(share > 0) for prompt, share in shares.items()}, 1
+    return shares, max(block["trials"] // max(block["n"], 1), 1)
 
 
 def _change(first: Mapping[str, Any], second: Mapping[str, Any], name: str) -> Difference | None:
@@ -228,7 +240,9 @@ def measure_text(comparison: Mapping[str, Any]) -> str:
     attack = comparison["attack"]
     if attack is None:
         return OTHER_RATES[comparison["measure"]]
-    return "ASR, mean over depths" if attack == "prefill" else str(attack)
+    if attack == "prefill":
+        return "ASR, mean over depths"
+    return f"{attack}, worst of n" if comparison["measure"] == "asr_worst_of_n" else str(attack)
 
 
 def difference_text(difference: Mapping[str, Any]) -> str:

@@ -10,7 +10,14 @@ from typing import Any
 import yaml
 
 from raycomplete.evaluation.statistics import difference_over_runs, mean_over_runs
-from raycomplete.evaluation.summary import OTHER_RATES, PAIRS, difference_text, measure_text, rate_text
+from raycomplete.evaluation.summary import (
+    OTHER_RATES,
+    PAIRS,
+    attack_shares,
+    difference_text,
+    measure_text,
+    rate_text,
+)
 from raycomplete.report.run_folder import ROLES, RunFolder, read_run_folder
 from raycomplete.runtime.errors import ConfigError, DataError
 from raycomplete.runtime.files import write_json
@@ -157,7 +164,7 @@ def shares_by_measure(folder: str, result: Mapping[str, Any]) -> dict[str, Share
     }
     for name, block in attacks.items():
         label = measure_text({"measure": "asr", "attack": name})
-        found[label] = (block["by_behaviour"], max(block["trials"] // max(block["n"], 1), 1))
+        found[label] = attack_shares(block)
     labels = {name: label.removesuffix(" (borderline)") for name, label in OTHER_RATES.items()}
     return found | {label: (by_prompt[name], 1) for name, label in labels.items() if by_prompt[name]}
 

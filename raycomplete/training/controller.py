@@ -203,7 +203,7 @@ class Controller:
         """Says in one sentence which step is kept, and whether it meets the budgets."""
         found, config = self.best, self._config
         if found is None:
-            return "The last step is kept: none was measured."
+            return "The last step is kept: the weights of the best measured one are lost or damaged."
         allowed = max(config.over_refusal_budget, 1 / found.harmless)
         measured = (
             f"over-refusal {found.over_refusal:+.3f} against aligned ({found.changed} of {found.harmless} answers "

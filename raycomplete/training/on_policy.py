@@ -161,13 +161,18 @@ def _continued(sample: AnchorSample, cut: int, rollout: Rollout) -> AnchorSample
 def compliance_by_bin(
     batch: RolloutBatch, rollouts: Sequence[Rollout], sampler: DepthSampler
 ) -> tuple[list[float], list[int]]:
-    """How often the student complied, and how often it was asked, by depth bin of the cut [num_bins each]."""
+    """How often the student complied, and how often it was asked, by depth bin of the cut [num_bins each].
+
+    Cuts before the first bin, of prompts that a group asks plainly or where h is shorter, count in none.
+    """
     complied, asked = [0.0] * sampler.num_bins, [0] * sampler.num_bins
     rollouts = rollouts[: len(batch.recovery)]
     for sample, depth, rollout in zip(batch.recovery, batch.depths, rollouts, strict=True):
-        index = sampler.bin_of(max(depth - sample.refusal_prefix_tokens, sampler.bin_ranges[0][0]))
-        complied[index] += not rollout.refused
-        asked[index] += 1
+        reached = depth - sample.refusal_prefix_tokens
+        if reached >= sampler.bin_ranges[0][0]:
+            index = sampler.bin_of(reached)
+            complied[index] += not rollout.refused
+            asked[index] += 1
     return complied, asked
 
 
@@ -213,13 +218,14 @@ class OnPolicySource(StepSource):
         self._prefetcher.request(step, anchor, recovery)
         scores = self._prefetcher.take(step)
         complied, asked = compliance_by_bin(batch, rollouts, self._sampler)
+        continued = rollouts[: len(batch.recovery)]  # of harmful prompts, plain ones of a group too
         stats |= {
             "rollout_wait_s": waited_s,
             "teacher_wait_s": scores.wait_s,
             "staleness": max((step - rollout.version for rollout in rollouts), default=0),
             "rollout_tokens": sum(len(rollout.token_ids) for rollout in rollouts),
             "late_refusals": sum(rollout.refused and bool(rollout.refusal_start) for rollout in rollouts),
-            "compliance": sum(complied) / max(sum(asked), 1),
+            "compliance": sum(not rollout.refused for rollout in continued) / max(len(continued), 1),
             "depth_compliance": [part / count if count else None for part, count in zip(complied, asked, strict=True)],
         }
         return StepInput(plan, scores, stats, (complied, asked))

@@ -86,7 +86,7 @@ def _anchor_samples(run: Run, prompts: Sequence[Prompt]) -> list[AnchorSample]:
     for draw in range(rollout.answers_per_prompt):
         again = f", draw {draw + 1} of {rollout.answers_per_prompt}" if rollout.answers_per_prompt > 1 else ""
         title = f"Answers of the aligned model to {len(prompts)} training prompts{again}"
-        seed = _seed(run.config, "anchor", draw)
+        seed = first_seed(run.config, "anchor", draw)
         answers = _answers(run, title, prompt_ids, rollout.max_anchor_tokens, seed, rollout.temperature)
         samples += [
             AnchorSample(f"{prompt.prompt_id}#{draw}", ids, answer_ids, prompt.kind, _complies(run, prompt, answer_ids))
@@ -200,7 +200,7 @@ def compliant_continuations(
         max_tokens=max(rollout.max_harmful_tokens - shortest, 1),
         temperature=rollout.temperature,
         top_p=rollout.top_p,
-        seed=_seed(config, "harmful", draw),
+        seed=first_seed(config, "harmful", draw),
     )
     found: list[Ids] = []
     for (prompt, opening), answer in zip(questions, answers, strict=True):
@@ -392,7 +392,7 @@ def _answers(
     return [(*tokens, eos_id) if finished else tuple(tokens) for tokens, finished in answers]
 
 
-def _seed(config: RunConfig, purpose: str, draw: int = 0) -> int:
-    """First seed of a batch of samples; batches of other purposes, draws or run seeds share none of their seeds."""
+def first_seed(config: RunConfig, purpose: str, draw: int = 0) -> int:
+    """Seeds the first sample of a batch; batches of other purposes, draws or run seeds share none of their seeds."""
     digest = hashlib.sha256(f"{config.train.seed}:{purpose}:{draw}".encode()).digest()
     return int.from_bytes(digest[:5], "big") * 2**20  # room for a million prompts, below 2**63

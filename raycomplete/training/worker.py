@@ -224,8 +224,8 @@ class Worker:
             sink.close()
         if stops:
             return done
-        if self.controller.best is not None:
-            self._keep_best()
+        if self.validator is not None:
+            self._keep_best(done)
         self._profile()
         return None
 
@@ -240,12 +240,13 @@ class Worker:
         seconds = time.perf_counter() - started
         return {"validation": row, "validation_s": seconds, "stopped": self.controller.is_over}
 
-    def _keep_best(self) -> None:
-        """Goes back to the step that is kept, and notes which one it is."""
+    def _keep_best(self, done: int) -> None:
+        """Goes back to the best step, or stays at the last one where it is lost, and notes which one is kept."""
         step = self.controller.best_step
-        checkpoints.restore_weights(self.lm, self.job.best_checkpoint, step, self.job.train)
+        if step:
+            checkpoints.restore_weights(self.lm, self.job.best_checkpoint, step, self.job.train)
         if self.rank == 0:
-            write_json(self.job.kept_step_file, {"step": step, "why": self.controller.describe_choice()})
+            write_json(self.job.kept_step_file, {"step": step or done, "why": self.controller.describe_choice()})
 
     def _state(self) -> dict[str, Any]:
         return {

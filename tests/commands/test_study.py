@@ -16,7 +16,7 @@ from raycomplete.config import load_run_file
 from raycomplete.config.study import FROZEN, Study, load_study
 from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import ConfigError, StoppedError
-from raycomplete.runtime.files import write_text
+from raycomplete.runtime.files import read_json, write_text
 from raycomplete.runtime.signals import StopSignals
 from tests.config.test_study import study_file
 from tests.conftest import ROOT
@@ -82,7 +82,7 @@ class Quiet:
 def work(study: Study, places: int, stop: StopSignals | None = None) -> Quiet:
     """Runs all that is not finished, without a cluster."""
     console = Quiet()
-    jobs = [command._Started(run, command.samples_key(run.config) if run.trains else "") for run in study.runs]
+    jobs = [command._Started(run, command.samples_key(run.config, {}) if run.trains else "") for run in study.runs]
     command._work(study, jobs, places, stop or StopSignals(), console, "an address")  # type: ignore[arg-type]
     return console
 
@@ -110,6 +110,7 @@ def test_equal_samples_are_made_once_and_frozen_models_asked_once(study: Study) 
     assert made["completion-seed1"] == made["npo-seed1"] == "made by completion-seed1"
     assert made["augmentation-seed0"] == "made by augmentation-seed0"  # sampled in another way
     assert not (folder / "again" / "samples.jsonl").exists()
+    assert (folder / "npo-seed0" / "inputs.json").is_file(), "the run refuses other models than those of its samples"
 
 
 def test_a_run_that_fails_leaves_the_others_and_is_taken_up_again(study: Study) -> None:
@@ -169,6 +170,7 @@ def test_the_study_joins_the_cluster_of_the_run_file_and_its_runs_join_the_study
     for name in ("prepare_models", "prepare_prompts", "check_attacks", "check_defence"):
         monkeypatch.setattr(command, name, lambda *_, **__: SimpleNamespace(codec=None))
     monkeypatch.setattr(command, "resolve_dtype", lambda config, _: config)
+    monkeypatch.setattr(command, "training_fingerprints", lambda *_: {})
     first = study.runs[0]
     for address, parallel in (("10.0.0.1:6379", None), ("local", 1)):
         cluster = first.config.cluster.model_copy(update={"address": address})
@@ -195,3 +197,23 @@ def test_a_run_of_other_settings_is_refused(study: Study, tmp_path: Path) -> Non
     with pytest.raises(ConfigError, match=r"started with other values of train\.steps"):
         command._refuse_others(changed)
     command._refuse_others(load_study(study_file(tmp_path, FILE), ["settings.evaluation.num_prompts=7"]))
+
+
+def test_a_study_of_other_checkpoints_or_prompts_is_refused(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Finished runs would stay those of the old model, and others would copy its samples."""
+
+    def checked(**inputs: str) -> Study:
+        return command.replace(study, runs=tuple(command.replace(run, inputs=inputs) for run in study.runs))
+
+    first = checked(aligned="old", base="b")
+    with command._alone(study.folder, overwrite=False):
+        command._refuse_other_inputs(command.replace(first, runs=first.runs[:-1]))
+        command._refuse_other_inputs(first)  # a run more
+        command._refuse_other_inputs(checked(aligned="older", base="b"))  # none is started
+        command._refuse_other_inputs(first)
+    write_text(study.runs[0].config.output.folder / "config.yaml", "")
+    assert (read_json(study.folder / "inputs.json") or {}).keys() == {run.name for run in study.runs}
+    monkeypatch.setattr(command, "_refuse_others", lambda _: None)
+    monkeypatch.setattr(command, "_checked", lambda *_: checked(aligned="new", base="b"))
+    with pytest.raises(ConfigError, match=r"the content of these changed: aligned of organism\. .*--overwrite"):
+        command.study(study, resume=True)

@@ -13,7 +13,15 @@ from transformers import AutoTokenizer
 
 from raycomplete.config import RunConfig, parse
 from raycomplete.data.checkpoints import fingerprint, load_model
-from raycomplete.data.inputs import KINDS, _words, prepare_models, prepare_prompts
+from raycomplete.data.inputs import (
+    KINDS,
+    _words,
+    evaluation_fingerprint,
+    prepare_models,
+    prepare_prompts,
+    samples_key,
+    training_fingerprints,
+)
 from raycomplete.runtime.errors import CheckpointError, ConfigError, DataError
 from raycomplete.runtime.types import Prompt
 from tests.training.tiny import make_model
@@ -365,3 +373,28 @@ def test_a_file_of_other_forms_that_cannot_be_used_is_refused(
     with pytest.raises(DataError, match=words):
         prepare_prompts(make(rollout=SHORT["rollout"] | on), codec)
     prepare_prompts(make(rollout=SHORT["rollout"] | on), codec, training=False)
+
+
+def test_samples_are_named_by_all_that_they_are_made_from(make: Make, models: Path, tmp_path: Path) -> None:
+    aligned = Path(shutil.copytree(models / "aligned", tmp_path / "aligned"))
+    config = make(models={"aligned": str(aligned)})
+    longer = make(models={"aligned": str(aligned)}, train={"validation": {"max_tokens": 40}})
+
+    def inputs() -> dict[str, str]:
+        prepared = prepare_models(config)
+        return training_fingerprints(prepared, prepare_prompts(config, prepared.codec))
+
+    first = inputs()
+    shutil.copy(models / "student" / "model.safetensors", aligned)
+    second = inputs()
+    write_prompt(config, "train", "benign", "another")
+    third = inputs()
+    assert len({samples_key(longer, first), *(samples_key(config, found) for found in (first, second, third))}) == 4
+    assert {name for name in first if first[name] != third[name]} == {"aligned", "student", "training prompts"}
+
+
+def test_the_content_of_evaluation_files_counts_and_not_how_much_is_drawn(make: Make) -> None:
+    config = make(evaluation=SHORT["evaluation"] | {"num_prompts": 1})
+    before = evaluation_fingerprint(config)
+    write_prompt(config, "evaluation", "borderline", "another")
+    assert evaluation_fingerprint(config) == evaluation_fingerprint(make()) != before

@@ -156,3 +156,13 @@ def test_the_command_prints_and_writes(runs: list[Path], tmp_path: Path, capsys:
     assert "rank_assisted_prefill" in printed, "no name is cut or wrapped"
     assert "7.5 to 12.5" in printed
     assert write_aggregate(aggregate_runs(runs), tmp_path / "out" / "seeds.json").is_file()
+
+
+def test_an_attack_that_takes_the_best_answer_has_the_rate_of_that(runs: list[Path]) -> None:
+    block = {"n": 2, "trials": 20, "rate_is_worst": True, "by_behaviour": {"00": 0.1, "01": 0.0}}
+    for path in (run / "evaluation" / "student.json" for run in runs):
+        result = json.loads(path.read_text())
+        write_json(path, result | {"attacks": result["attacks"] | {"soft_prompt": block}})
+    found = aggregate_runs(runs)["rates"]["soft_prompt"]["student"]
+    assert (found["rate"], found["n"]) == (0.5, 2)
+    assert found == mean_over_runs([{"00": 1.0, "01": 0.0}] * 3)

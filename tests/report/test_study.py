@@ -10,7 +10,7 @@ import pytest
 
 from raycomplete.config.study import FROZEN, Study, load_study
 from raycomplete.evaluation.statistics import difference_over_runs, mean_over_runs
-from raycomplete.report.study import MEAN_OVER_ATTACKS, study_results
+from raycomplete.report.study import MEAN_OVER_ATTACKS, _shares, study_results
 from raycomplete.report.study_page import write_study
 from raycomplete.runtime.errors import DataError
 from raycomplete.runtime.files import write_json
@@ -100,6 +100,13 @@ def test_rates_and_differences_are_over_prompts_and_seeds(study: Study) -> None:
     # Over attacks, on the ten prompts that both asked: (0 + 10 / 10) / 2 and 10 / 10 for aligned.
     assert rows["aligned"]["rates"][MEAN_OVER_ATTACKS]["rate"] == pytest.approx(0.75)
     assert rows["aligned"]["rates"][MEAN_OVER_ATTACKS]["n"] == 10
+
+
+def test_the_mean_over_attacks_takes_each_at_its_own_rate(tmp_path: Path) -> None:
+    result = a_result("student", 0, 0, 0, 0)
+    soft = {"n": 2, "trials": 20, "rate_is_worst": True, "by_behaviour": {"00": 0.1, "01": 0.0}}
+    result["attacks"] = {"rank_assisted_prefill": result["attacks"]["rank_assisted_prefill"], "soft_prompt": soft}
+    assert _shares(tmp_path, result)[MEAN_OVER_ATTACKS] == ({"00": 0.5, "01": 0.0}, 1)
 
 
 def test_the_best_rival_refuses_as_little_as_the_reference(study: Study) -> None:

@@ -213,6 +213,13 @@ def test_compliance_is_counted_by_the_depth_of_the_prefill() -> None:
     assert compliance_by_bin(rollout_batch, rollouts, sampler) == ([1, 2, 0, 1], [2, 3, 0, 3])
 
 
+def test_plainly_asked_prompts_of_a_group_count_at_no_depth() -> None:
+    sampler = DepthSampler(DEPTH, 0)
+    batch = RolloutBatch(0, (), (), SAMPLES.recovery[:3], (0, 0, 1))
+    rollouts = [Rollout((9,), (), refused, 0) for refused in (True, True, False)]
+    assert compliance_by_bin(batch, rollouts, sampler) == ([1, 0, 0, 0], [1, 0, 0, 0])
+
+
 @pytest.mark.parametrize(("sync_every", "checkpoint_every", "stops"), [(1, 25, [1, 2, 3, 4, 5]), (3, 4, [3, 4])])
 def test_a_run_stops_only_where_its_engines_get_new_weights(
     sync_every: int, checkpoint_every: int, stops: list[int]

@@ -1,0 +1,43 @@
+"""Parts of `raycomplete train` that need no engine: its statistics, and what it refuses to resume."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from raycomplete.commands import train
+from raycomplete.config import load_run_file
+from raycomplete.data.inputs import Prompts
+from raycomplete.runtime.errors import ConfigError
+from raycomplete.runtime.files import read_json, write_json, write_rows
+from raycomplete.runtime.types import Prompt
+
+
+def test_the_share_of_validation_is_of_the_time_with_validation(tmp_path: Path) -> None:
+    """The seconds of a step end before it is measured on held-back prompts."""
+    row = {"step": 1, "seconds": 50.0, "tokens": 10, "loss": 1.0, "sync_s": 10.0}
+    write_rows(tmp_path / "metrics.jsonl", [row, row | {"step": 2, "validation_s": 50.0}])
+    config = load_run_file("jobs/organism.yaml")
+    stats = train.training_stats(config, tmp_path / "metrics.jsonl", None, {}, {})
+    assert stats["validation_fraction"] == pytest.approx(1 / 3)
+    assert stats["sync_fraction"] == pytest.approx(0.2)
+
+
+def test_a_run_of_other_checkpoints_or_prompts_is_not_resumed(tmp_path: Path) -> None:
+    def check(aligned: str, text: str) -> None:
+        weights = {"base": "b", "aligned": aligned}
+        models = SimpleNamespace(paths=weights, others={}, fingerprint=lambda role: weights[role])
+        prompts = Prompts({"harmful": (Prompt("p", text, "harmful"),), "benign": (), "borderline": ()}, {})
+        run: Any = SimpleNamespace(folder=tmp_path, models=models, prompts=prompts)
+        train._check_same_inputs(run)
+
+    check("a", "x")
+    check("a", "x")
+    file = tmp_path / "inputs.json"
+    write_json(file, {**(read_json(file) or {}), "evaluation prompts": "e"})  # as a study writes it
+    check("a", "x")
+    with pytest.raises(ConfigError, match="the content of these changed: aligned, training prompts"):
+        check("another", "y")
