@@ -134,10 +134,15 @@ async def measure(until: float, tally: Tally) -> None:
 async def soak(address: str, token: str, clients: int, seconds: float) -> Tally:
     """Asks for a while with many clients at once."""
     prompts = [prompt.text for prompt in ORGANISMS["organism"].prompts("heldout", "benign", 0, 40)]
-    tally, until = Tally(), time.monotonic() + seconds
+    tally = Tally()
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     headers = {"Authorization": f"Bearer {token}"}
     async with httpx.AsyncClient(base_url=address, headers=headers, limits=limits, timeout=_PATIENCE_S) as session:
+        # The engine starts at the first question, and takes most of the memory then.
+        begun = Tally()
+        await client(0, session, prompts, time.monotonic() + 1e-3, begun)
+        assert begun.statuses == {"200": 1}, begun
+        until = time.monotonic() + seconds
         work = [client(number, session, prompts, until, tally) for number in range(clients)]
         await asyncio.gather(*work, evaluations(session, address, tally), measure(until, tally))
     return tally
