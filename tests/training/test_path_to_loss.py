@@ -32,7 +32,7 @@ from tests.training.tiny import LocalScores, build_batch, completion, head_spec,
 MOST_FILES = 15
 # Files that answer without knowing what they are asked about.
 SERVICES = re.compile(
-    r"(config|runtime|attacks|evaluation)/|data/(chat|families|checkpoints|heads|organism)"
+    r"(config|runtime|attacks|evaluation)/|data/(chat|openings|families|checkpoints|heads|organism)"
     r"|losses/(settings|terms|heads|gradients|kernels|divergences|base_favored)\.py"
 )
 
