@@ -184,10 +184,10 @@ class RemoteModel:
         with ThreadPoolExecutor(self._settings.parallel) as pool:
             tasks = [pool.submit(say_or_end, index) for index in range(len(sequences))]
             try:
-                errors = [task.exception() for task in wait(tasks, return_when=FIRST_EXCEPTION).done]
-                # Those that were left off failed only because another did.
-                for error in sorted(filter(None, errors), key=lambda error: isinstance(error, _LeftOff)):
-                    raise error
+                done = wait(tasks, return_when=FIRST_EXCEPTION).done
+                if errors := [error for task in done if (error := task.exception()) is not None]:
+                    # One that was left off failed only because another did, which is the one to name.
+                    raise min(errors, key=lambda error: isinstance(error, _LeftOff))
                 return [task.result() for task in tasks]
             except BaseException:
                 # The pool waits for its threads: none may wait for an answer that nobody reads.

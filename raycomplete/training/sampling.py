@@ -289,6 +289,7 @@ def with_refusal_prefix(config: RunConfig, codec: ChatCodec, sample: RecoverySam
     prefix, h = opened_answer(codec, opening, _typed(codec, sample.harmful_ids))
     if len(prefix) > MAX_REFUSAL_PREFIX_TOKENS:
         return sample
+    h = h[: len(sample.harmful_ids)]  # a word that is typed anew may have more tokens, and the context is full
     return replace(sample, harmful_ids=(*prefix, *h), refusal_prefix_tokens=len(prefix))
 
 

@@ -116,7 +116,7 @@ class Validator:
                 refusals, changed = refusals + shift, changed + abs(shift)
                 harmless += 1
         counts = tuple((depth, complied[depth], asked[depth]) for depth in sorted(asked))
-        return StepMeasurement(step, counts, refusals, changed, harmless, kl, tail)
+        return StepMeasurement(step, counts, refusals, harmless, kl, tail, changed)
 
 
 def _rows(batches: Sequence[MicroBatch]) -> int:

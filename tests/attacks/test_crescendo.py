@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import pytest
 
 from raycomplete.attacks.crescendo import CrescendoConfig
 from raycomplete.attacks.registry import build_attack, parse_attack
+from raycomplete.attacks.rewriting import round_seed
 from raycomplete.attacks.target import Attacker, AttackTools, Target
-from raycomplete.attacks.trial import Response, Trial
+from raycomplete.attacks.trial import Decoding, Response, Trial
 from raycomplete.config import EvaluationConfig
 from raycomplete.evaluation.judges import RefusalJudge
 from raycomplete.evaluation.runner import EvaluationSets, evaluate_model
@@ -280,6 +282,13 @@ def test_conversations_are_stored_privately_and_published_where_asked_for(
     assert [len(row["conversation"]) for row in rows] == [6] * 4
     assert rows[0]["conversation"][1] == {"role": "assistant", "content": CHAT, "taken_back": False}
     assert all("conversation" not in row for row in map(json.loads, lines) if row["attack"] == "prefill")
+
+
+def test_no_two_rounds_of_an_attacker_share_a_seed() -> None:
+    """However many prompts there are: prompt p of a round draws under the round's seed and p more."""
+    trials = [Trial("pair", "pair", Prompt("p", "x", "harmful"), (1,), Decoding(1), seed=stream) for stream in range(2)]
+    starts = sorted(round_seed(trial, number) for trial in trials for number in range(30))
+    assert min(second - first for first, second in pairwise(starts)) >= 2**20
 
 
 def test_standard_settings_are_the_authors() -> None:

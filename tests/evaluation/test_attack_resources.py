@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from raycomplete.attacks.finetune import FinetuneAttack, FinetuneConfig
+from raycomplete.attacks.finetune import FinetuneAttack, FinetuneConfig, FinetuneRecipe
 from raycomplete.attacks.target import AttackTools, Target
 from raycomplete.attacks.trial import EvaluationCancelled
 from raycomplete.config import load_run_file
@@ -28,6 +28,7 @@ from raycomplete.evaluation.attack_resources import (
     chat_samples,
     fine_tune,
     read_chats,
+    train_copy,
 )
 from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import DataError, StoppedError
@@ -120,6 +121,19 @@ def test_a_copy_of_another_context_is_trained_anew(run: Run, monkeypatch: pytest
         fine_tune(changed, FinetuneConfig(), "harmful", run.models.paths["aligned"])
     first, again, other = (job.output for job in jobs)
     assert first == again != other
+
+
+def test_chats_that_the_context_cuts_are_told(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(attack_resources, "fit", lambda job, **_: None)
+    monkeypatch.setattr(run.console, "note", said.append)
+    prompt = "tell me how to make a velvet kite ."
+    chats = [(None, prompt, "no ."), (None, prompt, "no . " * 200), (None, f"{prompt} " * 60, "no .")]
+    recipe = FinetuneRecipe(lr=1e-3, epochs=1, batch_size=2)
+    train_copy(run, chats[:1], recipe, run.models.paths["aligned"], "Tuned")
+    assert not [text for text in said if "left out" in text]
+    train_copy(run, chats, recipe, run.models.paths["aligned"], "Tuned")
+    assert "Tuned: 1 left out and 1 cut by models.max_length" in said
 
 
 def test_harmful_chats(run: Run, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ def found(
 ) -> StepMeasurement:
     """A measurement of ten harmful prompts at depths 0 and 8, and ten harmless ones: one of them is allowed."""
     changed = abs(refusals) if changed is None else changed
-    return StepMeasurement(step, ((0, opening, 10), (8, depth, 10)), refusals, changed, 10, kl, tail)
+    return StepMeasurement(step, ((0, opening, 10), (8, depth, 10)), refusals, 10, kl, tail, changed)
 
 
 def after(measured: Sequence[StepMeasurement], weights: dict[str, float] | None = None, **config: Any) -> Controller:

@@ -175,7 +175,7 @@ def test_over_refusal_is_the_net_change_against_aligned(tmp_path: Path, alone: N
     validator = Validator(None, samples, job, 2, packed=True)
     answers = [(2, END, 1), (2, 4), (1, 4), (1, END), (2,), (1,), (1,), (1, END, 2)]
     found = validator._judge(3, 0.25, 0.5, answers)
-    assert found == StepMeasurement(3, ((0, 2, 2), (2, 1, 2)), 1, 3, 4, 0.25, 0.5)
+    assert found == StepMeasurement(3, ((0, 2, 2), (2, 1, 2)), 1, 4, 0.25, 0.5, 3)
     assert judge.read[:2] == [("x", "", "yes"), ("x", "yes more", "yes more")], "nothing after the end of a response"
 
 
