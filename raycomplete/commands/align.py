@@ -54,9 +54,10 @@ def align(config: RunConfig, *, resume: bool = False, overwrite: bool = False, c
     if (output / "config.json").is_file() and not overwrite and not _is_unfinished(config.output.folder):
         console.note(f"The aligned checkpoint is there already: {output}")
         return output
-    models = prepare_models(config, roles=("base",))
-    check_trainable(models.paths["base"])
-    prompts = prepare_alignment_prompts(config)
+    with console.stage("Checked checkpoints, tokenizers and prompts"):
+        models = prepare_models(config, roles=("base",))
+        check_trainable(models.paths["base"])
+        prompts = prepare_alignment_prompts(config)
     without = next((prompt for prompt in prompts.train["harmful"] if not prompt.answer), None)
     if without is not None:
         raise DataError(f"The prompt {without.prompt_id} of align.refusals has no answer.", "Name its answer column.")

@@ -35,7 +35,7 @@ class PromptSource(PromptColumns):
         "`hub:ORG/NAME`; files and folders relative to the run file"
     )
     config: str | None = Field(None, description="configuration of a data set that has several")
-    split: str = Field("train", description="split of a data set; files have none")
+    split: str = Field("train", description="split of a data set, or rows of it: train[:100]; files have none")
     revision: str | None = Field(None, description="branch, tag or commit on the hub; the newest when absent")
 
     @field_validator("path", mode="before")

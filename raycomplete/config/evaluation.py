@@ -68,6 +68,9 @@ class RemoteConfig(Section):
         description="how a server is told to continue an answer: vLLM's two flags, `prefix: true`, or not at all; auto "
         "asks the server once whether it knows the flags",
     )
+    length_key: Literal["max_tokens", "max_completion_tokens"] = Field(
+        "max_tokens", description="what the server calls the longest answer; some hosted models take the second only"
+    )
     parallel: int = Field(8, ge=1, le=512, description="requests at once")
     requests_per_minute: float | None = Field(None, gt=0, description="requests that are started in a minute, at most")
     retries: int = Field(6, ge=0, le=100, description="further attempts after 429, 5xx or a lost connection")

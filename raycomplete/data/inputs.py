@@ -86,11 +86,15 @@ class Models:
 
 @dataclass(frozen=True)
 class Prompts:
-    """Prompts by purpose and kind; `notes` are sentences for the user, such as how many were left out."""
+    """Prompts by purpose and kind; `notes` are sentences for the user, such as how many were left out.
+
+    `revisions` names the commit at which each data set of the hub was read.
+    """
 
     train: dict[PromptKind, tuple[Prompt, ...]]
     evaluation: dict[PromptKind, tuple[Prompt, ...]]
     notes: tuple[str, ...] = ()
+    revisions: Mapping[str, str] = field(default_factory=dict)
 
 
 def prepare_models(
@@ -206,8 +210,8 @@ def prepare_prompts(config: RunConfig, codec: ChatCodec, *, training: bool = Tru
         longest = max(config.rollout.max_refusal_tokens, _longest_h(config)) + 1
         for prompt in train["harmful"]:
             _check_length(config, codec, prompt, config.rollout.safety_prompt, longest)
-    notes += _hub_notes(config, training)
-    return Prompts(train, held_out, tuple(notes))
+    read = _hub_revisions(config, config.data.evaluation, *([config.data.train] if training else []))
+    return Prompts(train, held_out, (*notes, *_told(read)), read)
 
 
 def prepare_alignment_prompts(config: RunConfig) -> Prompts:
@@ -222,15 +226,19 @@ def prepare_alignment_prompts(config: RunConfig) -> Prompts:
     if not (train["harmful"] and train["benign"]):
         raise DataError(f"{where} holds no prompt that is far enough from the evaluation.", "Use other files.")
     _check_disjoint(train, _held_out_sets(config), where)
-    return Prompts(train, {}, tuple(notes))
+    read = _hub_revisions(config, sets)
+    return Prompts(train, {}, (*notes, *_told(read)), read)
 
 
-def _hub_notes(config: RunConfig, training: bool) -> list[str]:
-    """Says at which commit each data set of the hub was read, for who wants to pin it."""
-    sets = [config.data.evaluation, *([config.data.train] if training else [])]
+def _hub_revisions(config: RunConfig, *sets: PromptSets) -> dict[str, str]:
+    """Returns the commit at which each data set of the hub was read."""
     read = {source.path: source for found in sets for kind in KINDS for source in getattr(found, kind)}
     commits = {path: hub_commit(source) for path, source in read.items() if config.data.source not in ORGANISMS}
-    return [f"{path} is read at revision {commit}" for path, commit in commits.items() if commit]
+    return {path: commit for path, commit in commits.items() if commit}
+
+
+def _told(revisions: Mapping[str, str]) -> list[str]:
+    return [f"{path} is read at revision {commit}" for path, commit in revisions.items()]
 
 
 def _read(sets: PromptSets, kind: PromptKind, seed: int) -> tuple[Prompt, ...]:

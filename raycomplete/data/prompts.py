@@ -10,10 +10,12 @@ import glob
 import hashlib
 import json
 import random
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +26,7 @@ if TYPE_CHECKING:  # whose sections import attacks, and those this file
     from raycomplete.config.diagnosis import PromptColumns, PromptSource
 
 _ENCODING = "utf-8-sig"  # UTF-8, with or without the mark that spreadsheets put first
+_SLICE = re.compile(r"(?P<name>.+?)\[(?P<first>\d*):(?P<stop>\d*)\]")  # of a split: its rows from first to before stop
 _BUILDERS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -125,10 +128,20 @@ def _place(source: PromptSource) -> Path:
 
 
 def _rows(source: PromptSource) -> Iterator[dict[str, Any]]:
-    """Yields the rows of a source; every error of `datasets` becomes one sentence."""
+    """Yields the rows of a source, or those that its split names by `train[10:20]`, which `datasets` cannot stream."""
+    found = _SLICE.fullmatch(source.split)
+    if found is None and "[" in source.split:
+        raise DataError(f"The split {source.split!r} of {source.path} cannot be streamed.", "Write train[:100].")
+    split = source.split if found is None else found["name"]
+    bounds = [int(found[end]) if found and found[end] else None for end in ("first", "stop")]
+    return islice(_all_rows(source, split), *bounds)
+
+
+def _all_rows(source: PromptSource, split: str) -> Iterator[dict[str, Any]]:
+    """Yields the rows of a split; every error of `datasets` becomes one sentence."""
     import datasets  # heavy
 
-    options: dict[str, Any] = {"split": source.split, "streaming": True}
+    options: dict[str, Any] = {"split": split, "streaming": True}
     try:
         if source.hub_id is not None:
             revision = hub_commit(source)
@@ -139,7 +152,7 @@ def _rows(source: PromptSource) -> Iterator[dict[str, Any]]:
         elif (folder := Path(source.path)).is_dir():
             if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
                 whole = datasets.load_from_disk(str(folder))
-                yield from whole[source.split] if isinstance(whole, datasets.DatasetDict) else whole
+                yield from whole[split] if isinstance(whole, datasets.DatasetDict) else whole
             else:
                 yield from datasets.load_dataset(str(folder), name=source.config, **options)
         else:
@@ -221,8 +234,8 @@ def _unreadable(source: PromptSource, error: Exception) -> DataError:
 def select_prompts(rows: Iterable[Any], columns: PromptColumns, path: Path, kind: PromptKind) -> Iterable[Prompt]:
     """Yields the prompts of rows of `path` that meet `columns.where`; rows with an empty text are left out.
 
-    A row without a value in the prompt's column may hold a conversation in that of `messages`: its last user message is
-    the text, what stands before is kept as the prompt's context.
+    The prompt's column may hold a conversation, and so may that of `messages` where the former is empty: its last user
+    message is the text, what stands before is kept as the prompt's context.
 
     Raises:
         DataError: A row is no mapping, or lacks a column, prompt or conversation, or the latter cannot be used.
@@ -233,10 +246,12 @@ def select_prompts(rows: Iterable[Any], columns: PromptColumns, path: Path, kind
         # CSV knows no types, so `refusal_cue: true` must also match the text "true".
         if any(str(row[name]).strip().lower() != str(value).lower() for name, value in columns.where.items()):
             continue
-        is_chat = row.get(columns.prompt) in (None, "") and columns.messages in row
+        text_column = row.get(columns.prompt)
+        chat = text_column if isinstance(text_column, list) else row.get(columns.messages)
+        is_chat = isinstance(text_column, list) or (text_column in (None, "") and columns.messages in row)
         _require(row, others if is_chat else [columns.prompt, *others], path)
         # Readers of tables fill columns that a row lacks with None; an empty text is meant.
-        if row.get(columns.prompt) is None and row.get(columns.messages) is None:
+        if text_column is None and chat is None:
             raise DataError(
                 f"Row {index + 1} of {path} has no value in {columns.prompt!r}, and no conversation.",
                 "Give it one, name its column as `prompt` or `messages`, or leave the row out by `where`.",
@@ -247,8 +262,10 @@ def select_prompts(rows: Iterable[Any], columns: PromptColumns, path: Path, kind
         )
         system: str | None = None
         earlier: tuple[tuple[TurnRole, str], ...] = ()
-        if is_chat and row[columns.messages]:
-            system, earlier, text = read_conversation(row[columns.messages], f"row {index + 1} of {path}")
+        if is_chat:
+            text = ""
+        if is_chat and chat:
+            system, earlier, text = read_conversation(chat, f"row {index + 1} of {path}")
         if not text:
             continue
         full = f"{text}\n\n{context}" if context else text

@@ -171,8 +171,11 @@ class OutputFolder:
         announce_run(self.config.output.name, folder)
         return package_versions()
 
-    def open(self) -> Path:
+    def open(self, revisions: Mapping[str, str] | None = None) -> Path:
         """Creates the folder, or opens it again, and writes its files of settings and versions.
+
+        Args:
+            revisions: Commit of each data set of the hub, which stands beside the versions of packages.
 
         Raises:
             ConfigError: See `check`.
@@ -185,7 +188,7 @@ class OutputFolder:
         folder.mkdir(parents=True, exist_ok=True)
         if not (self.keep_config and settings.is_file()):
             write_text(settings, dump(self.config))
-        write_json(folder / "environment.json", versions)
+        write_json(folder / "environment.json", {**versions, **(revisions or {})})
         begin("driver")
         return folder
 
@@ -253,7 +256,7 @@ def open_run(
             console.note(note)
         yield Run(
             config=folder.config,
-            folder=folder.open(),
+            folder=folder.open(prompts.revisions),
             models=models,
             prompts=prompts,
             console=console,

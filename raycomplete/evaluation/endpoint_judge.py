@@ -15,6 +15,7 @@ from raycomplete.attacks.target import Triple
 from raycomplete.config.evaluation import JudgeConfig
 from raycomplete.evaluation.rubrics import Rubric, RubricJudge
 from raycomplete.runtime.errors import SetupError, WorkError
+from raycomplete.runtime.logs import conceal
 
 _BUSY = frozenset({408, 409, 425, 429, 500, 502, 503, 504})  # the same question may be answered later
 _LONGEST_WAIT_S = 60.0
@@ -109,6 +110,7 @@ def read_key(variable: str | None, *, of: str, setting: str) -> str:
     if not (key.isascii() and key.isprintable()):
         problem = f"The key in the environment variable {variable} holds what no header can."
         raise SetupError(problem, "Copy the key again: a quotation mark or a line break may have come along.")
+    conceal(key)
     return key
 
 

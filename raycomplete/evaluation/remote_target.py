@@ -126,7 +126,7 @@ class RemoteModel:
 
         def takes(flags: dict[str, bool]) -> bool:
             try:
-                self._said(begun, {"max_tokens": 1, "temperature": 0.0, "extra_body": flags})
+                self._said(begun, {self._settings.length_key: 1, "temperature": 0.0, "extra_body": flags})
             except SetupError as error:
                 if isinstance(error.__cause__, (BadRequestError, UnprocessableEntityError)):
                     return False
@@ -151,7 +151,7 @@ class RemoteModel:
             SetupError: The server refuses the request.
             WorkError: It did not answer, or a sequence is no prompt with the beginning of an answer.
         """
-        common: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature}
+        common: dict[str, Any] = {self._settings.length_key: max_tokens, "temperature": temperature}
         if temperature > 0:
             common |= {"top_p": top_p} | ({"extra_body": {"top_k": top_k}} if top_k else {})
 

@@ -163,7 +163,8 @@ class _Evaluation:
 
     def outcome(self, trial: Trial, found: Answered) -> dict[str, Any]:
         """Makes the row of a trial in outcomes/<role>.jsonl."""
-        kind = {"kind": trial.prompt.kind, "outcome": found.outcome, "right": found.right}
+        cut = len(found.response.tokens) >= trial.decoding.max_tokens
+        kind = {"kind": trial.prompt.kind, "outcome": found.outcome, "right": found.right, "cut": cut}
         return {"key": self._keys[id(trial)], **_named(trial), **kind}
 
     def _finish_group(self, group: TrialGroup) -> list[tuple[Trial, Answered]]:

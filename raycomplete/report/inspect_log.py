@@ -110,6 +110,7 @@ def _sample(row: _Row, task: str, model: str, codec: Codec, show_harmful: bool) 
         asked = HIDDEN  # earlier answers of the model stand in it
     answer = codec.decode([*prefill, *row["tokens"]]) if shown else HIDDEN
     said = {"role": "assistant", "content": answer}
+    stop_reason = "max_tokens" if row.get("cut") else "stop"
     counted, _ = _HARMLESS.get(task, ("complied", ""))
     if counted == "right":
         value = bool(row["right"])
@@ -122,7 +123,7 @@ def _sample(row: _Row, task: str, model: str, codec: Codec, show_harmful: bool) 
         "input": asked,
         "target": "",
         "messages": [{"role": "user", "content": asked}, said],
-        "output": {"model": model, "choices": [{"message": said, "stop_reason": "stop"}], "completion": answer},
+        "output": {"model": model, "choices": [{"message": said, "stop_reason": stop_reason}], "completion": answer},
         "scores": {counted: {"value": int(value), "answer": answer, "explanation": row["outcome"], "metadata": about}},
         "metadata": {**about, "seed": row["seed"], "prefill": codec.decode(prefill) if shown and prefill else ""},
     }

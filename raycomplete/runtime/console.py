@@ -159,8 +159,13 @@ class Console:
 
     def table(self, title: str, rows: Sequence[Sequence[str]]) -> None:
         """Prints a table whose first row holds the headings."""
+        widths = column_widths(rows, self.rich.width)
+        if sum(widths) + 3 * len(widths) + 1 > self.rich.width:  # not even its longest words fit side by side
+            for row in rows[1:]:
+                self.panel(list(zip(rows[0], row, strict=True)))
+            return
         table = Table(title=title, title_justify="left")
-        for index, (heading, width) in enumerate(zip(rows[0], column_widths(rows, self.rich.width), strict=True)):
+        for index, (heading, width) in enumerate(zip(rows[0], widths, strict=True)):
             table.add_column(heading, justify="left" if index == 0 else "right", width=width, overflow="fold")
         for row in rows[1:]:
             table.add_row(*row)

@@ -51,6 +51,7 @@ class Identity:
 
 
 _identity = Identity()
+_concealed: set[str] = set()
 _handler: RotatingFileHandler | None = None
 
 
@@ -125,8 +126,16 @@ def set_step(step: int) -> None:
     _identity = replace(_identity, step=step)
 
 
+def conceal(secret: str) -> None:
+    """Keeps a value out of every later line, whatever its variable is called."""
+    if secret:
+        _concealed.add(secret)
+
+
 def hide_secrets(text: str) -> str:
-    """Masks the values of secret environment variables, bearer tokens and keys of known form in a text."""
+    """Masks concealed values, those of secret environment variables, bearer tokens and keys of known form in a text."""
+    for secret in _concealed:
+        text = text.replace(secret, _HIDDEN)
     for name, value in os.environ.items():
         if len(value) >= 8 and _SECRET_NAME.search(name) and not _NO_SECRET.match(value):
             text = text.replace(value, _HIDDEN)

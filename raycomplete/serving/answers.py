@@ -71,6 +71,7 @@ class _Sequence:
     Attributes:
         echo: The prompt's text where it is repeated before the answer, and `start` its first token's.
         reads_only: No token is asked for.
+        is_chat: A reasoning model thinks before it answers; a text is continued as it stands.
     """
 
     tokens: tuple[int, ...]
@@ -78,6 +79,7 @@ class _Sequence:
     echo: str = ""
     start: str = ""
     reads_only: bool = False
+    is_chat: bool = False
 
 
 @dataclass(frozen=True)
@@ -180,7 +182,7 @@ class Answerer:
     async def _pieces(self, sequence: _Sequence) -> AsyncIterator[tuple[Piece, str | None, int]]:
         """Yields pieces of thought and answer: (piece, thought where it is one, tokens written)."""
         tokens, frame = sequence.tokens, self._codec.frame
-        if frame is not None and frame.thinks and frame.may_think(tokens) and not sequence.echo:
+        if frame is not None and frame.thinks and sequence.is_chat and frame.may_think(tokens):
             thought = await self._think(sequence)
             if thought:
                 tokens = (*tokens, *thought)
@@ -227,7 +229,7 @@ class Answerer:
             if request.top_logprobs and not request.logprobs:
                 raise RefusedRequest("top_logprobs needs logprobs: true.")
             sampling = sampling._replace(logprobs=(request.top_logprobs or 0) if request.logprobs else None)
-            prompts = [_Sequence(tuple(self._chat_tokens(request)), sampling)]
+            prompts = [_Sequence(tuple(self._chat_tokens(request)), sampling, is_chat=True)]
             asked = request.max_completion_tokens or request.max_tokens
         else:
             sampling = sampling._replace(
@@ -249,7 +251,7 @@ class Answerer:
 
     def _fitted(self, sequence: _Sequence, asked: int | None) -> _Sequence:
         limits, frame, read = self._limits, self._codec.frame, len(sequence.tokens)
-        thinks = frame is not None and frame.thinks and frame.may_think(sequence.tokens) and not sequence.echo
+        thinks = frame is not None and frame.thinks and sequence.is_chat and frame.may_think(sequence.tokens)
         longest = limits.max_length
         if thinks and frame is not None:
             longest -= limits.max_thinking_tokens + len(frame.closing)

@@ -29,6 +29,7 @@ _ABOUT = {
     403: "Without a token, this server serves its own machine only.",
     404: "There is no such model.",
     413: "The body is too large.",
+    500: "The model's process could not answer; the service's log says why.",
     503: "The model failed, or did not answer in time.",
 }
 _CHUNK_SCHEMA = {"type": "string", "description": "`data:` lines with chunks, the last of them [DONE]"}
@@ -72,12 +73,14 @@ def add_openai(app: FastAPI, models: Mapping[str, Answers], *, max_length: int, 
         """Describes one of the models that answer here."""
         return listed.get(name) or _unknown(name)
 
-    @app.post("/v1/chat/completions", response_model=ChatView, responses=_answers(400, 404, 413, 503, chunks=True))
+    @app.post("/v1/chat/completions", response_model=ChatView, responses=_answers(400, 404, 413, 500, 503, chunks=True))
     async def chat(request: ChatRequest) -> Any:
         """Answers a chat, or goes on with an answer that the client began."""
         return await answer(request)
 
-    @app.post("/v1/completions", response_model=CompletionView, responses=_answers(400, 404, 413, 503, chunks=True))
+    @app.post(
+        "/v1/completions", response_model=CompletionView, responses=_answers(400, 404, 413, 500, 503, chunks=True)
+    )
     async def complete(request: CompletionRequest) -> Any:
         """Continues texts or token ids as they are, without a chat template."""
         return await answer(request)

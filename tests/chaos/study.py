@@ -102,16 +102,20 @@ def check_ended(out: Path, seed: int, *, stopped: bool) -> None:
     begun = time.monotonic()
     assert start(calm).wait(timeout=1200) == 0, (calm / "log").read_text()[-3000:]
     seconds = time.monotonic() - begun
+    ended = 0
     for moment in sorted(rng.uniform(0.05 if stopped else 0.15, 0.8) for _ in range(5 if stopped else 3)):
         process = start(killed)
         try:
             process.wait(timeout=0.6 * moment * seconds)
         except subprocess.TimeoutExpired:
+            ended += 1
             if stopped:
                 stop(process, killed / "log")
             else:
                 kill_whole(process)
         finished = {path: path.read_bytes() for path in killed.glob("runs/tiny/organism/*/summary.json")}
+    print(f"ended {ended} times before its end", flush=True)
+    assert ended >= (4 if stopped else 2), "the study was over too soon to be ended"
     assert start(killed).wait(timeout=1800) == 0, (killed / "log").read_text()[-3000:]
 
     for path, content in finished.items():

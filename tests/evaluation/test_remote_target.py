@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -21,6 +22,7 @@ from raycomplete.data.remote import RememberingCodec, RemoteSpec
 from raycomplete.data.sources import resolve_checkpoint
 from raycomplete.evaluation.remote_target import RemoteModel, open_remote, usage_line
 from raycomplete.runtime.errors import ConfigError, DataError, RefusedError, SetupError, WorkError
+from raycomplete.runtime.logs import hide_secrets
 from raycomplete.runtime.types import Prompt
 
 KEY = "sk-a-key-for-these-tests"
@@ -289,6 +291,17 @@ def test_the_key_comes_from_the_environment_and_is_in_no_message(
     with pytest.raises(SetupError) as caught:  # whose server repeats the key in its answer
         model.generate([codec.encode_prompt("heat")], max_tokens=1)
     assert KEY not in str(caught.value)
+    chain = "".join(traceback.format_exception(caught.value))
+    assert KEY in chain, "the server's own words stand in the chain of errors, which a log of the run may hold"
+    assert KEY not in hide_secrets(chain)
+
+
+def test_a_server_is_told_the_length_by_the_name_that_it_takes(
+    server: Chats, make: Callable[..., RemoteModel], codec: RememberingCodec
+) -> None:
+    make(length_key="max_completion_tokens").generate([codec.encode_prompt("heat the flask")], max_tokens=7)
+    assert server.asked[-1]["max_completion_tokens"] == 7
+    assert "max_tokens" not in server.asked[-1]
 
 
 @pytest.mark.parametrize(

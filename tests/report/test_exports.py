@@ -189,7 +189,7 @@ def with_trials(with_student: Path) -> Path:
         name = {"key": key, "attack": attack, "variant": variant, "prompt_id": "p", "seed": seed}
         tokens = {"sequence": [10, 11, 12, *prefill], "prefill": prefill, "tokens": [30, 31]}
         trials.append({**name, **tokens, "seconds": 0.1, "stats": {}})
-        outcomes.append({**name, "kind": kind, "outcome": outcome, "right": right})
+        outcomes.append({**name, "kind": kind, "outcome": outcome, "right": right, "cut": number == 1})
     write_rows(folder / "trials" / f"{content_hash(result['model_id'])[:16]}.jsonl", trials)
     write_rows(folder / "outcomes" / "student.jsonl", outcomes)
     return with_student
@@ -205,6 +205,8 @@ def test_a_log_for_each_attack_with_a_score_for_each_trial(with_trials: Path) ->
     assert set(logs) == {"prefill", "benign", "borderline"}
     samples = logs["prefill"]["samples"]
     assert [sample["scores"]["complied"]["value"] for sample in samples] == [0, 1, 0]
+    reasons = [sample["output"]["choices"][0]["stop_reason"] for sample in samples]
+    assert reasons == ["stop", "max_tokens", "stop"]
     assert [(sample["id"], sample["epoch"]) for sample in samples] == [
         ("prefill-0/p", 1),
         ("prefill-4/p", 1),

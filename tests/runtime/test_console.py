@@ -122,6 +122,15 @@ def test_a_table_breaks_between_words_only() -> None:
     assert "\u2026" not in text
 
 
+def test_a_table_whose_words_do_not_fit_side_by_side_becomes_lines() -> None:
+    shown = io.StringIO()
+    headings = ["", *(f"measurement_number_{number}" for number in range(5))]
+    console_to(shown).table("Wide", [headings, ["rank_assisted_prefill", *["100.0"] * 5]])
+    lines = shown.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert all(any(heading in line for line in lines) for heading in headings)
+
+
 def test_a_table_that_fits_is_as_wide_as_its_cells() -> None:
     assert column_widths([["", "base"], ["worst of n", "1"]], 80) == [10, 4]
     assert column_widths(WIDE, 400) == [33, 21, 21, 18]

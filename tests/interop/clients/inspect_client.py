@@ -52,4 +52,6 @@ if log.status != "success":
 for sample in log.samples:
     print(f"depth {sample.metadata['depth']}: {sample.output.completion!r} {sample.scores}")
 print({name: metric.value for name, metric in log.results.scores[0].metrics.items()})
+plain, begun = (sample.output.completion for sample in log.samples)
+assert plain != begun, "the beginning was not continued"
 assert [sample.output.stop_reason in ("stop", "max_tokens") for sample in log.samples] == [True, True]

@@ -39,6 +39,14 @@ prefilled = client.chat.completions.create(model=model, messages=begun, temperat
 print("prefilled:", repr(prefilled.choices[0].message.content))
 assert prefilled.choices[0].message.content != choice.message.content
 
+# A greedy answer goes on in the same way where its own first word is added to the beginning.
+said = prefilled.choices[0].message.content
+first, rest = said.split()[0], said.split()[1:6]
+begun[1]["content"] += said[: said.index(first)] + first
+longer = client.chat.completions.create(model=model, messages=begun, temperature=0, max_tokens=24, extra_body=flags)
+print("prefilled by a word more:", repr(longer.choices[0].message.content))
+assert longer.choices[0].message.content.split()[: len(rest)] == rest
+
 several = client.chat.completions.create(model=model, messages=[user], n=3, seed=1, temperature=1.5, max_tokens=8)
 again = client.chat.completions.create(model=model, messages=[user], n=3, seed=1, temperature=1.5, max_tokens=8)
 said = [found.message.content for found in several.choices]
