@@ -14,7 +14,7 @@ from raycomplete.config.loading import apply_override, explained, merged, parse,
 from raycomplete.config.run import OutputConfig, RunConfig
 from raycomplete.methods.registry import METHODS, Method
 from raycomplete.runtime.errors import ConfigError
-from raycomplete.runtime.plugins import load_plugins
+from raycomplete.runtime.plugins import load_plugins, located
 from raycomplete.runtime.section import Section
 
 Tree = dict[str, Any]
@@ -47,7 +47,7 @@ class StudyConfig(Section):
         None, ge=1, description="runs at a time; as many as fit on the cluster when absent, one where it is started"
     )
     plugins: list[Path] = Field(
-        default_factory=list, description="Python files that add methods, relative to the study file"
+        default_factory=list, description="Python files that add methods, relative to the study file, or modules"
     )
     output: OutputConfig = Field(default_factory=lambda: OutputConfig(name="study"))
 
@@ -128,11 +128,12 @@ def load_study(path: Path, overrides: Iterable[str] = ()) -> Study:
     except ValidationError as error:
         raise ConfigError(f"{path}: {explained(error, tree, StudyConfig)}") from error
     folder = path.parent.resolve()
-    plugins = [str((folder / plugin).resolve()) for plugin in config.plugins]
-    load_plugins(map(Path, plugins))
+    config = config.model_copy(update={"plugins": [located(plugin, folder) for plugin in config.plugins]})
+    load_plugins(config.plugins)
     file = folder / config.run
     base = merged(read_tree(file), config.settings)
-    base["plugins"] = [*(str((file.parent / plugin).resolve()) for plugin in base.get("plugins") or []), *plugins]
+    of_run = [located(Path(plugin), file.parent) for plugin in base.get("plugins") or []]
+    base["plugins"] = [str(plugin) for plugin in (*of_run, *config.plugins)]
     base["evaluation"] = {key: value for key, value in (base.get("evaluation") or {}).items() if key != "defence"}
     models = config.models or {(base.get("output") or {}).get("name", "model"): {}}
     root = config.output.folder.resolve()
@@ -156,7 +157,7 @@ def load_study(path: Path, overrides: Iterable[str] = ()) -> Study:
             trains = seed is not None
             runs.append(StudyRun(model, label, seed, run, trains, tuple(departures(run)) if trains else ()))
     _check_names(path, config, runs)
-    return Study(config.model_copy(update={"plugins": [Path(plugin) for plugin in plugins]}), tuple(runs))
+    return Study(config, tuple(runs))
 
 
 def _of_method(own: Tree, label: str, entry: Tree, path: Path) -> Tree:

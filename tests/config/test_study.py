@@ -116,6 +116,17 @@ def test_a_method_of_a_plugin_is_named_like_any_other(tmp_path: Path) -> None:
     assert config.plugins == [tmp_path / "mine.py"]
 
 
+def test_a_plugin_of_a_study_may_be_a_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "elsewhere" / "package_of_a_study"
+    package.mkdir(parents=True)
+    (package / "rivals.py").write_text(PLUGIN.replace("refusals_of_a_plugin", "refusals_of_a_module"))
+    monkeypatch.syspath_prepend(tmp_path / "elsewhere")
+    file = "plugins: [package_of_a_study.rivals]\nmethods: {refusals_of_a_module: }"
+    config = load_study(study_file(tmp_path, file)).runs[1].config
+    assert config.method.name == "refusals_of_a_module"
+    assert config.plugins == [Path("package_of_a_study.rivals")]
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
