@@ -10,6 +10,7 @@ import pytest
 
 from raycomplete.config.study import FROZEN, Study, load_study
 from raycomplete.evaluation.statistics import difference_over_runs, mean_over_runs
+from raycomplete.methods.door import DOOR
 from raycomplete.report.study import MEAN_OVER_ATTACKS, _shares, study_results
 from raycomplete.report.study_page import write_study
 from raycomplete.runtime.errors import DataError
@@ -176,6 +177,7 @@ def test_the_pages_hold_every_method_and_say_what_is_missing(study: Study) -> No
         text = (study.folder / name).read_text()
         for words in ("npo", "train.lr 0.001 instead of 1e-05", "organism, again", "15.0 %", "best rival"):
             assert words in text, (name, words)
+    assert f"- door: {'; '.join(DOOR.departures)}; method." in (study.folder / "study.md").read_text()
     for figure in ("pareto", "depths", "cost"):
         assert (study.folder / "figures" / f"organism-{figure}.png").stat().st_size > 5000
         assert (study.folder / "figures" / f"organism-{figure}.csv").read_text().count("\n") >= 4
