@@ -12,6 +12,7 @@ from raycomplete.config.study import FROZEN, departures, load_study
 from raycomplete.methods.augmentation import Augmentation
 from raycomplete.methods.door import DOOR
 from raycomplete.methods.registry import METHODS
+from raycomplete.methods.w_door import WDOOR
 from raycomplete.runtime.errors import ConfigError
 from tests.conftest import ROOT
 
@@ -198,6 +199,26 @@ def test_every_rival_names_its_departures() -> None:
     assert {method.__name__ for method in ours if not method.departures} == {"Completion", "SFT"}
 
 
-def test_the_study_files_of_the_repository_can_be_used() -> None:
-    for name in ("study-organism.yaml", "study-smollm2.yaml", "study-ablation.yaml"):
-        assert len(load_study(ROOT / "jobs" / name).runs) > 4
+@pytest.mark.parametrize("name", ["study-organism.yaml", "study-smollm2.yaml", "study-ablation.yaml"])
+def test_the_study_files_of_the_repository_can_be_used(name: str) -> None:
+    """Budgets of completion do not choose the step that a rival keeps, and no weight of its loss is without a bound."""
+    study = load_study(ROOT / "jobs" / name)
+    assert len(study.runs) > 4
+    rivals = [run.config for run in study.runs if run.trains and run.config.method.name != "completion"]
+    assert {config.train.validation.every for config in rivals} <= {0}
+    assert {config.method.token_weights for config in rivals if isinstance(config.method, WDOOR)} <= {"sigmoid"}
+
+
+def test_the_study_of_the_organism_trains_a_rival_on_completion_s_samples() -> None:
+    study = load_study(ROOT / "jobs" / "study-organism.yaml")
+    by_label = {run.label: run for run in study.runs if run.trains}
+    ours, theirs = by_label["augmentation, our samples"], by_label["augmentation"]
+    assert ours.config.method == theirs.config.method
+    assert ours.config.rollout == by_label["completion"].config.rollout != theirs.config.rollout
+    asked = by_label["completion"].config.evaluation
+    reduced = {attack.name: attack.reduced_because(100) for attack in asked.attacks}
+    full = {name for name, reasons in reduced.items() if not reasons}
+    assert full == {"prefill_mid_answer", "refuse_then_turn", "adaptive", "decoding"}
+    assert asked.max_tokens == 112
+    steps = {label: by_label[label].config.train.steps for label in ("latent_adversarial", "policy_gradient")}
+    assert steps == {"latent_adversarial": 100, "policy_gradient": 40}
