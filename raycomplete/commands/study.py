@@ -125,8 +125,7 @@ def study(study: Study, *, resume: bool = False, overwrite: bool = False, consol
             with _connected(study, console) as places, stop_signals() as stop, stop.deferred(_STOP_S + 2):
                 _work(study, jobs, places, stop, console, ray.get_runtime_context().gcs_address)
         failed = [job for job in jobs if not job.is_finished]
-        page = write_study(study, [job.run for job in jobs if job.is_finished])
-        for title, rows in page.tables:
+        for title, rows in write_study(study, [job.run for job in jobs if job.is_finished]):
             console.table(title, rows)
     if failed:
         logs = ", ".join(str(_log(study, job)) for job in failed[:3])

@@ -14,7 +14,7 @@ from raycomplete.config.diagnosis import PromptSource
 from raycomplete.config.run import RunConfig
 from raycomplete.methods.registry import method_class
 from raycomplete.runtime.errors import ConfigError
-from raycomplete.runtime.plugins import load_plugins
+from raycomplete.runtime.plugins import load_plugins, located
 
 # Keys of earlier versions and the keys that took over from them. A renamed section stands for every key in it.
 RENAMED = {
@@ -89,7 +89,7 @@ def read_tree(file: Path, extending: tuple[str, ...] = ()) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise ConfigError(f"The run file {file} is not valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(tree, dict):
-        raise ConfigError(f"The run file {file} must hold a mapping with the keys {_names(RunConfig)}.")
+        raise ConfigError(f"The run file {file} must hold a mapping with the keys {', '.join(RunConfig.model_fields)}.")
     if "extends" not in tree:
         return tree
     name = tree.pop("extends")
@@ -123,7 +123,7 @@ def parse(tree: Mapping[str, Any], origin: str, base_folder: Path | None = None,
         ConfigError: A key or value is wrong, or a plugin cannot be imported.
     """
     if plugins:
-        load_plugins(path if base_folder is None else _absolute(path, base_folder) for path in _plugins(tree, origin))
+        load_plugins(path if base_folder is None else located(path, base_folder) for path in _plugins(tree, origin))
     try:
         config = RunConfig.model_validate(tree)
     except ValidationError as error:
@@ -132,6 +132,8 @@ def parse(tree: Mapping[str, Any], origin: str, base_folder: Path | None = None,
         return config
 
     def absolute(key: str, path: Path) -> Path:
+        if key.startswith("plugins["):
+            return located(path, base_folder)
         return path if key.startswith(_NOT_BESIDE_THE_RUN_FILE) else _absolute(path, base_folder)
 
     return map_paths(config, absolute)
@@ -172,14 +174,14 @@ def _absolute(path: Path, base_folder: Path) -> Path:
 
 
 def _plugins(tree: Mapping[str, Any], origin: str) -> list[Path]:
-    """Paths under the key `plugins` of a run file that is not checked yet.
+    """Files and modules under the key `plugins` of a run file that is not checked yet.
 
     Raises:
         ConfigError: The key holds something else.
     """
     paths = tree.get("plugins") or []
     if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
-        raise ConfigError(f"{origin}: plugins must be a list of Python files.")
+        raise ConfigError(f"{origin}: plugins must be a list of Python files or modules.")
     return [Path(path) for path in paths]
 
 
@@ -203,10 +205,6 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         node[leaf] = yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise ConfigError(f"The value of the override {override!r} is not valid YAML.") from error
-
-
-def _names(section: type[BaseModel]) -> str:
-    return ", ".join(section.model_fields)
 
 
 def explained(error: ValidationError, tree: Mapping[str, Any], section: type[BaseModel] = RunConfig) -> str:

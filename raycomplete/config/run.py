@@ -187,7 +187,8 @@ class RunConfig(Section):
     output: OutputConfig = Field(default_factory=OutputConfig)
     plugins: list[Path] = Field(
         default_factory=list,
-        description="Python files of yours that add attacks, methods or loss terms, relative to the run file",
+        description="what adds attacks, methods or loss terms: Python files of yours, relative to the run file, or "
+        "modules of installed packages, as package.module",
     )
 
     @field_validator("method", mode="before")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from raycomplete.config.loading import apply_override, explained, merged, parse,
 from raycomplete.config.run import OutputConfig, RunConfig
 from raycomplete.methods.registry import METHODS, Method
 from raycomplete.runtime.errors import ConfigError
-from raycomplete.runtime.plugins import load_plugins
+from raycomplete.runtime.plugins import load_plugins, located
 from raycomplete.runtime.section import Section
 
 Tree = dict[str, Any]
@@ -47,7 +48,7 @@ class StudyConfig(Section):
         None, ge=1, description="runs at a time; as many as fit on the cluster when absent, one where it is started"
     )
     plugins: list[Path] = Field(
-        default_factory=list, description="Python files that add methods, relative to the study file"
+        default_factory=list, description="Python files that add methods, relative to the study file, or modules"
     )
     output: OutputConfig = Field(default_factory=lambda: OutputConfig(name="study"))
 
@@ -65,7 +66,7 @@ class StudyRun:
 
     Attributes:
         trains: False for the frozen models by themselves (label "aligned") and for defences at inference.
-        departures: Settings that differ from those of the method's authors, in words.
+        departures: What differs from the method's authors, and from the samples and validation of the reference.
         inputs: Fingerprints of checkpoints and prompts by name, once they were read.
     """
 
@@ -100,10 +101,6 @@ class Study:
         """Label of the method that is compared with the others."""
         return self.config.reference or next(iter(self.config.methods))
 
-    def of_model(self, model: str) -> list[StudyRun]:
-        """Lists the runs of a model."""
-        return [run for run in self.runs if run.model == model]
-
 
 BASE = "base"
 FROZEN = "aligned"
@@ -128,18 +125,18 @@ def load_study(path: Path, overrides: Iterable[str] = ()) -> Study:
     except ValidationError as error:
         raise ConfigError(f"{path}: {explained(error, tree, StudyConfig)}") from error
     folder = path.parent.resolve()
-    plugins = [str((folder / plugin).resolve()) for plugin in config.plugins]
-    load_plugins(map(Path, plugins))
+    config = config.model_copy(update={"plugins": [located(plugin, folder) for plugin in config.plugins]})
+    load_plugins(config.plugins)
     file = folder / config.run
     base = merged(read_tree(file), config.settings)
-    base["plugins"] = [*(str((file.parent / plugin).resolve()) for plugin in base.get("plugins") or []), *plugins]
+    of_run = [located(Path(plugin), file.parent) for plugin in base.get("plugins") or []]
+    base["plugins"] = [str(plugin) for plugin in (*of_run, *config.plugins)]
     base["evaluation"] = {key: value for key, value in (base.get("evaluation") or {}).items() if key != "defence"}
     models = config.models or {(base.get("output") or {}).get("name", "model"): {}}
     root = config.output.folder.resolve()
     runs: list[StudyRun] = []
     for model, changes in models.items():
         own = merged(base, changes or {})
-
         planned: list[tuple[str, Tree, int | None]] = [(FROZEN, own, None)]
         for label, entry in config.methods.items():
             trained = _of_method(own, label, entry or {}, path)
@@ -153,10 +150,12 @@ def load_study(path: Path, overrides: Iterable[str] = ()) -> Study:
             if (storage := config.output.storage or run.output.storage) is not None:
                 apart = {"output": {"storage": _storage_of(config.output.name, _slug(model), storage)}}
                 run = parse(merged(whole, apart), f"{path}, {label}", file.parent, plugins=True)
-            trains = seed is not None
-            runs.append(StudyRun(model, label, seed, run, trains, tuple(departures(run)) if trains else ()))
+            runs.append(StudyRun(model, label, seed, run, trains=seed is not None))
     _check_names(path, config, runs)
-    return Study(config.model_copy(update={"plugins": [Path(plugin) for plugin in plugins]}), tuple(runs))
+    study = Study(config, tuple(runs))
+    standard = {run.model: run.config for run in runs if run.label == study.reference}
+    told = [tuple(departures(run.config, standard[run.model])) if run.trains else () for run in runs]
+    return replace(study, runs=tuple(replace(run, departures=some) for run, some in zip(runs, told, strict=True)))
 
 
 def _of_method(own: Tree, label: str, entry: Tree, path: Path) -> Tree:
@@ -202,29 +201,29 @@ def _slug(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9._]+", "-", name).strip("-.") or "run"
 
 
-def departures(config: RunConfig) -> list[str]:
-    """Lists in words where a run departs from the method's own settings and those that its authors trained with."""
+def departures(config: RunConfig, reference: RunConfig) -> list[str]:
+    """Lists in words where a run departs from its method's authors, and from the reference's samples and validation."""
     method = config.method
-    standard: Mapping[str, Any] = type(method)(name=method.name).model_dump(mode="json")
     found = [
-        f"method.{key} {value} instead of {default}"
-        for key, value, default in _differing("", method.model_dump(mode="json"), standard)
+        f"{key} {value} instead of {default}"
+        for key, value, default in _differing("method", method, type(method)(name=method.name))
+        # Without a term to follow, depths are drawn evenly under "adaptive" and "uniform" alike.
+        if key != "method.depth.schedule" or method.depth_term is not None or value == "fixed"
     ]
-    for key, theirs in method.published:
-        value: Any = config.train
-        for part in key.removeprefix("train.").split("."):
-            value = getattr(value, part)
-        if value != theirs:
-            found.append(f"{key} {value} instead of {theirs}")
-    return found
+    trained = [(key, reduce(getattr, key.split("."), config), theirs) for key, theirs in method.published]
+    found += [f"{key} {value} instead of {theirs}" for key, value, theirs in trained if value != theirs]
+    beside = _differing("rollout", config.rollout, reference.rollout)
+    beside += _differing("train.validation", config.train.validation, reference.train.validation)
+    found += [f"{key} {value} instead of the reference's {other}" for key, value, other in beside]
+    return [*method.departures, *found]
 
 
-def _differing(key: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+def _differing(key: str, ours: Section, theirs: Section) -> list[tuple[str, Any, Any]]:
     found = []
-    for name, value in ours.items():
-        other = theirs.get(name)
-        if isinstance(value, Mapping) and isinstance(other, Mapping):
-            found += _differing(f"{key}{name}.", value, other)
+    for name in type(ours).model_fields:
+        value, other = getattr(ours, name), getattr(theirs, name)
+        if isinstance(value, Section) and type(value) is type(other):
+            found += _differing(f"{key}.{name}", value, other)
         elif value != other:
-            found.append((f"{key}{name}", value, other))
+            found.append((f"{key}.{name}", value, other))
     return found

@@ -3,7 +3,7 @@
 Importable without torch, since a method is the section `method` of the run file.
 """
 
-from raycomplete.methods import (
+from raycomplete.methods import (  # noqa: F401  each registers itself
     augmentation,
     circuit_breakers,
     completion,
@@ -17,18 +17,3 @@ from raycomplete.methods import (
     unlikelihood,
     w_door,
 )
-
-__all__ = [
-    "augmentation",
-    "circuit_breakers",
-    "completion",
-    "door",
-    "latent_adversarial",
-    "npo",
-    "opct",
-    "policy_gradient",
-    "presto",
-    "sft",
-    "unlikelihood",
-    "w_door",
-]

@@ -5,9 +5,8 @@ refusal after x and h cut at D, where D is 0 in half of the draws and uniform on
 aligned's answers to harmless prompts: one mean over the tokens of both.
 
 Theirs besides: 256 triples, 160 steps, AdamW beta1 0.9, `train: {lr: 2.0e-5, warmup_steps: 0}`, 4 devices with 4 safety
-and 16 utility samples each (the defaults here). Departures: beta2 and learning-rate schedule are this trainer's; x, h
-and r are the run's samples, so set `rollout.refusal_prefix_fraction` and `rollout.mid_answer_fraction` to 0 for theirs;
-their utility prompts are Alpaca's, here the run's harmless and borderline ones.
+and 16 utility samples each (the defaults here). Set `rollout.refusal_prefix_fraction` and `rollout.mid_answer_fraction`
+to 0 for samples such as theirs.
 """
 
 from __future__ import annotations
@@ -43,6 +42,10 @@ class Augmentation(Method):
     )
 
     published = (("train.lr", 2e-05), ("train.warmup_steps", 0), ("train.steps", 160))
+    departures = (
+        "beta2 and the schedule of the learning rate are this trainer's",
+        "triples are samples of the run, and harmless prompts are its harmless and borderline ones, not Alpaca's",
+    )
 
     def loss_weights(self) -> dict[str, float]:
         """The cross-entropy alone."""

@@ -9,11 +9,10 @@ adapters on and a with them off, t the share of the training that is done:
 
 Retained are harmless and borderline answers and aligned's own refusals. Theirs besides: layers 10 and 20 of 32, alpha
 10 (Mistral 5), adapters of rank 16 with alpha 16 and dropout 0.05 on layers 0 to 20 while the upper ones are left out,
-150 steps, batches of 16, `train: {lr: 1.0e-4, lora_rank: 16}`. Departures: adapters are this trainer's (all layers,
-alpha twice the rank, no dropout), and all layers are computed and retained. They begin a little off the start model
-(`nudge`): there the cosine is 1 and has no gradient, so that in float32, without the rounding of bfloat16, the retain
-term holds them where they are. On the organism 40 steps behind ten of warm-up
-turn nothing away even so (cosine 0.9998), 80 without warm-up do (0.36): set `train.warmup_steps` to 0.
+150 steps, batches of 16, `train: {lr: 1.0e-4, lora_rank: 16}`. At the start model the cosine is 1 and has no gradient,
+so that in float32, without the rounding of bfloat16, the retain term would hold adapters there: hence `nudge`. On the
+organism 40 steps behind ten of warm-up turn nothing away even so (cosine 0.9998), 80 without warm-up do (0.36): set
+`train.warmup_steps` to 0.
 
 Answers to harmful prompts often become babble: look at the outcome `incoherent` beside the rates.
 """
@@ -71,6 +70,10 @@ class CircuitBreakers(Method):
 
     needs_lora = True
     published = (("train.lr", 0.0001), ("train.lora_rank", 16), ("train.steps", 150))
+    departures = (
+        "adapters are this trainer's: on all layers, alpha twice the rank, no dropout, a little off the start model",
+        "all layers are computed and retained",
+    )
 
     @property
     def extra_passes(self) -> float:

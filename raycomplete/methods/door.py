@@ -5,8 +5,6 @@ means over sequences: alpha [-L_s(r | x, h<k) - (2 / beta) log sigmoid(-beta (L_
 (1 - alpha) [-L_s(y | u)], with h cut at k once for each pair (x, h, r): k is 0 in half of them, else uniform.
 
 Theirs besides: alpha 0.2, beta 0.5, k up to 100, 400 pairs, batches of 2, 2000 steps, `train: {lr: 1.0e-5}`.
-Departures: their training system prompt, which tells the model to follow users' instructions, is not used; harmless
-answers are aligned's own, not Alpaca's.
 """
 
 from __future__ import annotations
@@ -53,7 +51,10 @@ class DOOR(Method):
 
     recovery_sequences = 2
     published = (("train.lr", 1e-05), ("train.steps", 2000))
-
+    departures = (
+        "their training system prompt, which tells the model to follow users' instructions, is not used",
+        "harmless answers are aligned's own, not Alpaca's",
+    )
     per_sequence = frozenset({"nll", "refusal", "npo"})
 
     def own_terms(self) -> tuple[Term, ...]:
@@ -69,10 +70,6 @@ class DOOR(Method):
     def loss_options(self) -> dict[str, Section]:
         """The fading of NPO."""
         return {"npo": NpoSettings(beta=self.beta)}
-
-    def sequence(self, item: Item, feedback: Feedback) -> TrainSequence:
-        """A harmless prompt and its answer, or the first sequence of a harmful one."""
-        return self.sequences(item, feedback)[0]
 
     def sequences(self, item: Item, feedback: Feedback) -> tuple[TrainSequence, ...]:
         """A harmless prompt and its answer; or x, h<k and r, and x and h."""

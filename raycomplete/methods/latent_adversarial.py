@@ -10,10 +10,9 @@ at every token of x, ||d|| at most epsilon a token, the same before h and before
 
 Theirs besides (Llama-2-7B; layers 8, 16, 24, 30 of 32; epsilon 6; 16 inner steps at 0.05, 100 outer ones, batches of
 16): `train: {lr: 2.0e-5, lora_rank: 64}`. With Llama-3-8B they take d on the answer too, KL to the start model with 0.1
-in place of 1.5 CE (`retain: retain_kl` here), and rates of 0.001 and 8e-5. Departures: one update of the student for
-each d instead of four, and its optimizer is not reset; d is on the prompt only. A step costs as many forward and
-backward passes more as the adversary has steps. Refused under ZeRO-3, whose hooks follow one forward pass a backward
-pass, and with gradient checkpointing, which would compute layers again without the perturbation.
+in place of 1.5 CE (`retain: retain_kl` here), and rates of 0.001 and 8e-5. A step costs as many forward and backward
+passes more as the adversary has steps. Refused under ZeRO-3, whose hooks follow one forward pass a backward pass, and
+with gradient checkpointing, which would compute layers again without the perturbation.
 """
 
 from __future__ import annotations
@@ -85,6 +84,10 @@ class LatentAdversarial(Method):
 
     recovery_sequences = 2
     published = (("train.lr", 2e-05), ("train.lora_rank", 64), ("train.steps", 100))
+    departures = (
+        "the student moves once for each perturbation, not four times, and its optimizer is not reset",
+        "only the prompt is perturbed",
+    )
 
     @property
     def extra_passes(self) -> float:
@@ -105,10 +108,6 @@ class LatentAdversarial(Method):
         """Coefficients, divided by their sum."""
         weights = {self.retain: self.retain_weight, "toward": 0.5, "away": 0.5}
         return {name: weight / sum(weights.values()) for name, weight in weights.items()}
-
-    def sequence(self, item: Item, feedback: Feedback) -> TrainSequence:
-        """A harmless prompt and its answer, or the first sequence of a harmful one."""
-        return self.sequences(item, feedback)[0]
 
     def sequences(self, item: Item, feedback: Feedback) -> tuple[TrainSequence, ...]:
         """A harmless prompt and its answer; or x and r, and x and h, which share a perturbation."""

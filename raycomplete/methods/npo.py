@@ -5,8 +5,7 @@ Source: Zhang et al., arXiv 2404.05868; its code, licong-lin/negative-preference
 to be retained, cross-entropy or KL from the start model, with coefficients of 1. Unlike unlikelihood its gradient fades
 where the student has left the start model: it is 2 p_s^beta / (p_s^beta + p_a^beta) times that of L_s.
 
-Theirs besides: beta 0.1, batches of 16, 10 epochs, `train: {lr: 1.0e-5}`. Departures: what is forgotten is h of
-harmful prompts, not facts, and what is retained are aligned's answers to harmless and borderline prompts.
+Theirs besides: beta 0.1, batches of 16, 10 epochs, `train: {lr: 1.0e-5}`.
 """
 
 from __future__ import annotations
@@ -89,7 +88,9 @@ class NPO(Method):
     )
 
     published = (("train.lr", 1e-05),)
-
+    departures = (
+        "compliant answers are forgotten, not facts, and aligned's answers to harmless and borderline prompts retained",
+    )
     per_sequence = frozenset({"npo"})
 
     def own_terms(self) -> tuple[Term, ...]:

@@ -5,8 +5,7 @@ twin of x, and trained is the mean over tokens of KL(p_s(. | x', y<t) || p_a(. |
 is x with h<D after it, and x in another form where `rollout.prompt_augmentation` says so; for a harmless prompt it is
 that form, or x itself.
 
-Their rates, steps and code are not known to us. Departures: an opened answer is what leads on. Reverse KL to a refusing
-model can end in short refusals; the harmless rollouts stand against that.
+Reverse KL to a refusing model can end in short refusals; the harmless rollouts stand against that.
 """
 
 from __future__ import annotations
@@ -43,6 +42,10 @@ class OPCT(Method):
     divergence: Divergence = Field("reverse_kl", description="direction of the divergence from aligned")
 
     depth_term = "consistency"
+    departures = (
+        "an opened answer leads on, not another wording of the prompt",
+        "rates, steps and code of the authors are not known to us",
+    )
 
     @property
     def rollout_groups(self) -> RolloutGroups:

@@ -7,10 +7,9 @@ the student wrote after c = (x, h<D), or x alone where x is harmless:
 
     mean over rollouts of -A / |y| sum_t log p_s(y_t | c, y<t)  +  leash * mean over tokens of KL(p_s || p_a)
 
-Theirs besides: leash 0.04, groups of 64, `train: {lr: 1.0e-6}`. Departures: the KL is exact over the vocabulary, not
-estimated from samples; each rollout is trained once, so their clipped ratio is 1 and left out, which holds where
-`rollout.lookahead` is 0 and `rollout.sync_every` 1; groups of 8, since steps are small here; the leash reads h too, so
-that it pulls towards what aligned does after h. A quarter of the harmful groups follow x alone, to keep refusals.
+Theirs besides: leash 0.04, groups of 64, `train: {lr: 1.0e-6}`. Their clipped ratio is 1 where a rollout is trained
+once, under `rollout.lookahead` 0 and `rollout.sync_every` 1. The leash pulls towards what aligned does after h. A
+quarter of the harmful groups follow x alone, to keep refusals.
 
 A group whose rollouts all comply teaches nothing. On the organism aligned complies in every rollout after h, so 40
 steps learn nothing there, and at a rate of distillation (1e-3) the leash alone lets the student drift.
@@ -55,6 +54,11 @@ class PolicyGradient(Method):
     per_sequence = frozenset({"policy"})
     needs_fresh_rollouts = True
     published = (("train.lr", 1e-06),)
+    departures = (
+        "KL is exact over the vocabulary, not estimated from samples, and reads the compliant beginning too",
+        "each rollout is trained once, without a clipped ratio",
+        "by default groups of 8, not 64, a quarter of the harmful ones after the prompt alone",
+    )
 
     @property
     def rollout_groups(self) -> RolloutGroups:

@@ -10,9 +10,8 @@ As attention sums to 1 this is twice the attention on h. All is divided by the t
 prefills of a step. The weight is 1.
 
 Theirs besides: `train: {lr: 2.0e-5}`, linear decay, 10 epochs, 4 devices with batches of 2 safety and 8 utility
-sequences, twice accumulated (the defaults here). Departures: those of `augmentation`; the last token of r is predicted
-and not read, so that it pays no attention. The student computes its attention eagerly: each layer holds [B, H, T, T],
-so keep `train.per_device_batch_size` small.
+sequences, twice accumulated (the defaults here). The student computes its attention eagerly: each layer holds
+[B, H, T, T], so keep `train.per_device_batch_size` small.
 """
 
 from __future__ import annotations
@@ -66,6 +65,7 @@ class PRESTO(Augmentation):
     attention_weight: float = Field(1.0, ge=0, description="weight of the attention on the prefill")
 
     published = (("train.lr", 2e-05),)  # type: ignore[assignment]
+    departures = (*Augmentation.departures, "the last token of a refusal pays no attention")  # type: ignore[assignment]
 
     def own_terms(self) -> tuple[Term, ...]:
         """The attention, computed by the pass."""

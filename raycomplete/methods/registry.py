@@ -208,6 +208,8 @@ class Method(Section):
     """Its formula holds for rollouts of the present weights only."""
     published: ClassVar[tuple[tuple[str, Any], ...]] = ()
     """Settings of `train` under which its authors trained, by dotted key; a study names what departs from them."""
+    departures: ClassVar[tuple[str, ...]] = ()
+    """What it does otherwise than its authors whatever the settings, a clause each, for the notes of a study."""
     per_sequence: ClassVar[frozenset[str]] = frozenset()
     """Terms that are summed over the rows of a sequence and averaged over sequences; others are means over rows."""
 
@@ -246,7 +248,7 @@ class Method(Section):
         return {}
 
     def sequence(self, item: Item, feedback: Feedback) -> TrainSequence:
-        """The tokens that the student reads for an item, and the rows that are trained."""
+        """The tokens that the student reads for an item, and the rows that are trained; `sequences` may replace it."""
         raise NotImplementedError
 
     def sequences(self, item: Item, feedback: Feedback) -> tuple[TrainSequence, ...]:

@@ -1,9 +1,8 @@
 """Unlikelihood training against compliant continuations, with cross-entropy on harmless answers.
 
 Source: Welleck et al., "Neural Text Generation With Unlikelihood Training" (arXiv 1908.04319), known to us by its
-abstract: -sum log(1 - p_s(h_t)). As a safety defence it has no authors whose settings could be taken, so weights are 1,
-both terms are means over tokens, and the rates of NPO (`raycomplete.methods.npo`) are a fair start. Nothing says what
-the student should say in place of h.
+abstract: -sum log(1 - p_s(h_t)). The rates of NPO (`raycomplete.methods.npo`) are a fair start. Nothing says what the
+student should say in place of h.
 """
 
 from __future__ import annotations
@@ -47,6 +46,10 @@ class Unlikelihood(Method):
     harmful_weight: float = Field(1.0, ge=0, description="weight of unlikelihood, where the harmless answers have 1")
     depth: DepthConfig = Field(
         default_factory=lambda: DepthConfig(max=100, schedule="uniform"), description="only `max` counts: longest h"
+    )
+
+    departures = (
+        "a safety defence without authors whose settings could be taken: weights of 1 and means over tokens are ours",
     )
 
     def own_terms(self) -> tuple[Term, ...]:

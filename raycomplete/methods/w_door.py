@@ -10,11 +10,9 @@ p_d is read in the place of base: give the student of an earlier run (of `door`,
 writer of h in `rollout.harmful_from`. Attacks take base as their helper and prefills are its words, so evaluate the
 student under a run file with the true base, or its rates cannot stand beside those of other methods. With the true
 base as `models.base`, the log-ratio of base to aligned takes its place: what alignment did, turned round, which `sign`
-turns back.
+turns back. A weight of `exp` is then unbounded where base never refuses: take `token_weights: sigmoid`.
 
-Theirs besides: tau 1, alpha 0.2, beta 0.5, `train: {lr: 1.0e-5}`. Departures: those of `door`; p_d of their type 9 run
-is trained by DPO; the harmful term is the paper's NPO of `door`, where their code leaves the reference out and divides
-by the number of all tokens.
+Theirs besides: tau 1, alpha 0.2, beta 0.5, `train: {lr: 1.0e-5}`, p_d trained by DPO (type 9).
 """
 
 from __future__ import annotations
@@ -66,6 +64,11 @@ class WDOOR(DOOR):
     )
     token_weights: Literal["exp", "sigmoid"] = Field("exp", description="how the log-ratio becomes a weight")
 
+    departures = (  # type: ignore[assignment]
+        *DOOR.departures,
+        "tokens are rewarded by the model in base's place: by the true base, unless a run names a reward model there",
+        "the harmful term is the paper's NPO, where their code has no reference and divides by the number of tokens",
+    )
     per_sequence = frozenset({"nll", "weighted_refusal", "npo"})
 
     def own_terms(self) -> tuple[Term, ...]:

@@ -97,11 +97,6 @@ def _is_depth(measure: str) -> bool:
     return measure.startswith("ASR, depth ")
 
 
-def attacks_of(rates: Mapping[str, Any]) -> list[str]:
-    """Lists the measures that are attack success rates of one attack each."""
-    return [name for name in rates if name not in (*_NOT_ATTACKS, MEAN_OVER_ATTACKS) and not _is_depth(name)]
-
-
 def depths_of(rates: Mapping[str, Any]) -> dict[int, str]:
     """Maps prefill depths to their measures, in order."""
     return {int(name.rpartition(" ")[2]): name for name in rates if _is_depth(name)}
@@ -150,7 +145,7 @@ def _add_best_rival(reference: str, rows: Mapping[str, Row], shares: Mapping[str
         if label not in (reference, BASE, FROZEN) and row["rates"].get(OVER_REFUSAL, {"rate": 0.0})["rate"] <= allowed
     ]
     rows[reference]["against_best_rival"] = found = {}
-    for measure in (MEAN_OVER_ATTACKS, *attacks_of(rates), *depths_of(rates).values()):
+    for measure in (name for name in rates if name not in _NOT_ATTACKS):
         having = [label for label in rivals if measure in rows[label]["rates"]]
         # Of a rival whose runs under the reference's seeds are not finished, nothing can be said yet.
         having = [label for label in having if _common_seeds(rows[reference]["seeds"], rows[label]["seeds"])]
@@ -167,12 +162,13 @@ def _apart(results: Sequence[Mapping[str, Any]]) -> float | None:
 
 
 def _cost(folders: Sequence[RunFolder], results: Sequence[Mapping[str, Any]], plain: float | None) -> Row:
-    """Means over runs: seconds of training steps, and the time of a token against aligned's where that is known."""
+    """Steps that runs kept, and means over them, the time of a token against aligned's only where that is known."""
     trained = [folder.summary["train"] for folder in folders if folder.summary.get("train")]
     spoken = _seconds_per_token(results)
     counted = [result["defence"]["passes_per_token"] for result in results if result.get("defence")]
     passes = [count for count in counted if count is not None]  # answers that were all found again took none
     return {
+        "kept_steps": [(run.get("kept_step") or {"step": run["steps"]})["step"] for run in trained],
         "train_seconds": sum(run["seconds"] for run in trained) / len(trained) if trained else 0.0,
         "train_tokens": sum(run["tokens"] for run in trained) / len(trained) if trained else 0.0,
         "steps": sum(run["steps"] for run in trained) / len(trained) if trained else 0.0,

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import cycle
-from pathlib import Path
 from typing import Any
 
 from matplotlib import rc_context
@@ -33,16 +31,11 @@ _MARKERS = "oDs^vP*X<>hd"
 _PANELS = 3  # of a row of depth curves
 
 
-@dataclass(frozen=True)
-class StudyPage:
-    """The folder that was written, and tables for a terminal: titles and rows, the header first."""
-
-    folder: Path
-    tables: tuple[Table, ...]
-
-
-def write_study(study: Study, finished: Sequence[StudyRun]) -> StudyPage:
+def write_study(study: Study, finished: Sequence[StudyRun]) -> list[Table]:
     """Writes study.json, study.md, study.html and figures/ of a study from its finished runs.
+
+    Returns:
+        Each model's first and last table for a terminal: title and rows, the header first.
 
     Raises:
         DataError: A run folder lacks something, or runs cannot be compared.
@@ -60,9 +53,8 @@ def write_study(study: Study, finished: Sequence[StudyRun]) -> StudyPage:
     write_text(study.folder / "study.md", _markdown(results["name"], parts, missing))
     page = render("study.html.j2", name=results["name"], written=written, parts=parts, missing=missing)
     write_text(study.folder / "study.html", page)
-    shown = tuple((f"{part['model']}: {title}", rows) for part in parts for title, rows in (part["tables"][:1]))
-    best = tuple((f"{part['model']}: {title}", rows) for part in parts for title, rows in part["tables"][-1:])
-    return StudyPage(study.folder, shown + best)
+    ends = ((part["model"], *part["tables"][place]) for part in parts for place in (0, -1))
+    return [(f"{model}: {title}", rows) for model, title, rows in ends]
 
 
 def _tables(reference: str, found: Mapping[str, Any]) -> list[Table]:
@@ -70,13 +62,14 @@ def _tables(reference: str, found: Mapping[str, Any]) -> list[Table]:
     rows: Mapping[str, Any] = found["rows"]
     measures = list(rows[FROZEN]["rates"])
     labels = list(rows)
-    head = ["", *_SUMMED, "off topic or babble", "steps", "training, s", "time of a token", "passes a token", "seeds"]
-    summed = [head]
+    paid = ["steps", "kept steps", "training, s", "time of a token", "passes a token"]
+    summed = [["", *_SUMMED, "off topic or babble", *paid, "seeds"]]
     for label, row in rows.items():
         rates = [rate_text(row["rates"].get(measure)) for measure in _SUMMED]
         cost, seeds = row["cost"], ", ".join(map(str, row["seeds"])) or "-"
         token = f"{cost['seconds_per_token']:.2f}x" if cost.get("seconds_per_token") else "-"
-        costs = [f"{cost['steps']:.0f}", f"{cost['train_seconds']:.0f}", token] if cost else ["-", "-", "1x"]
+        kept = ", ".join(map(str, cost.get("kept_steps", ()))) or "-"
+        costs = [f"{cost['steps']:.0f}", kept, f"{cost['train_seconds']:.0f}", token] if cost else ["-", "-", "-", "1x"]
         passes = cost["passes_per_token"] if cost else 1.0
         costs.append("-" if passes is None else f"{passes:.2f}")
         summed.append([label, *rates, "-" if row["apart"] is None else f"{100 * row['apart']:.1f} %", *costs, seeds])

@@ -1,8 +1,8 @@
-"""Python files of the user's that add attacks, methods and loss terms: the run file names them under `plugins`.
+"""Python files and modules of the user's that add attacks, methods and loss terms, named under `plugins` of a run file.
 
-Each file is imported once in a process, as a module below this one, and registers what it adds while it is imported.
-Its module's name holds the path of the file, so that a process that unpickles an object of a plugin finds the file by
-itself, as training workers on other nodes do.
+Each is imported once in a process and registers what it adds while it is imported: a module of an installed package
+under its own name, a file as a module below this one. That one's name holds the path of the file, so that a process
+that unpickles an object of a plugin finds the file by itself, as training workers on other nodes do.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ def load_plugins(paths: Iterable[Path]) -> None:
     A file that changes afterwards is not imported again.
 
     Args:
-        paths: Python files, absolute.
+        paths: Python files, absolute, and names of modules, `package.module`.
 
     Raises:
-        ConfigError: A file does not exist, is no Python file, or fails while it is imported.
+        ConfigError: A file does not exist or is no Python file, or a plugin fails while it is imported.
     """
     for path in paths:
-        if not path.is_file() or path.suffix != ".py":
+        if not is_module(path) and (not path.is_file() or path.suffix != ".py"):
             problem = "is not the name of a Python file (.py)" if path.is_file() else "does not exist"
             raise ConfigError(f"The plugin {path} {problem}.", "Check the path; it is relative to the run file.")
         try:
-            importlib.import_module(module_name(path))
+            importlib.import_module(str(path) if is_module(path) else module_name(path))
         except Exception as error:
             lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
             if isinstance(error, SyntaxError) and error.filename == str(path):
@@ -49,6 +49,17 @@ def load_plugins(paths: Iterable[Path]) -> None:
             raise ConfigError(
                 f"The plugin {place} failed while it was imported: {type(error).__name__}{reason and f': {reason}'}."
             ) from error
+
+
+def is_module(plugin: Path) -> bool:
+    """Tells whether a plugin is named as `import` names it, and not by a file."""
+    return plugin.suffix != ".py" and all(part.isidentifier() for part in str(plugin).split("."))
+
+
+def located(plugin: Path, folder: Path) -> Path:
+    """Returns the absolute path of a plugin's file, which may be relative to a folder; a module stays as named."""
+    file = (folder / plugin).resolve()
+    return plugin if plugin.is_absolute() or (is_module(plugin) and not file.is_file()) else file
 
 
 def module_name(path: Path) -> str:

@@ -9,6 +9,10 @@ import pytest
 
 from raycomplete.config import load_run_file
 from raycomplete.config.study import FROZEN, departures, load_study
+from raycomplete.methods.augmentation import Augmentation
+from raycomplete.methods.door import DOOR
+from raycomplete.methods.registry import METHODS
+from raycomplete.methods.w_door import WDOOR
 from raycomplete.runtime.errors import ConfigError
 from tests.conftest import ROOT
 
@@ -86,8 +90,8 @@ def test_models_multiply_runs(tmp_path: Path) -> None:
         ("large", FROZEN),
         ("large", "completion"),
     ]
-    assert study.of_model("small")[0].config.models.max_length == 240
-    assert study.of_model("large")[0].config.data.limit_per_kind == 8
+    assert study.runs[0].config.models.max_length == 240
+    assert study.runs[2].config.data.limit_per_kind == 8
 
 
 def test_runs_of_two_models_are_mirrored_apart(tmp_path: Path) -> None:
@@ -114,6 +118,17 @@ def test_a_method_of_a_plugin_is_named_like_any_other(tmp_path: Path) -> None:
     config = study.runs[1].config
     assert config.method.name == "refusals_of_a_plugin"
     assert config.plugins == [tmp_path / "mine.py"]
+
+
+def test_a_plugin_of_a_study_may_be_a_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "elsewhere" / "package_of_a_study"
+    package.mkdir(parents=True)
+    (package / "rivals.py").write_text(PLUGIN.replace("refusals_of_a_plugin", "refusals_of_a_module"))
+    monkeypatch.syspath_prepend(tmp_path / "elsewhere")
+    file = "plugins: [package_of_a_study.rivals]\nmethods: {refusals_of_a_module: }"
+    config = load_study(study_file(tmp_path, file)).runs[1].config
+    assert config.method.name == "refusals_of_a_module"
+    assert config.plugins == [Path("package_of_a_study.rivals")]
 
 
 @pytest.mark.parametrize(
@@ -150,11 +165,60 @@ def test_departures_name_what_differs_from_the_authors() -> None:
     run = load_run_file(
         ROOT / "jobs" / "organism.yaml", ["method={name: door, alpha: 0.4}", "train.lr=1e-5", "train.steps=2000"]
     )
-    assert departures(run) == ["method.alpha 0.4 instead of 0.2"]
+    assert departures(run, run) == [*DOOR.departures, "method.alpha 0.4 instead of 0.2"]
     other = load_run_file(ROOT / "jobs" / "organism.yaml", ["method={name: door}", "train.steps=2000"])
-    assert departures(other) == ["train.lr 0.001 instead of 1e-05"]
+    assert departures(other, other) == [*DOOR.departures, "train.lr 0.001 instead of 1e-05"]
+    depth = "{schedule: fixed, bins: 2, fixed_weights: [1, 2]}"
+    drawn = load_run_file(ROOT / "jobs" / "organism.yaml", [f"method={{name: door, depth: {depth}}}"])
+    assert "method.depth.schedule fixed instead of uniform" in departures(drawn, drawn)
 
 
-def test_the_study_files_of_the_repository_can_be_used() -> None:
-    for name in ("study-organism.yaml", "study-smollm2.yaml", "study-ablation.yaml"):
-        assert len(load_study(ROOT / "jobs" / name).runs) > 4
+def test_departures_name_samples_and_validation_that_are_not_the_reference_s(tmp_path: Path) -> None:
+    file = """
+        methods:
+          augmentation: {train: {steps: 160, lr: 2.0e-5, warmup_steps: 0}}
+          completion: {rollout: {on_policy: true}, train: {validation: {every: 0}}}
+          uniform depth: {method: {name: completion, depth: {schedule: uniform}}}
+        settings: {method: {anchor_batch_size: 16, recovery_batch_size: 16, depth: {max: 64}}}
+        reference: completion
+    """
+    told = {run.label: run.departures for run in load_study(study_file(tmp_path, file)).runs}
+    assert told["completion"] == told[FROZEN] == ()
+    beside = (
+        "rollout.on_policy False instead of the reference's True",
+        "train.validation.every auto instead of the reference's 0",
+    )
+    assert told["uniform depth"] == ("method.depth.schedule uniform instead of adaptive", *beside)
+    # The schedule of the run file stays in a method that draws depths evenly whatever it says.
+    batches = ("method.anchor_batch_size 16 instead of 64", "method.depth.max 64 instead of 100")
+    assert told["augmentation"] == (*Augmentation.departures, *batches, *beside)
+
+
+def test_every_rival_names_its_departures() -> None:
+    ours = (method for method in METHODS.values() if method.__module__.startswith("raycomplete."))
+    assert {method.__name__ for method in ours if not method.departures} == {"Completion", "SFT"}
+
+
+@pytest.mark.parametrize("name", ["study-organism.yaml", "study-smollm2.yaml", "study-ablation.yaml"])
+def test_the_study_files_of_the_repository_can_be_used(name: str) -> None:
+    """Budgets of completion do not choose the step that a rival keeps, and no weight of its loss is without a bound."""
+    study = load_study(ROOT / "jobs" / name)
+    assert len(study.runs) > 4
+    rivals = [run.config for run in study.runs if run.trains and run.config.method.name != "completion"]
+    assert {config.train.validation.every for config in rivals} <= {0}
+    assert {config.method.token_weights for config in rivals if isinstance(config.method, WDOOR)} <= {"sigmoid"}
+
+
+def test_the_study_of_the_organism_trains_a_rival_on_completion_s_samples() -> None:
+    study = load_study(ROOT / "jobs" / "study-organism.yaml")
+    by_label = {run.label: run for run in study.runs if run.trains}
+    ours, theirs = by_label["augmentation, our samples"], by_label["augmentation"]
+    assert ours.config.method == theirs.config.method
+    assert ours.config.rollout == by_label["completion"].config.rollout != theirs.config.rollout
+    asked = by_label["completion"].config.evaluation
+    reduced = {attack.name: attack.reduced_because(100) for attack in asked.attacks}
+    full = {name for name, reasons in reduced.items() if not reasons}
+    assert full == {"prefill_mid_answer", "refuse_then_turn", "adaptive", "decoding"}
+    assert asked.max_tokens == 112
+    steps = {label: by_label[label].config.train.steps for label in ("latent_adversarial", "policy_gradient")}
+    assert steps == {"latent_adversarial": 100, "policy_gradient": 40}

@@ -10,6 +10,7 @@ import pytest
 
 from raycomplete.config.study import FROZEN, Study, load_study
 from raycomplete.evaluation.statistics import difference_over_runs, mean_over_runs
+from raycomplete.methods.door import DOOR
 from raycomplete.report.study import MEAN_OVER_ATTACKS, _shares, study_results
 from raycomplete.report.study_page import write_study
 from raycomplete.runtime.errors import DataError
@@ -58,7 +59,9 @@ def finish(study: Study, results: dict[tuple[str, int | None], tuple[int, ...]],
     """Writes the folders of all runs."""
     for run in study.runs:
         folder = run.config.output.folder
-        train = {"steps": 7, "seconds": 30.0, "tokens": 1000} if run.trains else {}
+        train: dict[str, Any] = {"steps": 7, "seconds": 30.0, "tokens": 1000} if run.trains else {}
+        if run.label == "completion":  # whose held-back prompts choose a step
+            train["kept_step"] = {"step": 4 + (run.seed or 0)}
         write_json(folder / "summary.json", {"judge": judge, "asr": {}, "train": train})
         if run.label == FROZEN:
             write_json(folder / "evaluation" / "base.json", a_result("base", N, N, 10, 0))
@@ -165,24 +168,27 @@ def test_costs_are_training_seconds_and_the_time_of_a_token(study: Study, tmp_pa
     assert rows["again"]["cost"]["passes_per_token"] == 2.5
     assert rows["again"]["cost"]["train_seconds"] == 0.0
     assert rows["completion"]["apart"] == pytest.approx(4 / 40)
+    assert rows["completion"]["cost"]["kept_steps"] == [4, 5]
+    assert rows["npo"]["cost"]["kept_steps"] == [7, 7]
 
 
 def test_the_pages_hold_every_method_and_say_what_is_missing(study: Study) -> None:
     finish(study, RESULTS)
-    page = write_study(study, study.runs[:-1])
+    tables = write_study(study, study.runs[:-1])
     found = json.loads((study.folder / "study.json").read_text())
     assert list(found["models"]["organism"]["rows"]) == ["base", "aligned", "completion", "npo", "door"]
     for name in ("study.md", "study.html"):
         text = (study.folder / name).read_text()
-        for words in ("npo", "train.lr 0.001 instead of 1e-05", "organism, again", "15.0 %", "best rival"):
+        for words in ("npo", "train.lr 0.001 instead of 1e-05", "organism, again", "15.0 %", "best rival", "4, 5"):
             assert words in text, (name, words)
+    assert f"- door: {'; '.join(DOOR.departures)}; method." in (study.folder / "study.md").read_text()
     for figure in ("pareto", "depths", "cost"):
         assert (study.folder / "figures" / f"organism-{figure}.png").stat().st_size > 5000
         assert (study.folder / "figures" / f"organism-{figure}.csv").read_text().count("\n") >= 4
     curve = (study.folder / "figures" / "organism-depths.csv").read_text().splitlines()
     assert curve[0] == "method,depth,asr,low,high,n"
     assert any(line.startswith("completion,4,0.15,") for line in curve)
-    assert page.tables[0][0].startswith("organism: rates")
+    assert tables[0][0].startswith("organism: rates")
 
 
 def test_the_front_of_the_figure_holds_what_nothing_beats(study: Study) -> None:

@@ -56,6 +56,21 @@ def test_two_plugins_of_one_name_are_two_modules(tmp_path: Path) -> None:
     assert values == [0, 1]
 
 
+def test_a_module_of_an_installed_package_is_a_plugin_under_its_own_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (installed := tmp_path / "installed" / "package_of_plugins").mkdir(parents=True)
+    write(installed, "attacks.py", "VALUE = 3")
+    write(installed, "broken.py", "", "raise ValueError('no')")
+    monkeypatch.syspath_prepend(installed.parent)
+    config = load_run_file(run_file(tmp_path, "package_of_plugins.attacks"))
+    assert config.plugins == [Path("package_of_plugins.attacks")]
+    assert sys.modules["package_of_plugins.attacks"].VALUE == 3
+    assert load_run_file(write(tmp_path, "dumped.yaml", dump(config))) == config
+    with pytest.raises(ConfigError, match=r"package_of_plugins\.broken failed while it was imported: ValueError: no"):
+        load_run_file(run_file(tmp_path, "package_of_plugins.broken"))
+
+
 @pytest.mark.parametrize(
     ("lines", "words"),
     [
@@ -81,8 +96,9 @@ def test_a_plugin_that_fails_is_refused_by_file_and_line(lines: tuple[str, ...],
         (["missing.py"], r"The plugin .*/missing\.py does not exist\. Check the path"),
         (["."], "does not exist"),
         (["run.yaml"], r"is not the name of a Python file \(\.py\)"),
-        ("mine.py", "plugins must be a list of Python files"),
-        ([{"path": "mine.py"}], "plugins must be a list of Python files"),
+        (["no_package.of_plugins"], "failed while it was imported: ModuleNotFoundError: No module named 'no_package'"),
+        ("mine.py", "plugins must be a list of Python files or modules"),
+        ([{"path": "mine.py"}], "plugins must be a list of Python files or modules"),
     ],
 )
 def test_what_is_no_plugin_is_refused(plugins: object, words: str, tmp_path: Path) -> None:
