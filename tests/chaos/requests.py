@@ -4,7 +4,8 @@
 
 Starts `raycomplete serve` on the organism with the real engines. Each client sends one request after another, a fifth
 of them as streams, and says whether the answer was whole; evaluations are submitted beside them, each twice under one
-key. Memory of all processes of the service is compared between the first and the last third of the time.
+key. Memory of each replica is compared between the first and the last third of the time; those that autoscaling starts
+meanwhile are counted by themselves.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Tally:
     broken: list[str] = field(default_factory=list)
     ids: Counter[str] = field(default_factory=Counter)
     seconds: list[float] = field(default_factory=list)
-    mib: list[tuple[float, float]] = field(default_factory=list)
+    mib: dict[str, list[float]] = field(default_factory=dict)
 
     def problems(self) -> list[str]:
         """Lists what should not have been."""
@@ -53,12 +54,14 @@ class Tally:
         found += [f"broken: {text}" for text in self.broken[:5]]
         if doubled := [name for name, count in self.ids.items() if count > 1]:
             found.append(f"{len(doubled)} answers came twice")
-        thirds = len(self.mib) // 3
-        if thirds:
-            first = sum(mib for _, mib in self.mib[:thirds]) / thirds
-            last = sum(mib for _, mib in self.mib[-thirds:]) / thirds
+        most = max(map(len, self.mib.values()), default=0)
+        for replica, mib in self.mib.items():
+            thirds = len(mib) // 3
+            if len(mib) < most or not thirds:  # it was started or ended meanwhile
+                continue
+            first, last = sum(mib[:thirds]) / thirds, sum(mib[-thirds:]) / thirds
             if last > first * (1 + _GROWTH):
-                found.append(f"memory grew from {first:.0f} to {last:.0f} MiB")
+                found.append(f"the memory of {replica} grew from {first:.0f} to {last:.0f} MiB")
         return found
 
 
@@ -117,17 +120,15 @@ async def evaluations(session: httpx.AsyncClient, root: str, tally: Tally) -> No
 
 
 async def measure(until: float, tally: Tally) -> None:
-    """Adds up the memory of this process's children, those of evaluations left out, since they come and go."""
-    started = time.monotonic()
+    """Notes the memory of each replica, those of evaluations left out, since they come and go."""
     while time.monotonic() < until:
-        total = 0.0
         for process in psutil.Process().children(recursive=True):
             try:
                 if "ServeReplica" in (title := " ".join(process.cmdline())) and "EvaluationRunner" not in title:
-                    total += process.memory_full_info().uss / 2**20
+                    name = f"{title.rsplit(':', 1)[-1].strip()} ({process.pid})"
+                    tally.mib.setdefault(name, []).append(process.memory_full_info().uss / 2**20)
             except psutil.Error:
                 continue
-        tally.mib.append((time.monotonic() - started, total))
         await asyncio.sleep(_EVERY_S)
 
 
@@ -167,7 +168,8 @@ def main() -> None:
     )
     if ranked:
         print(f"seconds for an answer: median {ranked[len(ranked) // 2]:.2f}, longest {ranked[-1]:.2f}")
-    print("memory of the replicas, MiB:", [round(mib) for _, mib in tally.mib])
+    for replica, mib in tally.mib.items():
+        print(f"memory of {replica}, MiB:", [round(value) for value in mib])
     problems = tally.problems()
     print("\n".join(problems) or "none lost, none doubled, no 5xx, memory steady")
     sys.exit(1 if problems else 0)
