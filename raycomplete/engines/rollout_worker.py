@@ -15,7 +15,7 @@ from raycomplete.config import RolloutConfig
 from raycomplete.data.checkpoints import TORCH_DTYPES
 from raycomplete.data.families import tied_head
 from raycomplete.engines.spec import EngineSpec
-from raycomplete.engines.vllm_start import start_llm
+from raycomplete.engines.vllm_start import start_llm, turn_of
 from raycomplete.engines.weights import WeightSource, checkpoint_folder, checkpoint_tensors, key_of, version_of
 from raycomplete.runtime.errors import WorkError
 from raycomplete.runtime.prometheus import begin, record, rolled_out
@@ -47,8 +47,6 @@ class RolloutEngine:
         self._tied = bool(getattr(config, "tie_word_embeddings", False))
         self._held = spec.checkpoint
         self.version: int | None = None
-        if spec.sleeps:
-            self._llm.sleep(level=1)
 
     @staticmethod
     def arguments(spec: EngineSpec) -> dict[str, Any]:
@@ -204,11 +202,13 @@ class RolloutEngine:
         if not self._spec.sleeps:
             yield
             return
-        self._llm.wake_up()
+        with turn_of(self._spec):
+            self._llm.wake_up()
         try:
             yield
         finally:
-            self._llm.sleep(level=1)
+            with turn_of(self._spec):
+                self._llm.sleep(level=1)
 
 
 def _pack_experts_anew(model: Any) -> None:

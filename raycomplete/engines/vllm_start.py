@@ -13,7 +13,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -25,7 +25,7 @@ _POLL_S = 0.2
 
 
 def start_llm(spec: EngineSpec, arguments: Mapping[str, Any]) -> Any:
-    """Starts an engine in this process, alone on its GPUs.
+    """Starts an engine in this process, alone on its GPUs; one that sleeps between its calls falls asleep there.
 
     Args:
         spec: The engine.
@@ -40,10 +40,19 @@ def start_llm(spec: EngineSpec, arguments: Mapping[str, Any]) -> Any:
         from vllm.engine.arg_utils import EngineArgs
 
         check_arguments(arguments, {item.name for item in dataclasses.fields(EngineArgs)})
-        if not spec.use_gpu:
-            return LLM(**arguments)
-        with alone_on_devices(visible_devices()[: spec.tensor_parallel]):
-            return LLM(**arguments)
+        with turn_of(spec):
+            llm = LLM(**arguments)
+            if spec.sleeps:
+                llm.sleep(level=1)
+            return llm
+
+
+def turn_of(spec: EngineSpec) -> AbstractContextManager[None]:
+    """Holds the GPUs of an engine of this process (`alone_on_devices`); one on a CPU has none.
+
+    An engine falls asleep and wakes in its turn too: memory that it frees while another one measures ends that one.
+    """
+    return alone_on_devices(visible_devices()[: spec.tensor_parallel] if spec.use_gpu else ())
 
 
 @contextmanager
