@@ -20,6 +20,7 @@ from typing import Any, TextIO
 from raycomplete.engines.spec import EngineSpec
 from raycomplete.runtime.errors import SetupError, WaitTimeoutError
 
+WAIT = "RAYCOMPLETE_WAIT_S"  # longest wait for a turn, or for a child of the doctor, which sets it for what it starts
 _TURN_S = 1800.0  # some starts of large models, one after another
 _POLL_S = 0.2
 
@@ -91,18 +92,19 @@ def visible_devices() -> list[str]:
 
 
 @contextmanager
-def alone_on_devices(names: Sequence[str], timeout_s: float = _TURN_S) -> Iterator[None]:
+def alone_on_devices(names: Sequence[str], timeout_s: float | None = None) -> Iterator[None]:
     """Holds GPUs against other starts of this user on this machine.
 
     The system releases a GPU that was held by a process that died.
 
     Args:
         names: The GPUs, as `visible_devices` names them.
-        timeout_s: Longest wait for others' starts.
+        timeout_s: Longest wait for others' starts; half an hour when absent, or what `raycomplete doctor` sets.
 
     Raises:
         WaitTimeoutError: Somebody else held one of them for the whole time.
     """
+    timeout_s = float(os.environ.get(WAIT, _TURN_S)) if timeout_s is None else timeout_s
     deadline = time.monotonic() + timeout_s
     with ExitStack() as held:
         for name in sorted(names):  # in one order everywhere: nobody waits in a circle

@@ -16,7 +16,7 @@ import pytest
 from raycomplete import cli
 from raycomplete.doctor import command
 from raycomplete.doctor.command import CHECKS, Check, CheckResult, run_checks, worst
-from raycomplete.doctor.findings import Context, Finding, fail, ok, warn
+from raycomplete.doctor.findings import MARK, Context, Finding, fail, ok, warn
 from tests.conftest import ROOT
 
 
@@ -42,6 +42,21 @@ def test_a_crash_and_a_hang_fail_their_own_check_only() -> None:
     assert (hung.finding.status, hung.finding.found) == ("fail", "No answer within 0.2 s.")
     assert content.finding.status == "ok"
     assert all(outcome.finding.remedy for outcome in (crashed, hung))
+
+
+def test_what_a_check_found_is_told_before_the_next_one_begins(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told: list[str] = []
+
+    def look(_: Context) -> Finding:
+        told.append(capsys.readouterr().out)
+        return ok("it answers")
+
+    monkeypatch.setattr(command, "CHECKS", [BROKEN, CONTENT, Check("engine", look)])
+    assert command.tell_checks(quick=True) == 2
+    told.append(capsys.readouterr().out)
+    assert told == [f'{MARK}{{"broken": "fail: no disk buy one"}}\n', f'{MARK}{{"engine": "ok: it answers"}}\n']
 
 
 def test_the_worst_counts() -> None:
