@@ -98,6 +98,8 @@ class EngineSpec:
         }
         if self.use_gpu:
             arguments["gpu_memory_utilization"] = self.gpu_memory_utilization
+            # vLLM would import FlashInfer at every start and time its kernels, for seconds.
+            arguments["kernel_config"] = {"enable_flashinfer_autotune": False}
             if self.cuda_graphs:
                 # Without them a step of decoding costs its kernel launches, some 10 a layer, whatever the model's size.
                 # Nothing is compiled (mode 0), and few sizes are captured, so that the start takes seconds still.

@@ -154,11 +154,13 @@ def test_the_collector_is_off_during_a_start_and_as_it_was_after_it() -> None:
 
 
 def test_vllm_still_takes_every_argument() -> None:
+    from vllm.config import KernelConfig
     from vllm.engine.arg_utils import EngineArgs
 
     known = {item.name for item in dataclasses.fields(EngineArgs)}
     for arguments in (RolloutEngine.arguments(SPEC), PoolingEngine.arguments(SPEC)):
         check_arguments(arguments, known)
+        assert KernelConfig(**arguments["kernel_config"]).enable_flashinfer_autotune is False
         with pytest.raises(SetupError, match="no argument enforce_eager"):
             check_arguments(arguments, known - {"enforce_eager"})
 
