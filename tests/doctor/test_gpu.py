@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from raycomplete.config import load_run_file
@@ -22,6 +23,10 @@ from raycomplete.doctor.findings import MARK, ask
 from raycomplete.doctor.gpu import STAGES, Plan, Stage, prove_gpu, run_stage
 from raycomplete.engines.vllm_start import WAIT
 from raycomplete.runtime.errors import ConfigError, SetupError
+from tests.benchmarks.loss import run as benchmark
+from tests.benchmarks.loss.measure import Measurement
+from tests.benchmarks.loss.problem import Mix
+from tests.benchmarks.loss.variants import OURS, PLAIN
 from tests.conftest import ROOT
 
 QUIET = Console(quiet=True)
@@ -218,6 +223,25 @@ def test_a_stage_finds_no_gpu_in_a_rehearsal(tmp_path: Path) -> None:
     assert run_stage(program("one", show), Plan(tmp_path, True), 20.0).status == "ok"
     assert (tmp_path / "logs" / "one.log").read_text().split() == ["True", "1"]
     assert os.environ.get("TRITON_INTERPRET") != "1"
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_targets_of_the_loss_benchmark_are_there_before_its_end(
+    device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(results: benchmark.Results, _: Any, shape: Any, mix: Mix, *__: Any, **___: Any) -> None:
+        if mix is Mix.PUSH_FORWARD:
+            raise KeyboardInterrupt
+        found = {name: Measurement(seconds=[0.05], peak_bytes=3, gradient_bytes=1) for name in (OURS, PLAIN)}
+        results.points.append({"shape": shape, "mix": mix, "found": found})
+
+    for name, stand_in in {"_load_all": dict, "environment": dict, "describe": str}.items():
+        monkeypatch.setattr(benchmark, name, lambda _, make=stand_in: make())
+    monkeypatch.setattr(benchmark, "_measure", measure)
+    with pytest.raises(KeyboardInterrupt):
+        benchmark.run(torch.device(device), tmp_path / "loss", console=QUIET)
+    values = next(stage for stage in STAGES if stage.name == "loss").read(Plan(tmp_path, False))
+    assert sum(name.startswith("target: ") for name in values) == (2 if device == "cuda" else 4)
 
 
 def test_tests_are_counted_in_what_pytest_said_before_it_was_ended(tmp_path: Path) -> None:
