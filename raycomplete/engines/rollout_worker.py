@@ -23,7 +23,7 @@ from raycomplete.runtime.prometheus import begin, record, rolled_out
 _PROBE_TOKENS = 8
 # Mean over such a probe, in nats: two kernels of one model differ by rounding, models by whole nats. On a GPU products
 # in float32 may be rounded to TF32.
-_DECODING_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
+DECODING_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
 
 
 class Sampling(NamedTuple):
@@ -168,7 +168,7 @@ class RolloutEngine:
             decoded.append(torch.tensor([logprobs[token].logprob for token, logprobs in found]))
         read = self.log_probs(sequences)
         difference = float((torch.cat(decoded) - torch.cat(read)).abs().mean())
-        if not difference <= _DECODING_TOLERANCE[self._spec.dtype]:  # written so that NaN fails too
+        if not difference <= DECODING_TOLERANCE[self._spec.dtype]:  # written so that NaN fails too
             raise WorkError(
                 f"After an update of the weights, decoding is {difference:.3g} nats from what the same weights say of "
                 "the same tokens, so its CUDA graphs use others.",

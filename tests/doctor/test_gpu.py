@@ -18,9 +18,10 @@ from raycomplete.config import load_run_file
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.inputs import prepare_prompts
 from raycomplete.data.organism import checkpoint_path
-from raycomplete.doctor import gpu
+from raycomplete.doctor import gpu, gpu_probes
 from raycomplete.doctor.findings import MARK, ask
 from raycomplete.doctor.gpu import STAGES, Plan, Stage, prove_gpu, run_stage
+from raycomplete.engines.rollout_worker import DECODING_TOLERANCE
 from raycomplete.engines.vllm_start import WAIT
 from raycomplete.runtime.errors import ConfigError, SetupError
 from tests.benchmarks.loss import run as benchmark
@@ -203,6 +204,15 @@ def test_every_run_file_and_override_of_the_stages_is_accepted(tmp_path: Path, r
                 rows = [json.loads(line) for line in Path(source.path).read_text().splitlines()]
                 assert rows
                 assert all(row["prompt"] and row["answer"] for row in rows)
+
+
+def test_engines_on_a_gpu_are_probed_in_bfloat16_with_its_tolerance() -> None:
+    """Attention in float32 is rounded to TF32 there, which 1e-3 does not allow for."""
+    specs = [gpu_probes._organism(device)[0] for device in ("cuda", "cpu")]
+    assert [(spec.dtype, spec.cuda_graphs, DECODING_TOLERANCE[spec.dtype]) for spec in specs] == [
+        ("bfloat16", True, 0.1),
+        ("float32", False, 1e-3),
+    ]
 
 
 def test_a_training_takes_base_where_no_alignment_ended(tmp_path: Path) -> None:
