@@ -38,6 +38,7 @@ REHEARSAL_LIMIT_S = 7200.0
 _REHEARSAL_STAGE_S = 1800.0  # of one stage: processors differ more than GPUs do
 _GRACE_S = 15.0  # between the request to stop and the kill
 _CHECKOUT = Path(__file__).resolve().parents[2]
+_HAS_TESTS = (_CHECKOUT / "tests").is_dir()
 _STEPS = 5
 _NO_TIME = "no time was left"
 _SCHEMA = 1
@@ -60,7 +61,7 @@ class Plan:
         """Command of a stage of `gpu_probes`."""
         return self.module("raycomplete.doctor.gpu_probes", name, "cpu" if self.rehearsal else "cuda")
 
-    def run(self, command: str, run_file: str, *overrides: str, tiny: Sequence[str]) -> list[str]:
+    def run(self, command: str, run_file: str | Path, *overrides: str, tiny: Sequence[str]) -> list[str]:
         """A `raycomplete` command whose run lies in the folder of the report."""
         files = [run_file] if run_file else []
         return self.module(
@@ -111,33 +112,28 @@ _TINY_MODEL = ["models.base=organism:base", "models.max_length=256"]
 
 
 def _pytest(plan: Plan) -> list[str]:
-    if not (_CHECKOUT / "tests").is_dir():
-        return []
     picked = ["tests/losses/test_kernels.py", "-k", "extreme"] if plan.rehearsal else ["tests"]
-    return plan.module("pytest", *picked, "-m", "gpu", "-v", "-W", "ignore")
+    return plan.module("pytest", *picked, "-m", "gpu", "-v", "-W", "ignore") if _HAS_TESTS else []
 
 
 def _benchmark(plan: Plan) -> list[str]:
-    if not (_CHECKOUT / "tests").is_dir():
-        return []
     options = ["--device", "cpu", "--quick"] if plan.rehearsal else ["--device", "cuda"]
-    return plan.module("tests.benchmarks.loss", *options, "--no-sweep", "--out", plan.out / "loss")
+    options += ["--no-sweep", "--out", str(plan.out / "loss")]
+    return plan.module("tests.benchmarks.loss", *options) if _HAS_TESTS else []
 
 
 def _demo(plan: Plan) -> list[str]:
     return plan.run("demo", "", "output.name=demo", tiny=_TINY_RUN)
 
 
-def _smollm2(command: str) -> Callable[[Plan], list[str]]:
-    def build(plan: Plan) -> list[str]:
-        run_file = write_smollm2(plan.out, _STEPS)
-        tiny = [*_TINY_MODEL, "align.steps=2", "align.batch_size=4"]
-        if command == "train":
-            tiny += [*_TINY_RUN, "models.aligned=organism:aligned"]
-            return plan.run("train", str(run_file), "--overwrite", tiny=tiny)
-        return plan.run("align", str(run_file), "--overwrite", "output.name=smollm2-align", tiny=tiny)
+def _align(plan: Plan) -> list[str]:
+    tiny = [*_TINY_MODEL, "align.steps=2", "align.batch_size=4"]
+    return plan.run("align", write_smollm2(plan.out, _STEPS), "--overwrite", "output.name=smollm2-align", tiny=tiny)
 
-    return build
+
+def _train(plan: Plan) -> list[str]:
+    tiny = [*_TINY_MODEL, *_TINY_RUN, "models.aligned=organism:aligned"]
+    return plan.run("train", write_smollm2(plan.out, _STEPS), "--overwrite", tiny=tiny)
 
 
 def _tests_read(plan: Plan) -> dict[str, Any]:
@@ -162,39 +158,36 @@ def _benchmark_read(plan: Plan) -> dict[str, Any]:
     return found
 
 
-def _run_read(name: str) -> Callable[[Plan], dict[str, Any]]:
-    def read(plan: Plan) -> dict[str, Any]:
-        rows = read_metrics(plan.out / name / "metrics.jsonl")
-        later = rows[1:] or rows  # the first step holds start and compilation
-        seconds = sum(row["seconds"] for row in later)
-        values: dict[str, Any] = {
-            "steps": len(rows),
-            "tokens_per_s": round(sum(row["tokens"] for row in later) / seconds) if seconds else None,
-            "loss_first": rows[0]["loss"] if rows else None,
-            "loss_last": rows[-1]["loss"] if rows else None,
-        }
-        if syncs := [row["sync"] for row in rows if "sync" in row]:
-            off, limit = max(item["mean_abs_difference"] for item in syncs), syncs[0]["tolerance"]
-            values["seconds to update the engines"] = round(statistics.median(item["seconds"] for item in syncs), 3)
-            values["mean |log p - log p'| after an update"] = f"{off:.2g} nats at most, tolerance {limit:.2g}"
-        for role, stats in (read_json(plan.out / name / "training.json") or {}).get("engines", {}).items():
-            if found := stats.get("parity"):
-                words = "mean expected |log p - log p'| {mean_expected_difference:.2g} nats, tolerance {tolerance:.2g}"
-                values[f"parity of {role}"] = words.format(**found)
-        if (summary := read_json(plan.out / name / "summary.json")) is not None:
-            values["summary"] = sorted(summary)
-        if rows and (aligned := re.search(r"^  aligned: (.+)$", (plan.out / name / "config.yaml").read_text(), re.M)):
-            values["aligned"] = aligned[1]
-        return values
-
-    return read
+def _run_read(folder: Path) -> dict[str, Any]:
+    rows = read_metrics(folder / "metrics.jsonl")
+    later = rows[1:] or rows  # the first step holds start and compilation
+    seconds = sum(row["seconds"] for row in later)
+    values: dict[str, Any] = {
+        "steps": len(rows),
+        "tokens_per_s": round(sum(row["tokens"] for row in later) / seconds) if seconds else None,
+        "loss_first": rows[0]["loss"] if rows else None,
+        "loss_last": rows[-1]["loss"] if rows else None,
+    }
+    if syncs := [row["sync"] for row in rows if "sync" in row]:
+        off, limit = max(item["mean_abs_difference"] for item in syncs), syncs[0]["tolerance"]
+        values["seconds to update the engines"] = round(statistics.median(item["seconds"] for item in syncs), 3)
+        values["mean |log p - log p'| after an update"] = f"{off:.2g} nats at most, tolerance {limit:.2g}"
+    for role, stats in (read_json(folder / "training.json") or {}).get("engines", {}).items():
+        if found := stats.get("parity"):
+            words = "mean expected |log p - log p'| {mean_expected_difference:.2g} nats, tolerance {tolerance:.2g}"
+            values[f"parity of {role}"] = words.format(**found)
+    if (summary := read_json(folder / "summary.json")) is not None:
+        values["summary"] = sorted(summary)
+    if rows and (aligned := re.search(r"^  aligned: (.+)$", (folder / "config.yaml").read_text(), re.M)):
+        values["aligned"] = aligned[1]
+    return values
 
 
 def _run_stage(name: str, shows: str, limit_s: float, command: Callable[[Plan], list[str]]) -> Stage:
     """Makes the stage of a run, whose folder is named after it."""
     run = name.replace(" ", "-")
     left = tuple(f"{run}/{file}" for file in ("metrics.jsonl", "summary.json", "training.json"))
-    return Stage(name, shows, limit_s, command, _run_read(run), left)
+    return Stage(name, shows, limit_s, command, lambda plan: _run_read(plan.out / run), left)
 
 
 # What decides comes first, and its limits fit into `LIMIT_S` together.
@@ -219,8 +212,8 @@ STAGES: tuple[Stage, ...] = (
         ("loss/results.json",),
     ),
     _run_stage("demo", "the whole system on the organism", 150, _demo),
-    _run_stage("smollm2 align", "safety SFT of SmolLM2-135M at full size", 120, _smollm2("align")),
-    _run_stage("smollm2 train", "its completion for a few steps, rollouts by the student", 150, _smollm2("train")),
+    _run_stage("smollm2 align", "safety SFT of SmolLM2-135M at full size", 120, _align),
+    _run_stage("smollm2 train", "its completion for a few steps, rollouts by the student", 150, _train),
     Stage("tests", "the tests that need a GPU", 150, _pytest, _tests_read),
 )
 
@@ -318,7 +311,7 @@ def _run(command: list[str], log: Path, plan: Plan, limit_s: float) -> int | Non
     environment[WAIT] = str(0.45 * limit_s)  # two such waits fit: the imports and an engine, or turns of two neighbours
     if plan.rehearsal:
         environment |= {"TRITON_INTERPRET": "1", "TRITON_DEFAULT_FP_FUSION": "1", "CUDA_VISIBLE_DEVICES": ""}
-    folder = _CHECKOUT if (_CHECKOUT / "tests").is_dir() else plan.out
+    folder = _CHECKOUT if _HAS_TESTS else plan.out
     with log.open("w") as stream:
         process = subprocess.Popen(
             command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream,
