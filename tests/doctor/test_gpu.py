@@ -122,7 +122,7 @@ def test_time_is_shared_and_what_a_stage_started_ends_with_it(
     child = f"import subprocess, sys, time; p = subprocess.Popen({command})\n"
     child += "print(p.pid, flush=True); time.sleep(90)"
     monkeypatch.setattr(gpu, "STAGES", (program("first", child), program("second", TELLS)))
-    monkeypatch.setattr(gpu, "REHEARSAL_LIMIT_S", 4.0)
+    monkeypatch.setattr(gpu, "REHEARSAL_LIMIT_S", 8.0)
     monkeypatch.setattr(gpu, "_GRACE_S", 2.0)
     assert prove_gpu(tmp_path, QUIET, rehearsal=True) == 1
     stages = json.loads((tmp_path / "gpu.json").read_text())["stages"]
@@ -173,12 +173,12 @@ def test_a_stage_leaves_its_children_time_to_say_what_they_wait_for(
     assert 2 * wait_s + 20 <= STAGES[0].limit_s
     package = tmp_path / "raycomplete" / "doctor"
     package.mkdir(parents=True)
-    (package / "waits.py").write_text(f"import time\n{show}\ntime.sleep(60)\n")
+    (package / "waits.py").write_text(show)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setenv(WAIT, "4")
+    monkeypatch.setenv(WAIT, "90")
     monkeypatch.chdir(tmp_path)
     answer = ask("raycomplete.doctor.waits", timeout_s=300)
-    assert (answer.merged, answer.ending()) == ({"wait": 2.0}, "no answer within 4 s")
+    assert (answer.merged, answer.code, answer.limit_s) == ({"wait": 45.0}, 0, 90.0)
 
 
 @pytest.mark.parametrize("rehearsal", [False, True])
