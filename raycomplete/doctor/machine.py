@@ -20,6 +20,7 @@ from raycomplete.config import RunConfig
 from raycomplete.data.organisms import ORGANISMS
 from raycomplete.doctor.findings import Context, Finding, fail, ok, warn
 from raycomplete.doctor.packages import import_report
+from raycomplete.engines.spec import OBJECT_STORE_BYTES, object_store_bytes
 from raycomplete.plan.trainer import states_bytes
 from raycomplete.runtime.errors import CheckpointError
 from raycomplete.runtime.files import cache_folder
@@ -33,7 +34,6 @@ GIB = 2**30
 ENGINE_GIB = 0.9  # without its key-value cache
 WORKER_GIB = 0.8
 DRIVER_GIB = 1.2  # the driver and Ray's own processes
-OBJECT_STORE_GIB = 2  # what `raycomplete.engines.cluster.connect` asks for on one machine
 _SCORERS = 2
 _QUERY = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader,nounits"]
 _OLDEST_DRIVERS = {"12": 525, "13": 580}  # of each CUDA, without a cuda-compat package
@@ -59,7 +59,7 @@ class Needs:
     cpus: float = 0.0  # logical ones, that a cluster must offer
 
 
-_DEMO_RESERVED = (3 + OBJECT_STORE_GIB) * GIB
+_DEMO_RESERVED = 3 * GIB + OBJECT_STORE_BYTES
 _DEMO = Needs(int((3 * ENGINE_GIB + WORKER_GIB + DRIVER_GIB) * GIB) + _DEMO_RESERVED, _DEMO_RESERVED)
 
 
@@ -67,7 +67,7 @@ def needs_of(config: RunConfig) -> Needs:
     """Adds up a run. Checkpoints that are not on this machine count as nothing."""
     models, train, cluster = config.models, config.train, config.cluster
     teacher, rollout = config.teacher, config.rollout
-    dtype = auto_dtype(config)[0] if models.dtype == "auto" else models.dtype
+    dtype = _dtype(config)
     size = 4 if dtype == "float32" else 2
     base, aligned, student = (num_params(spec) or 0 for spec in (models.base, models.aligned, student_of(config)))
     scorers = _SCORERS * teacher.replicas
@@ -78,7 +78,7 @@ def needs_of(config: RunConfig) -> Needs:
     trainable = 0 if train.lora_rank else student
     states = states_bytes(student, dtype, train.zero_stage, train.num_workers, trainable)
     trained = int(sum(states.values())) * train.num_workers
-    reserved = (engines * cluster.kv_cache_gib + OBJECT_STORE_GIB) * GIB
+    reserved = engines * cluster.kv_cache_gib * GIB + OBJECT_STORE_BYTES
     fixed = int((engines * ENGINE_GIB + train.num_workers * WORKER_GIB + DRIVER_GIB) * GIB)
     return Needs(
         host_bytes=fixed + reserved + weights + trained,
@@ -133,6 +133,10 @@ def check_cpu(context: Context) -> Finding:
         elif (asked, dtype) == ("bfloat16", "float32"):
             return warn(words, f"models.dtype is bfloat16, and {because}: set it to auto.", **values)
     return ok(words, **values)
+
+
+def _dtype(config: RunConfig) -> Dtype:
+    return auto_dtype(config)[0] if config.models.dtype == "auto" else config.models.dtype
 
 
 def auto_dtype(config: RunConfig) -> tuple[Dtype, str]:
@@ -237,18 +241,20 @@ def check_disk(context: Context) -> Finding:
     return ok("; ".join(shown) + ".", **values)
 
 
-def check_shared_memory(_: Context) -> Finding:
+def check_shared_memory(context: Context) -> Finding:
     """Checks /dev/shm, where Ray keeps its objects."""
     folder = Path("/dev/shm")
     if not folder.is_dir():
         return warn("There is no /dev/shm, so Ray keeps its objects on disk, slowly.", "Mount a tmpfs there.")
-    usage, needed = shutil.disk_usage(folder), OBJECT_STORE_GIB * GIB
+    usage, needed = shutil.disk_usage(folder), OBJECT_STORE_BYTES
+    if (config := context.config) is not None:
+        needed = object_store_bytes(config, num_params(student_of(config)) or 0, _dtype(config))
     there = f"{usage.free / GIB:.1f} GiB free of {usage.total / GIB:.1f} in /dev/shm"
-    words = f"{there}; Ray's object store takes {OBJECT_STORE_GIB} GiB"
+    words = f"{there}; Ray's object store takes {needed / GIB:.3g} GiB"
     values = {"free_bytes": usage.free, "total_bytes": usage.total, "needed_bytes": needed}
     if usage.free < needed:
-        remedy = "Containers: docker run --shm-size=4g, or an emptyDir of medium Memory under Kubernetes."
-        return warn(f"{words}, so it would lie on disk, slowly.", remedy, **values)
+        remedy = f"Containers: docker run --shm-size={2 + needed // GIB}g; Kubernetes: an emptyDir of medium Memory."
+        return warn(f"{words}, so some of it would lie on disk, slowly.", remedy, **values)
     return ok(f"{words}.", **values)
 
 

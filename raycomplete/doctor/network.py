@@ -111,7 +111,7 @@ def check_cluster(context: Context) -> Finding:
     report = answer.merged
     if "resources" not in report:
         return fail(
-            f"No Ray cluster answers at {context.address} ({answer.ending(PROBE_TIMEOUT_S)}).",
+            f"No Ray cluster answers at {context.address} ({answer.ending()}).",
             "Check cluster.address or RAY_ADDRESS, RAY_AUTH_MODE and its token; `ray status` on the head shows more.",
         )
     there, nodes = report["resources"], report.get("nodes", [])
@@ -211,7 +211,7 @@ def _ask_cluster(context: Context) -> ChildReport:
         for parent in made:  # the doctor leaves nothing behind
             if parent.is_dir() and not any(parent.iterdir()):
                 parent.rmdir()
-    return ChildReport([*answer.messages, problem], answer.code, answer.last_words)
+    return ChildReport([*answer.messages, problem], answer.code, answer.last_words, answer.limit_s)
 
 
 def _nodes(context: Context) -> list[dict[str, Any]] | Finding:

@@ -108,7 +108,7 @@ def check_imports(context: Context) -> Finding:
     if answer.code != 0:
         culprit = answer.merged.get("begins", "Python")
         return fail(
-            f"import {culprit} ends the process ({answer.ending(IMPORT_TIMEOUT_S)}).",
+            f"import {culprit} ends the process ({answer.ending()}).",
             f"pip install --force-reinstall --no-deps {culprit}, or make setup.",
         )
     if UNNEEDED & wrong.keys():

@@ -60,7 +60,7 @@ def engine_finding(answer: ChildReport, device: str) -> Finding:
     """Turns the messages of the engine probe into a finding."""
     said = answer.merged
     if "error" in said or answer.code != 0 or "tokens" not in said:
-        cause = said.get("error") or answer.ending(ENGINE_TIMEOUT_S)
+        cause = said.get("error") or answer.ending()
         remedy = f"RAYCOMPLETE_TRACEBACK=1 VLLM_LOGGING_LEVEL=INFO python -m raycomplete.doctor.probes engine {device}"
         words = f"vLLM failed at {said.get('begins', 'starting')} ({cause})."
         return fail(words, f"See the imports and free memory above; in full: {remedy}")
@@ -88,7 +88,7 @@ def _part(context: Context, name: str) -> Finding:
     if said is None:
         if "problem" in answer.merged.get("checkpoints", {}):  # prompts need a tokenizer
             return warn("Not looked into without usable checkpoints.", "See the check of the checkpoints.")
-        return fail(f"They cannot be read ({answer.ending(TIMEOUT_S)}).", "See the check of the imports.")
+        return fail(f"They cannot be read ({answer.ending()}).", "See the check of the imports.")
     if "problem" in said:
         return fail(said["problem"], said["remedy"] or "Mend it and ask again.")
     return ok(said["found"])

@@ -14,18 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private.utils import estimate_available_memory
 from ray.autoscaler.sdk import request_resources
 from ray.exceptions import AuthenticationError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from raycomplete.config import ClusterConfig, RunConfig
-from raycomplete.engines.spec import engine_share
+from raycomplete.engines.spec import OBJECT_STORE_BYTES, engine_share
 from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import SetupError, WaitTimeoutError
 from raycomplete.runtime.files import PRIVATE
 from raycomplete.runtime.logs import run_environment
-from raycomplete.runtime.machine import available_cpus
+from raycomplete.runtime.machine import available_cpus, free_bytes
 from raycomplete.runtime.ray_calls import keep_off_the_screen
 from raycomplete.runtime.signals import stop_signals
 
@@ -215,11 +216,14 @@ class Cluster:
 
 
 @contextmanager
-def connect(config: ClusterConfig, plan: ResourcePlan, console: Console | None = None) -> Iterator[Cluster]:
+def connect(
+    config: ClusterConfig, plan: ResourcePlan, console: Console | None = None, store_bytes: int = OBJECT_STORE_BYTES
+) -> Iterator[Cluster]:
     """Connects to a cluster, or starts one on this machine, and leaves it as it was found.
 
     A local cluster counts CPUs generously: on a laptop with 2 cores several engines share them, which is slow but
     works. On a cluster that was there before, missing resources are an error, once `wait_for_nodes_s` is over.
+    Its object store is larger than 2 GiB only where shared memory holds that, since Ray would put it on disk.
 
     Raises:
         SetupError: The cluster cannot be reached, or is smaller than the run needs.
@@ -230,13 +234,14 @@ def connect(config: ClusterConfig, plan: ResourcePlan, console: Console | None =
     keep_off_the_screen()
     try:
         if local:
+            room = min(free_bytes(Path("/dev/shm")), estimate_available_memory() // 2)
             ray.init(
                 address="local",  # a cluster of our own, whatever else runs on this machine
                 num_cpus=math.ceil(max(available_cpus(), plan.cpus)),
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
-                object_store_memory=2 * 2**30,
+                object_store_memory=store_bytes if store_bytes <= room else OBJECT_STORE_BYTES,
             )
         else:
             named = {"env_vars": run_environment()}  # a local cluster inherits it anyway

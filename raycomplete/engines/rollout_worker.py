@@ -15,7 +15,7 @@ from raycomplete.config import RolloutConfig
 from raycomplete.data.checkpoints import TORCH_DTYPES
 from raycomplete.data.families import tied_head
 from raycomplete.engines.spec import EngineSpec
-from raycomplete.engines.vllm_start import start_llm
+from raycomplete.engines.vllm_start import start_llm, turn_of
 from raycomplete.engines.weights import WeightSource, checkpoint_folder, checkpoint_tensors, key_of, version_of
 from raycomplete.runtime.errors import WorkError
 from raycomplete.runtime.prometheus import begin, record, rolled_out
@@ -23,7 +23,7 @@ from raycomplete.runtime.prometheus import begin, record, rolled_out
 _PROBE_TOKENS = 8
 # Mean over such a probe, in nats: two kernels of one model differ by rounding, models by whole nats. On a GPU products
 # in float32 may be rounded to TF32.
-_DECODING_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
+DECODING_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
 
 
 class Sampling(NamedTuple):
@@ -47,8 +47,6 @@ class RolloutEngine:
         self._tied = bool(getattr(config, "tie_word_embeddings", False))
         self._held = spec.checkpoint
         self.version: int | None = None
-        if spec.sleeps:
-            self._llm.sleep(level=1)
 
     @staticmethod
     def arguments(spec: EngineSpec) -> dict[str, Any]:
@@ -170,7 +168,7 @@ class RolloutEngine:
             decoded.append(torch.tensor([logprobs[token].logprob for token, logprobs in found]))
         read = self.log_probs(sequences)
         difference = float((torch.cat(decoded) - torch.cat(read)).abs().mean())
-        if not difference <= _DECODING_TOLERANCE[self._spec.dtype]:  # written so that NaN fails too
+        if not difference <= DECODING_TOLERANCE[self._spec.dtype]:  # written so that NaN fails too
             raise WorkError(
                 f"After an update of the weights, decoding is {difference:.3g} nats from what the same weights say of "
                 "the same tokens, so its CUDA graphs use others.",
@@ -204,11 +202,13 @@ class RolloutEngine:
         if not self._spec.sleeps:
             yield
             return
-        self._llm.wake_up()
+        with turn_of(self._spec):
+            self._llm.wake_up()
         try:
             yield
         finally:
-            self._llm.sleep(level=1)
+            with turn_of(self._spec):
+                self._llm.sleep(level=1)
 
 
 def _pack_experts_anew(model: Any) -> None:

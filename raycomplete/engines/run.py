@@ -13,6 +13,7 @@ from raycomplete.attacks.trial import Progress
 from raycomplete.config import RunConfig, dump, load_run_file
 from raycomplete.data.inputs import Models, Prompts
 from raycomplete.engines.cluster import Cluster, ResourcePlan, connect
+from raycomplete.engines.spec import object_store_bytes
 from raycomplete.engines.start import Engines, start_engines
 from raycomplete.evaluation.judges import default_judge
 from raycomplete.runtime.console import Console
@@ -22,6 +23,7 @@ from raycomplete.runtime.logs import announce_run, begin
 from raycomplete.runtime.machine import package_versions
 from raycomplete.runtime.signals import StopSignals, stop_signals
 from raycomplete.runtime.types import Generator, Judge, ModelRole
+from raycomplete.training.checkpoints import count_parameters
 
 # Keys that may differ between a run and its resumption: where and for how long, and how much memory. None of them
 # changes what is computed.
@@ -250,12 +252,15 @@ def open_run(
         StoppedError: A signal stopped the run; the message says where, and how to go on.
     """
     folder.check()
-    with connect(folder.config.cluster, plan, console) as cluster, stop_signals() as stop, _told(stop, folder, console):
-        console.note(f"Weights are {folder.config.models.weight_dtype} (models.dtype)")
+    config, dtype = folder.config, folder.config.models.weight_dtype
+    count = count_parameters(models.paths["student"]) if "student" in models.paths else 0
+    joined = connect(config.cluster, plan, console, object_store_bytes(config, count, dtype))
+    with joined as cluster, stop_signals() as stop, _told(stop, folder, console):
+        console.note(f"Weights are {dtype} (models.dtype)")
         for note in (*models.notes, *prompts.notes):
             console.note(note)
         yield Run(
-            config=folder.config,
+            config=config,
             folder=folder.open(prompts.revisions),
             models=models,
             prompts=prompts,

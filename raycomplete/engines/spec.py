@@ -18,6 +18,7 @@ from raycomplete.runtime.machine import available_cpus
 # none of the run's generators, on one device (judge, attacker, chat).
 EngineRole = Literal["scorer", "rollout", "single"]
 
+OBJECT_STORE_BYTES = 2 * 2**30  # what scores and samples take on one machine
 _GRAPH_SIZES = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256)  # sequences that decode side by side; the last: the most
 
 
@@ -98,6 +99,8 @@ class EngineSpec:
         }
         if self.use_gpu:
             arguments["gpu_memory_utilization"] = self.gpu_memory_utilization
+            # vLLM would import FlashInfer at every start and time its kernels, for seconds.
+            arguments["kernel_config"] = {"enable_flashinfer_autotune": False}
             if self.cuda_graphs:
                 # Without them a step of decoding costs its kernel launches, some 10 a layer, whatever the model's size.
                 # Nothing is compiled (mode 0), and few sizes are captured, so that the start takes seconds still.
@@ -154,3 +157,14 @@ def engine_share(cluster: ClusterConfig, tensor_parallel: int = 1) -> tuple[floa
     """Returns the CPUs and GPUs that one engine reserves; with tensor parallelism it holds whole GPUs."""
     gpus = cluster.gpus_per_engine if tensor_parallel == 1 else float(tensor_parallel)
     return cluster.cpus_per_engine * tensor_parallel, gpus
+
+
+def object_store_bytes(config: RunConfig, num_parameters: int, dtype: Dtype) -> int:
+    """Returns the size of the object store that a run on one machine needs.
+
+    Whole weights of a student that rolls out pass through it: the version that is packed, the one that the engines
+    hold, and one for each batch ahead.
+    """
+    whole = config.rollout.on_policy and not config.train.lora_rank
+    versions = config.rollout.lookahead + 2 if whole else 0
+    return OBJECT_STORE_BYTES + versions * num_parameters * (4 if dtype == "float32" else 2)

@@ -13,19 +13,20 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
 from raycomplete.engines.spec import EngineSpec
 from raycomplete.runtime.errors import SetupError, WaitTimeoutError
 
+WAIT = "RAYCOMPLETE_WAIT_S"  # longest wait for a turn, or for a child of the doctor, which sets it for what it starts
 _TURN_S = 1800.0  # some starts of large models, one after another
 _POLL_S = 0.2
 
 
 def start_llm(spec: EngineSpec, arguments: Mapping[str, Any]) -> Any:
-    """Starts an engine in this process, alone on its GPUs.
+    """Starts an engine in this process, alone on its GPUs; one that sleeps between its calls falls asleep there.
 
     Args:
         spec: The engine.
@@ -40,10 +41,19 @@ def start_llm(spec: EngineSpec, arguments: Mapping[str, Any]) -> Any:
         from vllm.engine.arg_utils import EngineArgs
 
         check_arguments(arguments, {item.name for item in dataclasses.fields(EngineArgs)})
-        if not spec.use_gpu:
-            return LLM(**arguments)
-        with alone_on_devices(visible_devices()[: spec.tensor_parallel]):
-            return LLM(**arguments)
+        with turn_of(spec):
+            llm = LLM(**arguments)
+            if spec.sleeps:
+                llm.sleep(level=1)
+            return llm
+
+
+def turn_of(spec: EngineSpec) -> AbstractContextManager[None]:
+    """Holds the GPUs of an engine of this process (`alone_on_devices`); one on a CPU has none.
+
+    An engine falls asleep and wakes in its turn too: memory that it frees while another one measures ends that one.
+    """
+    return alone_on_devices(visible_devices()[: spec.tensor_parallel] if spec.use_gpu else ())
 
 
 @contextmanager
@@ -82,18 +92,19 @@ def visible_devices() -> list[str]:
 
 
 @contextmanager
-def alone_on_devices(names: Sequence[str], timeout_s: float = _TURN_S) -> Iterator[None]:
+def alone_on_devices(names: Sequence[str], timeout_s: float | None = None) -> Iterator[None]:
     """Holds GPUs against other starts of this user on this machine.
 
     The system releases a GPU that was held by a process that died.
 
     Args:
         names: The GPUs, as `visible_devices` names them.
-        timeout_s: Longest wait for others' starts.
+        timeout_s: Longest wait for others' starts; half an hour when absent, or what `raycomplete doctor` sets.
 
     Raises:
         WaitTimeoutError: Somebody else held one of them for the whole time.
     """
+    timeout_s = float(os.environ.get(WAIT, _TURN_S)) if timeout_s is None else timeout_s
     deadline = time.monotonic() + timeout_s
     with ExitStack() as held:
         for name in sorted(names):  # in one order everywhere: nobody waits in a circle

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 import time
@@ -16,7 +17,8 @@ import pytest
 from raycomplete import cli
 from raycomplete.doctor import command
 from raycomplete.doctor.command import CHECKS, Check, CheckResult, run_checks, worst
-from raycomplete.doctor.findings import Context, Finding, fail, ok, warn
+from raycomplete.doctor.findings import MARK, Context, Finding, fail, ok, warn
+from raycomplete.doctor.gpu import STAGES, Plan
 from tests.conftest import ROOT
 
 
@@ -29,6 +31,7 @@ def hang(_: Context) -> Finding:
     return ok("late")
 
 
+QUICK = Plan(Path("/nowhere"), rehearsal=True)
 CONTENT = Check("content", lambda _: ok("fine", cores=2))
 DOUBT = Check("doubt", lambda _: warn("hm", "look [again]"))
 BROKEN = Check("broken", lambda _: fail("no disk", "buy one"))
@@ -42,6 +45,34 @@ def test_a_crash_and_a_hang_fail_their_own_check_only() -> None:
     assert (hung.finding.status, hung.finding.found) == ("fail", "No answer within 0.2 s.")
     assert content.finding.status == "ok"
     assert all(outcome.finding.remedy for outcome in (crashed, hung))
+
+
+def test_what_a_check_found_is_told_before_the_next_one_begins(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told: list[str] = []
+
+    def look(_: Context) -> Finding:
+        told.append(capsys.readouterr().out)
+        return ok("it answers")
+
+    monkeypatch.setattr(command, "CHECKS", [BROKEN, CONTENT, Check("engine", look)])
+    assert command.tell_checks(quick=True) == 2
+    told.append(capsys.readouterr().out)
+    assert told == [f'{MARK}{{"broken": "fail: no disk buy one"}}\n', f'{MARK}{{"engine": "ok: it answers"}}\n']
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
+def test_the_stage_of_the_report_on_a_gpu_runs_every_check(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("raycomplete.runtime.machine.within", lambda *_: ok("fine"))
+    monkeypatch.setattr(sys, "argv", next(stage for stage in STAGES if stage.name == "devices").command(QUICK)[2:])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_module(sys.argv[0], run_name="__main__")
+    assert caught.value.code == 0
+    told = [json.loads(line.removeprefix(MARK)) for line in capsys.readouterr().out.splitlines()]
+    assert told == [{"gpu": "ok: fine"}, {"compiler": "ok: fine"}, {"engine": "ok: fine"}]
 
 
 def test_the_worst_counts() -> None:

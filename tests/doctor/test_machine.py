@@ -76,6 +76,12 @@ def test_a_disk_that_is_too_small_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(100 * GIB, 97 * GIB, 3 * GIB))
     assert "97% full, and Ray stops at 95 %" in machine.check_disk(context()).found
     assert machine.check_shared_memory(context()).status == "ok"
+    monkeypatch.setattr(machine, "num_params", lambda _: 10**9)
+    on_policy = ("rollout.on_policy=true", "models.dtype=bfloat16")
+    finding = machine.check_shared_memory(context(*on_policy))
+    assert (finding.status, "object store takes 7.59 GiB" in finding.found) == ("warn", True)
+    assert "--shm-size=9g" in finding.remedy
+    assert machine.check_shared_memory(context(*on_policy, "train.lora_rank=8")).status == "ok"
 
 
 def test_few_open_files_are_noted_and_more_are_wanted_on_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,7 +91,7 @@ def told(*found: dict[str, Any], alive: int | None = None, code: int | None = 0)
     answered = context("cluster.address=head:6379")
     report = {"alive": alive or len(found), "resources": {"CPU": 8.0}}
     messages = [report, {"nodes": list(found), "errors": []}] if code == 0 else []
-    answered.once("cluster", lambda: ChildReport(messages, code, ""))
+    answered.once("cluster", lambda: ChildReport(messages, code, "", 120.0))
     return answered
 
 

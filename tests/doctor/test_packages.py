@@ -130,4 +130,4 @@ def test_a_child_that_hangs_is_ended_with_its_children(tmp_path: Path, monkeypat
     )  # its standard output stays open until the last of them is gone
     assert answer.code is None
     assert answer.messages == [{"begins": "x"}]
-    assert answer.ending(3) == "no answer within 3 s"
+    assert answer.ending() == "no answer within 3 s"

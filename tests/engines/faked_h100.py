@@ -12,6 +12,7 @@ import os
 import sys
 import types
 from typing import Any
+from unittest.mock import patch
 
 os.environ.update(VLLM_LOGGING_LEVEL="ERROR", VLLM_ENABLE_V1_MULTIPROCESSING="0")
 for name in ("_C_stable_libtorch", "_C", "_moe_C", "_moe_C_stable_libtorch", "cumem_allocator"):
@@ -58,6 +59,7 @@ vllm.platforms._current_platform = FakedH100()  # before anything of vLLM takes 
 
 from vllm.engine.arg_utils import EngineArgs  # noqa: E402
 
+from raycomplete.config import parse  # noqa: E402
 from raycomplete.engines.rollout_worker import RolloutEngine  # noqa: E402
 from raycomplete.engines.scoring_engine import PoolingEngine  # noqa: E402
 from raycomplete.engines.spec import EngineSpec  # noqa: E402
@@ -65,6 +67,8 @@ from raycomplete.engines.spec import EngineSpec  # noqa: E402
 
 def describe(arguments: dict[str, Any]) -> dict[str, Any]:
     config = EngineArgs(**arguments).create_engine_config()
+    with patch("vllm.config.vllm.HAS_TRITON", True):  # it has none without a driver
+        v2_runner = bool(config.use_v2_model_runner)
     compilation, cache, scheduler = config.compilation_config, config.cache_config, config.scheduler_config
     return {
         "device": config.device_config.device_type,
@@ -82,17 +86,21 @@ def describe(arguments: dict[str, Any]) -> dict[str, Any]:
         "prefix_caching": bool(cache.enable_prefix_caching),
         "chunked_prefill": bool(scheduler.enable_chunked_prefill),
         "batched_tokens": scheduler.max_num_batched_tokens,
-        "v2_runner": bool(config.use_v2_model_runner),
+        "v2_runner": v2_runner,
+        "autotunes": config.kernel_config.enable_flashinfer_autotune,
     }
 
 
 def main(checkpoint: str) -> None:
     common: dict[str, Any] = {"use_gpu": True, "max_num_batched_tokens": 4096}
     rollout = EngineSpec(checkpoint, "bfloat16", 256, cuda_graphs=True, **common)
+    models = {"base": checkpoint, "aligned": checkpoint, "dtype": "bfloat16", "max_length": 256}
+    run = {"models": models, "data": {}, "rollout": {"on_policy": True, "colocated": True, "lookahead": 0}}
+    colocated = EngineSpec.from_config(parse(run, "colocated"), "rollout", checkpoint, use_gpu=True)
     engines = {
         "scorer": PoolingEngine.arguments(EngineSpec(checkpoint, "bfloat16", 256, **common)),
         "rollout": RolloutEngine.arguments(rollout),
-        "colocated": RolloutEngine.arguments(EngineSpec(checkpoint, "bfloat16", 256, sleeps=True, **common)),
+        "colocated": RolloutEngine.arguments(colocated),
         "judge": RolloutEngine.arguments(EngineSpec(checkpoint, "bfloat16", 256, **common)),
         "sharded": RolloutEngine.arguments(
             EngineSpec(checkpoint, "bfloat16", 256, cuda_graphs=True, tensor_parallel=2, **common)

@@ -182,6 +182,24 @@ def test_a_cluster_that_cannot_be_joined_is_a_refusal(
         pass
 
 
+@pytest.mark.parametrize(("shared", "available", "given"), [(9, 16, 8), (7, 16, 2), (9, 15, 2)])
+def test_the_object_store_holds_the_weights_of_rollouts_where_memory_does(
+    shared: int, available: int, given: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def start(**options: Any) -> None:
+        asked.append(options["object_store_memory"] / 2**30)
+        raise ValueError("no cluster")
+
+    monkeypatch.setattr(cluster.ray, "init", start)
+    monkeypatch.setattr(cluster, "free_bytes", lambda _: shared * 2**30)
+    monkeypatch.setattr(cluster, "estimate_available_memory", lambda: available * 2**30)
+    with pytest.raises(SetupError), cluster.connect(ClusterConfig(address="local"), PLAN, store_bytes=8 * 2**30):
+        pass
+    assert asked == [given]
+
+
 def test_a_cluster_that_is_large_enough_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     _, joining = check(monkeypatch, [{"CPU": 8.0}])
     assert joining.asked == []

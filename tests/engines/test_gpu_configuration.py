@@ -31,7 +31,8 @@ def test_every_engine_is_one_for_cuda_in_the_process_of_its_actor(engines: dict[
         assert engine["device"] == "cuda", name
         assert "gpu_worker" in engine["worker"], name
         assert engine["dtype"] == "torch.bfloat16", name
-        assert (engine["memory"], engine["batched_tokens"]) == (0.25, 4096), name
+        assert (engine["memory"], engine["batched_tokens"]) == (0.25, 8192 if name == "colocated" else 4096), name
+        assert (engine["chunked_prefill"], engine["v2_runner"], engine["autotunes"]) == (True, True, False), name
         assert engine["executor"] == ("mp" if name == "sharded" else "uni"), name
         assert engine["tensor_parallel"] == (2 if name == "sharded" else 1), name
         assert not engine["compiles"], name
@@ -40,7 +41,7 @@ def test_every_engine_is_one_for_cuda_in_the_process_of_its_actor(engines: dict[
 
 def test_rollouts_capture_graphs_of_decoding_alone(engines: dict[str, dict[str, Any]]) -> None:
     for name, engine in engines.items():
-        has_graphs = name in ("rollout", "sharded")
+        has_graphs = name in ("rollout", "colocated", "sharded")
         assert engine["eager"] is not has_graphs, name
         assert engine["graphs"] == ("FULL_DECODE_ONLY" if has_graphs else "NONE"), name
         assert (max(engine["graph_sizes"], default=0) == 256) is has_graphs, name

@@ -14,6 +14,7 @@ from raycomplete.commands.train import train
 from raycomplete.config import RunConfig, load_run_file, parse
 from raycomplete.engines import run as engines_run
 from raycomplete.engines.run import OutputFolder
+from raycomplete.engines.spec import OBJECT_STORE_BYTES
 from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import ConfigError, ProcessDiedError, SetupError, StoppedError
 from raycomplete.runtime.files import read_json
@@ -183,13 +184,18 @@ def test_a_cluster_that_is_too_small_leaves_no_folder(
 ) -> None:
     """Else the next attempt, with more nodes, would be told that the folder holds a run already."""
 
-    def connect(*_: Any) -> AbstractContextManager[None]:
+    sizes: list[int] = []
+
+    def connect(*given: Any) -> AbstractContextManager[None]:
+        sizes.append(given[3])
         raise SetupError("The run needs 8 GPU and the cluster has 0.")
 
     monkeypatch.setattr(engines_run, "connect", connect)
-    with pytest.raises(SetupError, match="needs 8 GPU"):
-        command(config(tmp_path), console=Console(quiet=True))
+    for sections in ({}, {"rollout": {"on_policy": True}}):
+        with pytest.raises(SetupError, match="needs 8 GPU"):
+            command(config(tmp_path, **sections), console=Console(quiet=True))
     assert files(tmp_path) == set()
+    assert command is not train or sizes[0] == OBJECT_STORE_BYTES < sizes[1], "the student's weights pass through it"
 
 
 def test_an_evaluation_may_read_longer_sequences_than_the_training_did(tmp_path: Path) -> None:

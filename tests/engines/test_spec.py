@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from raycomplete.config import RolloutConfig, RunConfig, parse
-from raycomplete.engines.spec import EngineRole, EngineSpec
+from raycomplete.engines.spec import EngineRole, EngineSpec, object_store_bytes
 
 SPEC = EngineSpec("/nowhere", "bfloat16", 64, use_gpu=True, gpu_memory_utilization=0.5, max_num_batched_tokens=512)
 
@@ -34,9 +34,11 @@ def test_arguments_for_vllm_are_these() -> None:
         "disable_log_stats": True,
         "seed": 0,
         "gpu_memory_utilization": 0.5,
+        "kernel_config": {"enable_flashinfer_autotune": False},
     }
     longer = replace(SPEC, max_length=1024, use_gpu=False).arguments()
-    assert (longer["max_num_batched_tokens"], "gpu_memory_utilization" in longer) == (1024, False)
+    assert longer["max_num_batched_tokens"] == 1024
+    assert not longer.keys() & {"gpu_memory_utilization", "kernel_config"}
 
 
 def test_rollouts_on_a_gpu_decode_by_cuda_graphs_and_nothing_else_does() -> None:
@@ -56,6 +58,21 @@ def test_rollouts_on_a_gpu_decode_by_cuda_graphs_and_nothing_else_does() -> None
     graphs = replace(SPEC, cuda_graphs=True).arguments()
     assert graphs["compilation_config"]["mode"] == 0, "no engine compiles anything at its start"
     assert graphs["compilation_config"]["cudagraph_capture_sizes"][-1] == graphs["max_num_seqs"]
+
+
+@pytest.mark.parametrize(
+    ("sections", "versions"),
+    [
+        ({}, 0),
+        ({"rollout": {"on_policy": True}}, 3),
+        ({"rollout": {"on_policy": True, "lookahead": 0}}, 2),
+        ({"rollout": {"on_policy": True}, "train": {"lora_rank": 8}}, 0),
+    ],
+)
+def test_whole_weights_of_a_student_that_rolls_out_pass_through_the_object_store(
+    sections: dict[str, Any], versions: int
+) -> None:
+    assert object_store_bytes(config(**sections), 10**9, "bfloat16") == 2 * 2**30 + versions * 2 * 10**9
 
 
 def test_only_sharded_engines_start_processes_beside_the_actor() -> None:

@@ -63,22 +63,52 @@ def test_engines_of_one_gpu_start_one_after_another_and_of_two_side_by_side(lock
     assert {path.name.rpartition("-")[2] for path in lock_folder.iterdir()} == {"0.lock", "1.lock"}
 
 
-def test_an_engine_takes_its_turn_on_the_gpus_that_ray_gave_it(
-    lock_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+class Sleeper:
+    """Stands in for `vllm.LLM`, and notes the GPUs that are held when it starts, falls asleep and wakes."""
+
+    folder: Path
+    held: list[tuple[str, set[str]]]
+
+    def __init__(self, **_: Any) -> None:
+        self.note("start")
+
+    def note(self, what: str) -> None:
+        names = {path.name.rpartition("-")[2] for path in self.folder.iterdir() if not is_free(path)}
+        self.held.append((what, names))
+
+    def sleep(self, level: int) -> None:
+        self.note(f"sleep {level}")
+
+    def wake_up(self) -> None:
+        self.note("wake")
+
+
+@pytest.fixture
+def sleeper(lock_folder: Path, monkeypatch: pytest.MonkeyPatch) -> type[Sleeper]:
+    """vLLM's engine, replaced; three GPUs are visible."""
     import vllm
 
-    held: list[set[str]] = []
-
-    def look(**_: Any) -> None:
-        held.append({path.name.rpartition("-")[2] for path in lock_folder.iterdir() if not is_free(path)})
-
-    monkeypatch.setattr(vllm, "LLM", look)
+    monkeypatch.setattr(Sleeper, "folder", lock_folder, raising=False)
+    monkeypatch.setattr(Sleeper, "held", [], raising=False)
+    monkeypatch.setattr(vllm, "LLM", Sleeper)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7,6")
-    start_llm(SPEC, {"model": "/nowhere"})
-    start_llm(replace(SPEC, use_gpu=False), {"model": "/nowhere"})
-    assert held == [{"4.lock", "7.lock"}, set()]
-    assert all(map(is_free, lock_folder.iterdir()))
+    return Sleeper
+
+
+def test_an_engine_takes_its_turn_on_the_gpus_that_ray_gave_it(sleeper: type[Sleeper]) -> None:
+    start_llm(replace(SPEC, sleeps=False), {"model": "/nowhere"})
+    start_llm(replace(SPEC, sleeps=False, use_gpu=False), {"model": "/nowhere"})
+    assert sleeper.held == [("start", {"4.lock", "7.lock"}), ("start", set())]
+    assert all(map(is_free, sleeper.folder.iterdir()))
+
+
+def test_an_engine_frees_memory_only_while_no_other_one_measures(sleeper: type[Sleeper]) -> None:
+    engine, turn = RolloutEngine.__new__(RolloutEngine), {"4.lock", "7.lock"}
+    engine._spec, engine._llm = SPEC, start_llm(SPEC, {"model": "/nowhere"})
+    with engine.awake():
+        sleeper.note(engine._llm, "work")
+    expected = [("start", turn), ("sleep 1", turn), ("wake", turn), ("work", set()), ("sleep 1", turn)]
+    assert sleeper.held == expected
 
 
 def is_free(path: Path) -> bool:
@@ -124,11 +154,13 @@ def test_the_collector_is_off_during_a_start_and_as_it_was_after_it() -> None:
 
 
 def test_vllm_still_takes_every_argument() -> None:
+    from vllm.config import KernelConfig
     from vllm.engine.arg_utils import EngineArgs
 
     known = {item.name for item in dataclasses.fields(EngineArgs)}
     for arguments in (RolloutEngine.arguments(SPEC), PoolingEngine.arguments(SPEC)):
         check_arguments(arguments, known)
+        assert KernelConfig(**arguments["kernel_config"]).enable_flashinfer_autotune is False
         with pytest.raises(SetupError, match="no argument enforce_eager"):
             check_arguments(arguments, known - {"enforce_eager"})
 

@@ -39,7 +39,7 @@ class Target:
 
 
 def targets(results: Results) -> list[Target]:
-    """The targets of the device, at the main shape; none for a quick run, whose shapes mean nothing."""
+    """The targets of the device at the points measured so far; none for a quick run, whose shapes mean nothing."""
     if results.quick:
         return []
     return _targets_cpu(results) if results.device == "cpu" else _targets_cuda(results)
@@ -48,7 +48,9 @@ def targets(results: Results) -> list[Target]:
 def _targets_cpu(results: Results) -> list[Target]:
     found = []
     for mix in Mix:
-        ours, plain = (results.point(results.main, mix)[name] for name in (OURS, PLAIN))
+        if not (point := results.point(results.main, mix)):
+            continue
+        ours, plain = (point[name] for name in (OURS, PLAIN))
         time_ratio = ours.ratio_to(plain)
         if time_ratio is not None:
             what = f"time over plain PyTorch, {_WORDS[mix]}"
@@ -62,8 +64,8 @@ def _targets_cpu(results: Results) -> list[Target]:
 def _targets_cuda(results: Results) -> list[Target]:
     found = []
     for mix in (Mix.MIXED, Mix.PUSH_FORWARD):
-        ours = results.point(results.main, mix)[OURS]
-        if ours.median_s is None or ours.peak_bytes is None:
+        ours = results.point(results.main, mix).get(OURS)
+        if ours is None or ours.median_s is None or ours.peak_bytes is None:
             continue
         above = ours.peak_bytes - ours.gradient_bytes
         found.append(_at_most(f"time, {_WORDS[mix]}", 1e3 * ours.median_s, 1e3 * TWO_TEACHERS_S_CUDA, "{:.1f} ms"))

@@ -114,7 +114,7 @@ def run(
     points += [(shape, Mix.ANCHOR) for shape in plan.extra]
     for shape, mix in points:
         _measure(results, losses, shape, mix, device, plan.repeats, with_memory=True, console=console)
-        _write_json(results, out, finished=False)  # whoever ends it early keeps what was measured
+        _write_json(results, out)  # whoever ends it early keeps what was measured
     swept = {variant.name: losses[variant.name] for variant in VARIANTS if variant.in_sweep and variant.name in losses}
     for letter, shapes in plan.sweep().items() if sweep else ():
         for mix in (Mix.ANCHOR, Mix.MIXED):
@@ -126,7 +126,7 @@ def run(
     for table in summaries:
         table.show(console)
     tables = [*report.comparisons(results), *summaries]
-    _write_json(results, out, finished=True)
+    _write_json(results, out)
     write_text(out / "results.md", describe(results.environment) + "\n\n" + "\n".join(t.to_markdown() for t in tables))
     console.print(f"Written to {out}")
     return results
@@ -189,9 +189,9 @@ def log_log_slope(points: Sequence[tuple[float, float]]) -> float:
     return statistics.linear_regression(*zip(*logs, strict=True)).slope
 
 
-def _write_json(results: Results, out: Path, *, finished: bool) -> None:
+def _write_json(results: Results, out: Path) -> None:
     plain = asdict(results)
     for item, point in zip(plain["points"], results.points, strict=True):
         item["found"] = {name: asdict(found) | {"median_s": found.median_s} for name, found in point["found"].items()}
-    plain["targets"] = [asdict(target) for target in report.targets(results)] if finished else []
+    plain["targets"] = [asdict(target) for target in report.targets(results)]
     write_text(out / "results.json", json.dumps(plain, indent=2) + "\n")
