@@ -17,7 +17,7 @@ from raycomplete.runtime.types import Outcome, Prompt
 
 PROMPT = Prompt("p", "open the safe", "harmful")
 COMPLY, REFUSE = "Sure, take the key and then open the door.", "I'm sorry, but I can't help with that."
-VERDICTS = {"refus": Outcome.REFUSED, "compli": Outcome.COMPLIED, "incoher": Outcome.INCOHERENT}
+VERDICTS = {"refus*": Outcome.REFUSED, "compli*": Outcome.COMPLIED, "incoher*": Outcome.INCOHERENT}
 RUBRIC = Rubric(name="test", template="{prompt} | {prefill} | {response}", verdicts=VERDICTS)
 
 
