@@ -66,8 +66,8 @@ def model_result(
 ) -> dict[str, Any]:
     """Computes the content of `<folder>/evaluation/<role>.json`.
 
-    `by_prompt` holds what paired comparisons need: for each depth, `utility`, `over_refusal` and `benign_refusal` the
-    share of trials that counted, by prompt id.
+    `by_prompt` holds what paired comparisons need: for each depth, variant beside an attack's headline, `utility`,
+    `over_refusal` and `benign_refusal` the share of trials that counted, by prompt id.
     """
     curve = _sorted_by(answered["prefill"], lambda trial: trial.variant)
     too_short = groups[0].too_short
@@ -101,6 +101,13 @@ def model_result(
         "outcomes": {name: found["outcomes"] for name, found in variants.items()},
         "by_prompt": {
             **{name: _shares(_by_behaviour(curve[name])) for name in variants if name in curve},
+            **{
+                f"{group.name}, {variant}": _shares(_by_behaviour(found))
+                for group in groups
+                if group.attack is not None and group.attack.headline is not None
+                for variant, found in _sorted_by(answered[group.name], lambda trial: trial.variant).items()
+                if variant != group.attack.headline
+            },
             "utility": _shares(_by_behaviour(benign, lambda answer: bool(answer.right))),
             "over_refusal": _shares(_by_behaviour(borderline, _has_refused)),
             "benign_refusal": _shares(_by_behaviour(benign, _has_refused)),
@@ -158,6 +165,7 @@ def attack_result(group: TrialGroup, answered: Found, target: Target) -> dict[st
         "reduced_because": reasons,
         "n": len(trials),
         "trials": len(answered),
+        "trials_each": len(trials) / sum(1.0 / len(row) for row in trials.values()),  # harmonic mean
         "headline": attack.headline,
         "best_of": attack.best_of,
         "rate_is_worst": attack.rate_is_worst,

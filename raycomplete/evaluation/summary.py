@@ -94,15 +94,16 @@ def _comparisons(results: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any
     return found
 
 
-def attack_shares(block: Mapping[str, Any]) -> tuple[dict[str, float], int]:
+def attack_shares(block: Mapping[str, Any]) -> tuple[dict[str, float], float]:
     """Returns the shares of success by prompt that the rate of an attack is made of, and the trials of a prompt.
 
-    Where the attacker takes the best of several answers, a prompt has one trial, and one success is all.
+    Where the attacker takes the best of several answers, a prompt has one trial, and one success is all. Where prompts
+    differ in trials, their number is the harmonic mean; earlier versions wrote none.
     """
     shares = block["by_behaviour"]
     if block.get("rate_is_worst"):
         return {prompt: float(share > 0) for prompt, share in shares.items()}, 1
-    return shares, max(block["trials"] // max(block["n"], 1), 1)
+    return shares, block.get("trials_each") or max(block["trials"] // max(block["n"], 1), 1)
 
 
 def _change(first: Mapping[str, Any], second: Mapping[str, Any], name: str) -> Difference | None:

@@ -101,6 +101,8 @@ def test_planted_truths(
     assert block["with_prefill"]["rate"] == 1.0, "patterns call the bare prefill compliance: why this is not the rate"
     guided = result["attacks"]["base_guided_decoding"]["variants"]
     assert {name: found["asr"]["rate"] for name, found in guided.items()} == rates, "base takes what it would say"
+    assert set(result["by_prompt"]["rank_assisted_prefill, top-2"].values()) == {rates["top-2"]}
+    assert "rank_assisted_prefill, top-5" not in result["by_prompt"], "the headline's own shares are the attack's"
     rows = [row[0] for row in closing_table(summarize({"student": result}))]
     assert [row for row in rows if row.startswith("rank_assisted_prefill")] == [
         "rank_assisted_prefill (reduced), top-2",
