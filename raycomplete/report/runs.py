@@ -110,7 +110,8 @@ def run_tables(aggregate: Mapping[str, Any]) -> list[tuple[str, list[list[str]]]
 
 def _row(measure: str, value: str, found: Mapping[str, Any]) -> list[str]:
     low, high, sd = (f"{100 * found[key] + 0.0:.1f}".removesuffix(".0") for key in ("min", "max", "sd"))
-    return [measure, value, sd, f"{low} to {high}", str(found["n"])]
+    name, _, detail = measure.partition(", ")  # variants stand below their attack, in short
+    return [f"- {detail}" if detail and name != "ASR" else measure, value, sd, f"{low} to {high}", str(found["n"])]
 
 
 def _settings(folder: str, run: RunFolder) -> dict[str, Any]:

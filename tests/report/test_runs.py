@@ -103,6 +103,7 @@ def test_the_tables_fit_a_terminal(runs: list[Path]) -> None:
         "student, 3 runs (train.seed 0, 1, 2)",
         "student - aligned, points, same prompts",
     ]
+    assert [row[0] for row in tables[0][1]][4:8] == ["decoding", "- worst of n", "rank_assisted_prefill", "- top-2"]
     for _, rows in tables:
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         assert sum(widths) + 3 * len(widths) + 1 <= 80
