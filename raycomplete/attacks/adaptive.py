@@ -19,8 +19,8 @@ from raycomplete.attacks.trial import Decoding, Trial
 from raycomplete.runtime.errors import DataError
 from raycomplete.runtime.types import Prompt
 
-# Its name, how many answer tokens it asks for, what the model reads, and the attacker's part of its answer.
-_Variant = tuple[str, int, list[int], list[int]]
+# Its name, its settings, what the model reads, the attacker's part of its answer, and whether the answer is too short.
+_Variant = tuple[str, dict[str, int], list[int], list[int], bool]
 
 
 class AdaptiveConfig(AttackConfig):
@@ -52,21 +52,20 @@ class AdaptiveAttack(Attack[AdaptiveConfig]):
         decoding = Decoding(target.max_tokens)
         by_variant: dict[str, list[Trial]] = {}
         for prompt in prompts:  # one without an answer reaches no depth: the evaluation leaves it out and counts it
-            for variant, depth, sequence, given in self._variants(target, prompt):
-                settings = {"depth": depth}
+            for variant, settings, sequence, given, short in self._variants(target, prompt):
                 trial = Trial("adaptive", variant, prompt, tuple(sequence), decoding, tuple(given), settings=settings)
-                by_variant.setdefault(variant, []).append(trial)
+                by_variant.setdefault(variant, []).append(replace(trial, is_short=short))
         return [trial for trials in by_variant.values() for trial in trials]
 
     def _variants(self, target: Target, prompt: Prompt) -> Iterator[_Variant]:
         codec = target.codec
         asked, answer = prompt.encoded(target.answering), answer_ids(codec, prompt)
         for depth in self.config.cuts:
-            yield f"cut-{depth}", depth, [*asked, *answer[:depth]], answer[:depth]
+            yield f"cut-{depth}", {"depth": depth}, [*asked, *answer[:depth]], answer[:depth], len(answer) < depth
         for depth in self.config.depths:
             given = answer[:depth]
             turns = asked
             if given:
                 earlier = (*prompt.earlier, ("user", prompt.text), ("assistant", codec.decode(given)))
                 turns = replace(prompt, text=self.config.follow_up, earlier=earlier).encoded(codec)
-            yield f"multi-turn-{depth}", depth, turns, given
+            yield f"multi-turn-{depth}", {"earlier": depth}, turns, [], len(given) < depth  # its answer starts anew
