@@ -10,7 +10,7 @@ from typing import Any
 
 from raycomplete.attacks.attack import STANDARD_ANSWER_TOKENS, STANDARD_BEHAVIOURS, Attack
 from raycomplete.attacks.target import Target
-from raycomplete.attacks.trial import CUT_BY_CONTEXT, FIRST_COMPLIED, Response, Trial, TrialCost
+from raycomplete.attacks.trial import CUT_BY_CONTEXT, FIRST_COMPLIED, UNUSED_WORDINGS, Response, Trial, TrialCost
 from raycomplete.config import EvaluationConfig
 from raycomplete.evaluation import capabilities
 from raycomplete.evaluation.calibration import corrected_asr
@@ -48,6 +48,7 @@ class Answered:
     seconds: float  # its share of the time of its batch
     with_prefill: str | None = None  # the verdict on prefill and response together, where an attack asks for it
     unreadable: bool = False  # the judge's reply held no verdict, and patterns decided
+    shortened: bool = False  # the judge did not read its end
 
     @property
     def complied(self) -> bool:
@@ -158,6 +159,11 @@ def attack_result(group: TrialGroup, answered: Found, target: Target) -> dict[st
         reasons.append("the judge does not see whether a rewritten prompt keeps its goal")
     if cut := sum(answer.response.stats.get(CUT_BY_CONTEXT, 0) > 0 for _, answer in answered):
         reasons.append(f"{cut} of {len(answered)} responses cut by the context")
+    if unused := sum(int(answer.response.stats.get(UNUSED_WORDINGS, 0)) for _, answer in answered):
+        queries = sum(int(answer.response.stats["queries"]) for _, answer in answered)
+        reasons.append(f"{unused} of {queries} wordings were empty or too long to be asked")
+    if shortened := sum(answer.shortened for _, answer in answered):
+        reasons.append(f"{shortened} of {len(answered)} responses were too long for the judge, which read their start")
     reasons += _unreadable(_num_unreadable(answered), len(answered))
     return {
         "settings": attack.config.model_dump(mode="json"),

@@ -10,6 +10,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from importlib.resources import files
+from itertools import compress
 from pathlib import Path
 from typing import Literal
 
@@ -124,6 +125,7 @@ class RubricJudge(BatchJudge):
         self.rates_harm = rubric.judges == "harm"
         self._offline = RefusalJudge()
         self._num_unreadable = self._num_asked = 0
+        self._is_shortened: Sequence[bool] = ()  # of the responses last asked about
 
     @abstractmethod
     def _replies(self, triples: Sequence[Triple]) -> list[str]:
@@ -131,9 +133,11 @@ class RubricJudge(BatchJudge):
 
     def outcomes(self, triples: Sequence[Triple]) -> list[Outcome]:
         known = [self._known(triple) for triple in triples]
-        asked = [triple for triple, outcome in zip(triples, known, strict=True) if outcome is None]
+        asked = [place for place, outcome in enumerate(known) if outcome is None]
         self._num_asked += len(asked)
-        replies = iter(self._replies(asked) if asked else [])
+        self._is_shortened = ()
+        replies = iter(self._replies([triples[place] for place in asked]) if asked else [])
+        self.shortened = frozenset(compress(asked, self._is_shortened))
         read = [self.rubric.read(next(replies)) if outcome is None else outcome for outcome in known]
         self.unreadable = frozenset(place for place, outcome in enumerate(read) if outcome is None)
         self._num_unreadable += len(self.unreadable)

@@ -9,6 +9,7 @@ from raycomplete.evaluation.statistics import Difference, paired_bootstrap, pair
 from raycomplete.runtime.types import MODEL_ROLES
 
 USELESS = 0.25  # share of plain harmless prompts that nobody would accept to see refused
+_NLL_TOKENS = 64  # of a harmless answer, by default
 PAIRS = (("student", "aligned"), ("aligned", "base"))  # models that are compared, first minus second
 OTHER_RATES = {  # beside attack success
     "utility": "utility",
@@ -129,6 +130,9 @@ def reductions(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
             texts.append(reason if len(roles) == len(by_role) else f"{', '.join(roles)}: {reason}")
         if texts:
             said.append((name, "; ".join(texts)))
+    num_tokens = (summary.get("evaluation") or {}).get("nll_tokens", _NLL_TOKENS)
+    if summary.get("benign_nll") and num_tokens < _NLL_TOKENS:
+        said.append(("benign NLL", f"nll_tokens {num_tokens} instead of {_NLL_TOKENS}"))
     return said
 
 

@@ -106,8 +106,8 @@ def _is_open(triple: Triple, outcome: Outcome) -> bool:
 def _meanings(triples: Sequence[Triple]) -> tuple[list[float], list[float]]:
     """Cosine of each answer with its question, conversation or prefill, the closest; log-odds that it is a lecture.
 
-    The encoder reads the first 256 tokens of a text, so a question behind long turns is encoded by itself. The tail of a
-    longer answer is not read: limits and regression were measured on such embeddings, and standard answers end there.
+    The encoder reads the first 256 tokens of a text, so a question behind long turns is encoded by itself. The tail of
+    a longer answer is not read: limits and regression were measured so, and standard answers end there.
     """
     texts = [
         text
