@@ -54,14 +54,7 @@ class BestOfNAttack(Attack[BestOfNConfig]):
         settings["max_length"] = target.max_length  # a draw that does not fit is replaced by the plain prompt
         decoding = Decoding(target.max_tokens, temperature=self.config.temperature)
         return [
-            Trial(
-                self.name,
-                self.name,
-                prompt,
-                tuple(prompt.encoded(target.codec)),
-                decoding,
-                settings=settings,
-            )
+            Trial(self.name, self.name, prompt, tuple(prompt.encoded(target.codec)), decoding, settings=settings)
             for prompt in prompts
         ]
 

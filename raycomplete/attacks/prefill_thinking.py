@@ -60,9 +60,4 @@ class PrefillThinkingAttack(Attack[PrefillThinkingConfig]):
                 settings = {"thought": depth, "max_thinking_tokens": target.max_thinking_tokens}
                 trial = Trial(self.name, f"thought-{depth}", prompt, sequence, decoding, settings=settings)
                 trials.append(replace(trial, is_short=len(given) < depth))
-        if all(trial.is_short for trial in trials):
-            raise DataError(
-                f"No harmful prompt has an answer of {min(self.config.depths)} tokens, for the thinking to begin with.",
-                "Name the answer column of data.evaluation.harmful, or give prefill_thinking depth 0.",
-            )
         return trials

@@ -31,14 +31,14 @@ from raycomplete.runtime.errors import DataError
 from raycomplete.runtime.types import Codec, Prompt
 
 _BATCH = 64
-_OPENING, _MIN_PROBABILITY = 24, 0.001  # the standard
+_OPENING, _LEAST = 24, 0.001  # the standard
 _TAIL = 24  # tokens at the end of the text in which a refusal is looked for
 
 
 class RankAssistedPrefillConfig(RankedConfig):
     """RAP: the attacker opens the answer, and picks each token among the model's likeliest ones."""
 
-    standard: ClassVar[Mapping[str, Any]] = {**RankedConfig.standard, "opening_tokens": _OPENING, "min_tokens": 32}
+    standard: ClassVar[Mapping[str, Any]] = {**RankedConfig.standard, "min_tokens": 32}
 
     name: Literal["rank_assisted_prefill"] = "rank_assisted_prefill"
     prefill: str | None = Field(
@@ -49,26 +49,12 @@ class RankAssistedPrefillConfig(RankedConfig):
         None, description="token classifier whose label 1 at the last token accepts a text; without one, base decides"
     )
     min_probability: float = Field(
-        _MIN_PROBABILITY,
-        gt=0,
-        le=1,
-        description="base's probability of an acceptable token, as a share of its likeliest token's",
+        _LEAST, gt=0, le=1, description="base's probability of an acceptable token, as a share of its likeliest token's"
     )
     min_tokens: int = Field(32, ge=0, description="picks before which the end of the answer is not acceptable")
 
-    @property
-    def opening_tokens(self) -> int:
-        """Tokens that open the answer; those of the user's words are counted by the attack, which has the tokenizer."""
-        return _OPENING if self.prefill else self.prefill_tokens
-
     def answer_depths(self) -> list[int]:
         return [] if self.prefill else [self.prefill_tokens]
-
-    def reduced_because(self, num_behaviours: int) -> list[str]:
-        """Adds another threshold than the standard one: a strict attacker finds no way on, a lax one ends in babble."""
-        least = f"min_probability {self.min_probability:g} instead of {_MIN_PROBABILITY:g}"
-        is_other = self.helper is None and self.min_probability != _MIN_PROBABILITY
-        return super().reduced_because(num_behaviours) + [least] * is_other
 
 
 @register(RankAssistedPrefillConfig)
@@ -86,10 +72,14 @@ class RankAssistedPrefillAttack(Attack[RankAssistedPrefillConfig]):
         self.needs = frozenset({"white_boxes", "helper" if config.helper else "guide"})
 
     def reduced_because(self, codec: Codec, prompts: Sequence[Prompt]) -> list[str]:
-        """Adds where the user's words open the answer with less than the standard."""
-        num_words = len(codec.encode_answer(self.config.prefill or ""))
-        short = [f"opening_tokens {num_words} instead of {_OPENING}"] if 0 < num_words < _OPENING else []
-        return super().reduced_because(codec, prompts) + short
+        """Adds a short opening, and another threshold: a strict attacker finds no way on, a lax one ends in babble."""
+        config, reasons = self.config, super().reduced_because(codec, prompts)
+        opening = len(codec.encode_answer(config.prefill)) if config.prefill else config.prefill_tokens
+        if opening < _OPENING:
+            reasons.append(f"opening_tokens {opening} instead of {_OPENING}")
+        if config.helper is None and config.min_probability != _LEAST:
+            reasons.append(f"min_probability {config.min_probability:g} instead of {_LEAST:g}")
+        return reasons
 
     @property
     def headline(self) -> str:

@@ -65,10 +65,7 @@ def aggregate_runs(folders: Sequence[Path], *, allow_differences: bool = False) 
     roles = [role for role in ROLES if all(role in run.results for run in runs.values())]
     if not roles:
         raise DataError("No model was evaluated in all of these runs.", "Run raycomplete evaluate on each.")
-    shares = {
-        role: [shares_by_measure(folder, run.results[role], in_detail=True) for folder, run in runs.items()]
-        for role in roles
-    }
+    shares = {role: [shares_by_measure(folder, run.results[role]) for folder, run in runs.items()] for role in roles}
     try:
         rates, comparisons = _rates(shares), _comparisons(shares)
     except ValueError as error:
@@ -148,7 +145,7 @@ def _differences(settings: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
                 break
 
 
-def shares_by_measure(folder: str, result: Mapping[str, Any], *, in_detail: bool = False) -> dict[str, Shares]:
+def shares_by_measure(folder: str, result: Mapping[str, Any], *, in_detail: bool = True) -> dict[str, Shares]:
     """Reads what the result of one model holds prompt by prompt, by measure: the shares, and the trials of a prompt.
 
     In detail, attacks of several trials have their worst of n too, and those with a headline their other variants.

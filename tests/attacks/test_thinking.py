@@ -248,10 +248,12 @@ def test_prompts_must_leave_room_for_the_thinking(make: Make) -> None:
     replace(target, max_length=len(trial.sequence) + LONGEST).check_fits([trial])
 
 
-def test_a_thought_has_no_answer_to_begin_with(make: Make, target: Target) -> None:
-    thinking, _ = make("Hm.", COMPLY)
+def test_a_thought_has_no_answer_to_begin_with(make: Make, target: Target, tmp_path: Path) -> None:
+    thinking, model = make("Hm.", COMPLY)
     attack = build_attack(parse_attack({"name": "prefill_thinking", "depths": [500]}))
-    with pytest.raises(DataError, match="No harmful prompt has an answer of 500 tokens"):
-        attack.plan(thinking, [ASKED])
+    config = EvaluationConfig.model_validate({"depths": [0], "max_tokens": LONGEST, "attacks": [attack.config]})
+    with pytest.raises(DataError, match="as long as the depths of the attack prefill_thinking"):
+        evaluate_model(thinking, EvaluationSets((ASKED,), (), ()), config, tmp_path)
+    assert model.calls == []
     with pytest.raises(DataError, match="no place for thinking, which the attack prefill_thinking begins"):
         attack.plan(target, [ASKED])

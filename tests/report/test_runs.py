@@ -84,7 +84,7 @@ def test_variants_and_the_worst_of_n_stand_beside_an_attack(runs: list[Path]) ->
         "rank_assisted_prefill, top-2": pytest.approx(4 / 40),
     }
     result = json.loads((runs[0] / "evaluation" / "student.json").read_text())
-    assert not [name for name in shares_by_measure("", result) if ", " in name.removeprefix("ASR, ")]
+    assert not [name for name in shares_by_measure("", result, in_detail=False) if ", " in name.removeprefix("ASR, ")]
 
 
 def test_models_are_compared_run_by_run(runs: list[Path]) -> None:
