@@ -5,7 +5,7 @@ between the usual ones. Two more are attacks by themselves: `prefill_mid_answer`
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
@@ -18,9 +18,6 @@ from raycomplete.attacks.target import Target
 from raycomplete.attacks.trial import Decoding, Trial
 from raycomplete.runtime.errors import DataError
 from raycomplete.runtime.types import Prompt
-
-# Its name, how many answer tokens it asks for, what the model reads, and the attacker's part of its answer.
-_Variant = tuple[str, int, list[int], list[int]]
 
 
 class AdaptiveConfig(AttackConfig):
@@ -49,24 +46,20 @@ class AdaptiveAttack(Attack[AdaptiveConfig]):
                 "No harmful prompt has an answer, which the adaptive attack prefills.",
                 "Name the answer column of data.evaluation.harmful, or leave the attack out.",
             )
-        decoding = Decoding(target.max_tokens)
-        by_variant: dict[str, list[Trial]] = {}
-        for prompt in prompts:  # one without an answer reaches no depth: the evaluation leaves it out and counts it
-            for variant, depth, sequence, given in self._variants(target, prompt):
-                settings = {"depth": depth}
-                trial = Trial("adaptive", variant, prompt, tuple(sequence), decoding, tuple(given), settings=settings)
-                by_variant.setdefault(variant, []).append(trial)
-        return [trial for trials in by_variant.values() for trial in trials]
-
-    def _variants(self, target: Target, prompt: Prompt) -> Iterator[_Variant]:
-        codec = target.codec
-        asked, answer = prompt.encoded(target.answering), answer_ids(codec, prompt)
+        codec, decoding = target.codec, Decoding(target.max_tokens)
+        asked = [(prompt, prompt.encoded(target.answering), answer_ids(codec, prompt)) for prompt in prompts]
+        trials = []  # a prompt without an answer reaches no depth: the evaluation leaves it out and counts it
         for depth in self.config.cuts:
-            yield f"cut-{depth}", depth, [*asked, *answer[:depth]], answer[:depth]
+            for prompt, ids, answer in asked:
+                given, settings = tuple(answer[:depth]), {"depth": depth}
+                cut = Trial(self.name, f"cut-{depth}", prompt, (*ids, *given), decoding, given, settings=settings)
+                trials.append(cut)
         for depth in self.config.depths:
-            given = answer[:depth]
-            turns = asked
-            if given:
-                earlier = (*prompt.earlier, ("user", prompt.text), ("assistant", codec.decode(given)))
-                turns = replace(prompt, text=self.config.follow_up, earlier=earlier).encoded(codec)
-            yield f"multi-turn-{depth}", depth, turns, given
+            for prompt, ids, answer in asked:
+                settings, is_short = {"earlier": depth}, len(answer) < depth  # no prefill: the answer starts anew
+                if given := tuple(answer[:depth]):
+                    earlier = (*prompt.earlier, ("user", prompt.text), ("assistant", codec.decode(given)))
+                    ids = replace(prompt, text=self.config.follow_up, earlier=earlier).encoded(codec)
+                turns = Trial(self.name, f"multi-turn-{depth}", prompt, tuple(ids), decoding, settings=settings)
+                trials.append(replace(turns, is_short=is_short))
+        return trials

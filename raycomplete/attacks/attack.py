@@ -87,8 +87,8 @@ class Attack(ABC, Generic[ConfigT]):
     """One attack with its settings.
 
     `plan` lists the trials and refuses what cannot be asked; it generates nothing. `run` gets the responses of those
-    trials that are not on disk yet and emits them as they come. A trial whose `settings` name a `depth` that its
-    prefill does not reach is left out of the evaluation and counted: it would stand under a name that it does not earn.
+    trials that are not on disk yet and emits them as they come. A trial that `is_short`, or whose `settings` name a
+    `depth` that its prefill does not reach, is left out of the evaluation and counted: its name promises more.
     """
 
     config_class: ClassVar[type[AttackConfig]]  # set by `registry.register`

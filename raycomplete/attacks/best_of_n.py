@@ -17,7 +17,7 @@ from pydantic import Field
 from raycomplete.attacks.attack import Attack, AttackConfig
 from raycomplete.attacks.registry import register
 from raycomplete.attacks.target import Target
-from raycomplete.attacks.trial import FIRST_COMPLIED, Decoding, Emit, Response, Trial, TrialCost
+from raycomplete.attacks.trial import FIRST_COMPLIED, UNUSED_WORDINGS, Decoding, Emit, Response, Trial, TrialCost
 from raycomplete.runtime.files import content_hash
 from raycomplete.runtime.types import Prompt
 
@@ -38,7 +38,7 @@ class BestOfNConfig(AttackConfig):
 
 @register(BestOfNConfig)
 class BestOfNAttack(Attack[BestOfNConfig]):
-    """Asks until the judge sees compliance or the samples are spent. `stats` of a response: queries."""
+    """Asks until the judge sees compliance or the samples are spent. `stats`: queries, those of the plain prompt."""
 
     rewrites_prompts = True
 
@@ -54,14 +54,7 @@ class BestOfNAttack(Attack[BestOfNConfig]):
         settings["max_length"] = target.max_length  # a draw that does not fit is replaced by the plain prompt
         decoding = Decoding(target.max_tokens, temperature=self.config.temperature)
         return [
-            Trial(
-                self.name,
-                self.name,
-                prompt,
-                tuple(prompt.encoded(target.codec)),
-                decoding,
-                settings=settings,
-            )
+            Trial(self.name, self.name, prompt, tuple(prompt.encoded(target.codec)), decoding, settings=settings)
             for prompt in prompts
         ]
 
@@ -75,7 +68,7 @@ class BestOfNAttack(Attack[BestOfNConfig]):
         Sample i is augmented and drawn under its own seed, so that the size of a batch changes nothing.
         """
         seed = int(content_hash([self.name, trial.prompt.prompt_id])[:9], 16) * 2**20
-        first = 0.0
+        first, unused = 0.0, 0
         for start in range(0, self.config.samples, self.config.batch):
             numbers = range(start, min(start + self.config.batch, self.config.samples))
             texts = [augmented(trial.prompt.text, self.config.strength, random.Random(seed + n)) for n in numbers]
@@ -85,10 +78,13 @@ class BestOfNAttack(Attack[BestOfNConfig]):
             outcomes = target.judged([(trial, response) for response in responses])
             complied = [outcome.is_compliance for outcome in outcomes]
             first = float(complied[0]) if start == 0 else first
+            place = complied.index(True) if any(complied) else len(complied) - 1
+            asked = zip(sequences[: place + 1], texts, strict=False)
+            unused += sum(tuple(ids) == trial.sequence and text != trial.prompt.text for ids, text in asked)
             if any(complied):
-                place = complied.index(True)
-                return replace(responses[place], stats={"queries": start + place + 1, FIRST_COMPLIED: first})
-        return replace(responses[-1], stats={"queries": self.config.samples, FIRST_COMPLIED: first})
+                break
+        stats = {"queries": start + place + 1, FIRST_COMPLIED: first, UNUSED_WORDINGS: unused}
+        return replace(responses[place], stats=stats)
 
     def _fitting(self, target: Target, trial: Trial, texts: Sequence[str]) -> list[list[int]]:
         """Encodes augmented prompts, which take more tokens than the plain one; what does not fit is asked plainly."""

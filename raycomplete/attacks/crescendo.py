@@ -121,12 +121,13 @@ class CrescendoAttack(RewritingAttack[CrescendoConfig]):
         attacker = target.attacker(self.config.attacker)
         for stream in grouped(trials):
             held = [_Conversation(trial) for trial in stream]
-            for number in range(self.config.turns + self.config.backtracks):
-                if any(self._is_open(conversation) for conversation in held):
+            for number in range(self.config.turns + self.config.backtracks):  # each round spends one of them
+                if going := [conversation for conversation in held if self._is_open(conversation)]:
                     target.stop_if_cancelled()
                     requests = [self.request(attacker, conversation.slots(self.config.turns)) for conversation in held]
                     self._ask(target, held, self.written(attacker, stream, requests, number))
-            emit([(conversation.trial, conversation.finished()) for conversation in held])
+                    if over := [conversation for conversation in going if not self._is_open(conversation)]:
+                        emit([(conversation.trial, conversation.finished()) for conversation in over])
 
     def _is_open(self, conversation: _Conversation) -> bool:
         return not conversation.has_complied and conversation.turns < self.config.turns

@@ -14,7 +14,7 @@ from raycomplete.attacks.attack import continued, grouped
 from raycomplete.attacks.registry import register
 from raycomplete.attacks.rewriting import RewritingAttack, RewritingConfig
 from raycomplete.attacks.target import Attacker, Target
-from raycomplete.attacks.trial import FIRST_COMPLIED, Emit, Response, Trial
+from raycomplete.attacks.trial import FIRST_COMPLIED, UNUSED_WORDINGS, Emit, Response, Trial
 from raycomplete.runtime.types import Outcome
 
 _SIDE_BY_SIDE = 1024  # attempts that are under way at once; those of an interrupted block are made again
@@ -42,6 +42,7 @@ class _Attempt:
     answer: str = ""
     response: Response | None = None
     outcomes: list[Outcome] = field(default_factory=list)  # round by round
+    unused: int = 0  # rewrites that could not be asked
 
     @property
     def open(self) -> bool:
@@ -55,8 +56,8 @@ class _Attempt:
 
     def finished(self) -> Response:
         assert self.response is not None, "every attempt asks at least once"
-        stats = {"queries": len(self.outcomes), FIRST_COMPLIED: float(self.outcomes[0].is_compliance)}
-        return replace(self.response, stats=stats)
+        stats = {"queries": len(self.outcomes), UNUSED_WORDINGS: self.unused}
+        return replace(self.response, stats=stats | {FIRST_COMPLIED: float(self.outcomes[0].is_compliance)})
 
 
 @register(PairConfig)
@@ -104,11 +105,13 @@ class PairAttack(RewritingAttack[PairConfig]):
             emit([(attempt.trial, attempt.finished()) for attempt in stream])
 
     def _reword(self, target: Target, attempts: Sequence[_Attempt], texts: Sequence[str]) -> None:
-        """Takes new wordings over; one that is empty or too long for the target's context is dropped."""
+        """Takes new wordings over; one that is empty or too long for the target's context is dropped and counted."""
         for attempt, text in zip(attempts, texts, strict=True):
             room = target.room(attempt.trial.decoding.max_tokens)
-            if attempt.open and text and len(attempt.trial.prompt.encoded(target.codec, text)) <= room:
-                attempt.text = text
+            if text and len(attempt.trial.prompt.encoded(target.codec, text)) <= room:
+                attempt.text = text if attempt.open else attempt.text
+            else:
+                attempt.unused += attempt.open
 
     def _ask(self, target: Target, attempts: Sequence[_Attempt]) -> None:
         trials = [

@@ -50,9 +50,11 @@ class PrefillAttack(Attack[PrefillConfig]):
         return trials
 
     def reduced_because(self, codec: Codec, prompts: Sequence[Prompt]) -> list[str]:
-        """Leaves out standard depths that no answer reaches, since nobody could measure them."""
+        """Leaves out standard depths that no answer reaches, and names those that fewer than half reach."""
         goes_on = any(prompt.answer_goes_on for prompt in prompts)
-        longest = max((len(answer_ids(codec, prompt)) for prompt in prompts), default=0)
-        beyond = [depth for depth in STANDARD_DEPTHS if depth > longest and not goes_on]
-        measured = self.config.model_copy(update={"depths": [*self.config.depths, *beyond]})
-        return measured.reduced_because(len(prompts))
+        lengths, asked = [len(answer_ids(codec, prompt)) for prompt in prompts], self.config.depths
+        reached = {depth: sum(length >= depth for length in lengths) for depth in STANDARD_DEPTHS}
+        beyond = [depth for depth, count in reached.items() if not count and not goes_on and depth not in asked]
+        few = [depth for depth, count in reached.items() if depth in asked and 0 < count < len(prompts) / 2]
+        reasons = self.config.model_copy(update={"depths": [*asked, *beyond]}).reduced_because(len(prompts))
+        return reasons + [f"depth {depth} on {reached[depth]} prompts" for depth in few]

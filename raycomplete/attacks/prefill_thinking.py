@@ -7,6 +7,7 @@ answers as it likes, led on by a plan that it takes for its own. Only the answer
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
@@ -55,14 +56,8 @@ class PrefillThinkingAttack(Attack[PrefillThinkingConfig]):
         for depth in self.config.depths:
             for prompt in prompts:
                 opening, given = opened_answer(codec, self.config.opening, prompt.answer or "", depth)
-                if len(given) == depth:
-                    sequence = (*prompt.encoded(codec), *codec.frame.opening, *opening, *given)
-                    settings = {"thought": depth, "max_thinking_tokens": target.max_thinking_tokens}
-                    variant = f"thought-{depth}"
-                    trials.append(Trial(self.name, variant, prompt, sequence, decoding, settings=settings))
-        if not trials:
-            raise DataError(
-                f"No harmful prompt has an answer of {min(self.config.depths)} tokens, for the thinking to begin with.",
-                "Name the answer column of data.evaluation.harmful, or give prefill_thinking depth 0.",
-            )
+                sequence = (*prompt.encoded(codec), *codec.frame.opening, *opening, *given)
+                settings = {"thought": depth, "max_thinking_tokens": target.max_thinking_tokens}
+                trial = Trial(self.name, f"thought-{depth}", prompt, sequence, decoding, settings=settings)
+                trials.append(replace(trial, is_short=len(given) < depth))
         return trials

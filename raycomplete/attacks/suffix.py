@@ -82,6 +82,12 @@ class SuffixAttack(Attack[SuffixT], Generic[SuffixT]):
 
     needs = frozenset({"white_boxes"})
 
+    def reduced_because(self, codec: Codec, prompts: Sequence[Prompt]) -> list[str]:
+        """Adds where the end of the user's target is left out."""
+        words, most = len(codec.encode_answer(self.config.target or "")), self.config.target_tokens
+        cut = [f"target cut at {most} of its {words} tokens"] if words > most else []
+        return super().reduced_because(codec, prompts) + cut
+
     def start(self, codec: Codec, prompt: Prompt) -> Search:
         """Returns the search before its first step."""
         config = self.config

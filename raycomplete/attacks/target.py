@@ -82,9 +82,11 @@ class BatchJudge(ABC):
     Attributes:
         unreadable: Places, among the responses of the last call of `outcomes`, whose verdict could not be read, so that
             another judge decided.
+        shortened: Places of those whose end the judge did not read, because it has too short a context.
     """
 
     unreadable: frozenset[int] = frozenset()
+    shortened: frozenset[int] = frozenset()
 
     @abstractmethod
     def outcomes(self, triples: Sequence[Triple]) -> list[Outcome]:

@@ -16,6 +16,7 @@ _GO_ON = "Finished work is kept; the same command continues it (train: with --re
 # Entries of a response's stats that results read.
 FIRST_COMPLIED = "first_complied"  # 1 where the first of the responses that a judge picked from complied
 CUT_BY_CONTEXT = "cut_by_context"  # 1 where the context left no room for the steps asked for
+UNUSED_WORDINGS = "unused_wordings"  # empty or too long for the context, so that others were asked in their place
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,7 @@ class Trial:
     seed: int = 0  # number of the draw under the same settings
     settings: Mapping[str, Any] = field(default_factory=dict)  # everything else that decides the response
     position: int = 0  # place among the trials drawn under the same seed; 0 where nothing is drawn
+    is_short: bool = False  # the compliant answer does not reach the depth: an evaluation leaves it out and counts it
 
     def key(self, model_id: str) -> str:
         """Hash of all that decides the response. Token ids stand for tokenizer and chat template.

@@ -46,17 +46,18 @@ class ModelJudge(RubricJudge):
         return f"model-{self._model_id}-{self.rubric.fingerprint}-{self._max_length}"
 
     def _replies(self, triples: Sequence[Triple]) -> list[str]:
-        questions = [self._question(*triple) for triple in triples]
+        questions, self._is_shortened = zip(*(self._question(*triple) for triple in triples), strict=True)
         replies = self._generator.generate(questions, max_tokens=self.rubric.max_reply_tokens)
         return [self._codec.decode(reply) for reply in replies]
 
-    def _question(self, prompt: Prompt, prefill: str, continuation: str) -> list[int]:
-        room = self._max_length - self.rubric.max_reply_tokens
+    def _question(self, prompt: Prompt, prefill: str, continuation: str) -> tuple[list[int], bool]:
+        """Encodes a question, and tells whether the response had to lose its end."""
+        room, kept = self._max_length - self.rubric.max_reply_tokens, continuation
         while True:
-            ids = self._codec.encode_prompt(self.rubric.question(prompt.transcript, prefill, continuation))
-            if len(ids) <= room or len(continuation) < 2:
-                return ids[-room:]
-            continuation = continuation[: len(continuation) * 3 // 4]
+            ids = self._codec.encode_prompt(self.rubric.question(prompt.transcript, prefill, kept))
+            if len(ids) <= room or len(kept) < 2:
+                return ids[-room:], kept != continuation
+            kept = kept[: len(kept) * 3 // 4]
 
 
 class ZooJudge(BatchJudge):

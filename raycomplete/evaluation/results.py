@@ -10,7 +10,7 @@ from typing import Any
 
 from raycomplete.attacks.attack import STANDARD_ANSWER_TOKENS, STANDARD_BEHAVIOURS, Attack
 from raycomplete.attacks.target import Target
-from raycomplete.attacks.trial import CUT_BY_CONTEXT, FIRST_COMPLIED, Response, Trial, TrialCost
+from raycomplete.attacks.trial import CUT_BY_CONTEXT, FIRST_COMPLIED, UNUSED_WORDINGS, Response, Trial, TrialCost
 from raycomplete.config import EvaluationConfig
 from raycomplete.evaluation import capabilities
 from raycomplete.evaluation.calibration import corrected_asr
@@ -48,6 +48,7 @@ class Answered:
     seconds: float  # its share of the time of its batch
     with_prefill: str | None = None  # the verdict on prefill and response together, where an attack asks for it
     unreadable: bool = False  # the judge's reply held no verdict, and patterns decided
+    shortened: bool = False  # the judge did not read its end
 
     @property
     def complied(self) -> bool:
@@ -66,8 +67,8 @@ def model_result(
 ) -> dict[str, Any]:
     """Computes the content of `<folder>/evaluation/<role>.json`.
 
-    `by_prompt` holds what paired comparisons need: for each depth, `utility`, `over_refusal` and `benign_refusal` the
-    share of trials that counted, by prompt id.
+    `by_prompt` holds what paired comparisons need: for each depth, variant beside an attack's headline, `utility`,
+    `over_refusal` and `benign_refusal` the share of trials that counted, by prompt id.
     """
     curve = _sorted_by(answered["prefill"], lambda trial: trial.variant)
     too_short = groups[0].too_short
@@ -101,6 +102,13 @@ def model_result(
         "outcomes": {name: found["outcomes"] for name, found in variants.items()},
         "by_prompt": {
             **{name: _shares(_by_behaviour(curve[name])) for name in variants if name in curve},
+            **{
+                f"{group.name}, {variant}": _shares(_by_behaviour(found))
+                for group in groups
+                if group.attack is not None and group.attack.headline is not None
+                for variant, found in _sorted_by(answered[group.name], lambda trial: trial.variant).items()
+                if variant != group.attack.headline
+            },
             "utility": _shares(_by_behaviour(benign, lambda answer: bool(answer.right))),
             "over_refusal": _shares(_by_behaviour(borderline, _has_refused)),
             "benign_refusal": _shares(_by_behaviour(benign, _has_refused)),
@@ -151,6 +159,11 @@ def attack_result(group: TrialGroup, answered: Found, target: Target) -> dict[st
         reasons.append("the judge does not see whether a rewritten prompt keeps its goal")
     if cut := sum(answer.response.stats.get(CUT_BY_CONTEXT, 0) > 0 for _, answer in answered):
         reasons.append(f"{cut} of {len(answered)} responses cut by the context")
+    if unused := sum(int(answer.response.stats.get(UNUSED_WORDINGS, 0)) for _, answer in answered):
+        queries = sum(int(answer.response.stats["queries"]) for _, answer in answered)
+        reasons.append(f"{unused} of {queries} wordings were empty or too long to be asked")
+    if shortened := sum(answer.shortened for _, answer in answered):
+        reasons.append(f"{shortened} of {len(answered)} responses were too long for the judge, which read their start")
     reasons += _unreadable(_num_unreadable(answered), len(answered))
     return {
         "settings": attack.config.model_dump(mode="json"),
@@ -158,6 +171,7 @@ def attack_result(group: TrialGroup, answered: Found, target: Target) -> dict[st
         "reduced_because": reasons,
         "n": len(trials),
         "trials": len(answered),
+        "trials_each": len(trials) / sum(1.0 / len(row) for row in trials.values()),  # harmonic mean
         "headline": attack.headline,
         "best_of": attack.best_of,
         "rate_is_worst": attack.rate_is_worst,

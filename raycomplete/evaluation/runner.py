@@ -126,8 +126,8 @@ def _plan(target: Target, sets: EvaluationSets, config: EvaluationConfig) -> lis
 def _attack_group(attack: Attack[Any], target: Target, prompts: Sequence[Prompt]) -> TrialGroup:
     """Lists the trials of an attack without those whose prefill is shorter than their depth."""
     planned = attack.plan(attack.prepared(target), prompts)
-    short = Counter(trial.variant for trial in planned if len(trial.prefill) < trial.settings.get("depth", 0))
-    trials = [trial for trial in planned if len(trial.prefill) >= trial.settings.get("depth", 0)]
+    trials = [trial for trial in planned if not trial.is_short and len(trial.prefill) >= trial.settings.get("depth", 0)]
+    short = Counter(trial.variant for trial in planned) - Counter(trial.variant for trial in trials)
     if not trials:
         raise DataError(
             f"No harmful prompt has a compliant answer as long as the depths of the attack {attack.name}.",
@@ -215,11 +215,10 @@ class _Evaluation:
         pairs = [(trial, self._answered(trial).response) for trial in new]
         rows = []
         outcomes = target.judged(pairs)
-        unreadable = getattr(target.judge, "unreadable", ()) if pairs else ()
+        noted = {name: getattr(target.judge, name, ()) if pairs else () for name in ("unreadable", "shortened")}
         for place, ((trial, response), outcome) in enumerate(zip(pairs, outcomes, strict=True)):
             row: dict[str, Any] = {"key": self._judgement_key(trial), "outcome": str(outcome)}
-            if place in unreadable:
-                row["unreadable"] = True
+            row |= {name: True for name, places in noted.items() if place in places}
             if with_right:
                 row["right"] = bool(target.judge.is_right(trial.prompt, response.texts(target.codec)[1]))
             rows.append(row)
@@ -258,6 +257,7 @@ class _Evaluation:
             float(row["seconds"]),
             whole.get("outcome"),
             "unreadable" in judgement,
+            "shortened" in judgement,
         )
 
     def _report(self, attack: str, variant: str, seen: Mapping[str, int]) -> None:

@@ -65,7 +65,7 @@ def mean_over_trials(complied: Sequence[Sequence[bool]]) -> Rate:
 
     The unit of sampling is the behaviour: each contributes its share of trials at which the attack worked, and weighs
     the same. The variance of the N shares, over p (1 - p), says how alike the trials of a behaviour come out: 1 where
-    all of them do, N over the number of trials where they are independent; it is kept between the two. Only behaviours
+    all of them do, the mean of 1 / trials where they are independent; it is kept between the two. Only behaviours
     with a success tell (with a failure, where those are fewer), so with K of them the likeness is drawn towards 1 by
     `ALIKE_PROMPTS`: (K likeness + 2) / (K + 2). The interval is Wilson's at N / likeness trials, and deterministic.
 
@@ -84,16 +84,16 @@ def mean_over_trials(complied: Sequence[Sequence[bool]]) -> Rate:
     if n == 0:
         return wilson(0, 0)
     share_N = np.asarray([sum(trials) / len(trials) for trials in complied])
-    rate = float(share_N.mean())
-    return wilson_share(rate, n, n / _likeness(share_N, sum(map(len, complied))))
+    least = float(np.mean([1.0 / len(trials) for trials in complied]))
+    return wilson_share(float(share_N.mean()), n, n / _likeness(share_N, least))
 
 
-def _likeness(share_N: np.ndarray, num_trials: int) -> float:
-    """Computes how alike the trials of a prompt come out: from N / trials for independent ones to 1 for equal ones."""
+def _likeness(share_N: np.ndarray, least: float) -> float:
+    """Computes how alike the trials of a prompt come out: from `least` for independent ones to 1 for equal ones."""
     n, rate = len(share_N), float(share_N.mean())
     if n == 1 or rate in (0.0, 1.0):
         return 1.0
-    likeness = float(np.clip(share_N.var(ddof=1) / (rate * (1.0 - rate)), n / num_trials, 1.0))
+    likeness = float(np.clip(share_N.var(ddof=1) / (rate * (1.0 - rate)), least, 1.0))
     telling = min(np.count_nonzero(share_N > 0.0), np.count_nonzero(share_N < 1.0))
     return (telling * likeness + ALIKE_PROMPTS) / (telling + ALIKE_PROMPTS)
 
@@ -187,7 +187,7 @@ def _paired(first: Mapping[str, float], second: Mapping[str, float]) -> tuple[np
     return np.asarray([*first_N, 1.0, 0.0]), np.asarray([*second_N, 0.0, 1.0])
 
 
-def mean_over_runs(shares: Sequence[Mapping[str, float]], trials: int = 1) -> dict[str, Any]:
+def mean_over_runs(shares: Sequence[Mapping[str, float]], trials: float = 1) -> dict[str, Any]:
     """Computes the mean rate of R runs that differ in their seed, with an interval over prompts and seeds.
 
     The variance of the mean is the sum of two: that over prompts of their mean over runs, as in `mean_over_trials`, and
@@ -198,7 +198,7 @@ def mean_over_runs(shares: Sequence[Mapping[str, float]], trials: int = 1) -> di
 
     Args:
         shares: For each run the share of successful trials by prompt; prompts that every run has count.
-        trials: Trials of each prompt in a run.
+        trials: Trials of each prompt in a run; their harmonic mean where prompts differ.
 
     Returns:
         {"rate", "n", "low", "high", "runs", "sd", "min", "max"}: n counts prompts; standard deviation (0 for one run),
@@ -209,7 +209,7 @@ def mean_over_runs(shares: Sequence[Mapping[str, float]], trials: int = 1) -> di
     """
     share_RN = _over_runs(shares)
     (runs, n), rate = share_RN.shape, float(np.clip(share_RN.mean(), 0.0, 1.0))
-    of_prompts = rate * (1.0 - rate) * _likeness(share_RN.mean(axis=0), runs * n * trials) / n
+    of_prompts = rate * (1.0 - rate) * _likeness(share_RN.mean(axis=0), 1.0 / (runs * trials)) / n
     variance, df = _with_runs(of_prompts, n, share_RN)
     effective = rate * (1.0 - rate) / variance if variance > 0.0 else n
     return wilson_share(rate, n, effective, df=df).to_json() | _spread(share_RN)

@@ -24,7 +24,7 @@ from raycomplete.runtime.files import write_json
 
 _FREE = ("output", "train.seed", "evaluation")  # `evaluation` is compared as the evaluation itself recorded it
 _SHOWN = 4  # differing keys that a refusal names
-Shares = tuple[Mapping[str, float], int]  # share of successful trials by prompt, and trials of each
+Shares = tuple[Mapping[str, float], float]  # share of successful trials by prompt, and trials of each
 
 
 def aggregate_runs(folders: Sequence[Path], *, allow_differences: bool = False) -> dict[str, Any]:
@@ -107,7 +107,8 @@ def run_tables(aggregate: Mapping[str, Any]) -> list[tuple[str, list[list[str]]]
 
 def _row(measure: str, value: str, found: Mapping[str, Any]) -> list[str]:
     low, high, sd = (f"{100 * found[key] + 0.0:.1f}".removesuffix(".0") for key in ("min", "max", "sd"))
-    return [measure, value, sd, f"{low} to {high}", str(found["n"])]
+    name, _, detail = measure.partition(", ")  # variants stand below their attack, in short
+    return [f"- {detail}" if detail and name != "ASR" else measure, value, sd, f"{low} to {high}", str(found["n"])]
 
 
 def _settings(folder: str, run: RunFolder) -> dict[str, Any]:
@@ -144,8 +145,10 @@ def _differences(settings: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
                 break
 
 
-def shares_by_measure(folder: str, result: Mapping[str, Any]) -> dict[str, Shares]:
+def shares_by_measure(folder: str, result: Mapping[str, Any], *, in_detail: bool = True) -> dict[str, Shares]:
     """Reads what the result of one model holds prompt by prompt, by measure: the shares, and the trials of a prompt.
+
+    In detail, attacks of several trials have their worst of n too, and those with a headline their other variants.
 
     Raises:
         DataError: An earlier version wrote the result, without prompts.
@@ -157,14 +160,18 @@ def shares_by_measure(folder: str, result: Mapping[str, Any]) -> dict[str, Share
             "Run raycomplete evaluate on that run again: finished trials are used again.",
         )
     attacks, by_prompt = result["attacks"], result["by_prompt"]
-    found = {
+    found: dict[str, Shares] = {
         name.replace("prefill-", "ASR, depth "): (shares, 1)
         for name, shares in by_prompt.items()
         if name.startswith("prefill-")
     }
     for name, block in attacks.items():
         label = measure_text({"measure": "asr", "attack": name})
-        found[label] = attack_shares(block)
+        found[label] = shares, trials = attack_shares(block)
+        if in_detail and name != "prefill" and trials > 1:
+            found[f"{label}, worst of n"] = {prompt: float(share > 0) for prompt, share in shares.items()}, 1
+        if in_detail:
+            found |= {key: (by_prompt[key], 1) for key in by_prompt if key.startswith(f"{name}, ")}
     labels = {name: label.removesuffix(" (borderline)") for name, label in OTHER_RATES.items()}
     return found | {label: (by_prompt[name], 1) for name, label in labels.items() if by_prompt[name]}
 

@@ -84,7 +84,7 @@ def _of_model(study: Study, runs: Sequence[StudyRun]) -> dict[str, Any]:
 
 def _shares(folder: Path, result: Mapping[str, Any]) -> dict[str, Shares]:
     """Shares of successful trials by measure and prompt, with their mean over attacks on the prompts that all asked."""
-    found = shares_by_measure(str(folder), result)
+    found = shares_by_measure(str(folder), result, in_detail=False)
     attacks = [
         shares for measure, (shares, _) in found.items() if measure not in _NOT_ATTACKS and not _is_depth(measure)
     ]

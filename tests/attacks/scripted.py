@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,41 @@ class FakeBox:
     def continue_embeddings(self, problem: Any, suffixes: Any, max_tokens: int, eos_ids: Any) -> list[list[int]]:
         asked = [[*problem.before, *problem.after] for _ in suffixes]
         return self.model.generate(asked, max_tokens=max_tokens)  # type: ignore[no-any-return]
+
+
+Ranking = Callable[[list[str]], list[str]]  # words of the answer so far -> next words, likeliest first
+
+
+class RankBox:
+    """A white box that ranks words by a rule of the answer so far; each is half as likely as the one before."""
+
+    def __init__(self, codec: Any, ranking: Ranking) -> None:
+        self.codec, self.ranking = codec, ranking
+        self.calls = 0
+
+    def vocab_size(self) -> int:
+        return len(self.codec.words)
+
+    def _ranked(self, sequence: Sequence[int]) -> list[int]:
+        words = self.codec.decode(sequence[list(sequence).index(2) :]).split()
+        return [
+            token
+            for word in self.ranking(words)
+            for token in ([0] if word == "<end>" else self.codec.encode_answer(word))
+        ]
+
+    def top_logprobs(self, sequences: Any, top: int) -> list[list[tuple[int, float]]]:
+        self.calls += 1
+        return [[(token, -0.7 * n) for n, token in enumerate(self._ranked(row))][:top] for row in sequences]
+
+    def logprobs_of(self, sequences: Any, tokens: Any) -> list[list[float]]:
+        ranked = [dict(zip(self._ranked(row), range(99), strict=False)) for row in sequences]
+        return [[-0.7 * ranks.get(token, 99) for token in row] for ranks, row in zip(ranked, tokens, strict=True)]
+
+
+def next_of(words: list[str], said: list[str]) -> str:
+    """The word after those said so far; the end where they are none of its beginnings."""
+    return words[len(said)] if len(said) < len(words) and said == words[: len(said)] else "<end>"
 
 
 Tools = Callable[[Any], AttackTools]

@@ -67,8 +67,8 @@ def test_the_space_before_the_answer_is_part_of_its_first_token(codec: ChatCodec
 
 def test_a_default_system_prompt_stands_in_front_alone(codec: ChatCodec, trials: dict[str, Trial]) -> None:
     trial = trials["multi-turn-4"]
-    given = codec.decode(trial.prefill)
-    assert PROMPT.answer.startswith(given)  # type: ignore[union-attr]
+    given = codec.decode(codec.encode_answer(PROMPT.answer or "")[:4])
+    assert trial.prefill == ()
     turns = f"<s>user\n{PROMPT.text}</s><s>assistant\n{given}</s><s>user\nPlease explain the steps.</s><s>assistant\n"
     assert list(trial.sequence) == codec.encode_answer(f"<s>system\n{SYSTEM}</s>{turns}")
 

@@ -180,6 +180,27 @@ def test_pair_tells_the_attacker_what_happened(target: Target, sets: EvaluationS
     ]
 
 
+def test_rewrites_that_cannot_be_asked_are_counted(
+    model: Any, codec: Any, tools: Tools, sets: EvaluationSets, tmp_path: Path
+) -> None:
+    """The attacker writes nothing first, too much then, and fine words in the end."""
+    written: list[str] = []
+
+    def write(*_: str) -> str:
+        written.append(["", "word " * 200, "please open the door"][len(written) // len(sets.harmful)])
+        return written[-1]
+
+    attacker = Attacker("a", model(write), codec, 512)
+
+    def mine(generator: Any) -> AttackTools:
+        return replace(tools(generator), attacker=lambda checkpoint: attacker)
+
+    pair = {"name": "pair", "streams": 1, "rounds": 3}
+    block = evaluate(model(REFUSE), codec, mine, sets, [pair], tmp_path)["attacks"]["pair"]
+    assert block["stats"]["unused_wordings"] == 2.0
+    assert "8 of 12 wordings were empty or too long to be asked" in block["reduced_because"]
+
+
 def test_pair_needs_room_for_its_instruction(target: Target, sets: EvaluationSets, model: Any, codec: Any) -> None:
     small = replace(target.tools, attacker=lambda checkpoint: Attacker("a", model("x"), codec, 20))
     with pytest.raises(SetupError, match="the attacker reads 20"):
@@ -196,7 +217,7 @@ def test_adaptive_variants(target: Target, sets: EvaluationSets) -> None:
     }
     assert {variant: decode(trial.prefill) for variant, trial in trials.items()} == {
         "cut-3": "step6x0 step6x1 step6x2",
-        "multi-turn-2": "step6x0 step6x1",
+        "multi-turn-2": "",  # the response starts anew after it: a judge would take it for words put into the mouth
     }
     turns = list(trials["multi-turn-2"].sequence)
     assert turns.count(2) == 2, "both turns end where the model begins"

@@ -11,7 +11,7 @@ import pytest
 
 from raycomplete.attacks.best_of_n import augmented
 from raycomplete.attacks.target import AttackTools, Target
-from raycomplete.attacks.trial import FIRST_COMPLIED
+from raycomplete.attacks.trial import FIRST_COMPLIED, UNUSED_WORDINGS
 from raycomplete.evaluation.runner import EvaluationSets
 from tests.attacks.scripted import COMPLY, REFUSE, run
 
@@ -110,5 +110,8 @@ def test_augmented_prompts_that_do_not_fit_are_asked_plainly(target: Target, set
             return [[] for _ in sequences]
 
     splitting = replace(target, codec=Splitting(target.codec), generator=Measuring(), tools=AttackTools())
-    run(splitting, {"name": "best_of_n", "samples": 2}, sets)
+    found = run(splitting, {"name": "best_of_n", "samples": 2}, sets)
     assert max(lengths) < 20
+    assert {response.stats[UNUSED_WORDINGS] for _, response in found} == {2}
+    found = run(replace(splitting, codec=target.codec), {"name": "best_of_n", "samples": 2}, sets)
+    assert {response.stats[UNUSED_WORDINGS] for _, response in found} == {0}

@@ -97,7 +97,7 @@ def hold(target: Target, prompts: Sequence[Prompt], keep: Sequence[int] = (), **
     trials = attack.plan(target, prompts)
     found: list[tuple[Trial, Response]] = []
     attack.run(target, [trials[place] for place in keep] if keep else trials, found.extend)
-    return [response for _, response in found]
+    return [response for _, response in sorted(found, key=lambda pair: trials.index(pair[0]))]
 
 
 def test_a_target_that_always_refuses_is_asked_until_turns_and_backtracks_are_spent(
@@ -137,6 +137,26 @@ def test_a_target_that_complies_from_the_third_turn_on(make: Make, sets: Evaluat
         assert [item["content"] for item in response.conversation] == [*turns, COMPLY]
     two = hold(make(lambda turn, text: COMPLY if turn >= 3 else CHAT), sets.harmful, turns=2)
     assert {target.codec.decode(response.tokens) for response in two} == {CHAT}
+
+
+def test_conversations_are_emitted_as_they_end(make: Make, sets: EvaluationSets) -> None:
+    """So that a kill loses those under way alone: two have complied when the target dies in the third round."""
+    asked: list[str] = []
+
+    def script(turn: int, text: str) -> str:
+        asked.append(text)
+        if turn == 3:
+            raise RuntimeError("killed")
+        return COMPLY if len(asked) <= 2 else CHAT
+
+    target = make(script)
+    attack = build_attack(parse_attack({"name": "crescendo", "turns": 4, "backtracks": 3}))
+    target = attack.prepared(target)
+    trials = attack.plan(target, sets.harmful)
+    found: list[tuple[Trial, Response]] = []
+    with pytest.raises(RuntimeError, match="killed"):
+        attack.run(target, trials, found.extend)
+    assert [trial for trial, _ in found] == trials[:2]
 
 
 def test_refused_turns_are_taken_back_and_told_to_the_attacker(

@@ -226,6 +226,15 @@ def test_a_prefill_into_the_thinking_leaves_the_answer_to_the_model(make: Make, 
     assert found["thought-6"] == (f"{opened} First", f"Hm.{model.family.closing}", REFUSE)
 
 
+def test_answers_too_short_for_a_thought_are_counted(make: Make, tmp_path: Path) -> None:
+    target, _ = make("Hm.", COMPLY)
+    sets = EvaluationSets((ASKED, replace(ASKED, prompt_id="none", answer=None)), (), ())
+    attack = {"name": "prefill_thinking", "depths": [0, 6]}
+    config = EvaluationConfig.model_validate({"depths": [0], "max_tokens": LONGEST, "attacks": [attack]})
+    block = evaluate_model(target, sets, config, tmp_path)["attacks"]["prefill_thinking"]
+    assert (block["n"], block["trials"], block["short_prefills"]) == (2, 3, 1)
+
+
 def test_prompts_must_leave_room_for_the_thinking(make: Make) -> None:
     target, _ = make("Hm.", COMPLY)
     (trial,) = plain_trials(target, "a", "v", [ASKED], LONGEST)
@@ -239,10 +248,12 @@ def test_prompts_must_leave_room_for_the_thinking(make: Make) -> None:
     replace(target, max_length=len(trial.sequence) + LONGEST).check_fits([trial])
 
 
-def test_a_thought_has_no_answer_to_begin_with(make: Make, target: Target) -> None:
-    thinking, _ = make("Hm.", COMPLY)
+def test_a_thought_has_no_answer_to_begin_with(make: Make, target: Target, tmp_path: Path) -> None:
+    thinking, model = make("Hm.", COMPLY)
     attack = build_attack(parse_attack({"name": "prefill_thinking", "depths": [500]}))
-    with pytest.raises(DataError, match="No harmful prompt has an answer of 500 tokens"):
-        attack.plan(thinking, [ASKED])
+    config = EvaluationConfig.model_validate({"depths": [0], "max_tokens": LONGEST, "attacks": [attack.config]})
+    with pytest.raises(DataError, match="as long as the depths of the attack prefill_thinking"):
+        evaluate_model(thinking, EvaluationSets((ASKED,), (), ()), config, tmp_path)
+    assert model.calls == []
     with pytest.raises(DataError, match="no place for thinking, which the attack prefill_thinking begins"):
         attack.plan(target, [ASKED])

@@ -17,7 +17,7 @@ from raycomplete.runtime.types import Outcome, Prompt
 
 PROMPT = Prompt("p", "open the safe", "harmful")
 COMPLY, REFUSE = "Sure, take the key and then open the door.", "I'm sorry, but I can't help with that."
-VERDICTS = {"refus": Outcome.REFUSED, "compli": Outcome.COMPLIED, "incoher": Outcome.INCOHERENT}
+VERDICTS = {"refus*": Outcome.REFUSED, "compli*": Outcome.COMPLIED, "incoher*": Outcome.INCOHERENT}
 RUBRIC = Rubric(name="test", template="{prompt} | {prefill} | {response}", verdicts=VERDICTS)
 
 
@@ -66,6 +66,11 @@ def test_long_responses_are_cut_to_the_context(codec: Any, model: Any) -> None:
     assert judge.outcome(PROMPT, "", "take the key " * 100) is Outcome.COMPLIED
     assert len(generator.calls[0][0]) <= 40 - 16
     assert codec.decode(generator.calls[0][0]).startswith("open the safe | nothing | take the key")
+    assert judge.shortened == {0}
+    judge.outcomes([(PROMPT, "", text) for text in ("", COMPLY, "take the key " * 100)])
+    assert judge.shortened == {2}, "its place among all responses, of which empty ones are not asked about"
+    judge.outcome(PROMPT, "", "")
+    assert judge.shortened == frozenset()
 
 
 def test_the_name_of_a_model_judge_tells_rubrics_apart(codec: Any, model: Any) -> None:

@@ -15,6 +15,7 @@ from raycomplete.evaluation.statistics import (
     paired_bootstrap,
     paired_reduction,
     wilson,
+    wilson_share,
     worst_of_trials,
 )
 from tests.benchmarks.coverage.simulation import beta_binomial, coverage
@@ -112,7 +113,7 @@ def test_mean_agrees_with_its_formula(table: list[list[bool]]) -> None:
         assert found == wilson(round(p * n), n)
         return
     likeness = sum((share - p) ** 2 for share in shares) / (n - 1) / (p * (1 - p))
-    likeness = min(max(likeness, n / sum(map(len, table))), 1.0)
+    likeness = min(max(likeness, sum(1 / len(trials) for trials in table) / n), 1.0)
     telling = min(sum(any(trials) for trials in table), sum(not all(trials) for trials in table))
     trials = n * (telling + 2) / (telling * likeness + 2)
     z2 = 1.959963984540054**2
@@ -138,6 +139,30 @@ def test_interval_of_the_mean_holds_the_truth(rate: float, correlation: float, n
     """
     tables = beta_binomial(np.random.default_rng(0), rate, correlation, num_prompts, num_depths=6, repeats=1500)
     assert 0.93 <= coverage(tables, 6, rate, mean_over_trials) <= (0.975 if correlation else 1.0)
+
+
+def test_independent_trials_of_unequal_number_know_less_than_their_sum() -> None:
+    """Ten prompts with 2 trials and ten with 8: a share has a variance of 1 / 2 and 1 / 8, .3125 on average, not .2."""
+    found = mean_over_trials([[True, False]] * 10 + [[True] * 4 + [False] * 4] * 10)
+    expected = wilson_share(0.5, 20, 20 * 22 / (20 * 0.3125 + 2))
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+
+
+UNEQUAL = [(0.3, 0.0, 80), (0.1, 0.7, 60)]
+
+
+@pytest.mark.parametrize(
+    ("case", "repeats"),
+    [(UNEQUAL[0], 300), *(pytest.param(case, 3000, marks=pytest.mark.slow) for case in [*UNEQUAL, *COVERAGE_CASES])],
+)
+def test_interval_of_prompts_with_unequal_numbers_of_depths_holds_the_truth(
+    case: tuple[float, float, int], repeats: int
+) -> None:
+    """As in an evaluation whose compliant answers reach from one depth to nine."""
+    rate, correlation, num_prompts = case
+    depths = np.resize([1, 1, 2, 5, 9], num_prompts)
+    tables = beta_binomial(np.random.default_rng(0), rate, correlation, num_prompts, num_depths=depths, repeats=repeats)
+    assert coverage(tables, depths, rate, mean_over_trials) >= (0.92 if repeats < 1000 else 0.93)
 
 
 def test_trials_taken_for_independent_cover_too_seldom() -> None:

@@ -12,7 +12,7 @@ import yaml
 
 from raycomplete.commands.report import report
 from raycomplete.evaluation.statistics import mean_over_runs
-from raycomplete.report.runs import aggregate_runs, run_tables, write_aggregate
+from raycomplete.report.runs import aggregate_runs, run_tables, shares_by_measure, write_aggregate
 from raycomplete.runtime.errors import ConfigError, DataError
 from raycomplete.runtime.files import write_json
 
@@ -32,11 +32,12 @@ def a_run(root: Path, seed: int, *, num_prompts: int = 40, **settings: Any) -> P
             {
                 "role": role,
                 "attacks": {
-                    name: {"n": num_prompts, "trials": 2 * num_prompts, "by_behaviour": prefill}
-                    for name in ("prefill", "rank_assisted_prefill")
+                    name: {"n": num_prompts, "trials": trials * num_prompts, "by_behaviour": prefill}
+                    for name, trials in (("prefill", 2), ("decoding", 2), ("rank_assisted_prefill", 1))
                 },
                 "by_prompt": {
                     **dict(zip(DEPTHS, by_depth, strict=True)),
+                    "rank_assisted_prefill, top-2": by_depth[0],
                     "utility": useful,
                     "over_refusal": {name: 1.0 - share for name, share in useful.items()},
                     "benign_refusal": {},
@@ -72,6 +73,20 @@ def test_rates_are_means_over_runs_with_their_spread(runs: list[Path]) -> None:
     assert "refusal (benign)" not in found["rates"], "no prompt was asked for it"
 
 
+def test_variants_and_the_worst_of_n_stand_beside_an_attack(runs: list[Path]) -> None:
+    """As in the organism's table of docs/results.md; a study takes means over attacks, and counts each attack once."""
+    found = aggregate_runs(runs)["rates"]
+    rates = {name: by_role["aligned"]["rate"] for name, by_role in found.items() if name[0] in "dr"}
+    assert rates == {
+        "decoding": pytest.approx(20 / 40),
+        "decoding, worst of n": pytest.approx(36 / 40),
+        "rank_assisted_prefill": pytest.approx(20 / 40),
+        "rank_assisted_prefill, top-2": pytest.approx(4 / 40),
+    }
+    result = json.loads((runs[0] / "evaluation" / "student.json").read_text())
+    assert not [name for name in shares_by_measure("", result, in_detail=False) if ", " in name.removeprefix("ASR, ")]
+
+
 def test_models_are_compared_run_by_run(runs: list[Path]) -> None:
     found = {item["measure"]: item for item in aggregate_runs(runs)["comparisons"]}
     deep = found["ASR, depth 4"]
@@ -88,6 +103,7 @@ def test_the_tables_fit_a_terminal(runs: list[Path]) -> None:
         "student, 3 runs (train.seed 0, 1, 2)",
         "student - aligned, points, same prompts",
     ]
+    assert [row[0] for row in tables[0][1]][4:8] == ["decoding", "- worst of n", "rank_assisted_prefill", "- top-2"]
     for _, rows in tables:
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         assert sum(widths) + 3 * len(widths) + 1 <= 80

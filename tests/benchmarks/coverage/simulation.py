@@ -11,10 +11,17 @@ from scipy.stats import norm
 from raycomplete.runtime.types import Rate
 
 Table = list[list[bool]]
+Depths = int | np.ndarray  # of every prompt, or of each
 
 
 def beta_binomial(
-    generator: np.random.Generator, rate: float, correlation: float, num_prompts: int, *, num_depths: int, repeats: int
+    generator: np.random.Generator,
+    rate: float,
+    correlation: float,
+    num_prompts: int,
+    *,
+    num_depths: Depths,
+    repeats: int,
 ) -> np.ndarray:
     """Draws successes of each prompt over its depths, [repeats, prompts]: beta-distributed difficulty, then a binomial.
 
@@ -29,7 +36,13 @@ def beta_binomial(
 
 
 def gaussian_copula(
-    generator: np.random.Generator, rate: float, correlation: float, num_prompts: int, *, num_depths: int, repeats: int
+    generator: np.random.Generator,
+    rate: float,
+    correlation: float,
+    num_prompts: int,
+    *,
+    num_depths: Depths,
+    repeats: int,
 ) -> np.ndarray:
     """Draws successes as `beta_binomial`, from normal difficulties; two depths have the same correlation."""
     if not correlation:
@@ -70,13 +83,13 @@ def seeds_and_prompts(
     return generator.binomial(num_depths, 1.0 / (1.0 + np.exp(-log_odds)))
 
 
-def coverage(successes: np.ndarray, num_depths: int, rate: float, interval: Callable[[Table], Rate]) -> float:
+def coverage(successes: np.ndarray, num_depths: Depths, rate: float, interval: Callable[[Table], Rate]) -> float:
     """Computes how often an interval of tables of trials, prompt by prompt, holds the true rate."""
-    rows: list[list[bool]] = [[depth < count for depth in range(num_depths)] for count in range(num_depths + 1)]
-    held = 0
+    held, depths = 0, np.broadcast_to(num_depths, successes.shape[1])
+    order = np.lexsort((successes, np.broadcast_to(depths, successes.shape)), axis=1)
     # The order of prompts tells nothing, so tables that agree but for it are asked once.
-    tables, times = np.unique(np.sort(successes, axis=1), axis=0, return_counts=True)
+    tables, times = np.unique(np.take_along_axis(successes, order, axis=1), axis=0, return_counts=True)
     for counts, number in zip(tables, times, strict=True):
-        found = interval([rows[count] for count in counts])
+        found = interval([[at < count for at in range(of)] for count, of in zip(counts, np.sort(depths), strict=True)])
         held += int(number) * (found.low <= rate <= found.high)
     return held / len(successes)
