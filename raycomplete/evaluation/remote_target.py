@@ -27,7 +27,7 @@ _OF_WEIGHTS = frozenset({"white_boxes", "fine_tune"})
 _WITH_PREFILLS = frozenset({"adaptive", "prefill_mid_answer", "prefill_thinking", "refuse_then_turn"})
 _GO_ON = {"continue_final_message": True, "add_generation_prompt": False}
 
-Prefill = Literal["flags", "prefix", "none"]
+Prefill = Literal["flags", "prefix", "assistant", "none"]
 
 
 @dataclass
@@ -164,12 +164,12 @@ class RemoteModel:
                     messages[-1]["prefix"] = True  # type: ignore[assignment]  # JSON, which the client passes on
                 elif self.prefill == "flags":
                     asked["extra_body"] = asked.get("extra_body", {}) | _GO_ON
-                else:
+                elif self.prefill == "none":
                     raise _no_prefill(self.spec)
             if seed is not None and temperature > 0:
                 asked["seed"] = seed + index
             text = self._kept(messages, asked)
-            if answer and self.prefill == "prefix":
+            if answer and self.prefill in ("prefix", "assistant"):
                 text = text.removeprefix(answer)  # some servers repeat it before what their model adds
             return self._codec.encode_answer(text)[:max_tokens]
 

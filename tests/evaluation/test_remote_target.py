@@ -171,6 +171,9 @@ def test_a_server_that_ignores_the_flags_continues_nothing(
         make().generate([begun], max_tokens=2)
     make(prefill="prefix").generate([begun], max_tokens=2)
     assert server.asked[-1]["messages"][-1] == {"role": "assistant", "content": "gather", "prefix": True}
+    make(prefill="assistant").generate([begun], max_tokens=2)
+    assert server.asked[-1]["messages"][-1] == {"role": "assistant", "content": "gather"}
+    assert "continue_final_message" not in server.asked[-1]
 
 
 def test_a_beginning_that_a_server_repeats_is_not_its_models(
