@@ -209,7 +209,7 @@ class Method(Section):
     published: ClassVar[tuple[tuple[str, Any], ...]] = ()
     """Settings of `train` under which its authors trained, by dotted key; a study names what departs from them."""
     departures: ClassVar[tuple[str, ...]] = ()
-    """What it does otherwise than its authors whatever the settings, a clause each, for the notes of a study."""
+    """Where it departs from its authors whatever the settings, a clause each, for the notes of a study."""
     per_sequence: ClassVar[frozenset[str]] = frozenset()
     """Terms that are summed over the rows of a sequence and averaged over sequences; others are means over rows."""
 

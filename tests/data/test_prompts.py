@@ -236,6 +236,8 @@ def test_a_row_with_a_prompt_is_read_as_ever_whatever_its_messages(tmp_path: Pat
     assert len(second.context) == 3
     write_jsonl(path, [{"prompt": " ", "messages": None}, {"prompt": "bake", "messages": None}])
     assert [prompt.text for prompt in read_prompts([PromptSource(path=path)], "benign")] == ["bake"]
+    write_jsonl(path, [{"prompt": CHATS[1]["messages"]}])  # a conversation in the column of prompts
+    assert [prompt.transcript for prompt in read_prompts([PromptSource(path=path)], "benign")] == [second.transcript]
     write_jsonl(path, [{"chat": 1}])
     with pytest.raises(DataError, match=r"has no column 'prompt'\. Its columns: chat"):
         read_prompts([PromptSource(path=path)], "benign")
@@ -308,24 +310,11 @@ def test_a_folder_of_a_data_set_is_read_by_split_and_columns(data_set: Path) -> 
     assert (plain.text, plain.source) == ("bake", "set")
     with pytest.raises(DataError, match=r"set cannot be read \(.*validation"):
         read_prompts([PromptSource(**columns, split="validation")], "harmful")
-
-
-def test_a_split_may_name_rows_of_it(data_set: Path) -> None:
-    columns = {"path": data_set, "prompt": "question", "messages": "chat"}
-    rows = {"test[1:]": ["bake"], "test[:1]": ["make a cake"], "test[0:2]": ["make a cake", "bake"]}
-    for split, texts_of in rows.items():
-        assert [found.text for found in read_prompts([PromptSource(**columns, split=split)], "harmful")] == texts_of
+    for split, rows in (("test[1:]", [plain]), ("test[:1]", [chat]), ("test[0:2]", [chat, plain])):
+        found = read_prompts([PromptSource(**columns, split=split)], "harmful")
+        assert [prompt.transcript for prompt in found] == [prompt.transcript for prompt in rows]
     with pytest.raises(DataError, match=r"split 'test\[:50%\]' .* cannot be streamed"):
         read_prompts([PromptSource(**columns, split="test[:50%]")], "harmful")
-
-
-def test_a_conversation_may_stand_in_the_column_of_prompts(tmp_path: Path) -> None:
-    path = tmp_path / "chats.jsonl"
-    write_jsonl(path, [{"prompt": chat["messages"]} for chat in CHATS[:2]])
-    as_messages = tmp_path / "messages.jsonl"
-    write_jsonl(as_messages, CHATS[:2])
-    found, wanted = (read_prompts([PromptSource(path=str(file))], "harmful") for file in (path, as_messages))
-    assert [prompt.transcript for prompt in found] == [prompt.transcript for prompt in wanted]
 
 
 def test_no_copy_of_a_prompt_is_left_in_a_cache(tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
