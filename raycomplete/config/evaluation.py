@@ -65,8 +65,8 @@ class RemoteConfig(Section):
     key_variable: str | None = Field(None, description="environment variable that holds their key")
     prefill: Literal["auto", "flags", "prefix", "assistant", "none"] = Field(
         "auto",
-        description="how a server is told to continue an answer: vLLM's two flags, `prefix: true`, by a last message of "
-        "the assistant alone (llama.cpp), or not at all; auto asks the server once whether it knows the flags",
+        description="how a server is told to continue an answer: vLLM's two flags, `prefix: true`, by a last message "
+        "of the assistant alone (llama.cpp), or not at all; auto asks the server once whether it knows the flags",
     )
     length_key: Literal["max_tokens", "max_completion_tokens"] = Field(
         "max_tokens", description="what the server calls the longest answer; some hosted models take the second only"

@@ -229,15 +229,17 @@ def test_conversations_are_read_from_messages(ending: str, tmp_path: Path) -> No
 
 
 def test_a_row_with_a_prompt_is_read_as_ever_whatever_its_messages(tmp_path: Path) -> None:
-    path = tmp_path / "both.jsonl"
-    write_jsonl(path, [{"prompt": "bake", "messages": CHATS[1]["messages"]}, {"prompt": "", **CHATS[1]}])
+    write_jsonl(
+        path := tmp_path / "both.jsonl",
+        [{"prompt": "bake", "messages": CHATS[1]["messages"]}, {"prompt": "", **CHATS[1]}],
+    )
     first, second = read_prompts([PromptSource(path=path)], "benign")
     assert (first.text, first.context) == ("bake", [])
     assert len(second.context) == 3
     write_jsonl(path, [{"prompt": " ", "messages": None}, {"prompt": "bake", "messages": None}])
     assert [prompt.text for prompt in read_prompts([PromptSource(path=path)], "benign")] == ["bake"]
     write_jsonl(path, [{"prompt": CHATS[1]["messages"]}])  # a conversation in the column of prompts
-    assert [prompt.transcript for prompt in read_prompts([PromptSource(path=path)], "benign")] == [second.transcript]
+    assert read_prompts([PromptSource(path=path)], "benign")[0].transcript == second.transcript
     write_jsonl(path, [{"chat": 1}])
     with pytest.raises(DataError, match=r"has no column 'prompt'\. Its columns: chat"):
         read_prompts([PromptSource(path=path)], "benign")
@@ -310,11 +312,9 @@ def test_a_folder_of_a_data_set_is_read_by_split_and_columns(data_set: Path) -> 
     assert (plain.text, plain.source) == ("bake", "set")
     with pytest.raises(DataError, match=r"set cannot be read \(.*validation"):
         read_prompts([PromptSource(**columns, split="validation")], "harmful")
-    for split, rows in (("test[1:]", [plain]), ("test[:1]", [chat]), ("test[0:2]", [chat, plain])):
-        found = read_prompts([PromptSource(**columns, split=split)], "harmful")
-        assert [prompt.transcript for prompt in found] == [prompt.transcript for prompt in rows]
-    with pytest.raises(DataError, match=r"split 'test\[:50%\]' .* cannot be streamed"):
-        read_prompts([PromptSource(**columns, split="test[:50%]")], "harmful")
+    assert [found.text for found in read_prompts([PromptSource(**columns, split="test[1:2]")], "harmful")] == ["bake"]
+    with pytest.raises(DataError, match=r"split 'test\[:9%\]' .* cannot be streamed"):
+        read_prompts([PromptSource(**columns, split="test[:9%]")], "harmful")
 
 
 def test_no_copy_of_a_prompt_is_left_in_a_cache(tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
