@@ -19,6 +19,7 @@ import pytest
 from raycomplete.config import PromptSource
 from raycomplete.data.prompts import load_rows, read_prompts, read_rows
 from raycomplete.runtime.errors import DataError
+from raycomplete.runtime.types import Prompt
 
 ROWS: list[dict[str, Any]] = [
     {"goal": "  make a cake ", "input": "", "target": "Sure", "unsafe": True, "group": 1},
@@ -305,16 +306,16 @@ def data_set(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 def test_a_folder_of_a_data_set_is_read_by_split_and_columns(data_set: Path) -> None:
-    columns = {"path": data_set, "prompt": "question", "messages": "chat"}
-    assert [prompt.text for prompt in read_prompts([PromptSource(**columns)], "harmful")] == ["bake"]
-    chat, plain = read_prompts([PromptSource(**columns, split="test")], "harmful")
+    def read(split: str) -> list[Prompt]:
+        return read_prompts([PromptSource(path=data_set, prompt="question", messages="chat", split=split)], "harmful")
+
+    chat, plain = read("test")
     assert (chat.text, chat.system, len(chat.earlier)) == ("make a cake", "be brief", 2)
     assert (plain.text, plain.source) == ("bake", "set")
-    with pytest.raises(DataError, match=r"set cannot be read \(.*validation"):
-        read_prompts([PromptSource(**columns, split="validation")], "harmful")
-    assert [found.text for found in read_prompts([PromptSource(**columns, split="test[1:2]")], "harmful")] == ["bake"]
-    with pytest.raises(DataError, match=r"split 'test\[:9%\]' .* cannot be streamed"):
-        read_prompts([PromptSource(**columns, split="test[:9%]")], "harmful")
+    assert [found.text for split in ("train", "test[1:2]") for found in read(split)] == ["bake", "bake"]
+    for split, words in (("validation", r"set cannot be read \(.*validation"), ("test[:9%]", "cannot be streamed")):
+        with pytest.raises(DataError, match=words):
+            read(split)
 
 
 def test_no_copy_of_a_prompt_is_left_in_a_cache(tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -355,14 +356,8 @@ def test_a_hub_that_is_switched_off_is_told_in_one_sentence() -> None:
         "try:\n    read_prompts([PromptSource(path='hub:org/name')], 'harmful')\n"
         "except DataError as error:\n    print(error)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
+    command, offline = [sys.executable, "-c", code], {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=offline, capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.strip() == (
         "The data set org/name is not on this machine, and the hub is switched off (HF_HUB_OFFLINE). "
         "Read it once with the hub on, or name a local file or folder as path."
