@@ -211,7 +211,7 @@ def prepare_prompts(config: RunConfig, codec: ChatCodec, *, training: bool = Tru
         for prompt in train["harmful"]:
             _check_length(config, codec, prompt, config.rollout.safety_prompt, longest)
     read = _hub_revisions(config, config.data.evaluation, *([config.data.train] if training else []))
-    return Prompts(train, held_out, (*notes, *_told(read)), read)
+    return Prompts(train, held_out, (*notes, *_revision_notes(read)), read)
 
 
 def prepare_alignment_prompts(config: RunConfig) -> Prompts:
@@ -227,7 +227,7 @@ def prepare_alignment_prompts(config: RunConfig) -> Prompts:
         raise DataError(f"{where} holds no prompt that is far enough from the evaluation.", "Use other files.")
     _check_disjoint(train, _held_out_sets(config), where)
     read = _hub_revisions(config, sets)
-    return Prompts(train, {}, (*notes, *_told(read)), read)
+    return Prompts(train, {}, (*notes, *_revision_notes(read)), read)
 
 
 def _hub_revisions(config: RunConfig, *sets: PromptSets) -> dict[str, str]:
@@ -237,7 +237,7 @@ def _hub_revisions(config: RunConfig, *sets: PromptSets) -> dict[str, str]:
     return {path: commit for path, commit in commits.items() if commit}
 
 
-def _told(revisions: Mapping[str, str]) -> list[str]:
+def _revision_notes(revisions: Mapping[str, str]) -> list[str]:
     return [f"{path} is read at revision {commit}" for path, commit in revisions.items()]
 
 

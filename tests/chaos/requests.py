@@ -57,7 +57,7 @@ class Tally:
         most = max(map(len, self.mib.values()), default=0)
         for replica, mib in self.mib.items():
             thirds = len(mib) // 3
-            if len(mib) < most or not thirds:  # it was started or ended meanwhile
+            if 2 * len(mib) < most or not thirds:  # it was started late, and still fills
                 continue
             before, after = sum(mib[-2 * thirds : -thirds]) / thirds, sum(mib[-thirds:]) / thirds
             if after > before * (1 + _GROWTH):
