@@ -161,6 +161,7 @@ class Console:
         """Prints a table whose first row holds the headings."""
         widths = column_widths(rows, self.rich.width)
         if sum(widths) + 3 * len(widths) + 1 > self.rich.width:  # not even its longest words fit side by side
+            self.rich.print(title, highlight=False, markup=False)
             for row in rows[1:]:
                 self.panel(list(zip(rows[0], row, strict=True)))
             return

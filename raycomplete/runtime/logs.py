@@ -127,8 +127,8 @@ def set_step(step: int) -> None:
 
 
 def conceal(secret: str) -> None:
-    """Keeps a value out of every later line, whatever its variable is called."""
-    if secret:
+    """Keeps a value out of every later line, whatever its variable is called; a few letters would hide half a line."""
+    if len(secret) >= 4:
         _concealed.add(secret)
 
 

@@ -128,6 +128,7 @@ def test_a_table_whose_words_do_not_fit_side_by_side_becomes_lines() -> None:
     console_to(shown).table("Wide", [headings, ["rank_assisted_prefill", *["100.0"] * 5]])
     lines = shown.getvalue().splitlines()
     assert max(map(len, lines)) <= 80
+    assert lines[0] == "Wide"
     assert all(any(heading in line for line in lines) for heading in headings)
 
 
