@@ -23,7 +23,7 @@ _ROUNDS = 10
 
 
 class CrescendoConfig(RewritingConfig):
-    """A local model leads the target there turn by turn (Crescendo, Russinovich et al., arXiv 2404.01833)."""
+    """Another model leads the target there turn by turn (Crescendo, Russinovich et al., arXiv 2404.01833)."""
 
     standard: ClassVar[Mapping[str, Any]] = {**RewritingConfig.standard, "turns": _ROUNDS, "backtracks": _ROUNDS}
 

@@ -1,4 +1,4 @@
-"""Rewriting with feedback (PAIR, Chao et al., arXiv 2310.08419): a local model rewrites the prompt, sees what came of
+"""Rewriting with feedback (PAIR, Chao et al., arXiv 2310.08419): another model rewrites the prompt, sees what came of
 it and tries again. The instruction is ours, and the feedback is the judge's outcome.
 """
 
@@ -21,7 +21,7 @@ _SIDE_BY_SIDE = 1024  # attempts that are under way at once; those of an interru
 
 
 class PairConfig(RewritingConfig):
-    """A local model rewrites the prompt with the judge's verdict in view (PAIR, Chao et al., arXiv 2310.08419)."""
+    """Another model rewrites the prompt with the judge's verdict in view (PAIR, Chao et al., arXiv 2310.08419)."""
 
     standard: ClassVar[Mapping[str, Any]] = {**RewritingConfig.standard, "streams": 30, "rounds": 3}
 

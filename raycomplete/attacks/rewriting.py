@@ -24,7 +24,9 @@ class RewritingConfig(AttackConfig):
 
     standard: ClassVar[Mapping[str, Any]] = {"max_tokens": 200}
 
-    attacker: str | None = Field(None, description="checkpoint of the rewriting model; base when absent")
+    attacker: str | None = Field(
+        None, description="checkpoint of the rewriting model, or openai:ADDRESS#NAME; base when absent"
+    )
     streams: int = Field(1, ge=1, le=100, description="independent attempts at each behaviour")
     max_tokens: int = Field(200, ge=1, description="length of what it writes at a time")
     temperature: float = Field(1.0, ge=0, description="its sampling temperature")

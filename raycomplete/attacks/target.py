@@ -104,13 +104,23 @@ def judge_all(judge: Judge, triples: Sequence[Triple]) -> list[Outcome]:
     return [judge.outcome(*triple) for triple in triples]
 
 
+class AttackerCodec(Protocol):
+    """Turns an attacker's request into token ids, and what it writes back; each of our codecs is one."""
+
+    def encode_prompt(self, text: str, system: str | None = None) -> list[int]:
+        """Encodes a user message up to the point where the response starts."""
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Decodes response tokens."""
+
+
 @dataclass(frozen=True)
 class Attacker:
-    """A local model that rewrites prompts."""
+    """A model that rewrites prompts."""
 
-    attacker_id: str  # fingerprint of its weights
+    attacker_id: str  # fingerprint of its weights, or a name made of its address
     generator: Generator
-    codec: Codec
+    codec: AttackerCodec
     max_length: int  # longest sequence that it reads, new tokens included
 
 

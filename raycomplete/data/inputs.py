@@ -117,7 +117,7 @@ def prepare_models(
     if not remote:
         refuse_remote(settings)
     specs = {"base": settings.base, "aligned": settings.aligned, "student": settings.student or settings.aligned}
-    behind = {role: RemoteSpec.parse(specs[role], role=role) for role in roles if is_remote(specs[role])}
+    behind = {role: RemoteSpec.parse(specs[role], setting=f"models.{role}") for role in roles if is_remote(specs[role])}
     if behind and settings.thinks:
         raise ConfigError(
             "models.template_arguments sets enable_thinking, and models behind an address think as their server says.",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -39,8 +40,11 @@ class RemoteSpec:
         return f"remote-{digest}"
 
     @classmethod
-    def parse(cls, spec: str, *, role: str) -> RemoteSpec:
+    def parse(cls, spec: str, *, setting: str) -> RemoteSpec:
         """Reads `openai:ADDRESS#NAME`.
+
+        Args:
+            setting: Key of the run file, for messages.
 
         Raises:
             ConfigError: It is none, or holds a key.
@@ -52,12 +56,10 @@ class RemoteSpec:
         except ValueError:  # brackets that do not close, a port that is none
             parts, is_port = urlsplit(""), False
         if not is_port or parts.scheme not in ("http", "https") or not parts.hostname or not model:
-            raise ConfigError(
-                f"models.{role} names no model behind an address.", "Write openai:http://HOST:PORT/v1#NAME."
-            )
+            raise ConfigError(f"{setting} names no model behind an address.", "Write openai:http://HOST:PORT/v1#NAME.")
         if parts.username or parts.password or parts.query:
             raise ConfigError(
-                f"models.{role} must hold no key.", "Name the environment variable in evaluation.remote.key_variable."
+                f"{setting} must hold no key.", "Name the environment variable in evaluation.remote.key_variable."
             )
         return cls(address.rstrip("/"), model)
 
@@ -108,6 +110,35 @@ class RememberingCodec(ChatCodec):
             "An attack asks in token ids, and models behind an address read messages.",
             "Leave it out, or name a checkpoint as the target.",
         )
+
+
+class TextCodec:
+    """A codec to which every text is one token, for a model behind an address that writes and that nothing scores.
+
+    No local tokenizer is asked: its vocabulary may lack the words, and its tokens are not that model's anyway.
+    """
+
+    def __init__(self) -> None:
+        self._texts: list[str] = []
+        self._lock = Lock()  # answers come side by side
+
+    def encode_prompt(self, text: str, system: str | None = None) -> list[int]:
+        """Keeps a user message."""
+        return self.encode_answer(text if system is None else f"{system}\n\n{text}")
+
+    def encode_answer(self, text: str) -> list[int]:
+        """Keeps an answer."""
+        with self._lock:
+            self._texts.append(text)
+            return [len(self._texts) - 1]
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Gives texts back."""
+        return "".join(self._texts[token] for token in token_ids)
+
+    def messages(self, sequence: Sequence[int]) -> tuple[Messages, str]:
+        """Returns the user message of a sequence, and "" for an answer that was not begun."""
+        return [{"role": "user", "content": self.decode(sequence)}], ""
 
 
 def _stripped(messages: Messages) -> list[tuple[str, str]]:

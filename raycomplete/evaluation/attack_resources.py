@@ -27,12 +27,14 @@ from raycomplete.data.checkpoints import check_token_classifier, fingerprint
 from raycomplete.data.heads import read_head_spec
 from raycomplete.data.organisms import ORGANISMS
 from raycomplete.data.prompts import read_rows
+from raycomplete.data.remote import RemoteSpec, TextCodec, is_remote
 from raycomplete.data.samples import AnchorSample, SampleSet, write_samples
 from raycomplete.data.sources import resolve_checkpoint
 from raycomplete.engines.run import Run
 from raycomplete.evaluation.model_actors import HelperClient, HelperWorker, WhiteBoxClient, WhiteBoxWorker, start_actor
 from raycomplete.evaluation.model_judges import start_model
 from raycomplete.evaluation.refusals import find_refusal
+from raycomplete.evaluation.remote_target import RemoteModel, usage_line
 from raycomplete.methods.sft import SFT
 from raycomplete.runtime.errors import ConfigError, DataError, StoppedError
 from raycomplete.runtime.files import content_hash
@@ -44,13 +46,14 @@ from raycomplete.training.trainer import fit
 _ORGANISM_CHATS = {"harmful": 100, "identity_shift": 10}
 
 Chat = tuple[str | None, str, str]  # system, user, assistant
+_NO_LIMIT = 2**31  # tokens: how long a context is, a server behind an address says by refusing
 
 
 def extra_engines(config: RunConfig) -> int:
     """Counts the engines and models that attacks, judge and defence of a run hold besides the generator."""
     attacks = _attacks(config)
     needs = {need for attack in attacks for need in attack.needs}
-    brought = {item for attack in attacks for item in attack.checkpoints.items()}
+    brought = {item for attack in attacks for item in attack.checkpoints.items() if not is_remote(item[1])}
     white_boxes = config.evaluation.white_boxes if "white_boxes" in needs else 0
     others = (config.evaluation.judge.kind == "model") + (config.evaluation.prefill_from != "base")
     defence = config.evaluation.defence
@@ -83,6 +86,9 @@ def check_attacks(config: RunConfig) -> None:
             for dataset in attack.config.datasets:
                 read_chats(config, attack.config, dataset)
         for setting, checkpoint in attack.checkpoints.items():
+            if setting == "attacker" and is_remote(checkpoint):
+                RemoteModel(_behind(checkpoint), config.evaluation.remote, TextCodec())  # its key is read
+                continue
             path = resolve_checkpoint(checkpoint, role=setting)
             if setting == "helper":
                 check_token_classifier(path)
@@ -158,11 +164,25 @@ class AttackResources:
                 path = run.models.paths["base"]
                 generator = run.engines.generator.with_weights(str(path))
                 attacker = Attacker(fingerprint(path), generator, run.models.codec.with_thinking(False), max_length)
+            elif is_remote(checkpoint):
+                attacker = self._behind_address(_behind(checkpoint))
             else:
                 started = start_model(run.config, checkpoint, "attacker", "rewriting model", run.console)
                 attacker = Attacker(*self._ended.enter_context(started), max_length)
             self._attackers[checkpoint] = attacker
         return self._attackers[checkpoint]
+
+    def _behind_address(self, spec: RemoteSpec) -> Attacker:
+        run, codec = self._run, TextCodec()
+        settings = run.config.evaluation.remote
+        model = RemoteModel(spec, settings, codec)
+        model.keep_in(run.folder / "evaluation" / "remote" / f"{spec.model_id}.jsonl")
+        self._ended.callback(lambda: run.console.note(usage_line("The attacker", model.usage.to_json(settings))))
+        return Attacker(spec.model_id, model, codec, _NO_LIMIT)
+
+
+def _behind(checkpoint: str) -> RemoteSpec:
+    return RemoteSpec.parse(checkpoint, setting="evaluation.attacks.attacker")
 
 
 def _refuses(text: str) -> bool:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from raycomplete.attacks.attack import Attack
 from raycomplete.attacks.registry import build_attack
 from raycomplete.config import RemoteConfig, RunConfig
-from raycomplete.data.remote import Messages, RememberingCodec, RemoteSpec
+from raycomplete.data.remote import Messages, RememberingCodec, RemoteSpec, TextCodec
 from raycomplete.evaluation.endpoint_judge import read_key
 from raycomplete.runtime.errors import ConfigError, SetupError, WorkError
 from raycomplete.runtime.files import PRIVATE, RowStore, content_hash
@@ -79,7 +79,7 @@ class RemoteModel:
         SetupError: The environment variable of the key is not set, or holds what is no key.
     """
 
-    def __init__(self, spec: RemoteSpec, settings: RemoteConfig, codec: RememberingCodec) -> None:
+    def __init__(self, spec: RemoteSpec, settings: RemoteConfig, codec: RememberingCodec | TextCodec) -> None:
         self.spec, self.usage = spec, RemoteUsage()
         self._settings, self._codec = settings, codec
         of, setting = "the models behind an address", "evaluation.remote.key_variable"
@@ -229,7 +229,7 @@ class RemoteModel:
             if status in (408, 409, 429) or status >= 500:
                 words = f"{where} was busy or failed in {settings.retries + 1} attempts (last: status {status})."
                 raise WorkError(words, f"Lower evaluation.remote.parallel or requests_per_minute. {again}") from error
-            remedy = "Check address, name and context length in models and evaluation."
+            remedy = "Check address, name and context length in models and evaluation, and the attacker of its attacks."
             if status in (401, 403):
                 remedy = "Check the key in the environment variable that evaluation.remote.key_variable names."
             raise SetupError(f"{where} refuses the request (status {status}).", remedy) from error
@@ -302,7 +302,7 @@ def open_remote(config: RunConfig, remote: Mapping[ModelRole, RemoteSpec], codec
     if "base" in remote and (bare := [a.name for a in attacks if "attacker" in a.needs and not a.checkpoints]):
         raise ConfigError(
             f"The attack {bare[0]} rewrites prompts by models.base, which is behind an address.",
-            "Name a checkpoint under its attacker.",
+            "Name a checkpoint or another address under its attacker.",
         )
     begun = [str(depth) for depth in config.evaluation.depths if depth > 0]
     begun += [attack.name for attack in attacks if attack.name in _WITH_PREFILLS]

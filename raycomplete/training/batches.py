@@ -93,11 +93,13 @@ class BatchBuilder:
         scale: World size times micro-batches of a step; undoes the averaging of DeepSpeed, so that the loss is the
             exact mean over all rows of the step.
         packed: Whether sequences share rows; false for models that cannot keep them apart.
+        hidden_size: Of the student; decides how wide rows may be.
     """
 
     loss: LossSettings
     scale: float
     packed: bool = True
+    hidden_size: int = 1
 
     @cached_property
     def reads(self) -> dict[str, tuple[str, ...]]:
@@ -120,9 +122,10 @@ class BatchBuilder:
             loss_weights: Factor on the row weights of each term; 1 where absent.
         """
         lengths = [len(sequence) for sequence in sequences]
-        longest = max(lengths)
-        places = pack(lengths) if self.packed else [(row, 0) for row in range(len(sequences))]
-        shape = (1 + max(row for row, _ in places), longest)
+        places, width = [(row, 0) for row in range(len(sequences))], max(lengths)
+        if self.packed:
+            places, width = pack(lengths, self.hidden_size)
+        shape = (1 + max(row for row, _ in places), width)
         input_ids_BT = torch.zeros(shape, dtype=torch.long)
         position_ids_BT = torch.zeros(shape, dtype=torch.long)
         # One entry a span. Token t is predicted at t - 1.
@@ -138,7 +141,7 @@ class BatchBuilder:
             input_ids_BT[row, columns] = token_ids[:-1]
             position_ids_BT[row, columns] = torch.arange(lengths[index])
             for span, found in self._spans(sequence, scores):
-                rows.append(row * longest + column + torch.arange(span.start - 1, span.start - 1 + span.count))
+                rows.append(row * width + column + torch.arange(span.start - 1, span.start - 1 + span.count))
                 following = token_ids[span.start :] if span.token_ids is None else torch.tensor(span.token_ids)
                 tokens.append(following[: span.count])
                 terms.append(torch.full((span.count,), self.loss.names.index(span.term)))

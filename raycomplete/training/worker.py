@@ -101,8 +101,8 @@ class Worker:
         self.bad_steps = BadSteps(job.folder, train.max_bad_steps)
         self.stop = False
         self.lm, self.engine = self._start_engine()
-        if not keeps_sequences_apart(self.engine, self.samples.anchor[0], job.dtype):
-            self.builder = replace(self.builder, packed=False)
+        packed = keeps_sequences_apart(self.engine, self.samples.anchor[0], job.dtype)
+        self.builder = replace(self.builder, packed=packed, hidden_size=self.lm.config.get_text_config().hidden_size)
         self.source = self._make_source()
         self.validator = self._make_validator()
         self.recorded_best = 0  # step of the best one that the newest checkpoint knows of

@@ -7,20 +7,27 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from raycomplete.attacks.registry import build_attack
+from raycomplete.attacks.trial import Decoding, Trial
 from raycomplete.commands.diagnose import diagnose
 from raycomplete.commands.evaluate import evaluate
 from raycomplete.config import RemoteConfig, RunConfig, parse
 from raycomplete.data.chat import ChatCodec
-from raycomplete.data.inputs import prepare_models
+from raycomplete.data.inputs import prepare_models, prepare_prompts
 from raycomplete.data.remote import RememberingCodec, RemoteSpec
 from raycomplete.data.sources import resolve_checkpoint
+from raycomplete.engines.cluster import Cluster
+from raycomplete.engines.run import Run
+from raycomplete.evaluation.attack_resources import AttackResources, check_attacks, extra_engines
 from raycomplete.evaluation.remote_target import RemoteModel, open_remote, usage_line
+from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import ConfigError, DataError, RefusedError, SetupError, WorkError
 from raycomplete.runtime.logs import hide_secrets
 from raycomplete.runtime.types import Prompt
@@ -318,8 +325,40 @@ def test_a_server_is_told_the_length_by_the_name_that_it_takes(
 )
 def test_wrong_addresses_are_refused(spec: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words) as caught:
-        RemoteSpec.parse(spec, role="student")
+        RemoteSpec.parse(spec, setting="models.student")
     assert "secret" not in str(caught.value)
+
+
+def test_an_attacker_behind_an_address_writes_words_that_no_local_tokenizer_knows(
+    server: Chats, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = f"openai:{server.spec.address}#them"
+    writing: dict[str, Any] = {"name": "pair", "attacker": address, "instruction": "{goal} Größe"}
+    asking = config_of(server, tmp_path, remote={"key_variable": "A_KEY", "parallel": 8}, attacks=[writing])
+    with pytest.raises(SetupError, match="A_KEY holds no key"):
+        check_attacks(asking)
+    monkeypatch.setenv("A_KEY", KEY)
+    check_attacks(asking)
+    with pytest.raises(ConfigError, match=r"evaluation\.attacks\.attacker names no model"):
+        check_attacks(config_of(server, tmp_path, attacks=[writing | {"attacker": "openai:them"}]))
+    assert extra_engines(asking) == 0, "it takes no place on this machine"
+
+    models = prepare_models(asking, remote=True)
+    prompts = prepare_prompts(asking, models.codec)
+    run = Run(asking, tmp_path, models, prompts, Console(quiet=True), Cluster(use_gpu=False))
+    attack: Any = build_attack(asking.evaluation.attacks[-1])
+    goals = [f"«what» {number}" for number in range(40)]
+    asked = [Prompt(goal, goal, "harmful") for goal in goals]
+    trials = [Trial("pair", "pair", prompt, (), Decoding(8), position=place) for place, prompt in enumerate(asked)]
+    for _ in range(2):
+        with ExitStack() as ended:
+            attacker = AttackResources(run, ended).tools(None).attacker(address)  # type: ignore[misc]
+            requests = [attack.request(attacker, iter([{"goal": goal}])) for goal in goals]
+            assert attack.written(attacker, trials, requests, 0) == [f"Größe {number} «what»" for number in range(40)]
+    assert len(server.asked) == 40, "what it wrote is kept"
+    assert len({body["seed"] for body in server.asked}) == 40
+    assert {body["max_tokens"] for body in server.asked} == {200}
+    assert set(server.keys) == {f"Bearer {KEY}"}
 
 
 def test_what_needs_weights_is_refused_before_anything_starts(server: Chats, tmp_path: Path) -> None:

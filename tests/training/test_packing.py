@@ -8,31 +8,40 @@ from hypothesis import strategies as st
 from raycomplete.training.packing import deal, pack
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=40)
+HIDDEN_SIZES = st.sampled_from([1, 8, 64, 4096])
 
 
-@given(LENGTHS)
-def test_sequences_neither_overlap_nor_leave_their_row(lengths: list[int]) -> None:
-    width, taken = max(lengths), set()
-    for (row, column), length in zip(pack(lengths), lengths, strict=True):
-        assert column + length <= width
+@given(LENGTHS, HIDDEN_SIZES)
+def test_sequences_neither_overlap_nor_leave_their_row(lengths: list[int], hidden_size: int) -> None:
+    places, width = pack(lengths, hidden_size)
+    taken: set[tuple[int, int]] = set()
+    for (row, column), length in zip(places, lengths, strict=True):
         cells = {(row, column + offset) for offset in range(length)}
         assert not cells & taken
         taken |= cells
-    rows = {row for row, _ in taken}
-    assert rows == set(range(len(rows)))
+    assert {row for row, _ in taken} == set(range(1 + max(row for row, _ in taken)))
+    assert max(column for _, column in taken) == width - 1 < 2 * max(lengths)
 
 
-@given(LENGTHS)
-def test_no_two_rows_would_fit_into_one(lengths: list[int]) -> None:
+@given(LENGTHS, HIDDEN_SIZES)
+def test_no_two_rows_would_fit_into_one(lengths: list[int], hidden_size: int) -> None:
     filled: dict[int, int] = {}
-    for (row, _), length in zip(pack(lengths), lengths, strict=True):
+    places, width = pack(lengths, hidden_size)
+    for (row, _), length in zip(places, lengths, strict=True):
         filled[row] = filled.get(row, 0) + length
     lowest = sorted(filled.values())[:2]
-    assert len(lowest) < 2 or sum(lowest) > max(lengths)
+    assert len(lowest) < 2 or sum(lowest) > width
+
+
+def test_rows_are_as_wide_as_pays() -> None:
+    # Two rows of 11 tokens; as wide as the longest sequence only, 7 and 4 would not fit into one.
+    assert pack([10, 7, 4], 1000) == ([(0, 0), (1, 0), (1, 7)], 11)
+    # Attention over 12 tokens costs as much as the rest of a layer at a hidden size of 2: still two rows, not one.
+    assert pack([10, 10], 2) == ([(0, 0), (1, 0)], 10)
 
 
 def test_nothing_packs_into_nothing() -> None:
-    assert pack([]) == []
+    assert pack([], 8) == ([], 0)
 
 
 @given(st.lists(st.integers(1, 60), min_size=8, max_size=40), st.integers(1, 8))

@@ -84,8 +84,8 @@ class LocalTeacher:
     def _read(self, rows: Sequence[tuple[tuple[int, ...], int]]) -> list[torch.Tensor]:
         """Final hidden states that predict each answer; sequences stand side by side, as in training."""
         lengths = [len(tokens) - 1 for tokens, _ in rows]
-        places = pack(lengths)
-        shape = (1 + max(row for row, _ in places), max(lengths))
+        places, width = pack(lengths, self._model.config.hidden_size)
+        shape = (1 + max(row for row, _ in places), width)
         input_ids_BT, position_ids_BT = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
         for (tokens, _), length, (row, column) in zip(rows, lengths, places, strict=True):
             input_ids_BT[row, column : column + length] = torch.tensor(tokens[:-1])
