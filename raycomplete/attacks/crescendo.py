@@ -16,14 +16,14 @@ from raycomplete.attacks.attack import continued, grouped
 from raycomplete.attacks.registry import register
 from raycomplete.attacks.rewriting import RewritingAttack, RewritingConfig
 from raycomplete.attacks.target import Target
-from raycomplete.attacks.trial import CUT_BY_CONTEXT, FIRST_COMPLIED, Emit, Response, Trial
+from raycomplete.attacks.trial import CUT_BY_CONTEXT, FIRST_COMPLIED, UNUSED_WORDINGS, Emit, Response, Trial
 from raycomplete.runtime.types import Outcome, Prompt, transcript
 
 _ROUNDS = 10
 
 
 class CrescendoConfig(RewritingConfig):
-    """Another model leads the target there turn by turn (Crescendo, Russinovich et al., arXiv 2404.01833)."""
+    """Another model leads the target to harm turn by turn (Crescendo, Russinovich et al., arXiv 2404.01833)."""
 
     standard: ClassVar[Mapping[str, Any]] = {**RewritingConfig.standard, "turns": _ROUNDS, "backtracks": _ROUNDS}
 
@@ -48,6 +48,7 @@ class _Conversation:
     outcomes: list[Outcome] = field(default_factory=list)  # of every answer
     response: Response | None = None
     cut: bool = False
+    unused: int = 0  # messages that could not be asked
 
     @property
     def has_complied(self) -> bool:
@@ -80,6 +81,7 @@ class _Conversation:
             "backtracks": self.backtracks,
             FIRST_COMPLIED: float(self.outcomes[0].is_compliance),
             CUT_BY_CONTEXT: float(self.cut),
+            UNUSED_WORDINGS: self.unused,
         }
         return replace(self.response, stats=stats, conversation=tuple(self.said))
 
@@ -124,7 +126,12 @@ class CrescendoAttack(RewritingAttack[CrescendoConfig]):
             for number in range(self.config.turns + self.config.backtracks):  # each round spends one of them
                 if going := [conversation for conversation in held if self._is_open(conversation)]:
                     target.stop_if_cancelled()
-                    requests = [self.request(attacker, conversation.slots(self.config.turns)) for conversation in held]
+                    requests = [
+                        self.request(attacker, conversation.slots(self.config.turns))
+                        if self._is_open(conversation) or not attacker.is_remote
+                        else []
+                        for conversation in held
+                    ]
                     self._ask(target, held, self.written(attacker, stream, requests, number))
                     if over := [conversation for conversation in going if not self._is_open(conversation)]:
                         emit([(conversation.trial, conversation.finished()) for conversation in over])
@@ -145,6 +152,7 @@ class CrescendoAttack(RewritingAttack[CrescendoConfig]):
                 asked.append((conversation, text, replace(trial, sequence=tuple(ids))))
                 continue
             conversation.cut = conversation.cut or not fits
+            conversation.unused += 1
             if conversation.outcomes:
                 self._take_back(conversation)
             else:  # every conversation gets an answer: the behaviour itself, whose length was checked

@@ -95,7 +95,7 @@ class RewritingAttack(Attack[RewritingT], Generic[RewritingT]):
         """Returns what the attacker writes for each trial in round `number`.
 
         All trials of a stream are written for in every round, those that are over too: a call without them would give
-        the others other seeds.
+        the others other seeds. An attacker behind an address, which may be paid by the word, skips empty requests.
         """
         waiting, written = iter(requests), []
         for run in runs(trials):

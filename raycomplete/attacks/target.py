@@ -122,6 +122,7 @@ class Attacker:
     generator: Generator
     codec: AttackerCodec
     max_length: int  # longest sequence that it reads, new tokens included
+    is_remote: bool = False  # behind an address, where an empty request is not sent
 
 
 @dataclass(frozen=True)

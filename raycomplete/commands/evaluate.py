@@ -12,7 +12,7 @@ from raycomplete.commands.stored import stored
 from raycomplete.config import RunConfig
 from raycomplete.data.inputs import prepare_models, prepare_prompts
 from raycomplete.engines.cluster import ResourcePlan, plan_run
-from raycomplete.engines.run import OutputFolder, open_run
+from raycomplete.engines.run import OutputFolder, Run, open_run
 from raycomplete.evaluation.attack_resources import check_attacks, extra_engines, training_workers
 from raycomplete.evaluation.benign_nll import measure_benign_nll
 from raycomplete.evaluation.defences.start import check_defence, needs_training_prompts
@@ -100,9 +100,8 @@ def evaluate(
             undefended = [role for role in roles if role != "student" or config.evaluation.defence is None]
             nll = measure_benign_nll(run, undefended)  # of given answers, which no decoder changes
         for role, model in remote.items():
-            results.get(role, {})["remote"] = usage = model.usage.to_json(config.evaluation.remote)
-            console.note(usage_line(role, usage))
-    summary = write_summary(config, run.folder, results, nll, time.perf_counter() - started)
+            run.asked[role] = model.usage.to_json(config.evaluation.remote)
+    summary = write_summary(run, results, nll, time.perf_counter() - started)
     print_result(summary, run.folder, console)
     return run.folder
 
@@ -113,20 +112,20 @@ def resources(config: RunConfig) -> ResourcePlan:
 
 
 def write_summary(
-    config: RunConfig,
-    folder: Path,
-    results: Mapping[str, Mapping[str, Any]],
-    nll: Mapping[str, Any],
-    seconds: float,
+    run: Run, results: Mapping[str, Mapping[str, Any]], nll: Mapping[str, Any], seconds: float
 ) -> dict[str, Any]:
     """Writes summary.json, report.html and the student's model card; `nll` is the result of `measure_benign_nll`."""
+    config, folder = run.config, run.folder
+    for name, usage in run.asked.items():
+        if usage["requests"]:
+            run.console.note(usage_line(name, usage))
     prefills = read_json(folder / "evaluation" / "prefills.json") or {}
     summary = {
         "name": config.output.name,
         **summarize(results),
         "benign_nll": dict(nll),
         "prefills": prefills.get("outcomes"),
-        "remote": {role: found["remote"] for role, found in results.items() if "remote" in found},
+        "remote": dict(run.asked),
         "evaluation": config.evaluation.model_dump(mode="json"),
         "train": read_json(folder / "training.json") or {},
         "seconds": seconds,

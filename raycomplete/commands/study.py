@@ -55,7 +55,7 @@ _POLL_S = 0.2
 _STOP_S = 20.0  # a run that is asked to stop gets its own seconds for a step and a checkpoint, and leaves
 _LIBC = ctypes.CDLL(None)  # loaded before any fork
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
-_SHARED_PARTS = ("trials", "judgements", "benign_nll")
+_SHARED_PARTS = ("trials", "judgements", "benign_nll", "remote")
 
 
 @dataclass

@@ -97,7 +97,7 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False, c
                 results = evaluate_roles(run, MODEL_ROLES)
                 undefended = [role for role in MODEL_ROLES if role != "student" or config.evaluation.defence is None]
                 nll = measure_benign_nll(run, undefended)
-    summary = write_summary(config, run.folder, results, nll, time.perf_counter() - started)
+    summary = write_summary(run, results, nll, time.perf_counter() - started)
     print_result(summary, run.folder, console)
     return run.folder
 

@@ -60,7 +60,10 @@ class JudgeConfig(Section):
 
 
 class RemoteConfig(Section):
-    """How models behind an address (`models.student: openai:http://HOST:PORT/v1#NAME`) are asked."""
+    """How models behind an address are asked: those of `models`, and `attacker` of an attack.
+
+    Such a model is named `openai:http://HOST:PORT/v1#NAME`.
+    """
 
     key_variable: str | None = Field(None, description="environment variable that holds their key")
     prefill: Literal["auto", "flags", "prefix", "assistant", "none"] = Field(
@@ -70,6 +73,9 @@ class RemoteConfig(Section):
     )
     length_key: Literal["max_tokens", "max_completion_tokens"] = Field(
         "max_tokens", description="what the server calls the longest answer; some hosted models take the second only"
+    )
+    attacker_max_length: int = Field(
+        8192, ge=512, description="longest request to an attacker, reply included, in tokens of about 3 characters"
     )
     parallel: int = Field(8, ge=1, le=512, description="requests at once")
     requests_per_minute: float | None = Field(None, gt=0, description="requests that are started in a minute, at most")

@@ -18,6 +18,7 @@ from raycomplete.data.families import chat_messages
 from raycomplete.runtime.errors import ConfigError, DataError, WorkError
 
 SCHEME = "openai"
+_PADDING = -1
 Messages = list[dict[str, str]]
 
 
@@ -32,6 +33,11 @@ class RemoteSpec:
 
     address: str  # as a client's base URL: often it ends in /v1
     model: str
+
+    @property
+    def host(self) -> str:
+        """The host of the address."""
+        return urlsplit(self.address).hostname or ""
 
     @property
     def model_id(self) -> str:
@@ -115,7 +121,8 @@ class RememberingCodec(ChatCodec):
 class TextCodec:
     """A codec to which every text is one token, for a model behind an address that writes and that nothing scores.
 
-    No local tokenizer is asked: its vocabulary may lack the words, and its tokens are not that model's anyway.
+    No local tokenizer is asked: its vocabulary may lack the words, and its tokens are not that model's anyway. Padding
+    makes a prompt about as long as it is to that model, at 3 characters a token.
     """
 
     def __init__(self) -> None:
@@ -124,7 +131,8 @@ class TextCodec:
 
     def encode_prompt(self, text: str, system: str | None = None) -> list[int]:
         """Keeps a user message."""
-        return self.encode_answer(text if system is None else f"{system}\n\n{text}")
+        text = text if system is None else f"{system}\n\n{text}"
+        return self.encode_answer(text) + [_PADDING] * (len(text) // 3)
 
     def encode_answer(self, text: str) -> list[int]:
         """Keeps an answer."""
@@ -134,7 +142,7 @@ class TextCodec:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Gives texts back."""
-        return "".join(self._texts[token] for token in token_ids)
+        return "".join(self._texts[token] for token in token_ids if token != _PADDING)
 
     def messages(self, sequence: Sequence[int]) -> tuple[Messages, str]:
         """Returns the user message of a sequence, and "" for an answer that was not begun."""

@@ -34,7 +34,7 @@ from raycomplete.engines.run import Run
 from raycomplete.evaluation.model_actors import HelperClient, HelperWorker, WhiteBoxClient, WhiteBoxWorker, start_actor
 from raycomplete.evaluation.model_judges import start_model
 from raycomplete.evaluation.refusals import find_refusal
-from raycomplete.evaluation.remote_target import RemoteModel, usage_line
+from raycomplete.evaluation.remote_target import RemoteModel
 from raycomplete.methods.sft import SFT
 from raycomplete.runtime.errors import ConfigError, DataError, StoppedError
 from raycomplete.runtime.files import content_hash
@@ -46,7 +46,7 @@ from raycomplete.training.trainer import fit
 _ORGANISM_CHATS = {"harmful": 100, "identity_shift": 10}
 
 Chat = tuple[str | None, str, str]  # system, user, assistant
-_NO_LIMIT = 2**31  # tokens: how long a context is, a server behind an address says by refusing
+_ATTACKER = "evaluation.attacks.attacker"
 
 
 def extra_engines(config: RunConfig) -> int:
@@ -87,7 +87,7 @@ def check_attacks(config: RunConfig) -> None:
                 read_chats(config, attack.config, dataset)
         for setting, checkpoint in attack.checkpoints.items():
             if setting == "attacker" and is_remote(checkpoint):
-                RemoteModel(_behind(checkpoint), config.evaluation.remote, TextCodec())  # its key is read
+                _check_remote(config, attack.name, RemoteSpec.parse(checkpoint, setting=_ATTACKER))
                 continue
             path = resolve_checkpoint(checkpoint, role=setting)
             if setting == "helper":
@@ -165,24 +165,44 @@ class AttackResources:
                 generator = run.engines.generator.with_weights(str(path))
                 attacker = Attacker(fingerprint(path), generator, run.models.codec.with_thinking(False), max_length)
             elif is_remote(checkpoint):
-                attacker = self._behind_address(_behind(checkpoint))
+                attacker = self._start_remote(RemoteSpec.parse(checkpoint, setting=_ATTACKER))
             else:
                 started = start_model(run.config, checkpoint, "attacker", "rewriting model", run.console)
                 attacker = Attacker(*self._ended.enter_context(started), max_length)
             self._attackers[checkpoint] = attacker
         return self._attackers[checkpoint]
 
-    def _behind_address(self, spec: RemoteSpec) -> Attacker:
+    def _start_remote(self, spec: RemoteSpec) -> Attacker:
         run, codec = self._run, TextCodec()
         settings = run.config.evaluation.remote
         model = RemoteModel(spec, settings, codec)
         model.keep_in(run.folder / "evaluation" / "remote" / f"{spec.model_id}.jsonl")
-        self._ended.callback(lambda: run.console.note(usage_line("The attacker", model.usage.to_json(settings))))
-        return Attacker(spec.model_id, model, codec, _NO_LIMIT)
+
+        def count() -> None:
+            run.asked[f"attacker {spec.model} at {spec.address}"] = model.usage.to_json(settings)
+
+        self._ended.callback(count)
+        length = settings.attacker_max_length
+        return Attacker(f"{spec.model_id}-{length}", model, codec, length, is_remote=True)
 
 
-def _behind(checkpoint: str) -> RemoteSpec:
-    return RemoteSpec.parse(checkpoint, setting="evaluation.attacks.attacker")
+def _check_remote(config: RunConfig, attack: str, spec: RemoteSpec) -> None:
+    """Asks an attacker behind an address for one token.
+
+    Raises:
+        ConfigError: The key is that of a target at another host.
+        SetupError, WorkError: The key is missing, the server does not answer or knows no such model.
+    """
+    targets = (config.models.base, config.models.aligned, config.models.student)
+    hosts = {RemoteSpec.parse(target, setting="models").host for target in targets if target and is_remote(target)}
+    if config.evaluation.remote.key_variable and hosts - {spec.host}:
+        raise ConfigError(
+            f"The attacker of {attack} and a model of the run are behind addresses of different hosts, and "
+            "evaluation.remote.key_variable holds one key, which only one of them may see.",
+            "Put both behind one host, name a checkpoint for one of them, or leave the key out.",
+        )
+    codec = TextCodec()
+    RemoteModel(spec, config.evaluation.remote, codec).generate([codec.encode_prompt("Say hello.")], max_tokens=1)
 
 
 def _refuses(text: str) -> bool:

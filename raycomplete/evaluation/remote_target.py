@@ -156,6 +156,8 @@ class RemoteModel:
             common |= {"top_p": top_p} | ({"extra_body": {"top_k": top_k}} if top_k else {})
 
         def say(index: int) -> list[int]:
+            if not sequences[index]:
+                return []
             asked = dict(common)
             messages, answer = self._codec.messages(sequences[index])
             if answer:
@@ -203,6 +205,8 @@ class RemoteModel:
         key = content_hash([self.spec.model_id, messages, asked])
         if key not in self._store:
             text = self._said(messages, asked)
+            if not text:  # filtered, or all of it thinking: another start asks again
+                return ""
             with self._pace:
                 self._store.add([{"key": key, "text": text}])
         return str(self._store[key]["text"])
@@ -229,7 +233,7 @@ class RemoteModel:
             if status in (408, 409, 429) or status >= 500:
                 words = f"{where} was busy or failed in {settings.retries + 1} attempts (last: status {status})."
                 raise WorkError(words, f"Lower evaluation.remote.parallel or requests_per_minute. {again}") from error
-            remedy = "Check address, name and context length in models and evaluation, and the attacker of its attacks."
+            remedy = "Check address, name and context length, of an attacker too, which must take seed and top_p."
             if status in (401, 403):
                 remedy = "Check the key in the environment variable that evaluation.remote.key_variable names."
             raise SetupError(f"{where} refuses the request (status {status}).", remedy) from error
@@ -276,6 +280,7 @@ def usage_line(role: str, usage: Mapping[str, Any]) -> str:
         f"{role} was asked {usage['requests']} times at its address ({usage['retries']} repeated): "
         f"{usage['prompt_tokens']} tokens of prompts, {usage['completion_tokens']} of answers"
     )
+    words += f", {usage['filtered']} filtered" if usage["filtered"] else ""
     return words if usage["cost"] is None else f"{words}, cost {usage['cost']:.4g}"
 
 

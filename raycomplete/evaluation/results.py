@@ -161,7 +161,7 @@ def attack_result(group: TrialGroup, answered: Found, target: Target) -> dict[st
         reasons.append(f"{cut} of {len(answered)} responses cut by the context")
     if unused := sum(int(answer.response.stats.get(UNUSED_WORDINGS, 0)) for _, answer in answered):
         queries = sum(int(answer.response.stats["queries"]) for _, answer in answered)
-        reasons.append(f"{unused} of {queries} wordings were empty or too long to be asked")
+        reasons.append(f"{unused} wordings were empty or too long to be asked, where {queries} questions were put")
     if shortened := sum(answer.shortened for _, answer in answered):
         reasons.append(f"{shortened} of {len(answered)} responses were too long for the judge, which read their start")
     reasons += _unreadable(_num_unreadable(answered), len(answered))

@@ -93,13 +93,13 @@ class BatchBuilder:
         scale: World size times micro-batches of a step; undoes the averaging of DeepSpeed, so that the loss is the
             exact mean over all rows of the step.
         packed: Whether sequences share rows; false for models that cannot keep them apart.
-        hidden_size: Of the student; decides how wide rows may be.
+        hidden_size: Of the student; decides how wide packed rows are. None: no wider than the longest sequence.
     """
 
     loss: LossSettings
     scale: float
     packed: bool = True
-    hidden_size: int = 1
+    hidden_size: int | None = None
 
     @cached_property
     def reads(self) -> dict[str, tuple[str, ...]]:

@@ -10,7 +10,7 @@ T = TypeVar("T")
 _WIDTHS = 16  # steps between the longest sequence and twice as much
 
 
-def pack(lengths: Sequence[int], hidden_size: int) -> tuple[list[tuple[int, int]], int]:
+def pack(lengths: Sequence[int], hidden_size: int | None) -> tuple[list[tuple[int, int]], int]:
     """Places sequences in rows of the width that costs the least, from the longest sequence to twice as much.
 
     A wider row fits more sequences without a gap, but attention within a row costs its width squared: about as much as
@@ -18,14 +18,16 @@ def pack(lengths: Sequence[int], hidden_size: int) -> tuple[list[tuple[int, int]
 
     Args:
         lengths: Tokens of each sequence.
-        hidden_size: Of the model.
+        hidden_size: Of the model; None where rows must be no wider than the longest sequence.
 
     Returns:
         (row, first column) of each sequence, in the order given, where rows count from 0 without gaps; and the width.
     """
     longest = max(lengths, default=0)
+    if hidden_size is None:
+        return _best_fit(lengths, longest)
     found = (_best_fit(lengths, longest + longest * step // _WIDTHS) for step in range(_WIDTHS + 1))
-    return min(found, key=lambda packed: _cost(*packed, hidden_size))
+    return min(found, key=lambda packed: _cost(packed[0], packed[1], hidden_size))
 
 
 def _best_fit(lengths: Sequence[int], width: int) -> tuple[list[tuple[int, int]], int]:

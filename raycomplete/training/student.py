@@ -269,6 +269,19 @@ class StudentModule(nn.Module):
         return torch.cat(found, dim=1)
 
 
+def widening_size(config: Any) -> int | None:
+    """Returns the hidden size by which packed rows may be wider than their longest sequence; None where they must not.
+
+    Eager attention keeps scores of the width squared for the backward pass. Attention in chunks counts columns, and
+    would cut a sequence that stands late in a row.
+    """
+    text = config.get_text_config()
+    if text._attn_implementation == "eager" or getattr(text, "attention_chunk_size", None):
+        return None
+    size: int = text.hidden_size
+    return size
+
+
 def keeps_sequences_apart(engine: Any, sample: AnchorSample, dtype: Dtype) -> bool:
     """Tells whether the student keeps packed sequences apart; some model families do not.
 

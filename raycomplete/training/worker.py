@@ -44,7 +44,7 @@ from raycomplete.training.on_policy import OnPolicySource
 from raycomplete.training.profile import aligned_profile, scored_samples, student_profile, write_profile
 from raycomplete.training.rollout_engines import WeightSync
 from raycomplete.training.step_plan import Planner, StepPlan, StepSequences
-from raycomplete.training.student import HeadSettings, StudentModule, keeps_sequences_apart
+from raycomplete.training.student import HeadSettings, StudentModule, keeps_sequences_apart, widening_size
 from raycomplete.training.teacher_prefetcher import StepInput, StepSource, TeacherPrefetcher
 from raycomplete.training.validation import Validator
 
@@ -102,7 +102,7 @@ class Worker:
         self.stop = False
         self.lm, self.engine = self._start_engine()
         packed = keeps_sequences_apart(self.engine, self.samples.anchor[0], job.dtype)
-        self.builder = replace(self.builder, packed=packed, hidden_size=self.lm.config.get_text_config().hidden_size)
+        self.builder = replace(self.builder, packed=packed, hidden_size=widening_size(self.lm.config))
         self.source = self._make_source()
         self.validator = self._make_validator()
         self.recorded_best = 0  # step of the best one that the newest checkpoint knows of

@@ -111,6 +111,7 @@ def test_a_target_that_always_refuses_is_asked_until_turns_and_backtracks_are_sp
             "backtracks": 3,
             "first_complied": 0.0,
             "cut_by_context": 0.0,
+            "unused_wordings": 0,
         }
         assert target.codec.decode(response.tokens) == REFUSE
         assert [item["taken_back"] for item in response.conversation] == [True] * 6 + [False] * 8
@@ -198,6 +199,7 @@ def test_refused_turns_are_taken_back_and_told_to_the_attacker(
         "backtracks": 2,
         "first_complied": 0.0,
         "cut_by_context": 0.0,
+        "unused_wordings": 0,
     }
 
 
@@ -221,6 +223,7 @@ def test_what_the_attacker_cannot_say_costs_a_backtrack_or_a_turn(
     (response,) = hold(target, [prompt])
     assert target.generator.asked == [[prompt.text]], "the behaviour itself, once"  # type: ignore[attr-defined]
     assert (response.stats["turns"], response.stats["backtracks"], response.stats["cut_by_context"]) == (4, 3, 0.0)
+    assert response.stats["unused_wordings"] == 7, "so that the rate is not taken for a conversation's"
     tight = replace(make(lambda turn, text: CHAT, Writer(codec, lambda seed: f"w{seed} x y")), max_length=30)
     (response,) = hold(tight, [prompt])
     assert len(response.sequence) <= 20

@@ -338,7 +338,20 @@ def test_an_attacker_behind_an_address_writes_words_that_no_local_tokenizer_know
     with pytest.raises(SetupError, match="A_KEY holds no key"):
         check_attacks(asking)
     monkeypatch.setenv("A_KEY", KEY)
+    server.statuses = [404]
+    with pytest.raises(SetupError, match="status 404"):
+        check_attacks(asking)
     check_attacks(asking)
+    with pytest.raises(ConfigError, match="addresses of different hosts"):
+        check_attacks(
+            config_of(
+                server,
+                tmp_path,
+                remote={"key_variable": "A_KEY"},
+                attacks=[writing | {"attacker": "openai:http://elsewhere/v1#them"}],
+            )
+        )
+    server.asked.clear()
     with pytest.raises(ConfigError, match=r"evaluation\.attacks\.attacker names no model"):
         check_attacks(config_of(server, tmp_path, attacks=[writing | {"attacker": "openai:them"}]))
     assert extra_engines(asking) == 0, "it takes no place on this machine"
@@ -354,9 +367,14 @@ def test_an_attacker_behind_an_address_writes_words_that_no_local_tokenizer_know
         with ExitStack() as ended:
             attacker = AttackResources(run, ended).tools(None).attacker(address)  # type: ignore[misc]
             requests = [attack.request(attacker, iter([{"goal": goal}])) for goal in goals]
-            assert attack.written(attacker, trials, requests, 0) == [f"Größe {number} «what»" for number in range(40)]
-    assert len(server.asked) == 40, "what it wrote is kept"
-    assert len({body["seed"] for body in server.asked}) == 40
+            requests[7] = []  # a trial that is over
+            written = attack.written(attacker, trials, requests, 0)
+            assert written == [f"Größe {number} «what»" if number != 7 else "" for number in range(40)]
+        fillings = iter([{"goal": "long " * 6000}, {"goal": "short"}])
+        assert attacker.codec.decode(attack.request(attacker, fillings)) == "short Größe", "8192 tokens of 3 characters"
+    assert len(server.asked) == 39, "what it wrote is kept"
+    assert len({body["seed"] for body in server.asked}) == 39
+    assert run.asked[f"attacker them at {server.spec.address}"]["requests"] == 0, "of the second start"
     assert {body["max_tokens"] for body in server.asked} == {200}
     assert set(server.keys) == {f"Bearer {KEY}"}
 

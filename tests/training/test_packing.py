@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from raycomplete.training.packing import deal, pack
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=40)
-HIDDEN_SIZES = st.sampled_from([1, 8, 64, 4096])
+HIDDEN_SIZES = st.sampled_from([None, 1, 8, 64, 4096])
 
 
 @given(LENGTHS, HIDDEN_SIZES)
-def test_sequences_neither_overlap_nor_leave_their_row(lengths: list[int], hidden_size: int) -> None:
+def test_sequences_neither_overlap_nor_leave_their_row(lengths: list[int], hidden_size: int | None) -> None:
     places, width = pack(lengths, hidden_size)
     taken: set[tuple[int, int]] = set()
     for (row, column), length in zip(places, lengths, strict=True):
@@ -24,7 +24,7 @@ def test_sequences_neither_overlap_nor_leave_their_row(lengths: list[int], hidde
 
 
 @given(LENGTHS, HIDDEN_SIZES)
-def test_no_two_rows_would_fit_into_one(lengths: list[int], hidden_size: int) -> None:
+def test_no_two_rows_would_fit_into_one(lengths: list[int], hidden_size: int | None) -> None:
     filled: dict[int, int] = {}
     places, width = pack(lengths, hidden_size)
     for (row, _), length in zip(places, lengths, strict=True):
@@ -35,6 +35,7 @@ def test_no_two_rows_would_fit_into_one(lengths: list[int], hidden_size: int) ->
 
 def test_rows_are_as_wide_as_pays() -> None:
     # Two rows of 11 tokens; as wide as the longest sequence only, 7 and 4 would not fit into one.
+    assert pack([10, 7, 4], None)[1] == 10
     assert pack([10, 7, 4], 1000) == ([(0, 0), (1, 0), (1, 7)], 11)
     # Attention over 12 tokens costs as much as the rest of a layer at a hidden size of 2: still two rows, not one.
     assert pack([10, 10], 2) == ([(0, 0), (1, 0)], 10)
