@@ -15,11 +15,7 @@ class TeacherConfig(Section):
 
     max_num_batched_tokens: int = Field(8192, ge=64, description="tokens that one engine reads at a time")
     gpu_memory_utilization: float = Field(0.25, gt=0, le=1, description="share of a GPU's memory that an engine takes")
-    cache_dir: Path | None = Field(None, description="score cache on disk; none keeps scores in memory only")
     cache_gib: float = Field(2.0, ge=0, description="memory for scores kept by one actor")
-    cache_disk_gib: float = Field(
-        50.0, gt=0, description="most that cache_dir may hold; the least recently used goes first"
-    )
     parity_tolerance: float | None = Field(
         None, gt=0, description="largest mean |log p - log p'| at start, nats; by dtype when absent"
     )

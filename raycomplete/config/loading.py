@@ -47,7 +47,7 @@ RENAMED = {
     "rollout.affirmative_prefix": "rollout.affirmative_prefixes",
 }
 # Relative paths of these keys start where the command is started; all others start in the folder of the run file.
-_NOT_BESIDE_THE_RUN_FILE = ("output.", "serve.", "align.output", "teacher.cache_dir")
+_NOT_BESIDE_THE_RUN_FILE = ("output.", "serve.", "align.output")
 
 T = TypeVar("T")
 

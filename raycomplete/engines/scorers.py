@@ -53,12 +53,7 @@ class Scorer:
         self._role, self._head, self._spec, self._teacher = role, head, spec, teacher
         self._parity_requests, self._note, self._kv_store = parity_requests, note, kv_store
         self._noted: str | None = None  # what the process before this one noted is not known
-        self._cache = ScoreCache(
-            f"{head.model_fingerprint}:{head.tokenizer_hash}:{spec.dtype}",
-            int(teacher.cache_gib * 2**30),
-            teacher.cache_dir,
-            int(teacher.cache_disk_gib * 2**30),
-        )
+        self._cache = ScoreCache(int(teacher.cache_gib * 2**30))
         self._engine: PoolingEngine | None = None
         self._startup_stats: dict[str, Any] = {}
         self._tokens_read, self._seconds = 0, 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -15,9 +16,9 @@ from raycomplete.attacks.attack import Attack
 from raycomplete.attacks.registry import build_attack
 from raycomplete.config import RemoteConfig, RunConfig
 from raycomplete.data.remote import Messages, RememberingCodec, RemoteSpec, TextCodec
-from raycomplete.evaluation.endpoint_judge import read_key
 from raycomplete.runtime.errors import ConfigError, SetupError, WorkError
 from raycomplete.runtime.files import PRIVATE, RowStore, content_hash
+from raycomplete.runtime.logs import conceal
 from raycomplete.runtime.types import ModelRole
 
 if TYPE_CHECKING:
@@ -74,16 +75,22 @@ class RemoteModel:
         spec: Address and name.
         settings: `evaluation.remote`.
         codec: Encoded the prompts, and encodes what the model says.
+        setting: The section of the run file that the settings are from, for messages.
 
     Raises:
         SetupError: The environment variable of the key is not set, or holds what is no key.
     """
 
-    def __init__(self, spec: RemoteSpec, settings: RemoteConfig, codec: RememberingCodec | TextCodec) -> None:
+    def __init__(
+        self,
+        spec: RemoteSpec,
+        settings: RemoteConfig,
+        codec: RememberingCodec | TextCodec,
+        setting: str = "evaluation.remote",
+    ) -> None:
         self.spec, self.usage = spec, RemoteUsage()
         self._settings, self._codec = settings, codec
-        of, setting = "the models behind an address", "evaluation.remote.key_variable"
-        self._key = read_key(settings.key_variable, of=of, setting=setting)
+        self._key, self._setting = _read_key(settings.key_variable, setting), setting
         self._next, self._pace, self._leaving = 0.0, Lock(), Event()
         self._store: RowStore | None = None
 
@@ -220,7 +227,7 @@ class RemoteModel:
             return self._ask(messages, asked)
         except openai.APITimeoutError as error:
             words = f"{where} did not answer within {settings.timeout_s:g} s, in {settings.retries + 1} attempts."
-            raise WorkError(words, f"Raise evaluation.remote.timeout_s if it was working. {again}") from error
+            raise WorkError(words, f"Raise {self._setting}.timeout_s if it was working. {again}") from error
         except openai.APIConnectionError as error:
             words = f"{where} cannot be reached, in {settings.retries + 1} attempts."
             raise WorkError(words, again) from error
@@ -232,10 +239,10 @@ class RemoteModel:
                 return ""
             if status in (408, 409, 429) or status >= 500:
                 words = f"{where} was busy or failed in {settings.retries + 1} attempts (last: status {status})."
-                raise WorkError(words, f"Lower evaluation.remote.parallel or requests_per_minute. {again}") from error
-            remedy = "Check address, name and context length, of an attacker too, which must take seed and top_p."
+                raise WorkError(words, f"Lower {self._setting}.parallel. {again}") from error
+            remedy = "Check address, name and context length; an attacker must take seed and top_p, too."
             if status in (401, 403):
-                remedy = "Check the key in the environment variable that evaluation.remote.key_variable names."
+                remedy = f"Check the key in the environment variable that {self._setting}.key_variable names."
             raise SetupError(f"{where} refuses the request (status {status}).", remedy) from error
 
     def _ask(self, messages: Messages, asked: dict[str, Any]) -> str:
@@ -264,6 +271,28 @@ class RemoteModel:
             turn = max(self._next, now)
             self._next = turn + 60.0 / self._settings.requests_per_minute
         self._leaving.wait(turn - now)
+
+
+def _read_key(variable: str | None, setting: str) -> str:
+    """Returns the key in an environment variable; "" where none is named.
+
+    Args:
+        setting: The section of the run file whose `key_variable` it is.
+
+    Raises:
+        SetupError: The variable is not set, or holds what is no key.
+    """
+    if not variable:
+        return ""
+    key = os.environ.get(variable, "").strip()
+    if not key:
+        problem = f"The environment variable {variable} holds no key, which {setting}.key_variable asks for."
+        raise SetupError(problem, f"Set it, or leave {setting}.key_variable out.")
+    if not (key.isascii() and key.isprintable()):
+        problem = f"The key in the environment variable {variable} holds what no header can."
+        raise SetupError(problem, "Copy the key again: a quotation mark or a line break may have come along.")
+    conceal(key)
+    return key
 
 
 def _no_prefill(spec: RemoteSpec) -> SetupError:

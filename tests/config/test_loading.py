@@ -30,7 +30,7 @@ FULL = {
         "evaluation": {"borderline": [{"path": "/y.jsonl", "context": "c", "answer": "a"}]},
     },
     "align": {"refusals": [{"path": "/z.json"}], "output": "out", "lora_rank": 4},
-    "teacher": {"parity_tolerance": 0.5, "cache_dir": "cache"},
+    "teacher": {"parity_tolerance": 0.5, "cache_gib": 0.5},
     "rollout": {"safety_prompt": "Überlege: nein?", "harmful_from": "student"},
     "method": {"depth": {"min": 2, "max": 9, "schedule": "uniform"}, "first_tokens": {"count": 3}},
     "train": {"lr": 3e-7, "zero_stage": 2, "num_workers": 2},

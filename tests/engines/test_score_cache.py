@@ -1,11 +1,8 @@
-"""Hidden states as arrays of the same bits; a cache that never gives another model's scores or a damaged file."""
+"""Hidden states as arrays of the same bits; a cache of bounded size."""
 
 from __future__ import annotations
 
-import io
-import os
 import pickle
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,18 +22,8 @@ def scores(value: int, num_rows: int = 2) -> HiddenArray:
     return np.full((num_rows, H), value, dtype=np.uint16)
 
 
-def npy(array: HiddenArray) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, array)
-    return buffer.getvalue()
-
-
-def stored(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
-
-
 def test_scores_come_back_and_hits_are_counted() -> None:
-    cache = ScoreCache("model", ROOMY)
+    cache = ScoreCache(ROOMY)
     assert cache.get(request(1)) is None
     cache.put(request(1), scores(7))
     found = cache.get(request(1))
@@ -47,14 +34,14 @@ def test_scores_come_back_and_hits_are_counted() -> None:
 
 
 def test_the_same_tokens_split_elsewhere_are_another_entry() -> None:
-    cache = ScoreCache("model", ROOMY)
+    cache = ScoreCache(ROOMY)
     cache.put(ScoreRequest((1, 2, 3, 4), 2), scores(7))
     assert cache.get(ScoreRequest((1, 2, 3, 4), 1)) is None
 
 
 def test_memory_is_bounded_and_the_least_recently_used_goes_first() -> None:
     size = scores(0).nbytes
-    cache = ScoreCache("model", 3 * size)
+    cache = ScoreCache(3 * size)
     for first in (1, 2, 3):
         cache.put(request(first), scores(first))
     cache.get(request(1))  # used again, so 2 is now the oldest
@@ -66,94 +53,17 @@ def test_memory_is_bounded_and_the_least_recently_used_goes_first() -> None:
 
 
 def test_putting_the_same_scores_again_takes_no_more_memory() -> None:
-    cache = ScoreCache("model", 2 * scores(0).nbytes)
+    cache = ScoreCache(2 * scores(0).nbytes)
     cache.put(request(1), scores(1))
     for _ in range(5):
         cache.put(request(2), scores(2))
     assert cache.get(request(1)) is not None
 
 
-def test_without_memory_nothing_is_kept(tmp_path: Path) -> None:
-    cache = ScoreCache("model", 0)
+def test_without_memory_nothing_is_kept() -> None:
+    cache = ScoreCache(0)
     cache.put(request(1), scores(1))
     assert cache.get(request(1)) is None
-    on_disk = ScoreCache("model", 0, tmp_path)
-    on_disk.put(request(1), scores(1))
-    assert on_disk.get(request(1)) is not None
-
-
-@pytest.mark.parametrize("dtype", [np.uint16, np.float32])
-def test_scores_on_disk_outlive_the_process(dtype: type[np.generic], tmp_path: Path) -> None:
-    array = np.arange(2 * H).reshape(2, H).astype(dtype)
-    ScoreCache("model", ROOMY, tmp_path).put(request(1), array)
-    found = ScoreCache("model", ROOMY, tmp_path).get(request(1))
-    assert found is not None
-    assert found.dtype == dtype
-    assert np.array_equal(found, array)
-    assert [path.suffix for path in stored(tmp_path)] == [".npy"], "no temporary file is left"
-
-
-def test_what_memory_dropped_is_read_from_disk(tmp_path: Path) -> None:
-    cache = ScoreCache("model", scores(0).nbytes, tmp_path)
-    for first in (1, 2, 3):
-        cache.put(request(first), scores(first))
-    for first in (1, 2, 3):
-        found = cache.get(request(first))
-        assert found is not None
-        assert np.array_equal(found, scores(first))
-    assert cache.misses == 0
-
-
-def test_the_disk_is_bounded_and_what_was_used_last_stays(tmp_path: Path) -> None:
-    one = len(npy(scores(1)))
-    cache = ScoreCache("model", 0, tmp_path, disk_bytes=40 * one)
-    abandoned = tmp_path / "ab" / ".abc.npy.1.2"
-    abandoned.parent.mkdir()
-    abandoned.write_bytes(b"half")
-    os.utime(abandoned, (0, 0))
-    for first in range(36):
-        cache.put(request(first), scores(first))
-        for path in stored(tmp_path):  # clocks of file systems are coarse
-            os.utime(path, (path.stat().st_mtime - 10,) * 2)
-    assert cache.get(request(0)) is not None, "used now, so that others go first"
-    for first in range(36, 60):
-        cache.put(request(first), scores(first))
-    assert len(stored(tmp_path)) <= 40
-    assert cache.get(request(0)) is not None
-    assert cache.get(request(59)) is not None
-    assert cache.get(request(1)) is None
-    assert not abandoned.exists(), "of a writer that was killed"
-
-
-def test_another_model_never_sees_the_scores(tmp_path: Path) -> None:
-    ScoreCache("weights-a:tokenizer:bfloat16", ROOMY, tmp_path).put(request(1), scores(7))
-    for key in ("weights-b:tokenizer:bfloat16", "weights-a:other:bfloat16", "weights-a:tokenizer:float32", ""):
-        assert ScoreCache(key, ROOMY, tmp_path).get(request(1)) is None, key
-
-
-@pytest.mark.parametrize("damage", ["cut", "empty", "garbage", "pickle", "rows", "shape"])
-def test_a_damaged_file_is_a_miss_and_is_replaced(damage: str, tmp_path: Path) -> None:
-    ScoreCache("model", ROOMY, tmp_path).put(request(1), scores(7))
-    (file,) = stored(tmp_path)
-    match damage:
-        case "cut":
-            file.write_bytes(file.read_bytes()[:-5])
-        case "empty":
-            file.write_bytes(b"")
-        case "garbage":
-            file.write_bytes(b"no array at all")
-        case "pickle":
-            np.save(file, np.array([{"a": 1}], dtype=object), allow_pickle=True)
-        case "rows":
-            np.save(file, scores(7, 3))
-        case "shape":
-            np.save(file, np.zeros(2, dtype=np.uint16))
-    cache = ScoreCache("model", ROOMY, tmp_path)
-    assert cache.get(request(1)) is None
-    cache.put(request(1), scores(8))
-    found = ScoreCache("model", ROOMY, tmp_path).get(request(1))
-    assert found is not None
-    assert np.array_equal(found, scores(8))
 
 
 def every_bfloat16() -> torch.Tensor:
