@@ -17,7 +17,6 @@ from raycomplete.commands.stored import stored
 from raycomplete.config import RunConfig
 from raycomplete.data.inputs import Prompts, prepare_models
 from raycomplete.data.remote import refuse_remote
-from raycomplete.diagnosis.contrastive import contrastive_baseline
 from raycomplete.diagnosis.gradient import measure_gradient
 from raycomplete.diagnosis.measurement import Measurement, start_diagnosis_engines, with_refusal_tokens
 from raycomplete.diagnosis.partitions import measure_kind
@@ -35,7 +34,7 @@ from raycomplete.runtime.types import MODEL_ROLES, ModelRole
 _SAME = ("models", "data", "rollout")  # sections that decide what is measured
 # Keys of `diagnose` that only concern what is made from the partitions, or how fast; they may change on --resume.
 _FREE_KEYS = {"gradient", "gradient_prompts", "full_prompts", "gradient_tokens", "beta", "threshold", "replicates"}
-_FREE_KEYS |= {"table_tokens", "show_harmful", "in_flight", "contrastive"}
+_FREE_KEYS |= {"table_tokens", "show_harmful", "in_flight"}
 
 
 @stored("-diagnosis")
@@ -77,8 +76,6 @@ def diagnose(
             _publish(run, found, started)
             console.note(f"First pictures: {run.folder / 'report.html'}")
             found["gradient"] = measure_gradient(run, measurement, first["harmful"])
-            if config.diagnose.contrastive.evaluate:
-                found["contrastive"] = contrastive_baseline(run)
         _publish(run, found, started)
         _print_result(run, found)
     return run.folder
@@ -122,8 +119,5 @@ def _print_result(run: Run, found: dict[str, Any]) -> None:
         lines.append((f"{kind} prompts", f"{summary['measured']} measured of {summary['prompts']}"))
         depths = summary["completion_depth"].items()
         lines += [(f"completion depth of {role}, {kind}", depth_words(depth)) for role, depth in depths]
-    if found["contrastive"] is not None:
-        ratio = found["contrastive"]["cost"]["cost_ratio"]
-        lines.append(("contrastive decoding costs", f"{ratio:.2f} x plain decoding"))
     lines += [("time", f"{found['seconds']:.0f} s"), ("report", run.folder / "report.html")]
     run.console.panel(lines)

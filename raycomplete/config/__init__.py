@@ -4,7 +4,7 @@ A run file is YAML. Command lines may override single values (`train.steps=50`).
 nearest known one, and relative paths are resolved against the folder of the run file.
 """
 
-from raycomplete.config.diagnosis import ContrastiveDecodingConfig, DiagnoseConfig, PromptSource
+from raycomplete.config.diagnosis import DiagnoseConfig, PromptSource
 from raycomplete.config.engines import ClusterConfig, PromptAugmentationConfig, RolloutConfig, TeacherConfig
 from raycomplete.config.evaluation import EvaluationConfig, RemoteConfig
 from raycomplete.config.loading import dump, load_run_file, map_paths, parse
@@ -16,7 +16,6 @@ from raycomplete.runtime.section import Dtype
 __all__ = [
     "AutoscalingConfig",
     "ClusterConfig",
-    "ContrastiveDecodingConfig",
     "DiagnoseConfig",
     "Dtype",
     "EvaluationConfig",

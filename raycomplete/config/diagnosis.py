@@ -49,15 +49,6 @@ class PromptSource(PromptColumns):
         return self.path.removeprefix(HUB) if self.path.startswith(HUB) else None
 
 
-class ContrastiveDecodingConfig(Section):
-    """Contrastive decoding, the remedy at inference time, as a baseline beside the trained one."""
-
-    evaluate: bool = Field(False, description="attack it and measure its cost")
-    alpha: float = Field(1.0, gt=0, description="strength: tokens come from p_a (p_a / p_b)^alpha")
-    plausibility: float = Field(0.1, gt=0, le=1, description="keep tokens with p_a of at least this share of the best")
-    batch: int = Field(16, ge=1, description="sequences decoded side by side")
-
-
 class DiagnoseConfig(Section):
     """Where alignment stopped, by position. It needs base and aligned only; a student is shown beside them."""
 
@@ -94,7 +85,6 @@ class DiagnoseConfig(Section):
     batch_tokens: int = Field(4096, ge=1, description="tokens that a scorer is asked for at a time")
     in_flight: int = Field(2, ge=1, description="batches scored ahead of the walk")
     chunk_tokens: int = Field(256, ge=1, description="token rows whose products with a head exist at a time")
-    contrastive: ContrastiveDecodingConfig = Field(default_factory=ContrastiveDecodingConfig)
 
     @model_validator(mode="after")
     def _full_is_part(self) -> DiagnoseConfig:

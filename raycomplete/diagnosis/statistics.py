@@ -179,7 +179,6 @@ def summarize(run: Run, names: Mapping[str, Sequence[str]], policies: Sequence[s
         "kinds": kinds,
         "tokens": token_table(run, names, policies),
         "gradient": None,
-        "contrastive": None,
         "measured_s": measured_s,
         "tokens_per_s": read / measured_s if measured_s else None,
         "seconds": None,

@@ -21,8 +21,9 @@ from matplotlib import rc_context
 from raycomplete.evaluation.summary import difference_table
 from raycomplete.report import diagnosis as diagnoses
 from raycomplete.report import plots
-from raycomplete.report.run_folder import ROLES, RunFolder, read_run_folder
+from raycomplete.report.run_folder import RunFolder, read_run_folder
 from raycomplete.runtime.files import PRIVATE, write_bytes
+from raycomplete.runtime.types import MODEL_ROLES
 
 MAX_TABLE_ROWS = 60  # longer data stays in its CSV file
 
@@ -56,7 +57,6 @@ def write_report(run_folder: Path) -> Path:
         table=_table(run.summary),
         differences=difference_table(run.summary.get("comparisons") or []),
         tokens=diagnoses.token_tables(run.diagnosis) if run.diagnosis else [],
-        contrastive=(run.diagnosis or {}).get("contrastive"),
         judge=run.summary.get("judge") or next((result["judge"] for result in run.results.values()), None),
         measured=_measured(run),
         safety_regressions=run.summary.get("safety_regressions") or [],
@@ -240,7 +240,7 @@ def _diagnosis_settings(diagnosis: Mapping[str, Any] | None) -> dict[str, Any]:
     """Settings and counts of a diagnosis as plain text."""
     if diagnosis is None:
         return {}
-    hidden = {"harmful", "benign", "contrastive", "student"}
+    hidden = {"harmful", "benign", "student"}
     shown = {key: value for key, value in diagnosis["settings"].items() if key not in hidden}
     counts = {
         f"{kind} prompts": f"{found['measured']} measured of {found['prompts']}, {found['tokens']} response tokens"
@@ -264,7 +264,7 @@ def _before_after(rates: Mapping[str, Any]) -> dict[str, str]:
 
 def _table(summary: Mapping[str, Any]) -> dict[str, Any] | None:
     """Depth by model, then the other rates; each cell holds rate, interval and n."""
-    roles = [role for role in ROLES if role in summary["asr"]]
+    roles = [role for role in MODEL_ROLES if role in summary["asr"]]
     if not roles:
         return None
     rows = [

@@ -21,10 +21,10 @@ import raycomplete
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.sources import resolve_checkpoint
 from raycomplete.evaluation.results import HARMLESS
-from raycomplete.report.run_folder import ROLES, RunFolder, read_run_folder
+from raycomplete.report.run_folder import RunFolder, read_run_folder
 from raycomplete.runtime.errors import DataError
 from raycomplete.runtime.files import PRIVATE, RowStore, content_hash, write_json
-from raycomplete.runtime.types import Codec, Outcome
+from raycomplete.runtime.types import MODEL_ROLES, Codec, Outcome
 
 HIDDEN = "[left out: --show-harmful shows it]"
 _COMPLIED = {str(outcome) for outcome in Outcome if outcome.is_compliance}
@@ -50,7 +50,7 @@ def write_inspect_logs(run_folder: Path, output: Path | None = None, *, show_har
         CheckpointError: The tokenizer that reads the stored tokens cannot be found.
     """
     run = read_run_folder(run_folder)
-    roles = [role for role in ROLES if role in run.results]
+    roles = [role for role in MODEL_ROLES if role in run.results]
     if not roles:
         raise DataError(f"No model of the run {run_folder} was evaluated.", "Run raycomplete evaluate first.")
     codec, name = _codec(run_folder, run), str(run.summary["name"])

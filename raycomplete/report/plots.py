@@ -14,18 +14,17 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from raycomplete.report.run_folder import ROLES
+from raycomplete.runtime.types import MODEL_ROLES
 
 Row = list[Any]
 
 # One look for each model, the same in every figure. The colours are those of Okabe and Ito, which people with any of
 # the common colour-vision deficiencies can tell apart; markers and dashes carry the same information, so that a print
 # in grey can be read too.
-ROLE_COLORS = {"base": "#D55E00", "aligned": "#0072B2", "contrastive": "#CC79A7", "student": "#009E73"}
-ROLE_MARKERS = {"base": "s", "aligned": "o", "contrastive": "^", "student": "D"}
-ROLE_HATCHES = {"base": "xx", "aligned": "//", "contrastive": "..", "student": ""}
-ROLE_DASHES: dict[str, Any] = {"base": (0, (5, 2)), "aligned": (0, (1.5, 1.5))}
-ROLE_DASHES |= {"contrastive": (0, (5, 2, 1.5, 2)), "student": "solid"}
+ROLE_COLORS = {"base": "#D55E00", "aligned": "#0072B2", "student": "#009E73"}
+ROLE_MARKERS = {"base": "s", "aligned": "o", "student": "D"}
+ROLE_HATCHES = {"base": "xx", "aligned": "//", "student": ""}
+ROLE_DASHES: dict[str, Any] = {"base": (0, (5, 2)), "aligned": (0, (1.5, 1.5)), "student": "solid"}
 _OUTCOMES = {  # colour, hatch and edge
     "complied": ("#D55E00", "", "white"),
     "refused_then_complied": ("#E69F00", "\\\\", "white"),
@@ -82,7 +81,7 @@ def prefill_curve(summary: Mapping[str, Any]) -> Plot | None:
     figure, axes = new_figure(3.7)
     rows: list[Row] = [["role", "depth", "asr", "low", "high", "n"]]
     depths = depths_of(summary)
-    for role in (role for role in ROLES if role in summary["asr"]):
+    for role in (role for role in MODEL_ROLES if role in summary["asr"]):
         by_depth, color = summary["asr"][role]["by_depth"], ROLE_COLORS[role]
         known = [place for place, depth in enumerate(depths) if depth in by_depth]
         rates = [by_depth[depths[place]] for place in known]
@@ -142,7 +141,7 @@ def rate_bars(summary: Mapping[str, Any]) -> Plot | None:
 
 def _bars(groups: Mapping[str, Mapping[str, Any]], hollow: Mapping[str, Mapping[str, Any]]) -> tuple[Figure, list[Row]]:
     """Horizontal bars of rates by group and model; `hollow` rates are drawn as marks beside them."""
-    roles = [role for role in ROLES if any(role in rates for rates in groups.values())]
+    roles = [role for role in MODEL_ROLES if any(role in rates for rates in groups.values())]
     figure, axes = new_figure(1.0 + (0.3 + 0.2 * len(roles)) * len(groups))
     rows: list[Row] = [["measure", "role", "rate", "low", "high", "n"]]
     height = 0.8 / len(roles)

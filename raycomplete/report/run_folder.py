@@ -11,9 +11,7 @@ from typing import Any
 from raycomplete.evaluation.summary import reductions
 from raycomplete.runtime.errors import DataError
 from raycomplete.runtime.metrics_file import finite, read_metrics
-
-# The models, and contrastive decoding from base and aligned as the baseline that trains nothing.
-ROLES = ("base", "aligned", "contrastive", "student")
+from raycomplete.runtime.types import MODEL_ROLES
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ def read_run_folder(folder: Path) -> RunFolder:
     Raises:
         DataError: Neither summary.json nor diagnosis.json is there, or a JSON file does not hold a mapping.
     """
-    # A run and the diagnosis of the same name share one page: the contrastive baseline comes from there too.
+    # A run and the diagnosis of the same name share one page.
     beside = folder.with_name(f"{folder.name}-diagnosis")
     diagnosis = _read_mapping(folder / "diagnosis.json") or _read_mapping(beside / "diagnosis.json")
     summary = _read_mapping(folder / "summary.json")
@@ -59,13 +57,12 @@ def read_run_folder(folder: Path) -> RunFolder:
             f"The run folder {folder} has no summary.json.",
             "Finish the run first: raycomplete evaluate writes it, and raycomplete diagnose a diagnosis.json.",
         )
-    results = {role: _read_mapping(folder / "evaluation" / f"{role}.json") for role in ROLES}
-    results["contrastive"] = results["contrastive"] or _read_mapping(beside / "evaluation" / "contrastive.json")
+    results = {role: _read_mapping(folder / "evaluation" / f"{role}.json") for role in MODEL_ROLES}
     found: dict[str, dict[str, Any]] = {role: result for role, result in results.items() if result is not None}
     for key in ("asr", "utility", "over_refusal", "benign_refusal"):
         known = summary.get(key) or {}
         missing = {role: result[key] for role, result in found.items() if key in result and role not in known}
-        if not known or "contrastive" in missing:
+        if not known:
             summary = {**summary, key: {**missing, **known}}
     attacks = {name: dict(by_role) for name, by_role in (summary.get("attacks") or {}).items()}
     for role, result in found.items():

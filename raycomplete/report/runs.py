@@ -18,9 +18,10 @@ from raycomplete.evaluation.summary import (
     measure_text,
     rate_text,
 )
-from raycomplete.report.run_folder import ROLES, RunFolder, read_run_folder
+from raycomplete.report.run_folder import RunFolder, read_run_folder
 from raycomplete.runtime.errors import ConfigError, DataError
 from raycomplete.runtime.files import write_json
+from raycomplete.runtime.types import MODEL_ROLES
 
 _FREE = ("output", "train.seed", "evaluation")  # `evaluation` is compared as the evaluation itself recorded it
 _SHOWN = 4  # differing keys that a refusal names
@@ -62,7 +63,7 @@ def aggregate_runs(folders: Sequence[Path], *, allow_differences: bool = False) 
                     f"{first} and {second} have the same train.seed, {seeds[first]}: the second tells nothing new.",
                     "Name runs of different seeds, or add --allow-differences to take them together all the same.",
                 )
-    roles = [role for role in ROLES if all(role in run.results for run in runs.values())]
+    roles = [str(role) for role in MODEL_ROLES if all(role in run.results for run in runs.values())]
     if not roles:
         raise DataError("No model was evaluated in all of these runs.", "Run raycomplete evaluate on each.")
     shares = {role: [shares_by_measure(folder, run.results[role]) for folder, run in runs.items()] for role in roles}

@@ -252,7 +252,6 @@ def a_diagnosis(num_positions: int = 200, roles: tuple[str, ...] = ("aligned", "
             "full_prompts": 4,
             "roles": {role: {**norms, "preference_factor": 0.05} for role in ("base", *roles)},
         },
-        "contrastive": {"settings": {"alpha": 1.0, "plausibility": 0.1}, "cost": {"cost_ratio": 1.97}},
         "versions": {"raycomplete": "0.1.0"},
     }
 

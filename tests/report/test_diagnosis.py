@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 from raycomplete.report.html import write_report
-from tests.report.conftest import a_diagnosis, a_result
+from tests.report.conftest import a_diagnosis
 from tests.report.test_report import FIGURES, Page
 
 DIAGNOSIS_FIGURES = ("diagnosis_profile", "diagnosis_behaviour", "diagnosis_control", "gradient_signal")
@@ -72,16 +72,12 @@ def test_without_student_gradient_or_control_and_with_harmful_text(diagnosis_fol
         assert (diagnosis_folder / file).stat().st_mode & 0o777 == 0o600
 
 
-def test_a_run_shows_the_diagnosis_beside_it_and_its_baseline(run_folder: Path, tmp_path: Path) -> None:
-    """runs/x and runs/x-diagnosis share one page, contrastive decoding included."""
+def test_a_run_shows_the_diagnosis_beside_it(run_folder: Path, tmp_path: Path) -> None:
+    """runs/x and runs/x-diagnosis share one page."""
     run = tmp_path / "runs" / "x"
     shutil.copytree(run_folder, run, ignore=shutil.ignore_patterns("runs"))
     beside = run.with_name("x-diagnosis")
-    (beside / "evaluation").mkdir(parents=True)
+    beside.mkdir()
     (beside / "diagnosis.json").write_text(json.dumps(a_diagnosis()))
-    (beside / "evaluation" / "contrastive.json").write_text(json.dumps({**a_result("aligned"), "role": "contrastive"}))
     page = Page(write_report(run).read_text(encoding="utf-8"))
     assert len(page.sources) == len(FIGURES) + len(DIAGNOSIS_FIGURES)
-    assert "1.97 times as long" in page.text
-    for name in ("prefill_depth", "rates", "attacks"):
-        assert "contrastive" in {row["role"] for row in rows_of(run / "figures" / f"{name}.csv")}, name

@@ -306,14 +306,6 @@ class TwoModelClient:
         reference = self._actor.call.remote(self._paths, method, *arguments, **options)
         return wait_for(reference, who="decoder of two models", what="an answer", timeout_s=self._timeout_s)
 
-    def cost(self, sequences: Sequence[Sequence[int]], max_tokens: int) -> dict[str, float]:
-        """Measures what the second model costs; see `TwoModelWorker.cost`."""
-        reference = self._actor.cost.remote(self._paths, [list(sequence) for sequence in sequences], max_tokens)
-        cost: dict[str, float] = wait_for(
-            reference, who="decoder of two models", what="its cost", timeout_s=self._timeout_s
-        )
-        return cost
-
     def stop(self) -> None:
         """Ends the actor and frees its memory."""
         ray.kill(self._actor)

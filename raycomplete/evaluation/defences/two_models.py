@@ -10,7 +10,6 @@ alpha 64.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,6 @@ from raycomplete.data.checkpoints import load_model
 from raycomplete.losses.divergences import contrastive_log_probs
 
 _FLOOR = 1e-8  # of a probability, as in the authors' code
-_COST_ROUNDS = 3
 
 
 def safe_log_probs(log_model_NV: Tensor, log_expert_NV: Tensor, alpha: float, common: int) -> Tensor:
@@ -190,25 +188,11 @@ class TwoModelWorker:
         """Calls a method of the decoder of two checkpoints: the model's and the other one's."""
         return getattr(self._decoder(paths), method)(*arguments, **options)
 
-    def cost(self, paths: tuple[Path, Path], sequences: list[list[int]], max_tokens: int) -> dict[str, float]:
-        """Tokens per second of plain decoding and of this one in one process, taken in turns, and their ratio."""
-        decoders = {"plain": self._decoder(paths, plain=True), "defended": self._decoder(paths)}
-        seconds, tokens = dict.fromkeys(decoders, 0.0), dict.fromkeys(decoders, 0)
-        for turn in range(_COST_ROUNDS + 1):
-            for name, decoder in decoders.items():
-                started = time.perf_counter()
-                answers = decoder.generate(sequences, max_tokens=max_tokens)
-                if turn > 0:  # the first turn warms up
-                    seconds[name] += time.perf_counter() - started
-                    tokens[name] += sum(map(len, answers))
-        plain, defended = (tokens[name] / seconds[name] for name in decoders)
-        return {"plain_tokens_per_s": plain, "defended_tokens_per_s": defended, "cost_ratio": plain / defended}
-
-    def _decoder(self, paths: tuple[Path, Path], *, plain: bool = False) -> TwoModelDecoder:
+    def _decoder(self, paths: tuple[Path, Path]) -> TwoModelDecoder:
         self._loaded = {path: model for path, model in self._loaded.items() if path in paths}
         for path in paths:
             if path not in self._loaded:
                 model = load_model(path, self._dtype, trust_remote_code=self._remote)
                 self._loaded[path] = TorchModel(model.to(self._device))
         model, other = (self._loaded[path] for path in paths)
-        return TwoModelDecoder(model, None if plain else other, self._rule, **self._options)
+        return TwoModelDecoder(model, other, self._rule, **self._options)
