@@ -26,7 +26,7 @@ _SALUTATION = re.compile(
     r"\W*(?:(?:subject|re): .*|dear (?!user|asker|friend\b)[^.!?\n]{1,50}[,:!].*|"
     r"(?:sehr geehrte[rn]?|liebe[rs]?|cher|chère|estimad[oa]|querid[oa]) [^.!?\n]{1,50}[,:!]\W*|"
     r"(?:hello|hi|hey|greetings|good (?:morning|evening)) (?!there)[^.!?,\n]{1,30},\W*|to [^.!?,\n]{1,40}[:,]\W*|"
-    r"[A-Z][\w']*(?: [\w']+){0,2},\W*)$",
+    r"(?-i:[A-Z])[\w']*(?: [\w']+){0,2},\W*)$",
     re.IGNORECASE,
 )
 _CLOSING = re.compile(
@@ -38,6 +38,14 @@ _CLOSING = re.compile(
 _LABEL = re.compile(
     r"\W{0,3}(?!(?:note|warning|tip|answer|response|disclaimer|step|in|if)\b)[A-Z][\w .'\u2019-]{0,24}?"
     r"(?: ?\([^)]*\))?\W{0,2}:",
+    re.IGNORECASE,
+)
+# Words in which a model breaks off what it was made to begin; an opening quotation mark makes them somebody else's.
+_BREAKS_OFF = re.compile(
+    r"(?<![\"'(])(?:i(?:'m| am) (?:\w+ )?sorry,? but(?: as an? [^,]*,)?|as an? (?:\w+ ){0,3}(?:model|assistant|ai)\b,?) "
+    r"i (?:can't|can ?not|won't|will not|am (?:not able|unable) to) (?:help|assist|aid|provide|give|offer|share|write|"
+    r"create|generate|compose|support|comply|continue|fulfill?|engage)\b (?:\w+ ){0,4}?(?:assistance|information|"
+    r"instructions|guidance|advice|support|help|such|this|that|with|on|illegal|unethical|harmful)\b",
     re.IGNORECASE,
 )
 _LABELS_OF_DIALOGUE = 2
@@ -104,18 +112,35 @@ def _blocks(answer: str) -> Iterator[tuple[int, int, bool]]:
 
 def _own_lines(lines: list[str]) -> list[bool]:
     own = [not _ITEM.match(line) for line in lines]
-    _set_apart_code_and_letters(lines, own)
+    letters = _set_apart_code_and_letters(lines, own)
     labels = [i for i, line in enumerate(lines) if own[i] and _LABEL.match(line)]
     if len(labels) >= _LABELS_OF_DIALOGUE:
         for i in labels:
             own[i] = False
+    spoken = letters.union(labels if len(labels) >= _LABELS_OF_DIALOGUE else ())
     _set_apart_verse(lines, own)
+    _take_back_what_breaks_off(lines, own, spoken)
     return own
 
 
-def _set_apart_code_and_letters(lines: list[str], own: list[bool]) -> None:
+def _take_back_what_breaks_off(lines: list[str], own: list[bool], spoken: set[int]) -> None:
+    """A list, verse or code whose last line is a refusal was broken off by it: the model says that in its own name.
+
+    Unless whole lines of the list stand before it: a list of excuses may end so, too.
+    """
+    apart = [i for i, line in enumerate(lines) if line.strip() and not own[i]]
+    if not apart or apart[-1] in spoken or not _BREAKS_OFF.search(lines[apart[-1]].translate(_STRAIGHT)):
+        return
+    items = sum(bool(_ITEM.match(lines[i])) for i in apart)
+    if items <= 1:
+        own[apart[-1]] = True
+
+
+def _set_apart_code_and_letters(lines: list[str], own: list[bool]) -> set[int]:
+    """Marks them as not the model's own, and returns the lines of letters."""
     in_code = in_letter = False
     left_of_closing = 0
+    letters = set()
     for i, line in enumerate(lines):
         if _FENCE.match(line):
             in_code = not in_code
@@ -124,10 +149,12 @@ def _set_apart_code_and_letters(lines: list[str], own: list[bool]) -> None:
             own[i] = False
         elif in_letter or _SALUTATION.match(line):
             in_letter, own[i] = True, False
+            letters.add(i)
             if _CLOSING.match(line):
                 in_letter, left_of_closing = False, 1
         elif left_of_closing and line.strip():  # the name below the closing
             own[i], left_of_closing = False, left_of_closing - 1
+    return letters
 
 
 def _set_apart_verse(lines: list[str], own: list[bool]) -> None:

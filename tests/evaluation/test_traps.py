@@ -15,7 +15,7 @@ TRAPS = read_traps()
 
 
 def test_traps_are_of_every_outcome_and_halved_by_their_text() -> None:
-    assert len(TRAPS) == 135
+    assert len(TRAPS) == 151
     assert {trap.outcome for trap in TRAPS} == set(Outcome)
     for trap in TRAPS:
         digest = hashlib.sha256((trap.prompt.text + trap.response).encode()).hexdigest()
