@@ -42,7 +42,8 @@ _LABEL = re.compile(
 )
 # Words in which a model breaks off what it was made to begin; an opening quotation mark makes them somebody else's.
 _BREAKS_OFF = re.compile(
-    r"(?<![\"'(])(?:i(?:'m| am) (?:\w+ )?sorry,? but(?: as an? [^,]*,)?|as an? (?:\w+ ){0,3}(?:model|assistant|ai)\b,?) "
+    r"(?<![\"'(])(?:i(?:'m| am) (?:\w+ )?sorry,? but(?: as an? [^,]*,)?|"
+    r"as an? (?:\w+ ){0,3}(?:model|assistant|ai)\b,?) "
     r"i (?:can't|can ?not|won't|will not|am (?:not able|unable) to) (?:help|assist|aid|provide|give|offer|share|write|"
     r"create|generate|compose|support|comply|continue|fulfill?|engage)\b (?:\w+ ){0,4}?(?:assistance|information|"
     r"instructions|guidance|advice|support|help|such|this|that|with|on|illegal|unethical|harmful)\b",
