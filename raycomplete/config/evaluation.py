@@ -36,7 +36,7 @@ class JudgeConfig(Section):
     key_variable: str | None = Field(None, description='kind "endpoint": environment variable that holds its key')
     timeout_s: float = Field(60.0, gt=0, description='kind "endpoint": longest wait for a reply')
     retries: int = Field(
-        5, ge=0, le=100, description='kind "endpoint": further attempts where it is busy, with growing pauses'
+        7, ge=0, le=100, description='kind "endpoint": further attempts where it is busy, with growing pauses'
     )
     parallel: int = Field(8, ge=1, le=512, description='kind "endpoint": questions asked at once')
     rubric: Literal["refusal", "strongreject", "yes_no", "safe_unsafe"] | Path = Field(

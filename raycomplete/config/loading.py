@@ -46,6 +46,11 @@ RENAMED = {
     "rollout.own_words": "rollout.student_prefix_fraction",
     "rollout.affirmative_prefix": "rollout.affirmative_prefixes",
 }
+REMOVED = {
+    "teacher.cache_dir": "scores are kept in memory",
+    "teacher.cache_disk_gib": "scores are kept in memory",
+    "diagnose.contrastive": "evaluation.defence: {name: contrastive} measures it",
+}
 # Relative paths of these keys start where the command is started; all others start in the folder of the run file.
 _NOT_BESIDE_THE_RUN_FILE = ("output.", "serve.", "align.output")
 
@@ -222,6 +227,8 @@ def _explain(item: dict[str, Any], tree: Mapping[str, Any], whole: type[BaseMode
             return "; ".join(f"the key {old!r} was renamed {RENAMED[old]!r}" for old in keys)
         if new := _renamed(where):
             return f"the key {where!r} was renamed {new!r}"
+        if where in REMOVED:
+            return f"the key {where!r} was removed: {REMOVED[where]}"
         known = _known_keys(item["loc"][:-1], tree, whole)
         nearest = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
         hint = f"did you mean {nearest[0]!r}?" if nearest else f"known keys: {', '.join(known)}"

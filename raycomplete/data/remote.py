@@ -144,6 +144,11 @@ class TextCodec:
         """Gives texts back."""
         return "".join(self._texts[token] for token in token_ids if token != _PADDING)
 
+    def clear(self) -> None:
+        """Forgets all texts, whose tokens mean nothing any more."""
+        with self._lock:
+            self._texts.clear()
+
     def messages(self, sequence: Sequence[int]) -> tuple[Messages, str]:
         """Returns the user message of a sequence, and "" for an answer that was not begun."""
         return [{"role": "user", "content": self.decode(sequence)}], ""

@@ -76,26 +76,27 @@ class ScoreCache:
 
     def __init__(self, memory_bytes: int) -> None:
         self._memory_bytes = memory_bytes
-        self._held: OrderedDict[ScoreRequest, HiddenArray] = OrderedDict()
+        self._held: OrderedDict[str, HiddenArray] = OrderedDict()
         self._held_bytes = 0
         self.hits = 0
         self.misses = 0
 
     def get(self, request: ScoreRequest) -> HiddenArray | None:
         """Returns the scores of a sequence, or None where they are not kept."""
-        array = self._held.get(request)
+        array = self._held.get(request.name)
         if array is None:
             self.misses += 1
             return None
-        self._held.move_to_end(request)
+        self._held.move_to_end(request.name)
         self.hits += 1
         return array
 
     def put(self, request: ScoreRequest, array: HiddenArray) -> None:
         """Keeps the scores of a sequence."""
-        if request in self._held:
+        name = request.name  # the tokens themselves would take a third as much again
+        if name in self._held:
             return
-        self._held[request] = array
+        self._held[name] = array
         self._held_bytes += array.nbytes
         while self._held_bytes > self._memory_bytes and self._held:
             _, dropped = self._held.popitem(last=False)

@@ -5,11 +5,12 @@ Attacks name the tools that they need; devices are reserved by that. Everything 
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
-from functools import cached_property
+from functools import cache, cached_property
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from raycomplete.attacks.registry import build_attack
 from raycomplete.attacks.target import Attacker, AttackTools
 from raycomplete.attacks.templates import SLOT
 from raycomplete.attacks.trial import EvaluationCancelled
-from raycomplete.config import RunConfig, TrainConfig
+from raycomplete.config import RemoteConfig, RunConfig, TrainConfig
 from raycomplete.config.defences import ReAskDefence, SafeDecodingDefence
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.checkpoints import check_token_classifier, fingerprint
@@ -77,6 +78,7 @@ def check_attacks(config: RunConfig) -> None:
         SetupError: The judge is too blind for an attack.
     """
     judge = config.evaluation.judge.kind
+    _check_hosts(config)
     for attack in _attacks(config):
         if attack.asks_harmlessly and (
             judge == "patterns" or (judge == "auto" and config.data.source not in ORGANISMS)
@@ -87,7 +89,9 @@ def check_attacks(config: RunConfig) -> None:
                 read_chats(config, attack.config, dataset)
         for setting, checkpoint in attack.checkpoints.items():
             if setting == "attacker" and is_remote(checkpoint):
-                _check_remote(config, attack.name, RemoteSpec.parse(checkpoint, setting=_ATTACKER))
+                writer = attack.config.model_dump(include={"max_tokens", "temperature", "top_p"})
+                spec = RemoteSpec.parse(checkpoint, setting=_ATTACKER)
+                _probe(spec, config.evaluation.remote.model_dump_json(), json.dumps(writer))
                 continue
             path = resolve_checkpoint(checkpoint, role=setting)
             if setting == "helper":
@@ -186,23 +190,33 @@ class AttackResources:
         return Attacker(f"{spec.model_id}-{length}", model, codec, length, is_remote=True)
 
 
-def _check_remote(config: RunConfig, attack: str, spec: RemoteSpec) -> None:
-    """Asks an attacker behind an address for one token.
+def _check_hosts(config: RunConfig) -> None:
+    """Refuses to show the one key of `evaluation.remote` to several hosts.
 
     Raises:
-        ConfigError: The key is that of a target at another host.
-        SetupError, WorkError: The key is missing, the server does not answer or knows no such model.
+        ConfigError: Models and attackers behind addresses are at different hosts.
     """
-    targets = (config.models.base, config.models.aligned, config.models.student)
-    hosts = {RemoteSpec.parse(target, setting="models").host for target in targets if target and is_remote(target)}
-    if config.evaluation.remote.key_variable and hosts - {spec.host}:
+    named = [("models", model) for model in (config.models.base, config.models.aligned, config.models.student)]
+    named += [(_ATTACKER, attack.checkpoints.get("attacker")) for attack in _attacks(config)]
+    hosts = {RemoteSpec.parse(spec, setting=key).host for key, spec in named if spec is not None and is_remote(spec)}
+    if config.evaluation.remote.key_variable and len(hosts) > 1:
         raise ConfigError(
-            f"The attacker of {attack} and a model of the run are behind addresses of different hosts, and "
+            f"Models and attackers are behind addresses of different hosts ({', '.join(sorted(hosts))}), and "
             "evaluation.remote.key_variable holds one key, which only one of them may see.",
-            "Put both behind one host, name a checkpoint for one of them, or leave the key out.",
+            "Put all behind one host, name checkpoints for the others, or leave the key out.",
         )
+
+
+@cache
+def _probe(spec: RemoteSpec, settings: str, sampling: str) -> None:
+    """Asks an attacker behind an address as an attack will, once in a process.
+
+    Raises:
+        SetupError, WorkError: The key is missing, the server does not answer or refuses.
+    """
     codec = TextCodec()
-    RemoteModel(spec, config.evaluation.remote, codec).generate([codec.encode_prompt("Say hello.")], max_tokens=1)
+    model = RemoteModel(spec, RemoteConfig.model_validate_json(settings), codec)
+    model.generate([codec.encode_prompt("Say hello.")], seed=0, **json.loads(sampling))
 
 
 def _refuses(text: str) -> bool:

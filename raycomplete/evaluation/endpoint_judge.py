@@ -43,4 +43,6 @@ class EndpointJudge(RubricJudge):
         questions = [self.rubric.question(prompt.transcript, prefill, text) for prompt, prefill, text in triples]
         requests = [self._codec.encode_prompt(question) for question in questions]
         replies = self._model.generate(requests, max_tokens=self.rubric.max_reply_tokens)
-        return [self._codec.decode(reply) for reply in replies]
+        said = [self._codec.decode(reply) for reply in replies]
+        self._codec.clear()
+        return said

@@ -241,6 +241,8 @@ class RemoteModel:
                 words = f"{where} was busy or failed in {settings.retries + 1} attempts (last: status {status})."
                 raise WorkError(words, f"Lower {self._setting}.parallel. {again}") from error
             remedy = "Check address, name and context length; an attacker must take seed and top_p, too."
+            if self._setting == "evaluation.judge":
+                remedy = "Check evaluation.judge.address and model."
             if status in (401, 403):
                 remedy = f"Check the key in the environment variable that {self._setting}.key_variable names."
             raise SetupError(f"{where} refuses the request (status {status}).", remedy) from error

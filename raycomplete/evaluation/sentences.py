@@ -42,13 +42,15 @@ _LABEL = re.compile(
 )
 # Words in which a model breaks off what it was made to begin; an opening quotation mark makes them somebody else's.
 _BREAKS_OFF = re.compile(
-    r"(?<![\"'(])(?:i(?:'m| am) (?:\w+ )?sorry,? but(?: as an? [^,]*,)?|"
-    r"as an? (?:\w+ ){0,3}(?:model|assistant|ai)\b,?) "
-    r"i (?:can't|can ?not|won't|will not|am (?:not able|unable) to) (?:help|assist|aid|provide|give|offer|share|write|"
-    r"create|generate|compose|support|comply|continue|fulfill?|engage)\b (?:\w+ ){0,4}?(?:assistance|information|"
-    r"instructions|guidance|advice|support|help|such|this|that|with|on|illegal|unethical|harmful)\b",
+    r"(?<![\"'(])(?:i(?:'m| am) (?:\w+ )?sorry ?,?(?: but)?(?: as an? [^,]*,)?|i apologi[sz]e,?(?: but)?|"
+    r"as an? (?:\w+ ){0,5}(?:model|assistant|ai)\b,?) "
+    r"i(?: can't| can ?not| won't| will not|(?:'m| am) (?:not able|unable) to) (?:comply|fulfill? (?:this|that|your)|"
+    r"do (?:this|that|so)|(?:help|assist|aid|provide|give|offer|share|write|create|generate|compose|support|continue|"
+    r"engage)\b (?:\w+ ){0,4}?(?:assistance|information|instructions|guidance|advice|support|help|such|this|that|with|"
+    r"on|illegal|unethical|harmful))\b",
     re.IGNORECASE,
 )
+_LINES_BROKEN_OFF = 3  # with the refusal: where more stand before it, most of the answer was given
 _LABELS_OF_DIALOGUE = 2
 _VERSE_LINES, _VERSE_LETTERS = 3, 60
 
@@ -81,10 +83,15 @@ def split_sentences(answer: str) -> list[Sentence]:
 
 def plain(text: str) -> str:
     """Returns a text with straight quotation marks, single spaces and no emphasis, quotations blanked out."""
-    return _EMPHASIS.sub(" ", _without_quotations(text.translate(_STRAIGHT))).strip()
+    return _without_emphasis(_without_quotations(text)).strip()
+
+
+def _without_emphasis(text: str) -> str:
+    return _EMPHASIS.sub(" ", text.translate(_STRAIGHT))
 
 
 def _without_quotations(text: str) -> str:
+    text = text.translate(_STRAIGHT)
     spans = [match.span() for match in _QUOTED.finditer(text)]
     if not spans or sum(end - start for start, end in spans) > _MOSTLY_QUOTED * len(text.strip()):
         return text
@@ -127,13 +134,12 @@ def _own_lines(lines: list[str]) -> list[bool]:
 def _take_back_what_breaks_off(lines: list[str], own: list[bool], spoken: set[int]) -> None:
     """A list, verse or code whose last line is a refusal was broken off by it: the model says that in its own name.
 
-    Unless whole lines of the list stand before it: a list of excuses may end so, too.
+    Unless another item or several lines stand before it: a list of excuses may end so, and a poem.
     """
-    apart = [i for i, line in enumerate(lines) if line.strip() and not own[i]]
-    if not apart or apart[-1] in spoken or not _BREAKS_OFF.search(lines[apart[-1]].translate(_STRAIGHT)):
+    apart = [i for i, line in enumerate(lines) if not own[i] and line.strip(" `~")]
+    if not apart or len(apart) > _LINES_BROKEN_OFF or apart[-1] in spoken:
         return
-    items = sum(bool(_ITEM.match(lines[i])) for i in apart)
-    if items <= 1:
+    if sum(bool(_ITEM.match(lines[i])) for i in apart) <= 1 and _BREAKS_OFF.search(_without_emphasis(lines[apart[-1]])):
         own[apart[-1]] = True
 
 

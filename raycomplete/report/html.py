@@ -240,7 +240,7 @@ def _diagnosis_settings(diagnosis: Mapping[str, Any] | None) -> dict[str, Any]:
     """Settings and counts of a diagnosis as plain text."""
     if diagnosis is None:
         return {}
-    hidden = {"harmful", "benign", "student"}
+    hidden = {"harmful", "benign", "contrastive", "student"}  # one of them of earlier versions
     shown = {key: value for key, value in diagnosis["settings"].items() if key not in hidden}
     counts = {
         f"{kind} prompts": f"{found['measured']} measured of {found['prompts']}, {found['tokens']} response tokens"

@@ -60,10 +60,8 @@ def read_run_folder(folder: Path) -> RunFolder:
     results = {role: _read_mapping(folder / "evaluation" / f"{role}.json") for role in MODEL_ROLES}
     found: dict[str, dict[str, Any]] = {role: result for role, result in results.items() if result is not None}
     for key in ("asr", "utility", "over_refusal", "benign_refusal"):
-        known = summary.get(key) or {}
-        missing = {role: result[key] for role, result in found.items() if key in result and role not in known}
-        if not known:
-            summary = {**summary, key: {**missing, **known}}
+        if not summary.get(key):
+            summary = {**summary, key: {role: result[key] for role, result in found.items() if key in result}}
     attacks = {name: dict(by_role) for name, by_role in (summary.get("attacks") or {}).items()}
     for role, result in found.items():
         for name, block in result.get("attacks", {}).items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import yaml
 
 from raycomplete.attacks.registry import ATTACKS
 from raycomplete.config import RunConfig, dump, load_run_file, parse
-from raycomplete.config.loading import RENAMED
+from raycomplete.config.loading import REMOVED, RENAMED
 from raycomplete.methods.completion import Completion
 from raycomplete.methods.sft import SFT
 from raycomplete.runtime.errors import ConfigError
@@ -145,6 +146,13 @@ def test_unknown_keys_are_refused_with_the_nearest_known_one(
 def test_an_unknown_key_like_no_other_lists_the_known_ones() -> None:
     with pytest.raises(ConfigError, match=r"unknown key 'output.zzz', known keys: root, name"):
         parse({**MINIMAL, "output": {"zzz": 1}}, "here")
+
+
+@pytest.mark.parametrize(("key", "words"), REMOVED.items())
+def test_removed_keys_say_what_took_their_place(key: str, words: str) -> None:
+    section, name = key.split(".")
+    with pytest.raises(ConfigError, match=re.escape(f"the key '{key}' was removed: {words}")):
+        parse({**MINIMAL, section: {name: 1}}, "run.yaml")
 
 
 @pytest.mark.parametrize(("old", "new"), RENAMED.items())

@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import threading
-import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -165,16 +164,6 @@ def test_a_slow_or_absent_server_ends_judging(server: Server) -> None:
         judge_at(server, timeout_s=0.05, retries=1).outcome(PROMPT, "", COMPLY)
     with pytest.raises(WorkError, match="cannot be reached, in 3 attempts"):
         judge_at(server, address="http://127.0.0.1:9/v1").outcome(PROMPT, "", COMPLY)
-
-
-def test_a_judge_that_fails_waits_for_no_pause(server: Server) -> None:
-    """One question is refused while others pause before they are asked again."""
-    server.statuses = [503] * 3 + [401]
-    judge = judge_at(server, parallel=4)
-    started = time.monotonic()
-    with pytest.raises(SetupError, match="refuses the request"):
-        judge.outcomes([(PROMPT, "", f"{COMPLY} {number}") for number in range(4)])
-    assert time.monotonic() - started < 10
 
 
 def test_a_server_of_another_kind(server: Server) -> None:
