@@ -37,6 +37,9 @@ class PromptSource(PromptColumns):
     config: str | None = Field(None, description="configuration of a data set that has several")
     split: str = Field("train", description="split of a data set, or rows of it: train[:100]; files have none")
     revision: str | None = Field(None, description="branch, tag or commit on the hub; the newest when absent")
+    held_back: bool = Field(
+        False, description="of training prompts: none is trained on; those of this kind that steer are drawn from here"
+    )
 
     @field_validator("path", mode="before")
     @classmethod

@@ -88,13 +88,15 @@ class Models:
 class Prompts:
     """Prompts by purpose and kind; `notes` are sentences for the user, such as how many were left out.
 
-    `revisions` names the commit at which each data set of the hub was read.
+    `revisions` names the commit at which each data set of the hub was read, and `held_back` the training prompts that
+    steer and are not trained on, where the run file says which.
     """
 
     train: dict[PromptKind, tuple[Prompt, ...]]
     evaluation: dict[PromptKind, tuple[Prompt, ...]]
     notes: tuple[str, ...] = ()
     revisions: Mapping[str, str] = field(default_factory=dict)
+    held_back: frozenset[str] = frozenset()
 
 
 def prepare_models(
@@ -211,7 +213,17 @@ def prepare_prompts(config: RunConfig, codec: ChatCodec, *, training: bool = Tru
         for prompt in train["harmful"]:
             _check_length(config, codec, prompt, config.rollout.safety_prompt, longest)
     read = _hub_revisions(config, config.data.evaluation, *([config.data.train] if training else []))
-    return Prompts(train, held_out, (*notes, *_revision_notes(read)), read)
+    return Prompts(train, held_out, (*notes, *_revision_notes(read)), read, _held_back(config, train))
+
+
+def _held_back(config: RunConfig, train: Mapping[PromptKind, Sequence[Prompt]]) -> frozenset[str]:
+    """Names the training prompts of sources with `held_back`, also where another source repeats them."""
+    data, found = config.data, set()
+    for kind in KINDS if data.source not in ORGANISMS else ():
+        if sources := [source for source in getattr(data.train, kind) if source.held_back]:
+            texts = {prompt.transcript for prompt in read_prompts(sources, kind, data.seed)}
+            found |= {prompt.prompt_id for prompt in train[kind] if prompt.transcript in texts}
+    return frozenset(found)
 
 
 def prepare_alignment_prompts(config: RunConfig) -> Prompts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Set
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,14 @@ class SampleSet:
     held_back_anchor: tuple[AnchorSample, ...] = ()
     held_back_recovery: tuple[RecoverySample, ...] = ()
     held_back_greedy: tuple[AnchorSample, ...] = ()
+
+    def without(self, prompt_ids: Set[str]) -> SampleSet:
+        """The same, but nothing of these prompts is trained."""
+        return replace(
+            self,
+            anchor=tuple(sample for sample in self.anchor if sample.prompt_id not in prompt_ids),
+            recovery=tuple(sample for sample in self.recovery if sample.prompt_id not in prompt_ids),
+        )
 
 
 _PARTS = tuple(field.name for field in fields(SampleSet))

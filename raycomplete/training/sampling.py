@@ -329,7 +329,8 @@ def hold_back(config: RunConfig, prompts: Prompts, samples: SampleSet) -> Sample
     for kind, known in usable.items():
         ids = [prompt.prompt_id for prompt in prompts.train[kind] if prompt.prompt_id in known]
         wanted = {"harmful": count, "borderline": count // 2, "benign": count - counts["harmless"]}[kind]
-        drawn = random.Random(f"{seed}:held back:{kind}").sample(ids, min(wanted, len(ids) // 4))
+        named = [name for name in ids if name in prompts.held_back]
+        drawn = random.Random(f"{seed}:held back:{kind}").sample(named or ids, min(wanted, len(named) or len(ids) // 4))
         counts["harmful" if kind == "harmful" else "harmless"] += len(drawn)
         held |= set(drawn)
     if min(counts["harmful"], counts["harmless"]) < MIN_HELD_BACK:
@@ -340,9 +341,7 @@ def hold_back(config: RunConfig, prompts: Prompts, samples: SampleSet) -> Sample
         )
     harmless = [sample for sample in samples.anchor if sample.prompt_id in held - recoverable]
     return replace(
-        samples,
-        anchor=tuple(sample for sample in samples.anchor if sample.prompt_id not in held),
-        recovery=tuple(sample for sample in samples.recovery if sample.prompt_id not in held),
+        samples.without(held | prompts.held_back),
         held_back_anchor=_first_draws(harmless),
         held_back_recovery=_first_draws(sample for sample in samples.recovery if sample.prompt_id in held),
     )
@@ -363,14 +362,14 @@ def _steering_samples(run: Run, samples: SampleSet) -> SampleSet:
     """
     validation = run.config.train.validation
     if not validation.interval(run.config.train.steps):
-        return samples
+        return samples.without(run.prompts.held_back)
     try:
         samples = hold_back(run.config, run.prompts, samples)
     except DataError as error:
         if validation.every != "auto":
             raise
         run.console.note(f"{error.problem} Loss weights stay as they are, and the last step is kept.")
-        return samples
+        return samples.without(run.prompts.held_back)
     harmless = samples.held_back_anchor
     title = f"Greedy answers of the aligned model to {len(harmless)} prompts that are held back"
     with sampled_from(run, run.models.paths["aligned"], title, len(harmless)) as aligned:

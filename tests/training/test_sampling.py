@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,9 +12,10 @@ from typing import Any
 import pytest
 
 from raycomplete.config import load_run_file
+from raycomplete.config.run import DataConfig
 from raycomplete.data import organism
 from raycomplete.data.chat import ChatCodec
-from raycomplete.data.inputs import KINDS, Models, Prompts
+from raycomplete.data.inputs import KINDS, Models, Prompts, prepare_prompts
 from raycomplete.data.organism import checkpoint_path
 from raycomplete.data.organism.world import Item, find_item, recipe, refusal
 from raycomplete.data.samples import AnchorSample, RecoverySample, SampleSet
@@ -199,7 +201,7 @@ def test_cuts_count_from_after_the_prefix(codec: ChatCodec, samples: list[Recove
     assert all(asked), "a refusal prefix moves no item into the deepest bin"
 
 
-def held_back_from(per_kind: dict[str, int]) -> tuple[SampleSet, SampleSet]:
+def held_back_from(per_kind: dict[str, int], named: Collection[str] = ()) -> tuple[SampleSet, SampleSet]:
     """Holds back from two draws of each of so many prompts; also gives all samples."""
     config = load_run_file("jobs/organism.yaml", ["train.validation.num_prompts=6"])
     train = {kind: tuple(Prompt(f"{kind}{i}", "x", kind) for i in range(per_kind[kind])) for kind in KINDS}
@@ -215,8 +217,9 @@ def held_back_from(per_kind: dict[str, int]) -> tuple[SampleSet, SampleSet]:
         for draw in (0, 1)
     )
     whole = SampleSet(anchor, recovery)
-    found = hold_back(config, Prompts(train, train), whole)
-    assert hold_back(config, Prompts(train, train), whole) == found, "a function of the seed"
+    prompts = Prompts(train, train, held_back=frozenset(named))
+    found = hold_back(config, prompts, whole)
+    assert hold_back(config, prompts, whole) == found, "a function of the seed"
     return found, whole
 
 
@@ -232,6 +235,33 @@ def test_held_back_prompts_are_not_trained() -> None:
     assert not held & {sample.prompt_id for sample in (*found.anchor, *found.recovery)}, "neither draw is trained"
     assert len(found.anchor) == len(whole.anchor) - 2 * 12
     assert len(found.recovery) == len(whole.recovery) - 2 * 6
+
+
+def test_prompts_that_the_run_file_holds_back_steer_and_are_not_trained() -> None:
+    named = {f"borderline{number}" for number in range(30, 40)}
+    found, whole = held_back_from({"harmful": 40, "benign": 40, "borderline": 40}, named)
+    held = [sample.prompt_id for sample in found.held_back_anchor if sample.kind == "borderline"]
+    assert len(held) == 3
+    assert set(held) <= named
+    assert not named & {sample.prompt_id for sample in found.anchor}, "nor those that are not drawn"
+    assert len(found.anchor) == len(whole.anchor) - 2 * (6 + 3 + 10)
+
+
+def test_sources_name_the_prompts_that_are_held_back(codec: ChatCodec, tmp_path: Path) -> None:
+    """One that another source repeats, too."""
+    rows = {"a": ["one", "two"], "b": ["two", "three"], "harm": ["four"], "kind": ["five"], "out": ["six"]}
+    for name, texts in rows.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    files = {name: {"path": str(tmp_path / f"{name}.jsonl")} for name in rows}
+    edges = [files["a"], files["b"] | {"held_back": True}]
+    train = {"harmful": [files["harm"]], "benign": [files["kind"]], "borderline": edges}
+    sets = {"train": train, "evaluation": {kind: [files["out"] | {"limit": 1}] for kind in KINDS}}
+    config = load_run_file("jobs/organism.yaml")
+    data = DataConfig.model_validate({"source": "files"} | sets)
+    prompts = prepare_prompts(config.model_copy(update={"data": data}), codec)
+    texts = [prompt.text for prompt in prompts.train["borderline"] if prompt.prompt_id in prompts.held_back]
+    assert texts == ["two", "three"]
+    assert len(prompts.held_back) == 2
 
 
 def test_a_quarter_at_most_is_held_back_and_other_kinds_fill_up() -> None:
