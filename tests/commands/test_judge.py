@@ -54,7 +54,7 @@ def test_the_command_measures_and_stores(labelled: Path, tmp_path: Path, monkeyp
     assert read_calibration(output, stored["judge"]) == stored
     assert stored["judge"].startswith(RefusalJudge().name)
     assert stored["on_topic"]["by"]
-    assert stored["traps"]["held_out"]["right"]["n"] == 70
+    assert stored["traps"]["held_out"]["right"]["n"] == 77
     assert "traps, held out" in result.output
 
 
