@@ -127,10 +127,8 @@ class CrescendoAttack(RewritingAttack[CrescendoConfig]):
                 if going := [conversation for conversation in held if self._is_open(conversation)]:
                     target.stop_if_cancelled()
                     requests = [
-                        self.request(attacker, conversation.slots(self.config.turns))
-                        if self._is_open(conversation) or not attacker.is_remote
-                        else []
-                        for conversation in held
+                        self.request(attacker, item.slots(self.config.turns), is_over=not self._is_open(item))
+                        for item in held
                     ]
                     self._ask(target, held, self.written(attacker, stream, requests, number))
                     if over := [conversation for conversation in going if not self._is_open(conversation)]:

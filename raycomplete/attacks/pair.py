@@ -96,10 +96,7 @@ class PairAttack(RewritingAttack[PairConfig]):
             going = [stream for stream in streams if any(attempt.open for attempt in stream)]
             for stream in going:
                 target.stop_if_cancelled()
-                requests = [
-                    self.request(attacker, attempt.slots()) if attempt.open or not attacker.is_remote else []
-                    for attempt in stream
-                ]
+                requests = [self.request(attacker, attempt.slots(), is_over=not attempt.open) for attempt in stream]
                 written = self.written(attacker, [attempt.trial for attempt in stream], requests, number)
                 self._reword(target, stream, written)
             if asked := [attempt for stream in going for attempt in stream if attempt.open]:

@@ -75,12 +75,17 @@ class RewritingAttack(Attack[RewritingT], Generic[RewritingT]):
         plain, rewritten = super().cost(trials), self.config.max_tokens * len(trials)
         return replace(plain, tokens=self.best_of * (rewritten + plain.tokens))
 
-    def request(self, attacker: Attacker, slots: Iterator[Mapping[str, str]]) -> list[int]:
+    def request(self, attacker: Attacker, slots: Iterator[Mapping[str, str]], *, is_over: bool = False) -> list[int]:
         """Fills in the attacker's instruction: the first of several fillings that fits its context.
+
+        Args:
+            is_over: Nobody uses the reply, so an attacker behind an address, who may be paid by the word, is not asked.
 
         Raises:
             SetupError: None of them does.
         """
+        if is_over and attacker.is_remote:
+            return []
         for filling in slots:
             ids = attacker.codec.encode_prompt(fill_slots(self.config.instruction or self.own_instruction, filling))
             if len(ids) + self.config.max_tokens <= attacker.max_length:
@@ -95,7 +100,7 @@ class RewritingAttack(Attack[RewritingT], Generic[RewritingT]):
         """Returns what the attacker writes for each trial in round `number`.
 
         All trials of a stream are written for in every round, those that are over too: a call without them would give
-        the others other seeds. An attacker behind an address, which may be paid by the word, skips empty requests.
+        the others other seeds. Empty requests get no reply.
         """
         waiting, written = iter(requests), []
         for run in runs(trials):

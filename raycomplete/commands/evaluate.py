@@ -100,7 +100,7 @@ def evaluate(
             undefended = [role for role in roles if role != "student" or config.evaluation.defence is None]
             nll = measure_benign_nll(run, undefended)  # of given answers, which no decoder changes
         for role, model in remote.items():
-            run.asked[role] = model.usage.to_json(config.evaluation.remote)
+            run.remote_usage[role] = model.usage.to_json(config.evaluation.remote)
     summary = write_summary(run, results, nll, time.perf_counter() - started)
     print_result(summary, run.folder, console)
     return run.folder
@@ -116,7 +116,7 @@ def write_summary(
 ) -> dict[str, Any]:
     """Writes summary.json, report.html and the student's model card; `nll` is the result of `measure_benign_nll`."""
     config, folder = run.config, run.folder
-    for name, usage in run.asked.items():
+    for name, usage in run.remote_usage.items():
         if usage["requests"]:
             run.console.note(usage_line(name, usage))
     prefills = read_json(folder / "evaluation" / "prefills.json") or {}
@@ -125,7 +125,7 @@ def write_summary(
         **summarize(results),
         "benign_nll": dict(nll),
         "prefills": prefills.get("outcomes"),
-        "remote": dict(run.asked),
+        "remote": dict(run.remote_usage),
         "evaluation": config.evaluation.model_dump(mode="json"),
         "train": read_json(folder / "training.json") or {},
         "seconds": seconds,

@@ -110,7 +110,7 @@ class SampleSet:
     held_back_greedy: tuple[AnchorSample, ...] = ()
 
     def without(self, prompt_ids: Set[str]) -> SampleSet:
-        """The same, but nothing of these prompts is trained."""
+        """Returns the set with the training samples of these prompts left out."""
         return replace(
             self,
             anchor=tuple(sample for sample in self.anchor if sample.prompt_id not in prompt_ids),

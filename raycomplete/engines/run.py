@@ -62,7 +62,7 @@ class Run:
         on_progress: Called after each batch of evaluation trials, in the thread of the evaluation.
         cancelled: Asked between batches and steps; True ends the run, beside the signals of `stop`.
         remote: Clients of the models behind an address, in an evaluation.
-        asked: How often such models were asked and what that cost, attackers among them, by who they are.
+        remote_usage: How often such models were asked and what that cost, attackers among them, by who they are.
     """
 
     config: RunConfig
@@ -76,7 +76,7 @@ class Run:
     on_progress: Callable[[Progress], None] | None = None
     cancelled: Callable[[], bool] | None = None
     remote: Mapping[ModelRole, Generator] = field(default_factory=dict)
-    asked: dict[str, Any] = field(default_factory=dict)
+    remote_usage: dict[str, Any] = field(default_factory=dict)
 
     def generator(self, role: ModelRole) -> Generator:
         """Returns what generates with a model: an engine, or the client of its address."""

@@ -183,7 +183,7 @@ class AttackResources:
         model.keep_in(run.folder / "evaluation" / "remote" / f"{spec.model_id}.jsonl")
 
         def count() -> None:
-            run.asked[f"attacker {spec.model} at {spec.address}"] = model.usage.to_json(settings)
+            run.remote_usage[f"attacker {spec.model} at {spec.address}"] = model.usage.to_json(settings)
 
         self._ended.callback(count)
         length = settings.attacker_max_length

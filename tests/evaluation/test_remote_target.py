@@ -342,6 +342,7 @@ def test_an_attacker_behind_an_address_writes_words_that_no_local_tokenizer_know
     with pytest.raises(SetupError, match="status 404"):
         check_attacks(asking)
     check_attacks(asking)
+    assert {"seed", "top_p"} <= set(server.asked[-1]), "it is tried as the attack will ask"
     with pytest.raises(ConfigError, match=r"different hosts \(127.0.0.1, elsewhere\)"):
         check_attacks(
             config_of(
@@ -372,9 +373,8 @@ def test_an_attacker_behind_an_address_writes_words_that_no_local_tokenizer_know
             assert written == [f"Größe {number} «what»" if number != 7 else "" for number in range(40)]
         fillings = iter([{"goal": "long " * 6000}, {"goal": "short"}])
         assert attacker.codec.decode(attack.request(attacker, fillings)) == "short Größe", "8192 tokens of 3 characters"
-    assert len(server.asked) == 39, "what it wrote is kept"
-    assert len({body["seed"] for body in server.asked}) == 39
-    assert run.asked[f"attacker them at {server.spec.address}"]["requests"] == 0, "of the second start"
+    assert len({body["seed"] for body in server.asked}) == len(server.asked) == 39, "what it wrote is kept"
+    assert run.remote_usage[f"attacker them at {server.spec.address}"]["requests"] == 0, "of the second start"
     assert {body["max_tokens"] for body in server.asked} == {200}
     assert set(server.keys) == {f"Bearer {KEY}"}
 

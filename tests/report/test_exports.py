@@ -28,7 +28,7 @@ CONFIG = """
 models: {base: hub:org/base, aligned: hub:org/chat}
 method: {name: completion}
 train: {steps: 120, seed: 3}
-data: {train: {harmful: [{path: /home/somebody/advbench.csv}], benign: [{path: hub:org/tulu}]}}
+data: {train: {harmful: [{path: /srv/somebody/advbench.csv}], benign: [{path: hub:org/tulu}]}}
 """
 
 
@@ -73,7 +73,7 @@ def test_a_local_base_model_stays_out_of_the_metadata(with_student: Path) -> Non
     assert "aligned (teacher): chat" in model_card(read_run_folder(with_student))
 
 
-@pytest.mark.parametrize("start", ["/home/somebody/chat", "~/private/chat", "somebody/private/chat"])
+@pytest.mark.parametrize("start", ["/srv/somebody/chat", "~/private/chat", "somebody/private/chat"])
 def test_no_line_of_the_card_tells_a_folder(start: str, with_student: Path) -> None:
     config = CONFIG.replace("hub:org/chat", start).replace("hub:org/base", start)
     (with_student / "config.yaml").write_text(config.replace("name: completion", f"name: completion, file: {start}"))

@@ -247,6 +247,14 @@ def test_prompts_that_the_run_file_holds_back_steer_and_are_not_trained() -> Non
     assert len(found.anchor) == len(whole.anchor) - 2 * (6 + 3 + 10)
 
 
+def test_prompts_left_out_are_trained_in_no_part() -> None:
+    """Where nothing steers, too."""
+    _, whole = held_back_from({"harmful": 40, "benign": 40, "borderline": 40})
+    found = whole.without({"harmful1", "benign2"})
+    assert (len(found.anchor), len(found.recovery)) == (len(whole.anchor) - 4, len(whole.recovery) - 2)
+    assert not {"harmful1", "benign2"} & {sample.prompt_id for sample in (*found.anchor, *found.recovery)}
+
+
 def test_sources_name_the_prompts_that_are_held_back(codec: ChatCodec, tmp_path: Path) -> None:
     """One that another source repeats, too."""
     rows = {"a": ["one", "two"], "b": ["two", "three"], "harm": ["four"], "kind": ["five"], "out": ["six"]}

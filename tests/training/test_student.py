@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional
+from transformers import LlamaConfig
 
 from raycomplete.config import TrainConfig
 from raycomplete.data.checkpoints import load_model
@@ -25,7 +26,7 @@ from raycomplete.training.deepspeed_engine import spread_bad_loss
 from raycomplete.training.feedback import DepthSampler
 from raycomplete.training.profile import aligned_profile, scored_samples, student_profile
 from raycomplete.training.step_plan import Planner, StepPlan
-from raycomplete.training.student import HeadSettings, StudentModule, keeps_sequences_apart
+from raycomplete.training.student import HeadSettings, StudentModule, keeps_sequences_apart, widening_size
 from tests.training.tiny import build_batch, completion, make_job, make_model, plain_loss, prefetcher_of
 
 
@@ -219,3 +220,14 @@ def test_a_leak_between_sequences_of_a_row_is_seen(kind: str, sees_neighbours: b
 def test_a_sample_of_two_tokens_is_enough(tmp_path: Path) -> None:
     reader = Reader(load_model(make_model(tmp_path, 0), "float32"), sees_neighbours=False)
     assert keeps_sequences_apart(reader, AnchorSample("a", (5,), (6,)), "float32")
+
+
+@pytest.mark.parametrize(
+    ("attention", "changes", "expected"),
+    [("sdpa", {}, 64), ("eager", {}, None), ("sdpa", {"attention_chunk_size": 128}, None)],
+)
+def test_rows_are_widened_where_attention_allows_it(
+    attention: str, changes: dict[str, int], expected: int | None
+) -> None:
+    config = LlamaConfig(hidden_size=64, num_attention_heads=4, attn_implementation=attention, **changes)
+    assert widening_size(config) == expected
