@@ -195,6 +195,9 @@ class Method(Section):
 
     name: str = Field(description="which method")
     anchor_batch_size: int = Field(16, ge=1, description="anchor sequences of a step, over all workers")
+    borderline_fraction: float | None = Field(
+        None, ge=0, le=1, description="share of those that borderline prompts have; null: their share of all samples"
+    )
     recovery_batch_size: int = Field(16, ge=0, description="recovery sequences of a step, over all workers")
     depth: DepthConfig = Field(default_factory=DepthConfig)
 

@@ -6,8 +6,10 @@ with the very next samples, and the loss does not depend on the number of worker
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import TypeVar
 
 import numpy as np
 
@@ -16,7 +18,8 @@ from raycomplete.methods.registry import AnchorItem, Feedback, Method, RecoveryI
 from raycomplete.training.feedback import DepthSampler
 from raycomplete.training.packing import deal
 
-_SEED_TAGS = {"anchor": 11, "recovery": 12}
+S = TypeVar("S", AnchorSample, RecoverySample)
+_SEED_TAGS = {"anchor": 11, "recovery": 12, "borderline": 13}
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,23 +78,40 @@ class Planner:
         recovery_batch_size: The same for recovery; ignored where there are no recovery samples.
         seed: Of the order of samples.
         max_depth: Longest cut.
+        borderline_fraction: Share of the anchor sequences that are of borderline prompts, on average over steps; None
+            for the share that these have of the samples. Ignored where all anchor samples are borderline or none is.
     """
 
     def __init__(
-        self, samples: SampleSet, *, anchor_batch_size: int, recovery_batch_size: int, seed: int, max_depth: int
+        self,
+        samples: SampleSet,
+        *,
+        anchor_batch_size: int,
+        recovery_batch_size: int,
+        seed: int,
+        max_depth: int,
+        borderline_fraction: float | None = None,
     ) -> None:
-        self._samples = samples
         self._anchor_batch_size = anchor_batch_size
+        self._recovery = samples.recovery
         self._recovery_batch_size = recovery_batch_size if samples.recovery else 0
         self._seed = seed
         self._max_depth = max_depth
+        self._borderline = tuple(sample for sample in samples.anchor if sample.kind == "borderline")
+        self._others = tuple(sample for sample in samples.anchor if sample.kind != "borderline")
+        self._borderline_per_step = anchor_batch_size * (borderline_fraction or 0.0)
+        if borderline_fraction is None or not (self._borderline and self._others):
+            self._borderline, self._others, self._borderline_per_step = (), samples.anchor, 0.0
         self._orders: dict[tuple[str, int], np.ndarray[tuple[int], np.dtype[np.int64]]] = {}
 
     def samples_of(self, step: int) -> tuple[list[AnchorSample], list[RecoverySample]]:
         """The samples of a step, whatever their depths will be: known ahead, so that they can be scored ahead."""
-        anchor = self._draw("anchor", len(self._samples.anchor), self._anchor_batch_size, step)
-        recovery = self._draw("recovery", len(self._samples.recovery), self._recovery_batch_size, step)
-        return [self._samples.anchor[i] for i in anchor], [self._samples.recovery[i] for i in recovery]
+        first, last = (int(self._borderline_per_step * done) for done in (step, step + 1))
+        size = self._anchor_batch_size
+        anchor = self._draw("borderline", self._borderline, first, last)
+        anchor += self._draw("anchor", self._others, step * size - first, (step + 1) * size - last)
+        size = self._recovery_batch_size
+        return anchor, self._draw("recovery", self._recovery, step * size, (step + 1) * size)
 
     def plan(self, step: int, sampler: DepthSampler) -> StepPlan:
         """The plan of a step; `sampler` must have seen every step before it."""
@@ -105,10 +125,10 @@ class Planner:
             ),
         )
 
-    def _draw(self, part: str, size: int, count: int, step: int) -> list[int]:
-        """Draws `count` indices of an endless sequence of shuffled epochs; nothing is left out at an epoch's end."""
-        positions = range(step * count, (step + 1) * count)
-        return [int(self._order(part, size, position // size)[position % size]) for position in positions]
+    def _draw(self, part: str, samples: Sequence[S], first: int, last: int) -> list[S]:
+        """Draws places [first, last) of an endless sequence of shuffled epochs; no epoch leaves a sample out."""
+        size = len(samples)
+        return [samples[self._order(part, size, place // size)[place % size]] for place in range(first, last)]
 
     def _order(self, part: str, size: int, epoch: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
         if (part, epoch) not in self._orders:

@@ -119,6 +119,7 @@ class Worker:
             recovery_batch_size=method.recovery_batch_size * oversample,
             seed=self.job.train.seed,
             max_depth=method.depth.max,
+            borderline_fraction=method.borderline_fraction,
         )
 
     def _reachable_depths(self) -> DepthConfig:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 from itertools import chain
 
 import pytest
 
 from raycomplete.data.samples import AnchorSample, RecoverySample, SampleSet
 from raycomplete.methods.registry import AnchorItem, DepthConfig, Feedback, RecoveryItem
+from raycomplete.runtime.types import PromptKind
 from raycomplete.training.feedback import DepthSampler
 from raycomplete.training.step_plan import Planner, StepPlan, StepSequences
 from tests.training.tiny import completion, make_samples
@@ -64,6 +66,31 @@ def test_every_sample_is_seen_once_an_epoch(size: int, batch: int) -> None:
         assert all(len(set(epoch)) == size for epoch in epochs), "a batch may cross an epoch's end, nothing is lost"
         assert len(set(map(tuple, epochs))) > 1, "each epoch is shuffled anew"
     assert [s.sample_id[1:] for s in drawn[0][0]] != [s.sample_id[1:] for s in drawn[0][1]], "orders are independent"
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.3, 0.5])
+def test_borderline_prompts_have_their_share_of_the_anchor_sequences(fraction: float) -> None:
+    samples = make_samples(1, anchor=30)
+    kinds = ["borderline" if number % 10 == 0 else "benign" for number in range(30)]
+    anchor = tuple(replace(sample, kind=kind) for sample, kind in zip(samples.anchor, kinds, strict=True))
+    sizes = {"anchor_batch_size": 8, "recovery_batch_size": 4, "seed": 0, "max_depth": 16}
+    one = Planner(replace(samples, anchor=anchor), **sizes, borderline_fraction=fraction)
+    drawn = [one.samples_of(step)[0] for step in range(60)]
+    assert {len(step) for step in drawn} == {8}
+    borderline = [[sample for sample in step if sample.kind == "borderline"] for step in drawn]
+    assert {len(step) for step in borderline} <= {math.floor(8 * fraction), math.ceil(8 * fraction)}
+    assert sum(map(len, borderline)) == 480 * fraction
+    for kind in ("borderline", "benign"):
+        times = Counter(sample.sample_id for step in drawn for sample in step if sample.kind == kind)
+        assert not times or max(times.values()) - min(times.values()) <= 1, "every sample in turn"
+
+
+@pytest.mark.parametrize("kind", ["borderline", "benign"])
+def test_a_share_of_borderline_prompts_is_ignored_where_there_is_one_kind(kind: PromptKind) -> None:
+    samples = make_samples(1)
+    samples = replace(samples, anchor=tuple(replace(sample, kind=kind) for sample in samples.anchor))
+    sizes = {"anchor_batch_size": 4, "recovery_batch_size": 4, "seed": 0, "max_depth": 16}
+    assert Planner(samples, **sizes, borderline_fraction=0.5).samples_of(3) == planner(samples).samples_of(3)
 
 
 def test_samples_are_known_before_their_depths() -> None:
