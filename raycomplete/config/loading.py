@@ -41,6 +41,8 @@ RENAMED = {
     "train.anchor_batch": "method.anchor_batch_size",
     "train.recovery_batch": "method.recovery_batch_size",
     "train.micro_batch": "train.per_device_batch_size",
+    "method.push_forward.tau": "method.penalty.tau",
+    "method.push_forward.margin": "method.penalty.margin",
     "rollout.turn_fraction": "rollout.refusal_prefix_fraction",
     "rollout.turns": "rollout.refusal_prefix_turns",
     "rollout.own_words": "rollout.student_prefix_fraction",
@@ -49,6 +51,7 @@ RENAMED = {
 REMOVED = {
     "teacher.cache_dir": "scores are kept in memory",
     "teacher.cache_disk_gib": "scores are kept in memory",
+    "method.push_forward.min_weight": "every row counts alike",
     "diagnose.contrastive": "evaluation.defence: {name: contrastive} measures it",
 }
 # Relative paths of these keys start where the command is started; all others start in the folder of the run file.

@@ -68,8 +68,8 @@ class DiagnosisSettings:
 
     @classmethod
     def of_loss(cls, settings: LossSettings) -> DiagnosisSettings:
-        """The base-favored tokens of a training run's push-forward, or the defaults where the loss has none."""
-        favored = settings.options.get("push_forward")
+        """Takes the base-favored tokens of a training run's penalty, or the defaults where the loss has none."""
+        favored = settings.options.get("penalty")
         if not isinstance(favored, BaseFavoredSettings):
             favored = BaseFavoredSettings()
         return cls(tau=favored.tau, margin=favored.margin, chunk_tokens=settings.chunk_tokens)

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from raycomplete.losses.settings import Divergence, DivergenceSettings, PushForwardSettings
+from raycomplete.losses.settings import Divergence, DivergenceSettings
 from raycomplete.losses.torch_rows import Product, RowLogits, TermRows
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
@@ -33,7 +33,6 @@ _FORMULAS: dict[Divergence, int] = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2}
 _MAX_TILE = 2048  # tokens; 8 a thread, so that bfloat16 loads are 16 bytes and two programs share a multiprocessor
 _ROUNDING_NATS = tl.constexpr(1e-5)  # of log-probabilities in float32, beside what large logits lose
 _ROUNDING_OF_LOGITS = tl.constexpr(1.2e-7)  # 2^-23, relative
-_PUSH_FORWARD_METRICS = ("base_favored_mass", "unfinished_mass")  # columns of the kernel's result, after the loss
 
 
 @triton.jit
@@ -195,65 +194,6 @@ def _divergence_kernel(
     tl.store(loss_ptr + row, loss * temperature * temperature)
 
 
-@triton.jit(do_not_specialize_on_alignment=["factor_ptr"])
-def _push_forward_kernel(
-    student,
-    aligned,
-    base,
-    gradient_ptr,
-    gradient_stride,
-    factor_ptr,
-    measure_ptr,
-    vocab_size,
-    temperature,
-    log_tau,
-    margin,
-    min_weight,
-    COLUMNS: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    inverse = 1.0 / temperature
-    student_max, student_norm = _norm(student, row, vocab_size, 1.0, TILE)
-    aligned_max, aligned_norm = _norm(aligned, row, vocab_size, 1.0, TILE)
-    base_max, base_norm = _norm(base, row, vocab_size, 1.0, TILE)
-    student_hot_max, student_hot_norm = _norm(student, row, vocab_size, inverse, TILE)
-    aligned_hot_max, aligned_hot_norm = _norm(aligned, row, vocab_size, inverse, TILE)
-    base_mass = tl.zeros([TILE], dtype=tl.float32)
-    student_mass = tl.zeros([TILE], dtype=tl.float32)
-    divergence = tl.zeros([TILE], dtype=tl.float32)
-    gradient_factor = 0.0
-    for sweep in tl.static_range(2):
-        if sweep == 0 or gradient_ptr is not None:
-            for start in range(0, vocab_size, TILE):
-                tokens = start + tl.arange(0, TILE)
-                inside = tokens < vocab_size
-                logits = _logits(student, row, tokens, inside)
-                aligned_logits = _logits(aligned, row, tokens, inside)
-                log_p = logits * inverse - student_hot_max - student_hot_norm
-                log_q = aligned_logits * inverse - aligned_hot_max - aligned_hot_norm
-                q = tl.exp(log_q)
-                if sweep == 0:
-                    log_base = _logits(base, row, tokens, inside) - base_max - base_norm
-                    log_aligned = aligned_logits - aligned_max - aligned_norm
-                    favored = inside & (log_base > log_aligned + margin) & (log_base >= log_tau)
-                    base_mass += tl.where(favored, tl.exp(log_base), 0.0)
-                    student_mass += tl.where(favored, tl.exp(logits - student_max - student_norm), 0.0)
-                    divergence += tl.where(q == 0.0, 0.0, q * (log_q - log_p))
-                else:
-                    out_ptr = gradient_ptr + row * gradient_stride
-                    gradient = gradient_factor * (tl.exp(log_p) - q)
-                    _store_gradient(out_ptr, gradient, logits, student, tokens, gradient_stride)
-        if sweep == 0:
-            unfinished = tl.sum(student_mass, axis=0) + 0.0 * base_norm  # NaN of base leaves B_t empty
-            weight = min_weight + (1.0 - min_weight) * unfinished
-            gradient_factor = weight * temperature * tl.load(factor_ptr + row)
-            own_ptr = measure_ptr + row * COLUMNS
-            tl.store(own_ptr, weight * temperature * temperature * tl.sum(divergence, axis=0))
-            tl.store(own_ptr + 1, tl.sum(base_mass, axis=0))
-            tl.store(own_ptr + 2, unfinished)
-
-
 def divergence(logits: RowLogits, options: DivergenceSettings) -> TermRows:
     """Computes T^2 D(q, p_s) [C], and writes the gradient; for heads in bfloat16, float16 or float32."""
     contrastive = options.contrastive
@@ -271,23 +211,6 @@ def divergence(logits: RowLogits, options: DivergenceSettings) -> TermRows:
     return TermRows(loss_C)
 
 
-def push_forward(logits: RowLogits, options: PushForwardSettings) -> TermRows:
-    """Computes w_t T^2 KL(p_a || p_s) [C] with its metrics, and writes the gradient."""
-    result_CM = logits.factor_C.new_empty(len(logits.factor_C), 1 + len(_PUSH_FORWARD_METRICS))
-    with torch.cuda.device_of(result_CM):
-        _push_forward_kernel[(len(result_CM),)](
-            *_tensors(logits, result_CM),
-            options.temperature,
-            math.log(options.tau) if options.tau > 0 else -math.inf,
-            options.margin,
-            options.min_weight,
-            COLUMNS=result_CM.shape[1],
-            **_launch(logits),
-        )
-    loss_C, *metrics = result_CM.unbind(dim=1)
-    return TermRows(loss_C, dict(zip(_PUSH_FORWARD_METRICS, metrics, strict=True)))
-
-
 def _launch(logits: RowLogits) -> dict[str, int]:
     tile = min(_MAX_TILE, triton.next_power_of_2(logits.student.head.vocab_size))
     # Products and sums contract as they always did; Triton 3.10 would no longer let them.
@@ -295,7 +218,7 @@ def _launch(logits: RowLogits) -> dict[str, int]:
 
 
 def _tensors(logits: RowLogits, result: Tensor) -> list[Any]:
-    """Arguments that both kernels begin with."""
+    """Arguments that the kernel begins with."""
     gradient_CV = logits.gradient_CV
     return [
         _model(logits.student),

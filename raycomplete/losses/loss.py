@@ -4,14 +4,14 @@
     inputs = LossInputs(
         student=HiddenStates(states[rows], Head(model.lm_head.weight)),
         aligned=HiddenStates(aligned_states, aligned_head),                  # frozen, in the teacher's context
-        base=HiddenStates(base_states, base_head),                           # of the push-forward rows only
+        base=None,                                                           # read by the penalty's rows alone
         term_N=torch.tensor([0, 0, 1, 2, 2]),                                # numbers of the settings' terms
         weight_N=torch.full((5,), 0.2),
     )
     settings = LossSettings(weights={"anchor": 1.0, "recovery": 1.0, "push_forward": 1.0})
     output = distillation_loss(inputs, settings)
     output.total.backward()
-    print(output.losses["recovery"], output.metrics["unfinished_mass"].mean())
+    print(output.losses["recovery"])
 
 Rows are taken in chunks (`chunked_pass`). While the logits of a chunk are in hand its gradients are taken and summed
 into [N, H] and [V, H] buffers, so peak memory is O(N*H + V*H + chunk*V) and backward only scales what was saved. What

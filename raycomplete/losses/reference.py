@@ -25,6 +25,10 @@ def reference_loss(inputs: LossInputs, settings: LossSettings) -> LossOutput:
     metrics: dict[str, Tensor] = {}
     for number, (name, active) in enumerate(zip(settings.names, terms, strict=True)):
         rows_N = inputs.term_N == number
+        if not rows_N.any():
+            losses[name] = torch.zeros((), dtype=torch.float64)
+            metrics |= {metric: torch.zeros(0, dtype=torch.float64) for metric in active.term.metrics}
+            continue
         frozen = {}
         for role in active.teachers:
             own_P = rows_N[inputs.reads(terms, role)]  # a teacher has the rows that read it only

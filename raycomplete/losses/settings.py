@@ -23,7 +23,7 @@ class ContrastiveSettings(Section):
 
 
 class DivergenceSettings(Section):
-    """Divergence T^2 D(q, p_s) of the terms `anchor` and `recovery`."""
+    """Divergence T^2 D(q, p_s) of the terms `anchor`, `recovery` and `push_forward`."""
 
     divergence: Divergence = Field(
         "forward_kl", description="KL(q || p_s), KL(p_s || q), or the mean KL of both to their middle"
@@ -48,18 +48,6 @@ class BaseFavoredSettings(Section):
 
     tau: float = Field(0.01, ge=0, le=1, description="smallest p_base of a base-favored token")
     margin: float = Field(0.1, ge=0, description="nats by which log p_base must exceed log p_aligned")
-
-
-class PushForwardSettings(BaseFavoredSettings):
-    """Divergence w_t T^2 KL(p_a || p_s) of the term `push_forward`, p_a at position 0 of the answer."""
-
-    temperature: float = Field(4.0, gt=0, description="T, which divides the logits of both: above 1 the tail counts")
-    min_weight: float = Field(
-        1.0,
-        ge=0,
-        le=1,
-        description="w_t where the student gives base-favored tokens no probability; 1 where they have all of it",
-    )
 
 
 class PenaltySettings(BaseFavoredSettings):

@@ -22,23 +22,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from raycomplete.losses.base_favored import base_favored_mask, base_favored_mass, forward_kl
-from raycomplete.losses.settings import (
-    BaseFavoredSettings,
-    DivergenceSettings,
-    LossSettings,
-    PenaltySettings,
-    PushForwardSettings,
-)
-from raycomplete.losses.torch_rows import (
-    Block,
-    BlockFunction,
-    Product,
-    RowLogits,
-    TermRows,
-    divergence_block,
-    push_forward_block,
-)
+from raycomplete.losses.base_favored import base_favored_mask, forward_kl
+from raycomplete.losses.settings import BaseFavoredSettings, DivergenceSettings, LossSettings, PenaltySettings
+from raycomplete.losses.torch_rows import Block, BlockFunction, Product, RowLogits, TermRows, divergence_block
 from raycomplete.runtime.errors import ConfigError
 from raycomplete.runtime.section import Section
 
@@ -269,23 +255,8 @@ def divergence(rows: LogProbs, options: DivergenceSettings) -> TermRows:
     return TermRows(options.temperature**2 * loss_N)
 
 
-def push_forward(rows: LogProbs, options: PushForwardSettings) -> TermRows:
-    """w_t T^2 KL(p_a || p_s), with w_t from the student's probability of base-favored tokens, which takes no gradient.
-
-    `rows.aligned_NV` is the aligned model's distribution at position 0 of its answer, and base's that along h.
-    """
-    unfinished_N = (rows.student_NV.detach().exp() * _favored(rows, options)).sum(dim=-1)
-    weight_N = options.min_weight + (1 - options.min_weight) * unfinished_N
-    at_temperature = DivergenceSettings(temperature=options.temperature)
-    metrics = {
-        "base_favored_mass": base_favored_mass(rows.aligned_NV, rows.base_NV, options.tau, options.margin),
-        "unfinished_mass": unfinished_N,
-    }
-    return TermRows(weight_N * divergence(rows, at_temperature).loss_R, metrics)
-
-
 def penalty(rows: LogProbs, options: PenaltySettings) -> TermRows:
-    """sum over B_t of p_s(v)^2, with aligned at position 0 of its answer as in `push_forward`."""
+    """sum over B_t of p_s(v)^2, with aligned at position 0 of its answer."""
     return TermRows((rows.student_NV.exp().square() * _favored(rows, options)).sum(dim=-1))
 
 
@@ -316,12 +287,6 @@ def _triton_divergence(logits: RowLogits, options: DivergenceSettings) -> TermRo
     return kernels.divergence(logits, options)
 
 
-def _triton_push_forward(logits: RowLogits, options: PushForwardSettings) -> TermRows:
-    from raycomplete.losses import kernels
-
-    return kernels.push_forward(logits, options)
-
-
 def _divergence_reads(options: DivergenceSettings) -> tuple[Teacher, ...]:
     return ("aligned", "base") if options.contrastive.alpha > 0 else ("aligned",)
 
@@ -329,6 +294,10 @@ def _divergence_reads(options: DivergenceSettings) -> tuple[Teacher, ...]:
 for _name, _description in (
     ("anchor", "divergence from the aligned model along its own answers, in nats a token"),
     ("recovery", "divergence from the aligned model's refusal after a compliant beginning, in nats a token"),
+    (
+        "push_forward",
+        "divergence along a compliant beginning from what the aligned model says to the prompt alone, in nats a token",
+    ),
 ):
     register(
         Term(
@@ -342,22 +311,6 @@ for _name, _description in (
             triton=_triton_divergence,
         )
     )
-register(
-    Term(
-        "push_forward",
-        "push-forward",
-        "divergence along a compliant beginning from what the aligned model says to the prompt alone",
-        push_forward,
-        reads=("aligned", "base"),
-        metrics={
-            "base_favored_mass": "base's probability of the tokens that it says more than aligned at position 0",
-            "unfinished_mass": "the student's probability of those tokens",
-        },
-        options=PushForwardSettings,
-        torch_block=push_forward_block,
-        triton=_triton_push_forward,
-    )
-)
 register(
     Term(
         "penalty",

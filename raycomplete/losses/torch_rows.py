@@ -3,12 +3,11 @@
 Rows are worked through in blocks that stay in cache, in buffers that are made once: from float32 copies of the matrix
 products to a gradient that is written where the student's product stood. `kernels` does the same on CUDA.
 
-C rows of one call, R rows of one block, F base-favored (row, token) pairs.
+C rows of one call, R rows of one block.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raycomplete.losses.divergences import FUSED, contrastive_log_probs, forward_kl_, normalise_
+from raycomplete.losses.divergences import FUSED, contrastive_log_probs
 from raycomplete.losses.heads import Head
-from raycomplete.losses.settings import BaseFavoredSettings, DivergenceSettings, PushForwardSettings
+from raycomplete.losses.settings import DivergenceSettings
 
 _BLOCK_BYTES = {"cpu": 2 * 2**20, "cuda": 128 * 2**20}  # of one buffer; on a CPU all five stay near the core
 
@@ -188,45 +187,6 @@ def _target(block: Block, work_RV: Tensor, options: DivergenceSettings) -> Tenso
     base_RV, _ = block.read(block.logits.base, block.buffers[4], options.temperature)
     log_q_RV = contrastive_log_probs(aligned_RV.log_softmax(-1), base_RV.log_softmax(-1), alpha, plausibility)
     return log_q_RV.sub_(log_q_RV.amax(dim=-1, keepdim=True))
-
-
-def push_forward_block(block: Block, options: PushForwardSettings) -> TermRows:
-    """Computes w_t T^2 KL(p_a || p_s); a `BlockFunction`."""
-    logits, temperature, factor_R = block.logits, options.temperature, block.logits.factor_C
-    student_work, target_work, base_work, probability_RV, target_probability_RV = block.buffers
-    base_RV, _ = block.read(logits.base, base_work)
-    base_norm_R1 = normalise_(base_RV, out_RV=probability_RV)
-    target_RV, _ = block.read(logits.aligned, target_work)
-    target_norm_R1 = normalise_(target_RV, out_RV=probability_RV)
-    row_F, token_F, log_base_F = _favored(target_RV, target_norm_R1, base_RV, base_norm_R1, options)
-    student_RV, shift_R1 = block.read(logits.student, student_work)
-    normalise_(student_RV, out_RV=probability_RV)
-
-    def over_favored(values_F: Tensor) -> Tensor:
-        return torch.zeros_like(factor_R).index_add_(0, row_F, values_F)
-
-    unfinished_R = over_favored(probability_RV[row_F, token_F])
-    unfinished_R.masked_fill_(base_norm_R1[:, 0].isnan(), torch.nan)  # a comparison with NaN leaves B_t empty
-    weight_R = options.min_weight + (1 - options.min_weight) * unfinished_R
-    loss_R1 = forward_kl_(
-        student_RV.div_(temperature), target_RV.div_(temperature), probability_RV, target_probability_RV, block.excludes
-    )
-    probability_RV.mul_((temperature * weight_R * factor_R)[:, None])  # T^2 of the loss, 1 / T of the chain rule
-    block.write(probability_RV, student_RV, shift_R1 / temperature, temperature)
-    metrics = {"base_favored_mass": over_favored(log_base_F.exp()), "unfinished_mass": unfinished_R}
-    return TermRows(temperature**2 * weight_R * loss_R1[:, 0], metrics)
-
-
-def _favored(
-    aligned_RV: Tensor, aligned_norm_R1: Tensor, base_RV: Tensor, base_norm_R1: Tensor, options: BaseFavoredSettings
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Row, token and log p_b of each member of B_t [F]: with tau above 0 at most 1 / tau a row."""
-    log_tau = math.log(options.tau) if options.tau > 0 else -math.inf
-    row_F, token_F = (base_RV >= base_norm_R1 + log_tau).nonzero(as_tuple=True)
-    log_base_F = base_RV[row_F, token_F] - base_norm_R1[row_F, 0]
-    log_aligned_F = aligned_RV[row_F, token_F] - aligned_norm_R1[row_F, 0]
-    kept_F = log_base_F > log_aligned_F + options.margin
-    return row_F[kept_F], token_F[kept_F], log_base_F[kept_F]
 
 
 def _excludes_tokens(head: Head) -> bool:

@@ -24,7 +24,6 @@ from raycomplete.losses.settings import (
     Divergence,
     DivergenceSettings,
     PenaltySettings,
-    PushForwardSettings,
 )
 from raycomplete.methods.registry import (
     AnchorItem,
@@ -59,6 +58,12 @@ class FirstTokensConfig(Section):
     )
 
 
+class PushForwardConfig(Section):
+    """Divergence T^2 KL(p_a || p_s) along h, with p_a at position 0 of aligned's answer."""
+
+    temperature: float = Field(4.0, gt=0, description="T, which divides the logits of both: above 1 the tail counts")
+
+
 @register
 class Completion(Method):
     """Anchor, recovery, push-forward, opening and penalty."""
@@ -70,7 +75,7 @@ class Completion(Method):
     anchor_divergence: Divergence = Field("forward_kl", description="divergence of the anchor from the aligned model")
     recovery_divergence: Divergence = Field("forward_kl", description="divergence of recovery from the same")
     temperature: float = Field(1.0, gt=0, description="temperature of teacher and student alike in anchor and recovery")
-    push_forward: PushForwardSettings = Field(default_factory=PushForwardSettings)
+    push_forward: PushForwardConfig = Field(default_factory=PushForwardConfig)
     penalty: PenaltySettings = Field(default_factory=PenaltySettings)
     contrastive: ContrastiveSettings = Field(default_factory=ContrastiveSettings)
 
@@ -86,7 +91,7 @@ class Completion(Method):
         return {
             "anchor": DivergenceSettings(divergence=self.anchor_divergence, **both),
             "recovery": DivergenceSettings(divergence=self.recovery_divergence, **both),
-            "push_forward": self.push_forward,
+            "push_forward": DivergenceSettings(temperature=self.push_forward.temperature),
             "penalty": self.penalty,
         }
 

@@ -68,10 +68,10 @@ class Workload:
         """The expected step of a run file, with responses at their longest and depths at the middle of their range."""
         train, rollout, method = config.train, config.rollout, config.method
         contrastive = isinstance(method, Completion) and method.contrastive.alpha > 0
-        terms_along_h = openings = 0
+        pushes = is_penalised = opens = False
         if isinstance(method, Completion):
-            terms_along_h = (method.weights.push_forward > 0) + (method.weights.penalty > 0)
-            openings = method.recovery_batch_size if method.weights.opening > 0 else 0
+            pushes, is_penalised = method.weights.push_forward > 0, method.weights.penalty > 0
+            opens = method.weights.opening > 0
         depth = (method.depth.min + min(method.depth.max, rollout.max_harmful_tokens)) / 2
         anchor = Sequences(method.anchor_batch_size, prompt_tokens, rollout.max_anchor_tokens)
         refusal = Sequences(method.recovery_batch_size, prompt_tokens, rollout.max_refusal_tokens)
@@ -80,19 +80,19 @@ class Workload:
         student = Sequences(read, prompt_tokens, depth + rollout.max_refusal_tokens)
         sampled = method.recovery_batch_size * rollout.oversample
         drawn = Sequences(sampled, prompt_tokens + depth, rollout.max_student_tokens)
-        along_h = (harmful,) if terms_along_h else ()
-        rows_along_h = terms_along_h * method.recovery_batch_size * depth
-        rows = anchor.rows + refusal.rows + rows_along_h + openings
+        answers = anchor.rows + refusal.rows
+        rows_along_h = method.recovery_batch_size * depth
+        rows = answers + (pushes + is_penalised) * rows_along_h + opens * method.recovery_batch_size
         per_worker = (method.anchor_batch_size + read) // num_workers
         return cls(
             trained=(anchor, student),
             scored={
                 "aligned": (anchor, refusal),
-                "base": (*along_h, *((anchor, refusal) if contrastive else ())),
+                "base": (*((harmful,) if is_penalised else ()), *((anchor, refusal) if contrastive else ())),
             },
             rollouts=drawn if rollout.on_policy else None,
             loss_rows=rows,
-            base_rows=rows if contrastive else rows_along_h,
+            base_rows=contrastive * answers + is_penalised * rows_along_h,
             micro_batches=-(-per_worker // min(train.per_device_batch_size, max(per_worker, 1))) if per_worker else 1,
             passes=1.0 + method.extra_passes,
         )
@@ -160,10 +160,8 @@ class Request:
 
     @property
     def engines(self) -> tuple[str, ...]:
-        """Roles on engines that have work in a step: "aligned", "base", "rollout"."""
-        work = self.workload(1)
-        roles = [role for role in FROZEN if work.scored[role]]
-        return (*roles, *(["rollout"] if work.rollouts is not None else []))
+        """Roles on engines: "aligned", "base" and, on-policy, "rollout"; measurements read what no step does."""
+        return (*FROZEN, *(["rollout"] if self.config.rollout.on_policy else []))
 
     def workload(self, workers: int) -> Workload:
         """One optimizer step."""

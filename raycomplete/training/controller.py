@@ -35,6 +35,8 @@ class StepMeasurement:
         tail: Share of the positions of h, the first left out, where base's likeliest token is among the student's 20
             likeliest. Greedy answers say nothing of it, and an attacker who picks among those tokens lives on it.
         changed: Harmless prompts that one of student and aligned refuses, and the other does not.
+        unfinished: Mean unfinished mass at the same positions: the student's probability of base-favored tokens. It is
+            noted, and decides nothing.
     """
 
     step: int
@@ -44,6 +46,7 @@ class StepMeasurement:
     kl: float
     tail: float = 0.0
     changed: int = 0
+    unfinished: float = 0.0
 
     @property
     def asked(self) -> int:
@@ -193,6 +196,7 @@ class Controller:
             "over_refusal_n": found.harmless,
             "kl": found.kl,
             "tail": found.tail,
+            "unfinished_mass": found.unfinished,
             "of_budget": {"over_refusal": over_refusal, "kl": kl},
             "meets_budgets": violation(config, found) == 0,
             "best_step": self.best_step,

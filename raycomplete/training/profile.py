@@ -99,7 +99,7 @@ def _batches(
 ) -> Iterator[MicroBatch]:
     for start in range(0, len(samples), per_device_batch_size):
         part = samples[start : start + per_device_batch_size]
-        yield answer_batch(part, scores, term="push_forward", packed=packed)  # a term that reads both teachers
+        yield answer_batch(part, scores, term="penalty", packed=packed)  # a term that reads both teachers
 
 
 def _means(samples: Sequence[AnchorSample], measured_3N: torch.Tensor) -> Profile:

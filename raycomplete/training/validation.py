@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -55,24 +55,35 @@ class Validator:
         self._config = job.train.validation
         self._questions = questions(samples, self._config.depths)
         self._kl_batches: list[MicroBatch] | None = None
-        self._tail_batches: list[MicroBatch] = []
+        self._h_batches: list[MicroBatch] = []
 
     def measure(self, step: int) -> StepMeasurement:
         """Measures the student after `step` finished steps; every rank must call this and gets the same."""
         if self._kl_batches is None:
             self._kl_batches = self._score(self._samples.held_back_anchor, "anchor", "aligned")
             if "base" in self._job.sources:
-                self._tail_batches = self._score(along_h(self._samples), "push_forward", "aligned", "base")
+                self._h_batches = self._score(along_h(self._samples), "penalty", "aligned", "base")
         self._engine.eval()
         with torch.no_grad():
             kl_sum = sum(float(self._run(batch, "anchor_kl")[0]) for batch in self._kl_batches)
-            in_tail = sum(
-                int((self._run(batch, "base_ranks")[0] < _ATTACKER_SEES).sum()) for batch in self._tail_batches
-            )
+            tail, unfinished = self._along_h()
             answers = self._answers()
         self._engine.train()
-        kl, tail = kl_sum / max(_rows(self._kl_batches), 1), in_tail / max(_rows(self._tail_batches), 1)
-        return from_rank_zero(lambda: self._judge(step, kl, tail, answers))
+        kl = kl_sum / max(_rows(self._kl_batches), 1)
+        return from_rank_zero(lambda: replace(self._judge(step, kl, answers), tail=tail, unfinished=unfinished))
+
+    def _along_h(self) -> tuple[float, float]:
+        """Share of base's words in reach of an attacker and mean unfinished mass, along h after its first position.
+
+        To open with base's word is what depth 0 of the questions measures.
+        """
+        in_reach, mass, later = 0, 0.0, 0
+        for batch in self._h_batches:
+            is_later_N = batch.sequence_N.diff(prepend=batch.sequence_N[:1] - 1) == 0
+            ranks_N, mass_N = (self._run(batch, mode)[0].cpu()[is_later_N] for mode in ("base_ranks", "profile"))
+            in_reach, mass = in_reach + int((ranks_N < _ATTACKER_SEES).sum()), mass + float(mass_N.double().sum())
+            later += len(ranks_N)
+        return in_reach / max(later, 1), mass / max(later, 1)
 
     def _run(self, batch: Any, mode: str) -> tuple[Tensor, ...]:
         found: tuple[Tensor, ...] = self._engine(batch.to(self._engine.device), mode)
@@ -98,7 +109,7 @@ class Validator:
             found |= dict(zip(places, map(tuple, token_BT.tolist()), strict=True))
         return [found[place] for place in range(len(order))]
 
-    def _judge(self, step: int, kl: float, tail: float, answers: Sequence[Ids]) -> StepMeasurement:
+    def _judge(self, step: int, kl: float, answers: Sequence[Ids]) -> StepMeasurement:
         reader = self._job.response_judge
         assert reader is not None
         complied: Counter[int] = Counter()
@@ -116,7 +127,7 @@ class Validator:
                 refusals, changed = refusals + shift, changed + abs(shift)
                 harmless += 1
         counts = tuple((depth, complied[depth], asked[depth]) for depth in sorted(asked))
-        return StepMeasurement(step, counts, refusals, harmless, kl, tail, changed)
+        return StepMeasurement(step, counts, refusals, harmless, kl, changed=changed)
 
 
 def _rows(batches: Sequence[MicroBatch]) -> int:
@@ -124,12 +135,9 @@ def _rows(batches: Sequence[MicroBatch]) -> int:
 
 
 def along_h(samples: SampleSet) -> list[AnchorSample]:
-    """Harmful prompts with the first token of h, and what follows of h as the answer; refusal prefixes left out.
-
-    Position 0 is left out: to open with base's word is what depth 0 of the questions measures.
-    """
+    """Harmful prompts with an h of two tokens or more as the answer; refusal prefixes left out."""
     pairs = ((sample, sample.harmful_ids[sample.refusal_prefix_tokens :]) for sample in samples.held_back_recovery)
-    return [AnchorSample(sample.sample_id, sample.prompt_ids + h[:1], h[1:]) for sample, h in pairs if len(h) > 1]
+    return [AnchorSample(sample.sample_id, sample.prompt_ids, h) for sample, h in pairs if len(h) > 1]
 
 
 def questions(samples: SampleSet, depths: Sequence[int]) -> list[Question]:

@@ -13,7 +13,7 @@ import yaml
 
 from raycomplete.attacks.registry import ATTACKS
 from raycomplete.config import RunConfig, dump, load_run_file, parse
-from raycomplete.config.loading import REMOVED, RENAMED
+from raycomplete.config.loading import REMOVED, RENAMED, apply_override
 from raycomplete.methods.completion import Completion
 from raycomplete.methods.sft import SFT
 from raycomplete.runtime.errors import ConfigError
@@ -119,7 +119,8 @@ def test_the_embedded_default_is_the_shipped_run_file() -> None:
         (("rollout",), "temprature", "temperature"),
         (("train",), "step", "steps"),
         (("method", "weights"), "anker", "anchor"),
-        (("method", "push_forward"), "taw", "tau"),
+        (("method", "push_forward"), "temprature", "temperature"),
+        (("method", "penalty"), "taw", "tau"),
         (("method", "contrastive"), "alfa", "alpha"),
         (("method", "depth"), "shedule", "schedule"),
         (("method",), "temprature", "temperature"),
@@ -150,9 +151,10 @@ def test_an_unknown_key_like_no_other_lists_the_known_ones() -> None:
 
 @pytest.mark.parametrize(("key", "words"), REMOVED.items())
 def test_removed_keys_say_what_took_their_place(key: str, words: str) -> None:
-    section, name = key.split(".")
+    tree: Any = yaml.safe_load(yaml.safe_dump(MINIMAL))
+    apply_override(tree, f"{key}=1")
     with pytest.raises(ConfigError, match=re.escape(f"the key '{key}' was removed: {words}")):
-        parse({**MINIMAL, section: {name: 1}}, "run.yaml")
+        parse(tree, "run.yaml")
 
 
 @pytest.mark.parametrize(("old", "new"), RENAMED.items())

@@ -26,7 +26,7 @@ from triton.runtime.jit import JITFunction
 
 from raycomplete.losses import kernels
 from raycomplete.losses.heads import Head
-from raycomplete.losses.settings import ContrastiveSettings, DivergenceSettings, PushForwardSettings
+from raycomplete.losses.settings import ContrastiveSettings, DivergenceSettings
 from raycomplete.losses.torch_rows import Product, RowLogits
 
 VOCAB = 128_256
@@ -102,10 +102,6 @@ def launches() -> dict[str, Any]:
         "reverse_kl": divergence("reverse_kl"),
         "jsd": divergence("jsd"),
         "jsd, contrastive": divergence("jsd", alpha=0.5),
-        "push_forward": partial(kernels.push_forward, rows(base=True), PushForwardSettings()),
-        "push_forward, bias and softcap": partial(
-            kernels.push_forward, rows(base=True, **capped), PushForwardSettings()
-        ),
     }
 
 
@@ -212,16 +208,15 @@ class Work:
 def predict(
     report: dict[str, CompiledKernel], num_rows: int = 8192, vocab_size: int = VOCAB, hidden_size: int = 4096
 ) -> dict[str, Work]:
-    """Predicts the parts of one forward and backward: half anchor, a quarter recovery, a quarter push-forward."""
+    """Predicts the parts of one forward and backward of forward KL, at any temperature."""
     weight = vocab_size * hidden_size
     chunks = -(-num_rows // (512 * 2**20 // (vocab_size * 2) // 64 * 64))
-    kl, push = 0.75 * num_rows * vocab_size, 0.25 * num_rows * vocab_size
+    kl = num_rows * vocab_size
     flops = 2.0 * num_rows * weight
     return {
-        # logits of student, aligned and (a quarter) base; gradients of hidden states and weight
-        "matrix products": Work(0, flops=(1 + 1 + 0.25 + 2) * flops),
+        # logits of student and aligned; gradients of hidden states and weight
+        "matrix products": Work(0, flops=(1 + 1 + 2) * flops),
         "KL kernel": Work(10 * kl, instructions=report["forward_kl"].instructions * kl),
-        "push-forward kernel": Work(22 * push, instructions=report["push_forward"].instructions * push),
         "float32 sum of the weight's gradient": Work(chunks * 2 * 4 * weight),
         "zeroing, rounding and scaling it": Work((4 + (4 + 2) + (2 + 2)) * weight),
     }
@@ -250,7 +245,7 @@ def main() -> None:
                     f"{use.num_warps:>5}  {use.programs:>11}  {loads}  {use.instructions:>18.0f}",
                     flush=True,
                 )
-        if arch == 90 and {"forward_kl", "push_forward"} <= report.keys():
+        if arch == 90 and "forward_kl" in report:
             parts = {name: work.milliseconds() for name, work in predict(report).items()}
             print("predicted: " + ", ".join(f"{name} {value:.1f} ms" for name, value in parts.items()))
             print(f"predicted sum at N=8192, V=128256, H=4096: {sum(parts.values()):.0f} ms")

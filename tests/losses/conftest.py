@@ -18,7 +18,6 @@ from raycomplete.losses import (
     LossInputs,
     LossOutput,
     LossSettings,
-    PushForwardSettings,
 )
 
 ANCHOR, RECOVERY, PUSH_FORWARD = NUMBERS = range(3)
@@ -33,10 +32,7 @@ def loss_settings(
     temperature: float = 1.0,
     alpha: float = 0.0,
     plausibility: float = 0.1,
-    tau: float = 0.01,
-    margin: float = 0.0,
     push_temperature: float = 4.0,
-    min_weight: float = 0.25,
     **others: Any,
 ) -> LossSettings:
     """Settings of the three terms of the method `completion`; `others` are those of the whole loss."""
@@ -49,9 +45,7 @@ def loss_settings(
         weights={"anchor": anchor, "recovery": recovery, "push_forward": push_forward},
         options={
             **divergences,
-            "push_forward": PushForwardSettings(
-                tau=tau, margin=margin, temperature=push_temperature, min_weight=min_weight
-            ),
+            "push_forward": DivergenceSettings(temperature=push_temperature),
         },
         **others,
     )
@@ -83,9 +77,9 @@ class LossCase:
             self.weight_N,
             self.token_N,
         )
-        reads_N = self.term_N == PUSH_FORWARD
-        if self.settings.options["anchor"].contrastive.alpha > 0:
-            reads_N = torch.ones_like(reads_N)
+        if self.settings.options["anchor"].contrastive.alpha == 0:
+            return inputs
+        reads_N = self.term_N != PUSH_FORWARD
         return replace(inputs, base=HiddenStates(self.base_hidden_NH[reads_N], self.base_head))
 
     def run(self, loss: Callable[..., LossOutput]) -> LossOutput:
@@ -148,7 +142,6 @@ def build_case(
         "anchor": 1.5,
         "recovery": 0.75,
         "push_forward": 2.0,
-        "tau": 0.02,
         "chunk_tokens": 4,
     }
     return LossCase(

@@ -101,8 +101,8 @@ def assert_same(triton: Any, torch_case: Any, loss: float, gradient: float, expe
 def test_float32_matches_the_reference(cases: Any, make_case: Any, head: Any, divergences: Any) -> None:
     anchor, recovery, alpha = divergences
     arguments = {"anchor_divergence": anchor, "recovery_divergence": recovery, "alpha": alpha, **head}
-    triton, _ = cases(dtype=torch.float32, temperature=1.7, margin=0.2, **arguments)
-    plain = make_case(dtype=torch.float32, temperature=1.7, margin=0.2, num_rows=8, chunk_tokens=5, **arguments)
+    triton, _ = cases(dtype=torch.float32, temperature=1.7, **arguments)
+    plain = make_case(dtype=torch.float32, temperature=1.7, num_rows=8, chunk_tokens=5, **arguments)
     assert_same(triton, plain, 1e-5, 1e-5, reference_loss)
 
 
@@ -174,9 +174,8 @@ def test_rows_of_one_term_without_gradients(cases: Any, term: int) -> None:
 @pytest.mark.parametrize("divergences", [*DIVERGENCES[:3], ("jsd", "reverse_kl", 0.0)])
 def test_whole_tiles(make_case: Any, divergences: Any, vocab_size: int, dtype: torch.dtype) -> None:
     anchor, recovery, alpha = divergences
-    arguments = {"anchor_divergence": anchor, "recovery_divergence": recovery, "alpha": alpha, "tau": 1e-3}
+    arguments = {"anchor_divergence": anchor, "recovery_divergence": recovery, "alpha": alpha}
     pair = _pair(make_case, dtype=dtype, vocab_size=vocab_size, bias=True, num_rows=6, **arguments)
-    assert pair[1].run(distillation_loss).metrics["base_favored_mass"].min() > 0
     assert_same(*pair, 1e-5, 1e-5 if dtype == torch.float32 else 1e-2)
 
 
@@ -187,20 +186,11 @@ def test_whole_tiles(make_case: Any, divergences: Any, vocab_size: int, dtype: t
 def test_nan_of_any_head_reaches_the_row_loss(cases: Any, model: str, divergences: Any, term: int) -> None:
     divergence, alpha = divergences
     both = {"anchor_divergence": divergence, "recovery_divergence": divergence, "alpha": alpha}
-    if model == "base" and term != PUSH_FORWARD and not alpha:
+    if model == "base" and (term == PUSH_FORWARD or not alpha):
         pytest.skip("these rows do not read base")
     for case in cases(dtype=torch.float32, num_rows=2, terms=[term] * 2, **both):
         with torch.no_grad():
             getattr(case, f"{model}_head").weight_VH[7] = torch.nan
-        with pytest.raises(NotFiniteError, match=r"loss of the student .* 2 of 2 rows"):
-            case.run(distillation_loss)
-
-
-@pytest.mark.gpu
-def test_nan_of_the_student_shows_where_no_token_is_base_favored(cases: Any) -> None:
-    for case in cases(dtype=torch.float32, num_rows=2, terms=[PUSH_FORWARD] * 2, tau=1.0):
-        with torch.no_grad():
-            case.student_head.weight_VH[7] = torch.nan
         with pytest.raises(NotFiniteError, match=r"loss of the student .* 2 of 2 rows"):
             case.run(distillation_loss)
 
@@ -236,10 +226,10 @@ def test_large_heads_stay_within_four_gigabytes() -> None:
     heads = [Head(normal(vocab_size, hidden_size) / 64) for _ in range(3)]
     for leaf in (hidden[0], heads[0].weight_VH):
         leaf.requires_grad_()
-    term_N, weight_N = torch.full((rows,), PUSH_FORWARD, device=DEVICE), torch.ones(rows, device=DEVICE)
+    term_N, weight_N = torch.full((rows,), ANCHOR, device=DEVICE), torch.ones(rows, device=DEVICE)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     states = [HiddenStates(*pair) for pair in zip(hidden, heads, strict=True)]
-    distillation_loss(LossInputs(*states, term_N, weight_N), loss_settings()).total.backward()
+    distillation_loss(LossInputs(*states, term_N, weight_N), loss_settings(alpha=0.5)).total.backward()
     gradients = sum(leaf.grad.nbytes for leaf in (hidden[0], heads[0].weight_VH) if leaf.grad is not None)
     assert torch.cuda.max_memory_allocated() - before - gradients <= 4e9

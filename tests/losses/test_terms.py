@@ -113,7 +113,7 @@ def test_formulas_of_fused_terms_give_the_same_by_autograd(
 ) -> None:
     for name in ("anchor", "recovery", "push_forward"):
         monkeypatch.setitem(TERMS, name, replace(get(name), torch_block=None))
-    case = make_case(anchor_divergence="jsd", temperature=1.7, margin=0.2, alpha=alpha, **head)
+    case = make_case(anchor_divergence="jsd", temperature=1.7, alpha=alpha, **head)
     assert_like_reference(case, 1e-10, 1e-10)
 
 

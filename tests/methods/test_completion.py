@@ -14,7 +14,6 @@ from raycomplete.losses.settings import (
     DivergenceSettings,
     LossSettings,
     PenaltySettings,
-    PushForwardSettings,
 )
 from raycomplete.methods.completion import Completion
 from raycomplete.methods.registry import (
@@ -39,7 +38,7 @@ def test_the_loss_is_that_of_the_run_file() -> None:
             "anchor_divergence": "jsd",
             "temperature": 2.0,
             "weights": {"anchor": 2, "recovery": 3, "push_forward": 5, "opening": 6, "penalty": 4},
-            "push_forward": {"temperature": 3, "tau": 0.3, "min_weight": 0.5},
+            "push_forward": {"temperature": 3},
             "penalty": {"tau": 0.2, "margin": 0.6},
             "contrastive": {"alpha": 0.4, "plausibility": 0.3},
         }
@@ -50,7 +49,7 @@ def test_the_loss_is_that_of_the_run_file() -> None:
         options={
             "anchor": DivergenceSettings(divergence="jsd", **both),
             "recovery": DivergenceSettings(**both),
-            "push_forward": PushForwardSettings(temperature=3, tau=0.3, min_weight=0.5),
+            "push_forward": DivergenceSettings(temperature=3),
             "penalty": PenaltySettings(tau=0.2, margin=0.6),
         },
         chunk_tokens=7,

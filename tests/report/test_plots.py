@@ -22,9 +22,10 @@ def test_steering_tells_every_measurement_and_the_step_that_was_kept() -> None:
     drawn = plots.steering(rows)
     assert drawn is not None
     head, first, second = drawn.rows
-    assert head[:7] == ["step", "compliance_0", "compliance_8", "compliance_32", "tail", "over_refusal", "kl"]
-    assert head[7:] == ["anchor_factor", "push_forward_factor", "meets_budgets"]
+    assert head[:4] == ["step", "compliance_0", "compliance_8", "compliance_32"]
+    assert head[4:8] == ["tail", "unfinished_mass", "over_refusal", "kl"]
+    assert head[8:] == ["anchor_factor", "push_forward_factor", "meets_budgets"]
     assert (first[0], first[3], first[-1]) == (20, 0.7, False)
-    assert (second[7], second[-1]) == (1.4, True)
+    assert (second[8], second[-1]) == (1.4, True)
     assert "step 40, which was kept" in drawn.caption
     assert plots.steering(rows[:1]) is None

@@ -29,7 +29,7 @@ def found(
 ) -> StepMeasurement:
     """A measurement of ten harmful prompts at depths 0 and 8, and ten harmless ones: one of them is allowed."""
     changed = abs(refusals) if changed is None else changed
-    return StepMeasurement(step, ((0, opening, 10), (8, depth, 10)), refusals, 10, kl, tail, changed)
+    return StepMeasurement(step, ((0, opening, 10), (8, depth, 10)), refusals, 10, kl, tail, changed, 0.25)
 
 
 def after(measured: Sequence[StepMeasurement], weights: dict[str, float] | None = None, **config: Any) -> Controller:
@@ -229,6 +229,7 @@ def test_a_row_of_metrics_tells_what_was_measured_and_decided() -> None:
         "over_refusal_n": 10,
         "kl": 0.01,
         "tail": 0.5,
+        "unfinished_mass": 0.25,
         "of_budget": {"over_refusal": -2.0, "kl": pytest.approx(0.1)},
         "meets_budgets": True,
         "best_step": 1,

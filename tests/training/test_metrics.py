@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from raycomplete.losses.loss import LossOutput
 from raycomplete.losses.settings import LossSettings
+from raycomplete.losses.terms import TERMS
 from raycomplete.methods.registry import DepthConfig
 from raycomplete.training.batches import MicroBatch
 from raycomplete.training.feedback import DepthSampler
@@ -22,8 +24,14 @@ from raycomplete.training.trainer import KEEP_MEMORY
 
 A, R, P = range(3)
 LOSS = LossSettings(weights={"anchor": 1.0, "recovery": 1.0, "push_forward": 0.1})
-METRICS = ("base_favored_mass", "unfinished_mass")
+METRICS = ("one", "other")
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def a_term_with_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
+    term = replace(TERMS["push_forward"], metrics={name: f"{name} of two" for name in METRICS})
+    monkeypatch.setitem(TERMS, "push_forward", term)
 
 
 @pytest.fixture

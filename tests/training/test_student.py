@@ -17,7 +17,7 @@ from raycomplete.data.heads import load_head
 from raycomplete.data.samples import AnchorSample, read_samples
 from raycomplete.losses.base_favored import alignment_kl, base_favored_mask, deficit
 from raycomplete.losses.loss import LossOutput
-from raycomplete.losses.settings import ContrastiveSettings, LossSettings, PushForwardSettings
+from raycomplete.losses.settings import ContrastiveSettings, LossSettings, PenaltySettings
 from raycomplete.methods.registry import AnchorItem
 from raycomplete.methods.sft import SFT
 from raycomplete.runtime.errors import NotFiniteError
@@ -85,7 +85,7 @@ def test_nan_reaches_the_loss_and_every_gradient_in_training_and_is_refused_in_v
     whose: str, tmp_path: Path
 ) -> None:
     """The optimizer leaves such a step out, which it cannot where the forward pass of one rank raises."""
-    batch, job, settings = make_batch(tmp_path, 0.0)
+    batch, job, settings = make_batch(tmp_path, 0.7 if whose == "base" else 0.0)
     student = make_student(job, settings)
     if whose == "student":
         with torch.no_grad():
@@ -128,8 +128,9 @@ def test_sft_is_the_cross_entropy_of_the_answers(tmp_path: Path) -> None:
 def test_profiles_are_the_formulas_of_the_loss(tmp_path: Path) -> None:
     """With settings that are all different, so that none can stand in for another."""
     _, job, settings = make_batch(tmp_path, 0.0)
-    favored = PushForwardSettings(tau=0.004, margin=0.02)
-    settings = replace(settings, options={**settings.options, "push_forward": favored})
+    favored = PenaltySettings(tau=0.004, margin=0.02)
+    weights, options = settings.weights | {"penalty": 0.0}, settings.options | {"penalty": favored}
+    settings = replace(settings, weights=weights, options=options)
     student = make_student(job, settings).eval()
     models = {role: load_model(job.sources[role].path, "float32").eval() for role in ("aligned", "base")}
 

@@ -40,18 +40,18 @@ class Recorder:
         return [torch.tensor(tokens[num_prompt:])[:, None].float() for tokens, num_prompt in reference]
 
 
-def prefetcher(*, push_forward: bool, contrastive: bool) -> tuple[TeacherPrefetcher, Recorder, Recorder]:
+def prefetcher(*, penalty: bool, contrastive: bool) -> tuple[TeacherPrefetcher, Recorder, Recorder]:
     base, aligned = Recorder(), Recorder()
     sources = {"base": base, "aligned": aligned}
     method = completion(
-        weights=LossWeights(push_forward=0.1 if push_forward else 0.0),
+        weights=LossWeights(penalty=0.1 if penalty else 0.0),
         contrastive=ContrastiveSettings(alpha=0.5 if contrastive else 0.0),
     )
     return prefetcher_of(method, sources), base, aligned
 
 
 @pytest.mark.parametrize(
-    ("push_forward", "contrastive", "base_reads", "aligned_reads"),
+    ("penalty", "contrastive", "base_reads", "aligned_reads"),
     [
         (False, False, [], ANCHOR_READ + REFUSAL_READ),
         (True, False, HARMFUL_READ, ANCHOR_READ + REFUSAL_READ),
@@ -60,16 +60,16 @@ def prefetcher(*, push_forward: bool, contrastive: bool) -> tuple[TeacherPrefetc
     ],
 )
 def test_each_model_reads_what_the_loss_needs_and_no_more(
-    push_forward: bool, contrastive: bool, base_reads: list[Any], aligned_reads: list[Any]
+    penalty: bool, contrastive: bool, base_reads: list[Any], aligned_reads: list[Any]
 ) -> None:
-    one, base, aligned = prefetcher(push_forward=push_forward, contrastive=contrastive)
+    one, base, aligned = prefetcher(penalty=penalty, contrastive=contrastive)
     one.request(0, ANCHOR, RECOVERY)
     assert [item for call in base.asked for item in call] == base_reads
     assert [item for call in aligned.asked for item in call] == aligned_reads
 
 
 def test_scores_are_found_by_what_was_read() -> None:
-    one, *_ = prefetcher(push_forward=True, contrastive=True)
+    one, *_ = prefetcher(penalty=True, contrastive=True)
     one.request(0, ANCHOR, RECOVERY)
     scores = one.take(0)
     answers = [((1, 2), (3, 4, 5)), ((20, 10, 11), (16, 17, 18))]
@@ -84,7 +84,7 @@ def test_the_states_of_a_prefix_are_those_of_the_whole(tmp_path: Path) -> None:
     """h is read once to the largest depth and cut later, which is right for a causal model only."""
     source = LocalScores(make_model(tmp_path / "m", 0))
     sample = RecoverySample("r", (5, 6, 7), (5, 6, 7), tuple(range(20, 30)), (40, 41))
-    one = prefetcher_of(completion(), {"base": source, "aligned": source})
+    one = prefetcher_of(completion(weights=LossWeights(penalty=1.0)), {"base": source, "aligned": source})
     one.request(0, [], [sample])
     whole_TH = one.take(0).hidden("base", TeacherContext(sample.prompt_ids, sample.harmful_ids))
     for depth in (1, 4, 8):
@@ -93,7 +93,7 @@ def test_the_states_of_a_prefix_are_those_of_the_whole(tmp_path: Path) -> None:
 
 
 def test_asking_twice_reads_once_and_steps_do_not_mix() -> None:
-    one, _, aligned = prefetcher(push_forward=False, contrastive=False)
+    one, _, aligned = prefetcher(penalty=False, contrastive=False)
     one.request(0, ANCHOR[:1], [])
     one.request(1, ANCHOR[1:], [])
     one.request(0, ANCHOR, RECOVERY)
@@ -108,7 +108,7 @@ def test_asking_twice_reads_once_and_steps_do_not_mix() -> None:
 
 
 def test_a_source_that_answers_too_little_is_noticed() -> None:
-    one, _, aligned = prefetcher(push_forward=False, contrastive=False)
+    one, _, aligned = prefetcher(penalty=False, contrastive=False)
     aligned.collect_tensors = lambda reference: [torch.zeros(3, 1)]  # type: ignore[method-assign]
     one.request(0, ANCHOR, [])
     with pytest.raises(ValueError, match="shorter"):

@@ -92,7 +92,7 @@ def test_the_kl_is_that_of_plain_pytorch_whatever_the_method_trains(packed: bool
 
 
 @pytest.mark.parametrize("packed", [True, False])
-def test_the_tail_is_that_of_plain_pytorch_in_float64(packed: bool, tmp_path: Path, alone: None) -> None:
+def test_along_h_it_measures_what_plain_pytorch_in_float64_does(packed: bool, tmp_path: Path, alone: None) -> None:
     job = steered(make_job(tmp_path, TrainConfig()))
     job = replace(job, start=job.folder / "aligned")  # else the student is base, and every rank 0
     turned = RecoverySample("t#0", (5, 6), (7,), (20, 21, *range(6, 40)), (3,), refusal_prefix_tokens=2)
@@ -105,16 +105,23 @@ def test_the_tail_is_that_of_plain_pytorch_in_float64(packed: bool, tmp_path: Pa
     job = replace(job, response_judge=replace(reader, prompts=prompts))
     found = Validator(Engine(make_student(job)), samples, job, 2, packed=packed).measure(1)
     base, student = (load_model(job.folder / role, "float32").double() for role in ("base", "aligned"))
-    in_reach = []
+    in_reach, unfinished = [], []
     for prompt, h in [(sample.prompt_ids, sample.harmful_ids[sample.refusal_prefix_tokens :]) for sample in held]:
-        for place in range(1, len(h)):
+        for place in range(len(h)):
             tokens = torch.tensor([prompt + h[:place]])
             with torch.no_grad():
-                best = int(base(tokens).logits[0, -1].argmax())
-                in_reach.append(best in student(tokens).logits[0, -1].topk(20).indices.tolist())
+                base_V, student_V = (model(tokens).logits[0, -1].log_softmax(-1) for model in (base, student))
+            if place == 0:
+                start_V = student_V  # of aligned, which the student still is
+                continue
+            in_reach.append(int(base_V.argmax()) in student_V.topk(20).indices.tolist())
+            favored_V = (base_V > start_V + 0.1) & (base_V.exp() >= 0.01)
+            unfinished.append(float(student_V.exp()[favored_V].sum()))
     assert len(in_reach) > 40
     assert found.tail == sum(in_reach) / len(in_reach)
     assert 0.05 < found.tail < 0.95, "else this proves nothing"
+    assert found.unfinished == pytest.approx(sum(unfinished) / len(unfinished), rel=1e-5)
+    assert 0.05 < found.unfinished < 0.95, "else this proves nothing"
 
 
 def test_without_base_there_is_no_tail(tmp_path: Path, alone: None) -> None:
@@ -174,8 +181,8 @@ def test_over_refusal_is_the_net_change_against_aligned(tmp_path: Path, alone: N
     job = replace(make_job(tmp_path, train), response_judge=ResponseJudge(judge, Words(), prompts))  # type: ignore[arg-type]
     validator = Validator(None, samples, job, 2, packed=True)
     answers = [(2, END, 1), (2, 4), (1, 4), (1, END), (2,), (1,), (1,), (1, END, 2)]
-    found = validator._judge(3, 0.25, 0.5, answers)
-    assert found == StepMeasurement(3, ((0, 2, 2), (2, 1, 2)), 1, 4, 0.25, 0.5, 3)
+    found = validator._judge(3, 0.25, answers)
+    assert found == StepMeasurement(3, ((0, 2, 2), (2, 1, 2)), 1, 4, 0.25, changed=3)
     assert judge.read[:2] == [("x", "", "yes"), ("x", "yes more", "yes more")], "nothing after the end of a response"
 
 

@@ -250,11 +250,11 @@ def plain_loss(job: TrainJob, batch: MicroBatch, settings: LossSettings) -> tupl
     hidden_BTH = model.base_model(**batch.model_inputs()).last_hidden_state
     heads = {role: load_head(spec, dtype=torch.float64) for role, spec in job.teacher_heads.items()}
     assert batch.aligned_hidden_PH is not None
-    assert batch.base_hidden_PH is not None
+    base_PH = batch.base_hidden_PH
     inputs = LossInputs(
         HiddenStates(hidden_BTH.flatten(0, 1)[batch.row_N], Head(model.lm_head.weight)),
         HiddenStates(batch.aligned_hidden_PH.double(), heads["aligned"]),
-        HiddenStates(batch.base_hidden_PH.double(), heads["base"]),
+        None if base_PH is None else HiddenStates(base_PH.double(), heads["base"]),
         batch.term_N,
         batch.weight_N.double(),
         batch.token_N,

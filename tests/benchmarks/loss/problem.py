@@ -1,6 +1,6 @@
 """The tensors that every variant is given.
 
-Letters: N token rows, V vocabulary, H hidden; P rows that need base.
+Letters: N token rows, V vocabulary, H hidden.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from raycomplete.losses.heads import Head, HiddenStates
 from raycomplete.losses.loss import LossInputs
-from raycomplete.losses.settings import LossSettings
+from raycomplete.losses.settings import DivergenceSettings, LossSettings
 
 ANCHOR, RECOVERY, PUSH_FORWARD = range(3)
 _LOGIT_SPREAD = 3.0  # peaked enough that a few tokens of a row pass tau, as in a language model
@@ -22,13 +22,8 @@ _LOGIT_SPREAD = 3.0  # peaked enough that a few tokens of a row pass tau, as in 
 class Mix(StrEnum):
     """Which kinds of rows a problem holds."""
 
-    ANCHOR = "anchor"  # one teacher: forward KL on every row, which is what other libraries offer
-    MIXED = "mixed"  # two teachers: 1/2 anchor, 1/4 recovery, 1/4 push-forward
-    PUSH_FORWARD = "push-forward"  # two teachers on every row: the dearest case
-
-    @property
-    def teachers(self) -> int:
-        return 1 if self is Mix.ANCHOR else 2
+    ANCHOR = "anchor"  # forward KL on every row, which is what other libraries offer
+    MIXED = "mixed"  # what `completion` trains: 1/2 anchor, 1/4 recovery, 1/4 push-forward at its temperature
 
 
 @dataclass(frozen=True)
@@ -59,10 +54,8 @@ class Problem:
         student_weight_VH: Its head, with gradient [V, H].
         aligned_hidden_NH: Aligned [N, H].
         aligned_weight_VH: Its head [V, H].
-        base_hidden_PH: Base, on push-forward rows only; None if there are none [P, H].
-        base_weight_VH: Its head; None with it [V, H].
         term_N: Number of each row's term: anchor, recovery, push-forward.
-        settings: The loss at its defaults. Every row weighs 1 / N.
+        settings: The loss as `completion` has it. Every row weighs 1 / N.
     """
 
     mix: Mix
@@ -70,8 +63,6 @@ class Problem:
     student_weight_VH: Tensor
     aligned_hidden_NH: Tensor
     aligned_weight_VH: Tensor
-    base_hidden_PH: Tensor | None
-    base_weight_VH: Tensor | None
     term_N: Tensor
     settings: LossSettings
 
@@ -91,13 +82,10 @@ class Problem:
     @property
     def inputs(self) -> LossInputs:
         """Returns the inputs of raycomplete's loss."""
-        base = None
-        if self.base_hidden_PH is not None and self.base_weight_VH is not None:
-            base = HiddenStates(self.base_hidden_PH, Head(self.base_weight_VH))
         return LossInputs(
             HiddenStates(self.student_hidden_NH, Head(self.student_weight_VH)),
             HiddenStates(self.aligned_hidden_NH, Head(self.aligned_weight_VH)),
-            base,
+            None,
             self.term_N,
             torch.full((self.num_rows,), 1.0 / self.num_rows, device=self.term_N.device),
         )
@@ -108,40 +96,33 @@ class Problem:
 
 
 def build_problem(shape: Shape, mix: Mix, device: torch.device, seed: int = 0) -> Problem:
-    """Random models that agree in part: base and student are each aligned plus noise."""
+    """Random models that agree in part: the student is aligned plus noise."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def noise(*sizes: int, scale: float) -> Tensor:
         return scale * torch.randn(*sizes, device=device, generator=generator)
 
-    settings = LossSettings(weights={"anchor": 1.0, "recovery": 1.0, "push_forward": 1.0})
+    settings = LossSettings(
+        {"anchor": 1.0, "recovery": 1.0, "push_forward": 1.0}, {"push_forward": DivergenceSettings(temperature=4.0)}
+    )
     width, narrow = shape.hidden_size, shape.student_width
     hidden_NH = noise(shape.num_rows, width, scale=1.0)
     weight_VH = noise(shape.vocab_size, width, scale=_LOGIT_SPREAD / width**0.5)
     stretch = (width / narrow) ** 0.5  # a narrower student keeps the spread of its logits
     student_hidden_NH = hidden_NH[:, :narrow] + noise(shape.num_rows, narrow, scale=0.3)
     term_N = _terms(shape.num_rows, mix, device)
-    base_rows_N = term_N == PUSH_FORWARD
-    base_hidden_PH = hidden_NH[base_rows_N] + noise(int(base_rows_N.sum()), width, scale=0.2)
-    has_base = mix.teachers == 2
     return Problem(
         mix=mix,
         student_hidden_NH=student_hidden_NH.bfloat16().requires_grad_(),
         student_weight_VH=(stretch * weight_VH[:, :narrow]).bfloat16().requires_grad_(),
         aligned_hidden_NH=hidden_NH.bfloat16(),
         aligned_weight_VH=weight_VH.bfloat16(),
-        base_hidden_PH=base_hidden_PH.bfloat16() if has_base else None,
-        base_weight_VH=weight_VH.to(torch.bfloat16, copy=True) if has_base else None,
         term_N=term_N,
         settings=settings,
     )
 
 
 def _terms(num_rows: int, mix: Mix, device: torch.device) -> Tensor:
-    cycle = {
-        Mix.ANCHOR: [ANCHOR],
-        Mix.MIXED: [ANCHOR, RECOVERY, ANCHOR, PUSH_FORWARD],
-        Mix.PUSH_FORWARD: [PUSH_FORWARD],
-    }[mix]
+    cycle = [ANCHOR] if mix is Mix.ANCHOR else [ANCHOR, RECOVERY, ANCHOR, PUSH_FORWARD]
     # In runs, as a batch of sequences has them.
     return torch.tensor(cycle, device=device).repeat_interleave(-(-num_rows // len(cycle)))[:num_rows]

@@ -6,7 +6,6 @@ second teacher, so with two there are only raycomplete and plain PyTorch.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from raycomplete.losses.loss import distillation_loss
-from raycomplete.losses.settings import PushForwardSettings
 from tests.benchmarks.loss.problem import ANCHOR, PUSH_FORWARD, Mix, Problem
 
 Loss = Callable[[Problem], Tensor]
@@ -33,20 +31,20 @@ class Variant:
     Attributes:
         name: As in the tables.
         load: Imports what it needs and returns the loss; raises ImportError where that is not installed.
-        two_teachers: Whether it takes push-forward rows.
+        mixed: Whether it takes rows of several terms.
         devices: Where it runs.
         in_sweep: Whether it is measured at every shape; the others at the main shape only.
     """
 
     name: str
     load: Callable[[], Loss]
-    two_teachers: bool = False
+    mixed: bool = False
     devices: tuple[str, ...] = ("cpu", "cuda")
     in_sweep: bool = False
 
     def takes(self, mix: Mix, device: torch.device) -> bool:
         """Tells whether there is something to measure."""
-        return (self.two_teachers or mix.teachers == 1) and device.type in self.devices
+        return (self.mixed or mix is Mix.ANCHOR) and device.type in self.devices
 
 
 def _raycomplete() -> Loss:
@@ -65,19 +63,6 @@ def _plain() -> Loss:
     def kl(log_student_NV: Tensor, log_aligned_NV: Tensor) -> Tensor:
         return F.kl_div(log_student_NV, log_aligned_NV, reduction="none", log_target=True).sum(dim=-1)
 
-    def push_forward(problem: Problem, logits_student_PV: Tensor, logits_aligned_PV: Tensor) -> Tensor:
-        settings = PushForwardSettings()
-        assert problem.base_hidden_PH is not None
-        assert problem.base_weight_VH is not None
-        with torch.no_grad():
-            log_base_PV = logits(problem.base_hidden_PH, problem.base_weight_VH).log_softmax(dim=-1)
-            favored_PV = log_base_PV > logits_aligned_PV.log_softmax(dim=-1) + settings.margin
-            favored_PV &= log_base_PV >= math.log(settings.tau)
-            unfinished_P = (logits_student_PV.softmax(dim=-1) * favored_PV).sum(dim=-1)
-            weight_P = settings.min_weight + (1 - settings.min_weight) * unfinished_P
-        hot = [(item / settings.temperature).log_softmax(dim=-1) for item in (logits_student_PV, logits_aligned_PV)]
-        return settings.temperature**2 * weight_P * kl(*hot)
-
     def loss(problem: Problem) -> Tensor:
         weights, term_N = problem.settings.weights, problem.term_N
         student_NV = logits(problem.student_hidden_NH, problem.student_weight_VH)
@@ -85,13 +70,13 @@ def _plain() -> Loss:
             aligned_NV = logits(problem.aligned_hidden_NH, problem.aligned_weight_VH)
         if problem.mix is Mix.ANCHOR:
             return kl(student_NV.log_softmax(dim=-1), aligned_NV.log_softmax(dim=-1)).mean()
-        if problem.mix is Mix.PUSH_FORWARD:
-            return weights["push_forward"] * push_forward(problem, student_NV, aligned_NV).mean()
         pushed_N = term_N == PUSH_FORWARD
         kl_N = kl(student_NV[~pushed_N].log_softmax(dim=-1), aligned_NV[~pushed_N].log_softmax(dim=-1))
         weight_N = torch.where(term_N[~pushed_N] == ANCHOR, weights["anchor"], weights["recovery"])
-        pushed_P = push_forward(problem, student_NV[pushed_N], aligned_NV[pushed_N])
-        return ((weight_N * kl_N).sum() + weights["push_forward"] * pushed_P.sum()) / problem.num_rows
+        temperature = problem.settings.options["push_forward"].temperature
+        hot = [(item[pushed_N] / temperature).log_softmax(dim=-1) for item in (student_NV, aligned_NV)]
+        pushed = weights["push_forward"] * temperature**2 * kl(*hot).sum()
+        return ((weight_N * kl_N).sum() + pushed) / problem.num_rows
 
     return loss
 
@@ -167,8 +152,8 @@ def _trl_gkd() -> Loss:
 OURS = "raycomplete"
 PLAIN = "plain PyTorch"
 VARIANTS = (
-    Variant(OURS, _raycomplete, two_teachers=True, in_sweep=True),
-    Variant(PLAIN, _plain, two_teachers=True, in_sweep=True),
+    Variant(OURS, _raycomplete, mixed=True, in_sweep=True),
+    Variant(PLAIN, _plain, mixed=True, in_sweep=True),
     Variant("Liger chunked JSD", _liger_chunked(compiled=False), in_sweep=True),
     Variant("Liger chunked JSD, compiled", _liger_chunked(compiled=True)),
     Variant("Liger Triton JSD", _liger_triton, devices=("cuda",), in_sweep=True),
