@@ -25,7 +25,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBas
 import raycomplete as rc
 from raycomplete.data import organism
 from raycomplete.data.organism.measure import measure
-from raycomplete.losses import DivergenceSettings, Head, HiddenStates, LossInputs, LossSettings
+from raycomplete.losses import Head, HiddenStates, LossInputs, LossSettings
 from raycomplete.runtime.types import PromptKind
 
 BATCH_SIZE = 12  # prompts of each kind in a step
@@ -90,8 +90,7 @@ def main(steps: int = 60, num_prompts: int = 40, seed: int = 0) -> tuple[dict[in
     harmful = [(x, h, y[:28]) for (x, y), h in zip(anchors[:PROMPTS_PER_KIND], hs, strict=True)]
 
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3, weight_decay=0.0)
-    # At a temperature of 4 the unlikely tokens count as well.
-    settings = LossSettings(TERMS, {"push_forward": DivergenceSettings(temperature=4.0)})
+    settings = LossSettings(TERMS)
     aligned_head = Head(aligned.lm_head.weight)
     for step in range(steps):
         answers = rng.sample(anchors, BATCH_SIZE)

@@ -54,6 +54,12 @@ REMOVED = {
     "method.push_forward.min_weight": "every row counts alike",
     "diagnose.contrastive": "evaluation.defence: {name: contrastive} measures it",
 }
+# Removed keys that the record of an earlier run may hold, and the value at which each decided nothing (None: any).
+_LAPSED = {
+    "method.push_forward.tau": None,
+    "method.push_forward.margin": None,
+    "method.push_forward.min_weight": 1.0,
+}
 # Relative paths of these keys start where the command is started; all others start in the folder of the run file.
 _NOT_BESIDE_THE_RUN_FILE = ("output.", "serve.", "align.output")
 
@@ -78,8 +84,20 @@ def load_run_file(
     for override in overrides:
         apply_override(tree, override)
     if sections is not None:
-        tree = {name: value for name, value in tree.items() if name in sections}
+        tree = _without_lapsed({name: value for name, value in tree.items() if name in sections})
     return parse(tree, str(file), base_folder=file.parent.resolve(), plugins=sections is None)
+
+
+def _without_lapsed(tree: dict[str, Any]) -> dict[str, Any]:
+    """Drops removed keys from a record, in place, where they decided nothing."""
+    for key, value in _LAPSED.items():
+        *parents, leaf = key.split(".")
+        node: Any = tree
+        for part in parents:
+            node = node.get(part) if isinstance(node, dict) else None
+        if isinstance(node, dict) and leaf in node and value in (None, node[leaf]):
+            del node[leaf]
+    return tree
 
 
 def read_tree(file: Path, extending: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from raycomplete.losses.heads import Head, HiddenStates
     from raycomplete.losses.loss import LossInputs, LossOutput, distillation_loss
-    from raycomplete.losses.settings import ContrastiveSettings, DivergenceSettings, LossSettings
+    from raycomplete.losses.settings import ContrastiveSettings, DivergenceSettings, LossSettings, PushForwardSettings
     from raycomplete.losses.terms import LogProbs, Term, get, register
     from raycomplete.losses.torch_rows import TermRows
 
 _PLACES = {
     "heads": ("Head", "HiddenStates"),
     "loss": ("LossInputs", "LossOutput", "distillation_loss"),
-    "settings": ("ContrastiveSettings", "DivergenceSettings", "LossSettings"),
+    "settings": ("ContrastiveSettings", "DivergenceSettings", "LossSettings", "PushForwardSettings"),
     "terms": ("LogProbs", "Term", "get", "register"),
     "torch_rows": ("TermRows",),
 }
@@ -32,6 +32,7 @@ __all__ = [
     "LossInputs",
     "LossOutput",
     "LossSettings",
+    "PushForwardSettings",
     "Term",
     "TermRows",
     "distillation_loss",

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from raycomplete.losses.settings import Divergence, DivergenceSettings
 from raycomplete.losses.torch_rows import Product, RowLogits, TermRows
@@ -197,39 +196,28 @@ def _divergence_kernel(
 def divergence(logits: RowLogits, options: DivergenceSettings) -> TermRows:
     """Computes T^2 D(q, p_s) [C], and writes the gradient; for heads in bfloat16, float16 or float32."""
     contrastive = options.contrastive
-    loss_C = torch.empty_like(logits.factor_C)
+    loss_C, gradient_CV = torch.empty_like(logits.factor_C), logits.gradient_CV
+    tile = min(_MAX_TILE, triton.next_power_of_2(logits.student.head.vocab_size))
     with torch.cuda.device_of(loss_C):
         _divergence_kernel[(len(loss_C),)](
-            *_tensors(logits, loss_C),
+            _model(logits.student),
+            _model(logits.aligned),
+            _model(logits.base),
+            gradient_CV,
+            0 if gradient_CV is None else gradient_CV.stride(0),
+            logits.factor_C,
+            loss_C,
+            logits.student.head.vocab_size,
             options.temperature,
             contrastive.alpha,
             math.log(contrastive.plausibility),
             FORMULA=_FORMULAS[options.divergence],
             CONTRASTIVE=contrastive.alpha > 0,
-            **_launch(logits),
+            TILE=tile,
+            num_warps=max(1, tile // 256),
+            enable_fp_fusion=True,  # as it always was; Triton 3.10 would no longer let products and sums contract
         )
     return TermRows(loss_C)
-
-
-def _launch(logits: RowLogits) -> dict[str, int]:
-    tile = min(_MAX_TILE, triton.next_power_of_2(logits.student.head.vocab_size))
-    # Products and sums contract as they always did; Triton 3.10 would no longer let them.
-    return {"TILE": tile, "num_warps": max(1, tile // 256), "enable_fp_fusion": True}
-
-
-def _tensors(logits: RowLogits, result: Tensor) -> list[Any]:
-    """Arguments that the kernel begins with."""
-    gradient_CV = logits.gradient_CV
-    return [
-        _model(logits.student),
-        _model(logits.aligned),
-        _model(logits.base),
-        gradient_CV,
-        0 if gradient_CV is None else gradient_CV.stride(0),
-        logits.factor_C,
-        result,
-        logits.student.head.vocab_size,
-    ]
 
 
 def _model(product: Product | None) -> tuple[Any, ...] | None:

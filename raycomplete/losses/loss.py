@@ -4,7 +4,7 @@
     inputs = LossInputs(
         student=HiddenStates(states[rows], Head(model.lm_head.weight)),
         aligned=HiddenStates(aligned_states, aligned_head),                  # frozen, in the teacher's context
-        base=None,                                                           # read by the penalty's rows alone
+        base=None,                                                           # for penalty and contrastive teacher
         term_N=torch.tensor([0, 0, 1, 2, 2]),                                # numbers of the settings' terms
         weight_N=torch.full((5,), 0.2),
     )

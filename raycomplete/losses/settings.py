@@ -23,7 +23,7 @@ class ContrastiveSettings(Section):
 
 
 class DivergenceSettings(Section):
-    """Divergence T^2 D(q, p_s) of the terms `anchor`, `recovery` and `push_forward`."""
+    """Divergence T^2 D(q, p_s) of the terms `anchor` and `recovery`."""
 
     divergence: Divergence = Field(
         "forward_kl", description="KL(q || p_s), KL(p_s || q), or the mean KL of both to their middle"
@@ -41,6 +41,12 @@ class DivergenceSettings(Section):
                 "Set contrastive.alpha to 0, or use jsd or forward_kl."
             )
         return self
+
+
+class PushForwardSettings(DivergenceSettings):
+    """The same of the term `push_forward`, with p_a at position 0 of the answer."""
+
+    temperature: float = Field(4.0, gt=0, description="T, which divides the logits of both: above 1 the tail counts")
 
 
 class BaseFavoredSettings(Section):

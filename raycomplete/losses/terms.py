@@ -23,7 +23,13 @@ import torch
 from torch import Tensor
 
 from raycomplete.losses.base_favored import base_favored_mask, forward_kl
-from raycomplete.losses.settings import BaseFavoredSettings, DivergenceSettings, LossSettings, PenaltySettings
+from raycomplete.losses.settings import (
+    BaseFavoredSettings,
+    DivergenceSettings,
+    LossSettings,
+    PenaltySettings,
+    PushForwardSettings,
+)
 from raycomplete.losses.torch_rows import Block, BlockFunction, Product, RowLogits, TermRows, divergence_block
 from raycomplete.runtime.errors import ConfigError
 from raycomplete.runtime.section import Section
@@ -291,22 +297,27 @@ def _divergence_reads(options: DivergenceSettings) -> tuple[Teacher, ...]:
     return ("aligned", "base") if options.contrastive.alpha > 0 else ("aligned",)
 
 
-for _name, _description in (
-    ("anchor", "divergence from the aligned model along its own answers, in nats a token"),
-    ("recovery", "divergence from the aligned model's refusal after a compliant beginning, in nats a token"),
+for _name, _description, _options in (
+    ("anchor", "divergence from the aligned model along its own answers, in nats a token", DivergenceSettings),
+    (
+        "recovery",
+        "divergence from the aligned model's refusal after a compliant beginning, in nats a token",
+        DivergenceSettings,
+    ),
     (
         "push_forward",
         "divergence along a compliant beginning from what the aligned model says to the prompt alone, in nats a token",
+        PushForwardSettings,
     ),
 ):
     register(
         Term(
             _name,
-            _name,
+            _name.replace("_", "-"),
             _description,
             divergence,
             reads=_divergence_reads,
-            options=DivergenceSettings,
+            options=_options,
             torch_block=divergence_block,
             triton=_triton_divergence,
         )

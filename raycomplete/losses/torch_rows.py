@@ -19,7 +19,7 @@ from raycomplete.losses.divergences import FUSED, contrastive_log_probs
 from raycomplete.losses.heads import Head
 from raycomplete.losses.settings import DivergenceSettings
 
-_BLOCK_BYTES = {"cpu": 2 * 2**20, "cuda": 128 * 2**20}  # of one buffer; on a CPU all five stay near the core
+_BLOCK_BYTES = {"cpu": 2 * 2**20, "cuda": 128 * 2**20}  # of one buffer; on a CPU all four stay near the core
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +97,7 @@ class Block:
 
     Attributes:
         logits: The rows.
-        buffers: Five of them, to be used at will.
+        buffers: Four of them, to be used at will.
         excludes: Whether logits can be -inf.
     """
 
@@ -105,7 +105,7 @@ class Block:
     buffers: list[Tensor]
     excludes: bool
 
-    def read(self, product: Product | None, work_RV: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    def read(self, product: Product | None, work_RV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """Logits over temperature less their largest value of each row [R, V], and that value [R, 1].
 
         Where the product has the dtype of the buffers it is worked on in place, else in `work_RV`.
@@ -122,7 +122,7 @@ class Block:
         shift_R1 = logits_RV.amax(dim=-1, keepdim=True)
         return logits_RV.sub_(shift_R1), shift_R1
 
-    def write(self, grad_RV: Tensor, logits_RV: Tensor, shift_R1: Tensor, temperature: float = 1.0) -> None:
+    def write(self, grad_RV: Tensor, logits_RV: Tensor, shift_R1: Tensor, temperature: float) -> None:
         """Carries a gradient from the student's logits, as `read` gave them, to its product; overwrites both inputs."""
         head, out_RV = self.logits.student.head, self.logits.gradient_CV
         if out_RV is None:
@@ -151,7 +151,7 @@ class TorchRows:
         weight_VH, dtype = student.weight_VH, student.logits_dtype
         budget = _BLOCK_BYTES.get(weight_VH.device.type, _BLOCK_BYTES["cpu"])
         self.block_rows = max(1, min(max_rows, budget // (student.vocab_size * dtype.itemsize)))
-        self.buffers = [weight_VH.new_empty(self.block_rows, student.vocab_size, dtype=dtype) for _ in range(5)]
+        self.buffers = [weight_VH.new_empty(self.block_rows, student.vocab_size, dtype=dtype) for _ in range(4)]
 
     def run(self, function: BlockFunction, options: Any, logits: RowLogits) -> TermRows:
         """Calls a function block by block; at least one row."""
@@ -167,7 +167,7 @@ class TorchRows:
 def divergence_block(block: Block, options: DivergenceSettings) -> TermRows:
     """Computes T^2 D(q, p_s); a `BlockFunction`."""
     temperature, factor_R = options.temperature, block.logits.factor_C
-    first, second, student_work, target_work, _ = block.buffers
+    first, second, student_work, target_work = block.buffers
     student_RV, shift_R1 = block.read(block.logits.student, first, temperature)
     target_RV = _target(block, second, options)
     excludes = block.excludes or options.contrastive.alpha > 0
@@ -184,7 +184,7 @@ def _target(block: Block, work_RV: Tensor, options: DivergenceSettings) -> Tenso
     alpha, plausibility = options.contrastive.alpha, options.contrastive.plausibility
     if alpha == 0:
         return aligned_RV
-    base_RV, _ = block.read(block.logits.base, block.buffers[4], options.temperature)
+    base_RV, _ = block.read(block.logits.base, block.buffers[2], options.temperature)
     log_q_RV = contrastive_log_probs(aligned_RV.log_softmax(-1), base_RV.log_softmax(-1), alpha, plausibility)
     return log_q_RV.sub_(log_q_RV.amax(dim=-1, keepdim=True))
 

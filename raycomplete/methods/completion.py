@@ -24,6 +24,7 @@ from raycomplete.losses.settings import (
     Divergence,
     DivergenceSettings,
     PenaltySettings,
+    PushForwardSettings,
 )
 from raycomplete.methods.registry import (
     AnchorItem,
@@ -91,7 +92,7 @@ class Completion(Method):
         return {
             "anchor": DivergenceSettings(divergence=self.anchor_divergence, **both),
             "recovery": DivergenceSettings(divergence=self.recovery_divergence, **both),
-            "push_forward": DivergenceSettings(temperature=self.push_forward.temperature),
+            "push_forward": PushForwardSettings(temperature=self.push_forward.temperature),
             "penalty": self.penalty,
         }
 

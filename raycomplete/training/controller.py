@@ -46,7 +46,7 @@ class StepMeasurement:
     kl: float
     tail: float = 0.0
     changed: int = 0
-    unfinished: float = 0.0
+    unfinished: float | None = None
 
     @property
     def asked(self) -> int:

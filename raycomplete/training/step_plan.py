@@ -19,7 +19,7 @@ from raycomplete.training.feedback import DepthSampler
 from raycomplete.training.packing import deal
 
 S = TypeVar("S", AnchorSample, RecoverySample)
-_SEED_TAGS = {"anchor": 11, "recovery": 12, "borderline": 13}
+_SEED_TAGS = {"anchor": 11, "recovery": 12, "borderline": 17, "mixture": 18}  # 13 to 16: feedback, on_policy
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,10 +106,13 @@ class Planner:
 
     def samples_of(self, step: int) -> tuple[list[AnchorSample], list[RecoverySample]]:
         """The samples of a step, whatever their depths will be: known ahead, so that they can be scored ahead."""
-        first, last = (int(self._borderline_per_step * done) for done in (step, step + 1))
+        first, last = (int(self._borderline_per_step * done + 1e-9) for done in (step, step + 1))
         size = self._anchor_batch_size
         anchor = self._draw("borderline", self._borderline, first, last)
         anchor += self._draw("anchor", self._others, step * size - first, (step + 1) * size - last)
+        if self._borderline:  # groups of rollouts take the first ones
+            mixture = np.random.default_rng([self._seed, _SEED_TAGS["mixture"], step + 1]).permutation(size)
+            anchor = [anchor[place] for place in mixture]
         size = self._recovery_batch_size
         return anchor, self._draw("recovery", self._recovery, step * size, (step + 1) * size)
 
@@ -134,6 +137,6 @@ class Planner:
         if (part, epoch) not in self._orders:
             # numpy pads short seeds with zeros, so every use of a seed needs a tag of its own that is not 0.
             generator = np.random.default_rng([self._seed, _SEED_TAGS[part], epoch + 1])
-            self._orders = {key: order for key, order in self._orders.items() if key[1] >= epoch - 1}
+            self._orders = {key: it for key, it in self._orders.items() if key[0] != part or key[1] >= epoch - 1}
             self._orders[(part, epoch)] = generator.permutation(size)
         return self._orders[(part, epoch)]

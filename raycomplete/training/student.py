@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from raycomplete.data.samples import AnchorSample
 from raycomplete.diagnosis.rows import PROFILE_METRICS, DiagnosisSettings, Opening, diagnose_rows
+from raycomplete.losses.base_favored import base_favored_mask
 from raycomplete.losses.chunked_pass import rows_per_chunk
 from raycomplete.losses.heads import Head, HiddenStates
 from raycomplete.losses.loss import LossInputs, LossOutput, distillation_loss
@@ -20,7 +21,7 @@ from raycomplete.losses.torch_rows import TermRows
 from raycomplete.runtime.section import Dtype
 from raycomplete.training.batches import MicroBatch, answer_batch
 
-_COPIES_OF_LOGITS = 3  # logits, their log-softmax and its gradient
+_COPIES_OF_LOGITS = 6  # of three models, and their log-softmax
 # Mean |log p - log p'| in nats. Another batch shape moves bfloat16 by hundredths; a neighbour's words by whole nats.
 _TOLERANCE: dict[Dtype, float] = {"float32": 1e-3, "bfloat16": 0.15}
 
@@ -115,8 +116,8 @@ class HeadLoss(nn.Module):
             return distillation_loss(inputs, settings, must_be_finite=not self.training).flatten()
         if mode == "log_probs":
             return (self._log_probs(hidden_NH, batch.token_N),)
-        if mode == "base_ranks":
-            return (self._base_ranks(hidden_NH, batch.base_hidden_PH),)
+        if mode == "along_h":
+            return self._along_h(hidden_NH, batch)
         return self._profile(hidden_NH, batch)
 
     def _states(self, role: str, hidden_PH: Tensor | None) -> HiddenStates | None:
@@ -139,15 +140,24 @@ class HeadLoss(nn.Module):
         ]
         return -torch.cat(losses)
 
-    def _base_ranks(self, hidden_NH: Tensor, base_hidden_NH: Tensor | None) -> Tensor:
-        """How many tokens the student finds likelier than base's likeliest one [N]; 0 where its logits are NaN."""
-        assert base_hidden_NH is not None
-        ranks = []
-        for hidden_CH, base_CH in self._chunks(hidden_NH, base_hidden_NH):
-            token_C1 = self._teachers["base"].logits(base_CH).argmax(-1, keepdim=True)
-            logits_CV = self.head().logits(hidden_CH)
-            ranks.append((logits_CV > logits_CV.gather(1, token_C1)).sum(-1))
-        return torch.cat(ranks)
+    def _along_h(self, hidden_NH: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """How many tokens the student finds likelier than base's likeliest one, and its mass on base-favored ones [N].
+
+        Where its logits are NaN the rank is 0 and the mass NaN.
+        """
+        assert batch.aligned_hidden_PH is not None
+        assert batch.base_hidden_PH is not None
+        settings = DiagnosisSettings.of_loss(self._loss)
+        opening = Opening.of_rows(batch.aligned_hidden_PH, self._teachers["aligned"], batch.sequence_N)
+        ranks, masses = [], []
+        for hidden_CH, base_CH, prompt_C in self._chunks(hidden_NH, batch.base_hidden_PH, opening.prompt_N):
+            student_CV = self.head().logits(hidden_CH).log_softmax(-1)
+            base_CV = self._teachers["base"].logits(base_CH).log_softmax(-1)
+            opening_CV = opening.head.logits(opening.hidden_PH[prompt_C]).log_softmax(-1)
+            ranks.append((student_CV > student_CV.gather(1, base_CV.argmax(-1, keepdim=True))).sum(-1))
+            favored_CV = base_favored_mask(opening_CV, base_CV, settings.tau, settings.margin)
+            masses.append((student_CV.exp() * favored_CV).sum(-1))
+        return torch.cat(ranks), torch.cat(masses)
 
     def _chunks(self, *rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """A few rows of each tensor at a time, as many as there is memory for their logits."""
@@ -191,8 +201,8 @@ class StudentModule(nn.Module):
             batch: On the model's device.
             mode: "loss" (see `LossOutput.unflatten`), "anchor_kl" (the same of a batch of anchor rows, whose first
                 value is the weighted sum of KL(aligned || student)), "profile" (mass, KL, deficit by row),
-                "log_probs" (log p_s of the token of each row) or "base_ranks" (rank of base's likeliest token among the
-                student's by row, from 0).
+                "log_probs" (log p_s of the token of each row) or "along_h" (by row the rank of base's likeliest token
+                among the student's, from 0, and the unfinished mass).
         """
         if isinstance(batch, PrefixBatch):
             return (self._continue(batch),)

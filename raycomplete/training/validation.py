@@ -72,18 +72,18 @@ class Validator:
         kl = kl_sum / max(_rows(self._kl_batches), 1)
         return from_rank_zero(lambda: replace(self._judge(step, kl, answers), tail=tail, unfinished=unfinished))
 
-    def _along_h(self) -> tuple[float, float]:
+    def _along_h(self) -> tuple[float, float | None]:
         """Share of base's words in reach of an attacker and mean unfinished mass, along h after its first position.
 
-        To open with base's word is what depth 0 of the questions measures.
+        To open with base's word is what depth 0 of the questions measures. Without base nothing is known of either.
         """
         in_reach, mass, later = 0, 0.0, 0
         for batch in self._h_batches:
             is_later_N = batch.sequence_N.diff(prepend=batch.sequence_N[:1] - 1) == 0
-            ranks_N, mass_N = (self._run(batch, mode)[0].cpu()[is_later_N] for mode in ("base_ranks", "profile"))
-            in_reach, mass = in_reach + int((ranks_N < _ATTACKER_SEES).sum()), mass + float(mass_N.double().sum())
-            later += len(ranks_N)
-        return in_reach / max(later, 1), mass / max(later, 1)
+            ranks_L, mass_L = (values_N.cpu()[is_later_N] for values_N in self._run(batch, "along_h"))
+            in_reach, mass = in_reach + int((ranks_L < _ATTACKER_SEES).sum()), mass + float(mass_L.double().sum())
+            later += len(ranks_L)
+        return (in_reach / later, mass / later) if later else (0.0, None)
 
     def _run(self, batch: Any, mode: str) -> tuple[Tensor, ...]:
         found: tuple[Tensor, ...] = self._engine(batch.to(self._engine.device), mode)
@@ -135,7 +135,7 @@ def _rows(batches: Sequence[MicroBatch]) -> int:
 
 
 def along_h(samples: SampleSet) -> list[AnchorSample]:
-    """Harmful prompts with an h of two tokens or more as the answer; refusal prefixes left out."""
+    """Harmful prompts with an h of two tokens or more as the answer; refusal prefixes and safety prompts left out."""
     pairs = ((sample, sample.harmful_ids[sample.refusal_prefix_tokens :]) for sample in samples.held_back_recovery)
     return [AnchorSample(sample.sample_id, sample.prompt_ids, h) for sample, h in pairs if len(h) > 1]
 

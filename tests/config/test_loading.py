@@ -157,6 +157,18 @@ def test_removed_keys_say_what_took_their_place(key: str, words: str) -> None:
         parse(tree, "run.yaml")
 
 
+def test_a_record_may_hold_removed_keys_that_decided_nothing(tmp_path: Path) -> None:
+    held = {"temperature": 2.0, "tau": 0.3, "margin": 0.2, "min_weight": 1.0}
+    record = write(tmp_path, {**MINIMAL, "method": {"name": "completion", "push_forward": held}})
+    method = load_run_file(record, sections={"models", "data", "method"}).method
+    assert method == Completion(push_forward={"temperature": 2.0})
+    with pytest.raises(ConfigError, match=r"push_forward\.tau"):
+        load_run_file(record)
+    held["min_weight"] = 0.5
+    with pytest.raises(ConfigError, match=r"push_forward\.min_weight' was removed"):
+        load_run_file(write(tmp_path, {**MINIMAL, "method": {"push_forward": held}}), sections={"models", "method"})
+
+
 @pytest.mark.parametrize(("old", "new"), RENAMED.items())
 def test_a_renamed_key_is_refused_with_its_new_name(old: str, new: str, tmp_path: Path) -> None:
     """In a run file and as an override; the new name is a key that exists, and the old one is none any more."""

@@ -240,7 +240,7 @@ def test_targets_of_the_loss_benchmark_are_there_before_its_end(
     device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def measure(results: benchmark.Results, _: Any, shape: Any, mix: Mix, *__: Any, **___: Any) -> None:
-        if mix is Mix.PUSH_FORWARD:
+        if len(results.points) == len(Mix):
             raise KeyboardInterrupt
         found = {name: Measurement(seconds=[0.05], peak_bytes=3, gradient_bytes=1) for name in (OURS, PLAIN)}
         results.points.append({"shape": shape, "mix": mix, "found": found})

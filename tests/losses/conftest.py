@@ -18,6 +18,7 @@ from raycomplete.losses import (
     LossInputs,
     LossOutput,
     LossSettings,
+    PushForwardSettings,
 )
 
 ANCHOR, RECOVERY, PUSH_FORWARD = NUMBERS = range(3)
@@ -45,7 +46,7 @@ def loss_settings(
         weights={"anchor": anchor, "recovery": recovery, "push_forward": push_forward},
         options={
             **divergences,
-            "push_forward": DivergenceSettings(temperature=push_temperature),
+            "push_forward": PushForwardSettings(temperature=push_temperature),
         },
         **others,
     )

@@ -14,6 +14,7 @@ from raycomplete.losses import (
     HiddenStates,
     LogProbs,
     LossInputs,
+    LossOutput,
     LossSettings,
     Term,
     TermRows,
@@ -106,11 +107,22 @@ def test_a_formula_alone_is_enough(head: dict[str, Any], dtype: torch.dtype, rel
     assert_matches(*mixed(weights, dtype, **head), settings, relative)
 
 
+def test_metrics_survive_as_a_plain_tuple() -> None:
+    weights = {"push": 0.5, "nll": 2.0, "anchor": 1.5}
+    output = distillation_loss(mixed(weights, torch.float64)[0], LossSettings(weights))
+    again = LossOutput.unflatten(output.flatten(), LossSettings(weights))
+    assert output.metrics["distance"].numel() > 0
+    assert named(again).keys() == named(output).keys()
+    assert all(torch.equal(value, named(again)[name]) for name, value in named(output).items())
+
+
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("alpha", [0.0, 0.7])
 def test_formulas_of_fused_terms_give_the_same_by_autograd(
     make_case: Any, head: dict[str, Any], alpha: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    assert {name for name, term in TERMS.items() if term.torch_block} == {"anchor", "recovery", "push_forward"}
+    assert get("push_forward").label == "push-forward"
     for name in ("anchor", "recovery", "push_forward"):
         monkeypatch.setitem(TERMS, name, replace(get(name), torch_block=None))
     case = make_case(anchor_divergence="jsd", temperature=1.7, alpha=alpha, **head)

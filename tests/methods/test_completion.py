@@ -14,6 +14,7 @@ from raycomplete.losses.settings import (
     DivergenceSettings,
     LossSettings,
     PenaltySettings,
+    PushForwardSettings,
 )
 from raycomplete.methods.completion import Completion
 from raycomplete.methods.registry import (
@@ -49,7 +50,7 @@ def test_the_loss_is_that_of_the_run_file() -> None:
         options={
             "anchor": DivergenceSettings(divergence="jsd", **both),
             "recovery": DivergenceSettings(**both),
-            "push_forward": DivergenceSettings(temperature=3),
+            "push_forward": PushForwardSettings(temperature=3),
             "penalty": PenaltySettings(tau=0.2, margin=0.6),
         },
         chunk_tokens=7,

@@ -89,7 +89,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 
 
 def scores_of(samples: SampleSet, base: Path, aligned: Path) -> Scores:
-    prefetcher = prefetcher_of(CONTRASTIVE, {"base": LocalScores(base), "aligned": LocalScores(aligned)})
+    reads_all = completion(contrastive=ContrastiveSettings(alpha=0.5), weights=LossWeights(penalty=1.0))
+    prefetcher = prefetcher_of(reads_all, {"base": LocalScores(base), "aligned": LocalScores(aligned)})
     prefetcher.request(0, samples.anchor, samples.recovery)
     return prefetcher.take(0)
 
@@ -336,12 +337,18 @@ def test_one_row_of_aligned_may_be_the_target_of_all_rows_of_a_span(tiny: Tiny) 
     sample = tiny.plan.recovery[0].sample
     refusal = TeacherContext(sample.teacher_prompt_ids, sample.refusal_ids)
     along_h = TeacherContext(sample.prompt_ids, sample.harmful_ids)
-    span = RowSpan("push_forward", len(sample.prompt_ids), 5, along_h, target=(refusal, 0))
-    sequence = TrainSequence(sample.prompt_ids + sample.harmful_ids, (span,))
-    batch = BatchBuilder(LOSS, 1.0).build([sequence], {"push_forward": 5}, tiny.scores)
-    assert batch.aligned_hidden_PH is not None
-    assert torch.equal(batch.aligned_hidden_PH, tiny.scores.hidden("aligned", refusal)[:1].expand(5, -1))
-    assert batch.base_hidden_PH is None, "which the term does not read"
+    prompt_and_h = sample.prompt_ids + sample.harmful_ids
+    for term, reads_base in (("push_forward", False), ("penalty", True)):
+        span = RowSpan(term, len(sample.prompt_ids) + 1, 4, along_h, offset=1, target=(refusal, 0))
+        sequences = [TrainSequence(prompt_and_h, (span,))]
+        batch = BatchBuilder(LossSettings({term: 1.0}), 1.0).build(sequences, {term: 4}, tiny.scores)
+        assert batch.aligned_hidden_PH is not None
+        assert torch.equal(batch.aligned_hidden_PH, tiny.scores.hidden("aligned", refusal)[:1].expand(4, -1))
+        if not reads_base:
+            assert batch.base_hidden_PH is None
+            continue
+        assert batch.base_hidden_PH is not None
+        assert torch.equal(batch.base_hidden_PH, tiny.scores.hidden("base", along_h)[1:5])
 
 
 def test_a_shared_target_that_is_read_anyway_is_read_once() -> None:

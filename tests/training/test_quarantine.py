@@ -16,6 +16,7 @@ from raycomplete.config import TrainConfig
 from raycomplete.data.checkpoints import load_model
 from raycomplete.data.heads import load_head
 from raycomplete.losses.loss import LossOutput
+from raycomplete.methods.completion import LossWeights
 from raycomplete.methods.registry import AnchorItem, Feedback, Item, RecoveryItem
 from raycomplete.runtime.errors import QuarantinedSequenceError
 from raycomplete.training.batches import BatchBuilder, cut_harmful
@@ -24,7 +25,7 @@ from raycomplete.training.step_plan import StepPlan, StepSequences
 from raycomplete.training.student import HeadSettings, StudentModule
 from tests.training.tiny import LocalScores, completion, head_spec, make_model, make_samples, prefetcher_of
 
-METHOD = completion()
+METHOD = completion(weights=LossWeights(penalty=1.0))
 LOSS = METHOD.loss(TrainConfig())
 SAMPLES = make_samples(3, anchor=3, recovery=3)
 SAMPLES = replace(SAMPLES, recovery=cut_harmful(SAMPLES.recovery, 9))

@@ -77,6 +77,9 @@ def test_borderline_prompts_have_their_share_of_the_anchor_sequences(fraction: f
     one = Planner(replace(samples, anchor=anchor), **sizes, borderline_fraction=fraction)
     drawn = [one.samples_of(step)[0] for step in range(60)]
     assert {len(step) for step in drawn} == {8}
+    if fraction == 0.3:
+        first = Counter(step[0].kind for step in drawn)
+        assert 6 <= first["borderline"] <= 32, "no kind has a place of its own: groups of rollouts take the first ones"
     borderline = [[sample for sample in step if sample.kind == "borderline"] for step in drawn]
     assert {len(step) for step in borderline} <= {math.floor(8 * fraction), math.ceil(8 * fraction)}
     assert sum(map(len, borderline)) == 480 * fraction

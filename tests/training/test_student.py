@@ -18,6 +18,7 @@ from raycomplete.data.samples import AnchorSample, read_samples
 from raycomplete.losses.base_favored import alignment_kl, base_favored_mask, deficit
 from raycomplete.losses.loss import LossOutput
 from raycomplete.losses.settings import ContrastiveSettings, LossSettings, PenaltySettings
+from raycomplete.methods.completion import LossWeights
 from raycomplete.methods.registry import AnchorItem
 from raycomplete.methods.sft import SFT
 from raycomplete.runtime.errors import NotFiniteError
@@ -30,10 +31,10 @@ from raycomplete.training.student import HeadSettings, StudentModule, keeps_sequ
 from tests.training.tiny import build_batch, completion, make_job, make_model, plain_loss, prefetcher_of
 
 
-def make_batch(folder: Path, alpha: float) -> tuple[MicroBatch, Any, LossSettings]:
+def make_batch(folder: Path, alpha: float, penalty: float = 0.0) -> tuple[MicroBatch, Any, LossSettings]:
     """One step's batch on tiny models, its job and its loss settings."""
     train = TrainConfig(loss_chunk_tokens=7)
-    method = completion(contrastive=ContrastiveSettings(alpha=alpha))
+    method = completion(contrastive=ContrastiveSettings(alpha=alpha), weights=LossWeights(penalty=penalty))
     job = make_job(folder, train, method)
     planner = Planner(read_samples(job.samples), anchor_batch_size=3, recovery_batch_size=3, seed=1, max_depth=16)
     prefetcher = prefetcher_of(method, job.sources)
@@ -49,9 +50,9 @@ def make_student(job: Any, settings: LossSettings) -> StudentModule:
     return StudentModule(load_model(job.start, "float32"), head, teachers, settings, external_head=False)
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.7])
-def test_loss_and_gradients_equal_the_float64_reference(alpha: float, tmp_path: Path) -> None:
-    batch, job, settings = make_batch(tmp_path, alpha)
+@pytest.mark.parametrize(("alpha", "penalty"), [(0.0, 0.0), (0.7, 0.0), (0.0, 2.0), (0.7, 2.0)])
+def test_loss_and_gradients_equal_the_float64_reference(alpha: float, penalty: float, tmp_path: Path) -> None:
+    batch, job, settings = make_batch(tmp_path, alpha, penalty)
     student = make_student(job, settings)
     output = LossOutput.unflatten(student(batch), settings)
     output.total.backward()

@@ -127,7 +127,8 @@ def test_along_h_it_measures_what_plain_pytorch_in_float64_does(packed: bool, tm
 def test_without_base_there_is_no_tail(tmp_path: Path, alone: None) -> None:
     job = steered(make_job(tmp_path, TrainConfig()))
     only = replace(job, sources={"aligned": job.sources["aligned"]})
-    assert Validator(Engine(make_student(only)), make_samples(0), only, 2, packed=True).measure(1).tail == 0.0
+    found = Validator(Engine(make_student(only)), make_samples(0), only, 2, packed=True).measure(1)
+    assert (found.tail, found.unfinished) == (0.0, None)
 
 
 def test_h_is_cut_after_a_refusal_prefix_and_only_where_it_is_long_enough() -> None:

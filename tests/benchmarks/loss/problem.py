@@ -13,10 +13,10 @@ from torch import Tensor
 
 from raycomplete.losses.heads import Head, HiddenStates
 from raycomplete.losses.loss import LossInputs
-from raycomplete.losses.settings import DivergenceSettings, LossSettings
+from raycomplete.losses.settings import LossSettings
 
 ANCHOR, RECOVERY, PUSH_FORWARD = range(3)
-_LOGIT_SPREAD = 3.0  # peaked enough that a few tokens of a row pass tau, as in a language model
+_LOGIT_SPREAD = 3.0  # peaked, as in a language model
 
 
 class Mix(StrEnum):
@@ -55,7 +55,7 @@ class Problem:
         aligned_hidden_NH: Aligned [N, H].
         aligned_weight_VH: Its head [V, H].
         term_N: Number of each row's term: anchor, recovery, push-forward.
-        settings: The loss as `completion` has it. Every row weighs 1 / N.
+        settings: The loss at its defaults. Every row weighs 1 / N.
     """
 
     mix: Mix
@@ -102,9 +102,7 @@ def build_problem(shape: Shape, mix: Mix, device: torch.device, seed: int = 0) -
     def noise(*sizes: int, scale: float) -> Tensor:
         return scale * torch.randn(*sizes, device=device, generator=generator)
 
-    settings = LossSettings(
-        {"anchor": 1.0, "recovery": 1.0, "push_forward": 1.0}, {"push_forward": DivergenceSettings(temperature=4.0)}
-    )
+    settings = LossSettings({"anchor": 1.0, "recovery": 1.0, "push_forward": 1.0})
     width, narrow = shape.hidden_size, shape.student_width
     hidden_NH = noise(shape.num_rows, width, scale=1.0)
     weight_VH = noise(shape.vocab_size, width, scale=_LOGIT_SPREAD / width**0.5)

@@ -28,7 +28,7 @@ class Plan:
 
     Attributes:
         main: Shape at which every variant runs with every mix, with peak memory.
-        extra: More shapes with one teacher and every variant, with peak memory.
+        extra: More shapes of anchor rows, with every variant, with peak memory.
         rows, vocabulary, hidden: Other sizes of the main shape, one changed at a time.
         repeats: Timed passes at the main shape; `sweep_repeats` at the others.
     """

@@ -1,7 +1,7 @@
 """Implementations of the loss, one function each: problem in, scalar loss out, both gradients after `backward`.
 
-With one teacher each is the mean over rows of KL(p_aligned || p_student) at temperature 1. No other library takes a
-second teacher, so with two there are only raycomplete and plain PyTorch.
+On anchor rows each is the mean over rows of KL(p_aligned || p_student) at temperature 1. No other library mixes terms,
+so on mixed rows there are only raycomplete and plain PyTorch.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from raycomplete.losses.loss import distillation_loss
+from raycomplete.losses.settings import PushForwardSettings
 from tests.benchmarks.loss.problem import ANCHOR, PUSH_FORWARD, Mix, Problem
 
 Loss = Callable[[Problem], Tensor]
@@ -73,7 +74,7 @@ def _plain() -> Loss:
         pushed_N = term_N == PUSH_FORWARD
         kl_N = kl(student_NV[~pushed_N].log_softmax(dim=-1), aligned_NV[~pushed_N].log_softmax(dim=-1))
         weight_N = torch.where(term_N[~pushed_N] == ANCHOR, weights["anchor"], weights["recovery"])
-        temperature = problem.settings.options["push_forward"].temperature
+        temperature = PushForwardSettings().temperature
         hot = [(item[pushed_N] / temperature).log_softmax(dim=-1) for item in (student_NV, aligned_NV)]
         pushed = weights["push_forward"] * temperature**2 * kl(*hot).sum()
         return ((weight_N * kl_N).sum() + pushed) / problem.num_rows
