@@ -1,4 +1,4 @@
-"""Deep alignment by distillation from a hybrid teacher: anchor, recovery, push-forward, opening.
+"""Deep alignment by distillation from a hybrid teacher: anchor, recovery and push-forward, and what may be added.
 
 anchor: along the aligned model's own answers to all prompts, the student stays at the aligned model.
 recovery: after x and a compliant beginning h<D, the student says what aligned says after x alone. The teacher does not
@@ -6,8 +6,10 @@ see h: it reads x, then the refusal.
 push-forward: at every token of h after the first the student says what aligned says at the start of its answer to x, as
 if it had not been led on. At a temperature of 4 the unlikely tokens count as well: an attacker who picks among the
 likeliest tokens of every step lives on those. At 1 he still succeeds.
+Off by default:
 opening: to a harmful prompt the student says the first token of a refusal by aligned, also where aligned itself wavers
-between refusing and answering. Sampling finds the answer among a few draws otherwise.
+between refusing and answering. Sampling finds the answer among a few draws otherwise, but harmless prompts that look
+harmful are refused more often, too.
 penalty: along h, tokens that base says more than aligned does at the start of its answer lose their probability.
 
 The formulas are ours, not those of arXiv 2511.12155, which is known to us by its abstract and secondary reports.
@@ -46,7 +48,9 @@ class LossWeights(Section):
     anchor: float = Field(1.0, ge=0, description="stays at the aligned model along its own answers")
     recovery: float = Field(1.0, ge=0, description="says the aligned model's refusal after a compliant beginning")
     push_forward: float = Field(1.0, ge=0, description="starts that refusal at every token of that beginning")
-    opening: float = Field(0.3, ge=0, description="says the first token of aligned's refusal to every harmful prompt")
+    opening: float = Field(
+        0.0, ge=0, description="says the first token of aligned's refusal to every harmful prompt; costs over-refusal"
+    )
     penalty: float = Field(0.0, ge=0, description="takes probability from base-favored tokens along that beginning")
 
 
@@ -122,7 +126,7 @@ class Completion(Method):
         prompt, refusal = sample.prompt_ids, sample.refusal_ids
         along_h = TeacherContext(sample.teacher_prompt_ids, sample.harmful_ids)
         without_h = TeacherContext(sample.teacher_prompt_ids, refusal)
-        # Position 0 is the opening's, and an imitated refusal is no part of the answer.
+        # Position 0 is the anchor's or the opening's, and an imitated refusal is no part of the answer.
         first = max(sample.refusal_prefix_tokens, 1)
         spans = [
             RowSpan(term, len(prompt) + first, depth - first, along_h, offset=first, target=(without_h, 0))

@@ -66,7 +66,7 @@ def test_an_anchor_item_is_its_answer() -> None:
     assert (len(found), found.depth) == (4, -1)
 
 
-@pytest.mark.parametrize("method", [Completion.model_validate({"weights": {"opening": 0}}), SFT()])
+@pytest.mark.parametrize("method", [Completion(), SFT()])
 def test_of_an_answer_that_complies_the_first_token_is_kept(method: Method) -> None:
     found = method.sequence(AnchorItem(replace(ANCHOR.sample, kind="harmful", complies=True)), Feedback())
     assert found.token_ids == (1, 2, 3)
@@ -91,7 +91,7 @@ def method_sequence(item: Item) -> TrainSequence:
 
 
 def test_a_recovery_item_is_h_up_to_the_cut_and_the_refusal_without_h_before_the_teacher() -> None:
-    found = Completion().sequence(RECOVERY, Feedback())
+    found = Completion.model_validate({"weights": {"opening": 0.3}}).sequence(RECOVERY, Feedback())
     refusal = TeacherContext((9, 1, 2, 3), (8, 8))
     assert found.token_ids == (1, 2, 3, 4, 5, 6, 8, 8)
     assert found.spans == (
@@ -114,12 +114,12 @@ def test_rows_along_h_begin_after_position_0_and_after_a_refusal_prefix() -> Non
 
 
 def test_terms_without_weight_have_no_rows() -> None:
-    method = Completion.model_validate({"weights": {"push_forward": 0, "opening": 0}})
+    method = Completion.model_validate({"weights": {"push_forward": 0}})
     assert [span.term for span in method.sequence(RECOVERY, Feedback()).spans] == ["recovery"]
 
 
 def test_first_tokens_weigh_more_and_the_anchor_stays_a_mean() -> None:
-    method = Completion.model_validate({"first_tokens": {"count": 2, "weight": 5.0}})
+    method = Completion.model_validate({"first_tokens": {"count": 2, "weight": 5.0}, "weights": {"opening": 1}})
     anchor = method.sequence(ANCHOR, Feedback())
     assert anchor.spans[0].weights == [5.0, 5.0, 1.0]
     assert method.normalisers([anchor, method.sequence(RECOVERY, Feedback())]) == {

@@ -160,7 +160,7 @@ def student_rows(tiny: Tiny, batch: MicroBatch) -> Tensor:
 @pytest.mark.parametrize("push_forward", [True, False])
 def test_student_rows_tokens_and_terms_line_up(tiny: Tiny, push_forward: bool) -> None:
     items = tiny.items
-    batch = build(tiny, completion(weights=LossWeights(push_forward=0.1 if push_forward else 0.0)))
+    batch = build(tiny, completion(weights=LossWeights(opening=0.3, push_forward=0.1 if push_forward else 0.0)))
     runs = list(expected_runs(items, push_forward=push_forward))
     hidden_NH = torch.cat([tiny.hidden(tiny.student, run.context, run.tokens)[run.offset :] for run in runs])
     torch.testing.assert_close(student_rows(tiny, batch), hidden_NH, **CLOSE)

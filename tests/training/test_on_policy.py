@@ -104,8 +104,9 @@ def test_the_opening_stays_that_of_aligned_where_the_student_refuses(start: int)
     """Within an answer the word that starts a refusal is another token than at its start."""
     rollout_batch = planner().draw(0, DepthSampler(DEPTH, 0))
     own = [replace(item, refusal_start=start) for item in answers(rollout_batch, refused=True)]
+    method = Completion.model_validate({"weights": {"opening": 0.3}})
     for item, sample in zip(planner().finish(rollout_batch, own).recovery, rollout_batch.recovery, strict=True):
-        (opening,) = (span for span in Completion().sequence(item, Feedback()).spans if span.term == "opening")
+        (opening,) = (span for span in method.sequence(item, Feedback()).spans if span.term == "opening")
         assert item.sample.refusal_ids[0] == 90 + start
         assert opening.token_ids == sample.refusal_ids[:1]
 

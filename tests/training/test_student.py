@@ -34,7 +34,7 @@ from tests.training.tiny import build_batch, completion, make_job, make_model, p
 def make_batch(folder: Path, alpha: float, penalty: float = 0.0) -> tuple[MicroBatch, Any, LossSettings]:
     """One step's batch on tiny models, its job and its loss settings."""
     train = TrainConfig(loss_chunk_tokens=7)
-    method = completion(contrastive=ContrastiveSettings(alpha=alpha), weights=LossWeights(penalty=penalty))
+    method = completion(contrastive=ContrastiveSettings(alpha=alpha), weights=LossWeights(opening=0.3, penalty=penalty))
     job = make_job(folder, train, method)
     planner = Planner(read_samples(job.samples), anchor_batch_size=3, recovery_batch_size=3, seed=1, max_depth=16)
     prefetcher = prefetcher_of(method, job.sources)

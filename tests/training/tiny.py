@@ -25,7 +25,7 @@ from raycomplete.losses.heads import Head, HiddenStates
 from raycomplete.losses.loss import LossInputs, LossOutput
 from raycomplete.losses.reference import reference_loss
 from raycomplete.losses.settings import LossSettings
-from raycomplete.methods.completion import Completion
+from raycomplete.methods.completion import Completion, LossWeights
 from raycomplete.methods.registry import DepthConfig, Feedback, Method
 from raycomplete.methods.sft import SFT
 from raycomplete.runtime.types import Outcome, Prompt
@@ -199,9 +199,9 @@ class LocalStudentEngines:
 
 
 def completion(**changes: Any) -> Completion:
-    """The method on steps of eight sequences."""
-    values = {"anchor_batch_size": 4, "recovery_batch_size": 4, "depth": DepthConfig(min=1, max=16)}
-    return Completion.model_validate({**values, **changes})
+    """The method with its opening, on steps of eight sequences."""
+    sizes = {"anchor_batch_size": 4, "recovery_batch_size": 4, "depth": DepthConfig(min=1, max=16)}
+    return Completion.model_validate({**sizes, "weights": LossWeights(opening=0.3), **changes})
 
 
 def prefetcher_of(method: Method, sources: Mapping[str, Any]) -> TeacherPrefetcher:
