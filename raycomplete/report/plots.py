@@ -385,8 +385,11 @@ def gaps(values: Sequence[float | None]) -> np.ndarray[Any, np.dtype[np.float64]
 
 
 def legend_above(figure: Figure, axes: Any, columns: int | None = None) -> None:
-    """Above the axes, where it never hides data; in one row unless a number of columns is given."""
+    """Above the axes, where it never hides data; in one row, or in as many columns as given, where they fit."""
     handles, labels = axes.get_legend_handles_labels()
-    if handles:
-        columns = columns or len(labels)
-        figure.legend(handles, labels, loc="outside upper center", ncols=columns, handlelength=2.2, columnspacing=1.4)
+    look: dict[str, Any] = {"loc": "outside upper center", "handlelength": 2.2, "columnspacing": 1.4}
+    for count in range(columns or len(labels), 0, -1):
+        legend = figure.legend(handles, labels, ncols=count, **look)
+        if count == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            return
+        legend.remove()

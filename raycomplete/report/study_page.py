@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from itertools import cycle
+from textwrap import fill
 from typing import Any
 
 from matplotlib import rc_context
@@ -128,7 +129,7 @@ def _pareto(model: str, rows: Mapping[str, Any]) -> Plot | None:
     }
     if not known:
         return None
-    figure, axes = new_figure(4.6)
+    figure, axes = new_figure(4.0 + 0.07 * len(known))  # the legend takes a row for two or three
     looks = _looks(rows)
     data: list[list[Any]] = [["method", "over_refusal", "low", "high", "asr", "low", "high", "undominated"]]
     best = [
@@ -187,7 +188,7 @@ def _depth_curves(model: str, rows: Mapping[str, Any]) -> Plot | None:
         low, high = ([rate[key] for rate in rates] for key in ("low", "high"))
         axes.fill_between(places, low, high, color=color, alpha=0.16, lw=0)
         axes.plot(places, [rate["rate"] for rate in rates], color=color, marker=".", clip_on=False)
-        axes.set_title(label, fontsize=9)
+        axes.set_title(fill(label, 18), fontsize=9)
         axes.set_xticks(places, [str(depth) for depth in depths], fontsize=7)
     for axes in panels.flat[len(labels) :]:
         axes.axis("off")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from matplotlib import rc_context
+
 from raycomplete.report import plots
 from tests.report.conftest import a_validation
 
@@ -29,3 +31,17 @@ def test_steering_tells_every_measurement_and_the_step_that_was_kept() -> None:
     assert (second[8], second[-1]) == (1.4, True)
     assert "step 40, which was kept" in drawn.caption
     assert plots.steering(rows[:1]) is None
+
+
+def test_a_legend_of_many_long_names_stays_on_the_page() -> None:
+    with rc_context(plots.STYLE):
+        for number in (2, 18):
+            figure, axes = plots.new_figure(4.6)
+            for place in range(number):
+                axes.plot([0, 1], [0, place], label=f"a method with settings, {place}")
+            plots.legend_above(figure, axes, columns=4)
+            figure.draw_without_rendering()
+            (legend,) = figure.legends
+            box, page = legend.get_window_extent(), figure.bbox
+            assert (box.x0 >= page.x0, box.x1 <= page.x1) == (True, True)
+            assert len(legend.get_texts()) == number
