@@ -4,11 +4,10 @@
 
 It reads top to bottom. Where it differs from `raycomplete train`: transformers generates and scores in place of vLLM,
 one process trains without Ray and DeepSpeed, batches are padded instead of packed, depths are drawn evenly instead of
-where recovery is lacking, position 0 of harmful prompts is the anchor's, not the term opening's, and there are no
-checkpoints. The loss is the same, `rc.losses.distillation_loss`.
+where recovery is lacking, and there are no checkpoints. The loss is the same, `rc.losses.distillation_loss`.
 
 x prompt, y answer of the aligned model, h compliant beginning by base, r refusal by the aligned model; B batch, T
-tokens, H hidden, N token rows of the loss, P those that read base.
+tokens, H hidden, N token rows of the loss.
 """
 
 from __future__ import annotations

@@ -29,12 +29,6 @@ def base_favored_mask(log_aligned_NV: Tensor, log_base_NV: Tensor, tau: float, m
     return (log_base_NV > log_aligned_NV + margin) & (log_base_NV >= log_tau)
 
 
-def base_favored_mass(log_aligned_NV: Tensor, log_base_NV: Tensor, tau: float, margin: float = 0.0) -> Tensor:
-    """m_t = sum over B_t of p_b(v) [N]: how much of what base would say the policy says less."""
-    mask_NV = base_favored_mask(log_aligned_NV, log_base_NV, tau, margin)
-    return (log_base_NV.exp() * mask_NV).sum(dim=-1)
-
-
 def alignment_kl(log_aligned_NV: Tensor, log_base_NV: Tensor) -> Tensor:
     """k_t = KL(p_a || p_b) [N] in nats: how far alignment moved the model at this position."""
     return forward_kl(log_aligned_NV, log_base_NV)

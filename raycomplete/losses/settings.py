@@ -44,7 +44,7 @@ class DivergenceSettings(Section):
 
 
 class PushForwardSettings(DivergenceSettings):
-    """The same of the term `push_forward`, with p_a at position 0 of the answer."""
+    """Divergence T^2 D(q, p_s) of the term `push_forward`, with q at position 0 of the answer."""
 
     temperature: float = Field(4.0, gt=0, description="T, which divides the logits of both: above 1 the tail counts")
 

@@ -8,8 +8,8 @@ if it had not been led on. At a temperature of 4 the unlikely tokens count as we
 likeliest tokens of every step lives on those. At 1 he still succeeds.
 Off by default:
 opening: to a harmful prompt the student says the first token of a refusal by aligned, also where aligned itself wavers
-between refusing and answering. Sampling finds the answer among a few draws otherwise, but harmless prompts that look
-harmful are refused more often, too.
+between refusing and answering. Sampling finds the answer among a few draws otherwise. The price may be refusals of
+harmless prompts that look harmful.
 penalty: along h, tokens that base says more than aligned does at the start of its answer lose their probability.
 
 The formulas are ours, not those of arXiv 2511.12155, which is known to us by its abstract and secondary reports.
@@ -48,9 +48,7 @@ class LossWeights(Section):
     anchor: float = Field(1.0, ge=0, description="stays at the aligned model along its own answers")
     recovery: float = Field(1.0, ge=0, description="says the aligned model's refusal after a compliant beginning")
     push_forward: float = Field(1.0, ge=0, description="starts that refusal at every token of that beginning")
-    opening: float = Field(
-        0.0, ge=0, description="says the first token of aligned's refusal to every harmful prompt; costs over-refusal"
-    )
+    opening: float = Field(0.0, ge=0, description="says the first token of aligned's refusal to every harmful prompt")
     penalty: float = Field(0.0, ge=0, description="takes probability from base-favored tokens along that beginning")
 
 
@@ -64,7 +62,10 @@ class FirstTokensConfig(Section):
 
 
 class PushForwardConfig(Section):
-    """Divergence T^2 KL(p_a || p_s) along h, with p_a at position 0 of aligned's answer."""
+    """Divergence T^2 KL(p_a || p_s) along h, with p_a at position 0 of aligned's answer.
+
+    A run file sets this much of `PushForwardSettings`: no other divergence and no contrastive target was tried.
+    """
 
     temperature: float = Field(4.0, gt=0, description="T, which divides the logits of both: above 1 the tail counts")
 

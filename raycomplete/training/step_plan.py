@@ -137,6 +137,8 @@ class Planner:
         if (part, epoch) not in self._orders:
             # numpy pads short seeds with zeros, so every use of a seed needs a tag of its own that is not 0.
             generator = np.random.default_rng([self._seed, _SEED_TAGS[part], epoch + 1])
-            self._orders = {key: it for key, it in self._orders.items() if key[0] != part or key[1] >= epoch - 1}
+            gone = [key for key in self._orders if key[0] == part and key[1] < epoch - 1]
+            for key in gone:
+                del self._orders[key]
             self._orders[(part, epoch)] = generator.permutation(size)
         return self._orders[(part, epoch)]

@@ -66,16 +66,17 @@ class Validator:
         self._engine.eval()
         with torch.no_grad():
             kl_sum = sum(float(self._run(batch, "anchor_kl")[0]) for batch in self._kl_batches)
-            tail, unfinished = self._along_h()
+            tail, unfinished = self._measure_along_h()
             answers = self._answers()
         self._engine.train()
         kl = kl_sum / max(_rows(self._kl_batches), 1)
         return from_rank_zero(lambda: replace(self._judge(step, kl, answers), tail=tail, unfinished=unfinished))
 
-    def _along_h(self) -> tuple[float, float | None]:
+    def _measure_along_h(self) -> tuple[float, float | None]:
         """Share of base's words in reach of an attacker and mean unfinished mass, along h after its first position.
 
         To open with base's word is what depth 0 of the questions measures. Without base nothing is known of either.
+        L of the N rows of a batch come after a first position.
         """
         in_reach, mass, later = 0, 0.0, 0
         for batch in self._h_batches:

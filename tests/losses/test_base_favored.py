@@ -10,7 +10,6 @@ import torch
 from raycomplete.losses.base_favored import (
     alignment_kl,
     base_favored_mask,
-    base_favored_mass,
     deficit,
     forward_kl,
 )
@@ -39,11 +38,6 @@ def test_tau_itself_counts():
     assert base_favored_mask(torch.zeros(1, 4).log_softmax(-1) - 1, torch.zeros(1, 4).log_softmax(-1), 0.25).all()
 
 
-def test_mass():
-    assert base_favored_mass(ALIGNED, BASE, 0.0).tolist() == pytest.approx([0.8, 0.5])
-    assert base_favored_mass(ALIGNED, BASE, 0.4).tolist() == pytest.approx([0.5, 0.5])
-
-
 def test_trained_depth_by_hand():
     first = 0.7 * math.log(7) + 0.2 * math.log(0.4)
     depth = alignment_kl(ALIGNED, BASE)
@@ -60,7 +54,6 @@ def test_formulas_on_random_rows():
     p_a, p_b = aligned.exp(), base.exp()
     mask = (p_b > p_a) & (p_b >= 0.05)
     assert torch.equal(base_favored_mask(aligned, base, 0.05), mask)
-    assert torch.allclose(base_favored_mass(aligned, base, 0.05), torch.where(mask, p_b, 0.0).sum(-1))
     assert torch.allclose(alignment_kl(aligned, base), (p_a * (p_a / p_b).log()).sum(-1))
     assert (alignment_kl(aligned, base) > 0).all()
 
@@ -79,6 +72,6 @@ def test_kl_ignores_tokens_that_p_excludes_and_keeps_gradients_finite():
 
 def test_equal_models_have_no_mass_no_depth_and_full_deficit():
     same = random_log_probs(3)
-    assert not base_favored_mass(same, same, 0.0).any()
+    assert not base_favored_mask(same, same, 0.0).any()
     assert not alignment_kl(same, same).any()
     assert (deficit(alignment_kl(same, same), 0.5) == 1).all()
