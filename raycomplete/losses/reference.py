@@ -20,7 +20,7 @@ def reference_loss(inputs: LossInputs, settings: LossSettings) -> LossOutput:
     terms = active_terms(settings)
     student_NV = _log_probs(inputs.student)
     row_loss_N = torch.zeros(len(student_NV), dtype=torch.float64)
-    total = torch.zeros((), dtype=torch.float64)
+    total = student_NV[:0].sum()  # 0 that a gradient runs through, so that a batch without rows has one as well
     losses: dict[str, Tensor] = {}
     metrics: dict[str, Tensor] = {}
     for number, (name, active) in enumerate(zip(settings.names, terms, strict=True)):
