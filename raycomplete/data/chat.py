@@ -81,15 +81,8 @@ class ChatCodec:
 
     def _end_of_turn(self) -> int | None:
         """Returns the special token that the template writes after an answer; None where it writes none."""
-        if not self._tokenizer.chat_template:
-            return None
-        try:
-            text = self._render(chat_messages([_ASKED, _ANSWERED]), is_asked=False)
-        except Exception:  # templates may refuse what they are not made for
-            return None
-        _, found, after = text.rpartition(_ANSWERED)
         special = self._tokenizer.added_tokens_decoder
-        return next((token for token in self._ids(after) if token in special), None) if found else None
+        return next((token for token in self.answer_end if token in special), None)
 
     def _find_frame(self) -> ResponseFrame | None:
         """Asks the template where thinking stands, and how a prompt must end to leave it out."""
@@ -147,6 +140,18 @@ class ChatCodec:
     def frame(self) -> ResponseFrame | None:
         """Where thinking, answer and end stand; None where the template has no place for thinking."""
         return self._frame
+
+    @property
+    def answer_end(self) -> tuple[int, ...]:
+        """Tokens that the template writes after an answer, before another turn; none where it writes none."""
+        if not self._tokenizer.chat_template:
+            return ()
+        try:
+            text = self._render(chat_messages([_ASKED, _ANSWERED]), is_asked=False)
+        except Exception:  # templates may refuse what they are not made for
+            return ()
+        _, found, after = text.rpartition(_ANSWERED)
+        return tuple(self._ids(after)) if found else ()
 
     @property
     def answer_header(self) -> tuple[int, ...]:

@@ -39,6 +39,7 @@ class OPCT(Method):
 
     name: Literal["opct"] = Field("opct", description="which method")
     recovery_batch_size: int = Field(16, ge=1, description="rollouts of harmful prompts of a step, over all workers")
+    plain_fraction: float = Field(0.25, ge=0, le=1, description="share of harmful rollouts after the prompt alone")
     divergence: Divergence = Field("reverse_kl", description="direction of the divergence from aligned")
 
     depth_term = "consistency"
@@ -50,7 +51,7 @@ class OPCT(Method):
     @property
     def rollout_groups(self) -> RolloutGroups:
         """Every rollout by itself."""
-        return RolloutGroups(1)
+        return RolloutGroups(1, self.plain_fraction)
 
     def own_terms(self) -> tuple[Term, ...]:
         """The divergence, on rollouts of both kinds of prompts."""
@@ -79,4 +80,4 @@ class OPCT(Method):
         led = sample.prompt_ids + item.sample.harmful_ids[: item.depth]
         read = TeacherContext(item.sample.teacher_prompt_ids, item.sample.refusal_ids)
         span = RowSpan("consistency", len(led), len(read.response_ids), read)
-        return TrainSequence(led + read.response_ids, (span,), item.answer_depth)
+        return TrainSequence(led + read.response_ids, (span,), item.answer_depth or -1)

@@ -22,6 +22,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from raycomplete.runtime.errors import ProcessDiedError, RaycompleteError, StoppedError, WaitTimeoutError, WorkError
+from raycomplete.runtime.machine import IDLE_THREADS
 from raycomplete.runtime.metrics_file import MetricsReader, read_metrics
 from raycomplete.runtime.ray_calls import free_resources, likely_cause, log_path
 from raycomplete.runtime.signals import GRACE_S
@@ -79,7 +80,7 @@ def fit(
     job.stop_file.unlink(missing_ok=True)
     deaths_before = count_failures(job.failures_file)
     resources = {"CPU": cpus_per_worker} | ({"GPU": gpus_per_worker} if job.use_gpu else {})
-    environment = {"TOKENIZERS_PARALLELISM": "false", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    environment = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1", **IDLE_THREADS}
     if not job.use_gpu:
         environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(job.threads), "CUDA_VISIBLE_DEVICES": ""}
         environment |= KEEP_MEMORY

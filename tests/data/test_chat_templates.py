@@ -49,6 +49,7 @@ def test_a_whole_conversation_is_prompt_answer_and_end(name: str, tmp_path: Path
     assert whole[: len(parts)] == parts, "trained answers end as the template ends a turn, not in any <eos>"
     assert whole[len(parts) :] in ((), ids("\n"))
     assert parts[-1:] == ids(family.end)
+    assert codec.answer_end == whole[len(parts) - 1 :]
 
 
 def test_what_ends_a_response(name: str, tmp_path: Path) -> None:

@@ -85,6 +85,16 @@ def test_opct_reads_the_students_words_with_and_without_h(tmp_path: Path) -> Non
     case.assert_like(plain)
 
 
+@pytest.mark.parametrize(("plain_fraction", "plain"), [(1.0, 6), (0.0, 0)])
+def test_opct_reads_harmful_prompts_alone_where_it_is_told_to(
+    tmp_path: Path, plain_fraction: float, plain: int
+) -> None:
+    settings = {"anchor_batch_size": 3, "recovery_batch_size": 6, "plain_fraction": plain_fraction}
+    case = Case(tmp_path, OPCT.model_validate(settings))
+    assert case.batch.depths.count(0) == plain
+    assert OPCT().plain_fraction == 0.25, "without, nothing holds the refusals that aligned gives to plain prompts"
+
+
 @pytest.mark.parametrize("name", ["policy_gradient", "opct"])
 def test_rollouts_need_the_on_policy_loop(name: str) -> None:
     with pytest.raises(ValueError, match=r"set rollout\.on_policy to true"):

@@ -1,9 +1,9 @@
 """Any-depth alignment (ADA), arXiv 2510.18081: an answer is looked at again after every few of its tokens.
 
-Behind the first d tokens of an answer, prefill included, the header that begins an answer is written once more; where
-the model was trained to decide. Re-asking lets it go on from there and looks for a refusal; the probe reads one inner
-state. Facts are from the authors' code (javyduck/any-depth-alignment). An answer that is refused at any depth is
-replaced as a whole, as by a server that has not shown it yet.
+Behind the first d tokens of an answer, prefill included, the turn is ended and the header that begins an answer is
+written once more, where the model was trained to decide. Re-asking lets it go on from there and looks for a refusal;
+the probe reads one inner state. Facts are from the authors' code (javyduck/any-depth-alignment). An answer that is
+refused at any depth is replaced as a whole, as by a server that has not shown it yet.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class AnyDepthGenerator:
 
     Args:
         generator: The model.
-        header: Tokens that begin an answer.
+        end: Tokens that end an answer.
+        header: Tokens that begin one.
         every: Tokens of an answer between two looks.
         check: Looks at contexts.
         max_length: Longest sequence in tokens, with `spare` tokens that a look adds; deeper looks are left out.
@@ -50,6 +51,7 @@ class AnyDepthGenerator:
     def __init__(
         self,
         generator: Generator,
+        end: Sequence[int],
         header: Sequence[int],
         every: int,
         check: Check,
@@ -58,7 +60,7 @@ class AnyDepthGenerator:
         spare: int,
         passes: Passes,
     ) -> None:
-        self._generator, self._header, self._every = generator, tuple(header), every
+        self._generator, self._end, self._header, self._every = generator, tuple(end), tuple(header), every
         self._check, self._longest, self._passes = check, max_length - spare, passes
 
     def generate(self, sequences: Sequence[Sequence[int]], *, max_tokens: int, **sampling: Any) -> list[list[int]]:
@@ -77,11 +79,11 @@ class AnyDepthGenerator:
         return answers
 
     def contexts(self, sequence: Sequence[int], answer: Sequence[int]) -> list[list[int]]:
-        """The sequences that are looked at: prompt, the first d tokens of the answer, and the header, for every d."""
+        """The sequences that are looked at: for every d the prompt, d tokens of the answer, its end, and the header."""
         start = _end_of_last(self._header, sequence)
         said = [*sequence[start:], *answer]
         found = [
-            [*sequence[:start], *said[:depth], *self._header]
+            [*sequence[:start], *said[:depth], *self._end, *self._header]
             for depth in range(self._every, len(said) + 1, self._every)
         ]
         return [context for context in found if len(context) <= self._longest]

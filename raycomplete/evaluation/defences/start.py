@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property
@@ -25,12 +25,12 @@ from raycomplete.config.defences import (
     SafeDecodingDefence,
 )
 from raycomplete.data.checkpoints import fingerprint
-from raycomplete.data.inputs import Models
+from raycomplete.data.inputs import KINDS, Models
 from raycomplete.data.sources import resolve_checkpoint
 from raycomplete.engines.rollout_pool import RolloutPool
 from raycomplete.engines.run import Run
 from raycomplete.evaluation.attack_resources import train_copy
-from raycomplete.evaluation.defences.any_depth import AnyDepthGenerator, Passes, Probe, fit_probe, re_asking
+from raycomplete.evaluation.defences.any_depth import AnyDepthGenerator, Check, Passes, Probe, fit_probe, re_asking
 from raycomplete.evaluation.defences.two_models import Rule, TwoModelWorker
 from raycomplete.evaluation.model_actors import WhiteBoxClient, WhiteBoxWorker, start_actor
 from raycomplete.evaluation.refusals import find_refusal
@@ -95,8 +95,10 @@ class Defence:
         """Names everything that an answer depends on besides the student."""
         run = self._run
         made_from: list[Any] = [self.settings.model_dump(mode="json"), run.config.models.max_length]
+        if isinstance(self.settings, AnyDepthConfig):
+            made_from.append(run.models.codec.answer_end)
         if isinstance(self.settings, ProbeDefence):
-            made_from.append(run.config.rollout.affirmative_prefixes[0])
+            made_from += [run.config.rollout.affirmative_prefixes[0], KINDS]
         if not isinstance(self.settings, ReAskDefence):
             made_from.append(run.models.fingerprint("base"))
         if needs_training_prompts(run.config):
@@ -116,7 +118,7 @@ class Defence:
 
     def around(self, pool: RolloutPool) -> Generator:
         """Puts the defence around a model: the student, or a copy of it that an attacker has tuned."""
-        config, settings = self._run.config, self.settings
+        settings = self.settings
         if isinstance(settings, ContrastiveDefence):
             return self._pair(Path(pool.path), self._run.models.paths["base"])
         if isinstance(settings, SafeDecodingDefence):
@@ -128,9 +130,13 @@ class Defence:
             spare = settings.max_tokens
         else:
             check, spare = self._probed(Path(pool.path)), 1
-        header = self._run.models.codec.answer_header
-        limits: dict[str, Any] = {"max_length": config.models.max_length, "spare": spare, "passes": self.passes}
-        return AnyDepthGenerator(pool, header, settings.every, check, **limits)
+        return self._looks(pool, settings.every, check, spare, self.passes)
+
+    def _looks(self, pool: Generator, every: int, check: Check, spare: int, passes: Passes) -> AnyDepthGenerator:
+        """Looks at a model's answers where the turn could end and begin anew."""
+        codec, longest = self._run.models.codec, self._run.config.models.max_length
+        ends = codec.answer_end, codec.answer_header
+        return AnyDepthGenerator(pool, *ends, every, check, max_length=longest, spare=spare, passes=passes)
 
     def tools(self, tools: AttackTools) -> AttackTools:
         """Puts the defence into the tools of attacks, as far as a decoder reaches."""
@@ -206,7 +212,7 @@ class Defence:
         recipe = FinetuneRecipe(lr=settings.expert_lr, epochs=settings.expert_epochs, batch_size=_EXPERT_BATCH)
         return train_copy(run, pairs, recipe, student, "SafeDecoding's expert", lora_rank=settings.expert_rank)
 
-    def _probed(self, path: Path) -> Callable[[Sequence[Sequence[int]]], list[list[int] | None]]:
+    def _probed(self, path: Path) -> Check:
         """The check by the probe, of states under the weights at `path`."""
         settings, codec = self.settings, self._run.models.codec
         assert isinstance(settings, ProbeDefence)
@@ -239,7 +245,11 @@ class Defence:
 
     @cached_property
     def _probe(self) -> Probe:
-        """Fitted on compliant answers of base to harmful training prompts, and the student's to harmless ones."""
+        """Fitted on base's compliant answers to harmful training prompts and the student's to harmless ones.
+
+        Borderline prompts are among these, as the authors' harmless prompts in adversarial wording are: fitted without,
+        the probe fires at every borderline prompt of the organism.
+        """
         settings, run, codec = self.settings, self._run, self._run.models.codec
         assert isinstance(settings, ProbeDefence)
         student, base = (run.models.paths[role] for role in ("student", "base"))
@@ -247,28 +257,22 @@ class Defence:
         if (known := read_json(file)) is not None:
             return Probe(np.asarray(known["weights"]), float(known["bias"]))
         opening = codec.encode_answer(run.config.rollout.affirmative_prefixes[0])
-        looks = AnyDepthGenerator(
-            run.engines.generator,
-            codec.answer_header,
-            settings.every,
-            lambda contexts: [None for _ in contexts],
-            max_length=run.config.models.max_length,
-            spare=1,
-            passes=Passes(),
-        )
+        generator = run.engines.generator
+        looks = self._looks(generator, settings.every, lambda contexts: [None for _ in contexts], 1, Passes())
         contexts: list[list[int]] = []
         labels: list[bool] = []
         with run.console.stage("Probe fitted on answers to training prompts"):
-            for kind, path, begun in (("harmful", base, opening), ("benign", student, [])):
-                known_prompts = run.prompts.train[kind]  # type: ignore[index]
+            for kind in KINDS:
+                path, begun = (base, opening) if kind == "harmful" else (student, [])
+                known_prompts = run.prompts.train[kind]
                 drawn = random.Random(run.config.data.seed)  # files are often sorted by topic
                 prompts = drawn.sample(known_prompts, min(settings.prompts, len(known_prompts)))
-                pool = run.engines.generator.with_weights(str(path))
+                pool = generator.with_weights(str(path))
                 asked = [prompt.encoded(codec) for prompt in prompts]
                 said = pool.generate([[*ids, *begun] for ids in asked], max_tokens=settings.answer_tokens)
                 for prompt, ids, tokens in zip(prompts, asked, said, strict=True):
                     answer = [*begun, *tokens]
-                    if kind == "benign" or run.judge.outcome(prompt, "", codec.decode(answer)).is_compliance:
+                    if kind != "harmful" or run.judge.outcome(prompt, "", codec.decode(answer)).is_compliance:
                         found = looks.contexts(ids, answer)
                         contexts += found
                         labels += [kind == "harmful"] * len(found)
@@ -277,7 +281,7 @@ class Defence:
                     "No answers of both kinds are long enough to fit the probe on.",
                     "Lower evaluation.defence.every, or give more training prompts.",
                 )
-            probe = fit_probe(self._states(student, contexts), labels)
+            probe = fit_probe(self._states(student, contexts), labels, c=settings.c)
         write_json(file, {"weights": probe.weight_H.tolist(), "bias": probe.bias, "states": len(labels)})
         return probe
 

@@ -15,7 +15,7 @@ from raycomplete.data.checkpoints import load_model
 from raycomplete.data.organism import checkpoint_path
 from raycomplete.evaluation.defences.any_depth import AnyDepthGenerator, Passes, fit_probe, re_asking
 
-HEADER = (90, 91)
+END, HEADER = (80,), (90, 91)
 
 
 class Scripted:
@@ -29,21 +29,24 @@ class Scripted:
         self.asked += [list(sequence) for sequence in sequences]
         first = sequences[0] if sequences else ()
         if tuple(first[-2:]) == HEADER and len(first) > 3:
-            return [self._anew.get(len(sequence) - 5, [1])[:max_tokens] for sequence in sequences]
+            return [self._anew.get(len(sequence) - 6, [1])[:max_tokens] for sequence in sequences]
         return [self._answer[:max_tokens] for _ in sequences]
 
 
 def around(generator: Scripted, check: Any, passes: Passes, max_length: int = 100) -> AnyDepthGenerator:
-    return AnyDepthGenerator(generator, HEADER, 2, check, max_length=max_length, spare=3, passes=passes)
+    return AnyDepthGenerator(generator, END, HEADER, 2, check, max_length=max_length, spare=3, passes=passes)
 
 
 def test_an_answer_is_looked_at_every_few_tokens_from_its_header_on() -> None:
     looks = around(Scripted([]), lambda contexts: [None] * len(contexts), Passes())
     prompt = [5, 90, 91]
-    assert looks.contexts([*prompt, 7], [8, 9, 10]) == [[*prompt, 7, 8, *HEADER], [*prompt, 7, 8, 9, 10, *HEADER]]
-    assert looks.contexts([5, 6], [8, 9]) == [[5, 6, 8, 9, *HEADER]]  # no header: what the model itself says
-    short = around(Scripted([]), None, Passes(), max_length=10)
-    assert short.contexts([*prompt, 7], [8, 9, 10]) == [[*prompt, 7, 8, *HEADER]]  # deeper ones would not fit
+    assert looks.contexts([*prompt, 7], [8, 9, 10]) == [
+        [*prompt, 7, 8, *END, *HEADER],
+        [*prompt, 7, 8, 9, 10, *END, *HEADER],
+    ]
+    assert looks.contexts([5, 6], [8, 9]) == [[5, 6, 8, 9, *END, *HEADER]]  # no header: what the model itself says
+    short = around(Scripted([]), None, Passes(), max_length=11)
+    assert short.contexts([*prompt, 7], [8, 9, 10]) == [[*prompt, 7, 8, *END, *HEADER]]  # deeper ones would not fit
 
 
 def test_re_asking_replaces_the_answer_by_the_first_refusal() -> None:
@@ -100,8 +103,9 @@ def test_states_are_what_a_layer_reads_at_the_last_token() -> None:
         assert np.allclose(found_H, model.model.layers[2].input_layernorm(read_H).numpy(), atol=1e-5)
 
 
-def test_the_header_is_what_a_prompt_ends_with() -> None:
+def test_the_header_is_what_a_prompt_ends_with_and_the_end_what_a_template_writes_after_an_answer() -> None:
     codec = ChatCodec(checkpoint_path("aligned"))
     header = codec.answer_header
     assert header
     assert tuple(codec.encode_prompt("hello")[-len(header) :]) == header
+    assert codec.answer_end[0] == codec.eos_id
