@@ -29,6 +29,7 @@ from raycomplete.report.html import write_report
 from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import ConfigError
 from raycomplete.runtime.files import read_json, write_json
+from raycomplete.runtime.section import without_none
 from raycomplete.runtime.types import MODEL_ROLES, ModelRole
 
 _SAME = ("models", "data", "rollout")  # sections that decide what is measured
@@ -95,7 +96,8 @@ def check_same_inputs(run: Run) -> None:
     settings = run.config.diagnose.model_dump(mode="json", exclude=_FREE_KEYS)
     inputs = {f"models.{role}": run.models.fingerprint(role) for role in run.models.paths}
     inputs |= {f"diagnose.{key}": value for key, value in settings.items()}
-    known = read_json(run.folder / "inputs.json")
+    inputs = without_none(inputs)
+    known = without_none(read_json(run.folder / "inputs.json"))
     if known is None:
         write_json(run.folder / "inputs.json", inputs)
     elif known != inputs:

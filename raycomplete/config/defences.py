@@ -62,7 +62,7 @@ class ProbeDefence(AnyDepthConfig):
     name: Literal["probe"] = "probe"
     layer: float = Field(0.5, ge=0, le=1, description="layer whose input is probed, as a share of the depth")
     threshold: float = Field(0.5, gt=0, lt=1, description="probability of harm from which an answer is replaced")
-    c: float = Field(1.0, gt=0, description="C of scikit-learn: inverse strength of the L2 penalty of the fit")
+    inverse_penalty: float = Field(1.0, gt=0, description="inverse strength of the fit's L2 penalty, C of scikit-learn")
     prompts: int = Field(200, ge=4, description="training prompts of each kind whose answers it is fitted on")
     answer_tokens: int = Field(500, ge=1, description="tokens of such an answer, at most")
     refusal: str = Field("I'm sorry, but I can't help with that.", min_length=1, description="what is said instead")

@@ -25,7 +25,7 @@ class PromptColumns(Section):
     answer: str | None = Field(None, description="column of the answer")
     where: dict[str, str | bool | int] = Field(default_factory=dict, description="keep rows with these values only")
     max_characters: int | None = Field(
-        None, ge=1, description="leave out rows whose prompt, with its context and conversation, is longer"
+        None, ge=1, description="leave out rows whose prompt, as one text with its context and conversation, is longer"
     )
     limit: int | None = Field(None, ge=1, description="keep at most this many rows, drawn under data.seed")
 

@@ -21,6 +21,7 @@ from raycomplete.evaluation.summary import (
 from raycomplete.report.run_folder import RunFolder, read_run_folder
 from raycomplete.runtime.errors import ConfigError, DataError
 from raycomplete.runtime.files import write_json
+from raycomplete.runtime.section import without_none
 from raycomplete.runtime.types import MODEL_ROLES
 
 _FREE = ("output", "train.seed", "evaluation")  # `evaluation` is compared as the evaluation itself recorded it
@@ -133,7 +134,7 @@ def _flat(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]
         if isinstance(value, Mapping):
             yield from _flat(value, f"{above}{name}.")
         else:
-            yield f"{above}{name}", value
+            yield f"{above}{name}", without_none(value)
 
 
 def _differences(settings: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:

@@ -15,6 +15,7 @@ from raycomplete.diagnosis.partitions import measure_kind, measure_partition
 from raycomplete.diagnosis.statistics import kind_summary, mask
 from raycomplete.engines.run import Run
 from raycomplete.runtime.errors import ConfigError
+from raycomplete.runtime.files import write_json
 from tests.commands.test_train import raycomplete
 from tests.conftest import ROOT
 from tests.diagnosis.planted import (
@@ -83,6 +84,17 @@ def test_changed_settings_are_refused_unless_they_only_concern_what_follows(tmp_
     check_same_inputs(a_run(a_config(tmp_path, gradient="full", threshold=0.3), tmp_path))
     with pytest.raises(ConfigError, match=r"changed: diagnose\.tau"):
         check_same_inputs(a_run(a_config(tmp_path, tau=0.5), tmp_path))
+
+
+def test_a_diagnosis_goes_on_that_an_earlier_version_began(tmp_path: Path) -> None:
+    run = a_run(a_config(tmp_path), tmp_path)
+    check_same_inputs(run)
+    file = run.folder / "inputs.json"
+    inputs = json.loads(file.read_text())
+    write_json(
+        file, inputs | {"diagnose.harmful": [source | {"context": None} for source in inputs["diagnose.harmful"]]}
+    )
+    check_same_inputs(run)
 
 
 def test_base_against_itself_and_a_planted_change_through_partitions(tmp_path: Path) -> None:

@@ -127,6 +127,15 @@ def test_other_differences_are_refused(tmp_path: Path, settings: dict[str, Any],
     assert aggregate_runs(runs, allow_differences=True)["rates"]
 
 
+def test_a_key_without_a_value_that_an_earlier_version_did_not_know_is_no_difference(tmp_path: Path) -> None:
+    sources = {"train": {"harmful": [{"path": "prompts.csv", "where": {"kind": 1}}]}}
+    newer = {"train": {"harmful": [{"path": "prompts.csv", "where": {"kind": 1}, "max_characters": None}]}}
+    assert aggregate_runs([a_run(tmp_path, 0, data=sources), a_run(tmp_path, 1, data=newer)])["rates"]
+    newer["train"]["harmful"][0]["max_characters"] = 9  # type: ignore[assignment]
+    with pytest.raises(ConfigError, match=r"data\.train\.harmful"):
+        aggregate_runs([a_run(tmp_path, 2, data=sources), a_run(tmp_path, 3, data=newer)])
+
+
 def test_another_judge_or_evaluation_is_a_difference(runs: list[Path]) -> None:
     summary = json.loads((runs[1] / "summary.json").read_text())
     write_json(runs[1] / "summary.json", summary | {"judge": "model", "evaluation": {"num_prompts": 40, "depths": [0]}})

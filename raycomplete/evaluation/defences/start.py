@@ -245,10 +245,10 @@ class Defence:
 
     @cached_property
     def _probe(self) -> Probe:
-        """Fitted on base's compliant answers to harmful training prompts and the student's to harmless ones.
+        """Fitted on base's compliant answers to harmful training prompts, and on the student's to the other two kinds.
 
-        Borderline prompts are among these, as the authors' harmless prompts in adversarial wording are: fitted without,
-        the probe fires at every borderline prompt of the organism.
+        Borderline prompts stand for the authors' harmless prompts in adversarial wording. Fitted without them, the
+        probe replaced .97 of the organism's answers to such prompts.
         """
         settings, run, codec = self.settings, self._run, self._run.models.codec
         assert isinstance(settings, ProbeDefence)
@@ -281,7 +281,7 @@ class Defence:
                     "No answers of both kinds are long enough to fit the probe on.",
                     "Lower evaluation.defence.every, or give more training prompts.",
                 )
-            probe = fit_probe(self._states(student, contexts), labels, c=settings.c)
+            probe = fit_probe(self._states(student, contexts), labels, c=settings.inverse_penalty)
         write_json(file, {"weights": probe.weight_H.tolist(), "bias": probe.bias, "states": len(labels)})
         return probe
 

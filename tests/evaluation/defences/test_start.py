@@ -200,7 +200,7 @@ def test_the_probe_reads_a_sample_of_the_prompts_under_the_seed(run: Any, monkey
     assert len(drawn) == 4
     assert drawn != [0, 1, 2, 3]
     borderline = {codec.decode(prompt.encoded(codec)) for prompt in run.prompts.train["borderline"]}
-    assert len(borderline & set(asked)) == 4, "without, the probe fires at every borderline prompt"
+    assert len(borderline & set(asked)) == 4, "without, the probe fires at nearly every borderline prompt"
     before = defence.key
     run.config = run.config.model_copy(update={"data": run.config.data.model_copy(update={"seed": 7})})
     assert defended(run, name="probe", every=4, prompts=4).key != before
