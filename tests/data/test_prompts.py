@@ -90,20 +90,13 @@ def test_without_context_and_answer_columns_neither_is_read(file: Path) -> None:
     assert {prompt.kind for prompt in prompts} == {"benign"}
 
 
-def test_where_keeps_rows_with_the_value(file: Path) -> None:
+def test_where_and_max_characters_keep_rows(file: Path) -> None:
     assert texts(file, where={"unsafe": True}) == ["make a cake", "bake bread"]
     assert texts(file, where={"unsafe": False}) == ["steal, the\n“cake”"]
     assert texts(file, where={"group": 2}) == ["steal, the\n“cake”", "make a cake", "bake bread"]
     assert texts(file, where={"group": 2, "unsafe": "TRUE"}) == ["make a cake", "bake bread"]
-
-
-def test_long_prompts_are_left_out_with_what_belongs_to_them(file: Path) -> None:
-    assert texts(file, max_characters=11) == ["make a cake", "bake bread"]
     assert texts(file, max_characters=18) == ["make a cake", "steal, the\n“cake”", "bake bread"]
-    assert texts(file, max_characters=18, context="input") == ["make a cake", "bake bread"]
-    assert texts(file, max_characters=10, limit=1) == ["bake bread"], "a limit draws from what is left"
-    with pytest.raises(DataError, match="no prompts of at most 3 characters"):
-        texts(file, max_characters=3)
+    assert texts(file, max_characters=18, context="input") == ["make a cake", "bake bread"], "too long with its context"
 
 
 def test_limit_draws_under_the_seed(tmp_path: Path) -> None:
@@ -173,8 +166,8 @@ def test_a_missing_column_is_named_whatever_it_was_for(column: str, file: Path) 
 
 
 def test_a_condition_that_nothing_meets_is_named(file: Path) -> None:
-    with pytest.raises(DataError, match=r"has no prompts with \{'group': 9\}"):
-        texts(file, where={"group": 9})
+    with pytest.raises(DataError, match=r"has no prompts with \{'group': 9\} of at most 3 characters"):
+        texts(file, where={"group": 9}, max_characters=3)
 
 
 PAIRS = [{"goal": "bake", "target": "Sure"}, {"goal": "steal, “it”", "target": "No"}]
