@@ -143,10 +143,11 @@ def test_second_derivatives_are_refused_rather_than_wrong(make_case):
         grad.sum().backward()
 
 
+@pytest.mark.parametrize("loss", [distillation_loss, reference_loss])
 @pytest.mark.parametrize("alpha", [0.0, 0.5])
-def test_empty_batch(make_case, alpha):
+def test_empty_batch(make_case, alpha, loss):
     case = make_case(num_rows=0, bias=True, alpha=alpha)
-    total = case.run(distillation_loss).total
+    total = case.run(loss).total
     assert total.item() == 0
     assert total.requires_grad
     grads = torch.autograd.grad(total, case.leaves)

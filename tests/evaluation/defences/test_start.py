@@ -177,6 +177,13 @@ def test_any_depth_defences_answer_harmless_prompts_as_before(run: Any, name: st
     assert defence.result()["passes_per_token"] > 1.0
 
 
+def test_an_answer_is_looked_at_where_its_turn_ends_and_another_begins(run: Any) -> None:
+    codec, pool = run.models.codec, run.engines.generator
+    prompt, answer = codec.encode_prompt("hello"), codec.encode_answer("sure , here")
+    (looked_at,) = defended(run, name="re_ask", every=2).around(pool).contexts(prompt, answer)
+    assert looked_at == [*prompt, *answer[:2], *codec.answer_end, *codec.answer_header]
+
+
 def test_the_probe_closes_prefills_and_is_fitted_once(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {"name": "probe", "every": 4, "refusal": "i cannot help with that .", "prompts": 16}
     assert success(run, defended(run, **settings).around(run.engines.generator)) == 0.0
