@@ -22,6 +22,7 @@ from raycomplete.data.inputs import prepare_prompts
 from raycomplete.data.organism import checkpoint_path
 from raycomplete.evaluation import model_actors
 from raycomplete.evaluation.defences import start
+from raycomplete.evaluation.defences.any_depth import AnyDepthGenerator
 from raycomplete.evaluation.defences.start import Defence, ShapedWhiteBox, check_defence, needs_training_prompts
 from raycomplete.evaluation.defences.two_models import Rule, TwoModelDecoder
 from raycomplete.evaluation.judges import default_judge
@@ -180,7 +181,9 @@ def test_any_depth_defences_answer_harmless_prompts_as_before(run: Any, name: st
 def test_an_answer_is_looked_at_where_its_turn_ends_and_another_begins(run: Any) -> None:
     codec, pool = run.models.codec, run.engines.generator
     prompt, answer = codec.encode_prompt("hello"), codec.encode_answer("sure , here")
-    (looked_at,) = defended(run, name="re_ask", every=2).around(pool).contexts(prompt, answer)
+    looks = defended(run, name="re_ask", every=2).around(pool)
+    assert isinstance(looks, AnyDepthGenerator)
+    (looked_at,) = looks.contexts(prompt, answer)
     assert looked_at == [*prompt, *answer[:2], *codec.answer_end, *codec.answer_header]
 
 
