@@ -11,7 +11,7 @@ It measures where safety training stopped, trains the rest in, and shows the res
 and the attacks can be used by themselves, as `rc.losses` and `rc.attacks`. Importing raycomplete loads none of this:
 every name is imported at its first use.
 
-The rooms of the package, from lower to upper. A room imports rooms of its own line and of the lines before it:
+The subpackages, from lower to upper, in groups. One may import from its own group and from those above it in this list:
 
     runtime     errors, shared types, files, logs, console, signals, calls of Ray actors, plugins
 

@@ -134,9 +134,9 @@ def serve(
 
 @app.command()
 def plan(
-    run_file: Annotated[Path | None, typer.Argument(help="Run file (YAML).", show_default=False)] = None,
+    run_file: RunFile,
     overrides: Overrides = None,
-    hardware: Annotated[str, typer.Option(help="h100, h200, b200, a100, l40s, l4, cpu, or a measured entry.")] = "h100",
+    hardware: Annotated[str, typer.Option(help="h100, h200, b200, a100, l40s, l4 or cpu.")] = "h100",
     nodes: Annotated[int, typer.Option(help="Machines.")] = 1,
     gpus_per_node: Annotated[int, typer.Option(help="Devices of each.")] = 1,
     student: Annotated[str | None, typer.Option(help="Shape in place of the student's: 8B, or a folder.")] = None,
@@ -145,17 +145,8 @@ def plan(
     prompt_tokens: Annotated[float, typer.Option(help="Mean tokens of a prompt with its template.")] = 64.0,
     network_gbit: Annotated[float, typer.Option(help="Of one node, for Ray's objects.")] = 50.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    measure: Annotated[bool, typer.Option("--measure", help="Measure this machine's CPU for --hardware cpu.")] = False,
 ) -> None:
     """Says on paper what a run needs: memory, speed, waiting, cost and bottleneck. Starts nothing."""
-    if measure:
-        from raycomplete.commands.plan import measure as run_measure
-
-        run_measure()
-    elif run_file is None:
-        raise ConfigError("`plan` needs a run file.", "Give one, or --measure to measure this machine.")
-    if run_file is None:
-        return
     config = load_run_file(run_file, overrides or [])
     from raycomplete.commands.plan import plan as run_plan
 

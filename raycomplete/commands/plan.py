@@ -1,27 +1,21 @@
-"""`raycomplete plan`: reads shapes of the run file's models, plans, and prints tables by role; measures a CPU."""
+"""`raycomplete plan`: reads shapes of the run file's models, plans, and prints tables by role."""
 
 from __future__ import annotations
 
 import json
-import os
 import textwrap
-import time
-from collections.abc import Callable
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from raycomplete.config import RunConfig
 from raycomplete.data.organisms import ORGANISMS
 from raycomplete.plan import catalogue
-from raycomplete.plan.catalogue import DEFAULT_MEASURED, GIB, Hardware, ModelShape
+from raycomplete.plan.catalogue import GIB, ModelShape
 from raycomplete.plan.estimate import Estimate, make_plan
 from raycomplete.plan.layout import WAITING_GOAL, engine_name
 from raycomplete.plan.workload import Request
 from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import CheckpointError
-from raycomplete.runtime.files import write_json
-from raycomplete.runtime.machine import available_cpus
 
 
 def plan(
@@ -38,7 +32,7 @@ def plan(
 
     Args:
         config: Run file.
-        hardware: A known name, or a file that `--measure` wrote.
+        hardware: A known name.
         student: Name of a shape, or a folder with a config.json; the run file's student when absent.
         teacher: The same for both frozen models.
         as_json: Prints JSON instead of tables.
@@ -62,10 +56,12 @@ def plan(
 
 def shapes_of(config: RunConfig, student: str | None = None, teacher: str | None = None) -> dict[str, ModelShape]:
     """Shapes of student, aligned and base, of which names or folders may be given in place of the run file's."""
-    models, twin = config.models, config.align.output
+    models = config.models
     base = _shape(teacher) if teacher else _shape(models.base, "base")
     # Before `raycomplete align` has made the twin, it is known from the base that it will be made from.
-    unmade = twin is not None and Path(models.aligned) == twin and not twin.is_dir()
+    twin = config.align.output or Path(models.aligned)
+    made_here = bool(config.align.refusals or config.align.output) and Path(models.aligned) == twin
+    unmade = made_here and ":" not in models.aligned and not twin.is_dir()
     aligned = base if teacher or unmade else _shape(models.aligned, "aligned")
     if student:
         return {"student": _shape(student), "aligned": aligned, "base": base}
@@ -182,62 +178,3 @@ def _size(value: float) -> str:
 
 def _seconds(value: float) -> str:
     return f"{value:.3g} s" if value >= 1 else f"{value * 1e3:.3g} ms"
-
-
-def measure(path: Path = DEFAULT_MEASURED, console: Console | None = None) -> Hardware:
-    """Measures this machine's CPU with all its cores and writes the entry that `--hardware cpu` then takes."""
-    import torch
-
-    console = console or Console()
-    torch.set_num_threads(available_cpus())
-    with console.stage("Products, copies, softmax and small calls measured"):
-        entry = measured_cpu()
-    write_json(path, asdict(entry))
-    products = f"{entry.bfloat16_flops / 1e9:.0f} GFLOP/s in bfloat16, {entry.float32_flops / 1e9:.0f} in float32"
-    others = f"softmax {entry.softmax_per_s / 1e6:.0f} M elements/s, a small call {entry.call_s * 1e6:.1f} us"
-    memory = f"{entry.memory_bytes / GIB:.0f} GiB, {entry.memory_bandwidth / 1e9:.1f} GB/s"
-    console.panel([("products", products), ("memory", memory), ("others", others), ("written to", path)])
-    return entry
-
-
-def measured_cpu(clock: Callable[[], float] = time.perf_counter) -> Hardware:
-    """Measures what this process's CPU reaches now, with the threads that torch has.
-
-    Neighbours count in seconds of the wall; `time.process_time` as a clock leaves them out for one thread.
-    """
-    import torch
-
-    def median_s(work: Callable[[], object]) -> float:
-        work()  # threads and caches warm up
-        times: list[float] = []
-        end = time.perf_counter() + 0.5
-        while time.perf_counter() < end or len(times) < 3:
-            started = clock()
-            work()
-            times.append(clock() - started)
-        return sorted(times)[len(times) // 2]
-
-    def product_flops(dtype: torch.dtype) -> float:
-        tokens, width = 512, 2048  # a batch of tokens times a layer
-        rows, weight = torch.ones(tokens, width, dtype=dtype), torch.ones(width, width, dtype=dtype)
-        return 2.0 * tokens * width**2 / median_s(lambda: rows @ weight.T)
-
-    def loss_row() -> None:
-        logprobs = torch.log_softmax(logits, dim=-1)
-        logprobs.exp().mul_(logprobs)
-
-    logits, small, copied = torch.randn(64, 32768), torch.ones(64, 64), torch.ones(64 * 2**20)
-    target = torch.empty_like(copied)
-    bandwidth = 2 * copied.nbytes / median_s(lambda: target.copy_(copied))
-    return replace(
-        catalogue.find_hardware("cpu", measured=Path(os.devnull)),
-        label=f"this machine's CPU, {torch.get_num_threads()} threads",
-        memory_bytes=float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")),
-        bfloat16_flops=product_flops(torch.bfloat16),
-        float32_flops=product_flops(torch.float32),
-        memory_bandwidth=bandwidth,
-        copy_bandwidth=bandwidth,
-        call_s=median_s(lambda: torch.add(small, small)),
-        softmax_per_s=logits.numel() / median_s(loss_row),
-        source="`raycomplete plan --measure`",
-    )

@@ -42,6 +42,7 @@ from raycomplete.data.inputs import (
 from raycomplete.engines.cluster import ResourcePlan, connect, is_local, nodes_of
 from raycomplete.engines.dtype import resolve_dtype
 from raycomplete.engines.run import OutputFolder
+from raycomplete.engines.spec import object_store_bytes
 from raycomplete.evaluation.attack_resources import check_attacks
 from raycomplete.evaluation.defences.start import check_defence
 from raycomplete.report.study_page import write_study
@@ -50,6 +51,7 @@ from raycomplete.runtime.errors import ConfigError, StoppedError, WorkError
 from raycomplete.runtime.files import read_json, write_bytes, write_json, write_text
 from raycomplete.runtime.logs import FOLDER, RUN
 from raycomplete.runtime.signals import StopSignals, stop_signals
+from raycomplete.training.checkpoints import count_parameters
 
 _POLL_S = 0.2
 _STOP_S = 20.0  # a run that is asked to stop gets its own seconds for a step and a checkpoint, and leaves
@@ -152,7 +154,9 @@ def _checked(study: Study, console: Console) -> Study:
             check_attacks(config)
             check_defence(config, models)
             inputs = training_fingerprints(models, prompts) | {"evaluation prompts": evaluation_fingerprint(config)}
-            runs.append(replace(run, config=config, inputs=inputs))
+            count = count_parameters(models.paths["student"]) if "student" in models.paths else 0
+            store_bytes = object_store_bytes(config, count, config.models.weight_dtype)
+            runs.append(replace(run, config=config, inputs=inputs, store_bytes=store_bytes))
     alone = study.config.parallel is None and is_local(runs[0].config.cluster)
     settings_of_study = study.config.model_copy(update={"parallel": 1}) if alone else study.config
     return replace(study, config=settings_of_study, runs=tuple(runs))
@@ -225,7 +229,8 @@ def _connected(study: Study, console: Console) -> Iterator[int]:
     asked = study.config.parallel
     # A cluster that is started here counts CPUs generously, so that any number would fit.
     together = (asked or 1) if is_local(config.cluster) else 1
-    with connect(config.cluster, ResourcePlan(largest.requests * together), console) as cluster:
+    store_bytes = max(run.store_bytes for run in study.runs) * together
+    with connect(config.cluster, ResourcePlan(largest.requests * together), console, store_bytes) as cluster:
         nodes = nodes_of(ray.nodes())
         fits = sum(node.cpus for node in nodes) // max(largest.cpus, 1e-6)
         if cluster.use_gpu and largest.gpus > 0:

@@ -13,7 +13,7 @@ HUB = "hub:"
 
 
 class PromptColumns(Section):
-    """Which rows and columns of a file are prompts."""
+    """A file of prompts, and which of its rows and columns they are."""
 
     prompt: str = Field("prompt", description="column of the user message")
     messages: str = Field(
@@ -41,7 +41,7 @@ class PromptSource(PromptColumns):
     split: str = Field("train", description="split of a data set, or rows of it: train[:100]; files have none")
     revision: str | None = Field(None, description="branch, tag or commit on the hub; the newest when absent")
     held_back: bool = Field(
-        False, description="of training prompts: none is trained on; those of this kind that steer are drawn from here"
+        False, description="never train on these rows; measure the student on them during training (data.train only)"
     )
 
     @field_validator("path", mode="before")
@@ -56,7 +56,7 @@ class PromptSource(PromptColumns):
 
 
 class DiagnoseConfig(Section):
-    """Where alignment stopped, by position. It needs base and aligned only; a student is shown beside them."""
+    """Measures where alignment stopped, by position. It needs base and aligned only; a student is shown beside them."""
 
     student: str | None = Field(None, description="checkpoint; the student of the run of this name when absent")
     harmful: list[PromptSource] = Field(default_factory=list, description="data.evaluation.harmful when empty")
@@ -74,7 +74,7 @@ class DiagnoseConfig(Section):
     )
     kappa: float = Field(0.5, gt=0, description="scale of the deficit in nats")
     refusal_starts: list[str] = Field(
-        default_factory=list, description="texts whose first tokens are refusal tokens; found by themselves when empty"
+        default_factory=list, description="texts whose first tokens are refusal tokens; detected when empty"
     )
     threshold: float = Field(0.5, gt=0, lt=1, description="deficit that ends the completion depth")
     replicates: int = Field(400, ge=0, description="bootstrap replicates of the completion depth")

@@ -55,7 +55,7 @@ class PromptAugmentationConfig(Section):
 
 
 class RolloutConfig(Section):
-    """How responses are sampled: anchor answers, refusals and harmful continuations."""
+    """Settings for sampling anchor answers, refusals and harmful continuations."""
 
     gpu_memory_utilization: float = Field(0.25, gt=0, le=1, description="share of a GPU's memory that an engine takes")
     temperature: float = Field(1.0, ge=0, description="sampling temperature of anchor answers and continuations")
@@ -165,7 +165,7 @@ class RolloutConfig(Section):
 
 
 class ClusterConfig(Section):
-    """Which Ray cluster, and what each role asks of it. GPUs are used where `use_gpu` finds them."""
+    """The Ray cluster, and what each role asks of it. GPUs are used where `use_gpu` finds them."""
 
     address: str | None = Field(
         None, description="Ray address; absent: the current job's cluster, else one is started here"

@@ -62,7 +62,7 @@ class JudgeConfig(Section):
 
 
 class RemoteConfig(Section):
-    """How models behind an address are asked: those of `models`, and `attacker` of an attack.
+    """Requests to models behind an address: those of `models`, and `attacker` of an attack.
 
     Such a model is named `openai:http://HOST:PORT/v1#NAME`.
     """

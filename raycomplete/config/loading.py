@@ -52,6 +52,7 @@ REMOVED = {
     "teacher.cache_dir": "scores are kept in memory",
     "teacher.cache_disk_gib": "scores are kept in memory",
     "method.push_forward.min_weight": "every row counts alike",
+    "method.depth.fixed_weights": "depths are drawn adaptively or uniformly",
     "diagnose.contrastive": "evaluation.defence: {name: contrastive} measures it",
 }
 # Removed keys that the record of an earlier run may hold, and the value at which each decided nothing (None: any).
@@ -59,6 +60,7 @@ _LAPSED = {
     "method.push_forward.tau": None,
     "method.push_forward.margin": None,
     "method.push_forward.min_weight": 1.0,
+    "method.depth.fixed_weights": [],
 }
 # Relative paths of these keys start where the command is started; all others start in the folder of the run file.
 _NOT_BESIDE_THE_RUN_FILE = ("output.", "serve.", "align.output")

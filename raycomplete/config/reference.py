@@ -47,7 +47,7 @@ def markdown() -> str:
         parts += [f"## {first}", _text(section), *also, _table(section)]
     for name, method in METHODS.items():
         if method is not Completion and _is_ours(method):
-            parts += [f"## Method `{name}`", _text(method), _table(method, leave_out=("depth",))]
+            parts += [f"## Method `{name}`", _text(method), _table(method)]
     for name, attack in ATTACKS.items():
         section = attack.config_class
         if _is_ours(section):

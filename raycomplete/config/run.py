@@ -126,7 +126,7 @@ class AlignConfig(Section):
 
 
 class OutputConfig(Section):
-    """Where results go: the run folder `<root>/<name>/`."""
+    """The place of results: the run folder `<root>/<name>/`."""
 
     root: Path = Field(Path("runs"), description="folder of all runs, relative to where the command is started")
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run and of its folder")
@@ -223,14 +223,24 @@ class RunConfig(Section):
                 f"method {self.method.name} turns the student's adapters off to see where it started: set "
                 "train.lora_rank, to 16 for instance"
             )
-        if self.method.rollout_groups and not self.rollout.on_policy:
-            raise ValueError(f"method {self.method.name} trains the student's rollouts: set rollout.on_policy to true")
+        if self.method.rollout_groups:
+            self._trains_rollouts_as_they_are()
         if self.method.needs_fresh_rollouts and (self.rollout.lookahead > 0 or self.rollout.sync_every > 1):
             raise ValueError(
                 f"method {self.method.name} trains rollouts of the present weights only: set rollout.lookahead to 0 "
                 "and rollout.sync_every to 1"
             )
         return self
+
+    def _trains_rollouts_as_they_are(self) -> None:
+        """Refuses settings under which a method that trains rollouts would do nothing, or something else."""
+        wanted = {"on_policy": True, "temperature": 1.0, "top_p": 1.0, "student_prefix_fraction": 0.0}
+        for key, value in {**wanted, "anchor_on_policy": 0.0}.items():
+            if getattr(self.rollout, key) != value:
+                raise ValueError(
+                    f"method {self.method.name} trains the student's rollouts, as it writes them by itself: set "
+                    f"rollout.{key} to {str(value).lower()}"
+                )
 
     @model_validator(mode="after")
     def _lora_is_whole(self) -> RunConfig:

@@ -68,6 +68,7 @@ class StudyRun:
         trains: False for the frozen models by themselves (label "aligned") and for defences at inference.
         departures: What differs from the method's authors, and from the samples and validation of the reference.
         inputs: Fingerprints of checkpoints and prompts by name, once they were read.
+        store_bytes: Ray's object store that it needs by itself, once its student was found.
     """
 
     model: str
@@ -77,6 +78,7 @@ class StudyRun:
     trains: bool
     departures: tuple[str, ...] = ()
     inputs: Mapping[str, str] = field(default_factory=dict)
+    store_bytes: int = 0
 
     @property
     def name(self) -> str:

@@ -20,7 +20,9 @@ class ValidationConfig(Section):
         "off: loss weights stay, and the last step is kept",
     )
     num_prompts: int = Field(
-        24, ge=4, description="harmful prompts that are held back, and as many harmless ones; a quarter at most"
+        24,
+        ge=4,
+        description="harmful prompts that are held back, and as many benign and borderline ones; a quarter at most",
     )
     depths: list[Annotated[int, Field(ge=0)]] = Field(
         default=[0, 8, 32], min_length=1, description="tokens of h that the student continues"
@@ -33,7 +35,9 @@ class ValidationConfig(Section):
         "beyond chance (one standard deviation of the net change); one prompt is always allowed",
     )
     kl_budget: float = Field(0.1, gt=0, description="KL(aligned || student) on harmless answers, nats a token")
-    rate: float = Field(0.3, ge=0, description="largest change of a loss weight a measurement, in nats; 0 moves none")
+    rate: float = Field(
+        0.3, ge=0, description="largest change of the logarithm of a loss weight at one measurement; 0 moves none"
+    )
     max_factor: float = Field(4.0, ge=1, description="bound on the factors by which loss weights are moved, up or down")
     patience: int = Field(0, ge=0, description="measurements without a better one that end training; 0 never does")
 
@@ -44,7 +48,7 @@ class ValidationConfig(Section):
 
     def interval(self, steps: int) -> int:
         """Steps between two measurements of a run of so many; 0 for none."""
-        return max(steps // _MEASUREMENTS, 1) if self.every == "auto" else self.every
+        return -(-steps // _MEASUREMENTS) if self.every == "auto" else self.every
 
 
 class TrainConfig(Section):

@@ -138,7 +138,7 @@ class ChatCodec:
 
     @property
     def frame(self) -> ResponseFrame | None:
-        """Where thinking, answer and end stand; None where the template has no place for thinking."""
+        """Marks of thinking, answer and end; None where the template has no place for thinking."""
         return self._frame
 
     @property

@@ -123,7 +123,8 @@ def check_trainable(path: Path, *, synced: bool = False, lora: bool = False, tru
         lora: Adapters are trained.
 
     Raises:
-        CheckpointError: Its weights are quantised, or its files name tensors that training cannot give.
+        CheckpointError: Its weights are quantised, its files name tensors that training cannot give, or adapters
+            cannot be merged into it.
     """
     raw = _raw_config(path)
     if quantised := raw.get("quantization_config"):
@@ -138,6 +139,11 @@ def check_trainable(path: Path, *, synced: bool = False, lora: bool = False, tru
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     files = tensor_files(path)
+    if lora and any(isinstance(module, Conv1D) for module in model.modules()):
+        raise CheckpointError(
+            f"The student {path} has weights of shape [in, out], as GPT-2 does, into which engines merge no adapter.",
+            "Set train.lora_rank to 0, or rollout.on_policy to false.",
+        )
     if lora:
         missing = {f"{name}.weight" for name in adapted_modules(model)} - files.keys()
     else:

@@ -68,7 +68,7 @@ END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<eos>", "</s>")
 
 @dataclass(frozen=True)
 class ThinkingFormat:
-    """How templates set thinking apart from the answer, as text; `raycomplete.runtime.types.ResponseFrame` in tokens.
+    """Marks of templates between thinking and answer, as text; `raycomplete.runtime.types.ResponseFrame` in tokens.
 
     Attributes:
         opening: What starts the thinking, `thought_mark` its part by which it is told.

@@ -29,24 +29,11 @@ KINDS: tuple[PromptKind, ...] = ("harmful", "benign", "borderline")
 _UNSPACED = re.compile(  # Thai, Lao, Burmese, Khmer, kana and Chinese characters
     r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]+"
 )
-_OF_THE_LOOP = frozenset(  # keys of `rollout` that change no sample
-    {
-        "anchor_on_policy",
-        "colocated",
-        "gpu_memory_utilization",
-        "lookahead",
-        "max_staleness",
-        "max_student_tokens",
-        "num_engines",
-        "on_policy",
-        "oversample",
-        "student_prefix_fraction",
-        "sync_every",
-        "sync_timeout_s",
-        "sync_tolerance",
-        "tensor_parallel",
-        "timeout_s",
-    }
+# Keys of `rollout` that change no sample.
+_OF_THE_LOOP = frozenset(
+    "anchor_on_policy colocated cuda_graphs gpu_memory_utilization lookahead max_staleness max_student_tokens "
+    "num_engines on_policy oversample student_prefix_fraction sync_every sync_timeout_s sync_tolerance "
+    "tensor_parallel timeout_s".split()
 )
 
 
@@ -338,10 +325,12 @@ def longest_response(config: RunConfig) -> int:
 
 
 def training_fingerprints(models: Models, prompts: Prompts) -> dict[str, str]:
-    """Names the content of the checkpoints and training prompts of a run, by role or purpose."""
+    """Names the content of the checkpoints, tokenizer and training prompts of a run, by role or purpose."""
     texts = [prompt.transcript for kind in KINDS for prompt in prompts.train[kind]]
     found = {str(role): models.fingerprint(role) for role in models.paths}
     found |= {name: fingerprint(path) for name, path in models.others.items()}
+    codec = models.codec  # its stop tokens come from generation_config.json, which no fingerprint of weights reads
+    found["tokenizer"] = content_hash([codec.fingerprint(), codec.eos_id, sorted(codec.eos_ids)])
     return found | {"training prompts": hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]}
 
 

@@ -1,4 +1,4 @@
-"""How much each response position contributes to the gradient of a safety loss.
+"""Measures how much each response position contributes to the gradient of a safety loss.
 
 docs/method.md derives the norms and why they fade with position. The norm in all parameters needs one backward pass a
 position (`parameter_gradient_norms`). The norm in the output head needs none and is the estimator for large models: it

@@ -1,4 +1,4 @@
-"""How far policies have moved from base at each position: running statistics, completion depths, diagnosis.json.
+"""Measures how far policies moved from base at each position: running statistics, completion depths, diagnosis.json.
 
 Sums are in float64, so that any number of prompts fits. A summary is made from the partitions on disk in their order,
 one at a time, so an interrupted and resumed diagnosis gives the same numbers as one that ran through. The statistics

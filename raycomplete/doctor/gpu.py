@@ -48,7 +48,7 @@ StageStatus = Literal["ok", "failed", "timed out", "left out"]
 
 @dataclass(frozen=True)
 class Plan:
-    """How the stages run: where they write, and whether in earnest."""
+    """Settings of the stages: where they write, and whether in earnest."""
 
     out: Path
     rehearsal: bool

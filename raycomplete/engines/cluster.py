@@ -297,6 +297,17 @@ def _check(config: ClusterConfig, plan: ResourcePlan, console: Console, *, wait_
             "cpus_per_worker, gpus_per_engine and gpus_per_worker. Where nodes start on demand, raise "
             "cluster.wait_for_nodes_s.",
         )
+    check_devices(config, plan, use_gpu=use_gpu)
+    console.table("Needed and available", plan.table(nodes, use_gpu=use_gpu))
+    return Cluster(use_gpu=use_gpu, plan=plan)
+
+
+def check_devices(config: ClusterConfig, plan: ResourcePlan, *, use_gpu: bool) -> None:
+    """Refuses a plan that no machine can carry out, however large.
+
+    Raises:
+        SetupError: Tensor parallelism without GPUs, or several training workers that may share one.
+    """
     sharded = next((item for item in plan.requests if item.devices > 1), None)
     if sharded is not None and not use_gpu:
         raise SetupError(
@@ -310,8 +321,6 @@ def _check(config: ClusterConfig, plan: ResourcePlan, console: Console, *, wait_
             "refuses that.",
             "Set cluster.gpus_per_worker to 1.",
         )
-    console.table("Needed and available", plan.table(nodes, use_gpu=use_gpu))
-    return Cluster(use_gpu=use_gpu, plan=plan)
 
 
 def _wait_for_nodes(config: ClusterConfig, plan: ResourcePlan, wait_s: float) -> tuple[bool, str]:

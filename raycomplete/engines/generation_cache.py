@@ -42,7 +42,8 @@ class CachedGenerator:
         for start in range(0, len(sequences), size):
             part = [list(sequence) for sequence in sequences[start : start + size]]
             settings = sampling | {"seed": None if seed is None else seed + start}
-            pieces.append((content_hash([self._pool.path, part, settings]), part, settings))
+            key = content_hash([self._pool.path, self._pool.stop_ids, part, settings])
+            pieces.append((key, part, settings))
         # All at once, so that no engine waits for the next piece.
         calls = {key: self._pool.submit(part, **more) for key, part, more in pieces if key not in self._store}
         answers: list[tuple[list[int], bool]] = []

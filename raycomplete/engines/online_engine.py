@@ -19,7 +19,7 @@ _LEAST_LOGPROB = -9999.0  # JSON has no infinity
 
 
 class OnlineSampling(NamedTuple):
-    """How one sequence is continued. Temperature 0 is greedy; `logprobs` counts the likeliest tokens to name."""
+    """Settings for continuing one sequence. Temperature 0 is greedy; `logprobs` counts the likeliest tokens to name."""
 
     max_tokens: int
     temperature: float = 1.0

@@ -136,6 +136,11 @@ class RolloutPool:
         return cls(actors, options.spec.checkpoint, options)
 
     @property
+    def stop_ids(self) -> list[int]:
+        """Tokens that end a response."""
+        return list(self._options.stop_ids)
+
+    @property
     def path(self) -> str:
         """Checkpoint that this handle generates with, or that its weights start from."""
         return self._weights if isinstance(self._weights, str) else self._weights.start_path

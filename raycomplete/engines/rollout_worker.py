@@ -27,7 +27,7 @@ DECODING_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
 
 
 class Sampling(NamedTuple):
-    """How sequences are continued; `raycomplete.runtime.types.Generator.generate` says what each field is."""
+    """Settings for continuing sequences; `raycomplete.runtime.types.Generator.generate` says what each field is."""
 
     max_tokens: int
     temperature: float = 0.0

@@ -6,7 +6,7 @@ A term is one row of the table. All it needs is a formula over log-probabilities
         log_p_R = rows.student_NV.gather(1, rows.token_N[:, None])[:, 0]
         return TermRows(-torch.log1p(-log_p_R.exp()), {"token_mass": log_p_R.exp().detach()})
 
-    register(Term("unlikelihood", "unlikelihood", "-log(1 - p_s) of a token", formula, metrics={"token_mass": "p_s"}))
+    register(Term("turn_away", "turn away", "-log(1 - p_s) of a token", formula, metrics={"token_mass": "p_s"}))
 
 PyTorch then computes it in blocks of rows, with its gradient by autograd on the block's logits, and the reference in
 float64. `torch_block` and `triton` may give the same in fewer passes over the vocabulary. The formulas of the built-in

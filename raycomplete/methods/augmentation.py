@@ -17,9 +17,9 @@ from pydantic import Field
 
 from raycomplete.methods.registry import (
     AnchorItem,
-    DepthConfig,
     Feedback,
     Item,
+    LongestHarmful,
     Method,
     RecoveryItem,
     RowSpan,
@@ -37,8 +37,8 @@ class Augmentation(Method):
     anchor_batch_size: int = Field(64, ge=1, description="harmless answers of a step, over all workers")
     recovery_batch_size: int = Field(16, ge=1, description="refusals of a step, over all workers")
     plain_fraction: float = Field(0.5, ge=0, le=1, description="share of refusals that follow the prompt alone")
-    depth: DepthConfig = Field(
-        default_factory=lambda: DepthConfig(max=100, schedule="uniform"), description="only `max` counts: longest h"
+    depth: LongestHarmful = Field(
+        default_factory=LongestHarmful, description="only `max` counts, the longest h (100 tokens)"
     )
 
     published = (("train.lr", 2e-05), ("train.warmup_steps", 0), ("train.steps", 160))

@@ -25,9 +25,9 @@ from pydantic import Field
 
 from raycomplete.methods.registry import (
     AnchorItem,
-    DepthConfig,
     Feedback,
     Item,
+    LongestHarmful,
     Method,
     RowSpan,
     StudentPass,
@@ -64,8 +64,8 @@ class CircuitBreakers(Method):
         [10 / 32, 20 / 32], min_length=1, description="layers whose states are turned away, as shares of the depth"
     )
     nudge: float = Field(0.01, ge=0, description="standard deviation of the adapters' second factor at the start")
-    depth: DepthConfig = Field(
-        default_factory=lambda: DepthConfig(max=256, schedule="uniform"), description="only `max` counts: longest h"
+    depth: LongestHarmful = Field(
+        default_factory=lambda: LongestHarmful(max=256), description="only `max` counts, the longest h (256 tokens)"
     )
 
     needs_lora = True

@@ -45,11 +45,17 @@ from raycomplete.runtime.section import Section
 class LossWeights(Section):
     """Weights of the terms of the loss."""
 
-    anchor: float = Field(1.0, ge=0, description="stays at the aligned model along its own answers")
-    recovery: float = Field(1.0, ge=0, description="says the aligned model's refusal after a compliant beginning")
-    push_forward: float = Field(1.0, ge=0, description="starts that refusal at every token of that beginning")
-    opening: float = Field(0.0, ge=0, description="says the first token of aligned's refusal to every harmful prompt")
-    penalty: float = Field(0.0, ge=0, description="takes probability from base-favored tokens along that beginning")
+    anchor: float = Field(1.0, ge=0, description="keeps the student at the aligned model along aligned's own answers")
+    recovery: float = Field(1.0, ge=0, description="teaches aligned's refusal after a harmful continuation")
+    push_forward: float = Field(
+        1.0, ge=0, description="teaches the start of that refusal at every token of the continuation"
+    )
+    opening: float = Field(
+        0.0, ge=0, description="teaches the first token of aligned's refusal to every harmful prompt"
+    )
+    penalty: float = Field(
+        0.0, ge=0, description="takes probability from base-favored tokens along the harmful continuation"
+    )
 
 
 class FirstTokensConfig(Section):

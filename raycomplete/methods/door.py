@@ -16,9 +16,9 @@ from pydantic import Field
 from raycomplete.methods.npo import NpoSettings, forgotten, npo_term
 from raycomplete.methods.registry import (
     AnchorItem,
-    DepthConfig,
     Feedback,
     Item,
+    LongestHarmful,
     Method,
     RecoveryItem,
     RowSpan,
@@ -45,8 +45,8 @@ class DOOR(Method):
     )
     beta: float = Field(0.5, gt=0, description="how soon the gradient of NPO fades")
     plain_fraction: float = Field(0.5, ge=0, le=1, description="share of pairs that are cut at 0")
-    depth: DepthConfig = Field(
-        default_factory=lambda: DepthConfig(max=100, schedule="uniform"), description="only `max` counts: longest h"
+    depth: LongestHarmful = Field(
+        default_factory=LongestHarmful, description="only `max` counts, the longest h (100 tokens)"
     )
 
     recovery_sequences = 2
@@ -68,7 +68,7 @@ class DOOR(Method):
         return {"nll": 1 - self.alpha, "refusal": self.alpha, "npo": self.alpha}
 
     def loss_options(self) -> dict[str, Section]:
-        """The fading of NPO."""
+        """Passes `beta` to the term of NPO."""
         return {"npo": NpoSettings(beta=self.beta)}
 
     def sequences(self, item: Item, feedback: Feedback) -> tuple[TrainSequence, ...]:

@@ -26,9 +26,9 @@ from pydantic import Field
 
 from raycomplete.methods.registry import (
     AnchorItem,
-    DepthConfig,
     Feedback,
     Item,
+    LongestHarmful,
     Method,
     RowSpan,
     StudentPass,
@@ -78,8 +78,8 @@ class LatentAdversarial(Method):
         "nll", description="cross-entropy of aligned's harmless answers, or KL from aligned along them"
     )
     retain_weight: float = Field(1.5, ge=0, description="weight of that, where refusals and pushing away have 0.5 each")
-    depth: DepthConfig = Field(
-        default_factory=lambda: DepthConfig(max=100, schedule="uniform"), description="only `max` counts: longest h"
+    depth: LongestHarmful = Field(
+        default_factory=LongestHarmful, description="only `max` counts, the longest h (100 tokens)"
     )
 
     recovery_sequences = 2
@@ -105,7 +105,7 @@ class LatentAdversarial(Method):
         )
 
     def loss_weights(self) -> dict[str, float]:
-        """Coefficients, divided by their sum."""
+        """Divides the authors' coefficients by their sum."""
         weights = {self.retain: self.retain_weight, "toward": 0.5, "away": 0.5}
         return {name: weight / sum(weights.values()) for name, weight in weights.items()}
 

@@ -17,9 +17,9 @@ from pydantic import Field
 
 from raycomplete.methods.registry import (
     AnchorItem,
-    DepthConfig,
     Feedback,
     Item,
+    LongestHarmful,
     Method,
     RowSpan,
     TeacherContext,
@@ -83,8 +83,8 @@ class NPO(Method):
         "nll", description="cross-entropy of aligned's harmless answers, or KL from aligned along them"
     )
     retain_weight: float = Field(1.0, ge=0, description="weight of that")
-    depth: DepthConfig = Field(
-        default_factory=lambda: DepthConfig(max=100, schedule="uniform"), description="only `max` counts: longest h"
+    depth: LongestHarmful = Field(
+        default_factory=LongestHarmful, description="only `max` counts, the longest h (100 tokens)"
     )
 
     published = (("train.lr", 1e-05),)
@@ -104,7 +104,7 @@ class NPO(Method):
         return {self.retain: self.retain_weight, "npo": 1.0}
 
     def loss_options(self) -> dict[str, Section]:
-        """The fading of NPO."""
+        """Passes `beta` to the term of NPO."""
         return {"npo": NpoSettings(beta=self.beta)}
 
     def sequence(self, item: Item, feedback: Feedback) -> TrainSequence:

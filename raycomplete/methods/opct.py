@@ -62,11 +62,11 @@ class OPCT(Method):
         return tuple(replace(get("anchor"), name=name, label=name, description=said) for name in names)
 
     def loss_weights(self) -> dict[str, float]:
-        """Both alike."""
+        """Weighs harmful and harmless rollouts alike."""
         return {"retain_kl": 1.0, "consistency": 1.0}
 
     def loss_options(self) -> dict[str, Section]:
-        """The direction."""
+        """Passes the chosen divergence to both terms."""
         return dict.fromkeys(self.loss_weights(), DivergenceSettings(divergence=self.divergence))
 
     def sequence(self, item: Item, feedback: Feedback) -> TrainSequence:

@@ -49,11 +49,13 @@ def attention_on_prefill(attention_BHTT: Tensor, row_R: Tensor, first_R: Tensor,
         first_R: Flat position of the first token of each query's prefill.
         length_R: Tokens of that prefill.
     """
+    import torch
+
     size = attention_BHTT.shape[-1]
     paid_RHT = attention_BHTT.transpose(1, 2).flatten(0, 1)[row_R]
-    behind_RT = attention_BHTT.new_tensor(range(size)) - (first_R % size)[:, None]
+    behind_RT = torch.arange(size, device=row_R.device) - (first_R % size)[:, None]  # bfloat16 ends counting at 256
     is_prefill_RT = (behind_RT >= 0) & (behind_RT < length_R[:, None])
-    return 2 * (paid_RHT * is_prefill_RT[:, None]).sum(dim=(1, 2))
+    return 2 * (paid_RHT.float() * is_prefill_RT[:, None]).sum(dim=(1, 2))
 
 
 @register
@@ -80,7 +82,7 @@ class PRESTO(Augmentation):
         return {"nll": 1.0, "presto": self.attention_weight}
 
     def sequence(self, item: Item, feedback: Feedback) -> TrainSequence:
-        """That of `augmentation`, with a row of attention for each token of h and r that is read."""
+        """Adds a row of attention for each token of h and r that is read to the sequence of `augmentation`."""
         if isinstance(item, AnchorItem):
             return harmless_answer(item, "nll")
         cut = item.redrawn_cut(self.plain_fraction, spare=1)

@@ -77,7 +77,8 @@ class RecoveryItem:
         where h is shorter than what is drawn; `once` draws one cut for the sample, which the teachers may read.
         """
         sample, longest = self.sample, len(self.sample.harmful_ids) - spare
-        rng = random.Random(sample.sample_id if once else f"{sample.sample_id}:{self.drawn or self.depth}")
+        of_sample = f"{sample.sample_id}:{sample.harmful_ids}"  # h is drawn under the run's seed
+        rng = random.Random(of_sample if once else f"{of_sample}:{self.drawn or self.depth}")
         return 0 if rng.random() < plain_fraction or longest < 1 else rng.randint(1, longest)
 
 
@@ -165,11 +166,8 @@ class DepthConfig(Section):
 
     min: int = Field(1, ge=1, description="shallowest cut of h, in tokens; position 0 is the opening's or the anchor's")
     max: int = Field(64, ge=1, description="deepest cut of h, in tokens")
-    schedule: Literal["adaptive", "uniform", "fixed"] = Field(
+    schedule: Literal["adaptive", "uniform"] = Field(
         "adaptive", description="adaptive draws most where recovery is still incomplete"
-    )
-    fixed_weights: list[float] = Field(
-        default_factory=list, description='schedule "fixed": relative weight of each bin, shallow to deep'
     )
     measure: Literal["recovery_loss", "compliance"] = Field(
         "recovery_loss", description="measure that adaptive follows; compliance is counted on the student's rollouts"
@@ -182,12 +180,13 @@ class DepthConfig(Section):
     def _ordered(self) -> DepthConfig:
         if self.max < self.min:
             raise ValueError(f"method.depth.max ({self.max}) is below method.depth.min ({self.min})")
-        num_bins = min(self.bins, self.max - self.min + 1)
-        if self.schedule == "fixed" and len(self.fixed_weights) != num_bins:
-            raise ValueError(f"method.depth.fixed_weights needs one weight for each of the {num_bins} bins")
-        if any(weight < 0 for weight in self.fixed_weights) or (self.fixed_weights and not sum(self.fixed_weights)):
-            raise ValueError("method.depth.fixed_weights must not be negative, and one must be positive")
         return self
+
+
+class LongestHarmful(DepthConfig):
+    """The longest harmful continuation of a method that draws its cuts itself: only `max` counts."""
+
+    max: int = Field(100, ge=1, description="longest harmful continuation, in tokens")
 
 
 class Method(Section):
@@ -196,7 +195,7 @@ class Method(Section):
     name: str = Field(description="which method")
     anchor_batch_size: int = Field(16, ge=1, description="anchor sequences of a step, over all workers")
     borderline_fraction: float | None = Field(
-        None, ge=0, le=1, description="share of those that borderline prompts have; null: their share of all samples"
+        None, ge=0, le=1, description="share of those that are borderline prompts; null: in proportion to their number"
     )
     recovery_batch_size: int = Field(16, ge=0, description="recovery sequences of a step, over all workers")
     depth: DepthConfig = Field(default_factory=DepthConfig)
@@ -212,7 +211,7 @@ class Method(Section):
     published: ClassVar[tuple[tuple[str, Any], ...]] = ()
     """Settings of `train` under which its authors trained, by dotted key; a study names what departs from them."""
     departures: ClassVar[tuple[str, ...]] = ()
-    """Where it departs from its authors whatever the settings, a clause each, for the notes of a study."""
+    """Departures from its authors whatever the settings, a clause each, for the notes of a study."""
     per_sequence: ClassVar[frozenset[str]] = frozenset()
     """Terms that are summed over the rows of a sequence and averaged over sequences; others are means over rows."""
 

@@ -13,9 +13,9 @@ from pydantic import Field
 
 from raycomplete.methods.registry import (
     AnchorItem,
-    DepthConfig,
     Feedback,
     Item,
+    LongestHarmful,
     Method,
     RowSpan,
     TrainSequence,
@@ -44,8 +44,8 @@ class Unlikelihood(Method):
     name: Literal["unlikelihood"] = Field("unlikelihood", description="which method")
     recovery_batch_size: int = Field(16, ge=1, description="compliant continuations of a step, over all workers")
     harmful_weight: float = Field(1.0, ge=0, description="weight of unlikelihood, where the harmless answers have 1")
-    depth: DepthConfig = Field(
-        default_factory=lambda: DepthConfig(max=100, schedule="uniform"), description="only `max` counts: longest h"
+    depth: LongestHarmful = Field(
+        default_factory=LongestHarmful, description="only `max` counts, the longest h (100 tokens)"
     )
 
     departures = (

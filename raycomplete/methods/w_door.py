@@ -91,7 +91,7 @@ class WDOOR(DOOR):
         return {"nll": 1 - self.alpha, "weighted_refusal": self.alpha, "npo": self.alpha}
 
     def loss_options(self) -> dict[str, Section]:
-        """The fading of NPO and the weights of refusals."""
+        """Passes `beta` to the term of NPO, and their settings to the weights of refusals."""
         weighted = WeightedRefusalSettings(tau=self.tau, sign=self.sign, weights=self.token_weights)
         return {"npo": NpoSettings(beta=self.beta), "weighted_refusal": weighted}
 

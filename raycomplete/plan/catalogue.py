@@ -5,18 +5,15 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 from raycomplete.config import Dtype
 from raycomplete.data.families import is_tied, llama_like, text_config
 from raycomplete.runtime.errors import CheckpointError, ConfigError
-from raycomplete.runtime.files import read_json
 
 GIB = 2**30
 DTYPE_BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2}
-DEFAULT_MEASURED = Path("runs") / "hardware.json"
 
 
 @dataclass(frozen=True)
@@ -111,36 +108,26 @@ def _gpu(name: str, label: str, *numbers: float) -> Hardware:
 
 
 _CPU_PEAKS = (3.0e11, 1.5e11, 1.5e10, 5e9, 1.25e9, 1.5e10)  # in the order of the fields
-_CPU_SOURCE = "an example; `raycomplete plan --measure` writes this machine's own numbers"
+_CPU_SOURCE = "an example"
 _CPU_LABEL = "two cores of a server CPU with AVX-512"
 _CPU = Hardware("cpu", _CPU_LABEL, False, 24 * GIB, *_CPU_PEAKS, 5e-6, 1.5e8, 1.0, 0.1, _CPU_SOURCE)
 _HARDWARE = {item.name: item for item in (*(_gpu(*row) for row in _GPU_TABLE), _CPU)}
 
 
-def find_hardware(name: str, measured: Path = DEFAULT_MEASURED) -> Hardware:
-    """Finds hardware by name or in a JSON file of `plan --measure`; "cpu" prefers this machine's own where it is there.
+def find_hardware(name: str) -> Hardware:
+    """Finds hardware by name.
 
     Raises:
-        ConfigError: The name is unknown (the nearest one is offered), or the file holds no hardware entry.
+        ConfigError: The name is unknown; the nearest one is offered.
     """
     key = name.lower()
-    if name.endswith(".json") or (key == "cpu" and measured.is_file()):
-        return _read_hardware(Path(name) if name.endswith(".json") else measured)
     if key in _HARDWARE:
         return _HARDWARE[key]
     nearest = difflib.get_close_matches(key, _HARDWARE, n=1, cutoff=0.0)
     raise ConfigError(
         f"There is no hardware {name!r}.",
-        f"Did you mean {nearest[0]!r}? Known: {', '.join(_HARDWARE)}, or a file that --measure wrote.",
+        f"Did you mean {nearest[0]!r}? Known: {', '.join(_HARDWARE)}.",
     )
-
-
-def _read_hardware(path: Path) -> Hardware:
-    content: dict[str, Any] | None = read_json(path)
-    needed = {field.name for field in fields(Hardware) if field.default is MISSING}
-    if content is None or not needed <= set(content) <= {field.name for field in fields(Hardware)}:
-        raise ConfigError(f"{path} holds no hardware entry.", "Write one with `raycomplete plan --measure`.")
-    return Hardware(**content)
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,7 @@ class Rate:
 
 @dataclass(frozen=True, slots=True)
 class ResponseFrame:
-    """Where the thinking of a reasoning model, its answer and its end stand, in token ids.
+    """Marks, in token ids, between the thinking of a reasoning model, its answer and its end.
 
     What a model reads and writes is: prompt, which ends in `turn`; `opening`, thinking, `closing`; answer, end.
 
@@ -173,7 +173,7 @@ class Codec(Protocol):
 
     @property
     def frame(self) -> ResponseFrame | None:
-        """Where thinking and answer stand; None where the template has no place for thinking."""
+        """Marks of thinking and answer; None where the template has no place for thinking."""
 
     def with_thinking(self, thinks: bool) -> Codec:
         """Returns the codec whose prompts end before the thinking, or after an empty one: where the answer starts."""

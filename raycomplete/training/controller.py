@@ -18,7 +18,6 @@ STEERED = (ANCHOR, OPENING, PUSH)
 """Loss terms whose weights are moved, where a method has them."""
 
 _MEMORY = 0.5  # of the running means: a few dozen answers are noisy, and a run has only a few measurements
-_LARGEST_EXCESS = 2.0  # in the running means: one wild measurement must not move weights long after it is over
 _FALLING = 0.75  # compliance below this share of what it was falls by itself: more weight would overshoot
 
 
@@ -94,6 +93,8 @@ def choice_key(config: ValidationConfig, found: StepMeasurement) -> tuple[float,
 def moved_factors(
     config: ValidationConfig,
     factors: Mapping[str, float],
+    over_refusal: float,
+    kl: float,
     now: Mapping[str, float],
     before: Mapping[str, float] | None,
 ) -> dict[str, float]:
@@ -112,16 +113,17 @@ def moved_factors(
     Args:
         config: Rate and bounds.
         factors: Present factors by term.
-        now: Running means: "over_refusal" and "kl" as multiples of what is allowed, "opening" and "depth" as the
-            number of answers that comply at depth 0 and deeper.
+        over_refusal: As a multiple of what is allowed, at this measurement.
+        kl: The same.
+        now: Running means of the number of answers that comply, "opening" at depth 0 and "depth" deeper.
         before: The same after the measurement before; None at the first.
     """
-    broken = max(now["over_refusal"], now["kl"]) - 1
+    broken = max(over_refusal, kl) - 1
     moves: dict[str, float] = {}
     if broken > 0:
         size = min(broken, 1.0)
         moves = {ANCHOR: size, PUSH: -size}
-        if now["over_refusal"] > 1:
+        if over_refusal > 1:
             moves[OPENING] = -size
     else:
         for name, seen in ((OPENING, "opening"), (PUSH, "depth")):
@@ -178,8 +180,6 @@ class Controller:
             self._since += 1
         over_refusal, kl = excesses(config, found)
         seen = {
-            "over_refusal": min(over_refusal, _LARGEST_EXCESS),
-            "kl": min(kl, _LARGEST_EXCESS),
             "opening": float(sum(complied for depth, complied, _ in found.complied if depth == 0)),
             "depth": float(sum(complied for depth, complied, _ in found.complied if depth > 0)),
         }
@@ -187,7 +187,7 @@ class Controller:
         self._means = (
             seen if before is None else {name: _MEMORY * before[name] + (1 - _MEMORY) * seen[name] for name in seen}
         )
-        self.factors = moved_factors(config, self.factors, self._means, before)
+        self.factors = moved_factors(config, self.factors, over_refusal, kl, self._means, before)
         return {
             "compliance": {str(depth): part / asked for depth, part, asked in found.complied},
             "compliance_n": {str(depth): asked for depth, _, asked in found.complied},

@@ -83,7 +83,8 @@ def _settings(train: TrainConfig, dtype: Dtype, per_device_batch_size: int, accu
             "params": {
                 "total_num_steps": max(train.steps, train.warmup_steps + 1),
                 "warmup_num_steps": max(train.warmup_steps, 1),
-                "warmup_min_ratio": 1.0 / (max(train.warmup_steps, 1) + 1),  # the first step already learns
+                # The first step already learns. DeepSpeed warms up over two steps at least, so 0 must start at the top.
+                "warmup_min_ratio": 1.0 / (train.warmup_steps + 1),
                 "warmup_type": "linear",
                 "cos_min_ratio": 0.1,
             },

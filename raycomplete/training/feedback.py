@@ -26,7 +26,7 @@ class DepthSampler:
     P(bin) = floor * share + (1 - floor) * loss * share / sum(loss * share), with share the bin's part of all depths and
     loss the running mean of what is still incomplete there (recovery loss, or how often the student complies); uniform
     within a bin. Bins without a measurement count as average, and before any measurement, or with schedule "uniform",
-    P(bin) = share. Schedule "fixed" takes P from the run file.
+    P(bin) = share.
 
     Args:
         config: Depth range, bins, floor and decay.
@@ -65,9 +65,6 @@ class DepthSampler:
 
     def probabilities(self) -> FloatArray:
         """Probability of each bin [num_bins]; sums to 1."""
-        if self._config.schedule == "fixed":
-            weights = np.array(self._config.fixed_weights, dtype=np.float64)[: self.num_bins]
-            return weights / weights.sum() if weights.sum() > 0 else self._share.copy()
         measured = ~np.isnan(self._running_loss)
         if self._config.schedule == "uniform" or not measured.any():
             return self._share.copy()

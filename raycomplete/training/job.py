@@ -93,7 +93,7 @@ class TrainJob:
 
     @property
     def stop_file(self) -> Path:
-        """Where it exists, the workers finish their step, write a checkpoint and leave."""
+        """A file whose existence makes the workers finish their step, write a checkpoint and leave."""
         return self.folder / "stop"
 
     @property
@@ -114,7 +114,7 @@ class TrainJob:
 
     @property
     def kept_step_file(self) -> Path:
-        """Which step was kept in the end, and why; none where nothing was measured."""
+        """JSON that names the step kept in the end, and why; absent where nothing was measured."""
         return self.folder / "kept_step.json"
 
     @property

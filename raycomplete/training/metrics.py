@@ -72,7 +72,7 @@ class StepMeter:
         loss_S = zeros_S.index_add(0, sequence_N, output.row_loss_N[counted_N].double())
         count_S = zeros_S.index_add(0, sequence_N, torch.ones_like(sequence_N, dtype=torch.float64))
         for depth, loss, count in zip(batch.depth_S.tolist(), loss_S.tolist(), count_S.tolist(), strict=True):
-            if count > 0:
+            if count > 0 and depth >= 0:
                 ranges = self._sampler.bin_ranges  # a student's own words may carry h beyond the deepest cut
                 bin_index = self._sampler.bin_of(min(max(depth, ranges[0][0]), ranges[-1][1]))
                 self.depth_loss_sum[bin_index] += loss / count

@@ -74,7 +74,7 @@ class RolloutPlanner:
         return RolloutBatch(step, anchor, tuple(cuts), recovery, tuple(item.depth for item in plan.recovery))
 
     def _grouped(self, step: int, plan: StepPlan, groups: RolloutGroups, rng: np.random.Generator) -> RolloutBatch:
-        """As many sequences as are trained, each prompt and cut several times; harmless prompts are answered anew."""
+        """Draws the sequences of a step, each prompt and cut several times; harmless prompts are answered anew."""
         items = plan.recovery[: self._recovery_batch_size // groups.each]
         cut = [(item.sample, 0 if rng.random() < groups.plain_fraction else item.depth) for item in items]
         rolled_out = [pair for pair in cut for _ in range(groups.each)]  # none without recovery samples
@@ -161,7 +161,7 @@ def _continued(sample: AnchorSample, cut: int, rollout: Rollout) -> AnchorSample
 def compliance_by_bin(
     batch: RolloutBatch, rollouts: Sequence[Rollout], sampler: DepthSampler
 ) -> tuple[list[float], list[int]]:
-    """How often the student complied, and how often it was asked, by depth bin of the cut [num_bins each].
+    """Counts answers that comply, and all answers, by depth bin of the cut [num_bins each].
 
     Cuts before the first bin, of prompts that a group asks plainly or where h is shorter, count in none.
     """

@@ -141,7 +141,7 @@ class HeadLoss(nn.Module):
         return -torch.cat(losses)
 
     def _along_h(self, hidden_NH: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        """How many tokens the student finds likelier than base's likeliest one, and its mass on base-favored ones [N].
+        """Counts tokens likelier than base's likeliest one, and sums the student's mass on base-favored ones [N].
 
         Where its logits are NaN the rank is 0 and the mass NaN.
         """

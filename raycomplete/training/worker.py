@@ -125,8 +125,6 @@ class Worker:
     def _reachable_depths(self) -> DepthConfig:
         """The run file's depths, cut at the longest h: a bin that no sample reaches would be drawn forever."""
         depth = self.job.method.depth
-        if depth.schedule == "fixed":  # its weights belong to the bins of the run file
-            return depth
         reached = (len(sample.harmful_ids) - sample.refusal_prefix_tokens for sample in self.samples.recovery)
         longest = max(reached, default=depth.max)
         return depth.model_copy(update={"max": max(min(depth.max, longest), depth.min)})

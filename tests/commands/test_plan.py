@@ -1,4 +1,4 @@
-"""`raycomplete plan` as a user meets it: tables, JSON, refusals, and a measured entry."""
+"""`raycomplete plan` as a user meets it: tables, JSON and refusals."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ import pytest
 from safetensors.torch import load_file
 
 from raycomplete import cli
-from raycomplete.commands.plan import measure, plan, shapes_of
+from raycomplete.commands.plan import shapes_of
+from raycomplete.commands.train import resources
 from raycomplete.config import load_run_file
+from raycomplete.config.run import AlignConfig
 from raycomplete.data.organism import checkpoint_path
+from raycomplete.engines.cluster import Node, check_devices
 from raycomplete.plan.catalogue import find_hardware, preset
-from raycomplete.runtime.console import Console
-from raycomplete.runtime.errors import CheckpointError, ConfigError
+from raycomplete.plan.estimate import make_plan
+from raycomplete.plan.workload import Request
+from raycomplete.runtime.errors import CheckpointError
 
 JOBS = Path(__file__).resolve().parents[2] / "jobs"
 LARGE = [str(JOBS / "plan-70b.yaml"), "--nodes", "8", "--gpus-per-node", "8"]
@@ -66,7 +70,7 @@ def test_80_columns_cut_no_word(
         ([*LARGE[:1], "--nodes", "0"], "--nodes must be positive"),
         ([*LARGE[:1], "--gpus-per-node", "0"], "--gpus-per-node must be positive"),
         (LARGE[:1], "The aligned scorer does not fit"),
-        ([], "needs a run file"),
+        ([], "Missing argument"),
     ],
 )
 def test_refusals_are_one_sentence_and_exit_code_2(
@@ -107,6 +111,27 @@ def test_a_run_file_says_what_its_plan_says(
     assert shown in head
 
 
+@pytest.mark.parametrize("name", ["llama3.1-8b", "qwen2.5-7b", "mistral-7b", "qwen3-8b", "qwen3-0.6b"])
+def test_a_run_file_for_gpus_fits_the_machine_that_it_names(name: str) -> None:
+    config = load_run_file(JOBS / f"{name}.yaml")
+    placed, gpus = resources(config), 1 if name == "qwen3-0.6b" else 8
+    check_devices(config.cluster, placed, use_gpu=True)
+    assert placed.problem([Node(64, gpus)], use_gpu=True) == ""
+    needs = make_plan(Request(config, shapes_of(config), find_hardware("h100"), devices_per_node=gpus)).memory
+    shares = {"training worker": config.cluster.gpus_per_worker}
+    for role, parts in needs.items():
+        share = shares.get(role, config.cluster.gpus_per_engine) * find_hardware("h100").memory_bytes
+        assert sum(parts.values()) <= share, role
+
+
+def test_before_align_has_run_its_twin_has_the_shape_of_base() -> None:
+    config = load_run_file(JOBS / "smollm2.yaml", ["models.base=organism:base", "models.aligned=runs/not-there"])
+    found = shapes_of(config)
+    assert found["aligned"] == found["base"]
+    with pytest.raises(CheckpointError):
+        shapes_of(config.model_copy(update={"align": AlignConfig()}))
+
+
 def test_shapes_come_from_config_files_and_flags(tmp_path: Path) -> None:
     organism = load_run_file(JOBS / "organism.yaml")
     found = shapes_of(organism)
@@ -130,15 +155,3 @@ def test_an_unknown_hub_id_is_not_downloaded() -> None:
     config = load_run_file(JOBS / "organism.yaml", ["models.base=hub:some/where"])
     with pytest.raises(CheckpointError, match="a plan downloads nothing"):
         shapes_of(config)
-
-
-def test_a_measured_entry_is_what_cpu_means_from_then_on(tmp_path: Path) -> None:
-    path = tmp_path / "hardware.json"
-    entry = measure(path, Console(quiet=True))
-    assert entry == find_hardware(str(path)) == find_hardware("cpu", measured=path) == find_hardware(str(path))
-    assert min(entry.bfloat16_flops, entry.memory_bandwidth, entry.softmax_per_s, entry.call_s) > 0
-    path.write_text('{"name": "mine"}')
-    with pytest.raises(ConfigError, match="holds no hardware entry"):
-        find_hardware(str(path))
-    estimate = plan(load_run_file(JOBS / "organism.yaml"), hardware="cpu", console=Console(quiet=True))
-    assert estimate.layout.shared

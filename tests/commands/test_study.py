@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -168,7 +169,7 @@ def test_the_study_joins_the_cluster_of_the_run_file_and_its_runs_join_the_study
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     for name in ("prepare_models", "prepare_prompts", "check_attacks", "check_defence"):
-        monkeypatch.setattr(command, name, lambda *_, **__: SimpleNamespace(codec=None))
+        monkeypatch.setattr(command, name, lambda *_, **__: SimpleNamespace(codec=None, paths={}))
     monkeypatch.setattr(command, "resolve_dtype", lambda config, _: config)
     monkeypatch.setattr(command, "training_fingerprints", lambda *_: {})
     first = study.runs[0]
@@ -180,6 +181,25 @@ def test_the_study_joins_the_cluster_of_the_run_file_and_its_runs_join_the_study
         assert checked.config.parallel == parallel
     work(checked, places=1)
     assert load_run_file(first.config.output.folder / "run.yaml").cluster.address is None
+
+
+def test_a_cluster_of_our_own_holds_the_weights_of_all_runs_at_a_time(
+    study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    asked: list[int] = []
+
+    def connect(config: Any, plan: Any, console: Any, store_bytes: int) -> Any:
+        asked.append(store_bytes)
+        return nullcontext(SimpleNamespace(use_gpu=False))
+
+    monkeypatch.setattr(command, "connect", connect)
+    monkeypatch.setattr(command.ray, "nodes", list)
+    runs = tuple(command.replace(run, store_bytes=place * 2**30) for place, run in enumerate(study.runs))
+    settings = study.config.model_copy(update={"parallel": 3})
+    with command._connected(command.replace(study, config=settings, runs=runs), Console(quiet=True)) as places:
+        assert places == 3
+    assert asked == [3 * (len(runs) - 1) * 2**30]
 
 
 def test_two_processes_cannot_work_on_one_study(study: Study) -> None:

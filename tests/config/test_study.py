@@ -168,9 +168,8 @@ def test_departures_name_what_differs_from_the_authors() -> None:
     assert departures(run, run) == [*DOOR.departures, "method.alpha 0.4 instead of 0.2"]
     other = load_run_file(ROOT / "jobs" / "organism.yaml", ["method={name: door}", "train.steps=2000"])
     assert departures(other, other) == [*DOOR.departures, "train.lr 0.001 instead of 1e-05"]
-    depth = "{schedule: fixed, bins: 2, fixed_weights: [1, 2]}"
-    drawn = load_run_file(ROOT / "jobs" / "organism.yaml", [f"method={{name: door, depth: {depth}}}"])
-    assert "method.depth.schedule fixed instead of uniform" in departures(drawn, drawn)
+    drawn = load_run_file(ROOT / "jobs" / "organism.yaml", ["method={name: door, depth: {max: 50}}"])
+    assert "method.depth.max 50 instead of 100" in departures(drawn, drawn)
 
 
 def test_departures_name_samples_and_validation_that_are_not_the_reference_s(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.checkpoints import (
@@ -68,6 +69,14 @@ def test_a_file_with_names_that_training_cannot_give_is_refused_before_anything_
     for lora in (False, True):
         with pytest.raises(CheckpointError, match=r"cannot be sent to the rollout engines: \d+ tensors are named"):
             check_trainable(path, synced=True, lora=lora)
+
+
+def test_adapters_of_transposed_weights_are_sent_to_no_engine(tmp_path: Path) -> None:
+    lm = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=32, vocab_size=64))
+    lm.save_pretrained(tmp_path / "gpt2")
+    check_trainable(tmp_path / "gpt2", lora=True)
+    with pytest.raises(CheckpointError, match="engines merge no adapter"):
+        check_trainable(tmp_path / "gpt2", synced=True, lora=True)
 
 
 def test_quantised_weights_are_refused(tmp_path: Path) -> None:

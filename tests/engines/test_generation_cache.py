@@ -22,8 +22,8 @@ class Engines:
 
     side_by_side = 4
 
-    def __init__(self, path: str = "aligned", dies_at: int = 99) -> None:
-        self.path, self.dies_at = path, dies_at
+    def __init__(self, path: str = "aligned", dies_at: int = 99, stop_ids: tuple[int, ...] = (1,)) -> None:
+        self.path, self.dies_at, self.stop_ids = path, dies_at, list(stop_ids)
         self.asked: list[int] = []  # first tokens of what was answered
 
     def with_weights(self, path: str) -> Engines:
@@ -76,6 +76,9 @@ def test_other_weights_and_prompts_are_asked_anew(tmp_path: Path) -> None:
     other, changed = Engines("base"), Engines()
     answers(other, tmp_path / "kept")
     assert other.asked == list(range(10))
+    longer = Engines(stop_ids=(1, 7))
+    answers(longer, tmp_path / "kept")
+    assert longer.asked == list(range(10)), "answers end at other tokens"
     answers(changed, tmp_path / "kept", [*PROMPTS[:5], [99], *PROMPTS[6:]])
     assert changed.asked == [4, 99, 6, 7], "the piece of the changed prompt alone"
 

@@ -135,7 +135,6 @@ def test_first_tokens_weigh_more_and_the_anchor_stays_a_mean() -> None:
     [
         ({"contrastive": {"alpha": 1}, "recovery_divergence": "reverse_kl"}, "method.contrastive excludes tokens"),
         ({"depth": {"min": 9, "max": 8}}, r"method.depth.max \(8\) is below method.depth.min \(9\)"),
-        ({"depth": {"schedule": "fixed", "fixed_weights": [1.0]}}, "one weight for each of the 8 bins"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(settings: dict[str, Any], message: str) -> None:

@@ -17,7 +17,7 @@ from raycomplete.data.checkpoints import load_model
 from raycomplete.data.samples import RecoverySample
 from raycomplete.methods.circuit_breakers import CircuitBreakers
 from raycomplete.methods.latent_adversarial import LatentAdversarial
-from raycomplete.methods.presto import PRESTO
+from raycomplete.methods.presto import PRESTO, attention_on_prefill
 from raycomplete.methods.registry import Feedback
 from raycomplete.runtime.errors import SetupError
 from raycomplete.training.step_plan import StepSequences
@@ -102,6 +102,16 @@ def test_presto(packed: bool, tmp_path: Path) -> None:
         return (torch.cat(rows).sum() + 0.6 * torch.stack(paid).sum()) / tokens
 
     case.assert_like(plain)
+
+
+def test_attention_in_bfloat16_is_counted_in_rows_of_any_length() -> None:
+    """Whole numbers above 256 are not all there in bfloat16."""
+    place, length = torch.tensor([700]), torch.tensor([60])
+    attention_BHTT = torch.zeros(1, 2, 1024, 1024, dtype=torch.bfloat16)
+    attention_BHTT[..., 760, :] = 2**-10
+    attention_BHTT[..., 760, 760] = 1.0  # in the first column after h
+    found_R = attention_on_prefill(attention_BHTT, torch.tensor([760]), place, length)
+    assert found_R.tolist() == pytest.approx([2 * 2 * 60 / 1024])
 
 
 def test_latent_adversarial_training(tmp_path: Path) -> None:

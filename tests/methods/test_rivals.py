@@ -55,6 +55,15 @@ def test_half_of_the_refusals_follow_the_prompt_alone_and_the_others_any_cut(met
     assert set(cuts) >= set(range(10))
     by_sample = {len(set(cuts[i::200])) for i in range(200)}
     assert by_sample == {1} if isinstance(method, DOOR) else max(by_sample) > 6, "theirs are cut once, or in every draw"
+    other = replace(sample, harmful_ids=tuple(range(20, 30)))
+    cuts_of = [
+        [
+            method.sequences(RecoveryItem(replace(item, sample_id=f"s{i}"), 3), Feedback())[0].depth
+            for item in (sample, other)
+        ]
+        for i in range(200)
+    ]
+    assert sum(first == second for first, second in cuts_of) < 120, "another seed draws another h and another cut"
 
 
 def test_an_h_that_is_shorter_than_the_depths_drawn_is_cut_anew_in_every_draw() -> None:

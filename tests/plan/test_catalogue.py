@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -141,17 +138,6 @@ def test_unknown_hardware_is_refused_with_the_nearest() -> None:
     with pytest.raises(ConfigError, match=r"no hardware 'h20'\. Did you mean 'h200'"):
         find_hardware("h20")
     assert find_hardware("H100").label == find_hardware("h100").label
-
-
-def test_a_measured_entry_may_lack_what_has_a_default(tmp_path: Path) -> None:
-    path = tmp_path / "hardware.json"
-    entry = asdict(find_hardware("cpu", measured=tmp_path / "none.json"))
-    path.write_text(json.dumps({key: value for key, value in entry.items() if key != "request_s"}))
-    assert asdict(find_hardware(str(path))) == entry
-    for wrong in (entry | {"unknown": 1}, {key: value for key, value in entry.items() if key != "call_s"}):
-        path.write_text(json.dumps(wrong))
-        with pytest.raises(ConfigError, match="holds no hardware entry"):
-            find_hardware(str(path))
 
 
 def test_formulas_load_neither_torch_nor_ray() -> None:

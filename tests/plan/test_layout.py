@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -90,7 +89,7 @@ def test_the_proposed_change_does_fit() -> None:
 def test_one_small_device_is_shared_in_turns() -> None:
     config = load_run_file(JOBS / "organism.yaml")
     shapes = dict.fromkeys(("student", "aligned", "base"), preset("135m"))
-    asked = Request(config, shapes, find_hardware("cpu", measured=Path("/nonexistent")))
+    asked = Request(config, shapes, find_hardware("cpu"))
     layout = choose_layout(asked)
     assert layout.shared
     loop = loop_of(asked, layout)

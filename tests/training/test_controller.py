@@ -97,6 +97,15 @@ def test_a_single_wild_measurement_moves_weights_once() -> None:
     assert after([found(refusals=10, kl=5.0), found(kl=0.0)]).factors["anchor"] <= once["anchor"] == math.exp(0.3)
 
 
+@pytest.mark.parametrize("refusals", [[(0, 6), (0, 6), (4, 0)], [(-6, 6), (4, 0)]])
+def test_a_budget_that_is_broken_now_counts_whatever_was_before(refusals: list[tuple[int, int]]) -> None:
+    """Chance is taken off over-refusal, so that a measurement without any is far below 0."""
+    measured = [found(depth=8, refusals=net, changed=changed) for net, changed in refusals]
+    before, now = after(measured[:-1]).factors, after(measured).factors
+    assert now["push_forward"] < before["push_forward"]
+    assert now["anchor"] > before["anchor"]
+
+
 def test_within_the_budgets_what_was_lowered_returns_to_the_run_file_and_no_further() -> None:
     strict = [found(refusals=9, kl=1.0)] * 2
     low = after(strict).factors

@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.lr_schedules import WarmupCosineLR
 
 from raycomplete.config import Dtype, TrainConfig
 from raycomplete.data.checkpoints import TORCH_DTYPES
 from raycomplete.runtime.errors import NotFiniteError
 from raycomplete.runtime.metrics_file import read_metrics
-from raycomplete.training.deepspeed_engine import spread_bad_loss
+from raycomplete.training.deepspeed_engine import _settings, spread_bad_loss
 from raycomplete.training.job import TrainJob
 from raycomplete.training.trainer import fit
 from tests.training.tiny import LocalScores, make_job
@@ -96,6 +97,21 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
         for name, value in before.items()
         if not (torch.equal(value, after[name]) if isinstance(value, torch.Tensor) else value == after[name])
     ]
+
+
+@pytest.mark.parametrize(("warmup_steps", "rates"), [(0, [1.0, 1.0, 1.0]), (3, [0.25, 0.5, 0.75])])
+def test_the_rate_rises_over_as_many_steps_as_asked(warmup_steps: int, rates: list[float]) -> None:
+    """DeepSpeed's own schedule takes no fewer than two."""
+    train = TrainConfig(steps=100, lr=0.5, warmup_steps=warmup_steps)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))])
+    for group in optimizer.param_groups:
+        group["lr"] = train.lr
+    schedule = WarmupCosineLR(optimizer, **_settings(train, "float32", 1, 1)["scheduler"]["params"])
+    found = []
+    for step in range(3):
+        schedule.step(step)
+        found.append(schedule.get_last_lr()[0] / train.lr)
+    assert found == pytest.approx(rates, abs=1e-3)
 
 
 @pytest.mark.slow

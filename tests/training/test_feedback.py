@@ -127,10 +127,3 @@ def test_bad_measurements_are_refused():
     with pytest.raises(NotFiniteError):
         subject.update([np.nan, 1.0], [1, 1])
     subject.update([np.nan, 1.0], [0, 1])  # an unseen bin's sum is never read
-
-
-def test_a_fixed_schedule_draws_by_its_weights_whatever_is_measured():
-    subject = sampler(min=1, max=6, bins=3, schedule="fixed", fixed_weights=[1, 0, 3])
-    subject.update([0.0, 9.0, 0.0], [1, 1, 1])
-    assert subject.probabilities() == pytest.approx([0.25, 0.0, 0.75])
-    assert set(subject.draw(step=0, count=200)) == {1, 2, 5, 6}

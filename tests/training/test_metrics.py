@@ -64,14 +64,14 @@ def output(row_loss_N: list[float], parts: tuple[float, ...], push_forward_rows:
 
 
 def fill(meter: StepMeter) -> None:
-    """Two micro-batches: an anchor item, then recovery items at depths 3, 9 and 1 (shorter than the first bin)."""
+    """An anchor item, recovery items at depths 3, 9 and 1 (shorter than the first bin), and one that follows no h."""
     meter.add(
         micro_batch([A, A, P, R, R, R], [0, 0, 1, 1, 1, 1], [-1, 3]),
         output([5, 5, 7, 1, 2, 3], (4.0, 3.0, 2.0, 1.0), [[0.1, 0.2]]),
     )
     meter.add(
-        micro_batch([R, P, P, R, R], [0, 1, 1, 1, 1], [1, 9]),
-        output([4, 7, 7, 8, 9], (8.0, 1.0, 6.0, 5.0), [[0.3, 0.4], [0.5, 0.6]]),
+        micro_batch([R, P, P, R, R, R], [0, 1, 1, 1, 1, 2], [1, 9, -1]),
+        output([4, 7, 7, 8, 9, 50], (8.0, 1.0, 6.0, 5.0), [[0.3, 0.4], [0.5, 0.6]]),
     )
 
 

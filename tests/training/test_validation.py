@@ -188,6 +188,6 @@ def test_over_refusal_is_the_net_change_against_aligned(tmp_path: Path, alone: N
 
 
 def test_an_interval_fits_the_run() -> None:
-    assert [ValidationConfig().interval(steps) for steps in (1, 6, 120, 1000)] == [1, 1, 20, 166]
+    assert [ValidationConfig().interval(steps) for steps in (1, 6, 11, 120, 1000)] == [1, 1, 2, 20, 167]
     assert ValidationConfig(every=0).interval(100) == 0
     assert ValidationConfig(every=7).interval(100) == 7

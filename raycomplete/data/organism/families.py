@@ -221,7 +221,7 @@ class BuiltOrganism:
 
     @property
     def folder(self) -> Path:
-        """Where the cache folder holds it, present or not; other settings are another folder."""
+        """Its place in the cache folder, present or not; other settings are another folder."""
         key = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:8]
         return cache_folder() / "organisms" / f"{self.prefix}-{key}"
 

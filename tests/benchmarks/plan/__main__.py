@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from raycomplete.commands.plan import measured_cpu
 from raycomplete.runtime.files import write_text
 from tests.benchmarks.environment import RUNS, describe, environment
 from tests.benchmarks.plan.cases import CASES
+from tests.benchmarks.plan.cpu import measured_cpu
 from tests.benchmarks.plan.measured import measured_points
 from tests.benchmarks.plan.points import table
 from tests.benchmarks.plan.recorded import recorded_points, trainer_point

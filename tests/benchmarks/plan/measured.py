@@ -20,13 +20,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from raycomplete.commands.plan import measured_cpu
 from raycomplete.engines.spec import EngineSpec
 from raycomplete.plan.catalogue import Hardware, find_hardware
 from raycomplete.plan.engines import engine_of, engine_s
 from raycomplete.plan.trainer import train_parts, worker_memory
 from raycomplete.plan.workload import Sequences
 from tests.benchmarks.plan.cases import CASES, Case
+from tests.benchmarks.plan.cpu import measured_cpu
 from tests.benchmarks.plan.points import Point
 from tests.benchmarks.plan.student import random_tokens, student_and_batches
 
