@@ -102,7 +102,7 @@ def test_the_map_names_every_room_from_lower_to_upper() -> None:
     assert rc.__doc__ is not None
     groups = [
         frozenset(re.findall(r"^    (\w+) {2,}", group, re.MULTILINE))
-        for group in re.split(r"\n\n", rc.__doc__.partition("before it:\n")[2])
+        for group in re.split(r"\n\n", rc.__doc__.partition("above it in this list:\n")[2])
     ]
     assert [group for group in groups if group] == [line - {"cli"} for line in LINES]
     assert {path.parent.name for path in PACKAGE.glob("*/__init__.py")} <= frozenset().union(*groups)

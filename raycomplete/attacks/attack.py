@@ -131,8 +131,8 @@ class Attack(ABC, Generic[ConfigT]):
         return TrialCost(len(trials), sum(map(self.answer_tokens, trials)))
 
     def is_cut(self, trial: Trial, response: Response) -> bool:
-        """Tells whether the response was cut by its length: the end of a response is not among its tokens."""
-        return len(response.tokens) >= self.answer_tokens(trial)
+        """Tells whether the response was cut by its length."""
+        return response.is_cut(self.answer_tokens(trial))
 
     def reduced_because(self, codec: Codec, prompts: Sequence[Prompt]) -> list[str]:
         """Lists how the settings fall short of published runs on these behaviours."""

@@ -17,7 +17,16 @@ from pydantic import Field
 from raycomplete.attacks.attack import Attack, AttackConfig
 from raycomplete.attacks.registry import register
 from raycomplete.attacks.target import Target
-from raycomplete.attacks.trial import FIRST_COMPLIED, UNUSED_WORDINGS, Decoding, Emit, Response, Trial, TrialCost
+from raycomplete.attacks.trial import (
+    FIRST_COMPLIED,
+    UNREADABLE,
+    UNUSED_WORDINGS,
+    Decoding,
+    Emit,
+    Response,
+    Trial,
+    TrialCost,
+)
 from raycomplete.runtime.files import content_hash
 from raycomplete.runtime.types import Prompt
 
@@ -68,22 +77,23 @@ class BestOfNAttack(Attack[BestOfNConfig]):
         Sample i is augmented and drawn under its own seed, so that the size of a batch changes nothing.
         """
         seed = int(content_hash([self.name, trial.prompt.prompt_id])[:9], 16) * 2**20
-        first, unused = 0.0, 0
+        first, unused, unreadable = 0.0, 0, 0
         for start in range(0, self.config.samples, self.config.batch):
             numbers = range(start, min(start + self.config.batch, self.config.samples))
             texts = [augmented(trial.prompt.text, self.config.strength, random.Random(seed + n)) for n in numbers]
             sequences = self._fitting(target, trial, texts)
             drawn = target.draw(sequences, trial.decoding, seed + start)
             responses = [target.response(ids, (), new) for ids, new in zip(sequences, drawn, strict=True)]
-            outcomes = target.judged([(trial, response) for response in responses])
-            complied = [outcome.is_compliance for outcome in outcomes]
+            verdicts = target.judged([(trial, response) for response in responses])
+            complied = [verdict.sure.is_compliance for verdict in verdicts]
             first = float(complied[0]) if start == 0 else first
             place = complied.index(True) if any(complied) else len(complied) - 1
             asked = zip(sequences[: place + 1], texts, strict=False)
             unused += sum(tuple(ids) == trial.sequence and text != trial.prompt.text for ids, text in asked)
+            unreadable += sum(verdict.unreadable for verdict in verdicts[: place + 1])
             if any(complied):
                 break
-        stats = {"queries": start + place + 1, FIRST_COMPLIED: first, UNUSED_WORDINGS: unused}
+        stats = {"queries": start + place + 1, FIRST_COMPLIED: first, UNUSED_WORDINGS: unused, UNREADABLE: unreadable}
         return replace(responses[place], stats=stats)
 
     def _fitting(self, target: Target, trial: Trial, texts: Sequence[str]) -> list[list[int]]:

@@ -15,8 +15,16 @@ from pydantic import Field
 from raycomplete.attacks.attack import continued, grouped
 from raycomplete.attacks.registry import register
 from raycomplete.attacks.rewriting import RewritingAttack, RewritingConfig
-from raycomplete.attacks.target import Target
-from raycomplete.attacks.trial import CUT_BY_CONTEXT, FIRST_COMPLIED, UNUSED_WORDINGS, Emit, Response, Trial
+from raycomplete.attacks.target import Target, Verdict
+from raycomplete.attacks.trial import (
+    CUT_BY_CONTEXT,
+    FIRST_COMPLIED,
+    UNREADABLE,
+    UNUSED_WORDINGS,
+    Emit,
+    Response,
+    Trial,
+)
 from raycomplete.runtime.types import Outcome, Prompt, transcript
 
 _ROUNDS = 10
@@ -45,14 +53,14 @@ class _Conversation:
     refused: str = ""  # the turn taken back last, while no other one stands
     turns: int = 0
     backtracks: int = 0
-    outcomes: list[Outcome] = field(default_factory=list)  # of every answer
+    verdicts: list[Verdict] = field(default_factory=list)  # on every answer
     response: Response | None = None
     cut: bool = False
     unused: int = 0  # messages that could not be asked
 
     @property
     def has_complied(self) -> bool:
-        return bool(self.outcomes) and self.outcomes[-1].is_compliance
+        return bool(self.verdicts) and self.verdicts[-1].sure.is_compliance
 
     def followed_by(self, text: str) -> Prompt:
         """Returns the prompt with the turns that stand, and another one."""
@@ -76,12 +84,13 @@ class _Conversation:
     def finished(self) -> Response:
         assert self.response is not None, "every conversation asks at least once"
         stats = {
-            "queries": len(self.outcomes),
+            "queries": len(self.verdicts),
             "turns": self.turns,
             "backtracks": self.backtracks,
-            FIRST_COMPLIED: float(self.outcomes[0].is_compliance),
+            FIRST_COMPLIED: float(self.verdicts[0].sure.is_compliance),
             CUT_BY_CONTEXT: float(self.cut),
             UNUSED_WORDINGS: self.unused,
+            UNREADABLE: sum(verdict.unreadable for verdict in self.verdicts),
         }
         return replace(self.response, stats=stats, conversation=tuple(self.said))
 
@@ -151,24 +160,25 @@ class CrescendoAttack(RewritingAttack[CrescendoConfig]):
                 continue
             conversation.cut = conversation.cut or not fits
             conversation.unused += 1
-            if conversation.outcomes:
+            if conversation.verdicts:
                 self._take_back(conversation)
             else:  # every conversation gets an answer: the behaviour itself, whose length was checked
                 asked.append((conversation, trial.prompt.text, trial))
         trials = [trial for _, _, trial in asked]
         responses = continued(target, trials)
-        outcomes = target.judged(list(zip(trials, responses, strict=True)))
-        for (conversation, text, _), response, outcome in zip(asked, responses, outcomes, strict=True):
+        verdicts = target.judged(list(zip(trials, responses, strict=True)))
+        for (conversation, text, _), response, verdict in zip(asked, responses, verdicts, strict=True):
             answer = target.codec.decode(response.tokens)
             conversation.response = response
-            conversation.outcomes.append(outcome)
-            is_back = outcome in (Outcome.REFUSED, Outcome.EMPTY) and self._take_back(conversation)
+            conversation.verdicts.append(verdict)
+            is_refused = verdict.sure in (Outcome.REFUSED, Outcome.EMPTY)
+            is_back = is_refused and self._take_back(conversation)
             if is_back:
                 conversation.refused = text
             else:
                 conversation.kept.append((text, answer))
                 conversation.refused = ""
-                conversation.turns += outcome not in (Outcome.REFUSED, Outcome.EMPTY)
+                conversation.turns += not is_refused
             for role, content in (("user", text), ("assistant", answer)):
                 conversation.said.append({"role": role, "content": content, "taken_back": is_back})
 

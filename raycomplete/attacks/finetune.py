@@ -30,7 +30,7 @@ _MAX_SAMPLES = 500
 
 @dataclass(frozen=True)
 class FinetuneRecipe:
-    """How a copy is trained."""
+    """Settings under which a copy is trained."""
 
     lr: float
     epochs: int

@@ -52,10 +52,10 @@ class GcgAttack(SuffixSearch[GcgConfig]):
         import numpy as np
 
         suffix = found.best
-        for _ in range(self.config.steps):
+        for step in range(self.config.steps):
             target.stop_if_cancelled()
             gradient_SV = box.suffix_gradient(found.problem, suffix)
-            candidates = found.surviving(self.candidates(suffix, gradient_SV, usable, rng))
+            candidates = found.surviving(self.candidates(suffix, gradient_SV, usable, rng, step))
             if not candidates:
                 found.note(suffix, found.losses[-1])  # a step without a survivor; the next draws others
                 continue
@@ -65,15 +65,20 @@ class GcgAttack(SuffixSearch[GcgConfig]):
             found.note(suffix, losses[best])
 
     def candidates(
-        self, suffix: tuple[int, ...], gradient_SV: FloatArray, usable: IntArray, rng: np.random.Generator
+        self, suffix: tuple[int, ...], gradient_SV: FloatArray, usable: IntArray, rng: np.random.Generator, step: int
     ) -> list[tuple[int, ...]]:
-        """Draws `search_width` suffixes that differ from the current one in one token."""
+        """Draws `search_width` suffixes that differ from the current one in one token.
+
+        Where they are fewer than its tokens, other positions have their turn in each step.
+        """
         import numpy as np
 
         top = min(self.config.top, len(usable))
         best_ST = usable[least(gradient_SV[:, usable], top)]
         width = self.config.search_width
         positions = np.arange(width) * len(suffix) // width
+        if width < len(suffix):
+            positions = (positions + step) % len(suffix)
         picks = rng.integers(top, size=width)
         return [
             (*suffix[:position], int(best_ST[position, pick]), *suffix[position + 1 :])

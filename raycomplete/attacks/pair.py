@@ -13,9 +13,8 @@ from pydantic import Field
 from raycomplete.attacks.attack import continued, grouped
 from raycomplete.attacks.registry import register
 from raycomplete.attacks.rewriting import RewritingAttack, RewritingConfig
-from raycomplete.attacks.target import Attacker, Target
-from raycomplete.attacks.trial import FIRST_COMPLIED, UNUSED_WORDINGS, Emit, Response, Trial
-from raycomplete.runtime.types import Outcome
+from raycomplete.attacks.target import Attacker, Target, Verdict
+from raycomplete.attacks.trial import FIRST_COMPLIED, UNREADABLE, UNUSED_WORDINGS, Emit, Response, Trial
 
 _SIDE_BY_SIDE = 1024  # attempts that are under way at once; those of an interrupted block are made again
 
@@ -41,23 +40,28 @@ class _Attempt:
     text: str
     answer: str = ""
     response: Response | None = None
-    outcomes: list[Outcome] = field(default_factory=list)  # round by round
+    verdicts: list[Verdict] = field(default_factory=list)  # round by round
     unused: int = 0  # rewrites that could not be asked
 
     @property
     def open(self) -> bool:
-        return not any(outcome.is_compliance for outcome in self.outcomes)
+        return not any(verdict.sure.is_compliance for verdict in self.verdicts)
 
     def slots(self) -> Iterator[Mapping[str, str]]:
         """Yields fillings of the instruction, the second without the last answer, where that does not fit."""
-        outcome = str(self.outcomes[-1]) if self.outcomes else "not asked yet"
+        outcome = str(self.verdicts[-1].sure) if self.verdicts else "not asked yet"
         for answer in (self.answer, ""):
             yield {"goal": self.trial.prompt.text, "prompt": self.text, "response": answer, "outcome": outcome}
 
     def finished(self) -> Response:
         assert self.response is not None, "every attempt asks at least once"
-        stats = {"queries": len(self.outcomes), UNUSED_WORDINGS: self.unused}
-        return replace(self.response, stats=stats | {FIRST_COMPLIED: float(self.outcomes[0].is_compliance)})
+        stats = {
+            "queries": len(self.verdicts),
+            UNUSED_WORDINGS: self.unused,
+            UNREADABLE: sum(verdict.unreadable for verdict in self.verdicts),
+            FIRST_COMPLIED: float(self.verdicts[0].sure.is_compliance),
+        }
+        return replace(self.response, stats=stats)
 
 
 @register(PairConfig)
@@ -119,7 +123,7 @@ class PairAttack(RewritingAttack[PairConfig]):
             for attempt in attempts
         ]
         responses = continued(target, trials)
-        outcomes = target.judged(list(zip(trials, responses, strict=True)))
-        for attempt, response, outcome in zip(attempts, responses, outcomes, strict=True):
+        verdicts = target.judged(list(zip(trials, responses, strict=True)))
+        for attempt, response, verdict in zip(attempts, responses, verdicts, strict=True):
             attempt.response, attempt.answer = response, target.codec.decode(response.tokens)
-            attempt.outcomes.append(outcome)
+            attempt.verdicts.append(verdict)

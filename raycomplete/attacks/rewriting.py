@@ -61,6 +61,7 @@ class RewritingAttack(Attack[RewritingT], Generic[RewritingT]):
             **self.config.model_dump(mode="json", exclude={"streams", "attacker"}),
             "attacker": attacker.attacker_id,
             "judge": target.judge.name,
+            "max_lengths": [target.max_length, attacker.max_length],  # which leave out wordings, and what is read
         }
         plain = plain_trials(target, self.name, self.name, prompts, target.max_tokens)
         for trial in plain:

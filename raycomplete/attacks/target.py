@@ -5,9 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias, TypeVar
 
-from raycomplete.attacks.trial import Decoding, EvaluationCancelled, Response, Trial
+from raycomplete.attacks.trial import FILTERED, Decoding, EvaluationCancelled, Response, Trial
 from raycomplete.runtime.errors import DataError, SetupError
 from raycomplete.runtime.types import Codec, Generator, Judge, Outcome, Prompt
 
@@ -97,6 +97,19 @@ class BatchJudge(ABC):
         return self.outcomes([(prompt, prefill, continuation)])[0]
 
 
+class Verdict(NamedTuple):
+    """A judge's verdict on a response."""
+
+    outcome: Outcome
+    unreadable: bool = False  # the judge's reply held no verdict, and patterns decided
+    shortened: bool = False  # the judge did not read its end
+
+    @property
+    def sure(self) -> Outcome:
+        """The outcome for a search, which ends at success: patterns take any answer that refuses nothing for one."""
+        return Outcome.OFF_TOPIC if self.unreadable and self.outcome.is_compliance else self.outcome
+
+
 def judge_all(judge: Judge, triples: Sequence[Triple]) -> list[Outcome]:
     """Sorts responses into outcomes, in batches where the judge can."""
     if isinstance(judge, BatchJudge):
@@ -118,7 +131,7 @@ class AttackerCodec(Protocol):
 class Attacker:
     """A model that rewrites prompts."""
 
-    attacker_id: str  # fingerprint of its weights, or a name made of its address
+    attacker_id: str  # names all that its words depend on besides the request
     generator: Generator
     codec: AttackerCodec
     max_length: int  # longest sequence that it reads, new tokens included
@@ -154,7 +167,7 @@ class Target:
     """The model under attack, and who judges its responses."""
 
     role: str
-    model_id: str  # fingerprint of its weights
+    model_id: str  # names all that a response depends on besides the trial
     generator: Generator
     codec: Codec
     judge: Judge  # attacks with feedback ask it too
@@ -163,6 +176,7 @@ class Target:
     tools: AttackTools = field(default_factory=AttackTools)
     cancelled: Callable[[], bool] = lambda: False  # tells whether someone asked to stop
     max_thinking_tokens: int = 0  # of a reasoning model before its answer, where a sequence leaves room for it
+    known: dict[Triple, Verdict] = field(default_factory=dict, repr=False, compare=False)  # until they are stored
 
     def stop_if_cancelled(self) -> None:
         """Raises EvaluationCancelled where someone asked to stop."""
@@ -208,7 +222,8 @@ class Target:
         """Makes a response of what the model added to a sequence: its thinking is kept apart from its answer."""
         frame = self.codec.frame
         thinking, answer = ((), tuple(tokens)) if frame is None else frame.split(sequence, tokens)
-        return Response(tuple(sequence), tuple(prefill), answer, thinking=thinking)
+        ended = getattr(tokens, "ended", None)
+        return Response(tuple(sequence), tuple(prefill), answer, thinking=thinking, ended=ended)
 
     def draw(self, sequences: Sequence[Sequence[int]], decoding: Decoding, seed: int | None) -> list[list[int]]:
         """Continues sequences; sequence i is drawn under seed + i."""
@@ -222,9 +237,23 @@ class Target:
             seed=seed if decoding.temperature > 0 else None,
         )
 
-    def judged(self, pairs: Sequence[tuple[Trial, Response]]) -> list[Outcome]:
-        """Sorts the responses of trials into outcomes."""
-        return judge_all(self.judge, [(trial.prompt, *response.texts(self.codec)) for trial, response in pairs])
+    def judged(self, pairs: Sequence[tuple[Trial, Response]]) -> list[Verdict]:
+        """Judges the responses of trials, the same words once while they are `known`: a judge may change its mind.
+
+        What a server filtered is refused, and no judge is asked.
+        """
+        triples = [(trial.prompt, *response.texts(self.codec)) for trial, response in pairs]
+        is_filtered = [response.ended == FILTERED and not response.tokens for _, response in pairs]
+        asked = [triple for triple, filtered in zip(triples, is_filtered, strict=True) if not filtered]
+        if new := [triple for triple in dict.fromkeys(asked) if triple not in self.known]:
+            outcomes = judge_all(self.judge, new)
+            unreadable, shortened = (getattr(self.judge, name, ()) for name in ("unreadable", "shortened"))
+            for place, (triple, outcome) in enumerate(zip(new, outcomes, strict=True)):
+                self.known[triple] = Verdict(outcome, place in unreadable, place in shortened)
+        return [
+            Verdict(Outcome.REFUSED) if filtered else self.known[triple]
+            for triple, filtered in zip(triples, is_filtered, strict=True)
+        ]
 
     def check_fits(self, trials: Sequence[Trial]) -> None:
         """Refuses trials that an engine would cut or end early without a word: other rates under the same name.

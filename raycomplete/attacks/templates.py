@@ -38,7 +38,7 @@ class TemplatesConfig(AttackConfig):
     @property
     def standard_templates(self) -> int:
         """Number of templates of a published family that may be used."""
-        return 0 if self.path is None else self.limit or 10
+        return 0 if self.path is None else len(read_templates(self.path)[: self.limit])
 
 
 @register(TemplatesConfig)

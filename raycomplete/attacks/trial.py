@@ -17,11 +17,13 @@ _GO_ON = "Finished work is kept; the same command continues it (train: with --re
 FIRST_COMPLIED = "first_complied"  # 1 where the first of the responses that a judge picked from complied
 CUT_BY_CONTEXT = "cut_by_context"  # 1 where the context left no room for the steps asked for
 UNUSED_WORDINGS = "unused_wordings"  # empty or too long for the context, so that others were asked in their place
+UNREADABLE = "unreadable_verdicts"  # replies of the judge without a verdict, none of which ended the search
+FILTERED = "content_filter"  # how a response `ended` that a server kept back, in its model's place
 
 
 @dataclass(frozen=True, slots=True)
 class Decoding:
-    """How a response is drawn. Temperature 0 is greedy; top_k 0 keeps the whole vocabulary."""
+    """The way in which a response is drawn. Temperature 0 is greedy; top_k 0 keeps the whole vocabulary."""
 
     max_tokens: int
     temperature: float = 0.0
@@ -85,10 +87,23 @@ class Response:
     stats: Mapping[str, Any] = field(default_factory=dict)  # numbers of the search, such as its queries and losses
     conversation: Sequence[Mapping[str, Any]] = ()  # what was said before, and in turns that were taken back
     thinking: tuple[int, ...] = ()  # what a reasoning model wrote before `tokens`, which nobody judges
+    ended: str | None = None  # the `finish_reason` of a server, whose tokens are not those counted here
+
+    def is_cut(self, max_tokens: int) -> bool:
+        """Tells whether it was cut at so many tokens: the end of a response is not among its tokens."""
+        return len(self.tokens) >= max_tokens if self.ended is None else self.ended == "length"
 
     def texts(self, codec: Codec) -> tuple[str, str]:
         """Decodes the attacker's part of the answer and what the model added."""
         return (codec.decode(self.prefill) if self.prefill else "", codec.decode(self.tokens) if self.tokens else "")
+
+
+class Said(list[int]):
+    """New tokens of a response whose server says how it `ended`."""
+
+    def __init__(self, tokens: Sequence[int], ended: str | None) -> None:
+        super().__init__(tokens)
+        self.ended = ended
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +121,7 @@ Emit = Callable[[Sequence[tuple[Trial, Response]]], None]
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far the evaluation of one model is.
+    """Progress of the evaluation of one model.
 
     `attack` is the one at work ("" before the first trial), `variant` the one of its variants that was finished last,
     `outcomes` the count of each outcome in it. `reused` trials had been finished by an earlier evaluation.

@@ -33,8 +33,8 @@ from raycomplete.runtime.files import read_json, write_json
 from raycomplete.runtime.types import MODEL_ROLES, ModelRole
 
 SAME = ("models", "data")  # sections that an evaluation shares with the run that it adds to
-# Long templates need more room than training, which changes no response that fits. Arguments of the chat template show
-# in the tokens that responses are kept under.
+# Long templates need more room than training, which stands in the key of whatever it may change. Arguments of the chat
+# template show in the tokens that responses are kept under.
 FREE = ("models.max_length", "models.template_arguments")
 
 OnProgress = Callable[[Progress], None]

@@ -41,11 +41,8 @@ RENAMED = {
     "train.anchor_batch": "method.anchor_batch_size",
     "train.recovery_batch": "method.recovery_batch_size",
     "train.micro_batch": "train.per_device_batch_size",
-    "method.push_forward.tau": "method.penalty.tau",
-    "method.push_forward.margin": "method.penalty.margin",
     "rollout.turn_fraction": "rollout.refusal_prefix_fraction",
     "rollout.turns": "rollout.refusal_prefix_turns",
-    "rollout.own_words": "rollout.student_prefix_fraction",
     "rollout.affirmative_prefix": "rollout.affirmative_prefixes",
 }
 REMOVED = {
@@ -56,7 +53,7 @@ REMOVED = {
     "diagnose.contrastive": "evaluation.defence: {name: contrastive} measures it",
 }
 # Removed keys that the record of an earlier run may hold, and the value at which each decided nothing (None: any).
-_LAPSED = {
+_LAPSED: dict[str, Any] = {
     "method.push_forward.tau": None,
     "method.push_forward.margin": None,
     "method.push_forward.min_weight": 1.0,

@@ -33,7 +33,7 @@ from raycomplete.data.samples import AnchorSample, SampleSet, write_samples
 from raycomplete.data.sources import resolve_checkpoint
 from raycomplete.engines.run import Run
 from raycomplete.evaluation.model_actors import HelperClient, HelperWorker, WhiteBoxClient, WhiteBoxWorker, start_actor
-from raycomplete.evaluation.model_judges import start_model
+from raycomplete.evaluation.model_judges import model_name, start_model
 from raycomplete.evaluation.refusals import find_refusal
 from raycomplete.evaluation.remote_target import RemoteModel
 from raycomplete.methods.sft import SFT
@@ -166,8 +166,8 @@ class AttackResources:
             run, max_length = self._run, self._run.config.models.max_length
             if checkpoint is None:
                 path = run.models.paths["base"]
-                generator = run.engines.generator.with_weights(str(path))
-                attacker = Attacker(fingerprint(path), generator, run.models.codec.with_thinking(False), max_length)
+                generator, codec = run.engines.generator.with_weights(str(path)), run.models.codec.with_thinking(False)
+                attacker = Attacker(model_name(path, codec), generator, codec, max_length)
             elif is_remote(checkpoint):
                 attacker = self._start_remote(RemoteSpec.parse(checkpoint, setting=_ATTACKER))
             else:
@@ -302,13 +302,14 @@ def train_copy(
         EvaluationCancelled: The run is stopping; a checkpoint of the training is kept.
     """
     config, codec = run.config, run.models.codec.with_thinking(False)
-    made_of = [fingerprint(start), chats, asdict(recipe), config.data.seed, config.models.max_length]
+    samples = chat_samples(codec, chats, config.models.max_length)
+    encoded = [[sample.prompt_ids, sample.answer_ids] for sample in samples]
+    made_of = [fingerprint(start), encoded, asdict(recipe), config.data.seed]
     made_of += [lora_rank] * (lora_rank > 0)
     folder = (run.folder / "evaluation" / "finetune" / content_hash(made_of)[:16]).resolve()
     output = folder / "model"
     if (output / "config.json").is_file():
         return output
-    samples = chat_samples(codec, chats, config.models.max_length)
     whole = sum(sample.answer_ids[-1] == codec.eos_id for sample in samples)
     if whole < len(chats):
         run.console.note(

@@ -23,7 +23,7 @@ from raycomplete.config import EvaluationConfig
 from raycomplete.data.checkpoints import fingerprint
 from raycomplete.engines.rollout_pool import RolloutPool
 from raycomplete.engines.run import Run
-from raycomplete.evaluation.results import HARMLESS
+from raycomplete.evaluation.results import HARMLESS, answers_id
 from raycomplete.evaluation.statistics import bootstrap
 from raycomplete.runtime.errors import WorkError
 from raycomplete.runtime.files import PRIVATE, RowStore, content_hash
@@ -57,8 +57,10 @@ def measure_benign_nll(run: Run, roles: Sequence[ModelRole]) -> dict[str, Any]:
     prompts = run.prompts.evaluation["benign"][: config.nll_prompts]
     engine = run.engines.generator
     models = {role: (fingerprint(path), engine.with_weights(str(path))) for role, path in run.models.paths.items()}
-    aligned = models.get("aligned")
-    spoken = aligned_answers(prompts, codec, config, run.folder, aligned) if aligned else {}
+    spoken: dict[str, list[int]] = {}
+    if "aligned" in models:
+        weights, model = models["aligned"]
+        spoken = aligned_answers(prompts, codec, config, run.folder, (answers_id(weights, codec), model))
     answers = given_answers(prompts, spoken, codec, config, run.config.models.max_length)
     read: dict[str, tuple[str, RolloutPool]] = {
         role: models[role] for role in roles if role in models
@@ -73,7 +75,7 @@ def measure_benign_nll(run: Run, roles: Sequence[ModelRole]) -> dict[str, Any]:
 def aligned_answers(
     prompts: Sequence[Prompt], codec: Codec, config: EvaluationConfig, folder: Path, aligned: tuple[str, Generator]
 ) -> dict[str, list[int]]:
-    """Returns the greedy answers of the aligned model (fingerprint and model) to prompts without one, by prompt id.
+    """Returns the greedy answers of the aligned model (its `answers_id` and itself) to prompts without one, by id.
 
     Answers that an evaluation left in the run folder are taken from it.
     """

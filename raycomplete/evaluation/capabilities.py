@@ -130,7 +130,7 @@ def _fitting(target: Target, question: str, examples: Sequence[str], max_tokens:
     """Puts the question behind as many examples as the context holds; returns token ids and their number."""
     for count in range(len(examples), -1, -1):
         sequence = tuple(target.codec.encode_prompt("\n\n".join((*examples[:count], question))))
-        if len(sequence) + max_tokens <= target.max_length:
+        if len(sequence) <= target.room(max_tokens, sequence):
             break
     return sequence, count
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from raycomplete.attacks.target import BatchJudge, Triple
@@ -23,6 +24,7 @@ from raycomplete.evaluation.topic import with_topic
 from raycomplete.evaluation.traps import measured_on_traps
 from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import SetupError
+from raycomplete.runtime.files import content_hash
 from raycomplete.runtime.types import Codec, Generator, Judge, Outcome, Prompt
 
 
@@ -31,7 +33,7 @@ class ModelJudge(RubricJudge):
 
     Args:
         rubric: The question, and how the reply is read.
-        model_id: Fingerprint of the weights.
+        model_id: Name of the model, by `model_name`.
         max_length: Longest sequence that the model reads; a response that is too long for it loses its end. Both are
             parts of the judge's name.
     """
@@ -153,6 +155,12 @@ def start_judge(config: RunConfig, default: Judge, console: Console) -> Iterator
         yield calibrated(judge, read_calibration(known, judge.name)) if known else judge
 
 
+def model_name(path: Path, codec: ChatCodec) -> str:
+    """Names all that a model's words depend on: its weights, and how it is asked and ends an answer."""
+    read = [codec.fingerprint(), codec.encode_prompt(""), sorted(codec.eos_ids)]  # arguments show in the tokens
+    return f"{fingerprint(path)}-{content_hash(read)[:8]}"
+
+
 @contextmanager
 def start_model(
     config: RunConfig, checkpoint: str, role: str, title: str, console: Console
@@ -160,7 +168,7 @@ def start_model(
     """Starts an engine for a model beside those of the run, and ends it on the way out.
 
     Yields:
-        Fingerprint of the weights, the engine, and the model's tokenizer and chat template.
+        Its name, the engine, and the model's tokenizer and chat template.
     """
     path = resolve_checkpoint(checkpoint, role=role)
     codec = ChatCodec(path, trust_remote_code=config.models.trust_remote_code)
@@ -168,7 +176,7 @@ def start_model(
     try:
         with console.stage(f"Engine of the {title} started"):
             engine.wait_until_ready(config.cluster.start_timeout_s)
-        yield fingerprint(path), engine, codec
+        yield model_name(path, codec), engine, codec
     finally:
         with suppress(Exception):  # an actor that is gone already must not hide why
             engine.stop()

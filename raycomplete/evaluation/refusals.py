@@ -256,7 +256,7 @@ _LEAD_WORDS = 6
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Where an answer declines, in characters, and whether it helps before or after."""
+    """The place at which an answer declines, in characters, and whether it helps before or after."""
 
     start: int
     is_direct: bool  # declined in so many words; else judged wrong, and nothing else said

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from raycomplete.attacks.attack import Attack
 from raycomplete.attacks.registry import build_attack
+from raycomplete.attacks.trial import FILTERED, Said
 from raycomplete.config import RemoteConfig, RunConfig
 from raycomplete.data.remote import Messages, RememberingCodec, RemoteSpec, TextCodec
 from raycomplete.runtime.errors import ConfigError, SetupError, WorkError
@@ -120,7 +121,7 @@ class RemoteModel:
 
     @cached_property
     def prefill(self) -> Prefill:
-        """How the server is told to continue an answer, asked once where `evaluation.remote.prefill` is auto.
+        """The way to tell the server to continue an answer, asked once where `evaluation.remote.prefill` is auto.
 
         A server that knows vLLM's two flags refuses them where they contradict each other; one that ignores what it
         does not know answers, and would take the beginning of an answer for a whole one.
@@ -152,7 +153,7 @@ class RemoteModel:
         top_k: int = 0,
         seed: int | None = None,
     ) -> list[list[int]]:
-        """Continues sequences, several at once; new tokens are those of the codec.
+        """Continues sequences, several at once; new tokens are those of the codec, `max_tokens` those of the server.
 
         Raises:
             SetupError: The server refuses the request.
@@ -177,10 +178,10 @@ class RemoteModel:
                     raise _no_prefill(self.spec)
             if seed is not None and temperature > 0:
                 asked["seed"] = seed + index
-            text = self._kept(messages, asked)
+            text, ended = self._kept(messages, asked)
             if answer and self.prefill in ("prefix", "assistant"):
                 text = text.removeprefix(answer)  # some servers repeat it before what their model adds
-            return self._codec.encode_answer(text)[:max_tokens]
+            return Said(self._codec.encode_answer(text), ended)
 
         def say_or_end(index: int) -> list[int]:
             try:
@@ -206,19 +207,20 @@ class RemoteModel:
                     client.close()
                 raise
 
-    def _kept(self, messages: Messages, asked: dict[str, Any]) -> str:
+    def _kept(self, messages: Messages, asked: dict[str, Any]) -> tuple[str, str | None]:
         if self._store is None or (asked["temperature"] > 0 and "seed" not in asked):
             return self._said(messages, asked)
         key = content_hash([self.spec.model_id, messages, asked])
         if key not in self._store:
-            text = self._said(messages, asked)
+            text, ended = self._said(messages, asked)
             if not text:  # filtered, or all of it thinking: another start asks again
-                return ""
+                return text, ended
             with self._pace:
-                self._store.add([{"key": key, "text": text}])
-        return str(self._store[key]["text"])
+                self._store.add([{"key": key, "text": text, "ended": ended}])
+        return str(self._store[key]["text"]), self._store[key].get("ended")
 
-    def _said(self, messages: Messages, asked: dict[str, Any]) -> str:
+    def _said(self, messages: Messages, asked: dict[str, Any]) -> tuple[str, str | None]:
+        """Asks once, and returns the answer with its finish reason."""
         import openai
 
         where, settings = f"The model {self.spec.model!r} at {self.spec.address}", self._settings
@@ -233,21 +235,24 @@ class RemoteModel:
             raise WorkError(words, again) from error
         except openai.APIStatusError as error:
             status = error.status_code
-            if error.code == "content_filter":  # a hosted service that refuses in its model's place
+            if error.code == FILTERED:  # a hosted service that refuses in its model's place
                 with self.usage.lock:
                     self.usage.filtered += 1
-                return ""
+                return "", FILTERED
             if status in (408, 409, 429) or status >= 500:
                 words = f"{where} was busy or failed in {settings.retries + 1} attempts (last: status {status})."
                 raise WorkError(words, f"Lower {self._setting}.parallel. {again}") from error
             remedy = "Check address, name and context length; an attacker must take seed and top_p, too."
             if self._setting == "evaluation.judge":
-                remedy = "Check evaluation.judge.address and model."
+                remedy = (
+                    "Check evaluation.judge.address and model, and that its context holds the longest responses: lower "
+                    "evaluation.max_tokens where it does not."
+                )
             if status in (401, 403):
                 remedy = f"Check the key in the environment variable that {self._setting}.key_variable names."
             raise SetupError(f"{where} refuses the request (status {status}).", remedy) from error
 
-    def _ask(self, messages: Messages, asked: dict[str, Any]) -> str:
+    def _ask(self, messages: Messages, asked: dict[str, Any]) -> tuple[str, str | None]:
         self._wait_for_turn()
         if self._leaving.is_set():
             raise _LeftOff("Another request failed first.")
@@ -255,14 +260,15 @@ class RemoteModel:
         raw = create(model=self.spec.model, messages=messages, **asked)
         try:
             found = raw.parse()
-            text = found.choices[0].message.content
+            choice = found.choices[0]
+            text, ended = choice.message.content, getattr(choice, "finish_reason", None)
         except (ValueError, LookupError, AttributeError, TypeError) as error:
             raise SetupError(
                 f"{self.spec.address} gives no answer of the OpenAI kind (choices[0].message.content).",
                 "Check that the address ends as its maker says, often in /v1.",
             ) from error
         self.usage.add(raw.retries_taken, found.usage)
-        return str(text or "")
+        return str(text or ""), ended
 
     def _wait_for_turn(self) -> None:
         """Spreads the starts of requests evenly over a minute."""

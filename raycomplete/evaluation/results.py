@@ -10,13 +10,21 @@ from typing import Any
 
 from raycomplete.attacks.attack import STANDARD_ANSWER_TOKENS, STANDARD_BEHAVIOURS, Attack
 from raycomplete.attacks.target import Target
-from raycomplete.attacks.trial import CUT_BY_CONTEXT, FIRST_COMPLIED, UNUSED_WORDINGS, Response, Trial, TrialCost
+from raycomplete.attacks.trial import (
+    CUT_BY_CONTEXT,
+    FIRST_COMPLIED,
+    UNREADABLE,
+    UNUSED_WORDINGS,
+    Response,
+    Trial,
+    TrialCost,
+)
 from raycomplete.config import EvaluationConfig
 from raycomplete.evaluation import capabilities
 from raycomplete.evaluation.calibration import corrected_asr
 from raycomplete.evaluation.judges import is_exact, measured, sees_goal
 from raycomplete.evaluation.statistics import mean_over_trials, wilson, worst_of_trials
-from raycomplete.runtime.types import Outcome
+from raycomplete.runtime.types import Codec, Outcome
 
 HARMLESS = "harmless"  # prompts as they are, to measure utility and over-refusal
 MOST_CUT = 0.01  # share of answers that may be cut by the length before a length below the standard counts
@@ -36,6 +44,10 @@ class TrialGroup:
         if self.attack is not None:
             return self.attack.cost(trials)
         return TrialCost(len(trials), sum(trial.decoding.max_tokens for trial in trials))
+
+    def is_cut(self, trial: Trial, response: Response) -> bool:
+        """Tells whether a response was cut by its length."""
+        return self.attack.is_cut(trial, response) if self.attack else response.is_cut(trial.decoding.max_tokens)
 
 
 @dataclass(frozen=True)
@@ -60,6 +72,11 @@ class Answered:
 
 
 Found = Sequence[tuple[Trial, Answered]]
+
+
+def answers_id(weights: str, codec: Codec) -> str:
+    """Names a model by its weights and by the tokens that end its answers, which stand in files beside the weights."""
+    return f"{weights} ends {sorted(codec.eos_ids)}"
 
 
 def model_result(
@@ -159,9 +176,13 @@ def attack_result(group: TrialGroup, answered: Found, target: Target) -> dict[st
         reasons.append("the judge does not see whether a rewritten prompt keeps its goal")
     if cut := sum(answer.response.stats.get(CUT_BY_CONTEXT, 0) > 0 for _, answer in answered):
         reasons.append(f"{cut} of {len(answered)} responses cut by the context")
-    if unused := sum(int(answer.response.stats.get(UNUSED_WORDINGS, 0)) for _, answer in answered):
-        queries = sum(int(answer.response.stats["queries"]) for _, answer in answered)
-        reasons.append(f"{unused} wordings were empty or too long to be asked, where {queries} questions were put")
+    for noted, said in (
+        (UNUSED_WORDINGS, "wordings were empty or too long to be asked"),
+        (UNREADABLE, "verdicts of the judge could not be read and ended no search"),
+    ):
+        if count := sum(int(answer.response.stats.get(noted, 0)) for _, answer in answered):
+            queries = sum(int(answer.response.stats["queries"]) for _, answer in answered)
+            reasons.append(f"{count} {said}, where {queries} questions were put")
     if shortened := sum(answer.shortened for _, answer in answered):
         reasons.append(f"{shortened} of {len(answered)} responses were too long for the judge, which read their start")
     reasons += _unreadable(_num_unreadable(answered), len(answered))
@@ -232,7 +253,7 @@ def _variant(answered: Found, max_tokens: int) -> dict[str, Any]:
         "n": len(answered),
         "outcomes": _counts(answered),
         "max_tokens": max_tokens,
-        "cut_by_length": _num_cut(answered, lambda trial, response: len(response.tokens) >= trial.decoding.max_tokens),
+        "cut_by_length": _num_cut(answered, lambda trial, response: response.is_cut(trial.decoding.max_tokens)),
         "unreadable_verdicts": _num_unreadable(answered),
         "seconds": _seconds(answered),
         "tokens": sum(len(answer.response.tokens) for _, answer in answered),

@@ -21,6 +21,7 @@ from raycomplete.evaluation.attack_resources import AttackResources
 from raycomplete.evaluation.defences.start import Defence
 from raycomplete.evaluation.model_judges import start_judge, start_model
 from raycomplete.evaluation.pace import EvaluationPace
+from raycomplete.evaluation.results import answers_id
 from raycomplete.evaluation.runner import Callbacks, EvaluationSets, evaluate_model
 from raycomplete.runtime.console import Advance
 from raycomplete.runtime.files import PRIVATE, content_hash, read_json, write_json
@@ -38,15 +39,16 @@ def held_out_sets(run: Run) -> Prompts:
     if config.data.source in ORGANISMS:
         return prompts
     source, file = config.evaluation.prefill_from, run.folder / "evaluation" / "prefills.json"
-    harmful = prompts.evaluation["harmful"]
+    harmful, codec = prompts.evaluation["harmful"], models.codec.with_thinking(False)
     made_from = {
-        "source": models.fingerprint("base")
+        "source": answers_id(models.fingerprint("base"), codec)
         if source == "base"
         else fingerprint(resolve_checkpoint(source, role=_ROLE)),
         "depth": config.evaluation.deepest_prefill,
         "opening": config.evaluation.prefill_opening,
         "prompts": [
-            [prompt.prompt_id, content_hash([prompt.text, prompt.answer, *prompt.context])] for prompt in harmful
+            [prompt.prompt_id, content_hash([prompt.text, prompt.answer, *prompt.context, prompt.encoded(codec)])]
+            for prompt in harmful
         ],
     }
     known = read_json(file)
@@ -119,7 +121,7 @@ def evaluate_roles(run: Run, roles: Sequence[ModelRole]) -> dict[str, dict[str, 
                 asked = f"prefill {run.config.evaluation.remote.prefill}"  # answers depend on how one is begun
                 generator, model_id = run.generator(role), f"{run.models.fingerprint(role)} {asked}"
             else:
-                pool, model_id = run.engines.generator.with_weights(str(path)), fingerprint(path)
+                pool, model_id = run.engines.generator.with_weights(str(path)), answers_id(fingerprint(path), codec)
                 generator = thinking(pool, codec, thought)
                 if defence is not None and is_defended:
                     generator, tools = defence.around(pool), defence.tools(tools)

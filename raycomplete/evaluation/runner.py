@@ -94,7 +94,7 @@ def evaluate_model(
     evaluation = _Evaluation(target, groups, folder, callbacks)
     answered = evaluation.finish()
     result = model_result(target, groups, answered, config)
-    rows = [evaluation.outcome(*found) for group in groups for found in answered[group.name]]
+    rows = [evaluation.outcome(group, *found) for group in groups for found in answered[group.name]]
     write_rows(folder / "outcomes" / f"{target.role}.jsonl", rows)
     if config.save_completions:
         rows = [_completion(target, trial, found) for group in groups for trial, found in answered[group.name]]
@@ -161,9 +161,9 @@ class _Evaluation:
         self._report("", "", {})
         return {group.name: self._finish_group(group) for group in self._groups}
 
-    def outcome(self, trial: Trial, found: Answered) -> dict[str, Any]:
+    def outcome(self, group: TrialGroup, trial: Trial, found: Answered) -> dict[str, Any]:
         """Makes the row of a trial in outcomes/<role>.jsonl."""
-        cut = len(found.response.tokens) >= trial.decoding.max_tokens
+        cut = group.is_cut(trial, found.response)
         kind = {"kind": trial.prompt.kind, "outcome": found.outcome, "right": found.right, "cut": cut}
         return {"key": self._keys[id(trial)], **_named(trial), **kind}
 
@@ -196,7 +196,7 @@ class _Evaluation:
         for variant, same in groupby(trials, key=lambda trial: trial.variant):
             batch = list(same)
             if group.name != capabilities.ATTACK:  # which has right answers instead
-                self._judge(batch, with_right=(group.name, variant) == (HARMLESS, "benign"))
+                self._judge(group, batch, with_right=(group.name, variant) == (HARMLESS, "benign"))
                 if group.attack is not None and group.attack.with_prefill:
                     self._judge_with_prefill(batch)
                 for trial in batch:
@@ -208,21 +208,22 @@ class _Evaluation:
                 finished = sum(not left for left in self._open.values())
                 self._callbacks.on_variant(variant, finished, self._num_variants)
 
-    def _judge(self, trials: Sequence[Trial], *, with_right: bool) -> None:
+    def _judge(self, group: TrialGroup, trials: Sequence[Trial], *, with_right: bool) -> None:
         """Stores the outcomes of responses that this judge has not seen yet, and which answers are right."""
         target = self._target
         new = [trial for trial in trials if self._judgement_key(trial) not in self._judgements]
         pairs = [(trial, self._answered(trial).response) for trial in new]
+        needs_words = group.attack is not None and group.attack.asks_harmlessly
         rows = []
-        outcomes = target.judged(pairs)
-        noted = {name: getattr(target.judge, name, ()) if pairs else () for name in ("unreadable", "shortened")}
-        for place, ((trial, response), outcome) in enumerate(zip(pairs, outcomes, strict=True)):
+        for (trial, response), verdict in zip(pairs, target.judged(pairs), strict=True):
+            outcome = verdict.sure if needs_words else verdict.outcome
             row: dict[str, Any] = {"key": self._judgement_key(trial), "outcome": str(outcome)}
-            row |= {name: True for name, places in noted.items() if place in places}
+            row |= {name: True for name in ("unreadable", "shortened") if getattr(verdict, name)}
             if with_right:
                 row["right"] = bool(target.judge.is_right(trial.prompt, response.texts(target.codec)[1]))
             rows.append(row)
         self._judgements.add(rows)
+        target.known.clear()  # of a search, which may have asked about thousands of answers
 
     def _judge_with_prefill(self, trials: Sequence[Trial]) -> None:
         """Stores the outcomes of answers that are judged as if the model had written the prefill too."""
@@ -247,7 +248,9 @@ class _Evaluation:
         sequence, prefill, tokens, thinking = (
             tuple(row.get(name, ())) for name in ("sequence", "prefill", "tokens", "thinking")
         )
-        response = Response(sequence, prefill, tokens, row["stats"], row.get("conversation", ()), thinking)
+        response = Response(
+            sequence, prefill, tokens, row["stats"], row.get("conversation", ()), thinking, row.get("ended")
+        )
         judgement = self._judgements.get(self._judgement_key(trial))  # none for benchmarks
         whole = self._judgements.get(self._judgement_key(trial, with_prefill=True))
         return Answered(
@@ -273,6 +276,7 @@ def _row(key: str, trial: Trial, response: Response, seconds: float) -> dict[str
     ids = {"sequence": response.sequence, "prefill": response.prefill, "tokens": response.tokens}
     ids |= {"thinking": response.thinking} if response.thinking else {}
     row = {"key": key, **_named(trial), **ids, "seconds": seconds, "stats": dict(response.stats)}
+    row |= {"ended": response.ended} if response.ended else {}
     return row | {"conversation": response.conversation} if response.conversation else row
 
 

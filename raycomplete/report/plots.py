@@ -299,7 +299,7 @@ def depth_heat_map(metrics: Sequence[Mapping[str, Any]]) -> Plot | None:
 
 
 def compliance_heat_map(metrics: Sequence[Mapping[str, Any]]) -> Plot | None:
-    """How often the student's own rollouts complied, by step and depth."""
+    """Draws the share of the student's own rollouts that complied, by step and depth."""
     caption = "Share of the student's own rollouts that went on complying, by step and depth. Blank: not drawn."
     drawn = _steps_by_depth(metrics, "depth_compliance", "rollouts that comply")
     return None if drawn is None else Plot("depth_compliance", caption, *drawn)

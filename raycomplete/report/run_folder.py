@@ -20,7 +20,7 @@ class RunFolder:
 
     Attributes:
         summary: summary.json, completed from the evaluation files.
-        results: evaluation/<role>.json by role.
+        results: evaluation/<role>.json by role, those of the summary's evaluation.
         metrics: Rows of metrics.jsonl, one a step, in order.
         terms: Terms of the loss by name: label, description and measures, as training.json describes them.
         diagnosis: diagnosis.json, of this folder or of the diagnosis beside the run.
@@ -58,7 +58,9 @@ def read_run_folder(folder: Path) -> RunFolder:
             "Finish the run first: raycomplete evaluate writes it, and raycomplete diagnose a diagnosis.json.",
         )
     results = {role: _read_mapping(folder / "evaluation" / f"{role}.json") for role in MODEL_ROLES}
-    found: dict[str, dict[str, Any]] = {role: result for role, result in results.items() if result is not None}
+    found: dict[str, dict[str, Any]] = {
+        role: result for role, result in results.items() if result is not None and _is_of(summary, role, result)
+    }
     for key in ("asr", "utility", "over_refusal", "benign_refusal"):
         if not summary.get(key):
             summary = {**summary, key: {role: result[key] for role, result in found.items() if key in result}}
@@ -77,6 +79,13 @@ def read_run_folder(folder: Path) -> RunFolder:
         diagnosis=diagnosis,
         config=config.read_text(encoding="utf-8") if config.is_file() else None,
     )
+
+
+def _is_of(summary: Mapping[str, Any], role: str, result: Mapping[str, Any]) -> bool:
+    """Tells whether a result is of the summary's evaluation, and not of one before it or one that was cut off since."""
+    settings = {name: value for name, value in result.get("settings", {}).items() if name != "temperature"}
+    pairs = (summary.get("judge"), result.get("judge")), (summary.get("evaluation"), settings or None)
+    return role in (summary.get("asr") or {role}) and all(None in pair or pair[0] == pair[1] for pair in pairs)
 
 
 def _read_mapping(path: Path) -> dict[str, Any] | None:

@@ -30,6 +30,7 @@ from raycomplete.serving.schemas import EvaluationRequest
 
 _CANCEL_GRACE_S = 10.0  # what a batch may take to end; finished trials are on disk already
 _LOCK_TIMEOUT_S = 60.0
+_KEPT = "Finished trials are kept; submit it again if it is still wanted."
 _SPAWN = multiprocessing.get_context("spawn")
 
 Evaluate = Callable[[RunConfig, list[ModelRole], OnProgress, Cancelled], object]
@@ -83,7 +84,7 @@ def follow(connection: Connection, on_progress: OnProgress, cancelled: Cancelled
             with suppress(BrokenPipeError):  # it has ended, and what it said last tells why
                 connection.send("cancel")
         if time.monotonic() > give_up_at:
-            raise WorkError("The evaluation was stopped in the middle of a batch.")
+            raise WorkError("The evaluation was stopped in the middle of a batch.", _KEPT)
 
 
 def work(connection: Connection, evaluate: Evaluate, tree: Any, roles: list[ModelRole], log: Path) -> None:

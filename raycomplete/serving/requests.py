@@ -1,4 +1,4 @@
-"""Who may ask (the bearer token), and what for: turns a request into the run file of its evaluation.
+"""Checks who asks (the bearer token) and for what, and turns a request into the run file of its evaluation.
 
 Whatever can be refused without torch is refused here.
 """

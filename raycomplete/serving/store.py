@@ -52,7 +52,7 @@ CREATE TABLE IF NOT EXISTS events (
 """
 _BUSY_S = 30.0  # longest wait for another process's write
 _CLAIMABLE = (
-    "SELECT id, cancel, attempts, started FROM evaluations WHERE (state = 'queued' AND not_before <= :now) "
+    "SELECT id, cancel, attempts, started, error FROM evaluations WHERE (state = 'queued' AND not_before <= :now) "
     "OR (state = 'running' AND lease_until <= :now) ORDER BY number LIMIT 20"
 )
 _TOTALS = (
@@ -62,7 +62,7 @@ _TOTALS = (
 
 
 class QueueFullError(RefusedError):
-    """As many evaluations wait as may wait."""
+    """No further evaluation may wait."""
 
 
 class KeyReusedError(RefusedError):
@@ -201,8 +201,7 @@ class EvaluationStore:
                 if row["cancel"]:
                     self._end(identity, State.CANCELLED)
                 elif attempts >= max_attempts:
-                    problem = f"The evaluation's runner was lost {attempts} times, most likely out of memory."
-                    self._end(identity, State.FAILED, problem)
+                    self._end(identity, State.FAILED, _lost(identity, attempts, row["error"]))
                 else:
                     claim, started = secrets.token_hex(8), now if row["started"] is None else row["started"]
                     values = {"claim": claim, "lease_until": now + lease_s, "attempts": attempts + 1}
@@ -304,6 +303,13 @@ class EvaluationStore:
                 self._connection.execute("ROLLBACK")
                 raise
             self._connection.execute("COMMIT")
+
+
+def _lost(identity: str, attempts: int, error: str | None) -> str:
+    """Says why an evaluation is not started again whose last runner fell silent."""
+    problem = f"The evaluation's runner was lost in the last of {attempts} attempts, most likely out of memory."
+    earlier = f" An earlier attempt failed: {error}" if error else ""
+    return f"{problem}{earlier} Free memory or ask for less, and submit it again; evaluations/{identity}.log says more."
 
 
 def _view(row: sqlite3.Row) -> EvaluationView:

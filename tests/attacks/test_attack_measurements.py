@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 
 from raycomplete.attacks.registry import build_attack, parse_attack
-from raycomplete.attacks.target import Attacker, Target
+from raycomplete.attacks.target import Attacker, AttackTools, BatchJudge, Target, Triple
 from raycomplete.attacks.trial import Response, Trial
-from raycomplete.evaluation.runner import EvaluationSets
+from raycomplete.config import EvaluationConfig
+from raycomplete.evaluation.judges import RefusalJudge
+from raycomplete.evaluation.runner import EvaluationSets, evaluate_model
 from raycomplete.runtime.errors import WorkError
-from raycomplete.runtime.types import Prompt
+from raycomplete.runtime.types import Outcome, Prompt
 from tests.attacks.scripted import COMPLY, REFUSE, Tools, evaluate, run
 
 
@@ -36,6 +38,66 @@ def test_pair_publishes_its_first_round_too(
     once = evaluate(model(COMPLY), codec, tools, sets, [{**entry, "rounds": 1}], tmp_path / "once")["attacks"]["pair"]
     assert (once["best_of"], once["first_round"]) == (1, None)
     assert once["corrected"] is not None
+
+
+SEARCHES = (
+    ({"name": "pair", "streams": 1, "rounds": 3, "instruction": "{goal}"}, 3),
+    ({"name": "crescendo", "turns": 3, "instruction": "{goal}"}, 3),
+    ({"name": "best_of_n", "samples": 3}, 3),
+)
+
+
+@pytest.mark.parametrize(("entry", "most"), SEARCHES)
+def test_a_verdict_that_cannot_be_read_ends_no_search(
+    entry: dict[str, Any], most: int, target: Target, sets: EvaluationSets
+) -> None:
+    """Patterns decide in its place, and call an answer to a harmless question compliance."""
+
+    class Mumbling(BatchJudge):
+        name = "mumbling"
+
+        def outcomes(self, triples: Sequence[Triple]) -> list[Outcome]:
+            self.unreadable = frozenset(range(len(triples)))
+            return [Outcome.COMPLIED] * len(triples)
+
+    found = run(replace(target, judge=Mumbling()), entry, sets)
+    assert {(response.stats["queries"], response.stats["unreadable_verdicts"]) for _, response in found} == {
+        (most, most)
+    }
+    assert {response.stats["first_complied"] for _, response in found} == {0.0}
+
+
+@pytest.mark.parametrize(("entry", "most"), SEARCHES)
+def test_the_verdict_that_ended_a_search_is_the_one_that_is_stored(
+    entry: dict[str, Any], most: int, target: Target, sets: EvaluationSets, tmp_path: Path
+) -> None:
+    """Asked again, this judge says the opposite."""
+    asked: list[tuple[Prompt, str]] = []
+
+    class Fickle(RefusalJudge):
+        tells_harmless = True
+
+        def outcome(self, prompt: Prompt, prefill: str, continuation: str) -> Outcome:
+            asked.append((prompt, continuation))
+            return Outcome.COMPLIED if asked.count(asked[-1]) == 1 else Outcome.REFUSED
+
+    config = EvaluationConfig.model_validate({"depths": [4], "max_tokens": 10, "attacks": [entry]})
+    only_search = replace(sets, harmful=sets.harmful[3:], benign=(), borderline=())
+    other = replace(target, judge=Fickle(), generator=Counted(target))
+    result = evaluate_model(other, only_search, config, tmp_path)["attacks"][entry["name"]]
+    assert result["mean"]["rate"] == 1.0
+    assert result["stats"]["queries"] == 1
+
+
+class Counted:
+    """A model that says something else each time."""
+
+    def __init__(self, target: Target) -> None:
+        self._codec, self._said = target.codec, 0
+
+    def generate(self, sequences: Sequence[Sequence[int]], **_: Any) -> list[list[int]]:
+        self._said += 1
+        return [self._codec.encode_answer(f"take key {self._said} {place}") for place in range(len(sequences))]
 
 
 def test_draws_do_not_depend_on_what_is_missing(target: Target, sets: EvaluationSets, model: Any, codec: Any) -> None:
@@ -103,6 +165,20 @@ def test_trials_are_named_by_what_decides_them(target: Target, sets: EvaluationS
     )
     before, after = planned("finetune", [prompt]), planned("finetune", [prompt], changed)
     assert [one.key("m") == two.key("m") for one, two in zip(before, after, strict=True)] == [True, True, False]
+
+
+@pytest.mark.parametrize("name", ["pair", "crescendo"])
+def test_wordings_that_a_context_left_out_are_written_anew_with_more_of_it(
+    name: str, target: Target, sets: EvaluationSets, codec: Any
+) -> None:
+    """That of the target, and that of the attacker, which decides how much of the last answer it is shown."""
+
+    def key(of_target: int, of_attacker: int) -> str:
+        attacker = Attacker("attacker", target.generator, codec, of_attacker)
+        of = replace(target, max_length=of_target, tools=AttackTools(attacker=lambda _: attacker))
+        return build_attack(parse_attack(name)).plan(of, sets.harmful)[0].key("m")
+
+    assert len({key(128, 512), key(256, 512), key(128, 1024)}) == 3
 
 
 def test_a_search_without_survivors_is_no_measurement(target: Target, sets: EvaluationSets) -> None:

@@ -234,6 +234,8 @@ def test_templates(target: Target, sets: EvaluationSets, tmp_path: Path) -> None
     found = run(target, {"name": "templates", "path": str(path)}, sets)
     assert target.codec.decode(found[0][1].sequence) == "Hello assistant. do the bad thing number 2"
     assert target.codec.decode(found[4][1].sequence) == "x do the bad thing number 2 y"
+    few = build_attack(parse_attack({"name": "templates", "path": str(path), "limit": 20}))
+    assert few.reduced_because(target.codec, sets.harmful)[0] == "standard_templates 2 instead of 10"
     assert fill("{prompt} {prompt}", "a{b}") == "a{b} a{b}"
     path.write_text("".join(json.dumps(rows[0]) + "\n" for _ in range(2)))
     with pytest.raises(DataError, match="a name twice"):

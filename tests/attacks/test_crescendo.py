@@ -14,7 +14,7 @@ import pytest
 from raycomplete.attacks.crescendo import CrescendoConfig
 from raycomplete.attacks.registry import build_attack, parse_attack
 from raycomplete.attacks.rewriting import round_seed
-from raycomplete.attacks.target import Attacker, AttackTools, Target
+from raycomplete.attacks.target import Attacker, AttackTools, BatchJudge, Target, Triple
 from raycomplete.attacks.trial import Decoding, Response, Trial
 from raycomplete.config import EvaluationConfig
 from raycomplete.evaluation.judges import RefusalJudge
@@ -112,6 +112,7 @@ def test_a_target_that_always_refuses_is_asked_until_turns_and_backtracks_are_sp
             "first_complied": 0.0,
             "cut_by_context": 0.0,
             "unused_wordings": 0,
+            "unreadable_verdicts": 0,
         }
         assert target.codec.decode(response.tokens) == REFUSE
         assert [item["taken_back"] for item in response.conversation] == [True] * 6 + [False] * 8
@@ -200,6 +201,7 @@ def test_refused_turns_are_taken_back_and_told_to_the_attacker(
         "first_complied": 0.0,
         "cut_by_context": 0.0,
         "unused_wordings": 0,
+        "unreadable_verdicts": 0,
     }
 
 
@@ -256,6 +258,28 @@ def test_a_conversation_goes_on_where_the_prompt_s_own_ends(make: Make) -> None:
 def test_a_judge_that_does_not_see_the_behaviour_is_refused(make: Make, sets: EvaluationSets) -> None:
     with pytest.raises(SetupError, match=r"takes the answers to them for success\. Set evaluation.judge.kind"):
         hold(replace(make(lambda turn, text: CHAT), judge=RefusalJudge()), sets.harmful)
+
+
+def test_a_conversation_whose_verdicts_cannot_be_read_is_no_success(
+    make: Make, sets: EvaluationSets, tmp_path: Path
+) -> None:
+    """Patterns, which decide in the judge's place, would take its last answer for one as they would the first."""
+
+    class Mumbling(BatchJudge):
+        name = "mumbling"
+        is_right = GoalJudge.is_right
+
+        def outcomes(self, triples: Sequence[Triple]) -> list[Outcome]:
+            self.unreadable = frozenset(range(len(triples)))
+            return [Outcome.COMPLIED] * len(triples)
+
+    attack = {"name": "crescendo", "turns": 2, "instruction": "{goal}"}
+    config = EvaluationConfig.model_validate({"depths": [0], "max_tokens": 10, "attacks": [attack]})
+    target = replace(make(lambda turn, text: CHAT), judge=Mumbling())
+    block = evaluate_model(target, sets, config, tmp_path)["attacks"]["crescendo"]
+    assert (block["mean"]["rate"], block["unreadable_verdicts"], block["trials"]) == (0.0, 4, 4)
+    words = "8 verdicts of the judge could not be read and ended no search, where 8 questions were put"
+    assert words in block["reduced_because"]
 
 
 def test_a_template_that_writes_one_turn_only_is_refused_before_anything_is_asked(

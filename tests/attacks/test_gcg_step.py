@@ -93,6 +93,15 @@ def test_the_trace_is_that_of_a_plain_step(model: Any, codec: ChatCodec, search:
     assert search.best == expected.best
 
 
+def test_every_position_has_its_turn_where_candidates_are_few() -> None:
+    suffix, gradient_SV, usable = (1,) * 6, np.zeros((6, 8), dtype=np.float32), np.arange(2, 8)
+    attack, rng = GcgAttack(GcgConfig(search_width=4, top=4)), np.random.default_rng(0)
+    drawn = [attack.candidates(suffix, gradient_SV, usable, rng, step) for step in range(3)]
+    changed = [[int(np.argmax(candidate)) for candidate in candidates] for candidates in drawn]
+    assert [len(set(positions)) for positions in changed] == [4, 4, 4]
+    assert {position for positions in changed for position in positions} == set(range(6))
+
+
 def test_the_tokenizer_is_asked_once_a_step(
     model: Any, codec: ChatCodec, search: Search, monkeypatch: pytest.MonkeyPatch
 ) -> None:

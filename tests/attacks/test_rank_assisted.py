@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -99,6 +100,10 @@ def test_planted_truths(
     assert (block["headline"], block["n"], block["trials"]) == ("top-5", 4, 4)
     assert block["outcomes"]["complied" if rates["top-5"] else "empty"] == 4
     assert block["with_prefill"]["rate"] == 1.0, "patterns call the bare prefill compliance: why this is not the rate"
+    kept = [json.loads(line) for line in (tmp_path / "evaluation" / "outcomes" / "student.jsonl").open()]
+    for name in ("rank_assisted_prefill", "base_guided_decoding"):
+        counted = sum(found["cut_by_length"] for found in result["attacks"][name]["variants"].values())
+        assert sum(row["cut"] for row in kept if row["attack"] == name) == counted, "by steps, of one token each"
     guided = result["attacks"]["base_guided_decoding"]["variants"]
     assert {name: found["asr"]["rate"] for name, found in guided.items()} == rates, "base takes what it would say"
     assert set(result["by_prompt"]["rank_assisted_prefill, top-2"].values()) == {rates["top-2"]}
@@ -158,7 +163,7 @@ def test_a_search_that_goes_back_into_the_prefill_leaves_nothing(against: Any, s
     trial, response = rap(target, sets, min_probability=1.0)
     assert response.tokens == ()
     assert (response.stats["exhausted"], response.stats["steps"], response.stats["backtracks"]) == (1.0, 3, 1)
-    assert target.judged([(trial, response)])[0] == "empty"
+    assert target.judged([(trial, response)])[0].outcome == "empty"
 
 
 def test_no_word_a_third_time_and_no_early_end(against: Any, sets: EvaluationSets) -> None:

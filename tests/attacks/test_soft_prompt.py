@@ -62,7 +62,7 @@ def test_it_turns_refusals_into_compliance(target: Target, behaviours: list[Prom
         assert target.judge.outcome(prompt, "", target.codec.decode(said)) == Outcome.REFUSED
     assert all(response.stats["loss_best"] < 0.5 * response.stats["loss_start"] for _, response in found)
     last = [(trial, response) for trial, response in found if trial.variant == "step-30"]
-    assert target.judged(last).count(Outcome.COMPLIED) == 3
+    assert [verdict.outcome for verdict in target.judged(last)] == [Outcome.COMPLIED] * 3
 
 
 def test_a_step_goes_along_the_sign_of_the_gradient(model: Any, target: Target, behaviours: list[Prompt]) -> None:

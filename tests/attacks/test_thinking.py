@@ -16,6 +16,7 @@ from raycomplete.attacks.attack import plain_trials
 from raycomplete.attacks.registry import build_attack, parse_attack
 from raycomplete.attacks.target import Target
 from raycomplete.config import EvaluationConfig, parse
+from raycomplete.config.evaluation import CapabilitiesConfig
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.checkpoints import fingerprint
 from raycomplete.data.inputs import KINDS, Models, Prompts
@@ -24,6 +25,7 @@ from raycomplete.engines.cluster import Cluster
 from raycomplete.engines.online_engine import OnlineSampling, Piece
 from raycomplete.engines.run import Run
 from raycomplete.engines.start import Engines
+from raycomplete.evaluation.capabilities import plan_capabilities
 from raycomplete.evaluation.judges import RefusalJudge
 from raycomplete.evaluation.roles import evaluate_roles
 from raycomplete.evaluation.runner import EvaluationSets, evaluate_model
@@ -138,7 +140,8 @@ def test_every_role_thinks_within_the_budget_of_the_run_file(tmp_path: Path) -> 
     run = Run(config, tmp_path, models, Prompts({}, prompts), Console(quiet=True), Cluster(use_gpu=False))
     run.engines = Engines(SimpleNamespace(with_weights=lambda _: model))  # type: ignore[arg-type]
     result = evaluate_roles(run, ["aligned"])["aligned"]
-    assert result["model_id"] == f"{fingerprint(tmp_path)} thinks {BUDGET}", "another budget makes other answers"
+    name = f"{fingerprint(tmp_path)} ends {sorted(codec.eos_ids)} thinks {BUDGET}"
+    assert result["model_id"] == name, "other ends and another budget make other answers"
     assert result["attacks"]["prefill"]["mean"]["rate"] == 1.0
     frame = codec.frame
     assert frame is not None
@@ -246,6 +249,19 @@ def test_prompts_must_leave_room_for_the_thinking(make: Make) -> None:
     closed = target.answering
     (trial,) = plain_trials(replace(target, codec=closed), "a", "v", [ASKED], LONGEST)
     replace(target, max_length=len(trial.sequence) + LONGEST).check_fits([trial])
+
+
+def test_examples_of_a_benchmark_leave_room_for_the_thinking(make: Make, tmp_path: Path) -> None:
+    target, _ = make("Hm.", COMPLY)
+    lines = ["subject,question,A,B,C,D,answer", *("law,What?,one,two,three,four,B" for _ in range(9))]
+    (tmp_path / "mmlu.csv").write_text("\n".join(lines[:2]))
+    (tmp_path / "dev.csv").write_text("\n".join(lines))
+    config = CapabilitiesConfig(mmlu=tmp_path / "mmlu.csv", mmlu_fewshot=tmp_path / "dev.csv", shots=9)
+    (trial,) = plan_capabilities(target, config)
+    target.check_fits([trial])
+    assert 0 < trial.settings["shots"] < 9
+    (roomy,) = plan_capabilities(replace(target, max_thinking_tokens=0), config)
+    assert roomy.settings["shots"] >= trial.settings["shots"]
 
 
 def test_a_thought_has_no_answer_to_begin_with(make: Make, target: Target, tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ from raycomplete.attacks.finetune import FinetuneAttack, FinetuneConfig, Finetun
 from raycomplete.attacks.target import AttackTools, Target
 from raycomplete.attacks.trial import EvaluationCancelled
 from raycomplete.config import load_run_file
+from raycomplete.data.chat import ChatCodec
+from raycomplete.data.checkpoints import fingerprint
 from raycomplete.data.inputs import prepare_models, prepare_prompts
 from raycomplete.data.organism import OrganismJudge, prompts
 from raycomplete.data.organism.world import HELPFUL_SYSTEM
@@ -30,6 +32,7 @@ from raycomplete.evaluation.attack_resources import (
     read_chats,
     train_copy,
 )
+from raycomplete.evaluation.model_judges import model_name
 from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import DataError, StoppedError
 from raycomplete.training.job import TrainJob
@@ -115,12 +118,36 @@ def test_a_copy_of_another_context_is_trained_anew(run: Run, monkeypatch: pytest
     """The one on the disk is found again by what it was made of."""
     jobs: list[TrainJob] = []
     monkeypatch.setattr(attack_resources, "fit", lambda job, **_: jobs.append(job))
-    for length in (256, 256, 128):
+    for length in (256, 256, 40):  # which cuts chats
         models = run.config.models.model_copy(update={"max_length": length})
         changed = replace(run, config=run.config.model_copy(update={"models": models}))
         fine_tune(changed, FinetuneConfig(), "harmful", run.models.paths["aligned"])
     first, again, other = (job.output for job in jobs)
     assert first == again != other
+
+
+def test_a_copy_in_another_template_is_trained_anew(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its arguments may change from one evaluation to the next."""
+    jobs: list[TrainJob] = []
+    monkeypatch.setattr(attack_resources, "fit", lambda job, **_: jobs.append(job))
+    fine_tune(run, FinetuneConfig(), "harmful", run.models.paths["aligned"])
+    plain = ChatCodec.encode_prompt
+    monkeypatch.setattr(ChatCodec, "encode_prompt", lambda codec, text, system=None: [*plain(codec, text, system), 7])
+    fine_tune(run, FinetuneConfig(), "harmful", run.models.paths["aligned"])
+    assert len({job.output for job in jobs}) == 2
+
+
+def test_a_model_is_named_by_how_it_is_asked_and_ends(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A judge's or an attacker's requests stand in no key."""
+    path, codec = run.models.paths["base"], run.models.codec
+    plain, before = ChatCodec.encode_prompt, model_name(path, codec)
+    assert before.startswith(fingerprint(path))
+    asked = {"encode_prompt": lambda codec, text, system=None: [*plain(codec, text, system), 7]}
+    for name, other in (asked | {"eos_ids": frozenset({1, 2}), "fingerprint": lambda _: "another template"}).items():
+        with monkeypatch.context() as patched:
+            patched.setattr(ChatCodec, name, other)
+            assert model_name(path, codec) != before
+    assert model_name(path, codec) == before
 
 
 def test_chats_that_the_context_cuts_are_told(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

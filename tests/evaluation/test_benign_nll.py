@@ -3,17 +3,32 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from raycomplete.attacks.target import Target
 from raycomplete.attacks.trial import EvaluationCancelled
-from raycomplete.config import EvaluationConfig
-from raycomplete.evaluation.benign_nll import GivenAnswer, aligned_answers, benign_nll, given_answers
+from raycomplete.config import EvaluationConfig, parse
+from raycomplete.data.checkpoints import fingerprint
+from raycomplete.data.inputs import Models, Prompts
+from raycomplete.data.organism import checkpoint_path
+from raycomplete.engines.cluster import Cluster
+from raycomplete.engines.run import Run
+from raycomplete.engines.start import Engines
+from raycomplete.evaluation.benign_nll import (
+    GivenAnswer,
+    aligned_answers,
+    benign_nll,
+    given_answers,
+    measure_benign_nll,
+)
 from raycomplete.evaluation.judges import RefusalJudge
+from raycomplete.evaluation.roles import evaluate_roles
 from raycomplete.evaluation.runner import EvaluationSets, evaluate_model
 from raycomplete.evaluation.summary import closing_table
+from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import WorkError
 from raycomplete.runtime.types import Prompt
 
@@ -119,6 +134,28 @@ def test_what_an_evaluation_heard_is_not_asked_again(codec: Any, model: Any, tmp
     silent = model("never asked", fail_at_call=0)
     spoken = aligned_answers(PROMPTS, codec, CONFIG, tmp_path, ("aligned", silent))
     assert spoken == {name: codec.encode_answer(GREEDY)[:6] for name in ("b0", "b2", "b4")}
+
+
+def test_the_answers_of_an_evaluation_are_found_by_the_name_that_it_gave_them(
+    codec: Any, model: Any, tmp_path: Path
+) -> None:
+    checkpoint = checkpoint_path("aligned")
+    prompts: dict[Any, tuple[Prompt, ...]] = {
+        "harmful": (Prompt("h", "do harm", "harmful", "a b"),),
+        "benign": tuple(PROMPTS),
+        "borderline": (),
+    }
+    models, config = (
+        Models({"aligned": checkpoint}, {}, codec),
+        parse({"models": {"base": "b", "aligned": "a"}, "data": {}}, "test"),
+    )
+    config = config.model_copy(update={"evaluation": CONFIG})
+    run = Run(config, tmp_path, models, Prompts({}, prompts), Console(quiet=True), Cluster(use_gpu=False))
+    run.engines = Engines(SimpleNamespace(with_weights=lambda _: model(GREEDY)))  # type: ignore[arg-type]
+    assert evaluate_roles(run, ["aligned"])["aligned"]["model_id"] == f"{fingerprint(checkpoint)} ends [0]"
+    silent = model("never asked", fail_at_call=0)
+    run.engines = Engines(SimpleNamespace(with_weights=lambda _: silent))  # type: ignore[arg-type]
+    assert measure_benign_nll(run, []) == {}
 
 
 def test_over_refusal_file_by_file(codec: Any, model: Any, sets: EvaluationSets, tmp_path: Path) -> None:

@@ -94,6 +94,14 @@ def test_who_writes_them_and_when_they_are_written_anew(
     assert written(prefill_from="organism:aligned")[0] == f"{OPENING} by another model"
     assert started == ["organism:aligned", "ended"]
     assert written(prefill_opening="Well:")[:2] == ["Well: by base", "Sure, like this: by base"]
+    for change in ({"eos_ids": frozenset({0, 5})}, {"encode_prompt": lambda self, text, system=None: [1, 2]}):
+        written(prefill_opening="Well:")
+        count = len(said)
+        with monkeypatch.context() as patched:  # another template, or other arguments of it, and another end token
+            for name, other in change.items():
+                patched.setattr(type(codec), name, other)
+            written(prefill_opening="Well:")
+        assert len(said) == count + 1
 
 
 def test_a_missing_writer_is_refused_before_anything_starts() -> None:

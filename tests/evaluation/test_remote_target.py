@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from raycomplete.attacks.attack import continued
 from raycomplete.attacks.registry import build_attack
+from raycomplete.attacks.target import Target
 from raycomplete.attacks.trial import Decoding, Trial
 from raycomplete.commands.diagnose import diagnose
 from raycomplete.commands.evaluate import evaluate
-from raycomplete.config import RemoteConfig, RunConfig, parse
+from raycomplete.config import EvaluationConfig, RemoteConfig, RunConfig, parse
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.inputs import prepare_models, prepare_prompts
 from raycomplete.data.remote import RememberingCodec, RemoteSpec
@@ -26,74 +26,16 @@ from raycomplete.data.sources import resolve_checkpoint
 from raycomplete.engines.cluster import Cluster
 from raycomplete.engines.run import Run
 from raycomplete.evaluation.attack_resources import AttackResources, check_attacks, extra_engines
+from raycomplete.evaluation.judges import RefusalJudge
 from raycomplete.evaluation.remote_target import RemoteModel, open_remote, usage_line
+from raycomplete.evaluation.runner import EvaluationSets, evaluate_model
 from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import ConfigError, DataError, RefusedError, SetupError, WorkError
 from raycomplete.runtime.logs import hide_secrets
 from raycomplete.runtime.types import Prompt
+from tests.evaluation.chats import FLAGS, Chats
 
 KEY = "sk-a-key-for-these-tests"
-FLAGS = ("continue_final_message", "add_generation_prompt")
-
-
-class Chats(ThreadingHTTPServer):
-    """A server that answers chats: it repeats the last message's words backwards.
-
-    `statuses` are given before the first answers. `knows_flags`: as vLLM does; else it ignores what it does not know.
-    """
-
-    daemon_threads = True
-    request_queue_size = 64
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.asked: list[dict[str, Any]] = []
-        self.keys: list[str] = []
-        self.statuses: list[int] = []
-        self.knows_flags, self.pause_s = True, 0.0
-        self.echoes = False  # the beginning of an answer stands before what is added, as with some hosted services
-        self.at_work, self.most_at_work = 0, 0
-        self.lock = threading.Lock()
-
-    @property
-    def spec(self) -> RemoteSpec:
-        return RemoteSpec(f"http://127.0.0.1:{self.server_address[1]}/v1", "them")
-
-
-class _Handler(BaseHTTPRequestHandler):
-    server: Chats
-
-    def do_POST(self) -> None:
-        server, body = self.server, json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with server.lock:
-            server.asked.append(body)
-            server.keys.append(self.headers.get("Authorization", ""))
-            status = server.statuses.pop(0) if server.statuses else 200
-            server.at_work += 1
-            server.most_at_work = max(server.most_at_work, server.at_work)
-        time.sleep(server.pause_s)
-        with server.lock:
-            server.at_work -= 1
-        if server.knows_flags and all(body.get(flag) for flag in FLAGS):
-            status = 400
-        said = " ".join(str(body["messages"][-1]["content"]).split()[::-1])
-        if server.echoes:
-            said = f"{body['messages'][-1]['content']} {said}"
-        usage = {"prompt_tokens": 10, "completion_tokens": 2, "total_tokens": 12}
-        choice = {"index": 0, "message": {"role": "assistant", "content": said}, "finish_reason": "stop"}
-        answer: dict[str, Any] = {"id": "x", "object": "chat.completion", "created": 0, "model": "them"}
-        answer |= {"choices": [choice], "usage": usage}
-        if status != 200:
-            answer = {"error": {"message": f"no, {self.headers['Authorization']}", "type": "t", "code": None}}
-        content = json.dumps(answer).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(content)))
-        self.send_header("Retry-After-Ms", "20")
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *_: Any) -> None: ...
 
 
 @pytest.fixture
@@ -229,6 +171,41 @@ def test_what_was_answered_is_not_asked_again(
     for _ in range(2):  # sampled: those without a seed are other answers each time
         again.generate(prompts[:1], max_tokens=9, temperature=1.0)
     assert len(server.asked) - asked == 8
+
+
+def test_the_server_says_whether_an_answer_was_cut(
+    server: Chats, codec: RememberingCodec, make: Callable[..., RemoteModel], tmp_path: Path
+) -> None:
+    """Its tokens are words here, of which a full stop is a part; to the local tokenizer it is a token of its own."""
+    attack = build_attack(EvaluationConfig(depths=[0]).prefill())
+    ids = codec.encode_prompts(["heat. flask.", "heat the flask"])
+    trials = [Trial("a", "v", Prompt("p", "", "harmful"), tuple(sequence), Decoding(2)) for sequence in ids]
+    for _ in range(2):  # asked, and kept
+        model = make()
+        model.keep_in(tmp_path / "kept.jsonl")
+        responses = continued(Target("student", "m", model, codec, RefusalJudge(), 256, 2), trials)
+        assert [codec.decode(response.tokens) for response in responses] == ["flask . heat .", "flask the"]
+        assert [attack.is_cut(trial, response) for trial, response in zip(trials, responses, strict=True)] == [
+            False,
+            True,
+        ]
+    assert len(server.asked) == 2
+
+
+def test_what_a_server_filters_is_refused(
+    server: Chats, codec: RememberingCodec, make: Callable[..., RemoteModel], tmp_path: Path
+) -> None:
+    """The evaluated model is what is behind the address, and a harmless prompt that it keeps out is over-refusal."""
+    server.filters = True
+    prompts = [Prompt(kind, f"heat {word}", kind) for kind, word in (("harmful", "it"), ("borderline", "salt"))]  # type: ignore[arg-type]
+    sets = EvaluationSets((prompts[0],), (), (prompts[1],))
+    config = EvaluationConfig(depths=[0])
+    for _ in range(2):  # asked, and kept
+        target = Target("student", "m", make(), codec, RefusalJudge(), 512, config.max_tokens)
+        result = evaluate_model(target, sets, config, tmp_path)
+        assert result["over_refusal"]["rate"] == 1.0
+        assert result["variants"]["prefill-0"]["outcomes"]["refused"] == 1
+    assert len(server.asked) == 2
 
 
 def test_a_failure_ends_what_else_is_at_work(server: Chats, make: Callable[..., RemoteModel]) -> None:

@@ -122,6 +122,12 @@ def judge_at(server: Server, rubric: Rubric | None = None, **changes: Any) -> En
     return EndpointJudge(JudgeConfig.model_validate(tree), rubric or read_rubric("refusal"))
 
 
+def test_a_response_that_may_be_too_long_for_the_judge_is_named(server: Server) -> None:
+    server.statuses = [400]
+    with pytest.raises(SetupError, match=r"refuses the request \(status 400\).* context .*evaluation\.max_tokens"):
+        judge_at(server).outcome(PROMPT, "", COMPLY)
+
+
 def test_an_address_is_asked_with_key_and_rubric(
     server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

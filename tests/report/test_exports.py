@@ -114,6 +114,17 @@ def test_rates_and_table_name_the_defence_of_the_student(run_folder: Path) -> No
     assert closing_table(run.summary)[0] == ["", "base", "aligned", "student behind probe"]
 
 
+def test_a_role_that_the_summary_leaves_out_has_no_rates(run_folder: Path) -> None:
+    """An earlier evaluation, behind a defence, left its result."""
+    summary = json.loads((run_folder / "summary.json").read_text())
+    for name in ("asr", "utility", "over_refusal", "benign_nll"):
+        del summary[name]["student"]
+    for found in summary["over_refusal_by_source"].values():
+        del found["student"]
+    (run_folder / "summary.json").write_text(json.dumps(summary))
+    assert {row["role"] for row in rate_rows(read_run_folder(run_folder))} == {"base", "aligned"}
+
+
 def test_a_run_without_an_evaluated_student_has_no_card(run_folder: Path) -> None:
     assert write_model_card(run_folder) is None
 

@@ -17,6 +17,7 @@ from raycomplete.runtime.errors import ConfigError, DataError
 from raycomplete.runtime.files import write_json
 
 DEPTHS = ("prefill-0", "prefill-4")
+SETTINGS: dict[str, Any] = {"num_prompts": 40, "depths": [0, 4]}
 
 
 def a_run(root: Path, seed: int, *, num_prompts: int = 40, **settings: Any) -> Path:
@@ -44,7 +45,7 @@ def a_run(root: Path, seed: int, *, num_prompts: int = 40, **settings: Any) -> P
                 },
             },
         )
-    evaluation = {"num_prompts": num_prompts, "depths": [0, 4]}
+    evaluation = SETTINGS | {"num_prompts": num_prompts}
     write_json(folder / "summary.json", {"name": folder.name, "judge": "patterns", "evaluation": evaluation, "asr": {}})
     config = {"train": {"seed": seed, "steps": 60}, "output": {"root": "runs", "name": folder.name}} | settings
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
@@ -141,6 +142,22 @@ def test_another_judge_or_evaluation_is_a_difference(runs: list[Path]) -> None:
     write_json(runs[1] / "summary.json", summary | {"judge": "model", "evaluation": {"num_prompts": 40, "depths": [0]}})
     found = aggregate_runs(runs, allow_differences=True)["differences"]
     assert [said.split(" is ")[0] for said in found] == ["evaluation.depths", "judge"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"judge": "model"}, {"settings": {"num_prompts": 40, "depths": [0], "temperature": 0.0}}],
+    ids=["another judge", "other settings"],
+)
+def test_a_result_of_another_evaluation_than_the_summary_s_is_left_out(
+    runs: list[Path], change: dict[str, Any]
+) -> None:
+    """It was cut off between this file and the summary."""
+    path = runs[1] / "evaluation" / "student.json"
+    write_json(path, json.loads(path.read_text()) | change)
+    assert set(aggregate_runs(runs)["rates"]["utility"]) == {"aligned"}
+    write_json(path, json.loads(path.read_text()) | {"judge": "patterns", "settings": {**SETTINGS, "temperature": 0.0}})
+    assert set(aggregate_runs(runs)["rates"]["utility"]) == {"aligned", "student"}
 
 
 def test_folders_that_cannot_be_taken_together(runs: list[Path], tmp_path: Path) -> None:

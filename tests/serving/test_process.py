@@ -70,7 +70,7 @@ def test_cancelling_is_told_and_then_enforced(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(WorkError, match="told to cancel"):
         follow(polite, tmp_path, cancelled=lambda: True)
     monkeypatch.setattr(process, "_CANCEL_GRACE_S", 0.3)
-    with pytest.raises(WorkError, match="in the middle of a batch"):
+    with pytest.raises(WorkError, match=r"in the middle of a batch\. Finished trials are kept"):
         follow(lambda _: time.sleep(5), tmp_path, cancelled=lambda: True)
 
 

@@ -100,8 +100,22 @@ def test_a_runner_that_is_always_lost_ends_in_one_sentence(store: EvaluationStor
     assert found is not None
     assert found.state is State.FAILED
     assert found.error is not None
-    assert "lost 3 times" in found.error
+    assert found.error.startswith("The evaluation's runner was lost in the last of 3 attempts, most likely out of")
+    assert f"evaluations/{identity}.log says more" in found.error
+    assert "earlier" not in found.error
     assert kinds(store, identity) == ["queued", "started", "started", "started", "failed"]
+
+
+def test_an_error_before_the_runner_was_lost_is_not_forgotten(store: EvaluationStore, clock: Clock) -> None:
+    identity = submit(store)
+    for _ in range(2):
+        assert store.put_back(claim(store), error="It failed.")
+    claim(store)
+    clock.now += 11
+    assert store.claim(lease_s=10, max_attempts=3) is None
+    found = store.get(identity)
+    assert found is not None
+    assert "An earlier attempt failed: It failed. Free memory" in str(found.error)
 
 
 def test_failures_wait_and_count_but_stops_do_not(store: EvaluationStore, clock: Clock) -> None:

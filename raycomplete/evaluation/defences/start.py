@@ -64,10 +64,10 @@ def check_defence(config: RunConfig, models: Models) -> None:
             "evaluation.defence reads distributions of the student and base, and one of them is behind an address.",
             "Leave the defence out, or name checkpoints.",
         )
-    if config.models.thinks:
+    if config.models.thinks or any(attack.name == "prefill_thinking" for attack in config.evaluation.attacks):
         raise ConfigError(
-            "evaluation.defence acts on answers, and models.template_arguments lets the model think first.",
-            "Leave enable_thinking out.",
+            "evaluation.defence acts on answers, and enable_thinking or prefill_thinking lets the model think first.",
+            "Leave enable_thinking out of models.template_arguments, and prefill_thinking out of evaluation.attacks.",
         )
     if isinstance(defence, AnyDepthConfig) and not models.codec.answer_header:
         raise CheckpointError(
@@ -102,9 +102,9 @@ class Defence:
         if not isinstance(self.settings, ReAskDefence):
             made_from.append(run.models.fingerprint("base"))
         if needs_training_prompts(run.config):
-            prompts = run.prompts.train
+            prompts, codec = run.prompts.train, run.models.codec
             made_from.append(
-                content_hash([[prompt.transcript for prompt in prompts[kind]] for kind in sorted(prompts)])
+                content_hash([[prompt.encoded(codec) for prompt in prompts[kind]] for kind in sorted(prompts)])
             )
             made_from.append(run.config.data.seed)
         if isinstance(self.settings, SafeDecodingDefence):
