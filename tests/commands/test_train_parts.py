@@ -27,9 +27,10 @@ def test_the_share_of_validation_is_of_the_time_with_validation(tmp_path: Path) 
 
 
 def test_a_run_of_other_checkpoints_or_prompts_is_not_resumed(tmp_path: Path) -> None:
-    def check(aligned: str, text: str) -> None:
+    def check(aligned: str, text: str, eos_ids: tuple[int, ...] = (2,)) -> None:
         weights = {"base": "b", "aligned": aligned}
-        models = SimpleNamespace(paths=weights, others={}, fingerprint=lambda role: weights[role])
+        codec = SimpleNamespace(fingerprint=lambda: "c", eos_id=2, eos_ids=eos_ids)
+        models = SimpleNamespace(paths=weights, others={}, codec=codec, fingerprint=lambda role: weights[role])
         prompts = Prompts({"harmful": (Prompt("p", text, "harmful"),), "benign": (), "borderline": ()}, {})
         run: Any = SimpleNamespace(folder=tmp_path, models=models, prompts=prompts)
         train._check_same_inputs(run)
@@ -41,3 +42,5 @@ def test_a_run_of_other_checkpoints_or_prompts_is_not_resumed(tmp_path: Path) ->
     check("a", "x")
     with pytest.raises(ConfigError, match="the content of these changed: aligned, training prompts"):
         check("another", "y")
+    with pytest.raises(ConfigError, match="the content of these changed: tokenizer"):
+        check("a", "x", eos_ids=(2, 7))
