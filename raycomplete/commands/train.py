@@ -273,14 +273,13 @@ def training_stats(
 def _check_same_inputs(run: Run) -> None:
     """Refuses to resume a run whose checkpoints or prompts have changed since it was started."""
     inputs = training_fingerprints(run.models, run.prompts)  # an evaluation checks its own
-    known = read_json(run.folder / "inputs.json")
-    if known is None:
-        write_json(run.folder / "inputs.json", inputs)
-    elif changed := [name for name, content in inputs.items() if known.get(name, content) != content]:
+    known = read_json(run.folder / "inputs.json") or {}
+    if changed := [name for name, content in inputs.items() if known.get(name, content) != content]:
         raise ConfigError(
             f"Since the run in {run.folder} was started, the content of these changed: {', '.join(changed)}.",
             "Run again with --overwrite, or choose another output.name.",
         )
+    write_json(run.folder / "inputs.json", inputs | known)  # a record of an earlier version may lack some
 
 
 def _scorer_totals(engines: Engines) -> dict[str, float]:

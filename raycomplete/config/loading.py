@@ -49,7 +49,7 @@ REMOVED = {
     "teacher.cache_dir": "scores are kept in memory",
     "teacher.cache_disk_gib": "scores are kept in memory",
     "method.push_forward.min_weight": "every row counts alike",
-    "method.depth.fixed_weights": "depths are drawn adaptively or uniformly",
+    "method.depth.fixed_weights": "method.depth.schedule is adaptive or uniform",
     "diagnose.contrastive": "evaluation.defence: {name: contrastive} measures it",
 }
 # Removed keys that the record of an earlier run may hold, and the value at which each decided nothing (None: any).
@@ -83,11 +83,11 @@ def load_run_file(
     for override in overrides:
         apply_override(tree, override)
     if sections is not None:
-        tree = _without_lapsed({name: value for name, value in tree.items() if name in sections})
+        tree = without_lapsed({name: value for name, value in tree.items() if name in sections})
     return parse(tree, str(file), base_folder=file.parent.resolve(), plugins=sections is None)
 
 
-def _without_lapsed(tree: dict[str, Any]) -> dict[str, Any]:
+def without_lapsed(tree: dict[str, Any]) -> dict[str, Any]:
     """Drops removed keys from a record, in place, where they decided nothing."""
     for key, value in _LAPSED.items():
         *parents, leaf = key.split(".")

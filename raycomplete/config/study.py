@@ -209,8 +209,7 @@ def departures(config: RunConfig, reference: RunConfig) -> list[str]:
     found = [
         f"{key} {value} instead of {default}"
         for key, value, default in _differing("method", method, type(method)(name=method.name))
-        # Without a term to follow, depths are drawn evenly under "adaptive" and "uniform" alike.
-        if key != "method.depth.schedule" or method.depth_term is not None or value == "fixed"
+        if key != "method.depth.schedule" or method.depth_term is not None  # without a term depths are drawn evenly
     ]
     trained = [(key, reduce(getattr, key.split("."), config), theirs) for key, theirs in method.published]
     found += [f"{key} {value} instead of {theirs}" for key, value, theirs in trained if value != theirs]

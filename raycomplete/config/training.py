@@ -16,7 +16,7 @@ class ValidationConfig(Section):
 
     every: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
         "auto",
-        description="steps between two measurements; auto: six a run, and none where there are too few prompts; 0 is "
+        description="steps between two measurements; auto: six a run at most, none with too few prompts; 0 is "
         "off: loss weights stay, and the last step is kept",
     )
     num_prompts: int = Field(

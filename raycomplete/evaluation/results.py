@@ -75,8 +75,8 @@ Found = Sequence[tuple[Trial, Answered]]
 
 
 def answers_id(weights: str, codec: Codec) -> str:
-    """Names a model by its weights and by the tokens that end its answers, which stand in files beside the weights."""
-    return f"{weights} ends {sorted(codec.eos_ids)}"
+    """Names a model by its weights, and by the tokens that end its answers where there are several."""
+    return weights if len(codec.eos_ids) == 1 else f"{weights} ends {sorted(codec.eos_ids)}"
 
 
 def model_result(

@@ -23,7 +23,7 @@ from typing import Any
 from raycomplete.attacks.attack import Attack, ask, plain_trials
 from raycomplete.attacks.registry import build_attack
 from raycomplete.attacks.target import Target, judge_all
-from raycomplete.attacks.trial import Progress, Response, Trial, TrialCost
+from raycomplete.attacks.trial import UNREADABLE, Progress, Response, Trial, TrialCost
 from raycomplete.config import EvaluationConfig
 from raycomplete.evaluation import capabilities
 from raycomplete.evaluation.results import HARMLESS, Answered, TrialGroup, model_result
@@ -213,10 +213,9 @@ class _Evaluation:
         target = self._target
         new = [trial for trial in trials if self._judgement_key(trial) not in self._judgements]
         pairs = [(trial, self._answered(trial).response) for trial in new]
-        needs_words = group.attack is not None and group.attack.asks_harmlessly
         rows = []
         for (trial, response), verdict in zip(pairs, target.judged(pairs), strict=True):
-            outcome = verdict.sure if needs_words else verdict.outcome
+            outcome = verdict.sure if UNREADABLE in response.stats else verdict.outcome  # as its search took it
             row: dict[str, Any] = {"key": self._judgement_key(trial), "outcome": str(outcome)}
             row |= {name: True for name in ("unreadable", "shortened") if getattr(verdict, name)}
             if with_right:

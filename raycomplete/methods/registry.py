@@ -187,6 +187,7 @@ class LongestHarmful(DepthConfig):
     """The longest harmful continuation of a method that draws its cuts itself: only `max` counts."""
 
     max: int = Field(100, ge=1, description="longest harmful continuation, in tokens")
+    schedule: Literal["adaptive", "uniform"] = Field("uniform", description="decides nothing here")
 
 
 class Method(Section):

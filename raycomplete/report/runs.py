@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from raycomplete.config.loading import without_lapsed
 from raycomplete.evaluation.statistics import difference_over_runs, mean_over_runs
 from raycomplete.evaluation.summary import (
     OTHER_RATES,
@@ -122,7 +123,7 @@ def _settings(folder: str, run: RunFolder) -> dict[str, Any]:
         raise DataError(f"{folder}/config.yaml must hold a mapping.", "Name folders that raycomplete made.")
     found = {
         key: value
-        for key, value in _flat(tree)
+        for key, value in _flat(without_lapsed(tree))
         if key == "train.seed" or not any(key == free or key.startswith(f"{free}.") for free in _FREE)
     }
     found |= dict(_flat({"evaluation": run.summary.get("evaluation") or tree.get("evaluation")}))
@@ -159,7 +160,7 @@ def shares_by_measure(folder: str, result: Mapping[str, Any], *, in_detail: bool
         raise DataError(
             f"{folder}/evaluation/{result['role']}.json does not say what happened at each prompt: an earlier version "
             "wrote it.",
-            "Run raycomplete evaluate on that run again: finished trials are used again.",
+            "Run raycomplete evaluate on that run again.",
         )
     attacks, by_prompt = result["attacks"], result["by_prompt"]
     found: dict[str, Shares] = {

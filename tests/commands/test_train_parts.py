@@ -42,5 +42,8 @@ def test_a_run_of_other_checkpoints_or_prompts_is_not_resumed(tmp_path: Path) ->
     check("a", "x")
     with pytest.raises(ConfigError, match="the content of these changed: aligned, training prompts"):
         check("another", "y")
-    with pytest.raises(ConfigError, match="the content of these changed: tokenizer"):
-        check("a", "x", eos_ids=(2, 7))
+    for name in ("tokenizer", "aligned"):  # the second is a record from before tokenizers were noted
+        with pytest.raises(ConfigError, match="the content of these changed: tokenizer"):
+            check("a", "x", eos_ids=(2, 7))
+        write_json(file, {key: value for key, value in (read_json(file) or {}).items() if key != name})
+        check("a", "x")

@@ -25,6 +25,7 @@ from raycomplete.evaluation.benign_nll import (
     measure_benign_nll,
 )
 from raycomplete.evaluation.judges import RefusalJudge
+from raycomplete.evaluation.results import answers_id
 from raycomplete.evaluation.roles import evaluate_roles
 from raycomplete.evaluation.runner import EvaluationSets, evaluate_model
 from raycomplete.evaluation.summary import closing_table
@@ -152,7 +153,8 @@ def test_the_answers_of_an_evaluation_are_found_by_the_name_that_it_gave_them(
     config = config.model_copy(update={"evaluation": CONFIG})
     run = Run(config, tmp_path, models, Prompts({}, prompts), Console(quiet=True), Cluster(use_gpu=False))
     run.engines = Engines(SimpleNamespace(with_weights=lambda _: model(GREEDY)))  # type: ignore[arg-type]
-    assert evaluate_roles(run, ["aligned"])["aligned"]["model_id"] == f"{fingerprint(checkpoint)} ends [0]"
+    assert evaluate_roles(run, ["aligned"])["aligned"]["model_id"] == fingerprint(checkpoint)
+    assert answers_id("w", SimpleNamespace(eos_ids={7, 0})) == "w ends [0, 7]"  # type: ignore[arg-type]
     silent = model("never asked", fail_at_call=0)
     run.engines = Engines(SimpleNamespace(with_weights=lambda _: silent))  # type: ignore[arg-type]
     assert measure_benign_nll(run, []) == {}

@@ -102,7 +102,12 @@ def test_rollouts_need_the_on_policy_loop(name: str) -> None:
     with pytest.raises(ValueError, match=r"set rollout\.on_policy to true"):
         RunConfig.model_validate(RUN | {"method": {"name": name}})
     fresh = {"on_policy": True, "lookahead": 0, "sync_every": 1}
-    for key, value in {"temperature": 0.7, "top_p": 0.9, "student_prefix_fraction": 0.5}.items():
+    for key, value in {
+        "temperature": 0.7,
+        "top_p": 0.9,
+        "student_prefix_fraction": 0.5,
+        "anchor_on_policy": 0.5,
+    }.items():
         with pytest.raises(ValueError, match=rf"set rollout\.{key} to"):
             RunConfig.model_validate(RUN | {"method": {"name": name}, "rollout": fresh | {key: value}})
     assert RunConfig.model_validate(RUN | {"method": {"name": name}, "rollout": fresh})

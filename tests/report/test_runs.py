@@ -57,6 +57,15 @@ def runs(tmp_path: Path) -> list[Path]:
     return [a_run(tmp_path, seed) for seed in range(3)]
 
 
+def test_a_record_of_before_a_key_was_removed_counts_with_those_of_after(tmp_path: Path) -> None:
+    depth = {"max": 64}
+    runs = [
+        a_run(tmp_path, 0, method={"depth": depth | {"fixed_weights": []}}),
+        a_run(tmp_path, 1, method={"depth": depth}),
+    ]
+    assert aggregate_runs(runs)
+
+
 def test_rates_are_means_over_runs_with_their_spread(runs: list[Path]) -> None:
     found = aggregate_runs(runs)
     assert (found["seeds"], found["differences"]) == ([0, 1, 2], [])
