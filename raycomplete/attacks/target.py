@@ -106,7 +106,7 @@ class Verdict(NamedTuple):
 
     @property
     def sure(self) -> Outcome:
-        """The outcome for a search, which ends at success: patterns take any answer that refuses nothing for one."""
+        """The outcome that may end a search: compliance only where the judge's own reply says so."""
         return Outcome.OFF_TOPIC if self.unreadable and self.outcome.is_compliance else self.outcome
 
 

@@ -196,7 +196,7 @@ class _Evaluation:
         for variant, same in groupby(trials, key=lambda trial: trial.variant):
             batch = list(same)
             if group.name != capabilities.ATTACK:  # which has right answers instead
-                self._judge(group, batch, with_right=(group.name, variant) == (HARMLESS, "benign"))
+                self._judge(batch, with_right=(group.name, variant) == (HARMLESS, "benign"))
                 if group.attack is not None and group.attack.with_prefill:
                     self._judge_with_prefill(batch)
                 for trial in batch:
@@ -208,7 +208,7 @@ class _Evaluation:
                 finished = sum(not left for left in self._open.values())
                 self._callbacks.on_variant(variant, finished, self._num_variants)
 
-    def _judge(self, group: TrialGroup, trials: Sequence[Trial], *, with_right: bool) -> None:
+    def _judge(self, trials: Sequence[Trial], *, with_right: bool) -> None:
         """Stores the outcomes of responses that this judge has not seen yet, and which answers are right."""
         target = self._target
         new = [trial for trial in trials if self._judgement_key(trial) not in self._judgements]

@@ -49,7 +49,7 @@ SEARCHES = (
 
 @pytest.mark.parametrize(("entry", "most"), SEARCHES)
 def test_a_verdict_that_cannot_be_read_ends_no_search(
-    entry: dict[str, Any], most: int, target: Target, sets: EvaluationSets
+    entry: dict[str, Any], most: int, target: Target, sets: EvaluationSets, tmp_path: Path
 ) -> None:
     """Patterns decide in its place, and call an answer to a harmless question compliance."""
 
@@ -65,6 +65,10 @@ def test_a_verdict_that_cannot_be_read_ends_no_search(
         (most, most)
     }
     assert {response.stats["first_complied"] for _, response in found} == {0.0}
+    config = EvaluationConfig.model_validate({"depths": [4], "max_tokens": 10, "attacks": [entry]})
+    only_search = replace(sets, harmful=sets.harmful[3:], benign=(), borderline=())
+    result = evaluate_model(replace(target, judge=Mumbling()), only_search, config, tmp_path)["attacks"][entry["name"]]
+    assert result["mean"]["rate"] == 0.0, "the last response is stored as no success, either"
 
 
 @pytest.mark.parametrize(("entry", "most"), SEARCHES)
