@@ -234,8 +234,9 @@ class RunConfig(Section):
 
     def _trains_rollouts_as_they_are(self) -> None:
         """Refuses settings under which a method that trains rollouts would do nothing, or something else."""
-        wanted = {"on_policy": True, "temperature": 1.0, "top_p": 1.0, "student_prefix_fraction": 0.0}
-        for key, value in {**wanted, "anchor_on_policy": 0.0}.items():
+        wanted: dict[str, Any] = {"on_policy": True, "temperature": 1.0, "top_p": 1.0}
+        wanted |= {"student_prefix_fraction": 0.0, "anchor_on_policy": 0.0}
+        for key, value in wanted.items():
             if getattr(self.rollout, key) != value:
                 raise ValueError(
                     f"method {self.method.name} trains the student's rollouts, as it writes them by itself: set "

@@ -55,7 +55,8 @@ def attention_on_prefill(attention_BHTT: Tensor, row_R: Tensor, first_R: Tensor,
     paid_RHT = attention_BHTT.transpose(1, 2).flatten(0, 1)[row_R]
     behind_RT = torch.arange(size, device=row_R.device) - (first_R % size)[:, None]  # bfloat16 ends counting at 256
     is_prefill_RT = (behind_RT >= 0) & (behind_RT < length_R[:, None])
-    return 2 * (paid_RHT.float() * is_prefill_RT[:, None]).sum(dim=(1, 2))
+    precise = torch.promote_types(paid_RHT.dtype, torch.float32)
+    return 2 * (paid_RHT * is_prefill_RT[:, None]).sum(dim=(1, 2), dtype=precise)
 
 
 @register

@@ -78,7 +78,7 @@ def test_circuit_breakers(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("packed", [True, False])
 def test_presto(packed: bool, tmp_path: Path) -> None:
-    case = Case(tmp_path, PRESTO.model_validate(PLAIN | {"attention_weight": 0.6, "plain_fraction": 0.11}))
+    case = Case(tmp_path, PRESTO.model_validate(PLAIN | {"attention_weight": 0.6, "plain_fraction": 0.83}))
     case.packed = packed
     cuts = [case.method.sequence(item, Feedback()).depth for item in case.plan.recovery]
     assert sum(cut > 0 for cut in cuts) == 2, "one follows the prompt alone"
