@@ -19,7 +19,7 @@ from raycomplete.config import Dtype, TrainConfig
 from raycomplete.data.checkpoints import TORCH_DTYPES
 from raycomplete.runtime.errors import NotFiniteError
 from raycomplete.runtime.metrics_file import read_metrics
-from raycomplete.training.deepspeed_engine import _settings, spread_bad_loss
+from raycomplete.training.deepspeed_engine import _settings, spread_bad_loss, start_engine
 from raycomplete.training.job import TrainJob
 from raycomplete.training.trainer import fit
 from tests.training.tiny import LocalScores, make_job
@@ -144,6 +144,43 @@ def test_a_bad_step_changes_nothing(
     rows_of_losses = [row for batch in batches for row in batch["rows"]]
     assert {row["term"] for row in rows_of_losses} == {"anchor", "recovery", "push_forward", "opening"}
     assert {row["loss"] is None for row in rows_of_losses} == {True, False}
+
+
+@pytest.fixture
+def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A process group of this process alone."""
+    for name, value in {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def weights_after_steps(zero_stage: int, dtype: Dtype, *, reduces: bool) -> tuple[torch.Tensor, bool]:
+    """Weights after three steps of two passes each, and whether the engine would have reduced gradients by itself."""
+    torch.manual_seed(0)
+    module = torch.nn.Linear(7, 5).to(TORCH_DTYPES[dtype])
+    train = TrainConfig(steps=3, lr=0.1, warmup_steps=1, zero_stage=zero_stage)
+    engine = start_engine(module, train, dtype, 2, 2)
+    by_itself = bool(engine.enable_backward_allreduce)
+    engine.enable_backward_allreduce = by_itself or reduces
+    for _ in range(6):
+        engine.backward(engine(torch.randn(2, 7, dtype=TORCH_DTYPES[dtype])).float().square().mean())
+        engine.step()
+    return module.weight.detach().clone(), by_itself
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_worker_alone_does_not_copy_its_gradients() -> None:
+    dtypes: tuple[Dtype, ...] = ("float32", "bfloat16")
+    for dtype in dtypes:
+        left_out, by_itself = weights_after_steps(0, dtype, reduces=False)
+        assert not by_itself
+        # The reduction of bfloat16 weights rounds their float32 gradients.
+        torch.testing.assert_close(
+            left_out, weights_after_steps(0, dtype, reduces=True)[0], rtol=0 if dtype == "float32" else 2**-6, atol=0
+        )
+    assert weights_after_steps(2, "float32", reduces=True)[1]  # there the reduction cuts gradients into shards
 
 
 @pytest.mark.parametrize(("value", "is_bad"), [(1.5, False), (float("nan"), True), (float("inf"), True)])
