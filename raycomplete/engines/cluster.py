@@ -234,6 +234,8 @@ def connect(
     keep_off_the_screen()
     try:
         if local:
+            # No cloud takes this machine away; to watch for that takes a process of its own, in the way of the worker.
+            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
             room = min(free_bytes(Path("/dev/shm")), estimate_available_memory() // 2)
             ray.init(
                 address="local",  # a cluster of our own, whatever else runs on this machine

@@ -1,1 +1,1 @@
-"""Benchmarks against other libraries; `make bench` runs them, `make test` does not. Results are in docs/results.md."""
+"""Benchmarks against other libraries; `make bench` runs them, `make test` does not. Results are in docs/speed.md."""

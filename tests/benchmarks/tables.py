@@ -1,4 +1,4 @@
-"""One table, two renderings: a terminal and docs/results.md."""
+"""One table, two renderings: a terminal and docs/speed.md."""
 
 from __future__ import annotations
 
@@ -27,6 +27,6 @@ class Table:
         console.print(table)
 
     def to_markdown(self) -> str:
-        """As it stands in docs/results.md."""
+        """As it stands in docs/speed.md."""
         head = [f"| {' | '.join(self.columns)} |", f"|---|{'---:|' * (len(self.columns) - 1)}"]
         return "\n".join([f"**{self.title}**", "", *head, *(f"| {' | '.join(row)} |" for row in self.rows)]) + "\n"

@@ -46,7 +46,7 @@ def trainer_point(one_thread: Hardware) -> Point:
     """Ray Train with DeepSpeed, the teacher read in the same process: the training benchmark's tokens a second.
 
     Args:
-        one_thread: This machine's CPU, if it is the one of docs/results.md.
+        one_thread: This machine's CPU, if it is the one of docs/speed.md.
     """
     small = preset("smollm2-135m")
     sequences = Sequences(8, 39.5, 99.5)  # the means of the benchmark's workload
