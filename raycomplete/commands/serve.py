@@ -138,15 +138,26 @@ def evaluate_request(config: RunConfig, roles: list[ModelRole], on_progress: OnP
 
 
 def _plan(config: RunConfig) -> ResourcePlan:
-    """Adds up what the service holds when every runner is at work."""
-    runners, cluster = config.serve.runners, config.cluster
+    """Adds up what the service holds when every runner is at work.
+
+    GPUs are counted for what the run file evaluates: with all that a request may ask for, one GPU would never do.
+    """
+    from raycomplete.evaluation.attack_resources import extra_engines, training_workers
+
+    runners, cluster, answering = config.serve.runners, config.cluster, chat_roles(config)
     count, shards = runners * config.rollout.num_engines, config.rollout.tensor_parallel
-    generator = engine_request(cluster, "rollout engine", count, tensor_parallel=shards)
-    tools = engine_request(cluster, "model of attacks and judge", runners * (config.evaluation.white_boxes + _TOOLS))
-    worker = ResourceRequest("training worker of the attack", runners, cluster.cpus_per_worker, cluster.gpus_per_worker)
-    answering = chat_roles(config)
-    chat = [engine_request(cluster, "model that answers", len(answering))] if answering else []
-    return ResourcePlan((generator, tools, worker, *chat))
+    extras, workers = extra_engines(config), training_workers(config)
+    further = max(config.evaluation.white_boxes + _TOOLS - extras, 0)
+    requests = [
+        engine_request(cluster, "rollout engine", count, tensor_parallel=shards),
+        engine_request(cluster, "model of attacks and judge", runners * extras),
+        ResourceRequest("model that a request may add", runners * further, cluster.cpus_per_engine, 0.0),
+        ResourceRequest(
+            "training worker of the attack", runners, cluster.cpus_per_worker, cluster.gpus_per_worker * workers
+        ),
+        engine_request(cluster, "model that answers", len(answering)),
+    ]
+    return ResourcePlan(tuple(item for item in requests if item.replicas))
 
 
 def _resolved(spec: str) -> str:

@@ -39,6 +39,7 @@ _REHEARSAL_STAGE_S = 1800.0  # of one stage: processors differ more than GPUs do
 _GRACE_S = 15.0  # between the request to stop and the kill
 _CHECKOUT = Path(__file__).resolve().parents[2]
 _HAS_TESTS = (_CHECKOUT / "tests").is_dir()
+_ENGINE_TESTS = "tests/engines/test_rollout_worker.py"
 _STEPS = 5
 _NO_TIME = "no time was left"
 _SCHEMA = 1
@@ -112,7 +113,7 @@ _TINY_MODEL = ["models.base=organism:base", "models.max_length=256"]
 
 
 def _pytest(plan: Plan) -> list[str]:
-    picked = ["tests/losses/test_kernels.py", "-k", "extreme"] if plan.rehearsal else ["tests"]
+    picked = ["tests/losses/test_kernels.py", *(["-k", "extreme"] if plan.rehearsal else [_ENGINE_TESTS])]
     return plan.module("pytest", *picked, "-m", "gpu", "-v", "-W", "ignore") if _HAS_TESTS else []
 
 

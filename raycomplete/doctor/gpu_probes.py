@@ -130,6 +130,8 @@ def collectives(device: str) -> None:
 
 def _reduce(rank: int, count: int, device: str) -> None:
     place = torch.device(device, rank) if device == "cuda" else torch.device("cpu")
+    if device == "cuda":
+        torch.cuda.set_device(place)  # or each worker opens the first device, too
     backend = "nccl" if device == "cuda" else "gloo"
     torch.distributed.init_process_group(backend, rank=rank, world_size=count)
     values = torch.full((2**26 if device == "cuda" else 2**16,), float(rank + 1), device=place)

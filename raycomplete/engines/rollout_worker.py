@@ -64,6 +64,13 @@ class RolloutEngine:
         """False after a reload that failed half-way: vLLM cannot load over such a model."""
         return bool(self._held)
 
+    def shut_down(self) -> None:
+        """Gives back the device's memory; nothing can be asked afterwards.
+
+        To let go of the object is not enough: what a start made is never collected (`without_collection`).
+        """
+        self._llm.llm_engine.engine_core.shutdown()
+
     def load(self, weights: WeightSource, *, timeout_s: float) -> bool:
         """Loads the weights of another checkpoint of the same architecture, or packed ones.
 
@@ -299,6 +306,7 @@ class RolloutWorker:
             loaded = engine.load(weights, timeout_s=self._options.rollout.sync_timeout_s)
         finally:
             if not engine.is_whole:
+                engine.shut_down()
                 self._engine = None  # the next call starts a new one
         if not loaded:
             return engine, 0.0

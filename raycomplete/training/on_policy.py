@@ -18,6 +18,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from raycomplete.config import RolloutConfig
 from raycomplete.data.samples import AnchorSample, RecoverySample
@@ -208,6 +209,7 @@ class OnPolicySource(StepSource):
         """Waits for the input of a step and asks for the rollouts of later ones; every rank must call this."""
         is_requested = step in self._batches
         taken = self._take(step) if is_requested else None
+        self._make_room()
         stats = self._update_engines(step)
         for ahead in range(step + is_requested, min(step + self._job.rollout.lookahead + 1, self._job.train.steps)):
             self._request(ahead)
@@ -285,6 +287,11 @@ class OnPolicySource(StepSource):
         batch = self._batches.pop(step)
         rollouts = from_rank_zero(lambda: self._rollouts.pop(step).result())
         return batch, rollouts, time.perf_counter() - started
+
+    def _make_room(self) -> None:
+        """Gives back what the trainer's allocator keeps of a shared GPU: an engine that wakes takes all of its own."""
+        if self._job.use_gpu and self._job.rollout.colocated:
+            torch.cuda.empty_cache()
 
     def _update_engines(self, step: int) -> dict[str, Any]:
         if self._is_synced and not self._is_update_due(step):

@@ -95,3 +95,13 @@ def test_every_model_that_there_is_answers_where_chat_is_on(
     named = load_run_file(ROOT / "jobs" / "organism.yaml", [*overrides, "serve.chat_models=[student]"])
     with pytest.raises(ConfigError, match="names the student, and this server has none"):
         serve.admitted(named)
+
+
+def test_one_gpu_holds_what_the_run_file_evaluates() -> None:
+    config = load_run_file(ROOT / "jobs" / "organism.yaml")
+    plan = serve._plan(config)
+    assert plan.gpus == pytest.approx(config.cluster.gpus_per_engine)  # the generator alone: its attacks need no more
+    attacked = load_run_file(ROOT / "jobs" / "organism.yaml", ["evaluation.attacks=[gcg, finetune]"])
+    more = attacked.cluster.gpus_per_engine * 2 + attacked.cluster.gpus_per_worker
+    assert serve._plan(attacked).gpus == pytest.approx(more)
+    assert serve._plan(attacked).cpus == plan.cpus  # CPUs are counted for whatever a request may add

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from raycomplete.config import RolloutConfig, RunConfig, parse
+from raycomplete.config import Dtype, RolloutConfig, RunConfig, parse
 from raycomplete.engines.spec import EngineRole, EngineSpec, object_store_bytes
 
 SPEC = EngineSpec("/nowhere", "bfloat16", 64, use_gpu=True, gpu_memory_utilization=0.5, max_num_batched_tokens=512)
@@ -118,6 +118,12 @@ def test_an_engine_on_a_cpu_sees_no_gpu_and_reserves_none() -> None:
     resources = spec.resources()
     assert (resources["num_cpus"], resources["num_gpus"]) == (0.5, 0)
     assert resources["runtime_env"] == {"env_vars": spec.environment()}
+
+
+@pytest.mark.parametrize(("dtype", "exact"), [("float32", True), ("bfloat16", False)])
+def test_float32_is_not_rounded_on_a_gpu(dtype: Dtype, exact: bool) -> None:
+    environment = replace(SPEC, dtype=dtype, use_gpu=True).environment()
+    assert (environment.get("TRITON_F32_DEFAULT") == "ieee") is exact
 
 
 def test_engines_that_sleep_are_not_sharded() -> None:

@@ -21,6 +21,8 @@ from tests.losses.conftest import ANCHOR, NUMBERS, PUSH_FORWARD, loss_settings, 
 ROOT = Path(__file__).resolve().parents[2]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
+# Rows of logits are padded for Triton alone, and cuBLAS may take another kernel for each width.
+SAME_PRODUCTS = 1e-5 if INTERPRETED else 1e-4
 
 HEADS = [{}, {"bias": True, "scale": 2.0, "softcap": 3.0}]
 DIVERGENCES = [
@@ -115,12 +117,12 @@ def test_bfloat16_matches_pytorch_on_the_same_products(cases: Any, head: Any, di
     # 2^-8 (the interpreter cuts where devices round) before products that are rounded likewise.
     anchor, recovery, alpha = divergences
     arguments = {"anchor_divergence": anchor, "recovery_divergence": recovery, "alpha": alpha, **head}
-    assert_same(*cases(dtype=torch.bfloat16, **arguments), 1e-5, 1e-2)
+    assert_same(*cases(dtype=torch.bfloat16, **arguments), SAME_PRODUCTS, 1e-2)
 
 
 @pytest.mark.gpu
 def test_float32_logits_of_bfloat16_heads(cases: Any) -> None:
-    assert_same(*cases(dtype=torch.bfloat16, logits_dtype="float32"), 1e-5, 1e-2)
+    assert_same(*cases(dtype=torch.bfloat16, logits_dtype="float32"), SAME_PRODUCTS, 1e-2)
 
 
 @pytest.mark.gpu
@@ -176,7 +178,7 @@ def test_whole_tiles(make_case: Any, divergences: Any, vocab_size: int, dtype: t
     anchor, recovery, alpha = divergences
     arguments = {"anchor_divergence": anchor, "recovery_divergence": recovery, "alpha": alpha}
     pair = _pair(make_case, dtype=dtype, vocab_size=vocab_size, bias=True, num_rows=6, **arguments)
-    assert_same(*pair, 1e-5, 1e-5 if dtype == torch.float32 else 1e-2)
+    assert_same(*pair, *((1e-5, 1e-5) if dtype == torch.float32 else (SAME_PRODUCTS, 1e-2)))
 
 
 @pytest.mark.gpu

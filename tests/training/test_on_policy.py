@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from raycomplete.config import RolloutConfig, TrainConfig
 from raycomplete.methods.completion import Completion
@@ -232,3 +233,24 @@ def test_a_run_stops_only_where_its_engines_get_new_weights(
     )
     source = OnPolicySource(job, unused, unused, unused, 0, 1, unused)
     assert [step for step in range(1, 6) if source.can_stop(step)] == stops
+
+
+@pytest.mark.parametrize(("use_gpu", "colocated"), [(True, True), (True, False), (False, False)])
+def test_a_trainer_makes_room_on_a_shared_gpu_before_an_engine_wakes(
+    use_gpu: bool, colocated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rollout = RolloutConfig(on_policy=True, lookahead=0, colocated=colocated)
+    unused: Any = None
+    job: Any = SimpleNamespace(rollout=rollout, train=TrainConfig(), method=completion(), use_gpu=use_gpu)
+    source = OnPolicySource(job, unused, unused, unused, 0, 1, unused)
+    done: list[str] = []
+
+    def update(step: int) -> dict[str, Any]:
+        done.append("update")
+        raise InterruptedError
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("room"))
+    monkeypatch.setattr(source, "_update_engines", update)
+    with pytest.raises(InterruptedError):
+        source.next(0)
+    assert done == [*(["room"] if colocated else []), "update"]
