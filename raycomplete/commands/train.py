@@ -140,7 +140,7 @@ def _train_student(run: Run) -> None:
         method=config.method,
         train=config.train,
         teacher_heads={role: models.heads[role] for role in ("aligned", "base")},
-        sources=dict(run.engines.scorers),
+        scorers=dict(run.engines.scorers),
         prefetch=config.teacher.prefetch,
         rollout=config.rollout,
         student_engines=_student_engines(run),

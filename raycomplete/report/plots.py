@@ -275,13 +275,13 @@ def steering(metrics: Sequence[Mapping[str, Any]]) -> Plot | None:
     panels[1].axhline(1.0, color="#555555", linewidth=1.0, linestyle=(0, (1, 1)))
     panels[2].set_xlabel("step")
     panels[2].xaxis.set_major_locator(MaxNLocator(integer=True))
-    heads = [*(f"compliance_{depth}" for depth in depths), "tail", "unfinished_mass", "over_refusal", "kl"]
+    heads = [*(f"compliance_{depth}" for depth in depths), "in_reach", "unfinished_mass", "over_refusal", "kl"]
     heads += [f"{name}_factor" for name in names]
     rows: list[Row] = [["step", *heads, "meets_budgets"]]
     for step, found in measured:
         compliance = [found["compliance"].get(depth) for depth in depths]
         factors = [found["factors"].get(name) for name in names]
-        measures = [*map(found.get, ("tail", "unfinished_mass")), found["over_refusal"], found["kl"]]
+        measures = [*map(found.get, ("in_reach", "unfinished_mass")), found["over_refusal"], found["kl"]]
         rows.append([step, *compliance, *measures, *factors, found["meets_budgets"]])
     caption = (
         "The student on held-back training prompts: harmful ones that it answers by depth of the prefill, over-refusal "

@@ -49,7 +49,7 @@ class TrainJob:
         train: Settings of the trainer.
         student_head: Head spec of `start`.
         teacher_heads: Head specs of base and aligned; none where the method reads no teacher.
-        sources: Scorers by role (`raycomplete.engines.scorers.TeacherClient`); none likewise.
+        scorers: Scorers by role (`raycomplete.engines.scorers.TeacherClient`); none likewise.
         prefetch: Steps scored ahead.
         threads: CPU threads of each worker.
         rollout: How samples were made, and how the student rolls out where `student_engines` are there.
@@ -70,7 +70,7 @@ class TrainJob:
     train: TrainConfig
     student_head: HeadSpec
     teacher_heads: dict[str, HeadSpec] = field(default_factory=dict)
-    sources: dict[str, Any] = field(default_factory=dict)
+    scorers: dict[str, Any] = field(default_factory=dict)
     prefetch: int = 2
     threads: int = 1
     rollout: RolloutConfig = field(default_factory=RolloutConfig)

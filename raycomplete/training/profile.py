@@ -23,7 +23,7 @@ Profile = dict[str, list[float]]  # mean by position for each name, and "n"
 
 
 def scored_samples(
-    samples: Sequence[AnchorSample], sources: Mapping[str, TeacherClient]
+    samples: Sequence[AnchorSample], scorers: Mapping[str, TeacherClient]
 ) -> tuple[list[AnchorSample], Scores]:
     """The samples that both models could read for every rank, and their scores.
 
@@ -31,11 +31,11 @@ def scored_samples(
     must agree on what is left, or their forward passes would not match.
     """
     answers = [TeacherContext(sample.prompt_ids, sample.answer_ids) for sample in samples]
-    prefetcher = TeacherPrefetcher(sources, lambda _anchor, _recovery: dict.fromkeys(sources, answers))
+    prefetcher = TeacherPrefetcher(scorers, lambda _anchor, _recovery: dict.fromkeys(scorers, answers))
     prefetcher.request(0, samples, [])
     scores = prefetcher.take(0)
     places = {
-        place for place, answer in enumerate(answers) if all(len(scores.hidden(role, answer)) for role in sources)
+        place for place, answer in enumerate(answers) if all(len(scores.hidden(role, answer)) for role in scorers)
     }
     if dist.is_initialized():
         ranks: list[Any] = [None] * dist.get_world_size()

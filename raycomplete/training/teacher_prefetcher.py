@@ -56,8 +56,8 @@ class TeacherPrefetcher:
     the whole.
     """
 
-    def __init__(self, sources: Mapping[str, TeacherClient], contexts: Contexts) -> None:
-        self._sources, self._contexts = sources, contexts
+    def __init__(self, scorers: Mapping[str, TeacherClient], contexts: Contexts) -> None:
+        self._scorers, self._contexts = scorers, contexts
         self._pending: dict[int, list[tuple[str, Sequences, Any]]] = {}
         self._no_rows: dict[str, torch.Tensor] = {}  # [0, H] in the dtype of each model
 
@@ -70,14 +70,14 @@ class TeacherPrefetcher:
         if self.is_requested(step):
             return
         self._pending[step] = [
-            (role, sequences, self._sources[role].submit_sequences(sequences))
+            (role, sequences, self._scorers[role].submit_sequences(sequences))
             for role, sequences in self._wanted(anchor, recovery).items()
         ]
 
     def warm(self, anchor: Sequence[AnchorSample], recovery: Sequence[RecoverySample]) -> None:
         """Lets the models read samples of a later step ahead of its request."""
         for role, sequences in self._wanted(anchor, recovery).items():
-            self._sources[role].warm_sequences(sequences)
+            self._scorers[role].warm_sequences(sequences)
 
     def _wanted(self, anchor: Sequence[AnchorSample], recovery: Sequence[RecoverySample]) -> dict[str, Sequences]:
         """The sequences that each frozen model must read; models that need none are left out."""
@@ -102,7 +102,7 @@ class TeacherPrefetcher:
     def _collect(self, role: str, reference: Any) -> list[torch.Tensor]:
         """Hidden states in order, [0, H] in the place of a sequence that was quarantined."""
         try:
-            found = self._sources[role].collect_tensors(reference)
+            found = self._scorers[role].collect_tensors(reference)
         except QuarantinedSequenceError as error:
             no_rows = next((tensor[:0] for tensor in error.partial if tensor is not None), self._no_rows.get(role))
             if no_rows is None:

@@ -197,7 +197,7 @@ class RestartAfterDeaths(UserCallback):
     """Ends the run where a worker raised an exception, and notes a death in `failures.jsonl`."""
 
     def __init__(self, job: TrainJob) -> None:
-        self._job = replace(job, sources={}, student_engines=None)  # only its paths: handles would keep actors alive
+        self._job = replace(job, scorers={}, student_engines=None)  # only its paths: handles would keep actors alive
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Ray Train calls this before it decides; what is raised here ends the run without a restart.

@@ -14,9 +14,9 @@ from raycomplete.data.samples import AnchorSample, SampleSet
 from raycomplete.runtime.types import Outcome
 from raycomplete.training.batches import MicroBatch, answer_batch
 from raycomplete.training.checkpoints import from_rank_zero
-from raycomplete.training.controller import StepMeasurement
 from raycomplete.training.job import TrainJob
 from raycomplete.training.profile import scored_samples
+from raycomplete.training.steering import StepMeasurement
 from raycomplete.training.student import PrefixBatch
 
 _SEQUENCES = 64  # of a batch of answers: only the last position of each has logits, so memory goes to the cache alone
@@ -61,16 +61,16 @@ class Validator:
         """Measures the student after `step` finished steps; every rank must call this and gets the same."""
         if self._kl_batches is None:
             self._kl_batches = self._score(self._samples.held_back_anchor, "anchor", "aligned")
-            if "base" in self._job.sources:
+            if "base" in self._job.scorers:
                 self._h_batches = self._score(along_h(self._samples), "penalty", "aligned", "base")
         self._engine.eval()
         with torch.no_grad():
             kl_sum = sum(float(self._run(batch, "anchor_kl")[0]) for batch in self._kl_batches)
-            tail, unfinished = self._measure_along_h()
+            in_reach, unfinished = self._measure_along_h()
             answers = self._answers()
         self._engine.train()
         kl = kl_sum / max(_rows(self._kl_batches), 1)
-        return from_rank_zero(lambda: replace(self._judge(step, kl, answers), tail=tail, unfinished=unfinished))
+        return from_rank_zero(lambda: replace(self._judge(step, kl, answers), in_reach=in_reach, unfinished=unfinished))
 
     def _measure_along_h(self) -> tuple[float, float | None]:
         """Share of base's words in reach of an attacker and mean unfinished mass, along h after its first position.
@@ -92,7 +92,7 @@ class Validator:
 
     def _score(self, answers: Sequence[AnchorSample], term: str, *roles: str) -> list[MicroBatch]:
         """Batches of answers, with the hidden states of the frozen models that a loss term reads."""
-        samples, scores = scored_samples(answers, {role: self._job.sources[role] for role in roles})
+        samples, scores = scored_samples(answers, {role: self._job.scorers[role] for role in roles})
         return [
             answer_batch(samples[start : start + self._size], scores, term=term, packed=self._packed)
             for start in range(0, len(samples), self._size)

@@ -35,7 +35,6 @@ from raycomplete.runtime.plugins import load_plugins
 from raycomplete.runtime.prometheus import begin, finished_step
 from raycomplete.training import checkpoints
 from raycomplete.training.batches import BatchBuilder, MicroBatch, cut_harmful, teacher_contexts
-from raycomplete.training.controller import Controller
 from raycomplete.training.deepspeed_engine import BadSteps, gathered_state, spread_bad_loss, start_engine
 from raycomplete.training.feedback import DepthSampler
 from raycomplete.training.job import TrainJob
@@ -43,6 +42,7 @@ from raycomplete.training.metrics import StepMeter, describe_terms, peak_memory_
 from raycomplete.training.on_policy import OnPolicySource
 from raycomplete.training.profile import aligned_profile, scored_samples, student_profile, write_profile
 from raycomplete.training.rollout_engines import WeightSync
+from raycomplete.training.steering import Steering
 from raycomplete.training.step_plan import Planner, StepPlan, StepSequences
 from raycomplete.training.student import HeadSettings, StudentModule, keeps_sequences_apart, widening_size
 from raycomplete.training.teacher_prefetcher import StepInput, StepSource, TeacherPrefetcher
@@ -95,8 +95,8 @@ class Worker:
         self.loss = method.loss(train)
         self.terms = describe_terms(self.loss)
         self.builder = BatchBuilder(self.loss, scale=float(self.world_size * self.accumulation))
-        self.prefetcher = TeacherPrefetcher(job.sources, partial(teacher_contexts, self.builder, method))
-        self.controller = Controller(train.validation, self.loss.weights)
+        self.prefetcher = TeacherPrefetcher(job.scorers, partial(teacher_contexts, self.builder, method))
+        self.steering = Steering(train.validation, self.loss.weights)
         self.interval = train.validation.interval(train.steps)
         self.bad_steps = BadSteps(job.folder, train.max_bad_steps)
         self.stop = False
@@ -182,13 +182,13 @@ class Worker:
         self.source.load_state_dict(state["source"])
         self.bad_steps.load_state_dict(state.get("bad_steps", {"total": 0, "in_a_row": 0}))
         if self.validator is not None:
-            self.controller.load_state_dict(state["controller"])
-            best_step = self.controller.best_step
+            self.steering.load_state_dict(state["steering"])
+            best_step = self.steering.best_step
             if best_step and not checkpoints.is_whole(self.job.best_checkpoint, best_step, hashed=hashed):
                 logger.warning("The best checkpoint, of step %d, is lost or damaged.", best_step)
-                self.controller.forget_best()
+                self.steering.forget_best()
             # What was best on a way that is not gone again must not be shipped.
-            self.recorded_best = self.controller.best_step
+            self.recorded_best = self.steering.best_step
             checkpoints.keep_only(self.job.best_checkpoint, self.recorded_best)
         return int(state["step"])
 
@@ -200,7 +200,7 @@ class Worker:
         """
         train, done, stops = self.job.train, self.first_step, False
         for step in range(self.first_step, train.steps):
-            if self.controller.is_over:
+            if self.steering.is_over:
                 break
             row = self._step(step)
             done = step + 1
@@ -215,7 +215,7 @@ class Worker:
             if done % train.checkpoint_every == 0 or done == train.steps or stops:
                 checkpoints.save(self.engine, self.job.checkpoints, done, self._state(), train.keep_checkpoints, train)
                 if self.validator is not None:
-                    self.recorded_best = self.controller.best_step
+                    self.recorded_best = self.steering.best_step
                     checkpoints.keep_only(self.job.best_checkpoint, self.recorded_best)
             if stops:
                 break
@@ -230,29 +230,29 @@ class Worker:
 
     def _validate(self, validator: Validator, done: int) -> dict[str, Any]:
         started = time.perf_counter()
-        row = self.controller.update(validator.measure(done))
+        row = self.steering.update(validator.measure(done))
         release_freed_memory()
-        if self.controller.best_step == done:
+        if self.steering.best_step == done:
             # A kill from here on goes back to the last checkpoint, and so to the best one that it names.
             checkpoints.keep_only(self.job.best_checkpoint, self.recorded_best)
             checkpoints.save_weights(self.lm, self.job.best_checkpoint, done, self.job.train)
         seconds = time.perf_counter() - started
-        return {"validation": row, "validation_s": seconds, "stopped": self.controller.is_over}
+        return {"validation": row, "validation_s": seconds, "stopped": self.steering.is_over}
 
     def _keep_best(self, done: int) -> None:
         """Goes back to the best step, or stays at the last one where it is lost, and notes which one is kept."""
-        step = self.controller.best_step
+        step = self.steering.best_step
         if step:
             checkpoints.restore_weights(self.lm, self.job.best_checkpoint, step, self.job.train)
         if self.rank == 0:
-            write_json(self.job.kept_step_file, {"step": step or done, "why": self.controller.describe_choice()})
+            write_json(self.job.kept_step_file, {"step": step or done, "why": self.steering.describe_choice()})
 
     def _state(self) -> dict[str, Any]:
         return {
             "sampler": self.sampler.state_dict(),
             "source": self.source.state_dict(),
             "bad_steps": self.bad_steps.state_dict(),
-            "controller": self.controller.state_dict(),
+            "steering": self.steering.state_dict(),
         }
 
     def finish(self) -> None:
@@ -278,7 +278,7 @@ class Worker:
         given = self.source.next(step)
         learning_rate = float(self.engine.get_lr()[0])  # the optimizer step moves the schedule on
         schedule = self.job.method.schedule((step + 1) / self.job.train.steps)
-        feedback = Feedback({**schedule, **self.controller.factors})
+        feedback = Feedback({**schedule, **self.steering.factors})
         step_sequences = StepSequences.of(given.plan, self.job.method, feedback)
         meter = StepMeter(self.loss, self.sampler, self.job.method.depth_term)
         computed = needed = 0
@@ -335,9 +335,9 @@ class Worker:
     def _profile(self) -> None:
         """Position profile of the aligned model and of the trained student, on held-out prompts."""
         job = self.job
-        if not self.samples.profile or not job.sources:
+        if not self.samples.profile or not job.scorers:
             return
-        samples, scores = scored_samples(self.samples.profile, job.sources)
+        samples, scores = scored_samples(self.samples.profile, job.scorers)
         if not samples:
             return
         student = student_profile(self.engine, samples, scores, self.per_device_batch_size, packed=self.builder.packed)

@@ -35,7 +35,7 @@ class Plain:
     def __init__(self, job: Any) -> None:
         self.models = {
             "student": load_model(job.start, "float32").double(),
-            **{role: load_model(source.path, "float32").double() for role, source in job.sources.items()},
+            **{role: load_model(source.path, "float32").double() for role, source in job.scorers.items()},
         }
 
     def log_probs(self, model: str, prompt: Ids, response: Ids) -> Tensor:
@@ -80,7 +80,7 @@ class Case:
             self.batch = rollouts.draw(0, sampler)
             self.rollouts = written(len(self.batch.sequences()))
             self.plan = rollouts.finish(self.batch, self.rollouts)
-        prefetcher = prefetcher_of(method, self.job.sources)
+        prefetcher = prefetcher_of(method, self.job.scorers)
         prefetcher.request(0, [item.sample for item in self.plan.anchor], self.harmful)
         self.scores = prefetcher.take(0)
         self.plain = Plain(self.job)

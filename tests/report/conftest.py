@@ -134,7 +134,7 @@ def a_validation(step: int) -> dict[str, Any]:
         "over_refusal": 0.02,
         "over_refusal_changed": 2,
         "over_refusal_n": 24,
-        "tail": 0.3,
+        "in_reach": 0.3,
         "unfinished_mass": 0.2,
         "kl": 0.11 - step / 2000,
         "of_budget": {"over_refusal": 0.5, "kl": 1.1 - step / 200},

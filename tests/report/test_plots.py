@@ -25,7 +25,7 @@ def test_steering_tells_every_measurement_and_the_step_that_was_kept() -> None:
     assert drawn is not None
     head, first, second = drawn.rows
     assert head[:4] == ["step", "compliance_0", "compliance_8", "compliance_32"]
-    assert head[4:8] == ["tail", "unfinished_mass", "over_refusal", "kl"]
+    assert head[4:8] == ["in_reach", "unfinished_mass", "over_refusal", "kl"]
     assert head[8:] == ["anchor_factor", "push_forward_factor", "meets_budgets"]
     assert (first[0], first[3], first[-1]) == (20, 0.7, False)
     assert (second[8], second[-1]) == (1.4, True)

@@ -64,7 +64,7 @@ def make(folder: Path, dtype: Dtype, bad: set[int], **changes: Any) -> TrainJob:
     job = make_job(folder, train)
     nan_steps = {"aligned": bad, "base": set[int]()}
     sources = {role: NanScores(folder / role, TORCH_DTYPES[dtype], steps) for role, steps in nan_steps.items()}
-    return replace(job, dtype=dtype, sources=sources)
+    return replace(job, dtype=dtype, scorers=sources)
 
 
 def leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:

@@ -82,7 +82,7 @@ def test_training_goes_on_after_a_worker_was_killed(ray_cluster: None, tmp_path:
     job = make_job(folder, train)
     lives = folder / "lives"
     lives.mkdir()
-    job = replace(job, sources={**job.sources, "aligned": DeadlyScores(folder / "aligned", lives, step=4)})
+    job = replace(job, scorers={**job.scorers, "aligned": DeadlyScores(folder / "aligned", lives, step=4)})
 
     (lives / "1").touch()
     shown: list[int] = []
@@ -99,7 +99,7 @@ def test_a_worker_that_dies_too_often_ends_the_run_with_its_facts(ray_cluster: N
         (lives / str(number)).touch()
     deadly = DeadlyScores(tmp_path / "aligned", lives, step=3)
     with pytest.raises(ProcessDiedError) as caught:
-        run(replace(job, sources={**job.sources, "aligned": deadly}))
+        run(replace(job, scorers={**job.scorers, "aligned": deadly}))
     error = caught.value
     assert str(error).startswith("Training worker 0 died after 4 finished steps. Training was started again 1 times")
     stats = dict(error.details())
@@ -113,7 +113,7 @@ def test_a_worker_that_dies_too_often_ends_the_run_with_its_facts(ray_cluster: N
 def test_a_stop_finishes_the_step_and_keeps_it(ray_cluster: None, tmp_path: Path) -> None:
     train = settings(num_workers=2, steps=60, checkpoint_every=50)
     job = make_job(tmp_path, train)
-    job = replace(job, sources={**job.sources, "aligned": SlowScores(tmp_path / "aligned")})
+    job = replace(job, scorers={**job.scorers, "aligned": SlowScores(tmp_path / "aligned")})
     shown: list[int] = []
     with pytest.raises(StoppedError, match=r"after step (\d+) of 60; its checkpoint is in .* Resume with --resume"):
         fit(
@@ -144,7 +144,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_disk_that_fills_up_leaves_the_last_checkpoint_whole(ray_cluster: None, small_disk: Path) -> None:
     job = make_job(small_disk, settings(num_workers=2, zero_stage=2, steps=12, checkpoint_every=1))
-    job = replace(job, sources={**job.sources, "aligned": SlowScores(small_disk / "aligned")})
+    job = replace(job, scorers={**job.scorers, "aligned": SlowScores(small_disk / "aligned")})
     filler = small_disk / "filler"
 
     def fill(row: dict[str, Any]) -> None:

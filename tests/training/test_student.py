@@ -37,7 +37,7 @@ def make_batch(folder: Path, alpha: float, penalty: float = 0.0) -> tuple[MicroB
     method = completion(contrastive=ContrastiveSettings(alpha=alpha), weights=LossWeights(opening=0.3, penalty=penalty))
     job = make_job(folder, train, method)
     planner = Planner(read_samples(job.samples), anchor_batch_size=3, recovery_batch_size=3, seed=1, max_depth=16)
-    prefetcher = prefetcher_of(method, job.sources)
+    prefetcher = prefetcher_of(method, job.scorers)
     prefetcher.request(0, *planner.samples_of(0))
     plan = planner.plan(0, DepthSampler(method.depth, 1))
     return build_batch(method, plan, prefetcher.take(0)), job, method.loss(train)
@@ -69,7 +69,7 @@ def test_loss_and_gradients_equal_the_float64_reference(alpha: float, penalty: f
 def test_the_teacher_of_recovery_never_saw_the_harmful_prefix(tmp_path: Path) -> None:
     """Recovery rows hold the aligned model's states of (x, r), which differ from those of (x, h, r)."""
     batch, job, _ = make_batch(tmp_path, 0.0)
-    aligned = load_model(job.sources["aligned"].path, "float32")
+    aligned = load_model(job.scorers["aligned"].path, "float32")
     with torch.no_grad():
         hidden_BTH = aligned.base_model(**batch.model_inputs()).last_hidden_state
     reads_N = batch.term_N != batch.terms.index("opening")
@@ -133,7 +133,7 @@ def test_profiles_are_the_formulas_of_the_loss(tmp_path: Path) -> None:
     weights, options = settings.weights | {"penalty": 0.0}, settings.options | {"penalty": favored}
     settings = replace(settings, weights=weights, options=options)
     student = make_student(job, settings).eval()
-    models = {role: load_model(job.sources[role].path, "float32").eval() for role in ("aligned", "base")}
+    models = {role: load_model(job.scorers[role].path, "float32").eval() for role in ("aligned", "base")}
 
     def expected(policy: Any, prompt_and_answer: tuple[int, ...], cut: int) -> list[torch.Tensor]:
         ids_1T = torch.tensor([prompt_and_answer])
@@ -145,7 +145,7 @@ def test_profiles_are_the_formulas_of_the_loss(tmp_path: Path) -> None:
         mass_T = (log_p_TV.exp() * favored_TV).sum(-1)
         return [mass_T, kl_T, deficit(kl_T, 0.5)]
 
-    samples, scores = scored_samples(read_samples(job.samples).profile, job.sources)
+    samples, scores = scored_samples(read_samples(job.samples).profile, job.scorers)
     heads = {role: load_head(spec, dtype=torch.float32) for role, spec in job.teacher_heads.items()}
     whose = {
         "aligned": (models["aligned"], aligned_profile(samples, scores, heads, settings, 4)),

@@ -56,7 +56,7 @@ def reference_first_loss(folder: Path, train: TrainConfig) -> dict[str, float]:
     samples = read_samples(job.samples)
     planner = Planner(samples, anchor_batch_size=4, recovery_batch_size=4, seed=train.seed, max_depth=METHOD.depth.max)
     plan = planner.plan(0, DepthSampler(METHOD.depth, train.seed))
-    prefetcher = prefetcher_of(METHOD, job.sources)
+    prefetcher = prefetcher_of(METHOD, job.scorers)
     prefetcher.request(0, *planner.samples_of(0))
     _, output = plain_loss(job, build_batch(METHOD, plan, prefetcher.take(0)), METHOD.loss(train))
     return {"loss": float(output.total.detach()), "anchor": float(output.losses["anchor"])}

@@ -17,9 +17,9 @@ from raycomplete.data.samples import AnchorSample, RecoverySample, SampleSet
 from raycomplete.runtime.types import Outcome, Prompt
 from raycomplete.training import validation
 from raycomplete.training.batches import answer_batch
-from raycomplete.training.controller import StepMeasurement
 from raycomplete.training.job import ResponseJudge, TrainJob
 from raycomplete.training.rollout_engines import WeightSync
+from raycomplete.training.steering import StepMeasurement
 from raycomplete.training.student import HeadSettings, PrefixBatch, StudentModule
 from raycomplete.training.validation import Validator, questions
 from tests.training.tiny import completion, make_job, make_samples, steered
@@ -118,17 +118,17 @@ def test_along_h_it_measures_what_plain_pytorch_in_float64_does(packed: bool, tm
             favored_V = (base_V > start_V + 0.1) & (base_V.exp() >= 0.01)
             unfinished.append(float(student_V.exp()[favored_V].sum()))
     assert len(in_reach) > 40
-    assert found.tail == sum(in_reach) / len(in_reach)
-    assert 0.05 < found.tail < 0.95, "else this proves nothing"
+    assert found.in_reach == sum(in_reach) / len(in_reach)
+    assert 0.05 < found.in_reach < 0.95, "else this proves nothing"
     assert found.unfinished == pytest.approx(sum(unfinished) / len(unfinished), rel=1e-5)
     assert 0.05 < found.unfinished < 0.95, "else this proves nothing"
 
 
 def test_without_base_there_is_no_tail(tmp_path: Path, alone: None) -> None:
     job = steered(make_job(tmp_path, TrainConfig()))
-    only = replace(job, sources={"aligned": job.sources["aligned"]})
+    only = replace(job, scorers={"aligned": job.scorers["aligned"]})
     found = Validator(Engine(make_student(only)), make_samples(0), only, 2, packed=True).measure(1)
-    assert (found.tail, found.unfinished) == (0.0, None)
+    assert (found.in_reach, found.unfinished) == (0.0, None)
 
 
 def test_h_is_cut_after_a_refusal_prefix_and_only_where_it_is_long_enough() -> None:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from raycomplete.config import ValidationConfig
 from raycomplete.data.samples import SampleSet
 from raycomplete.runtime.files import read_json, write_json
-from raycomplete.training.controller import Controller
+from raycomplete.training.steering import Steering
 from raycomplete.training.worker import Worker
 
 
@@ -18,8 +18,8 @@ def test_a_best_step_that_is_lost_is_not_said_to_be_kept(tmp_path: Path) -> None
     write_json(file, {"step": 60, "why": "Step 60 is kept."})
     worker = Worker.__new__(Worker)
     worker.__dict__ |= {
-        "job": SimpleNamespace(train=SimpleNamespace(steps=100), kept_step_file=file, sources={}),
-        "controller": Controller(ValidationConfig(), {}),  # it has forgotten the best step
+        "job": SimpleNamespace(train=SimpleNamespace(steps=100), kept_step_file=file, scorers={}),
+        "steering": Steering(ValidationConfig(), {}),  # it has forgotten the best step
         "validator": object(),
         "samples": SampleSet(()),
         "first_step": 100,

@@ -236,7 +236,7 @@ def make_job(folder: Path, train: TrainConfig, method: Method | None = None, **v
         train=train,
         student_head=head_spec(folder / "base"),
         teacher_heads={role: head_spec(folder / role) for role in ("base", "aligned")} if scored else {},
-        sources={role: LocalScores(folder / role) for role in ("base", "aligned")} if scored else {},
+        scorers={role: LocalScores(folder / role) for role in ("base", "aligned")} if scored else {},
     )
 
 

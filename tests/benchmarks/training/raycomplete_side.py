@@ -145,7 +145,7 @@ def _run(workload: Workload, source: Any, marks: Path | None = None) -> Throughp
             train=train,
             student_head=_head_spec(workload, workload.student),
             teacher_heads={"aligned": _head_spec(workload, workload.teacher)},
-            sources={"aligned": source},
+            scorers={"aligned": source},
             prefetch=workload.tail_steps,
             threads=workload.threads,
         )

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raycomplete.config.training import ValidationConfig
-from raycomplete.training.controller import STEERED, Controller, StepMeasurement, choice_key, violation
+from raycomplete.training.steering import STEERED, Steering, StepMeasurement, choice_key, violation
 
 CONFIG = ValidationConfig(kl_budget=0.1, rate=0.3, max_factor=2.0)
 ALL = dict.fromkeys(STEERED, 1.0)
@@ -24,20 +24,20 @@ def found(
     depth: int = 0,
     refusals: int = 0,
     kl: float = 0.01,
-    tail: float = 0.5,
+    in_reach: float = 0.5,
     changed: int | None = None,
 ) -> StepMeasurement:
     """A measurement of ten harmful prompts at depths 0 and 8, and ten harmless ones: one of them is allowed."""
     changed = abs(refusals) if changed is None else changed
-    return StepMeasurement(step, ((0, opening, 10), (8, depth, 10)), refusals, 10, kl, tail, changed, 0.25)
+    return StepMeasurement(step, ((0, opening, 10), (8, depth, 10)), refusals, 10, kl, in_reach, changed, 0.25)
 
 
-def after(measured: Sequence[StepMeasurement], weights: dict[str, float] | None = None, **config: Any) -> Controller:
-    """A controller that has seen these."""
-    controller = Controller(CONFIG.model_copy(update=config), ALL if weights is None else weights)
+def after(measured: Sequence[StepMeasurement], weights: dict[str, float] | None = None, **config: Any) -> Steering:
+    """A steering that has seen these."""
+    steering = Steering(CONFIG.model_copy(update=config), ALL if weights is None else weights)
     for item in measured:
-        controller.update(item)
-    return controller
+        steering.update(item)
+    return steering
 
 
 def test_broken_kl_raises_the_anchor_and_lowers_push_forward_alone() -> None:
@@ -146,9 +146,9 @@ def test_a_rate_of_0_moves_nothing() -> None:
 
 @pytest.mark.parametrize("weights", [{"anchor": 1.0, "recovery": 1.0}, {"anchor": 1.0, "opening": 0.0}, {"nll": 1.0}])
 def test_terms_that_a_method_lacks_are_skipped(weights: dict[str, float]) -> None:
-    controller = after([found(kl=9.0, refusals=9), *[found(depth=9, opening=9)] * 3], weights)
-    assert set(controller.factors) == {"anchor"} & set(weights)
-    assert controller.best_step == 1
+    steering = after([found(kl=9.0, refusals=9), *[found(depth=9, opening=9)] * 3], weights)
+    assert set(steering.factors) == {"anchor"} & set(weights)
+    assert steering.best_step == 1
 
 
 def kept(*measured: StepMeasurement) -> StepMeasurement:
@@ -166,20 +166,20 @@ def test_among_equally_safe_steps_the_least_kl_decides_and_the_first_of_equals_s
 
 
 def test_among_equally_safe_steps_the_tail_decides_before_the_kl_within_the_budgets_alone() -> None:
-    low, high = found(2, kl=0.05, tail=0.1), found(1, kl=0.01, tail=0.4)
+    low, high = found(2, kl=0.05, in_reach=0.1), found(1, kl=0.01, in_reach=0.4)
     assert kept(high, low).step == 2
-    assert kept(low, found(3, depth=1, tail=0.0)).step == 2, "whoever still complies is no safer"
-    assert kept(low, found(3, kl=0.11, tail=0.0)).step == 2, "a budget is a budget"
-    broken = found(4, refusals=4, kl=0.05, tail=0.4), found(5, refusals=4, kl=0.06, tail=0.0)
+    assert kept(low, found(3, depth=1, in_reach=0.0)).step == 2, "whoever still complies is no safer"
+    assert kept(low, found(3, kl=0.11, in_reach=0.0)).step == 2, "a budget is a budget"
+    broken = found(4, refusals=4, kl=0.05, in_reach=0.4), found(5, refusals=4, kl=0.06, in_reach=0.0)
     assert kept(*broken).step == 4
     assert "base's words in reach of an attacker 0.100" in after([high, low]).describe_choice()
 
 
 def test_where_no_step_meets_the_budgets_the_least_violation_is_kept_and_said() -> None:
     measured = [found(1, kl=0.5), found(2, kl=0.12, depth=9), found(3, kl=0.11, refusals=4)]
-    controller = after(measured)
-    assert controller.best_step == 2
-    text = controller.describe_choice()
+    steering = after(measured)
+    assert steering.best_step == 2
+    text = steering.describe_choice()
     assert text.startswith("No measured step met the budgets on held-back prompts; step 2 breaks them least")
     assert "compliance 0.450 (n = 20)" in text
     kept_now = after([*measured, found(4, depth=10)])
@@ -188,10 +188,10 @@ def test_where_no_step_meets_the_budgets_the_least_violation_is_kept_and_said() 
 
 
 def test_a_kl_that_is_no_number_exceeds_every_budget() -> None:
-    controller = after([found(step=10, kl=math.nan), found(step=20)])
-    assert controller.best_step == 20
+    steering = after([found(step=10, kl=math.nan), found(step=20)])
+    assert steering.best_step == 20
     assert after([found(kl=math.nan)]).factors["anchor"] > 1
-    assert all(math.isfinite(factor) for factor in controller.factors.values())
+    assert all(math.isfinite(factor) for factor in steering.factors.values())
 
 
 def test_violations_are_multiples_of_each_budget() -> None:
@@ -208,7 +208,7 @@ def test_patience_counts_measurements_without_a_better_one() -> None:
 def test_a_resumed_controller_goes_on() -> None:
     measured = [found(1, depth=5), found(2, depth=5, kl=0.15), found(3, refusals=3), found(4, depth=2)]
     saved = json.loads(json.dumps(after(measured[:2]).state_dict()))
-    resumed = Controller(CONFIG, ALL)
+    resumed = Steering(CONFIG, ALL)
     resumed.load_state_dict(saved)
     whole = after(measured)
     for item in measured[2:]:
@@ -220,12 +220,12 @@ def test_a_resumed_controller_goes_on() -> None:
 
 def test_a_lost_best_checkpoint_is_looked_for_again() -> None:
     """Else a run that was about to end would end with the weights of its last step, which were not the best."""
-    controller = after([found(1), found(2, kl=0.9)], patience=1)
-    assert controller.is_over
-    controller.forget_best()
-    assert not controller.is_over
-    controller.update(found(3, depth=9, kl=0.9))
-    assert controller.best_step == 3
+    steering = after([found(1), found(2, kl=0.9)], patience=1)
+    assert steering.is_over
+    steering.forget_best()
+    assert not steering.is_over
+    steering.update(found(3, depth=9, kl=0.9))
+    assert steering.best_step == 3
 
 
 def test_a_row_of_metrics_tells_what_was_measured_and_decided() -> None:
@@ -237,7 +237,7 @@ def test_a_row_of_metrics_tells_what_was_measured_and_decided() -> None:
         "over_refusal_changed": 1,
         "over_refusal_n": 10,
         "kl": 0.01,
-        "tail": 0.5,
+        "in_reach": 0.5,
         "unfinished_mass": 0.25,
         "of_budget": {"over_refusal": -2.0, "kl": pytest.approx(0.1)},
         "meets_budgets": True,

@@ -31,8 +31,8 @@ class StepMeasurement:
         refusals: Harmless prompts that the student refuses and aligned does not, less those the other way round.
         harmless: Harmless prompts asked.
         kl: KL(aligned || student) along aligned's answers to harmless prompts, nats a token.
-        tail: Share of the positions of h, the first left out, where base's likeliest token is among the student's 20
-            likeliest. Greedy answers say nothing of it, and an attacker who picks among those tokens lives on it.
+        in_reach: Share of the positions of h, the first left out, where base's likeliest token is among the student's
+            20 likeliest. Greedy answers say nothing of it, and an attacker who picks among those tokens lives on it.
         changed: Harmless prompts that one of student and aligned refuses, and the other does not.
         unfinished: Mean unfinished mass at the same positions: the student's probability of base-favored tokens. It is
             noted, and decides nothing.
@@ -43,7 +43,7 @@ class StepMeasurement:
     refusals: int
     harmless: int
     kl: float
-    tail: float = 0.0
+    in_reach: float = 0.0
     changed: int = 0
     unfinished: float | None = None
 
@@ -82,12 +82,13 @@ def violation(config: ValidationConfig, found: StepMeasurement) -> float:
 
 
 def choice_key(config: ValidationConfig, found: StepMeasurement) -> tuple[float, float, float, float]:
-    """Returns the order of preference, smaller is better: least violation, compliance, tail, and then KL.
+    """Returns the order of preference, smaller is better: least violation, compliance, base's words in reach, and
+    then KL.
 
-    Compliance falls to 0 early in a run, and the tail goes on falling. It counts within the budgets only.
+    Compliance falls to 0 early in a run, and base's words in reach go on falling. They count within the budgets only.
     """
     broken = violation(config, found)
-    return broken, found.compliance, 0.0 if broken > 0 else found.tail, found.kl
+    return broken, found.compliance, 0.0 if broken > 0 else found.in_reach, found.kl
 
 
 def moved_factors(
@@ -142,7 +143,7 @@ def moved_factors(
     return found
 
 
-class Controller:
+class Steering:
     """Moves factors on loss weights after each measurement, and remembers the step that is to be kept.
 
     Args:
@@ -195,7 +196,7 @@ class Controller:
             "over_refusal_changed": found.changed,
             "over_refusal_n": found.harmless,
             "kl": found.kl,
-            "tail": found.tail,
+            "in_reach": found.in_reach,
             "unfinished_mass": found.unfinished,
             "of_budget": {"over_refusal": over_refusal, "kl": kl},
             "meets_budgets": violation(config, found) == 0,
@@ -213,7 +214,7 @@ class Controller:
             f"over-refusal {found.over_refusal:+.3f} against aligned ({found.changed} of {found.harmless} answers "
             f"changed sides; at most {allowed:.3f} beyond chance), KL {found.kl:.4f} nats a token (at most "
             f"{config.kl_budget:g}), compliance {found.compliance:.3f} (n = {found.asked}), base's words in reach of "
-            f"an attacker {found.tail:.3f}"
+            f"an attacker {found.in_reach:.3f}"
         )
         if violation(config, found) == 0:
             return f"Step {found.step} is kept, the safest within the budgets on held-back prompts: {measured}."
