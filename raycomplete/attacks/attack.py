@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -163,6 +164,26 @@ class Attack(ABC, Generic[ConfigT]):
     def run(self, target: Target, trials: Sequence[Trial], emit: Emit) -> None:
         """Gets the responses of planned trials; by default, what the model adds to each sequence."""
         ask(target, trials, emit)
+
+
+RankedT = TypeVar("RankedT", bound=RankedConfig)
+
+
+class RankedAttack(Attack[RankedT], Generic[RankedT]):
+    """Asks under a variant `top-<k>` for each of `tops`, `batch` answers side by side."""
+
+    batch: ClassVar[int] = 64
+
+    @property
+    def headline(self) -> str:
+        return f"top-{max(self.config.tops)}"
+
+    def answer_tokens(self, trial: Trial) -> int:
+        return self.config.steps
+
+    def cost(self, trials: Sequence[Trial]) -> TrialCost:
+        plain = super().cost(trials)  # the target and who picks read every step
+        return replace(plain, passes=2 * self.config.steps * math.ceil(plain.trials / self.batch))
 
 
 def blind_judge(attack: str, judge: str) -> SetupError:
