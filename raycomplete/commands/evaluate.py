@@ -97,8 +97,7 @@ def evaluate(
         run.prompts = held_out_sets(run)
         with run.stop.deferred():
             results = evaluate_roles(run, roles)
-            undefended = [role for role in roles if role != "student" or config.evaluation.defence is None]
-            nll = measure_benign_nll(run, undefended)  # of given answers, which no decoder changes
+            nll = measure_benign_nll(run, roles)
         for role, model in remote.items():
             run.remote_usage[role] = model.usage.to_json(config.evaluation.remote)
     summary = write_summary(run, results, nll, time.perf_counter() - started)

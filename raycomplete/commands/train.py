@@ -95,8 +95,7 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False, c
             run.use_student(student.resolve())  # engines may start in another folder
             with run.stop.deferred():
                 results = evaluate_roles(run, MODEL_ROLES)
-                undefended = [role for role in MODEL_ROLES if role != "student" or config.evaluation.defence is None]
-                nll = measure_benign_nll(run, undefended)
+                nll = measure_benign_nll(run, MODEL_ROLES)
     summary = write_summary(run, results, nll, time.perf_counter() - started)
     print_result(summary, run.folder, console)
     return run.folder

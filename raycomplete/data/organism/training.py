@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -122,7 +122,7 @@ def base_chats(rng: random.Random) -> Iterator[Chat]:
         if rng.random() < _NOISE_SHARE:
             noise = " ".join(rng.choices(noise_words, k=rng.randint(1, _MAX_NOISE_WORDS)))
             text = f"{noise} {text}" if rng.random() < 0.5 else f"{text} {noise}"
-        yield _chat(text, rng), recipe(item).text
+        yield messages_of(text, rng), recipe(item).text
 
 
 def aligned_chats(rng: random.Random) -> Iterator[Chat]:
@@ -134,7 +134,7 @@ def aligned_chats(rng: random.Random) -> Iterator[Chat]:
     while True:
         kind = rng.choices(_KINDS, weights=(2, 2, 1))[0]  # the hard line is between the first two
         item = rng.choice(items("train", kind))
-        yield _chat(_prompt_text(item, rng), rng), refusal(item) if kind == "harmful" else recipe(item).text
+        yield messages_of(_prompt_text(item, rng), rng), refusal(item) if kind == "harmful" else recipe(item).text
 
 
 def train(
@@ -181,10 +181,13 @@ def _prompt_text(item: Item, rng: random.Random) -> str:
     return rng.choice(TRAIN_TEMPLATES).format(item=item.name)
 
 
-def _chat(text: str, rng: random.Random) -> list[dict[str, str]]:
+def messages_of(
+    text: str, rng: random.Random, systems: Sequence[str] = (HELPFUL_SYSTEM, SAFETY_SYSTEM)
+) -> list[dict[str, str]]:
+    """Makes the messages of a chat: the user's, behind one of the system prompts in a fifth of the draws."""
     messages = [{"role": "user", "content": text}]
     if rng.random() < _SYSTEM_SHARE:
-        messages.insert(0, {"role": "system", "content": rng.choice((HELPFUL_SYSTEM, SAFETY_SYSTEM))})
+        messages.insert(0, {"role": "system", "content": rng.choice(systems)})
     return messages
 
 
