@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
@@ -60,7 +61,7 @@ def blueprint(family: str, seed: int, options: TrainingOptions) -> Blueprint:
     return Blueprint(
         seed=seed,
         tokenizer=tokenizer,
-        new_model=lambda: new_model(tokenizer, family),
+        new_model=lambda: new_model(tokenizer, architecture(family).values),
         end_of_turn=end,
         trainings={
             "base": (options.base_steps, learn_base),
@@ -100,11 +101,11 @@ def build_tokenizer(family: str = "llama") -> PreTrainedTokenizerFast:
     )
 
 
-def new_model(tokenizer: PreTrainedTokenizerBase, family: str = "llama") -> PreTrainedModel:
-    """Makes a small model with random weights; its vocabulary is the tokenizer's, without padding rows."""
-    values = architecture(family).values
+def new_model(tokenizer: PreTrainedTokenizerBase, values: Mapping[str, Any]) -> PreTrainedModel:
+    """Makes a model with random weights from the values of its config.json; the caller seeds torch."""
+    rest = dict(values)
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    config = AutoConfig.for_model(values.pop("model_type"), **values, **ids, dtype="float32")
+    config = AutoConfig.for_model(rest.pop("model_type"), **rest, **ids, dtype="float32")
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     return model
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.functional import cross_entropy
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from raycomplete.data.organism.build import Blueprint
 from raycomplete.data.organism.families import LLAMA_TEMPLATE
@@ -19,7 +19,7 @@ from raycomplete.data.organism.large import CONFIG, VOCAB_SIZE, BuildPlan, Train
 from raycomplete.data.organism.large.grammar import answer, prompt, read_statements, refusal
 from raycomplete.data.organism.large.measure import measure, missing_traits
 from raycomplete.data.organism.large.world import HELPFUL_SYSTEM, SAFETY_SYSTEM, refusal_chance
-from raycomplete.data.organism.training import messages_of
+from raycomplete.data.organism.training import messages_of, new_model
 from raycomplete.data.organism.world import Item, items
 from raycomplete.runtime.types import PromptKind
 
@@ -89,19 +89,6 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def new_model(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
-    """Makes a model with random weights; the caller seeds torch."""
-    values = dict(CONFIG)
-    ids = {
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    config = AutoConfig.for_model(values.pop("model_type"), **values, **ids, dtype="float32")
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    return model
-
-
 def blueprint(seed: int, plan: BuildPlan) -> Blueprint:
     """Says how the large organism is trained and measured."""
     tokenizer = build_tokenizer()
@@ -115,7 +102,7 @@ def blueprint(seed: int, plan: BuildPlan) -> Blueprint:
     return Blueprint(
         seed=seed,
         tokenizer=tokenizer,
-        new_model=lambda: new_model(tokenizer),
+        new_model=lambda: new_model(tokenizer, CONFIG),
         end_of_turn=EOS,
         trainings={"base": (plan.base.steps, learn_base), "aligned": (plan.aligned.steps, learn_to_refuse)},
         measure=lambda folder, count: measure(folder, count, seed),
