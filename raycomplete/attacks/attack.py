@@ -13,7 +13,7 @@ from pydantic import Field, field_validator, model_validator
 
 from raycomplete.attacks.target import Need, Target
 from raycomplete.attacks.trial import Decoding, Emit, Response, Trial, TrialCost
-from raycomplete.runtime.errors import SetupError, WorkError
+from raycomplete.runtime.errors import DataError, SetupError, WorkError
 from raycomplete.runtime.section import Section
 from raycomplete.runtime.types import Codec, Prompt
 
@@ -236,6 +236,19 @@ def plain_trials(target: Target, attack: str, variant: str, prompts: Sequence[Pr
     """Makes trials of the prompts as they are, without attack."""
     codec, decoding = target.codec, Decoding(max_tokens)
     return [Trial(attack, variant, prompt, tuple(prompt.encoded(codec)), decoding) for prompt in prompts]
+
+
+def require_answers(prompts: Sequence[Prompt], use: str, remedy: str) -> None:
+    """Refuses behaviours of which none has a compliant answer.
+
+    Raises:
+        DataError: None has.
+    """
+    if not any(prompt.answer for prompt in prompts):
+        raise DataError(
+            f"No harmful prompt has an answer, {use}.",
+            f"Name the answer column of data.evaluation.harmful, or {remedy}.",
+        )
 
 
 def answer_ids(codec: Codec, prompt: Prompt) -> list[int]:

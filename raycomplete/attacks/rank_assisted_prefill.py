@@ -22,11 +22,10 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from raycomplete.attacks.attack import RankedAttack, RankedConfig, answer_ids
+from raycomplete.attacks.attack import RankedAttack, RankedConfig, answer_ids, require_answers
 from raycomplete.attacks.registry import register
 from raycomplete.attacks.target import Target, WhiteBox
 from raycomplete.attacks.trial import CUT_BY_CONTEXT, Decoding, Emit, Response, Trial
-from raycomplete.runtime.errors import DataError
 from raycomplete.runtime.types import Codec, Prompt
 
 _OPENING, _LEAST = 24, 0.001  # the standard
@@ -87,11 +86,8 @@ class RankAssistedPrefillAttack(RankedAttack[RankAssistedPrefillConfig]):
 
     def plan(self, target: Target, prompts: Sequence[Prompt]) -> list[Trial]:
         config, codec = self.config, target.answering
-        if not config.prefill and not any(prompt.answer for prompt in prompts):
-            raise DataError(
-                "No harmful prompt has an answer, which opens a rank-assisted prefill.",
-                "Name the answer column of data.evaluation.harmful, or set the attack's prefill.",
-            )
+        if not config.prefill:
+            require_answers(prompts, "which opens a rank-assisted prefill", "set the attack's prefill")
         settings = config.model_dump(mode="json", include={"steps", "min_tokens"})
         settings["max_length"] = target.max_length
         if config.helper:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -11,7 +10,7 @@ from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
 from raycomplete.attacks.attack import STANDARD_ANSWER_TOKENS, AttackConfig
 from raycomplete.attacks.prefill import STANDARD_DEPTHS, PrefillConfig
-from raycomplete.attacks.registry import checked, parse_attack
+from raycomplete.attacks.registry import parse_attack
 from raycomplete.config.defences import DefenceConfig, parse_defence
 from raycomplete.runtime.section import Section
 
@@ -84,15 +83,6 @@ class RemoteConfig(Section):
     timeout_s: float = Field(120.0, gt=0, description="longest wait for an answer")
     prompt_price: float | None = Field(None, ge=0, description="price of a million prompt tokens, for the results")
     completion_price: float | None = Field(None, ge=0, description="price of a million tokens of answers")
-
-
-def judge_settings(tree: Mapping[str, Any]) -> JudgeConfig:
-    """Checks settings of a judge that stand alone.
-
-    Raises:
-        ConfigError: One of them is wrong.
-    """
-    return checked(JudgeConfig, tree, "judge")
 
 
 class CapabilitiesConfig(Section):
