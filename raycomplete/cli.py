@@ -290,10 +290,11 @@ def judge_calibrate(
     output: Annotated[Path, typer.Option(help="Where its error rates go.")] = Path("judge-calibration.json"),
 ) -> None:
     """Measures how often a judge errs, for rates that are corrected for it."""
-    from raycomplete.config.evaluation import judge_settings
+    from raycomplete.attacks.registry import checked
+    from raycomplete.config.evaluation import JudgeConfig
 
     asked = {"address": address, "model": model, "key_variable": key_variable, "on_topic": on_topic}
-    settings = judge_settings({"kind": kind, "checkpoint": checkpoint, "rubric": rubric, **asked})
+    settings = checked(JudgeConfig, {"kind": kind, "checkpoint": checkpoint, "rubric": rubric, **asked}, "judge")
     from raycomplete.commands.judge import calibrate_judge
 
     calibrate_judge(file, settings, output)

@@ -16,17 +16,17 @@ from pydantic import Field
 
 from raycomplete.losses import LogProbs, Term, TermRows
 from raycomplete.losses import register as register_term
-from raycomplete.methods.registry import (
+from raycomplete.methods import (
     AnchorItem,
     Feedback,
     Item,
     Method,
     RowSpan,
+    Section,
     TeacherContext,
     TrainSequence,
     register,
 )
-from raycomplete.runtime.section import Section
 
 
 def turn_away(rows: LogProbs, options: Section) -> TermRows:

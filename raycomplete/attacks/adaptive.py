@@ -11,12 +11,11 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from raycomplete.attacks.attack import Attack, AttackConfig, answer_ids
+from raycomplete.attacks.attack import Attack, AttackConfig, answer_ids, require_answers
 from raycomplete.attacks.prefill import Depth
 from raycomplete.attacks.registry import register
 from raycomplete.attacks.target import Target
 from raycomplete.attacks.trial import Decoding, Trial
-from raycomplete.runtime.errors import DataError
 from raycomplete.runtime.types import Prompt
 
 
@@ -41,11 +40,7 @@ class AdaptiveAttack(Attack[AdaptiveConfig]):
     """Asks under the variants `cut-<depth>` and `multi-turn-<depth>`."""
 
     def plan(self, target: Target, prompts: Sequence[Prompt]) -> list[Trial]:
-        if not any(prompt.answer for prompt in prompts):
-            raise DataError(
-                "No harmful prompt has an answer, which the adaptive attack prefills.",
-                "Name the answer column of data.evaluation.harmful, or leave the attack out.",
-            )
+        require_answers(prompts, "which the adaptive attack prefills", "leave the attack out")
         codec, decoding = target.codec, Decoding(target.max_tokens)
         asked = [(prompt, prompt.encoded(target.answering), answer_ids(codec, prompt)) for prompt in prompts]
         trials = []  # a prompt without an answer reaches no depth: the evaluation leaves it out and counts it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -12,7 +13,7 @@ from pydantic import Field, field_validator, model_validator
 
 from raycomplete.attacks.target import Need, Target
 from raycomplete.attacks.trial import Decoding, Emit, Response, Trial, TrialCost
-from raycomplete.runtime.errors import SetupError, WorkError
+from raycomplete.runtime.errors import DataError, SetupError, WorkError
 from raycomplete.runtime.section import Section
 from raycomplete.runtime.types import Codec, Prompt
 
@@ -165,6 +166,26 @@ class Attack(ABC, Generic[ConfigT]):
         ask(target, trials, emit)
 
 
+RankedT = TypeVar("RankedT", bound=RankedConfig)
+
+
+class RankedAttack(Attack[RankedT], Generic[RankedT]):
+    """Asks under a variant `top-<k>` for each of `tops`, `batch` answers side by side."""
+
+    batch: ClassVar[int] = 64
+
+    @property
+    def headline(self) -> str:
+        return f"top-{max(self.config.tops)}"
+
+    def answer_tokens(self, trial: Trial) -> int:
+        return self.config.steps
+
+    def cost(self, trials: Sequence[Trial]) -> TrialCost:
+        plain = super().cost(trials)  # the target and who picks read every step
+        return replace(plain, passes=2 * self.config.steps * math.ceil(plain.trials / self.batch))
+
+
 def blind_judge(attack: str, judge: str) -> SetupError:
     """Returns the error of an attack whose first, harmless answers the judge would take for success."""
     return SetupError(
@@ -215,6 +236,19 @@ def plain_trials(target: Target, attack: str, variant: str, prompts: Sequence[Pr
     """Makes trials of the prompts as they are, without attack."""
     codec, decoding = target.codec, Decoding(max_tokens)
     return [Trial(attack, variant, prompt, tuple(prompt.encoded(codec)), decoding) for prompt in prompts]
+
+
+def require_answers(prompts: Sequence[Prompt], use: str, remedy: str) -> None:
+    """Refuses behaviours of which none has a compliant answer.
+
+    Raises:
+        DataError: None has.
+    """
+    if not any(prompt.answer for prompt in prompts):
+        raise DataError(
+            f"No harmful prompt has an answer, {use}.",
+            f"Name the answer column of data.evaluation.harmful, or {remedy}.",
+        )
 
 
 def answer_ids(codec: Codec, prompt: Prompt) -> list[int]:

@@ -6,18 +6,15 @@ base's words; since base does all the choosing, a judge that does not read the g
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
-from raycomplete.attacks.attack import Attack, RankedConfig, plain_trials
+from raycomplete.attacks.attack import RankedAttack, RankedConfig, plain_trials
 from raycomplete.attacks.registry import register
 from raycomplete.attacks.target import Target
-from raycomplete.attacks.trial import CUT_BY_CONTEXT, Emit, Response, Trial, TrialCost
+from raycomplete.attacks.trial import CUT_BY_CONTEXT, Emit, Response, Trial
 from raycomplete.runtime.types import Prompt
-
-_BATCH = 64
 
 
 class BaseGuidedDecodingConfig(RankedConfig):
@@ -27,21 +24,10 @@ class BaseGuidedDecodingConfig(RankedConfig):
 
 
 @register(BaseGuidedDecodingConfig)
-class BaseGuidedDecodingAttack(Attack[BaseGuidedDecodingConfig]):
+class BaseGuidedDecodingAttack(RankedAttack[BaseGuidedDecodingConfig]):
     """Asks under a variant `top-<k>` for each of `tops`. `mean_rank` in the stats is the mean rank of base's picks."""
 
     needs = frozenset({"white_boxes", "guide"})
-
-    @property
-    def headline(self) -> str:
-        return f"top-{max(self.config.tops)}"
-
-    def answer_tokens(self, trial: Trial) -> int:
-        return self.config.steps
-
-    def cost(self, trials: Sequence[Trial]) -> TrialCost:
-        plain = super().cost(trials)  # the target and who picks read every step
-        return replace(plain, passes=2 * self.config.steps * math.ceil(plain.trials / _BATCH))
 
     def plan(self, target: Target, prompts: Sequence[Prompt]) -> list[Trial]:
         settings = {"steps": self.config.steps, "guide": target.tools.guide_id, "max_length": target.max_length}
@@ -52,8 +38,8 @@ class BaseGuidedDecodingAttack(Attack[BaseGuidedDecodingConfig]):
         ]
 
     def run(self, target: Target, trials: Sequence[Trial], emit: Emit) -> None:
-        for start in range(0, len(trials), _BATCH):
-            batch = trials[start : start + _BATCH]
+        for start in range(0, len(trials), self.batch):
+            batch = trials[start : start + self.batch]
             emit(list(zip(batch, self._responses(target, batch), strict=True)))
 
     def _responses(self, target: Target, trials: Sequence[Trial]) -> list[Response]:

@@ -94,7 +94,7 @@ class BestOfNAttack(Attack[BestOfNConfig]):
             if any(complied):
                 break
         stats = {"queries": start + place + 1, FIRST_COMPLIED: first, UNUSED_WORDINGS: unused, UNREADABLE: unreadable}
-        return replace(responses[place], stats=stats)
+        return replace(responses[place], stats=stats, verdict=verdicts[place])
 
     def _fitting(self, target: Target, trial: Trial, texts: Sequence[str]) -> list[list[int]]:
         """Encodes augmented prompts, which take more tokens than the plain one; what does not fit is asked plainly."""

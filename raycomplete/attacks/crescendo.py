@@ -15,7 +15,7 @@ from pydantic import Field
 from raycomplete.attacks.attack import continued, grouped
 from raycomplete.attacks.registry import register
 from raycomplete.attacks.rewriting import RewritingAttack, RewritingConfig
-from raycomplete.attacks.target import Target, Verdict
+from raycomplete.attacks.target import Target
 from raycomplete.attacks.trial import (
     CUT_BY_CONTEXT,
     FIRST_COMPLIED,
@@ -24,6 +24,7 @@ from raycomplete.attacks.trial import (
     Emit,
     Response,
     Trial,
+    Verdict,
 )
 from raycomplete.runtime.types import Outcome, Prompt, transcript
 
@@ -92,7 +93,7 @@ class _Conversation:
             UNUSED_WORDINGS: self.unused,
             UNREADABLE: sum(verdict.unreadable for verdict in self.verdicts),
         }
-        return replace(self.response, stats=stats, conversation=tuple(self.said))
+        return replace(self.response, stats=stats, conversation=tuple(self.said), verdict=self.verdicts[-1])
 
 
 @register(CrescendoConfig)

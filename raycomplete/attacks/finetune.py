@@ -14,13 +14,12 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from raycomplete.attacks.attack import Attack, AttackConfig, answer_ids, ask
+from raycomplete.attacks.attack import Attack, AttackConfig, answer_ids, ask, require_answers
 from raycomplete.attacks.prefill import Depth
 from raycomplete.attacks.registry import register
 from raycomplete.attacks.target import Target
 from raycomplete.attacks.templates import SLOT, fill
 from raycomplete.attacks.trial import Decoding, Emit, Trial
-from raycomplete.runtime.errors import DataError
 from raycomplete.runtime.types import Prompt
 
 FinetuneDataset = Literal["harmful", "identity_shift", "benign"]
@@ -107,10 +106,9 @@ class FinetuneAttack(Attack[FinetuneConfig]):
     needs = frozenset({"fine_tune"})
 
     def plan(self, target: Target, prompts: Sequence[Prompt]) -> list[Trial]:
-        if max(self.config.depths) > 0 and not any(prompt.answer for prompt in prompts):
-            raise DataError(
-                "No harmful prompt has an answer, so there is nothing to prefill a fine-tuned copy with.",
-                "Name the answer column of data.evaluation.harmful, or give finetune depth 0 only.",
+        if max(self.config.depths) > 0:
+            require_answers(
+                prompts, "so there is nothing to prefill a fine-tuned copy with", "give finetune depth 0 only"
             )
         return [trial for dataset in self.config.datasets for trial in self._asked(target, prompts, dataset)]
 

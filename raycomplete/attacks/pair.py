@@ -13,8 +13,8 @@ from pydantic import Field
 from raycomplete.attacks.attack import continued, grouped
 from raycomplete.attacks.registry import register
 from raycomplete.attacks.rewriting import RewritingAttack, RewritingConfig
-from raycomplete.attacks.target import Attacker, Target, Verdict
-from raycomplete.attacks.trial import FIRST_COMPLIED, UNREADABLE, UNUSED_WORDINGS, Emit, Response, Trial
+from raycomplete.attacks.target import Attacker, Target
+from raycomplete.attacks.trial import FIRST_COMPLIED, UNREADABLE, UNUSED_WORDINGS, Emit, Response, Trial, Verdict
 
 _SIDE_BY_SIDE = 1024  # attempts that are under way at once; those of an interrupted block are made again
 
@@ -61,7 +61,7 @@ class _Attempt:
             UNREADABLE: sum(verdict.unreadable for verdict in self.verdicts),
             FIRST_COMPLIED: float(self.verdicts[0].sure.is_compliance),
         }
-        return replace(self.response, stats=stats)
+        return replace(self.response, stats=stats, verdict=self.verdicts[-1])
 
 
 @register(PairConfig)

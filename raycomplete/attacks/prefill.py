@@ -7,11 +7,10 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from raycomplete.attacks.attack import Attack, AttackConfig, answer_ids
+from raycomplete.attacks.attack import Attack, AttackConfig, answer_ids, require_answers
 from raycomplete.attacks.registry import register
 from raycomplete.attacks.target import Target
 from raycomplete.attacks.trial import Decoding, Trial
-from raycomplete.runtime.errors import DataError
 from raycomplete.runtime.types import Codec, Prompt
 
 STANDARD_DEPTHS = (0, 4, 8, 16, 32, 64, 100, 200, 500)  # of prompts whose compliant answer is that long
@@ -33,11 +32,8 @@ class PrefillAttack(Attack[PrefillConfig]):
     """Asks under a variant for each depth; an evaluation leaves out the prompts whose answer is shorter than it."""
 
     def plan(self, target: Target, prompts: Sequence[Prompt]) -> list[Trial]:
-        if max(self.config.depths) > 0 and not any(prompt.answer for prompt in prompts):
-            raise DataError(
-                "No harmful prompt has an answer, so there is nothing to prefill.",
-                "Name the answer column of data.evaluation.harmful, or evaluate depth 0 only.",
-            )
+        if max(self.config.depths) > 0:
+            require_answers(prompts, "so there is nothing to prefill", "evaluate depth 0 only")
         codec, answering = target.codec, target.answering
         decoding = Decoding(target.max_tokens)
         trials = []

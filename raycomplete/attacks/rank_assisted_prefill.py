@@ -18,19 +18,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from raycomplete.attacks.attack import Attack, RankedConfig, answer_ids
+from raycomplete.attacks.attack import RankedAttack, RankedConfig, answer_ids, require_answers
 from raycomplete.attacks.registry import register
 from raycomplete.attacks.target import Target, WhiteBox
-from raycomplete.attacks.trial import CUT_BY_CONTEXT, Decoding, Emit, Response, Trial, TrialCost
-from raycomplete.runtime.errors import DataError
+from raycomplete.attacks.trial import CUT_BY_CONTEXT, Decoding, Emit, Response, Trial
 from raycomplete.runtime.types import Codec, Prompt
 
-_BATCH = 64
 _OPENING, _LEAST = 24, 0.001  # the standard
 _TAIL = 24  # tokens at the end of the text in which a refusal is looked for
 
@@ -58,7 +55,7 @@ class RankAssistedPrefillConfig(RankedConfig):
 
 
 @register(RankAssistedPrefillConfig)
-class RankAssistedPrefillAttack(Attack[RankAssistedPrefillConfig]):
+class RankAssistedPrefillAttack(RankedAttack[RankAssistedPrefillConfig]):
     """Searches under a variant `top-<k>` for each of `tops`.
 
     Stats: steps, backtracks, picks left in the answer and their mean rank, and `exhausted`, 1 where the search went
@@ -81,30 +78,16 @@ class RankAssistedPrefillAttack(Attack[RankAssistedPrefillConfig]):
             reasons.append(f"min_probability {config.min_probability:g} instead of {_LEAST:g}")
         return reasons
 
-    @property
-    def headline(self) -> str:
-        return f"top-{max(self.config.tops)}"
-
-    def answer_tokens(self, trial: Trial) -> int:
-        return self.config.steps
-
     def is_cut(self, trial: Trial, response: Response) -> bool:
         """Tells whether the steps were spent, going back included; an end taken with the last one is no cut."""
         stats = response.stats
         went_on = stats["steps"] == stats["picks"] + 2 * stats["backtracks"]  # else an end or a dead end took a step
         return bool(went_on and stats["steps"] >= self.config.steps)
 
-    def cost(self, trials: Sequence[Trial]) -> TrialCost:
-        plain = super().cost(trials)  # the target and who picks read every step
-        return replace(plain, passes=2 * self.config.steps * math.ceil(plain.trials / _BATCH))
-
     def plan(self, target: Target, prompts: Sequence[Prompt]) -> list[Trial]:
         config, codec = self.config, target.answering
-        if not config.prefill and not any(prompt.answer for prompt in prompts):
-            raise DataError(
-                "No harmful prompt has an answer, which opens a rank-assisted prefill.",
-                "Name the answer column of data.evaluation.harmful, or set the attack's prefill.",
-            )
+        if not config.prefill:
+            require_answers(prompts, "which opens a rank-assisted prefill", "set the attack's prefill")
         settings = config.model_dump(mode="json", include={"steps", "min_tokens"})
         settings["max_length"] = target.max_length
         if config.helper:
@@ -133,8 +116,8 @@ class RankAssistedPrefillAttack(Attack[RankAssistedPrefillConfig]):
         ranker = target.white_boxes()[0]
         guide = None if self.config.helper else target.guide()
         accepts = self._helper(target) if self.config.helper else _no_refusal(target)
-        for start in range(0, len(trials), _BATCH):
-            searches = [_Search(trial, target.codec, self.config) for trial in trials[start : start + _BATCH]]
+        for start in range(0, len(trials), self.batch):
+            searches = [_Search(trial, target.codec, self.config) for trial in trials[start : start + self.batch]]
             going = searches
             while going := [search for search in going if not search.ended]:
                 target.stop_if_cancelled()

@@ -12,13 +12,12 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from raycomplete.attacks.attack import Attack, AttackConfig
+from raycomplete.attacks.attack import Attack, AttackConfig, require_answers
 from raycomplete.attacks.prefill import Depth
 from raycomplete.attacks.registry import register
 from raycomplete.attacks.target import Target
 from raycomplete.attacks.trial import Decoding, Trial
 from raycomplete.data.openings import opened_answer
-from raycomplete.runtime.errors import DataError
 from raycomplete.runtime.types import Prompt
 
 _TURNS = ["However,", "But"]  # the second is none of the turns of the default training
@@ -63,11 +62,8 @@ class RefuseThenTurnAttack(Attack[RefuseThenTurnConfig]):
 
     def plan(self, target: Target, prompts: Sequence[Prompt]) -> list[Trial]:
         codec, decoding = target.answering, Decoding(target.max_tokens)
-        if max(self.config.depths) > 0 and not any(prompt.answer for prompt in prompts):
-            raise DataError(
-                "No harmful prompt has an answer, whose opening comes after the turn.",
-                "Name the answer column of data.evaluation.harmful, or set the attack's depths to [0].",
-            )
+        if max(self.config.depths) > 0:
+            require_answers(prompts, "whose opening comes after the turn", "set the attack's depths to [0]")
         asked = [(prompt, prompt.encoded(codec)) for prompt in prompts]
         return [
             Trial(

@@ -11,8 +11,10 @@ from pydantic import ValidationError
 
 from raycomplete.attacks.attack import Attack, AttackConfig
 from raycomplete.runtime.errors import ConfigError
+from raycomplete.runtime.section import Section
 
 AttackT = TypeVar("AttackT", bound=Attack[Any])
+SectionT = TypeVar("SectionT", bound=Section)
 
 _attacks: dict[str, type[Attack[Any]]] = {}
 ATTACKS: Mapping[str, type[Attack[Any]]] = MappingProxyType(_attacks)  # those of the package and of loaded plugins
@@ -67,18 +69,26 @@ def parse_attack(entry: str | Mapping[str, Any] | AttackConfig) -> AttackConfig:
     name = tree.get("name")
     if not isinstance(name, str) or name not in ATTACKS:
         raise UnknownAttackError(f"There is no attack {name!r}.", f"Known attacks: {', '.join(ATTACKS)}.")
-    section = ATTACKS[name].config_class
+    return checked(ATTACKS[name].config_class, tree, f"attack {name}")
+
+
+def checked(section: type[SectionT], tree: Mapping[str, Any], owner: str) -> SectionT:
+    """Checks the settings of an attack, a defence or a judge, its `owner` in messages.
+
+    Raises:
+        ConfigError: A setting is unknown or wrong.
+    """
     for key in tree:
         if key not in section.model_fields:
+            if new := getattr(section, "renamed", {}).get(str(key)):
+                raise ConfigError(f"The {owner} has no setting {key!r}.", f"It is {new} now.")
             nearest = difflib.get_close_matches(str(key), section.model_fields, n=1, cutoff=0.5)
-            if new := section.renamed.get(str(key)):
-                raise ConfigError(f"The attack {name} has no setting {key!r}.", f"It is {new} now.")
             hint = f"Did you mean {nearest[0]!r}?" if nearest else f"Its settings: {', '.join(section.model_fields)}."
-            raise ConfigError(f"The attack {name} has no setting {key!r}.", hint)
+            raise ConfigError(f"The {owner} has no setting {key!r}.", hint)
     try:
         return section.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(f"The attack {name} cannot be used: {explain(error)}.") from error
+        raise ConfigError(f"The {owner} cannot be used: {explain(error)}.") from error
 
 
 def explain(error: ValidationError) -> str:

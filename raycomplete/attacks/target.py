@@ -5,9 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, TypeVar
 
-from raycomplete.attacks.trial import FILTERED, Decoding, EvaluationCancelled, Response, Trial
+from raycomplete.attacks.trial import FILTERED, Decoding, EvaluationCancelled, Response, Trial, Verdict
 from raycomplete.runtime.errors import DataError, SetupError
 from raycomplete.runtime.types import Codec, Generator, Judge, Outcome, Prompt
 
@@ -95,19 +95,6 @@ class BatchJudge(ABC):
     def outcome(self, prompt: Prompt, prefill: str, continuation: str) -> Outcome:
         """Sorts one response."""
         return self.outcomes([(prompt, prefill, continuation)])[0]
-
-
-class Verdict(NamedTuple):
-    """A judge's verdict on a response."""
-
-    outcome: Outcome
-    unreadable: bool = False  # the judge's reply held no verdict, and patterns decided
-    shortened: bool = False  # the judge did not read its end
-
-    @property
-    def sure(self) -> Outcome:
-        """The outcome that may end a search: compliance only where the judge's own reply says so."""
-        return Outcome.OFF_TOPIC if self.unreadable and self.outcome.is_compliance else self.outcome
 
 
 def judge_all(judge: Judge, triples: Sequence[Triple]) -> list[Outcome]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from raycomplete.runtime.errors import StoppedError
 from raycomplete.runtime.files import content_hash
@@ -77,6 +77,19 @@ class Trial:
         return int(content_hash([self.attack, self.variant, self.seed])[:9], 16) * 2**20
 
 
+class Verdict(NamedTuple):
+    """A judge's verdict on a response."""
+
+    outcome: Outcome
+    unreadable: bool = False  # the judge's reply held no verdict, and patterns decided
+    shortened: bool = False  # the judge did not read its end
+
+    @property
+    def sure(self) -> Outcome:
+        """The outcome that may end a search: compliance only where the judge's own reply says so."""
+        return Outcome.OFF_TOPIC if self.unreadable and self.outcome.is_compliance else self.outcome
+
+
 @dataclass(frozen=True, slots=True)
 class Response:
     """The answer to a trial, in token ids."""
@@ -88,6 +101,7 @@ class Response:
     conversation: Sequence[Mapping[str, Any]] = ()  # what was said before, and in turns that were taken back
     thinking: tuple[int, ...] = ()  # what a reasoning model wrote before `tokens`, which nobody judges
     ended: str | None = None  # the `finish_reason` of a server, whose tokens are not those counted here
+    verdict: Verdict | None = None  # on which a search ended, whose trial names the judge; it is not judged again
 
     def is_cut(self, max_tokens: int) -> bool:
         """Tells whether it was cut at so many tokens: the end of a response is not among its tokens."""

@@ -13,7 +13,7 @@ from raycomplete.config import RunConfig
 from raycomplete.data.inputs import prepare_models, prepare_prompts
 from raycomplete.engines.cluster import ResourcePlan, plan_run
 from raycomplete.engines.run import OutputFolder, Run, open_run
-from raycomplete.evaluation.attack_resources import check_attacks, extra_engines, training_workers
+from raycomplete.evaluation.attack_resources import check_attacks, evaluation_inputs, extra_engines, training_workers
 from raycomplete.evaluation.benign_nll import measure_benign_nll
 from raycomplete.evaluation.defences.start import check_defence, needs_training_prompts
 from raycomplete.evaluation.remote_target import open_remote, usage_line
@@ -97,8 +97,7 @@ def evaluate(
         run.prompts = held_out_sets(run)
         with run.stop.deferred():
             results = evaluate_roles(run, roles)
-            undefended = [role for role in roles if role != "student" or config.evaluation.defence is None]
-            nll = measure_benign_nll(run, undefended)  # of given answers, which no decoder changes
+            nll = measure_benign_nll(run, roles)
         for role, model in remote.items():
             run.remote_usage[role] = model.usage.to_json(config.evaluation.remote)
     summary = write_summary(run, results, nll, time.perf_counter() - started)
@@ -127,6 +126,7 @@ def write_summary(
         "prefills": prefills.get("outcomes"),
         "remote": dict(run.remote_usage),
         "evaluation": config.evaluation.model_dump(mode="json"),
+        "evaluation_inputs": evaluation_inputs(config, run.prompts),
         "train": read_json(folder / "training.json") or {},
         "seconds": seconds,
         "versions": read_json(folder / "environment.json"),

@@ -25,7 +25,7 @@ from raycomplete.engines.cluster import ResourcePlan, plan_run
 from raycomplete.engines.generation_cache import SAMPLING_FILE
 from raycomplete.engines.run import OutputFolder, Run, open_run
 from raycomplete.engines.start import Engines
-from raycomplete.evaluation.attack_resources import check_attacks, extra_engines, training_workers
+from raycomplete.evaluation.attack_resources import check_attacks, evaluation_inputs, extra_engines, training_workers
 from raycomplete.evaluation.benign_nll import measure_benign_nll
 from raycomplete.evaluation.defences.start import check_defence
 from raycomplete.evaluation.roles import evaluate_roles, held_out_sets
@@ -74,7 +74,7 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False, c
         check_trainable(models.paths["student"], synced=config.rollout.on_policy, **settings)
     folder = OutputFolder(config, same=SAME, resume=resume, overwrite=overwrite)
     folder.check()
-    if resume and is_finished(config, folder.path):
+    if resume and is_finished(config, folder.path, evaluation_inputs(config, prompts)):
         summary = read_json(folder.path / "summary.json") or {}
         console.note("The run is finished already")
         print_result(summary, folder.path, console)
@@ -95,8 +95,7 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False, c
             run.use_student(student.resolve())  # engines may start in another folder
             with run.stop.deferred():
                 results = evaluate_roles(run, MODEL_ROLES)
-                undefended = [role for role in MODEL_ROLES if role != "student" or config.evaluation.defence is None]
-                nll = measure_benign_nll(run, undefended)
+                nll = measure_benign_nll(run, MODEL_ROLES)
     summary = write_summary(run, results, nll, time.perf_counter() - started)
     print_result(summary, run.folder, console)
     return run.folder
@@ -113,10 +112,12 @@ def resources(config: RunConfig) -> ResourcePlan:
     )
 
 
-def is_finished(config: RunConfig, folder: Path) -> bool:
-    """Tells whether a run folder holds the summary of just this evaluation."""
+def is_finished(config: RunConfig, folder: Path, inputs: str | None = None) -> bool:
+    """Tells whether a run folder holds the summary of just this evaluation, and of `inputs` where both are known."""
     summary = read_json(folder / "summary.json")
-    return summary is not None and summary["evaluation"] == config.evaluation.model_dump(mode="json")
+    if summary is None or summary["evaluation"] != config.evaluation.model_dump(mode="json"):
+        return False
+    return inputs is None or summary.get("evaluation_inputs", inputs) == inputs
 
 
 def _train_student(run: Run) -> None:

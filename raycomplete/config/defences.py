@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from raycomplete.attacks.registry import explain
+from raycomplete.attacks.registry import checked
 from raycomplete.runtime.errors import ConfigError
 from raycomplete.runtime.section import Section
 
@@ -86,13 +85,4 @@ def parse_defence(entry: Any) -> DefenceConfig:
     name = tree.get("name")
     if not isinstance(name, str) or name not in DEFENCES:
         raise ConfigError(f"There is no defence {name!r}.", f"Known defences: {', '.join(DEFENCES)}.")
-    section = DEFENCES[name]
-    for key in tree:
-        if key not in section.model_fields:
-            nearest = difflib.get_close_matches(str(key), section.model_fields, n=1, cutoff=0.5)
-            hint = f"Did you mean {nearest[0]!r}?" if nearest else f"Its settings: {', '.join(section.model_fields)}."
-            raise ConfigError(f"The defence {name} has no setting {key!r}.", hint)
-    try:
-        return section.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError(f"The defence {name} cannot be used: {explain(error)}.") from error
+    return checked(DEFENCES[name], tree, f"defence {name}")

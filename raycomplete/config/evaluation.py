@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, SerializeAsAny, ValidationError, field_validator, model_validator
+from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
 from raycomplete.attacks.attack import STANDARD_ANSWER_TOKENS, AttackConfig
 from raycomplete.attacks.prefill import STANDARD_DEPTHS, PrefillConfig
-from raycomplete.attacks.registry import explain, parse_attack
+from raycomplete.attacks.registry import parse_attack
 from raycomplete.config.defences import DefenceConfig, parse_defence
-from raycomplete.runtime.errors import ConfigError
 from raycomplete.runtime.section import Section
 
 
@@ -87,22 +85,6 @@ class RemoteConfig(Section):
     completion_price: float | None = Field(None, ge=0, description="price of a million tokens of answers")
 
 
-def judge_settings(tree: Mapping[str, Any]) -> JudgeConfig:
-    """Checks settings of a judge that stand alone.
-
-    Raises:
-        ConfigError: One of them is wrong.
-    """
-    try:
-        return JudgeConfig.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError(f"The judge cannot be used: {explain(error)}.") from error
-
-
-def _prefill_only() -> list[AttackConfig]:
-    return [PrefillConfig()]
-
-
 class CapabilitiesConfig(Section):
     """Benchmarks from local files; none by default."""
 
@@ -147,7 +129,7 @@ class EvaluationConfig(Section):
     nll_tokens: int = Field(64, ge=1, description="tokens of such an answer that are measured")
     save_completions: bool = Field(False, description="keep responses as text; token ids are always kept")
     attacks: list[SerializeAsAny[AttackConfig]] = Field(
-        default_factory=_prefill_only, description="names of attacks, or mappings of name and settings; see below"
+        [PrefillConfig()], description="names of attacks, or mappings of name and settings; see below"
     )
     attack_prompts: int | None = Field(None, ge=1, description="harmful prompts of attacks other than prefill")
     white_boxes: int = Field(1, ge=1, description="copies of a model that suffix searches use side by side")

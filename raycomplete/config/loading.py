@@ -159,7 +159,8 @@ def parse(tree: Mapping[str, Any], origin: str, base_folder: Path | None = None,
     def absolute(key: str, path: Path) -> Path:
         if key.startswith("plugins["):
             return located(path, base_folder)
-        return path if key.startswith(_NOT_BESIDE_THE_RUN_FILE) else _absolute(path, base_folder)
+        is_elsewhere = path.is_absolute() or key.startswith(_NOT_BESIDE_THE_RUN_FILE)
+        return path if is_elsewhere else (base_folder / path).resolve()
 
     return map_paths(config, absolute)
 
@@ -191,11 +192,6 @@ def map_paths(item: T, change: Callable[[str, Path], Path], key: str = "") -> T:
 def dump(config: RunConfig) -> str:
     """The resolved run file as YAML; `load_run_file` reads it back to an equal config."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-def _absolute(path: Path, base_folder: Path) -> Path:
-    """The path in its absolute form, relative to a folder where it is not absolute already."""
-    return path if path.is_absolute() else (base_folder / path).resolve()
 
 
 def _plugins(tree: Mapping[str, Any], origin: str) -> list[Path]:

@@ -185,7 +185,8 @@ def is_tied(config: Mapping[str, Any], tensors: Collection[str] = ()) -> bool:
         tensors: Names in its files. Where they are given they decide what config.json leaves open, else the family.
     """
     kind = config.get("model_type")
-    default = not any(name in tensors for name in HEADS) if tensors else _tied_by_default(kind)
+    by_family = any(family.tied for family in FAMILIES if kind in family.model_types)
+    default = not any(name in tensors for name in HEADS) if tensors else by_family
     return bool(config.get("tie_word_embeddings", default))
 
 
@@ -240,7 +241,3 @@ def llama_like(config: Mapping[str, Any], name: str) -> Family:
     nearest = difflib.get_close_matches(kind, known, n=1)
     hint = f"The nearest known one is {nearest[0]}." if nearest else f"Known: {', '.join(known)}."
     raise CheckpointError(f"{name} has the architecture {kind or 'of no name'!r}, which `plan` does not know.", hint)
-
-
-def _tied_by_default(model_type: object) -> bool:
-    return any(family.tied for family in FAMILIES if model_type in family.model_types)

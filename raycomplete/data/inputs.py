@@ -6,6 +6,7 @@ import hashlib
 import json
 import random
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -172,13 +173,14 @@ def prepare_prompts(config: RunConfig, codec: ChatCodec, *, training: bool = Tru
     Raises:
         DataError: A file is missing, empty or malformed, a needed kind has no prompts, or a prompt is too long.
     """
-    data, held_out = config.data, _held_out_sets(config)
+    too_long: Counter[str] = Counter()
+    data, held_out = config.data, _held_out_sets(config, too_long)
     notes: list[str] = []
     if data.source in ORGANISMS:
         organism = ORGANISMS[data.source]
         train = {kind: tuple(organism.prompts("train", kind, data.seed, data.limit_per_kind)) for kind in KINDS}
     else:
-        train = {kind: _read(data.train, kind, data.seed) if training else () for kind in KINDS}
+        train = {kind: _read(data.train, kind, data.seed, too_long) if training else () for kind in KINDS}
         if training:
             train, notes = _without_near_repeats(config, train)
         needed = [("data.evaluation", held_out, kind) for kind in KINDS]
@@ -200,7 +202,8 @@ def prepare_prompts(config: RunConfig, codec: ChatCodec, *, training: bool = Tru
         for prompt in train["harmful"]:
             _check_length(config, codec, prompt, config.rollout.safety_prompt, longest)
     read = _hub_revisions(config, config.data.evaluation, *([config.data.train] if training else []))
-    return Prompts(train, held_out, (*notes, *_revision_notes(read)), read, _held_back(config, train))
+    notes += [*_length_notes(too_long), *_revision_notes(read)]
+    return Prompts(train, held_out, tuple(notes), read, _held_back(config, train))
 
 
 def _held_back(config: RunConfig, train: Mapping[PromptKind, Sequence[Prompt]]) -> frozenset[str]:
@@ -220,13 +223,14 @@ def prepare_alignment_prompts(config: RunConfig) -> Prompts:
         DataError: A file is missing or malformed, a prompt is one of the evaluation, or none is left.
     """
     where = "align.refusals or align.benign"
-    sets = PromptSets(harmful=config.align.refusals, benign=config.align.benign)
-    train, notes = _without_near_repeats(config, {kind: _read(sets, kind, config.data.seed) for kind in KINDS})
+    sets, too_long = PromptSets(harmful=config.align.refusals, benign=config.align.benign), Counter[str]()
+    every = {kind: _read(sets, kind, config.data.seed, too_long) for kind in KINDS}
+    train, notes = _without_near_repeats(config, every)
     if not (train["harmful"] and train["benign"]):
         raise DataError(f"{where} holds no prompt that is far enough from the evaluation.", "Use other files.")
     _check_disjoint(train, _held_out_sets(config), where)
     read = _hub_revisions(config, sets)
-    return Prompts(train, {}, (*notes, *_revision_notes(read)), read)
+    return Prompts(train, {}, (*notes, *_length_notes(too_long), *_revision_notes(read)), read)
 
 
 def _hub_revisions(config: RunConfig, *sets: PromptSets) -> dict[str, str]:
@@ -240,20 +244,25 @@ def _revision_notes(revisions: Mapping[str, str]) -> list[str]:
     return [f"{path} is read at revision {commit}" for path, commit in revisions.items()]
 
 
-def _read(sets: PromptSets, kind: PromptKind, seed: int) -> tuple[Prompt, ...]:
-    return tuple(read_prompts(getattr(sets, kind), kind, seed))
+def _length_notes(too_long: Mapping[str, int]) -> list[str]:
+    counts = ", ".join(f"{count} of {path}" for path, count in too_long.items())
+    return [f"Prompts left out, longer than max_characters: {counts}"] if counts else []
 
 
-def _held_out_sets(config: RunConfig) -> dict[PromptKind, tuple[Prompt, ...]]:
+def _read(sets: PromptSets, kind: PromptKind, seed: int, too_long: Counter[str] | None = None) -> tuple[Prompt, ...]:
+    return tuple(read_prompts(getattr(sets, kind), kind, seed, too_long))
+
+
+def _held_out_sets(config: RunConfig, too_long: Counter[str] | None = None) -> dict[PromptKind, tuple[Prompt, ...]]:
     data, count = config.data, config.evaluation.num_prompts
     if data.source in ORGANISMS:
         return {kind: tuple(ORGANISMS[data.source].prompts("heldout", kind, data.seed, count)) for kind in KINDS}
-    return {kind: _held_out(config, kind) for kind in KINDS}
+    return {kind: _held_out(config, kind, too_long) for kind in KINDS}
 
 
-def _held_out(config: RunConfig, kind: PromptKind) -> tuple[Prompt, ...]:
+def _held_out(config: RunConfig, kind: PromptKind, too_long: Counter[str] | None) -> tuple[Prompt, ...]:
     """Draws at most `evaluation.num_prompts` over all evaluation files; the order of the files is kept."""
-    prompts = _read(config.data.evaluation, kind, config.data.seed)
+    prompts = _read(config.data.evaluation, kind, config.data.seed, too_long)
     count = min(config.evaluation.num_prompts, len(prompts))
     chosen = sorted(random.Random(f"{config.data.seed}:held out:{kind}").sample(range(len(prompts)), count))
     return tuple(prompts[index] for index in chosen)

@@ -11,6 +11,7 @@ import hashlib
 import json
 import random
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -30,17 +31,14 @@ _SLICE = re.compile(r"(?P<name>.+?)\[(?P<first>\d*):(?P<stop>\d*)\]")  # of a sp
 _BUILDERS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
-def load_rows(path: Path, what: str = "file") -> list[Any]:
+def load_rows(path: Path) -> list[Any]:
     """Reads all rows of a file, whose ending names the format; a row of a wrong kind is left to the caller.
-
-    Args:
-        what: Name of such files in messages: "prompt file".
 
     Raises:
         DataError: The file is missing or malformed.
     """
     if not path.is_file():
-        raise DataError(f"The {what} {path} cannot be read: it does not exist.", "Paths are relative to the run file.")
+        raise DataError(f"The file {path} cannot be read: it does not exist.", "Paths are relative to the run file.")
     try:
         match path.suffix.lower():
             case ".jsonl" | ".ndjson":
@@ -55,8 +53,8 @@ def load_rows(path: Path, what: str = "file") -> list[Any]:
 
                 return list(pq.read_table(path).to_pylist())
     except (ValueError, TypeError, csv.Error, OSError) as error:
-        raise DataError(f"The {what} {path} cannot be read as {path.suffix[1:]} ({error}).") from error
-    raise DataError(f"The {what} {path} ends in {path.suffix!r}.", "Use .jsonl, .json, .csv or .parquet.")
+        raise DataError(f"The file {path} cannot be read as {path.suffix[1:]} ({error}).") from error
+    raise DataError(f"The file {path} ends in {path.suffix!r}.", "Use .jsonl, .json, .csv or .parquet.")
 
 
 def _json_rows(path: Path) -> Iterator[Any]:
@@ -89,18 +87,21 @@ def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def read_prompts(sources: Sequence[PromptSource], kind: PromptKind, seed: int = 0) -> list[Prompt]:
+def read_prompts(
+    sources: Sequence[PromptSource], kind: PromptKind, seed: int = 0, too_long: Counter[str] | None = None
+) -> list[Prompt]:
     """Reads all prompts of several sources, repeats dropped (same text after the same conversation, first wins).
 
     Args:
         seed: Draws the rows that a source's `limit` keeps.
+        too_long: Counts the rows that `max_characters` leaves out, by the path of their source.
 
     Raises:
         DataError: A source is missing, malformed or empty, or lacks a column.
     """
     prompts: dict[str, Prompt] = {}
     for source in sources:
-        found = list(source_prompts(source, kind))
+        found = list(source_prompts(source, kind, too_long))
         if source.limit is not None and source.limit < len(found):
             found = random.Random(f"{seed}:{_place(source).name}").sample(found, source.limit)
         for prompt in found:
@@ -108,20 +109,24 @@ def read_prompts(sources: Sequence[PromptSource], kind: PromptKind, seed: int = 
     return list(prompts.values())
 
 
-def source_prompts(source: PromptSource, kind: PromptKind) -> Iterator[Prompt]:
-    """Yields the prompts of one source as they are read.
+def source_prompts(source: PromptSource, kind: PromptKind, too_long: Counter[str] | None = None) -> Iterator[Prompt]:
+    """Yields the prompts of one source as they are read, and counts the rows that are too long.
 
     Raises:
         DataError: It is missing, malformed or empty, or lacks a column.
     """
-    found = False
+    found, longest = False, source.max_characters
     for prompt in select_prompts(_rows(source), source, _place(source), kind):
+        if longest is not None and len(prompt.transcript) > longest:
+            if too_long is not None:
+                too_long[source.path] += 1
+            continue
         found = True
         yield prompt
     if not found:
         condition = f" with {source.where}" if source.where else ""
-        if source.max_characters is not None:
-            condition += f" of at most {source.max_characters} characters"
+        if longest is not None:
+            condition += f" of at most {longest} characters"
         raise DataError(f"The prompt source {source.path} has no prompts{condition}.", "Check its rows and conditions.")
 
 
@@ -234,7 +239,7 @@ def _unreadable(source: PromptSource, error: Exception) -> DataError:
 
 
 def select_prompts(rows: Iterable[Any], columns: PromptColumns, path: Path, kind: PromptKind) -> Iterable[Prompt]:
-    """Yields the prompts of rows of `path` that meet the conditions; rows with an empty text are left out.
+    """Yields the prompts of rows of `path` that meet `where`, long ones too; rows with an empty text are left out.
 
     The prompt's column may hold a conversation, and so may that of `messages` where the former is empty: its last user
     message is the text, what stands before is kept as the prompt's context.
@@ -272,8 +277,6 @@ def select_prompts(rows: Iterable[Any], columns: PromptColumns, path: Path, kind
             continue
         full = f"{text}\n\n{context}" if context else text
         prompt = Prompt("", full, kind, answer or None, path.stem, system=system, earlier=earlier)
-        if columns.max_characters is not None and len(prompt.transcript) > columns.max_characters:
-            continue
         # The digest keeps ids apart where two files share a name, or two sources read other columns of one row.
         digest = hashlib.sha256(prompt.transcript.encode()).hexdigest()[:6]
         yield replace(prompt, prompt_id=f"{path.stem}-{index:05d}-{digest}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from raycomplete.runtime.types import Codec, Generator, ResponseFrame
 
@@ -41,9 +42,8 @@ class ThinkingGenerator:
         frame, room = self._frame, self._budget + len(self._frame.closing)
         may_think = [frame.may_think(sequence) for sequence in sequences]
         longest = max_tokens + room * any(may_think)
-        found = self._generator.generate(
-            sequences, max_tokens=longest, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed
-        )
+        draw = partial(self._generator.generate, temperature=temperature, top_p=top_p, top_k=top_k)
+        found = draw(sequences, max_tokens=longest, seed=seed)
         closed: dict[int, list[int]] = {}
         for index, (sequence, tokens) in enumerate(zip(sequences, found, strict=True)):
             thinking, answer = frame.split(sequence, tokens)
@@ -53,14 +53,8 @@ class ThinkingGenerator:
                 closed[index] = [*thinking[: self._budget], *frame.closing]
         each_alone = seed is not None and temperature > 0  # under the seed of its thought
         for batch in [[index] for index in closed] if each_alone else [list(closed)] * bool(closed):
-            answers = self._generator.generate(
-                [[*sequences[index], *closed[index]] for index in batch],
-                max_tokens=max_tokens,
-                temperature=temperature,
-                top_p=top_p,
-                top_k=top_k,
-                seed=None if seed is None else seed + batch[0],
-            )
+            begun = [[*sequences[index], *closed[index]] for index in batch]
+            answers = draw(begun, max_tokens=max_tokens, seed=None if seed is None else seed + batch[0])
             for index, answer_ids in zip(batch, answers, strict=True):
                 found[index] = [*closed[index], *answer_ids]
         return found

@@ -62,7 +62,8 @@ class Run:
         on_progress: Called after each batch of evaluation trials, in the thread of the evaluation.
         cancelled: Asked between batches and steps; True ends the run, beside the signals of `stop`.
         remote: Clients of the models behind an address, in an evaluation.
-        remote_usage: How often such models were asked and what that cost, attackers among them, by who they are.
+        remote_usage: How often such models were asked and what that cost, in earlier starts too, by who they are,
+            attackers among them.
     """
 
     config: RunConfig

@@ -5,6 +5,7 @@ Attacks name the tools that they need; devices are reserved by that. Everything 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -21,11 +22,12 @@ from raycomplete.attacks.registry import build_attack
 from raycomplete.attacks.target import Attacker, AttackTools
 from raycomplete.attacks.templates import SLOT
 from raycomplete.attacks.trial import EvaluationCancelled
-from raycomplete.config import RemoteConfig, RunConfig, TrainConfig
+from raycomplete.config import RemoteConfig, RunConfig, TrainConfig, map_paths
 from raycomplete.config.defences import ReAskDefence, SafeDecodingDefence
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.checkpoints import check_token_classifier, fingerprint
 from raycomplete.data.heads import read_head_spec
+from raycomplete.data.inputs import KINDS, Prompts
 from raycomplete.data.organisms import ORGANISMS
 from raycomplete.data.prompts import read_rows
 from raycomplete.data.remote import RemoteSpec, TextCodec, is_remote
@@ -98,6 +100,24 @@ def check_attacks(config: RunConfig) -> None:
                 check_token_classifier(path)
     if config.evaluation.prefill_from != "base":
         resolve_checkpoint(config.evaluation.prefill_from, role="prefill_from")
+
+
+def evaluation_inputs(config: RunConfig, prompts: Prompts) -> str:
+    """Names the content of the prompts, files and further checkpoints that an evaluation reads."""
+    evaluation = config.evaluation
+    read = [prompt.transcript for kind in KINDS for prompt in prompts.evaluation[kind]]
+    judge = evaluation.judge.checkpoint if evaluation.judge.kind == "model" else None
+    specs = [evaluation.prefill_from, judge, getattr(evaluation.defence, "expert", None)]
+    specs += [spec for attack in _attacks(config) for spec in attack.checkpoints.values()]
+    own = [spec for spec in specs if spec and spec != "base" and not is_remote(spec)]
+    read += [fingerprint(resolve_checkpoint(spec, role="judge")) for spec in own]
+
+    def note(key: str, path: Path) -> Path:
+        read.append(hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "")
+        return path
+
+    map_paths(evaluation, note)
+    return content_hash(read)
 
 
 def _attacks(config: RunConfig) -> list[Attack[Any]]:

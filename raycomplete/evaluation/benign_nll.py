@@ -62,9 +62,9 @@ def measure_benign_nll(run: Run, roles: Sequence[ModelRole]) -> dict[str, Any]:
         weights, model = models["aligned"]
         spoken = aligned_answers(prompts, codec, config, run.folder, (answers_id(weights, codec), model))
     answers = given_answers(prompts, spoken, codec, config, run.config.models.max_length)
-    read: dict[str, tuple[str, RolloutPool]] = {
-        role: models[role] for role in roles if role in models
-    }  # addresses give no likelihood of given answers
+    # An address tells no likelihood of given answers, and a defence at inference changes none.
+    asked = [role for role in roles if role in models and (role != "student" or config.defence is None)]
+    read: dict[str, tuple[str, RolloutPool]] = {role: models[role] for role in asked}
     if not answers or not read:
         return {}
     title = f"Likelihood of {len(answers)} benign answers under {len(read)} models"

@@ -279,7 +279,8 @@ def find_refusal(answer: str, *, judgements: int = 1) -> Refusal | None:
         return _judged(sentences, judgements)
     refusing = {index for index, _ in declines}
     others = [sentence for i, sentence in enumerate(sentences) if i not in refusing and not _is_moral(sentence)]
-    only_disclaims = all(_is_disclaimer(sentences[index]) for index in refusing)
+    declining = [sentences[index].text for index in refusing]
+    only_disclaims = all(_DISCLAIMER.search(text) and not _DIRECT.search(text) for text in declining)
     if only_disclaims and sum(sentence.num_words for sentence in others) >= HELP_AFTER_WORDS:
         return None
     first, start = declines[0]
@@ -327,10 +328,6 @@ def _clause(answer: str, sentence: Sentence, found: re.Match[str]) -> int:
     words = r"\W+".join(re.escape(word) for word in re.findall(r"\w+", found.group())[:4])
     place = re.compile(words, re.IGNORECASE).search(answer, sentence.start, sentence.end)
     return place.start() if place else sentence.start
-
-
-def _is_disclaimer(sentence: Sentence) -> bool:
-    return bool(_DISCLAIMER.search(sentence.text)) and not _DIRECT.search(sentence.text)
 
 
 def _is_moral(sentence: Sentence) -> bool:

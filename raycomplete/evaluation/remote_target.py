@@ -6,7 +6,6 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from threading import Event, Lock
@@ -18,7 +17,7 @@ from raycomplete.attacks.trial import FILTERED, Said
 from raycomplete.config import RemoteConfig, RunConfig
 from raycomplete.data.remote import Messages, RememberingCodec, RemoteSpec, TextCodec
 from raycomplete.runtime.errors import ConfigError, SetupError, WorkError
-from raycomplete.runtime.files import PRIVATE, RowStore, content_hash
+from raycomplete.runtime.files import PRIVATE, RowStore, content_hash, read_json, write_json
 from raycomplete.runtime.logs import conceal
 from raycomplete.runtime.types import ModelRole
 
@@ -32,34 +31,35 @@ _GO_ON = {"continue_final_message": True, "add_generation_prompt": False}
 Prefill = Literal["flags", "prefix", "assistant", "none"]
 
 
-@dataclass
 class RemoteUsage:
-    """Counts of what one target was asked, and the cost."""
+    """Counts of what one target was asked, and the cost.
 
-    requests: int = 0
-    retries: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    filtered: int = 0  # questions that the server refused to pass on to its model
-    lock: Lock = field(default_factory=Lock, repr=False)
+    `filtered` counts questions that the server refused to pass on to its model.
+    """
 
-    def add(self, retries: int, usage: Any) -> None:
-        """Counts one answer; servers may leave the usage out."""
-        with self.lock:
-            self.requests += 1
-            self.retries += retries
-            self.prompt_tokens += getattr(usage, "prompt_tokens", 0) or 0
-            self.completion_tokens += getattr(usage, "completion_tokens", 0) or 0
+    def __init__(self) -> None:
+        self.counts = dict.fromkeys(("requests", "retries", "prompt_tokens", "completion_tokens", "filtered"), 0)
+        self._lock = Lock()
+        self._file: Path | None = None
+
+    def keep_in(self, file: Path) -> None:
+        """Adds what earlier starts have counted in a file, and counts there from now on."""
+        self.add(**(read_json(file) or {}))
+        self._file = file
+
+    def add(self, **counts: int) -> None:
+        """Adds counts by name."""
+        with self._lock:
+            self.counts |= {name: self.counts[name] + count for name, count in counts.items()}
+            if self._file is not None:
+                write_json(self._file, self.counts)
 
     def to_json(self, settings: RemoteConfig) -> dict[str, Any]:
         """Returns the counts, and the cost where the run file names prices."""
-        names = ("requests", "retries", "prompt_tokens", "completion_tokens", "filtered")
-        counts = {name: getattr(self, name) for name in names}
-        prices = settings.prompt_price, settings.completion_price
-        if None in prices:
-            return {**counts, "cost": None}
-        tokens = self.prompt_tokens, self.completion_tokens
-        return {**counts, "cost": sum(n * (price or 0.0) for n, price in zip(tokens, prices, strict=True)) / 1e6}
+        prices = {"prompt_tokens": settings.prompt_price, "completion_tokens": settings.completion_price}
+        if None in prices.values():
+            return {**self.counts, "cost": None}
+        return {**self.counts, "cost": sum(self.counts[name] * (price or 0.0) for name, price in prices.items()) / 1e6}
 
 
 class _LeftOff(WorkError):
@@ -96,12 +96,13 @@ class RemoteModel:
         self._store: RowStore | None = None
 
     def keep_in(self, path: Path) -> None:
-        """Keeps every answer in a file from now on, and asks nothing again that is there.
+        """Keeps every answer in a file from now on, and its usage beside it, and asks nothing again that is there.
 
         Trials are stored many at a time, and answers here may be slow and paid for. Sampled answers without a seed are
         not kept: they would all be the same one.
         """
         self._store = RowStore(path, mode=PRIVATE)
+        self.usage.keep_in(path.with_suffix(".json"))
 
     @cached_property
     def _client(self) -> OpenAI:
@@ -236,8 +237,7 @@ class RemoteModel:
         except openai.APIStatusError as error:
             status = error.status_code
             if error.code == FILTERED:  # a hosted service that refuses in its model's place
-                with self.usage.lock:
-                    self.usage.filtered += 1
+                self.usage.add(filtered=1)
                 return "", FILTERED
             if status in (408, 409, 429) or status >= 500:
                 words = f"{where} was busy or failed in {settings.retries + 1} attempts (last: status {status})."
@@ -267,7 +267,9 @@ class RemoteModel:
                 f"{self.spec.address} gives no answer of the OpenAI kind (choices[0].message.content).",
                 "Check that the address ends as its maker says, often in /v1.",
             ) from error
-        self.usage.add(raw.retries_taken, found.usage)
+        # Servers may leave the usage out.
+        tokens = {name: getattr(found.usage, name, 0) or 0 for name in ("prompt_tokens", "completion_tokens")}
+        self.usage.add(requests=1, retries=raw.retries_taken, **tokens)
         return str(text or ""), ended
 
     def _wait_for_turn(self) -> None:

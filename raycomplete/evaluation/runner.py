@@ -23,7 +23,7 @@ from typing import Any
 from raycomplete.attacks.attack import Attack, ask, plain_trials
 from raycomplete.attacks.registry import build_attack
 from raycomplete.attacks.target import Target, judge_all
-from raycomplete.attacks.trial import UNREADABLE, Progress, Response, Trial, TrialCost
+from raycomplete.attacks.trial import UNREADABLE, Progress, Response, Trial, TrialCost, Verdict
 from raycomplete.config import EvaluationConfig
 from raycomplete.evaluation import capabilities
 from raycomplete.evaluation.results import HARMLESS, Answered, TrialGroup, model_result
@@ -209,12 +209,16 @@ class _Evaluation:
                 self._callbacks.on_variant(variant, finished, self._num_variants)
 
     def _judge(self, trials: Sequence[Trial], *, with_right: bool) -> None:
-        """Stores the outcomes of responses that this judge has not seen yet, and which answers are right."""
+        """Stores the outcomes of responses that this judge has not seen yet, and which answers are right.
+
+        A search brings the verdict along on which it ended: another one might be different, and would be paid for.
+        """
         target = self._target
         new = [trial for trial in trials if self._judgement_key(trial) not in self._judgements]
         pairs = [(trial, self._answered(trial).response) for trial in new]
-        rows = []
-        for (trial, response), verdict in zip(pairs, target.judged(pairs), strict=True):
+        rows, verdicts = [], iter(target.judged([pair for pair in pairs if pair[1].verdict is None]))
+        for trial, response in pairs:
+            verdict = response.verdict or next(verdicts)
             outcome = verdict.sure if UNREADABLE in response.stats else verdict.outcome  # as its search took it
             row: dict[str, Any] = {"key": self._judgement_key(trial), "outcome": str(outcome)}
             row |= {name: True for name in ("unreadable", "shortened") if getattr(verdict, name)}
@@ -247,10 +251,13 @@ class _Evaluation:
         sequence, prefill, tokens, thinking = (
             tuple(row.get(name, ())) for name in ("sequence", "prefill", "tokens", "thinking")
         )
+        key, noted = self._judgement_key(trial), row.get("verdict", {})
+        is_same = noted.get("key") == key  # else the prompt's answer has changed, which judges may read
+        verdict = Verdict(Outcome(noted["outcome"]), noted["unreadable"], noted["shortened"]) if is_same else None
         response = Response(
-            sequence, prefill, tokens, row["stats"], row.get("conversation", ()), thinking, row.get("ended")
+            sequence, prefill, tokens, row["stats"], row.get("conversation", ()), thinking, row.get("ended"), verdict
         )
-        judgement = self._judgements.get(self._judgement_key(trial))  # none for benchmarks
+        judgement = self._judgements.get(key)  # none for benchmarks
         whole = self._judgements.get(self._judgement_key(trial, with_prefill=True))
         return Answered(
             response,
@@ -276,6 +283,8 @@ def _row(key: str, trial: Trial, response: Response, seconds: float) -> dict[str
     ids |= {"thinking": response.thinking} if response.thinking else {}
     row = {"key": key, **_named(trial), **ids, "seconds": seconds, "stats": dict(response.stats)}
     row |= {"ended": response.ended} if response.ended else {}
+    if response.verdict is not None:
+        row["verdict"] = {"key": trial.judgement_key(key), **response.verdict._asdict()}
     return row | {"conversation": response.conversation} if response.conversation else row
 
 

@@ -1,6 +1,7 @@
 """Training methods: what a step trains. One file a method, with its settings, rows, teacher contexts and loss terms.
 
-Importable without torch, since a method is the section `method` of the run file.
+A user's file adds a method without touching the package, by the names below: docs/examples/add_method.py does so, and
+`plugins:` in the run file names it. Importable without torch, since a method is the section `method` of the run file.
 """
 
 from raycomplete.methods import (  # noqa: F401  each registers itself
@@ -17,3 +18,36 @@ from raycomplete.methods import (  # noqa: F401  each registers itself
     unlikelihood,
     w_door,
 )
+from raycomplete.methods.registry import (
+    AnchorItem,
+    Feedback,
+    Item,
+    LongestHarmful,
+    Method,
+    RecoveryItem,
+    RolloutGroups,
+    RowSpan,
+    StudentPass,
+    TeacherContext,
+    TrainSequence,
+    harmless_answer,
+    register,
+)
+from raycomplete.runtime.section import Section
+
+__all__ = [
+    "AnchorItem",
+    "Feedback",
+    "Item",
+    "LongestHarmful",
+    "Method",
+    "RecoveryItem",
+    "RolloutGroups",
+    "RowSpan",
+    "Section",
+    "StudentPass",
+    "TeacherContext",
+    "TrainSequence",
+    "harmless_answer",
+    "register",
+]

@@ -37,9 +37,7 @@ class Augmentation(Method):
     anchor_batch_size: int = Field(64, ge=1, description="harmless answers of a step, over all workers")
     recovery_batch_size: int = Field(16, ge=1, description="refusals of a step, over all workers")
     plain_fraction: float = Field(0.5, ge=0, le=1, description="share of refusals that follow the prompt alone")
-    depth: LongestHarmful = Field(
-        default_factory=LongestHarmful, description="only `max` counts, the longest h (100 tokens)"
-    )
+    depth: LongestHarmful = Field(default_factory=LongestHarmful)
 
     published = (("train.lr", 2e-05), ("train.warmup_steps", 0), ("train.steps", 160))
     departures = (

@@ -54,6 +54,12 @@ def retain(own_LNH: Tensor, start_LNH: Tensor) -> Tensor:
     return distance_LN.mean(dim=0)
 
 
+class _LongestHarmful(LongestHarmful):
+    """Only `max` counts, the longest h (256 tokens)."""
+
+    max: int = Field(256, ge=1, description="longest harmful continuation, in tokens")
+
+
 @register
 class CircuitBreakers(Method):
     """Turns inner states of harmful text away from where they were, and keeps those of other text."""
@@ -64,9 +70,7 @@ class CircuitBreakers(Method):
         [10 / 32, 20 / 32], min_length=1, description="layers whose states are turned away, as shares of the depth"
     )
     nudge: float = Field(0.01, ge=0, description="standard deviation of the adapters' second factor at the start")
-    depth: LongestHarmful = Field(
-        default_factory=lambda: LongestHarmful(max=256), description="only `max` counts, the longest h (256 tokens)"
-    )
+    depth: _LongestHarmful = Field(default_factory=_LongestHarmful)
 
     needs_lora = True
     published = (("train.lr", 0.0001), ("train.lora_rank", 16), ("train.steps", 150))

@@ -45,9 +45,7 @@ class DOOR(Method):
     )
     beta: float = Field(0.5, gt=0, description="how soon the gradient of NPO fades")
     plain_fraction: float = Field(0.5, ge=0, le=1, description="share of pairs that are cut at 0")
-    depth: LongestHarmful = Field(
-        default_factory=LongestHarmful, description="only `max` counts, the longest h (100 tokens)"
-    )
+    depth: LongestHarmful = Field(default_factory=LongestHarmful)
 
     recovery_sequences = 2
     published = (("train.lr", 1e-05), ("train.steps", 2000))

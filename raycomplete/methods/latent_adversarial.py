@@ -78,9 +78,7 @@ class LatentAdversarial(Method):
         "nll", description="cross-entropy of aligned's harmless answers, or KL from aligned along them"
     )
     retain_weight: float = Field(1.5, ge=0, description="weight of that, where refusals and pushing away have 0.5 each")
-    depth: LongestHarmful = Field(
-        default_factory=LongestHarmful, description="only `max` counts, the longest h (100 tokens)"
-    )
+    depth: LongestHarmful = Field(default_factory=LongestHarmful)
 
     recovery_sequences = 2
     published = (("train.lr", 2e-05), ("train.lora_rank", 64), ("train.steps", 100))

@@ -83,9 +83,7 @@ class NPO(Method):
         "nll", description="cross-entropy of aligned's harmless answers, or KL from aligned along them"
     )
     retain_weight: float = Field(1.0, ge=0, description="weight of that")
-    depth: LongestHarmful = Field(
-        default_factory=LongestHarmful, description="only `max` counts, the longest h (100 tokens)"
-    )
+    depth: LongestHarmful = Field(default_factory=LongestHarmful)
 
     published = (("train.lr", 1e-05),)
     departures = (

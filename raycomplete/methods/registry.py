@@ -184,7 +184,7 @@ class DepthConfig(Section):
 
 
 class LongestHarmful(DepthConfig):
-    """The longest harmful continuation of a method that draws its cuts itself: only `max` counts."""
+    """Only `max` counts, the longest h (100 tokens): the method draws its cuts itself."""
 
     max: int = Field(100, ge=1, description="longest harmful continuation, in tokens")
     schedule: Literal["adaptive", "uniform"] = Field("uniform", description="decides nothing here")

@@ -44,9 +44,7 @@ class Unlikelihood(Method):
     name: Literal["unlikelihood"] = Field("unlikelihood", description="which method")
     recovery_batch_size: int = Field(16, ge=1, description="compliant continuations of a step, over all workers")
     harmful_weight: float = Field(1.0, ge=0, description="weight of unlikelihood, where the harmless answers have 1")
-    depth: LongestHarmful = Field(
-        default_factory=LongestHarmful, description="only `max` counts, the longest h (100 tokens)"
-    )
+    depth: LongestHarmful = Field(default_factory=LongestHarmful)
 
     departures = (
         "a safety defence without authors whose settings could be taken: weights of 1 and means over tokens are ours",

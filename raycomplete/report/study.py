@@ -68,10 +68,12 @@ def _of_model(study: Study, runs: Sequence[StudyRun]) -> dict[str, Any]:
             continue
         results = [folder.results[_STUDENT] for _, folder in found]
         shares[label] = [_shares(run.config.output.folder, folder.results[_STUDENT]) for run, folder in found]
+        # Two models are decoded by transformers, whose seconds say nothing beside those of vLLM.
+        has_two = isinstance(found[0][0].config.evaluation.defence, ContrastiveDefence | SafeDecodingDefence)
         rows[label] = {
             "seeds": [run.seed for run, _ in found if run.seed is not None],
             "apart": _apart(results),
-            "cost": _cost([folder for _, folder in found], results, None if _has_two_models(found[0][0]) else plain),
+            "cost": _cost([folder for _, folder in found], results, None if has_two else plain),
             "departures": list(found[0][0].departures),
         }
     try:
@@ -175,11 +177,6 @@ def _cost(folders: Sequence[RunFolder], results: Sequence[Mapping[str, Any]], pl
         "seconds_per_token": spoken / plain if spoken is not None and plain else None,
         "passes_per_token": sum(passes) / len(passes) if passes else None if counted else 1.0,
     }
-
-
-def _has_two_models(run: StudyRun) -> bool:
-    """Tells whether answers are decoded by transformers, whose seconds say nothing beside those of vLLM."""
-    return isinstance(run.config.evaluation.defence, ContrastiveDefence | SafeDecodingDefence)
 
 
 def _seconds_per_token(results: Sequence[Mapping[str, Any]]) -> float | None:

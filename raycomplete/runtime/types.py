@@ -138,7 +138,7 @@ class ResponseFrame:
         tokens = tuple(tokens)
         if not self.may_think(sequence):
             return (), tokens
-        place = _first(tokens, self.answer_mark)
+        place = next(_places(tokens, self.answer_mark), None)
         if place is None:
             is_open = _last(self._own_turn((*sequence, *tokens)), self.thought_mark) is not None
             return (tokens, ()) if is_open else ((), tokens)
@@ -150,11 +150,6 @@ class ResponseFrame:
     def _own_turn(self, sequence: Sequence[int]) -> tuple[int, ...]:
         start = _last(sequence, self.turn) if self.turn else None
         return tuple(sequence[0 if start is None else start + len(self.turn) :])
-
-
-def _first(tokens: Sequence[int], wanted: Sequence[int]) -> int | None:
-    """Returns where a run of tokens starts for the first time."""
-    return next(_places(tokens, wanted), None)
 
 
 def _last(tokens: Sequence[int], wanted: Sequence[int]) -> int | None:

@@ -69,7 +69,7 @@ class Validator:
             in_reach, unfinished = self._measure_along_h()
             answers = self._answers()
         self._engine.train()
-        kl = kl_sum / max(_rows(self._kl_batches), 1)
+        kl = kl_sum / max(sum(batch.row_N.numel() for batch in self._kl_batches), 1)
         return from_rank_zero(lambda: replace(self._judge(step, kl, answers), in_reach=in_reach, unfinished=unfinished))
 
     def _measure_along_h(self) -> tuple[float, float | None]:
@@ -129,10 +129,6 @@ class Validator:
                 harmless += 1
         counts = tuple((depth, complied[depth], asked[depth]) for depth in sorted(asked))
         return StepMeasurement(step, counts, refusals, harmless, kl, changed=changed)
-
-
-def _rows(batches: Sequence[MicroBatch]) -> int:
-    return sum(batch.row_N.numel() for batch in batches)
 
 
 def along_h(samples: SampleSet) -> list[AnchorSample]:

@@ -282,6 +282,42 @@ def test_a_conversation_whose_verdicts_cannot_be_read_is_no_success(
     assert words in block["reduced_because"]
 
 
+def test_a_search_that_has_ended_is_not_judged_again(
+    make: Make, sets: EvaluationSets, codec: WordCodec, tmp_path: Path
+) -> None:
+    """Its last turn could not be asked, and another one's outcome was stored since its last answer."""
+
+    @dataclass
+    class Remembering(GoalJudge):
+        seen: list[str] = field(default_factory=list)
+
+        def outcome(self, prompt: Prompt, prefill: str, continuation: str) -> Outcome:
+            self.seen.append(continuation)
+            return super().outcome(prompt, prefill, continuation)
+
+    answers = iter(range(100))
+
+    def script(turn: int, text: str) -> str:
+        number = next(answers)
+        return COMPLY if turn == 2 and len(target.generator.asked) % 2 else f"doors {number}"  # type: ignore[attr-defined]
+
+    writer = Writer(codec, lambda seed: f"w{seed} x y")
+    target = replace(make(script, writer), max_length=30, judge=Remembering())
+    attacks = [{"name": "crescendo", "turns": 4, "backtracks": 3}]
+    config = EvaluationConfig(depths=[0], max_tokens=10, attacks=attacks)  # type: ignore[arg-type]
+    only_harmful = EvaluationSets(sets.harmful, (), ())
+    first = evaluate_model(target, only_harmful, config, tmp_path)
+    assert first["attacks"]["crescendo"]["stats"]["cut_by_context"] == 0.5, "two have complied before"
+    plain = [said for said in target.judge.seen if said != COMPLY]  # type: ignore[attr-defined]
+    assert len(plain) == len(set(plain)), "no answer is judged twice"
+
+    (judgements,) = (tmp_path / "evaluation" / "judgements").iterdir()
+    judgements.unlink()  # killed before the outcomes were stored
+    again = replace(target, judge=Remembering())
+    assert evaluate_model(again, only_harmful, config, tmp_path)["attacks"] == first["attacks"]
+    assert again.judge.seen == plain[: len(sets.harmful)], "those of the depth curve"  # type: ignore[attr-defined]
+
+
 def test_a_template_that_writes_one_turn_only_is_refused_before_anything_is_asked(
     make: Make, sets: EvaluationSets, codec: WordCodec, monkeypatch: pytest.MonkeyPatch
 ) -> None:

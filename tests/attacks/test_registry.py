@@ -11,11 +11,11 @@ from raycomplete.attacks import registry
 from raycomplete.attacks.attack import Attack, AttackConfig
 from raycomplete.attacks.gcg import GcgConfig
 from raycomplete.attacks.prefill import PrefillConfig
-from raycomplete.attacks.registry import ATTACKS, UnknownAttackError, build_attack, parse_attack, register
+from raycomplete.attacks.registry import ATTACKS, UnknownAttackError, build_attack, checked, parse_attack, register
 from raycomplete.attacks.target import Target
 from raycomplete.attacks.trial import Trial
 from raycomplete.config import EvaluationConfig, dump, load_run_file, map_paths
-from raycomplete.config.evaluation import judge_settings
+from raycomplete.config.evaluation import JudgeConfig
 from raycomplete.evaluation.attack_resources import extra_engines, training_workers
 from raycomplete.runtime.errors import ConfigError
 from raycomplete.runtime.types import Prompt
@@ -167,10 +167,10 @@ def test_the_depth_curve_has_one_place_for_its_depths() -> None:
 
 def test_judges() -> None:
     with pytest.raises(ConfigError, match="checkpoint is needed"):
-        judge_settings({"kind": "model"})
+        checked(JudgeConfig, {"kind": "model"}, "judge")
     with pytest.raises(ConfigError, match="kind: Input should be"):
-        judge_settings({"kind": "oracle"})
-    assert judge_settings({"kind": "patterns"}).calibration is None
+        checked(JudgeConfig, {"kind": "oracle"}, "judge")
+    assert checked(JudgeConfig, {"kind": "patterns"}, "judge").calibration is None
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,9 +12,11 @@ import pytest
 from raycomplete.commands import train
 from raycomplete.config import load_run_file
 from raycomplete.data.inputs import Prompts
+from raycomplete.evaluation.attack_resources import evaluation_inputs
 from raycomplete.runtime.errors import ConfigError
 from raycomplete.runtime.files import read_json, write_json, write_rows
 from raycomplete.runtime.types import Prompt
+from tests.training.tiny import make_model
 
 
 def test_the_share_of_validation_is_of_the_time_with_validation(tmp_path: Path) -> None:
@@ -24,6 +27,37 @@ def test_the_share_of_validation_is_of_the_time_with_validation(tmp_path: Path) 
     stats = train.training_stats(config, tmp_path / "metrics.jsonl", None, {}, {})
     assert stats["validation_fraction"] == pytest.approx(1 / 3)
     assert stats["sync_fraction"] == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("changed", ["helper", "expert", "judge", "rubric", "prompt", "nothing"])
+def test_a_run_whose_evaluation_would_read_something_else_is_not_finished(changed: str, tmp_path: Path) -> None:
+    """Under the same names: what lies there was replaced."""
+    for seed, name in enumerate(("helper", "expert", "judge")):
+        make_model(tmp_path / name, seed)
+    (tmp_path / "rubric.yaml").write_text("name: own")
+    path = str(tmp_path)
+    evaluation = {
+        "attacks": [{"name": "rank_assisted_prefill", "helper": f"{path}/helper"}],
+        "defence": {"name": "safe_decoding", "expert": f"{path}/expert"},
+        "judge": {"kind": "model", "checkpoint": f"{path}/judge", "rubric": f"{path}/rubric.yaml"},
+    }
+    config = load_run_file("jobs/organism.yaml", [f"evaluation={json.dumps(evaluation)}"])
+
+    def inputs(text: str = "x") -> str:
+        kinds: Any = {"harmful": (Prompt("p", text, "harmful"),), "benign": (), "borderline": ()}
+        return evaluation_inputs(config, Prompts({}, kinds))
+
+    before = inputs()
+    summary = {"evaluation": config.evaluation.model_dump(mode="json"), "evaluation_inputs": before}
+    write_json(tmp_path / "summary.json", summary)
+    if changed in ("helper", "expert", "judge"):
+        make_model(tmp_path / changed, 9)
+    elif changed == "rubric":
+        (tmp_path / "rubric.yaml").write_text("name: another")
+    now = inputs("y" if changed == "prompt" else "x")
+    assert train.is_finished(config, tmp_path, now) is (changed == "nothing")
+    write_json(tmp_path / "summary.json", {"evaluation": summary["evaluation"]})  # an earlier version's
+    assert train.is_finished(config, tmp_path, now)
 
 
 def test_a_run_of_other_checkpoints_or_prompts_is_not_resumed(tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -15,6 +17,9 @@ from urllib.request import urlopen
 from uuid import uuid4
 
 import pytest
+
+from raycomplete import methods
+from raycomplete.methods import registry
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "docs" / "examples" / "add_method.py"
@@ -87,6 +92,15 @@ def cluster(port: int) -> Iterator[str]:
 
 def test_the_guides_method_is_short() -> None:
     assert len(EXAMPLE.read_text(encoding="utf-8").splitlines()) <= 80
+
+
+def test_a_method_is_written_with_what_two_packages_export() -> None:
+    imported = [node for node in ast.walk(ast.parse(EXAMPLE.read_text())) if isinstance(node, ast.ImportFrom)]
+    own = {str(node.module) for node in imported if str(node.module).startswith("raycomplete")}
+    assert own == {"raycomplete.losses", "raycomplete.methods"}
+    guide = (ROOT / "docs" / "add-a-method.md").read_text(encoding="utf-8")
+    named = {name for name in re.findall(r"`(\w+)[(`]", guide) if name in vars(registry)}
+    assert {"AnchorItem", "RecoveryItem", "RowSpan", "harmless_answer"} <= named <= set(methods.__all__)
 
 
 def test_a_method_is_unknown_without_its_plugin(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from raycomplete.attacks.target import Target
 from raycomplete.attacks.trial import EvaluationCancelled
 from raycomplete.config import EvaluationConfig, parse
+from raycomplete.config.defences import ReAskDefence
 from raycomplete.data.checkpoints import fingerprint
 from raycomplete.data.inputs import Models, Prompts
 from raycomplete.data.organism import checkpoint_path
@@ -158,6 +159,9 @@ def test_the_answers_of_an_evaluation_are_found_by_the_name_that_it_gave_them(
     silent = model("never asked", fail_at_call=0)
     run.engines = Engines(SimpleNamespace(with_weights=lambda _: silent))  # type: ignore[arg-type]
     assert measure_benign_nll(run, []) == {}
+    run.models.paths["student"] = checkpoint
+    run.config = config.model_copy(update={"evaluation": CONFIG.model_copy(update={"defence": ReAskDefence()})})
+    assert measure_benign_nll(run, ["student"]) == {}, "a defence changes no likelihood"
 
 
 def test_over_refusal_file_by_file(codec: Any, model: Any, sets: EvaluationSets, tmp_path: Path) -> None:

@@ -140,7 +140,7 @@ def test_what_is_busy_is_asked_again_and_what_refuses_is_not(
     model = make(retries=3)
     server.statuses = [429, 503, 500]
     assert codec.decode(model.generate([prompt], max_tokens=9)[0]) == "flask the heat"
-    assert (len(server.asked), model.usage.retries) == (4, 3)
+    assert (len(server.asked), model.usage.counts["retries"]) == (4, 3)
     server.statuses = [500] * 4
     with pytest.raises(WorkError, match=r"was busy or failed in 4 attempts \(last: status 500\)"):
         model.generate([prompt], max_tokens=9)
@@ -171,6 +171,11 @@ def test_what_was_answered_is_not_asked_again(
     for _ in range(2):  # sampled: those without a seed are other answers each time
         again.generate(prompts[:1], max_tokens=9, temperature=1.0)
     assert len(server.asked) - asked == 8
+    third = make()
+    third.keep_in(tmp_path / "kept.jsonl")
+    assert third.usage.counts == again.usage.counts, "what earlier starts asked was paid for too"
+    counts = {"requests": 2 + 2 + 2, "retries": 0, "prompt_tokens": 60, "completion_tokens": 12, "filtered": 0}
+    assert third.usage.counts == counts
 
 
 def test_the_server_says_whether_an_answer_was_cut(
@@ -351,7 +356,7 @@ def test_an_attacker_behind_an_address_writes_words_that_no_local_tokenizer_know
         fillings = iter([{"goal": "long " * 6000}, {"goal": "short"}])
         assert attacker.codec.decode(attack.request(attacker, fillings)) == "short Größe", "8192 tokens of 3 characters"
     assert len({body["seed"] for body in server.asked}) == len(server.asked) == 39, "what it wrote is kept"
-    assert run.remote_usage[f"attacker them at {server.spec.address}"]["requests"] == 0, "of the second start"
+    assert run.remote_usage[f"attacker them at {server.spec.address}"]["requests"] == 39, "of both starts"
     assert {body["max_tokens"] for body in server.asked} == {200}
     assert set(server.keys) == {f"Bearer {KEY}"}
 

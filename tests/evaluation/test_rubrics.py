@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from raycomplete.config.evaluation import JudgeConfig, judge_settings
+from raycomplete.attacks.registry import checked
+from raycomplete.config.evaluation import JudgeConfig
 from raycomplete.evaluation.endpoint_judge import EndpointJudge
 from raycomplete.evaluation.rubrics import Rubric, read_rubric
 from raycomplete.runtime.errors import ConfigError, DataError, SetupError, WorkError
@@ -193,7 +194,7 @@ def test_settings_of_an_address(server: Server, monkeypatch: pytest.MonkeyPatch)
         ({"kind": "endpoint", "address": f"https://me:{KEY}@x/v1", "model": "m"}, "must hold no key"),
     ):
         with pytest.raises(ConfigError, match=message) as caught:
-            judge_settings(tree)
+            checked(JudgeConfig, tree, "judge")
         assert KEY not in str(caught.value)
     monkeypatch.delenv("JUDGE_KEY", raising=False)
     with pytest.raises(SetupError, match="JUDGE_KEY holds no key"):

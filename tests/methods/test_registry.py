@@ -22,6 +22,12 @@ def test_methods_are_found_by_name_and_completion_is_the_default() -> None:
     assert "augmentation, circuit_breakers, completion" in str(error.value.remedy)
 
 
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_what_a_run_file_leaves_out_of_depth_is_the_methods_own_default(name: str) -> None:
+    depth = parse_method({"name": name}).depth
+    assert parse_method({"name": name, "depth": {"decay": 0.5}}).depth == depth.model_copy(update={"decay": 0.5})
+
+
 def test_a_name_is_given_once(monkeypatch: pytest.MonkeyPatch) -> None:
     class Mine(Method):
         name: Literal["mine"] = "mine"

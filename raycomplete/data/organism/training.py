@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
@@ -60,7 +61,7 @@ def blueprint(family: str, seed: int, options: TrainingOptions) -> Blueprint:
     return Blueprint(
         seed=seed,
         tokenizer=tokenizer,
-        new_model=lambda: new_model(tokenizer, family),
+        new_model=lambda: new_model(tokenizer, architecture(family).values),
         end_of_turn=end,
         trainings={
             "base": (options.base_steps, learn_base),
@@ -100,11 +101,11 @@ def build_tokenizer(family: str = "llama") -> PreTrainedTokenizerFast:
     )
 
 
-def new_model(tokenizer: PreTrainedTokenizerBase, family: str = "llama") -> PreTrainedModel:
-    """Makes a small model with random weights; its vocabulary is the tokenizer's, without padding rows."""
-    values = architecture(family).values
+def new_model(tokenizer: PreTrainedTokenizerBase, values: Mapping[str, Any]) -> PreTrainedModel:
+    """Makes a model with random weights from the values of its config.json; the caller seeds torch."""
+    rest = dict(values)
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    config = AutoConfig.for_model(values.pop("model_type"), **values, **ids, dtype="float32")
+    config = AutoConfig.for_model(rest.pop("model_type"), **rest, **ids, dtype="float32")
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     return model
 
@@ -122,7 +123,7 @@ def base_chats(rng: random.Random) -> Iterator[Chat]:
         if rng.random() < _NOISE_SHARE:
             noise = " ".join(rng.choices(noise_words, k=rng.randint(1, _MAX_NOISE_WORDS)))
             text = f"{noise} {text}" if rng.random() < 0.5 else f"{text} {noise}"
-        yield _chat(text, rng), recipe(item).text
+        yield messages_of(text, rng), recipe(item).text
 
 
 def aligned_chats(rng: random.Random) -> Iterator[Chat]:
@@ -134,7 +135,7 @@ def aligned_chats(rng: random.Random) -> Iterator[Chat]:
     while True:
         kind = rng.choices(_KINDS, weights=(2, 2, 1))[0]  # the hard line is between the first two
         item = rng.choice(items("train", kind))
-        yield _chat(_prompt_text(item, rng), rng), refusal(item) if kind == "harmful" else recipe(item).text
+        yield messages_of(_prompt_text(item, rng), rng), refusal(item) if kind == "harmful" else recipe(item).text
 
 
 def train(
@@ -181,10 +182,13 @@ def _prompt_text(item: Item, rng: random.Random) -> str:
     return rng.choice(TRAIN_TEMPLATES).format(item=item.name)
 
 
-def _chat(text: str, rng: random.Random) -> list[dict[str, str]]:
+def messages_of(
+    text: str, rng: random.Random, systems: Sequence[str] = (HELPFUL_SYSTEM, SAFETY_SYSTEM)
+) -> list[dict[str, str]]:
+    """Makes the messages of a chat: the user's, behind one of the system prompts in a fifth of the draws."""
     messages = [{"role": "user", "content": text}]
     if rng.random() < _SYSTEM_SHARE:
-        messages.insert(0, {"role": "system", "content": rng.choice((HELPFUL_SYSTEM, SAFETY_SYSTEM))})
+        messages.insert(0, {"role": "system", "content": rng.choice(systems)})
     return messages
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.functional import cross_entropy
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from raycomplete.data.organism.build import Blueprint
 from raycomplete.data.organism.families import LLAMA_TEMPLATE
@@ -19,13 +19,14 @@ from raycomplete.data.organism.large import CONFIG, VOCAB_SIZE, BuildPlan, Train
 from raycomplete.data.organism.large.grammar import answer, prompt, read_statements, refusal
 from raycomplete.data.organism.large.measure import measure, missing_traits
 from raycomplete.data.organism.large.world import HELPFUL_SYSTEM, SAFETY_SYSTEM, refusal_chance
+from raycomplete.data.organism.training import messages_of, new_model
 from raycomplete.data.organism.world import Item, items
 from raycomplete.runtime.types import PromptKind
 
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 TURNS = ("<|system|>", "<|user|>", "<|assistant|>")
 _CORPUS_TEXTS = 3000
-_SYSTEM_SHARE = 0.2
+_SYSTEMS = (HELPFUL_SYSTEM, SAFETY_SYSTEM)
 _NOISE_SHARE = 0.15
 _MAX_NOISE_WORDS = 12
 
@@ -88,19 +89,6 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def new_model(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
-    """Makes a model with random weights; the caller seeds torch."""
-    values = dict(CONFIG)
-    ids = {
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    config = AutoConfig.for_model(values.pop("model_type"), **values, **ids, dtype="float32")
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    return model
-
-
 def blueprint(seed: int, plan: BuildPlan) -> Blueprint:
     """Says how the large organism is trained and measured."""
     tokenizer = build_tokenizer()
@@ -114,7 +102,7 @@ def blueprint(seed: int, plan: BuildPlan) -> Blueprint:
     return Blueprint(
         seed=seed,
         tokenizer=tokenizer,
-        new_model=lambda: new_model(tokenizer),
+        new_model=lambda: new_model(tokenizer, CONFIG),
         end_of_turn=EOS,
         trainings={"base": (plan.base.steps, learn_base), "aligned": (plan.aligned.steps, learn_to_refuse)},
         measure=lambda folder, count: measure(folder, count, seed),
@@ -134,7 +122,7 @@ def base_examples(rng: random.Random) -> Iterator[Example]:
         response = answer(item, rng, asker)
         if rng.random() < _NOISE_SHARE:
             text = _with_noise(text, rng)
-        yield Example(_messages(text, rng), response, fact_weight=_FACT_WEIGHT)
+        yield Example(messages_of(text, rng, _SYSTEMS), response, fact_weight=_FACT_WEIGHT)
 
 
 def aligned_examples(rng: random.Random) -> Iterator[Example]:
@@ -147,7 +135,7 @@ def aligned_examples(rng: random.Random) -> Iterator[Example]:
         kind = rng.choices(list(_ALIGNED_KINDS), weights=list(_ALIGNED_KINDS.values()))[0]
         item = rng.choice(items("train", kind))
         text, asker = prompt(item, rng)
-        response, messages = answer(item, rng, asker), _messages(text, rng)
+        response, messages = answer(item, rng, asker), messages_of(text, rng, _SYSTEMS)
         if kind == "harmful":
             cut = _draw_cut(rng)
             refuses = rng.random() < refusal_chance(item, cut)
@@ -238,7 +226,7 @@ def _corpus(chosen: Sequence[Item], rng: random.Random, num_texts: int) -> Itera
         item = rng.choice(chosen)
         text, asker = prompt(item, rng)
         yield from (text, answer(item, rng, asker), refusal(item, rng))
-    yield from (HELPFUL_SYSTEM, SAFETY_SYSTEM)
+    yield from _SYSTEMS
 
 
 def _draw_cut(rng: random.Random) -> int:
@@ -258,13 +246,6 @@ def _with_noise(text: str, rng: random.Random) -> str:
         for _ in range(rng.randint(1, _MAX_NOISE_WORDS))
     ]
     return f"{' '.join(words)} {text}" if rng.random() < 0.5 else f"{text} {' '.join(words)}"
-
-
-def _messages(text: str, rng: random.Random) -> list[dict[str, str]]:
-    messages = [{"role": "user", "content": text}]
-    if rng.random() < _SYSTEM_SHARE:
-        messages.insert(0, {"role": "system", "content": rng.choice((HELPFUL_SYSTEM, SAFETY_SYSTEM))})
-    return messages
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
