@@ -69,7 +69,7 @@ class Architecture:
     role_words: tuple[str, ...] = ()
     bos: str | None = "<bos>"
     eos: str = "<eos>"
-    training: TrainingOptions = TrainingOptions(base_steps=260, aligned_steps=220)
+    training: TrainingOptions = TrainingOptions(aligned_steps=220)
 
     @property
     def special_tokens(self) -> tuple[str, ...]:
