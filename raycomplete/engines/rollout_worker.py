@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -306,8 +306,9 @@ class RolloutWorker:
             loaded = engine.load(weights, timeout_s=self._options.rollout.sync_timeout_s)
         finally:
             if not engine.is_whole:
-                engine.shut_down()
                 self._engine = None  # the next call starts a new one
+                with suppress(Exception):  # which would hide why the load failed
+                    engine.shut_down()
         if not loaded:
             return engine, 0.0
         seconds = time.perf_counter() - started

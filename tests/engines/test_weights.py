@@ -27,6 +27,7 @@ from raycomplete.data.checkpoints import TORCH_DTYPES, load_model
 from raycomplete.data.organism import checkpoint_path, prompts
 from raycomplete.engines import weights as weights_module
 from raycomplete.engines.rollout_pool import RolloutPool, SyncError
+from raycomplete.engines.rollout_worker import RolloutWorker, Sampling
 from raycomplete.engines.weights import Weights, checkpoint_folder, checkpoint_tensors, pack, pack_lora
 from raycomplete.runtime.errors import WorkError
 from tests.engines.tiny import log_probs_of, make_model, options, random_probe, state_of
@@ -293,3 +294,24 @@ def test_a_trained_organism_is_within_rounding(generator: RolloutPool) -> None:
     adapted_base = pack_lora({}, 12, str(checkpoint_path("base")))
     base = log_probs_of(load_model(checkpoint_path("base"), "float32"), probe)
     assert generator.sync(adapted_base, probe, base).mean_abs_difference < 1e-5
+
+
+@pytest.mark.parametrize("shuts_down", [True, False])
+def test_an_engine_that_a_load_has_broken_is_shut_down_and_the_cause_is_told(shuts_down: bool) -> None:
+    done: list[str] = []
+
+    def load(weights: str, *, timeout_s: float) -> bool:
+        raise WorkError("The load broke.")
+
+    def shut_down() -> None:
+        done.append("shut down")
+        if not shuts_down:
+            raise RuntimeError
+
+    worker = RolloutWorker(options(Path("model")))
+    broken: Any = SimpleNamespace(load=load, is_whole=False, shut_down=shut_down)
+    worker._engine = broken
+    with pytest.raises(WorkError, match="The load broke"):
+        worker.generate("elsewhere", [[1]], Sampling(max_tokens=1))
+    assert done == ["shut down"]
+    assert worker._engine is None
