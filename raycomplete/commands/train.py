@@ -17,7 +17,7 @@ from raycomplete.commands.evaluate import print_result, write_summary
 from raycomplete.commands.stored import stored
 from raycomplete.config import RunConfig
 from raycomplete.data.chat import ChatCodec
-from raycomplete.data.checkpoints import check_trainable
+from raycomplete.data.checkpoints import TORCH_DTYPES, check_trainable
 from raycomplete.data.families import is_mixture, text_config
 from raycomplete.data.inputs import KINDS, Prompts, prepare_models, prepare_prompts, training_fingerprints
 from raycomplete.data.samples import read_samples, write_samples
@@ -35,7 +35,7 @@ from raycomplete.runtime.files import read_json, write_json
 from raycomplete.runtime.machine import available_cpus, compiler_problem
 from raycomplete.runtime.metrics_file import read_metrics
 from raycomplete.runtime.types import MODEL_ROLES, ModelRole
-from raycomplete.training.checkpoints import check_space
+from raycomplete.training.checkpoints import check_space, count_parameters
 from raycomplete.training.job import ResponseJudge, TrainJob
 from raycomplete.training.metrics import describe_terms
 from raycomplete.training.rollout_engines import StudentEngines
@@ -43,6 +43,7 @@ from raycomplete.training.sampling import make_samples
 from raycomplete.training.trainer import fit
 
 SAME = ("models", "data", "rollout", "method", "train")  # sections that decide what is trained
+_RESTED_BYTES = 2**29  # of weights: a smaller engine costs more seconds to start again than its memory is worth
 
 
 @stored()
@@ -148,6 +149,7 @@ def _train_student(run: Run) -> None:
         response_judge=_response_judge(run),
         lora_rank=config.train.lora_rank,
     )
+    _rest_generator(run)
     started = time.perf_counter()
     before = _scorer_totals(run.engines)
     run_training(run, job, f"Training on {len(samples.anchor)} + {len(samples.recovery)} samples")
@@ -157,6 +159,15 @@ def _train_student(run: Run) -> None:
     scored = {name: total - before[name] for name, total in _scorer_totals(run.engines).items()}
     wall_s = time.perf_counter() - started
     write_json(stats_file, training_stats(config, job.metrics_file, wall_s, scored, run.engines.stats))
+
+
+def _rest_generator(run: Run) -> None:
+    """Frees the rollout engine's memory during training on fixed samples, unless the model is small."""
+    config = run.config
+    size = count_parameters(run.models.paths["student"]) * TORCH_DTYPES[config.models.weight_dtype].itemsize
+    if not config.rollout.on_policy and size >= _RESTED_BYTES:
+        run.engines.generator.rest()
+        run.console.note("The rollout engine gives its memory to the training; it starts again for the evaluation")
 
 
 def _student_engines(run: Run) -> StudentEngines | None:

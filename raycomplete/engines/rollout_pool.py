@@ -307,6 +307,15 @@ class RolloutPool:
             "load_s": stats.load_s,
         }
 
+    def rest(self) -> None:
+        """Frees the engines' memory until the next call, which waits for their start; nothing may be under way.
+
+        Ray ends the processes and starts them again without an engine, as after a death.
+        """
+        for actor in self._actors:
+            ray.kill(actor, no_restart=False)
+        self._stats.incarnations.clear()  # the processes that answer next are not counted as restarts
+
     def stop(self) -> None:
         for actor in self._actors:
             ray.kill(actor)

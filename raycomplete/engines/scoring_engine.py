@@ -19,7 +19,9 @@ from raycomplete.engines.score_cache import HiddenArray, ScoreRequest, to_array,
 from raycomplete.engines.spec import EngineSpec
 from raycomplete.engines.vllm_start import start_llm
 from raycomplete.losses.heads import Head
-from raycomplete.runtime.errors import NotFiniteError, ParityError, WorkError
+from raycomplete.plan.catalogue import shape_from_config
+from raycomplete.runtime.errors import CheckpointError, NotFiniteError, ParityError, WorkError
+from raycomplete.runtime.files import read_json
 from raycomplete.runtime.machine import available_cpus
 
 # Mean over rows of the expected |log p - log p'|, in nats; a single row may differ by ten times as much. float32:
@@ -49,7 +51,7 @@ class PoolingEngine:
             "convert": "embed",
             "pooler_config": pooler,
             "enable_prefix_caching": False,
-        }
+        } | ({} if spec.use_gpu else {"kv_cache_memory_bytes": cache_bytes(spec)})
 
     def hidden_states(self, requests: Sequence[ScoreRequest]) -> list[HiddenArray]:
         """Reads sequences and returns the hidden states from which each response token is predicted.
@@ -84,6 +86,22 @@ class PoolingEngine:
                 )
             arrays.append(to_array(rows_TH))
         return arrays
+
+
+def cache_bytes(spec: EngineSpec) -> int:
+    """Returns the key-value cache of a scorer on a CPU: twice the tokens that it reads at a time, as it keeps no others.
+
+    A cache of `cluster.kv_cache_gib`, which a rollout engine needs, took a third of a scorer of SmolLM2-135M. It is
+    the bound here too, and all there is where the model is no plain decoder.
+    """
+    bound = spec.kv_cache_gib * 2**30
+    try:
+        shape = shape_from_config(read_json(Path(spec.checkpoint) / "config.json") or {}, spec.checkpoint)
+    except CheckpointError:
+        return bound
+    # Twice: a sequence holds whole blocks of 128 tokens.
+    tokens = 2 * max(spec.max_num_batched_tokens, spec.max_length)
+    return min(tokens * shape.kv_bytes_per_token(spec.dtype), bound)
 
 
 @dataclass(frozen=True)

@@ -106,6 +106,8 @@ class EngineSpec:
                 # Nothing is compiled (mode 0), and few sizes are captured, so that the start takes seconds still.
                 graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [*_GRAPH_SIZES]}
                 arguments |= {"enforce_eager": False, "compilation_config": graphs}
+        else:
+            arguments["kv_cache_memory_bytes"] = self.kv_cache_gib * 2**30
         if self.tensor_parallel > 1:
             # Shards are processes beside the actor, on the GPUs that Ray gave it. Inside a placement group vLLM would
             # ask Ray to start them, which has no further GPU to give.
@@ -131,7 +133,6 @@ class EngineSpec:
                 environment["TRITON_F32_DEFAULT"] = "ieee"
             return environment
         return environment | {
-            "VLLM_CPU_KVCACHE_SPACE": str(self.kv_cache_gib),
             # Several engines share the cores of one machine; pinning each to the same cores would starve the others.
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             # Idle OpenMP threads sleep instead of spinning: with a second busy process on 2 cores, SmolLM2-135M in bf16

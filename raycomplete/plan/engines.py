@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, replace
 
 from raycomplete.config import Dtype
-from raycomplete.plan.catalogue import DTYPE_BYTES, Hardware, ModelShape
+from raycomplete.plan.catalogue import DTYPE_BYTES, ENGINE_GIB, GIB, Hardware, ModelShape
 from raycomplete.plan.workload import Layout, Request, Sequences, Workload
 
 MAX_SEQUENCES = 256  # that an engine works on at a time
@@ -124,8 +124,10 @@ def engine_memory(request: Request, role: str, replicas: int, parallel: int) -> 
     """Bytes of one device of one of a role's engines."""
     engine, rollouts = engine_of(request, role, parallel), request.workload(1).rollouts
     if role != "rollout" or rollouts is None:
-        return engine.scorer_memory()
-    return engine.rollout_memory(replace(rollouts, count=rollouts.count / replicas))
+        parts = engine.scorer_memory()
+    else:
+        parts = engine.rollout_memory(replace(rollouts, count=rollouts.count / replicas))
+    return parts if request.hardware.is_gpu else parts | {"process": ENGINE_GIB * GIB}
 
 
 def engine_s(request: Request, role: str, replicas: int, parallel: int) -> float:

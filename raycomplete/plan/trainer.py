@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from raycomplete.config import Dtype, TrainConfig
-from raycomplete.plan.catalogue import DTYPE_BYTES, Hardware
+from raycomplete.plan.catalogue import DTYPE_BYTES, GIB, WORKER_GIB, Hardware
 from raycomplete.plan.workload import Request, Workload
 
 # The loss keeps one model's logits of a chunk within these budgets, by whether it runs on a GPU
@@ -69,7 +69,8 @@ def worker_memory(request: Request, workers: int) -> dict[str, float]:
     layer_bytes = student.activation_bytes_per_token(dtype)
     recomputed = student.num_layers * student.hidden_bytes_per_token(dtype) + layer_bytes
     parts["activations"] = tokens * (recomputed if train.gradient_checkpointing else student.num_layers * layer_bytes)
-    return parts | loss_bytes(request, work, workers)
+    parts |= loss_bytes(request, work, workers)
+    return parts if request.hardware.is_gpu else parts | {"process": WORKER_GIB * GIB}
 
 
 def train_parts(request: Request, workers: int, work: Workload | None = None) -> dict[str, float]:

@@ -118,6 +118,21 @@ def test_a_killed_engine_is_replaced_and_repeats_its_part(
     assert stats["tokens_per_s"] == pytest.approx(stats["tokens"] / stats["seconds"])
 
 
+def test_an_engine_that_rests_holds_no_memory_and_answers_the_same_afterwards(
+    pair: RolloutPool, aligned: Weights, sequences: list[list[int]]
+) -> None:
+    pool = RolloutPool(pair._actors[1:], str(checkpoint_path("base")), pair._options)
+    before = pool.collect(pool.submit(sequences, weights=aligned, **SAMPLED))
+    actor = pool._actors[0]
+    process = ray.get(actor.__ray_call__.remote(lambda worker: os.getpid()), timeout=60)
+    pool.rest()
+    state = ray.get(actor.__ray_call__.remote(lambda worker: (os.getpid(), worker._engine)), timeout=60)
+    assert state[0] != process
+    assert state[1] is None
+    assert pool.collect(pool.submit(sequences, weights=aligned, **SAMPLED)) == before
+    assert pool.stats()["restarts"] == 0, "it did not die"
+
+
 def test_log_probs_of_given_answers_are_those_of_the_named_model(generator: RolloutPool, pair: RolloutPool) -> None:
     """Both checkpoints go through the same engine, so the answers of one must not come from the other."""
     probe = random_probe(3, count=5)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from raycomplete.config import Dtype, RolloutConfig, RunConfig, parse
+from raycomplete.engines.scoring_engine import cache_bytes
 from raycomplete.engines.spec import EngineRole, EngineSpec, object_store_bytes
 
 SPEC = EngineSpec("/nowhere", "bfloat16", 64, use_gpu=True, gpu_memory_utilization=0.5, max_num_batched_tokens=512)
@@ -110,7 +113,9 @@ def test_an_engine_on_a_cpu_sees_no_gpu_and_reserves_none() -> None:
         use_gpu=False,
     )
     environment = replace(spec, threads=3).environment()
-    assert (environment["VLLM_CPU_KVCACHE_SPACE"], environment["OMP_NUM_THREADS"]) == ("2", "3")
+    assert environment["OMP_NUM_THREADS"] == "3"
+    assert spec.arguments()["kv_cache_memory_bytes"] == 2 * 2**30
+    assert "kv_cache_memory_bytes" not in replace(spec, use_gpu=True).arguments(), "there it is a share of the device"
     assert environment["CUDA_VISIBLE_DEVICES"] == ""
     assert int(environment["ONEDNN_PRIMITIVE_CACHE_CAPACITY"]) <= 128, "or memory grows with every batch size"
     assert "CUDA_VISIBLE_DEVICES" not in SPEC.environment()
@@ -118,6 +123,34 @@ def test_an_engine_on_a_cpu_sees_no_gpu_and_reserves_none() -> None:
     resources = spec.resources()
     assert (resources["num_cpus"], resources["num_gpus"]) == (0.5, 0)
     assert resources["runtime_env"] == {"env_vars": spec.environment()}
+
+
+SMOLLM2 = {
+    "model_type": "llama",
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "longest", "expected"),
+    [
+        ({}, 256, 2 * 8192 * 30 * 2 * 3 * 64 * 2),
+        ({}, 9000, 2 * 9000 * 30 * 2 * 3 * 64 * 2),
+        ({"num_key_value_heads": 9, "head_dim": 256}, 256, 2**30),
+        ({"model_type": "mamba"}, 256, 2**30),
+    ],
+)
+def test_the_cache_of_a_scorer_on_a_cpu_holds_what_it_reads_at_a_time(
+    tmp_path: Path, change: dict[str, Any], longest: int, expected: int
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(SMOLLM2 | change))
+    spec = EngineSpec(str(tmp_path), "bfloat16", longest)
+    assert cache_bytes(spec) == expected
 
 
 @pytest.mark.parametrize(("dtype", "exact"), [("float32", True), ("bfloat16", False)])

@@ -163,6 +163,7 @@ def test_vllm_still_takes_every_argument() -> None:
         assert KernelConfig(**arguments["kernel_config"]).enable_flashinfer_autotune is False
         with pytest.raises(SetupError, match="no argument enforce_eager"):
             check_arguments(arguments, known - {"enforce_eager"})
+    check_arguments(PoolingEngine.arguments(replace(SPEC, use_gpu=False)), known)
 
 
 class Answers:
