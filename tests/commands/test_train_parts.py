@@ -12,6 +12,7 @@ import pytest
 from raycomplete.commands import train
 from raycomplete.config import load_run_file
 from raycomplete.data.inputs import Prompts
+from raycomplete.data.organism import checkpoint_path
 from raycomplete.evaluation.attack_resources import evaluation_inputs
 from raycomplete.runtime.errors import ConfigError
 from raycomplete.runtime.files import read_json, write_json, write_rows
@@ -81,3 +82,21 @@ def test_a_run_of_other_checkpoints_or_prompts_is_not_resumed(tmp_path: Path) ->
             check("a", "x", eos_ids=(2, 7))
         write_json(file, {key: value for key, value in (read_json(file) or {}).items() if key != name})
         check("a", "x")
+
+
+@pytest.mark.parametrize(
+    ("on_policy", "bound", "expected"), [("false", 1, 1), ("false", 2**40, 0), ("true", 1, 0)], ids=str
+)
+def test_the_rollout_engine_of_a_large_model_rests_while_samples_are_fixed(
+    on_policy: str, bound: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "_RESTED_BYTES", bound)
+    rested: list[None] = []
+    run: Any = SimpleNamespace(
+        config=load_run_file("jobs/organism.yaml", [f"rollout.on_policy={on_policy}"]),
+        models=SimpleNamespace(paths={"student": checkpoint_path("aligned")}),
+        engines=SimpleNamespace(generator=SimpleNamespace(rest=lambda: rested.append(None))),
+        console=SimpleNamespace(note=lambda text: None),
+    )
+    train._rest_generator(run)
+    assert len(rested) == expected
