@@ -109,7 +109,7 @@ class Estimate:
         request, config, device = self.request, self.request.config, self.request.hardware
         rows = chunk_rows(config.train, request.shapes["student"].vocab_size, request.dtype, is_gpu=device.is_gpu)
         offer = "as given" if request.price is not None else "an example and no offer; give --price-per-gpu-hour"
-        grown = "A worker on a CPU grows: gaps between tensors of many sizes took 2 to 4 GiB more in 160 steps of SmolLM2."
+        grown = "A worker on a CPU grows by gaps between tensors of many sizes: 2 to 4 GiB in 160 steps of SmolLM2."
         pushed = "Weights are sent from one host to each node with rollout engines in turn; judging takes no time."
         return [
             f"Hardware: {device.label}, {device.memory_bytes / GIB:.0f} GiB, {device.flops(request.dtype) / 1e12:.3g} "
