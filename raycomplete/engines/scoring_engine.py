@@ -89,10 +89,10 @@ class PoolingEngine:
 
 
 def cache_bytes(spec: EngineSpec) -> int:
-    """Returns the key-value cache of a scorer on a CPU: twice the tokens that it reads at a time, as it keeps no others.
+    """Returns the bytes of a scorer's key-value cache on a CPU: for twice the tokens that it reads at a time.
 
-    A cache of `cluster.kv_cache_gib`, which a rollout engine needs, took a third of a scorer of SmolLM2-135M. It is
-    the bound here too, and all there is where the model is no plain decoder.
+    It keeps no others, and a cache of `cluster.kv_cache_gib`, as a rollout engine needs, took a third of a scorer of
+    SmolLM2-135M. That is the bound here too, and what a model gets that is no plain decoder.
     """
     bound = spec.kv_cache_gib * 2**30
     try:
