@@ -173,7 +173,9 @@ class ClusterConfig(Section):
     use_gpu: Literal["auto", "never", "always"] = Field("auto", description="auto: where the cluster has one")
     cpus_per_engine: float = Field(0.5, gt=0, description="logical CPUs that an engine reserves")
     gpus_per_engine: float = Field(0.2, ge=0, description="GPUs that an engine reserves, where GPUs are used")
-    kv_cache_gib: int = Field(1, ge=1, description="CPU only: most memory of an engine's key-value cache; a scorer takes less if it reads less at a time")
+    kv_cache_gib: int = Field(
+        1, ge=1, description="CPU only: key-value cache of an engine; a scorer takes less where it reads less at a time"
+    )
     cpus_per_worker: float = Field(0.5, gt=0, description="logical CPUs that a training worker reserves")
     gpus_per_worker: float = Field(0.4, ge=0, description="GPUs that a training worker reserves, where GPUs are used")
     placement: Literal["pack", "spread", "strict_spread"] = Field(
