@@ -46,12 +46,16 @@ class PoolingEngine:
 
         # Without use_activation=False the states come L2-normalised, and no head could rebuild logits from them.
         pooler = PoolerConfig(task="token_embed", use_activation=False)
-        return spec.arguments() | {
-            "runner": "pooling",
-            "convert": "embed",
-            "pooler_config": pooler,
-            "enable_prefix_caching": False,
-        } | ({} if spec.use_gpu else {"kv_cache_memory_bytes": cache_bytes(spec)})
+        return (
+            spec.arguments()
+            | {
+                "runner": "pooling",
+                "convert": "embed",
+                "pooler_config": pooler,
+                "enable_prefix_caching": False,
+            }
+            | ({} if spec.use_gpu else {"kv_cache_memory_bytes": cache_bytes(spec)})
+        )
 
     def hidden_states(self, requests: Sequence[ScoreRequest]) -> list[HiddenArray]:
         """Reads sequences and returns the hidden states from which each response token is predicted.
