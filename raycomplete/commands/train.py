@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ from raycomplete.training.sampling import make_samples
 from raycomplete.training.trainer import fit
 
 SAME = ("models", "data", "rollout", "method", "train")  # sections that decide what is trained
-_RESTED_BYTES = 2**29  # of weights: a smaller engine costs more seconds to start again than its memory is worth
+_RESTED_BYTES = 400 * 2**20  # of weights: a smaller engine costs more seconds to start again than its memory is worth
 
 
 @stored()
@@ -149,25 +150,35 @@ def _train_student(run: Run) -> None:
         response_judge=_response_judge(run),
         lora_rank=config.train.lora_rank,
     )
-    _rest_generator(run)
-    started = time.perf_counter()
-    before = _scorer_totals(run.engines)
-    run_training(run, job, f"Training on {len(samples.anchor)} + {len(samples.recovery)} samples")
-    kept = read_json(job.kept_step_file)
-    if kept is not None:
-        console.note(kept["why"])
-    scored = {name: total - before[name] for name, total in _scorer_totals(run.engines).items()}
-    wall_s = time.perf_counter() - started
-    write_json(stats_file, training_stats(config, job.metrics_file, wall_s, scored, run.engines.stats))
+    with _resting_generator(run):
+        started = time.perf_counter()
+        before = _scorer_totals(run.engines)
+        run_training(run, job, f"Training on {len(samples.anchor)} + {len(samples.recovery)} samples")
+        kept = read_json(job.kept_step_file)
+        if kept is not None:
+            console.note(kept["why"])
+        scored = {name: total - before[name] for name, total in _scorer_totals(run.engines).items()}
+        wall_s = time.perf_counter() - started
+        write_json(stats_file, training_stats(config, job.metrics_file, wall_s, scored, run.engines.stats))
 
 
-def _rest_generator(run: Run) -> None:
-    """Frees the rollout engine's memory during training on fixed samples, unless the model is small."""
+@contextmanager
+def _resting_generator(run: Run) -> Iterator[None]:
+    """Frees the rollout engine's memory during training on fixed samples, on a CPU, unless the model is small.
+
+    On a GPU its share of the device stays reserved, so nobody could use what is freed.
+    """
     config = run.config
     size = count_parameters(run.models.paths["student"]) * TORCH_DTYPES[config.models.weight_dtype].itemsize
-    if not config.rollout.on_policy and size >= _RESTED_BYTES:
-        run.engines.generator.rest()
-        run.console.note("The rollout engine gives its memory to the training; it starts again for the evaluation")
+    if config.rollout.on_policy or run.cluster.use_gpu or size < _RESTED_BYTES:
+        yield
+        return
+    run.engines.generator.rest()
+    run.console.note("The rollout engine gives its memory to the training; it starts again for the evaluation")
+    yield
+    run.engines.stop_scorers()  # room first
+    with run.console.stage("Rollout engine started again"):
+        run.engines.generator.wait_until_ready(config.cluster.start_timeout_s)
 
 
 def _student_engines(run: Run) -> StudentEngines | None:

@@ -22,7 +22,8 @@ class ValidationConfig(Section):
     num_prompts: int = Field(
         24,
         ge=4,
-        description="harmful prompts that are held back, and as many benign and borderline ones; a quarter at most",
+        description="harmful prompts that are held back, and as many benign and borderline ones together; a quarter of "
+        "a kind at most, unless sources are `held_back` for it",
     )
     depths: list[Annotated[int, Field(ge=0)]] = Field(
         default=[0, 8, 32], min_length=1, description="tokens of h that the student continues"

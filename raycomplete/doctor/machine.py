@@ -48,14 +48,14 @@ class Needs:
     """All that one run holds at the same time where it runs on one machine."""
 
     host_bytes: int  # engines, training workers, driver and object store, without a GPU
-    reserved_bytes: int  # of them, what is filled only with use: key-value caches and the object store
+    reserved_bytes: int  # of them, what is filled only with use: caches of rollout engines and the object store
     disk_bytes: int = 0  # checkpoints that are kept, and the student
     gpu_bytes: int = 0  # of one device that trainer and engines share: weights, gradients and optimizer of the trainer
     gpu_share: float = 0.0  # of the same device: the fraction that the engines reserve
     cpus: float = 0.0  # logical ones, that a cluster must offer
 
 
-_DEMO_RESERVED = 3 * GIB + OBJECT_STORE_BYTES
+_DEMO_RESERVED = GIB + OBJECT_STORE_BYTES
 _DEMO = Needs(int((3 * ENGINE_GIB + WORKER_GIB + DRIVER_GIB) * GIB) + _DEMO_RESERVED, _DEMO_RESERVED)
 
 
@@ -74,7 +74,7 @@ def needs_of(config: RunConfig) -> Needs:
     trainable = 0 if train.lora_rank else student
     states = states_bytes(student, dtype, train.zero_stage, train.num_workers, trainable)
     trained = int(sum(states.values())) * train.num_workers
-    reserved = engines * cluster.kv_cache_gib * GIB + OBJECT_STORE_BYTES
+    reserved = rollout.num_engines * cluster.kv_cache_gib * GIB + OBJECT_STORE_BYTES
     fixed = int((engines * ENGINE_GIB + train.num_workers * WORKER_GIB + DRIVER_GIB) * GIB)
     return Needs(
         host_bytes=fixed + reserved + weights + trained,

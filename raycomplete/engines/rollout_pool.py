@@ -310,7 +310,7 @@ class RolloutPool:
     def rest(self) -> None:
         """Frees the engines' memory until the next call, which waits for their start; nothing may be under way.
 
-        Ray ends the processes and starts them again without an engine, as after a death.
+        Ray ends the processes a moment later and starts them again without an engine, as after a death.
         """
         for actor in self._actors:
             ray.kill(actor, no_restart=False)

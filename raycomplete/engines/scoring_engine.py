@@ -95,16 +95,16 @@ class PoolingEngine:
 def cache_bytes(spec: EngineSpec) -> int:
     """Returns the bytes of a scorer's key-value cache on a CPU: for twice the tokens that it reads at a time.
 
-    It keeps no others, and a cache of `cluster.kv_cache_gib`, as a rollout engine needs, took a third of a scorer of
-    SmolLM2-135M. That is the bound here too, and what a model gets that is no plain decoder.
+    At most `cluster.kv_cache_gib`, which models without a formula in `raycomplete.plan` get whole. On SmolLM2-135M the
+    whole was a third of a scorer's memory. Twice, since the last of a sequence's blocks of 128 tokens is not full; of
+    sequences below 64 tokens fewer are read in a pass. 256 tokens are what vLLM starts with at any length.
     """
     bound = spec.kv_cache_gib * 2**30
     try:
         shape = shape_from_config(read_json(Path(spec.checkpoint) / "config.json") or {}, spec.checkpoint)
     except CheckpointError:
         return bound
-    # Twice: a sequence holds whole blocks of 128 tokens.
-    tokens = 2 * max(spec.max_num_batched_tokens, spec.max_length)
+    tokens = 2 * max(spec.max_num_batched_tokens, spec.max_length, 256)
     return min(tokens * shape.kv_bytes_per_token(spec.dtype), bound)
 
 

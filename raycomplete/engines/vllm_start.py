@@ -36,6 +36,8 @@ def start_llm(spec: EngineSpec, arguments: Mapping[str, Any]) -> Any:
         SetupError: The installed vLLM does not take one of the arguments.
         WaitTimeoutError: Others' starts on the same GPU did not end in time.
     """
+    if not spec.use_gpu:
+        os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # inherited from a shell, it would replace the spec's cache
     with without_collection():
         from vllm import LLM  # seconds
         from vllm.engine.arg_utils import EngineArgs

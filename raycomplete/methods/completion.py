@@ -50,9 +50,7 @@ class LossWeights(Section):
     push_forward: float = Field(
         1.0, ge=0, description="teaches the start of that refusal at every token of the continuation"
     )
-    opening: float = Field(
-        0.0, ge=0, description="teaches the first token of aligned's refusal to every harmful prompt"
-    )
+    opening: float = Field(0.0, ge=0, description="teaches the first token of aligned's refusal, wherever there is one")
     penalty: float = Field(
         0.0, ge=0, description="takes probability from base-favored tokens along the harmful continuation"
     )

@@ -52,6 +52,7 @@ class DOOR(Method):
     departures = (
         "their training system prompt, which tells the model to follow users' instructions, is not used",
         "harmless answers are aligned's own, not Alpaca's",
+        "by default batches have 16 pairs and 16 harmless answers, not 2",
     )
     per_sequence = frozenset({"nll", "refusal", "npo"})
 

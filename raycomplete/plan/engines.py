@@ -81,12 +81,16 @@ class PlannedEngine:
         return moved / (self.hardware.link_bandwidth * self.hardware.link_share)
 
     def scorer_memory(self) -> dict[str, float]:
-        """Bytes of one device of a pooling engine: it has no output head, and its cache holds the batch it reads."""
+        """Bytes of one device of a pooling engine: it has no output head, and its cache holds the batch it reads.
+
+        On a CPU the cache has twice that room (`raycomplete.engines.scoring_engine.cache_bytes`).
+        """
         shape, batched = self.shape, self.batched_tokens
+        cached = batched if self.hardware.is_gpu else 2 * batched
         handed_out = batched * shape.hidden_size * 4.0  # states, in float32
         return {
             "weights": (shape.body_parameters + shape.head_parameters) * DTYPE_BYTES[self.dtype] / self.parallel,
-            "KV cache": batched * shape.kv_bytes_per_token(self.dtype) / self._kv_split,
+            "KV cache": cached * shape.kv_bytes_per_token(self.dtype) / self._kv_split,
             "activations": self._activation_bytes + handed_out,
         }
 

@@ -109,14 +109,18 @@ class Estimate:
         request, config, device = self.request, self.request.config, self.request.hardware
         rows = chunk_rows(config.train, request.shapes["student"].vocab_size, request.dtype, is_gpu=device.is_gpu)
         offer = "as given" if request.price is not None else "an example and no offer; give --price-per-gpu-hour"
-        grown = "A worker on a CPU grows by gaps between tensors of many sizes: 2 to 4 GiB in 160 steps of SmolLM2."
+        beside = (
+            "Not counted on a CPU: an idle rollout engine of a small model, the driver with Ray (1.2 GiB), scores and "
+            "samples in memory, and gaps between tensors of many sizes, by which a worker grows (2 to 4 GiB in 160 "
+            "steps of SmolLM2-135M)."
+        )
         pushed = "Weights are sent from one host to each node with rollout engines in turn; judging takes no time."
         return [
             f"Hardware: {device.label}, {device.memory_bytes / GIB:.0f} GiB, {device.flops(request.dtype) / 1e12:.3g} "
             f"TFLOP/s in {request.dtype}, {device.memory_bandwidth / 1e9:,.4g} GB/s of memory; from {device.source}.",
             *([] if config.models.dtype != "auto" else [self._why_dtype()]),
             f"{RESERVED_SHARE:.0%} of each device stays free for context, fragmentation and communication buffers.",
-            *([] if device.is_gpu else [grown]),
+            *([] if device.is_gpu else [beside]),
             f"Products reach {device.product_share:.0%} of the peak in engines, {device.train_share:.0%} in training "
             f"and {device.loss_share:.0%} in the loss. Links, copies and host times are under `hardware` in --json.",
             f"Prompts have {request.prompt_tokens:.0f} tokens on average (--prompt-tokens); responses are as long as "

@@ -12,8 +12,8 @@ import pytest
 from raycomplete.commands import train
 from raycomplete.config import load_run_file
 from raycomplete.data.inputs import Prompts
-from raycomplete.data.organism import checkpoint_path
 from raycomplete.evaluation.attack_resources import evaluation_inputs
+from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import ConfigError
 from raycomplete.runtime.files import read_json, write_json, write_rows
 from raycomplete.runtime.types import Prompt
@@ -85,18 +85,30 @@ def test_a_run_of_other_checkpoints_or_prompts_is_not_resumed(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("on_policy", "bound", "expected"), [("false", 1, 1), ("false", 2**40, 0), ("true", 1, 0)], ids=str
+    ("parameters", "on_policy", "use_gpu", "expected"),
+    [
+        (268_098_176, "false", False, ["rest", "stop_scorers", "wait"]),  # Gemma-3-270M
+        (134_515_008, "false", False, []),  # SmolLM2-135M
+        (268_098_176, "true", False, []),
+        (268_098_176, "false", True, []),
+    ],
 )
-def test_the_rollout_engine_of_a_large_model_rests_while_samples_are_fixed(
-    on_policy: str, bound: int, expected: int, monkeypatch: pytest.MonkeyPatch
+def test_the_rollout_engine_of_a_larger_model_rests_while_samples_are_fixed(
+    parameters: int, on_policy: str, use_gpu: bool, expected: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train, "_RESTED_BYTES", bound)
-    rested: list[None] = []
-    run: Any = SimpleNamespace(
-        config=load_run_file("jobs/organism.yaml", [f"rollout.on_policy={on_policy}"]),
-        models=SimpleNamespace(paths={"student": checkpoint_path("aligned")}),
-        engines=SimpleNamespace(generator=SimpleNamespace(rest=lambda: rested.append(None))),
-        console=SimpleNamespace(note=lambda text: None),
+    monkeypatch.setattr(train, "count_parameters", lambda path: parameters)
+    calls: list[str] = []
+    generator = SimpleNamespace(
+        rest=lambda: calls.append("rest"), wait_until_ready=lambda timeout_s: calls.append("wait")
     )
-    train._rest_generator(run)
-    assert len(rested) == expected
+    overrides = [f"rollout.on_policy={on_policy}", "models.dtype=bfloat16"]
+    run: Any = SimpleNamespace(
+        config=load_run_file("jobs/organism.yaml", overrides),
+        models=SimpleNamespace(paths={"student": Path("student")}),
+        engines=SimpleNamespace(generator=generator, stop_scorers=lambda: calls.append("stop_scorers")),
+        cluster=SimpleNamespace(use_gpu=use_gpu),
+        console=Console(quiet=True),
+    )
+    with train._resting_generator(run):
+        assert calls == expected[:1]
+    assert calls == expected

@@ -137,19 +137,20 @@ SMOLLM2 = {
 
 
 @pytest.mark.parametrize(
-    ("change", "longest", "expected"),
+    ("change", "longest", "batched", "expected"),
     [
-        ({}, 256, 2 * 8192 * 30 * 2 * 3 * 64 * 2),
-        ({}, 9000, 2 * 9000 * 30 * 2 * 3 * 64 * 2),
-        ({"num_key_value_heads": 9, "head_dim": 256}, 256, 2**30),
-        ({"model_type": "mamba"}, 256, 2**30),
+        ({}, 256, 8192, 2 * 8192 * 30 * 2 * 3 * 64 * 2),
+        ({}, 9000, 8192, 2 * 9000 * 30 * 2 * 3 * 64 * 2),
+        ({}, 64, 64, 2 * 256 * 30 * 2 * 3 * 64 * 2),  # vLLM starts with 3 blocks at least
+        ({"num_key_value_heads": 9, "head_dim": 256}, 256, 8192, 2**30),
+        ({"model_type": "mamba"}, 256, 8192, 2**30),
     ],
 )
 def test_the_cache_of_a_scorer_on_a_cpu_holds_what_it_reads_at_a_time(
-    tmp_path: Path, change: dict[str, Any], longest: int, expected: int
+    tmp_path: Path, change: dict[str, Any], longest: int, batched: int, expected: int
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(SMOLLM2 | change))
-    spec = EngineSpec(str(tmp_path), "bfloat16", longest)
+    spec = EngineSpec(str(tmp_path), "bfloat16", longest, max_num_batched_tokens=batched)
     assert cache_bytes(spec) == expected
 
 

@@ -130,6 +130,7 @@ def step_points(case: Case) -> list[Point]:
     seconds, hardware = timed(passes)
     request = case.request(hardware)
     parts, memory = train_parts(request, 1), worker_memory(request, 1)
+    memory.pop("process", None)  # it was there before
     update_s, hardware = timed(update)
     updated = train_parts(case.request(hardware), 1)["optimizer"]
     fitted = case.name == CASES[0].name  # two constants of the formulas come from the first
