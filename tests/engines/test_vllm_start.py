@@ -23,7 +23,7 @@ from raycomplete.data.heads import load_head, read_head_spec
 from raycomplete.data.organism import checkpoint_path
 from raycomplete.engines.rollout_worker import RolloutEngine
 from raycomplete.engines.score_cache import ScoreRequest, to_array
-from raycomplete.engines.scoring_engine import PoolingEngine, check_parity
+from raycomplete.engines.scoring_engine import PoolingEngine, cache_bytes, check_parity
 from raycomplete.engines.spec import EngineSpec
 from raycomplete.engines.vllm_start import alone_on_devices, check_arguments, start_llm, without_collection
 from raycomplete.runtime.errors import SetupError, WaitTimeoutError
@@ -163,7 +163,17 @@ def test_vllm_still_takes_every_argument() -> None:
         assert KernelConfig(**arguments["kernel_config"]).enable_flashinfer_autotune is False
         with pytest.raises(SetupError, match="no argument enforce_eager"):
             check_arguments(arguments, known - {"enforce_eager"})
-    check_arguments(PoolingEngine.arguments(replace(SPEC, use_gpu=False)), known)
+    scorer = EngineSpec(str(checkpoint_path("base")), "float32", 256)
+    arguments = PoolingEngine.arguments(scorer)
+    check_arguments(arguments, known)
+    assert arguments["kv_cache_memory_bytes"] == cache_bytes(scorer) < 2**30
+
+
+def test_a_cache_size_inherited_from_a_shell_does_not_replace_the_spec(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "40")
+    with pytest.raises(SetupError, match="no argument nonsense"):
+        start_llm(replace(SPEC, use_gpu=False), {"nonsense": 1})
+    assert "VLLM_CPU_KVCACHE_SPACE" not in os.environ
 
 
 class Answers:
