@@ -54,7 +54,7 @@ class TurnAway(Method):
     name: Literal["turn_away"] = Field("turn_away", description="which method")
     strength: float = Field(0.1, ge=0, description="weight of unlikelihood, where the anchor has 1")
 
-    depth_term = "turn_away"  # depths are drawn most where it is still high
+    depth_term = "turn_away"  # with depth.schedule: adaptive, depths are drawn most where it is still high
 
     def loss_weights(self) -> dict[str, float]:
         """The two terms."""

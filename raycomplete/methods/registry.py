@@ -167,7 +167,7 @@ class DepthConfig(Section):
     min: int = Field(1, ge=1, description="shallowest cut of h, in tokens; position 0 is the opening's or the anchor's")
     max: int = Field(64, ge=1, description="deepest cut of h, in tokens")
     schedule: Literal["adaptive", "uniform"] = Field(
-        "adaptive", description="adaptive draws most where recovery is still incomplete"
+        "uniform", description="adaptive draws most where recovery is still incomplete"
     )
     measure: Literal["recovery_loss", "compliance"] = Field(
         "recovery_loss", description="measure that adaptive follows; compliance is counted on the student's rollouts"
@@ -187,7 +187,6 @@ class LongestHarmful(DepthConfig):
     """Only `max` counts, the longest h (100 tokens): the method draws its cuts itself."""
 
     max: int = Field(100, ge=1, description="longest harmful continuation, in tokens")
-    schedule: Literal["adaptive", "uniform"] = Field("uniform", description="decides nothing here")
 
 
 class Method(Section):

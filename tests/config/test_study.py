@@ -177,7 +177,7 @@ def test_departures_name_samples_and_validation_that_are_not_the_reference_s(tmp
         methods:
           augmentation: {train: {steps: 160, lr: 2.0e-5, warmup_steps: 0}}
           completion: {rollout: {on_policy: true}, train: {validation: {every: 0}}}
-          uniform depth: {method: {name: completion, depth: {schedule: uniform}}}
+          adaptive depth: {method: {name: completion, depth: {schedule: adaptive}}}
         settings: {method: {anchor_batch_size: 16, recovery_batch_size: 16, depth: {max: 64}}}
         reference: completion
     """
@@ -187,7 +187,7 @@ def test_departures_name_samples_and_validation_that_are_not_the_reference_s(tmp
         "rollout.on_policy False instead of the reference's True",
         "train.validation.every auto instead of the reference's 0",
     )
-    assert told["uniform depth"] == ("method.depth.schedule uniform instead of adaptive", *beside)
+    assert told["adaptive depth"] == ("method.depth.schedule adaptive instead of uniform", *beside)
     # The schedule of the run file stays in a method that draws depths evenly whatever it says.
     batches = ("method.anchor_batch_size 16 instead of 64", "method.depth.max 64 instead of 100")
     assert told["augmentation"] == (*Augmentation.departures, *batches, *beside)

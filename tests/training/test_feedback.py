@@ -17,7 +17,7 @@ from raycomplete.training.feedback import DepthSampler
 
 
 def sampler(seed: int = 0, **config) -> DepthSampler:
-    return DepthSampler(DepthConfig(**config), seed)
+    return DepthSampler(DepthConfig(**{"schedule": "adaptive"} | config), seed)
 
 
 @given(low=st.integers(1, 40), span=st.integers(0, 80), bins=st.integers(1, 20))

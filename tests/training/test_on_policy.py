@@ -19,7 +19,7 @@ from raycomplete.training.rollout_engines import Rollout, RolloutBatch
 from raycomplete.training.step_plan import Planner
 from tests.training.tiny import completion, make_samples
 
-DEPTH = DepthConfig(min=1, max=8, bins=4)
+DEPTH = DepthConfig(schedule="adaptive", min=1, max=8, bins=4)
 SAMPLES = make_samples(0)
 
 

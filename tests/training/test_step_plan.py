@@ -16,7 +16,7 @@ from raycomplete.training.feedback import DepthSampler
 from raycomplete.training.step_plan import Planner, StepPlan, StepSequences
 from tests.training.tiny import completion, make_samples
 
-DEPTH = DepthConfig(min=1, max=16, bins=4)
+DEPTH = DepthConfig(schedule="adaptive", min=1, max=16, bins=4)
 
 
 def planner(samples: SampleSet, seed: int = 0, anchor: int = 4, recovery: int = 4, max_depth: int = 16) -> Planner:
