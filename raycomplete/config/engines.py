@@ -114,6 +114,11 @@ class RolloutConfig(Section):
     sync_every: int = Field(1, ge=1, description="steps between two updates of the engines' weights")
     lookahead: Literal[0, 1] = Field(1, description="batches rolled out ahead of the trainer; 0 waits for each")
     max_staleness: int = Field(2, ge=0, description="steps by which the weights of a rollout may lag behind")
+    weight_transfer: Literal["auto", "store"] = Field(
+        "auto",
+        description="GPU: send the engines new weights from device to device where they and vLLM allow it; store: "
+        "always through Ray's object store",
+    )
     sync_timeout_s: float = Field(300.0, gt=0, description="longest wait for one update of the weights")
     sync_tolerance: float | None = Field(
         None, gt=0, description="largest mean |log p - log p'| after an update, nats; by dtype when absent"

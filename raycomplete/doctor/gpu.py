@@ -123,6 +123,10 @@ def _benchmark(plan: Plan) -> list[str]:
     return plan.module("tests.benchmarks.loss", *options) if _HAS_TESTS else []
 
 
+def _transfer(plan: Plan) -> list[str]:
+    return plan.module("tests.benchmarks.transfer", "cpu" if plan.rehearsal else "cuda") if _HAS_TESTS else []
+
+
 def _demo(plan: Plan) -> list[str]:
     return plan.run("demo", "", "output.name=demo", tiny=_TINY_RUN)
 
@@ -204,6 +208,7 @@ STAGES: tuple[Stage, ...] = (
     Stage("weights", "new weights in a rollout engine, its decoding included", 90, lambda plan: plan.probe("weights")),
     Stage("sleep", "memory that a sleeping engine gives back", 60, lambda plan: plan.probe("sleep")),
     Stage("scoring", "tokens scored a second beside vLLM's bare prefill", 90, lambda plan: plan.probe("scoring")),
+    Stage("transfer", "new weights from device to device, beside the object store", 90, _transfer),
     Stage(
         "loss",
         "time and peak memory beside Liger and plain PyTorch",

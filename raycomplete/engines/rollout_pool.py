@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from raycomplete.engines.rollout_worker import EngineAnswer, RolloutOptions, RolloutWorker, Sampling
-from raycomplete.engines.weights import Adapter, Weights, WeightSource, pack, pack_lora, version_of
+from raycomplete.engines.weights import Adapter, SentWeights, Weights, WeightSource, pack, pack_lora, version_of
 from raycomplete.runtime.errors import SetupError, WaitTimeoutError, WorkError
 from raycomplete.runtime.ray_calls import wait_for
 
@@ -44,6 +44,7 @@ class SyncReport:
         max_abs_difference: Largest difference of one token over all engines, nats.
         num_tokens: Tokens that each engine was compared on.
         tolerance: Upper bound of `mean_abs_difference`.
+        transfer: Carrier of the weights: "store" is Ray's object store, others are vLLM's.
     """
 
     version: int
@@ -54,6 +55,7 @@ class SyncReport:
     max_abs_difference: float
     num_tokens: int
     tolerance: float
+    transfer: str = "store"
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,6 +148,11 @@ class RolloutPool:
         return self._weights if isinstance(self._weights, str) else self._weights.start_path
 
     @property
+    def options(self) -> RolloutOptions:
+        """Settings of every engine."""
+        return self._options
+
+    @property
     def side_by_side(self) -> int:
         """Sequences that all engines together answer at a time."""
         return _SLICE * len(self._actors)
@@ -159,19 +166,29 @@ class RolloutPool:
         references = [actor.startup_stats.remote() for actor in self._actors]
         start_s = 0.0
         for engine, reference in enumerate(references):
-            stats = wait_for(reference, who=self._name(engine), what="its start", timeout_s=timeout_s)
+            stats = wait_for(reference, who=self.name(engine), what="its start", timeout_s=timeout_s)
             self._stats.meet(engine, stats["incarnation"])
             start_s = max(start_s, stats["start_s"])
         return {"start_s": start_s, "num_engines": len(self._actors)}
 
     def _take(self, engine: int, reference: Any, what: str, timeout_s: float) -> EngineAnswer:
         """Waits for an answer of an engine, and counts its costs."""
-        answer: EngineAnswer = wait_for(reference, who=self._name(engine), what=what, timeout_s=timeout_s)
+        answer: EngineAnswer = wait_for(reference, who=self.name(engine), what=what, timeout_s=timeout_s)
         self._stats.meet(engine, answer.incarnation)
         self._stats.seconds += answer.seconds
         self._stats.loads += answer.load_s > 0
         self._stats.load_s += answer.load_s
         return answer
+
+    def call(self, method: str, arguments: Sequence[Sequence[Any]] = ()) -> list[Any]:
+        """Calls a method of every `RolloutWorker`, each with its arguments, and returns references."""
+        given = arguments or [()] * len(self._actors)
+        return [getattr(actor, method).remote(*items) for actor, items in zip(self._actors, given, strict=True)]
+
+    def restart(self, engines: Sequence[int]) -> None:
+        """Ends the processes of engines that may hang; Ray starts each again."""
+        for engine in engines:
+            ray.kill(self._actors[engine], no_restart=False)
 
     def pack(self, state: Mapping[str, Tensor], version: int) -> Weights:
         """Packs whole weights (see `weights.pack`) over the checkpoint of this handle."""
@@ -182,7 +199,7 @@ class RolloutPool:
         return pack_lora(adapters, version, self.path)
 
     def sync(
-        self, weights: Weights, probe: Sequence[tuple[Sequence[int], int]], expected: Sequence[Tensor]
+        self, weights: Weights | SentWeights, probe: Sequence[tuple[Sequence[int], int]], expected: Sequence[Tensor]
     ) -> SyncReport:
         """Loads weights into every engine and compares log-probabilities of the engines with those of the trainer.
 
@@ -195,6 +212,7 @@ class RolloutPool:
         Raises:
             SyncError: The mean difference on an engine exceeds `rollout.sync_tolerance`.
             WaitTimeoutError: An engine took longer than `rollout.sync_timeout_s`.
+            WeightsLostError: An engine does not hold weights that were sent to it.
             WorkError: The weights cannot be loaded.
         """
         expected_N = torch.cat([rows.detach().double().cpu() for rows in expected])
@@ -215,10 +233,11 @@ class RolloutPool:
             max_abs_difference=float(differences_EN.max()),
             num_tokens=len(expected_N),
             tolerance=self._options.rollout.sync_tolerance or _SYNC_TOLERANCE[self._options.spec.dtype],
+            transfer=weights.backend if isinstance(weights, SentWeights) else "store",
         )
         if not report.mean_abs_difference <= report.tolerance:  # written so that NaN fails too
             raise SyncError(
-                f"After loading version {weights.version}, the {self._name(int(means_E.argmax()))} differs from the "
+                f"After loading version {weights.version}, the {self.name(int(means_E.argmax()))} differs from the "
                 f"trainer by {report.mean_abs_difference:.3g} nats on average over {report.num_tokens} tokens (at most "
                 f"{report.max_abs_difference:.3g}; tolerance {report.tolerance:.3g}).",
                 "The engine does not hold the trainer's weights, or computes otherwise; rollouts would come from "
@@ -261,7 +280,7 @@ class RolloutPool:
             answer = self._take(engine, reference, f"{count} responses", self._options.rollout.timeout_s)
             if answer.version != call.version:
                 raise WorkError(
-                    f"The {self._name(engine)} answered with weights of version {answer.version}, "
+                    f"The {self.name(engine)} answered with weights of version {answer.version}, "
                     f"and version {call.version} was asked for."
                 )
             self._stats.tokens += sum(len(tokens) for tokens, _ in answer.value)
@@ -330,12 +349,13 @@ class RolloutPool:
         timeout_s = self._options.rollout.sync_timeout_s
         _, late = ray.wait(references, num_returns=len(references), timeout=timeout_s, fetch_local=False)
         if late:
-            names = ", ".join(self._name(engine) for engine, item in enumerate(references) if item in late)
+            names = ", ".join(self.name(engine) for engine, item in enumerate(references) if item in late)
             raise WaitTimeoutError(
                 f"After {timeout_s:.0f} s these have not answered with {what}: {names}.",
                 f"{self._stats.num_unfinished()} parts of earlier calls are unfinished, and engines take calls in "
                 "order. Raise rollout.sync_timeout_s if they were working, or roll out less at a time.",
             )
 
-    def _name(self, engine: int) -> str:
+    def name(self, engine: int) -> str:
+        """Returns an engine's name in messages."""
         return "rollout engine" if len(self._actors) == 1 else f"rollout engine {engine + 1} of {len(self._actors)}"

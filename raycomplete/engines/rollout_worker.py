@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,8 +15,19 @@ from raycomplete.config import RolloutConfig
 from raycomplete.data.checkpoints import TORCH_DTYPES
 from raycomplete.data.families import tied_head
 from raycomplete.engines.spec import EngineSpec
-from raycomplete.engines.vllm_start import start_llm, turn_of
-from raycomplete.engines.weights import WeightSource, checkpoint_folder, checkpoint_tensors, key_of, version_of
+from raycomplete.engines.vllm_start import pack_experts_anew, start_llm, turn_of
+from raycomplete.engines.weight_transfer import EnginePlace, TransferStep, device_name
+from raycomplete.engines.weights import (
+    SentWeights,
+    Weights,
+    WeightsLostError,
+    WeightSource,
+    check_names,
+    checkpoint_folder,
+    checkpoint_tensors,
+    key_of,
+    version_of,
+)
 from raycomplete.runtime.errors import WorkError
 from raycomplete.runtime.prometheus import begin, record, rolled_out
 
@@ -46,6 +57,7 @@ class RolloutEngine:
         config = self._llm.llm_engine.model_config.hf_config.get_text_config()
         self._tied = bool(getattr(config, "tie_word_embeddings", False))
         self._held = spec.checkpoint
+        self._update = ExitStack()  # keeps the engine awake between the steps of a transfer
         self.version: int | None = None
 
     @staticmethod
@@ -80,22 +92,72 @@ class RolloutEngine:
             True if anything was loaded, False where the engine holds these weights already.
 
         Raises:
+            WeightsLostError: They were sent, and are not in this engine.
             WorkError: The weights are gone or do not fit, or the prefix cache cannot be emptied.
         """
         if key_of(weights) == self._held:
             return False
+        if isinstance(weights, SentWeights):
+            raise WeightsLostError(
+                f"The weights of version {weights.version} were sent by {weights.backend} and are no longer in this "
+                "engine: it was started again, or got others since.",
+                "Send the weights again, or set rollout.weight_transfer to store: the object store keeps them.",
+            )
         with self._readable(weights, timeout_s) as arguments, self.awake():
-            self._llm.apply_model(_pack_experts_anew)
-            self._held = ""  # a reload that fails half-way leaves no model that anyone may ask again
+            self._forget()
             self._llm.collective_rpc("reload_weights", kwargs=arguments)
-            self._llm.apply_model(_refresh_tied_head)
-            if not self._llm.reset_prefix_cache():
-                raise WorkError("The engine keeps prefixes that old weights have read, so new ones cannot be used.")
+            self._refresh()
+        self._accept(weights)
+        return True
+
+    def devices(self) -> tuple[str, ...]:
+        """Returns the names of this engine's devices (`device_name`)."""
+        return tuple(self._llm.collective_rpc(lambda worker: device_name(torch.device(worker.device))))
+
+    def connect(self, info: dict[str, Any]) -> None:
+        """Joins the trainer's transfer by the carrier of the engine's spec."""
+        self._llm.collective_rpc("shutdown_weight_transfer_engine")  # of a trainer that is gone
+        self._llm.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": info})
+
+    def begin_update(self, weights: SentWeights, names: Sequence[str]) -> None:
+        """Makes the engine ready to receive weights; until `end_update` it has no model that anyone may ask.
+
+        Raises:
+            WorkError: Tensors of these names do not make the start checkpoint's model.
+        """
+        check_names(weights, names, tied=self._tied)
+        self._update.enter_context(self.awake())
+        self._forget()
+        self._llm.collective_rpc("start_weight_update")
+
+    def receive(self, update_info: dict[str, Any]) -> None:
+        self._llm.collective_rpc("update_weights", kwargs={"update_info": update_info})
+
+    def end_update(self, weights: SentWeights) -> None:
+        """Puts what was received to use; the engine's weights are `weights` from here on.
+
+        Raises:
+            WorkError: The prefix cache cannot be emptied, or decoding uses other weights.
+        """
+        self._llm.collective_rpc("finish_weight_update")
+        self._refresh()
+        self._update.close()
+        self._accept(weights)
+
+    def _forget(self) -> None:
+        self._held = ""  # a reload that fails half-way leaves no model that anyone may ask again
+        self._llm.apply_model(pack_experts_anew)
+
+    def _refresh(self) -> None:
+        self._llm.apply_model(_refresh_tied_head)
+        if not self._llm.reset_prefix_cache():
+            raise WorkError("The engine keeps prefixes that old weights have read, so new ones cannot be used.")
+
+    def _accept(self, weights: WeightSource) -> None:
         if self._spec.cuda_graphs:
             self.check_decoding()  # which wakes the engine itself
         self._held = key_of(weights)
         self.version = version_of(weights)
-        return True
 
     def generate_finished(self, sequences: Sequence[Sequence[int]], sampling: Sampling) -> list[tuple[list[int], bool]]:
         """Continues sequences.
@@ -191,8 +253,8 @@ class RolloutEngine:
             return self._llm.generate(inputs, parameters, use_tqdm=False)
 
     @contextmanager
-    def _readable(self, weights: WeightSource, timeout_s: float) -> Iterator[dict[str, Any]]:
-        """Yields the arguments with which vLLM reads the weights."""
+    def _readable(self, weights: str | Weights, timeout_s: float) -> Iterator[dict[str, Any]]:
+        """Yields the arguments with which vLLM reads the weights, which were not sent."""
         if isinstance(weights, str):
             yield {"weights_path": weights}
             return
@@ -216,18 +278,6 @@ class RolloutEngine:
         finally:
             with turn_of(self._spec):
                 self._llm.sleep(level=1)
-
-
-def _pack_experts_anew(model: Any) -> None:
-    """Makes the next reload pack the weights of experts for the CPU's kernels.
-
-    vLLM (seen in 0.32) packs them after the first load only. After a reload its kernels would read the new weights in
-    an order that they do not have.
-    """
-    for module in model.modules():
-        weight = getattr(module, "w13_weight", None)
-        if weight is not None and weight.device.type == "cpu":
-            module.quant_method.moe_kernel = None
 
 
 def _refresh_tied_head(model: Any) -> None:
@@ -299,6 +349,26 @@ class RolloutWorker:
         log_probs = engine.log_probs(sequences)
         return EngineAnswer(log_probs, engine.version, self._incarnation, time.perf_counter() - started, load_s)
 
+    def place(self) -> EnginePlace:
+        return EnginePlace(self._incarnation, self._ready_engine().devices())
+
+    def take_step(self, incarnation: str, step: TransferStep, *arguments: Any) -> None:
+        """Takes one step of a transfer, a method of `RolloutEngine`.
+
+        Raises:
+            WeightsLostError: The transfer is with another process, after whose death Ray repeats the step here, or the
+                engine has failed in a step before.
+        """
+        engine = self._engine
+        if engine is None or incarnation != self._incarnation:
+            raise WeightsLostError("The engine was started again during a transfer of weights.")
+        try:
+            getattr(engine, step)(*arguments)
+        except BaseException:
+            if not engine.is_whole:
+                self._drop()
+            raise
+
     def _engine_with(self, weights: WeightSource) -> tuple[RolloutEngine, float]:
         engine = self._ready_engine()
         started = time.perf_counter()
@@ -306,16 +376,22 @@ class RolloutWorker:
             loaded = engine.load(weights, timeout_s=self._options.rollout.sync_timeout_s)
         finally:
             if not engine.is_whole:
-                self._engine = None  # the next call starts a new one
-                with suppress(Exception):  # which would hide why the load failed
-                    engine.shut_down()
+                self._drop()
         if not loaded:
             return engine, 0.0
         seconds = time.perf_counter() - started
         record("weight_load_seconds", seconds)
         return engine, seconds
 
+    def _drop(self) -> None:
+        engine, self._engine = self._engine, None  # the next call starts a new one
+        with suppress(Exception):  # which would hide why a load failed
+            if engine is not None:
+                engine.shut_down()
+
     def _ready_engine(self) -> RolloutEngine:
+        if self._engine is not None and not self._engine.is_whole:
+            self._drop()  # its trainer left in the middle of a transfer
         if self._engine is None:
             started = time.perf_counter()
             self._engine = RolloutEngine(self._options.spec, self._options.stop_ids)

@@ -40,7 +40,7 @@ _FREE_KEYS = {
         "loss_chunk_tokens",
         "gradient_checkpointing",
     },
-    "rollout": {"timeout_s", "gpu_memory_utilization"},
+    "rollout": {"timeout_s", "gpu_memory_utilization", "weight_transfer"},
 }
 
 

@@ -34,6 +34,7 @@ class EngineSpec:
         tensor_parallel: GPU only: devices of one node that hold the model together.
         cuda_graphs: GPU only: steps of decoding are replayed as CUDA graphs; prompts are read without.
         sleeps: GPU only: the engine gives the device's memory back after each batch (vLLM's sleep level 1).
+        weight_transfer: vLLM's carrier by which the engine can receive weights; None: it loads them only.
         trust_remote_code: Lets code that lies beside the checkpoint run.
         kv_cache_gib: CPU only: key-value cache in GiB.
         threads: CPU only: OpenMP threads; all cores when absent.
@@ -50,6 +51,7 @@ class EngineSpec:
     tensor_parallel: int = 1
     cuda_graphs: bool = False
     sleeps: bool = False
+    weight_transfer: str | None = None
     trust_remote_code: bool = False
     kv_cache_gib: int = 1
     threads: int | None = None
@@ -64,7 +66,9 @@ class EngineSpec:
             role: Section that applies: `teacher` for a scorer, else `rollout`.
         """
         section = config.teacher if role == "scorer" else config.rollout
-        batched = {"max_num_batched_tokens": config.teacher.max_num_batched_tokens} if role == "scorer" else {}
+        batched: dict[str, Any] = (
+            {"max_num_batched_tokens": config.teacher.max_num_batched_tokens} if role == "scorer" else {}
+        )
         tensor_parallel = 1 if role == "single" else section.tensor_parallel
         num_cpus, num_gpus = engine_share(config.cluster, tensor_parallel)
         return cls(
@@ -108,6 +112,8 @@ class EngineSpec:
                 arguments |= {"enforce_eager": False, "compilation_config": graphs}
         else:
             arguments["kv_cache_memory_bytes"] = self.kv_cache_gib * 2**30
+        if self.weight_transfer:
+            arguments["weight_transfer_config"] = {"backend": self.weight_transfer}
         if self.tensor_parallel > 1:
             # Shards are processes beside the actor, on the GPUs that Ray gave it. Inside a placement group vLLM would
             # ask Ray to start them, which has no further GPU to give.

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import ray
 
 from raycomplete.config import RunConfig
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.inputs import Models
-from raycomplete.engines.cluster import Cluster, Reservation, uses_gpu
+from raycomplete.engines.cluster import Cluster, Reservation, nodes_of, uses_gpu
 from raycomplete.engines.rollout_pool import RolloutPool
 from raycomplete.engines.rollout_worker import RolloutOptions
 from raycomplete.engines.score_cache import ScoreRequest
 from raycomplete.engines.scorers import TeacherClient
 from raycomplete.engines.spec import EngineSpec
+from raycomplete.engines.weight_transfer import choose_backend
 from raycomplete.runtime.console import Console
-from raycomplete.runtime.machine import available_cpus
+from raycomplete.runtime.machine import available_cpus, package_versions
 from raycomplete.runtime.types import ModelRole
 
 
@@ -62,6 +65,11 @@ def start_engines(
     `raycomplete.engines.run.Run.start_engines` says what the arguments are.
     """
     spec = EngineSpec.from_config(config, "rollout", models.start, use_gpu=cluster.use_gpu)
+    num_gpus = sum(node.gpus for node in nodes_of(ray.nodes())) if cluster.use_gpu else 0.0
+    backend, why = choose_backend(config, num_gpus=num_gpus, vllm_version=package_versions().get("vllm", ""))
+    spec = replace(spec, weight_transfer=backend)
+    if cluster.use_gpu and config.rollout.on_policy and not backend:
+        console.note(f"New weights reach the rollout engines through the object store: {why}")
     with ExitStack() as ended:
         reservation = Reservation([spec.bundle()] * config.rollout.num_engines, config.cluster.placement)
         ended.callback(_quietly, reservation.release)

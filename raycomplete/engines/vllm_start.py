@@ -88,6 +88,18 @@ def check_arguments(arguments: Mapping[str, Any], known: set[str]) -> None:
         )
 
 
+def pack_experts_anew(model: Any) -> None:
+    """Makes the next reload pack the weights of experts for the CPU's kernels.
+
+    vLLM (seen in 0.32) packs them after the first load only. After a reload its kernels would read the new weights in
+    an order that they do not have.
+    """
+    for module in model.modules():
+        weight = getattr(module, "w13_weight", None)
+        if weight is not None and weight.device.type == "cpu":
+            module.quant_method.moe_kernel = None
+
+
 def visible_devices() -> list[str]:
     """Returns the names of this process's GPUs, as Ray sets them for its actors; without Ray, the first one's."""
     return [name.strip() for name in (os.environ.get("CUDA_VISIBLE_DEVICES") or "0").split(",")]

@@ -1,7 +1,8 @@
-"""Versioned weights in Ray's object store: packed by the trainer, loaded by engines, compared after the load.
+"""Versioned weights: packed into Ray's object store by the trainer and loaded by engines, or sent to them.
 
-Every call to an engine names the `Weights` that it needs. The object store brings them to any node, and an engine that
-was restarted finds them there as before.
+Every call to an engine names the weights that it needs. The object store brings `Weights` to any node, and an engine
+that was restarted finds them there as before. `SentWeights` are in the engines that received them and nowhere else
+(`raycomplete.engines.weight_transfer`).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +61,33 @@ class Weights:
         return f"version {self.version} in {self.chunks[0].hex()}"
 
 
-WeightSource: TypeAlias = str | Weights  # the path of a checkpoint, or packed weights
+@dataclass(frozen=True)
+class SentWeights:
+    """Weights of one training step that went to the engines and are kept nowhere else; fields as those of `Weights`.
+
+    Attributes:
+        backend: Carrier, by vLLM's name for it.
+        send_id: Differs between any two sends, also of two runs.
+    """
+
+    version: int
+    start_path: str
+    backend: str
+    send_id: str
+    num_bytes: int
+
+    @property
+    def key(self) -> str:
+        """Name that differs between any two sends."""
+        return f"version {self.version} sent as {self.send_id}"
+
+
+class WeightsLostError(WorkError):
+    """An engine was asked for sent weights that it does not hold, and nobody else holds them either."""
+
+
+# The path of a checkpoint, packed weights, or weights that were sent.
+WeightSource: TypeAlias = str | Weights | SentWeights
 
 
 def key_of(source: WeightSource) -> str:
@@ -69,7 +96,7 @@ def key_of(source: WeightSource) -> str:
 
 
 def version_of(source: WeightSource) -> int | None:
-    """Returns the version of packed weights, or None for a checkpoint."""
+    """Returns the version of packed or sent weights, or None for a checkpoint."""
     return None if isinstance(source, str) else source.version
 
 
@@ -109,23 +136,33 @@ def checkpoint_tensors(
     Raises:
         WorkError: The payload is gone, or does not fit the start checkpoint.
     """
-    payload = _fetch(weights, timeout_s)
-    files = tensor_files(Path(weights.start_path))
-    needed = {name for name in files if not is_optional_tensor(name) and not (tied and is_head_tensor(name))}
-    missing, problem = (
-        (payload.keys() - files.keys(), "hold adapters for tensors that are not there")
-        if weights.kind == "lora"
-        else (needed - payload.keys(), "lack tensors that are there")
-    )
-    if missing:
-        raise WorkError(
-            f"The {weights.kind} weights of version {weights.version} do not fit {weights.start_path}: they {problem}, "
-            f"{len(missing)} in all ({', '.join(sorted(missing)[:3])}).",
-            "Name tensors as the checkpoint's safetensors files do.",
-        )
+    payload, files = _fetch(weights, timeout_s), tensor_files(Path(weights.start_path))
+    check_names(weights, payload.keys(), tied=tied)
     if weights.kind == "lora":
         return _merged(files, payload, dtype)
     return ((name, tensor.to(dtype) if tensor.is_floating_point() else tensor) for name, tensor in payload.items())
+
+
+def check_names(weights: Weights | SentWeights, names: Collection[str], *, tied: bool) -> None:
+    """Compares names of tensors, or of the weights that adapters belong to, with those of the start checkpoint.
+
+    Raises:
+        WorkError: They do not fit it.
+    """
+    files = tensor_files(Path(weights.start_path))
+    kind = weights.kind if isinstance(weights, Weights) else "full"
+    needed = {name for name in files if not is_optional_tensor(name) and not (tied and is_head_tensor(name))}
+    missing, problem = (
+        (set(names) - files.keys(), "hold adapters for tensors that are not there")
+        if kind == "lora"
+        else (needed - set(names), "lack tensors that are there")
+    )
+    if missing:
+        raise WorkError(
+            f"The {kind} weights of version {weights.version} do not fit {weights.start_path}: they {problem}, "
+            f"{len(missing)} in all ({', '.join(sorted(missing)[:3])}).",
+            "Name tensors as the checkpoint's safetensors files do.",
+        )
 
 
 @contextmanager

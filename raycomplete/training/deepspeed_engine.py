@@ -226,10 +226,11 @@ def load_trained_state(lm: Any, stage: int, state: dict[str, Tensor] | None) -> 
                 dist.broadcast(parameter.data, src=0)
 
 
-def gathered_state(lm: Any, stage: int, *, trained_only: bool = False) -> dict[str, Tensor] | None:
+def gathered_state(lm: Any, stage: int, *, trained_only: bool = False, copied: bool = True) -> dict[str, Tensor] | None:
     """The student's whole weights on rank 0, on the CPU; None on other ranks. Every rank must call this.
 
-    `trained_only` leaves out frozen weights, as those under LoRA adapters, and buffers.
+    `trained_only` leaves out frozen weights, as those under LoRA adapters, and buffers. Without `copied`, weights that
+    no other rank holds a part of are the parameters themselves, where they are.
     """
     state: dict[str, Tensor] = {}
     first = dist.get_rank() == 0
@@ -238,7 +239,8 @@ def gathered_state(lm: Any, stage: int, *, trained_only: bool = False) -> dict[s
             continue
         with zero.GatheredParameters([parameter], enabled=stage == 3):
             if first:
-                state[name] = parameter.detach().to("cpu", copy=True)
+                whole = parameter.detach()
+                state[name] = whole.to("cpu", copy=True) if copied or stage == 3 else whole
     if not first:
         return None
     if not trained_only:

@@ -11,6 +11,7 @@ not that of arXiv 2511.12155.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,6 +23,7 @@ import torch
 
 from raycomplete.config import RolloutConfig
 from raycomplete.data.samples import AnchorSample, RecoverySample
+from raycomplete.engines.weights import WeightsLostError
 from raycomplete.methods.registry import AnchorItem, RecoveryItem, RolloutGroups
 from raycomplete.training.checkpoints import from_rank_zero
 from raycomplete.training.feedback import DepthSampler
@@ -29,6 +31,8 @@ from raycomplete.training.job import TrainJob
 from raycomplete.training.rollout_engines import Rollout, RolloutBatch, WeightSync
 from raycomplete.training.step_plan import Planner, StepPlan
 from raycomplete.training.teacher_prefetcher import StepInput, StepSource, TeacherPrefetcher
+
+logger = logging.getLogger(__name__)
 
 _CUT_TAG, _SPLIT_TAG, _ROLLOUT_TAG = 14, 15, 16  # every use of a seed needs a tag that is not 0
 _ROOM_FOR_SEEDS = 2**20  # sequence i of a batch samples under its seed + i
@@ -204,16 +208,18 @@ class OnPolicySource(StepSource):
         self._rollouts: dict[int, Future[list[Rollout]]] = {}  # the same steps, on rank 0
         self._collector = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rollouts")
         self._is_synced = False
+        self._repeated: dict[str, Any] = {}  # measurements of an update that was made again within a step
 
     def next(self, step: int) -> StepInput:
         """Waits for the input of a step and asks for the rollouts of later ones; every rank must call this."""
         is_requested = step in self._batches
-        taken = self._take(step) if is_requested else None
+        taken = self._take_or_repeat(step) if is_requested else None
         self._make_room()
-        stats = self._update_engines(step)
+        stats = self._repeated or self._update_engines(step)
         for ahead in range(step + is_requested, min(step + self._job.rollout.lookahead + 1, self._job.train.steps)):
             self._request(ahead)
-        batch, rollouts, waited_s = taken or self._take(step)
+        batch, rollouts, waited_s = taken or self._take_or_repeat(step)
+        stats, self._repeated = self._repeated or stats, {}
         plan = self._rollout_planner.finish(batch, rollouts)
         anchor = [item.sample for item in plan.anchor[self._share]]
         recovery = [item.sample for item in plan.recovery[self._share]]
@@ -237,7 +243,7 @@ class OnPolicySource(StepSource):
         return self._is_update_due(finished)
 
     def state_dict(self) -> dict[str, Any]:
-        """Rollouts of later steps, waited for."""
+        """Rollouts of later steps, waited for; a resumed run makes those anew whose weights died with an engine."""
         return {
             "rollouts": [
                 {
@@ -246,6 +252,7 @@ class OnPolicySource(StepSource):
                     "rollouts": [asdict(rollout) for rollout in future.result()],
                 }
                 for step, future in sorted(self._rollouts.items())
+                if not isinstance(future.exception(), WeightsLostError)
             ]
         }
 
@@ -270,9 +277,12 @@ class OnPolicySource(StepSource):
         if step in self._batches:
             return
         batch = self._batches[step] = self._rollout_planner.draw(step, self._sampler)
+        self._start(batch)
+
+    def _start(self, batch: RolloutBatch) -> None:
         if self._rank == 0:
-            reference = self._job.student_engines.submit(batch, self._rollout_planner.seed_of(step))
-            self._rollouts[step] = self._collector.submit(self._collect, batch, reference)
+            reference = self._job.student_engines.submit(batch, self._rollout_planner.seed_of(batch.step))
+            self._rollouts[batch.step] = self._collector.submit(self._collect, batch, reference)
 
     def _collect(self, batch: RolloutBatch, reference: Any) -> list[Rollout]:
         """Waits for the rollouts of a batch, and lets the teachers read its sequences ahead of their step."""
@@ -287,6 +297,23 @@ class OnPolicySource(StepSource):
         batch = self._batches.pop(step)
         rollouts = from_rank_zero(lambda: self._rollouts.pop(step).result())
         return batch, rollouts, time.perf_counter() - started
+
+    def _take_or_repeat(self, step: int) -> tuple[RolloutBatch, list[Rollout], float]:
+        """Takes a step's rollouts; those whose weights died with an engine are made again, by the present weights.
+
+        Training has gone on, and nobody else had been sent them. From here on the object store keeps weights.
+        """
+        started, batch = time.perf_counter(), self._batches[step]
+        try:
+            return self._take(step)
+        except WeightsLostError as error:  # on every rank
+            logger.warning("The rollouts of step %d are made again, by present weights: %s", step + 1, error)
+        self._sync.is_sending = self._is_synced = False
+        self._make_room()
+        self._repeated = self._update_engines(step)
+        self._batches[step] = batch
+        self._start(batch)
+        return batch, self._take(step)[1], time.perf_counter() - started
 
     def _make_room(self) -> None:
         """Gives back what the trainer's allocator keeps of a shared GPU: an engine that wakes takes all of its own."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,7 +16,8 @@ from raycomplete.data.chat import ChatCodec
 from raycomplete.data.checkpoints import with_file_names
 from raycomplete.data.samples import AnchorSample, RecoverySample
 from raycomplete.engines.rollout_pool import RolloutPool
-from raycomplete.engines.weights import Weights
+from raycomplete.engines.weight_transfer import WeightTransfer
+from raycomplete.engines.weights import SentWeights, Weights
 from raycomplete.runtime.types import Judge, Outcome, Prompt
 from raycomplete.training.batches import answer_batch
 from raycomplete.training.checkpoints import from_rank_zero
@@ -24,6 +26,8 @@ from raycomplete.training.sampling import tokens_before_refusal
 
 _PROBES = 4
 _PROBE_TOKENS = 16
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +100,29 @@ class StudentEngines:
     ) -> None:
         self._pool, self._codec, self._judge, self._rollout = pool, codec, judge, rollout
         self._prompts = {prompt.prompt_id: prompt for prompt in prompts}
-        self._weights: Weights | None = None
+        self._weights: Weights | SentWeights | None = None
+        self._transfer: WeightTransfer | None = None  # from the first send on, in the process that sends
+
+    @property
+    def sends_weights(self) -> bool:
+        """True where the engines can receive weights from the trainer's device."""
+        return self._pool.options.spec.weight_transfer is not None
+
+    def send(
+        self,
+        state: Mapping[str, Tensor],
+        version: int,
+        probe: Sequence[tuple[tuple[int, ...], int]],
+        expected: Sequence[Tensor],
+    ) -> dict[str, Any]:
+        """Sends the engines whole weights from device to device; else as `sync`, which ends this way."""
+        self._transfer = self._transfer or WeightTransfer(self._pool)
+        started = time.perf_counter()
+        weights = self._transfer.send(state, version)
+        seconds = time.perf_counter() - started
+        report = self._pool.sync(weights, probe, expected)
+        self._weights = weights
+        return asdict(report) | {"load_s": seconds}
 
     def sync(
         self,
@@ -120,6 +146,9 @@ class StudentEngines:
             SyncError: The engines' log-probabilities differ from the trainer's.
             WaitTimeoutError: They did not answer within `rollout.sync_timeout_s`.
         """
+        if self._transfer is not None:  # it failed, or an engine died: a group of processes holds memory of the device
+            self._transfer.close()
+            self._transfer = None
         weights = self._pool.pack_lora(state, version) if adapters_only else self._pool.pack(state, version)
         report = self._pool.sync(weights, probe, expected)
         self._weights = weights
@@ -182,26 +211,53 @@ class WeightSync:
         self._probe = [(sample.prompt_ids + sample.answer_ids, len(sample.prompt_ids)) for sample in cut]
         self._batch = answer_batch(cut, packed=packed)
         self._lengths = [len(sample.answer_ids) for sample in cut]
+        self.is_sending = True  # where the engines can receive weights; the same on every rank
 
     def __call__(self, version: int) -> dict[str, Any]:
-        """Sends the present weights as `version`; every rank must call this, and each gets the report.
+        """Gives the engines the present weights as `version`; every rank must call this, and each gets the report.
+
+        They go from device to device until that fails once, and through the object store else.
 
         Raises:
             WorkError: The engines did not take the weights, or their log-probabilities differ from the trainer's.
         """
+        started = time.perf_counter()
+        expected = self._log_probs()
+        self.is_sending = self.is_sending and self._job.student_engines.sends_weights and not self._job.lora_rank
+        report = self._sent(version, expected) if self.is_sending else None
+        if report is None:
+            self.is_sending, report = False, self._packed(version, expected)
+        return report | {"seconds": time.perf_counter() - started}
+
+    def _sent(self, version: int, expected: Sequence[Tensor]) -> dict[str, Any] | None:
+        """Returns the report of weights that were sent, or None on every rank where that failed."""
+        from raycomplete.training.deepspeed_engine import gathered_state  # see `_packed`
+
+        state: Any = gathered_state(self._lm, self._job.train.zero_stage, copied=False)
+
+        def send() -> dict[str, Any] | None:
+            try:
+                named = with_file_names(self._lm, state)
+                sent: dict[str, Any] = self._job.student_engines.send(named, version, self._probe, expected)
+                return sent
+            except Exception as error:  # of vLLM, NCCL or CUDA: the object store needs none of them
+                logger.warning("From step %d on weights go through the object store: %s", version, error)
+                return None
+
+        return from_rank_zero(send)
+
+    def _packed(self, version: int, expected: Sequence[Tensor]) -> dict[str, Any]:
+        """Returns the report of weights that went through the object store."""
         # Here, because the driver imports this file as well, and DeepSpeed is imported on training workers only.
         from raycomplete.training.deepspeed_engine import gathered_adapters, gathered_state
 
-        started = time.perf_counter()
-        expected = self._log_probs()
         job, adapters_only = self._job, self._job.lora_rank > 0
         state: Any = gathered_adapters(self._lm) if adapters_only else gathered_state(self._lm, job.train.zero_stage)
 
         def send() -> dict[str, Any]:
             engines: StudentEngines = job.student_engines
             named = state if adapters_only else with_file_names(self._lm, state)
-            report = engines.sync(named, version, self._probe, expected, adapters_only=adapters_only)
-            return report | {"seconds": time.perf_counter() - started}
+            return engines.sync(named, version, self._probe, expected, adapters_only=adapters_only)
 
         return from_rank_zero(send)
 

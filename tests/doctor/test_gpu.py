@@ -155,7 +155,18 @@ def test_machines_without_a_gpu_and_unknown_stages_are_refused(tmp_path: Path, m
 
 def test_all_that_was_asked_for_is_a_stage_within_ten_minutes() -> None:
     names = [stage.name for stage in STAGES]
-    for wanted in ("devices", "tests", "kernels", "loss", "demo", "scoring", "weights", "sleep", "collectives"):
+    for wanted in (
+        "devices",
+        "tests",
+        "kernels",
+        "loss",
+        "demo",
+        "scoring",
+        "weights",
+        "sleep",
+        "collectives",
+        "transfer",
+    ):
         assert wanted in names
     deciding = STAGES[:6]
     assert {stage.name for stage in deciding} == {"devices", "kernels", "collectives", "weights", "sleep", "scoring"}

@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import types
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -87,16 +88,18 @@ def describe(arguments: dict[str, Any]) -> dict[str, Any]:
         "chunked_prefill": bool(scheduler.enable_chunked_prefill),
         "batched_tokens": scheduler.max_num_batched_tokens,
         "v2_runner": v2_runner,
+        "weight_transfer": getattr(config.weight_transfer_config, "backend", None),
         "autotunes": config.kernel_config.enable_flashinfer_autotune,
     }
 
 
 def main(checkpoint: str) -> None:
     common: dict[str, Any] = {"use_gpu": True, "max_num_batched_tokens": 4096}
-    rollout = EngineSpec(checkpoint, "bfloat16", 256, cuda_graphs=True, **common)
+    rollout = EngineSpec(checkpoint, "bfloat16", 256, cuda_graphs=True, weight_transfer="nccl", **common)
     models = {"base": checkpoint, "aligned": checkpoint, "dtype": "bfloat16", "max_length": 256}
     run = {"models": models, "data": {}, "rollout": {"on_policy": True, "colocated": True, "lookahead": 0}}
     colocated = EngineSpec.from_config(parse(run, "colocated"), "rollout", checkpoint, use_gpu=True)
+    colocated = replace(colocated, weight_transfer="ipc")
     engines = {
         "scorer": PoolingEngine.arguments(EngineSpec(checkpoint, "bfloat16", 256, **common)),
         "rollout": RolloutEngine.arguments(rollout),

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from raycomplete.data.organism import checkpoint_path
+from raycomplete.engines.rollout_worker import RolloutEngine
+from raycomplete.engines.spec import EngineSpec
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.slow
@@ -51,3 +53,11 @@ def test_a_scorer_gives_states_of_tokens_and_reads_every_one(engines: dict[str, 
     assert engines["scorer"]["task"] == "token_embed"
     assert engines["scorer"]["prefix_caching"] is False
     assert all(engine["prefix_caching"] for name, engine in engines.items() if name != "scorer")
+
+
+def test_engines_that_receive_weights_hold_the_carrier_of_their_spec(engines: dict[str, dict[str, Any]]) -> None:
+    expected = {"rollout": "nccl", "colocated": "ipc"}
+    assert {name: engine["weight_transfer"] for name, engine in engines.items()} == {
+        name: expected.get(name) for name in engines
+    }
+    assert "weight_transfer_config" not in RolloutEngine.arguments(EngineSpec("/model", "float32", 64)), "on a CPU"

@@ -91,6 +91,16 @@ def test_sharded_weights_reach_the_engines_and_the_loss_is_the_same(
         torch.testing.assert_close(second[name], weight, atol=1e-3, rtol=1e-2)
 
 
+def test_weights_that_can_no_longer_be_sent_go_through_the_store_on_every_rank(
+    single: tuple[Path, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    job = on_policy(tmp_path, settings(num_workers=2, zero_stage=3))
+    rows = run(replace(job, student_engines=LocalStudentEngines(job.start, ROLLOUT.max_student_tokens, sends_until=1)))
+    assert [row["sync"]["transfer"] for row in rows if "sync" in row] == ["nccl", "store"]
+    for row, expected in zip(rows, single[1], strict=True):
+        assert row["loss"] == pytest.approx(expected["loss"], rel=5e-4), row["step"]
+
+
 def test_a_resumed_run_continues_with_the_very_rollouts(
     single: tuple[Path, list[dict[str, Any]]], tmp_path: Path
 ) -> None:

@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from raycomplete.config import RolloutConfig, TrainConfig
+from raycomplete.engines.weights import WeightsLostError
 from raycomplete.methods.completion import Completion
 from raycomplete.methods.registry import DepthConfig, Feedback, TeacherContext
+from raycomplete.training import on_policy
 from raycomplete.training.feedback import DepthSampler
 from raycomplete.training.on_policy import OnPolicySource, RolloutPlanner, compliance_by_bin
 from raycomplete.training.rollout_engines import Rollout, RolloutBatch
@@ -254,3 +256,79 @@ def test_a_trainer_makes_room_on_a_shared_gpu_before_an_engine_wakes(
     with pytest.raises(InterruptedError):
         source.next(0)
     assert done == [*(["room"] if colocated else []), "update"]
+
+
+class DyingEngines:
+    """Engines of which one dies with sent weights in it while it rolls out a step."""
+
+    def __init__(self, dies_at: int) -> None:
+        self.dies_at, self.version = dies_at, -1
+        self.submitted: list[tuple[int, int, tuple[int, ...]]] = []
+
+    def submit(self, batch: RolloutBatch, seed: int) -> Any:
+        self.submitted.append((batch.step, seed, batch.depths))
+        return batch, self.version, [step for step, _, _ in self.submitted].count(batch.step)
+
+    def collect(self, reference: Any) -> list[Rollout]:
+        batch, version, times = reference
+        if batch.step == self.dies_at and times == 1:
+            raise WeightsLostError(f"The weights of version {version} are gone.")
+        return [replace(item, version=version) for item in answers(batch)]
+
+
+class Updates:
+    """Stands for `WeightSync`."""
+
+    def __init__(self, engines: DyingEngines) -> None:
+        self.engines, self.is_sending = engines, True
+        self.done: list[tuple[int, bool]] = []
+
+    def __call__(self, version: int) -> dict[str, Any]:
+        self.done.append((version, self.is_sending))
+        self.engines.version = version
+        return {"seconds": 1.0, "version": version}
+
+
+def dying(dies_at: int, lookahead: int, monkeypatch: pytest.MonkeyPatch) -> tuple[OnPolicySource, Updates]:
+    monkeypatch.setattr(on_policy, "from_rank_zero", lambda work: work())
+    rollout = RolloutConfig(on_policy=True, lookahead=lookahead)  # type: ignore[arg-type]
+    engines = DyingEngines(dies_at)
+    job: Any = SimpleNamespace(
+        rollout=rollout, train=TrainConfig(steps=4), method=completion(), use_gpu=False, student_engines=engines
+    )
+    updates: Any = Updates(engines)
+    ignore: Any = SimpleNamespace(
+        warm=lambda *_: None, request=lambda *_: None, take=lambda _: SimpleNamespace(wait_s=0.0)
+    )
+    drawn = Planner(SAMPLES, anchor_batch_size=4, recovery_batch_size=8, seed=0, max_depth=8)
+    return OnPolicySource(job, drawn, ignore, DepthSampler(DEPTH, 0), 0, 1, updates), updates
+
+
+@pytest.mark.parametrize("lookahead", [0, 1])
+@pytest.mark.parametrize("dies_at", [0, 2])
+def test_rollouts_whose_weights_died_with_an_engine_are_made_again_by_present_ones(
+    dies_at: int, lookahead: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No rollout may come from a version that nobody named, and none is missing."""
+    source, updates = dying(dies_at, lookahead, monkeypatch)
+    rows = [source.next(step).stats for step in range(4)]
+    made = updates.engines.submitted
+    first, second = (item for item in made if item[0] == dies_at)
+    assert first == second, "the same sequences under the same seeds"
+    assert len(made) == 5
+    assert updates.done[-1][1] is False
+    assert [(version, sent) for version, sent in updates.done if version < dies_at] == [
+        (step, True) for step in range(dies_at)
+    ]
+    assert (dies_at, False) in updates.done
+    assert [row["sync"]["version"] for row in rows] == [0, 1, 2, 3]
+    assert [row["staleness"] for row in rows] == [0 if step in (0, dies_at) else lookahead for step in range(4)]
+
+
+def test_a_checkpoint_leaves_out_rollouts_whose_weights_died(monkeypatch: pytest.MonkeyPatch) -> None:
+    source, _ = dying(1, 1, monkeypatch)
+    source.next(0)
+    assert source.state_dict() == {"rollouts": []}
+    whole, _ = dying(9, 1, monkeypatch)
+    whole.next(0)
+    assert [item["step"] for item in whole.state_dict()["rollouts"]] == [1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from raycomplete.data.chat import ChatCodec
 from raycomplete.data.checkpoints import load_model
 from raycomplete.data.organism import checkpoint_path
 from raycomplete.data.samples import AnchorSample, RecoverySample
-from raycomplete.engines.rollout_pool import SyncError
+from raycomplete.engines.rollout_pool import SyncError, SyncReport
 from raycomplete.evaluation.judges import RefusalJudge
 from raycomplete.runtime.types import Outcome
 from raycomplete.training.rollout_engines import Rollout, RolloutBatch, StudentEngines
@@ -131,3 +132,17 @@ def test_where_a_refusal_begins_is_counted_in_tokens() -> None:
         refusal_start = None  # type: ignore[assignment]
 
     assert collected(codec, text, Blind()).refusal_start is None
+
+
+def test_weights_by_the_store_end_a_transfer_whose_group_holds_memory() -> None:
+    codec, closed = ChatCodec(checkpoint_path("aligned")), []
+    report = SyncReport(1, 0.0, 0.0, 0, 0.0, 0.0, 1, 1.0)
+    pool: Any = SimpleNamespace(pack=lambda state, version: version, sync=lambda *_: report)
+    engines = StudentEngines(pool, codec, organism.OrganismJudge(), HARMFUL, RolloutConfig())
+    transfer: Any = SimpleNamespace(send=lambda state, version: version, close=lambda: closed.append(True))
+    engines._transfer = transfer
+    engines.send({}, 1, [], [])
+    assert closed == []
+    for _ in range(2):
+        assert engines.sync({}, 2, [], [], adapters_only=False)["transfer"] == "store"
+    assert closed == [True]

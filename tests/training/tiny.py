@@ -145,11 +145,15 @@ class LocalStudentEngines:
     """The student as rollout engines would hold it, in the process of rank 0 (stands in for `StudentEngines`).
 
     Like the real engines it proves every update: what it says of the probe must be what the trainer says.
+
+    Args:
+        sends_until: First version that cannot be sent to them any more.
     """
 
-    def __init__(self, start: Path, max_tokens: int) -> None:
+    def __init__(self, start: Path, max_tokens: int, sends_until: int = 0) -> None:
         self.start, self.max_tokens = start, max_tokens
-        self.version = -1
+        self.version, self.sends_until = -1, sends_until
+        self.sends_weights = sends_until > 0
         self._model: Any = None
 
     def sync(
@@ -171,7 +175,12 @@ class LocalStudentEngines:
             log_probs_T = logits_TV.log_softmax(-1).gather(1, torch.tensor(tokens[num_prompt:])[:, None])[:, 0]
             torch.testing.assert_close(log_probs_T, expected_T, atol=1e-4, rtol=0)
         self.version = version
-        return {"version": version, "mean_abs_difference": 0.0}
+        return {"version": version, "mean_abs_difference": 0.0, "transfer": "store"}
+
+    def send(self, state: Mapping[str, Any], version: int, probe: Any, expected: Any) -> dict[str, Any]:
+        if version >= self.sends_until:
+            raise RuntimeError("NCCL is gone.")
+        return self.sync(state, version, probe, expected, adapters_only=False) | {"transfer": "nccl"}
 
     def _loaded(self, state: Mapping[str, Any]) -> Any:
         """The model of weights that come by the names of the checkpoint's files."""
