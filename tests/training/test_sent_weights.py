@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from raycomplete.config import RolloutConfig, TrainConfig, ValidationConfig
-from raycomplete.data import organism
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.samples import read_samples
 from raycomplete.methods.registry import DepthConfig
@@ -18,7 +17,7 @@ from raycomplete.training.rollout_engines import StudentEngines
 from raycomplete.training.trainer import fit
 from tests.engines import tiny as engine_tiny
 from tests.engines.file_transfer import file_pool
-from tests.training.tiny import completion, make_job
+from tests.training.tiny import CountingJudge, completion, make_job
 
 ROLLOUT = RolloutConfig(
     on_policy=True, max_student_tokens=4, max_refusal_tokens=4, sync_timeout_s=240, timeout_s=300, lookahead=1
@@ -65,7 +64,7 @@ def test_training_goes_on_by_the_store_after_an_engine_died_with_sent_weights(
     given = engine_tiny.options(job.start)
     options = replace(given, spec=replace(given.spec, weight_transfer="file"), rollout=ROLLOUT)
     with file_pool(options) as pool:
-        engines = StudentEngines(pool, ChatCodec(job.start), organism.OrganismJudge(), prompts, ROLLOUT)
+        engines = StudentEngines(pool, ChatCodec(job.start), CountingJudge(), prompts, ROLLOUT)
         fit(
             replace(job, rollout=ROLLOUT, student_engines=engines, plugins=(plugin,)),
             cpus_per_worker=0.5,
