@@ -187,7 +187,8 @@ def _student_engines(run: Run) -> StudentEngines | None:
         return None
     pool = run.engines.generator.with_weights(str(run.models.paths["student"]))
     prompts = [prompt for kind in KINDS for prompt in run.prompts.train[kind]]
-    return StudentEngines(pool, run.models.codec, run.judge, prompts, run.config.rollout)
+    timeout_s = run.config.cluster.start_timeout_s
+    return StudentEngines(pool, run.models.codec, run.judge, prompts, run.config.rollout, start_timeout_s=timeout_s)
 
 
 def _response_judge(run: Run) -> ResponseJudge:

@@ -16,7 +16,7 @@ from raycomplete.data.checkpoints import TORCH_DTYPES
 from raycomplete.data.families import tied_head
 from raycomplete.engines.spec import EngineSpec
 from raycomplete.engines.vllm_start import pack_experts_anew, start_llm, turn_of
-from raycomplete.engines.weight_transfer import EnginePlace, TransferStep, device_name
+from raycomplete.engines.weight_transfer import EnginePlace, TransferStep, check_shown, device_name
 from raycomplete.engines.weights import (
     SentWeights,
     Weights,
@@ -115,7 +115,9 @@ class RolloutEngine:
         return tuple(self._llm.collective_rpc(lambda worker: device_name(torch.device(worker.device))))
 
     def connect(self, info: dict[str, Any]) -> None:
-        """Joins the trainer's transfer by the carrier of the engine's spec."""
+        """Joins the trainer's transfer by the carrier of the engine's spec, once the carrier's proof is read."""
+        if proof := info.pop("proof", None):
+            self._llm.collective_rpc(lambda _: check_shown(proof))
         self._llm.collective_rpc("shutdown_weight_transfer_engine")  # of a trainer that is gone
         self._llm.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": info})
 
@@ -356,8 +358,7 @@ class RolloutWorker:
         """Takes one step of a transfer, a method of `RolloutEngine`.
 
         Raises:
-            WeightsLostError: The transfer is with another process, after whose death Ray repeats the step here, or the
-                engine has failed in a step before.
+            WeightsLostError: The transfer is with a process that died, and Ray repeats the step here; or one failed.
         """
         engine = self._engine
         if engine is None or incarnation != self._incarnation:

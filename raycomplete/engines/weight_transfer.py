@@ -36,6 +36,7 @@ TransferStep = Literal["connect", "begin_update", "receive", "end_update"]
 _VERSION = "0.32."  # of vLLM, whose transfer this was written for
 _CHUNK_BYTES = 256 * 2**20  # staged at a time, on a device that is full but for what its users left free
 _BUFFERS = 2  # chunks of NCCL on their way at a time
+_PROOF_BYTES = 64
 _POLL_S = 0.02
 
 
@@ -125,8 +126,11 @@ class NcclCarrier(Carrier):
         super().__init__()
         self._group: Any = None
         self._address: dict[str, Any] = {}
+        self._is_closed = False
 
     def infos(self, places: Sequence[EnginePlace]) -> list[dict[str, Any]]:
+        import vllm  # noqa: F401 - for seconds, in which somebody else might take the port
+
         with socket.socket() as free:
             free.bind(("", 0))
             port = int(free.getsockname()[1])
@@ -140,6 +144,8 @@ class NcclCarrier(Carrier):
         from vllm.distributed.weight_transfer.nccl_common import trainer_init
 
         self._group = trainer_init(self._address)
+        if self._is_closed:  # while this waited for the others
+            self.close()
 
     def send(self, tensors: Mapping[str, Tensor], dtype: torch.dtype, update: Update) -> None:
         from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast_producer
@@ -149,7 +155,11 @@ class NcclCarrier(Carrier):
         sent = _on_device(tensors, dtype, self._gpu), self._group, 0, itemgetter(1), _CHUNK_BYTES, _BUFFERS
         update(told, partial(packed_nccl_broadcast_producer, *sent))
 
+    def end(self) -> None:
+        torch.cuda.empty_cache()  # chunks that the allocator keeps for the producer's streams
+
     def close(self) -> None:
+        self._is_closed = True
         if self._group is not None:
             self._group.destroy()  # aborts: a broadcast that waits for a dead engine ends
 
@@ -157,8 +167,14 @@ class NcclCarrier(Carrier):
 class IpcCarrier(Carrier):
     """Shows one engine on the present GPU a buffer that holds chunk after chunk of packed tensors."""
 
+    _shown: Any = None  # holds the buffer of the proof
+
     def infos(self, places: Sequence[EnginePlace]) -> list[dict[str, Any]]:
-        return [{"packed": True} for _ in places]
+        from vllm.distributed.weight_transfer.packed_tensor import packed_ipc_producer
+
+        proof = _on_device({"proof": torch.arange(_PROOF_BYTES, dtype=torch.uint8)}, torch.uint8, self._gpu)
+        self._shown = packed_ipc_producer(proof, self.device, itemgetter(1), _PROOF_BYTES)
+        return [{"packed": True, "proof": _told(next(self._shown))} for _ in places]
 
     def send(self, tensors: Mapping[str, Tensor], dtype: torch.dtype, update: Update) -> None:
         from vllm.distributed.weight_transfer.packed_tensor import packed_ipc_producer
@@ -167,12 +183,40 @@ class IpcCarrier(Carrier):
         room = max([_CHUNK_BYTES, *(_num_bytes(tensor, dtype) for tensor in tensors.values())])
         sent = _on_device(tensors, dtype, self._gpu)
         for chunk in packed_ipc_producer(sent, self.device, itemgetter(1), room):
-            told = {"names": chunk.names, "dtype_names": chunk.dtype_names, "shapes": chunk.shapes}
-            update({**told, "ipc_handles": chunk.ipc_handle, "tensor_sizes": chunk.tensor_sizes}, None)
+            told = _told(chunk)
+            update({**told, "ipc_handles": told.pop("ipc_handle")}, None)
 
     def end(self) -> None:
         torch.cuda.ipc_collect()
         torch.cuda.empty_cache()  # on a device that an engine fills when it wakes
+
+    def close(self) -> None:
+        self._shown = None
+        self.end()
+
+
+def _told(chunk: Any) -> dict[str, Any]:
+    """Returns vLLM's description of a packed chunk by the names of the arguments of its consumer."""
+    return {
+        "ipc_handle": chunk.ipc_handle,
+        "names": chunk.names,
+        "shapes": chunk.shapes,
+        "dtype_names": chunk.dtype_names,
+        "tensor_sizes": chunk.tensor_sizes,
+    }
+
+
+def check_shown(proof: dict[str, Any]) -> None:
+    """Reads what `IpcCarrier` shows before an engine gives up the weights that it has.
+
+    Raises:
+        WorkError: The bytes are not those that were shown.
+    """
+    from vllm.distributed.weight_transfer.packed_tensor import packed_ipc_consumer
+
+    ((_, found_N),) = packed_ipc_consumer(**proof, device_index=torch.cuda.current_device())
+    if found_N.tolist() != list(range(_PROOF_BYTES)):
+        raise WorkError("CUDA IPC shows this engine other bytes than the trainer has.")
 
 
 CARRIERS: dict[str, Callable[[], Carrier]] = {"nccl": NcclCarrier, "ipc": IpcCarrier}
@@ -185,6 +229,11 @@ def metadata(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Any
         "dtype_names": [str(_dtype(tensor, dtype)).removeprefix("torch.") for tensor in tensors.values()],
         "shapes": [list(tensor.shape) for tensor in tensors.values()],
     }
+
+
+def widest_first(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Orders tensors so that each number stands where its width divides: vLLM views packed bytes as numbers."""
+    return dict(sorted(tensors.items(), key=lambda item: -_dtype(item[1], dtype).itemsize))
 
 
 def _dtype(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
@@ -243,6 +292,7 @@ class WeightTransfer:
             WorkError: An engine could not receive or use them.
         """
         dtype, done = TORCH_DTYPES[self._pool.options.spec.dtype], f"the weights of version {version}"
+        state = widest_first(state, dtype)
         num_bytes = sum(_num_bytes(tensor, dtype) for tensor in state.values())
         sent = SentWeights(version, self._pool.path, self.backend, uuid.uuid4().hex, num_bytes)
         everyone = len(self._places)

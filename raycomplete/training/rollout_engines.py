@@ -93,15 +93,25 @@ class StudentEngines:
         judge: Says whether a response is a refusal.
         prompts: Every training prompt.
         rollout: Sampling settings.
+        start_timeout_s: Longest wait for engines that start again after weights could not be sent to them.
     """
 
     def __init__(
-        self, pool: RolloutPool, codec: ChatCodec, judge: Judge, prompts: Sequence[Prompt], rollout: RolloutConfig
+        self,
+        pool: RolloutPool,
+        codec: ChatCodec,
+        judge: Judge,
+        prompts: Sequence[Prompt],
+        rollout: RolloutConfig,
+        *,
+        start_timeout_s: float = 600.0,
     ) -> None:
+        self._start_timeout_s = start_timeout_s
         self._pool, self._codec, self._judge, self._rollout = pool, codec, judge, rollout
         self._prompts = {prompt.prompt_id: prompt for prompt in prompts}
         self._weights: Weights | SentWeights | None = None
         self._transfer: WeightTransfer | None = None  # from the first send on, in the process that sends
+        self._may_start_anew = False  # engines to which weights were sent
 
     @property
     def sends_weights(self) -> bool:
@@ -116,6 +126,7 @@ class StudentEngines:
         expected: Sequence[Tensor],
     ) -> dict[str, Any]:
         """Sends the engines whole weights from device to device; else as `sync`, which ends this way."""
+        self._may_start_anew = True
         self._transfer = self._transfer or WeightTransfer(self._pool)
         started = time.perf_counter()
         weights = self._transfer.send(state, version)
@@ -149,6 +160,9 @@ class StudentEngines:
         if self._transfer is not None:  # it failed, or an engine died: a group of processes holds memory of the device
             self._transfer.close()
             self._transfer = None
+        if self._may_start_anew:  # which takes longer than an update
+            self._pool.wait_until_ready(self._start_timeout_s)
+            self._may_start_anew = False
         weights = self._pool.pack_lora(state, version) if adapters_only else self._pool.pack(state, version)
         report = self._pool.sync(weights, probe, expected)
         self._weights = weights
@@ -241,7 +255,8 @@ class WeightSync:
                 sent: dict[str, Any] = self._job.student_engines.send(named, version, self._probe, expected)
                 return sent
             except Exception as error:  # of vLLM, NCCL or CUDA: the object store needs none of them
-                logger.warning("From step %d on weights go through the object store: %s", version, error)
+                told = "From step %d on weights go through the object store: %s"
+                logger.warning(told, version, error, exc_info=True)
                 return None
 
         return from_rank_zero(send)

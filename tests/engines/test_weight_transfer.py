@@ -75,7 +75,7 @@ class Silent(Carrier):
         self.is_closed = True
 
 
-def pool_of(*handles: Handle, timeout_s: float = 1.0) -> Recorder:
+def pool_of(*handles: Handle, timeout_s: float = 4.0) -> Recorder:
     given = options(sync_timeout_s=timeout_s)
     return Recorder(handles, "/nowhere", replace(given, spec=replace(given.spec, weight_transfer="file")))
 
@@ -100,7 +100,7 @@ def test_who_does_not_join_is_named_and_started_again(never: Any, monkeypatch: p
     monkeypatch.setitem(CARRIERS, "file", Silent)
     pool = pool_of(Handle(), Handle(connect=never))
     with pytest.raises(
-        WaitTimeoutError, match=r"After 1 s these have not joined the transfer of weights: rollout engine 2 of 2\."
+        WaitTimeoutError, match=r"After 4 s these have not joined the transfer of weights: rollout engine 2 of 2\."
     ):
         WeightTransfer(pool)
     assert pool.restarted == (1,)
