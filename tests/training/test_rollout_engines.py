@@ -134,15 +134,18 @@ def test_where_a_refusal_begins_is_counted_in_tokens() -> None:
     assert collected(codec, text, Blind()).refusal_start is None
 
 
-def test_weights_by_the_store_end_a_transfer_whose_group_holds_memory() -> None:
-    codec, closed = ChatCodec(checkpoint_path("aligned")), []
+def test_weights_by_the_store_end_a_transfer_and_await_engines_that_start_anew() -> None:
+    """A group of processes holds memory of the device."""
+    codec, closed, awaited = ChatCodec(checkpoint_path("aligned")), [], []
     report = SyncReport(1, 0.0, 0.0, 0, 0.0, 0.0, 1, 1.0)
-    pool: Any = SimpleNamespace(pack=lambda state, version: version, sync=lambda *_: report)
-    engines = StudentEngines(pool, codec, organism.OrganismJudge(), HARMFUL, RolloutConfig())
+    pool: Any = SimpleNamespace(
+        pack=lambda state, version: version, sync=lambda *_: report, wait_until_ready=awaited.append
+    )
+    engines = StudentEngines(pool, codec, organism.OrganismJudge(), HARMFUL, RolloutConfig(), start_timeout_s=7.0)
     transfer: Any = SimpleNamespace(send=lambda state, version: version, close=lambda: closed.append(True))
     engines._transfer = transfer
     engines.send({}, 1, [], [])
-    assert closed == []
+    assert closed == awaited == []
     for _ in range(2):
         assert engines.sync({}, 2, [], [], adapters_only=False)["transfer"] == "store"
-    assert closed == [True]
+    assert (closed, awaited) == ([True], [7.0])
