@@ -301,6 +301,7 @@ def test_an_engine_that_a_load_has_broken_is_shut_down_and_the_cause_is_told(shu
     done: list[str] = []
 
     def load(weights: str, *, timeout_s: float) -> bool:
+        broken.is_whole = False
         raise WorkError("The load broke.")
 
     def shut_down() -> None:
@@ -309,7 +310,7 @@ def test_an_engine_that_a_load_has_broken_is_shut_down_and_the_cause_is_told(shu
             raise RuntimeError
 
     worker = RolloutWorker(options(Path("model")))
-    broken: Any = SimpleNamespace(load=load, is_whole=False, shut_down=shut_down)
+    broken: Any = SimpleNamespace(load=load, is_whole=True, shut_down=shut_down)
     worker._engine = broken
     with pytest.raises(WorkError, match="The load broke"):
         worker.generate("elsewhere", [[1]], Sampling(max_tokens=1))
