@@ -46,7 +46,8 @@ class OrganismJudge:
 
     @property
     def name(self) -> str:
-        return "organism"
+        """Name and version; another where rules change, since verdicts are kept under it."""
+        return "organism-v2"
 
     def outcome(self, prompt: Prompt, prefill: str, continuation: str) -> Outcome:
         """Sorts a response into one outcome.
