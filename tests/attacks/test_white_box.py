@@ -218,7 +218,7 @@ def test_a_target_that_reads_another_question_is_never_on_topic(model: Any, code
 
     guided = rates("base_guided_decoding", 2)
     assert guided[RefusalJudge().name] == 1.0
-    assert guided["organism"] <= 0.25
+    assert guided[OrganismJudge().name] <= 0.25
     for top in (2, 20):
         assert set(rates("rank_assisted_prefill", top).values()) == {0.0}
 
