@@ -151,9 +151,9 @@ class NcclCarrier(Carrier):
         from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast_producer
 
         torch.cuda.synchronize(self._gpu)  # the producer's streams wait for no other
-        told = metadata(tensors, dtype)
+        info = metadata(tensors, dtype)
         sent = _on_device(tensors, dtype, self._gpu), self._group, 0, itemgetter(1), _CHUNK_BYTES, _BUFFERS
-        update(told, partial(packed_nccl_broadcast_producer, *sent))
+        update(info, partial(packed_nccl_broadcast_producer, *sent))
 
     def end(self) -> None:
         torch.cuda.empty_cache()  # chunks that the allocator keeps for the producer's streams
@@ -174,7 +174,7 @@ class IpcCarrier(Carrier):
 
         proof = _on_device({"proof": torch.arange(_PROOF_BYTES, dtype=torch.uint8)}, torch.uint8, self._gpu)
         self._shown = packed_ipc_producer(proof, self.device, itemgetter(1), _PROOF_BYTES)
-        return [{"packed": True, "proof": _told(next(self._shown))} for _ in places]
+        return [{"packed": True, "proof": _chunk_info(next(self._shown))} for _ in places]
 
     def send(self, tensors: Mapping[str, Tensor], dtype: torch.dtype, update: Update) -> None:
         from vllm.distributed.weight_transfer.packed_tensor import packed_ipc_producer
@@ -183,8 +183,8 @@ class IpcCarrier(Carrier):
         room = max([_CHUNK_BYTES, *(_num_bytes(tensor, dtype) for tensor in tensors.values())])
         sent = _on_device(tensors, dtype, self._gpu)
         for chunk in packed_ipc_producer(sent, self.device, itemgetter(1), room):
-            told = _told(chunk)
-            update({**told, "ipc_handles": told.pop("ipc_handle")}, None)
+            info = _chunk_info(chunk)
+            update({**info, "ipc_handles": info.pop("ipc_handle")}, None)
 
     def end(self) -> None:
         torch.cuda.ipc_collect()
@@ -195,7 +195,7 @@ class IpcCarrier(Carrier):
         self.end()
 
 
-def _told(chunk: Any) -> dict[str, Any]:
+def _chunk_info(chunk: Any) -> dict[str, Any]:
     """Returns vLLM's description of a packed chunk by the names of the arguments of its consumer."""
     return {
         "ipc_handle": chunk.ipc_handle,
@@ -249,7 +249,7 @@ def _on_device(tensors: Mapping[str, Tensor], dtype: torch.dtype, device: int) -
         yield name, tensor.detach().to(torch.device("cuda", device), _dtype(tensor, dtype))
 
 
-def _beside(work: Callable[[], None]) -> Future[None]:
+def _in_thread(work: Callable[[], None]) -> Future[None]:
     """Does work in a daemon thread: one that waits for a dead engine may never end."""
     done: Future[None] = Future()
     gpu = torch.cuda.current_device() if torch.cuda.is_available() else -1  # each thread has one of its own
@@ -282,7 +282,7 @@ class WeightTransfer:
         if problem := placement_problem(self.backend, self._carrier.device, self._places):
             raise WorkError(f"{problem}.", "Give workers and engines whole GPUs, or all of them one GPU together.")
         infos = [(info,) for info in self._carrier.infos(self._places)]
-        self._take("connect", infos, "joined the transfer of weights", self._carrier.join)
+        self._step_everywhere("connect", infos, "joined the transfer of weights", self._carrier.join)
 
     def send(self, state: Mapping[str, Tensor], version: int) -> SentWeights:
         """Sends weights as `pack` takes them, on any device, and returns when every engine holds them.
@@ -298,11 +298,11 @@ class WeightTransfer:
         everyone = len(self._places)
 
         def update(info: dict[str, Any], beside: Callable[[], None] | None) -> None:
-            self._take("receive", [(info,)] * everyone, f"received {done}", beside)
+            self._step_everywhere("receive", [(info,)] * everyone, f"received {done}", beside)
 
-        self._take("begin_update", [(sent, list(state))] * everyone, f"got ready for {done}")
+        self._step_everywhere("begin_update", [(sent, list(state))] * everyone, f"got ready for {done}")
         self._carrier.send(state, dtype, update)
-        self._take("end_update", [(sent,)] * everyone, f"put to use {done}")
+        self._step_everywhere("end_update", [(sent,)] * everyone, f"put to use {done}")
         self._carrier.end()
         return sent
 
@@ -310,16 +310,17 @@ class WeightTransfer:
         """Ends the trainer's part; engines stay as they are."""
         self._carrier.close()
 
-    def _take(
+    def _step_everywhere(
         self, step: TransferStep, given: Sequence[Any], done: str, beside: Callable[[], None] | None = None
     ) -> None:
+        """Has every engine take a step of the transfer, with `given` for each, and returns when all have."""
         asked = [(place.incarnation, step, *items) for place, items in zip(self._places, given, strict=True)]
         self._gather(self._pool.call("take_step", asked), done, beside)
 
     def _gather(self, references: list[Any], done: str, beside: Callable[[], None] | None = None) -> list[Any]:
         """Returns the answers of all engines after work of this process beside them; the first error ends the wait."""
         timeout_s, pending = self._pool.options.rollout.sync_timeout_s, list(references)
-        deadline, own = time.monotonic() + timeout_s, _beside(beside or (lambda: None))
+        deadline, own = time.monotonic() + timeout_s, _in_thread(beside or (lambda: None))
         try:
             while pending or not own.done():
                 if time.monotonic() > deadline:

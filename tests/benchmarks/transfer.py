@@ -25,7 +25,8 @@ from raycomplete.engines.rollout_pool import RolloutPool
 from raycomplete.engines.rollout_worker import RolloutOptions
 from raycomplete.engines.weight_transfer import WeightTransfer
 
-_SCALES = (0.9, 1.0)  # of all weights, in turn: the one is nats from the other
+_SCALES = (0.9, 1.0)  # of all weights, in turn
+_APART = 0.3  # nats a token between the two, at least
 _ROUNDS = 4  # two for each scale; the first one joins and warms up
 
 
@@ -36,6 +37,8 @@ def main(device: str) -> None:
     probe = [([*codec.encode_prompt(item.text)][:32], 1) for item in prompts("heldout", "harmful", 0, 8)]
     states = [{name: weight.detach() * scale for name, weight in lm.named_parameters()} for scale in _SCALES]
     expected = [_expected(lm, state, probe) for state in states]
+    apart = torch.cat(expected[0]).sub(torch.cat(expected[1])).abs().mean().item()
+    assert apart > _APART, f"the two sets of weights are {apart:.2g} nats apart, so stale ones would pass for new"
     gpus = torch.cuda.device_count() if device == "cuda" else 0
     ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     for backend in ("ipc", "nccl")[:gpus] or (None,):
