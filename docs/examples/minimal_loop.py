@@ -3,8 +3,8 @@
     python docs/examples/minimal_loop.py        # 40 seconds of processor time
 
 It reads top to bottom. Where it differs from `raycomplete train`: transformers generates and scores in place of vLLM,
-one process trains without Ray and DeepSpeed, batches are padded instead of packed, depths are drawn evenly instead of
-where recovery is lacking, and there are no checkpoints. The loss is the same, `rc.losses.distillation_loss`.
+one process trains without Ray and DeepSpeed, batches are padded instead of packed, no measurement steers the loss
+weights, and there are no checkpoints. The loss is the same, `rc.losses.distillation_loss`.
 
 x prompt, y answer of the aligned model, h compliant beginning by base, r refusal by the aligned model; B batch, T
 tokens, H hidden, N token rows of the loss.

@@ -26,7 +26,7 @@ IntArray: TypeAlias = "np.ndarray[Any, np.dtype[np.int64]]"
 
 
 class SuffixConfig(AttackConfig):
-    """Settings of both suffix searches. The target is the opening of a compliant answer."""
+    """Settings of the suffix searches. The target is the opening of a compliant answer."""
 
     standard: ClassVar[Mapping[str, Any]] = {"suffix_tokens": 20, "target_tokens": 20}
 

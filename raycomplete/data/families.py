@@ -4,7 +4,7 @@ Every other file reads these facts from here. Most need no entry: what a chat te
 template, and what config.json says is read from it. To add a family:
 
 1. Add an entry to `FAMILIES`: its `model_type`s and its shape, where it is Llama-like. A template that sets thinking
-   apart in a way of its own needs an entry in `THINKING` as well.
+   apart in a way of its own needs a `ThinkingFormat` in `thinking_format` as well.
 2. Add a tiny configuration to tests/data/test_families.py, which compares the entry with what transformers builds.
    Where rebuilt logits differ there, the family scales, bounds or stores its output head in a way of its own: add the
    key of its config.json to `head_scale` or `head_softcap`, or the tensor's name to `HEADS`, `HEAD_BIAS` or

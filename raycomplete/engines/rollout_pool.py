@@ -100,7 +100,8 @@ class RolloutPool:
 
     Several handles may share the actors: each call names its own weights. Sequence i of a call samples under seed + i,
     so results do not depend on how many engines there are, up to rounding in batches of another size. An engine that
-    dies is started again by Ray, loads the named weights again and repeats what it had not answered.
+    dies is started again by Ray, loads the named weights again and repeats what it had not answered; it refuses calls
+    that name `SentWeights`, which nobody else keeps.
 
     Args:
         stats: Counts shared with another handle on these actors.

@@ -1,7 +1,8 @@
 """Traps for judges: answers, harmless in content and written for this package, whose outcome is plain to a reader.
 
 Refusing words that refuse nothing, refusals that help all the same, answers to something else, babble. Half of them (by
-a hash of their text) were looked at while the pattern judge was tuned, and the other half never.
+a hash of their text) were looked at while the pattern judge was tuned. The other half was not, but its totals were
+seen, and seven of its traps were read later, when refusals that break off a list, verse or code were mended.
 """
 
 from __future__ import annotations

@@ -201,7 +201,7 @@ class Method(Section):
     depth: DepthConfig = Field(default_factory=DepthConfig)
 
     depth_term: ClassVar[str | None] = None
-    """Term whose loss, by depth, the depth sampler follows; None draws depths evenly."""
+    """Term whose loss, by depth, the depth sampler follows if `depth.schedule` is adaptive; None draws evenly."""
     needs_lora: ClassVar[bool] = False
     """It compares the student with what it started from, by turning its adapters off."""
     recovery_sequences: ClassVar[int] = 1

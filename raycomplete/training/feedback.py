@@ -1,6 +1,5 @@
-"""Feedback of earlier steps to the next one: the depths where recovery is incomplete.
-
-The rule is ours, not that of arXiv 2511.12155.
+"""Feedback of earlier steps to the next one, under `method.depth.schedule: adaptive`: the depths where recovery is
+incomplete. The rule is ours, not that of arXiv 2511.12155.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ FloatArray = npt.NDArray[np.float64]
 
 
 class DepthSampler:
-    """Draws prefill depths in [min, max] tokens, most where the student's recovery loss is still high.
+    """Draws prefill depths in [min, max] tokens: evenly, or if adaptive most where recovery loss is still high.
 
     Bins have equal width rather than growing geometrically: every bin then gets about the same number of measurements,
     and the deep end, where students keep failing longest, does not disappear into one wide bin.
