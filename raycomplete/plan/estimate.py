@@ -114,7 +114,10 @@ class Estimate:
             "samples in memory, and gaps between tensors of many sizes, by which a worker grows (2 to 4 GiB in 160 "
             "steps of SmolLM2-135M)."
         )
-        pushed = "Weights are sent from one host to each node with rollout engines in turn; judging takes no time."
+        pushed = (
+            "Weights go through the object store, from one host to each node with rollout engines in turn: where NCCL "
+            "or CUDA IPC carries them (rollout.weight_transfer), an update takes less. Judging takes no time."
+        )
         return [
             f"Hardware: {device.label}, {device.memory_bytes / GIB:.0f} GiB, {device.flops(request.dtype) / 1e12:.3g} "
             f"TFLOP/s in {request.dtype}, {device.memory_bandwidth / 1e9:,.4g} GB/s of memory; from {device.source}.",
