@@ -34,6 +34,7 @@ def loss_settings(
     alpha: float = 0.0,
     plausibility: float = 0.1,
     push_temperature: float = 4.0,
+    push_contrast: float = 0.0,
     **others: Any,
 ) -> LossSettings:
     """Settings of the three terms of the method `completion`; `others` are those of the whole loss."""
@@ -42,11 +43,12 @@ def loss_settings(
         name: DivergenceSettings(divergence=divergence, temperature=temperature, contrastive=contrastive)
         for name, divergence in (("anchor", anchor_divergence), ("recovery", recovery_divergence))
     }
+    from_base = ContrastiveSettings(alpha=push_contrast, plausibility=1e-30)
     return LossSettings(
         weights={"anchor": anchor, "recovery": recovery, "push_forward": push_forward},
         options={
             **divergences,
-            "push_forward": PushForwardSettings(temperature=push_temperature),
+            "push_forward": PushForwardSettings(temperature=push_temperature, contrastive=from_base),
         },
         **others,
     )
@@ -78,9 +80,10 @@ class LossCase:
             self.weight_N,
             self.token_N,
         )
-        if self.settings.options["anchor"].contrastive.alpha == 0:
+        alphas = [self.settings.options[name].contrastive.alpha for name in self.settings.names]
+        if not any(alphas):
             return inputs
-        reads_N = self.term_N != PUSH_FORWARD
+        reads_N = torch.isin(self.term_N, torch.tensor([number for number, alpha in enumerate(alphas) if alpha > 0]))
         return replace(inputs, base=HiddenStates(self.base_hidden_NH[reads_N], self.base_head))
 
     def run(self, loss: Callable[..., LossOutput]) -> LossOutput:
