@@ -29,12 +29,7 @@ from tests.training.tiny import make_model
 CONTEXT = 128  # of the tiny models
 SHORT: dict[str, dict[str, Any]] = {
     "method": {"depth": {"max": 8}},
-    "rollout": {
-        "max_anchor_tokens": 8,
-        "max_refusal_tokens": 8,
-        "max_harmful_tokens": 8,
-        "refusal_prefix_fraction": 0.0,
-    },
+    "rollout": {"max_anchor_tokens": 8, "max_refusal_tokens": 8, "max_harmful_tokens": 8, "refusal_prefix_fraction": 0},
     "evaluation": {"depths": [0, 4], "max_tokens": 8, "max_utility_tokens": 8},
 }
 LONGEST = 17  # 8 tokens of h, 8 of the refusal, and the end
