@@ -41,8 +41,6 @@ from raycomplete.methods.registry import (
 )
 from raycomplete.runtime.section import Section
 
-_ANY = 1e-30  # share of the largest probability below which a token is left out: none, as the tail has to count
-
 
 class LossWeights(Section):
     """Weights of the terms of the loss."""
@@ -68,20 +66,12 @@ class FirstTokensConfig(Section):
 
 
 class PushForwardConfig(Section):
-    """Divergence T^2 KL(q || p_s) along h, with q ~ p_a (p_a / p_b)^contrast, p_a at position 0 of aligned's answer.
+    """Divergence T^2 KL(p_a || p_s) along h, with p_a at position 0 of aligned's answer.
 
-    A run file sets this much of `PushForwardSettings`: no other divergence was tried. Every token is plausible.
+    A run file sets this much of `PushForwardSettings`: no other divergence and no contrastive target was tried.
     """
 
-    temperature: float = Field(4.0, gt=0, description="T, which divides the logits of all: above 1 the tail counts")
-    contrast: float = Field(
-        0.0, ge=0, description="how far the target turns from what base says along h; 0 does not read base"
-    )
-
-    def settings(self) -> PushForwardSettings:
-        """Settings of the term."""
-        contrastive = ContrastiveSettings(alpha=self.contrast, plausibility=_ANY)
-        return PushForwardSettings(temperature=self.temperature, contrastive=contrastive)
+    temperature: float = Field(4.0, gt=0, description="T, which divides the logits of both: above 1 the tail counts")
 
 
 @register
@@ -111,7 +101,7 @@ class Completion(Method):
         return {
             "anchor": DivergenceSettings(divergence=self.anchor_divergence, **both),
             "recovery": DivergenceSettings(divergence=self.recovery_divergence, **both),
-            "push_forward": self.push_forward.settings(),
+            "push_forward": PushForwardSettings(temperature=self.push_forward.temperature),
             "penalty": self.penalty,
         }
 

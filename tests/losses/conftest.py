@@ -34,7 +34,6 @@ def loss_settings(
     alpha: float = 0.0,
     plausibility: float = 0.1,
     push_temperature: float = 4.0,
-    push_contrast: float = 0.0,
     **others: Any,
 ) -> LossSettings:
     """Settings of the three terms of the method `completion`; `others` are those of the whole loss."""
@@ -43,12 +42,11 @@ def loss_settings(
         name: DivergenceSettings(divergence=divergence, temperature=temperature, contrastive=contrastive)
         for name, divergence in (("anchor", anchor_divergence), ("recovery", recovery_divergence))
     }
-    from_base = ContrastiveSettings(alpha=push_contrast, plausibility=1e-30)
     return LossSettings(
         weights={"anchor": anchor, "recovery": recovery, "push_forward": push_forward},
         options={
             **divergences,
-            "push_forward": PushForwardSettings(temperature=push_temperature, contrastive=from_base),
+            "push_forward": PushForwardSettings(temperature=push_temperature),
         },
         **others,
     )
@@ -80,10 +78,9 @@ class LossCase:
             self.weight_N,
             self.token_N,
         )
-        alphas = [self.settings.options[name].contrastive.alpha for name in self.settings.names]
-        if not any(alphas):
+        if self.settings.options["anchor"].contrastive.alpha == 0:
             return inputs
-        reads_N = torch.isin(self.term_N, torch.tensor([number for number, alpha in enumerate(alphas) if alpha > 0]))
+        reads_N = self.term_N != PUSH_FORWARD
         return replace(inputs, base=HiddenStates(self.base_hidden_NH[reads_N], self.base_head))
 
     def run(self, loss: Callable[..., LossOutput]) -> LossOutput:

@@ -62,15 +62,6 @@ def test_matches_the_reference(make_case, dtype, relative, head, divergences):
     assert_like_reference(case, relative, relative)
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.7])
-@pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize(("dtype", "relative"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
-def test_push_forward_that_turns_from_base_matches_the_reference(make_case, dtype, relative, head, alpha):
-    case, plain = (make_case(dtype=dtype, alpha=alpha, push_contrast=value, **head) for value in (1.3, 0.0))
-    assert_like_reference(case, relative, relative)
-    assert not torch.allclose(case.run(distillation_loss).total, plain.run(distillation_loss).total)
-
-
 @pytest.mark.parametrize("head", HEADS)
 def test_bfloat16_matches_the_reference_within_its_rounding(make_case, head):
     # The reference reads the same bfloat16 inputs. bfloat16 keeps 8 bits, so each product is rounded by up to 2^-9:
@@ -115,7 +106,6 @@ def test_gradcheck(make_case, head, divergences):
         hidden_sizes=(2, 2, 4),
         chunk_tokens=4,
         temperature=0.6,
-        push_contrast=settings["alpha"],
         **settings,
         **head,
     )
@@ -145,7 +135,6 @@ def case_arguments(draw):
         "temperature": draw(st.sampled_from([1.0, 0.5, 2.5])),
         "plausibility": draw(st.sampled_from([0.01, 0.1, 1.0])),
         "push_temperature": draw(st.sampled_from([0.5, 1.0, 4.0])),
-        "push_contrast": draw(st.sampled_from([0.0, 1.0])),
         "push_forward": draw(st.sampled_from([0.0, 1.0])),
         "chunk_tokens": draw(st.integers(1, 5)),
         "seed": draw(st.integers(0, 10_000)),

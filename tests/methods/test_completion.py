@@ -39,7 +39,7 @@ def test_the_loss_is_that_of_the_run_file() -> None:
             "anchor_divergence": "jsd",
             "temperature": 2.0,
             "weights": {"anchor": 2, "recovery": 3, "push_forward": 5, "opening": 6, "penalty": 4},
-            "push_forward": {"temperature": 3, "contrast": 0.5},
+            "push_forward": {"temperature": 3},
             "penalty": {"tau": 0.2, "margin": 0.6},
             "contrastive": {"alpha": 0.4, "plausibility": 0.3},
         }
@@ -50,9 +50,7 @@ def test_the_loss_is_that_of_the_run_file() -> None:
         options={
             "anchor": DivergenceSettings(divergence="jsd", **both),
             "recovery": DivergenceSettings(**both),
-            "push_forward": PushForwardSettings(
-                temperature=3, contrastive=ContrastiveSettings(alpha=0.5, plausibility=1e-30)
-            ),
+            "push_forward": PushForwardSettings(temperature=3),
             "penalty": PenaltySettings(tau=0.2, margin=0.6),
         },
         chunk_tokens=7,
