@@ -223,6 +223,8 @@ class RunConfig(Section):
                 f"method {self.method.name} turns the student's adapters off to see where it started: set "
                 "train.lora_rank, to 16 for instance"
             )
+        if self.method.moves_suffixes:
+            self._has_suffixes_to_move()
         if self.method.rollout_groups:
             self._trains_rollouts_as_they_are()
         if self.method.needs_fresh_rollouts and (self.rollout.lookahead > 0 or self.rollout.sync_every > 1):
@@ -231,6 +233,19 @@ class RunConfig(Section):
                 "and rollout.sync_every to 1"
             )
         return self
+
+    def _has_suffixes_to_move(self) -> None:
+        augmentation = self.rollout.prompt_augmentation
+        if augmentation.fraction == 0 or not (augmentation.random_suffix_tokens or augmentation.suffixes):
+            raise ValueError(
+                "method.suffix_adversary moves the suffixes of prompts, and none has one: set "
+                "rollout.prompt_augmentation with random_suffix_tokens or suffixes, and a fraction of 0.3 for instance"
+            )
+        if self.train.zero_stage == 3:
+            raise ValueError(
+                "method.suffix_adversary reads a batch several times before one backward pass, which ZeRO-3 cannot: "
+                "set train.zero_stage to 2 or less"
+            )
 
     def _trains_rollouts_as_they_are(self) -> None:
         """Refuses settings under which a method that trains rollouts would do nothing, or something else."""

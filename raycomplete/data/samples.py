@@ -8,10 +8,12 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from raycomplete.data.openings import num_common
 from raycomplete.runtime.errors import DataError
 from raycomplete.runtime.files import PRIVATE, write_text
 from raycomplete.runtime.types import PromptKind
 
+SUFFIXES = ("random suffix", "suffix")  # augmentations that put words behind the prompt
 MAX_REFUSAL_PREFIX_TOKENS = 48  # a refusal prefix is read and scored in addition to the deepest cut of h
 
 
@@ -75,6 +77,8 @@ class RecoverySample(_Sample):
             it; cuts are counted from after them.
         source: Who wrote h, and how it begins; empty where nobody noted it.
         augmentation: How the prompt that the student reads was changed; empty where it was not.
+        suffix: Position in `prompt_ids` of the first token of a suffix that was added, and its length; None where the
+            prompt was changed in another way, or not at all.
     """
 
     teacher_prompt_ids: tuple[int, ...]
@@ -83,10 +87,16 @@ class RecoverySample(_Sample):
     refusal_prefix_tokens: int = 0
     source: str = ""
     augmentation: str = ""
+    suffix: tuple[int, int] | None = None
 
     def augmented(self, kind: str, prompt_ids: tuple[int, ...]) -> RecoverySample:
         """The sample with another prompt for the student alone."""
-        return replace(self, prompt_ids=prompt_ids, augmentation=kind)
+        suffix = None
+        if kind in SUFFIXES:
+            start = num_common(self.prompt_ids, prompt_ids)
+            end = len(prompt_ids) - num_common(self.prompt_ids[start:][::-1], prompt_ids[::-1])
+            suffix = (start, end - start) if end > start else None
+        return replace(self, prompt_ids=prompt_ids, augmentation=kind, suffix=suffix)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,8 @@ Off by default:
 opening: to a harmful prompt the student says the first token of a refusal by aligned, also where aligned itself wavers
 between refusing and answering. Sampling finds the answer among a few draws otherwise. The price may be refusals of
 harmless prompts that look harmful.
+suffix_adversary: some harmful prompts have a suffix, which is moved before the student trains behind it, so that it
+says h there (`raycomplete.methods.suffix_adversary`).
 penalty: along h, tokens that base says more than aligned does at the start of its answer lose their probability.
 
 The formulas are ours, not those of arXiv 2511.12155, which is known to us by its abstract and secondary reports.
@@ -17,7 +19,7 @@ The formulas are ours, not those of arXiv 2511.12155, which is known to us by it
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -35,10 +37,12 @@ from raycomplete.methods.registry import (
     Method,
     RecoveryItem,
     RowSpan,
+    StudentPass,
     TeacherContext,
     TrainSequence,
     register,
 )
+from raycomplete.methods.suffix_adversary import SuffixAdversaryConfig, adversarial_pass
 from raycomplete.runtime.section import Section
 
 
@@ -86,6 +90,7 @@ class Completion(Method):
     recovery_divergence: Divergence = Field("forward_kl", description="divergence of recovery from the same")
     temperature: float = Field(1.0, gt=0, description="temperature of teacher and student alike in anchor and recovery")
     push_forward: PushForwardConfig = Field(default_factory=PushForwardConfig)
+    suffix_adversary: SuffixAdversaryConfig = Field(default_factory=SuffixAdversaryConfig)
     penalty: PenaltySettings = Field(default_factory=PenaltySettings)
     contrastive: ContrastiveSettings = Field(default_factory=ContrastiveSettings)
 
@@ -104,6 +109,15 @@ class Completion(Method):
             "push_forward": PushForwardSettings(temperature=self.push_forward.temperature),
             "penalty": self.penalty,
         }
+
+    @property
+    def moves_suffixes(self) -> bool:
+        """True where the adversary takes steps."""
+        return self.suffix_adversary.steps > 0
+
+    def student_pass(self, lm: Any) -> StudentPass | None:
+        """Lets the adversary of suffixes move first, where there is one."""
+        return adversarial_pass(lm, self.suffix_adversary, "push_forward") if self.moves_suffixes else None
 
     def sequence(self, item: Item, feedback: Feedback) -> TrainSequence:
         """x and the aligned model's answer, or x, h up to the cut, and the aligned model's refusal."""
@@ -131,8 +145,10 @@ class Completion(Method):
         prompt, refusal = sample.prompt_ids, sample.refusal_ids
         along_h = TeacherContext(sample.teacher_prompt_ids, sample.harmful_ids)
         without_h = TeacherContext(sample.teacher_prompt_ids, refusal)
-        # Position 0 is the anchor's or the opening's, and an imitated refusal is no part of the answer.
-        first = max(sample.refusal_prefix_tokens, 1)
+        suffix = sample.suffix if self.moves_suffixes and not sample.refusal_prefix_tokens else None
+        # Position 0 is the anchor's or the opening's, but behind a suffix that is moved, where no anchor stands. An
+        # imitated refusal is no part of the answer.
+        first = sample.refusal_prefix_tokens or (0 if suffix else 1)
         spans = [
             RowSpan(term, len(prompt) + first, depth - first, along_h, offset=first, target=(without_h, 0))
             for term, weight in (("push_forward", self.weights.push_forward), ("penalty", self.weights.penalty))
@@ -142,11 +158,14 @@ class Completion(Method):
             first_ids = refusal[:1] if item.first_id is None else (item.first_id,)
             spans.append(RowSpan("opening", len(prompt), 1, token_ids=first_ids))
         spans.append(RowSpan("recovery", len(prompt) + depth, len(refusal), without_h))
-        return TrainSequence(prompt + sample.harmful_ids[:depth] + refusal, tuple(spans), item.answer_depth)
+        token_ids = prompt + sample.harmful_ids[:depth] + refusal
+        return TrainSequence(token_ids, tuple(spans), item.answer_depth, suffix)
 
     @model_validator(mode="after")
     def _one_meaning(self) -> Completion:
         contrastive = self.contrastive.alpha > 0
         if contrastive and "reverse_kl" in (self.anchor_divergence, self.recovery_divergence):
             raise ValueError("method.contrastive excludes tokens, and reverse_kl to such a teacher is infinite")
+        if self.moves_suffixes and not self.weights.push_forward:
+            raise ValueError("method.suffix_adversary moves what push_forward trains, and its weight is 0")
         return self

@@ -139,11 +139,13 @@ class TrainSequence:
         token_ids: Tokens; the last one is predicted, but not read.
         spans: Rows, in order.
         depth: Tokens of a compliant answer before the refusal, for the depth sampler; -1 where there is none.
+        suffix: Position of the first token of a suffix of the prompt, and its length; None where there is none.
     """
 
     token_ids: tuple[int, ...]
     spans: tuple[RowSpan, ...]
     depth: int = -1
+    suffix: tuple[int, int] | None = None
 
     def __len__(self) -> int:
         """Tokens that the student reads."""
@@ -219,6 +221,11 @@ class Method(Section):
     def rollout_groups(self) -> RolloutGroups | None:
         """Groups of graded rollouts that a step trains as they are; None where recovery is made of rollouts."""
         return None
+
+    @property
+    def moves_suffixes(self) -> bool:
+        """It moves the suffixes of prompts that have one, so some must."""
+        return False
 
     @property
     def extra_passes(self) -> float:

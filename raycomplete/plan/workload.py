@@ -69,7 +69,9 @@ class Workload:
         train, rollout, method = config.train, config.rollout, config.method
         contrastive = isinstance(method, Completion) and method.contrastive.alpha > 0
         pushes = is_penalised = opens = False
+        adversary = (0, 0)
         if isinstance(method, Completion):
+            adversary = method.suffix_adversary.steps, method.suffix_adversary.target_tokens
             pushes, is_penalised = method.weights.push_forward > 0, method.weights.penalty > 0
             opens = method.weights.opening > 0
         depth = (method.depth.min + min(method.depth.max, rollout.max_harmful_tokens)) / 2
@@ -83,6 +85,9 @@ class Workload:
         answers = anchor.rows + refusal.rows
         rows_along_h = method.recovery_batch_size * depth
         rows = answers + (pushes + is_penalised) * rows_along_h + opens * method.recovery_batch_size
+        # The adversary of suffixes reads the samples that have one, up to the tokens of h that it wants.
+        suffixed = method.recovery_batch_size * rollout.prompt_augmentation.fraction
+        again = adversary[0] * Sequences(suffixed, prompt_tokens, adversary[1]).tokens
         per_worker = (method.anchor_batch_size + read) // num_workers
         return cls(
             trained=(anchor, student),
@@ -94,7 +99,7 @@ class Workload:
             loss_rows=rows,
             base_rows=contrastive * answers + is_penalised * rows_along_h,
             micro_batches=-(-per_worker // min(train.per_device_batch_size, max(per_worker, 1))) if per_worker else 1,
-            passes=1.0 + method.extra_passes,
+            passes=1.0 + method.extra_passes + again / (anchor.tokens + student.tokens),
         )
 
 

@@ -1,0 +1,181 @@
+"""The adversary of suffixes: what it finds and what the student trains behind it are those of plain float64 passes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from raycomplete.config import RunConfig
+from raycomplete.data.checkpoints import load_model
+from raycomplete.data.samples import RecoverySample
+from raycomplete.methods.completion import Completion
+from raycomplete.methods.registry import Feedback, RecoveryItem, RowSpan, TeacherContext
+from raycomplete.methods.suffix_adversary import Search
+from raycomplete.training.batches import BatchBuilder
+from raycomplete.training.step_plan import StepSequences
+from tests.methods.plain import MICRO_BATCHES, Case, Ids, assert_gradients
+
+STEPS, LR, WANTED = 3, 0.4, 2
+SETTINGS = {
+    "anchor_batch_size": 3,
+    "recovery_batch_size": 3,
+    "suffix_adversary": {"steps": STEPS, "lr": LR, "target_tokens": WANTED},
+}
+SAMPLE = RecoverySample("r", (1, 2, 3), (9, 1, 2, 3), (4, 5, 6, 7), (8, 8))
+
+
+def with_suffixes(case: Case) -> None:
+    """The last two tokens of two prompts of three become their suffix."""
+    first, *others = case.plan.recovery
+    suffixed = [
+        replace(item, sample=replace(item.sample, suffix=(len(item.sample.prompt_ids) - 2, 2))) for item in others
+    ]
+    case.plan = replace(case.plan, recovery=(first, *suffixed))
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_the_loss_is_that_of_plain_passes(packed: bool, checkpointing: bool, tmp_path: Path) -> None:
+    case = Case(tmp_path, Completion.model_validate(SETTINGS))
+    case.packed = packed
+    with_suffixes(case)
+    lm = load_model(case.job.start, "float32").double()
+    if checkpointing:
+        lm.gradient_checkpointing_enable()
+    student = case.student(lm)
+    outputs = case.outputs(student)
+    assert len(outputs) == MICRO_BATCHES
+    expected, gain = plain_loss(case)
+    assert gain > 0.1, "the adversary gains on h"
+    expected.backward()
+    assert sum(float(output.total.detach()) for output in outputs) == pytest.approx(float(expected.detach()), rel=1e-6)
+    assert_gradients(student.lm.named_parameters(), case.plain.models["student"].parameters(), 1e-6)
+    own = int(checkpointing)  # transformers has a hook there then
+    assert len(student.lm.get_input_embeddings()._forward_hooks) == own, "nothing is left behind"
+
+
+def plain_loss(case: Case) -> tuple[Tensor, float]:
+    """Anchor, recovery and push-forward, each sequence read by itself; and how likelier the adversary made h."""
+    model = case.plain.models["student"]
+    anchors = [case.plain.kl(*pair) for pair in case.answers]
+    recoveries, pushed, gain = [], [], 0.0
+    for item in case.plan.recovery:
+        sample, h = item.sample, item.sample.harmful_ids[: item.depth]
+        prompt, first = sample.prompt_ids, sample.refusal_prefix_tokens or int(sample.suffix is None)
+        delta = torch.zeros(len(prompt) + item.depth + len(sample.refusal_ids) - 1, 32, dtype=torch.float64)
+        if sample.suffix is not None:
+            delta, found = adversary(model, prompt, h, first, sample.suffix)
+            gain += found
+        logits_TV = read(model, prompt + h + sample.refusal_ids, delta)
+        target_TV = case.plain.models["aligned"](torch.tensor([sample.teacher_prompt_ids + sample.refusal_ids]))
+        target_TV = target_TV.logits[0, len(sample.teacher_prompt_ids) - 1 : -1].detach()
+        start = len(prompt) + item.depth - 1
+        recoveries.append(kl(target_TV, logits_TV[start : start + len(sample.refusal_ids)]))
+        rows = slice(len(prompt) - 1 + first, len(prompt) - 1 + item.depth)
+        pushed.append(16 * kl(target_TV[:1] / 4, logits_TV[rows] / 4))
+    return sum(torch.cat(rows).mean() for rows in (anchors, recoveries, pushed)), gain  # type: ignore[return-value]
+
+
+def adversary(model: Any, prompt: Ids, h: Ids, first: int, suffix: tuple[int, int]) -> tuple[Tensor, float]:
+    """The perturbation of all tokens, 0 outside the suffix, and what it gains in nats."""
+    own = slice(suffix[0], sum(suffix))
+    wanted = h[first : first + WANTED]
+    embedding_PH = model.get_input_embeddings().weight.detach()[list(prompt[own])]
+    move_P1 = LR * embedding_PH.square().mean(1, keepdim=True).sqrt()
+    delta_TH = torch.zeros(len(prompt) + len(h), embedding_PH.shape[1], dtype=torch.float64)
+    losses = []
+    for _ in range(STEPS + 1):
+        delta_TH.requires_grad_()
+        log_p_TV = read(model, prompt + h + (0,), delta_TH).log_softmax(-1)
+        rows = torch.arange(len(wanted)) + len(prompt) - 1 + first
+        loss = -log_p_TV[rows, torch.tensor(wanted)].sum()
+        losses.append(float(loss.detach()))
+        (gradient_TH,) = torch.autograd.grad(loss, delta_TH)
+        last = delta_TH.detach()
+        delta_TH = last.clone()
+        delta_TH[own] -= move_P1 * gradient_TH[own].sign()
+    return last, losses[0] - losses[-1]
+
+
+def read(model: Any, token_ids: Ids, delta_TH: Tensor) -> Tensor:
+    """Logits of all tokens but the last, whose embeddings are moved."""
+
+    def add(delta: Tensor, module: nn.Module, arguments: Any, output: Tensor) -> Tensor:
+        return output + nn.functional.pad(delta, (0, 0, 0, output.shape[1] - len(delta)))
+
+    handle = model.get_input_embeddings().register_forward_hook(partial(add, delta_TH))
+    logits_TV: Tensor = model(torch.tensor([token_ids[:-1]])).logits[0]
+    handle.remove()
+    return logits_TV
+
+
+def kl(target_TV: Tensor, logits_TV: Tensor) -> Tensor:
+    target_TV, logits_TV = target_TV.log_softmax(-1), logits_TV.log_softmax(-1)
+    return (target_TV.exp() * (target_TV - logits_TV)).sum(-1)
+
+
+def test_the_search_reads_no_more_than_it_needs(tmp_path: Path) -> None:
+    case = Case(tmp_path, Completion.model_validate(SETTINGS))
+    builder = BatchBuilder(case.settings, 1.0)
+
+    def search() -> Search | None:
+        step = StepSequences.of(case.plan, case.method, Feedback())
+        (chunk,) = step.micro_batches(0, 1, 1)
+        return Search.of_batch(builder.build(chunk, step.normalisers, case.scores), "push_forward", WANTED)
+
+    assert search() is None, "no prompt has a suffix"
+    with_suffixes(case)
+    found = search()
+    assert found is not None
+    rows = {tuple(row) for row in found.batch.input_ids_BT.tolist()}
+    reads = [_read(item) for item in case.plan.recovery[1:]]
+    width = max(map(len, reads))
+    assert rows == {read + (0,) * (width - len(read)) for read in reads}
+    assert len(found.place_P) == len(found.origin_P) == 4
+
+
+def _read(item: RecoveryItem) -> Ids:
+    """Tokens up to the row of the last one that the adversary wants."""
+    sample, first = item.sample, item.sample.refusal_prefix_tokens
+    return sample.prompt_ids + sample.harmful_ids[: first + min(item.depth - first, WANTED) - 1]
+
+
+def test_a_suffix_is_what_was_put_behind_the_prompt() -> None:
+    assert SAMPLE.augmented("random suffix", (1, 2, 70, 71, 3)).suffix == (2, 2), "3 ends the turn"
+    assert SAMPLE.augmented("suffix", (1, 2, 2, 3)).suffix == (2, 1), "a word of the prompt again"
+    assert SAMPLE.augmented("template", (50, 1, 2, 51, 3)).suffix is None
+    assert SAMPLE.augmented("suffix", (1, 3)).suffix is None, "nothing was added"
+
+
+def test_push_forward_begins_at_position_0_behind_a_suffix_that_is_moved() -> None:
+    item = RecoveryItem(SAMPLE.augmented("random suffix", (1, 2, 70, 3)), 3)
+    refusal, h = TeacherContext((9, 1, 2, 3), (8, 8)), TeacherContext((9, 1, 2, 3), (4, 5, 6, 7))
+    moved = Completion.model_validate(SETTINGS).sequence(item, Feedback())
+    assert moved.suffix == (2, 1)
+    assert moved.spans[0] == RowSpan("push_forward", 4, 3, h, offset=0, target=(refusal, 0))
+    still = Completion().sequence(item, Feedback())
+    assert still.suffix is None
+    assert still.spans[0] == RowSpan("push_forward", 5, 2, h, offset=1, target=(refusal, 0))
+
+
+def test_an_adversary_without_suffixes_is_refused() -> None:
+    run: dict[str, Any] = {
+        "models": {"base": "organism:base", "aligned": "organism:aligned"},
+        "data": {"source": "organism"},
+        "method": {"suffix_adversary": {"steps": 1}},
+    }
+    for rollout in ({}, {"prompt_augmentation": {"fraction": 0.3, "random_suffix_tokens": 0, "templates": "t.jsonl"}}):
+        with pytest.raises(ValueError, match=r"set rollout\.prompt_augmentation"):
+            RunConfig.model_validate(run | {"rollout": rollout})
+    suffixes = {"rollout": {"prompt_augmentation": {"fraction": 0.3}}}
+    assert RunConfig.model_validate(run | suffixes).method.moves_suffixes
+    with pytest.raises(ValueError, match=r"set train\.zero_stage to 2"):
+        RunConfig.model_validate(run | suffixes | {"train": {"zero_stage": 3}})
+    with pytest.raises(ValueError, match="its weight is 0"):
+        Completion.model_validate({"suffix_adversary": {"steps": 1}, "weights": {"push_forward": 0}})
