@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from raycomplete.config import PromptAugmentationConfig
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.prompts import read_rows
+from raycomplete.data.samples import RecoverySample
 from raycomplete.runtime.errors import DataError
 from raycomplete.runtime.types import Prompt
 
@@ -63,6 +64,22 @@ def read_augmentation_files(settings: PromptAugmentationConfig, prompts: Sequenc
                 "Its prompts must stand there word by word as in data.train.",
             )
     return AugmentationFiles(suffixes, templates, paraphrases)
+
+
+def num_movable(samples: Sequence[RecoverySample]) -> int:
+    """Counts the samples whose suffix an adversary may move.
+
+    Raises:
+        DataError: There is none, and the adversary would do nothing.
+    """
+    count = sum(sample.can_move_suffix for sample in samples)
+    if not count:
+        raise DataError(
+            f"method.suffix_adversary moves suffixes without a refusal prefix, and none of {len(samples)} recovery "
+            "samples has one.",
+            "Raise rollout.prompt_augmentation.fraction, or lower rollout.refusal_prefix_fraction.",
+        )
+    return count
 
 
 class PromptAugmenter:

@@ -77,7 +77,7 @@ class RecoverySample(_Sample):
             it; cuts are counted from after them.
         source: Who wrote h, and how it begins; empty where nobody noted it.
         augmentation: How the prompt that the student reads was changed; empty where it was not.
-        suffix: Position in `prompt_ids` of the first token of a suffix that was added, and its length; None where the
+        suffix: Position in `prompt_ids` of the first token of a suffix that was added, and its length; zeros where the
             prompt was changed in another way, or not at all.
     """
 
@@ -87,15 +87,20 @@ class RecoverySample(_Sample):
     refusal_prefix_tokens: int = 0
     source: str = ""
     augmentation: str = ""
-    suffix: tuple[int, int] | None = None
+    suffix: tuple[int, int] = (0, 0)
+
+    @property
+    def can_move_suffix(self) -> bool:
+        """Tells whether its prompt has a suffix, and h begins right behind it."""
+        return self.suffix[1] > 0 and not self.refusal_prefix_tokens
 
     def augmented(self, kind: str, prompt_ids: tuple[int, ...]) -> RecoverySample:
         """The sample with another prompt for the student alone."""
-        suffix = None
+        suffix = (0, 0)
         if kind in SUFFIXES:
             start = num_common(self.prompt_ids, prompt_ids)
             end = len(prompt_ids) - num_common(self.prompt_ids[start:][::-1], prompt_ids[::-1])
-            suffix = (start, end - start) if end > start else None
+            suffix = (start, end - start)
         return replace(self, prompt_ids=prompt_ids, augmentation=kind, suffix=suffix)
 
 

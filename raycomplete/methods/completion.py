@@ -38,6 +38,7 @@ from raycomplete.methods.registry import (
     RecoveryItem,
     RowSpan,
     StudentPass,
+    Suffix,
     TeacherContext,
     TrainSequence,
     register,
@@ -145,7 +146,9 @@ class Completion(Method):
         prompt, refusal = sample.prompt_ids, sample.refusal_ids
         along_h = TeacherContext(sample.teacher_prompt_ids, sample.harmful_ids)
         without_h = TeacherContext(sample.teacher_prompt_ids, refusal)
-        suffix = sample.suffix if self.moves_suffixes and not sample.refusal_prefix_tokens else None
+        suffix = None
+        if self.moves_suffixes and sample.can_move_suffix:
+            suffix = Suffix(*sample.suffix, seed=item.draws().getrandbits(63))
         # Position 0 is the anchor's or the opening's, but behind a suffix that is moved, where no anchor stands. An
         # imitated refusal is no part of the answer.
         first = sample.refusal_prefix_tokens or (0 if suffix else 1)

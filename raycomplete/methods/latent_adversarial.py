@@ -17,12 +17,13 @@ with gradient checkpointing, which would compute layers again without the pertur
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from raycomplete.methods.perturbation import perturbed, refuse_sharded
 from raycomplete.methods.registry import (
     AnchorItem,
     Feedback,
@@ -132,8 +133,12 @@ class LatentAdversarial(Method):
             if not is_toward_N.any():
                 return student.total(student.states(batch).last_hidden_state, batch, {})
             position_P, place_P = shared_prompts(batch, is_toward_N, is_away_N)
-            refuse_sharded(lm.get_input_embeddings(), self.name)
             weight = lm.get_input_embeddings().weight
+            if hasattr(weight, "ds_id"):
+                raise SetupError(
+                    "latent_adversarial reads a batch several times before one backward pass, which ZeRO-3 cannot.",
+                    "Set train.zero_stage to 2.",
+                )
             shape = (int(place_P.max()) + 1, weight.shape[1])
             dtype = torch.promote_types(weight.dtype, torch.float32)
             deltas = [weight.new_zeros(shape, dtype=dtype, requires_grad=True) for _ in sites]
@@ -183,3 +188,22 @@ def shared_prompts(batch: Any, is_toward_N: Tensor, is_away_N: Tensor) -> tuple[
             places.append(place + own_T)
             place += length
     return torch.cat(positions), torch.cat(places)
+
+
+@contextmanager
+def perturbed(sites: list[nn.Module], deltas: list[Tensor], position_P: Tensor, place_P: Tensor) -> Iterator[None]:
+    """Adds rows `place_P` of each site's perturbation to its output at flat positions `position_P`."""
+
+    def hook_of(delta: Tensor) -> Any:
+        def hook(module: nn.Module, arguments: Any, output_BTH: Tensor) -> Tensor:
+            flat_NH = output_BTH.flatten(0, 1)
+            return flat_NH.index_add(0, position_P, delta[place_P].to(flat_NH.dtype)).view_as(output_BTH)
+
+        return hook
+
+    handles = [site.register_forward_hook(hook_of(delta)) for site, delta in zip(sites, deltas, strict=True)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -70,15 +70,22 @@ class RecoveryItem:
         """Tokens of the compliant answer that the student reads."""
         return self.depth - self.sample.refusal_prefix_tokens
 
+    def draws(self, *, once: bool = False) -> random.Random:
+        """Seeds draws by the sample and its drawn depth, or with `once` by the sample alone.
+
+        They are the same on every worker, and without `once` others in most steps.
+        """
+        of_sample = f"{self.sample.sample_id}:{self.sample.harmful_ids}"  # h is drawn under the run's seed
+        return random.Random(of_sample if once else f"{of_sample}:{self.drawn or self.depth}")
+
     def redrawn_cut(self, plain_fraction: float, *, once: bool = False, spare: int = 0) -> int:
         """A cut of all of h as rival defences draw it: 0 in a fraction of the draws, else uniform on 1 .. |h| - spare.
 
         A function of the sample and its drawn depth, and so the same on every worker, and another in most steps even
         where h is shorter than what is drawn; `once` draws one cut for the sample, which the teachers may read.
         """
-        sample, longest = self.sample, len(self.sample.harmful_ids) - spare
-        of_sample = f"{sample.sample_id}:{sample.harmful_ids}"  # h is drawn under the run's seed
-        rng = random.Random(of_sample if once else f"{of_sample}:{self.drawn or self.depth}")
+        longest = len(self.sample.harmful_ids) - spare
+        rng = self.draws(once=once)
         return 0 if rng.random() < plain_fraction or longest < 1 else rng.randint(1, longest)
 
 
@@ -132,6 +139,15 @@ class RowSpan:
 
 
 @dataclass(frozen=True, slots=True)
+class Suffix:
+    """A suffix of a prompt that a method moves: `count` tokens from position `start` on, and the seed of its draws."""
+
+    start: int
+    count: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
 class TrainSequence:
     """A sequence that the student reads, and its trained rows.
 
@@ -139,13 +155,13 @@ class TrainSequence:
         token_ids: Tokens; the last one is predicted, but not read.
         spans: Rows, in order.
         depth: Tokens of a compliant answer before the refusal, for the depth sampler; -1 where there is none.
-        suffix: Position of the first token of a suffix of the prompt, and its length; None where there is none.
+        suffix: A suffix of the prompt that the method moves; None where there is none.
     """
 
     token_ids: tuple[int, ...]
     spans: tuple[RowSpan, ...]
     depth: int = -1
-    suffix: tuple[int, int] | None = None
+    suffix: Suffix | None = None
 
     def __len__(self) -> int:
         """Tokens that the student reads."""
@@ -224,7 +240,7 @@ class Method(Section):
 
     @property
     def moves_suffixes(self) -> bool:
-        """It moves the suffixes of prompts that have one, so some must."""
+        """It moves suffixes of prompts, and `rollout.prompt_augmentation` must give some prompts one."""
         return False
 
     @property

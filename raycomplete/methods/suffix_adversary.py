@@ -2,14 +2,14 @@
 
 A suffix search such as GCG's finds tokens behind x after which the student says h. This adversary is cheaper and not
 bound to tokens: he moves the embeddings e of all tokens of a suffix at once. With T at most `target_tokens`, and s the
-root mean square of the entries of a token's embedding:
+root mean square of the entries of e at the start:
 
     e <- e - lr s sign(gradient of -log p_s(h_0 .. h_T-1 | x, e)), `steps` times from random words of the vocabulary
 
 Behind this suffix the student then trains what completion trains behind x alone: recovery, and push-forward, here from
-position 0 of h on, where the search would break in. The gradient of the loss treats e as given. Another start at every
-step matters: behind suffixes that always begin with the same words, GCG got through again. Harmless prompts with
-suffixes that nobody moved are anchored, so that a suffix is no reason to refuse.
+position 0 of h on, where the search would break in. The gradient of the loss treats e as given. Other words at every
+step matter: where a suffix always began with the same ones, GCG got through again. Harmless prompts with suffixes that
+nobody moved are anchored, so that a suffix is no reason to refuse.
 
 Ours. Nearest are latent adversarial training, which perturbs x itself, and R2D2 (Mazeika et al., arXiv 2402.04249),
 which searches tokens by GCG.
@@ -17,13 +17,13 @@ which searches tokens by GCG.
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from raycomplete.methods.perturbation import perturbed, refuse_sharded
 from raycomplete.runtime.section import Section
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class SuffixAdversaryConfig(Section):
 
     steps: int = Field(0, ge=0, description="steps of the adversary; 0: suffixes stay as they are")
     lr: float = Field(
-        0.1, gt=0, description="step of a coordinate, as a share of the root mean square of its token's embedding"
+        0.1, gt=0, description="step of a coordinate, as a share of the root mean square of the first embeddings"
     )
     target_tokens: int = Field(20, ge=1, description="tokens of h that the adversary wants, at most")
 
@@ -56,23 +56,22 @@ def adversarial_pass(lm: Any, settings: SuffixAdversaryConfig, term: str) -> Stu
     embedding = lm.get_input_embeddings()
 
     def run(student: StudentModule, batch: MicroBatch) -> LossOutput:
-        refuse_sharded(embedding, "method.suffix_adversary")
-        search = Search.of_batch(batch, term, settings.target_tokens)
+        search = SuffixSearch.of_batch(batch, term, settings.target_tokens)
         if search is None:
             return student.total(student.states(batch).last_hidden_state, batch, {})
-        delta_PH = moved(student, embedding, search, settings)
-        with perturbed([embedding], [delta_PH], search.origin_P):
+        suffix_PH = moved_suffixes(student, embedding, search, settings)
+        with replaced(embedding, suffix_PH, search.origin_P):
             return student.total(student.states(batch).last_hidden_state, batch, {})
 
     return run
 
 
 @dataclass(frozen=True, eq=False)
-class Search:
+class SuffixSearch:
     """The sequences of a micro-batch that have a suffix, one a row and cut after the h that the adversary wants.
 
     Attributes:
-        batch: Those sequences; its rows predict the first tokens of h.
+        batch: Those sequences; its rows predict the first tokens of h, and no teacher stands beside them.
         place_P: Flat positions of all suffix tokens in it.
         origin_P: Flat positions of the same tokens in the whole micro-batch.
     """
@@ -82,68 +81,95 @@ class Search:
     origin_P: Tensor
 
     @classmethod
-    def of_batch(cls, batch: MicroBatch, term: str, target_tokens: int) -> Search | None:
+    def of_batch(cls, batch: MicroBatch, term: str, target_tokens: int) -> SuffixSearch | None:
         """Cuts them out of a micro-batch; None where no sequence has both a suffix and rows of h."""
         import torch
 
         is_term_N = batch.term_N == batch.terms.index(term)
         input_N, position_N = batch.input_ids_BT.flatten(), batch.position_ids_BT.flatten()
-        reads, rows, following, places, origins = [], [], [], [], []
-        for sequence, (start, count) in enumerate(batch.suffix_S2.tolist()):
+        reads, positions, rows, owned, places, origins, suffixes = [], [], [], [], [], [], []
+        for sequence, (start, count, _) in enumerate(batch.suffix_S3.tolist()):
             own_N = (is_term_N & (batch.sequence_N == sequence)).nonzero()[:target_tokens, 0]
             if not count or not len(own_N):
                 continue
             first = start - int(position_N[start])
             row_T = batch.row_N[own_N] - first
-            reads.append(input_N[first : first + int(row_T[-1]) + 1])
+            read = slice(first, first + int(row_T[-1]) + 1)
+            reads.append(input_N[read])
+            positions.append(position_N[read])
             rows.append(row_T)
-            following.append(batch.token_N[own_N])
+            owned.append(own_N)
             origins.append(torch.arange(start, start + count, device=input_N.device))
             places.append(origins[-1] - first)
+            suffixes.append(sequence)
         if not reads:
             return None
         input_ids_BT = torch.nn.utils.rnn.pad_sequence(reads, batch_first=True)
-        width = input_ids_BT.shape[1]
-        position_ids_BT = torch.nn.utils.rnn.pad_sequence(
-            [torch.arange(len(read), device=read.device) for read in reads], batch_first=True
-        )
+        offsets = [number * input_ids_BT.shape[1] for number in range(len(reads))]
+        own_N = torch.cat(owned)
+        suffix_S3 = batch.suffix_S3[suffixes].clone()
+        suffix_S3[:, 0] = torch.stack([place_P[0] for place_P in places]) + suffix_S3.new_tensor(offsets)
         cut = replace(
             batch,
             input_ids_BT=input_ids_BT,
-            position_ids_BT=position_ids_BT,
-            row_N=torch.cat([row_T + number * width for number, row_T in enumerate(rows)]),
-            token_N=torch.cat(following),
+            position_ids_BT=torch.nn.utils.rnn.pad_sequence(positions, batch_first=True),
+            row_N=torch.cat([row_T + offset for row_T, offset in zip(rows, offsets, strict=True)]),
+            term_N=batch.term_N[own_N],
+            weight_N=batch.weight_N[own_N],
+            sequence_N=torch.cat([torch.full_like(own, number) for number, own in enumerate(owned)]),
+            token_N=batch.token_N[own_N],
+            aligned_hidden_PH=None,
+            base_hidden_PH=None,
+            depth_S=batch.depth_S[suffixes],
+            suffix_S3=suffix_S3,
+            num_tokens=sum(map(len, reads)),
         )
-        place_P = torch.cat([place_P + number * width for number, place_P in enumerate(places)])
+        place_P = torch.cat([place_P + offset for place_P, offset in zip(places, offsets, strict=True)])
         return cls(cut, place_P, torch.cat(origins))
 
-    def words(self, vocab_size: int) -> Tensor:
-        """Draws token ids [P]: the same for the same sequences, whose depths differ from step to step."""
+    def words(self, vocab_size: int) -> list[Tensor]:
+        """Draws the token ids at which the suffix of each sequence starts, from the seed of each."""
         import torch
 
-        batch = self.batch
-        read = (batch.input_ids_BT, batch.row_N, batch.token_N)
-        digest = hashlib.sha256(b"".join(ids.cpu().numpy().tobytes() for ids in read)).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-        return torch.randint(vocab_size, (len(self.place_P),), generator=generator).to(self.place_P.device)
+        return [
+            torch.randint(vocab_size, (count,), generator=torch.Generator().manual_seed(seed)).to(self.place_P.device)
+            for _, count, seed in self.batch.suffix_S3.tolist()
+        ]
 
 
-def moved(student: StudentModule, embedding: nn.Embedding, search: Search, settings: SuffixAdversaryConfig) -> Tensor:
-    """Searches what is added to the embeddings of all suffix tokens [P, H], in float32 or wider."""
+def moved_suffixes(
+    student: StudentModule, embedding: nn.Module, search: SuffixSearch, settings: SuffixAdversaryConfig
+) -> Tensor:
+    """Searches embeddings [P, H] for all suffix tokens, in float32 or wider."""
     import torch
 
-    with torch.no_grad():
-        drawn_PH = embedding(search.batch.input_ids_BT).flatten(0, 1)[search.place_P]
-        start_PH = embedding(search.words(embedding.num_embeddings))
-    wide = torch.promote_types(start_PH.dtype, torch.float32)
-    step_P1 = settings.lr * start_PH.to(wide).square().mean(-1, keepdim=True).sqrt()
-    delta_PH: Tensor = start_PH.to(wide) - drawn_PH.to(wide)
+    with torch.no_grad():  # a hook of gradient checkpointing asks for gradients even here, hence `detach`
+        starts = [embedding(word_T[None])[0].detach() for word_T in search.words(student.head_loss.vocab_size)]
+    wide = torch.promote_types(starts[0].dtype, torch.float32)
+    suffix_PH = torch.cat(starts).to(wide)
+    scales = [start_TH.to(wide).square().mean().sqrt().expand(len(start_TH), 1) for start_TH in starts]
+    move_P1 = settings.lr * torch.cat(scales)
     for _ in range(settings.steps):
-        delta_PH.requires_grad_()
-        with perturbed([embedding], [delta_PH], search.place_P):
+        suffix_PH.requires_grad_()
+        with replaced(embedding, suffix_PH, search.place_P):
             hidden_NH = student.states(search.batch).last_hidden_state.flatten(0, 1)[search.batch.row_N]
         (log_p_N,) = student.head_loss("log_probs", hidden_NH, search.batch)
-        # The gradient of d alone: nothing reaches the student's own.
-        (gradient_PH,) = torch.autograd.grad(-log_p_N.sum(), delta_PH)
-        delta_PH = delta_PH.detach() - step_P1 * gradient_PH.sign()
-    return delta_PH
+        # The gradient of the suffix alone: nothing reaches the student's own.
+        (gradient_PH,) = torch.autograd.grad(-log_p_N.sum(), suffix_PH)
+        suffix_PH = suffix_PH.detach() - move_P1 * gradient_PH.sign()
+    return suffix_PH
+
+
+@contextmanager
+def replaced(embedding: nn.Module, embedding_PH: Tensor, position_P: Tensor) -> Iterator[None]:
+    """Has the model read other embeddings at some flat positions b * T + t."""
+
+    def hook(module: nn.Module, arguments: Any, output_BTH: Tensor) -> Tensor:
+        flat_NH = output_BTH.flatten(0, 1)
+        return flat_NH.index_copy(0, position_P, embedding_PH.to(flat_NH.dtype)).view_as(output_BTH)
+
+    handle = embedding.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -85,7 +85,7 @@ def train_parts(request: Request, workers: int, work: Workload | None = None) ->
         flops *= (forwards - 1) / forwards
     # Unfused operations write and read what they keep, in each pass.
     moved = passes * 2 * tokens * student.num_layers * student.activation_bytes_per_token(dtype)
-    calls = passes * work.micro_batches * student.num_layers * hardware.train_calls
+    calls = forwards * work.launches * work.micro_batches * student.num_layers * hardware.train_calls
     parameters = float(student.num_parameters)
     trainable = float(student.lora_parameters(train.lora_rank)) if train.lora_rank else parameters
     stage = max(train.zero_stage, 1) if dtype == "bfloat16" else train.zero_stage

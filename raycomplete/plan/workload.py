@@ -47,7 +47,8 @@ class Workload:
         rollouts: Sequences that the student samples: prompt with prefill, and new tokens; None off-policy.
         loss_rows: Rows of the loss, of which `base_rows` need base.
         micro_batches: Forward passes of one worker.
-        passes: Forward and backward passes over each of them; 1 but for methods that read a batch again.
+        passes: Forward and backward passes over each of them; 1 but for methods that read a batch again, or parts.
+        launches: Times that each layer is started for them, forward and backward.
     """
 
     trained: tuple[Sequences, ...]
@@ -57,6 +58,7 @@ class Workload:
     base_rows: float
     micro_batches: int
     passes: float = 1.0
+    launches: float = 1.0
 
     @property
     def trained_tokens(self) -> float:
@@ -69,9 +71,8 @@ class Workload:
         train, rollout, method = config.train, config.rollout, config.method
         contrastive = isinstance(method, Completion) and method.contrastive.alpha > 0
         pushes = is_penalised = opens = False
-        adversary = (0, 0)
+        again = launches = method.extra_passes
         if isinstance(method, Completion):
-            adversary = method.suffix_adversary.steps, method.suffix_adversary.target_tokens
             pushes, is_penalised = method.weights.push_forward > 0, method.weights.penalty > 0
             opens = method.weights.opening > 0
         depth = (method.depth.min + min(method.depth.max, rollout.max_harmful_tokens)) / 2
@@ -80,14 +81,17 @@ class Workload:
         harmful = Sequences(method.recovery_batch_size, prompt_tokens, rollout.max_harmful_tokens)
         read = method.recovery_batch_size * method.recovery_sequences
         student = Sequences(read, prompt_tokens, depth + rollout.max_refusal_tokens)
+        if isinstance(method, Completion) and (steps := method.suffix_adversary.steps):
+            # Its adversary reads samples with a suffix up to the h that it wants, without gradients of weights: 2/3.
+            share = rollout.prompt_augmentation.fraction * (1 - rollout.refusal_prefix_fraction)
+            read_again = Sequences(share * read, prompt_tokens, min(depth, method.suffix_adversary.target_tokens))
+            again += steps * 2 / 3 * read_again.tokens / (anchor.tokens + student.tokens)
+            launches += steps
         sampled = method.recovery_batch_size * rollout.oversample
         drawn = Sequences(sampled, prompt_tokens + depth, rollout.max_student_tokens)
         answers = anchor.rows + refusal.rows
         rows_along_h = method.recovery_batch_size * depth
         rows = answers + (pushes + is_penalised) * rows_along_h + opens * method.recovery_batch_size
-        # The adversary of suffixes reads the samples that have one, up to the tokens of h that it wants.
-        suffixed = method.recovery_batch_size * rollout.prompt_augmentation.fraction
-        again = adversary[0] * Sequences(suffixed, prompt_tokens, adversary[1]).tokens
         per_worker = (method.anchor_batch_size + read) // num_workers
         return cls(
             trained=(anchor, student),
@@ -99,7 +103,8 @@ class Workload:
             loss_rows=rows,
             base_rows=contrastive * answers + is_penalised * rows_along_h,
             micro_batches=-(-per_worker // min(train.per_device_batch_size, max(per_worker, 1))) if per_worker else 1,
-            passes=1.0 + method.extra_passes + again / (anchor.tokens + student.tokens),
+            passes=1.0 + again,
+            launches=1.0 + launches,
         )
 
 

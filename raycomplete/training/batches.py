@@ -43,7 +43,8 @@ class MicroBatch:
         aligned_hidden_PH: The aligned model's hidden states of the rows that read it, in order; None if there are none.
         base_hidden_PH: The same of base.
         depth_S: Depth of each sequence, refusal prefixes left out, -1 where it has none.
-        suffix_S2: Flat position of the first token of each sequence's suffix, and its length; 0, 0 where it has none.
+        suffix_S3: Flat position of the first token of each sequence's suffix, its length and its seed; zeros where it
+            has none.
         terms: Names of the loss terms.
         num_tokens: Tokens of all sequences, padding left out.
     """
@@ -58,7 +59,7 @@ class MicroBatch:
     aligned_hidden_PH: Tensor | None
     base_hidden_PH: Tensor | None
     depth_S: Tensor
-    suffix_S2: Tensor
+    suffix_S3: Tensor
     terms: tuple[str, ...]
     num_tokens: int
 
@@ -136,7 +137,7 @@ class BatchBuilder:
         terms: list[Tensor] = []
         owners: list[Tensor] = []
         weights: list[Tensor] = []
-        suffixes: list[tuple[int, int]] = []
+        suffixes: list[tuple[int, int, int]] = []
         hidden: dict[str, list[Tensor]] = {"aligned": [], "base": []}
         for index, (sequence, (row, column)) in enumerate(zip(sequences, places, strict=True)):
             token_ids = torch.tensor(sequence.token_ids)
@@ -144,7 +145,7 @@ class BatchBuilder:
             input_ids_BT[row, columns] = token_ids[:-1]
             position_ids_BT[row, columns] = torch.arange(lengths[index])
             suffix = sequence.suffix
-            suffixes.append((row * width + column + suffix[0], suffix[1]) if suffix else (0, 0))
+            suffixes.append((row * width + column + suffix.start, suffix.count, suffix.seed) if suffix else (0, 0, 0))
             for span, found in self._spans(sequence, scores):
                 rows.append(row * width + column + torch.arange(span.start - 1, span.start - 1 + span.count))
                 following = token_ids[span.start :] if span.token_ids is None else torch.tensor(span.token_ids)
@@ -165,7 +166,7 @@ class BatchBuilder:
             aligned_hidden_PH=torch.cat(hidden["aligned"]) if hidden["aligned"] else None,
             base_hidden_PH=torch.cat(hidden["base"]) if hidden["base"] else None,
             depth_S=torch.tensor([sequence.depth for sequence in sequences]),
-            suffix_S2=torch.tensor(suffixes),
+            suffix_S3=torch.tensor(suffixes),
             terms=self.loss.names,
             num_tokens=sum(lengths),
         )

@@ -91,6 +91,11 @@ class HeadLoss(nn.Module):
             for parameter in lm_head.parameters():
                 zero.register_external_parameter(self, parameter)
 
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that the student may say."""
+        return self._settings.vocab_size
+
     def head(self) -> Head:
         """The student's head as it is now; under ZeRO-3 only inside `forward`."""
         lm_head: Any = self._held[0]

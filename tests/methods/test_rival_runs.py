@@ -1,4 +1,4 @@
-"""Rival methods in the training loop: Ray Train, DeepSpeed, several sequences of an item, passes of their own."""
+"""Rivals and the adversary of suffixes in the training loop: DeepSpeed, several sequences of an item, own passes."""
 
 from __future__ import annotations
 
@@ -11,12 +11,16 @@ import torch
 
 from raycomplete.config import TrainConfig, ValidationConfig
 from raycomplete.data.checkpoints import load_model
+from raycomplete.data.samples import read_samples, write_samples
 from raycomplete.methods.registry import parse_method
 from raycomplete.runtime.metrics_file import read_metrics
 from raycomplete.training.trainer import fit
 from tests.training.tiny import make_job
 
 pytestmark = pytest.mark.slow
+
+
+SETTINGS: dict[str, Any] = {"completion": {"suffix_adversary": {"steps": 2, "lr": 0.4}}}
 
 
 def run(folder: Path, name: str, workers: int, lora_rank: int = 0) -> list[dict[str, Any]]:
@@ -31,13 +35,20 @@ def run(folder: Path, name: str, workers: int, lora_rank: int = 0) -> list[dict[
         validation=ValidationConfig(every=0),
         lora_rank=lora_rank,
     )
-    method = parse_method({"name": name, "anchor_batch_size": 4, "recovery_batch_size": 4, "depth": {"max": 16}})
+    sizes = {"anchor_batch_size": 4, "recovery_batch_size": 4, "depth": {"max": 16}}
+    method = parse_method({"name": name} | sizes | SETTINGS.get(name, {}))
     job = replace(make_job(folder, train, method), lora_rank=lora_rank)
+    if method.moves_suffixes:
+        samples = read_samples(job.samples)
+        recovery = [replace(sample, suffix=(len(sample.prompt_ids) - 2, 2)) for sample in samples.recovery]
+        write_samples(job.samples, replace(samples, recovery=tuple(recovery)))
     fit(job, cpus_per_worker=0.5, gpus_per_worker=0)
     return read_metrics(job.metrics_file)
 
 
-@pytest.mark.parametrize(("name", "lora_rank"), [("door", 0), ("circuit_breakers", 4), ("presto", 0)])
+@pytest.mark.parametrize(
+    ("name", "lora_rank"), [("completion", 0), ("door", 0), ("circuit_breakers", 4), ("presto", 0)]
+)
 def test_a_step_is_the_same_on_one_worker_and_on_two(
     name: str, lora_rank: int, ray_cluster: None, tmp_path: Path
 ) -> None:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from raycomplete.config import RunConfig
 from raycomplete.data.checkpoints import load_model
 from raycomplete.data.samples import RecoverySample
 from raycomplete.methods.completion import Completion
 from raycomplete.methods.registry import Feedback, RecoveryItem, RowSpan, TeacherContext
-from raycomplete.methods.suffix_adversary import Search
+from raycomplete.methods.suffix_adversary import SuffixSearch
 from raycomplete.training.batches import BatchBuilder
 from raycomplete.training.step_plan import StepSequences
 from tests.methods.plain import MICRO_BATCHES, Case, Ids, assert_gradients
@@ -41,11 +40,14 @@ def with_suffixes(case: Case) -> None:
 
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("checkpointing", [True, False])
-def test_the_loss_is_that_of_plain_passes(packed: bool, checkpointing: bool, tmp_path: Path) -> None:
+def test_the_loss_is_that_of_plain_passes(
+    packed: bool, checkpointing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SuffixSearch, "words", next_words)
     case = Case(tmp_path, Completion.model_validate(SETTINGS))
     case.packed = packed
     with_suffixes(case)
-    lm = load_model(case.job.start, "float32").double()
+    lm = load_model(case.job.start, "float32").double().train()
     if checkpointing:
         lm.gradient_checkpointing_enable()
     student = case.student(lm)
@@ -60,6 +62,12 @@ def test_the_loss_is_that_of_plain_passes(packed: bool, checkpointing: bool, tmp
     assert len(student.lm.get_input_embeddings()._forward_hooks) == own, "nothing is left behind"
 
 
+def next_words(search: SuffixSearch, vocab_size: int) -> list[Tensor]:
+    """The adversary begins with the next word of the vocabulary in place of each that is there."""
+    words = (search.batch.input_ids_BT.flatten()[search.place_P] + 1) % vocab_size
+    return list(words.split(search.batch.suffix_S3[:, 1].tolist()))
+
+
 def plain_loss(case: Case) -> tuple[Tensor, float]:
     """Anchor, recovery and push-forward, each sequence read by itself; and how likelier the adversary made h."""
     model = case.plain.models["student"]
@@ -67,12 +75,12 @@ def plain_loss(case: Case) -> tuple[Tensor, float]:
     recoveries, pushed, gain = [], [], 0.0
     for item in case.plan.recovery:
         sample, h = item.sample, item.sample.harmful_ids[: item.depth]
-        prompt, first = sample.prompt_ids, sample.refusal_prefix_tokens or int(sample.suffix is None)
-        delta = torch.zeros(len(prompt) + item.depth + len(sample.refusal_ids) - 1, 32, dtype=torch.float64)
-        if sample.suffix is not None:
-            delta, found = adversary(model, prompt, h, first, sample.suffix)
+        prompt, first = sample.prompt_ids, sample.refusal_prefix_tokens or int(not sample.can_move_suffix)
+        suffix_TH = None
+        if sample.can_move_suffix:
+            suffix_TH, found = adversary(model, prompt, h, sample.suffix)
             gain += found
-        logits_TV = read(model, prompt + h + sample.refusal_ids, delta)
+        logits_TV = read(model, prompt + h + sample.refusal_ids, sample.suffix[0], suffix_TH)
         target_TV = case.plain.models["aligned"](torch.tensor([sample.teacher_prompt_ids + sample.refusal_ids]))
         target_TV = target_TV.logits[0, len(sample.teacher_prompt_ids) - 1 : -1].detach()
         start = len(prompt) + item.depth - 1
@@ -82,36 +90,29 @@ def plain_loss(case: Case) -> tuple[Tensor, float]:
     return sum(torch.cat(rows).mean() for rows in (anchors, recoveries, pushed)), gain  # type: ignore[return-value]
 
 
-def adversary(model: Any, prompt: Ids, h: Ids, first: int, suffix: tuple[int, int]) -> tuple[Tensor, float]:
-    """The perturbation of all tokens, 0 outside the suffix, and what it gains in nats."""
-    own = slice(suffix[0], sum(suffix))
-    wanted = h[first : first + WANTED]
-    embedding_PH = model.get_input_embeddings().weight.detach()[list(prompt[own])]
-    move_P1 = LR * embedding_PH.square().mean(1, keepdim=True).sqrt()
-    delta_TH = torch.zeros(len(prompt) + len(h), embedding_PH.shape[1], dtype=torch.float64)
-    losses = []
+def adversary(model: Any, prompt: Ids, h: Ids, suffix: tuple[int, int]) -> tuple[Tensor, float]:
+    """The embeddings of the suffix, and how many nats likelier they make h."""
+    words = torch.tensor(prompt[suffix[0] : sum(suffix)]) + 1
+    suffix_TH = model.get_input_embeddings().weight.detach()[words]
+    move, wanted, losses = LR * suffix_TH.square().mean().sqrt(), h[:WANTED], []
     for _ in range(STEPS + 1):
-        delta_TH.requires_grad_()
-        log_p_TV = read(model, prompt + h + (0,), delta_TH).log_softmax(-1)
-        rows = torch.arange(len(wanted)) + len(prompt) - 1 + first
+        suffix_TH.requires_grad_()
+        log_p_TV = read(model, prompt + h + (0,), suffix[0], suffix_TH).log_softmax(-1)
+        rows = torch.arange(len(wanted)) + len(prompt) - 1
         loss = -log_p_TV[rows, torch.tensor(wanted)].sum()
         losses.append(float(loss.detach()))
-        (gradient_TH,) = torch.autograd.grad(loss, delta_TH)
-        last = delta_TH.detach()
-        delta_TH = last.clone()
-        delta_TH[own] -= move_P1 * gradient_TH[own].sign()
+        (gradient_TH,) = torch.autograd.grad(loss, suffix_TH)
+        last = suffix_TH.detach()
+        suffix_TH = last - move * gradient_TH.sign()
     return last, losses[0] - losses[-1]
 
 
-def read(model: Any, token_ids: Ids, delta_TH: Tensor) -> Tensor:
-    """Logits of all tokens but the last, whose embeddings are moved."""
-
-    def add(delta: Tensor, module: nn.Module, arguments: Any, output: Tensor) -> Tensor:
-        return output + nn.functional.pad(delta, (0, 0, 0, output.shape[1] - len(delta)))
-
-    handle = model.get_input_embeddings().register_forward_hook(partial(add, delta_TH))
-    logits_TV: Tensor = model(torch.tensor([token_ids[:-1]])).logits[0]
-    handle.remove()
+def read(model: Any, token_ids: Ids, start: int, suffix_TH: Tensor | None) -> Tensor:
+    """Logits at all tokens but the last, where the student reads other embeddings from a position on."""
+    embedding_TH = model.get_input_embeddings()(torch.tensor(token_ids[:-1]))
+    if suffix_TH is not None:
+        embedding_TH = torch.cat([embedding_TH[:start], suffix_TH, embedding_TH[start + len(suffix_TH) :]])
+    logits_TV: Tensor = model(inputs_embeds=embedding_TH[None]).logits[0]
     return logits_TV
 
 
@@ -124,10 +125,10 @@ def test_the_search_reads_no_more_than_it_needs(tmp_path: Path) -> None:
     case = Case(tmp_path, Completion.model_validate(SETTINGS))
     builder = BatchBuilder(case.settings, 1.0)
 
-    def search() -> Search | None:
+    def search() -> SuffixSearch | None:
         step = StepSequences.of(case.plan, case.method, Feedback())
         (chunk,) = step.micro_batches(0, 1, 1)
-        return Search.of_batch(builder.build(chunk, step.normalisers, case.scores), "push_forward", WANTED)
+        return SuffixSearch.of_batch(builder.build(chunk, step.normalisers, case.scores), "push_forward", WANTED)
 
     assert search() is None, "no prompt has a suffix"
     with_suffixes(case)
@@ -146,18 +147,48 @@ def _read(item: RecoveryItem) -> Ids:
     return sample.prompt_ids + sample.harmful_ids[: first + min(item.depth - first, WANTED) - 1]
 
 
+def test_the_adversary_starts_anew_at_another_depth_whatever_else_is_in_the_batch() -> None:
+    sample = SAMPLE.augmented("random suffix", (1, 2, 70, 71, 3))
+    seeds = {}
+    for depth in (1, 30, 31):
+        for drawn in (depth, depth):
+            found = Completion.model_validate(SETTINGS).sequence(RecoveryItem.cut(sample, drawn), Feedback()).suffix
+            assert found is not None
+            seeds.setdefault(depth, set()).add(found.seed)
+    assert [len(found) for found in seeds.values()] == [1, 1, 1], "the same on every worker and in a resumed run"
+    assert len(set().union(*seeds.values())) == 3, "also where h ends before the drawn depth"
+
+
+def test_the_first_words_are_drawn_from_the_seed_of_each_sequence(tmp_path: Path) -> None:
+    case = Case(tmp_path, Completion.model_validate(SETTINGS))
+    with_suffixes(case)
+    step = StepSequences.of(case.plan, case.method, Feedback())
+    builder, drawn = BatchBuilder(case.settings, 1.0), []
+    for count in (1, 2):  # micro-batches
+        found: dict[int, list[int]] = {}
+        for chunk in step.micro_batches(0, 1, count):
+            search = SuffixSearch.of_batch(builder.build(chunk, step.normalisers, case.scores), "push_forward", WANTED)
+            if search is not None:
+                words = [word_T.tolist() for word_T in search.words(90)]
+                found |= dict(zip(search.batch.suffix_S3[:, 2].tolist(), words, strict=True))
+        drawn.append(found)
+    assert drawn[0] == drawn[1]
+    assert len(drawn[0]) == len({tuple(words) for words in drawn[0].values()}) == 2
+
+
 def test_a_suffix_is_what_was_put_behind_the_prompt() -> None:
     assert SAMPLE.augmented("random suffix", (1, 2, 70, 71, 3)).suffix == (2, 2), "3 ends the turn"
     assert SAMPLE.augmented("suffix", (1, 2, 2, 3)).suffix == (2, 1), "a word of the prompt again"
-    assert SAMPLE.augmented("template", (50, 1, 2, 51, 3)).suffix is None
-    assert SAMPLE.augmented("suffix", (1, 3)).suffix is None, "nothing was added"
+    assert not SAMPLE.augmented("template", (50, 1, 2, 51, 3)).can_move_suffix
+    assert not SAMPLE.augmented("suffix", (1, 3)).can_move_suffix, "nothing was added"
 
 
 def test_push_forward_begins_at_position_0_behind_a_suffix_that_is_moved() -> None:
     item = RecoveryItem(SAMPLE.augmented("random suffix", (1, 2, 70, 3)), 3)
     refusal, h = TeacherContext((9, 1, 2, 3), (8, 8)), TeacherContext((9, 1, 2, 3), (4, 5, 6, 7))
     moved = Completion.model_validate(SETTINGS).sequence(item, Feedback())
-    assert moved.suffix == (2, 1)
+    assert moved.suffix is not None
+    assert (moved.suffix.start, moved.suffix.count) == (2, 1)
     assert moved.spans[0] == RowSpan("push_forward", 4, 3, h, offset=0, target=(refusal, 0))
     still = Completion().sequence(item, Feedback())
     assert still.suffix is None

@@ -53,7 +53,7 @@ def micro_batch(term_N: list[int], sequence_N: list[int], depth_S: list[int]) ->
         base_hidden_PH=None,
         depth_S=torch.tensor(depth_S),
         terms=LOSS.names,
-        suffix_S2=nothing,
+        suffix_S3=nothing,
         num_tokens=0,
     )
 

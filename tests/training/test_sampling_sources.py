@@ -21,7 +21,7 @@ from raycomplete.data.inputs import longest_response
 from raycomplete.data.organism import checkpoint_path
 from raycomplete.data.organism.judge import OrganismJudge
 from raycomplete.data.organism.world import Item, recipe, refusal
-from raycomplete.runtime.errors import WorkError
+from raycomplete.runtime.errors import DataError, WorkError
 from raycomplete.runtime.types import Outcome, Prompt
 from raycomplete.training.sampling import make_samples
 from tests.training.test_sampling import ScriptedModel, run_of, uncached  # noqa: F401
@@ -245,6 +245,16 @@ def test_a_share_of_all_samples_is_augmented_and_the_teachers_read_the_plain_pro
         assert 0.25 < shares[(kind, True)] / 40 < 0.75, "else a suffix alone would mean: refuse"
     assert make_samples(run_of(codec, *AUGMENTED, count=40)) == samples
     assert any(note.startswith("Prompts of anchor samples: ") for note in run.console.notes)
+
+
+def test_the_suffixes_that_an_adversary_moves_are_counted(codec: ChatCodec) -> None:
+    key = "method.suffix_adversary.steps=1"
+    run = run_of(codec, *AUGMENTED, key, count=40)
+    count = sum(sample.can_move_suffix for sample in make_samples(run).recovery)
+    assert count > 3
+    assert f"Recovery samples whose suffix an adversary moves: {count}" in run.console.notes
+    with pytest.raises(DataError, match="moves suffixes without a refusal prefix"):
+        make_samples(run_of(codec, *AUGMENTED, key, "rollout.refusal_prefix_fraction=1", count=40))
 
 
 def test_imitated_refusals_stand_before_every_kind_of_h(codec: ChatCodec) -> None:
