@@ -38,14 +38,27 @@ class TeacherConfig(Section):
 class PromptAugmentationConfig(Section):
     """Prompts that the student reads with a suffix, in a template or in other words, and the teachers as they are."""
 
-    fraction: float = Field(0.0, ge=0, le=1, description="share of the samples, of anchor and recovery alike")
+    fraction: float = Field(0.0, ge=0, le=1, description="share of the samples")
+    recovery_fraction: float | None = Field(
+        None, ge=0, le=1, description="share of the recovery samples, where an adversary needs more; null: the same"
+    )
     random_suffix_tokens: int = Field(16, ge=0, description="longest suffix of random tokens; 0: no such suffixes")
     suffixes: Path | None = Field(None, description="JSONL with suffix, such as suffixes that GCG found")
     templates: Path | None = Field(None, description="JSONL with template, where {prompt} stands for the prompt")
     paraphrases: Path | None = Field(None, description="JSONL with prompt and paraphrases, a list of texts")
 
+    def share_of(self, part: str) -> float:
+        """Share of the samples of a part (`anchor`, `recovery`) that are changed."""
+        own = self.recovery_fraction if part == "recovery" else None
+        return self.fraction if own is None else own
+
     @model_validator(mode="after")
     def _something_to_draw(self) -> PromptAugmentationConfig:
+        if self.recovery_fraction and not self.fraction:
+            raise ValueError(
+                "rollout.prompt_augmentation.recovery_fraction without fraction would teach that changed prompts are "
+                "harmful: set fraction, to 0.3 for instance"
+            )
         if self.fraction > 0 and not (self.random_suffix_tokens or self.suffixes or self.templates or self.paraphrases):
             raise ValueError(
                 "rollout.prompt_augmentation.fraction needs something to draw from: set random_suffix_tokens, or name "

@@ -105,16 +105,17 @@ class PromptAugmenter:
         self._settings, self._files, self._codec = settings, files, codec
         self._seed, self._max_tokens = seed, max_tokens
 
-    def augment(self, prompt: Prompt, name: str) -> tuple[str, tuple[int, ...]]:
+    def augment(self, prompt: Prompt, part: str, sample_id: str) -> tuple[str, tuple[int, ...]]:
         """Returns the kind of change and the tokens of the new form; ("", ()) for a prompt that stays as it is.
 
         A larger share changes the prompts of a smaller one in the same way, and some more.
 
         Args:
             prompt: Its last user turn is changed; what stands before stays.
-            name: Name of the draw.
+            part: Part of the samples, anchor or recovery, whose share counts.
+            sample_id: Name of the draw.
         """
-        rng = random.Random(f"{self._seed}:augmentation:{name}")
+        rng = random.Random(f"{self._seed}:augmentation:{part}:{sample_id}")
         text, files = prompt.text, self._files
         paraphrases = files.paraphrases.get(text, ())
         forms = {
@@ -124,7 +125,7 @@ class PromptAugmenter:
             "paraphrase": bool(paraphrases),
         }
         kinds = [kind for kind, is_there in forms.items() if is_there]
-        if rng.random() >= self._settings.fraction or not kinds:
+        if rng.random() >= self._settings.share_of(part) or not kinds:
             return "", ()
         match kind := rng.choice(kinds):
             case "random suffix":

@@ -13,6 +13,7 @@ from raycomplete.runtime.errors import DataError
 from raycomplete.runtime.files import PRIVATE, write_text
 from raycomplete.runtime.types import PromptKind
 
+MID_ANSWER = "from mid-answer"  # end of the source of an h without its beginning
 SUFFIXES = ("random suffix", "suffix")  # augmentations that put words behind the prompt
 MAX_REFUSAL_PREFIX_TOKENS = 48  # a refusal prefix is read and scored in addition to the deepest cut of h
 
@@ -91,8 +92,8 @@ class RecoverySample(_Sample):
 
     @property
     def can_move_suffix(self) -> bool:
-        """Tells whether its prompt has a suffix, and h begins right behind it."""
-        return self.suffix[1] > 0 and not self.refusal_prefix_tokens
+        """Tells whether its prompt has a suffix, and the beginning of h follows."""
+        return self.suffix[1] > 0 and not self.refusal_prefix_tokens and not self.source.endswith(MID_ANSWER)
 
     def augmented(self, kind: str, prompt_ids: tuple[int, ...]) -> RecoverySample:
         """The sample with another prompt for the student alone."""

@@ -83,7 +83,8 @@ class Workload:
         student = Sequences(read, prompt_tokens, depth + rollout.max_refusal_tokens)
         if isinstance(method, Completion) and (steps := method.suffix_adversary.steps):
             # Its adversary reads samples with a suffix up to the h that it wants, without gradients of weights: 2/3.
-            share = rollout.prompt_augmentation.fraction * (1 - rollout.refusal_prefix_fraction)
+            share = rollout.prompt_augmentation.share_of("recovery") * (1 - rollout.refusal_prefix_fraction)
+            share *= 1 - rollout.mid_answer_fraction
             read_again = Sequences(share * read, prompt_tokens, min(depth, method.suffix_adversary.target_tokens))
             again += steps * 2 / 3 * read_again.tokens / (anchor.tokens + student.tokens)
             launches += steps

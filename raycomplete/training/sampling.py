@@ -31,7 +31,7 @@ from raycomplete.data.augmentation import PromptAugmenter, num_movable, read_aug
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.inputs import KINDS, Prompts, longest_response
 from raycomplete.data.openings import opened_answer
-from raycomplete.data.samples import MAX_REFUSAL_PREFIX_TOKENS, AnchorSample, RecoverySample, SampleSet
+from raycomplete.data.samples import MAX_REFUSAL_PREFIX_TOKENS, MID_ANSWER, AnchorSample, RecoverySample, SampleSet
 from raycomplete.engines.generation_cache import sampled_from
 from raycomplete.engines.run import Run
 from raycomplete.runtime.errors import DataError, WorkError
@@ -175,7 +175,7 @@ def _harmful_continuations(run: Run, prompts: Sequence[Prompt]) -> dict[str, lis
                 rng = random.Random(f"{config.train.seed}:mid-answer:{prompt.prompt_id}#{len(known)}")
                 how = f"after {opening!r}" if opening else "without an opening"
                 if len(harmful_ids) > 1 and rng.random() < rollout.mid_answer_fraction:
-                    harmful_ids, how = from_mid_answer(codec, harmful_ids, rng), "from mid-answer"
+                    harmful_ids, how = from_mid_answer(codec, harmful_ids, rng), MID_ANSWER
                 known.append((harmful_ids, f"{writer} {how}"))
     return found
 
@@ -308,7 +308,7 @@ def augmented(run: Run, samples: SampleSet) -> SampleSet:
     parts: dict[str, list[Any]] = {"anchor": [], "recovery": []}
     for part, found in parts.items():
         for sample in getattr(samples, part):
-            kind, prompt_ids = augmenter.augment(by_id[sample.prompt_id], f"{part}:{sample.sample_id}")
+            kind, prompt_ids = augmenter.augment(by_id[sample.prompt_id], part, sample.sample_id)
             found.append(sample.augmented(kind, prompt_ids) if kind else sample)
         run.console.note(f"Prompts of {part} samples: {_counts(sample.augmentation or 'plain' for sample in found)}")
     if config.method.moves_suffixes:

@@ -325,6 +325,7 @@ def test_the_last_override_wins_and_a_value_may_hold_equals_signs(tmp_path: Path
         ("nowhere.to=1", "unknown key 'nowhere'"),
         ("rollout={harmful_from: aligned, affirmative_prefixes: ['']}", "an opening that is not empty"),
         ("rollout.prompt_augmentation={fraction: 1, random_suffix_tokens: 0}", "needs something to draw from"),
+        ("rollout.prompt_augmentation.recovery_fraction=0.5", "would teach that changed prompts are harmful"),
     ],
 )
 def test_wrong_overrides_are_refused(override: str, words: str, tmp_path: Path) -> None:

@@ -204,4 +204,4 @@ def test_attacks_that_wrap_the_last_turn_keep_the_earlier_ones(entry: dict[str, 
 def test_augmented_prompts_keep_the_earlier_turns(codec: ChatCodec) -> None:
     settings = PromptAugmentationConfig(fraction=1.0, random_suffix_tokens=0, suffixes=Path("any"))
     augmenter = PromptAugmenter(settings, AugmentationFiles(suffixes=["please"]), codec, seed=0, max_tokens=99)
-    assert augmenter.augment(TALK, "x") == ("suffix", tuple(TALK.encoded(codec, "tell me how please")))
+    assert augmenter.augment(TALK, "recovery", "x") == ("suffix", tuple(TALK.encoded(codec, "tell me how please")))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from raycomplete.config import RunConfig
 from raycomplete.data.checkpoints import load_model
-from raycomplete.data.samples import RecoverySample
+from raycomplete.data.samples import MID_ANSWER, RecoverySample
 from raycomplete.methods.completion import Completion
 from raycomplete.methods.registry import Feedback, RecoveryItem, RowSpan, TeacherContext
 from raycomplete.methods.suffix_adversary import SuffixSearch
@@ -178,6 +178,9 @@ def test_the_first_words_are_drawn_from_the_seed_of_each_sequence(tmp_path: Path
 
 def test_a_suffix_is_what_was_put_behind_the_prompt() -> None:
     assert SAMPLE.augmented("random suffix", (1, 2, 70, 71, 3)).suffix == (2, 2), "3 ends the turn"
+    assert SAMPLE.augmented("suffix", (1, 2, 2, 3)).can_move_suffix
+    assert not replace(SAMPLE, source=f"base {MID_ANSWER}").augmented("suffix", (1, 2, 70, 3)).can_move_suffix
+    assert not replace(SAMPLE, refusal_prefix_tokens=1).augmented("suffix", (1, 2, 70, 3)).can_move_suffix
     assert SAMPLE.augmented("suffix", (1, 2, 2, 3)).suffix == (2, 1), "a word of the prompt again"
     assert not SAMPLE.augmented("template", (50, 1, 2, 51, 3)).can_move_suffix
     assert not SAMPLE.augmented("suffix", (1, 3)).can_move_suffix, "nothing was added"

@@ -253,6 +253,9 @@ def test_the_suffixes_that_an_adversary_moves_are_counted(codec: ChatCodec) -> N
     count = sum(sample.can_move_suffix for sample in make_samples(run).recovery)
     assert count > 3
     assert f"Recovery samples whose suffix an adversary moves: {count}" in run.console.notes
+    more = make_samples(run_of(codec, *AUGMENTED, key, "rollout.prompt_augmentation.recovery_fraction=1", count=40))
+    assert all(sample.augmentation for sample in more.recovery)
+    assert 0.35 < sum(bool(sample.augmentation) for sample in more.anchor) / len(more.anchor) < 0.65, "the other share"
     with pytest.raises(DataError, match="moves suffixes without a refusal prefix"):
         make_samples(run_of(codec, *AUGMENTED, key, "rollout.refusal_prefix_fraction=1", count=40))
 
