@@ -29,10 +29,7 @@ from raycomplete.runtime.section import Section
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from raycomplete.losses.loss import LossOutput
     from raycomplete.methods.registry import StudentPass
-    from raycomplete.training.batches import MicroBatch
-    from raycomplete.training.student import StudentModule
 
 
 class SuffixAdversaryConfig(Section):
@@ -55,8 +52,8 @@ def adversarial_pass(lm: Any, settings: SuffixAdversaryConfig, term: str) -> Stu
     """
     embedding = lm.get_input_embeddings()
 
-    def run(student: StudentModule, batch: MicroBatch) -> LossOutput:
-        search = SuffixSearch.of_batch(batch, term, settings.target_tokens)
+    def run(student: Any, batch: Any) -> Any:
+        search = SuffixedSequences.of_batch(batch, term, settings.target_tokens)
         if search is None:
             return student.total(student.states(batch).last_hidden_state, batch, {})
         suffix_PH = moved_suffixes(student, embedding, search, settings)
@@ -67,21 +64,21 @@ def adversarial_pass(lm: Any, settings: SuffixAdversaryConfig, term: str) -> Stu
 
 
 @dataclass(frozen=True, eq=False)
-class SuffixSearch:
+class SuffixedSequences:
     """The sequences of a micro-batch that have a suffix, one a row and cut after the h that the adversary wants.
 
     Attributes:
-        batch: Those sequences; its rows predict the first tokens of h, and no teacher stands beside them.
+        batch: The `MicroBatch` of those sequences; its rows predict the first tokens of h, and none has a teacher.
         place_P: Flat positions of all suffix tokens in it.
         origin_P: Flat positions of the same tokens in the whole micro-batch.
     """
 
-    batch: MicroBatch
+    batch: Any
     place_P: Tensor
     origin_P: Tensor
 
     @classmethod
-    def of_batch(cls, batch: MicroBatch, term: str, target_tokens: int) -> SuffixSearch | None:
+    def of_batch(cls, batch: Any, term: str, target_tokens: int) -> SuffixedSequences | None:
         """Cuts them out of a micro-batch; None where no sequence has both a suffix and rows of h."""
         import torch
 
@@ -138,9 +135,9 @@ class SuffixSearch:
 
 
 def moved_suffixes(
-    student: StudentModule, embedding: nn.Module, search: SuffixSearch, settings: SuffixAdversaryConfig
+    student: Any, embedding: nn.Module, search: SuffixedSequences, settings: SuffixAdversaryConfig
 ) -> Tensor:
-    """Searches embeddings [P, H] for all suffix tokens, in float32 or wider."""
+    """Searches embeddings [P, H] for all suffix tokens, in float32 or wider, by passes of a `StudentModule`."""
     import torch
 
     with torch.no_grad():  # a hook of gradient checkpointing asks for gradients even here, hence `detach`

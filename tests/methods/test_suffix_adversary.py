@@ -15,7 +15,7 @@ from raycomplete.data.checkpoints import load_model
 from raycomplete.data.samples import MID_ANSWER, RecoverySample
 from raycomplete.methods.completion import Completion
 from raycomplete.methods.registry import Feedback, RecoveryItem, RowSpan, TeacherContext
-from raycomplete.methods.suffix_adversary import SuffixSearch
+from raycomplete.methods.suffix_adversary import SuffixedSequences
 from raycomplete.training.batches import BatchBuilder
 from raycomplete.training.step_plan import StepSequences
 from tests.methods.plain import MICRO_BATCHES, Case, Ids, assert_gradients
@@ -43,7 +43,7 @@ def with_suffixes(case: Case) -> None:
 def test_the_loss_is_that_of_plain_passes(
     packed: bool, checkpointing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(SuffixSearch, "words", next_words)
+    monkeypatch.setattr(SuffixedSequences, "words", next_words)
     case = Case(tmp_path, Completion.model_validate(SETTINGS))
     case.packed = packed
     with_suffixes(case)
@@ -62,7 +62,7 @@ def test_the_loss_is_that_of_plain_passes(
     assert len(student.lm.get_input_embeddings()._forward_hooks) == own, "nothing is left behind"
 
 
-def next_words(search: SuffixSearch, vocab_size: int) -> list[Tensor]:
+def next_words(search: SuffixedSequences, vocab_size: int) -> list[Tensor]:
     """The adversary begins with the next word of the vocabulary in place of each that is there."""
     words = (search.batch.input_ids_BT.flatten()[search.place_P] + 1) % vocab_size
     return list(words.split(search.batch.suffix_S3[:, 1].tolist()))
@@ -125,10 +125,10 @@ def test_the_search_reads_no_more_than_it_needs(tmp_path: Path) -> None:
     case = Case(tmp_path, Completion.model_validate(SETTINGS))
     builder = BatchBuilder(case.settings, 1.0)
 
-    def search() -> SuffixSearch | None:
+    def search() -> SuffixedSequences | None:
         step = StepSequences.of(case.plan, case.method, Feedback())
         (chunk,) = step.micro_batches(0, 1, 1)
-        return SuffixSearch.of_batch(builder.build(chunk, step.normalisers, case.scores), "push_forward", WANTED)
+        return SuffixedSequences.of_batch(builder.build(chunk, step.normalisers, case.scores), "push_forward", WANTED)
 
     assert search() is None, "no prompt has a suffix"
     with_suffixes(case)
@@ -167,7 +167,9 @@ def test_the_first_words_are_drawn_from_the_seed_of_each_sequence(tmp_path: Path
     for count in (1, 2):  # micro-batches
         found: dict[int, list[int]] = {}
         for chunk in step.micro_batches(0, 1, count):
-            search = SuffixSearch.of_batch(builder.build(chunk, step.normalisers, case.scores), "push_forward", WANTED)
+            search = SuffixedSequences.of_batch(
+                builder.build(chunk, step.normalisers, case.scores), "push_forward", WANTED
+            )
             if search is not None:
                 words = [word_T.tolist() for word_T in search.words(90)]
                 found |= dict(zip(search.batch.suffix_S3[:, 2].tolist(), words, strict=True))
