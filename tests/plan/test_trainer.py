@@ -118,6 +118,22 @@ def test_the_loss_is_five_products_with_base_and_four_without() -> None:
     assert [both / one, aligned_only / one, frozen_head / one] == pytest.approx([5, 4, 4], rel=1e-12)
 
 
+def test_an_adversary_of_suffixes_reads_its_share_of_the_samples_again() -> None:
+    rollout = ["refusal_prefix_fraction=0.5", "mid_answer_fraction=0", "prompt_augmentation.fraction=0.25"]
+    settings = [f"rollout.{setting}" for setting in rollout]
+    plain, two, four = (
+        a_request(*settings, f"method.suffix_adversary.steps={steps}").workload(8) for steps in (0, 2, 4)
+    )
+    assert (plain.passes, plain.launches) == (1, 1)
+    assert (two.launches, four.launches) == (3, 5)
+    anchor, recovery = plain.trained
+    read = recovery.count * 0.25 * 0.5 * (recovery.prompt + 20 - 1)
+    assert two.passes - 1 == pytest.approx(2 * 2 / 3 * read / (anchor.tokens + recovery.tokens))
+    assert four.passes - 1 == pytest.approx(2 * (two.passes - 1))
+    more = a_request(*settings, "method.suffix_adversary.steps=2", "rollout.prompt_augmentation.recovery_fraction=0.5")
+    assert more.workload(8).passes - 1 == pytest.approx(2 * (two.passes - 1))
+
+
 def test_collectives_move_what_a_ring_moves() -> None:
     h100 = replace(find_hardware("h100"), link_share=1.0)
     weights, gradients = 16e9, 16e9
