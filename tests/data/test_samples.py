@@ -69,6 +69,7 @@ def test_rows_are_plain_json(tmp_path: Path) -> None:
         "refusal_prefix_tokens",
         "source",
         "augmentation",
+        "suffix",
     }
 
 
