@@ -48,7 +48,7 @@ class PromptAugmentationConfig(Section):
     paraphrases: Path | None = Field(None, description="JSONL with prompt and paraphrases, a list of texts")
 
     def share_of(self, part: str) -> float:
-        """Share of the samples of a part (`anchor`, `recovery`) that are changed."""
+        """Returns the share of the samples of a part (`anchor`, `recovery`) that are changed."""
         own = self.recovery_fraction if part == "recovery" else None
         return self.fraction if own is None else own
 

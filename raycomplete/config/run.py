@@ -235,8 +235,9 @@ class RunConfig(Section):
         return self
 
     def _has_suffixes_to_move(self) -> None:
+        """Refuses an adversary of suffixes where no prompt has one, or where he cannot read a batch again."""
         augmentation = self.rollout.prompt_augmentation
-        if augmentation.fraction == 0 or not (augmentation.random_suffix_tokens or augmentation.suffixes):
+        if augmentation.share_of("recovery") == 0 or not (augmentation.random_suffix_tokens or augmentation.suffixes):
             raise ValueError(
                 "method.suffix_adversary moves the suffixes of prompts, and none has one: set "
                 "rollout.prompt_augmentation with random_suffix_tokens or suffixes, and a fraction of 0.3 for instance"

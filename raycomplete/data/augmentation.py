@@ -75,9 +75,10 @@ def num_movable(samples: Sequence[RecoverySample]) -> int:
     count = sum(sample.can_move_suffix for sample in samples)
     if not count:
         raise DataError(
-            f"method.suffix_adversary moves suffixes without a refusal prefix, and none of {len(samples)} recovery "
-            "samples has one.",
-            "Raise rollout.prompt_augmentation.fraction, or lower rollout.refusal_prefix_fraction.",
+            f"method.suffix_adversary moves suffixes before an h that is whole, and none of {len(samples)} recovery "
+            "samples has both.",
+            "Raise rollout.prompt_augmentation.recovery_fraction, or lower rollout.refusal_prefix_fraction or "
+            "rollout.mid_answer_fraction.",
         )
     return count
 

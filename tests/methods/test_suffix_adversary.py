@@ -206,9 +206,13 @@ def test_an_adversary_without_suffixes_is_refused() -> None:
         "data": {"source": "organism"},
         "method": {"suffix_adversary": {"steps": 1}},
     }
-    for rollout in ({}, {"prompt_augmentation": {"fraction": 0.3, "random_suffix_tokens": 0, "templates": "t.jsonl"}}):
+    for augmentation in (
+        {},
+        {"fraction": 0.3, "random_suffix_tokens": 0, "templates": "t.jsonl"},
+        {"fraction": 0.3, "recovery_fraction": 0},
+    ):
         with pytest.raises(ValueError, match=r"set rollout\.prompt_augmentation"):
-            RunConfig.model_validate(run | {"rollout": rollout})
+            RunConfig.model_validate(run | {"rollout": {"prompt_augmentation": augmentation}})
     suffixes = {"rollout": {"prompt_augmentation": {"fraction": 0.3}}}
     assert RunConfig.model_validate(run | suffixes).method.moves_suffixes
     with pytest.raises(ValueError, match=r"set train\.zero_stage to 2"):

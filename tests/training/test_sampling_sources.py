@@ -256,7 +256,7 @@ def test_the_suffixes_that_an_adversary_moves_are_counted(codec: ChatCodec) -> N
     more = make_samples(run_of(codec, *AUGMENTED, key, "rollout.prompt_augmentation.recovery_fraction=1", count=40))
     assert all(sample.augmentation for sample in more.recovery)
     assert 0.35 < sum(bool(sample.augmentation) for sample in more.anchor) / len(more.anchor) < 0.65, "the other share"
-    with pytest.raises(DataError, match="moves suffixes without a refusal prefix"):
+    with pytest.raises(DataError, match="moves suffixes before an h that is whole"):
         make_samples(run_of(codec, *AUGMENTED, key, "rollout.refusal_prefix_fraction=1", count=40))
 
 
