@@ -57,7 +57,8 @@ def test_the_loss_is_that_of_plain_passes(
     assert gain > 0.1, "the adversary gains on h"
     expected.backward()
     assert sum(float(output.total.detach()) for output in outputs) == pytest.approx(float(expected.detach()), rel=1e-6)
-    assert_gradients(student.lm.named_parameters(), case.plain.models["student"].parameters(), 1e-6)
+    # Teacher states and the loss are float32, which gives 0.9e-6 with AVX-512 and 1.2e-6 with AVX2.
+    assert_gradients(student.lm.named_parameters(), case.plain.models["student"].parameters(), 1e-5)
     own = int(checkpointing)  # transformers has a hook there then
     assert len(student.lm.get_input_embeddings()._forward_hooks) == own, "nothing is left behind"
 
