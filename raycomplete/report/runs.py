@@ -151,7 +151,8 @@ def _differences(settings: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
 def shares_by_measure(folder: str, result: Mapping[str, Any], *, in_detail: bool = True) -> dict[str, Shares]:
     """Reads what the result of one model holds prompt by prompt, by measure: the shares, and the trials of a prompt.
 
-    In detail, attacks of several trials have their worst of n too, and those with a headline their other variants.
+    In detail, attacks of several trials have their worst of n too, and those with a headline their other variants. What
+    no prompt was asked, such as a depth that no answer reaches, is left out.
 
     Raises:
         DataError: An earlier version wrote the result, without prompts.
@@ -176,7 +177,8 @@ def shares_by_measure(folder: str, result: Mapping[str, Any], *, in_detail: bool
         if in_detail:
             found |= {key: (by_prompt[key], 1) for key in by_prompt if key.startswith(f"{name}, ")}
     labels = {name: label.removesuffix(" (borderline)") for name, label in OTHER_RATES.items()}
-    return found | {label: (by_prompt[name], 1) for name, label in labels.items() if by_prompt[name]}
+    found |= {label: (by_prompt[name], 1) for name, label in labels.items()}
+    return {label: measured for label, measured in found.items() if measured[0]}
 
 
 def _rates(shares: Mapping[str, Sequence[Mapping[str, Shares]]]) -> dict[str, dict[str, Any]]:

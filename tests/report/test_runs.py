@@ -188,6 +188,17 @@ def test_results_of_earlier_versions_name_the_remedy(runs: list[Path]) -> None:
         aggregate_runs(runs)
 
 
+def test_a_depth_that_no_answer_reaches_is_left_out(runs: list[Path]) -> None:
+    before = aggregate_runs(runs)
+    for run in runs:
+        for role in ("aligned", "student"):
+            path = run / "evaluation" / f"{role}.json"
+            result = json.loads(path.read_text())
+            result["by_prompt"]["prefill-100"] = {}
+            write_json(path, result)
+    assert aggregate_runs(runs) == before
+
+
 def test_other_prompts_are_refused(tmp_path: Path) -> None:
     runs = [a_run(tmp_path, 0), a_run(tmp_path, 1)]
     path = runs[1] / "evaluation" / "student.json"
