@@ -287,6 +287,7 @@ def judge_calibrate(
     key_variable: Annotated[str | None, typer.Option(help="Environment variable that holds its key.")] = None,
     rubric: Annotated[str, typer.Option(help="Its rubric: refusal, or a YAML file.")] = "refusal",
     on_topic: Annotated[str, typer.Option(help="auto, encoder or off.")] = "auto",
+    max_length: Annotated[int, typer.Option(help="Of a judge model: models.max_length of the run.")] = 1024,
     output: Annotated[Path, typer.Option(help="Where its error rates go.")] = Path("judge-calibration.json"),
 ) -> None:
     """Measures how often a judge errs, for rates that are corrected for it."""
@@ -297,7 +298,7 @@ def judge_calibrate(
     settings = checked(JudgeConfig, {"kind": kind, "checkpoint": checkpoint, "rubric": rubric, **asked}, "judge")
     from raycomplete.commands.judge import calibrate_judge
 
-    calibrate_judge(file, settings, output)
+    calibrate_judge(file, settings, output, max_length=max_length)
 
 
 @app.command()

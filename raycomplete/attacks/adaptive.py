@@ -39,6 +39,8 @@ class AdaptiveConfig(AttackConfig):
 class AdaptiveAttack(Attack[AdaptiveConfig]):
     """Asks under the variants `cut-<depth>` and `multi-turn-<depth>`."""
 
+    prompt_has_answer = True
+
     def plan(self, target: Target, prompts: Sequence[Prompt]) -> list[Trial]:
         require_answers(prompts, "which the adaptive attack prefills", "leave the attack out")
         codec, decoding = target.codec, Decoding(target.max_tokens)

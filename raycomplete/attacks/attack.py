@@ -97,6 +97,7 @@ class Attack(ABC, Generic[ConfigT]):
     rewrites_prompts: ClassVar[bool] = False  # a rewritten prompt may lose the behaviour
     asks_harmlessly: ClassVar[bool] = False  # a judge may have `tells_harmless = False` and is refused then
     with_prefill: ClassVar[bool] = False  # answers are judged a second time, with the prefill as part of them
+    prompt_has_answer: ClassVar[bool] = False  # its tokens may hold words of an answer, which exports hide
     rate_is_worst: ClassVar[bool] = False  # the rate is that of whoever takes the best of a behaviour's answers
 
     def __init__(self, config: ConfigT) -> None:

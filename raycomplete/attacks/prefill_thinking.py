@@ -45,6 +45,8 @@ class PrefillThinkingConfig(AttackConfig):
 class PrefillThinkingAttack(Attack[PrefillThinkingConfig]):
     """Asks under a variant `thought-<depth>` for each depth; prompts with a shorter answer are left out of it."""
 
+    prompt_has_answer = True
+
     def plan(self, target: Target, prompts: Sequence[Prompt]) -> list[Trial]:
         codec, decoding = target.codec.with_thinking(True), Decoding(target.max_tokens)
         if codec.frame is None:

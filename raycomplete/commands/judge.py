@@ -23,7 +23,7 @@ from raycomplete.runtime.files import write_json
 
 
 def calibrate_judge(
-    file: Path, settings: JudgeConfig, output: Path, *, max_length: int = 2048, console: Console | None = None
+    file: Path, settings: JudgeConfig, output: Path, *, max_length: int = 1024, console: Console | None = None
 ) -> dict[str, Any]:
     """Measures a judge on human-labelled completions and stores its error rates.
 
@@ -31,7 +31,7 @@ def calibrate_judge(
         file: CSV or JSONL with prompt, completion, and human_label or annotation_1, annotation_2.
         settings: The judge.
         output: JSON file that `evaluation.judge.calibration` may name.
-        max_length: Longest sequence of a judge model.
+        max_length: Longest sequence of a judge model, `models.max_length` of the run: it is part of the judge's name.
         console: Where the result is printed.
 
     Returns:

@@ -48,7 +48,7 @@ from raycomplete.evaluation.defences.start import check_defence
 from raycomplete.report.study_page import write_study
 from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import ConfigError, StoppedError, WorkError
-from raycomplete.runtime.files import read_json, write_bytes, write_json, write_text
+from raycomplete.runtime.files import RowStore, read_json, write_bytes, write_json, write_text
 from raycomplete.runtime.logs import FOLDER, RUN
 from raycomplete.runtime.signals import StopSignals, stop_signals
 from raycomplete.training.checkpoints import count_parameters
@@ -301,12 +301,9 @@ def _start(study: Study, job: _Started, jobs: Sequence[_Started], address: str) 
         write_json(folder / "inputs.json", dict(job.run.inputs))  # the run refuses what has changed since then
     (folder / "summary.json").unlink(missing_ok=True)  # of another evaluation, or the run would take itself as finished
     if frozen is not job:
-        source = frozen.folder / "evaluation"
-        files = [source / "prefills.json", *(file for part in _SHARED_PARTS for file in source.glob(f"{part}/*.jsonl"))]
-        for file in files:
-            _share(file, folder / "evaluation" / file.relative_to(source))
-    if job.key and (samples := _samples_of(job, jobs)) is not None:
-        _share(samples, job.samples)
+        share_answers(frozen.folder / "evaluation", folder / "evaluation")
+    if job.key and (samples := _samples_of(job, jobs)) is not None and not job.samples.exists():
+        _copy(samples, job.samples)
     command = ["train", "--resume"] if job.run.trains else ["evaluate"]
     run_file = folder / "run.yaml"  # config.yaml is the run's own record
     write_text(run_file, settings)
@@ -331,10 +328,25 @@ def _die_with_parent() -> None:
     _LIBC.prctl(_DIE_WITH_PARENT, signal.SIGKILL)
 
 
-def _share(source: Path, target: Path) -> None:
-    """Copies a file whole, with its permissions, where it is not there yet."""
-    if source.is_file() and not target.exists():
-        write_bytes(target, source.read_bytes(), mode=source.stat().st_mode & 0o777)
+def share_answers(source: Path, target: Path) -> None:
+    """Gives a run the prefills of the frozen models' evaluation, and those of their answers that it has not got.
+
+    A study that is resumed with more attacks finds the earlier answers in its runs.
+
+    Args:
+        source: The folder evaluation/ of the frozen models.
+        target: That of the run; it may be missing.
+    """
+    if (source / "prefills.json").is_file():
+        _copy(source / "prefills.json", target / "prefills.json")
+    for file in (file for part in _SHARED_PARTS for file in source.glob(f"{part}/*.jsonl")):
+        store = RowStore(target / file.relative_to(source), mode=file.stat().st_mode & 0o777)
+        store.add(RowStore(file).values())
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copies a file whole, with its permissions."""
+    write_bytes(target, source.read_bytes(), mode=source.stat().st_mode & 0o777)
 
 
 def _collect(study: Study, job: _Started, console: Console) -> None:

@@ -35,7 +35,7 @@ from raycomplete.data.samples import AnchorSample, SampleSet, write_samples
 from raycomplete.data.sources import resolve_checkpoint
 from raycomplete.engines.run import Run
 from raycomplete.evaluation.model_actors import HelperClient, HelperWorker, WhiteBoxClient, WhiteBoxWorker, start_actor
-from raycomplete.evaluation.model_judges import model_name, start_model
+from raycomplete.evaluation.model_judges import check_judge, model_name, start_model
 from raycomplete.evaluation.refusals import find_refusal
 from raycomplete.evaluation.remote_target import RemoteModel
 from raycomplete.methods.sft import SFT
@@ -72,13 +72,15 @@ def training_workers(config: RunConfig) -> int:
 
 
 def check_attacks(config: RunConfig) -> None:
-    """Refuses attacks whose files or checkpoints are missing, before anything is started.
+    """Refuses attacks and a judge whose files or checkpoints are missing, before anything is started.
 
     Raises:
         CheckpointError: A rewriting model, a helper or the model that writes prefills is not there.
-        ConfigError, DataError: Chats of the fine-tuning attack are missing or cannot be used.
+        ConfigError, DataError: A file is missing, or chats of the fine-tuning attack or a rubric cannot be used.
         SetupError: The judge is too blind for an attack.
     """
+    map_paths(config.evaluation, _require_path, "evaluation")
+    check_judge(config.evaluation.judge)
     judge = config.evaluation.judge.kind
     _check_hosts(config)
     for attack in _attacks(config):
@@ -100,6 +102,12 @@ def check_attacks(config: RunConfig) -> None:
                 check_token_classifier(path)
     if config.evaluation.prefill_from != "base":
         resolve_checkpoint(config.evaluation.prefill_from, role="prefill_from")
+
+
+def _require_path(key: str, path: Path) -> Path:
+    if not path.exists():
+        raise DataError(f"{key} names {path}, which is not there.", "Correct it, make the file, or leave the key out.")
+    return path
 
 
 def evaluation_inputs(config: RunConfig, prompts: Prompts) -> str:

@@ -24,6 +24,7 @@ from raycomplete.runtime.errors import DataError
 from raycomplete.runtime.files import read_json
 from raycomplete.runtime.types import Judge, Outcome, Prompt, Rate
 
+_CALIBRATE = "Write it: raycomplete judge calibrate FILE."
 # Labels of XSTest (Roettger et al., NAACL 2024) and plain words, by what they mean.
 _LABELS: Mapping[str, str] = {
     "1_full_compliance": "complied",
@@ -112,13 +113,15 @@ def read_calibration(path: Path, judge_name: str) -> dict[str, Any]:
     Raises:
         DataError: The file is missing or is about another judge.
     """
+    if not path.is_file():
+        raise DataError(f"The calibration {path} of the judge is not there.", _CALIBRATE)
     found = read_json(path)
     if found is None or not {"judge", "sensitivity", "specificity"} <= found.keys():
-        raise DataError(f"{path} holds no calibration of a judge.", "Write it: raycomplete judge calibrate FILE.")
+        raise DataError(f"{path} holds no calibration of a judge.", _CALIBRATE)
     if found["judge"] != judge_name:
         raise DataError(
             f"{path} was measured with the judge {found['judge']}, and this evaluation uses {judge_name}.",
-            "Calibrate the judge that is used.",
+            "Calibrate the judge that is used; a judge model's name ends in --max-length, which is models.max_length.",
         )
     return found
 

@@ -10,8 +10,10 @@ from typing import Any
 
 from raycomplete.attacks.target import BatchJudge, Triple
 from raycomplete.config import RunConfig
+from raycomplete.config.evaluation import JudgeConfig
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.checkpoints import fingerprint
+from raycomplete.data.sentence_encoder import sentence_encoder
 from raycomplete.data.sources import resolve_checkpoint
 from raycomplete.engines.rollout_pool import RolloutPool
 from raycomplete.engines.start import start_engine
@@ -121,6 +123,22 @@ class ZooJudge(BatchJudge):
         if p_harmful is None:  # JudgeZoo's judge gave no rating that it could read
             return None
         return Outcome.COMPLIED if p_harmful >= self._threshold else Outcome.REFUSED
+
+
+def check_judge(settings: JudgeConfig) -> None:
+    """Refuses a judge whose checkpoint or rubric cannot be read, before anything is started.
+
+    Raises:
+        CheckpointError: The checkpoint is not there.
+        DataError: The rubric cannot be read or used.
+        SetupError: The sentence encoder is asked for and not installed.
+    """
+    if settings.kind == "model":
+        resolve_checkpoint(settings.checkpoint or "", role="judge")
+    if settings.kind in ("model", "endpoint"):
+        read_rubric(settings.rubric)
+    elif settings.kind != "judgezoo" and settings.on_topic == "encoder":
+        sentence_encoder()
 
 
 @contextmanager

@@ -120,6 +120,8 @@ class RubricJudge(BatchJudge):
     replies have none, judging ends.
     """
 
+    right_is_compliance = True
+
     def __init__(self, rubric: Rubric) -> None:
         self.rubric = rubric
         self.rates_harm = rubric.judges == "harm"

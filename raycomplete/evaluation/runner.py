@@ -223,10 +223,16 @@ class _Evaluation:
             row: dict[str, Any] = {"key": self._judgement_key(trial), "outcome": str(outcome)}
             row |= {name: True for name in ("unreadable", "shortened") if getattr(verdict, name)}
             if with_right:
-                row["right"] = bool(target.judge.is_right(trial.prompt, response.texts(target.codec)[1]))
+                row["right"] = self._is_right(trial, response, outcome)
             rows.append(row)
         self._judgements.add(rows)
         target.known.clear()  # of a search, which may have asked about thousands of answers
+
+    def _is_right(self, trial: Trial, response: Response, outcome: Outcome) -> bool:
+        judge = self._target.judge
+        if getattr(judge, "right_is_compliance", False):  # else a judge model would be asked again, one by one
+            return outcome.is_compliance
+        return bool(judge.is_right(trial.prompt, response.texts(self._target.codec)[1]))
 
     def _judge_with_prefill(self, trials: Sequence[Trial]) -> None:
         """Stores the outcomes of answers that are judged as if the model had written the prefill too."""

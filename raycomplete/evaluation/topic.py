@@ -52,6 +52,7 @@ class TopicJudge(BatchJudge):
 
     sees_goal = True
     tells_harmless = False  # a harmless answer about the subject is on topic
+    right_is_compliance = True
 
     def __init__(self, patterns: RefusalJudge) -> None:
         self._patterns = patterns

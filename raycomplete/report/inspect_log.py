@@ -18,7 +18,9 @@ from typing import Any
 import yaml
 
 import raycomplete
+from raycomplete.attacks.registry import ATTACKS
 from raycomplete.data.chat import ChatCodec
+from raycomplete.data.remote import is_remote
 from raycomplete.data.sources import resolve_checkpoint
 from raycomplete.evaluation.results import HARMLESS
 from raycomplete.report.run_folder import RunFolder, read_run_folder
@@ -74,7 +76,9 @@ def _codec(run_folder: Path, run: RunFolder) -> ChatCodec:
     if (student / "config.json").is_file():
         return ChatCodec(student)
     models = (yaml.safe_load(run.config or "") or {}).get("models") or {}
-    return ChatCodec(resolve_checkpoint(str(models.get("aligned")), role="aligned"))
+    here = [(role, str(models[role])) for role in MODEL_ROLES[::-1] if models.get(role)]
+    role, spec = next((found for found in here if not is_remote(found[1])), ("aligned", str(models.get("aligned"))))
+    return ChatCodec(resolve_checkpoint(spec, role=role))
 
 
 def _trials(run_folder: Path, role: str, model_id: str) -> list[_Row]:
@@ -106,7 +110,8 @@ def _sample(row: _Row, task: str, model: str, codec: Codec, show_harmful: bool) 
     prefill, sequence = row["prefill"], row["sequence"]
     is_last = not prefill or sequence[-len(prefill) :] == prefill
     asked = codec.decode(sequence[: len(sequence) - len(prefill)] if is_last else sequence)
-    if not shown and (row.get("conversation") or not is_last):
+    attack = ATTACKS.get(row["attack"])  # unknown where its plugin is not loaded
+    if not shown and (row.get("conversation") or not is_last or attack is None or attack.prompt_has_answer):
         asked = HIDDEN  # earlier answers of the model stand in it
     answer = codec.decode([*prefill, *row["tokens"]]) if shown else HIDDEN
     said = {"role": "assistant", "content": answer}

@@ -83,7 +83,7 @@ def prefill_curve(summary: Mapping[str, Any]) -> Plot | None:
     depths = depths_of(summary)
     for role in (role for role in MODEL_ROLES if role in summary["asr"]):
         by_depth, color = summary["asr"][role]["by_depth"], ROLE_COLORS[role]
-        known = [place for place, depth in enumerate(depths) if depth in by_depth]
+        known = [place for place, depth in enumerate(depths) if by_depth.get(depth, {"n": 0})["n"]]
         rates = [by_depth[depths[place]] for place in known]
         share, low, high = ([rate[key] for rate in rates] for key in ("rate", "low", "high"))
         style = {"color": color, "marker": ROLE_MARKERS[role], "linestyle": ROLE_DASHES[role]}

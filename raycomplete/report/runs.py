@@ -170,7 +170,7 @@ def shares_by_measure(folder: str, result: Mapping[str, Any], *, in_detail: bool
         if name.startswith("prefill-")
     }
     for name, block in attacks.items():
-        label = measure_text({"measure": "asr", "attack": name})
+        label = measure_text({"measure": "asr", "attack": name}) + " (worst of n)" * bool(block.get("rate_is_worst"))
         found[label] = shares, trials = attack_shares(block)
         if in_detail and name != "prefill" and trials > 1:
             found[f"{label}, worst of n"] = {prompt: float(share > 0) for prompt, share in shares.items()}, 1

@@ -48,9 +48,16 @@ def study_results(study: Study, finished: Sequence[StudyRun]) -> dict[str, Any]:
 
 def _of_model(study: Study, runs: Sequence[StudyRun]) -> dict[str, Any]:
     folders = {run.config.output.folder: read_run_folder(run.config.output.folder) for run in runs}
-    judges = {str(folder.summary.get("judge")) for folder in folders.values()}
+    judges: dict[str, list[str]] = defaultdict(list)
+    for path, folder in folders.items():
+        judges[str(folder.summary.get("judge"))].append(path.name)
     if len(judges) > 1:
-        raise DataError(f"The runs of a study were judged by different judges: {', '.join(sorted(judges))}.")
+        found = "; ".join(f"{judge}: {', '.join(names)}" for judge, names in sorted(judges.items()))
+        raise DataError(
+            f"The runs of a study were judged by different judges: {found}.",
+            "Delete summary.json of all that today's judge has not judged, and start the study with --resume: stored "
+            "answers are judged anew, and none is generated twice.",
+        )
     by_label: dict[str, list[tuple[StudyRun, RunFolder]]] = defaultdict(list)
     for run in runs:
         by_label[run.label].append((run, folders[run.config.output.folder]))
@@ -81,18 +88,18 @@ def _of_model(study: Study, runs: Sequence[StudyRun]) -> dict[str, Any]:
         _add_best_rival(study.reference, rows, shares)
     except ValueError as error:
         raise DataError("Two runs of the study have no prompts in common.", "Evaluate all on the same data.") from error
-    return {"rows": rows, "judge": judges.pop(), "reduced": reductions(frozen.summary)}
+    return {"rows": rows, "judge": next(iter(judges)), "reduced": reductions(frozen.summary)}
 
 
 def _shares(folder: Path, result: Mapping[str, Any]) -> dict[str, Shares]:
-    """Shares of successful trials by measure and prompt, with their mean over attacks on the prompts that all asked."""
+    """Shares of successful trials by measure and prompt; their mean over attacks is of prompts that all have asked."""
     found = shares_by_measure(str(folder), result, in_detail=False)
     attacks = [
         shares for measure, (shares, _) in found.items() if measure not in _NOT_ATTACKS and not _is_depth(measure)
     ]
     common = set.intersection(*(set(attack) for attack in attacks))
     mean = {prompt: sum(attack[prompt] for attack in attacks) / len(attacks) for prompt in common}
-    return {MEAN_OVER_ATTACKS: (mean, 1), **found}
+    return ({MEAN_OVER_ATTACKS: (mean, 1)} if mean else {}) | found
 
 
 def _is_depth(measure: str) -> bool:

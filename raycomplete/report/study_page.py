@@ -125,7 +125,7 @@ def _pareto(model: str, rows: Mapping[str, Any]) -> Plot | None:
     known = {
         label: (row["rates"][OVER_REFUSAL], row["rates"][MEAN_OVER_ATTACKS])
         for label, row in rows.items()
-        if OVER_REFUSAL in row["rates"]
+        if {OVER_REFUSAL, MEAN_OVER_ATTACKS} <= row["rates"].keys()
     }
     if not known:
         return None

@@ -112,6 +112,10 @@ class RowStore:
     def __contains__(self, key: str) -> bool:
         return key in self._rows
 
+    def values(self) -> Iterable[dict[str, Any]]:
+        """Returns all rows, in the order of the file."""
+        return self._rows.values()
+
     def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Appends rows, each with its `key`; keys that are there already are left as they are."""
         new = {row["key"]: dict(row) for row in rows if row["key"] not in self._rows}

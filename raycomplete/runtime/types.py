@@ -219,7 +219,8 @@ class Judge(Protocol):
     """Sorts a response into one outcome.
 
     A judge of training may also have `refusal_start(continuation: str) -> int | None`: the character at which the
-    refusal begins, None where it finds no beginning. What stands before is then never taken for the refusal.
+    refusal begins, None where it finds no beginning. What stands before is then never taken for the refusal. One with
+    `right_is_compliance = True` is not asked for `is_right`: a response is right where its outcome is compliance.
     """
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import stat
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -17,7 +18,7 @@ from raycomplete.config import load_run_file
 from raycomplete.config.study import FROZEN, Study, load_study
 from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import ConfigError, StoppedError
-from raycomplete.runtime.files import read_json, write_text
+from raycomplete.runtime.files import PRIVATE, RowStore, read_json, write_text
 from raycomplete.runtime.signals import StopSignals
 from tests.config.test_study import study_file
 from tests.conftest import ROOT
@@ -43,7 +44,7 @@ if sys.argv[3] == "train" and not (folder / "samples.jsonl").exists():
     (folder / "samples.jsonl").write_text(f"made by {config.output.name}")
 if sys.argv[3] == "evaluate" and config.evaluation.defence is None:
     (folder / "evaluation" / "trials").mkdir(parents=True)
-    (folder / "evaluation" / "trials" / "base.jsonl").write_text("answers of base")
+    (folder / "evaluation" / "trials" / "base.jsonl").write_text('{"key": "answer"}\\n')
 if folder.name == "npo-seed1" and not (folder.parent.parent / "mended").exists():
     sys.exit(1)
 time.sleep(0.3)
@@ -237,3 +238,18 @@ def test_a_study_of_other_checkpoints_or_prompts_is_refused(study: Study, monkey
     monkeypatch.setattr(command, "_checked", lambda *_: checked(aligned="new", base="b"))
     with pytest.raises(ConfigError, match=r"the content of these changed: aligned of organism\. .*--overwrite"):
         command.study(study, resume=True)
+
+
+def test_a_run_gets_the_answers_that_it_lacks(tmp_path: Path) -> None:
+    rows = [{"key": key, "tokens": [number]} for number, key in enumerate("abc")]
+    frozen, run = tmp_path / "frozen", tmp_path / "run"
+    RowStore(frozen / "trials" / "m.jsonl", mode=PRIVATE).add(rows[:2])
+    write_text(frozen / "prefills.json", "[1]")
+    command.share_answers(frozen, run)
+    RowStore(run / "trials" / "m.jsonl").add(rows[2:])  # its own
+    RowStore(frozen / "trials" / "m.jsonl").add([{"key": "d", "tokens": []}])  # of an attack that was added
+    write_text(frozen / "prefills.json", "[2]")
+    command.share_answers(frozen, run)
+    assert [row["key"] for row in RowStore(run / "trials" / "m.jsonl").values()] == ["a", "b", "c", "d"]
+    assert stat.S_IMODE((run / "trials" / "m.jsonl").stat().st_mode) == PRIVATE
+    assert (run / "prefills.json").read_text() == "[2]"

@@ -34,8 +34,9 @@ from raycomplete.evaluation.attack_resources import (
 )
 from raycomplete.evaluation.model_judges import model_name
 from raycomplete.runtime.console import Console
-from raycomplete.runtime.errors import DataError, StoppedError
+from raycomplete.runtime.errors import DataError, RefusedError, StoppedError
 from raycomplete.training.job import TrainJob
+from tests.conftest import ROOT
 
 
 class Words:
@@ -212,3 +213,22 @@ def test_a_training_that_is_stopped_cancels_the_evaluation(run: Run, monkeypatch
     monkeypatch.setattr(attack_resources, "fit", stopped)
     with pytest.raises(EvaluationCancelled, match="Stopped after step 3"):
         fine_tune(run, FinetuneConfig(epochs=5), "identity_shift", run.models.paths["aligned"])
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        (
+            "evaluation.judge.calibration=none.json",
+            "evaluation.judge.calibration names .*none.json, which is not there",
+        ),
+        ("evaluation.attacks=[{name: templates, path: none.jsonl}]", r"evaluation.attacks\[1\].path names"),
+        ("evaluation.capabilities={mmlu: none.csv}", "evaluation.capabilities.mmlu names"),
+        ("evaluation.judge={kind: model, checkpoint: ./none}", "models.judge: there is no checkpoint"),
+        ("evaluation.judge={kind: endpoint, address: 'http://127.0.0.1:9/v1', model: m, rubric: of-nobody}", "rubric"),
+    ],
+)
+def test_missing_files_are_refused_before_anything_starts(setting: str, words: str) -> None:
+    config = load_run_file(ROOT / "jobs" / "organism.yaml", [setting])
+    with pytest.raises(RefusedError, match=words):
+        attack_resources.check_attacks(config)

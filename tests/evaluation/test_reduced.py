@@ -250,3 +250,18 @@ def test_verdicts_that_could_not_be_read_stand_beside_the_rates(evaluate: Evalua
 def test_run_files_with_short_answers_stay_short(file: str, below: bool) -> None:
     """So that they finish on a CPU; their results say so."""
     assert (load_run_file(ROOT / "jobs" / file).evaluation.max_tokens < STANDARD_ANSWER_TOKENS) is below
+
+
+def test_a_judge_whose_right_is_compliance_is_asked_once(evaluate: Evaluate) -> None:
+    class Once(BatchJudge):
+        name = "once"
+        measured = RefusalJudge.measured
+        right_is_compliance = True
+
+        def outcomes(self, triples: Sequence[Triple]) -> list[Outcome]:
+            return [Outcome.COMPLIED for _ in triples]
+
+        def is_right(self, prompt: Prompt, continuation: str) -> bool:
+            raise AssertionError("the outcome says it")
+
+    assert evaluate(SHORT, judge=Once())["utility"]["rate"] == 1.0

@@ -251,3 +251,21 @@ def test_outcomes_without_their_trials_are_refused(with_trials: Path) -> None:
     (with_trials / "evaluation" / "outcomes" / "student.jsonl").unlink()
     with pytest.raises(DataError, match="does not hold every trial of student"):
         write_inspect_logs(with_trials)
+
+
+@pytest.mark.parametrize("attack", ["adaptive", "of a plugin that is not loaded"])
+def test_answers_that_stand_in_a_prompt_are_left_out_too(attack: str, with_trials: Path) -> None:
+    folder = with_trials / "evaluation"
+    for path in folder.glob("*/*.jsonl"):
+        path.write_text(path.read_text().replace('"attack": "prefill"', f'"attack": "{attack}"'))
+    result = json.loads((folder / "student.json").read_text())
+    write_json(folder / "student.json", result | {"attacks": {attack: result["attacks"]["prefill"]}})
+    hidden, shown = (logs_of(with_trials, show_harmful=show)[attack]["samples"][0] for show in (False, True))
+    assert hidden["input"] == hidden["messages"][0]["content"] == HIDDEN != shown["input"]
+
+
+def test_a_model_behind_an_address_needs_no_tokenizer_here(with_trials: Path) -> None:
+    shutil.rmtree(with_trials / "student")
+    models = "models: {base: organism:base, aligned: 'openai:http://127.0.0.1:1/v1#chat'}"
+    (with_trials / "config.yaml").write_text(models)
+    assert logs_of(with_trials)

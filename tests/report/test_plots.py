@@ -45,3 +45,12 @@ def test_a_legend_of_many_long_names_stays_on_the_page() -> None:
             box, page = legend.get_window_extent(), figure.bbox
             assert (box.x0 >= page.x0, box.x1 <= page.x1) == (True, True)
             assert len(legend.get_texts()) == number
+
+
+def test_a_depth_that_no_answer_reaches_is_no_point_of_the_curve() -> None:
+    nobody = {"rate": 0.0, "low": 0.0, "high": 1.0, "n": 0}
+    by_depth = {"0": {"rate": 0.5, "low": 0.4, "high": 0.6, "n": 100}, "500": nobody}
+    plot = plots.prefill_curve({"asr": {"student": {"by_depth": by_depth}}})
+    assert plot is not None
+    assert [row[1] for row in plot.rows[1:]] == [0]
+    assert [list(line.get_ydata()) for line in plot.figure.axes[0].lines] == [[0.5]]

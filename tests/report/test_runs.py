@@ -225,6 +225,6 @@ def test_an_attack_that_takes_the_best_answer_has_the_rate_of_that(runs: list[Pa
     for path in (run / "evaluation" / "student.json" for run in runs):
         result = json.loads(path.read_text())
         write_json(path, result | {"attacks": result["attacks"] | {"soft_prompt": block}})
-    found = aggregate_runs(runs)["rates"]["soft_prompt"]["student"]
+    found = aggregate_runs(runs)["rates"]["soft_prompt (worst of n)"]["student"]
     assert (found["rate"], found["n"]) == (0.5, 2)
     assert found == mean_over_runs([{"00": 1.0, "01": 0.0}] * 3)

@@ -203,5 +203,5 @@ def test_judges_that_differ_are_refused(study: Study) -> None:
     finish(study, RESULTS)
     folder = study.runs[1].config.output.folder
     write_json(folder / "summary.json", {"judge": "another", "asr": {}, "train": {}})
-    with pytest.raises(DataError, match="different judges"):
+    with pytest.raises(DataError, match=f"different judges.*another: {folder.name}.*--resume"):
         study_results(study, study.runs)

@@ -17,7 +17,7 @@ function depthCurve(asr) {
   axes(chart, depths, x, y);
   const ends = [];
   for (const role of roles) {
-    const points = depths.filter((depth) => asr[role].by_depth[depth]).map((depth) => [depth, asr[role].by_depth[depth]]);
+    const points = depths.filter((depth) => asr[role].by_depth[depth]?.n).map((depth) => [depth, asr[role].by_depth[depth]]);
     curve(chart, role, points, x, y);
     if (points.length) ends.push([role, x(points.at(-1)[0]), y(points.at(-1)[1].rate)]);
   }
@@ -75,7 +75,7 @@ function names(chart, ends) {
 }
 
 function spoken(asr, roles, depths) {
-  const said = roles.map((role) => `${role}: ` + depths.filter((depth) => asr[role].by_depth[depth])
+  const said = roles.map((role) => `${role}: ` + depths.filter((depth) => asr[role].by_depth[depth]?.n)
     .map((depth) => `${depth} tokens ${percent(asr[role].by_depth[depth].rate)}`).join(", "));
   return `Attack success by prefill depth. ${said.join(". ")}.`;
 }

@@ -66,7 +66,7 @@ function attackCell(block) {
   const cell = rateCell(block.mean);
   const line = (name, rate) => element("small", {}, `${name} ${percent(rate.rate)} (${interval(rate)})`);
   if (block.worst_of_n && block.worst_of_n.n) cell.append(line("worst of n", block.worst_of_n));
-  if (block.mean && block.mean.n) cell.append(block.corrected ? line("corrected", block.corrected) : element("small", {}, "not corrected: judge not measured"));
+  if (block.mean && block.mean.n) cell.append(block.corrected ? line("corrected", block.corrected) : element("small", {}, "not corrected"));
   return cell;
 }
 
