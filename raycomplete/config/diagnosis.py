@@ -70,7 +70,9 @@ class DiagnoseConfig(Section):
     max_tokens: int = Field(128, ge=1, description="response tokens that are measured")
     tau: float = Field(0.01, ge=0, le=1, description="smallest base probability of a base-favored token")
     margin: float = Field(
-        0.1, ge=0, description="nats by which log p_base must exceed log p_policy; above the rounding of bf16"
+        0.1,
+        ge=0,
+        description="nats by which log p_base must exceed log p_aligned at position 0; above the rounding of bf16",
     )
     kappa: float = Field(0.5, gt=0, description="scale of the deficit in nats")
     refusal_starts: list[str] = Field(

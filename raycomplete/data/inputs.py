@@ -213,6 +213,8 @@ def _held_back(config: RunConfig, train: Mapping[PromptKind, Sequence[Prompt]]) 
         if sources := [source for source in getattr(data.train, kind) if source.held_back]:
             texts = {prompt.transcript for prompt in read_prompts(sources, kind, data.seed)}
             found |= {prompt.prompt_id for prompt in train[kind] if prompt.transcript in texts}
+        if kind != "borderline" and train[kind] and found.issuperset(prompt.prompt_id for prompt in train[kind]):
+            raise DataError(f"All of data.train.{kind} is held back.", "Leave held_back out where prompts shall train.")
     return frozenset(found)
 
 

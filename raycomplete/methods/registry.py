@@ -170,13 +170,18 @@ class TrainSequence:
 
 @dataclass(frozen=True)
 class Feedback:
-    """Measurements of the steps before, for the weights of the next one.
+    """Factors on the weights of terms in a step, from the method's schedule and from what was measured before.
 
     Attributes:
         loss_weights: Factor on the weight of terms by name; 1 where absent.
     """
 
     loss_weights: Mapping[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def product(cls, first: Mapping[str, float], second: Mapping[str, float]) -> Feedback:
+        """Multiplies two sets of factors."""
+        return cls({name: first.get(name, 1.0) * second.get(name, 1.0) for name in {**first, **second}})
 
 
 class DepthConfig(Section):

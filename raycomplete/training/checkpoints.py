@@ -60,15 +60,17 @@ def check_space(folder: Path, student: Path, dtype: Dtype, train: TrainConfig) -
     """Refuses a run whose checkpoints would fill the disk of its folder, which need not exist yet.
 
     Raises:
-        SetupError: Less is free than `train.keep_checkpoints` + 1 checkpoints (one more exists while the oldest is not
-            dropped yet) and the student take.
+        SetupError: Less is free than the checkpoints that stay, one more (while the oldest is not dropped yet) and the
+            student take.
     """
     num_parameters = count_parameters(student)
     one = checkpoint_bytes(num_parameters, dtype, train)
     # Weights: of the student, and of the best step so far and the next while it is written.
     weights = num_parameters * _BYTES[dtype] * (3 if train.validation.interval(train.steps) else 1)
     there = len(integrity.complete_checkpoints(folder / "checkpoints"))
-    wanted = max(train.keep_checkpoints + 1 - there, 1)
+    saved = list(range(train.checkpoint_every, train.steps + 1, train.checkpoint_every))
+    stay = len(saved) - len(integrity.superseded(saved, train.keep_checkpoints, train.keep_every))
+    wanted = max(stay + 1 - there, 1)
     needed = wanted * one + weights
     free = free_bytes(folder)
     if free < needed:

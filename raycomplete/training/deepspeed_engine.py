@@ -176,19 +176,21 @@ class BadSteps:
 def _record(batch: MicroBatch, loss: Tensor, row_loss_N: Tensor) -> dict[str, Any]:
     """Plain values from which a micro-batch can be read again; a loss that is not finite is null."""
     length = batch.input_ids_BT.shape[-1]
-    columns = (values_N.tolist() for values_N in (batch.row_N, batch.term_N, batch.token_N, row_loss_N.float()))
+    of_rows = (batch.row_N, batch.sequence_N, batch.term_N, batch.token_N, row_loss_N.float())
+    columns = (values_N.tolist() for values_N in of_rows)
     return {
         "loss": finite(float(loss)),
         "token_ids": batch.input_ids_BT.tolist(),
         "rows": [
             {
-                "sequence": row // length,
-                "position": row % length,
+                "row": row // length,  # of the token ids, where packed sequences stand side by side
+                "column": row % length,
+                "sequence": sequence,
                 "term": batch.terms[term],
                 "target_id": token,
                 "loss": finite(row_loss),
             }
-            for row, term, token, row_loss in zip(*columns, strict=True)
+            for row, sequence, term, token, row_loss in zip(*columns, strict=True)
         ],
     }
 

@@ -278,7 +278,7 @@ class Worker:
         given = self.source.next(step)
         learning_rate = float(self.engine.get_lr()[0])  # the optimizer step moves the schedule on
         schedule = self.job.method.schedule((step + 1) / self.job.train.steps)
-        feedback = Feedback({**schedule, **self.steering.factors})
+        feedback = Feedback.product(schedule, self.steering.factors)
         step_sequences = StepSequences.of(given.plan, self.job.method, feedback)
         meter = StepMeter(self.loss, self.sampler, self.job.method.depth_term)
         computed = needed = 0
@@ -326,7 +326,7 @@ class Worker:
         }
         if plan.recovery:
             stats |= {
-                "depth_mean": float(np.mean([item.depth for item in plan.recovery])),
+                "depth_mean": float(np.mean([item.answer_depth for item in plan.recovery])),
                 "depth_probabilities": [float(value) for value in self.sampler.probabilities()],
                 "depth_bins": [[low, high] for low, high in self.sampler.bin_ranges],
             }

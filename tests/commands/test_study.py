@@ -106,7 +106,7 @@ def test_equal_samples_are_made_once_and_frozen_models_asked_once(study: Study) 
     assert all(times[0][2] == "True" for times in starts.values())  # base's answers came first
     assert min(float(times[0][0]) for times in starts.values()) > float(first[0]) + 0.5
     folder = study.folder / "organism"
-    assert (folder / "completion-seed0" / "evaluation" / "trials" / "base.jsonl").read_text() == "answers of base"
+    assert "answer" in RowStore(folder / "completion-seed0" / "evaluation" / "trials" / "base.jsonl")
     made = {name: (folder / name / "samples.jsonl").read_text() for name in starts if name != "again"}
     assert made["completion-seed0"] == made["npo-seed0"] == "made by completion-seed0"
     assert made["completion-seed1"] == made["npo-seed1"] == "made by completion-seed1"

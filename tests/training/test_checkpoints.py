@@ -183,6 +183,9 @@ def test_a_run_that_would_fill_the_disk_is_refused(tmp_path: Path, monkeypatch: 
     free(needed - 1)
     with pytest.raises(SetupError, match=r"needs about .* \(3 checkpoints of .* lower train.keep_checkpoints"):
         check_space(tmp_path / "runs" / "new", model, "float32", train)
+    forever = TrainConfig(keep_checkpoints=2, steps=120, checkpoint_every=10, keep_every=50)  # 50, 100, 110 and 120
+    with pytest.raises(SetupError, match=r"\(5 checkpoints of"):
+        check_space(tmp_path / "runs" / "new", model, "float32", forever)
     # Checkpoints of a run that is resumed take their room already.
     write_text(tmp_path / "runs" / "old" / "checkpoints" / "step-000001" / "complete.json", "{}")
     check_space(tmp_path / "runs" / "old", model, "float32", train)

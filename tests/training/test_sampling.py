@@ -284,3 +284,14 @@ def test_too_few_prompts_to_hold_some_back_are_named(scarce: str) -> None:
     counts = {"harmful": 40, "benign": 40, "borderline": 0} | {scarce: 15}
     with pytest.raises(DataError, match=r"hold back a quarter of them, at least 4 of each. .*train.validation.every"):
         held_back_from(counts)
+
+
+def test_a_kind_of_which_all_is_held_back_is_refused(codec: ChatCodec, tmp_path: Path) -> None:
+    for name in ("harm", "kind", "out"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"prompt": name}) + "\n")
+    files = {name: {"path": str(tmp_path / f"{name}.jsonl")} for name in ("harm", "kind", "out")}
+    train = {"harmful": [files["harm"] | {"held_back": True}], "benign": [files["kind"]]}
+    data = {"source": "files", "train": train, "evaluation": {kind: [files["out"] | {"limit": 1}] for kind in KINDS}}
+    config = load_run_file("jobs/organism.yaml").model_copy(update={"data": DataConfig.model_validate(data)})
+    with pytest.raises(DataError, match=r"All of data\.train\.harmful is held back"):
+        prepare_prompts(config, codec)
