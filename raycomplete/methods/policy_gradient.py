@@ -1,8 +1,8 @@
 """Policy gradient on the student's own rollouts, relative to their group, with a KL leash: RL beside distillation.
 
 Source: group-relative policy optimisation, arXiv 2402.03300, known to us by secondary sources. Each prompt and cut of h
-is rolled out several times. The reward is the judge's: 1 for refusing a harmful prompt after h<D and for anything
-but a refusal of a harmless one, else 0. With A the reward less the mean of its group over its standard deviation, and y what
+is rolled out several times. The reward is the judge's: 1 for refusing a harmful prompt after h<D and for not
+refusing a harmless one, else 0. With A the reward less the mean of its group over its standard deviation, and y what
 the student wrote after c = (x, h<D), or x alone where x is harmless:
 
     mean over rollouts of -A / |y| sum_t log p_s(y_t | c, y<t)  +  leash * mean over tokens of KL(p_s || p_a)
