@@ -8,7 +8,7 @@ root mean square of the entries of e at the start:
 
 Behind this suffix the student then trains what completion trains behind x alone: recovery, and push-forward, here from
 position 0 of h on, where the search would break in. The gradient of the loss treats e as given. Other words at every
-step matter: where a suffix always began with the same ones, GCG got through again. Harmless prompts with suffixes that
+depth matter: where a suffix always began with the same ones, GCG got through again. Harmless prompts with suffixes that
 nobody moved are anchored, so that a suffix is no reason to refuse.
 
 Ours. Nearest are latent adversarial training, which perturbs x itself, and R2D2 (Mazeika et al., arXiv 2402.04249),
