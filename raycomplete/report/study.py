@@ -52,9 +52,9 @@ def _of_model(study: Study, runs: Sequence[StudyRun]) -> dict[str, Any]:
     for path, folder in folders.items():
         judges[str(folder.summary.get("judge"))].append(path.name)
     if len(judges) > 1:
-        found = "; ".join(f"{judge}: {', '.join(names)}" for judge, names in sorted(judges.items()))
+        named = "; ".join(f"{judge}: {', '.join(names)}" for judge, names in sorted(judges.items()))
         raise DataError(
-            f"The runs of a study were judged by different judges: {found}.",
+            f"The runs of a study were judged by different judges: {named}.",
             "Delete summary.json of all that today's judge has not judged, and start the study with --resume: stored "
             "answers are judged anew, and none is generated twice.",
         )
