@@ -54,10 +54,13 @@ def away(log_p_R: Tensor) -> Tensor:
 
 
 def away_rows(rows: LogProbs, options: Any) -> TermRows:
-    """`away` of the token that follows."""
+    """`away` of the token that follows; 1 - p is summed over all others, and so keeps a gradient near 0."""
     from raycomplete.losses.torch_rows import TermRows
 
-    return TermRows(away(rows.student_NV.gather(1, rows.token_N[:, None])[:, 0]))
+    token_R1 = rows.token_N[:, None]
+    log_p_R = rows.student_NV.gather(1, token_R1)[:, 0]
+    loss_R = -rows.student_NV.scatter(1, token_R1, float("-inf")).logsumexp(dim=1)
+    return TermRows(loss_R.where(log_p_R >= _FORGOTTEN, loss_R.new_zeros(())))
 
 
 @register

@@ -17,6 +17,7 @@ from raycomplete.losses.reference import reference_loss
 from raycomplete.losses.terms import LogProbs
 from raycomplete.methods.augmentation import Augmentation
 from raycomplete.methods.door import DOOR
+from raycomplete.methods.latent_adversarial import away_rows
 from raycomplete.methods.npo import NPO, NpoSettings
 from raycomplete.methods.registry import METHODS, AnchorItem, Feedback, RecoveryItem
 from raycomplete.methods.unlikelihood import Unlikelihood, unlikelihood
@@ -144,12 +145,13 @@ def test_w_door(sign: str, token_weights: str, tmp_path: Path) -> None:
     case.assert_like(plain)
 
 
-def test_unlikelihood_has_a_gradient_however_sure_the_student_is() -> None:
+@pytest.mark.parametrize("formula", [unlikelihood, away_rows])
+def test_what_turns_a_token_away_has_a_gradient_however_sure_the_student_is(formula: Any) -> None:
     """-log(1 - p) = log(1 + exp(z)) for logits z and 0: its slope is p."""
     for logit in (0.0, 10.0, 20.0, 40.0):
         logit_R2 = torch.tensor([[logit, 0.0]], requires_grad=True)
         rows = LogProbs(logit_R2.log_softmax(-1), None, None, torch.tensor([0]))
-        found = unlikelihood(rows, None)
+        found = formula(rows, None)
         (slope_R2,) = torch.autograd.grad(found.loss_R.sum(), logit_R2)
         assert float(found.loss_R.detach()) == pytest.approx(math.log1p(math.exp(logit)))
         assert float(slope_R2[0, 0]) == pytest.approx(1 / (1 + math.exp(-logit)))
