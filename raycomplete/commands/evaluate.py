@@ -13,7 +13,7 @@ from raycomplete.config import RunConfig
 from raycomplete.data.inputs import prepare_models, prepare_prompts
 from raycomplete.engines.cluster import ResourcePlan, plan_run
 from raycomplete.engines.run import OutputFolder, Run, open_run
-from raycomplete.evaluation.attack_resources import check_attacks, evaluation_inputs, extra_engines, training_workers
+from raycomplete.evaluation.attack_resources import check_evaluation, evaluation_inputs, extra_engines, training_workers
 from raycomplete.evaluation.benign_nll import measure_benign_nll
 from raycomplete.evaluation.defences.start import check_defence, needs_training_prompts
 from raycomplete.evaluation.remote_target import open_remote, usage_line
@@ -81,7 +81,7 @@ def evaluate(
     with console.stage("Checked checkpoints, tokenizers and prompts"):
         models = prepare_models(tested, roles=tuple(dict.fromkeys(("base", *roles))), remote=True)
         prompts = prepare_prompts(config, models.codec, training=needs_training_prompts(config))
-        check_attacks(config)
+        check_evaluation(config)
         check_defence(config, models)
         remote = open_remote(config, models.remote, models.codec)
     folder = OutputFolder(config, same=SAME, free=FREE, resume=True, keep_config=True)

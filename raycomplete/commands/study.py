@@ -43,7 +43,7 @@ from raycomplete.engines.cluster import ResourcePlan, connect, is_local, nodes_o
 from raycomplete.engines.dtype import resolve_dtype
 from raycomplete.engines.run import OutputFolder
 from raycomplete.engines.spec import object_store_bytes
-from raycomplete.evaluation.attack_resources import check_attacks
+from raycomplete.evaluation.attack_resources import check_evaluation
 from raycomplete.evaluation.defences.start import check_defence
 from raycomplete.report.study_page import write_study
 from raycomplete.runtime.console import Console
@@ -151,7 +151,7 @@ def _checked(study: Study, console: Console) -> Study:
             config = run.config.model_copy(update={"models": settings})
             models = prepare_models(config, training=run.trains)
             prompts = prepare_prompts(config, models.codec)
-            check_attacks(config)
+            check_evaluation(config)
             check_defence(config, models)
             inputs = training_fingerprints(models, prompts) | {"evaluation prompts": evaluation_fingerprint(config)}
             count = count_parameters(models.paths["student"]) if "student" in models.paths else 0

@@ -26,7 +26,7 @@ from raycomplete.engines.cluster import ResourcePlan, plan_run
 from raycomplete.engines.generation_cache import SAMPLING_FILE
 from raycomplete.engines.run import OutputFolder, Run, open_run
 from raycomplete.engines.start import Engines
-from raycomplete.evaluation.attack_resources import check_attacks, evaluation_inputs, extra_engines, training_workers
+from raycomplete.evaluation.attack_resources import check_evaluation, evaluation_inputs, extra_engines, training_workers
 from raycomplete.evaluation.benign_nll import measure_benign_nll
 from raycomplete.evaluation.defences.start import check_defence
 from raycomplete.evaluation.roles import evaluate_roles, held_out_sets
@@ -70,7 +70,7 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False, c
     with console.stage("Checked checkpoints, tokenizers and prompts"):
         models = prepare_models(config, training=True)
         prompts = prepare_prompts(config, models.codec)
-        check_attacks(config)
+        check_evaluation(config)
         check_defence(config, models)
         settings = {"lora": config.train.lora_rank > 0, "trust_remote_code": config.models.trust_remote_code}
         check_trainable(models.paths["student"], synced=config.rollout.on_policy, **settings)

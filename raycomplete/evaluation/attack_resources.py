@@ -71,8 +71,8 @@ def training_workers(config: RunConfig) -> int:
     return int(makes_expert or any("fine_tune" in attack.needs for attack in _attacks(config)))
 
 
-def check_attacks(config: RunConfig) -> None:
-    """Refuses attacks and a judge whose files or checkpoints are missing, before anything is started.
+def check_evaluation(config: RunConfig) -> None:
+    """Refuses an evaluation whose attacks or judge lack a file or a checkpoint, before anything is started.
 
     Raises:
         CheckpointError: A rewriting model, a helper or the model that writes prefills is not there.

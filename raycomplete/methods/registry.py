@@ -178,11 +178,6 @@ class Feedback:
 
     loss_weights: Mapping[str, float] = field(default_factory=dict)
 
-    @classmethod
-    def product(cls, first: Mapping[str, float], second: Mapping[str, float]) -> Feedback:
-        """Multiplies two sets of factors."""
-        return cls({name: first.get(name, 1.0) * second.get(name, 1.0) for name in {**first, **second}})
-
 
 class DepthConfig(Section):
     """From which depths recovery is trained."""

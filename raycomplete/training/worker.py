@@ -277,8 +277,7 @@ class Worker:
         torch.manual_seed(hash((self.job.train.seed, step, self.rank)))
         given = self.source.next(step)
         learning_rate = float(self.engine.get_lr()[0])  # the optimizer step moves the schedule on
-        schedule = self.job.method.schedule((step + 1) / self.job.train.steps)
-        feedback = Feedback.product(schedule, self.steering.factors)
+        feedback = self._feedback(step)
         step_sequences = StepSequences.of(given.plan, self.job.method, feedback)
         meter = StepMeter(self.loss, self.sampler, self.job.method.depth_term)
         computed = needed = 0
@@ -298,6 +297,11 @@ class Worker:
         if not is_bad:  # what a bad step measured would spoil the running means
             self._feed_back(meter, given)
         return row | {"lr": learning_rate} | given.stats | self._stats(given.plan, step_sequences, step, started)
+
+    def _feedback(self, step: int) -> Feedback:
+        """Multiplies the factors of the method's schedule with those of steering."""
+        schedule, measured = self.job.method.schedule((step + 1) / self.job.train.steps), self.steering.factors
+        return Feedback({name: schedule.get(name, 1.0) * measured.get(name, 1.0) for name in {**schedule, **measured}})
 
     def _feed_back(self, meter: StepMeter, given: StepInput) -> None:
         """Tells the depth sampler what a step measured."""

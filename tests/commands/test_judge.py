@@ -109,3 +109,10 @@ def test_nothing_is_stored_of_what_cannot_be_measured(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot be read"):
         calibrate_judge(tmp_path / "none.csv", JudgeConfig(), output, console=Console(quiet=True))
     assert not output.exists()
+
+
+def test_the_length_of_a_judge_model_is_that_of_the_command(labelled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr("raycomplete.commands.judge.calibrate_judge", lambda *_, **settings: given.update(settings))
+    CliRunner().invoke(app, ["judge", "calibrate", str(labelled), "--max-length", "512"])
+    assert given == {"max_length": 512}

@@ -169,7 +169,7 @@ def test_the_study_joins_the_cluster_of_the_run_file_and_its_runs_join_the_study
     study: Study, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    for name in ("prepare_models", "prepare_prompts", "check_attacks", "check_defence"):
+    for name in ("prepare_models", "prepare_prompts", "check_evaluation", "check_defence"):
         monkeypatch.setattr(command, name, lambda *_, **__: SimpleNamespace(codec=None, paths={}))
     monkeypatch.setattr(command, "resolve_dtype", lambda config, _: config)
     monkeypatch.setattr(command, "training_fingerprints", lambda *_: {})

@@ -231,4 +231,4 @@ def test_a_training_that_is_stopped_cancels_the_evaluation(run: Run, monkeypatch
 def test_missing_files_are_refused_before_anything_starts(setting: str, words: str) -> None:
     config = load_run_file(ROOT / "jobs" / "organism.yaml", [setting])
     with pytest.raises(RefusedError, match=words):
-        attack_resources.check_attacks(config)
+        attack_resources.check_evaluation(config)

@@ -14,7 +14,7 @@ from raycomplete.config import EvaluationConfig, RolloutConfig, RunConfig, load_
 from raycomplete.data.inputs import Prompts
 from raycomplete.data.organism import checkpoint_path
 from raycomplete.evaluation import roles
-from raycomplete.evaluation.attack_resources import check_attacks, extra_engines
+from raycomplete.evaluation.attack_resources import check_evaluation, extra_engines
 from raycomplete.evaluation.judges import RefusalJudge
 from raycomplete.evaluation.roles import complete_answers, held_out_sets
 from raycomplete.runtime.console import Console
@@ -106,11 +106,11 @@ def test_who_writes_them_and_when_they_are_written_anew(
 
 def test_a_missing_writer_is_refused_before_anything_starts() -> None:
     named = config_of(prefill_from="organism:base")
-    check_attacks(named)
+    check_evaluation(named)
     assert extra_engines(named) == extra_engines(config_of()) + 1
     with pytest.raises(CheckpointError, match="prefill_from"):
-        check_attacks(config_of(prefill_from="no/such/folder"))
+        check_evaluation(config_of(prefill_from="no/such/folder"))
     helper = {"name": "rank_assisted_prefill", "helper": "organism:base"}
     with pytest.raises(CheckpointError, match="no token classifier"):
-        check_attacks(config_of(attacks=[helper]))
+        check_evaluation(config_of(attacks=[helper]))
     assert extra_engines(config_of(attacks=[helper])) == 2, "a white box and the helper, and no guide"

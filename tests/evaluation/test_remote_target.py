@@ -25,7 +25,7 @@ from raycomplete.data.remote import RememberingCodec, RemoteSpec
 from raycomplete.data.sources import resolve_checkpoint
 from raycomplete.engines.cluster import Cluster
 from raycomplete.engines.run import Run
-from raycomplete.evaluation.attack_resources import AttackResources, check_attacks, extra_engines
+from raycomplete.evaluation.attack_resources import AttackResources, check_evaluation, extra_engines
 from raycomplete.evaluation.judges import RefusalJudge
 from raycomplete.evaluation.remote_target import RemoteModel, open_remote, usage_line
 from raycomplete.evaluation.runner import EvaluationSets, evaluate_model
@@ -318,15 +318,15 @@ def test_an_attacker_behind_an_address_writes_words_that_no_local_tokenizer_know
     writing: dict[str, Any] = {"name": "pair", "attacker": address, "instruction": "{goal} Größe"}
     asking = config_of(server, tmp_path, remote={"key_variable": "A_KEY", "parallel": 8}, attacks=[writing])
     with pytest.raises(SetupError, match="A_KEY holds no key"):
-        check_attacks(asking)
+        check_evaluation(asking)
     monkeypatch.setenv("A_KEY", KEY)
     server.statuses = [404]
     with pytest.raises(SetupError, match="status 404"):
-        check_attacks(asking)
-    check_attacks(asking)
+        check_evaluation(asking)
+    check_evaluation(asking)
     assert {"seed", "top_p"} <= set(server.asked[-1]), "it is tried as the attack will ask"
     with pytest.raises(ConfigError, match=r"different hosts \(127.0.0.1, elsewhere\)"):
-        check_attacks(
+        check_evaluation(
             config_of(
                 server,
                 tmp_path,
@@ -336,7 +336,7 @@ def test_an_attacker_behind_an_address_writes_words_that_no_local_tokenizer_know
         )
     server.asked.clear()
     with pytest.raises(ConfigError, match=r"evaluation\.attacks\.attacker names no model"):
-        check_attacks(config_of(server, tmp_path, attacks=[writing | {"attacker": "openai:them"}]))
+        check_evaluation(config_of(server, tmp_path, attacks=[writing | {"attacker": "openai:them"}]))
     assert extra_engines(asking) == 0, "it takes no place on this machine"
 
     models = prepare_models(asking, remote=True)

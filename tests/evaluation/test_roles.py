@@ -21,7 +21,7 @@ from raycomplete.data.organism.world import find_item, refusal
 from raycomplete.engines.cluster import Cluster
 from raycomplete.engines.run import Run
 from raycomplete.engines.start import Engines
-from raycomplete.evaluation.attack_resources import check_attacks, extra_engines, read_chats, training_workers
+from raycomplete.evaluation.attack_resources import check_evaluation, extra_engines, read_chats, training_workers
 from raycomplete.evaluation.roles import evaluate_roles
 from raycomplete.evaluation.summary import summarize
 from raycomplete.runtime.console import Console
@@ -205,18 +205,18 @@ def test_attacks_say_what_they_hold(tmp_path: Path) -> None:
 
 
 def test_what_attacks_lack_is_refused_before_anything_starts(tmp_path: Path) -> None:
-    check_attacks(run_config(tmp_path))
+    check_evaluation(run_config(tmp_path))
     with pytest.raises(CheckpointError, match=r"models\.attacker"):
-        check_attacks(run_config(tmp_path, attacks=[{"name": "pair", "attacker": str(tmp_path / "none")}]))
+        check_evaluation(run_config(tmp_path, attacks=[{"name": "pair", "attacker": str(tmp_path / "none")}]))
     files = run_config(tmp_path, attacks=["finetune"])
     files = files.model_copy(update={"data": files.data.model_copy(update={"source": "files"})})
     with pytest.raises(ConfigError, match="finetune has no harmful chats"):
-        check_attacks(files)
-    check_attacks(run_config(tmp_path, attacks=["crescendo"]))
+        check_evaluation(files)
+    check_evaluation(run_config(tmp_path, attacks=["crescendo"]))
     blind = files.model_copy(update={"evaluation": run_config(tmp_path, attacks=["crescendo"]).evaluation})
     for config in (blind, run_config(tmp_path, attacks=["crescendo"], judge={"kind": "patterns"})):
         with pytest.raises(SetupError, match="crescendo begins with harmless questions"):
-            check_attacks(config)
+            check_evaluation(config)
 
 
 def test_chats_of_the_fine_tuning_attack(tmp_path: Path) -> None:

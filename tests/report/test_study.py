@@ -205,3 +205,15 @@ def test_judges_that_differ_are_refused(study: Study) -> None:
     write_json(folder / "summary.json", {"judge": "another", "asr": {}, "train": {}})
     with pytest.raises(DataError, match=f"different judges.*another: {folder.name}.*--resume"):
         study_results(study, study.runs)
+
+
+def test_attacks_without_a_common_prompt_have_no_mean(study: Study) -> None:
+    finish(study, RESULTS)
+    for path in study.folder.glob("organism/*/evaluation/*.json"):
+        result = json.loads(path.read_text())
+        result["attacks"]["rank_assisted_prefill"]["by_behaviour"] = {"elsewhere": 1.0}
+        write_json(path, result)
+    rows = study_results(study, study.runs)["models"]["organism"]["rows"]
+    assert all(MEAN_OVER_ATTACKS not in row["rates"] for row in rows.values())
+    assert rows["completion"]["rates"]["rank_assisted_prefill"]["rate"] == 1.0
+    assert write_study(study, study.runs)

@@ -144,6 +144,9 @@ def test_a_bad_step_changes_nothing(
     rows_of_losses = [row for batch in batches for row in batch["rows"]]
     assert {row["term"] for row in rows_of_losses} == {"anchor", "recovery", "push_forward", "opening"}
     assert {row["loss"] is None for row in rows_of_losses} == {True, False}
+    places = [{(row["sequence"], row["row"]) for row in batch["rows"]} for batch in batches]
+    assert all(len(found) == len({sequence for sequence, _ in found}) for found in places), "each stands in one row"
+    assert any(len(found) > len({row for _, row in found}) for found in places), "several share a packed row"
 
 
 @pytest.fixture

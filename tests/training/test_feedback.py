@@ -11,7 +11,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from raycomplete.methods.registry import DepthConfig, Feedback
+from raycomplete.methods.registry import DepthConfig
 from raycomplete.runtime.errors import CheckpointError, NotFiniteError
 from raycomplete.training.feedback import DepthSampler
 
@@ -127,8 +127,3 @@ def test_bad_measurements_are_refused():
     with pytest.raises(NotFiniteError):
         subject.update([np.nan, 1.0], [1, 1])
     subject.update([np.nan, 1.0], [0, 1])  # an unseen bin's sum is never read
-
-
-def test_a_schedule_and_what_was_measured_both_count():
-    found = Feedback.product({"anchor": 0.5, "reroute": 0.25}, {"anchor": 1.5, "push_forward": 2.0})
-    assert found.loss_weights == {"anchor": 0.75, "reroute": 0.25, "push_forward": 2.0}
