@@ -1,5 +1,7 @@
 """Handles SIGTERM and SIGINT, of which one is enough: work ends by itself where it can, and is interrupted elsewhere.
 
+An import is not interrupted: libraries swallow the exception there or are left half-loaded. The interrupt waits for it.
+
 `kill` and `ray job stop` send SIGTERM, Ctrl-C sends SIGINT; both mean the same here. Work that looks between its steps
 gets `GRACE_S` seconds to reach the end of one and is interrupted then. The command line leaves after `LEAVE_S` seconds,
 whatever hangs on the way out: Kubernetes and others kill after 30.
@@ -23,6 +25,7 @@ LEAVE_S = 27.0
 """Seconds from the signal to the end of the process, where the command line handles signals."""
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_IMPORT_POLL_S = 0.05
 _ONE_REQUEST_S = 1.0  # `timeout` signals a process and then its group, so that one request comes twice
 _current: StopSignals | None = None
 
@@ -43,6 +46,7 @@ class StopSignals:
         self._is_deferred = False
         self._grace_s = GRACE_S
         self._requested_at = 0.0
+        self._waits_for_import = False
 
     def is_requested(self) -> bool:
         """Returns `requested`; work calls it between its steps."""
@@ -74,19 +78,45 @@ class StopSignals:
             KeyboardInterrupt: The work that is interrupted does not look for requests, or was asked before.
         """
         now = time.monotonic()
-        if self.requested and now - self._requested_at < _ONE_REQUEST_S:
-            return
-        first, self.requested, self._requested_at = not self.requested, True, now
-        if first and self._leave is not None:
-            _later(LEAVE_S, self._leave)
-        if not (first and self._is_deferred):
+        if not self._waits_for_import:
+            if self.requested and now - self._requested_at < _ONE_REQUEST_S:
+                return
+            first, self.requested, self._requested_at = not self.requested, True, now
+            if first and self._leave is not None:
+                _later(LEAVE_S, self._leave)
+            if first and self._is_deferred:
+                _later(self._grace_s, self._insist)
+                return
+        self._waits_for_import = _is_importing(frame) and now - self._requested_at < GRACE_S
+        if not self._waits_for_import:
             raise KeyboardInterrupt
-        _later(self._grace_s, self._insist)
+        _later(_IMPORT_POLL_S, self._ask_again)
+
+    def forget_import(self) -> None:
+        """Ends the wait for an import, when the work that it was part of has ended some other way."""
+        self._waits_for_import = False
+
+    def _ask_again(self) -> None:
+        if self._waits_for_import:
+            _signal_main_thread()
 
     def _insist(self) -> None:
         """Interrupts work that was asked and is still busy, as a second signal does."""
         if self._is_deferred:
-            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+            _signal_main_thread()
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    """Returns whether the code that a signal interrupted runs inside an import statement, at any depth."""
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _signal_main_thread() -> None:
+    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
 
 
 def _later(seconds: float, call: Callable[[], None]) -> None:
@@ -116,5 +146,6 @@ def stop_signals(leave: Callable[[], None] | None = None) -> Iterator[StopSignal
     finally:
         _current = outer
         if outer is None:
+            stop.forget_import()
             for number, handler in before.items():
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -9,6 +9,8 @@ import sys
 import threading
 import time
 from contextlib import nullcontext
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 
@@ -156,3 +158,57 @@ def test_other_threads_work_without_signals() -> None:
     thread.start()
     thread.join(10)
     assert not seen[0].is_requested()
+
+
+IMPORT_THAT_SWALLOWS = """
+import os, signal, time
+os.kill(os.getpid(), signal.SIGTERM)
+try:
+    time.sleep(0.2)
+    INTERRUPTED = False
+except BaseException:  # as compiled modules, and callbacks of the import system, do
+    INTERRUPTED = True
+"""
+
+
+def test_an_import_ends_before_it_is_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An exception inside would be lost there, or leave half a module that fails when it is imported again."""
+    (tmp_path / "swallows.py").write_text(IMPORT_THAT_SWALLOWS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def work() -> None:
+        with stop_signals():
+            import_module("swallows")
+            threading.Event().wait(10)  # the work that the modules are for
+
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert time.monotonic() - started < 5
+    assert not sys.modules["swallows"].INTERRUPTED
+
+
+def test_an_import_that_does_not_end_is_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "waits.py").write_text(
+        "import os, signal, threading\nos.kill(os.getpid(), signal.SIGTERM)\nthreading.Event().wait(30)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(signals, "GRACE_S", 0.3)
+
+    def work() -> None:
+        with stop_signals():
+            import_module("waits")
+
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert time.monotonic() - started < 10
+
+
+def test_an_import_that_fails_after_a_signal_fails_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no signal is sent once the handlers are put back: it would end this process."""
+    (tmp_path / "fails.py").write_text("import os\nos.kill(os.getpid(), 15)\nraise ValueError(42)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with stop_signals(), pytest.raises(ValueError, match="42"):
+        import_module("fails")
+    threading.Event().wait(0.3)
