@@ -118,12 +118,8 @@ def reductions(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
 
     What is true of some of the models only begins with their names.
     """
-    found = {
-        name: {role: block.get("reduced_because", []) for role, block in by_role.items()}
-        for name, by_role in (summary.get("attacks") or {}).items()
-    } | (summary.get("reduced_because") or {})
     said = []
-    for name, by_role in found.items():
+    for name, by_role in reasons_by_role(summary).items():
         texts = []
         for reason in dict.fromkeys(reason for reasons in by_role.values() for reason in reasons):
             roles = [role for role, reasons in by_role.items() if reason in reasons]
@@ -134,6 +130,14 @@ def reductions(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     if summary.get("benign_nll") and num_tokens < _NLL_TOKENS:
         said.append(("benign NLL", f"nll_tokens {num_tokens} instead of {_NLL_TOKENS}"))
     return said
+
+
+def reasons_by_role(summary: Mapping[str, Any]) -> dict[str, dict[str, list[str]]]:
+    """Lists why rates are less than standard, by attack or kind of harmless prompts, and model."""
+    return {
+        name: {role: block.get("reduced_because", []) for role, block in by_role.items()}
+        for name, by_role in (summary.get("attacks") or {}).items()
+    } | (summary.get("reduced_because") or {})
 
 
 def _by_name(

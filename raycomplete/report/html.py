@@ -263,7 +263,7 @@ def _before_after(rates: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _table(summary: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Depth by model, then the other rates; each cell holds rate, interval and n."""
+    """Depth by model, then the other rates and benchmarks; each cell holds rate, interval and n."""
     roles = [role for role in MODEL_ROLES if role in summary["asr"]]
     if not roles:
         return None
@@ -280,6 +280,9 @@ def _table(summary: Mapping[str, Any]) -> dict[str, Any] | None:
             rows += [(f"Over-refusal, {name}", [found.get(role) for role in roles]) for name, found in sources.items()]
     if nll := summary.get("benign_nll"):
         rows.append(("Benign answers, negative log-likelihood in nats a token", [nll.get(role) for role in roles]))
+    for name, by_role in (summary.get("capabilities") or {}).items():
+        for key in ("accuracy", "refused"):
+            rows.append((f"{name.upper()}, {key}", [by_role[role][key] if role in by_role else None for role in roles]))
     return {"roles": roles, "rows": rows}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 from raycomplete.config.defences import ContrastiveDefence, SafeDecodingDefence
 from raycomplete.config.study import BASE, FROZEN, Study, StudyRun
 from raycomplete.evaluation.statistics import difference_over_runs, mean_over_runs
-from raycomplete.evaluation.summary import OTHER_RATES, reductions
+from raycomplete.evaluation.summary import OTHER_RATES, reasons_by_role, reductions
 from raycomplete.report.run_folder import RunFolder, read_run_folder
 from raycomplete.report.runs import Shares, shares_by_measure
 from raycomplete.runtime.errors import DataError
@@ -20,6 +21,7 @@ OVER_REFUSAL = "over-refusal"
 SPARE_OVER_REFUSAL = 0.02  # by which a rival may refuse more harmless prompts than the reference and still be compared
 _STUDENT = "student"
 _NOT_ATTACKS = tuple(label.removesuffix(" (borderline)") for label in OTHER_RATES.values())
+_CUT = re.compile(r" \(\d+ of \d+ cut\)$")  # of answers; the counts differ between seeds
 _APART = ("off_topic", "incoherent")  # outcomes that are success of nobody
 
 Row = dict[str, Any]
@@ -33,7 +35,8 @@ def study_results(study: Study, finished: Sequence[StudyRun]) -> dict[str, Any]:
         (`raycomplete.evaluation.statistics.mean_over_runs`), `against_aligned` and, of the reference,
         `against_best_rival` by measure (`difference_over_runs`, the latter with the rival's name), `cost` and
         `departures`; `judge`; and `reduced`, pairs of an attack and why its rates are less than those of published
-        runs. A model whose frozen models are not evaluated yet is left out.
+        runs, with the labels of the rows of which it is true if not all. A model whose frozen models are not evaluated
+        yet is left out.
 
     Raises:
         DataError: Runs of one model were judged by different judges, or on no common prompts.
@@ -88,7 +91,20 @@ def _of_model(study: Study, runs: Sequence[StudyRun]) -> dict[str, Any]:
         _add_best_rival(study.reference, rows, shares)
     except ValueError as error:
         raise DataError("Two runs of the study have no prompts in common.", "Evaluate all on the same data.") from error
-    return {"rows": rows, "judge": next(iter(judges)), "reduced": reductions(frozen.summary)}
+    return {"rows": rows, "judge": next(iter(judges)), "reduced": _reduced(frozen, by_label)}
+
+
+def _reduced(frozen: RunFolder, by_label: Mapping[str, Sequence[tuple[StudyRun, RunFolder]]]) -> list[tuple[str, str]]:
+    """Pairs each attack with why its rates are less than standard, and with the rows of which it is true if not all."""
+    models = [(role, role, frozen.summary) for role in (BASE, FROZEN)]
+    models += [(label, _STUDENT, folder.summary) for label, found in by_label.items() for _, folder in found]
+    told: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for label, role, summary in models:
+        for name, by_role in reasons_by_role(summary).items():
+            if role in by_role:
+                reasons = [_CUT.sub(", some cut", reason) for reason in by_role[role]]
+                told[name][label] += [reason for reason in reasons if reason not in told[name][label]]
+    return reductions({**frozen.summary, "attacks": {}, "reduced_because": told})
 
 
 def _shares(folder: Path, result: Mapping[str, Any]) -> dict[str, Shares]:

@@ -135,6 +135,15 @@ def test_reduced_settings_are_labelled(run_folder: Path) -> None:
     assert f"reduced {words}: not comparable with published runs." in page.text
 
 
+def test_benchmarks_stand_among_the_rates(run_folder: Path) -> None:
+    summary = json.loads((run_folder / "summary.json").read_text())
+    summary["capabilities"] = {"mmlu": {"student": {"accuracy": a_rate(3, 8), "refused": a_rate(1, 8)}}}
+    (run_folder / "summary.json").write_text(json.dumps(summary))
+    text = Page(write_report(run_folder).read_text(encoding="utf-8")).text.replace("\N{NO-BREAK SPACE}", " ")
+    assert re.search(r"MMLU, accuracy( -)* 37.5 % ", text)  # of the student alone
+    assert re.search(r"MMLU, refused( -)* 12.5 % ", text)
+
+
 def test_student_that_got_worse(run_folder: Path) -> None:
     summary = json.loads((run_folder / "summary.json").read_text())
     summary["asr_reduction"] = -0.1

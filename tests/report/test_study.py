@@ -191,6 +191,19 @@ def test_the_pages_hold_every_method_and_say_what_is_missing(study: Study) -> No
     assert tables[0][0].startswith("organism: rates")
 
 
+def test_what_is_reduced_names_the_rows_of_which_it_is_true(study: Study) -> None:
+    finish(study, RESULTS)
+    fewer, cut = "20 prompts instead of 100", "answers of 40 tokens instead of 256 ({} of 20 cut)"
+    for number, run in enumerate(study.runs):
+        reasons = [fewer, cut.format(number)] if run.label == "door" else [fewer]
+        roles = ("base", "aligned") if run.label == FROZEN else ("student",)
+        path = run.config.output.folder / "summary.json"
+        attacks = {"gcg": {role: {"reduced_because": reasons} for role in roles}}
+        write_json(path, json.loads(path.read_text()) | {"attacks": attacks})
+    found = study_results(study, study.runs)["models"]["organism"]
+    assert found["reduced"] == [("gcg", f"{fewer}; door: answers of 40 tokens instead of 256, some cut")]
+
+
 def test_the_front_of_the_figure_holds_what_nothing_beats(study: Study) -> None:
     finish(study, RESULTS)
     write_study(study, study.runs)
