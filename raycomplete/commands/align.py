@@ -126,6 +126,6 @@ def _train(run: Run, output: Path) -> None:
     changed = {"steps": settings.steps, "lr": settings.lr, "lora_rank": settings.lora_rank, "validation": off}
     train = config.train.model_copy(update=changed)
     method = SFT(anchor_batch_size=settings.batch_size)
-    job = make_job(run, "base", output, method=method, train=train, lora_rank=settings.lora_rank)
+    job = make_job(run, "base", output, method=method, train=train)
     count = len(read_samples(job.samples).anchor)
     run_training(run, job, f"Safety SFT on {count} samples")

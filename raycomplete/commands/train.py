@@ -148,7 +148,6 @@ def _train_student(run: Run) -> None:
         rollout=config.rollout,
         student_engines=_student_engines(run),
         response_judge=_response_judge(run),
-        lora_rank=config.train.lora_rank,
     )
     with _resting_generator(run):
         started = time.perf_counter()
@@ -201,7 +200,7 @@ def make_job(run: Run, start: ModelRole, output: Path, **settings: Any) -> Train
     """Makes a job of training on the run folder's samples, from the model of a role to a checkpoint."""
     models = run.config.models
     architecture = text_config(read_json(run.models.paths[start] / "config.json") or {})
-    if settings.get("lora_rank") and is_mixture(architecture):
+    if settings["train"].lora_rank and is_mixture(architecture):
         run.console.note("A mixture of experts: LoRA adapts attention, and router and experts stay as they are")
     if note := fallback_note(settings["train"].loss_backend, use_gpu=run.cluster.use_gpu):
         run.console.note(note)

@@ -263,7 +263,7 @@ def _compare(
 
 
 def _kl(policy: _Block, weight_BV: Tensor, base: _Block) -> Tensor:
-    """KL(policy || base) of each row in nats, as `alignment_kl` in a third of its passes over the vocabulary.
+    """KL(policy || base) of each row in nats, as `forward_kl` in a third of its passes over the vocabulary.
 
     KL = sum_v p(v) (logit_p(v) - logit_b(v)) - log_norm_p + log_norm_b. Rounding below 0 is cut off.
     """

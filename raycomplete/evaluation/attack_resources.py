@@ -369,7 +369,6 @@ def train_copy(
         threads=available_cpus(),
         use_gpu=run.cluster.use_gpu,
         trust_remote_code=config.models.trust_remote_code,
-        lora_rank=lora_rank,
     )
     with run.console.progress(title, train.steps) as advance:
         try:

@@ -29,12 +29,7 @@ def base_favored_mask(log_aligned_NV: Tensor, log_base_NV: Tensor, tau: float, m
     return (log_base_NV > log_aligned_NV + margin) & (log_base_NV >= log_tau)
 
 
-def alignment_kl(log_aligned_NV: Tensor, log_base_NV: Tensor) -> Tensor:
-    """k_t = KL(p_a || p_b) [N] in nats: how far alignment moved the model at this position."""
-    return forward_kl(log_aligned_NV, log_base_NV)
-
-
 def deficit(alignment_kl_N: Tensor, kappa: float) -> Tensor:
-    """g_t = exp(-k_t / kappa) [N], 0 to 1: near 1 where alignment changed nothing; kappa in nats."""
+    """g_t = exp(-k_t / kappa) [N], 0 to 1, with k_t = KL(p_a || p_b): near 1 where alignment changed nothing."""
     # Rounding can make a KL of equal distributions a hair negative; a deficit above 1 would be meaningless.
     return torch.exp(-alignment_kl_N.clamp(min=0.0) / kappa)

@@ -278,7 +278,7 @@ def nll(rows: LogProbs, options: Section) -> TermRows:
     return TermRows(-rows.student_NV.gather(1, rows.token_N[:, None])[:, 0])
 
 
-def of_the_pass(rows: LogProbs, options: Section) -> TermRows:
+def computed_in_pass(rows: LogProbs, options: Section) -> TermRows:
     """Stands where a term has no formula over log-probabilities, since its method's `StudentPass` computes it.
 
     Raises:

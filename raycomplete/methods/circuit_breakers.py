@@ -10,9 +10,9 @@ adapters on and a with them off, t the share of the training that is done:
 Retained are harmless and borderline answers and aligned's own refusals. Theirs besides: layers 10 and 20 of 32, alpha
 10 (Mistral 5), adapters of rank 16 with alpha 16 and dropout 0.05 on layers 0 to 20 while the upper ones are left out,
 150 steps, batches of 16, `train: {lr: 1.0e-4, lora_rank: 16}`. At the start model the cosine is 1 and has no gradient,
-so that in float32, without the rounding of bfloat16, the retain term would hold adapters there: hence `nudge`. On the
-organism 40 steps behind ten of warm-up turn nothing away even so (cosine 0.9998), 80 without warm-up do (0.36): set
-`train.warmup_steps` to 0.
+so that in float32, without the rounding of bfloat16, the retain term would hold adapters there: hence
+`adapter_init_std`. On the organism 40 steps behind ten of warm-up turn nothing away even so (cosine 0.9998), 80 without
+warm-up do (0.36): set `train.warmup_steps` to 0.
 
 Answers to harmful prompts often become babble: look at the outcome `incoherent` beside the rates.
 """
@@ -69,7 +69,9 @@ class CircuitBreakers(Method):
     target_layers: list[float] = Field(
         [10 / 32, 20 / 32], min_length=1, description="layers whose states are turned away, as shares of the depth"
     )
-    nudge: float = Field(0.01, ge=0, description="standard deviation of the adapters' second factor at the start")
+    adapter_init_std: float = Field(
+        0.01, ge=0, description="standard deviation of the adapters' second factor at the start"
+    )
     depth: _LongestHarmful = Field(default_factory=_LongestHarmful)
 
     needs_lora = True
@@ -86,11 +88,13 @@ class CircuitBreakers(Method):
 
     def own_terms(self) -> tuple[Term, ...]:
         """Both, computed by the pass."""
-        from raycomplete.losses.terms import Term, of_the_pass
+        from raycomplete.losses.terms import Term, computed_in_pass
 
         return (
-            Term("retain", "retain", "distance of states from those of aligned", of_the_pass, reads=()),
-            Term("reroute", "reroute", "relu of the cosine of states with those of aligned", of_the_pass, reads=()),
+            Term("retain", "retain", "distance of states from those of aligned", computed_in_pass, reads=()),
+            Term(
+                "reroute", "reroute", "relu of the cosine of states with those of aligned", computed_in_pass, reads=()
+            ),
         )
 
     def loss_weights(self) -> dict[str, float]:
@@ -117,8 +121,8 @@ class CircuitBreakers(Method):
         from raycomplete.losses.torch_rows import TermRows
 
         for name, weight in lm.named_parameters():
-            if "lora_B" in name and self.nudge > 0 and not weight.any():
-                torch.nn.init.normal_(weight, std=self.nudge)
+            if "lora_B" in name and self.adapter_init_std > 0 and not weight.any():
+                torch.nn.init.normal_(weight, std=self.adapter_init_std)
 
         def run(student: Any, batch: Any) -> Any:
             with torch.no_grad(), student.without_adapters():

@@ -1,18 +1,18 @@
-"""Policy gradient on the student's own rollouts, relative to their group, with a KL leash: RL beside distillation.
+"""Policy gradient on the student's own rollouts, relative to their group, with a KL penalty: RL beside distillation.
 
 Source: group-relative policy optimisation, arXiv 2402.03300, known to us by secondary sources. Each prompt and cut of h
 is rolled out several times. The reward is the judge's: 1 for refusing a harmful prompt after h<D and for not
 refusing a harmless one, else 0. With A the reward less the mean of its group over its standard deviation, and y what
 the student wrote after c = (x, h<D), or x alone where x is harmless:
 
-    mean over rollouts of -A / |y| sum_t log p_s(y_t | c, y<t)  +  leash * mean over tokens of KL(p_s || p_a)
+    mean over rollouts of -A / |y| sum_t log p_s(y_t | c, y<t)  +  kl_weight * mean over tokens of KL(p_s || p_a)
 
-Theirs besides: leash 0.04, groups of 64, `train: {lr: 1.0e-6}`. Their clipped ratio is 1 where a rollout is trained
-once, under `rollout.lookahead` 0 and `rollout.sync_every` 1. The leash pulls towards what aligned does after h. A
+Theirs besides: kl_weight 0.04, groups of 64, `train: {lr: 1.0e-6}`. Their clipped ratio is 1 where a rollout is trained
+once, under `rollout.lookahead` 0 and `rollout.sync_every` 1. The KL penalty pulls towards what aligned does after h. A
 quarter of the harmful groups follow x alone, to keep refusals.
 
 A group whose rollouts all comply teaches nothing. On the organism aligned complies in every rollout after h, so 40
-steps learn nothing there, and at a rate of distillation (1e-3) the leash alone lets the student drift.
+steps learn nothing there, and at a rate of distillation (1e-3) the penalty alone lets the student drift.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class PolicyGradient(Method):
     recovery_batch_size: int = Field(16, ge=1, description="rollouts of harmful prompts of a step, over all workers")
     group_size: int = Field(8, ge=2, description="rollouts of each prompt and cut")
     plain_fraction: float = Field(0.25, ge=0, le=1, description="share of harmful groups that follow the prompt alone")
-    leash: float = Field(0.04, ge=0, description="weight of KL(student || aligned) along the rollouts")
+    kl_weight: float = Field(0.04, ge=0, description="weight of KL(student || aligned) along the rollouts")
 
     per_sequence = frozenset({"policy"})
     needs_fresh_rollouts = True
@@ -66,19 +66,21 @@ class PolicyGradient(Method):
         return RolloutGroups(self.group_size, self.plain_fraction)
 
     def own_terms(self) -> tuple[Term, ...]:
-        """The policy gradient, whose advantages are weights of rows, and the leash."""
+        """The policy gradient, whose advantages are weights of rows, and the KL penalty."""
         from raycomplete.losses.terms import Term, get, nll
 
         policy = Term("policy", "policy", "-log p_s of the student's own words times their advantage", nll, reads=())
-        return policy, replace(get("anchor"), name="leash", label="leash", description="KL(student || aligned)")
+        return policy, replace(
+            get("anchor"), name="kl_aligned", label="KL to aligned", description="KL(student || aligned)"
+        )
 
     def loss_weights(self) -> dict[str, float]:
-        """Policy gradient and leash."""
-        return {"policy": 1.0, "leash": self.leash}
+        """Policy gradient and KL penalty."""
+        return {"policy": 1.0, "kl_aligned": self.kl_weight}
 
     def loss_options(self) -> dict[str, Section]:
-        """The direction of the leash."""
-        return {"leash": DivergenceSettings(divergence="reverse_kl")}
+        """The direction of the KL."""
+        return {"kl_aligned": DivergenceSettings(divergence="reverse_kl")}
 
     def sequence(self, item: Item, feedback: Feedback) -> TrainSequence:
         """The words that the student read and wrote; harmful prompts among anchor items have no rows."""
@@ -93,7 +95,7 @@ class PolicyGradient(Method):
         start = len(prompt) + len(given)
         spans = (
             RowSpan("policy", start, count, weights=[item.advantage / max(count, 1)] * count),
-            RowSpan("leash", start, count, read, offset=len(given)),
+            RowSpan("kl_aligned", start, count, read, offset=len(given)),
         )
         return TrainSequence(prompt + given + written, spans, len(given) or -1)
 

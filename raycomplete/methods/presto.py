@@ -72,10 +72,12 @@ class PRESTO(Augmentation):
 
     def own_terms(self) -> tuple[Term, ...]:
         """The attention, computed by the pass."""
-        from raycomplete.losses.terms import Term, of_the_pass
+        from raycomplete.losses.terms import Term, computed_in_pass
 
         return (
-            Term("presto", "PRESTO", "twice the attention on the prefill, mean over layers", of_the_pass, reads=()),
+            Term(
+                "presto", "PRESTO", "twice the attention on the prefill, mean over layers", computed_in_pass, reads=()
+            ),
         )
 
     def loss_weights(self) -> dict[str, float]:

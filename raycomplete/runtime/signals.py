@@ -92,10 +92,6 @@ class StopSignals:
             raise KeyboardInterrupt
         _later(_IMPORT_POLL_S, self._ask_again)
 
-    def forget_import(self) -> None:
-        """Ends the wait for an import, when the work that it was part of has ended some other way."""
-        self._waits_for_import = False
-
     def _ask_again(self) -> None:
         if self._waits_for_import:
             _signal_main_thread()
@@ -146,6 +142,6 @@ def stop_signals(leave: Callable[[], None] | None = None) -> Iterator[StopSignal
     finally:
         _current = outer
         if outer is None:
-            stop.forget_import()
+            stop._waits_for_import = False  # the import failed by itself
             for number, handler in before.items():
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)

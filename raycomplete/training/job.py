@@ -57,7 +57,6 @@ class TrainJob:
             None trains on the samples as drawn.
         plugins: Python files that a worker imports first (`raycomplete.runtime.plugins`).
         response_judge: Reads the student's answers to held-back prompts; None measures nothing on them.
-        lora_rank: Above 0 trains adapters of this rank, merged at the end.
         use_gpu: One GPU a worker.
     """
 
@@ -77,7 +76,6 @@ class TrainJob:
     student_engines: Any = None
     response_judge: ResponseJudge | None = None
     plugins: tuple[Path, ...] = ()
-    lora_rank: int = 0
     use_gpu: bool = False
     trust_remote_code: bool = False
 

@@ -237,7 +237,7 @@ class WeightSync:
         """
         started = time.perf_counter()
         expected = self._log_probs()
-        self.is_sending = self.is_sending and self._job.student_engines.sends_weights and not self._job.lora_rank
+        self.is_sending = self.is_sending and self._job.student_engines.sends_weights and not self._job.train.lora_rank
         report = self._sent(version, expected) if self.is_sending else None
         if report is None:
             self.is_sending, report = False, self._packed(version, expected)
@@ -266,7 +266,7 @@ class WeightSync:
         # Here, because the driver imports this file as well, and DeepSpeed is imported on training workers only.
         from raycomplete.training.deepspeed_engine import gathered_adapters, gathered_state
 
-        job, adapters_only = self._job, self._job.lora_rank > 0
+        job, adapters_only = self._job, self._job.train.lora_rank > 0
         state: Any = gathered_adapters(self._lm) if adapters_only else gathered_state(self._lm, job.train.zero_stage)
 
         def send() -> dict[str, Any]:

@@ -56,12 +56,8 @@ class StepSequences:
         """Tokens of all sequences, the last one of each included."""
         return sum(len(sequence.token_ids) for sequence in chain(*self.anchor, *self.recovery))
 
-    def local(self, rank: int, world_size: int) -> list[TrainSequence]:
-        """The share of one worker, longest items first, so that micro-batches pad little."""
-        return [*chain(*self._items(rank, world_size))]
-
     def micro_batches(self, rank: int, world_size: int, count: int) -> list[list[TrainSequence]]:
-        """The same in as many parts; sequences of an item stay together."""
+        """Deals the share of one worker into micro-batches, longest first; sequences of an item stay together."""
         return [[*chain(*items)] for items in deal(self._items(rank, world_size), count)]
 
     def _items(self, rank: int, world_size: int) -> list[tuple[TrainSequence, ...]]:

@@ -135,13 +135,13 @@ class Worker:
         lm.train()
         if train.gradient_checkpointing:
             lm.gradient_checkpointing_enable()
-        if job.lora_rank > 0:
+        if job.train.lora_rank > 0:
             from peft import LoraConfig, get_peft_model
 
-            rank, targets = job.lora_rank, adapted_modules(lm)
+            rank, targets = job.train.lora_rank, adapted_modules(lm)
             adapters = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets)
             lm = get_peft_model(lm, adapters)
-        inner = lm.get_base_model() if job.lora_rank > 0 else lm
+        inner = lm.get_base_model() if job.train.lora_rank > 0 else lm
         device = torch.device("cuda", torch.cuda.current_device()) if job.use_gpu else torch.device("cpu")
         self.teachers = {
             role: load_head(spec, dtype=TORCH_DTYPES[job.dtype], device=device)
@@ -257,7 +257,7 @@ class Worker:
 
     def finish(self) -> None:
         """Writes the student as a Hugging Face checkpoint."""
-        if self.job.lora_rank > 0:
+        if self.job.train.lora_rank > 0:
             self.lm = self.lm.merge_and_unload()
         state = gathered_state(self.lm, self.job.train.zero_stage)
         if state is not None:

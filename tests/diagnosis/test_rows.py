@@ -14,7 +14,7 @@ from raycomplete.diagnosis import rows as diagnosis_rows
 from raycomplete.diagnosis.rows import METRICS, DiagnosisRows, DiagnosisSettings, Opening, diagnose_rows
 from raycomplete.diagnosis.statistics import PositionStatistics
 from raycomplete.losses import Head
-from raycomplete.losses.base_favored import alignment_kl
+from raycomplete.losses.base_favored import forward_kl
 from raycomplete.runtime.errors import NotFiniteError
 
 NUM_ROWS, VOCAB = 29, 17
@@ -211,7 +211,7 @@ def test_tokens_that_one_model_excludes() -> None:
     config = DiagnosisSettings(chunk_tokens=8)
     rows = diagnose({"aligned": (hidden_NH, masked)}, hidden_NH, plain, REFUSALS, config)["aligned"]
     logs = [item.logits(hidden_NH).log_softmax(-1) for item in (masked, plain)]
-    assert torch.allclose(rows.values_NM[:, METRICS.index("kl_to_base")], alignment_kl(*logs), rtol=1e-11)
+    assert torch.allclose(rows.values_NM[:, METRICS.index("kl_to_base")], forward_kl(*logs), rtol=1e-11)
     with pytest.raises(NotFiniteError, match=f"KL of aligned to base .* {NUM_ROWS} of {NUM_ROWS} rows"):
         diagnose({"aligned": (hidden_NH, plain)}, hidden_NH, masked, REFUSALS, config)
 
@@ -290,7 +290,7 @@ def test_a_token_that_base_excludes_and_the_policy_all_but_excludes_adds_nothing
     found = diagnose({"aligned": (logits_NV, identity)}, base_NV, masked, (), DiagnosisSettings())["aligned"]
     kept = [i for i in range(VOCAB) if i != 2]
     logs = [rows_NV[:, kept].double().log_softmax(-1) for rows_NV in (logits_NV, base_NV)]
-    assert torch.allclose(found.column("kl_to_base").double(), alignment_kl(*logs), rtol=1e-5)
+    assert torch.allclose(found.column("kl_to_base").double(), forward_kl(*logs), rtol=1e-5)
 
 
 def test_a_mask_that_overflows_excludes() -> None:
@@ -302,5 +302,5 @@ def test_a_mask_that_overflows_excludes() -> None:
     found = diagnose({"aligned": (logits_NV, masked)}, base_NV, masked, (), DiagnosisSettings())["aligned"]
     kept = [i for i in range(VOCAB) if i != 2]
     logs = [2 * rows_NV[:, kept].double() for rows_NV in (logits_NV, base_NV)]
-    expected_N = alignment_kl(*(rows_NV.log_softmax(-1) for rows_NV in logs))
+    expected_N = forward_kl(*(rows_NV.log_softmax(-1) for rows_NV in logs))
     assert torch.allclose(found.column("kl_to_base").double(), expected_N, rtol=1e-5)

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from raycomplete.losses.base_favored import (
-    alignment_kl,
     base_favored_mask,
     deficit,
     forward_kl,
@@ -40,7 +39,7 @@ def test_tau_itself_counts():
 
 def test_trained_depth_by_hand():
     first = 0.7 * math.log(7) + 0.2 * math.log(0.4)
-    depth = alignment_kl(ALIGNED, BASE)
+    depth = forward_kl(ALIGNED, BASE)
     assert depth[0].item() == pytest.approx(first)
     assert depth[1].item() == math.inf  # base excludes a token that aligned allows
 
@@ -54,8 +53,8 @@ def test_formulas_on_random_rows():
     p_a, p_b = aligned.exp(), base.exp()
     mask = (p_b > p_a) & (p_b >= 0.05)
     assert torch.equal(base_favored_mask(aligned, base, 0.05), mask)
-    assert torch.allclose(alignment_kl(aligned, base), (p_a * (p_a / p_b).log()).sum(-1))
-    assert (alignment_kl(aligned, base) > 0).all()
+    assert torch.allclose(forward_kl(aligned, base), (p_a * (p_a / p_b).log()).sum(-1))
+    assert (forward_kl(aligned, base) > 0).all()
 
 
 def test_kl_ignores_tokens_that_p_excludes_and_keeps_gradients_finite():
@@ -73,5 +72,5 @@ def test_kl_ignores_tokens_that_p_excludes_and_keeps_gradients_finite():
 def test_equal_models_have_no_mass_no_depth_and_full_deficit():
     same = random_log_probs(3)
     assert not base_favored_mask(same, same, 0.0).any()
-    assert not alignment_kl(same, same).any()
-    assert (deficit(alignment_kl(same, same), 0.5) == 1).all()
+    assert not forward_kl(same, same).any()
+    assert (deficit(forward_kl(same, same), 0.5) == 1).all()

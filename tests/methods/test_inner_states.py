@@ -208,8 +208,8 @@ def plain_latent(case: Case, steps: int, lr: float, epsilon: float) -> tuple[Ten
 def test_circuit_breakers_begin_where_the_cosine_has_a_gradient(tmp_path: Path) -> None:
     """With adapters as LoRA makes them, states are those of the start model and nothing turns them away."""
     slopes = []
-    for nudge in (0.0, 0.01):
-        case = Case(tmp_path, CircuitBreakers.model_validate(PLAIN | {"nudge": nudge}))
+    for std in (0.0, 0.01):
+        case = Case(tmp_path, CircuitBreakers.model_validate(PLAIN | {"adapter_init_std": std}))
         lm = adapted(case, learned=0.0)
         case.outputs(case.student(lm.get_base_model()), Feedback({"retain": 1e-9, "reroute": 1.0}))
         slopes.append(max(float(p.grad.abs().max()) for n, p in lm.named_parameters() if "lora_B" in n))

@@ -37,7 +37,7 @@ def run(folder: Path, name: str, workers: int, lora_rank: int = 0) -> list[dict[
     )
     sizes = {"anchor_batch_size": 4, "recovery_batch_size": 4, "depth": {"max": 16}}
     method = parse_method({"name": name} | sizes | SETTINGS.get(name, {}))
-    job = replace(make_job(folder, train, method), lora_rank=lora_rank)
+    job = make_job(folder, train, method)
     if method.moves_suffixes:
         samples = read_samples(job.samples)
         recovery = [replace(sample, suffix=(len(sample.prompt_ids) - 2, 2)) for sample in samples.recovery]

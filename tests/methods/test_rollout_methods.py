@@ -37,7 +37,13 @@ def reverse_kl(case: Case, student: Ids, teacher: Ids, response: Ids) -> Tensor:
 
 
 def test_policy_gradient(tmp_path: Path) -> None:
-    settings = {"anchor_batch_size": 8, "recovery_batch_size": 8, "group_size": 4, "leash": 0.3, "plain_fraction": 0.4}
+    settings = {
+        "anchor_batch_size": 8,
+        "recovery_batch_size": 8,
+        "group_size": 4,
+        "kl_weight": 0.3,
+        "plain_fraction": 0.4,
+    }
     case = Case(tmp_path, PolicyGradient.model_validate(settings))
     batch = case.batch
     cuts = [set(batch.depths[:4]), set(batch.depths[4:])]
@@ -47,7 +53,7 @@ def test_policy_gradient(tmp_path: Path) -> None:
     assert (len(batch.recovery), len(set(batch.recovery)), len(batch.anchor), len(set(batch.anchor))) == (8, 2, 8, 2)
 
     def plain() -> Tensor:
-        policy, leash = [], []
+        policy, kl = [], []
         for start in range(0, 16, 4):
             group = case.rollouts[start : start + 4]
             reward_4 = torch.tensor([float(item.refused == (start < 8)) for item in group], dtype=torch.float64)
@@ -57,9 +63,9 @@ def test_policy_gradient(tmp_path: Path) -> None:
                 given = tuple(batch.sequences()[place])
                 response = item.token_ids + item.ending_ids
                 policy.append(-advantage * case.plain.log_probs("student", given, response).mean())
-                leash.append(reverse_kl(case, given, given, response))
+                kl.append(reverse_kl(case, given, given, response))
         assert sum(float(item.detach()) != 0 for item in policy) > 8
-        return mean(policy) + 0.3 * torch.cat(leash).mean()
+        return mean(policy) + 0.3 * torch.cat(kl).mean()
 
     case.assert_like(plain)
 

@@ -244,7 +244,7 @@ def test_weights_are_a_mean_over_the_rows_of_each_term(tiny: Tiny, world_size: i
     builder = BatchBuilder(LOSS, scale)
     sums: Counter[int] = Counter()
     for rank in range(world_size):
-        share = step.local(rank, world_size)
+        share = step.micro_batches(rank, world_size, 1)[0]
         parts = [share[start : start + per_device_batch_size] for start in range(0, len(share), per_device_batch_size)]
         assert len(parts) == accumulation
         for part in parts:
@@ -271,7 +271,7 @@ def test_the_loss_does_not_depend_on_the_number_of_workers(tiny: Tiny, contrasti
         builder = BatchBuilder(settings, float(world_size * accumulation))
         total = torch.zeros(())
         for rank in range(world_size):
-            share = sequences.local(rank, world_size)
+            share = sequences.micro_batches(rank, world_size, 1)[0]
             for start in range(0, len(share), per_device_batch_size):
                 part = share[start : start + per_device_batch_size]
                 batch = builder.build(part, sequences.normalisers, tiny.scores)
@@ -289,7 +289,7 @@ def test_the_loss_does_not_depend_on_the_number_of_workers(tiny: Tiny, contrasti
 
 def test_sft_reads_no_teacher(tiny: Tiny) -> None:
     step = StepSequences.of(StepPlan(tiny.plan.anchor, ()), SFT(), Feedback())
-    batch = BatchBuilder(SFT().loss(TrainConfig()), 1.0).build(step.local(0, 1), step.normalisers)
+    batch = BatchBuilder(SFT().loss(TrainConfig()), 1.0).build(step.micro_batches(0, 1, 1)[0], step.normalisers)
     assert batch.aligned_hidden_PH is None
     assert batch.base_hidden_PH is None
     answers = [item.sample.answer_ids for item in tiny.items if isinstance(item, AnchorItem)]

@@ -48,7 +48,7 @@ def settings(**changes: Any) -> TrainConfig:
 def on_policy(folder: Path, train: TrainConfig, rollout: RolloutConfig = ROLLOUT, **model: Any) -> TrainJob:
     job = steered(make_job(folder, train, METHOD, **model))
     student_engines = LocalStudentEngines(job.start, rollout.max_student_tokens)
-    return replace(job, rollout=rollout, student_engines=student_engines, lora_rank=train.lora_rank)
+    return replace(job, rollout=rollout, student_engines=student_engines)
 
 
 def run(job: TrainJob) -> list[dict[str, Any]]:

@@ -109,7 +109,7 @@ def test_samples_are_known_before_their_depths() -> None:
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_slices_of_ranks_partition_the_plan(world_size: int) -> None:
     step = StepSequences.of(plan_at(3), completion(), Feedback())
-    shares = [step.local(rank, world_size) for rank in range(world_size)]
+    shares = [step.micro_batches(rank, world_size, 1)[0] for rank in range(world_size)]
     assert {len(share) for share in shares} == {8 // world_size}, "equal shares, or collectives hang"
     together = Counter(id(item) for share in shares for item in share)
     assert together == Counter(id(item) for item in chain(*step.anchor, *step.recovery))
@@ -126,7 +126,7 @@ def test_a_rank_asks_for_the_scores_of_its_own_share(world_size: int) -> None:
     for rank in range(world_size):
         asked = {sample.prompt_ids + sample.answer_ids for sample in anchor[rank::world_size]}
         asked |= {sample.teacher_prompt_ids + sample.refusal_ids for sample in recovery[rank::world_size]}
-        contexts = [share.spans[-1].context for share in step.local(rank, world_size)]
+        contexts = [share.spans[-1].context for share in step.micro_batches(rank, world_size, 1)[0]]
         assert asked == {context.prompt_ids + context.response_ids for context in contexts if context is not None}
 
 
@@ -145,7 +145,7 @@ def test_token_counts_are_those_of_the_whole_step() -> None:
     step = StepSequences.of(StepPlan((anchor, anchor), (recovery,)), completion(), Feedback())
     assert step.normalisers == {"anchor": 6, "recovery": 2, "push_forward": 1, "opening": 1}
     # The last token predicts nothing, so it is not read: 2 + 3 - 1, and 3 + 2 of h + 2 - 1.
-    assert [len(item) for item in step.local(0, 1)] == [6, 4, 4]
+    assert [len(item) for item in step.micro_batches(0, 1, 1)[0]] == [6, 4, 4]
     assert step.num_tokens == 7 + 5 + 5
 
 

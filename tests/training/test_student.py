@@ -15,7 +15,7 @@ from raycomplete.config import TrainConfig
 from raycomplete.data.checkpoints import load_model
 from raycomplete.data.heads import load_head
 from raycomplete.data.samples import AnchorSample, read_samples
-from raycomplete.losses.base_favored import alignment_kl, base_favored_mask, deficit
+from raycomplete.losses.base_favored import base_favored_mask, deficit, forward_kl
 from raycomplete.losses.loss import LossOutput
 from raycomplete.losses.settings import ContrastiveSettings, LossSettings, PenaltySettings
 from raycomplete.methods.completion import LossWeights
@@ -140,7 +140,7 @@ def test_profiles_are_the_formulas_of_the_loss(tmp_path: Path) -> None:
         with torch.no_grad():
             log_p_TV, log_b_TV = (model(ids_1T).logits[0, cut - 1 : -1].double().log_softmax(-1) for model in policy)
             log_a_1V = models["aligned"](ids_1T).logits[0, cut - 1 : cut].double().log_softmax(-1)
-        kl_T = alignment_kl(log_p_TV, log_b_TV)
+        kl_T = forward_kl(log_p_TV, log_b_TV)
         favored_TV = base_favored_mask(log_a_1V, log_b_TV, favored.tau, favored.margin)
         mass_T = (log_p_TV.exp() * favored_TV).sum(-1)
         return [mass_T, kl_T, deficit(kl_T, 0.5)]

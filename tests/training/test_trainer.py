@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -117,8 +116,8 @@ def test_a_resumed_run_continues_as_if_it_had_never_stopped(
 
 @pytest.mark.parametrize("lora_rank", [0, 4])
 def test_sft_learns_the_answers(ray_cluster: None, lora_rank: int, tmp_path: Path) -> None:
-    train = settings(num_workers=1, zero_stage=0, steps=12, checkpoint_every=12)
-    job = replace(make_job(tmp_path, train, SFT(anchor_batch_size=4)), lora_rank=lora_rank)
+    train = settings(num_workers=1, zero_stage=0, steps=12, checkpoint_every=12, lora_rank=lora_rank)
+    job = make_job(tmp_path, train, SFT(anchor_batch_size=4))
     fit(job, cpus_per_worker=0.5, gpus_per_worker=0)
     rows = read_metrics(job.metrics_file)
     assert rows[-1]["loss"] < 0.9 * rows[0]["loss"]

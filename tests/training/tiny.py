@@ -223,7 +223,7 @@ def build_batch(method: Method, plan: StepPlan, scores: Any, **options: Any) -> 
     """A whole step in one micro-batch."""
     step_sequences = StepSequences.of(plan, method, Feedback())
     builder = BatchBuilder(method.loss(TrainConfig()), **{"scale": 1.0, **options})
-    return builder.build(step_sequences.local(0, 1), step_sequences.normalisers, scores)
+    return builder.build(step_sequences.micro_batches(0, 1, 1)[0], step_sequences.normalisers, scores)
 
 
 def make_job(folder: Path, train: TrainConfig, method: Method | None = None, **values: Any) -> TrainJob:

@@ -61,7 +61,7 @@ def student_and_batches(case: Case, micro_batches: int) -> tuple[StudentModule, 
     prefetcher = TeacherPrefetcher(sources, partial(teacher_contexts, builder, method))
     prefetcher.request(0, *planner.samples_of(0))
     step = StepSequences.of(planner.plan(0, DepthSampler(method.depth, 0)), method, Feedback())
-    scores, chunks = prefetcher.take(0), deal(step.local(0, 1), micro_batches)
+    scores, chunks = prefetcher.take(0), deal(step.micro_batches(0, 1, 1)[0], micro_batches)
     return module, [builder.build(chunk, step.normalisers, scores) for chunk in chunks]
 
 
