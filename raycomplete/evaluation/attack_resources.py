@@ -113,7 +113,7 @@ def _require_path(key: str, path: Path) -> Path:
 def evaluation_inputs(config: RunConfig, prompts: Prompts) -> str:
     """Names the content of the prompts, files and further checkpoints that an evaluation reads."""
     evaluation = config.evaluation
-    read = [prompt.transcript for kind in KINDS for prompt in prompts.evaluation[kind]]
+    read: list[Any] = [(prompt.transcript, prompt.answer) for kind in KINDS for prompt in prompts.evaluation[kind]]
     judge = evaluation.judge.checkpoint if evaluation.judge.kind == "model" else None
     specs = [evaluation.prefill_from, judge, getattr(evaluation.defence, "expert", None)]
     specs += [spec for attack in _attacks(config) for spec in attack.checkpoints.values()]

@@ -30,7 +30,7 @@ def test_the_share_of_validation_is_of_the_time_with_validation(tmp_path: Path) 
     assert stats["sync_fraction"] == pytest.approx(0.2)
 
 
-@pytest.mark.parametrize("changed", ["helper", "expert", "judge", "rubric", "prompt", "nothing"])
+@pytest.mark.parametrize("changed", ["helper", "expert", "judge", "rubric", "prompt", "answer", "nothing"])
 def test_a_run_whose_evaluation_would_read_something_else_is_not_finished(changed: str, tmp_path: Path) -> None:
     """Under the same names: what lies there was replaced."""
     for seed, name in enumerate(("helper", "expert", "judge")):
@@ -44,8 +44,8 @@ def test_a_run_whose_evaluation_would_read_something_else_is_not_finished(change
     }
     config = load_run_file("jobs/organism.yaml", [f"evaluation={json.dumps(evaluation)}"])
 
-    def inputs(text: str = "x") -> str:
-        kinds: Any = {"harmful": (Prompt("p", text, "harmful"),), "benign": (), "borderline": ()}
+    def inputs(text: str = "x", answer: str = "a") -> str:
+        kinds: Any = {"harmful": (Prompt("p", text, "harmful", answer),), "benign": (), "borderline": ()}
         return evaluation_inputs(config, Prompts({}, kinds))
 
     before = inputs()
@@ -55,7 +55,7 @@ def test_a_run_whose_evaluation_would_read_something_else_is_not_finished(change
         make_model(tmp_path / changed, 9)
     elif changed == "rubric":
         (tmp_path / "rubric.yaml").write_text("name: another")
-    now = inputs("y" if changed == "prompt" else "x")
+    now = inputs("y" if changed == "prompt" else "x", "b" if changed == "answer" else "a")
     assert train.is_finished(config, tmp_path, now) is (changed == "nothing")
     write_json(tmp_path / "summary.json", {"evaluation": summary["evaluation"]})  # an earlier version's
     assert train.is_finished(config, tmp_path, now)
