@@ -7,9 +7,9 @@ root mean square of the entries of e at the start:
     e <- e - lr s sign(gradient of -log p_s(h_0 .. h_T-1 | x, e)), `steps` times from random words of the vocabulary
 
 Behind this suffix the student then trains what completion trains behind x alone: recovery, and push-forward, here from
-position 0 of h on, where the search would break in. The gradient of the loss treats e as given. Other words at every
-depth matter: where a suffix always began with the same ones, GCG got through again. Harmless prompts with suffixes that
-nobody moved are anchored, so that a suffix is no reason to refuse.
+position 0 of h on, where the search would break in, with `weight` times the weight of other rows. The gradient of the
+loss treats e as given. Other words at every depth matter: where a suffix always began with the same ones, GCG got
+through again. Harmless prompts with suffixes that nobody moved are anchored, so that a suffix is no reason to refuse.
 
 Ours. Nearest are latent adversarial training, which perturbs x itself, and R2D2 (Mazeika et al., arXiv 2402.04249),
 which searches tokens by GCG.
@@ -40,6 +40,7 @@ class SuffixAdversaryConfig(Section):
         0.1, gt=0, description="step of a coordinate, as a share of the root mean square of the first embeddings"
     )
     target_tokens: int = Field(20, ge=1, description="tokens of h that the adversary wants, at most")
+    weight: float = Field(1.0, gt=0, description="factor on the weight of all rows behind a suffix that was moved")
 
 
 def adversarial_pass(lm: Any, settings: SuffixAdversaryConfig, term: str) -> StudentPass:
@@ -57,6 +58,7 @@ def adversarial_pass(lm: Any, settings: SuffixAdversaryConfig, term: str) -> Stu
         if search is None:
             return student.total(student.states(batch).last_hidden_state, batch, {})
         suffix_PH = moved_suffixes(student, embedding, search, settings)
+        batch = search.weighted(batch, settings.weight)
         with replaced(embedding, suffix_PH, search.origin_P):
             return student.total(student.states(batch).last_hidden_state, batch, {})
 
@@ -71,11 +73,13 @@ class SuffixedSequences:
         batch: The `MicroBatch` of those sequences; its rows predict the first tokens of h, and none has a teacher.
         place_P: Flat positions of all suffix tokens in it.
         origin_P: Flat positions of the same tokens in the whole micro-batch.
+        origin_S: Numbers of the sequences in it.
     """
 
     batch: Any
     place_P: Tensor
     origin_P: Tensor
+    origin_S: Tensor
 
     @classmethod
     def of_batch(cls, batch: Any, term: str, target_tokens: int) -> SuffixedSequences | None:
@@ -122,7 +126,14 @@ class SuffixedSequences:
             num_tokens=sum(map(len, reads)),
         )
         place_P = torch.cat([place_P + offset for place_P, offset in zip(places, offsets, strict=True)])
-        return cls(cut, place_P, torch.cat(origins))
+        return cls(cut, place_P, torch.cat(origins), batch.sequence_N.new_tensor(suffixes))
+
+    def weighted(self, batch: Any, factor: float) -> Any:
+        """The whole micro-batch with the weights of all rows of these sequences multiplied."""
+        import torch
+
+        is_own_N = torch.isin(batch.sequence_N, self.origin_S)
+        return replace(batch, weight_N=torch.where(is_own_N, factor * batch.weight_N, batch.weight_N))
 
     def words(self, vocab_size: int) -> list[Tensor]:
         """Draws the token ids at which the suffix of each sequence starts, from the seed of each."""

@@ -20,11 +20,11 @@ from raycomplete.training.batches import BatchBuilder
 from raycomplete.training.step_plan import StepSequences
 from tests.methods.plain import MICRO_BATCHES, Case, Ids, assert_gradients
 
-STEPS, LR, WANTED = 3, 0.4, 2
+STEPS, LR, WANTED, WEIGHT = 3, 0.4, 2, 2.5
 SETTINGS = {
     "anchor_batch_size": 3,
     "recovery_batch_size": 3,
-    "suffix_adversary": {"steps": STEPS, "lr": LR, "target_tokens": WANTED},
+    "suffix_adversary": {"steps": STEPS, "lr": LR, "target_tokens": WANTED, "weight": WEIGHT},
 }
 SAMPLE = RecoverySample("r", (1, 2, 3), (9, 1, 2, 3), (4, 5, 6, 7), (8, 8))
 
@@ -77,17 +77,17 @@ def plain_loss(case: Case) -> tuple[Tensor, float]:
     for item in case.plan.recovery:
         sample, h = item.sample, item.sample.harmful_ids[: item.depth]
         prompt, first = sample.prompt_ids, sample.refusal_prefix_tokens or int(not sample.can_move_suffix)
-        suffix_TH = None
+        suffix_TH, weight = None, 1.0
         if sample.can_move_suffix:
             suffix_TH, found = adversary(model, prompt, h, sample.suffix)
-            gain += found
+            gain, weight = gain + found, WEIGHT
         logits_TV = read(model, prompt + h + sample.refusal_ids, sample.suffix[0], suffix_TH)
         target_TV = case.plain.models["aligned"](torch.tensor([sample.teacher_prompt_ids + sample.refusal_ids]))
         target_TV = target_TV.logits[0, len(sample.teacher_prompt_ids) - 1 : -1].detach()
         start = len(prompt) + item.depth - 1
-        recoveries.append(kl(target_TV, logits_TV[start : start + len(sample.refusal_ids)]))
+        recoveries.append(weight * kl(target_TV, logits_TV[start : start + len(sample.refusal_ids)]))
         rows = slice(len(prompt) - 1 + first, len(prompt) - 1 + item.depth)
-        pushed.append(16 * kl(target_TV[:1] / 4, logits_TV[rows] / 4))
+        pushed.append(weight * 16 * kl(target_TV[:1] / 4, logits_TV[rows] / 4))
     return sum(torch.cat(rows).mean() for rows in (anchors, recoveries, pushed)), gain  # type: ignore[return-value]
 
 
