@@ -30,6 +30,9 @@ def base_favored_mask(log_aligned_NV: Tensor, log_base_NV: Tensor, tau: float, m
 
 
 def deficit(alignment_kl_N: Tensor, kappa: float) -> Tensor:
-    """g_t = exp(-k_t / kappa) [N], 0 to 1, with k_t = KL(p_a || p_b): near 1 where alignment changed nothing."""
+    """g_t = exp(-k_t / kappa) [N], 0 to 1, with k_t = KL(p_a || p_b): near 1 where alignment changed nothing.
+
+    Both k_t, `alignment_kl_N`, and kappa are in nats.
+    """
     # Rounding can make a KL of equal distributions a hair negative; a deficit above 1 would be meaningless.
     return torch.exp(-alignment_kl_N.clamp(min=0.0) / kappa)

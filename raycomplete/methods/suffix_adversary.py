@@ -73,7 +73,7 @@ class SuffixedSequences:
         batch: The `MicroBatch` of those sequences; its rows predict the first tokens of h, and none has a teacher.
         place_P: Flat positions of all suffix tokens in it.
         origin_P: Flat positions of the same tokens in the whole micro-batch.
-        origin_S: Numbers of the sequences in it.
+        origin_S: Numbers of the same sequences there.
     """
 
     batch: Any
@@ -129,7 +129,7 @@ class SuffixedSequences:
         return cls(cut, place_P, torch.cat(origins), batch.sequence_N.new_tensor(suffixes))
 
     def weighted(self, batch: Any, factor: float) -> Any:
-        """The whole micro-batch with the weights of all rows of these sequences multiplied."""
+        """Multiplies the weights of all rows of these sequences in the whole micro-batch."""
         import torch
 
         is_own_N = torch.isin(batch.sequence_N, self.origin_S)

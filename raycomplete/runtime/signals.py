@@ -25,7 +25,7 @@ LEAVE_S = 27.0
 """Seconds from the signal to the end of the process, where the command line handles signals."""
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-_IMPORT_POLL_S = 0.05
+_IMPORT_POLL_S = 0.05  # between two looks at whether an import has ended
 _ONE_REQUEST_S = 1.0  # `timeout` signals a process and then its group, so that one request comes twice
 _current: StopSignals | None = None
 
@@ -72,7 +72,7 @@ class StopSignals:
             raise StoppedError("Stopped on request after the present stage.", "Resume with --resume.")
 
     def take(self, number: int, frame: FrameType | None) -> None:
-        """Handles a signal.
+        """Handles a signal, and, while an import makes the interrupt wait, the signals by which it looks again.
 
         Raises:
             KeyboardInterrupt: The work that is interrupted does not look for requests, or was asked before.

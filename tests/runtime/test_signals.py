@@ -202,7 +202,7 @@ def test_an_import_that_does_not_end_is_interrupted(tmp_path: Path, monkeypatch:
     started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         work()
-    assert time.monotonic() - started < 10
+    assert 0.3 <= time.monotonic() - started < 10
 
 
 def test_an_import_that_fails_after_a_signal_fails_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,6 @@ from raycomplete.data.samples import AnchorSample, RecoverySample, SampleSet
 from raycomplete.methods.registry import Feedback
 from raycomplete.training.batches import BatchBuilder, MicroBatch, teacher_contexts
 from raycomplete.training.feedback import DepthSampler
-from raycomplete.training.packing import deal
 from raycomplete.training.step_plan import Planner, StepSequences
 from raycomplete.training.student import HeadSettings, StudentModule
 from raycomplete.training.teacher_prefetcher import TeacherPrefetcher
@@ -61,7 +60,7 @@ def student_and_batches(case: Case, micro_batches: int) -> tuple[StudentModule, 
     prefetcher = TeacherPrefetcher(sources, partial(teacher_contexts, builder, method))
     prefetcher.request(0, *planner.samples_of(0))
     step = StepSequences.of(planner.plan(0, DepthSampler(method.depth, 0)), method, Feedback())
-    scores, chunks = prefetcher.take(0), deal(step.micro_batches(0, 1, 1)[0], micro_batches)
+    scores, chunks = prefetcher.take(0), step.micro_batches(0, 1, micro_batches)
     return module, [builder.build(chunk, step.normalisers, scores) for chunk in chunks]
 
 
