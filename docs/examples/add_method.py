@@ -18,7 +18,6 @@ from raycomplete.losses import LogProbs, Term, TermRows
 from raycomplete.losses import register as register_term
 from raycomplete.methods import (
     AnchorItem,
-    Feedback,
     Item,
     Method,
     RowSpan,
@@ -60,7 +59,7 @@ class TurnAway(Method):
         """The two terms."""
         return {"anchor": 1.0, "turn_away": self.strength}
 
-    def sequence(self, item: Item, feedback: Feedback) -> TrainSequence:
+    def sequence(self, item: Item) -> TrainSequence:
         """A prompt with the aligned model's answer, or with a harmful continuation up to a drawn depth."""
         prompt = item.sample.prompt_ids
         if isinstance(item, AnchorItem):

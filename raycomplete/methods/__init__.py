@@ -20,7 +20,6 @@ from raycomplete.methods import (  # noqa: F401  each registers itself
 )
 from raycomplete.methods.registry import (
     AnchorItem,
-    Feedback,
     Item,
     LongestHarmful,
     Method,
@@ -37,7 +36,6 @@ from raycomplete.runtime.section import Section
 
 __all__ = [
     "AnchorItem",
-    "Feedback",
     "Item",
     "LongestHarmful",
     "Method",

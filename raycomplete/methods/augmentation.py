@@ -17,7 +17,6 @@ from pydantic import Field
 
 from raycomplete.methods.registry import (
     AnchorItem,
-    Feedback,
     Item,
     LongestHarmful,
     Method,
@@ -49,7 +48,7 @@ class Augmentation(Method):
         """The cross-entropy alone."""
         return {"nll": 1.0}
 
-    def sequence(self, item: Item, feedback: Feedback) -> TrainSequence:
+    def sequence(self, item: Item) -> TrainSequence:
         """A harmless prompt and its answer, or x, h up to a cut of its own, and the refusal."""
         if isinstance(item, AnchorItem):
             return harmless_answer(item, "nll")

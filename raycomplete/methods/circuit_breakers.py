@@ -25,7 +25,6 @@ from pydantic import Field
 
 from raycomplete.methods.registry import (
     AnchorItem,
-    Feedback,
     Item,
     LongestHarmful,
     Method,
@@ -105,7 +104,7 @@ class CircuitBreakers(Method):
         """From rerouting alone to equal parts."""
         return {"retain": progress / 2, "reroute": 1 - progress / 2}
 
-    def sequence(self, item: Item, feedback: Feedback) -> TrainSequence:
+    def sequence(self, item: Item) -> TrainSequence:
         """A prompt and what follows, h or aligned's answer; a row each token that is read."""
         if isinstance(item, AnchorItem):
             token_ids = item.sample.prompt_ids + item.sample.answer_ids

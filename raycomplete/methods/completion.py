@@ -32,7 +32,6 @@ from raycomplete.losses.settings import (
 )
 from raycomplete.methods.registry import (
     AnchorItem,
-    Feedback,
     Item,
     Method,
     RecoveryItem,
@@ -120,7 +119,7 @@ class Completion(Method):
         """Lets the adversary of suffixes move first, where there is one."""
         return adversarial_pass(lm, self.suffix_adversary, "push_forward") if self.moves_suffixes else None
 
-    def sequence(self, item: Item, feedback: Feedback) -> TrainSequence:
+    def sequence(self, item: Item) -> TrainSequence:
         """x and the aligned model's answer, or x, h up to the cut, and the aligned model's refusal."""
         return self._anchor(item) if isinstance(item, AnchorItem) else self._recovery(item)
 

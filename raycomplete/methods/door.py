@@ -16,7 +16,6 @@ from pydantic import Field
 from raycomplete.methods.npo import NpoSettings, forgotten, npo_term
 from raycomplete.methods.registry import (
     AnchorItem,
-    Feedback,
     Item,
     LongestHarmful,
     Method,
@@ -70,7 +69,7 @@ class DOOR(Method):
         """Passes `beta` to the term of NPO."""
         return {"npo": NpoSettings(beta=self.beta)}
 
-    def sequences(self, item: Item, feedback: Feedback) -> tuple[TrainSequence, ...]:
+    def sequences(self, item: Item) -> tuple[TrainSequence, ...]:
         """A harmless prompt and its answer; or x, h<k and r, and x and h."""
         if isinstance(item, AnchorItem):
             return (harmless_answer(item, "nll"),)

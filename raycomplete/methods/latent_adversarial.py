@@ -26,7 +26,6 @@ from pydantic import Field
 
 from raycomplete.methods.registry import (
     AnchorItem,
-    Feedback,
     Item,
     LongestHarmful,
     Method,
@@ -110,7 +109,7 @@ class LatentAdversarial(Method):
         weights = {self.retain: self.retain_weight, "toward": 0.5, "away": 0.5}
         return {name: weight / sum(weights.values()) for name, weight in weights.items()}
 
-    def sequences(self, item: Item, feedback: Feedback) -> tuple[TrainSequence, ...]:
+    def sequences(self, item: Item) -> tuple[TrainSequence, ...]:
         """A harmless prompt and its answer; or x and r, and x and h, which share a perturbation."""
         if isinstance(item, AnchorItem):
             return (harmless_answer(item, self.retain, is_read=self.retain == "retain_kl"),)

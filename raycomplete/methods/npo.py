@@ -17,7 +17,6 @@ from pydantic import Field
 
 from raycomplete.methods.registry import (
     AnchorItem,
-    Feedback,
     Item,
     LongestHarmful,
     Method,
@@ -105,7 +104,7 @@ class NPO(Method):
         """Passes `beta` to the term of NPO."""
         return {"npo": NpoSettings(beta=self.beta)}
 
-    def sequence(self, item: Item, feedback: Feedback) -> TrainSequence:
+    def sequence(self, item: Item) -> TrainSequence:
         """A harmless prompt and its answer, or x and all of h."""
         if isinstance(item, AnchorItem):
             return harmless_answer(item, self.retain, is_read=self.retain == "retain_kl")

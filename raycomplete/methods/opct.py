@@ -18,7 +18,6 @@ from pydantic import Field
 from raycomplete.losses.settings import Divergence, DivergenceSettings
 from raycomplete.methods.registry import (
     AnchorItem,
-    Feedback,
     Item,
     Method,
     RolloutGroups,
@@ -69,7 +68,7 @@ class OPCT(Method):
         """Passes the chosen divergence to both terms."""
         return dict.fromkeys(self.loss_weights(), DivergenceSettings(divergence=self.divergence))
 
-    def sequence(self, item: Item, feedback: Feedback) -> TrainSequence:
+    def sequence(self, item: Item) -> TrainSequence:
         """The words that the student read and wrote, beside those that it wrote after the plain prompt."""
         sample = item.sample
         if isinstance(item, AnchorItem):

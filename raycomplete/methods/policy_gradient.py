@@ -25,7 +25,6 @@ from pydantic import Field, model_validator
 from raycomplete.losses.settings import DivergenceSettings
 from raycomplete.methods.registry import (
     AnchorItem,
-    Feedback,
     Item,
     Method,
     RolloutGroups,
@@ -82,7 +81,7 @@ class PolicyGradient(Method):
         """The direction of the KL."""
         return {"kl_aligned": DivergenceSettings(divergence="reverse_kl")}
 
-    def sequence(self, item: Item, feedback: Feedback) -> TrainSequence:
+    def sequence(self, item: Item) -> TrainSequence:
         """The words that the student read and wrote; harmful prompts among anchor items have no rows."""
         if isinstance(item, AnchorItem):
             given, written = item.sample.answer_ids[:0], item.sample.answer_ids

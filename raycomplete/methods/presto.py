@@ -25,7 +25,6 @@ from pydantic import Field
 from raycomplete.methods.augmentation import Augmentation
 from raycomplete.methods.registry import (
     AnchorItem,
-    Feedback,
     Item,
     RowSpan,
     StudentPass,
@@ -84,7 +83,7 @@ class PRESTO(Augmentation):
         """Cross-entropy and attention."""
         return {"nll": 1.0, "presto": self.attention_weight}
 
-    def sequence(self, item: Item, feedback: Feedback) -> TrainSequence:
+    def sequence(self, item: Item) -> TrainSequence:
         """Adds a row of attention for each token of h and r that is read to the sequence of `augmentation`."""
         if isinstance(item, AnchorItem):
             return harmless_answer(item, "nll")

@@ -12,7 +12,7 @@ for all of that. To add one, write a Python file, name it under `plugins` in the
         def loss_weights(self) -> dict[str, float]:
             return {"anchor": 1.0}
 
-        def sequence(self, item: Item, feedback: Feedback) -> TrainSequence:
+        def sequence(self, item: Item) -> TrainSequence:
             ...
 """
 
@@ -21,7 +21,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from pydantic import Field, model_validator
@@ -168,17 +168,6 @@ class TrainSequence:
         return len(self.token_ids) - 1
 
 
-@dataclass(frozen=True)
-class Feedback:
-    """Factors on the weights of terms in a step, from the method's schedule and from what was measured before.
-
-    Attributes:
-        loss_weights: Factor on the weight of terms by name; 1 where absent.
-    """
-
-    loss_weights: Mapping[str, float] = field(default_factory=dict)
-
-
 class DepthConfig(Section):
     """From which depths recovery is trained."""
 
@@ -272,20 +261,20 @@ class Method(Section):
         """Factors on the weights of terms, when that share of the steps is done or being done; none is 0."""
         return {}
 
-    def sequence(self, item: Item, feedback: Feedback) -> TrainSequence:
+    def sequence(self, item: Item) -> TrainSequence:
         """The tokens that the student reads for an item, and the rows that are trained; `sequences` may replace it."""
         raise NotImplementedError
 
-    def sequences(self, item: Item, feedback: Feedback) -> tuple[TrainSequence, ...]:
+    def sequences(self, item: Item) -> tuple[TrainSequence, ...]:
         """All sequences of an item, as many for each item of a kind, in one micro-batch; by default one."""
-        return (self.sequence(item, feedback),)
+        return (self.sequence(item),)
 
     def trained(self, samples: Iterable[AnchorSample]) -> tuple[AnchorSample, ...]:
         """Leaves out samples of which no row is trained: they would only take the place of others in a step."""
         return tuple(
             sample
             for sample in samples
-            if any(span.count for found in self.sequences(AnchorItem(sample), Feedback()) for span in found.spans)
+            if any(span.count for found in self.sequences(AnchorItem(sample)) for span in found.spans)
         )
 
     def normalisers(self, sequences: Iterable[TrainSequence]) -> dict[str, float]:

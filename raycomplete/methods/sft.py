@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from raycomplete.methods.registry import AnchorItem, Feedback, Item, Method, RowSpan, TrainSequence, register
+from raycomplete.methods.registry import AnchorItem, Item, Method, RowSpan, TrainSequence, register
 
 
 @register
@@ -20,7 +20,7 @@ class SFT(Method):
         """The cross-entropy alone."""
         return {"nll": 1.0}
 
-    def sequence(self, item: Item, feedback: Feedback) -> TrainSequence:
+    def sequence(self, item: Item) -> TrainSequence:
         """The prompt and its answer, all of whose tokens are learned."""
         assert isinstance(item, AnchorItem), "SFT draws no recovery samples"
         prompt, answer = item.sample.prompt_ids, item.sample.kept_ids

@@ -13,7 +13,6 @@ from pydantic import Field
 
 from raycomplete.methods.registry import (
     AnchorItem,
-    Feedback,
     Item,
     LongestHarmful,
     Method,
@@ -69,7 +68,7 @@ class Unlikelihood(Method):
         """Harmless answers and compliant continuations."""
         return {"nll": 1.0, "unlikelihood": self.harmful_weight}
 
-    def sequence(self, item: Item, feedback: Feedback) -> TrainSequence:
+    def sequence(self, item: Item) -> TrainSequence:
         """A harmless prompt and its answer, or x and all of h."""
         if isinstance(item, AnchorItem):
             return harmless_answer(item, "nll")

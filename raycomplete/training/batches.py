@@ -15,7 +15,6 @@ from raycomplete.losses.settings import LossSettings
 from raycomplete.losses.terms import active_terms
 from raycomplete.methods.registry import (
     AnchorItem,
-    Feedback,
     Item,
     Method,
     RecoveryItem,
@@ -210,7 +209,7 @@ def teacher_contexts(
     """Lists what each frozen model must read for some samples, whatever depths they are cut at; term by term."""
     items: list[Item] = [AnchorItem(sample) for sample in anchor]
     items += [RecoveryItem(sample, len(sample.harmful_ids)) for sample in recovery]
-    spans = [span for item in items for found in method.sequences(item, Feedback()) for span in found.spans]
+    spans = [span for item in items for found in method.sequences(item) for span in found.spans]
     spans.sort(key=lambda span: builder.loss.names.index(span.term))
     found: dict[str, list[TeacherContext]] = {"aligned": [], "base": []}
     for span in spans:

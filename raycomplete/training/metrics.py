@@ -84,7 +84,7 @@ class StepMeter:
         Args:
             device: Of the collective.
             scale: That of `BatchBuilder`.
-            loss_weights: Those of `Feedback`; losses are reported without them.
+            loss_weights: Factors on the weights of terms; losses are reported without them.
         """
         sums = [*self._losses.values(), *self._metrics.values(), *self._rows.values(), float(self.stop)]
         depth = np.concatenate([self.depth_loss_sum, self.depth_count])

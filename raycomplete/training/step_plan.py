@@ -14,7 +14,7 @@ from typing import TypeVar
 import numpy as np
 
 from raycomplete.data.samples import AnchorSample, RecoverySample, SampleSet
-from raycomplete.methods.registry import AnchorItem, Feedback, Method, RecoveryItem, TrainSequence
+from raycomplete.methods.registry import AnchorItem, Method, RecoveryItem, TrainSequence
 from raycomplete.training.feedback import DepthSampler
 from raycomplete.training.packing import deal
 
@@ -45,10 +45,10 @@ class StepSequences:
     normalisers: dict[str, float]
 
     @classmethod
-    def of(cls, plan: StepPlan, method: Method, feedback: Feedback) -> StepSequences:
+    def of(cls, plan: StepPlan, method: Method) -> StepSequences:
         """Asks a method for the sequences of a plan."""
-        anchor = tuple(method.sequences(item, feedback) for item in plan.anchor)
-        recovery = tuple(method.sequences(item, feedback) for item in plan.recovery)
+        anchor = tuple(method.sequences(item) for item in plan.anchor)
+        recovery = tuple(method.sequences(item) for item in plan.recovery)
         return cls(anchor, recovery, method.normalisers(chain(*anchor, *recovery)))
 
     @property

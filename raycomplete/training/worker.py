@@ -26,7 +26,7 @@ from raycomplete.data.checkpoints import TORCH_DTYPES, adapted_modules, load_mod
 from raycomplete.data.heads import load_head
 from raycomplete.data.samples import read_samples
 from raycomplete.losses.loss import LossOutput
-from raycomplete.methods.registry import DepthConfig, Feedback
+from raycomplete.methods.registry import DepthConfig
 from raycomplete.runtime.files import write_json
 from raycomplete.runtime.logs import set_step
 from raycomplete.runtime.machine import named_when_full
@@ -87,7 +87,7 @@ class Worker:
         )
         self.planner = self._make_planner(oversample=1)
         self.sampler = DepthSampler(self._reachable_depths(), train.seed)
-        step = StepSequences.of(self.planner.plan(0, self.sampler), method, Feedback())
+        step = StepSequences.of(self.planner.plan(0, self.sampler), method)
         items = [*step.anchor, *step.recovery]
         per_rank = sum(map(len, items)) // self.world_size
         self.per_device_batch_size = min(train.per_device_batch_size, per_rank)
@@ -277,31 +277,31 @@ class Worker:
         torch.manual_seed(hash((self.job.train.seed, step, self.rank)))
         given = self.source.next(step)
         learning_rate = float(self.engine.get_lr()[0])  # the optimizer step moves the schedule on
-        feedback = self._feedback(step)
-        step_sequences = StepSequences.of(given.plan, self.job.method, feedback)
+        loss_weights = self._loss_weights(step)
+        step_sequences = StepSequences.of(given.plan, self.job.method)
         meter = StepMeter(self.loss, self.sampler, self.job.method.depth_term)
         computed = needed = 0
         skipped_before = self.engine.skipped_steps
         self.bad_steps.begin()
         for chunk in step_sequences.micro_batches(self.rank, self.world_size, self.accumulation):
-            batch = self.builder.build(chunk, step_sequences.normalisers, given.scores, feedback.loss_weights)
+            batch = self.builder.build(chunk, step_sequences.normalisers, given.scores, loss_weights)
             computed, needed = computed + batch.input_ids_BT.numel(), needed + batch.num_tokens
             self._accumulate(batch.to(self.engine.device), meter)
         meter.stop = self.rank == 0 and self.job.stop_file.name in os.listdir(self.job.folder)  # fresh on NFS, too
-        row = meter.share(self.engine.device, self.builder.scale, feedback.loss_weights)
+        row = meter.share(self.engine.device, self.builder.scale, loss_weights)
         self.stop = meter.stop
         is_bad = self.engine.skipped_steps > skipped_before
         self.bad_steps.count(step, skipped=is_bad)
         row |= {"bad_steps": self.bad_steps.total, "padding_fraction": 1 - needed / computed}
-        row |= {f"{name}_weight": factor * self.loss.weights[name] for name, factor in feedback.loss_weights.items()}
+        row |= {f"{name}_weight": factor * self.loss.weights[name] for name, factor in loss_weights.items()}
         if not is_bad:  # what a bad step measured would spoil the running means
             self._feed_back(meter, given)
         return row | {"lr": learning_rate} | given.stats | self._stats(given.plan, step_sequences, step, started)
 
-    def _feedback(self, step: int) -> Feedback:
+    def _loss_weights(self, step: int) -> dict[str, float]:
         """Multiplies the factors of the method's schedule with those of steering."""
         schedule, measured = self.job.method.schedule((step + 1) / self.job.train.steps), self.steering.factors
-        return Feedback({name: schedule.get(name, 1.0) * measured.get(name, 1.0) for name in {**schedule, **measured}})
+        return {name: schedule.get(name, 1.0) * measured.get(name, 1.0) for name in {**schedule, **measured}}
 
     def _feed_back(self, meter: StepMeter, given: StepInput) -> None:
         """Tells the depth sampler what a step measured."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from raycomplete.data.checkpoints import load_model
 from raycomplete.data.heads import load_head
 from raycomplete.data.samples import RecoverySample, read_samples
 from raycomplete.losses.loss import LossOutput
-from raycomplete.methods.registry import Feedback, Method
+from raycomplete.methods.registry import Method
 from raycomplete.training.batches import BatchBuilder
 from raycomplete.training.feedback import DepthSampler
 from raycomplete.training.on_policy import RolloutPlanner
@@ -25,7 +25,6 @@ from raycomplete.training.student import HeadSettings, StudentModule
 from tests.training.tiny import make_job, prefetcher_of
 
 Ids = tuple[int, ...]
-NOTHING = Feedback()
 MICRO_BATCHES = 2  # of a step: what belongs together must not fall apart
 
 
@@ -104,13 +103,13 @@ class Case:
         student_pass = self.method.student_pass(lm)
         return StudentModule(lm, head, teachers, self.settings, external_head=False, student_pass=student_pass)
 
-    def outputs(self, student: StudentModule, feedback: Feedback = NOTHING) -> list[LossOutput]:
+    def outputs(self, student: StudentModule, loss_weights: Mapping[str, float] | None = None) -> list[LossOutput]:
         """Losses of a step's micro-batches; gradients are in the student."""
-        step = StepSequences.of(self.plan, self.method, feedback)
+        step = StepSequences.of(self.plan, self.method)
         builder = BatchBuilder(self.settings, 1.0, packed=self.packed)
         found = []
         for chunk in step.micro_batches(0, 1, MICRO_BATCHES):
-            batch = builder.build(chunk, step.normalisers, self.scores, feedback.loss_weights)
+            batch = builder.build(chunk, step.normalisers, self.scores, loss_weights)
             output = LossOutput.unflatten(student(batch), self.settings)
             output.total.backward()
             found.append(output)

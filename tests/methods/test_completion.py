@@ -19,7 +19,6 @@ from raycomplete.losses.settings import (
 from raycomplete.methods.completion import Completion
 from raycomplete.methods.registry import (
     AnchorItem,
-    Feedback,
     Item,
     Method,
     RecoveryItem,
@@ -60,7 +59,7 @@ def test_the_loss_is_that_of_the_run_file() -> None:
 
 
 def test_an_anchor_item_is_its_answer() -> None:
-    found = Completion().sequence(ANCHOR, Feedback())
+    found = Completion().sequence(ANCHOR)
     assert found.token_ids == (1, 2, 3, 4, 5)
     assert found.spans == (RowSpan("anchor", 2, 3, TeacherContext((1, 2), (3, 4, 5))),)
     assert (len(found), found.depth) == (4, -1)
@@ -68,7 +67,7 @@ def test_an_anchor_item_is_its_answer() -> None:
 
 @pytest.mark.parametrize("method", [Completion(), SFT()])
 def test_of_an_answer_that_complies_the_first_token_is_kept(method: Method) -> None:
-    found = method.sequence(AnchorItem(replace(ANCHOR.sample, kind="harmful", complies=True)), Feedback())
+    found = method.sequence(AnchorItem(replace(ANCHOR.sample, kind="harmful", complies=True)))
     assert found.token_ids == (1, 2, 3)
     assert [(span.start, span.count) for span in found.spans] == [(2, 1)]
     assert sum(method.normalisers([found]).values()) == 1, "what is dropped does not thin out the rest"
@@ -87,11 +86,11 @@ def test_of_an_augmented_prompt_the_teachers_read_the_plain_form() -> None:
 
 
 def method_sequence(item: Item) -> TrainSequence:
-    return Completion().sequence(item, Feedback())
+    return Completion().sequence(item)
 
 
 def test_a_recovery_item_is_h_up_to_the_cut_and_the_refusal_without_h_before_the_teacher() -> None:
-    found = Completion.model_validate({"weights": {"opening": 0.3}}).sequence(RECOVERY, Feedback())
+    found = Completion.model_validate({"weights": {"opening": 0.3}}).sequence(RECOVERY)
     refusal = TeacherContext((9, 1, 2, 3), (8, 8))
     assert found.token_ids == (1, 2, 3, 4, 5, 6, 8, 8)
     assert found.spans == (
@@ -107,7 +106,7 @@ def test_rows_along_h_begin_after_position_0_and_after_a_refusal_prefix() -> Non
     method = Completion.model_validate({"weights": {"penalty": 1}})
     for prefix, expected in ((0, {(4, 2, 1)}), (1, {(4, 2, 1)}), (2, {(5, 1, 2)}), (3, set())):
         item = RecoveryItem(replace(RECOVERY.sample, refusal_prefix_tokens=prefix), 3)
-        spans = method.sequence(item, Feedback()).spans
+        spans = method.sequence(item).spans
         along_h = [span for span in spans if span.context == TeacherContext((9, 1, 2, 3), (4, 5, 6, 7))]
         assert {(span.start, span.count, span.offset) for span in along_h} == expected
         assert [span.term for span in along_h] == (["push_forward", "penalty"] if expected else [])
@@ -115,14 +114,14 @@ def test_rows_along_h_begin_after_position_0_and_after_a_refusal_prefix() -> Non
 
 def test_terms_without_weight_have_no_rows() -> None:
     method = Completion.model_validate({"weights": {"push_forward": 0}})
-    assert [span.term for span in method.sequence(RECOVERY, Feedback()).spans] == ["recovery"]
+    assert [span.term for span in method.sequence(RECOVERY).spans] == ["recovery"]
 
 
 def test_first_tokens_weigh_more_and_the_anchor_stays_a_mean() -> None:
     method = Completion.model_validate({"first_tokens": {"count": 2, "weight": 5.0}, "weights": {"opening": 1}})
-    anchor = method.sequence(ANCHOR, Feedback())
+    anchor = method.sequence(ANCHOR)
     assert anchor.spans[0].weights == [5.0, 5.0, 1.0]
-    assert method.normalisers([anchor, method.sequence(RECOVERY, Feedback())]) == {
+    assert method.normalisers([anchor, method.sequence(RECOVERY)]) == {
         "anchor": 11.0,
         "push_forward": 2,
         "opening": 1,
@@ -149,14 +148,14 @@ def test_the_opening_takes_position_0_of_harmful_prompts_from_the_anchor() -> No
         Completion.model_validate({"weights": {"opening": weight}} | first_tokens) for weight in (1, 0)
     )
     plain = TeacherContext((1, 2), (3, 4, 5))
-    (kept,) = without.sequence(AnchorItem(harmful), Feedback()).spans
+    (kept,) = without.sequence(AnchorItem(harmful)).spans
     assert kept == RowSpan("anchor", 2, 3, plain, weights=[5.0, 5.0, 1.0])
-    (kept,) = with_opening.sequence(AnchorItem(harmful), Feedback()).spans
+    (kept,) = with_opening.sequence(AnchorItem(harmful)).spans
     assert kept == RowSpan("anchor", 3, 2, plain, offset=1, weights=[5.0, 1.0])
     # Where aligned answers, its answer is kept at position 0 only, so that nothing is.
-    (kept,) = with_opening.sequence(AnchorItem(complying := replace(harmful, complies=True)), Feedback()).spans
+    (kept,) = with_opening.sequence(AnchorItem(complying := replace(harmful, complies=True))).spans
     assert kept.count == 0
     samples = (complying, harmful, ANCHOR.sample)
     assert with_opening.trained(samples) == (harmful, ANCHOR.sample), "no step spends a place on such a sample"
     assert without.trained(samples) == samples
-    assert with_opening.sequence(ANCHOR, Feedback()) == without.sequence(ANCHOR, Feedback())
+    assert with_opening.sequence(ANCHOR) == without.sequence(ANCHOR)

@@ -18,7 +18,6 @@ from raycomplete.data.samples import RecoverySample
 from raycomplete.methods.circuit_breakers import CircuitBreakers
 from raycomplete.methods.latent_adversarial import LatentAdversarial
 from raycomplete.methods.presto import PRESTO, attention_on_prefill
-from raycomplete.methods.registry import Feedback
 from raycomplete.runtime.errors import SetupError
 from raycomplete.training.step_plan import StepSequences
 from tests.methods.plain import MICRO_BATCHES, Case, Ids, assert_gradients
@@ -44,7 +43,7 @@ def test_circuit_breakers(tmp_path: Path) -> None:
     plain.load_state_dict({name: value.double() for name, value in lm.state_dict().items()})
     weights = case.method.schedule(0.4)
     assert weights == {"retain": pytest.approx(0.2), "reroute": pytest.approx(0.8)}
-    outputs = case.outputs(case.student(lm.get_base_model()), Feedback(weights))
+    outputs = case.outputs(case.student(lm.get_base_model()), weights)
 
     def states(tokens: Ids) -> tuple[Tensor, Tensor]:
         """All layers with adapters on and off [L + 1, T, H], of the tokens that are read."""
@@ -80,7 +79,7 @@ def test_circuit_breakers(tmp_path: Path) -> None:
 def test_presto(packed: bool, tmp_path: Path) -> None:
     case = Case(tmp_path, PRESTO.model_validate(PLAIN | {"attention_weight": 0.6, "plain_fraction": 0.83}))
     case.packed = packed
-    cuts = [case.method.sequence(item, Feedback()).depth for item in case.plan.recovery]
+    cuts = [case.method.sequence(item).depth for item in case.plan.recovery]
     assert sum(cut > 0 for cut in cuts) == 2, "one follows the prompt alone"
     model = case.plain.models["student"]
     model.set_attn_implementation("eager")
@@ -188,7 +187,7 @@ def away(log_p_R: Tensor) -> Tensor:
 
 def plain_latent(case: Case, steps: int, lr: float, epsilon: float) -> tuple[Tensor, float]:
     """The loss where each micro-batch has an adversary of its own, and the largest norm of a perturbation."""
-    step, norm = StepSequences.of(case.plan, case.method, Feedback()), 0.0
+    step, norm = StepSequences.of(case.plan, case.method), 0.0
     toward, pushed = [], []
     for chunk in step.micro_batches(0, 1, MICRO_BATCHES):
         read = {sequence.token_ids for sequence in chunk}
@@ -211,7 +210,7 @@ def test_circuit_breakers_begin_where_the_cosine_has_a_gradient(tmp_path: Path) 
     for std in (0.0, 0.01):
         case = Case(tmp_path, CircuitBreakers.model_validate(PLAIN | {"adapter_init_std": std}))
         lm = adapted(case, learned=0.0)
-        case.outputs(case.student(lm.get_base_model()), Feedback({"retain": 1e-9, "reroute": 1.0}))
+        case.outputs(case.student(lm.get_base_model()), {"retain": 1e-9, "reroute": 1.0})
         slopes.append(max(float(p.grad.abs().max()) for n, p in lm.named_parameters() if "lora_B" in n))
     assert slopes[1] > 1000 * slopes[0]
 

@@ -19,7 +19,7 @@ from raycomplete.methods.augmentation import Augmentation
 from raycomplete.methods.door import DOOR
 from raycomplete.methods.latent_adversarial import away_rows
 from raycomplete.methods.npo import NPO, NpoSettings
-from raycomplete.methods.registry import METHODS, AnchorItem, Feedback, RecoveryItem
+from raycomplete.methods.registry import METHODS, AnchorItem, RecoveryItem
 from raycomplete.methods.unlikelihood import Unlikelihood, unlikelihood
 from raycomplete.methods.w_door import WDOOR
 from tests.methods.plain import Case, Ids, mean
@@ -29,7 +29,7 @@ PLAIN = {"anchor_batch_size": 3, "recovery_batch_size": 3}
 
 def cut_of(case: Case, place: int) -> int:
     """Where the first sequence of a harmful item is cut."""
-    return case.method.sequences(case.plan.recovery[place], Feedback())[0].depth
+    return case.method.sequences(case.plan.recovery[place])[0].depth
 
 
 def test_augmentation_is_the_mean_over_the_tokens_of_both_parts(tmp_path: Path) -> None:
@@ -49,7 +49,7 @@ def test_augmentation_is_the_mean_over_the_tokens_of_both_parts(tmp_path: Path) 
 def test_half_of_the_refusals_follow_the_prompt_alone_and_the_others_any_cut(method: Any) -> None:
     sample = RecoverySample("", (1, 2), (1, 2), tuple(range(10, 20)), (8, 9))
     cuts = [
-        method.sequences(RecoveryItem(replace(sample, sample_id=f"s{i % 200}"), i // 200 + 1), Feedback())[0].depth
+        method.sequences(RecoveryItem(replace(sample, sample_id=f"s{i % 200}"), i // 200 + 1))[0].depth
         for i in range(2000)
     ]
     assert 0.4 < sum(cut == 0 for cut in cuts) / len(cuts) < 0.6
@@ -58,10 +58,7 @@ def test_half_of_the_refusals_follow_the_prompt_alone_and_the_others_any_cut(met
     assert by_sample == {1} if isinstance(method, DOOR) else max(by_sample) > 6, "theirs are cut once, or in every draw"
     other = replace(sample, harmful_ids=tuple(range(20, 30)))
     cuts_of = [
-        [
-            method.sequences(RecoveryItem(replace(item, sample_id=f"s{i}"), 3), Feedback())[0].depth
-            for item in (sample, other)
-        ]
+        [method.sequences(RecoveryItem(replace(item, sample_id=f"s{i}"), 3))[0].depth for item in (sample, other)]
         for i in range(200)
     ]
     assert sum(first == second for first, second in cuts_of) < 120, "another seed draws another h and another cut"
@@ -71,7 +68,7 @@ def test_an_h_that_is_shorter_than_the_depths_drawn_is_cut_anew_in_every_draw() 
     sample = RecoverySample("s", (1, 2), (1, 2), tuple(range(10, 20)), (8, 9))
     items = [RecoveryItem.cut(sample, depth) for depth in range(10, 100)]
     assert {item.depth for item in items} == {10}
-    assert {Augmentation().sequence(item, Feedback()).depth for item in items} == set(range(11))
+    assert {Augmentation().sequence(item).depth for item in items} == set(range(11))
 
 
 def test_unlikelihood(tmp_path: Path) -> None:
@@ -161,7 +158,7 @@ def test_what_turns_a_token_away_has_a_gradient_however_sure_the_student_is(form
 def test_harmful_prompts_are_no_harmless_answers(name: str) -> None:
     samples = [AnchorSample(kind, (1, 2), (3, 4), kind) for kind in ("benign", "borderline", "harmful")]
     assert METHODS[name](name=name).trained(samples) == tuple(samples[:2])
-    (kept,) = METHODS[name](name=name).sequences(AnchorItem(samples[0]), Feedback())
+    (kept,) = METHODS[name](name=name).sequences(AnchorItem(samples[0]))
     assert [(span.start, span.count) for span in kept.spans] == [(2, 2)]
 
 

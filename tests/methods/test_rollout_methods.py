@@ -17,7 +17,7 @@ from raycomplete.methods.policy_gradient import PolicyGradient
 from raycomplete.runtime.types import Outcome, Prompt
 from raycomplete.training.on_policy import group_advantages
 from raycomplete.training.rollout_engines import RolloutBatch, StudentEngines
-from tests.methods.plain import NOTHING, Case, Ids, mean
+from tests.methods.plain import Case, Ids, mean
 from tests.training.tiny import CountingJudge, make_samples
 
 RUN: dict[str, Any] = {
@@ -98,7 +98,7 @@ def test_opct_reads_harmful_prompts_alone_where_it_is_told_to(
     settings = {"anchor_batch_size": 3, "recovery_batch_size": 6, "plain_fraction": plain_fraction}
     case = Case(tmp_path, OPCT.model_validate(settings))
     assert case.batch.depths.count(0) == plain
-    depths = [case.method.sequence(item, NOTHING).depth for item in case.plan.recovery]
+    depths = [case.method.sequence(item).depth for item in case.plan.recovery]
     assert depths.count(-1) == plain, "what follows no h does not enter the loss by depth"
     assert OPCT().plain_fraction == 0.25, "without, nothing holds the refusals that aligned gives to plain prompts"
 

@@ -14,7 +14,7 @@ from raycomplete.config import RunConfig
 from raycomplete.data.checkpoints import load_model
 from raycomplete.data.samples import MID_ANSWER, RecoverySample
 from raycomplete.methods.completion import Completion
-from raycomplete.methods.registry import Feedback, RecoveryItem, RowSpan, TeacherContext
+from raycomplete.methods.registry import RecoveryItem, RowSpan, TeacherContext
 from raycomplete.methods.suffix_adversary import SuffixedSequences
 from raycomplete.training.batches import BatchBuilder
 from raycomplete.training.step_plan import StepSequences
@@ -127,7 +127,7 @@ def test_the_search_reads_no_more_than_it_needs(tmp_path: Path) -> None:
     builder = BatchBuilder(case.settings, 1.0)
 
     def search() -> SuffixedSequences | None:
-        step = StepSequences.of(case.plan, case.method, Feedback())
+        step = StepSequences.of(case.plan, case.method)
         (chunk,) = step.micro_batches(0, 1, 1)
         return SuffixedSequences.of_batch(builder.build(chunk, step.normalisers, case.scores), "push_forward", WANTED)
 
@@ -153,7 +153,7 @@ def test_the_adversary_starts_anew_at_another_depth_whatever_else_is_in_the_batc
     seeds = {}
     for depth in (1, 30, 31):
         for drawn in (depth, depth):
-            found = Completion.model_validate(SETTINGS).sequence(RecoveryItem.cut(sample, drawn), Feedback()).suffix
+            found = Completion.model_validate(SETTINGS).sequence(RecoveryItem.cut(sample, drawn)).suffix
             assert found is not None
             seeds.setdefault(depth, set()).add(found.seed)
     assert [len(found) for found in seeds.values()] == [1, 1, 1], "the same on every worker and in a resumed run"
@@ -163,7 +163,7 @@ def test_the_adversary_starts_anew_at_another_depth_whatever_else_is_in_the_batc
 def test_the_first_words_are_drawn_from_the_seed_of_each_sequence(tmp_path: Path) -> None:
     case = Case(tmp_path, Completion.model_validate(SETTINGS))
     with_suffixes(case)
-    step = StepSequences.of(case.plan, case.method, Feedback())
+    step = StepSequences.of(case.plan, case.method)
     builder, drawn = BatchBuilder(case.settings, 1.0), []
     for count in (1, 2):  # micro-batches
         found: dict[int, list[int]] = {}
@@ -192,11 +192,11 @@ def test_a_suffix_is_what_was_put_behind_the_prompt() -> None:
 def test_push_forward_begins_at_position_0_behind_a_suffix_that_is_moved() -> None:
     item = RecoveryItem(SAMPLE.augmented("random suffix", (1, 2, 70, 3)), 3)
     refusal, h = TeacherContext((9, 1, 2, 3), (8, 8)), TeacherContext((9, 1, 2, 3), (4, 5, 6, 7))
-    moved = Completion.model_validate(SETTINGS).sequence(item, Feedback())
+    moved = Completion.model_validate(SETTINGS).sequence(item)
     assert moved.suffix is not None
     assert (moved.suffix.start, moved.suffix.count) == (2, 1)
     assert moved.spans[0] == RowSpan("push_forward", 4, 3, h, offset=0, target=(refusal, 0))
-    still = Completion().sequence(item, Feedback())
+    still = Completion().sequence(item)
     assert still.suffix is None
     assert still.spans[0] == RowSpan("push_forward", 5, 2, h, offset=1, target=(refusal, 0))
 

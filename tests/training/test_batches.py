@@ -6,7 +6,7 @@ What is expected is computed by plain transformers forward passes of single, unp
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,6 @@ from raycomplete.losses.settings import ContrastiveSettings, LossSettings
 from raycomplete.methods.completion import FirstTokensConfig, LossWeights
 from raycomplete.methods.registry import (
     AnchorItem,
-    Feedback,
     Item,
     Method,
     RecoveryItem,
@@ -61,7 +60,7 @@ class Tiny:
     def items(self) -> list[Item]:
         """Longest first, as a step trains them."""
         items: list[Item] = [*self.plan.anchor, *self.plan.recovery]
-        return sorted(items, key=lambda item: len(completion().sequence(item, Feedback())), reverse=True)
+        return sorted(items, key=lambda item: len(completion().sequence(item)), reverse=True)
 
     def hidden(self, path: Path, context: tuple[int, ...], response: tuple[int, ...]) -> Tensor:
         """[T, H] states that predict a response, read alone and unpadded."""
@@ -101,15 +100,15 @@ def build(
     items: list[Item] | None = None,
     *,
     scale: float = 1.0,
-    feedback: Feedback | None = None,
+    loss_weights: Mapping[str, float] | None = None,
     scores: Scores | None = None,
 ) -> MicroBatch:
     """A micro-batch of some items of the step, by default all, by default of the method `completion`."""
-    method, feedback = method or completion(), feedback or Feedback()
-    normalisers = StepSequences.of(tiny.plan, method, feedback).normalisers
-    sequences = [method.sequence(item, feedback) for item in (tiny.items if items is None else items)]
+    method = method or completion()
+    normalisers = StepSequences.of(tiny.plan, method).normalisers
+    sequences = [method.sequence(item) for item in (tiny.items if items is None else items)]
     builder = BatchBuilder(method.loss(TrainConfig()), scale)
-    return builder.build(sequences, normalisers, scores or tiny.scores, feedback.loss_weights)
+    return builder.build(sequences, normalisers, scores or tiny.scores, loss_weights)
 
 
 @dataclass
@@ -214,7 +213,7 @@ def test_recovery_with_the_prefix_would_be_something_else(tiny: Tiny) -> None:
 
 def test_every_sequence_is_packed_whole(tiny: Tiny) -> None:
     batch = build(tiny)
-    lengths = [len(completion().sequence(item, Feedback())) for item in tiny.items]
+    lengths = [len(completion().sequence(item)) for item in tiny.items]
     assert batch.input_ids_BT.shape[1] == max(lengths)
     assert batch.input_ids_BT.shape[0] < len(lengths), "else nothing shares a row, and this proves nothing"
     assert batch.num_tokens == sum(lengths)
@@ -223,8 +222,8 @@ def test_every_sequence_is_packed_whole(tiny: Tiny) -> None:
     assert int(starts) == len(lengths), "positions restart once a sequence, and stay 0 on padding"
 
 
-def test_feedback_scales_the_rows_of_a_term(tiny: Tiny) -> None:
-    plain, scaled = build(tiny), build(tiny, feedback=Feedback({"anchor": 3.0}))
+def test_loss_weights_scale_the_rows_of_a_term(tiny: Tiny) -> None:
+    plain, scaled = build(tiny), build(tiny, loss_weights={"anchor": 3.0})
     factor_N = scaled.weight_N / plain.weight_N
     assert set(factor_N[plain.term_N == ANCHOR].tolist()) == {3.0}
     assert set(factor_N[plain.term_N != ANCHOR].tolist()) == {1.0}
@@ -240,7 +239,7 @@ def test_weights_are_a_mean_over_the_rows_of_each_term(tiny: Tiny, world_size: i
     """DeepSpeed averages over workers and micro-batches; `scale` undoes that, so each term's weights sum to 1."""
     accumulation = -(-8 // world_size // per_device_batch_size)
     scale = float(world_size * accumulation)
-    step = StepSequences.of(tiny.plan, completion(), Feedback())
+    step = StepSequences.of(tiny.plan, completion())
     builder = BatchBuilder(LOSS, scale)
     sums: Counter[int] = Counter()
     for rank in range(world_size):
@@ -264,7 +263,7 @@ def test_the_loss_does_not_depend_on_the_number_of_workers(tiny: Tiny, contrasti
     lm = load_model(tiny.student, "float32")
     head = HeadSettings(1.0, None, teachers["base"].vocab_size)
     module = StudentModule(lm, head, teachers, settings, external_head=False)
-    sequences = StepSequences.of(tiny.plan, method, Feedback())
+    sequences = StepSequences.of(tiny.plan, method)
 
     def step(world_size: int, per_device_batch_size: int) -> tuple[Tensor, Tensor]:
         accumulation = -(-8 // world_size // per_device_batch_size)
@@ -288,7 +287,7 @@ def test_the_loss_does_not_depend_on_the_number_of_workers(tiny: Tiny, contrasti
 
 
 def test_sft_reads_no_teacher(tiny: Tiny) -> None:
-    step = StepSequences.of(StepPlan(tiny.plan.anchor, ()), SFT(), Feedback())
+    step = StepSequences.of(StepPlan(tiny.plan.anchor, ()), SFT())
     batch = BatchBuilder(SFT().loss(TrainConfig()), 1.0).build(step.micro_batches(0, 1, 1)[0], step.normalisers)
     assert batch.aligned_hidden_PH is None
     assert batch.base_hidden_PH is None
@@ -310,9 +309,9 @@ def test_a_batch_of_one_term_has_no_other(tiny: Tiny) -> None:
 def test_first_tokens_of_an_answer_count_more_and_the_anchor_stays_a_mean(
     tiny: Tiny, count: int, weight: float
 ) -> None:
-    feedback = Feedback({"anchor": 3.0})
+    loss_weights = {"anchor": 3.0}
     method = completion(first_tokens=FirstTokensConfig(count=count, weight=weight))
-    batch, plain = (build(tiny, found, scale=2.0, feedback=feedback) for found in (method, None))
+    batch, plain = (build(tiny, found, scale=2.0, loss_weights=loss_weights) for found in (method, None))
     anchor_N = batch.term_N == ANCHOR
     raw = [
         weight if position < count else 1.0
@@ -386,7 +385,7 @@ def test_a_sequence_whose_shared_target_could_not_be_read_keeps_its_place_withou
     scores = {("aligned", (1, 2, 3, 4, 5), 2): torch.randn(3, 8)}
     sequences = [TrainSequence((1, 2, 3, 4, 5), (read,))]
     for item in (RecoveryItem(sample, 4), RecoveryItem(other, 4)):
-        sequences.append(completion().sequence(item, Feedback()))
+        sequences.append(completion().sequence(item))
         for role, tokens in (("aligned", item.sample.refusal_ids), ("base", item.sample.harmful_ids)):
             num_rows = 0 if role == "aligned" and item.sample is sample else len(tokens)  # quarantined
             prompt = item.sample.prompt_ids

@@ -13,7 +13,7 @@ import torch
 from raycomplete.config import RolloutConfig, TrainConfig
 from raycomplete.engines.weights import WeightsLostError
 from raycomplete.methods.completion import Completion
-from raycomplete.methods.registry import DepthConfig, Feedback, TeacherContext
+from raycomplete.methods.registry import DepthConfig, TeacherContext
 from raycomplete.training import on_policy
 from raycomplete.training.feedback import DepthSampler
 from raycomplete.training.on_policy import OnPolicySource, RolloutPlanner, compliance_by_bin
@@ -109,7 +109,7 @@ def test_the_opening_stays_that_of_aligned_where_the_student_refuses(start: int)
     own = [replace(item, refusal_start=start) for item in answers(rollout_batch, refused=True)]
     method = Completion.model_validate({"weights": {"opening": 0.3}})
     for item, sample in zip(planner().finish(rollout_batch, own).recovery, rollout_batch.recovery, strict=True):
-        (opening,) = (span for span in method.sequence(item, Feedback()).spans if span.term == "opening")
+        (opening,) = (span for span in method.sequence(item).spans if span.term == "opening")
         assert item.sample.refusal_ids[0] == 90 + start
         assert opening.token_ids == sample.refusal_ids[:1]
 
@@ -124,7 +124,7 @@ def test_of_a_late_refusal_the_words_before_it_become_part_of_h() -> None:
         assert item.sample.harmful_ids == (*sample.harmful_ids[:depth], 90, 91, 92)
         assert item.depth == depth + 3
         assert item.sample.refusal_ids == (93, 1)
-        read = Completion().sequence(item, Feedback()).spans[-1].context
+        read = Completion().sequence(item).spans[-1].context
         assert read == TeacherContext(sample.teacher_prompt_ids, (93, 1))
 
 

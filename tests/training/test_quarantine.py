@@ -17,7 +17,7 @@ from raycomplete.data.checkpoints import load_model
 from raycomplete.data.heads import load_head
 from raycomplete.losses.loss import LossOutput
 from raycomplete.methods.completion import LossWeights
-from raycomplete.methods.registry import AnchorItem, Feedback, Item, RecoveryItem
+from raycomplete.methods.registry import AnchorItem, Item, RecoveryItem
 from raycomplete.runtime.errors import QuarantinedSequenceError
 from raycomplete.training.batches import BatchBuilder, cut_harmful
 from raycomplete.training.profile import aligned_profile, scored_samples
@@ -66,8 +66,8 @@ class Tiny:
         sources = {role: Fragile(getattr(self, role), deadly.get(role, set())) for role in ("base", "aligned")}
         prefetcher = prefetcher_of(METHOD, sources)
         prefetcher.request(0, SAMPLES.anchor, SAMPLES.recovery)
-        normalisers = StepSequences.of(PLAN, METHOD, Feedback()).normalisers
-        sequences = [METHOD.sequence(item, Feedback()) for item in items]
+        normalisers = StepSequences.of(PLAN, METHOD).normalisers
+        sequences = [METHOD.sequence(item) for item in items]
         batch = BatchBuilder(LOSS, scale=1.0).build(sequences, normalisers, prefetcher.take(0))
         lm = load_model(self.student, "float32")
         heads = {role: load_head(head_spec(getattr(self, role)), dtype=torch.float32) for role in ("base", "aligned")}

@@ -10,7 +10,7 @@ from itertools import chain
 import pytest
 
 from raycomplete.data.samples import AnchorSample, RecoverySample, SampleSet
-from raycomplete.methods.registry import AnchorItem, DepthConfig, Feedback, RecoveryItem
+from raycomplete.methods.registry import AnchorItem, DepthConfig, RecoveryItem
 from raycomplete.runtime.types import PromptKind
 from raycomplete.training.feedback import DepthSampler
 from raycomplete.training.step_plan import Planner, StepPlan, StepSequences
@@ -108,7 +108,7 @@ def test_samples_are_known_before_their_depths() -> None:
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_slices_of_ranks_partition_the_plan(world_size: int) -> None:
-    step = StepSequences.of(plan_at(3), completion(), Feedback())
+    step = StepSequences.of(plan_at(3), completion())
     shares = [step.micro_batches(rank, world_size, 1)[0] for rank in range(world_size)]
     assert {len(share) for share in shares} == {8 // world_size}, "equal shares, or collectives hang"
     together = Counter(id(item) for share in shares for item in share)
@@ -121,7 +121,7 @@ def test_slices_of_ranks_partition_the_plan(world_size: int) -> None:
 def test_a_rank_asks_for_the_scores_of_its_own_share(world_size: int) -> None:
     """The worker slices `samples_of` while the depths are still unknown; both slices must agree."""
     one = planner(make_samples(0))
-    step = StepSequences.of(one.plan(2, DepthSampler(DEPTH, 0)), completion(), Feedback())
+    step = StepSequences.of(one.plan(2, DepthSampler(DEPTH, 0)), completion())
     anchor, recovery = one.samples_of(2)
     for rank in range(world_size):
         asked = {sample.prompt_ids + sample.answer_ids for sample in anchor[rank::world_size]}
@@ -142,7 +142,7 @@ def test_depths_stay_within_the_continuation_and_the_limit() -> None:
 def test_token_counts_are_those_of_the_whole_step() -> None:
     anchor = AnchorItem(AnchorSample("a", (1, 2), (3, 4, 5)))
     recovery = RecoveryItem(RecoverySample("r", (1, 2, 3), (9, 1, 2, 3), (4, 5, 6, 7), (8, 8)), depth=2)
-    step = StepSequences.of(StepPlan((anchor, anchor), (recovery,)), completion(), Feedback())
+    step = StepSequences.of(StepPlan((anchor, anchor), (recovery,)), completion())
     assert step.normalisers == {"anchor": 6, "recovery": 2, "push_forward": 1, "opening": 1}
     # The last token predicts nothing, so it is not read: 2 + 3 - 1, and 3 + 2 of h + 2 - 1.
     assert [len(item) for item in step.micro_batches(0, 1, 1)[0]] == [6, 4, 4]
@@ -153,4 +153,4 @@ def test_without_recovery_samples_only_the_anchor_is_drawn() -> None:
     plan = plan_at(0, samples=SampleSet(make_samples(0).anchor))
     assert len(plan.anchor) == 4
     assert plan.recovery == ()
-    assert StepSequences.of(plan, completion(), Feedback()).normalisers.keys() == {"anchor"}
+    assert StepSequences.of(plan, completion()).normalisers.keys() == {"anchor"}

@@ -40,4 +40,4 @@ def test_a_schedule_and_steering_both_count() -> None:
         job=SimpleNamespace(method=method, train=SimpleNamespace(steps=4)),
         steering=SimpleNamespace(factors={"anchor": 1.5, "push_forward": 2.0}),
     )
-    assert Worker._feedback(worker, 1).loss_weights == {"anchor": 0.75, "reroute": 0.25, "push_forward": 2.0}
+    assert Worker._loss_weights(worker, 1) == {"anchor": 0.75, "reroute": 0.25, "push_forward": 2.0}

@@ -26,7 +26,7 @@ from raycomplete.losses.loss import LossInputs, LossOutput
 from raycomplete.losses.reference import reference_loss
 from raycomplete.losses.settings import LossSettings
 from raycomplete.methods.completion import Completion, LossWeights
-from raycomplete.methods.registry import DepthConfig, Feedback, Method
+from raycomplete.methods.registry import DepthConfig, Method
 from raycomplete.methods.sft import SFT
 from raycomplete.runtime.types import Outcome, Prompt
 from raycomplete.training.batches import BatchBuilder, MicroBatch, teacher_contexts
@@ -221,7 +221,7 @@ def prefetcher_of(method: Method, sources: Mapping[str, Any]) -> TeacherPrefetch
 
 def build_batch(method: Method, plan: StepPlan, scores: Any, **options: Any) -> MicroBatch:
     """A whole step in one micro-batch."""
-    step_sequences = StepSequences.of(plan, method, Feedback())
+    step_sequences = StepSequences.of(plan, method)
     builder = BatchBuilder(method.loss(TrainConfig()), **{"scale": 1.0, **options})
     return builder.build(step_sequences.micro_batches(0, 1, 1)[0], step_sequences.normalisers, scores)
 

@@ -13,7 +13,6 @@ from raycomplete.data.chat import ChatCodec
 from raycomplete.data.checkpoints import TORCH_DTYPES, load_model
 from raycomplete.data.heads import load_head, read_head_spec
 from raycomplete.data.samples import AnchorSample, RecoverySample, SampleSet
-from raycomplete.methods.registry import Feedback
 from raycomplete.training.batches import BatchBuilder, MicroBatch, teacher_contexts
 from raycomplete.training.feedback import DepthSampler
 from raycomplete.training.step_plan import Planner, StepSequences
@@ -59,7 +58,7 @@ def student_and_batches(case: Case, micro_batches: int) -> tuple[StudentModule, 
     sources: Any = {"aligned": source, "base": source}
     prefetcher = TeacherPrefetcher(sources, partial(teacher_contexts, builder, method))
     prefetcher.request(0, *planner.samples_of(0))
-    step = StepSequences.of(planner.plan(0, DepthSampler(method.depth, 0)), method, Feedback())
+    step = StepSequences.of(planner.plan(0, DepthSampler(method.depth, 0)), method)
     scores, chunks = prefetcher.take(0), step.micro_batches(0, 1, micro_batches)
     return module, [builder.build(chunk, step.normalisers, scores) for chunk in chunks]
 
