@@ -66,21 +66,11 @@ def read_augmentation_files(settings: PromptAugmentationConfig, prompts: Sequenc
     return AugmentationFiles(suffixes, templates, paraphrases)
 
 
-def num_movable(samples: Sequence[RecoverySample]) -> int:
-    """Counts the samples whose suffix an adversary may move.
-
-    Raises:
-        DataError: There is none, and the adversary would do nothing.
-    """
+def movable(samples: Sequence[RecoverySample]) -> str:
+    """Says how many samples have a suffix that an adversary may move, and where there is none that it does nothing."""
     count = sum(sample.can_move_suffix for sample in samples)
-    if not count:
-        raise DataError(
-            f"method.suffix_adversary moves suffixes before an h that is whole, and none of {len(samples)} recovery "
-            "samples has both.",
-            "Raise rollout.prompt_augmentation.recovery_fraction, or lower rollout.refusal_prefix_fraction or "
-            "rollout.mid_answer_fraction.",
-        )
-    return count
+    idle = "" if count else ", and it does nothing: no h behind a suffix is whole (rollout.prompt_augmentation)"
+    return f"Recovery samples whose suffix an adversary moves: {count}{idle}"
 
 
 class PromptAugmenter:

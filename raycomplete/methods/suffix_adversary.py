@@ -7,9 +7,10 @@ root mean square of the entries of e at the start:
     e <- e - lr s sign(gradient of -log p_s(h_0 .. h_T-1 | x, e)), `steps` times from random words of the vocabulary
 
 Behind this suffix the student then trains what completion trains behind x alone: recovery, and push-forward, here from
-position 0 of h on, where the search would break in, with `weight` times the weight of other rows. The gradient of the
-loss treats e as given. Other words at every depth matter: where a suffix always began with the same ones, GCG got
-through again. Harmless prompts with suffixes that nobody moved are anchored, so that a suffix is no reason to refuse.
+position 0 of h on. The rows at which it predicts h_0 .. h_T-1 are those where the search breaks in, a few of a long h,
+and count `weight` times. The gradient of the loss treats e as given. Other words at every depth matter: where a suffix
+always began with the same ones, GCG got through again. Harmless prompts with suffixes that nobody moved are anchored,
+so that a suffix is no reason to refuse.
 
 Ours. Nearest are latent adversarial training, which perturbs x itself, and R2D2 (Mazeika et al., arXiv 2402.04249),
 which searches tokens by GCG.
@@ -40,7 +41,7 @@ class SuffixAdversaryConfig(Section):
         0.1, gt=0, description="step of a coordinate, as a share of the root mean square of the first embeddings"
     )
     target_tokens: int = Field(20, ge=1, description="tokens of h that the adversary wants, at most")
-    weight: float = Field(1.0, gt=0, description="factor on the weight of all rows behind a suffix that was moved")
+    weight: float = Field(8.0, gt=0, description="factor on the weight of the rows that the adversary moved against")
 
 
 def adversarial_pass(lm: Any, settings: SuffixAdversaryConfig, term: str) -> StudentPass:
@@ -73,13 +74,13 @@ class SuffixedSequences:
         batch: The `MicroBatch` of those sequences; its rows predict the first tokens of h, and none has a teacher.
         place_P: Flat positions of all suffix tokens in it.
         origin_P: Flat positions of the same tokens in the whole micro-batch.
-        origin_S: Numbers of the same sequences there.
+        origin_N: Numbers of the same rows there.
     """
 
     batch: Any
     place_P: Tensor
     origin_P: Tensor
-    origin_S: Tensor
+    origin_N: Tensor
 
     @classmethod
     def of_batch(cls, batch: Any, term: str, target_tokens: int) -> SuffixedSequences | None:
@@ -126,14 +127,13 @@ class SuffixedSequences:
             num_tokens=sum(map(len, reads)),
         )
         place_P = torch.cat([place_P + offset for place_P, offset in zip(places, offsets, strict=True)])
-        return cls(cut, place_P, torch.cat(origins), batch.sequence_N.new_tensor(suffixes))
+        return cls(cut, place_P, torch.cat(origins), own_N)
 
     def weighted(self, batch: Any, factor: float) -> Any:
-        """Multiplies the weights of all rows of these sequences in the whole micro-batch."""
-        import torch
-
-        is_own_N = torch.isin(batch.sequence_N, self.origin_S)
-        return replace(batch, weight_N=torch.where(is_own_N, factor * batch.weight_N, batch.weight_N))
+        """Multiplies the weights of these rows in the whole micro-batch."""
+        weight_N = batch.weight_N.clone()
+        weight_N[self.origin_N] *= factor
+        return replace(batch, weight_N=weight_N)
 
     def words(self, vocab_size: int) -> list[Tensor]:
         """Draws the token ids at which the suffix of each sequence starts, from the seed of each."""

@@ -28,6 +28,7 @@ SETTINGS = (
     f"train.steps={STEPS}",
     "train.num_workers=2",
     "train.zero_stage=3",
+    "method.suffix_adversary.steps=0",  # which reads a batch several times before one backward pass
     "method.anchor_batch_size=8",
     "method.recovery_batch_size=8",
     "evaluation.num_prompts=4",

@@ -182,12 +182,13 @@ def test_departures_name_samples_and_validation_that_are_not_the_reference_s(tmp
         reference: completion
     """
     told = {run.label: run.departures for run in load_study(study_file(tmp_path, file)).runs}
-    assert told["completion"] == told[FROZEN] == ()
+    adversary = "method.suffix_adversary.steps 8 instead of 0"
+    assert (told["completion"], told[FROZEN]) == ((adversary,), ())
     beside = (
         "rollout.on_policy False instead of the reference's True",
         "train.validation.every auto instead of the reference's 0",
     )
-    assert told["adaptive depth"] == ("method.depth.schedule adaptive instead of uniform", *beside)
+    assert told["adaptive depth"] == ("method.depth.schedule adaptive instead of uniform", adversary, *beside)
     # The schedule of the run file stays in a method that draws depths evenly whatever it says.
     batches = ("method.anchor_batch_size 16 instead of 64", "method.depth.max 64 instead of 100")
     assert told["augmentation"] == (*Augmentation.departures, *batches, *beside)

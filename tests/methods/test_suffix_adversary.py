@@ -77,17 +77,19 @@ def plain_loss(case: Case) -> tuple[Tensor, float]:
     for item in case.plan.recovery:
         sample, h = item.sample, item.sample.harmful_ids[: item.depth]
         prompt, first = sample.prompt_ids, sample.refusal_prefix_tokens or int(not sample.can_move_suffix)
-        suffix_TH, weight = None, 1.0
+        suffix_TH = None
         if sample.can_move_suffix:
             suffix_TH, found = adversary(model, prompt, h, sample.suffix)
-            gain, weight = gain + found, WEIGHT
+            gain += found
         logits_TV = read(model, prompt + h + sample.refusal_ids, sample.suffix[0], suffix_TH)
         target_TV = case.plain.models["aligned"](torch.tensor([sample.teacher_prompt_ids + sample.refusal_ids]))
         target_TV = target_TV.logits[0, len(sample.teacher_prompt_ids) - 1 : -1].detach()
         start = len(prompt) + item.depth - 1
-        recoveries.append(weight * kl(target_TV, logits_TV[start : start + len(sample.refusal_ids)]))
+        recoveries.append(kl(target_TV, logits_TV[start : start + len(sample.refusal_ids)]))
         rows = slice(len(prompt) - 1 + first, len(prompt) - 1 + item.depth)
-        pushed.append(weight * 16 * kl(target_TV[:1] / 4, logits_TV[rows] / 4))
+        weights_T = torch.ones(len(rows_T := logits_TV[rows]), dtype=logits_TV.dtype)
+        weights_T[: WANTED * sample.can_move_suffix] = WEIGHT  # of the rows against which the adversary moved
+        pushed.append(weights_T * 16 * kl(target_TV[:1] / 4, rows_T / 4))
     return sum(torch.cat(rows).mean() for rows in (anchors, recoveries, pushed)), gain  # type: ignore[return-value]
 
 

@@ -26,7 +26,7 @@ from raycomplete.training.sampling import make_samples
 from raycomplete.training.step_plan import Planner
 from raycomplete.training.student import HeadSettings, StudentModule
 from tests.conftest import ROOT
-from tests.training.test_sampling import ScriptedModel, uncached  # noqa: F401
+from tests.training.test_sampling import AS_ASKED, ScriptedModel, uncached  # noqa: F401
 from tests.training.tiny import LocalScores, build_batch, completion, head_spec, make_model, prefetcher_of
 
 MOST_FILES = 15
@@ -51,7 +51,9 @@ def test_the_list_is_short_and_its_files_are_there() -> None:
 
 def test_a_prompt_passes_the_files_of_the_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every file whose code runs between the prompts and the gradient is listed, in the order of its first call."""
-    config = load_run_file(ROOT / "jobs" / "organism.yaml", ["data.limit_per_kind=4", "train.validation.every=0"])
+    config = load_run_file(
+        ROOT / "jobs" / "organism.yaml", ["data.limit_per_kind=4", "train.validation.every=0", *AS_ASKED]
+    )
     codec = ChatCodec(checkpoint_path("aligned"))
     paths = {role: make_model(tmp_path / role, seed) for seed, role in enumerate(("base", "aligned", "student"))}
     heads = {role: load_head(head_spec(paths[role]), dtype=torch.float32) for role in ("base", "aligned")}

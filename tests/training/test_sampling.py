@@ -92,6 +92,14 @@ def uncached(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("raycomplete.training.sampling.sampled_from", direct)
 
 
+# No prompt has a suffix.
+AS_ASKED = (
+    "rollout.prompt_augmentation.fraction=0",
+    "rollout.prompt_augmentation.recovery_fraction=null",
+    "method.suffix_adversary.steps=0",
+)
+
+
 def run_of(
     codec: ChatCodec, *overrides: str, model: type[ScriptedModel] = ScriptedModel, count: int = 3, kinds: Any = KINDS
 ) -> Any:
@@ -99,7 +107,9 @@ def run_of(
     train = {kind: tuple(organism.prompts("train", kind, 0, count)) if kind in kinds else () for kind in KINDS}
     paths: Any = {"aligned": Path("aligned"), "base": Path("base"), "student": Path("aligned")}
     return SimpleNamespace(
-        config=load_run_file(ROOT / "jobs" / "organism.yaml", ["rollout.refusal_prefix_fraction=0", *overrides]),
+        config=load_run_file(
+            ROOT / "jobs" / "organism.yaml", ["rollout.refusal_prefix_fraction=0", *AS_ASKED, *overrides]
+        ),
         console=Notes(),
         models=Models(paths, {}, codec, {"elsewhere": Path("elsewhere")}),
         prompts=Prompts(train, dict.fromkeys(KINDS, train["harmful"])),

@@ -21,7 +21,7 @@ from raycomplete.data.inputs import longest_response
 from raycomplete.data.organism import checkpoint_path
 from raycomplete.data.organism.judge import OrganismJudge
 from raycomplete.data.organism.world import Item, recipe, refusal
-from raycomplete.runtime.errors import DataError, WorkError
+from raycomplete.runtime.errors import WorkError
 from raycomplete.runtime.types import Outcome, Prompt
 from raycomplete.training.sampling import make_samples
 from tests.training.test_sampling import ScriptedModel, run_of, uncached  # noqa: F401
@@ -256,8 +256,10 @@ def test_the_suffixes_that_an_adversary_moves_are_counted(codec: ChatCodec) -> N
     more = make_samples(run_of(codec, *AUGMENTED, key, "rollout.prompt_augmentation.recovery_fraction=1", count=40))
     assert all(sample.augmentation for sample in more.recovery)
     assert 0.35 < sum(bool(sample.augmentation) for sample in more.anchor) / len(more.anchor) < 0.65, "the other share"
-    with pytest.raises(DataError, match="moves suffixes before an h that is whole"):
-        make_samples(run_of(codec, *AUGMENTED, key, "rollout.refusal_prefix_fraction=1", count=40))
+    idle = run_of(codec, *AUGMENTED, key, "rollout.refusal_prefix_fraction=1", count=40)
+    make_samples(idle)
+    (told,) = (note for note in idle.console.notes if "an adversary moves" in note)
+    assert "moves: 0, and it does nothing" in told
 
 
 def test_imitated_refusals_stand_before_every_kind_of_h(codec: ChatCodec) -> None:
