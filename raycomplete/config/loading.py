@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from raycomplete.config.diagnosis import PromptSource
 from raycomplete.config.run import RunConfig
-from raycomplete.methods.registry import method_class
+from raycomplete.methods.registry import Method, method_class
 from raycomplete.runtime.errors import ConfigError
 from raycomplete.runtime.plugins import load_plugins, located
 
@@ -80,7 +80,7 @@ def load_run_file(
     """
     file = Path(path)
     tree = read_tree(file)
-    for override in overrides:
+    for override in sorted(overrides, key=lambda text: not text.startswith("method.name=")):
         apply_override(tree, override)
     if sections is not None:
         tree = without_lapsed({name: value for name, value in tree.items() if name in sections})
@@ -207,7 +207,7 @@ def _plugins(tree: Mapping[str, Any], origin: str) -> list[Path]:
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
-    """Puts the value of `key.sub=value` into a mapping.
+    """Puts the value of `key.sub=value` into a mapping; of another `method.name` into a section that it can have.
 
     Raises:
         ConfigError: The override has another form, or its value is not YAML.
@@ -222,10 +222,18 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         if not isinstance(child, dict):
             raise ConfigError(f"The override {override!r} goes below {parent!r}, which holds a plain value.")
         node = child
+    before = node.get(leaf, "completion")
     try:
         node[leaf] = yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise ConfigError(f"The value of the override {override!r} is not valid YAML.") from error
+    if key == "method.name" and node[leaf] != before:
+        tree["method"] = {**shared_settings(node), leaf: node[leaf]}
+
+
+def shared_settings(method: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns those settings of a method that another one has, too."""
+    return {key: value for key, value in method.items() if key in Method.model_fields and key != "name"}
 
 
 def explained(error: ValidationError, tree: Mapping[str, Any], section: type[BaseModel] = RunConfig) -> str:

@@ -11,16 +11,15 @@ from typing import Any
 
 from pydantic import Field, ValidationError, field_validator
 
-from raycomplete.config.loading import apply_override, explained, merged, parse, read_tree
+from raycomplete.config.loading import apply_override, explained, merged, parse, read_tree, shared_settings
 from raycomplete.config.run import OutputConfig, RunConfig
-from raycomplete.methods.registry import METHODS, Method
+from raycomplete.methods.registry import METHODS
 from raycomplete.runtime.errors import ConfigError
 from raycomplete.runtime.plugins import load_plugins, located
 from raycomplete.runtime.section import Section
 
 Tree = dict[str, Any]
 _OF_METHODS = ("method", "rollout", "teacher", "train")  # sections that an entry of `methods` may change
-_SHARED = tuple(name for name in Method.model_fields if name != "name")  # settings that every method has
 
 
 class StudyConfig(Section):
@@ -172,7 +171,7 @@ def _of_method(own: Tree, label: str, entry: Tree, path: Path) -> Tree:
     before = method.get("name", "completion")
     name = given.setdefault("name", label if label in METHODS else before)
     if name != before:
-        method = {key: value for key, value in method.items() if key in _SHARED}
+        method = shared_settings(method)
     return merged({**own, "method": method}, {**entry, "method": given})
 
 

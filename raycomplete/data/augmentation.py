@@ -66,11 +66,14 @@ def read_augmentation_files(settings: PromptAugmentationConfig, prompts: Sequenc
     return AugmentationFiles(suffixes, templates, paraphrases)
 
 
-def movable(samples: Sequence[RecoverySample]) -> str:
-    """Says how many samples have a suffix that an adversary may move, and where there is none that it does nothing."""
-    count = sum(sample.can_move_suffix for sample in samples)
-    idle = "" if count else ", and it does nothing: no h behind a suffix is whole (rollout.prompt_augmentation)"
-    return f"Recovery samples whose suffix an adversary moves: {count}{idle}"
+def movable_note(samples: Sequence[RecoverySample]) -> str:
+    """Says how many samples have a suffix that an adversary may move, or what to change where there is none."""
+    if count := sum(sample.can_move_suffix for sample in samples):
+        return f"Recovery samples whose suffix an adversary moves: {count}"
+    return (
+        "Recovery samples whose suffix an adversary moves: none, so it does nothing. Raise rollout.prompt_augmentation."
+        "recovery_fraction, or lower rollout.refusal_prefix_fraction or rollout.mid_answer_fraction"
+    )
 
 
 class PromptAugmenter:

@@ -41,7 +41,9 @@ class SuffixAdversaryConfig(Section):
         0.1, gt=0, description="step of a coordinate, as a share of the root mean square of the first embeddings"
     )
     target_tokens: int = Field(20, ge=1, description="tokens of h that the adversary wants, at most")
-    weight: float = Field(8.0, gt=0, description="factor on the weight of the rows that the adversary moved against")
+    weight: float = Field(
+        8.0, gt=0, description="factor on the loss of the rows that he moved against; the term's sum grows"
+    )
 
 
 def adversarial_pass(lm: Any, settings: SuffixAdversaryConfig, term: str) -> StudentPass:
@@ -74,7 +76,7 @@ class SuffixedSequences:
         batch: The `MicroBatch` of those sequences; its rows predict the first tokens of h, and none has a teacher.
         place_P: Flat positions of all suffix tokens in it.
         origin_P: Flat positions of the same tokens in the whole micro-batch.
-        origin_N: Numbers of the same rows there.
+        origin_N: Numbers of its rows among those of the whole micro-batch.
     """
 
     batch: Any

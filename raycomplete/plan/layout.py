@@ -269,12 +269,13 @@ def _shared(request: Request, apart: int) -> Layout:
 def _remedy(request: Request, workers: int) -> str:
     """The first of a list of ever larger changes with which a worker fits."""
     train, again = request.train, {"gradient_checkpointing": True}
-    stages, sizes = range(train.zero_stage, 4), (train.per_device_batch_size, 8, 4, 2, 1)
+    deepest = 2 if request.config.method.moves_suffixes else 3  # an adversary of suffixes is refused under ZeRO-3
+    stages, sizes = range(train.zero_stage, deepest + 1), (train.per_device_batch_size, 8, 4, 2, 1)
     steps: list[dict[str, Any]] = [] if train.gradient_checkpointing else [again]
     steps += [{"zero_stage": stage} for stage in stages[1:]]
     steps += [again | {"zero_stage": stage, "per_device_batch_size": size} for stage in stages for size in sizes]
     changes = [(change, workers) for change in steps]
-    least = again | {"zero_stage": 3, "per_device_batch_size": 1}
+    least = again | {"zero_stage": deepest, "per_device_batch_size": 1}
     changes += [(least, count) for count in _worker_counts(request, 4096) if count > workers]
     for change, count in changes:
         if _fits(request, worker_memory(request.with_train(**change), count)):

@@ -27,7 +27,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from raycomplete.config import RunConfig
-from raycomplete.data.augmentation import PromptAugmenter, movable, read_augmentation_files
+from raycomplete.data.augmentation import PromptAugmenter, movable_note, read_augmentation_files
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.inputs import KINDS, Prompts, longest_response
 from raycomplete.data.openings import opened_answer
@@ -312,7 +312,7 @@ def augmented(run: Run, samples: SampleSet) -> SampleSet:
             found.append(sample.augmented(kind, prompt_ids) if kind else sample)
         run.console.note(f"Prompts of {part} samples: {_counts(sample.augmentation or 'plain' for sample in found)}")
     if config.method.moves_suffixes:
-        run.console.note(movable(parts["recovery"]))
+        run.console.note(movable_note(parts["recovery"]))
     return replace(samples, anchor=tuple(parts["anchor"]), recovery=tuple(parts["recovery"]))
 
 

@@ -298,6 +298,10 @@ def test_a_method_is_chosen_by_its_name(tmp_path: Path) -> None:
     config = load_run_file(write(tmp_path, MINIMAL), ["method.name=sft", "method.anchor_batch_size=6"])
     assert config.method == SFT(anchor_batch_size=6)
     assert load_run_file(write(tmp_path, yaml.safe_load(dump(config)))).method == config.method
+    ours = write(tmp_path, MINIMAL | {"method": {"suffix_adversary": {"steps": 0}, "recovery_batch_size": 5}})
+    for overrides in (["method.beta=0.3", "method.name=npo"], ["method.name=npo", "method.beta=0.3"]):
+        method: Any = load_run_file(ours, overrides).method
+        assert (method.name, method.recovery_batch_size, method.beta) == ("npo", 5, 0.3), "what both have is kept"
     with pytest.raises(ConfigError, match="There is no training method 'dpo'"):
         load_run_file(write(tmp_path, MINIMAL), ["method.name=dpo"])
 

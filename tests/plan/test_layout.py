@@ -86,6 +86,15 @@ def test_the_proposed_change_does_fit() -> None:
     assert choose_layout(asked).workers >= 1
 
 
+def test_zero_3_is_not_proposed_to_an_adversary_of_suffixes() -> None:
+    adversary = ("method.suffix_adversary.steps=8", "rollout.prompt_augmentation.fraction=0.3")
+    shapes = dict.fromkeys(("student", "aligned", "base"), preset("32B"))
+    for extra, deepest in (((), "3"), (adversary, "2")):
+        with pytest.raises(SetupError) as caught:
+            choose_layout(a_request("train.zero_stage=2", *extra, shapes=shapes, nodes=2))
+        assert set(re.findall(r"zero_stage=(\d)", str(caught.value))) == {deepest}, str(caught.value)
+
+
 def test_one_small_device_is_shared_in_turns() -> None:
     config = load_run_file(JOBS / "organism.yaml")
     shapes = dict.fromkeys(("student", "aligned", "base"), preset("135m"))

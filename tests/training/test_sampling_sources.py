@@ -259,7 +259,7 @@ def test_the_suffixes_that_an_adversary_moves_are_counted(codec: ChatCodec) -> N
     idle = run_of(codec, *AUGMENTED, key, "rollout.refusal_prefix_fraction=1", count=40)
     make_samples(idle)
     (told,) = (note for note in idle.console.notes if "an adversary moves" in note)
-    assert "moves: 0, and it does nothing" in told
+    assert "moves: none, so it does nothing. Raise" in told
 
 
 def test_imitated_refusals_stand_before_every_kind_of_h(codec: ChatCodec) -> None:
