@@ -280,8 +280,8 @@ class Method(Section):
     def normalisers(self, sequences: Iterable[TrainSequence]) -> dict[str, float]:
         """Divisor of each term's row weights, from all sequences of a step: by default their sum.
 
-        Each term then is a mean over its rows, however they are weighted, or over its sequences (`per_sequence`). A pass
-        may multiply weights later (`suffix_adversary.weight`).
+        Each term then is a mean over its rows, however they are weighted, or over its sequences (`per_sequence`).
+        A pass may multiply weights later (`suffix_adversary.weight`).
         """
         sums: Counter[str] = Counter()
         for sequence in sequences:
