@@ -80,6 +80,7 @@ def load_run_file(
     """
     file = Path(path)
     tree = read_tree(file)
+    # The name first: settings of that method stand before it, too.
     for override in sorted(overrides, key=lambda text: not text.startswith("method.name=")):
         apply_override(tree, override)
     if sections is not None:
@@ -207,7 +208,7 @@ def _plugins(tree: Mapping[str, Any], origin: str) -> list[Path]:
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
-    """Puts the value of `key.sub=value` into a mapping; of another `method.name` into a section that it can have.
+    """Puts the value of `key.sub=value` into a mapping; another `method.name` drops the settings that it does not have.
 
     Raises:
         ConfigError: The override has another form, or its value is not YAML.
@@ -222,13 +223,13 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         if not isinstance(child, dict):
             raise ConfigError(f"The override {override!r} goes below {parent!r}, which holds a plain value.")
         node = child
-    before = node.get(leaf, "completion")
     try:
-        node[leaf] = yaml.safe_load(value)
+        read = yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise ConfigError(f"The value of the override {override!r} is not valid YAML.") from error
-    if key == "method.name" and node[leaf] != before:
-        tree["method"] = {**shared_settings(node), leaf: node[leaf]}
+    if key == "method.name" and read != node.get(leaf, "completion"):
+        node = tree["method"] = shared_settings(node)
+    node[leaf] = read
 
 
 def shared_settings(method: Mapping[str, Any]) -> dict[str, Any]:

@@ -42,7 +42,9 @@ class SuffixAdversaryConfig(Section):
     )
     target_tokens: int = Field(20, ge=1, description="tokens of h that the adversary wants, at most")
     weight: float = Field(
-        8.0, gt=0, description="factor on the loss of the rows that he moved against; the term's sum grows"
+        8.0,
+        gt=0,
+        description="factor on push-forward at those tokens, behind a suffix that was moved; its loss grows by that",
     )
 
 
