@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -134,15 +134,26 @@ def start_diagnosis_engines(run: Run, prompts: Sequence[Prompt]) -> Iterator[Non
     """
     teacher = run.config.teacher.model_copy(update={"cache_gib": 0.0})
     uncached = replace(run, config=run.config.model_copy(update={"teacher": teacher}))
-    codec, parity = run.models.codec, []
-    for prompt in prompts[: teacher.parity_prompts]:
-        prompt_ids = prompt.encoded(codec)
-        answer_ids = codec.encode_answer(prompt.answer or prompt.text)[:_PARITY_TOKENS]
-        parity.append(((*prompt_ids, *answer_ids)[: run.config.models.max_length], len(prompt_ids)))
+    parity = parity_sequences(run.models.codec, prompts, teacher.parity_prompts, run.config.models.max_length)
     roles: tuple[ModelRole, ...] = ("aligned", "base", "student")
     scored = tuple(role for role in roles if role in run.models.paths)
     with uncached.start_engines(parity_sequences=parity, scored=scored) as run.engines:
         yield
+
+
+def parity_sequences(
+    codec: ChatCodec, prompts: Iterable[Prompt], count: int, max_length: int
+) -> list[tuple[tuple[int, ...], int]]:
+    """Makes sequences of a prompt and a few tokens, each with the prompt's length, of prompts that leave room."""
+    found: list[tuple[tuple[int, ...], int]] = []
+    for prompt in prompts:
+        if len(found) == count:
+            break
+        prompt_ids = prompt.encoded(codec)
+        if len(prompt_ids) < max_length:
+            answer_ids = codec.encode_answer(prompt.answer or prompt.text)[:_PARITY_TOKENS]
+            found.append(((*prompt_ids, *answer_ids)[:max_length], len(prompt_ids)))
+    return found
 
 
 def with_refusal_tokens(run: Run, measurement: Measurement, harmful: Sequence[Prompt]) -> Measurement:

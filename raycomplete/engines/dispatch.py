@@ -252,8 +252,10 @@ class Dispatcher:
             WaitTimeoutError: A call took longer than `timeout_s`.
         """
         try:
-            while call.waiting or call.sent:
+            while True:
                 with self._lock:
+                    if not call.waiting and not call.sent:
+                        break
                     if not call.sent and not self._send(call):  # one slot is kept free for the call that is waited for
                         continue
                     part = call.sent[0]

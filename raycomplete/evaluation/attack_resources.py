@@ -22,7 +22,7 @@ from raycomplete.attacks.registry import build_attack
 from raycomplete.attacks.target import Attacker, AttackTools
 from raycomplete.attacks.templates import SLOT
 from raycomplete.attacks.trial import EvaluationCancelled
-from raycomplete.config import RemoteConfig, RunConfig, TrainConfig, map_paths
+from raycomplete.config import RemoteConfig, RunConfig, TrainConfig, ValidationConfig, map_paths
 from raycomplete.config.defences import ReAskDefence, SafeDecodingDefence
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.checkpoints import check_token_classifier, fingerprint
@@ -356,6 +356,7 @@ def train_copy(
         checkpoint_every=steps,
         gradient_checkpointing=config.train.gradient_checkpointing,
         stall_timeout_s=config.train.stall_timeout_s,
+        validation=ValidationConfig(every=0),  # no best weights, and no room for them
     )
     job = TrainJob(
         method=SFT(anchor_batch_size=batch_size),

@@ -76,7 +76,6 @@ class Worker:
         self.world_size = ray_train.get_context().get_world_size()
         begin("training worker", self.rank)
         torch.manual_seed(job.train.seed)
-        np.random.seed(job.train.seed)
 
         samples, train, method = read_samples(job.samples), job.train, job.method
         self.samples = replace(
@@ -212,7 +211,7 @@ class Worker:
             for sink in self.sinks:
                 sink.write(finite(row))
             stops = self.stop and done < train.steps and self.source.can_stop(done)
-            if done % train.checkpoint_every == 0 or done == train.steps or stops:
+            if done % train.checkpoint_every == 0 or done == train.steps or stops or self.steering.is_over:
                 checkpoints.save(self.engine, self.job.checkpoints, done, self._state(), train.keep_checkpoints, train)
                 if self.validator is not None:
                     self.recorded_best = self.steering.best_step

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from raycomplete.diagnosis import measurement as measuring
-from raycomplete.diagnosis.measurement import Measurement, find_refusal_tokens, token_batches
+from raycomplete.diagnosis.measurement import Measurement, find_refusal_tokens, parity_sequences, token_batches
+from raycomplete.engines.score_cache import ScoreRequest
 from raycomplete.losses import Head
 from tests.diagnosis.planted import (
     HIDDEN,
@@ -39,6 +40,14 @@ def test_measuring_takes_the_threads_that_engines_leave(
     torch.set_num_threads(7)
     measuring.make_room_for_engines(engines)
     assert torch.get_num_threads() == expected
+
+
+def test_prompts_that_leave_no_room_for_an_answer_are_no_parity_sequences() -> None:
+    texts = ("abc", "a" * 40, "ab", "a")
+    prompts = [replace(prompt, text=text) for prompt, text in zip(some_prompts(4), texts, strict=True)]
+    found = parity_sequences(LetterCodec(), prompts, 2, 6)
+    assert [prompt_tokens for _, prompt_tokens in found] == [5, 4]
+    assert [ScoreRequest(sequence, prompt_tokens).num_rows for sequence, prompt_tokens in found] == [1, 2]
 
 
 def test_batches_are_bounded_and_keep_the_order() -> None:

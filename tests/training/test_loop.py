@@ -161,6 +161,7 @@ def test_training_stops_where_no_measurement_is_better_and_the_best_step_is_kept
     best = rows[-1]["validation"]["best_step"]
     assert len(rows) == best + 2 < 12, "two measurements without a better one"
     assert rows[-1]["stopped"]
+    assert (job.checkpoints / f"step-{len(rows):06d}").is_dir(), "what follows the last step may be killed, too"
     assert not any(row["stopped"] for row in rows[:-1])
     assert [path.name for path in job.best_checkpoint.glob("step-*")] == [f"step-{best:06d}"]
     assert list((tmp_path / "tensorboard").glob("events*"))
