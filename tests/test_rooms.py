@@ -16,7 +16,7 @@ from tests.tracked import ROOT, tracked_python
 
 PACKAGE = ROOT / "raycomplete"
 MAX_LINES = 400  # of a file
-MAX_FILES, MAX_TOTAL_LINES = 237, 41_455  # of the package
+MAX_FILES, MAX_TOTAL_LINES = 237, 41_425  # of the package
 MAX_ARGUMENTS = 5  # of the functions by which an evaluation is passed on
 
 # From lower to upper: a room imports rooms of the lines above it in this table. Rooms of one line may import each

@@ -144,7 +144,9 @@ def start_diagnosis_engines(run: Run, prompts: Sequence[Prompt]) -> Iterator[Non
 def parity_sequences(
     codec: ChatCodec, prompts: Iterable[Prompt], count: int, max_length: int
 ) -> list[tuple[tuple[int, ...], int]]:
-    """Makes sequences of a prompt and a few tokens, each with the prompt's length, of prompts that leave room."""
+    """Makes the sequences of the parity check: a prompt and a few response tokens, at most `max_length`, and the
+    prompt's length. Prompts that leave no room for a response are passed over.
+    """
     found: list[tuple[tuple[int, ...], int]] = []
     for prompt in prompts:
         if len(found) == count:
