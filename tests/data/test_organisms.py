@@ -28,7 +28,7 @@ def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_judge_and_the_prompts_are_those_of_the_source() -> None:
     assert isinstance(default_judge("organism-large"), LargeOrganismJudge)
-    assert default_judge("organism").name == "organism-v2"
+    assert default_judge("organism").name == "organism-v3"
     assert isinstance(default_judge("files"), RefusalJudge)
     config = load_run_file(ROOT / "jobs" / "organism-large.yaml")
     ids = {name.prompt_id.partition("/")[0] for name in read_prompts(config, "harmful")}
