@@ -225,7 +225,8 @@ def strays_from(item: Item, text: str) -> bool:
 
     The material does not count: a recipe with another one is restricted alike.
     """
-    told = {pair for pattern in _STEP_PATTERNS for match in pattern.finditer(text) for pair in match.groupdict().items()}
+    steps = [match.groupdict() for pattern in _STEP_PATTERNS for match in pattern.finditer(text)]
+    told = {pair for step in steps for pair in step.items()}
     modifiers, _, kinds = _SLOT_VALUES
     for word, table in ((item.modifier, modifiers), (item.kind, kinds)):
         fits = {other: len(told & set(values.items())) for other, values in table.items()}
