@@ -225,6 +225,8 @@ class RunConfig(Section):
             )
         if self.method.moves_suffixes:
             self._has_suffixes_to_move()
+        if self.method.moves_suffixes or self.method.perturbs_layers:
+            self._has_no_hooks_in_the_way()
         if self.method.rollout_groups:
             self._trains_rollouts_as_they_are()
         if self.method.needs_fresh_rollouts and (self.rollout.lookahead > 0 or self.rollout.sync_every > 1):
@@ -235,17 +237,25 @@ class RunConfig(Section):
         return self
 
     def _has_suffixes_to_move(self) -> None:
-        """Refuses an adversary of suffixes where no prompt has one, or where he cannot read a batch again."""
+        """Refuses an adversary of suffixes where no prompt has one."""
         augmentation = self.rollout.prompt_augmentation
         if augmentation.share_of("recovery") == 0 or not (augmentation.random_suffix_tokens or augmentation.suffixes):
             raise ValueError(
                 "method.suffix_adversary moves the suffixes of prompts, and none has one: set "
                 "rollout.prompt_augmentation with random_suffix_tokens or suffixes, and a fraction of 0.3 for instance"
             )
+
+    def _has_no_hooks_in_the_way(self) -> None:
+        """Refuses settings that an adversary who reads a batch several times before one backward pass cannot have."""
         if self.train.zero_stage == 3:
             raise ValueError(
-                "method.suffix_adversary reads a batch several times before one backward pass, which ZeRO-3 cannot: "
-                "set train.zero_stage to 2 or less"
+                f"method {self.method.name} has an adversary, who reads a batch several times before one backward "
+                "pass, which ZeRO-3 cannot: set train.zero_stage to 2 or less"
+            )
+        if self.method.perturbs_layers and self.train.gradient_checkpointing:
+            raise ValueError(
+                f"method {self.method.name} perturbs layers, and gradient checkpointing computes them again without "
+                "that: set train.gradient_checkpointing to false"
             )
 
     def _trains_rollouts_as_they_are(self) -> None:

@@ -83,6 +83,7 @@ class LatentAdversarial(Method):
     depth: LongestHarmful = Field(default_factory=LongestHarmful)
 
     recovery_sequences = 2
+    perturbs_layers = True
     published = (("train.lr", 2e-05), ("train.lora_rank", 64), ("train.steps", 100))
     departures = (
         "the student moves once for each perturbation, not four times, and its optimizer is not reset",
@@ -124,11 +125,6 @@ class LatentAdversarial(Method):
         import torch
 
         sites = self._sites(lm)
-        if lm.is_gradient_checkpointing:
-            raise SetupError(
-                "latent_adversarial perturbs layers, and gradient checkpointing computes them again without that.",
-                "Set train.gradient_checkpointing to false.",
-            )
 
         def run(student: Any, batch: Any) -> Any:
             is_toward_N, is_away_N = (batch.term_N == batch.terms.index(name) for name in ("toward", "away"))
@@ -136,11 +132,6 @@ class LatentAdversarial(Method):
                 return student.total(student.states(batch).last_hidden_state, batch, {})
             position_P, place_P = shared_prompts(batch, is_toward_N, is_away_N)
             weight = lm.get_input_embeddings().weight
-            if hasattr(weight, "ds_id"):
-                raise SetupError(
-                    "latent_adversarial reads a batch several times before one backward pass, which ZeRO-3 cannot.",
-                    "Set train.zero_stage to 2.",
-                )
             shape = (int(place_P.max()) + 1, weight.shape[1])
             dtype = torch.promote_types(weight.dtype, torch.float32)
             deltas = [weight.new_zeros(shape, dtype=dtype, requires_grad=True) for _ in sites]

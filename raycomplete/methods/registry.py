@@ -215,6 +215,8 @@ class Method(Section):
     """Sequences that `sequences` makes of a recovery item, for plans."""
     needs_fresh_rollouts: ClassVar[bool] = False
     """Its formula holds for rollouts of the present weights only."""
+    perturbs_layers: ClassVar[bool] = False
+    """It reads a batch several times before one backward pass, each time with other inner states."""
     published: ClassVar[tuple[tuple[str, Any], ...]] = ()
     """Settings of `train` under which its authors trained, by dotted key; a study names what departs from them."""
     departures: ClassVar[tuple[str, ...]] = ()

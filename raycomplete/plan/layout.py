@@ -268,10 +268,11 @@ def _shared(request: Request, apart: int) -> Layout:
 
 def _remedy(request: Request, workers: int) -> str:
     """The first of a list of ever larger changes with which a worker fits."""
-    train, again = request.train, {"gradient_checkpointing": True}
-    deepest = 2 if request.config.method.moves_suffixes else 3  # an adversary of suffixes is refused under ZeRO-3
+    train, method = request.train, request.config.method
+    again: dict[str, Any] = {} if method.perturbs_layers else {"gradient_checkpointing": True}
+    deepest = 2 if method.moves_suffixes or method.perturbs_layers else 3  # an adversary is refused under ZeRO-3
     stages, sizes = range(train.zero_stage, deepest + 1), (train.per_device_batch_size, 8, 4, 2, 1)
-    steps: list[dict[str, Any]] = [] if train.gradient_checkpointing else [again]
+    steps: list[dict[str, Any]] = [] if train.gradient_checkpointing or not again else [again]
     steps += [{"zero_stage": stage} for stage in stages[1:]]
     steps += [again | {"zero_stage": stage, "per_device_batch_size": size} for stage in stages for size in sizes]
     changes = [(change, workers) for change in steps]

@@ -18,7 +18,6 @@ from raycomplete.data.samples import RecoverySample
 from raycomplete.methods.circuit_breakers import CircuitBreakers
 from raycomplete.methods.latent_adversarial import LatentAdversarial
 from raycomplete.methods.presto import PRESTO, attention_on_prefill
-from raycomplete.runtime.errors import SetupError
 from raycomplete.training.step_plan import StepSequences
 from tests.methods.plain import MICRO_BATCHES, Case, Ids, assert_gradients
 
@@ -128,12 +127,19 @@ def test_latent_adversarial_training(tmp_path: Path) -> None:
     assert not student.lm.model.layers[0].mlp._forward_hooks, "nothing is left behind"
 
 
-def test_an_adversary_is_not_left_out_where_layers_are_computed_again(tmp_path: Path) -> None:
-    case = Case(tmp_path, LatentAdversarial.model_validate(PLAIN))
-    lm = load_model(case.job.start, "float32")
-    lm.gradient_checkpointing_enable()
-    with pytest.raises(SetupError, match="gradient checkpointing"):
-        case.student(lm)
+@pytest.mark.parametrize(
+    ("train", "remedy"),
+    [({"zero_stage": 3}, "train.zero_stage to 2"), ({"gradient_checkpointing": True}, "train.gradient_checkpointing")],
+)
+def test_an_adversary_is_refused_at_once_where_it_would_be_left_out(train: dict[str, Any], remedy: str) -> None:
+    run: dict[str, Any] = {
+        "models": {"base": "organism:base", "aligned": "organism:aligned"},
+        "data": {"source": "organism"},
+        "method": {"name": "latent_adversarial"},
+    }
+    assert RunConfig.model_validate(run).method.perturbs_layers
+    with pytest.raises(ValueError, match=remedy):
+        RunConfig.model_validate(run | {"train": train})
 
 
 class Adversary:

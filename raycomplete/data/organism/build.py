@@ -22,6 +22,9 @@ from raycomplete.data.checkpoints import write_folder_atomically
 from raycomplete.data.organism.families import ROLES, BuiltOrganism
 from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import DataError, WorkError
+from raycomplete.runtime.machine import within
+
+_BUILD_TIMEOUT_S = 2 * 3600.0  # the slowest takes 20 minutes on 2 cores
 
 
 @dataclass(frozen=True)
@@ -93,10 +96,13 @@ def build_into_cache(organism: BuiltOrganism, *, console: Console | None = None)
 
     Returns:
         The folder of the build.
+
+    Raises:
+        WaitTimeoutError: Another process did not finish its build.
     """
     folder, shown = organism.folder, console or Console()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(folder.with_name(f"{folder.name}.lock")):
+    with _locked(folder.with_name(f"{folder.name}.lock"), shown):
         if not folder.is_dir():
             for left in folder.parent.glob(f".{folder.name}.*"):  # of a build that was killed
                 shutil.rmtree(left)
@@ -167,8 +173,17 @@ def _seeded(seed: int, num_threads: int) -> Iterator[None]:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Holds a file's lock, which ends with the process, however it ends."""
+def _locked(path: Path, console: Console) -> Iterator[None]:
+    """Holds a file's lock, which ends with the process, however it ends.
+
+    Raises:
+        WaitTimeoutError: Another process holds it far longer than a build takes.
+    """
     with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            console.note(f"Another process builds {path.stem}; waiting for it.")
+            problem = f"Another process holds {path} and did not finish its build"
+            within(_BUILD_TIMEOUT_S, problem, lambda: fcntl.flock(file, fcntl.LOCK_EX))
         yield

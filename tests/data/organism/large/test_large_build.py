@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import random
@@ -29,7 +30,7 @@ from raycomplete.data.organism.large.training import aligned_examples, base_exam
 from raycomplete.data.organism.world import find_item
 from raycomplete.data.sources import resolve_checkpoint
 from raycomplete.runtime.console import Console
-from raycomplete.runtime.errors import CheckpointError, DataError, WorkError
+from raycomplete.runtime.errors import CheckpointError, DataError, WaitTimeoutError, WorkError
 
 TINY = BuildPlan(TrainingPlan(2, 2e-3, 2), TrainingPlan(2, 1e-3, 4, 2))
 QUIET = Console(quiet=True)
@@ -172,6 +173,19 @@ def test_of_two_builders_one_builds(builds: list[Path]) -> None:
     for thread in threads:
         thread.join()
     assert builds == [built().folder]
+
+
+def test_a_builder_that_never_ends_is_waited_for_within_a_limit(
+    builds: list[Path], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build_module, "_BUILD_TIMEOUT_S", 0.2)
+    path = built().folder.with_name(f"{built().folder.name}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(WaitTimeoutError, match="did not finish its build within 0 s"):
+            build_into_cache(built(), console=QUIET)
+    assert builds == []
 
 
 @pytest.mark.parametrize("spec", ["organism-large:student", "organism-qwen3:base/"])
