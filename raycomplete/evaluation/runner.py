@@ -56,13 +56,10 @@ class EvaluationSets:
 class Callbacks:
     """Functions that an evaluation calls as it goes.
 
-    `on_variant` is called with (variant, variants finished, variants in all): at the start with ("", 0, all), and when
-    a variant of an attack (`prefill-4`) or a set of harmless prompts is finished. `on_trials` is called at the start
-    and after each batch of trials. `on_plan` is called once, before anything is generated, with the cost of the trials
-    that are missing and the number of those that are stored, both by attack.
+    `on_trials` is called at the start and after each batch of trials. `on_plan` is called once, before anything is
+    generated, with the cost of the trials that are missing and the number of those that are stored, both by attack.
     """
 
-    on_variant: Callable[[str, int, int], None] = lambda variant, done, total: None
     on_trials: Callable[[Progress], None] = lambda progress: None
     on_plan: Callable[[Mapping[str, TrialCost], Mapping[str, int]], None] = lambda costs, stored: None
 
@@ -148,8 +145,6 @@ class _Evaluation:
         self._keys = {id(trial): trial.key(target.model_id) for group in groups for trial in group.trials}
         self._reused = sum(key in self._responses for key in self._keys.values())
         self._done = 0
-        self._open = Counter((group.name, trial.variant) for group in groups for trial in group.trials)
-        self._num_variants = len(self._open)
 
     def finish(self) -> dict[str, list[tuple[Trial, Answered]]]:
         """Returns responses and outcomes of all trials, by group."""
@@ -157,7 +152,6 @@ class _Evaluation:
         costs = {group.name: group.cost(missing[group.name]) for group in self._groups}
         stored = {group.name: len(group.trials) - len(missing[group.name]) for group in self._groups}
         self._callbacks.on_plan(costs, stored)
-        self._callbacks.on_variant("", 0, self._num_variants)
         self._report("", "", {})
         return {group.name: self._finish_group(group) for group in self._groups}
 
@@ -202,11 +196,7 @@ class _Evaluation:
                 for trial in batch:
                     seen[self._judgements[self._judgement_key(trial)]["outcome"]] += 1
             self._done += len(batch)
-            self._open[group.name, variant] -= len(batch)
             self._report(group.name, variant, seen)
-            if not self._open[group.name, variant]:
-                finished = sum(not left for left in self._open.values())
-                self._callbacks.on_variant(variant, finished, self._num_variants)
 
     def _judge(self, trials: Sequence[Trial], *, with_right: bool) -> None:
         """Stores the outcomes of responses that this judge has not seen yet, and which answers are right.

@@ -22,35 +22,33 @@ RESAMPLES = 10_000
 # Prompts added in mind whose trials all come out alike. Without them intervals hold the truth in .88 to .91 of cases
 # where .01 of the trials of 100 prompts at 10 depths succeed with a correlation of .7 or .9; with two, in .95 or more.
 ALIKE_PROMPTS = 2
+_UPPER = 0.975  # quantile at the upper end of an interval of 95 %
 _BLOCK = 1_000  # resamples that exist at a time
 
 
-def wilson(successes: int, n: int, confidence: float = 0.95) -> Rate:
-    """Computes a share with its Wilson score interval.
+def wilson(successes: int, n: int) -> Rate:
+    """Computes a share with its Wilson score interval of 95 %.
 
     Args:
         successes: Trials that counted, 0 <= successes <= n.
         n: All trials. With n = 0 nothing is known: the rate is 0 by convention and the interval is 0 to 1.
-        confidence: Two-sided coverage of the interval.
 
     Raises:
-        ValueError: The counts or the confidence are out of range.
+        ValueError: The counts are out of range.
     """
     if not 0 <= successes <= n:
         raise ValueError(f"successes must lie between 0 and n, got {successes} of {n}.")
-    return wilson_share(successes / n if n else 0.0, n, n, confidence)
+    return wilson_share(successes / n if n else 0.0, n, n)
 
 
-def wilson_share(rate: float, n: int, effective: float, confidence: float = 0.95, df: float = math.inf) -> Rate:
+def wilson_share(rate: float, n: int, effective: float, df: float = math.inf) -> Rate:
     """Computes Wilson's interval of a rate that was seen on `effective` independent trials; `n` is only recorded.
 
     Where the number of trials was estimated from few runs, `df` are the degrees of freedom of Student's t.
     """
-    if not 0.0 < confidence < 1.0:
-        raise ValueError(f"confidence must lie between 0 and 1, got {confidence}.")
     if effective <= 0:
         return Rate(rate=0.0, n=0, low=0.0, high=1.0)
-    z = float(stdtrit(df, 0.5 + confidence / 2.0))
+    z = float(stdtrit(df, _UPPER))
     shrink = 1.0 + z * z / effective
     center = (rate + z * z / (2.0 * effective)) / shrink
     half = z * np.sqrt(rate * (1.0 - rate) / effective + z * z / (4.0 * effective**2)) / shrink

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 # whole [V, H] weight gradient once a chunk counts, so fewer are better.
 _BUDGET_BYTES = {"cpu": 48 * 2**20, "cuda": 512 * 2**20}
 _MULTIPLE = 64  # of rows, and of the padded width of a row; tiles of matrix products stay full
-_SLAB_ROWS = 2048  # of a head that is converted piece by piece
 
 
 def rows_per_chunk(
@@ -107,7 +106,7 @@ def chunked_pass(
             tensors require them.
         terms: Terms by their numbers.
         factor_N: Weight of each row's gradient [N], in the dtype that losses take.
-        settings: Chunk size, backend and dtype of logits.
+        settings: Chunk size and backend.
 
     Returns:
         Unweighted loss of each row [N]; values by metric, for the rows of its term in their order among the N; and sums
@@ -131,18 +130,15 @@ class _TeacherProducts:
         reads_N: Which rows do [N].
         order_N: The sorted order.
         max_rows: Most rows of one chunk.
-        dtype: Of the products.
         pad: Whether their rows are padded.
     """
 
-    def __init__(
-        self, states: HiddenStates, reads_N: Tensor, order_N: Tensor, max_rows: int, dtype: torch.dtype, pad: bool
-    ) -> None:
+    def __init__(self, states: HiddenStates, reads_N: Tensor, order_N: Tensor, max_rows: int, pad: bool) -> None:
         self.states = states
         num_rows, num_read = len(reads_N), int(reads_N.sum())
         self.first = num_rows - num_read
         self.row_N = (reads_N.cumsum(0) - 1)[order_N]
-        self.product_CV = _buffer(states.hidden_NH, min(max_rows, num_read), states.head.vocab_size, dtype, pad)
+        self.product_CV = _buffer(states.hidden_NH, min(max_rows, num_read), states.head, pad)
         self.start = 0
 
     def multiply(self, rows: slice) -> None:
@@ -182,35 +178,23 @@ class _Pass:
         self.row_loss_N = torch.empty_like(self.factor_N)
         self.metrics = {name: [factor_N.new_empty(0)] for item in terms for name in item.term.metrics}
 
-        num_rows, head, dtype = len(factor_N), self.student.head, self._logits_dtype(inputs.student.head)
-        limit = rows_per_chunk(settings.chunk_tokens, head.vocab_size, dtype, factor_N.device)
+        num_rows, head = len(factor_N), self.student.head
+        limit = rows_per_chunk(settings.chunk_tokens, head.vocab_size, head.weight_VH.dtype, factor_N.device)
         self.chunks = even_chunks(num_rows, limit)
         self.max_rows = max((rows.stop - rows.start for rows in self.chunks), default=0)
         self.use_triton = wants_triton(head, settings)
-        self.student_CV = _buffer(factor_N, self.max_rows, head.vocab_size, dtype, self.use_triton)
+        self.student_CV = _buffer(factor_N, self.max_rows, head, self.use_triton)
         self.teachers: dict[Teacher, _TeacherProducts] = {}
         for role, states in inputs.teachers.items():
             reads_N = inputs.reads(terms, role)
-            dtype = self._logits_dtype(states.head)
-            self.teachers[role] = _TeacherProducts(states, reads_N, self.order_N, self.max_rows, dtype, self.use_triton)
-        self.gradient_CV = self._gradient_buffer(head)
+            self.teachers[role] = _TeacherProducts(states, reads_N, self.order_N, self.max_rows, self.use_triton)
+        self.gradient_CV = self.student_CV if gradients.wanted else None  # overwrites the logits that it was made of
 
     @cached_property
     def torch_rows(self) -> TorchRows:
         """The PyTorch backend; its buffers are made where a term needs it only."""
         heads = [teacher.states.head for teacher in self.teachers.values()]
         return TorchRows(self.student.head, heads, self.max_rows)
-
-    def _logits_dtype(self, head: Head) -> torch.dtype:
-        return head.logits_dtype if self.settings.logits_dtype == "float32" else head.weight_VH.dtype
-
-    def _gradient_buffer(self, head: Head) -> Tensor | None:
-        """In the dtype of the products of the gradient: the student's own logits where they have it."""
-        if not self.gradients.wanted:
-            return None
-        if self.student_CV.dtype == head.weight_VH.dtype:
-            return self.student_CV
-        return _buffer(self.student_CV, self.max_rows, head.vocab_size, head.weight_VH.dtype, self.use_triton)
 
     def take(self, rows: slice) -> None:
         """Computes losses, metrics and gradients of one chunk."""
@@ -250,26 +234,16 @@ class _Pass:
             self.metrics[name].append(values)
 
 
-def _buffer(like: Tensor, num_rows: int, vocab_size: int, dtype: torch.dtype, pad: bool) -> Tensor:
-    """Makes an empty [num_rows, V]; padded, its rows are a multiple of 64 apart.
+def _buffer(like: Tensor, num_rows: int, head: Head, pad: bool) -> Tensor:
+    """Makes an empty [num_rows, V] in the head's dtype; padded, its rows are a multiple of 64 apart.
 
     A vocabulary like Qwen's 151669 would start every second row at an odd address: kernels could load no more than two
     bytes at a time, and cuBLAS would take its slow path.
     """
-    width = -(-vocab_size // _MULTIPLE) * _MULTIPLE if pad else vocab_size
-    return like.new_empty(num_rows, width, dtype=dtype)[:, :vocab_size]
+    width = -(-head.vocab_size // _MULTIPLE) * _MULTIPLE if pad else head.vocab_size
+    return like.new_empty(num_rows, width, dtype=head.weight_VH.dtype)[:, : head.vocab_size]
 
 
 def _product(hidden_CH: Tensor, head: Head, out_CV: Tensor) -> None:
-    """Writes hidden @ weight^T into the first rows of a buffer, multiplied in the weight's dtype, summed in float32."""
-    weight_VH, out_CV = head.weight_VH, out_CV[: len(hidden_CH)]
-    hidden_CH = hidden_CH.to(weight_VH.dtype)
-    if out_CV.dtype == weight_VH.dtype:
-        torch.mm(hidden_CH, weight_VH.T, out=out_CV)
-    elif out_CV.is_cuda:
-        torch.mm(hidden_CH, weight_VH.T, out_dtype=out_CV.dtype, out=out_CV)
-    else:  # CPU products know one dtype only
-        hidden_CH = hidden_CH.to(out_CV.dtype)
-        for start in range(0, len(weight_VH), _SLAB_ROWS):
-            slab = slice(start, start + _SLAB_ROWS)
-            out_CV[:, slab] = hidden_CH @ weight_VH[slab].to(out_CV.dtype).T
+    """Writes hidden @ weight^T, in the weight's dtype, into the first rows of a buffer."""
+    torch.mm(hidden_CH.to(head.weight_VH.dtype), head.weight_VH.T, out=out_CV[: len(hidden_CH)])

@@ -70,8 +70,6 @@ class LossSettings:
         options: Settings of a term where they are not its defaults, by name.
         chunk_tokens: Rows whose logits exist at a time, or "auto" (see `rows_per_chunk`).
         backend: "torch", "triton", or "auto": Triton where it runs (see `raycomplete.losses.loss`), else PyTorch.
-        logits_dtype: "head" rounds each matrix product to its head's dtype, as the model itself does when it
-            generates; "float32" keeps it whole, which resolves smaller differences and takes twice the memory.
 
     Raises:
         ValueError: On construction, where `chunk_tokens` is below 1 or options belong to no term.
@@ -81,7 +79,6 @@ class LossSettings:
     options: Mapping[str, Section] = field(default_factory=dict)
     chunk_tokens: ChunkTokens = "auto"
     backend: Backend = "auto"
-    logits_dtype: Literal["head", "float32"] = "head"
 
     def __post_init__(self) -> None:
         if self.chunk_tokens != "auto" and self.chunk_tokens < 1:

@@ -141,9 +141,7 @@ def from_rank_zero(work: Callable[[], T]) -> T:
     return result
 
 
-def save(
-    engine: Any, folder: Path, step: int, state: dict[str, Any], keep: int | None, train: TrainConfig | None = None
-) -> None:
+def save(engine: Any, folder: Path, step: int, state: dict[str, Any], train: TrainConfig) -> None:
     """Writes a checkpoint, lets it count, and drops the oldest; every rank must call this.
 
     Args:
@@ -151,14 +149,12 @@ def save(
         folder: The run's `checkpoints/`.
         step: Finished steps.
         state: Plain values to restore (sampler, counters, rollouts); readable by the owner only.
-        keep: Complete checkpoints to keep; None keeps all.
-        train: Says what else is kept and whether files are hashed; its defaults when absent.
+        train: Says which checkpoints are kept and whether files are hashed.
 
     Raises:
         DiskFullError: There was no room. The half-written checkpoint stays until `drop_unfinished`, since other ranks
             may still be writing to it.
     """
-    train = train or TrainConfig()
     target = folder / f"step-{step:06d}"
     is_first = _dist().get_rank() == 0
     if is_first:
@@ -174,7 +170,7 @@ def save(
             content = {"step": step, "world_size": _dist().get_world_size(), **state}
             integrity.seal(target, content, hashed=train.checkpoint_hashes)
     if is_first:
-        integrity.prune(folder, keep, train.keep_every)
+        integrity.prune(folder, train.keep_checkpoints, train.keep_every)
     _dist().barrier()
 
 
@@ -212,10 +208,9 @@ def restore_weights(lm: Any, folder: Path, step: int, train: TrainConfig) -> Non
 
     found = from_rank_zero(lambda: _whole(folder, step, train.checkpoint_hashes))
     state: dict[str, Any] | None = None
-    if found is not None and _dist().get_rank() == 0:
+    if _dist().get_rank() == 0:
         from safetensors.torch import load_file
 
-        assert found is not None, "rank 0 knows the folder"
         state = load_file(found / _WEIGHTS)
     load_trained_state(lm, train.zero_stage, state)
 
@@ -236,13 +231,12 @@ def drop_unfinished(folder: Path) -> None:
     from_rank_zero(lambda: integrity.drop_unfinished(folder))
 
 
-def restore(engine: Any, folder: Path, step: int | None = None, *, hashed: bool = True) -> dict[str, Any] | None:
+def restore(engine: Any, folder: Path, *, hashed: bool = True) -> dict[str, Any] | None:
     """Loads a checkpoint into the engine, whole ones only: a damaged newest one gives way to the one before.
 
     Args:
         engine: DeepSpeed engine; every rank must call this.
         folder: Folder of checkpoints.
-        step: Finished steps of the checkpoint; the newest when absent.
         hashed: False compares sizes only.
 
     Returns:
@@ -250,11 +244,10 @@ def restore(engine: Any, folder: Path, step: int | None = None, *, hashed: bool 
 
     Raises:
         CheckpointError: Another user may have written what is there.
-        WorkError: The checkpoint of `step` is gone, none is whole, it was made with another number of workers, or it
-            cannot be read.
+        WorkError: None is whole, it was made with another number of workers, or it cannot be read.
     """
     # Rank 0 alone reads the files, and no two ranks continue from different steps.
-    found = from_rank_zero(lambda: _whole(folder, step, hashed))
+    found = from_rank_zero(lambda: integrity.newest_whole(folder, hashed=hashed))
     if found is None:
         return None
     check_owned(folder)
@@ -278,9 +271,7 @@ def is_whole(folder: Path, step: int, *, hashed: bool = True) -> bool:
     return from_rank_zero(lambda: integrity.damage(folder / f"step-{step:06d}", hashed=hashed) is None)
 
 
-def _whole(folder: Path, step: int | None, hashed: bool) -> Path | None:
-    if step is None:
-        return integrity.newest_whole(folder, hashed=hashed)
+def _whole(folder: Path, step: int, hashed: bool) -> Path:
     path = folder / f"step-{step:06d}"
     damage = integrity.damage(path, hashed=hashed)
     if damage is not None:

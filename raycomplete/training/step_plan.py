@@ -73,7 +73,6 @@ class Planner:
         anchor_batch_size: Anchor sequences of a step over all workers.
         recovery_batch_size: The same for recovery; ignored where there are no recovery samples.
         seed: Of the order of samples.
-        max_depth: Longest cut.
         borderline_fraction: Share of the anchor sequences that are of borderline prompts, on average over steps; None
             for the share that these have of the samples. Ignored where all anchor samples are borderline or none is.
     """
@@ -85,14 +84,12 @@ class Planner:
         anchor_batch_size: int,
         recovery_batch_size: int,
         seed: int,
-        max_depth: int,
         borderline_fraction: float | None = None,
     ) -> None:
         self._anchor_batch_size = anchor_batch_size
         self._recovery = samples.recovery
         self._recovery_batch_size = recovery_batch_size if samples.recovery else 0
         self._seed = seed
-        self._max_depth = max_depth
         self._borderline = tuple(sample for sample in samples.anchor if sample.kind == "borderline")
         self._others = tuple(sample for sample in samples.anchor if sample.kind != "borderline")
         self._borderline_per_step = anchor_batch_size * (borderline_fraction or 0.0)
@@ -118,10 +115,7 @@ class Planner:
         depths = sampler.draw(step, len(recovery)) if recovery else []
         return StepPlan(
             tuple(AnchorItem(sample) for sample in anchor),
-            tuple(
-                RecoveryItem.cut(sample, min(depth, self._max_depth))
-                for sample, depth in zip(recovery, depths, strict=True)
-            ),
+            tuple(RecoveryItem.cut(sample, depth) for sample, depth in zip(recovery, depths, strict=True)),
         )
 
     def _draw(self, part: str, samples: Sequence[S], first: int, last: int) -> list[S]:

@@ -117,7 +117,6 @@ class Worker:
             anchor_batch_size=method.anchor_batch_size,
             recovery_batch_size=method.recovery_batch_size * oversample,
             seed=self.job.train.seed,
-            max_depth=method.depth.max,
             borderline_fraction=method.borderline_fraction,
         )
 
@@ -212,7 +211,7 @@ class Worker:
                 sink.write(finite(row))
             stops = self.stop and done < train.steps and self.source.can_stop(done)
             if done % train.checkpoint_every == 0 or done == train.steps or stops or self.steering.is_over:
-                checkpoints.save(self.engine, self.job.checkpoints, done, self._state(), train.keep_checkpoints, train)
+                checkpoints.save(self.engine, self.job.checkpoints, done, self._state(), train)
                 if self.validator is not None:
                     self.recorded_best = self.steering.best_step
                     checkpoints.keep_only(self.job.best_checkpoint, self.recorded_best)

@@ -50,7 +50,7 @@ def run(codec: Any, sets: EvaluationSets, tmp_path: Path) -> Run:
             config.max_tokens,
             cancelled=changes.get("cancelled", lambda: False),
         )
-        callbacks = Callbacks(**{name: changes[name] for name in ("on_variant", "on_trials") if name in changes})
+        callbacks = Callbacks(**{name: changes[name] for name in ("on_trials",) if name in changes})
         return evaluate_model(target, changes.get("sets", sets), config, tmp_path, callbacks)
 
     return evaluate
@@ -150,18 +150,9 @@ def test_interrupted_run_resumes_where_it_stopped(run: Run, model: Any, tmp_path
     assert not (tmp_path / "evaluation" / "student.json").exists()
     (trials,) = (tmp_path / "evaluation" / "trials").iterdir()
     assert len(trials.read_text().splitlines()) == 4 + 3
-    seen: list[tuple[str, int, int]] = []
     going_on = model(COMPLY)
-    result = run(going_on, on_variant=lambda *event: seen.append(event))
+    result = run(going_on)
     assert len(going_on.calls) == 3
-    assert seen[0] == ("", 0, 5)
-    assert [event[:2] for event in seen[1:]] == [
-        ("prefill-0", 1),
-        ("prefill-4", 2),
-        ("prefill-8", 3),
-        ("benign", 4),
-        ("borderline", 5),
-    ]
     assert result["asr"]["mean"]["rate"] == 1.0
 
 

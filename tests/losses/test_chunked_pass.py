@@ -44,11 +44,12 @@ def test_a_number_is_taken_as_it_is():
 
 @pytest.mark.parametrize("vocab_size", [128_256, 151_669, 63])
 def test_padded_rows_start_where_loads_of_sixteen_bytes_may(vocab_size):
-    padded = _buffer(torch.empty(0), 3, vocab_size, torch.bfloat16, pad=True)
+    head = Head(torch.empty(vocab_size, 1, dtype=torch.bfloat16))
+    padded = _buffer(torch.empty(0), 3, head, pad=True)
     assert padded.shape == (3, vocab_size)
     assert (padded.stride(0) * padded.itemsize) % 128 == 0
     assert 0 <= padded.stride(0) - vocab_size < 64
-    assert _buffer(torch.empty(0), 3, vocab_size, torch.bfloat16, pad=False).is_contiguous()
+    assert _buffer(torch.empty(0), 3, head, pad=False).is_contiguous()
 
 
 class OnCuda:

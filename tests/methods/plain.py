@@ -71,7 +71,7 @@ class Case:
         self.job = make_job(folder, TrainConfig(), method)
         self.settings = method.loss(TrainConfig(loss_chunk_tokens=7))
         sizes = {"anchor_batch_size": method.anchor_batch_size, "recovery_batch_size": method.recovery_batch_size}
-        planner = Planner(read_samples(self.job.samples), **sizes, seed=1, max_depth=16)
+        planner = Planner(read_samples(self.job.samples), **sizes, seed=1)
         sampler = DepthSampler(method.depth, 1)
         self.plan: StepPlan = planner.plan(0, sampler)
         if groups := method.rollout_groups:

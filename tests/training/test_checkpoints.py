@@ -55,10 +55,10 @@ def one_rank() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def saved(folder: Path, *steps: int, keep: int | None = None, train: TrainConfig | None = None) -> Engine:
-    engine = Engine()
+def saved(folder: Path, *steps: int, train: TrainConfig | None = None) -> Engine:
+    engine, train = Engine(), train or TrainConfig()
     for engine.value in steps:
-        saving.save(engine, folder, engine.value, {"sampler": engine.value}, keep, train)
+        saving.save(engine, folder, engine.value, {"sampler": engine.value}, train)
     return engine
 
 
@@ -85,18 +85,18 @@ def test_a_damaged_newest_one_gives_way_and_damage_everywhere_is_an_error(tmp_pa
 
 
 def test_the_best_checkpoint_is_checked_as_well(tmp_path: Path) -> None:
-    engine = saved(tmp_path, 1)
+    saved(tmp_path, 1)
     assert saving.is_whole(tmp_path, 1)
     assert not saving.is_whole(tmp_path, 2)
     flip(tmp_path / "step-000001" / "state" / "weights")
     assert not saving.is_whole(tmp_path, 1)
     assert saving.is_whole(tmp_path, 1, hashed=False)
     with pytest.raises(WorkError, match="cannot be used: state/weights has another sha256"):
-        saving.restore(engine, tmp_path, 1)
+        saving.restore_weights(None, tmp_path, 1, TrainConfig())
 
 
 def test_retention_and_hashing_follow_the_run_file(tmp_path: Path) -> None:
-    saved(tmp_path, 1, 2, 3, 4, 5, keep=1, train=TrainConfig(keep_every=2, checkpoint_hashes=False))
+    saved(tmp_path, 1, 2, 3, 4, 5, train=TrainConfig(keep_checkpoints=1, keep_every=2, checkpoint_hashes=False))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000002", "step-000004", "step-000005"]
     files = json.loads((tmp_path / "step-000005" / "complete.json").read_text())["files"]
     assert files == {"state/weights": {"size": 1, "sha256": None}}

@@ -28,7 +28,7 @@ SAMPLES = make_samples(0)
 def planner(
     seed: int = 0, anchor_share: float = 0.5, trained: int = 8, student_prefix_fraction: float = 1.0
 ) -> RolloutPlanner:
-    planner = Planner(SAMPLES, anchor_batch_size=8, recovery_batch_size=8, seed=seed, max_depth=8)
+    planner = Planner(SAMPLES, anchor_batch_size=8, recovery_batch_size=8, seed=seed)
     rollout = RolloutConfig(
         anchor_on_policy=anchor_share, student_prefix_fraction=student_prefix_fraction, max_refusal_tokens=4
     )
@@ -38,7 +38,7 @@ def planner(
 def test_only_answers_to_harmless_prompts_are_continued_by_the_student() -> None:
     kinds = ("harmful", "benign", "borderline")
     anchor = tuple(replace(sample, kind=kinds[i % 3]) for i, sample in enumerate(SAMPLES.anchor))
-    planner = Planner(replace(SAMPLES, anchor=anchor), anchor_batch_size=8, recovery_batch_size=8, seed=0, max_depth=8)
+    planner = Planner(replace(SAMPLES, anchor=anchor), anchor_batch_size=8, recovery_batch_size=8, seed=0)
     always = RolloutPlanner(planner, RolloutConfig(anchor_on_policy=1.0), 0, 8)
     rollout_batch = always.draw(0, DepthSampler(DEPTH, 0))
     assert {
@@ -300,7 +300,7 @@ def dying(dies_at: int, lookahead: int, monkeypatch: pytest.MonkeyPatch) -> tupl
     ignore: Any = SimpleNamespace(
         warm=lambda *_: None, request=lambda *_: None, take=lambda _: SimpleNamespace(wait_s=0.0)
     )
-    drawn = Planner(SAMPLES, anchor_batch_size=4, recovery_batch_size=8, seed=0, max_depth=8)
+    drawn = Planner(SAMPLES, anchor_batch_size=4, recovery_batch_size=8, seed=0)
     return OnPolicySource(job, drawn, ignore, DepthSampler(DEPTH, 0), 0, 1, updates), updates
 
 

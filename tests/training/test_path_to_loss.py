@@ -84,7 +84,7 @@ def test_a_prompt_passes_the_files_of_the_list(tmp_path: Path, monkeypatch: pyte
             judge=OrganismJudge(),
         )
         samples = make_samples(run)
-        planner = Planner(samples, anchor_batch_size=4, recovery_batch_size=4, seed=0, max_depth=8)
+        planner = Planner(samples, anchor_batch_size=4, recovery_batch_size=4, seed=0)
         plan = planner.plan(0, DepthSampler(method.depth, 0))
         prefetcher.request(0, *planner.samples_of(0))
         batch = build_batch(method, plan, prefetcher.take(0))

@@ -196,7 +196,6 @@ def test_cuts_count_from_after_the_prefix(codec: ChatCodec, samples: list[Recove
         anchor_batch_size=1,
         recovery_batch_size=60,
         seed=0,
-        max_depth=16,
     )
     plan = planner.plan(0, DepthSampler(depth, 0))
     for item in plan.recovery:

@@ -19,8 +19,8 @@ from tests.training.tiny import completion, make_samples
 DEPTH = DepthConfig(schedule="adaptive", min=1, max=16, bins=4)
 
 
-def planner(samples: SampleSet, seed: int = 0, anchor: int = 4, recovery: int = 4, max_depth: int = 16) -> Planner:
-    return Planner(samples, anchor_batch_size=anchor, recovery_batch_size=recovery, seed=seed, max_depth=max_depth)
+def planner(samples: SampleSet, seed: int = 0, anchor: int = 4, recovery: int = 4) -> Planner:
+    return Planner(samples, anchor_batch_size=anchor, recovery_batch_size=recovery, seed=seed)
 
 
 def plan_at(step: int, seed: int = 0, samples: SampleSet | None = None) -> StepPlan:
@@ -73,7 +73,7 @@ def test_borderline_prompts_have_their_share_of_the_anchor_sequences(fraction: f
     samples = make_samples(1, anchor=30)
     kinds = ["borderline" if number % 10 == 0 else "benign" for number in range(30)]
     anchor = tuple(replace(sample, kind=kind) for sample, kind in zip(samples.anchor, kinds, strict=True))
-    sizes = {"anchor_batch_size": 8, "recovery_batch_size": 4, "seed": 0, "max_depth": 16}
+    sizes = {"anchor_batch_size": 8, "recovery_batch_size": 4, "seed": 0}
     one = Planner(replace(samples, anchor=anchor), **sizes, borderline_fraction=fraction)
     drawn = [one.samples_of(step)[0] for step in range(60)]
     assert {len(step) for step in drawn} == {8}
@@ -92,7 +92,7 @@ def test_borderline_prompts_have_their_share_of_the_anchor_sequences(fraction: f
 def test_a_share_of_borderline_prompts_is_ignored_where_there_is_one_kind(kind: PromptKind) -> None:
     samples = make_samples(1)
     samples = replace(samples, anchor=tuple(replace(sample, kind=kind) for sample in samples.anchor))
-    sizes = {"anchor_batch_size": 4, "recovery_batch_size": 4, "seed": 0, "max_depth": 16}
+    sizes = {"anchor_batch_size": 4, "recovery_batch_size": 4, "seed": 0}
     assert Planner(samples, **sizes, borderline_fraction=0.5).samples_of(3) == planner(samples).samples_of(3)
 
 
@@ -130,13 +130,13 @@ def test_a_rank_asks_for_the_scores_of_its_own_share(world_size: int) -> None:
         assert asked == {context.prompt_ids + context.response_ids for context in contexts if context is not None}
 
 
-def test_depths_stay_within_the_continuation_and_the_limit() -> None:
+def test_depths_stay_within_the_continuation() -> None:
     short = tuple(RecoverySample(f"r{i}", (1,), (1,), tuple(range(2, 4 + i)), (7,)) for i in range(6))
     samples = SampleSet((AnchorSample("a", (1,), (2,)),), short)
-    one = planner(samples, anchor=1, recovery=6, max_depth=5)
+    one = planner(samples, anchor=1, recovery=6)
     depths = [item for step in range(30) for item in one.plan(step, DepthSampler(DEPTH, 0)).recovery]
-    assert all(1 <= item.depth <= min(len(item.sample.harmful_ids), 5) for item in depths)
-    assert {item.depth for item in depths} == {1, 2, 3, 4, 5}
+    assert all(1 <= item.depth <= len(item.sample.harmful_ids) for item in depths)
+    assert {item.depth for item in depths} == {1, 2, 3, 4, 5, 6, 7}
 
 
 def test_token_counts_are_those_of_the_whole_step() -> None:

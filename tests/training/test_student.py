@@ -36,7 +36,7 @@ def make_batch(folder: Path, alpha: float, penalty: float = 0.0) -> tuple[MicroB
     train = TrainConfig(loss_chunk_tokens=7)
     method = completion(contrastive=ContrastiveSettings(alpha=alpha), weights=LossWeights(opening=0.3, penalty=penalty))
     job = make_job(folder, train, method)
-    planner = Planner(read_samples(job.samples), anchor_batch_size=3, recovery_batch_size=3, seed=1, max_depth=16)
+    planner = Planner(read_samples(job.samples), anchor_batch_size=3, recovery_batch_size=3, seed=1)
     prefetcher = prefetcher_of(method, job.scorers)
     prefetcher.request(0, *planner.samples_of(0))
     plan = planner.plan(0, DepthSampler(method.depth, 1))

@@ -53,7 +53,7 @@ def reference_first_loss(folder: Path, train: TrainConfig) -> dict[str, float]:
     """The loss of step 1 in float64."""
     job = make_job(folder, train, METHOD)
     samples = read_samples(job.samples)
-    planner = Planner(samples, anchor_batch_size=4, recovery_batch_size=4, seed=train.seed, max_depth=METHOD.depth.max)
+    planner = Planner(samples, anchor_batch_size=4, recovery_batch_size=4, seed=train.seed)
     plan = planner.plan(0, DepthSampler(METHOD.depth, train.seed))
     prefetcher = prefetcher_of(METHOD, job.scorers)
     prefetcher.request(0, *planner.samples_of(0))
