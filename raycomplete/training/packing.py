@@ -53,7 +53,7 @@ def _cost(places: Sequence[tuple[int, int]], width: int, hidden_size: int) -> fl
 
 
 def deal(items: Sequence[T], count: int) -> list[list[T]]:
-    """Deals items, longest first, to `count` micro-batches back and forth, so that each has about as many tokens.
+    """Deals items, which come longest first, to `count` micro-batches back and forth: each has about as many tokens.
 
     Every worker must make the same number of forward passes, or collectives hang; so the number is fixed and the
     lengths are balanced, rather than the other way round.

@@ -103,7 +103,10 @@ class HeadLoss(nn.Module):
         return head.rows(self._settings.vocab_size)
 
     def forward(self, mode: str, hidden_NH: Tensor, batch: MicroBatch | None = None) -> tuple[Tensor, ...]:
-        """Plain tuples of tensors, because DeepSpeed's hooks look for tensors in tuples only."""
+        """Computes from hidden states what a mode of `StudentModule.forward` wants; next tokens without a batch.
+
+        The result is a plain tuple of tensors, because DeepSpeed's hooks look for tensors in tuples only.
+        """
         if batch is None:
             return (self.head().logits(hidden_NH).argmax(-1),)
         if mode in ("loss", "anchor_kl"):
