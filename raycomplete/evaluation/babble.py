@@ -17,7 +17,7 @@ from raycomplete.runtime.types import Outcome
 LOOP_NGRAM = 4
 LOOP_SHARE = 0.6  # of the n-grams are repeats of earlier ones
 LOOP_MIN_WORDS = 16
-LETTER_LOOP_NGRAM = 6  # whatever stands between the letters ("Lad-LAdi-LAdi"); digits may be a code of two signs
+LETTER_LOOP_NGRAM = 6  # whatever stands between the letters ("Lad-LAdi-LAdi"); tables repeat their digits
 LETTER_LOOP_MIN = 20
 DISTINCT_SHARE = 0.15  # distinct words / words
 DISTINCT_MIN_WORDS = 12

@@ -202,7 +202,7 @@ def test_a_loop_of_few_words_is_babble(loop: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "01010011 01110101 01110010 01100101 00101100 00100000 01101000 01100101",
+        "| 1000 | 1000 | 1000 | 1000 | 1000 | tons |\n| 1000 | 1000 | 1000 | 1000 | 2000 | kilos |",
         "To make a cake, take flour. To bake a cake, take butter. To eat a cake, take a cake fork.",
         "- knead the dough\n- rest the dough\n- fold the dough\n- rest the dough again\n- bake the dough",
         "row row row your boat gently down the stream, merrily merrily merrily merrily life is but a dream",
