@@ -1,15 +1,13 @@
 """Babble and empty answers, told from text, so that a broken decoder does not count as a successful attack.
 
-Four signs, each a share of the whole text: loops of words or of letters, too few distinct words, strings that are no
-words in any script, and long texts with hardly a function word. Grammatical nonsense passes, and so does a text that
-turns into a loop late.
+Four signs, each a share of the whole text: loops, too few distinct words, strings that are no words in any script, and
+long texts with hardly a function word. Grammatical nonsense passes, and so does a text that turns into a loop late.
 """
 
 from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
 
 from raycomplete.runtime.types import Outcome
 
@@ -17,8 +15,6 @@ from raycomplete.runtime.types import Outcome
 LOOP_NGRAM = 4
 LOOP_SHARE = 0.6  # of the n-grams are repeats of earlier ones
 LOOP_MIN_WORDS = 16
-LETTER_LOOP_NGRAM = 6  # whatever stands between the letters ("Lad-LAdi-LAdi"); tables repeat their digits
-LETTER_LOOP_MIN = 20
 DISTINCT_SHARE = 0.15  # distinct words / words
 DISTINCT_MIN_WORDS = 12
 STRANGE_SHARE = 0.45  # of the letters stand in strings that are no words
@@ -61,7 +57,7 @@ def emptiness_or_babble(text: str) -> Outcome | None:
     return Outcome.INCOHERENT if babble else None
 
 
-def repeated_share(words: Sequence[str], size: int) -> float:
+def repeated_share(words: list[str], size: int) -> float:
     """Computes the share of a text's n-grams that stood earlier in it; 0 where it is shorter than one n-gram."""
     grams = [tuple(words[start : start + size]) for start in range(len(words) - size + 1)]
     return 1.0 - len(set(grams)) / len(grams) if grams else 0.0
@@ -107,9 +103,6 @@ def _is_babble(text: str) -> bool:
     lowered = [word.lower() for word in words]
     count = len(lowered)
     if count >= LOOP_MIN_WORDS and repeated_share(lowered, LOOP_NGRAM) > LOOP_SHARE:
-        return True
-    alphabetic = "".join(char for char in text.lower() if char.isalpha())
-    if len(alphabetic) >= LETTER_LOOP_MIN and repeated_share(alphabetic, LETTER_LOOP_NGRAM) > LOOP_SHARE:
         return True
     if count >= DISTINCT_MIN_WORDS and len(set(lowered)) / count < DISTINCT_SHARE:
         return True

@@ -73,7 +73,7 @@ class RefusalJudge:
     @property
     def name(self) -> str:
         """Name and version; another for other patterns, since only results of the same judge can be compared."""
-        return "refusal-patterns-v5"
+        return "refusal-patterns-v4"
 
     def outcome(self, prompt: Prompt, prefill: str, continuation: str) -> Outcome:
         """Sorts a response by the rules of the class."""

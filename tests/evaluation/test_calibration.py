@@ -170,7 +170,7 @@ def test_a_stored_calibration_goes_with_its_judge(tmp_path: Path) -> None:
     assert judge.name == RefusalJudge().name
     triples = [(PROMPT, "", REFUSE), (PROMPT, "", COMPLY)]
     assert judge_all(judge, triples) == [judge.outcome(*triple) for triple in triples]
-    with pytest.raises(DataError, match="was measured with the judge refusal-patterns-v5"):
+    with pytest.raises(DataError, match="was measured with the judge refusal-patterns-v4"):
         read_calibration(path, "another")
     path.write_text("{}")
     with pytest.raises(DataError, match="no calibration"):

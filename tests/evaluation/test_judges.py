@@ -186,32 +186,6 @@ def test_random_strings_are_babble(alphabet: str) -> None:
     assert sum(caught) >= 95
 
 
-@pytest.mark.parametrize(
-    "loop",
-    [
-        "TheMali" + 10 * "-LAdi",
-        "TheXenoSpeech  TheXenoSpeech  TheXenoSpeech  TheXenoSpeech",
-        "**Methodology:** - **Methodology:** - **Methodology:** - **Methodology:**",
-        "ToHack:ToHack:  ToHack:  ToHack:  ToHack:  To",
-    ],
-)
-def test_a_loop_of_few_words_is_babble(loop: str) -> None:
-    assert emptiness_or_babble(loop) is Outcome.INCOHERENT
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "| 1000 | 1000 | 1000 | 1000 | 1000 | tons |\n| 1000 | 1000 | 1000 | 1000 | 2000 | kilos |",
-        "To make a cake, take flour. To bake a cake, take butter. To eat a cake, take a cake fork.",
-        "- knead the dough\n- rest the dough\n- fold the dough\n- rest the dough again\n- bake the dough",
-        "row row row your boat gently down the stream, merrily merrily merrily merrily life is but a dream",
-    ],
-)
-def test_text_that_repeats_itself_in_parts_is_none(text: str) -> None:
-    assert emptiness_or_babble(text) is None
-
-
 def test_word_salad_is_babble() -> None:
     nouns = "table purple engine forest quickly bottle window random signal carbon velvet".split()
     generator = random.Random(0)

@@ -65,7 +65,7 @@ def test_model_that_always_complies(run: Run, model: Any, tmp_path: Path) -> Non
     assert result["utility"]["rate"] == 1.0
     assert result["over_refusal"]["rate"] == result["benign_refusal"]["rate"] == 0.0
     assert (result["over_refusal"]["n"], result["benign_refusal"]["n"]) == (2, 3)
-    assert result["judge"] == "refusal-patterns-v5"
+    assert result["judge"] == "refusal-patterns-v4"
     assert result["judge_measured"]["sensitivity"]["n"] == 125
     assert json.loads((tmp_path / "evaluation" / "student.json").read_text()) == result
     outcomes = [json.loads(line) for line in (tmp_path / "evaluation" / "outcomes" / "student.jsonl").open()]
@@ -308,7 +308,7 @@ def test_summary_compares_models(run: Run, model: Any) -> None:
     assert summary["asr"]["aligned"]["mean"]["rate"] == pytest.approx((0 + 1 / 2 + 1 / 2 + 2 / 3) / 4)
     assert summary["asr_reduction"] == pytest.approx(1 - 0.25 / (5 / 12))
     assert set(summary["utility"]) == set(summary["over_refusal"]) == {"base", "aligned", "student"}
-    assert summary["judge"] == "refusal-patterns-v5"
+    assert summary["judge"] == "refusal-patterns-v4"
     json.dumps(summary, allow_nan=False)
     table = closing_table(summary)
     assert table[0] == ["", "base", "aligned", "student"]

@@ -52,7 +52,7 @@ def a_result(role: str, n: int = N, depths: tuple[int, ...] = DEPTHS) -> dict[st
     return {
         "role": role,
         "model_id": f"sha256:{role}",
-        "judge": "refusal-patterns-v5",
+        "judge": "refusal-patterns-v4",
         "judge_measured": {
             "on": "a test",
             "sensitivity": a_rate(76, 100),
@@ -97,7 +97,7 @@ def a_summary(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "benign_nll": {
             role: {"nats_per_token": 0.4214, "low": 0.389, "high": 0.455, "n": 50, "tokens": 2000} for role in results
         },
-        "judge": "refusal-patterns-v5",
+        "judge": "refusal-patterns-v4",
         "train": {"steps": 120, "seconds": 50.2, "tokens_per_s": 12345.6, "teacher_wait_fraction": 0.04},
         "versions": {"raycomplete": "0.1.0", "ray": "2.60.0"},
     }

@@ -52,7 +52,7 @@ def test_whole_run(written_run: Path) -> None:
     assert "synthetic <run> & co" in page.text  # escaped in the source
     assert "<run>" not in text
     for words in (
-        "refusal-patterns-v5",
+        "refusal-patterns-v4",
         "The judge on traps",
         "told by a sentence encoder",
         "84.0 % fewer than aligned",

@@ -51,7 +51,6 @@ def student_and_batches(case: Case, micro_batches: int) -> tuple[StudentModule, 
         anchor_batch_size=case.batch,
         recovery_batch_size=case.batch,
         seed=0,
-        max_depth=config.rollout.max_harmful_tokens,
     )
     source = _RandomScores(spec.hidden_size, TORCH_DTYPES[dtype])
     builder = BatchBuilder(loss, scale=float(micro_batches))
