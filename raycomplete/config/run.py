@@ -248,9 +248,10 @@ class RunConfig(Section):
     def _has_no_hooks_in_the_way(self) -> None:
         """Refuses settings that an adversary who reads a batch several times before one backward pass cannot have."""
         if self.train.zero_stage == 3:
+            without = ", or method.suffix_adversary.steps to 0" if self.method.moves_suffixes else ""
             raise ValueError(
                 f"method {self.method.name} has an adversary, who reads a batch several times before one backward "
-                "pass, which ZeRO-3 cannot: set train.zero_stage to 2 or less"
+                f"pass, which ZeRO-3 cannot: set train.zero_stage to 2 or less{without}"
             )
         if self.method.perturbs_layers and self.train.gradient_checkpointing:
             raise ValueError(

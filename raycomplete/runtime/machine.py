@@ -145,7 +145,7 @@ def as_gib(size: int) -> str:
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
-def within(timeout_s: float, problem: str, work: Callable[[], T]) -> T:
+def within(timeout_s: float, problem: str, work: Callable[[], T], remedy: str = "") -> T:
     """Does work in a thread of its own and waits for it with a limit, for calls that have none.
 
     Raises:
@@ -165,4 +165,4 @@ def within(timeout_s: float, problem: str, work: Callable[[], T]) -> T:
     except TimeoutError:
         if future.done():
             raise
-        raise WaitTimeoutError(f"{problem} within {timeout_s:.0f} s.") from None
+        raise WaitTimeoutError(f"{problem} within {timeout_s:.0f} s.", remedy) from None

@@ -124,7 +124,8 @@ def only_writer(folder: Path) -> Iterator[None]:
     descriptor = os.open(folder.with_name(f"{folder.name}.lock"), os.O_RDWR | os.O_CREAT, PRIVATE)
     try:
         problem = f"Another process still writes into {folder} and did not end"
-        within(_LOCK_TIMEOUT_S, problem, lambda: fcntl.flock(descriptor, fcntl.LOCK_EX))
+        remedy = "End that process, and ask for the evaluation again."
+        within(_LOCK_TIMEOUT_S, problem, lambda: fcntl.flock(descriptor, fcntl.LOCK_EX), remedy)
         yield
     finally:
         os.close(descriptor)

@@ -113,9 +113,9 @@ def newest_whole(folder: Path, *, hashed: bool = True, warn: Callable[[str], Non
     return whole
 
 
-def superseded(steps: list[int], keep: int | None, keep_every: int = 0) -> list[int]:
-    """Lists the steps whose checkpoints may go: not the newest `keep` (None: all), nor multiples of `keep_every`."""
-    old = sorted(steps)[:-keep] if keep else []
+def superseded(steps: list[int], keep: int, keep_every: int = 0) -> list[int]:
+    """Lists the steps whose checkpoints may go: not the newest `keep`, at least one, nor multiples of `keep_every`."""
+    old = sorted(steps)[:-keep]
     return [step for step in old if not (keep_every and step % keep_every == 0)]
 
 
@@ -128,7 +128,7 @@ def drop(checkpoint: Path) -> None:
         logger.warning("The old checkpoint %s cannot be removed (%s).", checkpoint, error.strerror or error)
 
 
-def prune(folder: Path, keep: int | None, keep_every: int = 0) -> None:
+def prune(folder: Path, keep: int, keep_every: int = 0) -> None:
     """Drops the checkpoints that retention no longer asks for."""
     for step in superseded([step_of(path) for path in complete_checkpoints(folder)], keep, keep_every):
         drop(folder / f"step-{step:06d}")

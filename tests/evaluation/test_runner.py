@@ -50,7 +50,7 @@ def run(codec: Any, sets: EvaluationSets, tmp_path: Path) -> Run:
             config.max_tokens,
             cancelled=changes.get("cancelled", lambda: False),
         )
-        callbacks = Callbacks(**{name: changes[name] for name in ("on_trials",) if name in changes})
+        callbacks = Callbacks(on_trials=changes["on_trials"]) if "on_trials" in changes else Callbacks()
         return evaluate_model(target, changes.get("sets", sets), config, tmp_path, callbacks)
 
     return evaluate

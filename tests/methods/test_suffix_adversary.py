@@ -218,7 +218,7 @@ def test_an_adversary_without_suffixes_is_refused() -> None:
             RunConfig.model_validate(run | {"rollout": {"prompt_augmentation": augmentation}})
     suffixes = {"rollout": {"prompt_augmentation": {"fraction": 0.3}}}
     assert RunConfig.model_validate(run | suffixes).method.moves_suffixes
-    with pytest.raises(ValueError, match=r"set train\.zero_stage to 2"):
+    with pytest.raises(ValueError, match=r"train\.zero_stage to 2 or less, or method\.suffix_adversary\.steps to 0"):
         RunConfig.model_validate(run | suffixes | {"train": {"zero_stage": 3}})
     with pytest.raises(ValueError, match="its weight is 0"):
         Completion.model_validate({"suffix_adversary": {"steps": 1}, "weights": {"push_forward": 0}})

@@ -71,9 +71,9 @@ def test_none_is_an_error_only_where_there_should_be_one(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("keep", "keep_every", "gone"),
-    [(2, 0, [1, 2, 4]), (1, 2, [1, 5]), (None, 0, []), (9, 0, []), (1, 5, [1, 2, 4])],
+    [(2, 0, [1, 2, 4]), (1, 2, [1, 5]), (9, 0, []), (1, 5, [1, 2, 4])],
 )
-def test_retention(keep: int | None, keep_every: int, gone: list[int], tmp_path: Path) -> None:
+def test_retention(keep: int, keep_every: int, gone: list[int], tmp_path: Path) -> None:
     steps = [1, 2, 4, 5, 6]
     assert integrity.superseded(steps, keep, keep_every) == gone
     for step in steps:

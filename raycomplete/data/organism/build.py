@@ -185,5 +185,6 @@ def _locked(path: Path, console: Console) -> Iterator[None]:
         except BlockingIOError:
             console.note(f"Another process builds {path.stem}; waiting for it.")
             problem = f"Another process holds {path} and did not finish its build"
-            within(_BUILD_TIMEOUT_S, problem, lambda: fcntl.flock(file, fcntl.LOCK_EX))
+            remedy = "End that process, or wait for it, and start again."
+            within(_BUILD_TIMEOUT_S, problem, lambda: fcntl.flock(file, fcntl.LOCK_EX), remedy)
         yield

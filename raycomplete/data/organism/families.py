@@ -243,6 +243,7 @@ class BuiltOrganism:
         Raises:
             CheckpointError: There is no such checkpoint.
             WorkError: The trained models lack the traits of the organism.
+            WaitTimeoutError: Another process builds the organism for longer than a build takes.
         """
         found = self.find(role)
         if found is None:

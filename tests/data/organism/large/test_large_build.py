@@ -183,7 +183,7 @@ def test_a_builder_that_never_ends_is_waited_for_within_a_limit(
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        with pytest.raises(WaitTimeoutError, match="did not finish its build within 0 s"):
+        with pytest.raises(WaitTimeoutError, match=r"did not finish its build within 0 s\. End that process"):
             build_into_cache(built(), console=QUIET)
     assert builds == []
 
