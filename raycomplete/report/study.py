@@ -32,11 +32,11 @@ def study_results(study: Study, finished: Sequence[StudyRun]) -> dict[str, Any]:
 
     Returns:
         By model: `rows` by label, first base and aligned, each with `seeds`, `rates` by measure
-        (`raycomplete.evaluation.statistics.mean_over_runs`), `against_aligned` and, of the reference,
-        `against_best_rival` by measure (`difference_over_runs`, the latter with the rival's name), `cost` and
-        `departures`; `judge`; and `reduced`, pairs of an attack and why its rates are less than those of published
-        runs, with the labels of the rows of which it is true if not all. A model whose frozen models are not evaluated
-        yet is left out.
+        (`raycomplete.evaluation.statistics.mean_over_runs`), `against_aligned` by measure (`difference_over_runs`),
+        `cost` and `departures`, and the reference's also with `against_rivals` by rival and measure and `best_rival`,
+        a label by attack; `judge`; and `reduced`, pairs of an attack and why its rates are less than those of
+        published runs, with the labels of the rows of which it is true if not all. A model whose frozen models are not
+        evaluated yet is left out.
 
     Raises:
         DataError: Runs of one model were judged by different judges, or on no common prompts.
@@ -88,7 +88,7 @@ def _of_model(study: Study, runs: Sequence[StudyRun]) -> dict[str, Any]:
         }
     try:
         _add_rates(rows, shares)
-        _add_best_rival(study.reference, rows, shares)
+        _add_rivals(study.reference, rows, shares)
     except ValueError as error:
         raise DataError("Two runs of the study have no prompts in common.", "Evaluate all on the same data.") from error
     return {"rows": rows, "judge": next(iter(judges)), "reduced": _reduced(frozen, by_label)}
@@ -158,25 +158,28 @@ def _common_seeds(ours: Sequence[int], theirs: Sequence[int]) -> list[int]:
     return [seed for seed in ours or theirs if seed in (theirs or ours)]
 
 
-def _add_best_rival(reference: str, rows: Mapping[str, Row], shares: Mapping[str, list[dict[str, Shares]]]) -> None:
-    """Compares the reference with the best rival of each attack, among those that refuse as little as it does."""
+def _add_rivals(reference: str, rows: Mapping[str, Row], shares: Mapping[str, list[dict[str, Shares]]]) -> None:
+    """Compares the reference with all rivals; each attack's best is one of those that refuse as little as it does."""
     if reference not in rows:
         return
     rates = rows[reference]["rates"]
-    allowed = rates[OVER_REFUSAL]["rate"] + SPARE_OVER_REFUSAL if OVER_REFUSAL in rates else 1.0
-    rivals = [
-        label
+    # Of a rival whose runs under the reference's seeds are not finished, nothing can be said yet.
+    rows[reference]["against_rivals"] = found = {
+        label: {name: _difference(rows, shares, (reference, label), name) for name in rates if name in row["rates"]}
         for label, row in rows.items()
-        if label not in (reference, BASE, FROZEN) and row["rates"].get(OVER_REFUSAL, {"rate": 0.0})["rate"] <= allowed
-    ]
-    rows[reference]["against_best_rival"] = found = {}
-    for measure in (name for name in rates if name not in _NOT_ATTACKS):
-        having = [label for label in rivals if measure in rows[label]["rates"]]
-        # Of a rival whose runs under the reference's seeds are not finished, nothing can be said yet.
-        having = [label for label in having if _common_seeds(rows[reference]["seeds"], rows[label]["seeds"])]
-        if having:
-            best = min(having, key=lambda label: rows[label]["rates"][measure]["rate"])
-            found[measure] = {"rival": best, **_difference(rows, shares, (reference, best), measure)}
+        if label not in (reference, BASE, FROZEN) and _common_seeds(rows[reference]["seeds"], row["seeds"])
+    }
+    allowed = rates[OVER_REFUSAL]["rate"] + SPARE_OVER_REFUSAL if OVER_REFUSAL in rates else 1.0
+    rivals = {
+        label: rows[label]["rates"]
+        for label in found
+        if rows[label]["rates"].get(OVER_REFUSAL, {"rate": 0.0})["rate"] <= allowed
+    }
+    rows[reference]["best_rival"] = {
+        measure: min(having, key=lambda label: rivals[label][measure]["rate"])
+        for measure in rates
+        if measure not in _NOT_ATTACKS and (having := [label for label in rivals if measure in rivals[label]])
+    }
 
 
 def _apart(results: Sequence[Mapping[str, Any]]) -> float | None:

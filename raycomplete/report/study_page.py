@@ -88,14 +88,21 @@ def _tables(reference: str, found: Mapping[str, Any]) -> list[Table]:
         ("attack success in % [95 %]", by_attack),
         ("differences from aligned on the same prompts, in points [95 %]", against),
     ]
-    if best := rows.get(reference, {}).get("against_best_rival"):
-        spare = f"{100 * SPARE_OVER_REFUSAL:g}"
-        rival_rows = [["", reference, "best rival", "its rate", "difference, points [95 %]"]]
-        for measure, cell in best.items():
-            ours, theirs = (rows[label]["rates"][measure] for label in (reference, cell["rival"]))
-            rival_rows.append([measure, rate_text(ours), cell["rival"], rate_text(theirs), difference_text(cell)])
-        title = f"{reference} against the best rival of each attack, which over-refuses at most {spare} points more"
-        tables.append((title, rival_rows))
+    if rivals := rows.get(reference, {}).get("against_rivals"):
+        every = [["points", *rivals]]
+        best_rows = [["", reference, "best rival", "its rate", "difference, points [95 %]"]]
+        for measure, ours in rows[reference]["rates"].items():
+            found_of = {label: difference_text(cells[measure]) for label, cells in rivals.items() if measure in cells}
+            every.append([measure, *(found_of.get(label, "-") for label in rivals)])
+            if measure not in _SUMMED[2:]:
+                best = rows[reference]["best_rival"].get(measure, "none")
+                theirs = rows[best]["rates"][measure] if best in rows else None
+                best_rows.append([measure, rate_text(ours), best, rate_text(theirs), found_of.get(best, "-")])
+        spare = f"at most {100 * SPARE_OVER_REFUSAL:g} points more borderline prompts"
+        no_best = "" if rows[reference]["best_rival"] else f"; none refuses {spare}, so none is called the best"
+        tables.append((f"{reference} less each rival on the same prompts, in points [95 %]{no_best}", every))
+        if not no_best:
+            tables.append((f"{reference} against each attack's best rival, of those that refuse {spare}", best_rows))
     return tables
 
 
@@ -216,8 +223,8 @@ def _costs(model: str, rows: Mapping[str, Any]) -> Plot | None:
     if not any(cost["seconds_per_token"] for cost in known.values()):
         right.axis("off")
     left.invert_yaxis()
-    left.set_xlabel("training steps, seconds")
-    right.set_xlabel("time of a token, times aligned's")
+    left.set_xlabel("training steps,\nseconds")
+    right.set_xlabel("time of a token,\ntimes aligned's")
     for axes in (left, right):
         axes.grid(False, axis="y")
     data = [["method", "steps", "train_seconds", "train_tokens", "time_of_a_token", "passes_per_token"]]

@@ -115,12 +115,15 @@ def test_the_mean_over_attacks_takes_each_at_its_own_rate(tmp_path: Path) -> Non
 def test_the_best_rival_refuses_as_little_as_the_reference(study: Study) -> None:
     finish(study, RESULTS)
     rows = study_results(study, study.runs)["models"]["organism"]["rows"]
-    best = rows["completion"]["against_best_rival"]
-    assert best["ASR, depth 4"]["rival"] == "again"  # npo gives in more often, door refuses 75 % of harmless prompts
-    assert best["rank_assisted_prefill"]["rival"] == "npo"
-    expected = difference_over_runs([first(2), first(4)], [first(8), first(8)])
-    assert best["ASR, depth 4"] == {"rival": "again", **expected}
-    assert "against_best_rival" not in rows["npo"]
+    best, against = rows["completion"]["best_rival"], rows["completion"]["against_rivals"]
+    assert best["ASR, depth 4"] == "again"  # npo gives in more often, door refuses 75 % of harmless prompts
+    assert best["rank_assisted_prefill"] == "npo"
+    assert best.keys() == {"ASR, mean over attacks", "ASR, depth 0", "ASR, depth 4", "ASR, mean over depths"} | {
+        "rank_assisted_prefill"
+    }
+    assert against["again"]["ASR, depth 4"] == difference_over_runs([first(2), first(4)], [first(8), first(8)])
+    assert against["door"]["over-refusal"] == difference_over_runs([first(1), first(1)], [first(15), first(15)])
+    assert "best_rival" not in rows["npo"]
 
 
 def test_rows_are_paired_by_seed(study: Study) -> None:
@@ -131,10 +134,11 @@ def test_rows_are_paired_by_seed(study: Study) -> None:
         rows: dict[str, Any] = study_results(study, finished)["models"]["organism"]["rows"]
         return rows
 
-    best = rows_without(("npo", 0))["completion"]["against_best_rival"]["ASR, depth 4"]
-    assert best == {"rival": "npo", **difference_over_runs([first(4)], [first(12)])}
-    rows = rows_without(("completion", 1), ("npo", 0))
-    assert rows["completion"]["against_best_rival"] == {}, "no seed that both have"
+    against = rows_without(("npo", 0))["completion"]["against_rivals"]["npo"]["ASR, depth 4"]
+    assert against == difference_over_runs([first(4)], [first(12)])
+    ours = rows_without(("completion", 1), ("npo", 0))["completion"]
+    assert "npo" not in ours["against_rivals"], "no seed that both have"
+    assert ours["best_rival"] == {}, "door refuses too much"
 
 
 def test_the_time_of_a_token_is_told_only_where_it_means_something(study: Study, tmp_path: Path) -> None:
@@ -189,6 +193,16 @@ def test_the_pages_hold_every_method_and_say_what_is_missing(study: Study) -> No
     assert curve[0] == "method,depth,asr,low,high,n"
     assert any(line.startswith("completion,4,0.15,") for line in curve)
     assert tables[0][0].startswith("organism: rates")
+
+
+def test_a_reference_without_a_rival_that_refuses_as_little_is_compared_all_the_same(study: Study) -> None:
+    finish(study, RESULTS | {key: (0, 8, 6, 5) for key in RESULTS if key[0] != "completion"})
+    title, against = write_study(study, study.runs)[-1]
+    assert title.endswith("none refuses at most 2 points more borderline prompts, so none is called the best")
+    assert against[0] == ["points", "npo", "door", "again"]
+    assert against[-2][0] == "over-refusal"
+    assert against[-2][1].startswith("-20.0 [")
+    assert "best rival, of those" not in (study.folder / "study.md").read_text()
 
 
 def test_what_is_reduced_names_the_rows_of_which_it_is_true(study: Study) -> None:
