@@ -41,7 +41,7 @@ class StudyConfig(Section):
     )
     seeds: list[int] = Field(default_factory=lambda: [0], min_length=1, description="values of train.seed")
     reference: str | None = Field(
-        None, description="the method that is compared with the best of the others; the first one when absent"
+        None, description="the method that is compared with each of the others; the first one when absent"
     )
     parallel: int | None = Field(
         None, ge=1, description="runs at a time; as many as fit on the cluster when absent, one where it is started"

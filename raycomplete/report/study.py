@@ -1,4 +1,4 @@
-"""The numbers of a study: rates of every method over its seeds, differences from aligned and the best rival, costs."""
+"""The numbers of a study: rates of every method over its seeds, differences from aligned and from rivals, costs."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def _add_rivals(reference: str, rows: Mapping[str, Row], shares: Mapping[str, li
         for label, row in rows.items()
         if label not in (reference, BASE, FROZEN) and _common_seeds(rows[reference]["seeds"], row["seeds"])
     }
-    allowed = rates[OVER_REFUSAL]["rate"] + SPARE_OVER_REFUSAL if OVER_REFUSAL in rates else 1.0
+    allowed = rates[OVER_REFUSAL]["rate"] + SPARE_OVER_REFUSAL + 1e-9 if OVER_REFUSAL in rates else 1.0  # .12 + .02
     rivals = {
         label: rows[label]["rates"]
         for label in found

@@ -59,7 +59,7 @@ def write_study(study: Study, finished: Sequence[StudyRun]) -> list[Table]:
 
 
 def _tables(reference: str, found: Mapping[str, Any]) -> list[Table]:
-    """All tables of a model: methods by headline, attacks by method, differences from aligned and the best rival."""
+    """All tables of a model: methods by headline, attacks by method, differences from aligned and from rivals."""
     rows: Mapping[str, Any] = found["rows"]
     measures = list(rows[FROZEN]["rates"])
     labels = list(rows)
@@ -89,20 +89,21 @@ def _tables(reference: str, found: Mapping[str, Any]) -> list[Table]:
         ("differences from aligned on the same prompts, in points [95 %]", against),
     ]
     if rivals := rows.get(reference, {}).get("against_rivals"):
-        every = [["points", *rivals]]
-        best_rows = [["", reference, "best rival", "its rate", "difference, points [95 %]"]]
-        for measure, ours in rows[reference]["rates"].items():
-            found_of = {label: difference_text(cells[measure]) for label, cells in rivals.items() if measure in cells}
-            every.append([measure, *(found_of.get(label, "-") for label in rivals)])
-            if measure not in _SUMMED[2:]:
-                best = rows[reference]["best_rival"].get(measure, "none")
-                theirs = rows[best]["rates"][measure] if best in rows else None
-                best_rows.append([measure, rate_text(ours), best, rate_text(theirs), found_of.get(best, "-")])
-        spare = f"at most {100 * SPARE_OVER_REFUSAL:g} points more borderline prompts"
-        no_best = "" if rows[reference]["best_rival"] else f"; none refuses {spare}, so none is called the best"
-        tables.append((f"{reference} less each rival on the same prompts, in points [95 %]{no_best}", every))
-        if not no_best:
-            tables.append((f"{reference} against each attack's best rival, of those that refuse {spare}", best_rows))
+        ours, best_rivals = rows[reference]["rates"], rows[reference]["best_rival"]
+        against_each = [["points", *rivals]]
+        against_best = [["", reference, "best rival", "its rate", "difference, points [95 %]"]]
+        for measure in ours:
+            texts = {label: difference_text(cells[measure]) for label, cells in rivals.items() if measure in cells}
+            against_each.append([measure, *(texts.get(label, "-") for label in rivals)])
+            if best := best_rivals.get(measure):
+                theirs = rows[best]["rates"][measure]
+                against_best.append([measure, rate_text(ours[measure]), best, rate_text(theirs), texts[best]])
+        limit = f"at most {100 * SPARE_OVER_REFUSAL:g} points more borderline prompts than {reference}"
+        alone = "" if best_rivals else f"; none that was asked the same refuses {limit}"
+        tables.append((f"{reference} less each rival on the same prompts, in points [95 %]{alone}", against_each))
+        if best_rivals:
+            among = f", of those that refuse {limit}" if OVER_REFUSAL in ours else ""
+            tables.append((f"{reference} against each attack's best rival{among}", against_best))
     return tables
 
 

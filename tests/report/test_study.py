@@ -198,11 +198,13 @@ def test_the_pages_hold_every_method_and_say_what_is_missing(study: Study) -> No
 def test_a_reference_without_a_rival_that_refuses_as_little_is_compared_all_the_same(study: Study) -> None:
     finish(study, RESULTS | {key: (0, 8, 6, 5) for key in RESULTS if key[0] != "completion"})
     title, against = write_study(study, study.runs)[-1]
-    assert title.endswith("none refuses at most 2 points more borderline prompts, so none is called the best")
+    assert title.endswith(
+        "none that was asked the same refuses at most 2 points more borderline prompts than completion"
+    )
     assert against[0] == ["points", "npo", "door", "again"]
     assert against[-2][0] == "over-refusal"
     assert against[-2][1].startswith("-20.0 [")
-    assert "best rival, of those" not in (study.folder / "study.md").read_text()
+    assert "best rival" not in (study.folder / "study.md").read_text()
 
 
 def test_what_is_reduced_names_the_rows_of_which_it_is_true(study: Study) -> None:
