@@ -15,8 +15,8 @@ import pytest
 from tests.tracked import ROOT, tracked_python
 
 PACKAGE = ROOT / "raycomplete"
-MAX_LINES = 400  # of a file
-MAX_FILES, MAX_TOTAL_LINES = 237, 41_425  # of the package
+MAX_LINES = 700  # of a file
+MAX_TOTAL_LINES = {"raycomplete": 41_425, "tests": 41_900}  # nobody raises these: whoever adds, removes
 MAX_ARGUMENTS = 5  # of the functions by which an evaluation is passed on
 
 # From lower to upper: a room imports rooms of the lines above it in this table. Rooms of one line may import each
@@ -201,10 +201,10 @@ def test_no_file_is_too_long() -> None:
     assert {name: length for name, length in lengths.items() if length > MAX_LINES} == {}
 
 
-def test_the_package_stays_small() -> None:
-    files = source_files()
-    assert len(files) <= MAX_FILES
-    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in files) <= MAX_TOTAL_LINES
+@pytest.mark.parametrize("folder", MAX_TOTAL_LINES)
+def test_package_and_tests_stay_small(folder: str) -> None:
+    total = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in tracked_python(folder))
+    assert total <= MAX_TOTAL_LINES[folder]
 
 
 def definitions(path: Path) -> list[ast.AST]:

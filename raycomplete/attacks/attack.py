@@ -32,7 +32,6 @@ _NEEDS: Mapping[Need, str] = {
 class AttackConfig(Section):
     """Settings of an attack. Defaults are those of published runs; a rate under smaller ones is called reduced."""
 
-    renamed: ClassVar[Mapping[str, str]] = {}  # settings of earlier versions and their present names
     standard: ClassVar[Mapping[str, Any]] = {}  # least values of published runs; lists must hold all of their items
     name: str
 

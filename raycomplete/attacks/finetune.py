@@ -47,7 +47,6 @@ RECIPES: Mapping[str, FinetuneRecipe] = {
 class FinetuneConfig(AttackConfig):
     """Fine-tunes a copy of the model and asks again (Qi et al., arXiv 2310.03693)."""
 
-    renamed: ClassVar[Mapping[str, str]] = {"steps": "epochs, passes over the chats"}
     standard: ClassVar[Mapping[str, Any]] = {"datasets": _DATASETS}
 
     name: Literal["finetune"] = "finetune"

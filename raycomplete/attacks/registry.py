@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from raycomplete.attacks.attack import Attack, AttackConfig
 from raycomplete.runtime.errors import ConfigError
-from raycomplete.runtime.section import Section
+from raycomplete.runtime.section import Section, removed
 
 AttackT = TypeVar("AttackT", bound=Attack[Any])
 SectionT = TypeVar("SectionT", bound=Section)
@@ -80,8 +80,9 @@ def checked(section: type[SectionT], tree: Mapping[str, Any], owner: str) -> Sec
     """
     for key in tree:
         if key not in section.model_fields:
-            if new := getattr(section, "renamed", {}).get(str(key)):
-                raise ConfigError(f"The {owner} has no setting {key!r}.", f"It is {new} now.")
+            kind, _, name = owner.partition(" ")
+            if reason := removed(f"{kind}s.{name}.{key}"):
+                raise ConfigError(f"The {owner} has no setting {key!r} any more: {reason}.")
             nearest = difflib.get_close_matches(str(key), section.model_fields, n=1, cutoff=0.5)
             hint = f"Did you mean {nearest[0]!r}?" if nearest else f"Its settings: {', '.join(section.model_fields)}."
             raise ConfigError(f"The {owner} has no setting {key!r}.", hint)

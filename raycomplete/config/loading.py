@@ -15,50 +15,8 @@ from raycomplete.config.run import RunConfig
 from raycomplete.methods.registry import Method, method_class
 from raycomplete.runtime.errors import ConfigError
 from raycomplete.runtime.plugins import load_plugins, located
+from raycomplete.runtime.section import removed, without_removed
 
-# Keys of earlier versions and the keys that took over from them. A renamed section stands for every key in it.
-RENAMED = {
-    "scoring": "teacher",
-    "teacher.kv_cache_gib": "cluster.kv_cache_gib",
-    "evaluation.prompts": "evaluation.num_prompts",
-    "diagnose.prompts": "diagnose.num_prompts",
-    "train.validation.prompts": "train.validation.num_prompts",
-    "train.weights": "method.weights",
-    "train.opening.tokens": "method.first_tokens.count",
-    "train.opening": "method.first_tokens",
-    "train.penalty": "method.penalty",
-    "train.contrastive": "method.contrastive",
-    "train.depth": "method.depth",
-    "train.constraint.kl_budget": "train.validation.kl_budget",
-    "train.constraint.rate": "train.validation.rate",
-    "train.constraint.max_weight": "train.validation.max_factor",
-    "method.constraint.kl_budget": "train.validation.kl_budget",
-    "method.constraint.rate": "train.validation.rate",
-    "method.constraint.max_weight": "train.validation.max_factor",
-    "train.anchor_divergence": "method.anchor_divergence",
-    "train.recovery_divergence": "method.recovery_divergence",
-    "train.temperature": "method.temperature",
-    "train.anchor_batch": "method.anchor_batch_size",
-    "train.recovery_batch": "method.recovery_batch_size",
-    "train.micro_batch": "train.per_device_batch_size",
-    "rollout.turn_fraction": "rollout.refusal_prefix_fraction",
-    "rollout.turns": "rollout.refusal_prefix_turns",
-    "rollout.affirmative_prefix": "rollout.affirmative_prefixes",
-}
-REMOVED = {
-    "teacher.cache_dir": "scores are kept in memory",
-    "teacher.cache_disk_gib": "scores are kept in memory",
-    "method.push_forward.min_weight": "every row counts alike",
-    "method.depth.fixed_weights": "method.depth.schedule is adaptive or uniform",
-    "diagnose.contrastive": "evaluation.defence: {name: contrastive} measures it",
-}
-# Removed keys that the record of an earlier run may hold, and the value at which each decided nothing (None: any).
-_LAPSED: dict[str, Any] = {
-    "method.push_forward.tau": None,
-    "method.push_forward.margin": None,
-    "method.push_forward.min_weight": 1.0,
-    "method.depth.fixed_weights": [],
-}
 # Relative paths of these keys start where the command is started; all others start in the folder of the run file.
 _NOT_BESIDE_THE_RUN_FILE = ("output.", "serve.", "align.output")
 
@@ -84,20 +42,8 @@ def load_run_file(
     for override in sorted(overrides, key=lambda text: not text.startswith("method.name=")):
         apply_override(tree, override)
     if sections is not None:
-        tree = without_lapsed({name: value for name, value in tree.items() if name in sections})
+        tree = without_removed({name: value for name, value in tree.items() if name in sections})
     return parse(tree, str(file), base_folder=file.parent.resolve(), plugins=sections is None)
-
-
-def without_lapsed(tree: dict[str, Any]) -> dict[str, Any]:
-    """Drops removed keys from a record, in place, where they decided nothing."""
-    for key, value in _LAPSED.items():
-        *parents, leaf = key.split(".")
-        node: Any = tree
-        for part in parents:
-            node = node.get(part) if isinstance(node, dict) else None
-        if isinstance(node, dict) and leaf in node and value in (None, node[leaf]):
-            del node[leaf]
-    return tree
 
 
 def read_tree(file: Path, extending: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -247,13 +193,9 @@ def _explain(item: dict[str, Any], tree: Mapping[str, Any], whole: type[BaseMode
     location = [str(part) for part in item["loc"]]
     where = ".".join(location)
     if item["type"] == "extra_forbidden":
-        inside = item["input"] if isinstance(item["input"], dict) else {}
-        if keys := [old for old in RENAMED if old.startswith(f"{where}.") and old.removeprefix(f"{where}.") in inside]:
-            return "; ".join(f"the key {old!r} was renamed {RENAMED[old]!r}" for old in keys)
-        if new := _renamed(where):
-            return f"the key {where!r} was renamed {new!r}"
-        if where in REMOVED:
-            return f"the key {where!r} was removed: {REMOVED[where]}"
+        own = f"methods.{tree['method'].get('name')}.{'.'.join(location[1:])}" if location[0] == "method" else where
+        if reason := removed(where) or removed(own):
+            return f"the key {where!r} is gone: {reason}"
         known = _known_keys(item["loc"][:-1], tree, whole)
         nearest = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
         hint = f"did you mean {nearest[0]!r}?" if nearest else f"known keys: {', '.join(known)}"
@@ -262,16 +204,6 @@ def _explain(item: dict[str, Any], tree: Mapping[str, Any], whole: type[BaseMode
         return f"the key {where!r} is missing"
     message = str(item["msg"]).removeprefix("Value error, ")
     return f"{where}: {message}" if where else message
-
-
-def _renamed(key: str) -> str:
-    """The present name of a key, or of the key in a section, of earlier versions; empty where there is none."""
-    old = key
-    while old:
-        if old in RENAMED:
-            return RENAMED[old] + key.removeprefix(old)
-        old = old.rpartition(".")[0]
-    return ""
 
 
 def _known_keys(location: tuple[Any, ...], tree: Mapping[str, Any], whole: type[BaseModel]) -> list[str]:

@@ -9,7 +9,6 @@ from typing import Any
 
 import yaml
 
-from raycomplete.config.loading import without_lapsed
 from raycomplete.evaluation.statistics import difference_over_runs, mean_over_runs
 from raycomplete.evaluation.summary import (
     OTHER_RATES,
@@ -22,7 +21,7 @@ from raycomplete.evaluation.summary import (
 from raycomplete.report.run_folder import RunFolder, read_run_folder
 from raycomplete.runtime.errors import ConfigError, DataError
 from raycomplete.runtime.files import write_json
-from raycomplete.runtime.section import without_none
+from raycomplete.runtime.section import without_none, without_removed
 from raycomplete.runtime.types import MODEL_ROLES
 
 _FREE = ("output", "train.seed", "evaluation")  # `evaluation` is compared as the evaluation itself recorded it
@@ -123,7 +122,7 @@ def _settings(folder: str, run: RunFolder) -> dict[str, Any]:
         raise DataError(f"{folder}/config.yaml must hold a mapping.", "Name folders that raycomplete made.")
     found = {
         key: value
-        for key, value in _flat(without_lapsed(tree))
+        for key, value in _flat(without_removed(tree))
         if key == "train.seed" or not any(key == free or key.startswith(f"{free}.") for free in _FREE)
     }
     found |= dict(_flat({"evaluation": run.summary.get("evaluation") or tree.get("evaluation")}))

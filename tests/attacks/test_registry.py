@@ -99,7 +99,7 @@ def test_unknown_attacks_are_told_the_known_ones() -> None:
         ({"name": "random_search", "queries": 1_000_001}, "queries: Input should be less than or equal to 1000000"),
         ({"name": "best_of_n", "samples": 10_001}, "samples: Input should be less than or equal to 10000"),
         ({"name": "finetune", "template": "AOA"}, "write {prompt} where the behaviour belongs"),
-        ({"name": "finetune", "steps": 10}, "no setting 'steps'. It is epochs, passes over the chats now"),
+        ({"name": "finetune", "steps": 10}, "no setting 'steps' any more: epochs"),
         ({"name": "adaptive", "cuts": [-1]}, "cuts.0: Input should be greater than or equal to 0"),
         ({"name": "adaptive", "depths": []}, "depths: List should have at least 1 item"),
         ({"name": "finetune", "depths": [-1]}, "depths.0: Input should be greater than or equal to 0"),

@@ -21,7 +21,6 @@ from pydantic import BaseModel
 import raycomplete as rc
 from raycomplete.cli import app
 from raycomplete.config import RunConfig
-from raycomplete.config.loading import RENAMED
 from raycomplete.config.reference import markdown
 from raycomplete.methods.registry import METHODS, Method
 
@@ -144,14 +143,6 @@ def test_a_key_that_does_not_exist_is_noticed() -> None:
     assert not has_key(RunConfig, ["train", "stepz"])
     assert has_key(RunConfig, ["train", "validation", "every"])
     assert has_key(RunConfig, ["method", "weights", "anchor"])
-
-
-def test_every_renamed_key_is_in_the_changelog_with_its_new_name() -> None:
-    rows = re.findall(r"^\| (.*) \| (.*) \|$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
-    for key, new in RENAMED.items():
-        old = key.replace("teacher.", "scoring.")  # a key that was renamed with its section
-        named = [after for before, after in rows if re.search(rf"`{re.escape(old)}[`.]", before)]
-        assert any(f"`{new}" in after or "under `method`" in after for after in named), key
 
 
 # --- Commands and paths ----------------------------------------------------------------------------------------------
