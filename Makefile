@@ -21,7 +21,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # One that a demo of the checkout left is compared with the wheel's.
 DEMO := runs/demo/summary.json
 
-.PHONY: help setup ready demo test test-fast wheel-test bench interop gpu lint format lock-gpu clean
+.PHONY: help setup ready demo test test-all test-fast wheel-test bench interop gpu lint format lock-gpu clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -35,11 +35,14 @@ ready:
 demo: ready ## complete and attack a small model organism, on CPU
 	@$(BIN)/raycomplete demo
 
-test: ready ## every test that needs no GPU
+test: ready ## the tests that need no GPU: families, ZeRO stages and kills by one case each
+	@$(PYTEST) -m "not gpu and not exhaustive"
+
+test-all: ready ## every test that needs no GPU
 	@$(PYTEST) -m "not gpu"
 
 test-fast: ready ## the tests that start no engine, no Ray and no training
-	@$(PYTEST) -m "not gpu and not slow"
+	@$(PYTEST) -m "not gpu and not slow and not exhaustive"
 
 wheel-test: ready ## install the wheel in an empty environment and run the demo there
 	@$(BIN)/python -m tests.wheel $(if $(wildcard $(DEMO)),--against $(DEMO))

@@ -21,7 +21,20 @@ from tests.tracked import tracked_files
 
 ROOT = Path(__file__).resolve().parent.parent
 SETUP = ROOT / ".setup" / "setup.sh"
-TARGETS = ("help", "setup", "demo", "test", "test-fast", "wheel-test", "bench", "gpu", "lint", "lock-gpu", "clean")
+TARGETS = (
+    "help",
+    "setup",
+    "demo",
+    "test",
+    "test-all",
+    "test-fast",
+    "wheel-test",
+    "bench",
+    "gpu",
+    "lint",
+    "lock-gpu",
+    "clean",
+)
 NOT_LOCKED = ("torchaudio", "torchcodec", "llm", "llama-cpp-python", "vllm")
 
 # Put together here so that this file does not hold them. PyTorch's own index is public and optional, and may be named.

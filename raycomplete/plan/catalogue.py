@@ -85,7 +85,7 @@ class Hardware:
         return max(busy, launched) if self.is_gpu else busy + launched
 
 
-# Fitted to records of an H100 (tests/benchmarks/plan): 8B shape, 64 x 1024 tokens, prefill alone 42.9 k tokens/s; the
+# Fitted to records of an H100 (docs/notes/speed.md): 8B shape, 64 x 1024 tokens, prefill alone 42.9 k tokens/s; the
 # loss's products of N 8192, V 128256, H 4096 with two teachers in 52 ms.
 _GPU_PRODUCT_SHARE, _GPU_LOSS_SHARE = 0.695, 0.83
 _GPU_TRAIN_SHARE = _GPU_PRODUCT_SHARE * 0.75

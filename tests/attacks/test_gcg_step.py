@@ -18,7 +18,7 @@ from raycomplete.data.chat import ChatCodec
 from raycomplete.data.checkpoints import load_model
 from raycomplete.data.organism import OrganismJudge, checkpoint_path, prompts
 from raycomplete.runtime.types import Prompt
-from tests.benchmarks.gcg import plain
+from tests.attacks import plain_gcg as plain
 
 CONFIG = GcgConfig(steps=3, search_width=24, top=16, suffix_tokens=6, batch=5)
 

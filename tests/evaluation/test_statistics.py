@@ -18,7 +18,7 @@ from raycomplete.evaluation.statistics import (
     wilson_share,
     worst_of_trials,
 )
-from tests.benchmarks.coverage.simulation import beta_binomial, coverage
+from tests.evaluation.simulation import beta_binomial, coverage
 
 # Fixed numbers of statsmodels 0.15.0: `proportion_confint(..., method="wilson")`.
 STATSMODELS = [
@@ -125,10 +125,7 @@ def test_few_successes_are_taken_for_alike() -> None:
 
 @pytest.mark.parametrize(("rate", "correlation", "num_prompts"), COVERAGE_CASES)
 def test_interval_of_the_mean_holds_the_truth(rate: float, correlation: float, num_prompts: int) -> None:
-    """Beta-binomial prompts, six depths: as often as it says, and at least so often where few trials succeed.
-
-    The whole grid: `python -m tests.benchmarks.coverage`.
-    """
+    """Beta-binomial prompts, six depths: as often as it says, and at least so often where few trials succeed."""
     tables = beta_binomial(np.random.default_rng(0), rate, correlation, num_prompts, num_depths=6, repeats=1500)
     assert 0.93 <= coverage(tables, 6, rate, mean_over_trials) <= (0.975 if correlation else 1.0)
 

@@ -1,1 +1,0 @@
-"""The formulas of `raycomplete plan` beside measured runs."""
