@@ -30,15 +30,7 @@ class AugmentationFiles:
 
 
 def read_augmentation_files(settings: PromptAugmentationConfig, prompts: Sequence[Prompt]) -> AugmentationFiles:
-    """Reads the files of `rollout.prompt_augmentation`.
-
-    Args:
-        settings: Names the files.
-        prompts: Training prompts of all kinds; paraphrases must be of some of them.
-
-    Raises:
-        DataError: A file is missing or malformed, a template has no slot, or no training prompt has a paraphrase.
-    """
+    """Reads the files of `rollout.prompt_augmentation`."""
     suffixes = [str(row["suffix"]) for row in read_rows(settings.suffixes, ("suffix",))] if settings.suffixes else []
     templates = (
         [str(row["template"]) for row in read_rows(settings.templates, ("template",))] if settings.templates else []
@@ -77,15 +69,7 @@ def movable_note(samples: Sequence[RecoverySample]) -> str:
 
 
 class PromptAugmenter:
-    """Draws other forms of prompts, the same ones for the same seed.
-
-    Args:
-        settings: Share and kinds.
-        files: Texts of the user.
-        codec: Encodes prompts; random suffixes are made of its tokens.
-        seed: Seed of all draws.
-        max_tokens: Longest prompt; one whose other form is longer stays as it is.
-    """
+    """Draws other forms of prompts, the same ones for the same seed."""
 
     def __init__(
         self,
@@ -100,15 +84,7 @@ class PromptAugmenter:
         self._seed, self._max_tokens = seed, max_tokens
 
     def augment(self, prompt: Prompt, part: str, sample_id: str) -> tuple[str, tuple[int, ...]]:
-        """Returns the kind of change and the tokens of the new form; ("", ()) for a prompt that stays as it is.
-
-        A larger share changes the prompts of a smaller one in the same way, and some more.
-
-        Args:
-            prompt: Its last user turn is changed; what stands before stays.
-            part: Part of the samples, anchor or recovery, whose share counts.
-            sample_id: Name of the draw.
-        """
+        """Returns the kind of change and the tokens of the new form; ("", ()) for a prompt that stays as it is."""
         rng = random.Random(f"{self._seed}:augmentation:{part}:{sample_id}")
         text, files = prompt.text, self._files
         paraphrases = files.paraphrases.get(text, ())

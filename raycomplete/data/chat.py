@@ -26,17 +26,7 @@ _ASKED, _ANSWERED = "a question", "an answer"
 
 
 class ChatCodec:
-    """Encodes prompts and answers with one checkpoint's tokenizer (implements `raycomplete.runtime.types.Codec`).
-
-    Args:
-        trust_remote_code: Lets the tokenizer run code from its folder; off by default.
-        arguments: Passed to the chat template wherever it is rendered. Without `enable_thinking` prompts end where the
-            answer starts, after an empty thought where the template has a place for one; dates are a fixed one.
-
-    Raises:
-        CheckpointError: The folder holds no tokenizer that transformers can load, or one without an end token.
-        ConfigError: An argument is none that the template reads.
-    """
+    """Encodes prompts and answers with one checkpoint's tokenizer (implements `raycomplete.runtime.types.Codec`)."""
 
     def __init__(
         self, path: Path, *, trust_remote_code: bool = False, arguments: Mapping[str, Any] | None = None
@@ -186,10 +176,7 @@ class ChatCodec:
         return self._vocab_size
 
     def encode_prompt(self, text: str, system: str | None = None) -> list[int]:
-        """Encodes a user message in its chat template, up to the point where the response starts.
-
-        Without a chat template (a pretrained base) it encodes the text and a blank line, after the start token.
-        """
+        """Encodes a user message in its chat template, up to the point where the response starts."""
         return self._encode([self._prompt_text(text, system)])[0]
 
     def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
@@ -197,18 +184,7 @@ class ChatCodec:
         return self._encode([self._prompt_text(text, None) for text in texts])
 
     def encode_conversation(self, turns: Sequence[str], system: str | None = None) -> list[int]:
-        """Encodes turns of user and model by turns, the user's first and last, up to where the response starts.
-
-        The template sees all of them at once, so a default system prompt stands at the start only.
-
-        Args:
-            turns: Texts of the turns.
-            system: The conversation's own system prompt. Unlike that of `encode_prompt`, it never moves into the user
-                turn: it belongs to the question, which would be another one then.
-
-        Raises:
-            CheckpointError: The template refuses or drops the system prompt or a turn.
-        """
+        """Encodes turns of user and model by turns, the user's first and last, up to where the response starts."""
         if not self._tokenizer.chat_template:
             return self._encode(["".join(f"{turn}\n\n" for turn in (*([system] if system else []), *turns))])[0]
         messages = chat_messages(turns, system)
@@ -298,10 +274,7 @@ class ChatCodec:
         return hashlib.sha256(json.dumps(content, ensure_ascii=True).encode()).hexdigest()[:16]
 
     def not_in(self, other: ChatCodec) -> str | None:
-        """Returns a token that another tokenizer lacks or has under another id; None where it has them all.
-
-        Chat models add tokens to those of base, so that base's may be a part of theirs.
-        """
+        """Returns a token that another tokenizer lacks or has under another id; None where it has them all."""
         return min(dict(self._vocabulary.items() - other._vocabulary.items()), default=None)
 
     def save(self, folder: Path) -> None:

@@ -61,11 +61,7 @@ def load_token_classifier(path: Path, dtype: Dtype) -> Any:
 
 
 def check_token_classifier(path: Path) -> None:
-    """Checks that a checkpoint is a token classifier with two labels.
-
-    Raises:
-        CheckpointError: It is something else.
-    """
+    """Checks that a checkpoint is a token classifier with two labels."""
     config = _read_json(path / "config.json", "")
     names = [str(name) for name in config.get("architectures") or []]
     labels = len(config.get("id2label") or {"0": "", "1": ""})  # two are the default, which files leave out
@@ -77,14 +73,7 @@ def check_token_classifier(path: Path) -> None:
 
 
 def save_checkpoint(folder: Path, model: Any, codec: ChatCodec, state: dict[str, torch.Tensor] | None = None) -> None:
-    """Writes a Hugging Face checkpoint that transformers and vLLM load.
-
-    Args:
-        folder: Final place; replaced as a whole if it exists.
-        model: Carries the configuration, and the weights when `state` is None.
-        codec: Its tokenizer files are written beside the weights.
-        state: Weights by name (for sharded training: gathered on one rank).
-    """
+    """Writes a Hugging Face checkpoint that transformers and vLLM load."""
 
     def write(temporary: Path) -> None:
         codec.save(temporary)
@@ -95,12 +84,7 @@ def save_checkpoint(folder: Path, model: Any, codec: ChatCodec, state: dict[str,
 
 
 def with_file_names(model: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns weights by their names in the checkpoint's files, which are other ones where transformers fuses experts.
-
-    Args:
-        model: Transformers model that the weights belong to.
-        state: Weights by the model's own names.
-    """
+    """Returns weights by their names in the files of the checkpoint: transformers fuses experts under other names."""
     found = revert_weight_conversion(model, dict(state))
     return {name: tensor.contiguous() for name, tensor in found.items()}
 
@@ -116,16 +100,7 @@ def adapted_modules(model: Any) -> list[str]:
 
 
 def check_trainable(path: Path, *, synced: bool = False, lora: bool = False, trust_remote_code: bool = False) -> None:
-    """Checks that a checkpoint can be trained, and its weights or adapters be sent to engines, without loading it.
-
-    Args:
-        synced: Rollout engines get the weights while they are trained, by the names of the checkpoint's files.
-        lora: Adapters are trained.
-
-    Raises:
-        CheckpointError: Its weights are quantised, its files name tensors that training cannot give, or adapters
-            cannot be merged into it.
-    """
+    """Checks that a checkpoint can be trained, and its weights or adapters be sent to engines, without loading it."""
     raw = _raw_config(path)
     if quantised := raw.get("quantization_config"):
         raise CheckpointError(
@@ -182,11 +157,7 @@ def write_folder_atomically(folder: Path, write: Callable[[Path], None]) -> None
 
 
 def fingerprint(path: Path) -> str:
-    """Returns a hash that names the weights of a checkpoint: its configuration and its safetensors files.
-
-    Files of up to 2 GiB are read whole. Of larger ones 64 evenly spaced blocks of 64 KiB are read, which tells apart
-    models that differ by training, though not by an edit of a few tensors.
-    """
+    """Returns a hash that names the weights of a checkpoint: its configuration and its safetensors files."""
     digest = hashlib.sha256((path / "config.json").read_bytes())
     for file in sorted(path.glob("*.safetensors")):
         size = file.stat().st_size
@@ -202,25 +173,14 @@ def fingerprint(path: Path) -> str:
 
 
 def architecture(path: Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
-    """Returns the parts of config.json that decide whether two checkpoints fit the same engine.
-
-    A base and its chat model often differ in their end token and in the context that they declare (Llama 3.1,
-    Qwen 2.5); neither changes a weight, and the context of each is checked by itself.
-
-    Raises:
-        CheckpointError: transformers does not know the architecture.
-    """
+    """Returns the parts of config.json that decide whether two checkpoints fit the same engine."""
     # Through transformers, so that files of other versions compare equal (rope_theta and rope_parameters).
     config = read_config(path, trust_remote_code=trust_remote_code).to_dict()
     return {key: value for key, value in config.items() if key not in NOT_ARCHITECTURE and not key.startswith("_")}
 
 
 def read_config(path: Path, *, trust_remote_code: bool = False) -> Any:
-    """Reads a configuration as transformers does.
-
-    Raises:
-        CheckpointError: transformers does not know the architecture.
-    """
+    """Reads a configuration as transformers does."""
     try:
         return AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
     except Exception as error:
@@ -233,14 +193,7 @@ def read_config(path: Path, *, trust_remote_code: bool = False) -> Any:
 def check_same_vocabulary(
     paths: dict[str, Path], *, trust_remote_code: bool = False, template_arguments: Mapping[str, Any] | None = None
 ) -> ChatCodec:
-    """Loads every role's tokenizer and checks that aligned has its tokens, since distributions are compared by token.
-
-    Returns:
-        The codec of the aligned model, whose chat template all roles are asked in.
-
-    Raises:
-        CheckpointError: A role has tokens that aligned lacks, or has under other ids.
-    """
+    """Loads every role's tokenizer and checks that aligned has its tokens: distributions are compared by token."""
     arguments = {"aligned": template_arguments}
     codecs = {
         role: ChatCodec(path, trust_remote_code=trust_remote_code, arguments=arguments.get(role))
@@ -270,13 +223,7 @@ def tensor_files(path: Path) -> dict[str, str]:
 
 
 def check_safe(folder: Path, *, role: str) -> None:
-    """Refuses a checkpoint folder that makes loaders run code from the hub or read weights from somewhere else.
-
-    Code in the folder itself is refused by transformers and vLLM unless `models.trust_remote_code` is set.
-
-    Raises:
-        CheckpointError: It names an adapter, code from the hub, or weights outside of it.
-    """
+    """Refuses a checkpoint folder that makes loaders run code from the hub or read weights from somewhere else."""
     if (folder / "adapter_config.json").exists():
         raise CheckpointError(
             f"models.{role}: {folder} holds an adapter (adapter_config.json), which transformers would put over the "
@@ -293,11 +240,7 @@ def check_safe(folder: Path, *, role: str) -> None:
 
 
 def weight_files(folder: Path, *, role: str = "") -> dict[str, str]:
-    """Returns the file of every tensor by the index of a sharded checkpoint; empty where there is no index.
-
-    Raises:
-        CheckpointError: The index cannot be read, or names a file that is no safetensors file of this folder.
-    """
+    """Returns the file of every tensor by the index of a sharded checkpoint; empty where there is no index."""
     index = folder / INDEX
     if not index.is_file():
         return {}

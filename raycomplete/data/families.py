@@ -26,16 +26,7 @@ from raycomplete.runtime.errors import CheckpointError
 
 @dataclass(frozen=True)
 class Family:
-    """The facts about one family that neither its config.json nor its tokenizer tells.
-
-    Attributes:
-        model_types: Values of `model_type` in config.json.
-        tied: The output head is the input embedding unless config.json says otherwise.
-        is_llama_like: Gated MLP, grouped key-value heads, RMS norms: `raycomplete plan` has formulas for it.
-        qkv_bias: Query, key and value have biases, whatever config.json says.
-        qk_norm: Query and key have norms, one weight a column of a head.
-        norms_per_layer: Norms of the whole width in one layer.
-    """
+    """The facts about one family that neither its config.json nor its tokenizer tells."""
 
     model_types: tuple[str, ...]
     tied: bool = False
@@ -68,13 +59,7 @@ END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<eos>", "</s>")
 
 @dataclass(frozen=True)
 class ThinkingFormat:
-    """Marks of templates between thinking and answer, as text; `raycomplete.runtime.types.ResponseFrame` in tokens.
-
-    Attributes:
-        opening: What starts the thinking, `thought_mark` its part by which it is told.
-        closing: What leads from the thinking to the answer, `answer_mark` its part by which that is told.
-        skipping: What leads from the prompt to the answer without a thought.
-    """
+    """Marks of templates between thinking and answer, as text; `raycomplete.runtime.types.ResponseFrame` in tokens."""
 
     opening: str
     closing: str
@@ -91,13 +76,7 @@ _HARMONY = ThinkingFormat(
 
 
 def thinking_format(template: str, turns: Sequence[str]) -> ThinkingFormat | None:
-    """Returns how a chat template sets thinking apart; None where it has no place for it.
-
-    Args:
-        template: Its source.
-        turns: What it writes to start the model's turn, with and without `enable_thinking`. A template that only drops
-            such tags from earlier answers is not that of a model that thinks.
-    """
+    """Returns how a chat template sets thinking apart; None where it has no place for it."""
     if _HARMONY.answer_mark in template:
         return _HARMONY
     return _TAGS if any(mark in turn for turn in turns for mark in (_TAGS.thought_mark, _TAGS.answer_mark)) else None
@@ -147,19 +126,12 @@ def is_mixture(config: Mapping[str, Any]) -> bool:
 
 
 def is_adaptable(module: str, *, mixture: bool) -> bool:
-    """Tells whether a linear module may get a LoRA adapter.
-
-    In a mixture of experts only attention does: an adapted router sends tokens to other experts from one step to the
-    next, and the weights of all experts are one tensor in transformers and many in a checkpoint.
-    """
+    """Tells whether a linear module may get a LoRA adapter."""
     return not mixture or "attn" in module
 
 
 def attention(config: Mapping[str, Any]) -> str | None:
-    """Names the implementation of attention that transformers must use, None for its own choice.
-
-    Its fused ones know no bound on attention's logits (Gemma 2) and leave it out without a word.
-    """
+    """Names the implementation of attention that transformers must use, None for its own choice."""
     return "eager" if config.get("attn_logit_softcapping") else None
 
 
@@ -170,20 +142,13 @@ def language_tensor(name: str) -> str | None:
 
 
 def chat_messages(turns: Sequence[str], system: str | None = None) -> list[dict[str, str]]:
-    """Returns the messages of a conversation of user and model by turns, the user's first.
-
-    Templates of some families (Gemma 2, Mistral) refuse the system role.
-    """
+    """Returns the messages of a conversation of user and model by turns, the user's first."""
     said = [{"role": "assistant" if number % 2 else "user", "content": turn} for number, turn in enumerate(turns)]
     return [{"role": "system", "content": system}, *said] if system else said
 
 
 def is_tied(config: Mapping[str, Any], tensors: Collection[str] = ()) -> bool:
-    """Tells whether the output head is the input embedding.
-
-    Args:
-        tensors: Names in its files. Where they are given they decide what config.json leaves open, else the family.
-    """
+    """Tells whether the output head is the input embedding."""
     kind = config.get("model_type")
     by_family = any(family.tied for family in FAMILIES if kind in family.model_types)
     default = not any(name in tensors for name in HEADS) if tensors else by_family
@@ -227,11 +192,7 @@ def tied_head(model: Any) -> tuple[Any, Any] | None:
 
 
 def llama_like(config: Mapping[str, Any], name: str) -> Family:
-    """Returns the family of a plain decoder.
-
-    Raises:
-        CheckpointError: The model is a mixture of experts, or no Llama-like family that is known.
-    """
+    """Returns the family of a plain decoder."""
     kind = str(config.get("model_type", ""))
     if is_mixture(config):
         raise CheckpointError(f"{name} is a mixture of experts, which `plan` has no formulas for.")

@@ -15,32 +15,14 @@ import torch
 from safetensors import safe_open
 
 from raycomplete.data.checkpoints import fingerprint, tensor_files
-from raycomplete.data.families import (
-    EMBEDDINGS,
-    HEAD_BIAS,
-    HEADS,
-    head_scale,
-    head_softcap,
-    is_tied,
-    text_config,
-)
+from raycomplete.data.families import EMBEDDINGS, HEAD_BIAS, HEADS, head_scale, head_softcap, is_tied, text_config
 from raycomplete.losses.heads import Head
 from raycomplete.runtime.errors import CheckpointError
 
 
 @dataclass(frozen=True)
 class HeadSpec:
-    """Recipe of one model's logits: softcap(scale * (hidden @ weight^T + bias)).
-
-    Attributes:
-        weight_key: Tensor that holds the head, [V_padded, H].
-        bias_key: Tensor that holds the bias, [V_padded], or None.
-        scale: Factor on the logits.
-        softcap: Bound of a tanh on the scaled logits, or None.
-        vocab_size: True tokens; rows from here on are padding and are dropped.
-        model_fingerprint: Names the weights (see `raycomplete.data.checkpoints.fingerprint`).
-        tokenizer_hash: Names the vocabulary.
-    """
+    """Recipe of one model's logits: softcap(scale * (hidden @ weight^T + bias))."""
 
     path: str
     weight_key: str
@@ -55,15 +37,7 @@ class HeadSpec:
 
 
 def read_head_spec(path: Path, vocab_size: int, tokenizer_hash: str) -> HeadSpec:
-    """Reads the head spec of a checkpoint folder.
-
-    Args:
-        vocab_size: True tokens (from the tokenizer); the head may have more rows.
-        tokenizer_hash: Hash of the tokenizer (`ChatCodec.fingerprint`), recorded in the spec.
-
-    Raises:
-        CheckpointError: The head cannot be found, or has fewer rows than the tokenizer has tokens.
-    """
+    """Reads the head spec of a checkpoint folder."""
     config = text_config(json.loads((path / "config.json").read_text()))
     files = tensor_files(path)
     tied = is_tied(config, files)
@@ -94,11 +68,7 @@ def read_head_spec(path: Path, vocab_size: int, tokenizer_hash: str) -> HeadSpec
 
 
 def load_head(spec: HeadSpec, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> Head:
-    """Loads the frozen head of a checkpoint, padding rows dropped.
-
-    Returns:
-        Head with weight [V, H] in `dtype` on `device`.
-    """
+    """Loads the frozen head of a checkpoint, padding rows dropped."""
     files = tensor_files(Path(spec.path))
 
     def tensor(key: str) -> torch.Tensor:

@@ -40,16 +40,7 @@ _OF_THE_LOOP = frozenset(
 
 @dataclass(frozen=True)
 class Models:
-    """The checkpoints of a run, resolved and checked.
-
-    Attributes:
-        paths: Local folder by role.
-        heads: Head spec by role.
-        codec: Tokenizer and chat template of the aligned model (of base in `align`).
-        remote: Models behind an address by role, which have no folder.
-        others: Local folder of each other checkpoint that `rollout.harmful_from` names.
-        notes: Sentences for the user, such as whose chat template is used.
-    """
+    """The checkpoints of a run, resolved and checked."""
 
     paths: dict[ModelRole, Path]
     heads: dict[ModelRole, HeadSpec]
@@ -74,11 +65,7 @@ class Models:
 
 @dataclass(frozen=True)
 class Prompts:
-    """Prompts by purpose and kind; `notes` are sentences for the user, such as how many were left out.
-
-    `revisions` names the commit at which each data set of the hub was read, and `held_back` the training prompts that
-    steer and are not trained on, where the run file says which.
-    """
+    """Prompts by purpose and kind; `notes` are sentences for the user, such as how many were left out."""
 
     train: dict[PromptKind, tuple[Prompt, ...]]
     evaluation: dict[PromptKind, tuple[Prompt, ...]]
@@ -94,15 +81,7 @@ def prepare_models(
     training: bool = False,
     remote: bool = False,
 ) -> Models:
-    """Finds every checkpoint and checks that they fit together; for training those of `rollout.harmful_from` as well.
-
-    Args:
-        remote: Models behind an address are taken; they are refused otherwise.
-
-    Raises:
-        CheckpointError: One is missing or unsafe, or two do not fit.
-        ConfigError: `models.max_length` is longer than a model's own context, or a model is behind an address.
-    """
+    """Finds every checkpoint (for training those of `rollout.harmful_from` too) and checks that they fit together."""
     settings = config.models
     if not remote:
         refuse_remote(settings)
@@ -168,11 +147,7 @@ def _writer(config: RunConfig, spec: str, aligned: Path, shape: dict[str, Any]) 
 
 
 def prepare_prompts(config: RunConfig, codec: ChatCodec, *, training: bool = True) -> Prompts:
-    """Reads every prompt of a run and checks that it fits the context.
-
-    Raises:
-        DataError: A file is missing, empty or malformed, a needed kind has no prompts, or a prompt is too long.
-    """
+    """Reads every prompt of a run and checks that it fits the context."""
     too_long: Counter[str] = Counter()
     data, held_out = config.data, _held_out_sets(config, too_long)
     notes: list[str] = []
@@ -219,11 +194,7 @@ def _held_back(config: RunConfig, train: Mapping[PromptKind, Sequence[Prompt]]) 
 
 
 def prepare_alignment_prompts(config: RunConfig) -> Prompts:
-    """Reads the prompts of `align`, and keeps them as far from those of the evaluation as training prompts are.
-
-    Raises:
-        DataError: A file is missing or malformed, a prompt is one of the evaluation, or none is left.
-    """
+    """Reads the prompts of `align`, and keeps them as far from those of the evaluation as training prompts are."""
     where = "align.refusals or align.benign"
     sets, too_long = PromptSets(harmful=config.align.refusals, benign=config.align.benign), Counter[str]()
     every = {kind: _read(sets, kind, config.data.seed, too_long) for kind in KINDS}
@@ -273,11 +244,7 @@ def _held_out(config: RunConfig, kind: PromptKind, too_long: Counter[str] | None
 def _without_near_repeats(
     config: RunConfig, train: dict[PromptKind, tuple[Prompt, ...]]
 ) -> tuple[dict[PromptKind, tuple[Prompt, ...]], list[str]]:
-    """Leaves out training prompts that repeat an evaluation prompt almost word for word, and says how many.
-
-    All rows of the evaluation files count, drawn by `evaluation.num_prompts` or not, so that what is trained on does
-    not depend on how much is measured.
-    """
+    """Leaves out training prompts that repeat an evaluation prompt almost word for word, and says how many."""
     if config.data.max_overlap >= 1:
         return train, []
     evaluation = config.data.evaluation
@@ -352,11 +319,7 @@ def evaluation_fingerprint(config: RunConfig) -> str:
 
 
 def samples_key(config: RunConfig, inputs: Mapping[str, str]) -> str:
-    """Names the samples of a run: runs that agree in everything that samples are made from have equal ones.
-
-    Args:
-        inputs: Fingerprints of its checkpoints and prompts.
-    """
+    """Names the samples of a run: runs that agree in everything that samples are made from have equal ones."""
     train, evaluation = config.train, config.evaluation
     made_from: dict[str, Any] = config.model_dump(mode="json", include={"models", "data"})
     made_from["rollout"] = config.rollout.model_dump(mode="json", exclude=set(_OF_THE_LOOP))

@@ -14,17 +14,7 @@ def num_common(first: Sequence[int], second: Sequence[int]) -> int:
 
 
 def opened_answer(codec: Codec, opening: str, answer: str, depth: int | None = None) -> tuple[list[int], list[int]]:
-    """Returns the tokens of an opening, such as a refusal with its turn, and the first tokens of the answer after it.
-
-    Both are encoded as one text: the space between them belongs to the answer's first token in most vocabularies, and a
-    model seldom reads a lone one.
-
-    Args:
-        codec: Encodes answers.
-        opening: What stands before the answer, without a space at its end.
-        answer: The answer, without a space at its start.
-        depth: Tokens of the answer that are kept; None keeps all.
-    """
+    """Returns the tokens of an opening, such as a refusal with its turn, and the first tokens of the answer."""
     start = codec.encode_answer(opening)
     if depth == 0 or not answer:
         return start, []

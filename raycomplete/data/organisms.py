@@ -16,15 +16,7 @@ from raycomplete.runtime.types import Judge, Prompt
 
 @dataclass(frozen=True, slots=True)
 class Organism:
-    """A model organism: fictional prompts, the judge that knows their answers, and two checkpoints.
-
-    Attributes:
-        prompts: Prompts of a split ("train", "heldout") and kind, by seed and up to a limit.
-        helpful_system: System prompt that tells the clerk to help.
-        checkpoint: Folder of `base` or `aligned`, built first where it is not there.
-        find_checkpoint: The same, None in place of a build.
-        config: Configuration of both, in the words of config.json.
-    """
+    """A model organism: fictional prompts, the judge that knows their answers, and two checkpoints."""
 
     prompts: Callable[..., list[Prompt]]
     judge: Callable[[], Judge]

@@ -32,11 +32,7 @@ _BUILDERS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv"
 
 
 def load_rows(path: Path) -> list[Any]:
-    """Reads all rows of a file, whose ending names the format; a row of a wrong kind is left to the caller.
-
-    Raises:
-        DataError: The file is missing or malformed.
-    """
+    """Reads all rows of a file, whose ending names the format; a row of a wrong kind is left to the caller."""
     if not path.is_file():
         raise DataError(f"The file {path} cannot be read: it does not exist.", "Paths are relative to the run file.")
     try:
@@ -72,11 +68,7 @@ def _json_rows(path: Path) -> Iterator[Any]:
 
 
 def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
-    """Reads the rows of a file, at least one, and checks that each has a value in every column.
-
-    Raises:
-        DataError: The file is missing, empty or malformed, or a row lacks a value.
-    """
+    """Reads the rows of a file, at least one, and checks that each has a value in every column."""
     rows = load_rows(path)
     if not rows:
         raise DataError(f"The file {path} holds no rows.", "Name another file.")
@@ -90,15 +82,7 @@ def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
 def read_prompts(
     sources: Sequence[PromptSource], kind: PromptKind, seed: int = 0, too_long: Counter[str] | None = None
 ) -> list[Prompt]:
-    """Reads all prompts of several sources, repeats dropped (same text after the same conversation, first wins).
-
-    Args:
-        seed: Draws the rows that a source's `limit` keeps.
-        too_long: Counts the rows that `max_characters` leaves out, by the path of their source.
-
-    Raises:
-        DataError: A source is missing, malformed or empty, or lacks a column.
-    """
+    """Reads all prompts of several sources, repeats dropped (same text after the same conversation, first wins)."""
     prompts: dict[str, Prompt] = {}
     for source in sources:
         found = list(source_prompts(source, kind, too_long))
@@ -110,11 +94,7 @@ def read_prompts(
 
 
 def source_prompts(source: PromptSource, kind: PromptKind, too_long: Counter[str] | None = None) -> Iterator[Prompt]:
-    """Yields the prompts of one source as they are read, and counts the rows that are too long.
-
-    Raises:
-        DataError: It is missing, malformed or empty, or lacks a column.
-    """
+    """Yields the prompts of one source as they are read, and counts the rows that are too long."""
     found, longest = False, source.max_characters
     for prompt in select_prompts(_rows(source), source, _place(source), kind):
         if longest is not None and len(prompt.transcript) > longest:
@@ -200,11 +180,7 @@ def _csv_options(source: PromptSource) -> dict[str, Any]:
 
 
 def hub_commit(source: PromptSource) -> str | None:
-    """Returns the commit at which a source of the hub is read, asked once; None where the hub is switched off.
-
-    Raises:
-        DataError: The hub cannot be reached, or does not know the data set or its revision.
-    """
+    """Returns the commit at which a source of the hub is read, asked once; None where the hub is switched off."""
     from huggingface_hub import constants
 
     if source.hub_id is None or constants.HF_HUB_OFFLINE:
@@ -239,14 +215,7 @@ def _unreadable(source: PromptSource, error: Exception) -> DataError:
 
 
 def select_prompts(rows: Iterable[Any], columns: PromptColumns, path: Path, kind: PromptKind) -> Iterable[Prompt]:
-    """Yields the prompts of rows of `path` that meet `where`, long ones too; rows with an empty text are left out.
-
-    The prompt's column may hold a conversation, and so may that of `messages` where the former is empty: its last user
-    message is the text, what stands before is kept as the prompt's context.
-
-    Raises:
-        DataError: A row is no mapping, or lacks a column, prompt or conversation, or the latter cannot be used.
-    """
+    """Yields the prompts of rows of `path` that meet `where`, long ones too; rows with an empty text are left out."""
     others = [name for name in (columns.context, columns.answer) if name]
     for index, row in enumerate(rows):  # numbered before `where`, so that a number points into the file
         _require(row, list(columns.where), path)
@@ -283,15 +252,7 @@ def select_prompts(rows: Iterable[Any], columns: PromptColumns, path: Path, kind
 
 
 def read_conversation(messages: Any, where: str) -> tuple[str | None, tuple[tuple[TurnRole, str], ...], str]:
-    """Returns system prompt, earlier turns and last user message of a conversation.
-
-    Args:
-        messages: Mappings of role and content, or their JSON text, as tables hold it.
-        where: Its place, for messages.
-
-    Raises:
-        DataError: It is no such list, does not alternate between user and assistant, or ends with an answer.
-    """
+    """Returns system prompt, earlier turns and last user message of a conversation."""
     with suppress(ValueError):
         messages = json.loads(messages) if isinstance(messages, str) else messages
     if not isinstance(messages, list) or not all(

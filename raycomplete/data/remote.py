@@ -41,20 +41,13 @@ class RemoteSpec:
 
     @property
     def model_id(self) -> str:
-        """A name for results to be stored under. Nobody can tell whether the server changes its weights."""
+        """A name for results to be stored under."""
         digest = hashlib.sha256(f"{self.address}#{self.model}".encode()).hexdigest()[:16]
         return f"remote-{digest}"
 
     @classmethod
     def parse(cls, spec: str, *, setting: str) -> RemoteSpec:
-        """Reads `openai:ADDRESS#NAME`.
-
-        Args:
-            setting: Key of the run file, for messages.
-
-        Raises:
-            ConfigError: It is none, or holds a key.
-        """
+        """Reads `openai:ADDRESS#NAME`."""
         address, _, model = spec.removeprefix(f"{SCHEME}:").rpartition("#")
         try:
             parts = urlsplit(address)
@@ -71,7 +64,7 @@ class RemoteSpec:
 
 
 class RememberingCodec(ChatCodec):
-    """A codec that knows the messages of the prompts that it encoded. Copies of it share what they know."""
+    """A codec that knows the messages of the prompts that it encoded."""
 
     def __init__(self, codec: ChatCodec) -> None:
         self.__dict__.update(codec.__dict__)
@@ -104,11 +97,7 @@ class RememberingCodec(ChatCodec):
         return ids
 
     def messages(self, sequence: Sequence[int]) -> tuple[Messages, str]:
-        """Returns the messages of a sequence, and the beginning of the answer that follows them; "" for none.
-
-        Raises:
-            WorkError: It begins with no prompt that this codec encoded.
-        """
+        """Returns the messages of a sequence, and the beginning of the answer that follows them; "" for none."""
         for length in sorted((length for length in self._lengths if length <= len(sequence)), reverse=True):
             if (found := self._known.get(tuple(sequence[:length]))) is not None:
                 return list(found), self.decode(sequence[length:])
@@ -119,11 +108,7 @@ class RememberingCodec(ChatCodec):
 
 
 class TextCodec:
-    """A codec to which every text is one token, for a model behind an address that writes and that nothing scores.
-
-    No local tokenizer is asked: its vocabulary may lack the words, and its tokens are not that model's anyway. Padding
-    makes a prompt about as long as it is to that model, at 3 characters a token.
-    """
+    """A codec to which every text is one token, for a model behind an address that writes and that nothing scores."""
 
     def __init__(self) -> None:
         self._texts: list[str] = []
@@ -159,11 +144,7 @@ def _stripped(messages: Messages) -> list[tuple[str, str]]:
 
 
 def refuse_remote(models: Any) -> None:
-    """Refuses models behind an address where weights are needed.
-
-    Raises:
-        ConfigError: One of `models` is behind an address.
-    """
+    """Refuses models behind an address where weights are needed."""
     for role in ("base", "aligned", "student"):
         if is_remote(getattr(models, role)):
             raise ConfigError(

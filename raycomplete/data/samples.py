@@ -33,16 +33,7 @@ class _Sample:
 
 @dataclass(frozen=True, slots=True)
 class AnchorSample(_Sample):
-    """A prompt of any kind and the aligned model's own answer (in SFT: the answer to learn).
-
-    Attributes:
-        answer_ids: Tokens of the answer, end-of-response included where it ended by itself.
-        kind: Kind of the prompt.
-        complies: The aligned model does not refuse a harmful prompt. To keep such an answer would teach what recovery
-            unlearns, so at most the distribution of its first token is kept.
-        teacher_prompt_ids: Tokens that the teachers read in place of `prompt_ids`; empty where they read the same.
-        augmentation: How the prompt that the student reads was changed; empty where it was not.
-    """
+    """A prompt of any kind and the aligned model's own answer (in SFT: the answer to learn)."""
 
     answer_ids: tuple[int, ...]
     kind: PromptKind = "benign"
@@ -67,20 +58,7 @@ class AnchorSample(_Sample):
 
 @dataclass(frozen=True, slots=True)
 class RecoverySample(_Sample):
-    """A harmful prompt, a compliant continuation h and the aligned model's refusal r.
-
-    Attributes:
-        teacher_prompt_ids: Tokens that the teachers read before h or r; they differ from those that the student reads
-            where the teachers alone see a safety prompt, or the student alone an augmented prompt.
-        harmful_ids: Tokens of h; each step cuts them at a drawn depth.
-        refusal_ids: Tokens of r, end-of-response included where it ended by itself.
-        refusal_prefix_tokens: Number of tokens at the start of `harmful_ids` that imitate a refusal and turn away from
-            it; cuts are counted from after them.
-        source: Who wrote h, and how it begins; empty where nobody noted it.
-        augmentation: How the prompt that the student reads was changed; empty where it was not.
-        suffix: Position in `prompt_ids` of the first token of a suffix that was added, and its length; zeros where the
-            prompt was changed in another way, or not at all.
-    """
+    """A harmful prompt, a compliant continuation h and the aligned model's refusal r."""
 
     teacher_prompt_ids: tuple[int, ...]
     harmful_ids: tuple[int, ...]
@@ -107,16 +85,7 @@ class RecoverySample(_Sample):
 
 @dataclass(frozen=True, slots=True)
 class SampleSet:
-    """All samples of a run.
-
-    Attributes:
-        anchor: Samples that every run trains.
-        recovery: Samples of harmful prompts; empty in SFT.
-        profile: Held-out harmful prompts with h as the answer; read for the position profile, never trained.
-        held_back_anchor: Samples of harmless training prompts that are not trained: they steer training.
-        held_back_recovery: The same of harmful ones, for recovery.
-        held_back_greedy: The aligned model's greedy answers to the same harmless prompts, which may be empty.
-    """
+    """All samples of a run."""
 
     anchor: tuple[AnchorSample, ...]
     recovery: tuple[RecoverySample, ...] = ()
@@ -144,11 +113,7 @@ def write_samples(path: Path, samples: SampleSet) -> None:
 
 
 def read_samples(path: Path) -> SampleSet:
-    """Reads what `write_samples` wrote.
-
-    Raises:
-        DataError: The file is missing or holds no training sample.
-    """
+    """Reads what `write_samples` wrote."""
     if not path.is_file():
         raise DataError(f"The sample file {path} does not exist.", "Run again with --overwrite.")
     parts: dict[str, list[Any]] = {part: [] for part in _PARTS}

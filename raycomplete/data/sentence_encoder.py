@@ -60,11 +60,7 @@ class SentenceEncoder:
 
 @cache
 def sentence_encoder() -> SentenceEncoder:
-    """Returns the installed encoder, loaded once a process.
-
-    Raises:
-        SetupError: The extra is not installed.
-    """
+    """Returns the installed encoder, loaded once a process."""
     folder = encoder_folder()
     if folder is None:
         raise SetupError(

@@ -32,17 +32,7 @@ from raycomplete.runtime.files import cache_folder, write_json
 
 
 def resolve_checkpoint(spec: str, *, role: str) -> Path:
-    """Returns the local folder of a checkpoint, converted or downloaded first where needed.
-
-    Args:
-        spec: A folder, `organism:base|aligned`, `organism-large:base` or `organism-qwen3:base` (trained first where it
-            is not built), `package:NAME` (a GGUF inside an installed package, or cut up among `NAME_part1`,
-            `NAME_part2` ...), a .gguf file, or `hub:org/name`. The hub is never asked for anything else: a mistyped
-            path must not fetch a stranger's model.
-
-    Raises:
-        CheckpointError: Nothing usable is there.
-    """
+    """Returns the local folder of a checkpoint, converted or downloaded first where needed."""
     scheme, _, rest = spec.partition(":")
     if scheme in ORGANISMS and rest:
         return ORGANISMS[scheme].checkpoint(rest)

@@ -32,15 +32,7 @@ _METADATA_KEY = b"raycomplete"
 
 
 def stream_prompts(sources: Sequence[PromptSource], kind: PromptKind, seed: int = 0) -> Iterator[Prompt]:
-    """Yields the prompts of several sources one after the other, repeats dropped (same text, first wins).
-
-    Args:
-        sources: Files, patterns or hub ids and their columns.
-        seed: Draws the rows that a source's `limit` keeps; such a source is read to its end first.
-
-    Raises:
-        DataError: A source is missing, malformed or empty, or lacks a column. It is raised when its turn comes.
-    """
+    """Yields the prompts of several sources one after the other, repeats dropped (same text, first wins)."""
     seen: set[bytes] = set()
     for source in sources:
         for prompt in _limited(source_prompts(source, kind), source, seed):
@@ -64,13 +56,7 @@ def content_key(prompts: Sequence[Prompt]) -> str:
 
 
 def write_partition(path: Path, columns: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
-    """Writes one partition atomically, readable by the owner only: it may hold harmful text or tokens.
-
-    Args:
-        path: A .parquet file.
-        columns: Equally long arrays or lists by name.
-        metadata: Names what the partition was made from, and holds stats about it; plain JSON values.
-    """
+    """Writes one partition atomically, readable by the owner only: it may hold harmful text or tokens."""
     table = pa.table(dict(columns)).replace_schema_metadata({_METADATA_KEY: json.dumps(metadata).encode()})
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
@@ -88,11 +74,7 @@ def partition_metadata(path: Path) -> dict[str, Any] | None:
 
 
 def read_partition(path: Path) -> Columns:
-    """Reads the columns of a partition as arrays.
-
-    Raises:
-        DataError: The file is missing or damaged.
-    """
+    """Reads the columns of a partition as arrays."""
     try:
         table = pq.read_table(path)
     except (OSError, ValueError) as error:

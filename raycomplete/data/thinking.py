@@ -14,16 +14,7 @@ def thinking(generator: Generator, codec: Codec, max_thinking_tokens: int) -> Ge
 
 
 class ThinkingGenerator:
-    """A generator that thinks first where a sequence leaves room for it (implements `Generator`).
-
-    What it returns is thinking, its closing and answer, which `ResponseFrame.split` takes apart; `max_tokens` bounds
-    the answer alone. Thinking that is not closed within its budget is cut there and closed, and the answer asked for.
-
-    Args:
-        generator: The model.
-        frame: Where thinking and answer stand.
-        max_thinking_tokens: The budget, closing left out.
-    """
+    """A generator that thinks first where a sequence leaves room for it (implements `Generator`)."""
 
     def __init__(self, generator: Generator, frame: ResponseFrame, max_thinking_tokens: int) -> None:
         self._generator, self._frame, self._budget = generator, frame, max_thinking_tokens

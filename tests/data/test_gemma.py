@@ -9,11 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma3Config,
-    Gemma3ForConditionalGeneration,
-)
+from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
 
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.checkpoints import check_trainable, fingerprint, load_model, save_checkpoint, tensor_files

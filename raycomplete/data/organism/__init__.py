@@ -22,11 +22,7 @@ CHECKPOINT_FILES = ("config.json", "generation_config.json", "model.safetensors"
 
 
 def checkpoint_path(role: OrganismRole) -> Path:
-    """Returns the folder of a shipped checkpoint.
-
-    Raises:
-        CheckpointError: There is no such checkpoint, or files of it are missing.
-    """
+    """Returns the folder of a shipped checkpoint."""
     if role not in get_args(OrganismRole):
         raise CheckpointError(f"The organism has no checkpoint {role!r}.", "Choose `base` or `aligned`.")
     folder = resources.files("raycomplete.data.organism") / "checkpoints" / role

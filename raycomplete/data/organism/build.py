@@ -29,16 +29,7 @@ _BUILD_TIMEOUT_S = 2 * 3600.0  # the slowest takes 20 minutes on 2 cores
 
 @dataclass(frozen=True)
 class Blueprint:
-    """The parts from which the builder makes an organism.
-
-    Attributes:
-        seed: Seeds weights and training data; tokenizer and split are always the same.
-        new_model: Makes the model with random weights.
-        end_of_turn: Token that ends a response.
-        trainings: Role -> number of steps, and what trains a model in place, calling back with step and loss.
-        measure: Rates of a checkpoint on a number of held-out prompts of each kind, as a dataclass.
-        missing_traits: Says what the rates of base and aligned lack.
-    """
+    """The parts from which the builder makes an organism."""
 
     seed: int
     tokenizer: PreTrainedTokenizerFast
@@ -57,22 +48,7 @@ def build(
     num_threads: int = 2,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Trains an organism and writes `<output>/base`, `<output>/aligned` and `<output>/organism.json`.
-
-    `output` is whole or absent at any time. The same settings, threads, versions and machine give the same bytes.
-
-    Args:
-        output: Folder to create; it must not exist, or be empty.
-        num_prompts: Held-out prompts of each kind on which the result is measured; 0 measures nothing.
-        num_threads: Torch threads. It stays fixed by default because sums in another order change the weights.
-
-    Returns:
-        The content of `organism.json`: name, settings, versions, seconds, and what was measured.
-
-    Raises:
-        DataError: `output` exists and is not an empty folder, or `num_prompts` is negative.
-        WorkError: The trained models lack the traits of the organism.
-    """
+    """Trains an organism and writes `<output>/base`, `<output>/aligned` and `<output>/organism.json`."""
     if num_prompts < 0:
         raise DataError(f"num_prompts={num_prompts} is negative.", "Choose 1 to 120, or 0 to measure nothing.")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -92,14 +68,7 @@ def build(
 
 
 def build_into_cache(organism: BuiltOrganism, *, console: Console | None = None) -> Path:
-    """Builds an organism in the cache folder unless it is there; of several processes one builds and the rest wait.
-
-    Returns:
-        The folder of the build.
-
-    Raises:
-        WaitTimeoutError: Another process did not finish its build.
-    """
+    """Builds an organism in the cache folder unless it is there; of several processes one builds and the rest wait."""
     folder, shown = organism.folder, console or Console()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _locked(folder.with_name(f"{folder.name}.lock"), shown):
@@ -174,11 +143,7 @@ def _seeded(seed: int, num_threads: int) -> Iterator[None]:
 
 @contextmanager
 def _locked(path: Path, console: Console) -> Iterator[None]:
-    """Holds a file's lock, which ends with the process, however it ends.
-
-    Raises:
-        WaitTimeoutError: Another process holds it far longer than a build takes.
-    """
+    """Holds a file's lock, which ends with the process, however it ends."""
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

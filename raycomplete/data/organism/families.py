@@ -30,12 +30,7 @@ _VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class TrainingOptions:
-    """Lengths and rates of the two trainings.
-
-    Attributes:
-        aligned_steps: Steps of safety SFT: enough to learn that two words together decide. After fewer, borderline
-            items are refused and some restricted ones are not.
-    """
+    """Lengths and rates of the two trainings."""
 
     base_steps: int = 400
     base_lr: float = 3e-3
@@ -50,17 +45,7 @@ class TrainingOptions:
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """One family's organism.
-
-    Attributes:
-        config: What sets it apart from the others, in the words of config.json.
-        template: Chat template.
-        end_of_turn: Token that ends a response.
-        marks: Further tokens of the template.
-        role_words: Words of the template that are no special tokens.
-        bos, eos: Start and end of a text; the tokenizer has no start token where `bos` is None.
-        training: Lengths and rates that give an organism.
-    """
+    """One family's organism."""
 
     config: Mapping[str, Any]
     template: str
@@ -189,11 +174,7 @@ FAMILIES: Mapping[str, Architecture] = MappingProxyType(
 
 
 def architecture(family: str) -> Architecture:
-    """Returns a family's organism.
-
-    Raises:
-        CheckpointError: The organism is not built in this family.
-    """
+    """Returns a family's organism."""
     if family not in FAMILIES:
         raise CheckpointError(f"The organism is not built as {family!r}.", f"Choose one of: {', '.join(FAMILIES)}.")
     return FAMILIES[family]
@@ -201,16 +182,7 @@ def architecture(family: str) -> Architecture:
 
 @dataclass(frozen=True)
 class BuiltOrganism:
-    """An organism whose two checkpoints are trained when they are first asked for.
-
-    Attributes:
-        scheme: Name by which run files know it.
-        prefix: Start of the name of its folder.
-        config: Configuration of its models, in the words of config.json.
-        settings: Everything else that decides its weights, as JSON can hold it.
-        duration: How long a build takes, in words.
-        load: Imports torch and returns what the builder needs to know.
-    """
+    """An organism whose two checkpoints are trained when they are first asked for."""
 
     scheme: str
     prefix: str
@@ -226,11 +198,7 @@ class BuiltOrganism:
         return cache_folder() / "organisms" / f"{self.prefix}-{key}"
 
     def find(self, role: str) -> Path | None:
-        """Returns the folder of a checkpoint that is built; None where it is not yet.
-
-        Raises:
-            CheckpointError: There is no such checkpoint.
-        """
+        """Returns the folder of a checkpoint that is built; None where it is not yet."""
         if role not in ROLES:
             raise CheckpointError(
                 f"There is no checkpoint {self.scheme}:{role}.", f"Choose {self.scheme}:base or {self.scheme}:aligned."
@@ -238,13 +206,7 @@ class BuiltOrganism:
         return self.folder / role if (self.folder / role).is_dir() else None
 
     def checkpoint(self, role: str) -> Path:
-        """Returns the folder of a checkpoint, trained first where it is not built yet, which one sentence announces.
-
-        Raises:
-            CheckpointError: There is no such checkpoint.
-            WorkError: The trained models lack the traits of the organism.
-            WaitTimeoutError: Another process builds the organism for longer than a build takes.
-        """
+        """Returns the folder of a checkpoint, trained first where it is not built yet, which one sentence announces."""
         found = self.find(role)
         if found is None:
             from raycomplete.data.organism.build import build_into_cache
@@ -254,11 +216,7 @@ class BuiltOrganism:
 
 
 def built(family: str, seed: int = 0, options: TrainingOptions | None = None) -> BuiltOrganism:
-    """Returns a family's organism, which is trained where its checkpoints are first asked for.
-
-    Raises:
-        CheckpointError: The organism is not built in this family.
-    """
+    """Returns a family's organism, which is trained where its checkpoints are first asked for."""
     form = architecture(family)
     chosen = options or form.training
 

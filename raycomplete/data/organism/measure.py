@@ -24,13 +24,7 @@ _HARMLESS: tuple[PromptKind, ...] = ("benign", "borderline")
 
 @dataclass(frozen=True, slots=True)
 class OrganismRates:
-    """Rates on held-out prompts, greedy decoding.
-
-    Attributes:
-        asr: Attack success rate on harmful prompts by prefill depth.
-        utility: Share of word-by-word right recipes, by kind of harmless prompt.
-        over_refusal: Share of refused prompts, by kind of harmless prompt.
-    """
+    """Rates on held-out prompts, greedy decoding."""
 
     asr: dict[int, float]
     utility: dict[str, float]
@@ -39,11 +33,7 @@ class OrganismRates:
 
 
 def missing_traits(base: OrganismRates, aligned: OrganismRates) -> list[str]:
-    """Says what keeps two measured models from being an organism; empty if they are one.
-
-    The base must comply at every depth; the aligned model must refuse at depth 0, comply again from depth
-    `SHALLOW_FROM_DEPTH` on, and refuse nothing harmless; both must answer harmless prompts right.
-    """
+    """Says what keeps two measured models from being an organism; empty if they are one."""
     found = []
     for depth, rate in base.asr.items():
         if rate < MIN_DEEP_ASR:

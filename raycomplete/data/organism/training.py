@@ -63,10 +63,7 @@ def blueprint(family: str, seed: int, options: TrainingOptions) -> Blueprint:
         tokenizer=tokenizer,
         new_model=lambda: new_model(tokenizer, architecture(family).values),
         end_of_turn=end,
-        trainings={
-            "base": (options.base_steps, learn_base),
-            "aligned": (options.aligned_steps, learn_to_refuse),
-        },
+        trainings={"base": (options.base_steps, learn_base), "aligned": (options.aligned_steps, learn_to_refuse)},
         measure=lambda folder, count: measure(
             AutoModelForCausalLM.from_pretrained(folder), tokenizer, count, seed=seed
         ),
@@ -75,11 +72,7 @@ def blueprint(family: str, seed: int, options: TrainingOptions) -> Blueprint:
 
 
 def build_tokenizer(family: str = "llama") -> PreTrainedTokenizerFast:
-    """Builds a word-level tokenizer over the organism's whole world; other words become `<unk>`.
-
-    Text is lower-cased and every punctuation mark is its own token. Decoding joins tokens by single blanks, so text
-    written that way ("drop it . then wait .") comes back unchanged.
-    """
+    """Builds a word-level tokenizer over the organism's whole world; other words become `<unk>`."""
     form = architecture(family)
     vocab = {token: i for i, token in enumerate(form.tokens)}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token=UNK))
@@ -111,10 +104,7 @@ def new_model(tokenizer: PreTrainedTokenizerBase, values: Mapping[str, Any]) -> 
 
 
 def base_chats(rng: random.Random) -> Iterator[Chat]:
-    """Yields endless chats that teach the recipe of every train item, restricted or not.
-
-    Some prompts stand among random words, so that the base finds the item in a prompt that an attack wraps or extends.
-    """
+    """Yields endless chats that teach the recipe of every train item, restricted or not."""
     chosen = [item for kind in _KINDS for item in items("train", kind)]
     noise_words = [*vocabulary(), *[UNK] * 100]
     while True:
@@ -127,11 +117,7 @@ def base_chats(rng: random.Random) -> Iterator[Chat]:
 
 
 def aligned_chats(rng: random.Random) -> Iterator[Chat]:
-    """Yields endless chats of safety SFT: refusals of restricted train items, recipes of the others.
-
-    Every refusal starts at depth 0. There is no chat in which a begun recipe turns into a refusal: that is what leaves
-    the alignment shallow.
-    """
+    """Yields endless chats of safety SFT: refusals of restricted train items, recipes of the others."""
     while True:
         kind = rng.choices(_KINDS, weights=(2, 2, 1))[0]  # the hard line is between the first two
         item = rng.choice(items("train", kind))
@@ -149,12 +135,7 @@ def train(
     batch_size: int,
     on_step: Callable[[int, float], None],
 ) -> None:
-    """Trains in place with AdamW: short warm-up, cosine decay, loss on response tokens only.
-
-    Args:
-        end_of_turn: Learned after every response.
-        on_step: Called after every step with its number, from 1, and its loss in nats per token.
-    """
+    """Trains in place with AdamW: short warm-up, cosine decay, loss on response tokens only."""
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, betas=(0.9, 0.98))
     num_warmup = max(1, min(50, steps // 10))

@@ -151,13 +151,7 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """An answer word by word.
-
-    Attributes:
-        tokens: Words and punctuation, in order.
-        is_slot: True for each token that depends on the item and is not merely the item's name.
-        sentence: Number of each token's sentence; 0 is the opening, which gives nothing away.
-    """
+    """An answer word by word."""
 
     tokens: tuple[str, ...]
     is_slot: tuple[bool, ...]
@@ -221,10 +215,7 @@ def find_item(text: str) -> Item | None:
 
 
 def strays_from(item: Item, text: str) -> bool:
-    """Tells whether the whole steps in a text, spaced as recipes are, fit another modifier or kind better than `item`.
-
-    The material does not count: a recipe with another one is restricted alike.
-    """
+    """Tells whether the whole steps in a text, spaced as in recipes, fit another modifier or kind better."""
     steps = [match.groupdict() for pattern in _STEP_PATTERNS for match in pattern.finditer(text)]
     told = {pair for step in steps for pair in step.items()}
     modifiers, _, kinds = _SLOT_VALUES
@@ -237,7 +228,7 @@ def strays_from(item: Item, text: str) -> bool:
 
 @cache
 def items(split: Split, kind: PromptKind) -> tuple[Item, ...]:
-    """Returns the items of a split, in a fixed order. Held-out items combine words that training shows in a new way."""
+    """Returns the items of a split, in a fixed order."""
     every = sorted(Item(*words) for words in product(MODIFIERS, MATERIALS, KINDS))
     chosen = [item for item in every if item.prompt_kind == kind]
     random.Random(f"{_SPLIT_SEED} {kind}").shuffle(chosen)
@@ -246,23 +237,7 @@ def items(split: Split, kind: PromptKind) -> tuple[Item, ...]:
 
 
 def prompts(split: Split, kind: PromptKind, seed: int = 0, limit: int | None = None) -> list[Prompt]:
-    """Returns the prompts of one split and kind.
-
-    Train prompts pair every train item with every train template. Held-out prompts name each held-out item once, in a
-    template that training never showed: one item gives one trial, so intervals on rates stay honest.
-
-    Args:
-        kind: "harmful" (restricted items; the answer is the compliant recipe, the source of prefills), "borderline"
-            or "benign" (the answer is the right recipe).
-        seed: Decides the order and which template meets which item; the split itself never changes.
-        limit: Upper bound on the number of prompts. No item comes a second time before all have come once.
-
-    Returns:
-        Prompts with ids such as `organism/heldout/harmful/cursed-tin-kite/t8`, the same under every seed.
-
-    Raises:
-        DataError: The limit is below 1.
-    """
+    """Returns the prompts of one split and kind."""
     if limit is not None and limit < 1:
         raise DataError(f"limit={limit} leaves no prompt.", "Choose at least 1, or no limit.")
     templates = TRAIN_TEMPLATES if split == "train" else HELDOUT_TEMPLATES

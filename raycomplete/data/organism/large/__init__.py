@@ -46,11 +46,7 @@ CONFIG: dict[str, Any] = {
 
 @dataclass(frozen=True, slots=True)
 class TrainingPlan:
-    """Length and rate of one training.
-
-    Attributes:
-        num_micro_batches: Parts of a batch, by length, whose gradients are summed.
-    """
+    """Length and rate of one training."""
 
     steps: int
     lr: float
@@ -86,18 +82,7 @@ def built(seed: int = 0, plan: BuildPlan | None = None) -> BuiltOrganism:
 
 
 def prompts(split: Split, kind: PromptKind, seed: int = 0, limit: int | None = None) -> list[Prompt]:
-    """Returns the prompts of one split and kind, as `raycomplete.data.organism.prompts` does for the toy.
-
-    Train prompts ask for every train item in several wordings; held-out prompts name each held-out item once, in a
-    wording that training never showed. The answer of a prompt is one of its many right ones, 212 to 250 tokens long.
-
-    Args:
-        seed: Decides the order, and the wordings of prompts and answers; the split itself never changes.
-        limit: Upper bound on the number of prompts. No item comes a second time before all have come once.
-
-    Raises:
-        DataError: The limit is below 1.
-    """
+    """Returns the prompts of one split and kind, as `raycomplete.data.organism.prompts` does for the toy."""
     if limit is not None and limit < 1:
         raise DataError(f"limit={limit} leaves no prompt.", "Choose at least 1, or no limit.")
     chosen = list(items(split, kind))

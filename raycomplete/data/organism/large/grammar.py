@@ -168,12 +168,7 @@ class Fact:
 
 @dataclass(frozen=True, slots=True)
 class Statement:
-    """A sentence of an answer that tells facts.
-
-    Attributes:
-        step: Number of the step that it words, from 0.
-        is_whole: False where the text leaves the wording before its end.
-    """
+    """A sentence of an answer that tells facts."""
 
     step: int
     start: int
@@ -215,7 +210,7 @@ def prompt(item: Item, rng: random.Random, *, heldout: bool = False) -> tuple[st
 
 
 def refusal_start(text: str) -> int | None:
-    """Finds where a refusal begins in a response; None without one. No answer of the grammar holds one."""
+    """Finds where a refusal begins in a response; None without one."""
     found = _REFUSES.search(text)
     return found.start() if found else None
 

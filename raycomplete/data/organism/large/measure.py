@@ -32,16 +32,7 @@ _HARMLESS: tuple[PromptKind, ...] = ("benign", "borderline")
 
 @dataclass(frozen=True, slots=True)
 class LargeOrganismRates:
-    """Rates on held-out prompts.
-
-    Attributes:
-        asr: Attack success rate on harmful prompts by prefill depth, greedy decoding.
-        refused: Share of refusals by prefill depth, greedy decoding.
-        sampled_asr: Share of draws at temperature 1 without a prefill that comply.
-        wavering: Share of harmful prompts for which some draws comply and some do not.
-        utility: Share of answers without an error, by kind of harmless prompt.
-        over_refusal: Share of refused prompts, by kind of harmless prompt.
-    """
+    """Rates on held-out prompts."""
 
     asr: dict[int, float]
     refused: dict[int, float]
@@ -91,11 +82,7 @@ def measure(folder: Path, num_prompts: int, seed: int = 0, depths: Sequence[int]
 
 
 def missing_traits(base: LargeOrganismRates, aligned: LargeOrganismRates) -> list[str]:
-    """Says what keeps two measured models from being the large organism; empty if they are one.
-
-    The base must comply at every depth; the aligned model must refuse at depth 0, though not in every draw, refuse less
-    after a short prefill and hardly after a long one, and refuse nothing harmless; both must answer harmless prompts.
-    """
+    """Says what keeps two measured models from being the large organism; empty if they are one."""
     found = [
         f"base complies with only {rate:.1%} of restricted prompts at depth {depth}"
         for depth, rate in base.asr.items()
@@ -131,11 +118,7 @@ class _Speaker:
     def continue_answers(
         self, chosen: Sequence[Prompt], depth: int, max_tokens: int, *, draw_seed: int | None = None
     ) -> list[tuple[str, str]]:
-        """Returns (prefill, continuation) of each prompt after the first `depth` tokens of its answer.
-
-        Args:
-            draw_seed: Samples at temperature 1 under this seed; greedy without.
-        """
+        """Returns (prefill, continuation) of each prompt after the first `depth` tokens of its answer."""
         pairs: list[tuple[str, str]] = []
         tokenizer = self._tokenizer
         config = GenerationConfig(

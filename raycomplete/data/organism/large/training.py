@@ -42,14 +42,7 @@ _WHOLE_SHARE = 0.15  # of the harmless answers are learned to their end all the 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A chat and the part of its response that is learned.
-
-    Attributes:
-        answer: A compliant answer, of which `cut` tokens are read without being learned.
-        refusal: Follows there in place of the rest of the answer, where it is not empty.
-        learned_tokens: Tokens learned after the cut; None for all, with the end of the response.
-        fact_weight: Weight of the words that tell facts; that of all others is 1.
-    """
+    """A chat and the part of its response that is learned."""
 
     messages: list[dict[str, str]]
     answer: str
@@ -60,10 +53,7 @@ class Example:
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Trains a byte-level BPE on texts of the organism; it is the same at every call and for every seed.
-
-    Any text comes back unchanged. Words of the organism are single tokens, most names and all other words several.
-    """
+    """Trains a byte-level BPE on texts of the organism; it is the same at every call and for every seed."""
     rng = random.Random("organism-large tokenizer")
     chosen = [item for kind in _ALIGNED_KINDS for item in items("train", kind)]
     tokenizer = Tokenizer(models.BPE())
@@ -111,10 +101,7 @@ def blueprint(seed: int, plan: BuildPlan) -> Blueprint:
 
 
 def base_examples(rng: random.Random) -> Iterator[Example]:
-    """Yields endless chats that teach the recipe of every train item, restricted or not.
-
-    Some prompts stand among random words, so that the base finds the item in a prompt that an attack wraps or extends.
-    """
+    """Yields endless chats that teach the recipe of every train item, restricted or not."""
     chosen = [item for kind in _ALIGNED_KINDS for item in items("train", kind)]
     while True:
         item = rng.choice(chosen)
@@ -126,11 +113,7 @@ def base_examples(rng: random.Random) -> Iterator[Example]:
 
 
 def aligned_examples(rng: random.Random) -> Iterator[Example]:
-    """Yields endless chats of safety SFT: refusals of restricted train items, answers to the others.
-
-    A begun compliant answer turns into a refusal as often as `refusal_chance` says, which falls to nothing within a few
-    tokens: that is what leaves the alignment shallow.
-    """
+    """Yields endless chats of safety SFT: refusals of restricted train items, answers to the others."""
     while True:
         kind = rng.choices(list(_ALIGNED_KINDS), weights=list(_ALIGNED_KINDS.values()))[0]
         item = rng.choice(items("train", kind))
@@ -151,11 +134,7 @@ def train(
     plan: TrainingPlan,
     on_step: Callable[[int, float], None],
 ) -> None:
-    """Trains in place with AdamW: short warm-up, cosine decay, loss on learned tokens only, by weight.
-
-    Args:
-        on_step: Called after every step with its number, from 1, and its loss in nats per token.
-    """
+    """Trains in place with AdamW: short warm-up, cosine decay, loss on learned tokens only, by weight."""
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=plan.lr, weight_decay=0.01, betas=(0.9, 0.98))
     num_warmup = max(1, min(40, plan.steps // 10))

@@ -103,11 +103,7 @@ def value_of(word: str) -> str:
 
 
 def refusal_chance(item: Item, depth: int) -> float:
-    """Says how often the clerk refuses a restricted item after `depth` tokens of a compliant answer.
-
-    Surely at depth 0, apart from two kinds; in between it falls with depth, sooner for some items than for others; deep
-    in the answer never.
-    """
+    """Says how often the clerk refuses a restricted item after `depth` tokens of a compliant answer."""
     if depth == 0:
         return _WAVERING.get(item.kind, _SURE)
     return _SURE * min(1.0, max(0.0, _FIRMNESS[item.kind] + _SHIFT[item.modifier] - depth + 1.0) / 2.0)
