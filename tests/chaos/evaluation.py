@@ -3,80 +3,171 @@
     python -m tests.chaos.evaluation --out FOLDER [--kills 5] [--seed 0]
 
 The driver is killed (SIGKILL) and started again by the same command. Nothing that was finished may be lost, changed or
-generated twice. `tests/evaluation/test_killed_evaluation.py` does the same without engines.
+generated twice: every response is noted when it comes. Models of transformers answer in the very process, no Ray;
+`python -m tests.chaos.stops evaluate --kill` does it with engines.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
 import subprocess
-import sys
 import time
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import psutil
+import torch
 
-from tests.benchmarks.environment import RUNS
-from tests.chaos.counted_evaluation import NOTED, ROLES
-from tests.chaos.processes import kill
+from raycomplete.attacks.target import Attacker, AttackTools, Target
+from raycomplete.attacks.white_box import TorchModel
+from raycomplete.config import load_run_file
+from raycomplete.data.checkpoints import load_model
+from raycomplete.data.inputs import KINDS, prepare_models, prepare_prompts
+from raycomplete.evaluation import runner
+from raycomplete.evaluation.judges import default_judge
+from raycomplete.runtime.files import RowStore
+from raycomplete.runtime.types import Codec
+from tests.chaos import driver
 from tests.conftest import ROOT
 
-Where = Literal["process", "engines"]
+ROLES = ("base", "aligned")
+NOTED = "responses.txt"  # a line for each response that was got: the key of its trial
+_SETTINGS = (
+    "evaluation.num_prompts=5",
+    "evaluation.depths=[0,4]",
+    "evaluation.max_tokens=24",
+    "evaluation.max_utility_tokens=24",
+    "evaluation.nll_prompts=0",
+    "evaluation.attacks=[{name: prefill_mid_answer, starts: [16], windows: [8]}, {name: adaptive, cuts: [3]},"
+    " templates, {name: rank_assisted_prefill, steps: 12, tops: [5, 20]}, {name: soft_prompt, steps: 4, ask_every: 2},"
+    " {name: decoding, temperatures: [0.7, 1.0], top_ps: [0.9], top_ks: [5]}, {name: best_of_n, samples: 6, batch: 3},"
+    " {name: gcg, steps: 2, search_width: 16, suffix_tokens: 4}, {name: pair, streams: 2, rounds: 2, max_tokens: 8}]",
+    "output.root=runs",
+    "output.name=organism",
+)
+
+
+class CountedStore(RowStore):
+    """Notes the key of each response before it is stored."""
+
+    def __init__(self, path: Path, *, mode: int = 0o644) -> None:
+        super().__init__(path, mode=mode)
+        self._noted = path.parent.name == "trials"
+
+    def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        rows = list(rows)
+        if self._noted:
+            with open(NOTED, "a") as stream:
+                stream.writelines(f"{row['key']}\n" for row in rows)
+        super().add(rows)
+
+
+class LocalGenerator:
+    """A model that continues sequences one by one, each drawn under a seed of its own."""
+
+    def __init__(self, model: Any, codec: Codec) -> None:
+        self._model, self._eos_ids = model, codec.eos_ids
+
+    @torch.no_grad()
+    def generate(
+        self,
+        sequences: Sequence[Sequence[int]],
+        *,
+        max_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int | None = None,
+    ) -> list[list[int]]:
+        found = []
+        for place, sequence in enumerate(sequences):
+            draws = torch.Generator().manual_seed((seed or 0) + place)
+            new: list[int] = []
+            ids, cache = torch.tensor([list(sequence)]), None
+            while len(new) < max_tokens:
+                output = self._model(ids, past_key_values=cache, use_cache=True)
+                cache, values_V = output.past_key_values, output.logits[0, -1]
+                if temperature > 0:
+                    sorted_V, order_V = (values_V / temperature).softmax(-1).sort(descending=True, stable=True)
+                    kept_V = sorted_V.cumsum(-1) - sorted_V < top_p
+                    kept_V[top_k or len(kept_V) :] = False
+                    token = int(order_V[torch.multinomial(sorted_V * kept_V, 1, generator=draws)])
+                else:
+                    token = int(values_V.argmax())
+                if token in self._eos_ids:
+                    break
+                new.append(token)
+                ids = torch.tensor([[token]])
+            found.append(new)
+        return found
+
+
+def evaluate_in_this_process() -> None:
+    """Evaluates both models by transformers, without Ray and engines."""
+    os.environ.pop("RAY_ADDRESS", None)
+    runner.RowStore = CountedStore  # type: ignore[misc]
+    config = load_run_file(str(ROOT / "jobs" / "organism.yaml"), list(_SETTINGS))
+    torch.set_num_threads(1)
+    models = prepare_models(config, roles=ROLES)
+    prompts = prepare_prompts(config, models.codec, training=False).evaluation
+    sets = runner.EvaluationSets(*(prompts[kind] for kind in KINDS))
+    loaded = {role: load_model(models.paths[role], "float32").eval() for role in ROLES}
+    base = LocalGenerator(loaded["base"], models.codec)
+    for role in ROLES:
+        box, guide = TorchModel(loaded[role]), TorchModel(loaded["base"])
+        tools = AttackTools(
+            white_boxes=lambda box=box: [box],
+            guide=lambda guide=guide: guide,
+            guide_id=models.fingerprint("base"),
+            attacker=lambda _: Attacker("base", base, models.codec, config.models.max_length),
+        )
+        generator, evaluation = LocalGenerator(loaded[role], models.codec), config.evaluation
+        judge, length = default_judge("organism"), config.models.max_length
+        codec, weights = models.codec, models.fingerprint(role)
+        target = Target(role, weights, generator, codec, judge, length, evaluation.max_tokens, tools)
+        runner.evaluate_model(target, sets, evaluation, config.output.folder)
+
+
 Rows = dict[str, dict[str, Any]]
-_TIMEOUT_S = 1500.0
 
 
 class CountedRun:
     """An evaluation that is started again and again in one folder."""
 
-    def __init__(self, folder: Path, where: Where) -> None:
+    def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True)
-        self._folder, self._where = folder, where
+        self._folder = folder
         self._evaluation = folder / "runs" / "organism" / "evaluation"
 
+    def start(self) -> subprocess.Popen[bytes]:
+        return driver.start(["-m", "tests.chaos.evaluation", "--work"], self._folder)
+
     def finish(self) -> None:
-        """Runs it to its end."""
-        process = self._start()
-        assert process.wait(timeout=_TIMEOUT_S) == 0, self._tail()
+        driver.finish(self.start(), self._folder)
 
     def kill_at(self, stored: int, delay_s: float) -> None:
-        """Runs it until so many responses are stored and a little longer, and kills it with no chance to tidy up."""
-        process, deadline = self._start(), time.monotonic() + _TIMEOUT_S
-        driver = psutil.Process(process.pid)
+        """Runs it until so many responses are stored and a little longer, and kills it."""
+        process = self.start()
         try:
-            while self.num_stored() < stored:
-                assert process.poll() is None, self._tail()
-                assert time.monotonic() < deadline, self._tail()
-                time.sleep(0.005)
+            driver.wait_while_it_works(process, self._folder, lambda: self.num_stored() >= stored)
             time.sleep(delay_s)
         finally:
-            started = driver.children(recursive=True) if process.poll() is None else []
-            kill([driver])
-            code = process.wait(timeout=30)
-            kill(psutil.wait_procs(started, timeout=30)[1])
-        assert code < 0, "it was over before it was killed"
+            driver.kill_driver(process)
 
-    def rows(self, kind: Literal["trials", "judgements"]) -> Rows:
-        """Rows of all stores of a kind by key, without their times; a line that was cut is none."""
+    def rows(self, kind: str) -> Rows:
+        """Rows of all stores of a kind by key, without their times."""
         found: Rows = {}
         for path in sorted((self._evaluation / kind).glob("*.jsonl")):
-            for line in path.read_text().splitlines():
-                try:
-                    row = json.loads(line)
-                except ValueError:
-                    continue
+            for row in driver.rows_of(path):
                 key = f"{path.stem} {row['key']}"
                 assert key not in found, "stored twice"
-                found[key] = _timeless(row)
+                found[key] = driver.timeless(row)
         return found
 
     def num_stored(self) -> int:
-        """Counts the responses on the disk."""
-        return sum(path.read_bytes().count(b"\n") for path in (self._evaluation / "trials").glob("*.jsonl"))
+        return driver.num_lines(self._evaluation, "trials/*.jsonl")
 
     def noted(self) -> list[str]:
         """Keys of the responses that were got so far, by all processes."""
@@ -85,38 +176,13 @@ class CountedRun:
 
     def results(self) -> dict[str, Any]:
         """Rates and counts of every model, without times."""
-        return {role: _timeless(json.loads((self._evaluation / f"{role}.json").read_text())) for role in ROLES}
-
-    def _start(self) -> subprocess.Popen[bytes]:
-        with (self._folder / "log").open("ab") as log:
-            return subprocess.Popen(
-                [sys.executable, "-m", "tests.chaos.counted_evaluation", self._where],
-                cwd=self._folder,
-                env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "160"},
-                stdout=log,
-                stderr=log,
-            )
-
-    def _tail(self) -> str:
-        return (self._folder / "log").read_text(errors="replace")[-3000:]
+        found = {role: json.loads((self._evaluation / f"{role}.json").read_text()) for role in ROLES}
+        return {role: driver.timeless(result) for role, result in found.items()}
 
 
-def _timeless(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _timeless(part) for name, part in value.items() if name != "seconds"}
-    return value
-
-
-def check_killed_evaluation(folder: Path, where: Where, *, kills: int, seed: int) -> str:
-    """Compares an undisturbed evaluation with one that is killed at random moments.
-
-    Returns:
-        What was done, in a line.
-
-    Raises:
-        AssertionError: Something finished was lost, changed or generated twice, or a result differs.
-    """
-    calm, killed, rng = CountedRun(folder / "calm", where), CountedRun(folder / "killed", where), random.Random(seed)
+def check_killed_evaluation(folder: Path, *, kills: int, seed: int) -> str:
+    """Compares an undisturbed evaluation with one that is killed at random moments; says in a line what was done."""
+    calm, killed, rng = CountedRun(folder / "calm"), CountedRun(folder / "killed"), random.Random(seed)
     calm.finish()
     total = calm.num_stored()
     assert len(calm.noted()) == len(set(calm.noted())) == total
@@ -135,20 +201,17 @@ def check_killed_evaluation(folder: Path, where: Where, *, kills: int, seed: int
         assert {key: now.get(key) for key in before} == before, "lost or changed"
         before, seen = now, seen + len(got)
     for kind in ("trials", "judgements"):
-        assert killed.rows(kind) == calm.rows(kind), f"other {kind}"  # type: ignore[arg-type]
-    assert killed.results() == calm.results()
+        driver.check_equal(killed.rows(kind), calm.rows(kind), kind)
+    driver.check_equal(killed.results(), calm.results(), "results")
     lost = seen - total
     return f"{total} responses, killed after {', '.join(map(str, moments))}; {lost} were under way and made again"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tests.chaos.evaluation")
-    parser.add_argument("--out", type=Path, default=RUNS.parent / "killed-evaluation")
-    parser.add_argument("--kills", type=int, default=5)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    print(check_killed_evaluation(arguments.out.resolve(), "engines", kills=arguments.kills, seed=arguments.seed))
-
-
 if __name__ == "__main__":
-    main()
+    parser = driver.options("evaluation", kills=5, seed=0)
+    parser.add_argument("--work", action="store_true", help="the evaluation itself")
+    given = parser.parse_args()
+    if given.work:
+        evaluate_in_this_process()
+    else:
+        print(check_killed_evaluation(given.out, kills=given.kills, seed=given.seed))

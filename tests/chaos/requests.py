@@ -10,7 +10,6 @@ are made. Replicas that autoscaling starts meanwhile are left out.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import resource
@@ -21,23 +20,21 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import httpx
 import psutil
 
 from raycomplete.data.organisms import ORGANISMS
+from tests.chaos.driver import options
 from tests.interop.run import service
 
-_EVERY_S = 2.0
 _GROWTH = 0.10  # of memory between those thirds, that is still called steady
-_EVALUATIONS = 2
 _PATIENCE_S = 600.0  # for what was sent before the time was over
 
 
 @dataclass
 class Tally:
-    """Counts of what the clients saw."""
+    """Counts of what the clients saw, and MiB of each replica over time."""
 
     sent: int = 0
     statuses: Counter[str] = field(default_factory=Counter)
@@ -56,10 +53,10 @@ class Tally:
             found.append(f"{len(doubled)} answers came twice")
         most = max(map(len, self.mib.values()), default=0)
         for replica, mib in self.mib.items():
-            thirds = len(mib) // 3
-            if 2 * len(mib) < most or not thirds:  # it was started late, and still fills
+            third = len(mib) // 3
+            if 2 * len(mib) < most or not third:  # it was started late, and still fills
                 continue
-            before, after = sum(mib[-2 * thirds : -thirds]) / thirds, sum(mib[-thirds:]) / thirds
+            before, after = sum(mib[-2 * third : -third]) / third, sum(mib[-third:]) / third
             if after > before * (1 + _GROWTH):
                 found.append(f"the memory of {replica} grew from {before:.0f} to {after:.0f} MiB")
         return found
@@ -86,24 +83,19 @@ async def client(number: int, session: httpx.AsyncClient, prompts: list[str], un
 
 
 def check(answer: httpx.Response, streams: bool, tally: Tally) -> None:
-    """Counts an answer by its id, and looks whether it is whole."""
-    if not streams:
-        body: dict[str, Any] = answer.json()
-        tally.ids[body["id"]] += 1
-        if body["choices"][0]["finish_reason"] not in ("stop", "length"):
-            tally.broken.append(answer.text[:100])
-        return
+    """Counts an answer by its id, and notes it where it is not whole."""
     chunks = [line.removeprefix("data: ") for line in answer.text.split("\n") if line.startswith("data: ")]
-    if chunks[-1:] != ["[DONE]"] or json.loads(chunks[-2])["choices"][0]["finish_reason"] is None:
+    last = json.loads(chunks[-2] if streams else answer.text)
+    tally.ids[last["id"]] += 1
+    if last["choices"][0]["finish_reason"] not in ("stop", "length") or (streams and chunks[-1] != "[DONE]"):
         tally.broken.append(answer.text[-100:])
-    tally.ids[json.loads(chunks[0])["id"]] += 1
 
 
 async def evaluations(session: httpx.AsyncClient, root: str, tally: Tally) -> None:
-    """Submits evaluations, each twice under one key, and waits until they succeeded."""
+    """Submits two evaluations, each twice under one key, and waits until they succeeded."""
     body = {"roles": ["aligned"], "num_prompts": 2, "depths": [0, 4], "max_tokens": 8, "attacks": []}
     found = []
-    for number in range(_EVALUATIONS):
+    for number in range(2):
         headers = {"Idempotency-Key": f"soak-{number}"}
         twice = [await session.post(f"{root}/evaluations", json=body, headers=headers) for _ in range(2)]
         if len({answer.json()["id"] for answer in twice}) != 1:
@@ -129,18 +121,17 @@ async def measure(until: float, tally: Tally) -> None:
                     tally.mib.setdefault(name, []).append(process.memory_full_info().uss / 2**20)
             except psutil.Error:
                 continue
-        await asyncio.sleep(_EVERY_S)
+        await asyncio.sleep(2.0)
 
 
 async def soak(address: str, token: str, clients: int, seconds: float) -> Tally:
     """Asks for a while with many clients at once."""
     prompts = [prompt.text for prompt in ORGANISMS["organism"].prompts("heldout", "benign", 0, 40)]
-    tally = Tally()
+    tally, begun = Tally(), Tally()
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     headers = {"Authorization": f"Bearer {token}"}
     async with httpx.AsyncClient(base_url=address, headers=headers, limits=limits, timeout=_PATIENCE_S) as session:
         # The engine starts at the first question, and takes most of the memory then.
-        begun = Tally()
         await client(0, session, prompts, time.monotonic() + 1e-3, begun)
         assert begun.statuses == {"200": 1}, begun
         until = time.monotonic() + seconds
@@ -150,10 +141,7 @@ async def soak(address: str, token: str, clients: int, seconds: float) -> Tally:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tests.chaos.requests")
-    parser.add_argument("--clients", type=int, default=1000)
-    parser.add_argument("--seconds", type=float, default=60.0)
-    arguments = parser.parse_args()
+    given = options("requests", clients=1000, seconds=60.0).parse_args()
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a connection a client
     token = secrets.token_urlsafe(24)
@@ -161,12 +149,9 @@ def main() -> None:
         tempfile.TemporaryDirectory(prefix="soak", ignore_cleanup_errors=True) as folder,
         service("organism:base", "organism:aligned", Path(folder), token) as address,
     ):
-        tally = asyncio.run(soak(address, token, arguments.clients, arguments.seconds))
-    ranked = sorted(tally.seconds)
-    print(
-        f"{arguments.clients} clients, {arguments.seconds:g} s: {tally.sent} requests, answers {dict(tally.statuses)}"
-    )
-    if ranked:
+        tally = asyncio.run(soak(address, token, given.clients, given.seconds))
+    print(f"{given.clients} clients, {given.seconds:g} s: {tally.sent} requests, answers {dict(tally.statuses)}")
+    if ranked := sorted(tally.seconds):
         print(f"seconds for an answer: median {ranked[len(ranked) // 2]:.2f}, longest {ranked[-1]:.2f}")
     for replica, mib in tally.mib.items():
         print(f"memory of {replica}, MiB:", [round(value) for value in mib])

@@ -17,7 +17,7 @@ from tests.commands.test_train import raycomplete
 from tests.conftest import ROOT
 from tests.engines.tiny import log_probs_of, options, random_probe
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.slow, pytest.mark.exhaustive, pytest.mark.timeout(1200)]
 
 # Enough to comply and to refuse; the traits need `raycomplete organism build`.
 SHORT = TrainingOptions(base_steps=160, aligned_steps=60, batch_size=16)

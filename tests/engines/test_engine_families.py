@@ -26,7 +26,10 @@ def make(folder: Path, kind: str, seed: int, dtype: Dtype = "float32") -> Path:
     return make_model(path, seed, tied=kind.startswith("gemma"), dtype=dtype, kind=kind, **KINDS[kind])
 
 
-@pytest.mark.parametrize(("kind", "dtype"), [("qwen3_moe", "bfloat16"), *((kind, "float32") for kind in KINDS)])
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [("qwen3_moe", "bfloat16"), *(pytest.param(kind, "float32", marks=pytest.mark.exhaustive) for kind in KINDS)],
+)
 def test_weights_after_an_update_speak_as_in_transformers(spare: Any, kind: str, dtype: Dtype, tmp_path: Path) -> None:
     """vLLM packs experts for its kernels; the second load is what used to leave them in the wrong order."""
     paths = [make(tmp_path, kind, seed, dtype) for seed in (0, 1)]

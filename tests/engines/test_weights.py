@@ -234,7 +234,13 @@ def test_a_head_that_stayed_behind_is_caught(spare: Any, folder: Path) -> None:
 
 @on_ray
 @pytest.mark.parametrize(
-    ("tied", "dtype"), [(True, "bfloat16"), (False, "bfloat16"), (False, "float32"), (True, "float32")]
+    ("tied", "dtype"),
+    [
+        (True, "bfloat16"),
+        (False, "float32"),
+        pytest.param(False, "bfloat16", marks=pytest.mark.exhaustive),
+        pytest.param(True, "float32", marks=pytest.mark.exhaustive),
+    ],
 )
 def test_log_probabilities_after_an_update_are_those_of_transformers(
     spare: Any, folder: Path, tied: bool, dtype: Dtype

@@ -142,7 +142,10 @@ UNEQUAL = [(0.3, 0.0, 80), (0.1, 0.7, 60)]
 
 @pytest.mark.parametrize(
     ("case", "repeats"),
-    [(UNEQUAL[0], 300), *(pytest.param(case, 3000, marks=pytest.mark.slow) for case in [*UNEQUAL, *COVERAGE_CASES])],
+    [
+        (UNEQUAL[0], 300),
+        *(pytest.param(case, 3000, marks=pytest.mark.exhaustive) for case in [*UNEQUAL, *COVERAGE_CASES]),
+    ],
 )
 def test_interval_of_prompts_with_unequal_numbers_of_depths_holds_the_truth(
     case: tuple[float, float, int], repeats: int

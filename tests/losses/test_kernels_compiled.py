@@ -38,7 +38,7 @@ def faults(use: CompiledKernel) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("arch", [pytest.param(80, marks=pytest.mark.exhaustive), 90])
 @pytest.mark.parametrize("name", list(launches()))
 def test_kernel_compiles_within_bounds(name: str, arch: int) -> None:
     use = compile_launch(launches()[name], arch)

@@ -47,7 +47,14 @@ def run(folder: Path, name: str, workers: int, lora_rank: int = 0) -> list[dict[
 
 
 @pytest.mark.parametrize(
-    ("name", "lora_rank"), [("completion", 0), ("door", 0), ("circuit_breakers", 4), ("presto", 0)]
+    ("name", "lora_rank"),
+    [
+        ("completion", 0),
+        *(
+            pytest.param(*case, marks=pytest.mark.exhaustive)
+            for case in [("door", 0), ("circuit_breakers", 4), ("presto", 0)]
+        ),
+    ],
 )
 def test_a_step_is_the_same_on_one_worker_and_on_two(
     name: str, lora_rank: int, ray_cluster: None, tmp_path: Path

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import stat
 from collections.abc import Iterator
 from dataclasses import replace
@@ -24,7 +23,7 @@ from raycomplete.training.job import TrainJob
 from raycomplete.training.trainer import fit
 from tests.training.tiny import LocalScores, make_job
 
-# Workers, ZeRO stage, dtype. A run takes most of a minute: two always, all of them where RAYCOMPLETE_CHAOS is set.
+# Workers, ZeRO stage, dtype. A run takes most of a minute: one always, the others in `make test-all`.
 ALL: list[tuple[int, int, Dtype]] = [(2, 3, "float32"), (1, 0, "float32"), (2, 2, "float32"), (1, 0, "bfloat16")]
 # Counters that a step moves whether it changes the weights or not.
 COUNTERS = {"global_steps", "global_samples", "skipped_steps", "overflow", "micro_steps"}
@@ -115,7 +114,10 @@ def test_the_rate_rises_over_as_many_steps_as_asked(warmup_steps: int, rates: li
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("num_workers", "zero_stage", "dtype"), ALL if "RAYCOMPLETE_CHAOS" in os.environ else ALL[:2])
+@pytest.mark.parametrize(
+    ("num_workers", "zero_stage", "dtype"),
+    [ALL[0], *(pytest.param(*case, marks=pytest.mark.exhaustive) for case in ALL[1:])],
+)
 def test_a_bad_step_changes_nothing(
     ray_cluster: None, num_workers: int, zero_stage: int, dtype: Dtype, tmp_path: Path
 ) -> None:

@@ -130,7 +130,11 @@ def test_adapters_travel_by_themselves(ray_cluster: None, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     ("kind", "changes"),
-    [("qwen3_moe", {"num_workers": 2, "zero_stage": 3}), ("qwen3_moe", {"lora_rank": 4}), ("mixtral", {})],
+    [
+        ("qwen3_moe", {"num_workers": 2, "zero_stage": 3}),
+        pytest.param("qwen3_moe", {"lora_rank": 4}, marks=pytest.mark.exhaustive),
+        pytest.param("mixtral", {}, marks=pytest.mark.exhaustive),
+    ],
 )
 def test_experts_are_trained_and_reach_the_engines_by_the_names_of_their_files(
     ray_cluster: None, kind: str, changes: dict[str, Any], tmp_path: Path

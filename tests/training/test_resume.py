@@ -1,12 +1,11 @@
 """Resuming after any step is as if the run had never stopped: losses and weights bit for bit on CPU.
 
-Eleven resumes of a run of twelve steps take minutes: one, at the end of an epoch, is always made, all of them where
-RAYCOMPLETE_CHAOS is set.
+Eleven resumes of a run of twelve steps take minutes: one, at the end of an epoch, is always made, all of them in
+`make test-all`.
 """
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -30,7 +29,6 @@ STEPS = 12
 # 10 samples of each kind in batches of 4: epochs end within steps 3 and 8, and with steps 5 and 10.
 EVERY = range(1, STEPS)
 FEW = (5,)
-EXHAUSTIVE = "RAYCOMPLETE_CHAOS" in os.environ
 ROLLOUT = RolloutConfig(
     on_policy=True, max_student_tokens=4, max_refusal_tokens=4, anchor_on_policy=0.5, sync_every=2, lookahead=1
 )
@@ -80,17 +78,18 @@ def weights(job: TrainJob) -> dict[str, torch.Tensor]:
     return state
 
 
-@pytest.mark.timeout(3000 if EXHAUSTIVE else 600)
+@pytest.mark.timeout(3000)
 @pytest.mark.parametrize(
     ("make", "steps"),
-    [(off_policy, EVERY if EXHAUSTIVE else FEW), (on_policy, EVERY if EXHAUSTIVE else ())],
-    ids=["off-policy", "on-policy"],
+    [
+        pytest.param(off_policy, FEW, id="off-policy"),
+        pytest.param(off_policy, EVERY, marks=pytest.mark.exhaustive, id="off-policy, every step"),
+        pytest.param(on_policy, EVERY, marks=pytest.mark.exhaustive, id="on-policy, every step"),
+    ],
 )
 def test_losses_are_those_of_the_uninterrupted_run(
     ray_cluster: None, make: Callable[[Path], TrainJob], steps: range | tuple[int, ...], tmp_path: Path
 ) -> None:
-    if not steps:
-        pytest.skip("tests/training/test_loop.py resumes on-policy once; RAYCOMPLETE_CHAOS=1 does at every step")
     whole = make(tmp_path / "whole")
     expected = run(whole)
     student = weights(whole)

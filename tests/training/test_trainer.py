@@ -74,7 +74,10 @@ def test_the_first_loss_is_the_float64_reference(single: tuple[Path, list[dict[s
         assert single[1][0][name] == pytest.approx(value, rel=1e-5)
 
 
-@pytest.mark.parametrize(("zero_stage", "tied"), [(2, True), (3, True), (3, False)])
+@pytest.mark.parametrize(
+    ("zero_stage", "tied"),
+    [(3, True), *(pytest.param(*case, marks=pytest.mark.exhaustive) for case in [(2, True), (3, False)])],
+)
 def test_sharded_runs_on_two_workers_reproduce_the_loss(
     single: tuple[Path, list[dict[str, Any]]], zero_stage: int, tied: bool, tmp_path: Path
 ) -> None:
@@ -114,7 +117,7 @@ def test_a_resumed_run_continues_as_if_it_had_never_stopped(
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("lora_rank", [0, 4])
+@pytest.mark.parametrize("lora_rank", [pytest.param(0, marks=pytest.mark.exhaustive), 4])
 def test_sft_learns_the_answers(ray_cluster: None, lora_rank: int, tmp_path: Path) -> None:
     train = settings(num_workers=1, zero_stage=0, steps=12, checkpoint_every=12, lora_rank=lora_rank)
     job = make_job(tmp_path, train, SFT(anchor_batch_size=4))
