@@ -47,11 +47,7 @@ def load_run_file(
 
 
 def read_tree(file: Path, extending: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Reads the mapping of a run file, laid over that of the file that it extends; nothing is checked yet.
-
-    Raises:
-        ConfigError: The file, or one that it extends, is missing or not YAML.
-    """
+    """Reads the mapping of a run file, laid over that of the file that it extends; nothing is checked yet."""
     try:
         tree = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
@@ -83,17 +79,7 @@ def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def parse(tree: Mapping[str, Any], origin: str, base_folder: Path | None = None, *, plugins: bool = False) -> RunConfig:
-    """Checks a run file that is already a mapping.
-
-    Args:
-        tree: The mapping.
-        origin: Names it in messages.
-        base_folder: Folder against which relative input paths are resolved; None leaves them as they are.
-        plugins: Import the plugins that it names. Never set it for a mapping that somebody sent.
-
-    Raises:
-        ConfigError: A key or value is wrong, or a plugin cannot be imported.
-    """
+    """Checks a run file that is already a mapping; never set `plugins` for a mapping that somebody sent."""
     if plugins:
         load_plugins(path if base_folder is None else located(path, base_folder) for path in _plugins(tree, origin))
     try:
@@ -113,13 +99,7 @@ def parse(tree: Mapping[str, Any], origin: str, base_folder: Path | None = None,
 
 
 def map_paths(item: T, change: Callable[[str, Path], Path], key: str = "") -> T:
-    """Returns the same section, list or value with every path in it replaced by `change(key, path)`.
-
-    Args:
-        item: A whole run file, or a section.
-        change: Called with the key in dotted form, as `data.train.harmful[0].path`, and the path.
-        key: Key of `item` itself.
-    """
+    """Returns the same section, list or value with every path in it replaced by `change(key, path)`."""
     new: Any = item
     if isinstance(item, Path):
         new = change(key, item)
@@ -142,11 +122,7 @@ def dump(config: RunConfig) -> str:
 
 
 def _plugins(tree: Mapping[str, Any], origin: str) -> list[Path]:
-    """Files and modules under the key `plugins` of a run file that is not checked yet.
-
-    Raises:
-        ConfigError: The key holds something else.
-    """
+    """Files and modules under the key `plugins` of a run file that is not checked yet."""
     paths = tree.get("plugins") or []
     if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
         raise ConfigError(f"{origin}: plugins must be a list of Python files or modules.")
@@ -154,11 +130,7 @@ def _plugins(tree: Mapping[str, Any], origin: str) -> list[Path]:
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
-    """Puts the value of `key.sub=value` into a mapping; another `method.name` drops the settings that it does not have.
-
-    Raises:
-        ConfigError: The override has another form, or its value is not YAML.
-    """
+    """Puts the value of `key.sub=value` into a mapping; another `method.name` drops settings that it does not have."""
     key, separator, value = override.partition("=")
     if not separator or not key:
         raise ConfigError(f"The override {override!r} is not of the form key.sub=value.")

@@ -51,11 +51,7 @@ class ModelsConfig(Section):
         return bool(self.template_arguments.get("enable_thinking"))
 
     def refuse_thinking(self) -> None:
-        """Refuses a run that would train or diagnose thoughts.
-
-        Raises:
-            ConfigError: Prompts leave room to think.
-        """
+        """Refuses a run that would train or diagnose thoughts."""
         if self.thinks:
             raise ConfigError(
                 "models.template_arguments sets enable_thinking, and what is trained and diagnosed are answers.",
@@ -279,11 +275,7 @@ class RunConfig(Section):
 
 
 def check_storage(uri: str) -> str:
-    """Refuses a URI of no known kind, or one that carries a secret (which the message does not repeat).
-
-    Raises:
-        ValueError: It cannot be used, for the reason that the message gives.
-    """
+    """Refuses a URI of no known kind, or one that carries a secret (which the message does not repeat)."""
     parts = urlsplit(uri)
     user, at, _ = parts.netloc.rpartition("@")
     if at and (":" in user or parts.scheme not in _WITH_USER):
