@@ -11,9 +11,7 @@ from raycomplete.config import RunConfig
 from raycomplete.data.organisms import ORGANISMS
 from raycomplete.plan import catalogue
 from raycomplete.plan.catalogue import GIB, ModelShape
-from raycomplete.plan.estimate import Estimate, make_plan
-from raycomplete.plan.layout import WAITING_GOAL, engine_name
-from raycomplete.plan.workload import Request
+from raycomplete.plan.estimate import Estimate, Request, make_plan, sync_bytes
 from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import CheckpointError
 
@@ -105,7 +103,7 @@ def _shape(spec: str, role: str | None = None) -> ModelShape:
 
 def _show(estimate: Estimate, console: Console) -> None:
     """Prints tables by role, the bottleneck, and what was assumed, none of it wider than 80 columns."""
-    request, work, step = estimate.request, estimate.work, estimate.pace.step
+    request, step, trained = estimate.request, estimate.step_s, estimate.request.work.trained_tokens
     models = ", ".join(f"{role} {shape.name} ({_billions(shape)})" for role, shape in request.shapes.items())
     console.rich.print(f"{models}\n{request.nodes} x {request.devices_per_node} {request.hardware.label}\n")
     rows = [["role", "devices", "tokens a step", "tokens/s", "time", "busy"]]
@@ -120,60 +118,28 @@ def _show(estimate: Estimate, console: Console) -> None:
         rows.append([part, *(f"{parts[part] / GIB:.3g}" if part in parts else "" for parts in roles)])
     rows.append(["total", *(f"{sum(parts.values()) / GIB:.3g}" for parts in roles)])
     console.table(f"Memory of one device, GiB ({usable:.1f} can be filled)", rows)
-    payload, every = sum(estimate.payload_bytes.values()), request.config.rollout.sync_every
-    updates = f"{_size(estimate.sync_bytes)} every {every} step(s), {_size(estimate.sync_bytes / every / step)}/s"
     hours = f"{estimate.hours:.2f} hours" if estimate.hours >= 1 else f"{estimate.hours * 60:.1f} minutes"
+    steps, moved = request.config.train.steps, sync_bytes(request)
     console.panel(
         [
-            ("step", f"{_seconds(step)}, of which the trainer waits {estimate.pace.waiting:.0%} for engines"),
-            *((f"  {name}", _seconds(seconds)) for name, seconds in estimate.train_parts.items() if seconds > 0),
-            ("trained tokens", f"{work.trained_tokens:,.0f} a step, {work.trained_tokens / step:,.0f} a second"),
-            ("hidden states", f"{_size(payload)} a step, {_size(payload / step)}/s through the object store"),
-            *([("weights to engines", updates)] if estimate.sync_bytes else []),
-            ("cost", f"{estimate.cost_per_million_tokens:.3g} per million trained tokens"),
-            ("whole run", f"{request.train.steps} steps, {hours}, {estimate.cost:,.3g}"),
+            ("step", _seconds(step)),
+            ("trained tokens", f"{trained:,.0f} a step, {trained / step:,.0f} a second"),
+            *([("weights to engines", f"{moved / 1e9:,.3g} GB an update")] if moved else []),
+            ("whole run", f"{steps} steps, {hours}, {estimate.cost:,.3g}"),
+            ("cost", f"{estimate.cost / (steps * trained) * 1e6:.3g} per million trained tokens"),
         ]
     )
     wrap = textwrap.TextWrapper(console.rich.width)
-    console.rich.print(f"\n{wrap.fill(_bottleneck(estimate))}\n\nAssumed:", highlight=False)
+    sentence = f"Bottleneck: {estimate.bottleneck}, {_seconds(step)} a step."
+    console.rich.print(f"\n{wrap.fill(sentence)}\n\nAssumed:", highlight=False)
     wrap.initial_indent, wrap.subsequent_indent = "  - ", "    "
     for line in estimate.assumptions():
         console.rich.print(wrap.fill(line), highlight=False)
 
 
-def _bottleneck(estimate: Estimate) -> str:
-    """The part that sets the pace, and what little waiting would take."""
-    goal = estimate.goal
-    sentence = f"Bottleneck: {estimate.pace.bottleneck}, {_seconds(estimate.pace.step)} a step."
-    updates = estimate.loop.sync / estimate.loop.sync_every
-    if updates > max(estimate.loop.train, estimate.loop.rollout or 0.0):
-        sentence += (
-            f" Updates of the engines' weights take {_seconds(updates)} of it: a larger rollout.sync_every "
-            "(with rollout.max_staleness) or train.lora_rank would shrink them."
-        )
-    if estimate.layout.shared:
-        return f"{sentence} Each role on devices of its own would overlap them."
-    if goal is None:
-        return (
-            f"{sentence} No number of engines brings waiting to {WAITING_GOAL:.0%}: host time of engines and transfers "
-            "alone take longer."
-        )
-    engines = ", ".join(f"{count} {engine_name(role)}(s)" for role, count in goal.replicas.items())
-    if estimate.pace.waiting <= WAITING_GOAL:
-        return f"{sentence} The trainer waits little; {engines} would be enough for {goal.workers} worker(s)."
-    return (
-        f"{sentence} Waiting falls to {WAITING_GOAL:.0%} at {goal.workers} training worker(s) with {engines}: "
-        f"{goal.devices} devices in all."
-    )
-
-
 def _billions(shape: ModelShape) -> str:
     count = shape.num_parameters
     return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.3g}M"
-
-
-def _size(value: float) -> str:
-    return f"{value / 1e9:,.3g} GB" if value >= 1e9 else f"{value / 1e6:,.3g} MB"
 
 
 def _seconds(value: float) -> str:

@@ -22,7 +22,7 @@ from raycomplete.doctor.findings import Context, Finding, fail, ok, warn
 from raycomplete.doctor.packages import import_report
 from raycomplete.engines.spec import OBJECT_STORE_BYTES, object_store_bytes
 from raycomplete.plan.catalogue import ENGINE_GIB, GIB, WORKER_GIB
-from raycomplete.plan.trainer import states_bytes
+from raycomplete.plan.estimate import states_bytes
 from raycomplete.runtime.errors import CheckpointError
 from raycomplete.runtime.files import cache_folder
 from raycomplete.runtime.machine import available_cpus, bfloat16_units, choose_dtype, compiler_problem

@@ -22,108 +22,41 @@ DTYPE_BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2}
 
 @dataclass(frozen=True)
 class Hardware:
-    """One device and its node: published peaks, and the shares of them that this package's work reaches.
-
-    Attributes:
-        memory_bandwidth: Bytes a second between a device and its memory, as all bandwidths.
-        link_bandwidth: Between two devices of a node, one direction.
-        fabric_bandwidth: Of collectives between nodes, for each device.
-        copy_bandwidth: Between a device and its host.
-        call_s: Seconds to launch one kernel, or to call one small operation on a CPU.
-        softmax_per_s: Elements a second that a softmax and its gradient pass through; 0 derives it from bandwidth.
-        product_share: Share of the peak that products reach in engines, as `train_share` and `loss_share` elsewhere.
-        bandwidth_share: Share of memory bandwidth that reading weights and caches reaches.
-        link_share: Share of a link that collectives reach.
-        engine_calls: Kernel launches of a layer in vLLM's eager mode; `train_calls` in transformers, forward.
-        request_s: Host seconds of an engine for one scored sequence. H100, 8B shape, 64 sequences: 39.6 k tokens/s with
-            hidden states against 42.9 k alone.
-        decode_call_s: Host seconds of an engine for one decoding step.
-        optimizer_bytes: Traffic of AdamW and gradient clipping for a trained parameter; fitted to the organism's step.
-        object_store_bandwidth: Copies into shared memory.
-    """
+    """One device: its memory, published peaks, bytes a second of its memory, and an example price of an hour."""
 
     name: str
     label: str
-    is_gpu: bool
     memory_bytes: float
     bfloat16_flops: float
     float32_flops: float
     memory_bandwidth: float
-    link_bandwidth: float
-    fabric_bandwidth: float
-    copy_bandwidth: float
-    call_s: float
-    softmax_per_s: float
-    product_share: float
     example_price: float
-    source: str
-    # Those of a CPU, whose peak is that of one large product; the training share is fitted to the organism's step.
-    train_share: float = 0.5
-    loss_share: float = 1.0
-    bandwidth_share: float = 0.7
-    link_share: float = 0.7
-    engine_calls: int = 12
-    train_calls: int = 45
-    request_s: float = 1.65e-3
-    decode_call_s: float = 3e-3
-    optimizer_bytes: float = 100.0
-    object_store_bandwidth: float = 5e9
+    is_gpu: bool = True
 
     def flops(self, dtype: Dtype) -> float:
         """Peak of dense matrix products."""
         return self.bfloat16_flops if dtype == "bfloat16" else self.float32_flops
 
-    @property
-    def elements_per_s(self) -> float:
-        """Elements a second of a softmax and its gradient; on a GPU three passes over two bytes each."""
-        return self.softmax_per_s or self.memory_bandwidth / 6
 
-    def busy_s(self, flops: float, moved: float, calls: float, share: float, dtype: Dtype) -> float:
-        """Seconds of products and of bytes that are only moved; a GPU hides launches behind them, a CPU does not."""
-        busy = flops / (self.flops(dtype) * share) + moved / self.memory_bandwidth
-        launched = calls * self.call_s
-        return max(busy, launched) if self.is_gpu else busy + launched
-
-
-# Fitted to records of an H100 (docs/notes/speed.md): 8B shape, 64 x 1024 tokens, prefill alone 42.9 k tokens/s; the
-# loss's products of N 8192, V 128256, H 4096 with two teachers in 52 ms.
-_GPU_PRODUCT_SHARE, _GPU_LOSS_SHARE = 0.695, 0.83
-_GPU_TRAIN_SHARE = _GPU_PRODUCT_SHARE * 0.75
-
-# Name, label, GiB, dense TFLOP/s in bfloat16 and float32, then GB/s of memory, of a link between devices, of the fabric
-# between nodes and of the copy to the host, and an example price of an hour.
-_GPU_TABLE = (
-    ("h100", "NVIDIA H100 SXM 80 GB", 79, 989, 67, 3350, 450, 50, 25, 2.5),
-    ("h200", "NVIDIA H200 SXM 141 GB", 139, 989, 67, 4800, 450, 50, 25, 3.5),
-    ("b200", "NVIDIA B200 180 GB", 178, 2250, 75, 7700, 900, 50, 25, 5.0),
-    ("a100", "NVIDIA A100 SXM 80 GB", 79, 312, 19.5, 2039, 300, 25, 12, 1.5),
-    ("a100-40gb", "NVIDIA A100 SXM 40 GB", 39, 312, 19.5, 1555, 300, 25, 12, 1.2),
-    ("l40s", "NVIDIA L40S 48 GB", 44, 362, 91.6, 864, 25, 12.5, 12, 1.0),
-    ("l4", "NVIDIA L4 24 GB", 22, 121, 30.3, 300, 12, 3, 12, 0.6),
+# Makers' data sheets: name, label, GiB, dense TFLOP/s in bfloat16 and float32, GB/s of memory; example price of an hour
+_DEVICES = (
+    ("h100", "NVIDIA H100 SXM 80 GB", 79, 989, 67, 3350, 2.5),
+    ("h200", "NVIDIA H200 SXM 141 GB", 139, 989, 67, 4800, 3.5),
+    ("b200", "NVIDIA B200 180 GB", 178, 2250, 75, 7700, 5.0),
+    ("a100", "NVIDIA A100 SXM 80 GB", 79, 312, 19.5, 2039, 1.5),
+    ("a100-40gb", "NVIDIA A100 SXM 40 GB", 39, 312, 19.5, 1555, 1.2),
+    ("l40s", "NVIDIA L40S 48 GB", 44, 362, 91.6, 864, 1.0),
+    ("l4", "NVIDIA L4 24 GB", 22, 121, 30.3, 300, 0.6),
+    ("cpu", "two cores of a server CPU with AVX-512", 24, 0.3, 0.15, 15, 0.1),
 )
-
-
-def _gpu(name: str, label: str, *numbers: float) -> Hardware:
-    gib, tflops, tflops_float32, memory, link, fabric, copy, price = numbers
-    source = "the maker's data sheet (dense peaks, one direction of a link)"
-    rates = (tflops * 1e12, tflops_float32 * 1e12, memory * 1e9, link * 1e9, fabric * 1e9, copy * 1e9)
-    shares = (_GPU_TRAIN_SHARE, _GPU_LOSS_SHARE)
-    return Hardware(name, label, True, gib * GIB, *rates, 5e-6, 0.0, _GPU_PRODUCT_SHARE, price, source, *shares)
-
-
-_CPU_PEAKS = (3.0e11, 1.5e11, 1.5e10, 5e9, 1.25e9, 1.5e10)  # in the order of the fields
-_CPU_SOURCE = "an example"
-_CPU_LABEL = "two cores of a server CPU with AVX-512"
-_CPU = Hardware("cpu", _CPU_LABEL, False, 24 * GIB, *_CPU_PEAKS, 5e-6, 1.5e8, 1.0, 0.1, _CPU_SOURCE)
-_HARDWARE = {item.name: item for item in (*(_gpu(*row) for row in _GPU_TABLE), _CPU)}
+_HARDWARE = {
+    name: Hardware(name, label, gib * GIB, fast * 1e12, slow * 1e12, memory * 1e9, price, is_gpu=name != "cpu")
+    for name, label, gib, fast, slow, memory, price in _DEVICES
+}
 
 
 def find_hardware(name: str) -> Hardware:
-    """Finds hardware by name.
-
-    Raises:
-        ConfigError: The name is unknown; the nearest one is offered.
-    """
+    """Finds hardware by name, or refuses an unknown one with the nearest name."""
     key = name.lower()
     if key in _HARDWARE:
         return _HARDWARE[key]
@@ -136,14 +69,7 @@ def find_hardware(name: str) -> Hardware:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A Llama-like decoder: gated MLP, grouped key-value heads, RMS norms.
-
-    Attributes:
-        head_dim: Width of a head; num_heads * head_dim need not be hidden_size.
-        tied: The output head is the embedding.
-        qk_norm: Query and key have norms, one weight a column of a head.
-        norms_per_layer: RMS norms of the whole width in a layer.
-    """
+    """A Llama-like decoder: gated MLP, grouped key-value heads, RMS norms; `tied` shares head and embedding."""
 
     name: str
     num_layers: int
@@ -197,10 +123,7 @@ class ModelShape:
         return self.num_layers * rank * widths
 
     def forward_flops(self, tokens: float, mean_context: float) -> float:
-        """Operations of the body, without embedding and head; a multiplication and an addition count two.
-
-        A token attends to `mean_context` keys on average, T / 2 in a causal prefill of T.
-        """
+        """Operations of the body without embedding and head; a token attends to `mean_context` keys on average."""
         attention = 4.0 * self.num_layers * self.query_width * mean_context
         return tokens * (2.0 * self.body_parameters + attention)
 
@@ -209,12 +132,9 @@ class ModelShape:
         return 2 * self.num_layers * self.kv_width * DTYPE_BYTES[dtype]
 
     def activation_bytes_per_token(self, dtype: Dtype) -> int:
-        """Bytes that one layer keeps of a token for its backward pass in transformers' implementation.
-
-        Each norm keeps its input in float32, the normed row and its product with the weight; attention keeps query,
-        key and value (repeated to all heads), its output and the input of the output projection; the MLP keeps gate,
-        up, the activated gate and their product.
-        """
+        """Bytes that one layer keeps of a token for its backward pass in transformers' implementation."""
+        # Norms: input in float32, normed row, product with the weight. Attention: query, key and value (repeated to all
+        # heads), output, input of the projection. MLP: gate, up, activated gate and their product.
         size = DTYPE_BYTES[dtype]
         norms = self.norms_per_layer * self.hidden_size * (4 + 2 * size)
         return norms + 5 * self.query_width * size + 4 * self.intermediate_size * size
@@ -225,11 +145,7 @@ class ModelShape:
 
 
 def shape_from_config(config: Mapping[str, Any], name: str) -> ModelShape:
-    """Reads a checkpoint's config.json.
-
-    Raises:
-        CheckpointError: The model is no plain decoder of a family that the formulas know.
-    """
+    """Reads a checkpoint's config.json; raises CheckpointError for families without a formula."""
     config = text_config(config)
     family = llama_like(config, name)
     try:
@@ -289,11 +205,7 @@ _SHORT |= {"135m": "smollm2-135m", "qwen-7b": "qwen2.5-7b", "llama-8b": _SHORT["
 
 
 def preset(name: str) -> ModelShape:
-    """A published shape by name or size.
-
-    Raises:
-        ConfigError: Nothing is known under that name; the nearest is offered.
-    """
+    """Finds a published shape by name or size, or refuses an unknown one with the nearest name."""
     key = name.lower()
     key = _SHORT.get(key, key)
     if key in _PRESETS:

@@ -14,7 +14,7 @@ from raycomplete.engines import dtype as dtype_module
 from raycomplete.engines.dtype import Processor, examine, resolve_dtype
 from raycomplete.engines.spec import EngineSpec
 from raycomplete.plan.catalogue import find_hardware, preset
-from raycomplete.plan.workload import Request
+from raycomplete.plan.estimate import Request
 from raycomplete.runtime import machine
 from raycomplete.runtime.console import Console
 from tests.conftest import ROOT

@@ -8,19 +8,14 @@ from typing import Any
 
 from raycomplete.config import load_run_file
 from raycomplete.plan.catalogue import find_hardware, preset
-from raycomplete.plan.workload import Request
+from raycomplete.plan.estimate import Request
 
 JOBS = Path(__file__).resolve().parents[2] / "jobs"
-# A device on which products alone take time.
-PRODUCTS = replace(
-    find_hardware("h100"),
-    memory_bandwidth=float("inf"),
-    call_s=0.0,
-    product_share=1.0,
-    loss_share=1.0,
-    softmax_per_s=float("inf"),
-    bfloat16_flops=1e15,
-)
+
+
+def of_all(name: str) -> dict[str, Any]:
+    """One shape for every role."""
+    return dict.fromkeys(("student", "aligned", "base"), preset(name))
 
 
 def a_request(*overrides: str, **changes: Any) -> Request:
