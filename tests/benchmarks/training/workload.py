@@ -15,16 +15,7 @@ Sequence = tuple[tuple[int, ...], tuple[int, ...]]
 class Workload:
     """One short run: distil the teacher into the student on given answers with forward KL, full fine-tuning with AdamW.
 
-    Attributes:
-        student: Checkpoint that is trained.
-        teacher: Frozen checkpoint.
-        vocab_size: Of the tokenizer; token ids stay below it.
-        batch: Sequences of an optimizer step.
-        per_device_batch_size: Sequences of one forward pass.
-        warmup_steps: First steps, not counted.
-        counted_steps: Steps that are measured.
-        tail_steps: Last steps, not counted: where teachers read ahead, the last steps find their scores ready.
-        threads: CPU threads of the trainer.
+    Where teachers read ahead, the last steps find their scores ready, so `tail_steps` are not counted.
     """
 
     student: Path
@@ -59,13 +50,9 @@ class Workload:
 
 @dataclass(frozen=True)
 class Throughput:
-    """The counted steps of one run.
+    """The counted steps of one run: tokens of prompts and answers, wall-clock and processor time of all threads.
 
-    Attributes:
-        tokens: Prompt and answer tokens that they trained on, padding left out.
-        seconds: Wall-clock time from step to step.
-        cpu_seconds: Processor time of the trainer's process, all threads: what a busy machine distorts least. None
-            where the work is spread over processes.
+    Processor time is what a busy machine distorts least; None where the work is spread over processes.
     """
 
     tokens: int
