@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -259,7 +260,7 @@ def test_targets_of_the_loss_benchmark_are_there_before_its_end(
     for name, stand_in in {"_load_all": dict, "environment": dict, "describe": str}.items():
         monkeypatch.setattr(benchmark, name, lambda _, make=stand_in: make())
     monkeypatch.setattr(benchmark, "_measure", measure)
-    with pytest.raises(KeyboardInterrupt):
+    with suppress(KeyboardInterrupt):  # on a GPU, at the third point
         benchmark.run(torch.device(device), tmp_path / "loss", console=QUIET)
     values = next(stage for stage in STAGES if stage.name == "loss").read(Plan(tmp_path, False))
     assert sum(name.startswith("target: ") for name in values) == (2 if device == "cuda" else 4)
