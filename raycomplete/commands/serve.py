@@ -22,10 +22,9 @@ from raycomplete.runtime.errors import ConfigError
 from raycomplete.runtime.machine import package_versions
 from raycomplete.runtime.types import MODEL_ROLES, ModelRole
 from raycomplete.serving import deployment
-from raycomplete.serving.model_server import ModelServer
-from raycomplete.serving.process import ProcessBackend
+from raycomplete.serving.answers import ModelServer
 from raycomplete.serving.requests import TOKEN_VARIABLE, is_loopback, read_token_digest
-from raycomplete.serving.runner import Cancelled, OnProgress
+from raycomplete.serving.runner import Cancelled, OnProgress, ProcessBackend
 
 _TOOLS = 3  # engines of one evaluation beside its generators and white boxes, at most: guide, attacker, judge
 

@@ -9,12 +9,11 @@ from raycomplete.config.engines import ClusterConfig, PromptAugmentationConfig, 
 from raycomplete.config.evaluation import EvaluationConfig, RemoteConfig
 from raycomplete.config.loading import dump, load_run_file, map_paths, parse
 from raycomplete.config.run import OutputConfig, PromptSets, RunConfig
-from raycomplete.config.serving import AutoscalingConfig, ServeConfig
+from raycomplete.config.serving import ServeConfig
 from raycomplete.config.training import TrainConfig, ValidationConfig
 from raycomplete.runtime.section import Dtype
 
 __all__ = [
-    "AutoscalingConfig",
     "ClusterConfig",
     "DiagnoseConfig",
     "Dtype",

@@ -1,35 +1,34 @@
-"""Turns requests in OpenAI's shape into token sequences for one model, and what it says into answers and chunks."""
+"""Answers requests in OpenAI's shape with one model: encodes them, generates, and builds the answer or its chunks."""
 
 from __future__ import annotations
 
 import asyncio
+import time
+import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any, Protocol
 
+from raycomplete.config import RunConfig
 from raycomplete.data.chat import ChatCodec
-from raycomplete.engines.online_engine import OnlineSampling, Piece
+from raycomplete.data.inputs import prepare_models
+from raycomplete.data.remote import is_remote
+from raycomplete.engines.cluster import uses_gpu
+from raycomplete.engines.dtype import resolve_dtype
+from raycomplete.engines.online_engine import OnlineEngine, OnlineSampling, Piece
+from raycomplete.engines.spec import EngineSpec
+from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import RaycompleteError, RefusedError
-from raycomplete.runtime.types import Prompt, TurnRole
-from raycomplete.serving.openai_schemas import (
-    MAX_ANSWERS,
-    ChatAnswer,
-    ChatChoice,
-    ChatLogprobs,
-    ChatRequest,
-    ChatView,
-    CompletionChoice,
-    CompletionRequest,
-    CompletionView,
-    Logprobs,
-    Message,
-    NoAnswer,
-    Usage,
-    head,
-)
+from raycomplete.runtime.types import ModelRole, Prompt, TurnRole
+from raycomplete.serving.openai_api import MAX_ANSWERS, Asked, ChatRequest, CompletionRequest, Message, NoAnswer
 
-_DEFAULT_COMPLETION_TOKENS = 16
+TIMEOUT_S = 600.0  # longest wait for a whole answer, or for the next piece of a stream
+_CHAT_TOKENS, _COMPLETION_TOKENS = 256, 16  # of a request that names no number
+
+_Item = tuple[Piece, str | None, int]
+"""A piece of an answer, the thought before it, and the number of tokens that both took."""
 
 
 class TextModel(Protocol):
@@ -39,29 +38,10 @@ class TextModel(Protocol):
         """Continues one sequence, in pieces."""
 
 
-class RefusedRequest(Exception):
-    """Says why a request is refused before a model reads it."""
+class RefusedRequest(RefusedError):
+    """A request that is refused before a model reads it."""
 
-    def __init__(self, message: str, *, status: int = 400, code: str | None = None) -> None:
-        super().__init__(message)
-        self.refusal = NoAnswer(status, message, code)
-
-
-@dataclass(frozen=True)
-class AnswerLimits:
-    """Limits of one model's answers.
-
-    Attributes:
-        max_length: Longest sequence, prompt and answer together, in tokens.
-        max_tokens: Longest answer in tokens; a request that asks for more gets as many.
-        max_thinking_tokens: Longest thought of a reasoning model before an answer.
-        timeout_s: Longest wait for a whole answer, or for the next piece of a stream.
-    """
-
-    max_length: int
-    max_tokens: int
-    max_thinking_tokens: int
-    timeout_s: float
+    code: str | None = None
 
 
 @dataclass(frozen=True)
@@ -71,7 +51,6 @@ class _Sequence:
     Attributes:
         echo: The prompt's text where it is repeated before the answer, and `start` its first token's.
         reads_only: No token is asked for.
-        is_chat: A reasoning model thinks before it answers; a text is continued as it stands.
     """
 
     tokens: tuple[int, ...]
@@ -79,140 +58,129 @@ class _Sequence:
     echo: str = ""
     start: str = ""
     reads_only: bool = False
-    is_chat: bool = False
+    thinks: bool = False
 
 
-@dataclass(frozen=True)
-class _Said:
-    """One whole answer."""
+class ModelServer:
+    """A model of the run behind an engine of its own: what Ray Serve makes a replica of.
 
-    piece: Piece
-    thought: str | None
-    written: int
+    It must start in a process whose environment is that of `EngineSpec`.
+    """
+
+    def __init__(self, config: RunConfig, role: ModelRole) -> None:
+        config = resolve_dtype(config, Console(quiet=True))
+        local = [name for name in ("aligned", role) if not is_remote(getattr(config.models, name))]
+        models = prepare_models(config, roles=list(dict.fromkeys(local)), remote=True)
+        spec = EngineSpec.from_config(config, "single", models.paths[role], use_gpu=uses_gpu(config.cluster))
+        self._engine = OnlineEngine(spec, sorted(models.codec.eos_ids), timeout_s=config.cluster.start_timeout_s)
+        thought = config.evaluation.max_thinking_tokens
+        self._answerer = Answerer(models.codec, self._engine, config.models.max_length, thought)
+
+    async def answer(self, request: Asked) -> AsyncIterator[dict[str, Any] | NoAnswer]:
+        async for item in self._answerer.answer(request):
+            yield item
+
+    def check_health(self) -> None:
+        """Fails where the engine failed, which makes Serve replace the replica."""
+        self._engine.check()
 
 
 class Answerer:
-    """Answers requests with one model."""
+    """Answers requests with one model, whose prompt and answer together may have `max_length` tokens."""
 
-    def __init__(self, codec: ChatCodec, model: TextModel, limits: AnswerLimits) -> None:
-        self._codec, self._model, self._limits = codec, model, limits
+    def __init__(
+        self, codec: ChatCodec, model: TextModel, max_length: int, max_thought: int, timeout_s: float = TIMEOUT_S
+    ) -> None:
+        self._codec, self._model = codec, model
+        self._max_length, self._max_thought, self._timeout_s = max_length, max_thought, timeout_s
 
-    async def complete(self, request: ChatRequest | CompletionRequest) -> ChatView | CompletionView | NoAnswer:
-        """Returns the whole answer."""
+    async def answer(self, request: Asked) -> AsyncIterator[dict[str, Any] | NoAnswer]:
+        """Yields the whole answer, or chunks where the request streams; a refusal is the last item."""
         try:
-            sequences = self._sequences(request, streams=False)
-            async with asyncio.timeout(self._limits.timeout_s), asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self._say(sequence)) for sequence in sequences]
-        except BaseExceptionGroup as errors:
-            return _refusal(errors.exceptions[0], self._limits)
-        except Exception as error:
-            return _refusal(error, self._limits)
-        said = [task.result() for task in tasks]
-        usage = Usage.of(_num_read(request, sequences), sum(answer.written for answer in said))
-        if isinstance(request, ChatRequest):
-            chat = [
-                ChatChoice(
-                    index=index,
-                    message=ChatAnswer(content=answer.piece.text, reasoning_content=answer.thought),
-                    logprobs=ChatLogprobs.of(request, answer.piece),
-                    finish_reason=answer.piece.finish_reason or "length",
-                )
-                for index, answer in enumerate(said)
-            ]
-            return ChatView(**head("chatcmpl", request.model), choices=chat, usage=usage)
-        texts = [
-            CompletionChoice(
-                index=index,
-                text=sequence.echo + answer.piece.text,
-                logprobs=Logprobs.of(request, answer.piece, sequence.start),
-                finish_reason=answer.piece.finish_reason or "length",
-            )
-            for index, (sequence, answer) in enumerate(zip(sequences, said, strict=True))
-        ]
-        return CompletionView(**head("cmpl", request.model), choices=texts, usage=usage)
+            async with aclosing(self._items(request)) as items:
+                async for item in items:
+                    yield item
+        except TimeoutError:
+            yield NoAnswer(503, f"The model did not answer within {self._timeout_s:g} s.")
+        except RaycompleteError as error:
+            yield NoAnswer(400 if isinstance(error, RefusedError) else 503, str(error), getattr(error, "code", None))
 
-    async def stream(self, request: ChatRequest | CompletionRequest) -> AsyncIterator[dict[str, Any] | NoAnswer]:
-        """Yields chunks; the first item tells by its kind whether there is an answer. A refusal is the last item."""
-        try:
-            async with aclosing(self._chunks(request)) as chunks:
-                async for chunk in chunks:
-                    yield chunk
-        except BaseExceptionGroup as errors:
-            yield _refusal(errors.exceptions[0], self._limits)
-        except Exception as error:
-            yield _refusal(error, self._limits)
-
-    async def _chunks(self, request: ChatRequest | CompletionRequest) -> AsyncGenerator[dict[str, Any], None]:
-        sequences = self._sequences(request, streams=True)
-        is_chat = isinstance(request, ChatRequest)
-        kind = "chat.completion.chunk" if is_chat else "text_completion"
-        common = {**head("chatcmpl" if is_chat else "cmpl", request.model), "object": kind}
-        written, offsets = 0, [0] * len(sequences)
-        if is_chat:
+    async def _items(self, request: Asked) -> AsyncGenerator[dict[str, Any], None]:
+        sequences, is_chat = self._sequences(request), isinstance(request, ChatRequest)
+        kind = "chat.completion" if is_chat else "text_completion"
+        head: dict[str, Any] = {
+            "id": f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}",
+            "object": f"{kind}.chunk" if is_chat and request.stream else kind,
+            "created": int(time.time()),
+            "model": request.model,
+        }
+        if is_chat and request.stream:
             for index in range(len(sequences)):
-                start = {"index": index, "delta": {"role": "assistant", "content": ""}}
-                yield common | {"choices": [start | {"logprobs": None, "finish_reason": None}]}
-        merged = _merged([self._pieces(sequence) for sequence in sequences], self._limits.timeout_s)
+                delta = {"role": "assistant", "content": ""}
+                first = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+                yield head | {"choices": [first]}
+        written, offsets, whole = 0, [0] * len(sequences), {}
+        merged = _merged([self._pieces(sequence) for sequence in sequences], self._timeout_s)
         async with aclosing(merged) as items:
             async for index, (piece, thought, count) in items:
                 written += count
+                choice: dict[str, Any] = {"index": index}
                 if isinstance(request, ChatRequest):
-                    delta = {"reasoning_content": thought} if thought is not None else {"content": piece.text}
-                    choice: dict[str, Any] = {"index": index, "delta": delta}
-                    logprobs: ChatLogprobs | Logprobs | None = ChatLogprobs.of(request, piece)
+                    said = {"content": piece.text, "reasoning_content": thought}
+                    if not request.stream:
+                        choice["message"] = {"role": "assistant", **said}
+                    else:
+                        choice["delta"] = {"content": piece.text} if thought is None else {"reasoning_content": thought}
+                    choice["logprobs"] = _chat_logprobs(request, piece)
                 else:
                     text = ("" if offsets[index] else sequences[index].echo) + piece.text
-                    choice = {"index": index, "text": text}
-                    logprobs = Logprobs.of(request, piece, sequences[index].start, offsets[index])
+                    choice["text"] = text
+                    choice["logprobs"] = _logprobs(request, piece, sequences[index].start, offsets[index])
                     offsets[index] += len(text)
-                choice |= {"logprobs": logprobs and logprobs.model_dump(), "finish_reason": piece.finish_reason}
-                yield common | {"choices": [choice]}
-        if request.counts_usage:
-            usage = Usage.of(_num_read(request, sequences), written)
-            yield common | {"choices": [], "usage": usage.model_dump()}
+                choice["finish_reason"] = piece.finish_reason
+                if request.stream:
+                    yield head | {"choices": [choice]}
+                whole[index] = choice
+        read = sum(len(sequence.tokens) for sequence in sequences[:: request.n or 1])  # a prompt is read once for its n
+        usage = {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
+        if not request.stream:
+            yield head | {"choices": [whole[index] for index in sorted(whole)], "usage": usage}
+        elif request.stream_options is not None and request.stream_options.include_usage:
+            yield head | {"choices": [], "usage": usage}
 
-    async def _say(self, sequence: _Sequence) -> _Said:
-        thoughts, written, whole = [], 0, Piece("")
-        async for piece, thought, count in self._pieces(sequence):
-            written += count
-            thoughts += [] if thought is None else [thought]
-            whole = piece
-        return _Said(whole, "".join(thoughts) or None, written)
-
-    async def _pieces(self, sequence: _Sequence) -> AsyncIterator[tuple[Piece, str | None, int]]:
-        """Yields pieces of thought and answer: (piece, thought where it is one, tokens written)."""
-        tokens, frame = sequence.tokens, self._codec.frame
-        if frame is not None and frame.thinks and sequence.is_chat and frame.may_think(tokens):
-            thought = await self._think(sequence)
-            if thought:
-                tokens = (*tokens, *thought)
-                yield Piece(""), self._codec.decode(thought), len(thought)
+    async def _pieces(self, sequence: _Sequence) -> AsyncIterator[_Item]:
+        tokens, thought, count = sequence.tokens, None, 0
+        if sequence.thinks and (ids := await self._think(sequence)):
+            tokens, thought, count = (*tokens, *ids), self._codec.decode(ids), len(ids)
+            if sequence.sampling.streams:
+                yield Piece(""), thought, count
+                thought, count = None, 0
         async for piece in self._model.generate(tokens, sequence.sampling):
             if sequence.reads_only:  # vLLM refuses to generate no token at all
                 piece = Piece("", prompt_logprobs=piece.prompt_logprobs, finish_reason="length")
-            yield piece, None, len(piece.token_ids)
+            yield piece, thought, count + len(piece.token_ids)
 
     async def _think(self, sequence: _Sequence) -> tuple[int, ...]:
         """Returns the thought before an answer, closed; empty where the model answers at once."""
-        frame, budget = self._codec.frame, self._limits.max_thinking_tokens
+        frame, budget = self._codec.frame, self._max_thought
         assert frame is not None
+        mark = frame.answer_mark
         sampling = sequence.sampling._replace(
             max_tokens=budget + len(frame.closing),
             stop=(),
-            stop_ids=frame.answer_mark if len(frame.answer_mark) == 1 else (),
+            stop_ids=mark if len(mark) == 1 else (),
             logprobs=None,
             streams=False,
         )
         said = [piece async for piece in self._model.generate(sequence.tokens, sampling)][-1]
         thought, _ = frame.split(sequence.tokens, said.token_ids)
-        mark = frame.answer_mark
         ends = next((at for at in range(len(thought)) if thought[at : at + len(mark)] == mark), None)
         if ends is None:
             return (*thought[:budget], *frame.closing) if thought else ()
         lead = next(at for at in range(len(frame.closing)) if frame.closing[at : at + len(mark)] == mark)
         return (*thought[:ends], *frame.closing[lead:])
 
-    def _sequences(self, request: ChatRequest | CompletionRequest, *, streams: bool) -> list[_Sequence]:
+    def _sequences(self, request: Asked) -> list[_Sequence]:
         """Encodes a request, and refuses what does not fit."""
         sampling = OnlineSampling(
             max_tokens=1,
@@ -222,49 +190,51 @@ class Answerer:
             seed=request.seed,
             frequency_penalty=request.frequency_penalty or 0.0,
             presence_penalty=request.presence_penalty or 0.0,
-            stop=request.stops,
-            streams=streams,
+            stop=(request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ()),
+            streams=bool(request.stream),
         )
         if isinstance(request, ChatRequest):
             if request.top_logprobs and not request.logprobs:
                 raise RefusedRequest("top_logprobs needs logprobs: true.")
             sampling = sampling._replace(logprobs=(request.top_logprobs or 0) if request.logprobs else None)
-            prompts = [_Sequence(tuple(self._chat_tokens(request)), sampling, is_chat=True)]
-            asked = request.max_completion_tokens or request.max_tokens
+            tokens, frame = tuple(self._chat_tokens(request)), self._codec.frame
+            thinks = frame is not None and frame.thinks and frame.may_think(tokens)
+            prompts = [_Sequence(tokens, sampling, thinks=thinks)]
+            asked = request.max_completion_tokens or request.max_tokens or _CHAT_TOKENS
         else:
+            if request.max_tokens == 0 and not request.echo:
+                raise RefusedRequest("max_tokens must be at least 1, got 0; only echo goes without new tokens.")
             sampling = sampling._replace(
                 logprobs=request.logprobs, prompt_logprobs=request.logprobs if request.echo else None
             )
-            prompts = [self._text_tokens(prompt, request, sampling) for prompt in _prompts(request)]
-            asked = _DEFAULT_COMPLETION_TOKENS if request.max_tokens is None else max(request.max_tokens, 1)
-            if request.max_tokens == 0 and not request.echo:
-                raise RefusedRequest("max_tokens must be at least 1, got 0; only echo goes without new tokens.")
+            given: Any = request.prompt
+            texts = [given] if isinstance(given, str) or isinstance(given[0], int) else given
+            prompts = [self._text_tokens(text, request, sampling) for text in texts]
+            asked = _COMPLETION_TOKENS if request.max_tokens is None else max(request.max_tokens, 1)
         if len(prompts) * (request.n or 1) > MAX_ANSWERS:
             raise RefusedRequest(f"prompts times n must be at most {MAX_ANSWERS}.")
         found = []
         for prompt in prompts:
-            fitted = self._fitted(prompt, asked)
+            count = min(asked, self._room(prompt))
             for number in range(request.n or 1):
                 seed = None if request.seed is None else request.seed + number
-                found.append(replace(fitted, sampling=fitted.sampling._replace(seed=seed)))
+                found.append(replace(prompt, sampling=prompt.sampling._replace(max_tokens=count, seed=seed)))
         return found
 
-    def _fitted(self, sequence: _Sequence, asked: int | None) -> _Sequence:
-        limits, frame, read = self._limits, self._codec.frame, len(sequence.tokens)
-        thinks = frame is not None and frame.thinks and sequence.is_chat and frame.may_think(sequence.tokens)
-        longest = limits.max_length
-        if thinks and frame is not None:
-            longest -= limits.max_thinking_tokens + len(frame.closing)
-        room, wanted = longest - read, min(asked or limits.max_tokens, limits.max_tokens)
-        if room < (wanted if asked else 1):
-            raise RefusedRequest(
-                f"This model's maximum context length is {longest} tokens. The request has {read} tokens of prompt and "
-                f"asks for {wanted if asked else 1} more.",
-                code="context_length_exceeded",
-            )
+    def _room(self, sequence: _Sequence) -> int:
+        """Counts the tokens that the context leaves for an answer."""
         if not sequence.tokens:
             raise RefusedRequest("The prompt is empty.")
-        return replace(sequence, sampling=sequence.sampling._replace(max_tokens=min(wanted, room)))
+        longest = self._max_length
+        if sequence.thinks and self._codec.frame is not None:
+            longest -= self._max_thought + len(self._codec.frame.closing)
+        if longest <= len(sequence.tokens):
+            error = RefusedRequest(
+                f"This model's maximum context length is {longest} tokens, and the prompt has {len(sequence.tokens)}."
+            )
+            error.code = "context_length_exceeded"
+            raise error
+        return longest - len(sequence.tokens)
 
     def _chat_tokens(self, request: ChatRequest) -> list[int]:
         messages, answer = list(request.messages), ""
@@ -282,7 +252,7 @@ class Answerer:
             raise RefusedRequest("continue_final_message needs a last message of the assistant.")
         elif starts is False:
             raise RefusedRequest("add_generation_prompt: false needs a last message of the assistant.")
-        prompt = conversation(messages)
+        prompt = _conversation(messages)
         if not answer:
             return prompt.encoded(self._codec)
         codec = self._codec.with_thinking(False)
@@ -298,55 +268,59 @@ class Answerer:
         return _Sequence(tuple(tokens), sampling, echo, self._codec.decode(tokens[:1]), request.max_tokens == 0)
 
 
-def conversation(messages: Sequence[Message]) -> Prompt:
-    """Returns the messages of a chat as a prompt.
-
-    Raises:
-        RefusedRequest: They do not go from user to assistant and back, after system messages, and end with the user.
-    """
+def _conversation(messages: Sequence[Message]) -> Prompt:
+    """Makes a prompt of a chat, whose turns must alternate after system messages and end with the user."""
     roles = ["system" if message.role == "developer" else message.role for message in messages]
     first = next((index for index, role in enumerate(roles) if role != "system"), len(roles))
-    asked, count = roles[first:], len(roles) - first
-    if asked != [("user", "assistant")[index % 2] for index in range(count)] or count % 2 == 0:
-        found = ", ".join(roles) or "none"
-        raise RefusedRequest(
-            "Conversation roles must alternate user/assistant/user/assistant after a system message, and end with the "
-            f"user (found: {found[:500]})."
-        )
-    system = "\n\n".join(message.text for message in messages[:first])
     turns: list[tuple[TurnRole, str]] = [
         ("user" if index % 2 == 0 else "assistant", message.text) for index, message in enumerate(messages[first:])
     ]
+    if roles[first:] != [role for role, _ in turns] or len(turns) % 2 == 0:
+        raise RefusedRequest(
+            "Conversation roles must alternate user/assistant/user/assistant after a system message, and end with the "
+            f"user (found: {(', '.join(roles) or 'none')[:500]})."
+        )
+    system = "\n\n".join(message.text for message in messages[:first])
     return Prompt("", turns[-1][1], "benign", system=system or None, earlier=tuple(turns[:-1]))
 
 
-def _num_read(request: ChatRequest | CompletionRequest, sequences: Sequence[_Sequence]) -> int:
-    """Counts the tokens of the prompts, each of which is asked `n` times."""
-    return sum(len(sequence.tokens) for sequence in sequences[:: request.n or 1])
+def _chat_logprobs(request: ChatRequest, piece: Piece) -> dict[str, Any] | None:
+    if not request.logprobs:
+        return None
+
+    def entry(token: str, logprob: float) -> dict[str, Any]:
+        return {"token": token, "logprob": logprob, "bytes": list(token.encode("utf-8", errors="replace"))}
+
+    count = request.top_logprobs or 0
+    return {
+        "content": [
+            {**entry(token.token, token.logprob), "top_logprobs": [entry(*other) for other in token.top[:count]]}
+            for token in piece.logprobs
+        ]
+    }
 
 
-def _prompts(request: CompletionRequest) -> list[str | list[int]]:
-    prompt: Any = request.prompt
-    return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else list(prompt)
+def _logprobs(request: CompletionRequest, piece: Piece, start: str, offset: int) -> dict[str, Any] | None:
+    """Lists the log-probabilities of a piece after those of the prompt, whose first token, `start`, has none."""
+    if request.logprobs is None:
+        return None
+    listed = [*piece.prompt_logprobs, *piece.logprobs]
+    texts = [start if token is None else token.token for token in listed]
+    return {
+        "tokens": texts,
+        "token_logprobs": [None if token is None else token.logprob for token in listed],
+        "top_logprobs": [
+            None if token is None else {token.token: token.logprob} | dict(reversed(token.top)) for token in listed
+        ],
+        "text_offset": list(accumulate(map(len, texts), initial=offset))[:-1],
+    }
 
 
-def _refusal(error: BaseException, limits: AnswerLimits) -> NoAnswer:
-    if isinstance(error, RefusedRequest):
-        return error.refusal
-    if isinstance(error, TimeoutError):
-        return NoAnswer(503, f"The model did not answer within {limits.timeout_s:g} s (serve.chat_timeout_s).")
-    if isinstance(error, RaycompleteError):
-        return NoAnswer(400 if isinstance(error, RefusedError) else 503, str(error))
-    raise error
-
-
-async def _merged(
-    streams: Sequence[AsyncIterator[tuple[Piece, str | None, int]]], timeout_s: float
-) -> AsyncGenerator[tuple[int, tuple[Piece, str | None, int]], None]:
+async def _merged(streams: Sequence[AsyncIterator[_Item]], timeout_s: float) -> AsyncGenerator[tuple[int, _Item], None]:
     """Yields the items of several streams as they come, with the number of their stream."""
     items: asyncio.Queue[Any] = asyncio.Queue()
 
-    async def read(index: int, stream: AsyncIterator[tuple[Piece, str | None, int]]) -> None:
+    async def read(index: int, stream: AsyncIterator[_Item]) -> None:
         try:
             async for item in stream:
                 items.put_nowait((index, item))

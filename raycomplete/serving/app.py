@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from fastapi import FastAPI, Header, Query, Response
+from fastapi import APIRouter, Depends, FastAPI, Header, Query, Response
 from fastapi.responses import HTMLResponse, PlainTextResponse
+from fastapi.security import HTTPBearer
 from prometheus_client import generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
@@ -21,14 +22,15 @@ from starlette.types import ASGIApp
 
 from raycomplete import __version__
 from raycomplete.attacks.registry import ATTACKS
+from raycomplete.runtime.files import read_json
 from raycomplete.runtime.types import ModelRole, Outcome
 from raycomplete.serving import schemas
-from raycomplete.serving.gate import Gate, add_errors, page
-from raycomplete.serving.openai_routes import Answers, add_openai
-from raycomplete.serving.requests import Admission, ForbiddenError
-from raycomplete.serving.runner import evaluation_folder, read_results, read_samples
+from raycomplete.serving.gate import HEARTBEAT_S, Gate, add_errors, page
+from raycomplete.serving.openai_api import Answers, add_openai
+from raycomplete.serving.requests import MAX_PROMPTS, Admission, ForbiddenError
+from raycomplete.serving.runner import read_samples
 from raycomplete.serving.schemas import State
-from raycomplete.serving.store import EvaluationStore
+from raycomplete.serving.store import EvaluationStore, evaluation_folder
 
 _POLL_S = 0.25  # runners are other processes: looking is the only way to hear of them
 _RECONNECT_MS = 2000
@@ -43,22 +45,6 @@ _EVENT_SCHEMA = {
         "data": {"type": "string", "description": "JSON with the time and what belongs to the event"},
     },
 }
-_ABOUT = {
-    400: "The body is no JSON.",
-    401: "The token is missing or wrong.",
-    403: "Not among what this server allows.",
-    404: "There is no such evaluation.",
-    409: "The idempotency key belongs to another request.",
-    413: "The body is too large.",
-    422: "A value is wrong.",
-    429: "The queue is full.",
-    503: "Not ready.",
-}
-
-
-def _problems(*codes: int) -> dict[int | str, dict[str, Any]]:
-    """Lists what an operation may answer beside its result. Any may be refused at the gate."""
-    return {code: {"model": schemas.Problem, "description": _ABOUT[code]} for code in sorted({*codes, 401, 403})}
 
 
 @dataclass(frozen=True)
@@ -73,39 +59,51 @@ class Service:
 
 def create_app(service: Service) -> ASGIApp:
     """Makes the application behind its gate."""
-    settings = service.admission.config.serve
+    problem = {"model": schemas.Problem, "description": "The reason why the request was not served."}
     app = FastAPI(
         title="raycomplete",
         version=__version__,
         summary="Adversarial evaluation of language models.",
         docs_url=None,  # both pages would fetch their scripts from elsewhere
         redoc_url=None,
+        responses={"4XX": problem, "5XX": problem},
     )
-    add_errors(app, settings.retry_after_s)
-    _add_evaluations(app, service)
-    _add_reading(app, service)
-    _add_surroundings(app, service)
+    add_errors(app)
+    # The dependency documents the token; the gate asks for it before any route is reached.
+    api = APIRouter(dependencies=[Depends(HTTPBearer(auto_error=False, scheme_name="token"))])
+    _add_evaluations(api, service)
+    _add_surroundings(api, service)
     if service.chat:
-        longest = service.admission.config.models.max_length
-        add_openai(app, service.chat, max_length=longest, heartbeat_s=settings.event_heartbeat_s)
-    _document_token(app)
-    return Gate(app, service.token_digest, settings.max_body_kib * 1024)
+        add_openai(api, service.chat, max_length=service.admission.config.models.max_length)
+    app.include_router(api)
+
+    @app.get("/healthz")
+    def healthz() -> dict[str, str]:
+        """Answers ok if the queue can be read; needs no token."""
+        service.store.counts()
+        return {"status": "ok"}
+
+    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
+    def index() -> HTMLResponse:
+        return HTMLResponse(page())
+
+    return Gate(app, service.token_digest)
 
 
-def _add_evaluations(app: FastAPI, service: Service) -> None:
+def _add_evaluations(api: APIRouter, service: Service) -> None:
     serve, store = service.admission.config.serve, service.store
 
-    @app.post(
-        "/v1/evaluations",
-        status_code=202,
-        response_model=schemas.EvaluationView,
-        responses=_problems(400, 409, 413, 422, 429),
-    )
+    def found(identity: str, evaluation: schemas.EvaluationView | None) -> schemas.EvaluationView:
+        if evaluation is None:
+            raise HTTPException(404, f"There is no evaluation {identity[:80]!r}.")
+        return evaluation
+
+    @api.post("/v1/evaluations", status_code=202)
     def submit(
         request: schemas.EvaluationRequest,
         response: Response,
         idempotency_key: Annotated[str | None, Header(min_length=1, max_length=200)] = None,
-    ) -> Any:
+    ) -> schemas.EvaluationView:
         """Queues an evaluation. The same Idempotency-Key never queues a second one, so retries are safe."""
         admitted = service.admission.admit(request)
         tree = admitted.model_dump(mode="json")
@@ -114,7 +112,7 @@ def _add_evaluations(app: FastAPI, service: Service) -> None:
         response.headers["Idempotent-Replayed"] = str(not is_new).lower()
         return evaluation
 
-    @app.get("/v1/evaluations", responses=_problems(422))
+    @api.get("/v1/evaluations")
     def list_evaluations(
         limit: _Limit = 50,
         before: Annotated[int | None, Query(ge=0, le=_MAX_NUMBER)] = None,
@@ -124,27 +122,23 @@ def _add_evaluations(app: FastAPI, service: Service) -> None:
         """Evaluations, newest first; `before` takes the `next` of the page before."""
         return store.page(limit=limit, before=before, state=state, label=label)
 
-    @app.delete("/v1/evaluations/{evaluation_id}", status_code=202, responses=_problems(404, 413))
+    @api.delete("/v1/evaluations/{evaluation_id}", status_code=202)
     def cancel(evaluation_id: str) -> schemas.EvaluationView:
         """Cancels what waits or runs, and keeps what was finished. One that ended stays as it is."""
-        return _found(store.cancel(evaluation_id), evaluation_id)
+        return found(evaluation_id, store.cancel(evaluation_id))
 
-
-def _add_reading(app: FastAPI, service: Service) -> None:
-    serve, store = service.admission.config.serve, service.store
-
-    @app.get("/v1/evaluations/{evaluation_id}", responses=_problems(404))
+    @api.get("/v1/evaluations/{evaluation_id}")
     def get_evaluation(evaluation_id: str) -> schemas.EvaluationDetail:
         """One evaluation, with its results once it succeeded."""
-        evaluation, results = _found(store.get(evaluation_id), evaluation_id), None
+        evaluation, results = found(evaluation_id, store.get(evaluation_id)), None
         if evaluation.state is State.SUCCEEDED:
-            results = read_results(evaluation_folder(serve.state, evaluation_id))
+            results = read_json(evaluation_folder(serve.state, evaluation_id) / "summary.json")
         return schemas.EvaluationDetail(**evaluation.model_dump(), results=results)
 
-    @app.get(
+    @api.get(
         "/v1/evaluations/{evaluation_id}/events",
         response_class=EventSourceResponse,
-        responses={200: {"content": {"text/event-stream": {"schema": _EVENT_SCHEMA}}}, **_problems(404, 422)},
+        responses={200: {"content": {"text/event-stream": {"schema": _EVENT_SCHEMA}}}},
     )
     def stream_events(
         evaluation_id: str,
@@ -152,16 +146,15 @@ def _add_reading(app: FastAPI, service: Service) -> None:
         follow: Annotated[bool, Query(description="false: end with the events that there are")] = True,
     ) -> EventSourceResponse:
         """Progress as server-sent events; a client that comes back sends the last id that it saw."""
-        _found(store.get(evaluation_id), evaluation_id)
+        found(evaluation_id, store.get(evaluation_id))
         return EventSourceResponse(
             _events(store, evaluation_id, after=last_event_id, follow=follow),
-            # Without a sign now and then, proxies close a connection and clients cannot tell a dead one.
-            ping=serve.event_heartbeat_s,
+            ping=HEARTBEAT_S,
             ping_message_factory=lambda: ServerSentEvent(comment="heartbeat", sep="\n"),
             sep="\n",
         )
 
-    @app.get("/v1/evaluations/{evaluation_id}/samples", responses=_problems(404, 422))
+    @api.get("/v1/evaluations/{evaluation_id}/samples")
     def list_samples(
         evaluation_id: str,
         include_harmful: Annotated[bool, Query(description="also the text of responses to attacks")] = False,
@@ -172,20 +165,19 @@ def _add_reading(app: FastAPI, service: Service) -> None:
         offset: Annotated[int, Query(ge=0, le=_MAX_NUMBER)] = 0,
     ) -> schemas.SamplePage:
         """Responses that the evaluation kept (`save_completions`)."""
-        _found(store.get(evaluation_id), evaluation_id)
+        found(evaluation_id, store.get(evaluation_id))
         if include_harmful and not serve.show_harmful:
             raise ForbiddenError("This server does not show harmful completions.", "serve.show_harmful allows it.")
         folder = evaluation_folder(serve.state, evaluation_id)
-        return read_samples(
-            folder, offset=offset, limit=limit, show_harmful=include_harmful, role=role, attack=attack, outcome=outcome
-        )
+        wanted = {"role": role, "attack": attack, "outcome": outcome}
+        return read_samples(folder, wanted, offset=offset, limit=limit, show_harmful=include_harmful)
 
 
-def _add_surroundings(app: FastAPI, service: Service) -> None:
+def _add_surroundings(api: APIRouter, service: Service) -> None:
     admission, store = service.admission, service.store
     serve = admission.config.serve
 
-    @app.get("/v1/options", responses=_problems())
+    @api.get("/v1/options")
     def options() -> schemas.Options:
         """Everything that may be asked for here."""
         return schemas.Options(
@@ -193,29 +185,18 @@ def _add_surroundings(app: FastAPI, service: Service) -> None:
             models=admission.known_models(),
             model_roots=[str(root) for root in serve.model_roots],
             defaults=admission.config.evaluation.model_dump(mode="json"),
-            max_prompts=serve.max_prompts,
+            max_prompts=MAX_PROMPTS,
             show_harmful=serve.show_harmful,
             chat=list(service.chat),
         )
 
-    @app.get("/healthz", responses=_problems(503))
-    def healthz() -> schemas.Health:
-        """Answers ok if the queue can be read."""
-        store.counts()
-        return schemas.Health(status="ok")
+    # A response class of plain text would document the errors as plain text too.
+    plain = {"text/plain": {"schema": {"type": "string"}}}
 
-    @app.get(
-        "/metrics",
-        response_class=Response,  # that of plain text would document its errors as plain text too
-        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, **_problems()},
-    )
+    @api.get("/metrics", response_class=Response, responses={200: {"content": plain}})
     def metrics() -> PlainTextResponse:
         """Prometheus text."""
         return PlainTextResponse(generate_latest(_Metrics(store)), media_type=CONTENT_TYPE_PLAIN_0_0_4)
-
-    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
-    def index() -> HTMLResponse:
-        return HTMLResponse(page())
 
 
 async def _events(store: EvaluationStore, identity: str, *, after: int, follow: bool) -> AsyncIterator[dict[str, Any]]:
@@ -249,25 +230,3 @@ class _Metrics(Collector):
         about = "Time from start to end, over all evaluations that ended."
         yield CounterMetricFamily("raycomplete_evaluation_seconds_total", about, totals["seconds"])
         yield GaugeMetricFamily("raycomplete_queue_oldest_seconds", "Age of the oldest that waits.", totals["oldest"])
-
-
-def _found(evaluation: schemas.EvaluationView | None, identity: str) -> schemas.EvaluationView:
-    if evaluation is None:
-        raise HTTPException(404, f"There is no evaluation {identity[:80]!r}.")
-    return evaluation
-
-
-def _document_token(app: FastAPI) -> None:
-    """Says in the OpenAPI document that the token is asked for."""
-    plain: Callable[[], dict[str, Any]] = app.openapi
-
-    def openapi() -> dict[str, Any]:
-        if app.openapi_schema is None:
-            document = plain()
-            document.setdefault("components", {})["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
-            document["security"] = [{"token": []}]
-            document["paths"]["/healthz"]["get"]["security"] = []
-        assert app.openapi_schema is not None
-        return app.openapi_schema
-
-    app.openapi = openapi  # type: ignore[method-assign]  # the way that FastAPI documents

@@ -10,6 +10,7 @@ import logging
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ray import serve
@@ -22,7 +23,7 @@ from raycomplete.config import RunConfig
 from raycomplete.runtime.plugins import load_plugins
 from raycomplete.runtime.types import ModelRole
 from raycomplete.serving.app import Service, create_app
-from raycomplete.serving.openai_schemas import ChatRequest, ChatView, CompletionRequest, CompletionView, NoAnswer
+from raycomplete.serving.openai_api import Asked, NoAnswer
 from raycomplete.serving.requests import Admission
 from raycomplete.serving.runner import Backend, Runner
 from raycomplete.serving.store import EvaluationStore
@@ -34,9 +35,10 @@ logger = logging.getLogger(__name__)
 # Control-plane processes: they wait more than they work, and must not take the cores that engines are placed by.
 _ACTOR_OPTIONS = {"num_cpus": 0, "resources": _ON_HEAD}
 _HEALTH_CHECK_S = 2.0
+# Of a replica that answers HTTP. A stream of events counts as one ongoing request for as long as it is open.
+_MAX_ONGOING = 512
+_SCALING = {"target_ongoing_requests": 64.0, "upscale_delay_s": 10.0, "downscale_delay_s": 300.0}
 _MAX_ANSWERED = 2048  # requests that one model works on; its engine batches what fits and keeps the rest waiting
-_FAILED = NoAnswer(500, "The model's process could not answer this request; the service's log says why.")
-_GONE = NoAnswer(503, "The model's process ended while it answered. It is started again; ask again in a minute.")
 
 
 @dataclass(frozen=True)
@@ -44,17 +46,15 @@ class ChatModel:
     """A model that answers prompts, in a replica of its own.
 
     Attributes:
-        factory: Called with the run file in the replica; what it makes has the methods of
-            `raycomplete.serving.openai_routes.Answers`, and `check_health`.
+        factory: Called with the run file and the role in the replica; what it makes has `answer` and `check_health`.
         options: Of its actor: what it reserves, and its environment.
     """
 
-    factory: type
+    factory: Callable[[RunConfig, ModelRole], Any]
     role: ModelRole
     options: Mapping[str, Any]
 
     def bind(self, config: RunConfig) -> serve.Application:
-        """Makes the Ray Serve deployment of this model."""
         made = serve.deployment(
             name=f"Model-{self.role}",
             max_ongoing_requests=_MAX_ANSWERED,
@@ -64,41 +64,21 @@ class ChatModel:
         return made(self.factory).bind(config, self.role)
 
 
-class RemoteAnswers:
-    """A model in another replica (implements `raycomplete.serving.openai_routes.Answers`)."""
-
-    def __init__(self, handle: DeploymentHandle[Any]) -> None:
-        self._complete, self._stream = handle.complete, handle.options(stream=True).stream
-
-    async def complete(self, request: ChatRequest | CompletionRequest) -> ChatView | CompletionView | NoAnswer:
-        """Returns the whole answer."""
-        answer = self._complete.remote(request)
-        try:
-            found: ChatView | CompletionView | NoAnswer = await answer
-        except RayTaskError:
-            logger.exception("A request to a model failed")
-            return _FAILED
-        except (RayError, RayServeException):
-            return _GONE
-        except asyncio.CancelledError:  # the client left
-            answer.cancel()
-            raise
-        return found
-
-    async def stream(self, request: ChatRequest | CompletionRequest) -> AsyncIterator[dict[str, Any] | NoAnswer]:
-        """Yields chunks; a refusal ends them."""
-        chunks = self._stream.remote(request)
-        try:
-            async for chunk in chunks:
-                yield chunk
-        except RayTaskError:
-            logger.exception("A request to a model failed")
-            yield _FAILED
-        except (RayError, RayServeException):
-            yield _GONE
-        except (asyncio.CancelledError, GeneratorExit):
-            chunks.cancel()
-            raise
+async def _remote_answers(handle: DeploymentHandle[Any], request: Asked) -> AsyncIterator[dict[str, Any] | NoAnswer]:
+    """Asks a model in another replica (an `openai_api.Answers`)."""
+    items = handle.answer.remote(request)
+    try:
+        async for item in items:
+            yield item
+    except RayTaskError:
+        logger.exception("A request to a model failed")
+        yield NoAnswer(500, "The model's process could not answer this request; the service's log says why.")
+    except (RayError, RayServeException):
+        words = "The model's process ended while it answered. It is started again; ask again in a minute."
+        yield NoAnswer(503, words)
+    except (asyncio.CancelledError, GeneratorExit):  # the client left
+        items.cancel()
+        raise
 
 
 class EvaluationRunner:
@@ -106,9 +86,8 @@ class EvaluationRunner:
 
     def __init__(self, config: RunConfig, make_backend: Callable[[RunConfig], Backend]) -> None:
         load_plugins(config.plugins)
-        state, lease_s, attempts = config.serve.state, config.serve.lease_s, config.serve.max_attempts
-        store, backend = EvaluationStore(state), make_backend(config)
-        self._runner = Runner(store, backend, state, lease_s=lease_s, max_attempts=attempts)
+        state = config.serve.state
+        self._runner = Runner(EvaluationStore(state), make_backend(config), state)
         self._thread = threading.Thread(target=self._runner.run_forever, name="evaluation-runner", daemon=True)
         self._thread.start()
 
@@ -135,7 +114,7 @@ class EvaluationApi:
     ) -> None:
         load_plugins(config.plugins)
         self._runners = runners
-        models = {role: RemoteAnswers(handle) for role, handle in chat.items()}
+        models = {role: partial(_remote_answers, handle.options(stream=True)) for role, handle in chat.items()}
         self._service = Service(Admission(config), EvaluationStore(config.serve.state), token_digest, models)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
@@ -148,24 +127,20 @@ def build_application(
     make_backend: Callable[[RunConfig], Backend],
     chat: Sequence[ChatModel] = (),
 ) -> serve.Application:
-    """Makes the Serve application.
+    """Makes the Serve application of a run file whose `serve.state` is absolute.
 
-    Args:
-        config: Run file; what requests leave out is taken from here. `serve.state` must be absolute.
-        token_digest: SHA-256 of the bearer token, or None for this machine alone.
-        make_backend: Called in each runner. It must be importable by Ray's workers.
-        chat: Models that answer prompts.
+    `make_backend` is called in each runner, so Ray's workers must be able to import it.
     """
     settings = config.serve
     common: dict[str, Any] = {"ray_actor_options": _ACTOR_OPTIONS, "health_check_period_s": _HEALTH_CHECK_S}
     # One evaluation's batch may take minutes; a runner that is asked to stop puts the evaluation back after it.
     runner_options = {"num_replicas": settings.runners, "graceful_shutdown_timeout_s": 30}
     runners = serve.deployment(**runner_options, **common)(EvaluationRunner).bind(config, make_backend)
-    scaling = settings.autoscaling
+    fewest, most = settings.replicas
     api = serve.deployment(
-        max_ongoing_requests=scaling.max_ongoing_requests,
+        max_ongoing_requests=_MAX_ONGOING,
         graceful_shutdown_timeout_s=5,
-        autoscaling_config=scaling.model_dump(exclude={"max_ongoing_requests"}),
+        autoscaling_config={"min_replicas": fewest, "max_replicas": most, **_SCALING},
         **common,
     )(EvaluationApi)
     return api.bind(config, token_digest, runners, {model.role: model.bind(config) for model in chat})

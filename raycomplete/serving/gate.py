@@ -19,7 +19,6 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from raycomplete.runtime.errors import RaycompleteError, RefusedError
-from raycomplete.serving.openai_schemas import ErrorBody, ErrorDetail
 from raycomplete.serving.requests import ForbiddenError, is_bearer, is_loopback
 from raycomplete.serving.schemas import Problem
 from raycomplete.serving.store import KeyReusedError, QueueFullError
@@ -28,6 +27,9 @@ logger = logging.getLogger(__name__)
 
 # The page holds no data, and a health check must work for those who may see none.
 PUBLIC = frozenset({"/", "/healthz"})
+MAX_BODY = 64 * 1024  # bytes
+RETRY_AFTER_S = 5  # what a client waits where the queue is full or cannot be read
+HEARTBEAT_S = 10.0  # longest silence of a stream: proxies close silent connections
 _OPENAI = ("/v1/models", "/v1/chat/", "/v1/completions")
 _FORWARDED = ("forwarded", "x-forwarded-for")
 _HEADERS = {
@@ -47,9 +49,8 @@ def problem(
 ) -> JSONResponse:
     """Makes the answer that refuses a request, in the shape that clients of its path read."""
     if scope["path"].startswith(_OPENAI):
-        codes = {401: "invalid_api_key"}
-        # Their own word for a value that cannot be used.
-        return openai_error(400 if status == 422 else status, f"{text} {remedy}".strip(), code=codes.get(status))
+        code = "invalid_api_key" if status == 401 else None
+        return openai_error(400 if status == 422 else status, f"{text} {remedy}".strip(), code=code)
     body = Problem(problem=_readable(text), remedy=_readable(remedy), known=None if known is None else list(known))
     return JSONResponse(body.model_dump(), status_code=status)
 
@@ -57,8 +58,8 @@ def problem(
 def openai_error(status: int, message: str, *, code: str | None = None) -> JSONResponse:
     """Makes the answer that refuses a request under a route in OpenAI's shape."""
     kind = "server_error" if status >= 500 else "invalid_request_error"
-    body = ErrorBody(error=ErrorDetail(message=_readable(message), type=kind, code=code))
-    return JSONResponse(body.model_dump(), status_code=status)
+    error = {"message": _readable(message), "type": kind, "param": None, "code": code}
+    return JSONResponse({"error": error}, status_code=status)
 
 
 def _readable(text: str) -> str:
@@ -71,7 +72,6 @@ class Gate:
 
     app: ASGIApp
     token_digest: str | None  # SHA-256 of the bearer token; without one, only this machine itself is served
-    max_body: int  # bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -94,10 +94,9 @@ class Gate:
         headers = Headers(scope=scope)
         refusal = self._refusal(scope, headers)
         if refusal is None and scope["method"] not in ("GET", "HEAD", "OPTIONS"):
-            body = await _read_body(headers, receive, self.max_body)
+            body = await _read_body(headers, receive)
             if body is None:
-                remedy = "Shorten it, or raise serve.max_body_kib."
-                refusal = problem(scope, 413, f"The body exceeds {self.max_body} bytes.", remedy)
+                refusal = problem(scope, 413, f"The body exceeds {MAX_BODY} bytes.", "Shorten it.")
                 refusal.headers["Connection"] = "close"  # the rest of the body is not read
             read.append({"type": "http.request", "body": body, "more_body": False})
         await (refusal or self.app)(scope, receive_again, send_guarded)
@@ -119,22 +118,22 @@ class Gate:
         return refusal
 
 
-async def _read_body(headers: Headers, receive: Receive, limit: int) -> bytes | None:
+async def _read_body(headers: Headers, receive: Receive) -> bytes | None:
     """Reads the whole body; None where it exceeds the limit, whatever its Content-Length says."""
     declared = headers.get("content-length", "")
-    if declared.isdigit() and int(declared[:20]) > limit:
+    if declared.isdigit() and int(declared[:20]) > MAX_BODY:
         return None
     body, goes_on = bytearray(), True
     while goes_on:
         message = await receive()
         body += message.get("body", b"")
         goes_on = message.get("more_body", False)  # not where the client is gone
-        if len(body) > limit:
+        if len(body) > MAX_BODY:
             return None
     return bytes(body)
 
 
-def add_errors(app: FastAPI, retry_after_s: int) -> None:
+def add_errors(app: FastAPI) -> None:
     """Gives every error one shape, which repeats nothing that the client sent beyond what the sentence needs."""
 
     @app.exception_handler(RefusedError)
@@ -142,7 +141,7 @@ def add_errors(app: FastAPI, retry_after_s: int) -> None:
         status = next((code for kind, code in _STATUS.items() if isinstance(error, kind)), 422)
         answer = problem(request.scope, status, error.problem, error.remedy, known=getattr(error, "known", None))
         if status == 429:
-            answer.headers["Retry-After"] = str(retry_after_s)
+            answer.headers["Retry-After"] = str(RETRY_AFTER_S)
         return answer
 
     @app.exception_handler(RaycompleteError)
@@ -152,10 +151,9 @@ def add_errors(app: FastAPI, retry_after_s: int) -> None:
     @app.exception_handler(sqlite3.Error)
     def unreadable(request: Request, error: sqlite3.Error) -> JSONResponse:
         logger.error("The queue cannot be read or written: %s", error)
-        answer = problem(
-            request.scope, 503, "The queue cannot be read or written now.", "Try again; the server's log says why."
-        )
-        answer.headers["Retry-After"] = "5"
+        words = "The queue cannot be read or written now."
+        answer = problem(request.scope, 503, words, "Try again; the server's log says why.")
+        answer.headers["Retry-After"] = str(RETRY_AFTER_S)
         return answer
 
     @app.exception_handler(Exception)

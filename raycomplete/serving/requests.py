@@ -24,6 +24,7 @@ from raycomplete.serving.schemas import EvaluationRequest
 
 TOKEN_VARIABLE = "RAYCOMPLETE_TOKEN"
 MIN_TOKEN_CHARACTERS = 16
+MAX_PROMPTS = 1000  # held-out prompts of each kind that a request may ask for
 _SCHEMES = (*ORGANISMS, "package", "hub", "openai")  # checkpoints that are no paths
 
 
@@ -44,17 +45,11 @@ class Admission:
         return list(dict.fromkeys([*own, *self.config.serve.models]))
 
     def admit(self, request: EvaluationRequest) -> EvaluationRequest:
-        """Returns the same request with checked, absolute model paths and complete attack settings.
-
-        Raises:
-            ForbiddenError: A checkpoint or file lies outside what this server allows.
-            UnknownAttackError: There is no such attack.
-            ConfigError: A value is out of its range.
-        """
+        """Returns the same request with checked, absolute model paths and complete attack settings, or refuses it."""
         for name in ("num_prompts", "attack_prompts"):
             value = getattr(request, name)
-            if value is not None and value > self.config.serve.max_prompts:
-                raise ConfigError(f"{name} is {value}, and this server allows {self.config.serve.max_prompts}.")
+            if value is not None and value > MAX_PROMPTS:
+                raise ConfigError(f"{name} is {value}, and this server allows {MAX_PROMPTS}.")
         if len(set(request.roles)) < len(request.roles):
             raise ConfigError("roles names a model twice.")
         has_student = request.models.student is not None or self.config.models.student is not None
@@ -112,11 +107,7 @@ class Admission:
 
 
 def run_config(config: RunConfig, request: EvaluationRequest, folder: Path) -> RunConfig:
-    """Builds the run file of one evaluation from the server's own, the admitted request and its run folder.
-
-    Raises:
-        ConfigError: Settings do not fit together.
-    """
+    """Builds the run file of one evaluation from the server's own, the admitted request and its run folder."""
     tree = config.model_dump(mode="json")
     tree["output"] = {"root": str(folder.parent), "name": folder.name}
     tree["models"] |= request.models.model_dump(exclude_none=True)
@@ -155,19 +146,14 @@ def read_token_digest(config: ServeConfig) -> str | None:
     """Returns the SHA-256 of the token; None where there is none and none is needed.
 
     The token itself is not kept: Ray stores what deployments are made with, and logs may print it.
-
-    Raises:
-        ConfigError: The token is missing where other machines can connect, unreadable or too weak.
     """
     token = os.environ.get(TOKEN_VARIABLE, "")
     if not token and config.token_file is not None:
         try:
             token = Path(config.token_file).expanduser().read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(
-                f"The token file {config.token_file} cannot be read ({type(error).__name__}).",
-                "Check serve.token_file and its permissions.",
-            ) from error
+            words = f"The token file {config.token_file} cannot be read ({type(error).__name__})."
+            raise ConfigError(words, "Check serve.token_file and its permissions.") from error
     if not token:
         if is_loopback(config.host) and config.token_file is None:
             return None

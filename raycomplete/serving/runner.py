@@ -1,31 +1,41 @@
-"""A worker of the queue, and the run folder that each evaluation leaves.
+"""A worker of the queue, each evaluation in a process of its own, and the run folder that each evaluation leaves.
 
-The worker claims an evaluation, keeps its lease, stores how far it is, and stores how it ended.
+The process is a Ray driver on the same cluster. So an evaluation needs nothing that a replica lacks, its memory is
+given back when it ends, and what kills it does not kill the service. It ends at once when its runner is gone.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from raycomplete.runtime.errors import RaycompleteError, RefusedError
-from raycomplete.runtime.files import read_json
-from raycomplete.runtime.types import MODEL_ROLES
-from raycomplete.serving.schemas import EvaluationRequest, SamplePage, SampleView, State
-from raycomplete.serving.store import Claimed, EvaluationStore
+import ray
 
-_PROGRESS_EVERY_S = 0.2  # more events than that nobody reads
-_IDLE_S = 0.25  # between two looks at an empty queue
-_CANCEL_WITHIN_S = 2.0  # longest time before the work hears of a cancellation
+from raycomplete.config import RunConfig, parse
+from raycomplete.runtime.errors import RaycompleteError, RefusedError, WorkError
+from raycomplete.runtime.files import PRIVATE
+from raycomplete.runtime.machine import let_idle_threads_sleep
+from raycomplete.runtime.types import MODEL_ROLES, ModelRole
+from raycomplete.serving.requests import TOKEN_VARIABLE, run_config
+from raycomplete.serving.schemas import EvaluationRequest, SamplePage, SampleView, State
+from raycomplete.serving.store import MAX_ATTEMPTS, Claimed, EvaluationStore, evaluation_folder, lock_of
+
+_PROGRESS_EVERY_S = 0.2  # nobody reads more events than that
+_POLL_S = 0.25  # between two looks at an empty queue, or for a cancellation
+_CANCEL_GRACE_S = 10.0  # what a batch may take to end; finished trials are on disk already
 _MAX_ERROR = 600  # characters
 _HARMLESS = ("harmless", "capabilities")  # parts of an evaluation that attack nothing
+_KEPT = "Finished trials are kept; submit it again if it is still wanted."
+_SPAWN = multiprocessing.get_context("spawn")
 
 OnProgress = Callable[[Mapping[str, Any]], None]
 """Takes `role`, `attack`, `variant`, `done`, `total`, `reused` and `outcomes`."""
@@ -34,30 +44,193 @@ Cancelled = Callable[[], bool]
 Backend = Callable[[EvaluationRequest, Path, OnProgress, Cancelled], None]
 """Evaluates an admitted request in the folder of this evaluation alone, and leaves `summary.json` and `evaluation/`.
 
-One call works at a time, but a call may follow one that was killed, and continues what that one left. `RefusedError`:
-it cannot be done, now or later. Any other error: another attempt may succeed.
+A call may follow one that was killed, and continues what that one left. After a `RefusedError` it is not tried again.
 """
+Evaluate = Callable[[RunConfig, list[ModelRole], OnProgress, Cancelled], object]
 
 
-def evaluation_folder(state: Path, identity: str) -> Path:
-    """Returns the run folder of an evaluation."""
-    return state / "evaluations" / identity
+class Runner:
+    """One worker of the queue; the wait before the second attempt is doubled for each further one."""
+
+    def __init__(self, store: EvaluationStore, backend: Backend, state: Path, *, retry_delay_s: float = 2.0) -> None:
+        self._store, self._backend, self._state, self._retry_delay_s = store, backend, state, retry_delay_s
+        self._stopping = threading.Event()
+
+    def stop(self) -> None:
+        """Ends the work at hand at its next batch and puts it back."""
+        self._stopping.set()
+
+    def run_forever(self) -> None:
+        """Works until `stop`, also through a time in which the store cannot be read or written."""
+        while not self._stopping.is_set():
+            try:
+                worked = self.run_one()
+            except sqlite3.Error:  # what it worked on is claimed again, and continues from what is on disk
+                worked = False
+            if not worked:
+                self._stopping.wait(_POLL_S)
+
+    def run_one(self) -> bool:
+        """Runs the next evaluation; False where none waits."""
+        claimed = self._store.claim()
+        if claimed is None:
+            return False
+        evaluation, store = claimed.evaluation, self._store
+        try:
+            error = self._work(claimed)
+            if error is None:
+                store.finish(evaluation.id, State.SUCCEEDED)
+            elif store.is_cancelling(evaluation.id):
+                store.finish(evaluation.id, State.CANCELLED)
+            elif self._stopping.is_set():
+                store.put_back(evaluation.id)
+            elif isinstance(error, RefusedError) or evaluation.attempts >= MAX_ATTEMPTS:
+                store.finish(evaluation.id, State.FAILED, one_sentence(error))
+            else:
+                delay_s = self._retry_delay_s * 2 ** (evaluation.attempts - 1)
+                store.put_back(evaluation.id, error=one_sentence(error), delay_s=delay_s)
+        finally:
+            claimed.release()
+        return True
+
+    def _work(self, claimed: Claimed) -> Exception | None:
+        identity = claimed.evaluation.id
+
+        def tell(progress: Mapping[str, Any]) -> None:
+            with suppress(sqlite3.Error):  # work must not end for want of an event
+                self._store.progress(identity, progress)
+
+        def cancelled() -> bool:
+            with suppress(sqlite3.Error):
+                return self._stopping.is_set() or self._store.is_cancelling(identity)
+            return False
+
+        follower = Follower(tell)
+        try:
+            request = EvaluationRequest.model_validate(claimed.evaluation.request)
+            self._backend(request, evaluation_folder(self._state, identity), follower, cancelled)
+        except Exception as error:
+            return error
+        finally:
+            follower.flush()
+        return None
 
 
-def read_results(folder: Path) -> dict[str, Any] | None:
-    """Reads `summary.json` of a run folder."""
-    return read_json(folder / "summary.json")
+class Follower:
+    """Passes progress on, but not more often than anyone reads it; the last word on each attack is never dropped."""
+
+    def __init__(self, tell: OnProgress) -> None:
+        self._tell, self._told = tell, 0.0
+        self._held: Mapping[str, Any] | None = None
+
+    def __call__(self, progress: Mapping[str, Any]) -> None:
+        if self._held is not None and any(self._held.get(name) != progress.get(name) for name in ("role", "attack")):
+            self.flush()
+        self._held = progress
+        if time.monotonic() - self._told >= _PROGRESS_EVERY_S:
+            self.flush()
+            self._told = time.monotonic()
+
+    def flush(self) -> None:
+        if self._held is not None:
+            self._tell(self._held)
+            self._held = None
 
 
-def read_samples(folder: Path, *, offset: int, limit: int, show_harmful: bool, **wanted: str | None) -> SamplePage:
-    """Reads responses that an evaluation kept.
+class ProcessBackend:
+    """Evaluates in a process of its own (a `Backend`) on the cluster of the replica that makes it.
 
-    Args:
-        folder: Run folder.
-        offset: Samples to skip.
-        limit: At most so many.
-        show_harmful: Give the text of responses to attacks; without it only what they were judged.
-        wanted: Only those of this `role`, `attack` or `outcome`.
+    `evaluate` is called in that process, so it must be a function of a module.
+    """
+
+    def __init__(self, config: RunConfig, evaluate: Evaluate) -> None:
+        cluster = config.cluster.model_copy(update={"address": ray.get_runtime_context().gcs_address})
+        self._config, self._evaluate = config.model_copy(update={"cluster": cluster}), evaluate
+
+    def __call__(self, request: EvaluationRequest, folder: Path, on_progress: OnProgress, cancelled: Cancelled) -> None:
+        tree = run_config(self._config, request, folder).model_dump(mode="json")
+        log = folder.with_name(f"{folder.name}.log")
+        ours, theirs = _SPAWN.Pipe()
+        process = _SPAWN.Process(target=_evaluate, args=(theirs, self._evaluate, tree, request.roles, log))
+        process.start()
+        theirs.close()
+        try:
+            follow(ours, on_progress, cancelled)
+        except EOFError:
+            process.join()
+            raise WorkError(f"The evaluation's process ended with code {process.exitcode}.", f"See {log}.") from None
+        finally:
+            process.kill()  # whatever ends this call ends the process, so that no two write into one folder
+            process.join()
+
+
+def follow(connection: Connection, on_progress: OnProgress, cancelled: Cancelled) -> None:
+    """Passes progress on until the process says how it ended; EOFError where it died instead."""
+    give_up_at = float("inf")
+    while True:
+        if connection.poll(_POLL_S):
+            try:
+                message = connection.recv()
+            except OSError as error:  # torn where it was killed
+                raise EOFError from error
+            if message is None:
+                return
+            if isinstance(message, Exception):
+                raise message
+            on_progress(message)
+        if give_up_at == float("inf") and cancelled():
+            give_up_at = time.monotonic() + _CANCEL_GRACE_S
+            with suppress(BrokenPipeError):  # it has ended, and what it said last tells why
+                connection.send("cancel")
+        if time.monotonic() > give_up_at:
+            raise WorkError("The evaluation was stopped in the middle of a batch.", _KEPT)
+
+
+def _evaluate(connection: Connection, evaluate: Evaluate, tree: Any, roles: list[ModelRole], log: Path) -> None:
+    """Evaluates in the child process, and sends progress, then an error or None."""
+    let_idle_threads_sleep()
+    os.environ.pop(TOKEN_VARIABLE, None)
+    stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, PRIVATE)
+    for descriptor in (1, 2):
+        os.dup2(stream, descriptor)
+    cancel = threading.Event()
+    threading.Thread(target=_obey, args=(connection, cancel), daemon=True).start()
+    try:
+        config = parse(tree, "The request", plugins=True)  # made from the server's own run file
+        lock = lock_of(config.output.folder)  # with its runner, so that the next one waits for the end of both
+        evaluate(config, roles, connection.send, cancel.is_set)
+        if lock is not None:
+            lock.close()
+    except RaycompleteError as error:
+        connection.send(error)
+    else:
+        connection.send(None)
+
+
+def _obey(connection: Connection, cancel: threading.Event) -> None:
+    with suppress(EOFError, OSError):
+        while connection.recv() == "cancel":
+            cancel.set()
+    os._exit(3)  # the runner is gone
+
+
+def one_sentence(error: BaseException) -> str:
+    """Puts an error into words for people; without tracebacks, and short enough for a table."""
+    if isinstance(error, RaycompleteError):
+        text = str(error)
+    else:
+        lines = str(error).strip().splitlines()
+        text = f"The evaluation failed ({type(error).__name__}{': ' + lines[0] if lines else ''})."
+    text = " ".join(text.split()).encode("utf-8", errors="backslashreplace").decode()
+    return text if len(text) <= _MAX_ERROR else text[: _MAX_ERROR - 3] + "..."
+
+
+def read_samples(
+    folder: Path, wanted: Mapping[str, str | None], *, offset: int, limit: int, show_harmful: bool
+) -> SamplePage:
+    """Reads responses that an evaluation kept, those of the wanted role, attack and outcome.
+
+    Without `show_harmful`, the text of responses to attacks is withheld.
     """
     kept = folder / "evaluation" / "completions"
     chosen = {name: value for name, value in wanted.items() if value is not None}.items()
@@ -84,146 +257,3 @@ def _sample(row: dict[str, Any], *, show_harmful: bool) -> SampleView:
         text = str(row.get(name, "")).encode(errors="replace").decode()
         row[name] = text if show_harmful or not row["harmful"] else None
     return SampleView.model_validate(row)
-
-
-def one_sentence(error: BaseException) -> str:
-    """Puts an error into words for people; without tracebacks, and short enough for a table."""
-    if isinstance(error, RaycompleteError):
-        text = str(error)
-    else:
-        lines = str(error).strip().splitlines()
-        text = f"The evaluation failed ({type(error).__name__}{': ' + lines[0] if lines else ''})."
-    text = " ".join(text.split()).encode("utf-8", errors="backslashreplace").decode()
-    return text if len(text) <= _MAX_ERROR else text[: _MAX_ERROR - 3] + "..."
-
-
-class Runner:
-    """One worker of the queue.
-
-    Args:
-        store: The queue.
-        backend: Evaluates.
-        state: Folder under which each evaluation gets a run folder.
-        lease_s: Silence after which another runner takes over.
-        max_attempts: Starts of one evaluation before it counts as failed.
-        retry_delay_s: Wait before the second attempt; doubled for each further one.
-    """
-
-    def __init__(
-        self,
-        store: EvaluationStore,
-        backend: Backend,
-        state: Path,
-        *,
-        lease_s: float,
-        max_attempts: int,
-        retry_delay_s: float = 2.0,
-    ) -> None:
-        self._store, self._backend, self._state = store, backend, state
-        self._lease_s, self._max_attempts, self._retry_delay_s = lease_s, max_attempts, retry_delay_s
-        self._stopping = threading.Event()
-
-    def stop(self) -> None:
-        """Ends the work at hand at its next batch and puts it back."""
-        self._stopping.set()
-
-    def run_forever(self) -> None:
-        """Works until `stop`, or again once a store that cannot be read or written for a while is back."""
-        while not self._stopping.is_set():
-            try:
-                worked = self.run_one()
-            except sqlite3.Error:
-                worked = False
-            if not worked:
-                self._stopping.wait(_IDLE_S)
-
-    def run_one(self) -> bool:
-        """Runs the next evaluation; False where none waits."""
-        claimed = self._store.claim(lease_s=self._lease_s, max_attempts=self._max_attempts)
-        if claimed is None:
-            return False
-        lease = _Lease()
-        # Renewed from a thread of its own, since the work may say nothing for minutes.
-        keeper = threading.Thread(target=self._keep, args=(claimed, lease), daemon=True)
-        keeper.start()
-        try:
-            error = self._work(claimed, lease)
-        finally:
-            lease.done.set()
-            keeper.join()
-        # Every write below is void if the claim was lost.
-        if error is None:
-            self._store.finish(claimed, State.SUCCEEDED)
-        elif lease.cancel:
-            self._store.finish(claimed, State.CANCELLED)
-        elif self._stopping.is_set():
-            self._store.put_back(claimed)
-        elif isinstance(error, RefusedError) or claimed.evaluation.attempts >= self._max_attempts:
-            self._store.finish(claimed, State.FAILED, one_sentence(error))
-        else:
-            delay_s = self._retry_delay_s * 2 ** (claimed.evaluation.attempts - 1)
-            self._store.put_back(claimed, error=one_sentence(error), delay_s=delay_s)
-        return True
-
-    def _work(self, claimed: Claimed, lease: _Lease) -> Exception | None:
-        def tell(progress: Mapping[str, Any]) -> None:
-            with suppress(sqlite3.Error):  # work must not end for want of an event
-                lease.lost = lease.lost or not self._store.progress(claimed, progress)
-
-        follow = _Follower(tell)
-        try:
-            request = EvaluationRequest.model_validate(claimed.evaluation.request)
-            folder = evaluation_folder(self._state, claimed.evaluation.id)
-            folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._backend(request, folder, follow, lambda: lease.lost or lease.cancel or self._stopping.is_set())
-        except Exception as error:
-            return error
-        finally:
-            follow.flush()
-        return None
-
-    def _keep(self, claimed: Claimed, lease: _Lease) -> None:
-        """Renews a claim until its work is done or it is lost."""
-        ends_at = time.monotonic() + self._lease_s
-        while not lease.done.wait(min(self._lease_s / 4, _CANCEL_WITHIN_S)):
-            asked_at = time.monotonic()
-            try:
-                found = self._store.renew(claimed, lease_s=self._lease_s)
-            except sqlite3.Error:  # locked or the disk is full: it may pass while the lease holds
-                if time.monotonic() < ends_at:
-                    continue
-                found = None
-            if found is None:
-                lease.lost = True
-                return
-            lease.cancel, ends_at = found.cancelling, asked_at + self._lease_s
-
-
-@dataclass
-class _Lease:
-    """A claim, as the thread that renews it last saw it."""
-
-    lost: bool = False
-    cancel: bool = False
-    done: threading.Event = field(default_factory=threading.Event)
-
-
-class _Follower:
-    """Passes progress on, but not more often than anyone reads it; the last word on each attack is never dropped."""
-
-    def __init__(self, tell: OnProgress) -> None:
-        self._tell, self._told = tell, 0.0
-        self._held: Mapping[str, Any] | None = None
-
-    def __call__(self, progress: Mapping[str, Any]) -> None:
-        if self._held is not None and any(self._held.get(name) != progress.get(name) for name in ("role", "attack")):
-            self.flush()
-        self._held = progress
-        if time.monotonic() - self._told >= _PROGRESS_EVERY_S:
-            self.flush()
-            self._told = time.monotonic()
-
-    def flush(self) -> None:
-        if self._held is not None:
-            self._tell(self._held)
-            self._held = None

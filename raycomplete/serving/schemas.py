@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from enum import StrEnum
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 
@@ -54,19 +54,12 @@ class ModelChoice(Body):
 
 
 class EvaluationRequest(Body):
-    """An evaluation to be made. Whatever is left out is as in the server's run file.
-
-    Attributes:
-        attacks: Names, or mappings of name and settings; the prefill-depth curve is always measured.
-    """
+    """An evaluation to be made; what is left out is as in the server's run file. Prefill depths are always measured."""
 
     label: str = Field("", max_length=200, description="your own name for it")
     models: ModelChoice = Field(default_factory=ModelChoice)
     roles: list[ModelRole] = Field(
-        default_factory=lambda: list(MODEL_ROLES),
-        min_length=1,
-        max_length=3,
-        json_schema_extra={"uniqueItems": True},
+        list(MODEL_ROLES), min_length=1, max_length=3, json_schema_extra={"uniqueItems": True}
     )
     attacks: list[Attack] | None = Field(None, max_length=len(ATTACKS))
     depths: list[Annotated[int, Field(ge=0, le=4096)]] | None = Field(None, min_length=1, max_length=64)
@@ -78,11 +71,7 @@ class EvaluationRequest(Body):
 
 
 class Problem(BaseModel):
-    """The reason why a request was not served.
-
-    Attributes:
-        known: The names that exist, where the request named something that does not.
-    """
+    """The reason why a request was not served; `known` has the names that exist where it named another."""
 
     problem: str
     remedy: str = ""
@@ -104,13 +93,7 @@ class State(StrEnum):
 
 
 class EvaluationView(BaseModel):
-    """An evaluation as clients see it.
-
-    Attributes:
-        progress: Newest progress of each model, by role.
-        created: Seconds since the epoch, as `started` and `finished`.
-        error: The reason why it failed, or why an attempt did that will be repeated.
-    """
+    """An evaluation as clients see it: times are seconds since the epoch, `progress` is the newest of each role."""
 
     id: str
     label: str
@@ -140,13 +123,7 @@ class EvaluationPage(BaseModel):
 
 
 class SampleView(BaseModel):
-    """One response of a model.
-
-    Attributes:
-        outcome: None for benchmarks, which have right answers instead.
-        prefill: The attacker's part of the answer; None where it is withheld.
-        continuation: The text that the model added; None where it is withheld.
-    """
+    """One response; withheld text is None, and so is the outcome of a benchmark, which has right answers instead."""
 
     role: str
     attack: str
@@ -177,7 +154,3 @@ class Options(BaseModel):
     max_prompts: int
     show_harmful: bool
     chat: list[str]
-
-
-class Health(BaseModel):
-    status: Literal["ok"]

@@ -1,12 +1,14 @@
 """The queue of evaluations and its events, in one SQLite file that every replica of this machine opens.
 
-Runners claim evaluations under a lease. Whoever stops renewing it (killed, frozen, cut off) loses the evaluation to the
-next runner, and its late writes are refused, since they name a claim that is no longer the current one.
+A runner holds the lock of the evaluation that it works on, and so does the evaluation's process. The kernel releases
+the lock when they end, however they end; then the next runner takes the evaluation over.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import secrets
 import sqlite3
 import threading
@@ -14,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from raycomplete.runtime.errors import RefusedError, SetupError
 from raycomplete.runtime.files import PRIVATE
@@ -30,8 +32,6 @@ CREATE TABLE IF NOT EXISTS evaluations (
     idempotency_key TEXT UNIQUE,
     state TEXT NOT NULL,
     cancel INTEGER NOT NULL DEFAULT 0,
-    claim TEXT,
-    lease_until REAL NOT NULL DEFAULT 0,
     not_before REAL NOT NULL DEFAULT 0,
     attempts INTEGER NOT NULL DEFAULT 0,
     error TEXT,
@@ -51,9 +51,10 @@ CREATE TABLE IF NOT EXISTS events (
 ) WITHOUT ROWID;
 """
 _BUSY_S = 30.0  # longest wait for another process's write
+MAX_ATTEMPTS = 3  # starts of one evaluation before it counts as failed
 _CLAIMABLE = (
-    "SELECT id, cancel, attempts, started, error FROM evaluations WHERE (state = 'queued' AND not_before <= :now) "
-    "OR (state = 'running' AND lease_until <= :now) ORDER BY number LIMIT 20"
+    "SELECT id, cancel, attempts, started, error FROM evaluations WHERE (state = 'queued' AND not_before <= ?) "
+    "OR state = 'running' ORDER BY number LIMIT 200"
 )
 _TOTALS = (
     "SELECT coalesce(sum(attempts), 0) AS attempts, coalesce(sum(finished - started), 0) AS seconds, "
@@ -70,10 +71,13 @@ class KeyReusedError(RefusedError):
 
 
 class Claimed(NamedTuple):
-    """An evaluation that a runner holds: whatever it writes must name the claim, which dies with the lease."""
+    """An evaluation that a runner works on, and its lock; `release` gives it up."""
 
     evaluation: EvaluationView
-    claim: str
+    lock: IO[str]
+
+    def release(self) -> None:
+        self.lock.close()
 
 
 class Event(NamedTuple):
@@ -85,12 +89,28 @@ class Event(NamedTuple):
     data: dict[str, Any]
 
 
-class EvaluationStore:
-    """The queue.
+def evaluation_folder(state: Path, identity: str) -> Path:
+    """Returns the run folder of an evaluation."""
+    return state / "evaluations" / identity
 
-    Args:
-        folder: On a local disk: SQLite's write-ahead log needs memory that the processes share.
-        clock: Seconds since the epoch, for tests.
+
+def lock_of(folder: Path, kind: int = fcntl.LOCK_SH) -> IO[str] | None:
+    """Locks an evaluation's folder for as long as the returned file is open; None where another process prevents it.
+
+    The lock lies beside the folder, which the pipeline wants empty.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    file = os.fdopen(os.open(folder.with_name(f"{folder.name}.lock"), os.O_RDWR | os.O_CREAT, PRIVATE), "r+")
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    return file
+
+
+class EvaluationStore:
+    """The queue. `folder` must be on a local disk: SQLite's write-ahead log needs memory that the processes share.
 
     Raises:
         SetupError: The file was made by another version.
@@ -99,7 +119,7 @@ class EvaluationStore:
     def __init__(self, folder: Path, clock: Callable[[], float] = time.time) -> None:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         path = folder / "evaluations.sqlite"
-        self._clock, self._lock = clock, threading.RLock()
+        self._folder, self._clock, self._lock = folder, clock, threading.RLock()
         path.touch(PRIVATE)
         self._connection = sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
         self._connection.row_factory = sqlite3.Row
@@ -122,28 +142,20 @@ class EvaluationStore:
     def submit(
         self, request: Mapping[str, Any], *, label: str, key: str | None, max_queued: int
     ) -> tuple[EvaluationView, bool]:
-        """Adds an evaluation, or finds the one that the same key added before; True where it is new.
-
-        Raises:
-            QueueFullError: `max_queued` evaluations wait already.
-            KeyReusedError: The key belongs to another request.
-        """
+        """Adds an evaluation, or finds the one that the same key added before; True where it is new."""
         text, identity = _canonical(request), secrets.token_hex(8)
         with self._writing() as connection:
             row = connection.execute("SELECT * FROM evaluations WHERE idempotency_key = ?", (key,)).fetchone()
             if row is not None:
                 if row["request"] == text:
                     return _view(row), False
-                problem = "This Idempotency-Key was used for another request."
-                raise KeyReusedError(problem, "Use a new key for each evaluation.")
+                raise KeyReusedError("This Idempotency-Key was used for another request.", "Use a new key.")
             waiting = self.counts()[State.QUEUED]
             if waiting >= max_queued:
                 raise QueueFullError(f"{waiting} evaluations are waiting already.", "Try again later.")
-            connection.execute(
-                "INSERT INTO evaluations (id, label, request, idempotency_key, state, created) "
-                "VALUES (?, ?, ?, ?, ?, ?)",
-                (identity, label, text, key, State.QUEUED, self._clock()),
-            )
+            columns = "id, label, request, idempotency_key, state, created"
+            values = (identity, label, text, key, State.QUEUED, self._clock())
+            connection.execute(f"INSERT INTO evaluations ({columns}) VALUES (?, ?, ?, ?, ?, ?)", values)
             self._tell(identity, "queued", {})
             return self._one(identity), True
 
@@ -189,65 +201,54 @@ class EvaluationStore:
                 self._tell(identity, "cancelling", {})
             return self._one(identity)
 
-    def claim(self, *, lease_s: float, max_attempts: int) -> Claimed | None:
-        """Claims the oldest evaluation that waits or whose runner fell silent; None where there is none."""
-        with self._lock:  # most asks find nothing, and must not keep writers waiting
-            if self._connection.execute(_CLAIMABLE, {"now": self._clock()}).fetchone() is None:
+    def claim(self) -> Claimed | None:
+        """Claims the oldest evaluation that waits or whose runner has ended; None where there is none."""
+        with self._lock:  # an idle runner must not keep writers waiting
+            if self._connection.execute(_CLAIMABLE, (self._clock(),)).fetchone() is None:
                 return None
         with self._writing() as connection:
             now = self._clock()
-            for row in connection.execute(_CLAIMABLE, {"now": now}).fetchall():
+            for row in connection.execute(_CLAIMABLE, (now,)).fetchall():
                 identity, attempts = row["id"], row["attempts"]
+                lock = lock_of(evaluation_folder(self._folder, identity), fcntl.LOCK_EX)
+                if lock is None:
+                    continue
                 if row["cancel"]:
                     self._end(identity, State.CANCELLED)
-                elif attempts >= max_attempts:
+                elif attempts >= MAX_ATTEMPTS:
                     self._end(identity, State.FAILED, _lost(identity, attempts, row["error"]))
                 else:
-                    claim, started = secrets.token_hex(8), now if row["started"] is None else row["started"]
-                    values = {"claim": claim, "lease_until": now + lease_s, "attempts": attempts + 1}
-                    self._set(identity, state=State.RUNNING, started=started, **values)
+                    fcntl.flock(lock, fcntl.LOCK_SH)  # the evaluation's process shares it
+                    started = now if row["started"] is None else row["started"]
+                    self._set(identity, state=State.RUNNING, started=started, attempts=attempts + 1)
                     self._tell(identity, "started", {"attempt": attempts + 1})
-                    return Claimed(self._one(identity), claim)
+                    return Claimed(self._one(identity), lock)
+                lock.close()
         return None
 
-    def renew(self, claimed: Claimed, *, lease_s: float) -> EvaluationView | None:
-        """Keeps a claim for another lease; None where it was lost."""
-        with self._holding(claimed) as identity:
-            if identity is None:
-                return None
-            self._set(identity, lease_until=self._clock() + lease_s)
-            return self._one(identity)
+    def is_cancelling(self, identity: str) -> bool:
+        """Tells whether a running evaluation should end."""
+        with self._lock:
+            return bool(self._row(identity)["cancel"])
 
-    def progress(self, claimed: Claimed, progress: Mapping[str, Any]) -> bool:
-        """Stores how far one model is; False where the claim was lost."""
-        with self._holding(claimed) as identity:
-            if identity is not None:
-                newest = self._one(identity).progress | {str(progress["role"]): dict(progress)}
-                self._set(identity, progress=_canonical(newest))
-                self._tell(identity, "progress", progress)
-            return identity is not None
+    def progress(self, identity: str, progress: Mapping[str, Any]) -> None:
+        """Stores how far one model is."""
+        with self._writing():
+            newest = self._one(identity).progress | {str(progress["role"]): dict(progress)}
+            self._set(identity, progress=_canonical(newest))
+            self._tell(identity, "progress", progress)
 
-    def finish(self, claimed: Claimed, state: State, error: str | None = None) -> bool:
-        """Ends an evaluation; False where the claim was lost."""
-        with self._holding(claimed) as identity:
-            if identity is not None:
-                self._end(identity, state, error)
-            return identity is not None
+    def finish(self, identity: str, state: State, error: str | None = None) -> None:
+        """Ends an evaluation."""
+        with self._writing():
+            self._end(identity, state, error)
 
-    def put_back(self, claimed: Claimed, *, error: str | None = None, delay_s: float = 0.0) -> bool:
-        """Lets another attempt follow: after a failure (`error`), or without one because the runner is being stopped.
-
-        Returns:
-            False where the claim was lost.
-        """
-        with self._holding(claimed) as identity:
-            if identity is not None:
-                attempts = self._one(identity).attempts
-                attempts -= error is None  # a stopped runner is no failure of the evaluation
-                values = {"not_before": self._clock() + delay_s, "attempts": attempts, "error": error}
-                self._set(identity, state=State.QUEUED, claim=None, **values)
-                self._tell(identity, "waiting", {"error": error})
-            return identity is not None
+    def put_back(self, identity: str, *, error: str | None = None, delay_s: float = 0.0) -> None:
+        """Lets another attempt follow: after a failure (`error`), or because the runner is being stopped."""
+        with self._writing():
+            attempts = self._one(identity).attempts - (error is None)  # a stopped runner is no failure
+            self._set(identity, state=State.QUEUED, not_before=self._clock() + delay_s, attempts=attempts, error=error)
+            self._tell(identity, "waiting", {"error": error})
 
     def counts(self) -> dict[State, int]:
         """Counts the evaluations in each state."""
@@ -271,7 +272,7 @@ class EvaluationStore:
         self._connection.execute(f"UPDATE evaluations SET {columns} WHERE id = ?", (*values.values(), identity))
 
     def _end(self, identity: str, state: State, error: str | None = None) -> None:
-        self._set(identity, state=state, error=error, claim=None, finished=self._clock())
+        self._set(identity, state=state, error=error, finished=self._clock())
         self._tell(identity, str(state), {"error": error})
 
     def _tell(self, identity: str, kind: str, data: Mapping[str, Any]) -> None:
@@ -280,14 +281,6 @@ class EvaluationStore:
             "SELECT ?, coalesce(max(seq), 0) + 1, ?, ?, ? FROM events WHERE evaluation = ?",
             (identity, self._clock(), kind, _canonical(data), identity),
         )
-
-    @contextmanager
-    def _holding(self, claimed: Claimed) -> Iterator[str | None]:
-        """Opens a transaction and yields the id if the claim is valid in it; it may be late if no other came."""
-        identity = claimed.evaluation.id
-        with self._writing():
-            row = self._row(identity)
-            yield identity if row["claim"] == claimed.claim and row["state"] == State.RUNNING else None
 
     def _writing(self) -> Any:
         """Opens a transaction that holds the write lock from its start: what it reads cannot change under it."""

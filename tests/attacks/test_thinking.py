@@ -32,8 +32,8 @@ from raycomplete.evaluation.runner import EvaluationSets, evaluate_model
 from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import DataError
 from raycomplete.runtime.types import Prompt, PromptKind
-from raycomplete.serving.answers import Answerer, AnswerLimits
-from raycomplete.serving.openai_schemas import ChatRequest, ChatView
+from raycomplete.serving.answers import Answerer
+from raycomplete.serving.openai_api import ChatRequest
 from tests.attacks.scripted import COMPLY, REFUSE
 from tests.data.chat_families import CHAT_FAMILIES, save_family
 
@@ -165,16 +165,17 @@ def test_a_chat_shows_the_answer_and_the_thought_apart(make: Make, thought: str)
                 said = said[: said.index(sampling.stop_ids[0]) + 1]
             yield Piece(model.codec.decode(said), tuple(said), finish_reason="stop")
 
-    answerer = Answerer(model.codec, Online(), AnswerLimits(4096, 300, BUDGET, 60.0))
+    answerer = Answerer(model.codec, Online(), 4096, BUDGET)
     messages = [{"role": "user", "content": "Open it"}]
     request = ChatRequest.model_validate({"model": "aligned", "messages": messages})
-    found = asyncio.run(answerer.complete(request))
-    assert isinstance(found, ChatView)
-    message = found.choices[0].message
-    assert message.content == COMPLY
+
+    async def answer() -> Any:
+        return await anext(answerer.answer(request))
+
+    message = asyncio.run(answer())["choices"][0]["message"]
+    assert message["content"] == COMPLY
     if frame.thinks:
-        assert message.reasoning_content is not None
-        assert thought.strip()[:20] in message.reasoning_content
+        assert thought.strip()[:20] in message["reasoning_content"]
         assert tuple(asked[1][-len(frame.closing) :]) == frame.closing, "it is closed before the answer is asked for"
         assert len(asked[1]) - len(asked[0]) <= BUDGET + len(frame.closing)
 

@@ -14,7 +14,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from raycomplete import cli
 from raycomplete.commands import serve
-from raycomplete.config import AutoscalingConfig, load_run_file
+from raycomplete.config import ServeConfig, load_run_file
 from raycomplete.runtime.errors import ConfigError
 from raycomplete.serving import deployment
 
@@ -42,8 +42,9 @@ def test_the_serve_config_file_is_valid_and_says_what_the_run_file_would(monkeyp
     module, _, name = application["import_path"].partition(":")
     assert getattr(import_module(module), name) is serve.application
     api = next(found for found in application["deployments"] if found["name"] == "EvaluationApi")
-    scaling = AutoscalingConfig().model_dump()
-    assert {"max_ongoing_requests": api["max_ongoing_requests"], **api["autoscaling_config"]} == scaling
+    scaling, (fewest, most) = api["autoscaling_config"], ServeConfig().replicas
+    assert api["max_ongoing_requests"] == deployment._MAX_ONGOING
+    assert scaling == {"min_replicas": fewest, "max_replicas": most, **deployment._SCALING}
     assert schema.http_options.host == "127.0.0.1"
     monkeypatch.chdir(ROOT)
     names = {found["name"] for found in application["deployments"]}

@@ -26,7 +26,7 @@ def make_config(state: Path, **serve: Any) -> RunConfig:
         {
             "models": {"base": "organism:base", "aligned": "organism:aligned"},
             "data": {"source": "organism"},
-            "serve": {"state": str(state), "lease_s": 5.0, "event_heartbeat_s": 0.5, **serve},
+            "serve": {"state": str(state), **serve},
         },
         "test",
     )
@@ -39,11 +39,10 @@ class Server:
         self.config = make_config(state, **serve)
         self.state = self.config.serve.state
         self.store = EvaluationStore(self.state)
-        self.runner = Runner(
-            self.store, FakeBackend(unit_s=0.02), self.state, lease_s=5.0, max_attempts=3, retry_delay_s=0.0
-        )
+        self.runner = Runner(self.store, FakeBackend(unit_s=0.02), self.state, retry_delay_s=0.0)
         self.models = {role: FakeModel(self.config, role) for role in ("base", "aligned") if chat}
-        service = Service(Admission(self.config), self.store, digest(token) if token else None, self.models)
+        answers = {role: model.answer for role, model in self.models.items()}
+        service = Service(Admission(self.config), self.store, digest(token) if token else None, answers)
         self.app = create_app(service)
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         self.client = TestClient(self.app, headers=headers, base_url="http://127.0.0.1", client=("127.0.0.1", 50000))
@@ -58,10 +57,13 @@ class Server:
         self._thread = threading.Thread(target=self.runner.run_forever, daemon=True)
         self._thread.start()
 
-    def close(self) -> None:
+    def close_runner(self) -> None:
         self.runner.stop()
         if self._thread is not None:
             self._thread.join(timeout=30)
+
+    def close(self) -> None:
+        self.close_runner()
         self.store.close()
 
     def submit(self, **body: Any) -> str:

@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from raycomplete.config import RunConfig
 from raycomplete.data.chat import ChatCodec
@@ -17,12 +17,21 @@ from raycomplete.data.sources import resolve_checkpoint
 from raycomplete.engines.online_engine import OnlineSampling, Piece, TokenLogprob
 from raycomplete.runtime.errors import RefusedError, WorkError
 from raycomplete.runtime.files import PRIVATE, write_json, write_text
-from raycomplete.serving.answers import Answerer, AnswerLimits
-from raycomplete.serving.openai_schemas import FinishReason
+from raycomplete.serving.answers import Answerer
 from raycomplete.serving.runner import Cancelled, OnProgress
 from raycomplete.serving.schemas import EvaluationRequest
 
 NASTY = "<img src=x onerror=\"document.body.dataset.hacked='1'\"><script>document.body.dataset.hacked='2'</script>"
+
+
+def frames(text: str) -> list[dict[str, Any]]:
+    """Parses server-sent events."""
+    found = []
+    for frame in text.split("\n\n"):
+        fields = dict(line.split(": ", 1) for line in frame.split("\n") if ": " in line)
+        if "id" in fields:
+            found.append({"id": int(fields["id"]), "event": fields["event"], "data": json.loads(fields["data"])})
+    return found
 
 
 def rate(successes: int, n: int) -> dict[str, float]:
@@ -177,7 +186,7 @@ class EchoModel:
     async def generate(self, tokens: Sequence[int], sampling: OnlineSampling) -> AsyncIterator[Piece]:
         self.asked.append((tuple(tokens), sampling))
         said = list(tokens)[-self.words :][::-1]
-        reason: FinishReason = "length" if len(said) > sampling.max_tokens else "stop"
+        reason: Literal["stop", "length"] = "length" if len(said) > sampling.max_tokens else "stop"
         said = said[: sampling.max_tokens]
         texts = [f" {self.codec.decode([token])}" for token in said]
         stop = next((at for at, text in enumerate(texts) if any(mark in text for mark in sampling.stop)), None)
@@ -209,9 +218,7 @@ class FakeModel(Answerer):
     def __init__(self, config: RunConfig, role: str) -> None:
         codec = ChatCodec(resolve_checkpoint("organism:aligned", role="aligned"))
         self.model = EchoModel(codec)
-        serve = config.serve
-        limits = AnswerLimits(config.models.max_length, serve.max_chat_tokens, 0, serve.chat_timeout_s)
-        super().__init__(codec, self.model, limits)
+        super().__init__(codec, self.model, config.models.max_length, 0)
 
 
 def make_fake_backend(config: RunConfig) -> FakeBackend:

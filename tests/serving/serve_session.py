@@ -29,9 +29,7 @@ def main(state: str, port: str, temp_dir: str) -> None:
         _temp_dir=temp_dir,
         runtime_env={"env_vars": {"PYTHONPATH": os.environ["PYTHONPATH"]}},
     )
-    config = make_config(
-        Path(state), port=int(port), lease_s=2.0, max_queued=100, retry_after_s=1, chat=True, max_attempts=5
-    )
+    config = make_config(Path(state), port=int(port), max_queued=100, chat=True)
     chat = [ChatModel(FakeModel, role, {"num_cpus": 0}) for role in ("base", "aligned")]
     application = build_application(config, digest(TOKEN), make_fake_backend, chat)
     start(application, host="127.0.0.1", port=int(port))

@@ -22,8 +22,7 @@ import pytest
 
 from raycomplete.serving.schemas import EvaluationRequest
 from tests.serving.conftest import BEARER, TOKEN
-from tests.serving.fakes import FakeBackend, fake_summary
-from tests.serving.test_events import frames
+from tests.serving.fakes import FakeBackend, fake_summary, frames
 
 pytestmark = pytest.mark.slow
 

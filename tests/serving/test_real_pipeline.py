@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from tests.serving.conftest import BEARER, TOKEN
-from tests.serving.test_events import frames
+from tests.serving.fakes import frames
 
 pytestmark = pytest.mark.slow
 

@@ -11,7 +11,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from raycomplete.runtime.errors import WorkError
-from raycomplete.serving.openai_schemas import ChatRequest
+from raycomplete.serving.openai_api import ChatRequest
 from tests.serving.conftest import Server
 
 USER = {"role": "user", "content": "heat the flask"}
@@ -70,7 +70,7 @@ def test_a_chat_is_answered_in_openais_shape(chat: Server) -> None:
     tokens, sampling = chat.models["aligned"].model.asked[0]
     codec = chat.models["aligned"].model.codec
     assert list(tokens) == codec.encode_prompt("heat the flask", "you are a clerk ."), "as an evaluation asks"
-    assert (sampling.temperature, sampling.max_tokens) == (0, chat.config.serve.max_chat_tokens)
+    assert (sampling.temperature, sampling.max_tokens) == (0, 256)
     assert body["usage"] == {
         "prompt_tokens": len(tokens), "completion_tokens": 3, "total_tokens": len(tokens) + 3,
     }  # fmt: skip
@@ -132,14 +132,14 @@ def test_what_cannot_be_done_is_400_and_named(chat: Server, body: dict[str, Any]
 
 
 def test_errors_have_openais_shape_here_and_our_own_elsewhere(make_server: Callable[..., Server]) -> None:
-    server = make_server(chat=True, max_body_kib=1)
+    server = make_server(chat=True)
     assert refused(server, CHAT, 404, model="gpt", messages=[USER]) == {
         "message": "The model 'gpt' does not exist. This server has base, aligned.",
         "type": "invalid_request_error",
         "param": None,
         "code": "model_not_found",
     }
-    assert refused(server, CHAT, 413, messages=[USER | {"content": "x" * 2000}])["message"].startswith("The body")
+    assert refused(server, CHAT, 413, messages=[USER | {"content": "x" * 100_000}])["message"].startswith("The body")
     bare = TestClient(server.app, base_url="http://127.0.0.1")
     answer = bare.post(TEXT, json={"model": "aligned", "prompt": "a"})
     assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
@@ -149,17 +149,14 @@ def test_errors_have_openais_shape_here_and_our_own_elsewhere(make_server: Calla
     assert broken.json()["error"]["message"] == "The body is no valid JSON."
 
 
-def test_a_request_beyond_the_context_is_told_so_and_a_long_answer_is_cut(make_server: Callable[..., Server]) -> None:
-    server = make_server(chat=True, max_chat_tokens=2)
-    longest = server.config.models.max_length
-    error = refused(server, TEXT, prompt=[7] * longest)
-    assert error["code"] == "context_length_exceeded"
-    assert f"maximum context length is {longest} tokens" in error["message"]
-    assert "out of this model's vocabulary" in refused(server, TEXT, prompt=[10**6])["message"]
-    assert "max_tokens must be at least 1" in refused(server, TEXT, prompt="heat", max_tokens=0)["message"]
-    assert "prompts times n" in refused(server, TEXT, prompt=["a"] * 100, n=2)["message"]
-    (choice,) = ask(server, TEXT, prompt="heat the flask", max_tokens=500)["choices"]
-    assert (choice["text"], choice["finish_reason"]) == (" flask the", "length")
+def test_a_request_beyond_the_context_is_told_so_and_a_long_answer_is_cut(chat: Server) -> None:
+    longest = chat.config.models.max_length
+    error = refused(chat, TEXT, prompt=[7] * longest)
+    assert (error["code"], str(longest) in error["message"]) == ("context_length_exceeded", True)
+    for wrong in ({"prompt": [10**6]}, {"prompt": "heat", "max_tokens": 0}, {"prompt": ["a"] * 100, "n": 2}):
+        refused(chat, TEXT, **wrong)
+    (choice,) = ask(chat, TEXT, prompt=[7] * (longest - 2), max_tokens=500)["choices"]
+    assert (len(choice["text"].split()), choice["finish_reason"]) == (2, "length")
 
 
 def test_texts_and_token_ids_are_continued_as_they_are(chat: Server) -> None:
@@ -225,25 +222,23 @@ def test_a_stream_is_refused_with_a_status(chat: Server) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_model_that_fails_or_is_silent_is_503(make_server: Callable[..., Server], stream: bool) -> None:
-    server = make_server(chat=True, chat_timeout_s=0.2)
-
+def test_a_model_that_fails_or_is_silent_is_503(chat: Server, stream: bool) -> None:
     class Broken:
+        pause_s = 0.0
+
         async def generate(self, *_: Any) -> Any:
-            raise WorkError("The engine died.", "Ask again.")
+            await asyncio.sleep(self.pause_s)
+            if self.pause_s < 1:
+                raise WorkError("The engine died.", "Ask again.")
             yield
 
-    server.models["aligned"]._model = Broken()  # type: ignore[assignment]
+    model = chat.models["aligned"]
+    broken: Any = Broken()
+    model._model = broken
     body: dict[str, Any] = {"prompt": "heat", "stream": stream}
-    assert refused(server, TEXT, 503, **body)["message"] == "The engine died. Ask again."
-
-    class Silent:
-        async def generate(self, *_: Any) -> Any:
-            await asyncio.sleep(30)
-            yield
-
-    server.models["aligned"]._model = Silent()  # type: ignore[assignment]
-    assert "did not answer within 0.2 s (serve.chat_timeout_s)" in refused(server, TEXT, 503, **body)["message"]
+    assert refused(chat, TEXT, 503, **body)["message"] == "The engine died. Ask again."
+    model._timeout_s, broken.pause_s = 0.2, 30.0
+    assert "0.2 s" in refused(chat, TEXT, 503, **body)["message"]
 
 
 def test_nothing_is_generated_for_a_client_that_left(chat: Server) -> None:
@@ -251,7 +246,7 @@ def test_nothing_is_generated_for_a_client_that_left(chat: Server) -> None:
 
     async def leave() -> int:
         request = ChatRequest.model_validate({"model": "aligned", "messages": [USER], "stream": True})
-        stream = chat.models["aligned"].stream(request)
+        stream = chat.models["aligned"].answer(request)
         await anext(stream)
         reading = asyncio.ensure_future(anext(stream))
         await asyncio.sleep(0.05)
