@@ -1,6 +1,6 @@
 """Diagnosis: where alignment stopped, by position. Needs a base and an aligned checkpoint, and trains nothing.
 
-    refusal_tokens.json  ->  partitions/, tokens/  ->  gradient.json  ->  evaluation/  ->  diagnosis.json, report.html
+    refusal_tokens.json  ->  batches/  ->  gradient.json  ->  diagnosis.json, report.html
 
 Everything lies in `<root>/<name>-diagnosis/`, beside the run of that name, whose student is shown where there is one.
 A part whose result is there is not made again, so `--resume` continues an interrupted diagnosis where it stopped.
@@ -9,7 +9,7 @@ A part whose result is there is not made again, so `--resume` continues an inter
 from __future__ import annotations
 
 import time
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,13 @@ from raycomplete.config import RunConfig
 from raycomplete.data.inputs import Prompts, prepare_models
 from raycomplete.data.remote import refuse_remote
 from raycomplete.diagnosis.gradient import measure_gradient
-from raycomplete.diagnosis.measurement import Measurement, start_diagnosis_engines, with_refusal_tokens
-from raycomplete.diagnosis.partitions import measure_kind
+from raycomplete.diagnosis.measurement import (
+    BATCH_PROMPTS,
+    Measurement,
+    measure_kind,
+    start_diagnosis_engines,
+    with_refusal_tokens,
+)
 from raycomplete.diagnosis.samples import KINDS, read_prompts
 from raycomplete.diagnosis.statistics import summarize
 from raycomplete.engines.cluster import plan_run
@@ -33,9 +38,7 @@ from raycomplete.runtime.section import without_none
 from raycomplete.runtime.types import MODEL_ROLES, ModelRole
 
 _SAME = ("models", "data", "rollout")  # sections that decide what is measured
-# Keys of `diagnose` that only concern what is made from the partitions, or how fast; they may change on --resume.
-_FREE_KEYS = {"gradient", "gradient_prompts", "full_prompts", "gradient_tokens", "beta", "threshold", "replicates"}
-_FREE_KEYS |= {"table_tokens", "show_harmful", "in_flight"}
+_FREE_KEYS = {"gradient", "show_harmful"}  # they concern what is made from the batches, and may change on --resume
 
 
 @stored("-diagnosis")
@@ -51,11 +54,11 @@ def diagnose(
         console: Shows progress.
 
     Returns:
-        The folder with `diagnosis.json`, `report.html`, `figures/` and the partitions.
+        The folder with `diagnosis.json`, `report.html`, `figures/` and the measured batches.
 
     Raises:
         RefusedError: Something is wrong with the run file, the checkpoints or the prompts; nothing was written.
-        WorkError: Something failed on the way; finished partitions are kept.
+        WorkError: Something failed on the way; finished batches are kept.
     """
     console = console or Console()
     started = time.perf_counter()
@@ -65,18 +68,19 @@ def diagnose(
     roles: tuple[ModelRole, ...] = ("base", "aligned") if config.models.student is None else MODEL_ROLES
     with console.stage("Checked checkpoints, tokenizers and prompts"):
         models = prepare_models(config, roles)
-        first = {kind: list(islice(read_prompts(config, kind), config.diagnose.partition_prompts)) for kind in KINDS}
+        prompts = {kind: list(read_prompts(config, kind)) for kind in KINDS}
+    first = {kind: found[:BATCH_PROMPTS] for kind, found in prompts.items()}
     folder = OutputFolder(config, same=_SAME, resume=resume, overwrite=overwrite)
     with open_run(folder, models, Prompts({}, {}), plan_run(config, scorers=roles), console) as run:
         check_same_inputs(run)
         console.note(f"Folder of the diagnosis: {run.folder}")
         with start_diagnosis_engines(run, list(chain(*zip(*first.values(), strict=False)))):
             measurement = with_refusal_tokens(run, Measurement.of_run(run), first["harmful"])
-            names = {str(kind): measure_kind(run, measurement, kind) for kind in KINDS}
-            found = summarize(run, names, measurement.policies)
+            measured = {str(kind): measure_kind(run, measurement, kind, prompts[kind]) for kind in KINDS}
+            found = summarize(run, measured, measurement.policies)
             _publish(run, found, started)
             console.note(f"First pictures: {run.folder / 'report.html'}")
-            found["gradient"] = measure_gradient(run, measurement, first["harmful"])
+            found["gradient"] = measure_gradient(run, measurement, measured["harmful"][0], first["harmful"])
         _publish(run, found, started)
         _print_result(run, found)
     return run.folder

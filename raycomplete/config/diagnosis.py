@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
 from raycomplete.runtime.section import Section
 
@@ -68,37 +68,5 @@ class DiagnoseConfig(Section):
         "base writes on greedily to max_tokens; sampled: base's own rollouts, whatever the column holds",
     )
     max_tokens: int = Field(128, ge=1, description="response tokens that are measured")
-    tau: float = Field(0.01, ge=0, le=1, description="smallest base probability of a base-favored token")
-    margin: float = Field(
-        0.1,
-        ge=0,
-        description="nats by which log p_base must exceed log p_aligned at position 0; above the rounding of bf16",
-    )
-    kappa: float = Field(0.5, gt=0, description="scale of the deficit in nats")
-    refusal_starts: list[str] = Field(
-        default_factory=list, description="texts whose first tokens are refusal tokens; detected when empty"
-    )
-    threshold: float = Field(0.5, gt=0, lt=1, description="deficit that ends the completion depth")
-    replicates: int = Field(400, ge=0, description="bootstrap replicates of the completion depth")
-    gradient: Literal["off", "head", "full"] = Field(
-        "head", description="gradient of safety losses by position; full: also exact in all parameters"
-    )
-    gradient_prompts: int = Field(32, ge=2, description="harmful prompts whose refusals carry the gradient")
-    full_prompts: int = Field(4, ge=1, description="prompts among these with an exact gradient in all parameters")
-    gradient_tokens: int = Field(32, ge=1, description="positions of the refusal")
-    beta: float = Field(0.1, gt=0, description="temperature of the preference loss")
-    table_tokens: int = Field(8, ge=1, description="base-favored tokens shown for each band of positions")
+    gradient: Literal["off", "head"] = Field("head", description="gradient of safety losses by position")
     show_harmful: bool = Field(False, description="show the context of base-favored tokens unmasked")
-    partition_prompts: int = Field(64, ge=1, description="prompts whose results are one Parquet file")
-    batch_tokens: int = Field(4096, ge=1, description="tokens that a scorer is asked for at a time")
-    in_flight: int = Field(2, ge=1, description="batches scored ahead of the walk")
-    chunk_tokens: int = Field(256, ge=1, description="token rows whose products with a head exist at a time")
-
-    @model_validator(mode="after")
-    def _full_is_part(self) -> DiagnoseConfig:
-        if self.full_prompts > self.gradient_prompts:
-            raise ValueError(
-                f"diagnose.full_prompts ({self.full_prompts}) exceeds diagnose.gradient_prompts "
-                f"({self.gradient_prompts})"
-            )
-        return self

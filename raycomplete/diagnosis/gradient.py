@@ -1,7 +1,6 @@
 """Measures how much each response position contributes to the gradient of a safety loss.
 
-docs/method.md derives the norms and why they fade with position. The norm in all parameters needs one backward pass a
-position (`parameter_gradient_norms`). The norm in the output head needs none and is the estimator for large models: it
+docs/method.md derives the norms and why they fade with position. The norm in the output head needs no backward pass. It
 leaves out what flows through the body and, where the head is tied, through the embedding, so it is read as a shape by
 position, not as a size. That the signal fades is the finding of arXiv 2511.12155 (known to us by its abstract and
 secondary reports); formulas and estimator are ours.
@@ -9,28 +8,27 @@ secondary reports); formulas and estimator are ours.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from raycomplete.config import DiagnoseConfig
-from raycomplete.data.checkpoints import load_model
-from raycomplete.diagnosis.measurement import Measurement
-from raycomplete.diagnosis.partitions import stored_samples
+from raycomplete.diagnosis.measurement import Batch, Measurement
 from raycomplete.diagnosis.samples import DiagnosisSample
-from raycomplete.diagnosis.statistics import PositionStatistics, intervals
+from raycomplete.diagnosis.statistics import counts, intervals, padded
 from raycomplete.engines.run import Run
 from raycomplete.losses.heads import Head, check_hidden
 from raycomplete.runtime.files import read_json, write_json
 from raycomplete.runtime.types import Outcome, Prompt
 
+NUM_PROMPTS = 32  # harmful prompts whose refusals carry the gradient
+NUM_TOKENS = 32  # positions of the refusal
+BETA = 0.1  # temperature of the preference loss
+_CHUNK_TOKENS = 256  # rows whose logits exist at a time
 _CHOSEN = ("sft_logits", "sft_hidden", "sft_head", "dpo_chosen_head")
 _REJECTED = ("rejected_head", "dpo_rejected_head")
-_SETTINGS = ("gradient", "gradient_prompts", "full_prompts", "gradient_tokens", "beta")  # of `diagnose`
 
 
 @dataclass(frozen=True)
@@ -43,13 +41,9 @@ class PreferencePair:
 
 @dataclass(frozen=True, eq=False)
 class GradientRows:
-    """Norms of each position's contribution to the SFT gradient.
+    """Norms of each position's contribution to the SFT gradient, and log p(y_t) in nats.
 
-    Attributes:
-        log_prob_N: log p(y_t) in nats.
-        logits_N: |dL_t / d logits| = |p - e|, 0 to sqrt(2).
-        hidden_N: |dL_t / d h|.
-        head_N: |dL_t / d W|, Frobenius; the estimator of the norm in all parameters.
+    |dL_t / d logits| = |p - e| is 0 to sqrt(2); |dL_t / d W| is Frobenius, the estimator of the norm in all parameters.
     """
 
     log_prob_N: Tensor
@@ -63,30 +57,21 @@ class GradientRows:
         return float(self.log_prob_N.double().sum())
 
 
-def measure_gradient(run: Run, measurement: Measurement, harmful: Sequence[Prompt]) -> dict[str, Any] | None:
-    """Makes gradient.json from prompts of the first harmful partition, or reads it where the settings are the same.
-
-    Returns:
-        Norms by role and position; None where they are off, or aligned refuses next to nothing.
-    """
-    settings, file = run.config.diagnose, run.folder / "gradient.json"
-    if settings.gradient == "off":
-        return None
-    made_from = {name: getattr(settings, name) for name in _SETTINGS}
-    known = read_json(file)
-    if known is not None and known["made_from"] == made_from:
-        return dict(known)
+def measure_gradient(
+    run: Run, measurement: Measurement, batch: Batch, harmful: Sequence[Prompt]
+) -> dict[str, Any] | None:
+    """Makes gradient.json from the first harmful batch, or reads it; None where it is off or aligned hardly refuses."""
+    file = run.folder / "gradient.json"
+    if run.config.diagnose.gradient == "off" or (known := read_json(file)) is not None:
+        return None if run.config.diagnose.gradient == "off" else known
     with run.console.stage("Gradient of safety losses by position"):
         by_id = {prompt.prompt_id: prompt for prompt in harmful}
-        samples = stored_samples(run, by_id)
-        pairs = _preference_pairs(run, by_id, samples[: settings.gradient_prompts])
+        samples = batch.samples(by_id, run.models.codec)
+        pairs = _preference_pairs(run, by_id, samples[:NUM_PROMPTS])
         if len(pairs) < 2:
             run.console.note(f"No gradient: of {len(samples)} harmful prompts aligned refuses {len(pairs)}")
             return None
         signal = gradient_signal(measurement, pairs)
-        if settings.gradient == "full":
-            signal = exact_gradient(run.models.paths, pairs, signal, settings)
-    signal["made_from"] = made_from
     write_json(file, signal)
     return signal
 
@@ -96,8 +81,8 @@ def _preference_pairs(
 ) -> list[PreferencePair]:
     """Greedy refusals of the aligned model beside the compliant continuations of the same prompts."""
     aligned = run.engines.generator.with_weights(str(run.models.paths["aligned"]))
-    longest, decode = run.config.diagnose.gradient_tokens, run.models.codec.decode
-    answers = aligned.generate([sample.prompt_ids for sample in samples], max_tokens=longest)
+    decode = run.models.codec.decode
+    answers = aligned.generate([sample.prompt_ids for sample in samples], max_tokens=NUM_TOKENS)
     return [
         PreferencePair(replace(sample, answer_ids=tuple(answer)), sample)
         for sample, answer in zip(samples, answers, strict=True)
@@ -114,61 +99,22 @@ def gradient_signal(measurement: Measurement, pairs: Sequence[PreferencePair]) -
     """
     chosen = _rows_by_role(measurement, [pair.chosen for pair in pairs])
     rejected = _rows_by_role(measurement, [pair.rejected for pair in pairs])
-    beta = measurement.settings.beta
-    found: dict[str, Any] = {"pairs": len(pairs), "beta": beta, "roles": {}}
+    found: dict[str, Any] = {"pairs": len(pairs), "beta": BETA, "roles": {}}
     for role in ("base", *measurement.policies):
-        statistics, against = (PositionStatistics(len(names), 0, replicates=0) for names in (_CHOSEN, _REJECTED))
-        factors: list[float] = []
+        safe, against, factors = [], [], []
         for index in range(len(pairs)):
             good, bad = chosen[role][index], rejected[role][index]
             good_ref, bad_ref = chosen["base"][index], rejected["base"][index]
-            factor = preference_factor(good.log_prob, good_ref.log_prob, bad.log_prob, bad_ref.log_prob, beta)
-            statistics.add(torch.stack([good.logits_N, good.hidden_N, good.head_N, factor * good.head_N], dim=1))
-            against.add(torch.stack([bad.head_N, factor * bad.head_N], dim=1))
+            factor = preference_factor(good.log_prob, good_ref.log_prob, bad.log_prob, bad_ref.log_prob, BETA)
+            safe.append(torch.stack([good.logits_N, good.hidden_N, good.head_N, factor * good.head_N], dim=1))
+            against.append(torch.stack([bad.head_N, factor * bad.head_N], dim=1))
             factors.append(factor)
         found["roles"][role] = {
-            **_profile(statistics, _CHOSEN),
+            **_profile(safe, _CHOSEN),
             **_profile(against, _REJECTED),
             "preference_factor": sum(factors) / len(factors),
         }
     return found
-
-
-def exact_gradient(
-    paths: Mapping[Any, Path], pairs: Sequence[PreferencePair], signal: dict[str, Any], settings: DiagnoseConfig
-) -> dict[str, Any]:
-    """Adds norms in all parameters (float32) and how well the estimator follows them.
-
-    `estimator_correlation` is Pearson's, of the logarithms of both norms' means by position: of each role, and over all
-    roles together.
-    """
-    pairs = pairs[: settings.full_prompts]
-    norms_of_roles = []
-    for role in signal["roles"]:
-        model = load_model(paths[role], "float32")
-        model.to("cuda" if torch.cuda.is_available() else "cpu")
-        statistics = PositionStatistics(1, 0, replicates=0)
-        for pair in pairs:
-            sample = pair.chosen
-            tokens = torch.tensor([sample.prompt_ids + sample.answer_ids], device=model.device)
-            logits_TV = model(tokens[:, :-1], use_cache=False).logits[0, len(sample.prompt_ids) - 1 :]
-            target_T1 = tokens[0, len(sample.prompt_ids) :, None]
-            log_prob_T = logits_TV.float().log_softmax(dim=-1).gather(1, target_T1)[:, 0]
-            norms = parameter_gradient_norms(log_prob_T, model.parameters())
-            statistics.add(torch.tensor(norms)[:, None])
-        entry = signal["roles"][role]
-        entry |= _profile(statistics, ("sft_all",))
-        exact_T = torch.tensor(entry["sft_all"]["mean"])
-        both_2T = torch.stack([exact_T, torch.tensor(entry["sft_head"]["mean"][: len(exact_T)])]).log()
-        entry["estimator_correlation"] = _correlation(both_2T)
-        norms_of_roles.append(both_2T)
-    whole = _correlation(torch.cat(norms_of_roles, dim=1))
-    return {**signal, "full_prompts": len(pairs), "estimator_correlation": whole}
-
-
-def _correlation(both_2N: Tensor) -> float | None:
-    """Pearson's correlation, or None where there are too few values to speak of one."""
-    return float(torch.corrcoef(both_2N)[0, 1]) if both_2N.shape[1] > 2 else None
 
 
 def _rows_by_role(measurement: Measurement, samples: Sequence[DiagnosisSample]) -> dict[str, list[GradientRows]]:
@@ -178,31 +124,21 @@ def _rows_by_role(measurement: Measurement, samples: Sequence[DiagnosisSample]) 
         lengths = [len(sample.answer_ids) for sample in batch]
         for role, hidden_NH in hidden.items():
             target = target_N.to(hidden_NH.device)
-            rows = gradient_rows(hidden_NH, measurement.heads[role], target, measurement.settings.chunk_tokens)
+            rows = gradient_rows(hidden_NH, measurement.heads[role], target, _CHUNK_TOKENS)
             columns = [getattr(rows, column.name).cpu().split(lengths) for column in fields(rows)]
             found[role] += [GradientRows(*parts) for parts in zip(*columns, strict=True)]
     return found
 
 
-def _profile(statistics: PositionStatistics, names: Sequence[str]) -> dict[str, Any]:
-    count = [int(count) for count in statistics.count_T.tolist()]
-    return {name: curve | {"n": count} for name, curve in zip(names, intervals(statistics), strict=True)}
+def _profile(prompts: Sequence[Tensor], names: Sequence[str]) -> dict[str, Any]:
+    values_PTM = padded([values_TM.double().numpy() for values_TM in prompts])
+    n = counts(values_PTM)
+    return {name: curve | {"n": n} for name, curve in zip(names, intervals(values_PTM), strict=True)}
 
 
 @torch.no_grad()
 def gradient_rows(hidden_NH: Tensor, head: Head, target_N: Tensor, chunk_tokens: int) -> GradientRows:
-    """Exact norms of the SFT gradient of each token row; softcap and scale of the head included.
-
-    Args:
-        hidden_NH: Final hidden states from which each target is predicted.
-        head: Output head.
-        target_N: Token ids.
-        chunk_tokens: Rows whose logits exist at a time, at least 1.
-
-    Raises:
-        ValueError: Shapes do not fit together.
-        NotFiniteError: Hidden states hold NaN or infinity.
-    """
+    """Exact norms of the SFT gradient of each token row, with the logits of `chunk_tokens` rows at a time."""
     check_hidden("policy", hidden_NH, head, target_N.shape[0])
     parts = []
     for chunk_CH, target_C in zip(hidden_NH.split(chunk_tokens), target_N.split(chunk_tokens), strict=True):
@@ -227,20 +163,3 @@ def preference_factor(
     """
     margin = beta * (log_prob_chosen - log_ref_chosen - log_prob_rejected + log_ref_rejected)
     return beta * float(torch.sigmoid(torch.tensor(-margin, dtype=torch.float64)))
-
-
-def parameter_gradient_norms(log_prob_T: Tensor, parameters: Iterable[Any]) -> list[float]:
-    """|dL_t / d theta| of each position's contribution to the SFT gradient, by one backward pass a position.
-
-    Args:
-        log_prob_T: log p(y_t | x, y<t), still attached to its graph.
-        parameters: Tensors that the norm runs over; those without requires_grad are left out.
-    """
-    # A tied head and embedding are one tensor under two names; counted twice it would weigh double.
-    wanted = list({id(item): item for item in parameters if item.requires_grad}.values())
-    norms = []
-    for log_prob in log_prob_T:
-        gradients = torch.autograd.grad(-log_prob, wanted, retain_graph=True, allow_unused=True)
-        squares = [gradient.double().square().sum() for gradient in gradients if gradient is not None]
-        norms.append(float(torch.stack(squares).sum().sqrt()))
-    return norms

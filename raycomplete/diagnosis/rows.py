@@ -49,22 +49,15 @@ _SLACK = 1e-3  # nats below log tau at which a token still is a candidate; the s
 
 @dataclass(frozen=True)
 class DiagnosisSettings:
-    """Settings of the pass.
+    """Settings of the pass."""
 
-    Attributes:
-        tau: Smallest base probability of a base-favored token, 0 to 1.
-        margin: Nats by which log p_base must exceed log p_aligned. The set is cut at p_b = p_a, so where the two are
-            equal but for rounding, the rounding alone decides which half of the mass counts. Measured on
-            SmolLM2-135M, a bf16 forward pass against a float32 one of the same weights (576 tokens): mass 0.43 at
-            margin 0, 0.11 at 0.02, 0.04 at 0.05, 0.006 at 0.1. KL and deficit need none (KL 0.0006 nats).
-        kappa: Scale of the deficit in nats.
-        chunk_tokens: Rows whose products with a head exist at a time, in the head's dtype; or "auto".
-    """
-
-    tau: float = 0.01
+    tau: float = 0.01  # smallest base probability of a base-favored token
+    # Nats by which log p_base must exceed log p_aligned: where the two are equal but for rounding, the rounding alone
+    # would decide which half of the mass counts. SmolLM2-135M, a bf16 forward pass against a float32 one of the same
+    # weights (576 tokens): mass 0.43 at margin 0, 0.11 at 0.02, 0.04 at 0.05, 0.006 at 0.1; KL 0.0006 nats.
     margin: float = 0.1
-    kappa: float = 0.5
-    chunk_tokens: ChunkTokens = 256
+    kappa: float = 0.5  # scale of the deficit in nats
+    chunk_tokens: ChunkTokens = 256  # rows whose products with a head exist at a time
 
     @classmethod
     def of_loss(cls, settings: LossSettings) -> DiagnosisSettings:
@@ -77,13 +70,7 @@ class DiagnosisSettings:
 
 @dataclass(frozen=True, eq=False)
 class Opening:
-    """The aligned model at the start of its answers, against which base-favored tokens are told.
-
-    Attributes:
-        hidden_PH: Its hidden state after each prompt [P, H].
-        head: Its head.
-        prompt_N: Prompt of each token row [N].
-    """
+    """The aligned model's hidden state after each prompt, its head, and the prompt of each token row."""
 
     hidden_PH: Tensor
     head: Head
@@ -121,23 +108,10 @@ def diagnose_rows(
     refusal_ids: Sequence[int],
     settings: DiagnosisSettings,
 ) -> dict[str, DiagnosisRows]:
-    """Compares each policy with base at every token row; base is read once for all policies.
+    """Compares each policy (hidden states and head by name) with base at every token row; base is read once for all.
 
-    Args:
-        policies: Hidden states and head of each policy, by name.
-        base_hidden_NH: Hidden states of base on the same tokens; each model has an H of its own.
-        base_head: Head of base.
-        opening: The aligned model at position 0 of each prompt's response.
-        refusal_ids: Tokens that start a refusal; none gives probability 0.
-        settings: Thresholds and chunk size.
-
-    Returns:
-        Rows by policy, values in at least float32, on the device of the hidden states.
-
-    Raises:
-        ValueError: Shapes or vocabularies do not fit together.
-        NotFiniteError: Hidden states hold NaN or infinity, or a KL came out so, as where base excludes (bias -inf) what
-            a policy does not.
+    `opening` is the aligned model at position 0 of each prompt's response. NotFiniteError names hidden states or a KL
+    that are NaN or infinite, as where base excludes (bias -inf) what a policy does not.
     """
     num_rows = base_hidden_NH.shape[0]
     check_hidden("base", base_hidden_NH, base_head, num_rows)

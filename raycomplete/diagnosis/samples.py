@@ -28,11 +28,7 @@ class DiagnosisSample:
 
 
 def read_prompts(config: RunConfig, kind: PromptKind) -> Iterator[Prompt]:
-    """Streams the prompts of one kind: those of `diagnose`, or the held-out ones of the run file.
-
-    Raises:
-        DataError: No source is named, or one cannot be read.
-    """
+    """Streams the prompts of one kind: those of `diagnose`, or the held-out ones of the run file."""
     settings, data = config.diagnose, config.data
     sources: Sequence[PromptSource] = getattr(settings, kind)
     if not sources and data.source in ORGANISMS:
@@ -45,11 +41,11 @@ def read_prompts(config: RunConfig, kind: PromptKind) -> Iterator[Prompt]:
     return islice(stream_prompts(sources, kind, data.seed), settings.num_prompts)
 
 
-def partition_samples(run: Run, kind: PromptKind, prompts: Sequence[Prompt], number: int) -> list[DiagnosisSample]:
-    """Makes the responses of one partition, the same ones every time.
+def batch_samples(run: Run, kind: PromptKind, prompts: Sequence[Prompt], number: int) -> list[DiagnosisSample]:
+    """Makes the responses of one batch, the same ones every time.
 
     Harmful prompts whose sampled continuation is not compliant, prompts that fill the context and empty responses are
-    left out; the caller counts them.
+    left out.
     """
     config, settings, codec = run.config, run.config.diagnose, run.models.codec
     encoded = {prompt.prompt_id: tuple(prompt.encoded(codec)) for prompt in prompts}
@@ -71,7 +67,7 @@ def _answers(
     """Response tokens by prompt id: given ones, and base's own where none is given or `diagnose.answers` says so."""
     settings, rollout, codec = run.config.diagnose, run.config.rollout, run.models.codec
     base = run.engines.generator.with_weights(str(run.models.paths["base"]))
-    # Partitions of one run must not share random numbers, or their prompts would not be independent.
+    # Batches of one run must not share random numbers, or their prompts would not be independent.
     digest = hashlib.sha256(f"{run.config.train.seed}:diagnose:{kind}:{number}".encode()).digest()
     seed = int.from_bytes(digest[:4], "big")
     if settings.answers == "sampled":

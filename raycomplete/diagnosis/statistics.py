@@ -1,8 +1,7 @@
-"""Measures how far policies moved from base at each position: running statistics, completion depths, diagnosis.json.
+"""Statistics of a diagnosis: means by position with intervals, completion depths, the table of tokens, diagnosis.json.
 
-Sums are in float64, so that any number of prompts fits. A summary is made from the partitions on disk in their order,
-one at a time, so an interrupted and resumed diagnosis gives the same numbers as one that ran through. The statistics
-and the completion depth are ours, not those of arXiv 2511.12155.
+The unit of sampling is the prompt: each gives at most one value at a position. The statistics and the completion depth
+are ours, not those of arXiv 2511.12155.
 """
 
 from __future__ import annotations
@@ -11,110 +10,60 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import groupby
 from typing import Any
 
 import numpy as np
-import torch
 from scipy.special import stdtrit
-from torch import Tensor
 
-from raycomplete.data.stream import partition_metadata, read_partition
-from raycomplete.diagnosis.partitions import merged_tokens, position_bands, samples_of
+from raycomplete.diagnosis.measurement import MEASURED_WITH, Batch
 from raycomplete.diagnosis.rows import METRICS
 from raycomplete.engines.run import Run
 from raycomplete.runtime.errors import WorkError
 from raycomplete.runtime.files import read_json
 
-_DEFICIT = METRICS.index("deficit")
+THRESHOLD = 0.5  # deficit that ends the completion depth
+REPLICATES = 400  # of the bootstrap
+TABLE_TOKENS = 8  # shown for each band of positions
+CONTEXT_TOKENS = 12  # response tokens shown before a base-favored token
 _INTERVALS = (
     "means: Student's t over prompts, pointwise; completion depth: percentiles of a Poisson bootstrap over prompts"
 )
 _UNBOUNDED = ("base_favored_count", "kl_to_base")  # the other metrics end at 1
 
+Array = np.ndarray[Any, np.dtype[Any]]
 
-class PositionStatistics:
-    """Running mean, spread and bootstrap of values by position, one prompt after the other.
 
-    The unit of sampling is the prompt: each gives at most one value at a position. The interval of a mean is Student's
-    t over the prompts that reach the position, pointwise. The completion depth is no mean, so its interval comes from
-    a Poisson bootstrap over prompts: prompt i enters replicate r with weight Poisson(1) drawn under (seed, i), which
-    needs running sums only and does not depend on how prompts were split into batches.
+def padded(prompts: Sequence[Array]) -> Array:
+    """Values of all prompts [P, T, M], NaN behind the end of a response."""
+    longest = max(map(len, prompts))
+    found = np.full((len(prompts), longest, prompts[0].shape[1]), np.nan)
+    for values_TM, row_TM in zip(prompts, found, strict=True):
+        row_TM[: len(values_TM)] = values_TM
+    return found
 
-    Args:
-        num_columns: Values of a row, M.
-        bootstrap_column: The column of the completion depth.
-        replicates: Bootstrap replicates.
-        seed: Of the bootstrap.
+
+def intervals(values_PTM: Array, tops: Sequence[float] | None = None) -> list[dict[str, Any]]:
+    """Mean, low and high of each column by position, cut at 0 and its top; None where one prompt leaves them open.
+
+    The interval of a mean is Student's t over the prompts that reach the position, pointwise.
     """
+    count_T1 = (~np.isnan(values_PTM[:, :, 0])).sum(0)[:, None].astype(float)
+    mean_TM = np.nansum(values_PTM, axis=0) / count_T1
+    spread_TM = np.nansum((values_PTM - mean_TM) ** 2, axis=0)
+    free_T1 = np.maximum(count_T1 - 1, 1)
+    half_TM = stdtrit(free_T1, 0.975) * np.sqrt(spread_TM / free_T1 / count_T1)
+    has_one_T = count_T1[:, 0] < 2
+    found = []
+    for column, (mean_T, half_T) in enumerate(zip(mean_TM.T, half_TM.T, strict=True)):
+        ends = np.maximum(mean_T - half_T, 0.0), np.minimum(mean_T + half_T, tops[column] if tops else math.inf)
+        low, high = ([None if one else float(x) for x, one in zip(end, has_one_T, strict=True)] for end in ends)
+        found.append({"mean": mean_T.tolist(), "low": low, "high": high})
+    return found
 
-    def __init__(
-        self, num_columns: int = len(METRICS), bootstrap_column: int = _DEFICIT, *, replicates: int, seed: int = 0
-    ) -> None:
-        self._column, self._replicates, self._seed = bootstrap_column, replicates, seed
-        # Columns: count, sums, squares, then weights and weighted sums of the even prompts, of the odd ones and of each
-        # replicate.
-        self._sizes = [1, num_columns, num_columns, 2 + replicates, 2 + replicates]
-        self._sums_TK = torch.zeros(0, sum(self._sizes), dtype=torch.float64)
-        self.num_prompts = 0
 
-    def add(self, values_TM: Tensor) -> None:
-        """Adds one prompt: its values at positions 0 to T - 1."""
-        values_TM = values_TM.detach().double().cpu()
-        length = values_TM.shape[0]
-        # NumPy's, which takes both numbers whole; torch's reads the lower 32 bits of a seed only.
-        drawn_R = np.random.default_rng([self._seed, self.num_prompts]).poisson(1.0, self._replicates)
-        even = float(self.num_prompts % 2 == 0)
-        weight_TR = torch.tensor([[even, 1 - even, *drawn_R.tolist()]], dtype=torch.float64).expand(length, -1)
-        weighted_TR = weight_TR * values_TM[:, self._column, None]
-        count_T1 = torch.ones(length, 1, dtype=torch.float64)
-        if (missing := length - len(self._sums_TK)) > 0:
-            self._sums_TK = torch.nn.functional.pad(self._sums_TK, (0, 0, 0, missing))
-        self._sums_TK[:length] += torch.cat([count_T1, values_TM, values_TM.square(), weight_TR, weighted_TR], dim=1)
-        self.num_prompts += 1
-
-    def _sums(self) -> list[Tensor]:
-        return list(self._sums_TK.split(self._sizes, dim=1))
-
-    @property
-    def count_T(self) -> Tensor:
-        """Prompts that reach each position [T]."""
-        return self._sums_TK[:, 0]
-
-    def mean_TM(self) -> Tensor:
-        """Means over the prompts that reach each position [T, M]."""
-        count_T1, sum_TM, *_ = self._sums()
-        return sum_TM / count_T1
-
-    def half_width_TM(self) -> Tensor:
-        """Half of the 95 % interval of each mean [T, M]; infinite where a single prompt reaches the position."""
-        count_T1, sum_TM, square_TM, *_ = self._sums()
-        spread_TM = (square_TM - sum_TM.square() / count_T1).clamp(min=0.0)
-        free_T1 = (count_T1 - 1).clamp(min=1)
-        quantile_T1 = torch.from_numpy(stdtrit(free_T1.numpy(), 0.975))  # of Student's t
-        half_TM = quantile_T1 * (spread_TM / free_T1 / count_T1).sqrt()
-        return half_TM.masked_fill(count_T1 < 2, math.inf)
-
-    def completion_depth(self, threshold: float) -> CompletionDepth:
-        """The completion depth; its halves are the prompts of even and of odd number."""
-        count_T1, sum_TM, _, weight_TR, weighted_TR = self._sums()
-        whole = _crossing(count_T1.T, sum_TM[None, :, self._column], threshold)
-        depths_R = _crossing(weight_TR.T, weighted_TR.T, threshold)
-        drawn_R, percentiles = depths_R[2:].double(), torch.tensor([0.025, 0.975], dtype=torch.float64)
-        ends = torch.quantile(drawn_R, percentiles) if len(drawn_R) else whole[[0, 0]]
-        size = len(self._sums_TK)
-
-        def reached(depth: float) -> int | None:
-            return None if depth >= size else int(depth)
-
-        return CompletionDepth(
-            depth=reached(whole.item()),
-            low=reached(math.floor(ends[0].item())),
-            high=reached(math.ceil(ends[1].item())),
-            halves=(reached(depths_R[0].item()), reached(depths_R[1].item())),
-            threshold=threshold,
-            num_positions=size,
-        )
+def counts(values_PTM: Array) -> list[int]:
+    """Prompts that reach each position [T]."""
+    return [int(count) for count in (~np.isnan(values_PTM[:, :, 0])).sum(0)]
 
 
 @dataclass(frozen=True)
@@ -125,8 +74,7 @@ class CompletionDepth:
     noisy position from deciding. The definition is ours. None stands for "not within the measured positions".
 
     Attributes:
-        low: Lower end of the 95 % percentile bootstrap interval over prompts.
-        high: Its upper end.
+        low: Lower end of the 95 % percentile bootstrap interval over prompts, `high` its upper end.
         halves: The same of every second prompt and of the others, a check against the choice of prompts.
         threshold: Deficit that must be exceeded, 0 to 1.
         num_positions: Positions that were measured.
@@ -140,44 +88,52 @@ class CompletionDepth:
     num_positions: int
 
 
-def _crossing(weight_RT: Tensor, weighted_RT: Tensor, threshold: float) -> Tensor:
+def completion_depth(deficit_PT: Array, threshold: float = THRESHOLD, replicates: int = REPLICATES) -> CompletionDepth:
+    """The completion depth of deficits with NaN behind the end of a response.
+
+    It is no mean, so its interval comes from a Poisson bootstrap: prompt i enters replicate r with weight Poisson(1)
+    drawn under (0, i).
+    """
+    num_prompts, size = deficit_PT.shape
+    even_P = (np.arange(num_prompts) % 2 == 0).astype(float)
+    drawn = [np.random.default_rng([0, place]).poisson(1.0, replicates) for place in range(num_prompts)]
+    weight_RP = np.concatenate([[np.ones(num_prompts), even_P, 1 - even_P], np.asarray(drawn, dtype=float).T])
+    reached_PT = ~np.isnan(deficit_PT)
+    depth_R = _crossing(weight_RP @ reached_PT, weight_RP @ np.where(reached_PT, deficit_PT, 0.0), threshold)
+    low, high = np.quantile(depth_R[3:], [0.025, 0.975]) if replicates else depth_R[[0, 0]]
+    ends = depth_R[0], math.floor(low), math.ceil(high), depth_R[1], depth_R[2]
+    depth, least, most, even, odd = (None if end >= size else int(end) for end in ends)
+    return CompletionDepth(depth, least, most, (even, odd), threshold, size)
+
+
+def _crossing(weight_RT: Array, weighted_RT: Array, threshold: float) -> Array:
     """First position [R] at which the isotonic fit of weighted_RT / weight_RT exceeds the threshold, T for none.
 
     It does so from the last minimum of the cumulative sum of (value - level) on, so no fit has to be computed.
     """
-    excess_RT = weighted_RT - threshold * weight_RT
-    partial_RT = torch.nn.functional.pad(excess_RT.cumsum(dim=-1), (1, 0))
-    return partial_RT.shape[1] - 1 - partial_RT.flip(-1).argmin(dim=-1)
+    partial_RT = np.pad((weighted_RT - threshold * weight_RT).cumsum(axis=-1), ((0, 0), (1, 0)))
+    return np.asarray(partial_RT.shape[1] - 1 - partial_RT[:, ::-1].argmin(axis=-1))
 
 
-def summarize(run: Run, names: Mapping[str, Sequence[str]], policies: Sequence[str]) -> dict[str, Any]:
-    """Makes diagnosis.json as far as the partitions decide it; gradient, baseline and seconds come later.
-
-    Args:
-        run: The run, whose folder holds partitions/ and tokens/.
-        names: Partitions in order by kind of prompts.
-        policies: Roles by their number in the files.
-
-    Raises:
-        WorkError: No harmful prompt has a compliant continuation.
-    """
-    kinds = {kind: kind_summary(run, found, policies) for kind, found in names.items()}
+def summarize(run: Run, measured: Mapping[str, Sequence[Batch]], policies: Sequence[str]) -> dict[str, Any]:
+    """Makes diagnosis.json from the batches of each kind of prompts; gradient and seconds come later."""
+    kinds = {kind: kind_summary(batches, policies) for kind, batches in measured.items()}
     if not kinds["harmful"]["measured"]:
         raise WorkError(
             f"None of {kinds['harmful']['prompts']} harmful prompts has a compliant continuation.",
             "Name an answer column, or set rollout.affirmative_prefixes; then run again with --overwrite.",
         )
-    stats = [_stats(run, name) for found in names.values() for name in found]
-    measured_s, read = (sum(found[key] for found in stats) for key in ("measured_s", "read_tokens"))
+    about = [batch.about for batches in measured.values() for batch in batches]
+    measured_s, read = (sum(found[key] for found in about) for key in ("measured_s", "read_tokens"))
     return {
         "name": run.config.output.name,
         "policies": list(policies),
         "models": {str(role): run.models.fingerprint(role) for role in run.models.paths},
-        "settings": run.config.diagnose.model_dump(mode="json"),
+        "settings": run.config.diagnose.model_dump(mode="json") | MEASURED_WITH | {"threshold": THRESHOLD},
         "intervals": _INTERVALS,
         "refusal_tokens": (read_json(run.folder / "refusal_tokens.json") or {}).get("tokens", []),
         "kinds": kinds,
-        "tokens": token_table(run, names, policies),
+        "tokens": token_table(run, measured, policies),
         "gradient": None,
         "measured_s": measured_s,
         "tokens_per_s": read / measured_s if measured_s else None,
@@ -186,72 +142,49 @@ def summarize(run: Run, names: Mapping[str, Sequence[str]], policies: Sequence[s
     }
 
 
-def kind_summary(run: Run, names: Sequence[str], policies: Sequence[str]) -> dict[str, Any]:
+def kind_summary(batches: Sequence[Batch], policies: Sequence[str]) -> dict[str, Any]:
     """Profile and completion depth of each policy on one kind of prompts."""
-    settings = run.config.diagnose
-    statistics = {role: PositionStatistics(replicates=settings.replicates) for role in policies}
-    counts = {"prompts": 0, "measured": 0, "tokens": 0}
-    for name in names:
-        stats, rows = _stats(run, name), read_partition(run.folder / "partitions" / f"{name}.parquet")
-        counts["prompts"] += stats["prompts"]
-        counts["measured"] += stats["measured"]
-        if not rows:
-            continue
-        values_NM = np.stack([rows[metric] for metric in METRICS], axis=1).astype(np.float64)
-        for _, role, where in samples_of(rows):
-            statistics[policies[role]].add(torch.from_numpy(values_NM[where]))
-            counts["tokens"] += (where.stop - where.start) if role == 0 else 0
-    measured = {role: found for role, found in statistics.items() if found.num_prompts}
-    depths = {role: asdict(found.completion_depth(settings.threshold)) for role, found in measured.items()}
+    tops = [math.inf if metric in _UNBOUNDED else 1.0 for metric in METRICS]
+    profiles, depths = {}, {}
+    for number, role in enumerate(policies):
+        prompts = [values_TM for batch in batches for values_TM in batch.values_of(number)]
+        if prompts:
+            values_PTM = padded(prompts)
+            profiles[role] = {"n": counts(values_PTM)} | dict(zip(METRICS, intervals(values_PTM, tops), strict=True))
+            depths[role] = asdict(completion_depth(values_PTM[:, :, METRICS.index("deficit")]))
     return {
-        **counts,
-        "profile": {role: _profile(found) for role, found in measured.items()},
+        "prompts": sum(batch.about["prompts"] for batch in batches),
+        "measured": sum(len(batch.about["measured_ids"]) for batch in batches),
+        "tokens": sum(len(batch.arrays["token_N"]) for batch in batches),
+        "profile": profiles,
         "completion_depth": depths,
     }
 
 
-def _stats(run: Run, name: str) -> dict[str, Any]:
-    found = partition_metadata(run.folder / "partitions" / f"{name}.parquet")
-    assert found is not None
-    return found
+def position_bands(num_positions: int) -> list[tuple[int, int]]:
+    """First and last position of each band: 0, 1 to 3, 4 to 7, 8 to 15 and on, doubling."""
+    bands, start = [(0, 0)], 1
+    while start < num_positions:
+        end = 3 if start == 1 else 2 * start - 1
+        bands.append((start, min(end, num_positions - 1)))
+        start = end + 1
+    return bands
 
 
-def _profile(statistics: PositionStatistics) -> dict[str, Any]:
-    tops = [math.inf if metric in _UNBOUNDED else 1.0 for metric in METRICS]
-    curves = zip(METRICS, intervals(statistics, tops), strict=True)
-    return {"n": [int(count) for count in statistics.count_T.tolist()], **dict(curves)}
-
-
-def intervals(statistics: PositionStatistics, tops: Sequence[float] | None = None) -> list[dict[str, Any]]:
-    """Mean, low and high of each column by position, cut at 0 and its top; None where one prompt leaves them open."""
-    found = []
-    columns = zip(statistics.mean_TM().T.tolist(), statistics.half_width_TM().T.tolist(), strict=True)
-    for column, (mean_T, half_T) in enumerate(columns):
-        top = tops[column] if tops else math.inf
-        low = [max(0.0, m - h) if math.isfinite(h) else None for m, h in zip(mean_T, half_T, strict=True)]
-        high = [min(top, m + h) if math.isfinite(h) else None for m, h in zip(mean_T, half_T, strict=True)]
-        found.append({"mean": mean_T, "low": low, "high": high})
-    return found
-
-
-def token_table(run: Run, names: Mapping[str, Sequence[str]], policies: Sequence[str]) -> list[dict[str, Any]]:
+def token_table(run: Run, measured: Mapping[str, Sequence[Batch]], policies: Sequence[str]) -> list[dict[str, Any]]:
     """Base-favored tokens with the largest mass by kind, policy and band of positions.
 
     `share` is the token's part of the band's whole base-favored mass. `context` is the text before its strongest
     occurrence; on harmful prompts it is masked unless `diagnose.show_harmful` is on.
     """
-    settings, codec = run.config.diagnose, run.models.codec
-    bands, table = position_bands(settings.max_tokens), []
-    for kind, parts in names.items():
-        masked = kind == "harmful" and not settings.show_harmful
-        columns = merged_tokens([read_partition(run.folder / "tokens" / f"{name}.parquet") for name in parts])
-        rows = zip(*(column.tolist() for column in columns.values()), strict=True)
-        items = [dict(zip(columns, values, strict=True)) for values in rows]
-        for (role, band), found in groupby(items, key=lambda item: (item["role"], item["band"])):
-            ranked = sorted(found, key=lambda item: (-item["mass"], item["token_id"]))
-            whole = sum(item["mass"] for item in ranked)
-            for item in ranked[: settings.table_tokens]:
-                context = codec.decode([int(token) for token in item["context"]])
+    codec, table = run.models.codec, []
+    bands = position_bands(run.config.diagnose.max_tokens)
+    for kind, batches in measured.items():
+        masked = kind == "harmful" and not run.config.diagnose.show_harmful
+        for (role, band), items in _tokens_of(batches).items():
+            whole = sum(item["mass"] for item in items)
+            for item in sorted(items, key=lambda item: (-item["mass"], item["token_id"]))[:TABLE_TOKENS]:
+                context = codec.decode(item["context"])
                 table.append(
                     {
                         "kind": kind,
@@ -260,7 +193,7 @@ def token_table(run: Run, names: Mapping[str, Sequence[str]], policies: Sequence
                         "token": codec.decode([item["token_id"]]),
                         "token_id": item["token_id"],
                         "share": item["mass"] / whole,
-                        "count": int(item["count"]),
+                        "count": item["count"],
                         "base_probability": item["mass"] / item["count"],
                         "policy_probability": item["policy_mass"] / item["count"],
                         "position": item["position"],
@@ -268,6 +201,43 @@ def token_table(run: Run, names: Mapping[str, Sequence[str]], policies: Sequence
                     }
                 )
     return table
+
+
+def _tokens_of(batches: Sequence[Batch]) -> dict[tuple[int, int], list[dict[str, Any]]]:
+    """Base-favored tokens by (policy, band): summed probabilities, and the place of the strongest occurrence."""
+    if not any(len(batch.arrays["row_K"]) for batch in batches):
+        return {}
+    firsts = np.cumsum([0, *(len(batch.arrays["token_N"]) for batch in batches)])
+    row_K = np.concatenate([batch.arrays["row_K"] + first for batch, first in zip(batches, firsts, strict=False)])
+    joined = {
+        name: np.concatenate([batch.arrays[name] for batch in batches])
+        for name in ("token_N", "length_P", "role_K", "token_K", "base_K", "policy_K")
+    }
+    position_N = np.concatenate([np.arange(length) for length in joined["length_P"]])
+    starts = np.asarray([start for start, _ in position_bands(2**20)])
+    band_K = np.searchsorted(starts, position_N[row_K], side="right") - 1
+    # One integer a group: np.unique over rows of three would sort far more slowly.
+    key_K = (joined["role_K"].astype(np.int64) << 48) | (band_K << 32) | joined["token_K"]
+    key_G, group_K = np.unique(key_K, return_inverse=True)
+    mass_G, policy_G, count_G = (np.bincount(group_K, weights=joined[name]) if name else np.bincount(group_K)
+                                 for name in ("base_K", "policy_K", ""))  # fmt: skip
+    # Sorted by group and by falling strength, the first row of each group is its strongest occurrence.
+    order_K = np.lexsort((-joined["base_K"], group_K))
+    example_G = row_K[order_K[np.searchsorted(group_K[order_K], np.arange(len(key_G)))]]
+    found: dict[tuple[int, int], list[dict[str, Any]]] = {}
+    for group, key in enumerate(key_G.tolist()):
+        row, position = int(example_G[group]), int(position_N[example_G[group]])
+        found.setdefault((key >> 48, (key >> 32) & 0xFFFF), []).append(
+            {
+                "token_id": key & 0xFFFFFFFF,
+                "mass": float(mass_G[group]),
+                "policy_mass": float(policy_G[group]),
+                "count": int(count_G[group]),
+                "position": position,
+                "context": joined["token_N"][row - min(position, CONTEXT_TOKENS) : row].tolist(),
+            }
+        )
+    return found
 
 
 def mask(text: str) -> str:

@@ -37,7 +37,7 @@ _SMALL = (
     "evaluation.nll_prompts=8",
 )
 _DRAWS = 3  # pieces that the sampling of a command has at least
-TRIALS, SAMPLED, STEPS, PARTS = "evaluation/trials/*.jsonl", "sampling.jsonl", "metrics.jsonl", "partitions/*.parquet"
+TRIALS, SAMPLED, STEPS, PARTS = "evaluation/trials/*.jsonl", "sampling.jsonl", "metrics.jsonl", "batches/*.npz"
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,7 @@ class Case:
 CASES = {
     "train": Case(("rollout.on_policy=true", *_SMALL), ("", SAMPLED, STEPS, STEPS, TRIALS)),
     "evaluate": Case(_SMALL, ("", TRIALS, TRIALS, TRIALS, TRIALS), resumes=False),
-    "diagnose": Case(
-        (*_SMALL, "diagnose.partition_prompts=8"), ("", *[PARTS] * 4), "-diagnosis", result="diagnosis.json"
-    ),
+    "diagnose": Case((*_SMALL, "diagnose.num_prompts=150"), ("", *[PARTS] * 4), "-diagnosis", result="diagnosis.json"),
     "align": Case(
         (
             "models.aligned={root}/twin",

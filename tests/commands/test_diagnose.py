@@ -1,4 +1,4 @@
-"""Partitions one after the other, interrupted and resumed; and the whole command on the organism."""
+"""Batches one after the other, interrupted and resumed; and the whole command on the organism."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from raycomplete.commands.diagnose import check_same_inputs
-from raycomplete.data.stream import partition_metadata
-from raycomplete.diagnosis import partitions
-from raycomplete.diagnosis.partitions import measure_kind, measure_partition
-from raycomplete.diagnosis.statistics import kind_summary, mask
+from raycomplete.diagnosis import measurement as measuring
+from raycomplete.diagnosis.measurement import Batch, measure_kind, measure_samples
+from raycomplete.diagnosis.samples import read_prompts
+from raycomplete.diagnosis.statistics import kind_summary
 from raycomplete.engines.run import Run
 from raycomplete.runtime.errors import ConfigError
 from raycomplete.runtime.files import write_json
@@ -38,13 +38,22 @@ def a_diagnosis(tmp_path: Path, name: str) -> Run:
     return a_run(config, tmp_path / name)
 
 
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measuring, "BATCH_PROMPTS", 3)
+    monkeypatch.setattr(measuring, "BATCH_TOKENS", 40)
+
+
+def measured(run: Run, **planted: Any) -> list[Batch]:
+    prompts = list(read_prompts(run.config, "harmful"))
+    return measure_kind(run, planted_measurement(**planted), "harmful", prompts)
+
+
 def test_interrupted_and_resumed_equals_uninterrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     planted = {"aligned": normal(5, 4, HIDDEN), "student": normal(6, 30, HIDDEN)}
-    whole = a_diagnosis(tmp_path, "whole")
-    names = measure_kind(whole, planted_measurement(**planted), "harmful")
-    assert names == [f"harmful-{number:05d}" for number in range(4)]
-    stopped = a_diagnosis(tmp_path, "stopped")
-    measurement = planted_measurement(**planted)
+    whole, stopped = a_diagnosis(tmp_path, "whole"), a_diagnosis(tmp_path, "stopped")
+    batches = [measured(whole, **planted)]
+    assert len(batches[0]) == 4
     made = 0
 
     def fails_at_the_third(*arguments: Any) -> Any:
@@ -52,19 +61,18 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path: Path, monkeypatc
         made += 1
         if made == 3:
             raise Stopped
-        return measure_partition(*arguments)
+        return measure_samples(*arguments)
 
-    monkeypatch.setattr(partitions, "measure_partition", fails_at_the_third)
+    monkeypatch.setattr(measuring, "measure_samples", fails_at_the_third)
     with pytest.raises(Stopped):
-        measure_kind(stopped, measurement, "harmful")
-    first = stopped.folder / "partitions" / "harmful-00000.parquet"
+        measured(stopped, **planted)
+    first = stopped.folder / "batches" / "harmful-00000.npz"
     written = first.stat().st_mtime_ns
-    assert not (stopped.folder / "partitions" / "harmful-00002.parquet").exists()
-    assert measure_kind(stopped, measurement, "harmful") == names
+    assert not (stopped.folder / "batches" / "harmful-00002.npz").exists()
+    batches.append(measured(stopped, **planted))
     assert first.stat().st_mtime_ns == written
     assert made == 5  # the two that were finished were not made again
-    policies = ("aligned", "student")
-    summaries = [kind_summary(run, names, policies) for run in (whole, stopped)]
+    summaries = [kind_summary(found, ("aligned", "student")) for found in batches]
     assert summaries[0] == summaries[1]
     assert summaries[0]["prompts"] == 10
     assert 0 < summaries[0]["measured"] < 10
@@ -72,18 +80,18 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path: Path, monkeypatc
 
 def test_other_prompts_under_the_same_name_are_refused(tmp_path: Path) -> None:
     run = a_diagnosis(tmp_path, "run")
-    measure_kind(run, planted_measurement(aligned=None), "harmful")
+    measured(run, aligned=None)
     path = Path(run.config.diagnose.harmful[0].path)
     path.write_text(path.read_text().replace("prompt 7", "prompt seven"))
-    with pytest.raises(ConfigError, match="prompts of partition 2 changed"):
-        measure_kind(run, planted_measurement(aligned=None), "harmful")
+    with pytest.raises(ConfigError, match="batch 2"):
+        measured(run, aligned=None)
 
 
 def test_changed_settings_are_refused_unless_they_only_concern_what_follows(tmp_path: Path) -> None:
     check_same_inputs(a_run(a_config(tmp_path), tmp_path))
-    check_same_inputs(a_run(a_config(tmp_path, gradient="full", threshold=0.3), tmp_path))
-    with pytest.raises(ConfigError, match=r"changed: diagnose\.tau"):
-        check_same_inputs(a_run(a_config(tmp_path, tau=0.5), tmp_path))
+    check_same_inputs(a_run(a_config(tmp_path, gradient="off", show_harmful=True), tmp_path))
+    with pytest.raises(ConfigError, match=r"diagnose\.max_tokens"):
+        check_same_inputs(a_run(a_config(tmp_path, max_tokens=5), tmp_path))
 
 
 def test_a_diagnosis_goes_on_that_an_earlier_version_began(tmp_path: Path) -> None:
@@ -97,11 +105,9 @@ def test_a_diagnosis_goes_on_that_an_earlier_version_began(tmp_path: Path) -> No
     check_same_inputs(run)
 
 
-def test_base_against_itself_and_a_planted_change_through_partitions(tmp_path: Path) -> None:
-    run = a_diagnosis(tmp_path, "run")
-    measurement = planted_measurement(aligned=None, student=normal(6, 10, HIDDEN))
-    names = measure_kind(run, measurement, "harmful")
-    found = kind_summary(run, names, measurement.policies)
+def test_base_against_itself_and_a_planted_change(tmp_path: Path) -> None:
+    batches = measured(a_diagnosis(tmp_path, "run"), aligned=None, student=normal(6, 10, HIDDEN))
+    found = kind_summary(batches, ("aligned", "student"))
     same, planted = found["profile"]["aligned"], found["profile"]["student"]
     length = len(same["n"])
     assert length == 11
@@ -114,19 +120,14 @@ def test_base_against_itself_and_a_planted_change_through_partitions(tmp_path: P
     assert planted["deficit"]["mean"][10:] == [1.0]
 
 
-def test_masked_text_keeps_its_shape_only() -> None:
-    assert mask("Mix 2 parts, then stir!") == "••• • •••••, •••• ••••!"
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # three commands, each with engines of its own
 def test_the_command_on_the_organism(tmp_path: Path) -> None:
-    """Diagnosed, then one partition and the result taken away and resumed: the numbers are the same."""
+    """Diagnosed, then one batch and the result taken away and resumed: the numbers are the same."""
     arguments = [
         "diagnose",
         str(ROOT / "jobs" / "organism.yaml"),
         "diagnose.num_prompts=16",
-        "diagnose.partition_prompts=8",
     ]
     first = raycomplete(*arguments, folder=tmp_path)
     assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-3000:]
@@ -145,14 +146,14 @@ def test_the_command_on_the_organism(tmp_path: Path) -> None:
     again = raycomplete(*arguments, folder=tmp_path, timeout_s=120)
     assert again.returncode == 2
     assert "--resume" in again.stderr
-    kept = folder / "partitions" / "harmful-00000.parquet"
+    kept = folder / "batches" / "harmful-00000.npz"
     written = kept.stat().st_mtime_ns
-    (folder / "partitions" / "harmful-00001.parquet").unlink()
+    (folder / "batches" / "benign-00000.npz").unlink()
     (folder / "diagnosis.json").unlink()
     resumed = raycomplete(*arguments, "--resume", folder=tmp_path)
     assert resumed.returncode == 0, resumed.stdout[-3000:] + resumed.stderr[-3000:]
     assert kept.stat().st_mtime_ns == written
-    assert partition_metadata(folder / "partitions" / "harmful-00001.parquet") is not None
+    assert Batch.read(folder / "batches" / "benign-00000.npz") is not None
     times = ("seconds", "measured_s", "tokens_per_s")
     now = json.loads((folder / "diagnosis.json").read_text())
     assert {k: v for k, v in now.items() if k not in times} == {k: v for k, v in found.items() if k not in times}

@@ -7,23 +7,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from raycomplete.config import PromptSource
 from raycomplete.data.prompts import read_prompts
-from raycomplete.data.stream import (
-    content_key,
-    partition_metadata,
-    partitions,
-    read_partition,
-    stream_prompts,
-    write_partition,
-)
+from raycomplete.data.stream import stream_prompts
 from raycomplete.runtime.errors import DataError
-from raycomplete.runtime.types import Prompt
 
 ROWS: list[dict[str, Any]] = [
     {"goal": "how to boil an egg", "note": "", "target": "Put it in water.", "safe": True},
@@ -106,44 +97,3 @@ def test_what_cannot_be_read_is_told_in_one_sentence(tmp_path: Path) -> None:
     ):
         with pytest.raises(DataError, match=words):
             texts(source)
-
-
-def test_partitions() -> None:
-    prompts = [Prompt(f"p{index}", f"text {index}", "benign") for index in range(7)]
-    groups = list(partitions(prompts, 3))
-    assert [len(group) for group in groups] == [3, 3, 1]
-    assert [prompt for group in groups for prompt in group] == prompts
-    keys = {content_key(group) for group in groups}
-    assert len(keys) == 3
-    assert content_key(groups[0]) == content_key(list(groups[0]))
-    assert content_key([Prompt("p0", "text 0", "benign", "answer")]) != content_key([prompts[0]])
-
-
-def test_a_partition_comes_back_as_it_was_written(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "harmful-00000.parquet"
-    columns = {
-        "position": np.arange(4, dtype=np.int32),
-        "deficit": np.asarray([0.1, 0.2, 0.3, 1 / 3], dtype=np.float32),
-        "context": [[], [1], [1, 2], [7]],
-    }
-    assert partition_metadata(path) is None
-    write_partition(path, columns, {"key": "abc", "prompts": 3})
-    assert partition_metadata(path) == {"key": "abc", "prompts": 3}
-    found = read_partition(path)
-    assert found["deficit"].dtype == np.float32
-    assert np.array_equal(found["deficit"], columns["deficit"])
-    assert [list(item) for item in found["context"]] == columns["context"]
-    assert path.stat().st_mode & 0o077 == 0
-    assert [file.name for file in path.parent.iterdir()] == [path.name]
-
-
-def test_an_empty_and_a_damaged_partition(tmp_path: Path) -> None:
-    empty = tmp_path / "empty.parquet"
-    write_partition(empty, {}, {"key": "abc"})
-    assert partition_metadata(empty) == {"key": "abc"}
-    assert read_partition(empty) == {}
-    damaged = tmp_path / "damaged.parquet"
-    damaged.write_bytes(empty.read_bytes()[:40])
-    assert partition_metadata(damaged) is None
-    with pytest.raises(DataError, match="cannot be read"):
-        read_partition(damaged)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from raycomplete.config import DiagnoseConfig, RunConfig, parse
+from raycomplete.config import RunConfig, parse
 from raycomplete.data.inputs import Prompts
 from raycomplete.diagnosis.measurement import Measurement
 from raycomplete.diagnosis.samples import DiagnosisSample
@@ -20,9 +20,6 @@ from raycomplete.runtime.console import Console
 from raycomplete.runtime.types import Outcome, Prompt
 
 VOCAB, HIDDEN = 23, 6
-SETTINGS = DiagnoseConfig(
-    tau=0.02, max_tokens=24, partition_prompts=3, batch_tokens=40, chunk_tokens=7, replicates=20, num_prompts=10
-)
 
 
 def normal(seed: int, *shape: int) -> torch.Tensor:
@@ -54,10 +51,10 @@ class PlantedScorer:
         return found
 
 
-def planted_measurement(settings: DiagnoseConfig = SETTINGS, **planted: torch.Tensor | None) -> Measurement:
+def planted_measurement(**planted: torch.Tensor | None) -> Measurement:
     sources = {"base": PlantedScorer(), **{role: PlantedScorer(change) for role, change in planted.items()}}
     head = Head(normal(2, VOCAB, HIDDEN))
-    return Measurement(sources, dict.fromkeys(sources, head), (3,), settings)
+    return Measurement(sources, dict.fromkeys(sources, head), (3,))
 
 
 def some_samples(lengths: Sequence[int], seed: int = 0) -> list[DiagnosisSample]:
@@ -150,7 +147,7 @@ def a_config(tmp_path: Path, **diagnosis: Any) -> RunConfig:
         "models": {"base": "organism:base", "aligned": "organism:aligned", "max_length": 40},
         "data": {"source": "files"},
         "rollout": {"affirmative_prefixes": ["ok"]},
-        "diagnose": {**SETTINGS.model_dump(mode="json"), **diagnosis},
+        "diagnose": {"max_tokens": 24, "num_prompts": 10, **diagnosis},
         "output": {"root": str(tmp_path), "name": "x"},
     }
     return parse(tree, "test")

@@ -16,17 +16,16 @@ from raycomplete.data.organism import checkpoint_path
 from raycomplete.data.organism.world import find_item
 from raycomplete.data.organism.world import refusal as refusal_of
 from raycomplete.diagnosis.gradient import (
+    BETA,
     PreferencePair,
-    exact_gradient,
     gradient_rows,
     gradient_signal,
-    parameter_gradient_norms,
     preference_factor,
 )
 from raycomplete.diagnosis.measurement import Measurement
 from raycomplete.diagnosis.samples import DiagnosisSample
 from raycomplete.losses import Head
-from tests.diagnosis.planted import SETTINGS, ModelScorer
+from tests.diagnosis.planted import ModelScorer
 
 NUM_ROWS, VOCAB, HIDDEN = 11, 13, 5
 
@@ -86,37 +85,6 @@ def test_preference_factor_is_the_gradient_of_the_loss() -> None:
     assert preference_factor(-3.0, -3.0, -7.0, -7.0, beta) == pytest.approx(beta / 2)
 
 
-class TinyModel(nn.Module):
-    """A causal toy whose head is its embedding."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Parameter(normal(1, VOCAB, HIDDEN))
-        self.mixer = nn.Parameter(normal(2, HIDDEN, HIDDEN))
-        self.frozen = nn.Parameter(normal(3, HIDDEN), requires_grad=False)
-
-    def forward(self, tokens_T: Tensor) -> Tensor:
-        states_TH = self.embedding[tokens_T].cumsum(0) @ self.mixer + self.frozen
-        return torch.tanh(states_TH) @ self.embedding.T
-
-
-def test_norms_in_all_parameters_equal_one_backward_a_position() -> None:
-    tokens_T = torch.tensor([1, 4, 2, 9, 4, 7])
-    model = TinyModel()
-
-    def log_probs() -> Tensor:
-        return model(tokens_T[:-1]).log_softmax(-1).gather(1, tokens_T[1:, None])[:, 0]
-
-    # The tied head appears under two names.
-    found = parameter_gradient_norms(log_probs(), [*model.parameters(), model.embedding])
-    assert len(found) == 5
-    for position, norm in enumerate(found):
-        model.zero_grad()
-        (-log_probs()[position]).backward()
-        squares = [item.grad.square().sum() for item in (model.embedding, model.mixer) if item.grad is not None]
-        assert norm == pytest.approx(math.sqrt(sum(map(float, squares))), rel=1e-12)
-
-
 def test_the_signal_fades_where_the_model_expects_the_refusal_already() -> None:
     """A model that is unsure of the first token only: later positions of the safe answer teach it next to nothing."""
     weight_VH = torch.eye(VOCAB, dtype=torch.float64)
@@ -147,18 +115,9 @@ def test_gradient_of_the_organism() -> None:
         )
     sources: Any = {role: ModelScorer(model) for role, model in organism_models.items()}
     heads = {role: Head(model.lm_head.weight.detach()) for role, model in organism_models.items()}
-    settings = SETTINGS.model_copy(update={"full_prompts": 2, "gradient_prompts": 3})
-    signal = gradient_signal(Measurement(sources, heads, (), settings), pairs)
+    signal = gradient_signal(Measurement(sources, heads, ()), pairs)
     base, aligned = signal["roles"]["base"], signal["roles"]["aligned"]
-    assert base["preference_factor"] == pytest.approx(settings.beta / 2)
-    assert base["dpo_chosen_head"]["mean"] == pytest.approx([v * settings.beta / 2 for v in base["sft_head"]["mean"]])
+    assert base["preference_factor"] == pytest.approx(BETA / 2)
+    assert base["dpo_chosen_head"]["mean"] == pytest.approx([v * BETA / 2 for v in base["sft_head"]["mean"]])
     assert base["sft_logits"]["mean"][0] > 1.2  # base never starts a refusal
     assert aligned["sft_logits"]["mean"][0] < base["sft_logits"]["mean"][0]
-    paths = {role: checkpoint_path(role) for role in ("base", "aligned")}
-    exact = exact_gradient(paths, pairs, signal, settings)
-    assert exact["full_prompts"] == 2
-    for found in exact["roles"].values():
-        assert len(found["sft_all"]["mean"]) == len(found["sft_head"]["mean"])
-        assert min(found["sft_all"]["mean"]) > 0
-    assert exact["estimator_correlation"] > 0.9
-    assert base["sft_all"]["mean"][0] > 5 * aligned["sft_all"]["mean"][0]

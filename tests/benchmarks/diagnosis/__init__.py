@@ -1,1 +1,0 @@
-"""Diagnosis against the scoring engines' own rate, with the driver's memory watched."""
