@@ -1,10 +1,12 @@
-"""Fixtures that several rooms share: one Ray cluster and one set of engines for the whole session."""
+"""Shared by several rooms: one Ray cluster and one set of engines for the whole session, and the tracked files."""
 
 from __future__ import annotations
 
 import logging
 import os
+import subprocess
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,21 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is loaded: engines and trainers share the cores
+
+
+@cache
+def tracked_files() -> tuple[Path, ...]:
+    """Every file that git tracks; without git the test is skipped."""
+    done = subprocess.run(["git", "-C", str(ROOT), "ls-files"], capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip("not a git checkout")
+    return tuple(path for line in done.stdout.splitlines() if (path := ROOT / line).is_file())
+
+
+def tracked_python(*folders: str) -> list[Path]:
+    """The tracked Python files below these folders of the repository, sorted."""
+    parents = {ROOT / folder for folder in folders}
+    return sorted(path for path in tracked_files() if path.suffix == ".py" and parents & {*path.parents})
 
 
 @pytest.fixture(scope="session")

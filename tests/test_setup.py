@@ -17,7 +17,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from tests.tracked import tracked_files
+from tests.conftest import tracked_files
 
 ROOT = Path(__file__).resolve().parent.parent
 SETUP = ROOT / ".setup" / "setup.sh"
