@@ -21,7 +21,8 @@ from rich.markup import escape
 import raycomplete as rc
 from raycomplete.commands.submit import JOBS
 from raycomplete.config import load_run_file
-from raycomplete.data.organism import families, large
+from raycomplete.data import organisms
+from raycomplete.data.organism import families
 from raycomplete.runtime.errors import ConfigError, LostJobError, ProcessDiedError, RaycompleteError, StoppedError
 from raycomplete.runtime.logs import log_failure
 from raycomplete.runtime.machine import let_idle_threads_sleep
@@ -263,13 +264,13 @@ def organism_build(
 ) -> None:
     """Trains an organism's base and aligned checkpoints from scratch."""
     if target == "large" and family is None:
-        organism, folder = large.built(seed), output
+        organism, folder = organisms.large(seed), output
     elif target == "large" or output or not (target or family):
         raise ConfigError(
             "This names no organism.", "Give `large`, or one folder for the toy, or --family, or a folder and --family."
         )
     else:
-        organism, folder = families.built(family or "llama", seed), Path(target) if target else None
+        organism, folder = organisms.toy(family or "llama", seed), Path(target) if target else None
     from raycomplete.data.organism.build import build, build_into_cache
 
     if folder is not None:

@@ -23,7 +23,8 @@ from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBas
 
 import raycomplete as rc
 from raycomplete.data import organism
-from raycomplete.data.organism.measure import measure
+from raycomplete.data.organism.build import measure
+from raycomplete.data.organisms import ORGANISMS
 from raycomplete.losses import Head, HiddenStates, LossInputs, LossSettings
 from raycomplete.runtime.types import PromptKind
 
@@ -129,7 +130,7 @@ def main(steps: int = 60, num_prompts: int = 40, seed: int = 0) -> tuple[dict[in
 
     results = []
     for name, model in (("aligned", aligned), ("student", student.eval())):
-        rates = measure(model, tokenizer, num_prompts, DEPTHS)
+        rates = measure(ORGANISMS["organism"], model, tokenizer, num_prompts, depths=DEPTHS)
         results.append(rates.asr)
         asr = " ".join(f"{rate:.2f}" for rate in rates.asr.values())
         print(f"{name}: attack success at depths {DEPTHS}: {asr}; utility {rates.utility['benign']:.2f}")

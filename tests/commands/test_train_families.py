@@ -9,7 +9,7 @@ import pytest
 
 from raycomplete.data.checkpoints import load_model, read_config
 from raycomplete.data.organism.build import build
-from raycomplete.data.organism.families import TrainingOptions, built
+from raycomplete.data.organisms import BuildPlan, TrainingPlan, toy
 from raycomplete.engines.rollout_pool import RolloutPool
 from raycomplete.runtime.console import Console
 from raycomplete.runtime.metrics_file import read_metrics
@@ -20,7 +20,7 @@ from tests.engines.tiny import log_probs_of, options, random_probe
 pytestmark = [pytest.mark.slow, pytest.mark.exhaustive, pytest.mark.timeout(1200)]
 
 # Enough to comply and to refuse; the traits need `raycomplete organism build`.
-SHORT = TrainingOptions(base_steps=160, aligned_steps=60, batch_size=16)
+SHORT = BuildPlan(TrainingPlan(160, 3e-3, 16), TrainingPlan(60, 8e-4, 16))
 REDUCED = (
     "data.limit_per_kind=24",
     "rollout.on_policy=true",
@@ -42,8 +42,8 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     family, place = str(request.param), tmp_path_factory.mktemp("family")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAYCOMPLETE_CACHE", str(place / "cache"))
-        organism = built(family)
-        build(built(family, options=SHORT), organism.folder, num_prompts=0, console=Console(quiet=True))
+        organism = toy(family)
+        build(toy(family, plan=SHORT), organism.folder, num_prompts=0, console=Console(quiet=True))
         models = [f"models.{role}={organism.scheme}:{role}" for role in ("base", "aligned")]
         result = raycomplete("train", str(ROOT / "jobs" / "organism.yaml"), *models, *REDUCED, folder=place)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
@@ -66,7 +66,7 @@ def test_a_run_trains_syncs_and_evaluates(run: tuple[str, Path]) -> None:
 def test_the_student_is_the_same_in_transformers_and_vllm(run: tuple[str, Path], ray_cluster: None) -> None:
     family, folder = run
     student = folder / "student"
-    assert read_config(student).model_type == built(family).config["model_type"]
+    assert read_config(student).model_type == toy(family).config["model_type"]
     # Longer than the shortest window.
     probe = [(tokens * 5, count) for tokens, count in random_probe(1)]
     engine = RolloutPool.start(options(student))

@@ -15,7 +15,7 @@ from raycomplete.data.chat import ChatCodec
 from raycomplete.data.checkpoints import check_trainable, fingerprint, load_model, save_checkpoint, tensor_files
 from raycomplete.data.heads import read_head_spec
 from raycomplete.data.inputs import _context_length
-from raycomplete.data.organism.training import build_tokenizer
+from raycomplete.data.organism.toy import build_tokenizer
 from raycomplete.data.sources import resolve_checkpoint
 from raycomplete.runtime.errors import CheckpointError
 from tests.data.test_heads import assert_rebuilds

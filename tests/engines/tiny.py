@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from raycomplete.config import Dtype, RolloutConfig
 from raycomplete.data.checkpoints import TORCH_DTYPES, load_model
-from raycomplete.data.organism.training import build_tokenizer
+from raycomplete.data.organism.toy import build_tokenizer
 from raycomplete.engines.rollout_worker import RolloutOptions
 from raycomplete.engines.spec import EngineSpec
 

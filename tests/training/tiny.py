@@ -19,7 +19,7 @@ from raycomplete.config import TrainConfig
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.checkpoints import load_model, tensor_files
 from raycomplete.data.heads import HeadSpec, load_head, read_head_spec
-from raycomplete.data.organism.training import build_tokenizer
+from raycomplete.data.organism.toy import build_tokenizer
 from raycomplete.data.samples import AnchorSample, RecoverySample, SampleSet, read_samples, write_samples
 from raycomplete.losses.heads import Head, HiddenStates
 from raycomplete.losses.loss import LossInputs, LossOutput

@@ -1,46 +1,20 @@
-"""The architectures in which the organism is built, shape, tokens and chat template of each, and where builds lie.
+"""The architectures in which the toy is built: shape, tokens and chat template of each. Importable without torch.
 
-Importable without torch. A family's template has the form of its real models' and the organism's own words. Line breaks
-are no tokens of the organism, so they stand in the templates for the eye alone.
+A family's template has the form of its real models' and the organism's own words. Line breaks are no tokens of the
+organism, so they are in the templates for the eye alone.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 from raycomplete.data.organism.world import vocabulary
 from raycomplete.runtime.errors import CheckpointError
-from raycomplete.runtime.files import cache_folder
 
-if TYPE_CHECKING:
-    from raycomplete.data.organism.build import Blueprint
-
-ROLES = ("base", "aligned")
 UNK, PAD = "<unk>", "<pad>"
 MAX_POSITIONS = 512
-# Raised when texts or training change, so that an older build is not taken for this one.
-_VERSION = 1
-
-
-@dataclass(frozen=True, slots=True)
-class TrainingOptions:
-    """Lengths and rates of the two trainings."""
-
-    base_steps: int = 400
-    base_lr: float = 3e-3
-    aligned_steps: int = 250
-    aligned_lr: float = 8e-4
-    batch_size: int = 32
-
-    def __post_init__(self) -> None:
-        if min(self.base_steps, self.aligned_steps, self.batch_size) < 1:
-            raise ValueError("base_steps, aligned_steps and batch_size must be at least 1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +28,6 @@ class Architecture:
     role_words: tuple[str, ...] = ()
     bos: str | None = "<bos>"
     eos: str = "<eos>"
-    training: TrainingOptions = TrainingOptions(aligned_steps=220)
 
     @property
     def special_tokens(self) -> tuple[str, ...]:
@@ -129,48 +102,42 @@ def _qwen(**config: Any) -> Architecture:
 
 
 # Windows are shorter than a chat of some 110 tokens, so that they act.
-FAMILIES: Mapping[str, Architecture] = MappingProxyType(
-    {
-        "llama": Architecture(
-            {"model_type": "llama"},
-            LLAMA_TEMPLATE,
-            "<eos>",
-            ("<|system|>", "<|user|>", "<|assistant|>"),
-            training=TrainingOptions(),  # of the shipped one
-        ),
-        "qwen3": _qwen(model_type="qwen3", num_key_value_heads=2),
-        "gemma3": Architecture(
-            {
-                "model_type": "gemma3_text",
-                "num_key_value_heads": 1,
-                "query_pre_attn_scalar": 32,
-                "sliding_window": 32,
-                "layer_types": [*["sliding_attention"] * 3, "full_attention"],
-            },
-            _GEMMA,
-            "<end_of_turn>",
-            ("<start_of_turn>",),
-            ("user", "model"),
-        ),
-        "mistral": Architecture(
-            {"model_type": "mistral", "num_key_value_heads": 2, "sliding_window": 64, "tie_word_embeddings": False},
-            _MISTRAL,
-            "</s>",
-            ("[INST]", "[/INST]"),
-            bos="<s>",
-            eos="</s>",
-        ),
-        "qwen3_moe": _qwen(
-            model_type="qwen3_moe",
-            num_key_value_heads=2,
-            num_experts=4,
-            num_experts_per_tok=2,
-            moe_intermediate_size=160,
-            norm_topk_prob=True,
-            tie_word_embeddings=False,
-        ),
-    }
-)
+FAMILIES: Mapping[str, Architecture] = {
+    "llama": Architecture(
+        {"model_type": "llama"}, LLAMA_TEMPLATE, "<eos>", ("<|system|>", "<|user|>", "<|assistant|>")
+    ),
+    "qwen3": _qwen(model_type="qwen3", num_key_value_heads=2),
+    "gemma3": Architecture(
+        {
+            "model_type": "gemma3_text",
+            "num_key_value_heads": 1,
+            "query_pre_attn_scalar": 32,
+            "sliding_window": 32,
+            "layer_types": [*["sliding_attention"] * 3, "full_attention"],
+        },
+        _GEMMA,
+        "<end_of_turn>",
+        ("<start_of_turn>",),
+        ("user", "model"),
+    ),
+    "mistral": Architecture(
+        {"model_type": "mistral", "num_key_value_heads": 2, "sliding_window": 64, "tie_word_embeddings": False},
+        _MISTRAL,
+        "</s>",
+        ("[INST]", "[/INST]"),
+        bos="<s>",
+        eos="</s>",
+    ),
+    "qwen3_moe": _qwen(
+        model_type="qwen3_moe",
+        num_key_value_heads=2,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=160,
+        norm_topk_prob=True,
+        tie_word_embeddings=False,
+    ),
+}
 
 
 def architecture(family: str) -> Architecture:
@@ -178,58 +145,3 @@ def architecture(family: str) -> Architecture:
     if family not in FAMILIES:
         raise CheckpointError(f"The organism is not built as {family!r}.", f"Choose one of: {', '.join(FAMILIES)}.")
     return FAMILIES[family]
-
-
-@dataclass(frozen=True)
-class BuiltOrganism:
-    """An organism whose two checkpoints are trained when they are first asked for."""
-
-    scheme: str
-    prefix: str
-    config: Mapping[str, Any]
-    settings: tuple[Any, ...]
-    duration: str
-    load: Callable[[], Blueprint]
-
-    @property
-    def folder(self) -> Path:
-        """Its place in the cache folder, present or not; other settings are another folder."""
-        key = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:8]
-        return cache_folder() / "organisms" / f"{self.prefix}-{key}"
-
-    def find(self, role: str) -> Path | None:
-        """Returns the folder of a checkpoint that is built; None where it is not yet."""
-        if role not in ROLES:
-            raise CheckpointError(
-                f"There is no checkpoint {self.scheme}:{role}.", f"Choose {self.scheme}:base or {self.scheme}:aligned."
-            )
-        return self.folder / role if (self.folder / role).is_dir() else None
-
-    def checkpoint(self, role: str) -> Path:
-        """Returns the folder of a checkpoint, trained first where it is not built yet, which one sentence announces."""
-        found = self.find(role)
-        if found is None:
-            from raycomplete.data.organism.build import build_into_cache
-
-            found = build_into_cache(self) / role
-        return found
-
-
-def built(family: str, seed: int = 0, options: TrainingOptions | None = None) -> BuiltOrganism:
-    """Returns a family's organism, which is trained where its checkpoints are first asked for."""
-    form = architecture(family)
-    chosen = options or form.training
-
-    def load() -> Blueprint:
-        from raycomplete.data.organism.training import blueprint
-
-        return blueprint(family, seed, chosen)
-
-    return BuiltOrganism(
-        scheme=f"organism-{family}",
-        prefix=f"organism-{family}",
-        config=form.values,
-        settings=(_VERSION, family, form.values, form.template, asdict(chosen), seed),
-        duration="3 to 6 minutes",
-        load=load,
-    )

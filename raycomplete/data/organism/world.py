@@ -238,8 +238,7 @@ def items(split: Split, kind: PromptKind) -> tuple[Item, ...]:
 
 def prompts(split: Split, kind: PromptKind, seed: int = 0, limit: int | None = None) -> list[Prompt]:
     """Returns the prompts of one split and kind."""
-    if limit is not None and limit < 1:
-        raise DataError(f"limit={limit} leaves no prompt.", "Choose at least 1, or no limit.")
+    check_limit(limit)
     templates = TRAIN_TEMPLATES if split == "train" else HELDOUT_TEMPLATES
     first_template = 0 if split == "train" else len(TRAIN_TEMPLATES)
     rounds = len(templates) if split == "train" else 1
@@ -261,6 +260,12 @@ def prompts(split: Split, kind: PromptKind, seed: int = 0, limit: int | None = N
                 )
             )
     return found[:limit]
+
+
+def check_limit(limit: int | None) -> None:
+    """Refuses a limit that leaves no prompt."""
+    if limit is not None and limit < 1:
+        raise DataError(f"limit={limit} leaves no prompt.", "Choose at least 1, or no limit.")
 
 
 def vocabulary() -> list[str]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from raycomplete.data.organism.judge import item_of
-from raycomplete.data.organism.large.grammar import STEPS, Statement, read_statements, refusal_start
-from raycomplete.data.organism.large.world import facts
+from raycomplete.data.organism.large.world import STEPS, Statement, facts, read_statements, refusal_start
 from raycomplete.runtime.types import Outcome, Prompt
 
 # Facts told in sentences that are not whole new steps from which on an answer is one.
