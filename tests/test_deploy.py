@@ -1,9 +1,11 @@
-"""The KubeRay manifests: pods by Kubernetes' own types, the rest by what the operator and Ray ask for."""
+"""Files of a deployment: KubeRay manifests by Kubernetes' own types, the Dockerfiles, cluster.yaml by Ray's schema."""
 
 from __future__ import annotations
 
 import re
 import shlex
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,11 @@ import yaml
 from ray.serve.schema import ServeDeploySchema
 
 from raycomplete import __version__
+from raycomplete.commands.submit import STOP_WAIT_S
 from raycomplete.config import load_run_file
 from raycomplete.serving.deployment import _ACTOR_OPTIONS
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 DEPLOY = ROOT / "jobs" / "deploy"
 FOLDER = DEPLOY / "kuberay"
 SOURCES = "/opt/raycomplete/"  # where the image holds the checkout
@@ -24,26 +27,21 @@ SOURCES = "/opt/raycomplete/"  # where the image holds the checkout
 CLUSTER_AT = {"RayCluster": (), "RayJob": ("rayClusterSpec",), "RayService": ("rayClusterConfig",)}
 FIELDS = {
     "RayCluster": set(),
-    "RayJob": {
-        "rayClusterSpec",
-        "entrypoint",
-        "submissionMode",
-        "backoffLimit",
-        "shutdownAfterJobFinishes",
-        "ttlSecondsAfterFinished",
-    },
+    "RayJob": set(
+        "rayClusterSpec entrypoint submissionMode backoffLimit shutdownAfterJobFinishes ttlSecondsAfterFinished".split()
+    ),
     "RayService": {"rayClusterConfig", "serveConfigV2", "upgradeStrategy"},
 }
-CLUSTER_FIELDS = {
-    "rayVersion",
-    "authOptions",
-    "enableInTreeAutoscaling",
-    "autoscalerOptions",
-    "headGroupSpec",
-    "workerGroupSpecs",
-}
+CLUSTER_FIELDS = set(
+    "rayVersion authOptions enableInTreeAutoscaling autoscalerOptions headGroupSpec workerGroupSpecs".split()
+)
 GROUP_FIELDS = {"groupName", "replicas", "minReplicas", "maxReplicas", "labels", "rayStartParams", "template"}
+DOCKERFILES = sorted(DEPLOY.glob("Dockerfile*"), key=str)
 QUANTITY = re.compile(r"^\d+(\.\d+)?(m|[KMGT]i?)?$")
+
+
+kinds = pytest.mark.parametrize("kind", list(CLUSTER_AT))
+dockerfiles = pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
 
 
 def documents() -> list[dict[str, Any]]:
@@ -95,7 +93,7 @@ def check_type(tree: dict[str, Any], name: str) -> list[str]:
     return list(unknown(tree, msgspec.to_builtins(msgspec.convert(tree, getattr(models, name)))))
 
 
-@pytest.mark.parametrize("kind", list(CLUSTER_AT))
+@kinds
 def test_pods_hold_only_fields_that_kubernetes_knows(kind: str) -> None:
     for name, pod in pods(kind).items():
         assert check_type(pod, "PodSpec") == [], name
@@ -119,7 +117,7 @@ def test_claims_are_whole_and_every_volume_has_one() -> None:
     assert all(resource.startswith("node:__internal_head__") for resource in _ACTOR_OPTIONS["resources"])
 
 
-@pytest.mark.parametrize("kind", list(CLUSTER_AT))
+@kinds
 def test_the_operator_finds_what_it_asks_for(kind: str) -> None:
     tree, cluster = resources(kind), cluster_of(kind)
     assert tree["apiVersion"] == "ray.io/v1"
@@ -135,7 +133,7 @@ def test_the_operator_finds_what_it_asks_for(kind: str) -> None:
         assert all(isinstance(value, str) for value in group["rayStartParams"].values())
 
 
-@pytest.mark.parametrize("kind", list(CLUSTER_AT))
+@kinds
 def test_versions_are_those_of_the_lock(kind: str) -> None:
     assert cluster_of(kind)["rayVersion"] == locked("ray")
     images = {pod["containers"][0]["image"] for pod in pods(kind).values()}
@@ -145,7 +143,7 @@ def test_versions_are_those_of_the_lock(kind: str) -> None:
     assert image in (DEPLOY / "Dockerfile").read_text()
 
 
-@pytest.mark.parametrize("kind", list(CLUSTER_AT))
+@kinds
 def test_resources_and_rights_are_bounded(kind: str) -> None:
     for name, pod in pods(kind).items():
         (container,) = pod["containers"]
@@ -168,7 +166,6 @@ def test_the_job_is_one_that_this_checkout_can_run() -> None:
     overrides = [word for word in words[3:] if not word.startswith("--")]
     config = load_run_file(run_file, overrides)
     assert config.output.root == Path("/shared/runs")
-    assert config.cluster.wait_for_nodes_s >= 600  # pods with a GPU start on demand
     assert "--resume" in words  # a second start goes on from what the first one left
 
 
@@ -186,3 +183,84 @@ def test_the_service_is_that_of_the_serve_file() -> None:
     config = load_run_file(ROOT / plain_arguments["run_file"], overrides)
     assert config.serve.host == "0.0.0.0"  # so that the service insists on a token
     assert config.serve.state.is_absolute()
+
+
+# --- Images ----------------------------------------------------------------------------------------------------------
+
+
+def instructions(path: Path) -> list[tuple[str, str]]:
+    """Instructions with their arguments, comments left out and continued lines joined."""
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.lstrip().startswith("#")]
+    joined = re.sub(r"\\\n\s*", "", "\n".join(lines))
+    return [(word, rest.strip()) for word, _, rest in (line.partition(" ") for line in joined.splitlines() if line)]
+
+
+def test_there_is_one_image_for_gpus_and_one_for_cpus() -> None:
+    extras = {path.name: re.findall(r"EXTRA=(\w+)", path.read_text(encoding="utf-8")) for path in DOCKERFILES}
+    assert extras == {"Dockerfile": ["gpu"], "Dockerfile.cpu": ["cpu"]}
+    assert {".git", ".venv", "runs"} <= set((ROOT / ".dockerignore").read_text(encoding="utf-8").split())
+
+
+@dockerfiles
+def test_an_image_is_built_as_a_user_without_rights_in_a_folder_of_its_own(path: Path) -> None:
+    found, text = instructions(path), path.read_text(encoding="utf-8")
+    assert {word for word, _ in found} <= {"FROM", "RUN", "USER", "WORKDIR", "COPY", "ENV", "ENTRYPOINT", "CMD"}
+    assert found[0][0] == "FROM"
+    assert ":" in found[0][1]  # never `latest`
+    for word, rest in found:
+        if word == "RUN":
+            subprocess.run(["sh", "-n", "-c", rest], check=True)
+    place = next(index for index, (word, rest) in enumerate(found) if word == "RUN" and "make setup" in rest)
+    owned = {("USER", "1000:1000"), ("WORKDIR", "/opt/raycomplete"), ("COPY", "--chown=1000:1000 . .")}
+    assert owned <= set(found[:place])
+    assert all(word != "USER" for word, _ in found[place:])
+    assert any(word == "ENV" and "/opt/raycomplete/.venv/bin:$PATH" in rest for word, rest in found[place:])
+    assert f"docker build -f {path.relative_to(ROOT)} " in text
+    assert re.search(rf"raycomplete:{re.escape(__version__)}-", text)
+
+
+@pytest.mark.skipif(shutil.which("hadolint") is None, reason="hadolint is not installed")
+@dockerfiles
+def test_hadolint_finds_nothing(path: Path) -> None:
+    done = subprocess.run(["hadolint", str(path)], capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stdout
+
+
+# --- cluster.yaml ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cluster() -> dict[str, Any]:
+    tree: dict[str, Any] = yaml.safe_load((ROOT / "cluster.yaml").read_text(encoding="utf-8"))
+    return tree
+
+
+def test_ray_accepts_the_cluster_file_and_no_misspelt_key(cluster: dict[str, Any]) -> None:
+    util = pytest.importorskip("ray.autoscaler._private.util", reason="private to Ray, may move")
+    util.validate_config(util.prepare_config(cluster))
+    with pytest.raises(Exception, match="max_worker"):
+        util.validate_config(util.prepare_config({**cluster, "max_worker": 1}))
+
+
+def test_every_worker_has_a_gpu_the_head_has_none_and_limits_add_up(cluster: dict[str, Any]) -> None:
+    groups = dict(cluster["available_node_types"])
+    head = groups.pop(cluster["head_node_type"])
+    assert head["resources"] == {"CPU": 0}  # no run fits there, so each waits for a GPU
+    assert groups
+    assert all(group["resources"]["GPU"] >= 1 for group in groups.values())
+    assert sum(group["max_workers"] for group in groups.values()) == cluster["max_workers"]
+    assert sum(group["min_workers"] for group in groups.values()) >= 1
+
+
+def test_every_node_runs_these_sources_checks_the_token_and_mounts_the_storage(cluster: dict[str, Any]) -> None:
+    assert "." in cluster["file_mounts"].values()
+    assert any("make setup" in command for command in cluster["setup_commands"])
+    for key in ("head_start_ray_commands", "worker_start_ray_commands"):
+        assert "RAY_AUTH_MODE=token" in cluster[key][-1]
+        assert "--metrics-export-port=8080" in cluster[key][-1]
+    head = cluster["head_start_ray_commands"][-1]
+    assert "--dashboard-host=127.0.0.1" in head
+    assert f"RAY_JOB_STOP_WAIT_TIME_S={STOP_WAIT_S:g}" in head  # time for a checkpoint
+    (mount,) = (command for command in cluster["setup_commands"] if " mount " in command)
+    assert "mountpoint -q /shared ||" in mount  # set-up runs again at every `ray up`
+    assert "nfs-common" in cluster["setup_commands"][0]
