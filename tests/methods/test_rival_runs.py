@@ -49,10 +49,10 @@ def run(folder: Path, name: str, workers: int, lora_rank: int = 0) -> list[dict[
 @pytest.mark.parametrize(
     ("name", "lora_rank"),
     [
-        ("completion", 0),
+        ("circuit_breakers", 4),
         *(
             pytest.param(*case, marks=pytest.mark.exhaustive)
-            for case in [("door", 0), ("circuit_breakers", 4), ("presto", 0)]
+            for case in [("completion", 0), ("door", 0), ("presto", 0)]
         ),
     ],
 )

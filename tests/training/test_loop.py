@@ -91,6 +91,7 @@ def test_sharded_weights_reach_the_engines_and_the_loss_is_the_same(
         torch.testing.assert_close(second[name], weight, atol=1e-3, rtol=1e-2)
 
 
+@pytest.mark.exhaustive
 def test_weights_that_can_no_longer_be_sent_go_through_the_store_on_every_rank(
     single: tuple[Path, list[dict[str, Any]]], tmp_path: Path
 ) -> None:
@@ -131,9 +132,9 @@ def test_adapters_travel_by_themselves(ray_cluster: None, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("kind", "changes"),
     [
-        ("qwen3_moe", {"num_workers": 2, "zero_stage": 3}),
+        pytest.param("qwen3_moe", {"num_workers": 2, "zero_stage": 3}, marks=pytest.mark.exhaustive),
         pytest.param("qwen3_moe", {"lora_rank": 4}, marks=pytest.mark.exhaustive),
-        pytest.param("mixtral", {}, marks=pytest.mark.exhaustive),
+        ("mixtral", {}),
     ],
 )
 def test_experts_are_trained_and_reach_the_engines_by_the_names_of_their_files(

@@ -91,6 +91,7 @@ def test_training_goes_on_after_a_worker_was_killed(ray_cluster: None, tmp_path:
     assert len(job.failures_file.read_text().splitlines()) == 1
 
 
+@pytest.mark.exhaustive
 def test_a_worker_that_dies_too_often_ends_the_run_with_its_facts(ray_cluster: None, tmp_path: Path) -> None:
     job = make_job(tmp_path, settings(max_failures=1))
     lives = tmp_path / "lives"
@@ -142,6 +143,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+@pytest.mark.exhaustive
 def test_a_disk_that_fills_up_leaves_the_last_checkpoint_whole(ray_cluster: None, small_disk: Path) -> None:
     job = make_job(small_disk, settings(num_workers=2, zero_stage=2, steps=12, checkpoint_every=1))
     job = replace(job, scorers={**job.scorers, "aligned": SlowScores(small_disk / "aligned")})
