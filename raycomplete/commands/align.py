@@ -123,7 +123,7 @@ def _train(run: Run, output: Path) -> None:
     config = run.config
     settings = config.align
     off = config.train.validation.model_copy(update={"every": 0})  # there is no aligned model yet to compare with
-    changed = {"steps": settings.steps, "lr": settings.lr, "lora_rank": settings.lora_rank, "validation": off}
+    changed = {"steps": settings.steps, "lr": settings.lr, "lora_rank": 0, "validation": off}
     train = config.train.model_copy(update=changed)
     method = SFT(anchor_batch_size=settings.batch_size)
     job = make_job(run, "base", output, method=method, train=train)

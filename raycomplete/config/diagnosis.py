@@ -12,37 +12,41 @@ from raycomplete.runtime.section import Section
 HUB = "hub:"
 
 
-class PromptColumns(Section):
-    """A file of prompts, and which of its rows and columns they are."""
+class PromptSource(Section):
+    """Prompts and which of their columns to read: a file, several, a folder, or a data set of the hub."""
 
-    prompt: str = Field("prompt", description="column of the user message")
+    path: str = Field(
+        description="a file or a pattern of files (JSONL, JSON, CSV, Parquet), the folder of a data set, or "
+        "`hub:ORG/NAME`, at a branch, tag or commit `hub:ORG/NAME@REVISION`; files and folders relative to the run file"
+    )
+    config: str | None = Field(None, description="configuration of a data set that has several")
+    split: str = Field("train", description="split of a data set, or rows of it: train[:100]; files have none")
+    prompt: str | list[str] = Field(
+        "prompt", description="column of the user message; of several, those that are not empty are appended"
+    )
     messages: str = Field(
         "messages",
         description="column of a conversation, [{role, content}, ...], read in rows without a value in `prompt`; its "
         "last user message is the prompt",
     )
-    context: str | None = Field(None, description="column appended to the user message where it is not empty")
     answer: str | None = Field(None, description="column of the answer")
     where: dict[str, str | bool | int] = Field(default_factory=dict, description="keep rows with these values only")
-    max_characters: int | None = Field(
-        None, ge=1, description="leave out rows whose prompt, as one text with its context and conversation, is longer"
-    )
     limit: int | None = Field(None, ge=1, description="keep at most this many rows, drawn under data.seed")
-
-
-class PromptSource(PromptColumns):
-    """Prompts and which of their columns to read: a file, several, a folder, or a data set of the hub."""
-
-    path: str = Field(
-        description="a file or a pattern of files (JSONL, JSON, CSV, Parquet), the folder of a data set, or "
-        "`hub:ORG/NAME`; files and folders relative to the run file"
-    )
-    config: str | None = Field(None, description="configuration of a data set that has several")
-    split: str = Field("train", description="split of a data set, or rows of it: train[:100]; files have none")
-    revision: str | None = Field(None, description="branch, tag or commit on the hub; the newest when absent")
     held_back: bool = Field(
         False, description="never train on these rows; measure the student on them during training (data.train only)"
     )
+
+    @field_validator("prompt")
+    @classmethod
+    def _has_a_column(cls, prompt: str | list[str]) -> str | list[str]:
+        if not prompt:
+            raise ValueError("prompt names no column")
+        return prompt
+
+    @property
+    def prompt_columns(self) -> list[str]:
+        """The column of the user message, and those that are appended to it."""
+        return [self.prompt] if isinstance(self.prompt, str) else self.prompt
 
     @field_validator("path", mode="before")
     @classmethod
@@ -51,8 +55,13 @@ class PromptSource(PromptColumns):
 
     @property
     def hub_id(self) -> str | None:
-        """The name on the hub; None for what lies on this machine."""
-        return self.path.removeprefix(HUB) if self.path.startswith(HUB) else None
+        """The name on the hub, without its revision; None for what lies on this machine."""
+        return self.path.removeprefix(HUB).partition("@")[0] if self.path.startswith(HUB) else None
+
+    @property
+    def revision(self) -> str | None:
+        """Branch, tag or commit on the hub; None for the newest."""
+        return self.path.partition("@")[2] or None if self.path.startswith(HUB) else None
 
 
 class DiagnoseConfig(Section):

@@ -166,7 +166,7 @@ def _explain(item: dict[str, Any], tree: Mapping[str, Any], whole: type[BaseMode
     where = ".".join(location)
     if item["type"] == "extra_forbidden":
         own = f"methods.{tree['method'].get('name')}.{'.'.join(location[1:])}" if location[0] == "method" else where
-        if reason := removed(where) or removed(own):
+        if reason := removed(where) or removed(own) or removed(f"sources.{location[-1]}"):
             return f"the key {where!r} is gone: {reason}"
         known = _known_keys(item["loc"][:-1], tree, whole)
         nearest = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)

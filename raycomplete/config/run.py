@@ -118,7 +118,6 @@ class AlignConfig(Section):
     batch_size: int = Field(16, ge=1, description="sequences of one step over all workers")
     benign_fraction: float = Field(0.5, ge=0, le=1, description="share of harmless answers among the samples")
     max_answer_tokens: int = Field(96, ge=1, description="longest answer in tokens; longer ones are cut")
-    lora_rank: int = Field(0, ge=0, description="rank of LoRA adapters, merged at the end; 0 trains all weights")
 
 
 class OutputConfig(Section):
@@ -268,9 +267,8 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _lora_is_whole(self) -> RunConfig:
-        for name, rank in (("align.lora_rank", self.align.lora_rank), ("train.lora_rank", self.train.lora_rank)):
-            if rank > 0 and self.train.zero_stage == 3:
-                raise ValueError(f"{name} cannot be merged from ZeRO-3 shards: set train.zero_stage to 2 or less")
+        if self.train.lora_rank > 0 and self.train.zero_stage == 3:
+            raise ValueError("train.lora_rank cannot be merged from ZeRO-3 shards: set train.zero_stage to 2 or less")
         return self
 
 

@@ -6,7 +6,6 @@ import hashlib
 import json
 import random
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -148,14 +147,13 @@ def _writer(config: RunConfig, spec: str, aligned: Path, shape: dict[str, Any]) 
 
 def prepare_prompts(config: RunConfig, codec: ChatCodec, *, training: bool = True) -> Prompts:
     """Reads every prompt of a run and checks that it fits the context."""
-    too_long: Counter[str] = Counter()
-    data, held_out = config.data, _held_out_sets(config, too_long)
+    data, held_out = config.data, _held_out_sets(config)
     notes: list[str] = []
     if data.source in ORGANISMS:
         organism = ORGANISMS[data.source]
         train = {kind: tuple(organism.prompts("train", kind, data.seed, data.limit_per_kind)) for kind in KINDS}
     else:
-        train = {kind: _read(data.train, kind, data.seed, too_long) if training else () for kind in KINDS}
+        train = {kind: _read(data.train, kind, data.seed) if training else () for kind in KINDS}
         if training:
             train, notes = _without_near_repeats(config, train)
         needed = [("data.evaluation", held_out, kind) for kind in KINDS]
@@ -165,19 +163,21 @@ def prepare_prompts(config: RunConfig, codec: ChatCodec, *, training: bool = Tru
             if not sets[kind]:
                 raise DataError(f"{where}.{kind} is empty.", "Name at least one file of prompts there.")
         _check_disjoint(train, held_out, "data.train")
-    trained, thought = longest_response(config), thinking_room(config, codec)
-    for sets, longest in ((train, trained), (held_out, max(trained, _longest_evaluated(config) + thought))):
-        for prompt in (prompt for kind in KINDS for prompt in sets[kind]):
-            _check_length(config, codec, prompt, None, longest)
+    longest_trained = longest_response(config)
+    rooms: dict[PromptKind, list[tuple[str | None, int]]] = {kind: [(None, longest_trained)] for kind in KINDS}
+    if config.rollout.safety_prompt:  # which the teachers alone read, before a refusal or h
+        rooms["harmful"].append(
+            (config.rollout.safety_prompt, max(config.rollout.max_refusal_tokens, _longest_h(config)) + 1)
+        )
+    train, too_long = _fitting(config, codec, train, rooms)
+    longest = max(longest_trained, _longest_evaluated(config) + thinking_room(config, codec))
+    for prompt in (prompt for kind in KINDS for prompt in held_out[kind]):
+        _check_length(config, codec, prompt, None, longest)
     if config.rollout.prompt_augmentation.fraction > 0 and training:
         every = [prompt for kind in KINDS for prompt in train[kind]]
         read_augmentation_files(config.rollout.prompt_augmentation, every)
-    if config.rollout.safety_prompt:  # which the teachers alone read, before a refusal or h
-        longest = max(config.rollout.max_refusal_tokens, _longest_h(config)) + 1
-        for prompt in train["harmful"]:
-            _check_length(config, codec, prompt, config.rollout.safety_prompt, longest)
     read = _hub_revisions(config, config.data.evaluation, *([config.data.train] if training else []))
-    notes += [*_length_notes(too_long), *_revision_notes(read)]
+    notes += [*too_long, *_revision_notes(read)]
     return Prompts(train, held_out, tuple(notes), read, _held_back(config, train))
 
 
@@ -196,14 +196,14 @@ def _held_back(config: RunConfig, train: Mapping[PromptKind, Sequence[Prompt]]) 
 def prepare_alignment_prompts(config: RunConfig) -> Prompts:
     """Reads the prompts of `align`, and keeps them as far from those of the evaluation as training prompts are."""
     where = "align.refusals or align.benign"
-    sets, too_long = PromptSets(harmful=config.align.refusals, benign=config.align.benign), Counter[str]()
-    every = {kind: _read(sets, kind, config.data.seed, too_long) for kind in KINDS}
+    sets = PromptSets(harmful=config.align.refusals, benign=config.align.benign)
+    every = {kind: _read(sets, kind, config.data.seed) for kind in KINDS}
     train, notes = _without_near_repeats(config, every)
     if not (train["harmful"] and train["benign"]):
         raise DataError(f"{where} holds no prompt that is far enough from the evaluation.", "Use other files.")
     _check_disjoint(train, _held_out_sets(config), where)
     read = _hub_revisions(config, sets)
-    return Prompts(train, {}, (*notes, *_length_notes(too_long), *_revision_notes(read)), read)
+    return Prompts(train, {}, (*notes, *_revision_notes(read)), read)
 
 
 def _hub_revisions(config: RunConfig, *sets: PromptSets) -> dict[str, str]:
@@ -217,25 +217,20 @@ def _revision_notes(revisions: Mapping[str, str]) -> list[str]:
     return [f"{path} is read at revision {commit}" for path, commit in revisions.items()]
 
 
-def _length_notes(too_long: Mapping[str, int]) -> list[str]:
-    counts = ", ".join(f"{count} of {path}" for path, count in too_long.items())
-    return [f"Prompts left out, longer than max_characters: {counts}"] if counts else []
+def _read(sets: PromptSets, kind: PromptKind, seed: int) -> tuple[Prompt, ...]:
+    return tuple(read_prompts(getattr(sets, kind), kind, seed))
 
 
-def _read(sets: PromptSets, kind: PromptKind, seed: int, too_long: Counter[str] | None = None) -> tuple[Prompt, ...]:
-    return tuple(read_prompts(getattr(sets, kind), kind, seed, too_long))
-
-
-def _held_out_sets(config: RunConfig, too_long: Counter[str] | None = None) -> dict[PromptKind, tuple[Prompt, ...]]:
+def _held_out_sets(config: RunConfig) -> dict[PromptKind, tuple[Prompt, ...]]:
     data, count = config.data, config.evaluation.num_prompts
     if data.source in ORGANISMS:
         return {kind: tuple(ORGANISMS[data.source].prompts("heldout", kind, data.seed, count)) for kind in KINDS}
-    return {kind: _held_out(config, kind, too_long) for kind in KINDS}
+    return {kind: _held_out(config, kind) for kind in KINDS}
 
 
-def _held_out(config: RunConfig, kind: PromptKind, too_long: Counter[str] | None) -> tuple[Prompt, ...]:
+def _held_out(config: RunConfig, kind: PromptKind) -> tuple[Prompt, ...]:
     """Draws at most `evaluation.num_prompts` over all evaluation files; the order of the files is kept."""
-    prompts = _read(config.data.evaluation, kind, config.data.seed, too_long)
+    prompts = _read(config.data.evaluation, kind, config.data.seed)
     count = min(config.evaluation.num_prompts, len(prompts))
     chosen = sorted(random.Random(f"{config.data.seed}:held out:{kind}").sample(range(len(prompts)), count))
     return tuple(prompts[index] for index in chosen)
@@ -279,6 +274,31 @@ def _check_disjoint(
             "Rates on trained prompts prove nothing: use other files, split one file in two, or set data.max_overlap "
             "(0.6, say) to leave them out of training.",
         )
+
+
+def _fitting(
+    config: RunConfig,
+    codec: ChatCodec,
+    train: dict[PromptKind, tuple[Prompt, ...]],
+    rooms: Mapping[PromptKind, Sequence[tuple[str | None, int]]],
+) -> tuple[dict[PromptKind, tuple[Prompt, ...]], list[str]]:
+    """Leaves out training prompts after which a response does not fit the context, and says how many.
+
+    `rooms` has (system prompt, longest response) by kind. A kind of which nothing fits is refused.
+    """
+    limit, kept = config.models.max_length, {}
+    for kind in KINDS:
+        kept[kind] = tuple(
+            prompt
+            for prompt in train[kind]
+            if all(len(prompt.encoded(codec, system=system)) + room <= limit for system, room in rooms[kind])
+        )
+        if train[kind] and not kept[kind]:
+            for system, room in rooms[kind]:
+                _check_length(config, codec, train[kind][0], system, room)
+    counts = [f"{len(train[kind]) - len(kept[kind])} {kind}" for kind in KINDS if len(train[kind]) > len(kept[kind])]
+    left_out = f"Training prompts left out, too long for models.max_length ({limit}): {', '.join(counts)}"
+    return kept, [left_out] if counts else []
 
 
 def _check_length(config: RunConfig, codec: ChatCodec, prompt: Prompt, system: str | None, longest: int) -> None:

@@ -1,6 +1,6 @@
-"""Reads prompts from files, folders and the hub, by `datasets` where they are not JSON, and rows of users' other files.
+"""Reads prompts from files, folders and the hub, and rows of users' other files.
 
-The settings of attacks import this file. `datasets` streams: it leaves no copy of harmful prompts in a cache.
+The settings of attacks import this file. Rows are streamed, which leaves no copy of harmful prompts in a cache.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import hashlib
 import json
 import random
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -24,47 +23,42 @@ from raycomplete.runtime.errors import DataError
 from raycomplete.runtime.types import Prompt, PromptKind, TurnRole
 
 if TYPE_CHECKING:  # whose sections import attacks, and those this file
-    from raycomplete.config.diagnosis import PromptColumns, PromptSource
+    from raycomplete.config.diagnosis import PromptSource
 
 _ENCODING = "utf-8-sig"  # UTF-8, with or without the mark that spreadsheets put first
 _SLICE = re.compile(r"(?P<name>.+?)\[(?P<first>\d*):(?P<stop>\d*)\]")  # of a split: its rows from first to before stop
-_BUILDERS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+_ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
 
 
 def load_rows(path: Path) -> list[Any]:
     """Reads all rows of a file, whose ending names the format; a row of a wrong kind is left to the caller."""
     if not path.is_file():
         raise DataError(f"The file {path} cannot be read: it does not exist.", "Paths are relative to the run file.")
+    if path.suffix.lower() not in _ENDINGS:
+        raise DataError(f"The file {path} ends in {path.suffix!r}.", "Use .jsonl, .json, .csv or .parquet.")
     try:
-        match path.suffix.lower():
-            case ".jsonl" | ".ndjson":
-                return list(_json_rows(path))
-            case ".json":
-                return list(json.loads(path.read_text(_ENCODING)))
-            case ".csv":
-                with path.open(newline="", encoding=_ENCODING) as stream:
-                    return list(csv.DictReader(stream))
-            case ".parquet":
-                import pyarrow.parquet as pq  # heavy
-
-                return list(pq.read_table(path).to_pylist())
+        return list(_file_rows(path))
     except (ValueError, TypeError, csv.Error, OSError) as error:
         raise DataError(f"The file {path} cannot be read as {path.suffix[1:]} ({error}).") from error
-    raise DataError(f"The file {path} ends in {path.suffix!r}.", "Use .jsonl, .json, .csv or .parquet.")
 
 
-def _json_rows(path: Path) -> Iterator[Any]:
-    """Yields the values of JSON lines, or of one list; `datasets` would make numbers and dates of a column alike."""
-    with path.open(encoding=_ENCODING) as stream:  # a file, unlike splitlines(), keeps U+2028 in a JSON string
-        if path.suffix.lower() == ".json":
-            text = stream.read()
-            if text.lstrip().startswith("["):
-                yield from json.loads(text)
-                return
+def _file_rows(path: Path) -> Iterator[Any]:
+    """Yields the rows of a file, values as they are written: `datasets` would make numbers and dates of texts."""
+    ending = path.suffix.lower()
+    if ending == ".parquet":
+        import pyarrow.parquet as pq  # heavy
+
+        for batch in pq.ParquetFile(path).iter_batches():
+            yield from batch.to_pylist()
+        return
+    with path.open(newline="", encoding=_ENCODING) as stream:
+        if ending == ".csv":
+            yield from csv.DictReader(stream)
+        elif ending == ".json" and (text := stream.read()).lstrip().startswith("["):
+            yield from json.loads(text)
+        else:  # a stream, unlike splitlines(), keeps U+2028 in a JSON string
             stream.seek(0)
-        for line in stream:
-            if line.strip():
-                yield json.loads(line)
+            yield from (json.loads(line) for line in stream if line.strip())
 
 
 def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
@@ -79,13 +73,11 @@ def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def read_prompts(
-    sources: Sequence[PromptSource], kind: PromptKind, seed: int = 0, too_long: Counter[str] | None = None
-) -> list[Prompt]:
+def read_prompts(sources: Sequence[PromptSource], kind: PromptKind, seed: int = 0) -> list[Prompt]:
     """Reads all prompts of several sources, repeats dropped (same text after the same conversation, first wins)."""
     prompts: dict[str, Prompt] = {}
     for source in sources:
-        found = list(source_prompts(source, kind, too_long))
+        found = list(_source_prompts(source, kind))
         if source.limit is not None and source.limit < len(found):
             found = random.Random(f"{seed}:{_place(source).name}").sample(found, source.limit)
         for prompt in found:
@@ -93,20 +85,46 @@ def read_prompts(
     return list(prompts.values())
 
 
-def source_prompts(source: PromptSource, kind: PromptKind, too_long: Counter[str] | None = None) -> Iterator[Prompt]:
-    """Yields the prompts of one source as they are read, and counts the rows that are too long."""
-    found, longest = False, source.max_characters
-    for prompt in select_prompts(_rows(source), source, _place(source), kind):
-        if longest is not None and len(prompt.transcript) > longest:
-            if too_long is not None:
-                too_long[source.path] += 1
-            continue
-        found = True
+def stream_prompts(sources: Sequence[PromptSource], kind: PromptKind, seed: int = 0) -> Iterator[Prompt]:
+    """Yields the prompts of several sources, repeats dropped; of large inputs, 8 bytes a prompt are held."""
+    seen: set[bytes] = set()
+    for source in sources:
+        for prompt in _limited(_source_prompts(source, kind), source, seed):
+            digest = hashlib.blake2b(prompt.transcript.encode(), digest_size=8).digest()
+            if digest not in seen:
+                seen.add(digest)
+                yield prompt
+
+
+def content_key(prompts: Sequence[Prompt]) -> str:
+    """Returns a hash that names the content of a batch: ids, texts, answers, and conversations."""
+    content = json.dumps([[prompt.prompt_id, prompt.text, prompt.answer, *prompt.context] for prompt in prompts])
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def _limited(prompts: Iterator[Prompt], source: PromptSource, seed: int) -> Iterator[Prompt]:
+    """Yields at most `limit` prompts, each with the same chance, in the order of the source (reservoir sampling)."""
+    if source.limit is None:
+        yield from prompts
+        return
+    draw = random.Random(f"{seed}:{source.path}")
+    kept: list[tuple[int, Prompt]] = []
+    for index, prompt in enumerate(prompts):
+        if index < source.limit:
+            kept.append((index, prompt))
+        elif (place := draw.randrange(index + 1)) < source.limit:
+            kept[place] = (index, prompt)
+    yield from (prompt for _, prompt in sorted(kept, key=lambda item: item[0]))
+
+
+def _source_prompts(source: PromptSource, kind: PromptKind) -> Iterator[Prompt]:
+    """Yields the prompts of one source as they are read, at least one."""
+    is_empty = True
+    for prompt in _select_prompts(_rows(source), source, kind):
+        is_empty = False
         yield prompt
-    if not found:
+    if is_empty:
         condition = f" with {source.where}" if source.where else ""
-        if longest is not None:
-            condition += f" of at most {longest} characters"
         raise DataError(f"The prompt source {source.path} has no prompts{condition}.", "Check its rows and conditions.")
 
 
@@ -125,58 +143,45 @@ def _rows(source: PromptSource) -> Iterator[dict[str, Any]]:
 
 
 def _all_rows(source: PromptSource, split: str) -> Iterator[dict[str, Any]]:
-    """Yields the rows of a split; every error of `datasets` becomes one sentence."""
-    import datasets  # heavy
-
-    options: dict[str, Any] = {"split": split, "streaming": True}
+    """Yields the rows of a split; every error of a reader becomes one sentence."""
+    folder = Path(source.path)
     try:
+        if source.hub_id is None and not folder.is_dir():
+            for file in _files(source):
+                yield from _file_rows(file)
+            return
+        import datasets  # heavy
+
+        options: dict[str, Any] = {"split": split, "streaming": True, "name": source.config}
         if source.hub_id is not None:
-            revision = hub_commit(source)
+            commit = hub_commit(source)
             # Where the hub is switched off, what an earlier use has left in the cache is read.
-            options["streaming"] = revision is not None
-            named = {"name": source.config, "revision": revision or source.revision}
-            yield from datasets.load_dataset(source.hub_id, **named, **options)
-        elif (folder := Path(source.path)).is_dir():
-            if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
-                whole = datasets.load_from_disk(str(folder))
-                yield from whole[split] if isinstance(whole, datasets.DatasetDict) else whole
-            else:
-                yield from datasets.load_dataset(str(folder), name=source.config, **options)
+            options |= {"revision": commit or source.revision, "streaming": commit is not None}
+            yield from datasets.load_dataset(source.hub_id, **options)
+        elif any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
+            whole = datasets.load_from_disk(str(folder))
+            yield from whole[split] if isinstance(whole, datasets.DatasetDict) else whole
         else:
-            files, builder = _files(source)
-            if builder == "json":
-                for file in files:
-                    yield from _json_rows(Path(file))
-            elif any(Path(file).stat().st_size for file in files):  # of empty files alone no columns can be told
-                own = {"data_files": files, **(_csv_options(source) if builder == "csv" else {})}
-                yield from datasets.load_dataset(builder, **own, **(options | {"split": "train"}))
+            yield from datasets.load_dataset(str(folder), **options)
     except DataError:
         raise
-    except Exception as error:  # the readers below raise classes of their own without a common root
+    except Exception as error:  # the readers raise classes of their own without a common root
         raise _unreadable(source, error) from error
 
 
-def _files(source: PromptSource) -> tuple[list[str], str]:
-    """Lists the files of a pattern in order, and names the reader of their format."""
+def _files(source: PromptSource) -> list[Path]:
+    """Lists the files of a pattern in order."""
     files = [source.path] if Path(source.path).is_file() else sorted(glob.glob(source.path, recursive=True))
     if not files:
         raise DataError(
             f"The prompt source {source.path} does not exist.", "Paths are relative to the run file; hub:ORG/NAME."
         )
-    builder = _BUILDERS.get(Path(files[0]).suffix.lower())
-    if builder is None:
+    if (ending := Path(files[0]).suffix).lower() not in _ENDINGS:
         raise DataError(
-            f"The prompt source {source.path} ends in {Path(files[0]).suffix!r}.",
+            f"The prompt source {source.path} ends in {ending!r}.",
             "Use .jsonl, .json, .csv, .parquet, the folder of a data set or hub:ORG/NAME.",
         )
-    return files, builder
-
-
-def _csv_options(source: PromptSource) -> dict[str, Any]:
-    """Options by which CSV is read as it stands: "NA", "007" and "true" are texts, and no column is an index."""
-    used = (source.prompt, source.messages, source.context, source.answer, *source.where)
-    converters = dict.fromkeys(filter(None, used), str)
-    return {"converters": converters, "index_col": False, "keep_default_na": False, "encoding": _ENCODING}
+    return list(map(Path, files))
 
 
 def hub_commit(source: PromptSource) -> str | None:
@@ -210,48 +215,51 @@ def _unreadable(source: PromptSource, error: Exception) -> DataError:
             "Read it once with the hub on, or name a local file or folder as path.",
         )
     else:
-        remedy = "Check name, config, split, revision, token and network, or name a local file or folder as path."
+        remedy = "Check name, revision, config, split, token and network, or name a local file or folder as path."
     return DataError(f"The prompt source {source.path} cannot be read ({reason}).", remedy)
 
 
-def select_prompts(rows: Iterable[Any], columns: PromptColumns, path: Path, kind: PromptKind) -> Iterable[Prompt]:
-    """Yields the prompts of rows of `path` that meet `where`, long ones too; rows with an empty text are left out."""
-    others = [name for name in (columns.context, columns.answer) if name]
+def _select_prompts(rows: Iterable[Any], source: PromptSource, kind: PromptKind) -> Iterator[Prompt]:
+    """Yields the prompts of rows that meet `where`; rows with an empty text are left out."""
+    path, (column, *more) = _place(source), source.prompt_columns
+    others = [*more, *([source.answer] if source.answer else [])]
     for index, row in enumerate(rows):  # numbered before `where`, so that a number points into the file
-        _require(row, list(columns.where), path)
+        _require(row, list(source.where), path)
         # CSV knows no types, so `refusal_cue: true` must also match the text "true".
-        if any(str(row[name]).strip().lower() != str(value).lower() for name, value in columns.where.items()):
+        if any(str(row[name]).strip().lower() != str(value).lower() for name, value in source.where.items()):
             continue
-        text_column = row.get(columns.prompt)
-        chat = text_column if isinstance(text_column, list) else row.get(columns.messages)
-        is_chat = isinstance(text_column, list) or (text_column in (None, "") and columns.messages in row)
-        _require(row, others if is_chat else [columns.prompt, *others], path)
+        asked, where = row.get(column), f"row {index + 1} of {path}"
+        chat = asked if isinstance(asked, list) else row.get(source.messages)
+        is_chat = isinstance(asked, list) or (asked in (None, "") and source.messages in row)
+        _require(row, others if is_chat else [column, *others], path)
         # Readers of tables fill columns that a row lacks with None; an empty text is meant.
-        if text_column is None and chat is None:
+        if asked is None and chat is None:
             raise DataError(
-                f"Row {index + 1} of {path} has no value in {columns.prompt!r}, and no conversation.",
+                f"R{where[1:]} has no value in {column!r}, and no conversation.",
                 "Give it one, name its column as `prompt` or `messages`, or leave the row out by `where`.",
             )
-        text, context, answer = (
-            "" if not name or row.get(name) is None else str(row[name]).strip()
-            for name in (columns.prompt, columns.context, columns.answer)
-        )
         system: str | None = None
         earlier: tuple[tuple[TurnRole, str], ...] = ()
-        if is_chat:
-            text = ""
+        text = "" if is_chat else str(asked).strip()
         if is_chat and chat:
-            system, earlier, text = read_conversation(chat, f"row {index + 1} of {path}")
+            system, earlier, text = _read_conversation(chat, where)
         if not text:
             continue
-        full = f"{text}\n\n{context}" if context else text
+        full, answer = (
+            "\n\n".join([text, *filter(None, (_text(row, name) for name in more))]),
+            _text(row, source.answer),
+        )
         prompt = Prompt("", full, kind, answer or None, path.stem, system=system, earlier=earlier)
         # The digest keeps ids apart where two files share a name, or two sources read other columns of one row.
         digest = hashlib.sha256(prompt.transcript.encode()).hexdigest()[:6]
         yield replace(prompt, prompt_id=f"{path.stem}-{index:05d}-{digest}")
 
 
-def read_conversation(messages: Any, where: str) -> tuple[str | None, tuple[tuple[TurnRole, str], ...], str]:
+def _text(row: dict[str, Any], name: str | None) -> str:
+    return "" if not name or row.get(name) is None else str(row[name]).strip()
+
+
+def _read_conversation(messages: Any, where: str) -> tuple[str | None, tuple[tuple[TurnRole, str], ...], str]:
     """Returns system prompt, earlier turns and last user message of a conversation."""
     with suppress(ValueError):
         messages = json.loads(messages) if isinstance(messages, str) else messages

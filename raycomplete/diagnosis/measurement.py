@@ -24,7 +24,7 @@ import torch
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.checkpoints import TORCH_DTYPES
 from raycomplete.data.heads import load_head
-from raycomplete.data.stream import content_key
+from raycomplete.data.prompts import content_key
 from raycomplete.diagnosis.rows import DiagnosisRows, DiagnosisSettings, Opening, diagnose_rows
 from raycomplete.diagnosis.samples import DiagnosisSample, batch_samples
 from raycomplete.engines.run import Run

@@ -9,7 +9,7 @@ from itertools import islice
 
 from raycomplete.config import PromptSource, RunConfig
 from raycomplete.data.organisms import ORGANISMS
-from raycomplete.data.stream import stream_prompts
+from raycomplete.data.prompts import stream_prompts
 from raycomplete.engines.run import Run
 from raycomplete.runtime.errors import DataError
 from raycomplete.runtime.types import Prompt, PromptKind

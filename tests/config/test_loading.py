@@ -29,9 +29,9 @@ FULL = {
     "data": {
         "seed": 3,
         "train": {"harmful": [{"path": "/x.csv", "prompt": "p", "where": {"a": True, "b": 2, "c": "d"}, "limit": 7}]},
-        "evaluation": {"borderline": [{"path": "/y.jsonl", "context": "c", "answer": "a"}]},
+        "evaluation": {"borderline": [{"path": "/y.jsonl", "split": "c", "answer": "a"}]},
     },
-    "align": {"refusals": [{"path": "/z.json"}], "output": "out", "lora_rank": 4},
+    "align": {"refusals": [{"path": "/z.json"}], "output": "out"},
     "teacher": {"parity_tolerance": 0.5, "cache_gib": 0.5},
     "rollout": {"safety_prompt": "Überlege: nein?", "harmful_from": "student"},
     "method": {"depth": {"min": 2, "max": 9, "schedule": "uniform"}, "first_tokens": {"count": 3}},
@@ -114,7 +114,7 @@ def test_the_embedded_default_is_the_shipped_run_file() -> None:
         (("data",), "sede", "seed"),
         (("data", "train"), "harmfull", "harmful"),
         (("data", "train", "harmful", 0), "promt", "prompt"),
-        (("align",), "lora_rnak", "lora_rank"),
+        (("align",), "stpes", "steps"),
         (("align", "refusals", 0), "limt", "limit"),
         (("teacher",), "prefech", "prefetch"),
         (("rollout",), "temprature", "temperature"),
@@ -150,7 +150,8 @@ def test_an_unknown_key_like_no_other_lists_the_known_ones() -> None:
         parse({**MINIMAL, "output": {"zzz": 1}}, "here")
 
 
-RUN_FILE_KEYS = sorted(key for key in removed_keys() if key.partition(".")[0] not in {"attacks", "defences", "methods"})
+_ELSEWHERE = {"attacks", "defences", "methods", "sources"}
+RUN_FILE_KEYS = sorted(key for key in removed_keys() if key.partition(".")[0] not in _ELSEWHERE)
 
 
 @pytest.mark.parametrize("key", RUN_FILE_KEYS)
@@ -184,7 +185,7 @@ def test_a_record_may_hold_removed_keys(tmp_path: Path) -> None:
         ({"method": {"name": "sft", "depth": {"min": 0}}}, "method.depth.min: "),
         ({"method": {"name": "sft", "weights": {}}}, "unknown key 'method.weights'"),
         ({"method": "sft"}, "method: must be a mapping with a name"),
-        ({"train": {"zero_stage": 3}, "align": {"lora_rank": 4}}, "set train.zero_stage to 2 or less"),
+        ({"train": {"zero_stage": 3, "lora_rank": 4}}, "set train.zero_stage to 2 or less"),
         ({"evaluation": {"depths": [4, -1]}}, "evaluation.depths must not be negative"),
         ({"evaluation": {"depths": []}}, "evaluation.depths: "),
         ({"output": {"name": "../up"}}, "output.name: "),

@@ -18,7 +18,7 @@ from raycomplete.config import PromptAugmentationConfig
 from raycomplete.data.augmentation import AugmentationFiles, PromptAugmenter
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.organism import checkpoint_path, prompts
-from raycomplete.data.stream import content_key
+from raycomplete.data.prompts import content_key
 from raycomplete.evaluation.judges import RefusalJudge
 from raycomplete.runtime.errors import CheckpointError
 from raycomplete.runtime.files import content_hash

@@ -23,7 +23,7 @@ from raycomplete.data.inputs import (
     training_fingerprints,
 )
 from raycomplete.runtime.errors import CheckpointError, ConfigError, DataError
-from raycomplete.runtime.types import Prompt
+from raycomplete.runtime.types import Prompt, PromptKind
 from tests.training.tiny import make_model
 
 CONTEXT = 128  # of the tiny models
@@ -201,21 +201,22 @@ def write_prompt(config: RunConfig, use: str, kind: str, text: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("use", ["train", "evaluation"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_prompt_longer_than_the_context_is_refused_by_name(use: str, kind: str, make: Make) -> None:
+def test_an_evaluation_prompt_longer_than_the_context_is_refused_and_one_of_training_left_out(
+    kind: PromptKind, make: Make
+) -> None:
     config = make()
     codec = prepare_models(config).codec
-    template = len(codec.encode_prompt(""))
-    fits = config.models.max_length - LONGEST - template
-    write_prompt(config, use, kind, "cake " * fits)
-    prepare_prompts(config, codec)
-    path = write_prompt(config, use, kind, "cake " * (fits + 1))
-    with pytest.raises(DataError) as caught:
-        prepare_prompts(config, codec)
-    assert f"The prompt {path.stem}-00001-" in str(caught.value)
-    assert f"has {fits + 1 + template} tokens, and responses of this run up to {LONGEST}" in str(caught.value)
-    assert "models.max_length (64)" in str(caught.value)
+    fits = config.models.max_length - LONGEST - len(codec.encode_prompt(""))
+    write_prompt(config, "train", kind, "cake " * fits)
+    assert len(prepare_prompts(config, codec).train[kind]) == 2
+    write_prompt(config, "train", kind, "cake " * (fits + 1))
+    prompts = prepare_prompts(config, codec)
+    assert [prompt.text for prompt in prompts.train[kind]] == ["short"]
+    assert prompts.notes == (f"Training prompts left out, too long for models.max_length (64): 1 {kind}",)
+    path = write_prompt(make(), "evaluation", kind, "bread " * (fits + 1))
+    with pytest.raises(DataError, match=rf"{path.stem}-0000\d-.*models\.max_length \(64\)"):
+        prepare_prompts(config, codec, training=False)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from raycomplete.config import PromptSource
-from raycomplete.data.prompts import load_rows, read_prompts, read_rows
+from raycomplete.data.prompts import load_rows, read_prompts, read_rows, stream_prompts
 from raycomplete.runtime.errors import DataError
 from raycomplete.runtime.types import Prompt
 
@@ -74,7 +74,7 @@ def texts(path: Path, **settings: Any) -> list[str]:
 
 
 def test_every_format_gives_the_same_prompts(file: Path) -> None:
-    prompts = read_prompts([source(file, context="input", answer="target")], "harmful")
+    prompts = read_prompts([source(file, prompt=["goal", "input"], answer="target")], "harmful")
     assert [(prompt.text, prompt.answer) for prompt in prompts] == [
         ("make a cake", "Sure"),  # stripped; the repeat below it is dropped, the first wins
         ("steal, the\n“cake”\n\nwith cream", None),
@@ -90,13 +90,11 @@ def test_without_context_and_answer_columns_neither_is_read(file: Path) -> None:
     assert {prompt.kind for prompt in prompts} == {"benign"}
 
 
-def test_where_and_max_characters_keep_rows(file: Path) -> None:
+def test_where_keeps_rows(file: Path) -> None:
     assert texts(file, where={"unsafe": True}) == ["make a cake", "bake bread"]
     assert texts(file, where={"unsafe": False}) == ["steal, the\n“cake”"]
     assert texts(file, where={"group": 2}) == ["steal, the\n“cake”", "make a cake", "bake bread"]
     assert texts(file, where={"group": 2, "unsafe": "TRUE"}) == ["make a cake", "bake bread"]
-    assert texts(file, max_characters=18) == ["make a cake", "steal, the\n“cake”", "bake bread"]
-    assert texts(file, max_characters=18, context="input") == ["make a cake", "bake bread"], "too long with its context"
 
 
 def test_limit_draws_under_the_seed(tmp_path: Path) -> None:
@@ -159,15 +157,15 @@ def test_files_without_prompts_are_refused_by_name(name: str, content: bytes, wo
     assert str(path) in str(caught.value)
 
 
-@pytest.mark.parametrize("column", ["context", "answer", "where"])
+@pytest.mark.parametrize("column", ["prompt", "answer", "where"])
 def test_a_missing_column_is_named_whatever_it_was_for(column: str, file: Path) -> None:
     with pytest.raises(DataError, match="has no column 'absent'"):
-        texts(file, **{column: {"absent": 1} if column == "where" else "absent"})
+        texts(file, **{column: {"where": {"absent": 1}, "prompt": ["goal", "absent"]}.get(column, "absent")})
 
 
 def test_a_condition_that_nothing_meets_is_named(file: Path) -> None:
-    with pytest.raises(DataError, match=r"has no prompts with \{'group': 9\} of at most 3 characters"):
-        texts(file, where={"group": 9}, max_characters=3)
+    with pytest.raises(DataError, match=r"has no prompts with \{'group': 9\}"):
+        texts(file, where={"group": 9})
 
 
 PAIRS = [{"goal": "bake", "target": "Sure"}, {"goal": "steal, “it”", "target": "No"}]
@@ -265,7 +263,6 @@ def answers(path: Path, **settings: Any) -> list[tuple[str, str | None]]:
     return [(prompt.text, prompt.answer) for prompt in read_prompts([PromptSource(path=path, **settings)], "benign")]
 
 
-@pytest.mark.filterwarnings("ignore:Length of header")
 def test_a_comma_at_the_end_of_a_row_shifts_no_column(tmp_path: Path) -> None:
     path = tmp_path / "p.csv"
     path.write_text("prompt,answer\nHow are you?,Fine,\n")
@@ -343,7 +340,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 
 def test_a_data_set_of_the_hub_is_read_at_the_commit_of_its_revision(hub: list[dict[str, Any]]) -> None:
-    named = PromptSource(path="hub:org/name", config="standard", split="test", revision="v1", prompt="question")
+    named = PromptSource(path="hub:org/name@v1", config="standard", split="test", prompt="question")
     (prompt,) = read_prompts([named], "harmful")
     assert (prompt.text, prompt.source) == ("from the hub", "name")
     asked = {"name": "standard", "revision": "org/name@v1", "split": "test", "streaming": True}
@@ -372,7 +369,7 @@ def test_a_hub_that_does_not_answer_is_told_in_one_sentence(monkeypatch: pytest.
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("raycomplete.data.prompts._commit", unreachable)
-    with pytest.raises(DataError, match=r"hub:org/name cannot be read \(no route to host\)\. Check name, config"):
+    with pytest.raises(DataError, match=r"hub:org/name cannot be read \(no route to host\)"):
         read_prompts([PromptSource(path="hub:org/name")], "harmful")
 
 
@@ -398,3 +395,41 @@ def test_conversations_that_are_no_prompts_are_refused(messages: Any, words: str
     write_jsonl(path, [{"messages": messages}])
     with pytest.raises(DataError, match=words):
         read_prompts([PromptSource(path=path)], "harmful")
+
+
+# --- Streams ---------------------------------------------------------------------------------------------------------
+
+
+def streamed(*sources: PromptSource, seed: int = 0) -> list[str]:
+    return [prompt.text for prompt in stream_prompts(sources, "benign", seed)]
+
+
+def test_a_stream_holds_what_reading_at_once_holds_and_reads_no_further(file: Path) -> None:
+    first = source(file, prompt=["goal", "input"], answer="target", where={"unsafe": True})
+    assert list(stream_prompts([first], "benign")) == read_prompts([first], "benign")
+    assert next(stream_prompts([first, PromptSource(path="missing.csv")], "benign")).text == "make a cake"
+    with pytest.raises(DataError, match="does not exist"):
+        streamed(first, PromptSource(path="missing-*.csv"))
+
+
+def test_patterns_are_read_in_order_and_repeats_dropped_over_all_sources(tmp_path: Path) -> None:
+    for number in range(3):
+        rows = [{"prompt": f"prompt {number} {index}"} for index in range(4)] + [{"prompt": "the same"}]
+        (tmp_path / f"part-{number}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = PromptSource(path=str(tmp_path / "part-*.jsonl"))
+    found = streamed(source, source)
+    assert found == [
+        "prompt 0 0", "prompt 0 1", "prompt 0 2", "prompt 0 3", "the same",
+        *(f"prompt {number} {index}" for number in (1, 2) for index in range(4)),
+    ]  # fmt: skip
+
+
+def test_a_limit_draws_over_the_whole_source_and_keeps_its_order(tmp_path: Path) -> None:
+    write_jsonl(path := tmp_path / "many.jsonl", [{"goal": f"prompt {index:03d}"} for index in range(200)])
+    source = PromptSource(path=str(path), prompt="goal", limit=20)
+    found = streamed(source)
+    assert found == streamed(source) == sorted(set(found))
+    assert len(found) == 20
+    assert found != streamed(source, seed=1)
+    assert any(text > "prompt 100" for text in found)
+    assert streamed(source.model_copy(update={"limit": 500})) == [f"prompt {index:03d}" for index in range(200)]
