@@ -15,12 +15,12 @@ from rich.table import Table
 
 from raycomplete import __version__
 from raycomplete.config import load_run_file
-from raycomplete.doctor import machine, network, packages, run_file
+from raycomplete.doctor import checks as made
 from raycomplete.doctor.findings import STATUSES, Context, Finding, Status, fail, tell
 from raycomplete.runtime.errors import RaycompleteError, WaitTimeoutError
 from raycomplete.runtime.machine import within
 
-SCHEMA = 1  # of the JSON; raised when a key is renamed or goes
+SCHEMA = 2  # of the JSON; raised when a key is renamed or goes
 _COLORS: dict[Status, str] = {"ok": "green", "warn": "yellow", "fail": "red"}
 _ALWAYS_TOLD = ("gpu", "compiler", "engine")
 _CHILD_S = 15.0  # what a check takes beside the child process that it asks
@@ -35,28 +35,28 @@ class Check(NamedTuple):
 
 
 CHECKS: tuple[Check, ...] = (
-    Check("python", packages.check_python),
-    Check("requirements", packages.check_requirements, 60.0),
-    Check("tested versions", packages.check_tested_set),
-    Check("imports", packages.check_imports, packages.IMPORT_TIMEOUT_S + _CHILD_S),
-    Check("processor", machine.check_cpu),
-    Check("gpu", machine.check_gpu, packages.IMPORT_TIMEOUT_S + _CHILD_S),
-    Check("compiler", machine.check_compiler),
-    Check("memory", machine.check_memory),
-    Check("disk", machine.check_disk),
-    Check("shared memory", machine.check_shared_memory),
-    Check("open files", machine.check_open_files),
-    Check("ports", network.check_ports),
-    Check("ray token", network.check_ray_token),
-    Check("service token", network.check_service_token),
-    Check("cluster", network.check_cluster, network.PROBE_TIMEOUT_S + _CHILD_S),
-    Check("node versions", network.check_node_versions),
-    Check("clocks", network.check_clocks),
-    Check("shared storage", network.check_shared_storage),
-    Check("run file", run_file.check_run_file),
-    Check("checkpoints", run_file.check_checkpoints, run_file.TIMEOUT_S + _CHILD_S),
-    Check("prompts", run_file.check_prompts),
-    Check("engine", run_file.check_engine, run_file.ENGINE_TIMEOUT_S + _CHILD_S),
+    Check("python", made.check_python),
+    Check("requirements", made.check_requirements, 60.0),
+    Check("tested versions", made.check_tested_set),
+    Check("imports", made.check_imports, made.IMPORT_TIMEOUT_S + _CHILD_S),
+    Check("processor", made.check_cpu),
+    Check("gpu", made.check_gpu, made.IMPORT_TIMEOUT_S + _CHILD_S),
+    Check("compiler", made.check_compiler),
+    Check("memory", made.check_memory),
+    Check("disk", made.check_disk),
+    Check("shared memory", made.check_shared_memory),
+    Check("open files", made.check_open_files),
+    Check("ports", made.check_ports),
+    Check("ray token", made.check_ray_token),
+    Check("service token", made.check_service_token),
+    Check("cluster", made.check_cluster, made.CLUSTER_TIMEOUT_S + _CHILD_S),
+    Check("node versions", made.check_node_versions),
+    Check("clocks", made.check_clocks),
+    Check("shared storage", made.check_shared_storage),
+    Check("run file", made.check_run_file),
+    Check("checkpoints", made.check_checkpoints, made.INPUTS_TIMEOUT_S + _CHILD_S),
+    Check("prompts", made.check_prompts),
+    Check("engine", made.check_engine, made.ENGINE_TIMEOUT_S + _CHILD_S),
 )
 
 
@@ -69,17 +69,7 @@ class CheckResult(NamedTuple):
 
 
 def doctor(run_file: Path | None, overrides: Sequence[str], *, as_json: bool, quick: bool) -> int:
-    """Examines this machine, and the cluster where one is named, for a run file or for the demo.
-
-    Args:
-        run_file: The run file that the machine is examined for; None assumes the needs of the demo.
-        overrides: Values that replace those of the run file.
-        as_json: One JSON object on standard output and nothing else.
-        quick: Without starting an engine and without importing vLLM.
-
-    Returns:
-        0, or 2 where a check failed.
-    """
+    """Examines this machine, and the cluster where one is named, for a run file or the demo; 2 where a check failed."""
     context = Context(run_file, quick=quick)
     try:
         context.config = load_run_file(run_file, overrides) if run_file else None
@@ -128,7 +118,7 @@ def _run(check: Check, context: Context) -> Finding:
 
 
 def tell_checks(*, quick: bool) -> int:
-    """Tells of each check as it ends, as a stage of `doctor --gpu`; returns what `doctor` does."""
+    """Reports each check as it ends, as a stage of `doctor --gpu`; returns what `doctor` does."""
     results = []
     for result in run_checks(Context(quick=quick), CHECKS):
         results.append(result)

