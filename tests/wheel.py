@@ -91,36 +91,27 @@ def run_demo(folder: Path) -> Path:
     return summary
 
 
+def rates(node: Any, name: str = "") -> dict[str, Any]:
+    """Every rate of a summary by its path."""
+    if not isinstance(node, dict):
+        return {}
+    if "rate" in node:
+        return {name: node}
+    return {path: rate for key, part in node.items() for path, rate in rates(part, f"{name}/{key}").items()}
+
+
 def show(summary: Path, other: Path | None) -> None:
     """Prints the rates of the wheel's demo, beside those of another one; fails where two intervals do not meet."""
     ours, theirs = (rates(json.loads(path.read_text())) if path else {} for path in (summary, other))
-    apart = []
+    apart = [] if other is None or ours.keys() == theirs.keys() else ["other rates are measured"]
     for name, rate in ours.items():
-        cells = [text(rate), text(theirs[name])] if name in theirs else [text(rate)]
-        install.say(f"  {name:<34}{'   '.join(cells)}")
-        if name in theirs and (rate["low"] > theirs[name]["high"] or rate["high"] < theirs[name]["low"]):
+        found = [item for item in (rate, theirs.get(name)) if item]
+        install.say(f"  {name:<60}" + "   ".join("{rate:.3f} [{low:.3f}, {high:.3f}]".format(**item) for item in found))
+        if max(item["low"] for item in found) > min(item["high"] for item in found):
             apart.append(name)
-    if other is None:
-        install.say("The wheel runs the demo.")
-    elif apart or ours.keys() != theirs.keys():
-        install.stop(f"the wheel's demo differs from {other}: {', '.join(apart) or 'other rates are measured'}")
-    else:
-        install.say(f"The wheel runs the demo, with the rates of {other} (wheel left).")
-
-
-def rates(summary: Any) -> dict[str, Any]:
-    """Names every rate of a summary: attack success by depth and its mean, utility, over-refusal, other attacks."""
-    found = {}
-    for role, asr in summary["asr"].items():
-        found |= {f"{role}, ASR at depth {depth}": rate for depth, rate in asr["by_depth"].items()}
-        found[f"{role}, ASR, mean"] = asr["mean"]
-        found |= {f"{role}, {name}": summary[name][role] for name in ("utility", "over_refusal")}
-        found |= {f"{role}, {name}": by_role[role]["mean"] for name, by_role in summary["attacks"].items()}
-    return found
-
-
-def text(rate: Any) -> str:
-    return f"{rate['rate']:.3f} [{rate['low']:.3f}, {rate['high']:.3f}]"
+    if apart:
+        install.stop(f"the wheel's demo differs from {other}: {', '.join(apart)}")
+    install.say(f"The wheel runs the demo{f', with the rates of {other} (wheel left)' if other else ''}.")
 
 
 if __name__ == "__main__":
