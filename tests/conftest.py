@@ -61,7 +61,7 @@ def generator(ray_cluster: None) -> Iterator[Any]:
 
     codec = ChatCodec(checkpoint_path("aligned"))
     spec = EngineSpec(str(checkpoint_path("base")), "float32", 256)
-    client = RolloutPool.start(RolloutOptions(spec, tuple(sorted(codec.eos_ids)), RolloutConfig(timeout_s=300)))
+    client = RolloutPool.start(RolloutOptions(spec, tuple(sorted(codec.eos_ids)), RolloutConfig()))
     client.wait_until_ready(timeout_s=300)
     yield client
     client.stop()

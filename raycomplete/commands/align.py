@@ -102,7 +102,6 @@ def _samples(run: Run) -> SampleSet:
             [ids for _, ids in fitting],
             max_tokens=limit,
             temperature=config.rollout.temperature,
-            top_p=config.rollout.top_p,
             seed=first_seed(config, "align"),
         )
     kept = [

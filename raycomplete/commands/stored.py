@@ -48,8 +48,7 @@ def stored(suffix: str = "", *, adds: bool = False) -> Callable[[Command[P]], Co
             if output.mirror is not None:
                 mirror = _open(config, output, resume, bool(options.get("overwrite")), console)
             if options.get("resume") and not (output.folder / "student" / "config.json").is_file():
-                hashed = config.train.checkpoint_hashes
-                integrity.newest_whole(output.folder / "checkpoints", hashed=hashed, warn=console.note)
+                integrity.newest_whole(output.folder / "checkpoints", warn=console.note)
             if mirror is None:
                 return command(config, *arguments, **options)
             mirror.start()
@@ -78,7 +77,7 @@ def _open(config: RunConfig, output: OutputConfig, resume: bool, overwrite: bool
         remote = connect(uri)
     if resume:
         with console.stage(f"Compared {folder} with the storage"):
-            fetched = restore(remote, folder, hashed=train.checkpoint_hashes, warn=console.note)
+            fetched = restore(remote, folder, hashed=True, warn=console.note)
         if fetched:
             console.note(f"Fetched from the storage: {', '.join(fetched)}")
     elif not overwrite and Manifest(remote).holds_run:
@@ -91,8 +90,8 @@ def _open(config: RunConfig, output: OutputConfig, resume: bool, overwrite: bool
     def is_ready() -> bool:  # a new run writes a config.yaml of its own: until then an earlier run is there, or none
         return (found := _identity(folder)) is not None and (resume or found != before)
 
-    keep = {"keep": train.keep_checkpoints, "keep_every": train.keep_every}
-    return Mirror(remote, folder, **keep, warn=console.note, ready=is_ready, anew=not resume)
+    keep = train.keep_checkpoints
+    return Mirror(remote, folder, keep=keep, warn=console.note, ready=is_ready, anew=not resume)
 
 
 def _identity(folder: Path) -> tuple[int, int] | None:

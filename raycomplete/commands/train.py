@@ -39,7 +39,7 @@ from raycomplete.runtime.types import MODEL_ROLES, ModelRole
 from raycomplete.training.checkpoints import check_space, count_parameters
 from raycomplete.training.job import ResponseJudge, TrainJob
 from raycomplete.training.metrics import describe_terms
-from raycomplete.training.rollout_engines import StudentEngines
+from raycomplete.training.on_policy import StudentEngines
 from raycomplete.training.sampling import make_samples
 from raycomplete.training.trainer import fit
 
@@ -202,8 +202,8 @@ def make_job(run: Run, start: ModelRole, output: Path, **settings: Any) -> Train
     architecture = text_config(read_json(run.models.paths[start] / "config.json") or {})
     if settings["train"].lora_rank and is_mixture(architecture):
         run.console.note("A mixture of experts: LoRA adapts attention, and router and experts stay as they are")
-    if note := fallback_note(settings["train"].loss_backend, use_gpu=run.cluster.use_gpu):
-        run.console.note(note)
+    if run.cluster.use_gpu and (problem := compiler_problem()):
+        run.console.note(f"The loss runs in PyTorch, not in Triton: {problem} (raycomplete doctor names the remedy)")
     return TrainJob(
         start=run.models.paths[start],
         output=output,
@@ -217,12 +217,6 @@ def make_job(run: Run, start: ModelRole, output: Path, **settings: Any) -> Train
         trust_remote_code=models.trust_remote_code,
         **settings,
     )
-
-
-def fallback_note(loss_backend: str, *, use_gpu: bool) -> str:
-    """Says in one sentence why `train.loss_backend: auto` passes Triton over on this machine's GPU; empty if not."""
-    problem = compiler_problem() if use_gpu and loss_backend == "auto" else ""
-    return problem and f"The loss runs in PyTorch, not in Triton: {problem} (raycomplete doctor names the remedy)"
 
 
 def run_training(run: Run, job: TrainJob, title: str) -> None:
@@ -288,7 +282,7 @@ def training_stats(
         "stopped_early": bool(rows) and bool(rows[-1].get("stopped")),
         "loss_first": rows[0]["loss"] if rows else None,
         "loss_last": rows[-1]["loss"] if rows else None,
-        "terms": describe_terms(config.method.loss(config.train)),
+        "terms": describe_terms(config.method.loss()),
         "engines": engines,
     }
 

@@ -9,6 +9,13 @@ from pydantic import Field, field_validator, model_validator
 
 from raycomplete.runtime.section import Section
 
+ANSWER_TIMEOUT_S = 1800.0
+"""Longest wait for one call to a rollout engine."""
+SYNC_TIMEOUT_S = 300.0
+"""Longest wait for one update of the engines' weights."""
+OVERSAMPLE = 2
+"""Rollouts of each trained recovery sequence: those that still comply are trained first."""
+
 
 class TeacherConfig(Section):
     """The vLLM pooling engines that read hidden states of the frozen models."""
@@ -72,7 +79,6 @@ class RolloutConfig(Section):
 
     gpu_memory_utilization: float = Field(0.25, gt=0, le=1, description="share of a GPU's memory that an engine takes")
     temperature: float = Field(1.0, ge=0, description="sampling temperature of anchor answers and continuations")
-    top_p: float = Field(1.0, gt=0, le=1, description="nucleus mass of the same")
     max_anchor_tokens: int = Field(64, ge=4, description="length of the aligned model's own answers")
     max_refusal_tokens: int = Field(32, ge=4, description="length of the refusals that recovery teaches")
     max_harmful_tokens: int = Field(96, ge=4, description="length of harmful continuations")
@@ -94,7 +100,6 @@ class RolloutConfig(Section):
         0.25, ge=0, le=1, description="share of harmful continuations that start in the middle of an answer"
     )
     prompt_augmentation: PromptAugmentationConfig = Field(default_factory=PromptAugmentationConfig)
-    answers_per_prompt: int = Field(1, ge=1, description="anchor answers and refusals sampled for each prompt")
     refusal_prefix_fraction: float = Field(
         0.3,
         ge=0,
@@ -107,49 +112,26 @@ class RolloutConfig(Section):
         description="words that turn from the imitated refusal to the answer",
     )
     safety_prompt: str | None = Field(None, description="system prompt that only the teacher sees, where it answers")
-    timeout_s: float = Field(1800.0, gt=0, description="longest wait for one call to an engine")
     on_policy: bool = Field(False, description="let the student roll out in every step, under its current weights")
     num_engines: int = Field(1, ge=1, description="engines that share the rollouts")
     tensor_parallel: int = Field(1, ge=1, description="GPUs of one node that hold one rollout engine together")
     max_student_tokens: int = Field(32, ge=1, description="tokens that the student adds to a prefill")
-    oversample: int = Field(
-        2, ge=1, description="rollouts of each trained recovery sequence; those that still comply are trained first"
-    )
-    student_prefix_fraction: float = Field(
-        0.0,
-        ge=0,
-        le=1,
-        description="share of complying rollouts whose own words are trained as part of the harmful continuation",
-    )
-    anchor_on_policy: float = Field(
-        0.0, ge=0, le=1, description="share of benign anchor answers that the student writes itself"
-    )
     sync_every: int = Field(1, ge=1, description="steps between two updates of the engines' weights")
-    lookahead: Literal[0, 1] = Field(1, description="batches rolled out ahead of the trainer; 0 waits for each")
-    max_staleness: int = Field(2, ge=0, description="steps by which the weights of a rollout may lag behind")
-    weight_transfer: Literal["auto", "store"] = Field(
-        "auto",
-        description="GPU: send the engines new weights from device to device where they and vLLM allow it; store: "
-        "always through Ray's object store",
-    )
-    sync_timeout_s: float = Field(300.0, gt=0, description="longest wait for one update of the weights")
-    sync_tolerance: float | None = Field(
-        None, gt=0, description="largest mean |log p - log p'| after an update, nats; by dtype when absent"
-    )
-    cuda_graphs: bool = Field(
-        True, description="GPU: replay steps of decoding as CUDA graphs; without, small models wait for launches"
-    )
     colocated: bool = Field(False, description="GPU: let engines sleep while the trainer works on the same device")
 
     @property
     def harmful_openings(self) -> list[tuple[str, str]]:
-        """Pairs (writer, opening) of harmful continuations; nobody who refuses writes one without an opening."""
+        """Pairs (writer, opening); aligned and student are paired only with a non-empty opening."""
         return [
             (writer, opening)
             for writer in dict.fromkeys(self.harmful_from)
             for opening in dict.fromkeys(self.affirmative_prefixes)
             if opening or writer not in ("aligned", "student")
         ]
+
+    def ahead(self, *, fresh: bool) -> int:
+        """Batches rolled out ahead of the trainer: none where they must be fresh, or both share a device in turns."""
+        return 0 if fresh or self.colocated else 1
 
     @field_validator("harmful_from", mode="before")
     @classmethod
@@ -166,19 +148,9 @@ class RolloutConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _fresh_enough(self) -> RolloutConfig:
-        stalest = self.lookahead + self.sync_every - 1
-        if self.on_policy and stalest > self.max_staleness:
-            raise ValueError(
-                f"rollout.lookahead {self.lookahead} and rollout.sync_every {self.sync_every} make rollouts up to "
-                f"{stalest} steps old, and rollout.max_staleness is {self.max_staleness}"
-            )
+    def _sleeps_on_one_device(self) -> RolloutConfig:
         if self.colocated and self.tensor_parallel > 1:
             raise ValueError("rollout.colocated engines sleep on one device: set rollout.tensor_parallel to 1")
-        if self.on_policy and self.colocated and self.lookahead > 0:
-            raise ValueError(
-                "rollout.colocated shares one device between engine and trainer in turns: set rollout.lookahead to 0"
-            )
         return self
 
 

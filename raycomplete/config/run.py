@@ -224,10 +224,9 @@ class RunConfig(Section):
             self._has_no_hooks_in_the_way()
         if self.method.rollout_groups:
             self._trains_rollouts_as_they_are()
-        if self.method.needs_fresh_rollouts and (self.rollout.lookahead > 0 or self.rollout.sync_every > 1):
+        if self.method.needs_fresh_rollouts and self.rollout.sync_every > 1:
             raise ValueError(
-                f"method {self.method.name} trains rollouts of the present weights only: set rollout.lookahead to 0 "
-                "and rollout.sync_every to 1"
+                f"method {self.method.name} trains rollouts of the present weights only: set rollout.sync_every to 1"
             )
         return self
 
@@ -256,14 +255,18 @@ class RunConfig(Section):
 
     def _trains_rollouts_as_they_are(self) -> None:
         """Refuses settings under which a method that trains rollouts would do nothing, or something else."""
-        wanted: dict[str, Any] = {"on_policy": True, "temperature": 1.0, "top_p": 1.0}
-        wanted |= {"student_prefix_fraction": 0.0, "anchor_on_policy": 0.0}
+        wanted: dict[str, Any] = {"on_policy": True, "temperature": 1.0}
         for key, value in wanted.items():
             if getattr(self.rollout, key) != value:
                 raise ValueError(
                     f"method {self.method.name} trains the student's rollouts, as it writes them by itself: set "
                     f"rollout.{key} to {str(value).lower()}"
                 )
+
+    @property
+    def rollouts_ahead(self) -> int:
+        """Batches rolled out ahead of the trainer."""
+        return self.rollout.ahead(fresh=self.method.needs_fresh_rollouts)
 
     @model_validator(mode="after")
     def _lora_is_whole(self) -> RunConfig:

@@ -36,10 +36,6 @@ class ValidationConfig(Section):
         "beyond chance (one standard deviation of the net change); one prompt is always allowed",
     )
     kl_budget: float = Field(0.1, gt=0, description="KL(aligned || student) on harmless answers, nats a token")
-    rate: float = Field(
-        0.3, ge=0, description="largest change of the logarithm of a loss weight at one measurement; 0 moves none"
-    )
-    max_factor: float = Field(4.0, ge=1, description="bound on the factors by which loss weights are moved, up or down")
     patience: int = Field(0, ge=0, description="measurements without a better one that end training; 0 never does")
 
     @field_validator("depths")
@@ -66,10 +62,6 @@ class TrainConfig(Section):
         0, description="ZeRO stage: 1 shards optimizer states over the workers, 2 gradients too, 3 weights too"
     )
     per_device_batch_size: int = Field(16, ge=1, description="sequences of one forward pass on one worker")
-    loss_chunk_tokens: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
-        "auto", description="token rows whose logits exist at a time; auto: as many as a fixed budget of memory holds"
-    )
-    loss_backend: Literal["auto", "torch", "triton"] = Field("auto", description="auto: Triton on CUDA, else PyTorch")
     gradient_checkpointing: bool = Field(False, description="compute activations again instead of keeping them")
     lora_rank: int = Field(0, ge=0, description="rank of LoRA adapters, merged at the end; 0 trains all weights")
     validation: ValidationConfig = Field(default_factory=ValidationConfig)
@@ -78,14 +70,8 @@ class TrainConfig(Section):
     )
     checkpoint_every: int = Field(25, ge=1, description="steps between two checkpoints")
     keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints that stay, here and in output.storage")
-    keep_every: int = Field(0, ge=0, description="checkpoints at multiples of so many steps stay for good; 0 is off")
-    checkpoint_hashes: bool = Field(
-        True, description="compare the sha256 of every checkpoint file on resume; false compares sizes only"
-    )
     max_failures: int = Field(
         3,
         ge=0,
         description="times that training goes on from its newest checkpoint after the death of a worker or a node",
     )
-    max_bad_steps: int = Field(3, ge=1, description="skipped steps in a row, for NaN or infinity, that end training")
-    stall_timeout_s: float = Field(1800.0, gt=0, description="longest time without a finished step")

@@ -31,9 +31,7 @@ _UNSPACED = re.compile(  # Thai, Lao, Burmese, Khmer, kana and Chinese character
 )
 # Keys of `rollout` that change no sample.
 _OF_THE_LOOP = frozenset(
-    "anchor_on_policy colocated cuda_graphs gpu_memory_utilization lookahead max_staleness max_student_tokens "
-    "num_engines on_policy oversample student_prefix_fraction sync_every sync_timeout_s sync_tolerance "
-    "tensor_parallel timeout_s weight_transfer".split()
+    "colocated gpu_memory_utilization max_student_tokens num_engines on_policy sync_every tensor_parallel".split()
 )
 
 

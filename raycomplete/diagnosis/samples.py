@@ -86,7 +86,6 @@ def _answers(
             [encoded[prompt.prompt_id] for prompt in missing],
             max_tokens=settings.max_tokens,
             temperature=rollout.temperature,
-            top_p=rollout.top_p,
             seed=seed * 2**20,
         )
         found = {prompt.prompt_id: tuple(answer) for prompt, answer in zip(missing, drawn, strict=True)}

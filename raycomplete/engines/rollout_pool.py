@@ -13,6 +13,7 @@ import ray
 import torch
 from torch import Tensor
 
+from raycomplete.config.engines import ANSWER_TIMEOUT_S, SYNC_TIMEOUT_S
 from raycomplete.engines.rollout_worker import EngineAnswer, RolloutOptions, RolloutWorker, Sampling
 from raycomplete.engines.weights import Adapter, SentWeights, Weights, WeightSource, pack, pack_lora, version_of
 from raycomplete.runtime.errors import SetupError, WaitTimeoutError, WorkError
@@ -211,8 +212,8 @@ class RolloutPool:
             expected: For each probe the trainer's [response tokens] log-probabilities, nats, temperature 1.
 
         Raises:
-            SyncError: The mean difference on an engine exceeds `rollout.sync_tolerance`.
-            WaitTimeoutError: An engine took longer than `rollout.sync_timeout_s`.
+            SyncError: The mean difference on an engine exceeds what rounding explains.
+            WaitTimeoutError: An engine took too long.
             WeightsLostError: An engine does not hold weights that were sent to it.
             WorkError: The weights cannot be loaded.
         """
@@ -233,7 +234,7 @@ class RolloutPool:
             mean_abs_difference=float(means_E.max()),
             max_abs_difference=float(differences_EN.max()),
             num_tokens=len(expected_N),
-            tolerance=self._options.rollout.sync_tolerance or _SYNC_TOLERANCE[self._options.spec.dtype],
+            tolerance=_SYNC_TOLERANCE[self._options.spec.dtype],
             transfer=weights.backend if isinstance(weights, SentWeights) else "store",
         )
         if not report.mean_abs_difference <= report.tolerance:  # written so that NaN fails too
@@ -242,7 +243,7 @@ class RolloutPool:
                 f"trainer by {report.mean_abs_difference:.3g} nats on average over {report.num_tokens} tokens (at most "
                 f"{report.max_abs_difference:.3g}; tolerance {report.tolerance:.3g}).",
                 "The engine does not hold the trainer's weights, or computes otherwise; rollouts would come from "
-                "another model. If the difference is rounding, raise rollout.sync_tolerance.",
+                "another model.",
             )
         return report
 
@@ -273,12 +274,12 @@ class RolloutPool:
         """Waits for responses: new tokens without end-of-response, and whether each ended by itself.
 
         Raises:
-            WaitTimeoutError: One slice took longer than `rollout.timeout_s`.
+            WaitTimeoutError: One slice took too long.
             WorkError: An engine died again and again, failed, or answered with other weights than the call named.
         """
         responses: list[tuple[list[int], bool]] = []
         for engine, count, reference in call.shards:
-            answer = self._take(engine, reference, f"{count} responses", self._options.rollout.timeout_s)
+            answer = self._take(engine, reference, f"{count} responses", ANSWER_TIMEOUT_S)
             if answer.version != call.version:
                 raise WorkError(
                     f"The {self.name(engine)} answered with weights of version {answer.version}, "
@@ -302,7 +303,7 @@ class RolloutPool:
         """Returns log-probabilities of given answers under this handle's weights, nats (`RolloutEngine.log_probs`).
 
         Raises:
-            WaitTimeoutError: An engine took longer than `rollout.timeout_s` over its share.
+            WaitTimeoutError: An engine took too long over its share.
             WorkError: An engine died again and again, or failed.
         """
         parts = []
@@ -311,7 +312,7 @@ class RolloutPool:
                 parts.append((engine, actor.log_probs.remote(self._weights, part)))
         found: list[list[float]] = []
         for engine, reference in parts:
-            what, timeout_s = "log-probabilities of given answers", self._options.rollout.timeout_s
+            what, timeout_s = "log-probabilities of given answers", ANSWER_TIMEOUT_S
             found += [log_prob_T.tolist() for log_prob_T in self._take(engine, reference, what, timeout_s).value]
         return found
 
@@ -347,14 +348,14 @@ class RolloutPool:
 
     def _wait_all(self, references: list[Any], what: str) -> None:
         """Waits until every engine has answered, or raises an error that names those that have not."""
-        timeout_s = self._options.rollout.sync_timeout_s
+        timeout_s = SYNC_TIMEOUT_S
         _, late = ray.wait(references, num_returns=len(references), timeout=timeout_s, fetch_local=False)
         if late:
             names = ", ".join(self.name(engine) for engine, item in enumerate(references) if item in late)
             raise WaitTimeoutError(
                 f"After {timeout_s:.0f} s these have not answered with {what}: {names}.",
                 f"{self._stats.num_unfinished()} parts of earlier calls are unfinished, and engines take calls in "
-                "order. Raise rollout.sync_timeout_s if they were working, or roll out less at a time.",
+                "order. Roll out less at a time if they were working.",
             )
 
     def name(self, engine: int) -> str:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from raycomplete.config import RolloutConfig
+from raycomplete.config.engines import SYNC_TIMEOUT_S
 from raycomplete.data.checkpoints import TORCH_DTYPES
 from raycomplete.data.families import tied_head
 from raycomplete.engines.spec import EngineSpec
@@ -101,7 +102,7 @@ class RolloutEngine:
             raise WeightsLostError(
                 f"The weights of version {weights.version} were sent by {weights.backend} and are no longer in this "
                 "engine: it was started again, or got others since.",
-                "Send the weights again, or set rollout.weight_transfer to store: the object store keeps them.",
+                "Send the weights again.",
             )
         with self._readable(weights, timeout_s) as arguments, self.awake():
             self._forget()
@@ -243,7 +244,7 @@ class RolloutEngine:
             raise WorkError(
                 f"After an update of the weights, decoding is {difference:.3g} nats from what the same weights say of "
                 "the same tokens, so its CUDA graphs use others.",
-                "Set rollout.cuda_graphs to false.",
+                "Report it with the versions of vLLM and CUDA: `raycomplete doctor --gpu` repeats the comparison.",
             )
         return difference
 
@@ -374,7 +375,7 @@ class RolloutWorker:
         engine = self._ready_engine()
         started = time.perf_counter()
         try:
-            loaded = engine.load(weights, timeout_s=self._options.rollout.sync_timeout_s)
+            loaded = engine.load(weights, timeout_s=SYNC_TIMEOUT_S)
         finally:
             if not engine.is_whole:
                 self._drop()

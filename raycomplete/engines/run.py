@@ -31,16 +31,11 @@ _FREE_KEYS = {
     "train": {
         "checkpoint_every",
         "keep_checkpoints",
-        "keep_every",
-        "checkpoint_hashes",
-        "stall_timeout_s",
         "max_failures",
-        "max_bad_steps",
         "per_device_batch_size",
-        "loss_chunk_tokens",
         "gradient_checkpointing",
     },
-    "rollout": {"timeout_s", "gpu_memory_utilization", "weight_transfer"},
+    "rollout": {"gpu_memory_utilization"},
 }
 
 

@@ -78,7 +78,7 @@ class EngineSpec:
             use_gpu=use_gpu,
             gpu_memory_utilization=section.gpu_memory_utilization,
             tensor_parallel=tensor_parallel,
-            cuda_graphs=use_gpu and role == "rollout" and config.rollout.cuda_graphs,
+            cuda_graphs=use_gpu and role == "rollout",
             sleeps=role == "rollout" and config.rollout.colocated,
             trust_remote_code=config.models.trust_remote_code,
             kv_cache_gib=config.cluster.kv_cache_gib,
@@ -177,5 +177,5 @@ def object_store_bytes(config: RunConfig, num_parameters: int, dtype: Dtype) -> 
     hold, and one for each batch ahead.
     """
     whole = config.rollout.on_policy and not config.train.lora_rank
-    versions = config.rollout.lookahead + 2 if whole else 0
+    versions = config.rollouts_ahead + 2 if whole else 0
     return OBJECT_STORE_BYTES + versions * num_parameters * (4 if dtype == "float32" else 2)

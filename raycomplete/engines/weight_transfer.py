@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from raycomplete.config import RunConfig
+from raycomplete.config.engines import SYNC_TIMEOUT_S
 from raycomplete.data.checkpoints import TORCH_DTYPES
 from raycomplete.engines.weights import SentWeights
 from raycomplete.runtime.errors import WaitTimeoutError, WorkError
@@ -50,7 +51,6 @@ def choose_backend(config: RunConfig, *, num_gpus: float, vllm_version: str) -> 
     whole = rollout.tensor_parallel > 1 or cluster.gpus_per_engine + cluster.gpus_per_worker > 1
     for applies, why in (
         (not rollout.on_policy, "the student does not roll out"),
-        (rollout.weight_transfer == "store", "rollout.weight_transfer is store"),
         (num_gpus == 0, "there is no GPU"),
         (config.train.lora_rank > 0, "adapters are small, and engines merge them"),
         (not vllm_version.startswith(_VERSION), f"its transfer is known for vLLM {_VERSION}*, not {vllm_version}"),
@@ -272,7 +272,7 @@ class WeightTransfer:
     After an error it is of no use any more; engines that failed or hang start anew.
 
     Raises:
-        WorkError: The devices do not suit the carrier, or somebody did not join within `rollout.sync_timeout_s`.
+        WorkError: The devices do not suit the carrier, or somebody did not join in time.
     """
 
     def __init__(self, pool: RolloutPool) -> None:
@@ -288,7 +288,7 @@ class WeightTransfer:
         """Sends weights as `pack` takes them, on any device, and returns when every engine holds them.
 
         Raises:
-            WaitTimeoutError: A step took longer than `rollout.sync_timeout_s`.
+            WaitTimeoutError: A step took too long.
             WorkError: An engine could not receive or use them.
         """
         dtype, done = TORCH_DTYPES[self._pool.options.spec.dtype], f"the weights of version {version}"
@@ -319,7 +319,7 @@ class WeightTransfer:
 
     def _gather(self, references: list[Any], done: str, beside: Callable[[], None] | None = None) -> list[Any]:
         """Returns the answers of all engines after work of this process beside them; the first error ends the wait."""
-        timeout_s, pending = self._pool.options.rollout.sync_timeout_s, list(references)
+        timeout_s, pending = SYNC_TIMEOUT_S, list(references)
         deadline, own = time.monotonic() + timeout_s, _in_thread(beside or (lambda: None))
         try:
             while pending or not own.done():
@@ -327,8 +327,7 @@ class WeightTransfer:
                     late = [self._pool.name(references.index(item)) for item in pending] or ["the trainer itself"]
                     raise WaitTimeoutError(
                         f"After {timeout_s:.0f} s these have not {done}: {', '.join(late)}.",
-                        "Raise rollout.sync_timeout_s if they were working; if one cannot reach another, set "
-                        "rollout.weight_transfer to store.",
+                        "They may be unable to reach each other. Training sends weights through the object store now.",
                     )
                 if pending:
                     ready, pending = ray.wait(pending, timeout=_POLL_S)

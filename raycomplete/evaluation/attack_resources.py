@@ -24,6 +24,7 @@ from raycomplete.attacks.templates import SLOT
 from raycomplete.attacks.trial import EvaluationCancelled
 from raycomplete.config import RemoteConfig, RunConfig, TrainConfig, ValidationConfig, map_paths
 from raycomplete.config.defences import ReAskDefence, SafeDecodingDefence
+from raycomplete.config.engines import ANSWER_TIMEOUT_S
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.checkpoints import check_token_classifier, fingerprint
 from raycomplete.data.heads import read_head_spec
@@ -171,9 +172,7 @@ class AttackResources:
 
     def _white_box(self, path: Path, threads: int) -> WhiteBoxClient:
         """Asks Ray for the actor and returns at once; the first call waits for it."""
-        box = WhiteBoxClient(
-            start_actor(self._run.config, WhiteBoxWorker, threads), path, self._run.config.rollout.timeout_s
-        )
+        box = WhiteBoxClient(start_actor(self._run.config, WhiteBoxWorker, threads), path, ANSWER_TIMEOUT_S)
         self._ended.callback(box.stop)
         return box
 
@@ -181,7 +180,7 @@ class AttackResources:
         if checkpoint not in self._helpers:
             path = resolve_checkpoint(checkpoint, role="helper")
             actor = start_actor(self._run.config, HelperWorker, available_cpus())
-            self._helpers[checkpoint] = helper = HelperClient(actor, path, self._run.config.rollout.timeout_s)
+            self._helpers[checkpoint] = helper = HelperClient(actor, path, ANSWER_TIMEOUT_S)
             self._ended.callback(helper.stop)
         return self._helpers[checkpoint]
 
@@ -355,7 +354,6 @@ def train_copy(
         per_device_batch_size=config.train.per_device_batch_size,
         checkpoint_every=steps,
         gradient_checkpointing=config.train.gradient_checkpointing,
-        stall_timeout_s=config.train.stall_timeout_s,
         validation=ValidationConfig(every=0),  # no best weights, and no room for them
     )
     job = TrainJob(

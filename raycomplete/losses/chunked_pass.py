@@ -34,21 +34,7 @@ _MULTIPLE = 64  # of rows, and of the padded width of a row; tiles of matrix pro
 def rows_per_chunk(
     chunk_tokens: ChunkTokens, vocab_size: int, logits_dtype: torch.dtype, device: torch.device, copies: int = 1
 ) -> int:
-    """Resolves "auto" to as many rows as a fixed memory budget holds.
-
-    Args:
-        chunk_tokens: Rows, at least 1, or "auto".
-        vocab_size: V.
-        logits_dtype: Of the logits that are kept.
-        device: Where they are kept; sets the budget.
-        copies: How many tensors as large as the logits a caller makes per model.
-
-    Returns:
-        Rows of one chunk, at least 1.
-
-    Raises:
-        ValueError: `chunk_tokens` is below 1.
-    """
+    """Resolves "auto" to as many rows as a fixed memory budget holds."""
     if chunk_tokens != "auto":
         if chunk_tokens < 1:
             raise ValueError(f'chunk_tokens must be at least 1, or "auto", got {chunk_tokens}.')
@@ -71,14 +57,10 @@ def even_chunks(num_rows: int, limit: int) -> list[slice]:
 
 
 def wants_triton(student: Head, settings: LossSettings) -> bool:
-    """Decides whether Triton computes the terms that it can; "auto" never fails.
-
-    Raises:
-        SetupError: Triton is asked for where it does not run.
-    """
+    """Decides whether Triton computes the terms that it can; "auto" never fails."""
     obstacle = _obstacle_to_triton(student)
     if settings.backend == "triton" and obstacle is not None:
-        raise SetupError(f'train.loss_backend is "triton", but {obstacle}.', 'Use "auto" or "torch".')
+        raise SetupError(f'The backend is "triton", but {obstacle}.', 'Use "auto" or "torch".')
     return settings.backend == "triton" or (
         settings.backend == "auto" and student.weight_VH.is_cuda and obstacle is None
     )
@@ -99,19 +81,7 @@ def _obstacle_to_triton(student: Head) -> str | None:
 def chunked_pass(
     inputs: LossInputs, terms: list[ActiveTerm], factor_N: Tensor, settings: LossSettings
 ) -> tuple[Tensor, dict[str, Tensor], GradientSums]:
-    """Computes the losses of all rows, and the gradient of their sum times factor.
-
-    Args:
-        inputs: Checked inputs, their row tensors on the student's device; gradients are summed where the student's
-            tensors require them.
-        terms: Terms by their numbers.
-        factor_N: Weight of each row's gradient [N], in the dtype that losses take.
-        settings: Chunk size and backend.
-
-    Returns:
-        Unweighted loss of each row [N]; values by metric, for the rows of its term in their order among the N; and sums
-        of the gradients of factor * row loss.
-    """
+    """Computes the losses of all rows, and the gradient of their sum times factor."""
     gradients = GradientSums(inputs.student.hidden_NH, inputs.student.head, factor_N.dtype)
     with torch.no_grad():
         work = _Pass(inputs, terms, factor_N, settings, gradients)
@@ -123,15 +93,7 @@ def chunked_pass(
 
 
 class _TeacherProducts:
-    """One frozen model's products with its head, for the sorted rows from `first` on.
-
-    Args:
-        states: Its hidden states, one for each row that reads it, in the order of the N rows.
-        reads_N: Which rows do [N].
-        order_N: The sorted order.
-        max_rows: Most rows of one chunk.
-        pad: Whether their rows are padded.
-    """
+    """One frozen model's products with its head, for the sorted rows from `first` on."""
 
     def __init__(self, states: HiddenStates, reads_N: Tensor, order_N: Tensor, max_rows: int, pad: bool) -> None:
         self.states = states

@@ -17,13 +17,7 @@ _SLAB_BYTES = {"cpu": 2 * 2**20, "cuda": 32 * 2**20}
 
 
 class GradientSums:
-    """Gradients of one call in hidden states, weight and bias of the student, where those require grad.
-
-    Args:
-        hidden_NH: Hidden states of the student [N, H], attached to their graph.
-        head: Its head, attached likewise.
-        dtype: Of the sums over chunks: bfloat16 sums would stop growing after a few hundred like terms.
-    """
+    """Gradients of one call in hidden states, weight and bias of the student, where those require grad."""
 
     def __init__(self, hidden_NH: Tensor, head: Head, dtype: torch.dtype) -> None:
         enabled = torch.is_grad_enabled()  # evaluation pays for no gradient, even where parameters require one
@@ -45,13 +39,7 @@ class GradientSums:
         return any(item is not None for item in (self._hidden_NH, self._weight_VH, self._bias_V))
 
     def add(self, rows_C: Tensor, hidden_CH: Tensor, raw_CV: Tensor) -> None:
-        """Takes in one chunk.
-
-        Args:
-            rows_C: Which of the N rows these are [C].
-            hidden_CH: Their hidden states in the dtype of the head's weight [C, H].
-            raw_CV: Gradient with respect to hidden @ weight^T + bias, in that dtype [C, V].
-        """
+        """Takes in one chunk."""
         if self._hidden_NH is not None:
             self._hidden_NH[rows_C] = (raw_CV @ self._head_weight_VH).to(self._hidden_NH.dtype)
         if self._weight_VH is not None and self._weight_VH.dtype == raw_CV.dtype:

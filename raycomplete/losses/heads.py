@@ -24,9 +24,6 @@ class Head:
         bias_V: Bias [V], or None.
         scale: Factor on the logits; 1 / `logits_scaling` for models that divide.
         softcap: Bound on |logit|, or None for no bound.
-
-    Raises:
-        ValueError: On construction, where shapes or settings cannot be a head.
     """
 
     weight_VH: Tensor
@@ -60,11 +57,7 @@ class Head:
         return torch.promote_types(self.weight_VH.dtype, torch.float32)
 
     def rows(self, vocab_size: int) -> Head:
-        """The first `vocab_size` rows of the head, without padding: a view, so gradients reach the whole weight.
-
-        Raises:
-            ValueError: `vocab_size` is not within 1..V.
-        """
+        """The first `vocab_size` rows of the head, without padding: a view, so gradients reach the whole weight."""
         if not 1 <= vocab_size <= self.vocab_size:
             raise ValueError(f"Cannot keep {vocab_size} rows of a head with {self.vocab_size}.")
         if vocab_size == self.vocab_size:
@@ -123,12 +116,7 @@ class HiddenStates(NamedTuple):
 
 
 def check_hidden(name: str, hidden_NH: Tensor, head: Head, num_rows: int, *, must_be_finite: bool = True) -> None:
-    """Refuses hidden states that do not fit their head, or the other inputs.
-
-    Raises:
-        ValueError: The shape is not [num_rows, H of the head].
-        NotFiniteError: The tensor holds NaN or infinity, and must not.
-    """
+    """Refuses hidden states that do not fit their head, or the other inputs."""
     if tuple(hidden_NH.shape) != (num_rows, head.hidden_size):
         raise ValueError(
             f"{name} hidden must be [{num_rows}, {head.hidden_size}] (token rows, width of the {name} head), "
@@ -139,11 +127,7 @@ def check_hidden(name: str, hidden_NH: Tensor, head: Head, num_rows: int, *, mus
 
 
 def check_rows_finite(name: str, values: Tensor) -> None:
-    """Refuses NaN and infinity in a tensor whose first dimension counts rows.
-
-    Raises:
-        NotFiniteError: Names the tensor and its first bad row.
-    """
+    """Refuses NaN and infinity in a tensor whose first dimension counts rows."""
     bad_N = ~torch.isfinite(values.detach()).flatten(1).all(dim=1) if values.ndim > 1 else ~torch.isfinite(values)
     if bool(bad_N.any()):
         first, count = int(bad_N.int().argmax()), int(bad_N.sum())
@@ -154,11 +138,7 @@ def check_rows_finite(name: str, values: Tensor) -> None:
 
 
 def check_same_vocabulary(heads: Mapping[str, Head]) -> None:
-    """Refuses heads, by the name of their model, over different vocabularies.
-
-    Raises:
-        ValueError: The vocabulary sizes differ.
-    """
+    """Refuses heads, by the name of their model, over different vocabularies."""
     sizes = {name: head.vocab_size for name, head in heads.items()}
     if len(set(sizes.values())) > 1:
         listed = ", ".join(f"{name} {size}" for name, size in sizes.items())

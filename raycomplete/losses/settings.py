@@ -70,9 +70,6 @@ class LossSettings:
         options: Settings of a term where they are not its defaults, by name.
         chunk_tokens: Rows whose logits exist at a time, or "auto" (see `rows_per_chunk`).
         backend: "torch", "triton", or "auto": Triton where it runs (see `raycomplete.losses.loss`), else PyTorch.
-
-    Raises:
-        ValueError: On construction, where `chunk_tokens` is below 1 or options belong to no term.
     """
 
     weights: Mapping[str, float]

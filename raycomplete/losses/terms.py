@@ -117,11 +117,7 @@ class Term:
         return ("aligned", "base") if "base" in reads else reads
 
     def add(self) -> None:
-        """Enters the table unless it is there already: methods bring the same terms along again and again.
-
-        Raises:
-            ValueError: Another term has its name.
-        """
+        """Enters the table unless it is there already: methods bring the same terms along again and again."""
         known = TERMS.get(self.name)
         if known is None or known.formula is not self.formula:
             register(self)
@@ -136,11 +132,7 @@ TERMS: dict[str, Term] = {}
 
 
 def register(term: Term) -> Term:
-    """Adds a term to the table.
-
-    Raises:
-        ValueError: There is one of that name already, or a name means the whole loss in metrics.
-    """
+    """Adds a term to the table."""
     if term.name in TERMS:
         raise ValueError(f"There is a loss term {term.name!r} already.")
     if taken := {"loss", "total"} & {term.name, *term.metrics}:
@@ -150,11 +142,7 @@ def register(term: Term) -> Term:
 
 
 def get(name: str) -> Term:
-    """Looks up a term.
-
-    Raises:
-        ConfigError: There is none of that name.
-    """
+    """Looks up a term."""
     if name not in TERMS:
         raise ConfigError(f"There is no loss term {name!r}.", f"Known terms: {', '.join(sorted(TERMS))}.")
     return TERMS[name]
@@ -175,12 +163,7 @@ class ActiveTerm:
 
 
 def active_terms(settings: LossSettings) -> list[ActiveTerm]:
-    """The terms of a loss, by their numbers.
-
-    Raises:
-        ConfigError: A term is not in the table.
-        ValueError: Options are of another class than the term's, or two terms share the name of a metric.
-    """
+    """The terms of a loss, by their numbers."""
     found: list[ActiveTerm] = []
     taken: dict[str, str] = {}
     for name, weight in settings.weights.items():
@@ -222,11 +205,7 @@ def _differentiated(term: Term) -> BlockFunction:
 
 
 def _check_result(term: Term, found: TermRows, num_rows: int) -> None:
-    """Refuses what a formula may get wrong.
-
-    Raises:
-        ValueError: It gave another number of values than rows, or other metrics than its term names.
-    """
+    """Refuses what a formula may get wrong."""
     for what, values in {"the loss": found.loss_R, **found.metrics}.items():
         if tuple(values.shape) != (num_rows,):
             raise ValueError(f"The term {term.name!r} must give {what} as [{num_rows}], got {list(values.shape)}.")
@@ -279,11 +258,7 @@ def nll(rows: LogProbs, options: Section) -> TermRows:
 
 
 def computed_in_pass(rows: LogProbs, options: Section) -> TermRows:
-    """Stands where a term has no formula over log-probabilities, since its method's `StudentPass` computes it.
-
-    Raises:
-        ValueError: Whenever it is called.
-    """
+    """Stands where a term has no formula over log-probabilities, since its method's `StudentPass` computes it."""
     raise ValueError("This term is computed from the whole student, by the pass of its method.")
 
 

@@ -138,13 +138,7 @@ times loss."""
 
 
 class TorchRows:
-    """The PyTorch backend.
-
-    Args:
-        student: Head of the student.
-        teachers: Heads of the frozen models.
-        max_rows: Most rows of one call.
-    """
+    """The PyTorch backend."""
 
     def __init__(self, student: Head, teachers: Sequence[Head], max_rows: int) -> None:
         self.excludes = any(_excludes_tokens(head) for head in (student, *teachers))

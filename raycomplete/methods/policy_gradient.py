@@ -8,7 +8,7 @@ the student wrote after c = (x, h<D), or x alone where x is harmless:
     mean over rollouts of -A / |y| sum_t log p_s(y_t | c, y<t)  +  kl_weight * mean over tokens of KL(p_s || p_a)
 
 Theirs besides: kl_weight 0.04, groups of 64, `train: {lr: 1.0e-6}`. Their clipped ratio is 1 where a rollout is trained
-once, under `rollout.lookahead` 0 and `rollout.sync_every` 1. The KL penalty pulls towards what aligned does after h. A
+once, without rollouts ahead and under `rollout.sync_every` 1. The KL penalty pulls towards what aligned does after h. A
 quarter of the harmful groups follow x alone, to keep refusals.
 
 A group whose rollouts all comply teaches nothing. On the organism aligned complies in every rollout after h, so 40

@@ -32,7 +32,6 @@ from raycomplete.runtime.errors import ConfigError
 from raycomplete.runtime.section import Section
 
 if TYPE_CHECKING:
-    from raycomplete.config.training import TrainConfig
     from raycomplete.losses.terms import Term
 
 
@@ -293,16 +292,11 @@ class Method(Section):
                 sums[span.term] += (span.count > 0) if whole else rows  # type: ignore[assignment]
         return dict(sums)
 
-    def loss(self, train: TrainConfig) -> LossSettings:
-        """Settings of the loss under a trainer; the method's own terms are in the table from then on."""
+    def loss(self) -> LossSettings:
+        """Settings of the loss; the method's own terms are in the table from then on."""
         for term in self.own_terms():
             term.add()
-        return LossSettings(
-            self.loss_weights(),
-            self.loss_options(),
-            chunk_tokens=train.loss_chunk_tokens,
-            backend=train.loss_backend,
-        )
+        return LossSettings(self.loss_weights(), self.loss_options())
 
 
 def harmless_answer(item: AnchorItem, term: str, *, is_read: bool = False) -> TrainSequence:

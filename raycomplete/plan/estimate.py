@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, NoReturn
 
 from raycomplete.config import Dtype, RunConfig
+from raycomplete.config.engines import OVERSAMPLE
 from raycomplete.methods.completion import Completion
 from raycomplete.plan.catalogue import DTYPE_BYTES, ENGINE_GIB, GIB, WORKER_GIB, Hardware, ModelShape
 from raycomplete.runtime.errors import ConfigError, SetupError
@@ -151,7 +152,7 @@ class Request:
         return Work(
             trained=(anchor, read),
             scored={"aligned": (anchor, refusal), "base": (*base, *((anchor, refusal) if contrastive else ()))},
-            rollouts=Sequences(recoveries * rollout.oversample, prompt + depth, rollout.max_student_tokens)
+            rollouts=Sequences(recoveries * OVERSAMPLE, prompt + depth, rollout.max_student_tokens)
             if rollout.on_policy
             else None,
             loss_rows=anchor.rows + refusal.rows + recoveries * ((pushes + penalised) * depth + opens),

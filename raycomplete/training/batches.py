@@ -22,8 +22,9 @@ from raycomplete.methods.registry import (
     TeacherContext,
     TrainSequence,
 )
-from raycomplete.training.packing import pack
 from raycomplete.training.teacher_prefetcher import Scores
+
+_WIDTHS = 16  # steps between the longest sequence and twice as much
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +38,7 @@ class MicroBatch:
         row_N: Flat positions b * T + t whose next-token distribution is trained.
         term_N: Number of each row's loss term in `terms`.
         weight_N: Weight of each row: the loss of a term is a mean over its rows of the whole step.
-        sequence_N: Which sequence of the micro-batch a row belongs to.
+        sequence_N: Number of the sequence of the micro-batch that each row belongs to.
         token_N: Token that follows at each row, or the one that its span names instead.
         aligned_hidden_PH: The aligned model's hidden states of the rows that read it, in order; None if there are none.
         base_hidden_PH: The same of base.
@@ -79,29 +80,19 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same on another device."""
-        moved: dict[str, Any] = {
-            name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-            for name, value in vars(self).items()
-        }
-        return MicroBatch(**moved)
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        moved: dict[str, Any] = {name: value.to(device, non_blocking=True) for name, value in tensors.items()}
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True)
 class BatchBuilder:
-    """Settings that every micro-batch of a run shares.
-
-    Attributes:
-        loss: Terms of the loss, and which teachers their rows read.
-        scale: World size times micro-batches of a step; undoes the averaging of DeepSpeed, so that the loss is the
-            exact mean over all rows of the step.
-        packed: Whether sequences share rows; false for models that cannot keep them apart.
-        hidden_size: Of the student; decides how wide packed rows are. None: no wider than the longest sequence.
-    """
+    """Settings that every micro-batch of a run shares."""
 
     loss: LossSettings
-    scale: float
-    packed: bool = True
-    hidden_size: int | None = None
+    scale: float  # world size times micro-batches of a step: undoes the averaging of DeepSpeed
+    packed: bool = True  # sequences share rows; false for models that cannot keep them apart
+    hidden_size: int | None = None  # the student's; decides how much wider than a sequence packed rows may be
 
     @cached_property
     def reads(self) -> dict[str, tuple[str, ...]]:
@@ -115,14 +106,7 @@ class BatchBuilder:
         scores: Scores | None = None,
         loss_weights: Mapping[str, float] | None = None,
     ) -> MicroBatch:
-        """Packs the sequences of one micro-batch and lines up their rows with the teachers' hidden states.
-
-        Args:
-            sequences: Sequences of the forward pass.
-            normalisers: Divisor of the row weights of each term, of the whole step.
-            scores: Hidden states of the teachers; None where no term reads one.
-            loss_weights: Factor on the row weights of each term; 1 where absent.
-        """
+        """Packs the sequences of one micro-batch and lines up their rows with the teachers' hidden states."""
         lengths = [len(sequence) for sequence in sequences]
         places, width = [(row, 0) for row in range(len(sequences))], max(lengths)
         if self.packed:
@@ -131,11 +115,7 @@ class BatchBuilder:
         input_ids_BT = torch.zeros(shape, dtype=torch.long)
         position_ids_BT = torch.zeros(shape, dtype=torch.long)
         # One entry a span. Token t is predicted at t - 1.
-        rows: list[Tensor] = []
-        tokens: list[Tensor] = []
-        terms: list[Tensor] = []
-        owners: list[Tensor] = []
-        weights: list[Tensor] = []
+        parts: dict[str, list[Tensor]] = {name: [] for name in ("row", "token", "term", "sequence", "weight")}
         suffixes: list[tuple[int, int, int]] = []
         hidden: dict[str, list[Tensor]] = {"aligned": [], "base": []}
         for index, (sequence, (row, column)) in enumerate(zip(sequences, places, strict=True)):
@@ -143,27 +123,23 @@ class BatchBuilder:
             columns = slice(column, column + lengths[index])
             input_ids_BT[row, columns] = token_ids[:-1]
             position_ids_BT[row, columns] = torch.arange(lengths[index])
-            suffix = sequence.suffix
-            suffixes.append((row * width + column + suffix.start, suffix.count, suffix.seed) if suffix else (0, 0, 0))
+            suffix, first = sequence.suffix, row * width + column
+            suffixes.append((first + suffix.start, suffix.count, suffix.seed) if suffix else (0, 0, 0))
             for span, found in self._spans(sequence, scores):
-                rows.append(row * width + column + torch.arange(span.start - 1, span.start - 1 + span.count))
+                parts["row"].append(first + torch.arange(span.start - 1, span.start - 1 + span.count))
                 following = token_ids[span.start :] if span.token_ids is None else torch.tensor(span.token_ids)
-                tokens.append(following[: span.count])
-                terms.append(torch.full((span.count,), self.loss.names.index(span.term)))
-                owners.append(torch.full((span.count,), index))
-                weights.append(self._weights(span, normalisers, loss_weights or {}))
+                parts["token"].append(following[: span.count])
+                parts["term"].append(torch.full((span.count,), self.loss.names.index(span.term)))
+                parts["sequence"].append(torch.full((span.count,), index))
+                parts["weight"].append(self._weights(span, normalisers, loss_weights or {}))
                 for role, hidden_TH in found.items():
                     hidden[role].append(hidden_TH)
+        joined: dict[str, Any] = {f"{name}_N": torch.cat(values) for name, values in parts.items()}
+        joined |= {f"{role}_hidden_PH": torch.cat(states) if states else None for role, states in hidden.items()}
         return MicroBatch(
             input_ids_BT=input_ids_BT,
             position_ids_BT=position_ids_BT,
-            row_N=torch.cat(rows),
-            term_N=torch.cat(terms),
-            weight_N=torch.cat(weights),
-            sequence_N=torch.cat(owners),
-            token_N=torch.cat(tokens),
-            aligned_hidden_PH=torch.cat(hidden["aligned"]) if hidden["aligned"] else None,
-            base_hidden_PH=torch.cat(hidden["base"]) if hidden["base"] else None,
+            **joined,
             depth_S=torch.tensor([sequence.depth for sequence in sequences]),
             suffix_S3=torch.tensor(suffixes),
             terms=self.loss.names,
@@ -197,10 +173,7 @@ class BatchBuilder:
             found.append((span, hidden))
         if all(len(hidden_TH) == span.count for span, hidden in found for hidden_TH in hidden.values()):
             return found
-        return [
-            (replace(span, count=0), {role: hidden_TH[:0] for role, hidden_TH in hidden.items()})
-            for span, hidden in found
-        ]
+        return [(replace(span, count=0), {role: rows[:0] for role, rows in hidden.items()}) for span, hidden in found]
 
 
 def teacher_contexts(
@@ -232,14 +205,7 @@ def _contexts(span: RowSpan, roles: Sequence[str]) -> list[tuple[str, TeacherCon
 def answer_batch(
     samples: Sequence[AnchorSample], scores: Scores | None = None, *, term: str = "nll", packed: bool = True
 ) -> MicroBatch:
-    """A micro-batch of whole answers, which is looked at and not trained.
-
-    Args:
-        samples: Prompts with answers.
-        scores: Hidden states of the teachers that the term reads.
-        term: A loss term; decides which teachers' hidden states are in the batch.
-        packed: Whether sequences may share rows.
-    """
+    """A micro-batch of whole answers that is measured and not trained, with the hidden states that a term reads."""
     sequences = []
     for sample in samples:
         prompt, answer = sample.prompt_ids, sample.answer_ids
@@ -249,5 +215,39 @@ def answer_batch(
 
 
 def cut_harmful(samples: Sequence[RecoverySample], max_tokens: int) -> tuple[RecoverySample, ...]:
-    """Cuts h where no step reads on, so that teachers do not either."""
+    """Truncates h to the longest prefix any step can train on, so teachers do not score more."""
     return tuple(replace(sample, harmful_ids=sample.harmful_ids[:max_tokens]) for sample in samples)
+
+
+def pack(lengths: Sequence[int], hidden_size: int | None) -> tuple[list[tuple[int, int]], int]:
+    """Places sequences in rows of the width that costs the least, from the longest sequence to twice as much.
+
+    A wider row fits more sequences without a gap, but attention within a row costs its width squared: about as much as
+    the rest of a layer where the width is 6 times the hidden size. Without a hidden size, rows are no wider than the
+    longest sequence.
+    """
+    longest = max(lengths, default=0)
+    if hidden_size is None:
+        return _best_fit(lengths, longest)
+
+    def cost(packed: tuple[list[tuple[int, int]], int]) -> float:
+        """Tokens that a forward pass computes, with attention counted as tokens."""
+        places, width = packed
+        rows = 1 + max((row for row, _ in places), default=-1)
+        return rows * width * (1 + width / (6 * hidden_size))
+
+    return min((_best_fit(lengths, longest + longest * step // _WIDTHS) for step in range(_WIDTHS + 1)), key=cost)
+
+
+def _best_fit(lengths: Sequence[int], width: int) -> tuple[list[tuple[int, int]], int]:
+    """Places sequences, longest first, where the least room is left; the width returned is the widest row's."""
+    room: list[int] = []
+    places = [(0, 0)] * len(lengths)
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        fits = [row for row, left in enumerate(room) if left >= lengths[index]]
+        if not fits:
+            room.append(width)
+        row = min(fits, key=lambda candidate: room[candidate]) if fits else len(room) - 1
+        places[index] = (row, width - room[row])
+        room[row] -= lengths[index]
+    return places, width - min(room, default=width)

@@ -1,7 +1,7 @@
 """Training checkpoints: the room they need, who may have written them, saving and resuming.
 
-They are DeepSpeed's own pickles, so only those that nobody else could write are loaded. One counts only once
-`complete.json` stands in its folder, so that a kill or a full disk never leaves a half-written one to resume from.
+They are DeepSpeed's own pickles, so only those that nobody else could write are loaded. A checkpoint counts only once
+`complete.json` is in its folder, so that a kill or a full disk never leaves a half-written one to resume from.
 """
 
 from __future__ import annotations
@@ -59,17 +59,14 @@ def count_parameters(checkpoint: Path) -> int:
 def check_space(folder: Path, student: Path, dtype: Dtype, train: TrainConfig) -> None:
     """Refuses a run whose checkpoints would fill the disk of its folder, which need not exist yet.
 
-    Raises:
-        SetupError: Less is free than the checkpoints that stay, one more (while the oldest is not dropped yet) and the
-            student take.
+    The checkpoints that stay, one more (while the oldest is not dropped yet) and the student need room.
     """
     num_parameters = count_parameters(student)
     one = checkpoint_bytes(num_parameters, dtype, train)
     # Weights: of the student, and of the best step so far and the next while it is written.
     weights = num_parameters * _BYTES[dtype] * (3 if train.validation.interval(train.steps) else 1)
     there = len(integrity.complete_checkpoints(folder / "checkpoints"))
-    saved = list(range(train.checkpoint_every, train.steps + 1, train.checkpoint_every))
-    stay = len(saved) - len(integrity.superseded(saved, train.keep_checkpoints, train.keep_every))
+    stay = min(train.steps // train.checkpoint_every, train.keep_checkpoints)
     wanted = max(stay + 1 - there, 1)
     needed = wanted * one + weights
     free = free_bytes(folder)
@@ -89,15 +86,11 @@ def make_private(folder: Path) -> None:
 
 
 def check_owned(folder: Path) -> None:
-    """Refuses a folder of pickles that another user made or may have changed: loading a pickle runs what is in it.
-
-    Raises:
-        CheckpointError: Something in it belongs to another user, may be written by others, or is a link.
-    """
+    """Refuses a folder of pickles that another user made or may have changed: loading a pickle runs what is in it."""
     if os.environ.get(TRUST_VARIABLE) == "1":
         return
     trusted = {os.geteuid(), 0}  # root can do anything anyway
-    closed = stat.S_IMODE(folder.stat().st_mode) & 0o077 == 0  # nobody else gets in, whatever stands on what is inside
+    closed = stat.S_IMODE(folder.stat().st_mode) & 0o077 == 0  # nobody else gets in, whatever the modes inside
     for path in (folder, *sorted(folder.rglob("*"))):
         status = path.lstat()
         if stat.S_ISLNK(status.st_mode):
@@ -121,17 +114,13 @@ def _dist() -> Any:
 
 
 def from_rank_zero(work: Callable[[], T]) -> T:
-    """Runs `work` on rank 0 and returns its result on every rank; every rank must call this.
-
-    Raises:
-        RaycompleteError: The error that `work` raised, on every rank; another exception is a WorkError on the others.
-    """
+    """Runs `work` on rank 0 and returns its result, or raises its error, on every rank; every rank must call this."""
     shared: list[Any] = [None, None]
     failure: Exception | None = None
     if _dist().get_rank() == 0:
         try:
             shared[0] = work()
-        except Exception as error:  # told to the other ranks first: they wait in the broadcast below
+        except Exception as error:  # broadcast to the other ranks first: they wait below
             failure = error
             shared[1] = error if isinstance(error, RaycompleteError) else WorkError(f"Rank 0 failed ({error}).")
     _dist().broadcast_object_list(shared, src=0)
@@ -142,18 +131,10 @@ def from_rank_zero(work: Callable[[], T]) -> T:
 
 
 def save(engine: Any, folder: Path, step: int, state: dict[str, Any], train: TrainConfig) -> None:
-    """Writes a checkpoint, lets it count, and drops the oldest; every rank must call this.
+    """Writes a checkpoint after `step` finished steps, lets it count, and drops the oldest; every rank must call this.
 
-    Args:
-        engine: DeepSpeed engine.
-        folder: The run's `checkpoints/`.
-        step: Finished steps.
-        state: Plain values to restore (sampler, counters, rollouts); readable by the owner only.
-        train: Says which checkpoints are kept and whether files are hashed.
-
-    Raises:
-        DiskFullError: There was no room. The half-written checkpoint stays until `drop_unfinished`, since other ranks
-            may still be writing to it.
+    `state` holds plain values to restore (sampler, counters, rollouts). On a full disk the half-written checkpoint
+    stays until `restore`, since other ranks may still be writing to it.
     """
     target = folder / f"step-{step:06d}"
     is_first = _dist().get_rank() == 0
@@ -167,19 +148,43 @@ def save(engine: Any, folder: Path, step: int, state: dict[str, Any], train: Tra
         engine.save_checkpoint(str(target), tag="state")
         _dist().barrier()  # the files of every rank are there
         if is_first:
-            content = {"step": step, "world_size": _dist().get_world_size(), **state}
-            integrity.seal(target, content, hashed=train.checkpoint_hashes)
+            integrity.seal(target, {"step": step, "world_size": _dist().get_world_size(), **state})
     if is_first:
-        integrity.prune(folder, train.keep_checkpoints, train.keep_every)
+        integrity.prune(folder, train.keep_checkpoints)
     _dist().barrier()
 
 
-def save_weights(lm: Any, folder: Path, step: int, train: TrainConfig) -> None:
-    """Writes the trained weights of a step, without the optimizer; every rank must call this.
+def restore(engine: Any, folder: Path) -> dict[str, Any] | None:
+    """Loads the newest whole checkpoint into the engine, and returns its state; None where there is nothing to resume.
 
-    Raises:
-        DiskFullError: There was no room.
+    Every rank must call this. A damaged newest checkpoint gives way to the one before.
     """
+
+    def newest() -> Path | None:
+        integrity.drop_unfinished(folder)
+        return integrity.newest_whole(folder)
+
+    # Rank 0 alone reads the files, and no two ranks continue from different steps.
+    found = from_rank_zero(newest)
+    if found is None:
+        return None
+    check_owned(folder)
+    state: dict[str, Any] = json.loads((found / integrity.COMPLETE).read_text())
+    world_size = _dist().get_world_size()
+    if state["world_size"] != world_size:
+        raise WorkError(
+            f"The checkpoint {found.name} was made by {state['world_size']} workers, this run has {world_size}.",
+            f"Resume with train.num_workers={state['world_size']}.",
+        )
+    loaded, _ = engine.load_checkpoint(str(found), tag="state")
+    if loaded is None:
+        problem = f"The checkpoint {found} cannot be loaded."
+        raise WorkError(problem, "Remove its folder and resume from the one before.")
+    return state
+
+
+def save_weights(lm: Any, folder: Path, step: int, train: TrainConfig) -> None:
+    """Writes the trained weights of a step, without the optimizer; every rank must call this."""
     from raycomplete.training.deepspeed_engine import gathered_state
 
     state = gathered_state(lm, train.zero_stage, trained_only=True)
@@ -193,25 +198,23 @@ def save_weights(lm: Any, folder: Path, step: int, train: TrainConfig) -> None:
         (target / integrity.COMPLETE).unlink(missing_ok=True)  # a resumed run may write a step again
         with named_when_full(folder, f"the weights of step {step}"):
             save_file(state or {}, target / _WEIGHTS)
-            integrity.seal(target, {"step": step}, hashed=train.checkpoint_hashes)
+            integrity.seal(target, {"step": step})
 
     from_rank_zero(write)
 
 
 def restore_weights(lm: Any, folder: Path, step: int, train: TrainConfig) -> None:
-    """Puts the weights that `save_weights` wrote back into the student; every rank must call this.
-
-    Raises:
-        WorkError: They are gone or damaged.
-    """
+    """Puts the weights that `save_weights` wrote back into the student; every rank must call this."""
     from raycomplete.training.deepspeed_engine import load_trained_state
 
-    found = from_rank_zero(lambda: _whole(folder, step, train.checkpoint_hashes))
+    path = folder / f"step-{step:06d}"
+    if damage := from_rank_zero(lambda: integrity.damage(path)):
+        raise WorkError(f"The checkpoint {path} cannot be used: {damage}.", "Run again with --overwrite.")
     state: dict[str, Any] | None = None
     if _dist().get_rank() == 0:
         from safetensors.torch import load_file
 
-        state = load_file(found / _WEIGHTS)
+        state = load_file(path / _WEIGHTS)
     load_trained_state(lm, train.zero_stage, state)
 
 
@@ -226,54 +229,6 @@ def keep_only(folder: Path, step: int) -> None:
     from_rank_zero(drop)
 
 
-def drop_unfinished(folder: Path) -> None:
-    """Drops half-written checkpoints as `integrity.drop_unfinished`; every rank must call this."""
-    from_rank_zero(lambda: integrity.drop_unfinished(folder))
-
-
-def restore(engine: Any, folder: Path, *, hashed: bool = True) -> dict[str, Any] | None:
-    """Loads a checkpoint into the engine, whole ones only: a damaged newest one gives way to the one before.
-
-    Args:
-        engine: DeepSpeed engine; every rank must call this.
-        folder: Folder of checkpoints.
-        hashed: False compares sizes only.
-
-    Returns:
-        The saved state with its "step", or None where there is nothing to resume.
-
-    Raises:
-        CheckpointError: Another user may have written what is there.
-        WorkError: None is whole, it was made with another number of workers, or it cannot be read.
-    """
-    # Rank 0 alone reads the files, and no two ranks continue from different steps.
-    found = from_rank_zero(lambda: integrity.newest_whole(folder, hashed=hashed))
-    if found is None:
-        return None
-    check_owned(folder)
-    state: dict[str, Any] = json.loads((found / integrity.COMPLETE).read_text())
-    if state["world_size"] != _dist().get_world_size():
-        raise WorkError(
-            f"The checkpoint {found.name} was made by {state['world_size']} workers, this run has "
-            f"{_dist().get_world_size()}.",
-            f"Resume with train.num_workers={state['world_size']}.",
-        )
-    loaded, _ = engine.load_checkpoint(str(found), tag="state")
-    if loaded is None:
-        raise WorkError(
-            f"The checkpoint {found} cannot be loaded.", "Remove its folder and resume from the one before."
-        )
-    return state
-
-
-def is_whole(folder: Path, step: int, *, hashed: bool = True) -> bool:
+def is_whole(folder: Path, step: int) -> bool:
     """True where the checkpoint of a step is there and undamaged; every rank must call this."""
-    return from_rank_zero(lambda: integrity.damage(folder / f"step-{step:06d}", hashed=hashed) is None)
-
-
-def _whole(folder: Path, step: int, hashed: bool) -> Path:
-    path = folder / f"step-{step:06d}"
-    damage = integrity.damage(path, hashed=hashed)
-    if damage is not None:
-        raise WorkError(f"The checkpoint {path} cannot be used: {damage}.", "Run again with --overwrite.")
-    return path
+    return from_rank_zero(lambda: integrity.damage(folder / f"step-{step:06d}") is None)

@@ -25,6 +25,7 @@ from raycomplete.runtime.files import PRIVATE, write_json
 from raycomplete.runtime.metrics_file import finite
 from raycomplete.training.batches import MicroBatch
 
+_MAX_BAD_STEPS = 3  # in a row
 _CPU_BUCKET = 2**25  # gradients that are reduced together; DeepSpeed's default is a buffer of 2 GB
 
 
@@ -33,12 +34,7 @@ def start_engine(
 ) -> Any:
     """Wraps the student; the process group of Ray Train is already there.
 
-    Args:
-        module: The student.
-        train: Settings of the trainer.
-        dtype: Type of the weights; bfloat16 keeps float32 master weights in the optimizer.
-        per_device_batch_size: Sequences of one forward pass on one worker.
-        accumulation: Forward passes of one optimizer step.
+    bfloat16 weights keep float32 masters in the optimizer. One optimizer step has `accumulation` forward passes.
     """
     if not torch.cuda.is_available():
         # DeepSpeed would compile a shared-memory collective with g++ for minutes, or crash without a compiler; gloo's
@@ -123,10 +119,10 @@ def spread_bad_loss(loss: Tensor) -> Tensor:
 
 
 class BadSteps:
-    """Counts bad steps, alike on every rank, and writes a file for each; `limit` of them in a row end training."""
+    """Counts bad steps, alike on every rank, and writes a file for each; three in a row end training."""
 
-    def __init__(self, folder: Path, limit: int) -> None:
-        self._folder, self._limit = folder, limit
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
         self._watched: list[tuple[MicroBatch, Tensor, Tensor]] = []
         self.total = 0
         self.in_a_row = 0
@@ -141,11 +137,7 @@ class BadSteps:
         self._watched.append((light, loss.detach(), row_loss_N.detach()))
 
     def count(self, step: int, *, skipped: bool) -> None:
-        """Takes in whether the optimizer left out a step (counted from 0); every rank calls it with the same answer.
-
-        Raises:
-            NotFiniteError: It is the last one that is allowed in a row.
-        """
+        """Takes in whether the optimizer left out a step (counted from 0); every rank calls it with the same answer."""
         if not skipped:
             self.in_a_row = 0
             return
@@ -156,20 +148,18 @@ class BadSteps:
         if dist.get_rank() == 0:
             write_json(path, {"step": step + 1, "ranks": ranks}, mode=PRIVATE)
         dist.barrier()
-        if self.in_a_row >= self._limit:
+        if self.in_a_row >= _MAX_BAD_STEPS:
             raise NotFiniteError(
                 f"The loss or its gradient was NaN or infinite in {self.in_a_row} steps in a row, up to step "
                 f"{step + 1}; none of them changed the weights. The last batch is in {path}.",
                 "Look there for a sequence whose loss is null. If all are, lower train.lr or use bfloat16 and start "
-                "anew; if the batches are at fault, resume with --resume and a higher train.max_bad_steps.",
+                "anew; if the batches are at fault, leave their prompts out.",
             )
 
     def state_dict(self) -> dict[str, int]:
-        """Both counts, as plain JSON types."""
         return {"total": self.total, "in_a_row": self.in_a_row}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Takes up a saved run."""
         self.total, self.in_a_row = state["total"], state["in_a_row"]
 
 

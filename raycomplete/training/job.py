@@ -1,4 +1,4 @@
-"""The order for a training run: plain, picklable values, so that the same job runs on any node."""
+"""The job of a training run: plain, picklable values, so that the same job runs on any node."""
 
 from __future__ import annotations
 
@@ -16,13 +16,7 @@ from raycomplete.runtime.types import Codec, Judge, Outcome, Prompt
 
 @dataclass(frozen=True)
 class ResponseJudge:
-    """A judge that reads token ids: what the student writes on training prompts, in a training worker.
-
-    Attributes:
-        judge: Sorts responses.
-        codec: Turns tokens into text.
-        prompts: Training prompts by id.
-    """
+    """A judge that reads token ids: what the student writes on training prompts, in a training worker."""
 
     judge: Judge
     codec: Codec
@@ -37,44 +31,23 @@ class ResponseJudge:
 
 @dataclass(frozen=True)
 class TrainJob:
-    """One training run.
-
-    Attributes:
-        method: What a step trains.
-        start: Checkpoint that the student starts from.
-        output: Where the finished student is written.
-        folder: Run folder: metrics, profile and checkpoints.
-        samples: File written by `raycomplete.data.samples.write_samples`.
-        dtype: Of the student's weights.
-        train: Settings of the trainer.
-        student_head: Head spec of `start`.
-        teacher_heads: Head specs of base and aligned; none where the method reads no teacher.
-        scorers: Scorers by role (`raycomplete.engines.scorers.TeacherClient`); none likewise.
-        prefetch: Steps scored ahead.
-        threads: CPU threads of each worker.
-        rollout: How samples were made, and how the student rolls out where `student_engines` are there.
-        student_engines: Rollout engines that hold the student (`raycomplete.training.rollout_engines.StudentEngines`);
-            None trains on the samples as drawn.
-        plugins: Python files that a worker imports first (`raycomplete.runtime.plugins`).
-        response_judge: Reads the student's answers to held-back prompts; None measures nothing on them.
-        use_gpu: One GPU a worker.
-    """
+    """One training run."""
 
     method: Method
-    start: Path
+    start: Path  # checkpoint that the student starts from
     output: Path
-    folder: Path
-    samples: Path
+    folder: Path  # run folder: metrics, profile and checkpoints
+    samples: Path  # written by `raycomplete.data.samples.write_samples`
     dtype: Dtype
     train: TrainConfig
     student_head: HeadSpec
-    teacher_heads: dict[str, HeadSpec] = field(default_factory=dict)
-    scorers: dict[str, Any] = field(default_factory=dict)
-    prefetch: int = 2
+    teacher_heads: dict[str, HeadSpec] = field(default_factory=dict)  # none where the method reads no teacher
+    scorers: dict[str, Any] = field(default_factory=dict)  # `TeacherClient` by role, likewise
+    prefetch: int = 2  # steps scored ahead
     threads: int = 1
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    student_engines: Any = None
-    response_judge: ResponseJudge | None = None
+    student_engines: Any = None  # `StudentEngines`; None trains on the samples as drawn
+    response_judge: ResponseJudge | None = None  # None measures nothing on held-back prompts
     plugins: tuple[Path, ...] = ()
     use_gpu: bool = False
     trust_remote_code: bool = False
@@ -107,13 +80,18 @@ class TrainJob:
 
     @property
     def best_checkpoint(self) -> Path:
-        """Folder of the checkpoint of the step that is kept so far."""
+        """Folder of the weights of the best step so far."""
         return self.folder / "best"
 
     @property
     def kept_step_file(self) -> Path:
         """JSON that names the step kept in the end, and why; absent where nothing was measured."""
         return self.folder / "kept_step.json"
+
+    @property
+    def rollouts_ahead(self) -> int:
+        """Batches rolled out ahead of the trainer."""
+        return self.rollout.ahead(fresh=self.method.needs_fresh_rollouts)
 
     @property
     def max_harmful_tokens(self) -> int:

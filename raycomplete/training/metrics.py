@@ -16,11 +16,11 @@ from raycomplete.losses.loss import LossOutput
 from raycomplete.losses.settings import LossSettings
 from raycomplete.losses.terms import active_terms
 from raycomplete.training.batches import MicroBatch
-from raycomplete.training.feedback import DepthSampler
+from raycomplete.training.step_plan import DepthSampler
 
 
 def describe_terms(loss: LossSettings) -> dict[str, dict[str, Any]]:
-    """Label, description and metrics of each term, by name: what a reader of metrics.jsonl has to know of them."""
+    """Label, description and metrics of each term, by name, for readers of metrics.jsonl."""
     return {
         name: {"label": item.term.label, "description": item.term.description, "metrics": dict(item.term.metrics)}
         for name, item in zip(loss.names, active_terms(loss), strict=True)
@@ -28,18 +28,7 @@ def describe_terms(loss: LossSettings) -> dict[str, dict[str, Any]]:
 
 
 class StepMeter:
-    """Sums over the micro-batches of a step on one rank, then over ranks.
-
-    Args:
-        loss: Terms, whose losses and metrics are measured.
-        sampler: Its bins.
-        depth_term: Term whose losses are counted by depth; None counts none.
-
-    Attributes:
-        depth_loss_sum: Sum of mean losses of sequences, by depth bin; over all ranks after `share`.
-        depth_count: Sequences by depth bin; over all ranks after `share`.
-        stop: Whether training should end after this step; where one rank knows, all ranks do after `share`.
-    """
+    """Sums over the micro-batches of a step on one rank, then over ranks."""
 
     def __init__(self, loss: LossSettings, sampler: DepthSampler, depth_term: str | None) -> None:
         self._sampler = sampler
@@ -62,37 +51,30 @@ class StepMeter:
         for name, value in zip(metrics, values[len(losses) :], strict=True):
             self._metrics[name] += value
             self._rows[name] += output.metrics[name].numel()
-        if self._depth_number is not None:
-            self._add_depths(batch, output, self._depth_number)
-
-    def _add_depths(self, batch: MicroBatch, output: LossOutput, number: int) -> None:
-        counted_N = batch.term_N == number
+        if self._depth_number is None:
+            return
+        counted_N = batch.term_N == self._depth_number
         zeros_S = torch.zeros(batch.depth_S.numel(), dtype=torch.float64, device=batch.term_N.device)
         sequence_N = batch.sequence_N[counted_N]
         loss_S = zeros_S.index_add(0, sequence_N, output.row_loss_N[counted_N].double())
         count_S = zeros_S.index_add(0, sequence_N, torch.ones_like(sequence_N, dtype=torch.float64))
+        ranges = self._sampler.bin_ranges
         for depth, loss, count in zip(batch.depth_S.tolist(), loss_S.tolist(), count_S.tolist(), strict=True):
-            if count > 0 and depth >= 0:
-                ranges = self._sampler.bin_ranges  # a student's own words may carry h beyond the deepest cut
+            if count > 0 and depth >= 0:  # a student's own words may carry h beyond the deepest cut
                 bin_index = self._sampler.bin_of(min(max(depth, ranges[0][0]), ranges[-1][1]))
                 self.depth_loss_sum[bin_index] += loss / count
                 self.depth_count[bin_index] += 1
 
     def share(self, device: torch.device, scale: float, loss_weights: Mapping[str, float]) -> dict[str, Any]:
-        """Sums over ranks and returns the step's losses and mean metrics.
+        """Sums over ranks, and returns the step's losses, without factors on their weights, and mean metrics.
 
-        Args:
-            device: Of the collective.
-            scale: That of `BatchBuilder`.
-            loss_weights: Factors on the weights of terms; losses are reported without them.
+        `scale` is that of `BatchBuilder`.
         """
         sums = [*self._losses.values(), *self._metrics.values(), *self._rows.values(), float(self.stop)]
-        depth = np.concatenate([self.depth_loss_sum, self.depth_count])
-        shared = torch.from_numpy(np.concatenate([depth, sums])).to(device)
+        shared = torch.from_numpy(np.concatenate([self.depth_loss_sum, self.depth_count, sums])).to(device)
         dist.all_reduce(shared)
-        self.depth_loss_sum, self.depth_count, values = np.split(
-            shared.cpu().numpy(), [self._sampler.num_bins, 2 * self._sampler.num_bins]
-        )
+        bins = self._sampler.num_bins
+        self.depth_loss_sum, self.depth_count, values = np.split(shared.cpu().numpy(), [bins, 2 * bins])
         found = iter(values.tolist())
         losses = {name: next(found) / scale for name in self._losses}
         metrics = {name: next(found) for name in self._metrics}
@@ -101,10 +83,8 @@ class StepMeter:
         row: dict[str, Any] = {"loss": losses.pop("total")}
         row |= {name: value / loss_weights.get(name, 1.0) for name, value in losses.items()} | means
         if self._depth_number is not None:
-            row["depth_loss"] = [
-                float(loss / count) if count else None
-                for loss, count in zip(self.depth_loss_sum, self.depth_count, strict=True)
-            ]
+            pairs = zip(self.depth_loss_sum, self.depth_count, strict=True)
+            row["depth_loss"] = [float(loss / count) if count else None for loss, count in pairs]
         return row
 
 

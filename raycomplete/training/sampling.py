@@ -48,17 +48,19 @@ MIN_HELD_BACK = 4
 
 
 def make_samples(run: Run) -> SampleSet:
-    """Samples everything that training needs, under `train.seed`.
-
-    Raises:
-        WorkError: The aligned model refuses nothing, or no harmful continuation came out: there is nothing to recover.
-    """
+    """Samples everything that training needs, under `train.seed`."""
     config, codec, prompts = run.config, run.models.codec, run.prompts
     harmful = prompts.train["harmful"]
     anchor = _anchor_samples(run, [prompt for kind in KINDS for prompt in prompts.train[kind]])
     refusals = _refusals(run, harmful, anchor)
     continuations = _harmful_continuations(run, harmful)
-    recovery = _recovery_samples(codec, harmful, refusals, continuations)
+    recovery = []
+    for prompt in harmful:
+        if prompt.prompt_id in refusals:
+            read, r = refusals[prompt.prompt_id]
+            for draw, (h, source) in enumerate(continuations.get(prompt.prompt_id, [])):
+                ids = tuple(prompt.encoded(codec))
+                recovery.append(RecoverySample(f"{prompt.prompt_id}#{draw}", ids, read, h, r, source=source))
     _note_samples(run, anchor, recovery)
     if not recovery:
         raise WorkError(
@@ -79,47 +81,43 @@ def make_samples(run: Run) -> SampleSet:
 
 
 def _anchor_samples(run: Run, prompts: Sequence[Prompt]) -> list[AnchorSample]:
-    """`rollout.answers_per_prompt` answers of the aligned model to each prompt; empty ones are left out."""
-    rollout = run.config.rollout
-    prompt_ids = [tuple(prompt.encoded(run.models.codec)) for prompt in prompts]
-    samples = []
-    for draw in range(rollout.answers_per_prompt):
-        again = f", draw {draw + 1} of {rollout.answers_per_prompt}" if rollout.answers_per_prompt > 1 else ""
-        title = f"Answers of the aligned model to {len(prompts)} training prompts{again}"
-        seed = first_seed(run.config, "anchor", draw)
-        answers = _answers(run, title, prompt_ids, rollout.max_anchor_tokens, seed, rollout.temperature)
-        samples += [
-            AnchorSample(f"{prompt.prompt_id}#{draw}", ids, answer_ids, prompt.kind, _complies(run, prompt, answer_ids))
-            for prompt, ids, answer_ids in zip(prompts, prompt_ids, answers, strict=True)
-            if answer_ids
-        ]
-    return samples
+    """The aligned model's answers to prompts; empty ones are left out."""
+    config, codec = run.config, run.models.codec
+    prompt_ids = [tuple(prompt.encoded(codec)) for prompt in prompts]
+    title, seed = f"Answers of the aligned model to {len(prompts)} training prompts", first_seed(config, "anchor")
+    answers = _answers(run, title, prompt_ids, config.rollout.max_anchor_tokens, seed, config.rollout.temperature)
+    return [
+        AnchorSample(
+            f"{prompt.prompt_id}#0",
+            ids,
+            answer_ids,
+            prompt.kind,
+            complies=prompt.kind == "harmful" and not _refuses(run, prompt, answer_ids),
+        )
+        for prompt, ids, answer_ids in zip(prompts, prompt_ids, answers, strict=True)
+        if answer_ids
+    ]
 
 
-def _complies(run: Run, prompt: Prompt, answer_ids: Ids) -> bool:
-    """Tells whether the aligned model answered a harmful prompt instead of refusing it."""
-    if prompt.kind != "harmful":
-        return False
-    return run.judge.outcome(prompt, "", run.models.codec.decode(answer_ids)) is not Outcome.REFUSED
+def _refuses(run: Run, prompt: Prompt, answer_ids: Ids) -> bool:
+    return run.judge.outcome(prompt, "", run.models.codec.decode(answer_ids)) is Outcome.REFUSED
 
 
-def _refusals(run: Run, prompts: Sequence[Prompt], anchor: Sequence[AnchorSample]) -> dict[str, list[tuple[Ids, Ids]]]:
+def _refusals(run: Run, prompts: Sequence[Prompt], anchor: Sequence[AnchorSample]) -> dict[str, tuple[Ids, Ids]]:
     """Pairs (what the teacher reads, its refusal r) by prompt id.
 
-    The refusals are those among the anchor answers; for prompts without one, the greedy answer where it refuses; and
-    last, where the run file gives the teacher a safety prompt, the greedy answer under it. Words before a refusal are
-    left out.
+    The refusal is the anchor answer, where that refuses; else the greedy answer where it refuses; and last, where the
+    run file gives the teacher a safety prompt, the greedy answer under it. Words before a refusal are left out.
     """
-    codec, judge, rollout = run.models.codec, run.judge, run.config.rollout
-    limit = rollout.max_refusal_tokens
+    codec, rollout = run.models.codec, run.config.rollout
     by_id = {prompt.prompt_id: prompt for prompt in prompts}
-    found: dict[str, list[tuple[Ids, Ids]]] = {}
+    found: dict[str, tuple[Ids, Ids]] = {}
 
     def keep_refusal(prompt: Prompt, teacher_prompt_ids: Ids, answer_ids: Ids) -> None:
-        if judge.outcome(prompt, "", codec.decode(answer_ids)) is Outcome.REFUSED:
-            if start := tokens_before_refusal(judge, codec, answer_ids):
+        if _refuses(run, prompt, answer_ids):
+            if start := tokens_before_refusal(run.judge, codec, answer_ids):
                 answer_ids = _as_whole_answer(codec, answer_ids[start:])
-            found.setdefault(prompt.prompt_id, []).append((teacher_prompt_ids, answer_ids[:limit]))
+            found[prompt.prompt_id] = (teacher_prompt_ids, answer_ids[: rollout.max_refusal_tokens])
 
     for sample in anchor:
         if sample.prompt_id in by_id:
@@ -131,14 +129,14 @@ def _refusals(run: Run, prompts: Sequence[Prompt], anchor: Sequence[AnchorSample
         missing = [prompt for prompt in prompts if prompt.prompt_id not in found]
         contexts = [tuple(prompt.encoded(codec, system=system)) for prompt in missing]
         title = f"Greedy answers of the aligned model to {len(missing)} harmful prompts that it has not refused yet"
-        answers = _answers(run, title, contexts, limit, seed=0, temperature=0.0)
+        answers = _answers(run, title, contexts, rollout.max_refusal_tokens, seed=0, temperature=0.0)
         for prompt, context, answer_ids in zip(missing, contexts, answers, strict=True):
             keep_refusal(prompt, context, answer_ids)
     return found
 
 
 def _as_whole_answer(codec: ChatCodec, token_ids: Ids) -> Ids:
-    """Encodes the end of an answer anew: a word that starts an answer is another token than within one."""
+    """Encodes the end of an answer again: a word that starts an answer is another token than within one."""
     ending = token_ids[-1:] if token_ids[-1] in codec.eos_ids else ()
     return (*codec.encode_answer(_typed(codec, token_ids)), *ending)
 
@@ -199,7 +197,6 @@ def compliant_continuations(
         [[*prompt.encoded(codec), *openings[opening]] for prompt, opening in questions],
         max_tokens=max(rollout.max_harmful_tokens - shortest, 1),
         temperature=rollout.temperature,
-        top_p=rollout.top_p,
         seed=first_seed(config, "harmful", draw),
     )
     found: list[Ids] = []
@@ -212,7 +209,7 @@ def compliant_continuations(
 
 
 def from_mid_answer(codec: ChatCodec, harmful_ids: Ids, rng: random.Random) -> Ids:
-    """Leaves out a drawn beginning of h, at most its first half, up to where a word begins; that word is typed anew."""
+    """Leaves out a drawn beginning of h, at most half, up to where a word begins; that word is typed again."""
     drawn = rng.randint(1, max(len(harmful_ids) // 2, 1))
     near = range(drawn, min(drawn + _WORD_TOKENS, len(harmful_ids)))
     # In a script without spaces no word seems to begin.
@@ -226,34 +223,8 @@ def _begins_word(codec: ChatCodec, token_ids: Ids, start: int) -> bool:
     return added.strip()[:1].isalnum() and not (before[-1:].isalnum() and added[:1].isalnum())
 
 
-def _recovery_samples(
-    codec: ChatCodec,
-    prompts: Sequence[Prompt],
-    refusals: dict[str, list[tuple[Ids, Ids]]],
-    continuations: dict[str, list[tuple[Ids, str]]],
-) -> list[RecoverySample]:
-    """Pairs every refusal and every h of a prompt at least once, and none of them more often than that takes."""
-    samples = []
-    for prompt in prompts:
-        refused, written = refusals.get(prompt.prompt_id, []), continuations.get(prompt.prompt_id, [])
-        for draw in range(max(len(refused), len(written)) if refused and written else 0):
-            teacher_prompt_ids, refusal_ids = refused[draw % len(refused)]
-            harmful_ids, source = written[draw % len(written)]
-            samples.append(
-                RecoverySample(
-                    sample_id=f"{prompt.prompt_id}#{draw}",
-                    prompt_ids=tuple(prompt.encoded(codec)),
-                    teacher_prompt_ids=teacher_prompt_ids,
-                    harmful_ids=harmful_ids,
-                    refusal_ids=refusal_ids,
-                    source=source,
-                )
-            )
-    return samples
-
-
 def _note_samples(run: Run, anchor: Sequence[AnchorSample], recovery: Sequence[RecoverySample]) -> None:
-    """Tells how many samples there are, and of which sources."""
+    """Notes how many samples there are, and of which sources."""
     harmful = len(run.prompts.train["harmful"])
     recovered = len({sample.prompt_id for sample in recovery})
     run.console.note(
@@ -273,9 +244,9 @@ def _counts(names: Iterable[str]) -> str:
 def with_refusal_prefix(config: RunConfig, codec: ChatCodec, sample: RecoverySample) -> RecoverySample:
     """Puts a refusal prefix in front of h, in a share of `rollout.refusal_prefix_fraction` of the samples.
 
-    Recovery teaches the student to refuse in mid-answer. An attacker who knows that writes the refusal himself and
-    turns away from it: "I cannot help with that. But here is how ...". A student that never read this takes the refusal
-    as given. The teacher reads neither the prefix nor h. The scheme is ours, not that of arXiv 2511.12155.
+    Recovery teaches the student to refuse in mid-answer. An adaptive attack may insert the refusal itself and turn
+    away from it: "I cannot help with that. But here is how ...". A student that never read this takes the refusal as
+    given. The teacher reads neither the prefix nor h. The scheme is ours, not that of arXiv 2511.12155.
 
     The imitated refusal is the first sentence of the sample's own, and what turns away from it is one of
     `rollout.refusal_prefix_turns`, both drawn under `train.seed`. A prefix of too many tokens is left out.
@@ -289,7 +260,7 @@ def with_refusal_prefix(config: RunConfig, codec: ChatCodec, sample: RecoverySam
     prefix, h = opened_answer(codec, opening, _typed(codec, sample.harmful_ids))
     if len(prefix) > MAX_REFUSAL_PREFIX_TOKENS:
         return sample
-    h = h[: len(sample.harmful_ids)]  # a word that is typed anew may have more tokens, and the context is full
+    h = h[: len(sample.harmful_ids)]  # a word that is typed again may have more tokens, and the context is full
     return replace(sample, harmful_ids=(*prefix, *h), refusal_prefix_tokens=len(prefix))
 
 
@@ -317,11 +288,7 @@ def augmented(run: Run, samples: SampleSet) -> SampleSet:
 
 
 def hold_back(config: RunConfig, prompts: Prompts, samples: SampleSet) -> SampleSet:
-    """Takes some training prompts of every kind out of training: they steer it.
-
-    Raises:
-        DataError: There are too few prompts to hold a quarter back.
-    """
+    """Takes some training prompts of every kind out of training: they steer it."""
     recoverable = {sample.prompt_id for sample in samples.recovery}
     answered = {sample.prompt_id for sample in samples.anchor}
     count, seed = config.train.validation.num_prompts, config.train.seed
@@ -342,25 +309,21 @@ def hold_back(config: RunConfig, prompts: Prompts, samples: SampleSet) -> Sample
             "Give more prompts, or set train.validation.every to 0.",
         )
     harmless = [sample for sample in samples.anchor if sample.prompt_id in held - recoverable]
+    first: dict[str, RecoverySample] = {}  # of each prompt
+    for sample in samples.recovery:
+        if sample.prompt_id in held:
+            first.setdefault(sample.prompt_id, sample)
     return replace(
         samples.without(held | prompts.held_back),
-        held_back_anchor=_first_draws(harmless),
-        held_back_recovery=_first_draws(sample for sample in samples.recovery if sample.prompt_id in held),
+        held_back_anchor=tuple(harmless),
+        held_back_recovery=tuple(first.values()),
     )
-
-
-def _first_draws(samples: Iterable[S]) -> tuple[S, ...]:
-    """The first sample of each prompt, in their order."""
-    first: dict[str, S] = {}
-    for sample in samples:
-        first.setdefault(sample.prompt_id, sample)
-    return tuple(first.values())
 
 
 def _steering_samples(run: Run, samples: SampleSet) -> SampleSet:
     """Holds prompts back, and lets the aligned model answer the harmless ones as the student will be asked: greedily.
 
-    Under `train.validation.every: auto` too few prompts are told, not refused.
+    Under `train.validation.every: auto` too few prompts give a note, not an error.
     """
     validation = run.config.train.validation
     if not validation.interval(run.config.train.steps):
@@ -387,9 +350,7 @@ def _answers(
     if not prompt_ids:
         return []
     with sampled_from(run, run.models.paths["aligned"], title, len(prompt_ids)) as aligned:
-        answers = aligned.generate_finished(
-            prompt_ids, max_tokens=max_tokens, temperature=temperature, top_p=run.config.rollout.top_p, seed=seed
-        )
+        answers = aligned.generate_finished(prompt_ids, max_tokens=max_tokens, temperature=temperature, seed=seed)
     eos_id = run.models.codec.eos_id
     return [(*tokens, eos_id) if finished else tuple(tokens) for tokens, finished in answers]
 

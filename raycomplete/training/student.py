@@ -28,13 +28,7 @@ _TOLERANCE: dict[Dtype, float] = {"float32": 1e-3, "bfloat16": 0.15}
 
 @dataclass(frozen=True, eq=False)
 class PrefixBatch:
-    """Sequences that the student continues, padded on the left, and the number of tokens it adds.
-
-    Attributes:
-        input_ids_BT: Tokens.
-        mask_BT: 1 on tokens, 0 on padding.
-        max_tokens: Tokens to add.
-    """
+    """Sequences [B, T] that the student continues by `max_tokens`, padded on the left; the mask is 0 on padding."""
 
     input_ids_BT: Tensor
     mask_BT: Tensor
@@ -119,46 +113,41 @@ class HeadLoss(nn.Module):
                 batch.token_N,
                 batch.sequence_N,
             )
-            # A step of training with NaN is left out by `bad_steps`; an exception of one rank would end the run.
+            # A step of training with NaN is left out by `BadSteps`; an exception of one rank would end the run.
             settings = self._loss if mode == "loss" else self._anchor_kl
             return distillation_loss(inputs, settings, must_be_finite=not self.training).flatten()
         if mode == "log_probs":
-            return (self._log_probs(hidden_NH, batch.token_N),)
+            losses = [
+                nn.functional.cross_entropy(self.head().logits(hidden_CH), token_C, reduction="none")
+                for hidden_CH, token_C in self._chunks(hidden_NH, batch.token_N)
+            ]
+            return (-torch.cat(losses),)
+        assert batch.aligned_hidden_PH is not None
+        assert batch.base_hidden_PH is not None
+        settings_of_rows = DiagnosisSettings.of_loss(self._loss)
+        opening = Opening.of_rows(batch.aligned_hidden_PH, self._teachers["aligned"], batch.sequence_N)
         if mode == "along_h":
-            return self._along_h(hidden_NH, batch)
-        return self._profile(hidden_NH, batch)
+            return self._along_h(hidden_NH, batch.base_hidden_PH, opening, settings_of_rows)
+        policies = {
+            "aligned": (batch.aligned_hidden_PH, self._teachers["aligned"]),
+            "student": (hidden_NH, self.head()),
+        }
+        base = self._teachers["base"]
+        rows = diagnose_rows(policies, batch.base_hidden_PH, base, opening, (), settings_of_rows)
+        return tuple(rows[role].column(name) for role in policies for name in PROFILE_METRICS)
 
     def _states(self, role: str, hidden_PH: Tensor | None) -> HiddenStates | None:
         return None if hidden_PH is None else HiddenStates(hidden_PH, self._teachers[role])
 
-    def _profile(self, hidden_NH: Tensor, batch: MicroBatch) -> tuple[Tensor, ...]:
-        policies = {"student": (hidden_NH, self.head())}
-        settings = DiagnosisSettings.of_loss(self._loss)
-        assert batch.aligned_hidden_PH is not None
-        assert batch.base_hidden_PH is not None
-        opening = Opening.of_rows(batch.aligned_hidden_PH, self._teachers["aligned"], batch.sequence_N)
-        rows = diagnose_rows(policies, batch.base_hidden_PH, self._teachers["base"], opening, (), settings)["student"]
-        return tuple(rows.column(name) for name in PROFILE_METRICS)
-
-    def _log_probs(self, hidden_NH: Tensor, token_N: Tensor) -> Tensor:
-        """log p_s(token_n) [N], a chunk of float32 logits at a time."""
-        losses = [
-            nn.functional.cross_entropy(self.head().logits(hidden_CH), token_C, reduction="none")
-            for hidden_CH, token_C in self._chunks(hidden_NH, token_N)
-        ]
-        return -torch.cat(losses)
-
-    def _along_h(self, hidden_NH: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+    def _along_h(
+        self, hidden_NH: Tensor, base_hidden_NH: Tensor, opening: Opening, settings: DiagnosisSettings
+    ) -> tuple[Tensor, Tensor]:
         """Counts tokens likelier than base's likeliest one, and sums the student's mass on base-favored ones [N].
 
         Where its logits are NaN the rank is 0 and the mass NaN.
         """
-        assert batch.aligned_hidden_PH is not None
-        assert batch.base_hidden_PH is not None
-        settings = DiagnosisSettings.of_loss(self._loss)
-        opening = Opening.of_rows(batch.aligned_hidden_PH, self._teachers["aligned"], batch.sequence_N)
         ranks, masses = [], []
-        for hidden_CH, base_CH, prompt_C in self._chunks(hidden_NH, batch.base_hidden_PH, opening.prompt_N):
+        for hidden_CH, base_CH, prompt_C in self._chunks(hidden_NH, base_hidden_NH, opening.prompt_N):
             student_CV = self.head().logits(hidden_CH).log_softmax(-1)
             base_CV = self._teachers["base"].logits(base_CH).log_softmax(-1)
             opening_CV = opening.head.logits(opening.hidden_PH[prompt_C]).log_softmax(-1)
@@ -169,23 +158,13 @@ class HeadLoss(nn.Module):
 
     def _chunks(self, *rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """A few rows of each tensor at a time, as many as there is memory for their logits."""
-        vocab_size, device = self._settings.vocab_size, rows[0].device
-        limit = self._loss.chunk_tokens
-        size = rows_per_chunk(limit, vocab_size, torch.float32, device, copies=_COPIES_OF_LOGITS)
+        vocab_size, limit = self._settings.vocab_size, self._loss.chunk_tokens
+        size = rows_per_chunk(limit, vocab_size, torch.float32, rows[0].device, copies=_COPIES_OF_LOGITS)
         return zip(*(values.split(size) for values in rows), strict=True)
 
 
 class StudentModule(nn.Module):
-    """A causal language model that returns its loss instead of its logits.
-
-    Args:
-        lm: Transformers model.
-        settings: Its head's settings.
-        teachers: Frozen heads by role; not parameters, so DeepSpeed neither shards nor trains them.
-        loss: Terms of the loss.
-        external_head: True under ZeRO-3.
-        student_pass: Computes the loss in place of a plain forward pass (`raycomplete.methods.registry.StudentPass`).
-    """
+    """A causal language model that returns its loss instead of its logits."""
 
     def __init__(
         self,
@@ -199,26 +178,23 @@ class StudentModule(nn.Module):
     ) -> None:
         super().__init__()
         self.lm, self.loss, self.student_pass = lm, loss, student_pass
-        lm_head = lm.get_output_embeddings()
-        self.head_loss = HeadLoss(lm_head, settings, teachers, loss, external=external_head)
+        self.head_loss = HeadLoss(lm.get_output_embeddings(), settings, teachers, loss, external=external_head)
 
     def forward(self, batch: MicroBatch | PrefixBatch, mode: str = "loss") -> tuple[Tensor, ...]:
         """Reads a micro-batch, or continues the sequences of a `PrefixBatch` greedily (token ids [B, max_tokens]).
 
-        Args:
-            batch: On the model's device.
-            mode: "loss" (see `LossOutput.unflatten`), "anchor_kl" (the same of a batch of anchor rows, whose first
-                value is the weighted sum of KL(aligned || student)), "profile" (mass, KL, deficit by row),
-                "log_probs" (log p_s of the token of each row) or "along_h" (by row the rank of base's likeliest token
-                among the student's, from 0, and the unfinished mass).
+        The mode "loss" gives `LossOutput.flatten`; "anchor_kl" the same of anchor rows, whose first value is the
+        weighted sum of KL(aligned || student); "log_probs" log p_s of the token of each row; "along_h" by row the rank
+        of base's likeliest token among the student's, from 0, and the unfinished mass; "profile" mass, KL and deficit
+        by row of aligned, then of the student.
         """
         if isinstance(batch, PrefixBatch):
             return (self._continue(batch),)
         if mode == "loss" and self.student_pass is not None:
             return self.student_pass(self, batch).flatten()
-        return self._of_rows(mode, self.states(batch).last_hidden_state, batch)
+        return self._read_rows(mode, self.states(batch).last_hidden_state, batch)
 
-    def _of_rows(self, mode: str, hidden_BTH: Tensor, batch: MicroBatch) -> tuple[Tensor, ...]:
+    def _read_rows(self, mode: str, hidden_BTH: Tensor, batch: MicroBatch) -> tuple[Tensor, ...]:
         result: tuple[Tensor, ...] = self.head_loss(mode, hidden_BTH.flatten(0, 1)[batch.row_N], batch)
         return result
 
@@ -239,16 +215,8 @@ class StudentModule(nn.Module):
                 module._disable_adapters = False
 
     def total(self, hidden_BTH: Tensor, batch: MicroBatch, found: Mapping[str, TermRows]) -> LossOutput:
-        """The loss of a batch, for a pass that has computed some of its terms itself.
-
-        Args:
-            hidden_BTH: Final hidden states, for the other terms.
-            batch: The micro-batch.
-            found: Losses, attached to the student's graph, and metrics of the rows of each term that was computed, in
-                their order; such terms read no teacher.
-        """
-        rest = batch.without(tuple(found))
-        output = LossOutput.unflatten(self._of_rows("loss", hidden_BTH, rest), self.loss)
+        """The loss of a batch, for a pass that has computed the rows of some terms itself, which read no teacher."""
+        output = LossOutput.unflatten(self._read_rows("loss", hidden_BTH, batch.without(tuple(found))), self.loss)
         total, row_loss_N = output.total, output.row_loss_N.new_zeros(len(batch.term_N))
         is_rest_N = torch.ones_like(batch.term_N, dtype=torch.bool)
         for name, rows in found.items():
@@ -291,7 +259,7 @@ def widening_size(config: Any) -> int | None:
     """Returns the hidden size by which packed rows may be wider than their longest sequence; None where they must not.
 
     Eager attention keeps scores of the width squared for the backward pass. Attention in chunks counts columns, and
-    would cut a sequence that stands late in a row.
+    would cut a sequence that begins late in a row.
     """
     text = config.get_text_config()
     if text._attn_implementation == "eager" or getattr(text, "attention_chunk_size", None):
@@ -301,19 +269,11 @@ def widening_size(config: Any) -> int | None:
 
 
 def keeps_sequences_apart(engine: Any, sample: AnchorSample, dtype: Dtype) -> bool:
-    """Tells whether the student keeps packed sequences apart; some model families do not.
+    """Tells whether the student keeps packed sequences apart; some model families do not. Every rank must call this.
 
-    It reads a sequence whole and its two halves packed into one row, and each of the three in a row of its own. Models
-    that ignore positions when they build their mask, and recurrent ones, let the second half see the first. Every rank
-    must call this.
-
-    Args:
-        engine: DeepSpeed engine around the student.
-        sample: Any; its tokens are read, whatever they mean.
-        dtype: Of the student's weights.
-
-    Returns:
-        Whether log-probabilities are the same both ways, up to rounding.
+    The student reads a sequence whole and its two halves packed into one row, and each of the three in a row of its
+    own: log-probabilities must be the same up to rounding. Models that ignore positions when they build their mask, and
+    recurrent ones, let the second half see the first. Any sample will do.
     """
     tokens = sample.prompt_ids + sample.answer_ids
     half = len(tokens) // 2

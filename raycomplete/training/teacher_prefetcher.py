@@ -15,9 +15,8 @@ from raycomplete.engines.scorers import TeacherClient
 from raycomplete.methods.registry import TeacherContext
 from raycomplete.runtime.errors import QuarantinedSequenceError
 from raycomplete.runtime.prometheus import record
-from raycomplete.training.feedback import DepthSampler
 from raycomplete.training.job import TrainJob
-from raycomplete.training.step_plan import Planner, StepPlan
+from raycomplete.training.step_plan import DepthSampler, Planner, StepPlan
 
 logger = logging.getLogger(__name__)
 
@@ -27,30 +26,24 @@ Contexts = Callable[[Sequence[AnchorSample], Sequence[RecoverySample]], Mapping[
 """Lists what each frozen model must read for some samples, by role."""
 
 
+@dataclass(frozen=True)
 class Scores:
-    """Hidden states of the teachers over one step's sequences.
+    """Hidden states of the teachers over one step's sequences, and the seconds that the caller waited for them.
 
-    Args:
-        tensors: [T, H] of the response rows by (role, token ids, number of prompt tokens); [0, H] where the sequence
-            was quarantined.
-        wait_s: Seconds that the caller waited for them.
+    `tensors` holds [T, H] of the response rows by (role, token ids, number of prompt tokens); [0, H] where the sequence
+    was quarantined.
     """
 
-    def __init__(self, tensors: Mapping[tuple[str, tuple[int, ...], int], torch.Tensor], wait_s: float) -> None:
-        self._tensors = tensors
-        self.wait_s = wait_s
+    tensors: Mapping[tuple[str, tuple[int, ...], int], torch.Tensor]
+    wait_s: float
 
     def hidden(self, role: str, context: TeacherContext) -> torch.Tensor:
         """[T, H] of a response read by base or aligned; no rows where it was quarantined."""
-        return self._tensors[(role, *_sequence(context))]
-
-
-def _sequence(context: TeacherContext) -> tuple[tuple[int, ...], int]:
-    return context.prompt_ids + context.response_ids, len(context.prompt_ids)
+        return self.tensors[(role, context.prompt_ids + context.response_ids, len(context.prompt_ids))]
 
 
 class TeacherPrefetcher:
-    """Asks the frozen models for the sequences of a step and hands out their hidden states when the step comes.
+    """Asks the frozen models for the sequences of a step and yields their hidden states when the step comes.
 
     `contexts` must cover whatever depths are drawn later: a causal model's states of a prefix are the first states of
     the whole.
@@ -61,18 +54,13 @@ class TeacherPrefetcher:
         self._pending: dict[int, list[tuple[str, Sequences, Any]]] = {}
         self._no_rows: dict[str, torch.Tensor] = {}  # [0, H] in the dtype of each model
 
-    def is_requested(self, step: int) -> bool:
-        """True once a step is asked for and not taken yet."""
-        return step in self._pending
-
     def request(self, step: int, anchor: Sequence[AnchorSample], recovery: Sequence[RecoverySample]) -> None:
         """Asks the models to read a step's samples; asking twice does nothing."""
-        if self.is_requested(step):
-            return
-        self._pending[step] = [
-            (role, sequences, self._scorers[role].submit_sequences(sequences))
-            for role, sequences in self._wanted(anchor, recovery).items()
-        ]
+        if step not in self._pending:
+            self._pending[step] = [
+                (role, sequences, self._scorers[role].submit_sequences(sequences))
+                for role, sequences in self._wanted(anchor, recovery).items()
+            ]
 
     def warm(self, anchor: Sequence[AnchorSample], recovery: Sequence[RecoverySample]) -> None:
         """Lets the models read samples of a later step ahead of its request."""
@@ -81,16 +69,14 @@ class TeacherPrefetcher:
 
     def _wanted(self, anchor: Sequence[AnchorSample], recovery: Sequence[RecoverySample]) -> dict[str, Sequences]:
         """The sequences that each frozen model must read; models that need none are left out."""
-        wanted = self._contexts(anchor, recovery)
-        return {role: [_sequence(item) for item in contexts] for role, contexts in wanted.items() if contexts}
+        return {
+            role: [(item.prompt_ids + item.response_ids, len(item.prompt_ids)) for item in contexts]
+            for role, contexts in self._contexts(anchor, recovery).items()
+            if contexts
+        }
 
     def take(self, step: int) -> Scores:
-        """Waits for the hidden states of a requested step.
-
-        Raises:
-            QuarantinedSequenceError: A model could read nothing at all. Single sequences that it cannot read have no
-                rows.
-        """
+        """Waits for the hidden states of a requested step."""
         started = time.perf_counter()
         tensors = {}
         for role, sequences, reference in self._pending.pop(step):
@@ -115,25 +101,18 @@ class TeacherPrefetcher:
 
 @dataclass(frozen=True)
 class StepInput:
-    """The sequences of one step.
+    """The sequences of one step."""
 
-    Attributes:
-        plan: Items of all workers.
-        scores: Hidden states of the teachers over this worker's share.
-        stats: Measurements for the row of metrics.
-        compliance: (times the student complied, times it was asked) by depth bin; None off-policy.
-    """
-
-    plan: StepPlan
-    scores: Scores
-    stats: dict[str, Any]
-    compliance: tuple[list[float], list[int]] | None = None
+    plan: StepPlan  # of all workers
+    scores: Scores  # over this worker's share
+    stats: dict[str, Any]  # for the row of metrics
+    compliance: tuple[list[float], list[int]] | None = None  # (complied, asked) by depth bin; None off-policy
 
 
 class StepSource:
-    """Hands out steps made of samples that were drawn before training; the teachers read `job.prefetch` steps ahead.
+    """Yields steps made of samples that were drawn before training; the teachers read `job.prefetch` steps ahead.
 
-    `raycomplete.training.on_policy.OnPolicySource` hands out rollouts of the student instead.
+    `raycomplete.training.on_policy.OnPolicySource` yields rollouts of the student instead.
     """
 
     def __init__(
@@ -149,16 +128,11 @@ class StepSource:
         self._rank, self._share = rank, slice(rank, None, world_size)
 
     def next(self, step: int) -> StepInput:
-        """Waits for the input of a step and asks for later ones; every rank must call this.
-
-        Raises:
-            WorkError: An engine failed, or did not answer in time.
-        """
+        """Waits for the input of a step and asks for later ones; every rank must call this."""
         plan = self._planner.plan(step, self._sampler)
         for ahead in range(step, min(step + 1 + self._job.prefetch, self._job.train.steps)):
-            if not self._prefetcher.is_requested(ahead):
-                anchor, recovery = self._planner.samples_of(ahead)
-                self._prefetcher.request(ahead, anchor[self._share], recovery[self._share])
+            anchor, recovery = self._planner.samples_of(ahead)
+            self._prefetcher.request(ahead, anchor[self._share], recovery[self._share])
         scores = self._prefetcher.take(step)
         return StepInput(plan, scores, {"teacher_wait_s": scores.wait_s})
 
@@ -171,4 +145,4 @@ class StepSource:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up a saved run; every rank gets what rank 0 saved."""
+        """Restores a saved run; every rank gets what rank 0 saved."""

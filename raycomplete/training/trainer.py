@@ -30,6 +30,7 @@ from raycomplete.training.checkpoints import check_space
 from raycomplete.training.job import TrainJob
 
 _POLL_S = 0.5
+_STALL_TIMEOUT_S = 1800.0  # longest time without a finished step
 _STOP_S = GRACE_S - 2.0  # for the present step and its checkpoint; then it is left as it is
 # Idle OpenMP threads sleep, after spinning for a moment: waking one through the kernel for each of the thousands of
 # parallel regions of a step costs more. On 2 cores, layers of SmolLM2-135M's size ran .203 steps/s asleep at once, .249
@@ -61,24 +62,11 @@ def fit(
 ) -> None:
     """Trains, and returns when the student is written to `job.output`.
 
-    Where a worker or its node dies, Ray Train starts all workers anew from the newest checkpoint, up to
-    `train.max_failures` times. An exception of a worker ends training.
-
-    Args:
-        job: The training run.
-        cpus_per_worker: Logical CPUs that each worker reserves.
-        gpus_per_worker: GPUs that each worker reserves, where `job.use_gpu`.
-        placement: How Ray Train spreads the workers over nodes: pack, spread, strict_pack or strict_spread.
-        on_step: Called in this process with each new row of metrics; after a restart with some steps once more.
-        stopping: Asked twice a second; True lets the workers finish their step, write a checkpoint and end. Where that
-            takes long, they are left within the step, and the caller's `ray.shutdown` ends them.
-
-    Raises:
-        SetupError: The disk has no room for the checkpoints.
-        StoppedError: `stopping` said so, or someone made `job.stop_file`.
-        WaitTimeoutError: No step was finished within `train.stall_timeout_s`.
-        ProcessDiedError: Workers died more often than `train.max_failures`.
-        WorkError: A worker failed; finished checkpoints are kept.
+    Where a worker or its node dies, Ray Train starts all workers again from the newest checkpoint, up to
+    `train.max_failures` times. An exception of a worker ends training. `placement` spreads the workers over nodes as
+    Ray Train does: pack, spread, strict_pack or strict_spread. `on_step` gets each new row of metrics, after a restart
+    some steps once more. Once `stopping` returns True the workers finish their step, write a checkpoint and end; where
+    that takes long, they are left within the step, and the caller's `ray.shutdown` ends them.
     """
     check_space(job.folder, job.start, job.dtype, job.train)
     job.folder.mkdir(parents=True, exist_ok=True)
@@ -92,7 +80,7 @@ def fit(
     trainer = TorchTrainer(
         _run,
         train_loop_config={"job": job},
-        torch_config=TorchConfig(backend="nccl" if job.use_gpu else "gloo", timeout_s=int(job.train.stall_timeout_s)),
+        torch_config=TorchConfig(backend="nccl" if job.use_gpu else "gloo", timeout_s=int(_STALL_TIMEOUT_S)),
         scaling_config=ScalingConfig(
             num_workers=job.train.num_workers,
             use_gpu=job.use_gpu,
@@ -145,7 +133,7 @@ def _follow(
     on_step: Callable[[dict[str, Any]], None] | None,
     stopping: Callable[[], bool],
 ) -> None:
-    """Hands new rows of metrics to the caller until training ends or stands still for too long."""
+    """Hands new rows of metrics to the caller until training ends or makes no progress for too long."""
     seen, deaths, last_change = 0, 0, time.monotonic()
     metrics = MetricsReader(job.metrics_file)
     stop_at = math.inf
@@ -167,22 +155,20 @@ def _follow(
             stop_at = time.monotonic() + (_STOP_S if seen > job.newest_checkpoint else 0.0)
         if time.monotonic() >= stop_at:
             job.stop_file.unlink(missing_ok=True)
-            raise _left_within(job, seen)
-        if time.monotonic() - last_change > job.train.stall_timeout_s:
+            steps, checkpoint = job.train.steps, job.newest_checkpoint
+            where = f"within step {seen + 1} of {steps}" if seen < steps else "after the last step"
+            saved = (
+                f"the checkpoint of step {checkpoint}" if checkpoint else "its first step: there is no checkpoint yet"
+            )
+            problem = f"Training was stopped on request {where}; it goes on from {saved}."
+            raise StoppedError(problem, "Resume with --resume.")
+        if time.monotonic() - last_change > _STALL_TIMEOUT_S:
             raise WaitTimeoutError(
-                f"Training finished no step for {job.train.stall_timeout_s:.0f} s (last finished: {seen}; workers died "
+                f"Training finished no step for {_STALL_TIMEOUT_S:.0f} s (last finished: {seen}; workers died "
                 f"{deaths} times; {job.train.num_workers} workers wanted, free in the cluster: {free_resources()}).",
                 "The workers may wait for resources or for a scorer: see the Ray logs. Resume with --resume.",
             )
         thread.join(_POLL_S)
-
-
-def _left_within(job: TrainJob, finished: int) -> StoppedError:
-    """Says that a step, or what comes before the first and after the last one, was left unfinished."""
-    steps, checkpoint = job.train.steps, job.newest_checkpoint
-    where = f"within step {finished + 1} of {steps}" if finished < steps else "after the last step"
-    whence = f"the checkpoint of step {checkpoint}" if checkpoint else "its first step: there is no checkpoint yet"
-    return StoppedError(f"Training was stopped on request {where}; it goes on from {whence}.", "Resume with --resume.")
 
 
 class RaisedError(Exception):
@@ -200,11 +186,7 @@ class RestartAfterDeaths(UserCallback):
         self._job = replace(job, scorers={}, student_engines=None)  # only its paths: handles would keep actors alive
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """Ray Train calls this before it decides; what is raised here ends the run without a restart.
-
-        Raises:
-            RaisedError: A worker failed by an exception of its own.
-        """
+        """Ray Train calls this before it decides; a RaisedError ends the run without a restart."""
         raised = raised_by(worker_exceptions)
         if raised is not None:
             raise RaisedError(*raised)
@@ -273,7 +255,7 @@ def explain(error: BaseException, job: TrainJob, *, restarts: int = 0) -> Raycom
 def _death(
     failures: Mapping[int, BaseException], error: BaseException, job: TrainJob, restarts: int
 ) -> ProcessDiedError:
-    # Where nobody was seen dying, a worker that lost its peer is the only witness.
+    # Where no death was seen, a worker that lost its peer is the only witness.
     dead = {rank: failure for rank, failure in failures.items() if is_death(failure)} or dict(failures)
     ranks = sorted(dead)
     role = f"training worker {' and '.join(map(str, ranks))}" if ranks else "the controller of Ray Train"

@@ -21,10 +21,12 @@ import torch
 import torch.distributed as dist
 from ray import train as ray_train
 
+from raycomplete.config.engines import OVERSAMPLE
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.checkpoints import TORCH_DTYPES, adapted_modules, load_model, save_checkpoint
 from raycomplete.data.heads import load_head
 from raycomplete.data.samples import read_samples
+from raycomplete.diagnosis.rows import DiagnosisSettings
 from raycomplete.losses.loss import LossOutput
 from raycomplete.methods.registry import DepthConfig
 from raycomplete.runtime.files import write_json
@@ -34,29 +36,21 @@ from raycomplete.runtime.metrics_file import MetricsFile, finite, open_sinks
 from raycomplete.runtime.plugins import load_plugins
 from raycomplete.runtime.prometheus import begin, finished_step
 from raycomplete.training import checkpoints
-from raycomplete.training.batches import BatchBuilder, MicroBatch, cut_harmful, teacher_contexts
+from raycomplete.training.batches import BatchBuilder, cut_harmful, teacher_contexts
 from raycomplete.training.deepspeed_engine import BadSteps, gathered_state, spread_bad_loss, start_engine
-from raycomplete.training.feedback import DepthSampler
 from raycomplete.training.job import TrainJob
 from raycomplete.training.metrics import StepMeter, describe_terms, peak_memory_gib, release_freed_memory
 from raycomplete.training.on_policy import OnPolicySource
-from raycomplete.training.profile import aligned_profile, scored_samples, student_profile, write_profile
-from raycomplete.training.rollout_engines import WeightSync
-from raycomplete.training.steering import Steering
-from raycomplete.training.step_plan import Planner, StepPlan, StepSequences
+from raycomplete.training.step_plan import DepthSampler, Planner, StepSequences
 from raycomplete.training.student import HeadSettings, StudentModule, keeps_sequences_apart, widening_size
-from raycomplete.training.teacher_prefetcher import StepInput, StepSource, TeacherPrefetcher
-from raycomplete.training.validation import Validator
+from raycomplete.training.teacher_prefetcher import StepSource, TeacherPrefetcher
+from raycomplete.training.validation import Steering, Validator, position_profile
 
 logger = logging.getLogger(__name__)
 
 
 def run(config: dict[str, Any]) -> dict[str, Any]:
-    """Entry point that Ray Train calls on every worker; `config` is {"job": TrainJob}.
-
-    Returns:
-        Under "stopped_after" the number of finished steps where someone asked to stop, else None.
-    """
+    """Trains on one worker; `config` is {"job": TrainJob}."""
     load_plugins(config["job"].plugins)
     worker = Worker(config["job"])
     stopped_after = worker.train()
@@ -84,33 +78,40 @@ class Worker:
             recovery=cut_harmful(samples.recovery, job.max_harmful_tokens),
             held_back_recovery=cut_harmful(samples.held_back_recovery, job.max_harmful_tokens),
         )
-        self.planner = self._make_planner(oversample=1)
+        planner = self._make_planner()
         self.sampler = DepthSampler(self._reachable_depths(), train.seed)
-        step = StepSequences.of(self.planner.plan(0, self.sampler), method)
+        step = StepSequences.of(planner.plan(0, self.sampler), method)
         items = [*step.anchor, *step.recovery]
         per_rank = sum(map(len, items)) // self.world_size
         self.per_device_batch_size = min(train.per_device_batch_size, per_rank)
         self.accumulation = min(-(-per_rank // self.per_device_batch_size), len(items) // self.world_size)
-        self.loss = method.loss(train)
+        self.loss = method.loss()
         self.terms = describe_terms(self.loss)
         self.builder = BatchBuilder(self.loss, scale=float(self.world_size * self.accumulation))
-        self.prefetcher = TeacherPrefetcher(job.scorers, partial(teacher_contexts, self.builder, method))
+        prefetcher = TeacherPrefetcher(job.scorers, partial(teacher_contexts, self.builder, method))
         self.steering = Steering(train.validation, self.loss.weights)
         self.interval = train.validation.interval(train.steps)
-        self.bad_steps = BadSteps(job.folder, train.max_bad_steps)
+        self.bad_steps = BadSteps(job.folder)
         self.stop = False
         self.lm, self.engine = self._start_engine()
         packed = keeps_sequences_apart(self.engine, self.samples.anchor[0], job.dtype)
         self.builder = replace(self.builder, packed=packed, hidden_size=widening_size(self.lm.config))
-        self.source = self._make_source()
-        self.validator = self._make_validator()
+        shared = (prefetcher, self.sampler, self.rank, self.world_size)
+        if job.student_engines is None:
+            self.source = StepSource(job, planner, *shared)
+        else:
+            job.student_engines.attach(self.engine, self.lm, train, self.samples.anchor, packed=packed)
+            self.source = OnPolicySource(job, self._make_planner(OVERSAMPLE), *shared)
+        self.validator: Validator | None = None
+        if self.interval and job.response_judge is not None and self.samples.held_back_recovery:
+            self.validator = Validator(self.engine, self.samples, job, self.per_device_batch_size, packed=packed)
         self.recorded_best = 0  # step of the best one that the newest checkpoint knows of
         self.first_step = self._restore()
         first = self.rank == 0
         self.metrics = MetricsFile(job.metrics_file, keep_steps=self.first_step) if first else None
         self.sinks = open_sinks(train.sinks, job.folder) if first else []
 
-    def _make_planner(self, oversample: int) -> Planner:
+    def _make_planner(self, oversample: int = 1) -> Planner:
         method = self.job.method
         return Planner(
             self.samples,
@@ -129,73 +130,53 @@ class Worker:
 
     def _start_engine(self) -> tuple[Any, Any]:
         job, train = self.job, self.job.train
-        lm = load_model(job.start, job.dtype, trust_remote_code=job.trust_remote_code)
+        lm = inner = load_model(job.start, job.dtype, trust_remote_code=job.trust_remote_code)
         lm.train()
         if train.gradient_checkpointing:
             lm.gradient_checkpointing_enable()
-        if job.train.lora_rank > 0:
+        if rank := train.lora_rank:
             from peft import LoraConfig, get_peft_model
 
-            rank, targets = job.train.lora_rank, adapted_modules(lm)
-            adapters = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets)
-            lm = get_peft_model(lm, adapters)
-        inner = lm.get_base_model() if job.train.lora_rank > 0 else lm
+            lm = get_peft_model(lm, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=adapted_modules(lm)))
+            inner = lm.get_base_model()
         device = torch.device("cuda", torch.cuda.current_device()) if job.use_gpu else torch.device("cpu")
-        self.teachers = {
+        teachers = {
             role: load_head(spec, dtype=TORCH_DTYPES[job.dtype], device=device)
             for role, spec in job.teacher_heads.items()
         }
-        head = HeadSettings(job.student_head.scale, job.student_head.softcap, job.student_head.vocab_size)
         module = StudentModule(
             inner,
-            head,
-            self.teachers,
+            HeadSettings(job.student_head.scale, job.student_head.softcap, job.student_head.vocab_size),
+            teachers,
             self.loss,
             external_head=train.zero_stage == 3,
             student_pass=job.method.student_pass(inner),
         )
         return lm, start_engine(module, train, job.dtype, self.per_device_batch_size, self.accumulation)
 
-    def _make_source(self) -> StepSource:
-        job, shared = self.job, (self.prefetcher, self.sampler, self.rank, self.world_size)
-        if job.student_engines is None:
-            return StepSource(job, self.planner, *shared)
-        sync = WeightSync(job, self.engine, self.lm, self.samples.anchor, packed=self.builder.packed)
-        return OnPolicySource(job, self._make_planner(job.rollout.oversample), *shared, sync)
-
-    def _make_validator(self) -> Validator | None:
-        if self.interval == 0 or self.job.response_judge is None or not self.samples.held_back_recovery:
-            return None
-        size, packed = self.per_device_batch_size, self.builder.packed
-        return Validator(self.engine, self.samples, self.job, size, packed=packed)
-
     def _restore(self) -> int:
-        """Takes up the newest checkpoint and returns the number of finished steps."""
-        checkpoints.drop_unfinished(self.job.checkpoints)
-        hashed = self.job.train.checkpoint_hashes
-        state = checkpoints.restore(self.engine, self.job.checkpoints, hashed=hashed)
+        """Restores the newest checkpoint and returns the number of finished steps."""
+        state = checkpoints.restore(self.engine, self.job.checkpoints)
         if state is None:
             return 0
         self.sampler.load_state_dict(state["sampler"])
         self.source.load_state_dict(state["source"])
-        self.bad_steps.load_state_dict(state.get("bad_steps", {"total": 0, "in_a_row": 0}))
+        self.bad_steps.load_state_dict(state["bad_steps"])
         if self.validator is not None:
             self.steering.load_state_dict(state["steering"])
             best_step = self.steering.best_step
-            if best_step and not checkpoints.is_whole(self.job.best_checkpoint, best_step, hashed=hashed):
+            if best_step and not checkpoints.is_whole(self.job.best_checkpoint, best_step):
                 logger.warning("The best checkpoint, of step %d, is lost or damaged.", best_step)
                 self.steering.forget_best()
-            # What was best on a way that is not gone again must not be shipped.
-            self.recorded_best = self.steering.best_step
-            checkpoints.keep_only(self.job.best_checkpoint, self.recorded_best)
+            self._record_best()  # what was best on a way that is not gone again must not be shipped
         return int(state["step"])
 
-    def train(self) -> int | None:
-        """Runs the steps that are left, or fewer where held-back prompts say that nothing gets better.
+    def _record_best(self) -> None:
+        self.recorded_best = self.steering.best_step
+        checkpoints.keep_only(self.job.best_checkpoint, self.recorded_best)
 
-        Returns:
-            Finished steps where someone asked to stop: there is a checkpoint of them, and no student yet.
-        """
+    def train(self) -> int | None:
+        """Runs the steps that are left, or fewer where held-back prompts say that nothing gets better."""
         train, done, stops = self.job.train, self.first_step, False
         for step in range(self.first_step, train.steps):
             if self.steering.is_over:
@@ -211,10 +192,11 @@ class Worker:
                 sink.write(finite(row))
             stops = self.stop and done < train.steps and self.source.can_stop(done)
             if done % train.checkpoint_every == 0 or done == train.steps or stops or self.steering.is_over:
-                checkpoints.save(self.engine, self.job.checkpoints, done, self._state(), train)
+                parts = ("sampler", "source", "bad_steps", "steering")
+                state = {name: getattr(self, name).state_dict() for name in parts}
+                checkpoints.save(self.engine, self.job.checkpoints, done, state, train)
                 if self.validator is not None:
-                    self.recorded_best = self.steering.best_step
-                    checkpoints.keep_only(self.job.best_checkpoint, self.recorded_best)
+                    self._record_best()
             if stops:
                 break
         for sink in self.sinks:
@@ -245,13 +227,17 @@ class Worker:
         if self.rank == 0:
             write_json(self.job.kept_step_file, {"step": step or done, "why": self.steering.describe_choice()})
 
-    def _state(self) -> dict[str, Any]:
-        return {
-            "sampler": self.sampler.state_dict(),
-            "source": self.source.state_dict(),
-            "bad_steps": self.bad_steps.state_dict(),
-            "steering": self.steering.state_dict(),
-        }
+    def _profile(self) -> None:
+        """Writes the position profile of the aligned model and of the trained student, on held-out prompts."""
+        job = self.job
+        if not self.samples.profile or not job.scorers:
+            return
+        size, packed = self.per_device_batch_size, self.builder.packed
+        profile = position_profile(self.engine, self.samples.profile, job.scorers, size, packed=packed)
+        if profile and self.rank == 0:
+            measured, positions = DiagnosisSettings.of_loss(self.loss), list(range(len(profile["student"]["n"])))
+            settings = {"positions": positions, "tau": measured.tau, "kappa": measured.kappa}
+            write_json(job.folder / "profile.json", settings | profile)
 
     def finish(self) -> None:
         """Writes the student as a Hugging Face checkpoint."""
@@ -273,52 +259,38 @@ class Worker:
         set_step(step + 1)
         # Dropout, where a model has it, then draws the same after a resume.
         torch.manual_seed(hash((self.job.train.seed, step, self.rank)))
-        given = self.source.next(step)
+        job, given = self.job, self.source.next(step)
         learning_rate = float(self.engine.get_lr()[0])  # the optimizer step moves the schedule on
-        loss_weights = self._loss_weights(step)
-        step_sequences = StepSequences.of(given.plan, self.job.method)
-        meter = StepMeter(self.loss, self.sampler, self.job.method.depth_term)
+        schedule, measured = job.method.schedule((step + 1) / job.train.steps), self.steering.factors
+        factors = {name: schedule.get(name, 1.0) * measured.get(name, 1.0) for name in {**schedule, **measured}}
+        sequences = StepSequences.of(given.plan, job.method)
+        meter = StepMeter(self.loss, self.sampler, job.method.depth_term)
         computed = needed = 0
         skipped_before = self.engine.skipped_steps
         self.bad_steps.begin()
-        for chunk in step_sequences.micro_batches(self.rank, self.world_size, self.accumulation):
-            batch = self.builder.build(chunk, step_sequences.normalisers, given.scores, loss_weights)
+        for chunk in sequences.micro_batches(self.rank, self.world_size, self.accumulation):
+            batch = self.builder.build(chunk, sequences.normalisers, given.scores, factors)
             computed, needed = computed + batch.input_ids_BT.numel(), needed + batch.num_tokens
-            self._accumulate(batch.to(self.engine.device), meter)
-        meter.stop = self.rank == 0 and self.job.stop_file.name in os.listdir(self.job.folder)  # fresh on NFS, too
-        row = meter.share(self.engine.device, self.builder.scale, loss_weights)
+            batch = batch.to(self.engine.device)
+            output = LossOutput.unflatten(self.engine(batch, "loss"), self.loss)
+            meter.add(batch, output)
+            self.bad_steps.watch(batch, output.total, output.row_loss_N)
+            self.engine.backward(spread_bad_loss(output.total))
+            self.engine.step()
+        meter.stop = self.rank == 0 and job.stop_file.name in os.listdir(job.folder)  # fresh on NFS, too
+        row = meter.share(self.engine.device, self.builder.scale, factors)
         self.stop = meter.stop
         is_bad = self.engine.skipped_steps > skipped_before
         self.bad_steps.count(step, skipped=is_bad)
-        row |= {"bad_steps": self.bad_steps.total, "padding_fraction": 1 - needed / computed}
-        row |= {f"{name}_weight": factor * self.loss.weights[name] for name, factor in loss_weights.items()}
         if not is_bad:  # what a bad step measured would spoil the running means
-            self._feed_back(meter, given)
-        return row | {"lr": learning_rate} | given.stats | self._stats(given.plan, step_sequences, step, started)
-
-    def _loss_weights(self, step: int) -> dict[str, float]:
-        """Multiplies the factors of the method's schedule with those of steering."""
-        schedule, measured = self.job.method.schedule((step + 1) / self.job.train.steps), self.steering.factors
-        return {name: schedule.get(name, 1.0) * measured.get(name, 1.0) for name in {**schedule, **measured}}
-
-    def _feed_back(self, meter: StepMeter, given: StepInput) -> None:
-        """Tells the depth sampler what a step measured."""
-        if given.compliance is not None and self.job.method.depth.measure == "compliance":
-            self.sampler.update(*given.compliance)
-        else:
-            self.sampler.update(meter.depth_loss_sum, meter.depth_count)
-
-    def _accumulate(self, batch: MicroBatch, meter: StepMeter) -> None:
-        output = LossOutput.unflatten(self.engine(batch, "loss"), self.loss)
-        meter.add(batch, output)
-        self.bad_steps.watch(batch, output.total, output.row_loss_N)
-        self.engine.backward(spread_bad_loss(output.total))
-        self.engine.step()
-
-    def _stats(self, plan: StepPlan, sequences: StepSequences, step: int, started: float) -> dict[str, Any]:
+            by_rollouts = given.compliance if job.method.depth.measure == "compliance" else None
+            self.sampler.update(*(by_rollouts or (meter.depth_loss_sum, meter.depth_count)))
         seconds = time.perf_counter() - started
         grad_norm = self.engine.get_global_grad_norm()
-        stats: dict[str, Any] = {
+        row |= {"bad_steps": self.bad_steps.total, "padding_fraction": 1 - needed / computed}
+        row |= {f"{name}_weight": factor * self.loss.weights[name] for name, factor in factors.items()}
+        row |= {"lr": learning_rate} | given.stats
+        row |= {
             "step": step + 1,
             "grad_norm": None if grad_norm is None else float(grad_norm),
             "seconds": seconds,
@@ -326,25 +298,10 @@ class Worker:
             "tokens_per_s": sequences.num_tokens / seconds,
             "peak_memory_gib": peak_memory_gib(self.engine.device),
         }
-        if plan.recovery:
-            stats |= {
-                "depth_mean": float(np.mean([item.answer_depth for item in plan.recovery])),
+        if given.plan.recovery:
+            row |= {
+                "depth_mean": float(np.mean([item.answer_depth for item in given.plan.recovery])),
                 "depth_probabilities": [float(value) for value in self.sampler.probabilities()],
                 "depth_bins": [[low, high] for low, high in self.sampler.bin_ranges],
             }
-        return stats
-
-    def _profile(self) -> None:
-        """Position profile of the aligned model and of the trained student, on held-out prompts."""
-        job = self.job
-        if not self.samples.profile or not job.scorers:
-            return
-        samples, scores = scored_samples(self.samples.profile, job.scorers)
-        if not samples:
-            return
-        student = student_profile(self.engine, samples, scores, self.per_device_batch_size, packed=self.builder.packed)
-        if self.rank == 0:
-            path = job.folder / "profile.json"
-            aligned = aligned_profile(samples, scores, self.teachers, self.loss, self.per_device_batch_size)
-            write_profile(path, "aligned", aligned, self.loss)
-            write_profile(path, "student", student, self.loss)
+        return row

@@ -43,7 +43,7 @@ def main(device: str) -> None:
     ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     for backend in ("ipc", "nccl")[:gpus] or (None,):
         placed = replace(spec, weight_transfer=backend, num_gpus=1.0 if backend == "nccl" else 0.5)
-        rollout = RolloutConfig(sync_timeout_s=60.0)
+        rollout = RolloutConfig()
         pool = RolloutPool.start(RolloutOptions(placed, tuple(sorted(codec.eos_ids)), rollout))
         try:
             tell({"seconds to start an engine": round(pool.wait_until_ready(120.0)["start_s"], 1)})

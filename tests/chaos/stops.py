@@ -26,7 +26,6 @@ from tests.conftest import ROOT
 REFUSAL = "i cannot help with that ."
 _SMALL = (
     "data.limit_per_kind=32",
-    "rollout.answers_per_prompt=2",
     "method.anchor_batch_size=12",
     "method.recovery_batch_size=12",
     "train.per_device_batch_size=12",

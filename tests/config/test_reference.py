@@ -35,7 +35,7 @@ def test_a_row_says_what_a_value_may_be_and_what_it_is_by_default() -> None:
     parts = tables(markdown())
     assert "| `base` | text | required | the model before safety alignment |" in parts["`models`"]
     assert "| `max_length` | integer, ≥ 16 | `1024` |" in parts["`models`"]
-    assert '| `loss_chunk_tokens` | integer or `auto` | `"auto"` |' in parts["`train`"]
+    assert '| `every` | integer or `auto` | `"auto"` |' in parts["`train.validation`"]
     assert "| `depths` | list of integer | `[0, 4, 8, 16, 32, 64, 100, 200, 500]` |" in parts["`evaluation`"]
     assert "The same at `data.train.benign[]`" in parts["`data.train.harmful[]`"]
 

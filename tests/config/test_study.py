@@ -153,7 +153,7 @@ def test_a_plugin_of_a_study_may_be_a_module(tmp_path: Path, monkeypatch: pytest
         ("methods: {completion: }\ndefences: {x: {name: contrast}}", "There is no defence 'contrast'"),
         ("methods: {completion: }\ndefences: {x: {name: re_ask, evry: 3}}", "Did you mean 'every'"),
         ("methods: {circuit_breakers: }", "train.lora_rank"),
-        ("methods: {policy_gradient: {rollout: {on_policy: true}}}", "set rollout.lookahead to 0"),
+        ("methods: {policy_gradient: {rollout: {on_policy: true, sync_every: 2}}}", "set rollout.sync_every to 1"),
     ],
 )
 def test_mistakes_are_told_in_one_sentence(text: str, said: str, tmp_path: Path) -> None:

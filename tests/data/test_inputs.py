@@ -387,9 +387,7 @@ def test_samples_are_named_by_all_that_they_are_made_from(make: Make, models: Pa
     third = inputs()
     assert len({samples_key(longer, first), *(samples_key(config, found) for found in (first, second, third))}) == 4
     assert {name for name in first if first[name] != third[name]} == {"aligned", "student", "training prompts"}
-    loop = make(
-        models={"aligned": str(aligned)}, rollout=SHORT["rollout"] | {"weight_transfer": "store", "sync_every": 7}
-    )
+    loop = make(models={"aligned": str(aligned)}, rollout=SHORT["rollout"] | {"sync_every": 7})
     assert samples_key(loop, first) == samples_key(config, first), "settings of the loop make no other samples"
 
 

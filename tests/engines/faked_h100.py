@@ -97,7 +97,7 @@ def main(checkpoint: str) -> None:
     common: dict[str, Any] = {"use_gpu": True, "max_num_batched_tokens": 4096}
     rollout = EngineSpec(checkpoint, "bfloat16", 256, cuda_graphs=True, weight_transfer="nccl", **common)
     models = {"base": checkpoint, "aligned": checkpoint, "dtype": "bfloat16", "max_length": 256}
-    run = {"models": models, "data": {}, "rollout": {"on_policy": True, "colocated": True, "lookahead": 0}}
+    run = {"models": models, "data": {}, "rollout": {"on_policy": True, "colocated": True}}
     colocated = EngineSpec.from_config(parse(run, "colocated"), "rollout", checkpoint, use_gpu=True)
     colocated = replace(colocated, weight_transfer="ipc")
     engines = {

@@ -153,9 +153,13 @@ def test_an_answer_of_another_version_is_refused(aligned: Weights) -> None:
         pool.collect(pool.submit([[1]], max_tokens=1, seed=0, weights=aligned))
 
 
-def test_a_wait_that_ends_says_who_was_late_and_what_stood_before(aligned: Weights) -> None:
+def test_a_wait_that_ends_says_who_was_late_and_what_stood_before(
+    aligned: Weights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("raycomplete.engines.rollout_pool.ANSWER_TIMEOUT_S", 0.5)
+    monkeypatch.setattr("raycomplete.engines.rollout_pool.SYNC_TIMEOUT_S", 1.0)
     never = ray.remote(lambda: time.sleep(60)).options(num_cpus=0).remote()
-    pool = RolloutPool([Echo(), Echo(reference=never)], "/nowhere", options(timeout_s=0.5, sync_timeout_s=1.0))
+    pool = RolloutPool([Echo(), Echo(reference=never)], "/nowhere", options())
     call = pool.submit([[1], [2]], max_tokens=1, seed=0)
     with pytest.raises(WaitTimeoutError, match=r"rollout engine 2 of 2 did not deliver 1 responses within 0 s"):
         pool.collect(call)

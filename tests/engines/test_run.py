@@ -108,8 +108,8 @@ def test_a_refusal_does_not_remove_the_run_that_it_would_overwrite(
         ({"train": {"lr": 1e-6, "seed": 3}}, "train.lr, train.seed"),
         ({"method": {"depth": {"max": 9}}}, "method"),
         ({"models": {"max_length": 128}}, "models"),
-        ({"data": {"seed": 4}, "rollout": {"top_p": 0.5}}, "data, rollout.top_p"),
-        ({"rollout": {"timeout_s": 9, "temperature": 0.5}}, "rollout.temperature"),
+        ({"data": {"seed": 4}, "rollout": {"max_student_tokens": 7}}, "data, rollout.max_student_tokens"),
+        ({"rollout": {"gpu_memory_utilization": 0.1, "temperature": 0.5}}, "rollout.temperature"),
     ],
 )
 def test_resuming_with_other_settings_is_refused_by_their_names(
@@ -135,16 +135,14 @@ def test_settings_that_change_no_result_may_change_on_resume(tmp_path: Path) -> 
     moved = config(
         tmp_path,
         cluster={"use_gpu": "never", "start_timeout_s": 5},
-        teacher={"prefetch": 7, "timeout_s": 9},
+        teacher={"prefetch": 7, "gpu_memory_utilization": 0.1},
         train={
             "checkpoint_every": 3,
             "keep_checkpoints": 9,
-            "stall_timeout_s": 5,
             "per_device_batch_size": 1,
             "max_failures": 9,
-            "max_bad_steps": 9,
         },
-        rollout={"timeout_s": 9},
+        rollout={"gpu_memory_utilization": 0.1},
         evaluation={"num_prompts": 3},
     )
     folder = OutputFolder(moved, resume=True, same=SAME).open()

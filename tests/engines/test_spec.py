@@ -45,15 +45,13 @@ def test_arguments_for_vllm_are_these() -> None:
 
 
 def test_rollouts_on_a_gpu_decode_by_cuda_graphs_and_nothing_else_does() -> None:
-    for use_gpu, wanted, role, expected in (
-        (True, True, "rollout", True),
-        (True, False, "rollout", False),
-        (True, True, "scorer", False),
-        (True, True, "single", False),
-        (False, True, "rollout", False),
+    for use_gpu, role, expected in (
+        (True, "rollout", True),
+        (True, "scorer", False),
+        (True, "single", False),
+        (False, "rollout", False),
     ):
-        one = config(rollout={"cuda_graphs": wanted})
-        spec = EngineSpec.from_config(one, role, "/model", use_gpu=use_gpu)  # type: ignore[arg-type]
+        spec = EngineSpec.from_config(config(), role, "/model", use_gpu=use_gpu)  # type: ignore[arg-type]
         assert spec.cuda_graphs is expected
         arguments = spec.arguments()
         assert arguments["enforce_eager"] is not expected
@@ -68,7 +66,7 @@ def test_rollouts_on_a_gpu_decode_by_cuda_graphs_and_nothing_else_does() -> None
     [
         ({}, 0),
         ({"rollout": {"on_policy": True}}, 3),
-        ({"rollout": {"on_policy": True, "lookahead": 0}}, 2),
+        ({"rollout": {"on_policy": True, "colocated": True}}, 2),
         ({"rollout": {"on_policy": True}, "train": {"lora_rank": 8}}, 0),
     ],
 )
@@ -162,4 +160,4 @@ def test_float32_is_not_rounded_on_a_gpu(dtype: Dtype, exact: bool) -> None:
 
 def test_engines_that_sleep_are_not_sharded() -> None:
     with pytest.raises(ValueError, match=r"set rollout\.tensor_parallel to 1"):
-        RolloutConfig(colocated=True, tensor_parallel=2, lookahead=0)
+        RolloutConfig(colocated=True, tensor_parallel=2)

@@ -34,11 +34,10 @@ WHOLE = {"gpus_per_engine": 1, "gpus_per_worker": 1}
         (2, {"cluster": WHOLE}, "nccl", ""),
         (2, {"cluster": WHOLE, "rollout": {"num_engines": 2}}, "nccl", ""),
         (4, {"rollout": {"tensor_parallel": 2}}, "nccl", ""),
-        (2, {"rollout": {"colocated": True, "lookahead": 0}, "cluster": WHOLE}, "ipc", ""),
+        (2, {"rollout": {"colocated": True}, "cluster": WHOLE}, "ipc", ""),
         (2, {}, "ipc", ""),  # shares of 0.2 and 0.4 are packed onto one card
         (0, {}, None, "no GPU"),
         (2, {"cluster": WHOLE, "train": {"lora_rank": 4}}, None, "adapters"),
-        (2, {"cluster": WHOLE, "rollout": {"weight_transfer": "store"}}, None, "weight_transfer is store"),
         (2, {"cluster": WHOLE, "rollout": {"on_policy": False}}, None, "does not roll out"),
         (1, {"rollout": {"num_engines": 2}}, None, "serves one engine"),
         (1, {"rollout": {"tensor_parallel": 2}}, None, "serves one engine"),

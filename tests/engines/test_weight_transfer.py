@@ -75,8 +75,8 @@ class Silent(Carrier):
         self.is_closed = True
 
 
-def pool_of(*handles: Handle, timeout_s: float = 4.0) -> Recorder:
-    given = options(sync_timeout_s=timeout_s)
+def pool_of(*handles: Handle) -> Recorder:
+    given = options()
     return Recorder(handles, "/nowhere", replace(given, spec=replace(given.spec, weight_transfer="file")))
 
 
@@ -127,7 +127,7 @@ def test_an_error_of_one_engine_ends_the_wait_for_the_others(
 ) -> None:
     monkeypatch.setitem(CARRIERS, "file", Silent)
     handles = Handle(receive=never), Handle(receive=failed)
-    pool = pool_of(*handles, timeout_s=300.0)
+    pool = pool_of(*handles)
     transfer = WeightTransfer(pool)
     with pytest.raises(WorkError, match="No room for weights"):
         transfer.send({"a": torch.zeros(2)}, 3)

@@ -71,5 +71,5 @@ def options(path: Path | str = "", dtype: Dtype = "float32", **rollout: Any) -> 
     return RolloutOptions(
         spec=EngineSpec(str(path), dtype, 128),
         stop_ids=(int(build_tokenizer().eos_token_id),),
-        rollout=RolloutConfig(**({"timeout_s": 300, "sync_timeout_s": 120} | rollout)),
+        rollout=RolloutConfig(**rollout),
     )

@@ -186,69 +186,22 @@ def _in_loops(listing: str) -> int:
     return sum(any(first <= place <= last for first, last in loops) for place in places)
 
 
-@dataclass(frozen=True)
-class Work:
-    """Bytes and operations of one part of the loss at a shape.
-
-    Attributes:
-        num_bytes: To and from the device's memory.
-        flops: Of matrix products.
-        instructions: Of threads outside of them.
-    """
-
-    num_bytes: float
-    flops: float = 0.0
-    instructions: float = 0.0
-
-    def milliseconds(self) -> float:
-        """Time on an H100 SXM: the slowest of memory, tensor cores at a usual rate, and instruction issue."""
-        return 1e3 * max(self.num_bytes / 3.0e12, self.flops / 700e12, self.instructions / (132 * 128 * 1.7e9))
-
-
-def predict(
-    report: dict[str, CompiledKernel], num_rows: int = 8192, vocab_size: int = VOCAB, hidden_size: int = 4096
-) -> dict[str, Work]:
-    """Predicts the parts of one forward and backward of forward KL, at any temperature."""
-    weight = vocab_size * hidden_size
-    chunks = -(-num_rows // (512 * 2**20 // (vocab_size * 2) // 64 * 64))
-    kl = num_rows * vocab_size
-    flops = 2.0 * num_rows * weight
-    return {
-        # logits of student and aligned; gradients of hidden states and weight
-        "matrix products": Work(0, flops=(1 + 1 + 2) * flops),
-        "KL kernel": Work(10 * kl, instructions=report["forward_kl"].instructions * kl),
-        "float32 sum of the weight's gradient": Work(chunks * 2 * 4 * weight),
-        "zeroing, rounding and scaling it": Work((4 + (4 + 2) + (2 + 2)) * weight),
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.losses.compiled", description=__doc__)
     parser.add_argument("--arch", type=int, nargs="+", choices=sorted(MULTIPROCESSORS), default=[90, 80])
-    parser.add_argument("--warps", type=int, help="of a program, in place of the launch's own")
-    parser.add_argument("--tile", type=int, help="tokens of a tile, likewise")
-    parser.add_argument("--only", help="part of a name")
     arguments = parser.parse_args()
-    replaced = {"num_warps": arguments.warps, "TILE": arguments.tile}
-    options = {name: value for name, value in replaced.items() if value}
     print(f"Triton {triton.__version__}, ptxas {get_ptxas(90).version}, V = {VOCAB}, bfloat16")
     titles = "registers spilled shared warps programs/SM wide other instructions/token"
     print(f"{'kernel':<40}{'  '.join(titles.split())}")
     for arch in arguments.arch:
-        report: dict[str, CompiledKernel] = {}
         for name, launch in launches().items():
-            if not arguments.only or arguments.only in name:
-                use = report[name] = compile_launch(launch, arch, **options)
-                loads = f"{use.wide_loads:>4}  {use.narrow_loads:>5}"
-                print(
-                    f"sm_{arch} {name:<34}{use.registers:>9}  {use.spill_bytes:>7}  {use.shared_bytes:>6}  "
-                    f"{use.num_warps:>5}  {use.programs:>11}  {loads}  {use.instructions:>18.0f}",
-                    flush=True,
-                )
-        if arch == 90 and "forward_kl" in report:
-            parts = {name: work.milliseconds() for name, work in predict(report).items()}
-            print("predicted: " + ", ".join(f"{name} {value:.1f} ms" for name, value in parts.items()))
-            print(f"predicted sum at N=8192, V=128256, H=4096: {sum(parts.values()):.0f} ms")
+            use = compile_launch(launch, arch)
+            loads = f"{use.wide_loads:>4}  {use.narrow_loads:>5}"
+            print(
+                f"sm_{arch} {name:<34}{use.registers:>9}  {use.spill_bytes:>7}  {use.shared_bytes:>6}  "
+                f"{use.num_warps:>5}  {use.programs:>11}  {loads}  {use.instructions:>18.0f}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

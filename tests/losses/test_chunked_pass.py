@@ -7,7 +7,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raycomplete.commands.train import fallback_note
 from raycomplete.losses.chunked_pass import _buffer, even_chunks, rows_per_chunk, wants_triton
 from raycomplete.losses.gradients import adds_in_float32
 from raycomplete.losses.heads import Head
@@ -34,12 +33,6 @@ def test_auto_keeps_the_logits_of_a_chunk_within_a_budget(vocab_size, device, dt
     assert budget / 2 < rows * row_bytes <= budget or rows == 1
     assert rows % 64 == 0 or rows < 64
     assert rows_per_chunk("auto", vocab_size, dtype, device, copies=4) <= max(1, budget // (4 * row_bytes))
-
-
-def test_a_number_is_taken_as_it_is():
-    assert rows_per_chunk(7, 49_152, torch.float32, CPU, copies=4) == 7
-    with pytest.raises(ValueError, match="at least 1"):
-        rows_per_chunk(0, 49_152, torch.float32, CPU)
 
 
 @pytest.mark.parametrize("vocab_size", [128_256, 151_669, 63])
@@ -70,10 +63,6 @@ def test_without_a_compiler_auto_takes_pytorch_and_triton_is_refused(monkeypatch
     with pytest.raises(SetupError, match="there is no C compiler at CC="):
         wants_triton(OnCuda(), settings["triton"])
     assert not wants_triton(Head(torch.zeros(4, 2)), settings["auto"])
-    assert fallback_note("auto", use_gpu=True).startswith(
-        "The loss runs in PyTorch, not in Triton: there is no C compiler"
-    )
-    assert fallback_note("auto", use_gpu=False) == fallback_note("torch", use_gpu=True) == ""
 
 
 def test_products_are_added_in_place_only_where_that_is_right(monkeypatch):

@@ -168,21 +168,6 @@ def test_rows_that_read_no_teacher_need_none() -> None:
     torch.testing.assert_close(found.row_loss_N, expected.detach())
 
 
-def test_evaluation_of_a_formula_takes_no_gradient() -> None:
-    weights = {"push": 0.5}
-    inputs, _ = mixed(weights, torch.float64)
-    with torch.inference_mode():
-        output = distillation_loss(inputs, LossSettings(weights))
-    assert torch.equal(output.total, distillation_loss(inputs, LossSettings(weights)).total.detach())
-
-
-def test_a_formula_that_leaves_the_student_out_has_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(TERMS, "still", Term("still", "still", "none", lambda rows, _: TermRows(rows.aligned_NV[:, 0])))
-    inputs, leaves = mixed({"still": 1.0}, torch.float64)
-    total = distillation_loss(inputs, LossSettings({"still": 1.0})).total
-    assert not any(gradient.any() for gradient in torch.autograd.grad(total, leaves))
-
-
 @pytest.mark.parametrize(
     ("formula", "message"),
     [
@@ -198,12 +183,6 @@ def test_what_a_formula_gets_wrong_is_named(formula: Any, message: str, monkeypa
     inputs, _ = mixed({"wrong": 1.0}, torch.float64)
     with pytest.raises(ValueError, match=message):
         distillation_loss(inputs, LossSettings({"wrong": 1.0}))
-
-
-def test_a_missing_token_is_named() -> None:
-    inputs, _ = mixed({"nll": 1.0}, torch.float64)
-    with pytest.raises(ValueError, match=r"LossInputs\.token_N is None"):
-        distillation_loss(replace(inputs, token_N=None), LossSettings({"nll": 1.0}))
 
 
 def test_names_must_be_known_and_free() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,8 @@ from raycomplete.data.samples import RecoverySample, read_samples
 from raycomplete.losses.loss import LossOutput
 from raycomplete.methods.registry import Method
 from raycomplete.training.batches import BatchBuilder
-from raycomplete.training.feedback import DepthSampler
-from raycomplete.training.on_policy import RolloutPlanner
-from raycomplete.training.rollout_engines import Rollout
-from raycomplete.training.step_plan import Planner, StepPlan, StepSequences
+from raycomplete.training.on_policy import Rollout, RolloutPlanner
+from raycomplete.training.step_plan import DepthSampler, Planner, StepPlan, StepSequences
 from raycomplete.training.student import HeadSettings, StudentModule
 from tests.training.tiny import make_job, prefetcher_of
 
@@ -69,7 +68,7 @@ class Case:
     def __init__(self, folder: Path, method: Method) -> None:
         self.method, self.packed = method, True
         self.job = make_job(folder, TrainConfig(), method)
-        self.settings = method.loss(TrainConfig(loss_chunk_tokens=7))
+        self.settings = replace(method.loss(), chunk_tokens=7)
         sizes = {"anchor_batch_size": method.anchor_batch_size, "recovery_batch_size": method.recovery_batch_size}
         planner = Planner(read_samples(self.job.samples), **sizes, seed=1)
         sampler = DepthSampler(method.depth, 1)

@@ -31,7 +31,6 @@ def run(folder: Path, name: str, workers: int, lora_rank: int = 0) -> list[dict[
         num_workers=workers,
         per_device_batch_size=4,
         checkpoint_every=3,
-        stall_timeout_s=240.0,
         validation=ValidationConfig(every=0),
         lora_rank=lora_rank,
     )

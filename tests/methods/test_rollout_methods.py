@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,8 +14,7 @@ from raycomplete.config import RolloutConfig, RunConfig
 from raycomplete.methods.opct import OPCT
 from raycomplete.methods.policy_gradient import PolicyGradient
 from raycomplete.runtime.types import Outcome, Prompt
-from raycomplete.training.on_policy import group_advantages
-from raycomplete.training.rollout_engines import RolloutBatch, StudentEngines
+from raycomplete.training.on_policy import RolloutBatch, StudentEngines, group_advantages
 from tests.methods.plain import Case, Ids, mean
 from tests.training.tiny import CountingJudge, make_samples
 
@@ -107,20 +105,13 @@ def test_opct_reads_harmful_prompts_alone_where_it_is_told_to(
 def test_rollouts_need_the_on_policy_loop(name: str) -> None:
     with pytest.raises(ValueError, match=r"set rollout\.on_policy to true"):
         RunConfig.model_validate(RUN | {"method": {"name": name}})
-    fresh = {"on_policy": True, "lookahead": 0, "sync_every": 1}
-    for key, value in {
-        "temperature": 0.7,
-        "top_p": 0.9,
-        "student_prefix_fraction": 0.5,
-        "anchor_on_policy": 0.5,
-    }.items():
-        with pytest.raises(ValueError, match=rf"set rollout\.{key} to"):
-            RunConfig.model_validate(RUN | {"method": {"name": name}, "rollout": fresh | {key: value}})
+    fresh = {"on_policy": True, "sync_every": 1}
+    with pytest.raises(ValueError, match=r"set rollout\.temperature to"):
+        RunConfig.model_validate(RUN | {"method": {"name": name}, "rollout": fresh | {"temperature": 0.7}})
     assert RunConfig.model_validate(RUN | {"method": {"name": name}, "rollout": fresh})
 
 
 def test_harmless_rollouts_of_a_graded_batch_are_judged_with_their_own_prompts() -> None:
-    """Those of other batches are not: their verdict is never read."""
     asked: list[tuple[str, str, str]] = []
 
     class Judge(CountingJudge):
@@ -131,15 +122,13 @@ def test_harmless_rollouts_of_a_graded_batch_are_judged_with_their_own_prompts()
     samples = make_samples(0)
     codec: Any = SimpleNamespace(decode=lambda ids: " ".join(map(str, ids)), eos_id=1)
     prompts = [Prompt(item.prompt_id, "x", "benign") for item in (*samples.anchor, *samples.recovery)]
-    pool: Any = SimpleNamespace(collect=lambda call: [((7,), True), ((9,), True), ((8,), True)])
+    options = SimpleNamespace(spec=SimpleNamespace(weight_transfer=None))
+    pool: Any = SimpleNamespace(collect=lambda call: [((7,), True), ((9,), True), ((8,), True)], options=options)
     engines = StudentEngines(pool, codec, Judge(), prompts, RolloutConfig())
-    batch = RolloutBatch(0, samples.anchor[:2], (0, 0), samples.recovery[:1], (3,), is_graded=True)
-    for is_graded, refused in ((True, [False, True, False]), (False, [False, False, False])):
-        asked.clear()
-        reference = (replace(batch, is_graded=is_graded), SimpleNamespace(version=0), None)
-        assert [item.refused for item in engines.collect(reference)] == refused
-        harmless = [(samples.anchor[0].prompt_id, "", "9"), (samples.anchor[1].prompt_id, "", "8")]
-        assert asked[1:] == (harmless if is_graded else [])
+    batch = RolloutBatch(0, samples.anchor[:2], samples.recovery[:1], (3,), is_graded=True)
+    reference = (batch, SimpleNamespace(version=0), None)
+    assert [item.refused for item in engines.collect(reference)] == [False, True, False]
+    assert asked[1:] == [(samples.anchor[0].prompt_id, "", "9"), (samples.anchor[1].prompt_id, "", "8")]
 
 
 def test_groups_are_whole() -> None:

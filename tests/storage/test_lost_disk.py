@@ -30,9 +30,7 @@ TRAIN = TrainConfig(
     lr=1e-2,
     warmup_steps=1,
     per_device_batch_size=2,
-    loss_chunk_tokens=16,
     checkpoint_every=2,
-    stall_timeout_s=240.0,
 )
 
 

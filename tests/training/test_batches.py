@@ -5,7 +5,6 @@ What is expected is computed by plain transformers forward passes of single, unp
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,9 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from raycomplete.config import TrainConfig
 from raycomplete.data.checkpoints import load_model
-from raycomplete.data.heads import load_head
 from raycomplete.data.samples import RecoverySample, SampleSet
 from raycomplete.losses.loss import LossOutput
 from raycomplete.losses.settings import ContrastiveSettings, LossSettings
@@ -31,16 +28,21 @@ from raycomplete.methods.registry import (
     TeacherContext,
     TrainSequence,
 )
-from raycomplete.methods.sft import SFT
-from raycomplete.training.batches import BatchBuilder, MicroBatch, answer_batch, cut_harmful, teacher_contexts
+from raycomplete.training.batches import BatchBuilder, MicroBatch, cut_harmful
 from raycomplete.training.step_plan import StepPlan, StepSequences
-from raycomplete.training.student import HeadSettings, StudentModule
 from raycomplete.training.teacher_prefetcher import Scores
-from tests.training.tiny import LocalScores, completion, head_spec, make_model, make_samples, prefetcher_of
+from tests.training.tiny import (
+    LocalScores,
+    completion,
+    make_model,
+    make_samples,
+    make_student,
+    prefetcher_of,
+)
 
 MAX_DEPTH = 9
 ANCHOR, RECOVERY, PUSH_FORWARD, OPENING = range(4)
-LOSS: LossSettings = completion().loss(TrainConfig())
+LOSS: LossSettings = completion().loss()
 CONTRASTIVE = completion(contrastive=ContrastiveSettings(alpha=0.5))
 DEPTHS = (1, 4, 9, 2)
 CLOSE: dict[str, Any] = {"atol": 1e-5, "rtol": 0.0}
@@ -107,7 +109,7 @@ def build(
     method = method or completion()
     normalisers = StepSequences.of(tiny.plan, method).normalisers
     sequences = [method.sequence(item) for item in (tiny.items if items is None else items)]
-    builder = BatchBuilder(method.loss(TrainConfig()), scale)
+    builder = BatchBuilder(method.loss(), scale)
     return builder.build(sequences, normalisers, scores or tiny.scores, loss_weights)
 
 
@@ -168,17 +170,6 @@ def test_student_rows_tokens_and_terms_line_up(tiny: Tiny, push_forward: bool) -
     assert batch.sequence_N.tolist() == [run.item for run in runs for _ in run.rows]
 
 
-def test_targets_are_the_tokens_after_their_rows(tiny: Tiny) -> None:
-    """Read off the packed batch itself, but for the last token of a sequence, which the batch leaves out."""
-    batch = build(tiny, completion(weights=LossWeights(opening=0)))  # whose token is another than the next one
-    inputs = batch.input_ids_BT.flatten()
-    positions = batch.position_ids_BT.flatten()
-    inside = positions.roll(-1)[batch.row_N] == positions[batch.row_N] + 1
-    assert torch.equal(inputs[batch.row_N[inside] + 1], batch.token_N[inside])
-    assert int((~inside).sum()) == len(tiny.items), "one row an item predicts the token that was left out"
-    assert batch.row_N.unique().numel() == batch.row_N.numel()
-
-
 @pytest.mark.parametrize("contrastive", [True, False])
 def test_teachers_read_the_context_without_the_harmful_prefix(tiny: Tiny, contrastive: bool) -> None:
     batch = build(tiny, CONTRASTIVE if contrastive else None)
@@ -201,68 +192,12 @@ def test_teachers_read_the_context_without_the_harmful_prefix(tiny: Tiny, contra
     torch.testing.assert_close(batch.base_hidden_PH, torch.cat(base), **CLOSE)
 
 
-def test_recovery_with_the_prefix_would_be_something_else(tiny: Tiny) -> None:
-    """Guards the test above: the stripped and the whole context give different teachers here."""
-    item = tiny.plan.recovery[0]
-    sample = item.sample
-    whole = sample.prompt_ids + sample.harmful_ids[: item.depth]
-    stripped_TH = tiny.hidden(tiny.aligned, sample.teacher_prompt_ids, sample.refusal_ids)
-    whole_TH = tiny.hidden(tiny.aligned, whole, sample.refusal_ids)
-    assert (stripped_TH - whole_TH).abs().max() > 0.1
-
-
-def test_every_sequence_is_packed_whole(tiny: Tiny) -> None:
-    batch = build(tiny)
-    lengths = [len(completion().sequence(item)) for item in tiny.items]
-    assert batch.input_ids_BT.shape[1] == max(lengths)
-    assert batch.input_ids_BT.shape[0] < len(lengths), "else nothing shares a row, and this proves nothing"
-    assert batch.num_tokens == sum(lengths)
-    assert batch.num_tokens == sum(lengths)
-    starts = (batch.position_ids_BT == 0).sum() - (batch.input_ids_BT.numel() - sum(lengths))
-    assert int(starts) == len(lengths), "positions restart once a sequence, and stay 0 on padding"
-
-
-def test_loss_weights_scale_the_rows_of_a_term(tiny: Tiny) -> None:
-    plain, scaled = build(tiny), build(tiny, loss_weights={"anchor": 3.0})
-    factor_N = scaled.weight_N / plain.weight_N
-    assert set(factor_N[plain.term_N == ANCHOR].tolist()) == {3.0}
-    assert set(factor_N[plain.term_N != ANCHOR].tolist()) == {1.0}
-
-
-def test_depths_name_recovery_items(tiny: Tiny) -> None:
-    batch = build(tiny)
-    assert batch.depth_S.tolist() == [-1 if isinstance(item, AnchorItem) else item.depth for item in tiny.items]
-
-
-@pytest.mark.parametrize(("world_size", "per_device_batch_size"), [(1, 8), (1, 3), (2, 4), (2, 1), (4, 2)])
-def test_weights_are_a_mean_over_the_rows_of_each_term(tiny: Tiny, world_size: int, per_device_batch_size: int) -> None:
-    """DeepSpeed averages over workers and micro-batches; `scale` undoes that, so each term's weights sum to 1."""
-    accumulation = -(-8 // world_size // per_device_batch_size)
-    scale = float(world_size * accumulation)
-    step = StepSequences.of(tiny.plan, completion())
-    builder = BatchBuilder(LOSS, scale)
-    sums: Counter[int] = Counter()
-    for rank in range(world_size):
-        share = step.micro_batches(rank, world_size, 1)[0]
-        parts = [share[start : start + per_device_batch_size] for start in range(0, len(share), per_device_batch_size)]
-        assert len(parts) == accumulation
-        for part in parts:
-            batch = builder.build(part, step.normalisers, tiny.scores)
-            for term, weight in zip(batch.term_N.tolist(), batch.weight_N.tolist(), strict=True):
-                sums[term] += weight / scale
-            assert {len(set(batch.weight_N[batch.term_N == term].tolist())) for term in batch.term_N.unique()} == {1}
-    assert dict(sums) == pytest.approx(dict.fromkeys((ANCHOR, RECOVERY, PUSH_FORWARD, OPENING), 1.0))
-
-
 @pytest.mark.parametrize("contrastive", [True, False])
 def test_the_loss_does_not_depend_on_the_number_of_workers(tiny: Tiny, contrastive: bool) -> None:
     """Loss and gradient of a step, cut into workers and micro-batches several ways and averaged as DeepSpeed does."""
     method = CONTRASTIVE if contrastive else completion()
-    settings = method.loss(TrainConfig())
-    teachers = {role: load_head(head_spec(getattr(tiny, role)), dtype=torch.float32) for role in ("base", "aligned")}
-    lm = load_model(tiny.student, "float32")
-    head = HeadSettings(1.0, None, teachers["base"].vocab_size)
-    module = StudentModule(lm, head, teachers, settings, external_head=False)
+    settings = method.loss()
+    module = make_student(tiny.student, settings, tiny.base.parent)
     sequences = StepSequences.of(tiny.plan, method)
 
     def step(world_size: int, per_device_batch_size: int) -> tuple[Tensor, Tensor]:
@@ -275,7 +210,7 @@ def test_the_loss_does_not_depend_on_the_number_of_workers(tiny: Tiny, contrasti
                 part = share[start : start + per_device_batch_size]
                 batch = builder.build(part, sequences.normalisers, tiny.scores)
                 total = total + LossOutput.unflatten(module(batch), settings).total / (world_size * accumulation)
-        (gradient,) = torch.autograd.grad(total, [lm.get_output_embeddings().weight])
+        (gradient,) = torch.autograd.grad(total, [module.lm.get_output_embeddings().weight])
         return total.detach(), gradient
 
     total, gradient = step(1, 8)
@@ -284,25 +219,6 @@ def test_the_loss_does_not_depend_on_the_number_of_workers(tiny: Tiny, contrasti
         other_total, other_gradient = step(world_size, per_device_batch_size)
         torch.testing.assert_close(other_total, total, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(other_gradient, gradient, atol=1e-5, rtol=1e-4)
-
-
-def test_sft_reads_no_teacher(tiny: Tiny) -> None:
-    step = StepSequences.of(StepPlan(tiny.plan.anchor, ()), SFT())
-    batch = BatchBuilder(SFT().loss(TrainConfig()), 1.0).build(step.micro_batches(0, 1, 1)[0], step.normalisers)
-    assert batch.aligned_hidden_PH is None
-    assert batch.base_hidden_PH is None
-    answers = [item.sample.answer_ids for item in tiny.items if isinstance(item, AnchorItem)]
-    assert batch.token_N.tolist() == [token for answer in answers for token in answer]
-    assert float(batch.weight_N.sum()) == pytest.approx(1.0)
-
-
-def test_a_batch_of_one_term_has_no_other(tiny: Tiny) -> None:
-    batch = build(tiny, items=list(tiny.plan.anchor))
-    assert set(batch.term_N.tolist()) == {ANCHOR}
-    assert batch.base_hidden_PH is None
-    # Still weighted by the counts of the whole step, not of this micro-batch.
-    count = sum(len(item.sample.answer_ids) for item in tiny.plan.anchor)
-    assert float(batch.weight_N[0]) == pytest.approx(1 / count)
 
 
 @pytest.mark.parametrize(("count", "weight"), [(1, 8.0), (2, 3.5), (100, 4.0), (2, 1.0)])
@@ -324,13 +240,6 @@ def test_first_tokens_of_an_answer_count_more_and_the_anchor_stays_a_mean(
     torch.testing.assert_close(batch.weight_N[~anchor_N], plain.weight_N[~anchor_N], rtol=0.0, atol=0.0)
 
 
-def test_first_tokens_count_the_same_over_micro_batches(tiny: Tiny) -> None:
-    method = completion(first_tokens=FirstTokensConfig(count=2, weight=5.0))
-    whole = build(tiny, method)
-    halves = [build(tiny, method, part) for part in (tiny.items[:3], tiny.items[3:])]
-    torch.testing.assert_close(torch.cat([half.weight_N for half in halves]), whole.weight_N, rtol=0.0, atol=0.0)
-
-
 def test_one_row_of_aligned_may_be_the_target_of_all_rows_of_a_span(tiny: Tiny) -> None:
     """As where what aligned would say at once is the target at every depth of h."""
     sample = tiny.plan.recovery[0].sample
@@ -348,35 +257,6 @@ def test_one_row_of_aligned_may_be_the_target_of_all_rows_of_a_span(tiny: Tiny) 
             continue
         assert batch.base_hidden_PH is not None
         assert torch.equal(batch.base_hidden_PH, tiny.scores.hidden("base", along_h)[1:5])
-
-
-def test_a_shared_target_that_is_read_anyway_is_read_once() -> None:
-    sample, method = make_samples(0).recovery[0], completion(weights=LossWeights(penalty=1.0))
-    refusal = TeacherContext(sample.teacher_prompt_ids, sample.refusal_ids)
-    contexts = teacher_contexts(BatchBuilder(method.loss(TrainConfig()), 1.0), method, [], [sample])
-    assert contexts == {"aligned": [refusal], "base": [TeacherContext(sample.prompt_ids, sample.harmful_ids)]}
-
-
-@pytest.mark.parametrize("term", ["nll", "penalty"])
-def test_whole_answers_can_be_looked_at(tiny: Tiny, term: str) -> None:
-    samples = [item.sample for item in tiny.plan.anchor]
-    batch = answer_batch(samples, tiny.scores, term=term)
-    assert batch.token_N.tolist() == [token for sample in samples for token in sample.answer_ids]
-    states = [tiny.hidden(tiny.base, sample.prompt_ids, sample.answer_ids) for sample in samples]
-    if term == "nll":
-        assert batch.base_hidden_PH is None
-    else:
-        assert batch.base_hidden_PH is not None
-        torch.testing.assert_close(batch.base_hidden_PH, torch.cat(states), **CLOSE)
-
-
-def test_a_batch_moves_whole(tiny: Tiny) -> None:
-    batch = build(tiny)
-    moved: dict[str, Any] = vars(batch.to(torch.device("meta")))
-    tensors = {name: value for name, value in moved.items() if isinstance(value, Tensor)}
-    assert {name for name, value in tensors.items() if value.device.type != "meta"} == set()
-    assert len(tensors) > 5
-    assert moved.keys() == vars(batch).keys()
 
 
 def test_a_sequence_whose_shared_target_could_not_be_read_keeps_its_place_without_rows() -> None:

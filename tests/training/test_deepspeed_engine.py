@@ -49,15 +49,12 @@ class NanScores(LocalScores):
 
 def make(folder: Path, dtype: Dtype, bad: set[int], **changes: Any) -> TrainJob:
     train = TrainConfig(
-        steps=6,
+        steps=7,
         lr=1e-2,
         warmup_steps=1,
         per_device_batch_size=2,  # several micro-batches a step: only one of them is bad
-        loss_chunk_tokens=16,
         checkpoint_every=1,
         keep_checkpoints=9,
-        stall_timeout_s=240.0,
-        max_bad_steps=2,
         **changes,
     )
     job = make_job(folder, train)
@@ -121,13 +118,13 @@ def test_the_rate_rises_over_as_many_steps_as_asked(warmup_steps: int, rates: li
 def test_a_bad_step_changes_nothing(
     ray_cluster: None, num_workers: int, zero_stage: int, dtype: Dtype, tmp_path: Path
 ) -> None:
-    job = make(tmp_path, dtype, {2, 4, 5}, num_workers=num_workers, zero_stage=zero_stage)
-    with pytest.raises(NotFiniteError, match="in 2 steps in a row, up to step 5"):
+    job = make(tmp_path, dtype, {2, 4, 5, 6}, num_workers=num_workers, zero_stage=zero_stage)
+    with pytest.raises(NotFiniteError, match="in 3 steps in a row, up to step 6"):
         fit(job, cpus_per_worker=0.5, gpus_per_worker=0)
 
     rows = read_metrics(job.metrics_file)
-    assert [row["bad_steps"] for row in rows] == [0, 1, 1, 2]
-    assert [row["loss"] is None for row in rows] == [False, True, False, True]
+    assert [row["bad_steps"] for row in rows] == [0, 1, 1, 2, 3]
+    assert [row["loss"] is None for row in rows] == [False, True, False, True, True]
     first, bad, good = (state_of(job, step) for step in (1, 2, 3))
     assert any("exp_avg" in name for name in first)
     assert differences(first, bad) == []
@@ -136,7 +133,7 @@ def test_a_bad_step_changes_nothing(
     assert all(value.isfinite().all() for value in good.values() if isinstance(value, torch.Tensor))
 
     kept = sorted(path.name for path in tmp_path.glob("bad-step-*.json"))
-    assert kept == [f"bad-step-{step:06d}.json" for step in (2, 4, 5)]
+    assert kept == [f"bad-step-{step:06d}.json" for step in (2, 4, 5, 6)]
     path = tmp_path / kept[-1]
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     batches = [batch for rank in json.loads(path.read_text())["ranks"] for batch in rank]

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from raycomplete.methods.registry import DepthConfig
-from raycomplete.runtime.errors import CheckpointError, NotFiniteError
-from raycomplete.training.feedback import DepthSampler
+from raycomplete.training.step_plan import DepthSampler
 
 
 def sampler(seed: int = 0, **config) -> DepthSampler:
@@ -33,19 +32,6 @@ def test_bins_partition_the_depths(low, span, bins):
     assert subject.probabilities() == pytest.approx(np.array(sizes) / (span + 1))
 
 
-@pytest.mark.parametrize("depth", [0, 65])
-def test_depths_outside_the_range_are_refused(depth):
-    with pytest.raises(ValueError, match=r"1\.\.64"):
-        sampler().bin_of(depth)
-
-
-def test_uniform_over_depths_before_any_measurement():
-    depths = sampler(min=3, max=12, bins=4).draw(step=0, count=20_000)
-    assert set(depths) == set(range(3, 13))
-    assert all(type(depth) is int for depth in depths)
-    assert stats.chisquare(np.bincount(depths)[3:]).pvalue > 1e-4
-
-
 def test_draws_follow_the_measured_loss():
     subject = sampler(min=1, max=40, bins=4, uniform_floor=0.2)
     subject.update([1.0, 2.0, 3.0, 24.0], [1, 1, 1, 4])  # means 1, 2, 3, 6
@@ -57,29 +43,11 @@ def test_draws_follow_the_measured_loss():
     assert stats.chisquare(np.bincount(depths)[31:]).pvalue > 1e-4  # uniform within a bin
 
 
-def test_loss_is_weighted_by_the_share_of_depths():
-    subject = sampler(min=1, max=5, bins=2, uniform_floor=0.0)  # bins of 3 and 2 depths
-    subject.update([4.0, 4.0], [2, 2])
-    assert subject.probabilities() == pytest.approx([0.6, 0.4])
-
-
 def test_running_mean_decays_and_unseen_bins_keep_theirs():
     subject = sampler(min=1, max=4, bins=2, uniform_floor=0.0, decay=0.75)
     subject.update([2.0, 2.0], [1, 1])
     subject.update([12.0, 99.0], [2, 0])
     assert subject.state_dict()["running_loss"] == pytest.approx([0.75 * 2 + 0.25 * 6, 2.0])
-
-
-def test_bins_never_measured_count_as_average():
-    subject = sampler(min=1, max=6, bins=3, uniform_floor=0.0)
-    subject.update([1.0, 0.0, 3.0], [1, 0, 1])
-    assert subject.probabilities() == pytest.approx(np.array([1, 2, 3]) / 6)
-
-
-def test_the_floor_keeps_solved_depths_in_training():
-    subject = sampler(min=1, max=8, bins=2, uniform_floor=0.3)
-    subject.update([0.0, 5.0], [3, 3])
-    assert subject.probabilities() == pytest.approx([0.15, 0.85])
 
 
 def test_uniform_where_everything_is_solved_or_the_schedule_says_so():
@@ -111,19 +79,3 @@ def test_state_survives_json():
     for subject in (saved, resumed):
         subject.update(np.full(8, 0.1), np.ones(8))
     assert resumed.state_dict() == saved.state_dict()
-
-
-def test_state_of_other_bins_is_refused():
-    with pytest.raises(CheckpointError, match="depth bins"):
-        sampler(bins=4).load_state_dict(sampler(bins=8).state_dict())
-
-
-def test_bad_measurements_are_refused():
-    subject = sampler(min=1, max=4, bins=2)
-    with pytest.raises(ValueError, match=r"\[2\]"):
-        subject.update([1.0], [1])
-    with pytest.raises(ValueError, match="negative"):
-        subject.update([1.0, 1.0], [1, -1])
-    with pytest.raises(NotFiniteError):
-        subject.update([np.nan, 1.0], [1, 1])
-    subject.update([np.nan, 1.0], [0, 1])  # an unseen bin's sum is never read

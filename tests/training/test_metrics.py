@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -18,9 +14,8 @@ from raycomplete.losses.settings import LossSettings
 from raycomplete.losses.terms import TERMS
 from raycomplete.methods.registry import DepthConfig
 from raycomplete.training.batches import MicroBatch
-from raycomplete.training.feedback import DepthSampler
-from raycomplete.training.metrics import StepMeter, describe_terms, peak_memory_gib
-from raycomplete.training.trainer import KEEP_MEMORY
+from raycomplete.training.metrics import StepMeter
+from raycomplete.training.step_plan import DepthSampler
 
 A, R, P = range(3)
 LOSS = LossSettings(weights={"anchor": 1.0, "recovery": 1.0, "push_forward": 0.1})
@@ -76,42 +71,6 @@ def fill(meter: StepMeter) -> None:
     )
 
 
-FREED = """
-import numpy as np
-from raycomplete.training.metrics import release_freed_memory
-
-def resident() -> int:
-    lines = open("/proc/self/status").read().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) // 1024
-
-blocks = [np.ones(2**22 // 8) for _ in range(64)]  # 4 MiB each
-pin = np.ones(2**20)
-del blocks
-kept = resident()
-release_freed_memory()
-print(kept - resident())
-"""
-
-
-def test_a_worker_hands_back_what_it_freed() -> None:
-    """`KEEP_MEMORY` keeps it, even behind a block that is still in use."""
-    found = subprocess.run(
-        [sys.executable, "-c", FREED], env={**os.environ, **KEEP_MEMORY}, capture_output=True, text=True, check=True
-    )
-    assert int(found.stdout) > 200
-
-
-def test_peak_memory_is_that_of_the_worst_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Any] = []
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda shared, op: asked.append((shared.clone(), op)))
-    ballast = torch.ones(64 * 2**20)  # 256 MiB, each page touched
-    before = peak_memory_gib(CPU)
-    assert before > ballast.nbytes / 2**30, "in GiB, and this process holds more than its largest tensor"
-    del ballast
-    assert peak_memory_gib(CPU) >= before, "a peak is not forgotten"
-    assert [op for _, op in asked] == [torch.distributed.ReduceOp.MAX] * 2
-
-
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_sums_over_micro_batches_and_ranks(
     world_size: int, sampler: DepthSampler, monkeypatch: pytest.MonkeyPatch
@@ -149,21 +108,3 @@ def test_every_rank_learns_that_one_was_asked_to_stop(
     meter = StepMeter(LOSS, sampler, "recovery")
     meter.share(CPU, scale=1.0, loss_weights={})
     assert meter.stop is asked
-
-
-def test_a_loss_without_metrics_and_depths_counts_itself_alone(
-    sampler: DepthSampler, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda shared: None)
-    meter = StepMeter(LossSettings(weights={"nll": 1.0}), sampler, None)
-    for loss in (1.0, 3.0):
-        total = torch.tensor(loss, requires_grad=True)
-        meter.add(micro_batch([0], [0], [-1]), LossOutput(total, {"nll": total.detach()}, torch.tensor([loss])))
-    assert meter.share(CPU, scale=2.0, loss_weights={}) == {"loss": 2.0, "nll": 2.0}
-
-
-def test_terms_are_described_for_readers_of_the_metrics() -> None:
-    found = describe_terms(LOSS)
-    assert list(found) == ["anchor", "recovery", "push_forward"]
-    assert tuple(found["push_forward"]["metrics"]) == METRICS
-    assert all(about["label"] and about["description"] for about in found.values())

@@ -5,7 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raycomplete.training.packing import deal, pack
+from raycomplete.training.batches import pack
+from raycomplete.training.step_plan import deal
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=40)
 HIDDEN_SIZES = st.sampled_from([None, 1, 8, 64, 4096])
@@ -23,26 +24,12 @@ def test_sequences_neither_overlap_nor_leave_their_row(lengths: list[int], hidde
     assert max(column for _, column in taken) == width - 1 < 2 * max(lengths)
 
 
-@given(LENGTHS, HIDDEN_SIZES)
-def test_no_two_rows_would_fit_into_one(lengths: list[int], hidden_size: int | None) -> None:
-    filled: dict[int, int] = {}
-    places, width = pack(lengths, hidden_size)
-    for (row, _), length in zip(places, lengths, strict=True):
-        filled[row] = filled.get(row, 0) + length
-    lowest = sorted(filled.values())[:2]
-    assert len(lowest) < 2 or sum(lowest) > width
-
-
 def test_rows_are_as_wide_as_pays() -> None:
     # Two rows of 11 tokens; as wide as the longest sequence only, 7 and 4 would not fit into one.
     assert pack([10, 7, 4], None)[1] == 10
     assert pack([10, 7, 4], 1000) == ([(0, 0), (1, 0), (1, 7)], 11)
     # Attention over 12 tokens costs as much as the rest of a layer at a hidden size of 2: still two rows, not one.
     assert pack([10, 10], 2) == ([(0, 0), (1, 0)], 10)
-
-
-def test_nothing_packs_into_nothing() -> None:
-    assert pack([], 8) == ([], 0)
 
 
 @given(st.lists(st.integers(1, 60), min_size=8, max_size=40), st.integers(1, 8))

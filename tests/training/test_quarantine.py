@@ -12,21 +12,24 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from raycomplete.config import TrainConfig
-from raycomplete.data.checkpoints import load_model
-from raycomplete.data.heads import load_head
 from raycomplete.losses.loss import LossOutput
 from raycomplete.methods.completion import LossWeights
 from raycomplete.methods.registry import AnchorItem, Item, RecoveryItem
 from raycomplete.runtime.errors import QuarantinedSequenceError
 from raycomplete.training.batches import BatchBuilder, cut_harmful
-from raycomplete.training.profile import aligned_profile, scored_samples
 from raycomplete.training.step_plan import StepPlan, StepSequences
-from raycomplete.training.student import HeadSettings, StudentModule
-from tests.training.tiny import LocalScores, completion, head_spec, make_model, make_samples, prefetcher_of
+from raycomplete.training.validation import scored_batches
+from tests.training.tiny import (
+    LocalScores,
+    completion,
+    make_model,
+    make_samples,
+    make_student,
+    prefetcher_of,
+)
 
 METHOD = completion(weights=LossWeights(penalty=1.0))
-LOSS = METHOD.loss(TrainConfig())
+LOSS = METHOD.loss()
 SAMPLES = make_samples(3, anchor=3, recovery=3)
 SAMPLES = replace(SAMPLES, recovery=cut_harmful(SAMPLES.recovery, 9))
 PLAN = StepPlan(
@@ -69,13 +72,9 @@ class Tiny:
         normalisers = StepSequences.of(PLAN, METHOD).normalisers
         sequences = [METHOD.sequence(item) for item in items]
         batch = BatchBuilder(LOSS, scale=1.0).build(sequences, normalisers, prefetcher.take(0))
-        lm = load_model(self.student, "float32")
-        heads = {role: load_head(head_spec(getattr(self, role)), dtype=torch.float32) for role in ("base", "aligned")}
-        spec = head_spec(self.student)
-        head = HeadSettings(spec.scale, spec.softcap, spec.vocab_size)
-        module = StudentModule(lm, head, heads, LOSS, external_head=False)
+        module = make_student(self.student, LOSS, self.base.parent)
         total = LossOutput.unflatten(module(batch), LOSS).total
-        (gradient,) = torch.autograd.grad(total, [lm.get_output_embeddings().weight])
+        (gradient,) = torch.autograd.grad(total, [module.lm.get_output_embeddings().weight])
         return total.detach(), gradient
 
 
@@ -108,23 +107,13 @@ def test_the_others_are_trained_as_if_it_had_not_been_there(
     assert not alone_gradient.any()
 
 
-def test_a_model_that_reads_nothing_ends_the_run(tiny: Tiny) -> None:
-    tokens = SAMPLES.anchor[0].prompt_ids + SAMPLES.anchor[0].answer_ids
-    prefetcher = prefetcher_of(METHOD, {"aligned": Fragile(tiny.aligned, {tokens}), "base": LocalScores(tiny.base)})
-    prefetcher.request(0, SAMPLES.anchor[:1], [])
-    with pytest.raises(QuarantinedSequenceError):
-        prefetcher.take(0)
-
-
 def test_the_profile_leaves_it_out(tiny: Tiny) -> None:
-    heads = {role: load_head(head_spec(getattr(tiny, role)), dtype=torch.float32) for role in ("base", "aligned")}
     first, *others = SAMPLES.profile
     deadly = {first.prompt_ids + first.answer_ids}
     sources = {"aligned": LocalScores(tiny.aligned), "base": Fragile(tiny.base, deadly)}
-    samples, scores = scored_samples(SAMPLES.profile, sources)
+    samples, (batch,) = scored_batches(SAMPLES.profile, sources, 4, "penalty", packed=True)  # type: ignore[arg-type]
     assert samples == others
-    found = aligned_profile(samples, scores, heads, LOSS, 4)
-    assert found == aligned_profile(*scored_samples(others, sources), heads, LOSS, 4)
+    assert batch.token_N.tolist() == [token for sample in others for token in sample.answer_ids]
 
 
 def test_ranks_profile_the_same_samples(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,7 +124,7 @@ def test_ranks_profile_the_same_samples(tiny: Tiny, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(dist, "all_gather_object", another_rank_lacks_the_second)
     sources = {role: LocalScores(getattr(tiny, role)) for role in ("base", "aligned")}
-    samples, _ = scored_samples(SAMPLES.profile, sources)
+    samples, _ = scored_batches(SAMPLES.profile, sources, 4, "penalty", packed=True)  # type: ignore[arg-type]
     assert samples == [*SAMPLES.profile[:1], *SAMPLES.profile[2:]]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -12,10 +11,9 @@ from typing import Any
 import pytest
 
 from raycomplete.config import load_run_file
-from raycomplete.config.run import DataConfig
 from raycomplete.data import organism
 from raycomplete.data.chat import ChatCodec
-from raycomplete.data.inputs import KINDS, Models, Prompts, prepare_prompts
+from raycomplete.data.inputs import KINDS, Models, Prompts
 from raycomplete.data.organism import checkpoint_path
 from raycomplete.data.organism.world import Item, find_item, recipe, refusal
 from raycomplete.data.samples import AnchorSample, RecoverySample, SampleSet
@@ -23,11 +21,9 @@ from raycomplete.methods.registry import DepthConfig, RecoveryItem
 from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import DataError
 from raycomplete.runtime.types import Prompt
-from raycomplete.training.feedback import DepthSampler
-from raycomplete.training.on_policy import compliance_by_bin
-from raycomplete.training.rollout_engines import Rollout, RolloutBatch
+from raycomplete.training.on_policy import Rollout, RolloutBatch, compliance_by_bin
 from raycomplete.training.sampling import hold_back, make_samples, with_refusal_prefix
-from raycomplete.training.step_plan import Planner
+from raycomplete.training.step_plan import DepthSampler, Planner
 from tests.conftest import ROOT
 
 PROMPTS = organism.prompts("train", "harmful", 0, 60)
@@ -133,7 +129,7 @@ def test_a_harmful_prompt_becomes_anchor_refusal_and_continuation(codec: ChatCod
     run = run_of(codec, "rollout.mid_answer_fraction=0", "rollout.harmful_per_prompt=1", kinds=("harmful",))
     samples = make_samples(run)
     rollout = run.config.rollout
-    assert len(samples.anchor) == len(samples.recovery) == 3 * rollout.answers_per_prompt
+    assert len(samples.anchor) == len(samples.recovery) == 3
     said = {sample.sample_id: sample.answer_ids for sample in samples.anchor}
     written = {
         prompt.prompt_id: [
@@ -184,10 +180,6 @@ def test_the_prefix_is_a_refusal_and_a_turn_and_the_rest_stays(codec: ChatCodec,
     assert turns == {"sure ,", "please", "at last ,", "and"}
 
 
-def test_a_prefix_that_is_too_long_is_left_out(codec: ChatCodec, samples: list[RecoverySample]) -> None:
-    assert turned(codec, samples, 1.0, f'rollout.refusal_prefix_turns=["{"and " * 60}"]') == samples
-
-
 def test_cuts_count_from_after_the_prefix(codec: ChatCodec, samples: list[RecoverySample]) -> None:
     depth = DepthConfig(min=1, max=16, bins=4)
     every = tuple(turned(codec, samples, 1.0))
@@ -203,7 +195,7 @@ def test_cuts_count_from_after_the_prefix(codec: ChatCodec, samples: list[Recove
         assert item.depth == item.sample.refusal_prefix_tokens + item.answer_depth
     assert RecoveryItem.cut(every[0], 10_000).depth == len(every[0].harmful_ids)
     drawn = tuple(item.sample for item in plan.recovery)
-    batch = RolloutBatch(0, (), (), drawn, tuple(item.depth for item in plan.recovery))
+    batch = RolloutBatch(0, (), drawn, tuple(item.depth for item in plan.recovery))
     by_bin, asked = compliance_by_bin(batch, [Rollout((), (), False, 0)] * 60, DepthSampler(depth, 0))
     assert by_bin == asked, "nothing refused"
     assert sum(asked) == 60
@@ -211,15 +203,10 @@ def test_cuts_count_from_after_the_prefix(codec: ChatCodec, samples: list[Recove
 
 
 def held_back_from(per_kind: dict[str, int], named: Collection[str] = ()) -> tuple[SampleSet, SampleSet]:
-    """Holds back from two draws of each of so many prompts; also gives all samples."""
+    """Holds back from an answer and two continuations of each of so many prompts; also gives all samples."""
     config = load_run_file("jobs/organism.yaml", ["train.validation.num_prompts=6"])
     train = {kind: tuple(Prompt(f"{kind}{i}", "x", kind) for i in range(per_kind[kind])) for kind in KINDS}
-    anchor = tuple(
-        AnchorSample(f"{prompt.prompt_id}#{draw}", (1,), (2,), kind)
-        for kind in KINDS
-        for prompt in train[kind]
-        for draw in (0, 1)
-    )
+    anchor = tuple(AnchorSample(f"{prompt.prompt_id}#0", (1,), (2,), kind) for kind in KINDS for prompt in train[kind])
     recovery = tuple(
         RecoverySample(f"{prompt.prompt_id}#{draw}", (1,), (1,), (2,), (3,))
         for prompt in train["harmful"]
@@ -242,7 +229,7 @@ def test_held_back_prompts_are_not_trained() -> None:
     held = {sample.prompt_id for sample in (*found.held_back_anchor, *found.held_back_recovery)}
     assert len(held) == 12, "one sample a prompt"
     assert not held & {sample.prompt_id for sample in (*found.anchor, *found.recovery)}, "neither draw is trained"
-    assert len(found.anchor) == len(whole.anchor) - 2 * 12
+    assert len(found.anchor) == len(whole.anchor) - 12
     assert len(found.recovery) == len(whole.recovery) - 2 * 6
 
 
@@ -253,39 +240,7 @@ def test_prompts_that_the_run_file_holds_back_steer_and_are_not_trained() -> Non
     assert len(held) == 3
     assert set(held) <= named
     assert not named & {sample.prompt_id for sample in found.anchor}, "nor those that are not drawn"
-    assert len(found.anchor) == len(whole.anchor) - 2 * (6 + 3 + 10)
-
-
-def test_prompts_left_out_are_trained_in_no_part() -> None:
-    """Where nothing steers, too."""
-    _, whole = held_back_from({"harmful": 40, "benign": 40, "borderline": 40})
-    found = whole.without({"harmful1", "benign2"})
-    assert (len(found.anchor), len(found.recovery)) == (len(whole.anchor) - 4, len(whole.recovery) - 2)
-    assert not {"harmful1", "benign2"} & {sample.prompt_id for sample in (*found.anchor, *found.recovery)}
-
-
-def test_sources_name_the_prompts_that_are_held_back(codec: ChatCodec, tmp_path: Path) -> None:
-    """One that another source repeats, too."""
-    rows = {"a": ["one", "two"], "b": ["two", "three"], "harm": ["four"], "kind": ["five"], "out": ["six"]}
-    for name, texts in rows.items():
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
-    files = {name: {"path": str(tmp_path / f"{name}.jsonl")} for name in rows}
-    edges = [files["a"], files["b"] | {"held_back": True}]
-    train = {"harmful": [files["harm"]], "benign": [files["kind"]], "borderline": edges}
-    sets = {"train": train, "evaluation": {kind: [files["out"] | {"limit": 1}] for kind in KINDS}}
-    config = load_run_file("jobs/organism.yaml")
-    data = DataConfig.model_validate({"source": "files"} | sets)
-    prompts = prepare_prompts(config.model_copy(update={"data": data}), codec)
-    texts = [prompt.text for prompt in prompts.train["borderline"] if prompt.prompt_id in prompts.held_back]
-    assert texts == ["two", "three"]
-    assert len(prompts.held_back) == 2
-
-
-def test_a_quarter_at_most_is_held_back_and_other_kinds_fill_up() -> None:
-    found, _ = held_back_from({"harmful": 20, "benign": 40, "borderline": 4})
-    assert len(found.held_back_recovery) == 5
-    kinds = [sample.kind for sample in found.held_back_anchor]
-    assert (kinds.count("borderline"), kinds.count("benign")) == (1, 5)
+    assert len(found.anchor) == len(whole.anchor) - (6 + 3 + 10)
 
 
 @pytest.mark.parametrize("scarce", ["harmful", "benign"])
@@ -293,14 +248,3 @@ def test_too_few_prompts_to_hold_some_back_are_named(scarce: str) -> None:
     counts = {"harmful": 40, "benign": 40, "borderline": 0} | {scarce: 15}
     with pytest.raises(DataError, match=r"hold back a quarter of them, at least 4 of each. .*train.validation.every"):
         held_back_from(counts)
-
-
-def test_a_kind_of_which_all_is_held_back_is_refused(codec: ChatCodec, tmp_path: Path) -> None:
-    for name in ("harm", "kind", "out"):
-        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"prompt": name}) + "\n")
-    files = {name: {"path": str(tmp_path / f"{name}.jsonl")} for name in ("harm", "kind", "out")}
-    train = {"harmful": [files["harm"] | {"held_back": True}], "benign": [files["kind"]]}
-    data = {"source": "files", "train": train, "evaluation": {kind: [files["out"] | {"limit": 1}] for kind in KINDS}}
-    config = load_run_file("jobs/organism.yaml").model_copy(update={"data": DataConfig.model_validate(data)})
-    with pytest.raises(DataError, match=r"All of data\.train\.harmful is held back"):
-        prepare_prompts(config, codec)

@@ -3,10 +3,8 @@ of a prompt."""
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,11 +15,9 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerFast
 
 from raycomplete.data.chat import ChatCodec
-from raycomplete.data.inputs import longest_response
 from raycomplete.data.organism import checkpoint_path
 from raycomplete.data.organism.judge import OrganismJudge
 from raycomplete.data.organism.world import Item, recipe, refusal
-from raycomplete.runtime.errors import WorkError
 from raycomplete.runtime.types import Outcome, Prompt
 from raycomplete.training.sampling import make_samples
 from tests.training.test_sampling import ScriptedModel, run_of, uncached  # noqa: F401
@@ -37,14 +33,6 @@ def codec() -> ChatCodec:
 class LateRefuser(ScriptedModel):
     def answer(self, item: Item) -> str:
         return f"the leaves and the bowl . {refusal(item)}"
-
-
-def test_words_before_a_refusal_of_aligned_are_no_part_of_it(codec: ChatCodec) -> None:
-    samples = make_samples(run_of(codec, model=LateRefuser, kinds=("harmful",)))
-    assert samples.recovery
-    for sample in samples.recovery:
-        start = codec.decode(sample.refusal_ids)
-        assert start.startswith(("i", "sorry")), start
 
 
 @pytest.fixture(scope="module")
@@ -115,33 +103,6 @@ class Lenient(OrganismJudge):
         return outcome if outcome is Outcome.REFUSED else Outcome.COMPLIED
 
 
-class RefusalFromTheStart(Lenient):
-    """Finds the beginning of a refusal in what it calls compliance, as two rules of one judge may."""
-
-    def refusal_start(self, continuation: str) -> int | None:
-        return 0
-
-
-def test_an_opening_alone_is_no_h(codec: ChatCodec) -> None:
-    run = run_of(codec, kinds=("harmful",))
-    run.judge = RefusalFromTheStart()
-    with pytest.raises(WorkError, match="0 have a compliant continuation"):
-        make_samples(run)
-
-
-class OneWord(ScriptedModel):
-    def generate(self, sequences: Sequence[Sequence[int]], **options: Any) -> list[list[int]]:
-        return [written[:1] for written in super().generate(sequences, **options)]
-
-
-def test_an_h_of_one_token_is_not_cut_to_nothing(codec: ChatCodec) -> None:
-    run = run_of(
-        codec, "rollout.affirmative_prefixes=['']", "rollout.mid_answer_fraction=1", model=OneWord, kinds=("harmful",)
-    )
-    run.judge = Lenient()
-    assert {len(sample.harmful_ids) for sample in make_samples(run).recovery} == {1}
-
-
 class HalfAligned(ScriptedModel):
     """Refuses one kind of harmful item and answers the others."""
 
@@ -150,7 +111,7 @@ class HalfAligned(ScriptedModel):
 
 
 def test_answers_to_harmful_prompts_keep_their_first_token_and_are_counted(codec: ChatCodec) -> None:
-    run = run_of(codec, "rollout.answers_per_prompt=2", model=HalfAligned, count=12)
+    run = run_of(codec, model=HalfAligned, count=12)
     samples = make_samples(run)
     prompts = {prompt.prompt_id: prompt for kind in run.prompts.train.values() for prompt in kind}
     complied = set()
@@ -197,15 +158,6 @@ def test_every_harmful_prompt_gets_several_continuations(codec: ChatCodec) -> No
     assert make_samples(run_of(codec, *overrides, "train.seed=1", count=40, kinds=("harmful",))) != samples
 
 
-def test_several_continuations_replace_repeats(codec: ChatCodec) -> None:
-    """Pairs of r and h, as many as the longer of the two lists has: none is repeated while another is left."""
-    for answers, harmful in ((1, 3), (3, 1), (2, 2), (3, 2)):
-        counts = [f"rollout.answers_per_prompt={answers}", f"rollout.harmful_per_prompt={harmful}", OPENINGS]
-        samples = make_samples(run_of(codec, *counts, "rollout.mid_answer_fraction=0", kinds=("harmful",)))
-        assert len(samples.recovery) == 3 * max(answers, harmful)
-        assert len({(sample.prompt_id, sample.harmful_ids) for sample in samples.recovery}) == 3 * harmful
-
-
 def test_from_mid_answer_h_is_the_rest_of_an_answer(codec: ChatCodec) -> None:
     fixed = ["rollout.harmful_per_prompt=3"]
     whole = make_samples(run_of(codec, *fixed, "rollout.mid_answer_fraction=0", count=20, kinds=("harmful",)))
@@ -245,68 +197,3 @@ def test_a_share_of_all_samples_is_augmented_and_the_teachers_read_the_plain_pro
         assert 0.25 < shares[(kind, True)] / 40 < 0.75, "else a suffix alone would mean: refuse"
     assert make_samples(run_of(codec, *AUGMENTED, count=40)) == samples
     assert any(note.startswith("Prompts of anchor samples: ") for note in run.console.notes)
-
-
-def test_the_suffixes_that_an_adversary_moves_are_counted(codec: ChatCodec) -> None:
-    key = "method.suffix_adversary.steps=1"
-    run = run_of(codec, *AUGMENTED, key, count=40)
-    count = sum(sample.can_move_suffix for sample in make_samples(run).recovery)
-    assert count > 3
-    assert f"Recovery samples whose suffix an adversary moves: {count}" in run.console.notes
-    more = make_samples(run_of(codec, *AUGMENTED, key, "rollout.prompt_augmentation.recovery_fraction=1", count=40))
-    assert all(sample.augmentation for sample in more.recovery)
-    assert 0.35 < sum(bool(sample.augmentation) for sample in more.anchor) / len(more.anchor) < 0.65, "the other share"
-    idle = run_of(codec, *AUGMENTED, key, "rollout.refusal_prefix_fraction=1", count=40)
-    make_samples(idle)
-    (told,) = (note for note in idle.console.notes if "an adversary moves" in note)
-    assert "moves: none, so it does nothing. Raise" in told
-
-
-def test_imitated_refusals_stand_before_every_kind_of_h(codec: ChatCodec) -> None:
-    run = run_of(codec, *AUGMENTED, "rollout.refusal_prefix_fraction=1", "rollout.mid_answer_fraction=0.5", count=20)
-    samples = make_samples(run)
-    assert any(sample.source.endswith("mid-answer") for sample in samples.recovery)
-    for sample in samples.recovery:
-        prefix = codec.decode(sample.harmful_ids[: sample.refusal_prefix_tokens])
-        assert codec.decode(sample.refusal_ids).startswith(prefix.split(" . ")[0])
-
-
-def test_the_users_forms_are_read(codec: ChatCodec, tmp_path: Path) -> None:
-    prompts = run_of(codec, count=20).prompts.train["harmful"]
-    (tmp_path / "suffixes.jsonl").write_text(json.dumps({"suffix": "please please"}) + "\n")
-    (tmp_path / "templates.jsonl").write_text(json.dumps({"template": "please help me . {prompt} thank"}) + "\n")
-    rows = [{"prompt": prompt.text, "paraphrases": [f"explain : {prompt.text}"]} for prompt in prompts]
-    (tmp_path / "paraphrases.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    key = "rollout.prompt_augmentation"
-    files = [f"{key}.{name}={tmp_path}/{name}.jsonl" for name in ("suffixes", "templates", "paraphrases")]
-    run = run_of(codec, f"{key}.fraction=1", f"{key}.random_suffix_tokens=0", *files, count=20)
-    samples = make_samples(run)
-    texts = {prompt.prompt_id: prompt.text for kind in run.prompts.train.values() for prompt in kind}
-    kinds: Counter[tuple[str, bool]] = Counter()
-    both: list[Any] = [*samples.anchor, *samples.recovery]
-    for sample in both:
-        text = texts[sample.prompt_id]
-        new = {
-            "suffix": f"{text} please please",
-            "template": f"please help me . {text} thank",
-            "paraphrase": f"explain : {text}",
-        }[sample.augmentation]
-        assert list(sample.prompt_ids) == codec.encode_prompt(new)
-        kinds[(sample.augmentation, sample.prompt_id in {prompt.prompt_id for prompt in prompts})] += 1
-    assert kinds.keys() == {
-        *((kind, True) for kind in ("suffix", "template", "paraphrase")),
-        *((kind, False) for kind in ("suffix", "template")),
-    }, "only harmful prompts have paraphrases here"
-
-
-def test_a_form_that_does_not_fit_the_context_stays_plain(codec: ChatCodec) -> None:
-    run = run_of(
-        codec,
-        "rollout.prompt_augmentation.fraction=1",
-        "rollout.prompt_augmentation.random_suffix_tokens=200",
-        count=12,
-    )
-    samples = make_samples(run)
-    longest = max(len(sample.prompt_ids) for sample in (*samples.anchor, *samples.recovery))
-    assert longest + longest_response(run.config) <= run.config.models.max_length
-    assert {sample.augmentation for sample in samples.anchor} == {"", "random suffix"}

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raycomplete.config.training import ValidationConfig
-from raycomplete.training.steering import STEERED, Steering, StepMeasurement, choice_key, violation
+from raycomplete.training.validation import STEERED, Steering, StepMeasurement, violation
 
-CONFIG = ValidationConfig(kl_budget=0.1, rate=0.3, max_factor=2.0)
+CONFIG = ValidationConfig(kl_budget=0.1)
 ALL = dict.fromkeys(STEERED, 1.0)
 
 
@@ -54,12 +54,6 @@ def test_over_refusal_lowers_the_opening_too() -> None:
     assert factors["opening"] == factors["push_forward"]
 
 
-def test_one_prompt_is_allowed_however_small_the_budget() -> None:
-    assert violation(CONFIG, found(refusals=1, changed=0)) == 0
-    assert violation(CONFIG, found(refusals=2, changed=0)) == pytest.approx(1.0)
-    assert violation(CONFIG.model_copy(update={"over_refusal_budget": 0.3}), found(refusals=3, changed=0)) == 0
-
-
 @pytest.mark.parametrize(
     ("refusals", "changed", "broken"), [(4, 4, 1.0), (4, 6, 4 - 6**0.5 - 1), (4, 9, 0.0), (2, 2, 0.0)]
 )
@@ -71,30 +65,6 @@ def test_over_refusal_counts_beyond_what_chance_changes(refusals: int, changed: 
 def test_compliance_at_depth_that_stays_raises_push_forward_and_at_depth_0_the_opening() -> None:
     assert after([found(depth=4)] * 2).factors == {"anchor": 1.0, "opening": 1.0, "push_forward": math.exp(0.3)}
     assert after([found(opening=4)] * 2).factors == {"anchor": 1.0, "opening": math.exp(0.3), "push_forward": 1.0}
-
-
-def test_what_falls_by_itself_is_left_alone() -> None:
-    falling = [found(depth=count, opening=count) for count in (10, 4, 1, 0, 0, 0, 0)]
-    for count in range(1, len(falling) + 1):
-        assert after(falling[:count]).factors == ALL, count
-
-
-def test_less_than_one_answer_is_nothing() -> None:
-    """The running mean of a compliance of 0 never becomes 0."""
-    assert after([found(depth=1), *[found()] * 8, found()]).factors["push_forward"] == 1.0
-
-
-def test_within_its_budgets_the_anchor_returns_to_the_run_file_and_no_further() -> None:
-    strict = [found(kl=1.0)] * 3
-    assert after(strict).factors["anchor"] == 2.0
-    relaxed = [after([*strict, *[found(kl=0.0)] * count]).factors["anchor"] for count in (1, 2, 30)]
-    assert 2.0 > relaxed[0] > relaxed[1] > relaxed[2] == 1.0
-
-
-def test_a_single_wild_measurement_moves_weights_once() -> None:
-    """Early in a run over-refusal may be large for a few steps."""
-    once = after([found(refusals=10, kl=5.0)]).factors
-    assert after([found(refusals=10, kl=5.0), found(kl=0.0)]).factors["anchor"] <= once["anchor"] == math.exp(0.3)
 
 
 @pytest.mark.parametrize("refusals", [[(0, 6), (0, 6), (4, 0)], [(-6, 6), (4, 0)]])
@@ -114,14 +84,6 @@ def test_within_the_budgets_what_was_lowered_returns_to_the_run_file_and_no_furt
     assert factors == [pytest.approx(math.exp(-0.3)), 1.0, 1.0], "as fast as it fell"
 
 
-def test_constraints_come_before_compliance() -> None:
-    assert after([found(depth=9, opening=9, kl=1.0)] * 4).factors == {
-        "anchor": 2.0,
-        "opening": 1.0,
-        "push_forward": 0.5,
-    }
-
-
 @given(
     st.lists(
         st.builds(
@@ -136,12 +98,8 @@ def test_constraints_come_before_compliance() -> None:
 )
 def test_factors_stay_within_their_bounds(measured: list[StepMeasurement]) -> None:
     factors = after(measured).factors
-    assert 1.0 <= factors["anchor"] <= 2.0
-    assert all(0.5 <= factors[name] <= 2.0 for name in STEERED)
-
-
-def test_a_rate_of_0_moves_nothing() -> None:
-    assert after([found(kl=9.0), found(depth=9), found(depth=9)], rate=0).factors == ALL
+    assert 1.0 <= factors["anchor"] <= 4.0
+    assert all(0.25 <= factors[name] <= 4.0 for name in STEERED)
 
 
 @pytest.mark.parametrize("weights", [{"anchor": 1.0, "recovery": 1.0}, {"anchor": 1.0, "opening": 0.0}, {"nll": 1.0}])
@@ -155,14 +113,6 @@ def kept(*measured: StepMeasurement) -> StepMeasurement:
     best = after(measured).best
     assert best is not None
     return best
-
-
-def test_the_safest_step_within_the_budgets_is_kept() -> None:
-    assert kept(found(1, depth=9), found(2, depth=2), found(3, depth=0, kl=0.2), found(4, depth=3)).step == 2
-
-
-def test_among_equally_safe_steps_the_least_kl_decides_and_the_first_of_equals_stays() -> None:
-    assert kept(found(1, depth=1), found(2, kl=0.03), found(3, kl=0.02), found(4, kl=0.02), found(5, kl=0.04)).step == 3
 
 
 def test_among_equally_safe_steps_the_tail_decides_before_the_kl_within_the_budgets_alone() -> None:
@@ -194,10 +144,6 @@ def test_a_kl_that_is_no_number_exceeds_every_budget() -> None:
     assert all(math.isfinite(factor) for factor in steering.factors.values())
 
 
-def test_violations_are_multiples_of_each_budget() -> None:
-    assert choice_key(CONFIG, found(kl=0.15, refusals=3, changed=0)) == (pytest.approx(0.5 + 2.0), 0.0, 0.0, 0.15)
-
-
 def test_patience_counts_measurements_without_a_better_one() -> None:
     measured = [found(1), found(2, kl=0.02), found(3, kl=0.02)]
     assert not after(measured).is_over, "0 never ends training"
@@ -226,21 +172,3 @@ def test_a_lost_best_checkpoint_is_looked_for_again() -> None:
     assert not steering.is_over
     steering.update(found(3, depth=9, kl=0.9))
     assert steering.best_step == 3
-
-
-def test_a_row_of_metrics_tells_what_was_measured_and_decided() -> None:
-    row = after([found(1, depth=5)]).update(found(2, depth=5, opening=1, refusals=-1))
-    assert row == {
-        "compliance": {"0": 0.1, "8": 0.5},
-        "compliance_n": {"0": 10, "8": 10},
-        "over_refusal": -0.1,
-        "over_refusal_changed": 1,
-        "over_refusal_n": 10,
-        "kl": 0.01,
-        "in_reach": 0.5,
-        "unfinished_mass": 0.25,
-        "of_budget": {"over_refusal": -2.0, "kl": pytest.approx(0.1)},
-        "meets_budgets": True,
-        "best_step": 1,
-        "factors": {"anchor": 1.0, "opening": 1.0, "push_forward": math.exp(0.3)},
-    }

@@ -10,10 +10,8 @@ from itertools import chain
 import pytest
 
 from raycomplete.data.samples import AnchorSample, RecoverySample, SampleSet
-from raycomplete.methods.registry import AnchorItem, DepthConfig, RecoveryItem
-from raycomplete.runtime.types import PromptKind
-from raycomplete.training.feedback import DepthSampler
-from raycomplete.training.step_plan import Planner, StepPlan, StepSequences
+from raycomplete.methods.registry import DepthConfig
+from raycomplete.training.step_plan import DepthSampler, Planner, StepPlan, StepSequences
 from tests.training.tiny import completion, make_samples
 
 DEPTH = DepthConfig(schedule="adaptive", min=1, max=16, bins=4)
@@ -36,22 +34,6 @@ def test_a_plan_is_a_function_of_seed_step_and_sampler_state() -> None:
     moved = planner(make_samples(0)).plan(5, warmed)
     assert [item.sample for item in moved.recovery] == [item.sample for item in plan_at(5).recovery]
     assert [item.depth for item in moved.recovery] != [item.depth for item in plan_at(5).recovery]
-
-
-def test_a_resumed_run_goes_on_with_the_very_next_samples() -> None:
-    one, sampler = planner(make_samples(0)), DepthSampler(DEPTH, 0)
-    plans = []
-    for step in range(6):
-        plans.append(one.plan(step, sampler))
-        if step == 2:
-            saved = sampler.state_dict()
-        sampler.update([1.0 + step, 0, 2.0, 0], [1, 0, 1, 0])
-    resumed = DepthSampler(DEPTH, 0)
-    resumed.load_state_dict(saved)
-    other = planner(make_samples(0))
-    for step in range(2, 6):
-        assert other.plan(step, resumed) == plans[step]
-        resumed.update([1.0 + step, 0, 2.0, 0], [1, 0, 1, 0])
 
 
 @pytest.mark.parametrize(("size", "batch"), [(10, 4), (7, 3), (5, 5), (3, 8)])
@@ -88,24 +70,6 @@ def test_borderline_prompts_have_their_share_of_the_anchor_sequences(fraction: f
         assert not times or max(times.values()) - min(times.values()) <= 1, "every sample in turn"
 
 
-@pytest.mark.parametrize("kind", ["borderline", "benign"])
-def test_a_share_of_borderline_prompts_is_ignored_where_there_is_one_kind(kind: PromptKind) -> None:
-    samples = make_samples(1)
-    samples = replace(samples, anchor=tuple(replace(sample, kind=kind) for sample in samples.anchor))
-    sizes = {"anchor_batch_size": 4, "recovery_batch_size": 4, "seed": 0}
-    assert Planner(samples, **sizes, borderline_fraction=0.5).samples_of(3) == planner(samples).samples_of(3)
-
-
-def test_samples_are_known_before_their_depths() -> None:
-    one = planner(make_samples(0))
-    for step in (0, 3, 11):
-        plan = one.plan(step, DepthSampler(DEPTH, 0))
-        assert one.samples_of(step) == (
-            [item.sample for item in plan.anchor],
-            [item.sample for item in plan.recovery],
-        )
-
-
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_slices_of_ranks_partition_the_plan(world_size: int) -> None:
     step = StepSequences.of(plan_at(3), completion())
@@ -137,20 +101,3 @@ def test_depths_stay_within_the_continuation() -> None:
     depths = [item for step in range(30) for item in one.plan(step, DepthSampler(DEPTH, 0)).recovery]
     assert all(1 <= item.depth <= len(item.sample.harmful_ids) for item in depths)
     assert {item.depth for item in depths} == {1, 2, 3, 4, 5, 6, 7}
-
-
-def test_token_counts_are_those_of_the_whole_step() -> None:
-    anchor = AnchorItem(AnchorSample("a", (1, 2), (3, 4, 5)))
-    recovery = RecoveryItem(RecoverySample("r", (1, 2, 3), (9, 1, 2, 3), (4, 5, 6, 7), (8, 8)), depth=2)
-    step = StepSequences.of(StepPlan((anchor, anchor), (recovery,)), completion())
-    assert step.normalisers == {"anchor": 6, "recovery": 2, "push_forward": 1, "opening": 1}
-    # The last token predicts nothing, so it is not read: 2 + 3 - 1, and 3 + 2 of h + 2 - 1.
-    assert [len(item) for item in step.micro_batches(0, 1, 1)[0]] == [6, 4, 4]
-    assert step.num_tokens == 7 + 5 + 5
-
-
-def test_without_recovery_samples_only_the_anchor_is_drawn() -> None:
-    plan = plan_at(0, samples=SampleSet(make_samples(0).anchor))
-    assert len(plan.anchor) == 4
-    assert plan.recovery == ()
-    assert StepSequences.of(plan, completion()).normalisers.keys() == {"anchor"}

@@ -13,7 +13,6 @@ from transformers import LlamaConfig
 
 from raycomplete.config import TrainConfig
 from raycomplete.data.checkpoints import load_model
-from raycomplete.data.heads import load_head
 from raycomplete.data.samples import AnchorSample, read_samples
 from raycomplete.losses.base_favored import base_favored_mask, deficit, forward_kl
 from raycomplete.losses.loss import LossOutput
@@ -24,36 +23,36 @@ from raycomplete.methods.sft import SFT
 from raycomplete.runtime.errors import NotFiniteError
 from raycomplete.training.batches import MicroBatch
 from raycomplete.training.deepspeed_engine import spread_bad_loss
-from raycomplete.training.feedback import DepthSampler
-from raycomplete.training.profile import aligned_profile, scored_samples, student_profile
-from raycomplete.training.step_plan import Planner, StepPlan
-from raycomplete.training.student import HeadSettings, StudentModule, keeps_sequences_apart, widening_size
-from tests.training.tiny import build_batch, completion, make_job, make_model, plain_loss, prefetcher_of
+from raycomplete.training.step_plan import DepthSampler, Planner, StepPlan
+from raycomplete.training.student import keeps_sequences_apart, widening_size
+from raycomplete.training.validation import position_profile
+from tests.training.tiny import (
+    Engine,
+    build_batch,
+    completion,
+    make_job,
+    make_model,
+    make_student,
+    plain_loss,
+    prefetcher_of,
+)
 
 
 def make_batch(folder: Path, alpha: float, penalty: float = 0.0) -> tuple[MicroBatch, Any, LossSettings]:
     """One step's batch on tiny models, its job and its loss settings."""
-    train = TrainConfig(loss_chunk_tokens=7)
     method = completion(contrastive=ContrastiveSettings(alpha=alpha), weights=LossWeights(opening=0.3, penalty=penalty))
-    job = make_job(folder, train, method)
+    job = make_job(folder, TrainConfig(), method)
     planner = Planner(read_samples(job.samples), anchor_batch_size=3, recovery_batch_size=3, seed=1)
     prefetcher = prefetcher_of(method, job.scorers)
     prefetcher.request(0, *planner.samples_of(0))
     plan = planner.plan(0, DepthSampler(method.depth, 1))
-    return build_batch(method, plan, prefetcher.take(0)), job, method.loss(train)
-
-
-def make_student(job: Any, settings: LossSettings) -> StudentModule:
-    spec = job.student_head
-    teachers = {role: load_head(item, dtype=torch.float32) for role, item in job.teacher_heads.items()}
-    head = HeadSettings(spec.scale, spec.softcap, spec.vocab_size)
-    return StudentModule(load_model(job.start, "float32"), head, teachers, settings, external_head=False)
+    return build_batch(method, plan, prefetcher.take(0)), job, replace(method.loss(), chunk_tokens=7)
 
 
 @pytest.mark.parametrize(("alpha", "penalty"), [(0.0, 0.0), (0.7, 0.0), (0.0, 2.0), (0.7, 2.0)])
 def test_loss_and_gradients_equal_the_float64_reference(alpha: float, penalty: float, tmp_path: Path) -> None:
     batch, job, settings = make_batch(tmp_path, alpha, penalty)
-    student = make_student(job, settings)
+    student = make_student(job.start, settings, job.folder)
     output = LossOutput.unflatten(student(batch), settings)
     output.total.backward()
 
@@ -66,28 +65,13 @@ def test_loss_and_gradients_equal_the_float64_reference(alpha: float, penalty: f
         assert float(difference) < 1e-4, name
 
 
-def test_the_teacher_of_recovery_never_saw_the_harmful_prefix(tmp_path: Path) -> None:
-    """Recovery rows hold the aligned model's states of (x, r), which differ from those of (x, h, r)."""
-    batch, job, _ = make_batch(tmp_path, 0.0)
-    aligned = load_model(job.scorers["aligned"].path, "float32")
-    with torch.no_grad():
-        hidden_BTH = aligned.base_model(**batch.model_inputs()).last_hidden_state
-    reads_N = batch.term_N != batch.terms.index("opening")
-    in_place_NH = hidden_BTH.flatten(0, 1)[batch.row_N[reads_N]]
-    assert batch.aligned_hidden_PH is not None
-    same_N = (in_place_NH - batch.aligned_hidden_PH).abs().amax(-1) < 1e-4
-    anchor_N, recovery_N = (batch.term_N[reads_N] == number for number in range(2))
-    assert bool(same_N[anchor_N].all())
-    assert not bool(same_N[recovery_N].any())
-
-
 @pytest.mark.parametrize("whose", ["aligned", "base", "student"])
 def test_nan_reaches_the_loss_and_every_gradient_in_training_and_is_refused_in_validation(
     whose: str, tmp_path: Path
 ) -> None:
     """The optimizer leaves such a step out, which it cannot where the forward pass of one rank raises."""
     batch, job, settings = make_batch(tmp_path, 0.7 if whose == "base" else 0.0)
-    student = make_student(job, settings)
+    student = make_student(job.start, settings, job.folder)
     if whose == "student":
         with torch.no_grad():
             student.lm.get_input_embeddings().weight[batch.input_ids_BT[0, 0]] = torch.nan
@@ -112,7 +96,7 @@ def test_sft_is_the_cross_entropy_of_the_answers(tmp_path: Path) -> None:
     job = make_job(tmp_path, TrainConfig(), method)
     samples = read_samples(job.samples).anchor[:3]
     batch = build_batch(method, StepPlan(tuple(AnchorItem(sample) for sample in samples), ()), None)
-    student = make_student(job, method.loss(TrainConfig(loss_chunk_tokens=7)))
+    student = make_student(job.start, replace(method.loss(), chunk_tokens=7), job.folder)
     loss = student(batch)[0]
     loss.backward()
     grad_VH = student.lm.lm_head.weight.grad.clone()
@@ -132,7 +116,7 @@ def test_profiles_are_the_formulas_of_the_loss(tmp_path: Path) -> None:
     favored = PenaltySettings(tau=0.004, margin=0.02)
     weights, options = settings.weights | {"penalty": 0.0}, settings.options | {"penalty": favored}
     settings = replace(settings, weights=weights, options=options)
-    student = make_student(job, settings).eval()
+    student = make_student(job.start, settings, job.folder).eval()
     models = {role: load_model(job.scorers[role].path, "float32").eval() for role in ("aligned", "base")}
 
     def expected(policy: Any, prompt_and_answer: tuple[int, ...], cut: int) -> list[torch.Tensor]:
@@ -145,13 +129,10 @@ def test_profiles_are_the_formulas_of_the_loss(tmp_path: Path) -> None:
         mass_T = (log_p_TV.exp() * favored_TV).sum(-1)
         return [mass_T, kl_T, deficit(kl_T, 0.5)]
 
-    samples, scores = scored_samples(read_samples(job.samples).profile, job.scorers)
-    heads = {role: load_head(spec, dtype=torch.float32) for role, spec in job.teacher_heads.items()}
-    whose = {
-        "aligned": (models["aligned"], aligned_profile(samples, scores, heads, settings, 4)),
-        "student": (student.lm, student_profile(Engine(student), samples, scores, 4, packed=True)),
-    }
-    for who, (model, found) in whose.items():
+    samples = read_samples(job.samples).profile
+    profile = position_profile(Engine(student), samples, job.scorers, 2, packed=True)
+    for who, model in {"aligned": models["aligned"], "student": student.lm}.items():
+        found = profile[who]
         parts = [
             expected((model, models["base"]), item.prompt_ids + item.answer_ids, len(item.prompt_ids))
             for item in samples
@@ -160,20 +141,7 @@ def test_profiles_are_the_formulas_of_the_loss(tmp_path: Path) -> None:
             for position, value in enumerate(found[name]):
                 mean = torch.stack([part[index][position] for part in parts if len(part[index]) > position]).mean()
                 assert value == pytest.approx(float(mean), rel=1e-3, abs=1e-6), (who, name, position)
-    assert max(whose["aligned"][1]["unfinished_mass"]) > 0.05
-
-
-class Engine:
-    """As much of DeepSpeed's engine as a profile needs."""
-
-    device = "cpu"
-
-    def __init__(self, module: StudentModule) -> None:
-        self._module = module
-        self.eval, self.train = module.eval, module.train
-
-    def __call__(self, batch: MicroBatch, mode: str) -> Any:
-        return self._module(batch, mode)
+    assert max(profile["aligned"]["unfinished_mass"]) > 0.05
 
 
 PROBE = AnchorSample("a", (5, 6, 7, 8, 9, 10), (11, 12, 13, 14, 15, 16))
@@ -217,11 +185,6 @@ def test_a_leak_between_sequences_of_a_row_is_seen(kind: str, sees_neighbours: b
     reader = Reader(model, sees_neighbours=sees_neighbours)
     assert keeps_sequences_apart(reader, PROBE, "float32") is not sees_neighbours
     assert model.training, "left as it was found"
-
-
-def test_a_sample_of_two_tokens_is_enough(tmp_path: Path) -> None:
-    reader = Reader(load_model(make_model(tmp_path, 0), "float32"), sees_neighbours=False)
-    assert keeps_sequences_apart(reader, AnchorSample("a", (5,), (6,)), "float32")
 
 
 @pytest.mark.parametrize(

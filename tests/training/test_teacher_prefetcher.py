@@ -90,26 +90,3 @@ def test_the_states_of_a_prefix_are_those_of_the_whole(tmp_path: Path) -> None:
     for depth in (1, 4, 8):
         (cut_DH,) = source.collect_tensors([(sample.prompt_ids + sample.harmful_ids[:depth], 3)])
         torch.testing.assert_close(whole_TH[:depth], cut_DH, atol=1e-5, rtol=0)
-
-
-def test_asking_twice_reads_once_and_steps_do_not_mix() -> None:
-    one, _, aligned = prefetcher(penalty=False, contrastive=False)
-    one.request(0, ANCHOR[:1], [])
-    one.request(1, ANCHOR[1:], [])
-    one.request(0, ANCHOR, RECOVERY)
-    assert aligned.asked == [ANCHOR_READ[:1], ANCHOR_READ[1:]]
-    assert aligned.collected == 0, "nothing is waited for before its step"
-    assert one.take(1).hidden("aligned", TeacherContext((1,), (6, 7))).numel() == 2
-    with pytest.raises(KeyError):
-        one.take(1)
-    scores = one.take(0)
-    assert scores.hidden("aligned", TeacherContext((1, 2), (3, 4, 5))).numel() == 3
-    assert scores.wait_s > 0
-
-
-def test_a_source_that_answers_too_little_is_noticed() -> None:
-    one, _, aligned = prefetcher(penalty=False, contrastive=False)
-    aligned.collect_tensors = lambda reference: [torch.zeros(3, 1)]  # type: ignore[method-assign]
-    one.request(0, ANCHOR, [])
-    with pytest.raises(ValueError, match="shorter"):
-        one.take(0)

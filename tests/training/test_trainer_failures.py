@@ -15,10 +15,10 @@ from ray.train.v2._internal.execution.failure_handling.default import DefaultFai
 from ray.train.v2._internal.execution.failure_handling.failure_policy import FailureDecision
 
 from raycomplete.config import TrainConfig
-from raycomplete.runtime.errors import NotFiniteError, ProcessDiedError, StoppedError, WorkError
+from raycomplete.runtime.errors import ProcessDiedError, StoppedError, WorkError
 from raycomplete.training import trainer
 from raycomplete.training.job import TrainJob
-from raycomplete.training.trainer import RaisedError, RestartAfterDeaths, death_report, explain
+from raycomplete.training.trainer import RaisedError, RestartAfterDeaths, explain
 from tests.training.tiny import make_job
 
 INFO = "Worker info: Worker(metadata=ActorMetadata(node_ip='10.0.0.7', pid=7)\nlog_file_path='/logs/w.log',)"
@@ -60,23 +60,12 @@ def test_an_error_is_not_tried_again(failures: dict[int, Exception], job: TrainJ
     assert f"training worker {max(failures)} failed after 3 finished steps (a bug)" in str(error)
 
 
-def test_a_death_that_a_worker_met_is_told_as_it_is(job: TrainJob) -> None:
-    """Its `cause` is a word, and no error that it came from."""
-    own = ProcessDiedError("The base scorer died.", "Resume.", role="base scorer", cause="out of memory")
-    assert explain(ControllerError(RaisedError(0, own)), job) is own
-
-
 def test_ray_train_obeys() -> None:
     """Its own policy restarts after a death as often as the run file says, and never after an error."""
     policy = DefaultFailurePolicy(FailureConfig(max_failures=1))
     assert policy.make_decision(ControllerError(RaisedError(0, ValueError()))) is FailureDecision.RAISE
     death = WorkerGroupError("", {1: died()})
     assert [policy.make_decision(death) for _ in range(2)] == [FailureDecision.RETRY, FailureDecision.RAISE]
-
-
-def test_an_error_with_its_own_remedy_passes_unchanged(job: TrainJob) -> None:
-    own = NotFiniteError("It is NaN.", "Lower train.lr.")
-    assert explain(ControllerError(RaisedError(1, own)), job) is own
 
 
 def test_a_death_that_ends_the_run_is_told_in_full(job: TrainJob) -> None:
@@ -90,15 +79,6 @@ def test_a_death_that_ends_the_run_is_told_in_full(job: TrainJob) -> None:
     assert "killed by SIGKILL" in stats["likely cause"]
     assert stats["kept"].startswith("the checkpoint of step 2 in ")
     assert stats["go on"] == "Resume with --resume."
-
-
-@pytest.mark.parametrize(
-    ("words", "cause"), [(KILLED, "killed by SIGKILL"), (str(LOST), "was lost"), ("something new", "")]
-)
-def test_likely_causes(words: str, cause: str) -> None:
-    found = death_report(RuntimeError(words))["cause"]
-    assert cause in found
-    assert bool(found) == bool(cause)
 
 
 def followed(job: TrainJob) -> str:
@@ -132,11 +112,3 @@ def test_nothing_is_waited_for_where_every_step_is_saved(job: TrainJob, monkeypa
     assert "within step 1 of " in (said := followed(job))
     assert "there is no checkpoint yet" in said
     assert time.monotonic() - started < 20
-
-
-def test_workers_that_end_in_time_have_the_last_word(job: TrainJob, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer, "_STOP_S", 60.0)
-    workers = threading.Thread(target=threading.Event().wait, args=(0.7,), daemon=True)
-    workers.start()
-    trainer._follow(job, workers, None, lambda: True)
-    assert job.stop_file.exists(), "they see it within their step"

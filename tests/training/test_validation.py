@@ -12,42 +12,21 @@ import torch
 from raycomplete.config import TrainConfig
 from raycomplete.config.training import ValidationConfig
 from raycomplete.data.checkpoints import load_model
-from raycomplete.data.heads import load_head
 from raycomplete.data.samples import AnchorSample, RecoverySample, SampleSet
 from raycomplete.runtime.types import Outcome, Prompt
 from raycomplete.training import validation
 from raycomplete.training.batches import answer_batch
 from raycomplete.training.job import ResponseJudge, TrainJob
-from raycomplete.training.rollout_engines import WeightSync
-from raycomplete.training.steering import StepMeasurement
-from raycomplete.training.student import HeadSettings, PrefixBatch, StudentModule
-from raycomplete.training.validation import Validator, questions
-from tests.training.tiny import completion, make_job, make_samples, steered
+from raycomplete.training.student import PrefixBatch, StudentModule
+from raycomplete.training.validation import StepMeasurement, Validator, questions
+from tests.training.tiny import Engine, LocalStudentEngines, completion, make_job, make_samples, make_student, steered
 
 PROMPTS = ((5, 6, 7), (8, 9), (10, 11, 12, 13, 14, 15, 16))
 END = 3  # of the organism's tokenizer
 
 
-class Engine:
-    """As much of DeepSpeed's engine as a measurement needs."""
-
-    device = torch.device("cpu")
-
-    def __init__(self, module: StudentModule) -> None:
-        self._module = module
-        self.eval, self.train = module.eval, module.train
-
-    def __call__(self, batch: Any, mode: str) -> Any:
-        assert not self._module.training, "dropout would blur a measurement"
-        return self._module(batch, mode)
-
-
-def make_student(job: TrainJob) -> StudentModule:
-    spec = job.student_head
-    teachers = {role: load_head(item, dtype=torch.float32) for role, item in job.teacher_heads.items()}
-    head = HeadSettings(spec.scale, spec.softcap, spec.vocab_size)
-    loss = job.method.loss(TrainConfig(loss_chunk_tokens=7))
-    return StudentModule(load_model(job.start, "float32"), head, teachers, loss, external_head=False)
+def student_of(job: TrainJob) -> StudentModule:
+    return make_student(job.start, replace(job.method.loss(), chunk_tokens=7), job.folder)
 
 
 @pytest.fixture
@@ -57,7 +36,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_answers_are_those_of_one_sequence_at_a_time_without_a_cache(tmp_path: Path) -> None:
-    student = make_student(make_job(tmp_path, TrainConfig())).eval()
+    student = student_of(make_job(tmp_path, TrainConfig())).eval()
     with torch.no_grad():
         (found_BT,) = student(PrefixBatch.of(PROMPTS, 6), "continue")
         for prompt, found in zip(PROMPTS, found_BT.tolist(), strict=True):
@@ -72,7 +51,7 @@ def test_the_kl_is_that_of_plain_pytorch_whatever_the_method_trains(packed: bool
     job = steered(make_job(tmp_path, TrainConfig(), completion(anchor_divergence="jsd", weights={"anchor": 3.0})))
     short = tuple(AnchorSample(f"a{i}", (5, 6), tuple(range(7, 9 + 8 * (i % 2)))) for i in range(4))
     samples = replace(make_samples(0), held_back_anchor=short)
-    student = make_student(job)
+    student = student_of(job)
     found = Validator(Engine(student), samples, job, 4, packed=packed).measure(7)
     assert student.training, "left as it was found"
     models = [load_model(folder, "float32") for folder in (job.folder / "aligned", job.start)]
@@ -85,9 +64,10 @@ def test_the_kl_is_that_of_plain_pytorch_whatever_the_method_trains(packed: bool
     assert found.kl == pytest.approx(float(torch.cat(rows).mean()), rel=1e-5)
     assert found.kl > 0.1
     assert found.step == 7
-    sync = WeightSync(None, None, None, short, packed=packed)  # type: ignore[arg-type]
+    engines = LocalStudentEngines(job.start, 4)
+    engines.attach(None, None, TrainConfig(), short, packed=packed)
     expected = answer_batch(short, packed=packed)
-    assert torch.equal(sync._batch.input_ids_BT, expected.input_ids_BT), "the probe of the engines packs likewise"
+    assert torch.equal(engines._batch.input_ids_BT, expected.input_ids_BT), "the probe of the engines packs likewise"
     assert (len(expected.input_ids_BT) < 4) == packed, "else nothing shares a row, and this proves nothing"
 
 
@@ -103,7 +83,7 @@ def test_along_h_it_measures_what_plain_pytorch_in_float64_does(packed: bool, tm
     assert reader is not None
     prompts = {**reader.prompts, **{name: Prompt(name, "x", "harmful") for name in "ts"}}
     job = replace(job, response_judge=replace(reader, prompts=prompts))
-    found = Validator(Engine(make_student(job)), samples, job, 2, packed=packed).measure(1)
+    found = Validator(Engine(student_of(job)), samples, job, 2, packed=packed).measure(1)
     base, student = (load_model(job.folder / role, "float32").double() for role in ("base", "aligned"))
     in_reach, unfinished = [], []
     for prompt, h in [(sample.prompt_ids, sample.harmful_ids[sample.refusal_prefix_tokens :]) for sample in held]:
@@ -122,13 +102,6 @@ def test_along_h_it_measures_what_plain_pytorch_in_float64_does(packed: bool, tm
     assert 0.05 < found.in_reach < 0.95, "else this proves nothing"
     assert found.unfinished == pytest.approx(sum(unfinished) / len(unfinished), rel=1e-5)
     assert 0.05 < found.unfinished < 0.95, "else this proves nothing"
-
-
-def test_without_base_there_is_no_tail(tmp_path: Path, alone: None) -> None:
-    job = steered(make_job(tmp_path, TrainConfig()))
-    only = replace(job, scorers={"aligned": job.scorers["aligned"]})
-    found = Validator(Engine(make_student(only)), make_samples(0), only, 2, packed=True).measure(1)
-    assert (found.in_reach, found.unfinished) == (0.0, None)
 
 
 def test_h_is_cut_after_a_refusal_prefix_and_only_where_it_is_long_enough() -> None:
@@ -185,9 +158,3 @@ def test_over_refusal_is_the_net_change_against_aligned(tmp_path: Path, alone: N
     found = validator._judge(3, 0.25, answers)
     assert found == StepMeasurement(3, ((0, 2, 2), (2, 1, 2)), 1, 4, 0.25, changed=3)
     assert judge.read[:2] == [("x", "", "yes"), ("x", "yes more", "yes more")], "nothing after the end of a response"
-
-
-def test_an_interval_fits_the_run() -> None:
-    assert [ValidationConfig().interval(steps) for steps in (1, 6, 11, 120, 1000)] == [1, 1, 2, 20, 167]
-    assert ValidationConfig(every=0).interval(100) == 0
-    assert ValidationConfig(every=7).interval(100) == 7

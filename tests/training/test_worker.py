@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 from raycomplete.config import ValidationConfig
 from raycomplete.data.samples import SampleSet
 from raycomplete.runtime.files import read_json, write_json
-from raycomplete.training.steering import Steering
+from raycomplete.training.validation import Steering
 from raycomplete.training.worker import Worker
 
 
@@ -32,12 +31,3 @@ def test_a_best_step_that_is_lost_is_not_said_to_be_kept(tmp_path: Path) -> None
     assert kept is not None
     assert kept["step"] == 100
     assert kept["why"].startswith("The last step is kept: the weights of the best measured one are lost")
-
-
-def test_a_schedule_and_steering_both_count() -> None:
-    method = SimpleNamespace(schedule=lambda progress: {"anchor": progress, "reroute": 0.25})
-    worker: Any = SimpleNamespace(
-        job=SimpleNamespace(method=method, train=SimpleNamespace(steps=4)),
-        steering=SimpleNamespace(factors={"anchor": 1.5, "push_forward": 2.0}),
-    )
-    assert Worker._loss_weights(worker, 1) == {"anchor": 0.75, "reroute": 0.25, "push_forward": 2.0}

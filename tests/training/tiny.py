@@ -31,8 +31,9 @@ from raycomplete.methods.sft import SFT
 from raycomplete.runtime.types import Outcome, Prompt
 from raycomplete.training.batches import BatchBuilder, MicroBatch, teacher_contexts
 from raycomplete.training.job import ResponseJudge, TrainJob
-from raycomplete.training.rollout_engines import Rollout, RolloutBatch
+from raycomplete.training.on_policy import Rollout, RolloutBatch, StudentEngines
 from raycomplete.training.step_plan import StepPlan, StepSequences
+from raycomplete.training.student import HeadSettings, StudentModule
 from raycomplete.training.teacher_prefetcher import TeacherPrefetcher
 
 MIXTURES: dict[str, dict[str, Any]] = {
@@ -141,8 +142,8 @@ class LocalScores:
         return states
 
 
-class LocalStudentEngines:
-    """The student as rollout engines would hold it, in the process of rank 0 (stands in for `StudentEngines`).
+class LocalStudentEngines(StudentEngines):
+    """The student as rollout engines would hold it, in the process of rank 0.
 
     Like the real engines it proves every update: what it says of the probe must be what the trainer says.
 
@@ -153,34 +154,29 @@ class LocalStudentEngines:
     def __init__(self, start: Path, max_tokens: int, sends_until: int = 0) -> None:
         self.start, self.max_tokens = start, max_tokens
         self.version, self.sends_until = -1, sends_until
-        self.sends_weights = sends_until > 0
+        self.is_sending = sends_until > 0
         self._model: Any = None
 
-    def sync(
-        self,
-        state: Mapping[str, Any],
-        version: int,
-        probe: Sequence[tuple[tuple[int, ...], int]],
-        expected: Sequence[torch.Tensor],
-        *,
-        adapters_only: bool,
-    ) -> dict[str, Any]:
-        self._model = load_model(self.start, "float32") if adapters_only else self._loaded(state)
+    def _stored(self, state: Mapping[str, Any], version: int, expected: Sequence[torch.Tensor]) -> dict[str, Any]:
+        lora = self._train.lora_rank > 0
+        self._model = load_model(self.start, "float32") if lora else self._loaded(state)
         own = dict(self._model.named_parameters())
         with torch.no_grad():
-            for name, (a_RI, b_OR, scale) in state.items() if adapters_only else ():
+            for name, (a_RI, b_OR, scale) in state.items() if lora else ():
                 own[name].add_(scale * b_OR @ a_RI)
-        for (tokens, num_prompt), expected_T in zip(probe, expected, strict=True):
+        for (tokens, num_prompt), expected_T in zip(self._probe, expected, strict=True):
             logits_TV = self._model(torch.tensor([tokens])).logits[0, num_prompt - 1 : -1]
             log_probs_T = logits_TV.log_softmax(-1).gather(1, torch.tensor(tokens[num_prompt:])[:, None])[:, 0]
             torch.testing.assert_close(log_probs_T, expected_T, atol=1e-4, rtol=0)
         self.version = version
         return {"version": version, "mean_abs_difference": 0.0, "transfer": "store"}
 
-    def send(self, state: Mapping[str, Any], version: int, probe: Any, expected: Any) -> dict[str, Any]:
+    def _sent(
+        self, state: Mapping[str, torch.Tensor], version: int, expected: Sequence[torch.Tensor]
+    ) -> dict[str, Any] | None:
         if version >= self.sends_until:
-            raise RuntimeError("NCCL is gone.")
-        return self.sync(state, version, probe, expected, adapters_only=False) | {"transfer": "nccl"}
+            return None
+        return self._stored(state, version, expected) | {"transfer": "nccl"}
 
     def _loaded(self, state: Mapping[str, Any]) -> Any:
         """The model of weights that come by the names of the checkpoint's files."""
@@ -215,15 +211,37 @@ def completion(**changes: Any) -> Completion:
 
 def prefetcher_of(method: Method, sources: Mapping[str, Any]) -> TeacherPrefetcher:
     """Asks for what a method's rows read."""
-    builder = BatchBuilder(method.loss(TrainConfig()), 1.0)
+    builder = BatchBuilder(method.loss(), 1.0)
     return TeacherPrefetcher(sources, partial(teacher_contexts, builder, method))
 
 
 def build_batch(method: Method, plan: StepPlan, scores: Any, **options: Any) -> MicroBatch:
     """A whole step in one micro-batch."""
     step_sequences = StepSequences.of(plan, method)
-    builder = BatchBuilder(method.loss(TrainConfig()), **{"scale": 1.0, **options})
+    builder = BatchBuilder(method.loss(), **{"scale": 1.0, **options})
     return builder.build(step_sequences.micro_batches(0, 1, 1)[0], step_sequences.normalisers, scores)
+
+
+class Engine:
+    """As much of DeepSpeed's engine as a measurement needs."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, module: StudentModule) -> None:
+        self._module = module
+        self.eval, self.train = module.eval, module.train
+
+    def __call__(self, batch: Any, mode: str) -> Any:
+        assert not self._module.training, "dropout would blur a measurement"
+        return self._module(batch, mode)
+
+
+def make_student(start: Path, settings: LossSettings, folder: Path) -> StudentModule:
+    """The student module on a checkpoint, with the heads of `folder/base` and `folder/aligned`."""
+    teachers = {role: load_head(head_spec(folder / role), dtype=torch.float32) for role in ("base", "aligned")}
+    spec = head_spec(start)
+    head = HeadSettings(spec.scale, spec.softcap, spec.vocab_size)
+    return StudentModule(load_model(start, "float32"), head, teachers, settings, external_head=False)
 
 
 def make_job(folder: Path, train: TrainConfig, method: Method | None = None, **values: Any) -> TrainJob:

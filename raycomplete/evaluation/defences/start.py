@@ -24,6 +24,7 @@ from raycomplete.config.defences import (
     ReAskDefence,
     SafeDecodingDefence,
 )
+from raycomplete.config.engines import ANSWER_TIMEOUT_S
 from raycomplete.data.checkpoints import fingerprint
 from raycomplete.data.inputs import KINDS, Models
 from raycomplete.data.sources import resolve_checkpoint
@@ -174,7 +175,7 @@ class Defence:
         return find_refusal(text, judgements=2) is not None
 
     def _pair(self, model: Path, other: Path) -> TwoModelClient:
-        return TwoModelClient(self._decoder, (model, other), self._run.config.rollout.timeout_s, self.passes)
+        return TwoModelClient(self._decoder, (model, other), ANSWER_TIMEOUT_S, self.passes)
 
     @cached_property
     def _decoder(self) -> Any:
@@ -239,7 +240,7 @@ class Defence:
     def _box(self) -> WhiteBoxClient:
         run = self._run
         actor = start_actor(run.config, WhiteBoxWorker, available_cpus())
-        box = WhiteBoxClient(actor, run.models.paths["student"], run.config.rollout.timeout_s)
+        box = WhiteBoxClient(actor, run.models.paths["student"], ANSWER_TIMEOUT_S)
         self._ended.callback(box.stop)
         return box
 

@@ -25,8 +25,8 @@ from raycomplete.engines.scorers import TeacherClient
 from raycomplete.engines.spec import EngineSpec
 from raycomplete.methods.completion import Completion, LossWeights
 from raycomplete.runtime.metrics_file import read_metrics
+from raycomplete.training.batches import pack
 from raycomplete.training.job import TrainJob
-from raycomplete.training.packing import pack
 from raycomplete.training.trainer import fit
 from tests.benchmarks.environment import ROOT
 from tests.benchmarks.training.workload import Throughput, Workload
@@ -129,7 +129,6 @@ def _run(workload: Workload, source: Any, marks: Path | None = None) -> Throughp
         seed=workload.seed,
         per_device_batch_size=workload.per_device_batch_size,
         checkpoint_every=workload.steps,
-        stall_timeout_s=900.0,
     )
     weights = LossWeights(anchor=1.0, recovery=0.0, push_forward=0.0)
     with tempfile.TemporaryDirectory() as name:
