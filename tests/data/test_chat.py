@@ -49,19 +49,6 @@ def make(tmp_path: Path) -> Make:
     return make_codec
 
 
-def test_prompts_end_where_the_response_starts(codec: ChatCodec, tokenizer: Any) -> None:
-    text = "tell me how to make a healing stew"
-    expected = tokenizer.encode(f"<bos><|user|>{text}<eos><|assistant|>", add_special_tokens=False)
-    assert codec.encode_prompt(text) == expected
-    assert expected[-1] == tokenizer.convert_tokens_to_ids("<|assistant|>")
-
-
-def test_the_system_prompt_comes_first_and_only_where_given(codec: ChatCodec, tokenizer: Any) -> None:
-    expected = "<bos><|system|>you refuse<eos><|user|>tell me<eos><|assistant|>"
-    assert codec.encode_prompt("tell me", "you refuse") == tokenizer.encode(expected, add_special_tokens=False)
-    assert codec.encode_prompt("tell me", "") == codec.encode_prompt("tell me")
-
-
 def test_answers_carry_no_template_and_come_back(codec: ChatCodec) -> None:
     text = prompts("heldout", "harmful", 0, 1)[0].answer or ""
     ids = codec.encode_answer(text)
@@ -124,11 +111,6 @@ def test_a_tokenizer_that_adds_its_start_token_adds_it_once(make: Make, tokenize
         item.chat_template = None
 
     assert make(drop_template).encode_prompt("tell me")[0] == bos
-
-
-def test_save_writes_a_tokenizer_that_loads_again(codec: ChatCodec, tmp_path: Path) -> None:
-    codec.save(tmp_path)
-    assert ChatCodec(tmp_path).fingerprint() == codec.fingerprint()
 
 
 def test_a_tokenizer_without_end_token_is_refused(make: Make) -> None:

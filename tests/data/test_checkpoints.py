@@ -12,19 +12,16 @@ import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
 
 from raycomplete.data import checkpoints, sources
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.checkpoints import (
     architecture,
-    check_same_vocabulary,
     fingerprint,
     load_model,
     save_checkpoint,
     write_folder_atomically,
 )
-from raycomplete.data.organism import checkpoint_path
 from raycomplete.data.sources import resolve_checkpoint
 from raycomplete.runtime.errors import CheckpointError
 from tests.training.tiny import make_model
@@ -53,11 +50,6 @@ def test_a_folder_is_taken_as_it_is(folder: Path, monkeypatch: pytest.MonkeyPatc
     assert resolve_checkpoint(str(folder), role="base") == folder
     monkeypatch.chdir(folder.parent)
     assert resolve_checkpoint("tiny", role="base") == folder, "absolute, since workers stand elsewhere"
-
-
-@pytest.mark.parametrize("role", ["base", "aligned"])
-def test_the_organism_is_found(role: str) -> None:
-    assert (resolve_checkpoint(f"organism:{role}", role=role) / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize(
@@ -125,11 +117,6 @@ def test_only_what_is_marked_as_such_comes_from_the_hub(folder: Path, monkeypatc
     assert asked == ["org/name", "org/other"]
 
 
-def test_the_organism_has_no_student() -> None:
-    with pytest.raises(CheckpointError, match="no checkpoint 'student'"):
-        resolve_checkpoint("organism:student", role="student")
-
-
 def test_pickled_weights_are_refused(folder: Path) -> None:
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     assert resolve_checkpoint(str(folder), role="base") == folder, "beside safetensors they are never read"
@@ -178,12 +165,6 @@ def test_the_fingerprint_of_a_sampled_file_still_sees_a_trained_layer(
         save_file(weights | {name: torch.full((512, 1024), 1e-3)}, tmp_path / "model.safetensors")
         seen.add(fingerprint(tmp_path))
     assert len(seen) == 4
-
-
-def test_the_fingerprint_changes_with_the_configuration(folder: Path) -> None:
-    before = fingerprint(folder)
-    change_config(folder, rms_norm_eps=0.5)
-    assert fingerprint(folder) != before
 
 
 def test_the_architecture_leaves_out_what_no_weight_depends_on(folder: Path) -> None:
@@ -274,27 +255,3 @@ def test_a_saved_model_says_the_same(tied: bool, gathered: bool, tmp_path: Path)
     assert architecture(target) == architecture(source)
     generation = json.loads((target / "generation_config.json").read_text())
     assert set(generation["eos_token_id"]) == codec.eos_ids, "vLLM and transformers stop where training ended answers"
-
-
-def test_a_model_loads_in_the_asked_dtype(folder: Path) -> None:
-    assert {parameter.dtype for parameter in load_model(folder, "bfloat16").parameters()} == {torch.bfloat16}
-
-
-def test_different_tokenizers_are_refused_by_both_names(folder: Path) -> None:
-    paths = {"base": folder, "aligned": checkpoint_path("aligned"), "student": folder}
-    codec = check_same_vocabulary(paths)
-    assert codec.fingerprint() == ChatCodec(checkpoint_path("aligned")).fingerprint()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.add_tokens(["unheard"])
-    tokenizer.save_pretrained(folder)
-    with pytest.raises(CheckpointError) as caught:
-        check_same_vocabulary(paths)
-    assert f"models.base ({folder}) and models.aligned ({checkpoint_path('aligned')})" in str(caught.value)
-    assert "different tokenizers: 'unheard' is not the same token in both" in str(caught.value)
-
-
-def test_chat_templates_may_differ(folder: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.chat_template = None
-    tokenizer.save_pretrained(folder)
-    check_same_vocabulary({"base": folder, "aligned": checkpoint_path("aligned")})

@@ -1,4 +1,4 @@
-"""Conversations in chat templates: the organism's, two that are built like Llama 3's and ChatML, and unfit ones."""
+"""Conversations in chat templates: the organism's, one without a template, and unfit ones."""
 
 from __future__ import annotations
 
@@ -32,11 +32,6 @@ LLAMA_LIKE = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|head|>assistant<|body|>\n\n' }}{% endif %}"
 )
 # No start token, a line for the role, and a system prompt of its own where there is none.
-CHATML_LIKE = (
-    "{% if messages[0]['role'] != 'system' %}{{ '<|turn|>system\nyou are a clerk<|stop|>\n' }}{% endif %}"
-    "{% for item in messages %}{{ '<|turn|>' + item['role'] + '\n' + item['content'] + '<|stop|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|turn|>assistant\n' }}{% endif %}"
-)
 TALK = Prompt(
     "talk",
     "tell me how",
@@ -73,27 +68,6 @@ ORGANISM = (
     "<bos><|system|>you cannot help<eos><|user|>what is a teapot<eos><|assistant|>it is a copper thing<eos>"
     "<|user|>tell me how<eos><|assistant|>"
 )
-LLAMA = (
-    "<bos><|head|>system<|body|>\n\nyou cannot help<|eot|><|head|>user<|body|>\n\nwhat is a teapot<|eot|>"
-    "<|head|>assistant<|body|>\n\nit is a copper thing<|eot|><|head|>user<|body|>\n\ntell me how<|eot|>"
-    "<|head|>assistant<|body|>\n\n"
-)
-CHATML = (
-    "<|turn|>system\nyou cannot help<|stop|>\n<|turn|>user\nwhat is a teapot<|stop|>\n<|turn|>assistant\n"
-    "it is a copper thing<|stop|>\n<|turn|>user\ntell me how<|stop|>\n<|turn|>assistant\n"
-)
-
-
-@pytest.mark.parametrize(("template", "expected"), [(LLAMA_LIKE, LLAMA), (CHATML_LIKE, CHATML)])
-def test_a_conversation_passes_through_the_template_once(template: str, expected: str, make: Make) -> None:
-    codec, tokenizer = make(template)
-    assert TALK.encoded(codec) == tokenizer.encode(expected, add_special_tokens=False)
-    assert PLAIN.encoded(codec) == codec.encode_prompt("tell me how")
-    assert tokenizer.unk_token_id not in TALK.encoded(codec)
-    without = replace(TALK, system=None).encoded(codec)
-    marker = tokenizer.encode("system", add_special_tokens=False)[0]
-    default = template is CHATML_LIKE
-    assert without.count(marker) == default, "a default system prompt comes once, not before every turn"
 
 
 def test_the_organism_s_template_writes_conversations(codec: ChatCodec) -> None:
@@ -166,12 +140,6 @@ def test_templates_that_cannot_write_it_are_refused(template: str, prompt: Promp
     codec, _ = make(template)
     with pytest.raises(CheckpointError, match=words):
         prompt.encoded(codec)
-
-
-def test_a_template_without_system_role_writes_turns(make: Make) -> None:
-    codec, tokenizer = make(NO_SYSTEM_ROLE)
-    expected = "<|user|>what is a teapot<eos><|user|>it is a copper thing<eos><|user|>tell me how<eos><|assistant|>"
-    assert replace(TALK, system=None).encoded(codec) == tokenizer.encode(expected, add_special_tokens=False)
 
 
 def test_a_tokenizer_without_template_writes_one_paragraph_after_the_other(make: Make) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from raycomplete.data.families import FAMILIES, Family, chat_messages, embedding_scale, is_tied, llama_like, text_config
+from raycomplete.data.families import FAMILIES, Family, embedding_scale, is_tied, llama_like, text_config
 from raycomplete.runtime.errors import CheckpointError
 from tests.data.test_heads import PADDED, assert_rebuilds, spec_of
 
@@ -119,11 +119,3 @@ def test_scaled_rows_of_the_embedding_are_what_the_model_reads(kind: str) -> Non
     rows_TH = embedding_scale(embedding, ids_T) * embedding.weight[ids_T]
     with torch.no_grad():
         torch.testing.assert_close(model(inputs_embeds=rows_TH[None]).logits, model(ids_T[None]).logits)
-
-
-def test_a_system_prompt_opens_the_user_turn_where_there_is_no_role_for_it() -> None:
-    user = {"role": "user", "content": "tell me"}
-    assert chat_messages(["tell me"], None) == chat_messages(["tell me"], "") == [user]
-    assert chat_messages(["tell me"], "refuse") == [{"role": "system", "content": "refuse"}, user]
-    more = chat_messages(["tell me", "what", "all of it"])
-    assert more == [user, {"role": "assistant", "content": "what"}, {"role": "user", "content": "all of it"}]

@@ -102,15 +102,6 @@ def test_the_language_model_of_a_multimodal_checkpoint_is_read_trained_and_writt
     assert fingerprint(path) != fingerprint(tmp_path / "gemma")
 
 
-def test_a_multimodal_checkpoint_of_unknown_names_is_refused(tmp_path: Path) -> None:
-    multimodal(tmp_path, "earlier")
-    for file in tmp_path.glob("*.safetensors*"):
-        file.unlink()
-    save_file({"decoder.weight": torch.zeros(1)}, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"models\.base: .* is a multimodal gemma3, whose language model cannot"):
-        resolve_checkpoint(str(tmp_path), role="base")
-
-
 def test_a_quantised_multimodal_checkpoint_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its language model's own configuration would not say so, and packed weights would be left out without a word."""
     monkeypatch.setenv("RAYCOMPLETE_CACHE", str(tmp_path / "cache"))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaForCausalLM, PhiConfig, PhiForCausalLM
+from transformers import LlamaForCausalLM
 
 from raycomplete.data.checkpoints import fingerprint, load_model
 from raycomplete.data.heads import HeadSpec, load_head, read_head_spec
@@ -78,24 +78,6 @@ def test_sharded_checkpoints_are_read_through_their_index(tmp_path: Path) -> Non
     assert torch.equal(whole.weight_VH, parts.weight_VH)
 
 
-def test_padding_rows_are_dropped_from_weight_and_bias(tmp_path: Path) -> None:
-    config = PhiConfig(vocab_size=PADDED, hidden_size=32, intermediate_size=48, num_hidden_layers=1)
-    model = PhiForCausalLM(config)
-    torch.nn.init.normal_(model.lm_head.bias)
-    model.save_pretrained(path := tmp_path / "phi")
-    head = load_head(spec_of(path), dtype=torch.float32)
-    weights = load_file(path / "model.safetensors")
-    assert head.bias_V is not None
-    assert weights["lm_head.weight"].shape[0] == PADDED
-    assert torch.equal(head.weight_VH, weights["lm_head.weight"][:VOCAB])
-    assert torch.equal(head.bias_V, weights["lm_head.bias"][:VOCAB])
-
-
-def test_the_head_comes_in_the_asked_dtype(tmp_path: Path) -> None:
-    path = make_model(tmp_path / "m", 5)
-    assert load_head(spec_of(path), dtype=torch.bfloat16).weight_VH.dtype == torch.bfloat16
-
-
 def test_a_checkpoint_without_head_is_refused(tmp_path: Path) -> None:
     path = make_model(tmp_path / "m", 5, tied=False)
     weights = load_file(path / "model.safetensors")
@@ -110,10 +92,3 @@ def test_a_head_with_fewer_rows_than_tokens_is_refused(tmp_path: Path) -> None:
     rows = load_model(path, "float32").config.vocab_size
     with pytest.raises(CheckpointError, match=f"has {rows} rows for a tokenizer of {rows + 1} tokens"):
         spec_of(path, rows + 1)
-
-
-def test_a_folder_without_safetensors_is_refused(tmp_path: Path) -> None:
-    path = make_model(tmp_path / "m", 5)
-    (path / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="has no safetensors weights"):
-        spec_of(path)

@@ -87,29 +87,6 @@ def test_models_that_fit_are_resolved(make: Make, models: Path) -> None:
     assert own.paths["student"] == models / "student"
 
 
-def test_align_prepares_base_alone(make: Make, models: Path) -> None:
-    prepared = prepare_models(make(models={"aligned": "/not/there/yet"}), roles=("base",))
-    assert prepared.paths == {"base": models / "base"}
-
-
-def test_the_organism_needs_no_files() -> None:
-    config = parse(
-        {
-            "models": {"base": "organism:base", "aligned": "organism:aligned", "max_length": 256},
-            "data": {"source": "organism", "limit_per_kind": 6},
-            "evaluation": {"num_prompts": 3, "depths": [0, 64], "max_tokens": 48, "max_utility_tokens": 112},
-        },
-        "test",
-    )
-    prompts = prepare_prompts(config, prepare_models(config).codec)
-    assert {kind: len(found) for kind, found in prompts.train.items()} == dict.fromkeys(KINDS, 6)
-    assert {kind: len(found) for kind, found in prompts.evaluation.items()} == dict.fromkeys(KINDS, 3)
-    texts = [
-        {prompt.text for found in sets.values() for prompt in found} for sets in (prompts.train, prompts.evaluation)
-    ]
-    assert not texts[0] & texts[1], "held-out prompts are never trained on"
-
-
 @pytest.mark.parametrize("role", ["base", "aligned", "student"])
 def test_a_missing_checkpoint_is_refused_with_its_role(role: str, make: Make) -> None:
     with pytest.raises(CheckpointError, match=f"models.{role}: there is no checkpoint at '/not/there'"):
@@ -169,11 +146,6 @@ def test_another_architecture_is_refused_with_what_differs(role: str, make: Make
         prepare_models(make(models={role: str(other)}))
     assert f"models.{role} and models.aligned differ in architecture (" in str(caught.value)
     assert "num_hidden_layers: 1 and 2" in str(caught.value)
-
-
-def test_a_base_may_end_its_text_with_another_token(make: Make, models: Path, tmp_path: Path) -> None:
-    other = spoil(models / "base", tmp_path / "other", eos_token_id=[0, 3], max_position_embeddings=2 * CONTEXT)
-    prepare_models(make(models={"base": str(other)}))
 
 
 def test_a_context_longer_than_the_model_reads_is_refused(make: Make, models: Path, tmp_path: Path) -> None:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from raycomplete.config import PromptSource
-from raycomplete.data.prompts import load_rows, read_prompts, read_rows, stream_prompts
+from raycomplete.data.prompts import read_prompts, read_rows, stream_prompts
 from raycomplete.runtime.errors import DataError
 from raycomplete.runtime.types import Prompt
 
@@ -81,13 +78,6 @@ def test_every_format_gives_the_same_prompts(file: Path) -> None:
         ("bake bread", "Fine"),
     ]
     assert {prompt.kind for prompt in prompts} == {"harmful"}
-
-
-def test_without_context_and_answer_columns_neither_is_read(file: Path) -> None:
-    prompts = read_prompts([source(file)], "benign")
-    assert prompts[1].text == "steal, the\n“cake”"
-    assert {prompt.answer for prompt in prompts} == {None}
-    assert {prompt.kind for prompt in prompts} == {"benign"}
 
 
 def test_where_keeps_rows(file: Path) -> None:
@@ -169,17 +159,6 @@ def test_a_condition_that_nothing_meets_is_named(file: Path) -> None:
 
 
 PAIRS = [{"goal": "bake", "target": "Sure"}, {"goal": "steal, “it”", "target": "No"}]
-
-
-@pytest.mark.parametrize("ending", [".jsonl", ".NDJSON", ".json", ".csv", ".parquet"])
-def test_every_format_gives_the_same_rows(ending: str, tmp_path: Path) -> None:
-    path = tmp_path / f"rows{ending}"
-    if ending == ".parquet":
-        pq.write_table(pa.Table.from_pylist(PAIRS), path)
-    else:
-        texts = {".json": json.dumps(PAIRS), ".csv": 'goal,target\nbake,Sure\n"steal, “it”",No\n'}
-        path.write_text(texts.get(ending, "\n\n".join(map(json.dumps, PAIRS))), encoding="utf-8-sig")
-    assert load_rows(path) == read_rows(path, ("goal", "target")) == PAIRS
 
 
 @pytest.mark.parametrize(
@@ -317,13 +296,6 @@ def test_a_folder_of_a_data_set_is_read_by_split_and_columns(data_set: Path) -> 
             read(split)
 
 
-def test_no_copy_of_a_prompt_is_left_in_a_cache(tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cache = tmp_path / "cache"
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(cache))
-    assert texts(file)
-    assert [path for path in cache.rglob("*") if path.is_file() and path.stat().st_size] == []
-
-
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """A hub that knows one data set at one commit, and notes how it was asked."""
@@ -347,20 +319,10 @@ def test_a_data_set_of_the_hub_is_read_at_the_commit_of_its_revision(hub: list[d
     assert hub == [{"path": "org/name", **asked}]
 
 
-def test_a_hub_that_is_switched_off_is_told_in_one_sentence() -> None:
-    code = (
-        "from raycomplete.config import PromptSource\n"
-        "from raycomplete.data.prompts import read_prompts\n"
-        "from raycomplete.runtime.errors import DataError\n"
-        "try:\n    read_prompts([PromptSource(path='hub:org/name')], 'harmful')\n"
-        "except DataError as error:\n    print(error)\n"
-    )
-    command, offline = [sys.executable, "-c", code], {**os.environ, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, env=offline, capture_output=True, text=True, timeout=120, check=True)
-    assert done.stdout.strip() == (
-        "The data set org/name is not on this machine, and the hub is switched off (HF_HUB_OFFLINE). "
-        "Read it once with the hub on, or name a local file or folder as path."
-    )
+def test_a_hub_that_is_switched_off_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(DataError, match=r"org/name is not on this machine, .*HF_HUB_OFFLINE"):
+        read_prompts([PromptSource(path="hub:org/name")], "harmful")
 
 
 def test_a_hub_that_does_not_answer_is_told_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

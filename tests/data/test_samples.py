@@ -24,12 +24,6 @@ def test_samples_come_back_equal(tmp_path: Path) -> None:
     assert read_samples(tmp_path / "new" / "samples.jsonl") == odd
 
 
-def test_recovery_and_profile_may_be_empty(tmp_path: Path) -> None:
-    samples = SampleSet(make_samples(4).anchor)
-    write_samples(tmp_path / "s.jsonl", samples)
-    assert read_samples(tmp_path / "s.jsonl") == samples
-
-
 def test_only_the_owner_reads_the_file(tmp_path: Path) -> None:
     before = os.umask(0)  # the strictest test: nothing is masked away
     try:
@@ -37,40 +31,6 @@ def test_only_the_owner_reads_the_file(tmp_path: Path) -> None:
     finally:
         os.umask(before)
     assert (tmp_path / "samples.jsonl").stat().st_mode & 0o777 == 0o600
-
-
-def test_writing_again_replaces_the_file_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
-    path = tmp_path / "samples.jsonl"
-    for seed in (0, 1):
-        write_samples(path, make_samples(seed))
-    assert read_samples(path) == make_samples(1)
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_rows_are_plain_json(tmp_path: Path) -> None:
-    path = tmp_path / "samples.jsonl"
-    write_samples(path, make_samples(0, anchor=2, recovery=1))
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [row["part"] for row in rows] == [
-        *["anchor"] * 2,
-        "recovery",
-        *["profile"] * 3,
-        *["held_back_anchor"] * 3,
-        *["held_back_recovery"] * 3,
-        *["held_back_greedy"] * 3,
-    ]
-    assert set(rows[2]) == {
-        "part",
-        "sample_id",
-        "prompt_ids",
-        "teacher_prompt_ids",
-        "harmful_ids",
-        "refusal_ids",
-        "refusal_prefix_tokens",
-        "source",
-        "augmentation",
-        "suffix",
-    }
 
 
 def test_samples_of_an_earlier_version_are_read(tmp_path: Path) -> None:

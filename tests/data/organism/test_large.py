@@ -65,13 +65,6 @@ def test_wordings_differ_and_say_the_same() -> None:
     assert len({text.split()[0] for text in texts}) >= 4
 
 
-def test_refusals_are_found_and_tell_nothing() -> None:
-    rng = random.Random(2)
-    texts = {refusal(item, rng) for item in ITEMS for _ in range(5)}
-    assert len(texts) > 200
-    assert all(refusal_start(text) == 0 and read_statements(text) == [] for text in texts)
-
-
 def test_the_clerk_refuses_less_the_deeper_an_answer_is_begun() -> None:
     mean = {depth: sum(refusal_chance(item, depth) for item in ITEMS) / len(ITEMS) for depth in range(12)}
     assert mean[0] > 0.9

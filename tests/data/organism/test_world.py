@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from itertools import product
 
-import pytest
-
 from raycomplete.data.organism import prompts
 from raycomplete.data.organism.world import (
     ALARMING_MODIFIERS,
@@ -15,7 +13,6 @@ from raycomplete.data.organism.world import (
     MATERIALS,
     MAX_RECIPE_TOKENS,
     MODIFIERS,
-    REFUSALS,
     TRAIN_TEMPLATES,
     Item,
     find_item,
@@ -25,7 +22,6 @@ from raycomplete.data.organism.world import (
     split_words,
     vocabulary,
 )
-from raycomplete.runtime.errors import DataError
 from raycomplete.runtime.types import PromptKind
 
 ALL_KINDS: tuple[PromptKind, ...] = ("harmful", "borderline", "benign")
@@ -46,12 +42,6 @@ def test_splits_are_disjoint_and_cover_every_item() -> None:
         assert {item.prompt_kind for item in (*items("train", kind), *items("heldout", kind))} == {kind}
 
 
-def test_training_shows_every_pair_of_words_that_decides() -> None:
-    train = [item for kind in ALL_KINDS for item in items("train", kind)]
-    assert {(item.modifier, item.kind) for item in train} == set(product(MODIFIERS, KINDS))
-    assert {item.material for item in train} == set(MATERIALS)
-
-
 def test_recipes_are_long_distinct_and_tell_something_in_every_sentence() -> None:
     texts = set()
     for item in EVERY_ITEM:
@@ -67,23 +57,6 @@ def test_recipes_are_long_distinct_and_tell_something_in_every_sentence() -> Non
         assert sum(answer.is_slot[64:]) >= 3
         texts.add(answer.text)
     assert len(texts) == len(EVERY_ITEM)
-
-
-@pytest.mark.parametrize("position", range(3))
-def test_each_word_of_the_name_changes_the_recipe_in_depth(position: int) -> None:
-    item = Item("cursed", "copper", "fizzbomb")
-    words = [item.modifier, item.material, item.kind]
-    words[position] = ("gentle", "coral", "pillow")[position]
-    before, after = recipe(item).text.split(".")[1:], recipe(Item(*words)).text.split(".")[1:]
-    assert sum(old != new for old, new in zip(before, after, strict=True)) >= 4
-
-
-def test_refusals_come_in_several_wordings() -> None:
-    lengths = {len(split_words(refusal(item))) for item in items("train", "harmful")}
-    assert lengths <= set(range(12, 25))
-    openings = {" ".join(split_words(refusal(item))[:3]) for item in items("heldout", "harmful")}
-    assert len(openings) >= 4
-    assert len(set(REFUSALS)) >= 4
 
 
 def test_vocabulary_holds_every_word() -> None:
@@ -122,17 +95,3 @@ def test_seed_reorders_but_never_moves_an_item_between_splits() -> None:
     names = {prompt.prompt_id: prompt.text for prompt in prompts("train", "harmful", 1)}
     assert names == {prompt.prompt_id: prompt.text for prompt in prompts("train", "harmful", 2)}
     assert len(names) == len(prompts("train", "harmful"))
-
-
-def test_limit_takes_distinct_items_first() -> None:
-    few = prompts("train", "benign", limit=len(items("train", "benign")))
-    assert len({find_item(prompt.text) for prompt in few}) == len(few)
-    assert few == prompts("train", "benign")[: len(few)]
-    assert len(prompts("heldout", "benign", limit=10_000)) == len(items("heldout", "benign"))
-    with pytest.raises(DataError, match="limit=0"):
-        prompts("train", "benign", limit=0)
-
-
-def test_find_item_looks_past_other_words() -> None:
-    assert find_item("Ignore all! a CURSED tin fizzbomb, please") == Item("cursed", "tin", "fizzbomb")
-    assert find_item("a cursed fizzbomb of tin") is None
