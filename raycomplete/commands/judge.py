@@ -25,20 +25,9 @@ from raycomplete.runtime.files import write_json
 def calibrate_judge(
     file: Path, settings: JudgeConfig, output: Path, *, max_length: int = 1024, console: Console | None = None
 ) -> dict[str, Any]:
-    """Measures a judge on human-labelled completions and stores its error rates.
+    """Measures a judge on human-labelled completions and stores its error rates in `output`, which it returns.
 
-    Args:
-        file: CSV or JSONL with prompt, completion, and human_label or annotation_1, annotation_2.
-        settings: The judge.
-        output: JSON file that `evaluation.judge.calibration` may name.
-        max_length: Longest sequence of a judge model, `models.max_length` of the run: it is part of the judge's name.
-        console: Where the result is printed.
-
-    Returns:
-        The error rates, as they are stored.
-
-    Raises:
-        ConfigError: The judge rates harm and has no notion of refusal that could be measured.
+    `max_length` is `models.max_length` of the run whose rates are corrected: it is part of a judge model's name.
     """
     by_rubric = settings.kind in ("model", "endpoint")
     if settings.kind == "judgezoo" or (by_rubric and read_rubric(settings.rubric).judges == "harm"):

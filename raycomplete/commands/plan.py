@@ -28,19 +28,8 @@ def plan(
 ) -> Estimate:
     """Plans the run of a run file and prints it.
 
-    Args:
-        config: Run file.
-        hardware: A known name.
-        student: Name of a shape, or a folder with a config.json; the run file's student when absent.
-        teacher: The same for both frozen models.
-        as_json: Prints JSON instead of tables.
-        console: Where it goes.
-        options: nodes, devices_per_node, price, prompt_tokens and network_gbit of `Request`.
-
-    Raises:
-        ConfigError: Hardware or a model is not known, or a number is not positive.
-        CheckpointError: A checkpoint's config.json is missing or of no known family.
-        SetupError: Something does not fit; says the smallest change that does.
+    Student and teacher are names of shapes, or folders with a config.json, in place of the run file's models; `options`
+    are those of `Request`.
     """
     console = console or Console()
     shapes = shapes_of(config, student, teacher)
@@ -80,10 +69,8 @@ def _shape(spec: str, role: str | None = None) -> ModelShape:
         if found := catalogue.preset_of_hub(rest):
             return found
         flag = "--student" if role == "student" else "--teacher"
-        raise CheckpointError(
-            f"models.{role}: the shape of {spec} is not known, and a plan downloads nothing.",
-            f"Give {flag} with a folder that holds its config.json, or the name of a model of its size.",
-        )
+        words = f"models.{role}: the shape of {spec} is not known, and a plan downloads nothing."
+        raise CheckpointError(words, f"Give {flag} a folder that holds its config.json, or a model of its size.")
     if role and scheme in ORGANISMS and rest:
         built = ORGANISMS[scheme].find_checkpoint(rest)
         if built is None:  # a plan trains nothing

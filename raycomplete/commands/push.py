@@ -15,27 +15,15 @@ from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import ConfigError, DataError, SetupError, WorkError
 from raycomplete.runtime.files import read_json
 
-# Of a checkpoint; a run folder's other files hold harmful tokens and never leave it by this way.
+# Files of a checkpoint. Other files of a run folder hold harmful tokens and are never uploaded.
 UPLOADED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.md", "*.png")
 
 
 def push(run_folder: Path, repository: str, *, yes: bool = False, public: bool = False) -> list[Path]:
     """Lists what would be uploaded, and uploads it only where `yes` says so.
 
-    Args:
-        run_folder: A finished run.
-        repository: `org/name`; made where it does not exist.
-        yes: Upload. The token comes from HF_TOKEN or from the login of the hub's own command.
-        public: Make or use a repository that everybody can read.
-
-    Returns:
-        The files, the model card among them.
-
-    Raises:
-        ConfigError: The name is none of a repository.
-        DataError: The run has no evaluated student, or was evaluated behind a defence at inference.
-        SetupError: The hub is switched off or no token is there; nothing was uploaded.
-        WorkError: The hub refused or could not be reached.
+    The token comes from HF_TOKEN or from the login of the hub's own command. The repository is made where it is
+    missing. Returns the files, the model card among them.
     """
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", repository):
         raise ConfigError(f"{repository!r} names no repository.", "Write org/name.")
@@ -46,9 +34,8 @@ def push(run_folder: Path, repository: str, *, yes: bool = False, public: bool =
         )
     card = write_model_card(run_folder)
     if card is None:
-        raise DataError(
-            f"The run {run_folder} has no exported student with an evaluation.", "Finish it: raycomplete train."
-        )
+        words = f"The run {run_folder} has no exported student with an evaluation."
+        raise DataError(words, "Finish it: raycomplete train.")
     student = card.parent
     files = sorted({path for pattern in UPLOADED for path in student.glob(pattern)})
     console, plain = Console(), RichConsole()

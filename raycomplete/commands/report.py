@@ -29,19 +29,7 @@ def report(
     allow_differences: bool = False,
     show_harmful: bool = False,
 ) -> Path:
-    """Writes report.html of one run folder, or prints and writes the rates of several as `aggregate_runs` finds them.
-
-    Args:
-        kind: One run: html, or csv and json for every rate in one table, or inspect for logs of Inspect.
-        show_harmful: inspect: with what models said after harmful prompts.
-
-    Returns:
-        The file that was written; of inspect the folder.
-
-    Raises:
-        ConfigError: The runs differ in more than the seed, or an option was given that this has no use for.
-        DataError: A run folder lacks something.
-    """
+    """Writes the report of one run as `kind` says, or prints and writes the rates of several; returns its path."""
     if kind not in FORMATS:
         raise ConfigError(f"--format {kind} is unknown.", f"Choose one of {', '.join(FORMATS)}.")
     if show_harmful and kind != "inspect":
@@ -50,9 +38,8 @@ def report(
         raise ConfigError(f"--format {kind} is for one run.", "Name one run folder.")
     if len(folders) == 1:
         if allow_differences or (output is not None and kind == "html"):
-            raise ConfigError(
-                "--output and --allow-differences are for several runs.", "Name more run folders, or another --format."
-            )
+            words = "--output and --allow-differences are for several runs."
+            raise ConfigError(words, "Name more run folders, or another --format.")
         path = _of_one_run(folders[0], kind, output, show_harmful)
     else:
         aggregate = aggregate_runs(folders, allow_differences=allow_differences)

@@ -24,6 +24,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import ray
@@ -61,15 +62,11 @@ _SHARED_PARTS = ("trials", "judgements", "benign_nll", "remote")
 
 
 @dataclass
-class _Started:
-    """A run of a study and its process.
-
-    Attributes:
-        key: Name of its samples; empty where it makes none.
-    """
+class _Job:
+    """A run of a study and its process."""
 
     run: StudyRun
-    key: str
+    key: str  # names its samples; empty where it makes none
     process: subprocess.Popen[bytes] | None = None
     began: float = 0.0
     code: int | None = None
@@ -81,6 +78,10 @@ class _Started:
     @property
     def samples(self) -> Path:
         return self.folder / "samples.jsonl"
+
+    @property
+    def log(self) -> Path:
+        return self.folder.parent.parent / "logs" / f"{self.folder.parent.name}-{self.folder.name}.log"
 
     @property
     def is_running(self) -> bool:
@@ -96,20 +97,11 @@ class _Started:
 
 
 def study(study: Study, *, resume: bool = False, overwrite: bool = False, console: Console | None = None) -> Path:
-    """Trains and evaluates every run of a study, and writes its table and figures.
-
-    Args:
-        study: Study file, from `raycomplete.config.study.load_study`.
-        resume: Go on with what is there.
-        overwrite: Replace an earlier study of this name.
-        console: Where progress is shown.
-
-    Returns:
-        The study's folder, with study.json, study.md and study.html.
+    """Trains and evaluates every run of a study, and writes its table and figures into its folder, which it returns.
 
     Raises:
         RefusedError: Something is wrong with a run file, a checkpoint or prompts; nothing was started.
-        StoppedError: Someone asked the study to stop; runs wrote a checkpoint.
+        StoppedError: The study was asked to stop; runs wrote a checkpoint.
         WorkError: Some runs failed; the table has the others.
     """
     console = console or Console()
@@ -122,15 +114,15 @@ def study(study: Study, *, resume: bool = False, overwrite: bool = False, consol
     with _alone(study.folder, overwrite=overwrite and not resume):
         _refuse_others(study)
         _refuse_other_inputs(study)
-        jobs = [_Started(run, samples_key(run.config, run.inputs) if run.trains else "") for run in study.runs]
+        jobs = [_Job(run, samples_key(run.config, run.inputs) if run.trains else "") for run in study.runs]
         if not all(job.is_finished for job in jobs):
             with _connected(study, console) as places, stop_signals() as stop, stop.deferred(_STOP_S + 2):
-                _work(study, jobs, places, stop, console, ray.get_runtime_context().gcs_address)
+                _work(jobs, places, stop, console, ray.get_runtime_context().gcs_address)
         failed = [job for job in jobs if not job.is_finished]
         for title, rows in write_study(study, [job.run for job in jobs if job.is_finished]):
             console.table(title, rows)
     if failed:
-        logs = ", ".join(str(_log(study, job)) for job in failed[:3])
+        logs = ", ".join(str(job.log) for job in failed[:3])
         raise WorkError(
             f"{len(failed)} of {len(jobs)} runs are not finished: {', '.join(job.run.name for job in failed)}.",
             f"See {logs}; then run again with --resume.",
@@ -139,8 +131,7 @@ def study(study: Study, *, resume: bool = False, overwrite: bool = False, consol
 
 
 def _checked(study: Study, console: Console) -> Study:
-    """Refuses what would fail at work, and says what a study file may leave open: number formats, and one run at a
-    time on a machine's own cluster."""
+    """Refuses what would fail at work, and fills in number formats and how many runs work at a time."""
     runs = []
     dtypes: dict[tuple[str, str], RunConfig] = {}
     with console.stage(f"Checked {len(study.runs)} runs"):
@@ -197,11 +188,7 @@ def _refuse_other_inputs(study: Study) -> None:
 
 @contextmanager
 def _alone(folder: Path, *, overwrite: bool) -> Iterator[None]:
-    """Holds the study's folder, so that no second process works in it.
-
-    Raises:
-        ConfigError: Another one does, or the folder holds something else than a study.
-    """
+    """Holds the study's folder, so that no second process works in it."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = folder / "study.lock"
     if not lock.is_file() and any(folder.iterdir()):
@@ -238,23 +225,14 @@ def _connected(study: Study, console: Console) -> Iterator[int]:
         yield asked or max(int(fits), 1)
 
 
-def _work(
-    study: Study, jobs: Sequence[_Started], places: int, stop: StopSignals, console: Console, address: str
-) -> None:
-    """Starts runs as places become free, until all have ended.
-
-    Args:
-        address: Of the cluster.
-
-    Raises:
-        StoppedError: Someone asked the study to stop.
-    """
+def _work(jobs: Sequence[_Job], places: int, stop: StopSignals, console: Console, address: str) -> None:
+    """Starts runs on the cluster at an address as places become free, until all have ended."""
     console.note(f"{len(jobs)} runs, {sum(job.is_finished for job in jobs)} of them finished; {places} at a time")
     waiting = [job for job in jobs if not job.is_finished]
     try:
         while waiting or any(job.is_running for job in jobs):
             for job in [job for job in jobs if job.is_running]:
-                _collect(study, job, console)
+                _collect(job, console)
             if stop.requested:
                 raise StoppedError("The study stops on request; runs keep what they finished.", "Resume with --resume.")
             while sum(job.is_running for job in jobs) < places:
@@ -262,7 +240,7 @@ def _work(
                 if job_ is None:
                     break
                 waiting.remove(job_)
-                _start(study, job_, jobs, address)
+                _start(job_, jobs, address)
                 console.note(f"{job_.run.name}: started")
             if waiting and not any(job.is_running for job in jobs):
                 return  # what they wait for has failed
@@ -271,26 +249,24 @@ def _work(
         _stop([job for job in jobs if job.is_running])
 
 
-def _can_start(job: _Started, jobs: Sequence[_Started]) -> bool:
+def _can_start(job: _Job, jobs: Sequence[_Job]) -> bool:
     """Tells whether what a run takes from others is there: the frozen models' answers, and samples."""
     frozen = _frozen(job, jobs)
-    if frozen is job:
-        return True
-    in_the_making = any(
-        other.is_running and other.key == job.key and not other.samples.is_file() for other in jobs if job.key
-    )
-    return frozen.is_finished and not (in_the_making and _samples_of(job, jobs) is None)
+    if frozen is job or not frozen.is_finished:
+        return frozen is job
+    makers = [other for other in jobs if job.key and other.key == job.key and other.is_running]
+    return _samples_of(job, jobs) is not None or all(other.samples.is_file() for other in makers)
 
 
-def _frozen(job: _Started, jobs: Sequence[_Started]) -> _Started:
+def _frozen(job: _Job, jobs: Sequence[_Job]) -> _Job:
     return next(other for other in jobs if other.run.model == job.run.model and other.run.label == FROZEN)
 
 
-def _samples_of(job: _Started, jobs: Sequence[_Started]) -> Path | None:
+def _samples_of(job: _Job, jobs: Sequence[_Job]) -> Path | None:
     return next((other.samples for other in jobs if other.key == job.key and other.samples.is_file()), None)
 
 
-def _start(study: Study, job: _Started, jobs: Sequence[_Started], address: str) -> None:
+def _start(job: _Job, jobs: Sequence[_Job], address: str) -> None:
     """Puts into a run's folder what others made for it, and starts its process."""
     folder, frozen = job.folder, _frozen(job, jobs)
     cluster = job.run.config.cluster.model_copy(update={"address": None})  # the study's, by RAY_ADDRESS
@@ -307,7 +283,7 @@ def _start(study: Study, job: _Started, jobs: Sequence[_Started], address: str) 
     command = ["train", "--resume"] if job.run.trains else ["evaluate"]
     run_file = folder / "run.yaml"  # config.yaml is the run's own record
     write_text(run_file, settings)
-    log = _log(study, job)
+    log = job.log
     log.parent.mkdir(parents=True, exist_ok=True)
     environment = {name: value for name, value in os.environ.items() if name not in (RUN, FOLDER)}
     with log.open("ab") as stream:
@@ -318,24 +294,16 @@ def _start(study: Study, job: _Started, jobs: Sequence[_Started], address: str) 
             stderr=stream,
             env=environment | {"RAY_ADDRESS": address, "COLUMNS": "160"},
             start_new_session=True,  # Ctrl-C reaches the study alone, which tells its runs
-            preexec_fn=_die_with_parent,
+            # The kernel kills a run whose study is killed, so that never two processes work in its folder.
+            preexec_fn=partial(_LIBC.prctl, _DIE_WITH_PARENT, signal.SIGKILL),
         )
     job.began = time.monotonic()
 
 
-def _die_with_parent() -> None:
-    """Asks the kernel to kill a run whose study is killed, so that never two processes work in its folder."""
-    _LIBC.prctl(_DIE_WITH_PARENT, signal.SIGKILL)
-
-
 def share_answers(source: Path, target: Path) -> None:
-    """Gives a run the prefills of the frozen models' evaluation, and those of their answers that it has not got.
+    """Adds the prefills and answers in the frozen models' folder evaluation/ to that of a run.
 
     A study that is resumed with more attacks finds the earlier answers in its runs.
-
-    Args:
-        source: The folder evaluation/ of the frozen models.
-        target: That of the run; it may be missing.
     """
     if (source / "prefills.json").is_file():
         _copy(source / "prefills.json", target / "prefills.json")
@@ -349,33 +317,25 @@ def _copy(source: Path, target: Path) -> None:
     write_bytes(target, source.read_bytes(), mode=source.stat().st_mode & 0o777)
 
 
-def _collect(study: Study, job: _Started, console: Console) -> None:
+def _collect(job: _Job, console: Console) -> None:
     """Notes the end of a run's process."""
     assert job.process is not None
     job.code = job.process.poll()
-    if job.code is None:
-        return
     seconds = time.monotonic() - job.began
-    if job.is_finished:
+    if job.code is not None and job.is_finished:
         console.note(f"{job.run.name}: finished [dim]({seconds:.0f} s)[/dim]")
-    else:
-        console.note(f"{job.run.name}: ended with {job.code} after {seconds:.0f} s, see {_log(study, job)}")
+    elif job.code is not None:
+        console.note(f"{job.run.name}: ended with {job.code} after {seconds:.0f} s, see {job.log}")
 
 
-def _stop(jobs: Sequence[_Started]) -> None:
+def _stop(jobs: Sequence[_Job]) -> None:
     """Asks runs to stop, waits, and kills what is left."""
-    for job in jobs:
-        if job.process is not None and job.process.poll() is None:
-            job.process.terminate()
+    processes = [job.process for job in jobs if job.process is not None]
+    for process in processes:
+        process.terminate()
     deadline = time.monotonic() + _STOP_S
-    for job in jobs:
-        if job.process is not None:
-            try:
-                job.process.wait(timeout=max(deadline - time.monotonic(), 0.1))
-            except subprocess.TimeoutExpired:
-                job.process.kill()
-
-
-def _log(study: Study, job: _Started) -> Path:
-    folder = job.folder
-    return study.folder / "logs" / f"{folder.parent.name}-{folder.name}.log"
+    for process in processes:
+        try:
+            process.wait(timeout=max(deadline - time.monotonic(), 0.1))
+        except subprocess.TimeoutExpired:
+            process.kill()

@@ -1,7 +1,7 @@
 """`raycomplete submit`: runs a command on a cluster as a job of Ray, and ends with the job's exit code.
 
 Everything is checked here before anything is uploaded. The printed line is what anyone may type instead:
-`ray job submit ... -- python jobs/train.py RUNFILE`. On the cluster the job stands in a copy of the working folder, so
+`ray job submit ... -- python jobs/train.py RUNFILE`. On the cluster the job runs in a copy of the working folder, so
 every path of the run file is looked at from there.
 """
 
@@ -36,25 +36,16 @@ _AGENT_S, _RETRY_S = 60.0, 2.0  # a head that has just started takes no job yet
 _QUIET_S = 300.0  # without a line: a connection that a firewall dropped says nothing either
 
 Say = Callable[[str], None]
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Submission:
-    """A job that is ready to be sent.
-
-    Attributes:
-        address: URL of the cluster's job server.
-        working_dir: Folder that is uploaded.
-        entrypoint: Command in that folder's copy.
-        runtime_env: Ray's runtime environment without the working folder.
-        warnings: Paths that a node may not find, a sentence each.
-    """
+    """A job that is ready to be sent: its command in the copy of `working_dir`, and paths that nodes may not find."""
 
     address: str
     working_dir: Path
     entrypoint: tuple[str, ...]
-    runtime_env: dict[str, Any] = field(default_factory=dict)
+    runtime_env: dict[str, Any] = field(default_factory=dict)  # without the working folder
     warnings: tuple[str, ...] = ()
 
     def command(self) -> str:
@@ -74,20 +65,7 @@ def prepare(
     working_dir: Path = Path(),
     flags: Sequence[str] = (),
 ) -> Submission:
-    """Checks a job on this machine.
-
-    Args:
-        run_file: A file below `working_dir`.
-        overrides: Values that replace those of the run file.
-        job: One of `JOBS`.
-        address: URL of the job server; RAY_API_SERVER_ADDRESS, RAY_ADDRESS or this machine when absent.
-        working_dir: Folder to upload.
-        flags: `--resume` or `--overwrite`.
-
-    Raises:
-        ConfigError: The run file is wrong, or cannot be read from the job's folder.
-        SetupError: The working folder is larger than Ray takes.
-    """
+    """Checks a job of `JOBS` on this machine; without `address` the environment names the job server."""
     if job not in JOBS:
         raise ConfigError(f"There is no job {job!r}.", f"--job takes {', '.join(JOBS)}.")
     if flags and not JOBS[job]:
@@ -97,18 +75,13 @@ def prepare(
     if not folder.is_dir():
         raise ConfigError(f"The working folder {working_dir} does not exist.", "Give --working-dir a folder.")
     if not file.is_relative_to(folder):
-        raise ConfigError(
-            f"The run file {run_file} lies outside the working folder {folder}, so the job would not find it.",
-            "Give --working-dir a folder that holds it.",
-        )
+        words = f"The run file {run_file} lies outside the working folder {folder}, so the job would not find it."
+        raise ConfigError(words, "Give --working-dir a folder that holds it.")
     files = uploaded_files(folder)
     if file not in files:
-        raise ConfigError(
-            f"The run file {run_file} is not uploaded, since .gitignore, .rayignore or submit itself leaves it out.",
-            "Move it to another folder of the working folder.",
-        )
-    script = f"jobs/{job}.py"
-    start = [script] if (folder / script) in files else ["-m", "raycomplete", job]
+        words = f"The run file {run_file} is not uploaded, since .gitignore, .rayignore or submit itself leaves it out."
+        raise ConfigError(words, "Move it to another folder of the working folder.")
+    start = [f"jobs/{job}.py"] if folder / "jobs" / f"{job}.py" in files else ["-m", "raycomplete", job]
     environment = {"RAY_JOB_STOP_WAIT_TIME_S": os.environ.get("RAY_JOB_STOP_WAIT_TIME_S", str(STOP_WAIT_S))}
     environment |= {variable: os.environ[variable] for variable in _PASSED_ON if variable in os.environ}
     known = [value for name in _ADDRESSES if "://" in (value := os.environ.get(name, "")) and "ray://" not in value]
@@ -122,12 +95,8 @@ def prepare(
 
 
 def uploaded_files(folder: Path, limit: int | None = None) -> set[Path]:
-    """Finds the files that Ray would upload, by Ray's own rules of ignoring.
-
-    Raises:
-        SetupError: Together they are larger than Ray takes.
-    """
-    from ray._private import ray_constants  # Ray tells nobody else what it leaves out
+    """Finds the files that Ray would upload, by Ray's own rules; refuses more than Ray takes."""
+    from ray._private import ray_constants  # Ray offers its rules nowhere else
     from ray._private.runtime_env import packaging
 
     sizes: dict[Path, int] = {}
@@ -138,6 +107,7 @@ def uploaded_files(folder: Path, limit: int | None = None) -> set[Path]:
 
     excludes = [packaging._get_excludes(folder, [*ray_constants.get_runtime_env_default_excludes(), *EXCLUDES])]
     with_gitignore = os.environ.get("RAY_RUNTIME_ENV_IGNORE_GITIGNORE", "0") != "1"
+    logger = logging.getLogger(__name__)
     packaging._dir_travel(folder, excludes, note, include_gitignore=with_gitignore, logger=logger)
     limit = packaging.GCS_STORAGE_MAX_SIZE if limit is None else limit
     if sum(sizes.values()) > limit:
@@ -153,12 +123,10 @@ def uploaded_files(folder: Path, limit: int | None = None) -> set[Path]:
 def _warnings(config: RunConfig, job: str, folder: Path, files: Iterable[Path]) -> Iterator[str]:
     """Names the paths of a run file that a node of the cluster may not find, each with what to do."""
     there = set(files).union(*(path.parents for path in files))
-    paths: list[tuple[str, Path]] = []
-    for role in ("base", "aligned", "student"):
-        spec = getattr(config.models, role)
-        is_made = job == "align" and role != "base"
-        if spec is not None and ":" not in spec and not is_made:  # hub:, organism: and package: are found by name
-            paths.append((f"models.{role}", Path(spec).expanduser()))
+    roles = ("base",) if job == "align" else ("base", "aligned", "student")  # align makes the others
+    specs = [(f"models.{role}", getattr(config.models, role)) for role in roles]
+    # hub:, organism: and package: are found by name
+    paths = [(key, Path(spec).expanduser()) for key, spec in specs if spec is not None and ":" not in spec]
 
     def note(key: str, path: Path) -> Path:
         paths.append((key, path))
@@ -183,9 +151,7 @@ def _warnings(config: RunConfig, job: str, folder: Path, files: Iterable[Path]) 
 
 
 def submit(submission: Submission, say: Say, *, wait: bool = True) -> int:
-    """Sends a job and, unless told otherwise, follows its log to the end.
-
-    Remarks go to `say`, the job's own output to standard output. Returns the job's exit code.
+    """Sends a job and, unless told otherwise, prints its log to the end; returns its exit code.
 
     Raises:
         SetupError: No cluster answers, or it does not know the token; nothing was started.
@@ -200,10 +166,10 @@ def submit(submission: Submission, say: Say, *, wait: bool = True) -> int:
                 client.submit_job(entrypoint=command, runtime_env=environment, submission_id=job)
                 break
             except OSError as error:  # the answer was lost, and the job may have begun
-                raise LostJobError(
-                    f"The connection was lost while the job was submitted ({error}), and whether it began is unknown.",
-                    f"Before you submit it again: ray job status {job}",
-                ) from error
+                words = (
+                    f"The connection was lost while the job was submitted ({error}), and whether it began is unknown."
+                )
+                raise LostJobError(words, f"Before you submit it again: ray job status {job}") from error
             except RuntimeError as error:
                 if "No available agent" not in str(error) or time.monotonic() > deadline:
                     raise
@@ -216,11 +182,7 @@ def submit(submission: Submission, say: Say, *, wait: bool = True) -> int:
 
 
 def connect_to(address: str) -> Any:
-    """Makes a client of the job server at an address, which waits for answers with a limit.
-
-    Raises:
-        SetupError: See `submit`.
-    """
+    """Makes a client of the job server at an address, which waits for answers with a limit."""
     from ray.job_submission import JobSubmissionClient
 
     class Client(JobSubmissionClient):
@@ -235,15 +197,15 @@ def connect_to(address: str) -> Any:
 
 @contextmanager
 def _explained(address: str) -> Iterator[None]:
-    """Says errors of Ray's client in one sentence with the remedy."""
+    """Turns errors of Ray's client into one sentence with the remedy."""
     from ray.exceptions import AuthenticationError
 
     try:
         yield
     except AuthenticationError as error:
-        wrong = "Forbidden" in str(error)
+        wrong = "refuses this token (403)" if "Forbidden" in str(error) else "asks for a token (401)"
         raise SetupError(
-            f"The cluster at {address} {'refuses this token (403)' if wrong else 'asks for a token (401)'}.",
+            f"The cluster at {address} {wrong}.",
             "Set RAY_AUTH_MODE=token, and put the cluster's token into RAY_AUTH_TOKEN, into a file that "
             "RAY_AUTH_TOKEN_PATH names, or into ~/.ray/auth_token; on the head, `ray get-auth-token` prints it.",
         ) from error
@@ -253,9 +215,9 @@ def _explained(address: str) -> Iterator[None]:
             "Give --address the dashboard's address, or open the way to it: ray dashboard cluster.yaml, or kubectl "
             "port-forward service/...-head-svc 8265.",
         ) from error
+    except LostJobError:
+        raise
     except (RuntimeError, ValueError, OSError) as error:
-        if isinstance(error, LostJobError):
-            raise
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise SetupError(f"The job server at {address} did not take the job: {reason}") from error
 
@@ -265,9 +227,6 @@ def follow(client: Any, job: str, say: Say) -> int:
 
     The first Ctrl-C asks the job to stop, as it does with `raycomplete train`: it writes a checkpoint and ends. The
     second leaves it alone.
-
-    Raises:
-        LostJobError: The connection was lost.
     """
     printed, interrupts, is_asked = [0], 0, False
     while True:
@@ -287,10 +246,8 @@ def follow(client: Any, job: str, say: Say) -> int:
                 say(f"The job goes on; ray job status {job} says how it does.")
                 return 1
         except Exception as error:  # of aiohttp, requests or Ray
-            raise LostJobError(
-                f"The connection to job {job} was lost ({str(error).strip() or type(error).__name__}).",
-                f"The job goes on: ray job logs {job} --follow.",
-            ) from error
+            words = f"The connection to job {job} was lost ({str(error).strip() or type(error).__name__})."
+            raise LostJobError(words, f"The job goes on: ray job logs {job} --follow.") from error
     say(f"Job {job}: {str(info.status).rpartition('.')[2].lower()}.")
     if info.status == "SUCCEEDED":
         return 0
