@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -30,6 +32,57 @@ def tracked_python(*folders: str) -> list[Path]:
     """The tracked Python files below these folders of the repository, sorted."""
     parents = {ROOT / folder for folder in folders}
     return sorted(path for path in tracked_files() if path.suffix == ".py" and parents & {*path.parents})
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def raycomplete(*arguments: str, folder: Path, timeout_s: float = 1100) -> subprocess.CompletedProcess[str]:
+    """Runs a command as a user does, in a process of its own."""
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    return subprocess.run(
+        [sys.executable, "-m", "raycomplete", *arguments],
+        cwd=folder,
+        env=environment | {"PYTHONPATH": str(ROOT), "COLUMNS": "160"},
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+    )
+
+
+# Of the shipped run file, reduced: enough for a student that refuses in the middle of an answer.
+REDUCED = (
+    "data.limit_per_kind=144",
+    "train.steps=100",
+    "train.num_workers=2",
+    "train.zero_stage=2",
+    "train.checkpoint_every=50",
+    "evaluation.num_prompts=24",
+    "evaluation.depths=[0,4,16,64]",
+)
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder of a finished run of the organism, and what the command printed. Tests only read it."""
+    folder = tmp_path_factory.mktemp("finished")
+    result = raycomplete("train", str(ROOT / "jobs" / "organism.yaml"), *REDUCED, folder=folder)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return folder / "runs" / "organism", result.stdout
+
+
+@pytest.fixture(scope="session")
+def finished_diagnosis(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a diagnosis of the organism's base and aligned, from 16 prompts of each kind."""
+    folder = tmp_path_factory.mktemp("diagnosed")
+    arguments = ("diagnose", str(ROOT / "jobs" / "organism.yaml"), "diagnose.num_prompts=16")
+    result = raycomplete(*arguments, folder=folder)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return folder / "runs" / "organism-diagnosis"
 
 
 @pytest.fixture(scope="session")

@@ -50,9 +50,7 @@ def evaluate(
     on_progress: OnProgress | None = None,
     cancelled: Cancelled | None = None,
 ) -> Path:
-    """Evaluates models without training; the student of the run folder is used where there is one.
-
-    Finished trials of the same models and prompts are always reused, in the run folder of a training run too.
+    """Evaluates models without training, the student of the run folder among them; finished trials are reused.
 
     Args:
         config: Run file.

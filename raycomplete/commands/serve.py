@@ -33,7 +33,7 @@ def serve(config: RunConfig) -> Path:
     """Serves evaluations until it is interrupted; those at work are put back and go on at the next start.
 
     Args:
-        config: Run file; `serve` says where and how, and requests take from the rest what they leave out.
+        config: Run file; requests take from it what they leave out.
 
     Returns:
         The state folder.
@@ -64,25 +64,13 @@ def serve(config: RunConfig) -> Path:
 
 
 def application(arguments: Mapping[str, str]) -> Application:
-    """Builds the application for `serve deploy` and `serve run` from `args` of jobs/serve.yaml.
-
-    Args:
-        arguments: `run_file`, and any `key.sub: value` that replaces a value of it.
-    """
+    """Builds the application from `args` of jobs/serve.yaml: `run_file`, and values of it that are replaced."""
     overrides = [f"{key}={value}" for key, value in arguments.items() if key != "run_file"]
     return build(*admitted(load_run_file(arguments["run_file"], overrides)))
 
 
 def admitted(config: RunConfig) -> tuple[RunConfig, str | None]:
-    """Refuses what could not work, before anything is started.
-
-    Returns:
-        The run file as replicas read it, which stand in another folder, and the digest of the token.
-
-    Raises:
-        ConfigError: The token is missing or weak, or a model is to answer that is not there.
-        SetupError: vLLM is not installed.
-    """
+    """Refuses what could not work; returns the run file with absolute paths, and the digest of the token."""
     token = read_token_digest(config.serve)
     package_versions()  # which refuses a machine without vLLM
     settings = config.serve
@@ -97,14 +85,14 @@ def admitted(config: RunConfig) -> tuple[RunConfig, str | None]:
         models["student"] = str(trained.resolve())
     changed = {"serve": settings.model_copy(update=paths), "models": config.models.model_copy(update=models)}
     config = config.model_copy(update=changed)
-    if behind := [role for role in chat_roles(config) if is_remote(getattr(config.models, role))]:
-        raise ConfigError(
-            f"serve.chat_models names the {behind[0]}, which answers at an address of its own.", "Leave it out."
-        )
-    if missing := [role for role in chat_roles(config) if getattr(config.models, role) is None]:
-        raise ConfigError(
-            f"serve.chat_models names the {missing[0]}, and this server has none.", "Train one, or set models.student."
-        )
+    for role in chat_roles(config):
+        spec = getattr(config.models, role)
+        if spec is None:
+            words = f"serve.chat_models names the {role}, and this server has none."
+            raise ConfigError(words, "Train one, or set models.student.")
+        if is_remote(spec):
+            words = f"serve.chat_models names the {role}, which answers at an address of its own."
+            raise ConfigError(words, "Leave it out.")
     return config, token
 
 

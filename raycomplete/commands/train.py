@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from raycomplete.runtime.errors import ConfigError
 from raycomplete.runtime.files import read_json, write_json
 from raycomplete.runtime.machine import available_cpus, compiler_problem
 from raycomplete.runtime.metrics_file import read_metrics
-from raycomplete.runtime.types import MODEL_ROLES, ModelRole
+from raycomplete.runtime.types import MODEL_ROLES, ModelRole, Prompt
 from raycomplete.training.checkpoints import check_space, count_parameters
 from raycomplete.training.job import ResponseJudge, TrainJob
 from raycomplete.training.metrics import describe_terms
@@ -55,7 +55,7 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False, c
         config: Run file.
         resume: Continue an interrupted run.
         overwrite: Replace an earlier run of this name.
-        console: Where progress is shown.
+        console: Shows progress.
 
     Returns:
         The run folder; `summary.json` in it holds the headline numbers.
@@ -136,6 +136,7 @@ def _train_student(run: Run) -> None:
         write_samples(samples_file, make_samples(run))
     (run.folder / SAMPLING_FILE).unlink(missing_ok=True)
     samples = read_samples(samples_file)
+    prompts = [prompt for kind in KINDS for prompt in run.prompts.train[kind]]
     job = make_job(
         run,
         "student",
@@ -146,8 +147,8 @@ def _train_student(run: Run) -> None:
         scorers=dict(run.engines.scorers),
         prefetch=config.teacher.prefetch,
         rollout=config.rollout,
-        student_engines=_student_engines(run),
-        response_judge=_response_judge(run),
+        student_engines=_student_engines(run, prompts),
+        response_judge=ResponseJudge(run.judge, models.codec, {prompt.prompt_id: prompt for prompt in prompts}),
     )
     with _resting_generator(run):
         started = time.perf_counter()
@@ -180,20 +181,13 @@ def _resting_generator(run: Run) -> Iterator[None]:
         run.engines.generator.wait_until_ready(config.cluster.start_timeout_s)
 
 
-def _student_engines(run: Run) -> StudentEngines | None:
+def _student_engines(run: Run, prompts: Sequence[Prompt]) -> StudentEngines | None:
     """Makes the engines of the student's own rollouts, where the run file asks for them."""
     if not run.config.rollout.on_policy:
         return None
     pool = run.engines.generator.with_weights(str(run.models.paths["student"]))
-    prompts = [prompt for kind in KINDS for prompt in run.prompts.train[kind]]
     timeout_s = run.config.cluster.start_timeout_s
     return StudentEngines(pool, run.models.codec, run.judge, prompts, run.config.rollout, start_timeout_s=timeout_s)
-
-
-def _response_judge(run: Run) -> ResponseJudge:
-    """Makes the reader of what the student answers to held-back training prompts."""
-    prompts = {prompt.prompt_id: prompt for kind in KINDS for prompt in run.prompts.train[kind]}
-    return ResponseJudge(run.judge, run.models.codec, prompts)
 
 
 def make_job(run: Run, start: ModelRole, output: Path, **settings: Any) -> TrainJob:
@@ -248,11 +242,7 @@ def run_training(run: Run, job: TrainJob, title: str) -> None:
 
 
 def training_stats(
-    config: RunConfig,
-    metrics_file: Path,
-    wall_s: float | None,
-    scored: Mapping[str, float],
-    engines: Mapping[str, Any],
+    config: RunConfig, metrics_file: Path, wall_s: float | None, scored: Mapping[str, float], engines: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Sums up the metrics of all steps (resumed ones included): training.json, and the `train` part of summary.json."""
     rows = read_metrics(metrics_file)

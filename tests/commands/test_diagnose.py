@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,8 @@ from raycomplete.diagnosis.statistics import kind_summary
 from raycomplete.engines.run import Run
 from raycomplete.runtime.errors import ConfigError
 from raycomplete.runtime.files import write_json
-from tests.commands.test_train import raycomplete
-from tests.conftest import ROOT
-from tests.diagnosis.planted import (
-    HIDDEN,
-    a_config,
-    a_run,
-    normal,
-    planted_measurement,
-)
+from tests.conftest import ROOT, raycomplete
+from tests.diagnosis.planted import HIDDEN, a_config, a_run, normal, planted_measurement
 
 
 class Stopped(Exception):
@@ -121,16 +115,10 @@ def test_base_against_itself_and_a_planted_change(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)  # three commands, each with engines of its own
-def test_the_command_on_the_organism(tmp_path: Path) -> None:
-    """Diagnosed, then one batch and the result taken away and resumed: the numbers are the same."""
-    arguments = [
-        "diagnose",
-        str(ROOT / "jobs" / "organism.yaml"),
-        "diagnose.num_prompts=16",
-    ]
-    first = raycomplete(*arguments, folder=tmp_path)
-    assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-3000:]
+@pytest.mark.timeout(1800)
+def test_the_command_on_the_organism(finished_diagnosis: Path, tmp_path: Path) -> None:
+    """One batch and the result are taken away from a finished diagnosis and made again: the numbers are the same."""
+    shutil.copytree(finished_diagnosis.parents[1], tmp_path, dirs_exist_ok=True)
     folder = tmp_path / "runs" / "organism-diagnosis"
     found = json.loads((folder / "diagnosis.json").read_text())
     aligned = found["kinds"]["harmful"]["profile"]["aligned"]
@@ -141,11 +129,10 @@ def test_the_command_on_the_organism(tmp_path: Path) -> None:
     assert max(found["kinds"]["benign"]["profile"]["aligned"]["kl_to_base"]["mean"]) < 0.2
     assert found["gradient"]["pairs"] >= 8
     assert all("•" in item["context"] or not item["context"] for item in found["tokens"] if item["kind"] == "harmful")
-    page = (folder / "report.html").read_text()
-    assert "Where alignment stopped" in page
+    assert (folder / "report.html").is_file()
+    arguments = ("diagnose", str(ROOT / "jobs" / "organism.yaml"), "diagnose.num_prompts=16")
     again = raycomplete(*arguments, folder=tmp_path, timeout_s=120)
-    assert again.returncode == 2
-    assert "--resume" in again.stderr
+    assert (again.returncode, "--resume" in again.stderr) == (2, True)
     kept = folder / "batches" / "harmful-00000.npz"
     written = kept.stat().st_mtime_ns
     (folder / "batches" / "benign-00000.npz").unlink()

@@ -17,8 +17,9 @@ from raycomplete.commands import serve
 from raycomplete.config import ServeConfig, load_run_file
 from raycomplete.runtime.errors import ConfigError
 from raycomplete.serving import deployment
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
+RUN_FILE = ROOT / "jobs" / "organism.yaml"
 CONFIG_FILE = ROOT / "jobs" / "serve.yaml"
 
 
@@ -57,7 +58,7 @@ def test_listening_elsewhere_without_a_token_is_refused_before_anything_starts(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    run_file = str(ROOT / "jobs" / "organism.yaml")
+    run_file = str(RUN_FILE)
     with pytest.raises(ConfigError, match="there is no token"):
         serve.application({"run_file": run_file, "serve.host": "0.0.0.0"})
     monkeypatch.setattr(sys, "argv", ["raycomplete", "serve", run_file, "--host", "0.0.0.0"])
@@ -71,7 +72,7 @@ def test_the_trained_student_of_the_run_folder_is_what_is_evaluated(
     bound: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    config = load_run_file(ROOT / "jobs" / "organism.yaml", ["serve.model_roots=[models]", "serve.state=here"])
+    config = load_run_file(RUN_FILE, ["serve.model_roots=[models]", "serve.state=here"])
     serve.build(*serve.admitted(config))
     assert bound[0].models.student is None
     student = config.output.folder / "student"
@@ -89,20 +90,20 @@ def test_every_model_that_there_is_answers_where_chat_is_on(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     overrides = ["serve.chat=true", "serve.state=here", "models.dtype=float32"]
-    config = load_run_file(ROOT / "jobs" / "organism.yaml", overrides)
+    config = load_run_file(RUN_FILE, overrides)
     serve.build(*serve.admitted(config))
     assert [(model.role, model.options["num_gpus"]) for model in bound[3]] == [("base", 0), ("aligned", 0)]
     assert bound[3][0].options["runtime_env"]["env_vars"]["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
-    named = load_run_file(ROOT / "jobs" / "organism.yaml", [*overrides, "serve.chat_models=[student]"])
+    named = load_run_file(RUN_FILE, [*overrides, "serve.chat_models=[student]"])
     with pytest.raises(ConfigError, match="names the student, and this server has none"):
         serve.admitted(named)
 
 
 def test_one_gpu_holds_what_the_run_file_evaluates() -> None:
-    config = load_run_file(ROOT / "jobs" / "organism.yaml")
+    config = load_run_file(RUN_FILE)
     plan = serve._plan(config)
     assert plan.gpus == pytest.approx(config.cluster.gpus_per_engine)  # the generator alone: its attacks need no more
-    attacked = load_run_file(ROOT / "jobs" / "organism.yaml", ["evaluation.attacks=[gcg, finetune]"])
+    attacked = load_run_file(RUN_FILE, ["evaluation.attacks=[gcg, finetune]"])
     more = attacked.cluster.gpus_per_engine * 2 + attacked.cluster.gpus_per_worker
     assert serve._plan(attacked).gpus == pytest.approx(more)
     assert serve._plan(attacked).cpus == plan.cpus  # CPUs are counted for whatever a request may add

@@ -84,8 +84,8 @@ class Quiet:
 def work(study: Study, places: int, stop: StopSignals | None = None) -> Quiet:
     """Runs all that is not finished, without a cluster."""
     console = Quiet()
-    jobs = [command._Started(run, command.samples_key(run.config, {}) if run.trains else "") for run in study.runs]
-    command._work(study, jobs, places, stop or StopSignals(), console, "an address")  # type: ignore[arg-type]
+    jobs = [command._Job(run, command.samples_key(run.config, {}) if run.trains else "") for run in study.runs]
+    command._work(jobs, places, stop or StopSignals(), console, "an address")  # type: ignore[arg-type]
     return console
 
 
@@ -133,10 +133,12 @@ def test_a_request_to_stop_ends_the_runs(study: Study) -> None:
     assert not (study.folder / "organism").exists()
 
 
-def test_a_study_that_is_there_is_refused_without_resume(study: Study) -> None:
-    write_text(study.folder / "study.json", "{}")
-    with pytest.raises(ConfigError, match="holds a study already"):
-        command.study(study)
+def test_a_study_that_is_there_or_at_work_is_refused(study: Study) -> None:
+    with command._alone(study.folder, overwrite=False):
+        with pytest.raises(ConfigError), command._alone(study.folder, overwrite=False):
+            raise AssertionError("both hold it")
+        with pytest.raises(ConfigError, match="--resume"):
+            command.study(study)
 
 
 def test_a_folder_that_no_study_made_is_never_wiped(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,15 +203,6 @@ def test_a_cluster_of_our_own_holds_the_weights_of_all_runs_at_a_time(
     with command._connected(command.replace(study, config=settings, runs=runs), Console(quiet=True)) as places:
         assert places == 3
     assert asked == [3 * (len(runs) - 1) * 2**30]
-
-
-def test_two_processes_cannot_work_on_one_study(study: Study) -> None:
-    with (
-        command._alone(study.folder, overwrite=False),
-        pytest.raises(ConfigError, match="Another process"),
-        command._alone(study.folder, overwrite=False),
-    ):
-        raise AssertionError("both hold it")
 
 
 def test_a_run_of_other_settings_is_refused(study: Study, tmp_path: Path) -> None:

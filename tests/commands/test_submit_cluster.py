@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands.test_submit import ROOT, free_port
+from tests.conftest import ROOT, free_port
 
 
 @dataclass
@@ -61,16 +61,9 @@ def head() -> Iterator[Head]:
         "RAY_AUTH_TOKEN": "a-token-of-this-test-only-0123456789",
         "RAY_USAGE_STATS_ENABLED": "0",
     }
-    options = [
-        "--head",
-        "--block",
-        "--port=0",
-        f"--temp-dir={base}/ray",
-        "--num-cpus=2",
-        "--object-store-memory=80000000",
-    ]
-    options += ["--dashboard-host=127.0.0.1", f"--dashboard-port={port}", "--dashboard-agent-listen-port=0"]
-    options += [f"--ray-client-server-port={free_port()}", "--disable-usage-stats"]
+    options = f"""--head --block --port=0 --temp-dir={base}/ray --num-cpus=2 --object-store-memory=80000000
+        --dashboard-host=127.0.0.1 --dashboard-port={port} --dashboard-agent-listen-port=0
+        --ray-client-server-port={free_port()} --disable-usage-stats""".split()
     folder = base / "work"
     (folder / "jobs").mkdir(parents=True)
     shutil.copy(ROOT / "jobs" / "organism.yaml", folder / "run.yaml")

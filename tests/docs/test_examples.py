@@ -135,12 +135,8 @@ def test_the_loop_completes_the_alignment_of_the_organism(tmp_path: Path) -> Non
 
 @pytest.mark.slow
 @pytest.mark.exhaustive
-def test_a_diagnosis_is_read(tmp_path: Path) -> None:
-    settings = ["output.name=organism", "diagnose.num_prompts=8", "cluster.use_gpu=never"]
-    command = ("-m", "raycomplete", "diagnose", str(ROOT / "jobs" / "organism.yaml"), *settings)
-    done = python(*command, folder=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    printed = python(str(EXAMPLES / "read_diagnosis.py"), folder=tmp_path).stdout
+def test_a_diagnosis_is_read(finished_diagnosis: Path) -> None:
+    printed = python(str(EXAMPLES / "read_diagnosis.py"), folder=finished_diagnosis.parents[1]).stdout
     assert "harmful  aligned  completion depth 1 of" in printed
     assert "share of prompts with a deficit above 0.5 at positions 0, 1, 4: [0. 1. 1.]" in printed
-    assert (tmp_path / "runs" / "organism-diagnosis" / "deficit.png").stat().st_size > 1000
+    assert (finished_diagnosis / "deficit.png").stat().st_size > 1000

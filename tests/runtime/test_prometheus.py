@@ -15,7 +15,7 @@ import pytest
 
 from raycomplete.runtime import prometheus as observe
 from raycomplete.serving import app
-from tests.commands.test_submit import free_port
+from tests.conftest import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 DASHBOARD = ROOT / "jobs" / "deploy" / "grafana.json"
