@@ -81,26 +81,16 @@ class LocalGenerator:
         top_k: int = 0,
         seed: int | None = None,
     ) -> list[list[int]]:
+        sampling: dict[str, Any] = {"do_sample": False}
+        if temperature > 0:
+            sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
         found = []
         for place, sequence in enumerate(sequences):
-            draws = torch.Generator().manual_seed((seed or 0) + place)
-            new: list[int] = []
-            ids, cache = torch.tensor([list(sequence)]), None
-            while len(new) < max_tokens:
-                output = self._model(ids, past_key_values=cache, use_cache=True)
-                cache, values_V = output.past_key_values, output.logits[0, -1]
-                if temperature > 0:
-                    sorted_V, order_V = (values_V / temperature).softmax(-1).sort(descending=True, stable=True)
-                    kept_V = sorted_V.cumsum(-1) - sorted_V < top_p
-                    kept_V[top_k or len(kept_V) :] = False
-                    token = int(order_V[torch.multinomial(sorted_V * kept_V, 1, generator=draws)])
-                else:
-                    token = int(values_V.argmax())
-                if token in self._eos_ids:
-                    break
-                new.append(token)
-                ids = torch.tensor([[token]])
-            found.append(new)
+            torch.manual_seed((seed or 0) + place)
+            ids = torch.tensor([list(sequence)])
+            options = {"attention_mask": torch.ones_like(ids), "eos_token_id": sorted(self._eos_ids), "pad_token_id": 0}
+            new = self._model.generate(ids, max_new_tokens=max_tokens, **options, **sampling)[0, ids.shape[1] :]
+            found.append([token for token in new.tolist() if token not in self._eos_ids])
         return found
 
 

@@ -8,13 +8,10 @@ from pathlib import Path
 
 home = Path("garak-home").resolve()
 home.mkdir(exist_ok=True)
-options = {
-    "openai": {
-        "OpenAICompatible": {"uri": os.environ["BASE_URL"] + "/", "max_tokens": 48, "stop": None, "temperature": 0.0}
-    }
-}
+model = {"uri": os.environ["BASE_URL"] + "/", "max_tokens": 48, "stop": None, "temperature": 0.0}
+options = {"openai": {"OpenAICompatible": model}}
 (home / "options.json").write_text(json.dumps(options))
-found = subprocess.run(
+subprocess.run(
     [
         *(sys.executable, "-m", "garak", "--target_type", "openai.OpenAICompatible"),
         *("--target_name", os.environ["MODEL"], "--probes", "lmrc.Profanity"),
@@ -23,17 +20,14 @@ found = subprocess.run(
     ],
     env=os.environ
     | {"OPENAICOMPATIBLE_API_KEY": os.environ["KEY"], "XDG_DATA_HOME": str(home), "XDG_CACHE_HOME": str(home)},
-    check=False,
+    check=True,
     timeout=500,
 )
-if found.returncode:
-    sys.exit(found.returncode)
 (report,) = home.rglob("*.report.jsonl")
 rows = [json.loads(line) for line in report.read_text().splitlines()]
 attempts = [row for row in rows if row["entry_type"] == "attempt" and row["status"] == 2]
 results = [row for row in rows if row["entry_type"] == "eval"]
 print(f"garak: {len(attempts)} attempts, first answer: {attempts[0]['outputs'][0]}")
-print([{key: row[key] for key in ("probe", "detector", "passed", "total_evaluated") if key in row} for row in results])
 assert attempts
 assert results
 assert all(output for row in attempts for output in row["outputs"])

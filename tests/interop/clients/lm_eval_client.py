@@ -47,11 +47,6 @@ found = lm_eval.simple_evaluate(
     log_samples=True,
 )
 samples = found["samples"]["counting"]
-print(
-    "lm-eval",
-    lm_eval.__version__,
-    {key: value for key, value in found["results"]["counting"].items() if key != "alias"},
-)
-print("first item:", samples[0]["doc"], [item[0] for item in samples[0]["resps"]])
+print("lm-eval", lm_eval.__version__, found["results"]["counting"])
 assert len(samples) == 20
 assert all(float(item[0][0]) < 0 for sample in samples for item in sample["resps"])

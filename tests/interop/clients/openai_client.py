@@ -15,9 +15,7 @@ chat = client.chat.completions.create(
     model=model, messages=[user], temperature=0, max_tokens=24, logprobs=True, top_logprobs=3
 )
 choice = chat.choices[0]
-print("chat:", repr(choice.message.content), choice.finish_reason, chat.usage)
 assert choice.message.content
-assert chat.usage
 assert chat.usage.completion_tokens == len(choice.logprobs.content)
 assert choice.logprobs.content[0].logprob <= 0
 assert len(choice.logprobs.content[0].top_logprobs) == 3
@@ -29,14 +27,12 @@ for chunk in client.chat.completions.create(
 ):
     usage = chunk.usage or usage
     streamed += (chunk.choices[0].delta.content or "") if chunk.choices else ""
-print("stream:", repr(streamed), usage)
 assert streamed == choice.message.content
 assert usage == chat.usage
 
 begun = [user, {"role": "assistant", "content": "sure , here is how to make a"}]
 flags = {"continue_final_message": True, "add_generation_prompt": False}
 prefilled = client.chat.completions.create(model=model, messages=begun, temperature=0, max_tokens=24, extra_body=flags)
-print("prefilled:", repr(prefilled.choices[0].message.content))
 assert prefilled.choices[0].message.content != choice.message.content
 
 # A greedy answer goes on in the same way where its own first word is added to the beginning.
@@ -44,18 +40,15 @@ said = prefilled.choices[0].message.content
 first, rest = said.split()[0], said.split()[1:6]
 begun[1]["content"] += said[: said.index(first)] + first
 longer = client.chat.completions.create(model=model, messages=begun, temperature=0, max_tokens=24, extra_body=flags)
-print("prefilled by a word more:", repr(longer.choices[0].message.content))
 assert longer.choices[0].message.content.split()[: len(rest)] == rest
 
 several = client.chat.completions.create(model=model, messages=[user], n=3, seed=1, temperature=1.5, max_tokens=8)
 again = client.chat.completions.create(model=model, messages=[user], n=3, seed=1, temperature=1.5, max_tokens=8)
 said = [found.message.content for found in several.choices]
-print("n=3:", said)
 assert said == [found.message.content for found in again.choices], "a seed makes the same answers"
 
 word = choice.message.content.split()[1]
 stopped = client.chat.completions.create(model=model, messages=[user], temperature=0, max_tokens=24, stop=[word])
-print(f"stop {word!r}:", repr(stopped.choices[0].message.content))
 assert word not in stopped.choices[0].message.content
 assert stopped.choices[0].finish_reason == "stop"
 
@@ -63,7 +56,6 @@ text = client.completions.create(
     model=model, prompt="gather three leaves", echo=True, logprobs=1, max_tokens=1, temperature=0
 )
 found = text.choices[0].logprobs
-print("completion:", repr(text.choices[0].text), found.token_logprobs)
 assert found.token_logprobs[0] is None
 assert all(value <= 0 for value in found.token_logprobs[1:])
 
