@@ -29,8 +29,8 @@ from raycomplete.diagnosis.samples import KINDS, read_prompts
 from raycomplete.diagnosis.statistics import summarize
 from raycomplete.engines.cluster import plan_run
 from raycomplete.engines.run import OutputFolder, Run, open_run
-from raycomplete.report.diagnosis import depth_words
 from raycomplete.report.html import write_report
+from raycomplete.report.plots import depth_words
 from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import ConfigError
 from raycomplete.runtime.files import read_json, write_json

@@ -11,8 +11,7 @@ from rich.console import Console as RichConsole
 
 from raycomplete.report.html import write_report
 from raycomplete.report.model_card import write_model_card
-from raycomplete.report.rates import COLUMNS, rate_rows
-from raycomplete.report.run_folder import read_run_folder
+from raycomplete.report.run_folder import COLUMNS, rate_rows, read_run_folder
 from raycomplete.report.runs import aggregate_runs, run_tables, write_aggregate
 from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import ConfigError

@@ -46,7 +46,7 @@ from raycomplete.engines.run import OutputFolder
 from raycomplete.engines.spec import object_store_bytes
 from raycomplete.evaluation.attack_resources import check_evaluation
 from raycomplete.evaluation.defences.start import check_defence
-from raycomplete.report.study_page import write_study
+from raycomplete.report.study import write_study
 from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import ConfigError, StoppedError, WorkError
 from raycomplete.runtime.files import RowStore, read_json, write_bytes, write_json, write_text

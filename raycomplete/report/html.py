@@ -19,7 +19,6 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib import rc_context
 
 from raycomplete.evaluation.summary import difference_table
-from raycomplete.report import diagnosis as diagnoses
 from raycomplete.report import plots
 from raycomplete.report.run_folder import RunFolder, read_run_folder
 from raycomplete.runtime.files import PRIVATE, write_bytes
@@ -34,17 +33,7 @@ _SIGNS = str.maketrans(
 
 
 def write_report(run_folder: Path) -> Path:
-    """Writes report.html and figures/ from what is in a run folder.
-
-    Args:
-        run_folder: Needs summary.json or diagnosis.json; in place of what else is missing, a sentence says so.
-
-    Returns:
-        The path of report.html.
-
-    Raises:
-        DataError: Both are missing, or a file is malformed.
-    """
+    """Writes report.html and figures/ from what is in a run folder."""
     run = read_run_folder(run_folder)
     with rc_context(plots.STYLE):
         sections = [section(run_folder, *figure) for figure in _figures(run)]
@@ -56,7 +45,7 @@ def write_report(run_folder: Path) -> Path:
         headline=_headline(run),
         table=_table(run.summary),
         differences=difference_table(run.summary.get("comparisons") or []),
-        tokens=diagnoses.token_tables(run.diagnosis) if run.diagnosis else [],
+        tokens=plots.token_tables(run.diagnosis) if run.diagnosis else [],
         judge=run.summary.get("judge") or next((result["judge"] for result in run.results.values()), None),
         measured=_measured(run),
         safety_regressions=run.summary.get("safety_regressions") or [],
@@ -74,7 +63,7 @@ def write_report(run_folder: Path) -> Path:
     shown = run.diagnosis is not None and run.diagnosis["settings"]["show_harmful"]
     write_bytes(path, text.encode("utf-8", errors="replace"), mode=PRIVATE if shown else 0o644)
     if run.diagnosis is not None:
-        rows = _csv(diagnoses.token_rows(run.diagnosis))
+        rows = _csv(plots.token_rows(run.diagnosis))
         write_bytes(run_folder / "figures" / "base_favored_tokens.csv", rows, mode=PRIVATE if shown else 0o644)
     return path
 
@@ -125,10 +114,10 @@ def _diagnosis_figures(found: Mapping[str, Any]) -> list[_Figure]:
     no_control = "No benign prompt was measured."
     no_gradient = "Not measured: diagnose.gradient is off, or the aligned model refuses none of the prompts."
     return [
-        ("Where alignment stopped", "", diagnoses.where_it_stopped(found)),
-        ("What the model would say there", "", diagnoses.what_it_does(found)),
-        ("Harmful prompts against harmless ones", no_control, diagnoses.control(found)),
-        ("How much each position teaches", no_gradient, diagnoses.gradient_curve(found.get("gradient"))),
+        ("Where alignment stopped", "", plots.where_it_stopped(found)),
+        ("What the model would say there", "", plots.what_it_does(found)),
+        ("Harmful prompts against harmless ones", no_control, plots.control(found)),
+        ("How much each position teaches", no_gradient, plots.gradient_curve(found.get("gradient"))),
     ]
 
 
@@ -223,7 +212,7 @@ def _depth_card(diagnosis: Mapping[str, Any]) -> dict[str, str]:
     found = diagnosis["kinds"]["harmful"]
     depths = found["completion_depth"]
     role, depth = list(depths.items())[-1]
-    value, _, interval = diagnoses.depth_words(depth).partition(" (")
+    value, _, interval = plots.depth_words(depth).partition(" (")
     even, odd = ("beyond" if half is None else str(half) for half in depth["halves"])
     return {
         "label": "Completion depth in tokens: first position at which the rising fit of the mean deficit exceeds "
@@ -231,7 +220,7 @@ def _depth_card(diagnosis: Mapping[str, Any]) -> dict[str, str]:
         "value": value if depth["depth"] is not None else f"> {depth['num_positions'] - 1}",
         "role": role,
         "interval": interval.rstrip(")") + (", " if interval else "") + f"n = {found['measured']}",
-        "before": f"aligned {diagnoses.depth_words(depths['aligned'])}" if role != "aligned" else "",
+        "before": f"aligned {plots.depth_words(depths['aligned'])}" if role != "aligned" else "",
         "note": f"halves of the prompts: {even} and {odd}",
     }
 

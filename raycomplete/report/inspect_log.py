@@ -37,20 +37,7 @@ _Row = Mapping[str, Any]
 
 
 def write_inspect_logs(run_folder: Path, output: Path | None = None, *, show_harmful: bool = False) -> list[Path]:
-    """Writes the logs of a run.
-
-    Args:
-        run_folder: A run that was evaluated.
-        output: Folder of the logs; `<run>/inspect` when absent.
-        show_harmful: Write what models said after harmful prompts; such logs are readable by the owner only.
-
-    Returns:
-        The logs, by model in the order of their attacks.
-
-    Raises:
-        DataError: The evaluation or its stored trials are missing.
-        CheckpointError: The tokenizer that reads the stored tokens cannot be found.
-    """
+    """Writes the logs of a run."""
     run = read_run_folder(run_folder)
     roles = [role for role in MODEL_ROLES if role in run.results]
     if not roles:

@@ -17,8 +17,7 @@ from huggingface_hub import EvalResult, ModelCardData
 import raycomplete
 from raycomplete.evaluation.summary import closing_table, defence_name, reductions
 from raycomplete.report.html import setting
-from raycomplete.report.rates import rate_rows
-from raycomplete.report.run_folder import RunFolder, read_run_folder
+from raycomplete.report.run_folder import RunFolder, rate_rows, read_run_folder
 from raycomplete.runtime.files import write_text
 
 CARD, FIGURE = "README.md", "prefill_depth.png"
@@ -42,12 +41,7 @@ _KINDS = ("harmful", "benign", "borderline")
 
 
 def write_model_card(run_folder: Path) -> Path | None:
-    """Writes the card of a run's student into its checkpoint.
-
-    Returns:
-        The path of the card; None where the run has no exported student, or none that was evaluated by itself: rates
-        of a student behind a defence at inference are not those of its weights.
-    """
+    """Writes the card of a run's student into its checkpoint."""
     student = run_folder / "student"
     if not (student / "config.json").is_file():
         return None
@@ -62,12 +56,7 @@ def write_model_card(run_folder: Path) -> Path | None:
 
 
 def model_card(run: RunFolder, *, figure: bool = True) -> str:
-    """Returns the text of the card: YAML front matter, then Markdown.
-
-    Args:
-        run: A run whose student was evaluated.
-        figure: The depth curve lies beside the card.
-    """
+    """Returns the text of the card: YAML front matter, then Markdown."""
     config: dict[str, Any] = yaml.safe_load(run.config or "") or {}
     name, models = str(run.summary["name"]), config.get("models") or {}
     method = config.get("method") or {}

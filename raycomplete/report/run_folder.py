@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from raycomplete.evaluation.summary import reductions
+from raycomplete.evaluation.summary import OTHER_RATES, defence_name, reductions
 from raycomplete.runtime.errors import DataError
 from raycomplete.runtime.metrics_file import finite, read_metrics
 from raycomplete.runtime.types import MODEL_ROLES
 
+COLUMNS = ("role", "measure", "attack", "variant", "value", "low", "high", "n", "defence")
+
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Results of one run.
-
-    Attributes:
-        summary: summary.json, completed from the evaluation files.
-        results: evaluation/<role>.json by role, those of the summary's evaluation.
-        metrics: Rows of metrics.jsonl, one a step, in order.
-        terms: Terms of the loss by name: label, description and measures, as training.json describes them.
-        diagnosis: diagnosis.json, of this folder or of the diagnosis beside the run.
-    """
+    """Results of one run."""
 
     summary: Mapping[str, Any]
     results: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -41,11 +35,7 @@ class RunFolder:
 
 
 def read_run_folder(folder: Path) -> RunFolder:
-    """Reads a run folder.
-
-    Raises:
-        DataError: Neither summary.json nor diagnosis.json is there, or a JSON file does not hold a mapping.
-    """
+    """Reads a run folder."""
     # A run and the diagnosis of the same name share one page.
     beside = folder.with_name(f"{folder.name}-diagnosis")
     diagnosis = _read_mapping(folder / "diagnosis.json") or _read_mapping(beside / "diagnosis.json")
@@ -98,3 +88,44 @@ def _read_mapping(path: Path) -> dict[str, Any] | None:
     if not isinstance(content, dict):
         raise DataError(f"{path} must hold a mapping.", "Remove it or run that stage again.")
     return content
+
+
+def rate_rows(run: RunFolder) -> list[dict[str, Any]]:
+    """Lists every number of a run's evaluation that has an interval."""
+    defence = defence_name(run.summary) or ""
+    return [
+        dict(zip(COLUMNS, (*key, *numbers, defence if key[0] == "student" else ""), strict=True))
+        for key, numbers in _rows(run.summary)
+    ]
+
+
+def _rows(summary: Mapping[str, Any]) -> Iterator[tuple[tuple[str, str, str, str], tuple[Any, ...]]]:
+    for role, asr in (summary.get("asr") or {}).items():
+        for depth, rate in asr["by_depth"].items():
+            yield (role, "asr", "prefill", f"prefill-{depth}"), _numbers(rate)
+        yield (role, "asr", "prefill", ""), _numbers(asr["mean"])
+    for name, by_role in summary["attacks"].items():
+        for role, block in by_role.items():
+            if name != "prefill":
+                yield (role, "asr", name, ""), _numbers(block["mean"])
+                for variant, found in block.get("variants", {}).items():
+                    yield (role, "asr", name, variant), _numbers(found["asr"])
+            yield (role, "asr_worst_of_n", name, ""), _numbers(block["worst_of_n"])
+    for name in OTHER_RATES:
+        for role, rate in (summary.get(name) or {}).items():
+            yield (role, name, "", ""), _numbers(rate)
+    for source, by_role in (summary.get("over_refusal_by_source") or {}).items():
+        for role, rate in by_role.items():
+            yield (role, "over_refusal", "", source), _numbers(rate)
+    for role, nll in (summary.get("benign_nll") or {}).items():
+        if "nats_per_token" in nll:  # beside the roles stands their comparison
+            yield (role, "benign_nll", "", ""), _numbers(nll, "nats_per_token")
+    for name, by_role in (summary.get("capabilities") or {}).items():
+        for role, found in by_role.items():
+            yield (role, "accuracy", name, ""), _numbers(found["accuracy"])
+
+
+def _numbers(rate: Mapping[str, Any], key: str = "rate") -> tuple[Any, ...]:
+    if not rate["n"]:  # nobody was asked: 0 would be no measurement
+        return None, None, None, 0
+    return rate[key], rate["low"], rate["high"], rate["n"]

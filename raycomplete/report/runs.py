@@ -30,21 +30,7 @@ Shares = tuple[Mapping[str, float], float]  # share of successful trials by prom
 
 
 def aggregate_runs(folders: Sequence[Path], *, allow_differences: bool = False) -> dict[str, Any]:
-    """Computes the rates of run folders that differ in `train.seed` alone.
-
-    Args:
-        folders: Run folders with summary.json, config.yaml and evaluation/.
-        allow_differences: Take runs whose run files, judges or seeds would be refused, and list the differences.
-
-    Returns:
-        {"runs", "seeds", "differences", "rates", "comparisons"}: `rates` by measure and role as
-        `raycomplete.evaluation.statistics.mean_over_runs` describes them, `comparisons` of two roles as
-        `difference_over_runs` does.
-
-    Raises:
-        ConfigError: The runs differ in more than the seed, or two have the same one.
-        DataError: A run folder lacks something, or the runs have no model or no prompt in common.
-    """
+    """Computes the rates of run folders that differ in `train.seed` alone."""
     runs = {str(folder): read_run_folder(folder) for folder in folders}
     settings = {folder: _settings(folder, run) for folder, run in runs.items()}
     seeds = {folder: found.pop("train.seed", None) for folder, found in settings.items()}
@@ -152,9 +138,6 @@ def shares_by_measure(folder: str, result: Mapping[str, Any], *, in_detail: bool
 
     In detail, attacks of several trials have their worst of n too, and those with a headline their other variants. What
     no prompt was asked, such as a depth that no answer reaches, is left out.
-
-    Raises:
-        DataError: An earlier version wrote the result, without prompts.
     """
     if "by_prompt" not in result:
         raise DataError(

@@ -225,7 +225,7 @@ def a_diagnosis(num_positions: int = 200, roles: tuple[str, ...] = ("aligned", "
         }
     norms = {
         name: {**a_curve([scale * math.exp(-t / 6) + 0.01 for t in range(24)]), "n": [30] * 24}
-        for name, scale in (("sft_head", 50.0), ("sft_logits", 1.0), ("rejected_head", 20.0), ("sft_all", 90.0))
+        for name, scale in (("sft_head", 50.0), ("sft_logits", 1.0), ("rejected_head", 20.0))
     }
     token = {
         "kind": "harmful",
@@ -250,7 +250,6 @@ def a_diagnosis(num_positions: int = 200, roles: tuple[str, ...] = ("aligned", "
         "tokens": [token, {**token, "band": [1, 3], "token": ""}, {**token, "kind": "benign"}],
         "gradient": {
             "pairs": 30,
-            "full_prompts": 4,
             "roles": {role: {**norms, "preference_factor": 0.05} for role in ("base", *roles)},
         },
         "versions": {"raycomplete": "0.1.0"},

@@ -31,7 +31,6 @@ def test_a_diagnosis_alone(diagnosis_folder: Path) -> None:
         "aligned 1 (1 to 2)",
         "halves of the prompts: beyond and 170",
         "60 measured of 64",
-        "exact in all parameters (4 prompts)",
     ):
         assert words in page.text, words
     assert "••• <b>" in page.text  # escaped in the source

@@ -18,8 +18,7 @@ from raycomplete.data.organisms import ORGANISMS
 from raycomplete.evaluation.summary import closing_table
 from raycomplete.report.inspect_log import HIDDEN, write_inspect_logs
 from raycomplete.report.model_card import model_card, write_model_card
-from raycomplete.report.rates import COLUMNS, rate_rows
-from raycomplete.report.run_folder import read_run_folder
+from raycomplete.report.run_folder import COLUMNS, rate_rows, read_run_folder
 from raycomplete.runtime.errors import ConfigError, DataError
 from raycomplete.runtime.files import content_hash, write_json, write_rows
 from tests.report.conftest import COMPLIED, DEPTHS, a_rate

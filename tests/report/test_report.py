@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from raycomplete.report.html import setting, write_report
+from raycomplete.report.html import write_report
 from raycomplete.runtime.errors import DataError
 from tests.report.conftest import a_rate
 
@@ -80,13 +80,6 @@ def test_figures_and_their_data(written_run: Path, name: str) -> None:
     assert {len(row) for row in rows} == {len(rows[0])}
 
 
-def test_data_of_the_curve(written_run: Path) -> None:
-    with (written_run / "figures" / "prefill_depth.csv").open(encoding="utf-8", newline="") as stream:
-        rows = list(csv.DictReader(stream))
-    assert [row["role"] for row in rows] == ["base"] * 6 + ["aligned"] * 6 + ["student"] * 6
-    assert rows[-1] == {"role": "student", "depth": "64", "asr": "0.14", "low": "0.06", "high": "0.22", "n": "100"}
-
-
 def test_missing_parts_are_named(run_folder: Path) -> None:
     (run_folder / "metrics.jsonl").unlink()
     (run_folder / "profile.json").unlink()
@@ -144,14 +137,6 @@ def test_benchmarks_stand_among_the_rates(run_folder: Path) -> None:
     assert re.search(r"MMLU, refused( -)* 12.5 % ", text)
 
 
-def test_student_that_got_worse(run_folder: Path) -> None:
-    summary = json.loads((run_folder / "summary.json").read_text())
-    summary["asr_reduction"] = -0.1
-    (run_folder / "summary.json").write_text(json.dumps(summary))
-    page = Page(write_report(run_folder).read_text(encoding="utf-8"))
-    assert "10.0 % more than aligned" in page.text.replace("\N{NO-BREAK SPACE}", " ")
-
-
 def test_differences_between_models_stand_beside_the_rates(run_folder: Path) -> None:
     summary = json.loads((run_folder / "summary.json").read_text())
     found = {"first": "student", "second": "aligned", "difference": -0.5, "low": -0.61, "high": -0.4, "n": 100}
@@ -167,13 +152,6 @@ def test_differences_between_models_stand_beside_the_rates(run_folder: Path) -> 
     assert "-50.0 [-61.0, -40.0]" in text
     assert "+1.0 [-61.0, -40.0]" in text
     assert "reduced by 80.1 % to 90.0 %" in text
-
-
-def test_settings_are_written_as_people_read_them() -> None:
-    assert setting([0, 4]) == "0, 4"
-    assert setting({"kind": "auto", "checkpoint": None, "threshold": 0.5}) == "kind auto; threshold 0.5"
-    assert setting([{"name": "prefill", "depths": []}, {"name": "gcg"}]) == "name prefill | name gcg"
-    assert (setting({}), setting([]), setting(False), setting(1e-10)) == ("-", "-", "False", "1e-10")
 
 
 def test_safety_regressions_stand_at_the_top(run_folder: Path) -> None:
@@ -202,13 +180,6 @@ def test_terms_and_measures_are_those_that_the_run_names(run_folder: Path) -> No
     assert "my_attack" in (run_folder / "figures" / "attacks.csv").read_text()
 
 
-def test_a_run_without_described_terms_shows_the_whole_loss(run_folder: Path) -> None:
-    (run_folder / "training.json").unlink()
-    page = Page(write_report(run_folder).read_text(encoding="utf-8"))
-    assert (run_folder / "figures" / "training.csv").read_text().splitlines()[0] == "step,loss"
-    assert "What the loss measured" not in page.text
-
-
 def test_torn_metrics(run_folder: Path) -> None:
     """A torn last line and a loss that is not finite do no harm."""
     rows = [
@@ -231,10 +202,3 @@ def test_unusable_folders(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="must hold a mapping"):
         write_report(tmp_path)
     assert not (tmp_path / "report.html").exists()
-
-
-def test_report_is_replaced_whole(written_run: Path) -> None:
-    first = (written_run / "report.html").read_text(encoding="utf-8")
-    second = write_report(written_run).read_text(encoding="utf-8")
-    written = re.compile(r"written [0-9: -]+UTC")
-    assert written.sub("", first) == written.sub("", second)
