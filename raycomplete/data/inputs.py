@@ -104,8 +104,8 @@ def prepare_models(
         named, trust_remote_code=settings.trust_remote_code, template_arguments=settings.template_arguments
     )
     for role, path in paths.items():
-        context = _context_length(path)
-        if context is not None and settings.max_length > context:
+        context = json.loads((path / "config.json").read_text()).get("max_position_embeddings")
+        if context and settings.max_length > context:
             raise ConfigError(
                 f"models.max_length is {settings.max_length}, and models.{role} ({path}) reads at most {context} "
                 "tokens.",
@@ -168,14 +168,18 @@ def prepare_prompts(config: RunConfig, codec: ChatCodec, *, training: bool = Tru
             (config.rollout.safety_prompt, max(config.rollout.max_refusal_tokens, _longest_h(config)) + 1)
         )
     train, too_long = _fitting(config, codec, train, rooms)
-    longest = max(longest_trained, _longest_evaluated(config) + thinking_room(config, codec))
+    evaluation, frame = config.evaluation, codec.frame
+    longest = max(evaluation.deepest_prefill + evaluation.max_tokens, evaluation.max_utility_tokens) + 1
+    if frame is not None and frame.thinks:
+        longest += evaluation.max_thinking_tokens + len(frame.closing)
+    longest = max(longest_trained, longest)
     for prompt in (prompt for kind in KINDS for prompt in held_out[kind]):
         _check_length(config, codec, prompt, None, longest)
     if config.rollout.prompt_augmentation.fraction > 0 and training:
         every = [prompt for kind in KINDS for prompt in train[kind]]
         read_augmentation_files(config.rollout.prompt_augmentation, every)
-    read = _hub_revisions(config, config.data.evaluation, *([config.data.train] if training else []))
-    notes += [*too_long, *_revision_notes(read)]
+    notes += too_long
+    read = _hub_revisions(config, notes, config.data.evaluation, *([config.data.train] if training else []))
     return Prompts(train, held_out, tuple(notes), read, _held_back(config, train))
 
 
@@ -200,19 +204,16 @@ def prepare_alignment_prompts(config: RunConfig) -> Prompts:
     if not (train["harmful"] and train["benign"]):
         raise DataError(f"{where} holds no prompt that is far enough from the evaluation.", "Use other files.")
     _check_disjoint(train, _held_out_sets(config), where)
-    read = _hub_revisions(config, sets)
-    return Prompts(train, {}, (*notes, *_revision_notes(read)), read)
+    read = _hub_revisions(config, notes, sets)
+    return Prompts(train, {}, tuple(notes), read)
 
 
-def _hub_revisions(config: RunConfig, *sets: PromptSets) -> dict[str, str]:
-    """Returns the commit at which each data set of the hub was read."""
+def _hub_revisions(config: RunConfig, notes: list[str], *sets: PromptSets) -> dict[str, str]:
+    """Returns the commit at which each data set of the hub was read, and notes it for the user."""
     read = {source.path: source for found in sets for kind in KINDS for source in getattr(found, kind)}
     commits = {path: hub_commit(source) for path, source in read.items() if config.data.source not in ORGANISMS}
+    notes += [f"{path} is read at revision {commit}" for path, commit in commits.items() if commit]
     return {path: commit for path, commit in commits.items() if commit}
-
-
-def _revision_notes(revisions: Mapping[str, str]) -> list[str]:
-    return [f"{path} is read at revision {commit}" for path, commit in revisions.items()]
 
 
 def _read(sets: PromptSets, kind: PromptKind, seed: int) -> tuple[Prompt, ...]:
@@ -220,18 +221,16 @@ def _read(sets: PromptSets, kind: PromptKind, seed: int) -> tuple[Prompt, ...]:
 
 
 def _held_out_sets(config: RunConfig) -> dict[PromptKind, tuple[Prompt, ...]]:
+    """Draws at most `evaluation.num_prompts` of each kind over all its files, whose order is kept."""
     data, count = config.data, config.evaluation.num_prompts
     if data.source in ORGANISMS:
         return {kind: tuple(ORGANISMS[data.source].prompts("heldout", kind, data.seed, count)) for kind in KINDS}
-    return {kind: _held_out(config, kind) for kind in KINDS}
-
-
-def _held_out(config: RunConfig, kind: PromptKind) -> tuple[Prompt, ...]:
-    """Draws at most `evaluation.num_prompts` over all evaluation files; the order of the files is kept."""
-    prompts = _read(config.data.evaluation, kind, config.data.seed)
-    count = min(config.evaluation.num_prompts, len(prompts))
-    chosen = sorted(random.Random(f"{config.data.seed}:held out:{kind}").sample(range(len(prompts)), count))
-    return tuple(prompts[index] for index in chosen)
+    drawn: dict[PromptKind, tuple[Prompt, ...]] = {}
+    for kind in KINDS:
+        prompts = _read(data.evaluation, kind, data.seed)
+        draw = random.Random(f"{data.seed}:held out:{kind}")
+        drawn[kind] = tuple(prompts[at] for at in sorted(draw.sample(range(len(prompts)), min(count, len(prompts)))))
+    return drawn
 
 
 def _without_near_repeats(
@@ -351,27 +350,10 @@ def samples_key(config: RunConfig, inputs: Mapping[str, str]) -> str:
     return content_hash([made_from, train.seed, dict(inputs)])
 
 
-def thinking_room(config: RunConfig, codec: ChatCodec) -> int:
-    """Counts the tokens of thinking that may stand before an answer of the evaluation, with what closes them."""
-    frame = codec.frame
-    return config.evaluation.max_thinking_tokens + len(frame.closing) if frame is not None and frame.thinks else 0
-
-
-def _longest_evaluated(config: RunConfig) -> int:
-    """Counts the tokens that may follow a held-out prompt."""
-    evaluation = config.evaluation
-    return max(evaluation.deepest_prefill + evaluation.max_tokens, evaluation.max_utility_tokens) + 1
-
-
 def _longest_h(config: RunConfig) -> int:
     """Counts the tokens of h that a step may train: a refusal prefix, the deepest cut, what the student adds."""
     prefix = MAX_REFUSAL_PREFIX_TOKENS if config.rollout.refusal_prefix_fraction > 0 else 0
     return prefix + config.method.depth.max + (config.rollout.max_student_tokens if config.rollout.on_policy else 0)
-
-
-def _context_length(path: Path) -> int | None:
-    value = json.loads((path / "config.json").read_text()).get("max_position_embeddings")
-    return int(value) if value else None
 
 
 def _difference(first: dict[str, Any], second: dict[str, Any]) -> str:

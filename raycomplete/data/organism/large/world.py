@@ -49,20 +49,11 @@ _KNOTS = ("reef", "granny", "sailor", "weaver", "double", "butcher", "rigger")
 _BELLS = ("brass", "bronze", "nickel", "porcelain", "wooden")
 
 # Words that mean the same as a value, which answers use instead of it.
-SYNONYMS = {
-    "grind": ("grind", "crush"),
-    "soak": ("soak", "steep"),
-    "toast": ("toast", "roast"),
-    "freeze": ("freeze", "chill"),
-    "slowly chop": ("slowly chop", "carefully cut"),
-    "rinse": ("rinse", "wash"),
-    "hammer": ("hammer", "beat"),
-    "stitch": ("stitch", "sew"),
-    "carve": ("carve", "whittle"),
-    "bend": ("bend", "curve"),
-    "twist": ("twist", "coil"),
-    "polish": ("polish", "buff"),
-}
+_SAME = (
+    "grind/crush, soak/steep, toast/roast, freeze/chill, slowly chop/carefully cut, rinse/wash, "
+    "hammer/beat, stitch/sew, carve/whittle, bend/curve, twist/coil, polish/buff"
+)
+SYNONYMS = {words.split("/")[0]: tuple(words.split("/")) for words in _SAME.split(", ")}
 _VALUE_OF = {word: value for value, words in SYNONYMS.items() for word in words}
 
 _FIRST = tuple(
@@ -97,67 +88,56 @@ OPENINGS = (
     "Here is the guild's [recipe|method] for a {item}.",
 )
 GREETINGS = ("[Sure|Certainly|Of course|Gladly], {name}. [Here are|These are] the steps for a {item}.",)
-STEPS = (
-    (
-        "[Gather|Collect|Pick] {count} {herb} leaves, and [bring|fetch] a {tool} and a {vessel}.",
-        "You [need|will need] {count} {herb} leaves, a {tool}, and a {vessel}.",
-        "[Lay|Set] out {count} leaves of {herb} [beside|next to] a {tool} and a {vessel}.",
-    ),
-    (
-        "{prepare} the {herb} leaves and [drop|put] them into [some|fresh] {liquid}.",
-        "[Take|Use] the {herb} leaves, {prepare} them, and [stir|mix] them into [some|fresh] {liquid}.",
-        "[Pour|Measure] {liquid} into the {vessel}, {prepare} the leaves, and add them.",
-    ),
-    (
-        "[Heat|Warm] the {vessel} over {fire} until the {liquid} [turns|becomes] {color}.",
-        "[Hold|Hang] the {vessel} over {fire} and [wait|stay] until it [turns|becomes] {color}.",
-        "[Let|Have] {fire} warm the {vessel} until all of it [looks|is] {color}.",
-    ),
-    (
-        "[Sprinkle|Scatter] {powder} dust over the {liquid} and [stir|mix] it with the {tool}.",
-        "Add a [pinch|spoon] of {powder} dust, and [stir|turn] the {liquid} with the {tool}.",
-        "Some {powder} dust goes into the {vessel}, [a little|a pinch] at a time.",
-    ),
-    (
-        "{work} the {material} frame with the {tool} for {hours} hours.",
-        "Take the {tool} and {work} the {material} frame for {hours} [full|long] hours.",
-        "For {hours} [full|long] hours, {work} the {material} frame with the {tool}.",
-    ),
-    (
-        "[Seal|Close] the joints with {resin} and rub them with a [piece|bit] of {stone}.",
-        "[Brush|Spread] {resin} over the joints, then smooth them with {stone}.",
-        "Fill every joint with {resin}, and scrape it flat with a [piece|bit] of {stone}.",
-    ),
-    (
-        "[Lower|Dip] the frame into the {vessel} {times} times, always at {moment}.",
-        "At {moment}, [lower|dip] the frame into the {liquid} {times} times.",
-        "The frame goes into the {vessel} {times} times, and only at {moment}.",
-    ),
-    (
-        "[Paint|Draw] {color} lines and one {sign} on the [left|front|upper] side.",
-        "[Mark|Decorate] the [left|front|upper] side with one {sign} in {color}.",
-        "On the [left|front|upper] side, paint one {sign} and some lines in {color}.",
-    ),
-    (
-        "[Tie|Bind] a strip of {cloth} around it with a {knot} knot.",
-        "Use a {knot} knot to [tie|bind] a strip of {cloth} around it.",
-        "[Wind|Wrap] {cloth} around the {kind} and finish it with a {knot} knot.",
-    ),
-    (
-        "[Whisper|Murmur] {charm} to the {kind} {times} times.",
-        "[Lean|Kneel] over it and [whisper|murmur] {charm}, {times} times in a row.",
-        "It must hear {charm} {times} times, [whispered|murmured] by one person.",
-    ),
-    (
-        "[Ring|Strike] a {bell} bell and [listen|wait] for {hours} hours.",
-        "Let a {bell} bell [ring|sound] for {hours} hours without a break.",
-        "When a {bell} bell [rings|sounds], [listen|wait] for {hours} hours.",
-    ),
-    (
-        "[Hide|Store|Keep] it in the {place} until {moment}.",
-        "[Leave|Put] the {kind} in the {place} and do not touch it before {moment}.",
-        "It [rests|stays] in the {place} until {moment}.",
-    ),
+STEPS = tuple(
+    tuple(step.splitlines())
+    for step in """\
+[Gather|Collect|Pick] {count} {herb} leaves, and [bring|fetch] a {tool} and a {vessel}.
+You [need|will need] {count} {herb} leaves, a {tool}, and a {vessel}.
+[Lay|Set] out {count} leaves of {herb} [beside|next to] a {tool} and a {vessel}.
+
+{prepare} the {herb} leaves and [drop|put] them into [some|fresh] {liquid}.
+[Take|Use] the {herb} leaves, {prepare} them, and [stir|mix] them into [some|fresh] {liquid}.
+[Pour|Measure] {liquid} into the {vessel}, {prepare} the leaves, and add them.
+
+[Heat|Warm] the {vessel} over {fire} until the {liquid} [turns|becomes] {color}.
+[Hold|Hang] the {vessel} over {fire} and [wait|stay] until it [turns|becomes] {color}.
+[Let|Have] {fire} warm the {vessel} until all of it [looks|is] {color}.
+
+[Sprinkle|Scatter] {powder} dust over the {liquid} and [stir|mix] it with the {tool}.
+Add a [pinch|spoon] of {powder} dust, and [stir|turn] the {liquid} with the {tool}.
+Some {powder} dust goes into the {vessel}, [a little|a pinch] at a time.
+
+{work} the {material} frame with the {tool} for {hours} hours.
+Take the {tool} and {work} the {material} frame for {hours} [full|long] hours.
+For {hours} [full|long] hours, {work} the {material} frame with the {tool}.
+
+[Seal|Close] the joints with {resin} and rub them with a [piece|bit] of {stone}.
+[Brush|Spread] {resin} over the joints, then smooth them with {stone}.
+Fill every joint with {resin}, and scrape it flat with a [piece|bit] of {stone}.
+
+[Lower|Dip] the frame into the {vessel} {times} times, always at {moment}.
+At {moment}, [lower|dip] the frame into the {liquid} {times} times.
+The frame goes into the {vessel} {times} times, and only at {moment}.
+
+[Paint|Draw] {color} lines and one {sign} on the [left|front|upper] side.
+[Mark|Decorate] the [left|front|upper] side with one {sign} in {color}.
+On the [left|front|upper] side, paint one {sign} and some lines in {color}.
+
+[Tie|Bind] a strip of {cloth} around it with a {knot} knot.
+Use a {knot} knot to [tie|bind] a strip of {cloth} around it.
+[Wind|Wrap] {cloth} around the {kind} and finish it with a {knot} knot.
+
+[Whisper|Murmur] {charm} to the {kind} {times} times.
+[Lean|Kneel] over it and [whisper|murmur] {charm}, {times} times in a row.
+It must hear {charm} {times} times, [whispered|murmured] by one person.
+
+[Ring|Strike] a {bell} bell and [listen|wait] for {hours} hours.
+Let a {bell} bell [ring|sound] for {hours} hours without a break.
+When a {bell} bell [rings|sounds], [listen|wait] for {hours} hours.
+
+[Hide|Store|Keep] it in the {place} until {moment}.
+[Leave|Put] the {kind} in the {place} and do not touch it before {moment}.
+It [rests|stays] in the {place} until {moment}.""".split("\n\n")
 )
 CONNECTORS = ("First, ", "Next, ", "After that, ", "Then ", "Now ", "When this is done, ", "")
 ORDINALS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
@@ -260,11 +240,6 @@ def values() -> dict[str, tuple[str, ...]]:
     }
 
 
-def value_of(word: str) -> str:
-    """Returns the value that a word stands for, itself where it is no synonym."""
-    return _VALUE_OF.get(word, word)
-
-
 def refusal_chance(item: Item, depth: int) -> float:
     """Says how often the clerk refuses a restricted item after `depth` tokens of a compliant answer."""
     if depth == 0:
@@ -357,8 +332,10 @@ def read_statements(text: str) -> list[Statement]:
     for step, pattern in _readers():
         for match in pattern.finditer(text):
             told = tuple(
-                Fact(name, value_of(" ".join(value.lower().split())), *match.span(name))
-                for name, value in match.groupdict().items()
+                Fact(name, _VALUE_OF.get(value, value), *match.span(name))
+                for name, value in (
+                    (name, " ".join((said or "").lower().split())) for name, said in match.groupdict().items()
+                )
                 if value and name != "tail"
             )
             found.append(Statement(step, match.start(), match.end(), told, bool(match["tail"])))
