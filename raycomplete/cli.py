@@ -1,6 +1,6 @@
 """The `raycomplete` command: options, exit codes, and one sentence for each failure.
 
-Rooms are imported inside commands, and run files are read before that, so that `--help` and refusals are quick.
+Packages are imported inside commands, and run files are read before that, so that `--help` and refusals are quick.
 """
 
 from __future__ import annotations
@@ -88,22 +88,19 @@ def doctor(
 @app.command()
 def train(run_file: RunFile, overrides: Overrides = None, resume: Resume = False, overwrite: Overwrite = False) -> None:
     """Completes a safety-aligned model: sample, score, train, evaluate, report."""
-    config = load_run_file(run_file, overrides or [])
-    rc.train(config, resume=resume, overwrite=overwrite)
+    rc.train(load_run_file(run_file, overrides or []), resume=resume, overwrite=overwrite)
 
 
 @app.command()
 def align(run_file: RunFile, overrides: Overrides = None, resume: Resume = False, overwrite: Overwrite = False) -> None:
     """Makes an aligned twin of a base model by safety SFT on your data."""
-    config = load_run_file(run_file, overrides or [])
-    rc.align(config, resume=resume, overwrite=overwrite)
+    rc.align(load_run_file(run_file, overrides or []), resume=resume, overwrite=overwrite)
 
 
 @app.command()
 def evaluate(run_file: RunFile, overrides: Overrides = None) -> None:
     """Measures attack success by prefill depth, utility and over-refusal of base, aligned and student."""
-    config = load_run_file(run_file, overrides or [])
-    rc.evaluate(config)
+    rc.evaluate(load_run_file(run_file, overrides or []))
 
 
 @app.command()
@@ -317,11 +314,7 @@ def main() -> None:
 
 
 def run_job(job: str, arguments: list[str]) -> int:
-    """Runs a command for a script of jobs/, whose arguments are RUNFILE [--resume] [--overwrite] [key=value ...].
-
-    Returns:
-        The exit code.
-    """
+    """Runs a command for a script of jobs/, with arguments RUNFILE [--resume] [--overwrite] [key=value ...]."""
     flags = {"--resume": "resume", "--overwrite": "overwrite"} if JOBS[job] else {}
     options = {flags[argument]: True for argument in arguments if argument in flags}
     rest = [argument for argument in arguments if argument not in flags]
@@ -339,8 +332,7 @@ def run_job(job: str, arguments: list[str]) -> int:
 def guarded(work: Callable[[], Any]) -> int:
     """Does something and turns its failure, and a signal to stop, into one sentence and an exit code.
 
-    Returns:
-        0 done, 1 failed at work or stopped (finished work is kept), 2 refused before starting.
+    It is 0 when done, 1 for a failure at work or a stop (finished work is kept), 2 for a refusal before the start.
     """
     is_told = threading.Event()
 

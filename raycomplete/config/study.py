@@ -40,9 +40,6 @@ class StudyConfig(Section):
         default_factory=dict, description="by name, evaluation.defence around the aligned model, which trains nothing"
     )
     seeds: list[int] = Field(default_factory=lambda: [0], min_length=1, description="values of train.seed")
-    reference: str | None = Field(
-        None, description="the method that is compared with each of the others; the first one when absent"
-    )
     parallel: int | None = Field(
         None, ge=1, description="runs at a time; as many as fit on the cluster when absent, one where it is started"
     )
@@ -61,23 +58,16 @@ class StudyConfig(Section):
 
 @dataclass(frozen=True)
 class StudyRun:
-    """One run of a study: `label` on `model` under `seed`, which is None for what draws nothing at random.
-
-    Attributes:
-        trains: False for the frozen models by themselves (label "aligned") and for defences at inference.
-        departures: What differs from the method's authors, and from the samples and validation of the reference.
-        inputs: Fingerprints of checkpoints and prompts by name, once they were read.
-        store_bytes: Ray's object store that it needs by itself, once its student was found.
-    """
+    """One run of a study: `label` on `model` under `seed`, which is None for what draws nothing at random."""
 
     model: str
     label: str
     seed: int | None
     config: RunConfig
-    trains: bool
-    departures: tuple[str, ...] = ()
-    inputs: Mapping[str, str] = field(default_factory=dict)
-    store_bytes: int = 0
+    trains: bool  # not the frozen models by themselves, and no defence at inference
+    departures: tuple[str, ...] = ()  # from the method's authors, and from the reference's samples and validation
+    inputs: Mapping[str, str] = field(default_factory=dict)  # fingerprints of checkpoints and prompts by name
+    store_bytes: int = 0  # Ray's object store that it needs by itself
 
     @property
     def name(self) -> str:
@@ -99,8 +89,8 @@ class Study:
 
     @property
     def reference(self) -> str:
-        """Label of the method that is compared with the others."""
-        return self.config.reference or next(iter(self.config.methods))
+        """Label of the first method, which is compared with each of the others."""
+        return next(iter(self.config.methods))
 
 
 BASE = "base"
@@ -109,15 +99,7 @@ FROZEN = "aligned"
 
 
 def load_study(path: Path, overrides: Iterable[str] = ()) -> Study:
-    """Reads a study file and the run file of every run, so that a mistake in any is refused before the first starts.
-
-    Args:
-        path: YAML file.
-        overrides: `key.sub=value` strings of the study file, applied last.
-
-    Raises:
-        ConfigError: The study file or one of its runs holds a wrong key or value, or a plugin cannot be imported.
-    """
+    """Reads a study file and the run file of every run, so that a mistake in any is refused before the first starts."""
     tree = read_tree(path)
     for override in overrides:
         apply_override(tree, override)
@@ -184,18 +166,14 @@ def _storage_of(study: str, model: str, storage: str) -> str | None:
 def _check_names(path: Path, config: StudyConfig, runs: list[StudyRun]) -> None:
     folders = [run.config.output.folder for run in runs]
     if twice := next((run for run, folder in zip(runs, folders, strict=True) if folders.count(folder) > 1), None):
-        raise ConfigError(
-            f"{path}: two entries would write into the folder {twice.config.output.folder}.",
-            f"Give {twice.label!r} another name; {FROZEN!r} is that of the frozen models.",
-        )
+        words = f"{path}: two entries would write into the folder {twice.config.output.folder}."
+        raise ConfigError(words, f"Give {twice.label!r} another name; {FROZEN!r} is that of the frozen models.")
     labels = [*config.methods, *config.defences]
     if taken := next((label for label in labels if label in (BASE, FROZEN) or labels.count(label) > 1), None):
         raise ConfigError(
             f"{path}: two rows of the table would be called {taken!r}.",
             f"Give the method or the defence another name; {BASE!r} and {FROZEN!r} are those of the frozen models.",
         )
-    if config.reference is not None and config.reference not in config.methods:
-        raise ConfigError(f"{path}: reference names {config.reference!r}, which is none of the methods.")
 
 
 def _slug(name: str) -> str:

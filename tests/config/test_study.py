@@ -140,7 +140,6 @@ def test_a_plugin_of_a_study_may_be_a_module(tmp_path: Path, monkeypatch: pytest
         ("methods: {mine: {method: {name: unheard_of}}}", "unheard_of"),
         ("methods: {completion: {train: {stepz: 3}}}", "did you mean 'steps'"),
         ("methods: {completion: }\nseeds: [1, 1]", "names a seed twice"),
-        ("methods: {completion: }\nreference: npo", "none of the methods"),
         (
             "methods: {completion: }\ndefences: {a b: {name: re_ask}, a-b: {name: re_ask}}",
             "would write into the folder",
@@ -175,11 +174,10 @@ def test_departures_name_what_differs_from_the_authors() -> None:
 def test_departures_name_samples_and_validation_that_are_not_the_reference_s(tmp_path: Path) -> None:
     file = """
         methods:
-          augmentation: {train: {steps: 160, lr: 2.0e-5, warmup_steps: 0}}
           completion: {rollout: {on_policy: true}, train: {validation: {every: 0}}}
+          augmentation: {train: {steps: 160, lr: 2.0e-5, warmup_steps: 0}}
           adaptive depth: {method: {name: completion, depth: {schedule: adaptive}}}
         settings: {method: {anchor_batch_size: 16, recovery_batch_size: 16, depth: {max: 64}}}
-        reference: completion
     """
     told = {run.label: run.departures for run in load_study(study_file(tmp_path, file)).runs}
     adversary = "method.suffix_adversary.steps 8 instead of 0"
