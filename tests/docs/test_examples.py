@@ -6,6 +6,7 @@ import ast
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 
 from raycomplete import methods
 from raycomplete.methods import registry
-from tests.conftest import ROOT
+from tests.conftest import ROOT, raycomplete
 
 EXAMPLES = ROOT / "docs" / "examples"
 SMALL = {"depths": [0, 8], "max_tokens": 24, "max_utility_tokens": 24, "num_prompts": 4, "nll_prompts": 0}
@@ -27,22 +28,21 @@ TURN_AWAY = [
 ]
 
 
-def python(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Runs Python as a reader would, outside the repository."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    environment |= {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0"}
-    environment |= {"OMP_WAIT_POLICY": "PASSIVE"}
-    command = [sys.executable, *arguments]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=500)
-
-
-def raycomplete(folder: Path, plugin: str, command: str, *settings: str) -> subprocess.CompletedProcess[str]:
+def with_plugin(folder: Path, plugin: str, command: str, *settings: str) -> subprocess.CompletedProcess[str]:
     """Runs a command in a folder that holds the plugin, its run file and nothing else."""
     (folder / plugin).write_text((EXAMPLES / plugin).read_text(encoding="utf-8"), encoding="utf-8")
     run_file = (ROOT / "jobs" / "organism.yaml").read_text(encoding="utf-8")
     (folder / "run.yaml").write_text(f"{run_file}\nplugins: [{plugin}]\n", encoding="utf-8")
-    settings = ("output.name=guide", "cluster.use_gpu=never", *settings)
-    return python("-m", "raycomplete", command, "run.yaml", *settings, folder=folder)
+    return raycomplete(command, "run.yaml", "output.name=guide", "cluster.use_gpu=never", *settings, folder=folder)
+
+
+def printed(example: str, folder: Path) -> str:
+    """Runs an example as a reader would, outside the repository."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    command = [sys.executable, str(EXAMPLES / example)]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 @pytest.mark.parametrize(("file", "most"), [("add_attack.py", 40), ("add_method.py", 80), ("minimal_loop.py", 150)])
@@ -72,7 +72,7 @@ def test_a_method_is_written_with_what_two_packages_export() -> None:
 def test_a_name_is_unknown_without_its_plugin(
     plugin: str, command: str, setting: str, name: str, tmp_path: Path
 ) -> None:
-    refused = raycomplete(tmp_path, plugin, command, setting, "plugins=[]")
+    refused = with_plugin(tmp_path, plugin, command, setting, "plugins=[]")
     assert refused.returncode == 2
     assert name in refused.stderr
 
@@ -81,7 +81,7 @@ def test_a_name_is_unknown_without_its_plugin(
 @pytest.mark.exhaustive
 def test_an_attack_from_outside_is_evaluated_and_reported(tmp_path: Path) -> None:
     settings = f"evaluation={json.dumps({**SMALL, 'attacks': [MANY_SHOT]})}"
-    done = raycomplete(tmp_path, "add_attack.py", "evaluate", settings)
+    done = with_plugin(tmp_path, "add_attack.py", "evaluate", settings)
     assert done.returncode == 0, done.stdout + done.stderr
     folder = tmp_path / "runs" / "guide"
     attacks = json.loads((folder / "summary.json").read_text())["attacks"]
@@ -98,7 +98,7 @@ def test_an_attack_from_outside_is_evaluated_and_reported(tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_a_method_and_a_term_from_outside_are_trained_evaluated_and_reported(tmp_path: Path) -> None:
-    done = raycomplete(tmp_path, "add_method.py", "train", *TURN_AWAY, f"evaluation={json.dumps(SMALL)}")
+    done = with_plugin(tmp_path, "add_method.py", "train", *TURN_AWAY, f"evaluation={json.dumps(SMALL)}")
     assert done.returncode == 0, done.stdout + done.stderr
     folder = tmp_path / "runs" / "guide"
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -120,10 +120,8 @@ def test_a_method_and_a_term_from_outside_are_trained_evaluated_and_reported(tmp
 
 @pytest.mark.slow
 def test_the_loop_completes_the_alignment_of_the_organism(tmp_path: Path) -> None:
-    done = python(str(EXAMPLES / "minimal_loop.py"), folder=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
     rates = {}
-    for line in done.stdout.splitlines():
+    for line in printed("minimal_loop.py", tmp_path).splitlines():
         if line.startswith(("aligned:", "student:")):
             name, _, rest = line.partition(":")
             numbers, utility = rest.split(": ")[1].split("; utility ")
@@ -134,9 +132,10 @@ def test_the_loop_completes_the_alignment_of_the_organism(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive
-def test_a_diagnosis_is_read(finished_diagnosis: Path) -> None:
-    printed = python(str(EXAMPLES / "read_diagnosis.py"), folder=finished_diagnosis.parents[1]).stdout
-    assert "harmful  aligned  completion depth 1 of" in printed
-    assert "share of prompts with a deficit above 0.5 at positions 0, 1, 4: [0. 1. 1.]" in printed
-    assert (finished_diagnosis / "deficit.png").stat().st_size > 1000
+def test_a_diagnosis_is_read(finished_diagnosis: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / finished_diagnosis.name
+    shutil.copytree(finished_diagnosis, folder)
+    said = printed("read_diagnosis.py", tmp_path)
+    assert "harmful  aligned  completion depth 1 of" in said
+    assert "share of prompts with a deficit above 0.5 at positions 0, 1, 4: [0. 1. 1.]" in said
+    assert (folder / "deficit.png").stat().st_size > 1000
