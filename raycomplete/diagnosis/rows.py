@@ -210,12 +210,7 @@ def _read(head: Head, product_BV: Tensor) -> tuple[_Block, Tensor]:
 
 
 def _compare(
-    policy: _Block,
-    weight_BV: Tensor,
-    base: _Block,
-    favored_2K: Tensor,
-    refusal_R: Tensor,
-    settings: DiagnosisSettings,
+    policy: _Block, weight_BV: Tensor, base: _Block, favored_2K: Tensor, refusal_R: Tensor, settings: DiagnosisSettings
 ) -> DiagnosisRows:
     row_K, token_K = favored_2K
     base_K, policy_K = base.log_prob(row_K, token_K).exp(), policy.log_prob(row_K, token_K).exp()

@@ -654,5 +654,5 @@ def engine_finding(answer: ChildReport, device: str) -> Finding:
     return ok(
         f"{len(said['tokens'])} tokens generated and read back alike on the {name} (import {said['import_s']:.0f} s, "
         f"pooling engine {said['pooling_s']:.0f} s, generating engine {said['generate_s']:.0f} s, "
-        f"{said['peak_bytes'] / 2**30:.1f} GiB).",
+        f"{said['peak_bytes'] / 2**30:.1f} GiB)."
     )

@@ -61,10 +61,7 @@ def find_hardware(name: str) -> Hardware:
     if key in _HARDWARE:
         return _HARDWARE[key]
     nearest = difflib.get_close_matches(key, _HARDWARE, n=1, cutoff=0.0)
-    raise ConfigError(
-        f"There is no hardware {name!r}.",
-        f"Did you mean {nearest[0]!r}? Known: {', '.join(_HARDWARE)}.",
-    )
+    raise ConfigError(f"There is no hardware {name!r}.", f"Did you mean {nearest[0]!r}? Known: {', '.join(_HARDWARE)}.")
 
 
 @dataclass(frozen=True)

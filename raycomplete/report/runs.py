@@ -10,14 +10,7 @@ from typing import Any
 import yaml
 
 from raycomplete.evaluation.statistics import difference_over_runs, mean_over_runs
-from raycomplete.evaluation.summary import (
-    OTHER_RATES,
-    PAIRS,
-    attack_shares,
-    difference_text,
-    measure_text,
-    rate_text,
-)
+from raycomplete.evaluation.summary import OTHER_RATES, PAIRS, attack_shares, difference_text, measure_text, rate_text
 from raycomplete.report.run_folder import RunFolder, read_run_folder
 from raycomplete.runtime.errors import ConfigError, DataError
 from raycomplete.runtime.files import write_json

@@ -15,13 +15,7 @@ from raycomplete.data.checkpoints import load_model
 from raycomplete.data.organism import checkpoint_path
 from raycomplete.data.organism.world import find_item
 from raycomplete.data.organism.world import refusal as refusal_of
-from raycomplete.diagnosis.gradient import (
-    BETA,
-    PreferencePair,
-    gradient_rows,
-    gradient_signal,
-    preference_factor,
-)
+from raycomplete.diagnosis.gradient import BETA, PreferencePair, gradient_rows, gradient_signal, preference_factor
 from raycomplete.diagnosis.measurement import Measurement
 from raycomplete.diagnosis.samples import DiagnosisSample
 from raycomplete.losses import Head

@@ -16,7 +16,7 @@ import pytest
 
 from raycomplete import cli
 from raycomplete.doctor import command
-from raycomplete.doctor.command import CHECKS, Check, CheckResult, run_checks, worst
+from raycomplete.doctor.command import CHECKS, Check, run_checks
 from raycomplete.doctor.findings import MARK, Context, Finding, fail, ok, warn
 from raycomplete.doctor.gpu import STAGES, Plan
 from tests.conftest import ROOT
@@ -73,16 +73,6 @@ def test_the_stage_of_the_report_on_a_gpu_runs_every_check(
     assert caught.value.code == 0
     told = [json.loads(line.removeprefix(MARK)) for line in capsys.readouterr().out.splitlines()]
     assert told == [{"gpu": "ok: fine"}, {"compiler": "ok: fine"}, {"engine": "ok: fine"}]
-
-
-def test_the_worst_counts() -> None:
-    assert worst([CheckResult("", finding, 0.0) for finding in (ok(""), fail("", ""), warn("", ""))]) == "fail"
-    assert worst([]) == "ok"
-
-
-def test_names_are_unique_and_every_check_has_a_limit() -> None:
-    assert len({check.name for check in CHECKS}) == len(CHECKS)
-    assert all(0 < check.timeout_s <= 600 for check in CHECKS)
 
 
 def run(monkeypatch: pytest.MonkeyPatch, checks: Sequence[Check], *arguments: str) -> int:

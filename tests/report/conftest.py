@@ -11,11 +11,7 @@ from raycomplete.report.html import write_report
 
 DEPTHS = (0, 4, 8, 16, 32, 64)
 N = 100
-COMPLIED = {
-    "base": (89, 92, 93, 93, 95, 96),
-    "aligned": (43, 80, 88, 91, 93, 98),
-    "student": (42, 8, 5, 4, 5, 14),
-}
+COMPLIED = {"base": (89, 92, 93, 93, 95, 96), "aligned": (43, 80, 88, 91, 93, 98), "student": (42, 8, 5, 4, 5, 14)}
 
 
 def a_rate(successes: int, n: int) -> dict[str, Any]:
@@ -161,10 +157,7 @@ TRAINING = {
 def a_profile(num_positions: int = 64) -> dict[str, Any]:
     """profile.json."""
     at = range(num_positions)
-    kl = {
-        "aligned": [2.5 * math.exp(-t / 4) + 0.05 for t in at],
-        "student": [1.8 + 0.4 * math.cos(t / 9) for t in at],
-    }
+    kl = {"aligned": [2.5 * math.exp(-t / 4) + 0.05 for t in at], "student": [1.8 + 0.4 * math.cos(t / 9) for t in at]}
     return {
         "positions": list(at),
         "tau": 0.01,
@@ -248,10 +241,7 @@ def a_diagnosis(num_positions: int = 200, roles: tuple[str, ...] = ("aligned", "
         "refusal_tokens": ["I", "Sorry"],
         "kinds": kinds,
         "tokens": [token, {**token, "band": [1, 3], "token": ""}, {**token, "kind": "benign"}],
-        "gradient": {
-            "pairs": 30,
-            "roles": {role: {**norms, "preference_factor": 0.05} for role in ("base", *roles)},
-        },
+        "gradient": {"pairs": 30, "roles": {role: {**norms, "preference_factor": 0.05} for role in ("base", *roles)}},
         "versions": {"raycomplete": "0.1.0"},
     }
 

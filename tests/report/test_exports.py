@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from huggingface_hub import ModelCard
 
 from raycomplete.commands.report import report
@@ -65,13 +64,6 @@ def test_the_card_shows_the_table_and_no_folder_of_this_machine(with_student: Pa
     assert "seed 3" in text
 
 
-def test_a_local_base_model_stays_out_of_the_metadata(with_student: Path) -> None:
-    (with_student / "config.yaml").write_text(CONFIG.replace("hub:org/chat", "/models/chat"))
-    front = yaml.safe_load(model_card(read_run_folder(with_student)).split("---\n")[1])
-    assert "base_model" not in front
-    assert "aligned (teacher): chat" in model_card(read_run_folder(with_student))
-
-
 @pytest.mark.parametrize("start", ["/srv/somebody/chat", "~/private/chat", "somebody/private/chat"])
 def test_no_line_of_the_card_tells_a_folder(start: str, with_student: Path) -> None:
     config = CONFIG.replace("hub:org/chat", start).replace("hub:org/base", start)
@@ -122,10 +114,6 @@ def test_a_role_that_the_summary_leaves_out_has_no_rates(run_folder: Path) -> No
         del found["student"]
     (run_folder / "summary.json").write_text(json.dumps(summary))
     assert {row["role"] for row in rate_rows(read_run_folder(run_folder))} == {"base", "aligned"}
-
-
-def test_a_run_without_an_evaluated_student_has_no_card(run_folder: Path) -> None:
-    assert write_model_card(run_folder) is None
 
 
 # --- Rates -----------------------------------------------------------------------------------------------------------

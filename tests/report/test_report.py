@@ -128,32 +128,6 @@ def test_reduced_settings_are_labelled(run_folder: Path) -> None:
     assert f"reduced {words}: not comparable with published runs." in page.text
 
 
-def test_benchmarks_stand_among_the_rates(run_folder: Path) -> None:
-    summary = json.loads((run_folder / "summary.json").read_text())
-    summary["capabilities"] = {"mmlu": {"student": {"accuracy": a_rate(3, 8), "refused": a_rate(1, 8)}}}
-    (run_folder / "summary.json").write_text(json.dumps(summary))
-    text = Page(write_report(run_folder).read_text(encoding="utf-8")).text.replace("\N{NO-BREAK SPACE}", " ")
-    assert re.search(r"MMLU, accuracy( -)* 37.5 % ", text)  # of the student alone
-    assert re.search(r"MMLU, refused( -)* 12.5 % ", text)
-
-
-def test_differences_between_models_stand_beside_the_rates(run_folder: Path) -> None:
-    summary = json.loads((run_folder / "summary.json").read_text())
-    found = {"first": "student", "second": "aligned", "difference": -0.5, "low": -0.61, "high": -0.4, "n": 100}
-    summary["comparisons"] = [
-        {"measure": "asr", "attack": "prefill", **found},
-        {"measure": "utility", "attack": None, **found, "difference": 0.01},
-    ]
-    summary["asr_reduction_interval"] = {"reduction": 0.84, "low": 0.801, "high": 0.9, "n": 100}
-    (run_folder / "summary.json").write_text(json.dumps(summary))
-    page = Page(write_report(run_folder).read_text(encoding="utf-8"))
-    text = page.text.replace("\N{NO-BREAK SPACE}", " ")
-    assert "student - aligned" in text
-    assert "-50.0 [-61.0, -40.0]" in text
-    assert "+1.0 [-61.0, -40.0]" in text
-    assert "reduced by 80.1 % to 90.0 %" in text
-
-
 def test_safety_regressions_stand_at_the_top(run_folder: Path) -> None:
     summary = json.loads((run_folder / "summary.json").read_text())
     summary["safety_regressions"] = ["student refuses 90.0 % of harmless prompts & more."]
@@ -182,10 +156,7 @@ def test_terms_and_measures_are_those_that_the_run_names(run_folder: Path) -> No
 
 def test_torn_metrics(run_folder: Path) -> None:
     """A torn last line and a loss that is not finite do no harm."""
-    rows = [
-        {"step": 1, "loss": 9.0, "anchor": 1.0},
-        {"step": 2, "loss": 7.0, "anchor": float("nan")},
-    ]
+    rows = [{"step": 1, "loss": 9.0, "anchor": 1.0}, {"step": 2, "loss": 7.0, "anchor": float("nan")}]
     (run_folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 3, "lo')
     page = Page(write_report(run_folder).read_text(encoding="utf-8"))
     assert (run_folder / "figures" / "training.csv").read_text() == "step,loss,anchor\n1,9,1\n2,7,\n"

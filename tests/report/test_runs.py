@@ -57,15 +57,6 @@ def runs(tmp_path: Path) -> list[Path]:
     return [a_run(tmp_path, seed) for seed in range(3)]
 
 
-def test_a_record_of_before_a_key_was_removed_counts_with_those_of_after(tmp_path: Path) -> None:
-    depth = {"max": 64}
-    runs = [
-        a_run(tmp_path, 0, method={"depth": depth | {"fixed_weights": []}}),
-        a_run(tmp_path, 1, method={"depth": depth}),
-    ]
-    assert aggregate_runs(runs)
-
-
 def test_rates_are_means_over_runs_with_their_spread(runs: list[Path]) -> None:
     found = aggregate_runs(runs)
     assert (found["seeds"], found["differences"]) == ([0, 1, 2], [])
@@ -177,15 +168,6 @@ def test_folders_that_cannot_be_taken_together(runs: list[Path], tmp_path: Path)
         aggregate_runs(runs)
     with pytest.raises(ConfigError, match="for several runs"):
         report(runs[:1], output=tmp_path / "out.json")
-
-
-def test_results_of_earlier_versions_name_the_remedy(runs: list[Path]) -> None:
-    path = runs[2] / "evaluation" / "student.json"
-    result = json.loads(path.read_text())
-    del result["by_prompt"]
-    write_json(path, result)
-    with pytest.raises(DataError, match="raycomplete evaluate"):
-        aggregate_runs(runs)
 
 
 def test_a_depth_that_no_answer_reaches_is_left_out(runs: list[Path]) -> None:

@@ -151,16 +151,6 @@ def test_the_time_of_a_token_is_told_only_where_it_means_something(study: Study,
     assert rows["again"]["cost"]["seconds_per_token"] is None
 
 
-def test_a_defence_whose_passes_nobody_counted_still_has_a_page(study: Study) -> None:
-    finish(study, RESULTS)
-    result = study.runs[-1].config.output.folder / "evaluation" / "student.json"
-    write_json(result, json.loads(result.read_text()) | {"defence": {"passes_per_token": None}})
-    write_study(study, study.runs)
-    rows = study_results(study, study.runs)["models"]["organism"]["rows"]
-    assert rows["again"]["cost"]["passes_per_token"] is None
-    assert rows["completion"]["cost"]["passes_per_token"] == 1.0
-
-
 def test_costs_are_training_seconds_and_the_time_of_a_token(study: Study, tmp_path: Path) -> None:
     study = load_study(study_file(tmp_path, FILE), ["parallel=1"])
     finish(study, RESULTS)
@@ -192,18 +182,6 @@ def test_the_pages_hold_every_method_and_say_what_is_missing(study: Study) -> No
     assert curve[0] == "method,depth,asr,low,high,n"
     assert any(line.startswith("completion,4,0.15,") for line in curve)
     assert tables[0][0].startswith("organism: rates")
-
-
-def test_a_reference_without_a_rival_that_refuses_as_little_is_compared_all_the_same(study: Study) -> None:
-    finish(study, RESULTS | {key: (0, 8, 6, 5) for key in RESULTS if key[0] != "completion"})
-    title, against = write_study(study, study.runs)[-1]
-    assert title.endswith(
-        "none that was asked the same refuses at most 2 points more borderline prompts than completion"
-    )
-    assert against[0] == ["points", "npo", "door", "again"]
-    assert against[-2][0] == "over-refusal"
-    assert against[-2][1].startswith("-20.0 [")
-    assert "best rival" not in (study.folder / "study.md").read_text()
 
 
 def test_what_is_reduced_names_the_rows_of_which_it_is_true(study: Study) -> None:
