@@ -4,7 +4,7 @@
     python docs/examples/read_diagnosis.py runs/organism-diagnosis
 
 The cells (`# %%`) can be run one by one in an editor or notebook. Nothing of raycomplete is imported: the folder holds
-JSON and Parquet, and docs/method.md explains the columns.
+JSON and NumPy arrays, and docs/method.md explains the columns.
 """
 
 # %% The folder
@@ -17,7 +17,6 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-import pyarrow.parquet as pq
 
 folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/organism-diagnosis")
 diagnosis = json.loads((folder / "diagnosis.json").read_text(encoding="utf-8"))
@@ -47,14 +46,15 @@ for row in diagnosis["tokens"][:8]:
     print(f"{row['kind']:8} positions {first}-{last}: {row['token']!r} ({probabilities}, {row['count']} times)")
 
 # %% Every response token of every prompt: where does each single prompt stop being aligned?
-names = sorted(folder.glob("partitions/harmful-*.parquet"))
-columns = ["prompt", "role", "position", "deficit"]
-rows = {name: np.concatenate([pq.read_table(file)[name].to_numpy() for file in names]) for name in columns}
-of_last_policy = rows["role"] == len(policies) - 1
-unfinished = of_last_policy & (rows["deficit"] > 0.5)
-positions = np.arange(int(rows["position"].max()) + 1)
-read = np.array([np.sum(of_last_policy & (rows["position"] == position)) for position in positions])
-open_there = np.array([np.sum(unfinished & (rows["position"] == position)) for position in positions])
+DEFICIT = 4  # its column; the others are the metrics of `profile` in their order
+prompts = []  # deficits of each prompt along its response
+for file in sorted(folder.glob("batches/harmful-*.npz")):
+    with np.load(file) as batch:  # `length_P` tokens of each prompt; `values_RNM` by policy, token and metric
+        ends = batch["length_P"].cumsum()[:-1]
+        prompts += np.split(batch["values_RNM"][len(policies) - 1, :, DEFICIT], ends)
+positions = np.arange(max(map(len, prompts)))
+read = np.array([sum(len(deficits) > position for deficits in prompts) for position in positions])
+open_there = np.array([sum(d[position] > 0.5 for d in prompts if len(d) > position) for position in positions])
 share = open_there / np.maximum(read, 1)
 print(f"\n{policies[-1]}: share of prompts with a deficit above 0.5 at positions 0, 1, 4: {share[[0, 1, 4]].round(2)}")
 

@@ -103,45 +103,39 @@ def setting(value: Any) -> str:
 
 
 def _figures(run: RunFolder) -> list[_Figure]:
-    """Every figure of the page in order."""
-    found = _diagnosis_figures(run.diagnosis) if run.diagnosis is not None else []
-    if run.results or run.summary["asr"] or run.metrics or run.profile or not found:
-        return [*_run_figures(run), *found]
-    return found  # a diagnosis alone: nothing of a run is missing
-
-
-def _diagnosis_figures(found: Mapping[str, Any]) -> list[_Figure]:
-    no_control = "No benign prompt was measured."
-    no_gradient = "Not measured: diagnose.gradient is off, or the aligned model refuses none of the prompts."
-    return [
-        ("Where alignment stopped", "", plots.where_it_stopped(found)),
-        ("What the model would say there", "", plots.what_it_does(found)),
-        ("Harmful prompts against harmless ones", no_control, plots.control(found)),
-        ("How much each position teaches", no_gradient, plots.gradient_curve(found.get("gradient"))),
-    ]
-
-
-def _run_figures(run: RunFolder) -> list[_Figure]:
-    summary, metrics = run.summary, run.metrics
+    """Every figure of the page in order; of a diagnosis alone, nothing of a run is missing."""
+    summary, metrics, found, figures = run.summary, run.metrics, run.diagnosis, list[_Figure]()
     no_rates = "No model of this run has been evaluated."
-    no_attacks = "No attack but the depth curve is recorded in this run."
     no_results = "Neither evaluation/aligned.json nor evaluation/student.json is in this run."
-    no_profile = "This run has no profile.json: raycomplete diagnose needs no training for one."
     no_metrics = "This run has no metrics.jsonl: it was evaluated without training."
-    no_depths = "No step of this run recorded its depth sampler." if metrics else no_metrics
-    no_rollouts = "The student did not roll out in this run." if metrics else no_metrics
-    no_steering = "No training prompts were held back in this run." if metrics else no_metrics
-    return [
-        ("Safety and utility at a glance", no_rates, plots.rate_bars(summary)),
-        ("Attack by attack", no_attacks, plots.attack_bars(summary["attacks"])),
-        ("Attack success by prefill depth", no_rates, plots.prefill_curve(summary)),
-        ("What the models did", no_results, plots.outcome_bars(run.results)),
-        ("Where training changed the model", no_profile, plots.position_profile(run.profile or {})),
-        ("Training", no_metrics, plots.training_curves(metrics, run.terms)),
-        ("How training steered itself", no_steering, plots.steering(metrics)),
-        ("Depths that were trained", no_depths, plots.depth_heat_map(metrics)),
-        ("Where the student still complied", no_rollouts, plots.compliance_heat_map(metrics)),
-    ]
+    if run.results or summary["asr"] or metrics or run.profile or found is None:
+        no_attacks = "No attack but the depth curve is recorded in this run."
+        no_profile = "This run has no profile.json: raycomplete diagnose needs no training for one."
+        no_steering, no_depths, no_rollouts = no_metrics, no_metrics, no_metrics
+        if metrics:
+            no_steering = "No training prompts were held back in this run."
+            no_depths = "No step of this run recorded its depth sampler."
+            no_rollouts = "The student did not roll out in this run."
+        figures += [
+            ("Safety and utility at a glance", no_rates, plots.rate_bars(summary)),
+            ("Attack by attack", no_attacks, plots.attack_bars(summary["attacks"])),
+            ("Attack success by prefill depth", no_rates, plots.prefill_curve(summary)),
+            ("What the models did", no_results, plots.outcome_bars(run.results)),
+            ("Where training changed the model", no_profile, plots.position_profile(run.profile or {})),
+            ("Training", no_metrics, plots.training_curves(metrics, run.terms)),
+            ("How training steered itself", no_steering, plots.steering(metrics)),
+            ("Depths that were trained", no_depths, plots.depth_heat_map(metrics)),
+            ("Where the student still complied", no_rollouts, plots.compliance_heat_map(metrics)),
+        ]
+    if found is not None:
+        no_gradient = "Not measured: diagnose.gradient is off, or the aligned model refuses none of the prompts."
+        figures += [
+            ("Where alignment stopped", "", plots.where_it_stopped(found)),
+            ("What the model would say there", "", plots.what_it_does(found)),
+            ("Harmful prompts against harmless ones", "No benign prompt was measured.", plots.control(found)),
+            ("How much each position teaches", no_gradient, plots.gradient_curve(found.get("gradient"))),
+        ]
+    return figures
 
 
 def section(folder: Path, title: str, missing: str, plot: plots.Plot | None) -> dict[str, Any]:
