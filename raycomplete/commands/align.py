@@ -41,7 +41,7 @@ def align(config: RunConfig, *, resume: bool = False, overwrite: bool = False, c
     console = console or Console()
     config.models.refuse_thinking()
     settings = config.align
-    output = (settings.output or Path(config.models.aligned)).resolve()
+    output = Path(config.models.aligned).resolve()
     if not settings.refusals or not settings.benign:
         raise ConfigError("align.refusals and align.benign are needed for safety SFT.", "Name prompt files there.")
     if settings.batch_size % config.train.num_workers:

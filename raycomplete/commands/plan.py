@@ -46,9 +46,7 @@ def shapes_of(config: RunConfig, student: str | None = None, teacher: str | None
     models = config.models
     base = _shape(teacher) if teacher else _shape(models.base, "base")
     # Before `raycomplete align` has made the twin, it is known from the base that it will be made from.
-    twin = config.align.output or Path(models.aligned)
-    made_here = bool(config.align.refusals or config.align.output) and Path(models.aligned) == twin
-    unmade = made_here and ":" not in models.aligned and not twin.is_dir()
+    unmade = config.align.refusals and ":" not in models.aligned and not Path(models.aligned).is_dir()
     aligned = base if teacher or unmade else _shape(models.aligned, "aligned")
     if student:
         return {"student": _shape(student), "aligned": aligned, "base": base}

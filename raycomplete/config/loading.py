@@ -18,7 +18,7 @@ from raycomplete.runtime.plugins import load_plugins, located
 from raycomplete.runtime.section import removed, without_removed
 
 # Relative paths of these keys start where the command is started; all others start in the folder of the run file.
-_NOT_BESIDE_THE_RUN_FILE = ("output.", "serve.", "align.output")
+_NOT_BESIDE_THE_RUN_FILE = ("output.", "serve.")
 
 T = TypeVar("T")
 

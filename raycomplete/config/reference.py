@@ -26,8 +26,8 @@ _HEAD = """# Run file
 A run file is YAML. `models` and `data` must stand in it; everything else has a default. The command line replaces
 single values: `raycomplete train run.yaml train.steps=50`. Unknown keys are refused with the nearest known one, and
 keys of earlier versions with their new name. `extends: other.yaml` at its top takes every value that does not stand in
-it from another run file of its folder. Relative paths start in the folder of the run file. Those of `output`, `serve`,
-`align.output` and of every checkpoint (`models`, `rollout.harmful_from`,
+it from another run file of its folder. Relative paths start in the folder of the run file. Those of `output`, `serve`
+and of every checkpoint (`models`, `rollout.harmful_from`,
 `evaluation.prefill_from`, ...) start where the command is started.
 
 This page is generated from the descriptions of the fields (`python -m raycomplete.config.reference`)."""

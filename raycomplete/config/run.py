@@ -108,11 +108,10 @@ class DataConfig(Section):
 
 
 class AlignConfig(Section):
-    """`raycomplete align`: safety SFT that makes an aligned twin of a base model."""
+    """`raycomplete align`: safety SFT that makes an aligned twin of a base model, `models.aligned`."""
 
     refusals: list[PromptSource] = Field(default_factory=list, description="harmful prompts with safe answers")
     benign: list[PromptSource] = Field(default_factory=list, description="harmless prompts; base answers them itself")
-    output: Path | None = Field(None, description="folder of the aligned checkpoint; models.aligned when absent")
     steps: int = Field(100, ge=1, description="optimizer steps")
     lr: float = Field(2e-5, gt=0, description="learning rate")
     batch_size: int = Field(16, ge=1, description="sequences of one step over all workers")

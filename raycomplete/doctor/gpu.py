@@ -127,8 +127,10 @@ def _demo(plan: Plan) -> list[str]:
 
 
 def _align(plan: Plan) -> list[str]:
-    tiny = [*_TINY_MODEL, "align.steps=2", "align.batch_size=4"]
-    return plan.run("align", write_smollm2(plan.out, _STEPS), "--overwrite", "output.name=smollm2-align", tiny=tiny)
+    made = f"models.aligned={plan.out / 'smollm2-aligned'}"
+    tiny = [*_TINY_MODEL, "align.steps=2", "align.batch_size=4", made]
+    names = ("--overwrite", "output.name=smollm2-align", made)
+    return plan.run("align", write_smollm2(plan.out, _STEPS), *names, tiny=tiny)
 
 
 def _train(plan: Plan) -> list[str]:
@@ -170,7 +172,7 @@ def write_smollm2(out: Path, steps: int) -> Path:
                 "borderline": source("heldout-borderline", answer=False),
             },
         },
-        "align": lessons | {"output": str(output), "steps": 40, "lr": 5e-5},
+        "align": lessons | {"steps": 40, "lr": 5e-5},
         "rollout": {"on_policy": True},
         "method": {"name": "completion", "depth": {"min": 3, "max": 64}},
         "train": {"steps": steps, "checkpoint_every": steps, "validation": {"every": 0}},

@@ -145,7 +145,7 @@ def test_shapes_come_from_config_files_and_flags(tmp_path: Path) -> None:
 
 def test_an_aligned_twin_that_is_yet_to_be_made_has_the_shape_of_base(tmp_path: Path) -> None:
     twin = str(tmp_path / "twin")
-    changes = ["models.base=organism:base", f"models.aligned={twin}", f"align.output={twin}"]
+    changes = ["models.base=organism:base", f"models.aligned={twin}", "align.refusals=[{path: x.jsonl}]"]
     found = shapes_of(load_run_file(JOBS / "organism.yaml", changes))
     assert found["aligned"] == found["base"]
 

