@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +19,6 @@ import yaml
 from transformers import AutoTokenizer
 
 from raycomplete import __version__, cli
-from raycomplete.commands import submit
 from raycomplete.runtime.errors import ConfigError, LostJobError, ProcessDiedError, StoppedError, WorkError
 from tests.training.tiny import make_model
 
@@ -257,48 +255,35 @@ def failing(error: BaseException) -> Callable[[], None]:
     return work
 
 
-def test_exit_codes_of_failures(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.guarded(lambda: Path("runs")) == 0
-    assert cli.guarded(failing(WorkError("The scorer died.", "See the log."))) == 1
+@pytest.mark.parametrize(
+    ("work", "code", "start", "kept"),
+    [
+        (lambda: Path("runs"), 0, "", False),
+        (failing(WorkError("The scorer died.", "See the log.")), 1, "Failed: The scorer died. See the log.\n", True),
+        (failing(StoppedError("Stopped after step 7.", "Go on.")), 1, "Stopped after step 7. Go on.\n", False),
+        (failing(LostJobError("It was lost.", "It goes on.")), 1, "Failed: It was lost. It goes on.\n", False),
+        (
+            failing(ConfigError("No [a]/b[/b].csv.", "[red]c[/red].")),
+            2,
+            "Refused: No [a]/b[/b].csv. [red]c[/red].\n",
+            False,
+        ),
+        (failing(KeyboardInterrupt()), 1, "Stopped", True),
+        (lambda: 130, 1, "Stopped", True),  # typer's code for an interrupt
+        (failing(typer.Abort()), 1, "Stopped", True),
+        (failing(SystemExit(signal.SIGTERM)), 1, "Stopped", True),  # Ray's own handler leaves like this
+    ],
+)
+def test_exit_codes_of_failures(
+    work: Callable[[], Any], code: int, start: str, kept: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.guarded(work) == code
     said = capsys.readouterr().err
-    assert said.startswith("Failed: The scorer died. See the log.\n")
-    assert "--resume" in said
-    assert cli.guarded(failing(KeyboardInterrupt())) == 1
-    assert "--resume" in capsys.readouterr().err
-    assert cli.guarded(lambda: 130) == 1, "typer turns it into a code"
-    assert "--resume" in capsys.readouterr().err
-    assert cli.guarded(failing(typer.Abort())) == 1
-    assert cli.guarded(failing(SystemExit(signal.SIGTERM))) == 1, "Ray's own handler leaves like this"
-    assert "--resume" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        cli.guarded(failing(SystemExit(3)))
-    with pytest.raises(ZeroDivisionError):  # a bug shows its traceback
-        cli.guarded(failing(ZeroDivisionError()))
+    assert said.startswith(start)
+    assert ("--resume" in said) is kept
 
 
-def test_a_death_is_one_screen(capsys: pytest.CaptureFixture[str]) -> None:
-    death = ProcessDiedError(
-        "Training worker 1 died after 7 finished steps.",
-        "Resume with --resume.",
-        role="training worker 1",
-        node="10.0.0.7",
-        cause="killed by a signal",
-        log_path="/tmp/ray/[session]/w.log",
-        saved="the checkpoint of step 6",
-    )
-    assert cli.guarded(failing(death)) == 1
-    assert capsys.readouterr().err == (
-        "Failed: Training worker 1 died after 7 finished steps.\n"
-        "  who           training worker 1\n"
-        "  node          10.0.0.7\n"
-        "  likely cause  killed by a signal\n"
-        "  log           /tmp/ray/[session]/w.log\n"
-        "  kept          the checkpoint of step 6\n"
-        "  go on         Resume with --resume.\n"
-    )
-
-
-def test_whatever_ends_a_run_is_in_its_log_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bugs_and_traceback_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
     logged: list[BaseException] = []
     monkeypatch.setattr(cli, "log_failure", logged.append)
     errors = [ProcessDiedError("x"), WorkError("x"), ConfigError("x"), StoppedError("x")]
@@ -306,35 +291,27 @@ def test_whatever_ends_a_run_is_in_its_log_too(monkeypatch: pytest.MonkeyPatch) 
         cli.guarded(failing(error))
     with pytest.raises(ZeroDivisionError):
         cli.guarded(failing(bug := ZeroDivisionError()))
-    assert logged == [*errors[:3], bug]
-
-
-def test_a_job_that_is_lost_from_sight_is_not_sent_again(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(submit, "submit", lambda *_, **__: failing(LostJobError("It was lost.", "The job goes on."))())
-    root = Path(cli.__file__).parent.parent
-    words = ["submit", str(root / "jobs" / "organism.yaml"), "--working-dir", str(root), "output.root=/shared"]
-    assert cli.guarded(lambda: cli.app(words, standalone_mode=False)) == 1
-    said = capsys.readouterr().err
-    assert said.endswith("Failed: It was lost. The job goes on.\n")
-    assert "--resume" not in said
-
-
-def test_a_stop_is_no_failure_in_words_but_in_its_code(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.guarded(failing(StoppedError("Stopped after step 7.", "Resume with --resume."))) == 1
-    assert capsys.readouterr().err == "Stopped after step 7. Resume with --resume.\n"
-
-
-def test_brackets_in_a_message_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.guarded(failing(ConfigError("No file [a]/data[/b].csv here.", "Give [red]another[/red]."))) == 2
-    assert capsys.readouterr().err == "Refused: No file [a]/data[/b].csv here. Give [red]another[/red].\n"
-
-
-def test_a_traceback_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert logged == [*errors[:3], bug], "whatever ends a run is in its log"
+    with pytest.raises(SystemExit):
+        cli.guarded(failing(SystemExit(3)))
     monkeypatch.setenv("RAYCOMPLETE_TRACEBACK", "1")
     with pytest.raises(ConfigError):
         cli.guarded(failing(ConfigError("x")))
+
+
+def test_a_death_is_one_screen(capsys: pytest.CaptureFixture[str]) -> None:
+    details = {
+        "role": "training worker 1",
+        "node": "10.0.0.7",
+        "cause": "killed by a signal",
+        "log_path": "/tmp/ray/[session]/w.log",
+        "saved": "the checkpoint of step 6",
+    }
+    death = ProcessDiedError("Worker 1 died.", "Resume with --resume.", **details)
+    assert cli.guarded(failing(death)) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("Failed: Worker 1 died.\n")
+    assert all(value in said for value in (*details.values(), "Resume with --resume."))
 
 
 @pytest.mark.parametrize(
@@ -357,25 +334,18 @@ def test_usage(
     assert "Traceback" not in said.err
 
 
-def test_the_entry_point_is_installed() -> None:
-    assert shutil.which("raycomplete", path=str(Path(sys.executable).parent))
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_at_any_early_moment_ends_in_a_sentence(number: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "delay_s"), [(signal.SIGTERM, 0.3), (signal.SIGINT, 1.0), (signal.SIGTERM, 2.5)])
+def test_a_signal_at_any_early_moment_ends_in_a_sentence(number: int, delay_s: float, tmp_path: Path) -> None:
     """While modules are imported, and while checkpoints and prompts are checked; nothing is written by then."""
-    for delay_s in (0.3, 1.0, 2.5):
-        arguments = ["train", str(ROOT / "jobs" / "organism.yaml"), f"output.root={tmp_path}"]
-        code = "import sys, signal; signal.pthread_sigmask(signal.SIG_UNBLOCK, {2, 15}); print(flush=True)\n"
-        code += f"sys.argv = ['raycomplete', *{arguments!r}]\nfrom raycomplete.__main__ import main\nmain()"
-        process = subprocess.Popen(
-            [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        assert process.stdout is not None
-        process.stdout.readline()
-        time.sleep(delay_s)
-        process.send_signal(number)
-        _, said = process.communicate(timeout=40)
-        assert process.returncode == 1, said
-        assert said.startswith("Stopped")
-        assert len(said.splitlines()) == 1
+    arguments = ["train", str(ROOT / "jobs" / "organism.yaml"), f"output.root={tmp_path}"]
+    code = "import sys, signal; signal.pthread_sigmask(signal.SIG_UNBLOCK, {2, 15}); print(flush=True)\n"
+    code += f"sys.argv = ['raycomplete', *{arguments!r}]\nfrom raycomplete.__main__ import main\nmain()"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.readline()
+    time.sleep(delay_s)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=40)
+    assert process.returncode == 1, said
+    assert said.startswith("Stopped")
+    assert len(said.splitlines()) == 1

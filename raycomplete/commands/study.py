@@ -106,10 +106,8 @@ def study(study: Study, *, resume: bool = False, overwrite: bool = False, consol
     """
     console = console or Console()
     if study.folder.is_dir() and any(study.folder.iterdir()) and not (resume or overwrite):
-        raise ConfigError(
-            f"The folder {study.folder} holds a study already.",
-            "Add --resume to continue it or --overwrite to replace it, or choose another output.name.",
-        )
+        words = "Add --resume to continue it or --overwrite to replace it, or choose another output.name."
+        raise ConfigError(f"The folder {study.folder} holds a study already.", words)
     study = _checked(study, console)
     with _alone(study.folder, overwrite=overwrite and not resume):
         _refuse_others(study)
@@ -192,9 +190,8 @@ def _alone(folder: Path, *, overwrite: bool) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     lock = folder / "study.lock"
     if not lock.is_file() and any(folder.iterdir()):
-        raise ConfigError(
-            f"The folder {folder} holds files and no study.lock, so no study made them.", "Choose another output.name."
-        )
+        words = f"The folder {folder} holds files and no study.lock, so no study made them."
+        raise ConfigError(words, "Choose another output.name.")
     with lock.open("a") as held:
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -210,7 +207,7 @@ def _alone(folder: Path, *, overwrite: bool) -> Iterator[None]:
 @contextmanager
 def _connected(study: Study, console: Console) -> Iterator[int]:
     """Connects to the cluster of all runs, or starts one here; yields how many runs fit at a time."""
-    config = next(run.config for run in study.runs)
+    config = study.runs[0].config
     plans = [training.resources(run.config) if run.trains else evaluating.resources(run.config) for run in study.runs]
     largest = max(plans, key=lambda plan: (plan.gpus, plan.cpus))
     asked = study.config.parallel
@@ -231,17 +228,17 @@ def _work(jobs: Sequence[_Job], places: int, stop: StopSignals, console: Console
     waiting = [job for job in jobs if not job.is_finished]
     try:
         while waiting or any(job.is_running for job in jobs):
-            for job in [job for job in jobs if job.is_running]:
-                _collect(job, console)
+            for running in [job for job in jobs if job.is_running]:
+                _collect(running, console)
             if stop.requested:
                 raise StoppedError("The study stops on request; runs keep what they finished.", "Resume with --resume.")
             while sum(job.is_running for job in jobs) < places:
-                job_ = next((job for job in waiting if _can_start(job, jobs)), None)
-                if job_ is None:
+                following = next((job for job in waiting if _can_start(job, jobs)), None)
+                if following is None:
                     break
-                waiting.remove(job_)
-                _start(job_, jobs, address)
-                console.note(f"{job_.run.name}: started")
+                waiting.remove(following)
+                _start(following, jobs, address)
+                console.note(f"{following.run.name}: started")
             if waiting and not any(job.is_running for job in jobs):
                 return  # what they wait for has failed
             time.sleep(_POLL_S)

@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Any, Protocol
+from typing import Any
 
 from raycomplete.config import RunConfig
 from raycomplete.data.chat import ChatCodec
@@ -29,13 +29,6 @@ _CHAT_TOKENS, _COMPLETION_TOKENS = 256, 16  # of a request that names no number
 
 _Item = tuple[Piece, str | None, int]
 """A piece of an answer, the thought before it, and the number of tokens that both took."""
-
-
-class TextModel(Protocol):
-    """Continues token sequences; `raycomplete.engines.online_engine.OnlineEngine` is one."""
-
-    def generate(self, tokens: Sequence[int], sampling: OnlineSampling) -> AsyncIterator[Piece]:
-        """Continues one sequence, in pieces."""
 
 
 class RefusedRequest(RefusedError):
@@ -86,10 +79,13 @@ class ModelServer:
 
 
 class Answerer:
-    """Answers requests with one model, whose prompt and answer together may have `max_length` tokens."""
+    """Answers requests with one model, whose prompt and answer together may have `max_length` tokens.
+
+    `model.generate(tokens, sampling)` yields pieces, as `OnlineEngine` does.
+    """
 
     def __init__(
-        self, codec: ChatCodec, model: TextModel, max_length: int, max_thought: int, timeout_s: float = TIMEOUT_S
+        self, codec: ChatCodec, model: Any, max_length: int, max_thought: int, timeout_s: float = TIMEOUT_S
     ) -> None:
         self._codec, self._model = codec, model
         self._max_length, self._max_thought, self._timeout_s = max_length, max_thought, timeout_s

@@ -52,14 +52,14 @@ CREATE TABLE IF NOT EXISTS events (
 """
 _BUSY_S = 30.0  # longest wait for another process's write
 MAX_ATTEMPTS = 3  # starts of one evaluation before it counts as failed
-_CLAIMABLE = (
-    "SELECT id, cancel, attempts, started, error FROM evaluations WHERE (state = 'queued' AND not_before <= ?) "
-    "OR state = 'running' ORDER BY number LIMIT 200"
-)
-_TOTALS = (
-    "SELECT coalesce(sum(attempts), 0) AS attempts, coalesce(sum(finished - started), 0) AS seconds, "
-    "coalesce(max(CASE WHEN state = 'queued' THEN ? - created END), 0) AS oldest FROM evaluations"
-)
+_CLAIMABLE = """
+SELECT id, cancel, attempts, started, error FROM evaluations
+WHERE (state = 'queued' AND not_before <= ?) OR state = 'running' ORDER BY number LIMIT 200
+"""
+_TOTALS = """
+SELECT coalesce(sum(attempts), 0) AS attempts, coalesce(sum(finished - started), 0) AS seconds,
+coalesce(max(CASE WHEN state = 'queued' THEN ? - created END), 0) AS oldest FROM evaluations
+"""
 
 
 class QueueFullError(RefusedError):
@@ -203,11 +203,11 @@ class EvaluationStore:
 
     def claim(self) -> Claimed | None:
         """Claims the oldest evaluation that waits or whose runner has ended; None where there is none."""
+        now = self._clock()
         with self._lock:  # an idle runner must not keep writers waiting
-            if self._connection.execute(_CLAIMABLE, (self._clock(),)).fetchone() is None:
+            if self._connection.execute(_CLAIMABLE, (now,)).fetchone() is None:
                 return None
         with self._writing() as connection:
-            now = self._clock()
             for row in connection.execute(_CLAIMABLE, (now,)).fetchall():
                 identity, attempts = row["id"], row["attempts"]
                 lock = lock_of(evaluation_folder(self._folder, identity), fcntl.LOCK_EX)
@@ -216,7 +216,7 @@ class EvaluationStore:
                 if row["cancel"]:
                     self._end(identity, State.CANCELLED)
                 elif attempts >= MAX_ATTEMPTS:
-                    self._end(identity, State.FAILED, _lost(identity, attempts, row["error"]))
+                    self._end(identity, State.FAILED, _lost(identity, row["error"]))
                 else:
                     fcntl.flock(lock, fcntl.LOCK_SH)  # the evaluation's process shares it
                     started = now if row["started"] is None else row["started"]
@@ -298,11 +298,13 @@ class EvaluationStore:
             self._connection.execute("COMMIT")
 
 
-def _lost(identity: str, attempts: int, error: str | None) -> str:
-    """Says why an evaluation is not started again whose last runner fell silent."""
-    problem = f"The evaluation's runner was lost in the last of {attempts} attempts, most likely out of memory."
+def _lost(identity: str, error: str | None) -> str:
+    """Says why an evaluation is not started again whose runner ended in the last attempt."""
     earlier = f" An earlier attempt failed: {error}" if error else ""
-    return f"{problem}{earlier} Free memory or ask for less, and submit it again; evaluations/{identity}.log says more."
+    return (
+        f"The evaluation's runner was lost in the last of {MAX_ATTEMPTS} attempts, most likely out of memory.{earlier} "
+        f"Free memory or ask for less, and submit it again; evaluations/{identity}.log says more."
+    )
 
 
 def _view(row: sqlite3.Row) -> EvaluationView:
