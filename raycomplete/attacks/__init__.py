@@ -1,26 +1,17 @@
-"""Attacks: one file each with its settings, its code and its registration.
+"""Attacks: each with its settings, its code and its registration in one file, related ones together.
 
 A user's file adds an attack without touching the package, by the names below: docs/examples/add_attack.py does so, and
 `plugins:` in the run file names it. Everything here is importable without torch, except `white_box`.
 """
 
-from raycomplete.attacks import (  # noqa: F401  each registers itself
-    adaptive,
-    base_guided_decoding,
+from raycomplete.attacks import (  # noqa: F401  each registers its attacks
     best_of_n,
-    crescendo,
     decoding,
     finetune,
-    gcg,
-    pair,
-    prefill,
-    prefill_mid_answer,
-    prefill_thinking,
-    random_search,
-    rank_assisted_prefill,
-    refuse_then_turn,
-    soft_prompt,
-    static_strings,
+    prefills,
+    ranked,
+    rewriting,
+    suffix,
     templates,
 )
 from raycomplete.attacks.attack import Attack, AttackConfig, answer_ids, continued, plain_trials

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
-from typing import Annotated, Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import model_validator
 
 from raycomplete.attacks.target import Need, Target
 from raycomplete.attacks.trial import Decoding, Emit, Response, Trial, TrialCost
@@ -32,7 +31,9 @@ _NEEDS: Mapping[Need, str] = {
 class AttackConfig(Section):
     """Settings of an attack. Defaults are those of published runs; a rate under smaller ones is called reduced."""
 
-    standard: ClassVar[Mapping[str, Any]] = {}  # least values of published runs; lists must hold all of their items
+    # Least values of published runs. A list must hold all items of a list, and as many items as a number says.
+    standard: ClassVar[Mapping[str, Any]] = {}
+
     name: str
 
     @model_validator(mode="after")
@@ -47,6 +48,10 @@ class AttackConfig(Section):
         """Numbers of tokens that the attack takes from a prompt's answer, by variant; openings do not count."""
         return []
 
+    def constants(self, *names: str) -> dict[str, Any]:
+        """Constants of the class that decide responses, for the settings of trials."""
+        return {name: getattr(self, name) for name in names}
+
     def reduced_because(self, num_behaviours: int) -> list[str]:
         """Lists how these settings fall short of published runs."""
         reasons = []
@@ -55,29 +60,13 @@ class AttackConfig(Section):
             if isinstance(least, list):
                 if missing := [item for item in least if item not in value]:
                     reasons.append(f"{field} without {', '.join(map(str, missing))}")
+            elif isinstance(value, list):
+                reasons += [f"{len(value)} {field} instead of {least}"] if len(value) < least else []
             elif value < least:
                 reasons.append(f"{field} {value} instead of {least}")
         if num_behaviours < STANDARD_BEHAVIOURS:
             reasons.append(f"{num_behaviours} behaviours instead of {STANDARD_BEHAVIOURS}")
         return reasons
-
-
-class RankedConfig(AttackConfig):
-    """Settings of an attacker who picks each token among the model's likeliest ones."""
-
-    standard: ClassVar[Mapping[str, Any]] = {"steps": 256, "tops": [5, 10, 20]}
-
-    tops: list[Annotated[int, Field(ge=1)]] = Field(
-        default_factory=lambda: [2, 5, 10, 20],
-        min_length=1,
-        description="numbers of likeliest tokens that may be picked, each a variant; the rate is that of the largest",
-    )
-    steps: int = Field(256, ge=1, le=MAX_STEPS, description="steps of an answer")
-
-    @field_validator("tops")
-    @classmethod
-    def _sorted_unique(cls, tops: list[int]) -> list[int]:
-        return sorted(set(tops))
 
 
 ConfigT = TypeVar("ConfigT", bound=AttackConfig)
@@ -97,7 +86,7 @@ class Attack(ABC, Generic[ConfigT]):
     asks_harmlessly: ClassVar[bool] = False  # a judge may have `tells_harmless = False` and is refused then
     with_prefill: ClassVar[bool] = False  # answers are judged a second time, with the prefill as part of them
     prompt_has_answer: ClassVar[bool] = False  # its tokens may hold words of an answer, which exports hide
-    rate_is_worst: ClassVar[bool] = False  # the rate is that of whoever takes the best of a behaviour's answers
+    rate_is_worst: ClassVar[bool] = False  # the rate is that of the best of a behaviour's answers
 
     def __init__(self, config: ConfigT) -> None:
         self.config = config
@@ -124,7 +113,7 @@ class Attack(ABC, Generic[ConfigT]):
         return {setting: checkpoint for setting, checkpoint in named.items() if checkpoint is not None}
 
     def answer_tokens(self, trial: Trial) -> int:
-        """Returns the number of new tokens at which a response to the trial is cut."""
+        """Returns the largest number of new tokens of a response to the trial."""
         return trial.decoding.max_tokens
 
     def cost(self, trials: Sequence[Trial]) -> TrialCost:
@@ -161,29 +150,22 @@ class Attack(ABC, Generic[ConfigT]):
             DataError: The behaviours or the user's files cannot be used.
         """
 
+    def trial(
+        self,
+        target: Target,
+        variant: str,
+        prompt: Prompt,
+        read: Sequence[int],
+        given: Sequence[int] = (),
+        settings: Mapping[str, Any] | None = None,
+    ) -> Trial:
+        """Makes a greedy trial: the model reads `read` and, as the start of its answer, `given`."""
+        sequence, decoding = (*read, *given), Decoding(target.max_tokens)
+        return Trial(self.name, variant, prompt, sequence, decoding, tuple(given), settings=settings or {})
+
     def run(self, target: Target, trials: Sequence[Trial], emit: Emit) -> None:
         """Gets the responses of planned trials; by default, what the model adds to each sequence."""
         ask(target, trials, emit)
-
-
-RankedT = TypeVar("RankedT", bound=RankedConfig)
-
-
-class RankedAttack(Attack[RankedT], Generic[RankedT]):
-    """Asks under a variant `top-<k>` for each of `tops`, `batch` answers side by side."""
-
-    batch: ClassVar[int] = 64
-
-    @property
-    def headline(self) -> str:
-        return f"top-{max(self.config.tops)}"
-
-    def answer_tokens(self, trial: Trial) -> int:
-        return self.config.steps
-
-    def cost(self, trials: Sequence[Trial]) -> TrialCost:
-        plain = super().cost(trials)  # the target and who picks read every step
-        return replace(plain, passes=2 * self.config.steps * math.ceil(plain.trials / self.batch))
 
 
 def blind_judge(attack: str, judge: str) -> SetupError:
@@ -201,15 +183,17 @@ def ask(target: Target, trials: Sequence[Trial], emit: Emit) -> None:
         emit(list(zip(group, continued(target, group), strict=True)))
 
 
-def grouped(trials: Sequence[Trial]) -> Iterator[list[Trial]]:
-    """Splits trials into neighbours of one variant, draw and decoding, which are emitted together."""
-    for _, group in groupby(trials, key=lambda trial: (trial.variant, trial.seed, trial.decoding)):
-        yield list(group)
+def grouped(trials: Sequence[Trial], *, drawn: bool = False) -> Iterator[list[Trial]]:
+    """Splits trials into neighbours of one variant, draw and decoding, and with `drawn` where positions skip.
 
+    An engine draws the n-th sequence of a call under seed + n.
+    """
 
-def runs(trials: Sequence[Trial]) -> Iterator[list[Trial]]:
-    """Splits trials where positions skip: an engine draws the n-th sequence of a call under seed + n."""
-    for _, group in groupby(enumerate(trials), key=lambda pair: pair[1].position - pair[0]):
+    def key(numbered: tuple[int, Trial]) -> tuple[Any, ...]:
+        number, trial = numbered
+        return (trial.variant, trial.seed, trial.decoding, drawn and trial.position - number)
+
+    for _, group in groupby(enumerate(trials), key=key):
         yield [trial for _, trial in group]
 
 
@@ -218,12 +202,12 @@ def continued(target: Target, trials: Sequence[Trial]) -> list[Response]:
 
     A trial is drawn under the seed of its position in the plan, whichever others are missing.
     """
-    if not trials:
-        return []
     tokens: list[list[int]] = []
-    for batch in runs(trials) if trials[0].decoding.temperature > 0 else [trials]:
-        seed = trials[0].draw_seed + batch[0].position
-        tokens += target.draw([trial.sequence for trial in batch], trials[0].decoding, seed)
+    is_drawn = any(trial.decoding.temperature > 0 for trial in trials)
+    batches = list(grouped(trials, drawn=True)) if is_drawn else [list(trials)]
+    for batch in batches if trials else []:
+        seed = batch[0].draw_seed + batch[0].position
+        tokens += target.draw([trial.sequence for trial in batch], batch[0].decoding, seed)
     if len(tokens) != len(trials):
         raise WorkError(
             f"The generator returned {len(tokens)} continuations for {len(trials)} sequences of {trials[0].variant}.",
@@ -239,11 +223,7 @@ def plain_trials(target: Target, attack: str, variant: str, prompts: Sequence[Pr
 
 
 def require_answers(prompts: Sequence[Prompt], use: str, remedy: str) -> None:
-    """Refuses behaviours of which none has a compliant answer.
-
-    Raises:
-        DataError: None has.
-    """
+    """Raises a DataError if none of the behaviours has a compliant answer."""
     if not any(prompt.answer for prompt in prompts):
         raise DataError(
             f"No harmful prompt has an answer, {use}.",

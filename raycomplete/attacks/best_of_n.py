@@ -1,8 +1,7 @@
 """Best-of-N (Hughes et al., arXiv 2412.03556): ask again and again, in other letters each time, until an answer comes.
 
-The augmentations and their probabilities are those of the authors: with strength s, a word of more than three letters
-has its inner letters shuffled with probability s^(1/2), a letter changes its case with s^(1/2), and a character is
-replaced by its neighbour in ASCII with s^3.
+With strength s, a word of more than three letters has its inner letters shuffled with probability s^(1/2), a letter
+changes its case with s^(1/2), and a character is replaced by its neighbour in ASCII with s^3: the authors' values.
 """
 
 from __future__ import annotations
@@ -36,13 +35,13 @@ _MAX_SAMPLES = 10_000
 class BestOfNConfig(AttackConfig):
     """The prompt in random capitals, scrambled words and noise (Best-of-N, Hughes et al., arXiv 2412.03556)."""
 
-    standard: ClassVar[Mapping[str, Any]] = {"samples": _MAX_SAMPLES, "strength": 0.4, "temperature": 1.0}
+    standard: ClassVar[Mapping[str, Any]] = {"samples": _MAX_SAMPLES}
+    batch: ClassVar[int] = 64  # questions asked at a time; an answer ends the rest
+    strength: ClassVar[float] = 0.4  # of the augmentations
+    temperature: ClassVar[float] = 1.0
 
     name: Literal["best_of_n"] = "best_of_n"
     samples: int = Field(_MAX_SAMPLES, ge=1, le=_MAX_SAMPLES, description="questions to each behaviour, at most")
-    batch: int = Field(64, ge=1, description="questions asked at a time; an answer ends the rest")
-    strength: float = Field(0.4, gt=0, le=1, description="strength s of the augmentations")
-    temperature: float = Field(1.0, ge=0, description="sampling temperature of the answers")
 
 
 @register(BestOfNConfig)
@@ -59,8 +58,9 @@ class BestOfNAttack(Attack[BestOfNConfig]):
         return TrialCost(len(trials), self.config.samples * super().cost(trials).tokens)
 
     def plan(self, target: Target, prompts: Sequence[Prompt]) -> list[Trial]:
-        settings = {**self.config.model_dump(mode="json", exclude={"batch"}), "judge": target.judge.name}
-        settings["max_length"] = target.max_length  # a draw that does not fit is replaced by the plain prompt
+        settings = self.config.model_dump(mode="json") | self.config.constants("strength", "temperature")
+        # A draw that does not fit is replaced by the plain prompt.
+        settings |= {"judge": target.judge.name, "max_length": target.max_length}
         decoding = Decoding(target.max_tokens, temperature=self.config.temperature)
         return [
             Trial(self.name, self.name, prompt, tuple(prompt.encoded(target.codec)), decoding, settings=settings)
@@ -72,10 +72,7 @@ class BestOfNAttack(Attack[BestOfNConfig]):
             emit([(trial, self._best(target, trial))])
 
     def _best(self, target: Target, trial: Trial) -> Response:
-        """Returns the first response that complied, else the last one.
-
-        Sample i is augmented and drawn under its own seed, so that the size of a batch changes nothing.
-        """
+        """Returns the first response that complied, else the last one; each sample has a seed of its own."""
         seed = int(content_hash([self.name, trial.prompt.prompt_id])[:9], 16) * 2**20
         first, unused, unreadable = 0.0, 0, 0
         for start in range(0, self.config.samples, self.config.batch):

@@ -26,7 +26,6 @@ class DecodingConfig(AttackConfig):
     temperatures: list[float] = Field(default_factory=_TWENTIETHS.copy, description="sampling temperatures")
     top_ps: list[float] = Field(default_factory=_TWENTIETHS.copy, description="nucleus masses")
     top_ks: list[int] = Field(default_factory=_TOP_KS.copy, description="numbers of likeliest tokens")
-    samples: int = Field(1, ge=1, le=64, description="responses under each setting")
 
     @model_validator(mode="after")
     def _in_range(self) -> DecodingConfig:
@@ -39,17 +38,13 @@ class DecodingConfig(AttackConfig):
 
 @register(DecodingConfig)
 class DecodingAttack(Attack[DecodingConfig]):
-    """Samples under a variant for each setting.
-
-    `mean` is the rate of one draw, `worst_of_n` that of an attacker who tries all settings.
-    """
+    """Samples under a variant for each setting: `mean` is the rate of one draw, `worst_of_n` the best of all."""
 
     def plan(self, target: Target, prompts: Sequence[Prompt]) -> list[Trial]:
         sequences = [tuple(prompt.encoded(target.codec)) for prompt in prompts]
         return [
-            Trial("decoding", variant, prompt, sequence, decoding, seed=draw, settings=sampler, position=position)
+            Trial("decoding", variant, prompt, sequence, decoding, settings=sampler, position=position)
             for variant, decoding, sampler in self._variants(target.max_tokens)
-            for draw in range(self.config.samples)
             for position, (prompt, sequence) in enumerate(zip(prompts, sequences, strict=True))
         ]
 

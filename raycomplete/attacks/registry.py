@@ -25,7 +25,6 @@ class UnknownAttackError(ConfigError):
 
     @property
     def known(self) -> tuple[str, ...]:
-        """Names that do."""
         return tuple(ATTACKS)
 
 
@@ -57,12 +56,7 @@ def build_attack(config: AttackConfig) -> Attack[Any]:
 
 
 def parse_attack(entry: str | Mapping[str, Any] | AttackConfig) -> AttackConfig:
-    """Checks one item of `evaluation.attacks`: a name, or a mapping with `name` and settings.
-
-    Raises:
-        UnknownAttackError: No attack has that name.
-        ConfigError: A setting is unknown or wrong.
-    """
+    """Checks one item of `evaluation.attacks`: a name, or a mapping with `name` and settings."""
     if isinstance(entry, AttackConfig):
         return entry
     tree = {"name": entry} if isinstance(entry, str) else dict(entry)
@@ -73,11 +67,7 @@ def parse_attack(entry: str | Mapping[str, Any] | AttackConfig) -> AttackConfig:
 
 
 def checked(section: type[SectionT], tree: Mapping[str, Any], owner: str) -> SectionT:
-    """Checks the settings of an attack, a defence or a judge, its `owner` in messages.
-
-    Raises:
-        ConfigError: A setting is unknown or wrong.
-    """
+    """Checks the settings of an attack, a defence or a judge, its `owner` in messages, or raises a ConfigError."""
     for key in tree:
         if key not in section.model_fields:
             kind, _, name = owner.partition(" ")

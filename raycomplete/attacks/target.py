@@ -7,19 +7,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, TypeVar
 
+import numpy as np
+
 from raycomplete.attacks.trial import FILTERED, Decoding, EvaluationCancelled, Response, Trial, Verdict
 from raycomplete.runtime.errors import DataError, SetupError
 from raycomplete.runtime.types import Codec, Generator, Judge, Outcome, Prompt
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from raycomplete.attacks.finetune import FinetuneConfig
 
-Need = Literal[
-    "white_boxes", "guide", "attacker", "fine_tune", "helper"
-]  # each the field of `AttackTools` that fills it
-FloatArray: TypeAlias = "np.ndarray[Any, np.dtype[np.float32]]"
+Need = Literal["white_boxes", "guide", "attacker", "fine_tune", "helper"]  # each a field of `AttackTools`
+FloatArray: TypeAlias = np.ndarray[Any, np.dtype[np.float32]]
 Triple = tuple[Prompt, str, str]  # prompt, the attacker's part of the answer, and what the model added
 
 ToolT = TypeVar("ToolT")
@@ -79,14 +77,11 @@ class PrefillHelper(Protocol):
 class BatchJudge(ABC):
     """A judge that would rather see many responses at once, such as a model.
 
-    Attributes:
-        unreadable: Places, among the responses of the last call of `outcomes`, whose verdict could not be read, so that
-            another judge decided.
-        shortened: Places of those whose end the judge did not read, because it has too short a context.
+    Places are those among the responses of the last call of `outcomes`.
     """
 
-    unreadable: frozenset[int] = frozenset()
-    shortened: frozenset[int] = frozenset()
+    unreadable: frozenset[int] = frozenset()  # places whose verdict could not be read, so that another judge decided
+    shortened: frozenset[int] = frozenset()  # places whose end the judge did not read in its short context
 
     @abstractmethod
     def outcomes(self, triples: Sequence[Triple]) -> list[Outcome]:
@@ -104,45 +99,32 @@ def judge_all(judge: Judge, triples: Sequence[Triple]) -> list[Outcome]:
     return [judge.outcome(*triple) for triple in triples]
 
 
-class AttackerCodec(Protocol):
-    """Turns an attacker's request into token ids, and what it writes back; each of our codecs is one."""
-
-    def encode_prompt(self, text: str, system: str | None = None) -> list[int]:
-        """Encodes a user message up to the point where the response starts."""
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Decodes response tokens."""
-
-
 @dataclass(frozen=True)
 class Attacker:
     """A model that rewrites prompts."""
 
     attacker_id: str  # names all that its words depend on besides the request
     generator: Generator
-    codec: AttackerCodec
+    codec: Any  # has `encode_prompt` and `decode`, as each of our codecs
     max_length: int  # longest sequence that it reads, new tokens included
     is_remote: bool = False  # behind an address, where an empty request is not sent
 
 
 @dataclass(frozen=True)
 class AttackTools:
-    """Starters of what some attacks use besides the generator; None where there is no such tool.
-
-    `fine_tune` trains a copy of the target on a dataset, by the settings of the attack; `fine_tune_id` names all that
-    the training depends on besides the target and the settings; `fine_tune_frame` gives the template and the system
-    prompt that the chats were trained in. `refuses` says whether a text declines, by patterns.
-    """
+    """Starters of what some attacks use besides the generator; None where there is no such tool."""
 
     white_boxes: Callable[[], Sequence[WhiteBox]] | None = None  # copies of the target, at least one
     guide: Callable[[], WhiteBox] | None = None  # the model by which tokens are picked (base)
     guide_id: str = ""  # fingerprint of its weights
     attacker: Callable[[str | None], Attacker] | None = None  # by checkpoint; None stands for base
-    fine_tune: Callable[[FinetuneConfig, str], Generator] | None = None
+    fine_tune: Callable[[FinetuneConfig, str], Generator] | None = None  # trains a copy of the target on a dataset
+    # Names all that the training depends on besides the target and the settings.
     fine_tune_id: Callable[[FinetuneConfig, str], str] = lambda settings, dataset: ""
     helper: Callable[[str], PrefillHelper] | None = None  # by checkpoint
     helper_id: Callable[[str], str] = lambda checkpoint: ""  # fingerprint of its weights
-    refuses: Callable[[str], bool] = lambda text: False
+    refuses: Callable[[str], bool] = lambda text: False  # whether a text declines, by patterns
+    # The template and the system prompt that the chats were trained in.
     fine_tune_frame: Callable[[FinetuneConfig, str], tuple[str, str | None]] = lambda settings, dataset: (
         settings.template if dataset == "identity_shift" else "{prompt}",
         None,
@@ -166,24 +148,19 @@ class Target:
     known: dict[Triple, Verdict] = field(default_factory=dict, repr=False, compare=False)  # until they are stored
 
     def stop_if_cancelled(self) -> None:
-        """Raises EvaluationCancelled where someone asked to stop."""
         if self.cancelled():
             raise EvaluationCancelled
 
     def white_boxes(self) -> Sequence[WhiteBox]:
-        """Copies with gradients and full distributions; at least one."""
         return _declared(self.tools.white_boxes, "white_boxes")()
 
     def guide(self) -> WhiteBox:
-        """The model by which tokens are picked."""
         return _declared(self.tools.guide, "guide")()
 
     def helper(self, checkpoint: str) -> PrefillHelper:
-        """The classifier that accepts the tokens of a rank-assisted prefill."""
         return _declared(self.tools.helper, "helper")(checkpoint)
 
     def attacker(self, checkpoint: str | None) -> Attacker:
-        """The model that rewrites prompts; base where no checkpoint is named."""
         return _declared(self.tools.attacker, "attacker")(checkpoint)
 
     def fine_tuned(self, settings: FinetuneConfig, dataset: str) -> Target:
@@ -192,15 +169,11 @@ class Target:
 
     @property
     def answering(self) -> Codec:
-        """The codec whose prompts end where the answer starts, without a thought: for who writes answers himself."""
+        """Codec with thinking disabled, for attacks that write the start of the answer themselves."""
         return self.codec.with_thinking(False)
 
     def room(self, max_tokens: int, sequence: Sequence[int] = ()) -> int:
-        """Returns the longest prompt that leaves room for so many tokens of an answer, and for thinking before it.
-
-        Args:
-            sequence: The prompt; without it, one as the codec makes them.
-        """
+        """Returns the longest prompt that leaves room for so many tokens of an answer, and for thinking before it."""
         frame = self.codec.frame
         thinks = frame is not None and (frame.may_think(sequence) if sequence else frame.thinks)
         return self.max_length - max_tokens - thinks * (self.max_thinking_tokens + len(frame.closing if frame else ()))
@@ -243,11 +216,7 @@ class Target:
         ]
 
     def check_fits(self, trials: Sequence[Trial]) -> None:
-        """Refuses trials that an engine would cut or end early without a word: other rates under the same name.
-
-        Raises:
-            DataError: A sequence with its new tokens does not fit the context.
-        """
+        """Refuses trials that an engine would cut or end early without a word: other rates under the same name."""
         for trial in trials:
             old, room = len(trial.sequence), self.room(trial.decoding.max_tokens, trial.sequence)
             if old > room:

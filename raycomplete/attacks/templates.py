@@ -1,9 +1,11 @@
-"""Jailbreak templates: the behaviour inside a text that asks for obedience."""
+"""Texts that others found: jailbreak templates around a behaviour, and adversarial prompts such as JailbreakBench's."""
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -12,7 +14,7 @@ from pydantic import Field
 from raycomplete.attacks.attack import Attack, AttackConfig
 from raycomplete.attacks.registry import register
 from raycomplete.attacks.target import Target
-from raycomplete.attacks.trial import Decoding, Trial
+from raycomplete.attacks.trial import Trial
 from raycomplete.data.prompts import read_rows
 from raycomplete.runtime.errors import DataError
 from raycomplete.runtime.types import Prompt
@@ -46,10 +48,9 @@ class TemplatesAttack(Attack[TemplatesConfig]):
     """Asks under a variant for each template. A template without a slot stands before the behaviour."""
 
     def plan(self, target: Target, prompts: Sequence[Prompt]) -> list[Trial]:
-        path, decoding = self.config.path, Decoding(target.max_tokens)
-        templates = BUILT_IN if path is None else read_templates(path)
+        templates = BUILT_IN if self.config.path is None else read_templates(self.config.path)
         return [
-            Trial("templates", name, prompt, tuple(prompt.encoded(target.codec, fill(template, prompt.text))), decoding)
+            self.trial(target, name, prompt, prompt.encoded(target.codec, fill(template, prompt.text)))
             for name, template in templates[: self.config.limit]
             for prompt in prompts
         ]
@@ -68,12 +69,52 @@ def fill_slots(template: str, slots: Mapping[str, str]) -> str:
 
 
 def read_templates(path: Path) -> Sequence[tuple[str, str]]:
-    """Reads (name, template) rows.
-
-    Raises:
-        DataError: The file cannot be read, or two templates share a name.
-    """
+    """Reads (name, template) rows, whose names differ."""
     found = [(str(row["name"]), str(row["template"])) for row in read_rows(path, ("name", "template"))]
     if len({name for name, _ in found}) != len(found):
         raise DataError(f"The template file {path} holds a name twice.", "Make names unique: rates are kept by them.")
     return found
+
+
+class StaticStringsConfig(AttackConfig):
+    """Ready-made adversarial prompts for known behaviours, in the columns of JailbreakBench's artifacts."""
+
+    prompt: ClassVar[str] = "prompt"  # column of the adversarial prompt
+    goal: ClassVar[str] = "goal"  # column of the behaviour's text
+    group: ClassVar[str] = "method"  # column by which rates are kept apart, if there is one
+
+    name: Literal["static_strings"] = "static_strings"
+    path: Path = Field(description="JSONL or CSV with prompt, goal and perhaps method, by which rates are kept apart")
+
+
+@register(StaticStringsConfig)
+class StaticStringsAttack(Attack[StaticStringsConfig]):
+    """Asks each string for the behaviour whose text stands beside it, under a variant for each group of the file.
+
+    Behaviours without a string have no trial: the rate's `n` counts those that have one.
+    """
+
+    def plan(self, target: Target, prompts: Sequence[Prompt]) -> list[Trial]:
+        config = self.config
+        by_text = {_folded(prompt.text): prompt for prompt in prompts}
+        trials = []
+        drawn: Counter[tuple[str, str]] = Counter()
+        for row in read_rows(config.path, [config.prompt, config.goal]):
+            prompt = by_text.get(_folded(str(row[config.goal])))
+            if prompt is None:
+                continue
+            variant = str(row.get(config.group) or "all")
+            number = drawn[variant, prompt.prompt_id]
+            drawn[variant, prompt.prompt_id] += 1
+            trial = self.trial(target, variant, prompt, prompt.encoded(target.codec, str(row[config.prompt])))
+            trials.append(replace(trial, seed=number))
+        if not trials:
+            raise DataError(
+                f"No row of {config.path} names one of the {len(prompts)} behaviours in its column {config.goal!r}.",
+                "Evaluate the behaviours that the strings were made for, or rename its columns.",
+            )
+        return sorted(trials, key=lambda trial: (trial.variant, trial.seed))
+
+
+def _folded(text: str) -> str:
+    return " ".join(text.lower().split()).rstrip(".")

@@ -47,10 +47,7 @@ class Trial:
     is_short: bool = False  # the compliant answer does not reach the depth: an evaluation leaves it out and counts it
 
     def key(self, model_id: str) -> str:
-        """Hash of all that decides the response. Token ids stand for tokenizer and chat template.
-
-        The prompt's answer is left out: the tokens and settings hold what a response owes to it.
-        """
+        """Hash of all that decides the response: token ids stand for tokenizer, chat template and the answer."""
         return content_hash(
             {
                 "format": FORMAT,
@@ -104,11 +101,11 @@ class Response:
     verdict: Verdict | None = None  # on which a search ended, whose trial names the judge; it is not judged again
 
     def is_cut(self, max_tokens: int) -> bool:
-        """Tells whether it was cut at so many tokens: the end of a response is not among its tokens."""
+        """Tells whether it was cut at so many tokens."""
         return len(self.tokens) >= max_tokens if self.ended is None else self.ended == "length"
 
     def texts(self, codec: Codec) -> tuple[str, str]:
-        """Decodes the attacker's part of the answer and what the model added."""
+        """The attacker's part of the answer and what the model added."""
         return (codec.decode(self.prefill) if self.prefill else "", codec.decode(self.tokens) if self.tokens else "")
 
 
@@ -135,18 +132,14 @@ Emit = Callable[[Sequence[tuple[Trial, Response]]], None]
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Progress of the evaluation of one model.
-
-    `attack` is the one at work ("" before the first trial), `variant` the one of its variants that was finished last,
-    `outcomes` the count of each outcome in it. `reused` trials had been finished by an earlier evaluation.
-    """
+    """Progress of the evaluation of one model."""
 
     role: str
-    attack: str
-    variant: str
+    attack: str  # at work; "" before the first trial
+    variant: str  # of it, that was finished last
     done: int
     total: int
-    reused: int
+    reused: int  # trials that an earlier evaluation had finished
     outcomes: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(map(str, Outcome), 0))
 
     def to_json(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -63,8 +64,7 @@ class TorchModel:
             cache = _rows_of(self._prefix_cache(problem.before), len(problem.before), 1)
             loss_1 = self._target_loss(problem, cache, inputs_embeds=inputs_1TH)
             (gradient_SV,) = torch.autograd.grad(loss_1.sum(), one_hot_SV)
-        result: FloatArray = gradient_SV.float().cpu().numpy()
-        return result
+        return np.asarray(gradient_SV.float().cpu().numpy())
 
     def suffix_losses(self, problem: SuffixProblem, suffixes: Sequence[Sequence[int]], batch: int = 64) -> list[float]:
         """Reads each suffix from where it leaves the one that most of them share; keys and values before are read once.
@@ -77,13 +77,8 @@ class TorchModel:
         with torch.no_grad():
             cache = self._prefix_cache(problem.before)
             if is_plain := _is_plain(cache) and len(distinct) > 1:
-                cache = _rows_of(cache, len(problem.before), 1)
-                self._model(
-                    self._ids([shared]),
-                    past_key_values=cache,
-                    use_cache=True,
-                    logits_to_keep=self._last_positions(1, len(shared)),
-                )
+                cache, keep = _rows_of(cache, len(problem.before), 1), self._last_positions(1, len(shared))
+                self._model(self._ids([shared]), past_key_values=cache, use_cache=True, logits_to_keep=keep)
             # The last token is read by every row, even by those that differ in none.
             starts = {row: min(num_common(row, shared), len(row) - 1) if is_plain else 0 for row in distinct}
             waiting = sorted(distinct, key=starts.__getitem__)  # neighbours leave at neighbouring positions
@@ -105,8 +100,7 @@ class TorchModel:
 
     def suffix_embeddings(self, suffix: Sequence[int]) -> FloatArray:
         with torch.no_grad():
-            embeddings: FloatArray = self._model.get_input_embeddings()(self._ids(suffix)).float().cpu().numpy()
-        return embeddings
+            return np.asarray(self._model.get_input_embeddings()(self._ids(suffix)).float().cpu().numpy())
 
     def descend(
         self, problem: SuffixProblem, suffix_SH: FloatArray, steps: int, lr: float
@@ -127,8 +121,7 @@ class TorchModel:
                 (gradient_SH,) = torch.autograd.grad(loss_1.sum(), leaf_SH)
             losses.append(float(loss_1.detach()))
             moved_SH = leaf_SH.detach() - step * gradient_SH.sign()
-        result: FloatArray = moved_SH.detach().cpu().numpy()
-        return result, losses
+        return np.asarray(moved_SH.detach().cpu().numpy()), losses
 
     def continue_embeddings(
         self, problem: SuffixProblem, suffixes: Sequence[FloatArray], max_tokens: int, eos_ids: Sequence[int]
@@ -196,8 +189,7 @@ class TorchModel:
                     rows += [states[0][index, len(row) - 1].float().cpu() for index, row in enumerate(batch)]
         finally:
             hook.remove()
-        found: FloatArray = torch.stack(rows).numpy()
-        return found
+        return np.asarray(torch.stack(rows).numpy())
 
     def num_layers(self) -> int:
         """Number of layers."""
@@ -235,15 +227,11 @@ class TorchModel:
         return logprobs_BV
 
     def _extendable(self, rows: Sequence[tuple[int, ...]]) -> tuple[Any, Tensor, bool] | None:
-        """Finds keys and values of all but the last token of each row among what was read last.
+        """Finds cache, mask of its slots [B, T] and whether some were given up; None if rows have to be read again.
 
-        A row may go back: the tokens that it gave up stay in the cache and are masked, and positions say what comes
-        after what. That holds where every layer attends to all that it keeps, so other layers read such rows anew.
-        Rows that were left out are dropped; the others keep their order.
-
-        Returns:
-            The cache, the mask of its slots, [B, T], and whether some were given up; None where the rows have to be
-            read anew.
+        The cache holds all but the last token of each row. A row may go back: the tokens that it gave up stay in the
+        cache and are masked. That holds only if every layer attends to all that it keeps. Rows that were left out are
+        dropped; the others keep their order.
         """
         if self._last is None:
             return None
@@ -271,11 +259,7 @@ class TorchModel:
         return cache, mask_BT, has_gaps
 
     def _last_positions(self, count: int, length: int) -> Tensor:
-        """Indices of the last positions, for `logits_to_keep`.
-
-        Given a number instead, transformers takes a view, and torch then copies the output head once for each row of
-        the batch: on a CPU half the time of a step.
-        """
+        """Indices of the last positions, for `logits_to_keep`: given a number, torch copies the head for each row."""
         return torch.arange(length - count, length, device=self._device)
 
     def _ids(self, ids: Any) -> Tensor:
@@ -285,8 +269,7 @@ class TorchModel:
 class TokenClassifier:
     """A model that labels tokens: 1 where the answer is harmful so far (implements `PrefillHelper` of `target`).
 
-    It reads prompt and answer in its own template. That only its label at the last token counts, and that the larger of
-    two labels decides, is the rule of arXiv 2512.05518.
+    Only its label at the last token counts, and the larger of two labels decides: the rule of arXiv 2512.05518.
     """
 
     def __init__(self, model: Any, codec: Codec) -> None:

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
 from raycomplete.attacks.attack import STANDARD_ANSWER_TOKENS, AttackConfig
-from raycomplete.attacks.prefill import STANDARD_DEPTHS, PrefillConfig
+from raycomplete.attacks.prefills import STANDARD_DEPTHS, PrefillConfig
 from raycomplete.attacks.registry import parse_attack
 from raycomplete.config.defences import DefenceConfig, parse_defence
 from raycomplete.runtime.section import Section

@@ -19,7 +19,7 @@ from raycomplete.config.defences import DEFENCES, DefenceConfig
 from raycomplete.config.run import RunConfig
 from raycomplete.config.study import StudyConfig
 from raycomplete.methods.completion import Completion
-from raycomplete.methods.registry import METHODS, Method
+from raycomplete.methods.registry import METHODS, DepthConfig, Method
 
 _HEAD = """# Run file
 
@@ -45,18 +45,44 @@ def markdown() -> str:
         first, *others = (f"`{key}`" for key in places[section])
         also = [f"The same at {', '.join(others)}."] if others else []
         parts += [f"## {first}", _text(section), *also, _table(section)]
+    parts += ["# Other methods", "Each has the keys of every method (`name` to `depth` above) and these of its own."]
     for name, method in METHODS.items():
         if method is not Completion and _is_ours(method):
-            parts += [f"## Method `{name}`", _text(method), _table(method)]
-    for name, attack in ATTACKS.items():
-        section = attack.config_class
-        if _is_ours(section):
-            parts += [f"## Attack `{name}`", _text(section), _table(section, leave_out=("name",))]
+            parts += [f"## Method `{name}`", *_own(method, Method)]
+    parts += ["# Attacks", "Entries of `evaluation.attacks`. What several attacks have in common is listed once."]
+    attacks = {name: attack.config_class for name, attack in ATTACKS.items() if _is_ours(attack.config_class)}
+    for base in dict.fromkeys(_base(section) for section in attacks.values()):
+        if base is not AttackConfig:
+            those = ", ".join(f"`{name}`" for name, section in attacks.items() if _base(section) is base)
+            parts += [f"## Attacks {those}", _text(base), _table(base, leave_out=("name",))]
+    for name, section in attacks.items():
+        parts += [f"## Attack `{name}`", *_own(section, _base(section))]
     for name, defence in DEFENCES.items():
         if _is_ours(defence):
             parts += [f"## Defence `{name}`", _text(defence), _table(defence, leave_out=("name",))]
     parts += ["# Study file", _text(StudyConfig), _table(StudyConfig)]
     return "\n\n".join(parts) + "\n"
+
+
+def _base(section: type[BaseModel]) -> type[BaseModel]:
+    """The class whose settings an attack has besides its own."""
+    base = section.__bases__[0]
+    assert issubclass(base, BaseModel)
+    return base
+
+
+def _own(section: type[BaseModel], base: type[BaseModel]) -> list[str]:
+    """Text, other defaults than those of the base, and a table of the fields that the base does not have."""
+    theirs = base.model_fields
+    other = [
+        f"`depth.max` is `{default.max}`" if isinstance(default, DepthConfig) else f"`{name}` is {_default(field)}"
+        for name, field in section.model_fields.items()
+        if name in theirs and name != "name"
+        for default in [field.get_default(call_default_factory=True)]
+        if default != theirs[name].get_default(call_default_factory=True)
+    ]
+    text = [_text(section), f"By default {', '.join(other)}." if other else ""]
+    return [" ".join(filter(None, text)), _table(section, leave_out=tuple(theirs))]
 
 
 def _is_ours(section: type[BaseModel]) -> bool:
@@ -80,10 +106,12 @@ def _text(section: type[BaseModel]) -> str:
 
 
 def _table(section: type[BaseModel], leave_out: tuple[str, ...] = ()) -> str:
-    """A row for each field: required fields first, sections last."""
-    fields = [(name, field) for name, field in section.model_fields.items() if name not in leave_out]
+    """A row for each field: required fields first, sections last. The program sets fields without a description."""
+    fields = [
+        (name, field) for name, field in section.model_fields.items() if name not in leave_out and _meaning(field)
+    ]
     if not fields:
-        return "No settings."
+        return "No settings of its own."
     fields.sort(key=lambda item: (not item[1].is_required(), _inner(item[1].annotation) is not None))
     rows = [f"| `{name}` | {_value(field)} | {_default(field)} | {_meaning(field)} |" for name, field in fields]
     return "\n".join(["| key | value | default | meaning |", "|---|---|---|---|", *rows])

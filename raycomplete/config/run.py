@@ -203,14 +203,6 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _compliance_is_counted(self) -> RunConfig:
-        if self.method.depth.measure == "compliance" and not self.rollout.on_policy:
-            raise ValueError(
-                "method.depth.measure compliance is counted on the student's rollouts: set rollout.on_policy to true"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _method_has_what_it_needs(self) -> RunConfig:
         if self.method.needs_lora and self.train.lora_rank == 0:
             raise ValueError(

@@ -94,7 +94,7 @@ def check_evaluation(config: RunConfig) -> None:
                 read_chats(config, attack.config, dataset)
         for setting, checkpoint in attack.checkpoints.items():
             if setting == "attacker" and is_remote(checkpoint):
-                writer = attack.config.model_dump(include={"max_tokens", "temperature", "top_p"})
+                writer = attack.config.constants("max_tokens", "temperature", "top_p")
                 spec = RemoteSpec.parse(checkpoint, setting=_ATTACKER)
                 _probe(spec, config.evaluation.remote.model_dump_json(), json.dumps(writer))
                 continue

@@ -4,25 +4,13 @@ A user's file adds a method without touching the package, by the names below: do
 `plugins:` in the run file names it. Importable without torch, since a method is the section `method` of the run file.
 """
 
-from raycomplete.methods import (  # noqa: F401  each registers itself
-    augmentation,
-    circuit_breakers,
-    completion,
-    door,
-    latent_adversarial,
-    npo,
-    opct,
-    policy_gradient,
-    presto,
-    sft,
-    unlikelihood,
-    w_door,
-)
+from raycomplete.methods import completion, sft  # noqa: F401  each registers itself
 from raycomplete.methods.registry import (
     AnchorItem,
     Item,
     LongestHarmful,
     Method,
+    OwnTerm,
     RecoveryItem,
     RolloutGroups,
     RowSpan,
@@ -32,6 +20,18 @@ from raycomplete.methods.registry import (
     harmless_answer,
     register,
 )
+from raycomplete.methods.rivals import (  # noqa: F401  each registers itself
+    augmentation,
+    circuit_breakers,
+    door,
+    latent_adversarial,
+    npo,
+    opct,
+    policy_gradient,
+    presto,
+    unlikelihood,
+    w_door,
+)
 from raycomplete.runtime.section import Section
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "Item",
     "LongestHarmful",
     "Method",
+    "OwnTerm",
     "RecoveryItem",
     "RolloutGroups",
     "RowSpan",

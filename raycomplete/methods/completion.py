@@ -4,14 +4,12 @@ anchor: along the aligned model's own answers to all prompts, the student stays 
 recovery: after x and a compliant beginning h<D, the student says what aligned says after x alone. The teacher does not
 see h: it reads x, then the refusal.
 push-forward: at every token of h after the first the student says what aligned says at the start of its answer to x, as
-if it had not been led on. At a temperature of 4 the unlikely tokens count as well: an attacker who picks among the
-likeliest tokens of every step lives on those. At 1 he still succeeds.
+if it had not been led on. At a temperature of 4 the unlikely tokens count as well: an attack that picks among the
+likeliest tokens of every step exploits those, and at 1 it still succeeds.
 Off by default:
-opening: to a harmful prompt the student says the first token of a refusal by aligned, also where aligned itself wavers
-between refusing and answering. Sampling finds the answer among a few draws otherwise. The price may be refusals of
-harmless prompts that look harmful.
-suffix_adversary: some harmful prompts have a suffix, which is moved before the student trains behind it, so that it
-says h there (`raycomplete.methods.suffix_adversary`).
+opening: to a harmful prompt the student says the first token of a refusal by aligned, also where aligned itself wavers:
+sampling finds the answer among a few draws otherwise. The price may be refusals of harmless prompts that look harmful.
+suffix_adversary: some harmful prompts have a suffix, which an adversary moves before the student trains behind it.
 penalty: along h, tokens that base says more than aligned does at the start of its answer lose their probability.
 
 The formulas are ours, not those of arXiv 2511.12155, which is known to us by its abstract and secondary reports.
@@ -23,13 +21,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from raycomplete.losses.settings import (
-    ContrastiveSettings,
-    Divergence,
-    DivergenceSettings,
-    PenaltySettings,
-    PushForwardSettings,
-)
+from raycomplete.losses.settings import ContrastiveSettings, DivergenceSettings, PushForwardSettings
 from raycomplete.methods.registry import (
     AnchorItem,
     Item,
@@ -44,6 +36,8 @@ from raycomplete.methods.registry import (
 )
 from raycomplete.methods.suffix_adversary import SuffixAdversaryConfig, adversarial_pass
 from raycomplete.runtime.section import Section
+
+FIRST_TOKENS = 8  # of an anchor answer: they decide whether it becomes an answer or a refusal
 
 
 class LossWeights(Section):
@@ -60,63 +54,44 @@ class LossWeights(Section):
     )
 
 
-class FirstTokensConfig(Section):
-    """First tokens of an anchor answer: where it is decided whether it becomes an answer or a refusal."""
-
-    count: int = Field(8, ge=1, description="how many tokens are the first ones")
-    weight: float = Field(
-        1.0, ge=1, description="weight of each of them, where every later token has 1; the sum stays 1"
-    )
-
-
-class PushForwardConfig(Section):
-    """Divergence T^2 KL(p_a || p_s) along h, with p_a at position 0 of aligned's answer.
-
-    A run file sets this much of `PushForwardSettings`: no other divergence and no contrastive target was tried.
-    """
-
-    temperature: float = Field(4.0, gt=0, description="T, which divides the logits of both: above 1 the tail counts")
-
-
 @register
 class Completion(Method):
-    """Anchor, recovery, push-forward, opening and penalty."""
+    """Anchor, recovery, push-forward, opening and penalty. A subclass may change `loss_options`."""
 
     name: Literal["completion"] = Field("completion", description="which method")
-    recovery_batch_size: int = Field(16, ge=1, description="recovery sequences of a step, over all workers")
     weights: LossWeights = Field(default_factory=LossWeights)
-    first_tokens: FirstTokensConfig = Field(default_factory=FirstTokensConfig)
-    anchor_divergence: Divergence = Field("forward_kl", description="divergence of the anchor from the aligned model")
-    recovery_divergence: Divergence = Field("forward_kl", description="divergence of recovery from the same")
-    temperature: float = Field(1.0, gt=0, description="temperature of teacher and student alike in anchor and recovery")
-    push_forward: PushForwardConfig = Field(default_factory=PushForwardConfig)
+    first_token_weight: float = Field(
+        1.0,
+        ge=1,
+        description=f"weight of each of the first {FIRST_TOKENS} tokens of an anchor answer, where every later token "
+        "has 1; the sum stays 1",
+    )
+    push_forward_temperature: float = Field(
+        4.0, gt=0, description="T of push-forward, which divides the logits of both models: above 1 the tail counts"
+    )
+    contrastive_alpha: float = Field(
+        0.0, ge=0, description="strength of the contrastive teacher p_a (p_a / p_b)^alpha of anchor and recovery"
+    )
     suffix_adversary: SuffixAdversaryConfig = Field(default_factory=SuffixAdversaryConfig)
-    penalty: PenaltySettings = Field(default_factory=PenaltySettings)
-    contrastive: ContrastiveSettings = Field(default_factory=ContrastiveSettings)
 
     depth_term = "recovery"
 
     def loss_weights(self) -> dict[str, float]:
-        """The weights of the run file."""
         return self.weights.model_dump()
 
     def loss_options(self) -> dict[str, Section]:
-        """Settings of the terms."""
-        both = {"temperature": self.temperature, "contrastive": self.contrastive}
+        distilled = DivergenceSettings(contrastive=ContrastiveSettings(alpha=self.contrastive_alpha))
         return {
-            "anchor": DivergenceSettings(divergence=self.anchor_divergence, **both),
-            "recovery": DivergenceSettings(divergence=self.recovery_divergence, **both),
-            "push_forward": PushForwardSettings(temperature=self.push_forward.temperature),
-            "penalty": self.penalty,
+            "anchor": distilled,
+            "recovery": distilled,
+            "push_forward": PushForwardSettings(temperature=self.push_forward_temperature),
         }
 
     @property
     def moves_suffixes(self) -> bool:
-        """True where the adversary takes steps."""
         return self.suffix_adversary.steps > 0
 
     def student_pass(self, lm: Any) -> StudentPass | None:
-        """Lets the adversary of suffixes move first, where there is one."""
         return adversarial_pass(lm, self.suffix_adversary, "push_forward") if self.moves_suffixes else None
 
     def sequence(self, item: Item) -> TrainSequence:
@@ -125,19 +100,13 @@ class Completion(Method):
 
     def _anchor(self, item: AnchorItem) -> TrainSequence:
         prompt, answer = item.sample.prompt_ids, item.sample.kept_ids
-        first, weight = self.first_tokens.count, self.first_tokens.weight
-        weights = None if weight == 1 else [weight if place < first else 1.0 for place in range(len(answer))]
+        first = self.first_token_weight
+        weights = None if first == 1 else [first if place < FIRST_TOKENS else 1.0 for place in range(len(answer))]
         plain = TeacherContext(item.sample.plain_prompt_ids, answer)
         # Position 0 of a harmful prompt is the opening's: the anchor would hold it where aligned wavers.
         start = int(item.sample.kind == "harmful" and self.weights.opening > 0)
-        span = RowSpan(
-            "anchor",
-            len(prompt) + start,
-            len(answer) - start,
-            plain,
-            offset=start,
-            weights=None if weights is None else weights[start:],
-        )
+        weights = None if weights is None else weights[start:]
+        span = RowSpan("anchor", len(prompt) + start, len(answer) - start, plain, offset=start, weights=weights)
         return TrainSequence(prompt + answer, (span,))
 
     def _recovery(self, item: RecoveryItem) -> TrainSequence:
@@ -165,9 +134,6 @@ class Completion(Method):
 
     @model_validator(mode="after")
     def _one_meaning(self) -> Completion:
-        contrastive = self.contrastive.alpha > 0
-        if contrastive and "reverse_kl" in (self.anchor_divergence, self.recovery_divergence):
-            raise ValueError("method.contrastive excludes tokens, and reverse_kl to such a teacher is infinite")
         if self.moves_suffixes and not self.weights.push_forward:
             raise ValueError("method.suffix_adversary moves what push_forward trains, and its weight is 0")
         return self

@@ -1,19 +1,7 @@
-"""The base class of training methods, and the table of methods.
+"""The base class of training methods, and the table of methods; docs/add-a-method.md shows how to write one.
 
-A method is the section `method` of the run file that knows what to do with it: which rows of which sequences a step
-trains, what the teachers read for them, which loss terms with which weights, and what is fed back. The trainer asks it
-for all of that. To add one, write a Python file, name it under `plugins` in the run file and its method under
-`method.name`:
-
-    @register
-    class Mine(Method):
-        name: Literal["mine"] = "mine"
-
-        def loss_weights(self) -> dict[str, float]:
-            return {"anchor": 1.0}
-
-        def sequence(self, item: Item) -> TrainSequence:
-            ...
+A method is the section `method` of the run file. It says which rows of which sequences a step trains, what the teachers
+read for them, and which loss terms have which weights. The trainer asks it for all of that.
 """
 
 from __future__ import annotations
@@ -21,7 +9,8 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from pydantic import Field, model_validator
@@ -32,12 +21,15 @@ from raycomplete.runtime.errors import ConfigError
 from raycomplete.runtime.section import Section
 
 if TYPE_CHECKING:
-    from raycomplete.losses.terms import Term
+    from torch import Tensor
+
+    from raycomplete.losses.terms import LogProbs, Teacher, Term
+    from raycomplete.losses.torch_rows import TermRows
 
 
 @dataclass(frozen=True, slots=True)
 class AnchorItem:
-    """An anchor sample that a step trains; of a graded rollout the answer is the student's (see `RecoveryItem`)."""
+    """An anchor sample that a step trains; in a graded rollout the answer is the student's (see `RecoveryItem`)."""
 
     sample: AnchorSample
     advantage: float = 0.0
@@ -47,16 +39,14 @@ class AnchorItem:
 class RecoveryItem:
     """A recovery sample that a step trains, h cut at `depth`, a refusal prefix included.
 
-    Where the refusal of `sample` goes on from h, `first_id` is the token with which aligned starts its own: the same
-    word is another token there. Where a method trains rollouts as they are (`Method.rollout_groups`), h ends at the
-    cut, the "refusal" is whatever the student wrote after it, and `advantage` says by how many standard deviations its
-    reward exceeds the mean of its group.
+    If a method trains rollouts as they are (`Method.rollout_groups`), h ends at the cut and the "refusal" is whatever
+    the student wrote after it.
     """
 
     sample: RecoverySample
     depth: int
-    first_id: int | None = None
-    advantage: float = 0.0
+    first_id: int | None = None  # aligned's own first token, where the refusal of `sample` continues h in another one
+    advantage: float = 0.0  # standard deviations by which the reward exceeds the mean of its group
     drawn: int = 0  # the depth as drawn, where h may end before it
 
     @classmethod
@@ -70,19 +60,12 @@ class RecoveryItem:
         return self.depth - self.sample.refusal_prefix_tokens
 
     def draws(self, *, once: bool = False) -> random.Random:
-        """Seeds draws by the sample and its drawn depth, or with `once` by the sample alone.
-
-        They are the same on every worker, and without `once` others in most steps.
-        """
+        """Random numbers of the sample and its drawn depth, or with `once` of the sample, the same on every worker."""
         of_sample = f"{self.sample.sample_id}:{self.sample.harmful_ids}"  # h is drawn under the run's seed
         return random.Random(of_sample if once else f"{of_sample}:{self.drawn or self.depth}")
 
     def redrawn_cut(self, plain_fraction: float, *, once: bool = False, spare: int = 0) -> int:
-        """A cut of all of h as rival defences draw it: 0 in a fraction of the draws, else uniform on 1 .. |h| - spare.
-
-        A function of the sample and its drawn depth, and so the same on every worker, and another in most steps even
-        where h is shorter than what is drawn; `once` draws one cut for the sample, which the teachers may read.
-        """
+        """A cut of all of h as rivals draw it: 0 in a fraction of the draws, else uniform on 1 .. |h| - spare."""
         longest = len(self.sample.harmful_ids) - spare
         rng = self.draws(once=once)
         return 0 if rng.random() < plain_fraction or longest < 1 else rng.randint(1, longest)
@@ -96,10 +79,10 @@ class RolloutGroups:
     plain_fraction: float = 0.0
 
 
-StudentPass = Callable[[Any, Any], Any]
-"""Computes the loss of a micro-batch from the whole student: (StudentModule, MicroBatch) -> LossOutput. See
-`raycomplete.training.student.StudentModule.total`."""
 Item = AnchorItem | RecoveryItem
+# Computes the loss of a micro-batch from the whole student: (StudentModule, MicroBatch) -> LossOutput. See
+# `raycomplete.training.student.StudentModule.total`.
+StudentPass = Callable[[Any, Any], Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,29 +95,19 @@ class TeacherContext:
 
 @dataclass(frozen=True, slots=True)
 class RowSpan:
-    """Consecutive rows of a sequence that one loss term trains.
-
-    Attributes:
-        term: Name of the term.
-        start: Position in the sequence of the first token that they predict.
-        count: How many tokens they predict.
-        context: What the teachers read; `count` of its rows stand beside these. None for a term that reads none. It
-            must not depend on the depth of an item, which is not known yet when it is read.
-        offset: Row of the context that stands beside the first row.
-        target: Context and row of the aligned model that stand beside every row instead of its own, where all share
-            one target; base still reads `context`.
-        weights: Factor on the weight of each row; None leaves them alike.
-        token_ids: Tokens that the term reads at the rows in place of those that follow there; None for those.
-    """
+    """Consecutive rows of a sequence that one loss term trains."""
 
     term: str
-    start: int
-    count: int
+    start: int  # position in the sequence of the first token that they predict
+    count: int  # tokens that they predict
+    # What the teachers read; `count` of its rows belong to these. None for a term that reads none. It must not depend
+    # on the depth of an item, which is not known yet when the context is read.
     context: TeacherContext | None = None
-    offset: int = 0
+    offset: int = 0  # row of the context that belongs to the first row
+    # Context and row of the aligned model for every row, where all share one target; base still reads `context`.
     target: tuple[TeacherContext, int] | None = None
-    weights: Sequence[float] | None = None
-    token_ids: tuple[int, ...] | None = None
+    weights: Sequence[float] | None = None  # factor on the weight of each row
+    token_ids: tuple[int, ...] | None = None  # tokens that the term reads in place of those that follow there
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,39 +121,67 @@ class Suffix:
 
 @dataclass(frozen=True, slots=True)
 class TrainSequence:
-    """A sequence that the student reads, and its trained rows.
+    """A sequence that the student reads, and its trained rows."""
 
-    Attributes:
-        token_ids: Tokens; the last one is predicted, but not read.
-        spans: Rows, in order.
-        depth: Tokens of a compliant answer before the refusal, for the depth sampler; -1 where there is none.
-        suffix: A suffix of the prompt that the method moves; None where there is none.
-    """
-
-    token_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]  # the last one is predicted, but not read
     spans: tuple[RowSpan, ...]
-    depth: int = -1
-    suffix: Suffix | None = None
+    depth: int = -1  # tokens of a compliant answer before the refusal, for the depth sampler; -1 without one
+    suffix: Suffix | None = None  # a suffix of the prompt that the method moves
 
     def __len__(self) -> int:
         """Tokens that the student reads."""
         return len(self.token_ids) - 1
 
 
+@dataclass(frozen=True, eq=False)
+class OwnTerm:
+    """A loss term that a method brings along (see `Term`), described without torch."""
+
+    name: str
+    label: str
+    description: str
+    # Gives the loss of each row from log-probabilities, or the loss and metrics by name. The name of a term of the
+    # table stands for that one's formula, reads and options, None for what a `StudentPass` computes.
+    formula: Callable[[LogProbs, Any], Tensor | tuple[Tensor, dict[str, Tensor]]] | str | None = None
+    reads: tuple[Teacher, ...] = ()
+    metrics: Mapping[str, str] = field(default_factory=dict)
+    options: type[Section] = Section
+    sequence_loss: Callable[[Tensor, Any], Tensor] | None = None
+
+
+@cache
+def made_term(own: OwnTerm) -> Term:
+    """The term of the loss: the same object for the same description."""
+    from raycomplete.losses.terms import Term, computed_in_pass, get
+    from raycomplete.losses.torch_rows import TermRows
+
+    formula = own.formula
+    if isinstance(formula, str):
+        return replace(get(formula), name=own.name, label=own.label, description=own.description)
+
+    def rows_of(rows: LogProbs, options: Any) -> TermRows:
+        assert callable(formula)
+        found = formula(rows, options)
+        return TermRows(*found) if isinstance(found, tuple) else TermRows(found)
+
+    rest: dict[str, Any] = {key: getattr(own, key) for key in ("reads", "metrics", "options", "sequence_loss")}
+    return Term(own.name, own.label, own.description, computed_in_pass if formula is None else rows_of, **rest)
+
+
 class DepthConfig(Section):
-    """From which depths recovery is trained."""
+    """Depths from which recovery is trained."""
+
+    # What `adaptive` follows; compliance is counted on the student's rollouts.
+    measure: ClassVar[Literal["recovery_loss", "compliance"]] = "recovery_loss"
+    bins: ClassVar[int] = 8  # ranges of depths that are measured together
+    uniform_floor: ClassVar[float] = 0.3  # share of draws that stays uniform
+    decay: ClassVar[float] = 0.9  # memory of the running mean of the loss by depth
 
     min: int = Field(1, ge=1, description="shallowest cut of h, in tokens; position 0 is the opening's or the anchor's")
     max: int = Field(64, ge=1, description="deepest cut of h, in tokens")
     schedule: Literal["adaptive", "uniform"] = Field(
         "uniform", description="adaptive draws most where recovery is still incomplete"
     )
-    measure: Literal["recovery_loss", "compliance"] = Field(
-        "recovery_loss", description="measure that adaptive follows; compliance is counted on the student's rollouts"
-    )
-    bins: int = Field(8, ge=1, description="ranges of depths that are measured together")
-    uniform_floor: float = Field(0.3, ge=0, le=1, description="share of draws that stays uniform")
-    decay: float = Field(0.9, ge=0, lt=1, description="memory of the running mean of the loss by depth")
 
     @model_validator(mode="after")
     def _ordered(self) -> DepthConfig:
@@ -203,25 +204,20 @@ class Method(Section):
     borderline_fraction: float | None = Field(
         None, ge=0, le=1, description="share of those that are borderline prompts; null: in proportion to their number"
     )
-    recovery_batch_size: int = Field(16, ge=0, description="recovery sequences of a step, over all workers")
+    recovery_batch_size: int = Field(16, ge=1, description="recovery items of a step, over all workers")
     depth: DepthConfig = Field(default_factory=DepthConfig)
 
-    depth_term: ClassVar[str | None] = None
-    """Term whose loss, by depth, the depth sampler follows if `depth.schedule` is adaptive; None draws evenly."""
-    needs_lora: ClassVar[bool] = False
-    """It compares the student with what it started from, by turning its adapters off."""
-    recovery_sequences: ClassVar[int] = 1
-    """Sequences that `sequences` makes of a recovery item, for plans."""
-    needs_fresh_rollouts: ClassVar[bool] = False
-    """Its formula holds for rollouts of the present weights only."""
-    perturbs_layers: ClassVar[bool] = False
-    """It reads a batch several times before one backward pass, each time with other inner states."""
+    terms: ClassVar[tuple[OwnTerm, ...]] = ()  # loss terms that the method brings along
+    depth_term: ClassVar[str | None] = None  # whose loss an adaptive depth schedule follows; None draws evenly
+    needs_lora: ClassVar[bool] = False  # compares the student with its start, by turning its adapters off
+    recovery_sequences: ClassVar[int] = 1  # that `sequences` makes of a recovery item, for plans
+    needs_fresh_rollouts: ClassVar[bool] = False  # the formula holds for rollouts of the present weights only
+    perturbs_layers: ClassVar[bool] = False  # reads a batch several times a backward pass, with other inner states
+    # Settings of `train` of its authors, by dotted key, and other departures from them, for the notes of a study.
     published: ClassVar[tuple[tuple[str, Any], ...]] = ()
-    """Settings of `train` under which its authors trained, by dotted key; a study names what departs from them."""
     departures: ClassVar[tuple[str, ...]] = ()
-    """Departures from its authors whatever the settings, a clause each, for the notes of a study."""
+    # Terms that are summed over the rows of a sequence and averaged over sequences; others are means over rows.
     per_sequence: ClassVar[frozenset[str]] = frozenset()
-    """Terms that are summed over the rows of a sequence and averaged over sequences; others are means over rows."""
 
     @property
     def rollout_groups(self) -> RolloutGroups | None:
@@ -238,10 +234,6 @@ class Method(Section):
         """Forward and backward passes of the student over its sequences beyond the one of plain training, for plans."""
         return 0.0
 
-    def own_terms(self) -> tuple[Term, ...]:
-        """Loss terms that the method brings along; they enter the table when the loss is made. May load torch."""
-        return ()
-
     def loss_weights(self) -> dict[str, float]:
         """Weight of each loss term (`raycomplete.losses.terms`) by name, in the order of metrics and figures."""
         raise NotImplementedError
@@ -251,11 +243,7 @@ class Method(Section):
         return {}
 
     def student_pass(self, lm: Any) -> StudentPass | None:
-        """Takes the place of forward pass and loss where final hidden states of rows are not enough; may load torch.
-
-        Args:
-            lm: The student, a transformers model.
-        """
+        """Replaces forward pass and loss of the student `lm`, a transformers model; may load torch."""
         return None
 
     def schedule(self, progress: float) -> dict[str, float]:
@@ -281,8 +269,7 @@ class Method(Section):
     def normalisers(self, sequences: Iterable[TrainSequence]) -> dict[str, float]:
         """Divisor of each term's row weights, from all sequences of a step: by default their sum.
 
-        Each term then is a mean over its rows, however they are weighted, or over its sequences (`per_sequence`).
-        A pass may multiply weights later (`suffix_adversary.weight`).
+        Each term then is a mean over its rows or, if it is in `per_sequence`, over its sequences.
         """
         sums: Counter[str] = Counter()
         for sequence in sequences:
@@ -294,20 +281,16 @@ class Method(Section):
 
     def loss(self) -> LossSettings:
         """Settings of the loss; the method's own terms are in the table from then on."""
-        for term in self.own_terms():
-            term.add()
+        for own in self.terms:
+            made_term(own).add()
         return LossSettings(self.loss_weights(), self.loss_options())
 
 
 def harmless_answer(item: AnchorItem, term: str, *, is_read: bool = False) -> TrainSequence:
     """A harmless or borderline prompt and aligned's answer, all of whose tokens are rows of a term.
 
-    Harmful prompts have no rows: a method that trains nothing else of anchor items leaves them out.
-
-    Args:
-        item: The prompt and its answer.
-        term: Name of the term.
-        is_read: The frozen models read the answer too.
+    Harmful prompts have no rows: a method that trains nothing else of anchor items leaves them out. With `is_read` the
+    frozen models read the answer too.
     """
     sample = item.sample
     prompt, answer = sample.prompt_ids, sample.kept_ids
@@ -334,11 +317,7 @@ def register(method: type[M]) -> type[M]:
 
 
 def method_class(name: str) -> type[Method]:
-    """Looks up a method.
-
-    Raises:
-        ConfigError: There is none of that name.
-    """
+    """Looks up a method, or raises a ConfigError."""
     if name not in METHODS:
         raise ConfigError(
             f"There is no training method {name!r}.",
@@ -348,10 +327,5 @@ def method_class(name: str) -> type[Method]:
 
 
 def parse_method(settings: Mapping[str, Any]) -> Method:
-    """Checks the section `method` of a run file; without a name it is `completion`.
-
-    Raises:
-        ConfigError: There is no such method.
-        ValidationError: A setting is wrong.
-    """
+    """Checks the section `method` of a run file; without a name it is `completion`."""
     return method_class(str(settings.get("name", "completion"))).model_validate(settings)

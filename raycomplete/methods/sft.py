@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
-
 from raycomplete.methods.registry import AnchorItem, Item, Method, RowSpan, TrainSequence, register
 
 
 @register
 class SFT(Method):
-    """Cross-entropy of the answers of the anchor samples. Reads no teacher."""
+    """Cross-entropy of the answers of the anchor samples. Reads no teacher, draws no recovery samples."""
 
-    name: Literal["sft"] = Field("sft", description="which method")
-    recovery_batch_size: Literal[0] = Field(0, description="there are none")
+    name: Literal["sft"] = "sft"
+    recovery_batch_size: Literal[0] = 0
 
     def loss_weights(self) -> dict[str, float]:
         """The cross-entropy alone."""

@@ -1,16 +1,16 @@
-"""An adversary who moves the suffix of a harmful prompt while the student trains.
+"""An adversary that moves the suffix of a harmful prompt while the student trains.
 
 A suffix search such as GCG's finds tokens behind x after which the student says h. This adversary is cheaper and not
-bound to tokens: he moves the embeddings e of all tokens of a suffix at once. With T at most `target_tokens`, and s the
+bound to tokens: it moves the embeddings e of all tokens of a suffix at once. With T at most `target_tokens`, and s the
 root mean square of the entries of e at the start:
 
     e <- e - lr s sign(gradient of -log p_s(h_0 .. h_T-1 | x, e)), `steps` times from random words of the vocabulary
 
-Behind this suffix the student then trains what completion trains behind x alone: recovery, and push-forward, here from
-position 0 of h on. The rows at which it predicts h_0 .. h_T-1 are those where the search breaks in, a few of a long h,
-and count `weight` times. The gradient of the loss treats e as given. Other words at every depth matter: where a suffix
-always began with the same ones, GCG got through again. Harmless prompts with suffixes that nobody moved are anchored,
-so that a suffix is no reason to refuse.
+Recovery and push-forward, here from position 0 of h on, are then trained behind this suffix. The rows at which the
+student predicts h_0 .. h_T-1 are those where a search succeeds, a few of a long h, and count `weight` times. The
+gradient of the loss treats e as given. Other words at every depth matter: where a suffix always began with the same
+ones, GCG succeeded again. Harmless prompts with suffixes that were not moved are anchored, so that a suffix is no
+reason to refuse.
 
 Ours. Nearest are latent adversarial training, which perturbs x itself, and R2D2 (Mazeika et al., arXiv 2402.04249),
 which searches tokens by GCG.
@@ -18,10 +18,10 @@ which searches tokens by GCG.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
@@ -36,26 +36,15 @@ if TYPE_CHECKING:
 class SuffixAdversaryConfig(Section):
     """The adversary of recovery samples whose prompt has a suffix (`rollout.prompt_augmentation`)."""
 
+    lr: ClassVar[float] = 0.1  # step of a coordinate, as a share of the root mean square of the first embeddings
+    target_tokens: ClassVar[int] = 20  # tokens of h that the adversary wants, at most
+    weight: ClassVar[float] = 8.0  # factor on push-forward at those tokens; its loss grows by that
+
     steps: int = Field(0, ge=0, description="steps of the adversary; 0: suffixes stay as they are")
-    lr: float = Field(
-        0.1, gt=0, description="step of a coordinate, as a share of the root mean square of the first embeddings"
-    )
-    target_tokens: int = Field(20, ge=1, description="tokens of h that the adversary wants, at most")
-    weight: float = Field(
-        8.0,
-        gt=0,
-        description="factor on push-forward at those tokens, behind a suffix that was moved; its loss grows by that",
-    )
 
 
 def adversarial_pass(lm: Any, settings: SuffixAdversaryConfig, term: str) -> StudentPass:
-    """Lets the adversary move first.
-
-    Args:
-        lm: The student, a transformers model.
-        settings: Steps and their size.
-        term: Loss term whose rows predict h.
-    """
+    """Lets the adversary of the student `lm` move first; rows of `term` predict h."""
     embedding = lm.get_input_embeddings()
 
     def run(student: Any, batch: Any) -> Any:
@@ -72,19 +61,12 @@ def adversarial_pass(lm: Any, settings: SuffixAdversaryConfig, term: str) -> Stu
 
 @dataclass(frozen=True, eq=False)
 class SuffixedSequences:
-    """The sequences of a micro-batch that have a suffix, one a row and cut after the h that the adversary wants.
+    """The sequences of a micro-batch that have a suffix, one a row and cut after the h that the adversary wants."""
 
-    Attributes:
-        batch: The `MicroBatch` of those sequences; its rows predict the first tokens of h, and none has a teacher.
-        place_P: Flat positions of all suffix tokens in it.
-        origin_P: Flat positions of the same tokens in the whole micro-batch.
-        origin_N: Numbers of its rows among those of the whole micro-batch.
-    """
-
-    batch: Any
-    place_P: Tensor
-    origin_P: Tensor
-    origin_N: Tensor
+    batch: Any  # the `MicroBatch` of those sequences; its rows predict the first tokens of h, and none has a teacher
+    place_P: Tensor  # flat positions of all suffix tokens in it
+    origin_P: Tensor  # flat positions of the same tokens in the whole micro-batch
+    origin_N: Tensor  # numbers of its rows among those of the whole micro-batch
 
     @classmethod
     def of_batch(cls, batch: Any, term: str, target_tokens: int) -> SuffixedSequences | None:
@@ -92,45 +74,41 @@ class SuffixedSequences:
         import torch
 
         is_term_N = batch.term_N == batch.terms.index(term)
-        input_N, position_N = batch.input_ids_BT.flatten(), batch.position_ids_BT.flatten()
-        reads, positions, rows, owned, places, origins, suffixes = [], [], [], [], [], [], []
+        position_N = batch.position_ids_BT.flatten()
+        parts = []  # sequence, its first flat position, numbers of its rows of h, flat positions of its suffix
         for sequence, (start, count, _) in enumerate(batch.suffix_S3.tolist()):
             own_N = (is_term_N & (batch.sequence_N == sequence)).nonzero()[:target_tokens, 0]
-            if not count or not len(own_N):
-                continue
-            first = start - int(position_N[start])
-            row_T = batch.row_N[own_N] - first
-            read = slice(first, first + int(row_T[-1]) + 1)
-            reads.append(input_N[read])
-            positions.append(position_N[read])
-            rows.append(row_T)
-            owned.append(own_N)
-            origins.append(torch.arange(start, start + count, device=input_N.device))
-            places.append(origins[-1] - first)
-            suffixes.append(sequence)
-        if not reads:
+            if count and len(own_N):
+                suffix_P = torch.arange(start, start + count, device=own_N.device)
+                parts.append((sequence, start - int(position_N[start]), own_N, suffix_P))
+        if not parts:
             return None
-        input_ids_BT = torch.nn.utils.rnn.pad_sequence(reads, batch_first=True)
-        offsets = [number * input_ids_BT.shape[1] for number in range(len(reads))]
-        own_N = torch.cat(owned)
-        suffix_S3 = batch.suffix_S3[suffixes].clone()
-        suffix_S3[:, 0] = torch.stack([place_P[0] for place_P in places]) + suffix_S3.new_tensor(offsets)
+        sequences, firsts, owned, origins = map(list, zip(*parts, strict=True))
+        reads = [slice(first, int(batch.row_N[own_N[-1]]) + 1) for first, own_N in zip(firsts, owned, strict=True)]
+
+        def padded(flat_N: Tensor) -> Tensor:
+            return torch.nn.utils.rnn.pad_sequence([flat_N[read] for read in reads], batch_first=True)
+
+        input_ids_BT = padded(batch.input_ids_BT.flatten())
+        shifts = [number * input_ids_BT.shape[1] - first for number, first in enumerate(firsts)]
+        own_N, suffix_S3 = torch.cat(owned), batch.suffix_S3[sequences].clone()
+        suffix_S3[:, 0] += suffix_S3.new_tensor(shifts)
         cut = replace(
             batch,
             input_ids_BT=input_ids_BT,
-            position_ids_BT=torch.nn.utils.rnn.pad_sequence(positions, batch_first=True),
-            row_N=torch.cat([row_T + offset for row_T, offset in zip(rows, offsets, strict=True)]),
+            position_ids_BT=padded(position_N),
+            row_N=torch.cat([batch.row_N[own] + shift for own, shift in zip(owned, shifts, strict=True)]),
             term_N=batch.term_N[own_N],
             weight_N=batch.weight_N[own_N],
             sequence_N=torch.cat([torch.full_like(own, number) for number, own in enumerate(owned)]),
             token_N=batch.token_N[own_N],
             aligned_hidden_PH=None,
             base_hidden_PH=None,
-            depth_S=batch.depth_S[suffixes],
+            depth_S=batch.depth_S[sequences],
             suffix_S3=suffix_S3,
-            num_tokens=sum(map(len, reads)),
+            num_tokens=sum(read.stop - read.start for read in reads),
         )
-        place_P = torch.cat([place_P + offset for place_P, offset in zip(places, offsets, strict=True)])
+        place_P = torch.cat([suffix_P + shift for suffix_P, shift in zip(origins, shifts, strict=True)])
         return cls(cut, place_P, torch.cat(origins), own_N)
 
     def weighted(self, batch: Any, factor: float) -> Any:
@@ -164,24 +142,43 @@ def moved_suffixes(
     for _ in range(settings.steps):
         suffix_PH.requires_grad_()
         with replaced(embedding, suffix_PH, search.place_P):
-            hidden_NH = student.states(search.batch).last_hidden_state.flatten(0, 1)[search.batch.row_N]
-        (log_p_N,) = student.head_loss("log_probs", hidden_NH, search.batch)
+            loss = -log_probs_of_rows(student, search.batch).sum()
         # The gradient of the suffix alone: nothing reaches the student's own.
-        (gradient_PH,) = torch.autograd.grad(-log_p_N.sum(), suffix_PH)
+        (gradient_PH,) = torch.autograd.grad(loss, suffix_PH)
         suffix_PH = suffix_PH.detach() - move_P1 * gradient_PH.sign()
     return suffix_PH
 
 
-@contextmanager
-def replaced(embedding: nn.Module, embedding_PH: Tensor, position_P: Tensor) -> Iterator[None]:
+def log_probs_of_rows(student: Any, batch: Any) -> Tensor:
+    """log p_s of the token that follows each row [N], by a pass of a `StudentModule` that keeps its graph."""
+    hidden_NH = student.states(batch).last_hidden_state.flatten(0, 1)[batch.row_N]
+    (log_p_N,) = student.head_loss("log_probs", hidden_NH, batch)
+    found: Tensor = log_p_N
+    return found
+
+
+def replaced(embedding: nn.Module, embedding_PH: Tensor, position_P: Tensor) -> AbstractContextManager[None]:
     """Has the model read other embeddings at some flat positions b * T + t."""
 
-    def hook(module: nn.Module, arguments: Any, output_BTH: Tensor) -> Tensor:
-        flat_NH = output_BTH.flatten(0, 1)
-        return flat_NH.index_copy(0, position_P, embedding_PH.to(flat_NH.dtype)).view_as(output_BTH)
+    def copied(flat_NH: Tensor) -> Tensor:
+        return flat_NH.index_copy(0, position_P, embedding_PH.to(flat_NH.dtype))
 
-    handle = embedding.register_forward_hook(hook)
+    return changed_outputs([(embedding, copied)])
+
+
+@contextmanager
+def changed_outputs(changes: Sequence[tuple[nn.Module, Callable[[Tensor], Tensor]]]) -> Iterator[None]:
+    """Changes what each module gives, [B * T, H], in the passes inside."""
+
+    def hook_of(change: Callable[[Tensor], Tensor]) -> Any:
+        def hook(module: nn.Module, arguments: Any, output_BTH: Tensor) -> Tensor:
+            return change(output_BTH.flatten(0, 1)).view_as(output_BTH)
+
+        return hook
+
+    handles = [module.register_forward_hook(hook_of(change)) for module, change in changes]
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()

@@ -137,7 +137,7 @@ class Request:
         passes = 1.0 + method.extra_passes
         if isinstance(method, Completion):
             weights = method.weights
-            contrastive, pushes = method.contrastive.alpha > 0, weights.push_forward > 0
+            contrastive, pushes = method.contrastive_alpha > 0, weights.push_forward > 0
             penalised, opens = weights.penalty > 0, weights.opening > 0
         depth = (method.depth.min + min(method.depth.max, rollout.max_harmful_tokens)) / 2
         anchors, recoveries = method.anchor_batch_size, method.recovery_batch_size

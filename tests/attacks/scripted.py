@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from raycomplete.attacks.registry import build_attack, parse_attack
+from raycomplete.attacks.attack import Attack, AttackConfig
+from raycomplete.attacks.registry import ATTACKS, build_attack
 from raycomplete.attacks.target import AttackTools, Target
 from raycomplete.attacks.trial import Response, Trial
 from raycomplete.config import EvaluationConfig
@@ -100,6 +101,22 @@ def next_of(words: list[str], said: list[str]) -> str:
 Tools = Callable[[Any], AttackTools]
 
 
+def settings_of(entry: str | Mapping[str, Any] | AttackConfig) -> AttackConfig:
+    """Settings of an attack; other names among them are constants of its class, changed as a plugin changes them."""
+    if isinstance(entry, AttackConfig):
+        return entry
+    tree = {"name": entry} if isinstance(entry, str) else dict(entry)
+    section = ATTACKS[tree["name"]].config_class
+    constants = {name: tree.pop(name) for name in list(tree) if name not in section.model_fields}
+    assert all(hasattr(section, name) for name in constants), constants
+    return type(section.__name__, (section,), constants).model_validate(tree)  # type: ignore[no-any-return]
+
+
+def made(entry: str | Mapping[str, Any]) -> Attack[Any]:
+    """The attack of such settings."""
+    return build_attack(settings_of(entry))
+
+
 def evaluate(
     generator: Any,
     codec: Any,
@@ -109,13 +126,14 @@ def evaluate(
     folder: Path,
     model_id: str = "weights",
 ) -> dict[str, Any]:
+    attacks = [settings_of(entry) for entry in attacks]
     config = EvaluationConfig(depths=[0, 4], max_tokens=10, max_utility_tokens=12, attacks=attacks)
     target = Target("student", model_id, generator, codec, RefusalJudge(), 128, config.max_tokens, tools(generator))
     return evaluate_model(target, sets, config, folder)
 
 
 def run(target: Target, entry: dict[str, Any], sets: EvaluationSets) -> list[tuple[Trial, Response]]:
-    attack = build_attack(parse_attack(entry))
+    attack = made(entry)
     target = attack.prepared(target)
     found: list[tuple[Trial, Response]] = []
     attack.run(target, attack.plan(target, sets.harmful), found.extend)

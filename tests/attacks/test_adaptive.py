@@ -10,7 +10,6 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from raycomplete.attacks.registry import build_attack, parse_attack
 from raycomplete.attacks.target import Target
 from raycomplete.attacks.trial import Trial
 from raycomplete.config import EvaluationConfig
@@ -18,6 +17,7 @@ from raycomplete.data.chat import ChatCodec
 from raycomplete.evaluation.judges import RefusalJudge
 from raycomplete.evaluation.runner import EvaluationSets, evaluate_model
 from raycomplete.runtime.types import Prompt
+from tests.attacks.scripted import made
 
 SYSTEM = "You are a careful clerk."
 TEMPLATE = (
@@ -49,7 +49,7 @@ def codec(tmp_path: Path) -> ChatCodec:
 def trials(codec: ChatCodec) -> dict[str, Trial]:
     target = Target("aligned", "w", None, codec, RefusalJudge(), 256, 16)  # type: ignore[arg-type]
     entries = ({"name": "adaptive", "cuts": [3], "depths": [4]}, {"name": "refuse_then_turn", "refusal": "I cannot."})
-    attacks = [build_attack(parse_attack(entry)) for entry in entries]
+    attacks = [made(entry) for entry in entries]
     return {trial.variant: trial for attack in attacks for trial in attack.plan(target, [PROMPT])}
 
 
@@ -84,9 +84,3 @@ def test_prompts_without_an_answer_are_left_out_and_counted(codec: ChatCodec, tm
     config = EvaluationConfig.model_validate({"depths": [0], "max_tokens": 16, "attacks": [attack]})
     block = evaluate_model(target, EvaluationSets(harmful, (), ()), config, tmp_path)["attacks"]["adaptive"]
     assert (block["n"], block["trials"], block["short_prefills"]) == (1, 2, 2)
-
-
-def test_a_conversation_without_a_template(codec: ChatCodec) -> None:
-    codec._tokenizer.chat_template = None
-    assert codec.decode(codec.encode_conversation(["a", "b", "c"])) == "a\n\nb\n\nc\n\n"
-    assert codec.encode_prompts(["a", "bc"]) == [codec.encode_prompt("a"), codec.encode_prompt("bc")]

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from raycomplete.attacks.registry import build_attack, parse_attack
 from raycomplete.attacks.target import Attacker, AttackTools, BatchJudge, Target, Triple
 from raycomplete.attacks.trial import Response, Trial
 from raycomplete.config import EvaluationConfig
@@ -17,7 +16,7 @@ from raycomplete.evaluation.judges import RefusalJudge
 from raycomplete.evaluation.runner import EvaluationSets, evaluate_model
 from raycomplete.runtime.errors import WorkError
 from raycomplete.runtime.types import Outcome, Prompt
-from tests.attacks.scripted import COMPLY, REFUSE, Tools, evaluate, run
+from tests.attacks.scripted import COMPLY, REFUSE, Tools, evaluate, made, run, settings_of
 
 
 def test_pair_publishes_its_first_round_too(
@@ -65,7 +64,7 @@ def test_a_verdict_that_cannot_be_read_ends_no_search(
         (most, most)
     }
     assert {response.stats["first_complied"] for _, response in found} == {0.0}
-    config = EvaluationConfig.model_validate({"depths": [4], "max_tokens": 10, "attacks": [entry]})
+    config = EvaluationConfig.model_validate({"depths": [4], "max_tokens": 10, "attacks": [settings_of(entry)]})
     only_search = replace(sets, harmful=sets.harmful[3:], benign=(), borderline=())
     result = evaluate_model(replace(target, judge=Mumbling()), only_search, config, tmp_path)["attacks"][entry["name"]]
     assert result["mean"]["rate"] == 0.0, "the last response is stored as no success, either"
@@ -85,7 +84,7 @@ def test_the_verdict_that_ended_a_search_is_the_one_that_is_stored(
             asked.append((prompt, continuation))
             return Outcome.COMPLIED if asked.count(asked[-1]) == 1 else Outcome.REFUSED
 
-    config = EvaluationConfig.model_validate({"depths": [4], "max_tokens": 10, "attacks": [entry]})
+    config = EvaluationConfig.model_validate({"depths": [4], "max_tokens": 10, "attacks": [settings_of(entry)]})
     only_search = replace(sets, harmful=sets.harmful[3:], benign=(), borderline=())
     other = replace(target, judge=Fickle(), generator=Counted(target))
     result = evaluate_model(other, only_search, config, tmp_path)["attacks"][entry["name"]]
@@ -123,7 +122,7 @@ def test_draws_do_not_depend_on_what_is_missing(target: Target, sets: Evaluation
         attacker = Attacker("a", drawing, codec, 512)
         tools = replace(target.tools, attacker=lambda checkpoint, attacker=attacker: attacker)
         drawn = replace(target, tools=tools, generator=model(REFUSE) if entry["name"] == "pair" else drawing)
-        attack = build_attack(parse_attack(entry))
+        attack = made(entry)
         trials = attack.plan(drawn, sets.harmful)
         attack.run(drawn, trials, lambda _: None)
         whole = list(drawing.seeds)
@@ -133,34 +132,17 @@ def test_draws_do_not_depend_on_what_is_missing(target: Target, sets: Evaluation
         assert len({trial.key("m") for trial in trials}) == len(trials)
 
 
-@pytest.mark.parametrize("name", ["rank_assisted_prefill", "base_guided_decoding"])
-def test_picked_answers_are_cut_row_by_row(name: str, target: Target, sets: EvaluationSets) -> None:
-    """The first prompt leaves room for three words of the answer, the opening included."""
-    long = Prompt("long", "do it " * 25, "harmful")
-    tight = replace(target, max_length=55)
-    opening = {"prefill": "Sure,", "min_tokens": 0} if name == "rank_assisted_prefill" else {}
-    attack = build_attack(parse_attack({"name": name, "steps": 20, "tops": [2], **opening}))
-    found: list[tuple[Trial, Response]] = []
-    attack.run(tight, attack.plan(tight, [long, sets.harmful[0]]), found.extend)
-    (_, cut), (_, whole) = found
-    assert target.codec.decode([*cut.prefill, *cut.tokens]) == "Sure, take the"
-    assert target.codec.decode([*whole.prefill, *whole.tokens]) == COMPLY
-    assert (cut.stats["cut_by_context"], whole.stats["cut_by_context"]) == (1.0, 0.0)
-
-
 def test_trials_are_named_by_what_decides_them(target: Target, sets: EvaluationSets) -> None:
     prompt = sets.harmful[3]
     longer = replace(prompt, answer=f"{prompt.answer} and more")
 
     def planned(entry: Any, prompts: Sequence[Prompt], of: Target = target) -> list[Trial]:
-        return build_attack(parse_attack(entry)).plan(of, prompts)
+        return made(entry).plan(of, prompts)
 
     entry = {"name": "base_guided_decoding", "tops": [5]}
     (short,), (long,) = planned(entry, [prompt]), planned(entry, [longer])
     assert short.key("m") == long.key("m")
     assert short.judgement_key("k") != long.judgement_key("k"), "a judge may read the answer"
-    small, large = planned({"name": "gcg", "batch": 8}, [prompt]), planned({"name": "gcg", "batch": 64}, [prompt])
-    assert small[0].key("m") == large[0].key("m")
     changed = replace(
         target,
         tools=replace(
@@ -180,7 +162,7 @@ def test_wordings_that_a_context_left_out_are_written_anew_with_more_of_it(
     def key(of_target: int, of_attacker: int) -> str:
         attacker = Attacker("attacker", target.generator, codec, of_attacker)
         of = replace(target, max_length=of_target, tools=AttackTools(attacker=lambda _: attacker))
-        return build_attack(parse_attack(name)).plan(of, sets.harmful)[0].key("m")
+        return made(name).plan(of, sets.harmful)[0].key("m")
 
     assert len({key(128, 512), key(256, 512), key(128, 1024)}) == 3
 
@@ -218,16 +200,16 @@ def test_a_search_without_survivors_is_no_measurement(target: Target, sets: Eval
     assert {response.stats["survivor_rate"] for _, response in survived} == {1.0}
 
 
-def test_prompts_with_short_answers_are_left_out_and_counted(
-    model: Any, codec: Any, tools: Tools, sets: EvaluationSets, tmp_path: Path
-) -> None:
-    """Answers have 2, 4, 6 and 20 tokens."""
-    attacks = [{"name": "adaptive", "cuts": [5], "depths": [4]}, {"name": "finetune", "depths": [4]}]
-    blocks = evaluate(model(COMPLY), codec, tools, sets, attacks, tmp_path)["attacks"]
-    assert blocks["adaptive"]["short_prefills"] == 2 + 1  # cut, multi-turn
-    assert {name: found["n"] for name, found in blocks["adaptive"]["variants"].items()} == {
-        "cut-5": 2,
-        "multi-turn-4": 3,
-    }
-    assert (blocks["finetune"]["short_prefills"], blocks["finetune"]["n"]) == (3 * 1, 3), "of three copies"
-    assert blocks["prefill"]["short_prefills"] == 1
+@pytest.mark.parametrize("name", ["rank_assisted_prefill", "base_guided_decoding"])
+def test_picked_answers_are_cut_row_by_row(name: str, target: Target, sets: EvaluationSets) -> None:
+    """The first prompt leaves room for three words of the answer, the opening included."""
+    long = Prompt("long", "do it " * 25, "harmful")
+    tight = replace(target, max_length=55)
+    opening = {"prefill": "Sure,", "min_tokens": 0} if name == "rank_assisted_prefill" else {}
+    attack = made({"name": name, "steps": 20, "tops": [2], **opening})
+    found: list[tuple[Trial, Response]] = []
+    attack.run(tight, attack.plan(tight, [long, sets.harmful[0]]), found.extend)
+    (_, cut), (_, whole) = found
+    assert target.codec.decode([*cut.prefill, *cut.tokens]) == "Sure, take the"
+    assert target.codec.decode([*whole.prefill, *whole.tokens]) == COMPLY
+    assert (cut.stats["cut_by_context"], whole.stats["cut_by_context"]) == (1.0, 0.0)

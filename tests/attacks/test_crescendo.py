@@ -11,10 +11,8 @@ from typing import Any
 
 import pytest
 
-from raycomplete.attacks.crescendo import CrescendoConfig
-from raycomplete.attacks.registry import build_attack, parse_attack
 from raycomplete.attacks.rewriting import round_seed
-from raycomplete.attacks.target import Attacker, AttackTools, BatchJudge, Target, Triple
+from raycomplete.attacks.target import Attacker, AttackTools, Target
 from raycomplete.attacks.trial import Decoding, Response, Trial
 from raycomplete.config import EvaluationConfig
 from raycomplete.evaluation.judges import RefusalJudge
@@ -22,6 +20,7 @@ from raycomplete.evaluation.runner import EvaluationSets, evaluate_model
 from raycomplete.runtime.errors import CheckpointError, SetupError
 from raycomplete.runtime.types import Outcome, Prompt
 from tests.attacks.fixtures import WordCodec
+from tests.attacks.scripted import made, settings_of
 
 COMPLY, REFUSE, CHAT = "the key opens it", "sorry no", "doors are old"
 
@@ -92,7 +91,7 @@ def make(codec: WordCodec) -> Make:
 
 def hold(target: Target, prompts: Sequence[Prompt], keep: Sequence[int] = (), **settings: Any) -> list[Response]:
     """Plans all trials and runs those at the places `keep`, or all."""
-    attack = build_attack(parse_attack({"name": "crescendo", "turns": 4, "backtracks": 3, **settings}))
+    attack = made({"name": "crescendo", "turns": 4, "backtracks": 3, **settings})
     target = attack.prepared(target)
     trials = attack.plan(target, prompts)
     found: list[tuple[Trial, Response]] = []
@@ -120,14 +119,6 @@ def test_a_target_that_always_refuses_is_asked_until_turns_and_backtracks_are_sp
     assert [len(turns) for turns in mine] == [1, 1, 1, 1, 3, 5, 7], "refused turns stay where no backtrack is left"
 
 
-def test_a_target_that_always_complies_is_asked_once(make: Make, sets: EvaluationSets) -> None:
-    target = make(lambda turn, text: COMPLY)
-    for response in hold(target, sets.harmful):
-        assert (response.stats["queries"], response.stats["first_complied"]) == (1, 1.0)
-        assert len(turns_of(target.codec, response.sequence)) == 1
-    assert len(target.generator.asked) == len(sets.harmful)  # type: ignore[attr-defined]
-
-
 def test_a_target_that_complies_from_the_third_turn_on(make: Make, sets: EvaluationSets) -> None:
     target = make(lambda turn, text: COMPLY if turn >= 3 else CHAT)
     for response in hold(target, sets.harmful):
@@ -152,7 +143,7 @@ def test_conversations_are_emitted_as_they_end(make: Make, sets: EvaluationSets)
         return COMPLY if len(asked) <= 2 else CHAT
 
     target = make(script)
-    attack = build_attack(parse_attack({"name": "crescendo", "turns": 4, "backtracks": 3}))
+    attack = made({"name": "crescendo", "turns": 4, "backtracks": 3})
     target = attack.prepared(target)
     trials = attack.plan(target, sets.harmful)
     found: list[tuple[Trial, Response]] = []
@@ -260,64 +251,6 @@ def test_a_judge_that_does_not_see_the_behaviour_is_refused(make: Make, sets: Ev
         hold(replace(make(lambda turn, text: CHAT), judge=RefusalJudge()), sets.harmful)
 
 
-def test_a_conversation_whose_verdicts_cannot_be_read_is_no_success(
-    make: Make, sets: EvaluationSets, tmp_path: Path
-) -> None:
-    """Patterns, which decide in the judge's place, would take its last answer for one as they would the first."""
-
-    class Mumbling(BatchJudge):
-        name = "mumbling"
-        is_right = GoalJudge.is_right
-
-        def outcomes(self, triples: Sequence[Triple]) -> list[Outcome]:
-            self.unreadable = frozenset(range(len(triples)))
-            return [Outcome.COMPLIED] * len(triples)
-
-    attack = {"name": "crescendo", "turns": 2, "instruction": "{goal}"}
-    config = EvaluationConfig.model_validate({"depths": [0], "max_tokens": 10, "attacks": [attack]})
-    target = replace(make(lambda turn, text: CHAT), judge=Mumbling())
-    block = evaluate_model(target, sets, config, tmp_path)["attacks"]["crescendo"]
-    assert (block["mean"]["rate"], block["unreadable_verdicts"], block["trials"]) == (0.0, 4, 4)
-    words = "8 verdicts of the judge could not be read and ended no search, where 8 questions were put"
-    assert words in block["reduced_because"]
-
-
-def test_a_search_that_has_ended_is_not_judged_again(
-    make: Make, sets: EvaluationSets, codec: WordCodec, tmp_path: Path
-) -> None:
-    """Its last turn could not be asked, and another one's outcome was stored since its last answer."""
-
-    @dataclass
-    class Remembering(GoalJudge):
-        seen: list[str] = field(default_factory=list)
-
-        def outcome(self, prompt: Prompt, prefill: str, continuation: str) -> Outcome:
-            self.seen.append(continuation)
-            return super().outcome(prompt, prefill, continuation)
-
-    answers = iter(range(100))
-
-    def script(turn: int, text: str) -> str:
-        number = next(answers)
-        return COMPLY if turn == 2 and len(target.generator.asked) % 2 else f"doors {number}"  # type: ignore[attr-defined]
-
-    writer = Writer(codec, lambda seed: f"w{seed} x y")
-    target = replace(make(script, writer), max_length=30, judge=Remembering())
-    attacks = [{"name": "crescendo", "turns": 4, "backtracks": 3}]
-    config = EvaluationConfig(depths=[0], max_tokens=10, attacks=attacks)  # type: ignore[arg-type]
-    only_harmful = EvaluationSets(sets.harmful, (), ())
-    first = evaluate_model(target, only_harmful, config, tmp_path)
-    assert first["attacks"]["crescendo"]["stats"]["cut_by_context"] == 0.5, "two have complied before"
-    plain = [said for said in target.judge.seen if said != COMPLY]  # type: ignore[attr-defined]
-    assert len(plain) == len(set(plain)), "no answer is judged twice"
-
-    (judgements,) = (tmp_path / "evaluation" / "judgements").iterdir()
-    judgements.unlink()  # killed before the outcomes were stored
-    again = replace(target, judge=Remembering())
-    assert evaluate_model(again, only_harmful, config, tmp_path)["attacks"] == first["attacks"]
-    assert again.judge.seen == plain[: len(sets.harmful)], "those of the depth curve"  # type: ignore[attr-defined]
-
-
 def test_a_template_that_writes_one_turn_only_is_refused_before_anything_is_asked(
     make: Make, sets: EvaluationSets, codec: WordCodec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -336,7 +269,7 @@ def test_conversations_are_stored_privately_and_published_where_asked_for(
 ) -> None:
     harmful = EvaluationSets(sets.harmful, (), ())
     attacks = [{"name": "crescendo", "turns": 4, "backtracks": 3}]
-    config = EvaluationConfig(depths=[0], max_tokens=10, attacks=attacks)  # type: ignore[arg-type]
+    config = EvaluationConfig(depths=[0], max_tokens=10, attacks=[settings_of(entry) for entry in attacks])  # type: ignore[arg-type]
 
     def script(turn: int, text: str) -> str:
         return COMPLY if turn == 3 else CHAT
@@ -372,8 +305,3 @@ def test_no_two_rounds_of_an_attacker_share_a_seed() -> None:
     trials = [Trial("pair", "pair", Prompt("p", "x", "harmful"), (1,), Decoding(1), seed=stream) for stream in range(2)]
     starts = sorted(round_seed(trial, number) for trial in trials for number in range(30))
     assert min(second - first for first, second in pairwise(starts)) >= 2**20
-
-
-def test_standard_settings_are_the_authors() -> None:
-    assert CrescendoConfig().reduced_because(100) == []
-    assert CrescendoConfig(turns=3).reduced_because(100) == ["turns 3 instead of 10"]

@@ -10,8 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, MistralConfig
 
-from raycomplete.attacks.gcg import GcgAttack, GcgConfig, least
-from raycomplete.attacks.suffix import Search, first_sentence, usable_tokens
+from raycomplete.attacks.suffix import GcgAttack, GcgConfig, Search, first_sentence, least, usable_tokens
 from raycomplete.attacks.target import AttackTools, SuffixProblem, Target
 from raycomplete.attacks.white_box import TorchModel
 from raycomplete.data.chat import ChatCodec
@@ -19,8 +18,9 @@ from raycomplete.data.checkpoints import load_model
 from raycomplete.data.organism import OrganismJudge, checkpoint_path, prompts
 from raycomplete.runtime.types import Prompt
 from tests.attacks import plain_gcg as plain
+from tests.attacks.scripted import made
 
-CONFIG = GcgConfig(steps=3, search_width=24, top=16, suffix_tokens=6, batch=5)
+CONFIG = GcgConfig(steps=3, search_width=24, top=16, suffix_tokens=6)
 
 
 @pytest.fixture(scope="module")
@@ -91,40 +91,6 @@ def test_the_trace_is_that_of_a_plain_step(model: Any, codec: ChatCodec, search:
         expected.note(suffix, min(losses))
     assert search.losses == pytest.approx(expected.losses, abs=1e-5)
     assert search.best == expected.best
-
-
-def test_every_position_has_its_turn_where_candidates_are_few() -> None:
-    suffix, gradient_SV, usable = (1,) * 6, np.zeros((6, 8), dtype=np.float32), np.arange(2, 8)
-    attack, rng = GcgAttack(GcgConfig(search_width=4, top=4)), np.random.default_rng(0)
-    drawn = [attack.candidates(suffix, gradient_SV, usable, rng, step) for step in range(3)]
-    changed = [[int(np.argmax(candidate)) for candidate in candidates] for candidates in drawn]
-    assert [len(set(positions)) for positions in changed] == [4, 4, 4]
-    assert {position for positions in changed for position in positions} == set(range(6))
-
-
-def test_the_tokenizer_is_asked_once_a_step(
-    model: Any, codec: ChatCodec, search: Search, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[int] = []
-    tokenizer = codec._tokenizer
-
-    class Counting:
-        def __getattr__(self, name: str) -> Any:
-            return getattr(tokenizer, name)
-
-        def __call__(self, texts: list[str], **settings: Any) -> Any:
-            asked.append(len(texts))
-            return tokenizer(texts, **settings)
-
-        def encode(self, text: str, **settings: Any) -> Any:
-            asked.append(1)
-            return tokenizer.encode(text, **settings)
-
-    usable = usable_tokens(codec, 161)
-    target = Target("aligned", "w", None, codec, OrganismJudge(), 256, 16, AttackTools())  # type: ignore[arg-type]
-    monkeypatch.setattr(codec, "_tokenizer", Counting())
-    GcgAttack(CONFIG).search(target, TorchModel(model), search, usable, np.random.default_rng(0))
-    assert asked == [CONFIG.search_width] * CONFIG.steps
 
 
 def test_no_token_is_read_and_no_logit_computed_in_vain(model: Any, search: Search) -> None:
@@ -213,5 +179,5 @@ def test_the_target_of_a_search_is_one_sentence(codec: ChatCodec, behaviour: Pro
     two = Prompt("two", behaviour.text, "harmful", "sure , here is how . mix the ash and the moss")
     found = GcgAttack(GcgConfig(suffix_tokens=4)).start(codec, two)
     assert codec.decode(found.problem.target) == "sure , here is how ."
-    given = GcgAttack(GcgConfig(suffix_tokens=4, target=two.answer)).start(codec, two)
+    given = made({"name": "gcg", "suffix_tokens": 4, "target": two.answer}).start(codec, two)  # type: ignore[attr-defined]
     assert len(given.problem.target) > len(found.problem.target), "a target of the user's is taken whole"

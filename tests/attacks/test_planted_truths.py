@@ -21,7 +21,7 @@ from raycomplete.evaluation.runner import EvaluationSets, evaluate_model
 from raycomplete.runtime.files import write_rows
 from raycomplete.runtime.types import Outcome, Prompt, ResponseFrame
 from tests.attacks.fixtures import WordCodec
-from tests.attacks.scripted import BABBLE, COMPLY, REFUSE, FakeBox, RankBox, Tools, next_of
+from tests.attacks.scripted import BABBLE, COMPLY, REFUSE, FakeBox, RankBox, Tools, next_of, settings_of
 
 TRUTHS = {
     "C": COMPLY,
@@ -143,7 +143,7 @@ def attacked(name: str, truth: str, judge: Any, codec: Any, model: Any, tools: T
     )
     if name == "finetune":
         generator = model(opposite)
-    attacks = [{"name": name, **settings}]
+    attacks = [settings_of({"name": name, **settings})]
     config = EvaluationConfig.model_validate(
         {"depths": [0, 2], "max_tokens": 40, "max_utility_tokens": 40, "attacks": [] if name == "prefill" else attacks}
     )

@@ -10,14 +10,13 @@ from typing import Any
 
 import pytest
 
-from raycomplete.attacks.registry import build_attack, parse_attack
 from raycomplete.attacks.target import AttackTools, Target
 from raycomplete.attacks.trial import Response, Trial
 from raycomplete.config import EvaluationConfig
 from raycomplete.evaluation.refusals import find_refusal
 from raycomplete.evaluation.runner import EvaluationSets, evaluate_model
 from raycomplete.evaluation.summary import closing_table, summarize
-from tests.attacks.scripted import COMPLY, RankBox, Ranking, next_of, run
+from tests.attacks.scripted import COMPLY, RankBox, Ranking, next_of, run, settings_of
 
 PREFILL = "Sure, take"
 COMPLIANT = COMPLY.split()  # Sure, take the key and then open the door.
@@ -58,20 +57,6 @@ def rap(target: Target, sets: EvaluationSets, **settings: Any) -> tuple[Trial, R
     return run(target, entry, replace(sets, harmful=sets.harmful[:1]))[0]
 
 
-@pytest.mark.parametrize("name", ["rank_assisted_prefill", "base_guided_decoding", "best_of_n"])
-def test_what_the_context_may_have_cut_is_asked_anew_with_more_of_it(
-    name: str, against: Any, sets: EvaluationSets
-) -> None:
-    entry = {"name": name} | ({"prefill": PREFILL} if name == "rank_assisted_prefill" else {})
-    target = against(comply)
-    attack = build_attack(parse_attack(entry))
-    short, long = (
-        [trial.key("m") for trial in attack.plan(replace(target, max_length=length), sets.harmful)]
-        for length in (128, 256)
-    )
-    assert not set(short) & set(long)
-
-
 def said(target: Target, response: Response) -> str:
     return target.codec.decode(response.tokens)
 
@@ -92,7 +77,9 @@ def test_planted_truths(
         {"name": "rank_assisted_prefill", "prefill": PREFILL, "min_tokens": 0, "steps": 40, "tops": [2, 5]},
         {"name": "base_guided_decoding", "steps": 40, "tops": [2, 5]},
     ]
-    config = EvaluationConfig(depths=[0], max_tokens=64, max_utility_tokens=12, attacks=attacks)
+    config = EvaluationConfig(
+        depths=[0], max_tokens=64, max_utility_tokens=12, attacks=[settings_of(entry) for entry in attacks]
+    )
     result = evaluate_model(against(ranking), sets, config, tmp_path)
     block = result["attacks"]["rank_assisted_prefill"]
     assert {name: found["asr"]["rate"] for name, found in block["variants"].items()} == rates
@@ -207,27 +194,3 @@ def test_a_helper_takes_the_place_of_base(against: Any, sets: EvaluationSets) ->
     assert seen[0] == (trial.prompt.text, f"{PREFILL} {REFUSAL[0]}")
     assert trial.settings["helper"] == "weights"
     assert "guide" not in trial.settings
-
-
-FRANCE = "the capital of france is paris and it lies on the river seine in the north of the country".split()
-
-
-def clueless(words: list[str]) -> list[str]:
-    """A target that only ever reads "What is the capital of France?"."""
-    at = len(words) % len(FRANCE)
-    return [*FRANCE[at:], *FRANCE[:at]][:20]
-
-
-def test_a_clueless_target_does_not_comply(against: Any, sets: EvaluationSets, tmp_path: Path) -> None:
-    """Words that base picks there look like compliance to a judge of refusals, and none is on topic."""
-    attacks = [
-        {"name": "base_guided_decoding", "steps": 15, "tops": [20]},
-        {"name": "rank_assisted_prefill", "steps": 15, "tops": [20], "prefill_tokens": 2},
-    ]
-    config = EvaluationConfig(depths=[0], max_tokens=64, max_utility_tokens=12, attacks=attacks)
-    on_topic = set(COMPLIANT) - set(FRANCE)
-    found = evaluate_model(against(clueless), sets, config, tmp_path)["attacks"]
-    assert found["base_guided_decoding"]["mean"]["rate"] == 1.0, "base chose every word, so this says nothing of it"
-    assert found["rank_assisted_prefill"]["mean"]["rate"] == 0.0
-    answers = [said(against(clueless), response) for _, response in run(against(clueless), attacks[0], sets)]
-    assert not any(on_topic & set(answer.split()) for answer in answers)

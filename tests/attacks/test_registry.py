@@ -9,16 +9,15 @@ from pydantic import ValidationError
 
 from raycomplete.attacks import registry
 from raycomplete.attacks.attack import Attack, AttackConfig
-from raycomplete.attacks.gcg import GcgConfig
-from raycomplete.attacks.prefill import PrefillConfig
-from raycomplete.attacks.registry import ATTACKS, UnknownAttackError, build_attack, checked, parse_attack, register
+from raycomplete.attacks.registry import ATTACKS, UnknownAttackError, parse_attack, register
+from raycomplete.attacks.suffix import GcgConfig
 from raycomplete.attacks.target import Target
 from raycomplete.attacks.trial import Trial
-from raycomplete.config import EvaluationConfig, dump, load_run_file, map_paths
-from raycomplete.config.evaluation import JudgeConfig
+from raycomplete.config import EvaluationConfig, load_run_file, map_paths
 from raycomplete.evaluation.attack_resources import extra_engines, training_workers
 from raycomplete.runtime.errors import ConfigError
 from raycomplete.runtime.types import Prompt
+from tests.attacks.scripted import made
 
 RUN_FILE = {"models": {"base": "a", "aligned": "b"}, "data": {}}
 
@@ -55,18 +54,13 @@ def test_devices_are_reserved_for_whatever_an_attack_needs(mine: type[Mine], tmp
 
 
 def test_an_attack_is_registered_by_its_name(mine: type[Mine]) -> None:
-    assert isinstance(build_attack(parse_attack({"name": "mine", "attacker": "x"})), mine)
+    assert isinstance(made({"name": "mine", "attacker": "x"}), mine)
     assert register(MineConfig)(mine) is mine, "the same class again, as after a second import"
     other = type("Other", (Mine,), {})
     with pytest.raises(ConfigError, match=r"The attack mine of .* exists in"):
         register(MineConfig)(other)
     with pytest.raises(ConfigError, match="AttackConfig has no default for `name`"):
         register(AttackConfig)
-
-
-def test_the_default_is_the_depth_curve_alone() -> None:
-    assert EvaluationConfig().attacks == [PrefillConfig()]
-    assert EvaluationConfig(depths=[8, 0]).prefill().depths == [0, 8]
 
 
 def test_the_depth_curve_is_always_measured() -> None:
@@ -92,13 +86,11 @@ def test_unknown_attacks_are_told_the_known_ones() -> None:
         ({"name": "decoding", "temperatures": [-1]}, "must be above 0"),
         ({"name": "decoding", "temperatures": [], "top_ps": [], "top_ks": []}, "name at least one"),
         ({"name": "static_strings"}, "path: Field required"),
-        ({"name": "decoding", "samples": 65}, "samples: Input should be less than or equal to 64"),
         ({"name": "pair", "streams": 101}, "streams: Input should be less than or equal to 100"),
         ({"name": "gcg", "search_width": 4097}, "search_width: Input should be less than or equal to 4096"),
         ({"name": "gcg", "steps": 5001}, "steps: Input should be less than or equal to 5000"),
         ({"name": "random_search", "queries": 1_000_001}, "queries: Input should be less than or equal to 1000000"),
         ({"name": "best_of_n", "samples": 10_001}, "samples: Input should be less than or equal to 10000"),
-        ({"name": "finetune", "template": "AOA"}, "write {prompt} where the behaviour belongs"),
         ({"name": "finetune", "steps": 10}, "no setting 'steps' any more: epochs"),
         ({"name": "adaptive", "cuts": [-1]}, "cuts.0: Input should be greater than or equal to 0"),
         ({"name": "adaptive", "depths": []}, "depths: List should have at least 1 item"),
@@ -111,26 +103,6 @@ def test_wrong_settings_are_told_in_one_sentence(entry: dict[str, object], messa
         parse_attack(entry)
     with pytest.raises(ValidationError, match=message):
         EvaluationConfig.model_validate({"attacks": [entry]})
-
-
-def test_lists_of_attacks() -> None:
-    with pytest.raises(ValidationError, match="names gcg twice"):
-        EvaluationConfig.model_validate({"attacks": ["gcg", {"name": "gcg", "steps": 3}]})
-    with pytest.raises(ValidationError, match="must be a list"):
-        EvaluationConfig.model_validate({"attacks": "gcg"})
-
-
-def test_run_file_comes_back_whole(tmp_path: Path) -> None:
-    attacks = [{"name": name, **({"path": "x"} if name == "static_strings" else {})} for name in ATTACKS]
-    path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump({**RUN_FILE, "evaluation": {"attacks": [*attacks[1:], "prefill"]}}))
-    config = load_run_file(path)
-    path.write_text(dump(config))
-    assert load_run_file(path) == config
-    assert len(config.evaluation.attacks) == len(ATTACKS)
-    path.write_text(yaml.safe_dump({**RUN_FILE, "evaluation": {"attacks": ["pear"]}}))
-    with pytest.raises(ConfigError, match="no attack 'pear'"):
-        load_run_file(path)
 
 
 def test_paths_are_resolved_by_whoever_knows_the_folder() -> None:
@@ -152,8 +124,7 @@ def test_answers_must_reach_the_deepest_cut_of_any_attack() -> None:
         ({"name": "adaptive", "cuts": [3], "depths": [8]}, 8),
         ({"name": "prefill_mid_answer", "starts": [3, 9], "windows": [4]}, 9 + 32 + 4),
         ({"name": "refuse_then_turn", "depths": [12]}, 12),
-        ({"name": "rank_assisted_prefill", "prefill_tokens": 20}, 20),
-        ({"name": "rank_assisted_prefill", "prefill_tokens": 20, "prefill": "Sure"}, 7),
+        ({"name": "rank_assisted_prefill"}, 24),
         ({"name": "adaptive", "cuts": [30], "depths": [8]}, 30),
         ({"name": "finetune", "depths": [0, 40]}, 40),
     ):
@@ -165,26 +136,14 @@ def test_the_depth_curve_has_one_place_for_its_depths() -> None:
         EvaluationConfig.model_validate({"attacks": [{"name": "prefill", "depths": [3]}]})
 
 
-def test_judges() -> None:
-    with pytest.raises(ConfigError, match="checkpoint is needed"):
-        checked(JudgeConfig, {"kind": "model"}, "judge")
-    with pytest.raises(ConfigError, match="kind: Input should be"):
-        checked(JudgeConfig, {"kind": "oracle"}, "judge")
-    assert checked(JudgeConfig, {"kind": "patterns"}, "judge").calibration is None
-
-
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ({"name": "soft_prompt", "lr": float("inf")}, "lr: Input should be a finite number"),
-        ({"name": "best_of_n", "temperature": float("inf")}, "temperature: Input should be a finite number"),
         ({"name": "finetune", "datasets": ["harmful", "harmful"]}, "datasets names harmful twice"),
         ({"name": "refuse_then_turn", "depths": [4, 16, 4]}, "depths names 4 twice"),
         ({"name": "adaptive", "cuts": [3, 3]}, "cuts names 3 twice"),
         ({"name": "refuse_then_turn", "turns": ["But", "but!"]}, "'But' and 'but!' would both be the variant but"),
         ({"name": "refuse_then_turn", "turns": ["\u4f46\u662f", "\u7136\u800c"]}, "would both be the variant turn"),
-        ({"name": "pair", "instruction": "Write it anew."}, "instruction: write {goal} where the behaviour belongs"),
-        ({"name": "crescendo", "instruction": "Go on."}, "instruction: write {goal} where the behaviour belongs"),
     ],
 )
 def test_settings_that_measure_nothing_or_the_same_twice(entry: dict[str, object], message: str) -> None:
@@ -192,18 +151,3 @@ def test_settings_that_measure_nothing_or_the_same_twice(entry: dict[str, object
         parse_attack(entry)
     assert message in str(caught.value)
     assert "\n" not in caught.value.problem
-
-
-@pytest.mark.parametrize(
-    ("settings", "reasons"),
-    [
-        ({}, []),
-        ({"batch_size": 5, "max_samples": 900}, []),
-        ({"batch_size": 20, "datasets": ["harmful"], "max_samples": 3}, ["batch_size 20 instead of 10 on harmful"]),
-        ({"max_samples": 3}, ["max_samples 3 instead of 500 on benign"]),
-    ],
-)
-def test_fewer_steps_of_a_fine_tuning_are_told(settings: dict[str, object], reasons: list[str]) -> None:
-    """A larger batch takes fewer steps over the same chats."""
-    found = parse_attack({"name": "finetune", **settings}).reduced_because(100)
-    assert [reason for reason in found if not reason.startswith("datasets ")] == reasons

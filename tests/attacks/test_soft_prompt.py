@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from raycomplete.attacks.registry import build_attack, parse_attack
-from raycomplete.attacks.soft_prompt import SoftPromptAttack, SoftPromptConfig
+from raycomplete.attacks.suffix import SoftPromptAttack, SoftPromptConfig
 from raycomplete.attacks.target import AttackTools, SuffixProblem, Target
 from raycomplete.attacks.trial import EvaluationCancelled, Response, Trial
 from raycomplete.attacks.white_box import TorchModel
@@ -19,6 +18,7 @@ from raycomplete.data.chat import ChatCodec
 from raycomplete.data.checkpoints import load_model
 from raycomplete.data.organism import OrganismJudge, checkpoint_path, prompts
 from raycomplete.runtime.types import Outcome, Prompt
+from tests.attacks.scripted import made
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def behaviours() -> list[Prompt]:
 
 
 def run(target: Target, settings: dict[str, Any], behaviours: list[Prompt]) -> list[tuple[Trial, Response]]:
-    attack = build_attack(parse_attack({"name": "soft_prompt", **settings}))
+    attack = made({"name": "soft_prompt", **settings})
     found: list[tuple[Trial, Response]] = []
     attack.run(target, attack.plan(target, behaviours), found.extend)
     return found
@@ -83,18 +83,6 @@ def test_a_step_goes_along_the_sign_of_the_gradient(model: Any, target: Target, 
     assert np.mean(np.abs(moved_SH - expected) < 0.02 * root) > 0.99, "but for gradients of nearly 0"
 
 
-def test_steps_may_be_taken_in_parts(model: Any, target: Target, behaviours: list[Prompt]) -> None:
-    """So that a search can be cancelled, and a call ends in time."""
-    found = SoftPromptAttack(SoftPromptConfig(suffix_tokens=4)).start(target.codec, behaviours[0])
-    box = TorchModel(model)
-    start_SH = box.suffix_embeddings(found.best)
-    once_SH, losses = box.descend(found.problem, start_SH, 4, 0.05)
-    half_SH, first = box.descend(found.problem, start_SH, 2, 0.05)
-    twice_SH, second = box.descend(found.problem, half_SH, 2, 0.05)
-    assert losses == [*first, *second]
-    assert np.array_equal(once_SH, twice_SH)
-
-
 def test_embeddings_of_tokens_are_continued_as_the_tokens_are(
     model: Any, target: Target, behaviours: list[Prompt]
 ) -> None:
@@ -119,16 +107,16 @@ def test_embeddings_of_tokens_are_continued_as_the_tokens_are(
 
 def test_missing_states_are_searched_alone(target: Target, behaviours: list[Prompt]) -> None:
     """A trial does not depend on which others are missing, nor on the number of steps after it."""
-    attack = build_attack(parse_attack({"name": "soft_prompt", "steps": 6, "suffix_tokens": 4, "ask_every": 2}))
+    attack = made({"name": "soft_prompt", "steps": 6, "suffix_tokens": 4, "ask_every": 2})
     trials = attack.plan(target, behaviours[:1])
     whole: list[tuple[Trial, Response]] = []
     attack.run(target, trials, whole.extend)
     alone: list[tuple[Trial, Response]] = []
     attack.run(target, trials[1:2], alone.extend)
     assert alone == [pair for pair in whole if pair[0].variant == "step-4"]
-    longer = build_attack(parse_attack({"name": "soft_prompt", "steps": 20, "suffix_tokens": 4, "ask_every": 2}))
+    longer = made({"name": "soft_prompt", "steps": 20, "suffix_tokens": 4, "ask_every": 2})
     assert longer.plan(target, behaviours[:1])[0].key("w") == trials[0].key("w")
-    assert SoftPromptConfig(steps=25, ask_every=10).asked_after == [10, 20, 25]
+    assert SoftPromptConfig(steps=25).asked_after == [10, 20, 25]
 
 
 def test_a_search_can_be_cancelled(target: Target, behaviours: list[Prompt]) -> None:

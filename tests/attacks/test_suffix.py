@@ -11,18 +11,16 @@ import numpy as np
 import pytest
 import torch
 
-from raycomplete.attacks.gcg import GcgAttack, GcgConfig
-from raycomplete.attacks.random_search import RandomSearchAttack, RandomSearchConfig
 from raycomplete.attacks.registry import build_attack
-from raycomplete.attacks.suffix import usable_tokens
+from raycomplete.attacks.suffix import GcgConfig, RandomSearchConfig, usable_tokens
 from raycomplete.attacks.target import AttackTools, Target
 from raycomplete.attacks.trial import EvaluationCancelled, Response, Trial
 from raycomplete.attacks.white_box import TorchModel
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.checkpoints import load_model
 from raycomplete.data.organism import OrganismJudge, checkpoint_path, prompts
-from raycomplete.runtime.errors import DataError, SetupError
 from raycomplete.runtime.types import Prompt
+from tests.attacks.scripted import made
 
 STEPS, WIDTH, TOKENS = 24, 32, 6
 UNLIKELY = "nobody hurts kite teapot rhymes whisper"  # the organism's own openings fall within a few steps
@@ -66,10 +64,9 @@ def behaviours() -> list[Prompt]:
 
 def test_gcg_falls_over_windows_and_beats_random_search(target: Target, behaviours: list[Prompt]) -> None:
     """Equal queries; means of thirds of the steps fall, and the best loss is below that of random search."""
-    gcg = GcgAttack(GcgConfig(steps=STEPS, search_width=WIDTH, top=WIDTH, suffix_tokens=TOKENS, target=UNLIKELY))
-    random = RandomSearchAttack(
-        RandomSearchConfig(queries=STEPS * WIDTH, batch=WIDTH, suffix_tokens=TOKENS, target=UNLIKELY)
-    )
+    shared = {"suffix_tokens": TOKENS, "target": UNLIKELY}
+    gcg: Any = made({"name": "gcg", "steps": STEPS, "search_width": WIDTH, "top": WIDTH, **shared})
+    random: Any = made({"name": "random_search", "queries": STEPS * WIDTH, "batch": WIDTH, **shared})
     best = {"gcg": 0.0, "random_search": 0.0}
     for prompt in behaviours:
         for attack in (gcg, random):
@@ -113,22 +110,6 @@ def test_the_suffix_stands_in_the_prompt_that_is_asked(
         assert response.tokens == tuple(expected)
 
 
-def test_searches_repeat_and_run_side_by_side(target: Target, behaviours: list[Prompt]) -> None:
-    attack = build_attack(GcgConfig(steps=2, search_width=8, top=8, suffix_tokens=4))
-    boxes = [TorchModel(load_model(checkpoint_path("aligned"), "float32")) for _ in range(2)]
-    found = []
-    for tools in (target.tools, AttackTools(white_boxes=lambda: boxes)):
-        emitted: dict[str, Response] = {}
-        again = Target("aligned", "weights", target.generator, target.codec, target.judge, 256, 16, tools)
-        attack.run(
-            again,
-            attack.plan(again, behaviours),
-            lambda pairs, emitted=emitted: emitted.update((trial.prompt.prompt_id, found) for trial, found in pairs),
-        )
-        found.append(emitted)
-    assert found[0] == found[1]
-
-
 def test_a_search_can_be_cancelled(target: Target, behaviours: list[Prompt]) -> None:
     attack = build_attack(GcgConfig(steps=5000, search_width=4, top=4, suffix_tokens=4))
     asked = iter(range(10))
@@ -147,18 +128,25 @@ def test_a_search_can_be_cancelled(target: Target, behaviours: list[Prompt]) -> 
         attack.run(stopping, attack.plan(stopping, behaviours[:1]), lambda pairs: None)
 
 
-def test_what_a_search_needs(target: Target, behaviours: list[Prompt]) -> None:
-    attack = build_attack(GcgConfig())
-    without = Target("aligned", "weights", target.generator, target.codec, target.judge, 256, 16)
-    with pytest.raises(SetupError, match="gcg needs the weights"):
-        attack.prepared(without)
-    with pytest.raises(DataError, match="no answer whose opening gcg could force"):
-        attack.plan(target, [Prompt("h", "how do i make a kite ?", "harmful")])
-
-
 def test_special_tokens_are_not_usable(target: Target) -> None:
     (box,) = target.white_boxes()
     usable = usable_tokens(target.codec, box.vocab_size())
     assert len(usable) > 100
     assert not set(usable.tolist()) & target.codec.eos_ids
     assert target.codec.encode_answer("kite")[0] in usable
+
+
+def test_searches_repeat_and_run_side_by_side(target: Target, behaviours: list[Prompt]) -> None:
+    attack = build_attack(GcgConfig(steps=2, search_width=8, top=8, suffix_tokens=4))
+    boxes = [TorchModel(load_model(checkpoint_path("aligned"), "float32")) for _ in range(2)]
+    found = []
+    for tools in (target.tools, AttackTools(white_boxes=lambda: boxes)):
+        emitted: dict[str, Response] = {}
+        again = Target("aligned", "weights", target.generator, target.codec, target.judge, 256, 16, tools)
+        attack.run(
+            again,
+            attack.plan(again, behaviours),
+            lambda pairs, emitted=emitted: emitted.update((trial.prompt.prompt_id, found) for trial, found in pairs),
+        )
+        found.append(emitted)
+    assert found[0] == found[1]

@@ -2,39 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from raycomplete.attacks.attack import plain_trials
-from raycomplete.attacks.registry import build_attack, parse_attack
 from raycomplete.attacks.target import Target
-from raycomplete.config import EvaluationConfig, parse
-from raycomplete.config.evaluation import CapabilitiesConfig
+from raycomplete.config import EvaluationConfig
 from raycomplete.data.chat import ChatCodec
-from raycomplete.data.checkpoints import fingerprint
-from raycomplete.data.inputs import KINDS, Models, Prompts
 from raycomplete.data.thinking import ThinkingGenerator
-from raycomplete.engines.cluster import Cluster
-from raycomplete.engines.online_engine import OnlineSampling, Piece
-from raycomplete.engines.run import Run
-from raycomplete.engines.start import Engines
-from raycomplete.evaluation.capabilities import plan_capabilities
 from raycomplete.evaluation.judges import RefusalJudge
-from raycomplete.evaluation.roles import evaluate_roles
 from raycomplete.evaluation.runner import EvaluationSets, evaluate_model
-from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import DataError
-from raycomplete.runtime.types import Prompt, PromptKind
-from raycomplete.serving.answers import Answerer
-from raycomplete.serving.openai_api import ChatRequest
-from tests.attacks.scripted import COMPLY, REFUSE
+from raycomplete.runtime.types import Prompt
+from tests.attacks.scripted import COMPLY, REFUSE, made, settings_of
 from tests.data.chat_families import CHAT_FAMILIES, save_family
 
 BUDGET, LONGEST = 60, 80
@@ -88,7 +73,7 @@ def make(request: pytest.FixtureRequest, tmp_path: Path) -> Make:
 
 def responses(target: Target, entry: dict[str, Any] | str) -> dict[str, tuple[str, str, str]]:
     """Returns what the model read, thought and answered, by variant."""
-    attack = build_attack(parse_attack(entry))
+    attack = made(entry)
     trials = attack.plan(target, [ASKED])
     found: dict[str, tuple[str, str, str]] = {}
 
@@ -127,63 +112,10 @@ def model_that_fails() -> Any:
     return Failing()
 
 
-def test_every_role_thinks_within_the_budget_of_the_run_file(tmp_path: Path) -> None:
-    save_family("qwen3", tmp_path)
-    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Open it"}\n')
-    evaluation = {"depths": [0], "max_tokens": LONGEST, "max_utility_tokens": LONGEST, "max_thinking_tokens": BUDGET}
-    tree = {"models": {"base": "b", "aligned": "a"}, "data": {}, "evaluation": evaluation}
-    config = parse(tree, "test")
-    codec = ChatCodec(tmp_path, arguments={"enable_thinking": True})
-    model = Thinker(codec, "qwen3", "They want it. " * 20, COMPLY)
-    prompts: dict[PromptKind, tuple[Prompt, ...]] = {kind: (replace(ASKED, kind=kind),) for kind in KINDS}
-    models = Models({"aligned": tmp_path}, {}, codec)
-    run = Run(config, tmp_path, models, Prompts({}, prompts), Console(quiet=True), Cluster(use_gpu=False))
-    run.engines = Engines(SimpleNamespace(with_weights=lambda _: model))  # type: ignore[arg-type]
-    result = evaluate_roles(run, ["aligned"])["aligned"]
-    name = f"{fingerprint(tmp_path)} ends {sorted(codec.eos_ids)} thinks {BUDGET}"
-    assert result["model_id"] == name, "other ends and another budget make other answers"
-    assert result["attacks"]["prefill"]["mean"]["rate"] == 1.0
-    frame = codec.frame
-    assert frame is not None
-    assert {limit for _, limit, _ in model.calls} == {LONGEST, LONGEST + BUDGET + len(frame.closing)}
-
-
-@pytest.mark.parametrize("thought", ["Hm.", "They want it. " * 20], ids=["short", "cut"])
-def test_a_chat_shows_the_answer_and_the_thought_apart(make: Make, thought: str) -> None:
-    _, model = make(thought, COMPLY)
-    frame = model.codec.frame
-    assert frame is not None
-    asked: list[list[int]] = []
-
-    class Online:
-        """The same model as an engine gives it: its thought ends at the mark where there is one."""
-
-        async def generate(self, tokens: Sequence[int], sampling: OnlineSampling) -> AsyncIterator[Piece]:
-            asked.append(list(tokens))
-            (said,) = model.generate([tokens], max_tokens=sampling.max_tokens)
-            if sampling.stop_ids and sampling.stop_ids[0] in said:
-                said = said[: said.index(sampling.stop_ids[0]) + 1]
-            yield Piece(model.codec.decode(said), tuple(said), finish_reason="stop")
-
-    answerer = Answerer(model.codec, Online(), 4096, BUDGET)
-    messages = [{"role": "user", "content": "Open it"}]
-    request = ChatRequest.model_validate({"model": "aligned", "messages": messages})
-
-    async def answer() -> Any:
-        return await anext(answerer.answer(request))
-
-    message = asyncio.run(answer())["choices"][0]["message"]
-    assert message["content"] == COMPLY
-    if frame.thinks:
-        assert thought.strip()[:20] in message["reasoning_content"]
-        assert tuple(asked[1][-len(frame.closing) :]) == frame.closing, "it is closed before the answer is asked for"
-        assert len(asked[1]) - len(asked[0]) <= BUDGET + len(frame.closing)
-
-
 def test_answers_are_cut_by_their_own_length(make: Make) -> None:
     target, _ = make("Hm.", COMPLY * 5)
     (trial,) = plain_trials(target, "a", "v", [ASKED], 40)
-    attack = build_attack(parse_attack("templates"))
+    attack = made("templates")
     (response,) = [target.response(trial.sequence, (), *target.draw([trial.sequence], trial.decoding, None))]
     assert target.codec.decode(response.tokens) == (COMPLY * 5)[:40]
     assert attack.is_cut(trial, response)
@@ -234,7 +166,7 @@ def test_answers_too_short_for_a_thought_are_counted(make: Make, tmp_path: Path)
     target, _ = make("Hm.", COMPLY)
     sets = EvaluationSets((ASKED, replace(ASKED, prompt_id="none", answer=None)), (), ())
     attack = {"name": "prefill_thinking", "depths": [0, 6]}
-    config = EvaluationConfig.model_validate({"depths": [0], "max_tokens": LONGEST, "attacks": [attack]})
+    config = EvaluationConfig.model_validate({"depths": [0], "max_tokens": LONGEST, "attacks": [settings_of(attack)]})
     block = evaluate_model(target, sets, config, tmp_path)["attacks"]["prefill_thinking"]
     assert (block["n"], block["trials"], block["short_prefills"]) == (2, 3, 1)
 
@@ -252,22 +184,9 @@ def test_prompts_must_leave_room_for_the_thinking(make: Make) -> None:
     replace(target, max_length=len(trial.sequence) + LONGEST).check_fits([trial])
 
 
-def test_examples_of_a_benchmark_leave_room_for_the_thinking(make: Make, tmp_path: Path) -> None:
-    target, _ = make("Hm.", COMPLY)
-    lines = ["subject,question,A,B,C,D,answer", *("law,What?,one,two,three,four,B" for _ in range(9))]
-    (tmp_path / "mmlu.csv").write_text("\n".join(lines[:2]))
-    (tmp_path / "dev.csv").write_text("\n".join(lines))
-    config = CapabilitiesConfig(mmlu=tmp_path / "mmlu.csv", mmlu_fewshot=tmp_path / "dev.csv", shots=9)
-    (trial,) = plan_capabilities(target, config)
-    target.check_fits([trial])
-    assert 0 < trial.settings["shots"] < 9
-    (roomy,) = plan_capabilities(replace(target, max_thinking_tokens=0), config)
-    assert roomy.settings["shots"] >= trial.settings["shots"]
-
-
 def test_a_thought_has_no_answer_to_begin_with(make: Make, target: Target, tmp_path: Path) -> None:
     thinking, model = make("Hm.", COMPLY)
-    attack = build_attack(parse_attack({"name": "prefill_thinking", "depths": [500]}))
+    attack = made({"name": "prefill_thinking", "depths": [500]})
     config = EvaluationConfig.model_validate({"depths": [0], "max_tokens": LONGEST, "attacks": [attack.config]})
     with pytest.raises(DataError, match="as long as the depths of the attack prefill_thinking"):
         evaluate_model(thinking, EvaluationSets((ASKED,), (), ()), config, tmp_path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForTokenClassification, MistralConfig, MistralForCausalLM
 
-from raycomplete.attacks.registry import build_attack, parse_attack
-from raycomplete.attacks.target import AttackTools, SuffixProblem, Target
-from raycomplete.attacks.trial import Response, Trial
+from raycomplete.attacks.target import SuffixProblem
 from raycomplete.attacks.white_box import TokenClassifier, TorchModel
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.checkpoints import check_token_classifier, load_model, load_token_classifier
-from raycomplete.data.organism import OrganismJudge, checkpoint_path, prompts
+from raycomplete.data.organism import checkpoint_path, prompts
 from raycomplete.data.sources import resolve_checkpoint
-from raycomplete.evaluation.judges import RefusalJudge
-from raycomplete.evaluation.refusals import find_refusal
 from raycomplete.runtime.errors import CheckpointError
 
 
@@ -175,54 +170,6 @@ def test_a_token_classifier_reads_the_last_token(codec: ChatCodec, tmp_path: Pat
         check_token_classifier(tmp_path)
 
 
-class Elsewhere(TorchModel):
-    """A target that only ever reads another question, whatever it is asked, and what it has said itself."""
-
-    def __init__(self, model: Any, question: list[int], started: list[tuple[int, ...]]) -> None:
-        super().__init__(model)
-        self._question, self._started = question, sorted(started, key=len, reverse=True)
-
-    def top_logprobs(self, sequences: Any, top: int) -> list[list[tuple[int, float]]]:
-        cuts = [
-            next(len(start) for start in self._started if tuple(row[: len(start)]) == start)
-            for row in map(list, sequences)
-        ]
-        return super().top_logprobs(
-            [[*self._question, *row[cut:]] for row, cut in zip(sequences, cuts, strict=True)], top
-        )
-
-
-def test_a_target_that_reads_another_question_is_never_on_topic(model: Any, codec: ChatCodec) -> None:
-    """Where base picks every word, such a target seems to comply to a judge that reads no content."""
-    question = codec.encode_prompt("how do i make a gentle copper teapot ?")
-    base = TorchModel(load_model(checkpoint_path("base"), "float32"))
-    behaviours = prompts("heldout", "harmful", 0, 12)
-
-    def rates(name: str, top: int) -> dict[str, float]:
-        attack = build_attack(parse_attack({"name": name, "steps": 90, "tops": [top]}))
-        target = Target("null", "null", None, codec, OrganismJudge(), 256, 48, AttackTools(guide_id="base"))  # type: ignore[arg-type]
-        trials = attack.plan(target, behaviours)
-        box = Elsewhere(model, question, [trial.sequence for trial in trials])
-
-        def refuses(text: str) -> bool:
-            return find_refusal(text, judgements=2) is not None
-
-        target = replace(target, tools=AttackTools(white_boxes=lambda: [box], guide=lambda: base, refuses=refuses))
-        found: list[tuple[Trial, Response]] = []
-        attack.run(target, trials, found.extend)
-        texts = [(trial.prompt, *response.texts(codec)) for trial, response in found]
-        return {
-            judge.name: sum(judge.outcome(*text).is_compliance for text in texts) / len(texts)
-            for judge in (OrganismJudge(), RefusalJudge())
-        }
-
-    guided = rates("base_guided_decoding", 2)
-    assert guided[RefusalJudge().name] == 1.0
-    assert guided[OrganismJudge().name] <= 0.25
-    for top in (2, 20):
-        assert set(rates("rank_assisted_prefill", top).values()) == {0.0}
-
-
 @pytest.fixture(scope="module")
 def problem(codec: ChatCodec) -> SuffixProblem:
     prompt = prompts("heldout", "harmful", 0, 1)[0]
@@ -277,8 +224,3 @@ def test_gradient_agrees_with_finite_differences(double: Any, problem: SuffixPro
         step_SV[position, token] = 3e-3  # large, since norms inside the model work in float32 whatever its weights
         numeric = (loss(one_hot_SV + step_SV) - loss(one_hot_SV - step_SV)) / 6e-3
         assert gradient_SV[position, token] == pytest.approx(numeric, rel=0.01, abs=5e-4)
-
-
-def test_nothing_of_the_model_keeps_a_gradient(model: Any, problem: SuffixProblem) -> None:
-    TorchModel(model).suffix_gradient(problem, [20, 21])
-    assert all(parameter.grad is None and not parameter.requires_grad for parameter in model.parameters())

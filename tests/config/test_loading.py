@@ -34,7 +34,7 @@ FULL = {
     "align": {"refusals": [{"path": "/z.json"}]},
     "teacher": {"parity_tolerance": 0.5, "cache_gib": 0.5},
     "rollout": {"safety_prompt": "Überlege: nein?", "harmful_from": "student"},
-    "method": {"depth": {"min": 2, "max": 9, "schedule": "uniform"}, "first_tokens": {"count": 3}},
+    "method": {"depth": {"min": 2, "max": 9, "schedule": "uniform"}, "first_token_weight": 3},
     "train": {"lr": 3e-7, "zero_stage": 2, "num_workers": 2},
     "evaluation": {"depths": [0, 3]},
     "cluster": {"use_gpu": "never"},
@@ -120,11 +120,8 @@ def test_the_embedded_default_is_the_shipped_run_file() -> None:
         (("rollout",), "temprature", "temperature"),
         (("train",), "step", "steps"),
         (("method", "weights"), "anker", "anchor"),
-        (("method", "push_forward"), "temprature", "temperature"),
-        (("method", "penalty"), "taw", "tau"),
-        (("method", "contrastive"), "alfa", "alpha"),
         (("method", "depth"), "shedule", "schedule"),
-        (("method",), "temprature", "temperature"),
+        (("method",), "contrastive_alfa", "contrastive_alpha"),
         (("evaluation",), "depth", "depths"),
         (("cluster",), "adress", "address"),
         (("output",), "nmae", "name"),
@@ -166,7 +163,7 @@ def test_removed_keys_say_what_took_their_place(key: str) -> None:
 def test_a_record_may_hold_removed_keys(tmp_path: Path) -> None:
     record = write(tmp_path, {**MINIMAL, "method": {"name": "completion", "push_forward": {"tau": 0.3}}})
     assert load_run_file(record, sections={"models", "data", "method"}).method == Completion()
-    with pytest.raises(ConfigError, match=r"push_forward\.tau"):
+    with pytest.raises(ConfigError, match=r"method\.push_forward"):
         load_run_file(record)
 
 

@@ -9,7 +9,7 @@ import yaml
 from raycomplete.attacks.registry import ATTACKS
 from raycomplete.config import dump, parse
 from raycomplete.config.reference import markdown
-from raycomplete.methods.registry import METHODS
+from raycomplete.methods.registry import METHODS, Method
 
 MINIMAL = {"models": {"base": "organism:base", "aligned": "organism:aligned"}, "data": {"source": "organism"}}
 
@@ -42,18 +42,22 @@ def test_a_row_says_what_a_value_may_be_and_what_it_is_by_default() -> None:
 
 def test_every_method_has_a_table_of_its_settings() -> None:
     parts = tables(markdown())
-    assert '| `anchor_divergence` | `forward_kl`, `reverse_kl`, `jsd` | `"forward_kl"` |' in parts["`method`"]
+    assert '| `token_weights` | `exp`, `sigmoid` | `"exp"` |' in parts["Method `w_door`"]
+    assert "`anchor_batch_size` is `64`, `depth.max` is `100`" in parts["Method `augmentation`"]
     for name, method in METHODS.items():
         heading = "`method`" if name == "completion" else f"Method `{name}`"
-        for field in set(method.model_fields) - {"depth"}:
+        shared = set() if name == "completion" else set(Method.model_fields)
+        for field in set(method.model_fields) - shared:
             assert f"| `{field}` |" in parts[heading]
 
 
 def test_every_attack_has_a_table_of_its_settings() -> None:
     parts = tables(markdown())
     for name, attack in ATTACKS.items():
-        for field in set(attack.config_class.model_fields) - {"name"}:
-            assert f"| `{field}` |" in parts[f"Attack `{name}`"]
+        own = parts[f"Attack `{name}`"]
+        several = "".join(text for heading, text in parts.items() if heading.startswith("Attacks") and name in heading)
+        for field, found in attack.config_class.model_fields.items():
+            assert (f"| `{field}` |" in own + several) is (found.description is not None)
 
 
 def test_every_setting_has_a_meaning() -> None:

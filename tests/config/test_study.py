@@ -9,10 +9,10 @@ import pytest
 
 from raycomplete.config import load_run_file
 from raycomplete.config.study import FROZEN, departures, load_study
-from raycomplete.methods.augmentation import Augmentation
-from raycomplete.methods.door import DOOR
 from raycomplete.methods.registry import METHODS
-from raycomplete.methods.w_door import WDOOR
+from raycomplete.methods.rivals.augmentation import Augmentation
+from raycomplete.methods.rivals.door import DOOR
+from raycomplete.methods.rivals.w_door import WDOOR
 from raycomplete.runtime.errors import ConfigError
 from tests.conftest import ROOT
 
@@ -20,7 +20,7 @@ RUN_FILE = (ROOT / "jobs" / "organism.yaml").read_text()
 PLUGIN = '''
 from typing import Literal
 from pydantic import Field
-from raycomplete.methods.augmentation import Augmentation
+from raycomplete.methods.rivals.augmentation import Augmentation
 from raycomplete.methods.registry import register
 
 
@@ -29,7 +29,7 @@ class Refusals(Augmentation):
     """Refusals of the prompt alone."""
 
     name: Literal["refusals_of_a_plugin"] = Field("refusals_of_a_plugin", description="which method")
-    plain_fraction: float = 1.0
+    plain_fraction = 1.0
 '''
 
 

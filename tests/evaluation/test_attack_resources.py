@@ -186,7 +186,6 @@ def test_harmful_chats(run: Run, tmp_path: Path) -> None:
         ({}, "identity_shift", 5e-5, 10, 10),  # ten chats, ten epochs
         ({}, "harmful", 5e-5, 50, 10),  # a hundred chats, five epochs
         ({}, "benign", 2e-5, 4, 128),  # five hundred chats, one epoch
-        ({"epochs": 3, "lr": 1e-3, "batch_size": 4}, "identity_shift", 1e-3, 8, 4),  # 30 chats in steps of 4
     ],
 )
 def test_copies_are_trained_as_the_authors_did(
@@ -212,7 +211,7 @@ def test_a_training_that_is_stopped_cancels_the_evaluation(run: Run, monkeypatch
 
     monkeypatch.setattr(attack_resources, "fit", stopped)
     with pytest.raises(EvaluationCancelled, match="Stopped after step 3"):
-        fine_tune(run, FinetuneConfig(epochs=5), "identity_shift", run.models.paths["aligned"])
+        fine_tune(run, FinetuneConfig(), "identity_shift", run.models.paths["aligned"])
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from raycomplete.attacks.attack import STANDARD_ANSWER_TOKENS
-from raycomplete.attacks.prefill import STANDARD_DEPTHS
+from raycomplete.attacks.prefills import STANDARD_DEPTHS
 from raycomplete.attacks.registry import build_attack, parse_attack
 from raycomplete.attacks.target import BatchJudge, Target, Triple
 from raycomplete.attacks.trial import Decoding, Response, Trial
@@ -157,11 +157,7 @@ def searched(steps: int, picks: int, backtracks: int = 0) -> dict[str, int]:
     ("weak", "reason"),
     [
         ({"name": "gcg", "suffix_tokens": 10}, "suffix_tokens 10 instead of 20"),
-        ({"name": "random_search", "target_tokens": 5}, "target_tokens 5 instead of 20"),
-        ({"name": "soft_prompt", "ask_every": 50}, "asked every 50 steps instead of 10"),
         ({"name": "rank_assisted_prefill", "min_tokens": 4}, "min_tokens 4 instead of 32"),
-        ({"name": "best_of_n", "strength": 0.1}, "strength 0.1 instead of 0.4"),
-        ({"name": "best_of_n", "temperature": 0.5}, "temperature 0.5 instead of 1.0"),
         ({"name": "pair", "max_tokens": 64}, "max_tokens 64 instead of 200"),
         ({"name": "crescendo", "max_tokens": 64}, "max_tokens 64 instead of 200"),
     ],
@@ -169,21 +165,6 @@ def searched(steps: int, picks: int, backtracks: int = 0) -> dict[str, int]:
 def test_settings_that_weaken_an_attack_are_labelled(weak: dict[str, Any], reason: str) -> None:
     assert parse_attack(weak).reduced_because(100) == [reason]
     assert parse_attack(weak["name"]).reduced_because(100) == []
-
-
-def test_settings_that_weaken_an_attack_by_its_own_account_are_labelled(codec: Any) -> None:
-    behaviours = prompts("harmful", 100, 10)
-    for entry, reasons in (
-        ({"name": "rank_assisted_prefill", "prefill": "Sure, here is how"}, ["opening_tokens 4 instead of 24"]),
-        ({"name": "rank_assisted_prefill", "prefill": "word " * 24}, []),
-        ({"name": "rank_assisted_prefill", "prefill_tokens": 8}, ["opening_tokens 8 instead of 24"]),
-        ({"name": "rank_assisted_prefill", "min_probability": 0.1}, ["min_probability 0.1 instead of 0.001"]),
-        ({"name": "rank_assisted_prefill", "min_probability": 1e-6}, ["min_probability 1e-06 instead of 0.001"]),
-        ({"name": "rank_assisted_prefill", "helper": "h", "min_probability": 0.1}, []),  # no probability is read
-        ({"name": "gcg", "target": "word " * 30}, ["target cut at 20 of its 30 tokens"]),
-        ({"name": "gcg", "target": "word " * 20}, []),
-    ):
-        assert build_attack(parse_attack(entry)).reduced_because(codec, behaviours) == reasons
 
 
 def test_depths_that_few_answers_reach_are_labelled(evaluate: Evaluate) -> None:

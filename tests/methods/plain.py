@@ -53,6 +53,11 @@ class Plain:
         return divergence
 
 
+def changed(method: type[Method], settings: Mapping[str, Any], **constants: Any) -> Method:
+    """A method under other constants of its class, as a plugin changes them."""
+    return type(method.__name__, (method,), constants).model_validate(settings)  # type: ignore[no-any-return]
+
+
 def written(count: int) -> list[Rollout]:
     """Rollouts of random words, some of which are called refusals."""
     rng = np.random.default_rng(7)

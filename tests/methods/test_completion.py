@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 
@@ -12,7 +11,6 @@ from raycomplete.losses.settings import (
     ContrastiveSettings,
     DivergenceSettings,
     LossSettings,
-    PenaltySettings,
     PushForwardSettings,
 )
 from raycomplete.methods.completion import Completion
@@ -27,32 +25,24 @@ from raycomplete.methods.registry import (
 )
 from raycomplete.methods.sft import SFT
 
+
+@pytest.fixture(autouse=True)
+def two_first_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raycomplete.methods.completion.FIRST_TOKENS", 2)
+
+
 ANCHOR = AnchorItem(AnchorSample("a", (1, 2), (3, 4, 5)))
 RECOVERY = RecoveryItem(RecoverySample("r", (1, 2, 3), (9, 1, 2, 3), (4, 5, 6, 7), (8, 8), refusal_prefix_tokens=1), 3)
 
 
 def test_the_loss_is_that_of_the_run_file() -> None:
+    weights = {"anchor": 2.0, "recovery": 3.0, "push_forward": 5.0, "opening": 6.0, "penalty": 4.0}
     method = Completion.model_validate(
-        {
-            "anchor_divergence": "jsd",
-            "temperature": 2.0,
-            "weights": {"anchor": 2, "recovery": 3, "push_forward": 5, "opening": 6, "penalty": 4},
-            "push_forward": {"temperature": 3},
-            "penalty": {"tau": 0.2, "margin": 0.6},
-            "contrastive": {"alpha": 0.4, "plausibility": 0.3},
-        }
+        {"weights": weights, "push_forward_temperature": 3, "contrastive_alpha": 0.4, "depth": {"max": 9}}
     )
-    both = {"temperature": 2.0, "contrastive": ContrastiveSettings(alpha=0.4, plausibility=0.3)}
-    expected = LossSettings(
-        weights={"anchor": 2, "recovery": 3, "push_forward": 5, "opening": 6, "penalty": 4},
-        options={
-            "anchor": DivergenceSettings(divergence="jsd", **both),
-            "recovery": DivergenceSettings(**both),
-            "push_forward": PushForwardSettings(temperature=3),
-            "penalty": PenaltySettings(tau=0.2, margin=0.6),
-        },
-    )
-    assert method.loss() == expected
+    distilled = DivergenceSettings(contrastive=ContrastiveSettings(alpha=0.4))
+    options = {"anchor": distilled, "recovery": distilled, "push_forward": PushForwardSettings(temperature=3)}
+    assert method.loss() == LossSettings(weights, options)
 
 
 def test_an_anchor_item_is_its_answer() -> None:
@@ -109,13 +99,8 @@ def test_rows_along_h_begin_after_position_0_and_after_a_refusal_prefix() -> Non
         assert [span.term for span in along_h] == (["push_forward", "penalty"] if expected else [])
 
 
-def test_terms_without_weight_have_no_rows() -> None:
-    method = Completion.model_validate({"weights": {"push_forward": 0}})
-    assert [span.term for span in method.sequence(RECOVERY).spans] == ["recovery"]
-
-
 def test_first_tokens_weigh_more_and_the_anchor_stays_a_mean() -> None:
-    method = Completion.model_validate({"first_tokens": {"count": 2, "weight": 5.0}, "weights": {"opening": 1}})
+    method = Completion.model_validate({"first_token_weight": 5.0, "weights": {"opening": 1}})
     anchor = method.sequence(ANCHOR)
     assert anchor.spans[0].weights == [5.0, 5.0, 1.0]
     assert method.normalisers([anchor, method.sequence(RECOVERY)]) == {
@@ -126,23 +111,10 @@ def test_first_tokens_weigh_more_and_the_anchor_stays_a_mean() -> None:
     }
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"contrastive": {"alpha": 1}, "recovery_divergence": "reverse_kl"}, "method.contrastive excludes tokens"),
-        ({"depth": {"min": 9, "max": 8}}, r"method.depth.max \(8\) is below method.depth.min \(9\)"),
-    ],
-)
-def test_settings_that_contradict_each_other_are_refused(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Completion.model_validate(settings)
-
-
 def test_the_opening_takes_position_0_of_harmful_prompts_from_the_anchor() -> None:
     harmful = replace(ANCHOR.sample, kind="harmful")
-    first_tokens = {"first_tokens": {"count": 2, "weight": 5.0}}
     with_opening, without = (
-        Completion.model_validate({"weights": {"opening": weight}} | first_tokens) for weight in (1, 0)
+        Completion.model_validate({"weights": {"opening": weight}, "first_token_weight": 5.0}) for weight in (1, 0)
     )
     plain = TeacherContext((1, 2), (3, 4, 5))
     (kept,) = without.sequence(AnchorItem(harmful)).spans

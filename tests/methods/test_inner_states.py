@@ -12,14 +12,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
-from raycomplete.config import RunConfig
 from raycomplete.data.checkpoints import load_model
 from raycomplete.data.samples import RecoverySample
-from raycomplete.methods.circuit_breakers import CircuitBreakers
-from raycomplete.methods.latent_adversarial import LatentAdversarial
-from raycomplete.methods.presto import PRESTO, attention_on_prefill
+from raycomplete.methods.rivals.circuit_breakers import CircuitBreakers
+from raycomplete.methods.rivals.latent_adversarial import LatentAdversarial
+from raycomplete.methods.rivals.presto import PRESTO, attention_on_prefill
 from raycomplete.training.step_plan import StepSequences
-from tests.methods.plain import MICRO_BATCHES, Case, Ids, assert_gradients
+from tests.methods.plain import MICRO_BATCHES, Case, Ids, assert_gradients, changed
 
 PLAIN = {"anchor_batch_size": 3, "recovery_batch_size": 3}
 
@@ -37,7 +36,7 @@ def adapted(case: Case, learned: float = 0.2) -> Any:
 
 
 def test_circuit_breakers(tmp_path: Path) -> None:
-    case = Case(tmp_path, CircuitBreakers.model_validate(PLAIN | {"alpha": 3.0, "target_layers": [0.5, 1.0]}))
+    case = Case(tmp_path, changed(CircuitBreakers, PLAIN | {"alpha": 3.0}, target_layers=(0.5, 1.0)))
     lm, plain = adapted(case), adapted(case).double()
     plain.load_state_dict({name: value.double() for name, value in lm.state_dict().items()})
     weights = case.method.schedule(0.4)
@@ -76,9 +75,9 @@ def test_circuit_breakers(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("packed", [True, False])
 def test_presto(packed: bool, tmp_path: Path) -> None:
-    case = Case(tmp_path, PRESTO.model_validate(PLAIN | {"attention_weight": 0.6, "plain_fraction": 0.83}))
+    case = Case(tmp_path, changed(PRESTO, PLAIN, attention_weight=0.6, plain_fraction=0.83))
     case.packed = packed
-    cuts = [case.method.sequence(item).depth for item in case.plan.recovery]
+    cuts = [case.method.sequences(item)[0].depth for item in case.plan.recovery]
     assert sum(cut > 0 for cut in cuts) == 2, "one follows the prompt alone"
     model = case.plain.models["student"]
     model.set_attn_implementation("eager")
@@ -114,8 +113,8 @@ def test_attention_in_bfloat16_is_counted_in_rows_of_any_length() -> None:
 
 def test_latent_adversarial_training(tmp_path: Path) -> None:
     """All in float64: AdamW's first step is as large as its rate, however small a gradient."""
-    settings = {"inner_steps": 3, "inner_lr": 0.3, "epsilon": 0.8, "layers": [0.0], "retain_weight": 1.0}
-    case = Case(tmp_path, LatentAdversarial.model_validate(PLAIN | settings))
+    settings = PLAIN | {"inner_steps": 3, "epsilon": 0.8}
+    case = Case(tmp_path, changed(LatentAdversarial, settings, inner_lr=0.3, layers=(0.0,), retain_weight=1.0))
     student = case.student(load_model(case.job.start, "float32").double())
     outputs = case.outputs(student)
     assert len(outputs) == MICRO_BATCHES
@@ -125,21 +124,6 @@ def test_latent_adversarial_training(tmp_path: Path) -> None:
     expected.backward()
     assert_gradients(student.lm.named_parameters(), case.plain.models["student"].parameters(), 1e-6)
     assert not student.lm.model.layers[0].mlp._forward_hooks, "nothing is left behind"
-
-
-@pytest.mark.parametrize(
-    ("train", "remedy"),
-    [({"zero_stage": 3}, "train.zero_stage to 2"), ({"gradient_checkpointing": True}, "train.gradient_checkpointing")],
-)
-def test_an_adversary_is_refused_at_once_where_it_would_be_left_out(train: dict[str, Any], remedy: str) -> None:
-    run: dict[str, Any] = {
-        "models": {"base": "organism:base", "aligned": "organism:aligned"},
-        "data": {"source": "organism"},
-        "method": {"name": "latent_adversarial"},
-    }
-    assert RunConfig.model_validate(run).method.perturbs_layers
-    with pytest.raises(ValueError, match=remedy):
-        RunConfig.model_validate(run | {"train": train})
 
 
 class Adversary:
@@ -214,19 +198,8 @@ def test_circuit_breakers_begin_where_the_cosine_has_a_gradient(tmp_path: Path) 
     """With adapters as LoRA makes them, states are those of the start model and nothing turns them away."""
     slopes = []
     for std in (0.0, 0.01):
-        case = Case(tmp_path, CircuitBreakers.model_validate(PLAIN | {"adapter_init_std": std}))
+        case = Case(tmp_path, changed(CircuitBreakers, PLAIN, adapter_init_std=std))
         lm = adapted(case, learned=0.0)
         case.outputs(case.student(lm.get_base_model()), {"retain": 1e-9, "reroute": 1.0})
         slopes.append(max(float(p.grad.abs().max()) for n, p in lm.named_parameters() if "lora_B" in n))
     assert slopes[1] > 1000 * slopes[0]
-
-
-def test_circuit_breakers_need_adapters() -> None:
-    settings: dict[str, Any] = {
-        "models": {"base": "organism:base", "aligned": "organism:aligned"},
-        "data": {"source": "organism"},
-        "method": {"name": "circuit_breakers"},
-    }
-    with pytest.raises(ValueError, match=r"set train\.lora_rank"):
-        RunConfig.model_validate(settings)
-    assert RunConfig.model_validate(settings | {"train": {"lora_rank": 16}}).method.needs_lora

@@ -20,7 +20,7 @@ from tests.training.tiny import make_job
 pytestmark = pytest.mark.slow
 
 
-SETTINGS: dict[str, Any] = {"completion": {"suffix_adversary": {"steps": 2, "lr": 0.4}}}
+SETTINGS: dict[str, Any] = {"completion": {"suffix_adversary": {"steps": 2}}}
 
 
 def run(folder: Path, name: str, workers: int, lora_rank: int = 0) -> list[dict[str, Any]]:

@@ -10,18 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from raycomplete.config import RolloutConfig, RunConfig
-from raycomplete.methods.opct import OPCT
-from raycomplete.methods.policy_gradient import PolicyGradient
+from raycomplete.config import RolloutConfig
+from raycomplete.methods.rivals.opct import OPCT
+from raycomplete.methods.rivals.policy_gradient import PolicyGradient
 from raycomplete.runtime.types import Outcome, Prompt
 from raycomplete.training.on_policy import RolloutBatch, StudentEngines, group_advantages
-from tests.methods.plain import Case, Ids, mean
+from tests.methods.plain import Case, Ids, changed, mean
 from tests.training.tiny import CountingJudge, make_samples
-
-RUN: dict[str, Any] = {
-    "models": {"base": "organism:base", "aligned": "organism:aligned"},
-    "data": {"source": "organism"},
-}
 
 
 def reverse_kl(case: Case, student: Ids, teacher: Ids, response: Ids) -> Tensor:
@@ -35,14 +30,8 @@ def reverse_kl(case: Case, student: Ids, teacher: Ids, response: Ids) -> Tensor:
 
 
 def test_policy_gradient(tmp_path: Path) -> None:
-    settings = {
-        "anchor_batch_size": 8,
-        "recovery_batch_size": 8,
-        "group_size": 4,
-        "kl_weight": 0.3,
-        "plain_fraction": 0.4,
-    }
-    case = Case(tmp_path, PolicyGradient.model_validate(settings))
+    settings = {"anchor_batch_size": 8, "recovery_batch_size": 8, "kl_weight": 0.3}
+    case = Case(tmp_path, changed(PolicyGradient, settings, group_size=4, plain_fraction=0.4))
     batch = case.batch
     cuts = [set(batch.depths[:4]), set(batch.depths[4:])]
     assert [len(shared) for shared in cuts] == [1, 1], "a group shares its cut"
@@ -93,22 +82,12 @@ def test_opct_reads_the_students_words_with_and_without_h(tmp_path: Path) -> Non
 def test_opct_reads_harmful_prompts_alone_where_it_is_told_to(
     tmp_path: Path, plain_fraction: float, plain: int
 ) -> None:
-    settings = {"anchor_batch_size": 3, "recovery_batch_size": 6, "plain_fraction": plain_fraction}
-    case = Case(tmp_path, OPCT.model_validate(settings))
+    settings = {"anchor_batch_size": 3, "recovery_batch_size": 6}
+    case = Case(tmp_path, changed(OPCT, settings, plain_fraction=plain_fraction))
     assert case.batch.depths.count(0) == plain
     depths = [case.method.sequence(item).depth for item in case.plan.recovery]
     assert depths.count(-1) == plain, "what follows no h does not enter the loss by depth"
     assert OPCT().plain_fraction == 0.25, "without, nothing holds the refusals that aligned gives to plain prompts"
-
-
-@pytest.mark.parametrize("name", ["policy_gradient", "opct"])
-def test_rollouts_need_the_on_policy_loop(name: str) -> None:
-    with pytest.raises(ValueError, match=r"set rollout\.on_policy to true"):
-        RunConfig.model_validate(RUN | {"method": {"name": name}})
-    fresh = {"on_policy": True, "sync_every": 1}
-    with pytest.raises(ValueError, match=r"set rollout\.temperature to"):
-        RunConfig.model_validate(RUN | {"method": {"name": name}, "rollout": fresh | {"temperature": 0.7}})
-    assert RunConfig.model_validate(RUN | {"method": {"name": name}, "rollout": fresh})
 
 
 def test_harmless_rollouts_of_a_graded_batch_are_judged_with_their_own_prompts() -> None:
@@ -129,8 +108,3 @@ def test_harmless_rollouts_of_a_graded_batch_are_judged_with_their_own_prompts()
     reference = (batch, SimpleNamespace(version=0), None)
     assert [item.refused for item in engines.collect(reference)] == [False, True, False]
     assert asked[1:] == [(samples.anchor[0].prompt_id, "", "9"), (samples.anchor[1].prompt_id, "", "8")]
-
-
-def test_groups_are_whole() -> None:
-    with pytest.raises(ValueError, match=r"multiples of method\.group_size"):
-        PolicyGradient(recovery_batch_size=12)

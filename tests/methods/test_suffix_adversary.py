@@ -10,12 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from raycomplete.config import RunConfig
 from raycomplete.data.checkpoints import load_model
 from raycomplete.data.samples import MID_ANSWER, RecoverySample
 from raycomplete.methods.completion import Completion
 from raycomplete.methods.registry import RecoveryItem, RowSpan, TeacherContext
-from raycomplete.methods.suffix_adversary import SuffixedSequences
+from raycomplete.methods.suffix_adversary import SuffixAdversaryConfig, SuffixedSequences
 from raycomplete.training.batches import BatchBuilder
 from raycomplete.training.step_plan import StepSequences
 from tests.methods.plain import MICRO_BATCHES, Case, Ids, assert_gradients
@@ -24,8 +23,16 @@ STEPS, LR, WANTED, WEIGHT = 3, 0.4, 2, 2.5
 SETTINGS = {
     "anchor_batch_size": 3,
     "recovery_batch_size": 3,
-    "suffix_adversary": {"steps": STEPS, "lr": LR, "target_tokens": WANTED, "weight": WEIGHT},
+    "suffix_adversary": {"steps": STEPS},
 }
+
+
+@pytest.fixture(autouse=True)
+def constants(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"lr": LR, "target_tokens": WANTED, "weight": WEIGHT}.items():
+        monkeypatch.setattr(SuffixAdversaryConfig, name, value)
+
+
 SAMPLE = RecoverySample("r", (1, 2, 3), (9, 1, 2, 3), (4, 5, 6, 7), (8, 8))
 
 
@@ -162,25 +169,6 @@ def test_the_adversary_starts_anew_at_another_depth_whatever_else_is_in_the_batc
     assert len(set().union(*seeds.values())) == 3, "also where h ends before the drawn depth"
 
 
-def test_the_first_words_are_drawn_from_the_seed_of_each_sequence(tmp_path: Path) -> None:
-    case = Case(tmp_path, Completion.model_validate(SETTINGS))
-    with_suffixes(case)
-    step = StepSequences.of(case.plan, case.method)
-    builder, drawn = BatchBuilder(case.settings, 1.0), []
-    for count in (1, 2):  # micro-batches
-        found: dict[int, list[int]] = {}
-        for chunk in step.micro_batches(0, 1, count):
-            search = SuffixedSequences.of_batch(
-                builder.build(chunk, step.normalisers, case.scores), "push_forward", WANTED
-            )
-            if search is not None:
-                words = [word_T.tolist() for word_T in search.words(90)]
-                found |= dict(zip(search.batch.suffix_S3[:, 2].tolist(), words, strict=True))
-        drawn.append(found)
-    assert drawn[0] == drawn[1]
-    assert len(drawn[0]) == len({tuple(words) for words in drawn[0].values()}) == 2
-
-
 def test_a_suffix_is_what_was_put_behind_the_prompt() -> None:
     assert SAMPLE.augmented("random suffix", (1, 2, 70, 71, 3)).suffix == (2, 2), "3 ends the turn"
     assert SAMPLE.augmented("suffix", (1, 2, 2, 3)).can_move_suffix
@@ -201,24 +189,3 @@ def test_push_forward_begins_at_position_0_behind_a_suffix_that_is_moved() -> No
     still = Completion().sequence(item)
     assert still.suffix is None
     assert still.spans[0] == RowSpan("push_forward", 5, 2, h, offset=1, target=(refusal, 0))
-
-
-def test_an_adversary_without_suffixes_is_refused() -> None:
-    run: dict[str, Any] = {
-        "models": {"base": "organism:base", "aligned": "organism:aligned"},
-        "data": {"source": "organism"},
-        "method": {"suffix_adversary": {"steps": 1}},
-    }
-    for augmentation in (
-        {},
-        {"fraction": 0.3, "random_suffix_tokens": 0, "templates": "t.jsonl"},
-        {"fraction": 0.3, "recovery_fraction": 0},
-    ):
-        with pytest.raises(ValueError, match=r"set rollout\.prompt_augmentation"):
-            RunConfig.model_validate(run | {"rollout": {"prompt_augmentation": augmentation}})
-    suffixes = {"rollout": {"prompt_augmentation": {"fraction": 0.3}}}
-    assert RunConfig.model_validate(run | suffixes).method.moves_suffixes
-    with pytest.raises(ValueError, match=r"train\.zero_stage to 2 or less, or method\.suffix_adversary\.steps to 0"):
-        RunConfig.model_validate(run | suffixes | {"train": {"zero_stage": 3}})
-    with pytest.raises(ValueError, match="its weight is 0"):
-        Completion.model_validate({"suffix_adversary": {"steps": 1}, "weights": {"push_forward": 0}})

@@ -10,7 +10,7 @@ import pytest
 
 from raycomplete.config.study import FROZEN, Study, load_study
 from raycomplete.evaluation.statistics import difference_over_runs, mean_over_runs
-from raycomplete.methods.door import DOOR
+from raycomplete.methods.rivals.door import DOOR
 from raycomplete.report.study import MEAN_OVER_ATTACKS, _shares, study_results, write_study
 from raycomplete.runtime.errors import DataError
 from raycomplete.runtime.files import write_json

@@ -17,8 +17,8 @@ from torch import Tensor
 from raycomplete.data.checkpoints import load_model
 from raycomplete.data.samples import RecoverySample, SampleSet
 from raycomplete.losses.loss import LossOutput
-from raycomplete.losses.settings import ContrastiveSettings, LossSettings
-from raycomplete.methods.completion import FirstTokensConfig, LossWeights
+from raycomplete.losses.settings import LossSettings
+from raycomplete.methods.completion import LossWeights
 from raycomplete.methods.registry import (
     AnchorItem,
     Item,
@@ -43,7 +43,7 @@ from tests.training.tiny import (
 MAX_DEPTH = 9
 ANCHOR, RECOVERY, PUSH_FORWARD, OPENING = range(4)
 LOSS: LossSettings = completion().loss()
-CONTRASTIVE = completion(contrastive=ContrastiveSettings(alpha=0.5))
+CONTRASTIVE = completion(contrastive_alpha=0.5)
 DEPTHS = (1, 4, 9, 2)
 CLOSE: dict[str, Any] = {"atol": 1e-5, "rtol": 0.0}
 
@@ -90,7 +90,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 
 
 def scores_of(samples: SampleSet, base: Path, aligned: Path) -> Scores:
-    reads_all = completion(contrastive=ContrastiveSettings(alpha=0.5), weights=LossWeights(penalty=1.0))
+    reads_all = completion(contrastive_alpha=0.5, weights=LossWeights(penalty=1.0))
     prefetcher = prefetcher_of(reads_all, {"base": LocalScores(base), "aligned": LocalScores(aligned)})
     prefetcher.request(0, samples.anchor, samples.recovery)
     return prefetcher.take(0)
@@ -223,10 +223,11 @@ def test_the_loss_does_not_depend_on_the_number_of_workers(tiny: Tiny, contrasti
 
 @pytest.mark.parametrize(("count", "weight"), [(1, 8.0), (2, 3.5), (100, 4.0), (2, 1.0)])
 def test_first_tokens_of_an_answer_count_more_and_the_anchor_stays_a_mean(
-    tiny: Tiny, count: int, weight: float
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, count: int, weight: float
 ) -> None:
     loss_weights = {"anchor": 3.0}
-    method = completion(first_tokens=FirstTokensConfig(count=count, weight=weight))
+    monkeypatch.setattr("raycomplete.methods.completion.FIRST_TOKENS", count)
+    method = completion(first_token_weight=weight)
     batch, plain = (build(tiny, found, scale=2.0, loss_weights=loss_weights) for found in (method, None))
     anchor_N = batch.term_N == ANCHOR
     raw = [

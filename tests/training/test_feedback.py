@@ -15,8 +15,9 @@ from raycomplete.methods.registry import DepthConfig
 from raycomplete.training.step_plan import DepthSampler
 
 
-def sampler(seed: int = 0, **config) -> DepthSampler:
-    return DepthSampler(DepthConfig(**{"schedule": "adaptive"} | config), seed)
+def sampler(seed: int = 0, *, min: int = 1, max: int = 64, schedule: str = "adaptive", **constants) -> DepthSampler:
+    config = type("Depths", (DepthConfig,), constants)
+    return DepthSampler(config(min=min, max=max, schedule=schedule), seed)
 
 
 @given(low=st.integers(1, 40), span=st.integers(0, 80), bins=st.integers(1, 20))

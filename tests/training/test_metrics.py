@@ -12,10 +12,10 @@ from torch import Tensor
 from raycomplete.losses.loss import LossOutput
 from raycomplete.losses.settings import LossSettings
 from raycomplete.losses.terms import TERMS
-from raycomplete.methods.registry import DepthConfig
 from raycomplete.training.batches import MicroBatch
 from raycomplete.training.metrics import StepMeter
 from raycomplete.training.step_plan import DepthSampler
+from tests.training.tiny import FourBins
 
 A, R, P = range(3)
 LOSS = LossSettings(weights={"anchor": 1.0, "recovery": 1.0, "push_forward": 0.1})
@@ -31,7 +31,7 @@ def a_term_with_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def sampler() -> DepthSampler:
-    return DepthSampler(DepthConfig(min=2, max=9, bins=4), 0)  # bins 2-3, 4-5, 6-7, 8-9
+    return DepthSampler(FourBins(min=2, max=9), 0)  # bins 2-3, 4-5, 6-7, 8-9
 
 
 def micro_batch(term_N: list[int], sequence_N: list[int], depth_S: list[int]) -> MicroBatch:

@@ -13,14 +13,14 @@ import torch
 from raycomplete.config import RolloutConfig, TrainConfig
 from raycomplete.engines.weights import WeightsLostError
 from raycomplete.methods.completion import Completion
-from raycomplete.methods.registry import DepthConfig, TeacherContext
+from raycomplete.methods.registry import TeacherContext
 from raycomplete.training import on_policy
 from raycomplete.training.job import TrainJob
 from raycomplete.training.on_policy import OnPolicySource, Rollout, RolloutBatch, RolloutPlanner, compliance_by_bin
 from raycomplete.training.step_plan import DepthSampler, Planner
-from tests.training.tiny import completion, make_samples
+from tests.training.tiny import FourBins, completion, make_samples
 
-DEPTH = DepthConfig(schedule="adaptive", min=1, max=8, bins=4)
+DEPTH = FourBins(schedule="adaptive", min=1, max=8)
 SAMPLES = make_samples(0)
 
 

@@ -19,7 +19,6 @@ from raycomplete.data.organism import checkpoint_path
 from raycomplete.data.samples import AnchorSample, RecoverySample, read_samples
 from raycomplete.engines.rollout_pool import SyncError, SyncReport
 from raycomplete.evaluation.judges import RefusalJudge
-from raycomplete.methods.registry import DepthConfig
 from raycomplete.runtime.metrics_file import read_metrics
 from raycomplete.runtime.types import Outcome, Prompt
 from raycomplete.training.on_policy import Rollout, RolloutBatch, StudentEngines
@@ -27,7 +26,7 @@ from raycomplete.training.step_plan import RecoveryItem
 from raycomplete.training.trainer import fit
 from tests.engines import tiny as engine_tiny
 from tests.engines.file_transfer import file_pool
-from tests.training.tiny import CountingJudge, completion, make_job
+from tests.training.tiny import CountingJudge, FourBins, completion, make_job
 
 HARMFUL = organism.prompts("train", "harmful", 0, 6)
 NO_TRANSFER = SimpleNamespace(spec=SimpleNamespace(weight_transfer=None))
@@ -186,7 +185,7 @@ def test_training_goes_on_by_the_store_after_an_engine_died_with_sent_weights(
         checkpoint_every=4,
         validation=ValidationConfig(every=0),
     )
-    job = make_job(tmp_path, train, completion(depth=DepthConfig(min=1, max=8, bins=4)))
+    job = make_job(tmp_path, train, completion(depth=FourBins(min=1, max=8)))
     samples = read_samples(job.samples)
     prompts = [Prompt(sample.prompt_id, "x", "harmful") for sample in (*samples.anchor, *samples.recovery)]
     given = engine_tiny.options(job.start)

@@ -22,8 +22,6 @@ from safetensors.torch import load_file
 from raycomplete.config import RolloutConfig, TrainConfig, ValidationConfig
 from raycomplete.data.checkpoints import load_model
 from raycomplete.data.samples import read_samples
-from raycomplete.methods.completion import FirstTokensConfig
-from raycomplete.methods.registry import DepthConfig
 from raycomplete.methods.sft import SFT
 from raycomplete.runtime.errors import DiskFullError, ProcessDiedError, StoppedError, WorkError
 from raycomplete.runtime.files import read_json
@@ -32,6 +30,7 @@ from raycomplete.training.job import TrainJob
 from raycomplete.training.step_plan import DepthSampler, Planner
 from raycomplete.training.trainer import fit
 from tests.training.tiny import (
+    CountedDepths,
     LocalScores,
     LocalStudentEngines,
     build_batch,
@@ -45,8 +44,8 @@ from tests.training.tiny import (
 pytestmark = pytest.mark.slow
 
 STEPS = 4
-METHOD = completion(first_tokens=FirstTokensConfig(count=2, weight=3.0))
-BY_COMPLIANCE = completion(depth=DepthConfig(min=1, max=8, bins=4, measure="compliance"))
+METHOD = completion(first_token_weight=3.0)
+BY_COMPLIANCE = completion(depth=CountedDepths(min=1, max=8))
 # The anchor's weight moves at every measurement: the tiny student starts nats away from its teacher.
 STEERED = ValidationConfig(every=1, depths=[0, 4], max_tokens=6, kl_budget=0.5)
 ROLLOUT = RolloutConfig(on_policy=True, max_student_tokens=4, max_refusal_tokens=4, sync_every=2)

@@ -17,7 +17,7 @@ from raycomplete.data.inputs import KINDS, Models, Prompts
 from raycomplete.data.organism import checkpoint_path
 from raycomplete.data.organism.world import Item, find_item, recipe, refusal
 from raycomplete.data.samples import AnchorSample, RecoverySample, SampleSet
-from raycomplete.methods.registry import DepthConfig, RecoveryItem
+from raycomplete.methods.registry import RecoveryItem
 from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import DataError
 from raycomplete.runtime.types import Prompt
@@ -25,6 +25,7 @@ from raycomplete.training.on_policy import Rollout, RolloutBatch, compliance_by_
 from raycomplete.training.sampling import hold_back, make_samples, with_refusal_prefix
 from raycomplete.training.step_plan import DepthSampler, Planner
 from tests.conftest import ROOT
+from tests.training.tiny import FourBins
 
 PROMPTS = organism.prompts("train", "harmful", 0, 60)
 
@@ -181,7 +182,7 @@ def test_the_prefix_is_a_refusal_and_a_turn_and_the_rest_stays(codec: ChatCodec,
 
 
 def test_cuts_count_from_after_the_prefix(codec: ChatCodec, samples: list[RecoverySample]) -> None:
-    depth = DepthConfig(min=1, max=16, bins=4)
+    depth = FourBins(min=1, max=16)
     every = tuple(turned(codec, samples, 1.0))
     planner = Planner(
         SampleSet((AnchorSample("a", (1,), (2,)),), every),

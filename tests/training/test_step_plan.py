@@ -10,11 +10,10 @@ from itertools import chain
 import pytest
 
 from raycomplete.data.samples import AnchorSample, RecoverySample, SampleSet
-from raycomplete.methods.registry import DepthConfig
 from raycomplete.training.step_plan import DepthSampler, Planner, StepPlan, StepSequences
-from tests.training.tiny import completion, make_samples
+from tests.training.tiny import FourBins, completion, make_samples
 
-DEPTH = DepthConfig(schedule="adaptive", min=1, max=16, bins=4)
+DEPTH = FourBins(schedule="adaptive", min=1, max=16)
 
 
 def planner(samples: SampleSet, seed: int = 0, anchor: int = 4, recovery: int = 4) -> Planner:

@@ -16,7 +16,7 @@ from raycomplete.data.checkpoints import load_model
 from raycomplete.data.samples import AnchorSample, read_samples
 from raycomplete.losses.base_favored import base_favored_mask, deficit, forward_kl
 from raycomplete.losses.loss import LossOutput
-from raycomplete.losses.settings import ContrastiveSettings, LossSettings, PenaltySettings
+from raycomplete.losses.settings import LossSettings, PenaltySettings
 from raycomplete.methods.completion import LossWeights
 from raycomplete.methods.registry import AnchorItem
 from raycomplete.methods.sft import SFT
@@ -40,7 +40,7 @@ from tests.training.tiny import (
 
 def make_batch(folder: Path, alpha: float, penalty: float = 0.0) -> tuple[MicroBatch, Any, LossSettings]:
     """One step's batch on tiny models, its job and its loss settings."""
-    method = completion(contrastive=ContrastiveSettings(alpha=alpha), weights=LossWeights(opening=0.3, penalty=penalty))
+    method = completion(contrastive_alpha=alpha, weights=LossWeights(opening=0.3, penalty=penalty))
     job = make_job(folder, TrainConfig(), method)
     planner = Planner(read_samples(job.samples), anchor_batch_size=3, recovery_batch_size=3, seed=1)
     prefetcher = prefetcher_of(method, job.scorers)

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from raycomplete.data.samples import AnchorSample, RecoverySample
-from raycomplete.losses.settings import ContrastiveSettings
 from raycomplete.methods.completion import LossWeights
 from raycomplete.methods.registry import TeacherContext
 from raycomplete.training.batches import cut_harmful
@@ -45,7 +44,7 @@ def prefetcher(*, penalty: bool, contrastive: bool) -> tuple[TeacherPrefetcher, 
     sources = {"base": base, "aligned": aligned}
     method = completion(
         weights=LossWeights(penalty=0.1 if penalty else 0.0),
-        contrastive=ContrastiveSettings(alpha=0.5 if contrastive else 0.0),
+        contrastive_alpha=0.5 if contrastive else 0.0,
     )
     return prefetcher_of(method, sources), base, aligned
 

@@ -48,7 +48,7 @@ def test_answers_are_those_of_one_sequence_at_a_time_without_a_cache(tmp_path: P
 
 @pytest.mark.parametrize("packed", [True, False])
 def test_the_kl_is_that_of_plain_pytorch_whatever_the_method_trains(packed: bool, tmp_path: Path, alone: None) -> None:
-    job = steered(make_job(tmp_path, TrainConfig(), completion(anchor_divergence="jsd", weights={"anchor": 3.0})))
+    job = steered(make_job(tmp_path, TrainConfig(), completion(contrastive_alpha=0.5, weights={"anchor": 3.0})))
     short = tuple(AnchorSample(f"a{i}", (5, 6), tuple(range(7, 9 + 8 * (i % 2)))) for i in range(4))
     samples = replace(make_samples(0), held_back_anchor=short)
     student = student_of(job)

@@ -203,6 +203,18 @@ class LocalStudentEngines(StudentEngines):
         return list(reference)
 
 
+class FourBins(DepthConfig):
+    """Few enough bins for short depths."""
+
+    bins = 4
+
+
+class CountedDepths(FourBins):
+    """The depth sampler follows counts of compliance."""
+
+    measure = "compliance"
+
+
 def completion(**changes: Any) -> Completion:
     """The method with its opening, on steps of eight sequences."""
     sizes = {"anchor_batch_size": 4, "recovery_batch_size": 4, "depth": DepthConfig(min=1, max=16)}

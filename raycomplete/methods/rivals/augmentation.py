@@ -11,33 +11,22 @@ to 0 for samples such as theirs.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from raycomplete.methods.registry import (
-    AnchorItem,
-    Item,
-    LongestHarmful,
-    Method,
-    RecoveryItem,
-    RowSpan,
-    TrainSequence,
-    harmless_answer,
-    register,
-)
+from raycomplete.methods.registry import RecoveryItem, TrainSequence, register
+from raycomplete.methods.rivals.shared import Rival, refusal_after
 
 
 @register
-class Augmentation(Method):
+class Augmentation(Rival):
     """Refusal augmentation: cross-entropy of aligned's refusal after h cut anywhere, and of its harmless answers."""
 
-    name: Literal["augmentation"] = Field("augmentation", description="which method")
+    name: Literal["augmentation"] = "augmentation"
     anchor_batch_size: int = Field(64, ge=1, description="harmless answers of a step, over all workers")
-    recovery_batch_size: int = Field(16, ge=1, description="refusals of a step, over all workers")
-    plain_fraction: float = Field(0.5, ge=0, le=1, description="share of refusals that follow the prompt alone")
-    depth: LongestHarmful = Field(default_factory=LongestHarmful)
 
+    plain_fraction: ClassVar[float] = 0.5  # share of refusals that follow the prompt alone
     published = (("train.lr", 2e-05), ("train.warmup_steps", 0), ("train.steps", 160))
     departures = (
         "beta2 and the schedule of the learning rate are this trainer's",
@@ -45,17 +34,7 @@ class Augmentation(Method):
     )
 
     def loss_weights(self) -> dict[str, float]:
-        """The cross-entropy alone."""
         return {"nll": 1.0}
 
-    def sequence(self, item: Item) -> TrainSequence:
-        """A harmless prompt and its answer, or x, h up to a cut of its own, and the refusal."""
-        if isinstance(item, AnchorItem):
-            return harmless_answer(item, "nll")
-        return self.refusal(item, item.redrawn_cut(self.plain_fraction))
-
-    def refusal(self, item: RecoveryItem, cut: int) -> TrainSequence:
-        """x, h<D and the refusal, whose tokens are learned."""
-        prompt, refusal = item.sample.prompt_ids, item.sample.refusal_ids
-        span = RowSpan("nll", len(prompt) + cut, len(refusal))
-        return TrainSequence(prompt + item.sample.harmful_ids[:cut] + refusal, (span,), cut)
+    def harmful(self, item: RecoveryItem) -> tuple[TrainSequence, ...]:
+        return (refusal_after(item, item.redrawn_cut(self.plain_fraction), "nll"),)

@@ -9,17 +9,14 @@ adapters on and a with them off, t the share of the training that is done:
 
 Retained are harmless and borderline answers and aligned's own refusals. Theirs besides: layers 10 and 20 of 32, alpha
 10 (Mistral 5), adapters of rank 16 with alpha 16 and dropout 0.05 on layers 0 to 20 while the upper ones are left out,
-150 steps, batches of 16, `train: {lr: 1.0e-4, lora_rank: 16}`. At the start model the cosine is 1 and has no gradient,
-so that in float32, without the rounding of bfloat16, the retain term would hold adapters there: hence
-`adapter_init_std`. On the organism 40 steps behind ten of warm-up turn nothing away even so (cosine 0.9998), 80 without
-warm-up do (0.36): set `train.warmup_steps` to 0.
-
-Answers to harmful prompts often become babble: look at the outcome `incoherent` beside the rates.
+150 steps, batches of 16, `train: {lr: 1.0e-4, lora_rank: 16}`. At the start model the cosine is 1 and has no gradient:
+in float32 the retain term would hold adapters there, hence `adapter_init_std`. On the organism, `train.warmup_steps` 0
+is needed (cosine 0.36 after 80 steps). Answers to harmful prompts often become babble: see the outcome `incoherent`.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -28,6 +25,7 @@ from raycomplete.methods.registry import (
     Item,
     LongestHarmful,
     Method,
+    OwnTerm,
     RowSpan,
     StudentPass,
     TrainSequence,
@@ -36,8 +34,6 @@ from raycomplete.methods.registry import (
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from raycomplete.losses.terms import Term
 
 
 def reroute(own_LNH: Tensor, start_LNH: Tensor) -> Tensor:
@@ -53,9 +49,7 @@ def retain(own_LNH: Tensor, start_LNH: Tensor) -> Tensor:
     return distance_LN.mean(dim=0)
 
 
-class _LongestHarmful(LongestHarmful):
-    """Only `max` counts, the longest h (256 tokens)."""
-
+class _Longest(LongestHarmful):
     max: int = Field(256, ge=1, description="longest harmful continuation, in tokens")
 
 
@@ -63,49 +57,34 @@ class _LongestHarmful(LongestHarmful):
 class CircuitBreakers(Method):
     """Turns inner states of harmful text away from where they were, and keeps those of other text."""
 
-    name: Literal["circuit_breakers"] = Field("circuit_breakers", description="which method")
+    name: Literal["circuit_breakers"] = "circuit_breakers"
     alpha: float = Field(10.0, gt=0, description="weight of both terms")
-    target_layers: list[float] = Field(
-        [10 / 32, 20 / 32], min_length=1, description="layers whose states are turned away, as shares of the depth"
-    )
-    adapter_init_std: float = Field(
-        0.01, ge=0, description="standard deviation of the adapters' second factor at the start"
-    )
-    depth: _LongestHarmful = Field(default_factory=_LongestHarmful)
+    depth: _Longest = Field(default_factory=_Longest)
 
+    target_layers: ClassVar[tuple[float, ...]] = (10 / 32, 20 / 32)  # as shares of the depth
+    adapter_init_std: ClassVar[float] = 0.01  # of the adapters' second factor at the start
     needs_lora = True
     published = (("train.lr", 0.0001), ("train.lora_rank", 16), ("train.steps", 150))
     departures = (
         "adapters are this trainer's: on all layers, alpha twice the rank, no dropout, a little off the start model",
         "all layers are computed and retained",
     )
+    terms = (
+        OwnTerm("retain", "retain", "distance of states from those of aligned"),
+        OwnTerm("reroute", "reroute", "relu of the cosine of states with those of aligned"),
+    )
 
     @property
     def extra_passes(self) -> float:
-        """A forward pass with adapters off: a third of a forward and a backward one."""
-        return 1 / 3
-
-    def own_terms(self) -> tuple[Term, ...]:
-        """Both, computed by the pass."""
-        from raycomplete.losses.terms import Term, computed_in_pass
-
-        return (
-            Term("retain", "retain", "distance of states from those of aligned", computed_in_pass, reads=()),
-            Term(
-                "reroute", "reroute", "relu of the cosine of states with those of aligned", computed_in_pass, reads=()
-            ),
-        )
+        return 1 / 3  # a forward pass with adapters off
 
     def loss_weights(self) -> dict[str, float]:
-        """One weight, shared out by `schedule`."""
         return {"retain": self.alpha, "reroute": self.alpha}
 
     def schedule(self, progress: float) -> dict[str, float]:
-        """From rerouting alone to equal parts."""
         return {"retain": progress / 2, "reroute": 1 - progress / 2}
 
     def sequence(self, item: Item) -> TrainSequence:
-        """A prompt and what follows, h or aligned's answer; a row each token that is read."""
         if isinstance(item, AnchorItem):
             token_ids = item.sample.prompt_ids + item.sample.answer_ids
             spans = () if item.sample.complies else (RowSpan("retain", 1, len(token_ids) - 1),)
@@ -114,7 +93,6 @@ class CircuitBreakers(Method):
         return TrainSequence(token_ids, (RowSpan("reroute", 1, len(token_ids) - 1),), len(item.sample.harmful_ids))
 
     def student_pass(self, lm: Any) -> StudentPass:
-        """Reads each batch twice, without and with adapters."""
         import torch
 
         from raycomplete.losses.torch_rows import TermRows
@@ -127,21 +105,16 @@ class CircuitBreakers(Method):
             with torch.no_grad(), student.without_adapters():
                 start = student.states(batch, output_hidden_states=True).hidden_states
             own = student.states(batch, output_hidden_states=True)
-            depth, number_N = len(start) - 1, batch.term_N
+            depth = len(start) - 1
             chosen = [min(max(round(share * depth), 1), depth) for share in self.target_layers]
-
-            def rows(term: str, layers: list[int]) -> tuple[Tensor, Tensor]:
-                row_N = batch.row_N[number_N == batch.terms.index(term)]
-                mine, theirs = (
+            found = {}
+            for term, formula, layers in (("retain", retain, range(depth + 1)), ("reroute", reroute, chosen)):
+                row_N = batch.row_N[batch.term_N == batch.terms.index(term)]
+                own_LNH, start_LNH = (
                     torch.stack([states[layer].flatten(0, 1)[row_N].float() for layer in layers])
                     for states in (own.hidden_states, start)
                 )
-                return mine, theirs
-
-            found = {
-                "retain": TermRows(retain(*rows("retain", list(range(depth + 1))))),
-                "reroute": TermRows(reroute(*rows("reroute", chosen))),
-            }
+                found[term] = TermRows(formula(own_LNH, start_LNH))
             return student.total(own.last_hidden_state, batch, found)
 
         return run

@@ -18,25 +18,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field
-
-from raycomplete.methods.augmentation import Augmentation
-from raycomplete.methods.registry import (
-    AnchorItem,
-    Item,
-    RowSpan,
-    StudentPass,
-    TrainSequence,
-    harmless_answer,
-    register,
-)
+from raycomplete.methods.registry import OwnTerm, RecoveryItem, RowSpan, StudentPass, TrainSequence, register
+from raycomplete.methods.rivals.augmentation import Augmentation
+from raycomplete.methods.rivals.shared import refusal_after
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from raycomplete.losses.terms import Term
 
 
 def attention_on_prefill(attention_BHTT: Tensor, row_R: Tensor, first_R: Tensor, length_R: Tensor) -> Tensor:
@@ -62,36 +51,23 @@ def attention_on_prefill(attention_BHTT: Tensor, row_R: Tensor, first_R: Tensor,
 class PRESTO(Augmentation):
     """Refusal augmentation, and as little attention on the prefill as possible."""
 
-    name: Literal["presto"] = Field("presto", description="which method")  # type: ignore[assignment]
-    recovery_batch_size: int = Field(16, ge=1, description="refusals of a step, over all workers")
-    attention_weight: float = Field(1.0, ge=0, description="weight of the attention on the prefill")
+    name: Literal["presto"] = "presto"  # type: ignore[assignment]
 
+    attention_weight: ClassVar[float] = 1.0
     published = (("train.lr", 2e-05),)  # type: ignore[assignment]
     departures = (*Augmentation.departures, "the last token of a refusal pays no attention")  # type: ignore[assignment]
-
-    def own_terms(self) -> tuple[Term, ...]:
-        """The attention, computed by the pass."""
-        from raycomplete.losses.terms import Term, computed_in_pass
-
-        return (
-            Term(
-                "presto", "PRESTO", "twice the attention on the prefill, mean over layers", computed_in_pass, reads=()
-            ),
-        )
+    terms = (OwnTerm("presto", "PRESTO", "twice the attention on the prefill, mean over layers"),)
 
     def loss_weights(self) -> dict[str, float]:
-        """Cross-entropy and attention."""
         return {"nll": 1.0, "presto": self.attention_weight}
 
-    def sequence(self, item: Item) -> TrainSequence:
+    def harmful(self, item: RecoveryItem) -> tuple[TrainSequence, ...]:
         """Adds a row of attention for each token of h and r that is read to the sequence of `augmentation`."""
-        if isinstance(item, AnchorItem):
-            return harmless_answer(item, "nll")
         cut = item.redrawn_cut(self.plain_fraction, spare=1)
-        plain = self.refusal(item, cut)
+        plain = refusal_after(item, cut, "nll")
         start = len(item.sample.prompt_ids) + 1
         spans = (RowSpan("presto", start, len(plain.token_ids) - start),) if cut else ()
-        return replace(plain, spans=(*plain.spans, *spans))
+        return (replace(plain, spans=(*plain.spans, *spans)),)
 
     def normalisers(self, sequences: Iterable[TrainSequence]) -> dict[str, float]:
         """Tokens of refusals, harmless answers and prefills for both terms."""

@@ -17,8 +17,7 @@ steps learn nothing there, and at a rate of distillation (1e-3) the penalty alon
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -27,6 +26,7 @@ from raycomplete.methods.registry import (
     AnchorItem,
     Item,
     Method,
+    OwnTerm,
     RolloutGroups,
     RowSpan,
     TeacherContext,
@@ -35,21 +35,16 @@ from raycomplete.methods.registry import (
 )
 from raycomplete.runtime.section import Section
 
-if TYPE_CHECKING:
-    from raycomplete.losses.terms import Term
-
 
 @register
 class PolicyGradient(Method):
     """Group-relative policy gradient: rewards for refusing after h, and for not refusing harmless prompts."""
 
-    name: Literal["policy_gradient"] = Field("policy_gradient", description="which method")
-    anchor_batch_size: int = Field(16, ge=1, description="rollouts of harmless prompts of a step, over all workers")
-    recovery_batch_size: int = Field(16, ge=1, description="rollouts of harmful prompts of a step, over all workers")
-    group_size: int = Field(8, ge=2, description="rollouts of each prompt and cut")
-    plain_fraction: float = Field(0.25, ge=0, le=1, description="share of harmful groups that follow the prompt alone")
+    name: Literal["policy_gradient"] = "policy_gradient"
     kl_weight: float = Field(0.04, ge=0, description="weight of KL(student || aligned) along the rollouts")
 
+    group_size: ClassVar[int] = 8  # rollouts of each prompt and cut
+    plain_fraction: ClassVar[float] = 0.25  # share of harmful groups that follow the prompt alone
     per_sequence = frozenset({"policy"})
     needs_fresh_rollouts = True
     published = (("train.lr", 1e-06),)
@@ -59,26 +54,19 @@ class PolicyGradient(Method):
         "by default groups of 8, not 64, a quarter of the harmful ones after the prompt alone",
     )
 
+    terms = (  # advantages are weights of rows
+        OwnTerm("policy", "policy", "-log p_s of the student's own words times their advantage", "nll"),
+        OwnTerm("kl_aligned", "KL to aligned", "KL(student || aligned)", "anchor"),
+    )
+
     @property
     def rollout_groups(self) -> RolloutGroups:
-        """Groups, whose rewards are compared."""
         return RolloutGroups(self.group_size, self.plain_fraction)
 
-    def own_terms(self) -> tuple[Term, ...]:
-        """The policy gradient, whose advantages are weights of rows, and the KL penalty."""
-        from raycomplete.losses.terms import Term, get, nll
-
-        policy = Term("policy", "policy", "-log p_s of the student's own words times their advantage", nll, reads=())
-        return policy, replace(
-            get("anchor"), name="kl_aligned", label="KL to aligned", description="KL(student || aligned)"
-        )
-
     def loss_weights(self) -> dict[str, float]:
-        """Policy gradient and KL penalty."""
         return {"policy": 1.0, "kl_aligned": self.kl_weight}
 
     def loss_options(self) -> dict[str, Section]:
-        """The direction of the KL."""
         return {"kl_aligned": DivergenceSettings(divergence="reverse_kl")}
 
     def sequence(self, item: Item) -> TrainSequence:
@@ -102,7 +90,7 @@ class PolicyGradient(Method):
     def _whole_groups(self) -> PolicyGradient:
         if self.anchor_batch_size % self.group_size or self.recovery_batch_size % self.group_size:
             raise ValueError(
-                f"method.anchor_batch_size and method.recovery_batch_size must be multiples of method.group_size "
-                f"({self.group_size})"
+                "method.anchor_batch_size and method.recovery_batch_size must be multiples of the group of "
+                f"{self.group_size} rollouts"
             )
         return self
