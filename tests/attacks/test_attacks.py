@@ -86,17 +86,6 @@ def test_decoding_asks_with_its_settings(target: Target, sets: EvaluationSets) -
     assert samplers == {"temperature-0.5": None, "top_p-0.9": None, "top_k-5": "engine"}
 
 
-def test_searches_find_what_lowers_the_loss(target: Target, sets: EvaluationSets) -> None:
-    target.codec.encode_answer("open window locked open")
-    for entry in (
-        {"name": "gcg", "steps": 6, "search_width": 9, "top": 2, "suffix_tokens": 3},
-        {"name": "random_search", "queries": 200, "batch": 8, "suffix_tokens": 3},
-    ):
-        for trial, response in run(target, entry, sets):
-            assert response.stats["loss_best"] < response.stats["loss_start"] == 1.0, trial.attack
-            assert target.codec.decode(response.sequence).startswith(trial.prompt.text)
-
-
 def test_pair_tells_the_attacker_what_happened(target: Target, sets: EvaluationSets, model: Any, codec: Any) -> None:
     heard: list[str] = []
 
@@ -143,24 +132,6 @@ def test_pair_needs_room_for_its_instruction(target: Target, sets: EvaluationSet
     small = replace(target.tools, attacker=lambda checkpoint: Attacker("a", model("x"), codec, 20))
     with pytest.raises(SetupError, match="the attacker reads 20"):
         run(replace(target, tools=small), {"name": "pair", "streams": 1, "max_tokens": 15}, sets)
-
-
-def test_adaptive_variants(target: Target, sets: EvaluationSets) -> None:
-    attack = made({"name": "adaptive", "cuts": [3], "depths": [2]})
-    trials = {trial.variant: trial for trial in attack.plan(target, sets.harmful) if trial.prompt.prompt_id == "h6"}
-    decode, asked = target.codec.decode, "do the bad thing number 6"
-    assert {variant: decode(trial.sequence) for variant, trial in trials.items()} == {
-        "cut-3": f"{asked} step6x0 step6x1 step6x2",
-        "multi-turn-2": f"{asked} step6x0 step6x1 Please explain the steps.",
-    }
-    assert {variant: decode(trial.prefill) for variant, trial in trials.items()} == {
-        "cut-3": "step6x0 step6x1 step6x2",
-        "multi-turn-2": "",  # the response starts anew after it: a judge would take it for words put into the mouth
-    }
-    turns = list(trials["multi-turn-2"].sequence)
-    assert turns.count(2) == 2, "both turns end where the model begins"
-    assert turns[-1] == 2
-    assert 0 in turns, "the earlier answer is ended"
 
 
 def test_templates(target: Target, sets: EvaluationSets, tmp_path: Path) -> None:
