@@ -5,12 +5,11 @@ A user's file adds an attack without touching the package, by the names below: d
 """
 
 from raycomplete.attacks import (  # noqa: F401  each registers its attacks
-    best_of_n,
-    decoding,
     finetune,
     prefills,
     ranked,
     rewriting,
+    sampling,
     suffix,
     templates,
 )

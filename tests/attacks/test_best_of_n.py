@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from raycomplete.attacks.best_of_n import augmented
+from raycomplete.attacks.sampling import augmented
 from raycomplete.attacks.target import AttackTools, Target
 from raycomplete.attacks.trial import FIRST_COMPLIED, UNUSED_WORDINGS
 from raycomplete.evaluation.runner import EvaluationSets
