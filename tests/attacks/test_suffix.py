@@ -96,7 +96,7 @@ def test_gcg_falls_over_windows_and_beats_random_search(target: Target, behaviou
     gcg: Any = made({"name": "gcg", "steps": STEPS, "search_width": WIDTH, "top": WIDTH, **shared})
     random: Any = made({"name": "random_search", "queries": STEPS * WIDTH, "batch": WIDTH, **shared})
     best = {"gcg": 0.0, "random_search": 0.0}
-    for prompt in behaviours:
+    for prompt in behaviours[:2]:
         for attack in (gcg, random):
             (box,) = target.white_boxes()
             found = attack.start(target.codec, prompt)
