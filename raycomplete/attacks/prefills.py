@@ -42,7 +42,7 @@ def depths_field(*depths: int) -> Any:
 
 
 class PrefillsConfig(AttackConfig):
-    """How much of a compliant answer the attacker writes."""
+    """The attacker writes tokens of a compliant answer."""
 
     depths: list[Depth] = depths_field()
 

@@ -227,7 +227,7 @@ class RankAssistedPrefillAttack(RankedAttack[RankAssistedPrefillConfig]):
             search.list_candidates([(rank, token) for rank, token in enumerate(tokens) if marks[rank]])
 
     def _accepts(self, target: Target, searches: Sequence[_Search]) -> list[bool]:
-        """What the helper accepts; without one, what does not end in a refusal."""
+        """Asks the helper; without one, accepts an answer that does not end in a refusal."""
         if self.config.helper is None:
             return [not target.tools.refuses(target.codec.decode(search.answer[-_TAIL:])) for search in searches]
         texts = [target.codec.decode(search.answer) for search in searches]

@@ -1,4 +1,4 @@
-"""What several rivals share: harmless answers to retain, terms, and sequences."""
+"""Parts that several rivals share: harmless answers to retain, terms, and sequences."""
 
 from __future__ import annotations
 
