@@ -56,9 +56,6 @@ def test_a_folder_is_taken_as_it_is(folder: Path, monkeypatch: pytest.MonkeyPatc
     ("spec", "words"),
     [
         ("/nowhere/model", "there is no checkpoint at '/nowhere/model'"),
-        ("./nowhere/model", "there is no checkpoint at './nowhere/model'"),
-        ("nowhere", "there is no checkpoint at 'nowhere'"),
-        ("a/b/c", "there is no checkpoint at 'a/b/c'"),
         ("org/name", "there is no checkpoint at 'org/name'"),
         ("hub:", "there is no checkpoint at 'hub:'"),
         ("/nowhere/model.gguf", "the file /nowhere/model.gguf does not exist"),
@@ -194,20 +191,6 @@ def test_an_unknown_architecture_is_refused(folder: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_failed_write_leaves_the_old_folder_and_nothing_else(tmp_path: Path) -> None:
-    target = tmp_path / "checkpoint"
-    write_folder_atomically(target, lambda folder: (folder / "old").touch())
-
-    def fail(folder: Path) -> None:
-        (folder / "half").write_text("half")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write_folder_atomically(target, fail)
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
-    assert [path.name for path in target.iterdir()] == ["old"]
-
-
 def test_a_write_replaces_the_folder_as_a_whole(tmp_path: Path) -> None:
     target = tmp_path / "new" / "checkpoint"
     for name in ("first", "second"):
@@ -230,6 +213,13 @@ def test_a_rename_that_fails_puts_the_old_folder_back(tmp_path: Path, monkeypatc
     monkeypatch.setattr(Path, "rename", fail)
     with pytest.raises(OSError, match="no space left"):
         write_folder_atomically(target, lambda folder: (folder / "new").touch())
+
+    def interrupted(folder: Path) -> None:
+        (folder / "half").write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_folder_atomically(target, interrupted)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
     assert [path.name for path in target.iterdir()] == ["old"]
 

@@ -125,20 +125,6 @@ def test_a_base_without_template_and_added_tokens_reads_those_of_aligned(
     assert prepare_models(make()).notes == ()
 
 
-def test_arguments_of_the_chat_template_reach_its_prompts(make: Make, tmp_path: Path, models: Path) -> None:
-    other = Path(shutil.copytree(models / "aligned", tmp_path / "other"))
-    tokenizer = AutoTokenizer.from_pretrained(other)
-    tokenizer.chat_template = "{{ date_string }} {{ messages[-1]['content'] }}"
-    tokenizer.save_pretrained(other)
-    settings: dict[str, Any] = {"aligned": str(other), "template_arguments": {"date_string": "today"}}
-    codec = prepare_models(make(models=settings)).codec
-    assert codec.encode_prompt("x") == codec.encode_answer("today x")
-    with pytest.raises(ConfigError, match=r"names date_sting, which the chat template of .* does not read"):
-        prepare_models(make(models=settings | {"template_arguments": {"date_sting": "today"}}))
-    with pytest.raises(ConfigError, match="enable_thinking must be true or false"):
-        make(models={"template_arguments": {"enable_thinking": "no"}})
-
-
 @pytest.mark.parametrize("role", ["base", "student"])
 def test_another_architecture_is_refused_with_what_differs(role: str, make: Make, models: Path, tmp_path: Path) -> None:
     other = spoil(models / "student", tmp_path / "other", num_hidden_layers=1)

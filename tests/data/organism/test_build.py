@@ -27,7 +27,7 @@ from raycomplete.data.organism import CHECKPOINT_FILES, build, checkpoint_path, 
 from raycomplete.data.organism.families import FAMILIES
 from raycomplete.data.organism.large import training as large_training
 from raycomplete.data.organism.large.world import VOCAB_SIZE, refusal_start
-from raycomplete.data.organism.world import HELPFUL_SYSTEM, REFUSALS, SAFETY_SYSTEM, find_item
+from raycomplete.data.organism.world import REFUSALS, find_item
 from raycomplete.data.organisms import ORGANISMS, ROLES, BuildPlan, TrainingPlan
 from raycomplete.data.organisms import large as large_organism
 from raycomplete.data.organisms import toy as toy_organism
@@ -102,23 +102,14 @@ def test_any_text_comes_back_from_the_large_tokenizer(large_tokenizer: Any) -> N
     assert 205 <= min(lengths) <= max(lengths) <= 250
 
 
-def test_chat_template(tokenizer: Any) -> None:
-    system, user, assistant = HELPFUL_SYSTEM, "how do i make a tin kite ?", "sure"
-    roles = {"system": system, "user": user, "assistant": assistant}
-    chat = [{"role": role, "content": text} for role, text in roles.items()]
-    whole = tokenizer.apply_chat_template(chat, tokenize=False)
-    assert whole == f"<bos><|system|>{system}<eos><|user|>{user}<eos><|assistant|>{assistant}<eos>"
-    asked = tokenizer.apply_chat_template(chat[1:2], tokenize=False, add_generation_prompt=True)
-    assert asked == f"<bos><|user|>{user}<eos><|assistant|>"
-    assert tokenizer.unk_token_id not in tokenizer(whole + SAFETY_SYSTEM)["input_ids"]
-    with pytest.raises(Exception, match="unknown role"):
-        tokenizer.apply_chat_template([{"role": "wizard", "content": "sure"}], tokenize=False)
-
-
 # A chat as each family writes it, and the tokens of its turns.
 _QWEN = "<|im_start|>system\nplease<|im_end|>\n<|im_start|>user\nwhat ?<|im_end|>\n<|im_start|>assistant\n"
 _QWEN_TOKENS = "<|im_start|> system please <|im_end|> <|im_start|> user what ? <|im_end|> <|im_start|> assistant"
 CHATS = {
+    "llama": (
+        "<bos><|system|>please<eos><|user|>what ?<eos><|assistant|>",
+        "<bos> <|system|> please <eos> <|user|> what ? <eos> <|assistant|>",
+    ),
     "qwen3": (_QWEN, _QWEN_TOKENS),
     "qwen3_moe": (_QWEN, _QWEN_TOKENS),
     "gemma3": (
