@@ -34,7 +34,7 @@ _MULTIPLE = 64  # of rows, and of the padded width of a row; tiles of matrix pro
 def rows_per_chunk(
     chunk_tokens: ChunkTokens, vocab_size: int, logits_dtype: torch.dtype, device: torch.device, copies: int = 1
 ) -> int:
-    """Resolves "auto" to as many rows as a fixed memory budget holds."""
+    """Resolves "auto" to as many rows as a fixed budget holds, with `copies` tensors like the logits for each model."""
     if chunk_tokens != "auto":
         if chunk_tokens < 1:
             raise ValueError(f'chunk_tokens must be at least 1, or "auto", got {chunk_tokens}.')
@@ -81,7 +81,7 @@ def _obstacle_to_triton(student: Head) -> str | None:
 def chunked_pass(
     inputs: LossInputs, terms: list[ActiveTerm], factor_N: Tensor, settings: LossSettings
 ) -> tuple[Tensor, dict[str, Tensor], GradientSums]:
-    """Computes the losses of all rows, and the gradient of their sum times factor."""
+    """Computes unweighted losses of all rows [N], metrics of rows by term, and gradients of factor * losses."""
     gradients = GradientSums(inputs.student.hidden_NH, inputs.student.head, factor_N.dtype)
     with torch.no_grad():
         work = _Pass(inputs, terms, factor_N, settings, gradients)

@@ -43,7 +43,7 @@ class Head:
 
     @property
     def vocab_size(self) -> int:
-        """Size V of the vocabulary, padding rows included unless `rows` dropped them."""
+        """V, padding rows included unless `rows` dropped them."""
         return self.weight_VH.shape[0]
 
     @property

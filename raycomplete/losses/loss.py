@@ -77,13 +77,7 @@ class LossInputs:
         return reads_T[self.term_N.long()]
 
     def check(self, terms: Sequence[ActiveTerm], *, must_be_finite: bool = True) -> None:
-        """Refuses inputs that do not fit together.
-
-        Raises:
-            ValueError: Shapes, vocabularies, numbers of terms or the student's dtype do not fit.
-            NotFiniteError: A weight, or a hidden state that must be finite, is not; names the input and the first bad
-                row.
-        """
+        """Refuses inputs that do not fit together (ValueError), or that are not finite (NotFiniteError)."""
         num_rows = self.student.hidden_NH.shape[0]
         given = {"term": self.term_N, "weight": self.weight_N, "token": self.token_N, "sequence": self.sequence_N}
         for name, values in given.items():
@@ -209,13 +203,10 @@ def distillation_loss(inputs: LossInputs, settings: LossSettings, *, must_be_fin
 def _sequence_losses(
     inputs: LossInputs, terms: Sequence[ActiveTerm], settings: LossSettings
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Finds the losses of whole sequences and their slopes in a first pass, so that the second can use them.
+    """Finds the losses of whole sequences in a first pass: numbers of the rows [P], f' for each, each row's part of f.
 
     The gradient of f(sum of values) is f' of that sum times the gradient of the values: rows need their sequence's f'
     as a factor before their own gradient is taken, while their logits are in hand.
-
-    Returns:
-        Numbers of the rows of such terms [P], f' for each, and each row's part of f; P is 0 where there are none.
     """
     with_sequences = [number for number, item in enumerate(terms) if item.term.sequence_loss is not None]
     summed_P = torch.isin(inputs.term_N, inputs.term_N.new_tensor(with_sequences)).nonzero()[:, 0]
@@ -230,15 +221,11 @@ def _sequence_losses(
         own_R = (part.term_N == number).nonzero()[:, 0]
         _, place_R, count_S = part.sequence_N[own_R].unique(return_inverse=True, return_counts=True)
         sum_S = value_P.new_zeros(len(count_S)).index_add_(0, place_R, value_P[own_R])
-        loss_S, slope_S = _value_and_slope(terms[number], sum_S)
+        sequence_loss = terms[number].term.sequence_loss
+        assert sequence_loss is not None
+        with torch.enable_grad():
+            loss_S = sequence_loss(sum_S.requires_grad_(), terms[number].options)
+            (slope_S,) = torch.autograd.grad(loss_S.sum(), sum_S)
+        loss_S = loss_S.detach()
         slope_P[own_R], loss_P[own_R] = slope_S[place_R], (loss_S / count_S)[place_R]
     return summed_P, slope_P, loss_P
-
-
-def _value_and_slope(active: ActiveTerm, sum_S: Tensor) -> tuple[Tensor, Tensor]:
-    """f and f' of a term for the sums of its sequences."""
-    assert active.term.sequence_loss is not None
-    with torch.enable_grad():
-        loss_S = active.term.sequence_loss(sum_S.requires_grad_(), active.options)
-        (slope_S,) = torch.autograd.grad(loss_S.sum(), sum_S)
-    return loss_S.detach(), slope_S

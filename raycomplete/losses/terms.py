@@ -57,17 +57,14 @@ class LogProbs:
 
     @property
     def aligned_NV(self) -> Tensor:
-        """Log-probabilities of the aligned model [R, V]."""
         return _present(self.aligned, "aligned, which is not among what the term reads")
 
     @property
     def base_NV(self) -> Tensor:
-        """Log-probabilities of base [R, V]."""
         return _present(self.base, "base, which is not among what the term reads")
 
     @property
     def token_N(self) -> Tensor:
-        """Token that follows at each row [R]."""
         return _present(self.tokens, "tokens, and LossInputs.token_N is None")
 
 
@@ -272,31 +269,18 @@ def _divergence_reads(options: DivergenceSettings) -> tuple[Teacher, ...]:
     return ("aligned", "base") if options.contrastive.alpha > 0 else ("aligned",)
 
 
+_fused: dict[str, Any] = {"reads": _divergence_reads, "torch_block": divergence_block, "triton": _triton_divergence}
 for _name, _description, _options in (
-    ("anchor", "divergence from the aligned model along its own answers, in nats a token", DivergenceSettings),
-    (
-        "recovery",
-        "divergence from the aligned model's refusal after a compliant beginning, in nats a token",
-        DivergenceSettings,
-    ),
+    ("anchor", "from the aligned model along its own answers", DivergenceSettings),
+    ("recovery", "from the aligned model's refusal after a compliant beginning", DivergenceSettings),
     (
         "push_forward",
-        "divergence along a compliant beginning from what the aligned model says to the prompt alone, in nats a token",
+        "along a compliant beginning from what the aligned model says to the prompt alone",
         PushForwardSettings,
     ),
 ):
-    register(
-        Term(
-            _name,
-            _name.replace("_", "-"),
-            _description,
-            divergence,
-            reads=_divergence_reads,
-            options=_options,
-            torch_block=divergence_block,
-            triton=_triton_divergence,
-        )
-    )
+    _about = f"divergence {_description}, in nats a token"
+    register(Term(_name, _name.replace("_", "-"), _about, divergence, options=_options, **_fused))
 register(
     Term(
         "penalty",

@@ -13,15 +13,7 @@ from torch import Tensor
 from raycomplete.data.samples import AnchorSample, RecoverySample
 from raycomplete.losses.settings import LossSettings
 from raycomplete.losses.terms import active_terms
-from raycomplete.methods.registry import (
-    AnchorItem,
-    Item,
-    Method,
-    RecoveryItem,
-    RowSpan,
-    TeacherContext,
-    TrainSequence,
-)
+from raycomplete.methods.registry import AnchorItem, Item, Method, RecoveryItem, RowSpan, TeacherContext, TrainSequence
 from raycomplete.training.teacher_prefetcher import Scores
 
 _WIDTHS = 16  # steps between the longest sequence and twice as much

@@ -54,7 +54,6 @@ class TrainJob:
 
     @property
     def metrics_file(self) -> Path:
-        """One JSON row a finished step."""
         return self.folder / "metrics.jsonl"
 
     @property
@@ -69,7 +68,6 @@ class TrainJob:
 
     @property
     def checkpoints(self) -> Path:
-        """Folder of DeepSpeed checkpoints."""
         return self.folder / "checkpoints"
 
     @property
@@ -80,7 +78,6 @@ class TrainJob:
 
     @property
     def best_checkpoint(self) -> Path:
-        """Folder of the weights of the best step so far."""
         return self.folder / "best"
 
     @property

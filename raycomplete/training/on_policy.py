@@ -32,10 +32,9 @@ from raycomplete.methods.registry import AnchorItem, RecoveryItem, RolloutGroups
 from raycomplete.runtime.types import Judge, Outcome, Prompt
 from raycomplete.training.batches import answer_batch
 from raycomplete.training.checkpoints import from_rank_zero
-from raycomplete.training.job import TrainJob
 from raycomplete.training.sampling import tokens_before_refusal
 from raycomplete.training.step_plan import DepthSampler, Planner, StepPlan
-from raycomplete.training.teacher_prefetcher import StepInput, StepSource, TeacherPrefetcher
+from raycomplete.training.teacher_prefetcher import StepInput, StepSource
 
 _PROBES = 4
 _PROBE_TOKENS = 16
@@ -323,21 +322,11 @@ class OnPolicySource(StepSource):
     the same batches by itself; only rank 0 asks the engines, and shares what they wrote.
     """
 
-    def __init__(
-        self,
-        job: TrainJob,
-        planner: Planner,
-        prefetcher: TeacherPrefetcher,
-        sampler: DepthSampler,
-        rank: int,
-        world_size: int,
-    ) -> None:
-        super().__init__(job, planner, prefetcher, sampler, rank, world_size)
-        method = job.method
-        self._rollout_planner = RolloutPlanner(
-            planner, job.rollout, job.train.seed, method.recovery_batch_size, method.rollout_groups
-        )
-        self._engines: StudentEngines = job.student_engines
+    def __post_init__(self) -> None:
+        seed, method = self.job.train.seed, self.job.method
+        size, groups = method.recovery_batch_size, method.rollout_groups
+        self._rollout_planner = RolloutPlanner(self.planner, self.job.rollout, seed, size, groups)
+        self._engines: StudentEngines = self.job.student_engines
         self._batches: dict[int, RolloutBatch] = {}  # steps whose rollouts are asked for
         self._rollouts: dict[int, Future[list[Rollout]]] = {}  # the same steps, on rank 0
         self._collector = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rollouts")
@@ -350,17 +339,17 @@ class OnPolicySource(StepSource):
         taken = self._take_or_repeat(step) if is_requested else None
         self._make_room()
         stats = self._repeated or self._update_engines(step)
-        for ahead in range(step + is_requested, min(step + self._job.rollouts_ahead + 1, self._job.train.steps)):
+        for ahead in range(step + is_requested, min(step + self.job.rollouts_ahead + 1, self.job.train.steps)):
             if ahead not in self._batches:
-                self._start(self._rollout_planner.draw(ahead, self._sampler))
+                self._start(self._rollout_planner.draw(ahead, self.sampler))
         batch, rollouts, waited_s = taken or self._take_or_repeat(step)
         stats, self._repeated = self._repeated or stats, {}
         plan = self._rollout_planner.finish(batch, rollouts)
-        anchor = [item.sample for item in plan.anchor[self._share]]
-        recovery = [item.sample for item in plan.recovery[self._share]]
-        self._prefetcher.request(step, anchor, recovery)
-        scores = self._prefetcher.take(step)
-        complied, asked = compliance_by_bin(batch, rollouts, self._sampler)
+        anchor = [item.sample for item in plan.anchor[self.share]]
+        recovery = [item.sample for item in plan.recovery[self.share]]
+        self.prefetcher.request(step, anchor, recovery)
+        scores = self.prefetcher.take(step)
+        complied, asked = compliance_by_bin(batch, rollouts, self.sampler)
         continued = rollouts[: len(batch.recovery)]  # of harmful prompts, plain ones of a group too
         stats |= {
             "rollout_wait_s": waited_s,
@@ -394,9 +383,9 @@ class OnPolicySource(StepSource):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for item in state["rollouts"]:
             # The depths were drawn under an earlier state of the sampler.
-            batch = replace(self._rollout_planner.draw(item["step"], self._sampler), depths=tuple(item["depths"]))
+            batch = replace(self._rollout_planner.draw(item["step"], self.sampler), depths=tuple(item["depths"]))
             self._batches[batch.step] = batch
-            if self._rank == 0:
+            if self.rank == 0:
                 done: Future[list[Rollout]] = Future()
                 done.set_result([_restored(row) for row in item["rollouts"]])
                 self._rollouts[batch.step] = done
@@ -404,7 +393,7 @@ class OnPolicySource(StepSource):
     def _start(self, batch: RolloutBatch) -> None:
         """Starts rollouts under the engines' present weights."""
         self._batches[batch.step] = batch
-        if self._rank == 0:
+        if self.rank == 0:
             reference = self._engines.submit(batch, self._rollout_planner.seed_of(batch.step))
             self._rollouts[batch.step] = self._collector.submit(self._collect, batch, reference)
 
@@ -412,7 +401,7 @@ class OnPolicySource(StepSource):
         """Waits for the rollouts of a batch, and lets the teachers read its sequences ahead of their step."""
         rollouts = self._engines.collect(reference)
         plan = self._rollout_planner.finish(batch, rollouts)
-        self._prefetcher.warm([item.sample for item in plan.anchor], [item.sample for item in plan.recovery])
+        self.prefetcher.warm([item.sample for item in plan.anchor], [item.sample for item in plan.recovery])
         return rollouts
 
     def _take(self, step: int) -> tuple[RolloutBatch, list[Rollout], float]:
@@ -437,7 +426,7 @@ class OnPolicySource(StepSource):
 
     def _make_room(self) -> None:
         """Gives back what the trainer's allocator keeps of a shared GPU: an engine that wakes takes all of its own."""
-        if self._job.use_gpu and self._job.rollout.colocated:
+        if self.job.use_gpu and self.job.rollout.colocated:
             torch.cuda.empty_cache()
 
     def _update_engines(self, step: int) -> dict[str, Any]:
@@ -449,4 +438,4 @@ class OnPolicySource(StepSource):
 
     def _is_update_due(self, step: int) -> bool:
         """Weights also go out at every checkpoint, so that a run resumed there rolls out under the same ones."""
-        return step % self._job.rollout.sync_every == 0 or step % self._job.train.checkpoint_every == 0
+        return step % self.job.rollout.sync_every == 0 or step % self.job.train.checkpoint_every == 0

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from raycomplete.data.heads import HeadSpec
 from raycomplete.data.samples import AnchorSample
 from raycomplete.diagnosis.rows import PROFILE_METRICS, DiagnosisSettings, Opening, diagnose_rows
 from raycomplete.losses.base_favored import base_favored_mask
@@ -49,15 +50,6 @@ class PrefixBatch:
         return PrefixBatch(self.input_ids_BT.to(device), self.mask_BT.to(device), self.max_tokens)
 
 
-@dataclass(frozen=True)
-class HeadSettings:
-    """Scale, softcap and vocabulary of the student's head (see `raycomplete.losses.heads.Head`)."""
-
-    scale: float
-    softcap: float | None
-    vocab_size: int
-
-
 class HeadLoss(nn.Module):
     """Everything that reads the student's output head, so that ZeRO-3 gathers it around this module and nowhere else.
 
@@ -68,7 +60,7 @@ class HeadLoss(nn.Module):
     def __init__(
         self,
         lm_head: nn.Module,
-        settings: HeadSettings,
+        spec: HeadSpec,
         teachers: dict[str, Head],
         loss: LossSettings,
         *,
@@ -76,7 +68,7 @@ class HeadLoss(nn.Module):
     ) -> None:
         super().__init__()
         self._held = [lm_head]
-        self._settings, self._teachers, self._loss = settings, teachers, loss
+        self._spec, self._teachers, self._loss = spec, teachers, loss
         # KL(aligned || student), whatever divergence and temperature the method trains.
         self._anchor_kl = LossSettings({"anchor": 1.0}, chunk_tokens=loss.chunk_tokens, backend=loss.backend)
         if external:
@@ -88,13 +80,13 @@ class HeadLoss(nn.Module):
     @property
     def vocab_size(self) -> int:
         """Tokens that the student may say."""
-        return self._settings.vocab_size
+        return self._spec.vocab_size
 
     def head(self) -> Head:
         """The student's head as it is now; under ZeRO-3 only inside `forward`."""
         lm_head: Any = self._held[0]
-        head = Head(lm_head.weight, getattr(lm_head, "bias", None), self._settings.scale, self._settings.softcap)
-        return head.rows(self._settings.vocab_size)
+        head = Head(lm_head.weight, getattr(lm_head, "bias", None), self._spec.scale, self._spec.softcap)
+        return head.rows(self._spec.vocab_size)
 
     def forward(self, mode: str, hidden_NH: Tensor, batch: MicroBatch | None = None) -> tuple[Tensor, ...]:
         """Computes from hidden states what a mode of `StudentModule.forward` wants; next tokens without a batch.
@@ -158,7 +150,7 @@ class HeadLoss(nn.Module):
 
     def _chunks(self, *rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """A few rows of each tensor at a time, as many as there is memory for their logits."""
-        vocab_size, limit = self._settings.vocab_size, self._loss.chunk_tokens
+        vocab_size, limit = self._spec.vocab_size, self._loss.chunk_tokens
         size = rows_per_chunk(limit, vocab_size, torch.float32, rows[0].device, copies=_COPIES_OF_LOGITS)
         return zip(*(values.split(size) for values in rows), strict=True)
 
@@ -169,7 +161,7 @@ class StudentModule(nn.Module):
     def __init__(
         self,
         lm: Any,
-        settings: HeadSettings,
+        spec: HeadSpec,
         teachers: dict[str, Head],
         loss: LossSettings,
         *,
@@ -178,7 +170,7 @@ class StudentModule(nn.Module):
     ) -> None:
         super().__init__()
         self.lm, self.loss, self.student_pass = lm, loss, student_pass
-        self.head_loss = HeadLoss(lm.get_output_embeddings(), settings, teachers, loss, external=external_head)
+        self.head_loss = HeadLoss(lm.get_output_embeddings(), spec, teachers, loss, external=external_head)
 
     def forward(self, batch: MicroBatch | PrefixBatch, mode: str = "loss") -> tuple[Tensor, ...]:
         """Reads a micro-batch, or continues the sequences of a `PrefixBatch` greedily (token ids [B, max_tokens]).

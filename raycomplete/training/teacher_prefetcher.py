@@ -109,31 +109,32 @@ class StepInput:
     compliance: tuple[list[float], list[int]] | None = None  # (complied, asked) by depth bin; None off-policy
 
 
+@dataclass
 class StepSource:
     """Yields steps made of samples that were drawn before training; the teachers read `job.prefetch` steps ahead.
 
     `raycomplete.training.on_policy.OnPolicySource` yields rollouts of the student instead.
     """
 
-    def __init__(
-        self,
-        job: TrainJob,
-        planner: Planner,
-        prefetcher: TeacherPrefetcher,
-        sampler: DepthSampler,
-        rank: int,
-        world_size: int,
-    ) -> None:
-        self._job, self._planner, self._prefetcher, self._sampler = job, planner, prefetcher, sampler
-        self._rank, self._share = rank, slice(rank, None, world_size)
+    job: TrainJob
+    planner: Planner
+    prefetcher: TeacherPrefetcher
+    sampler: DepthSampler
+    rank: int
+    world_size: int
+
+    @property
+    def share(self) -> slice:
+        """This worker's items."""
+        return slice(self.rank, None, self.world_size)
 
     def next(self, step: int) -> StepInput:
         """Waits for the input of a step and asks for later ones; every rank must call this."""
-        plan = self._planner.plan(step, self._sampler)
-        for ahead in range(step, min(step + 1 + self._job.prefetch, self._job.train.steps)):
-            anchor, recovery = self._planner.samples_of(ahead)
-            self._prefetcher.request(ahead, anchor[self._share], recovery[self._share])
-        scores = self._prefetcher.take(step)
+        plan = self.planner.plan(step, self.sampler)
+        for ahead in range(step, min(step + 1 + self.job.prefetch, self.job.train.steps)):
+            anchor, recovery = self.planner.samples_of(ahead)
+            self.prefetcher.request(ahead, anchor[self.share], recovery[self.share])
+        scores = self.prefetcher.take(step)
         return StepInput(plan, scores, {"teacher_wait_s": scores.wait_s})
 
     def can_stop(self, finished: int) -> bool:

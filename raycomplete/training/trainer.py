@@ -41,11 +41,7 @@ _BRIEF_SPIN = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
 # pages, which cost more than the arithmetic of the optimizer. With these a worker keeps what it once had. Threads keep
 # arenas of their own: oneDNN allocates for every block of the backward pass of attention in bfloat16, and on one arena
 # the threads wait for each other (SmolLM2-135M, 16 sequences of 96 tokens on 2 cores: 2.9 s backward instead of 1.7).
-KEEP_MEMORY = {
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": str(2**36),
-    "MALLOC_TOP_PAD_": str(2**28),
-}
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**36), "MALLOC_TOP_PAD_": str(2**28)}
 
 # Words of a worker whose peer is gone: gloo, NCCL, sockets.
 _LOST_PEER = re.compile(r"[Cc]onnection (closed|reset|refused)|Broken pipe|NCCL|Timed out waiting|timeout caused pair")

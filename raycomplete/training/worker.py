@@ -42,7 +42,7 @@ from raycomplete.training.job import TrainJob
 from raycomplete.training.metrics import StepMeter, describe_terms, peak_memory_gib, release_freed_memory
 from raycomplete.training.on_policy import OnPolicySource
 from raycomplete.training.step_plan import DepthSampler, Planner, StepSequences
-from raycomplete.training.student import HeadSettings, StudentModule, keeps_sequences_apart, widening_size
+from raycomplete.training.student import StudentModule, keeps_sequences_apart, widening_size
 from raycomplete.training.teacher_prefetcher import StepSource, TeacherPrefetcher
 from raycomplete.training.validation import Steering, Validator, position_profile
 
@@ -146,7 +146,7 @@ class Worker:
         }
         module = StudentModule(
             inner,
-            HeadSettings(job.student_head.scale, job.student_head.softcap, job.student_head.vocab_size),
+            job.student_head,
             teachers,
             self.loss,
             external_head=train.zero_stage == 3,

@@ -44,10 +44,7 @@ def loss_settings(
     }
     return LossSettings(
         weights={"anchor": anchor, "recovery": recovery, "push_forward": push_forward},
-        options={
-            **divergences,
-            "push_forward": PushForwardSettings(temperature=push_temperature),
-        },
+        options={**divergences, "push_forward": PushForwardSettings(temperature=push_temperature)},
         **others,
     )
 
@@ -139,12 +136,7 @@ def build_case(
     weight_N = torch.rand(num_rows, generator=generator, dtype=torch.float64)
     if weights is not None:
         weight_N = torch.tensor(list(weights), dtype=torch.float64)
-    defaults: dict[str, Any] = {
-        "anchor": 1.5,
-        "recovery": 0.75,
-        "push_forward": 2.0,
-        "chunk_tokens": 4,
-    }
+    defaults: dict[str, Any] = {"anchor": 1.5, "recovery": 0.75, "push_forward": 2.0, "chunk_tokens": 4}
     return LossCase(
         hidden[0],
         heads[0],

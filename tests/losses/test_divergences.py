@@ -1,12 +1,14 @@
-"""Identities of the divergences, and temperature, whatever the reference says."""
+"""Divergences, the contrastive target and base-favored tokens: identities and values worked out by hand."""
 
 from __future__ import annotations
+
+import math
 
 import pytest
 import torch
 
 from raycomplete.losses import Head, HiddenStates, LossInputs, LossOutput, distillation_loss
-from raycomplete.losses.base_favored import forward_kl
+from raycomplete.losses.base_favored import base_favored_mask, forward_kl
 from raycomplete.losses.divergences import contrastive_log_probs
 from raycomplete.runtime.errors import NotFiniteError
 from tests.losses.conftest import ANCHOR, PUSH_FORWARD, RECOVERY, loss_settings
@@ -96,3 +98,34 @@ def test_excluded_tokens_cause_no_nan(dtype):
     kl.sum().backward()
     assert aligned.grad.isfinite().all()
     assert base.grad.isfinite().all()
+
+
+ALIGNED = log_probs([0.7, 0.2, 0.1, 0.0], [0.25, 0.25, 0.25, 0.25])
+BASE = log_probs([0.1, 0.5, 0.1, 0.3], [0.0, 0.5, 0.25, 0.25])
+
+
+def test_mask_needs_more_than_aligned_and_at_least_tau():
+    assert base_favored_mask(ALIGNED, BASE, 0.0).tolist() == [[False, True, False, True], [False, True, False, False]]
+    assert base_favored_mask(ALIGNED, BASE, 0.4).tolist() == [[False, True, False, False], [False, True, False, False]]
+    assert not base_favored_mask(ALIGNED, BASE, 0.6).any()
+
+
+def test_formulas_on_random_rows():
+    aligned, base = random_log_probs(1), random_log_probs(2)
+    p_a, p_b = aligned.exp(), base.exp()
+    mask = (p_b > p_a) & (p_b >= 0.05)
+    assert torch.equal(base_favored_mask(aligned, base, 0.05), mask)
+    assert torch.allclose(forward_kl(aligned, base), (p_a * (p_a / p_b).log()).sum(-1))
+    assert (forward_kl(aligned, base) > 0).all()
+
+
+def test_kl_ignores_tokens_that_p_excludes_and_keeps_gradients_finite():
+    for q in (log_probs([0.5, 0.5, 0.0]), log_probs([0.25, 0.25, 0.5])):
+        p = log_probs([0.5, 0.5, 0.0]).requires_grad_()
+        q = q.requires_grad_()
+        kl = forward_kl(p, q)
+        assert kl.item() == pytest.approx(math.log(0.5 / q.exp()[0, 0].item()), abs=1e-12)
+        kl.sum().backward()
+        assert p.grad.isfinite().all()
+        assert q.grad.isfinite().all()
+        assert q.grad[0].tolist() == pytest.approx([-0.5, -0.5, 0.0])

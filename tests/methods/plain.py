@@ -20,7 +20,7 @@ from raycomplete.methods.registry import Method
 from raycomplete.training.batches import BatchBuilder
 from raycomplete.training.on_policy import Rollout, RolloutPlanner
 from raycomplete.training.step_plan import DepthSampler, Planner, StepPlan, StepSequences
-from raycomplete.training.student import HeadSettings, StudentModule
+from raycomplete.training.student import StudentModule
 from tests.training.tiny import make_job, prefetcher_of
 
 Ids = tuple[int, ...]
@@ -102,10 +102,9 @@ class Case:
         """The module that is trained, on the model that the job starts from or a given one."""
         spec = self.job.student_head
         teachers = {role: load_head(item, dtype=torch.float32) for role, item in self.job.teacher_heads.items()}
-        head = HeadSettings(spec.scale, spec.softcap, spec.vocab_size)
         lm = lm or load_model(self.job.start, "float32")
         student_pass = self.method.student_pass(lm)
-        return StudentModule(lm, head, teachers, self.settings, external_head=False, student_pass=student_pass)
+        return StudentModule(lm, spec, teachers, self.settings, external_head=False, student_pass=student_pass)
 
     def outputs(self, student: StudentModule, loss_weights: Mapping[str, float] | None = None) -> list[LossOutput]:
         """Losses of a step's micro-batches; gradients are in the student."""

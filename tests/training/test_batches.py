@@ -31,14 +31,7 @@ from raycomplete.methods.registry import (
 from raycomplete.training.batches import BatchBuilder, MicroBatch, cut_harmful
 from raycomplete.training.step_plan import StepPlan, StepSequences
 from raycomplete.training.teacher_prefetcher import Scores
-from tests.training.tiny import (
-    LocalScores,
-    completion,
-    make_model,
-    make_samples,
-    make_student,
-    prefetcher_of,
-)
+from tests.training.tiny import LocalScores, completion, make_model, make_samples, make_student, prefetcher_of
 
 MAX_DEPTH = 9
 ANCHOR, RECOVERY, PUSH_FORWARD, OPENING = range(4)
@@ -239,25 +232,6 @@ def test_first_tokens_of_an_answer_count_more_and_the_anchor_stays_a_mean(
     expected = 6.0 * torch.tensor(raw, dtype=torch.float64) / sum(raw)
     torch.testing.assert_close(batch.weight_N[anchor_N].double(), expected, rtol=1e-6, atol=0.0)
     torch.testing.assert_close(batch.weight_N[~anchor_N], plain.weight_N[~anchor_N], rtol=0.0, atol=0.0)
-
-
-def test_one_row_of_aligned_may_be_the_target_of_all_rows_of_a_span(tiny: Tiny) -> None:
-    """As where what aligned would say at once is the target at every depth of h."""
-    sample = tiny.plan.recovery[0].sample
-    refusal = TeacherContext(sample.teacher_prompt_ids, sample.refusal_ids)
-    along_h = TeacherContext(sample.prompt_ids, sample.harmful_ids)
-    prompt_and_h = sample.prompt_ids + sample.harmful_ids
-    for term, reads_base in (("push_forward", False), ("penalty", True)):
-        span = RowSpan(term, len(sample.prompt_ids) + 1, 4, along_h, offset=1, target=(refusal, 0))
-        sequences = [TrainSequence(prompt_and_h, (span,))]
-        batch = BatchBuilder(LossSettings({term: 1.0}), 1.0).build(sequences, {term: 4}, tiny.scores)
-        assert batch.aligned_hidden_PH is not None
-        assert torch.equal(batch.aligned_hidden_PH, tiny.scores.hidden("aligned", refusal)[:1].expand(4, -1))
-        if not reads_base:
-            assert batch.base_hidden_PH is None
-            continue
-        assert batch.base_hidden_PH is not None
-        assert torch.equal(batch.base_hidden_PH, tiny.scores.hidden("base", along_h)[1:5])
 
 
 def test_a_sequence_whose_shared_target_could_not_be_read_keeps_its_place_without_rows() -> None:

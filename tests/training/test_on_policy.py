@@ -130,12 +130,7 @@ class DyingEngines:
 
 
 def source(
-    monkeypatch: pytest.MonkeyPatch,
-    dies_at: int = 99,
-    *,
-    use_gpu: bool = False,
-    every: int = 25,
-    **rollout: Any,
+    monkeypatch: pytest.MonkeyPatch, dies_at: int = 99, *, use_gpu: bool = False, every: int = 25, **rollout: Any
 ) -> tuple[OnPolicySource, DyingEngines]:
     monkeypatch.setattr(on_policy, "from_rank_zero", lambda work: work())
     engines, unused = DyingEngines(dies_at), SimpleNamespace()

@@ -19,14 +19,7 @@ from raycomplete.runtime.errors import QuarantinedSequenceError
 from raycomplete.training.batches import BatchBuilder, cut_harmful
 from raycomplete.training.step_plan import StepPlan, StepSequences
 from raycomplete.training.validation import scored_batches
-from tests.training.tiny import (
-    LocalScores,
-    completion,
-    make_model,
-    make_samples,
-    make_student,
-    prefetcher_of,
-)
+from tests.training.tiny import LocalScores, completion, make_model, make_samples, make_student, prefetcher_of
 
 METHOD = completion(weights=LossWeights(penalty=1.0))
 LOSS = METHOD.loss()
@@ -85,8 +78,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 
 
 @pytest.mark.parametrize(
-    ("role", "part", "culprit"),
-    [("aligned", "answer", 1), ("aligned", "refusal", 4), ("base", "h", 5)],
+    ("role", "part", "culprit"), [("aligned", "answer", 1), ("aligned", "refusal", 4), ("base", "h", 5)]
 )
 def test_the_others_are_trained_as_if_it_had_not_been_there(
     tiny: Tiny, role: str, part: str, culprit: int, caplog: pytest.LogCaptureFixture

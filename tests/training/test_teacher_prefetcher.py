@@ -67,18 +67,6 @@ def test_each_model_reads_what_the_loss_needs_and_no_more(
     assert [item for call in aligned.asked for item in call] == aligned_reads
 
 
-def test_scores_are_found_by_what_was_read() -> None:
-    one, *_ = prefetcher(penalty=True, contrastive=True)
-    one.request(0, ANCHOR, RECOVERY)
-    scores = one.take(0)
-    answers = [((1, 2), (3, 4, 5)), ((20, 10, 11), (16, 17, 18))]
-    for role, read in (("aligned", answers), ("base", [*answers, ((20, 10, 11), (12, 13, 14))])):
-        for prompt, response in read:
-            assert tuple(scores.hidden(role, TeacherContext(prompt, response)).flatten().tolist()) == response
-    with pytest.raises(KeyError):
-        scores.hidden("aligned", TeacherContext((1,), (2, 3, 4, 5)))  # the same tokens, split elsewhere
-
-
 def test_the_states_of_a_prefix_are_those_of_the_whole(tmp_path: Path) -> None:
     """h is read once to the largest depth and cut later, which is right for a causal model only."""
     source = LocalScores(make_model(tmp_path / "m", 0))

@@ -33,7 +33,7 @@ from raycomplete.training.batches import BatchBuilder, MicroBatch, teacher_conte
 from raycomplete.training.job import ResponseJudge, TrainJob
 from raycomplete.training.on_policy import Rollout, RolloutBatch, StudentEngines
 from raycomplete.training.step_plan import StepPlan, StepSequences
-from raycomplete.training.student import HeadSettings, StudentModule
+from raycomplete.training.student import StudentModule
 from raycomplete.training.teacher_prefetcher import TeacherPrefetcher
 
 MIXTURES: dict[str, dict[str, Any]] = {
@@ -251,9 +251,7 @@ class Engine:
 def make_student(start: Path, settings: LossSettings, folder: Path) -> StudentModule:
     """The student module on a checkpoint, with the heads of `folder/base` and `folder/aligned`."""
     teachers = {role: load_head(head_spec(folder / role), dtype=torch.float32) for role in ("base", "aligned")}
-    spec = head_spec(start)
-    head = HeadSettings(spec.scale, spec.softcap, spec.vocab_size)
-    return StudentModule(load_model(start, "float32"), head, teachers, settings, external_head=False)
+    return StudentModule(load_model(start, "float32"), head_spec(start), teachers, settings, external_head=False)
 
 
 def make_job(folder: Path, train: TrainConfig, method: Method | None = None, **values: Any) -> TrainJob:
