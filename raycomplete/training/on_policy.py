@@ -323,6 +323,7 @@ class OnPolicySource(StepSource):
     """
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         seed, method = self.job.train.seed, self.job.method
         size, groups = method.recovery_batch_size, method.rollout_groups
         self._rollout_planner = RolloutPlanner(self.planner, self.job.rollout, seed, size, groups)

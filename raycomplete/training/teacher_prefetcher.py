@@ -123,10 +123,8 @@ class StepSource:
     rank: int
     world_size: int
 
-    @property
-    def share(self) -> slice:
-        """This worker's items."""
-        return slice(self.rank, None, self.world_size)
+    def __post_init__(self) -> None:
+        self.share = slice(self.rank, None, self.world_size)  # this worker's items
 
     def next(self, step: int) -> StepInput:
         """Waits for the input of a step and asks for later ones; every rank must call this."""
