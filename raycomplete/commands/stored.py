@@ -25,16 +25,8 @@ def stored(suffix: str = "", *, adds: bool = False) -> Callable[[Command[P]], Co
 
     With --resume it first refuses damaged checkpoints and, where the run file names a storage, fetches what is newer
     there. While the command works, a thread mirrors what it finishes; it begins once the command has opened its run
-    folder, so that a refused one changes nothing in the storage.
-
-    Args:
-        suffix: What the command adds to `output.name`.
-        adds: The command always adds to the run that is there, as `evaluate` does.
-
-    Raises:
-        SetupError: The storage cannot be used; nothing was started.
-        ConfigError: It holds a run of this name, and neither --resume nor --overwrite was given.
-        WorkError: The run could not be fetched, or something is not mirrored at the end.
+    folder, so that a refused one changes nothing in the storage. The command adds `suffix` to `output.name`; with
+    `adds` it always adds to the run that is there.
     """
 
     def around(command: Command[P]) -> Command[P]:

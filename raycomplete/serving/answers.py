@@ -39,18 +39,13 @@ class RefusedRequest(RefusedError):
 
 @dataclass(frozen=True)
 class _Sequence:
-    """One answer that is asked for.
-
-    Attributes:
-        echo: The prompt's text where it is repeated before the answer, and `start` its first token's.
-        reads_only: No token is asked for.
-    """
+    """One answer that is asked for."""
 
     tokens: tuple[int, ...]
     sampling: OnlineSampling
-    echo: str = ""
-    start: str = ""
-    reads_only: bool = False
+    echo: str = ""  # the prompt's text, where it is repeated before the answer
+    start: str = ""  # text of the prompt's first token
+    reads_only: bool = False  # no token is asked for
     thinks: bool = False
 
 

@@ -43,16 +43,11 @@ _MAX_ANSWERED = 2048  # requests that one model works on; its engine batches wha
 
 @dataclass(frozen=True)
 class ChatModel:
-    """A model that answers prompts, in a replica of its own.
+    """A model that answers prompts, in a replica of its own."""
 
-    Attributes:
-        factory: Called with the run file and the role in the replica; what it makes has `answer` and `check_health`.
-        options: Of its actor: what it reserves, and its environment.
-    """
-
-    factory: Callable[[RunConfig, ModelRole], Any]
+    factory: Callable[[RunConfig, ModelRole], Any]  # called in the replica; makes `answer` and `check_health`
     role: ModelRole
-    options: Mapping[str, Any]
+    options: Mapping[str, Any]  # what its actor reserves, and its environment
 
     def bind(self, config: RunConfig) -> serve.Application:
         made = serve.deployment(

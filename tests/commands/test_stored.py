@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -52,26 +54,18 @@ def command(
     return folder
 
 
-def run(
-    config: RunConfig, *, resume: bool = False, overwrite: bool = False, steps: int = 2, fails: bool = False
-) -> Path:
-    console = Console(quiet=True)
-    return command(config, resume=resume, overwrite=overwrite, steps=steps, fails=fails, console=console)
+run = partial(command, console=Console(quiet=True))
 
 
 def pieces(folder: Path) -> list[str]:
     return sorted(Manifest(Remote(f"file://{folder}/storage/run")).pieces)
 
 
-def test_what_a_command_made_is_mirrored_when_it_ends(tmp_path: Path) -> None:
-    run(config(tmp_path))
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_a_command_made_is_mirrored_however_it_ends(fails: bool, tmp_path: Path) -> None:
+    with pytest.raises(WorkError, match=r"A worker died\.") if fails else nullcontext():
+        run(config(tmp_path), fails=fails)
     assert pieces(tmp_path) == ["checkpoints/step-000002", "files"]
-
-
-def test_a_failed_command_is_mirrored_too_and_says_why_it_failed(tmp_path: Path) -> None:
-    with pytest.raises(WorkError, match=r"A worker died\."):
-        run(config(tmp_path), fails=True)
-    assert "checkpoints/step-000002" in pieces(tmp_path)
 
 
 def test_another_machine_goes_on_from_the_storage(tmp_path: Path) -> None:
@@ -85,7 +79,7 @@ def test_another_machine_goes_on_from_the_storage(tmp_path: Path) -> None:
 def test_a_run_in_the_storage_is_never_written_over_unasked(tmp_path: Path) -> None:
     run(config(tmp_path))
     shutil.rmtree(tmp_path / "runs")
-    with pytest.raises(ConfigError, match=r"holds a run already\. Add --resume to continue it or --overwrite"):
+    with pytest.raises(ConfigError, match="--overwrite"):
         run(config(tmp_path))
     run(config(tmp_path), overwrite=True, steps=1)
     assert pieces(tmp_path) == ["checkpoints/step-000001", "files"]
@@ -107,7 +101,7 @@ def test_a_refused_command_changes_nothing_in_the_storage(tmp_path: Path, monkey
 
 def test_an_unusable_storage_refuses_before_anything_starts(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(SetupError, match="cannot be used"):
+    with pytest.raises(SetupError):
         run(config(tmp_path, f"file://{tmp_path}/file"))
     assert not (tmp_path / "runs").exists()
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 import uvicorn
@@ -122,7 +120,6 @@ def test_an_evaluation_from_start_to_samples_by_keyboard_alone(browser: Browser,
     assert NASTY in browser.run("document.querySelector('#sample-list pre').textContent")
     assert browser.run("document.querySelectorAll('main img, main script').length") == 0
     assert browser.run("document.body.dataset.hacked === undefined")
-    look(browser, "keyboard")
 
 
 def test_progress_is_live_and_survives_a_lost_connection(browser: Browser, site: Site) -> None:
@@ -133,7 +130,6 @@ def test_progress_is_live_and_survives_a_lost_connection(browser: Browser, site:
     browser.run(f"open({identity!r}, true)")
     site.service.work_meanwhile()
     browser.wait("document.querySelector('#progress progress')?.value >= 1")
-    look(browser, "progress")
     site.stop()
     browser.wait("document.getElementById('status').textContent.includes('trying again')")
     site.start()
@@ -151,7 +147,6 @@ def test_both_themes_follow_the_system_and_the_button(browser: Browser, site: Si
             browser.run(f"open({identity!r})")
             browser.wait("document.querySelectorAll('#results svg .line').length === 3")
         browser.wait(f"document.documentElement.dataset.theme === {scheme!r}")
-        look(browser, scheme)
     ground = browser.run("getComputedStyle(document.body).backgroundColor")
     browser.run("document.getElementById('theme').click()")
     assert browser.run("document.documentElement.dataset.theme") == "light"
@@ -162,7 +157,6 @@ def test_both_themes_follow_the_system_and_the_button(browser: Browser, site: Si
     browser.wait("document.querySelector('#results .chart svg').viewBox.baseVal.width < 400")  # drawn anew
     inside = "[...document.querySelectorAll('#content .scroll, #results .chart')]"
     assert browser.run(f"{inside}.every((part) => part.scrollWidth <= part.clientWidth + 1)"), "nor do its tables"
-    look(browser, "narrow")
 
 
 def test_a_wrong_token_asks_again(browser: Browser, site: Site) -> None:
@@ -172,9 +166,3 @@ def test_a_wrong_token_asks_again(browser: Browser, site: Site) -> None:
     browser.press("Enter")
     browser.wait("document.getElementById('login-problem').textContent !== ''")
     assert browser.run("document.getElementById('content').hidden")
-
-
-def look(browser: Browser, name: str) -> None:
-    """A picture for people, where RAYCOMPLETE_SCREENSHOTS names a folder."""
-    if folder := os.environ.get("RAYCOMPLETE_SCREENSHOTS"):
-        browser.screenshot(Path(folder) / f"{name}.png")
