@@ -71,7 +71,7 @@ class CompletionDepth:
     """The completion depth: the first position at which the non-decreasing fit of the mean deficit exceeds a threshold.
 
     Up to there alignment changed the model, from there on it is base. Fitting a non-decreasing curve first keeps one
-    noisy position from deciding. The definition is ours. None stands for "not within the measured positions".
+    noisy position from deciding. The definition is ours. None means "not within the measured positions".
 
     Attributes:
         low: Lower end of the 95 % percentile bootstrap interval over prompts, `high` its upper end.

@@ -379,7 +379,7 @@ def _lines(file: Path) -> list[str]:
 
 
 def check_ports(context: Context) -> Finding:
-    """Checks that Ray's ports and the service's are free, or says who uses them."""
+    """Checks that Ray's ports and the service's are free, or names the process that uses them."""
     service = _serve(context).port
     ports = {**_RAY_PORTS, service: "raycomplete serve"}
     used = {port: owner for port in ports if (owner := port_user(port)) is not None}
@@ -393,7 +393,7 @@ def check_ports(context: Context) -> Finding:
 
 
 def port_user(port: int) -> str | None:
-    """Names who listens on a port of this machine; None where it is free."""
+    """Names the process that listens on a port of this machine; None where it is free."""
     with socket.socket() as probe, suppress(OSError):
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port in TIME_WAIT is free
         probe.bind(("", port))

@@ -1,6 +1,6 @@
 """`raycomplete doctor --gpu`: shows within ten minutes what this machine's GPUs make of raycomplete.
 
-Each stage is a program of its own with a limit. After each, `gpu.json` and `gpu.md` are written anew, so that what was
+Each stage is a program of its own with a limit. After each, `gpu.json` and `gpu.md` are written again, so that what was
 measured is kept whatever happens next; a stage that fails or hangs does not stop the others. A rehearsal runs the same
 stages on the CPU, with Triton's interpreter and tiny sizes.
 """

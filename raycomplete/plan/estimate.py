@@ -285,8 +285,8 @@ def train_s(request: Request, workers: int) -> float:
     return flops / (workers * request.hardware.flops(request.dtype) * _TRAIN_SHARE)
 
 
-def engine_s(request: Request, role: str, devices: int) -> float:
-    """Seconds of a role's work in one step on so many devices."""
+def engine_s(request: Request, role: str, devices: int, parallel: int = 1) -> float:
+    """Seconds of a role's work in one step on so many devices, of which each engine takes `parallel`."""
     shape, hardware, work = request.shapes["student" if role == "rollout" else role], request.hardware, request.work
     peak = devices * hardware.flops(request.dtype) * (_ENGINE_SHARE if hardware.is_gpu else 1.0)
     if role != "rollout" or work.rollouts is None:
@@ -295,9 +295,9 @@ def engine_s(request: Request, role: str, devices: int) -> float:
     written = rollouts.rows * (2.0 * shape.num_parameters)
     read = replace(rollouts, response=1).flops(shape)
     # Every decoding step reads the weights, and the keys of the sequences that it goes on with.
-    rounds = max(rollouts.count / (devices * MAX_SEQUENCES), 1.0) * rollouts.response
+    rounds = max(rollouts.count / (devices / parallel * MAX_SEQUENCES), 1.0) * rollouts.response
     cached = rollouts.rows * (rollouts.prompt + rollouts.response / 2) * shape.kv_bytes_per_token(request.dtype)
-    moved = rounds * shape.num_parameters * size + cached / devices
+    moved = rounds * shape.num_parameters * size / parallel + cached / devices
     return read / peak + max(written / peak, moved / (hardware.memory_bandwidth * _BANDWIDTH_SHARE))
 
 
@@ -314,7 +314,7 @@ def seconds_of(request: Request, layout: Layout) -> dict[str, float]:
     found = {"training workers": train_s(request, layout.workers)}
     for role, count in layout.replicas.items():
         devices = layout.devices if layout.shared else count * layout.parallel[role]
-        found[f"{engine_name(role)}s"] = engine_s(request, role, devices)
+        found[f"{engine_name(role)}s"] = engine_s(request, role, devices, layout.parallel[role])
     if request.config.rollout.on_policy:
         sent = sync_bytes(request) * (request.nodes > 1) / (request.network_gbit * 1e9 / 8)
         found["updates of weights"] = sent / request.config.rollout.sync_every
@@ -353,7 +353,8 @@ def choose_layout(request: Request) -> Layout:
 def _filled(request: Request, layout: Layout) -> Layout:
     """Gives the devices that are left to the slowest engines, as long as an engine is slower than the workers."""
     while True:
-        seconds = {role: engine_s(request, role, n * layout.parallel[role]) for role, n in layout.replicas.items()}
+        sizes = layout.parallel
+        seconds = {role: engine_s(request, role, n * sizes[role], sizes[role]) for role, n in layout.replicas.items()}
         slowest = max(seconds, key=lambda role: seconds[role])
         grown = replace(layout, replicas=layout.replicas | {slowest: layout.replicas[slowest] + 1})
         if grown.devices > request.devices or seconds[slowest] <= train_s(request, layout.workers):

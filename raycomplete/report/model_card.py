@@ -1,6 +1,6 @@
 """The model card of an exported student: README.md with the metadata that a hub reads, the depth curve and its limits.
 
-<run>/student/README.md          written anew with every report of the run
+<run>/student/README.md          written again with every report of the run
 <run>/student/prefill_depth.png  its figure
 """
 
@@ -30,13 +30,7 @@ _MEASURES = {  # what a hub shows as the metric, and on what it was measured
     "benign_nll": ("negative log-likelihood, nats a token", "answers to held-out harmless prompts"),
     "accuracy": ("accuracy", "benchmark"),
 }
-_TRAIN = (
-    "steps",
-    "lr",
-    "warmup_steps",
-    "lora_rank",
-    "seed",
-)  # of the run file; paths and machines are nobody's concern
+_TRAIN = ("steps", "lr", "warmup_steps", "lora_rank", "seed")  # keys of the run file that a card shows
 _KINDS = ("harmful", "benign", "borderline")
 
 
@@ -93,7 +87,7 @@ def model_card(run: RunFolder, *, figure: bool = True) -> str:
 
 
 def _results(run: RunFolder) -> list[EvalResult]:
-    """Makes the model-index entries of the student's rates; what was asked of nobody is left out."""
+    """Makes the model-index entries of the student's rates; rates without a prompt are left out."""
     found = []
     for row in rate_rows(run):
         if row["role"] != "student" or row["value"] is None:
@@ -151,8 +145,8 @@ def _limits(run: RunFolder) -> list[str]:
     return [
         *said,
         "A judge decided what counts as compliance; its errors are in the run's report.",
-        "Low rates under these attacks say nothing of attacks that were not measured, nor of access to the weights: "
-        "whoever has them can train the model further.",
+        "Low rates under these attacks say nothing of attacks that were not measured, nor of access to the weights, "
+        "which allows further training.",
         "The license and the terms of the model that training started from hold for this one too.",
     ]
 

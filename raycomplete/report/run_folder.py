@@ -118,7 +118,7 @@ def _rows(summary: Mapping[str, Any]) -> Iterator[tuple[tuple[str, str, str, str
         for role, rate in by_role.items():
             yield (role, "over_refusal", "", source), _numbers(rate)
     for role, nll in (summary.get("benign_nll") or {}).items():
-        if "nats_per_token" in nll:  # beside the roles stands their comparison
+        if "nats_per_token" in nll:  # the mapping holds a comparison of the roles too
             yield (role, "benign_nll", "", ""), _numbers(nll, "nats_per_token")
     for name, by_role in (summary.get("capabilities") or {}).items():
         for role, found in by_role.items():
@@ -126,6 +126,6 @@ def _rows(summary: Mapping[str, Any]) -> Iterator[tuple[tuple[str, str, str, str
 
 
 def _numbers(rate: Mapping[str, Any], key: str = "rate") -> tuple[Any, ...]:
-    if not rate["n"]:  # nobody was asked: 0 would be no measurement
+    if not rate["n"]:  # without a prompt, 0 would be no measurement
         return None, None, None, 0
     return rate[key], rate["low"], rate["high"], rate["n"]

@@ -31,7 +31,7 @@ SPARE_OVER_REFUSAL = 0.02  # by which a rival may refuse more harmless prompts t
 _STUDENT = "student"
 _NOT_ATTACKS = tuple(label.removesuffix(" (borderline)") for label in OTHER_RATES.values())
 _CUT = re.compile(r" \(\d+ of \d+ cut\)$")  # of answers; the counts differ between seeds
-_APART = ("off_topic", "incoherent")  # outcomes that are success of nobody
+_APART = ("off_topic", "incoherent")  # outcomes that are neither the attack's nor the model's success
 
 Row = dict[str, Any]
 Table = tuple[str, list[list[str]]]
@@ -62,7 +62,7 @@ def _of_model(study: Study, runs: Sequence[StudyRun]) -> dict[str, Any]:
         raise DataError(
             f"The runs of a study were judged by different judges: {named}.",
             "Delete summary.json of all that today's judge has not judged, and start the study with --resume: stored "
-            "answers are judged anew, and none is generated twice.",
+            "answers are judged again, and none is generated twice.",
         )
     by_label: dict[str, list[tuple[StudyRun, RunFolder]]] = defaultdict(list)
     for run in runs:

@@ -124,6 +124,7 @@ def test_time_is_operations_by_reached_peak_and_bytes_by_bandwidth() -> None:
     assert engine_s(asked, "aligned", 2) == pytest.approx(flops / (2 * 989e12 * 0.7), rel=0.02), "attention is small"
     weights = 64 * preset("8B").num_parameters * 2 / (3350e9 * 0.7)  # read once for each new token
     assert weights < engine_s(asked, "rollout", 512) < 1.2 * weights
+    assert weights / 4 < engine_s(asked, "rollout", 2048, 4) < 1.2 * weights / 4
 
 
 def test_the_large_example_fits_and_uses_at_most_what_is_there() -> None:
