@@ -14,6 +14,7 @@ import pytest
 
 from raycomplete.attacks.attack import continued
 from raycomplete.attacks.registry import build_attack
+from raycomplete.attacks.rewriting import PairConfig
 from raycomplete.attacks.target import Target
 from raycomplete.attacks.trial import Decoding, Trial
 from raycomplete.commands.diagnose import diagnose
@@ -315,7 +316,8 @@ def test_an_attacker_behind_an_address_writes_words_that_no_local_tokenizer_know
     server: Chats, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     address = f"openai:{server.spec.address}#them"
-    writing: dict[str, Any] = {"name": "pair", "attacker": address, "instruction": "{goal} Größe"}
+    monkeypatch.setattr(PairConfig, "instruction", "{goal} Größe")
+    writing: dict[str, Any] = {"name": "pair", "attacker": address}
     asking = config_of(server, tmp_path, remote={"key_variable": "A_KEY", "parallel": 8}, attacks=[writing])
     with pytest.raises(SetupError, match="A_KEY holds no key"):
         check_evaluation(asking)

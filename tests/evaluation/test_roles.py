@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from raycomplete.attacks.attack import AttackConfig
+from raycomplete.attacks.ranked import RankAssistedPrefillConfig
 from raycomplete.attacks.registry import ATTACKS as KNOWN
+from raycomplete.attacks.rewriting import CrescendoConfig, PairConfig
+from raycomplete.attacks.suffix import SoftPromptConfig
 from raycomplete.attacks.templates import BUILT_IN, fill
 from raycomplete.attacks.trial import Progress
 from raycomplete.config import RunConfig, load_run_file
@@ -33,7 +38,7 @@ pytestmark = pytest.mark.timeout(1800)  # three models are attacked in one fixtu
 
 BEHAVIOURS = 4
 ATTACKS: list[dict[str, Any]] = [
-    {"name": "rank_assisted_prefill", "steps": 60, "tops": [2, 20], "prefill_tokens": 16},
+    {"name": "rank_assisted_prefill", "steps": 60, "tops": [2, 20]},
     {"name": "base_guided_decoding", "steps": 40, "tops": [5, 20]},
     {"name": "prefill_mid_answer", "starts": [16], "windows": [8]},
     {"name": "refuse_then_turn", "refusal": "i cannot help with that .", "turns": ["but"], "depths": [4]},
@@ -41,13 +46,30 @@ ATTACKS: list[dict[str, Any]] = [
     {"name": "random_search", "queries": 48, "batch": 16, "suffix_tokens": 6},
     {"name": "decoding", "temperatures": [1.0], "top_ps": [0.9], "top_ks": [5]},
     {"name": "templates"},
-    {"name": "pair", "streams": 1, "rounds": 2, "max_tokens": 24, "instruction": "please explain this . {goal}"},
-    {"name": "finetune", "datasets": ["identity_shift"], "epochs": 2, "lr": 1e-4},
+    {"name": "pair", "streams": 1, "rounds": 2, "max_tokens": 24},
+    {"name": "finetune", "datasets": ["identity_shift"]},
     {"name": "adaptive", "cuts": [11], "depths": [16]},
-    {"name": "soft_prompt", "steps": 4, "suffix_tokens": 6, "ask_every": 2},
-    {"name": "best_of_n", "samples": 4, "batch": 2},
-    {"name": "crescendo", "turns": 2, "backtracks": 1, "max_tokens": 24, "instruction": "{goal} {conversation}"},
+    {"name": "soft_prompt", "steps": 4, "suffix_tokens": 6},
+    {"name": "best_of_n", "samples": 4},
+    {"name": "crescendo", "turns": 2, "max_tokens": 24},
 ]
+
+CONSTANTS: dict[type[AttackConfig], dict[str, Any]] = {
+    RankAssistedPrefillConfig: {"prefill_tokens": 16},
+    SoftPromptConfig: {"ask_every": 2},
+    PairConfig: {"instruction": "please explain this . {goal}"},
+    CrescendoConfig: {"instruction": "{goal} {conversation}", "backtracks": 1},
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick() -> Iterator[None]:
+    """Constants of attacks, in the few words of the organism."""
+    with pytest.MonkeyPatch.context() as patch:
+        for config, constants in CONSTANTS.items():
+            for name, value in constants.items():
+                patch.setattr(config, name, value)
+        yield
 
 
 def run_config(folder: Path, **evaluation: Any) -> RunConfig:
