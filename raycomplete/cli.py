@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import threading
 from collections.abc import Callable
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -26,7 +25,7 @@ from raycomplete.data.organism import families
 from raycomplete.runtime.errors import ConfigError, LostJobError, ProcessDiedError, RaycompleteError, StoppedError
 from raycomplete.runtime.logs import log_failure
 from raycomplete.runtime.machine import let_idle_threads_sleep
-from raycomplete.runtime.signals import stop_signals
+from raycomplete.runtime.signals import KEPT, handled, stop
 
 app = typer.Typer(
     name="raycomplete",
@@ -46,7 +45,6 @@ Overrides = Annotated[
     typer.Argument(help="Values that replace those of the run file: train.steps=50", show_default=False),
 ]
 _INTERRUPTED = 130  # typer's own code for KeyboardInterrupt, which it does not let through
-_KEPT = "What was finished is kept; the same command continues it (train, align, diagnose, study, demo: with --resume)."
 
 Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run of the same name.")]
@@ -308,7 +306,7 @@ def version() -> None:
 def main() -> None:
     """Runs the command line and leaves with its exit code."""
     let_idle_threads_sleep()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which stand again when `guarded` is done; see __main__
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which are in force again when `guarded` is done; see __main__
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(guarded(lambda: app(standalone_mode=False)))
 
@@ -334,17 +332,8 @@ def guarded(work: Callable[[], Any]) -> int:
 
     It is 0 when done, 1 for a failure at work or a stop (finished work is kept), 2 for a refusal before the start.
     """
-    is_told = threading.Event()
-
-    def leave() -> None:
-        if not is_told.is_set():
-            print(f"Stopped. {_KEPT}", file=sys.stderr, flush=True)
-        os._exit(1)
-
-    with stop_signals(leave):
-        code = _exit_code(work)
-    is_told.set()
-    return code
+    with handled():
+        return _exit_code(work)
 
 
 def _exit_code(work: Callable[[], Any]) -> int:
@@ -368,15 +357,18 @@ def _exit_code(work: Callable[[], Any]) -> int:
 
             print_details(console, error.details())
         elif error.exit_code == 1 and not isinstance(error, LostJobError):
-            console.print(_KEPT, style="dim")
+            console.print(KEPT, style="dim")
         return error.exit_code
     except (typer.Abort, KeyboardInterrupt, SystemExit) as ended:
         # Where no work has taken the signal, Ray's own handler of SIGTERM leaves by sys.exit(15), without a word.
         if isinstance(ended, SystemExit) and ended.code != signal.SIGTERM:
             raise
-        console.print(f"Stopped. {_KEPT}", style="dim", soft_wrap=True)
+        console.print(f"Stopped. {KEPT}", style="dim", soft_wrap=True)
         return 1
     except Exception as error:
+        if stop.requested:  # an interrupted import may fail in any way
+            console.print(f"Stopped. {KEPT}", style="dim", soft_wrap=True)
+            return 1
         show = getattr(error, "show", None)  # usage errors of typer know how to print themselves
         if show is None:
             log_failure(error)

@@ -93,9 +93,8 @@ def evaluate(
         for role, model in remote.items():
             model.keep_in(run.folder / "evaluation" / "remote" / f"{role}.jsonl")
         run.prompts = held_out_sets(run)
-        with run.stop.deferred():
-            results = evaluate_roles(run, roles)
-            nll = measure_benign_nll(run, roles)
+        results = evaluate_roles(run, roles)
+        nll = measure_benign_nll(run, roles)
         for role, model in remote.items():
             run.remote_usage[role] = model.usage.to_json(config.evaluation.remote)
     summary = write_summary(run, results, nll, time.perf_counter() - started)

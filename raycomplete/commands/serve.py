@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import signal
-import threading
+import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -20,6 +19,7 @@ from raycomplete.engines.spec import EngineSpec
 from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import ConfigError
 from raycomplete.runtime.machine import package_versions
+from raycomplete.runtime.signals import stop
 from raycomplete.runtime.types import MODEL_ROLES, ModelRole
 from raycomplete.serving import deployment
 from raycomplete.serving.answers import ModelServer
@@ -46,20 +46,15 @@ def serve(config: RunConfig) -> Path:
     os.environ.pop(TOKEN_VARIABLE, None)  # its digest is enough, and every process of the cluster inherits the rest
     settings = config.serve
     console = Console()
-    ended = threading.Event()
     with connect(config.cluster, _plan(config), console):
         with console.stage("Started Ray Serve"):
             deployment.start(build(config, token), host=settings.host, port=settings.port)
         page = f"http://{_shown(settings.host)}:{settings.port}/"
         console.panel([("page", page), ("interface", f"{page}openapi.json"), ("state", settings.state.resolve())])
-        before = {number: signal.signal(number, lambda *_: ended.set()) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            ended.wait()
-            with console.stage("Stopped; evaluations at work are put back"):
-                deployment.stop()
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        while not stop.requested:
+            time.sleep(0.2)
+        with console.stage("Stopped; evaluations at work are put back"):
+            deployment.stop()
     return settings.state
 
 

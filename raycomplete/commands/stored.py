@@ -12,9 +12,8 @@ from raycomplete.engines.dtype import resolve_dtype
 from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import ConfigError, WorkError
 from raycomplete.storage import integrity
-from raycomplete.storage.mirror import Manifest, Mirror
+from raycomplete.storage.mirror import CLOSE_TIMEOUT_S, Manifest, Mirror, restore
 from raycomplete.storage.remote import connect
-from raycomplete.storage.restore import restore
 
 P = ParamSpec("P")
 Command = Callable[Concatenate[RunConfig, P], Path]
@@ -51,7 +50,7 @@ def stored(suffix: str = "", *, adds: bool = False) -> Callable[[Command[P]], Co
             finally:
                 try:
                     with console.stage("Mirrored the rest to the storage"):
-                        mirror.close(output.storage_timeout_s, insist=is_done)
+                        mirror.close(CLOSE_TIMEOUT_S, insist=is_done)
                 except WorkError as error:
                     if is_done:
                         raise

@@ -51,7 +51,7 @@ from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import ConfigError, StoppedError, WorkError
 from raycomplete.runtime.files import RowStore, read_json, write_bytes, write_json, write_text
 from raycomplete.runtime.logs import FOLDER, RUN
-from raycomplete.runtime.signals import StopSignals, stop_signals
+from raycomplete.runtime.signals import Stop, stop
 from raycomplete.training.checkpoints import count_parameters
 
 _POLL_S = 0.2
@@ -114,7 +114,7 @@ def study(study: Study, *, resume: bool = False, overwrite: bool = False, consol
         _refuse_other_inputs(study)
         jobs = [_Job(run, samples_key(run.config, run.inputs) if run.trains else "") for run in study.runs]
         if not all(job.is_finished for job in jobs):
-            with _connected(study, console) as places, stop_signals() as stop, stop.deferred(_STOP_S + 2):
+            with _connected(study, console) as places:
                 _work(jobs, places, stop, console, ray.get_runtime_context().gcs_address)
         failed = [job for job in jobs if not job.is_finished]
         for title, rows in write_study(study, [job.run for job in jobs if job.is_finished]):
@@ -222,7 +222,7 @@ def _connected(study: Study, console: Console) -> Iterator[int]:
         yield asked or max(int(fits), 1)
 
 
-def _work(jobs: Sequence[_Job], places: int, stop: StopSignals, console: Console, address: str) -> None:
+def _work(jobs: Sequence[_Job], places: int, stop: Stop, console: Console, address: str) -> None:
     """Starts runs on the cluster at an address as places become free, until all have ended."""
     console.note(f"{len(jobs)} runs, {sum(job.is_finished for job in jobs)} of them finished; {places} at a time")
     waiting = [job for job in jobs if not job.is_finished]

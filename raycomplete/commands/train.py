@@ -24,14 +24,12 @@ from raycomplete.data.inputs import KINDS, Prompts, prepare_models, prepare_prom
 from raycomplete.data.samples import read_samples, write_samples
 from raycomplete.engines.cluster import ResourcePlan, plan_run
 from raycomplete.engines.generation_cache import SAMPLING_FILE
-from raycomplete.engines.run import OutputFolder, Run, open_run
-from raycomplete.engines.start import Engines
+from raycomplete.engines.run import Engines, OutputFolder, Run, open_run
 from raycomplete.evaluation.attack_resources import check_evaluation, evaluation_inputs, extra_engines, training_workers
 from raycomplete.evaluation.benign_nll import measure_benign_nll
 from raycomplete.evaluation.defences.start import check_defence
 from raycomplete.evaluation.roles import evaluate_roles, held_out_sets
 from raycomplete.runtime.console import Console
-from raycomplete.runtime.errors import ConfigError
 from raycomplete.runtime.files import read_json, write_json
 from raycomplete.runtime.machine import available_cpus, compiler_problem
 from raycomplete.runtime.metrics_file import read_metrics
@@ -74,7 +72,8 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False, c
         check_defence(config, models)
         settings = {"lora": config.train.lora_rank > 0, "trust_remote_code": config.models.trust_remote_code}
         check_trainable(models.paths["student"], synced=config.rollout.on_policy, **settings)
-    folder = OutputFolder(config, same=SAME, resume=resume, overwrite=overwrite)
+    inputs = training_fingerprints(models, prompts)  # an evaluation checks its own
+    folder = OutputFolder(config, same=SAME, resume=resume, overwrite=overwrite, inputs=inputs)
     folder.check()
     if resume and is_finished(config, folder.path, evaluation_inputs(config, prompts)):
         summary = read_json(folder.path / "summary.json") or {}
@@ -86,7 +85,6 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False, c
         check_space(folder.path, models.paths["student"], config.models.weight_dtype, config.train)
     with open_run(folder, models, prompts, plan, console) as run:
         console.note(f"Run folder: {run.folder}")
-        _check_same_inputs(run)
         student = run.folder / "student"
         trained = (student / "config.json").is_file()  # then there is nothing left to score
         parity = [] if trained else _parity_sequences(prompts, models.codec, config.teacher.parity_prompts)
@@ -95,9 +93,8 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False, c
             _train_student(run)
             run.engines.stop_scorers()
             run.use_student(student.resolve())  # engines may start in another folder
-            with run.stop.deferred():
-                results = evaluate_roles(run, MODEL_ROLES)
-                nll = measure_benign_nll(run, MODEL_ROLES)
+            results = evaluate_roles(run, MODEL_ROLES)
+            nll = measure_benign_nll(run, MODEL_ROLES)
     summary = write_summary(run, results, nll, time.perf_counter() - started)
     print_result(summary, run.folder, console)
     return run.folder
@@ -218,7 +215,7 @@ def run_training(run: Run, job: TrainJob, title: str) -> None:
     cluster = run.config.cluster
     terms = [name for name, weight in job.method.loss_weights().items() if weight > 0]
     names = ["loss", *(terms if len(terms) > 1 else [])]
-    with run.stop.deferred(), run.console.progress(title, job.train.steps) as advance:
+    with run.console.progress(title, job.train.steps) as advance:
 
         def on_step(row: dict[str, Any]) -> None:
             parts = [f"{name} {row[name]:.4f}" for name in names if row.get(name) is not None]  # NaN is left out
@@ -275,18 +272,6 @@ def training_stats(
         "terms": describe_terms(config.method.loss()),
         "engines": engines,
     }
-
-
-def _check_same_inputs(run: Run) -> None:
-    """Refuses to resume a run whose checkpoints or prompts have changed since it was started."""
-    inputs = training_fingerprints(run.models, run.prompts)  # an evaluation checks its own
-    known = read_json(run.folder / "inputs.json") or {}
-    if changed := [name for name, content in inputs.items() if known.get(name, content) != content]:
-        raise ConfigError(
-            f"Since the run in {run.folder} was started, the content of these changed: {', '.join(changed)}.",
-            "Run again with --overwrite, or choose another output.name.",
-        )
-    write_json(run.folder / "inputs.json", inputs | known)  # a record of an earlier version may lack some
 
 
 def _scorer_totals(engines: Engines) -> dict[str, float]:

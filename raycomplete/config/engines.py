@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -20,26 +20,13 @@ OVERSAMPLE = 2
 class TeacherConfig(Section):
     """The vLLM pooling engines that read hidden states of the frozen models."""
 
-    max_num_batched_tokens: int = Field(8192, ge=64, description="tokens that one engine reads at a time")
-    gpu_memory_utilization: float = Field(0.25, gt=0, le=1, description="share of a GPU's memory that an engine takes")
-    cache_gib: float = Field(2.0, ge=0, description="memory for scores kept by one actor")
-    parity_tolerance: float | None = Field(
-        None, gt=0, description="largest mean |log p - log p'| at start, nats; by dtype when absent"
-    )
-    parity_prompts: int = Field(4, ge=1, description="sequences that the start compares with transformers")
-    timeout_s: float = Field(600.0, gt=0, description="longest wait for one batch of scores")
-    prefetch: int = Field(2, ge=1, description="batches scored ahead of the trainer")
+    prefetch: ClassVar[int] = 2  # steps scored ahead of the trainer
+    parity_prompts: ClassVar[int] = 4  # sequences that the start compares with transformers
+
     replicas: int = Field(1, ge=1, description="engines of each frozen model; they share every batch by tokens")
     tensor_parallel: int = Field(1, ge=1, description="GPUs of one node that hold one frozen model together")
-    max_in_flight: int = Field(
-        8, ge=1, description="calls of at most max_num_batched_tokens that one process has asked for and not taken yet"
-    )
-    max_attempts: int = Field(
-        3, ge=1, description="deaths of its scorer after which a batch is split, and a lone sequence quarantined"
-    )
-    retry_timeout_s: float = Field(
-        1800.0, gt=0, description="longest time for one batch whose scorers die, their restarts included"
-    )
+    gpu_memory_utilization: float = Field(0.25, gt=0, le=1, description="share of a GPU's memory that an engine takes")
+    max_num_batched_tokens: int = Field(8192, ge=64, description="tokens that one engine reads at a time")
 
 
 class PromptAugmentationConfig(Section):
@@ -157,16 +144,15 @@ class RolloutConfig(Section):
 class ClusterConfig(Section):
     """The Ray cluster, and what each role asks of it. GPUs are used where `use_gpu` finds them."""
 
+    cpus_per_engine: ClassVar[float] = 0.5  # logical CPUs, so that a laptop holds a whole run
+    cpus_per_worker: ClassVar[float] = 0.5
+    kv_cache_gib: ClassVar[int] = 1  # CPU only; a scorer takes less where it reads less at a time
+
     address: str | None = Field(
         None, description="Ray address; absent: the current job's cluster, else one is started here"
     )
     use_gpu: Literal["auto", "never", "always"] = Field("auto", description="auto: where the cluster has one")
-    cpus_per_engine: float = Field(0.5, gt=0, description="logical CPUs that an engine reserves")
     gpus_per_engine: float = Field(0.2, ge=0, description="GPUs that an engine reserves, where GPUs are used")
-    kv_cache_gib: int = Field(
-        1, ge=1, description="CPU only: key-value cache of an engine; a scorer takes less where it reads less at a time"
-    )
-    cpus_per_worker: float = Field(0.5, gt=0, description="logical CPUs that a training worker reserves")
     gpus_per_worker: float = Field(0.4, ge=0, description="GPUs that a training worker reserves, where GPUs are used")
     placement: Literal["pack", "spread", "strict_spread"] = Field(
         "pack", description="engines close together, apart where possible, or each on a node of its own"
@@ -174,7 +160,19 @@ class ClusterConfig(Section):
     worker_placement: Literal["pack", "spread", "strict_pack", "strict_spread"] = Field(
         "pack", description="the same for training workers, which Ray Train places"
     )
-    wait_for_nodes_s: float = Field(
-        10.0, ge=0, description="longest wait for nodes that are still joining; minutes on an autoscaling cluster"
+    timeout_s: float | None = Field(
+        None,
+        gt=0,
+        description="longest wait for nodes that join, and for actors to be placed and ready; absent: 10 s for nodes, "
+        "600 s for actors",
     )
-    start_timeout_s: float = Field(600.0, gt=0, description="longest wait for actors to be placed and ready")
+
+    @property
+    def nodes_timeout_s(self) -> float:
+        """Longest wait for nodes that are still joining."""
+        return self.timeout_s or 10.0
+
+    @property
+    def start_timeout_s(self) -> float:
+        """Longest wait for actors to be placed and ready."""
+        return self.timeout_s or 600.0

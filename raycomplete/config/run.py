@@ -129,9 +129,6 @@ class OutputConfig(Section):
         description="where finished pieces are mirrored, to `<storage>/<name>/`: s3://bucket/prefix, gs://, file:// "
         "and the like; credentials come from the environment",
     )
-    storage_timeout_s: float = Field(
-        900.0, gt=0, description="longest wait at the end of a run for what is not mirrored yet"
-    )
 
     @property
     def folder(self) -> Path:

@@ -244,12 +244,11 @@ def start_diagnosis_engines(run: Run, prompts: Sequence[Prompt]) -> Iterator[Non
 
     Scores are not cached, as every response is read once.
     """
-    teacher = run.config.teacher.model_copy(update={"cache_gib": 0.0})
-    uncached = replace(run, config=run.config.model_copy(update={"teacher": teacher}))
-    parity = parity_sequences(run.models.codec, prompts, teacher.parity_prompts, run.config.models.max_length)
+    count, max_length = run.config.teacher.parity_prompts, run.config.models.max_length
+    parity = parity_sequences(run.models.codec, prompts, count, max_length)
     roles: tuple[ModelRole, ...] = ("aligned", "base", "student")
     scored = tuple(role for role in roles if role in run.models.paths)
-    with uncached.start_engines(parity_sequences=parity, scored=scored) as run.engines:
+    with run.start_engines(parity_sequences=parity, scored=scored, cache_bytes=0):
         yield
 
 

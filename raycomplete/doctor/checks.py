@@ -480,9 +480,9 @@ def check_cluster(context: Context) -> Finding:
         return fail(words, "See the raylet's log in /tmp/ray/session_latest/logs on that node, or remove the node.")
     if context.config is not None and (needed := needs_of(context.config).cpus) > there.get("CPU", 0.0):
         # The cluster of today may be the idle one of an autoscaler: then the run will ask for more and wait.
-        judged = warn if context.config.cluster.wait_for_nodes_s >= _STARTS_NODES_S else fail
-        remedy = "Add nodes, lower train.num_workers or cluster.cpus_per_engine, or, where nodes start on demand, set "
-        return judged(f"{words}; the run needs {needed:g} CPU.", f"{remedy}cluster.wait_for_nodes_s to minutes.")
+        judged = warn if context.config.cluster.nodes_timeout_s >= _STARTS_NODES_S else fail
+        remedy = "Add nodes, lower train.num_workers or the numbers of engines, or, where nodes start on demand, set "
+        return judged(f"{words}; the run needs {needed:g} CPU.", f"{remedy}cluster.timeout_s to minutes.")
     return ok(f"{words}.")
 
 

@@ -28,7 +28,7 @@ from raycomplete.runtime.files import PRIVATE
 from raycomplete.runtime.logs import run_environment
 from raycomplete.runtime.machine import available_cpus, free_bytes
 from raycomplete.runtime.ray_calls import keep_off_the_screen
-from raycomplete.runtime.signals import stop_signals
+from raycomplete.runtime.signals import stop, take_over
 
 _POLL_S = 1.0
 _FIRST, _AFTERWARDS = "at first", "evaluation"
@@ -36,22 +36,14 @@ _FIRST, _AFTERWARDS = "at first", "evaluation"
 
 @dataclass(frozen=True)
 class ResourceRequest:
-    """Resources of all actors of one role.
+    """Resources of all actors of one role."""
 
-    Attributes:
-        role: "base scorer".
-        cpus: Logical CPUs of each.
-        gpus: GPUs of each, where the run uses GPUs.
-        phase: Part of the run in which they exist, empty for all; phases hand on what they held.
-        devices: GPUs that hold one model together; more than 1 is tensor parallelism.
-    """
-
-    role: str
+    role: str  # "base scorer"
     replicas: int
-    cpus: float
-    gpus: float
-    phase: str = ""
-    devices: int = 1
+    cpus: float  # of each actor
+    gpus: float  # of each actor, where the run uses GPUs
+    phase: str = ""  # part of the run in which they exist, empty for all; phases hand on what they held
+    devices: int = 1  # GPUs that hold one model together; more than 1 is tensor parallelism
 
     def bundle(self, *, use_gpu: bool) -> dict[str, float]:
         """Returns what one actor reserves, as a bundle of a placement group."""
@@ -129,7 +121,6 @@ class ResourcePlan:
 def engine_request(
     config: ClusterConfig, role: str, replicas: int, phase: str = "", tensor_parallel: int = 1
 ) -> ResourceRequest:
-    """Returns the request for the engines of one role."""
     return ResourceRequest(role, replicas, *engine_share(config, tensor_parallel), phase, tensor_parallel)
 
 
@@ -138,10 +129,8 @@ def plan_run(
 ) -> ResourcePlan:
     """Plans the resources of a run.
 
-    Args:
-        scorers: Frozen models that are scored: "base", "aligned", "student".
-        extras: Engines and models that an evaluation holds besides the rollout engines; scorers are gone by then.
-        attack_workers: Training workers of the fine-tuning attack.
+    `scorers` are the frozen models that are scored, `extras` engines and models that an evaluation holds besides the
+    rollout engines (scorers are gone by then), `attack_workers` training workers of the fine-tuning attack.
     """
     cluster, teacher, rollout = config.cluster, config.teacher, config.rollout
     requests = [
@@ -179,15 +168,14 @@ class Reservation:
         ]
 
     def wait(self, timeout_s: float, table: Callable[[], str]) -> None:
-        """Waits until every bundle is placed; `table` returns needed against available for the error.
-
-        Raises:
-            WaitTimeoutError: Some are not placed in time.
-        """
-        if not self._group.wait(timeout_s):
+        """Waits until every bundle is placed; `table` returns needed against available for the error."""
+        deadline = time.monotonic() + timeout_s
+        while not self._group.wait(min(_POLL_S, timeout_s)):
+            stop.check()
+            if time.monotonic() < deadline:
+                continue
             raise WaitTimeoutError(
-                f"Ray found no place for {self._count} engines in {timeout_s:g} s (cluster.start_timeout_s).\n"
-                f"{table()}\n",
+                f"Ray found no place for {self._count} engines in {timeout_s:g} s (cluster.timeout_s).\n{table()}\n",
                 "Others may hold what is free (`ray status` tells), or cluster.placement asks for more nodes than "
                 "there are.",
             )
@@ -222,11 +210,8 @@ def connect(
     """Connects to a cluster, or starts one on this machine, and leaves it as it was found.
 
     A local cluster counts CPUs generously: on a laptop with 2 cores several engines share them, which is slow but
-    works. On a cluster that was there before, missing resources are an error, once `wait_for_nodes_s` is over.
+    works. On a cluster that was there before, missing resources are an error, once `cluster.timeout_s` is over.
     Its object store is larger than 2 GiB only where shared memory holds that, since Ray would put it on disk.
-
-    Raises:
-        SetupError: The cluster cannot be reached, or is smaller than the run needs.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
@@ -258,8 +243,9 @@ def connect(
         if token.stat().st_mode & 0o077:
             token.chmod(PRIVATE)
     try:
-        with stop_signals():  # in place of Ray's own handler
-            yield _check(config, plan, console or Console(quiet=True), wait_s=0.0 if local else config.wait_for_nodes_s)
+        take_over()
+        with stop.polled():
+            yield _check(config, plan, console or Console(quiet=True), wait_s=0.0 if local else config.nodes_timeout_s)
     finally:
         ray.shutdown()
 
@@ -295,9 +281,8 @@ def _check(config: ClusterConfig, plan: ResourcePlan, console: Console, *, wait_
     if problem:
         raise SetupError(
             f"{problem}\n{plan.text(nodes, use_gpu=use_gpu)}\n",
-            "Add nodes, lower train.num_workers or the numbers of engines, or lower cluster.cpus_per_engine, "
-            "cpus_per_worker, gpus_per_engine and gpus_per_worker. Where nodes start on demand, raise "
-            "cluster.wait_for_nodes_s.",
+            "Add nodes, or lower train.num_workers, the numbers of engines, cluster.gpus_per_engine or "
+            "gpus_per_worker. Where nodes start on demand, raise cluster.timeout_s.",
         )
     check_devices(config, plan, use_gpu=use_gpu)
     console.table("Needed and available", plan.table(nodes, use_gpu=use_gpu))
@@ -305,11 +290,7 @@ def _check(config: ClusterConfig, plan: ResourcePlan, console: Console, *, wait_
 
 
 def check_devices(config: ClusterConfig, plan: ResourcePlan, *, use_gpu: bool) -> None:
-    """Refuses a plan that no machine can carry out, however large.
-
-    Raises:
-        SetupError: Tensor parallelism without GPUs, or several training workers that may share one.
-    """
+    """Refuses a plan that no machine can carry out, however large."""
     sharded = next((item for item in plan.requests if item.devices > 1), None)
     if sharded is not None and not use_gpu:
         raise SetupError(
@@ -331,6 +312,7 @@ def _wait_for_nodes(config: ClusterConfig, plan: ResourcePlan, wait_s: float) ->
     asked: list[dict[str, float]] = []
     try:
         while True:
+            stop.check()
             nodes = nodes_of(ray.nodes())
             has_gpu = any(node.gpus > 0 for node in nodes)
             use_gpu = config.use_gpu == "always" or (config.use_gpu == "auto" and has_gpu)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import ray
 import torch
@@ -17,59 +15,40 @@ from raycomplete.runtime.console import Console
 from raycomplete.runtime.machine import bfloat16_units, choose_dtype
 from raycomplete.runtime.ray_calls import wait_for
 
-_SIZE, _REPEATS = 512, 3  # of a product, which takes 30 ms where bfloat16 is slow
-_ANSWER_S = 120.0  # a node may have to import torch first
-
-
-class Processor(NamedTuple):
-    """The processor of one node: its instructions for bfloat16, and the time of bfloat16 over that of float32."""
-
-    units: tuple[str, ...]
-    slowdown: float
+_ANSWER_S = 120.0  # a node may have to start a process first
 
 
 def resolve_dtype(config: RunConfig, console: Console) -> RunConfig:
     """Puts the number format that fits the nodes that train in place of `models.dtype: auto`.
 
-    It is bfloat16 on GPUs, and on processors with units for it, else float32. Of several nodes the slowest decides. A
-    run file that asks for bfloat16 where neither is there is warned in one sentence, with a ratio measured just then.
-
-    Raises:
-        SetupError: The cluster cannot be reached.
+    It is bfloat16 on GPUs, and on processors with units for it, else float32. Of several nodes the one with the fewest
+    units decides. A run file that asks for bfloat16 where neither is there is warned in one sentence.
     """
     asked = config.models.dtype
     if asked == "float32":
         return config
-    processor = _slowest(config.cluster)
-    dtype, why = choose_dtype(use_gpu=processor is None, units=processor.units if processor else ())
+    units = _fewest_units(config.cluster)
+    dtype, why = choose_dtype(use_gpu=units is None, units=units or ())
     if asked == "auto":
         return config.model_copy(update={"models": config.models.model_copy(update={"dtype": dtype})})
-    if processor and dtype == "float32":
-        console.note(
-            f"models.dtype is bfloat16 and {why}: a product of matrices takes {processor.slowdown:.2g} times as long "
-            "as in float32, which auto would take"
-        )
+    if dtype == "float32":
+        console.note(f"models.dtype is bfloat16 and {why}, which makes it slower than float32, which auto would take")
     return config
 
 
-def examine() -> Processor:
-    """Examines the processor of this process."""
-    return Processor(bfloat16_units(), _seconds(torch.bfloat16) / _seconds(torch.float32))
-
-
-def _slowest(config: ClusterConfig) -> Processor | None:
-    """Returns the slowest processor of the nodes; None where the run will use GPUs, and none is examined."""
+def _fewest_units(config: ClusterConfig) -> tuple[str, ...] | None:
+    """Returns the bfloat16 units of the node that has the fewest; None where the run will use GPUs."""
     if is_local(config) and not ray.is_initialized():
-        return None if config.use_gpu != "never" and torch.cuda.is_available() else examine()
+        return None if config.use_gpu != "never" and torch.cuda.is_available() else bfloat16_units()
     with _connected(config) as use_gpu:
         if use_gpu:
             return None
         places = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=True) for node in ray.nodes() if node["Alive"]]
-        task = ray.remote(num_cpus=0)(examine)
+        task = ray.remote(num_cpus=0)(bfloat16_units)
         calls = [task.options(scheduling_strategy=place).remote() for place in places]
-        found = [wait_for(call, who="node", what="its processor's speed", timeout_s=_ANSWER_S) for call in calls]
-    slowest: Processor = min(found, key=lambda item: (len(item.units), -item.slowdown))
-    return slowest
+        found = [wait_for(call, who="node", what="its processor's units", timeout_s=_ANSWER_S) for call in calls]
+    fewest: tuple[str, ...] = min(found, key=len)
+    return fewest
 
 
 @contextmanager
@@ -79,14 +58,3 @@ def _connected(config: ClusterConfig) -> Iterator[bool]:
         return
     with connect(config, ResourcePlan()) as cluster:
         yield cluster.use_gpu
-
-
-def _seconds(dtype: torch.dtype) -> float:
-    """Returns the time of the fastest of a few products."""
-    factor = torch.ones(_SIZE, _SIZE, dtype=dtype)
-    times = []
-    for _ in range(_REPEATS + 1):
-        started = time.perf_counter()
-        factor @ factor
-        times.append(time.perf_counter() - started)
-    return min(times[1:])  # the first one sets up its kernels

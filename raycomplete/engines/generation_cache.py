@@ -20,11 +20,6 @@ class CachedGenerator:
 
     Pieces are cut without regard to what is there: rounding depends on the batch, and a resumed run must equal an
     undisturbed one.
-
-    Args:
-        pool: Answers what is missing.
-        path: The file, with a row for each piece; it holds answers to harmful prompts, so that only its owner reads it.
-        advance: Called after each piece with the number of sequences answered in this call.
     """
 
     def __init__(self, pool: RolloutPool, path: Path, advance: Callable[[int], None] = lambda done: None) -> None:

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from raycomplete.engines.spec import EngineSpec
 from raycomplete.runtime.errors import DataError, WorkError
@@ -45,50 +45,23 @@ class TokenLogprob(NamedTuple):
 
 @dataclass(frozen=True)
 class Piece:
-    """The next part of an answer.
+    """The next part of an answer."""
 
-    Attributes:
-        text: New text; what could still become a stop string is held back.
-        token_ids: New tokens, the one that ends the response included.
-        logprobs: One for each new token where they were asked for.
-        prompt_logprobs: One for each token of the prompt, None for its first; in the first piece, where asked for.
-        finish_reason: Set in the last piece.
-    """
-
-    text: str
-    token_ids: tuple[int, ...] = ()
+    text: str  # new text; what could still become a stop string is held back
+    token_ids: tuple[int, ...] = ()  # new tokens, the one that ends the response included
     logprobs: tuple[TokenLogprob, ...] = ()
-    prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
-    finish_reason: Literal["stop", "length"] | None = None
+    prompt_logprobs: tuple[TokenLogprob | None, ...] = ()  # in the first piece; None for the prompt's first token
+    finish_reason: Literal["stop", "length"] | None = None  # set in the last piece
 
 
-class _Asked(NamedTuple):
-    """A request on its way to the engine's thread."""
-
-    identity: str
-    tokens: list[int]
-    sampling: OnlineSampling
-
-
-class _Answer(NamedTuple):
-    """The place where the pieces of one answer are waited for."""
-
-    loop: asyncio.AbstractEventLoop
-    pieces: asyncio.Queue[Piece | Exception]
+_Asked: TypeAlias = tuple[str, list[int], OnlineSampling]  # a request by its identity
+_Answer: TypeAlias = tuple[asyncio.AbstractEventLoop, "asyncio.Queue[Piece | Exception]"]  # where pieces are awaited
 
 
 class OnlineEngine:
     """Generates with one model for many callers; start it in a process whose environment is `spec.environment()`.
 
     vLLM works in a thread of its own, which alone touches it.
-
-    Args:
-        spec: The engine.
-        stop_ids: Tokens that end a response.
-        timeout_s: Longest wait for the start.
-
-    Raises:
-        WorkError: The engine does not start.
     """
 
     def __init__(self, spec: EngineSpec, stop_ids: Sequence[int], *, timeout_s: float) -> None:
@@ -106,33 +79,21 @@ class OnlineEngine:
             raise WorkError(problem, "Raise cluster.start_timeout_s if it was working.") from error
 
     def check(self) -> None:
-        """Raises an error where the engine has failed.
-
-        Raises:
-            WorkError: It has.
-        """
+        """Raises an error where the engine has failed."""
         if self._failure is not None or not self._thread.is_alive():
             words = "The engine has failed" + (f" ({self._failure})" if self._failure else "") + "."
             raise WorkError(words, "It is started again; ask again in a minute.")
 
     async def generate(self, tokens: Sequence[int], sampling: OnlineSampling) -> AsyncIterator[Piece]:
-        """Continues one sequence; who stops reading ends the request.
-
-        Yields:
-            Pieces in order; without `sampling.streams` a single one.
-
-        Raises:
-            DataError: vLLM refuses the request.
-            WorkError: The engine failed.
-        """
-        identity, answer = uuid.uuid4().hex, _Answer(asyncio.get_running_loop(), asyncio.Queue())
-        self._answers[identity] = answer
+        """Continues one sequence. Closing the iterator aborts the request."""
+        identity, pieces = uuid.uuid4().hex, asyncio.Queue[Piece | Exception]()
+        self._answers[identity] = asyncio.get_running_loop(), pieces
         ended = False
         try:
             self.check()  # after it is listed, so that a failure in between is not missed
-            self._inbox.put(_Asked(identity, list(tokens), sampling))
+            self._inbox.put((identity, list(tokens), sampling))
             while not ended:
-                piece = await answer.pieces.get()
+                piece = await pieces.get()
                 ended = isinstance(piece, Exception) or piece.finish_reason is not None
                 if isinstance(piece, Exception):
                     raise piece
@@ -181,11 +142,11 @@ class OnlineEngine:
             if isinstance(item, str):
                 engine.abort_request([item])
                 continue
+            identity, tokens, sampling = item
             try:
-                prompt = TokensPrompt(prompt_token_ids=item.tokens)
-                engine.add_request(item.identity, prompt, self._parameters(item.sampling))
+                engine.add_request(identity, TokensPrompt(prompt_token_ids=tokens), self._parameters(sampling))
             except Exception as error:  # of this request: the others go on
-                self._deliver(item.identity, DataError(f"The engine refuses the request: {error}"))
+                self._deliver(identity, DataError(f"The engine refuses the request: {error}"))
         return True
 
     def _parameters(self, sampling: OnlineSampling) -> Any:
@@ -205,7 +166,7 @@ class OnlineEngine:
         answer = self._answers.get(identity)
         if answer is not None:
             with suppress(RuntimeError):  # the loop of the one who asked is closed
-                answer.loop.call_soon_threadsafe(answer.pieces.put_nowait, piece)
+                answer[0].call_soon_threadsafe(answer[1].put_nowait, piece)
 
 
 def _piece(output: Any) -> Piece | Exception:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from threading import Lock
 from typing import Any
-from weakref import WeakSet
 
 import ray
 import torch
@@ -18,6 +16,7 @@ from raycomplete.engines.rollout_worker import EngineAnswer, RolloutOptions, Rol
 from raycomplete.engines.weights import Adapter, SentWeights, Weights, WeightSource, pack, pack_lora, version_of
 from raycomplete.runtime.errors import SetupError, WaitTimeoutError, WorkError
 from raycomplete.runtime.ray_calls import wait_for
+from raycomplete.runtime.signals import GRACE_S
 
 _SLICE = 256  # sequences of one call, as many as an engine runs side by side
 _TASK_RETRIES = 2  # a call that has killed its engine three times is at fault itself
@@ -36,27 +35,17 @@ class SyncError(WorkError):
 
 @dataclass(frozen=True)
 class SyncReport:
-    """One update of the weights of all engines, and how far the engines are from the trainer after it.
-
-    Attributes:
-        seconds: Time from the call until the last engine had answered the probe.
-        load_s: The slowest engine's time for loading; 0 where all had these weights already.
-        mean_abs_difference: Mean over the probe's tokens of |log p - log p'|, nats, of the engine farthest off.
-        max_abs_difference: Largest difference of one token over all engines, nats.
-        num_tokens: Tokens that each engine was compared on.
-        tolerance: Upper bound of `mean_abs_difference`.
-        transfer: Carrier of the weights: "store" is Ray's object store, others are vLLM's.
-    """
+    """One update of the weights of all engines, and how far the engines are from the trainer after it."""
 
     version: int
-    seconds: float
-    load_s: float
+    seconds: float  # from the call until the last engine had answered the probe
+    load_s: float  # the slowest engine's time for loading; 0 where all had these weights already
     num_bytes: int
-    mean_abs_difference: float
+    mean_abs_difference: float  # of |log p - log p'| over the probe's tokens, nats, of the engine farthest off
     max_abs_difference: float
     num_tokens: int
-    tolerance: float
-    transfer: str = "store"
+    tolerance: float  # upper bound of mean_abs_difference
+    transfer: str = "store"  # carrier: Ray's object store, or vLLM's name of its own
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,8 +66,6 @@ class PoolStats:
     load_s: float = 0.0
     restarts: int = 0
     incarnations: dict[int, str] = field(default_factory=dict)
-    open: WeakSet[RolloutCall] = field(default_factory=WeakSet)
-    lock: Lock = field(default_factory=Lock)  # guards `open`: one thread may collect while another submits
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickles the known processes only: a handle in another process counts from zero."""
@@ -89,12 +76,6 @@ class PoolStats:
         self.restarts += self.incarnations.get(engine, incarnation) != incarnation
         self.incarnations[engine] = incarnation
 
-    def num_unfinished(self) -> int:
-        """Counts the shards of calls that no engine has answered yet."""
-        with self.lock:
-            references = [reference for call in self.open for _, _, reference in call.shards]
-        return len(ray.wait(references, num_returns=len(references), timeout=0)[1]) if references else 0
-
 
 class RolloutPool:
     """One model behind one or more rollout actors (implements `raycomplete.runtime.types.Generator`). Picklable.
@@ -103,27 +84,17 @@ class RolloutPool:
     so results do not depend on how many engines there are, up to rounding in batches of another size. An engine that
     dies is started again by Ray, loads the named weights again and repeats what it had not answered; it refuses calls
     that name `SentWeights`, which nobody else keeps.
-
-    Args:
-        stats: Counts shared with another handle on these actors.
     """
 
     def __init__(
         self, actors: Sequence[Any], weights: WeightSource, options: RolloutOptions, stats: PoolStats | None = None
     ) -> None:
-        self._actors, self._weights, self._options = list(actors), weights, options
+        self._actors, self._weights, self.options = list(actors), weights, options
         self._stats = stats or PoolStats()
 
     @classmethod
     def start(cls, options: RolloutOptions, *, strategies: Sequence[Any] = ()) -> RolloutPool:
-        """Asks Ray for actors and returns at once; `wait_until_ready` waits for them.
-
-        Args:
-            strategies: Ray's scheduling strategy of each engine; empty: of `rollout.num_engines`, and Ray chooses.
-
-        Raises:
-            SetupError: `rollout.colocated` on a CPU.
-        """
+        """Asks Ray for actors and returns at once; `wait_until_ready` waits for them."""
         if options.spec.sleeps and not options.spec.use_gpu:
             raise SetupError(
                 "rollout.colocated lets engines sleep to free a GPU's memory, and this run uses no GPU.",
@@ -142,17 +113,12 @@ class RolloutPool:
     @property
     def stop_ids(self) -> list[int]:
         """Tokens that end a response."""
-        return list(self._options.stop_ids)
+        return list(self.options.stop_ids)
 
     @property
     def path(self) -> str:
         """Checkpoint that this handle generates with, or that its weights start from."""
         return self._weights if isinstance(self._weights, str) else self._weights.start_path
-
-    @property
-    def options(self) -> RolloutOptions:
-        """Settings of every engine."""
-        return self._options
 
     @property
     def side_by_side(self) -> int:
@@ -161,7 +127,7 @@ class RolloutPool:
 
     def with_weights(self, weights: WeightSource) -> RolloutPool:
         """Returns a handle on the same actors with other weights of the same architecture."""
-        return RolloutPool(self._actors, weights, self._options, self._stats)
+        return RolloutPool(self._actors, weights, self.options, self._stats)
 
     def wait_until_ready(self, timeout_s: float) -> dict[str, Any]:
         """Waits until every engine is ready; returns their number and the slowest one's start-up time."""
@@ -174,8 +140,8 @@ class RolloutPool:
         return {"start_s": start_s, "num_engines": len(self._actors)}
 
     def _take(self, engine: int, reference: Any, what: str, timeout_s: float) -> EngineAnswer:
-        """Waits for an answer of an engine, and counts its costs."""
-        answer: EngineAnswer = wait_for(reference, who=self.name(engine), what=what, timeout_s=timeout_s)
+        who = self.name(engine)
+        answer: EngineAnswer = wait_for(reference, who=who, what=what, timeout_s=timeout_s, grace_s=GRACE_S)
         self._stats.meet(engine, answer.incarnation)
         self._stats.seconds += answer.seconds
         self._stats.loads += answer.load_s > 0
@@ -193,11 +159,11 @@ class RolloutPool:
             ray.kill(self._actors[engine], no_restart=False)
 
     def pack(self, state: Mapping[str, Tensor], version: int) -> Weights:
-        """Packs whole weights (see `weights.pack`) over the checkpoint of this handle."""
+        """Packs whole weights over the checkpoint of this handle."""
         return pack(state, version, self.path)
 
     def pack_lora(self, adapters: Mapping[str, Adapter], version: int) -> Weights:
-        """Packs adapters (see `weights.pack_lora`) over the checkpoint of this handle, which they must belong to."""
+        """Packs adapters over the checkpoint of this handle, which they must belong to."""
         return pack_lora(adapters, version, self.path)
 
     def sync(
@@ -206,16 +172,6 @@ class RolloutPool:
         """Loads weights into every engine and compares log-probabilities of the engines with those of the trainer.
 
         Engines first finish what was submitted before.
-
-        Args:
-            probe: A few short (token ids, number of prompt tokens), at least one of each and one to generate left.
-            expected: For each probe the trainer's [response tokens] log-probabilities, nats, temperature 1.
-
-        Raises:
-            SyncError: The mean difference on an engine exceeds what rounding explains.
-            WaitTimeoutError: An engine took too long.
-            WeightsLostError: An engine does not hold weights that were sent to it.
-            WorkError: The weights cannot be loaded.
         """
         expected_N = torch.cat([rows.detach().double().cpu() for rows in expected])
         sequences = [(list(tokens), num_prompt) for tokens, num_prompt in probe]
@@ -234,7 +190,7 @@ class RolloutPool:
             mean_abs_difference=float(means_E.max()),
             max_abs_difference=float(differences_EN.max()),
             num_tokens=len(expected_N),
-            tolerance=_SYNC_TOLERANCE[self._options.spec.dtype],
+            tolerance=_SYNC_TOLERANCE[self.options.spec.dtype],
             transfer=weights.backend if isinstance(weights, SentWeights) else "store",
         )
         if not report.mean_abs_difference <= report.tolerance:  # written so that NaN fails too
@@ -250,13 +206,7 @@ class RolloutPool:
     def submit(
         self, sequences: Sequence[Sequence[int]], *, weights: WeightSource | None = None, **sampling: Any
     ) -> RolloutCall:
-        """Starts generating and returns at once; `collect` waits. Engines take calls in the order of submission.
-
-        Args:
-            sequences: Prompt token ids, prefill included; shared evenly between the engines.
-            weights: Weights to generate with; this handle's own when absent.
-            sampling: Fields of `Sampling`; sequence i samples under seed + i.
-        """
+        """Starts generating and returns at once; `collect` waits. Engines take calls in the order of submission."""
         source = self._weights if weights is None else weights
         settings = Sampling(**sampling)
         shards: list[tuple[int, int, Any]] = []
@@ -265,18 +215,10 @@ class RolloutPool:
                 part = [list(sequence) for sequence in sequences[start : min(start + _SLICE, stop)]]
                 seed = None if settings.seed is None else settings.seed + start
                 shards.append((engine, len(part), actor.generate.remote(source, part, settings._replace(seed=seed))))
-        call = RolloutCall(version_of(source), tuple(shards))
-        with self._stats.lock:
-            self._stats.open.add(call)
-        return call
+        return RolloutCall(version_of(source), tuple(shards))
 
     def collect(self, call: RolloutCall) -> list[tuple[list[int], bool]]:
-        """Waits for responses: new tokens without end-of-response, and whether each ended by itself.
-
-        Raises:
-            WaitTimeoutError: One slice took too long.
-            WorkError: An engine died again and again, failed, or answered with other weights than the call named.
-        """
+        """Waits for responses: new tokens without end-of-response, and whether each ended by itself."""
         responses: list[tuple[list[int], bool]] = []
         for engine, count, reference in call.shards:
             answer = self._take(engine, reference, f"{count} responses", ANSWER_TIMEOUT_S)
@@ -287,8 +229,6 @@ class RolloutPool:
                 )
             self._stats.tokens += sum(len(tokens) for tokens, _ in answer.value)
             responses += answer.value
-        with self._stats.lock:
-            self._stats.open.discard(call)
         return responses
 
     def generate(self, sequences: Sequence[Sequence[int]], **sampling: Any) -> list[list[int]]:
@@ -300,12 +240,7 @@ class RolloutPool:
         return self.collect(self.submit(sequences, **sampling))
 
     def log_probs(self, sequences: Sequence[tuple[Sequence[int], int]]) -> list[list[float]]:
-        """Returns log-probabilities of given answers under this handle's weights, nats (`RolloutEngine.log_probs`).
-
-        Raises:
-            WaitTimeoutError: An engine took too long over its share.
-            WorkError: An engine died again and again, or failed.
-        """
+        """Returns log-probabilities of given answers under this handle's weights, nats (`RolloutEngine.log_probs`)."""
         parts = []
         for engine, actor, first, stop in self._shares(len(sequences)):
             if part := [(list(tokens), num_prompt) for tokens, num_prompt in sequences[first:stop]]:
@@ -319,14 +254,8 @@ class RolloutPool:
     def stats(self) -> dict[str, float]:
         """Returns what this handle collected: tokens, summed seconds in engines, tokens/s of one, restarts, loads."""
         stats = self._stats
-        return {
-            "tokens": stats.tokens,
-            "seconds": stats.seconds,
-            "tokens_per_s": stats.tokens / stats.seconds if stats.seconds else 0.0,
-            "restarts": stats.restarts,
-            "loads": stats.loads,
-            "load_s": stats.load_s,
-        }
+        found = {name: getattr(stats, name) for name in ("tokens", "seconds", "restarts", "loads", "load_s")}
+        return found | {"tokens_per_s": stats.tokens / stats.seconds if stats.seconds else 0.0}
 
     def rest(self) -> None:
         """Frees the engines' memory until the next call, which waits for their start; nothing may be under way.
@@ -354,8 +283,7 @@ class RolloutPool:
             names = ", ".join(self.name(engine) for engine, item in enumerate(references) if item in late)
             raise WaitTimeoutError(
                 f"After {timeout_s:.0f} s these have not answered with {what}: {names}.",
-                f"{self._stats.num_unfinished()} parts of earlier calls are unfinished, and engines take calls in "
-                "order. Roll out less at a time if they were working.",
+                "Engines take calls in order: roll out less at a time if they were working on earlier ones.",
             )
 
     def name(self, engine: int) -> str:

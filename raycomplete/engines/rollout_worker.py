@@ -30,7 +30,7 @@ from raycomplete.engines.weights import (
     version_of,
 )
 from raycomplete.runtime.errors import WorkError
-from raycomplete.runtime.prometheus import begin, record, rolled_out
+from raycomplete.runtime.prometheus import begin, record
 
 _PROBE_TOKENS = 8
 # Mean over such a probe, in nats: two kernels of one model differ by rounding, models by whole nats. On a GPU products
@@ -78,23 +78,13 @@ class RolloutEngine:
         return bool(self._held)
 
     def shut_down(self) -> None:
-        """Gives back the device's memory; nothing can be asked afterwards.
-
-        To let go of the object is not enough: what a start made is never collected (`without_collection`).
-        """
+        """Gives back the device's memory; what a start made is never collected (`without_collection`)."""
         self._llm.llm_engine.engine_core.shutdown()
 
     def load(self, weights: WeightSource, *, timeout_s: float) -> bool:
         """Loads the weights of another checkpoint of the same architecture, or packed ones.
 
         The prefix cache holds states of the old weights, so it is emptied before the next token is made.
-
-        Returns:
-            True if anything was loaded, False where the engine holds these weights already.
-
-        Raises:
-            WeightsLostError: They were sent, and are not in this engine.
-            WorkError: The weights are gone or do not fit, or the prefix cache cannot be emptied.
         """
         if key_of(weights) == self._held:
             return False
@@ -123,11 +113,7 @@ class RolloutEngine:
         self._llm.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": info})
 
     def begin_update(self, weights: SentWeights, names: Sequence[str]) -> None:
-        """Makes the engine ready to receive weights; until `end_update` it has no model that anyone may ask.
-
-        Raises:
-            WorkError: Tensors of these names do not make the start checkpoint's model.
-        """
+        """Makes the engine ready to receive weights; until `end_update` it has no model that anyone may ask."""
         check_names(weights, names, tied=self._tied)
         self._update.enter_context(self.awake())
         self._forget()
@@ -137,11 +123,7 @@ class RolloutEngine:
         self._llm.collective_rpc("update_weights", kwargs={"update_info": update_info})
 
     def end_update(self, weights: SentWeights) -> None:
-        """Puts what was received to use; the engine's weights are `weights` from here on.
-
-        Raises:
-            WorkError: The prefix cache cannot be emptied, or decoding uses other weights.
-        """
+        """Puts what was received to use; the engine's weights are `weights` from here on."""
         self._llm.collective_rpc("finish_weight_update")
         self._refresh()
         self._update.close()
@@ -163,12 +145,7 @@ class RolloutEngine:
         self.version = version_of(weights)
 
     def generate_finished(self, sequences: Sequence[Sequence[int]], sampling: Sampling) -> list[tuple[list[int], bool]]:
-        """Continues sequences.
-
-        Returns:
-            New token ids of each sequence, end-of-response left out, and True where the response ended by itself
-            rather than by the token limit.
-        """
+        """Continues sequences."""
         from vllm import SamplingParams
 
         max_tokens, temperature, top_p, top_k, seed = sampling
@@ -194,14 +171,7 @@ class RolloutEngine:
         return found
 
     def log_probs(self, sequences: Sequence[tuple[Sequence[int], int]]) -> list[torch.Tensor]:
-        """Returns log-probabilities of given responses. For a few short sequences: logits of whole prompts are made.
-
-        Args:
-            sequences: (token ids, number of prompt tokens) with 1 <= prompt tokens < token ids < `max_length`.
-
-        Returns:
-            For each sequence log p(tokens[t] | tokens before t), [response tokens] float32, nats, temperature 1.
-        """
+        """Returns log-probabilities of given responses. For a few short sequences: logits of whole prompts are made."""
         from vllm import SamplingParams
 
         # vLLM refuses to generate no token at all. These requests are never answered from the prefix cache.
@@ -219,12 +189,6 @@ class RolloutEngine:
         """Compares the log-probabilities of decoding with those of reading: a CUDA graph may still use old weights.
 
         The trainer's proof after an update reads a probe as a prompt, and prompts are read without graphs.
-
-        Returns:
-            Mean |log p - log p'| over the tokens of a small probe, nats.
-
-        Raises:
-            WorkError: It is above what rounding explains.
         """
         from vllm import SamplingParams
 
@@ -342,7 +306,8 @@ class RolloutWorker:
         started = time.perf_counter()
         responses = engine.generate_finished(sequences, sampling)
         seconds = time.perf_counter() - started
-        rolled_out(tokens=sum(len(tokens) for tokens, _ in responses), seconds=seconds)
+        record("rollout_tokens", sum(len(tokens) for tokens, _ in responses))
+        record("rollout_seconds", seconds)
         return EngineAnswer(responses, engine.version, self._incarnation, seconds, load_s)
 
     def log_probs(self, weights: WeightSource, sequences: list[tuple[list[int], int]]) -> EngineAnswer:
@@ -356,11 +321,7 @@ class RolloutWorker:
         return EnginePlace(self._incarnation, self._ready_engine().devices())
 
     def take_step(self, incarnation: str, step: TransferStep, *arguments: Any) -> None:
-        """Takes one step of a transfer, a method of `RolloutEngine`.
-
-        Raises:
-            WeightsLostError: The transfer is with a process that died, and Ray repeats the step here; or one failed.
-        """
+        """Takes one step of a transfer, a method of `RolloutEngine`."""
         engine = self._engine
         if engine is None or incarnation != self._incarnation:
             raise WeightsLostError("The engine was started again during a transfer of weights.")

@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import ray
+
 from raycomplete.attacks.trial import Progress
 from raycomplete.config import RunConfig, dump, load_run_file
+from raycomplete.data.chat import ChatCodec
 from raycomplete.data.inputs import Models, Prompts
-from raycomplete.engines.cluster import Cluster, ResourcePlan, connect
-from raycomplete.engines.spec import object_store_bytes
-from raycomplete.engines.start import Engines, start_engines
+from raycomplete.engines.cluster import Cluster, Reservation, ResourcePlan, connect, nodes_of, uses_gpu
+from raycomplete.engines.rollout_pool import RolloutPool
+from raycomplete.engines.rollout_worker import RolloutOptions
+from raycomplete.engines.score_cache import ScoreRequest
+from raycomplete.engines.scorers import CACHE_BYTES, TeacherClient
+from raycomplete.engines.spec import EngineSpec, object_store_bytes
+from raycomplete.engines.weight_transfer import choose_backend
 from raycomplete.evaluation.judges import default_judge
 from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import ConfigError, ProcessDiedError, StoppedError
-from raycomplete.runtime.files import write_json, write_text
+from raycomplete.runtime.files import read_json, write_json, write_text
 from raycomplete.runtime.logs import announce_run, begin
-from raycomplete.runtime.machine import package_versions
-from raycomplete.runtime.signals import StopSignals, stop_signals
+from raycomplete.runtime.machine import available_cpus, package_versions
+from raycomplete.runtime.signals import Stop, stop
 from raycomplete.runtime.types import Generator, Judge, ModelRole
 from raycomplete.training.checkpoints import count_parameters
 
@@ -39,26 +46,34 @@ _FREE_KEYS = {
 }
 
 
+@dataclass
+class Engines:
+    """Running engines; the generator has the weights of `Models.start` at first, scorers stand by role.
+
+    `stats` holds start-up times and parity reports; `reservation` is the scorers' placement group, given back with
+    them: what follows training needs the room.
+    """
+
+    generator: RolloutPool
+    scorers: dict[str, TeacherClient] = field(default_factory=dict)
+    stats: dict[str, Any] = field(default_factory=dict)
+    reservation: Reservation | None = None
+
+    def stop_scorers(self) -> None:
+        """Ends the scorers, and frees their memory and their placement group."""
+        for scorer in self.scorers.values():
+            _quietly(scorer.stop)
+        if self.reservation is not None:
+            _quietly(self.reservation.release)
+        self.scorers, self.reservation = {}, None
+
+
 @dataclass(repr=False)
 class Run:
-    """Everything that the parts of one run share.
+    """Everything that the parts of one run share. A command makes it once, by `open_run`.
 
-    A command makes it once, by `open_run`, and hands it to sampling, training, evaluation and diagnosis.
-
-    Attributes:
-        config: Run file.
-        folder: Run folder; it exists and holds config.yaml and environment.json.
-        models: Checkpoints by role. `use_student` puts the trained student in its place.
-        prompts: Training and held-out prompts.
-        console: Where progress is shown.
-        cluster: The Ray cluster that the run is connected to.
-        stop: Signals that asked the run to stop.
-        engines: Running engines; set by `start_engines` for as long as they run.
-        on_progress: Called after each batch of evaluation trials, in the thread of the evaluation.
-        cancelled: Asked between batches and steps; True ends the run, beside the signals of `stop`.
-        remote: Clients of the models behind an address, in an evaluation.
-        remote_usage: How often such models were asked and what that cost, in earlier starts too, by who they are,
-            attackers among them.
+    `on_progress` is called after each batch of evaluation trials; `cancelled` is polled between batches and steps, as
+    `stop` is. `remote` holds clients of models behind an address, `remote_usage` what asking them has cost.
     """
 
     config: RunConfig
@@ -67,8 +82,8 @@ class Run:
     prompts: Prompts
     console: Console
     cluster: Cluster
-    stop: StopSignals = field(default_factory=StopSignals)
-    engines: Engines = field(init=False)
+    stop: Stop = stop
+    engines: Engines = field(init=False)  # for as long as they run
     on_progress: Callable[[Progress], None] | None = None
     cancelled: Callable[[], bool] | None = None
     remote: Mapping[ModelRole, Generator] = field(default_factory=dict)
@@ -95,36 +110,86 @@ class Run:
     def start_engines(
         self,
         *,
-        parity_sequences: list[tuple[tuple[int, ...], int]] | None = None,
-        scored: tuple[ModelRole, ...] = ("aligned", "base"),
+        parity_sequences: Sequence[tuple[tuple[int, ...], int]] = (),
+        scored: Sequence[ModelRole] = ("aligned", "base"),
+        cache_bytes: int = CACHE_BYTES,
     ) -> Iterator[Engines]:
-        """Starts the engines of the run, sets `engines`, and stops them on the way out.
+        """Places the engines, starts them side by side, waits until each is ready, and ends them on the way out.
 
-        Args and errors are those of `raycomplete.engines.start.start_engines`.
+        Scorers start only where `parity_sequences` (token ids, number of prompt tokens) are given, which the parity
+        gate compares with transformers. `cache_bytes` bounds the scores that one scorer keeps.
         """
-        with start_engines(
-            self.config,
-            self.cluster,
-            self.models,
-            self.console,
-            parity_sequences=parity_sequences or (),
-            scored=scored,
-        ) as engines:
-            self.engines = engines
+        config, cluster, console = self.config, self.cluster, self.console
+        timeout_s = config.cluster.start_timeout_s
+        spec = EngineSpec.from_config(config, "rollout", self.models.start, use_gpu=cluster.use_gpu)
+        num_gpus = sum(node.gpus for node in nodes_of(ray.nodes())) if cluster.use_gpu else 0.0
+        backend, why = choose_backend(config, num_gpus=num_gpus, vllm_version=package_versions().get("vllm", ""))
+        spec = replace(spec, weight_transfer=backend)
+        if cluster.use_gpu and config.rollout.on_policy and not backend:
+            console.note(f"New weights reach the rollout engines through the object store: {why}")
+        with ExitStack() as ended:
+            reservation = Reservation([spec.bundle()] * config.rollout.num_engines, config.cluster.placement)
+            ended.callback(_quietly, reservation.release)
+            reservation.wait(timeout_s, cluster.table)
+            options = RolloutOptions(spec, tuple(sorted(self.models.codec.eos_ids)), config.rollout)
+            self.engines = engines = Engines(RolloutPool.start(options, strategies=reservation.strategies()))
+            ended.callback(_quietly, engines.generator.stop)
+            ended.callback(engines.stop_scorers)
+            if parity_sequences:
+                requests = [ScoreRequest(tokens, num_prompt) for tokens, num_prompt in parity_sequences]
+                self._start_scorers(scored, requests, cache_bytes)
+            names = ", ".join(["generator", *(f"{role} scorer" for role in engines.scorers)])
+            device = "GPU" if cluster.use_gpu else f"{available_cpus()} CPU cores"
+            with console.stage(f"Engines started: {names} ({device})"):
+                engines.stats["generator"] = engines.generator.wait_until_ready(timeout_s)
+                for name, scorer in engines.scorers.items():
+                    engines.stats[name] = scorer.wait_until_ready(timeout_s)
+            for name in engines.scorers:
+                parity = engines.stats[name]["parity"]
+                console.note(
+                    f"Parity of {name}: rebuilt log-probabilities within {parity['mean_expected_difference']:.2g} nats "
+                    f"of transformers' on {parity['num_rows']} tokens [dim](tolerance {parity['tolerance']:.2g})[/dim]"
+                )
             yield engines
+
+    def _start_scorers(self, roles: Sequence[ModelRole], requests: list[ScoreRequest], cache_bytes: int) -> None:
+        """Adds the scorers of all roles to the engines, in one placement group."""
+        config, heads, use_gpu = self.config, self.models.heads, self.cluster.use_gpu
+        replicas = config.teacher.replicas
+        specs = [EngineSpec.from_config(config, "scorer", heads[role].path, use_gpu=use_gpu) for role in roles]
+        bundles = [spec.bundle() for spec in specs for _ in range(replicas)]
+        reservation = self.engines.reservation = Reservation(bundles, config.cluster.placement)
+        reservation.wait(config.cluster.start_timeout_s, self.cluster.table)
+        strategies = reservation.strategies()
+        for index, (role, spec) in enumerate(zip(roles, specs, strict=True)):
+            self.engines.scorers[role] = TeacherClient.start(
+                role,
+                heads[role],
+                spec,
+                config.teacher,
+                requests,
+                strategies=strategies[index * replicas : (index + 1) * replicas],
+                record_folder=(config.output.folder / "quarantined").resolve(),
+                cache_bytes=cache_bytes,
+            )
+
+
+def start_engine(config: RunConfig, path: Path, codec: ChatCodec) -> RolloutPool:
+    """Asks Ray for one generating engine of a model that is not the run's generator: attacker, judge or chat.
+
+    Returns at once; `wait_until_ready` waits for the engine.
+    """
+    spec = EngineSpec.from_config(config, "single", path, use_gpu=uses_gpu(config.cluster))
+    rollout = config.rollout.model_copy(update={"num_engines": 1, "tensor_parallel": 1, "colocated": False})
+    return RolloutPool.start(RolloutOptions(spec, tuple(sorted(codec.eos_ids)), rollout))
 
 
 @dataclass(frozen=True)
 class OutputFolder:
     """The run folder of a command, and the rules by which it may be used again.
 
-    Attributes:
-        config: Resolved run file; written as config.yaml.
-        same: Sections that must be the same to continue what is there.
-        resume: Continue what is there; it must come from the same settings.
-        overwrite: Remove an earlier run first.
-        keep_config: Leave a config.yaml that is there as it is.
-        free: Keys of the sections `same` that may differ all the same, as `models.max_length`.
+    A resumed run must have the same values in the sections `same`, except for the keys `free`, and the same `inputs`
+    (fingerprints of checkpoints and prompts by name). `keep_config` leaves a config.yaml that is there as it is.
     """
 
     config: RunConfig
@@ -133,6 +198,7 @@ class OutputFolder:
     overwrite: bool = False
     keep_config: bool = False
     free: tuple[str, ...] = ()
+    inputs: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def path(self) -> Path:
@@ -145,17 +211,9 @@ class OutputFolder:
         return "The same command goes on." if self.keep_config else "Go on with --resume."
 
     def check(self) -> dict[str, str]:
-        """Refuses a folder that `open` would refuse, before anything is started, and writes nothing.
+        """Refuses a folder that `open` would refuse, writes nothing, and returns the versions of packages.
 
         From here on logs and metrics of all processes bear the run's name.
-
-        Returns:
-            Versions of the packages that the run will use.
-
-        Raises:
-            ConfigError: The folder holds a run and neither `resume` nor `overwrite` is set, or it was made with other
-                settings.
-            SetupError: vLLM is not installed.
         """
         folder, settings = self.path, self.path / "config.yaml"
         if settings.is_file():
@@ -172,14 +230,9 @@ class OutputFolder:
         return package_versions()
 
     def open(self, revisions: Mapping[str, str] | None = None) -> Path:
-        """Creates the folder, or opens it again, and writes its files of settings and versions.
+        """Creates the folder, or opens it again, and writes settings, input fingerprints and versions.
 
-        Args:
-            revisions: Commit of each data set of the hub, which stands beside the versions of packages.
-
-        Raises:
-            ConfigError: See `check`.
-            SetupError: See `check`.
+        `revisions` are commits of data sets of the hub, which stand beside the versions of packages.
         """
         versions = self.check()
         folder, settings = self.path, self.path / "config.yaml"
@@ -188,6 +241,9 @@ class OutputFolder:
         folder.mkdir(parents=True, exist_ok=True)
         if not (self.keep_config and settings.is_file()):
             write_text(settings, dump(self.config))
+        if self.inputs:
+            known = read_json(folder / "inputs.json") or {}
+            write_json(folder / "inputs.json", dict(self.inputs) | known)  # an earlier version's record may lack some
         write_json(folder / "environment.json", {**versions, **(revisions or {})})
         begin("driver")
         return folder
@@ -204,9 +260,15 @@ class OutputFolder:
                 f"Resume with the same run file and overrides{f', and models.dtype={dtype}' if was else ''}, or choose "
                 "another output.name.",
             )
+        known = read_json(self.path / "inputs.json") or {}
+        if differ := [name for name, content in self.inputs.items() if known.get(name, content) != content]:
+            raise ConfigError(
+                f"Since the run in {self.path} was started, the content of these changed: {', '.join(differ)}.",
+                "Run again with --overwrite, or choose another output.name.",
+            )
 
     def _compared(self, config: RunConfig) -> dict[str, Any]:
-        """Values that must not change, by section or by key where a section has free keys."""
+        """Returns the values that must not change, by section or by key where a section has free keys."""
         found: dict[str, Any] = {}
         for section, values in config.model_dump(mode="json", include=set(self.same)).items():
             free = {key.partition(".")[2] for key in self.free if key.startswith(f"{section}.")}
@@ -231,53 +293,36 @@ def open_run(
     on_progress: Callable[[Progress], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
 ) -> Iterator[Run]:
-    """Connects to the cluster, handles signals, opens the run folder, and leaves the cluster as it was found.
+    """Connects to the cluster, opens the run folder, and leaves the cluster as it was found.
 
     Refuse everything else that can be refused before this: it is the first thing that costs seconds and writes files.
-
-    Args:
-        folder: Run folder, with the run file in it.
-        models: From `raycomplete.data.inputs.prepare_models`.
-        prompts: From `raycomplete.data.inputs.prepare_prompts`.
-        plan: Resources that the run places (`raycomplete.engines.cluster.plan_run`).
-        console: Where progress is shown.
-        on_progress: See `Run`.
-        cancelled: See `Run`.
-
-    Raises:
-        ConfigError: The folder cannot be used; see `OutputFolder.check`.
-        SetupError: The cluster cannot be reached, or is smaller than the run needs.
-        StoppedError: A signal stopped the run; the message says where, and how to go on.
+    A signal ends the block with a StoppedError that says where, and how to go on.
     """
     folder.check()
     config, dtype = folder.config, folder.config.models.weight_dtype
     count = count_parameters(models.paths["student"]) if "student" in models.paths else 0
     joined = connect(config.cluster, plan, console, object_store_bytes(config, count, dtype))
-    with joined as cluster, stop_signals() as stop, _told(stop, folder, console):
+    with joined as cluster, _told(folder, console):
         console.note(f"Weights are {dtype} (models.dtype)")
         for note in (*models.notes, *prompts.notes):
             console.note(note)
-        yield Run(
-            config=config,
-            folder=folder.open(prompts.revisions),
-            models=models,
-            prompts=prompts,
-            console=console,
-            cluster=cluster,
-            stop=stop,
-            on_progress=on_progress,
-            cancelled=cancelled,
-        )
+        path = folder.open(prompts.revisions)
+        yield Run(config, path, models, prompts, console, cluster, on_progress=on_progress, cancelled=cancelled)
 
 
 @contextmanager
-def _told(stop: StopSignals, folder: OutputFolder, console: Console) -> Iterator[None]:
+def _told(folder: OutputFolder, console: Console) -> Iterator[None]:
     """Turns what a signal did to a run into one sentence with the way on."""
     try:
         yield
-    except (KeyboardInterrupt, StoppedError, ProcessDiedError) as error:  # a signal to the whole group ends actors, too
+    except (StoppedError, ProcessDiedError) as error:  # a signal to the whole group ends actors, too
         if not stop.requested:
             raise
         where = f" during {console.stage_title!r}" if console.stage_title else ""
         problem = error.problem if type(error) is StoppedError else f"Stopped on request{where}; what was done is kept."
         raise StoppedError(problem, folder.way_on) from error
+
+
+def _quietly(end: Callable[[], None]) -> None:
+    with suppress(Exception):  # an actor that is gone already must not hide why
+        end()

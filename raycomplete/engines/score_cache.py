@@ -20,12 +20,7 @@ HiddenArray = npt.NDArray[np.uint16] | npt.NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class ScoreRequest:
-    """One sequence to read, and where its response starts.
-
-    Attributes:
-        token_ids: Prompt followed by response tokens.
-        num_prompt_tokens: Tokens before the response, at least 1.
-    """
+    """One sequence to read (prompt, then response), and the number of its prompt tokens, at least 1."""
 
     token_ids: tuple[int, ...]
     num_prompt_tokens: int
@@ -68,21 +63,14 @@ def to_tensor(array: npt.NDArray[Any]) -> torch.Tensor:
 
 
 class ScoreCache:
-    """Hidden states of one model by sequence.
-
-    Args:
-        memory_bytes: Upper bound of what is kept, least recently used out first.
-    """
+    """Hidden states of one model by sequence; beyond `memory_bytes` the least recently used ones are dropped."""
 
     def __init__(self, memory_bytes: int) -> None:
-        self._memory_bytes = memory_bytes
+        self._memory_bytes, self._held_bytes = memory_bytes, 0
         self._held: OrderedDict[str, HiddenArray] = OrderedDict()
-        self._held_bytes = 0
-        self.hits = 0
-        self.misses = 0
+        self.hits = self.misses = 0
 
     def get(self, request: ScoreRequest) -> HiddenArray | None:
-        """Returns the scores of a sequence, or None where they are not kept."""
         array = self._held.get(request.name)
         if array is None:
             self.misses += 1
@@ -92,12 +80,9 @@ class ScoreCache:
         return array
 
     def put(self, request: ScoreRequest, array: HiddenArray) -> None:
-        """Keeps the scores of a sequence."""
         name = request.name  # the tokens themselves would take a third as much again
-        if name in self._held:
-            return
-        self._held[name] = array
-        self._held_bytes += array.nbytes
+        if name not in self._held:
+            self._held[name] = array
+            self._held_bytes += array.nbytes
         while self._held_bytes > self._memory_bytes and self._held:
-            _, dropped = self._held.popitem(last=False)
-            self._held_bytes -= dropped.nbytes
+            self._held_bytes -= self._held.popitem(last=False)[1].nbytes

@@ -46,28 +46,13 @@ class PoolingEngine:
 
         # Without use_activation=False the states come L2-normalised, and no head could rebuild logits from them.
         pooler = PoolerConfig(task="token_embed", use_activation=False)
-        return (
-            spec.arguments()
-            | {
-                "runner": "pooling",
-                "convert": "embed",
-                "pooler_config": pooler,
-                "enable_prefix_caching": False,
-            }
-            | ({} if spec.use_gpu else {"kv_cache_memory_bytes": cache_bytes(spec)})
-        )
+        own = {"runner": "pooling", "convert": "embed", "pooler_config": pooler, "enable_prefix_caching": False}
+        return spec.arguments() | own | ({} if spec.use_gpu else {"kv_cache_memory_bytes": cache_bytes(spec)})
 
     def hidden_states(self, requests: Sequence[ScoreRequest]) -> list[HiddenArray]:
         """Reads sequences and returns the hidden states from which each response token is predicted.
 
         Row t of a result is the state after (prompt, y<t), so `head.logits(row t)` is the distribution of y_t.
-
-        Returns:
-            One [T, H] array for each request, T its response tokens.
-
-        Raises:
-            WorkError: The engine returned another number of rows than it was given tokens.
-            NotFiniteError: A hidden state is NaN or infinite.
         """
         from vllm import TokensPrompt
 
@@ -95,7 +80,7 @@ class PoolingEngine:
 def cache_bytes(spec: EngineSpec) -> int:
     """Returns the bytes of a scorer's key-value cache on a CPU: for twice the tokens that it reads at a time.
 
-    At most `cluster.kv_cache_gib`, which models without a formula in `raycomplete.plan` get whole. On SmolLM2-135M the
+    At most 1 GiB, which models without a formula in `raycomplete.plan` get whole. On SmolLM2-135M the
     whole was a third of a scorer's memory. Twice, since the last of a sequence's blocks of 128 tokens is not full; of
     sequences below 64 tokens fewer are read in a pass. 256 tokens are what vLLM starts with at any length.
     """
@@ -110,40 +95,21 @@ def cache_bytes(spec: EngineSpec) -> int:
 
 @dataclass(frozen=True)
 class ParityReport:
-    """Distance between rebuilt and transformers' own next-token distributions, over all compared rows.
+    """Distance between rebuilt and transformers' own next-token distributions over all compared rows, in nats."""
 
-    Attributes:
-        mean_expected_difference: Mean over rows of sum_v p(v) |log p(v) - log p'(v)|, nats.
-        max_expected_difference: The largest of those rows, nats.
-        max_difference: Largest |log p - log p'| over tokens with p >= 1e-3, nats.
-        mean_kl: Mean KL(p || p'), nats.
-        argmax_agreement: Share of rows whose likeliest token agrees.
-        num_rows: Rows compared.
-        tolerance: What `mean_expected_difference` was held to; the largest row was held to ten times that.
-    """
-
-    mean_expected_difference: float
-    max_expected_difference: float
-    max_difference: float
-    mean_kl: float
+    mean_expected_difference: float  # mean over rows of sum_v p(v) |log p(v) - log p'(v)|
+    max_expected_difference: float  # the largest of those rows
+    max_difference: float  # largest |log p - log p'| over tokens with p >= 1e-3
+    mean_kl: float  # KL(p || p')
     argmax_agreement: float
     num_rows: int
-    tolerance: float
+    tolerance: float  # upper bound of the mean; the largest row may be ten times that
 
 
-def check_parity(
-    engine: PoolingEngine, head: Head, requests: list[ScoreRequest], *, role: str, tolerance: float | None = None
-) -> ParityReport:
-    """Compares engine and head with transformers on a few sequences.
-
-    Args:
-        tolerance: Largest mean expected difference, nats; `PARITY_TOLERANCE` of the dtype when absent.
-
-    Raises:
-        ParityError: They differ by more than the tolerance.
-    """
+def check_parity(engine: PoolingEngine, head: Head, requests: list[ScoreRequest], *, role: str) -> ParityReport:
+    """Compares engine and head with transformers on a few sequences."""
     spec = engine.spec
-    tolerance = PARITY_TOLERANCE[spec.dtype] if tolerance is None else tolerance
+    tolerance = PARITY_TOLERANCE[spec.dtype]
     model = load_model(Path(spec.checkpoint), spec.dtype, trust_remote_code=spec.trust_remote_code)
     expected: list[float] = []
     largest, kl, agree, rows = 0.0, 0.0, 0, 0
@@ -172,6 +138,6 @@ def check_parity(
             f"and {worst:.3g} at worst (tolerance {tolerance:.3g} and {_WORST_ROW * tolerance:.3g}, {rows} rows, "
             f"argmax agrees on {agree / rows:.1%}).",
             "The engine's hidden states or the head spec do not fit this checkpoint; scores would be wrong, so "
-            "training did not start. If the difference is rounding, raise teacher.parity_tolerance.",
+            "training did not start.",
         )
     return report

@@ -24,51 +24,29 @@ _GRAPH_SIZES = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256)  # sequences that dec
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """One vLLM engine.
-
-    Attributes:
-        max_length: Longest sequence, prompt and response together.
-        use_gpu: False runs on the CPU.
-        gpu_memory_utilization: GPU only: share of the device that the engine may fill.
-        max_num_batched_tokens: Tokens of one forward pass; never less than `max_length`.
-        tensor_parallel: GPU only: devices of one node that hold the model together.
-        cuda_graphs: GPU only: steps of decoding are replayed as CUDA graphs; prompts are read without.
-        sleeps: GPU only: the engine gives the device's memory back after each batch (vLLM's sleep level 1).
-        weight_transfer: vLLM's carrier by which the engine can receive weights; None: it loads them only.
-        trust_remote_code: Lets code that lies beside the checkpoint run.
-        kv_cache_gib: CPU only: key-value cache in GiB.
-        threads: CPU only: OpenMP threads; all cores when absent.
-        num_cpus: Logical CPUs that Ray reserves.
-        num_gpus: GPUs that Ray reserves where GPUs are used.
-    """
+    """One vLLM engine."""
 
     checkpoint: str
     dtype: Dtype
-    max_length: int
+    max_length: int  # prompt and response together
     use_gpu: bool = False
     gpu_memory_utilization: float = 0.25
-    max_num_batched_tokens: int = 8192
-    tensor_parallel: int = 1
-    cuda_graphs: bool = False
-    sleeps: bool = False
-    weight_transfer: str | None = None
+    max_num_batched_tokens: int = 8192  # of one forward pass; never less than max_length
+    tensor_parallel: int = 1  # GPUs of one node that hold the model together
+    cuda_graphs: bool = False  # GPU: steps of decoding are replayed; prompts are read without
+    sleeps: bool = False  # GPU: the engine gives memory back after each batch (vLLM's sleep level 1)
+    weight_transfer: str | None = None  # vLLM's carrier by which the engine can receive weights
     trust_remote_code: bool = False
-    kv_cache_gib: int = 1
-    threads: int | None = None
-    num_cpus: float = 0.5
+    kv_cache_gib: int = 1  # CPU
+    threads: int | None = None  # CPU: OpenMP threads; all cores when absent
+    num_cpus: float = 0.5  # that Ray reserves
     num_gpus: float = 0.0
 
     @classmethod
     def from_config(cls, config: RunConfig, role: EngineRole, checkpoint: str | Path, *, use_gpu: bool) -> EngineSpec:
-        """Reads the settings of one role from a run file.
-
-        Args:
-            role: Section that applies: `teacher` for a scorer, else `rollout`.
-        """
+        """Reads the settings of one role from a run file: section `teacher` for a scorer, else `rollout`."""
         section = config.teacher if role == "scorer" else config.rollout
-        batched: dict[str, Any] = (
-            {"max_num_batched_tokens": config.teacher.max_num_batched_tokens} if role == "scorer" else {}
-        )
+        batched = config.teacher.max_num_batched_tokens if role == "scorer" else cls.max_num_batched_tokens
         tensor_parallel = 1 if role == "single" else section.tensor_parallel
         num_cpus, num_gpus = engine_share(config.cluster, tensor_parallel)
         return cls(
@@ -81,10 +59,9 @@ class EngineSpec:
             cuda_graphs=use_gpu and role == "rollout",
             sleeps=role == "rollout" and config.rollout.colocated,
             trust_remote_code=config.models.trust_remote_code,
-            kv_cache_gib=config.cluster.kv_cache_gib,
             num_cpus=num_cpus,
             num_gpus=num_gpus,
-            **batched,
+            max_num_batched_tokens=batched,
         )
 
     def arguments(self) -> dict[str, Any]:

@@ -26,16 +26,7 @@ _POLL_S = 0.2
 
 
 def start_llm(spec: EngineSpec, arguments: Mapping[str, Any]) -> Any:
-    """Starts an engine in this process, alone on its GPUs; one that sleeps between its calls falls asleep there.
-
-    Args:
-        spec: The engine.
-        arguments: Arguments of `vllm.LLM`.
-
-    Raises:
-        SetupError: The installed vLLM does not take one of the arguments.
-        WaitTimeoutError: Others' starts on the same GPU did not end in time.
-    """
+    """Starts an engine in this process, alone on its GPUs; one that sleeps between its calls falls asleep there."""
     if not spec.use_gpu:
         os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # inherited from a shell, it would replace the spec's cache
     with without_collection():
@@ -60,10 +51,9 @@ def turn_of(spec: EngineSpec) -> AbstractContextManager[None]:
 
 @contextmanager
 def without_collection() -> Iterator[None]:
-    """Keeps Python's garbage collector off, and what was made meanwhile out of its sight for good.
+    """Disables garbage collection while importing, then freezes the imported objects.
 
-    Thousands of modules are imported here that live as long as the process. To look through them again and again takes
-    a fifth of a small engine's start.
+    Collecting them again and again takes a fifth of a small engine's start.
     """
     was_on = gc.isenabled()
     gc.disable()
@@ -76,11 +66,6 @@ def without_collection() -> Iterator[None]:
 
 
 def check_arguments(arguments: Mapping[str, Any], known: set[str]) -> None:
-    """Refuses arguments that the installed vLLM does not know.
-
-    Raises:
-        SetupError: Names them.
-    """
     if dropped := sorted(arguments.keys() - known):
         raise SetupError(
             f"The installed vLLM takes no argument {', '.join(dropped)}.",
@@ -110,13 +95,6 @@ def alone_on_devices(names: Sequence[str], timeout_s: float | None = None) -> It
     """Holds GPUs against other starts of this user on this machine.
 
     The system releases a GPU that was held by a process that died.
-
-    Args:
-        names: The GPUs, as `visible_devices` names them.
-        timeout_s: Longest wait for others' starts; half an hour when absent, or what `raycomplete doctor` sets.
-
-    Raises:
-        WaitTimeoutError: Somebody else held one of them for the whole time.
     """
     timeout_s = float(os.environ.get(WAIT, _TURN_S)) if timeout_s is None else timeout_s
     deadline = time.monotonic() + timeout_s

@@ -13,10 +13,9 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
-from dataclasses import dataclass
 from functools import partial
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import ray
 import torch
@@ -42,11 +41,7 @@ _POLL_S = 0.02
 
 
 def choose_backend(config: RunConfig, *, num_gpus: float, vllm_version: str) -> tuple[str | None, str]:
-    """Chooses how the engines of a run get the student's weights, before it is known where Ray places the trainer.
-
-    Returns:
-        vLLM's name for the carrier and "", or None for the object store and why, for a message.
-    """
+    """Chooses how the engines of a run get the student's weights, before it is known where Ray places the trainer."""
     rollout, cluster = config.rollout, config.cluster
     whole = rollout.tensor_parallel > 1 or cluster.gpus_per_engine + cluster.gpus_per_worker > 1
     for applies, why in (
@@ -64,8 +59,7 @@ def choose_backend(config: RunConfig, *, num_gpus: float, vllm_version: str) -> 
     return "ipc", ""
 
 
-@dataclass(frozen=True)
-class EnginePlace:
+class EnginePlace(NamedTuple):
     """The process of an engine and its devices, which `device_name` names."""
 
     incarnation: str
@@ -103,11 +97,7 @@ class Carrier(ABC):
 
     @abstractmethod
     def send(self, tensors: Mapping[str, Tensor], dtype: torch.dtype, update: Update) -> None:
-        """Sends tensors to all engines, those of floating point as `dtype`.
-
-        `update(info, beside)` hands `info` to vLLM's `update_weights` of each engine, does `beside` meanwhile where it
-        is given, and returns when all are done.
-        """
+        """Sends tensors to all engines, those of floating point as `dtype`."""
 
     def end(self) -> None:  # noqa: B027
         """Frees what a send has held, of which engines have let go."""
@@ -116,6 +106,7 @@ class Carrier(ABC):
         """Leaves, also in the middle of something."""
 
 
+# Hands info to vLLM's `update_weights` of each engine, does the other work beside it, and returns when all are done.
 Update = Callable[[dict[str, Any], Callable[[], None] | None], None]
 
 
@@ -197,21 +188,12 @@ class IpcCarrier(Carrier):
 
 def _chunk_info(chunk: Any) -> dict[str, Any]:
     """Returns vLLM's description of a packed chunk by the names of the arguments of its consumer."""
-    return {
-        "ipc_handle": chunk.ipc_handle,
-        "names": chunk.names,
-        "shapes": chunk.shapes,
-        "dtype_names": chunk.dtype_names,
-        "tensor_sizes": chunk.tensor_sizes,
-    }
+    names = ("ipc_handle", "names", "shapes", "dtype_names", "tensor_sizes")
+    return {name: getattr(chunk, name) for name in names}
 
 
 def check_shown(proof: dict[str, Any]) -> None:
-    """Reads what `IpcCarrier` shows before an engine gives up the weights that it has.
-
-    Raises:
-        WorkError: The bytes are not those that were shown.
-    """
+    """Reads what `IpcCarrier` shows before an engine gives up the weights that it has."""
     from vllm.distributed.weight_transfer.packed_tensor import packed_ipc_consumer
 
     ((_, found_N),) = packed_ipc_consumer(**proof, device_index=torch.cuda.current_device())
@@ -270,9 +252,6 @@ class WeightTransfer:
     """Sends weights from this process to every engine of a pool.
 
     After an error it is of no use any more; engines that failed or hang start anew.
-
-    Raises:
-        WorkError: The devices do not suit the carrier, or somebody did not join in time.
     """
 
     def __init__(self, pool: RolloutPool) -> None:
@@ -285,12 +264,7 @@ class WeightTransfer:
         self._step_everywhere("connect", infos, "joined the transfer of weights", self._carrier.join)
 
     def send(self, state: Mapping[str, Tensor], version: int) -> SentWeights:
-        """Sends weights as `pack` takes them, on any device, and returns when every engine holds them.
-
-        Raises:
-            WaitTimeoutError: A step took too long.
-            WorkError: An engine could not receive or use them.
-        """
+        """Sends weights as `pack` takes them, on any device, and returns when every engine holds them."""
         dtype, done = TORCH_DTYPES[self._pool.options.spec.dtype], f"the weights of version {version}"
         state = widest_first(state, dtype)
         num_bytes = sum(_num_bytes(tensor, dtype) for tensor in state.values())
@@ -313,7 +287,6 @@ class WeightTransfer:
     def _step_everywhere(
         self, step: TransferStep, given: Sequence[Any], done: str, beside: Callable[[], None] | None = None
     ) -> None:
-        """Has every engine take a step of the transfer, with `given` for each, and returns when all have."""
         asked = [(place.incarnation, step, *items) for place, items in zip(self._places, given, strict=True)]
         self._gather(self._pool.call("take_step", asked), done, beside)
 

@@ -40,19 +40,12 @@ Adapter: TypeAlias = tuple[Tensor, Tensor, float]  # A [rank, in], B [out, rank]
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights of one training step. Picklable; the process that packed them must live as long as they are used.
+    """Weights of one training step. Picklable; the process that packed them must live as long as they are used."""
 
-    Attributes:
-        version: Finished optimizer steps of the trainer.
-        start_path: Checkpoint of the same architecture. Adapters are merged into its weights.
-        kind: "full": `chunks` hold every tensor. "lora": they hold adapters.
-        chunks: References to objects {name: array} (full) or {name: (A, B, scale)} (lora).
-    """
-
-    version: int
-    start_path: str
+    version: int  # finished optimizer steps of the trainer
+    start_path: str  # checkpoint of the same architecture; adapters are merged into its weights
     kind: Literal["full", "lora"]
-    chunks: tuple[Any, ...]
+    chunks: tuple[Any, ...]  # references to objects {name: array}, or {name: (A, B, scale)} for lora
     num_bytes: int
 
     @property
@@ -63,12 +56,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class SentWeights:
-    """Weights of one training step that went to the engines and are kept nowhere else; fields as those of `Weights`.
-
-    Attributes:
-        backend: Carrier, by vLLM's name for it.
-        send_id: Differs between any two sends, also of two runs.
-    """
+    """Weights of one training step that went to the engines and are kept nowhere else; fields as those of `Weights`."""
 
     version: int
     start_path: str
@@ -91,32 +79,20 @@ WeightSource: TypeAlias = str | Weights | SentWeights
 
 
 def key_of(source: WeightSource) -> str:
-    """Returns a name that tells two sources of weights apart."""
     return source if isinstance(source, str) else source.key
 
 
 def version_of(source: WeightSource) -> int | None:
-    """Returns the version of packed or sent weights, or None for a checkpoint."""
     return None if isinstance(source, str) else source.version
 
 
 def pack(state: Mapping[str, Tensor], version: int, start_path: str) -> Weights:
-    """Puts whole weights into the object store.
-
-    Args:
-        state: Tensors on the CPU under the names of the checkpoint's files; a tied output head may be missing.
-        start_path: Checkpoint of the same architecture, readable wherever an engine runs.
-    """
+    """Puts whole weights into the object store."""
     return _put({name: to_array(tensor) for name, tensor in state.items()}, version, start_path, "full")
 
 
 def pack_lora(adapters: Mapping[str, Adapter], version: int, start_path: str) -> Weights:
-    """Puts adapters into the object store; engines merge them into the start checkpoint.
-
-    Args:
-        adapters: By the name that the merged weight has in the checkpoint: "model.layers.0.self_attn.q_proj.weight".
-        start_path: Checkpoint that the adapters were trained on, readable wherever an engine runs.
-    """
+    """Puts adapters into the object store; engines merge them into the start checkpoint."""
     arrays = {name: (to_array(a_RI), to_array(b_OR), scale) for name, (a_RI, b_OR, scale) in adapters.items()}
     return _put(arrays, version, start_path, "lora")
 
@@ -128,13 +104,6 @@ def checkpoint_tensors(
 
     The payload is fetched and its names are compared with those of the start checkpoint before the first tensor is
     given, since a loader that fails half-way, or that misses a tensor silently, leaves a mixture of two models.
-
-    Args:
-        dtype: Type of the engine's weights. An adapter is merged in float32 and rounded to it once.
-        tied: The output head is the embedding, so that it may be missing.
-
-    Raises:
-        WorkError: The payload is gone, or does not fit the start checkpoint.
     """
     payload, files = _fetch(weights, timeout_s), tensor_files(Path(weights.start_path))
     check_names(weights, payload.keys(), tied=tied)
@@ -144,11 +113,7 @@ def checkpoint_tensors(
 
 
 def check_names(weights: Weights | SentWeights, names: Collection[str], *, tied: bool) -> None:
-    """Compares names of tensors, or of the weights that adapters belong to, with those of the start checkpoint.
-
-    Raises:
-        WorkError: They do not fit it.
-    """
+    """Compares names of tensors, or of the weights that adapters belong to, with those of the start checkpoint."""
     files = tensor_files(Path(weights.start_path))
     kind = weights.kind if isinstance(weights, Weights) else "full"
     needed = {name for name in files if not is_optional_tensor(name) and not (tied and is_head_tensor(name))}

@@ -16,7 +16,7 @@ from raycomplete.data.checkpoints import fingerprint
 from raycomplete.data.sentence_encoder import sentence_encoder
 from raycomplete.data.sources import resolve_checkpoint
 from raycomplete.engines.rollout_pool import RolloutPool
-from raycomplete.engines.start import start_engine
+from raycomplete.engines.run import start_engine
 from raycomplete.evaluation.babble import emptiness_or_babble
 from raycomplete.evaluation.calibration import calibrated, read_calibration
 from raycomplete.evaluation.endpoint_judge import EndpointJudge

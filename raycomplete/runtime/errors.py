@@ -12,12 +12,7 @@ from typing import Any
 
 
 class RaycompleteError(Exception):
-    """A failure with its remedy.
-
-    Args:
-        problem: One sentence that says what is wrong, with the offending value and where it stands.
-        remedy: One sentence that says what to do now; empty where the problem says it.
-    """
+    """A failure with its remedy."""
 
     exit_code = 1
 
@@ -77,17 +72,7 @@ class DiskFullError(WorkError):
 
 
 class ProcessDiedError(WorkError):
-    """The death of a worker, an engine or a node. The command line prints its `details` below the problem.
-
-    Args:
-        problem: One sentence that says who died.
-        remedy: How to go on.
-        role: The process, as "training worker 1" or "base scorer".
-        node: Address or id of its node; empty where it is not known.
-        cause: The likeliest reason, as far as it can be told.
-        log_path: The log of the process; empty where there is none.
-        saved: The work that is kept, as "the checkpoint of step 40 in runs/demo/checkpoints".
-    """
+    """The death of a worker, an engine or a node. The command line prints its `details` below the problem."""
 
     def __init__(
         self,
@@ -117,14 +102,7 @@ class ProcessDiedError(WorkError):
 
 
 class QuarantinedSequenceError(WorkError):
-    """Sequences that killed their engine again and again, and were quarantined.
-
-    Args:
-        problem: One sentence that says how many, and which engine.
-        remedy: Where they are recorded.
-        places: Their indices among the items of the call.
-        partial: The results of the call, with None in their places.
-    """
+    """Sequences that killed their engine again and again, and were quarantined."""
 
     def __init__(
         self, problem: str, remedy: str = "", *, places: Sequence[int] = (), partial: Sequence[Any] = ()

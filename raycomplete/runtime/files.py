@@ -26,13 +26,7 @@ def cache_folder() -> Path:
 
 
 def write_bytes(path: Path, content: bytes, *, mode: int = 0o644) -> None:
-    """Writes a file atomically and durably: a reader, or the next run after a crash, sees the old file or the new.
-
-    Args:
-        path: Its folder is made where missing.
-        content: The whole content.
-        mode: Permissions, in force from the first byte on.
-    """
+    """Writes a file atomically and durably: a reader, or the next run after a crash, sees the old file or the new."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # A name of its own for each writer: several processes may write into one run folder at a time.
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}")
@@ -81,10 +75,6 @@ class RowStore:
 
     Rows of one call are written by one call of the system and are on the disk when `add` returns, so that a process
     that is killed loses at most the call it was in. A last line without its end is dropped and made again.
-
-    Args:
-        path: The file; made at the first row.
-        mode: Its permissions.
     """
 
     def __init__(self, path: Path, *, mode: int = 0o644) -> None:

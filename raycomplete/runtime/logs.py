@@ -36,13 +36,7 @@ _SECRET_TEXT = re.compile(r"\b(Bearer\s+|hf_|sk-)[A-Za-z0-9._~+/=-]{8,}")
 
 @dataclass(frozen=True)
 class Identity:
-    """The process that writes a line.
-
-    Attributes:
-        run: Name of the run; empty outside of one.
-        role: "driver", "base scorer", "rollout engine" or "training worker", the last with its `rank`.
-        step: Training step that is at work.
-    """
+    """The process that writes a line."""
 
     run: str = ""
     role: str = "driver"

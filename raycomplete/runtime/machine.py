@@ -71,11 +71,7 @@ def compiler_problem() -> str:
 
 
 def package_versions() -> dict[str, str]:
-    """Returns the versions of everything that a number of a run may depend on.
-
-    Raises:
-        SetupError: vLLM is not installed.
-    """
+    """Returns the versions of everything that a number of a run may depend on."""
     versions = {"python": sys.version.split()[0], "platform": platform.platform()}
     for package in _PACKAGES:
         try:
@@ -101,16 +97,7 @@ def let_idle_threads_sleep() -> None:
 
 @contextmanager
 def named_when_full(folder: Path, what: str, needed: int = 0) -> Iterator[None]:
-    """Turns the error of a full disk into one sentence; other errors pass.
-
-    Args:
-        folder: Folder that the block writes into.
-        what: The file in the message, as "the checkpoint of step 40".
-        needed: Its bytes, where known.
-
-    Raises:
-        DiskFullError: The disk, or a quota, is full.
-    """
+    """Turns the error of a full disk into one sentence; other errors pass."""
     try:
         yield
     except Exception as error:
@@ -146,11 +133,7 @@ def as_gib(size: int) -> str:
 
 
 def within(timeout_s: float, problem: str, work: Callable[[], T], remedy: str = "") -> T:
-    """Does work in a thread of its own and waits for it with a limit, for calls that have none.
-
-    Raises:
-        WaitTimeoutError: The work did not end in time; it goes on unwatched.
-    """
+    """Does work in a thread of its own and waits for it with a limit, for calls that have none."""
     future: Future[T] = Future()
 
     def run() -> None:

@@ -18,12 +18,7 @@ from raycomplete.runtime.machine import named_when_full
 
 
 class MetricsFile:
-    """metrics.jsonl: one row a step, whole rows only.
-
-    Args:
-        path: The file.
-        keep_steps: Rows after this step are dropped, since a resumed run makes them anew.
-    """
+    """metrics.jsonl: one row a step, whole rows only."""
 
     def __init__(self, path: Path, keep_steps: int) -> None:
         self._path = path
@@ -55,11 +50,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 class MetricsReader:
-    """Reads metrics.jsonl while it grows, every row once.
-
-    Args:
-        path: The file, which need not exist yet.
-    """
+    """Reads metrics.jsonl while it grows, every row once."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -100,15 +91,7 @@ class Sink:
 
 
 def open_sinks(names: Sequence[str], folder: Path) -> list[Sink]:
-    """Opens the sinks of a run.
-
-    Args:
-        names: "tensorboard", "wandb" or "trackio".
-        folder: Run folder; files go below it, and its name names the run.
-
-    Raises:
-        SetupError: A sink's package is not installed.
-    """
+    """Opens the sinks of a run."""
     kinds = {"tensorboard": _tensorboard, "wandb": _wandb, "trackio": _trackio}
     return [kinds[name](folder) for name in names]
 

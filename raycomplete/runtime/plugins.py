@@ -27,12 +27,6 @@ def load_plugins(paths: Iterable[Path]) -> None:
     """Imports plugins that this process has not imported yet.
 
     A file that changes afterwards is not imported again.
-
-    Args:
-        paths: Python files, absolute, and names of modules, `package.module`.
-
-    Raises:
-        ConfigError: A file does not exist or is no Python file, or a plugin fails while it is imported.
     """
     for path in paths:
         if not is_module(path) and (not path.is_file() or path.suffix != ".py"):

@@ -15,19 +15,7 @@ MODEL_ROLES: tuple[ModelRole, ...] = ("base", "aligned", "student")
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One user message, and the conversation that it ends where there is one.
-
-    Attributes:
-        prompt_id: Stable name, unique in its set; results are stored under it.
-        text: The user message as typed, without chat template.
-        kind: harmful (should be refused), benign, or borderline (harmless but looks harmful).
-        answer: A compliant answer to a harmful prompt (source of prefills) or the right answer to a harmless one
-            (measures utility), where known.
-        source: Name of its file, without folder and ending; rates are broken down by it. Empty for no file.
-        answer_goes_on: Whether a model wrote the answer and was stopped before it ended.
-        system: The conversation's own system prompt.
-        earlier: The turns before `text`, as (role, text): user and assistant by turns, the user's first.
-    """
+    """One user message, and the conversation that it ends where there is one."""
 
     prompt_id: str
     text: str
@@ -52,13 +40,7 @@ class Prompt:
         return transcript([*self.context, ("user", self.text)]) if self.context else self.text
 
     def encoded(self, codec: Codec, text: str | None = None, *, system: str | None = None) -> list[int]:
-        """Encodes the whole conversation in the chat template, up to the point where the response starts.
-
-        Args:
-            codec: Tokenizer and chat template.
-            text: Stands in place of the last user turn, as an attack words it; the earlier ones are kept.
-            system: Stands before the prompt's own system prompt.
-        """
+        """Encodes the whole conversation in the chat template, up to the point where the response starts."""
         asked = self.text if text is None else text
         if not self.context:
             return codec.encode_prompt(asked, system) if system else codec.encode_prompt(asked)
@@ -109,14 +91,6 @@ class ResponseFrame:
     """Marks, in token ids, between the thinking of a reasoning model, its answer and its end.
 
     What a model reads and writes is: prompt, which ends in `turn`; `opening`, thinking, `closing`; answer, end.
-
-    Attributes:
-        turn: The start of the model's own turn, with which prompts end that leave it room to think.
-        opening: What starts the thinking after such a prompt; empty where the prompt itself does.
-        closing: What leads from the thinking to the answer.
-        thought_mark: The part of `opening` that thinking is told by, in the prompt or after it.
-        answer_mark: The part of `closing` that is found before every answer after a thought, an empty one too.
-        thinks: Whether prompts leave room to think.
     """
 
     turn: tuple[int, ...]

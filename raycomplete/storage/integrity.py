@@ -49,13 +49,7 @@ def seal(folder: Path, content: Mapping[str, Any], *, hashed: bool = True) -> No
 
 
 def damage(folder: Path, *, hashed: bool = True, found: Mapping[str, Digest] | None = None) -> str | None:
-    """Says in a few words what is wrong with a checkpoint; None where it is whole.
-
-    Args:
-        folder: One checkpoint.
-        hashed: False compares sizes only, which takes no time and misses flipped bits.
-        found: Its digests, where they are known.
-    """
+    """Says in a few words what is wrong with a checkpoint; None where it is whole."""
     try:
         if not (folder / COMPLETE).is_file():
             return "it was never finished"
@@ -95,11 +89,7 @@ def scan(folder: Path, *, hashed: bool = True) -> tuple[Path | None, dict[Path, 
 
 
 def newest_whole(folder: Path, *, hashed: bool = True, warn: Callable[[str], None] = logger.warning) -> Path | None:
-    """Finds the newest checkpoint that is whole, or None; damaged newer ones are renamed, so that they do not count.
-
-    Raises:
-        WorkError: There are checkpoints, and none of them is whole.
-    """
+    """Finds the newest checkpoint that is whole, or None; damaged newer ones are renamed, so that they do not count."""
     whole, refused = scan(folder, hashed=hashed)
     if whole is None and refused:
         named = "; ".join(f"{path.name}: {why}" for path, why in refused.items())

@@ -32,15 +32,7 @@ _REMEDIES = {
 
 
 class Remote:
-    """A folder of a file system; files below it are named by paths with slashes.
-
-    Args:
-        uri: As `output.storage`; credentials come from the environment.
-
-    Raises:
-        SetupError: No package that is installed knows this kind of storage.
-        OSError: It cannot be reached.
-    """
+    """A folder of a file system; files below it are named by paths with slashes."""
 
     def __init__(self, uri: str) -> None:
         self.uri = uri.split("?")[0]
@@ -96,11 +88,7 @@ class Remote:
 
 
 def connect(uri: str) -> Remote:
-    """Opens a storage and proves that it can be written, read and deleted from.
-
-    Raises:
-        SetupError: It cannot; one sentence with the reason and what to do.
-    """
+    """Opens a storage and proves that it can be written, read and deleted from."""
     shown = uri.split("?")[0]
 
     def probe() -> Remote:

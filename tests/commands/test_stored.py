@@ -113,8 +113,9 @@ def test_a_storage_that_fails_later_is_an_error_at_the_end_and_the_run_is_kept(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Remote, "upload", full)
+    monkeypatch.setattr("raycomplete.commands.stored.CLOSE_TIMEOUT_S", 1.0)
     with pytest.raises(WorkError, match=r"Not mirrored to .*checkpoints/step-000002: .*No space left.* --resume"):
-        run(config(tmp_path, storage_timeout_s=1.0))
+        run(config(tmp_path))
     assert (tmp_path / "runs" / "run" / "checkpoints" / "step-000002" / "complete.json").is_file()
 
 

@@ -19,7 +19,7 @@ from raycomplete.config.study import FROZEN, Study, load_study
 from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import ConfigError, StoppedError
 from raycomplete.runtime.files import PRIVATE, RowStore, read_json, write_text
-from raycomplete.runtime.signals import StopSignals
+from raycomplete.runtime.signals import Stop
 from tests.config.test_study import study_file
 from tests.conftest import ROOT
 
@@ -81,11 +81,11 @@ class Quiet:
         self.said.append(text)
 
 
-def work(study: Study, places: int, stop: StopSignals | None = None) -> Quiet:
+def work(study: Study, places: int, stop: Stop | None = None) -> Quiet:
     """Runs all that is not finished, without a cluster."""
     console = Quiet()
     jobs = [command._Job(run, command.samples_key(run.config, {}) if run.trains else "") for run in study.runs]
-    command._work(jobs, places, stop or StopSignals(), console, "an address")  # type: ignore[arg-type]
+    command._work(jobs, places, stop or Stop(), console, "an address")  # type: ignore[arg-type]
     return console
 
 
@@ -126,7 +126,7 @@ def test_a_run_that_fails_leaves_the_others_and_is_taken_up_again(study: Study) 
 
 
 def test_a_request_to_stop_ends_the_runs(study: Study) -> None:
-    stop = StopSignals()
+    stop = Stop()
     stop.requested = True
     with pytest.raises(StoppedError, match="Resume"):
         work(study, places=2, stop=stop)

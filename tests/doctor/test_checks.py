@@ -333,7 +333,7 @@ def test_each_difference_between_nodes_is_found(
 
 def test_a_cluster_that_is_too_small_fails_unless_the_run_waits_for_nodes(context: GetContext) -> None:
     for wait_s, status in ((10, "fail"), (900, "warn")):
-        settings = ("cluster.address=head:6379", "cluster.cpus_per_worker=10", f"cluster.wait_for_nodes_s={wait_s}")
+        settings = ("cluster.address=head:6379", "rollout.num_engines=20", f"cluster.timeout_s={wait_s}")
         says(checks.check_cluster(context(*settings, cluster=nodes(node("a")))), status, "the run needs 11.5 CPU")
 
 

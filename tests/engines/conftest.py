@@ -32,11 +32,11 @@ class Spare(RolloutWorker):
 def spare(generator: RolloutPool) -> Iterator[Any]:
     """At first, and again after a restart, an engine like `generator`'s; its process finds no compiler."""
     without_compiler = {"CXX": "/nonexistent", "CC": "/nonexistent", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
-    environment = generator._options.spec.environment() | without_compiler
+    environment = generator.options.spec.environment() | without_compiler
     actor = (
         ray.remote(Spare)
         .options(num_cpus=0.5, runtime_env={"env_vars": environment}, max_restarts=-1, max_task_retries=2)
-        .remote(generator._options)
+        .remote(generator.options)
     )
     yield actor
     ray.kill(actor)

@@ -83,15 +83,6 @@ def test_other_weights_and_prompts_are_asked_anew(tmp_path: Path) -> None:
     assert changed.asked == [4, 99, 6, 7], "the piece of the changed prompt alone"
 
 
-def test_a_line_that_was_cut_off_is_made_again(tmp_path: Path) -> None:
-    path = tmp_path / "kept"
-    calm = answers(Engines(), path)
-    path.write_bytes(path.read_bytes()[:-5])
-    resumed = Engines()
-    assert answers(resumed, path) == calm
-    assert resumed.asked == [8, 9]
-
-
 def test_progress_is_told_and_only_the_owner_reads(tmp_path: Path) -> None:
     told: list[int] = []
     CachedGenerator(Engines(), tmp_path / "kept", told.append).generate(PROMPTS, max_tokens=8)  # type: ignore[arg-type]

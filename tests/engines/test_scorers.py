@@ -71,7 +71,7 @@ def start(path: Path, codec: ChatCodec, dtype: Dtype, head: HeadSpec | None = No
         "aligned",
         head or head_of(path, codec),
         EngineSpec(str(path), dtype, 256),
-        TeacherConfig(timeout_s=120),
+        TeacherConfig(),
         make_requests(codec, 2),
     )
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from raycomplete.config import Dtype, RolloutConfig, RunConfig, parse
+from raycomplete.config import RolloutConfig, RunConfig, parse
 from raycomplete.engines.scoring_engine import cache_bytes
 from raycomplete.engines.spec import EngineRole, EngineSpec, object_store_bytes
 
@@ -39,6 +39,8 @@ def test_arguments_for_vllm_are_these() -> None:
         "gpu_memory_utilization": 0.5,
         "kernel_config": {"enable_flashinfer_autotune": False},
     }
+    cut = replace(SPEC, tensor_parallel=4)
+    assert cut.arguments() == SPEC.arguments() | {"tensor_parallel_size": 4, "distributed_executor_backend": "mp"}
     longer = replace(SPEC, max_length=1024, use_gpu=False).arguments()
     assert longer["max_num_batched_tokens"] == 1024
     assert not longer.keys() & {"gpu_memory_utilization", "kernel_config"}
@@ -76,11 +78,6 @@ def test_whole_weights_of_a_student_that_rolls_out_pass_through_the_object_store
     assert object_store_bytes(config(**sections), 10**9, "bfloat16") == 2 * 2**30 + versions * 2 * 10**9
 
 
-def test_only_sharded_engines_start_processes_beside_the_actor() -> None:
-    cut = replace(SPEC, tensor_parallel=4)
-    assert cut.arguments() == SPEC.arguments() | {"tensor_parallel_size": 4, "distributed_executor_backend": "mp"}
-
-
 @pytest.mark.parametrize(
     ("role", "expected"),
     [
@@ -94,29 +91,24 @@ def test_each_role_reads_its_section(role: EngineRole, expected: dict[str, Any])
         models={"base": "b", "aligned": "a", "dtype": "float32", "max_length": 99, "trust_remote_code": True},
         teacher={"max_num_batched_tokens": 128, "gpu_memory_utilization": 0.3, "tensor_parallel": 2},
         rollout={"gpu_memory_utilization": 0.4, "colocated": True},
-        cluster={"kv_cache_gib": 3, "gpus_per_engine": 0.7},
+        cluster={"gpus_per_engine": 0.7},
     )
     spec = EngineSpec.from_config(one, role, "/model", use_gpu=True)
     assert {name: getattr(spec, name) for name in expected} == expected
     assert (spec.checkpoint, spec.dtype, spec.max_length, spec.trust_remote_code) == ("/model", "float32", 99, True)
-    assert spec.kv_cache_gib == 3
     assert spec.bundle() == {"CPU": 0.5 * spec.tensor_parallel, "GPU": expected["num_gpus"]}
 
 
 def test_an_engine_on_a_cpu_sees_no_gpu_and_reserves_none() -> None:
-    spec = EngineSpec.from_config(
-        config(cluster={"kv_cache_gib": 2}),
-        "rollout",
-        "/model",
-        use_gpu=False,
-    )
+    spec = EngineSpec.from_config(config(), "rollout", "/model", use_gpu=False)
     environment = replace(spec, threads=3).environment()
     assert environment["OMP_NUM_THREADS"] == "3"
-    assert spec.arguments()["kv_cache_memory_bytes"] == 2 * 2**30
+    assert spec.arguments()["kv_cache_memory_bytes"] == 2**30
     assert "kv_cache_memory_bytes" not in replace(spec, use_gpu=True).arguments(), "there it is a share of the device"
     assert environment["CUDA_VISIBLE_DEVICES"] == ""
     assert int(environment["ONEDNN_PRIMITIVE_CACHE_CAPACITY"]) <= 128, "or memory grows with every batch size"
     assert "CUDA_VISIBLE_DEVICES" not in SPEC.environment()
+    assert replace(SPEC, dtype="float32").environment()["TRITON_F32_DEFAULT"] == "ieee", "products are not rounded"
     assert spec.bundle() == {"CPU": 0.5}
     resources = spec.resources()
     assert (resources["num_cpus"], resources["num_gpus"]) == (0.5, 0)
@@ -150,12 +142,6 @@ def test_the_cache_of_a_scorer_on_a_cpu_holds_what_it_reads_at_a_time(
     (tmp_path / "config.json").write_text(json.dumps(SMOLLM2 | change))
     spec = EngineSpec(str(tmp_path), "bfloat16", longest, max_num_batched_tokens=batched)
     assert cache_bytes(spec) == expected
-
-
-@pytest.mark.parametrize(("dtype", "exact"), [("float32", True), ("bfloat16", False)])
-def test_float32_is_not_rounded_on_a_gpu(dtype: Dtype, exact: bool) -> None:
-    environment = replace(SPEC, dtype=dtype, use_gpu=True).environment()
-    assert (environment.get("TRITON_F32_DEFAULT") == "ieee") is exact
 
 
 def test_engines_that_sleep_are_not_sharded() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
-import gc
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,17 +14,12 @@ from threading import Barrier, BrokenBarrierError
 from typing import Any
 
 import pytest
-import torch
 
-from raycomplete.data.chat import ChatCodec
-from raycomplete.data.checkpoints import load_model
-from raycomplete.data.heads import load_head, read_head_spec
 from raycomplete.data.organism import checkpoint_path
 from raycomplete.engines.rollout_worker import RolloutEngine
-from raycomplete.engines.score_cache import ScoreRequest, to_array
-from raycomplete.engines.scoring_engine import PoolingEngine, cache_bytes, check_parity
+from raycomplete.engines.scoring_engine import PoolingEngine, cache_bytes
 from raycomplete.engines.spec import EngineSpec
-from raycomplete.engines.vllm_start import alone_on_devices, check_arguments, start_llm, without_collection
+from raycomplete.engines.vllm_start import alone_on_devices, check_arguments, start_llm
 from raycomplete.runtime.errors import SetupError, WaitTimeoutError
 
 SPEC = EngineSpec("/nowhere", "bfloat16", 64, use_gpu=True, cuda_graphs=True, sleeps=True, tensor_parallel=2)
@@ -129,30 +123,6 @@ def test_a_start_that_never_ends_is_named() -> None:
         pass  # free again
 
 
-def test_the_collector_is_off_during_a_start_and_as_it_was_after_it() -> None:
-    frozen = gc.get_freeze_count()
-    try:
-        with without_collection():
-            assert not gc.isenabled()
-            kept = [{}]
-        assert gc.isenabled()
-        assert gc.get_freeze_count() > frozen
-        assert not any(item is kept for item in gc.get_objects()), "what a start made is not looked through again"
-    finally:
-        gc.unfreeze()
-    with pytest.raises(SetupError), without_collection():
-        raise SetupError("It does not start.")
-    assert gc.isenabled()
-    gc.disable()
-    try:
-        with without_collection():
-            pass
-        assert not gc.isenabled()
-    finally:
-        gc.enable()
-        gc.unfreeze()
-
-
 def test_vllm_still_takes_every_argument() -> None:
     from vllm.config import KernelConfig
     from vllm.engine.arg_utils import EngineArgs
@@ -167,13 +137,6 @@ def test_vllm_still_takes_every_argument() -> None:
     arguments = PoolingEngine.arguments(scorer)
     check_arguments(arguments, known)
     assert arguments["kv_cache_memory_bytes"] == cache_bytes(scorer) < 2**30
-
-
-def test_a_cache_size_inherited_from_a_shell_does_not_replace_the_spec(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "40")
-    with pytest.raises(SetupError, match="no argument nonsense"):
-        start_llm(replace(SPEC, use_gpu=False), {"nonsense": 1})
-    assert "VLLM_CPU_KVCACHE_SPACE" not in os.environ
 
 
 class Answers:
@@ -208,30 +171,3 @@ def test_decoding_with_other_weights_than_reading_is_found(monkeypatch: pytest.M
         monkeypatch.setattr(engine, "_run", Answers(stale, -1.0), raising=False)
         with pytest.raises(Exception, match=r"its CUDA graphs use others.*rollout\.cuda_graphs"):
             engine.check_decoding()
-
-
-class Reader:
-    """Gives the states of transformers in a scorer's place."""
-
-    def __init__(self, spec: EngineSpec) -> None:
-        self.spec, self.model = spec, load_model(Path(spec.checkpoint), "float32")
-
-    def hidden_states(self, requests: list[ScoreRequest]) -> list[Any]:
-        with torch.inference_mode():
-            states = [self.model.model(torch.tensor([item.token_ids[:-1]])).last_hidden_state[0] for item in requests]
-        return [to_array(rows[item.num_prompt_tokens - 1 :]) for rows, item in zip(states, requests, strict=True)]
-
-
-@pytest.mark.parametrize("use_gpu", [True, False])
-def test_the_parity_reference_uses_all_cores_beside_a_gpu(use_gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray leaves an actor with half a CPU one thread; an engine on a CPU has set its own threads already."""
-    path = checkpoint_path("aligned")
-    codec = ChatCodec(path)
-    spec = EngineSpec(str(path), "float32", 128, use_gpu=use_gpu)
-    head = load_head(read_head_spec(path, codec.vocab_size, codec.fingerprint()), dtype=torch.float32)
-    asked, before = [], torch.get_num_threads()
-    monkeypatch.setattr("raycomplete.engines.scoring_engine.available_cpus", lambda: 7)
-    monkeypatch.setattr(torch, "set_num_threads", asked.append)
-    report = check_parity(Reader(spec), head, [ScoreRequest(tuple(range(5, 15)), 3)], role="aligned")  # type: ignore[arg-type]
-    assert report.mean_expected_difference < 1e-5
-    assert asked == ([7, before] if use_gpu else [before])

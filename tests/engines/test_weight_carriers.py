@@ -14,14 +14,11 @@ from raycomplete.config import parse
 from raycomplete.engines import weight_transfer
 from raycomplete.engines.weight_transfer import (
     EnginePlace,
-    IpcCarrier,
     NcclCarrier,
-    check_shown,
     choose_backend,
     placement_problem,
     widest_first,
 )
-from raycomplete.runtime.errors import WorkError
 
 MODELS = {"base": "organism:base", "aligned": "organism:aligned", "dtype": "bfloat16"}
 WHOLE = {"gpus_per_engine": 1, "gpus_per_worker": 1}
@@ -153,59 +150,3 @@ def test_what_nccl_carries_is_what_vllm_unpacks(on_cpu: Any, chunk_bytes: int, m
     carrier.send(widest_first(STATE, torch.bfloat16), torch.bfloat16, update)
     assert same_as_sent(found)
     assert (len(sent) > 1) is (chunk_bytes == 10)
-
-
-@pytest.mark.slow
-def test_what_cuda_ipc_shows_is_what_vllm_unpacks(on_cpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weight_transfer, "_CHUNK_BYTES", 10)  # less than the largest tensor, which must fit
-    carrier, found, chunks = IpcCarrier(), {}, []
-
-    def update(info: dict[str, Any], beside: Any) -> None:
-        assert beside is None
-        chunks.append(info["names"])
-        buffer = info["ipc_handles"]["GPU-1"][0]
-        unpacked = on_cpu.unpack_tensor(
-            buffer[: sum(info["tensor_sizes"])],
-            info["names"],
-            info["shapes"],
-            [getattr(torch, name) for name in info["dtype_names"]],
-            info["tensor_sizes"],
-        )
-        found.update({name: item.clone() for name, item in unpacked})
-
-    carrier.send(widest_first(STATE, torch.bfloat16), torch.bfloat16, update)
-    assert same_as_sent(found)
-    assert len(chunks) > 1
-
-
-@pytest.mark.slow
-def test_an_engine_that_sees_other_bytes_refuses_cuda_ipc(on_cpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(on_cpu, "reduce_tensor", lambda tensor: (None, (tensor, *range(6))))
-    monkeypatch.setattr(on_cpu.PackedBufferImporter, "rebuild", lambda self, arguments: arguments[0])
-    (info,) = IpcCarrier().infos([EnginePlace("x", ("GPU-1",))])
-    assert info["packed"]
-    check_shown(info["proof"])
-    info["proof"]["ipc_handle"]["GPU-1"][0][3] = 0
-    with pytest.raises(WorkError, match="other bytes"):
-        check_shown(info["proof"])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("closed_first", [False, True])
-def test_a_group_is_left_whenever_its_carrier_is_closed(
-    on_cpu: Any, closed_first: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from vllm.distributed.weight_transfer import nccl_common
-
-    carrier, left = NcclCarrier(), []
-
-    def join(address: Any) -> Any:
-        if closed_first:
-            carrier.close()  # by the thread that waited for all, while this one still does
-        return SimpleNamespace(destroy=lambda: left.append(True))
-
-    monkeypatch.setattr(nccl_common, "trainer_init", join)
-    carrier.join()
-    assert len(left) == closed_first
-    carrier.close()
-    assert left

@@ -111,17 +111,6 @@ def test_who_does_not_join_is_named_and_started_again(never: Any, monkeypatch: p
 
 
 @pytest.mark.slow
-def test_a_sender_that_hangs_is_named(ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(CARRIERS, "file", Silent)
-    pool = pool_of(Handle())
-    transfer = WeightTransfer(pool)
-    with pytest.raises(WaitTimeoutError, match=r"have not received the weights of version 3: the trainer itself"):
-        transfer.send({"a": torch.zeros(2)}, 3)
-    assert transfer._carrier.is_closed  # type: ignore[attr-defined]
-    assert pool.restarted == ()
-
-
-@pytest.mark.slow
 def test_an_error_of_one_engine_ends_the_wait_for_the_others(
     never: Any, failed: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -219,16 +208,6 @@ def test_sends_of_one_version_are_told_apart(pool: RolloutPool, transfer: Weight
     assert report.transfer == "store"
     with pytest.raises(WeightsLostError):
         speaks(pool, second, folder / "1")
-
-
-@pytest.mark.slow
-def test_names_that_do_not_make_the_model_are_refused_before_anything_is_loaded(
-    pool: RolloutPool, transfer: WeightTransfer, folder: Path
-) -> None:
-    state = state_of(folder / "1", "bfloat16")
-    state.pop("model.layers.1.mlp.up_proj.weight")
-    with pytest.raises(WorkError, match=r"version 7 .* lack .* \(model\.layers\.1\.mlp\.up_proj\.weight\)"):
-        transfer.send(state, 7)
 
 
 @pytest.mark.slow

@@ -6,25 +6,20 @@ import pickle
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import peft
 import pytest
 import ray
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 
 from raycomplete.config import Dtype
-from raycomplete.data.chat import ChatCodec
 from raycomplete.data.checkpoints import TORCH_DTYPES, load_model
-from raycomplete.data.organism import checkpoint_path, prompts
 from raycomplete.engines import weights as weights_module
 from raycomplete.engines.rollout_pool import RolloutPool, SyncError
 from raycomplete.engines.rollout_worker import RolloutWorker, Sampling
@@ -93,33 +88,6 @@ def test_chunks_are_bounded_and_hold_every_bit(sizes: list[int], dtype: torch.dt
 
 
 @on_ray
-def test_equal_versions_of_two_runs_are_not_the_same_weights(path: Path) -> None:
-    first, second = (pack(state_of(path, "bfloat16"), 7, str(path)) for _ in range(2))
-    assert first.key != second.key
-    assert pickle.loads(pickle.dumps(first)).key == first.key
-
-
-def fetch_repeatedly(weights: Weights) -> None:
-    """Ray notices the death of an owner after a moment only."""
-    for _ in range(300):
-        weights_module._fetch(weights, 60)
-        time.sleep(0.1)
-
-
-@on_ray
-def test_weights_whose_trainer_died_are_told_from_wrong_ones(path: Path) -> None:
-    class Trainer:  # in here, since its process need not import what this module imports
-        def put(self) -> list[Any]:
-            return [ray.put({"w": np.zeros(2**17)})]
-
-    trainer = ray.remote(Trainer).options(num_cpus=0).remote()
-    weights = Weights(8, str(path), "full", tuple(ray.get(trainer.put.remote(), timeout=60)), 2**20)
-    ray.kill(trainer)
-    with pytest.raises(WorkError, match="the weights of version 8 from the object store"):
-        fetch_repeatedly(weights)
-
-
-@on_ray
 def test_merged_adapters_are_what_peft_merges(path: Path) -> None:
     model = adapted(path, "float32")
     merged = tensors_of(pack_lora(adapters_of(model), 1, str(path)), "float32")
@@ -148,15 +116,6 @@ def test_folders_of_killed_processes_are_swept(tmp_path: Path, monkeypatch: pyte
 
 
 @on_ray
-def test_a_bfloat16_merge_rounds_once(path: Path) -> None:
-    """peft itself rounds the product and the sum; the trainer's own float32 merge is the better reference."""
-    model = adapted(path, "float32")
-    merged = tensors_of(pack_lora(adapters_of(model), 1, str(path)), "bfloat16")
-    for name, tensor in model.merge_and_unload().named_parameters():
-        assert torch.equal(merged[name], tensor.to(torch.bfloat16)), name
-
-
-@on_ray
 def test_a_missing_tensor_is_named_before_anything_is_loaded(path: Path) -> None:
     state = state_of(path, "bfloat16")
     state.pop("model.layers.1.mlp.up_proj.weight")
@@ -178,30 +137,6 @@ def test_an_adapter_without_its_weight_is_refused(path: Path) -> None:
     adapters = {"base_model.model.model.norm.weight": (torch.zeros(1, 2), torch.zeros(2, 1), 1.0)}
     with pytest.raises(WorkError, match="hold adapters for tensors that are not there"):
         tensors_of(pack_lora(adapters, 1, str(path)), "bfloat16")
-
-
-def test_every_bit_of_the_weights_is_in_the_folder_for_as_long_as_it_is_read() -> None:
-    torch.manual_seed(0)
-    tensors = {"a.weight": torch.randn(5, 3).bfloat16(), "b.weight": torch.randn(3, 4).T, "c": torch.arange(3)}
-    with checkpoint_folder(iter(tensors.items())) as folder:
-        found = load_file(f"{folder}/model.safetensors")
-    assert found.keys() == tensors.keys()
-    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
-    assert not Path(folder).exists()
-
-
-@pytest.mark.parametrize(("free", "in_memory"), [(2**40, True), (64 * 2**10, False)])
-def test_weights_for_which_memory_has_no_room_go_to_the_disk(
-    free: int, in_memory: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    memory, disk = tmp_path / "shm", tmp_path / "disk"
-    memory.mkdir()
-    disk.mkdir()
-    monkeypatch.setattr(weights_module, "_MEMORY", str(memory))
-    monkeypatch.setattr(weights_module.tempfile, "tempdir", str(disk))
-    monkeypatch.setattr(weights_module.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
-    with checkpoint_folder(iter({"a": torch.zeros(2**14)}.items())) as folder:
-        assert Path(folder).parent == (memory if in_memory else disk)
 
 
 @pytest.fixture(scope="module")
@@ -283,23 +218,6 @@ def test_a_load_that_fails_half_way_leaves_no_mixture(spare: Any, folder: Path) 
     with pytest.raises(WorkError, match="rollout engine failed"):
         pool.sync(pool.pack({name: tensor + 1 for name, tensor in bad.items()}, 1), probe, expected)
     assert pool.sync(pool.pack(good, 2), probe, expected).mean_abs_difference < 1e-5
-
-
-@on_ray
-def test_a_trained_organism_is_within_rounding(generator: RolloutPool) -> None:
-    """The shared engine holds other weights now and then; what counts is what each call names."""
-    codec = ChatCodec(checkpoint_path("aligned"))
-    probe = []
-    for prompt in prompts("heldout", "harmful", 0, 4):
-        prompt_ids = codec.encode_prompt(prompt.text)
-        probe.append(([*prompt_ids, *codec.encode_answer(prompt.answer or prompt.text)[:24]], len(prompt_ids)))
-    model = load_model(checkpoint_path("aligned"), "float32")
-    weights = pack(dict(model.named_parameters()), 11, str(checkpoint_path("base")))
-    report = generator.sync(weights, probe, log_probs_of(model, probe))
-    assert report.mean_abs_difference < 1e-5
-    adapted_base = pack_lora({}, 12, str(checkpoint_path("base")))
-    base = log_probs_of(load_model(checkpoint_path("base"), "float32"), probe)
-    assert generator.sync(adapted_base, probe, base).mean_abs_difference < 1e-5
 
 
 @pytest.mark.parametrize("shuts_down", [True, False])

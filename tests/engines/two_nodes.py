@@ -26,16 +26,13 @@ from raycomplete.data.chat import ChatCodec
 from raycomplete.data.heads import read_head_spec
 from raycomplete.data.organism import checkpoint_path
 from raycomplete.engines.cluster import Reservation
-from raycomplete.engines.dispatch import KvStore, ScorerReplica
 from raycomplete.engines.score_cache import HiddenArray, ScoreRequest
-from raycomplete.engines.scorers import Scorer, TeacherClient
+from raycomplete.engines.scorers import KvStore, Scorer, ScorerReplica, TeacherClient
 from raycomplete.engines.spec import EngineSpec
 from raycomplete.runtime.errors import ProcessDiedError, QuarantinedSequenceError
 
 DEADLY = ScoreRequest((13, 13, 13), 1)
-TEACHER = TeacherConfig(
-    replicas=2, cache_gib=0, max_num_batched_tokens=4096, timeout_s=120, retry_timeout_s=240, max_attempts=2
-)
+TEACHER = TeacherConfig(replicas=2, max_num_batched_tokens=4096)
 NO_HEAD: Any = SimpleNamespace(model_fingerprint="none", tokenizer_hash="none")
 SPEC = EngineSpec(str(checkpoint_path("aligned")), "float32", 128, num_cpus=1)
 
@@ -79,7 +76,8 @@ def scorers(cluster: Cluster, nodes: list[Any]) -> dict[str, Any]:
     ]
     reservation = Reservation([{"CPU": 1.0}] * 2, "spread")
     reservation.wait(60, lambda: "")
-    client = TeacherClient.start("aligned", head, SPEC, TEACHER, batch[:2], strategies=reservation.strategies())
+    strategies = reservation.strategies()
+    client = TeacherClient.start("aligned", head, SPEC, TEACHER, batch[:2], strategies=strategies, cache_bytes=0)
     client.wait_until_ready(timeout_s=300)
     where = [ray.get(replica.actor.__ray_call__.remote(lambda _: where_am_i())) for replica in client._replicas]
     undisturbed = client.collect(client.submit(batch))
@@ -142,13 +140,12 @@ def quarantine(folder: Path) -> dict[str, Any]:
         ScorerReplica(
             f"scorer {index}",
             actor.options(num_cpus=0.1, max_restarts=-1).remote(
-                "aligned", NO_HEAD, SPEC, TEACHER, [], f"{prefix}/reads/scorer {index}", KvStore()
+                "aligned", NO_HEAD, SPEC, [], f"{prefix}/reads/scorer {index}"
             ),
-            60,
         )
         for index in range(2)
     ]
-    client = TeacherClient("aligned", handles, TEACHER, prefix, folder)
+    client = TeacherClient("aligned", handles, 4096, prefix, folder)
     batch = [ScoreRequest((number, number, number), 1) for number in (11, 13)]
     try:
         client.collect(client.submit(batch))

@@ -21,8 +21,7 @@ from raycomplete.data.inputs import prepare_models, prepare_prompts
 from raycomplete.data.organism import OrganismJudge, prompts
 from raycomplete.data.organism.world import HELPFUL_SYSTEM
 from raycomplete.engines.cluster import Cluster
-from raycomplete.engines.run import Run
-from raycomplete.engines.start import Engines
+from raycomplete.engines.run import Engines, Run
 from raycomplete.evaluation import attack_resources
 from raycomplete.evaluation.attack_resources import (
     AttackResources,

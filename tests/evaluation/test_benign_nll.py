@@ -16,8 +16,7 @@ from raycomplete.data.checkpoints import fingerprint
 from raycomplete.data.inputs import Models, Prompts
 from raycomplete.data.organism import checkpoint_path
 from raycomplete.engines.cluster import Cluster
-from raycomplete.engines.run import Run
-from raycomplete.engines.start import Engines
+from raycomplete.engines.run import Engines, Run
 from raycomplete.evaluation.benign_nll import (
     GivenAnswer,
     aligned_answers,

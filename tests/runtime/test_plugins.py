@@ -42,12 +42,6 @@ def test_a_run_file_imports_its_plugins_once_and_before_it_is_checked(tmp_path: 
     assert load_run_file(again) == config
 
 
-def test_plugins_may_be_given_as_an_override(tmp_path: Path) -> None:
-    write(tmp_path, "second.py", "VALUE = 2")
-    config = load_run_file(run_file(tmp_path), ["plugins=[second.py]"])
-    assert sys.modules[module_name(config.plugins[0])].VALUE == 2
-
-
 def test_two_plugins_of_one_name_are_two_modules(tmp_path: Path) -> None:
     for index, folder in enumerate(("a", "b")):
         (tmp_path / folder).mkdir()

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -14,9 +11,8 @@ from raycomplete.runtime.errors import WorkError
 from raycomplete.runtime.files import write_text
 from raycomplete.storage import integrity
 from raycomplete.storage import mirror as mirror_module
-from raycomplete.storage.mirror import FILES, Manifest, Mirror, StoredFile, decode, encode, loose_files
+from raycomplete.storage.mirror import FILES, Manifest, Mirror, StoredFile, decode, encode, restore
 from raycomplete.storage.remote import Remote
-from raycomplete.storage.restore import restore
 from tests.storage.conftest import BrokenRemote
 from tests.storage.folders import add_checkpoint, add_rows, make_run, results
 from tests.storage.test_integrity import flip
@@ -57,25 +53,6 @@ def test_a_finished_student_is_enough(remote: Remote, tmp_path: Path) -> None:
     assert (tmp_path / "new" / "student" / "model.safetensors").read_text() == "weights"
 
 
-def test_a_card_that_comes_later_sends_no_weights_again(remote: Remote, tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", 2)
-    write_text(run / "student" / "model.safetensors", "weights")
-    write_text(run / "student" / "config.json", "{}")
-    mirror_of(remote, run).look()
-    sent: list[str] = []
-    upload = remote.upload
-    remote.upload = lambda source, path: (sent.append(path), upload(source, path))[1]  # type: ignore[method-assign]
-    write_text(run / "student" / "README.md", "card")
-    mirror_of(remote, run).look()
-    assert [path for path in sent if path.startswith("student/")] == ["student/README.md"]
-    fetched(remote, tmp_path / "new")
-    assert {path.name for path in (tmp_path / "new" / "student").iterdir()} == {
-        "README.md",
-        "config.json",
-        "model.safetensors",
-    }
-
-
 def test_retention_holds_in_the_storage_too(remote: Remote, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     mirror = mirror_of(remote, run, keep=2)
@@ -95,17 +72,6 @@ def test_retention_holds_in_the_storage_too(remote: Remote, tmp_path: Path) -> N
     assert {path.split("/")[1] for path in remote.sizes("checkpoints")} == {"step-000002", "step-000003"}
     versions = [path for path in remote.sizes("files") if path.endswith("metrics.jsonl")]
     assert len(versions) == 1, "the newest only"
-
-
-def test_what_is_mirrored_is_not_sent_again(tmp_path: Path) -> None:
-    uri, run = f"file://{tmp_path}/storage", make_run(tmp_path / "run", 2)
-    mirror_of(Remote(uri), run).look()
-    mirror = mirror_of(BrokenRemote(uri, ""), run)  # by another process, into what can no longer be written
-    mirror.look()
-    assert mirror.missing == {}
-    add_checkpoint(run, 2, content="other weights")  # a resumed run wrote the step again
-    mirror.look()
-    assert [*mirror.missing] == ["checkpoints/step-000002"]
 
 
 def test_an_upload_that_was_killed_does_not_count_and_is_swept_away(tmp_path: Path) -> None:
@@ -138,23 +104,6 @@ def test_what_is_missing_at_the_end_is_an_error_that_names_it(tmp_path: Path) ->
     mirror.start()
     with pytest.raises(WorkError, match=r"Not mirrored to file://.*: checkpoints/step-000002: the line is cut\."):
         mirror.close(timeout_s=2)
-
-
-def test_a_checkpoint_that_is_removed_on_its_way_arrives_all_the_same(tmp_path: Path) -> None:
-    run, said = make_run(tmp_path / "run", 2), list[str]()
-
-    class Slow(Remote):
-        """Retention is faster than the line."""
-
-        def upload(self, source: Path, path: str) -> None:
-            integrity.drop(run / "checkpoints" / "step-000002")
-            super().upload(source, path)
-
-    remote = Slow(f"file://{tmp_path}/storage")
-    mirror_of(remote, run, said).look()
-    assert said == []
-    assert "checkpoints/step-000002" in fetched(remote, tmp_path / "new")
-    assert integrity.damage(tmp_path / "new" / "checkpoints" / "step-000002") is None
 
 
 def test_a_large_file_that_grows_is_sent_now_and_then_and_at_the_end(tmp_path: Path) -> None:
@@ -194,18 +143,6 @@ def test_of_two_processes_one_mirrors(tmp_path: Path) -> None:
     assert "summary.json" in Manifest(remote).pieces[FILES]
 
 
-def test_a_thread_that_breaks_is_heard_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    mirror = mirror_of(Remote(f"file://{tmp_path}/storage"), make_run(tmp_path / "run", 2))
-
-    def broken() -> None:
-        raise KeyError("a mistake")
-
-    monkeypatch.setattr(mirror, "look", broken)
-    mirror.start()
-    with pytest.raises(WorkError, match=r"Not mirrored to .*a mistake"):
-        mirror.close(timeout_s=30, insist=False)
-
-
 def test_a_checkpoint_that_its_disk_damaged_is_not_mirrored(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", 2, 4)
     flip(run / "checkpoints" / "step-000004" / "latest")
@@ -213,20 +150,6 @@ def test_a_checkpoint_that_its_disk_damaged_is_not_mirrored(tmp_path: Path) -> N
     mirror.look()
     assert "damaged on its disk" in mirror.missing["checkpoints/step-000004"]
     assert "checkpoints/step-000002" in fetched(Remote(f"file://{tmp_path}/storage"), tmp_path / "new")
-
-
-def test_the_thread_takes_what_appears_until_it_is_closed(tmp_path: Path) -> None:
-    remote, run = Remote(f"file://{tmp_path}/storage"), make_run(tmp_path / "run", 2)
-    mirror = mirror_of(remote, run)
-    mirror.start()
-    deadline = time.monotonic() + 60
-    while "checkpoints/step-000002" not in Manifest(remote).pieces:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    write_text(run / "summary.json", json.dumps({"asr": 0}))
-    mirror.close(timeout_s=60)
-    assert "summary.json" in Manifest(remote).pieces[FILES]
-    assert not (run / ".mirror").exists()
 
 
 def test_a_manifest_that_was_cut_off_or_points_outside_counts_for_nothing() -> None:
@@ -257,19 +180,3 @@ def test_a_checkpoint_that_is_removed_while_it_is_read_never_counts(
     mirror.look()
     assert [*Manifest(remote).pieces] == ["files"]
     assert mirror.missing == {}
-
-
-def test_checkpoints_that_vanish_meanwhile_do_not_hold_up_the_other_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = make_run(tmp_path / "run", 2)
-    scandir = os.scandir
-
-    def vanishing(place: Any) -> Any:
-        if "step-" in str(place):
-            raise FileNotFoundError(place)
-        return scandir(place)
-
-    monkeypatch.setattr(os, "scandir", vanishing)
-    names = [path.relative_to(run).as_posix() for path in loose_files(run)]
-    assert names == ["config.yaml", "evaluation/base.json", "inputs.json", "metrics.jsonl", "samples.jsonl"]

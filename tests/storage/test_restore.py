@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import errno
-import shutil
-from collections import namedtuple
 from pathlib import Path
 
 import pytest
@@ -104,18 +102,6 @@ def test_a_damaged_local_checkpoint_is_fetched_anew(remote: Remote, tmp_path: Pa
     assert integrity.damage(run / "checkpoints" / "step-000004") is None
 
 
-def test_damaged_checkpoints_of_the_storage_do_not_count_once_the_run_goes_on_from_its_own(
-    remote: Remote, tmp_path: Path
-) -> None:
-    here, there = make_run(tmp_path / "here", 2), make_run(tmp_path / "there", 2, 4)
-    mirror_of(remote, there).look()
-    damaged(remote, Manifest(remote).pieces["checkpoints/step-000004"]["latest"].path)
-    assert "checkpoints/step-000004" not in fetched(remote, here)
-    add_checkpoint(here, 3)
-    mirror_of(remote, here, keep=1).look()
-    assert Manifest(remote).steps("checkpoints") == [3]
-
-
 def test_a_restore_that_was_cut_off_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     remote, run = Remote(f"file://{tmp_path}/storage"), make_run(tmp_path / "run", 2, 4)
     mirror_of(remote, run).look()
@@ -132,16 +118,6 @@ def test_a_restore_that_was_cut_off_goes_on(tmp_path: Path, monkeypatch: pytest.
     assert list((tmp_path / "new" / "checkpoints").iterdir()) == [], "no half of a checkpoint"
     monkeypatch.setattr(Remote, "download", download)
     assert fetched(remote, tmp_path / "new") == ["checkpoints/step-000004"]
-
-
-def test_too_little_disk_is_told_before_anything_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    remote = Remote(f"file://{tmp_path}/storage")
-    mirror_of(remote, make_run(tmp_path / "run", 2)).look()
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 10**6, 10**6))
-    with pytest.raises(WorkError, match=r"needs 0\.00 GB and .* has 0\.00 GB free"):
-        fetched(remote, tmp_path / "new")
-    assert not (tmp_path / "new").exists()
 
 
 def test_an_empty_storage_and_somebody_elses_folder_are_left_alone(remote: Remote, tmp_path: Path) -> None:
