@@ -180,7 +180,7 @@ def test_what_a_signal_ends_is_told_in_one_sentence(
     monkeypatch.setattr(engines_run, "stop", stop)
     for stop.requested in (False, True):
         with (
-            pytest.raises(Exception, match=".") as caught,
+            pytest.raises(Exception, match=r".") as caught,
             engines_run._told(folder_of(tmp_path), console),
             console.stage("Answers of base"),
         ):
