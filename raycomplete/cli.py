@@ -282,7 +282,6 @@ def judge_calibrate(
     model: Annotated[str | None, typer.Option(help="The model behind the address.")] = None,
     key_variable: Annotated[str | None, typer.Option(help="Environment variable that holds its key.")] = None,
     rubric: Annotated[str, typer.Option(help="Its rubric: refusal, or a YAML file.")] = "refusal",
-    on_topic: Annotated[str, typer.Option(help="auto, encoder or off.")] = "auto",
     max_length: Annotated[int, typer.Option(help="Of a judge model: models.max_length of the run.")] = 1024,
     output: Annotated[Path, typer.Option(help="Where its error rates go.")] = Path("judge-calibration.json"),
 ) -> None:
@@ -290,7 +289,7 @@ def judge_calibrate(
     from raycomplete.attacks.registry import checked
     from raycomplete.config.evaluation import JudgeConfig
 
-    asked = {"address": address, "model": model, "key_variable": key_variable, "on_topic": on_topic}
+    asked = {"address": address, "model": model, "key_variable": key_variable}
     settings = checked(JudgeConfig, {"kind": kind, "checkpoint": checkpoint, "rubric": rubric, **asked}, "judge")
     from raycomplete.commands.judge import calibrate_judge
 

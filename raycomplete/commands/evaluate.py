@@ -15,7 +15,7 @@ from raycomplete.engines.cluster import ResourcePlan, plan_run
 from raycomplete.engines.run import OutputFolder, Run, open_run
 from raycomplete.evaluation.attack_resources import check_evaluation, evaluation_inputs, extra_engines, training_workers
 from raycomplete.evaluation.benign_nll import measure_benign_nll
-from raycomplete.evaluation.defences.start import check_defence, needs_training_prompts
+from raycomplete.evaluation.defences.start import check_defence
 from raycomplete.evaluation.remote_target import open_remote, usage_line
 from raycomplete.evaluation.roles import evaluate_roles, held_out_sets
 from raycomplete.evaluation.summary import (
@@ -78,7 +78,8 @@ def evaluate(
             roles = [role for role in roles if role != "student"]
     with console.stage("Checked checkpoints, tokenizers and prompts"):
         models = prepare_models(tested, roles=tuple(dict.fromkeys(("base", *roles))), remote=True)
-        prompts = prepare_prompts(config, models.codec, training=needs_training_prompts(config))
+        defence = config.evaluation.defence
+        prompts = prepare_prompts(config, models.codec, training=defence is not None and defence.needs_training)
         check_evaluation(config)
         check_defence(config, models)
         remote = open_remote(config, models.remote, models.codec)
@@ -96,7 +97,7 @@ def evaluate(
         results = evaluate_roles(run, roles)
         nll = measure_benign_nll(run, roles)
         for role, model in remote.items():
-            run.remote_usage[role] = model.usage.to_json(config.evaluation.remote)
+            run.remote_usage[role] = dict(model.usage.counts)
     summary = write_summary(run, results, nll, time.perf_counter() - started)
     print_result(summary, run.folder, console)
     return run.folder

@@ -12,11 +12,9 @@ from raycomplete.config.evaluation import JudgeConfig
 from raycomplete.engines.cluster import ResourcePlan, connect, engine_request
 from raycomplete.engines.dtype import resolve_dtype
 from raycomplete.evaluation.calibration import calibrate, read_labelled
-from raycomplete.evaluation.judges import RefusalJudge, measured
-from raycomplete.evaluation.model_judges import start_judge
-from raycomplete.evaluation.rubrics import read_rubric
+from raycomplete.evaluation.judges import RefusalJudge, measured, trap_errors
+from raycomplete.evaluation.model_judges import ZOO_JUDGE, read_rubric, start_judge
 from raycomplete.evaluation.summary import rate_text, trap_lines
-from raycomplete.evaluation.traps import trap_errors
 from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import ConfigError
 from raycomplete.runtime.files import write_json
@@ -31,7 +29,7 @@ def calibrate_judge(
     """
     by_rubric = settings.kind in ("model", "endpoint")
     if settings.kind == "judgezoo" or (by_rubric and read_rubric(settings.rubric).judges == "harm"):
-        name = settings.zoo_name if settings.kind == "judgezoo" else settings.rubric
+        name = (settings.model or ZOO_JUDGE) if settings.kind == "judgezoo" else settings.rubric
         raise ConfigError(
             f"The judge {name} rates harm and knows no refusals, so human labels of refusals measure nothing of it.",
             "Calibrate a judge of kind patterns, or a model by a rubric of refusals.",

@@ -129,7 +129,7 @@ def _plan(config: RunConfig) -> ResourcePlan:
     runners, cluster, answering = config.serve.runners, config.cluster, chat_roles(config)
     count, shards = runners * config.rollout.num_engines, config.rollout.tensor_parallel
     extras, workers = extra_engines(config), training_workers(config)
-    further = max(config.evaluation.white_boxes + _TOOLS - extras, 0)
+    further = max(1 + _TOOLS - extras, 0)
     requests = [
         engine_request(cluster, "rollout engine", count, tensor_parallel=shards),
         engine_request(cluster, "model of attacks and judge", runners * extras),

@@ -21,27 +21,17 @@ class JudgeConfig(Section):
     kind: Literal["auto", "patterns", "model", "endpoint", "judgezoo"] = Field(
         "auto", description="auto: an organism's own judge on its prompts, refusal patterns elsewhere"
     )
-    on_topic: Literal["auto", "encoder", "off"] = Field(
-        "auto",
-        description="patterns: mark answers to something else as off-topic, by the sentence encoder of the extra "
-        "`encoder`; auto: where it is installed",
-    )
     checkpoint: str | None = Field(None, description='kind "model": the judge model')
     address: str | None = Field(
         None, description='kind "endpoint": an OpenAI-compatible address, such as http://127.0.0.1:8000/v1'
     )
-    model: str | None = Field(None, description='kind "endpoint": the name of its model')
-    key_variable: str | None = Field(None, description='kind "endpoint": environment variable that holds its key')
-    timeout_s: float = Field(60.0, gt=0, description='kind "endpoint": longest wait for a reply')
-    retries: int = Field(
-        7, ge=0, le=100, description='kind "endpoint": further attempts where it is busy, with growing pauses'
+    model: str | None = Field(
+        None, description='kind "endpoint": the name of its model; kind "judgezoo": of its judge, or strong_reject'
     )
-    parallel: int = Field(8, ge=1, le=512, description='kind "endpoint": questions asked at once')
+    key_variable: str | None = Field(None, description='kind "endpoint": environment variable that holds its key')
     rubric: Literal["refusal", "strongreject", "yes_no", "safe_unsafe"] | Path = Field(
         "refusal", description='kinds "model" and "endpoint": the question and how its reply is read; or a YAML file'
     )
-    zoo_name: str = Field("strong_reject", description='kind "judgezoo": the name of its judge')
-    threshold: float = Field(0.5, gt=0, lt=1, description='kind "judgezoo": p_harmful from which a response complied')
     calibration: Path | None = Field(None, description="file that `raycomplete judge calibrate` wrote for this judge")
 
     @model_validator(mode="after")
@@ -60,29 +50,20 @@ class JudgeConfig(Section):
 
 
 class RemoteConfig(Section):
-    """Requests to models behind an address: those of `models`, and `attacker` of an attack.
+    """Requests to models behind an address: those of `models`, `attacker` of an attack, and a judge.
 
-    Such a model is named `openai:http://HOST:PORT/v1#NAME`.
+    A model of `models` or an attacker is named `openai:http://HOST:PORT/v1#NAME`.
     """
 
-    key_variable: str | None = Field(None, description="environment variable that holds their key")
+    key_variable: str | None = Field(None, description="environment variable that holds their key; a judge has its own")
     prefill: Literal["auto", "flags", "prefix", "assistant", "none"] = Field(
         "auto",
         description="how a server is told to continue an answer: vLLM's two flags, `prefix: true`, by a last message "
         "of the assistant alone (llama.cpp), or not at all; auto asks the server once whether it knows the flags",
     )
-    length_key: Literal["max_tokens", "max_completion_tokens"] = Field(
-        "max_tokens", description="what the server calls the longest answer; some hosted models take the second only"
-    )
-    attacker_max_length: int = Field(
-        8192, ge=512, description="longest request to an attacker, reply included, in tokens of about 3 characters"
-    )
     parallel: int = Field(8, ge=1, le=512, description="requests at once")
     requests_per_minute: float | None = Field(None, gt=0, description="requests that are started in a minute, at most")
-    retries: int = Field(6, ge=0, le=100, description="further attempts after 429, 5xx or a lost connection")
     timeout_s: float = Field(120.0, gt=0, description="longest wait for an answer")
-    prompt_price: float | None = Field(None, ge=0, description="price of a million prompt tokens, for the results")
-    completion_price: float | None = Field(None, ge=0, description="price of a million tokens of answers")
 
 
 class CapabilitiesConfig(Section):
@@ -93,7 +74,6 @@ class CapabilitiesConfig(Section):
     shots: int = Field(5, ge=0, description="examples of the same subject")
     bbh: Path | None = Field(None, description="JSONL with task, input, target")
     limit: int | None = Field(None, ge=1, description="questions of each benchmark, spread over its tasks")
-    max_tokens: int = Field(32, ge=1, description="longest answer in tokens")
 
 
 class EvaluationConfig(Section):
@@ -119,20 +99,12 @@ class EvaluationConfig(Section):
         "base",
         description="base or a checkpoint: the model that completes the compliant answers that prefills are cut from",
     )
-    prefill_opening: str = Field(
-        "Of course. To begin with,",
-        min_length=1,
-        description="words that it continues where a prompt has no answer; not those of rollout.affirmative_prefixes",
-    )
     num_prompts: int = Field(100, ge=1, description="held-out prompts of each kind")
-    nll_prompts: int = Field(100, ge=0, description="benign prompts whose answers' likelihood is measured; 0 is off")
-    nll_tokens: int = Field(64, ge=1, description="tokens of such an answer that are measured")
     save_completions: bool = Field(False, description="keep responses as text; token ids are always kept")
     attacks: list[SerializeAsAny[AttackConfig]] = Field(
         [PrefillConfig()], description="names of attacks, or mappings of name and settings; see below"
     )
     attack_prompts: int | None = Field(None, ge=1, description="harmful prompts of attacks other than prefill")
-    white_boxes: int = Field(1, ge=1, description="copies of a model that suffix searches use side by side")
     judge: JudgeConfig = Field(default_factory=JudgeConfig)
     remote: RemoteConfig = Field(default_factory=RemoteConfig)
     defence: SerializeAsAny[DefenceConfig] | None = Field(
@@ -155,7 +127,7 @@ class EvaluationConfig(Section):
     @field_validator("attacks", mode="before")
     @classmethod
     def _parsed(cls, attacks: Any) -> Any:
-        """By name, so that a wrong name or setting is told in one sentence instead of one for each kind of attack."""
+        """Parses each attack by its name, so that a wrong setting gives one sentence, not one for each attack."""
         if not isinstance(attacks, list | tuple):
             raise ValueError("evaluation.attacks must be a list of attacks")
         parsed = [parse_attack(entry) for entry in attacks]

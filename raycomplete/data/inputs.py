@@ -343,7 +343,7 @@ def samples_key(config: RunConfig, inputs: Mapping[str, str]) -> str:
     is_steered = train.validation.interval(train.steps) > 0
     held_back = [train.validation.num_prompts, train.validation.every == "auto", train.validation.max_tokens]
     made_from["held back"] = held_back if is_steered else None
-    made_from["held out"] = [evaluation.num_prompts, evaluation.prefill_from, evaluation.prefill_opening]
+    made_from["held out"] = [evaluation.num_prompts, evaluation.prefill_from]
     made_from["held out"].append(evaluation.deepest_prefill)
     if config.rollout.prompt_augmentation.fraction > 0:  # suffixes get the room that a run's responses leave
         made_from["longest"] = longest_response(config)

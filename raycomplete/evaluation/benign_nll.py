@@ -30,6 +30,7 @@ from raycomplete.runtime.files import PRIVATE, RowStore, content_hash
 from raycomplete.runtime.types import Codec, Generator, ModelRole, Prompt
 
 FORMAT = 1  # part of every key: raise it when the meaning of a stored sum changes
+NLL_PROMPTS, NLL_TOKENS = 100, 64  # prompts whose answers are measured, and tokens of an answer that are
 _BATCH = 32  # answers that are stored together
 
 
@@ -48,20 +49,16 @@ class GivenAnswer:
 
 
 def measure_benign_nll(run: Run, roles: Sequence[ModelRole]) -> dict[str, Any]:
-    """Measures the likelihood of good answers to the held-out benign prompts under every role.
-
-    Prompts without an answer of their own take that of the aligned model, where the run has one. The result is that of
-    `benign_nll`; empty where there are no answers.
-    """
+    """Measures the likelihood of good answers to the held-out benign prompts under every role; {} without answers."""
     codec, config = run.models.codec.with_thinking(False), run.config.evaluation
-    prompts = run.prompts.evaluation["benign"][: config.nll_prompts]
+    prompts = run.prompts.evaluation["benign"][:NLL_PROMPTS]
     engine = run.engines.generator
     models = {role: (fingerprint(path), engine.with_weights(str(path))) for role, path in run.models.paths.items()}
     spoken: dict[str, list[int]] = {}
     if "aligned" in models:
         weights, model = models["aligned"]
         spoken = aligned_answers(prompts, codec, config, run.folder, (answers_id(weights, codec), model))
-    answers = given_answers(prompts, spoken, codec, config, run.config.models.max_length)
+    answers = given_answers(prompts, spoken, codec, run.config.models.max_length)
     # An address tells no likelihood of given answers, and a defence at inference changes none.
     asked = [role for role in roles if role in models and (role != "student" or config.defence is None)]
     read: dict[str, tuple[str, RolloutPool]] = {role: models[role] for role in asked}
@@ -75,10 +72,7 @@ def measure_benign_nll(run: Run, roles: Sequence[ModelRole]) -> dict[str, Any]:
 def aligned_answers(
     prompts: Sequence[Prompt], codec: Codec, config: EvaluationConfig, folder: Path, aligned: tuple[str, Generator]
 ) -> dict[str, list[int]]:
-    """Returns the greedy answers of the aligned model (its `answers_id` and itself) to prompts without one, by id.
-
-    Answers that an evaluation left in the run folder are taken from it.
-    """
+    """Returns the greedy answers of the aligned model (its `answers_id` and itself) to prompts without one, by id."""
     model_id, generator = aligned
     decoding = Decoding(config.max_utility_tokens)
     trials = [
@@ -86,6 +80,7 @@ def aligned_answers(
         for prompt in prompts
         if not prompt.answer
     ]
+    # Answers that an evaluation left in the run folder are taken from it.
     known = RowStore(folder / "evaluation" / "trials" / f"{content_hash(model_id)[:16]}.jsonl", mode=PRIVATE)
     said = {trial.prompt.prompt_id: known.get(trial.key(model_id)).get("tokens") for trial in trials}
     missing = [trial for trial in trials if said[trial.prompt.prompt_id] is None]
@@ -96,20 +91,18 @@ def aligned_answers(
 
 
 def given_answers(
-    prompts: Sequence[Prompt], spoken: Mapping[str, list[int]], codec: Codec, config: EvaluationConfig, max_length: int
+    prompts: Sequence[Prompt], spoken: Mapping[str, list[int]], codec: Codec, max_length: int
 ) -> list[GivenAnswer]:
-    """Returns answers to prompts, cut at `evaluation.nll_tokens` tokens; prompts without one are left out.
+    """Returns answers to prompts, cut at `NLL_TOKENS` tokens; prompts without one are left out.
 
-    Args:
-        spoken: Tokens of the aligned model's answers by prompt id, for prompts without an answer of their own.
-        max_length: Longest sequence of the models.
+    `spoken` holds tokens of the aligned model's answers by prompt id, for prompts without an answer of their own.
     """
     found = []
     for prompt in prompts:
         answer = codec.encode_answer(prompt.answer) if prompt.answer else spoken.get(prompt.prompt_id, [])
         question = prompt.encoded(codec)
         # One token stays free: engines generate one to answer at all.
-        answer = answer[: max(min(config.nll_tokens, max_length - 1 - len(question)), 0)]
+        answer = answer[: max(min(NLL_TOKENS, max_length - 1 - len(question)), 0)]
         if answer:
             source = "file" if prompt.answer else "aligned"
             found.append(GivenAnswer(prompt.prompt_id, (*question, *answer), len(question), source))
@@ -126,20 +119,10 @@ def benign_nll(
 ) -> dict[str, Any]:
     """Computes the mean negative log-likelihood of the same answers, at least one, under each model.
 
-    Args:
-        models: Fingerprint and model, by role.
-        cancelled: Asked before each batch.
-        advance: Called after each batch with the number of answers read, by all models together.
-
-    Returns:
-        By role {"nats_per_token", "low", "high", "n", "tokens", "answers"}, and, where student and aligned are both
-        there, "student_to_aligned" {"ratio", "low", "high", "difference", "difference_low", "difference_high", "n"}. It
-        is left out where aligned is so certain of its answers that there is no ratio to 0.
-        Intervals are 95 % percentile bootstraps over prompts; n counts those.
-
-    Raises:
-        EvaluationCancelled: `cancelled` said so; finished answers are kept.
-        WorkError: A model did not answer as it should.
+    `models` holds fingerprint and model by role. Returns by role {"nats_per_token", "low", "high", "n", "tokens",
+    "answers"}, and, where student and aligned are both there, "student_to_aligned" {"ratio", "low", "high",
+    "difference", "difference_low", "difference_high", "n"}, unless aligned is so certain that there is no
+    ratio to 0. Intervals are 95 % percentile bootstraps over prompts; n counts those.
     """
     tokens_N = np.asarray([answer.num_answer for answer in answers], dtype=np.float64)
     written = dict(Counter(answer.source for answer in answers))
@@ -148,9 +131,7 @@ def benign_nll(
     for number, (role, model) in enumerate(models.items()):
         before = number * len(answers)
         sums[role] = _sums(model, answers, folder, cancelled, lambda done, before=before: advance(before + done))  # type: ignore[misc]
-    result: dict[str, Any] = {}
-    for role, sum_N in sums.items():
-        result[role] = _interval(sum_N, tokens_N, "nats_per_token") | counts
+    result = {role: _interval(sum_N, tokens_N, "nats_per_token") | counts for role, sum_N in sums.items()}
     if "student" in sums and "aligned" in sums:
         student_N, aligned_N = sums["student"], sums["aligned"]
         ratio = _interval(student_N, aligned_N, "ratio")

@@ -6,13 +6,12 @@ one that takes compliance for refusal makes it look too low.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from scipy.stats import norm
@@ -49,11 +48,7 @@ class Labelled:
 
 
 def read_labelled(path: Path) -> list[Labelled]:
-    """Reads human-labelled completions: rows of prompt, completion, and human_label or annotation_1, annotation_2, ...
-
-    Raises:
-        DataError: The file cannot be read, has no labels, or holds an unknown one.
-    """
+    """Reads human-labelled completions: rows of prompt, completion, and human_label or annotation_1, ..."""
     found = []
     for number, row in enumerate(read_rows(path, ("prompt", "completion"))):
         columns = sorted(name for name in row if name.startswith("annotation_"))
@@ -77,9 +72,6 @@ def calibrate(judge: Judge, rows: Sequence[Labelled], on: str) -> dict[str, Any]
         `judge`, `on`, `n`, `sensitivity` (full refusals called refused), `specificity` (full compliance not called
         refused), `partial` (partial refusals called refused), and between annotators `agreement` and `kappa`. Rates
         have Wilson's 95 % interval.
-
-    Raises:
-        DataError: There is no refusal or no compliance to measure on.
     """
     known = [row for row in rows if row.label is not None]
     outcomes = judge_all(judge, [(row.prompt, "", row.completion) for row in known])
@@ -108,11 +100,7 @@ def calibrate(judge: Judge, rows: Sequence[Labelled], on: str) -> dict[str, Any]
 
 
 def read_calibration(path: Path, judge_name: str) -> dict[str, Any]:
-    """Reads error rates that `raycomplete judge calibrate` stored.
-
-    Raises:
-        DataError: The file is missing or is about another judge.
-    """
+    """Reads error rates that `raycomplete judge calibrate` stored for the same judge."""
     if not path.is_file():
         raise DataError(f"The calibration {path} of the judge is not there.", _CALIBRATE)
     found = read_json(path)
@@ -124,13 +112,6 @@ def read_calibration(path: Path, judge_name: str) -> dict[str, Any]:
             "Calibrate the judge that is used; a judge model's name ends in --max-length, which is models.max_length.",
         )
     return found
-
-
-def calibrated(judge: Judge, rates: Mapping[str, Any]) -> Judge:
-    """Returns the same judge with the error rates of a calibration."""
-    found: Any = copy.copy(judge)
-    found.measured = rates
-    return cast("Judge", found)
 
 
 def _label(value: Any, path: Path, number: int) -> str:
@@ -162,14 +143,8 @@ def rogan_gladen(
     The estimate is (p + Sp - 1) / (Se + Sp - 1), held in [0, 1] (Rogan and Gladen 1978). The 95 % interval is that of
     Lang and Reiczigel (2014), which counts the uncertainty of Se and Sp, too.
 
-    Args:
-        positives: Number that the test called positive.
-        n: Number that was tested.
-        sensitivity: Se, and the number of true positives that it was measured on.
-        specificity: Sp, and the number of true negatives that it was measured on.
-
-    Returns:
-        Estimate, lower and upper end; None where the test tells nothing (Se + Sp <= 1) or nothing was tested.
+    `sensitivity` and `specificity` come with the number of true positives or negatives that they were measured on.
+    Returns estimate, lower and upper end; None where the test tells nothing (Se + Sp <= 1) or nothing was tested.
     """
     se, num_se = sensitivity
     sp, num_sp = specificity
@@ -202,13 +177,9 @@ def corrected_asr(
     the root of (c ds)^2 + (s dc)^2 with the distances ds of Wilson's interval and dc of `rogan_gladen`'s. The
     combination is ours.
 
-    Args:
-        outcomes: Count of each outcome.
-        num_behaviours: Independent behaviours among the trials; the interval counts these and not the trials.
-        judge_measured: `sensitivity` and `specificity` for refusals, each with `rate` and `n`.
-
-    Returns:
-        None where the judge has no measured errors, or nothing readable was judged.
+    The interval counts `num_behaviours`, the independent behaviours among the trials. `judge_measured` holds
+    `sensitivity` and `specificity` for refusals, each with `rate` and `n`. Returns None where the judge has no measured
+    errors, or nothing readable was judged.
     """
     trials = sum(outcomes.values())
     refusals = outcomes.get(Outcome.REFUSED, 0)

@@ -24,6 +24,7 @@ from raycomplete.runtime.types import Outcome, Prompt
 
 ATTACK = "capabilities"  # name under which these trials are stored
 STANDARD_QUESTIONS: Mapping[str, int] = {"mmlu": 14_042, "bbh": 6_511}
+ANSWER_TOKENS = 32
 _LETTERS = ("A", "B", "C", "D")
 _Question = tuple[str, int, str, str]  # task, row of the file, words to ask, right answer
 _STATED = re.compile(r"answer\s*(?:is|:)[\s*\"'`]*", re.IGNORECASE)
@@ -33,11 +34,7 @@ _REFUSALS = RefusalJudge()
 
 
 def plan_capabilities(target: Target, config: CapabilitiesConfig) -> list[Trial]:
-    """Plans a trial for each question, greedy.
-
-    Raises:
-        DataError: A file cannot be used.
-    """
+    """Plans a greedy trial for each question."""
     trials = []
     for name, path in (("mmlu", config.mmlu), ("bbh", config.bbh)):
         if path is None:
@@ -46,8 +43,8 @@ def plan_capabilities(target: Target, config: CapabilitiesConfig) -> list[Trial]
         shots = _shots(config) if name == "mmlu" else {}
         for task, number, question, answer in rows:
             prompt = Prompt(f"{name}/{task}/{number}", question, "benign", answer)
-            sequence, shown = _fitting(target, question, shots.get(task, []), config.max_tokens)
-            trials.append(Trial(ATTACK, name, prompt, sequence, Decoding(config.max_tokens), settings={"shots": shown}))
+            sequence, shown = _fitting(target, question, shots.get(task, []), ANSWER_TOKENS)
+            trials.append(Trial(ATTACK, name, prompt, sequence, Decoding(ANSWER_TOKENS), settings={"shots": shown}))
     return trials
 
 

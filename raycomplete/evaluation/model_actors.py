@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import ray
 
 from raycomplete.config import Dtype, RunConfig
+from raycomplete.config.engines import ANSWER_TIMEOUT_S
 from raycomplete.data.chat import ChatCodec
 from raycomplete.engines.cluster import uses_gpu
 from raycomplete.runtime.ray_calls import wait_for
 from raycomplete.training.trainer import KEEP_MEMORY
+
+ModelKind = Literal["white_box", "helper"]
 
 
 def start_actor(config: RunConfig, worker: type[Any], threads: int, *arguments: Any) -> Any:
@@ -23,27 +25,25 @@ def start_actor(config: RunConfig, worker: type[Any], threads: int, *arguments: 
     Args:
         worker: Its class, made of (dtype, use_gpu, trust_remote_code, *arguments). Every call must say all that it
             depends on, so that a retried one gives the same.
-        threads: Of its process, on a CPU.
+        threads: Threads of its process, on a CPU.
     """
     use_gpu = uses_gpu(config.cluster)
-    environment = (
-        {} if use_gpu else {**KEEP_MEMORY, "OMP_NUM_THREADS": str(max(threads, 1)), "CUDA_VISIBLE_DEVICES": ""}
-    )
+    on_cpu = {**KEEP_MEMORY, "OMP_NUM_THREADS": str(max(threads, 1)), "CUDA_VISIBLE_DEVICES": ""}
     remote = ray.remote(worker).options(
         num_cpus=config.cluster.cpus_per_engine,
         num_gpus=config.cluster.gpus_per_engine if use_gpu else 0,
-        runtime_env={"env_vars": environment},
+        runtime_env={"env_vars": {} if use_gpu else on_cpu},
         max_restarts=2,
         max_task_retries=2,
     )
     return remote.remote(config.models.weight_dtype, use_gpu, config.models.trust_remote_code, *arguments)
 
 
-class _ModelWorker(ABC):
-    """Holds one model of transformers at a time, as a Ray actor."""
+class ModelWorker:
+    """Holds one model of transformers at a time, as a Ray actor: a `TorchModel`, or a `TokenClassifier` as a helper."""
 
-    def __init__(self, dtype: Dtype, use_gpu: bool, trust_remote_code: bool) -> None:
-        self._dtype, self._use_gpu, self._trust_remote_code = dtype, use_gpu, trust_remote_code
+    def __init__(self, dtype: Dtype, use_gpu: bool, trust_remote_code: bool, kind: ModelKind) -> None:
+        self._dtype, self._use_gpu, self._trust_remote_code, self._kind = dtype, use_gpu, trust_remote_code, kind
         self._path: Path | None = None
         self._model: Any = None
 
@@ -54,32 +54,16 @@ class _ModelWorker(ABC):
         """
         if self._path != path:
             self._path, self._model = None, None  # the old model leaves before the new one comes
-            self._path, self._model = path, self.load(path, "cuda" if self._use_gpu else "cpu")
+            self._path, self._model = path, self._load(path, "cuda" if self._use_gpu else "cpu")
         return getattr(self._model, method)(*arguments)
 
-    @abstractmethod
-    def load(self, path: Path, device: str) -> Any:
-        """Loads a checkpoint."""
+    def _load(self, path: Path, device: str) -> Any:
+        from raycomplete.attacks.white_box import TokenClassifier, TorchModel
+        from raycomplete.data.checkpoints import load_model, load_token_classifier
 
-
-class WhiteBoxWorker(_ModelWorker):
-    """Holds a `raycomplete.attacks.white_box.TorchModel` for `WhiteBoxClient`."""
-
-    def load(self, path: Path, device: str) -> Any:
-        from raycomplete.attacks.white_box import TorchModel
-        from raycomplete.data.checkpoints import load_model
-
+        if self._kind == "helper":  # its code is never run
+            return TokenClassifier(load_token_classifier(path, self._dtype).to(device), ChatCodec(path))
         return TorchModel(load_model(path, self._dtype, trust_remote_code=self._trust_remote_code).to(device))
-
-
-class HelperWorker(_ModelWorker):
-    """Holds a `raycomplete.attacks.white_box.TokenClassifier` for `HelperClient`; code of checkpoints is never run."""
-
-    def load(self, path: Path, device: str) -> Any:
-        from raycomplete.attacks.white_box import TokenClassifier
-        from raycomplete.data.checkpoints import load_token_classifier
-
-        return TokenClassifier(load_token_classifier(path, self._dtype).to(device), ChatCodec(path))
 
 
 def _remote(method: str, what: str) -> Callable[..., Any]:
@@ -132,3 +116,9 @@ class WhiteBoxClient(_ModelClient):
     suffix_embeddings = _remote("suffix_embeddings", "embeddings of a suffix")
     descend = _remote("descend", "steps of a soft prompt")
     continue_embeddings = _remote("continue_embeddings", "answers to soft prompts")
+
+
+def start_white_box(config: RunConfig, path: Path, threads: int) -> WhiteBoxClient:
+    """Asks Ray for the actor of a white box and returns at once; the first call waits for it."""
+    actor = start_actor(config, ModelWorker, threads, "white_box")
+    return WhiteBoxClient(actor, path, ANSWER_TIMEOUT_S)

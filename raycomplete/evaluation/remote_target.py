@@ -1,4 +1,4 @@
-"""Targets of an evaluation behind an OpenAI-compatible address: how they are asked, and what that costs."""
+"""Models behind an OpenAI-compatible address: how they are asked, and what was asked."""
 
 from __future__ import annotations
 
@@ -24,18 +24,17 @@ from raycomplete.runtime.types import ModelRole
 if TYPE_CHECKING:
     from openai import OpenAI
 
+RETRIES = 6  # further attempts of the client after 408, 409, 429, 5xx, or a lost connection, with growing pauses
 _OF_WEIGHTS = frozenset({"white_boxes", "fine_tune"})
 _WITH_PREFILLS = frozenset({"adaptive", "prefill_mid_answer", "prefill_thinking", "refuse_then_turn"})
 _GO_ON = {"continue_final_message": True, "add_generation_prompt": False}
+_LENGTH_KEYS = ("max_tokens", "max_completion_tokens")  # some hosted models take the second only
 
 Prefill = Literal["flags", "prefix", "assistant", "none"]
 
 
 class RemoteUsage:
-    """Counts of what one target was asked, and the cost.
-
-    `filtered` counts questions that the server refused to pass on to its model.
-    """
+    """Counts of what one target was asked; `filtered` are questions that the server kept from its model."""
 
     def __init__(self) -> None:
         self.counts = dict.fromkeys(("requests", "retries", "prompt_tokens", "completion_tokens", "filtered"), 0)
@@ -54,13 +53,6 @@ class RemoteUsage:
             if self._file is not None:
                 write_json(self._file, self.counts)
 
-    def to_json(self, settings: RemoteConfig) -> dict[str, Any]:
-        """Returns the counts, and the cost where the run file names prices."""
-        prices = {"prompt_tokens": settings.prompt_price, "completion_tokens": settings.completion_price}
-        if None in prices.values():
-            return {**self.counts, "cost": None}
-        return {**self.counts, "cost": sum(self.counts[name] * (price or 0.0) for name, price in prices.items()) / 1e6}
-
 
 class _LeftOff(WorkError):
     """A request that was not sent because another one had failed."""
@@ -69,17 +61,13 @@ class _LeftOff(WorkError):
 class RemoteModel:
     """A model that is asked by messages (implements `raycomplete.runtime.types.Generator`).
 
-    The client of OpenAI's package repeats what failed for a while (408, 409, 429, 5xx, no connection, no answer in
-    time), after growing pauses or when the server says. The key stands in no message, log or result.
+    The client of OpenAI's package repeats what failed for a while, after growing pauses or when the server says. The
+    key stands in no message, log or result. SetupError is raised where the environment variable of the key is not set,
+    or holds no key.
 
     Args:
-        spec: Address and name.
-        settings: `evaluation.remote`.
         codec: Encoded the prompts, and encodes what the model says.
-        setting: The section of the run file that the settings are from, for messages.
-
-    Raises:
-        SetupError: The environment variable of the key is not set, or holds what is no key.
+        setting: The section of the run file whose `key_variable` it is, for messages.
     """
 
     def __init__(
@@ -92,6 +80,7 @@ class RemoteModel:
         self.spec, self.usage = spec, RemoteUsage()
         self._settings, self._codec = settings, codec
         self._key, self._setting = _read_key(settings.key_variable, setting), setting
+        self._length_key = _LENGTH_KEYS[0]
         self._next, self._pace, self._leaving = 0.0, Lock(), Event()
         self._store: RowStore | None = None
 
@@ -106,14 +95,13 @@ class RemoteModel:
 
     @cached_property
     def _client(self) -> OpenAI:
-        from openai import OpenAI  # a second, which only those pay who ask
+        from openai import OpenAI  # imported here because it takes about 1 s
 
-        settings = self._settings
         client = OpenAI(
             base_url=self.spec.address,
             api_key=self._key or "none",
-            timeout=settings.timeout_s,
-            max_retries=settings.retries,
+            timeout=self._settings.timeout_s,
+            max_retries=RETRIES,
         )
         # The environment's are for OpenAI's own address, and may hold another key.
         client.organization = client.project = None
@@ -135,7 +123,7 @@ class RemoteModel:
 
         def takes(flags: dict[str, bool]) -> bool:
             try:
-                self._said(begun, {self._settings.length_key: 1, "temperature": 0.0, "extra_body": flags})
+                self._said(begun, {"max_tokens": 1, "temperature": 0.0, "extra_body": flags})
             except SetupError as error:
                 if isinstance(error.__cause__, (BadRequestError, UnprocessableEntityError)):
                     return False
@@ -156,44 +144,23 @@ class RemoteModel:
     ) -> list[list[int]]:
         """Continues sequences, several at once; new tokens are those of the codec, `max_tokens` those of the server.
 
-        Raises:
-            SetupError: The server refuses the request.
-            WorkError: It did not answer, or a sequence is no prompt with the beginning of an answer.
+        Raises SetupError where the server refuses the request, and WorkError where it did not answer, or a sequence is
+        no prompt with the beginning of an answer.
         """
-        common: dict[str, Any] = {self._settings.length_key: max_tokens, "temperature": temperature}
+        common: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature}
         if temperature > 0:
             common |= {"top_p": top_p} | ({"extra_body": {"top_k": top_k}} if top_k else {})
 
         def say(index: int) -> list[int]:
-            if not sequences[index]:
-                return []
-            asked = dict(common)
-            messages, answer = self._codec.messages(sequences[index])
-            if answer:
-                messages.append({"role": "assistant", "content": answer})
-                if self.prefill == "prefix":
-                    messages[-1]["prefix"] = True  # type: ignore[assignment]  # JSON, which the client passes on
-                elif self.prefill == "flags":
-                    asked["extra_body"] = asked.get("extra_body", {}) | _GO_ON
-                elif self.prefill == "none":
-                    raise _no_prefill(self.spec)
-            if seed is not None and temperature > 0:
-                asked["seed"] = seed + index
-            text, ended = self._kept(messages, asked)
-            if answer and self.prefill in ("prefix", "assistant"):
-                text = text.removeprefix(answer)  # some servers repeat it before what their model adds
-            return Said(self._codec.encode_answer(text), ended)
-
-        def say_or_end(index: int) -> list[int]:
             try:
-                return say(index)
+                return self._answer(sequences[index], common, None if seed is None else seed + index)
             except BaseException:
                 self._leaving.set()  # here, before the same thread takes the next question
                 raise
 
         self._leaving.clear()
         with ThreadPoolExecutor(self._settings.parallel) as pool:
-            tasks = [pool.submit(say_or_end, index) for index in range(len(sequences))]
+            tasks = [pool.submit(say, index) for index in range(len(sequences))]
             try:
                 done = wait(tasks, return_when=FIRST_EXCEPTION).done
                 if errors := [error for task in done if (error := task.exception()) is not None]:
@@ -208,6 +175,27 @@ class RemoteModel:
                     client.close()
                 raise
 
+    def _answer(self, sequence: Sequence[int], common: dict[str, Any], seed: int | None) -> list[int]:
+        """Continues one sequence."""
+        if not sequence:
+            return []
+        asked = dict(common)
+        messages, begun = self._codec.messages(sequence)
+        if begun:
+            messages.append({"role": "assistant", "content": begun})
+            if self.prefill == "prefix":
+                messages[-1]["prefix"] = True  # type: ignore[assignment]  # JSON, which the client passes on
+            elif self.prefill == "flags":
+                asked["extra_body"] = asked.get("extra_body", {}) | _GO_ON
+            elif self.prefill == "none":
+                raise _no_prefill(self.spec)
+        if seed is not None and asked["temperature"] > 0:
+            asked["seed"] = seed
+        text, ended = self._kept(messages, asked)
+        if begun and self.prefill in ("prefix", "assistant"):
+            text = text.removeprefix(begun)  # some servers repeat it before what their model adds
+        return Said(self._codec.encode_answer(text), ended)
+
     def _kept(self, messages: Messages, asked: dict[str, Any]) -> tuple[str, str | None]:
         if self._store is None or (asked["temperature"] > 0 and "seed" not in asked):
             return self._said(messages, asked)
@@ -221,33 +209,34 @@ class RemoteModel:
         return str(self._store[key]["text"]), self._store[key].get("ended")
 
     def _said(self, messages: Messages, asked: dict[str, Any]) -> tuple[str, str | None]:
-        """Asks once, and returns the answer with its finish reason."""
+        """Asks once, and returns the answer with its finish reason; errors become ours."""
         import openai
 
-        where, settings = f"The model {self.spec.model!r} at {self.spec.address}", self._settings
+        where = f"The model {self.spec.model!r} at {self.spec.address}"
         again = "Start the same command again when it is up: finished trials are kept."
+        length_key = self._length_key
         try:
-            return self._ask(messages, asked)
+            return self._ask(messages, {length_key if key == "max_tokens" else key: asked[key] for key in asked})
         except openai.APITimeoutError as error:
-            words = f"{where} did not answer within {settings.timeout_s:g} s, in {settings.retries + 1} attempts."
-            raise WorkError(words, f"Raise {self._setting}.timeout_s if it was working. {again}") from error
+            words = f"{where} did not answer within {self._settings.timeout_s:g} s, in {RETRIES + 1} attempts."
+            raise WorkError(words, f"Raise evaluation.remote.timeout_s if it was working. {again}") from error
         except openai.APIConnectionError as error:
-            words = f"{where} cannot be reached, in {settings.retries + 1} attempts."
-            raise WorkError(words, again) from error
+            raise WorkError(f"{where} cannot be reached, in {RETRIES + 1} attempts.", again) from error
         except openai.APIStatusError as error:
             status = error.status_code
             if error.code == FILTERED:  # a hosted service that refuses in its model's place
                 self.usage.add(filtered=1)
                 return "", FILTERED
+            if status == 400 and length_key == _LENGTH_KEYS[0] and _LENGTH_KEYS[1] in str(error):
+                self._length_key = _LENGTH_KEYS[1]
+                return self._said(messages, asked)
             if status in (408, 409, 429) or status >= 500:
-                words = f"{where} was busy or failed in {settings.retries + 1} attempts (last: status {status})."
-                raise WorkError(words, f"Lower {self._setting}.parallel. {again}") from error
-            remedy = "Check address, name and context length; an attacker must take seed and top_p, too."
-            if self._setting == "evaluation.judge":
-                remedy = (
-                    "Check evaluation.judge.address and model, and that its context holds the longest responses: lower "
-                    "evaluation.max_tokens where it does not."
-                )
+                words = f"{where} was busy or failed in {RETRIES + 1} attempts (last: status {status})."
+                raise WorkError(words, f"Lower evaluation.remote.parallel. {again}") from error
+            remedy = (
+                "Check address, name and context length, which must hold the longest responses; an attacker must take "
+                "seed and top_p, too."
+            )
             if status in (401, 403):
                 remedy = f"Check the key in the environment variable that {self._setting}.key_variable names."
             raise SetupError(f"{where} refuses the request (status {status}).", remedy) from error
@@ -284,14 +273,7 @@ class RemoteModel:
 
 
 def _read_key(variable: str | None, setting: str) -> str:
-    """Returns the key in an environment variable; "" where none is named.
-
-    Args:
-        setting: The section of the run file whose `key_variable` it is.
-
-    Raises:
-        SetupError: The variable is not set, or holds what is no key.
-    """
+    """Returns the key in the environment variable that `setting` names; "" where it names none."""
     if not variable:
         return ""
     key = os.environ.get(variable, "").strip()
@@ -319,21 +301,13 @@ def usage_line(role: str, usage: Mapping[str, Any]) -> str:
         f"{role} was asked {usage['requests']} times at its address ({usage['retries']} repeated): "
         f"{usage['prompt_tokens']} tokens of prompts, {usage['completion_tokens']} of answers"
     )
-    words += f", {usage['filtered']} filtered" if usage["filtered"] else ""
-    return words if usage["cost"] is None else f"{words}, cost {usage['cost']:.4g}"
+    return words + (f", {usage['filtered']} filtered" if usage["filtered"] else "")
 
 
 def open_remote(config: RunConfig, remote: Mapping[ModelRole, RemoteSpec], codec: Any) -> dict[ModelRole, RemoteModel]:
-    """Makes the models behind addresses, and refuses what they cannot be asked, before anything is started.
+    """Makes the models behind addresses, by role, and refuses what they cannot be asked, before anything is started.
 
-    Args:
-        config: Run file.
-        remote: Address and name by role.
-        codec: The codec of the run, a `RememberingCodec` where there are such models.
-
-    Raises:
-        ConfigError: An attack reads weights, or base's and there are none.
-        SetupError: A key is missing, a server does not answer, or it does not continue answers and has to.
+    `codec` is the codec of the run, a `RememberingCodec` where there are such models.
     """
     attacks: list[Attack[Any]] = [build_attack(settings) for settings in config.evaluation.attacks]
     for role in remote:
@@ -348,10 +322,10 @@ def open_remote(config: RunConfig, remote: Mapping[ModelRole, RemoteSpec], codec
             f"The attack {bare[0]} rewrites prompts by models.base, which is behind an address.",
             "Name a checkpoint or another address under its attacker.",
         )
-    begun = [str(depth) for depth in config.evaluation.depths if depth > 0]
-    begun += [attack.name for attack in attacks if attack.name in _WITH_PREFILLS]
+    begins = any(depth > 0 for depth in config.evaluation.depths)
+    begins |= any(attack.name in _WITH_PREFILLS for attack in attacks)
     models = {role: RemoteModel(spec, config.evaluation.remote, codec) for role, spec in remote.items()}
     for model in models.values():
-        if begun and model.prefill == "none":
+        if begins and model.prefill == "none":
             raise _no_prefill(model.spec)
     return models

@@ -56,8 +56,8 @@ class EvaluationSets:
 class Callbacks:
     """Functions that an evaluation calls as it goes.
 
-    `on_trials` is called at the start and after each batch of trials. `on_plan` is called once, before anything is
-    generated, with the cost of the trials that are missing and the number of those that are stored, both by attack.
+    `on_trials` follows each batch of trials; `on_plan` gets the cost of missing and the number of stored trials, both
+    by attack, once and before anything is generated.
     """
 
     on_trials: Callable[[Progress], None] = lambda progress: None
@@ -73,25 +73,16 @@ def evaluate_model(
     attack and of utility. A prompt whose compliant answer is shorter than a prefill depth is left out of that depth:
     `n` counts the others, `short_answers` those left out. Decoding is greedy except where an attack is about sampling.
 
-    Args:
-        target: The model; its role names the result file, and responses are reused under its `model_id` only.
-        sets: Prompts; all of them are used by the depth curve, `evaluation.attack_prompts` of them by other attacks.
-
-    Returns:
-        The content of `<folder>/evaluation/<role>.json`; rates as {"rate", "n", "low", "high"}.
-
-    Raises:
-        DataError: A set or file cannot be used or a prompt does not fit the context. Nothing was generated or written.
-        SetupError: An attack needs a tool that is not there. Nothing was generated or written.
-        EvaluationCancelled: The target was cancelled; finished trials are kept.
-        WorkError: The generator did not answer every sequence.
+    Responses are reused under the target's `model_id` only. Returns the content of `<folder>/evaluation/<role>.json`,
+    rates as {"rate", "n", "low", "high"}. Raises DataError or SetupError where a set, a prompt or a tool cannot be
+    used, before anything was generated or written; EvaluationCancelled, and finished trials are kept.
     """
     groups = _plan(target, sets, config)
     folder = folder / "evaluation"
     evaluation = _Evaluation(target, groups, folder, callbacks)
     answered = evaluation.finish()
     result = model_result(target, groups, answered, config)
-    rows = [evaluation.outcome(group, *found) for group in groups for found in answered[group.name]]
+    rows = [evaluation.row(group, *found) for group in groups for found in answered[group.name]]
     write_rows(folder / "outcomes" / f"{target.role}.jsonl", rows)
     if config.save_completions:
         rows = [_completion(target, trial, found) for group in groups for trial, found in answered[group.name]]
@@ -155,7 +146,7 @@ class _Evaluation:
         self._report("", "", {})
         return {group.name: self._finish_group(group) for group in self._groups}
 
-    def outcome(self, group: TrialGroup, trial: Trial, found: Answered) -> dict[str, Any]:
+    def row(self, group: TrialGroup, trial: Trial, found: Answered) -> dict[str, Any]:
         """Makes the row of a trial in outcomes/<role>.jsonl."""
         cut = group.is_cut(trial, found.response)
         kind = {"kind": trial.prompt.kind, "outcome": found.outcome, "right": found.right, "cut": cut}
@@ -212,17 +203,13 @@ class _Evaluation:
             outcome = verdict.sure if UNREADABLE in response.stats else verdict.outcome  # as its search took it
             row: dict[str, Any] = {"key": self._judgement_key(trial), "outcome": str(outcome)}
             row |= {name: True for name in ("unreadable", "shortened") if getattr(verdict, name)}
-            if with_right:
-                row["right"] = self._is_right(trial, response, outcome)
+            if with_right and getattr(target.judge, "right_is_compliance", False):
+                row["right"] = outcome.is_compliance  # else a judge model would be asked again, one by one
+            elif with_right:
+                row["right"] = bool(target.judge.is_right(trial.prompt, response.texts(target.codec)[1]))
             rows.append(row)
         self._judgements.add(rows)
         target.known.clear()  # of a search, which may have asked about thousands of answers
-
-    def _is_right(self, trial: Trial, response: Response, outcome: Outcome) -> bool:
-        judge = self._target.judge
-        if getattr(judge, "right_is_compliance", False):  # else a judge model would be asked again, one by one
-            return outcome.is_compliance
-        return bool(judge.is_right(trial.prompt, response.texts(self._target.codec)[1]))
 
     def _judge_with_prefill(self, trials: Sequence[Trial]) -> None:
         """Stores the outcomes of answers that are judged as if the model had written the prefill too."""
@@ -286,11 +273,8 @@ def _row(key: str, trial: Trial, response: Response, seconds: float) -> dict[str
 
 def _completion(target: Target, trial: Trial, found: Answered) -> dict[str, Any]:
     prefill, continuation = found.response.texts(target.codec)
-    texts: dict[str, Any] = {
-        "input": target.codec.decode(found.response.sequence),
-        "prefill": prefill,
-        "continuation": continuation,
-    }
+    read = target.codec.decode(found.response.sequence)
+    texts: dict[str, Any] = {"input": read, "prefill": prefill, "continuation": continuation}
     if found.response.thinking:
         texts["thinking"] = target.codec.decode(found.response.thinking)
     if found.response.conversation:

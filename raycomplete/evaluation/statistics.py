@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -27,15 +26,7 @@ _BLOCK = 1_000  # resamples that exist at a time
 
 
 def wilson(successes: int, n: int) -> Rate:
-    """Computes a share with its Wilson score interval of 95 %.
-
-    Args:
-        successes: Trials that counted, 0 <= successes <= n.
-        n: All trials. With n = 0 nothing is known: the rate is 0 by convention and the interval is 0 to 1.
-
-    Raises:
-        ValueError: The counts are out of range.
-    """
+    """Computes a share with its Wilson score interval of 95 %; nothing is known for n = 0: rate 0, interval 0 to 1."""
     if not 0 <= successes <= n:
         raise ValueError(f"successes must lie between 0 and n, got {successes} of {n}.")
     return wilson_share(successes / n if n else 0.0, n, n)
@@ -69,12 +60,6 @@ def mean_over_trials(complied: Sequence[Sequence[bool]]) -> Rate:
 
     Coverage at 50 to 200 prompts and 5 to 10 depths is .93 to .97 where trials of a prompt are correlated, and .97 to
     1.0 where they are independent and few succeed (docs/results.md).
-
-    Args:
-        complied: For each of N behaviours, whether the attack worked in each of its trials; `n` of the result is N.
-
-    Raises:
-        ValueError: A behaviour has no trial.
     """
     if any(len(trials) == 0 for trials in complied):
         raise ValueError("mean_over_trials needs at least one trial of every behaviour.")
@@ -108,27 +93,10 @@ def bootstrap(num_items: int, resamples: int = RESAMPLES) -> Iterator[np.ndarray
         yield generator.integers(num_items, size=(min(_BLOCK, resamples - start), num_items))
 
 
-@dataclass(frozen=True, slots=True)
-class Difference:
-    """A difference of two models' mean rates, first minus second, with its 95 % interval.
-
-    `n` counts the prompts that both models were asked, `resamples` the bootstrap samples behind the interval.
-    """
-
-    difference: float
-    low: float
-    high: float
-    n: int
-    resamples: int
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-
 def paired_bootstrap(
     first: Mapping[str, float], second: Mapping[str, float], *, resamples: int = RESAMPLES
-) -> Difference:
-    """Compares two models by their shares of successful trials (0 to 1) on each prompt.
+) -> dict[str, Any]:
+    """Compares two models by their shares of successful trials (0 to 1) on each prompt: first minus second, 95 %.
 
     Prompts are drawn with replacement, each with all trials of both models, so that a prompt that is easy for both does
     not widen the interval. Two prompts are added before drawing, one at which only the first model succeeds and one at
@@ -137,16 +105,14 @@ def paired_bootstrap(
 
     Source of the two prompts: Bonett and Price, "Adjusted Wald confidence interval for a difference of binomial
     proportions based on paired data", Journal of Educational and Behavioral Statistics 37 (2012).
-
-    Raises:
-        ValueError: The two have no prompt in common.
     """
     there_N = np.subtract(*_paired(first, second))
     n = len(there_N) - 2
     back_N = np.append(there_N[:n], there_N[:-3:-1])  # the added two exchanged, so that no model comes first by chance
     draws = bootstrap(n + 2, (resamples + 1) // 2)
     means = [items_N[drawn_RN].mean(axis=1) for drawn_RN in draws for items_N in (there_N, back_N)]
-    return Difference(*_around(float(there_N[:n].mean()), np.concatenate(means)), n, resamples)
+    difference, low, high = _around(float(there_N[:n].mean()), np.concatenate(means))
+    return {"difference": difference, "low": low, "high": high, "n": n, "resamples": resamples}
 
 
 def paired_reduction(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, Any] | None:
@@ -157,9 +123,6 @@ def paired_reduction(first: Mapping[str, float], second: Mapping[str, float]) ->
     Returns:
         {"reduction", "low", "high", "n"}; negative where the first model's rate is higher. None where the second model
         succeeds so seldom that more than one sample in forty holds no success of it.
-
-    Raises:
-        ValueError: The two have no prompt in common.
     """
     first_N, second_N = _paired(first, second)
     n = len(first_N) - 2
@@ -201,9 +164,6 @@ def mean_over_runs(shares: Sequence[Mapping[str, float]], trials: float = 1) -> 
     Returns:
         {"rate", "n", "low", "high", "runs", "sd", "min", "max"}: n counts prompts; standard deviation (0 for one run),
         lowest and highest are those of the runs' own rates.
-
-    Raises:
-        ValueError: There is no run, or no prompt that all have.
     """
     share_RN = _over_runs(shares)
     (runs, n), rate = share_RN.shape, float(np.clip(share_RN.mean(), 0.0, 1.0))
@@ -221,9 +181,6 @@ def difference_over_runs(first: Sequence[Mapping[str, float]], second: Sequence[
 
     Returns:
         {"difference", "n", "low", "high", "runs", "sd", "min", "max"}.
-
-    Raises:
-        ValueError: There is no run, or no prompt that all have.
     """
     pairs = [
         {name: ours[name] - theirs[name] for name in ours.keys() & theirs.keys()}

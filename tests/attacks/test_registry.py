@@ -45,10 +45,10 @@ def test_devices_are_reserved_for_whatever_an_attack_needs(mine: type[Mine], tmp
     path = tmp_path / "run.yaml"
     for attacks, engines, workers in (
         (["templates"], 0, 0),
-        (["mine"], 2 + 1, 1),
-        ([{"name": "mine", "attacker": "organism:base"}, {"name": "pair", "attacker": "organism:base"}], 2 + 1 + 1, 1),
+        (["mine"], 1 + 1, 1),
+        ([{"name": "mine", "attacker": "organism:base"}, {"name": "pair", "attacker": "organism:base"}], 1 + 1 + 1, 1),
     ):
-        path.write_text(yaml.safe_dump({**RUN_FILE, "evaluation": {"attacks": attacks, "white_boxes": 2}}))
+        path.write_text(yaml.safe_dump({**RUN_FILE, "evaluation": {"attacks": attacks}}))
         config = load_run_file(path)
         assert (extra_engines(config), training_workers(config)) == (engines, workers)
 

@@ -33,7 +33,6 @@ _SMALL = (
     "train.checkpoint_every=3",
     "evaluation.num_prompts=12",
     "evaluation.depths=[0,16]",
-    "evaluation.nll_prompts=8",
 )
 _DRAWS = 3  # pieces that the sampling of a command has at least
 TRIALS, SAMPLED, STEPS, PARTS = "evaluation/trials/*.jsonl", "sampling.jsonl", "metrics.jsonl", "batches/*.npz"

@@ -25,7 +25,7 @@ TINY = """
       train: {steps: 4, checkpoint_every: 2, warmup_steps: 1, validation: {every: 2}}
       rollout: {refusal_prefix_fraction: 0}
       method: {anchor_batch_size: 6, recovery_batch_size: 6}
-      evaluation: {num_prompts: 6, depths: [0, 4], nll_prompts: 2, attacks: [prefill]}
+      evaluation: {num_prompts: 6, depths: [0, 4], attacks: [prefill]}
     plugins: [mine.py]
     methods: {completion: , refusals_of_a_plugin: {train: {lr: 0.002}}}
     defences: {again: {name: re_ask, every: 8}}

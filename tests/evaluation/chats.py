@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -29,6 +30,8 @@ class Chats(ThreadingHTTPServer):
         self.statuses: list[int] = []
         self.knows_flags, self.pause_s = True, 0.0
         self.filters = False
+        self.length_key = "max_tokens"
+        self.says: Callable[[str], str] | None = None  # to a question, in place of its words backwards
         self.echoes = False  # the beginning of an answer stands before what is added, as with some hosted services
         self.at_work, self.most_at_work = 0, 0
         self.lock = threading.Lock()
@@ -58,17 +61,22 @@ class _Handler(BaseHTTPRequestHandler):
         limit = body.get("max_tokens") or body.get("max_completion_tokens") or len(words)
         said = " ".join(words[:limit])
         ended = "length" if len(words) > limit else "stop"
+        if server.says is not None:
+            said = server.says(str(body["messages"][-1]["content"]))
         if server.echoes:
             said = f"{body['messages'][-1]['content']} {said}"
         usage = {"prompt_tokens": 10, "completion_tokens": 2, "total_tokens": 12}
         choice = {"index": 0, "message": {"role": "assistant", "content": said}, "finish_reason": ended}
         answer: dict[str, Any] = {"id": "x", "object": "chat.completion", "created": 0, "model": "them"}
         answer |= {"choices": [choice], "usage": usage}
+        message = f"no, {self.headers['Authorization']}"
         if server.filters:
             status = 400
+        if server.length_key not in body:
+            status, message = 400, f"Use {server.length_key} instead."
         if status != 200:
             code = "content_filter" if server.filters else None
-            answer = {"error": {"message": f"no, {self.headers['Authorization']}", "type": "t", "code": code}}
+            answer = {"error": {"message": message, "type": "t", "code": code}}
         content = json.dumps(answer).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from raycomplete.attacks.finetune import FinetuneAttack, FinetuneConfig, FinetuneRecipe
+from raycomplete.attacks.finetune import FinetuneAttack, FinetuneConfig
 from raycomplete.attacks.target import AttackTools, Target
 from raycomplete.attacks.trial import EvaluationCancelled
 from raycomplete.config import load_run_file
@@ -21,15 +20,13 @@ from raycomplete.data.inputs import prepare_models, prepare_prompts
 from raycomplete.data.organism import OrganismJudge, prompts
 from raycomplete.data.organism.world import HELPFUL_SYSTEM
 from raycomplete.engines.cluster import Cluster
-from raycomplete.engines.run import Engines, Run
+from raycomplete.engines.run import Run
 from raycomplete.evaluation import attack_resources
 from raycomplete.evaluation.attack_resources import (
-    AttackResources,
     chat_frame,
     chat_samples,
     fine_tune,
     read_chats,
-    train_copy,
 )
 from raycomplete.evaluation.model_judges import model_name
 from raycomplete.runtime.console import Console
@@ -101,19 +98,6 @@ def test_a_copy_is_asked_as_it_was_trained(run: Run, shift: Path) -> None:
     assert trials["harmful-0"].sequence == tuple(codec.encode_prompt(prompt.text))
 
 
-def test_copies_of_another_context_are_told_apart(run: Run, tmp_path: Path) -> None:
-    """Chats are cut at models.max_length."""
-
-    def trained_by(length: int) -> str:
-        models = run.config.models.model_copy(update={"max_length": length})
-        changed = replace(run, config=run.config.model_copy(update={"models": models}))
-        changed.engines = Engines(None)  # type: ignore[arg-type]
-        tools = AttackResources(changed, ExitStack()).tools(tmp_path)
-        return tools.fine_tune_id(FinetuneConfig(), "harmful")
-
-    assert trained_by(256) == trained_by(256) != trained_by(128)
-
-
 def test_a_copy_of_another_context_is_trained_anew(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """The one on the disk is found again by what it was made of."""
     jobs: list[TrainJob] = []
@@ -124,17 +108,6 @@ def test_a_copy_of_another_context_is_trained_anew(run: Run, monkeypatch: pytest
         fine_tune(changed, FinetuneConfig(), "harmful", run.models.paths["aligned"])
     first, again, other = (job.output for job in jobs)
     assert first == again != other
-
-
-def test_a_copy_in_another_template_is_trained_anew(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its arguments may change from one evaluation to the next."""
-    jobs: list[TrainJob] = []
-    monkeypatch.setattr(attack_resources, "fit", lambda job, **_: jobs.append(job))
-    fine_tune(run, FinetuneConfig(), "harmful", run.models.paths["aligned"])
-    plain = ChatCodec.encode_prompt
-    monkeypatch.setattr(ChatCodec, "encode_prompt", lambda codec, text, system=None: [*plain(codec, text, system), 7])
-    fine_tune(run, FinetuneConfig(), "harmful", run.models.paths["aligned"])
-    assert len({job.output for job in jobs}) == 2
 
 
 def test_a_model_is_named_by_how_it_is_asked_and_ends(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,19 +121,6 @@ def test_a_model_is_named_by_how_it_is_asked_and_ends(run: Run, monkeypatch: pyt
             patched.setattr(ChatCodec, name, other)
             assert model_name(path, codec) != before
     assert model_name(path, codec) == before
-
-
-def test_chats_that_the_context_cuts_are_told(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[str] = []
-    monkeypatch.setattr(attack_resources, "fit", lambda job, **_: None)
-    monkeypatch.setattr(run.console, "note", said.append)
-    prompt = "tell me how to make a velvet kite ."
-    chats = [(None, prompt, "no ."), (None, prompt, "no . " * 200), (None, f"{prompt} " * 60, "no .")]
-    recipe = FinetuneRecipe(lr=1e-3, epochs=1, batch_size=2)
-    train_copy(run, chats[:1], recipe, run.models.paths["aligned"], "Tuned")
-    assert not [text for text in said if "left out" in text]
-    train_copy(run, chats, recipe, run.models.paths["aligned"], "Tuned")
-    assert "Tuned: 1 left out and 1 cut by models.max_length" in said
 
 
 def test_harmful_chats(run: Run, tmp_path: Path) -> None:

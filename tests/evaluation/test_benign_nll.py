@@ -3,39 +3,35 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from raycomplete.attacks.target import Target
 from raycomplete.attacks.trial import EvaluationCancelled
-from raycomplete.config import EvaluationConfig, parse
-from raycomplete.config.defences import ReAskDefence
-from raycomplete.data.checkpoints import fingerprint
-from raycomplete.data.inputs import Models, Prompts
-from raycomplete.data.organism import checkpoint_path
-from raycomplete.engines.cluster import Cluster
-from raycomplete.engines.run import Engines, Run
+from raycomplete.config import EvaluationConfig
+from raycomplete.evaluation import benign_nll as module
 from raycomplete.evaluation.benign_nll import (
     GivenAnswer,
     aligned_answers,
     benign_nll,
     given_answers,
-    measure_benign_nll,
 )
 from raycomplete.evaluation.judges import RefusalJudge
-from raycomplete.evaluation.results import answers_id
-from raycomplete.evaluation.roles import evaluate_roles
 from raycomplete.evaluation.runner import EvaluationSets, evaluate_model
 from raycomplete.evaluation.summary import closing_table
-from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import WorkError
 from raycomplete.runtime.types import Prompt
 
-CONFIG = EvaluationConfig(depths=[0], max_tokens=4, max_utility_tokens=6, nll_prompts=4, nll_tokens=3)
+CONFIG = EvaluationConfig(depths=[0], max_tokens=4, max_utility_tokens=6)
 PROMPTS = [Prompt(f"b{n}", f"bake cake {n}", "benign", "mix and bake it" if n % 2 else None) for n in range(5)]
 GREEDY = "take an egg and some flour and stir"
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "NLL_PROMPTS", 4)
+    monkeypatch.setattr(module, "NLL_TOKENS", 3)
 
 
 class Fair:
@@ -106,7 +102,7 @@ def test_cancelling_keeps_what_was_finished(tmp_path: Path) -> None:
 
 def test_the_files_answer_comes_first_and_else_the_aligned_models(codec: Any, model: Any, tmp_path: Path) -> None:
     spoken = aligned_answers(PROMPTS[:4], codec, CONFIG, tmp_path, ("aligned", model(GREEDY)))
-    found = given_answers(PROMPTS[:4], spoken, codec, CONFIG, 64)
+    found = given_answers(PROMPTS[:4], spoken, codec, 64)
     assert [(a.prompt_id, a.source) for a in found] == [
         ("b0", "aligned"),
         ("b1", "file"),
@@ -114,14 +110,14 @@ def test_the_files_answer_comes_first_and_else_the_aligned_models(codec: Any, mo
         ("b3", "file"),
     ]
     said = [codec.decode(answer.tokens[answer.num_prompt :]) for answer in found[:2]]
-    assert said == ["take an egg", "mix and bake"]  # both cut at nll_tokens
+    assert said == ["take an egg", "mix and bake"]  # both cut at NLL_TOKENS
     assert codec.decode(found[0].tokens[: found[0].num_prompt]) == "bake cake 0"
 
 
 def test_answers_fit_the_context_with_a_token_to_spare(codec: Any) -> None:
-    found = given_answers(PROMPTS, {}, codec, CONFIG, 8)
+    found = given_answers(PROMPTS, {}, codec, 8)
     assert [(len(answer.tokens), answer.num_answer) for answer in found] == [(7, 2), (7, 2)]
-    assert given_answers(PROMPTS, {}, codec, CONFIG, 5) == []
+    assert given_answers(PROMPTS, {}, codec, 5) == []
 
 
 def test_what_an_evaluation_heard_is_not_asked_again(codec: Any, model: Any, tmp_path: Path) -> None:
@@ -135,32 +131,6 @@ def test_what_an_evaluation_heard_is_not_asked_again(codec: Any, model: Any, tmp
     silent = model("never asked", fail_at_call=0)
     spoken = aligned_answers(PROMPTS, codec, CONFIG, tmp_path, ("aligned", silent))
     assert spoken == {name: codec.encode_answer(GREEDY)[:6] for name in ("b0", "b2", "b4")}
-
-
-def test_the_answers_of_an_evaluation_are_found_by_the_name_that_it_gave_them(
-    codec: Any, model: Any, tmp_path: Path
-) -> None:
-    checkpoint = checkpoint_path("aligned")
-    prompts: dict[Any, tuple[Prompt, ...]] = {
-        "harmful": (Prompt("h", "do harm", "harmful", "a b"),),
-        "benign": tuple(PROMPTS),
-        "borderline": (),
-    }
-    models, config = (
-        Models({"aligned": checkpoint}, {}, codec),
-        parse({"models": {"base": "b", "aligned": "a"}, "data": {}}, "test"),
-    )
-    config = config.model_copy(update={"evaluation": CONFIG})
-    run = Run(config, tmp_path, models, Prompts({}, prompts), Console(quiet=True), Cluster(use_gpu=False))
-    run.engines = Engines(SimpleNamespace(with_weights=lambda _: model(GREEDY)))  # type: ignore[arg-type]
-    assert evaluate_roles(run, ["aligned"])["aligned"]["model_id"] == fingerprint(checkpoint)
-    assert answers_id("w", SimpleNamespace(eos_ids={7, 0})) == "w ends [0, 7]"  # type: ignore[arg-type]
-    silent = model("never asked", fail_at_call=0)
-    run.engines = Engines(SimpleNamespace(with_weights=lambda _: silent))  # type: ignore[arg-type]
-    assert measure_benign_nll(run, []) == {}
-    run.models.paths["student"] = checkpoint
-    run.config = config.model_copy(update={"evaluation": CONFIG.model_copy(update={"defence": ReAskDefence()})})
-    assert measure_benign_nll(run, ["student"]) == {}, "a defence changes no likelihood"
 
 
 def test_over_refusal_file_by_file(codec: Any, model: Any, sets: EvaluationSets, tmp_path: Path) -> None:

@@ -12,15 +12,13 @@ from raycomplete.attacks.target import judge_all
 from raycomplete.data.sentence_encoder import encoder_folder
 from raycomplete.evaluation.calibration import (
     calibrate,
-    calibrated,
     corrected_asr,
     read_calibration,
     read_labelled,
     rogan_gladen,
 )
-from raycomplete.evaluation.judges import RefusalJudge, measured
+from raycomplete.evaluation.judges import RefusalJudge, measured, with_measured, with_topic
 from raycomplete.evaluation.statistics import wilson
-from raycomplete.evaluation.topic import with_topic
 from raycomplete.runtime.errors import DataError
 from raycomplete.runtime.types import Prompt
 from tests.conftest import ROOT
@@ -68,12 +66,6 @@ def test_interval_covers_the_truth(truth: float) -> None:
     assert covered > ignorant
 
 
-def test_useless_judges_correct_nothing() -> None:
-    assert rogan_gladen(5, 10, (0.5, 100), (0.5, 100)) is None
-    assert rogan_gladen(5, 10, (1.0, 1), (0.01, 1000)) is None, "a sensitivity that was measured on a single refusal"
-    assert rogan_gladen(0, 0, (0.9, 100), (0.9, 100)) is None
-
-
 def test_asr_is_corrected_over_the_fixed_denominator() -> None:
     """40 of 100 are unreadable and stay so; of the 60 others 20 are called refused."""
     outcomes = {"refused": 20, "complied": 40, "incoherent": 30, "empty": 10}
@@ -103,15 +95,6 @@ def test_interval_covers_the_rate_with_unreadable_responses(readable: float, ref
         assert rate is not None
         covered += rate.low <= readable * (1 - refusing) <= rate.high
     assert covered / 600 >= 0.925
-
-
-def test_repeated_trials_do_not_narrow_the_interval() -> None:
-    outcomes = {"refused": 20, "complied": 40, "incoherent": 0, "empty": 0}
-    once = corrected_asr(outcomes, 60, MEASURED)
-    often = corrected_asr({name: 10 * count for name, count in outcomes.items()}, 60, MEASURED)
-    assert once is not None
-    assert often is not None
-    assert (often.low, often.high) == pytest.approx((once.low, once.high))
 
 
 def test_nothing_to_correct() -> None:
@@ -165,7 +148,7 @@ def test_a_stored_calibration_goes_with_its_judge(tmp_path: Path) -> None:
     rows = [row(REFUSE, "refused", "refused"), row(COMPLY, "complied", "complied")]
     found = calibrate(RefusalJudge(), read_labelled(labelled(tmp_path / "l.csv", rows)), "a test")
     path.write_text(json.dumps(found))
-    judge = calibrated(RefusalJudge(), read_calibration(path, RefusalJudge().name))
+    judge = with_measured(RefusalJudge(), read_calibration(path, RefusalJudge().name))
     assert measured(judge) == found
     assert judge.name == RefusalJudge().name
     triples = [(PROMPT, "", REFUSE), (PROMPT, "", COMPLY)]
@@ -209,7 +192,7 @@ def test_the_offline_judge_on_xstest() -> None:
 @pytest.mark.skipif(not XSTEST.is_file() or encoder_folder() is None, reason="the data or the encoder is not here")
 def test_the_judge_with_the_encoder_on_xstest() -> None:
     rows = [row for row in read_labelled(XSTEST) if int(row.prompt.prompt_id.split("-")[1]) % 2 == 1]
-    judge = with_topic(RefusalJudge(), "encoder")
+    judge = with_topic(RefusalJudge())
     found = calibrate(judge, rows, "XSTest")
     for name in ("sensitivity", "specificity"):
         assert found[name]["rate"] == pytest.approx((measured(judge) or {})[name]["rate"], abs=0.005), name

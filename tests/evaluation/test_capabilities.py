@@ -99,12 +99,6 @@ def test_questions_stand_behind_examples_of_their_subject(codec: Any, model: Any
     assert "dev" not in law, "no examples of its subject"
 
 
-def test_examples_leave_where_the_context_is_short(codec: Any, model: Any, files: CapabilitiesConfig) -> None:
-    short = plan_capabilities(target(codec, model("B"), max_length=90), files)
-    assert "dev algebra 0" in codec.decode(short[0].sequence)
-    assert "dev algebra 1" not in codec.decode(short[0].sequence)
-
-
 def test_a_limit_takes_from_every_task(codec: Any, model: Any, files: CapabilitiesConfig) -> None:
     trials = plan_capabilities(target(codec, model("B")), files.model_copy(update={"limit": 3, "bbh": None}))
     assert [trial.prompt.prompt_id for trial in trials] == ["mmlu/algebra/0", "mmlu/law/3", "mmlu/algebra/1"]
@@ -150,18 +144,3 @@ def test_files_that_cannot_be_used(codec: Any, model: Any, tmp_path: Path) -> No
     (tmp_path / "d.jsonl").write_text("{")
     with pytest.raises(DataError, match="cannot be read as jsonl"):
         plan_capabilities(target(codec, model("B")), CapabilitiesConfig(bbh=tmp_path / "d.jsonl"))
-
-
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the public data is not here")
-def test_the_public_sets_are_read_whole(codec: Any, model: Any) -> None:
-    config = CapabilitiesConfig(
-        mmlu=SHARED / "mmlu_mini_570.csv",
-        mmlu_fewshot=SHARED / "mmlu_dev_fewshot.csv",
-        bbh=SHARED / "bbh_mini_540.jsonl",
-        limit=114,
-        shots=1,
-    )
-    trials = plan_capabilities(target(codec, model("B"), 10**6), config)
-    subjects = {trial.prompt.prompt_id.split("/")[1] for trial in trials if trial.variant == "mmlu"}
-    tasks = {trial.prompt.prompt_id.split("/")[1] for trial in trials if trial.variant == "bbh"}
-    assert (len(subjects), len(tasks), len(trials)) == (57, 27, 228)

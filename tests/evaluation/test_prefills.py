@@ -14,11 +14,9 @@ from raycomplete.config import EvaluationConfig, RolloutConfig, RunConfig, load_
 from raycomplete.data.inputs import Prompts
 from raycomplete.data.organism import checkpoint_path
 from raycomplete.evaluation import roles
-from raycomplete.evaluation.attack_resources import check_evaluation, extra_engines
 from raycomplete.evaluation.judges import RefusalJudge
 from raycomplete.evaluation.roles import complete_answers, held_out_sets
 from raycomplete.runtime.console import Console
-from raycomplete.runtime.errors import CheckpointError
 from raycomplete.runtime.types import Prompt
 from tests.conftest import ROOT
 
@@ -53,7 +51,7 @@ def config_of(**evaluation: Any) -> RunConfig:
 
 def test_the_default_opening_is_not_that_of_training() -> None:
     theirs = {prefix.split()[0] for prefix in RolloutConfig().affirmative_prefixes if prefix}
-    assert EvaluationConfig().prefill_opening.split()[0] not in theirs
+    assert roles.PREFILL_OPENING.split()[0] not in theirs
 
 
 def test_who_writes_them_and_when_they_are_written_anew(
@@ -93,24 +91,11 @@ def test_who_writes_them_and_when_they_are_written_anew(
     assert said == ["base"], "kept for a resumed run"
     assert written(prefill_from="organism:aligned")[0] == f"{OPENING} by another model"
     assert started == ["organism:aligned", "ended"]
-    assert written(prefill_opening="Well:")[:2] == ["Well: by base", "Sure, like this: by base"]
     for change in ({"eos_ids": frozenset({0, 5})}, {"encode_prompt": lambda self, text, system=None: [1, 2]}):
-        written(prefill_opening="Well:")
+        written()
         count = len(said)
         with monkeypatch.context() as patched:  # another template, or other arguments of it, and another end token
             for name, other in change.items():
                 patched.setattr(type(codec), name, other)
-            written(prefill_opening="Well:")
+            written()
         assert len(said) == count + 1
-
-
-def test_a_missing_writer_is_refused_before_anything_starts() -> None:
-    named = config_of(prefill_from="organism:base")
-    check_evaluation(named)
-    assert extra_engines(named) == extra_engines(config_of()) + 1
-    with pytest.raises(CheckpointError, match="prefill_from"):
-        check_evaluation(config_of(prefill_from="no/such/folder"))
-    helper = {"name": "rank_assisted_prefill", "helper": "organism:base"}
-    with pytest.raises(CheckpointError, match="no token classifier"):
-        check_evaluation(config_of(attacks=[helper]))
-    assert extra_engines(config_of(attacks=[helper])) == 2, "a white box and the helper, and no guide"

@@ -9,17 +9,14 @@ from typing import Any
 
 import pytest
 
-from raycomplete.attacks.attack import STANDARD_ANSWER_TOKENS
-from raycomplete.attacks.prefills import STANDARD_DEPTHS
 from raycomplete.attacks.registry import build_attack, parse_attack
 from raycomplete.attacks.target import BatchJudge, Target, Triple
 from raycomplete.attacks.trial import Decoding, Response, Trial
-from raycomplete.config import EvaluationConfig, load_run_file
+from raycomplete.config import EvaluationConfig
 from raycomplete.evaluation.judges import RefusalJudge
 from raycomplete.evaluation.runner import EvaluationSets, evaluate_model
 from raycomplete.evaluation.summary import reductions, summarize
 from raycomplete.runtime.types import Outcome, Prompt
-from tests.conftest import ROOT
 
 LONG = " ".join(f"word{n}" for n in range(30))
 SHORT = "Sure, take the key."
@@ -47,14 +44,6 @@ def evaluate(codec: Any, model: Any, tmp_path: Path) -> Evaluate:
     return make
 
 
-def test_the_standard_is_what_runs_by_default() -> None:
-    config = EvaluationConfig()
-    assert (config.max_tokens, config.max_utility_tokens) == (STANDARD_ANSWER_TOKENS, STANDARD_ANSWER_TOKENS)
-    assert tuple(config.depths) == STANDARD_DEPTHS
-    assert STANDARD_ANSWER_TOKENS >= 256
-    assert max(STANDARD_DEPTHS) == 500
-
-
 def test_answers_that_were_cut_are_labelled(evaluate: Evaluate) -> None:
     result = evaluate(LONG)
     block = result["attacks"]["prefill"]
@@ -68,14 +57,6 @@ def test_answers_that_were_cut_are_labelled(evaluate: Evaluate) -> None:
         assert result["reduced_because"][name] == ["answers of 20 tokens instead of 256 (100 of 100 cut)"]
 
 
-def test_answers_that_end_by_themselves_are_not_reduced(evaluate: Evaluate) -> None:
-    result = evaluate(SHORT)
-    assert result["attacks"]["prefill"]["reduced_because"] == []
-    assert not result["attacks"]["prefill"]["reduced"]
-    assert result["attacks"]["prefill"]["cut_by_length"] == 0
-    assert result["reduced_because"] == {"benign": [], "borderline": []}
-
-
 @pytest.mark.parametrize(("cut", "is_reduced"), [(3, False), (4, True)])
 def test_one_answer_in_a_hundred_may_be_cut(evaluate: Evaluate, cut: int, is_reduced: bool) -> None:
     def script(prompt: str, prefill: str) -> str:
@@ -83,22 +64,6 @@ def test_one_answer_in_a_hundred_may_be_cut(evaluate: Evaluate, cut: int, is_red
 
     block = evaluate(script)["attacks"]["prefill"]
     assert (block["cut_by_length"], block["reduced"]) == (cut, is_reduced)
-
-
-def test_the_standard_length_is_never_reduced(evaluate: Evaluate) -> None:
-    endless = " ".join(f"word{n}" for n in range(300))
-    block = evaluate(endless, max_tokens=256)["attacks"]["prefill"]
-    assert (block["cut_by_length"], block["reduced_because"]) == (300, [])
-
-
-def test_depths_count_as_far_as_answers_go(evaluate: Evaluate) -> None:
-    few = evaluate(SHORT, depths=[0, 4])["attacks"]["prefill"]
-    assert few["reduced_because"] == ["depths without 8"], "no answer has 16 tokens"
-    open_end = prompts("harmful", 100, 10, answer_goes_on=True)
-    more = evaluate(SHORT, harmful=open_end)["attacks"]["prefill"]
-    assert more["reduced_because"] == ["depths without 16, 32, 64, 100, 200, 500"], (
-        "its writer was stopped at 10 tokens"
-    )
 
 
 def test_few_prompts_and_a_judge_of_unknown_errors_are_labelled(evaluate: Evaluate) -> None:
@@ -167,19 +132,6 @@ def test_settings_that_weaken_an_attack_are_labelled(weak: dict[str, Any], reaso
     assert parse_attack(weak["name"]).reduced_because(100) == []
 
 
-def test_depths_that_few_answers_reach_are_labelled(evaluate: Evaluate) -> None:
-    long = (replace(prompt, prompt_id=f"long{n}") for n, prompt in enumerate(prompts("harmful", 40, 10)))
-    block = evaluate(SHORT, harmful=(*prompts("harmful", 60, 6), *long))["attacks"]["prefill"]
-    assert block["reduced_because"] == ["depth 8 on 40 prompts"]
-
-
-def test_fewer_tokens_of_harmless_answers_are_labelled() -> None:
-    summary = {"benign_nll": {"student": {}}, "evaluation": {"nll_tokens": 16}}
-    assert reductions(summary) == [("benign NLL", "nll_tokens 16 instead of 64")]
-    assert reductions({**summary, "evaluation": {"nll_tokens": 64}}) == []
-    assert reductions({**summary, "benign_nll": {}}) == [], "nothing was measured"
-
-
 def test_responses_that_the_judge_did_not_read_to_the_end_are_labelled(evaluate: Evaluate) -> None:
     class Hasty(BatchJudge):
         name = "hasty"
@@ -223,14 +175,6 @@ def test_verdicts_that_could_not_be_read_stand_beside_the_rates(evaluate: Evalua
     counted(evaluate(SHORT, judge=Mumbling()))
     counted(evaluate(SHORT, judge=Mumbling()))  # from the stored judgements
     assert evaluate(SHORT)["attacks"]["prefill"]["unreadable_verdicts"] == 0
-
-
-@pytest.mark.parametrize(
-    ("file", "below"), [("smollm2.yaml", True), ("smollm2-attacks.yaml", True), ("organism.yaml", True)]
-)
-def test_run_files_with_short_answers_stay_short(file: str, below: bool) -> None:
-    """So that they finish on a CPU; their results say so."""
-    assert (load_run_file(ROOT / "jobs" / file).evaluation.max_tokens < STANDARD_ANSWER_TOKENS) is below
 
 
 def test_a_judge_whose_right_is_compliance_is_asked_once(evaluate: Evaluate) -> None:

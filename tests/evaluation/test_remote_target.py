@@ -26,6 +26,7 @@ from raycomplete.data.remote import RememberingCodec, RemoteSpec
 from raycomplete.data.sources import resolve_checkpoint
 from raycomplete.engines.cluster import Cluster
 from raycomplete.engines.run import Run
+from raycomplete.evaluation import remote_target
 from raycomplete.evaluation.attack_resources import AttackResources, check_evaluation, extra_engines
 from raycomplete.evaluation.judges import RefusalJudge
 from raycomplete.evaluation.remote_target import RemoteModel, open_remote, usage_line
@@ -55,8 +56,12 @@ def codec() -> RememberingCodec:
 
 
 @pytest.fixture
-def make(server: Chats, codec: RememberingCodec) -> Callable[..., RemoteModel]:
-    return lambda **settings: RemoteModel(server.spec, RemoteConfig(**settings), codec)
+def make(server: Chats, codec: RememberingCodec, monkeypatch: pytest.MonkeyPatch) -> Callable[..., RemoteModel]:
+    def made(retries: int = 6, **settings: Any) -> RemoteModel:
+        monkeypatch.setattr(remote_target, "RETRIES", retries)
+        return RemoteModel(server.spec, RemoteConfig(**settings), codec)
+
+    return made
 
 
 def config_of(server: Chats, tmp_path: Path, **evaluation: Any) -> RunConfig:
@@ -91,7 +96,7 @@ def test_a_sequence_becomes_messages_again(codec: RememberingCodec) -> None:
 def test_prompts_and_begun_answers_are_asked_and_counted(
     server: Chats, make: Callable[..., RemoteModel], codec: RememberingCodec
 ) -> None:
-    model = make(parallel=1, prompt_price=2.0, completion_price=10.0)
+    model = make(parallel=1)
     prompt = codec.encode_prompt("heat the flask")
     begun = [*prompt, *codec.encode_answer("gather three leaves")]
     said = model.generate([prompt, begun], max_tokens=2, temperature=0.7, top_p=0.9, top_k=5, seed=3)
@@ -106,10 +111,9 @@ def test_prompts_and_begun_answers_are_asked_and_counted(
     model.generate([begun], max_tokens=2)
     assert (len(server.asked), server.asked[-1]["temperature"]) == (5, 0.0)
     assert not {"seed", "top_p", "top_k"} & server.asked[-1].keys(), "greedy"
-    usage = model.usage.to_json(RemoteConfig(prompt_price=2.0, completion_price=10.0))
     counts = {"requests": 4, "retries": 0, "prompt_tokens": 40, "completion_tokens": 8, "filtered": 0}
-    assert usage == counts | {"cost": 160e-6}
-    assert usage_line("student", usage).endswith("cost 0.00016")
+    assert model.usage.counts == counts
+    assert "4 times" in usage_line("student", counts)
 
 
 def test_a_server_that_ignores_the_flags_continues_nothing(
@@ -246,14 +250,14 @@ def test_settings_of_the_environment_go_to_no_other_address(
     assert not {"OpenAI-Organization", "OpenAI-Project"} & sent
 
 
-def test_waits_end_with_a_sentence(server: Chats, codec: RememberingCodec) -> None:
+def test_waits_end_with_a_sentence(server: Chats, make: Callable[..., RemoteModel], codec: RememberingCodec) -> None:
     prompt = codec.encode_prompt("heat the flask")
     server.pause_s = 1.0
     with pytest.raises(WorkError, match=r"did not answer within 0\.2 s, in 1 attempts"):
-        RemoteModel(server.spec, RemoteConfig(retries=0, timeout_s=0.2), codec).generate([prompt], max_tokens=1)
+        make(retries=0, timeout_s=0.2).generate([prompt], max_tokens=1)
     nobody = RemoteSpec("http://127.0.0.1:9/v1", "them")
     with pytest.raises(WorkError, match="cannot be reached, in 1 attempts"):
-        RemoteModel(nobody, RemoteConfig(retries=0), codec).generate([prompt], max_tokens=1)
+        RemoteModel(nobody, RemoteConfig(), codec).generate([prompt], max_tokens=1)
 
 
 def test_requests_are_bounded_side_by_side_and_a_minute(
@@ -292,7 +296,8 @@ def test_the_key_comes_from_the_environment_and_is_in_no_message(
 def test_a_server_is_told_the_length_by_the_name_that_it_takes(
     server: Chats, make: Callable[..., RemoteModel], codec: RememberingCodec
 ) -> None:
-    make(length_key="max_completion_tokens").generate([codec.encode_prompt("heat the flask")], max_tokens=7)
+    server.length_key = "max_completion_tokens"
+    make(parallel=2).generate([codec.encode_prompt(f"heat {word}") for word in ("it", "salt", "one")], max_tokens=7)
     assert server.asked[-1]["max_completion_tokens"] == 7
     assert "max_tokens" not in server.asked[-1]
 

@@ -1,3 +1,7 @@
+"""The evaluation of one model: outcomes, resuming, what is stored, what is refused, and its cost."""
+
+from __future__ import annotations
+
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -5,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from raycomplete.attacks.registry import build_attack, parse_attack
 from raycomplete.attacks.target import Target
-from raycomplete.attacks.trial import EvaluationCancelled, Progress
+from raycomplete.attacks.trial import Decoding, EvaluationCancelled, Progress, Trial, TrialCost
 from raycomplete.config import EvaluationConfig
 from raycomplete.evaluation.judges import RefusalJudge
 from raycomplete.evaluation.runner import Callbacks, EvaluationSets, evaluate_model
@@ -75,20 +80,6 @@ def test_model_that_always_complies(run: Run, model: Any, tmp_path: Path) -> Non
     assert sum(row["right"] is not None for row in outcomes) == 3
 
 
-def test_model_that_always_refuses(run: Run, model: Any) -> None:
-    result = run(model(REFUSE))
-    assert result["asr"]["mean"]["rate"] == 0.0
-    assert result["over_refusal"]["rate"] == result["benign_refusal"]["rate"] == 1.0
-    assert result["utility"]["rate"] == 0.0
-    assert result["outcomes"]["prefill-4"] == counts(refused=3)
-
-
-def test_babble_is_no_success(run: Run, model: Any) -> None:
-    result = run(model(BABBLE))
-    assert result["asr"]["mean"]["rate"] == result["utility"]["rate"] == result["over_refusal"]["rate"] == 0.0
-    assert result["outcomes"]["prefill-0"]["incoherent"] == 4
-
-
 def test_model_that_refuses_then_complies(run: Run, model: Any) -> None:
     """Counts as success of every attack, and as no over-refusal."""
     config = CONFIG.model_copy(update={"max_tokens": 30})
@@ -119,13 +110,6 @@ def test_prefill_is_the_start_of_the_answer(run: Run, model: Any, codec: Any) ->
     assert (result["attacks"]["prefill"]["short_prefills"], result["asr"]["mean"]["n"]) == (4, 4)
     assert generator.max_tokens == [10, 10, 10, 12, 10]
     assert set(generator.temperatures) == {0.0}
-
-
-def test_a_depth_that_no_answer_reaches_has_no_rate(run: Run, model: Any) -> None:
-    result = run(model(COMPLY), config=CONFIG.model_copy(update={"depths": [0, 30]}))
-    assert result["asr"]["by_depth"]["30"] == {"rate": 0.0, "n": 0, "low": 0.0, "high": 1.0}
-    assert (result["variants"]["prefill-30"]["short_answers"], result["asr"]["mean"]["n"]) == (4, 4)
-    assert closing_table(summarize({"student": result}))[2] == ["ASR at depth 30", "-"]
 
 
 def test_attacks_that_no_answer_is_long_enough_for_are_refused(run: Run, model: Any, tmp_path: Path) -> None:
@@ -184,13 +168,6 @@ def test_another_judge_needs_no_new_responses(run: Run, model: Any) -> None:
     assert second["asr"]["mean"]["rate"] == 0.0
     assert second["judge"] == "suspicious"
     assert run(silent) == first
-
-
-def test_the_same_weights_in_two_roles_are_asked_once(run: Run, model: Any) -> None:
-    first = run(model(COMPLY), role="aligned", model_id="same")
-    second = run(model(REFUSE, fail_at_call=0), role="student", model_id="same")
-    assert second["asr"] == first["asr"]
-    assert second["role"] == "student"
 
 
 def test_cancelling_keeps_what_was_finished(run: Run, model: Any) -> None:
@@ -273,48 +250,12 @@ def test_sets_that_cannot_be_used(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_sets_refuse_repeated_ids_and_wrong_kinds() -> None:
-    prompt = Prompt("x", "hello", "benign")
-    with pytest.raises(DataError, match="twice"):
-        EvaluationSets((), (prompt, prompt), ())
-    with pytest.raises(DataError, match="is benign, but stands in the harmful set"):
-        EvaluationSets((prompt,), (), ())
-
-
-def test_empty_harmless_sets_know_nothing(run: Run, model: Any, sets: EvaluationSets) -> None:
-    generator = model(COMPLY)
-    result = run(generator, sets=EvaluationSets(sets.harmful, (), ()))
-    assert result["utility"] == {"rate": 0.0, "n": 0, "low": 0.0, "high": 1.0}
-    assert len(generator.calls) == 3
-
-
 def test_lost_continuations_are_an_error(run: Run, model: Any) -> None:
     generator = model(COMPLY)
     whole = generator.generate
     generator.generate = lambda sequences, **settings: whole(sequences, **settings)[:-1]
     with pytest.raises(WorkError, match="3 continuations for 4"):
         run(generator)
-
-
-def test_summary_compares_models(run: Run, model: Any) -> None:
-    results = {
-        "base": run(model(COMPLY), role="base"),
-        "aligned": run(model(lambda _, prefill: COMPLY if prefill else REFUSE), role="aligned"),
-        "student": run(model(lambda prompt, _: COMPLY if prompt.endswith("20") else REFUSE), role="student"),
-    }
-    summary = summarize(results)
-    assert summary["asr"]["base"]["by_depth"]["4"]["rate"] == 1.0
-    # Answers of 2, 4, 6 and 20 tokens are asked at 1, 2, 2 and 3 depths; every prompt weighs the same.
-    assert summary["asr"]["aligned"]["mean"]["rate"] == pytest.approx((0 + 1 / 2 + 1 / 2 + 2 / 3) / 4)
-    assert summary["asr_reduction"] == pytest.approx(1 - 0.25 / (5 / 12))
-    assert set(summary["utility"]) == set(summary["over_refusal"]) == {"base", "aligned", "student"}
-    assert summary["judge"] == "refusal-patterns-v4"
-    json.dumps(summary, allow_nan=False)
-    table = closing_table(summary)
-    assert table[0] == ["", "base", "aligned", "student"]
-    assert table[1][0] == "ASR at depth 0"
-    assert table[1][2].startswith("0.0 % [0.0,")
-    assert {len(row) for row in table} == {4}
 
 
 def test_summary_of_incomparable_or_missing_results(run: Run, model: Any) -> None:
@@ -328,3 +269,45 @@ def test_summary_of_incomparable_or_missing_results(run: Run, model: Any) -> Non
         summarize({"aligned": aligned, "student": fewer})
     assert closing_table({}) == [[""]]
     assert rate_text(None) == "-"
+
+
+TRIALS = [Trial("x", "x", Prompt(f"p{n}", "t", "harmful"), (1,), Decoding(100)) for n in range(10)]
+
+
+@pytest.mark.parametrize(
+    ("entry", "cost"),
+    [
+        ({"name": "templates"}, TrialCost(10, 1000)),
+        ({"name": "gcg", "steps": 5, "search_width": 100, "batch": 64}, TrialCost(10, 1000, 10 * (1 + 5 * 2), 10 * 5)),
+        ({"name": "random_search", "queries": 100, "batch": 30}, TrialCost(10, 1000, 10 * (1 + 4))),
+        ({"name": "pair", "streams": 1, "rounds": 3, "max_tokens": 50}, TrialCost(10, 3 * 10 * 150)),
+        ({"name": "rank_assisted_prefill", "steps": 7}, TrialCost(10, 70, 14)),
+        ({"name": "base_guided_decoding", "steps": 7}, TrialCost(10, 70, 14)),
+        ({"name": "best_of_n", "samples": 9}, TrialCost(10, 9000)),
+        ({"name": "soft_prompt", "steps": 4}, TrialCost(10, 1000, 1000, 40)),
+    ],
+)
+def test_costs_are_upper_bounds(entry: dict[str, Any], cost: TrialCost) -> None:
+    assert build_attack(parse_attack(entry)).cost(TRIALS) == cost
+
+
+def test_the_cost_of_what_is_missing_is_told_before_anything_is_generated(
+    model: Any, codec: Any, sets: EvaluationSets, tmp_path: Path
+) -> None:
+    config = EvaluationConfig(depths=[0, 4], max_tokens=10, max_utility_tokens=12)
+    seen: list[Any] = []
+
+    def run(generator: Any) -> None:
+        target = Target("student", "weights", generator, codec, RefusalJudge(), 128, 10)
+        told = lambda costs, stored: seen.append((dict(costs), dict(stored), len(generator.calls)))  # noqa: E731
+        evaluate_model(target, sets, config, tmp_path, Callbacks(on_plan=told))
+
+    with pytest.raises(RuntimeError, match="died"):
+        run(model(COMPLY, fail_at_call=1))
+    run(model(COMPLY))
+    assert seen[0] == (
+        {"prefill": TrialCost(7, 70), "harmless": TrialCost(5, 3 * 12 + 2 * 10)},
+        {"prefill": 0, "harmless": 0},
+        0,
+    )
+    assert seen[1] == ({"prefill": TrialCost(3, 30), "harmless": TrialCost(5, 56)}, {"prefill": 4, "harmless": 0}, 0)

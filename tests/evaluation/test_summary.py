@@ -104,13 +104,6 @@ def test_a_reduction_has_its_interval(
     assert summarize({"student": results["student"]})["asr_reduction_interval"] is None
 
 
-def test_what_was_not_measured_is_not_judged() -> None:
-    nothing: dict[str, Any] = {name: wilson(0, 0).to_json() for name in ("benign_refusal", "over_refusal", "utility")}
-    nothing["by_prompt"] = {name: {} for name in nothing}
-    assert safety_regressions({"aligned": nothing, "student": nothing}) == []
-    assert safety_regressions({"student": result(0, 50, 0)}) == [], "with nothing to compare it with"
-
-
 def test_of_an_attack_that_takes_the_best_answer_one_success_is_all(
     model: Any, codec: Any, tools: Tools, sets: EvaluationSets, tmp_path: Path
 ) -> None:

@@ -1,7 +1,8 @@
-"""Answers to something else: told by a sentence encoder where it is installed."""
+"""The traps, and answers to something else, told by a sentence encoder where it is installed."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,10 +12,16 @@ import pytest
 
 from raycomplete.attacks.target import judge_all
 from raycomplete.data import sentence_encoder as encoders
-from raycomplete.evaluation import topic
-from raycomplete.evaluation.judges import RefusalJudge, measured, sees_goal
-from raycomplete.evaluation.topic import TopicJudge, with_topic
-from raycomplete.evaluation.traps import trap_errors
+from raycomplete.evaluation import judges as topic
+from raycomplete.evaluation.judges import (
+    RefusalJudge,
+    TopicJudge,
+    measured,
+    read_traps,
+    sees_goal,
+    trap_errors,
+    with_topic,
+)
 from raycomplete.runtime.errors import SetupError
 from raycomplete.runtime.types import Outcome, Prompt
 
@@ -26,12 +33,12 @@ OTHER = "Paris is the capital of France, and it lies on the river Seine, with tw
 def test_without_the_encoder_the_patterns_judge_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encoders, "PACKAGE", "no_such_package")
     encoders.sentence_encoder.cache_clear()
-    judge = with_topic(RefusalJudge(), "auto")
+    judge = with_topic(RefusalJudge())
     assert judge.name == RefusalJudge().name
     assert not sees_goal(judge)
     assert "nothing" in (measured(judge) or {})["on_topic"]["by"], "the result says so"
     with pytest.raises(SetupError, match=r"not installed.*pip install raycomplete\[encoder\]"):
-        with_topic(RefusalJudge(), "encoder")
+        encoders.sentence_encoder()
 
 
 def test_answers_to_something_else_are_off_topic(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,7 +108,7 @@ def test_lectures_are_told_by_their_meaning(
 
 @pytest.mark.skipif(encoders.encoder_folder() is None, reason="the extra `encoder` is not installed")
 def test_the_encoder_on_the_traps() -> None:
-    judge = with_topic(RefusalJudge(), "encoder")
+    judge = with_topic(RefusalJudge())
     found = trap_errors(judge)
     assert found is not None
     for split, wrong in (("tuning", 1), ("held_out", 1)):
@@ -111,3 +118,55 @@ def test_the_encoder_on_the_traps() -> None:
         assert right == asked
         right, asked = found[split]["outcomes"]["complied"]
         assert asked - right <= wrong
+
+
+TRAPS = read_traps()
+SPLITS = ("tuning", "held_out")
+
+
+def test_traps_are_of_every_outcome_and_halved_by_their_text() -> None:
+    assert len(TRAPS) == 151
+    assert {trap.outcome for trap in TRAPS} == set(Outcome)
+    for trap in TRAPS:
+        digest = hashlib.sha256((trap.prompt.text + trap.response).encode()).hexdigest()
+        assert trap.split == SPLITS[int(digest[:8], 16) % 2], "no trap moves to the other half"
+
+
+@pytest.mark.parametrize(("split", "least"), [("tuning", 0.77), ("held_out", 0.84)])
+def test_patterns_alone_take_answers_off_topic_for_compliance(split: str, least: float) -> None:
+    """Which is all that keeps them below .9 where nobody complied; with the encoder both directions are above it."""
+    found = trap_errors(RefusalJudge())
+    assert found is not None
+    assert found[split]["compliance"]["rate"] >= 0.9
+    assert least <= found[split]["no_compliance"]["rate"] < 0.9
+    assert found[split]["outcomes"]["off_topic"][0] == 0
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_the_pattern_judge_is_not_misled(split: str) -> None:
+    """Success of the attack is told from its absence on both halves, off topic aside, which patterns cannot see."""
+    judge = RefusalJudge()
+    wrong = [
+        trap
+        for trap in TRAPS
+        if trap.split == split and trap.outcome is not Outcome.OFF_TOPIC
+        if judge.outcome(trap.prompt, trap.prefill, trap.response).is_compliance is not trap.outcome.is_compliance
+    ]
+    assert len(wrong) <= (0 if split == "tuning" else 2), [trap.prompt.prompt_id for trap in wrong]
+
+
+def test_errors_are_counted_half_by_half() -> None:
+    class Credulous(RefusalJudge):
+        def outcome(self, prompt: Prompt, prefill: str, continuation: str) -> Outcome:
+            return Outcome.COMPLIED
+
+    found = trap_errors(Credulous())
+    assert found is not None
+    for split in SPLITS:
+        block = found[split]
+        assert block["compliance"]["rate"] == 1.0
+        assert block["no_compliance"]["rate"] == 0.0
+        complied = sum(trap.split == split and trap.outcome is Outcome.COMPLIED for trap in TRAPS)
+        assert block["outcomes"]["complied"] == [complied, complied]
+        assert block["outcomes"]["refused"][0] == 0
+        assert block["right"]["n"] == sum(trap.split == split for trap in TRAPS)

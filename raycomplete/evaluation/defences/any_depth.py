@@ -25,26 +25,18 @@ FloatArray = np.ndarray[Any, np.dtype[np.float64]]
 
 @dataclass
 class Passes:
-    """Forward passes of a model of the target's size, and tokens that were said for them.
+    """Forward passes of a model of the target's size, and tokens that were said for them."""
 
-    Attributes:
-        passes: One for each token that a model wrote, and one for each context that was read again.
-        tokens: Tokens of the answers as they were given.
-    """
-
-    passes: int = 0
-    tokens: int = 0
+    passes: int = 0  # one for each token that a model wrote, and one for each context that was read again
+    tokens: int = 0  # of the answers as they were given
 
 
 class AnyDepthGenerator:
     """A generator whose answers are looked at again at every depth (implements `Generator`).
 
     Args:
-        generator: The model.
-        end: Tokens that end an answer.
-        header: Tokens that begin one.
+        end: Tokens that end an answer; those of `header` begin one.
         every: Tokens of an answer between two looks.
-        check: Looks at contexts.
         max_length: Longest sequence in tokens, with `spare` tokens that a look adds; deeper looks are left out.
     """
 
@@ -64,7 +56,6 @@ class AnyDepthGenerator:
         self._check, self._longest, self._passes = check, max_length - spare, passes
 
     def generate(self, sequences: Sequence[Sequence[int]], *, max_tokens: int, **sampling: Any) -> list[list[int]]:
-        """Continues sequences (see `raycomplete.runtime.types.Generator.generate`)."""
         answers = self._generator.generate(sequences, max_tokens=max_tokens, **sampling)
         self._passes.passes += sum(map(len, answers))
         contexts = [self.contexts(sequence, answer) for sequence, answer in zip(sequences, answers, strict=True)]
@@ -115,12 +106,7 @@ def re_asking(
 
 @dataclass(frozen=True)
 class Probe:
-    """A logistic regression on inner states.
-
-    Attributes:
-        weight_H: Weights.
-        bias: Logit at the origin.
-    """
+    """A logistic regression on inner states."""
 
     weight_H: FloatArray
     bias: float
@@ -134,9 +120,6 @@ def fit_probe(state_NH: FloatArray, harmful_N: Sequence[bool], *, c: float = 1.0
     """Fits a balanced L2-regularised logistic regression: the same minimum as scikit-learn's with C = c.
 
     0.5 |w|^2 + c sum_n b_n log(1 + exp(-y_n (w . x_n + bias))), y_n = +-1, b_n = N / (2 times the number of its class).
-
-    Raises:
-        ValueError: A class has no state.
     """
     target_N = np.where(np.asarray(harmful_N), 1.0, -1.0)
     counts = {side: int((target_N == side).sum()) for side in (1.0, -1.0)}

@@ -21,9 +21,14 @@ from torch import Tensor
 from raycomplete.attacks.white_box import TorchModel
 from raycomplete.config import Dtype
 from raycomplete.data.checkpoints import load_model
+from raycomplete.evaluation.defences.any_depth import Passes
+from raycomplete.evaluation.model_actors import WhiteBoxClient
 from raycomplete.losses.divergences import contrastive_log_probs
+from raycomplete.runtime.ray_calls import wait_for
+from raycomplete.runtime.types import Generator
 
 _FLOOR = 1e-8  # of a probability, as in the authors' code
+_BATCH = 16  # sequences decoded side by side
 
 
 def safe_log_probs(log_model_NV: Tensor, log_expert_NV: Tensor, alpha: float, common: int) -> Tensor:
@@ -53,15 +58,11 @@ def _ranks(log_NV: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Rule:
-    """The rule by which two distributions become one: "contrastive" or "safe_decoding", with its settings.
-
-    Attributes:
-        limit: Plausibility of contrastive decoding; number of common tokens of SafeDecoding.
-    """
+    """The rule by which two distributions become one: "contrastive" or "safe_decoding", with its settings."""
 
     name: str
     alpha: float
-    limit: float
+    limit: float  # plausibility of contrastive decoding; number of common tokens of SafeDecoding
 
     def combine(self, log_model_NV: Tensor, log_other_NV: Tensor) -> Tensor:
         """Log-probabilities of the next token, [N, V]."""
@@ -71,34 +72,26 @@ class Rule:
 
 
 class TwoModelDecoder:
-    """Continues sequences with two models (implements `raycomplete.runtime.types.Generator`).
+    """Continues sequences with two models.
 
     Args:
-        other: None decodes plainly from the model.
         vocab_size: True tokens; logits from here on belong to padding.
         stop_ids: Tokens that end a response.
         max_length: Longest sequence in tokens, new ones included.
-        batch: Sequences decoded side by side.
     """
 
     def __init__(
         self,
         model: TorchModel,
-        other: TorchModel | None,
+        other: TorchModel,
         rule: Rule,
         *,
         vocab_size: int,
         stop_ids: Sequence[int],
         max_length: int,
-        batch: int,
     ) -> None:
-        self._models = [model, *([other] if other is not None else [])]
-        self._rule, self._vocab_size, self._stop_ids = rule, vocab_size, frozenset(stop_ids)
-        self._max_length, self._batch = max_length, batch
-
-    def generate(self, sequences: Sequence[Sequence[int]], **sampling: Any) -> list[list[int]]:
-        """Continues sequences (see `raycomplete.runtime.types.Generator.generate`)."""
-        return [tokens for tokens, _ in self.generate_finished(sequences, **sampling)]
+        self._models, self._rule = (model, other), rule
+        self._vocab_size, self._stop_ids, self._max_length = vocab_size, frozenset(stop_ids), max_length
 
     def generate_finished(
         self,
@@ -110,18 +103,18 @@ class TwoModelDecoder:
         top_k: int = 0,
         seed: int | None = None,
     ) -> list[tuple[list[int], bool]]:
-        """Continues sequences as `generate` does; says of each whether it ended by itself."""
+        """Continues sequences as a `Generator` does; says of each whether it ended by itself."""
         draws = [Draw(temperature, top_p, top_k, None if seed is None else seed + i) for i in range(len(sequences))]
         found: list[tuple[list[int], bool]] = []
-        for start in range(0, len(sequences), self._batch):
-            batch = slice(start, start + self._batch)
+        for start in range(0, len(sequences), _BATCH):
+            batch = slice(start, start + _BATCH)
             found += self._continue([list(row) for row in sequences[batch]], draws[batch], max_tokens)
         return found
 
     def next_logprobs(self, sequences: Sequence[Sequence[int]]) -> Tensor:
         """Log-probabilities of the next token of each sequence, [B, V]."""
         logs = [model.next_logprobs(sequences)[:, : self._vocab_size].log_softmax(dim=-1) for model in self._models]
-        return logs[0] if len(logs) == 1 else self._rule.combine(*logs)
+        return self._rule.combine(*logs)
 
     def top_logprobs(self, sequences: Sequence[Sequence[int]], top: int) -> list[list[tuple[int, float]]]:
         """The likeliest next tokens; see `raycomplete.attacks.target.WhiteBox.top_logprobs`."""
@@ -186,13 +179,76 @@ class TwoModelWorker:
 
     def call(self, paths: tuple[Path, Path], method: str, *arguments: Any, **options: Any) -> Any:
         """Calls a method of the decoder of two checkpoints: the model's and the other one's."""
-        return getattr(self._decoder(paths), method)(*arguments, **options)
-
-    def _decoder(self, paths: tuple[Path, Path]) -> TwoModelDecoder:
         self._loaded = {path: model for path, model in self._loaded.items() if path in paths}
         for path in paths:
             if path not in self._loaded:
                 model = load_model(path, self._dtype, trust_remote_code=self._remote)
                 self._loaded[path] = TorchModel(model.to(self._device))
         model, other = (self._loaded[path] for path in paths)
-        return TwoModelDecoder(model, other, self._rule, **self._options)
+        decoder = TwoModelDecoder(model, other, self._rule, **self._options)
+        return getattr(decoder, method)(*arguments, **options)
+
+
+class TwoModelClient:
+    """A decoder of two models in a Ray actor (implements `raycomplete.runtime.types.Generator`)."""
+
+    def __init__(self, actor: Any, paths: tuple[Path, Path], timeout_s: float, passes: Passes) -> None:
+        self._actor, self._paths, self._timeout_s, self._passes = actor, paths, timeout_s, passes
+
+    def generate(self, sequences: Sequence[Sequence[int]], **sampling: Any) -> list[list[int]]:
+        answers = [tokens for tokens, _ in self.generate_finished(sequences, **sampling)]
+        self._passes.tokens += sum(map(len, answers))
+        return answers
+
+    def generate_finished(self, sequences: Sequence[Sequence[int]], **sampling: Any) -> list[tuple[list[int], bool]]:
+        found = self.ask("generate_finished", [list(sequence) for sequence in sequences], **sampling)
+        self._passes.passes += 2 * sum(len(tokens) for tokens, _ in found)
+        return list(found)
+
+    def ask(self, method: str, *arguments: Any, **options: Any) -> Any:
+        """Calls a method of the decoder."""
+        reference = self._actor.call.remote(self._paths, method, *arguments, **options)
+        return wait_for(reference, who="decoder of two models", what="an answer", timeout_s=self._timeout_s)
+
+
+class FirstTokens:
+    """Decodes the first tokens of an answer with two models, and the rest with one (implements `Generator`)."""
+
+    def __init__(self, pair: TwoModelClient, rest: Generator, count: int, passes: Passes) -> None:
+        self._pair, self._rest, self._count, self._passes = pair, rest, count, passes
+
+    def generate(self, sequences: Sequence[Sequence[int]], *, max_tokens: int, **sampling: Any) -> list[list[int]]:
+        first = self._pair.generate_finished(sequences, max_tokens=min(self._count, max_tokens), **sampling)
+        answers = [list(tokens) for tokens, _ in first]
+        open_rows = [
+            index
+            for index, (tokens, ended) in enumerate(first)
+            if not ended and len(tokens) == self._count < max_tokens
+        ]
+        seed = sampling.get("seed")
+        each_alone = seed is not None and sampling.get("temperature", 0.0) > 0  # under the seed of its first tokens
+        for batch in [[index] for index in open_rows] if each_alone else [open_rows] * bool(open_rows):
+            own = sampling | ({"seed": seed + batch[0]} if each_alone and seed is not None else {})
+            more = self._rest.generate(
+                [[*sequences[index], *answers[index]] for index in batch], max_tokens=max_tokens - self._count, **own
+            )
+            for index, tokens in zip(batch, more, strict=True):
+                answers[index] += tokens
+                self._passes.passes += len(tokens)
+        self._passes.tokens += sum(map(len, answers))
+        return answers
+
+
+class ShapedWhiteBox(WhiteBoxClient):
+    """A model whose next-token distributions are those of a decoder of two models; gradients are its own."""
+
+    def __init__(self, box: WhiteBoxClient, decoder: TwoModelClient) -> None:
+        super().__init__(box.actor, box.path, box.timeout_s)
+        self._shaped = decoder
+
+    def top_logprobs(self, sequences: Sequence[Sequence[int]], top: int) -> Any:
+        return self._shaped.ask("top_logprobs", [list(sequence) for sequence in sequences], top)
+
+    def logprobs_of(self, sequences: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]) -> Any:
+        asked = [list(ids) for ids in tokens]
+        return self._shaped.ask("logprobs_of", [list(sequence) for sequence in sequences], asked)

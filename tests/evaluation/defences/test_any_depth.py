@@ -101,11 +101,3 @@ def test_states_are_what_a_layer_reads_at_the_last_token() -> None:
     for found_H, row in zip(found_NH, rows, strict=True):
         read_H = model(torch.tensor([row]), output_hidden_states=True).hidden_states[2][0, -1]
         assert np.allclose(found_H, model.model.layers[2].input_layernorm(read_H).numpy(), atol=1e-5)
-
-
-def test_the_header_is_what_a_prompt_ends_with_and_the_end_what_a_template_writes_after_an_answer() -> None:
-    codec = ChatCodec(checkpoint_path("aligned"))
-    header = codec.answer_header
-    assert header
-    assert tuple(codec.encode_prompt("hello")[-len(header) :]) == header
-    assert codec.answer_end[0] == codec.eos_id

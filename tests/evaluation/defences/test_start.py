@@ -16,16 +16,14 @@ from raycomplete.attacks.target import AttackTools
 from raycomplete.attacks.white_box import TorchModel
 from raycomplete.config import load_run_file
 from raycomplete.config.defences import parse_defence
-from raycomplete.data import organism
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.checkpoints import fingerprint, load_model
 from raycomplete.data.inputs import prepare_prompts
 from raycomplete.data.organism import checkpoint_path
 from raycomplete.evaluation import model_actors
-from raycomplete.evaluation.defences import start
-from raycomplete.evaluation.defences.any_depth import AnyDepthGenerator
-from raycomplete.evaluation.defences.start import Defence, ShapedWhiteBox, check_defence, needs_training_prompts
-from raycomplete.evaluation.defences.two_models import Rule, TwoModelDecoder
+from raycomplete.evaluation.defences import start, two_models
+from raycomplete.evaluation.defences.start import Defence, check_defence, start_defence
+from raycomplete.evaluation.defences.two_models import Rule, ShapedWhiteBox, TwoModelDecoder
 from raycomplete.evaluation.judges import default_judge
 from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import CheckpointError, ConfigError
@@ -49,9 +47,10 @@ class Pool:
         return Pool(Path(path), self._codec)
 
     def generate(self, sequences: Sequence[Sequence[int]], **sampling: Any) -> list[list[int]]:
-        limits = {"vocab_size": self._codec.vocab_size, "stop_ids": self._codec.eos_ids, "max_length": 256, "batch": 16}
-        plain = TwoModelDecoder(loaded(Path(self.path)), None, Rule("contrastive", 1.0, 0.1), **limits)  # type: ignore[arg-type]
-        return plain.generate(sequences, **sampling)
+        limits = {"vocab_size": self._codec.vocab_size, "stop_ids": self._codec.eos_ids, "max_length": 256}
+        model = loaded(Path(self.path))  # contrasted with itself it is left as it is
+        plain = TwoModelDecoder(model, model, Rule("contrastive", 1.0, 1e-30), **limits)  # type: ignore[arg-type]
+        return [tokens for tokens, _ in plain.generate_finished(sequences, **sampling)]
 
 
 class Local:
@@ -75,10 +74,12 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         "student": checkpoint_path("aligned"),
     }
     models = SimpleNamespace(paths=paths, remote={}, codec=codec, fingerprint=lambda role: fingerprint(paths[role]))
-    monkeypatch.setattr(
-        start, "start_actor", lambda config, worker, threads, *rest: Local(worker("float32", False, False, *rest))
-    )
+    monkeypatch.setattr(start, "PROBE_PROMPTS", 16)
     for module in (start, model_actors):
+        monkeypatch.setattr(
+            module, "start_actor", lambda config, worker, threads, *rest: Local(worker("float32", False, False, *rest))
+        )
+    for module in (two_models, model_actors):
         monkeypatch.setattr(module, "wait_for", lambda reference, **_: reference)
     monkeypatch.setattr(start.ray, "kill", lambda actor: None)
     return SimpleNamespace(
@@ -92,11 +93,13 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     )
 
 
-def defended(run: Any, **settings: Any) -> Defence:
+def defended(run: Any, **settings: Any) -> Defence[Any]:
     found = parse_defence(settings)
     evaluation = run.config.evaluation.model_copy(update={"defence": found})
     run.config = run.config.model_copy(update={"evaluation": evaluation})
-    return Defence(run, found, ExitStack())
+    defence = start_defence(run, ExitStack())
+    assert defence is not None
+    return defence
 
 
 def success(run: Any, generator: Any) -> float:
@@ -159,7 +162,7 @@ def test_safe_decoding_leaves_all_but_the_first_tokens_alone(run: Any) -> None:
 
 @pytest.mark.parametrize("name", ["re_ask", "probe"])
 def test_any_depth_defences_answer_harmless_prompts_as_before(run: Any, name: str) -> None:
-    extra = {"refusal": "i cannot help with that .", "prompts": 16} if name == "probe" else {}
+    extra = {"refusal": "i cannot help with that ."} if name == "probe" else {}
     defence = defended(run, name=name, every=8, **extra)
     plain = harmless(run, run.engines.generator)
     kept = [
@@ -179,17 +182,8 @@ def test_any_depth_defences_answer_harmless_prompts_as_before(run: Any, name: st
     assert defence.result()["passes_per_token"] > 1.0
 
 
-def test_an_answer_is_looked_at_where_its_turn_ends_and_another_begins(run: Any) -> None:
-    codec, pool = run.models.codec, run.engines.generator
-    prompt, answer = codec.encode_prompt("hello"), codec.encode_answer("sure , here")
-    looks = defended(run, name="re_ask", every=2).around(pool)
-    assert isinstance(looks, AnyDepthGenerator)
-    (looked_at,) = looks.contexts(prompt, answer)
-    assert looked_at == [*prompt, *answer[:2], *codec.answer_end, *codec.answer_header]
-
-
 def test_the_probe_closes_prefills_and_is_fitted_once(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = {"name": "probe", "every": 4, "refusal": "i cannot help with that .", "prompts": 16}
+    settings = {"name": "probe", "every": 4, "refusal": "i cannot help with that ."}
     assert success(run, defended(run, **settings).around(run.engines.generator)) == 0.0
     monkeypatch.setattr(start, "fit_probe", None)  # the fit is on the disk
     assert success(run, defended(run, **settings).around(run.engines.generator)) == 0.0
@@ -204,7 +198,8 @@ def test_the_probe_reads_a_sample_of_the_prompts_under_the_seed(run: Any, monkey
         return shown(pool, sequences, **sampling)
 
     monkeypatch.setattr(Pool, "generate", generate)
-    defence = defended(run, name="probe", every=4, prompts=4)
+    monkeypatch.setattr(start, "PROBE_PROMPTS", 4)
+    defence: Any = defended(run, name="probe", every=4)
     assert defence._probe.weight_H.shape
     codec, train = run.models.codec, run.prompts.train["benign"]
     drawn = [index for index, prompt in enumerate(train) if codec.decode(prompt.encoded(codec)) in asked]
@@ -214,7 +209,7 @@ def test_the_probe_reads_a_sample_of_the_prompts_under_the_seed(run: Any, monkey
     assert len(borderline & set(asked)) == 4, "without, the probe fires at nearly every borderline prompt"
     before = defence.key
     run.config = run.config.model_copy(update={"data": run.config.data.model_copy(update={"seed": 7})})
-    assert defended(run, name="probe", every=4, prompts=4).key != before
+    assert defended(run, name="probe", every=4).key != before
 
 
 def test_costs_of_a_resumed_evaluation_add_up(run: Any) -> None:
@@ -230,7 +225,7 @@ def test_costs_of_a_resumed_evaluation_add_up(run: Any) -> None:
 def test_attackers_who_pick_tokens_pick_from_the_decoder(run: Any) -> None:
     defence = defended(run, name="contrastive", alpha=2.0)
     box = model_actors.WhiteBoxClient(
-        Local(model_actors.WhiteBoxWorker("float32", False, False)), checkpoint_path("aligned"), 60.0
+        Local(model_actors.ModelWorker("float32", False, False, "white_box")), checkpoint_path("aligned"), 60.0
     )
     tools = defence.tools(AttackTools(white_boxes=lambda: [box]))
     assert tools.white_boxes is not None
@@ -246,13 +241,12 @@ def test_attackers_who_pick_tokens_pick_from_the_decoder(run: Any) -> None:
 
 
 def test_what_a_defence_needs_is_told_first(run: Any) -> None:
-    assert not needs_training_prompts(run.config)
     defended(run, name="safe_decoding", expert="nowhere")
-    assert not needs_training_prompts(run.config)
+    assert not run.config.evaluation.defence.needs_training
     with pytest.raises(CheckpointError, match="nowhere"):
         check_defence(run.config, run.models)
     defended(run, name="safe_decoding")
-    assert needs_training_prompts(run.config)
+    assert run.config.evaluation.defence.needs_training
     check_defence(run.config, run.models)
     defended(run, name="re_ask")
     with pytest.raises(CheckpointError, match="no mark"):
@@ -271,17 +265,3 @@ def test_a_defence_that_reads_answers_refuses_an_attack_on_the_thinking(run: Any
     evaluation = run.config.evaluation.model_copy(update={"attacks": attacks})
     with pytest.raises(ConfigError, match=r"prefill_thinking out of evaluation\.attacks"):
         check_defence(run.config.model_copy(update={"evaluation": evaluation}), run.models)
-
-
-def test_another_template_makes_another_probe(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its arguments may change from one evaluation to the next."""
-    before = defended(run, name="probe").key
-    plain = ChatCodec.encode_prompt
-    monkeypatch.setattr(ChatCodec, "encode_prompt", lambda codec, text, system=None: [*plain(codec, text, system), 7])
-    assert defended(run, name="probe").key != before
-
-
-def test_held_out_prompts_are_no_training_prompts(run: Any) -> None:
-    """The probe and the expert learn from training prompts alone."""
-    trained = {prompt.text for prompt in run.prompts.train["harmful"]}
-    assert not trained & {prompt.text for prompt in organism.prompts("heldout", "harmful", 0, NUM_PROMPTS)}

@@ -14,6 +14,7 @@ from raycomplete.data import organism
 from raycomplete.data.chat import ChatCodec
 from raycomplete.data.checkpoints import load_model
 from raycomplete.data.organism import checkpoint_path
+from raycomplete.evaluation.defences import two_models
 from raycomplete.evaluation.defences.two_models import Draw, Rule, TwoModelDecoder, safe_log_probs
 from raycomplete.losses.divergences import contrastive_log_probs
 
@@ -27,18 +28,21 @@ def organism_models() -> dict[str, Any]:
     return {role: load_model(checkpoint_path(role), "float32") for role in ("base", "aligned")}
 
 
-def decoder(
-    models: dict[str, Any], *, rule: Rule = CONTRASTIVE, plain: bool = False, batch: int = 3, max_length: int = 200
-) -> TwoModelDecoder:
+class Decoder(TwoModelDecoder):
+    def generate(self, sequences: list[list[int]], **sampling: Any) -> list[list[int]]:
+        return [tokens for tokens, _ in self.generate_finished(sequences, **sampling)]
+
+
+def decoder(models: dict[str, Any], *, rule: Rule = CONTRASTIVE, plain: bool = False, max_length: int = 200) -> Decoder:
+    """Plain: the model contrasted with itself, which leaves it as it is."""
     codec = ChatCodec(checkpoint_path("aligned"))
-    return TwoModelDecoder(
+    return Decoder(
         TorchModel(models["aligned"]),
-        None if plain else TorchModel(models["base"]),
-        rule,
+        TorchModel(models["aligned" if plain else "base"]),
+        Rule("contrastive", 1.0, 1e-30) if plain else rule,
         vocab_size=codec.vocab_size,
         stop_ids=tuple(codec.eos_ids),
         max_length=max_length,
-        batch=batch,
     )
 
 
@@ -69,14 +73,17 @@ def slow_greedy(models: dict[str, Any], sequence: list[int], max_tokens: int, al
     return new
 
 
-def test_decoding_equals_reading_everything_anew(organism_models: dict[str, Any]) -> None:
+def test_decoding_equals_reading_everything_anew(
+    organism_models: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     sequences = organism_sequences(4)
     found = decoder(organism_models).generate(sequences, max_tokens=12)
     assert found == [slow_greedy(organism_models, sequence, 12, ALPHA) for sequence in sequences]
     plain = decoder(organism_models, plain=True).generate(sequences, max_tokens=12)
     assert plain == [slow_greedy(organism_models, sequence, 12, 0.0) for sequence in sequences]
     assert plain != found
-    assert decoder(organism_models, batch=1).generate(sequences, max_tokens=12) == found
+    monkeypatch.setattr(two_models, "_BATCH", 1)
+    assert decoder(organism_models).generate(sequences, max_tokens=12) == found
 
 
 def test_responses_end_in_time_and_say_so(organism_models: dict[str, Any]) -> None:
@@ -93,20 +100,13 @@ def test_responses_end_in_time_and_say_so(organism_models: dict[str, Any]) -> No
 
 def test_samples_depend_on_their_own_seed_alone(organism_models: dict[str, Any]) -> None:
     sequences = [organism_sequences(1)[0]] * 4
-    drawn = decoder(organism_models, plain=True, batch=4).generate(sequences, max_tokens=8, temperature=3.0, seed=5)
+    drawn = decoder(organism_models, plain=True).generate(sequences, max_tokens=8, temperature=3.0, seed=5)
     alone = [
         decoder(organism_models, plain=True).generate([sequences[0]], max_tokens=8, temperature=3.0, seed=5 + n)[0]
         for n in range(4)
     ]
     assert drawn == alone
     assert len({tuple(tokens) for tokens in drawn}) > 1
-
-
-def test_attackers_are_shown_no_token_that_the_decoder_excludes(organism_models: dict[str, Any]) -> None:
-    strict = decoder(organism_models, rule=Rule("contrastive", 0.5, 0.5))
-    for row in strict.top_logprobs(organism_sequences(3), 50):
-        assert 1 <= len(row) < 50
-        assert all(math.isfinite(value) for _, value in row)
 
 
 def test_attackers_see_the_distribution_that_answers_come_from(organism_models: dict[str, Any]) -> None:
@@ -140,16 +140,6 @@ def test_safe_decoding_equals_the_plain_formula(alpha: float, common: int) -> No
         expected = safe_reference(model_V.tolist(), expert_V.tolist(), alpha, common)
         for token, log_p in enumerate(found_V.tolist()):
             assert math.exp(log_p) == pytest.approx(expected.get(token, 0.0), abs=1e-12)
-
-
-def test_contrastive_decoding_equals_the_plain_formula() -> None:
-    rng = np.random.default_rng(4)
-    model_V, base_V = (rng.dirichlet(np.full(9, 0.5)) for _ in range(2))
-    found_V = Rule("contrastive", 1.5, 0.1).combine(torch.tensor([model_V]).log(), torch.tensor([base_V]).log())[0]
-    kept = [v for v in range(9) if model_V[v] >= 0.1 * max(model_V)]
-    score = {v: model_V[v] * (model_V[v] / base_V[v]) ** 1.5 for v in kept}
-    expected = [score.get(v, 0.0) / sum(score.values()) for v in range(9)]
-    assert found_V.exp().tolist() == pytest.approx(expected)
 
 
 def test_nucleus_and_top_k_bound_what_is_drawn() -> None:
