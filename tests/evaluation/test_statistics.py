@@ -56,7 +56,7 @@ def test_mean_agrees_with_its_formula(table: list[list[bool]]) -> None:
     shares = [sum(trials) / len(trials) for trials in table]
     n, p = len(shares), sum(shares) / len(shares)
     found = mean_over_trials(table)
-    assert (found.rate, found["n"]) == (pytest.approx(p), n)
+    assert (found.rate, found.n) == (pytest.approx(p), n)
     if p in (0.0, 1.0):
         assert found == wilson(round(p * n), n)
         return
@@ -66,8 +66,8 @@ def test_mean_agrees_with_its_formula(table: list[list[bool]]) -> None:
     trials = n * (telling + 2) / (telling * likeness + 2)
     z2 = 1.959963984540054**2
     middle, half = p + z2 / 2 / trials, math.sqrt(z2 * (p * (1 - p) / trials + z2 / 4 / trials**2))
-    assert found["low"] == pytest.approx((middle - half) / (1 + z2 / trials), abs=1e-12)
-    assert found["high"] == pytest.approx((middle + half) / (1 + z2 / trials), abs=1e-12)
+    assert found.low == pytest.approx((middle - half) / (1 + z2 / trials), abs=1e-12)
+    assert found.high == pytest.approx((middle + half) / (1 + z2 / trials), abs=1e-12)
     assert n <= trials <= sum(map(len, table)) + 1e-9, "never wider than one trial a prompt"
 
 
