@@ -39,7 +39,6 @@ _SETTINGS = (
     "evaluation.depths=[0,4]",
     "evaluation.max_tokens=24",
     "evaluation.max_utility_tokens=24",
-    "evaluation.nll_prompts=0",
     "evaluation.attacks=[{name: prefill_mid_answer, starts: [16], windows: [8]}, {name: adaptive, cuts: [3]},"
     " templates, {name: rank_assisted_prefill, steps: 12, tops: [5, 20]}, {name: soft_prompt, steps: 4, ask_every: 2},"
     " {name: decoding, temperatures: [0.7, 1.0], top_ps: [0.9], top_ks: [5]}, {name: best_of_n, samples: 6},"

@@ -18,7 +18,7 @@ from raycomplete.methods import registry
 from tests.conftest import ROOT, raycomplete
 
 EXAMPLES = ROOT / "docs" / "examples"
-SMALL = {"depths": [0, 8], "max_tokens": 24, "max_utility_tokens": 24, "num_prompts": 4, "nll_prompts": 0}
+SMALL = {"depths": [0, 8], "max_tokens": 24, "max_utility_tokens": 24, "num_prompts": 4}
 MANY_SHOT = {"name": "many_shot", "shots": [1, 2], "words": 20}
 TURN_AWAY = [
     "method={name: turn_away, strength: 0.5, anchor_batch_size: 6, recovery_batch_size: 6}",
