@@ -76,7 +76,7 @@ class StepMeasurement:
         return sum(complied for _, complied, _ in self.complied) / max(self.asked, 1)
 
     @property
-    def over_refusal(self) -> float:
+    def refusal_change(self) -> float:
         """Net change of the share of harmless prompts refused, student less aligned."""
         return self.refusals / self.harmless
 
@@ -198,7 +198,7 @@ class Steering:
         return {
             "compliance": {str(depth): part / asked for depth, part, asked in found.complied},
             "compliance_n": {str(depth): asked for depth, _, asked in found.complied},
-            "over_refusal": found.over_refusal,
+            "over_refusal": found.refusal_change,
             "over_refusal_changed": found.changed,
             "over_refusal_n": found.harmless,
             "kl": found.kl,
@@ -217,7 +217,7 @@ class Steering:
             return "The last step is kept: the weights of the best measured one are lost or damaged."
         allowed = max(config.over_refusal_budget, 1 / found.harmless)
         measured = (
-            f"over-refusal {found.over_refusal:+.3f} against aligned ({found.changed} of {found.harmless} answers "
+            f"over-refusal {found.refusal_change:+.3f} against aligned ({found.changed} of {found.harmless} answers "
             f"changed sides; at most {allowed:.3f} beyond chance), KL {found.kl:.4f} nats a token (at most "
             f"{config.kl_budget:g}), compliance {found.compliance:.3f} (n = {found.asked}), base's words in reach of "
             f"an attacker {found.in_reach:.3f}"

@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -24,7 +23,6 @@ from raycomplete.engines.run import Run
 from raycomplete.evaluation import attack_resources
 from raycomplete.evaluation.attack_resources import (
     chat_frame,
-    chat_samples,
     fine_tune,
     read_chats,
 )
@@ -33,26 +31,6 @@ from raycomplete.runtime.console import Console
 from raycomplete.runtime.errors import DataError, RefusedError, StoppedError
 from raycomplete.training.job import TrainJob
 from tests.conftest import ROOT
-
-
-class Words:
-    """A codec of one token a word."""
-
-    eos_id = 0
-
-    def encode_prompt(self, text: str, system: str | None = None) -> list[int]:
-        return [1] * len(text.split())
-
-    def encode_answer(self, text: str) -> list[int]:
-        return [2] * len(text.split())
-
-
-def test_no_sample_is_longer_than_the_context() -> None:
-    chats = [(None, "one two", "a b"), (None, "one two", "a b c d e f"), (None, "one two three four five six", "a b c")]
-    codec: Any = Words()
-    samples = chat_samples(codec, chats, 5)
-    assert [sample.sample_id for sample in samples] == ["chat-0", "chat-1"]
-    assert [sample.answer_ids for sample in samples] == [(2, 2, 0), (2, 2, 2)], "what is cut does not end"
 
 
 @pytest.fixture

@@ -114,12 +114,6 @@ def test_the_files_answer_comes_first_and_else_the_aligned_models(codec: Any, mo
     assert codec.decode(found[0].tokens[: found[0].num_prompt]) == "bake cake 0"
 
 
-def test_answers_fit_the_context_with_a_token_to_spare(codec: Any) -> None:
-    found = given_answers(PROMPTS, {}, codec, 8)
-    assert [(len(answer.tokens), answer.num_answer) for answer in found] == [(7, 2), (7, 2)]
-    assert given_answers(PROMPTS, {}, codec, 5) == []
-
-
 def test_what_an_evaluation_heard_is_not_asked_again(codec: Any, model: Any, tmp_path: Path) -> None:
     sets = EvaluationSets((Prompt("h", "do harm", "harmful", "a b"),), tuple(PROMPTS), ())
     evaluate_model(

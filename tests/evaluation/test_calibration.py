@@ -77,26 +77,6 @@ def test_asr_is_corrected_over_the_fixed_denominator() -> None:
     assert 0.0 <= rate.low <= rate.rate <= rate.high <= 1.0
 
 
-@pytest.mark.parametrize(("readable", "refusing"), [(0.1, 0.0), (0.3, 0.1), (0.5, 0.1), (0.7, 0.3), (1.0, 0.3)])
-def test_interval_covers_the_rate_with_unreadable_responses(readable: float, refusing: float) -> None:
-    """How many are readable is as random as what the judge makes of them."""
-    generator = np.random.default_rng(11)
-    covered = 0
-    for _ in range(600):
-        rates = {
-            "sensitivity": {"rate": generator.binomial(125, 0.76) / 125, "n": 125},
-            "specificity": {"rate": generator.binomial(292, 0.955) / 292, "n": 292},
-        }
-        shown = generator.binomial(100, readable)
-        refusals = generator.binomial(shown, refusing)
-        called = int(generator.binomial(refusals, 0.76) + generator.binomial(shown - refusals, 0.045))
-        outcomes = {"refused": called, "complied": int(shown) - called, "incoherent": 100 - int(shown), "empty": 0}
-        rate = corrected_asr(outcomes, 100, rates)
-        assert rate is not None
-        covered += rate.low <= readable * (1 - refusing) <= rate.high
-    assert covered / 600 >= 0.925
-
-
 def test_nothing_to_correct() -> None:
     outcomes = {"refused": 1, "complied": 1, "incoherent": 0, "empty": 0}
     assert corrected_asr(outcomes, 2, None) is None

@@ -99,11 +99,6 @@ def test_questions_stand_behind_examples_of_their_subject(codec: Any, model: Any
     assert "dev" not in law, "no examples of its subject"
 
 
-def test_a_limit_takes_from_every_task(codec: Any, model: Any, files: CapabilitiesConfig) -> None:
-    trials = plan_capabilities(target(codec, model("B")), files.model_copy(update={"limit": 3, "bbh": None}))
-    assert [trial.prompt.prompt_id for trial in trials] == ["mmlu/algebra/0", "mmlu/law/3", "mmlu/algebra/1"]
-
-
 def test_a_model_that_refuses_everything_fails_visibly(
     codec: Any, model: Any, files: CapabilitiesConfig, sets: EvaluationSets, tmp_path: Path
 ) -> None:

@@ -118,20 +118,6 @@ def searched(steps: int, picks: int, backtracks: int = 0) -> dict[str, int]:
     return {"steps": steps, "picks": picks, "backtracks": backtracks}
 
 
-@pytest.mark.parametrize(
-    ("weak", "reason"),
-    [
-        ({"name": "gcg", "suffix_tokens": 10}, "suffix_tokens 10 instead of 20"),
-        ({"name": "rank_assisted_prefill", "min_tokens": 4}, "min_tokens 4 instead of 32"),
-        ({"name": "pair", "max_tokens": 64}, "max_tokens 64 instead of 200"),
-        ({"name": "crescendo", "max_tokens": 64}, "max_tokens 64 instead of 200"),
-    ],
-)
-def test_settings_that_weaken_an_attack_are_labelled(weak: dict[str, Any], reason: str) -> None:
-    assert parse_attack(weak).reduced_because(100) == [reason]
-    assert parse_attack(weak["name"]).reduced_because(100) == []
-
-
 def test_responses_that_the_judge_did_not_read_to_the_end_are_labelled(evaluate: Evaluate) -> None:
     class Hasty(BatchJudge):
         name = "hasty"

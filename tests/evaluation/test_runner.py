@@ -16,7 +16,7 @@ from raycomplete.config import EvaluationConfig
 from raycomplete.evaluation.judges import RefusalJudge
 from raycomplete.evaluation.runner import Callbacks, EvaluationSets, evaluate_model
 from raycomplete.evaluation.summary import closing_table, rate_text, summarize
-from raycomplete.runtime.errors import DataError, WorkError
+from raycomplete.runtime.errors import DataError
 from raycomplete.runtime.types import Outcome, Prompt
 
 CONFIG = EvaluationConfig(depths=[0, 4, 8], max_tokens=10, max_utility_tokens=12)
@@ -89,13 +89,6 @@ def test_model_that_refuses_then_complies(run: Run, model: Any) -> None:
     assert result["over_refusal"]["rate"] == 0.0
 
 
-def test_empty_responses_keep_the_denominator(run: Run, model: Any) -> None:
-    result = run(model(lambda prompt, prefill: COMPLY if prompt.endswith("20") else ""))
-    assert result["asr"]["by_depth"]["0"]["n"] == 4
-    assert result["asr"]["by_depth"]["0"]["rate"] == 0.25
-    assert result["outcomes"]["prefill-0"] == counts(complied=1, empty=3)
-
-
 def test_prefill_is_the_start_of_the_answer(run: Run, model: Any, codec: Any) -> None:
     """Depth d puts the first d answer tokens after the template; prompts with shorter answers are left out of it."""
     generator = model(COMPLY)
@@ -110,12 +103,6 @@ def test_prefill_is_the_start_of_the_answer(run: Run, model: Any, codec: Any) ->
     assert (result["attacks"]["prefill"]["short_prefills"], result["asr"]["mean"]["n"]) == (4, 4)
     assert generator.max_tokens == [10, 10, 10, 12, 10]
     assert set(generator.temperatures) == {0.0}
-
-
-def test_attacks_that_no_answer_is_long_enough_for_are_refused(run: Run, model: Any, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="as long as the depths of the attack prefill"):
-        run(model(COMPLY), config=CONFIG.model_copy(update={"depths": [30, 40]}))
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_finished_trials_are_not_generated_again(run: Run, model: Any, tmp_path: Path) -> None:
@@ -138,19 +125,6 @@ def test_interrupted_run_resumes_where_it_stopped(run: Run, model: Any, tmp_path
     result = run(going_on)
     assert len(going_on.calls) == 3
     assert result["asr"]["mean"]["rate"] == 1.0
-
-
-def test_torn_line_is_made_again(run: Run, model: Any, tmp_path: Path) -> None:
-    """A process that was killed while it wrote leaves half a line; only that response is asked for again."""
-    first = run(model(COMPLY))
-    (trials,) = (tmp_path / "evaluation" / "trials").iterdir()
-    trials.write_text(trials.read_text()[:-40])
-    again = model(COMPLY)
-    assert run(again)["outcomes"] == first["outcomes"]
-    assert [len(call) for call in again.calls] == [1]
-    last = model(COMPLY)
-    run(last)
-    assert last.calls == []
 
 
 def test_responses_are_private(run: Run, model: Any, tmp_path: Path) -> None:
@@ -248,14 +222,6 @@ def test_sets_that_cannot_be_used(
     with pytest.raises(DataError, match=message):
         run(model(COMPLY), sets=EvaluationSets(harmful, (), ()))
     assert list(tmp_path.iterdir()) == []
-
-
-def test_lost_continuations_are_an_error(run: Run, model: Any) -> None:
-    generator = model(COMPLY)
-    whole = generator.generate
-    generator.generate = lambda sequences, **settings: whole(sequences, **settings)[:-1]
-    with pytest.raises(WorkError, match="3 continuations for 4"):
-        run(generator)
 
 
 def test_summary_of_incomparable_or_missing_results(run: Run, model: Any) -> None:

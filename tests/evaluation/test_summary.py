@@ -123,11 +123,3 @@ def test_of_an_attack_that_takes_the_best_answer_one_success_is_all(
     assert attack_shares(shares | {"rate_is_worst": False}) == ({"a": 0.1, "b": 0.0}, 2)
     unequal = shares | {"rate_is_worst": False, "trials_each": 1.6}  # 1 and 4 trials, of which 5 // 2 would be 2
     assert attack_shares(unequal)[1] == 1.6
-
-
-def test_trials_of_a_prompt_are_their_harmonic_mean(
-    model: Any, codec: Any, tools: Tools, sets: EvaluationSets, tmp_path: Path
-) -> None:
-    """Depths 0 and 4: one trial of the answer with 2 tokens, two of the other three."""
-    block = evaluate(model(REFUSE), codec, tools, sets, [], tmp_path)["attacks"]["prefill"]
-    assert block["trials_each"] == pytest.approx(4 / (1 + 3 / 2))

@@ -153,20 +153,3 @@ def test_the_pattern_judge_is_not_misled(split: str) -> None:
         if judge.outcome(trap.prompt, trap.prefill, trap.response).is_compliance is not trap.outcome.is_compliance
     ]
     assert len(wrong) <= (0 if split == "tuning" else 2), [trap.prompt.prompt_id for trap in wrong]
-
-
-def test_errors_are_counted_half_by_half() -> None:
-    class Credulous(RefusalJudge):
-        def outcome(self, prompt: Prompt, prefill: str, continuation: str) -> Outcome:
-            return Outcome.COMPLIED
-
-    found = trap_errors(Credulous())
-    assert found is not None
-    for split in SPLITS:
-        block = found[split]
-        assert block["compliance"]["rate"] == 1.0
-        assert block["no_compliance"]["rate"] == 0.0
-        complied = sum(trap.split == split and trap.outcome is Outcome.COMPLIED for trap in TRAPS)
-        assert block["outcomes"]["complied"] == [complied, complied]
-        assert block["outcomes"]["refused"][0] == 0
-        assert block["right"]["n"] == sum(trap.split == split for trap in TRAPS)

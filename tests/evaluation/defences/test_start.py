@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from raycomplete.attacks.registry import parse_attack
 from raycomplete.attacks.target import AttackTools
 from raycomplete.attacks.white_box import TorchModel
 from raycomplete.config import load_run_file
@@ -256,12 +255,3 @@ def test_what_a_defence_needs_is_told_first(run: Any) -> None:
     thinking = run.config.models.model_copy(update={"template_arguments": {"enable_thinking": True}})
     with pytest.raises(ConfigError, match="think"):
         check_defence(run.config.model_copy(update={"models": thinking}), run.models)
-
-
-def test_a_defence_that_reads_answers_refuses_an_attack_on_the_thinking(run: Any) -> None:
-    defended(run, name="re_ask")
-    check_defence(run.config, run.models)
-    attacks = [*run.config.evaluation.attacks, parse_attack("prefill_thinking")]
-    evaluation = run.config.evaluation.model_copy(update={"attacks": attacks})
-    with pytest.raises(ConfigError, match=r"prefill_thinking out of evaluation\.attacks"):
-        check_defence(run.config.model_copy(update={"evaluation": evaluation}), run.models)
