@@ -319,7 +319,6 @@ def train_copy(
         per_device_batch_size=config.train.per_device_batch_size,
         checkpoint_every=steps,
         gradient_checkpointing=config.train.gradient_checkpointing,
-        stall_timeout_s=config.train.stall_timeout_s,
         validation=ValidationConfig(every=0),  # no best weights, and no room for them
     )
     job = TrainJob(
