@@ -20,7 +20,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from raycomplete.attacks.registry import explain
-from raycomplete.attacks.target import AttackerCodec, BatchJudge, Triple
+from raycomplete.attacks.target import BatchJudge, Triple
 from raycomplete.attacks.templates import fill_slots
 from raycomplete.config import RunConfig
 from raycomplete.config.evaluation import JudgeConfig
@@ -162,7 +162,7 @@ class ModelJudge(BatchJudge):
     right_is_compliance = True
 
     def __init__(
-        self, generator: Generator, codec: AttackerCodec, rubric: Rubric, *, name: str, max_length: int | None = None
+        self, generator: Generator, codec: Any, rubric: Rubric, *, name: str, max_length: int | None = None
     ) -> None:
         self._generator, self._codec, self.rubric, self._max_length = generator, codec, rubric, max_length
         self.name = f"{name}-{rubric.fingerprint}" + ("" if max_length is None else f"-{max_length}")
