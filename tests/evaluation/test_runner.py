@@ -244,8 +244,7 @@ TRIALS = [Trial("x", "x", Prompt(f"p{n}", "t", "harmful"), (1,), Decoding(100)) 
     ("entry", "cost"),
     [
         ({"name": "templates"}, TrialCost(10, 1000)),
-        ({"name": "gcg", "steps": 5, "search_width": 100, "batch": 64}, TrialCost(10, 1000, 10 * (1 + 5 * 2), 10 * 5)),
-        ({"name": "random_search", "queries": 100, "batch": 30}, TrialCost(10, 1000, 10 * (1 + 4))),
+        ({"name": "gcg", "steps": 5, "search_width": 100}, TrialCost(10, 1000, 10 * (1 + 5 * 2), 10 * 5)),
         ({"name": "pair", "streams": 1, "rounds": 3, "max_tokens": 50}, TrialCost(10, 3 * 10 * 150)),
         ({"name": "rank_assisted_prefill", "steps": 7}, TrialCost(10, 70, 14)),
         ({"name": "base_guided_decoding", "steps": 7}, TrialCost(10, 70, 14)),
