@@ -19,8 +19,7 @@ from raycomplete.data.inputs import prepare_models, prepare_prompts
 from raycomplete.data.organism import checkpoint_path, prompts
 from raycomplete.data.organism.world import find_item, refusal
 from raycomplete.engines.cluster import Cluster
-from raycomplete.engines.run import Run
-from raycomplete.engines.start import Engines
+from raycomplete.engines.run import Engines, Run
 from raycomplete.evaluation.roles import evaluate_roles
 from raycomplete.evaluation.summary import summarize
 from raycomplete.runtime.console import Console
