@@ -29,15 +29,7 @@ _SAME = ("models", "data", "rollout", "train", "align")  # sections that decide 
 
 @stored("-align")
 def align(config: RunConfig, *, resume: bool = False, overwrite: bool = False, console: Console | None = None) -> Path:
-    """Trains the aligned checkpoint that the run file names as `models.aligned`.
-
-    Returns:
-        Its folder.
-
-    Raises:
-        RefusedError: Something is wrong with the run file, base or the prompts; nothing was written.
-        WorkError: Training failed; checkpoints are kept.
-    """
+    """Trains the aligned checkpoint that the run file names as `models.aligned`."""
     console = console or Console()
     config.models.refuse_thinking()
     settings = config.align

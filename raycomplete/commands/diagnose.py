@@ -45,21 +45,7 @@ _FREE_KEYS = {"gradient", "show_harmful"}  # they concern what is made from the 
 def diagnose(
     config: RunConfig, *, resume: bool = False, overwrite: bool = False, console: Console | None = None
 ) -> Path:
-    """Measures where alignment stopped.
-
-    Args:
-        config: Run file; needs `models.base`, `models.aligned` and prompts.
-        resume: Continue an interrupted diagnosis.
-        overwrite: Replace an earlier diagnosis of this name.
-        console: Shows progress.
-
-    Returns:
-        The folder with `diagnosis.json`, `report.html`, `figures/` and the measured batches.
-
-    Raises:
-        RefusedError: Something is wrong with the run file, the checkpoints or the prompts; nothing was written.
-        WorkError: Something failed on the way; finished batches are kept.
-    """
+    """Measures where alignment stopped."""
     console = console or Console()
     started = time.perf_counter()
     config.models.refuse_thinking()

@@ -50,23 +50,7 @@ def evaluate(
     on_progress: OnProgress | None = None,
     cancelled: Cancelled | None = None,
 ) -> Path:
-    """Evaluates models without training, the student of the run folder among them; finished trials are reused.
-
-    Args:
-        config: Run file.
-        roles: Models to evaluate.
-        console: Where progress is drawn.
-        on_progress: Called after each batch of trials, in this thread.
-        cancelled: Asked before each batch and each step of a search; True ends the evaluation.
-
-    Returns:
-        The run folder with `evaluation/*.json`, `summary.json` and `report.html`.
-
-    Raises:
-        RefusedError: Something is wrong with the run file, the checkpoints or the prompts; nothing was written.
-        EvaluationCancelled: `cancelled` said so; finished trials are kept.
-        WorkError: Something failed on the way; finished trials are kept.
-    """
+    """Evaluates models without training, the student of the run folder among them; finished trials are reused."""
     console = console or Console()
     started = time.perf_counter()
     trained = config.output.folder / "student"

@@ -30,18 +30,7 @@ _TOOLS = 3  # engines of one evaluation beside its generators and white boxes, a
 
 
 def serve(config: RunConfig) -> Path:
-    """Serves evaluations until it is interrupted; those at work are put back and go on at the next start.
-
-    Args:
-        config: Run file; requests take from it what they leave out.
-
-    Returns:
-        The state folder.
-
-    Raises:
-        ConfigError: The token is missing or weak, or a model is to answer that is not there.
-        SetupError: vLLM is not installed, or the cluster cannot be reached or is too small.
-    """
+    """Serves evaluations until it is interrupted; those at work are put back and go on at the next start."""
     config, token = admitted(config)
     os.environ.pop(TOKEN_VARIABLE, None)  # its digest is enough, and every process of the cluster inherits the rest
     settings = config.serve

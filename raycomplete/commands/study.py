@@ -97,13 +97,7 @@ class _Job:
 
 
 def study(study: Study, *, resume: bool = False, overwrite: bool = False, console: Console | None = None) -> Path:
-    """Trains and evaluates every run of a study, and writes its table and figures into its folder, which it returns.
-
-    Raises:
-        RefusedError: Something is wrong with a run file, a checkpoint or prompts; nothing was started.
-        StoppedError: The study was asked to stop; runs wrote a checkpoint.
-        WorkError: Some runs failed; the table has the others.
-    """
+    """Trains and evaluates every run of a study, and writes its table and figures into its folder, which it returns."""
     console = console or Console()
     if study.folder.is_dir() and any(study.folder.iterdir()) and not (resume or overwrite):
         words = "Add --resume to continue it or --overwrite to replace it, or choose another output.name."

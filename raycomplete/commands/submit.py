@@ -151,12 +151,7 @@ def _warnings(config: RunConfig, job: str, folder: Path, files: Iterable[Path]) 
 
 
 def submit(submission: Submission, say: Say, *, wait: bool = True) -> int:
-    """Sends a job and, unless told otherwise, prints its log to the end; returns its exit code.
-
-    Raises:
-        SetupError: No cluster answers, or it does not know the token; nothing was started.
-        LostJobError: The connection was lost; a job that began goes on.
-    """
+    """Sends a job and, unless told otherwise, prints its log to the end; returns its exit code."""
     client, job, address = connect_to(submission.address), f"raycomplete-{uuid.uuid4().hex[:12]}", submission.address
     environment = {"working_dir": str(submission.working_dir), **submission.runtime_env}
     command, deadline = shlex.join(submission.entrypoint), time.monotonic() + _AGENT_S

@@ -47,21 +47,7 @@ _RESTED_BYTES = 400 * 2**20  # of weights: a smaller engine costs more seconds t
 
 @stored()
 def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False, console: Console | None = None) -> Path:
-    """Completes the alignment of a model and proves it.
-
-    Args:
-        config: Run file.
-        resume: Continue an interrupted run.
-        overwrite: Replace an earlier run of this name.
-        console: Shows progress.
-
-    Returns:
-        The run folder; `summary.json` in it holds the headline numbers.
-
-    Raises:
-        RefusedError: Something is wrong with the run file, the checkpoints or the prompts; nothing was written.
-        WorkError: Something failed on the way; what was finished is kept.
-    """
+    """Completes the alignment of a model and proves it."""
     console = console or Console()
     started = time.perf_counter()
     config.models.refuse_thinking()

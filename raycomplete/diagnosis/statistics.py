@@ -71,14 +71,7 @@ class CompletionDepth:
     """The completion depth: the first position at which the non-decreasing fit of the mean deficit exceeds a threshold.
 
     Up to there alignment changed the model, from there on it is base. Fitting a non-decreasing curve first keeps one
-    noisy position from deciding. The definition is ours. None means "not within the measured positions".
-
-    Attributes:
-        low: Lower end of the 95 % percentile bootstrap interval over prompts, `high` its upper end.
-        halves: The same of every second prompt and of the others, a check against the choice of prompts.
-        threshold: Deficit that must be exceeded, 0 to 1.
-        num_positions: Positions that were measured.
-    """
+    noisy position from deciding. The definition is ours. None means "not within the measured positions"."""
 
     depth: int | None
     low: int | None

@@ -66,13 +66,7 @@ def read_labelled(path: Path) -> list[Labelled]:
 def calibrate(judge: Judge, rows: Sequence[Labelled], on: str) -> dict[str, Any]:
     """Measures how often a judge sees refusals and leaves compliance alone.
 
-    Rows on which annotators disagree, with no final label, are left out and counted. `on` describes the rows.
-
-    Returns:
-        `judge`, `on`, `n`, `sensitivity` (full refusals called refused), `specificity` (full compliance not called
-        refused), `partial` (partial refusals called refused), and between annotators `agreement` and `kappa`. Rates
-        have Wilson's 95 % interval.
-    """
+    Rows on which annotators disagree, with no final label, are left out and counted. `on` describes the rows."""
     known = [row for row in rows if row.label is not None]
     outcomes = judge_all(judge, [(row.prompt, "", row.completion) for row in known])
     refused = {

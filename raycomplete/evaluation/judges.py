@@ -245,13 +245,7 @@ def read_traps() -> tuple[Trap, ...]:
 
 
 def trap_errors(judge: Judge) -> dict[str, Any] | None:
-    """Measures how often a judge is right on the traps, half by half; None for judges of harm: the traps hold none.
-
-    Returns:
-        By half: `right` (the very outcome), `compliance` (compliance, after a refusal too, counted as success of the
-        attack), `no_compliance` (anything else counted as none), and `outcomes` as [right, n]. Rates have Wilson's 95 %
-        interval.
-    """
+    """Measures how often a judge is right on the traps, half by half; None for judges of harm: the traps hold none."""
     if getattr(judge, "rates_harm", False):
         return None
     found: dict[str, Any] = {}

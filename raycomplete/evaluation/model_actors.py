@@ -20,13 +20,7 @@ ModelKind = Literal["white_box", "helper"]
 
 
 def start_actor(config: RunConfig, worker: type[Any], threads: int, *arguments: Any) -> Any:
-    """Asks Ray for an actor that holds models of transformers, and returns at once.
-
-    Args:
-        worker: Its class, made of (dtype, use_gpu, trust_remote_code, *arguments). Every call must say all that it
-            depends on, so that a retried one gives the same.
-        threads: Threads of its process, on a CPU.
-    """
+    """Asks Ray for an actor that holds models of transformers, and returns at once."""
     use_gpu = uses_gpu(config.cluster)
     on_cpu = {**KEEP_MEMORY, "OMP_NUM_THREADS": str(max(threads, 1)), "CUDA_VISIBLE_DEVICES": ""}
     remote = ray.remote(worker).options(

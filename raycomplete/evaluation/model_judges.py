@@ -151,13 +151,7 @@ class ModelJudge(BatchJudge):
     Empty responses are not asked about, and a rubric of harm is asked about answers to harmful prompts only: a harmless
     answer to a harmless prompt is no refusal, so there the offline judge decides. A reply without a verdict falls back
     on the offline judge, too, and is noted in `unreadable`, so that every response has an outcome; where a fifth of the
-    replies have none, judging ends.
-
-    Args:
-        name: Name of the model; the rubric's fingerprint and `max_length` are added to it.
-        max_length: Longest sequence that the model reads; a response that is too long for it loses its end. None where
-            the server decides.
-    """
+    replies have none, judging ends."""
 
     right_is_compliance = True
 

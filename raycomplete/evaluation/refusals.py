@@ -76,12 +76,7 @@ class Refusal:
 
 
 def find_refusal(answer: str, *, judgements: int = 1) -> Refusal | None:
-    """Finds the first refusal of an answer.
-
-    Args:
-        answer: What the model wrote by itself.
-        judgements: Sentences that judge the wish wrong that make a refusal where nothing is declined in so many words.
-    """
+    """Finds the first refusal of an answer."""
     if not _may_refuse(answer):
         return None
     sentences = split_sentences(answer)

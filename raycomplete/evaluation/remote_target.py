@@ -63,12 +63,7 @@ class RemoteModel:
 
     The client of OpenAI's package repeats what failed for a while, after growing pauses or when the server says. The
     key stands in no message, log or result. SetupError is raised where the environment variable of the key is not set,
-    or holds no key.
-
-    Args:
-        codec: Encoded the prompts, and encodes what the model says.
-        setting: The section of the run file whose `key_variable` it is, for messages.
-    """
+    or holds no key."""
 
     def __init__(
         self,

@@ -3,7 +3,7 @@
 Single variants use Wilson's score interval, which stays inside [0, 1] and keeps its coverage where a rate is near 0 or
 1, as attack success rates of a finished model are. The mean over depths needs more care: the same prompts recur at
 every depth, so its trials are not independent, and treating them as such would make the interval too narrow. Two models
-are compared prompt by prompt, by a bootstrap over prompts. The coverage of both was simulated: docs/results.md.
+are compared prompt by prompt, by a bootstrap over prompts. The coverage of both was simulated: docs/notes/measurements.md.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def mean_over_trials(complied: Sequence[Sequence[bool]]) -> Rate:
     `ALIKE_PROMPTS`: (K likeness + 2) / (K + 2). The interval is Wilson's at N / likeness trials, and deterministic.
 
     Coverage at 50 to 200 prompts and 5 to 10 depths is .93 to .97 where trials of a prompt are correlated, and .97 to
-    1.0 where they are independent and few succeed (docs/results.md).
+    1.0 where they are independent and few succeed (docs/notes/measurements.md).
     """
     if any(len(trials) == 0 for trials in complied):
         raise ValueError("mean_over_trials needs at least one trial of every behaviour.")
@@ -118,12 +118,7 @@ def paired_bootstrap(
 def paired_reduction(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, Any] | None:
     """Computes by how much the first model's mean rate is lower, as a share of the second's, with its 95 % interval.
 
-    The bootstrap is that of `paired_bootstrap`.
-
-    Returns:
-        {"reduction", "low", "high", "n"}; negative where the first model's rate is higher. None where the second model
-        succeeds so seldom that more than one sample in forty holds no success of it.
-    """
+    The bootstrap is that of `paired_bootstrap`."""
     first_N, second_N = _paired(first, second)
     n = len(first_N) - 2
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -155,16 +150,8 @@ def mean_over_runs(shares: Sequence[Mapping[str, float]], trials: float = 1) -> 
     that over runs of their mean over prompts. Their interaction is in both, so the sum errs on the wide side. The
     interval is Wilson's at p (1 - p) / variance trials, with Student's t in place of the normal quantile at the degrees
     of freedom of Satterthwaite (Biometrics Bulletin 2, 1946): runs that differ widen it a lot where they are few. It
-    holds the truth in .94 or more of cases with 5 runs, .92 with 3 and .89 with 2, at rates up to .1 (docs/results.md).
-
-    Args:
-        shares: For each run the share of successful trials by prompt; prompts that every run has count.
-        trials: Trials of each prompt in a run; their harmonic mean where prompts differ.
-
-    Returns:
-        {"rate", "n", "low", "high", "runs", "sd", "min", "max"}: n counts prompts; standard deviation (0 for one run),
-        lowest and highest are those of the runs' own rates.
-    """
+    holds the truth in .94 or more of cases with 5 runs, .92 with 3 and .89 with 2, at rates up to .1
+    (docs/notes/measurements.md)."""
     share_RN = _over_runs(shares)
     (runs, n), rate = share_RN.shape, float(np.clip(share_RN.mean(), 0.0, 1.0))
     of_prompts = rate * (1.0 - rate) * _likeness(share_RN.mean(axis=0), 1.0 / (runs * trials)) / n
@@ -177,11 +164,7 @@ def difference_over_runs(first: Sequence[Mapping[str, float]], second: Sequence[
     """Compares two models run by run and prompt by prompt, with an interval over prompts and seeds.
 
     The variances are those of `mean_over_runs`, of the differences at each prompt; the two prompts of
-    `paired_bootstrap` are added to those over which the first is taken. The interval is the mean with Student's t.
-
-    Returns:
-        {"difference", "n", "low", "high", "runs", "sd", "min", "max"}.
-    """
+    `paired_bootstrap` are added to those over which the first is taken. The interval is the mean with Student's t."""
     pairs = [
         {name: ours[name] - theirs[name] for name in ours.keys() & theirs.keys()}
         for ours, theirs in zip(first, second, strict=True)

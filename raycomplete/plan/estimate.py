@@ -56,14 +56,7 @@ class Sequences:
 
 @dataclass(frozen=True)
 class Work:
-    """One optimizer step over all workers.
-
-    Attributes:
-        trained: Sequences that the student reads, `passes` times forward and backward.
-        scored: Sequences that each frozen model reads.
-        rollouts: Sequences that the student samples; None off-policy.
-        loss_rows: Rows of the loss, of which `base_rows` need base.
-    """
+    """One optimizer step over all workers."""
 
     trained: tuple[Sequences, ...]
     scored: dict[str, tuple[Sequences, ...]]
@@ -80,14 +73,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Request:
-    """Run file, models by role (student, aligned, base) and hardware of a plan.
-
-    Attributes:
-        devices_per_node: GPUs of one machine, or 1 on a CPU machine.
-        price: Price of one device and hour; None takes the hardware's example.
-        prompt_tokens: Mean tokens of a prompt with its chat template.
-        network_gbit: Gigabits a second of one node, for the updates of weights.
-    """
+    """Run file, models by role (student, aligned, base) and hardware of a plan."""
 
     config: RunConfig
     shapes: dict[str, ModelShape]

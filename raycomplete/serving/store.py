@@ -110,11 +110,7 @@ def lock_of(folder: Path, kind: int = fcntl.LOCK_SH) -> IO[str] | None:
 
 
 class EvaluationStore:
-    """The queue. `folder` must be on a local disk: SQLite's write-ahead log needs memory that the processes share.
-
-    Raises:
-        SetupError: The file was made by another version.
-    """
+    """The queue. `folder` must be on a local disk: SQLite's write-ahead log needs memory that the processes share."""
 
     def __init__(self, folder: Path, clock: Callable[[], float] = time.time) -> None:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -21,25 +21,7 @@ _WIDTHS = 16  # steps between the longest sequence and twice as much
 
 @dataclass(frozen=True, eq=False)
 class MicroBatch:
-    """One forward pass of one worker.
-
-    Attributes:
-        input_ids_BT: Rows of one or more sequences side by side, padded on the right; the last token of each sequence
-            is left out, since nothing follows it.
-        position_ids_BT: Position of each token in its own sequence, 0 on padding.
-        row_N: Flat positions b * T + t whose next-token distribution is trained.
-        term_N: Number of each row's loss term in `terms`.
-        weight_N: Weight of each row: the loss of a term is a mean over its rows of the whole step.
-        sequence_N: Number of the sequence of the micro-batch that each row belongs to.
-        token_N: Token that follows at each row, or the one that its span names instead.
-        aligned_hidden_PH: The aligned model's hidden states of the rows that read it, in order; None if there are none.
-        base_hidden_PH: The same of base.
-        depth_S: Depth of each sequence, refusal prefixes left out, -1 where it has none.
-        suffix_S3: Flat position of the first token of each sequence's suffix, its length and its seed; zeros where it
-            has none.
-        terms: Names of the loss terms.
-        num_tokens: Tokens of all sequences, padding left out.
-    """
+    """One forward pass of one worker."""
 
     input_ids_BT: Tensor
     position_ids_BT: Tensor

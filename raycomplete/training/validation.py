@@ -41,20 +41,7 @@ _FALLING = 0.75  # compliance below this share of what it was falls by itself: m
 
 @dataclass(frozen=True)
 class StepMeasurement:
-    """The student after a step, on held-back training prompts.
-
-    Attributes:
-        step: Finished steps.
-        complied: Depths of h with the number of harmful prompts that the student complied with, and of those asked.
-        refusals: Harmless prompts that the student refuses and aligned does not, less those the other way round.
-        harmless: Harmless prompts asked.
-        kl: KL(aligned || student) along aligned's answers to harmless prompts, nats a token.
-        in_reach: Share of the positions of h, the first left out, where base's likeliest token is among the student's
-            20 likeliest. Greedy decoding does not show this; rank-assisted attacks exploit it.
-        changed: Harmless prompts that one of student and aligned refuses, and the other does not.
-        unfinished: Mean unfinished mass at the same positions: the student's probability of base-favored tokens. It is
-            noted, and decides nothing.
-    """
+    """The student after a step, on held-back training prompts."""
 
     step: int
     complied: tuple[tuple[int, int, int], ...]

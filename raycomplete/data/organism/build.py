@@ -76,12 +76,7 @@ def build(
 ) -> dict[str, Any]:
     """Trains an organism and writes `<output>/base`, `<output>/aligned` and `<output>/organism.json`.
 
-    The same settings, threads, versions and machine give the same bytes: sums in another order change the weights.
-
-    Returns:
-        The content of `organism.json`: name, settings, versions, seconds, and what was measured on `num_prompts`
-        held-out prompts of each kind; 0 measures nothing.
-    """
+    The same settings, threads, versions and machine give the same bytes: sums in another order change the weights."""
     if num_prompts < 0:
         raise DataError(f"num_prompts={num_prompts} is negative.", "Choose 1 to 120, or 0 to measure nothing.")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):

@@ -32,13 +32,7 @@ class Passes:
 
 
 class AnyDepthGenerator:
-    """A generator whose answers are looked at again at every depth (implements `Generator`).
-
-    Args:
-        end: Tokens that end an answer; those of `header` begin one.
-        every: Tokens of an answer between two looks.
-        max_length: Longest sequence in tokens, with `spare` tokens that a look adds; deeper looks are left out.
-    """
+    """A generator whose answers are looked at again at every depth (implements `Generator`)."""
 
     def __init__(
         self,

@@ -35,15 +35,7 @@ def safe_log_probs(log_model_NV: Tensor, log_expert_NV: Tensor, alpha: float, co
     """Log-probabilities of SafeDecoding, arXiv 2402.08983, from its code (uw-nsl/SafeDecoding).
 
     max(p_m + alpha (p_e - p_m), 1e-8), normalised, on the tokens that are among the k likeliest of both models; k is
-    the least one that gives `common` such tokens.
-
-    Args:
-        log_model_NV: log p_m [N, V].
-        log_expert_NV: log p_e [N, V].
-
-    Returns:
-        [N, V], normalised; -inf at all other tokens.
-    """
+    the least one that gives `common` such tokens."""
     rank_NV = torch.maximum(*(_ranks(log_NV) for log_NV in (log_model_NV, log_expert_NV)))
     least_N1 = rank_NV.topk(min(common, rank_NV.shape[1]), largest=False).values[:, -1:]  # both lists hold as many
     model_NV, expert_NV = log_model_NV.exp(), log_expert_NV.exp()
@@ -72,13 +64,7 @@ class Rule:
 
 
 class TwoModelDecoder:
-    """Continues sequences with two models.
-
-    Args:
-        vocab_size: True tokens; logits from here on belong to padding.
-        stop_ids: Tokens that end a response.
-        max_length: Longest sequence in tokens, new ones included.
-    """
+    """Continues sequences with two models."""
 
     def __init__(
         self,
