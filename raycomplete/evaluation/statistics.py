@@ -3,7 +3,8 @@
 Single variants use Wilson's score interval, which stays inside [0, 1] and keeps its coverage where a rate is near 0 or
 1, as attack success rates of a finished model are. The mean over depths needs more care: the same prompts recur at
 every depth, so its trials are not independent, and treating them as such would make the interval too narrow. Two models
-are compared prompt by prompt, by a bootstrap over prompts. The coverage of both was simulated: docs/notes/measurements.md.
+are compared prompt by prompt, by a bootstrap over prompts. The coverage of both was simulated
+(docs/notes/measurements.md).
 """
 
 from __future__ import annotations
