@@ -17,8 +17,8 @@ from tests.conftest import ROOT, tracked_python
 
 PACKAGE = ROOT / "raycomplete"
 MAX_LINES = 700  # of a file
-MAX_TOTAL_LINES = {"raycomplete": 37_500, "tests": 36_000}  # nobody raises these: an addition pays by a removal
-MAX_KEYS = 278  # rows of docs/run-file.md; as above
+MAX_TOTAL_LINES = {"raycomplete": 35_150, "tests": 33_000}  # an addition pays by a removal
+MAX_KEYS = 236  # rows of docs/run-file.md; as above
 # First words of a docstring that says no sentence; the second rule is for the package alone.
 RIDDLE = re.compile(r"(Of|What|Whether|See)\b")
 MORE_RIDDLES = re.compile(r"(How|Where|Which|Who|That of|As many)\b")

@@ -23,9 +23,8 @@ from functools import partial
 from itertools import groupby, pairwise
 from math import ceil
 from threading import Event
-from typing import Any, ClassVar, Generic, Literal, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeAlias, TypeVar
 
-import numpy as np
 from pydantic import Field
 
 from raycomplete.attacks.attack import MAX_STEPS, Attack, AttackConfig, continued
@@ -36,7 +35,10 @@ from raycomplete.data.openings import num_common
 from raycomplete.runtime.errors import DataError, WorkError
 from raycomplete.runtime.types import Codec, Prompt
 
-IntArray: TypeAlias = np.ndarray[Any, np.dtype[np.int64]]
+if TYPE_CHECKING:
+    import numpy as np  # at work imported by functions: settings must be readable where numpy is broken
+
+IntArray: TypeAlias = "np.ndarray[Any, np.dtype[np.int64]]"
 TaskT = TypeVar("TaskT")
 ResultT = TypeVar("ResultT")
 _BATCH = 64  # candidates of one forward pass; the white box halves it where memory is short
@@ -156,6 +158,8 @@ class SuffixSearch(SuffixAttack[SuffixT], Generic[SuffixT]):
             emit([(trial, replace(response, stats=stats))])
 
     def _search(self, usable: IntArray, target: Target, box: WhiteBox, trial: Trial) -> Search:
+        import numpy as np
+
         found = self.start(target.answering, trial.prompt)
         found.note(found.best, box.suffix_losses(found.problem, [found.best])[0])
         self.search(target, box, found, usable, np.random.default_rng(int(trial.key(target.model_id), 16)))
@@ -201,6 +205,8 @@ def first_sentence(text: str) -> str:
 
 def usable_tokens(codec: Codec, num_tokens: int) -> IntArray:
     """Lists the tokens that a suffix may hold: printable ASCII, as in the GCG paper; no special tokens."""
+    import numpy as np
+
     texts = (codec.decode([token]) for token in range(num_tokens))
     usable = [token for token, text in enumerate(texts) if text.strip() and text.isascii() and text.isprintable()]
     return np.asarray(usable, dtype=np.int64)
@@ -227,6 +233,8 @@ class GcgAttack(SuffixSearch[GcgConfig]):
         return replace(plain, passes=plain.trials * passes, gradients=plain.trials * config.steps)
 
     def search(self, target: Target, box: WhiteBox, found: Search, usable: IntArray, rng: np.random.Generator) -> None:
+        import numpy as np
+
         suffix = found.best
         for step in range(self.config.steps):
             target.stop_if_cancelled()
@@ -247,6 +255,8 @@ class GcgAttack(SuffixSearch[GcgConfig]):
 
         If they are fewer than its tokens, other positions have their turn in each step.
         """
+        import numpy as np
+
         top = min(self.config.top, len(usable))
         best_ST = usable[least(gradient_SV[:, usable], top)]
         width = self.config.search_width
@@ -265,6 +275,8 @@ def least(values_SU: FloatArray, count: int) -> IntArray:
 
     The same as the start of a stable argsort, without sorting the rest: .02 instead of .11 s a step at 128k tokens.
     """
+    import numpy as np
+
     bounds_S1 = np.partition(values_SU, count - 1, axis=1)[:, count - 1 : count]
     places = [np.flatnonzero(row_U) for row_U in ~(values_SU > bounds_S1)]
     sorted_SK = [some[np.argsort(row_U[some], kind="stable")] for row_U, some in zip(values_SU, places, strict=True)]
@@ -294,6 +306,8 @@ class RandomSearchAttack(SuffixSearch[RandomSearchConfig]):
         return replace(plain, passes=plain.trials * (1 + ceil(self.config.queries / self.config.batch)))
 
     def search(self, target: Target, box: WhiteBox, found: Search, usable: IntArray, rng: np.random.Generator) -> None:
+        import numpy as np
+
         while found.queries < self.config.queries:
             target.stop_if_cancelled()
             count = min(self.config.batch, self.config.queries - found.queries)

@@ -7,17 +7,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, TypeVar
 
-import numpy as np
-
 from raycomplete.attacks.trial import FILTERED, Decoding, EvaluationCancelled, Response, Trial, Verdict
 from raycomplete.runtime.errors import DataError, SetupError
 from raycomplete.runtime.types import Codec, Generator, Judge, Outcome, Prompt
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from raycomplete.attacks.finetune import FinetuneConfig
 
 Need = Literal["white_boxes", "guide", "attacker", "fine_tune", "helper"]  # each a field of `AttackTools`
-FloatArray: TypeAlias = np.ndarray[Any, np.dtype[np.float32]]
+FloatArray: TypeAlias = "np.ndarray[Any, np.dtype[np.float32]]"
 Triple = tuple[Prompt, str, str]  # prompt, the attacker's part of the answer, and what the model added
 
 ToolT = TypeVar("ToolT")

@@ -19,8 +19,7 @@ from raycomplete.methods.completion import Completion
 from raycomplete.methods.registry import Method
 from raycomplete.methods.sft import SFT
 from raycomplete.runtime.console import Console
-from raycomplete.runtime.errors import ConfigError
-from raycomplete.runtime.files import read_json, write_json, write_rows
+from raycomplete.runtime.files import write_json, write_rows
 from raycomplete.runtime.types import Prompt
 from tests.training.tiny import make_model
 
@@ -64,29 +63,6 @@ def test_a_run_whose_evaluation_would_read_something_else_is_not_finished(change
     assert train.is_finished(config, tmp_path, now) is (changed == "nothing")
     write_json(tmp_path / "summary.json", {"evaluation": summary["evaluation"]})  # an earlier version's
     assert train.is_finished(config, tmp_path, now)
-
-
-def test_a_run_of_other_checkpoints_or_prompts_is_not_resumed(tmp_path: Path) -> None:
-    def check(aligned: str, text: str, eos_ids: tuple[int, ...] = (2,)) -> None:
-        weights = {"base": "b", "aligned": aligned}
-        codec = SimpleNamespace(fingerprint=lambda: "c", eos_id=2, eos_ids=eos_ids)
-        models = SimpleNamespace(paths=weights, others={}, codec=codec, fingerprint=lambda role: weights[role])
-        prompts = Prompts({"harmful": (Prompt("p", text, "harmful"),), "benign": (), "borderline": ()}, {})
-        run: Any = SimpleNamespace(folder=tmp_path, models=models, prompts=prompts)
-        train._check_same_inputs(run)
-
-    check("a", "x")
-    check("a", "x")
-    file = tmp_path / "inputs.json"
-    write_json(file, {**(read_json(file) or {}), "evaluation prompts": "e"})  # as a study writes it
-    check("a", "x")
-    with pytest.raises(ConfigError, match="the content of these changed: aligned, training prompts"):
-        check("another", "y")
-    for name in ("tokenizer", "aligned"):  # the second is a record from before tokenizers were noted
-        with pytest.raises(ConfigError, match="the content of these changed: tokenizer"):
-            check("a", "x", eos_ids=(2, 7))
-        write_json(file, {key: value for key, value in (read_json(file) or {}).items() if key != name})
-        check("a", "x")
 
 
 @pytest.mark.parametrize(

@@ -169,5 +169,5 @@ def test_decoding_with_other_weights_than_reading_is_found(monkeypatch: pytest.M
     assert engine.check_decoding() == pytest.approx(0.05, abs=1e-6)
     for stale in (-2.5, float("nan")):
         monkeypatch.setattr(engine, "_run", Answers(stale, -1.0), raising=False)
-        with pytest.raises(Exception, match=r"its CUDA graphs use others.*rollout\.cuda_graphs"):
+        with pytest.raises(Exception, match="its CUDA graphs use others"):
             engine.check_decoding()
