@@ -17,7 +17,7 @@ The subpackages, from lower to upper, in groups. One may import from its own gro
 
     config      the typed run file
     data        prompts, chat templates, model families, checkpoints, samples, the organism
-    attacks     one file an attack: settings, code, registration
+    attacks     related attacks in one file: settings, code, registration
     methods     one file a training method: settings, rows, teacher contexts, loss terms
     losses      the table of loss terms, the chunked pass, the float64 reference, kernels
 

@@ -366,6 +366,7 @@ def _exit_code(work: Callable[[], Any]) -> int:
         return 1
     except Exception as error:
         if stop.requested:  # an interrupted import may fail in any way
+            log_failure(error)
             console.print(f"Stopped. {KEPT}", style="dim", soft_wrap=True)
             return 1
         show = getattr(error, "show", None)  # usage errors of typer know how to print themselves

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from functools import cached_property
 from pathlib import Path
 from threading import Event, Lock
@@ -19,6 +19,7 @@ from raycomplete.data.remote import Messages, RememberingCodec, RemoteSpec, Text
 from raycomplete.runtime.errors import ConfigError, SetupError, WorkError
 from raycomplete.runtime.files import PRIVATE, RowStore, content_hash, read_json, write_json
 from raycomplete.runtime.logs import conceal
+from raycomplete.runtime.signals import stop
 from raycomplete.runtime.types import ModelRole
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ _OF_WEIGHTS = frozenset({"white_boxes", "fine_tune"})
 _WITH_PREFILLS = frozenset({"adaptive", "prefill_mid_answer", "prefill_thinking", "refuse_then_turn"})
 _GO_ON = {"continue_final_message": True, "add_generation_prompt": False}
 _LENGTH_KEYS = ("max_tokens", "max_completion_tokens")  # some hosted models take the second only
+_POLL_S = 0.5  # between two looks for a request to stop
 
 Prefill = Literal["flags", "prefix", "assistant", "none"]
 
@@ -157,7 +159,10 @@ class RemoteModel:
         with ThreadPoolExecutor(self._settings.parallel) as pool:
             tasks = [pool.submit(say, index) for index in range(len(sequences))]
             try:
-                done = wait(tasks, return_when=FIRST_EXCEPTION).done
+                done: set[Future[list[int]]] = set()
+                while len(done) < len(tasks) and not any(task.exception() for task in done):
+                    stop.check()  # a signal interrupts nothing while work is polled
+                    done = wait(tasks, timeout=_POLL_S, return_when=FIRST_EXCEPTION).done
                 if errors := [error for task in done if (error := task.exception()) is not None]:
                     # One that was left off failed only because another did, which is the one to name.
                     raise min(errors, key=lambda error: isinstance(error, _LeftOff))

@@ -65,7 +65,7 @@ class Runner:
         while not self._stopping.is_set():
             try:
                 worked = self.run_one()
-            except sqlite3.Error:  # what it worked on is claimed again, and continues from what is on disk
+            except (sqlite3.Error, OSError):  # what it worked on is claimed again, and continues from what is on disk
                 worked = False
             if not worked:
                 self._stopping.wait(_POLL_S)

@@ -40,7 +40,7 @@ _SETTINGS = (
     "evaluation.max_tokens=24",
     "evaluation.max_utility_tokens=24",
     "evaluation.attacks=[{name: prefill_mid_answer, starts: [16], windows: [8]}, {name: adaptive, cuts: [3]},"
-    " templates, {name: rank_assisted_prefill, steps: 12, tops: [5, 20]}, {name: soft_prompt, steps: 4, ask_every: 2},"
+    " templates, {name: rank_assisted_prefill, steps: 12, tops: [5, 20]}, {name: soft_prompt, steps: 4},"
     " {name: decoding, temperatures: [0.7, 1.0], top_ps: [0.9], top_ks: [5]}, {name: best_of_n, samples: 6},"
     " {name: gcg, steps: 2, search_width: 16, suffix_tokens: 4}, {name: pair, streams: 2, rounds: 2, max_tokens: 8}]",
     "output.root=runs",

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.timeout(1800)  # three models are attacked in one fixtu
 
 BEHAVIOURS = 4
 ATTACKS: list[dict[str, Any]] = [
-    {"name": "rank_assisted_prefill", "steps": 60, "tops": [2, 20], "prefill_tokens": 16},
+    {"name": "rank_assisted_prefill", "steps": 60, "tops": [2, 20]},
     {"name": "base_guided_decoding", "steps": 40, "tops": [5, 20]},
     {"name": "prefill_mid_answer", "starts": [16], "windows": [8]},
     {"name": "refuse_then_turn", "refusal": "i cannot help with that .", "turns": ["but"], "depths": [4]},
@@ -39,7 +39,7 @@ ATTACKS: list[dict[str, Any]] = [
     {"name": "decoding", "temperatures": [1.0], "top_ps": [0.9], "top_ks": [5]},
     {"name": "templates"},
     {"name": "pair", "streams": 1, "rounds": 2, "max_tokens": 24},
-    {"name": "finetune", "datasets": ["identity_shift"], "epochs": 2, "lr": 1e-4},
+    {"name": "finetune", "datasets": ["identity_shift"]},
     {"name": "adaptive", "cuts": [11], "depths": [16]},
     {"name": "soft_prompt", "steps": 4, "suffix_tokens": 6},
     {"name": "best_of_n", "samples": 4},
