@@ -98,6 +98,7 @@ def failed(ray_cluster: None) -> Any:
 @pytest.mark.slow
 def test_who_does_not_join_is_named_and_started_again(never: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(CARRIERS, "file", Silent)
+    monkeypatch.setattr("raycomplete.engines.weight_transfer.SYNC_TIMEOUT_S", 4.0)
     pool = pool_of(Handle(), Handle(connect=never))
     with pytest.raises(
         WaitTimeoutError, match=r"After 4 s these have not joined the transfer of weights: rollout engine 2 of 2\."
