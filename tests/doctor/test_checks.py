@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import pwd
 import re
 import resource
 import shutil
@@ -344,6 +346,7 @@ def test_a_real_cluster_passes_and_nothing_is_left_behind(
     import ray
 
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("HOME", pwd.getpwuid(os.getuid()).pw_dir)  # the cluster's token lies there
     address = ray.get_runtime_context().gcs_address
     real = context(f"cluster.address={address}", f"output.root={tmp_path / 'deep' / 'runs'}")
     for check in ON_NODES:
