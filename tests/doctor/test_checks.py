@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import pwd
 import re
 import resource
 import shutil
@@ -15,6 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 from safetensors import safe_open
 
+from raycomplete.config import load_run_file
 from raycomplete.doctor import checks, needs
 from raycomplete.doctor.findings import ChildReport, Context, Finding, ask
 from raycomplete.doctor.needs import needs_of, num_params
@@ -22,7 +21,7 @@ from raycomplete.doctor.probes import look
 from raycomplete.plan.catalogue import GIB
 from raycomplete.runtime import machine as runtime_machine
 from tests.conftest import ROOT
-from tests.doctor.conftest import GetContext, torch_report
+from tests.doctor.conftest import RUN_FILE, GetContext, torch_report
 
 HERE = look("", "", [])["versions"]
 ON_NODES = (checks.check_cluster, checks.check_node_versions, checks.check_clocks, checks.check_shared_storage)
@@ -341,14 +340,15 @@ def test_a_cluster_that_is_too_small_fails_unless_the_run_waits_for_nodes(contex
 
 @pytest.mark.slow
 def test_a_real_cluster_passes_and_nothing_is_left_behind(
-    ray_cluster: None, context: GetContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Its environment is left as it is: the cluster's token is found by it."""
     import ray
 
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("HOME", pwd.getpwuid(os.getuid()).pw_dir)  # the cluster's token lies there
     address = ray.get_runtime_context().gcs_address
-    real = context(f"cluster.address={address}", f"output.root={tmp_path / 'deep' / 'runs'}")
+    overrides = [f"cluster.address={address}", f"output.root={tmp_path / 'deep' / 'runs'}"]
+    real = Context(RUN_FILE, load_run_file(RUN_FILE, overrides))
     for check in ON_NODES:
         says(check(real), "ok")
     assert checks.check_cluster(real).found.startswith("1 nodes, 8 CPU")
